@@ -1,0 +1,331 @@
+"""Experiment configuration: frozen dataclasses that are the schema, the defaults and the help text.
+
+Facts of one part are checked when the part is built; facts between parts by `ExperimentConfig.validate`, before anything
+is compiled. `to_dict` / `from_dict` are what checkpoints store.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from robovlms_jax import interface
+from robovlms_jax.policies.heads import base as heads
+from robovlms_jax.policies.heads import lstm
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """Which vision-language model, and how it computes."""
+
+    name: str = "kosmos-2"
+    """Registered backbone. With `weights`, the architecture comes from that directory's config.json instead of the published size."""
+    weights: str = ""
+    """Directory with config.json, safetensors and tokenizer files, as published on the Hugging Face hub; or hf://OWNER/NAME to
+    download it. Empty: random parameters."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products. Parameters, norms, softmax and losses stay float32."""
+    remat: bool = False
+    """Recompute layer activations in the backward pass: much less memory for about a third more compute."""
+    lora_rank: int = 0
+    """> 0 adds low-rank adapters to every matrix of the backbone; set train.trainable to train only them."""
+    lora_alpha: float = 16.0
+    """Adapters are scaled by lora_alpha / lora_rank."""
+
+    def __post_init__(self):
+        _require(self.lora_rank >= 0, f"backbone.lora_rank={self.lora_rank} must be 0 (off) or positive.")
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """History x readout x head: what makes a VLM a robot policy."""
+
+    history: Literal["policy_head"] = "policy_head"
+    """policy_head: every frame is encoded alone, the head remembers."""
+    readout: Literal["action_query"] = "action_query"
+    """action_query: learned tokens appended to the prompt; their hidden states are the head's features."""
+    head: heads.HeadConfig = lstm.LSTMHeadConfig()
+    num_queries: int = 1
+    """Learned action tokens per frame."""
+    window: int = 8
+    """W: observed steps the head looks back over."""
+    chunk: int = 10
+    """C: future actions predicted at every step, beginning with the current one."""
+    cameras: tuple[str, ...] = ("wrist", "static")
+    """Cameras in the order their tokens follow the prompt's first token (released RoboVLMs checkpoints: wrist, then static)."""
+    action_low: tuple[float, ...] = (-0.65,) * 6
+    """Lower end of each arm dimension in dataset units; clipped, then mapped to -1. The gripper is never normalised."""
+    action_high: tuple[float, ...] = (0.65,) * 6
+    """Upper end of each arm dimension in dataset units; clipped, then mapped to +1."""
+
+    def __post_init__(self):
+        for field in ("num_queries", "window", "chunk"):
+            _require(getattr(self, field) >= 1, f"policy.{field}={getattr(self, field)} must be at least 1.")
+        unknown = sorted(set(self.cameras) - set(interface.CAMERAS))
+        _require(not unknown, f"policy.cameras has unknown {unknown}; known cameras: {list(interface.CAMERAS)}.")
+        _require(
+            len(self.cameras) > 0 and len(set(self.cameras)) == len(self.cameras),
+            f"policy.cameras={self.cameras} must name each camera once and at least one.",
+        )
+        arm = interface.ACTION_DIM - 1
+        _require(
+            len(self.action_low) == len(self.action_high) == arm
+            and all(low < high for low, high in zip(self.action_low, self.action_high)),
+            f"policy.action_low and policy.action_high need {arm} numbers each, low < high everywhere; "
+            f"got {self.action_low} and {self.action_high}.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Episodes on disk and how they become batches."""
+
+    root: str = ""
+    """Directory that holds `training` and `validation`, in CALVIN's own layout or packed by `python -m experiments.pack_calvin`."""
+    windows_per_segment: int = 1
+    """K: windows that share one run of W + K - 1 frames, each frame encoded once. 1 is upstream's sampling; 8 is about four times
+    faster at W = 8."""
+    episode_list: str = ""
+    """JSON ({task: [[start, end], ...]}) or text ("index start end" per line) naming the annotated spans to train on. Empty: all."""
+    exclude_tasks: tuple[str, ...] = ()
+    """Task ids to leave out of training."""
+    annotation_folder: str = "lang_annotations"
+    """Folder under each split with auto_lang_ann.npy (original layout only)."""
+    text_length: int = 0
+    """Prompt tokens every prompt is padded to. 0: the longest prompt of the training split, rounded up to a multiple of 8."""
+    static_shift: int = 10
+    """Random shift augmentation of the static camera, in pixels at the model's resolution, constant within a segment. 0: off."""
+    wrist_shift: int = 4
+    """The same for the wrist camera."""
+    num_threads: int = 8
+    """Threads that read and decode."""
+    prefetch: int = 16
+    """Batches kept ready."""
+    max_corrupt_share: float = 0.01
+    """Unreadable segments are replaced, counted and named; training stops when they exceed this share."""
+
+    def __post_init__(self):
+        for field in ("windows_per_segment", "num_threads", "prefetch"):
+            _require(getattr(self, field) >= 1, f"data.{field}={getattr(self, field)} must be at least 1.")
+        for field in ("static_shift", "wrist_shift", "text_length"):
+            _require(getattr(self, field) >= 0, f"data.{field}={getattr(self, field)} must not be negative.")
+        _require(0 <= self.max_corrupt_share < 1, f"data.max_corrupt_share={self.max_corrupt_share} must lie in [0, 1).")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.0
+    """Decoupled, on every trainable parameter, as upstream does."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """After warm-up: constant; cosine down to min_scale at train.steps; or multiplied by step_factor every step_every steps."""
+    warmup_steps: int = 0
+    """Linear warm-up from 0; the first update then has learning rate 0, as upstream's has."""
+    warmup_epochs: float = 0.0
+    """The same in passes over the training windows; added to warmup_steps when the run starts."""
+    min_scale: float = 0.0
+    """Cosine: final learning rate as a share of learning_rate."""
+    step_every: int = 10_000
+    step_factor: float = 0.1
+    clip_norm: float = 1.0
+    """Global gradient norm is clipped to this; 0 turns clipping off (what upstream's configs really ran with)."""
+
+    def __post_init__(self):
+        _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive.")
+        for field in ("warmup_steps", "warmup_epochs"):
+            _require(getattr(self, field) >= 0, f"optimizer.{field}={getattr(self, field)} must not be negative.")
+        _require(self.clip_norm >= 0, f"optimizer.clip_norm={self.clip_norm} must be 0 (off) or positive.")
+        _require(self.step_every >= 1, f"optimizer.step_every={self.step_every} must be at least 1.")
+        _require(0 <= self.min_scale <= 1, f"optimizer.min_scale={self.min_scale} must lie in [0, 1].")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The training run."""
+
+    output: str = "runs/default"
+    """Run directory: config, logs, checkpoints, report."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `output`. Without it, a directory that already holds checkpoints is refused."""
+    steps: int = 50_000
+    """Optimizer steps."""
+    epochs: float = 0.0
+    """> 0: train for this many passes over the training windows instead of `steps`."""
+    batch_size: int = 128
+    """Windows per step over all hosts: segments per step times data.windows_per_segment."""
+    accumulation: int = 1
+    """Micro-batches per step; the gradient equals that of the whole batch."""
+    trainable: tuple[str, ...] = (".*",)
+    """Regular expressions searched in parameter paths such as backbone/text/layers/attn/q/kernel; what matches none is frozen."""
+    seed: int = 0
+    """Initialisation, data order, augmentation and dropout."""
+    log_every: int = 10
+    """Steps between progress lines and logged metrics."""
+    eval_every: int = 5_000
+    """Steps between evaluations on the validation split; 0: only at the end."""
+    checkpoint_every: int = 2_000
+    """Steps between checkpoints; one is always written at the end and on SIGTERM."""
+    keep_checkpoints: int = 3
+    wandb_project: str = ""
+    """Also log to this Weights & Biases project (needs `pip install wandb`)."""
+
+    def __post_init__(self):
+        for field in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
+            _require(getattr(self, field) >= 1, f"train.{field}={getattr(self, field)} must be at least 1.")
+        _require(self.epochs >= 0, f"train.epochs={self.epochs} must be 0 (use train.steps) or positive.")
+        _require(self.eval_every >= 0, f"train.eval_every={self.eval_every} must be 0 (only at the end) or positive.")
+        _require(self.output != "", "train.output must name a directory.")
+        _require(len(self.trainable) > 0, "train.trainable must hold at least one pattern; nothing would be trained.")
+        for pattern in self.trainable:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"train.trainable has {pattern!r}, which is not a regular expression: {error}.") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices share what. -1 takes all that are left."""
+
+    data: int = -1
+    """Copies of the model, each with its own part of the batch."""
+    fsdp: int = 1
+    """Devices that split parameters and optimizer state (and the batch)."""
+    tensor: int = 1
+    """Devices that split each matrix product."""
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        _require(all(size == -1 or size >= 1 for size in sizes), f"mesh sizes {sizes} must be positive or -1.")
+        _require(sizes.count(-1) <= 1, f"mesh sizes {sizes}: at most one may be -1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation on the validation split, without a simulator."""
+
+    batches: int = 50
+    """Batches per evaluation; 0: the whole split."""
+    episodes: int = 3
+    """Episodes whose predicted and recorded actions are drawn in the report."""
+
+    def __post_init__(self):
+        for field in ("batches", "episodes"):
+            _require(getattr(self, field) >= 0, f"evaluation.{field}={getattr(self, field)} must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything a run depends on. Saved beside its checkpoints, enough to serve them."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    policy: PolicyConfig = PolicyConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def segments_per_batch(self) -> int:
+        """Segments per optimizer step over all hosts."""
+        return self.train.batch_size // self.data.windows_per_segment
+
+    def validate(self, num_devices: int) -> None:
+        """Check facts between parts. Raises ValueError that names the fields, the conflict and a way out."""
+        per_segment, size = self.data.windows_per_segment, self.train.batch_size
+        if size % per_segment:
+            raise ValueError(
+                f"train.batch_size={size} windows is no multiple of data.windows_per_segment={per_segment}; "
+                f"try {max(size // per_segment, 1) * per_segment}."
+            )
+        data, fsdp, tensor = self.mesh_sizes(num_devices)
+        step = data * fsdp * self.train.accumulation
+        if self.segments_per_batch % step:
+            raise ValueError(
+                f"train.batch_size={size} is {self.segments_per_batch} segments of {per_segment} windows, which does not divide over "
+                f"{data * fsdp} data-parallel devices (mesh.data={data} x mesh.fsdp={fsdp}) x train.accumulation={self.train.accumulation}; "
+                f"try {max(self.segments_per_batch // step, 1) * step * per_segment}."
+            )
+
+    def resolve(self, num_windows: int, text_length: int) -> ExperimentConfig:
+        """Fill in what depends on the data: epochs become steps, the prompt length becomes a number.
+
+        Args:
+          num_windows: windows of the training split.
+          text_length: tokens that fit every training prompt.
+        """
+        per_epoch = num_windows / self.train.batch_size
+        warmup = self.optimizer.warmup_steps + round(self.optimizer.warmup_epochs * per_epoch)
+        steps = max(round(self.train.epochs * per_epoch), 1) if self.train.epochs else self.train.steps
+        return dataclasses.replace(
+            self,
+            data=dataclasses.replace(self.data, text_length=self.data.text_length or text_length),
+            optimizer=dataclasses.replace(self.optimizer, warmup_steps=warmup, warmup_epochs=0.0),
+            train=dataclasses.replace(self.train, steps=steps, epochs=0.0),
+        )
+
+    def mesh_sizes(self, num_devices: int) -> tuple[int, int, int]:
+        """(data, fsdp, tensor) with -1 filled in. Raises ValueError when they do not make `num_devices`."""
+        sizes = [self.mesh.data, self.mesh.fsdp, self.mesh.tensor]
+        fixed = 1
+        for size in sizes:
+            fixed *= 1 if size == -1 else size
+        if -1 in sizes and num_devices % fixed == 0:
+            sizes[sizes.index(-1)] = num_devices // fixed
+        elif -1 in sizes or fixed != num_devices:
+            raise ValueError(
+                f"mesh.data={sizes[0]} x mesh.fsdp={sizes[1]} x mesh.tensor={sizes[2]} does not make the {num_devices} devices present; "
+                "set one of them to -1 to take what is left."
+            )
+        return tuple(sizes)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values. Heads carry their registered name under `kind`."""
+    out = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        out[field.name] = list(value) if isinstance(value, tuple) else value
+    if isinstance(config, heads.HeadConfig):
+        out["kind"] = heads.kind_of(type(config))
+    return out
+
+
+def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any:
+    """Inverse of `to_dict`. Raises ValueError naming an unknown field and the nearest known one."""
+    values = dict(values)
+    if issubclass(cls, heads.HeadConfig):
+        cls = heads.config_of(values.pop("kind"))
+    hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"{path} has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {sorted(known)}."))
+    kwargs = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and dataclasses.is_dataclass(hint):
+            value = from_dict(hint, value, f"{path}.{name}")
+        elif isinstance(value, list):
+            value = tuple(value)
+        kwargs[name] = value
+    return cls(**kwargs)

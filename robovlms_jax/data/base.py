@@ -1,0 +1,171 @@
+"""What a dataset of annotated episodes offers, whatever its storage format.
+
+`calvin.py` and `packed.py` implement `Dataset`; `segments.py` and `pipeline.py` need nothing else of a format.
+"""
+
+from __future__ import annotations
+
+import abc
+import collections
+import dataclasses
+import difflib
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+
+class CorruptFrameError(ValueError):
+    """A stored frame cannot be used: unreadable, truncated, of the wrong shape, or holding NaN. Names file and frame."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One annotated span of frames.
+
+    start, end: ids of the first and last frame, both inclusive. Frame `end` is recorded but never learned from.
+    instruction: what the robot was told, one English sentence.
+    task: the dataset's task id, such as "open_drawer".
+    """
+
+    start: int
+    end: int
+    instruction: str
+    task: str
+
+
+class Dataset(abc.ABC):
+    """Random access to frames by id, and the episodes that refer to them. Picklable; reads may come from many threads.
+
+    name: where the data came from, for messages.
+    episodes: in the order of the annotation file; spans may overlap.
+    image_sizes: camera name (see `interface.CAMERAS`) -> (height, width); the cameras that are stored.
+    """
+
+    name: str
+    episodes: tuple[Episode, ...]
+    image_sizes: Mapping[str, tuple[int, int]]
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the stored cameras."""
+        return tuple(self.image_sizes)
+
+    @abc.abstractmethod
+    def images(
+        self, frame_ids: Sequence[int], cameras: Sequence[str], out: Mapping[str, np.ndarray] | None = None
+    ) -> Mapping[str, np.ndarray]:
+        """Decode frames.
+
+        Args:
+          frame_ids: int[n].
+          cameras: which cameras; the others are neither read nor decoded.
+          out: camera -> uint8[n, height, width, 3], C-contiguous, to decode into; None allocates.
+        Returns:
+          `out`: camera -> uint8[n, height, width, 3], RGB.
+        Raises:
+          CorruptFrameError: a frame cannot be used.
+          ValueError: a frame or a camera is not part of the dataset.
+        """
+
+    @abc.abstractmethod
+    def array(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:
+        """float32[n, d] of one numeric field, finite. Raises as `images` does."""
+
+    def actions(self, frame_ids: Sequence[int]) -> np.ndarray:
+        """float32[n, 7] relative actions as recorded, in dataset units (CALVIN: 1.0 = 0.02 m, 0.05 rad; gripper +1 open, -1 closed)."""
+        return self.array("rel_actions", frame_ids)
+
+    def robot_obs(self, frame_ids: Sequence[int]) -> np.ndarray:
+        """float32[n, 15] (CALVIN: tcp xyz and Euler xyz in metres and radians, gripper width, 7 joints, last gripper action)."""
+        return self.array("robot_obs", frame_ids)
+
+    def scene_obs(self, frame_ids: Sequence[int]) -> np.ndarray:
+        """float32[n, 24] (CALVIN: slider, drawer, button, switch, two lights, then xyz and Euler xyz of three blocks)."""
+        return self.array("scene_obs", frame_ids)
+
+    def allocate(self, num_frames: int, cameras: Sequence[str]) -> dict[str, np.ndarray]:
+        """Uninitialised image arrays, as `images` wants them for `out`."""
+        unknown = sorted(set(cameras) - set(self.cameras))
+        if unknown:
+            raise ValueError(f"{self.name} has no camera {unknown}; it has {list(self.cameras)}.")
+        return {camera: np.empty((num_frames, *self.image_sizes[camera], 3), np.uint8) for camera in cameras}
+
+
+def rows_of(stored_ids: np.ndarray, frame_ids: Sequence[int], name: str) -> np.ndarray:
+    """Positions of `frame_ids` in the sorted `stored_ids`. Raises ValueError naming the first frame that is not there."""
+    wanted = np.asarray(frame_ids)
+    rows = np.searchsorted(stored_ids, wanted)
+    missing = stored_ids[np.minimum(rows, len(stored_ids) - 1)] != wanted
+    if missing.any():
+        raise ValueError(
+            f"{name} has no frame {wanted[missing][0]}; it stores {len(stored_ids)} frames between {stored_ids[0]} and {stored_ids[-1]}."
+        )
+    return rows
+
+
+def require_finite(values: np.ndarray, frame_ids: Sequence[int], field: str, name: str) -> np.ndarray:
+    """`values` float[n, d] unchanged. Raises CorruptFrameError naming the first frame with NaN or infinity."""
+    bad = ~np.isfinite(values).all(axis=-1)
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise CorruptFrameError(f"{name}: frame {frame_ids[row]} has {field} {values[row].tolist()}; every value must be finite.")
+    return values
+
+
+def select(episodes: Sequence[Episode], *, episode_list: str = "", exclude_tasks: Sequence[str] = ()) -> tuple[Episode, ...]:
+    """Keep the listed episodes and drop those of excluded tasks, in their given order.
+
+    Args:
+      episode_list: a file; empty keeps all. JSON `{task: [[start, end], ...]}` names episodes by task and span, text lines
+        `index start end` by span alone (the index is ignored). Both are the forms RoboVLMs publishes for few-shot and
+        partial-data training.
+      exclude_tasks: task ids.
+    Raises:
+      ValueError: an entry or a task that no episode has, a file of another form, or nothing left.
+    """
+    if not episodes:
+        raise ValueError("there are no annotated episodes to select from.")
+    kept = list(episodes)
+    if episode_list:
+        listed = set(_read_list(pathlib.Path(episode_list)))
+        matched = {key for episode in episodes for key in _keys(episode)} & listed
+        for task, start, end in sorted(listed - matched, key=str):
+            what = f"task {task!r} at frames {start} to {end}" if task is not None else f"frames {start} to {end}"
+            raise ValueError(
+                f"{episode_list} names an episode that no annotation matches: {what} (one of {len(listed - matched)} such entries "
+                f"out of {len(listed)}). Use the list made for this copy of the dataset, or remove the entries."
+            )
+        kept = [episode for episode in kept if not listed.isdisjoint(_keys(episode))]
+    tasks = collections.Counter(episode.task for episode in episodes)
+    for task in exclude_tasks:
+        if task not in tasks:
+            near = difflib.get_close_matches(task, tasks, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"tasks: {sorted(tasks)}."
+            raise ValueError(f"exclude_tasks has {task!r}, which no episode has; {hint}")
+    kept = [episode for episode in kept if episode.task not in set(exclude_tasks)]
+    if not kept:
+        raise ValueError(f"episode_list={episode_list!r} and exclude_tasks={tuple(exclude_tasks)} leave none of {len(episodes)} episodes.")
+    return tuple(kept)
+
+
+def _keys(episode: Episode) -> tuple[tuple[str | None, int, int], ...]:
+    """The two ways a list may name an episode."""
+    return (episode.task, episode.start, episode.end), (None, episode.start, episode.end)
+
+
+def _read_list(path: pathlib.Path) -> Iterable[tuple[str | None, int, int]]:
+    """(task or None, start, end) of every entry."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"episode_list: cannot read {path}: {error}") from error
+    try:
+        if text.lstrip().startswith("{"):
+            return [(task, int(start), int(end)) for task, spans in json.loads(text).items() for start, end in spans]
+        return [(None, int(start), int(end)) for _, start, end in (line.split() for line in text.splitlines() if line.strip())]
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"episode_list: {path} is neither JSON {{task: [[start, end], ...]}} nor text lines 'index start end': {error}"
+        ) from error

@@ -1,0 +1,88 @@
+"""Which frames, actions and masks a training sample has. Pure NumPy, closed form, one place.
+
+An episode is annotated from frame `start` to frame `end`, both inclusive; L = end - start steps can be learned from, because
+frame `end` itself is masked out, as RoboVLMs does. A window is W frames and, at each of them, a chunk of C actions that begins
+with the frame's own. Window k begins at frame start + k, for k = 0 ... L - W, so an episode carries L + 1 - W windows and none if
+it is shorter. Step i of a sample that begins at frame s refers to frame min(s + i, end) and is real where s + i < end: chunks
+that reach past the end repeat the values of frame `end` under a False mask.
+
+A segment is G = W + K - 1 consecutive frames and carries the K windows that begin at its first K frames. Window starts are tiled
+in groups of K, so each window belongs to exactly one segment; the last segment of an episode may carry fewer. K = 1 gives
+RoboVLMs' samples one by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Frames shared by up to K windows.
+
+    episode: index of its episode.
+    step_ids: int64[G + C - 1], frame id of every step; the first G are those whose images are seen.
+    step_mask: bool[G + C - 1], True = an action to learn from.
+    window_mask: bool[K], True = the window that begins at this frame belongs to the segment.
+    num_frames: how many of the first G steps are distinct; the rest repeat the last of them.
+    """
+
+    episode: int
+    step_ids: np.ndarray
+    step_mask: np.ndarray
+    window_mask: np.ndarray
+    num_frames: int
+
+
+class Segments(Sequence[Segment]):
+    """All segments of a list of episodes, in order, each computed when asked for.
+
+    Args:
+      spans: int[E, 2], first and last frame id of each episode, both inclusive.
+      window, chunk, windows_per_segment: W, C, K.
+    """
+
+    def __init__(self, spans: np.ndarray, *, window: int, chunk: int, windows_per_segment: int):
+        if min(window, chunk, windows_per_segment) < 1:
+            raise ValueError(f"window={window}, chunk={chunk} and windows_per_segment={windows_per_segment} must be at least 1.")
+        self.window, self.chunk, self.windows_per_segment = window, chunk, windows_per_segment
+        self._spans = np.asarray(spans, np.int64).reshape(-1, 2)
+        lengths = self._spans[:, 1] - self._spans[:, 0]
+        self._num_windows = np.maximum(lengths + 1 - window, 0)
+        self._ends = np.cumsum(-(-self._num_windows // windows_per_segment))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of all episodes, what one epoch sees."""
+        return int(self._num_windows.sum())
+
+    @property
+    def num_frames(self) -> int:
+        """G = W + K - 1."""
+        return self.window + self.windows_per_segment - 1
+
+    def episode_of(self, index: int) -> int:
+        """Index of the episode that segment `index` belongs to."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"segment {index} is out of range; there are {len(self)}.")
+        return int(np.searchsorted(self._ends, index, side="right"))
+
+    def __getitem__(self, index: int) -> Segment:
+        episode = self.episode_of(index)
+        start, end = (int(frame) for frame in self._spans[episode])
+        before = int(self._ends[episode - 1]) if episode else 0
+        first = (index - before) * self.windows_per_segment  # number of the first window within its episode
+        steps = start + first + np.arange(self.num_frames + self.chunk - 1)
+        return Segment(
+            episode=episode,
+            step_ids=np.minimum(steps, end),
+            step_mask=steps < end,
+            window_mask=first + np.arange(self.windows_per_segment) < self._num_windows[episode],
+            num_frames=min(self.num_frames, end - start - first + 1),
+        )

@@ -1,0 +1,216 @@
+"""Images on the device: uint8 as stored -> what a vision tower reads. Training and serving call the same functions.
+
+The array functions are pure and traceable; call them inside `jit`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Interpolation = Literal["bilinear", "bicubic", "lanczos"]
+
+_PIL_CODES = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling, as Hugging Face stores `resample`
+_WEIGHT_BITS = 22  # Pillow's fixed point for uint8: 255 * sum |weight| * 2**22 still fits int32
+
+
+def _bilinear(x: np.ndarray) -> np.ndarray:
+    return np.maximum(1 - np.abs(x), 0)
+
+
+def _bicubic(x: np.ndarray) -> np.ndarray:  # Keys 1981, a = -0.5
+    x = np.abs(x)
+    return np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0))
+
+
+def _lanczos(x: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
+
+
+# Kernel, half-width in pixels.
+_FILTERS = {"bilinear": (_bilinear, 1), "bicubic": (_bicubic, 2), "lanczos": (_lanczos, 3)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSpec:
+    """What a vision tower expects of its images."""
+
+    size: int
+    """Height and width in pixels."""
+    mean: tuple[float, float, float]
+    """Subtracted from RGB in [0, 1]."""
+    std: tuple[float, float, float]
+    """Divided by afterwards."""
+    interpolation: Interpolation = "bicubic"
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"ImageSpec.size={self.size} must be a positive number of pixels.")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"ImageSpec needs three means and three stds > 0 (RGB); got {self.mean}, {self.std}.")
+        if self.interpolation not in _FILTERS:
+            raise ValueError(f"ImageSpec.interpolation={self.interpolation!r} is none of {list(_FILTERS)}.")
+
+
+def preprocess(images: jax.Array, spec: ImageSpec, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """Resize and normalise: uint8[..., height, width, 3] -> dtype[..., size, size, 3], cast from float32 at the end."""
+    return normalize(resize(images, spec.size, spec.interpolation), spec.mean, spec.std).astype(dtype)
+
+
+def resize(images: jax.Array, size: int, interpolation: Interpolation = "bicubic") -> jax.Array:
+    """Scale to size x size, whatever the aspect ratio, antialiased; equal to Pillow's `Image.resize` bit for bit.
+
+    Args:
+      images: uint8[..., height, width, 3].
+    Returns:
+      uint8[..., size, size, 3]; `images` itself when the size already matches.
+    Raises:
+      ValueError: `images` is not uint8 (scaled or normalised before?) or not [..., height, width, 3].
+    """
+    if images.dtype != jnp.uint8 or images.ndim < 3 or images.shape[-1] != 3:
+        raise ValueError(f"expected uint8[..., height, width, 3] as stored; got {images.dtype}{list(images.shape)}.")
+    # Like Pillow: columns first, and rounded in between. One joint float pass (jax.image.resize) is up to 12 levels off
+    # on robot frames, because overshoot at edges is then clipped once instead of twice.
+    return _resize_axis(_resize_axis(images, -2, size, interpolation), -3, size, interpolation)
+
+
+def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """(images / 255 - mean) / std per channel: [..., 3] in 0..255 -> float32[..., 3]."""
+    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std
+
+
+def random_shift(key: jax.Array, images: jax.Array, max_shift: int) -> jax.Array:
+    """Shift each segment by a random whole number of pixels, repeating the border (DrQ, Kostrikov et al. 2020).
+
+    One offset, uniform in [-max_shift, max_shift] per axis, for all frames of a segment: what moves between frames is
+    then still only what moved in the world. Upstream draws one per frame, which makes the camera jitter inside a
+    window, and from [1, 2 * max_shift] of the padded image, which leaves out one side's largest shift.
+
+    Args:
+      images: [B, G, height, width, 3], any dtype. Give every camera its own key.
+      max_shift: pixels; 0 returns `images`.
+    Returns:
+      Same shape and dtype as `images`.
+    """
+    if max_shift == 0:
+        return images
+    batch, _, height, width, _ = images.shape
+    offset = jax.random.randint(key, (2, batch, 1), -max_shift, max_shift + 1)
+    # Clipped indices are the replicate-padding: a third less time than padding and slicing.
+    rows = jnp.clip(jnp.arange(height) + offset[0], 0, height - 1)  # [B, height]
+    columns = jnp.clip(jnp.arange(width) + offset[1], 0, width - 1)  # [B, width]
+    return jax.vmap(lambda frames, row, column: frames[:, row[:, None], column])(images, rows, columns)
+
+
+def read_image_spec(directory: str | pathlib.Path) -> ImageSpec:
+    """Image size, mean, std and interpolation of a Hugging Face model directory.
+
+    Reads preprocessor_config.json, or the `image_processor` part of processor_config.json (transformers 5 saves that).
+
+    Raises:
+      FileNotFoundError: neither file is there.
+      ValueError: a field is missing, or asks for something other than resize, 1/255 and normalise to a fixed square.
+    """
+    path, fields = _read_processor(pathlib.Path(directory))
+    for field in ("image_mean", "image_std", "resample"):
+        if field not in fields:
+            raise ValueError(f"{path} has no {field!r}; expected size, image_mean, image_std and resample.")
+    rescaled = fields.get("do_rescale", True) and np.isclose(fields.get("rescale_factor", 1 / 255), 1 / 255)
+    if not rescaled or not fields.get("do_normalize", True):
+        settings = {name: fields.get(name) for name in ("do_rescale", "rescale_factor", "do_normalize")}
+        raise ValueError(f"{path} has {settings}; only a rescale by 1/255 followed by normalisation is supported.")
+    if fields["resample"] not in _PIL_CODES:
+        raise ValueError(f"{path} has resample={fields['resample']}, a Pillow filter code; supported are {_PIL_CODES}.")
+    # A centre crop decides the final size. We scale to it directly and keep the whole picture, as upstream does.
+    crop = fields.get("crop_size") if fields.get("do_center_crop", True) else None
+    return ImageSpec(
+        size=_square(crop or fields.get("size"), path),
+        mean=tuple(fields["image_mean"]),
+        std=tuple(fields["image_std"]),
+        interpolation=_PIL_CODES[fields["resample"]],
+    )
+
+
+def write_image_spec(spec: ImageSpec, directory: str | pathlib.Path) -> None:
+    """Write preprocessor_config.json so that `read_image_spec` and transformers' CLIPImageProcessor both read it."""
+    edge = {"height": spec.size, "width": spec.size}
+    fields = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": edge,
+        "resample": next(code for code, name in _PIL_CODES.items() if name == spec.interpolation),
+        "do_center_crop": False,
+        "crop_size": edge,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+        "do_convert_rgb": True,
+    }
+    path = pathlib.Path(directory) / "preprocessor_config.json"
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _resize_axis(images: jax.Array, axis: int, size: int, interpolation: Interpolation) -> jax.Array:
+    """One pass of a separable filter, in Pillow's integer arithmetic: the same pixels on every backend."""
+    if images.shape[axis] == size:
+        return images
+    index, weight = _taps(images.shape[axis], size, interpolation)
+    column = (size,) + (1,) * (-axis - 1)
+    total = jnp.int32(1 << (_WEIGHT_BITS - 1))
+    for tap in range(index.shape[1]):  # 5 taps at 200 -> 224: far less work than a [size, length] matrix
+        total += jnp.take(images, index[:, tap], axis, mode="clip").astype(jnp.int32) * weight[:, tap].reshape(column)
+    return jnp.clip(total >> _WEIGHT_BITS, 0, 255).astype(jnp.uint8)
+
+
+@functools.lru_cache
+def _taps(length: int, size: int, interpolation: Interpolation) -> tuple[np.ndarray, np.ndarray]:
+    """Input indices and fixed-point weights of every output pixel, both int32[size, taps]."""
+    kernel, support = _FILTERS[interpolation]
+    stretch = max(length / size, 1)  # > 1 when shrinking: the filter widens, which is the antialiasing
+    centre = (np.arange(size)[:, None] + 0.5) * length / size
+    first = np.maximum((centre - support * stretch + 0.5).astype(np.int32), 0)
+    last = np.minimum((centre + support * stretch + 0.5).astype(np.int32), length)
+    index = first + np.arange((last - first).max(), dtype=np.int32)
+    weight = kernel((index - centre + 0.5) / stretch) * (index < last)
+    weight /= weight.sum(axis=1, keepdims=True)
+    return np.minimum(index, length - 1), np.round(weight * 2**_WEIGHT_BITS).astype(np.int32)
+
+
+def _read_processor(directory: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = directory / name
+        if path.is_file():
+            try:
+                fields = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is not JSON: {error}") from error
+            fields = fields.get("image_processor", fields)
+            if "image_mean" in fields or name == "preprocessor_config.json":
+                return path, fields
+    raise FileNotFoundError(
+        f"{directory} has no preprocessor_config.json and no processor_config.json with an image_processor; "
+        "expected a model directory as published on the Hugging Face hub."
+    )
+
+
+def _square(size: Any, path: pathlib.Path) -> int:
+    """The edge of `size`: 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
+    if isinstance(size, int):
+        return size
+    if isinstance(size, dict) and set(size) == {"shortest_edge"}:
+        return size["shortest_edge"]
+    if isinstance(size, dict) and set(size) == {"height", "width"} and size["height"] == size["width"]:
+        return size["height"]
+    raise ValueError(
+        f"{path} has image size {size}; expected a number, shortest_edge alone, or equal height and width."
+    )

@@ -1,0 +1,57 @@
+"""Instructions as token ids. Training and serving build the same prompt, here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def format_prompt(template: str, instruction: str) -> str:
+    """The stripped instruction inside a backbone's template, say "<grounding>An image of a robot {instruction}".
+
+    Raises ValueError when the template has no {instruction}.
+    """
+    if "{instruction}" not in template:
+        raise ValueError(f"prompt template {template!r} has no {{instruction}}; the policy would never see what to do.")
+    return template.replace("{instruction}", instruction.strip())
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, template: str, instruction: str, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One prompt with the tokenizer's special tokens, padded on the right.
+
+    Returns:
+      text_ids: int32[length]; padding holds the pad id, or 0 where the tokenizer has none.
+      text_mask: bool[length], True = real token.
+    Raises:
+      ValueError: the prompt has more than `length` tokens. Nothing is cut off: half a sentence can mean the opposite.
+    """
+    prompt = format_prompt(template, instruction)
+    ids = tokenizer(prompt)["input_ids"]
+    if len(ids) > length:
+        raise ValueError(
+            f"the prompt {prompt!r} has {len(ids)} tokens but data.text_length is {length}; "
+            "shorten the instruction, or train with a larger data.text_length."
+        )
+    mask = np.arange(length) < len(ids)
+    padded = np.full(length, tokenizer.pad_token_id or 0, np.int32)
+    padded[: len(ids)] = ids
+    return padded, mask
+
+
+def longest(tokenizer: PreTrainedTokenizerBase, template: str, instructions: Iterable[str], multiple: int = 8) -> int:
+    """Tokens of the longest prompt, rounded up to a multiple: the `length` that fits all `instructions`.
+
+    Raises ValueError when there are no instructions.
+    """
+    prompts = sorted({format_prompt(template, instruction) for instruction in instructions})
+    if not prompts:
+        raise ValueError("no instructions to measure: no annotated segment (see data.root, data.episode_list).")
+    tokens = max(len(ids) for ids in tokenizer(prompts)["input_ids"])
+    return -(-tokens // multiple) * multiple

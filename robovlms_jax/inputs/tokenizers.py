@@ -1,0 +1,171 @@
+"""Tokenizers and the small files around a model: open them, carry them inside a checkpoint, make a small one.
+
+transformers is imported inside the functions that need it, so importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HUB = "hf://"
+"""Prefix of a path that names a repository on the Hugging Face hub: hf://OWNER/NAME or hf://OWNER/NAME@REVISION."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Any one of these makes a directory a tokenizer directory."""
+
+ASSET_FILES = TOKENIZER_FILES + (
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "config.json",
+)
+"""Everything but weights that rebuilding tokenizer, preprocessing and architecture needs."""
+
+# KOSMOS-2's ids 0 to 3 and its tags (Peng et al. 2023, arXiv:2306.14824), so the twin reads the same prompts.
+_TWIN_TAGS = ("<image>", "</image>", "<grounding>", "<phrase>", "</phrase>", "<object>", "</object>")
+_TWIN_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>") + _TWIN_TAGS
+
+
+def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
+    """Open the tokenizer of a Hugging Face model directory, from local files (or hf://, see `resolve_weights`).
+
+    Raises:
+      FileNotFoundError: no such directory, or no tokenizer files in it.
+      ValueError: the files are there but cannot be read.
+    """
+    directory = resolve_weights(path)
+    found = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"{directory} has no tokenizer; expected one of {list(TOKENIZER_FILES)}. Copy the files beside the weights."
+        )
+    try:
+        if "tokenizer.json" in found:
+            # It holds the whole tokenizer, and this class reads it without importing torch, unlike AutoTokenizer (6 s).
+            from transformers import PreTrainedTokenizerFast as Tokenizer
+        else:
+            from transformers import AutoTokenizer as Tokenizer
+        return Tokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # whatever each tokenizer library raises on a broken file
+        raise ValueError(f"{directory} has tokenizer files {found} that cannot be read: {error}") from error
+
+
+def resolve_weights(path: str | pathlib.Path) -> pathlib.Path:
+    """A local model directory for `path`; hf://OWNER/NAME[@REVISION] is downloaded once, to Hugging Face's own cache.
+
+    Raises FileNotFoundError when there is no such directory, or it can neither be downloaded nor found in the cache.
+    """
+    if not str(path).startswith(HUB):
+        directory = pathlib.Path(path).expanduser()
+        if not directory.is_dir():
+            raise FileNotFoundError(f"no directory {directory}; expected one, or {HUB}OWNER/NAME to download it.")
+        return directory
+
+    import huggingface_hub
+
+    repository, _, revision = str(path).removeprefix(HUB).partition("@")
+    try:
+        # Only what we read: many repositories hold the same weights again in other formats.
+        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        directory = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+    except (OSError, huggingface_hub.errors.HFValidationError) as error:  # no network, repository, access; bad name
+        raise FileNotFoundError(
+            f"cannot download {path}: {error}\nWithout network, copy it by other means and pass its directory."
+        ) from error
+    return pathlib.Path(directory)
+
+
+def read_assets(directory: str | pathlib.Path) -> dict[str, str]:
+    """The `ASSET_FILES` of a model directory as name -> content, ready for JSON. Binary files (*.model) are base64.
+
+    Raises FileNotFoundError when none of them is there.
+    """
+    directory = pathlib.Path(directory)
+    contents = {name: (directory / name).read_bytes() for name in ASSET_FILES if (directory / name).is_file()}
+    if not contents:
+        raise FileNotFoundError(f"{directory} has none of {list(ASSET_FILES)}; expected a model directory.")
+    return {
+        name: base64.b64encode(content).decode("ascii") if _is_binary(name) else content.decode("utf-8")
+        for name, content in contents.items()
+    }
+
+
+def write_assets(assets: Mapping[str, str], directory: str | pathlib.Path) -> None:
+    """Inverse of `read_assets`, byte for byte; makes `directory`.
+
+    Raises ValueError on a name that is not one of `ASSET_FILES`: a hostile checkpoint must not write elsewhere.
+    """
+    unknown = sorted(set(assets) - set(ASSET_FILES))
+    if unknown:
+        raise ValueError(f"assets hold {unknown}; known files are {list(ASSET_FILES)}.")
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in assets.items():
+        (directory / name).write_bytes(base64.b64decode(content) if _is_binary(name) else content.encode("utf-8"))
+
+
+def make_twin_tokenizer(sentences: Iterable[str], vocab_size: int, directory: str | pathlib.Path) -> None:
+    """Train a small tokenizer with KOSMOS-2's conventions and save it for `load_tokenizer`.
+
+    Byte-level BPE: any text is made of known tokens, so <unk> never comes out. Ids: <s> 0, <pad> 1, </s> 2, <unk> 3,
+    then <grounding> and the other tags; a prompt becomes <s> ... </s>. The same sentences give the same files.
+
+    Args:
+      sentences: what merges are learned from.
+      vocab_size: upper limit of ids; few sentences give fewer.
+    Raises:
+      ValueError: `vocab_size` leaves no room for the special tokens and the 256 bytes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(_TWIN_SPECIALS) + len(alphabet)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size={vocab_size} is below {smallest}: {len(_TWIN_SPECIALS)} special tokens and 256 bytes."
+        )
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(_TWIN_SPECIALS), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(sentences, trainer)
+    ends = [("<s>", 0), ("</s>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "additional_special_tokens": list(_TWIN_TAGS),
+        "padding_side": "right",
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_binary(name: str) -> bool:
+    return name.endswith(".model")

@@ -1,0 +1,70 @@
+"""What simulators and robots see: observations in, action chunks out. NumPy only, so it runs on the robot's computer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+CAMERAS = ("static", "wrist")
+"""Camera names used everywhere: `static` looks at the scene, `wrist` rides on the gripper."""
+
+ACTION_DIM = 7
+"""xyz, euler xyz, gripper."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """One control step as a robot or simulator reports it.
+
+    images: camera name -> uint8[height, width, 3], RGB.
+    proprio: float[P] robot state in the environment's own layout, or None.
+    """
+
+    images: Mapping[str, np.ndarray]
+    proprio: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionChunk:
+    """The next C actions, ready to execute in order.
+
+    actions: float32[C, 7]; columns 0:3 translation and 3:6 Euler rotation in the units the policy was trained on
+      (CALVIN: relative, 1.0 = 0.02 m and 0.05 rad, world frame), column 6 the gripper, exactly +1 (open) or -1 (closed).
+    """
+
+    actions: np.ndarray
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Anything that turns observations into actions."""
+
+    def reset(self, instruction: str) -> None:
+        """Start an episode: forget all history and follow `instruction` from here on."""
+
+    def act(self, observation: Observation) -> ActionChunk:
+        """Advance the history by one step and predict the next actions."""
+
+
+@runtime_checkable
+class Env(Protocol):
+    """Anything a policy can be rolled out in. Rendering happens in `observe` only, so unused frames cost nothing."""
+
+    name: str
+    """Printed beside every number that comes from this environment."""
+
+    def reset(self, robot_obs: np.ndarray | None = None, scene_obs: np.ndarray | None = None) -> None:
+        """Put robot and scene into the given state (float[15], float[24] as CALVIN defines them) or the neutral one."""
+
+    def step(self, action: np.ndarray) -> None:
+        """Execute one action float[7]; raises ValueError on a wrong shape or a value that is not finite."""
+
+    def observe(self) -> Observation:
+        """Render the cameras and read the robot."""
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """State that task checkers need."""

@@ -1,0 +1,29 @@
+"""Layers as one compiled step: applied in a scan, their parameters stacked along a leading axis named `layers`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+
+def scan_layers(step: Callable, block: nn.Module, x: jax.Array, layers: Any = None, *, length: int, remat: bool) -> tuple[jax.Array, Any]:
+    """Apply `step(block, x, layer) -> (x, layer)` `length` times; each layer has its own parameters and dropout.
+
+    Args:
+      step: may close over anything all layers share (masks, flags).
+      layers: pytree with a leading axis L that is handed to and collected from the layers (a cache), or None.
+      remat: recompute activations in the backward pass and keep only the matrix products with parameters.
+    """
+    if remat:
+        # A scan is its own barrier against common-subexpression elimination, so the slower built-in one is not needed.
+        step = nn.remat(step, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    return nn.scan(
+        step,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )(block, x, layers)

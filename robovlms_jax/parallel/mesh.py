@@ -1,0 +1,67 @@
+"""One mesh for one CPU, a GPU node or a TPU pod, and the shardings of everything that lives on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from robovlms_jax.parallel.rules import RULES
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(sizes: tuple[int, int, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """Mesh with axes data, fsdp, tensor. Auto axes: the compiler propagates shardings, arrays may be mixed freely."""
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """One whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batched(mesh: Mesh) -> NamedSharding:
+    """Leading axis split over the data-parallel devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def abstract_params(init: Callable[[], Any], mesh: Mesh) -> tuple[Any, Any]:
+    """Shapes and shardings of what `init` would make, without making it.
+
+    Args:
+      init: () -> parameters whose leaves carry logical axis names.
+    Returns:
+      (jax.ShapeDtypeStruct tree, NamedSharding tree), both without the axis-name boxes. An axis that does not divide over its
+      mesh axis stays whole.
+    """
+    boxed = jax.eval_shape(init)
+    names = {name for name, _ in RULES}
+    for path, spec in jax.tree_util.tree_leaves_with_path(
+        nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec)
+    ):
+        unknown = [axis for axis in spec if axis is not None and axis not in names]
+        if unknown:
+            raise ValueError(f"parameter {jax.tree_util.keystr(path)} names axes {unknown} that parallel/rules.py does not know.")
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    shapes = nn.unbox(boxed)
+    return shapes, jax.tree.map(_fit, shapes, shardings)
+
+
+def _fit(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
+    axes = []
+    for size, axis in zip(shape.shape, tuple(sharding.spec) + (None,) * (len(shape.shape) - len(sharding.spec))):
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        ways = int(np.prod([sharding.mesh.shape[name] for name in names]))
+        axes.append(axis if size % ways == 0 else None)
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """This host's share of a batch (NumPy leaves, leading batch axis) -> global arrays split over the data-parallel devices."""
+    sharding = batched(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

@@ -1,0 +1,108 @@
+"""From a raw batch to the training loss: preprocessing and augmentation, targets of every window, the head's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from robovlms_jax.actions import normalize
+from robovlms_jax.config import PolicyConfig
+from robovlms_jax.inputs import images
+from robovlms_jax.policies import history as histories
+from robovlms_jax.policies.vla import VLA
+from robovlms_jax.types import Batch, Inputs
+
+Metrics = dict[str, jax.Array]
+
+
+def prepare(
+    inputs: Inputs,
+    spec: images.ImageSpec,
+    cameras: tuple[str, ...],
+    *,
+    key: jax.Array | None = None,
+    shifts: Mapping[str, int] | None = None,
+) -> Inputs:
+    """uint8 frames of any size -> normalised float32[B, G, size, size, 3], on the device.
+
+    With `key`, each camera is shifted randomly by up to `shifts[camera]` pixels, the same way in all frames of a segment.
+    """
+    prepared = {}
+    for index, camera in enumerate(cameras):
+        x = images.preprocess(inputs.images[camera], spec)
+        if key is not None and shifts[camera] > 0:
+            x = images.random_shift(jax.random.fold_in(key, index), x, shifts[camera])
+        prepared[camera] = x
+    return inputs.replace(images=prepared)
+
+
+def targets(batch: Batch, config: PolicyConfig) -> tuple[jax.Array, jax.Array]:
+    """Normalised action chunks of all windows and which of their entries count.
+
+    Returns:
+      float32[B * K, W, C, A] (arm in [-1, 1], gripper as recorded) and bool[B * K, W, C].
+    """
+    actions = normalize.normalize(batch.actions, jnp.asarray(config.action_low), jnp.asarray(config.action_high))
+
+    def chunks(x):
+        # The chunk of frame g starts at the frame's own action, so chunks of frames are windows of actions.
+        return histories.windows(histories.windows(x, config.chunk), config.window)
+
+    mask = chunks(batch.action_mask) & batch.window_mask[..., None, None]
+    # A padding step has features of nothing; it is not asked for actions.
+    mask &= histories.windows(batch.inputs.step_mask, config.window)[..., None]
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (chunks(actions), mask))
+
+
+def loss(
+    model: VLA,
+    params: Any,
+    batch: Batch,
+    key: jax.Array | None = None,
+    *,
+    count: jax.Array | None = None,
+    shifts: Mapping[str, int] | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """Training loss and metrics of a batch.
+
+    Args:
+      key: PRNG key for augmentation and dropout; None turns both off.
+      count: entries that count in the whole batch when `batch` is a micro-batch of it (`valid_entries`); None: this batch.
+      shifts: camera -> pixels of random shift.
+    Returns:
+      float32[] loss, metrics as float32[] sums over `count`.
+    """
+    actions, mask = targets(batch, model.config)
+    augment, dropout = (None, None) if key is None else jax.random.split(key)
+    inputs = prepare(batch.inputs, model.vlm.image, model.config.cameras, key=augment, shifts=shifts)
+    prediction, head = _apply(model, params, inputs, dropout)
+    return head.loss(prediction, actions, mask, mask.sum().astype(jnp.float32) if count is None else count)
+
+
+def predict(model: VLA, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, Metrics]:
+    """Evaluation: predicted and recorded actions in dataset units, which entries count, and the metrics' sums.
+
+    Returns:
+      predicted and recorded float32[B * K, W, C, A], mask bool[B * K, W, C], metrics with sums (not means) and `count`.
+    """
+    actions, mask = targets(batch, model.config)
+    prediction, head = _apply(model, params, prepare(batch.inputs, model.vlm.image, model.config.cameras), None)
+    _, metrics = head.loss(prediction, actions, mask, jnp.float32(1.0))
+    low, high = jnp.asarray(model.config.action_low), jnp.asarray(model.config.action_high)
+    predicted = normalize.unnormalize(head.actions(prediction), low, high)
+    recorded = histories.windows(histories.windows(batch.actions, model.config.chunk), model.config.window)
+    return predicted, recorded.reshape(predicted.shape), mask, metrics | {"count": mask.sum().astype(jnp.float32)}
+
+
+def valid_entries(batch: Batch, config: PolicyConfig) -> jax.Array:
+    """float32[]: entries of the batch that count in the loss."""
+    return targets(batch, config)[1].sum().astype(jnp.float32)
+
+
+def _apply(model: VLA, params: Any, inputs: Inputs, dropout: jax.Array | None) -> tuple[Any, Any]:
+    rngs = {} if dropout is None else {"dropout": dropout}
+    bound = model.bind({"params": params}, rngs=rngs)
+    return bound(inputs, deterministic=dropout is None), bound.head

@@ -1,0 +1,120 @@
+"""A trained VLA as a policy: what is kept between control steps, and the one jitted function that advances it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robovlms_jax.actions import normalize
+from robovlms_jax.interface import ActionChunk, Observation
+from robovlms_jax.policies import objective
+from robovlms_jax.policies.vla import VLA
+from robovlms_jax.types import Inputs
+
+EncodeText = Callable[[str], tuple[np.ndarray, np.ndarray]]
+"""Instruction -> (int32[T], bool[T]); T as short as the prompt allows, see `inputs.prompts`."""
+
+
+def control_step(
+    model: VLA,
+    params: Any,
+    carry: Any,
+    images: Mapping[str, jax.Array],
+    text_ids: jax.Array,
+    text_mask: jax.Array,
+    active: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """One control step of B independent episodes; pure.
+
+    Args:
+      carry: `model.init_carry(B)` or the previous step's result.
+      images: camera -> uint8[B, height, width, 3].
+      text_ids, text_mask: int32[B, T], bool[B, T].
+      active: bool[B]; where False the carry stays as it is (the actions there mean nothing).
+    Returns:
+      float32[B, C, A] in dataset units (gripper exactly -1 or 1), and the new carry.
+    """
+    steps = jnp.ones((text_ids.shape[0], 1), bool)
+    inputs = Inputs({camera: x[:, None] for camera, x in images.items()}, text_ids, text_mask, steps)
+    inputs = objective.prepare(inputs, model.vlm.image, model.config.cameras)
+    actions, new = model.apply({"params": params}, inputs, carry, method="step")
+    carry = jax.tree.map(lambda a, b: jnp.where(active.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, carry)
+    return normalize.unnormalize(actions, jnp.asarray(model.config.action_low), jnp.asarray(model.config.action_high)), carry
+
+
+class BatchedVLAPolicy:
+    """`slots` episodes served by one compiled step. Slots are independent; any subset may be asked at a time.
+
+    The compiled step is reused as long as image sizes and the padded prompt length stay the same.
+    """
+
+    def __init__(self, model: VLA, params: Any, encode_text: EncodeText, slots: int):
+        self.model, self.params, self.slots = model, params, slots
+        self._encode = encode_text
+        self._step = jax.jit(functools.partial(control_step, model), donate_argnums=1)
+        self._fresh = jax.jit(lambda carry, slot: jax.tree.map(lambda a, b: a.at[slot].set(b[0]), carry, model.init_carry(1)))
+        self._carry = model.init_carry(slots)
+        self._text: list[tuple[np.ndarray, np.ndarray] | None] = [None] * slots
+        self._images: dict[str, np.ndarray] = {}
+
+    def reset(self, slots: Sequence[int], instructions: Sequence[str]) -> None:
+        """Start new episodes in the given slots."""
+        for slot, instruction in zip(slots, instructions, strict=True):
+            if not instruction.strip():
+                raise ValueError("the instruction is empty; say what the robot should do.")
+            self._text[slot] = self._encode(instruction)
+            self._carry = self._fresh(self._carry, slot)
+
+    def act(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[ActionChunk]:
+        """Advance the given slots by one step each."""
+        for slot, observation in zip(slots, observations, strict=True):
+            if self._text[slot] is None:
+                raise RuntimeError("act() before reset(instruction): the policy does not know what to do.")
+            self._take(slot, observation)
+        ids, mask = self._padded_text()
+        active = np.zeros(self.slots, bool)
+        active[list(slots)] = True
+        actions, self._carry = self._step(self.params, self._carry, self._images, ids, mask, active)
+        actions = np.asarray(actions)
+        return [ActionChunk(actions[slot]) for slot in slots]
+
+    def _take(self, slot: int, observation: Observation) -> None:
+        for camera in self.model.config.cameras:
+            if camera not in observation.images:
+                raise ValueError(f"observation has no {camera!r} image; this policy sees {list(self.model.config.cameras)}.")
+            image = np.asarray(observation.images[camera])
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+                raise ValueError(f"image {camera!r} is {image.dtype}{list(image.shape)}; expected uint8[height, width, 3] RGB.")
+            store = self._images.get(camera)
+            if store is None or store.shape[1:] != image.shape:
+                store = self._images[camera] = np.zeros((self.slots, *image.shape), np.uint8)
+            store[slot] = image
+
+    def _padded_text(self) -> tuple[np.ndarray, np.ndarray]:
+        texts = [text for text in self._text if text is not None]
+        length = max(len(ids) for ids, _ in texts)
+        ids = np.zeros((self.slots, length), np.int32)
+        mask = np.zeros((self.slots, length), bool)
+        for slot, text in enumerate(self._text):
+            # A slot without an episode borrows a text: its result is discarded, but rows without any real token make NaN.
+            row_ids, row_mask = text or texts[0]
+            ids[slot, : len(row_ids)], mask[slot, : len(row_mask)] = row_ids, row_mask
+        return ids, mask
+
+
+class VLAPolicy:
+    """`interface.Policy` for one robot: `reset(instruction)`, then `act(observation)` at every control step."""
+
+    def __init__(self, model: VLA, params: Any, encode_text: EncodeText):
+        self._batched = BatchedVLAPolicy(model, params, encode_text, slots=1)
+
+    def reset(self, instruction: str) -> None:
+        self._batched.reset([0], [instruction])
+
+    def act(self, observation: Observation) -> ActionChunk:
+        return self._batched.act([observation], [0])[0]

@@ -1,0 +1,154 @@
+"""Checkpoints: parameters, optimizer, PRNG, step, data position and what serving needs, written asynchronously by Orbax.
+
+    <run>/checkpoints/<step>/params    nested parameters
+                             train     optimizer state and PRNG
+                             data      JSON: position in the data stream and its fingerprint
+                             serving   JSON: full config and the backbone's small files (config.json, tokenizer, preprocessing)
+
+A checkpoint directory alone is enough to serve.
+"""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
+
+from robovlms_jax.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+
+
+class Checkpointer:
+    """Writes and restores the checkpoints of one run directory."""
+
+    def __init__(self, run: str | pathlib.Path, *, keep: int, serving: Mapping[str, Any]):
+        self._serving = dict(serving)
+        self._manager = ocp.CheckpointManager(
+            pathlib.Path(run).resolve() / FOLDER,
+            item_names=("params", "train", "data", "serving"),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, data: Mapping[str, Any]) -> None:
+        """Start writing; returns once the arrays are copied from the device. Raises what an earlier save failed with."""
+        step = int(state.step)
+        if step == self.latest:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                train=ocp.args.StandardSave({"opt_state": state.opt_state, "rng": state.rng}),
+                data=ocp.args.JsonSave(dict(data)),
+                serving=ocp.args.JsonSave(self._serving),
+            ),
+        )
+
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest checkpoint in the shapes and shardings of `state`, and its data position.
+
+        Raises:
+          ValueError: the checkpoint's parameters differ from `state`'s; names what is missing, extra or differently shaped.
+        """
+        step = self.latest
+        expect = {path: tuple(x.shape) for path, x in flatten_dict(state.params, sep="/").items()}
+        compare_shapes(self._manager.directory / str(step), expect)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        out = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params),
+                train=ocp.args.StandardRestore({"opt_state": abstract.opt_state, "rng": abstract.rng}),
+                data=ocp.args.JsonRestore(),
+            ),
+        )
+        flat = flatten_dict(out.params, sep="/")
+        restored = state.replace(
+            step=jax.device_put(jax.numpy.int32(step), state.step.sharding),
+            trainable={path: flat[path] for path in state.trainable},
+            frozen={path: flat[path] for path in state.frozen},
+            opt_state=out.train["opt_state"],
+            rng=out.train["rng"],
+        )
+        return restored, out.data
+
+    def wait(self) -> None:
+        """Block until everything started is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def locate(path: str | pathlib.Path) -> pathlib.Path:
+    """A step directory for `path`: a run directory (its newest checkpoint), its checkpoints folder, or a step directory itself.
+
+    Raises:
+      FileNotFoundError: nothing there looks like a checkpoint; says what was looked for and what is there.
+    """
+    path = pathlib.Path(path).expanduser().resolve()
+    if not path.is_dir():
+        raise FileNotFoundError(f"checkpoint {path} is not a directory; pass a run directory or one of its {FOLDER}/<step> folders.")
+    if (path / "params").is_dir():
+        return path
+    folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    steps = sorted((p for p in folder.iterdir() if p.name.isdigit() and (p / "params").is_dir()), key=lambda p: int(p.name))
+    if not steps:
+        found = sorted(p.name for p in path.iterdir())[:10]
+        raise FileNotFoundError(f"no checkpoint in {path}: looked for {FOLDER}/<step>/params; found {found or 'an empty directory'}.")
+    return steps[-1]
+
+
+def read_serving(directory: pathlib.Path) -> dict[str, Any]:
+    """The `serving` item of a step directory."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(directory / "serving")
+
+
+def read_params(directory: pathlib.Path, abstract: Any) -> Any:
+    """The parameters of a step directory in the given jax.ShapeDtypeStruct tree (with shardings)."""
+    compare_shapes(directory, {path: tuple(x.shape) for path, x in flatten_dict(abstract, sep="/").items()})
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        return reader.restore(directory / "params", args=ocp.args.StandardRestore(abstract))
+
+
+def compare_shapes(directory: pathlib.Path, expect: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError listing every parameter in which the checkpoint and `expect` differ."""
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        tree = reader.metadata(directory / "params")
+    tree = getattr(tree, "item_metadata", tree)
+    tree = getattr(tree, "tree", tree)
+    found = {path: tuple(x.shape) for path, x in flatten_dict(tree, sep="/").items()}
+    problems = [f"missing in the checkpoint: {path} {expect[path]}" for path in sorted(set(expect) - set(found))]
+    problems += [f"unknown to this model: {path} {found[path]}" for path in sorted(set(found) - set(expect))]
+    problems += [f"{path}: checkpoint {found[path]}, model {expect[path]}" for path in sorted(set(found) & set(expect)) if found[path] != expect[path]]
+    if problems:
+        shown = "\n  ".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise ValueError(
+            f"checkpoint {directory} holds another model:\n  {shown}\n"
+            "Run with the backbone and policy settings in its config.json, or choose another train.output."
+        )
+
+
+def differing_fields(saved: Any, current: Any, prefix: str = "") -> list[str]:
+    """Dotted paths, with both values, at which two configuration dictionaries differ."""
+    if isinstance(saved, Mapping) and isinstance(current, Mapping):
+        return [
+            line
+            for name in sorted(set(saved) | set(current))
+            for line in differing_fields(saved.get(name), current.get(name), f"{prefix}.{name}" if prefix else name)
+        ]
+    return [] if saved == current else [f"{prefix}: checkpoint {saved!r}, now {current!r}"]

@@ -1,0 +1,204 @@
+"""The training loop: draw a batch, step, log, evaluate, save. Everything it calls lives elsewhere."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from robovlms_jax.config import ExperimentConfig
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.training.checkpoints import Checkpointer
+from robovlms_jax.training.metrics import MetricWriter
+from robovlms_jax.training.state import TrainState
+from robovlms_jax.types import Batch
+
+logger = logging.getLogger(__name__)
+
+CORRUPT_GRACE = 1000
+"""Unreadable segments are allowed as if at least this many had been seen, so that one early hit does not stop a run."""
+
+
+class CorruptDataError(RuntimeError):
+    """More segments could not be read than data.max_corrupt_share allows."""
+
+
+class DivergedError(RuntimeError):
+    """The loss is not finite any more; the newest checkpoint on disk is from before."""
+
+
+def fit(
+    state: TrainState,
+    batches: Iterator[Batch],
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, jax.Array]]],
+    *,
+    config: ExperimentConfig,
+    mesh: Mesh,
+    checkpointer: Checkpointer,
+    data_state: Callable[[int], Mapping[str, Any]],
+    writer: MetricWriter,
+    evaluate: Callable[[TrainState], Mapping[str, float]],
+    describe: Callable[[int], str],
+    loader_rate: float | None = None,
+) -> tuple[TrainState, bool]:
+    """Train from `state.step` to config.train.steps.
+
+    Args:
+      batches: endless, positioned at `state.step`; NumPy leaves, this host's share.
+      data_state: step -> what a resumed run needs to draw that step's batch next.
+      evaluate: numbers on the validation split, called every train.eval_every steps.
+      describe: episode index -> words that name it.
+      loader_rate: windows/s the loader can deliver, measured before, for the report of who waits for whom.
+    Returns:
+      The final state and whether all steps were made (False: stopped by SIGTERM, saved).
+    Raises:
+      CorruptDataError, DivergedError.
+    """
+    train, start = config.train, int(state.step)
+    corrupt = _CorruptCount(config.data.max_corrupt_share, describe)
+    clock = _Clock(start, train.steps, train.batch_size)
+    with _Terminated() as terminated:
+        for step in range(start + 1, train.steps + 1):
+            with clock.waiting():
+                batch = next(batches)
+            corrupt.add(batch)
+            state, metrics = train_step(state, meshes.put_batch(batch, mesh))
+            last = step == train.steps
+            log = step % train.log_every == 0 or last or step == start + 1
+            save = step % train.checkpoint_every == 0 or last
+            if log or save:
+                values = _check_finite({name: float(x) for name, x in jax.device_get(metrics).items()}, step)
+            if log:
+                values |= clock.log(step, values["loss"]) | corrupt.values()
+                writer.write(step, {f"train/{name}": value for name, value in values.items()})
+                if step >= start + 2 * train.log_every and loader_rate:
+                    _report_loader(loader_rate, values["windows_per_second"], train.batch_size)
+                    loader_rate = None
+            stop = terminated() if jax.process_count() == 1 or log else False
+            if save or stop:
+                with clock.pausing():
+                    checkpointer.save(state, data_state(step))
+            if stop:
+                checkpointer.wait()
+                logger.warning("stopped by SIGTERM after step %d; saved. Go on with --train.resume.", step)
+                return state, False
+            if train.eval_every and step % train.eval_every == 0 and not last:
+                with clock.pausing():
+                    writer.write(step, {f"validation/{name}": value for name, value in evaluate(state).items()})
+    checkpointer.wait()
+    return state, True
+
+
+def _check_finite(values: dict[str, float], step: int) -> dict[str, float]:
+    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if bad:
+        raise DivergedError(
+            f"step {step}: {bad} not finite. Nothing after the newest checkpoint was saved; resume from it with a lower "
+            "optimizer.learning_rate, optimizer.clip_norm > 0 or backbone.dtype=float32."
+        )
+    return values
+
+
+def _report_loader(loader: float, eaten: float, batch_size: int) -> None:
+    verdict = "the loader keeps up" if loader > 1.2 * eaten else "the loader limits: raise data.num_threads or pack the dataset"
+    logger.info("loader can feed %.0f windows/s, the step eats %.0f (batch %d): %s", loader, eaten, batch_size, verdict)
+
+
+class _CorruptCount:
+    """Counts and names segments that the loader had to replace."""
+
+    def __init__(self, max_share: float, describe: Callable[[int], str]):
+        self._max_share, self._describe = max_share, describe
+        self._seen, self._bad, self._named = 0, 0, set()
+
+    def add(self, batch: Batch) -> None:
+        corrupt = np.asarray(batch.corrupt)
+        self._seen += corrupt.size
+        for episode in corrupt[corrupt >= 0].tolist():
+            self._bad += 1
+            if episode not in self._named:
+                self._named.add(episode)
+                logger.warning("unreadable episode replaced by another: %s", self._describe(episode))
+        if self._bad > self._max_share * max(self._seen, CORRUPT_GRACE):
+            names = "; ".join(self._describe(episode) for episode in sorted(self._named)[:5])
+            raise CorruptDataError(
+                f"{self._bad} of {self._seen} segments could not be read, more than data.max_corrupt_share={self._max_share}. "
+                f"Episodes: {names}. Repair or exclude them, or raise the share."
+            )
+
+    def values(self) -> dict[str, float]:
+        return {"corrupt_segments": float(self._bad)}
+
+
+class _Clock:
+    """Speed, data wait and time left; compilation, evaluation and checkpoints do not count as training time."""
+
+    def __init__(self, start: int, steps: int, batch_size: int):
+        self._start, self._steps, self._batch_size = start, steps, batch_size
+        self._step, self._mark, self._waited, self._paused = start, time.perf_counter(), 0.0, 0.0
+
+    def waiting(self) -> _Timer:
+        return _Timer(self, "_waited")
+
+    def pausing(self) -> _Timer:
+        return _Timer(self, "_paused")
+
+    def log(self, step: int, loss: float) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self._mark - self._paused, 1e-9)
+        rate = (step - self._step) / seconds
+        values = {
+            "steps_per_second": rate,
+            "windows_per_second": rate * self._batch_size,
+            "data_wait_share": min(self._waited / seconds, 1.0),
+        }
+        if self._step == self._start:
+            logger.info("step %d/%d  loss %.4f  (first step, with compilation: %.1f s)", step, self._steps, loss, seconds)
+        else:
+            eta = datetime.timedelta(seconds=round((self._steps - step) / rate))
+            logger.info(
+                "step %d/%d  loss %.4f  %.2f steps/s  %.0f windows/s  data wait %.0f%%  eta %s",
+                *(step, self._steps, loss, rate, rate * self._batch_size, 100 * values["data_wait_share"], eta),
+            )
+        self._step, self._mark, self._waited, self._paused = step, time.perf_counter(), 0.0, 0.0
+        return values
+
+
+class _Timer:
+    def __init__(self, clock: _Clock, field: str):
+        self._clock, self._field = clock, field
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        elapsed = time.perf_counter() - self._begin
+        setattr(self._clock, self._field, getattr(self._clock, self._field) + elapsed)
+
+
+class _Terminated:
+    """Context that turns SIGTERM into a question asked between steps; all hosts get the same answer."""
+
+    def __enter__(self) -> Callable[[], bool]:
+        self._flag = threading.Event()
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:  # signals can only be handled there; elsewhere (tests, notebooks) runs simply cannot be terminated early
+            self._before = signal.signal(signal.SIGTERM, lambda *_: self._flag.set())
+        return self._ask
+
+    def _ask(self) -> bool:
+        flag = self._flag.is_set()
+        return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+    def __exit__(self, *exception: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGTERM, self._before)

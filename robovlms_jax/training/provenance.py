@@ -1,0 +1,41 @@
+"""What a run was made with: git revision, package versions, devices."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "safetensors", "numpy", "chex")
+
+
+def environment() -> dict[str, Any]:
+    """Plain JSON values; git entries are None outside a checkout."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "git_revision": _git("rev-parse", "HEAD"),
+        "git_changed_files": None if changes is None else len(changes.splitlines()),
+        "python": platform.python_version(),
+        "packages": versions,
+        "devices": [str(device) for device in jax.devices()],
+        "processes": jax.process_count(),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    root = pathlib.Path(__file__).resolve().parents[2]
+    try:
+        out = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() if out.returncode == 0 else None

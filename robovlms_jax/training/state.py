@@ -1,0 +1,56 @@
+"""Everything a training step reads and writes, created in its final sharding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.training import trainable
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step: int32[], updates made; trainable, frozen: flat dicts path -> array; rng: uint32[2], never advanced, folded with step."""
+
+    step: jax.Array
+    trainable: dict[str, jax.Array]
+    frozen: dict[str, jax.Array]
+    opt_state: Any
+    rng: jax.Array
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters as the nested dict that models apply."""
+        return unflatten_dict({**self.frozen, **self.trainable}, sep="/")
+
+
+def create(params: Any, patterns: tuple[str, ...], optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+    """State before the first step. `params` (nested, already sharded) are taken over, not copied."""
+    train, frozen = trainable.split(flatten_dict(params, sep="/"), patterns)
+    shardings = opt_shardings(optimizer, train, jax.tree.map(lambda x: x.sharding, train), mesh)
+    whole = meshes.replicated(mesh)
+    return TrainState(
+        step=jax.device_put(jnp.int32(0), whole),
+        trainable=train,
+        frozen=frozen,
+        opt_state=jax.jit(optimizer.init, out_shardings=shardings)(train),
+        rng=jax.device_put(jax.random.PRNGKey(seed), whole),
+    )
+
+
+def opt_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings of the optimizer's state: moments lie where their parameters lie, counters everywhere."""
+    return optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        shardings,
+        transform_non_params=lambda _: meshes.replicated(mesh),
+    )

@@ -1,0 +1,88 @@
+"""The jitted training and evaluation steps: one program for any mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
+
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies import objective
+from robovlms_jax.policies.vla import VLA
+from robovlms_jax.training.state import TrainState
+from robovlms_jax.types import Batch
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    model: VLA,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: TrainState,
+    mesh: Mesh,
+    *,
+    accumulation: int = 1,
+    shifts: Mapping[str, int] | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Compile-once update: (state, batch) -> (state, metrics). The state's buffers are donated.
+
+    Args:
+      state: where its arrays lie fixes where the new ones will.
+      accumulation: micro-batches per update; divides the batch. The gradient is that of the whole batch's mean.
+      shifts: camera -> pixels of random shift.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.rng, state.step)
+        count = objective.valid_entries(batch, model.config)
+
+        def gradients(micro: Batch, key: jax.Array):
+            def loss(trainable):
+                params = unflatten_dict({**state.frozen, **trainable}, sep="/")
+                return objective.loss(model, params, micro, key, count=count, shifts=shifts)
+
+            (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+            return grads, metrics
+
+        if accumulation == 1:
+            grads, metrics = gradients(batch, key)
+        else:
+            # Micro-batch i takes every accumulation-th element: each device keeps working on its own part of the batch.
+            micros = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+            keys = jax.random.split(key, accumulation)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], micros), key))
+
+            def add(total, xs):
+                return jax.tree.map(jnp.add, total, gradients(*xs)), None
+
+            (grads, metrics), _ = jax.lax.scan(add, zeros, (micros, keys))
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        state = state.replace(
+            step=state.step + 1, trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state
+        )
+        return state, metrics
+
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, meshes.batched(mesh)),
+        out_shardings=(shardings, meshes.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(model: VLA, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[Any, ...]]:
+    """Compile-once `objective.predict`; results are whole on every host."""
+
+    def eval_step(state: TrainState, batch: Batch):
+        return objective.predict(model, state.params, batch)
+
+    return jax.jit(eval_step, out_shardings=meshes.replicated(mesh))

@@ -1,0 +1,80 @@
+"""Structs that jitted code sees, and the one legend of axis letters.
+
+    B batch     W window (observed steps)   C chunk (predicted steps)   A action dims    G frames of a segment, W + K - 1
+    S tokens (queries)   T tokens (keys)    D model width   F mlp width   V vocabulary   L layers   R LoRA rank
+    N query heads        H head dim         P image tokens  Q action-query tokens
+    K key/value heads in `nn`; windows of a segment in `data` and `policies`
+
+Masks are boolean and say what True means. Attention masks are True = may attend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import flax.struct
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+
+@flax.struct.dataclass
+class Inputs:
+    """What a policy may see of a segment.
+
+    images: camera -> uint8[B, G, height, width, 3] as stored, or float[B, G, size, size, 3] once preprocessed.
+    text_ids: int32[B, T], the prompt with its special tokens, right-padded.
+    text_mask: bool[B, T], True = real token.
+    step_mask: bool[B, G], True = real step (False = padding before an episode begins).
+    """
+
+    images: Mapping[str, Array]
+    text_ids: Array
+    text_mask: Array
+    step_mask: Array
+
+
+@flax.struct.dataclass
+class Batch:
+    """Segments to learn from. A segment is G = W + K - 1 consecutive frames carrying K windows of W frames.
+
+    actions: float32[B, G + C - 1, A], raw dataset units; the chunk of frame g is actions[:, g : g + C].
+    action_mask: bool[B, G + C - 1], True = a recorded action to learn from.
+    window_mask: bool[B, K], True = the window counts (a segment at the end of an episode may carry fewer than K).
+    episode: int32[B], index of the episode in the dataset, for error messages.
+    corrupt: int32[B], index of an episode that could not be read and was replaced by `episode`; -1 = none.
+    """
+
+    inputs: Inputs
+    actions: Array
+    action_mask: Array
+    window_mask: Array
+    episode: Array
+    corrupt: Array
+
+
+@flax.struct.dataclass
+class Tokens:
+    """A sequence on its way into a decoder.
+
+    embeds: float[B, S, D].
+    mask: bool[B, S], True = real token.
+    positions: int32[B, S], 0-based place of each token among the real ones. Attention is causal in `positions`, not in
+      slot order, so a token may sit in any slot (padding then changes nothing) and still come before another.
+    layout: named runs of slots in order, (("image", 64), ("text", 32), ("query", 1)); static.
+    """
+
+    embeds: Array
+    mask: Array
+    positions: Array
+    layout: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False, default=())
+
+    def slot(self, name: str) -> slice:
+        """The slots of one named run; static, so a readout is a slice."""
+        start = 0
+        for run, length in self.layout:
+            if run == name:
+                return slice(start, start + length)
+            start += length
+        raise KeyError(f"no run {name!r} in token layout {self.layout}")
