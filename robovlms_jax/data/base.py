@@ -17,7 +17,7 @@ import numpy as np
 
 
 class CorruptFrameError(ValueError):
-    """A stored frame cannot be used: unreadable, truncated, of the wrong shape, or holding NaN. Names file and frame."""
+    """A stored frame cannot be used: unreadable, truncated, of the wrong shape, or holding NaN. Names the place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +74,15 @@ class Dataset(abc.ABC):
         """float32[n, d] of one numeric field, finite. Raises as `images` does."""
 
     def actions(self, frame_ids: Sequence[int]) -> np.ndarray:
-        """float32[n, 7] relative actions as recorded, in dataset units (CALVIN: 1.0 = 0.02 m, 0.05 rad; gripper +1 open, -1 closed)."""
+        """float32[n, 7] relative actions in dataset units (CALVIN: 1 = 0.02 m, 0.05 rad; gripper 1 open, -1 closed)."""
         return self.array("rel_actions", frame_ids)
 
     def robot_obs(self, frame_ids: Sequence[int]) -> np.ndarray:
-        """float32[n, 15] (CALVIN: tcp xyz and Euler xyz in metres and radians, gripper width, 7 joints, last gripper action)."""
+        """float32[n, 15] (CALVIN: tcp xyz in m, tcp Euler xyz in rad, gripper width, 7 joints, last gripper action)."""
         return self.array("robot_obs", frame_ids)
 
     def scene_obs(self, frame_ids: Sequence[int]) -> np.ndarray:
-        """float32[n, 24] (CALVIN: slider, drawer, button, switch, two lights, then xyz and Euler xyz of three blocks)."""
+        """float32[n, 24] (CALVIN: slider, drawer, button, switch, two lights, xyz and Euler xyz of three blocks)."""
         return self.array("scene_obs", frame_ids)
 
     def allocate(self, num_frames: int, cameras: Sequence[str]) -> dict[str, np.ndarray]:
@@ -94,13 +94,14 @@ class Dataset(abc.ABC):
 
 
 def rows_of(stored_ids: np.ndarray, frame_ids: Sequence[int], name: str) -> np.ndarray:
-    """Positions of `frame_ids` in the sorted `stored_ids`. Raises ValueError naming the first frame that is not there."""
+    """Positions of `frame_ids` in the sorted `stored_ids`. Raises ValueError naming a frame that is not there."""
     wanted = np.asarray(frame_ids)
     rows = np.searchsorted(stored_ids, wanted)
     missing = stored_ids[np.minimum(rows, len(stored_ids) - 1)] != wanted
     if missing.any():
         raise ValueError(
-            f"{name} has no frame {wanted[missing][0]}; it stores {len(stored_ids)} frames between {stored_ids[0]} and {stored_ids[-1]}."
+            f"{name} has no frame {wanted[missing][0]}; it stores {len(stored_ids)} frames between {stored_ids[0]} and "
+            f"{stored_ids[-1]}."
         )
     return rows
 
@@ -110,17 +111,21 @@ def require_finite(values: np.ndarray, frame_ids: Sequence[int], field: str, nam
     bad = ~np.isfinite(values).all(axis=-1)
     if bad.any():
         row = int(np.argmax(bad))
-        raise CorruptFrameError(f"{name}: frame {frame_ids[row]} has {field} {values[row].tolist()}; every value must be finite.")
+        raise CorruptFrameError(
+            f"{name}: frame {frame_ids[row]} has {field} {values[row].tolist()}; every value must be finite."
+        )
     return values
 
 
-def select(episodes: Sequence[Episode], *, episode_list: str = "", exclude_tasks: Sequence[str] = ()) -> tuple[Episode, ...]:
+def select(
+    episodes: Sequence[Episode], *, episode_list: str = "", exclude_tasks: Sequence[str] = ()
+) -> tuple[Episode, ...]:
     """Keep the listed episodes and drop those of excluded tasks, in their given order.
 
     Args:
-      episode_list: a file; empty keeps all. JSON `{task: [[start, end], ...]}` names episodes by task and span, text lines
-        `index start end` by span alone (the index is ignored). Both are the forms RoboVLMs publishes for few-shot and
-        partial-data training.
+      episode_list: a file; empty keeps all. JSON `{task: [[start, end], ...]}` names episodes by task and span, text
+        lines `index start end` by span alone (the index is ignored). Both are the forms RoboVLMs publishes for few-shot
+        and partial-data training.
       exclude_tasks: task ids.
     Raises:
       ValueError: an entry or a task that no episode has, a file of another form, or nothing left.
@@ -131,11 +136,13 @@ def select(episodes: Sequence[Episode], *, episode_list: str = "", exclude_tasks
     if episode_list:
         listed = set(_read_list(pathlib.Path(episode_list)))
         matched = {key for episode in episodes for key in _keys(episode)} & listed
-        for task, start, end in sorted(listed - matched, key=str):
-            what = f"task {task!r} at frames {start} to {end}" if task is not None else f"frames {start} to {end}"
+        unmatched = sorted(listed - matched, key=str)
+        if unmatched:
+            task, start, end = unmatched[0]
+            what = f"frames {start} to {end}" if task is None else f"task {task!r} at frames {start} to {end}"
             raise ValueError(
-                f"{episode_list} names an episode that no annotation matches: {what} (one of {len(listed - matched)} such entries "
-                f"out of {len(listed)}). Use the list made for this copy of the dataset, or remove the entries."
+                f"{episode_list} names an episode that no annotation matches: {what} (one of {len(unmatched)} such "
+                f"entries out of {len(listed)}). Use the list made for this copy of the dataset, or remove the entries."
             )
         kept = [episode for episode in kept if not listed.isdisjoint(_keys(episode))]
     tasks = collections.Counter(episode.task for episode in episodes)
@@ -146,7 +153,10 @@ def select(episodes: Sequence[Episode], *, episode_list: str = "", exclude_tasks
             raise ValueError(f"exclude_tasks has {task!r}, which no episode has; {hint}")
     kept = [episode for episode in kept if episode.task not in set(exclude_tasks)]
     if not kept:
-        raise ValueError(f"episode_list={episode_list!r} and exclude_tasks={tuple(exclude_tasks)} leave none of {len(episodes)} episodes.")
+        raise ValueError(
+            f"episode_list={episode_list!r} and exclude_tasks={tuple(exclude_tasks)} leave none of {len(episodes)} "
+            "episodes."
+        )
     return tuple(kept)
 
 
@@ -164,8 +174,12 @@ def _read_list(path: pathlib.Path) -> Iterable[tuple[str | None, int, int]]:
     try:
         if text.lstrip().startswith("{"):
             return [(task, int(start), int(end)) for task, spans in json.loads(text).items() for start, end in spans]
-        return [(None, int(start), int(end)) for _, start, end in (line.split() for line in text.splitlines() if line.strip())]
+        return [
+            (None, int(start), int(end))
+            for _, start, end in (line.split() for line in text.splitlines() if line.strip())
+        ]
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"episode_list: {path} is neither JSON {{task: [[start, end], ...]}} nor text lines 'index start end': {error}"
+            f"episode_list: {path} is neither JSON {{task: [[start, end], ...]}} nor text lines 'index start end': "
+            f"{error}"
         ) from error

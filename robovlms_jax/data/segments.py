@@ -1,14 +1,14 @@
 """Which frames, actions and masks a training sample has. Pure NumPy, closed form, one place.
 
-An episode is annotated from frame `start` to frame `end`, both inclusive; L = end - start steps can be learned from, because
-frame `end` itself is masked out, as RoboVLMs does. A window is W frames and, at each of them, a chunk of C actions that begins
-with the frame's own. Window k begins at frame start + k, for k = 0 ... L - W, so an episode carries L + 1 - W windows and none if
-it is shorter. Step i of a sample that begins at frame s refers to frame min(s + i, end) and is real where s + i < end: chunks
-that reach past the end repeat the values of frame `end` under a False mask.
+An episode is annotated from frame `start` to frame `end`, both inclusive; L = end - start steps can be learned from,
+because frame `end` itself is masked out, as RoboVLMs does. A window is W frames and, at each of them, a chunk of C
+actions that begins with the frame's own. Window k begins at frame start + k, for k = 0 ... L - W, so an episode carries
+L + 1 - W windows and none if it is shorter. Step i of a sample that begins at frame s refers to frame min(s + i, end)
+and is real where s + i < end: chunks that reach past the end repeat the values of frame `end` under a False mask.
 
-A segment is G = W + K - 1 consecutive frames and carries the K windows that begin at its first K frames. Window starts are tiled
-in groups of K, so each window belongs to exactly one segment; the last segment of an episode may carry fewer. K = 1 gives
-RoboVLMs' samples one by one.
+A segment is G = W + K - 1 consecutive frames and carries the K windows that begin at its first K frames. Window starts
+are tiled in groups of K, so each window belongs to exactly one segment; the last segment of an episode may carry fewer.
+K = 1 gives RoboVLMs' samples one by one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Segments(Sequence[Segment]):
 
     def __init__(self, spans: np.ndarray, *, window: int, chunk: int, windows_per_segment: int):
         if min(window, chunk, windows_per_segment) < 1:
-            raise ValueError(f"window={window}, chunk={chunk} and windows_per_segment={windows_per_segment} must be at least 1.")
+            raise ValueError(
+                f"window={window}, chunk={chunk} and windows_per_segment={windows_per_segment} must be at least 1."
+            )
         self.window, self.chunk, self.windows_per_segment = window, chunk, windows_per_segment
         self._spans = np.asarray(spans, np.int64).reshape(-1, 2)
         lengths = self._spans[:, 1] - self._spans[:, 0]

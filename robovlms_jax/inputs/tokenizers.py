@@ -27,7 +27,8 @@ TOKENIZER_FILES = (
 )
 """Any one of these makes a directory a tokenizer directory."""
 
-ASSET_FILES = TOKENIZER_FILES + (
+ASSET_FILES = (
+    *TOKENIZER_FILES,
     "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -40,7 +41,7 @@ ASSET_FILES = TOKENIZER_FILES + (
 
 # KOSMOS-2's ids 0 to 3 and its tags (Peng et al. 2023, arXiv:2306.14824), so the twin reads the same prompts.
 _TWIN_TAGS = ("<image>", "</image>", "<grounding>", "<phrase>", "</phrase>", "<object>", "</object>")
-_TWIN_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>") + _TWIN_TAGS
+_TWIN_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", *_TWIN_TAGS)
 
 
 def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
@@ -56,12 +57,12 @@ def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
         raise FileNotFoundError(
             f"{directory} has no tokenizer; expected one of {list(TOKENIZER_FILES)}. Copy the files beside the weights."
         )
+    if "tokenizer.json" in found:
+        # It holds the whole tokenizer, and this class reads it without importing torch, unlike AutoTokenizer (6 s).
+        from transformers import PreTrainedTokenizerFast as Tokenizer
+    else:
+        from transformers import AutoTokenizer as Tokenizer
     try:
-        if "tokenizer.json" in found:
-            # It holds the whole tokenizer, and this class reads it without importing torch, unlike AutoTokenizer (6 s).
-            from transformers import PreTrainedTokenizerFast as Tokenizer
-        else:
-            from transformers import AutoTokenizer as Tokenizer
         return Tokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # whatever each tokenizer library raises on a broken file
         raise ValueError(f"{directory} has tokenizer files {found} that cannot be read: {error}") from error

@@ -27,8 +27,9 @@ def causal_mask(query_positions: jax.Array, key_positions: jax.Array, key_mask: 
 class Cache:
     """Keys and values of the tokens a decoder has seen, in the slots they came in.
 
-    key, value: float[L, B, T, K, H]. positions: int32[B, T]. mask: bool[B, T], True = real token; unwritten slots are False.
-    length: int32[], slots written. Decoding more than T slots in all overwrites the last ones: size the cache for the longest use.
+    key, value: float[L, B, T, K, H].
+    positions: int32[B, T]. mask: bool[B, T], True = real token; unwritten slots are False.
+    length: int32[], slots written. Decoding more than T slots in all overwrites the last ones: make T the longest use.
     """
 
     key: jax.Array
@@ -45,9 +46,11 @@ class Cache:
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, mask, jnp.int32(0))
 
     def extend(self, positions: jax.Array, mask: jax.Array) -> Cache:
-        """Note the next tokens, int32[B, S] and bool[B, S]; the layers write their keys and values at the old `length`."""
+        """Note the next tokens, int32[B, S] and bool[B, S]; layers write their keys and values at the old `length`."""
         if positions.shape[1] > self.mask.shape[1]:
-            raise ValueError(f"{positions.shape[1]} tokens do not fit a cache of {self.mask.shape[1]} slots; make it longer.")
+            raise ValueError(
+                f"{positions.shape[1]} tokens do not fit a cache of {self.mask.shape[1]} slots; make it longer."
+            )
         start = (0, self.length)
         return self.replace(
             positions=jax.lax.dynamic_update_slice(self.positions, positions, start),
@@ -59,8 +62,9 @@ class Cache:
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017), softmax in float32.
 
-    With fewer `num_kv_heads` than `num_heads`, each key/value head serves a group of neighbouring query heads (grouped-query, Ainslie et
-    al. 2023). `inner_norm_epsilon` puts a LayerNorm over all heads before the output projection (sub-LN, arXiv:2210.06423).
+    With fewer `num_kv_heads` than `num_heads`, each key/value head serves a group of neighbouring query heads
+    (grouped-query, Ainslie et al. 2023). `inner_norm_epsilon` puts a LayerNorm over all heads before the output
+    projection (sub-LN, arXiv:2210.06423).
     """
 
     num_heads: int
@@ -86,10 +90,11 @@ class Attention(nn.Module):
 
         Args:
           x: float[B, S, D].
-          context: float[B, T, D]; None = `x`.
-          mask: bool[B, S, T], True = may attend; None = all. A row without any True averages all values: finite, and meaningless.
-          cache: this layer's keys and values float[B, T, K, H] from earlier calls. The new ones are written at slot `start`, and `mask`
-            speaks about all its slots.
+          context: float[B, T, any width]; None = `x`.
+          mask: bool[B, S, T], True = may attend; None = all. A row without any True averages all values: finite, and
+            meaningless.
+          cache: this layer's keys and values float[B, T, K, H] from earlier calls. The new ones are written at slot
+            `start`, and `mask` speaks about all its slots.
         Returns:
           float[B, S, D] and the cache with the new keys and values (None without).
         """
@@ -99,14 +104,17 @@ class Attention(nn.Module):
         # Few key/value heads stay whole on every device; as many as query heads are split like them.
         kv_axis = "heads" if kv_heads == heads else "kv_heads"
 
-        def project(name: str, count: int, axis: str) -> Einsum:
-            axes = ("embed", axis, "head_dim")
-            return Einsum("BSD,DNH->BSNH", (width, count, size), axes, use_bias=self.use_bias, lora=self.lora, name=name)
+        def project(name: str, inputs: jax.Array, count: int, axis: str) -> jax.Array:
+            shape, axes = (inputs.shape[-1], count, size), ("embed", axis, "head_dim")
+            return Einsum("BSD,DNH->BSNH", shape, axes, use_bias=self.use_bias, lora=self.lora, name=name)(inputs)
 
-        q = project("q", heads, "heads")(x) * size**-0.5
-        k, v = project("k", kv_heads, kv_axis)(context), project("v", kv_heads, kv_axis)(context)
+        q = project("q", x, heads, "heads") * size**-0.5
+        k, v = project("k", context, kv_heads, kv_axis), project("v", context, kv_heads, kv_axis)
         if cache is not None:
-            k, v = (jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, start, 0, 0)) for old, new in zip(cache, (k, v)))
+            k, v = (
+                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, start, 0, 0))
+                for old, new in zip(cache, (k, v))
+            )
             cache = (k, v)
         chex.assert_equal_shape([k, v])
 

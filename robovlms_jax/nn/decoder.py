@@ -31,9 +31,7 @@ class DecoderConfig:
     embed_scale: bool
     """Multiply embeddings (of text, images and queries alike) by sqrt(width)."""
     dropout: float = 0.0
-    """On what attention and MLP add to the residual stream."""
-    embed_dropout: float = 0.0
-    """On embeddings with their positions."""
+    """On embeddings and on what attention and MLP add to the residual stream."""
     attention_dropout: float = 0.0
     """On attention weights."""
 
@@ -60,7 +58,9 @@ class Block(nn.Module):
     lora: Lora = Lora()
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, mask: jax.Array, cache: tuple | None, start: jax.Array | int, deterministic: bool):
+    def __call__(
+        self, x: jax.Array, *, mask: jax.Array, cache: tuple | None, start: jax.Array | int, deterministic: bool
+    ):
         """float[B, S, D] -> float[B, S, D] and this layer's cache; the other arguments are those of `Attention`."""
         c = self.config
         drop = nn.Dropout(c.dropout, deterministic=deterministic)
@@ -88,17 +88,19 @@ class Decoder(nn.Module):
 
     def setup(self):
         c = self.config
-        self.table = Embed(c.vocab_size, c.width, name="embed")
-        self.embed_drop = nn.Dropout(c.embed_dropout)
+        self.embed = Embed(c.vocab_size, c.width)  # unscaled and without positions; those are added when decoding
+        self.embed_drop = nn.Dropout(1 - (1 - c.dropout) ** 2)  # KOSMOS-2's published code drops them twice
         self.layers = Block(c, self.lora)
         self.final_norm = LayerNorm(c.norm_epsilon)
 
-    def embed(self, ids: jax.Array) -> jax.Array:
-        """int32[B, S] -> float32[B, S, D], unscaled and without positions."""
-        return self.table(ids)
-
     def __call__(
-        self, embeds: jax.Array, mask: jax.Array, positions: jax.Array, cache: Cache | None = None, *, deterministic: bool = True
+        self,
+        embeds: jax.Array,
+        mask: jax.Array,
+        positions: jax.Array,
+        cache: Cache | None = None,
+        *,
+        deterministic: bool = True,
     ) -> tuple[jax.Array, Cache | None]:
         """Decode, and extend the cache where there is one.
 
@@ -130,7 +132,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float[B, S, D] -> float32[B, S, V]."""
-        return self.table.logits(hidden)
+        return self.embed.logits(hidden)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         """An empty cache of `length` slots."""

@@ -23,8 +23,8 @@ class Lora:
 class Einsum(nn.Module):
     """einsum(equation, x, kernel) + bias, computed in the type of `x`; parameters stay float32.
 
-    The kernel lists the axes it contracts with `x` first, then the axes it adds: "BSD,DNH->BSNH", "BSNH,NHD->BSD". The letter R is
-    taken by the adapters' rank. With `lora`, `lora_a` (contracted axes, R) and `lora_b` (R, added axes) lie beside the kernel.
+    The kernel lists the axes it contracts with `x` first, then the axes it adds: "BSD,DNH->BSNH", "BSNH,NHD->BSD".
+    With `lora`, `lora_a` (contracted axes, R) and `lora_b` (R, added axes) lie beside the kernel; letter R is theirs.
     """
 
     equation: str
@@ -37,9 +37,13 @@ class Einsum(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         inputs, letters, outputs = re.split(",|->", self.equation)
-        split = sum(letter not in outputs for letter in letters)  # kernel axes before it are contracted, the others added
+        split = sum(
+            letter not in outputs for letter in letters
+        )  # kernel axes before it are contracted, the others added
         if any(letter in outputs for letter in letters[:split]) or not outputs.endswith(letters[split:]):
-            raise ValueError(f"Einsum {self.equation!r}: the kernel's axes must be the contracted ones, then the last ones of the output.")
+            raise ValueError(
+                f"Einsum {self.equation!r}: kernel axes must be the contracted ones, then the output's last ones."
+            )
         contracted, added = tuple(range(split)), tuple(range(split, len(letters)))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=contracted, out_axis=added)
         kernel = self._parameter("kernel", init, self.shape, self.axes, x)
@@ -47,10 +51,10 @@ class Einsum(nn.Module):
         if self.lora.rank > 0:
             rank = (self.lora.rank,)
             init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=contracted, out_axis=-1)
-            a = self._parameter("lora_a", init, self.shape[:split] + rank, self.axes[:split] + ("lora",), x)
+            a = self._parameter("lora_a", init, self.shape[:split] + rank, (*self.axes[:split], "lora"), x)
             # Zero, so that training starts from the model without adapters.
             zeros = nn.initializers.zeros_init()
-            b = self._parameter("lora_b", zeros, rank + self.shape[split:], ("lora",) + self.axes[split:], x)
+            b = self._parameter("lora_b", zeros, rank + self.shape[split:], ("lora", *self.axes[split:]), x)
             kept = "".join(letter for letter in inputs if letter in outputs)
             low = jnp.einsum(f"{inputs},{letters[:split]}R->{kept}R", x, a)
             y += (self.lora.alpha / self.lora.rank) * jnp.einsum(f"{kept}R,R{letters[split:]}->{outputs}", low, b)
@@ -91,7 +95,11 @@ def merge_lora(params: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
     merged = {name: merge_lora(value, lora) if isinstance(value, Mapping) else value for name, value in params.items()}
     if "lora_a" in merged:
         a, b = merged.pop("lora_a"), merged.pop("lora_b")
-        product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1)) if _is_stacked(a, b, merged["kernel"]) else lambda a, b: jnp.tensordot(a, b, 1)
+        product = (
+            jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))
+            if _is_stacked(a, b, merged["kernel"])
+            else lambda a, b: jnp.tensordot(a, b, 1)
+        )
         merged["kernel"] = merged["kernel"] + (lora.alpha / lora.rank) * product(a, b)
     return merged
 

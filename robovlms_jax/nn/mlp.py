@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class MLP(nn.Module):
-    """down(activation(up(x))); with `inner_norm_epsilon` a LayerNorm before `down` (sub-LN, Wang et al. 2022, arXiv:2210.06423)."""
+    """down(activation(up(x))); with `inner_norm_epsilon` a LayerNorm before `down` (sub-LN, arXiv:2210.06423)."""
 
     mlp_dim: int
     activation: str
@@ -39,4 +39,6 @@ class MLP(nn.Module):
         x = ACTIVATIONS[self.activation](x)
         if self.inner_norm_epsilon is not None:
             x = LayerNorm(self.inner_norm_epsilon, name="inner_norm")(x)
-        return Einsum("BSF,FD->BSD", (self.mlp_dim, width), ("mlp", "embed"), use_bias=True, lora=self.lora, name="down")(x)
+        return Einsum(
+            "BSF,FD->BSD", (self.mlp_dim, width), ("mlp", "embed"), use_bias=True, lora=self.lora, name="down"
+        )(x)

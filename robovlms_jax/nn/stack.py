@@ -9,7 +9,9 @@ import flax.linen as nn
 import jax
 
 
-def scan_layers(step: Callable, block: nn.Module, x: jax.Array, layers: Any = None, *, length: int, remat: bool) -> tuple[jax.Array, Any]:
+def scan_layers(
+    step: Callable, block: nn.Module, x: jax.Array, layers: Any = None, *, length: int, remat: bool
+) -> tuple[jax.Array, Any]:
     """Apply `step(block, x, layer) -> (x, layer)` `length` times; each layer has its own parameters and dropout.
 
     Args:

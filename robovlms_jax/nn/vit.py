@@ -59,7 +59,9 @@ class Block(nn.Module):
         c = self.config
         attention = Attention(c.num_heads, c.width // c.num_heads, lora=self.lora, name="attn")
         x = x + attention(LayerNorm(c.norm_epsilon, name="attn_norm")(x))[0]
-        return x + MLP(c.mlp_dim, c.activation, lora=self.lora, name="mlp")(LayerNorm(c.norm_epsilon, name="mlp_norm")(x))
+        return x + MLP(c.mlp_dim, c.activation, lora=self.lora, name="mlp")(
+            LayerNorm(c.norm_epsilon, name="mlp_norm")(x)
+        )
 
 
 class ViT(nn.Module):
@@ -71,7 +73,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """float[B, size, size, 3] -> float[B, P, D]: the class token, then patches row by row. Computes in the type of `images`."""
+        """float[B, size, size, 3] -> float[B, P, D]: class token, then patches row by row. The type stays."""
         c = self.config
         chex.assert_shape(images, (None, c.image_size, c.image_size, 3))
         side = c.image_size // c.patch_size
@@ -83,7 +85,9 @@ class ViT(nn.Module):
 
         init = nn.initializers.normal(c.width**-0.5)
         cls = self.param("cls", nn.with_logical_partitioning(init, ("embed",)), (c.width,))
-        positions = self.param("positions", nn.with_logical_partitioning(init, ("position", "embed")), (c.num_tokens, c.width))
+        positions = self.param(
+            "positions", nn.with_logical_partitioning(init, ("position", "embed")), (c.num_tokens, c.width)
+        )
         x = jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (x.shape[0], 1, c.width)), x], axis=1)
         x = LayerNorm(c.norm_epsilon, name="pre_norm")(x + positions.astype(x.dtype))
 

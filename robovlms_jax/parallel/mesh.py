@@ -15,6 +15,11 @@ from robovlms_jax.parallel.rules import RULES
 AXES = ("data", "fsdp", "tensor")
 
 
+def unbox(tree: Any) -> Any:
+    """Parameters without their axis-name boxes."""
+    return nn.unbox(tree)
+
+
 def make_mesh(sizes: tuple[int, int, int], devices: list[jax.Device] | None = None) -> Mesh:
     """Mesh with axes data, fsdp, tensor. Auto axes: the compiler propagates shardings, arrays may be mixed freely."""
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

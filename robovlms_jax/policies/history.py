@@ -6,6 +6,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from robovlms_jax.types import Inputs, Tokens
 
@@ -51,4 +52,4 @@ HISTORIES: dict[str, type] = {"policy_head": PolicyHeadHistory}
 def windows(x: jax.Array, window: int) -> jax.Array:
     """All windows of a segment: [B, G, ...] -> [B, K, W, ...] with K = G - W + 1; window k holds frames k .. k + W - 1."""
     count = x.shape[1] - window + 1
-    return x[:, jnp.arange(count)[:, None] + jnp.arange(window)]
+    return x[:, np.arange(count)[:, None] + np.arange(window)]

@@ -33,8 +33,8 @@ def prepare(
     prepared = {}
     for index, camera in enumerate(cameras):
         x = images.preprocess(inputs.images[camera], spec)
-        if key is not None and shifts[camera] > 0:
-            x = images.random_shift(jax.random.fold_in(key, index), x, shifts[camera])
+        if key is not None:
+            x = images.random_shift(jax.random.fold_in(key, index), x, (shifts or {}).get(camera, 0))
         prepared[camera] = x
     return inputs.replace(images=prepared)
 

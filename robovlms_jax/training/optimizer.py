@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import optax
 
 from robovlms_jax.config import OptimizerConfig
@@ -13,13 +14,12 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     def scale(step):
         if config.schedule == "cosine":
             cosine = optax.cosine_decay_schedule(1.0, max(steps - config.warmup_steps, 1), alpha=config.min_scale)
-            return cosine(step - config.warmup_steps)
+            return cosine(jnp.maximum(step - config.warmup_steps, 0))
         if config.schedule == "step":
             return config.step_factor ** (step // config.step_every)
         return 1.0
 
     def schedule(step):
-        # Before the end of warm-up the cosine sees a negative step; its clipped value 1 is what warm-up then scales.
         warmup = optax.linear_schedule(0.0, 1.0, config.warmup_steps)(step) if config.warmup_steps else 1.0
         return config.learning_rate * warmup * scale(step)
 

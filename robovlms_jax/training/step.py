@@ -64,7 +64,7 @@ def make_train_step(
             (grads, metrics), _ = jax.lax.scan(add, zeros, (micros, keys))
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
         state = state.replace(
             step=state.step + 1, trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state
         )

@@ -1,0 +1,162 @@
+"""Windows per second that the host can read, by storage layout.   python -m benchmarks.dataloader
+
+Prints JSON. CALVIN is fabricated in a temporary directory from the bundled sample's frames, with the published files'
+keys. Compared, each with one thread:
+
+  upstream_npz     W + C frames per window, np.load and stacking of five keys, as RoboVLMs' dataset does it
+  npz_k1           the same files through our pipeline, one window per segment
+  packed_k1        packed by experiments/pack_calvin, one window per segment
+  packed_k8        eight windows per segment
+  packed_k8_all    the same with a thread per core
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+import tyro
+
+from robovlms_jax.data import base, calvin, packing, pipeline
+from robovlms_jax.training import provenance
+
+UPSTREAM_KEYS = ("rgb_static", "rgb_gripper", "rel_actions", "robot_obs", "scene_obs")
+EPISODE_FRAMES = 64
+"""CALVIN's annotated spans have at most this many frames."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Compare storage layouts by the windows per second that one core reads."""
+
+    sample: pathlib.Path = pathlib.Path(__file__).resolve().parents[1] / "data" / "calvin_sample"
+    """Frames to fabricate the dataset from."""
+    frames: int = 320
+    """Frames to fabricate, a multiple of 64."""
+    window: int = 8
+    chunk: int = 10
+    batch_size: int = 32
+    """Windows per batch."""
+    seconds: float = 1.0
+    """Per layout and round."""
+    rounds: int = 5
+    """The layouts take turns; the median round counts."""
+
+
+def main(args: Args) -> None:
+    """Print the result as JSON."""
+    with tempfile.TemporaryDirectory() as directory:
+        root = pathlib.Path(directory)
+        npz = fabricate(args.sample, root / "npz" / "training", args.frames)
+        spans = np.array([(episode.start, episode.end) for episode in npz.episodes])
+        packed = packing.pack(npz, root / "packed", frame_ids=npz.frames_within(spans))
+        cores = os.cpu_count() or 1
+        layouts = {
+            "upstream_npz": lambda: read_as_upstream(npz, args),
+            "npz_k1": lambda: read(npz, args, windows_per_segment=1, num_threads=1),
+            "packed_k1": lambda: read(packed, args, windows_per_segment=1, num_threads=1),
+            "packed_k8": lambda: read(packed, args, windows_per_segment=8, num_threads=1),
+            "packed_k8_all": lambda: read(packed, args, windows_per_segment=8, num_threads=cores),
+        }
+        rates = compare(layouts, args.rounds)
+        sizes = {
+            "npz": sum(path.stat().st_size for path in npz.directory.glob("*.npz")) / args.frames,
+            "packed": sum(shard["size"] for shard in packed.meta["shards"]) / args.frames,
+        }
+    result = {
+        "windows_per_second": {name: round(rate, 1) for name, rate in rates.items()},
+        "times_upstream_npz": {name: round(rate / rates["upstream_npz"], 2) for name, rate in rates.items()},
+        "bytes_per_frame": {name: round(size) for name, size in sizes.items()},
+        "settings": {name: value for name, value in dataclasses.asdict(args).items() if name != "sample"},
+        "machine": {
+            "cores": cores,
+            "processor": platform.processor() or platform.machine(),
+            **provenance.environment(),
+        },
+    }
+    print(json.dumps(result, indent=2))
+
+
+def compare(layouts: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """Median windows per second of each layout; they take turns, so that a change of load on the machine meets all."""
+    measured: dict[str, list[float]] = {name: [] for name in layouts}
+    for _ in range(rounds):
+        for name, run in layouts.items():
+            measured[name].append(run())
+    return {name: statistics.median(values) for name, values in measured.items()}
+
+
+def read(dataset: base.Dataset, args: Args, *, windows_per_segment: int, num_threads: int) -> float:
+    """Windows per second of the training pipeline; slots without a window do not count."""
+    source = pipeline.SegmentSource(
+        dataset,
+        window=args.window,
+        chunk=args.chunk,
+        windows_per_segment=windows_per_segment,
+        cameras=("static", "wrist"),
+        encode_text=lambda text: (np.zeros(16, np.int32), np.ones(16, bool)),
+    )
+    segments = max(args.batch_size // windows_per_segment, 1)
+    batches = pipeline.train_batches(source, segments_per_batch=segments, seed=0, num_threads=num_threads, prefetch=4)
+    try:
+        return pipeline.measure(batches, segments, args.seconds) * source.num_windows / len(source)
+    finally:
+        batches.close()
+
+
+def read_as_upstream(dataset: calvin.NpzDataset, args: Args) -> float:
+    """Windows per second when every window loads its W + C files."""
+    rng = np.random.default_rng(0)
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < args.seconds:
+        episode = dataset.episodes[rng.integers(len(dataset.episodes))]
+        start = rng.integers(episode.start, episode.end - args.window + 1)
+        ids = np.minimum(start + np.arange(args.window + args.chunk), episode.end)
+        frames = [np.load(dataset.path(frame_id)) for frame_id in ids]
+        for key in UPSTREAM_KEYS:
+            np.stack([frame[key] for frame in frames])
+        for frame in frames:
+            frame.close()
+        count += 1
+    return count / (time.perf_counter() - begin)
+
+
+def fabricate(sample: pathlib.Path, directory: pathlib.Path, num_frames: int) -> calvin.NpzDataset:
+    """Write frames of the sample as CALVIN publishes them, depth and tactile images made up."""
+    directory.mkdir(parents=True)
+    frames = calvin.open_dataset(sample, "training")
+    rng = np.random.default_rng(0)
+    stored = np.concatenate([np.arange(episode.start, episode.end + 1) for episode in frames.episodes])
+    for frame_id in range(num_frames):
+        source = [stored[frame_id % len(stored)]]
+        images = frames.images(source, ("static", "wrist"))
+        static, wrist = images["static"][0], images["wrist"][0]
+        np.savez_compressed(
+            directory / f"episode_{frame_id:07d}.npz",
+            rgb_static=static,
+            rgb_gripper=wrist,
+            rgb_tactile=np.repeat(rng.integers(100, 104, (160, 120, 1), np.uint8), 6, axis=-1),
+            depth_static=(3.5 + static.mean(axis=-1) / 255).astype(np.float32),
+            depth_gripper=(0.5 + wrist.mean(axis=-1) / 255).astype(np.float32),
+            depth_tactile=np.zeros((160, 120, 2), np.float32),
+            actions=frames.array("actions", source)[0].astype(np.float64),
+            rel_actions=frames.actions(source)[0].astype(np.float64),
+            robot_obs=frames.robot_obs(source)[0].astype(np.float64),
+            scene_obs=frames.scene_obs(source)[0].astype(np.float64),
+        )
+    spans = [(start, start + EPISODE_FRAMES - 1) for start in range(0, num_frames, EPISODE_FRAMES)]
+    language = {"ann": ["do it"] * len(spans), "task": ["task"] * len(spans)}
+    np.save(directory / "auto_lang_ann.npy", {"language": language, "info": {"indx": spans}})
+    return calvin.NpzDataset(directory)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,1 @@
+"""Command-line programs: presets plus a main each."""

@@ -1,0 +1,76 @@
+"""Pack CALVIN once for fast loading.   python -m experiments.pack_calvin --root task_D_D --out packed/task_D_D"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import pathlib
+import sys
+import typing
+
+import numpy as np
+import tyro
+
+from robovlms_jax.data import calvin, packing
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Convert CALVIN from one npz per frame to the packed layout. May be stopped and repeated: finished parts stay."""
+
+    root: pathlib.Path
+    """CALVIN as published: the directory that holds `training` and `validation` (one of them is enough)."""
+    out: pathlib.Path
+    """Where the packed splits go; pass it as --data.root afterwards."""
+    codec: packing.Codec = "jpeg"
+    """jpeg: 4:4:4, visually lossless at quality 95. png: the exact pixels, twice the size, read as slowly as npz."""
+    quality: int = 95
+    """Of jpeg."""
+    all_frames: bool = False
+    """Also store the frames that no annotation covers; training does not read them."""
+    annotation_folder: str = "lang_annotations"
+    """Folder under each split with auto_lang_ann.npy."""
+    workers: int = os.cpu_count() or 1
+    """Processes."""
+    skip_corrupt: bool = False
+    """Leave out unreadable frames, and the episodes that use them, instead of refusing."""
+
+
+def main(args: Args) -> None:
+    """Pack every split found. Raises ValueError, OSError or RuntimeError with the way out (see `packing.pack`)."""
+    splits = [split for split in typing.get_args(calvin.Split) if (args.root / split).is_dir()]
+    for split in splits or ["training"]:  # without any, opening the first says what was looked for
+        source = calvin.open_npz(args.root, split, annotation_folder=args.annotation_folder)
+        spans = np.array([(episode.start, episode.end) for episode in source.episodes])
+        if args.all_frames:
+            spans = np.concatenate([spans, source.sessions()])
+        dataset = packing.pack(
+            source,
+            args.out / split,
+            frame_ids=source.frames_within(spans),
+            codec=args.codec,
+            quality=args.quality,
+            workers=args.workers,
+            skip_corrupt=args.skip_corrupt,
+            sidecars={name: source.directory / name for name in calvin.SIDECARS if (source.directory / name).exists()},
+        )
+        size = sum(shard["size"] for shard in dataset.meta["shards"])
+        logger.info(
+            "%s: %d frames of %d episodes, %.1f kB per frame, %.2f GB; verified",
+            args.out / split,
+            len(dataset.frame_ids),
+            len(dataset.episodes),
+            size / len(dataset.frame_ids) / 1e3,
+            size / 1e9,
+        )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main(tyro.cli(Args))
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,266 @@
+"""What every training experiment does: open the data, build the policy, train, evaluate, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from robovlms_jax import build
+from robovlms_jax.config import ExperimentConfig, to_dict
+from robovlms_jax.data import base as datasets
+from robovlms_jax.data import calvin, pipeline
+from robovlms_jax.inputs import prompts
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.training import checkpoints, loop, metrics, optimizer, provenance, state, step
+
+from experiments import offline
+
+logger = logging.getLogger(__name__)
+
+REAL_THING = """\
+For the real thing, pass the dataset and the published weights (any preset's field can be overridden the same way):
+
+    python -m experiments.calvin_abcd --preset kosmos_lstm \\
+        --data.root data/task_ABCD_D --backbone.weights hf://microsoft/kosmos-2-patch14-224
+
+How to get and pack CALVIN: data/README.md. `--help` explains every field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Both splits as samples, and the datasets behind them."""
+
+    train: pipeline.SegmentSource
+    validation: pipeline.SegmentSource
+
+
+def run(name: str, config: ExperimentConfig) -> None:
+    """Train and report. `name` is the preset's, for the report. Errors of the user end the process with a message and status 1."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
+    )
+    for noisy in ("absl", "orbax", "grain", "jax._src", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        train(name, config)
+    except (
+        ValueError,
+        FileNotFoundError,
+        PermissionError,
+        ImportError,
+        loop.CorruptDataError,
+        loop.DivergedError,
+        datasets.CorruptFrameError,
+    ) as error:
+        logger.debug("where it happened", exc_info=True)
+        sys.exit(f"error: {error}")
+
+
+def train(name: str, config: ExperimentConfig) -> pathlib.Path:
+    """The whole run; returns its directory. Raises what the parts raise."""
+    begin = time.perf_counter()
+    output = pathlib.Path(config.train.output)
+    config.validate(jax.device_count())
+    _require_free(output, resume=config.train.resume)
+
+    opened = {split: _open_split(config, split) for split in ("training", "validation")}
+    sentences = [episode.instruction for episode in opened["training"].episodes]
+    backbone = build.open_backbone(config.backbone, sentences)
+    length = prompts.longest(
+        backbone.tokenizer, backbone.vlm.prompt, [e.instruction for d in opened.values() for e in d.episodes]
+    )
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, text_length=config.data.text_length or length)
+    )
+    data = Data(*(_source(config, opened[split], backbone) for split in ("training", "validation")))
+    config = config.resolve(data.train.num_windows, length)
+
+    mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
+    model = build.make_model(config, backbone.vlm)
+    shapes, _ = build.abstract_params(model, mesh)
+    trainable_size, size = _count_trainable(shapes, config), build.count(shapes)
+    logger.info(
+        "preset %s: %d devices (%s), mesh %s, %s parameters, %s trainable; %d training and %d validation windows; batch %d windows = %d "
+        "segments; %s",
+        *(name, jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape), f"{size:,}", f"{trainable_size:,}"),
+        *(
+            data.train.num_windows,
+            data.validation.num_windows,
+            config.train.batch_size,
+            config.segments_per_batch,
+            config.backbone.dtype,
+        ),
+    )
+
+    tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
+    params = build.init_params(model, mesh, config.train.seed, None if config.train.resume else backbone)
+    train_state = state.create(params, config.train.trainable, tx, config.train.seed, mesh)
+    del params
+    checkpointer = checkpoints.Checkpointer(
+        output, keep=config.train.keep_checkpoints, serving={"config": to_dict(config), "assets": dict(backbone.assets)}
+    )
+    fingerprint = pipeline.order_fingerprint(
+        data.train, segments_per_batch=config.segments_per_batch, seed=config.train.seed
+    )
+    if config.train.resume:
+        train_state = _resume(checkpointer, train_state, fingerprint)
+    if jax.process_index() == 0:
+        _write_record(output, name, config)
+    start = int(train_state.step)
+    writer = _writers(config, output, start)
+
+    evaluator = offline.Evaluator(model, mesh, config, data.validation)
+    train_step = step.make_train_step(
+        model,
+        tx,
+        optimizer.learning_rate(config.optimizer, config.train.steps),
+        train_state,
+        mesh,
+        accumulation=config.train.accumulation,
+        shifts={"static": config.data.static_shift, "wrist": config.data.wrist_shift},
+    )
+    rate = _loader_rate(config, data.train, start)
+    batches = _batches(config, data.train, start)
+    try:
+        train_state, finished = loop.fit(
+            train_state,
+            batches,
+            train_step,
+            config=config,
+            mesh=mesh,
+            checkpointer=checkpointer,
+            data_state=lambda next_step: {"next_step": next_step, "order": fingerprint},
+            writer=writer,
+            evaluate=evaluator.numbers,
+            describe=lambda index: _describe(data.train.dataset, index),
+            loader_rate=rate,
+        )
+        if finished:
+            facts = {
+                "preset": name,
+                "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+                "parameters": size,
+                "trainable parameters": trainable_size,
+                "steps": config.train.steps,
+                "windows per step": config.train.batch_size,
+                "seconds": round(time.perf_counter() - begin, 1),
+            }
+            # Every host takes part in evaluating; the first one writes.
+            values = evaluator.report(train_state, output, facts, REAL_THING)
+            writer.write(config.train.steps, {f"validation/{key}": value for key, value in values.items()})
+    finally:
+        batches.close()
+        writer.close()
+        checkpointer.close()
+    if finished and jax.process_index() == 0:
+        logger.info("report: %s\n\n%s\n", output / "report.md", REAL_THING)
+    return output
+
+
+def _open_split(config: ExperimentConfig, split: str) -> datasets.Dataset:
+    if not config.data.root:
+        raise ValueError(
+            "data.root is empty; pass --data.root DIR, a directory with training/ and validation/ (data/README.md says how to get one)."
+        )
+    chosen: Mapping[str, Any] = {}
+    if split == "training":  # validation keeps every task, whatever training sees
+        chosen = {"episode_list": config.data.episode_list, "exclude_tasks": config.data.exclude_tasks}
+    return calvin.open_dataset(config.data.root, split, annotation_folder=config.data.annotation_folder, **chosen)
+
+
+def _source(config: ExperimentConfig, dataset: datasets.Dataset, backbone: build.Backbone) -> pipeline.SegmentSource:
+    length = config.data.text_length
+    return pipeline.SegmentSource(
+        dataset,
+        window=config.policy.window,
+        chunk=config.policy.chunk,
+        windows_per_segment=config.data.windows_per_segment,
+        cameras=config.policy.cameras,
+        encode_text=lambda text: prompts.encode(backbone.tokenizer, backbone.vlm.prompt, text, length),
+    )
+
+
+def _batches(config: ExperimentConfig, source: pipeline.SegmentSource, start: int) -> Any:
+    return pipeline.train_batches(
+        source,
+        segments_per_batch=config.segments_per_batch,
+        seed=config.train.seed,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.num_threads,
+        prefetch=config.data.prefetch,
+    )
+
+
+def _loader_rate(config: ExperimentConfig, source: pipeline.SegmentSource, start: int) -> float:
+    """Windows/s the loader delivers over all hosts, from a second of reading ahead."""
+    batches = _batches(config, source, start)
+    try:
+        return pipeline.measure(batches, config.train.batch_size, seconds=1.0)
+    finally:
+        batches.close()
+
+
+def _count_trainable(shapes: Any, config: ExperimentConfig) -> int:
+    from flax.traverse_util import flatten_dict
+
+    from robovlms_jax.training import trainable
+
+    chosen, _ = trainable.split(flatten_dict(shapes, sep="/"), config.train.trainable)
+    return build.count(chosen)
+
+
+def _require_free(output: pathlib.Path, *, resume: bool) -> None:
+    """A run never writes into another's checkpoints by accident, and never silently starts anew."""
+    folder = output / checkpoints.FOLDER
+    has = folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    if has and not resume:
+        raise ValueError(
+            f"{output} already holds checkpoints; pass --train.resume to go on with it or choose another --train.output."
+        )
+    if resume and not has:
+        raise ValueError(
+            f"nothing to resume: {folder} holds no checkpoint; leave out --train.resume or correct --train.output."
+        )
+
+
+def _resume(
+    checkpointer: checkpoints.Checkpointer, current: state.TrainState, fingerprint: Mapping[str, Any]
+) -> state.TrainState:
+    restored, position = checkpointer.restore(current)
+    pipeline.require_same_order(position["order"], fingerprint)
+    logger.info("resumed after step %d", int(restored.step))
+    return restored
+
+
+def _write_record(output: pathlib.Path, name: str, config: ExperimentConfig) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.json").write_text(json.dumps({"preset": name, **to_dict(config)}, indent=2) + "\n")
+    (output / "environment.json").write_text(json.dumps(provenance.environment(), indent=2) + "\n")
+
+
+def _writers(config: ExperimentConfig, output: pathlib.Path, start: int) -> metrics.Writers:
+    if jax.process_index() != 0:
+        return metrics.Writers([])
+    writers: list[metrics.MetricWriter] = [
+        metrics.JsonLines(output / "metrics.jsonl", start),
+        metrics.TensorBoard(output / "tensorboard"),
+    ]
+    if config.train.wandb_project:
+        writers.append(metrics.WandB(config.train.wandb_project, to_dict(config), output))
+    return metrics.Writers(writers)
+
+
+def _describe(dataset: datasets.Dataset, index: int) -> str:
+    episode = dataset.episodes[index]
+    return f"{dataset.name} episode {index} ({episode.task}, frames {episode.start} to {episode.end})"

@@ -1,0 +1,151 @@
+"""From a configuration to the things it names: backbone files, tokenizer, model, parameters in their shardings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import pathlib
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from robovlms_jax.backbones import base as backbones
+from robovlms_jax.config import BackboneConfig, ExperimentConfig
+from robovlms_jax.inputs import images, prompts, tokenizers
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies.rollout import EncodeText
+from robovlms_jax.policies.vla import VLA
+from robovlms_jax.types import Inputs
+from robovlms_jax.weights import convert, sources
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A backbone's architecture, its tokenizer, and the small files both came from (they travel inside checkpoints).
+
+    directory: where its weights are; None = random parameters.
+    """
+
+    vlm: backbones.VLMConfig
+    tokenizer: PreTrainedTokenizerBase
+    assets: Mapping[str, str]
+    directory: pathlib.Path | None = None
+
+    def encoder(self, length: int) -> EncodeText:
+        """Instruction -> (int32[T], bool[T]) with T = `length`, or the next multiple of 8 that a longer prompt needs."""
+
+        def encode(instruction: str) -> tuple[np.ndarray, np.ndarray]:
+            need = prompts.longest(self.tokenizer, self.vlm.prompt, [instruction])
+            return prompts.encode(self.tokenizer, self.vlm.prompt, instruction, max(length, need))
+
+        return encode
+
+
+def open_backbone(config: BackboneConfig, sentences: Iterable[str]) -> Backbone:
+    """The configured backbone: from its weight directory, or of its published size with random parameters.
+
+    Args:
+      sentences: what a tokenizer is made from when there is no weight directory that brings one.
+    Raises:
+      ValueError, FileNotFoundError: unknown name, or a directory without what is needed; names it.
+    """
+    if config.weights:
+        directory = tokenizers.resolve_weights(config.weights)
+        return dataclasses.replace(_open(config, directory), directory=directory)
+    vlm = backbones.get(config.name)
+    logger.info("backbone %s: random parameters, tokenizer made from the training sentences (no backbone.weights)", config.name)
+    with tempfile.TemporaryDirectory() as directory:
+        path = pathlib.Path(directory)
+        (path / "config.json").write_text(json.dumps(backbones.to_hf_config(vlm), indent=2))
+        images.write_image_spec(vlm.image, path)
+        tokenizers.make_twin_tokenizer(sentences, vlm.text.vocab_size, path)
+        return _open(config, path)
+
+
+def backbone_from_assets(config: BackboneConfig, assets: Mapping[str, str]) -> Backbone:
+    """The backbone a checkpoint was trained with, from the files inside it."""
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizers.write_assets(assets, directory)
+        return _open(config, pathlib.Path(directory))
+
+
+def _open(config: BackboneConfig, directory: pathlib.Path) -> Backbone:
+    vlm = dataclasses.replace(
+        backbones.from_directory(directory),
+        dtype=config.dtype,
+        remat=config.remat,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+    )
+    tokenizer = tokenizers.load_tokenizer(directory)
+    if len(tokenizer) > vlm.text.vocab_size:
+        raise ValueError(
+            f"{directory}: the tokenizer has {len(tokenizer)} tokens but the model's vocabulary is {vlm.text.vocab_size}; "
+            "tokenizer and config.json belong to different models."
+        )
+    return Backbone(vlm, tokenizer, tokenizers.read_assets(directory))
+
+
+def make_model(config: ExperimentConfig, vlm: backbones.VLMConfig) -> VLA:
+    """The policy module; holds no parameters."""
+    return VLA(config.policy, vlm)
+
+
+def abstract_params(model: VLA, mesh: Mesh) -> tuple[Any, Any]:
+    """Shapes and shardings of the model's parameters, without making them."""
+    return meshes.abstract_params(lambda: _init(model, jax.random.key(0)), mesh)
+
+
+def init_params(model: VLA, mesh: Mesh, seed: int, backbone: Backbone | None = None) -> Any:
+    """Parameters in their shardings. The backbone's come from `backbone.directory` if it has one, tensor by tensor; the rest is random.
+
+    Random values of the loaded parameters are never made: the compiler drops what is not asked for.
+    """
+    shapes, shardings = abstract_params(model, mesh)
+    loaded: dict[str, jax.Array] = {}
+    if backbone is not None and backbone.directory is not None:
+        flat = flatten_dict(shapes["backbone"], sep="/")
+        stored = {path: x for path, x in flat.items() if path.rpartition("/")[2] not in ("lora_a", "lora_b")}
+        places = flatten_dict(shardings["backbone"], sep="/")
+        params = convert.load_params(
+            model.vlm.rules(),
+            sources.open_source(backbone.directory),
+            unflatten_dict(stored, sep="/"),
+            unflatten_dict({path: places[path] for path in stored}, sep="/"),
+        )
+        loaded = {f"backbone/{path}": x for path, x in flatten_dict(params, sep="/").items()}
+    places = {path: x for path, x in flatten_dict(shardings, sep="/").items() if path not in loaded}
+
+    def rest(key: jax.Array) -> dict[str, jax.Array]:
+        flat = flatten_dict(meshes.unbox(_init(model, key)), sep="/")
+        return {path: flat[path] for path in places}
+
+    made = jax.jit(rest, out_shardings=places)(jax.random.key(seed))
+    return unflatten_dict(loaded | made, sep="/")
+
+
+def count(params: Any) -> int:
+    """Number of scalars in a parameter tree (arrays or shapes)."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+
+
+def _init(model: VLA, key: jax.Array) -> Any:
+    window, size = model.config.window, model.vlm.image.size
+    inputs = Inputs(
+        images={camera: np.zeros((1, window, size, size, 3), np.float32) for camera in model.config.cameras},
+        text_ids=np.zeros((1, 8), np.int32),
+        text_mask=np.ones((1, 8), bool),
+        step_mask=np.ones((1, window), bool),
+    )
+    return model.init(key, inputs)["params"]

@@ -1,0 +1,396 @@
+"""Write a packed split (see `packed.py`) from any source of frames: parallel, resumable, verified."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import functools
+import hashlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import pathlib
+import shutil
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any, Literal, Protocol
+
+import numpy as np
+import simplejpeg
+import tqdm
+from PIL import Image
+
+from robovlms_jax.data import base, frame_index, packed
+
+logger = logging.getLogger(__name__)
+
+FRAMES_PER_SHARD = 4096
+"""About 100 MB of JPEG: few enough files to keep all open, small enough that a killed conversion loses little."""
+MIN_PSNR_DB = 30.0
+"""A decoded JPEG must come this near to its source. At quality 95 white noise, the worst case, has 35 dB; swapped
+channels or a shifted image are far below."""
+
+Codec = Literal["jpeg", "png"]
+Encode = Callable[[np.ndarray, str], bytes]
+"""(uint8[height, width, 3], what it shows, for errors) -> encoded bytes."""
+
+
+class FrameSource(Protocol):
+    """What `pack` reads from; `calvin.NpzDataset` is one. Picklable."""
+
+    name: str
+    episodes: tuple[base.Episode, ...]
+    image_sizes: Mapping[str, tuple[int, int]]
+    arrays: tuple[str, ...]
+
+    def frame(self, frame_id: int) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
+        """(camera -> uint8[height, width, 3], field -> float32[d]) of one frame. Raises CorruptFrameError."""
+
+
+def pack(
+    source: FrameSource,
+    directory: str | os.PathLike[str],
+    *,
+    frame_ids: np.ndarray,
+    codec: Codec = "jpeg",
+    quality: int = 95,
+    workers: int = 1,
+    skip_corrupt: bool = False,
+    sidecars: Mapping[str, pathlib.Path] | None = None,
+) -> packed.PackedDataset:
+    """Write frames of `source` as a packed split and verify it.
+
+    May be killed at any moment and run again: finished shards are kept. Every image is decoded and compared with its
+    source as it is written; at the end every shard on disk is compared with the checksum of what was written, and the
+    first and last frame of each shard are read back through `PackedDataset`. On a complete directory only these last
+    two are done.
+
+    Args:
+      frame_ids: int[n], sorted and unique; what to store. Episodes they do not cover are left out.
+      codec: "jpeg" (4:4:4) or "png" (lossless).
+      quality: of JPEG, 1 to 100.
+      workers: processes; 1 stays in this one.
+      skip_corrupt: leave out frames that cannot be used, and with them their episodes, instead of refusing.
+      sidecars: name -> file to copy into the directory.
+    Raises:
+      ValueError: the directory holds something else, or frames of `source` cannot be used (all are listed).
+      OSError: the directory cannot be written or the disk is full.
+      RuntimeError: verification failed.
+    """
+    directory = pathlib.Path(directory)
+    frame_ids = np.asarray(frame_ids, np.int64)
+    plan = {
+        "version": packed.VERSION,
+        "codec": codec,
+        "quality": quality if codec == "jpeg" else None,
+        "image_sizes": {camera: list(size) for camera, size in source.image_sizes.items()},
+        "arrays": list(source.arrays),
+        "frames_sha256": hashlib.sha256(frame_ids.tobytes()).hexdigest(),
+        "frames_per_shard": FRAMES_PER_SHARD,
+        "skip_corrupt": skip_corrupt,
+    }
+    encode = functools.partial(_encode, codec, quality)
+    with _explained(directory):
+        if not _claim(directory, plan):
+            shards = np.split(frame_ids, range(FRAMES_PER_SHARD, len(frame_ids), FRAMES_PER_SHARD))
+            _write_shards(source, directory, shards, encode, workers=workers, skip_corrupt=skip_corrupt)
+            _merge(source, directory, plan, len(shards), sidecars or {})
+        logger.info("verifying %s", directory)
+        dataset = packed.PackedDataset(directory)
+        verify(dataset, source)
+        for leftover in [*directory.glob("shard_*.npz"), directory / packed.PARTIAL_META]:
+            leftover.unlink(missing_ok=True)
+    return dataset
+
+
+def verify(dataset: packed.PackedDataset, source: FrameSource) -> None:
+    """Compare every shard with its crc32, its first and last frame with `source`. Raises RuntimeError."""
+    again = f"delete {dataset.directory} and pack again."
+    for shard in dataset.meta["shards"]:
+        crc = 0
+        with open(dataset.directory / shard["file"], "rb") as file:
+            while block := file.read(1 << 22):
+                crc = zlib.crc32(block, crc)
+        if crc != shard["crc32"]:
+            raise RuntimeError(
+                f"{dataset.directory / shard['file']} has crc32 {crc:#x}, expected {shard['crc32']:#x}; {again}"
+            )
+    for frame_id in sorted({frame_id for shard in dataset.meta["shards"] for frame_id in shard["frames"]}):
+        images, arrays = source.frame(frame_id)
+        decoded = dataset.images([frame_id], dataset.cameras)
+        wrong = [
+            camera for camera in images if not _faithful(decoded[camera][0], images[camera], dataset.meta["codec"])
+        ]
+        wrong += [name for name in arrays if not np.array_equal(dataset.array(name, [frame_id])[0], arrays[name])]
+        if wrong:
+            raise RuntimeError(
+                f"{dataset.directory}: {wrong} of frame {frame_id} are not those of {source.name}; {again}"
+            )
+
+
+def _claim(directory: pathlib.Path, plan: Mapping[str, Any]) -> bool:
+    """Make `directory` ours and clear what a killed run left half-written. Returns whether it is complete already."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in (packed.META, packed.PARTIAL_META):
+        if (directory / name).exists():
+            found = json.loads((directory / name).read_text())
+            differing = [
+                f"{key} is {found.get(key)!r} there, {value!r} now"
+                for key, value in plan.items()
+                if found.get(key) != value
+            ]
+            if differing:
+                raise ValueError(
+                    f"{directory} was packed otherwise: {'; '.join(differing)}. Choose another directory or delete it."
+                )
+            for leftover in directory.rglob("*.tmp"):
+                leftover.unlink()
+            return name == packed.META
+    others = sorted(path.name for path in directory.iterdir())
+    if others:
+        raise ValueError(
+            f"{directory} holds something else ({', '.join(others[:5])}); choose another or an empty directory."
+        )
+    _write_json(directory / packed.PARTIAL_META, plan)
+    return False
+
+
+def _write_shards(
+    source: FrameSource,
+    directory: pathlib.Path,
+    shards: Sequence[np.ndarray],
+    encode: Encode,
+    *,
+    workers: int,
+    skip_corrupt: bool,
+) -> None:
+    """Write the shards that are not finished, here or in processes. Raises ValueError that lists unusable frames."""
+    pending = [(number, ids) for number, ids in enumerate(shards) if not _part(directory, number).exists()]
+    total, remaining = sum(map(len, shards)), sum(len(ids) for _, ids in pending)
+    _require_space(source, directory, encode, [int(ids[0]) for _, ids in pending], remaining)
+    write = functools.partial(_write_shard, source, directory, encode, skip_corrupt)
+    problems: list[str] = []
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm.tqdm(total=total, initial=total - remaining, unit="frame", desc=str(directory)))
+        if workers == 1 or len(pending) < 2:
+            for number, ids in pending:
+                problems += write(number, ids, bar.update)
+        else:
+            context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may deadlock
+            counter = context.Value("q", total - remaining)
+            pool = concurrent.futures.ProcessPoolExecutor(
+                min(workers, len(pending)), mp_context=context, initializer=_start_worker, initargs=(write, counter)
+            )
+            stack.callback(pool.shutdown, cancel_futures=True)  # after an error no further shard is begun
+            waiting = {pool.submit(_work, number, ids) for number, ids in pending}
+            while waiting:
+                finished, waiting = concurrent.futures.wait(waiting, timeout=0.5)
+                bar.update(counter.value - bar.n)
+                for future in finished:
+                    problems += future.result()
+    if problems:
+        listed = "\n  ".join(problems[:20] + ["..."] * (len(problems) > 20))
+        message = f"{source.name}: {len(problems)} frames cannot be used:\n  {listed}\n"
+        if not skip_corrupt:
+            raise ValueError(
+                f"{message}Fetch these files again and repeat the command (finished shards are kept), or pass "
+                "--skip_corrupt to leave out the episodes that use them."
+            )
+        logger.warning("%sThey are left out.", message)
+
+
+_worker: dict[str, Any] = {}
+"""What all shards of a worker process share; set once when it starts."""
+
+
+def _start_worker(write: Callable[..., list[str]], counter: Any) -> None:
+    _worker.update(write=write, counter=counter)
+
+    def exit_with_parent():  # a killed parent cannot stop its workers, and they would wait for work forever
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def _work(number: int, frame_ids: np.ndarray) -> list[str]:
+    def advance(count: int) -> None:
+        with _worker["counter"].get_lock():
+            _worker["counter"].value += count
+
+    return _worker["write"](number, frame_ids, advance)
+
+
+def _write_shard(
+    source: FrameSource,
+    directory: pathlib.Path,
+    encode: Encode,
+    skip_corrupt: bool,
+    number: int,
+    frame_ids: np.ndarray,
+    advance: Callable[[int], Any],
+) -> list[str]:
+    """Write one shard, then its part of the index, whose presence marks the shard as finished.
+
+    Returns a message for each frame that cannot be used. Unless these are skipped, a shard that has any is not kept.
+    """
+    problems: list[str] = []
+    columns: dict[str, list[Any]] = {name: [] for name in ("frame_id", "offset", "length", *source.arrays)}
+    position = crc = 0
+    with _replacing(_shard(directory, number)) as file:
+        for frame_id in frame_ids.tolist():
+            advance(1)
+            try:
+                images, arrays = source.frame(frame_id)
+            except base.CorruptFrameError as error:
+                problems.append(str(error))
+                continue
+            encoded = [encode(images[camera], f"{camera} image of frame {frame_id}") for camera in source.image_sizes]
+            lengths = [len(data) for data in encoded]
+            row = {
+                "frame_id": frame_id,
+                "offset": position + np.cumsum([0, *lengths[:-1]]),
+                "length": lengths,
+                **arrays,
+            }
+            for name, value in row.items():
+                columns[name].append(value)
+            frame = b"".join(encoded)
+            file.write(frame)
+            position, crc = position + len(frame), zlib.crc32(frame, crc)
+    if problems and not skip_corrupt:
+        _shard(directory, number).unlink()
+        return problems
+    with _replacing(_part(directory, number)) as file:
+        np.savez(file, size=position, crc32=crc, **columns)
+    return problems
+
+
+def _merge(
+    source: FrameSource,
+    directory: pathlib.Path,
+    plan: Mapping[str, Any],
+    num_shards: int,
+    sidecars: Mapping[str, pathlib.Path],
+) -> None:
+    """Join the parts of the index, write annotations and copies, and last the file that marks completeness."""
+    parts = [dict(np.load(_part(directory, number))) for number in range(num_shards)]
+    dtypes = {"frame_id": np.int64, "offset": np.int64, "length": np.int32, **dict.fromkeys(source.arrays, np.float32)}
+    kept = [part for part in parts if len(part["frame_id"])]  # a part without frames does not know its columns' widths
+    if not kept:
+        raise ValueError(f"{source.name}: no frame can be used.")
+    index = {name: np.concatenate([part[name] for part in kept]).astype(dtype) for name, dtype in dtypes.items()}
+    index["file_id"] = np.repeat(np.arange(num_shards, dtype=np.int32), [len(part["frame_id"]) for part in parts])
+    (directory / "index").mkdir(exist_ok=True)
+    for name, array in index.items():
+        with _replacing(directory / "index" / f"{name}.npy") as file:
+            np.save(file, array)
+    covered = [episode for episode in source.episodes if _covers(index["frame_id"], episode)]
+    if len(covered) < len(source.episodes):
+        logger.warning(
+            "left out %d of %d episodes, whose frames are not stored",
+            len(source.episodes) - len(covered),
+            len(source.episodes),
+        )
+    _write_json(directory / "annotations.json", [dataclasses.asdict(episode) for episode in covered])
+    for name, path in sidecars.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, directory / name)
+    shards = [
+        {
+            "file": _shard(directory, number).name,
+            "size": int(part["size"]),
+            "crc32": int(part["crc32"]),
+            "frames": part["frame_id"][[0, -1]].tolist() if len(part["frame_id"]) else [],
+        }
+        for number, part in enumerate(parts)
+    ]
+    _write_json(directory / packed.META, {**plan, "num_frames": len(index["frame_id"]), "shards": shards})
+
+
+def _covers(frame_ids: np.ndarray, episode: base.Episode) -> bool:
+    first, last = np.searchsorted(frame_ids, (episode.start, episode.end + 1))
+    return last - first == episode.end - episode.start + 1
+
+
+def _encode(codec: Codec, quality: int, image: np.ndarray, what: str) -> bytes:
+    """JPEG or PNG of uint8[height, width, 3], decoded once to make sure. Raises RuntimeError."""
+    if codec == "jpeg":
+        data = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=quality, colorsubsampling="444")
+    else:
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "png", compress_level=1)  # decodes as fast as level 6 and is 5 % larger
+        data = stream.getvalue()
+    decoded = np.empty_like(image, order="C")
+    frame_index.decode_image(data, decoded)
+    if not _faithful(decoded, image, codec):
+        raise RuntimeError(f"{what} does not survive {codec} at quality {quality}; raise it or use --codec png.")
+    return data
+
+
+def _faithful(decoded: np.ndarray, image: np.ndarray, codec: Codec) -> bool:
+    """Whether `decoded` is what `codec` may make of `image`: the same pixels, or JPEG's usual loss."""
+    if codec == "png":
+        return np.array_equal(decoded, image)
+    error = np.mean(np.square(decoded.astype(np.float32) - image))
+    return bool(error <= 255**2 / 10 ** (MIN_PSNR_DB / 10))
+
+
+def _require_space(
+    source: FrameSource, directory: pathlib.Path, encode: Encode, samples: Sequence[int], num_frames: int
+) -> None:
+    """Refuse before the long work when the disk clearly cannot hold it, judging by the size of a few frames."""
+    sizes = []
+    for frame_id in samples[:: max(len(samples) // 8, 1)]:
+        with contextlib.suppress(base.CorruptFrameError):  # reported when its shard is written
+            images, _ = source.frame(frame_id)
+            sizes.append(sum(len(encode(image, f"an image of frame {frame_id}")) for image in images.values()))
+    need, free = num_frames * float(np.mean(sizes or [0])), shutil.disk_usage(directory).free
+    if need > free:
+        raise OSError(
+            errno.ENOSPC, f"about {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free", str(directory)
+        )
+
+
+@contextlib.contextmanager
+def _explained(directory: pathlib.Path) -> Iterator[None]:
+    """Say what an operating system error while writing means for the user."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "free space and repeat the command; finished shards are kept"
+        else:
+            advice = "choose a directory that can be written"
+        raise OSError(error.errno, f"packing into {directory} failed: {reason}; {advice}.") from error
+
+
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """Open a file that appears under its name complete or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    with _replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
+
+
+def _shard(directory: pathlib.Path, number: int) -> pathlib.Path:
+    return directory / f"shard_{number:05d}.bin"
+
+
+def _part(directory: pathlib.Path, number: int) -> pathlib.Path:
+    return directory / f"shard_{number:05d}.npz"

@@ -1,0 +1,288 @@
+"""The real CALVIN simulator as an `Env`, from a user's own checkout of calvin_env (Mees et al. 2022, arXiv:2112.03227).
+
+Needs Python packages pybullet, hydra-core and scipy and nothing else: no torch, tacto, pyhash, OpenCV or old gym. What
+calvin_env imports but does not need for rollouts is replaced by placeholders; the checkout is used as it is.
+`docs/calvin.md` has the steps on a fresh machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import pathlib
+import sys
+import types
+from collections.abc import Mapping
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from robovlms_jax.envs import process, tasks
+from robovlms_jax.interface import ACTION_DIM, Observation
+
+ROBOT_OBS_DIM, SCENE_OBS_DIM = 15, 24
+CAMERA_NAMES = {"static": "rgb_static", "wrist": "rgb_gripper"}
+
+completed_in_each = functools.partial(tasks.completed_in_each, as_released=True)
+"""The task conditions as CALVIN's released checker decides them, for numbers that stand beside published ones."""
+
+# what the scene calls its bodies -> tasks.BODIES
+_LINKS = {
+    "base_link": "base",
+    "drawer_link": "drawer",
+    "plank_link": "shelf",
+    "slide_link": "door",
+    "button_link": "button",
+    "switch_link": "switch",
+    "led_link": "led",
+    "light_link": "lightbulb",
+}
+
+
+def calvin_env(
+    calvin_root: str,
+    *,
+    scene: str = "D",
+    split: str = "",
+    use_egl: bool = False,
+    python: str = sys.executable,
+    timeout_s: float = 60.0,
+) -> process.ProcessEnv:
+    """One CALVIN simulator in a process of its own, ready for `vector.EnvPool`; arguments as for `CalvinEnv`.
+
+    Args:
+      python: interpreter for the simulator, if this one has no pybullet (wheels exist for Python 3.10 and 3.11 only).
+      timeout_s: a step, reset or rendering that takes longer counts as hung.
+    """
+    kwargs = {"calvin_root": str(calvin_root), "scene": scene, "split": str(split), "use_egl": use_egl}
+    return process.ProcessEnv("robovlms_jax.envs.calvin:CalvinEnv", kwargs, python=python, timeout_s=timeout_s)
+
+
+class CalvinEnv:
+    """CALVIN's table in this process; only one per process, since its robot code uses PyBullet's global client.
+
+    Args:
+      calvin_root: checkout of github.com/mees/calvin_env, or of github.com/mees/calvin with its submodule.
+      scene: "A" to "D"; evaluation uses D. Ignored when `split` is given.
+      split: folder of a published split (with `validation/.hydra/merged_config.yaml`, or that `validation` folder): its
+        stored scene and camera numbers are used. Empty: those in calvin_root/conf.
+      use_egl: render on the GPU through EGL. False: PyBullet's CPU renderer, which needs no display and no driver.
+    Raises:
+      ImportError: a package is missing. FileNotFoundError: no checkout or no split there.
+    """
+
+    def __init__(self, calvin_root: str, *, scene: str = "D", split: str = "", use_egl: bool = False):
+        root = find_checkout(calvin_root)
+        _require_packages()
+        config, self.name = _config(root, scene, split)
+        self._env = _build(root, config, use_egl)
+        # step and reset of the simulator render all its cameras; without cameras they cost nothing, see `observe`
+        self._cameras, self._env.cameras = self._env.cameras, []
+        self._columns: dict[tuple[int, int], int] | None = None
+
+    def reset(self, robot_obs: np.ndarray | None = None, scene_obs: np.ndarray | None = None) -> None:
+        """Go to the given state (blocks in the scene's own order) or to the neutral one with random blocks."""
+        for name, value, size in (("robot_obs", robot_obs, ROBOT_OBS_DIM), ("scene_obs", scene_obs, SCENE_OBS_DIM)):
+            if value is not None and np.shape(value) != (size,):
+                raise ValueError(f"{name} has shape {np.shape(value)}, expected ({size},).")
+        self._env.reset(robot_obs=robot_obs, scene_obs=scene_obs)
+
+    def step(self, action: np.ndarray) -> None:
+        """1/30 s of a relative action float[7]: 1.0 = 0.02 m or 0.05 rad, world frame; gripper exactly -1 or 1."""
+        action = np.asarray(action, np.float64)
+        if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
+            raise ValueError(f"action {action.tolist()} must be {ACTION_DIM} finite numbers.")
+        if action[6] not in (-1.0, 1.0):
+            raise ValueError(f"action[6]={action[6]} must be exactly -1 (close) or 1 (open); binarise the gripper.")
+        self._env.step(action)
+
+    def observe(self) -> Observation:
+        """Static uint8[200, 200, 3] and wrist uint8[84, 84, 3] images; proprio is robot_obs float[15]."""
+        self._env.cameras = self._cameras
+        try:
+            obs = self._env.get_obs()
+        finally:
+            self._env.cameras = []
+        images = {ours: np.asarray(obs["rgb_obs"][theirs], np.uint8) for ours, theirs in CAMERA_NAMES.items()}
+        return Observation(images, np.asarray(obs["robot_obs"]))
+
+    @property
+    def info(self) -> tasks.SceneInfo:
+        """The scene as the task conditions read it, plus `robot_obs` float[15] and `scene_obs` float[24]."""
+        raw = self._env.get_info()
+        if self._columns is None:
+            self._columns = _contact_columns(raw)
+        return scene_info(raw, self._columns) | self._env.get_state_obs()
+
+
+def scene_info(raw: Mapping[str, Any], columns: Mapping[tuple[int, int], int]) -> dict[str, Any]:
+    """CALVIN's nested info -> `tasks.SceneInfo`; `columns` maps the simulator's (body, link) to columns of `contacts`."""
+    scene, robot = raw["scene_info"], raw["robot_info"]
+    blocks = [scene["movable_objects"][f"block_{color}"] for color in tasks.BLOCKS]
+    contacts = np.zeros((4, len(tasks.BODIES)), bool)
+    for row, body in enumerate([robot, *blocks]):
+        for contact in body["contacts"]:  # PyBullet's contact point: [2] is the other body, [4] its link
+            uid, link = contact[2], contact[4]
+            contacts[row, columns.get((uid, link), columns.get((uid, -1), len(tasks.BODIES) - 1))] = True
+    return {
+        "slider": np.float64(scene["doors"]["base__slide"]["current_state"]),
+        "drawer": np.float64(scene["doors"]["base__drawer"]["current_state"]),
+        "lightbulb": np.int64(scene["lights"]["lightbulb"]["logical_state"]),
+        "led": np.int64(scene["lights"]["led"]["logical_state"]),
+        "block_position": np.array([block["current_pos"] for block in blocks]),
+        "block_rotation": np.array([block["current_orn"] for block in blocks]),
+        "block_velocity": np.array([[*block["current_lin_vel"], *block["current_ang_vel"]] for block in blocks]),
+        "contacts": contacts,
+    }
+
+
+def _contact_columns(raw: Mapping[str, Any]) -> dict[tuple[int, int], int]:
+    """(body, link) -> column. Unlisted links count as their body's base; unlisted bodies as the ground."""
+    scene = raw["scene_info"]
+    columns = {(raw["robot_info"]["uid"], -1): tasks.BODIES.index("robot")}
+    for color in tasks.BLOCKS:
+        columns[scene["movable_objects"][f"block_{color}"]["uid"], -1] = tasks.BODIES.index(f"{color}_block")
+    table = scene["fixed_objects"]["table"]
+    for link, index in table["links"].items():
+        if link not in _LINKS:
+            raise ValueError(f"the scene's table has an unknown link {link!r}; known links: {', '.join(_LINKS)}.")
+        columns[table["uid"], index] = tasks.BODIES.index(_LINKS[link])
+    return columns
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding and loading the checkout
+
+
+def find_checkout(calvin_root: str) -> pathlib.Path:
+    """The calvin_env checkout at or directly under `calvin_root`."""
+    if not str(calvin_root):
+        raise ValueError("calvin_root is empty; give the folder of a calvin_env checkout (docs/calvin.md).")
+    root = pathlib.Path(calvin_root).expanduser().resolve()
+    marker = pathlib.Path("calvin_env", "envs", "play_table_env.py")
+    for candidate in (root, root / "calvin_env"):
+        if (candidate / marker).is_file():
+            if not (candidate / "data").is_dir() or not (candidate / "conf").is_dir():
+                raise FileNotFoundError(
+                    f"{candidate} lacks `data` or `conf`: use a full checkout, not an installed package."
+                )
+            return candidate
+    hint = (
+        " Its submodule is empty: run `git submodule update --init calvin_env`."
+        if (root / "calvin_models").is_dir()
+        else ""
+    )
+    raise FileNotFoundError(f"no calvin_env checkout at {root}: {marker} is missing.{hint} See docs/calvin.md.")
+
+
+def validation_instructions(calvin_root: str) -> dict[str, str]:
+    """The benchmark's fixed sentence per task, from a checkout of github.com/mees/calvin."""
+    folder = pathlib.Path(calvin_root).expanduser() / "calvin_models" / "conf" / "annotations"
+    path = folder / "new_playtable_validation.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} not found: CALVIN's validation sentences come with github.com/mees/calvin, not with calvin_env. "
+            "Point calvin_root there, or evaluate with this project's own phrasings."
+        )
+    _require_packages("yaml")
+    import yaml
+
+    sentences = yaml.safe_load(path.read_text())
+    missing = sorted(set(tasks.TASKS) - set(sentences))
+    if missing:
+        raise ValueError(f"{path} has no sentence for {', '.join(missing)}.")
+    return {task: sentences[task][0] for task in tasks.TASKS}
+
+
+_PACKAGES = {
+    "pybullet": "pybullet",
+    "hydra": "hydra-core",
+    "omegaconf": "omegaconf",
+    "scipy": "scipy",
+    "yaml": "pyyaml",
+}
+
+
+def _require_packages(*modules: str) -> None:
+    missing = [_PACKAGES[name] for name in modules or _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"CALVIN needs packages {sys.executable} (Python {sys.version.split()[0]}) lacks: {', '.join(missing)}. "
+            "Install them there with pip, or name an interpreter that has them (`python=...`): pybullet has wheels for "
+            "Python 3.10 and 3.11 only. See docs/calvin.md."
+        )
+
+
+def _config(root: pathlib.Path, scene: str, split: str) -> tuple[Any, str]:
+    """The simulator's configuration (a split's stored one, or composed from the checkout's conf/) and its name."""
+    from omegaconf import OmegaConf
+
+    if split:
+        names = [pathlib.Path(split, part, ".hydra", "merged_config.yaml") for part in ("", "validation")]
+        path = next((name for name in names if name.is_file()), None)
+        if path is None:
+            raise FileNotFoundError(
+                f"no stored configuration in split {split}: looked for {' and '.join(map(str, names))}."
+            )
+        config = OmegaConf.load(path)
+        folder = path.resolve().parents[1]
+        title = f"CALVIN ({folder.parent.name if folder.name == 'validation' else folder.name})"
+    else:
+        if scene not in tasks.SCENES:
+            raise ValueError(f"unknown scene {scene!r}; known scenes: {', '.join(tasks.SCENES)}.")
+
+        def piece(name: str) -> Any:
+            return OmegaConf.load(root / "conf" / f"{name}.yaml")
+
+        robot = OmegaConf.merge(piece("robot/panda"), piece("robot/panda_longer_finger"))
+        del robot["defaults"]
+        config = OmegaConf.create(
+            {
+                "env": piece("env/play_table_env"),
+                "scene": piece(f"scene/calvin_scene_{scene}"),
+                "robot": robot,
+                "cameras": {name: piece(f"cameras/cameras/{name}") for name in ("static", "gripper")},
+                "use_vr": False,
+            }
+        )
+        title = f"CALVIN (scene {scene})"
+    for camera in set(config.cameras) - {"static", "gripper"}:  # the tactile camera needs OpenGL and tacto
+        del config.cameras[camera]
+    # stored configurations name the folders of the machine that recorded the split
+    config.data_path = config.scene.data_path = str(root / "data")
+    return config, title
+
+
+def _build(root: pathlib.Path, config: Any, use_egl: bool) -> Any:
+    _install_placeholders()
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    module = importlib.import_module("calvin_env.envs.play_table_env")
+    loaded = pathlib.Path(module.__file__).resolve()
+    if root not in loaded.parents:
+        raise ImportError(
+            f"calvin_env was imported from {loaded.parent}, not from {root}: another copy came first. Remove it from "
+            "this environment (`pip uninstall calvin_env`) or point calvin_root at it."
+        )
+    import hydra
+
+    return hydra.utils.instantiate(config.env, use_egl=use_egl, show_gui=False, use_vr=False, use_scene_info=True)
+
+
+def _install_placeholders() -> None:
+    """Stand-ins for what calvin_env imports and rollouts never use: video windows, git hashes, quaternion helpers."""
+
+    class Env:
+        """gym.Env: a base class without behaviour here."""
+
+    gym = types.ModuleType("gym")
+    gym.Env = gym.Wrapper = Env
+    gym.utils = types.ModuleType("gym.utils")
+    gym.utils.seeding = types.ModuleType("gym.utils.seeding")
+    gym.utils.seeding.np_random = lambda seed=None: (np.random.default_rng(seed), seed)
+    for module in (gym, gym.utils, gym.utils.seeding):
+        sys.modules[module.__name__] = module
+    for name in ("cv2", "git", "quaternion"):
+        sys.modules[name] = mock.MagicMock(name=name)

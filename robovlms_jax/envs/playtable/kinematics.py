@@ -1,0 +1,164 @@
+"""Rotations and the Franka Panda arm: forward kinematics and damped least-squares inverse kinematics.
+
+Rotations are matrices [..., 3, 3]; Euler angles are CALVIN's: about fixed x, then y, then z, in rad.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robovlms_jax.types import Array
+
+BASE = np.array([-0.34, -0.46, 0.24], np.float32)
+"""Where the robot's base stands in the world, m; its axes are the world's."""
+
+JOINT_LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973], np.float32)
+JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973], np.float32)
+
+TCP_FROM_FLANGE_M = 0.247
+"""The tool centre point lies this far along the last joint's axis (hand with CALVIN's longer fingers)."""
+
+# Modified Denavit-Hartenberg parameters from the manufacturer: shift a along x, d along z (m), twist about x (quarter turns).
+_LINKS = (
+    (0.0, 0.333, 0),
+    (0.0, 0.0, -1),
+    (0.0, 0.316, 1),
+    (0.0825, 0.0, 1),
+    (-0.0825, 0.384, -1),
+    (0.0, 0.0, 1),
+    (0.088, 0.0, 1),
+)
+_TWIST = np.stack([[[1, 0, 0], [0, 1 - abs(k), -k], [0, k, 1 - abs(k)]] for _, _, k in _LINKS]).astype(np.float32)
+_SHIFT = np.stack([[a, -k * d, (1 - abs(k)) * d] for a, d, k in _LINKS]).astype(np.float32)
+_HAND_TURN = np.array([[1, 1, 0], [-1, 1, 0], [0, 0, np.sqrt(2)]], np.float32) / np.sqrt(np.float32(2))
+
+_DAMPING = 0.03
+_POSTURE_GAIN = 0.05
+
+
+def from_euler(angles: Array) -> Array:
+    """float[..., 3] Euler x, y, z -> rotation matrices float[..., 3, 3]."""
+    (cx, cy, cz), (sx, sy, sz) = (jnp.moveaxis(f(angles), -1, 0) for f in (jnp.cos, jnp.sin))
+    rows = (
+        (cy * cz, sx * sy * cz - cx * sz, cx * sy * cz + sx * sz),
+        (cy * sz, sx * sy * sz + cx * cz, cx * sy * sz - sx * cz),
+        (-sy, sx * cy, cx * cy),
+    )
+    return jnp.stack([jnp.stack(row, -1) for row in rows], -2)
+
+
+def to_euler(rotation: Array) -> Array:
+    """Rotation matrices float[..., 3, 3] -> Euler x, y, z float[..., 3]; y in [-pi/2, pi/2]."""
+    r = rotation
+    y = jnp.arctan2(-r[..., 2, 0], jnp.hypot(r[..., 2, 1], r[..., 2, 2]))
+    return jnp.stack([jnp.arctan2(r[..., 2, 1], r[..., 2, 2]), y, jnp.arctan2(r[..., 1, 0], r[..., 0, 0])], -1)
+
+
+def from_vector(vector: Array) -> Array:
+    """Rotation about `vector` float[..., 3] by its length in rad (Rodrigues)."""
+    angle_sq = jnp.sum(vector**2, -1)[..., None, None]
+    angle = jnp.sqrt(jnp.maximum(angle_sq, 1e-12))
+    x, y, z = jnp.moveaxis(vector, -1, 0)
+    zero = jnp.zeros_like(x)
+    cross = jnp.stack([jnp.stack(row, -1) for row in ((zero, -z, y), (z, zero, -x), (-y, x, zero))], -2)
+    outer = vector[..., :, None] * vector[..., None, :]
+    sinc, cosc = jnp.sin(angle) / angle, (1 - jnp.cos(angle)) / angle**2
+    return jnp.eye(3, dtype=vector.dtype) * jnp.cos(angle) + sinc * cross + cosc * outer
+
+
+def to_vector(rotation: Array) -> Array:
+    """The inverse of `from_vector`, angles in [0, pi)."""
+    r = rotation
+    axis = jnp.stack([r[..., 2, 1] - r[..., 1, 2], r[..., 0, 2] - r[..., 2, 0], r[..., 1, 0] - r[..., 0, 1]], -1) / 2
+    sine = jnp.sqrt(jnp.maximum(jnp.sum(axis**2, -1), 1e-12))
+    angle = jnp.arctan2(sine, (jnp.trace(r, axis1=-2, axis2=-1) - 1) / 2)
+    return axis * (angle / sine)[..., None]
+
+
+def to_quaternion(rotation: Array) -> Array:
+    """Rotation matrices float[..., 3, 3] -> unit quaternions (x, y, z, w) float[..., 4], stable everywhere."""
+    r = rotation
+    d = jnp.stack([r[..., 0, 0], r[..., 1, 1], r[..., 2, 2]], -1)
+    off = lambda i, j, sign: r[..., i, j] + sign * r[..., j, i]  # noqa: E731
+    # four times the outer product of the quaternion with itself; its largest row is the best conditioned
+    signs = jnp.array([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, 1]], d.dtype)
+    square = 1 + d @ signs.T
+    xy, xz, yz = off(0, 1, 1), off(0, 2, 1), off(1, 2, 1)
+    xw, yw, zw = off(2, 1, -1), off(0, 2, -1), off(1, 0, -1)
+    rows = [
+        (square[..., 0], xy, xz, xw),
+        (xy, square[..., 1], yz, yw),
+        (xz, yz, square[..., 2], zw),
+        (xw, yw, zw, square[..., 3]),
+    ]
+    table = jnp.stack([jnp.stack(row, -1) for row in rows], -2)
+    best = jnp.take_along_axis(table, jnp.argmax(square, -1)[..., None, None], axis=-2)[..., 0, :]
+    return best / jnp.linalg.norm(best, axis=-1, keepdims=True)
+
+
+class Arm(NamedTuple):
+    """Frames of the seven links and the tool, world. origins: float[8, 3], m. rotations: float[8, 3, 3]."""
+
+    origins: Array
+    rotations: Array
+
+
+def forward(joints: Array) -> Arm:
+    """Forward kinematics: joint angles float[7] (rad) -> frames of links 1 to 7 and of the tool centre point."""
+    origin, rotation = jnp.asarray(BASE), jnp.eye(3)
+    origins, rotations = [], []
+    for i in range(7):
+        origin = origin + rotation @ _SHIFT[i]
+        c, s = jnp.cos(joints[i]), jnp.sin(joints[i])
+        zero, one = jnp.zeros_like(c), jnp.ones_like(c)
+        turn = jnp.stack([jnp.stack([c, -s, zero]), jnp.stack([s, c, zero]), jnp.stack([zero, zero, one])])
+        rotation = rotation @ (_TWIST[i] @ turn)
+        origins.append(origin)
+        rotations.append(rotation)
+    origins.append(origin + TCP_FROM_FLANGE_M * rotation[:, 2])
+    rotations.append(rotation @ _HAND_TURN)
+    return Arm(jnp.stack(origins), jnp.stack(rotations))
+
+
+def inverse(joints: Array, home: Array, position: Array, rotation: Array, *, iterations: int) -> Array:
+    """Joint angles that bring the tool to a pose, starting from `joints`; the nearest pose where it is out of reach.
+
+    Damped least squares; the arm's spare freedom pulls it towards `home`, so that the elbow does not wander off.
+
+    Args:
+      joints, home: float[7], rad. position: float[3], m. rotation: float[3, 3]. All world frame.
+    """
+
+    def improve(_, joints):
+        arm = forward(joints)
+        error = jnp.concatenate([position - arm.origins[7], to_vector(rotation @ arm.rotations[7].T)])
+        axes = arm.rotations[:7, :, 2]
+        jacobian = jnp.concatenate([jnp.cross(axes, arm.origins[7] - arm.origins[:7]), axes], axis=1).T
+        gram = jacobian @ jacobian.T + _DAMPING**2 * jnp.eye(6)
+        pull = _POSTURE_GAIN * (home - joints)
+        step = pull + jacobian.T @ _solve(gram, error - jacobian @ pull)
+        return jnp.clip(joints + jnp.clip(step, -0.3, 0.3), JOINT_LOW, JOINT_HIGH)
+
+    return jax.lax.fori_loop(0, iterations, improve, joints)
+
+
+def _solve(matrix: Array, vector: Array) -> Array:
+    """Solve a symmetric positive definite 6 x 6 system by an unrolled Cholesky factorisation: no library call per system."""
+    size = vector.shape[0]
+    lower = [[None] * size for _ in range(size)]
+    for i in range(size):
+        for j in range(i + 1):
+            rest = matrix[i, j] - sum((lower[i][k] * lower[j][k] for k in range(j)), jnp.zeros(()))
+            lower[i][j] = jnp.sqrt(rest) if i == j else rest / lower[j][j]
+    y = []
+    for i in range(size):
+        y.append((vector[i] - sum((lower[i][k] * y[k] for k in range(i)), jnp.zeros(()))) / lower[i][i])
+    x = [None] * size
+    for i in reversed(range(size)):
+        rest = y[i] - sum((lower[k][i] * x[k] for k in range(i + 1, size)), jnp.zeros(()))
+        x[i] = rest / lower[i][i]
+    return jnp.stack(x)

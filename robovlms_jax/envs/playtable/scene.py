@@ -1,0 +1,251 @@
+"""The table as data: boxes, joints, colours and block sizes of the four variants A, B, C and D.
+
+World frame as in CALVIN: metres, x to the right seen from the front, y to the back, z up; the robot's base stands at
+`kinematics.BASE`. The cabinet's front leans back by 30 degrees: the sliding door and the lever's slots lie in that plane.
+A `Scene` is a pytree of arrays with the same shapes for every variant, so that `vmap` runs over different scenes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robovlms_jax.envs import tasks
+from robovlms_jax.types import Array
+
+BLOCKS = tasks.BLOCKS
+"""Colours of the blocks in the order they have in every array of this package: red, blue, pink."""
+
+JOINTS = ("slider", "drawer", "button", "switch")
+"""Mechanisms, in the order of scene_obs[0:4]."""
+
+SLIDER, DRAWER, BUTTON, SWITCH = range(4)
+
+TABLE_TOP_M = 0.44
+SHELF_TOP_M = 0.441
+DRAWER_FLOOR_M = 0.342
+PANEL_Y_M = 0.0225
+"""Where the leaning front of the cabinet meets the table top."""
+LEAN = np.array([0.0, 0.5, np.sqrt(0.75)])
+"""Direction up along the leaning front."""
+OUTWARD = np.array([0.0, -np.sqrt(0.75), 0.5])
+"""Direction out of the leaning front, towards the robot."""
+_LEANING = np.stack([[1.0, 0.0, 0.0], -OUTWARD, LEAN], axis=1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Boxes:
+    """N oriented boxes.
+
+    center: float[N, 3], m. rotation: float[N, 3, 3], columns are the box axes in the world. half: float[N, 3], half
+    extents along the box axes, m.
+    """
+
+    center: Array
+    rotation: Array
+    half: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """One variant of the table.
+
+    table: the fixed and moving boxes with all joints at zero; `BOX_BODY` and `BOX_JOINT` say what each one is.
+    joint_axis: float32[4, 3], world direction in which each of `JOINTS` moves as it grows.
+    joint_range: float32[4], m; joints go from 0 to here.
+    block_half: float32[3, 3], half extents of the blocks, m.
+    block_slot: int32[3], which of the three places of scene_obs[6:24] belongs to the red, blue and pink block.
+    box_color: float32[N, 3], albedo of `table` in [0, 1].
+    bulb: float32[3], centre of the light bulb, m.
+    grain: float32[64, 64], brightness of the wood, 1 on average; repeats.
+    anchors: places that experts and samplers need.
+    """
+
+    table: Boxes
+    joint_axis: Array
+    joint_range: Array
+    block_half: Array
+    block_slot: Array
+    box_color: Array
+    bulb: Array
+    grain: Array
+    anchors: Anchors
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Anchors:
+    """Named places, with all joints at zero: float32[3], m. `handle` points are the middles of the bars.
+
+    shelf: float32[2, 2], x range (m) of free space in the left and in the right half of the shelf.
+    area: float32[2, 2], x range and y range (m) of the part of the table top where blocks start.
+    """
+
+    slider_handle: Array
+    drawer_handle: Array
+    button_top: Array
+    switch_handle: Array
+    shelf: Array
+    area: Array
+
+
+class _Layout(NamedTuple):
+    """What differs between variants: x positions in metres, sizes, colours (albedo, 0 to 255)."""
+
+    button: float
+    switch: float
+    slider: float
+    slider_range: float
+    drawer: float
+    panels: tuple[float, float]
+    area: tuple[float, float]
+    sizes: tuple[str, str, str]
+    wood: tuple[int, int, int]
+    fronts: tuple[int, int, int]
+    grain: tuple[float, float, float]
+
+
+# fmt: off
+_LAYOUTS: Mapping[str, _Layout] = {
+    # panels: right edge of the left and left edge of the right cabinet part, measured in frames of the real scenes
+    "A": _Layout(-0.28, 0.30, -0.10, 0.28, 0.10, (-0.336, 0.19), (-0.10, 0.35), ("middle", "big", "small"),
+                 (131, 77, 50), (125, 72, 47), (2.0, 0.10, 0.7)),
+    "B": _Layout(0.28, -0.32, 0.09, 0.30, 0.18, (-0.18, 0.38), (-0.28, 0.16), ("small", "big", "middle"),
+                 (247, 198, 139), (240, 190, 132), (6.0, 0.05, 0.3)),
+    "C": _Layout(-0.12, -0.32, 0.06, 0.24, 0.10, (-0.18, 0.35), (0.00, 0.35), ("big", "small", "middle"),
+                 (158, 107, 64), (125, 72, 47), (4.0, 0.10, 0.4)),
+    "D": _Layout(-0.12, 0.30, -0.10, 0.28, 0.18, (-0.336, 0.19), (0.00, 0.35), ("middle", "small", "big"),
+                 (150, 110, 72), (150, 110, 72), (1.0, 0.16, 2.0)),
+}
+# fmt: on
+SCENES = tuple(_LAYOUTS)
+
+_LENGTH_M = {"small": 0.04, "middle": 0.056, "big": 0.08}
+_HANDLE = (100, 100, 100)
+_LAMP_OFF = (230, 230, 230)
+
+
+class _Part(NamedTuple):
+    body: str
+    center: np.ndarray
+    half: tuple[float, float, float]
+    color: tuple[int, int, int]
+    leaning: bool = False
+
+
+_JOINT_OF_BODY = {"door": SLIDER, "drawer": DRAWER, "button": BUTTON, "switch": SWITCH}
+
+
+def _span(body: str, color, x: tuple, y: tuple, z: tuple) -> _Part:
+    """An upright box from its x, y and z ranges."""
+    low, high = np.array([x, y, z]).T
+    return _Part(body, (low + high) / 2, tuple((high - low) / 2), color)
+
+
+def _lean(body: str, color, x: tuple, up: tuple, out: tuple) -> _Part:
+    """A leaning box from its ranges along x, up the cabinet's front and out of it."""
+    (x0, x1), (up0, up1), (out0, out1) = x, up, out
+    center = np.array([0.0, PANEL_Y_M, TABLE_TOP_M]) + LEAN * (up0 + up1) / 2 + OUTWARD * (out0 + out1) / 2
+    center[0] = (x0 + x1) / 2
+    return _Part(body, center, ((x1 - x0) / 2, (out1 - out0) / 2, (up1 - up0) / 2), color, leaning=True)
+
+
+def _parts(at: _Layout) -> list[_Part]:
+    """All boxes of a variant. Measured in frames of the real scenes through the known static camera, to about 5 mm."""
+    wood, fronts, (left, right) = at.wood, at.fronts, at.panels
+    door, bar, lever, drawer = at.slider + 0.13, at.slider + 0.14, at.switch, at.drawer
+    return [
+        _span("ground", (0, 0, 0), (-3, 3), (-3, 3), (-1, 0)),  # drawn as an endless chequered plane
+        _span("base", wood, (-0.44, 0.44), (-0.18, 0.24), (0.40, TABLE_TOP_M)),
+        _span("base", wood, (-0.44, drawer - 0.2), (-0.178, -0.15), (0.32, 0.40)),
+        _span("base", wood, (drawer + 0.2, 0.44), (-0.178, -0.15), (0.32, 0.40)),
+        _span("base", wood, (-0.44, -0.40), (-0.178, -0.138), (0.0, 0.40)),
+        _span("base", wood, (0.40, 0.44), (-0.178, -0.138), (0.0, 0.40)),
+        _span("base", wood, (-0.44, -0.40), (0.20, 0.24), (0.0, 0.40)),
+        _span("base", wood, (0.40, 0.44), (0.20, 0.24), (0.0, 0.40)),
+        _lean("base", wood, (-0.44, left), (0.0, 0.228), (-0.12, 0.0)),
+        _lean("base", wood, (right, 0.44), (0.0, 0.228), (-0.12, 0.0)),
+        _span("base", wood, (-0.44, 0.44), (0.163, 0.24), (TABLE_TOP_M, 0.636)),
+        _span("base", wood, (-0.44, 0.44), (0.140, 0.21), (0.636, 0.655)),
+        _span("base", wood, (at.button - 0.04, at.button + 0.04), (-0.16, -0.08), (TABLE_TOP_M, 0.463)),
+        _span("shelf", wood, (left, right), (0.03, 0.163), (TABLE_TOP_M, SHELF_TOP_M)),
+        _lean("door", fronts, (door - 0.143, door + 0.143), (0.003, 0.222), (0.002, 0.012)),
+        _lean("door", _HANDLE, (bar - 0.021, bar + 0.021), (0.030, 0.190), (0.045, 0.072)),
+        _lean("door", _HANDLE, (bar - 0.016, bar + 0.016), (0.030, 0.048), (0.012, 0.045)),
+        _lean("door", _HANDLE, (bar - 0.016, bar + 0.016), (0.172, 0.190), (0.012, 0.045)),
+        _span("drawer", fronts, (drawer - 0.197, drawer + 0.197), (-0.19, 0.11), (0.326, DRAWER_FLOOR_M)),
+        _span("drawer", fronts, (drawer - 0.197, drawer + 0.197), (-0.19, -0.178), (0.305, 0.398)),
+        _span("drawer", fronts, (drawer - 0.197, drawer - 0.157), (-0.178, 0.11), (DRAWER_FLOOR_M, 0.396)),
+        _span("drawer", fronts, (drawer + 0.157, drawer + 0.197), (-0.178, 0.11), (DRAWER_FLOOR_M, 0.396)),
+        _span("drawer", fronts, (drawer - 0.157, drawer + 0.157), (0.09, 0.11), (DRAWER_FLOOR_M, 0.396)),
+        _span("drawer", _HANDLE, (drawer - 0.125, drawer + 0.125), (-0.265, -0.235), (0.345, 0.375)),
+        _span("drawer", _HANDLE, (drawer - 0.125, drawer - 0.098), (-0.235, -0.19), (0.345, 0.375)),
+        _span("drawer", _HANDLE, (drawer + 0.098, drawer + 0.125), (-0.235, -0.19), (0.345, 0.375)),
+        _span("button", (5, 5, 5), (at.button - 0.03, at.button + 0.03), (-0.15, -0.09), (0.455, 0.4864)),
+        _lean("switch", _HANDLE, (lever - 0.078, lever + 0.078), (0.065, 0.095), (0.032, 0.062)),
+        _lean("switch", _HANDLE, (lever - 0.060, lever - 0.040), (0.072, 0.088), (0.0, 0.032)),
+        _lean("switch", _HANDLE, (lever + 0.040, lever + 0.060), (0.072, 0.088), (0.0, 0.032)),
+        _span("led", _LAMP_OFF, (at.button - 0.08, at.button + 0.08), (0.142, 0.192), (0.655, 0.667)),
+        _span("lightbulb", _LAMP_OFF, (lever - 0.03, lever + 0.03), (0.145, 0.205), (0.655, 0.71)),
+    ]
+
+
+def _bodies() -> tuple[np.ndarray, np.ndarray]:
+    bodies = [part.body for part in _parts(_LAYOUTS["D"])]
+    return (
+        np.array([tasks.BODIES.index(body) for body in bodies]),
+        np.array([_JOINT_OF_BODY.get(body, -1) for body in bodies]),
+    )
+
+
+BOX_BODY, BOX_JOINT = _bodies()
+"""int[N]: what each box of `Scene.table` belongs to (index into `tasks.BODIES`) and moves with (into `JOINTS`, -1 none);
+the same in every variant."""
+
+
+def make_scene(name: str) -> Scene:
+    """The table variant "A", "B", "C" or "D"."""
+    if name not in _LAYOUTS:
+        raise ValueError(f"unknown scene {name!r}; known scenes: {', '.join(SCENES)}.")
+    at = _LAYOUTS[name]
+    parts = _parts(at)
+    rotation = np.stack([_LEANING if part.leaning else np.eye(3) for part in parts])
+    front = np.array([0.0, PANEL_Y_M, TABLE_TOP_M])
+    scene = Scene(
+        table=Boxes(np.stack([part.center for part in parts]), rotation, np.array([part.half for part in parts])),
+        joint_axis=np.array([[-1, 0, 0], [0, -1, 0], [0, 0, -1], LEAN]),
+        joint_range=np.array([at.slider_range, 0.22, 0.02, 0.088]),
+        block_half=np.array([[_LENGTH_M[size] / 2, 0.02, 0.02] for size in at.sizes]),
+        block_slot=np.array([tasks.SCENES[name].block_order.index(color) for color in BLOCKS], np.int32),
+        box_color=np.array([part.color for part in parts]) / 255,
+        bulb=np.array([at.switch, 0.170, 0.683]),
+        grain=_wood(*at.grain),
+        anchors=Anchors(
+            slider_handle=front + [at.slider + 0.14, 0, 0] + 0.11 * LEAN + 0.0585 * OUTWARD,
+            drawer_handle=np.array([at.drawer, -0.25, 0.36]),
+            button_top=np.array([at.button, -0.12, 0.4864]),
+            switch_handle=front + [at.switch, 0, 0] + 0.08 * LEAN + 0.047 * OUTWARD,
+            shelf=np.array([[at.panels[0], at.slider - 0.013], [at.slider + 0.013, at.panels[1]]]),
+            area=np.array([at.area, (-0.15, -0.03)]),
+        ),
+    )
+    as_float = lambda x: x if x.dtype == np.int32 else x.astype(np.float32)  # noqa: E731
+    return jax.tree.map(lambda x: jnp.asarray(as_float(np.asarray(x))), scene)
+
+
+def _wood(frequency: float, contrast: float, waviness: float, size: int = 64) -> np.ndarray:
+    """float[size, size], seamless grain along the first axis: `frequency` rings per tile, bent by `waviness` of a ring."""
+    generator = np.random.default_rng(0)
+    along, across = np.meshgrid(*[np.linspace(0, 2 * np.pi, size, endpoint=False)] * 2, indexing="ij")
+    bend = waviness * (np.sin(along + 2 * np.sin(across)) + 0.5 * np.sin(2 * along + across + 1))
+    rings = np.sin(frequency * across + bend) + 0.5 * np.sin((2 * frequency + 3) * across + 2 * bend)
+    fibres = generator.normal(size=(size // 8, size)).repeat(8, axis=0)
+    grain = 1 + contrast * (0.5 * rings + 0.5 * fibres)
+    return grain / grain.mean()

@@ -1,0 +1,179 @@
+"""Any environment in a process of its own: it may hang, crash or be one per process, and the evaluation goes on.
+
+The child is a plain `python -m robovlms_jax.envs.process`, not a fork: it inherits no jax state and does not import the
+parent's main module again. It may even be another Python installation, e.g. one a simulator has packages for.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import importlib
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import traceback
+import weakref
+from collections.abc import Mapping
+from multiprocessing import connection
+from typing import Any
+
+import numpy as np
+
+from robovlms_jax.envs.vector import EnvError
+from robovlms_jax.interface import Observation
+
+_PACKAGE_PARENT = pathlib.Path(__file__).parents[2]
+_CALLERS_MISTAKES = (ImportError, FileNotFoundError, ValueError, TypeError)  # while building; ValueError later on
+
+
+class ProcessEnv:
+    """An `Env` whose simulator lives in another process.
+
+    Args:
+      factory: "package.module:callable" that builds the environment in the child.
+      kwargs: its keyword arguments; must be picklable.
+      timeout_s: longest wait for one reset, step or rendering before the process counts as hung and is ended.
+      start_timeout_s: the same for building the environment.
+      python: interpreter that runs the child; needs the simulator's packages and NumPy, but no jax.
+    Raises:
+      ImportError, FileNotFoundError, ValueError, TypeError: as `factory` raised them.
+      EnvError: the process died or hung. `restart` makes a new one.
+    """
+
+    def __init__(
+        self,
+        factory: str,
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float = 60.0,
+        start_timeout_s: float = 180.0,
+        python: str = sys.executable,
+    ):
+        self._factory, self._kwargs, self._python = factory, dict(kwargs or {}), python
+        self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
+        self._process: subprocess.Popen | None = None
+        self._waiting: collections.deque[str] = collections.deque()
+        self.name: str = ""
+        self.restart()
+
+    def restart(self) -> None:
+        """End the process, if there is one, and start a fresh one."""
+        self.close()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+        self._pipe, child = connection.Pipe()
+        paths = [str(_PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        try:
+            self._process = subprocess.Popen(
+                [self._python, "-m", __name__, str(child.fileno())],
+                pass_fds=[child.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            )
+        finally:
+            child.close()
+        weakref.finalize(self, self._process.kill)  # a hung simulator must not outlive an interrupted evaluation
+        self._waiting.append("start")
+        self._write((self._factory, self._kwargs))
+        self.name = self.receive(timeout_s=self._start_timeout_s)
+
+    def close(self) -> None:
+        """End the process; nothing is asked of it, since it may hang."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._pipe.close()
+            self._log.close()
+        self._process = None
+        self._waiting.clear()
+
+    def reset(self, robot_obs: np.ndarray | None = None, scene_obs: np.ndarray | None = None, **start: Any) -> None:
+        self._ask("reset", robot_obs=robot_obs, scene_obs=scene_obs, **start)
+
+    def step(self, action: np.ndarray) -> None:
+        self._ask("step", action)
+
+    def observe(self) -> Observation:
+        return self._ask("observe")
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        return self._ask("info")
+
+    def send(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Ask for `method` without waiting; the answer comes with the matching `receive`."""
+        if self._process is None:
+            raise EnvError(f"{self._factory} has no running process; call restart().")
+        self._waiting.append(method)
+        self._write((method, args, kwargs))
+
+    def receive(self, timeout_s: float | None = None) -> Any:
+        """The answer to the oldest unanswered `send`."""
+        method = self._waiting.popleft()
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        try:
+            if not self._pipe.poll(timeout_s):
+                self._fail(f"{method} took longer than {timeout_s:g} s")
+            result, error = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            self._fail(f"the process died during {method}")
+        if error is not None:
+            raise error
+        return result
+
+    def _ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        self.send(method, *args, **kwargs)
+        return self.receive()
+
+    def _write(self, message: Any) -> None:
+        # a process that just died: `receive` says so, with its last words
+        with contextlib.suppress(ConnectionError):
+            self._pipe.send(message)
+
+    def _fail(self, what: str) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=0.5)  # a dying process closes its pipe before its exit code is known
+        code = self._process.poll()
+        state = "still running, ended now" if code is None else f"exit code {code}"
+        self._log.seek(0)
+        last_words = self._log.read().decode(errors="replace").strip()[-1500:]
+        self.close()
+        raise EnvError(f"{self._factory}: {what} ({state}). Its last output:\n{last_words or '(none)'}")
+
+
+def _serve(pipe: connection.Connection) -> None:
+    """The child: build the environment, then answer until the pipe closes."""
+
+    def answer(mistakes: tuple, function: Any, *args: Any, **kwargs: Any) -> None:
+        result, error = None, None
+        try:
+            result = function(*args, **kwargs)
+        except mistakes as caught:
+            error = caught
+        except Exception as caught:
+            error = EnvError(f"{type(caught).__name__}: {caught}\n{traceback.format_exc()}")
+        pipe.send((result, error))
+
+    def build() -> str:
+        module, _, name = factory.partition(":")
+        env.append(getattr(importlib.import_module(module), name)(**kwargs))
+        return env[0].name
+
+    env: list[Any] = []
+    factory, kwargs = pipe.recv()
+    answer(_CALLERS_MISTAKES, build)
+    while True:
+        try:
+            method, args, kwargs = pipe.recv()
+        except EOFError:  # the parent is gone or done
+            return
+        function = (lambda: env[0].info) if method == "info" else getattr(env[0], method)
+        answer((ValueError,), function, *args, **kwargs)
+
+
+if __name__ == "__main__":
+    _serve(connection.Connection(int(sys.argv[1])))

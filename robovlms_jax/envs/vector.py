@@ -1,0 +1,110 @@
+"""Several environments stepped together: what a rollout drives, be they processes or one jitted batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from robovlms_jax.interface import Env, Observation
+
+Info = Mapping[str, Any]
+
+
+class EnvError(RuntimeError):
+    """An environment broke: it raised, hung or died. After `restart` it can be reset and used again."""
+
+
+class VectorEnv(Protocol):
+    """N environments with one name. Every call names the slots it is about; the others stand still.
+
+    Answers come in the order of `slots`. A slot that breaks answers with its `EnvError` in place of the result, so the
+    others go on. Rendering happens in `observe` only.
+    """
+
+    name: str
+    size: int
+
+    def reset(self, slots: Sequence[int], starts: Sequence[Mapping[str, Any]]) -> list[Info | EnvError]:
+        """Put each slot into the state that its keyword arguments for `Env.reset` name."""
+
+    def step(self, slots: Sequence[int], actions: np.ndarray) -> list[Info | EnvError]:
+        """Execute one action in each slot, float[len(slots), 7]."""
+
+    def observe(self, slots: Sequence[int]) -> list[Observation | EnvError]:
+        """Render the given slots."""
+
+    def restart(self, slot: int) -> None:
+        """Build a broken slot anew."""
+
+
+class EnvPool:
+    """Single environments as one `VectorEnv`.
+
+    Environments in processes of their own (`envs.process.ProcessEnv`, recognised by `send` and `receive`) work at the
+    same time; others take turns.
+    """
+
+    def __init__(self, envs: Sequence[Env]):
+        if not envs:
+            raise ValueError("EnvPool needs at least one environment.")
+        names = {env.name for env in envs}
+        if len(names) > 1:
+            raise ValueError(f"one pool reports under one name, but these environments are called {sorted(names)}.")
+        self.name = names.pop()
+        self.size = len(envs)
+        self._envs = list(envs)
+
+    def reset(self, slots: Sequence[int], starts: Sequence[Mapping[str, Any]]) -> list[Info | EnvError]:
+        done = self._call("reset", slots, [((), dict(start)) for start in starts])
+        return self._then_info(slots, done)
+
+    def step(self, slots: Sequence[int], actions: np.ndarray) -> list[Info | EnvError]:
+        done = self._call("step", slots, [((action,), {}) for action in actions])
+        return self._then_info(slots, done)
+
+    def observe(self, slots: Sequence[int]) -> list[Observation | EnvError]:
+        return self._call("observe", slots, [((), {})] * len(slots))
+
+    def restart(self, slot: int) -> None:
+        env = self._envs[slot]
+        if hasattr(env, "restart"):
+            env.restart()
+
+    def close(self) -> None:
+        """End the processes of environments that have one."""
+        for env in self._envs:
+            if hasattr(env, "close"):
+                env.close()
+
+    def _then_info(self, slots: Sequence[int], done: Sequence[Any]) -> list[Info | EnvError]:
+        alive = [slot for slot, result in zip(slots, done) if not isinstance(result, EnvError)]
+        infos = iter(self._call("info", alive, [((), {})] * len(alive)))
+        return [result if isinstance(result, EnvError) else next(infos) for result in done]
+
+    def _call(self, method: str, slots: Sequence[int], arguments: Sequence[tuple[tuple, dict]]) -> list[Any]:
+        envs = [self._envs[slot] for slot in slots]
+        if all(hasattr(env, "send") for env in envs):
+            # two passes, so that all processes compute while the first answer is awaited
+            sent = [_caught(env.send, method, *args, **kwargs) for env, (args, kwargs) in zip(envs, arguments)]
+            return [error if isinstance(error, EnvError) else _caught(env.receive) for env, error in zip(envs, sent)]
+        return [_caught(_use, env, method, *args, **kwargs) for env, (args, kwargs) in zip(envs, arguments)]
+
+
+def _use(env: Env, method: str, *args: Any, **kwargs: Any) -> Any:
+    if method == "info":
+        return env.info
+    return getattr(env, method)(*args, **kwargs)
+
+
+def _caught(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """The function's result, or the EnvError it raised. ValueError passes: wrong input, not a broken environment."""
+    try:
+        return function(*args, **kwargs)
+    except EnvError as error:
+        return error
+    except ValueError:
+        raise
+    except Exception as error:
+        return EnvError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,234 @@
+"""The chain protocol: what is asked, and results that survive interruptions.
+
+Results are one JSON line per trial, flushed as soon as the trial ends, in one file per process. Starting again skips what any
+file of the directory already has; files of several processes add up by count.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from robovlms_jax.envs import tasks
+from robovlms_jax.envs.vector import VectorEnv
+from robovlms_jax.evaluation import rollout
+from robovlms_jax.evaluation.execution import BatchedPolicy, ExecutedBatch, Execution
+from robovlms_jax.evaluation.rollout import Recording, Rules, Trial, TrialResult
+
+log = logging.getLogger(__name__)
+
+_LOG_EVERY = 20
+
+
+def chain_trials(
+    chains: Sequence[tasks.Chain] | None = None,
+    *,
+    scene: str = "D",
+    train_scenes: Sequence[str] = (),
+    held_out: bool = False,
+    sentences: Mapping[str, str] | None = None,
+) -> list[Trial]:
+    """Chains as trials.
+
+    Args:
+      chains: a selection of `tasks.official_chains()`; None: all 1000.
+      scene: table the chains are run on; must be the one the environments were built with.
+      train_scenes: scenes the policy was trained on, to tell seen from unseen; empty: unknown.
+      held_out: ask in wording that training data never use; otherwise in the wording of training. Chains take turns through
+        the phrasings of a task.
+      sentences: task -> the one sentence to ask with instead, e.g. `envs.calvin.validation_instructions`.
+    """
+    trials = []
+    for chain in tasks.official_chains() if chains is None else chains:
+        robot_obs, scene_obs = tasks.initial_state(chain.condition, scene)
+        if sentences is None:
+            instructions = [tasks.instruction(task, held_out=held_out, variant=chain.index) for task in chain.tasks]
+        else:
+            instructions = [sentences[task] for task in chain.tasks]
+        labels = {
+            "scene": scene,
+            "scene_seen": scene in train_scenes if train_scenes else None,
+            "phrasing": "fixed" if sentences is not None else "held out" if held_out else "training",
+        }
+        start = {"robot_obs": robot_obs, "scene_obs": scene_obs}
+        trials.append(Trial(chain.index, start, chain.tasks, tuple(instructions), labels))
+    return trials
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Results and what they are results of."""
+
+    setup: Mapping[str, Any]
+    """JSON values: at least `env`, `policy`, `execution`, `max_steps`, `stop_at_success`."""
+    results: tuple[TrialResult, ...]
+
+
+def evaluate(
+    policy: BatchedPolicy,
+    envs: VectorEnv,
+    trials: Sequence[Trial],
+    directory: str | os.PathLike,
+    *,
+    policy_name: str,
+    execution: Execution | None = None,
+    rules: Rules | None = None,
+    process_index: int = 0,
+    num_processes: int = 1,
+    max_restarts: int = 3,
+    film: Sequence[int] = (),
+    on_recording: Callable[[Recording], None] | None = None,
+) -> Evaluation:
+    """Run those of `trials` that `directory` has no result of yet, and return what it has then.
+
+    Args:
+      trials: all trials of the evaluation, the same in every process; each process takes every `num_processes`-th.
+      directory: one per setup (environment, policy, execution mode, rules) and set of trials; made if missing.
+      policy_name: printed in reports, e.g. a checkpoint.
+    Raises:
+      ValueError: the directory holds results of another setup or other trials, or a damaged file.
+      See also `rollout.run`; what was finished before an error is kept.
+    """
+    if not 0 <= process_index < num_processes:
+        raise ValueError(f"process_index={process_index} must lie in [0, num_processes={num_processes}).")
+    execution, rules = execution or Execution(), rules or Rules()
+    setup = {
+        "env": envs.name,
+        "policy": policy_name,
+        "execution": execution.label,
+        "max_steps": rules.max_steps,
+        "stop_at_success": rules.stop_at_success,
+    }
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    done = {result.index: result for result in _stored(directory, setup)}
+    for trial in trials:
+        if trial.index in done:
+            _check_same(trial, done[trial.index], directory)
+    mine = [trial for trial in trials[process_index::num_processes] if trial.index not in done]
+    if len(done):
+        log.info("%s has %d results; %d trials to go in this process", directory, len(done), len(mine))
+
+    path = directory / f"results-{process_index:03d}.jsonl"
+    executed = ExecutedBatch(policy, execution)
+    loop = rollout.run(executed, envs, mine, rules, max_restarts=max_restarts, film=film, on_recording=on_recording)
+    scores: list[int] = []
+    for result in _append(path, setup, loop):
+        scores.append(result.score)
+        if len(scores) % _LOG_EVERY == 0 or len(scores) == len(mine):
+            mean = sum(scores) / len(scores)
+            log.info("%s: %d of %d trials, %.2f tasks in a row so far", envs.name, len(scores), len(mine), mean)
+    wanted = {trial.index for trial in trials}
+    everything = load(directory)
+    return dataclasses.replace(everything, results=tuple(r for r in everything.results if r.index in wanted))
+
+
+def load(directory: str | os.PathLike) -> Evaluation:
+    """All results in a directory, in order of trials; a trial that two processes ran counts once."""
+    directory = pathlib.Path(directory)
+    paths = sorted(directory.glob("results-*.jsonl"))
+    setups = [setup for path in paths if (setup := _read(path)[0]) is not None]
+    if not setups:
+        raise FileNotFoundError(f"no results-*.jsonl with results in {directory}; run the evaluation first.")
+    return Evaluation(setups[0], tuple(_stored(directory, setups[0])))
+
+
+def upstream_results(results: Sequence[TrialResult]) -> dict[str, Any]:
+    """The same numbers in the layout of upstream's `results_calvin_*.json`."""
+    length = max(len(result.tasks) for result in results)
+    scores = [result.score for result in results]
+    success: collections.Counter[str] = collections.Counter()
+    total: collections.Counter[str] = collections.Counter()
+    for result in results:
+        total.update(result.tasks[: len(result.success)])
+        success.update(task for task, done in zip(result.tasks, result.success) if done)
+    return {
+        "null": {  # upstream stores under the training epoch, which its evaluation does not know
+            "avg_seq_len": sum(scores) / len(scores),
+            "chain_sr": {
+                str(count): sum(score >= count for score in scores) / len(scores) for count in range(1, length + 1)
+            },
+            "task_info": {task: {"success": success[task], "total": total[task]} for task in total},
+        }
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def _stored(directory: pathlib.Path, setup: Mapping[str, Any]) -> list[TrialResult]:
+    """Results in the directory, which must all be of this setup."""
+    found: dict[int, TrialResult] = {}
+    for path in sorted(directory.glob("results-*.jsonl")):
+        theirs, results = _read(path)
+        if theirs is None:
+            continue
+        if theirs != setup:
+            keys = sorted(key for key in {*theirs, *setup} if theirs.get(key) != setup.get(key))
+            differences = ", ".join(f"{key}: {theirs.get(key)!r} there, {setup.get(key)!r} here" for key in keys)
+            raise ValueError(
+                f"{path} has results of another setup ({differences}); use a directory of its own for each."
+            )
+        for result in results:
+            found.setdefault(result.index, result)
+    return [found[index] for index in sorted(found)]
+
+
+def _read(path: pathlib.Path) -> tuple[dict[str, Any] | None, list[TrialResult]]:
+    """Setup and results of one file. A torn last line, as a crash or a process still writing leaves it, is not there yet."""
+    lines = path.read_text().split("\n")
+    complete, torn = lines[:-1], lines[-1]
+    if torn:
+        log.warning("%s ends in an unfinished line, which is ignored", path)
+    rows = []
+    for number, line in enumerate(complete, start=1):
+        try:
+            row = json.loads(line)
+            rows.append(row["setup"] if number == 1 else _from_json(row))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is not a result ({type(error).__name__}: {error}). Delete the line to run that trial "
+                "again, or the file to run all of its trials again."
+            ) from error
+    return (rows[0], rows[1:]) if rows else (None, [])
+
+
+def _append(path: pathlib.Path, setup: Mapping[str, Any], results: Iterator[TrialResult]) -> Iterator[TrialResult]:
+    """Pass results on, each after it is safely in the file."""
+    text = path.read_bytes() if path.exists() else b""
+    keep = text.rfind(b"\n") + 1  # drop a torn last line, or the next result would continue it
+    with path.open("ab") as file:
+        file.truncate(keep)
+        if keep == 0:
+            file.write(json.dumps({"setup": dict(setup)}).encode() + b"\n")
+        for result in results:
+            try:
+                file.write(json.dumps(dataclasses.asdict(result)).encode() + b"\n")
+                file.flush()
+            except OSError as error:
+                error.add_note(f"Trial {result.index} could not be stored in {path}; results before it are kept.")
+                raise
+            yield result
+
+
+def _from_json(row: Mapping[str, Any]) -> TrialResult:
+    values = {field.name: row[field.name] for field in dataclasses.fields(TrialResult)}
+    return TrialResult(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _check_same(trial: Trial, result: TrialResult, directory: pathlib.Path) -> None:
+    asked = (trial.tasks, trial.instructions, dict(trial.labels))
+    stored = (result.tasks, result.instructions, dict(result.labels))
+    for name, here, there in zip(("tasks", "instructions", "labels"), asked, stored):
+        if here != there:
+            raise ValueError(
+                f"{directory} has a result for trial {trial.index} with other {name}: {there} there, {here} here; use a "
+                "directory of its own for each set of trials."
+            )

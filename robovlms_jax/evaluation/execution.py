@@ -1,0 +1,127 @@
+"""How much of each predicted chunk is executed before the policy is asked again.
+
+`select` is the whole of it, a pure function with explicit state; two classes wrap it around a policy for one episode or
+for many, so that whoever runs the policy simply executes every action it is handed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+
+from robovlms_jax.interface import ActionChunk, Observation, Policy
+
+Past = tuple[np.ndarray, ...]
+"""What is left of earlier chunks, oldest first: each float[1..C, 7], row 0 the action for the coming step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """An execution mode.
+
+    A policy that is asked less than once per step sees only the frames it is asked at; a simulator renders only those.
+    """
+
+    mode: Literal["first", "chunk", "receding", "ensemble"] = "chunk"
+    """first: the first action of every chunk (what upstream does). chunk: all of it. receding: its first `horizon`
+    actions. ensemble: ask at every step, average what all chunks say for it (Zhao et al. 2023, arXiv:2304.13705)."""
+    horizon: int = 1
+    """Actions executed per request in mode receding; a shorter chunk is executed whole."""
+    decay: float = 0.01
+    """Mode ensemble weighs the i-th oldest prediction by exp(-decay * i): 0 averages, large values trust the oldest."""
+
+    def __post_init__(self):
+        if self.mode not in ("first", "chunk", "receding", "ensemble"):
+            raise ValueError(f"execution mode {self.mode!r} is not one of first, chunk, receding, ensemble.")
+        if self.horizon < 1:
+            raise ValueError(f"execution horizon={self.horizon} must be at least 1.")
+
+    @property
+    def label(self) -> str:
+        """Short name for tables, e.g. "receding 5"."""
+        return {"receding": f"receding {self.horizon}", "ensemble": f"ensemble {self.decay:g}"}.get(
+            self.mode, self.mode
+        )
+
+
+def select(execution: Execution, past: Past, chunk: np.ndarray) -> tuple[np.ndarray, Past]:
+    """What to execute of a new chunk.
+
+    Args:
+      past: () at the start of an episode, then the previous call's second result.
+      chunk: float[C, 7], for the coming C steps.
+    Returns:
+      float[n, 7] to execute before the next request, n >= 1, and the new past.
+    """
+    if execution.mode != "ensemble":
+        count = {"first": 1, "chunk": len(chunk), "receding": execution.horizon}[execution.mode]
+        return chunk[:count], ()
+    votes = (*past, chunk)
+    weights = np.exp(-execution.decay * np.arange(len(votes)))
+    action = np.average([vote[0] for vote in votes], axis=0, weights=weights).astype(chunk.dtype)
+    # the gripper is a decision, not a quantity: a weighted vote, ties to the newest
+    action[-1] = np.sign(action[-1]) or chunk[0, -1]
+    return action[None], tuple(vote[1:] for vote in votes if len(vote) > 1)
+
+
+class BatchedPolicy(Protocol):
+    """One policy that serves many episodes, each in a slot of its own."""
+
+    def reset(self, slots: Sequence[int], instructions: Sequence[str]) -> None:
+        """Start an episode in each of the given slots: forget its history and follow its instruction."""
+
+    def act(self, observations: Sequence[Observation], slots: Sequence[int]) -> Sequence[ActionChunk]:
+        """Advance the given slots by one step each; other slots stand still."""
+
+
+class Executed:
+    """A `Policy` whose chunks are to be executed whole: `policy` under an execution mode."""
+
+    def __init__(self, policy: Policy, execution: Execution):
+        self._policy, self._execution = policy, execution
+        self._past: Past = ()
+
+    def reset(self, instruction: str) -> None:
+        self._past = ()
+        self._policy.reset(instruction)
+
+    def act(self, observation: Observation) -> ActionChunk:
+        actions, self._past = select(self._execution, self._past, self._policy.act(observation).actions)
+        return ActionChunk(actions)
+
+
+class ExecutedBatch:
+    """A `BatchedPolicy` whose chunks are to be executed whole: `policy` under an execution mode."""
+
+    def __init__(self, policy: BatchedPolicy, execution: Execution):
+        self._policy, self._execution = policy, execution
+        self._past: dict[int, Past] = {}
+
+    def reset(self, slots: Sequence[int], instructions: Sequence[str]) -> None:
+        for slot in slots:
+            self._past[slot] = ()
+        self._policy.reset(slots, instructions)
+
+    def act(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[ActionChunk]:
+        chunks = []
+        for slot, chunk in zip(slots, self._policy.act(observations, slots), strict=True):
+            actions, self._past[slot] = select(self._execution, self._past[slot], chunk.actions)
+            chunks.append(ActionChunk(actions))
+        return chunks
+
+
+class Separate:
+    """Single policies as a `BatchedPolicy`, one per slot: each keeps its own history."""
+
+    def __init__(self, policies: Sequence[Policy]):
+        self._policies = list(policies)
+
+    def reset(self, slots: Sequence[int], instructions: Sequence[str]) -> None:
+        for slot, instruction in zip(slots, instructions, strict=True):
+            self._policies[slot].reset(instruction)
+
+    def act(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[ActionChunk]:
+        return [self._policies[slot].act(observation) for slot, observation in zip(slots, observations, strict=True)]

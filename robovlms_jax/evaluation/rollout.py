@@ -1,0 +1,317 @@
+"""Roll a batched policy out in many environments at once: the loop behind every closed-loop number.
+
+All environments advance in lockstep: one control step, then one policy call for those whose actions are used up. A
+frame is rendered only when the policy is asked (or the rollout is being filmed). An environment that breaks is
+restarted and its trial repeated from the start; everybody else goes on.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from robovlms_jax.envs import tasks
+from robovlms_jax.envs.vector import EnvError, Info, VectorEnv
+from robovlms_jax.evaluation.execution import BatchedPolicy
+from robovlms_jax.interface import ACTION_DIM, Observation
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One reset and the tasks asked after it, each in the state the previous one left."""
+
+    index: int
+    start: Mapping[str, Any]
+    """Keyword arguments for `Env.reset`."""
+    tasks: tuple[str, ...]
+    instructions: tuple[str, ...]
+    labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """JSON values kept with the result, e.g. {"scene": "D", "seen_scene": False}."""
+
+    def __post_init__(self):
+        if not self.tasks or len(self.tasks) != len(self.instructions):
+            raise ValueError(
+                f"trial {self.index} has {len(self.tasks)} tasks and {len(self.instructions)} instructions; expected at "
+                "least one task, and one instruction for each."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """When a task is over, and whether it was done."""
+
+    max_steps: int = 360
+    """Control steps per task."""
+    completed: Callable[[Sequence[Info], Sequence[Info]], Sequence[Collection[str]]] = tasks.completed_in_each
+    """(infos when the tasks were given, infos now) -> for each environment the names of the tasks done since."""
+    stop_at_success: bool = True
+    """Stop at the first step that completes the task. False: run all steps, success is judged at the last one."""
+
+    def __post_init__(self):
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps={self.max_steps} must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialResult:
+    """What became of a trial. Lists run over the attempted tasks: up to the first failed one, or all."""
+
+    index: int
+    tasks: tuple[str, ...]
+    """All tasks of the trial, attempted or not."""
+    instructions: tuple[str, ...]
+    success: tuple[bool, ...]
+    steps: tuple[int, ...]
+    """Control steps spent on each attempted task."""
+    labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    partial: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Last `info["partial"]` of environments that grade parts of a task."""
+    restarts: int = 0
+    """How often the environment broke before the trial came to an end."""
+
+    @property
+    def score(self) -> int:
+        """Tasks solved in a row, from the first."""
+        return sum(self.success)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """One filmed control step: what was seen, and the action that followed."""
+
+    observation: Observation
+    action: np.ndarray
+    instruction: str
+    task: int
+    """Position of the task in the trial."""
+    step: int
+
+
+@dataclasses.dataclass
+class Recording:
+    """A filmed trial."""
+
+    env: str
+    trial: Trial
+    every: int
+    """Control steps between two frames."""
+    frames: list[Frame]
+    result: TrialResult
+
+
+def run(
+    policy: BatchedPolicy,
+    envs: VectorEnv,
+    trials: Iterable[Trial],
+    rules: Rules | None = None,
+    *,
+    max_restarts: int = 3,
+    film: Collection[int] = (),
+    film_every: int = 3,
+    on_recording: Callable[[Recording], None] | None = None,
+) -> Iterator[TrialResult]:
+    """Run trials, as many at a time as there are environments.
+
+    Args:
+      policy: every action it returns is executed; see `execution.ExecutedBatch` for execution modes.
+      max_restarts: a trial whose environment breaks more often than this ends the run.
+      film: indices of trials to film, every `film_every`-th step and the end; `on_recording` gets each film.
+    Yields:
+      results in the order in which trials end.
+    Raises:
+      ValueError: the policy returned an unusable action; names trial, task and step.
+      EnvError: a trial's environment broke more than `max_restarts` times.
+    """
+    loop = _Loop(policy, envs, rules or Rules(), max_restarts, frozenset(film), film_every)
+    loop.queue.extend(_Run(trial) for trial in trials)
+    while loop.queue or loop.runs:
+        loop.fill()
+        loop.plan()
+        for done, last_look in loop.step():
+            if done.film and on_recording is not None:
+                on_recording(_recording(envs.name, done, last_look, film_every))
+            yield done.result()
+
+
+@dataclasses.dataclass
+class _Run:
+    """A trial under way, or waiting to be."""
+
+    trial: Trial
+    restarts: int = 0
+    start_info: Info = dataclasses.field(default_factory=dict)
+    info: Info = dataclasses.field(default_factory=dict)
+    instruction: str = ""
+    unheard: bool = False
+    """The policy has not been told the instruction yet."""
+    over: bool = False
+    actions: collections.deque[np.ndarray] = dataclasses.field(default_factory=collections.deque)
+    """Still to be executed before the policy is asked again."""
+    step: int = 0
+    success: list[bool] = dataclasses.field(default_factory=list)
+    steps: list[int] = dataclasses.field(default_factory=list)
+    film: list[Frame] = dataclasses.field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        return len(self.success)
+
+    def where(self) -> str:
+        task = self.trial.tasks[self.position]
+        return (
+            f"trial {self.trial.index}, task {task} ({self.position + 1} of {len(self.trial.tasks)}), step {self.step}"
+        )
+
+    def follow(self, instruction: str) -> None:
+        """A new instruction: what was planned for the old one is void."""
+        self.instruction, self.unheard = instruction, True
+        self.actions.clear()
+
+    def begin_task(self, info: Info) -> None:
+        self.step, self.info, self.start_info = 0, info, info
+        self.follow(info.get("instruction", self.trial.instructions[self.position]))
+
+    def advance(self, info: Info, completed: Collection[str], rules: Rules) -> None:
+        """Book one executed step and the tasks that are done after it."""
+        self.info = info
+        self.step += 1
+        at_end = self.step >= rules.max_steps
+        success = (at_end or rules.stop_at_success) and self.trial.tasks[self.position] in completed
+        if success or at_end:
+            self.success.append(success)
+            self.steps.append(self.step)
+            self.over = not success or self.position == len(self.trial.tasks)
+            if not self.over:
+                self.begin_task(info)
+        elif info.get("instruction", self.instruction) != self.instruction:  # some environments have tasks in stages
+            self.follow(info["instruction"])
+
+    def result(self) -> TrialResult:
+        trial = self.trial
+        partial = dict(self.info.get("partial", {}))
+        success, steps = tuple(self.success), tuple(self.steps)
+        return TrialResult(
+            trial.index, trial.tasks, trial.instructions, success, steps, trial.labels, partial, self.restarts
+        )
+
+
+@dataclasses.dataclass
+class _Loop:
+    policy: BatchedPolicy
+    envs: VectorEnv
+    rules: Rules
+    max_restarts: int
+    film: frozenset[int]
+    film_every: int
+    queue: collections.deque[_Run] = dataclasses.field(default_factory=collections.deque)
+    runs: dict[int, _Run] = dataclasses.field(default_factory=dict)
+    """Slot -> what runs in it."""
+
+    def fill(self) -> None:
+        """Start waiting trials in free slots."""
+        free = [slot for slot in range(self.envs.size) if slot not in self.runs][: len(self.queue)]
+        if not free:
+            return
+        self.runs |= {slot: self.queue.popleft() for slot in free}
+        infos = self._sound(free, self.envs.reset(free, [self.runs[slot].trial.start for slot in free]))
+        for slot, info in infos.items():
+            self.runs[slot].begin_task(info)
+
+    def plan(self) -> None:
+        """Ask the policy for those whose actions are used up; film those whose turn it is."""
+        unheard = [slot for slot, run in self.runs.items() if run.unheard]
+        if unheard:
+            self.policy.reset(unheard, [self.runs[slot].instruction for slot in unheard])
+        for slot in unheard:
+            self.runs[slot].unheard = False
+        asking = [slot for slot, run in self.runs.items() if not run.actions]
+        filmed = [slot for slot in self.runs if self._filmed(slot) and self.runs[slot].step % self.film_every == 0]
+        looking = sorted({*asking, *filmed})
+        seen = self._sound(looking, self.envs.observe(looking)) if looking else {}
+        asking = [slot for slot in asking if slot in seen]
+        if asking:
+            try:
+                chunks = self.policy.act([seen[slot] for slot in asking], asking)
+            except Exception as error:
+                error.add_note(f"The policy failed at {'; '.join(self.runs[slot].where() for slot in asking[:3])}.")
+                raise
+            for slot, chunk in zip(asking, chunks, strict=True):
+                self.runs[slot].actions.extend(_checked(chunk.actions, self.runs[slot].where()))
+        for slot in filmed:
+            if slot in seen:
+                run = self.runs[slot]
+                run.film.append(Frame(seen[slot], run.actions[0], run.instruction, run.position, run.step))
+
+    def step(self) -> list[tuple[_Run, Observation | None]]:
+        """One control step everywhere; returns the trials that ended, those filmed with a last look."""
+        slots = list(self.runs)
+        if not slots:
+            return []
+        actions = np.stack([self.runs[slot].actions.popleft() for slot in slots])
+        infos = self._sound(slots, self.envs.step(slots, actions))
+        completed = self.rules.completed([self.runs[slot].start_info for slot in infos], list(infos.values()))
+        for (slot, info), names in zip(infos.items(), completed, strict=True):
+            self.runs[slot].advance(info, names, self.rules)
+        ended = [slot for slot in infos if self.runs[slot].over]
+        filmed = [slot for slot in ended if self._filmed(slot)]
+        looks = dict(zip(filmed, self.envs.observe(filmed))) if filmed else {}
+        # the trial is over, so an environment that breaks at this last look only spoils the film
+        looks = {slot: None if isinstance(look, EnvError) else look for slot, look in looks.items()}
+        return [(self.runs.pop(slot), looks.get(slot)) for slot in ended]
+
+    def _filmed(self, slot: int) -> bool:
+        return self.runs[slot].trial.index in self.film
+
+    def _sound(self, slots: Sequence[int], answers: Sequence[Any]) -> dict[int, Any]:
+        """The answers of environments that did not break; trials of the others go back to the queue."""
+        for slot, answer in zip(slots, answers, strict=True):
+            if isinstance(answer, EnvError):
+                self._repeat(slot, answer)
+        return {slot: answer for slot, answer in zip(slots, answers) if not isinstance(answer, EnvError)}
+
+    def _repeat(self, slot: int, error: EnvError) -> None:
+        run = self.runs.pop(slot)
+        trial, restarts = run.trial, run.restarts + 1
+        if restarts > self.max_restarts:
+            raise EnvError(
+                f"the environment broke {restarts} times in trial {trial.index}, last at {run.where()}. Results so far "
+                f"are kept; start the evaluation again to go on from here. The last failure: {error}"
+            ) from error
+        log.warning("environment %d broke at %s; restarting it and repeating the trial: %s", slot, run.where(), error)
+        self.queue.appendleft(_Run(trial, restarts))
+        try:
+            self.envs.restart(slot)
+        except EnvError as again:  # the next reset fails at once and counts as the next attempt
+            log.warning("environment %d did not come back: %s", slot, again)
+
+
+def _checked(actions: np.ndarray, where: str) -> np.ndarray:
+    """The actions, if a robot could execute them."""
+    actions = np.asarray(actions)
+    remedy = "Check the policy's head and un-normalisation."
+    if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or len(actions) == 0:
+        raise ValueError(f"{where}: the policy returned shape {actions.shape}, expected [C, {ACTION_DIM}]. {remedy}")
+    if not np.isfinite(actions).all():
+        row, column = np.argwhere(~np.isfinite(actions))[0]
+        raise ValueError(f"{where}: the policy's action {row} has {actions[row, column]} in column {column}. {remedy}")
+    if not np.isin(actions[:, 6], (-1, 1)).all():
+        raise ValueError(
+            f"{where}: the policy's gripper commands {actions[:, 6].tolist()} must be exactly -1 (close) or 1 (open); "
+            "binarise them first."
+        )
+    return actions
+
+
+def _recording(env: str, run: _Run, last_look: Observation | None, every: int) -> Recording:
+    frames = run.film
+    if last_look is not None:
+        final = dataclasses.replace(frames[-1], observation=last_look, task=len(run.steps) - 1, step=run.steps[-1])
+        frames = [*frames, final]
+    return Recording(env, run.trial, every, frames, run.result())

@@ -1,0 +1,49 @@
+"""Open a trained policy: `load_policy(checkpoint_dir)`."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+
+from robovlms_jax import build, config
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies.rollout import BatchedVLAPolicy, VLAPolicy
+from robovlms_jax.training import checkpoints
+
+
+def load_policy(path: str | pathlib.Path) -> VLAPolicy:
+    """A policy for one robot, on this process's first device.
+
+    Args:
+      path: a run directory (its newest checkpoint is taken) or one of its checkpoints/<step> folders; nothing else is needed.
+    Raises:
+      FileNotFoundError, ValueError: no or another model's checkpoint; says what was looked for.
+    """
+    return VLAPolicy(*_open(path))
+
+
+def load_batched_policy(path: str | pathlib.Path, slots: int) -> BatchedVLAPolicy:
+    """The same for `slots` robots or simulators at once."""
+    return BatchedVLAPolicy(*_open(path), slots=slots)
+
+
+def load_config(path: str | pathlib.Path) -> config.ExperimentConfig:
+    """The resolved configuration a checkpoint was trained with."""
+    return _read(checkpoints.locate(path))[0]
+
+
+def _read(directory: pathlib.Path) -> tuple[config.ExperimentConfig, dict[str, str]]:
+    serving = checkpoints.read_serving(directory)
+    return config.from_dict(config.ExperimentConfig, serving["config"]), serving["assets"]
+
+
+def _open(path: str | pathlib.Path) -> tuple[Any, Any, Any]:
+    directory = checkpoints.locate(path)
+    experiment, assets = _read(directory)
+    backbone = build.backbone_from_assets(experiment.backbone, assets)
+    model = build.make_model(experiment, backbone.vlm)
+    shapes, shardings = build.abstract_params(model, meshes.make_mesh((1, 1, 1), jax.local_devices()[:1]))
+    abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings)
+    return model, checkpoints.read_params(directory, abstract), backbone.encoder(experiment.data.text_length)

@@ -1,0 +1,200 @@
+"""Apply rules: source tensors -> parameters, strictly, each device reading only its part."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from robovlms_jax.weights.rules import Fresh, Ignore, Rearrange, Rule, Rules, normalize
+from robovlms_jax.weights.sources import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one parameter is made."""
+
+    tensors: tuple[str, ...]
+    """Source tensors: one, or one per layer."""
+    rearrange: Rearrange
+    """Of each of them."""
+    is_stacked: bool
+
+
+def load_params(rules: Rules, source: Source, shapes: Any, shardings: Any) -> dict[str, Any]:
+    """Read a checkpoint straight into sharded parameters.
+
+    Each device's part is read on its own: a host holds one parameter at a time, and of it only what its devices need.
+
+    Args:
+      shapes: nested dict of jax.ShapeDtypeStruct, the parameters to fill; any source type is cast to theirs.
+      shardings: the same tree of jax.sharding.Sharding.
+    Returns:
+      Nested dict of jax.Array: `shapes` without the parameters that are `Fresh` by the rules.
+    Raises:
+      ValueError: source, rules and parameters do not fit together; lists everything that is wrong.
+    """
+    flat, flat_shardings = flatten_dict(shapes, sep="/"), flatten_dict(shardings, sep="/")
+    recipes = plan(rules, source.shapes, {path: leaf.shape for path, leaf in flat.items()}, name=source.name)
+    return unflatten_dict(
+        {path: _load(recipe, source, flat[path], flat_shardings[path]) for path, recipe in recipes.items()}, sep="/"
+    )
+
+
+def plan(
+    rules: Rules,
+    tensors: Mapping[str, tuple[int, ...]],
+    parameters: Mapping[str, tuple[int, ...]],
+    name: str = "checkpoint",
+) -> dict[str, Recipe]:
+    """Match shapes of source tensors with shapes of parameters, without touching any data.
+
+    Every tensor must match exactly one rule, and every parameter be filled once, in all its layers, in the right shape.
+
+    Args:
+      tensors: tensor name -> shape. parameters: path -> shape.
+      name: of the checkpoint, for the message.
+    Returns:
+      path -> recipe for every parameter that is not `Fresh`.
+    Raises:
+      ValueError: lists everything that is wrong.
+    """
+    problems = _Problems()
+    filled: dict[tuple[str, int | None], str] = {}
+    rules_by_target: dict[str, Rule] = {}
+    for tensor, found in tensors.items():
+        matches = _matches(rules, normalize(tensor))
+        if len(matches) != 1:
+            problems.add(
+                "tensors that no rule matches" if not matches else "tensors that several rules match",
+                tensor,
+                list(found),
+            )
+            continue
+        rule, layer = matches[0]
+        if isinstance(rule, Ignore):
+            continue
+        if rule.target not in parameters:
+            problems.add("tensors of parameters the model does not have", tensor, f"{list(found)}, for {rule.target}")
+            continue
+        shape = parameters[rule.target]
+        if layer is not None and layer >= shape[0]:
+            problems.add("tensors of layers the model does not have", tensor, f"{rule.target} has {shape[0]} layers")
+            continue
+        expected = _rearrange(rule, shape).source_shape(shape[1:] if rule.is_stacked else shape)
+        if tuple(found) != expected:
+            problems.add(
+                "tensors of another shape", tensor, f"found {list(found)}, expected {list(expected)} for {rule.target}"
+            )
+        if (rule.target, layer) in filled:
+            problems.add(
+                "tensors that fill a parameter twice",
+                tensor,
+                f"{rule.target} is filled by {filled[rule.target, layer]} already",
+            )
+        filled[rule.target, layer] = tensor
+        rules_by_target[rule.target] = rule
+
+    recipes = {}
+    for path, shape in parameters.items():
+        if any(isinstance(rule, Fresh) and re.search(rule.target, path) for rule in rules):
+            continue
+        rule = rules_by_target.get(path) or next(
+            (rule for rule in rules if isinstance(rule, Rule) and rule.target == path), None
+        )
+        if rule is None:
+            problems.add("parameters that no rule fills", path, list(shape))
+            continue
+        layers = range(shape[0]) if rule.is_stacked else [None]
+        rearrange = _rearrange(rule, shape)
+        for layer in layers:
+            if (path, layer) not in filled:
+                expected = list(rearrange.source_shape(shape[1:] if rule.is_stacked else shape))
+                problems.add("tensors that are missing", rule.name(layer), f"{expected}, for {path}")
+        recipes[path] = Recipe(tuple(filled.get((path, layer), "") for layer in layers), rearrange, rule.is_stacked)
+    problems.raise_if_any(name)
+    return recipes
+
+
+def _matches(rules: Rules, tensor: str) -> list[tuple[Rule | Ignore, int | None]]:
+    matches = []
+    for rule in rules:
+        if isinstance(rule, Rule):
+            is_match, layer = rule.match(tensor)
+            if is_match:
+                matches.append((rule, layer))
+        elif isinstance(rule, Ignore) and re.fullmatch(rule.source, tensor):
+            matches.append((rule, None))
+    return matches
+
+
+def _rearrange(rule: Rule, shape: tuple[int, ...]) -> Rearrange:
+    return Rearrange.parse(rule.pattern, len(shape) - rule.is_stacked)
+
+
+def _load(
+    recipe: Recipe, source: Source, parameter: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+) -> jax.Array:
+    shape = parameter.shape[1:] if recipe.is_stacked else parameter.shape
+    parts: dict[tuple, np.ndarray] = {}  # devices that hold the same part share one copy
+
+    def read(tensor: str, index: tuple[slice, ...]) -> np.ndarray:
+        return recipe.rearrange.forward(lambda cut: source.read(tensor, cut), shape, index)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(cut.indices(size)[:2] for cut, size in zip(index, parameter.shape))
+        if bounds not in parts:
+            out = np.empty([stop - start for start, stop in bounds], parameter.dtype)
+            if recipe.is_stacked:
+                for row, layer in enumerate(range(*bounds[0])):
+                    out[row] = read(recipe.tensors[layer], index[1:])
+            else:
+                out[...] = read(recipe.tensors[0], index)
+            parts[bounds] = out
+        return parts[bounds]
+
+    return jax.make_array_from_callback(parameter.shape, sharding, part)
+
+
+class _Problems:
+    """What does not fit, collected by kind; names that differ only in their layer share a line."""
+
+    def __init__(self):
+        self._kinds: dict[str, dict[tuple[str, str], list[int]]] = collections.defaultdict(
+            lambda: collections.defaultdict(list)
+        )
+
+    def add(self, kind: str, name: str, detail: Any) -> None:
+        layer = re.search(r"\.(\d+)\.", name)
+        template = name if layer is None else f"{name[: layer.start()]}.*.{name[layer.end() :]}"
+        layers = self._kinds[kind][template, re.sub(r"\.\d+\.", ".*.", str(detail))]
+        if layer is not None:
+            layers.append(int(layer[1]))
+
+    def raise_if_any(self, name: str) -> None:
+        if not self._kinds:
+            return
+        lines = [f"{name} does not fit the model:"]
+        for kind, entries in self._kinds.items():
+            lines.append(f"  {kind}:")
+            for (template, detail), layers in entries.items():
+                lines.append(f"    {template}  {detail}" + (f"  (* = {_ranges(sorted(layers))})" if layers else ""))
+        lines.append("Is this the checkpoint of another model, or of another size than its config.json says?")
+        raise ValueError("\n".join(lines))
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -1,0 +1,77 @@
+"""Parameters -> a directory that transformers' `from_pretrained` opens."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+from robovlms_jax.weights.rules import Rearrange, Rule, Rules
+from robovlms_jax.weights.sources import INDEX, SINGLE
+
+
+def export(
+    params: Mapping[str, Any],
+    rules: Rules,
+    directory: str | pathlib.Path,
+    config_json: Mapping[str, Any],
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write safetensors (sharded above `max_shard_bytes`, one shard in memory at a time) and config.json.
+
+    Args:
+      params: nested dict of arrays, adapters merged; types are kept.
+      rules: those the parameters were or could have been loaded with; `prefixed` ones for a policy's tree.
+      config_json: contents of the checkpoint's config.json.
+    Raises:
+      ValueError: parameters without a rule (adapters: see `nn.linear.merge_lora`) or rules without a parameter.
+      FileExistsError: the directory holds safetensors already, which would mix with the new ones.
+    """
+    flat, directory = flatten_dict(params, sep="/"), pathlib.Path(directory)
+    by_target: dict[str, Rule] = {}
+    for rule in rules:
+        if isinstance(rule, Rule):
+            by_target.setdefault(rule.target, rule)
+    unmapped, absent = sorted(set(flat) - set(by_target)), sorted(set(by_target) - set(flat))
+    if unmapped or absent:
+        raise ValueError(
+            f"cannot export: parameters without a rule {unmapped}, rules without a parameter {absent}. "
+            "Adapters (lora_a, lora_b) go into their kernels first, with nn.linear.merge_lora."
+        )
+    if any(directory.glob("*.safetensors")):
+        raise FileExistsError(f"{directory} holds safetensors files already; export to an empty directory.")
+
+    tensors = []  # (name, path, layer)
+    for path, rule in by_target.items():
+        layers = range(flat[path].shape[0]) if rule.is_stacked else [None]
+        tensors += [(rule.name(layer), path, layer) for layer in layers]
+
+    shards, room = [[]], max_shard_bytes
+    for name, path, layer in tensors:
+        size = flat[path].nbytes // (1 if layer is None else flat[path].shape[0])
+        if shards[-1] and size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append((name, path, layer))
+        room -= size
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        arrays = {}
+        for name, path, layer in shard:
+            x = np.asarray(flat[path] if layer is None else flat[path][layer])
+            arrays[name] = np.ascontiguousarray(Rearrange.parse(by_target[path].pattern, x.ndim).backward(x))
+            weight_map[name] = file
+        save_file(arrays, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(x.nbytes for x in flat.values())}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,124 @@
+"""Where weights come from: safetensors files, read slice by slice."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import safetensors
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+_CONVERT = """PyTorch pickles are not read here (they can run code). Convert once, where torch is installed:
+    import torch; from safetensors.torch import save_file
+    state = torch.load({source!r}, map_location="cpu", weights_only=True)
+    save_file({{k: v.clone().contiguous() for k, v in state.get("state_dict", state).items()}}, {target!r})"""
+
+
+class Source(Protocol):
+    """Named tensors that can be read in parts."""
+
+    name: str
+    """For messages."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Every tensor there is."""
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """One slice of one tensor, in its stored type; nothing else is read."""
+
+
+class ArraySource:
+    """Tensors already in memory."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], name: str = "arrays"):
+        self.name = name
+        self.shapes = {key: tuple(value.shape) for key, value in arrays.items()}
+        self._arrays = arrays
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return np.asarray(self._arrays[name][index])
+
+
+class SafetensorsSource:
+    """One or more safetensors files. Opening reads only their headers; tensors are memory-mapped."""
+
+    def __init__(self, files: list[pathlib.Path], name: str):
+        self.name = name
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Any] = {}
+        for path in files:
+            file = _open(path)
+            for key in file.keys():  # noqa: SIM118 - not a dict; it cannot be iterated
+                if key in self._files:
+                    raise ValueError(
+                        f"{path} repeats tensor {key!r} of another shard; the shards are not of one checkpoint."
+                    )
+                self._files[key] = file
+                self.shapes[key] = tuple(file.get_slice(key).get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return np.asarray(self._files[name].get_slice(name)[index])
+
+
+def open_source(path: str | pathlib.Path) -> SafetensorsSource:
+    """Open a safetensors file, or a directory with model.safetensors or with shards and their index.
+
+    Raises:
+      FileNotFoundError: nothing there, a shard is missing, or only a PyTorch pickle (with the way to convert it).
+      ValueError: a file is truncated or corrupt, or the index and its shards disagree.
+    """
+    path = pathlib.Path(path)
+    if path.is_file():
+        if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+            raise FileNotFoundError(
+                f"{path}: " + _CONVERT.format(source=str(path), target=str(path.with_suffix(".safetensors")))
+            )
+        return SafetensorsSource([path], str(path))
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path} does not exist; expected a safetensors file or a directory with {SINGLE} or {INDEX}."
+        )
+    if (path / INDEX).is_file():
+        return _open_sharded(path)
+    if (path / SINGLE).is_file():
+        return SafetensorsSource([path / SINGLE], str(path))
+    pickles = sorted(path.glob("pytorch_model*.bin"))
+    if pickles:
+        convert = _CONVERT.format(source=str(pickles[0]), target=str(path / SINGLE))
+        raise FileNotFoundError(f"{path} has {pickles[0].name} but neither {SINGLE} nor {INDEX}. {convert}")
+    raise FileNotFoundError(
+        f"{path} has neither {SINGLE} nor {INDEX}; it holds {sorted(p.name for p in path.iterdir())[:10]}."
+    )
+
+
+def _open_sharded(directory: pathlib.Path) -> SafetensorsSource:
+    index = directory / INDEX
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is no index of safetensors shards ({error!r}); download it again.") from error
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (directory / file).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{index} names {len(files)} shards, of which {missing} are missing; download them into {directory}."
+        )
+    source = SafetensorsSource([directory / file for file in files], str(directory))
+    differing = sorted(set(weight_map) ^ set(source.shapes))
+    if differing:
+        raise ValueError(
+            f"{index} and its shards disagree about {len(differing)} tensors, first {differing[:5]}; fetch them again."
+        )
+    return source
+
+
+def _open(path: pathlib.Path) -> Any:
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) is truncated or no safetensors file: {error}. Download it again."
+        ) from error

@@ -1,0 +1,72 @@
+"""What backbone tests share: Hugging Face models, our parameters converted from them, inputs and the error measure."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import torch
+
+from robovlms_jax.backbones import base
+from robovlms_jax.weights import convert, sources
+
+BATCH, TEXT = 2, 7
+
+
+@dataclasses.dataclass
+class Twin:
+    """The same network twice. `params` is converted from `torch_model`, whose every parameter is random."""
+
+    config: base.VLMConfig
+    torch_model: Any
+    params: Any
+
+    def apply(self, *args: Any, method: str | None = None, config: base.VLMConfig | None = None) -> Any:
+        return _apply(base.build(config or self.config), method, self.params, *args)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(model: base.VLM, method: str | None, params: Any, *args: Any) -> Any:
+    return model.apply({"params": params}, *args, method=method)
+
+
+def from_torch(config: base.VLMConfig, state: dict[str, torch.Tensor]) -> Any:
+    """Parameters, or anything else that has a value per torch parameter, by the rules of the backbone."""
+    shapes = abstract(config)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    source = sources.ArraySource({name: value.detach().numpy() for name, value in state.items()})
+    return convert.load_params(config.rules, source, shapes, jax.tree.map(lambda _: device, shapes))
+
+
+def abstract(config: base.VLMConfig) -> Any:
+    """Shapes of all parameters."""
+    return nn.unbox(boxed(config))
+
+
+def boxed(config: base.VLMConfig) -> Any:
+    """Shapes of all parameters with their logical axis names."""
+    inputs = example(config, cameras=("static",))
+    return jax.eval_shape(lambda: base.build(config).init(jax.random.key(0), *inputs))["params"]
+
+
+def example(config: base.VLMConfig, cameras: tuple[str, ...] = ("wrist", "static"), lengths: tuple[int, ...] = (7, 5)):
+    """Random normalised images and prompts [bos] ... [eos] padded on the right."""
+    rng = np.random.default_rng(0)
+    size = config.image.size
+    images = {camera: rng.normal(size=(BATCH, size, size, 3)).astype(np.float32) for camera in cameras}
+    mask = np.arange(TEXT) < np.asarray(lengths)[:, None]
+    ids = rng.integers(3, min(config.text.vocab_size, 128), (BATCH, TEXT))
+    ids[:, 0] = config.bos_id
+    ids[np.arange(BATCH), np.asarray(lengths) - 1] = config.eos_id
+    return images, np.where(mask, ids, config.pad_id).astype(np.int32), mask
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """Largest difference as a share of the largest expected value."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.abs(expected).max())

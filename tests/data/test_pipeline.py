@@ -1,0 +1,412 @@
+"""Batches: what is in them, in which order they come, and what happens when a frame cannot be read."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from robovlms_jax import types
+from robovlms_jax.data import base, calvin, packing, pipeline
+
+SPANS = [(100, 122), (110, 130), (140, 146), (150, 162)]
+W, C, K = 8, 4, 3
+CAMERAS = ("wrist", "static")
+
+
+def encode_text(text: str) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.frombuffer(text.encode()[:24].ljust(24, b"\0"), np.uint8).astype(np.int32)
+    return ids, ids > 0
+
+
+def make_source(
+    dataset: base.Dataset, *, window=W, chunk=C, windows_per_segment=K, **options
+) -> pipeline.SegmentSource:
+    options = {"cameras": CAMERAS, "encode_text": encode_text, **options}
+    return pipeline.SegmentSource(
+        dataset, window=window, chunk=chunk, windows_per_segment=windows_per_segment, **options
+    )
+
+
+def take(batches, count: int | None = None) -> list[types.Batch]:
+    with contextlib.closing(batches):
+        return list(itertools.islice(batches, count))
+
+
+def train(source: pipeline.SegmentSource, count: int, **options) -> list[types.Batch]:
+    options = {"segments_per_batch": 4, "seed": 3, "num_threads": 2, "prefetch": 2, **options}
+    return take(pipeline.train_batches(source, **options), count)
+
+
+def same(a: types.Batch, b: types.Batch) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def join(parts: list[types.Batch]) -> types.Batch:
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def windows_of(batch: types.Batch) -> list[tuple[int, float]]:
+    """(episode, first action value) of each window that counts; the value tells frames apart."""
+    return [
+        (int(batch.episode[row]), float(batch.actions[row, k, 0])) for row, k in np.argwhere(batch.window_mask).tolist()
+    ]
+
+
+@pytest.fixture
+def dataset(write_calvin) -> base.Dataset:
+    return calvin.open_dataset(write_calvin(SPANS), "training")
+
+
+def test_a_sample_is_frames_raw_actions_and_masks(dataset, frame_content):
+    source = make_source(dataset)
+    # Episode 0: 23 frames, 22 steps, 15 windows, 5 segments of 3. Episode 1: 13 windows, the last segment carries one.
+    assert len(source) == 5 + 5 + 0 + 2
+    assert source.num_windows == 15 + 13 + 0 + 5
+    sample = source[9]
+    steps = np.minimum(122 + np.arange(W + K - 1 + C - 1), 130)
+    for camera, key in (("static", "rgb_static"), ("wrist", "rgb_gripper")):
+        frames = np.stack([frame_content(frame_id)[key] for frame_id in steps[: W + K - 1]])
+        np.testing.assert_array_equal(sample.inputs.images[camera], frames)
+    actions = np.stack([frame_content(frame_id)["rel_actions"] for frame_id in steps])
+    np.testing.assert_array_equal(sample.actions, actions.astype(np.float32))
+    np.testing.assert_array_equal(sample.action_mask, 122 + np.arange(W + K - 1 + C - 1) < 130)
+    np.testing.assert_array_equal(sample.window_mask, [True, False, False])
+    np.testing.assert_array_equal(sample.inputs.text_ids, encode_text("turn on led")[0])
+    np.testing.assert_array_equal(sample.inputs.text_mask, encode_text("turn on led")[1])
+    assert sample.inputs.step_mask.all()
+    assert (sample.episode, sample.corrupt) == (1, -1)
+
+
+def test_batches_have_the_documented_shapes_and_types(dataset):
+    (batch,) = train(make_source(dataset), 1)
+    frames = W + K - 1
+    expected = types.Batch(
+        inputs=types.Inputs(
+            images={"static": ((4, frames, 40, 40, 3), np.uint8), "wrist": ((4, frames, 32, 32, 3), np.uint8)},
+            text_ids=((4, 24), np.int32),
+            text_mask=((4, 24), bool),
+            step_mask=((4, frames), bool),
+        ),
+        actions=((4, frames + C - 1, 7), np.float32),
+        action_mask=((4, frames + C - 1), bool),
+        window_mask=((4, K), bool),
+        episode=((4,), np.int32),
+        corrupt=((4,), np.int32),
+    )
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch) == expected
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(batch))
+
+
+def test_windows_of_a_segment_equal_windows_alone(dataset):
+    """Slicing window k out of a segment gives upstream's sample of that window."""
+    alone = {
+        windows_of(jax.tree.map(lambda x: x[None], sample))[0]: sample
+        for sample in make_source(dataset, windows_per_segment=1)
+    }
+    shared = make_source(dataset)
+    seen = 0
+    for sample in shared:
+        for k in np.flatnonzero(sample.window_mask):
+            other = alone[int(sample.episode), float(sample.actions[k, 0])]
+            for camera in CAMERAS:
+                np.testing.assert_array_equal(sample.inputs.images[camera][k : k + W], other.inputs.images[camera])
+            np.testing.assert_array_equal(sample.actions[k : k + W + C - 1], other.actions)
+            np.testing.assert_array_equal(sample.action_mask[k : k + W + C - 1], other.action_mask)
+            seen += 1
+    assert seen == len(alone) == shared.num_windows
+
+
+def test_no_frame_is_read_twice_or_ahead(dataset, monkeypatch):
+    read = {"images": [], "rel_actions": []}
+    images, array = calvin.NpzDataset.images, calvin.NpzDataset.array
+    monkeypatch.setattr(
+        calvin.NpzDataset, "images", lambda self, ids, *rest: read["images"].extend(ids) or images(self, ids, *rest)
+    )
+    monkeypatch.setattr(
+        calvin.NpzDataset, "array", lambda self, name, ids: read[name].extend(ids) or array(self, name, ids)
+    )
+    source = make_source(dataset)
+    source[0]
+    assert read == {
+        "images": list(range(100, 100 + W + K - 1)),
+        "rel_actions": list(range(100, 100 + W + K - 1 + C - 1)),
+    }
+    read["images"].clear()
+    read["rel_actions"].clear()
+    source[9]
+    assert read == {"images": list(range(122, 131)), "rel_actions": list(range(122, 131))}
+
+
+def test_text_is_encoded_once_per_sentence(write_calvin):
+    calls = []
+    root = write_calvin([(0, 20), (5, 25), (20, 40)], tasks=["open_drawer", "turn_on_led", "open_drawer"])
+    source = make_source(
+        calvin.open_dataset(root, "training"), encode_text=lambda text: calls.append(text) or encode_text(text)
+    )
+    train(source, 3)
+    assert calls == ["open drawer", "turn on led"]
+
+
+def test_every_epoch_sees_every_window_once_in_a_new_order(dataset):
+    source = make_source(dataset)
+    epochs = [
+        [window for batch in train(source, 3, start_step=3 * epoch) for window in windows_of(batch)] for epoch in (0, 1)
+    ]
+    every = [window for sample in source for window in windows_of(jax.tree.map(lambda x: x[None], sample))]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(every)
+    assert len(set(every)) == source.num_windows
+    assert epochs[0] != epochs[1] != every
+
+
+def test_the_seed_alone_decides_the_order(dataset):
+    source = make_source(dataset)
+    first = join(train(source, 4))
+    same(first, join(train(source, 4, num_threads=5, prefetch=1)))
+    assert not np.array_equal(first.actions, join(train(source, 4, seed=4)).actions)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_global_batches_do_not_depend_on_the_number_of_processes(dataset, processes):
+    source = make_source(dataset)
+    parts = [train(source, 5, process_index=index, process_count=processes) for index in range(processes)]
+    for whole, *shares in zip(train(source, 5), *parts, strict=True):
+        assert all(len(share.episode) == 4 // processes for share in shares)
+        same(whole, join(shares))
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_starting_at_a_step_continues_exactly(dataset, step):
+    source = make_source(dataset)
+    whole = train(source, step + 3)
+    for a, b in zip(whole[step:], train(source, 3, start_step=step), strict=True):
+        same(a, b)
+
+
+def test_a_batch_larger_than_an_epoch_is_filled_from_the_next(dataset):
+    source = make_source(dataset)
+    (batch,) = train(source, 1, segments_per_batch=2 * len(source))
+    counts = np.unique(windows_of(batch), axis=0, return_counts=True)[1]
+    assert set(counts.tolist()) == {2}
+
+
+def test_a_batch_that_does_not_divide_over_processes_is_refused(dataset):
+    with pytest.raises(ValueError, match="6 segments per batch do not divide over 4 processes; try 4"):
+        pipeline.train_batches(make_source(dataset), segments_per_batch=6, seed=0, process_count=4)
+
+
+# Evaluation.
+
+
+def evaluate(source: pipeline.SegmentSource, **options) -> list[types.Batch]:
+    options = {"segments_per_batch": 8, "num_threads": 2, "prefetch": 2, **options}
+    return take(pipeline.evaluation_batches(source, **options))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_evaluation_sees_everything_once_and_pads_the_last_batch(dataset, processes):
+    source = make_source(dataset)
+    parts = [evaluate(source, process_index=index, process_count=processes) for index in range(processes)]
+    assert all(len(part) == 2 for part in parts)
+    whole = [join(list(shares)) for shares in zip(*parts, strict=True)]
+    for a, b in zip(whole, evaluate(source), strict=True):
+        same(a, b)
+    found = sorted(window for batch in whole for window in windows_of(batch))
+    every = sorted(window for sample in source for window in windows_of(jax.tree.map(lambda x: x[None], sample)))
+    assert found == every
+    padding = ~whole[1].window_mask.any(axis=1)
+    assert padding.tolist() == [False] * 4 + [True] * 4
+    assert not whole[1].action_mask[padding].any()
+    assert whole[1].inputs.step_mask.all()
+    assert whole[1].inputs.text_mask.any(axis=1).all()
+    assert not whole[1].inputs.images["static"][padding].any()
+
+
+def test_few_evaluation_batches_come_from_many_episodes(dataset):
+    (batch,) = evaluate(make_source(dataset), num_batches=1)
+    assert set(batch.episode.tolist()) == {0, 1, 3}
+
+
+# Frames that cannot be read.
+
+
+@pytest.fixture
+def corrupt(write_calvin) -> base.Dataset:
+    """Frame 112 lies in episodes 0 and 1; frame 155 in episode 3."""
+    bad = {112: {"rel_actions": np.full(7, np.nan)}, 155: {"rgb_static": np.zeros((3, 3, 3), np.uint8)}}
+    return calvin.open_dataset(write_calvin(SPANS, change=bad), "training")
+
+
+def test_an_unreadable_segment_is_replaced_reported_and_named(corrupt, caplog):
+    source = make_source(corrupt)
+    batch = join(train(source, 3))
+    replaced = batch.corrupt >= 0
+    assert 0 < replaced.sum() < len(replaced)
+    assert set(batch.corrupt[replaced].tolist()) <= {0, 1, 3}
+    assert np.isfinite(batch.actions).all()
+    assert batch.window_mask.any(axis=1).all()
+    assert caplog.text.count("episode_0000112.npz") == 1  # however often it is met
+    same(batch, join(train(source, 3, num_threads=4)))
+
+
+def test_a_replacement_leaves_the_other_rows_alone(corrupt, write_calvin):
+    replaced = join(train(make_source(corrupt), 3))
+    whole = join(train(make_source(calvin.open_dataset(write_calvin(SPANS, split="validation"), "validation")), 3))
+    good = replaced.corrupt < 0
+    assert (whole.corrupt < 0).all()
+    np.testing.assert_array_equal(whole.episode[~good], replaced.corrupt[~good])
+    same(jax.tree.map(lambda x: x[good], whole), jax.tree.map(lambda x: x[good], replaced))
+
+
+def test_nothing_readable_stops_with_the_reason(write_calvin):
+    bad = {frame_id: {"rel_actions": np.full(7, np.inf)} for frame_id in range(20)}
+    source = make_source(calvin.open_dataset(write_calvin([(0, 19)], change=bad), "training"))
+    with pytest.raises(
+        base.CorruptFrameError, match=r"17 segments in a row cannot be read, the last one: .*must be finite"
+    ):
+        train(source, 1)
+
+
+def test_evaluation_masks_what_it_cannot_read(corrupt, caplog):
+    whole = join(evaluate(make_source(corrupt)))
+    bad = whole.corrupt >= 0
+    assert 0 < bad.sum() < 12
+    assert not whole.window_mask[bad].any()
+    assert not whole.action_mask[bad].any()
+    assert np.isfinite(whole.actions).all()
+    assert "left out of the evaluation" in caplog.text
+
+
+def test_a_single_sample_raises(corrupt):
+    with pytest.raises(base.CorruptFrameError, match=r"episode_0000112\.npz"):
+        list(make_source(corrupt))
+
+
+# Resuming.
+
+
+def test_the_fingerprint_accepts_the_same_data_in_either_layout(write_calvin, tmp_path):
+    root = write_calvin(SPANS)
+    npz = calvin.open_npz(root, "training")
+    packed = packing.pack(npz, tmp_path / "packed", frame_ids=npz.frame_ids, codec="png")
+    sources = [make_source(dataset) for dataset in (npz, packed)]
+    saved, current = (pipeline.order_fingerprint(source, segments_per_batch=4, seed=1) for source in sources)
+    pipeline.require_same_order(json.loads(json.dumps(saved)), current)
+    for a, b in zip(*(train(source, 3) for source in sources), strict=True):
+        same(a, b)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"window": 7}, {"chunk": 5}, {"windows_per_segment": 2}, {"segments_per_batch": 8}, {"seed": 2}, {"tasks": 1}],
+)
+def test_a_changed_order_is_refused_by_name(write_calvin, change):
+    root = write_calvin(SPANS)
+
+    def fingerprint(*, segments_per_batch=4, seed=1, tasks=0, **options):
+        excluded = ["open_drawer"][:tasks]
+        source = make_source(calvin.open_dataset(root, "training", exclude_tasks=excluded), **options)
+        return pipeline.order_fingerprint(source, segments_per_batch=segments_per_batch, seed=seed)
+
+    (name,) = change
+    with pytest.raises(
+        ValueError, match=rf"cannot be continued: {'episodes' if name == 'tasks' else name} was .*, is "
+    ):
+        pipeline.require_same_order(fingerprint(), fingerprint(**change))
+
+
+# What is refused on construction.
+
+
+def test_an_unknown_camera_is_refused(dataset):
+    with pytest.raises(ValueError, match=r"has no camera \['overhead'\]"):
+        make_source(dataset, cameras=("static", "overhead"))
+
+
+def test_episodes_too_short_for_the_window_are_refused(dataset):
+    with pytest.raises(
+        ValueError, match=r"none of 4 episodes is long enough for policy\.window=40; the longest has 22"
+    ):
+        make_source(dataset, window=40)
+
+
+def test_prompts_of_unequal_length_are_refused(dataset):
+    with pytest.raises(ValueError, match=r"pad every prompt to one length.*11: 'turn on led', 20: 'push blue"):
+        make_source(dataset, encode_text=lambda text: (np.zeros(len(text), np.int32), np.ones(len(text), bool)))
+
+
+# Around the batches.
+
+
+def test_measure_counts_windows_per_second():
+    def slow():
+        while True:
+            time.sleep(0.01)
+            yield None
+
+    assert 40 < pipeline.measure(slow(), windows_per_batch=1, seconds=0.2) <= 100
+
+
+def test_an_episode_in_one_piece(dataset, frame_content):
+    episode = dataset.episodes[3]
+    arrays = pipeline.episode_arrays(dataset, episode, ("static",))
+    assert set(arrays.images) == {"static"}
+    assert len(arrays.actions) == len(arrays.images["static"]) == 12
+    np.testing.assert_array_equal(arrays.images["static"][-1], frame_content(161)["rgb_static"])
+    np.testing.assert_array_equal(arrays.actions[0], frame_content(150)["rel_actions"].astype(np.float32))
+
+
+# RoboVLMs' own numbers.
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@pytest.fixture
+def upstream(golden, shared_data, tmp_path) -> tuple[base.Dataset, dict[str, np.ndarray], list[str]]:
+    """The fabricated folder that RoboVLMs read, and what its dataset gave at window 8, chunk 10."""
+    tiny = shared_data / "golden" / "calvin_tiny"
+    folder = tmp_path / "training"
+    folder.mkdir()
+    for path in (tiny / "training").iterdir():
+        (folder / path.name).symlink_to(path)
+    np.save(folder / "auto_lang_ann.npy", json.loads((tiny / "lang_ann.json").read_text()))
+    meta = json.loads((shared_data / "golden" / "calvin" / "meta.json").read_text())
+    return calvin.open_dataset(tmp_path, "training"), golden("calvin/w8c10.npz"), meta["variants"]["w8c10"]["raw_text"]
+
+
+@pytest.mark.parametrize("windows_per_segment", [1, 8])
+def test_windows_equal_those_of_upstream(upstream, windows_per_segment):
+    dataset, expected, sentences = upstream
+    source = make_source(dataset, window=8, chunk=10, windows_per_segment=windows_per_segment)
+    assert source.num_windows == len(expected["action"]) == 68
+    number = 0
+    for sample in source:
+        for k in np.flatnonzero(sample.window_mask):
+            actions = sample.actions[k : k + 17].copy()
+            actions[:, 6] = (
+                actions[:, 6] + 1
+            ) // 2  # upstream maps the gripper to {0, 1} in the loader, we on the device
+            np.testing.assert_array_equal(actions, expected["action"][number])
+            chunks = np.stack([actions[step : step + 10] for step in range(8)])
+            np.testing.assert_array_equal(chunks, expected["action_chunck"][number])
+            mask = sample.action_mask[k : k + 17]
+            chunk_mask = np.stack([mask[step : step + 10] for step in range(8)])
+            np.testing.assert_array_equal(chunk_mask, expected["chunck_mask"][number].astype(bool))
+            assert dataset.episodes[sample.episode].instruction == sentences[number]
+            for camera, name in (("static", "rgb_mean"), ("wrist", "hand_rgb_mean")):
+                means = [upstream_mean(frame) for frame in sample.inputs.images[camera][k : k + 8]]
+                np.testing.assert_allclose(means, expected[name][number], atol=2e-3)
+            number += 1
+    assert number == 68
+
+
+def upstream_mean(frame: np.ndarray) -> float:
+    """Mean of a frame after upstream's image processing: bicubic to 28 x 28, CLIP's normalisation."""
+    small = np.asarray(Image.fromarray(frame).resize((28, 28), Image.Resampling.BICUBIC)) / 255
+    return float(((small - CLIP_MEAN) / CLIP_STD).mean())

@@ -1,0 +1,82 @@
+"""Segment arithmetic against loops that follow RoboVLMs' own steps. Its numbers are compared in test_pipeline.py."""
+
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robovlms_jax.data import segments
+
+SIZES = {"window": st.integers(1, 9), "chunk": st.integers(1, 6), "windows_per_segment": st.integers(1, 9)}
+SPANS = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 30)).map(lambda x: (x[0], x[0] + x[1])), max_size=5)
+
+
+def windows_by_loop(spans, window, chunk):
+    """RoboVLMs' sampling, as it is written: every window start, then pad on the right by repeating frame ids.
+
+    Yields (episode, ids[W + C - 1], mask[W + C - 1]).
+    """
+    for episode, (start, end) in enumerate(spans):
+        for first in range(start, end + 1 - window):
+            ids = list(range(first, first + window + chunk))
+            mask = [True] * len(ids)
+            right_pad = min(0, end - first - chunk - window)
+            if right_pad < 0:
+                keep = len(ids) + right_pad
+                ids[keep:] = [ids[keep]] * -right_pad
+                mask[keep:] = [False] * -right_pad
+            yield episode, tuple(ids[:-1]), tuple(mask[:-1])
+
+
+@given(SPANS, st.fixed_dictionaries(SIZES))
+@settings(deadline=None, max_examples=200)
+def test_every_window_of_upstream_occurs_exactly_once(spans, sizes):
+    window, chunk = sizes["window"], sizes["chunk"]
+    all_segments = segments.Segments(spans, **sizes)
+    expected = collections.Counter(windows_by_loop(spans, window, chunk))
+    found = collections.Counter()
+    for segment in all_segments:
+        for k in np.flatnonzero(segment.window_mask):
+            steps = slice(k, k + window + chunk - 1)
+            found[
+                segment.episode, tuple(segment.step_ids[steps].tolist()), tuple(segment.step_mask[steps].tolist())
+            ] += 1
+    assert found == expected
+    assert all_segments.num_windows == sum(expected.values())
+
+
+@given(SPANS, st.fixed_dictionaries(SIZES))
+@settings(deadline=None, max_examples=100)
+def test_shapes_and_what_needs_reading(spans, sizes):
+    all_segments = segments.Segments(spans, **sizes)
+    frames = sizes["window"] + sizes["windows_per_segment"] - 1
+    for index, segment in enumerate(all_segments):
+        start, end = spans[segment.episode]
+        assert all_segments.episode_of(index) == segment.episode
+        assert segment.step_ids.shape == segment.step_mask.shape == (frames + sizes["chunk"] - 1,)
+        assert segment.window_mask.shape == (sizes["windows_per_segment"],)
+        assert segment.window_mask[0]
+        assert segment.step_ids.min() >= start
+        assert segment.step_ids.max() <= end
+        seen = segment.step_ids[:frames]
+        assert len(set(seen.tolist())) == segment.num_frames
+        assert len(set(seen[: segment.num_frames].tolist())) == segment.num_frames
+        # No frame of a window that counts is padding.
+        last = np.flatnonzero(segment.window_mask)[-1]
+        assert segment.step_mask[: last + sizes["window"]].all()
+
+
+def test_known_counts():
+    # A CALVIN span of 64 frames: 56 windows of 8 steps (frame `end` is never learned from), 7 segments of 8.
+    assert segments.Segments([(0, 63)], window=8, chunk=10, windows_per_segment=1).num_windows == 56
+    assert len(segments.Segments([(0, 63)], window=8, chunk=10, windows_per_segment=8)) == 7
+
+
+def test_an_index_out_of_range_is_an_error():
+    all_segments = segments.Segments([(0, 20)], window=8, chunk=2, windows_per_segment=4)
+    with pytest.raises(IndexError, match=r"segment 4 is out of range; there are 4"):
+        all_segments[len(all_segments)]

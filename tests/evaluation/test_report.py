@@ -1,0 +1,132 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from robovlms_jax.evaluation import offline, report
+
+UNITS = (0.02,) * 3 + (0.05,) * 3
+
+
+def make_curves(steps=30, seed=0):
+    rng = np.random.default_rng(seed)
+    recorded = np.clip(rng.normal(0, 0.2, (steps, 7)).cumsum(0), -1, 1)
+    recorded[:, 6] = np.sign(recorded[:, 6])
+    return report.EpisodeCurves("open the drawer", recorded * 0.9, recorded)
+
+
+def make_sums(chunk=4):
+    rng = np.random.default_rng(0)
+    recorded = rng.uniform(-1, 1, (6, 3, chunk, 7))
+    return offline.measure(recorded * 0.5, recorded, np.ones((6, 3, chunk), bool), UNITS)
+
+
+def write_metrics(directory, lines=60):
+    with (directory / "metrics.jsonl").open("w") as file:
+        for step in range(1, lines + 1):
+            loss = 1 / step
+            file.write(
+                json.dumps({"step": step, "train/loss": loss, "train/loss_arm": loss / 2, "train/lr": 1e-4}) + "\n"
+            )
+        file.write(json.dumps({"step": lines, "validation/loss": 0.1}) + "\n")
+
+
+def write(directory, **changes):
+    arguments = {
+        "title": "Twin",
+        "facts": {"preset": "twin", "parameters": 1234567, "seconds": 12.5},
+        "sums": make_sums(),
+        "sensitivity": offline.Sensitivity(0.001, 0.002, 0.5, 0.25),
+        "episodes": [make_curves(), make_curves(1, 1)],
+        "units": UNITS,
+        "closing": "    python -m experiments.calvin_abcd --data.root DIR",
+    }
+    return report.write_report(directory, **(arguments | changes))
+
+
+def test_report_holds_text_numbers_and_pictures(tmp_path):
+    write_metrics(tmp_path)
+    text = write(tmp_path).read_text()
+    for expected in (
+        "# Twin",
+        "| parameters | 1,234,567 |",
+        "| train/loss | 1 (step 1) | 0.01667 (step 60) |",
+        "1 mm and 0.115° per axis",
+        "25.0 % of the gripper decisions flip",
+        "## The real thing\n\n    python -m experiments.calvin_abcd",
+    ):
+        assert expected in text
+    assert "train/lr" not in text
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert pictures == ["actions_0.png", "actions_1.png", "errors.png", "loss.png"]
+    for name in pictures:
+        assert f"({name})" in text
+        with Image.open(tmp_path / name) as picture:
+            assert np.asarray(picture.convert("L")).std() > 10  # something was drawn
+
+
+def test_table_shows_millimetres_and_degrees(tmp_path):
+    text = write(tmp_path).read_text()
+    overall = offline.summarize(offline.over_chunk(make_sums()))
+    assert f"| x (mm) | {1000 * overall.mae[0]:.3g} | {1000 * overall.mae_still[0]:.3g} |" in text
+    assert f"| yaw (°) | {np.rad2deg(overall.mae[5]):.3g} | {np.rad2deg(overall.mae_still[5]):.3g} |" in text
+
+
+def test_json_is_strict_and_complete(tmp_path):
+    write_metrics(tmp_path)
+    sums = make_sums()
+    sums.gripper[...] = 0  # nothing was ever closed: F1 is nan
+    write(tmp_path, sums=sums)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    record = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert record["losses"]["validation/loss"] == {"first": 0.1, "last": 0.1}
+    assert record["overall"]["gripper_f1"] is None
+    assert np.shape(record["chunk"]["mae"]) == (4, 6)
+    assert record["language_sensitivity"]["relative"] == 0.5
+    assert record["facts"]["seconds"] == 12.5
+
+
+def test_report_works_with_the_least(tmp_path):
+    text = write(tmp_path, sums=make_sums(1), sensitivity=None, episodes=[]).read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["errors.png", "report.json", "report.md"]
+    assert "## Loss" not in text
+    assert "listen" not in text
+
+
+def test_metrics_survive_resuming_and_a_killed_process(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 1, "a": 1.0}, {"step": 3, "a": 3.0}, {"step": 2, "a": 2.0, "b": 5.0}, {"step": 3, "a": 4.0}]
+    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 4, "a"')
+    metrics = report.read_metrics(path)
+    assert list(metrics) == ["a", "b"]
+    np.testing.assert_array_equal(metrics["a"], [[1, 2, 3], [1, 2, 4]])
+    np.testing.assert_array_equal(metrics["b"], [[2], [5]])
+    path.write_text('{"step": 1}\n[]\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl line 2"):
+        report.read_metrics(path)
+    assert report.read_metrics(tmp_path / "none") == {}
+
+
+def test_curves_of_one_metric_share_a_panel(tmp_path):
+    write_metrics(tmp_path)
+    figure = report.draw_curves(report.read_metrics(tmp_path / "metrics.jsonl"))
+    assert [axes.get_title() for axes in figure.axes] == ["loss", "loss arm", "lr"]
+    raw, smooth, validation = figure.axes[0].lines
+    np.testing.assert_array_equal(validation.get_xydata(), [[60, 0.1]])
+    assert np.abs(np.diff(smooth.get_ydata(), 2)).max() < np.abs(np.diff(raw.get_ydata(), 2)).max()
+    assert raw.get_ydata().min() <= smooth.get_ydata().min() <= smooth.get_ydata().max() <= raw.get_ydata().max()
+
+
+def test_action_panels_show_real_units_and_all_seven_dimensions():
+    curves = make_curves()
+    figure = report.draw_actions(curves, UNITS)
+    labels = [axes.get_ylabel() for axes in figure.axes]
+    assert labels == ["x (mm)", "y (mm)", "z (mm)", "roll (°)", "pitch (°)", "yaw (°)", "gripper"]
+    predicted, recorded = figure.axes[4].lines[:2]
+    np.testing.assert_allclose(recorded.get_ydata(), np.rad2deg(curves.recorded[:, 4] * 0.05))
+    np.testing.assert_allclose(predicted.get_ydata(), np.rad2deg(curves.predicted[:, 4] * 0.05))
+    assert "open the drawer" in figure.get_suptitle()

@@ -1,0 +1,168 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from robovlms_jax.inputs import images
+
+PIL_FILTERS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC, "lanczos": Image.LANCZOS}
+CLIP = images.ImageSpec(224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+def make_frames(height, width):
+    """Noise, black-and-white noise (the worst case for overshoot) and a picture with straight edges."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (2, height, width, 3), dtype=np.uint8)
+    noise[1] = noise[1] // 128 * 255
+    edges = np.zeros((1, height, width, 3), np.uint8)
+    edges[:, height // 3 :, width // 4 :] = (255, 40, 200)
+    return np.concatenate([noise, edges])
+
+
+RESIZES = [(200, 200, 224), (84, 84, 224), (256, 256, 224), (200, 200, 56), (84, 84, 56), (224, 224, 224), (53, 97, 31)]
+
+
+@pytest.mark.parametrize(("height", "width", "size"), RESIZES)
+def test_resize_equals_pillow(height, width, size):
+    frames = make_frames(height, width)
+    resized = jax.jit(images.resize, static_argnums=1)(frames, size)
+    expected = [Image.fromarray(frame).resize((size, size), Image.BICUBIC) for frame in frames]
+    np.testing.assert_array_equal(resized, np.stack(expected))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "lanczos"])
+@pytest.mark.parametrize("size", [29, 64])
+def test_other_filters_equal_pillow(interpolation, size):
+    frame = make_frames(48, 48)[0]
+    expected = Image.fromarray(frame).resize((size, size), PIL_FILTERS[interpolation])
+    np.testing.assert_array_equal(images.resize(frame, size, interpolation), expected)
+
+
+def test_resize_equals_pillow_on_robot_frames(shared_data):
+    with np.load(shared_data / "calvin_sample/training/episode_0000010.npz") as episode:
+        for camera in ("rgb_static", "rgb_gripper"):
+            expected = Image.fromarray(episode[camera]).resize((224, 224), Image.BICUBIC)
+            np.testing.assert_array_equal(jax.jit(images.resize, static_argnums=1)(episode[camera], 224), expected)
+
+
+def test_matching_size_is_no_work():
+    frame = make_frames(56, 56)
+    assert images.resize(frame, 56) is frame
+
+
+def test_resize_refuses_what_is_not_stored_uint8():
+    with pytest.raises(ValueError, match=r"uint8.*float32"):
+        images.resize(np.zeros((8, 8, 3), np.float32), 4)
+    with pytest.raises(ValueError, match=r"got uint8\[8, 8, 4\]"):
+        images.resize(np.zeros((8, 8, 4), np.uint8), 4)
+
+
+def test_preprocess_is_upstreams_formula_in_any_leading_shape():
+    frames = make_frames(84, 84).reshape(1, 3, 84, 84, 3)
+    out = images.preprocess(frames, CLIP)
+    assert out.shape == (1, 3, 224, 224, 3)
+    assert out.dtype == jnp.float32
+    resized = np.asarray(Image.fromarray(frames[0, 1]).resize((224, 224), Image.BICUBIC))
+    np.testing.assert_allclose(out[0, 1], (resized / 255.0 - CLIP.mean) / CLIP.std, atol=2e-6)
+    half = images.preprocess(frames, CLIP, jnp.bfloat16)
+    np.testing.assert_array_equal(half, out.astype(jnp.bfloat16))
+
+
+def test_preprocess_equals_upstreams_own_images(golden, shared_data):
+    spec = dataclasses.replace(CLIP, size=28)
+    batch = golden("calvin/w8c10.npz")
+    for window in (0, 5, 29):
+        start = batch["episode_lookup"][window]
+        for camera, name in (("rgb_static", "rgb"), ("rgb_gripper", "hand_rgb")):
+            files = [shared_data / f"golden/calvin_tiny/training/episode_{start + i:07d}.npz" for i in range(8)]
+            ours = images.preprocess(np.stack([np.load(file)[camera] for file in files]), spec)
+            np.testing.assert_allclose(ours, batch[f"{name}_{window}"].transpose(0, 2, 3, 1), atol=2e-6)
+
+
+def test_shift_is_a_crop_of_the_padded_image_shared_by_the_frames_of_a_segment():
+    shift = 3
+    frames = np.random.default_rng(0).normal(size=(16, 2, 9, 7, 3)).astype(np.float32)
+    shifted = jax.jit(images.random_shift, static_argnums=2)(jax.random.key(1), frames, shift)
+    padded = np.pad(frames, ((0, 0), (0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
+    for segment, out in zip(padded, shifted):
+        crops = [(y, x) for y in range(7) for x in range(7) if np.array_equal(segment[:, y : y + 9, x : x + 7], out)]
+        assert len(crops) == 1
+
+
+def test_every_offset_is_equally_likely_and_axes_are_independent():
+    y, x = np.mgrid[:11, :11].astype(np.float32)
+    frames = jnp.broadcast_to(jnp.stack([y, x, x], -1), (5000, 1, 11, 11, 3))
+    centre = np.asarray(images.random_shift(jax.random.key(0), frames, 2))[:, 0, 5, 5, :2].astype(int) - 5
+    counts = np.zeros((5, 5), int)
+    np.add.at(counts, tuple((centre + 2).T), 1)
+    assert counts.sum() == 5000
+    assert np.abs(counts - 200).max() < 60  # four standard deviations
+
+
+def test_shift_keeps_dtype_depends_on_the_key_and_can_be_off():
+    frames = jnp.asarray(np.random.default_rng(0).normal(size=(4, 1, 8, 8, 3)), jnp.bfloat16)
+    one, other = (images.random_shift(jax.random.key(seed), frames, 4) for seed in (0, 1))
+    assert one.dtype == jnp.bfloat16
+    assert not np.array_equal(one, other)
+    assert images.random_shift(jax.random.key(0), frames, 0) is frames
+
+
+def test_image_spec_round_trip(tmp_path):
+    spec = images.ImageSpec(56, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "lanczos")
+    images.write_image_spec(spec, tmp_path)
+    assert images.read_image_spec(tmp_path) == spec
+
+
+PUBLISHED = {
+    "kosmos-2, llava": {
+        "size": {"shortest_edge": 224},
+        "crop_size": {"height": 224, "width": 224},
+        "do_center_crop": True,
+    },
+    "paligemma": {"size": {"height": 224, "width": 224}, "do_center_crop": None, "crop_size": None},
+    "older files": {"size": 224, "crop_size": 224},
+    "crop decides": {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},
+}
+
+
+@pytest.mark.parametrize("fields", PUBLISHED.values(), ids=PUBLISHED.keys())
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_published_spellings_are_read(tmp_path, fields, name):
+    fields = fields | {
+        "image_mean": list(CLIP.mean),
+        "image_std": list(CLIP.std),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+    }
+    (tmp_path / name).write_text(json.dumps(fields if name[:3] == "pre" else {"image_processor": fields}))
+    assert images.read_image_spec(tmp_path) == CLIP
+
+
+def test_unusable_image_settings_are_named(tmp_path):
+    good = {"size": 224, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    cases = [
+        ({"size": {"shortest_edge": 3136, "longest_edge": 12845056}}, "longest_edge"),
+        ({"size": {"height": 224, "width": 336}}, "equal height and width"),
+        ({"resample": 0}, "resample=0"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
+        ({"do_normalize": False}, "do_normalize"),
+        ({"image_std": [0.5, 0.5, 0.0]}, "stds > 0"),
+    ]
+    path = tmp_path / "preprocessor_config.json"
+    for change, message in cases:
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(ValueError, match=message):
+            images.read_image_spec(tmp_path)
+    path.write_text(json.dumps({key: good[key] for key in ("size", "resample", "image_std")}))
+    with pytest.raises(ValueError, match="image_mean"):
+        images.read_image_spec(tmp_path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"preprocessor_config.json is not JSON"):
+        images.read_image_spec(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"preprocessor_config.json"):
+        images.read_image_spec(tmp_path)

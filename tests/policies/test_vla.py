@@ -1,0 +1,187 @@
+"""The policy as a whole: frames shared by windows, padding, control steps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robovlms_jax.interface import Observation
+from robovlms_jax.policies import objective, rollout, vla
+from robovlms_jax.types import Batch
+from tests.toy import B, C, K, W, init, make_batch, make_model
+
+
+def window_of(batch: Batch, k: int) -> Batch:
+    """Window k of every segment as a batch of its own: what upstream would have sampled."""
+    inputs = batch.inputs
+    return batch.replace(
+        inputs=inputs.replace(
+            images={camera: x[:, k : k + W] for camera, x in inputs.images.items()}, step_mask=inputs.step_mask[:, k : k + W]
+        ),
+        actions=batch.actions[:, k : k + W + C - 1],
+        action_mask=batch.action_mask[:, k : k + W + C - 1],
+        window_mask=batch.window_mask[:, k : k + 1],
+    )
+
+
+def concatenate(batches: list[Batch]) -> Batch:
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *batches)
+
+
+@pytest.mark.parametrize("mask_tail", [0, 4])
+def test_segment_equals_its_windows_encoded_apart(exact_matmul, mask_tail):
+    # Loss and gradients of one segment = those of its K windows as separate samples. Fails if a window sees a frame, a chunk or a
+    # mask of its neighbour, or if sharing changes how entries are weighted.
+    batch = make_batch(np.random.default_rng(0), mask_tail=mask_tail)
+    model = make_model()
+    params = init(model, batch)
+    apart = concatenate([window_of(batch, k) for k in range(K)])
+    gradient = jax.jit(jax.value_and_grad(lambda params, batch: objective.loss(model, params, batch)[0]))
+    loss, grads = gradient(params, batch)
+    loss_apart, grads_apart = gradient(params, apart)
+    np.testing.assert_allclose(loss, loss_apart, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_apart)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+    if mask_tail == 0:  # equal counts: also the plain mean over the windows' own losses
+        singles = [gradient(params, window_of(batch, k))[0] for k in range(K)]
+        np.testing.assert_allclose(loss, np.mean(singles), rtol=1e-5)
+
+
+def test_missing_windows_do_not_count(exact_matmul):
+    # The last segment of an episode carries fewer windows; the frames it repeats must not be learned from.
+    batch = make_batch(np.random.default_rng(1))
+    model = make_model()
+    params = init(model, batch)
+    mask = np.array([[True] * K, [True, True, False, False]])
+    loss, _ = objective.loss(model, params, batch.replace(window_mask=mask))
+    windows = [window_of(batch, k) for k in range(K)]
+    kept = concatenate([jax.tree.map(lambda x: x[:1], w) for w in windows] + [jax.tree.map(lambda x: x[1:], w) for w in windows[:2]])
+    np.testing.assert_allclose(loss, objective.loss(model, params, kept)[0], rtol=1e-5)
+
+
+def test_text_padding_changes_nothing(exact_matmul):
+    # Upstream's action token moves with the batch's longest prompt; ours is placed by mask.
+    batch = make_batch(np.random.default_rng(2))
+    model = make_model()
+    params = init(model, batch)
+    inputs = batch.inputs
+    padded = batch.replace(
+        inputs=inputs.replace(
+            text_ids=np.pad(np.where(inputs.text_mask, inputs.text_ids, 99), ((0, 0), (0, 9)), constant_values=77),
+            text_mask=np.pad(inputs.text_mask, ((0, 0), (0, 9))),
+        )
+    )
+    np.testing.assert_allclose(objective.loss(model, params, padded)[0], objective.loss(model, params, batch)[0], rtol=1e-6)
+
+
+def test_what_follows_the_query_is_not_seen(exact_matmul):
+    # Causal: eos comes behind the action query, so its id must not matter, while every other token's must.
+    batch = make_batch(np.random.default_rng(3))
+    model = make_model()
+    params = init(model, batch)
+    last = batch.inputs.text_mask.sum(1) - 1
+
+    def loss(column):
+        ids = batch.inputs.text_ids.copy()
+        ids[np.arange(B), column] = (ids[np.arange(B), column] + 1) % 100
+        return objective.loss(model, params, batch.replace(inputs=batch.inputs.replace(text_ids=ids)))[0]
+
+    here = objective.loss(model, params, batch)[0]
+    assert loss(last) == here
+    assert loss(last - 1) != here
+
+
+@pytest.mark.parametrize("cameras", [("static",), ("wrist", "static"), ("static", "wrist")])
+def test_cameras_and_their_order_matter(cameras):
+    # A config naming one camera must not read the other, and the order of token blocks is part of the model.
+    batch = make_batch(np.random.default_rng(4))
+    model = make_model(cameras=cameras)
+    params = init(model, batch)
+    here = objective.loss(model, params, batch)[0]
+    swapped = make_model(cameras=cameras[::-1])
+    if len(cameras) > 1:
+        assert objective.loss(swapped, params, batch)[0] != here
+    else:
+        blind = batch.inputs.replace(images={"static": batch.inputs.images["static"]})
+        assert objective.loss(model, params, batch.replace(inputs=blind))[0] == here
+
+
+def test_control_steps_equal_the_window(exact_matmul):
+    # Serving frame by frame = the last step of the window form over the newest W frames, in dataset units, and compiled once.
+    frames = W + K - 1
+    batch = make_batch(np.random.default_rng(5), batch=1)
+    model = make_model()
+    params = init(model, batch)
+    ids, mask = batch.inputs.text_ids[0], batch.inputs.text_mask[0]
+    policy = rollout.VLAPolicy(model, params, lambda _: (ids, mask))
+    policy.reset("open the drawer")
+    for t in range(frames):
+        images = {camera: x[0, t] for camera, x in batch.inputs.images.items()}
+        chunk = policy.act(Observation(images))
+        low = max(0, t - W + 1)
+        seen = batch.inputs.replace(
+            images={camera: x[:, low : t + 1] for camera, x in batch.inputs.images.items()}, step_mask=np.ones((1, t + 1 - low), bool)
+        )
+        whole = dataclasses.replace(model, config=dataclasses.replace(model.config, window=t + 1 - low))
+        inputs = objective.prepare(seen, model.vlm.image, model.config.cameras)
+        bound = whole.bind({"params": params})
+        expected = bound.head.actions(bound(inputs))[0, -1]
+        np.testing.assert_allclose(chunk.actions[:, :6], 0.65 * expected[:, :6], atol=1e-5)
+        np.testing.assert_array_equal(chunk.actions[:, 6], expected[:, 6])
+    assert policy._batched._step._cache_size() == 1
+
+
+def test_slots_are_independent(exact_matmul):
+    # Two episodes in one batched policy, started at different times, act as two single policies do.
+    batch = make_batch(np.random.default_rng(6))
+    model = make_model()
+    params = init(model, batch)
+    texts = {"a": (batch.inputs.text_ids[0], batch.inputs.text_mask[0]), "b": (batch.inputs.text_ids[1], batch.inputs.text_mask[1])}
+
+    def observation(slot, t):
+        return Observation({camera: x[slot, t] for camera, x in batch.inputs.images.items()})
+
+    batched = rollout.BatchedVLAPolicy(model, params, texts.__getitem__, slots=3)
+    batched.reset([2], ["a"])
+    together = {"a": [batched.act([observation(0, 0)], [2])[0]], "b": []}
+    batched.reset([0], ["b"])
+    for t in range(1, 4):
+        first, second = batched.act([observation(0, t), observation(1, t - 1)], [2, 0])
+        together["a"].append(first)
+        together["b"].append(second)
+    for slot, name in enumerate("ab"):
+        single = rollout.VLAPolicy(model, params, texts.__getitem__)
+        single.reset(name)
+        for t, chunk in enumerate(together[name]):
+            np.testing.assert_allclose(chunk.actions, single.act(observation(slot, t)).actions, atol=1e-6)
+
+
+def test_bad_observations_are_named():
+    batch = make_batch(np.random.default_rng(7))
+    model = make_model()
+    policy = rollout.VLAPolicy(model, init(model, batch), lambda _: (np.ones(4, np.int32), np.ones(4, bool)))
+    good = {camera: x[0, 0] for camera, x in batch.inputs.images.items()}
+    with pytest.raises(RuntimeError, match="reset"):
+        policy.act(Observation(good))
+    with pytest.raises(ValueError, match="instruction is empty"):
+        policy.reset("  ")
+    policy.reset("push the block")
+    with pytest.raises(ValueError, match="no 'wrist' image"):
+        policy.act(Observation({"static": good["static"]}))
+    with pytest.raises(ValueError, match="uint8"):
+        policy.act(Observation({**good, "static": good["static"].astype(np.float32)}))
+
+
+def test_bfloat16_backbone_keeps_the_head_in_float32():
+    batch = make_batch(np.random.default_rng(8))
+    model = make_model()
+    params = init(model, batch)
+    half = vla.VLA(model.config, dataclasses.replace(model.vlm, dtype="bfloat16"))
+    loss, metrics = objective.loss(half, params, batch)
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, objective.loss(model, params, batch)[0], rtol=0.05)
+    assert all(bool(jnp.isfinite(x)) for x in metrics.values())

@@ -1,0 +1,53 @@
+"""A tiny policy and random batches, shared by tests."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from flax.linen import unbox
+
+from robovlms_jax.backbones import base as backbones
+from robovlms_jax.config import PolicyConfig
+from robovlms_jax.policies import objective, vla
+from robovlms_jax.policies.heads import lstm
+from robovlms_jax.types import Batch, Inputs
+
+W, K, C, T, B = 3, 4, 5, 7, 2
+HEAD = lstm.LSTMHeadConfig(hidden_size=8, num_layers=2, trunk=(12,))
+
+
+def make_model(**changes) -> vla.VLA:
+    config = PolicyConfig(**{"window": W, "chunk": C, "head": HEAD, **changes})
+    return vla.VLA(config, backbones.get("kosmos-2").tiny())
+
+
+def make_batch(rng: np.random.Generator, *, window: int = W, batch: int = B, mask_tail: int = 0, windows: int = K) -> Batch:
+    frames = window + windows - 1
+    steps = frames + C - 1
+    actions = rng.uniform(-1, 1, (batch, steps, 7)).astype(np.float32)
+    actions[..., 6] = np.sign(actions[..., 6])
+    lengths = rng.integers(3, T + 1, batch)
+    return Batch(
+        inputs=Inputs(
+            images={
+                "static": rng.integers(0, 256, (batch, frames, 20, 20, 3), dtype=np.uint8),
+                "wrist": rng.integers(0, 256, (batch, frames, 12, 12, 3), dtype=np.uint8),
+            },
+            text_ids=rng.integers(4, 100, (batch, T)).astype(np.int32),
+            text_mask=np.arange(T) < lengths[:, None],
+            step_mask=np.ones((batch, frames), bool),
+        ),
+        actions=actions,
+        action_mask=np.broadcast_to(np.arange(steps) < steps - mask_tail, (batch, steps)),
+        window_mask=np.ones((batch, windows), bool),
+        episode=np.zeros(batch, np.int32),
+        corrupt=np.full(batch, -1, np.int32),
+    )
+
+
+def init(model: vla.VLA, batch: Batch):
+    inputs = objective.prepare(batch.inputs, model.vlm.image, model.config.cameras)
+    params = unbox(jax.jit(model.init)(jax.random.key(0), inputs)["params"])
+    # Queries start at zero; random ones exercise their path.
+    params["readout"]["queries"] = jax.random.normal(jax.random.key(1), params["readout"]["queries"].shape)
+    return params

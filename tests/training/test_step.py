@@ -1,0 +1,133 @@
+"""One training step: accumulation, freezing, meshes, schedules."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from robovlms_jax import build
+from robovlms_jax.config import OptimizerConfig
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.parallel import rules
+from robovlms_jax.training import optimizer as optimizers
+from robovlms_jax.training import state as states
+from robovlms_jax.training import step, trainable
+from tests.toy import make_batch, make_model
+
+
+def run_steps(sizes=(1, 1, 1), *, steps=2, accumulation=1, patterns=(".*",), batch=8):
+    """Losses and final state of a few steps on a fixed batch, without dropout (its masks depend on how a batch is split)."""
+    model = make_model()
+    text = dataclasses.replace(model.vlm.text, dropout=0.0, attention_dropout=0.0)
+    model = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, text=text))
+    mesh = meshes.make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
+    config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
+    tx = optimizers.make_optimizer(config, 10)
+    state = states.create(build.init_params(model, mesh, seed=0), patterns, tx, 0, mesh)
+    run = step.make_train_step(model, tx, optimizers.learning_rate(config, 10), state, mesh, accumulation=accumulation)
+    data = meshes.put_batch(make_batch(np.random.default_rng(0), batch=batch, mask_tail=3), mesh)
+    losses = []
+    for _ in range(steps):
+        state, metrics = run(state, data)
+        losses.append({name: float(x) for name, x in metrics.items()})
+    return losses, state
+
+
+def test_accumulated_step_equals_whole_step(exact_matmul):
+    # Masks differ between micro-batches, so a mean of micro-batch means would fail here.
+    whole, state = run_steps(accumulation=1)
+    parts, accumulated = run_steps(accumulation=4)
+    for a, b in zip(whole, parts):
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=1e-4, err_msg=name)
+    for path, x in state.trainable.items():
+        np.testing.assert_allclose(accumulated.trainable[path], x, atol=2e-4, err_msg=path)
+
+
+def test_frozen_parameters_stay_and_have_no_optimizer_state():
+    _, before = run_steps(steps=0, patterns=("^head/", "^readout/"))
+    before = {path: np.asarray(x) for path, x in before.frozen.items()}
+    _, after = run_steps(steps=2, patterns=("^head/", "^readout/"))
+    assert after.frozen and all(path.startswith("backbone/") for path in after.frozen)
+    for path, x in before.items():
+        np.testing.assert_array_equal(after.frozen[path], x)
+    moments = [x for x in jax.tree.leaves(after.opt_state) if x.ndim > 0]
+    assert sum(x.size for x in moments) == 2 * sum(x.size for x in after.trainable.values())
+
+
+def test_pattern_without_a_match_is_an_error():
+    with pytest.raises(ValueError, match=r"'\^heads/'.*near.*head"):
+        trainable.split({"head/arm/kernel": 0, "backbone/text/embed": 1}, ["^heads/", "backbone"])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
+def test_schedules(schedule):
+    # Warm-up first: upstream's first update has rate 0. Then the schedule's closed form.
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, schedule=schedule, min_scale=0.1, step_every=10, step_factor=0.5)
+    rate = optimizers.learning_rate(config, 24)
+    np.testing.assert_allclose([rate(step) for step in (0, 1, 2)], [0.0, 0.5, 1.0], rtol=1e-6)
+    expected = {"constant": [2.0, 2.0, 2.0], "cosine": [2.0, 2 * (0.1 + 0.9 * 0.5), 0.2], "step": [2.0, 1.0, 0.5]}[schedule]
+    np.testing.assert_allclose([rate(step) for step in (4, 14, 24)], expected, rtol=1e-6)
+
+
+def test_clipping_is_on_only_when_asked():
+    grads, params = {"x": np.full(4, 100.0, np.float32)}, {"x": np.zeros(4, np.float32)}
+    norms = []
+    for clip in (0.0, 1.0):
+        tx = optimizers.make_optimizer(OptimizerConfig(clip_norm=clip), 10)
+        _, opt_state = tx.update(grads, tx.init(params), params)
+        norms.append(float(optax.tree.norm(optax.tree.get(opt_state, "mu"))))
+    np.testing.assert_allclose(norms, [20.0, 0.1], rtol=1e-4)  # (1 - beta1) * norm
+
+
+def test_every_parameter_names_axes_that_the_rules_know():
+    # abstract_params raises on an unknown axis; ranks are compared here.
+    shapes, shardings = build.abstract_params(make_model(), meshes.make_mesh((1, 1, 1), jax.devices()[:1]))
+    shapes, shardings = flatten_dict(shapes), flatten_dict(shardings)
+    assert shapes.keys() == shardings.keys()
+    for path, x in shapes.items():
+        assert len(shardings[path].spec) == x.ndim, path
+    assert len({name for name, _ in rules.RULES}) == len(rules.RULES)
+
+
+FAKE_DEVICES = """
+import json, sys, jax, numpy as np
+jax.config.update("jax_default_matmul_precision", "highest")
+from tests.training.test_step import run_steps
+out = {}
+for sizes in json.loads(sys.argv[1]):
+    losses, state = run_steps(tuple(sizes), accumulation=sizes[0] if sizes[0] == 2 else 1)
+    out[str(sizes)] = {"losses": [x["loss"] for x in losses], "sums": {p: float(np.abs(np.asarray(x)).sum()) for p, x in state.trainable.items()},
+                       "split": sum(not x.is_fully_replicated for x in state.trainable.values())}
+print(json.dumps(out))
+"""
+
+
+def test_sharded_step_equals_one_device():
+    # One program for any mesh: losses and updated parameters of the same two steps on eight (fake) devices.
+    meshes_ = [[1, 1, 1], [8, 1, 1], [1, 8, 1], [2, 2, 2]]
+    root = pathlib.Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", FAKE_DEVICES, json.dumps(meshes_)], capture_output=True, text=True, env=environment, cwd=root, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout.splitlines()[-1])
+    reference = out.pop(str([1, 1, 1]))
+    assert reference["split"] == 0
+    for sizes, result in out.items():
+        np.testing.assert_allclose(result["losses"], reference["losses"], rtol=1e-4, err_msg=sizes)
+        for path, value in reference["sums"].items():
+            np.testing.assert_allclose(result["sums"][path], value, rtol=2e-3, atol=1e-3, err_msg=f"{sizes} {path}")
+        if sizes != str([8, 1, 1]):
+            assert result["split"] > 10, f"{sizes} splits hardly any parameter"
