@@ -20,9 +20,10 @@ from robovlms_jax.data import base as datasets
 from robovlms_jax.data import calvin, pipeline
 from robovlms_jax.inputs import prompts
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies.rollout import EncodeText
 from robovlms_jax.training import checkpoints, loop, metrics, optimizer, provenance, state, step
 
-from experiments import offline
+from experiments import validation
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def train(name: str, config: ExperimentConfig) -> pathlib.Path:
     start = int(train_state.step)
     writer = _writers(config, output, start)
 
-    evaluator = offline.Evaluator(model, mesh, config, data.validation)
+    evaluator = validation.Evaluator(model, mesh, config, data.validation, encode)
     train_step = step.make_train_step(
         model,
         tx,
@@ -154,9 +155,11 @@ def train(name: str, config: ExperimentConfig) -> pathlib.Path:
                 "windows per step": config.train.batch_size,
                 "seconds": round(time.perf_counter() - begin, 1),
             }
-            # Every host takes part in evaluating; the first one writes.
-            values = evaluator.report(train_state, output, facts, REAL_THING)
-            writer.write(config.train.steps, {f"validation/{key}": value for key, value in values.items()})
+
+            def write(values: Mapping[str, float]) -> None:
+                writer.write(config.train.steps, {f"validation/{key}": value for key, value in values.items()})
+
+            evaluator.report(train_state, write, output, f"CALVIN: {name}", facts, REAL_THING)
     finally:
         batches.close()
         writer.close()
@@ -177,15 +180,14 @@ def _open_split(config: ExperimentConfig, split: str) -> datasets.Dataset:
     return calvin.open_dataset(config.data.root, split, annotation_folder=config.data.annotation_folder, **chosen)
 
 
-def _source(config: ExperimentConfig, dataset: datasets.Dataset, backbone: build.Backbone) -> pipeline.SegmentSource:
-    length = config.data.text_length
+def _source(config: ExperimentConfig, dataset: datasets.Dataset, encode: EncodeText) -> pipeline.SegmentSource:
     return pipeline.SegmentSource(
         dataset,
         window=config.policy.window,
         chunk=config.policy.chunk,
         windows_per_segment=config.data.windows_per_segment,
         cameras=config.policy.cameras,
-        encode_text=lambda text: prompts.encode(backbone.tokenizer, backbone.vlm.prompt, text, length),
+        encode_text=encode,
     )
 
 

@@ -108,6 +108,7 @@ class VLM(nn.Module):
 
         Args:
           images: camera -> float[B, size, size, 3], prepared as `config.image` says; their tokens follow in this order.
+            (jit sorts the keys of its dict arguments: order the cameras inside.)
           text_ids: int32[B, T], special tokens included, padded on the right. text_mask: bool[B, T], True = real token.
           queries: float[Q, D], or None for a plain prompt.
         Returns:

@@ -57,7 +57,7 @@ def open_dataset(
     else:
         dataset = open_npz(root, split, annotation_folder=annotation_folder)
         logger.info(
-            "%s holds one npz per frame; for about 4 times faster loading pack it once: "
+            "%s holds one npz per frame; to load about three times faster, pack it once: "
             "python -m experiments.pack_calvin --root %s --out DIR",
             directory,
             root,

@@ -1,7 +1,7 @@
 """The chain protocol: what is asked, and results that survive interruptions.
 
-Results are one JSON line per trial, flushed as soon as the trial ends, in one file per process. Starting again skips what any
-file of the directory already has; files of several processes add up by count.
+Results are one JSON line per trial, flushed as soon as the trial ends, in one file per process. Starting again skips
+what any file of the directory already has; files of several processes add up by count.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def chain_trials(
       chains: a selection of `tasks.official_chains()`; None: all 1000.
       scene: table the chains are run on; must be the one the environments were built with.
       train_scenes: scenes the policy was trained on, to tell seen from unseen; empty: unknown.
-      held_out: ask in wording that training data never use; otherwise in the wording of training. Chains take turns through
-        the phrasings of a task.
+      held_out: ask in wording that training data never use; otherwise in the wording of training. Chains take turns
+        through the phrasings of a task.
       sentences: task -> the one sentence to ask with instead, e.g. `envs.calvin.validation_instructions`.
     """
     trials = []
@@ -97,6 +97,8 @@ def evaluate(
     """
     if not 0 <= process_index < num_processes:
         raise ValueError(f"process_index={process_index} must lie in [0, num_processes={num_processes}).")
+    if not trials:
+        raise ValueError("no trials to evaluate.")
     execution, rules = execution or Execution(), rules or Rules()
     setup = {
         "env": envs.name,
@@ -173,16 +175,14 @@ def _stored(directory: pathlib.Path, setup: Mapping[str, Any]) -> list[TrialResu
         if theirs != setup:
             keys = sorted(key for key in {*theirs, *setup} if theirs.get(key) != setup.get(key))
             differences = ", ".join(f"{key}: {theirs.get(key)!r} there, {setup.get(key)!r} here" for key in keys)
-            raise ValueError(
-                f"{path} has results of another setup ({differences}); use a directory of its own for each."
-            )
+            raise ValueError(f"{path} has results of another setup ({differences}); use one directory for each.")
         for result in results:
             found.setdefault(result.index, result)
     return [found[index] for index in sorted(found)]
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, Any] | None, list[TrialResult]]:
-    """Setup and results of one file. A torn last line, as a crash or a process still writing leaves it, is not there yet."""
+    """Setup and results of one file. A torn last line, left by a crash or by a process still writing, does not count."""
     lines = path.read_text().split("\n")
     complete, torn = lines[:-1], lines[-1]
     if torn:
@@ -194,8 +194,8 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any] | None, list[TrialResult]]
             rows.append(row["setup"] if number == 1 else _from_json(row))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path}, line {number} is not a result ({type(error).__name__}: {error}). Delete the line to run that trial "
-                "again, or the file to run all of its trials again."
+                f"{path}, line {number} is not a result ({type(error).__name__}: {error}). Delete the line to run that "
+                "trial again, or the file to run all of its trials again."
             ) from error
     return (rows[0], rows[1:]) if rows else (None, [])
 
@@ -220,7 +220,7 @@ def _append(path: pathlib.Path, setup: Mapping[str, Any], results: Iterator[Tria
 
 def _from_json(row: Mapping[str, Any]) -> TrialResult:
     values = {field.name: row[field.name] for field in dataclasses.fields(TrialResult)}
-    return TrialResult(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    return TrialResult(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
 
 
 def _check_same(trial: Trial, result: TrialResult, directory: pathlib.Path) -> None:

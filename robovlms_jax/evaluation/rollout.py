@@ -38,8 +38,8 @@ class Trial:
     def __post_init__(self):
         if not self.tasks or len(self.tasks) != len(self.instructions):
             raise ValueError(
-                f"trial {self.index} has {len(self.tasks)} tasks and {len(self.instructions)} instructions; expected at "
-                "least one task, and one instruction for each."
+                f"trial {self.index} has {len(self.tasks)} tasks and {len(self.instructions)} instructions; expected "
+                "at least one task, and one instruction for each."
             )
 
 
@@ -195,7 +195,7 @@ class _Run:
 
     def result(self) -> TrialResult:
         trial = self.trial
-        partial = dict(self.info.get("partial", {}))
+        partial = {name: float(value) for name, value in self.info.get("partial", {}).items()}
         success, steps = tuple(self.success), tuple(self.steps)
         return TrialResult(
             trial.index, trial.tasks, trial.instructions, success, steps, trial.labels, partial, self.restarts

@@ -106,7 +106,7 @@ def generalisation_gap(seen: Sequence[TrialResult], unseen: Sequence[TrialResult
 
 
 def _bootstrap_means(scores: np.ndarray, length: int, seed: int) -> np.ndarray:
-    """float[_RESAMPLES], means of resampled trials. Scores are small integers, so resampling their counts is the same."""
+    """float[_RESAMPLES], means of resampled trials. Scores are small integers: their counts are what is resampled."""
     shares = np.bincount(scores, minlength=length + 1) / len(scores)
     counts = np.random.default_rng(seed).multinomial(len(scores), shares, size=_RESAMPLES)
     return counts @ np.arange(length + 1) / len(scores)

@@ -26,11 +26,14 @@ class Twin:
     params: Any
 
     def apply(self, *args: Any, method: str | None = None, config: base.VLMConfig | None = None) -> Any:
-        return _apply(base.build(config or self.config), method, self.params, *args)
+        cameras = tuple(args[0]) if isinstance(args[0], dict) else ()
+        return _apply(base.build(config or self.config), method, cameras, self.params, *args)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(model: base.VLM, method: str | None, params: Any, *args: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _apply(model: base.VLM, method: str | None, cameras: tuple[str, ...], params: Any, *args: Any) -> Any:
+    if cameras:  # jit hands dicts over with sorted keys
+        args = ({camera: args[0][camera] for camera in cameras}, *args[1:])
     return model.apply({"params": params}, *args, method=method)
 
 

@@ -33,7 +33,9 @@ def torch_forward(twin: Twin, images, text_ids, text_mask) -> tuple[torch.Tensor
         pixel_values=torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()),
         input_ids=torch.from_numpy(np.concatenate([before, np.full((batch, num_image), 50), after], 1)).long(),
         image_embeds_position_mask=torch.from_numpy(slots),
-        attention_mask=torch.from_numpy(np.concatenate([text_mask[:, :1], np.ones((batch, num_image)), text_mask[:, 1:]], 1)),
+        attention_mask=torch.from_numpy(
+            np.concatenate([text_mask[:, :1], np.ones((batch, num_image)), text_mask[:, 1:]], 1)
+        ),
         output_hidden_states=True,
     )
     return out.logits, out.hidden_states[-1]
@@ -70,7 +72,9 @@ def test_queries_of_a_padded_prompt_equal_upstreams_sequence_without_padding(kos
             features = [torch_image_features(model, pixels[row : row + 1]) for pixels in images.values()]
             parts = [text[:, :1], *features, text[:, 1:-1], torch.from_numpy(queries)[None], text[:, -1:]]
             embeds = torch.cat(parts, 1)
-            out = model.text_model(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]), output_hidden_states=True)
+            out = model.text_model(
+                inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]), output_hidden_states=True
+            )
             assert relative_error(hidden[row, tokens.slot("query")], out.hidden_states[-1][0, -3:-1]) < TOLERANCE
             eos = tokens.slot("text").start + length - 2
             assert relative_error(hidden[row, eos], out.hidden_states[-1][0, -1]) < TOLERANCE
@@ -145,7 +149,9 @@ def test_golden_action_features_of_the_longest_prompt(upstream):
     assert lengths[0] == numbers["lang_x"].shape[1] > lengths[1]
     frames = numbers["vision_x"][0].transpose(0, 2, 3, 1)
     ids = np.repeat(numbers["lang_x"][:1], len(frames), 0).astype(np.int32)
-    tokens = twin.apply({"static": frames}, ids, np.ones_like(ids, bool), jnp.asarray(action_token)[None], method="embed")
+    tokens = twin.apply(
+        {"static": frames}, ids, np.ones_like(ids, bool), jnp.asarray(action_token)[None], method="embed"
+    )
     hidden, _ = twin.apply(tokens, method="decode")
     assert relative_error(hidden[:, tokens.slot("query")], numbers["action_hs"][0]) < TOLERANCE
 

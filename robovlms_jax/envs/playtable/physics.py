@@ -194,13 +194,13 @@ def scene_obs(scene: Scene, state: State) -> Array:
     """float32[24] as CALVIN defines it: slider, drawer, button, switch (m), bulb, LED, three blocks in scene order."""
     blocks = jnp.concatenate([state.block_position, kinematics.to_euler(state.block_rotation)], axis=-1)
     order = jnp.argsort(scene.block_slot)
-    return jnp.concatenate([state.mechanisms, _bulb(state)[None], state.led[None], blocks[order].reshape(-1)])
+    return jnp.concatenate([state.mechanisms, bulb(state)[None], state.led[None], blocks[order].reshape(-1)])
 
 
 def info(scene: Scene, state: State) -> tasks.SceneInfo:
     """What the task conditions read, as arrays; see `tasks.SceneInfo`."""
-    rows = _join(_hand_boxes(state), _block_boxes(scene, state))
-    columns = _join(_columns(scene, state), _hand_boxes(state))
+    rows = _join(hand_boxes(state), _block_boxes(scene, state))
+    columns = _join(_columns(scene, state), hand_boxes(state))
     depth = _contacts(rows, columns).depth
     row_body = np.array([0] * _HAND + [1, 2, 3])
     column_body = np.concatenate([BOX_BODY, [1, 2, 3], [0] * _HAND])
@@ -212,7 +212,7 @@ def info(scene: Scene, state: State) -> tasks.SceneInfo:
     return tasks.SceneInfo(
         slider=state.mechanisms[SLIDER],
         drawer=state.mechanisms[DRAWER],
-        lightbulb=_bulb(state).astype(jnp.int32),
+        lightbulb=bulb(state).astype(jnp.int32),
         led=state.led.astype(jnp.int32),
         block_position=state.block_position,
         block_rotation=kinematics.to_quaternion(state.block_rotation),
@@ -235,7 +235,7 @@ def depths(scene: Scene, state: State) -> Array:
     return _masked(state, _contacts(_rows(scene, state), _columns(scene, state)).depth)
 
 
-def _bulb(state: State) -> Array:
+def bulb(state: State) -> Array:
     return (state.mechanisms[SWITCH] > _BULB_AT_M).astype(jnp.float32)
 
 
@@ -247,7 +247,7 @@ def _join(*boxes: Boxes) -> Boxes:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *boxes)
 
 
-def _hand_boxes(state: State) -> Boxes:
+def hand_boxes(state: State) -> Boxes:
     center = jnp.asarray(_HAND_CENTER).at[:, 1].add(_FINGER_SIDE * (state.width / 2 + HAND_HALF[:, 1]))
     rotation = jnp.broadcast_to(state.rotation, (_HAND, 3, 3))
     return Boxes(state.position + _apply(state.rotation, center), rotation, jnp.asarray(HAND_HALF))
@@ -262,11 +262,11 @@ def _columns(scene: Scene, state: State) -> Boxes:
 
 
 def _rows(scene: Scene, state: State) -> Boxes:
-    return _join(_hand_boxes(state), _block_boxes(scene, state))
+    return _join(hand_boxes(state), _block_boxes(scene, state))
 
 
 def _obstacles(scene: Scene, state: State) -> Boxes:
-    return _join(_columns(scene, state), _hand_boxes(state))
+    return _join(_columns(scene, state), hand_boxes(state))
 
 
 def _apply(rotation: Array, vectors: Array) -> Array:

@@ -63,7 +63,6 @@ class Scene:
     block_half: float32[3, 3], half extents of the blocks, m.
     block_slot: int32[3], which of the three places of scene_obs[6:24] belongs to the red, blue and pink block.
     box_color: float32[N, 3], albedo of `table` in [0, 1].
-    bulb: float32[3], centre of the light bulb, m.
     grain: float32[64, 64], brightness of the wood, 1 on average; repeats.
     anchors: places that experts and samplers need.
     """
@@ -74,7 +73,6 @@ class Scene:
     block_half: Array
     block_slot: Array
     box_color: Array
-    bulb: Array
     grain: Array
     anchors: Anchors
 
@@ -108,7 +106,7 @@ class _Layout(NamedTuple):
     area: tuple[float, float]
     sizes: tuple[str, str, str]
     wood: tuple[int, int, int]
-    fronts: tuple[int, int, int]
+    front: tuple[int, int, int]
     grain: tuple[float, float, float]
 
 
@@ -128,86 +126,79 @@ _LAYOUTS: Mapping[str, _Layout] = {
 SCENES = tuple(_LAYOUTS)
 
 _LENGTH_M = {"small": 0.04, "middle": 0.056, "big": 0.08}
-_HANDLE = (100, 100, 100)
-_LAMP_OFF = (230, 230, 230)
+_COLORS = {"handle": (100, 100, 100), "lamp": (235, 235, 235), "black": (5, 5, 5), "floor": (240, 240, 240)}
+_JOINT_OF_BODY = {"door": SLIDER, "drawer": DRAWER, "button": BUTTON, "switch": SWITCH}
 
 
 class _Part(NamedTuple):
     body: str
+    material: str
     center: np.ndarray
     half: tuple[float, float, float]
-    color: tuple[int, int, int]
     leaning: bool = False
 
 
-_JOINT_OF_BODY = {"door": SLIDER, "drawer": DRAWER, "button": BUTTON, "switch": SWITCH}
-
-
-def _span(body: str, color, x: tuple, y: tuple, z: tuple) -> _Part:
+def _span(body: str, material: str, x: tuple, y: tuple, z: tuple) -> _Part:
     """An upright box from its x, y and z ranges."""
     low, high = np.array([x, y, z]).T
-    return _Part(body, (low + high) / 2, tuple((high - low) / 2), color)
+    return _Part(body, material, (low + high) / 2, tuple((high - low) / 2))
 
 
-def _lean(body: str, color, x: tuple, up: tuple, out: tuple) -> _Part:
+def _lean(body: str, material: str, x: tuple, up: tuple, out: tuple) -> _Part:
     """A leaning box from its ranges along x, up the cabinet's front and out of it."""
     (x0, x1), (up0, up1), (out0, out1) = x, up, out
     center = np.array([0.0, PANEL_Y_M, TABLE_TOP_M]) + LEAN * (up0 + up1) / 2 + OUTWARD * (out0 + out1) / 2
     center[0] = (x0 + x1) / 2
-    return _Part(body, center, ((x1 - x0) / 2, (out1 - out0) / 2, (up1 - up0) / 2), color, leaning=True)
+    return _Part(body, material, center, ((x1 - x0) / 2, (out1 - out0) / 2, (up1 - up0) / 2), leaning=True)
 
 
 def _parts(at: _Layout) -> list[_Part]:
     """All boxes of a variant. Measured in frames of the real scenes through the known static camera, to about 5 mm."""
-    wood, fronts, (left, right) = at.wood, at.fronts, at.panels
+    left, right = at.panels
     door, bar, lever, drawer = at.slider + 0.13, at.slider + 0.14, at.switch, at.drawer
     return [
-        _span("ground", (0, 0, 0), (-3, 3), (-3, 3), (-1, 0)),  # drawn as an endless chequered plane
-        _span("base", wood, (-0.44, 0.44), (-0.18, 0.24), (0.40, TABLE_TOP_M)),
-        _span("base", wood, (-0.44, drawer - 0.2), (-0.178, -0.15), (0.32, 0.40)),
-        _span("base", wood, (drawer + 0.2, 0.44), (-0.178, -0.15), (0.32, 0.40)),
-        _span("base", wood, (-0.44, -0.40), (-0.178, -0.138), (0.0, 0.40)),
-        _span("base", wood, (0.40, 0.44), (-0.178, -0.138), (0.0, 0.40)),
-        _span("base", wood, (-0.44, -0.40), (0.20, 0.24), (0.0, 0.40)),
-        _span("base", wood, (0.40, 0.44), (0.20, 0.24), (0.0, 0.40)),
-        _lean("base", wood, (-0.44, left), (0.0, 0.228), (-0.12, 0.0)),
-        _lean("base", wood, (right, 0.44), (0.0, 0.228), (-0.12, 0.0)),
-        _span("base", wood, (-0.44, 0.44), (0.163, 0.24), (TABLE_TOP_M, 0.636)),
-        _span("base", wood, (-0.44, 0.44), (0.140, 0.21), (0.636, 0.655)),
-        _span("base", wood, (at.button - 0.04, at.button + 0.04), (-0.16, -0.08), (TABLE_TOP_M, 0.463)),
-        _span("shelf", wood, (left, right), (0.03, 0.163), (TABLE_TOP_M, SHELF_TOP_M)),
-        _lean("door", fronts, (door - 0.143, door + 0.143), (0.003, 0.222), (0.002, 0.012)),
-        _lean("door", _HANDLE, (bar - 0.021, bar + 0.021), (0.030, 0.190), (0.045, 0.072)),
-        _lean("door", _HANDLE, (bar - 0.016, bar + 0.016), (0.030, 0.048), (0.012, 0.045)),
-        _lean("door", _HANDLE, (bar - 0.016, bar + 0.016), (0.172, 0.190), (0.012, 0.045)),
-        _span("drawer", fronts, (drawer - 0.197, drawer + 0.197), (-0.19, 0.11), (0.326, DRAWER_FLOOR_M)),
-        _span("drawer", fronts, (drawer - 0.197, drawer + 0.197), (-0.19, -0.178), (0.305, 0.398)),
-        _span("drawer", fronts, (drawer - 0.197, drawer - 0.157), (-0.178, 0.11), (DRAWER_FLOOR_M, 0.396)),
-        _span("drawer", fronts, (drawer + 0.157, drawer + 0.197), (-0.178, 0.11), (DRAWER_FLOOR_M, 0.396)),
-        _span("drawer", fronts, (drawer - 0.157, drawer + 0.157), (0.09, 0.11), (DRAWER_FLOOR_M, 0.396)),
-        _span("drawer", _HANDLE, (drawer - 0.125, drawer + 0.125), (-0.265, -0.235), (0.345, 0.375)),
-        _span("drawer", _HANDLE, (drawer - 0.125, drawer - 0.098), (-0.235, -0.19), (0.345, 0.375)),
-        _span("drawer", _HANDLE, (drawer + 0.098, drawer + 0.125), (-0.235, -0.19), (0.345, 0.375)),
-        _span("button", (5, 5, 5), (at.button - 0.03, at.button + 0.03), (-0.15, -0.09), (0.455, 0.4864)),
-        _lean("switch", _HANDLE, (lever - 0.078, lever + 0.078), (0.065, 0.095), (0.032, 0.062)),
-        _lean("switch", _HANDLE, (lever - 0.060, lever - 0.040), (0.072, 0.088), (0.0, 0.032)),
-        _lean("switch", _HANDLE, (lever + 0.040, lever + 0.060), (0.072, 0.088), (0.0, 0.032)),
-        _span("led", _LAMP_OFF, (at.button - 0.08, at.button + 0.08), (0.142, 0.192), (0.655, 0.667)),
-        _span("lightbulb", _LAMP_OFF, (lever - 0.03, lever + 0.03), (0.145, 0.205), (0.655, 0.71)),
+        _span("ground", "floor", (-3, 3), (-3, 3), (-1, 0)),  # drawn as an endless chequered plane
+        _span("base", "wood", (-0.44, 0.44), (-0.18, 0.24), (0.40, TABLE_TOP_M)),
+        _span("base", "wood", (-0.44, drawer - 0.2), (-0.178, -0.15), (0.32, 0.40)),
+        _span("base", "wood", (drawer + 0.2, 0.44), (-0.178, -0.15), (0.32, 0.40)),
+        _span("base", "wood", (-0.44, -0.40), (-0.178, -0.138), (0.0, 0.40)),
+        _span("base", "wood", (0.40, 0.44), (-0.178, -0.138), (0.0, 0.40)),
+        _span("base", "wood", (-0.44, -0.40), (0.20, 0.24), (0.0, 0.40)),
+        _span("base", "wood", (0.40, 0.44), (0.20, 0.24), (0.0, 0.40)),
+        _lean("base", "wood", (-0.44, left), (0.0, 0.228), (-0.12, 0.0)),
+        _lean("base", "wood", (right, 0.44), (0.0, 0.228), (-0.12, 0.0)),
+        _span("base", "wood", (-0.44, 0.44), (0.163, 0.24), (TABLE_TOP_M, 0.636)),
+        _span("base", "wood", (-0.44, 0.44), (0.140, 0.21), (0.636, 0.655)),
+        _span("base", "wood", (at.button - 0.04, at.button + 0.04), (-0.16, -0.08), (TABLE_TOP_M, 0.463)),
+        _span("shelf", "wood", (left, right), (0.03, 0.163), (TABLE_TOP_M, SHELF_TOP_M)),
+        _lean("door", "front", (door - 0.143, door + 0.143), (0.003, 0.222), (0.002, 0.012)),
+        _lean("door", "handle", (bar - 0.021, bar + 0.021), (0.030, 0.190), (0.045, 0.072)),
+        _lean("door", "handle", (bar - 0.016, bar + 0.016), (0.030, 0.048), (0.012, 0.045)),
+        _lean("door", "handle", (bar - 0.016, bar + 0.016), (0.172, 0.190), (0.012, 0.045)),
+        _span("drawer", "front", (drawer - 0.197, drawer + 0.197), (-0.19, 0.11), (0.326, DRAWER_FLOOR_M)),
+        _span("drawer", "front", (drawer - 0.197, drawer + 0.197), (-0.19, -0.178), (0.305, 0.398)),
+        _span("drawer", "front", (drawer - 0.197, drawer - 0.157), (-0.178, 0.11), (DRAWER_FLOOR_M, 0.396)),
+        _span("drawer", "front", (drawer + 0.157, drawer + 0.197), (-0.178, 0.11), (DRAWER_FLOOR_M, 0.396)),
+        _span("drawer", "front", (drawer - 0.157, drawer + 0.157), (0.09, 0.11), (DRAWER_FLOOR_M, 0.396)),
+        _span("drawer", "handle", (drawer - 0.125, drawer + 0.125), (-0.265, -0.235), (0.345, 0.375)),
+        _span("drawer", "handle", (drawer - 0.125, drawer - 0.098), (-0.235, -0.19), (0.345, 0.375)),
+        _span("drawer", "handle", (drawer + 0.098, drawer + 0.125), (-0.235, -0.19), (0.345, 0.375)),
+        _span("button", "black", (at.button - 0.03, at.button + 0.03), (-0.15, -0.09), (0.455, 0.4864)),
+        _lean("switch", "handle", (lever - 0.078, lever + 0.078), (0.065, 0.095), (0.032, 0.062)),
+        _lean("switch", "handle", (lever - 0.060, lever - 0.040), (0.072, 0.088), (0.0, 0.032)),
+        _lean("switch", "handle", (lever + 0.040, lever + 0.060), (0.072, 0.088), (0.0, 0.032)),
+        _span("led", "lamp", (at.button - 0.08, at.button + 0.08), (0.142, 0.192), (0.655, 0.667)),
+        _span("lightbulb", "lamp", (lever - 0.03, lever + 0.03), (0.145, 0.205), (0.655, 0.71)),
     ]
 
 
-def _bodies() -> tuple[np.ndarray, np.ndarray]:
-    bodies = [part.body for part in _parts(_LAYOUTS["D"])]
-    return (
-        np.array([tasks.BODIES.index(body) for body in bodies]),
-        np.array([_JOINT_OF_BODY.get(body, -1) for body in bodies]),
-    )
-
-
-BOX_BODY, BOX_JOINT = _bodies()
-"""int[N]: what each box of `Scene.table` belongs to (index into `tasks.BODIES`) and moves with (into `JOINTS`, -1 none);
-the same in every variant."""
+_MADE = _parts(_LAYOUTS["D"])
+BOX_BODY = np.array([tasks.BODIES.index(part.body) for part in _MADE])
+"""int[N]: what each box of `Scene.table` belongs to, index into `tasks.BODIES`; the same in every variant."""
+BOX_JOINT = np.array([_JOINT_OF_BODY.get(part.body, -1) for part in _MADE])
+"""int[N]: the mechanism each box moves with, index into `JOINTS`; -1 = none."""
+BOX_MATERIAL = np.array([part.material for part in _MADE])
+"""str[N]: "wood", "front" (wood of door and drawer), "handle", "lamp", "black" or "floor"."""
 
 
 def make_scene(name: str) -> Scene:
@@ -216,6 +207,7 @@ def make_scene(name: str) -> Scene:
         raise ValueError(f"unknown scene {name!r}; known scenes: {', '.join(SCENES)}.")
     at = _LAYOUTS[name]
     parts = _parts(at)
+    colors = {**_COLORS, "wood": at.wood, "front": at.front}
     rotation = np.stack([_LEANING if part.leaning else np.eye(3) for part in parts])
     front = np.array([0.0, PANEL_Y_M, TABLE_TOP_M])
     scene = Scene(
@@ -224,8 +216,7 @@ def make_scene(name: str) -> Scene:
         joint_range=np.array([at.slider_range, 0.22, 0.02, 0.088]),
         block_half=np.array([[_LENGTH_M[size] / 2, 0.02, 0.02] for size in at.sizes]),
         block_slot=np.array([tasks.SCENES[name].block_order.index(color) for color in BLOCKS], np.int32),
-        box_color=np.array([part.color for part in parts]) / 255,
-        bulb=np.array([at.switch, 0.170, 0.683]),
+        box_color=np.array([colors[part.material] for part in parts]) / 255,
         grain=_wood(*at.grain),
         anchors=Anchors(
             slider_handle=front + [at.slider + 0.14, 0, 0] + 0.11 * LEAN + 0.0585 * OUTWARD,

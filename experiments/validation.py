@@ -1,0 +1,111 @@
+"""Evaluation on the validation split, without a simulator: numbers for the logs, and the report at the end of a run."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from robovlms_jax.config import ExperimentConfig
+from robovlms_jax.data import pipeline
+from robovlms_jax.evaluation import offline, report
+from robovlms_jax.interface import Observation
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies.rollout import EncodeText, VLAPolicy
+from robovlms_jax.policies.vla import VLA
+from robovlms_jax.training import step
+from robovlms_jax.training.state import TrainState
+from robovlms_jax.types import Batch
+
+CALVIN_UNITS = (0.02,) * 3 + (0.05,) * 3
+"""Metres and radians per unit of CALVIN's relative actions."""
+
+
+class Evaluator:
+    """Holds what does not change between evaluations: the split and the compiled step."""
+
+    def __init__(self, model: VLA, mesh: Mesh, config: ExperimentConfig, source: pipeline.SegmentSource, encode: EncodeText):
+        self._model, self._mesh, self._config, self._source, self._encode = model, mesh, config, source, encode
+        self._step = step.make_eval_step(model, mesh)
+
+    def numbers(self, state: TrainState) -> dict[str, float]:
+        """Losses, errors in metres and radians, gripper accuracy and F1, over evaluation.batches batches."""
+        sums, losses = self._measure(state)
+        return losses | offline.scalars(offline.summarize(offline.over_chunk(sums)))
+
+    def report(self, state: TrainState, write: Callable[[dict[str, float]], None], output: pathlib.Path, title: str, facts: Mapping[str, Any], closing: str) -> None:
+        """Numbers through `write(values)`, then report.md, report.json and figures (first process only)."""
+        sums, losses = self._measure(state)
+        write(losses | offline.scalars(offline.summarize(offline.over_chunk(sums))))
+        sensitivity = self._language(state)
+        curves = self._curves(state)
+        if jax.process_index() == 0:
+            report.write_report(
+                output, title=title, facts=facts, sums=sums, sensitivity=sensitivity, episodes=curves, units=CALVIN_UNITS, closing=closing
+            )
+
+    def _measure(self, state: TrainState) -> tuple[offline.Sums, dict[str, float]]:
+        parts: list[offline.Sums] = []
+        totals: dict[str, float] = {}
+        for batch in self._batches(self._config.evaluation.batches):
+            # The step's results are whole on every host, so every host sums the same numbers.
+            predicted, recorded, mask, metrics = jax.device_get(self._step(state, meshes.put_batch(batch, self._mesh)))
+            parts.append(offline.measure(predicted, recorded, mask, CALVIN_UNITS))
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        count = totals.pop("count")
+        return offline.add(*parts), {name: value / max(count, 1.0) for name, value in totals.items()}
+
+    def _language(self, state: TrainState) -> offline.Sensitivity | None:
+        """The first batches again, each frame under the next other instruction of the split. None when there is only one."""
+        episodes = self._source.dataset.episodes
+        sentences = sorted({episode.instruction for episode in episodes})
+        if len(sentences) < 2:
+            return None
+        following = dict(zip(sentences, sentences[1:] + sentences[:1], strict=True))
+        texts = [self._encode(following[episode.instruction]) for episode in episodes]
+        outcomes = []
+        for batch in self._batches(min(self._config.evaluation.batches or 4, 4)):
+            ids, mask = (np.stack([texts[episode][part] for episode in batch.episode]) for part in (0, 1))
+            other = batch.replace(inputs=batch.inputs.replace(text_ids=ids, text_mask=mask))
+            pair = [jax.device_get(self._step(state, meshes.put_batch(x, self._mesh))) for x in (batch, other)]
+            outcomes.append((pair[0][0], pair[1][0], pair[0][2]))
+        return offline.language_sensitivity(*(np.concatenate(x) for x in zip(*outcomes, strict=True)), CALVIN_UNITS)
+
+    def _curves(self, state: TrainState) -> list[report.EpisodeCurves]:
+        """The first action of every chunk along whole episodes, predicted frame by frame as a robot would be driven."""
+        count = self._config.evaluation.episodes
+        episodes = self._source.dataset.episodes
+        if count == 0:
+            return []
+        # Replicated: every host acts in the same way, so this works on any mesh.
+        params = jax.jit(lambda params: params, out_shardings=meshes.replicated(self._mesh))(state.params)
+        policy = VLAPolicy(self._model, multihost_utils.process_allgather(params) if jax.process_count() > 1 else params, self._encode)
+        curves = []
+        for episode in episodes[:: math.ceil(len(episodes) / count)]:
+            images, actions = pipeline.episode_arrays(self._source.dataset, episode, self._model.config.cameras)
+            policy.reset(episode.instruction)
+            predicted = [policy.act(Observation({c: x[t] for c, x in images.items()})).actions[0] for t in range(len(actions))]
+            curves.append(report.EpisodeCurves(episode.instruction, np.stack(predicted), actions))
+        return curves
+
+    def _batches(self, num_batches: int) -> Iterator[Batch]:
+        batches = pipeline.evaluation_batches(
+            self._source,
+            segments_per_batch=self._config.segments_per_batch,
+            num_batches=num_batches,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=self._config.data.num_threads,
+            prefetch=2,
+        )
+        try:
+            yield from batches
+        finally:
+            batches.close()

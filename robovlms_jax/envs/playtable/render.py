@@ -1,0 +1,379 @@
+"""Pictures of the play table: analytic ray casting of boxes, capsules and cylinders, batched and jitted.
+
+Every pixel tests every solid in a loop over solids: on a CPU that is one vectorised pass over the rays per solid (about
+1.5 ns per ray and solid), on an accelerator it batches over tables. What never moves is traced once per scene and size
+(`backdrop`) for the static camera, which also never moves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robovlms_jax import interface
+from robovlms_jax.envs import tasks
+from robovlms_jax.envs.playtable import kinematics, physics
+from robovlms_jax.envs.playtable.scene import BOX_BODY, BOX_JOINT, BOX_MATERIAL, Boxes, Scene
+from robovlms_jax.types import Array
+
+SIZES = {"static": 200, "wrist": 84}
+"""CALVIN's picture sizes, px."""
+
+_STATIC_EYE, _STATIC_TARGET = np.array([2.871, -2.167, 2.555]), np.array([-0.026, -0.030, 0.392])
+_STATIC_UP = np.array([0.404, 0.226, 0.886])
+_WRIST_EYE_M = np.array([-0.1, 0.0, -0.142], np.float32)  # frame of the tool centre point
+_WRIST_TILT_RAD = 0.2708
+_VIEW_RAD = {"static": np.deg2rad(10.0), "wrist": np.deg2rad(75.0)}  # angle of view, both ways
+
+_AMBIENT, _DIFFUSE = 0.6, 0.378  # with the light below, what CALVIN's renderer gives faces seen from above and the front
+_LIGHT = np.array([-0.38, 0.25, 0.89], np.float32)
+_LIGHT /= np.linalg.norm(_LIGHT)
+_FLOOR_COLORS = np.array([[0.815], [0.937]], np.float32)
+_CHECK_M = 0.5
+_GRAIN_PER_M = 150.0
+_FAR_M = 50.0
+
+_BLOCK_COLORS = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 1.0]], np.float32)
+_WHITE, _GREY, _DARK = (0.93, 0.93, 0.93), (0.72, 0.72, 0.72), (0.22, 0.22, 0.24)
+_LIT = {"led": (0.0, 1.0, 0.0), "lightbulb": (1.0, 0.95, 0.0)}
+
+
+class Camera(NamedTuple):
+    """A pinhole camera. eye: float[3], m, world. rotation: float[3, 3], columns point right, down and forward.
+    view: angle of view in rad."""
+
+    eye: Array
+    rotation: Array
+    view: float
+
+
+def camera(state: physics.State, name: str) -> Camera:
+    """The camera "static" or "wrist", placed as in CALVIN."""
+    if name == "static":
+        forward = _STATIC_TARGET - _STATIC_EYE
+        forward /= np.linalg.norm(forward)
+        right = np.cross(forward, _STATIC_UP)
+        right /= np.linalg.norm(right)
+        axes = np.stack([right, np.cross(forward, right), forward], axis=1)
+        return Camera(jnp.asarray(_STATIC_EYE, jnp.float32), jnp.asarray(axes, jnp.float32), _VIEW_RAD[name])
+    if name == "wrist":
+        c, s = np.cos(_WRIST_TILT_RAD), np.sin(_WRIST_TILT_RAD)
+        axes = jnp.array([[0.0, -c, s], [1.0, 0.0, 0.0], [0.0, s, c]], jnp.float32)
+        return Camera(state.position + state.rotation @ _WRIST_EYE_M, state.rotation @ axes, _VIEW_RAD[name])
+    raise ValueError(f"unknown camera {name!r}; cameras: {', '.join(interface.CAMERAS)}.")
+
+
+def project(camera: Camera, points: Array, size: int) -> Array:
+    """Where world points float[..., 3] (m) appear: float[..., 3], px to the right, px down, depth in m."""
+    local = (points - camera.eye) @ camera.rotation
+    focal = size / 2 / np.tan(camera.view / 2)
+    return jnp.concatenate([size / 2 + focal * local[..., :2] / local[..., 2:], local[..., 2:]], axis=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What there is to see
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Solids:
+    """K coloured solids of one kind. Capsules and cylinders lie along z of their frame, half = (radius, radius, half length
+    without caps). color: float[K, 3] in [0, 1]. wood: bool[K], True = with grain."""
+
+    boxes: Boxes
+    color: Array
+    wood: Array
+
+
+class _Things(NamedTuple):
+    boxes: Solids
+    capsules: Solids
+    cylinders: Solids
+
+
+_UPRIGHT = ("ground", "button", "lightbulb")  # bodies drawn as something else than their box
+_PEDESTAL = int(np.flatnonzero((BOX_BODY == tasks.BODIES.index("base")) & (BOX_JOINT < 0))[-1])
+_ROUND = np.isin(BOX_BODY, [tasks.BODIES.index(name) for name in _UPRIGHT]) | (np.arange(len(BOX_BODY)) == _PEDESTAL)
+_FIXED = np.flatnonzero(~_ROUND & (BOX_JOINT < 0) & (BOX_BODY != tasks.BODIES.index("led")))
+_MOVING = np.flatnonzero(~_ROUND & ((BOX_JOINT >= 0) | (BOX_BODY == tasks.BODIES.index("led"))))
+_IS_WOOD = np.isin(BOX_MATERIAL, ["wood", "front"])
+
+
+def _fixed(scene: Scene) -> _Things:
+    pedestal = _along(scene.table.center[_PEDESTAL], scene.table.half[_PEDESTAL], scene.box_color[_PEDESTAL], wood=True)
+    return _Things(_table_solids(scene, scene.table, scene.box_color, _FIXED), _nothing(), pedestal)
+
+
+def _moving(scene: Scene, state: physics.State) -> _Things:
+    """Mechanisms, lamps, blocks, arm and hand."""
+    table = physics.table_boxes(scene, state)
+    led = jnp.asarray(BOX_BODY == tasks.BODIES.index("led"))[:, None] & (state.led > 0)
+    colors = jnp.where(led, jnp.array(_LIT["led"]), scene.box_color)
+    bulb_color = jnp.where(physics.bulb(state) > 0, jnp.array(_LIT["lightbulb"]), jnp.array(_WHITE))
+    bulb, button = (int(np.flatnonzero(BOX_BODY == tasks.BODIES.index(name))[0]) for name in ("lightbulb", "button"))
+    blocks = Solids(
+        Boxes(state.block_position, state.block_rotation, scene.block_half), jnp.asarray(_BLOCK_COLORS), np.zeros(3, bool)
+    )
+    lamp = _along(table.center[bulb] + np.array([0, 0, 0.003], np.float32), np.array([0.033, 0.033, 0.0]), bulb_color)
+    knob = _along(table.center[button], table.half[button] * np.array([1.15, 1.15, 1.0]), scene.box_color[button])
+    arm, joints = _arm(state)
+    return _Things(
+        _concatenate(_table_solids(scene, table, colors, _MOVING), blocks, _hand(state)),
+        _concatenate(lamp, arm),
+        _concatenate(knob, joints),
+    )
+
+
+def _table_solids(scene: Scene, table: Boxes, colors: Array, index: np.ndarray) -> Solids:
+    return Solids(jax.tree.map(lambda x: x[index], table), colors[index], _IS_WOOD[index])
+
+
+def _along(center: Array, half: Array, color: Array, *, wood: bool = False) -> Solids:
+    """One upright capsule or cylinder."""
+    return Solids(
+        Boxes(center[None], jnp.eye(3)[None], jnp.asarray(half, jnp.float32)[None]),
+        jnp.asarray(color)[None],
+        np.array([wood]),
+    )
+
+
+def _nothing() -> Solids:
+    return Solids(Boxes(jnp.zeros((0, 3)), jnp.zeros((0, 3, 3)), jnp.zeros((0, 3))), jnp.zeros((0, 3)), np.zeros(0, bool))
+
+
+def _concatenate(*solids: Solids) -> Solids:
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *solids)
+
+
+def _hand(state: physics.State) -> Solids:
+    boxes = jax.tree.map(lambda x: x[:3], physics.hand_boxes(state))
+    boxes = dataclasses.replace(boxes, half=boxes.half * np.array([[0.9, 0.8, 1], [0.9, 0.8, 1], [1, 1, 1]], np.float32))
+    return Solids(boxes, jnp.array([_GREY, _GREY, _WHITE]), np.zeros(3, bool))
+
+
+# Arm: from point to point, each given in the frame of a link (0-based, 7 = tool): link, offset (m), link, offset, radius.
+_CAPSULES = (
+    (0, (0, 0, -0.30), 0, (0, 0, -0.02), 0.075, _WHITE),
+    (1, (0, 0, -0.06), 1, (0, 0, 0.06), 0.068, _WHITE),
+    (1, (0, -0.05, 0), 2, (0, 0, -0.06), 0.062, _WHITE),
+    (2, (0, 0, -0.02), 3, (0, 0, 0), 0.060, _WHITE),
+    (3, (0, 0, -0.05), 3, (0, 0, 0.05), 0.062, _WHITE),
+    (3, (-0.0825, 0.02, 0), 4, (0, 0, -0.12), 0.058, _WHITE),
+    (4, (0, 0.03, -0.16), 4, (0, 0.02, -0.02), 0.048, _WHITE),
+    (5, (0, 0, -0.03), 5, (0, 0, 0.05), 0.050, _WHITE),
+    (5, (0, 0, 0.01), 6, (0, 0, 0.0), 0.048, _WHITE),
+    (6, (0, 0, -0.02), 6, (0, 0, 0.06), 0.044, _WHITE),
+)
+_CYLINDERS = (
+    (5, (0, 0, -0.085), 5, (0, 0, -0.03), 0.044, _DARK),
+    (5, (0, 0, -0.09), 5, (0, 0, -0.03), 0.034, _WHITE),
+    (6, (0, 0, 0.06), 6, (0, 0, 0.107), 0.046, _GREY),
+)
+
+
+def _arm(state: physics.State) -> tuple[Solids, Solids]:
+    """Capsules and cylinders that look like a Panda, hung on its link frames."""
+    arm = kinematics.forward(state.joints)
+    return _links(arm, _CAPSULES), _links(arm, _CYLINDERS)
+
+
+def _links(arm: kinematics.Arm, links: tuple) -> Solids:
+    first, second = np.array([link[0] for link in links]), np.array([link[2] for link in links])
+    offsets = [np.array([link[i] for link in links], np.float32) for i in (1, 3)]
+    start, end = (
+        arm.origins[index] + (arm.rotations[index] * offset[:, None]).sum(-1)
+        for index, offset in zip((first, second), offsets)
+    )
+    length = jnp.linalg.norm(end - start, axis=-1, keepdims=True)
+    z = (end - start) / length
+    # any two directions at right angles to z will do
+    helper = jnp.where(jnp.abs(z[:, :1]) < 0.9, jnp.array([1.0, 0.0, 0.0]), jnp.array([0.0, 1.0, 0.0]))
+    x = jnp.cross(helper, z)
+    x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    radius = jnp.array([[link[4]] for link in links], jnp.float32)
+    half = jnp.concatenate([radius, radius, length / 2], axis=-1)
+    boxes = Boxes((start + end) / 2, jnp.stack([x, jnp.cross(z, x), z], axis=-1), half)
+    return Solids(boxes, jnp.array([link[5] for link in links]), np.zeros(len(links), bool))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ray casting. Rays are components (x, y, z), each float[P] or a number; lengths count along the camera's axis.
+
+_Vector = tuple[Array, Array, Array]
+
+
+def _hit_box(o: _Vector, d: _Vector, half: Array) -> Array:
+    near, far = -jnp.inf, jnp.inf
+    for i in range(3):
+        inverse = 1.0 / d[i]
+        a, b = (-half[i] - o[i]) * inverse, (half[i] - o[i]) * inverse
+        near, far = jnp.maximum(near, jnp.minimum(a, b)), jnp.minimum(far, jnp.maximum(a, b))
+    return jnp.where((near < far) & (near > 0), near, jnp.inf)
+
+
+def _hit_tube(o: _Vector, d: _Vector, half: Array) -> Array:
+    """The endless tube of radius half[0] around z."""
+    a = d[0] ** 2 + d[1] ** 2
+    b = o[0] * d[0] + o[1] * d[1]
+    c = o[0] ** 2 + o[1] ** 2 - half[0] ** 2
+    root = b * b - a * c
+    return jnp.where(root > 0, (-b - jnp.sqrt(jnp.maximum(root, 0.0))) / a, jnp.inf)
+
+
+def _hit_capsule(o: _Vector, d: _Vector, half: Array) -> Array:
+    side = _hit_tube(o, d, half)
+    z = o[2] + side * d[2]
+    on_side = (jnp.abs(z) <= half[2]) & (side > 0)
+    # only the cap on the side where the ray passes the middle can be hit first
+    cap = jnp.where(jnp.isfinite(side), jnp.sign(z), jnp.sign(o[2])) * half[2]
+    oz = o[2] - cap
+    a = d[0] ** 2 + d[1] ** 2 + d[2] ** 2
+    b = o[0] * d[0] + o[1] * d[1] + oz * d[2]
+    c = o[0] ** 2 + o[1] ** 2 + oz**2 - half[0] ** 2
+    root = b * b - a * c
+    ball = (-b - jnp.sqrt(jnp.maximum(root, 0.0))) / a
+    return jnp.where(on_side, side, jnp.where((root > 0) & (ball > 0), ball, jnp.inf))
+
+
+def _hit_cylinder(o: _Vector, d: _Vector, half: Array) -> Array:
+    side = _hit_tube(o, d, half)
+    on_side = (jnp.abs(o[2] + side * d[2]) <= half[2]) & (side > 0)
+    cap = (-jnp.sign(d[2]) * half[2] - o[2]) / d[2]
+    on_cap = ((o[0] + cap * d[0]) ** 2 + (o[1] + cap * d[1]) ** 2 <= half[0] ** 2) & (cap > 0)
+    return jnp.minimum(jnp.where(on_side, side, jnp.inf), jnp.where(on_cap, cap, jnp.inf))
+
+
+_HITS = (_hit_box, _hit_capsule, _hit_cylinder)
+
+
+def _local(solids: Solids, k: Array, origin: _Vector, direction: _Vector) -> tuple[_Vector, _Vector]:
+    center, rotation = solids.boxes.center[k], solids.boxes.rotation[k]
+    shifted = [origin[j] - center[j] for j in range(3)]
+    turn = lambda v: tuple(sum(rotation[j, i] * v[j] for j in range(3)) for i in range(3))  # noqa: E731
+    return turn(shifted), turn(direction)
+
+
+def _trace(things: _Things, origin: _Vector, direction: _Vector, depth: Array) -> tuple[Array, Array]:
+    """Nearest hit closer than `depth` float[P]: its distance float[P] and which solid int32[P] (-1 none)."""
+    index, first = jnp.full(depth.shape, -1, jnp.int32), 0
+    for solids, hit in zip(things, _HITS):
+        if not len(solids.color):
+            continue
+
+        def nearer(k, best, solids=solids, hit=hit, first=first):
+            depth, index = best
+            found = hit(*_local(solids, k, origin, direction), solids.boxes.half[k])
+            closer = found < depth
+            return jnp.where(closer, found, depth), jnp.where(closer, k + first, index)
+
+        depth, index = jax.lax.fori_loop(0, len(solids.color), nearer, (depth, index))
+        first += len(solids.color)
+    return depth, index
+
+
+def _normal(kinds: Array, p: _Vector, half: _Vector) -> _Vector:
+    """Outward normal at local surface points; kinds int[P], index into `_HITS`."""
+    relative = [jnp.abs(p[i]) / jnp.maximum(half[i], 1e-6) for i in range(3)]
+    largest = jnp.maximum(jnp.maximum(relative[0], relative[1]), relative[2])
+    box = [jnp.where(relative[i] == largest, jnp.sign(p[i]), 0.0) for i in range(3)]
+    z = p[2] - jnp.clip(p[2], -half[2], half[2])
+    capsule = [p[0] / half[0], p[1] / half[0], z / half[0]]
+    on_cap = jnp.abs(p[2]) > half[2] * (1 - 1e-3)
+    cylinder = [jnp.where(on_cap, 0.0, p[i] / half[0]) for i in range(2)] + [jnp.where(on_cap, jnp.sign(p[2]), 0.0)]
+    return tuple(
+        jnp.where(kinds == 0, b, jnp.where(kinds == 1, c, y)) for b, c, y in zip(box, capsule, cylinder)
+    )
+
+
+def _shade(scene: Scene, things: _Things, origin: _Vector, direction: _Vector, depth: Array, index: Array) -> list[Array]:
+    """Colour [3][P] of the solids hit."""
+    everything = _concatenate(*things)
+    kind = np.repeat(np.arange(3), [len(solids.color) for solids in things])
+    row = jnp.concatenate(
+        [
+            everything.boxes.center,
+            everything.boxes.rotation.reshape(-1, 9),
+            everything.boxes.half,
+            everything.color,
+            jnp.asarray(everything.wood, jnp.float32)[:, None],
+            jnp.asarray(kind, jnp.float32)[:, None],
+        ],
+        axis=1,
+    )
+    c = list(row[jnp.maximum(index, 0)].T)  # 20 planes of [P]
+    shifted = [origin[i] + depth * direction[i] - c[i] for i in range(3)]
+    p = [sum(c[3 + 3 * j + i] * shifted[j] for j in range(3)) for i in range(3)]
+    n = _normal(c[19], p, c[12:15])
+    world = [sum(c[3 + 3 * j + i] * n[i] for i in range(3)) for j in range(3)]
+    light = jnp.maximum(sum(world[i] * _LIGHT[i] for i in range(3)), 0.0)
+    # grain runs along x of a box (along y on its ends)
+    along = jnp.where(jnp.abs(n[0]) > 0.5, p[1], p[0])
+    across = jnp.where(jnp.abs(n[2]) > 0.5, p[1], p[2])
+    cell = lambda v, shift: jnp.floor(v * _GRAIN_PER_M + shift).astype(jnp.int32) % scene.grain.shape[0]  # noqa: E731
+    grain = scene.grain[cell(along, 7 * index), cell(across, 13 * index)]
+    brightness = (_AMBIENT + _DIFFUSE * light) * jnp.where(c[18] > 0, grain, 1.0)
+    return [c[15 + i] * brightness for i in range(3)]
+
+
+def _floor(origin: _Vector, direction: _Vector) -> tuple[Array, Array]:
+    """The chequered floor z = 0: distance [P] and brightness [P]; far away it fades into an even grey."""
+    depth = jnp.where(direction[2] < 0, -origin[2] / jnp.minimum(direction[2], -1e-6), _FAR_M)
+    x, y = origin[0] + depth * direction[0], origin[1] + depth * direction[1]
+    odd = (jnp.floor(x / _CHECK_M) + jnp.floor(y / _CHECK_M)).astype(jnp.int32) % 2
+    return jnp.minimum(depth, _FAR_M), jnp.where(odd == 1, _FLOOR_COLORS[1], _FLOOR_COLORS[0])
+
+
+def _rays(camera: Camera, size: int) -> _Vector:
+    """Directions through the middles of the pixels, row by row; 1 along the camera's axis. float[P] per component."""
+    steps = (np.arange(size, dtype=np.float32) + 0.5 - size / 2) * np.float32(np.tan(camera.view / 2) * 2 / size)
+    right, down = (grid.reshape(-1) for grid in np.meshgrid(steps, steps))
+    r = camera.rotation
+    return tuple(r[i, 0] * right + r[i, 1] * down + r[i, 2] for i in range(3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The public functions
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Backdrop:
+    """What the static camera sees of a scene's fixed parts. depth: float32[size**2], m; color: float32[3, size**2]."""
+
+    depth: Array
+    color: Array
+
+
+def backdrop(scene: Scene, size: int) -> Backdrop:
+    """Traced once per scene and size, handed to every `render` of the static camera."""
+    static = camera(None, "static")
+    return _look(scene, static, _rays(static, size), _fixed(scene))
+
+
+def _look(scene: Scene, camera: Camera, rays: _Vector, things: _Things) -> Backdrop:
+    origin = tuple(camera.eye)
+    depth, floor = _floor(origin, rays)
+    depth, index = _trace(things, origin, rays, depth)
+    color = _shade(scene, things, origin, rays, depth, index)
+    return Backdrop(depth, jnp.stack([jnp.where(index < 0, floor, channel) for channel in color]))
+
+
+def render(scene: Scene, state: physics.State, camera_name: str, size: int, backdrop: Backdrop) -> Array:
+    """uint8[size, size, 3], RGB: the picture of camera "static" or "wrist".
+
+    backdrop: of this scene and, for the static camera, of this size.
+    """
+    view = camera(state, camera_name)
+    rays, origin, moving = _rays(view, size), tuple(view.eye), _moving(scene, state)
+    if camera_name == "wrist":
+        color = _look(scene, view, rays, _Things(*map(_concatenate, _fixed(scene), moving))).color
+    else:
+        depth, index = _trace(moving, origin, rays, backdrop.depth)
+        color = jnp.where(index < 0, backdrop.color, jnp.stack(_shade(scene, moving, origin, rays, depth, index)))
+    color = jnp.clip(color * 255.0 + 0.5, 0.0, 255.0).astype(jnp.uint8)
+    return color.T.reshape(size, size, 3)

@@ -1,0 +1,180 @@
+"""ViT and decoder: scanned layers, rematerialisation, dropout, bad sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robovlms_jax.nn import decoder, stack, vit
+from robovlms_jax.nn.attention import causal_mask
+from robovlms_jax.nn.norms import LayerNorm
+from robovlms_jax.nn.positions import sinusoid
+
+TEXT = decoder.DecoderConfig(
+    width=16,
+    depth=3,
+    mlp_dim=24,
+    num_heads=2,
+    vocab_size=11,
+    activation="gelu",
+    norm_epsilon=1e-5,
+    embed_scale=True,
+    dropout=0.5,
+    attention_dropout=0.5,
+)
+VISION = vit.ViTConfig(
+    image_size=6, patch_size=2, width=12, depth=3, mlp_dim=20, num_heads=3, activation="quick_gelu", norm_epsilon=1e-5
+)
+B, S = 2, 5
+
+
+def make_text(config: decoder.DecoderConfig = TEXT, remat: bool = False):
+    module = decoder.Decoder(config, remat=remat)
+    embeds = jax.random.normal(jax.random.key(0), (B, S, config.width))
+    positions = jnp.broadcast_to(jnp.arange(S), (B, S))
+    args = (embeds, jnp.ones((B, S), bool), positions)
+    return module, args
+
+
+def random_params(module, *args):
+    params = nn.unbox(module.init(jax.random.key(1), *args)["params"])
+    return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params)
+
+
+def test_scanned_decoder_equals_its_layers_one_after_another(exact_matmul):
+    module, (embeds, mask, positions) = make_text()
+    params = random_params(module, embeds, mask, positions)
+    found, _ = module.apply({"params": params}, embeds, mask, positions)
+    x = embeds * np.sqrt(16) + sinusoid(positions, 16)
+    attend = causal_mask(positions, positions, mask)
+    for layer in range(TEXT.depth):
+        block = jax.tree.map(lambda p, layer=layer: p[layer], params["layers"])
+        arguments = {"mask": attend, "cache": None, "start": 0, "deterministic": True}
+        x, _ = decoder.Block(TEXT).apply({"params": block}, x, **arguments)
+    expected = LayerNorm(1e-5).apply({"params": params["final_norm"]}, x)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_scanned_vit_equals_its_layers_one_after_another(exact_matmul):
+    images = jax.random.normal(jax.random.key(0), (B, 6, 6, 3))
+    params = random_params(vit.ViT(VISION), images)
+    found = vit.ViT(VISION).apply({"params": params}, images)
+    patches = [
+        np.einsum(
+            "bxyc,xycd->bd", images[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2], params["patch"]["kernel"]
+        )
+        for row in range(3)
+        for column in range(3)
+    ]
+    x = np.stack([np.broadcast_to(params["cls"], (B, 12)), *patches], 1) + params["positions"]
+    x = LayerNorm(1e-5).apply({"params": params["pre_norm"]}, x)
+    for layer in range(VISION.depth):
+        x = vit.Block(VISION).apply({"params": jax.tree.map(lambda p, layer=layer: p[layer], params["layers"])}, x)
+    expected = LayerNorm(1e-5).apply({"params": params["post_norm"]}, x)
+    assert found.shape == (B, VISION.num_tokens, 12)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_remat_changes_neither_values_nor_gradients(deterministic):
+    _, args = make_text()
+    params = random_params(make_text()[0], *args)
+
+    def run(remat):
+        def loss(params):
+            rngs = {"dropout": jax.random.key(5)}
+            module = make_text(remat=remat)[0]
+            return jnp.square(module.apply({"params": params}, *args, deterministic=deterministic, rngs=rngs)[0]).sum()
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    value, grads = run(False)
+    value_remat, grads_remat = run(True)
+    np.testing.assert_allclose(value, value_remat, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, grads_remat)
+
+
+def test_remat_recomputes_what_it_does_not_store():
+    images = jnp.ones((B, 6, 6, 3))
+    params = random_params(vit.ViT(VISION), images)
+
+    def count(remat):
+        def loss(params):
+            return vit.ViT(VISION, remat=remat).apply({"params": params}, images).sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("exp ")
+
+    assert count(True) > count(False)
+
+
+def test_dropout_draws_anew_for_attention_and_mlp():
+    # Output biases alone: attention adds 0 or 2, the MLP 0 or 200.
+    config = dataclasses.replace(TEXT, attention_dropout=0.0)
+    module, (embeds, mask, positions) = make_text(config)
+    block = jax.tree.map(lambda p: jnp.zeros_like(p[0]), random_params(module, embeds, mask, positions)["layers"])
+    block["attn"]["o"]["bias"] += 1
+    block["mlp"]["down"]["bias"] += 100
+    arguments = {"mask": causal_mask(positions, positions, mask), "cache": None, "start": 0, "deterministic": False}
+    rngs = {"dropout": jax.random.key(0)}
+    y, _ = decoder.Block(config).apply({"params": block}, jnp.zeros_like(embeds), **arguments, rngs=rngs)
+    assert set(np.unique(y)) == {0, 2, 200, 202}
+
+
+def test_embeddings_are_dropped_twice_like_the_published_code_does():
+    module, _ = make_text()
+    embeds = jnp.full((B, 64, 16), 1000.0)  # sinusoids are nothing beside it
+    mask, positions = jnp.ones((B, 64), bool), jnp.broadcast_to(jnp.arange(64), (B, 64))
+    params = jax.tree.map(jnp.zeros_like, random_params(module, embeds, mask, positions))
+    params["final_norm"]["scale"] += 1  # dropped entries lie below the mean, kept ones above
+    rngs = {"dropout": jax.random.key(0)}
+    hidden, _ = module.apply({"params": params}, embeds, mask, positions, deterministic=False, rngs=rngs)
+    assert abs((hidden <= 0).mean() - 0.75) < 0.04
+
+
+class _Noise(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        self.param("seed", nn.with_logical_partitioning(nn.initializers.normal(), ("embed",)), (4,))
+        return nn.Dropout(0.5, deterministic=False)(jnp.ones_like(x))
+
+
+class _Tower(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return stack.scan_layers(lambda block, x, _: (x, block(x)), _Noise(name="layers"), x, length=3, remat=False)[1]
+
+
+def test_layers_have_their_own_parameters_dropout_and_a_named_axis():
+    x = jnp.ones((64,))
+    variables = _Tower().init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x)
+    seed = variables["params"]["layers"]["seed"]
+    assert seed.names == ("layers", "embed")
+    assert len(np.unique(seed.value[:, 0])) == 3
+    drawn = _Tower().apply(variables, x, rngs={"dropout": jax.random.key(1)})
+    assert drawn.shape == (3, 64)
+    assert all((drawn[i] != drawn[j]).any() for i, j in ((0, 1), (1, 2), (0, 2)))
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (VISION, {"patch_size": 4}, "image_size=6 is no multiple of patch_size=4"),
+        (VISION, {"num_heads": 5}, "width=12 does not divide over num_heads=5"),
+        (VISION, {"activation": "swish"}, "'swish' is unknown; known: .*quick_gelu"),
+        (TEXT, {"num_heads": 3}, "width=16 must be even and divide over num_heads=3"),
+        (TEXT, {"activation": "swish"}, "'swish' is unknown"),
+    ],
+)
+def test_impossible_sizes_are_refused_before_anything_is_built(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **change)
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(AssertionError, match="shape"):
+        jax.eval_shape(vit.ViT(VISION).init, jax.random.key(0), jnp.ones((B, 8, 8, 3)))
