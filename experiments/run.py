@@ -76,13 +76,10 @@ def train(name: str, config: ExperimentConfig) -> pathlib.Path:
     opened = {split: _open_split(config, split) for split in ("training", "validation")}
     sentences = [episode.instruction for episode in opened["training"].episodes]
     backbone = build.open_backbone(config.backbone, sentences)
-    length = prompts.longest(
-        backbone.tokenizer, backbone.vlm.prompt, [e.instruction for d in opened.values() for e in d.episodes]
-    )
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, text_length=config.data.text_length or length)
-    )
-    data = Data(*(_source(config, opened[split], backbone) for split in ("training", "validation")))
+    instructions = [episode.instruction for dataset in opened.values() for episode in dataset.episodes]
+    length = prompts.longest(backbone.tokenizer, backbone.vlm.prompt, instructions)
+    encode = backbone.encoder(config.data.text_length or length)
+    data = Data(*(_source(config, opened[split], encode) for split in ("training", "validation")))
     config = config.resolve(data.train.num_windows, length)
 
     mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))

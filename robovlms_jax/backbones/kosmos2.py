@@ -153,6 +153,18 @@ def kosmos2() -> base.VLMConfig:
     return PUBLISHED
 
 
+@base.register("kosmos-2-twin")
+def kosmos2_twin() -> base.VLMConfig:
+    """A few million parameters of the same architecture: trains on a laptop, comes without published weights."""
+    return dataclasses.replace(
+        PUBLISHED,
+        vision=dataclasses.replace(PUBLISHED.vision, image_size=64, patch_size=8, width=128, depth=3, mlp_dim=384, num_heads=4),
+        text=dataclasses.replace(PUBLISHED.text, width=128, depth=3, mlp_dim=384, num_heads=4, vocab_size=512, dropout=0.0, attention_dropout=0.0),
+        connector=LatentConnectorConfig(num_latents=16),
+        image=dataclasses.replace(PUBLISHED.image, size=64),
+    )
+
+
 def read(values: Mapping[str, Any]) -> base.VLMConfig:
     """config.json -> configuration; what the file leaves out has the published value, as in transformers."""
     vision = VISION_SECTION.read(values, PUBLISHED.vision)

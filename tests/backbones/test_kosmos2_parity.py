@@ -60,7 +60,7 @@ def test_logits_and_hidden_states_of_right_padded_prompts(kosmos):
 
 
 def test_queries_of_a_padded_prompt_equal_upstreams_sequence_without_padding(kosmos):
-    # Upstream feeds `inputs_embeds` = [bos][wrist][static][text][queries][eos] and reads the queries' last hidden states.
+    # Upstream feeds `inputs_embeds` = [bos][wrist][static][text][queries][eos] and reads the queries' hidden states.
     images, ids, mask = example(kosmos.config)
     queries = np.random.default_rng(1).normal(size=(2, kosmos.config.width)).astype(np.float32) * 0.1
     tokens = kosmos.apply(images, ids, mask, jnp.asarray(queries), method="embed")
@@ -142,8 +142,8 @@ def test_golden_image_features(upstream):
 
 
 def test_golden_action_features_of_the_longest_prompt(upstream):
-    # In a batch upstream pads the text first and puts the action token after the padding, so only the longest prompt of a batch
-    # (and every prompt on its own, as at inference) has the layout we give to all.
+    # In a batch upstream pads the text first and puts the action token after the padding, so only the longest prompt of
+    # a batch (and every prompt on its own, as at inference) has the layout we give to all.
     twin, numbers, action_token = upstream
     lengths = numbers["attention_mask"].sum(1)
     assert lengths[0] == numbers["lang_x"].shape[1] > lengths[1]
@@ -157,7 +157,7 @@ def test_golden_action_features_of_the_longest_prompt(upstream):
 
 
 def test_golden_action_features_of_a_padded_prompt_in_upstreams_order(upstream):
-    # The same sequence upstream builds for the shorter prompt: [bos][image][text, eos, padding but the last][action][last slot],
+    # The sequence upstream builds for the shorter prompt: [bos][image][text, eos, padding but the last][action][last slot],
     # numbered straight through. The decoder follows positions and mask, so it reproduces even that.
     twin, numbers, action_token = upstream
     frames = numbers["vision_x"][1].transpose(0, 2, 3, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -42,20 +43,22 @@ def make_text(config: decoder.DecoderConfig = TEXT, remat: bool = False):
 
 
 def random_params(module, *args):
-    params = nn.unbox(module.init(jax.random.key(1), *args)["params"])
-    return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params)
+    rng = np.random.default_rng(1)
+    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *args)["params"])
+    return jax.tree.map(lambda p: rng.normal(0.1, 0.3, p.shape).astype(np.float32), shapes)
 
 
 def test_scanned_decoder_equals_its_layers_one_after_another(exact_matmul):
     module, (embeds, mask, positions) = make_text()
     params = random_params(module, embeds, mask, positions)
-    found, _ = module.apply({"params": params}, embeds, mask, positions)
+    found, _ = jax.jit(module.apply)({"params": params}, embeds, mask, positions)
     x = embeds * np.sqrt(16) + sinusoid(positions, 16)
     attend = causal_mask(positions, positions, mask)
+    arguments = {"mask": attend, "cache": None, "start": 0, "deterministic": True}
+    step = jax.jit(functools.partial(decoder.Block(TEXT).apply, **arguments))
     for layer in range(TEXT.depth):
         block = jax.tree.map(lambda p, layer=layer: p[layer], params["layers"])
-        arguments = {"mask": attend, "cache": None, "start": 0, "deterministic": True}
-        x, _ = decoder.Block(TEXT).apply({"params": block}, x, **arguments)
+        x, _ = step({"params": block}, x)
     expected = LayerNorm(1e-5).apply({"params": params["final_norm"]}, x)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -63,7 +66,7 @@ def test_scanned_decoder_equals_its_layers_one_after_another(exact_matmul):
 def test_scanned_vit_equals_its_layers_one_after_another(exact_matmul):
     images = jax.random.normal(jax.random.key(0), (B, 6, 6, 3))
     params = random_params(vit.ViT(VISION), images)
-    found = vit.ViT(VISION).apply({"params": params}, images)
+    found = jax.jit(vit.ViT(VISION).apply)({"params": params}, images)
     patches = [
         np.einsum(
             "bxyc,xycd->bd", images[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2], params["patch"]["kernel"]
@@ -73,8 +76,9 @@ def test_scanned_vit_equals_its_layers_one_after_another(exact_matmul):
     ]
     x = np.stack([np.broadcast_to(params["cls"], (B, 12)), *patches], 1) + params["positions"]
     x = LayerNorm(1e-5).apply({"params": params["pre_norm"]}, x)
+    step = jax.jit(vit.Block(VISION).apply)
     for layer in range(VISION.depth):
-        x = vit.Block(VISION).apply({"params": jax.tree.map(lambda p, layer=layer: p[layer], params["layers"])}, x)
+        x = step({"params": jax.tree.map(lambda p, layer=layer: p[layer], params["layers"])}, x)
     expected = LayerNorm(1e-5).apply({"params": params["post_norm"]}, x)
     assert found.shape == (B, VISION.num_tokens, 12)
     np.testing.assert_allclose(found, expected, atol=1e-5)

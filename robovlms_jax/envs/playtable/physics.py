@@ -63,8 +63,8 @@ _STEEP = 0.35  # a joint follows a push unless it is nearly at right angles to i
 _LED_AT_M, _BULB_AT_M = 0.01, 0.044  # middles of travel of button and lever
 
 # Boxes of the hand in the frame of the tool centre point (x thin, y opening, z down to the table): fingers, palm, wrist.
-_HAND_CENTER = np.array([[0, 0, -0.0294], [0, 0, -0.0294], [0, 0, -0.1074], [0, 0, -0.19]], np.float32)
-HAND_HALF = np.array([[0.011, 0.0075, 0.045], [0.011, 0.0075, 0.045], [0.03, 0.1, 0.033], [0.045, 0.045, 0.05]])
+_HAND_CENTER = np.array([[0, 0, -0.033], [0, 0, -0.033], [0, 0, -0.111], [0, 0, -0.19]], np.float32)
+HAND_HALF = np.array([[0.011, 0.0075, 0.0486], [0.011, 0.0075, 0.0486], [0.022, 0.1, 0.0295], [0.045, 0.045, 0.05]])
 HAND_HALF = HAND_HALF.astype(np.float32)
 _FINGER_SIDE = np.array([1.0, -1.0, 0.0, 0.0], np.float32)
 _HAND, _TABLE = len(HAND_HALF), len(BOX_BODY)
@@ -432,7 +432,7 @@ def _push_mechanisms(scene: Scene, state: State, contacts: _Contacts) -> tuple[A
     change = (wanted.max(0)[:, None] * _ON_JOINT).max(0) + (wanted.min(0)[:, None] * _ON_JOINT).min(0)
     mechanisms = jnp.clip(state.mechanisms + change, 0.0, scene.joint_range)
     gained = along * (jnp.asarray(_ON_JOINT) * (mechanisms - state.mechanisms)).sum(-1)
-    left = jnp.where(follows, pushing[:, :_TABLE] - gained, pushing[:, :_TABLE])
+    left = pushing[:, :_TABLE] - jnp.where(follows & (pushing[:, :_TABLE] > 0), gained, 0.0)
     return mechanisms, jnp.concatenate([jnp.maximum(left, 0.0), pushing[:, _TABLE:]], axis=1)
 
 

@@ -39,7 +39,7 @@ _GRAIN_PER_M = 150.0
 _FAR_M = 50.0
 
 _BLOCK_COLORS = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 1.0]], np.float32)
-_WHITE, _GREY, _DARK = (0.93, 0.93, 0.93), (0.72, 0.72, 0.72), (0.22, 0.22, 0.24)
+_WHITE, _GREY, _DARK = (0.95, 0.95, 0.95), (0.85, 0.85, 0.85), (0.22, 0.22, 0.24)
 _LIT = {"led": (0.0, 1.0, 0.0), "lightbulb": (1.0, 0.95, 0.0)}
 
 
@@ -120,7 +120,7 @@ def _moving(scene: Scene, state: physics.State) -> _Things:
         Boxes(state.block_position, state.block_rotation, scene.block_half), jnp.asarray(_BLOCK_COLORS), np.zeros(3, bool)
     )
     lamp = _along(table.center[bulb] + np.array([0, 0, 0.003], np.float32), np.array([0.033, 0.033, 0.0]), bulb_color)
-    knob = _along(table.center[button], table.half[button] * np.array([1.15, 1.15, 1.0]), scene.box_color[button])
+    knob = _along(table.center[button], table.half[button] * np.array([1.05, 1.05, 1.0]), scene.box_color[button])
     arm, joints = _arm(state)
     return _Things(
         _concatenate(_table_solids(scene, table, colors, _MOVING), blocks, _hand(state)),
@@ -151,9 +151,15 @@ def _concatenate(*solids: Solids) -> Solids:
 
 
 def _hand(state: physics.State) -> Solids:
-    boxes = jax.tree.map(lambda x: x[:3], physics.hand_boxes(state))
-    boxes = dataclasses.replace(boxes, half=boxes.half * np.array([[0.9, 0.8, 1], [0.9, 0.8, 1], [1, 1, 1]], np.float32))
-    return Solids(boxes, jnp.array([_GREY, _GREY, _WHITE]), np.zeros(3, bool))
+    """Palm and fingers; the fingers are drawn slimmer than they collide, in two pieces so that they taper."""
+    fingers, palm = (jax.tree.map(lambda x, i=i: x[i], physics.hand_boxes(state)) for i in (slice(0, 2), slice(2, 3)))
+    pieces = []
+    for thickness, start, end in ((0.55, 0.0, 1.0), (1.3, -1.0, 0.0)):
+        half = fingers.half * np.array([0.8, thickness, (end - start) / 2], np.float32)
+        inwards = jnp.array([[-1.0], [1.0]]) * (fingers.half[:, 1:2] - half[:, 1:2])
+        shift = state.rotation[:, 1] * inwards + state.rotation[:, 2] * fingers.half[:, 2:] * (start + end) / 2
+        pieces.append(Solids(Boxes(fingers.center + shift, fingers.rotation, half), jnp.array([_GREY] * 2), np.zeros(2, bool)))
+    return _concatenate(*pieces, Solids(palm, jnp.array([_WHITE]), np.zeros(1, bool)))
 
 
 # Arm: from point to point, each given in the frame of a link (0-based, 7 = tool): link, offset (m), link, offset, radius.
@@ -170,8 +176,8 @@ _CAPSULES = (
     (6, (0, 0, -0.02), 6, (0, 0, 0.06), 0.044, _WHITE),
 )
 _CYLINDERS = (
-    (5, (0, 0, -0.085), 5, (0, 0, -0.03), 0.044, _DARK),
-    (5, (0, 0, -0.09), 5, (0, 0, -0.03), 0.034, _WHITE),
+    (5, (0, 0, -0.075), 5, (0, 0, 0.075), 0.046, _DARK),
+    (5, (0, 0, -0.079), 5, (0, 0, 0.079), 0.026, _GREY),
     (6, (0, 0, 0.06), 6, (0, 0, 0.107), 0.046, _GREY),
 )
 

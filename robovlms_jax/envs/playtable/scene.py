@@ -113,13 +113,13 @@ class _Layout(NamedTuple):
 # fmt: off
 _LAYOUTS: Mapping[str, _Layout] = {
     # panels: right edge of the left and left edge of the right cabinet part, measured in frames of the real scenes
-    "A": _Layout(-0.28, 0.30, -0.10, 0.28, 0.10, (-0.336, 0.19), (-0.10, 0.35), ("middle", "big", "small"),
+    "A": _Layout(-0.28, 0.30, -0.10, 0.28, 0.10, (-0.336, 0.175), (-0.10, 0.35), ("middle", "big", "small"),
                  (131, 77, 50), (125, 72, 47), (2.0, 0.10, 0.7)),
-    "B": _Layout(0.28, -0.32, 0.09, 0.30, 0.18, (-0.18, 0.38), (-0.28, 0.16), ("small", "big", "middle"),
+    "B": _Layout(0.28, -0.32, 0.09, 0.30, 0.18, (-0.18, 0.365), (-0.28, 0.16), ("small", "big", "middle"),
                  (247, 198, 139), (240, 190, 132), (6.0, 0.05, 0.3)),
-    "C": _Layout(-0.12, -0.32, 0.06, 0.24, 0.10, (-0.18, 0.35), (0.00, 0.35), ("big", "small", "middle"),
+    "C": _Layout(-0.12, -0.32, 0.06, 0.24, 0.10, (-0.18, 0.335), (0.00, 0.35), ("big", "small", "middle"),
                  (158, 107, 64), (125, 72, 47), (4.0, 0.10, 0.4)),
-    "D": _Layout(-0.12, 0.30, -0.10, 0.28, 0.18, (-0.336, 0.19), (0.00, 0.35), ("middle", "small", "big"),
+    "D": _Layout(-0.12, 0.30, -0.10, 0.28, 0.18, (-0.336, 0.175), (0.00, 0.35), ("middle", "small", "big"),
                  (150, 110, 72), (150, 110, 72), (1.0, 0.16, 2.0)),
 }
 # fmt: on
@@ -159,8 +159,8 @@ def _parts(at: _Layout) -> list[_Part]:
     return [
         _span("ground", "floor", (-3, 3), (-3, 3), (-1, 0)),  # drawn as an endless chequered plane
         _span("base", "wood", (-0.44, 0.44), (-0.18, 0.24), (0.40, TABLE_TOP_M)),
-        _span("base", "wood", (-0.44, drawer - 0.2), (-0.178, -0.15), (0.32, 0.40)),
-        _span("base", "wood", (drawer + 0.2, 0.44), (-0.178, -0.15), (0.32, 0.40)),
+        _span("base", "wood", (-0.44, drawer - 0.2), (-0.18, -0.15), (0.32, 0.40)),
+        _span("base", "wood", (drawer + 0.2, 0.44), (-0.18, -0.15), (0.32, 0.40)),
         _span("base", "wood", (-0.44, -0.40), (-0.178, -0.138), (0.0, 0.40)),
         _span("base", "wood", (0.40, 0.44), (-0.178, -0.138), (0.0, 0.40)),
         _span("base", "wood", (-0.44, -0.40), (0.20, 0.24), (0.0, 0.40)),
@@ -175,14 +175,14 @@ def _parts(at: _Layout) -> list[_Part]:
         _lean("door", "handle", (bar - 0.021, bar + 0.021), (0.030, 0.190), (0.045, 0.072)),
         _lean("door", "handle", (bar - 0.016, bar + 0.016), (0.030, 0.048), (0.012, 0.045)),
         _lean("door", "handle", (bar - 0.016, bar + 0.016), (0.172, 0.190), (0.012, 0.045)),
-        _span("drawer", "front", (drawer - 0.197, drawer + 0.197), (-0.19, 0.11), (0.326, DRAWER_FLOOR_M)),
-        _span("drawer", "front", (drawer - 0.197, drawer + 0.197), (-0.19, -0.178), (0.305, 0.398)),
-        _span("drawer", "front", (drawer - 0.197, drawer - 0.157), (-0.178, 0.11), (DRAWER_FLOOR_M, 0.396)),
-        _span("drawer", "front", (drawer + 0.157, drawer + 0.197), (-0.178, 0.11), (DRAWER_FLOOR_M, 0.396)),
+        _span("drawer", "front", (drawer - 0.197, drawer + 0.197), (-0.171, 0.11), (0.326, DRAWER_FLOOR_M)),
+        _span("drawer", "front", (drawer - 0.197, drawer + 0.197), (-0.185, -0.171), (0.305, 0.399)),
+        _span("drawer", "front", (drawer - 0.197, drawer - 0.157), (-0.171, 0.11), (DRAWER_FLOOR_M, 0.396)),
+        _span("drawer", "front", (drawer + 0.157, drawer + 0.197), (-0.171, 0.11), (DRAWER_FLOOR_M, 0.396)),
         _span("drawer", "front", (drawer - 0.157, drawer + 0.157), (0.09, 0.11), (DRAWER_FLOOR_M, 0.396)),
         _span("drawer", "handle", (drawer - 0.125, drawer + 0.125), (-0.265, -0.235), (0.345, 0.375)),
-        _span("drawer", "handle", (drawer - 0.125, drawer - 0.098), (-0.235, -0.19), (0.345, 0.375)),
-        _span("drawer", "handle", (drawer + 0.098, drawer + 0.125), (-0.235, -0.19), (0.345, 0.375)),
+        _span("drawer", "handle", (drawer - 0.125, drawer - 0.098), (-0.235, -0.185), (0.345, 0.375)),
+        _span("drawer", "handle", (drawer + 0.098, drawer + 0.125), (-0.235, -0.185), (0.345, 0.375)),
         _span("button", "black", (at.button - 0.03, at.button + 0.03), (-0.15, -0.09), (0.455, 0.4864)),
         _lean("switch", "handle", (lever - 0.078, lever + 0.078), (0.065, 0.095), (0.032, 0.062)),
         _lean("switch", "handle", (lever - 0.060, lever - 0.040), (0.072, 0.088), (0.0, 0.032)),
@@ -237,6 +237,6 @@ def _wood(frequency: float, contrast: float, waviness: float, size: int = 64) ->
     along, across = np.meshgrid(*[np.linspace(0, 2 * np.pi, size, endpoint=False)] * 2, indexing="ij")
     bend = waviness * (np.sin(along + 2 * np.sin(across)) + 0.5 * np.sin(2 * along + across + 1))
     rings = np.sin(frequency * across + bend) + 0.5 * np.sin((2 * frequency + 3) * across + 2 * bend)
-    fibres = generator.normal(size=(size // 8, size)).repeat(8, axis=0)
-    grain = 1 + contrast * (0.5 * rings + 0.5 * fibres)
+    fibres = generator.normal(size=(size // 4, size)).repeat(4, axis=0)
+    grain = 1 + contrast * (0.6 * rings + 0.4 * fibres)
     return grain / grain.mean()
