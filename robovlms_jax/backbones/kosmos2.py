@@ -49,7 +49,7 @@ class LatentConnector(nn.Module):
         x = features.astype(jnp.float32)
         x = (x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))).astype(features.dtype)
         x = Einsum("BPE,ED->BPD", (x.shape[-1], width), (None, "embed"), use_bias=True, lora=self.lora, name="dense")(x)
-        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("queries", "embed"))
+        init = nn.with_logical_partitioning(nn.initializers.normal(width**-0.5), ("queries", "embed"))
         latents = self.param("latents", init, (self.num_latents, width)).astype(x.dtype)
         latents = jnp.broadcast_to(latents, (x.shape[0], self.num_latents, width))
         attention = Attention(
@@ -155,12 +155,14 @@ def kosmos2() -> base.VLMConfig:
 
 @base.register("kosmos-2-twin")
 def kosmos2_twin() -> base.VLMConfig:
-    """A few million parameters of the same architecture: trains on a laptop, comes without published weights."""
+    """A million parameters of the same architecture: trains on a laptop, comes without published weights."""
+    vision = dict(image_size=64, patch_size=16, width=128, depth=2, mlp_dim=512, num_heads=4)
+    text = dict(width=128, depth=2, mlp_dim=512, num_heads=4, vocab_size=512, dropout=0.0, attention_dropout=0.0)
     return dataclasses.replace(
         PUBLISHED,
-        vision=dataclasses.replace(PUBLISHED.vision, image_size=64, patch_size=8, width=128, depth=3, mlp_dim=384, num_heads=4),
-        text=dataclasses.replace(PUBLISHED.text, width=128, depth=3, mlp_dim=384, num_heads=4, vocab_size=512, dropout=0.0, attention_dropout=0.0),
-        connector=LatentConnectorConfig(num_latents=16),
+        vision=dataclasses.replace(PUBLISHED.vision, **vision),
+        text=dataclasses.replace(PUBLISHED.text, **text),
+        connector=LatentConnectorConfig(num_latents=8),
         image=dataclasses.replace(PUBLISHED.image, size=64),
     )
 

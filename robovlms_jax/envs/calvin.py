@@ -118,7 +118,7 @@ class CalvinEnv:
 
 
 def scene_info(raw: Mapping[str, Any], columns: Mapping[tuple[int, int], int]) -> dict[str, Any]:
-    """CALVIN's nested info -> `tasks.SceneInfo`; `columns` maps the simulator's (body, link) to columns of `contacts`."""
+    """CALVIN's nested info -> `tasks.SceneInfo`; `columns` maps the simulator's (body, link) to one of `contacts`."""
     scene, robot = raw["scene_info"], raw["robot_info"]
     blocks = [scene["movable_objects"][f"block_{color}"] for color in tasks.BLOCKS]
     contacts = np.zeros((4, len(tasks.BODIES)), bool)
@@ -192,7 +192,9 @@ def validation_instructions(calvin_root: str) -> dict[str, str]:
     sentences = yaml.safe_load(path.read_text())
     missing = sorted(set(tasks.TASKS) - set(sentences))
     if missing:
-        raise ValueError(f"{path} has no sentence for {', '.join(missing)}.")
+        raise ValueError(
+            f"{path} lacks a sentence for {len(missing)} of the {len(tasks.TASKS)} tasks, e.g. {missing[0]}."
+        )
     return {task: sentences[task][0] for task in tasks.TASKS}
 
 

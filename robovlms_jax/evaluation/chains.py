@@ -15,7 +15,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from robovlms_jax.envs import tasks
+from robovlms_jax.envs import simpler, tasks
 from robovlms_jax.envs.vector import VectorEnv
 from robovlms_jax.evaluation import rollout
 from robovlms_jax.evaluation.execution import BatchedPolicy, ExecutedBatch, Execution
@@ -59,6 +59,22 @@ def chain_trials(
         start = {"robot_obs": robot_obs, "scene_obs": scene_obs}
         trials.append(Trial(chain.index, start, chain.tasks, tuple(instructions), labels))
     return trials
+
+
+def simpler_trials(task: str, count: int | None = None) -> list[Trial]:
+    """`count` trials of a SimplerEnv task; None: each of its layouts once."""
+    known = simpler.TASKS[task]
+    labels = {"scene": task}
+    return [
+        Trial(layout, {"layout": layout}, (task,), (known.instruction,), labels)
+        for layout in range(known.layouts if count is None else count)
+    ]
+
+
+def simpler_rules(task: str, *, latched: bool = False) -> Rules:
+    """The benchmark's rules: success counts at the last step; `latched`: at any step, which ends the trial."""
+    steps = simpler.TASKS[task].max_steps
+    return Rules(max_steps=steps, completed=simpler.completed_in_each, stop_at_success=latched)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +198,7 @@ def _stored(directory: pathlib.Path, setup: Mapping[str, Any]) -> list[TrialResu
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, Any] | None, list[TrialResult]]:
-    """Setup and results of one file. A torn last line, left by a crash or by a process still writing, does not count."""
+    """Setup and results of one file. A torn last line, left by a crash or a process still writing, does not count."""
     lines = path.read_text().split("\n")
     complete, torn = lines[:-1], lines[-1]
     if torn:
@@ -229,6 +245,6 @@ def _check_same(trial: Trial, result: TrialResult, directory: pathlib.Path) -> N
     for name, here, there in zip(("tasks", "instructions", "labels"), asked, stored):
         if here != there:
             raise ValueError(
-                f"{directory} has a result for trial {trial.index} with other {name}: {there} there, {here} here; use a "
-                "directory of its own for each set of trials."
+                f"{directory} has a result for trial {trial.index} with other {name}: {there} there, {here} here; use "
+                "one directory for each set of trials."
             )

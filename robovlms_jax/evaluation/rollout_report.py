@@ -1,4 +1,4 @@
-"""The report of closed-loop evaluations: rollouts.md to read, rollouts.json to compare, pictures, films of chosen trials.
+"""The report of closed-loop evaluations: rollouts.md to read, rollouts.json to compare, pictures, films of some trials.
 
 Every table names the environment its numbers come from. matplotlib and Pillow are imported when something is drawn.
 """
@@ -355,6 +355,7 @@ def write_film(recording: Recording, path: str | pathlib.Path, *, max_frames: in
     if not recording.frames:
         raise ValueError(f"the recording of trial {recording.trial.index} has no frames.")
     path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     keep = np.unique(np.linspace(0, len(recording.frames) - 1, max_frames).round().astype(int))
     if importlib.util.find_spec("imageio_ffmpeg"):
         return _write_mp4(_drawn(recording, keep), path.with_suffix(".mp4"), fps)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from robovlms_jax.actions import normalize
 from robovlms_jax.interface import ActionChunk, Observation
@@ -56,9 +57,15 @@ class BatchedVLAPolicy:
     def __init__(self, model: VLA, params: Any, encode_text: EncodeText, slots: int):
         self.model, self.params, self.slots = model, params, slots
         self._encode = encode_text
-        self._step = jax.jit(functools.partial(control_step, model), donate_argnums=1)
-        self._fresh = jax.jit(lambda carry, slot: jax.tree.map(lambda a, b: a.at[slot].set(b[0]), carry, model.init_carry(1)))
-        self._carry = model.init_carry(slots)
+        # The carry always lies where the parameters lie: were it placed anew by the first call, the second would compile again.
+        place = jax.tree.leaves(params)[0].sharding
+        place = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
+        self._step = jax.jit(functools.partial(control_step, model), donate_argnums=1, out_shardings=place)
+        fresh = model.init_carry(1)
+        self._reset = jax.jit(
+            lambda carry, slot: jax.tree.map(lambda a, b: a.at[slot].set(b[0]), carry, fresh), donate_argnums=0, out_shardings=place
+        )
+        self._carry = jax.device_put(model.init_carry(slots), place)
         self._text: list[tuple[np.ndarray, np.ndarray] | None] = [None] * slots
         self._images: dict[str, np.ndarray] = {}
 
@@ -68,7 +75,7 @@ class BatchedVLAPolicy:
             if not instruction.strip():
                 raise ValueError("the instruction is empty; say what the robot should do.")
             self._text[slot] = self._encode(instruction)
-            self._carry = self._fresh(self._carry, slot)
+            self._carry = self._reset(self._carry, slot)
 
     def act(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[ActionChunk]:
         """Advance the given slots by one step each."""

@@ -67,18 +67,23 @@ def fit(
     train, start = config.train, int(state.step)
     corrupt = _CorruptCount(config.data.max_corrupt_share, describe)
     clock = _Clock(start, train.steps, train.batch_size)
+    recent: list[Mapping[str, jax.Array]] = []  # since the last log; fetched together, so steps are not waited for one by one
     with _Terminated() as terminated:
         for step in range(start + 1, train.steps + 1):
             with clock.waiting():
                 batch = next(batches)
             corrupt.add(batch)
             state, metrics = train_step(state, meshes.put_batch(batch, mesh))
+            recent.append(metrics)
             last = step == train.steps
             log = step % train.log_every == 0 or last or step == start + 1
             save = step % train.checkpoint_every == 0 or last
             if log or save:
-                values = _check_finite({name: float(x) for name, x in jax.device_get(metrics).items()}, step)
+                history = jax.device_get(recent)
+                _check_finite(history[-1], step)
             if log:
+                values = {name: float(np.mean([x[name] for x in history])) for name in history[-1]}
+                recent.clear()
                 values |= clock.log(step, values["loss"]) | corrupt.values()
                 writer.write(step, {f"train/{name}": value for name, value in values.items()})
                 if step >= start + 2 * train.log_every and loader_rate:
@@ -99,14 +104,13 @@ def fit(
     return state, True
 
 
-def _check_finite(values: dict[str, float], step: int) -> dict[str, float]:
-    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+def _check_finite(values: Mapping[str, np.ndarray], step: int) -> None:
+    bad = {name: float(value) for name, value in values.items() if not math.isfinite(value)}
     if bad:
         raise DivergedError(
             f"step {step}: {bad} not finite. Nothing after the newest checkpoint was saved; resume from it with a lower "
             "optimizer.learning_rate, optimizer.clip_norm > 0 or backbone.dtype=float32."
         )
-    return values
 
 
 def _report_loader(loader: float, eaten: float, batch_size: int) -> None:

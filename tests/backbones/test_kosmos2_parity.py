@@ -157,8 +157,8 @@ def test_golden_action_features_of_the_longest_prompt(upstream):
 
 
 def test_golden_action_features_of_a_padded_prompt_in_upstreams_order(upstream):
-    # The sequence upstream builds for the shorter prompt: [bos][image][text, eos, padding but the last][action][last slot],
-    # numbered straight through. The decoder follows positions and mask, so it reproduces even that.
+    # The sequence upstream builds for the shorter prompt, numbered straight through: [bos][image][text, eos, padding
+    # but its last slot][action][that slot]. The decoder follows positions and mask, so it reproduces even that.
     twin, numbers, action_token = upstream
     frames = numbers["vision_x"][1].transpose(0, 2, 3, 1)
     ids = np.repeat(numbers["lang_x"][1:], len(frames), 0).astype(np.int32)

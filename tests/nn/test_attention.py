@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,12 +17,18 @@ B, S, D, N, H = 2, 5, 12, 6, 4
 
 @pytest.fixture
 def x():
-    return jax.random.normal(jax.random.key(0), (B, S, D))
+    return jnp.asarray(np.random.default_rng(0).normal(size=(B, S, D)), jnp.float32)
 
 
 def init(module: Attention, *args, **kwargs):
-    params = nn.unbox(module.init(jax.random.key(1), *args, **kwargs)["params"])
-    return {"params": jax.tree.map(lambda p: p + 0.3 * jax.random.normal(jax.random.key(2), p.shape), params)}
+    rng = np.random.default_rng(1)
+    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *args, **kwargs))
+    return jax.tree.map(lambda p: rng.normal(0.1, 0.3, p.shape).astype(np.float32), shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="deterministic")
+def apply(module: Attention, *args, **kwargs):
+    return module.apply(*args, **kwargs)
 
 
 def naive(params, x, context, mask, kv_heads: int) -> np.ndarray:
@@ -47,13 +55,14 @@ def naive(params, x, context, mask, kv_heads: int) -> np.ndarray:
 @pytest.mark.parametrize("kv_heads", [6, 2, 1])
 @pytest.mark.parametrize("inner_norm", [None, 1e-5])
 def test_equals_attention_written_out_head_by_head(exact_matmul, x, kv_heads, inner_norm):
-    context = jax.random.normal(jax.random.key(3), (B, 7, 9))
-    mask = np.random.default_rng(0).random((B, S, 7)) < 0.6
+    rng = np.random.default_rng(0)
+    context = rng.normal(size=(B, 7, 9)).astype(np.float32)
+    mask = rng.random((B, S, 7)) < 0.6
     mask[..., 0] = True
     module = Attention(N, H, num_kv_heads=kv_heads, inner_norm_epsilon=inner_norm)
     params = init(module, x, context)
     assert params["params"]["k"]["kernel"].shape == (9, kv_heads, H)
-    y, cache = module.apply(params, x, context, mask=jnp.asarray(mask))
+    y, cache = apply(module, params, x, context, mask=jnp.asarray(mask))
     np.testing.assert_allclose(y, naive(params, x, context, mask, kv_heads), rtol=1e-4, atol=1e-4)
     assert cache is None
 
@@ -65,7 +74,7 @@ def test_biases_are_optional(x):
 
 def test_few_key_value_heads_stay_whole_and_many_split_like_query_heads(x):
     def axes(kv_heads):
-        params = Attention(N, H, num_kv_heads=kv_heads).init(jax.random.key(0), x)["params"]
+        params = jax.eval_shape(Attention(N, H, num_kv_heads=kv_heads).init, jax.random.key(0), x)["params"]
         return params["k"]["kernel"].names
 
     assert axes(2) == ("embed", "kv_heads", "head_dim")
@@ -77,9 +86,9 @@ def test_order_comes_from_positions_not_from_slots(exact_matmul, x):
     params = init(module, x)
     positions = jnp.broadcast_to(jnp.arange(S), (B, S))
     real = jnp.ones((B, S), bool)
-    expected, _ = module.apply(params, x, mask=causal_mask(positions, positions, real))
+    expected, _ = apply(module, params, x, mask=causal_mask(positions, positions, real))
     order = np.asarray([3, 0, 4, 2, 1])
-    shuffled, _ = module.apply(params, x[:, order], mask=causal_mask(positions[:, order], positions[:, order], real))
+    shuffled, _ = apply(module, params, x[:, order], mask=causal_mask(positions[:, order], positions[:, order], real))
     np.testing.assert_allclose(shuffled, expected[:, order], atol=1e-5)
 
 
@@ -88,8 +97,8 @@ def test_a_later_or_unreal_key_changes_nothing(exact_matmul, x):
     params = init(module, x)
     positions = jnp.broadcast_to(jnp.arange(S), (B, S))
     mask = causal_mask(positions, positions, jnp.asarray([[True, False, True, True, True]] * B))
-    before, _ = module.apply(params, x, mask=mask)
-    after, _ = module.apply(params, x.at[:, 1].add(1.0).at[:, 4].add(1.0), mask=mask)
+    before, _ = apply(module, params, x, mask=mask)
+    after, _ = apply(module, params, x.at[:, 1].add(1.0).at[:, 4].add(1.0), mask=mask)
     np.testing.assert_array_equal(before[:, jnp.asarray([0, 2, 3])], after[:, jnp.asarray([0, 2, 3])])
     assert jnp.abs(before[:, 4] - after[:, 4]).max() > 1e-3
 
@@ -99,9 +108,9 @@ def test_rows_that_may_attend_nothing_are_finite_with_finite_gradients(x):
     params = init(module, x)
 
     def total(params):
-        return module.apply(params, x, mask=jnp.zeros((B, S, S), bool))[0].sum()
+        return apply(module, params, x, mask=jnp.zeros((B, S, S), bool))[0].sum()
 
-    value, grads = jax.value_and_grad(total)(params)
+    value, grads = jax.jit(jax.value_and_grad(total))(params)
     assert np.isfinite(value)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
@@ -111,7 +120,7 @@ def test_cache_equals_the_whole_sequence(exact_matmul, x):
     params = init(module, x)
     positions = jnp.broadcast_to(jnp.arange(S), (B, S))
     real = jnp.asarray([[True] * S, [True, True, False, True, True]])
-    expected, _ = module.apply(params, x, mask=causal_mask(positions, positions, real))
+    expected, _ = apply(module, params, x, mask=causal_mask(positions, positions, real))
     cache = Cache.create(1, B, S + 2, 2, H, jnp.float32)
     found = []
     for start, stop in ((0, 3), (3, 4), (4, 5)):
@@ -119,7 +128,7 @@ def test_cache_equals_the_whole_sequence(exact_matmul, x):
         at = cache.length
         cache = cache.extend(positions[:, part], real[:, part])
         mask = causal_mask(positions[:, part], cache.positions, cache.mask)
-        y, (key, value) = module.apply(params, x[:, part], mask=mask, cache=(cache.key[0], cache.value[0]), start=at)
+        y, (key, value) = apply(module, params, x[:, part], mask=mask, cache=(cache.key[0], cache.value[0]), start=at)
         cache = cache.replace(key=key[None], value=value[None])
         found.append(y)
     np.testing.assert_allclose(jnp.concatenate(found, 1), expected, atol=1e-5)
@@ -137,8 +146,8 @@ def test_softmax_is_float32_in_bfloat16(x):
     module = Attention(N, H)
     params = init(module, x)
     context = jnp.broadcast_to(x[:, :1], (B, 300, D)).astype(jnp.bfloat16)
-    y, _ = module.apply(params, x.astype(jnp.bfloat16), context)
-    one, _ = module.apply(params, x, x[:, :1])
+    y, _ = apply(module, params, x.astype(jnp.bfloat16), context)
+    one, _ = apply(module, params, x, x[:, :1])
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(jnp.float32), one, rtol=0.05, atol=0.05)
 
@@ -146,8 +155,8 @@ def test_softmax_is_float32_in_bfloat16(x):
 def test_dropout_acts_on_weights_in_training_only(x):
     module = Attention(N, H, dropout=0.5)
     params = init(module, x)
-    still, _ = module.apply(params, x)
-    a, _ = module.apply(params, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
-    b, _ = module.apply(params, x, deterministic=False, rngs={"dropout": jax.random.key(1)})
+    still, _ = apply(module, params, x)
+    a, _ = apply(module, params, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    b, _ = apply(module, params, x, deterministic=False, rngs={"dropout": jax.random.key(1)})
     assert jnp.abs(a - b).max() > 1e-3
     assert jnp.abs(a - still).max() > 1e-3

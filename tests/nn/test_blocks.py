@@ -41,8 +41,8 @@ def test_activations_are_those_of_the_same_name_in_transformers(name):
 def test_mlp(exact_matmul, inner_norm):
     x = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
     module = MLP(8, "gelu", inner_norm)
-    params = nn.unbox(module.init(jax.random.key(0), x)["params"])
-    params = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(jax.random.key(1), p.shape), params)
+    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x)["params"])
+    params = jax.tree.map(lambda p: np.random.default_rng(1).normal(0.1, 0.3, p.shape).astype(np.float32), shapes)
     p = jax.tree.map(lambda leaf: torch.tensor(np.asarray(leaf)), params)
     y = torch.nn.functional.gelu(torch.tensor(x) @ p["up"]["kernel"] + p["up"]["bias"])
     if inner_norm is not None:

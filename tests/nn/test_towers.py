@@ -84,8 +84,7 @@ def test_scanned_vit_equals_its_layers_one_after_another(exact_matmul):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_remat_changes_neither_values_nor_gradients(deterministic):
+def test_remat_changes_neither_values_nor_gradients_nor_dropout():
     _, args = make_text()
     params = random_params(make_text()[0], *args)
 
@@ -93,7 +92,7 @@ def test_remat_changes_neither_values_nor_gradients(deterministic):
         def loss(params):
             rngs = {"dropout": jax.random.key(5)}
             module = make_text(remat=remat)[0]
-            return jnp.square(module.apply({"params": params}, *args, deterministic=deterministic, rngs=rngs)[0]).sum()
+            return jnp.square(module.apply({"params": params}, *args, deterministic=False, rngs=rngs)[0]).sum()
 
         return jax.jit(jax.value_and_grad(loss))(params)
 

@@ -36,8 +36,9 @@ _TWIST = np.stack([[[1, 0, 0], [0, 1 - abs(k), -k], [0, k, 1 - abs(k)]] for _, _
 _SHIFT = np.stack([[a, -k * d, (1 - abs(k)) * d] for a, d, k in _LINKS]).astype(np.float32)
 _HAND_TURN = np.array([[1, 1, 0], [-1, 1, 0], [0, 0, np.sqrt(2)]], np.float32) / np.sqrt(np.float32(2))
 
-_DAMPING = 0.03
-_POSTURE_GAIN = 0.05
+_DAMPING = 1e-3  # on the squared singular values
+_MAX_STEP_RAD = 0.05  # per iteration; keeps the arm from leaping near singular poses
+_CLOSE = 5e-4  # m and rad together: close enough to move on towards `home`
 
 
 def from_euler(angles: Array) -> Array:
@@ -124,26 +125,38 @@ def forward(joints: Array) -> Arm:
     return Arm(jnp.stack(origins), jnp.stack(rotations))
 
 
-def inverse(joints: Array, home: Array, position: Array, rotation: Array, *, iterations: int) -> Array:
-    """Joint angles that bring the tool to a pose, starting from `joints`; the nearest pose where it is out of reach.
+def inverse(
+    joints: Array, position: Array, rotation: Array, *, iterations: int, home: Array | None = None, pull: float = 0.05
+) -> Array:
+    """Joint angles that bring the tool to a pose, starting from `joints`; close to it where it is out of reach.
 
-    Damped least squares; the arm's spare freedom pulls it towards `home`, so that the elbow does not wander off.
+    Levenberg-Marquardt: a step that makes things worse is dropped and tried again with more damping.
 
     Args:
-      joints, home: float[7], rad. position: float[3], m. rotation: float[3, 3]. All world frame.
+      joints: float[7], rad. position: float[3], m. rotation: float[3, 3]. World frame.
+      home: float[7], rad; where the arm's spare freedom pulls it, so that the elbow does not wander off.
+      pull: share of the way home per iteration.
     """
 
-    def improve(_, joints):
+    def error_at(joints):
         arm = forward(joints)
         error = jnp.concatenate([position - arm.origins[7], to_vector(rotation @ arm.rotations[7].T)])
+        return arm, error, jnp.sqrt(jnp.sum(error**2))
+
+    def improve(_, carry):
+        joints, (arm, error, size), damping = carry
         axes = arm.rotations[:7, :, 2]
         jacobian = jnp.concatenate([jnp.cross(axes, arm.origins[7] - arm.origins[:7]), axes], axis=1).T
-        gram = jacobian @ jacobian.T + _DAMPING**2 * jnp.eye(6)
-        pull = _POSTURE_GAIN * (home - joints)
-        step = pull + jacobian.T @ _solve(gram, error - jacobian @ pull)
-        return jnp.clip(joints + jnp.clip(step, -0.3, 0.3), JOINT_LOW, JOINT_HIGH)
+        gram = jacobian @ jacobian.T + damping * jnp.eye(6)
+        spare = jnp.zeros(7) if home is None else pull * (home - joints)
+        step = spare + jacobian.T @ _solve(gram, error - jacobian @ spare)
+        tried = jnp.clip(joints + jnp.clip(step, -_MAX_STEP_RAD, _MAX_STEP_RAD), JOINT_LOW, JOINT_HIGH)
+        result = error_at(tried)
+        better = (result[2] < size) | (result[2] < _CLOSE)
+        pick = lambda new, old: jnp.where(better, new, old)  # noqa: E731
+        return pick(tried, joints), jax.tree.map(pick, result, (arm, error, size)), pick(_DAMPING, 10 * damping)
 
-    return jax.lax.fori_loop(0, iterations, improve, joints)
+    return jax.lax.fori_loop(0, iterations, improve, (joints, error_at(joints), jnp.float32(_DAMPING)))[0]
 
 
 def _solve(matrix: Array, vector: Array) -> Array:

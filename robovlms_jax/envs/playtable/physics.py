@@ -59,12 +59,13 @@ _FALL_M = 0.006  # per substep
 _SLIDE_M = 0.002
 _TILT_RAD = 0.06
 _SPRING_M = 0.004
+_FLAT_RAD = 0.05  # faces tilted by less than this share the load between both ends of their overlap
 _STEEP = 0.35  # a joint follows a push unless it is nearly at right angles to it
 _LED_AT_M, _BULB_AT_M = 0.01, 0.044  # middles of travel of button and lever
 
 # Boxes of the hand in the frame of the tool centre point (x thin, y opening, z down to the table): fingers, palm, wrist.
 _HAND_CENTER = np.array([[0, 0, -0.033], [0, 0, -0.033], [0, 0, -0.111], [0, 0, -0.19]], np.float32)
-HAND_HALF = np.array([[0.011, 0.0075, 0.0486], [0.011, 0.0075, 0.0486], [0.022, 0.1, 0.0295], [0.045, 0.045, 0.05]])
+HAND_HALF = np.array([[0.011, 0.00875, 0.0486], [0.011, 0.00875, 0.0486], [0.022, 0.1, 0.0295], [0.045, 0.045, 0.05]])
 HAND_HALF = HAND_HALF.astype(np.float32)
 _FINGER_SIDE = np.array([1.0, -1.0, 0.0, 0.0], np.float32)
 _HAND, _TABLE = len(HAND_HALF), len(BOX_BODY)
@@ -138,7 +139,7 @@ def reset(scene: Scene, robot_obs: Array, scene_obs: Array) -> State:
     )
     arm = kinematics.forward(state.joints)
     off = jnp.maximum(jnp.abs(arm.origins[7] - state.position).max(), jnp.abs(arm.rotations[7] - rotation).max())
-    solved = kinematics.inverse(state.joints, jnp.asarray(_HOME), state.position, rotation, iterations=30)
+    solved = kinematics.inverse(state.joints, state.position, rotation, iterations=40)
     state = dataclasses.replace(state, joints=jnp.where(off > 2e-3, solved, state.joints))
     return dataclasses.replace(state, support=_fall(_block_boxes(scene, state), _obstacles(scene, state)).support)
 
@@ -157,7 +158,8 @@ def step(scene: Scene, state: State, action: Array) -> State:
     turn = kinematics.to_vector(kinematics.from_euler(state.target_euler) @ state.rotation.T)
     turn = kinematics.from_vector(_limit(_LAG * turn, _MAX_ROTATION_RAD))
     # the arm decides what of that it can reach
-    joints = _reach(state.joints, state.position + shift, turn @ state.rotation)
+    aim = state.position + shift, turn @ state.rotation
+    joints = kinematics.inverse(state.joints, *aim, iterations=3, home=jnp.asarray(_HOME))
     arm = kinematics.forward(joints)
 
     def substep(i, carry):
@@ -180,7 +182,7 @@ def step(scene: Scene, state: State, action: Array) -> State:
     state, _ = jax.lax.fori_loop(0, SUBSTEPS, substep, (state, depths(scene, state)))
     turned = kinematics.to_vector(state.block_rotation @ jnp.swapaxes(before.block_rotation, -1, -2))
     velocity = jnp.concatenate([state.block_position - before.block_position, turned], axis=-1) * RATE_HZ
-    joints = _reach(joints, state.position, state.rotation)
+    joints = kinematics.inverse(joints, state.position, state.rotation, iterations=4)
     return dataclasses.replace(state, joints=joints, block_velocity=velocity)
 
 
@@ -278,10 +280,6 @@ def _limit(vector: Array, length: float) -> Array:
     return vector * jnp.minimum(1.0, length / jnp.maximum(jnp.linalg.norm(vector), 1e-9))
 
 
-def _reach(joints: Array, position: Array, rotation: Array) -> Array:
-    return kinematics.inverse(joints, jnp.asarray(_HOME), position, rotation, iterations=2)
-
-
 class _Axes(NamedTuple):
     """M rows against N columns, seen along six directions: the face normals of each row, then of each column.
 
@@ -316,8 +314,7 @@ def _axes(rows: Boxes, columns: Boxes) -> _Axes:
 
 
 class _Contacts(NamedTuple):
-    """depth [M, N], m, negative = apart; normal [3, M, N] from column to row; point [2, M, N], x and y (m) of the middle
-    of the overlap."""
+    """depth [M, N], m, negative = apart; normal [3, M, N] from column to row; point [2, M, N], x and y (m) of where."""
 
     depth: Array
     normal: Array
@@ -333,11 +330,13 @@ def _contacts(rows: Boxes, columns: Boxes) -> _Contacts:
         depth = jnp.where(nearer, overlap[i], depth)
         sign = jnp.where(axes.offset[i] < 0, -1.0, 1.0)
         normal = [jnp.where(nearer, sign * v, n) for v, n in zip(vector, normal)]
-    # the overlap in the row's frame, where the column counts with its bounding box
+    # where: in the row's frame, where the column counts with its bounding box; the middle of the overlap when faces lie
+    # flat on each other, its deeper end when they are tilted, which is what turns a pushed block flat to the finger
     low = jnp.maximum(-axes.row_reach, -axes.offset - axes.column_reach)
     high = jnp.minimum(axes.row_reach, -axes.offset + axes.column_reach)
-    middle = (low + high) / 2
-    point = [rows.center[:, k, None] + sum(middle[i] * axes.vectors[i][k] for i in range(3)) for k in range(2)]
+    tilt = [sum(n * v for n, v in zip(normal, vector)) / _FLAT_RAD for vector in axes.vectors[:3]]
+    place = [(low[i] + high[i] - (high[i] - low[i]) * jnp.clip(tilt[i], -1.0, 1.0)) / 2 for i in range(3)]
+    point = [rows.center[:, k, None] + sum(place[i] * axes.vectors[i][k] for i in range(3)) for k in range(2)]
     return _Contacts(depth, jnp.stack(normal), jnp.stack(point))
 
 
@@ -383,11 +382,12 @@ def _push_apart(scene: Scene, old: State, wish: State) -> tuple[State, Array]:
         state, ridden = carry
         state, ridden = _ride(scene, _with_held(state), ridden)
         contacts = _contacts(_rows(scene, state), _columns(scene, state))
-        contacts = contacts._replace(depth=jnp.maximum(_masked(state, contacts.depth), 0.0))
+        contacts = contacts._replace(depth=_masked(state, contacts.depth))
+        opening = _push_fingers(state, contacts)
+        contacts = contacts._replace(depth=jnp.maximum(contacts.depth, 0.0))
         mechanisms, left = _push_mechanisms(scene, state, contacts)
         position, rotation = _push_blocks(scene, state, contacts)
-        yields = i >= _SWEEPS - _YIELDING
-        shift, opening = _push_hand(state, contacts._replace(depth=left), yields)
+        shift = _push_hand(state, contacts._replace(depth=left), i >= _SWEEPS - _YIELDING)
         least, most = jnp.minimum(old.width, wish.width), jnp.maximum(old.width, wish.width)
         state = dataclasses.replace(
             state,
@@ -469,16 +469,22 @@ def _push_blocks(scene: Scene, state: State, contacts: _Contacts) -> tuple[Array
     return state.block_position + shift, turn @ state.block_rotation
 
 
-def _push_hand(state: State, contacts: _Contacts, yields: Array) -> tuple[Array, Array]:
-    """How far the hand has to move [3] and the fingers to open []. yields: True = blocks that stay stop the hand."""
+def _push_hand(state: State, contacts: _Contacts, yields: Array) -> Array:
+    """How far the hand has to move [3]. yields: True = blocks that did not move away stop the hand."""
     free = state.held != jnp.arange(3)
     pressed = contacts.normal[2, :, _TABLE:] > 0.866  # the block is below and cannot sink
     blocks = jnp.where((yields | pressed) & free, contacts.depth[:, _TABLE:], 0.0)
     depth = jnp.concatenate([contacts.depth[:, :_TABLE], blocks], axis=1)
-    shift = (depth**2 * contacts.normal).sum((1, 2)) / jnp.maximum(depth.sum(), 1e-9)
-    across = sum(contacts.normal[k, :2] * state.rotation[k, 1] for k in range(3))
-    outwards = depth[:2] * across * _FINGER_SIDE[:2, None]
-    return shift, 2 * (jnp.maximum(outwards.max(), 0.0) + jnp.minimum(outwards.min(), 0.0))
+    return (depth**2 * contacts.normal).sum((1, 2)) / jnp.maximum(depth.sum(), 1e-9)
+
+
+def _push_fingers(state: State, contacts: _Contacts) -> Array:
+    """How far the fingers have to open (+) because both press on one thing between them, or close (-) because both press
+    on things outside. A single finger does not give way: the hand shifts, or the thing. Depths are signed here."""
+    outwards = sum(contacts.normal[k, :2] * state.rotation[k, 1] for k in range(3)) * _FINGER_SIDE[:2, None]
+    inside = jnp.where(outwards > 0.5, contacts.depth[:2], -1.0).sum(0).max()
+    outside = jnp.where(outwards < -0.5, contacts.depth[:2], -1.0).max(1).sum()
+    return jnp.maximum(inside, 0.0) - jnp.maximum(outside, 0.0)
 
 
 def _grasp(state: State, depth: Array) -> State:
@@ -536,14 +542,14 @@ def _way_down(axes: _Axes) -> Array:
     enter, leave = -jnp.inf, jnp.inf
     for i, (_, _, slope) in enumerate(axes.vectors):
         # bodies that merely lean on each other sideways, within tolerance, do not hold each other up
-        limit = reach[i] - jnp.where(jnp.abs(slope) < 0.5, 2 * TOLERANCE_M, 0.0)
+        limit = reach[i] - jnp.where(jnp.abs(slope) < 0.5, TOLERANCE_M, 0.0)
         level = jnp.abs(slope) < 1e-4
         safe = jnp.where(level, 1.0, slope)
         first, second = (axes.offset[i] - limit) / safe, (axes.offset[i] + limit) / safe
         never = jnp.where(jnp.abs(axes.offset[i]) < limit, -jnp.inf, jnp.inf)
         enter = jnp.maximum(enter, jnp.where(level, never, jnp.minimum(first, second)))
         leave = jnp.minimum(leave, jnp.where(level, -never, jnp.maximum(first, second)))
-    meets = (enter < leave) & (leave > 2 * TOLERANCE_M)
+    meets = (enter < leave) & (leave > TOLERANCE_M)
     return jnp.where(meets, jnp.maximum(enter, 0.0), jnp.inf)
 
 

@@ -1,0 +1,297 @@
+"""SimplerEnv (Li et al. 2024, arXiv:2405.05941) as an `Env`: WidowX and Google-robot tasks, visual-matching setup.
+
+simpler_env is imported when an environment is built; it needs SAPIEN and a Vulkan driver. Its own action is in metres,
+an axis-angle vector and a gripper command whose meaning differs between the two robots; this adapter takes the
+project's action (normalised, Euler angles, gripper +1 open or -1 closed) and converts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from robovlms_jax.envs import process
+from robovlms_jax.interface import ACTION_DIM, Observation
+
+ARM_DIM = ACTION_DIM - 1
+_GRID = [(x, y) for x in np.linspace(-0.35, -0.12, 5) for y in np.linspace(-0.02, 0.42, 5)]
+
+
+@dataclasses.dataclass(frozen=True)
+class SimplerTask:
+    """One task of the benchmark."""
+
+    instruction: str
+    """What the environment asks; some fill in objects, so `info["instruction"]` is what counts."""
+    max_steps: int
+    layouts: int
+    """Trials with different starts; further ones repeat them with another random seed (arm colour, lighting)."""
+    starts: Literal["episode", "grid", "seed"]
+    """How a layout is named to the simulator: by episode number, by the object's position, or by the random seed."""
+
+
+_BRIDGE = functools.partial(SimplerTask, max_steps=60, layouts=24, starts="episode")
+_DRAWER = functools.partial(SimplerTask, max_steps=113, layouts=9, starts="seed")
+_CAN = SimplerTask("pick coke can", 80, 25, "grid")
+
+TASKS: Mapping[str, SimplerTask] = {
+    "widowx_spoon_on_towel": _BRIDGE("put the spoon on the towel"),
+    "widowx_carrot_on_plate": _BRIDGE("put carrot on plate"),
+    "widowx_stack_cube": _BRIDGE("stack the green block on the yellow block"),
+    "widowx_put_eggplant_in_basket": _BRIDGE("put eggplant into yellow basket", max_steps=120),
+    "google_robot_pick_coke_can": _CAN,
+    "google_robot_pick_horizontal_coke_can": _CAN,
+    "google_robot_pick_vertical_coke_can": _CAN,
+    "google_robot_pick_standing_coke_can": _CAN,
+    # two generations of the same scene; the reference scripts evaluate v0
+    "google_robot_move_near": SimplerTask("move X near Y", 80, 60, "episode"),
+    "google_robot_move_near_v0": SimplerTask("move X near Y", 80, 60, "episode"),
+    **{
+        f"google_robot_{verb}_{which}_drawer": _DRAWER(f"{verb} {which} drawer")
+        for verb in ("open", "close")
+        for which in ("top", "middle", "bottom")
+    },
+    "google_robot_place_apple_in_closed_top_drawer": SimplerTask("open top drawer", 200, 27, "seed"),
+}
+
+
+def simpler_env(
+    task: str,
+    *,
+    low: Sequence[float],
+    high: Sequence[float],
+    gripper: Literal["fixed", "upstream"] = "fixed",
+    python: str = sys.executable,
+    timeout_s: float = 120.0,
+) -> process.ProcessEnv:
+    """One SimplerEnv in a process of its own, ready for `vector.EnvPool`; arguments as for `SimplerEnv`.
+
+    Args:
+      python: interpreter for the simulator, if this one has no simpler_env.
+      timeout_s: a step or reset that takes longer counts as hung.
+    """
+    kwargs = {"task": task, "low": list(map(float, low)), "high": list(map(float, high)), "gripper": gripper}
+    return process.ProcessEnv("robovlms_jax.envs.simpler:SimplerEnv", kwargs, python=python, timeout_s=timeout_s)
+
+
+class SimplerEnv:
+    """One task of SimplerEnv.
+
+    Args:
+      task: a name of `TASKS`.
+      low, high: float[6], the 1 % and 99 % quantiles of the training data's arm actions (m, rad), which -1 and +1 of
+        an action stand for; see `read_quantiles`.
+      gripper: fixed: commands take effect at once, a change of mind is never lost. upstream: as RoboVLMs' published
+        numbers were made, see `UpstreamWidowXGripper` and `UpstreamGoogleGripper`.
+    Raises:
+      ImportError: simpler_env is not installed.
+    """
+
+    def __init__(
+        self, task: str, *, low: Sequence[float], high: Sequence[float], gripper: Literal["fixed", "upstream"] = "fixed"
+    ):
+        if task not in TASKS:
+            raise ValueError(f"unknown SimplerEnv task {task!r}; known tasks: {', '.join(TASKS)}.")
+        self._low, self._high = (np.asarray(bound, np.float64) for bound in (low, high))
+        for name, bound in (("low", self._low), ("high", self._high)):
+            if bound.shape != (ARM_DIM,) or not np.isfinite(bound).all():
+                raise ValueError(f"{name}={bound.tolist()} must be {ARM_DIM} finite numbers.")
+        self._robot = "widowx" if task.startswith("widowx") else "google_robot"
+        self._gripper = _GRIPPERS[self._robot, gripper]()
+        self._task, self.name = task, f"SimplerEnv ({task})"
+        # passed again because the package's own default is a tuple by mistake
+        self._env = _import_simpler().make(task, obs_mode="rgbd")
+        self._pixels: np.ndarray | None = None
+        self._info: dict[str, Any] = {}
+
+    def reset(
+        self, robot_obs: np.ndarray | None = None, scene_obs: np.ndarray | None = None, *, layout: int = 0
+    ) -> None:
+        """Start trial number `layout`; states of other simulators cannot be asked for."""
+        if robot_obs is not None or scene_obs is not None:
+            raise ValueError("SimplerEnv starts from numbered layouts: reset(layout=...), not from a given state.")
+        task = TASKS[self._task]
+        options: dict[str, Any] = {}
+        if task.starts == "episode":
+            options = {"obj_init_options": {"episode_id": layout % task.layouts}}
+        elif task.starts == "grid":
+            options = {"obj_init_options": {"init_xy": np.array(_GRID[layout % task.layouts])}}
+        obs, _ = self._env.reset(seed=layout, options=options)
+        self._gripper.reset()
+        self._remember(obs, success=False, stats={})
+
+    def step(self, action: np.ndarray) -> None:
+        """1/5 s (WidowX) or 1/3 s (Google robot) of float[7]: -1 to 1 for `low` to `high`, gripper exactly -1 or 1."""
+        action = np.asarray(action, np.float64)
+        if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
+            raise ValueError(f"action {action.tolist()} must be {ACTION_DIM} finite numbers.")
+        if action[6] not in (-1.0, 1.0):
+            raise ValueError(f"action[6]={action[6]} must be exactly -1 (close) or 1 (open); binarise the gripper.")
+        arm = unnormalize(action[:ARM_DIM], self._low, self._high)
+        command = np.concatenate([arm[:3], axis_angle(arm[3:]), [self._gripper(bool(action[6] > 0))]])
+        obs, _, done, _, info = self._env.step(command)
+        stats = info.get("episode_stats", {})
+        world = self._env.unwrapped
+        # the policy cannot say that it is done with the first stage, so the open drawer does
+        if not world.is_final_subtask() and stats.get("is_drawer_open", False):
+            world.advance_to_next_subtask()
+        self._remember(obs, success=bool(done), stats=stats)
+
+    def observe(self) -> Observation:
+        """{"static": uint8[height, width, 3]}: 480 x 640 for WidowX, 512 x 640 for the Google robot."""
+        if self._pixels is None:
+            raise RuntimeError("observe() before reset().")
+        return Observation({"static": self._pixels})
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """task; success, now; instruction, now (two-stage tasks change it); partial: scores of parts of the task."""
+        return self._info
+
+    def _remember(self, obs: Mapping[str, Any], *, success: bool, stats: Mapping[str, Any]) -> None:
+        camera = {"widowx": "3rd_view_camera", "google_robot": "overhead_camera"}[self._robot]
+        self._pixels = np.asarray(obs["image"][camera]["rgb"], np.uint8)
+        self._info = {
+            "task": self._task,
+            "success": success,
+            "instruction": self._env.unwrapped.get_language_instruction(),
+            "partial": {name: float(value) for name, value in stats.items()},
+        }
+
+
+def completed_in_each(starts: Sequence[Mapping[str, Any]], nows: Sequence[Mapping[str, Any]]) -> list[set[str]]:
+    """The benchmark's own verdict, in the form rollouts ask for it."""
+    return [{now["task"]} if now["success"] else set() for now in nows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Actions
+
+
+def unnormalize(arm: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """float[..., 6] in -1 .. 1 -> the units of `low` and `high`. The gripper is a decision and stays out of this."""
+    return (arm + 1) / 2 * (high - low) + low
+
+
+def axis_angle(euler: np.ndarray) -> np.ndarray:
+    """float[3] roll, pitch, yaw (rad, about fixed x, then y, then z) -> rotation vector float[3], length in [0, pi]."""
+    (cx, cy, cz), (sx, sy, sz) = np.cos(euler / 2), np.sin(euler / 2)
+    w = cx * cy * cz + sx * sy * sz
+    vector = np.array([sx * cy * cz - cx * sy * sz, cx * sy * cz + sx * cy * sz, cx * cy * sz - sx * sy * cz])
+    length = np.linalg.norm(vector)
+    if length < 1e-12:
+        return 2 * vector
+    # of the two quaternions of a rotation the one with w >= 0 turns the short way
+    return vector / length * 2 * np.arctan2(length, abs(w)) * (1.0 if w >= 0 else -1.0)
+
+
+def read_quantiles(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+    """q01 and q99 of the arm's six dimensions, from statistics as OXE tools store them: {"action": {"q01": [...]}}."""
+    action = json.loads(pathlib.Path(path).read_text()).get("action", {})
+    missing = [key for key in ("q01", "q99") if len(action.get(key, ())) < ARM_DIM]
+    if missing:
+        raise ValueError(f"{path} lacks action.{' and action.'.join(missing)} with at least {ARM_DIM} numbers.")
+    return np.array(action["q01"][:ARM_DIM]), np.array(action["q99"][:ARM_DIM])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grippers: "should it be open?" once per step -> the simulator's command
+
+
+class Gripper(Protocol):
+    """A robot's gripper rule with its memory."""
+
+    def reset(self) -> None:
+        """Start an episode."""
+
+    def __call__(self, is_open: bool) -> float:
+        """The command for this step."""
+
+
+class WidowXGripper:
+    """Absolute: +1 open, -1 closed."""
+
+    def reset(self) -> None:
+        pass
+
+    def __call__(self, is_open: bool) -> float:
+        return 1.0 if is_open else -1.0
+
+
+class UpstreamWidowXGripper:
+    """Opens only at the second step in a row that asks for it; so the first step of an episode is always closed."""
+
+    def reset(self) -> None:
+        self._asked = 0
+
+    def __call__(self, is_open: bool) -> float:
+        self._asked = self._asked + 1 if is_open else 0
+        return 1.0 if self._asked >= 2 else -1.0
+
+
+class GoogleGripper:
+    """Relative: +1 closes, -1 opens, 0 stays. A change is repeated for 15 steps, the time the gripper needs.
+
+    A change asked for meanwhile follows as soon as the running one is complete.
+    """
+
+    _STEPS = 15
+
+    def reset(self) -> None:
+        self._commanded_open, self._left = True, 0  # episodes begin with an open gripper
+
+    def __call__(self, is_open: bool) -> float:
+        if self._left == 0 and is_open != self._commanded_open:
+            self._commanded_open, self._left = is_open, self._STEPS
+        if self._left == 0:
+            return 0.0
+        self._left -= 1
+        return -1.0 if self._commanded_open else 1.0
+
+
+class UpstreamGoogleGripper:
+    """As upstream: repeats a change for 2 steps only, ignores changes meanwhile and what the first step asks for."""
+
+    _STEPS = 2
+
+    def reset(self) -> None:
+        self._previous: bool | None = None
+        self._command, self._left = 0.0, 0
+
+    def __call__(self, is_open: bool) -> float:
+        changed = self._previous is not None and is_open != self._previous
+        self._previous = is_open
+        if changed and self._left == 0:
+            self._command, self._left = (-1.0 if is_open else 1.0), self._STEPS
+        if self._left == 0:
+            return 0.0
+        self._left -= 1
+        return self._command
+
+
+_GRIPPERS: Mapping[tuple[str, str], type] = {
+    ("widowx", "fixed"): WidowXGripper,
+    ("widowx", "upstream"): UpstreamWidowXGripper,
+    ("google_robot", "fixed"): GoogleGripper,
+    ("google_robot", "upstream"): UpstreamGoogleGripper,
+}
+
+
+def _import_simpler() -> Any:
+    try:
+        import simpler_env as package
+    except ImportError as error:
+        raise ImportError(
+            f"SimplerEnv is not usable from {sys.executable} ({error}). Install it from its repository: "
+            "`git clone --recurse-submodules https://github.com/simpler-env/SimplerEnv`, then `pip install -e "
+            "SimplerEnv/ManiSkill2_real2sim -e SimplerEnv`. It needs SAPIEN and a Vulkan driver (GPU, or recent Mesa)."
+        ) from error
+    return package

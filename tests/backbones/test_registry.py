@@ -1,0 +1,171 @@
+"""Every registered backbone, at full size as shapes and as its tiny twin."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax.traverse_util import flatten_dict
+from oracle import BATCH, abstract, boxed, example
+
+from robovlms_jax.backbones import base
+from robovlms_jax.inputs import images as images_module
+from robovlms_jax.nn.attention import Cache
+from robovlms_jax.parallel.rules import RULES
+from robovlms_jax.weights import convert
+
+Q = 3
+HUGGING_FACE = {
+    "kosmos-2": (transformers.Kosmos2ForConditionalGeneration, transformers.Kosmos2Config, 886, 1_664_485_376)
+}
+"""Model class, configuration whose defaults are the published size, number of tensors, number of parameters."""
+
+every = pytest.mark.parametrize("name", base.names())
+published = pytest.mark.parametrize("name", HUGGING_FACE)
+
+
+def test_every_family_has_a_published_model_to_compare_with():
+    assert {base.get(name).model_type for name in base.names()} == {base.get(name).model_type for name in HUGGING_FACE}
+
+
+@every
+def test_full_size_shapes(name):
+    config = base.get(name)
+    images, ids, mask = example(config)
+    model = base.build(config)
+    params = {"params": abstract(config)}
+    queries = jnp.zeros((Q, config.width))
+    tokens = jax.eval_shape(lambda p: model.apply(p, images, ids, mask, queries, method="embed"), params)
+    slots = sum(length for _, length in tokens.layout)
+    assert dict(tokens.layout)["query"] == Q
+    cache = jax.eval_shape(lambda p: model.apply(p, BATCH, slots + 1, method="init_cache"), params)
+    hidden, cache = jax.eval_shape(lambda p, t, c: model.apply(p, t, c, method="decode"), params, tokens, cache)
+    logits = jax.eval_shape(lambda p, h: model.apply(p, h, method="logits"), params, hidden)
+    dims = chex.Dimensions(B=BATCH, S=slots, D=config.width, V=config.text.vocab_size)
+    chex.assert_shape([tokens.embeds, hidden], dims["BSD"])
+    chex.assert_shape([tokens.mask, tokens.positions], dims["BS"])
+    chex.assert_shape(logits, dims["BSV"])
+    chex.assert_type([tokens.mask, tokens.positions], [bool, jnp.int32])
+    assert isinstance(cache, Cache)
+    assert cache.mask.shape == (BATCH, slots + 1)
+
+
+@every
+@pytest.mark.parametrize("rank", [0, 4])
+def test_every_parameter_names_its_axes_and_the_mesh_rules_know_them(name, rank):
+    known = {axis for axis, _ in RULES}
+    for path, leaf in flatten_dict(boxed(dataclasses.replace(base.get(name), lora_rank=rank)), sep="/").items():
+        assert len(leaf.names) == leaf.value.ndim, path
+        assert set(leaf.names) - {None} <= known, path
+        assert leaf.value.dtype == jnp.float32, path
+        assert ("layers" in leaf.names) == ("/layers/" in path), path
+
+
+@published
+def test_rules_cover_the_full_size_checkpoint_and_its_parameters(name):
+    model_class, config_class, num_tensors, num_parameters = HUGGING_FACE[name]
+    with torch.device("meta"):
+        tensors = {key: tuple(value.shape) for key, value in model_class(config_class()).state_dict().items()}
+    assert len(tensors) == num_tensors
+    config = base.get(name)
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract(config), sep="/").items()}
+    recipes = convert.plan(config.rules, tensors, shapes)
+    assert set(recipes) == set(shapes)
+    assert sum(np.prod(shape) for shape in shapes.values()) == num_parameters
+
+
+@published
+def test_published_numbers_are_those_of_the_config_class(name):
+    _, config_class, _, _ = HUGGING_FACE[name]
+    assert base.from_hf_config(config_class().to_dict()) == base.get(name)
+
+
+@every
+def test_configuration_survives_its_config_json(name):
+    for config in (base.get(name), base.get(name).tiny()):
+        assert base.from_hf_config(json.loads(json.dumps(base.to_hf_config(config)))) == config
+
+
+@every
+def test_tiny_twin_has_the_full_models_parameters(name):
+    config = base.get(name)
+    full, tiny = (flatten_dict(abstract(c), sep="/") for c in (config, config.tiny()))
+    assert {path: leaf.ndim for path, leaf in full.items()} == {path: leaf.ndim for path, leaf in tiny.items()}
+    assert sum(leaf.size for leaf in tiny.values()) < 200_000
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(ValueError, match=r"no backbone 'kosmos-3'; registered: \['kosmos-2'"):
+        base.get("kosmos-3")
+    with pytest.raises(ValueError, match=r"model_type 'bert' is unknown; known: \['kosmos-2'"):
+        base.from_hf_config({"model_type": "bert"})
+
+
+def test_names_are_registered_once():
+    with pytest.raises(ValueError, match=r"'kosmos-2' is registered already, by robovlms_jax.backbones.kosmos2"):
+        base.register("kosmos-2")(lambda: None)
+    with pytest.raises(ValueError, match="'kosmos-2' is registered already"):
+        base.register_family("kosmos-2", None, None)
+
+
+def test_config_json_may_use_new_names_lists_for_squares_and_leave_out_defaults():
+    values = {
+        "model_type": "kosmos-2",
+        "latent_query_num": 9,
+        "text_config": {"hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4, "eos_token_id": None},
+        "vision_config": {"image_size": [112, 112], "patch_size": 14},
+    }
+    config = base.from_hf_config(values)
+    published = base.get("kosmos-2")
+    assert (config.text.width, config.text.depth, config.text.num_heads) == (64, 5, 4)
+    assert (config.vision.image_size, config.image.size, config.connector.num_latents) == (112, 112, 9)
+    assert (config.text.mlp_dim, config.vision.width, config.eos_id) == (
+        published.text.mlp_dim,
+        published.vision.width,
+        2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text_config": {"activation_dropout": 0.1}}, "text_config.activation_dropout=0.1 is not supported"),
+        ({"text_config": {"tie_word_embeddings": False}}, "text_config.tie_word_embeddings=False is not supported"),
+        ({"vision_config": {"image_size": [224, 112]}}, r"vision_config.image_size=\[224, 112\] is not supported"),
+        ({"vision_config": {"hidden_act": "relu6"}}, "vision activation 'relu6' is unknown"),
+    ],
+)
+def test_variants_the_model_does_not_have_are_refused_with_the_file_named(tmp_path, values, message):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "kosmos-2"} | values))
+    with pytest.raises(ValueError, match=message) as caught:
+        base.from_directory(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_directories_without_a_readable_config_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; a backbone directory holds"):
+        base.from_directory(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: Expecting"):
+        base.from_directory(tmp_path)
+
+
+def test_directory_brings_its_own_image_statistics_which_must_fit(tmp_path):
+    tiny = base.get("kosmos-2").tiny()
+    (tmp_path / "config.json").write_text(json.dumps(base.to_hf_config(tiny)))
+    assert base.from_directory(tmp_path) == tiny
+    own = images_module.ImageSpec(
+        size=tiny.image.size, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3), interpolation="bilinear"
+    )
+    images_module.write_image_spec(own, tmp_path)
+    assert base.from_directory(tmp_path) == dataclasses.replace(tiny, image=own)
+    images_module.write_image_spec(dataclasses.replace(own, size=30), tmp_path)
+    with pytest.raises(ValueError, match=r"makes 30 pixels but config\.json says the vision tower reads 28"):
+        base.from_directory(tmp_path)

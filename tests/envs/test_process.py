@@ -1,0 +1,116 @@
+"""Environments in processes: parallel, and mortal."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import pytest
+from toy_env import Toy
+
+from robovlms_jax.envs.process import ProcessEnv
+from robovlms_jax.envs.vector import EnvError, EnvPool
+
+TOY = "toy_env:Toy"
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Children must be able to import toy_env."""
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+
+
+def action(*values: float) -> np.ndarray:
+    return np.array([*values, *[0.0] * (7 - len(values))])
+
+
+def test_a_process_behaves_like_the_environment_it_runs(here):
+    env = ProcessEnv(TOY, {"start": 5})
+    assert env.name == "Toy"
+    env.reset(count=8)
+    env.step(action())
+    assert env.info["count"] == 9
+    assert env.info["pid"] != os.getpid()
+    assert env.observe().images["static"].tolist() == np.full((2, 2, 3), 9).tolist()
+    env.reset()
+    assert env.info["count"] == 5
+    env.close()
+
+
+def test_wrong_input_is_the_callers_error_and_the_process_lives_on(here):
+    env = ProcessEnv(TOY)
+    with pytest.raises(ValueError, match="bad action"):
+        env.step(action(6))
+    env.step(action())
+    assert env.info["count"] == 1
+    env.close()
+    with pytest.raises(ValueError, match="start=-1"):
+        ProcessEnv(TOY, {"start": -1})
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        ProcessEnv("no_such_module:Env")
+
+
+@pytest.mark.parametrize(
+    ("move", "message"),
+    [
+        (3, r"the process died during step \(exit code 7\).*\n.*toy simulator starting\nlast words"),
+        (4, r"step took longer than 0.5 s \(still running, ended now\)"),
+        (5, r"(?s)KeyError: 'toy bug'.*Traceback"),
+    ],
+)
+def test_a_process_that_dies_hangs_or_raises_says_so_and_can_be_restarted(here, move, message):
+    env = ProcessEnv(TOY, timeout_s=0.5)
+    with pytest.raises(EnvError, match=message):
+        env.step(action(move))
+    if move != 5:
+        with pytest.raises(EnvError, match="no running process"):
+            env.reset()
+    env.restart()
+    env.reset()
+    assert env.info["count"] == 0
+    env.close()
+
+
+def test_a_hung_process_is_really_gone(here):
+    env = ProcessEnv(TOY, timeout_s=0.3)
+    pid = env.info["pid"]
+    with pytest.raises(EnvError):
+        env.step(action(4))
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_pool_steps_its_processes_at_the_same_time_and_survives_a_death(here):
+    pool = EnvPool([ProcessEnv(TOY, timeout_s=5) for _ in range(3)])
+    pool.reset([0, 1, 2], [{}, {"count": 4}, {}])
+    begin = time.perf_counter()
+    infos = pool.step([0, 1, 2], np.stack([action(0, 0.4)] * 3))
+    assert time.perf_counter() - begin < 0.9  # one after the other would take 1.2 s
+    assert [info["count"] for info in infos] == [1, 5, 1]
+    first, second, third = pool.step([0, 1, 2], np.stack([action(), action(3), action()]))
+    assert isinstance(second, EnvError)
+    assert (first["count"], third["count"]) == (2, 2)
+    assert isinstance(pool.reset([1], [{}])[0], EnvError)
+    pool.restart(1)
+    assert pool.reset([1], [{}])[0]["count"] == 0
+    assert [look.images["static"][0, 0, 0] for look in pool.observe([0, 1])] == [2, 0]
+    pool.close()
+
+
+def test_a_pool_of_environments_without_processes(here):
+    pool = EnvPool([Toy(), Toy(start=2)])
+    assert [info["count"] for info in pool.reset([0, 1], [{}, {}])] == [0, 2]
+    broken, fine = pool.step([0, 1], np.stack([action(5), action()]))
+    assert isinstance(broken, EnvError)
+    assert "toy bug" in str(broken)
+    assert fine["count"] == 3
+    with pytest.raises(ValueError, match="bad action"):
+        pool.step([0], action(6)[None])
+
+
+def test_a_pool_has_one_name():
+    other = Toy()
+    other.name = "Other"
+    with pytest.raises(ValueError, match=r"\['Other', 'Toy'\]"):
+        EnvPool([Toy(), other])

@@ -1,0 +1,164 @@
+"""The closed-loop report and its films."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from toy_world import RULES, LineEnv, LinePolicy, trial
+
+from robovlms_jax.envs.vector import EnvPool
+from robovlms_jax.evaluation import chains, rollout_report
+from robovlms_jax.evaluation.chains import Evaluation
+from robovlms_jax.evaluation.execution import Execution
+from robovlms_jax.evaluation.rollout import TrialResult, run
+
+
+def evaluation(mean: float, *, env="Line", execution="chunk", seed=0, **labels) -> Evaluation:
+    names = ("open_drawer", "turn_on_led", "stack_block")
+    scores = np.random.default_rng(seed).binomial(3, mean, 40)
+    results = tuple(
+        TrialResult(
+            index,
+            names,
+            names,
+            (True,) * score + (False,) * (score < 3),
+            (12,) * min(score + 1, 3),
+            labels,
+            {"held": 0.5},
+        )
+        for index, score in enumerate(scores.tolist())
+    )
+    setup = {"env": env, "policy": "toy", "execution": execution, "max_steps": 360, "stop_at_success": True}
+    return Evaluation(setup, results)
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    blocks = re.findall(r"(?:^\|.*\|\n?)+", text, flags=re.MULTILINE)
+    return [
+        [[cell.strip() for cell in line.strip("|").split(" | ")] for line in b.strip().splitlines()] for b in blocks
+    ]
+
+
+def test_one_evaluation_gives_tables_pictures_and_files(tmp_path):
+    done = chains.evaluate(
+        LinePolicy(), EnvPool([LineEnv()]), [trial(i, 1, 2 + i % 9) for i in range(6)], tmp_path / "results",
+        policy_name="toy checkpoint", rules=RULES,
+    )  # fmt: skip
+    path = rollout_report.write_report(tmp_path, [done], title="Toy")
+    text = path.read_text()
+    assert text.startswith("# Toy\n")
+    summary, per_task = tables(text)
+    row = dict(zip(summary[0], summary[2]))
+    assert row["environment"] == "Line"
+    assert row["policy"] == "toy checkpoint"
+    assert row["trials"] == "6"
+    assert row["1"].startswith("100.0 % (")
+    assert row["Avg. Len."].startswith("2.00 (2.00 to 2.00)")
+    assert {line[0] for line in per_task[2:]} == {"Line"}
+    for name in ("in_a_row.png", "per_task.png"):
+        assert f"({name})" in text
+        assert min(Image.open(tmp_path / name).size) > 100
+    record = json.loads((tmp_path / "rollouts.json").read_text())
+    assert record["rows"][0]["summary"]["in_a_row"][1]["successes"] == 6
+    upstream = json.loads((tmp_path / "results_upstream.json").read_text())
+    assert upstream == chains.upstream_results(done.results)
+
+
+def test_every_table_names_its_environment(tmp_path):
+    several = [
+        evaluation(0.9, env="PlayTable (scene A)", scene="A", scene_seen=True, phrasing="training"),
+        evaluation(0.8, env="PlayTable (scene B)", scene="B", scene_seen=True, phrasing="training", seed=1),
+        evaluation(0.4, env="PlayTable (scene D)", scene="D", scene_seen=False, phrasing="training", seed=2),
+        evaluation(0.2, env="PlayTable (scene D)", scene="D", scene_seen=False, phrasing="held out", seed=3),
+    ]
+    text = rollout_report.write_report(tmp_path, several).read_text()
+    for table in tables(text):
+        assert all("PlayTable" in " ".join(line) for line in table[2:]) or "PlayTable" in " ".join(table[0]), table
+    assert len(list(tmp_path.glob("results_upstream_*.json"))) == 4
+
+
+def test_the_gap_pools_seen_scenes_and_compares_like_with_like(tmp_path):
+    several = [
+        evaluation(0.9, env="T (A)", scene="A", scene_seen=True, phrasing="training"),
+        evaluation(0.8, env="T (B)", scene="B", scene_seen=True, phrasing="training", seed=1),
+        evaluation(0.4, env="T (D)", scene="D", scene_seen=False, phrasing="training", seed=2),
+        evaluation(0.2, env="T (D)", scene="D", scene_seen=False, phrasing="held out", seed=3),
+        evaluation(0.1, env="T (D)", execution="first", scene="D", scene_seen=False, phrasing="training", seed=4),
+    ]
+    gaps = json.loads((rollout_report.write_report(tmp_path, several).parent / "rollouts.json").read_text())["gaps"]
+    assert [(gap["kind"], gap["execution"], gap["seen"], gap["unseen"], gap["elsewhere"]) for gap in gaps] == [
+        ("scene", "chunk", "A, B", "D", "training"),
+        ("phrasing", "chunk", "training", "held out", "D"),
+    ]
+    lengths = [np.mean([r.score for r in several[i].results]) for i in range(4)]
+    assert gaps[0]["gap"]["value"] == pytest.approx((lengths[0] + lengths[1]) / 2 - lengths[2])
+    assert gaps[1]["gap"]["value"] == pytest.approx(lengths[2] - lengths[3])
+
+
+def test_execution_modes_stand_side_by_side(tmp_path):
+    modes = [Execution("first"), Execution("chunk"), Execution("ensemble")]
+    several = [evaluation(0.3 * (i + 1), execution=mode.label, seed=i) for i, mode in enumerate(modes)]
+    text = rollout_report.write_report(tmp_path, several).read_text()
+    assert [line[2] for line in tables(text)[0][2:]] == ["first", "chunk", "ensemble 0.01"]
+    assert "## Generalisation gap" not in text
+    assert "## Partial scores" in text
+
+
+def test_one_evaluation_with_mixed_labels_becomes_several_rows():
+    a, b = evaluation(0.5, scene="A", phrasing="training"), evaluation(0.5, scene="A", phrasing="held out")
+    rows = rollout_report.rows([Evaluation(a.setup, a.results + b.results)])
+    assert sorted(row.labels["phrasing"] for row in rows) == ["held out", "training"]
+    assert [row.summary.trials for row in rows] == [40, 40]
+
+
+def test_a_report_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nothing to report"):
+        rollout_report.write_report(tmp_path, [])
+
+
+@pytest.fixture
+def recording():
+    films = []
+    policy = LinePolicy(chunk=5)
+    list(run(policy, EnvPool([LineEnv()]), [trial(2, 4, 30)], RULES, film=[2], film_every=1, on_recording=films.append))
+    return films[0]
+
+
+def test_a_film_shows_every_frame_and_is_linked(recording, tmp_path):
+    path = rollout_report.write_film(recording, tmp_path / "films" / "trial_2")
+    assert path.suffix in (".gif", ".mp4")
+    if path.suffix == ".gif":
+        with Image.open(path) as film:
+            assert film.n_frames == len(recording.frames)
+    text = rollout_report.write_report(tmp_path, [evaluation(0.5)], films=[path]).read_text()
+    assert f"(films/{path.name})" in text
+
+
+def test_a_long_film_skips_frames(recording, tmp_path, monkeypatch):
+    monkeypatch.setattr(rollout_report.importlib.util, "find_spec", lambda name: None)  # a GIF in any case
+    path = rollout_report.write_film(recording, tmp_path / "short", max_frames=5)
+    with Image.open(path) as film:
+        assert film.n_frames == 5
+
+
+def test_a_frame_shows_cameras_and_action(recording):
+    still = np.asarray(rollout_report.draw_frame(recording, 0)).astype(int)
+    later = np.asarray(rollout_report.draw_frame(recording, 6)).astype(int)
+    static, wrist = still[20:240, 20:240], still[20:240, 270:480]
+    assert static.mean() == pytest.approx(recording.frames[0].observation.images["static"].mean(), abs=1)
+    assert wrist.mean() == pytest.approx(90, abs=1)
+    assert abs(later[20:240, 20:240] - static).mean() > 10
+    # the x bar goes up (+1), the y bar is empty
+    x_column, y_column = still[-66:-42, 12 + 34], still[-66:-42, 12 + 104]
+    assert (x_column.min(axis=1) < 60).sum() > 12
+    assert (y_column.min(axis=1) > 180).all()
+
+
+def test_a_film_without_frames_is_refused(recording, tmp_path):
+    recording.frames.clear()
+    with pytest.raises(ValueError, match="trial 2 has no frames"):
+        rollout_report.write_film(recording, tmp_path / "empty")
