@@ -13,10 +13,8 @@ keys. Compared, each with one thread:
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
-import platform
 import statistics
 import tempfile
 import time
@@ -25,8 +23,8 @@ from collections.abc import Callable
 import numpy as np
 import tyro
 
+from benchmarks import machine
 from robovlms_jax.data import base, calvin, packing, pipeline
-from robovlms_jax.training import provenance
 
 UPSTREAM_KEYS = ("rgb_static", "rgb_gripper", "rel_actions", "robot_obs", "scene_obs")
 EPISODE_FRAMES = 64
@@ -49,6 +47,8 @@ class Args:
     """Per layout and round."""
     rounds: int = 5
     """The layouts take turns; the median round counts."""
+    out: pathlib.Path | None = None
+    """Also write the JSON to this file."""
 
 
 def main(args: Args) -> None:
@@ -71,18 +71,15 @@ def main(args: Args) -> None:
             "npz": sum(path.stat().st_size for path in npz.directory.glob("*.npz")) / args.frames,
             "packed": sum(shard["size"] for shard in packed.meta["shards"]) / args.frames,
         }
-    result = {
-        "windows_per_second": {name: round(rate, 1) for name, rate in rates.items()},
-        "times_upstream_npz": {name: round(rate / rates["upstream_npz"], 2) for name, rate in rates.items()},
-        "bytes_per_frame": {name: round(size) for name, size in sizes.items()},
-        "settings": {name: value for name, value in dataclasses.asdict(args).items() if name != "sample"},
-        "machine": {
-            "cores": cores,
-            "processor": platform.processor() or platform.machine(),
-            **provenance.environment(),
+    machine.report(
+        {
+            "windows_per_second": rates,
+            "times_upstream_npz": {name: rate / rates["upstream_npz"] for name, rate in rates.items()},
+            "bytes_per_frame": sizes,
+            "settings": {name: getattr(args, name) for name in ("frames", "window", "chunk", "batch_size", "seconds")},
         },
-    }
-    print(json.dumps(result, indent=2))
+        args.out,
+    )
 
 
 def compare(layouts: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:

@@ -40,7 +40,7 @@ PRESETS = {
         backbone=BackboneConfig(name="kosmos-2-twin"),
         policy=PolicyConfig(window=8, chunk=10, head=LSTMHeadConfig(hidden_size=128, num_layers=2, trunk=(256, 128))),
         data=DataConfig(root=str(SAMPLE), windows_per_segment=8, static_shift=4, wrist_shift=2, num_threads=2, prefetch=4),
-        optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.01, schedule="cosine", warmup_steps=20),
+        optimizer=OptimizerConfig(learning_rate=3e-4, weight_decay=0.01, schedule="cosine", warmup_steps=20),
         train=TrainConfig(output="runs/sample", steps=200, batch_size=32, log_every=10, eval_every=100, checkpoint_every=100),
         evaluation=EvaluationConfig(batches=0, episodes=3),
     ),

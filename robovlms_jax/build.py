@@ -115,15 +115,8 @@ def init_params(model: VLA, mesh: Mesh, seed: int, backbone: Backbone | None = N
     shapes, shardings = abstract_params(model, mesh)
     loaded: dict[str, jax.Array] = {}
     if backbone is not None and backbone.directory is not None:
-        flat = flatten_dict(shapes["backbone"], sep="/")
-        stored = {path: x for path, x in flat.items() if path.rpartition("/")[2] not in ("lora_a", "lora_b")}
-        places = flatten_dict(shardings["backbone"], sep="/")
-        params = convert.load_params(
-            model.vlm.rules(),
-            sources.open_source(backbone.directory),
-            unflatten_dict(stored, sep="/"),
-            unflatten_dict({path: places[path] for path in stored}, sep="/"),
-        )
+        source = sources.open_source(backbone.directory)
+        params = convert.load_params(model.vlm.rules, source, shapes["backbone"], shardings["backbone"])
         loaded = {f"backbone/{path}": x for path, x in flatten_dict(params, sep="/").items()}
     places = {path: x for path, x in flatten_dict(shardings, sep="/").items() if path not in loaded}
 

@@ -46,8 +46,8 @@ def make_batch(rng: np.random.Generator, *, window: int = W, batch: int = B, mas
 
 
 def init(model: vla.VLA, batch: Batch):
-    inputs = objective.prepare(batch.inputs, model.vlm.image, model.config.cameras)
-    params = unbox(jax.jit(model.init)(jax.random.key(0), inputs)["params"])
+    prepare = jax.jit(lambda inputs: objective.prepare(inputs, model.vlm.image, model.config.cameras))
+    params = unbox(jax.jit(model.init)(jax.random.key(0), prepare(batch.inputs))["params"])
     # Queries start at zero; random ones exercise their path.
     params["readout"]["queries"] = jax.random.normal(jax.random.key(1), params["readout"]["queries"].shape)
     return params

@@ -206,7 +206,7 @@ class Section:
         if not isinstance(value, (list, tuple)):
             return value
         if len(set(value)) != 1:
-            raise ValueError(f"{self.name}.{key}={value} is not supported; sizes must be square.")
+            raise ValueError(f"{self.name}.{key}={value} is not supported; expected one number, or equal ones.")
         return value[0]
 
 

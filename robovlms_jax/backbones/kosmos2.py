@@ -156,12 +156,12 @@ def kosmos2() -> base.VLMConfig:
 @base.register("kosmos-2-twin")
 def kosmos2_twin() -> base.VLMConfig:
     """A million parameters of the same architecture: trains on a laptop, comes without published weights."""
-    vision = dict(image_size=64, patch_size=16, width=128, depth=2, mlp_dim=512, num_heads=4)
-    text = dict(width=128, depth=2, mlp_dim=512, num_heads=4, vocab_size=512, dropout=0.0, attention_dropout=0.0)
+    vision, text = PUBLISHED.vision, PUBLISHED.text
+    small = {"width": 128, "depth": 2, "mlp_dim": 512, "num_heads": 4}
     return dataclasses.replace(
         PUBLISHED,
-        vision=dataclasses.replace(PUBLISHED.vision, **vision),
-        text=dataclasses.replace(PUBLISHED.text, **text),
+        vision=dataclasses.replace(vision, image_size=64, patch_size=16, **small),
+        text=dataclasses.replace(text, vocab_size=512, dropout=0.0, attention_dropout=0.0, **small),
         connector=LatentConnectorConfig(num_latents=8),
         image=dataclasses.replace(PUBLISHED.image, size=64),
     )

@@ -274,7 +274,7 @@ def _build(root: pathlib.Path, config: Any, use_egl: bool) -> Any:
 
 
 def _install_placeholders() -> None:
-    """Stand-ins for what calvin_env imports and rollouts never use: video windows, git hashes, quaternion helpers."""
+    """Stand-ins for what calvin_env imports and rollouts never use: video windows, git hashes, quaternions."""
 
     class Env:
         """gym.Env: a base class without behaviour here."""

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from robovlms_jax.envs import vector
 from robovlms_jax.envs.vector import EnvError
 from robovlms_jax.interface import Observation
 
@@ -105,7 +106,7 @@ class ProcessEnv:
         return self._ask("info")
 
     def send(self, method: str, *args: Any, **kwargs: Any) -> None:
-        """Ask for `method` without waiting; the answer comes with the matching `receive`."""
+        """Ask for a method (see `vector.perform`) without waiting; the answer comes with the matching `receive`."""
         if self._process is None:
             raise EnvError(f"{self._factory} has no running process; call restart().")
         self._waiting.append(method)
@@ -139,8 +140,8 @@ class ProcessEnv:
             self._process.wait(timeout=0.5)  # a dying process closes its pipe before its exit code is known
         code = self._process.poll()
         state = "still running, ended now" if code is None else f"exit code {code}"
-        self._log.seek(0)
-        last_words = self._log.read().decode(errors="replace").strip()[-1500:]
+        self._log.seek(max(os.fstat(self._log.fileno()).st_size - 1500, 0))
+        last_words = self._log.read().decode(errors="replace").strip()
         self.close()
         raise EnvError(f"{self._factory}: {what} ({state}). Its last output:\n{last_words or '(none)'}")
 
@@ -171,8 +172,7 @@ def _serve(pipe: connection.Connection) -> None:
             method, args, kwargs = pipe.recv()
         except EOFError:  # the parent is gone or done
             return
-        function = (lambda: env[0].info) if method == "info" else getattr(env[0], method)
-        answer((ValueError,), function, *args, **kwargs)
+        answer((ValueError,), vector.perform, env[0], method, *args, **kwargs)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,13 @@ TASKS: Mapping[str, SimplerTask] = {
 }
 
 
+def find_task(name: str) -> SimplerTask:
+    """The task of that name; ValueError lists the known ones."""
+    if name not in TASKS:
+        raise ValueError(f"unknown SimplerEnv task {name!r}; known tasks: {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
 def simpler_env(
     task: str,
     *,
@@ -98,8 +105,7 @@ class SimplerEnv:
     def __init__(
         self, task: str, *, low: Sequence[float], high: Sequence[float], gripper: Literal["fixed", "upstream"] = "fixed"
     ):
-        if task not in TASKS:
-            raise ValueError(f"unknown SimplerEnv task {task!r}; known tasks: {', '.join(TASKS)}.")
+        self._spec = find_task(task)
         self._low, self._high = (np.asarray(bound, np.float64) for bound in (low, high))
         for name, bound in (("low", self._low), ("high", self._high)):
             if bound.shape != (ARM_DIM,) or not np.isfinite(bound).all():
@@ -118,12 +124,12 @@ class SimplerEnv:
         """Start trial number `layout`; states of other simulators cannot be asked for."""
         if robot_obs is not None or scene_obs is not None:
             raise ValueError("SimplerEnv starts from numbered layouts: reset(layout=...), not from a given state.")
-        task = TASKS[self._task]
+        number = layout % self._spec.layouts
         options: dict[str, Any] = {}
-        if task.starts == "episode":
-            options = {"obj_init_options": {"episode_id": layout % task.layouts}}
-        elif task.starts == "grid":
-            options = {"obj_init_options": {"init_xy": np.array(_GRID[layout % task.layouts])}}
+        if self._spec.starts == "episode":
+            options = {"obj_init_options": {"episode_id": number}}
+        elif self._spec.starts == "grid":
+            options = {"obj_init_options": {"init_xy": np.array(_GRID[number])}}
         obs, _ = self._env.reset(seed=layout, options=options)
         self._gripper.reset()
         self._remember(obs, success=False, stats={})

@@ -57,12 +57,10 @@ class EnvPool:
         self._envs = list(envs)
 
     def reset(self, slots: Sequence[int], starts: Sequence[Mapping[str, Any]]) -> list[Info | EnvError]:
-        done = self._call("reset", slots, [((), dict(start)) for start in starts])
-        return self._then_info(slots, done)
+        return self._call("reset+info", slots, [((), dict(start)) for start in starts])
 
     def step(self, slots: Sequence[int], actions: np.ndarray) -> list[Info | EnvError]:
-        done = self._call("step", slots, [((action,), {}) for action in actions])
-        return self._then_info(slots, done)
+        return self._call("step+info", slots, [((action,), {}) for action in actions])
 
     def observe(self, slots: Sequence[int]) -> list[Observation | EnvError]:
         return self._call("observe", slots, [((), {})] * len(slots))
@@ -78,24 +76,20 @@ class EnvPool:
             if hasattr(env, "close"):
                 env.close()
 
-    def _then_info(self, slots: Sequence[int], done: Sequence[Any]) -> list[Info | EnvError]:
-        alive = [slot for slot, result in zip(slots, done) if not isinstance(result, EnvError)]
-        infos = iter(self._call("info", alive, [((), {})] * len(alive)))
-        return [result if isinstance(result, EnvError) else next(infos) for result in done]
-
     def _call(self, method: str, slots: Sequence[int], arguments: Sequence[tuple[tuple, dict]]) -> list[Any]:
         envs = [self._envs[slot] for slot in slots]
         if all(hasattr(env, "send") for env in envs):
             # two passes, so that all processes compute while the first answer is awaited
             sent = [_caught(env.send, method, *args, **kwargs) for env, (args, kwargs) in zip(envs, arguments)]
             return [error if isinstance(error, EnvError) else _caught(env.receive) for env, error in zip(envs, sent)]
-        return [_caught(_use, env, method, *args, **kwargs) for env, (args, kwargs) in zip(envs, arguments)]
+        return [_caught(perform, env, method, *args, **kwargs) for env, (args, kwargs) in zip(envs, arguments)]
 
 
-def _use(env: Env, method: str, *args: Any, **kwargs: Any) -> Any:
-    if method == "info":
-        return env.info
-    return getattr(env, method)(*args, **kwargs)
+def perform(env: Env, method: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a method of an environment by name, or read "info"; "step+info" does the one and returns the other."""
+    name, _, then = method.partition("+")
+    result = env.info if name == "info" else getattr(env, name)(*args, **kwargs)
+    return perform(env, then) if then else result
 
 
 def _caught(function: Any, *args: Any, **kwargs: Any) -> Any:

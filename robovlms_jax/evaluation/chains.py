@@ -63,7 +63,7 @@ def chain_trials(
 
 def simpler_trials(task: str, count: int | None = None) -> list[Trial]:
     """`count` trials of a SimplerEnv task; None: each of its layouts once."""
-    known = simpler.TASKS[task]
+    known = simpler.find_task(task)
     labels = {"scene": task}
     return [
         Trial(layout, {"layout": layout}, (task,), (known.instruction,), labels)
@@ -73,7 +73,7 @@ def simpler_trials(task: str, count: int | None = None) -> list[Trial]:
 
 def simpler_rules(task: str, *, latched: bool = False) -> Rules:
     """The benchmark's rules: success counts at the last step; `latched`: at any step, which ends the trial."""
-    steps = simpler.TASKS[task].max_steps
+    steps = simpler.find_task(task).max_steps
     return Rules(max_steps=steps, completed=simpler.completed_in_each, stop_at_success=latched)
 
 
@@ -130,7 +130,7 @@ def evaluate(
         if trial.index in done:
             _check_same(trial, done[trial.index], directory)
     mine = [trial for trial in trials[process_index::num_processes] if trial.index not in done]
-    if len(done):
+    if done:
         log.info("%s has %d results; %d trials to go in this process", directory, len(done), len(mine))
 
     path = directory / f"results-{process_index:03d}.jsonl"

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -181,7 +181,7 @@ class Gap:
 
 
 def _gaps(table: Sequence[Row]) -> list[Gap]:
-    """Where rows differ only in whether the scene, or the wording, was seen in training; several such rows are pooled."""
+    """Where rows differ only in whether the scene, or the wording, was seen in training; such rows are pooled."""
     found = []
     for kind, other in (("scene", "phrasing"), ("phrasing", "scene")):
         groups: dict[tuple, dict[bool, list[Row]]] = {}
@@ -358,34 +358,31 @@ def write_film(recording: Recording, path: str | pathlib.Path, *, max_frames: in
     path.parent.mkdir(parents=True, exist_ok=True)
     keep = np.unique(np.linspace(0, len(recording.frames) - 1, max_frames).round().astype(int))
     if importlib.util.find_spec("imageio_ffmpeg"):
-        return _write_mp4(_drawn(recording, keep), path.with_suffix(".mp4"), fps)
-    return _write_gif(_drawn(recording, keep), path.with_suffix(".gif"), fps)
+        return _write_mp4(recording, keep, path.with_suffix(".mp4"), fps)
+    return _write_gif(recording, keep, path.with_suffix(".gif"), fps)
 
 
-def _drawn(recording: Recording, keep: np.ndarray) -> Iterator[Image]:
-    for index in keep:
-        yield draw_frame(recording, int(index))
-
-
-def _write_gif(images: Iterator[Image], path: pathlib.Path, fps: int) -> pathlib.Path:
+def _write_gif(recording: Recording, keep: np.ndarray, path: pathlib.Path, fps: int) -> pathlib.Path:
     from PIL import Image
 
-    # one palette for all frames: smaller, and colours do not flicker
-    first = next(images).quantize(128, dither=Image.Dither.NONE)
-    rest = [image.quantize(palette=first, dither=Image.Dither.NONE) for image in images]
+    # One palette for the whole film, so that colours do not flicker; from frames all over it, since lights come on
+    # under way; and not by median cut, which loses small saturated things like blocks.
+    samples = np.vstack([draw_frame(recording, int(index)) for index in keep[:: max(len(keep) // 6, 1)]])
+    palette = Image.fromarray(samples).quantize(255, Image.Quantize.MAXCOVERAGE)
+    first, *rest = (draw_frame(recording, int(i)).quantize(palette=palette, dither=Image.Dither.NONE) for i in keep)
     durations = [1000 // fps] * len(rest) + [1500]
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
     return path
 
 
-def _write_mp4(images: Iterator[Image], path: pathlib.Path, fps: int) -> pathlib.Path:
+def _write_mp4(recording: Recording, keep: np.ndarray, path: pathlib.Path, fps: int) -> pathlib.Path:
     import imageio_ffmpeg
 
-    first = next(images)
-    with contextlib.closing(imageio_ffmpeg.write_frames(str(path), first.size, fps=fps, macro_block_size=2)) as writer:
+    size = draw_frame(recording, 0).size
+    with contextlib.closing(imageio_ffmpeg.write_frames(str(path), size, fps=fps, macro_block_size=2)) as writer:
         writer.send(None)
-        for image in itertools.chain([first], images):
-            writer.send(image.tobytes())
+        for index in keep:
+            writer.send(draw_frame(recording, int(index)).tobytes())
     return path
 
 
@@ -400,7 +397,6 @@ def draw_frame(recording: Recording, index: int) -> Image:
     draw = ImageDraw.Draw(canvas)
     for number, pixels in enumerate(cameras):
         image = Image.fromarray(np.asarray(pixels))
-        image.thumbnail((_PANEL, _PANEL)) if max(image.size) > _PANEL else None
         scale = _PANEL / max(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         canvas.paste(image, (_MARGIN + number * (_PANEL + _MARGIN), _MARGIN))

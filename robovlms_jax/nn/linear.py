@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -37,9 +38,7 @@ class Einsum(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         inputs, letters, outputs = re.split(",|->", self.equation)
-        split = sum(
-            letter not in outputs for letter in letters
-        )  # kernel axes before it are contracted, the others added
+        split = sum(letter not in outputs for letter in letters)  # axes before it are contracted, the others added
         if any(letter in outputs for letter in letters[:split]) or not outputs.endswith(letters[split:]):
             raise ValueError(
                 f"Einsum {self.equation!r}: kernel axes must be the contracted ones, then the output's last ones."
@@ -94,16 +93,9 @@ def merge_lora(params: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
     """
     merged = {name: merge_lora(value, lora) if isinstance(value, Mapping) else value for name, value in params.items()}
     if "lora_a" in merged:
-        a, b = merged.pop("lora_a"), merged.pop("lora_b")
-        product = (
-            jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))
-            if _is_stacked(a, b, merged["kernel"])
-            else lambda a, b: jnp.tensordot(a, b, 1)
-        )
-        merged["kernel"] = merged["kernel"] + (lora.alpha / lora.rank) * product(a, b)
+        a, b, kernel = merged.pop("lora_a"), merged.pop("lora_b"), merged["kernel"]
+        product = functools.partial(jnp.tensordot, axes=1)
+        if a.ndim + b.ndim - 2 > kernel.ndim:  # besides R, all three share the axis of stacked layers
+            product = jax.vmap(product)
+        merged["kernel"] = kernel + (lora.alpha / lora.rank) * product(a, b)
     return merged
-
-
-def _is_stacked(a: jax.Array, b: jax.Array, kernel: jax.Array) -> bool:
-    # a and b share R; the axis of stacked layers is the only one all three have.
-    return a.ndim + b.ndim - 2 == kernel.ndim + 1

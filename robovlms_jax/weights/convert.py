@@ -66,60 +66,60 @@ def plan(
       ValueError: lists everything that is wrong.
     """
     problems = _Problems()
-    filled: dict[tuple[str, int | None], str] = {}
-    rules_by_target: dict[str, Rule] = {}
-    for tensor, found in tensors.items():
-        matches = _matches(rules, normalize(tensor))
-        if len(matches) != 1:
-            problems.add(
-                "tensors that no rule matches" if not matches else "tensors that several rules match",
-                tensor,
-                list(found),
-            )
-            continue
-        rule, layer = matches[0]
-        if isinstance(rule, Ignore):
-            continue
-        if rule.target not in parameters:
-            problems.add("tensors of parameters the model does not have", tensor, f"{list(found)}, for {rule.target}")
-            continue
-        shape = parameters[rule.target]
-        if layer is not None and layer >= shape[0]:
-            problems.add("tensors of layers the model does not have", tensor, f"{rule.target} has {shape[0]} layers")
-            continue
-        expected = _rearrange(rule, shape).source_shape(shape[1:] if rule.is_stacked else shape)
-        if tuple(found) != expected:
-            problems.add(
-                "tensors of another shape", tensor, f"found {list(found)}, expected {list(expected)} for {rule.target}"
-            )
-        if (rule.target, layer) in filled:
-            problems.add(
-                "tensors that fill a parameter twice",
-                tensor,
-                f"{rule.target} is filled by {filled[rule.target, layer]} already",
-            )
-        filled[rule.target, layer] = tensor
-        rules_by_target[rule.target] = rule
-
+    filled, used = _assign(rules, tensors, parameters, problems)
     recipes = {}
     for path, shape in parameters.items():
         if any(isinstance(rule, Fresh) and re.search(rule.target, path) for rule in rules):
             continue
-        rule = rules_by_target.get(path) or next(
-            (rule for rule in rules if isinstance(rule, Rule) and rule.target == path), None
-        )
+        rule = used.get(path) or next((r for r in rules if isinstance(r, Rule) and r.target == path), None)
         if rule is None:
             problems.add("parameters that no rule fills", path, list(shape))
             continue
         layers = range(shape[0]) if rule.is_stacked else [None]
-        rearrange = _rearrange(rule, shape)
         for layer in layers:
             if (path, layer) not in filled:
-                expected = list(rearrange.source_shape(shape[1:] if rule.is_stacked else shape))
-                problems.add("tensors that are missing", rule.name(layer), f"{expected}, for {path}")
-        recipes[path] = Recipe(tuple(filled.get((path, layer), "") for layer in layers), rearrange, rule.is_stacked)
+                problems.add("tensors that are missing", rule.name(layer), f"{_source_shape(rule, shape)}, for {path}")
+        tensors_of_layers = tuple(filled.get((path, layer), "") for layer in layers)
+        recipes[path] = Recipe(tensors_of_layers, _rearrange(rule, shape), rule.is_stacked)
     problems.raise_if_any(name)
     return recipes
+
+
+def _assign(
+    rules: Rules,
+    tensors: Mapping[str, tuple[int, ...]],
+    parameters: Mapping[str, tuple[int, ...]],
+    problems: _Problems,
+) -> tuple[dict[tuple[str, int | None], str], dict[str, Rule]]:
+    """Give each tensor its place: (path, layer) -> tensor, and path -> the rule that filled it."""
+    filled: dict[tuple[str, int | None], str] = {}
+    used: dict[str, Rule] = {}
+    for tensor, found in tensors.items():
+        matches = _matches(rules, normalize(tensor))
+        if len(matches) != 1:
+            kind = "tensors that several rules match" if matches else "tensors that no rule matches"
+            problems.add(kind, tensor, list(found))
+            continue
+        rule, layer = matches[0]
+        if isinstance(rule, Ignore):
+            continue
+        path = rule.target
+        if path not in parameters:
+            problems.add("tensors of parameters the model does not have", tensor, f"{list(found)}, for {path}")
+            continue
+        shape = parameters[path]
+        if layer is not None and layer >= shape[0]:
+            problems.add("tensors of layers the model does not have", tensor, f"{path} has {shape[0]} layers")
+            continue
+        expected = _source_shape(rule, shape)
+        if list(found) != expected:
+            problems.add("tensors of another shape", tensor, f"found {list(found)}, expected {expected} for {path}")
+        if (path, layer) in filled:
+            detail = f"{path} is filled by {filled[path, layer]} already"
+            problems.add("tensors that fill a parameter twice", tensor, detail)
+        filled[path, layer] = tensor
+        used[path] = rule
+    return filled, used
 
 
 def _matches(rules: Rules, tensor: str) -> list[tuple[Rule | Ignore, int | None]]:
@@ -136,6 +136,10 @@ def _matches(rules: Rules, tensor: str) -> list[tuple[Rule | Ignore, int | None]
 
 def _rearrange(rule: Rule, shape: tuple[int, ...]) -> Rearrange:
     return Rearrange.parse(rule.pattern, len(shape) - rule.is_stacked)
+
+
+def _source_shape(rule: Rule, shape: tuple[int, ...]) -> list[int]:
+    return list(_rearrange(rule, shape).source_shape(shape[1:] if rule.is_stacked else shape))
 
 
 def _load(

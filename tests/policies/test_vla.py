@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,10 @@ from robovlms_jax.interface import Observation
 from robovlms_jax.policies import objective, rollout, vla
 from robovlms_jax.types import Batch
 from tests.toy import B, C, K, W, init, make_batch, make_model
+
+
+def loss_of(model, params, batch):
+    return jax.jit(functools.partial(objective.loss, model))(params, batch)
 
 
 def window_of(batch: Batch, k: int) -> Batch:
@@ -26,6 +31,15 @@ def window_of(batch: Batch, k: int) -> Batch:
         action_mask=batch.action_mask[:, k : k + W + C - 1],
         window_mask=batch.window_mask[:, k : k + 1],
     )
+
+
+def prepared(model, inputs):
+    return jax.jit(lambda inputs: objective.prepare(inputs, model.vlm.image, model.config.cameras))(inputs)
+
+
+def decided(model, params, inputs):
+    bound = model.bind({"params": params})
+    return bound.head.actions(bound(inputs))
 
 
 def concatenate(batches: list[Batch]) -> Batch:
@@ -57,10 +71,10 @@ def test_missing_windows_do_not_count(exact_matmul):
     model = make_model()
     params = init(model, batch)
     mask = np.array([[True] * K, [True, True, False, False]])
-    loss, _ = objective.loss(model, params, batch.replace(window_mask=mask))
+    loss, _ = loss_of(model, params, batch.replace(window_mask=mask))
     windows = [window_of(batch, k) for k in range(K)]
     kept = concatenate([jax.tree.map(lambda x: x[:1], w) for w in windows] + [jax.tree.map(lambda x: x[1:], w) for w in windows[:2]])
-    np.testing.assert_allclose(loss, objective.loss(model, params, kept)[0], rtol=1e-5)
+    np.testing.assert_allclose(loss, loss_of(model, params, kept)[0], rtol=1e-5)
 
 
 def test_text_padding_changes_nothing(exact_matmul):
@@ -75,7 +89,7 @@ def test_text_padding_changes_nothing(exact_matmul):
             text_mask=np.pad(inputs.text_mask, ((0, 0), (0, 9))),
         )
     )
-    np.testing.assert_allclose(objective.loss(model, params, padded)[0], objective.loss(model, params, batch)[0], rtol=1e-6)
+    np.testing.assert_allclose(loss_of(model, params, padded)[0], loss_of(model, params, batch)[0], rtol=1e-6)
 
 
 def test_what_follows_the_query_is_not_seen(exact_matmul):
@@ -88,9 +102,9 @@ def test_what_follows_the_query_is_not_seen(exact_matmul):
     def loss(column):
         ids = batch.inputs.text_ids.copy()
         ids[np.arange(B), column] = (ids[np.arange(B), column] + 1) % 100
-        return objective.loss(model, params, batch.replace(inputs=batch.inputs.replace(text_ids=ids)))[0]
+        return loss_of(model, params, batch.replace(inputs=batch.inputs.replace(text_ids=ids)))[0]
 
-    here = objective.loss(model, params, batch)[0]
+    here = loss_of(model, params, batch)[0]
     assert loss(last) == here
     assert loss(last - 1) != here
 
@@ -101,13 +115,13 @@ def test_cameras_and_their_order_matter(cameras):
     batch = make_batch(np.random.default_rng(4))
     model = make_model(cameras=cameras)
     params = init(model, batch)
-    here = objective.loss(model, params, batch)[0]
+    here = loss_of(model, params, batch)[0]
     swapped = make_model(cameras=cameras[::-1])
     if len(cameras) > 1:
-        assert objective.loss(swapped, params, batch)[0] != here
+        assert loss_of(swapped, params, batch)[0] != here
     else:
         blind = batch.inputs.replace(images={"static": batch.inputs.images["static"]})
-        assert objective.loss(model, params, batch.replace(inputs=blind))[0] == here
+        assert loss_of(model, params, batch.replace(inputs=blind))[0] == here
 
 
 def test_control_steps_equal_the_window(exact_matmul):
@@ -127,9 +141,8 @@ def test_control_steps_equal_the_window(exact_matmul):
             images={camera: x[:, low : t + 1] for camera, x in batch.inputs.images.items()}, step_mask=np.ones((1, t + 1 - low), bool)
         )
         whole = dataclasses.replace(model, config=dataclasses.replace(model.config, window=t + 1 - low))
-        inputs = objective.prepare(seen, model.vlm.image, model.config.cameras)
-        bound = whole.bind({"params": params})
-        expected = bound.head.actions(bound(inputs))[0, -1]
+        inputs = prepared(model, seen)
+        expected = jax.jit(lambda params, inputs, whole=whole: decided(whole, params, inputs))(params, inputs)[0, -1]
         np.testing.assert_allclose(chunk.actions[:, :6], 0.65 * expected[:, :6], atol=1e-5)
         np.testing.assert_array_equal(chunk.actions[:, 6], expected[:, 6])
     assert policy._batched._step._cache_size() == 1
@@ -181,7 +194,7 @@ def test_bfloat16_backbone_keeps_the_head_in_float32():
     model = make_model()
     params = init(model, batch)
     half = vla.VLA(model.config, dataclasses.replace(model.vlm, dtype="bfloat16"))
-    loss, metrics = objective.loss(half, params, batch)
+    loss, metrics = loss_of(half, params, batch)
     assert loss.dtype == jnp.float32
-    np.testing.assert_allclose(loss, objective.loss(model, params, batch)[0], rtol=0.05)
+    np.testing.assert_allclose(loss, loss_of(model, params, batch)[0], rtol=0.05)
     assert all(bool(jnp.isfinite(x)) for x in metrics.values())

@@ -59,6 +59,7 @@ _FALL_M = 0.006  # per substep
 _SLIDE_M = 0.002
 _TILT_RAD = 0.06
 _SPRING_M = 0.004
+_FRICTION = 0.5  # between hand and blocks
 _FLAT_RAD = 0.05  # faces tilted by less than this share the load between both ends of their overlap
 _STEEP = 0.35  # a joint follows a push unless it is nearly at right angles to it
 _LED_AT_M, _BULB_AT_M = 0.01, 0.044  # middles of travel of button and lever
@@ -377,6 +378,8 @@ def _push_apart(scene: Scene, old: State, wish: State) -> tuple[State, Array]:
     """Resolve the overlaps that moving the hand from `old` to `wish` makes. Returns the state and what still overlaps."""
     wish = dataclasses.replace(wish, held=jnp.where(wish.command > 0, _FREE, wish.held))
     ridden = _columns(scene, old).center
+    way = (wish.position - old.position)[:2]
+    way = way / jnp.maximum(jnp.linalg.norm(way), 1e-6)
 
     def sweep(i, carry):
         state, ridden = carry
@@ -386,7 +389,7 @@ def _push_apart(scene: Scene, old: State, wish: State) -> tuple[State, Array]:
         opening = _push_fingers(state, contacts)
         contacts = contacts._replace(depth=jnp.maximum(contacts.depth, 0.0))
         mechanisms, left = _push_mechanisms(scene, state, contacts)
-        position, rotation = _push_blocks(scene, state, contacts)
+        position, rotation = _push_blocks(scene, state, contacts, way)
         shift = _push_hand(state, contacts._replace(depth=left), i >= _SWEEPS - _YIELDING)
         least, most = jnp.minimum(old.width, wish.width), jnp.maximum(old.width, wish.width)
         state = dataclasses.replace(
@@ -436,8 +439,11 @@ def _push_mechanisms(scene: Scene, state: State, contacts: _Contacts) -> tuple[A
     return mechanisms, jnp.concatenate([jnp.maximum(left, 0.0), pushing[:, _TABLE:]], axis=1)
 
 
-def _push_blocks(scene: Scene, state: State, contacts: _Contacts) -> tuple[Array, Array]:
-    """New block positions [3, 3] and rotations [3, 3, 3]: the average push, weighted by depth."""
+def _push_blocks(scene: Scene, state: State, contacts: _Contacts, way: Array) -> tuple[Array, Array]:
+    """New block positions [3, 3] and rotations [3, 3, 3]: the average push, weighted by depth.
+
+    way: float[2], horizontal direction in which the hand moves; friction lets a block follow it along the contact.
+    """
     free = state.held != jnp.arange(3)
     share = jnp.concatenate([jnp.ones(_TABLE), jnp.where(free, 0.5, 1.0)])
     # by walls and other blocks (row = the block), then by the hand (column = the block)
@@ -446,12 +452,16 @@ def _push_blocks(scene: Scene, state: State, contacts: _Contacts) -> tuple[Array
     x, y, z = merge(contacts.normal, -contacts.normal)
     point = merge(contacts.point, contacts.point)
     turns = np.concatenate([np.zeros(_TABLE), np.ones(3 + _HAND)]).astype(np.float32)  # walls stop, but do not turn
+    by_hand = np.concatenate([np.zeros(_TABLE + 3), np.ones(_HAND)]).astype(np.float32)
 
     flat = jnp.sqrt(x**2 + y**2)
     sideways = flat >= 0.5
     up = ~sideways & (z > 0)  # nothing pushes a block down: it already lies on something
     steep = jnp.maximum(flat, 0.5)
     x, y, distance = x / steep, y / steep, jnp.where(sideways, depth / steep, 0.0)
+    forward, aside = x * way[0] + y * way[1], x * way[1] - y * way[0]
+    slip = by_hand * jnp.clip(aside / jnp.maximum(forward, 0.1), -_FRICTION, _FRICTION)
+    x, y = x - slip * y, y + slip * x
     # Quasi-static sliding: force and moment limits form an ellipsoid (Goyal et al. 1991), here with the moment arm
     # `radius` of a uniformly loaded face, so a push beside the centre turns the block as it shifts it.
     arm_x, arm_y = point[0] - state.block_position[:, 0, None], point[1] - state.block_position[:, 1, None]

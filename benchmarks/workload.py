@@ -1,0 +1,162 @@
+"""What train_step and policy_step measure: KOSMOS-2 with an LSTM head in two sizes, synthetic inputs, and its FLOPs.
+
+FLOPs are counted in closed form: a matrix product [m, k] x [k, n] is 2 m k n, everything else is nothing. Norms,
+softmax, activations and image preprocessing are left out, and so is what rematerialisation computes again: these are
+the FLOPs the model needs, the numerator of MFU (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Literal
+
+import numpy as np
+
+from robovlms_jax import interface
+from robovlms_jax.backbones import base as backbones
+from robovlms_jax.backbones import kosmos2
+from robovlms_jax.config import (
+    BackboneConfig,
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    TrainConfig,
+)
+from robovlms_jax.nn.decoder import DecoderConfig
+from robovlms_jax.nn.vit import ViTConfig
+from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
+from robovlms_jax.policies.vla import VLA
+from robovlms_jax.types import Batch, Inputs
+
+Size = Literal["small", "full"]
+
+TEXT_LENGTH = 16
+"""Prompt tokens; CALVIN's longest instruction in KOSMOS-2's prompt needs about as many."""
+IMAGE_SIZES = {"static": (200, 200), "wrist": (84, 84)}
+"""Pixels, as CALVIN stores them."""
+
+
+def experiment(
+    size: Size, *, window: int, windows_per_segment: int, batch_size: int, mesh: MeshConfig
+) -> ExperimentConfig:
+    """The configuration `experiments/run.py` would train with.
+
+    full: the published model as the `kosmos_lstm` preset computes it, all parameters trained.
+    small: float32 and no rematerialisation, for a CPU.
+    """
+    full = size == "full"
+    small_head = LSTMHeadConfig(hidden_size=128, num_layers=2, trunk=(128, 64))
+    return ExperimentConfig(
+        backbone=BackboneConfig(dtype="bfloat16" if full else "float32", remat=full),
+        policy=PolicyConfig(window=window, head=LSTMHeadConfig() if full else small_head),
+        data=DataConfig(windows_per_segment=windows_per_segment),
+        optimizer=OptimizerConfig(),
+        train=TrainConfig(batch_size=batch_size),
+        mesh=mesh,
+    )
+
+
+def make_model(size: Size, config: ExperimentConfig) -> VLA:
+    """The policy, architecture by `size`, everything else by the configuration.
+
+    small: sizes chosen so that, as at full size, both towers matter and the policy head and the optimizer hardly do.
+    """
+    vlm = backbones.get("kosmos-2")
+    if size == "small":
+        vision = {"image_size": 112, "width": 192, "depth": 3, "mlp_dim": 768, "num_heads": 6}
+        text = {"width": 192, "depth": 4, "mlp_dim": 768, "num_heads": 6, "vocab_size": 1024}
+        vlm = dataclasses.replace(
+            vlm,
+            vision=dataclasses.replace(vlm.vision, **vision),
+            text=dataclasses.replace(vlm.text, **text),
+            connector=kosmos2.LatentConnectorConfig(num_latents=16),
+            image=dataclasses.replace(vlm.image, size=112),
+        )
+    return VLA(config.policy, dataclasses.replace(vlm, dtype=config.backbone.dtype, remat=config.backbone.remat))
+
+
+def make_batch(config: ExperimentConfig, num_segments: int) -> Batch:
+    """`num_segments` segments of noise in which every action counts."""
+    rng = np.random.default_rng(0)
+    frames = config.policy.window + config.data.windows_per_segment - 1
+    steps = frames + config.policy.chunk - 1
+    return Batch(
+        inputs=Inputs(
+            images={
+                camera: rng.integers(0, 256, (num_segments, frames, *IMAGE_SIZES[camera], 3), np.uint8)
+                for camera in config.policy.cameras
+            },
+            text_ids=rng.integers(4, 1000, (num_segments, TEXT_LENGTH), np.int32),
+            text_mask=np.ones((num_segments, TEXT_LENGTH), bool),
+            step_mask=np.ones((num_segments, frames), bool),
+        ),
+        actions=rng.uniform(-0.5, 0.5, (num_segments, steps, interface.ACTION_DIM)).astype(np.float32),
+        action_mask=np.ones((num_segments, steps), bool),
+        window_mask=np.ones((num_segments, config.data.windows_per_segment), bool),
+        episode=np.zeros(num_segments, np.int32),
+        corrupt=np.full(num_segments, -1, np.int32),
+    )
+
+
+def train_flops(model: VLA, *, frames: int, windows: int, loops_once: bool = False) -> int:
+    """FLOPs of one update: forward, gradients by inputs and gradients by parameters, each as much as the forward pass.
+
+    Images have no gradient, so the patch embedding is counted twice instead of three times.
+
+    Args:
+      frames, windows: per update.
+      loops_once: count one pass through each loop (layers of a tower, steps of the recurrence), as XLA's cost analysis
+        does; only for comparing with it.
+    """
+    window = model.config.window
+    head = _head(model, decoded_steps=window, loops_once=loops_once)
+    return frames * (2 * _patches(model) + 3 * _frame(model, loops_once=loops_once)) + windows * 3 * head
+
+
+def control_flops(model: VLA, *, slots: int, loops_once: bool = False) -> int:
+    """FLOPs of one control step: per slot one frame, the head over its window, and the newest step decoded."""
+    head = _head(model, decoded_steps=1, loops_once=loops_once)
+    return slots * (_patches(model) + _frame(model, loops_once=loops_once) + head)
+
+
+def _patches(model: VLA) -> int:
+    vision = model.vlm.vision
+    pixels = 3 * vision.image_size**2
+    return len(model.config.cameras) * 2 * pixels * vision.width
+
+
+def _frame(model: VLA, *, loops_once: bool) -> int:
+    """Forward FLOPs of the backbone for one frame of every camera, patch embedding left out."""
+    vision, text, latents = model.vlm.vision, model.vlm.text, model.vlm.connector.num_latents
+    cameras = len(model.config.cameras)
+    tower = _layer(vision, vision.num_tokens) * (1 if loops_once else vision.depth)
+    keys = vision.num_tokens + latents
+    connector = 2 * vision.num_tokens * vision.width * text.width  # dense
+    connector += 2 * (2 * latents + 2 * keys) * text.width**2  # q and o of the latents, k and v of latents and features
+    connector += 4 * latents * keys * text.width
+    tokens = TEXT_LENGTH + cameras * latents + model.config.num_queries
+    decoder = _layer(text, tokens) * (1 if loops_once else text.depth)
+    return cameras * (tower + connector) + decoder
+
+
+def _layer(config: ViTConfig | DecoderConfig, tokens: int) -> int:
+    """One transformer layer on one sequence: q, k, v, o; up, down; scores and weighted sum over all pairs of tokens."""
+    products = 4 * config.width**2 + 2 * config.width * config.mlp_dim
+    return 2 * tokens * products + 4 * tokens**2 * config.width
+
+
+def _head(model: VLA, *, decoded_steps: int, loops_once: bool) -> int:
+    """Forward FLOPs of the LSTM head on one window of which `decoded_steps` steps go through the trunks."""
+    config, policy = model.config.head, model.config
+    hidden = config.hidden_size * policy.num_queries
+    inputs = [model.vlm.width * policy.num_queries, *[hidden] * (config.num_layers - 1)]
+    recurrent_steps = 1 if loops_once else policy.window
+    lstm = sum(2 * 4 * hidden * (policy.window * width + recurrent_steps * hidden) for width in inputs)
+    trunks = 0
+    for outputs in (policy.chunk * (interface.ACTION_DIM - 1), policy.chunk):
+        widths = (hidden, *config.trunk, outputs)
+        trunks += sum(2 * a * b for a, b in itertools.pairwise(widths))
+    return lstm + decoded_steps * trunks

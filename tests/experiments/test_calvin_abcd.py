@@ -1,0 +1,213 @@
+"""The main job as a user runs it: trains, resumes bit for bit, stops on SIGTERM, refuses what cannot work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import calvin_abcd, run
+from robovlms_jax import cli
+from robovlms_jax.interface import Observation
+from robovlms_jax.load import load_config, load_policy
+from robovlms_jax.training import checkpoints, loop
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+SMALL = cli.override(
+    calvin_abcd.PRESETS["sample"],
+    **{
+        "policy.window": 4,
+        "data.windows_per_segment": 2,
+        "train.batch_size": 4,
+        "train.steps": 10,
+        "train.log_every": 1,
+        "train.eval_every": 0,
+        "train.checkpoint_every": 5,
+        "evaluation.batches": 2,
+        "evaluation.episodes": 1,
+        "optimizer.warmup_steps": 0,
+    },
+)
+
+
+def small(output: pathlib.Path, **changes):
+    return cli.override(SMALL, **{"train.output": str(output), **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> pathlib.Path:
+    """A run of ten steps, never interrupted."""
+    return run.train("sample", small(tmp_path_factory.mktemp("runs") / "whole"))
+
+
+def params_of(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    policy = load_policy(directory)._batched
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(policy.params)}
+
+
+def metrics_of(directory: pathlib.Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def test_a_run_leaves_everything_needed(finished):
+    for name in ("config.json", "environment.json", "metrics.jsonl", "report.md", "report.json", "tensorboard", "checkpoints/10"):
+        assert (finished / name).exists(), name
+    record = json.loads((finished / "environment.json").read_text())
+    assert record["packages"]["jax"] == jax.__version__
+    assert json.loads((finished / "config.json").read_text())["data"]["text_length"] > 0
+    report = (finished / "report.md").read_text()
+    assert "--data.root" in report and "--backbone.weights" in report
+    assert sorted(metrics_of(finished)) == list(range(1, 11))
+
+
+def test_ten_steps_equal_five_and_resume_and_five(finished, tmp_path):
+    # Parameters, optimizer moments, PRNG and data position must all come back, or the loss of step six differs already.
+    output = tmp_path / "halves"
+    shutil.copytree(finished, output)
+    shutil.rmtree(output / "checkpoints" / "10")
+    run.train("sample", small(output, **{"train.resume": True}))
+    whole, halves = params_of(finished), params_of(output)
+    assert whole.keys() == halves.keys()
+    for path, x in whole.items():
+        np.testing.assert_array_equal(halves[path], x, err_msg=path)
+    assert metrics_of(output) == metrics_of(finished)
+
+
+def test_a_checkpoint_alone_serves(finished, tmp_path):
+    # Copied elsewhere, without the run directory: config, normalisation and tokenizer travel inside.
+    alone = tmp_path / "checkpoint"
+    shutil.copytree(finished / "checkpoints" / "10", alone)
+    rng = np.random.default_rng(0)
+    frames = [
+        Observation({"static": rng.integers(0, 256, (200, 200, 3), np.uint8), "wrist": rng.integers(0, 256, (84, 84, 3), np.uint8)})
+        for _ in range(6)
+    ]
+    chunks = []
+    for directory in (finished, alone):
+        policy = load_policy(directory)
+        policy.reset("open the drawer")
+        chunks.append([policy.act(frame).actions for frame in frames])
+        assert policy._batched._step._cache_size() == 1, "recompiled within an episode"
+    np.testing.assert_array_equal(chunks[0], chunks[1])
+    assert chunks[0][0].shape == (10, 7) and set(np.unique(np.stack(chunks[0])[..., 6])) <= {-1.0, 1.0}
+    assert load_config(alone).policy == SMALL.policy
+    policy.reset("a sentence much longer than any of the training split, to see that prompts of any length are served as well, please")
+    assert np.isfinite(policy.act(frames[0]).actions).all()
+
+
+def test_one_batch_can_be_overfit(tmp_path):
+    # The loss must fall to near nothing on a handful of windows: every part of the chain learns.
+    listed = tmp_path / "one.txt"
+    listed.write_text("0 0 8\n")
+    dataset = run._open_split(SMALL, "training")
+    episode = dataset.episodes[0]
+    listed.write_text(f"0 {episode.start} {episode.end}\n")
+    config = small(
+        tmp_path / "overfit",
+        **{
+            "data.episode_list": str(listed), "data.static_shift": 0, "data.wrist_shift": 0, "train.steps": 150, "train.batch_size": 16,
+            "optimizer.learning_rate": 1e-3, "train.checkpoint_every": 150, "train.log_every": 50, "evaluation.episodes": 0,
+        },
+    )  # fmt: skip
+    losses = metrics_of(run.train("sample", config))
+    assert losses[150] < 0.2 * losses[1], losses
+
+
+def test_sigterm_saves_and_resume_goes_on(tmp_path):
+    # A real process, as a scheduler would stop it.
+    output = tmp_path / "stopped"
+    command = [
+        *(sys.executable, "-m", "experiments.calvin_abcd", "--train.output", str(output), "--train.steps", "100000"),
+        *("--train.batch_size", "4", "--policy.window", "4", "--data.windows_per_segment", "2", "--train.log_every", "1"),
+        *("--train.eval_every", "0", "--train.checkpoint_every", "100000"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not (output / "metrics.jsonl").exists() or len(metrics_of(output)) < 3:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "no step within five minutes"
+        time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, messages = process.communicate(timeout=120)
+    assert process.returncode == 0, messages
+    assert "stopped by SIGTERM" in messages
+    step = int(checkpoints.locate(output).name)
+    assert step >= 3
+    assert not (output / "report.md").exists()
+    with pytest.raises(ValueError, match=r"already holds checkpoints.*--train.resume"):
+        run.train("sample", small(output))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.root": "/nowhere"}, "nowhere"),
+        ({"data.root": ""}, "data.root is empty"),
+        ({"backbone.name": "kosmos-3"}, "no backbone 'kosmos-3'"),
+        ({"backbone.weights": "/nowhere"}, "no directory /nowhere"),
+        ({"train.batch_size": 5}, "no multiple of data.windows_per_segment=2; try 4"),
+        ({"train.batch_size": 6, "train.accumulation": 2}, "does not divide"),
+        ({"mesh.tensor": 3}, "does not make"),
+        ({"train.trainable": ("^nothing/",)}, "match no parameter"),
+        ({"train.resume": True}, "nothing to resume"),
+        ({"policy.window": 500}, "policy.window=500"),
+        ({"data.exclude_tasks": ("open_drawr",)}, "did you mean 'open_drawer'"),
+        ({"data.text_length": 3}, "data.text_length is 3"),
+        ({"train.wandb_project": "x"}, "pip install wandb"),
+    ],
+)
+def test_mistakes_are_named_before_training(tmp_path, changes, message, monkeypatch):
+    monkeypatch.setattr(loop, "fit", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises((ValueError, FileNotFoundError, ImportError), match=message.replace("(", r"\(")):
+        run.train("sample", small(tmp_path / "run", **changes))
+
+
+def test_errors_reach_the_user_as_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="^error: .*nowhere"):
+        run.run("sample", small(tmp_path, **{"data.root": "/nowhere"}))
+
+
+def test_resume_with_another_model_names_the_difference(finished, tmp_path):
+    output = tmp_path / "other"
+    shutil.copytree(finished, output)
+    with pytest.raises(ValueError, match=r"head/lstm_0.*checkpoint .*model"):
+        run.train("sample", small(output, **{"train.resume": True, "train.steps": 20, "policy.head.hidden_size": 64}))
+    with pytest.raises(ValueError, match="seed"):
+        run.train("sample", small(output, **{"train.resume": True, "train.steps": 20, "train.seed": 1}))
+
+
+def test_not_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a directory"):
+        load_policy(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match="an empty directory"):
+        load_policy(tmp_path)
+
+
+def test_presets_are_what_the_table_says():
+    for name, config in calvin_abcd.PRESETS.items():
+        config.validate(1)
+        assert dataclasses.replace(config).train.output == f"runs/{name}"
+    released, paper = calvin_abcd.PRESETS["kosmos_lstm"].optimizer, calvin_abcd.PRESETS["kosmos_lstm_paper"].optimizer
+    assert (released.learning_rate, released.weight_decay) == (2e-5, 0.0)
+    assert (paper.learning_rate, paper.weight_decay) == (1e-4, 0.01)
+
+
+def test_own_data_means_the_real_preset():
+    assert calvin_abcd.default_preset([]) == "sample"
+    assert calvin_abcd.default_preset(["--train.steps", "3"]) == "sample"
+    assert calvin_abcd.default_preset(["--data.root", "x"]) == "kosmos_lstm"
+    assert calvin_abcd.default_preset(["--backbone.weights=x"]) == "kosmos_lstm"

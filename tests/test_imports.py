@@ -1,0 +1,145 @@
+"""Import directions (docs/style.md, section 2), and what importing the library must not do."""
+
+from __future__ import annotations
+
+import ast
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = "robovlms_jax"
+
+
+class Room(NamedTuple):
+    """A row of the table. imports: project modules it may use. libraries: the only outside ones; None = any."""
+
+    imports: frozenset[str]
+    libraries: frozenset[str] | None
+
+
+def read_table() -> dict[str, Room]:
+    """The table in docs/style.md: room (dotted, below the package) -> its row."""
+    page = (ROOT / "docs" / "style.md").read_text()
+    block = re.search(r"reads this table:\n\n```\n(.*?)```", page, flags=re.DOTALL)
+    assert block, "docs/style.md has lost its table of imports"
+    rooms = {}
+    for line in block[1].splitlines():
+        room, imports, libraries = re.fullmatch(r"(\S+)\s+->([^|]+)(?:\|(.+))?", line).groups()
+        rooms[room] = Room(words(imports) - {"nothing"}, words(libraries) if libraries else None)
+    return rooms
+
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(word.strip() for word in text.split(","))
+
+
+def imports_of(source: str) -> Iterator[str]:
+    """Dotted names a file imports, wherever in the file; of a `from` import what it names as well."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def is_within(name: str, room: str) -> bool:
+    return name == room or name.startswith(room + ".")
+
+
+def violations(module: str, source: str, table: dict[str, Room]) -> list[str]:
+    """What the file of `module` (dotted, below the package) imports and may not."""
+    own = max((room for room in table if is_within(module, room)), key=len, default=None)
+    if own is None:
+        return [f"{module} is in no room of the table in docs/style.md, section 2"]
+    room, wrong = table[own], []
+    for name in imports_of(source):
+        top, _, rest = name.partition(".")
+        if top == PACKAGE:
+            allowed = any(is_within(rest, other) for other in {own, *room.imports})
+        elif top in ("experiments", "benchmarks", "tests", ""):  # "": a relative import
+            allowed = False
+        else:
+            allowed = room.libraries is None or top in room.libraries or top in sys.stdlib_module_names
+        if not allowed:
+            wrong.append(f"{module} imports {name}; {own} may import {sorted(room.imports)}")
+    return wrong
+
+
+def library_files() -> dict[str, pathlib.Path]:
+    """Module name below the package -> file."""
+    files = {}
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
+
+
+def test_directions():
+    table = read_table()
+    files = library_files()
+    assert files.pop("").read_text() == "", f"{PACKAGE}/__init__.py must stay empty"
+    wrong = [line for module, path in files.items() for line in violations(module, path.read_text(), table)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_table_keeps_what_the_page_promises():
+    table = read_table()
+    assert not [room for room, row in table.items() if any(is_within(name, "data") for name in row.imports)]
+    assert table["training"].imports.isdisjoint({"evaluation", "envs", "deploy"})
+    assert table["interface"] == Room(frozenset(), frozenset({"numpy"}))
+    assert table["deploy"].libraries == {"numpy"}
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("training.loop", "from robovlms_jax.envs import tasks"),
+        ("training.loop", "import robovlms_jax.data.pipeline"),
+        ("policies.vla", "from robovlms_jax.data.base import Episode"),
+        ("policies.heads.lstm", "from robovlms_jax import config"),
+        ("weights.rules", "from robovlms_jax.weights import sources"),
+        ("interface", "import jax"),
+        ("interface", "from robovlms_jax.types import Array"),
+        ("deploy.client", "def connect():\n    import flax.linen as nn"),
+        ("nn.mlp", "import optax"),
+        ("nn.mlp", "from . import linear"),
+        ("data.base", "from experiments import run"),
+        ("gardening.spade", "import numpy"),
+    ],
+)
+def test_guard_notices(module: str, line: str):
+    assert len(violations(module, line, read_table())) == 1
+
+
+def test_no_utils():
+    # A helper lives with its first user and moves when a second room needs it.
+    folders = (PACKAGE, "experiments", "benchmarks", "tests")
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*.py") if re.match(r"utils?\b", path.stem)]
+    assert not found
+
+
+IMPORT_EVERYTHING = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+heavy = {"torch", "tensorflow", "transformers"} & set(sys.modules)
+assert not heavy, f"importing the library loads {sorted(heavy)}"
+"""
+
+
+def test_importing_the_library_is_light():
+    # No such platform: whatever starts a device while it is imported raises.
+    modules = [f"{PACKAGE}.{module}" if module else PACKAGE for module in library_files()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "none"}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_EVERYTHING, *modules], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
