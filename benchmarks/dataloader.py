@@ -76,7 +76,9 @@ def main(args: Args) -> None:
             "windows_per_second": rates,
             "times_upstream_npz": {name: rate / rates["upstream_npz"] for name, rate in rates.items()},
             "bytes_per_frame": sizes,
-            "settings": {name: getattr(args, name) for name in ("frames", "window", "chunk", "batch_size", "seconds")},
+            "settings": {
+                name: getattr(args, name) for name in ("frames", "window", "chunk", "batch_size", "seconds", "rounds")
+            },
         },
         args.out,
     )

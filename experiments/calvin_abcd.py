@@ -1,7 +1,8 @@
 """CALVIN ABCD -> D: train a VLA on CALVIN episodes, evaluate it on the validation split, write a report.
 
-    python -m experiments.calvin_abcd                                   # bundled sample, small model, a few minutes on a laptop
-    python -m experiments.calvin_abcd --preset kosmos_lstm --data.root data/task_ABCD_D --backbone.weights DIR
+python -m experiments.calvin_abcd                                   # bundled sample, small model, a few minutes on a
+laptop
+python -m experiments.calvin_abcd --preset kosmos_lstm --data.root data/task_ABCD_D --backbone.weights DIR
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
+from experiments import run
 from robovlms_jax import cli
 from robovlms_jax.config import (
     BackboneConfig,
@@ -21,8 +23,6 @@ from robovlms_jax.config import (
     TrainConfig,
 )
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
-
-from experiments import run
 
 SAMPLE = pathlib.Path(__file__).resolve().parents[1] / "data" / "calvin_sample"
 
@@ -39,9 +39,13 @@ PRESETS = {
     "sample": ExperimentConfig(
         backbone=BackboneConfig(name="kosmos-2-twin"),
         policy=PolicyConfig(window=8, chunk=10, head=LSTMHeadConfig(hidden_size=128, num_layers=2, trunk=(256, 128))),
-        data=DataConfig(root=str(SAMPLE), windows_per_segment=8, static_shift=4, wrist_shift=2, num_threads=2, prefetch=4),
+        data=DataConfig(
+            root=str(SAMPLE), windows_per_segment=8, static_shift=4, wrist_shift=2, num_threads=2, prefetch=4
+        ),
         optimizer=OptimizerConfig(learning_rate=3e-4, weight_decay=0.01, schedule="cosine", warmup_steps=20),
-        train=TrainConfig(output="runs/sample", steps=200, batch_size=32, log_every=10, eval_every=100, checkpoint_every=100),
+        train=TrainConfig(
+            output="runs/sample", steps=200, batch_size=32, log_every=10, eval_every=100, checkpoint_every=100
+        ),
         evaluation=EvaluationConfig(batches=0, episodes=3),
     ),
     "kosmos_lstm": KOSMOS,
@@ -56,7 +60,9 @@ PRESETS = {
         KOSMOS,
         backbone=dataclasses.replace(KOSMOS.backbone, lora_rank=16),
         optimizer=dataclasses.replace(KOSMOS.optimizer, learning_rate=1e-4),
-        train=dataclasses.replace(KOSMOS.train, output="runs/kosmos_lstm_lora", trainable=("lora_", "^head/", "^readout/"), batch_size=32),
+        train=dataclasses.replace(
+            KOSMOS.train, output="runs/kosmos_lstm_lora", trainable=("lora_", "^head/", "^readout/"), batch_size=32
+        ),
     ),
 }
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import validation
 from robovlms_jax import build
 from robovlms_jax.config import ExperimentConfig, to_dict
 from robovlms_jax.data import base as datasets
@@ -22,8 +23,6 @@ from robovlms_jax.inputs import prompts
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.rollout import EncodeText
 from robovlms_jax.training import checkpoints, loop, metrics, optimizer, provenance, state, step
-
-from experiments import validation
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,8 @@ class Data:
 
 
 def run(name: str, config: ExperimentConfig) -> None:
-    """Train and report. `name` is the preset's, for the report. Errors of the user end the process with a message and status 1."""
+    """Train and report. `name` is the preset's, for the report. Errors of the user end the process with a message and
+    status 1."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
     )
@@ -77,8 +77,11 @@ def train(name: str, config: ExperimentConfig) -> pathlib.Path:
     sentences = [episode.instruction for episode in opened["training"].episodes]
     backbone = build.open_backbone(config.backbone, sentences)
     instructions = [episode.instruction for dataset in opened.values() for episode in dataset.episodes]
-    length = prompts.longest(backbone.tokenizer, backbone.vlm.prompt, instructions)
-    encode = backbone.encoder(config.data.text_length or length)
+    length = config.data.text_length or prompts.longest(backbone.tokenizer, backbone.vlm.prompt, instructions)
+
+    def encode(instruction: str) -> tuple[np.ndarray, np.ndarray]:
+        return prompts.encode(backbone.tokenizer, backbone.vlm.prompt, instruction, length)
+
     data = Data(*(_source(config, opened[split], encode) for split in ("training", "validation")))
     config = config.resolve(data.train.num_windows, length)
 
@@ -87,7 +90,8 @@ def train(name: str, config: ExperimentConfig) -> pathlib.Path:
     shapes, _ = build.abstract_params(model, mesh)
     trainable_size, size = _count_trainable(shapes, config), build.count(shapes)
     logger.info(
-        "preset %s: %d devices (%s), mesh %s, %s parameters, %s trainable; %d training and %d validation windows; batch %d windows = %d "
+        "preset %s: %d devices (%s), mesh %s, %s parameters, %s trainable; %d training and %d validation windows; "
+        "batch %d windows = %d "
         "segments; %s",
         *(name, jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape), f"{size:,}", f"{trainable_size:,}"),
         *(
@@ -169,7 +173,8 @@ def train(name: str, config: ExperimentConfig) -> pathlib.Path:
 def _open_split(config: ExperimentConfig, split: str) -> datasets.Dataset:
     if not config.data.root:
         raise ValueError(
-            "data.root is empty; pass --data.root DIR, a directory with training/ and validation/ (data/README.md says how to get one)."
+            "data.root is empty; pass --data.root DIR, a directory with training/ and validation/ (data/README.md "
+            "says how to get one)."
         )
     chosen: Mapping[str, Any] = {}
     if split == "training":  # validation keeps every task, whatever training sees
@@ -225,7 +230,8 @@ def _require_free(output: pathlib.Path, *, resume: bool) -> None:
     has = folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
     if has and not resume:
         raise ValueError(
-            f"{output} already holds checkpoints; pass --train.resume to go on with it or choose another --train.output."
+            f"{output} already holds checkpoints; pass --train.resume to go on with it or choose another "
+            f"--train.output."
         )
     if resume and not has:
         raise ValueError(

@@ -30,7 +30,9 @@ CALVIN_UNITS = (0.02,) * 3 + (0.05,) * 3
 class Evaluator:
     """Holds what does not change between evaluations: the split and the compiled step."""
 
-    def __init__(self, model: VLA, mesh: Mesh, config: ExperimentConfig, source: pipeline.SegmentSource, encode: EncodeText):
+    def __init__(
+        self, model: VLA, mesh: Mesh, config: ExperimentConfig, source: pipeline.SegmentSource, encode: EncodeText
+    ):
         self._model, self._mesh, self._config, self._source, self._encode = model, mesh, config, source, encode
         self._step = step.make_eval_step(model, mesh)
 
@@ -39,7 +41,15 @@ class Evaluator:
         sums, losses = self._measure(state)
         return losses | offline.scalars(offline.summarize(offline.over_chunk(sums)))
 
-    def report(self, state: TrainState, write: Callable[[dict[str, float]], None], output: pathlib.Path, title: str, facts: Mapping[str, Any], closing: str) -> None:
+    def report(
+        self,
+        state: TrainState,
+        write: Callable[[dict[str, float]], None],
+        output: pathlib.Path,
+        title: str,
+        facts: Mapping[str, Any],
+        closing: str,
+    ) -> None:
         """Numbers through `write(values)`, then report.md, report.json and figures (first process only)."""
         sums, losses = self._measure(state)
         write(losses | offline.scalars(offline.summarize(offline.over_chunk(sums))))
@@ -47,7 +57,14 @@ class Evaluator:
         curves = self._curves(state)
         if jax.process_index() == 0:
             report.write_report(
-                output, title=title, facts=facts, sums=sums, sensitivity=sensitivity, episodes=curves, units=CALVIN_UNITS, closing=closing
+                output,
+                title=title,
+                facts=facts,
+                sums=sums,
+                sensitivity=sensitivity,
+                episodes=curves,
+                units=CALVIN_UNITS,
+                closing=closing,
             )
 
     def _measure(self, state: TrainState) -> tuple[offline.Sums, dict[str, float]]:
@@ -63,7 +80,8 @@ class Evaluator:
         return offline.add(*parts), {name: value / max(count, 1.0) for name, value in totals.items()}
 
     def _language(self, state: TrainState) -> offline.Sensitivity | None:
-        """The first batches again, each frame under the next other instruction of the split. None when there is only one."""
+        """The first batches again, each frame under the next other instruction of the split. None when there is only
+        one."""
         episodes = self._source.dataset.episodes
         sentences = sorted({episode.instruction for episode in episodes})
         if len(sentences) < 2:
@@ -86,12 +104,16 @@ class Evaluator:
             return []
         # Replicated: every host acts in the same way, so this works on any mesh.
         params = jax.jit(lambda params: params, out_shardings=meshes.replicated(self._mesh))(state.params)
-        policy = VLAPolicy(self._model, multihost_utils.process_allgather(params) if jax.process_count() > 1 else params, self._encode)
+        policy = VLAPolicy(
+            self._model, multihost_utils.process_allgather(params) if jax.process_count() > 1 else params, self._encode
+        )
         curves = []
         for episode in episodes[:: math.ceil(len(episodes) / count)]:
             images, actions = pipeline.episode_arrays(self._source.dataset, episode, self._model.config.cameras)
             policy.reset(episode.instruction)
-            predicted = [policy.act(Observation({c: x[t] for c, x in images.items()})).actions[0] for t in range(len(actions))]
+            predicted = [
+                policy.act(Observation({c: x[t] for c, x in images.items()})).actions[0] for t in range(len(actions))
+            ]
             curves.append(report.EpisodeCurves(episode.instruction, np.stack(predicted), actions))
         return curves
 

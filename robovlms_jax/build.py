@@ -43,7 +43,8 @@ class Backbone:
     directory: pathlib.Path | None = None
 
     def encoder(self, length: int) -> EncodeText:
-        """Instruction -> (int32[T], bool[T]) with T = `length`, or the next multiple of 8 that a longer prompt needs."""
+        """Instruction -> (int32[T], bool[T]) with T = `length`, or the next multiple of 8 that a longer prompt
+        needs."""
 
         def encode(instruction: str) -> tuple[np.ndarray, np.ndarray]:
             need = prompts.longest(self.tokenizer, self.vlm.prompt, [instruction])
@@ -64,7 +65,9 @@ def open_backbone(config: BackboneConfig, sentences: Iterable[str]) -> Backbone:
         directory = tokenizers.resolve_weights(config.weights)
         return dataclasses.replace(_open(config, directory), directory=directory)
     vlm = backbones.get(config.name)
-    logger.info("backbone %s: random parameters, tokenizer made from the training sentences (no backbone.weights)", config.name)
+    logger.info(
+        "backbone %s: random parameters, tokenizer made from the training sentences (no backbone.weights)", config.name
+    )
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory)
         (path / "config.json").write_text(json.dumps(backbones.to_hf_config(vlm), indent=2))
@@ -91,7 +94,8 @@ def _open(config: BackboneConfig, directory: pathlib.Path) -> Backbone:
     tokenizer = tokenizers.load_tokenizer(directory)
     if len(tokenizer) > vlm.text.vocab_size:
         raise ValueError(
-            f"{directory}: the tokenizer has {len(tokenizer)} tokens but the model's vocabulary is {vlm.text.vocab_size}; "
+            f"{directory}: the tokenizer has {len(tokenizer)} tokens but the model's vocabulary is "
+            f"{vlm.text.vocab_size}; "
             "tokenizer and config.json belong to different models."
         )
     return Backbone(vlm, tokenizer, tokenizers.read_assets(directory))
@@ -108,7 +112,8 @@ def abstract_params(model: VLA, mesh: Mesh) -> tuple[Any, Any]:
 
 
 def init_params(model: VLA, mesh: Mesh, seed: int, backbone: Backbone | None = None) -> Any:
-    """Parameters in their shardings. The backbone's come from `backbone.directory` if it has one, tensor by tensor; the rest is random.
+    """Parameters in their shardings. The backbone's come from `backbone.directory` if it has one, tensor by tensor;
+    the rest is random.
 
     Random values of the loaded parameters are never made: the compiler drops what is not asked for.
     """

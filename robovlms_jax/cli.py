@@ -20,14 +20,16 @@ def parse(
     description: str,
     argv: Sequence[str] | None = None,
 ) -> tuple[str, Config]:
-    """`--preset NAME` chooses the starting point, every other flag overrides one of its fields, e.g. `--train.batch_size 64`.
+    """`--preset NAME` chooses the starting point, every other flag overrides one of its fields, e.g.
+    `--train.batch_size 64`.
 
     Args:
       presets: name -> configuration.
       default: the preset without --preset, or a function of the arguments that names it.
       argv: arguments without the program's name; None reads the command line.
     Returns:
-      (preset name, configuration). Wrong flags or values end the process with status 2 and a message naming the nearest flag.
+      (preset name, configuration). Wrong flags or values end the process with status 2 and a message naming the
+      nearest flag.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = _take_preset(arguments)
@@ -37,7 +39,8 @@ def parse(
         near = difflib.get_close_matches(name, presets, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         sys.exit(_fail(f"unknown preset {name!r}{hint} Presets: {', '.join(presets)}."))
-    text = f"{description}\n\n--preset NAME, one of: {', '.join(presets)} (here: {name}); shown defaults are that preset's."
+    listed = f"--preset NAME, one of: {', '.join(presets)} (here: {name}); shown defaults are that preset's."
+    text = f"{description}\n\n{listed}"
     config = tyro.cli(
         type(presets[name]),
         default=presets[name],

@@ -1,6 +1,7 @@
 """Experiment configuration: frozen dataclasses that are the schema, the defaults and the help text.
 
-Facts of one part are checked when the part is built; facts between parts by `ExperimentConfig.validate`, before anything
+Facts of one part are checked when the part is built; facts between parts by `ExperimentConfig.validate`, before
+anything
 is compiled. `to_dict` / `from_dict` are what checkpoints store.
 """
 
@@ -29,9 +30,11 @@ class BackboneConfig:
     """Which vision-language model, and how it computes."""
 
     name: str = "kosmos-2"
-    """Registered backbone. With `weights`, the architecture comes from that directory's config.json instead of the published size."""
+    """Registered backbone. With `weights`, the architecture comes from that directory's config.json instead of the
+    published size."""
     weights: str = ""
-    """Directory with config.json, safetensors and tokenizer files, as published on the Hugging Face hub; or hf://OWNER/NAME to
+    """Directory with config.json, safetensors and tokenizer files, as published on the Hugging Face hub; or
+    hf://OWNER/NAME to
     download it. Empty: random parameters."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products. Parameters, norms, softmax and losses stay float32."""
@@ -62,7 +65,8 @@ class PolicyConfig:
     chunk: int = 10
     """C: future actions predicted at every step, beginning with the current one."""
     cameras: tuple[str, ...] = ("wrist", "static")
-    """Cameras in the order their tokens follow the prompt's first token (released RoboVLMs checkpoints: wrist, then static)."""
+    """Cameras in the order their tokens follow the prompt's first token (released RoboVLMs checkpoints: wrist, then
+    static)."""
     action_low: tuple[float, ...] = (-0.65,) * 6
     """Lower end of each arm dimension in dataset units; clipped, then mapped to -1. The gripper is never normalised."""
     action_high: tuple[float, ...] = (0.65,) * 6
@@ -91,20 +95,25 @@ class DataConfig:
     """Episodes on disk and how they become batches."""
 
     root: str = ""
-    """Directory that holds `training` and `validation`, in CALVIN's own layout or packed by `python -m experiments.pack_calvin`."""
+    """Directory that holds `training` and `validation`, in CALVIN's own layout or packed by `python -m
+    experiments.pack_calvin`."""
     windows_per_segment: int = 1
-    """K: windows that share one run of W + K - 1 frames, each frame encoded once. 1 is upstream's sampling; 8 is about four times
+    """K: windows that share one run of W + K - 1 frames, each frame encoded once. 1 is upstream's sampling; 8 is
+    about four times
     faster at W = 8."""
     episode_list: str = ""
-    """JSON ({task: [[start, end], ...]}) or text ("index start end" per line) naming the annotated spans to train on. Empty: all."""
+    """JSON ({task: [[start, end], ...]}) or text ("index start end" per line) naming the annotated spans to train on.
+    Empty: all."""
     exclude_tasks: tuple[str, ...] = ()
     """Task ids to leave out of training."""
     annotation_folder: str = "lang_annotations"
     """Folder under each split with auto_lang_ann.npy (original layout only)."""
     text_length: int = 0
-    """Prompt tokens every prompt is padded to. 0: the longest prompt of the training split, rounded up to a multiple of 8."""
+    """Prompt tokens every prompt is padded to. 0: the longest prompt of the training split, rounded up to a multiple
+    of 8."""
     static_shift: int = 10
-    """Random shift augmentation of the static camera, in pixels at the model's resolution, constant within a segment. 0: off."""
+    """Random shift augmentation of the static camera, in pixels at the model's resolution, constant within a segment.
+    0: off."""
     wrist_shift: int = 4
     """The same for the wrist camera."""
     num_threads: int = 8
@@ -119,7 +128,9 @@ class DataConfig:
             _require(getattr(self, field) >= 1, f"data.{field}={getattr(self, field)} must be at least 1.")
         for field in ("static_shift", "wrist_shift", "text_length"):
             _require(getattr(self, field) >= 0, f"data.{field}={getattr(self, field)} must not be negative.")
-        _require(0 <= self.max_corrupt_share < 1, f"data.max_corrupt_share={self.max_corrupt_share} must lie in [0, 1).")
+        _require(
+            0 <= self.max_corrupt_share < 1, f"data.max_corrupt_share={self.max_corrupt_share} must lie in [0, 1)."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +144,8 @@ class OptimizerConfig:
     beta2: float = 0.999
     epsilon: float = 1e-8
     schedule: Literal["constant", "cosine", "step"] = "constant"
-    """After warm-up: constant; cosine down to min_scale at train.steps; or multiplied by step_factor every step_every steps."""
+    """After warm-up: constant; cosine down to min_scale at train.steps; or multiplied by step_factor every step_every
+    steps."""
     warmup_steps: int = 0
     """Linear warm-up from 0; the first update then has learning rate 0, as upstream's has."""
     warmup_epochs: float = 0.0
@@ -161,7 +173,8 @@ class TrainConfig:
     output: str = "runs/default"
     """Run directory: config, logs, checkpoints, report."""
     resume: bool = False
-    """Go on from the newest checkpoint in `output`. Without it, a directory that already holds checkpoints is refused."""
+    """Go on from the newest checkpoint in `output`. Without it, a directory that already holds checkpoints is
+    refused."""
     steps: int = 50_000
     """Optimizer steps."""
     epochs: float = 0.0
@@ -171,7 +184,8 @@ class TrainConfig:
     accumulation: int = 1
     """Micro-batches per step; the gradient equals that of the whole batch."""
     trainable: tuple[str, ...] = (".*",)
-    """Regular expressions searched in parameter paths such as backbone/text/layers/attn/q/kernel; what matches none is frozen."""
+    """Regular expressions searched in parameter paths such as backbone/text/layers/attn/q/kernel; what matches none
+    is frozen."""
     seed: int = 0
     """Initialisation, data order, augmentation and dropout."""
     log_every: int = 10
@@ -195,7 +209,9 @@ class TrainConfig:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"train.trainable has {pattern!r}, which is not a regular expression: {error}.") from error
+                raise ValueError(
+                    f"train.trainable has {pattern!r}, which is not a regular expression: {error}."
+                ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,12 +270,14 @@ class ExperimentConfig:
                 f"train.batch_size={size} windows is no multiple of data.windows_per_segment={per_segment}; "
                 f"try {max(size // per_segment, 1) * per_segment}."
             )
-        data, fsdp, tensor = self.mesh_sizes(num_devices)
+        data, fsdp, _ = self.mesh_sizes(num_devices)
         step = data * fsdp * self.train.accumulation
         if self.segments_per_batch % step:
             raise ValueError(
-                f"train.batch_size={size} is {self.segments_per_batch} segments of {per_segment} windows, which does not divide over "
-                f"{data * fsdp} data-parallel devices (mesh.data={data} x mesh.fsdp={fsdp}) x train.accumulation={self.train.accumulation}; "
+                f"train.batch_size={size} is {self.segments_per_batch} segments of {per_segment} windows, which does "
+                f"not divide over "
+                f"{data * fsdp} data-parallel devices (mesh.data={data} x mesh.fsdp={fsdp}) x "
+                f"train.accumulation={self.train.accumulation}; "
                 f"try {max(self.segments_per_batch // step, 1) * step * per_segment}."
             )
 
@@ -290,7 +308,8 @@ class ExperimentConfig:
             sizes[sizes.index(-1)] = num_devices // fixed
         elif -1 in sizes or fixed != num_devices:
             raise ValueError(
-                f"mesh.data={sizes[0]} x mesh.fsdp={sizes[1]} x mesh.tensor={sizes[2]} does not make the {num_devices} devices present; "
+                f"mesh.data={sizes[0]} x mesh.fsdp={sizes[1]} x mesh.tensor={sizes[2]} does not make the "
+                f"{num_devices} devices present; "
                 "set one of them to -1 to take what is left."
             )
         return tuple(sizes)
@@ -319,7 +338,10 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"{path} has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {sorted(known)}."))
+            raise ValueError(
+                f"{path} has no field {name!r}"
+                + (f"; did you mean {near[0]!r}?" if near else f"; known: {sorted(known)}.")
+            )
     kwargs = {}
     for name, value in values.items():
         hint = hints[name]

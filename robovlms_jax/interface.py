@@ -1,4 +1,5 @@
-"""What simulators and robots see: observations in, action chunks out. NumPy only, so it runs on the robot's computer."""
+"""What simulators and robots see: observations in, action chunks out. NumPy only, so it runs on the robot's
+computer."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class ActionChunk:
     """The next C actions, ready to execute in order.
 
     actions: float32[C, 7]; columns 0:3 translation and 3:6 Euler rotation in the units the policy was trained on
-      (CALVIN: relative, 1.0 = 0.02 m and 0.05 rad, world frame), column 6 the gripper, exactly +1 (open) or -1 (closed).
+      (CALVIN: relative, 1.0 = 0.02 m and 0.05 rad, world frame), column 6 the gripper, exactly +1 (open) or -1
+      (closed).
     """
 
     actions: np.ndarray

@@ -17,7 +17,8 @@ def load_policy(path: str | pathlib.Path) -> VLAPolicy:
     """A policy for one robot, on this process's first device.
 
     Args:
-      path: a run directory (its newest checkpoint is taken) or one of its checkpoints/<step> folders; nothing else is needed.
+      path: a run directory (its newest checkpoint is taken) or one of its checkpoints/<step> folders; nothing else is
+        needed.
     Raises:
       FileNotFoundError, ValueError: no or another model's checkpoint; says what was looked for.
     """

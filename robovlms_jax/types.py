@@ -1,6 +1,7 @@
 """Structs that jitted code sees, and the one legend of axis letters.
 
-    B batch     W window (observed steps)   C chunk (predicted steps)   A action dims    G frames of a segment, W + K - 1
+    B batch     W window (observed steps)   C chunk (predicted steps)   A action dims    G frames of a segment, W + K
+    - 1
     S tokens (queries)   T tokens (keys)    D model width   F mlp width   V vocabulary   L layers   R LoRA rank
     N query heads        H head dim         P image tokens  Q action-query tokens
     K key/value heads in `nn`; windows of a segment in `data` and `policies`

@@ -8,7 +8,8 @@ from robovlms_jax.weights import rules
 
 
 def policy_rules(model: VLA) -> rules.Rules:
-    """Rules for a whole upstream policy (`action_space: continuous`, LSTMDecoder); wrapper prefixes are stripped before matching.
+    """Rules for a whole upstream policy (`action_space: continuous`, LSTMDecoder); wrapper prefixes are stripped
+    before matching.
 
     Upstream repeats one action token for all queries, so only a policy with one query has a counterpart there.
 
@@ -18,7 +19,8 @@ def policy_rules(model: VLA) -> rules.Rules:
     head = model.config.head
     if not isinstance(head, LSTMHeadConfig) or model.config.num_queries != 1:
         raise ValueError(
-            f"upstream checkpoints are read for an LSTM head with policy.num_queries=1; this policy has {type(head).__name__} "
+            f"upstream checkpoints are read for an LSTM head with policy.num_queries=1; this policy has "
+            f"{type(head).__name__} "
             f"with {model.config.num_queries}."
         )
     return (

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import pathlib
 
-import jax
-import numpy as np
-import pytest
+# Tests compile far more than they compute. Set before jax is imported; child processes inherit it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 

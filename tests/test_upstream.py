@@ -39,7 +39,8 @@ def policy(golden, shared_data):
 
 
 def inputs_of(data, row: int) -> Inputs:
-    """One sample with its own prompt unpadded: upstream moves the action token behind a batch's padding, for a sample alone it does not."""
+    """One sample with its own prompt unpadded: upstream moves the action token behind a batch's padding, for a sample
+    alone it does not."""
     frames = np.moveaxis(data["vision_x"][row : row + 1], 2, -1)
     length = int(data["attention_mask"][row].sum())
     ids = data["lang_x"][row : row + 1, :length].astype(np.int32)
@@ -97,7 +98,8 @@ def test_padding_a_prompt_keeps_upstreams_unpadded_numbers(policy, exact_matmul)
     row = longest(data)
     inputs = inputs_of(data, row)
     padded = inputs.replace(
-        text_ids=np.pad(inputs.text_ids, ((0, 0), (0, 6)), constant_values=1), text_mask=np.pad(inputs.text_mask, ((0, 0), (0, 6)))
+        text_ids=np.pad(inputs.text_ids, ((0, 0), (0, 6)), constant_values=1),
+        text_mask=np.pad(inputs.text_mask, ((0, 0), (0, 6))),
     )
     features = apply(model, params, padded, method="features")
     np.testing.assert_allclose(features[0], data["action_hs"][row], atol=1e-4)

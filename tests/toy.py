@@ -21,7 +21,9 @@ def make_model(**changes) -> vla.VLA:
     return vla.VLA(config, backbones.get("kosmos-2").tiny())
 
 
-def make_batch(rng: np.random.Generator, *, window: int = W, batch: int = B, mask_tail: int = 0, windows: int = K) -> Batch:
+def make_batch(
+    rng: np.random.Generator, *, window: int = W, batch: int = B, mask_tail: int = 0, windows: int = K
+) -> Batch:
     frames = window + windows - 1
     steps = frames + C - 1
     actions = rng.uniform(-1, 1, (batch, steps, 7)).astype(np.float32)

@@ -41,7 +41,8 @@ def abstract_params(init: Callable[[], Any], mesh: Mesh) -> tuple[Any, Any]:
     Args:
       init: () -> parameters whose leaves carry logical axis names.
     Returns:
-      (jax.ShapeDtypeStruct tree, NamedSharding tree), both without the axis-name boxes. An axis that does not divide over its
+      (jax.ShapeDtypeStruct tree, NamedSharding tree), both without the axis-name boxes. An axis that does not divide
+      over its
       mesh axis stays whole.
     """
     boxed = jax.eval_shape(init)
@@ -51,7 +52,9 @@ def abstract_params(init: Callable[[], Any], mesh: Mesh) -> tuple[Any, Any]:
     ):
         unknown = [axis for axis in spec if axis is not None and axis not in names]
         if unknown:
-            raise ValueError(f"parameter {jax.tree_util.keystr(path)} names axes {unknown} that parallel/rules.py does not know.")
+            raise ValueError(
+                f"parameter {jax.tree_util.keystr(path)} names axes {unknown} that parallel/rules.py does not know."
+            )
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
     shapes = nn.unbox(boxed)
     return shapes, jax.tree.map(_fit, shapes, shardings)
@@ -67,6 +70,7 @@ def _fit(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """This host's share of a batch (NumPy leaves, leading batch axis) -> global arrays split over the data-parallel devices."""
+    """This host's share of a batch (NumPy leaves, leading batch axis) -> global arrays split over the data-parallel
+    devices."""
     sharding = batched(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

@@ -50,6 +50,7 @@ HISTORIES: dict[str, type] = {"policy_head": PolicyHeadHistory}
 
 
 def windows(x: jax.Array, window: int) -> jax.Array:
-    """All windows of a segment: [B, G, ...] -> [B, K, W, ...] with K = G - W + 1; window k holds frames k .. k + W - 1."""
+    """All windows of a segment: [B, G, ...] -> [B, K, W, ...] with K = G - W + 1; window k holds frames k .. k + W -
+    1."""
     count = x.shape[1] - window + 1
     return x[:, np.arange(count)[:, None] + np.arange(window)]

@@ -1,4 +1,5 @@
-"""Sums over masked entries divided by an explicit count, so that micro-batches and devices add up to the batch's mean."""
+"""Sums over masked entries divided by an explicit count, so that micro-batches and devices add up to the batch's
+mean."""
 
 from __future__ import annotations
 

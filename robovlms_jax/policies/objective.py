@@ -28,7 +28,8 @@ def prepare(
 ) -> Inputs:
     """uint8 frames of any size -> normalised float32[B, G, size, size, 3], on the device.
 
-    With `key`, each camera is shifted randomly by up to `shifts[camera]` pixels, the same way in all frames of a segment.
+    With `key`, each camera is shifted randomly by up to `shifts[camera]` pixels, the same way in all frames of a
+    segment.
     """
     prepared = {}
     for index, camera in enumerate(cameras):
@@ -70,7 +71,8 @@ def loss(
 
     Args:
       key: PRNG key for augmentation and dropout; None turns both off.
-      count: entries that count in the whole batch when `batch` is a micro-batch of it (`valid_entries`); None: this batch.
+      count: entries that count in the whole batch when `batch` is a micro-batch of it (`valid_entries`); None: this
+        batch.
       shifts: camera -> pixels of random shift.
     Returns:
       float32[] loss, metrics as float32[] sums over `count`.

@@ -11,7 +11,8 @@ from robovlms_jax.types import Tokens
 class ActionQuery(nn.Module):
     """Learned tokens appended to the prompt; their final hidden states are the features.
 
-    Zero at the start like upstream's `action_token` (base_backbone.py), which the language model then scales and gives a position.
+    Zero at the start like upstream's `action_token` (base_backbone.py), which the language model then scales and
+    gives a position.
     """
 
     num_queries: int

@@ -45,7 +45,9 @@ def control_step(
     inputs = objective.prepare(inputs, model.vlm.image, model.config.cameras)
     actions, new = model.apply({"params": params}, inputs, carry, method="step")
     carry = jax.tree.map(lambda a, b: jnp.where(active.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, carry)
-    return normalize.unnormalize(actions, jnp.asarray(model.config.action_low), jnp.asarray(model.config.action_high)), carry
+    return normalize.unnormalize(
+        actions, jnp.asarray(model.config.action_low), jnp.asarray(model.config.action_high)
+    ), carry
 
 
 class BatchedVLAPolicy:
@@ -57,13 +59,16 @@ class BatchedVLAPolicy:
     def __init__(self, model: VLA, params: Any, encode_text: EncodeText, slots: int):
         self.model, self.params, self.slots = model, params, slots
         self._encode = encode_text
-        # The carry always lies where the parameters lie: were it placed anew by the first call, the second would compile again.
+        # The carry always lies where the parameters lie: were it placed anew by the first call, the second would
+        # compile again.
         place = jax.tree.leaves(params)[0].sharding
         place = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
         self._step = jax.jit(functools.partial(control_step, model), donate_argnums=1, out_shardings=place)
         fresh = model.init_carry(1)
         self._reset = jax.jit(
-            lambda carry, slot: jax.tree.map(lambda a, b: a.at[slot].set(b[0]), carry, fresh), donate_argnums=0, out_shardings=place
+            lambda carry, slot: jax.tree.map(lambda a, b: a.at[slot].set(b[0]), carry, fresh),
+            donate_argnums=0,
+            out_shardings=place,
         )
         self._carry = jax.device_put(model.init_carry(slots), place)
         self._text: list[tuple[np.ndarray, np.ndarray] | None] = [None] * slots
@@ -93,10 +98,14 @@ class BatchedVLAPolicy:
     def _take(self, slot: int, observation: Observation) -> None:
         for camera in self.model.config.cameras:
             if camera not in observation.images:
-                raise ValueError(f"observation has no {camera!r} image; this policy sees {list(self.model.config.cameras)}.")
+                raise ValueError(
+                    f"observation has no {camera!r} image; this policy sees {list(self.model.config.cameras)}."
+                )
             image = np.asarray(observation.images[camera])
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-                raise ValueError(f"image {camera!r} is {image.dtype}{list(image.shape)}; expected uint8[height, width, 3] RGB.")
+                raise ValueError(
+                    f"image {camera!r} is {image.dtype}{list(image.shape)}; expected uint8[height, width, 3] RGB."
+                )
             store = self._images.get(camera)
             if store is None or store.shape[1:] != image.shape:
                 store = self._images[camera] = np.zeros((self.slots, *image.shape), np.uint8)
@@ -108,7 +117,8 @@ class BatchedVLAPolicy:
         ids = np.zeros((self.slots, length), np.int32)
         mask = np.zeros((self.slots, length), bool)
         for slot, text in enumerate(self._text):
-            # A slot without an episode borrows a text: its result is discarded, but rows without any real token make NaN.
+            # A slot without an episode borrows a text: its result is discarded, but rows without any real token make
+            # NaN.
             row_ids, row_mask = text or texts[0]
             ids[slot, : len(row_ids)], mask[slot, : len(row_mask)] = row_ids, row_mask
         return ids, mask

@@ -1,4 +1,5 @@
-"""The one vision-language-action module: history x readout x head around a backbone (Li et al. 2024, arXiv:2412.14058)."""
+"""The one vision-language-action module: history x readout x head around a backbone (Li et al. 2024,
+arXiv:2412.14058)."""
 
 from __future__ import annotations
 

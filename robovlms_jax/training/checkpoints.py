@@ -1,9 +1,11 @@
-"""Checkpoints: parameters, optimizer, PRNG, step, data position and what serving needs, written asynchronously by Orbax.
+"""Checkpoints: parameters, optimizer, PRNG, step, data position and what serving needs, written asynchronously by
+Orbax.
 
     <run>/checkpoints/<step>/params    nested parameters
                              train     optimizer state and PRNG
                              data      JSON: position in the data stream and its fingerprint
-                             serving   JSON: full config and the backbone's small files (config.json, tokenizer, preprocessing)
+                             serving   JSON: full config and the backbone's small files (config.json, tokenizer,
+                               preprocessing)
 
 A checkpoint directory alone is enough to serve.
 """
@@ -43,7 +45,8 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, data: Mapping[str, Any]) -> None:
-        """Start writing; returns once the arrays are copied from the device. Raises what an earlier save failed with."""
+        """Start writing; returns once the arrays are copied from the device. Raises what an earlier save failed
+        with."""
         step = int(state.step)
         if step == self.latest:
             return
@@ -61,7 +64,8 @@ class Checkpointer:
         """The newest checkpoint in the shapes and shardings of `state`, and its data position.
 
         Raises:
-          ValueError: the checkpoint's parameters differ from `state`'s; names what is missing, extra or differently shaped.
+          ValueError: the checkpoint's parameters differ from `state`'s; names what is missing, extra or differently
+            shaped.
         """
         step = self.latest
         expect = {path: tuple(x.shape) for path, x in flatten_dict(state.params, sep="/").items()}
@@ -94,21 +98,28 @@ class Checkpointer:
 
 
 def locate(path: str | pathlib.Path) -> pathlib.Path:
-    """A step directory for `path`: a run directory (its newest checkpoint), its checkpoints folder, or a step directory itself.
+    """A step directory for `path`: a run directory (its newest checkpoint), its checkpoints folder, or a step
+    directory itself.
 
     Raises:
       FileNotFoundError: nothing there looks like a checkpoint; says what was looked for and what is there.
     """
     path = pathlib.Path(path).expanduser().resolve()
     if not path.is_dir():
-        raise FileNotFoundError(f"checkpoint {path} is not a directory; pass a run directory or one of its {FOLDER}/<step> folders.")
+        raise FileNotFoundError(
+            f"checkpoint {path} is not a directory; pass a run directory or one of its {FOLDER}/<step> folders."
+        )
     if (path / "params").is_dir():
         return path
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    steps = sorted((p for p in folder.iterdir() if p.name.isdigit() and (p / "params").is_dir()), key=lambda p: int(p.name))
+    steps = sorted(
+        (p for p in folder.iterdir() if p.name.isdigit() and (p / "params").is_dir()), key=lambda p: int(p.name)
+    )
     if not steps:
         found = sorted(p.name for p in path.iterdir())[:10]
-        raise FileNotFoundError(f"no checkpoint in {path}: looked for {FOLDER}/<step>/params; found {found or 'an empty directory'}.")
+        raise FileNotFoundError(
+            f"no checkpoint in {path}: looked for {FOLDER}/<step>/params; found {found or 'an empty directory'}."
+        )
     return steps[-1]
 
 
@@ -134,7 +145,11 @@ def compare_shapes(directory: pathlib.Path, expect: Mapping[str, tuple[int, ...]
     found = {path: tuple(x.shape) for path, x in flatten_dict(tree, sep="/").items()}
     problems = [f"missing in the checkpoint: {path} {expect[path]}" for path in sorted(set(expect) - set(found))]
     problems += [f"unknown to this model: {path} {found[path]}" for path in sorted(set(found) - set(expect))]
-    problems += [f"{path}: checkpoint {found[path]}, model {expect[path]}" for path in sorted(set(found) & set(expect)) if found[path] != expect[path]]
+    problems += [
+        f"{path}: checkpoint {found[path]}, model {expect[path]}"
+        for path in sorted(set(found) & set(expect))
+        if found[path] != expect[path]
+    ]
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise ValueError(

@@ -67,7 +67,9 @@ def fit(
     train, start = config.train, int(state.step)
     corrupt = _CorruptCount(config.data.max_corrupt_share, describe)
     clock = _Clock(start, train.steps, train.batch_size)
-    recent: list[Mapping[str, jax.Array]] = []  # since the last log; fetched together, so steps are not waited for one by one
+    recent: list[
+        Mapping[str, jax.Array]
+    ] = []  # since the last log; fetched together, so steps are not waited for one by one
     with _Terminated() as terminated:
         for step in range(start + 1, train.steps + 1):
             with clock.waiting():
@@ -108,13 +110,18 @@ def _check_finite(values: Mapping[str, np.ndarray], step: int) -> None:
     bad = {name: float(value) for name, value in values.items() if not math.isfinite(value)}
     if bad:
         raise DivergedError(
-            f"step {step}: {bad} not finite. Nothing after the newest checkpoint was saved; resume from it with a lower "
+            f"step {step}: {bad} not finite. Nothing after the newest checkpoint was saved; resume from it with a "
+            f"lower "
             "optimizer.learning_rate, optimizer.clip_norm > 0 or backbone.dtype=float32."
         )
 
 
 def _report_loader(loader: float, eaten: float, batch_size: int) -> None:
-    verdict = "the loader keeps up" if loader > 1.2 * eaten else "the loader limits: raise data.num_threads or pack the dataset"
+    verdict = (
+        "the loader keeps up"
+        if loader > 1.2 * eaten
+        else "the loader limits: raise data.num_threads or pack the dataset"
+    )
     logger.info("loader can feed %.0f windows/s, the step eats %.0f (batch %d): %s", loader, eaten, batch_size, verdict)
 
 
@@ -136,7 +143,8 @@ class _CorruptCount:
         if self._bad > self._max_share * max(self._seen, CORRUPT_GRACE):
             names = "; ".join(self._describe(episode) for episode in sorted(self._named)[:5])
             raise CorruptDataError(
-                f"{self._bad} of {self._seen} segments could not be read, more than data.max_corrupt_share={self._max_share}. "
+                f"{self._bad} of {self._seen} segments could not be read, more than "
+                f"data.max_corrupt_share={self._max_share}. "
                 f"Episodes: {names}. Repair or exclude them, or raise the share."
             )
 
@@ -166,7 +174,9 @@ class _Clock:
             "data_wait_share": min(self._waited / seconds, 1.0),
         }
         if self._step == self._start:
-            logger.info("step %d/%d  loss %.4f  (first step, with compilation: %.1f s)", step, self._steps, loss, seconds)
+            logger.info(
+                "step %d/%d  loss %.4f  (first step, with compilation: %.1f s)", step, self._steps, loss, seconds
+            )
         else:
             eta = datetime.timedelta(seconds=round((self._steps - step) / rate))
             logger.info(
@@ -195,7 +205,9 @@ class _Terminated:
     def __enter__(self) -> Callable[[], bool]:
         self._flag = threading.Event()
         self._main = threading.current_thread() is threading.main_thread()
-        if self._main:  # signals can only be handled there; elsewhere (tests, notebooks) runs simply cannot be terminated early
+        if (
+            self._main
+        ):  # signals can only be handled there; elsewhere (tests, notebooks) runs simply cannot be terminated early
             self._before = signal.signal(signal.SIGTERM, lambda *_: self._flag.set())
         return self._ask
 

@@ -9,7 +9,8 @@ from robovlms_jax.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step -> learning rate. Warm-up multiplies by min(1, step / warmup_steps), as upstream's `constant` schedule does."""
+    """Step -> learning rate. Warm-up multiplies by min(1, step / warmup_steps), as upstream's `constant` schedule
+    does."""
 
     def scale(step):
         if config.schedule == "cosine":
@@ -29,6 +30,10 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Global-norm clipping (when asked), then AdamW with decoupled weight decay on every parameter."""
     adamw = optax.adamw(
-        learning_rate(config, steps), b1=config.beta1, b2=config.beta2, eps=config.epsilon, weight_decay=config.weight_decay
+        learning_rate(config, steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
     )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw

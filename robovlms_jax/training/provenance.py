@@ -10,7 +10,19 @@ from typing import Any
 
 import jax
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tokenizers", "safetensors", "numpy", "chex")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "chex",
+)
 
 
 def environment() -> dict[str, Any]:

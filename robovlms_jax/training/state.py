@@ -17,7 +17,8 @@ from robovlms_jax.training import trainable
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32[], updates made; trainable, frozen: flat dicts path -> array; rng: uint32[2], never advanced, folded with step."""
+    """step: int32[], updates made; trainable, frozen: flat dicts path -> array; rng: uint32[2], never advanced,
+    folded with step."""
 
     step: jax.Array
     trainable: dict[str, jax.Array]
@@ -31,7 +32,9 @@ class TrainState:
         return unflatten_dict({**self.frozen, **self.trainable}, sep="/")
 
 
-def create(params: Any, patterns: tuple[str, ...], optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+def create(
+    params: Any, patterns: tuple[str, ...], optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+) -> TrainState:
     """State before the first step. `params` (nested, already sharded) are taken over, not copied."""
     train, frozen = trainable.split(flatten_dict(params, sep="/"), patterns)
     shardings = opt_shardings(optimizer, train, jax.tree.map(lambda x: x.sharding, train), mesh)

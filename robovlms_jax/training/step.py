@@ -56,7 +56,10 @@ def make_train_step(
             # Micro-batch i takes every accumulation-th element: each device keeps working on its own part of the batch.
             micros = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
             keys = jax.random.split(key, accumulation)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], micros), key))
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype),
+                jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], micros), key),
+            )
 
             def add(total, xs):
                 return jax.tree.map(jnp.add, total, gradients(*xs)), None

@@ -1,4 +1,5 @@
-"""What trains: parameters are split by path before differentiation, so frozen ones have no gradient and no optimizer state."""
+"""What trains: parameters are split by path before differentiation, so frozen ones have no gradient and no optimizer
+state."""
 
 from __future__ import annotations
 
@@ -18,10 +19,14 @@ def split(params: dict[str, Leaf], patterns: Sequence[str]) -> tuple[dict[str, L
     """
     idle = [pattern for pattern in patterns if not any(re.search(pattern, path) for path in params)]
     if idle:
-        hints = [f"{pattern!r} (near: {difflib.get_close_matches(pattern, params, n=3, cutoff=0.3)})" for pattern in idle]
+        hints = [
+            f"{pattern!r} (near: {difflib.get_close_matches(pattern, params, n=3, cutoff=0.3)})" for pattern in idle
+        ]
         raise ValueError(
             f"train.trainable has patterns that match no parameter: {', '.join(hints)}. "
             f"Paths begin with {sorted({path.split('/')[0] for path in params})}, for example {next(iter(params))}."
         )
     chosen = {path for path in params if any(re.search(pattern, path) for pattern in patterns)}
-    return {path: x for path, x in params.items() if path in chosen}, {path: x for path, x in params.items() if path not in chosen}
+    return {path: x for path, x in params.items() if path in chosen}, {
+        path: x for path, x in params.items() if path not in chosen
+    }

@@ -28,6 +28,8 @@ SMALL = cli.override(
     calvin_abcd.PRESETS["sample"],
     **{
         "policy.window": 4,
+        "policy.head.hidden_size": 32,
+        "policy.head.trunk": (32,),
         "data.windows_per_segment": 2,
         "train.batch_size": 4,
         "train.steps": 10,
@@ -62,7 +64,15 @@ def metrics_of(directory: pathlib.Path) -> dict[int, float]:
 
 
 def test_a_run_leaves_everything_needed(finished):
-    for name in ("config.json", "environment.json", "metrics.jsonl", "report.md", "report.json", "tensorboard", "checkpoints/10"):
+    for name in (
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "report.md",
+        "report.json",
+        "tensorboard",
+        "checkpoints/10",
+    ):
         assert (finished / name).exists(), name
     record = json.loads((finished / "environment.json").read_text())
     assert record["packages"]["jax"] == jax.__version__
@@ -91,7 +101,12 @@ def test_a_checkpoint_alone_serves(finished, tmp_path):
     shutil.copytree(finished / "checkpoints" / "10", alone)
     rng = np.random.default_rng(0)
     frames = [
-        Observation({"static": rng.integers(0, 256, (200, 200, 3), np.uint8), "wrist": rng.integers(0, 256, (84, 84, 3), np.uint8)})
+        Observation(
+            {
+                "static": rng.integers(0, 256, (200, 200, 3), np.uint8),
+                "wrist": rng.integers(0, 256, (84, 84, 3), np.uint8),
+            }
+        )
         for _ in range(6)
     ]
     chunks = []
@@ -103,7 +118,10 @@ def test_a_checkpoint_alone_serves(finished, tmp_path):
     np.testing.assert_array_equal(chunks[0], chunks[1])
     assert chunks[0][0].shape == (10, 7) and set(np.unique(np.stack(chunks[0])[..., 6])) <= {-1.0, 1.0}
     assert load_config(alone).policy == SMALL.policy
-    policy.reset("a sentence much longer than any of the training split, to see that prompts of any length are served as well, please")
+    policy.reset(
+        "a sentence much longer than any of the training split, to see that prompts of any length are served as "
+        "well, please"
+    )
     assert np.isfinite(policy.act(frames[0]).actions).all()
 
 
@@ -117,12 +135,19 @@ def test_one_batch_can_be_overfit(tmp_path):
     config = small(
         tmp_path / "overfit",
         **{
-            "data.episode_list": str(listed), "data.static_shift": 0, "data.wrist_shift": 0, "train.steps": 150, "train.batch_size": 16,
-            "optimizer.learning_rate": 1e-3, "train.checkpoint_every": 150, "train.log_every": 50, "evaluation.episodes": 0,
+            "data.episode_list": str(listed),
+            "data.static_shift": 0,
+            "data.wrist_shift": 0,
+            "train.steps": 120,
+            "train.batch_size": 8,
+            "optimizer.learning_rate": 1e-3,
+            "train.checkpoint_every": 120,
+            "train.log_every": 40,
+            "evaluation.episodes": 0,
         },
-    )  # fmt: skip
+    )
     losses = metrics_of(run.train("sample", config))
-    assert losses[150] < 0.2 * losses[1], losses
+    assert losses[120] < 0.3 * losses[1], losses
 
 
 def test_sigterm_saves_and_resume_goes_on(tmp_path):
@@ -130,7 +155,16 @@ def test_sigterm_saves_and_resume_goes_on(tmp_path):
     output = tmp_path / "stopped"
     command = [
         *(sys.executable, "-m", "experiments.calvin_abcd", "--train.output", str(output), "--train.steps", "100000"),
-        *("--train.batch_size", "4", "--policy.window", "4", "--data.windows_per_segment", "2", "--train.log_every", "1"),
+        *(
+            "--train.batch_size",
+            "4",
+            "--policy.window",
+            "4",
+            "--data.windows_per_segment",
+            "2",
+            "--train.log_every",
+            "1",
+        ),
         *("--train.eval_every", "0", "--train.checkpoint_every", "100000"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -177,7 +211,7 @@ def test_mistakes_are_named_before_training(tmp_path, changes, message, monkeypa
 
 
 def test_errors_reach_the_user_as_one_line(tmp_path):
-    with pytest.raises(SystemExit, match="^error: .*nowhere"):
+    with pytest.raises(SystemExit, match=r"^error: .*nowhere"):
         run.run("sample", small(tmp_path, **{"data.root": "/nowhere"}))
 
 

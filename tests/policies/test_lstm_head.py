@@ -20,7 +20,8 @@ def make_head(**changes):
 
 
 def upstream_params(weights: dict[str, np.ndarray], layers: int) -> dict:
-    """Upstream's state dict (torch layout) -> our tree, spelt out here so that the test does not lean on the converter."""
+    """Upstream's state dict (torch layout) -> our tree, spelt out here so that the test does not lean on the
+    converter."""
     flat = {}
     for layer in range(layers):
         for ours, theirs in (("input", "ih"), ("hidden", "hh")):
@@ -75,7 +76,9 @@ def test_losses_equal_upstream(upstream, case, exact_matmul):
 
     (total, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
     arm, gripper, accuracy = data[f"loss_{case}"]
-    np.testing.assert_allclose([metrics["loss_arm"], metrics["loss_gripper"], metrics["acc_gripper"]], [arm, gripper, accuracy], rtol=1e-5)
+    np.testing.assert_allclose(
+        [metrics["loss_arm"], metrics["loss_gripper"], metrics["acc_gripper"]], [arm, gripper, accuracy], rtol=1e-5
+    )
     np.testing.assert_allclose(total, arm + 0.01 * gripper, rtol=1e-5)
     if case == "partial":  # the mask the reference gradients were taken with
         ours = upstream_gradient_norms(grads)
@@ -93,7 +96,8 @@ def upstream_gradient_norms(grads: dict) -> dict[str, float]:
             side, kind = rest[0].split("_")
             key = f"rnn.{'weight' if kind == 'kernel' else 'bias'}_{'ih' if side == 'input' else 'hh'}_l{first[5:]}"
         else:
-            key = f"{'actions' if first == 'arm' else 'gripper'}.mlp.{2 * int(rest[0][6:])}.{'weight' if rest[1] == 'kernel' else 'bias'}"
+            trunk, kind = "actions" if first == "arm" else "gripper", "weight" if rest[1] == "kernel" else "bias"
+            key = f"{trunk}.mlp.{2 * int(rest[0][6:])}.{kind}"
         names[key] = float(np.linalg.norm(grad))
     return names
 
@@ -106,7 +110,9 @@ def test_empty_mask_gives_zero_loss_and_finite_gradients():
 
     def loss(params):
         mask = jnp.zeros((1, W, C), bool)
-        return head.loss(head.apply(params, x, steps), jnp.full((1, W, C, 7), jnp.inf), mask, mask.sum().astype(jnp.float32))[0]
+        return head.loss(
+            head.apply(params, x, steps), jnp.full((1, W, C, 7), jnp.inf), mask, mask.sum().astype(jnp.float32)
+        )[0]
 
     value, grads = jax.value_and_grad(loss)(params)
     assert value == 0
@@ -125,7 +131,12 @@ def test_layer_equals_torch_lstm(exact_matmul):
     x = rng.normal(size=(3, W, D)).astype(np.float32)
     expected = reference(torch.from_numpy(x))[0].detach().numpy()
     weights = {f"rnn.{name}": value.detach().numpy() for name, value in reference.named_parameters()}
-    dummy = {f"{n}.mlp.{i}.{k}": np.zeros((1, 1), np.float32) for n in ("actions", "gripper") for i in (0, 2, 4, 6) for k in ("weight", "bias")}
+    dummy = {
+        f"{n}.mlp.{i}.{k}": np.zeros((1, 1), np.float32)
+        for n in ("actions", "gripper")
+        for i in (0, 2, 4, 6)
+        for k in ("weight", "bias")
+    }
     params = upstream_params(weights | dummy, layers=2)["params"]
     out = x
     for layer in range(2):
@@ -162,7 +173,9 @@ def test_front_padding_changes_nothing(exact_matmul):
 
 def test_initial_values_are_upstreams():
     # PyTorch's LSTM default (uniform, all four tensors) and Xavier-uniform trunks with zero biases.
-    params = flatten_dict(unbox(make_head().init(jax.random.key(0), np.zeros((1, W, 1, D)), np.ones((1, W), bool)))["params"], sep="/")
+    params = flatten_dict(
+        unbox(make_head().init(jax.random.key(0), np.zeros((1, W, 1, D)), np.ones((1, W), bool)))["params"], sep="/"
+    )
     bound = HIDDEN**-0.5
     for name in ("input_kernel", "hidden_kernel", "input_bias", "hidden_bias"):
         values = np.asarray(params[f"lstm_1/{name}"])

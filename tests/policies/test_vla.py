@@ -25,7 +25,8 @@ def window_of(batch: Batch, k: int) -> Batch:
     inputs = batch.inputs
     return batch.replace(
         inputs=inputs.replace(
-            images={camera: x[:, k : k + W] for camera, x in inputs.images.items()}, step_mask=inputs.step_mask[:, k : k + W]
+            images={camera: x[:, k : k + W] for camera, x in inputs.images.items()},
+            step_mask=inputs.step_mask[:, k : k + W],
         ),
         actions=batch.actions[:, k : k + W + C - 1],
         action_mask=batch.action_mask[:, k : k + W + C - 1],
@@ -48,7 +49,8 @@ def concatenate(batches: list[Batch]) -> Batch:
 
 @pytest.mark.parametrize("mask_tail", [0, 4])
 def test_segment_equals_its_windows_encoded_apart(exact_matmul, mask_tail):
-    # Loss and gradients of one segment = those of its K windows as separate samples. Fails if a window sees a frame, a chunk or a
+    # Loss and gradients of one segment = those of its K windows as separate samples. Fails if a window sees a frame,
+    # a chunk or a
     # mask of its neighbour, or if sharing changes how entries are weighted.
     batch = make_batch(np.random.default_rng(0), mask_tail=mask_tail)
     model = make_model()
@@ -73,7 +75,9 @@ def test_missing_windows_do_not_count(exact_matmul):
     mask = np.array([[True] * K, [True, True, False, False]])
     loss, _ = loss_of(model, params, batch.replace(window_mask=mask))
     windows = [window_of(batch, k) for k in range(K)]
-    kept = concatenate([jax.tree.map(lambda x: x[:1], w) for w in windows] + [jax.tree.map(lambda x: x[1:], w) for w in windows[:2]])
+    kept = concatenate(
+        [jax.tree.map(lambda x: x[:1], w) for w in windows] + [jax.tree.map(lambda x: x[1:], w) for w in windows[:2]]
+    )
     np.testing.assert_allclose(loss, loss_of(model, params, kept)[0], rtol=1e-5)
 
 
@@ -125,7 +129,8 @@ def test_cameras_and_their_order_matter(cameras):
 
 
 def test_control_steps_equal_the_window(exact_matmul):
-    # Serving frame by frame = the last step of the window form over the newest W frames, in dataset units, and compiled once.
+    # Serving frame by frame = the last step of the window form over the newest W frames, in dataset units, and
+    # compiled once.
     frames = W + K - 1
     batch = make_batch(np.random.default_rng(5), batch=1)
     model = make_model()
@@ -138,7 +143,8 @@ def test_control_steps_equal_the_window(exact_matmul):
         chunk = policy.act(Observation(images))
         low = max(0, t - W + 1)
         seen = batch.inputs.replace(
-            images={camera: x[:, low : t + 1] for camera, x in batch.inputs.images.items()}, step_mask=np.ones((1, t + 1 - low), bool)
+            images={camera: x[:, low : t + 1] for camera, x in batch.inputs.images.items()},
+            step_mask=np.ones((1, t + 1 - low), bool),
         )
         whole = dataclasses.replace(model, config=dataclasses.replace(model.config, window=t + 1 - low))
         inputs = prepared(model, seen)
@@ -153,7 +159,10 @@ def test_slots_are_independent(exact_matmul):
     batch = make_batch(np.random.default_rng(6))
     model = make_model()
     params = init(model, batch)
-    texts = {"a": (batch.inputs.text_ids[0], batch.inputs.text_mask[0]), "b": (batch.inputs.text_ids[1], batch.inputs.text_mask[1])}
+    texts = {
+        "a": (batch.inputs.text_ids[0], batch.inputs.text_mask[0]),
+        "b": (batch.inputs.text_ids[1], batch.inputs.text_mask[1]),
+    }
 
     def observation(slot, t):
         return Observation({camera: x[slot, t] for camera, x in batch.inputs.images.items()})

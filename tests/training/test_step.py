@@ -26,7 +26,8 @@ from tests.toy import make_batch, make_model
 
 
 def run_steps(sizes=(1, 1, 1), *, steps=2, accumulation=1, patterns=(".*",), batch=8):
-    """Losses and final state of a few steps on a fixed batch, without dropout (its masks depend on how a batch is split)."""
+    """Losses and final state of a few steps on a fixed batch, without dropout (its masks depend on how a batch is
+    split)."""
     model = make_model()
     text = dataclasses.replace(model.vlm.text, dropout=0.0, attention_dropout=0.0)
     model = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, text=text))
@@ -73,10 +74,14 @@ def test_pattern_without_a_match_is_an_error():
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
 def test_schedules(schedule):
     # Warm-up first: upstream's first update has rate 0. Then the schedule's closed form.
-    config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, schedule=schedule, min_scale=0.1, step_every=10, step_factor=0.5)
+    config = OptimizerConfig(
+        learning_rate=2.0, warmup_steps=4, schedule=schedule, min_scale=0.1, step_every=10, step_factor=0.5
+    )
     rate = optimizers.learning_rate(config, 24)
     np.testing.assert_allclose([rate(step) for step in (0, 1, 2)], [0.0, 0.5, 1.0], rtol=1e-6)
-    expected = {"constant": [2.0, 2.0, 2.0], "cosine": [2.0, 2 * (0.1 + 0.9 * 0.5), 0.2], "step": [2.0, 1.0, 0.5]}[schedule]
+    expected = {"constant": [2.0, 2.0, 2.0], "cosine": [2.0, 2 * (0.1 + 0.9 * 0.5), 0.2], "step": [2.0, 1.0, 0.5]}[
+        schedule
+    ]
     np.testing.assert_allclose([rate(step) for step in (4, 14, 24)], expected, rtol=1e-6)
 
 
@@ -107,7 +112,8 @@ from tests.training.test_step import run_steps
 out = {}
 for sizes in json.loads(sys.argv[1]):
     losses, state = run_steps(tuple(sizes), accumulation=sizes[0] if sizes[0] == 2 else 1)
-    out[str(sizes)] = {"losses": [x["loss"] for x in losses], "sums": {p: float(np.abs(np.asarray(x)).sum()) for p, x in state.trainable.items()},
+    out[str(sizes)] = {"losses": [x["loss"] for x in losses], "sums": {p: float(np.abs(np.asarray(x)).sum()) for p, x
+    in state.trainable.items()},
                        "split": sum(not x.is_fully_replicated for x in state.trainable.values())}
 print(json.dumps(out))
 """
@@ -119,7 +125,12 @@ def test_sharded_step_equals_one_device():
     root = pathlib.Path(__file__).resolve().parents[2]
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(root)}
     done = subprocess.run(
-        [sys.executable, "-c", FAKE_DEVICES, json.dumps(meshes_)], capture_output=True, text=True, env=environment, cwd=root, check=False
+        [sys.executable, "-c", FAKE_DEVICES, json.dumps(meshes_)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=root,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout.splitlines()[-1])

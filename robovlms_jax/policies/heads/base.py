@@ -20,13 +20,16 @@ class HeadConfig:
 class ActionHead(Protocol):
     """Features of observed steps in, action chunks out. `N` is any number of windows (batch times windows per segment).
 
-    Attributes `window`, `chunk`, `action_dim` and `config` are set by `build`. No memory inside: carries are arguments and results.
+    Attributes `window`, `chunk`, `action_dim` and `config` are set by `build`. No memory inside: carries are
+    arguments and results.
     """
 
     def __call__(self, features: jax.Array, step_mask: jax.Array) -> Any:
         """float[N, W, Q, D], bool[N, W] -> prediction whose leaves begin with [N, W, C]."""
 
-    def loss(self, prediction: Any, actions: jax.Array, mask: jax.Array, count: jax.Array) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    def loss(
+        self, prediction: Any, actions: jax.Array, mask: jax.Array, count: jax.Array
+    ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
         """Loss and metrics, each a sum over True entries of `mask` divided by `count`.
 
         actions: float[N, W, C, A], arm normalised to [-1, 1], gripper -1 or 1. mask: bool[N, W, C].
@@ -50,7 +53,8 @@ _REGISTRY: dict[str, tuple[type[HeadConfig], Callable[..., ActionHead]]] = {}
 
 
 def register(kind: str, config_type: type[HeadConfig]) -> Callable:
-    """Class decorator: `@register("lstm", LSTMHeadConfig)` on the Flax module makes the head available to every experiment."""
+    """Class decorator: `@register("lstm", LSTMHeadConfig)` on the Flax module makes the head available to every
+    experiment."""
 
     def decorate(module: type) -> type:
         if kind in _REGISTRY:
@@ -81,9 +85,24 @@ def config_of(kind: str) -> type[HeadConfig]:
     return _REGISTRY[kind][0]
 
 
-def build(config: HeadConfig, *, window: int, chunk: int, action_dim: int, feature_dim: int, num_queries: int, name: str | None = None) -> Any:
+def build(
+    config: HeadConfig,
+    *,
+    window: int,
+    chunk: int,
+    action_dim: int,
+    feature_dim: int,
+    num_queries: int,
+    name: str | None = None,
+) -> Any:
     """The Flax module for a head configuration. `feature_dim` is D of the features, `num_queries` their Q."""
     module = _REGISTRY[kind_of(type(config))][1]
     return module(
-        config=config, window=window, chunk=chunk, action_dim=action_dim, feature_dim=feature_dim, num_queries=num_queries, name=name
+        config=config,
+        window=window,
+        chunk=chunk,
+        action_dim=action_dim,
+        feature_dim=feature_dim,
+        num_queries=num_queries,
+        name=name,
     )

@@ -46,14 +46,16 @@ class ContinuousPrediction:
 
 @flax.struct.dataclass
 class WindowCarry:
-    """The most recent features. buffer: float32[B, W, Q, D], newest last; count: int32[B], how many are real, at most W."""
+    """The most recent features. buffer: float32[B, W, Q, D], newest last; count: int32[B], how many are real, at most
+    W."""
 
     buffer: jax.Array
     count: jax.Array
 
 
 class LSTMLayer(nn.Module):
-    """One layer in PyTorch's parametrisation (gates i, f, g, o; two biases), so that released checkpoints map one to one."""
+    """One layer in PyTorch's parametrisation (gates i, f, g, o; two biases), so that released checkpoints map one to
+    one."""
 
     hidden_size: int
 
@@ -71,7 +73,9 @@ class LSTMLayer(nn.Module):
 
         input_kernel = parameter("input_kernel", (width, 4, hidden), ("embed", "gates", "hidden"))
         hidden_kernel = parameter("hidden_kernel", (hidden, 4, hidden), ("recurrent", "gates", "hidden"))
-        bias = parameter("input_bias", (4, hidden), ("gates", "hidden")) + parameter("hidden_bias", (4, hidden), ("gates", "hidden"))
+        bias = parameter("input_bias", (4, hidden), ("gates", "hidden")) + parameter(
+            "hidden_bias", (4, hidden), ("gates", "hidden")
+        )
         # The input's share of the gates needs no recurrence: one matrix product for all steps.
         projected = jnp.einsum("NWD,DGH->WNGH", x, input_kernel) + bias
 
@@ -131,7 +135,9 @@ class LSTMHead(nn.Module):
         """Masked Huber on the arm plus weighted BCE on the gripper; `acc_gripper` is reported beside them."""
         chex.assert_equal_shape([prediction.arm, actions[..., :-1]])
         is_open = actions[..., -1] > 0
-        arm = losses.masked_mean(optax.losses.huber_loss(prediction.arm, actions[..., :-1], delta=self.config.huber_delta), mask, count)
+        arm = losses.masked_mean(
+            optax.losses.huber_loss(prediction.arm, actions[..., :-1], delta=self.config.huber_delta), mask, count
+        )
         bce = optax.losses.sigmoid_binary_cross_entropy(prediction.gripper_logit, is_open.astype(jnp.float32))
         gripper = losses.masked_mean(bce, mask, count)
         accuracy = losses.masked_mean(((prediction.gripper_logit > 0) == is_open).astype(jnp.float32), mask, count)
@@ -147,7 +153,8 @@ class LSTMHead(nn.Module):
         return WindowCarry(buffer, jnp.zeros((batch,), jnp.int32))
 
     def step(self, features: jax.Array, carry: WindowCarry) -> tuple[ContinuousPrediction, WindowCarry]:
-        # Upstream carries the LSTM state until the window is full and re-runs the window after that; re-running it always gives
+        # Upstream carries the LSTM state until the window is full and re-runs the window after that; re-running it
+        # always gives
         # the same numbers (zero state over the newest min(t, W) features) at one constant, small cost.
         buffer = jnp.concatenate([carry.buffer[:, 1:], features.astype(jnp.float32)[:, None]], axis=1)
         count = jnp.minimum(carry.count + 1, self.window)

@@ -1,0 +1,122 @@
+"""Configuration: round trip, checks between parts, presets on the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from robovlms_jax import cli
+from robovlms_jax.config import DataConfig, ExperimentConfig, MeshConfig, PolicyConfig, TrainConfig, from_dict, to_dict
+from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
+
+
+def test_round_trip_through_json():
+    # A checkpoint stores the configuration as JSON; tuples and the head's type must survive.
+    config = ExperimentConfig(
+        policy=PolicyConfig(cameras=("static",), head=LSTMHeadConfig(hidden_size=7, trunk=(3, 2))),
+        train=TrainConfig(trainable=("^head/",)),
+    )
+    assert from_dict(ExperimentConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_unknown_saved_field_is_named():
+    values = to_dict(ExperimentConfig())
+    values["train"]["batchsize"] = 3
+    with pytest.raises(ValueError, match=r"config.train has no field 'batchsize'; did you mean 'batch_size'"):
+        from_dict(ExperimentConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        (PolicyConfig, {"window": 0}, "policy.window=0"),
+        (PolicyConfig, {"cameras": ("front",)}, "unknown"),
+        (PolicyConfig, {"cameras": ("static", "static")}, "each camera once"),
+        (PolicyConfig, {"action_low": (1.0,) * 6}, "low < high"),
+        (TrainConfig, {"trainable": ()}, "nothing would be trained"),
+        (TrainConfig, {"trainable": ("(",)}, "not a regular expression"),
+        (MeshConfig, {"data": -1, "fsdp": -1}, "at most one"),
+        (DataConfig, {"max_corrupt_share": 1.0}, "max_corrupt_share"),
+    ],
+)
+def test_a_bad_value_is_refused_where_it_is_made(part, values, message):
+    with pytest.raises(ValueError, match=message):
+        part(**values)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "sizes"),
+    [((-1, 1, 1), 8, (8, 1, 1)), ((2, -1, 2), 8, (2, 2, 2)), ((1, 8, 1), 8, (1, 8, 1)), ((-1, 3, 1), 8, None)],
+)
+def test_mesh_sizes(mesh, devices, sizes):
+    config = ExperimentConfig(mesh=MeshConfig(*mesh))
+    if sizes is None:
+        with pytest.raises(ValueError, match="does not make the 8 devices"):
+            config.mesh_sizes(devices)
+    else:
+        assert config.mesh_sizes(devices) == sizes
+
+
+def test_batch_that_does_not_divide_names_one_that_does():
+    config = ExperimentConfig(
+        train=TrainConfig(batch_size=36, accumulation=2),
+        data=DataConfig(windows_per_segment=4),
+        mesh=MeshConfig(2, 2, 1),
+    )
+    with pytest.raises(ValueError, match=r"9 segments .* try 32"):
+        config.validate(4)
+
+
+def test_epochs_become_steps():
+    config = cli.override(
+        ExperimentConfig(), **{"train.epochs": 5.0, "train.batch_size": 128, "optimizer.warmup_epochs": 0.25}
+    )
+    resolved = config.resolve(num_windows=128_000, text_length=24)
+    assert (resolved.train.steps, resolved.optimizer.warmup_steps, resolved.data.text_length) == (5000, 250, 24)
+    assert resolved.resolve(num_windows=1, text_length=99) == resolved
+
+
+PRESETS = {"small": ExperimentConfig(), "large": cli.override(ExperimentConfig(), **{"train.batch_size": 512})}
+
+
+def parse(*argv):
+    return cli.parse(PRESETS, "small", description="test", argv=argv)
+
+
+def test_preset_and_dotted_overrides():
+    name, config = parse(
+        "--preset", "large", "--policy.head.hidden-size", "32", "--train.output", "x", "--policy.cameras", "static"
+    )
+    assert (name, config.train.batch_size, config.policy.head.hidden_size, config.policy.cameras) == (
+        "large",
+        512,
+        32,
+        ("static",),
+    )
+    assert parse("--preset=large", "--train.batch-size", "4")[1].train.batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--preset", "larg"], "did you mean 'large'"),
+        (["--preset"], "needs a name"),
+        (["--train.batchsize", "4"], "--train.batch-size"),
+        (["--train.steps", "-1"], "train.steps=-1"),
+    ],
+)
+def test_mistakes_end_with_status_2_and_a_hint(argv, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(*argv)
+    assert error.value.code == 2
+    out = capsys.readouterr()
+    assert message in (out.err + out.out).replace("\n", " ")
+
+
+def test_help_reads_like_documentation(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--data.windows-per-segment" in text
+    assert "windows that share one run of W + K - 1 frames" in text
