@@ -32,7 +32,7 @@ ACCELERATORS = {
 
 @dataclasses.dataclass(frozen=True)
 class Ceiling:
-    """What all devices together can do at best.
+    """What the devices in use can do at best, all together.
 
     flops: FLOP/s of matrix products. bandwidth: bytes/s of memory. source: where the two numbers come from.
     """
@@ -46,8 +46,8 @@ class Ceiling:
         return max(flops / self.flops, num_bytes / self.bandwidth)
 
 
-def ceiling(dtype: str, *, peak_tflops: float = 0.0, bandwidth_gbs: float = 0.0) -> Ceiling:
-    """The ceiling of this process's devices for matrix products in `dtype`.
+def ceiling(dtype: str, num_devices: int, *, peak_tflops: float = 0.0, bandwidth_gbs: float = 0.0) -> Ceiling:
+    """The ceiling of `num_devices` devices of this machine's kind for matrix products in `dtype`.
 
     Args:
       peak_tflops, bandwidth_gbs: of one device, where known better; 0: the table's for a known accelerator, measured
@@ -55,7 +55,7 @@ def ceiling(dtype: str, *, peak_tflops: float = 0.0, bandwidth_gbs: float = 0.0)
     """
     device = jax.devices()[0]
     # Fake CPU devices (--xla_force_host_platform_device_count) share one processor.
-    count = 1 if device.platform == "cpu" else jax.device_count()
+    count = 1 if device.platform == "cpu" else num_devices
     row = next((row for name, row in ACCELERATORS.items() if name in device.device_kind), None)
     if row is None:
         flops, bandwidth, source = measure_matmul(dtype), measure_bandwidth(), "measured in this run"
@@ -104,13 +104,13 @@ class Program:
     peak_bytes: int
 
     @classmethod
-    def of(cls, compiled: jax.stages.Compiled) -> Program:
-        """Facts of the program; analyses are those of one device's part."""
-        memory, count = compiled.memory_analysis(), jax.device_count()
+    def of(cls, compiled: jax.stages.Compiled, num_devices: int) -> Program:
+        """Facts of a program that runs on `num_devices`; XLA's analyses are those of one device's part."""
+        memory = compiled.memory_analysis()
         moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
         return cls(
-            flops=float(compiled.cost_analysis()["flops"]) * count,
-            io_bytes=moved * count,
+            flops=float(compiled.cost_analysis()["flops"]) * num_devices,
+            io_bytes=moved * num_devices,
             peak_bytes=moved + memory.temp_size_in_bytes - memory.alias_size_in_bytes,  # aliased: donated to a result
         )
 
@@ -132,7 +132,9 @@ def device_peak_bytes() -> int | None:
 
 
 def report(result: Mapping[str, Any], out: pathlib.Path | None) -> None:
-    """Print the result, with the machine it is from, as one JSON object; also write it to `out`."""
+    """Print the result, with the machine it is from, as one JSON object; also write it to `out`. First process only."""
+    if jax.process_index() != 0:
+        return
     text = json.dumps(_rounded({**result, "machine": describe()}), indent=2)
     print(text)
     if out is not None:

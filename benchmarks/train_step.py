@@ -75,7 +75,9 @@ def main(args: Args) -> None:
         config.validate(jax.device_count())
     mesh = meshes.make_mesh(configs[0].mesh_sizes(jax.device_count()))
     model = workload.make_model(args.size, configs[0])
-    ceiling = machine.ceiling(model.vlm.dtype, peak_tflops=args.peak_tflops, bandwidth_gbs=args.bandwidth_gbs)
+    ceiling = machine.ceiling(
+        model.vlm.dtype, mesh.size, peak_tflops=args.peak_tflops, bandwidth_gbs=args.bandwidth_gbs
+    )
 
     tx = optimizer.make_optimizer(configs[0].optimizer, args.steps)
     train_state = state.create(build.init_params(model, mesh, seed=0), (".*",), tx, 0, mesh)
@@ -87,7 +89,7 @@ def main(args: Args) -> None:
             if turn > 0:  # the first step of a program still allocates
                 case.seconds.append(time.perf_counter() - begin)
 
-    results = {str(case.config.data.windows_per_segment): summarize(case, model, ceiling) for case in cases}
+    results = {str(case.config.data.windows_per_segment): summarize(case, model, mesh, ceiling) for case in cases}
     machine.report(
         {
             "windows_per_segment": results,
@@ -115,9 +117,9 @@ def prepare(config: ExperimentConfig, model: VLA, train_state: state.TrainState,
     return Case(config, batch, compiled, time.perf_counter() - begin)
 
 
-def summarize(case: Case, model: VLA, ceiling: machine.Ceiling) -> dict[str, Any]:
+def summarize(case: Case, model: VLA, mesh: Mesh, ceiling: machine.Ceiling) -> dict[str, Any]:
     """Rates, FLOPs by both counts, and the distance from the ceiling."""
-    config, program = case.config, machine.Program.of(case.compiled)
+    config, program = case.config, machine.Program.of(case.compiled, mesh.size)
     windows, seconds = config.train.batch_size, statistics.median(case.seconds)
     frames = config.segments_per_batch * (config.policy.window + config.data.windows_per_segment - 1)
     flops = workload.train_flops(model, frames=frames, windows=windows)

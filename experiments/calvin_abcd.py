@@ -44,7 +44,7 @@ PRESETS = {
         ),
         optimizer=OptimizerConfig(learning_rate=3e-4, weight_decay=0.01, schedule="cosine", warmup_steps=20),
         train=TrainConfig(
-            output="runs/sample", steps=200, batch_size=32, log_every=10, eval_every=100, checkpoint_every=100
+            output="runs/sample", steps=300, batch_size=32, log_every=20, eval_every=150, checkpoint_every=150
         ),
         evaluation=EvaluationConfig(batches=0, episodes=3),
     ),

@@ -8,9 +8,9 @@ import pathlib
 # Tests compile far more than they compute. Set before jax is imported; child processes inherit it.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import numpy as np
+import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 

@@ -52,6 +52,8 @@ _PAIR_M, _FINGER_M = 0.0175, 0.011  # half extents of the closed fingers along t
 _GRASP_M = -0.003  # tool centre point relative to the centre of a grasped block
 _PATIENCE = 12  # steps to wait for a hand that does not get to where it was sent
 _NEAR_M = 0.006
+_ON_TABLE = np.flatnonzero(BOX_BODY == tasks.BODIES.index("base"))
+_TABLE_BOX = int(_ON_TABLE[0])  # the table top
 
 
 @jax.tree_util.register_dataclass
@@ -194,9 +196,11 @@ def plan(scene: Scene, state: physics.State, task: Array, key: Array) -> Plan:
     task = jnp.asarray(task)
     family, block, side = (jnp.asarray(column)[task] for column in _TABLE)
     case = _Case(scene, state, block, side, noise, height)
+    drops = (state.held >= 0) & ~jnp.asarray(_KEEPS)[family]
+    retreat = _stack(_retreat(case, drops))
+    case = case._replace(state=jax.tree.map(lambda new, old: jnp.where(drops, new, old), _after_drop(case), state))
     branches = [lambda case, make=make: _stack(_tail(make(case))) for make in _FAMILIES.values()]
     own = jax.lax.switch(family, branches, case)
-    retreat = _stack(_retreat(case, keeps=jnp.asarray(_KEEPS)[family]))
     steps = jax.tree.map(lambda *parts: jnp.concatenate(parts), retreat, own)
     # those in use first, then the last of them again and again
     count = steps.use.sum()
@@ -217,26 +221,39 @@ def _tail(steps: list[_Step]) -> list[_Step]:
     return steps + [steps[-1]._replace(use=False)] * (_WAYPOINTS - _PREFIX - len(steps))
 
 
-def _retreat(case: _Case, keeps: Array) -> list[_Step]:
-    """Up and back out of whatever the hand is in; put down what it holds, unless the task `keeps` it."""
+def _retreat(case: _Case, drops: Array) -> list[_Step]:
+    """Up and back out of whatever the hand is in; with `drops`, put down what it holds."""
     state, height, here = case.state, case.height, case.state.target_euler
     x, y, z = state.position
     inside = y > _CORRIDOR_M + 0.03
     low = inside | (z < height - 0.05)
     up = _at(x, y, jnp.maximum(z, height))
-    holds = state.held >= 0
-    gripper = jnp.where(holds, _CLOSED, state.command)
-    drop, down = holds & ~keeps, _angles(_DOWN_RAD[2])
-    spot = _free_table_spot(case)
+    gripper = jnp.where(state.held >= 0, _CLOSED, state.command)
+    spot, down = _free_table_spot(case), _angles(_DOWN_RAD[2])
     over, under = (_for_block(state, jnp.append(spot, h), down) for h in (height, TABLE_TOP_M + 0.023))
     return [
         _Step(up, here, gripper, use=low),
         _Step(up.at[1].set(_CORRIDOR_M), here, gripper, use=inside),
-        _Step(over, down, _CLOSED, 1, use=drop),
-        _Step(under, down, _CLOSED, 3, use=drop),
-        _Step(under, down, _OPEN, 4, use=drop),
-        _Step(over, down, _OPEN, use=drop),
+        _Step(over, down, _CLOSED, 1, use=drops),
+        _Step(under, down, _CLOSED, 3, use=drops),
+        _Step(under, down, _OPEN, 4, use=drops),
+        _Step(over, down, _OPEN, use=drops),
     ]
+
+
+def _after_drop(case: _Case) -> physics.State:
+    """The state once the held block has been put down."""
+    state = case.state
+    held = jnp.arange(3) == state.held
+    spot = jnp.append(_free_table_spot(case), TABLE_TOP_M + 0.02)
+    rotation = kinematics.from_euler(_angles(_DOWN_RAD[2])) @ state.hold_rotation
+    return dataclasses.replace(
+        state,
+        block_position=jnp.where(held[:, None], spot, state.block_position),
+        block_rotation=jnp.where(held[:, None, None], rotation, state.block_rotation),
+        support=jnp.where(held, _TABLE_BOX, state.support),
+        held=jnp.int32(-1),
+    )
 
 
 def _for_block(state: physics.State, center: Array, euler: Array) -> Array:
@@ -495,9 +512,6 @@ def _place_drawer(case: _Case) -> list[_Step]:
     low_point = (jnp.abs(rotation[2]) * case.scene.block_half[held]).sum()
     bottom = _at(x, y, DRAWER_FLOOR_M + low_point + 0.004)
     return _put(case, bottom, angles, via=[bottom.at[2].set(case.height)])
-
-
-_ON_TABLE = np.flatnonzero(BOX_BODY == tasks.BODIES.index("base"))
 
 
 def _stands_on_table(state: physics.State) -> Array:

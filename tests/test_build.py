@@ -1,0 +1,124 @@
+"""From a weight directory in the hub's layout to sharded policy parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from robovlms_jax import build
+from robovlms_jax.backbones import base as backbones
+from robovlms_jax.config import BackboneConfig
+from robovlms_jax.inputs import images, tokenizers
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.weights import export
+from tests.toy import make_model
+
+SENTENCES = ["open the drawer", "push the red block to the left"]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return meshes.make_mesh((1, 1, 1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, mesh):
+    """A directory as the hub publishes it, and the policy parameters its weights were taken from."""
+    directory = tmp_path_factory.mktemp("weights")
+    vlm = backbones.get("kosmos-2").tiny()
+    vlm = dataclasses.replace(vlm, text=dataclasses.replace(vlm.text, vocab_size=300))
+    model = dataclasses.replace(make_model(), vlm=vlm)
+    params = build.init_params(model, mesh, seed=3)
+    export.export(params["backbone"], vlm.rules, directory, backbones.to_hf_config(vlm))
+    images.write_image_spec(vlm.image, directory)
+    tokenizers.make_twin_tokenizer(SENTENCES, 300, directory)
+    return directory, model, params
+
+
+def test_a_published_directory_becomes_the_backbone(published, mesh):
+    # Loaded parameters replace random ones exactly; head and readout come from the seed.
+    directory, model, params = published
+    backbone = build.open_backbone(BackboneConfig(weights=str(directory)), [])
+    assert (backbone.vlm.text, backbone.vlm.vision) == (model.vlm.text, model.vlm.vision)
+    loaded = flatten_dict(build.init_params(model, mesh, seed=4, backbone=backbone), sep="/")
+    expected, other = flatten_dict(params, sep="/"), flatten_dict(build.init_params(model, mesh, seed=4), sep="/")
+    assert loaded.keys() == expected.keys()
+    for path, x in loaded.items():
+        source = expected if path.startswith("backbone/") else other
+        np.testing.assert_array_equal(x, source[path], err_msg=path)
+
+
+def test_adapters_are_added_to_loaded_weights(published, mesh):
+    directory, model, params = published
+    backbone = build.open_backbone(BackboneConfig(weights=str(directory), lora_rank=2), [])
+    adapted = dataclasses.replace(model, vlm=backbone.vlm)
+    flat = flatten_dict(build.init_params(adapted, mesh, seed=4, backbone=backbone), sep="/")
+    extra = set(flat) - set(flatten_dict(params, sep="/"))
+    assert extra and all(path.rpartition("/")[2] in ("lora_a", "lora_b") for path in extra)
+    assert not any(np.any(flat[path]) for path in extra if path.endswith("lora_b"))
+
+
+def test_the_backbone_comes_back_from_a_checkpoints_files(published):
+    directory, *_ = published
+    config = BackboneConfig(weights=str(directory), dtype="bfloat16")
+    opened = build.open_backbone(config, [])
+    again = build.backbone_from_assets(config, json.loads(json.dumps(dict(opened.assets))))
+    assert again.vlm == opened.vlm and again.vlm.dtype == "bfloat16"
+    for first, second in zip(opened.encoder(8)(SENTENCES[0]), again.encoder(8)(SENTENCES[0])):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_prompts_longer_than_training_still_fit(published):
+    encode = build.open_backbone(BackboneConfig(weights=str(published[0])), []).encoder(8)
+    ids, mask = encode(" ".join(SENTENCES * 3))
+    assert len(ids) % 8 == 0 and len(ids) > 8 and mask.sum() > 8
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("config.json", "config.json does not exist"),
+        ("tokenizer.json", "has no tokenizer"),
+        ("model.safetensors", "safetensors"),
+    ],
+)
+def test_an_incomplete_directory_names_what_is_missing(published, mesh, tmp_path, missing, message):
+    directory, model, _ = published
+    copy = tmp_path / "weights"
+    shutil.copytree(directory, copy)
+    (copy / missing).unlink()
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        build.init_params(model, mesh, 0, build.open_backbone(BackboneConfig(weights=str(copy)), []))
+
+
+def test_truncated_weights_are_named(published, mesh, tmp_path):
+    directory, model, _ = published
+    copy = tmp_path / "weights"
+    shutil.copytree(directory, copy)
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises((OSError, ValueError), match=r"model\.safetensors"):
+        build.init_params(model, mesh, 0, build.open_backbone(BackboneConfig(weights=str(copy)), []))
+
+
+def test_a_tokenizer_of_another_model_is_refused(published, tmp_path):
+    copy = tmp_path / "weights"
+    shutil.copytree(published[0], copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 100
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="vocabulary is 100"):
+        build.open_backbone(BackboneConfig(weights=str(copy)), [])
+
+
+def test_full_size_without_weights_costs_no_memory():
+    # Shapes of the whole published policy, milliseconds, nothing allocated.
+    model = dataclasses.replace(make_model(), vlm=backbones.get("kosmos-2"))
+    shapes, _ = build.abstract_params(model, meshes.make_mesh((1, 1, 1), jax.devices()[:1]))
+    assert build.count(shapes["backbone"]) == 1_664_485_376
