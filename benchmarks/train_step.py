@@ -51,6 +51,10 @@ class Args:
     out: pathlib.Path | None = None
     """Also write the JSON to this file."""
 
+    def __post_init__(self):
+        if not self.windows_per_segment or self.steps < 1:
+            raise ValueError(f"nothing to time: windows_per_segment={self.windows_per_segment}, steps={self.steps}.")
+
 
 @dataclasses.dataclass
 class Case:

@@ -12,6 +12,9 @@ import tyro
 
 Config = TypeVar("Config")
 
+ALIASES = {"--resume": "--train.resume"}
+"""Short spellings of flags that are typed by hand."""
+
 
 def parse(
     presets: Mapping[str, Config],
@@ -31,7 +34,7 @@ def parse(
       (preset name, configuration). Wrong flags or values end the process with status 2 and a message naming the
       nearest flag.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [ALIASES.get(argument, argument) for argument in (sys.argv[1:] if argv is None else argv)]
     name = _take_preset(arguments)
     if name is None:
         name = default if isinstance(default, str) else default(arguments)

@@ -94,6 +94,7 @@ def test_preset_and_dotted_overrides():
         32,
         ("static",),
     )
+    assert parse("--resume")[1].train.resume
     assert parse("--preset=large", "--train.batch-size", "4")[1].train.batch_size == 4
 
 

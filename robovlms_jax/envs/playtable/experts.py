@@ -52,7 +52,7 @@ _PAIR_M, _FINGER_M = 0.0175, 0.011  # half extents of the closed fingers along t
 _GRASP_M = -0.003  # tool centre point relative to the centre of a grasped block
 _PATIENCE = 12  # steps to wait for a hand that does not get to where it was sent
 _NEAR_M = 0.006
-_ON_TABLE = np.flatnonzero(BOX_BODY == tasks.BODIES.index("base"))
+_ON_TABLE = np.flatnonzero(np.isin(BOX_BODY, tasks.BODIES.index("base")))
 _TABLE_BOX = int(_ON_TABLE[0])  # the table top
 
 
@@ -61,8 +61,8 @@ _TABLE_BOX = int(_ON_TABLE[0])  # the table top
 class Plan:
     """K waypoints for the tool centre point, visited in order; the last is held.
 
-    position: float32[K, 3], m. euler: float32[K, 3], rad. gripper: float32[K], +1 open or -1 closed. wait: int32[K], steps
-    to stay before going on. speed: float32[K], share of the largest action.
+    position: float32[K, 3], m. euler: float32[K, 3], rad. gripper: float32[K], +1 open or -1 closed.
+    wait: int32[K], steps to stay before going on. speed: float32[K], share of the largest action.
     """
 
     position: Array
@@ -114,7 +114,7 @@ class Outcome(NamedTuple):
 
 
 def perform(scene: Scene, state: physics.State, task: Array, key: Array, max_steps: int = MAX_STEPS) -> Outcome:
-    """Let the expert try task number `task` int32[] until it is done, at most `max_steps` steps. vmap for many tables."""
+    """Let the expert try task number `task` int32[] until it is done, at most `max_steps` steps."""
     route = plan(scene, state, task, key)
     start = physics.info(scene, state)
 
@@ -128,15 +128,16 @@ def perform(scene: Scene, state: physics.State, task: Array, key: Array, max_ste
         state = physics.step(scene, state, action)
         return state, progress, tasks.conditions(start, physics.info(scene, state))[task], steps + 1
 
-    state, _, done, steps = jax.lax.while_loop(
-        unfinished, advance, (state, begin(), jnp.bool_(False), jnp.int32(0))
-    )
+    state, _, done, steps = jax.lax.while_loop(unfinished, advance, (state, begin(), jnp.bool_(False), jnp.int32(0)))
     return Outcome(state, done, steps)
 
 
 class Demonstration(NamedTuple):
-    """T steps of one expert. states: before each action, leading axis T. actions: float32[T, 7]. done: bool[T], the task
-    holds after the action; the demonstration's own end is a few steps after the first True."""
+    """T steps of one expert.
+
+    states: before each action, leading axis T. actions: float32[T, 7]. done: bool[T], whether the task holds after the
+    action; a recording ends a few steps after the first True.
+    """
 
     states: physics.State
     actions: Array

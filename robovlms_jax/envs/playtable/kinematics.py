@@ -22,7 +22,7 @@ JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973],
 TCP_FROM_FLANGE_M = 0.247
 """The tool centre point lies this far along the last joint's axis (hand with CALVIN's longer fingers)."""
 
-# Modified Denavit-Hartenberg parameters from the manufacturer: shift a along x, d along z (m), twist about x (quarter turns).
+# Modified Denavit-Hartenberg parameters of the manufacturer: shift a along x and d along z (m), twist in quarter turns.
 _LINKS = (
     (0.0, 0.333, 0),
     (0.0, 0.0, -1),
@@ -84,7 +84,10 @@ def to_quaternion(rotation: Array) -> Array:
     """Rotation matrices float[..., 3, 3] -> unit quaternions (x, y, z, w) float[..., 4], stable everywhere."""
     r = rotation
     d = jnp.stack([r[..., 0, 0], r[..., 1, 1], r[..., 2, 2]], -1)
-    off = lambda i, j, sign: r[..., i, j] + sign * r[..., j, i]  # noqa: E731
+
+    def off(i, j, sign):
+        return r[..., i, j] + sign * r[..., j, i]
+
     # four times the outer product of the quaternion with itself; its largest row is the best conditioned
     signs = jnp.array([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, 1]], d.dtype)
     square = 1 + d @ signs.T
@@ -153,14 +156,14 @@ def inverse(
         tried = jnp.clip(joints + jnp.clip(step, -_MAX_STEP_RAD, _MAX_STEP_RAD), JOINT_LOW, JOINT_HIGH)
         result = error_at(tried)
         better = (result[2] < size) | (result[2] < _CLOSE)
-        pick = lambda new, old: jnp.where(better, new, old)  # noqa: E731
-        return pick(tried, joints), jax.tree.map(pick, result, (arm, error, size)), pick(_DAMPING, 10 * damping)
+        new, old = (tried, result, jnp.float32(_DAMPING)), (joints, (arm, error, size), 10 * damping)
+        return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, old)
 
     return jax.lax.fori_loop(0, iterations, improve, (joints, error_at(joints), jnp.float32(_DAMPING)))[0]
 
 
 def _solve(matrix: Array, vector: Array) -> Array:
-    """Solve a symmetric positive definite 6 x 6 system by an unrolled Cholesky factorisation: no library call per system."""
+    """Solve a symmetric positive definite 6 x 6 system by unrolled Cholesky: no library call per system."""
     size = vector.shape[0]
     lower = [[None] * size for _ in range(size)]
     for i in range(size):

@@ -1,10 +1,10 @@
 """The play table's mechanics: quasi-static, position based, pure functions over a `State`.
 
-Everything is an oriented box. A control step of 1/30 s is cut into `SUBSTEPS`; in each, the hand moves a few millimetres
-towards where it is told to go, then everything that overlaps is pushed apart:
+Everything is an oriented box. A control step of 1/30 s is cut into `SUBSTEPS`; in each, the hand moves a few
+millimetres towards where it is told to go, then everything that overlaps is pushed apart:
 
 * doors, drawer, button and lever slide along their joint when the hand pushes them that way;
-* blocks move sideways (and turn about the vertical) away from hand, walls and each other, and ride on what they stand on;
+* blocks move sideways (and turn about the vertical) away from hand, walls and each other, and ride on their support;
 * the hand gives way to all that cannot move.
 
 If something still overlaps by more than `TOLERANCE_M`, the substep is undone: so nothing ever passes through anything.
@@ -51,7 +51,7 @@ TOUCH_M = 1e-3
 SUBSTEPS = 4
 _SWEEPS = 6  # rounds of pushing apart per substep; in the last `_YIELDING` ones the hand gives way to blocks too
 _YIELDING = 3
-_LAG = 0.53  # share of the remaining way covered per step; with the next three lines, fitted to the real arm's recordings
+_LAG = 0.53  # share of the remaining way covered per step; this and the fingers' speed fit recordings of CALVIN
 _MAX_TRANSLATION_M, _MAX_ROTATION_RAD = 0.025, 0.1  # per control step
 _FINGER_LAG = 0.19  # per substep
 _MAX_FINGER_M = 0.008  # change of width per substep
@@ -64,7 +64,7 @@ _FLAT_RAD = 0.05  # faces tilted by less than this share the load between both e
 _STEEP = 0.35  # a joint follows a push unless it is nearly at right angles to it
 _LED_AT_M, _BULB_AT_M = 0.01, 0.044  # middles of travel of button and lever
 
-# Boxes of the hand in the frame of the tool centre point (x thin, y opening, z down to the table): fingers, palm, wrist.
+# Boxes of the hand in the frame of the tool centre point (x thin, y opening, z to the tips): fingers, palm, wrist.
 _HAND_CENTER = np.array([[0, 0, -0.033], [0, 0, -0.033], [0, 0, -0.111], [0, 0, -0.19]], np.float32)
 HAND_HALF = np.array([[0.011, 0.00875, 0.0486], [0.011, 0.00875, 0.0486], [0.022, 0.1, 0.0295], [0.045, 0.045, 0.05]])
 HAND_HALF = HAND_HALF.astype(np.float32)
@@ -115,7 +115,7 @@ class State:
 def reset(scene: Scene, robot_obs: Array, scene_obs: Array) -> State:
     """The state with the given readings: robot_obs float[15], scene_obs float[24] as CALVIN defines them.
 
-    The bulb follows the lever, so scene_obs[4] is not read. A block between closed fingers is grasped in the first step.
+    The bulb follows the lever, so scene_obs[4] is not read. A block between closed fingers is held after a step.
     """
     robot, table = jnp.asarray(robot_obs, jnp.float32), jnp.asarray(scene_obs, jnp.float32)
     blocks = table[6:].reshape(3, 6)[scene.block_slot]
@@ -146,7 +146,7 @@ def reset(scene: Scene, robot_obs: Array, scene_obs: Array) -> State:
 
 
 def step(scene: Scene, state: State, action: Array) -> State:
-    """One control step of 1/30 s. action: float[7], relative, 1.0 = 0.02 m and 0.05 rad; column 6 > 0 opens, else closes."""
+    """One control step of 1/30 s. action: float[7], relative, 1.0 = 0.02 m or 0.05 rad; [6] > 0 opens, else closes."""
     action = jnp.asarray(action, jnp.float32)
     before = state
     state = dataclasses.replace(
@@ -284,8 +284,8 @@ def _limit(vector: Array, length: float) -> Array:
 class _Axes(NamedTuple):
     """M rows against N columns, seen along six directions: the face normals of each row, then of each column.
 
-    vectors: six unit vectors, each of three components that broadcast to [M, N]. offset: float[6, M, N], row centre minus
-    column centre. row_reach, column_reach: float[6, M, N], half extents.
+    vectors: six unit vectors, each of three components that broadcast to [M, N]. offset: float[6, M, N], row centre
+    minus column centre. row_reach, column_reach: float[6, M, N], half extents.
     """
 
     vectors: list[list[Array]]
@@ -375,7 +375,7 @@ def _with_held(state: State) -> State:
 
 
 def _push_apart(scene: Scene, old: State, wish: State) -> tuple[State, Array]:
-    """Resolve the overlaps that moving the hand from `old` to `wish` makes. Returns the state and what still overlaps."""
+    """Resolve the overlaps that moving the hand from `old` to `wish` makes. Returns the state and its `depths`."""
     wish = dataclasses.replace(wish, held=jnp.where(wish.command > 0, _FREE, wish.held))
     ridden = _columns(scene, old).center
     way = (wish.position - old.position)[:2]
@@ -446,8 +446,11 @@ def _push_blocks(scene: Scene, state: State, contacts: _Contacts, way: Array) ->
     """
     free = state.held != jnp.arange(3)
     share = jnp.concatenate([jnp.ones(_TABLE), jnp.where(free, 0.5, 1.0)])
+
     # by walls and other blocks (row = the block), then by the hand (column = the block)
-    merge = lambda own, hand: jnp.concatenate([own[..., _HAND:, :], hand[..., :_HAND, _TABLE:].swapaxes(-1, -2)], -1)  # noqa: E731,E501
+    def merge(own, hand):
+        return jnp.concatenate([own[..., _HAND:, :], hand[..., :_HAND, _TABLE:].swapaxes(-1, -2)], -1)
+
     depth = merge(contacts.depth * share, contacts.depth)
     x, y, z = merge(contacts.normal, -contacts.normal)
     point = merge(contacts.point, contacts.point)
@@ -489,8 +492,9 @@ def _push_hand(state: State, contacts: _Contacts, yields: Array) -> Array:
 
 
 def _push_fingers(state: State, contacts: _Contacts) -> Array:
-    """How far the fingers have to open (+) because both press on one thing between them, or close (-) because both press
-    on things outside. A single finger does not give way: the hand shifts, or the thing. Depths are signed here."""
+    """How far the fingers have to open (+) because both press on one thing between them, or close (-) because both
+    press on things outside. A single finger does not give way: the hand shifts, or the thing. Depths are signed here.
+    """
     outwards = sum(contacts.normal[k, :2] * state.rotation[k, 1] for k in range(3)) * _FINGER_SIDE[:2, None]
     inside = jnp.where(outwards > 0.5, contacts.depth[:2], -1.0).sum(0).max()
     outside = jnp.where(outwards < -0.5, contacts.depth[:2], -1.0).max(1).sum()

@@ -8,7 +8,6 @@ Every pixel tests every solid in a loop over solids: on a CPU that is one vector
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -30,13 +29,17 @@ _WRIST_EYE_M = np.array([-0.1, 0.0, -0.142], np.float32)  # frame of the tool ce
 _WRIST_TILT_RAD = 0.2708
 _VIEW_RAD = {"static": np.deg2rad(10.0), "wrist": np.deg2rad(75.0)}  # angle of view, both ways
 
-_AMBIENT, _DIFFUSE = 0.6, 0.378  # with the light below, what CALVIN's renderer gives faces seen from above and the front
+_AMBIENT, _DIFFUSE = (
+    0.6,
+    0.378,
+)  # with the light below: as CALVIN's renderer shades tops and fronts
 _LIGHT = np.array([-0.38, 0.25, 0.89], np.float32)
 _LIGHT /= np.linalg.norm(_LIGHT)
 _FLOOR_COLORS = np.array([[0.815], [0.937]], np.float32)
 _CHECK_M = 0.5
-_GRAIN_PER_M = 150.0
+_GRAIN_PER_M, _GRAIN_CELLS = 150.0, 64
 _FAR_M = 50.0
+_SKIN_M = 1e-3  # shadow rays start this far out
 
 _BLOCK_COLORS = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 1.0]], np.float32)
 _WHITE, _GREY, _DARK = (0.95, 0.95, 0.95), (0.85, 0.85, 0.85), (0.22, 0.22, 0.24)
@@ -82,8 +85,11 @@ def project(camera: Camera, points: Array, size: int) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Solids:
-    """K coloured solids of one kind. Capsules and cylinders lie along z of their frame, half = (radius, radius, half length
-    without caps). color: float[K, 3] in [0, 1]. wood: bool[K], True = with grain."""
+    """K coloured solids of one kind.
+
+    Capsules and cylinders lie along z of their frame, half = (radius, radius, half length without caps).
+    color: float[K, 3] in [0, 1]. wood: bool[K], True = with grain.
+    """
 
     boxes: Boxes
     color: Array
@@ -96,31 +102,35 @@ class _Things(NamedTuple):
     cylinders: Solids
 
 
-_UPRIGHT = ("ground", "button", "lightbulb")  # bodies drawn as something else than their box
-_PEDESTAL = int(np.flatnonzero((BOX_BODY == tasks.BODIES.index("base")) & (BOX_JOINT < 0))[-1])
-_ROUND = np.isin(BOX_BODY, [tasks.BODIES.index(name) for name in _UPRIGHT]) | (np.arange(len(BOX_BODY)) == _PEDESTAL)
-_FIXED = np.flatnonzero(~_ROUND & (BOX_JOINT < 0) & (BOX_BODY != tasks.BODIES.index("led")))
-_MOVING = np.flatnonzero(~_ROUND & ((BOX_JOINT >= 0) | (BOX_BODY == tasks.BODIES.index("led"))))
+def _of(body: str) -> np.ndarray:
+    """bool[N]: which boxes of the table belong to a body."""
+    return np.isin(BOX_BODY, tasks.BODIES.index(body))
+
+
+_BULB, _BUTTON = (int(np.flatnonzero(_of(body))[0]) for body in ("lightbulb", "button"))
+_PEDESTAL = int(np.flatnonzero(BOX_MATERIAL == "pedestal")[0])
+_ROUND = _of("ground") | np.isin(np.arange(len(BOX_BODY)), [_BULB, _BUTTON, _PEDESTAL])  # drawn as something else
+_MOVES = (BOX_JOINT >= 0) | _of("led")
+_FIXED, _MOVING = np.flatnonzero(~_ROUND & ~_MOVES), np.flatnonzero(~_ROUND & _MOVES)
 _IS_WOOD = np.isin(BOX_MATERIAL, ["wood", "front"])
 
 
 def _fixed(scene: Scene) -> _Things:
-    pedestal = _along(scene.table.center[_PEDESTAL], scene.table.half[_PEDESTAL], scene.box_color[_PEDESTAL], wood=True)
+    half = scene.table.half[_PEDESTAL] * np.array([1.2, 1.2, 1.0])  # the box inside the disc
+    pedestal = _along(scene.table.center[_PEDESTAL], half, scene.box_color[_PEDESTAL], wood=True)
     return _Things(_table_solids(scene, scene.table, scene.box_color, _FIXED), _nothing(), pedestal)
 
 
 def _moving(scene: Scene, state: physics.State) -> _Things:
     """Mechanisms, lamps, blocks, arm and hand."""
     table = physics.table_boxes(scene, state)
-    led = jnp.asarray(BOX_BODY == tasks.BODIES.index("led"))[:, None] & (state.led > 0)
+    led = jnp.asarray(_of("led"))[:, None] & (state.led > 0)
     colors = jnp.where(led, jnp.array(_LIT["led"]), scene.box_color)
     bulb_color = jnp.where(physics.bulb(state) > 0, jnp.array(_LIT["lightbulb"]), jnp.array(_WHITE))
-    bulb, button = (int(np.flatnonzero(BOX_BODY == tasks.BODIES.index(name))[0]) for name in ("lightbulb", "button"))
-    blocks = Solids(
-        Boxes(state.block_position, state.block_rotation, scene.block_half), jnp.asarray(_BLOCK_COLORS), np.zeros(3, bool)
-    )
-    lamp = _along(table.center[bulb] + np.array([0, 0, 0.003], np.float32), np.array([0.033, 0.033, 0.0]), bulb_color)
-    knob = _along(table.center[button], table.half[button] * np.array([1.05, 1.05, 1.0]), scene.box_color[button])
+    blocks = Boxes(state.block_position, state.block_rotation, scene.block_half)
+    blocks = Solids(blocks, jnp.asarray(_BLOCK_COLORS), np.zeros(3, bool))
+    lamp = _along(table.center[_BULB] + np.array([0, 0, 0.003], np.float32), np.array([0.033, 0.033, 0.0]), bulb_color)
+    knob = _along(table.center[_BUTTON], table.half[_BUTTON] * np.array([1.05, 1.05, 1.0]), scene.box_color[_BUTTON])
     arm, joints = _arm(state)
     return _Things(
         _concatenate(_table_solids(scene, table, colors, _MOVING), blocks, _hand(state)),
@@ -143,7 +153,8 @@ def _along(center: Array, half: Array, color: Array, *, wood: bool = False) -> S
 
 
 def _nothing() -> Solids:
-    return Solids(Boxes(jnp.zeros((0, 3)), jnp.zeros((0, 3, 3)), jnp.zeros((0, 3))), jnp.zeros((0, 3)), np.zeros(0, bool))
+    boxes = Boxes(jnp.zeros((0, 3)), jnp.zeros((0, 3, 3)), jnp.zeros((0, 3)))
+    return Solids(boxes, jnp.zeros((0, 3)), np.zeros(0, bool))
 
 
 def _concatenate(*solids: Solids) -> Solids:
@@ -158,11 +169,12 @@ def _hand(state: physics.State) -> Solids:
         half = fingers.half * np.array([0.8, thickness, (end - start) / 2], np.float32)
         inwards = jnp.array([[-1.0], [1.0]]) * (fingers.half[:, 1:2] - half[:, 1:2])
         shift = state.rotation[:, 1] * inwards + state.rotation[:, 2] * fingers.half[:, 2:] * (start + end) / 2
-        pieces.append(Solids(Boxes(fingers.center + shift, fingers.rotation, half), jnp.array([_GREY] * 2), np.zeros(2, bool)))
+        boxes = Boxes(fingers.center + shift, fingers.rotation, half)
+        pieces.append(Solids(boxes, jnp.array([_GREY] * 2), np.zeros(2, bool)))
     return _concatenate(*pieces, Solids(palm, jnp.array([_WHITE]), np.zeros(1, bool)))
 
 
-# Arm: from point to point, each given in the frame of a link (0-based, 7 = tool): link, offset (m), link, offset, radius.
+# Arm, from point to point, each in the frame of a link (0-based, 7 = tool): link, offset (m), link, offset, radius.
 _CAPSULES = (
     (0, (0, 0, -0.30), 0, (0, 0, -0.02), 0.075, _WHITE),
     (1, (0, 0, -0.06), 1, (0, 0, 0.06), 0.068, _WHITE),
@@ -260,8 +272,8 @@ _HITS = (_hit_box, _hit_capsule, _hit_cylinder)
 def _local(solids: Solids, k: Array, origin: _Vector, direction: _Vector) -> tuple[_Vector, _Vector]:
     center, rotation = solids.boxes.center[k], solids.boxes.rotation[k]
     shifted = [origin[j] - center[j] for j in range(3)]
-    turn = lambda v: tuple(sum(rotation[j, i] * v[j] for j in range(3)) for i in range(3))  # noqa: E731
-    return turn(shifted), turn(direction)
+    o, d = (tuple(sum(rotation[j, i] * v[j] for j in range(3)) for i in range(3)) for v in (shifted, direction))
+    return o, d
 
 
 def _trace(things: _Things, origin: _Vector, direction: _Vector, depth: Array) -> tuple[Array, Array]:
@@ -291,16 +303,23 @@ def _normal(kinds: Array, p: _Vector, half: _Vector) -> _Vector:
     capsule = [p[0] / half[0], p[1] / half[0], z / half[0]]
     on_cap = jnp.abs(p[2]) > half[2] * (1 - 1e-3)
     cylinder = [jnp.where(on_cap, 0.0, p[i] / half[0]) for i in range(2)] + [jnp.where(on_cap, jnp.sign(p[2]), 0.0)]
-    return tuple(
-        jnp.where(kinds == 0, b, jnp.where(kinds == 1, c, y)) for b, c, y in zip(box, capsule, cylinder)
-    )
+    return tuple(jnp.where(kinds == 0, b, jnp.where(kinds == 1, c, y)) for b, c, y in zip(box, capsule, cylinder))
 
 
-def _shade(scene: Scene, things: _Things, origin: _Vector, direction: _Vector, depth: Array, index: Array) -> list[Array]:
-    """Colour [3][P] of the solids hit."""
+def _shadowed(things: _Things, points: _Vector) -> Array:
+    """bool[P]: is anything between these points and the light?"""
+    light = tuple(jnp.float32(component) for component in _LIGHT)
+    start = tuple(p + _SKIN_M * component for p, component in zip(points, light))
+    return _trace(things, start, light, jnp.full(points[0].shape, _FAR_M))[1] >= 0
+
+
+def _shade(
+    scene: Scene, things: _Things, origin: _Vector, direction: _Vector, depth: Array, index: Array, shadow: Array
+) -> list[Array]:
+    """Colour [3][P] of the solids hit; shadow: bool[P]."""
     everything = _concatenate(*things)
     kind = np.repeat(np.arange(3), [len(solids.color) for solids in things])
-    row = jnp.concatenate(
+    table = jnp.concatenate(
         [
             everything.boxes.center,
             everything.boxes.rotation.reshape(-1, 9),
@@ -311,19 +330,21 @@ def _shade(scene: Scene, things: _Things, origin: _Vector, direction: _Vector, d
         ],
         axis=1,
     )
-    c = list(row[jnp.maximum(index, 0)].T)  # 20 planes of [P]
-    shifted = [origin[i] + depth * direction[i] - c[i] for i in range(3)]
-    p = [sum(c[3 + 3 * j + i] * shifted[j] for j in range(3)) for i in range(3)]
-    n = _normal(c[19], p, c[12:15])
-    world = [sum(c[3 + 3 * j + i] * n[i] for i in range(3)) for j in range(3)]
-    light = jnp.maximum(sum(world[i] * _LIGHT[i] for i in range(3)), 0.0)
+    plane = list(table[jnp.maximum(index, 0)].T)  # 20 planes of [P]
+    center, rotation, half, color, (wood, kind) = plane[:3], plane[3:12], plane[12:15], plane[15:18], plane[18:]
+    shifted = [origin[i] + depth * direction[i] - center[i] for i in range(3)]
+    p = [sum(rotation[3 * j + i] * shifted[j] for j in range(3)) for i in range(3)]
+    n = _normal(kind, p, half)
+    light = sum(sum(rotation[3 * j + i] * n[i] for i in range(3)) * _LIGHT[j] for j in range(3))
+    light = jnp.where(shadow, 0.0, jnp.maximum(light, 0.0))
     # grain runs along x of a box (along y on its ends)
     along = jnp.where(jnp.abs(n[0]) > 0.5, p[1], p[0])
     across = jnp.where(jnp.abs(n[2]) > 0.5, p[1], p[2])
-    cell = lambda v, shift: jnp.floor(v * _GRAIN_PER_M + shift).astype(jnp.int32) % scene.grain.shape[0]  # noqa: E731
-    grain = scene.grain[cell(along, 7 * index), cell(across, 13 * index)]
-    brightness = (_AMBIENT + _DIFFUSE * light) * jnp.where(c[18] > 0, grain, 1.0)
-    return [c[15 + i] * brightness for i in range(3)]
+    cells = (jnp.floor(v * _GRAIN_PER_M).astype(jnp.int32) for v in (along, across))
+    row, column = ((cell + shift * index) % _GRAIN_CELLS for cell, shift in zip(cells, (7, 13)))
+    grain = scene.grain[row, column]
+    brightness = (_AMBIENT + _DIFFUSE * light) * jnp.where(wood > 0, grain, 1.0)
+    return [channel * brightness for channel in color]
 
 
 def _floor(origin: _Vector, direction: _Vector) -> tuple[Array, Array]:
@@ -357,29 +378,41 @@ class Backdrop:
 
 def backdrop(scene: Scene, size: int) -> Backdrop:
     """Traced once per scene and size, handed to every `render` of the static camera."""
-    static = camera(None, "static")
-    return _look(scene, static, _rays(static, size), _fixed(scene))
+    view = camera(None, "static")
+    return _look(scene, view, _rays(view, size), _fixed(scene), shadows=False)
 
 
-def _look(scene: Scene, camera: Camera, rays: _Vector, things: _Things) -> Backdrop:
-    origin = tuple(camera.eye)
-    depth, floor = _floor(origin, rays)
-    depth, index = _trace(things, origin, rays, depth)
-    color = _shade(scene, things, origin, rays, depth, index)
-    return Backdrop(depth, jnp.stack([jnp.where(index < 0, floor, channel) for channel in color]))
-
-
-def render(scene: Scene, state: physics.State, camera_name: str, size: int, backdrop: Backdrop) -> Array:
+def render(
+    scene: Scene, state: physics.State, camera_name: str, size: int, backdrop: Backdrop, *, shadows: bool = False
+) -> Array:
     """uint8[size, size, 3], RGB: the picture of camera "static" or "wrist".
 
-    backdrop: of this scene and, for the static camera, of this size.
+    Args:
+      backdrop: of this scene and, for the static camera, of this size.
+      shadows: let things cast shadows. Off by default: CALVIN's own pictures have none, and they double the time.
     """
     view = camera(state, camera_name)
-    rays, origin, moving = _rays(view, size), tuple(view.eye), _moving(scene, state)
-    if camera_name == "wrist":
-        color = _look(scene, view, rays, _Things(*map(_concatenate, _fixed(scene), moving))).color
+    rays, moving = _rays(view, size), _moving(scene, state)
+    if camera_name == "wrist" or shadows:
+        everything = _Things(*(_concatenate(*pair) for pair in zip(_fixed(scene), moving)))
+        color = _look(scene, view, rays, everything, shadows=shadows).color
     else:
+        origin = tuple(view.eye)
         depth, index = _trace(moving, origin, rays, backdrop.depth)
-        color = jnp.where(index < 0, backdrop.color, jnp.stack(_shade(scene, moving, origin, rays, depth, index)))
+        color = jnp.stack(_shade(scene, moving, origin, rays, depth, index, jnp.zeros(index.shape, bool)))
+        color = jnp.where(index < 0, backdrop.color, color)
     color = jnp.clip(color * 255.0 + 0.5, 0.0, 255.0).astype(jnp.uint8)
     return color.T.reshape(size, size, 3)
+
+
+def _look(scene: Scene, view: Camera, rays: _Vector, things: _Things, *, shadows: bool) -> Backdrop:
+    """Trace everything that there is, and the floor."""
+    origin = tuple(view.eye)
+    depth, floor = _floor(origin, rays)
+    depth, index = _trace(things, origin, rays, depth)
+    shadow = jnp.zeros(depth.shape, bool)
+    if shadows:
+        shadow = _shadowed(things, tuple(origin[i] + depth * rays[i] for i in range(3)))
+        floor = floor * jnp.where(shadow, _AMBIENT / (_AMBIENT + _DIFFUSE * _LIGHT[2]), 1.0)
+    color = _shade(scene, things, origin, rays, depth, index, shadow)
+    return Backdrop(depth, jnp.stack([jnp.where(index < 0, floor, channel) for channel in color]))

@@ -1,7 +1,7 @@
 """The table as data: boxes, joints, colours and block sizes of the four variants A, B, C and D.
 
 World frame as in CALVIN: metres, x to the right seen from the front, y to the back, z up; the robot's base stands at
-`kinematics.BASE`. The cabinet's front leans back by 30 degrees: the sliding door and the lever's slots lie in that plane.
+`kinematics.BASE`. The cabinet's front leans back by 30 degrees: the sliding door and the lever lie in that plane.
 A `Scene` is a pytree of arrays with the same shapes for every variant, so that `vmap` runs over different scenes.
 """
 
@@ -125,6 +125,9 @@ _LAYOUTS: Mapping[str, _Layout] = {
 # fmt: on
 SCENES = tuple(_LAYOUTS)
 
+_APART_M = 0.1  # between blocks that a random start puts on the table
+_SHELF_Y_M = 0.0924
+_START_NOISE = np.array([0.04, 0.04, 0.03, 0.0, 0.0, 0.1], np.float32)  # m and rad
 _LENGTH_M = {"small": 0.04, "middle": 0.056, "big": 0.08}
 _COLORS = {"handle": (100, 100, 100), "lamp": (235, 235, 235), "black": (5, 5, 5), "floor": (240, 240, 240)}
 _JOINT_OF_BODY = {"door": SLIDER, "drawer": DRAWER, "button": BUTTON, "switch": SWITCH}
@@ -169,20 +172,20 @@ def _parts(at: _Layout) -> list[_Part]:
         _lean("base", "wood", (right, 0.44), (0.0, 0.228), (-0.12, 0.0)),
         _span("base", "wood", (-0.44, 0.44), (0.163, 0.24), (TABLE_TOP_M, 0.636)),
         _span("base", "wood", (-0.44, 0.44), (0.140, 0.21), (0.636, 0.655)),
-        _span("base", "wood", (at.button - 0.04, at.button + 0.04), (-0.16, -0.08), (TABLE_TOP_M, 0.463)),
+        _span("base", "pedestal", (at.button - 0.033, at.button + 0.033), (-0.153, -0.087), (TABLE_TOP_M, 0.463)),
         _span("shelf", "wood", (left, right), (0.03, 0.163), (TABLE_TOP_M, SHELF_TOP_M)),
         _lean("door", "front", (door - 0.143, door + 0.143), (0.003, 0.222), (0.002, 0.012)),
         _lean("door", "handle", (bar - 0.021, bar + 0.021), (0.030, 0.190), (0.045, 0.072)),
         _lean("door", "handle", (bar - 0.016, bar + 0.016), (0.030, 0.048), (0.012, 0.045)),
         _lean("door", "handle", (bar - 0.016, bar + 0.016), (0.172, 0.190), (0.012, 0.045)),
         _span("drawer", "front", (drawer - 0.197, drawer + 0.197), (-0.171, 0.11), (0.326, DRAWER_FLOOR_M)),
-        _span("drawer", "front", (drawer - 0.197, drawer + 0.197), (-0.185, -0.171), (0.305, 0.399)),
+        _span("drawer", "front", (drawer - 0.197, drawer + 0.197), (-0.181, -0.171), (0.305, 0.3995)),
         _span("drawer", "front", (drawer - 0.197, drawer - 0.157), (-0.171, 0.11), (DRAWER_FLOOR_M, 0.396)),
         _span("drawer", "front", (drawer + 0.157, drawer + 0.197), (-0.171, 0.11), (DRAWER_FLOOR_M, 0.396)),
         _span("drawer", "front", (drawer - 0.157, drawer + 0.157), (0.09, 0.11), (DRAWER_FLOOR_M, 0.396)),
         _span("drawer", "handle", (drawer - 0.125, drawer + 0.125), (-0.265, -0.235), (0.345, 0.375)),
-        _span("drawer", "handle", (drawer - 0.125, drawer - 0.098), (-0.235, -0.185), (0.345, 0.375)),
-        _span("drawer", "handle", (drawer + 0.098, drawer + 0.125), (-0.235, -0.185), (0.345, 0.375)),
+        _span("drawer", "handle", (drawer - 0.125, drawer - 0.098), (-0.235, -0.181), (0.345, 0.375)),
+        _span("drawer", "handle", (drawer + 0.098, drawer + 0.125), (-0.235, -0.181), (0.345, 0.375)),
         _span("button", "black", (at.button - 0.03, at.button + 0.03), (-0.15, -0.09), (0.455, 0.4864)),
         _lean("switch", "handle", (lever - 0.078, lever + 0.078), (0.065, 0.095), (0.032, 0.062)),
         _lean("switch", "handle", (lever - 0.060, lever - 0.040), (0.072, 0.088), (0.0, 0.032)),
@@ -198,7 +201,7 @@ BOX_BODY = np.array([tasks.BODIES.index(part.body) for part in _MADE])
 BOX_JOINT = np.array([_JOINT_OF_BODY.get(part.body, -1) for part in _MADE])
 """int[N]: the mechanism each box moves with, index into `JOINTS`; -1 = none."""
 BOX_MATERIAL = np.array([part.material for part in _MADE])
-"""str[N]: "wood", "front" (wood of door and drawer), "handle", "lamp", "black" or "floor"."""
+"""str[N]: "wood", "front" (wood of door and drawer), "pedestal", "handle", "lamp", "black" or "floor"."""
 
 
 def make_scene(name: str) -> Scene:
@@ -207,7 +210,7 @@ def make_scene(name: str) -> Scene:
         raise ValueError(f"unknown scene {name!r}; known scenes: {', '.join(SCENES)}.")
     at = _LAYOUTS[name]
     parts = _parts(at)
-    colors = {**_COLORS, "wood": at.wood, "front": at.front}
+    colors = {**_COLORS, "wood": at.wood, "pedestal": at.wood, "front": at.front}
     rotation = np.stack([_LEANING if part.leaning else np.eye(3) for part in parts])
     front = np.array([0.0, PANEL_Y_M, TABLE_TOP_M])
     scene = Scene(
@@ -227,12 +230,52 @@ def make_scene(name: str) -> Scene:
             area=np.array([at.area, (-0.15, -0.03)]),
         ),
     )
-    as_float = lambda x: x if x.dtype == np.int32 else x.astype(np.float32)  # noqa: E731
-    return jax.tree.map(lambda x: jnp.asarray(as_float(np.asarray(x))), scene)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.int32 if x.dtype == np.int32 else jnp.float32), scene)
+
+
+def neutral_scene_obs(name: str) -> np.ndarray:
+    """float64[24]: everything closed and off, the blocks in a row on the table."""
+    scene = make_scene(name)
+    (low, high), y = scene.anchors.area
+    obs = np.zeros(24)
+    for i in range(3):
+        x = low + (high - low) * (0.2 + 0.3 * i)
+        obs[6 + 6 * i : 12 + 6 * i] = x, np.mean(y), TABLE_TOP_M + 0.02, 0.0, 0.0, np.pi / 2
+    return obs
+
+
+def sample(scene: Scene, key: Array) -> tuple[Array, Array]:
+    """A random start: robot_obs float32[15] near CALVIN's initial pose, scene_obs float32[24].
+
+    Mechanisms are at either end, lamps on or off; each block is on the table (at any place of the starting area, at
+    least one of them), or alone in one half of the shelf.
+    """
+    keys = jax.random.split(key, 6)
+    ends = jax.random.bernoulli(keys[0], shape=(4,))
+    slider, drawer, switch = (jnp.where(ends[i], scene.joint_range[j], 0.0) for i, j in ((0, 0), (1, 1), (2, 3)))
+    # places 0 and 1 are the halves of the shelf, 2 and up are the table: no half can be drawn twice
+    places = jax.random.permutation(keys[1], 5)[:3]
+    low, high = scene.anchors.area.T
+    candidates = jax.random.uniform(keys[2], (64, 2), minval=low, maxval=high)
+    spots = jnp.zeros((0, 2))
+    for _ in range(3):  # the first candidate that keeps its distance
+        apart = jnp.linalg.norm(candidates[:, None] - spots, axis=-1).min(-1, initial=jnp.inf)
+        spots = jnp.concatenate([spots, candidates[jnp.argmax(apart > _APART_M)][None]])
+    shelf = jnp.stack([scene.anchors.shelf.mean(1), jnp.full(2, _SHELF_Y_M)], axis=-1)
+    on_table = places[:, None] >= 2
+    xy = jnp.where(on_table, spots, shelf[jnp.minimum(places, 1)])
+    z = jnp.where(on_table, TABLE_TOP_M, SHELF_TOP_M) + 0.02
+    yaw = jnp.pi / 2 + jax.random.uniform(keys[3], (3,), minval=-jnp.pi / 4, maxval=jnp.pi / 4)
+    blocks = jnp.concatenate([xy, z, jnp.zeros((3, 2)), yaw[:, None]], axis=-1)[jnp.argsort(scene.block_slot)]
+    lamps = jnp.stack([ends[2], ends[3]]).astype(jnp.float32)
+    scene_obs = jnp.concatenate([jnp.stack([slider, drawer, 0.0, switch]), lamps, blocks.reshape(-1)])
+    noise = jax.random.uniform(keys[4], (6,), minval=-1.0, maxval=1.0) * _START_NOISE
+    robot_obs = jnp.asarray(tasks.INITIAL_ROBOT_OBS, jnp.float32).at[:6].add(noise)
+    return robot_obs, scene_obs
 
 
 def _wood(frequency: float, contrast: float, waviness: float, size: int = 64) -> np.ndarray:
-    """float[size, size], seamless grain along the first axis: `frequency` rings per tile, bent by `waviness` of a ring."""
+    """float[size, size], seamless grain along the first axis: `frequency` rings, each bent by `waviness` of a ring."""
     generator = np.random.default_rng(0)
     along, across = np.meshgrid(*[np.linspace(0, 2 * np.pi, size, endpoint=False)] * 2, indexing="ij")
     bend = waviness * (np.sin(along + 2 * np.sin(across)) + 0.5 * np.sin(2 * along + across + 1))

@@ -1,0 +1,250 @@
+"""The play table as `Env` (one table) and as `VectorEnv` (many tables in one jitted call), both NumPy outside."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robovlms_jax import interface
+from robovlms_jax.envs import tasks
+from robovlms_jax.envs.playtable import physics, render
+from robovlms_jax.envs.playtable.scene import Scene, make_scene, neutral_scene_obs
+from robovlms_jax.types import Array
+
+ROBOT_OBS_DIM, SCENE_OBS_DIM = 15, 24
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many tables, functional: scenes are stacked, `which` int32[B] says which scene each table is
+
+
+def stack_scenes(names: Sequence[str]) -> Scene:
+    """Scenes with a leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(make_scene(name) for name in names))
+
+
+def _pick(stacked: Any, which: Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf[which], stacked)
+
+
+@jax.jit
+def reset_batch(scenes: Scene, which: Array, robot_obs: Array, scene_obs: Array) -> physics.State:
+    """`physics.reset` of B tables: robot_obs float[B, 15], scene_obs float[B, 24]."""
+    return jax.vmap(lambda i, *obs: physics.reset(_pick(scenes, i), *obs))(which, robot_obs, scene_obs)
+
+
+@jax.jit
+def step_batch(scenes: Scene, which: Array, states: physics.State, actions: Array) -> physics.State:
+    """`physics.step` of B tables: actions float[B, 7]."""
+    return jax.vmap(lambda i, state, action: physics.step(_pick(scenes, i), state, action))(which, states, actions)
+
+
+@jax.jit
+def info_batch(scenes: Scene, which: Array, states: physics.State) -> tasks.SceneInfo:
+    """`physics.info` of B tables, with `robot_obs` [B, 15] and `scene_obs` [B, 24] added."""
+
+    def one(i, state):
+        scene = _pick(scenes, i)
+        obs = {"robot_obs": physics.robot_obs(state), "scene_obs": physics.scene_obs(scene, state)}
+        return {**physics.info(scene, state), **obs}
+
+    return jax.vmap(one)(which, states)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def backdrops(scenes: Scene, size: int) -> render.Backdrop:
+    """`render.backdrop` of every scene, to be kept."""
+    return jax.vmap(lambda scene: render.backdrop(scene, size))(scenes)
+
+
+@functools.partial(jax.jit, static_argnames=("camera", "size", "shadows"))
+def render_batch(
+    scenes: Scene,
+    which: Array,
+    states: physics.State,
+    camera: str,
+    size: int,
+    backdrops: render.Backdrop,
+    *,
+    shadows: bool = False,
+) -> Array:
+    """uint8[B, size, size, 3]: the pictures of camera "static" or "wrist" of B tables."""
+
+    def one(args):
+        i, state = args
+        return render.render(_pick(scenes, i), state, camera, size, _pick(backdrops, i), shadows=shadows)
+
+    if jax.default_backend() == "cpu":  # one picture at a time stays in the cache
+        return jax.lax.map(one, (which, states))
+    return jax.vmap(one)((which, states))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What evaluation sees
+
+
+class PlayTables:
+    """Tables stepped together, a `vector.VectorEnv`.
+
+    Args:
+      scenes: "A" to "D", one name for all tables or one per table.
+      size: number of tables; may be left out when `scenes` names one per table.
+      image_sizes: px of the square pictures of each camera.
+      shadows: see `render.render`.
+    """
+
+    def __init__(
+        self,
+        scenes: str | Sequence[str] = "D",
+        size: int | None = None,
+        *,
+        image_sizes: Mapping[str, int] | None = None,
+        shadows: bool = False,
+    ):
+        names = [scenes] * (1 if size is None else size) if isinstance(scenes, str) else list(scenes)
+        if not names or (size is not None and len(names) != size):
+            raise ValueError(f"size={size} does not fit {len(names)} scenes; give one name, or one per table.")
+        kinds = sorted(set(names))
+        self.name = f"playtable-{''.join(kinds)}"
+        self.size = len(names)
+        self._kinds = [kinds.index(name) for name in names]
+        self._neutral = [neutral_scene_obs(name) for name in names]
+        self._scenes, self._which = stack_scenes(kinds), jnp.array(self._kinds, jnp.int32)
+        self._image_sizes = _checked_sizes(image_sizes)
+        self._shadows = shadows
+        self._states = reset_batch(
+            self._scenes, self._which, np.tile(tasks.INITIAL_ROBOT_OBS, (self.size, 1)), np.stack(self._neutral)
+        )
+        self._infos: Mapping[str, np.ndarray] | None = None
+
+    @functools.cached_property
+    def _backdrops(self) -> render.Backdrop:
+        return backdrops(self._scenes, self._image_sizes["static"])
+
+    @property
+    def states(self) -> physics.State:
+        """All tables' states, leading axis `size`."""
+        return self._states
+
+    def reset(self, slots: Sequence[int], starts: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray]]:
+        """Put tables into given states; keyword arguments as for `PlayTable.reset`."""
+        robot, scene = np.zeros((self.size, ROBOT_OBS_DIM)), np.zeros((self.size, SCENE_OBS_DIM))
+        for slot, start in zip(slots, starts, strict=True):
+            robot[slot], scene[slot] = _checked_start(**start, neutral_scene_obs=self._neutral[slot])
+        self._update(slots, reset_batch(self._scenes, self._which, robot, scene))
+        return self.infos(slots)
+
+    def step(self, slots: Sequence[int], actions: np.ndarray) -> list[dict[str, np.ndarray]]:
+        """One action float[7] in each of the slots; see `PlayTable.step`."""
+        every = np.zeros((self.size, interface.ACTION_DIM), np.float32)
+        for slot, action in zip(slots, actions, strict=True):
+            every[slot] = _checked_action(action)
+        self._update(slots, step_batch(self._scenes, self._which, self._states, every))
+        return self.infos(slots)
+
+    def observe(self, slots: Sequence[int]) -> list[interface.Observation]:
+        """Render these slots."""
+        if not slots:
+            return []
+        # the number of pictures is rounded up to a power of two, so that few programs are compiled
+        padded = np.resize(slots, 2 ** (len(slots) - 1).bit_length())
+        which, states = self._which[padded], _pick(self._states, padded)
+        images = {
+            camera: np.asarray(
+                render_batch(self._scenes, which, states, camera, size, self._backdrops, shadows=self._shadows)
+            )
+            for camera, size in self._image_sizes.items()
+        }
+        return [
+            interface.Observation({camera: pictures[i] for camera, pictures in images.items()}, info["robot_obs"])
+            for i, info in enumerate(self.infos(slots))
+        ]
+
+    def infos(self, slots: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """The scenes as the task conditions read them, plus `robot_obs` float32[15] and `scene_obs` float32[24]."""
+        if self._infos is None:
+            self._infos = jax.device_get(info_batch(self._scenes, self._which, self._states))
+        return [{key: values[slot] for key, values in self._infos.items()} for slot in slots]
+
+    def restart(self, slot: int) -> None:
+        """Back to the neutral state; a table cannot break."""
+        self.reset([slot], [{}])
+
+    def _update(self, slots: Sequence[int], states: physics.State) -> None:
+        chosen = np.zeros(self.size, bool)
+        chosen[list(slots)] = True
+        self._states = _choose(chosen, states, self._states)
+        self._infos = None
+
+
+class PlayTable:
+    """One table, an `interface.Env`. Pictures are rendered in `observe` only.
+
+    Args:
+      scene: "A" to "D".
+      image_sizes: px of the square pictures of each camera; CALVIN's 200 (static) and 84 (wrist) if left out.
+      shadows: see `render.render`.
+    """
+
+    def __init__(self, scene: str = "D", *, image_sizes: Mapping[str, int] | None = None, shadows: bool = False):
+        self._tables = PlayTables(scene, 1, image_sizes=image_sizes, shadows=shadows)
+        self.name = self._tables.name
+
+    def reset(self, robot_obs: np.ndarray | None = None, scene_obs: np.ndarray | None = None) -> None:
+        """Go to the given state (float[15], float[24], blocks in the scene's own order) or to the neutral one."""
+        self._tables.reset([0], [{"robot_obs": robot_obs, "scene_obs": scene_obs}])
+
+    def step(self, action: np.ndarray) -> None:
+        """1/30 s of a relative action float[7]: 1.0 = 0.02 m or 0.05 rad, world frame; gripper exactly -1 or 1."""
+        self._tables.step([0], np.asarray(action)[None])
+
+    def observe(self) -> interface.Observation:
+        """Static and wrist pictures uint8[size, size, 3]; proprio is robot_obs float32[15]."""
+        return self._tables.observe([0])[0]
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """`tasks.SceneInfo`, plus `robot_obs` float32[15] and `scene_obs` float32[24]."""
+        return self._tables.infos([0])[0]
+
+
+@jax.jit
+def _choose(chosen: Array, new: physics.State, old: physics.State) -> physics.State:
+    return jax.vmap(lambda take, a, b: jax.tree.map(lambda x, y: jnp.where(take, x, y), a, b))(chosen, new, old)
+
+
+def _checked_sizes(sizes: Mapping[str, int] | None) -> Mapping[str, int]:
+    sizes = {**render.SIZES, **(sizes or {})}
+    unknown = sorted(set(sizes) - set(interface.CAMERAS))
+    if unknown or any(not isinstance(size, int) or size < 1 for size in sizes.values()):
+        raise ValueError(f"image_sizes={sizes} must give a positive whole number of px for {interface.CAMERAS}.")
+    return sizes
+
+
+def _checked_start(
+    robot_obs: np.ndarray | None = None, scene_obs: np.ndarray | None = None, *, neutral_scene_obs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    given = []
+    for name, value, neutral in (
+        ("robot_obs", robot_obs, tasks.INITIAL_ROBOT_OBS),
+        ("scene_obs", scene_obs, neutral_scene_obs),
+    ):
+        value = np.asarray(neutral if value is None else value, np.float64)
+        if value.shape != neutral.shape or not np.isfinite(value).all():
+            raise ValueError(f"{name} has shape {value.shape}, expected {neutral.shape[0]} finite numbers.")
+        given.append(value)
+    return given[0], given[1]
+
+
+def _checked_action(action: np.ndarray) -> np.ndarray:
+    action = np.asarray(action, np.float64)
+    if action.shape != (interface.ACTION_DIM,) or not np.isfinite(action).all():
+        raise ValueError(f"action {action.tolist()} must be {interface.ACTION_DIM} finite numbers.")
+    if action[6] not in (-1.0, 1.0):
+        raise ValueError(f"action[6]={action[6]} must be exactly -1 (close) or 1 (open); binarise the gripper.")
+    return action
