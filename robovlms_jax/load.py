@@ -46,5 +46,22 @@ def _open(path: str | pathlib.Path) -> tuple[Any, Any, Any]:
     backbone = build.backbone_from_assets(experiment.backbone, assets)
     model = build.make_model(experiment, backbone.vlm)
     shapes, shardings = build.abstract_params(model, meshes.make_mesh((1, 1, 1), jax.local_devices()[:1]))
-    abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings)
+    types = serving_types(shapes, experiment.backbone.dtype)
+    abstract = jax.tree.map(
+        lambda x, dtype, place: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), shapes, types, shardings
+    )
     return model, checkpoints.read_params(directory, abstract), backbone.encoder(experiment.data.text_length)
+
+
+def serving_types(shapes: Any, dtype: str) -> Any:
+    """The type each parameter is served in.
+
+    Blocks cast their parameters to the type of the activations at every use, norms excepted, so storing them in that
+    type changes no number and halves what a bfloat16 control step reads from memory.
+    """
+
+    def choose(path: tuple, x: Any) -> Any:
+        keys = [key.key for key in path]
+        return dtype if keys[0] == "backbone" and not any("norm" in key for key in keys) else x.dtype
+
+    return jax.tree_util.tree_map_with_path(choose, shapes)

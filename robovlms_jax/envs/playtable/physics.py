@@ -151,6 +151,7 @@ def step(scene: Scene, state: State, action: Array) -> State:
     before = state
     state = dataclasses.replace(
         state,
+        held=jnp.where(action[6] > 0, _FREE, state.held),
         target_position=state.target_position + TRANSLATION_M * action[:3],
         target_euler=state.target_euler + ROTATION_RAD * action[3:6],
         command=jnp.where(action[6] > 0, 1.0, -1.0),
@@ -376,7 +377,6 @@ def _with_held(state: State) -> State:
 
 def _push_apart(scene: Scene, old: State, wish: State) -> tuple[State, Array]:
     """Resolve the overlaps that moving the hand from `old` to `wish` makes. Returns the state and its `depths`."""
-    wish = dataclasses.replace(wish, held=jnp.where(wish.command > 0, _FREE, wish.held))
     ridden = _columns(scene, old).center
     way = (wish.position - old.position)[:2]
     way = way / jnp.maximum(jnp.linalg.norm(way), 1e-6)
