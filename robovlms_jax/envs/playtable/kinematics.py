@@ -38,6 +38,7 @@ _HAND_TURN = np.array([[1, 1, 0], [-1, 1, 0], [0, 0, np.sqrt(2)]], np.float32) /
 
 _DAMPING = 1e-3  # on the squared singular values
 _MAX_STEP_RAD = 0.05  # per iteration; keeps the arm from leaping near singular poses
+_MAX_PULL_RAD = 0.01
 _CLOSE = 5e-4  # m and rad together: close enough to move on towards `home`
 
 
@@ -151,9 +152,12 @@ def inverse(
         axes = arm.rotations[:7, :, 2]
         jacobian = jnp.concatenate([jnp.cross(axes, arm.origins[7] - arm.origins[:7]), axes], axis=1).T
         gram = jacobian @ jacobian.T + damping * jnp.eye(6)
-        spare = jnp.zeros(7) if home is None else pull * (home - joints)
-        step = spare + jacobian.T @ _solve(gram, error - jacobian @ spare)
-        tried = jnp.clip(joints + jnp.clip(step, -_MAX_STEP_RAD, _MAX_STEP_RAD), JOINT_LOW, JOINT_HIGH)
+        step = jacobian.T @ _solve(gram, error)
+        step = step * jnp.minimum(1.0, _MAX_STEP_RAD / jnp.maximum(jnp.abs(step).max(), 1e-9))
+        if home is not None:
+            spare = jnp.clip(pull * (home - joints), -_MAX_PULL_RAD, _MAX_PULL_RAD)
+            step = step + spare - jacobian.T @ _solve(gram, jacobian @ spare)
+        tried = jnp.clip(joints + step, JOINT_LOW, JOINT_HIGH)
         result = error_at(tried)
         better = (result[2] < size) | (result[2] < _CLOSE)
         new, old = (tried, result, jnp.float32(_DAMPING)), (joints, (arm, error, size), 10 * damping)
