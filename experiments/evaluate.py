@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 
 from robovlms_jax.envs import calvin, simpler, vector
@@ -40,6 +42,9 @@ class EvaluateConfig:
     """Where results go; one directory per setup. Empty: <checkpoint>/rollouts/<env>-<execution>[-held_out]."""
     chains: int = 100
     """How many of the 1000 official chains (the first ones), or of a SimplerEnv task's layouts; 0: all."""
+    tasks: tuple[str, ...] = ()
+    """Instead of chains: this many trials of single tasks, taking turns, from random initial states they are possible
+    in (playtable, calvin)."""
     max_steps: int = 360
     """Control steps per task of a chain."""
     execution: Execution = Execution()
@@ -75,6 +80,9 @@ class EvaluateConfig:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative.")
         if self.processes < 1:
             raise ValueError(f"processes={self.processes} must be at least 1.")
+        unknown = sorted(set(self.tasks) - set(calvin_tasks.TASKS))
+        if unknown:
+            raise ValueError(f"tasks has unknown {unknown}; known: {', '.join(calvin_tasks.TASKS)}.")
         if self.env == "calvin" and not self.calvin_root:
             raise ValueError("env calvin needs calvin_root, a checkout of mees/calvin_env (see docs/calvin.md).")
         if self.env == "simpler" and not self.simpler_statistics:
@@ -110,6 +118,7 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
 
 def _default_output(config: EvaluateConfig) -> pathlib.Path:
     name = f"{config.env}-{config.scene if config.env != 'simpler' else config.simpler_task}"
+    name += "-single" if config.tasks else ""
     words = "-held_out" if config.held_out else ""
     return pathlib.Path(config.checkpoint) / "rollouts" / f"{name}-{config.execution.label.replace(' ', '_')}{words}"
 
@@ -118,13 +127,27 @@ def _trials(config: EvaluateConfig) -> tuple[list[Trial], Rules]:
     if config.env == "simpler":
         rules = chains.simpler_rules(config.simpler_task)
         return chains.simpler_trials(config.simpler_task, config.chains or None), rules
-    official = calvin_tasks.official_chains()[: config.chains or None]
+    chosen = single_tasks(config.tasks, config.chains) if config.tasks else calvin_tasks.official_chains()
     trials = chains.chain_trials(
-        official, scene=config.scene, train_scenes=config.train_scenes, held_out=config.held_out
+        chosen[: config.chains or None], scene=config.scene, train_scenes=config.train_scenes, held_out=config.held_out
     )
     # CALVIN's released checker differs from the written rules in one task; published numbers were judged by it.
     judge = {"completed": calvin.completed_in_each} if config.env == "calvin" else {}
     return trials, Rules(max_steps=config.max_steps, **judge)
+
+
+def single_tasks(names: Sequence[str], count: int) -> list[calvin_tasks.Chain]:
+    """`count` chains of one task (0: ten of each), tasks taking turns, each from an initial state it is possible in."""
+    rng = np.random.default_rng(0)
+    trials = []
+    for index, name in zip(range(count or 10 * len(names)), itertools.cycle(names)):
+        possible = [c for c in calvin_tasks.initial_conditions() if len(calvin_tasks.successors(c, name)) == 1]
+        if not possible:
+            raise ValueError(
+                f"{name} is possible in no initial state (it needs a block in the hand); evaluate chains instead."
+            )
+        trials.append(calvin_tasks.Chain(index, possible[rng.integers(len(possible))], (name,)))
+    return trials
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ RECORD = {
         ({"env": "simpler"}, "simpler_statistics"),
         ({"processes": 0}, "processes=0"),
         ({"chains": -1}, "chains=-1"),
+        ({"tasks": ("fly",)}, "unknown"),
     ],
 )
 def test_impossible_evaluations_are_refused(changes, message):
@@ -45,6 +46,18 @@ def test_impossible_recordings_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="not empty"):
         record_playtable.record(record_playtable.RecordConfig(out=str(tmp_path)))
+
+
+def test_single_tasks_start_where_they_are_possible():
+    names = ("open_drawer", "turn_off_led", "push_red_block_left")
+    chains = evaluate.single_tasks(names, 7)
+    assert [chain.tasks for chain in chains] == [(names[i % 3],) for i in range(7)]
+    for chain in chains:
+        assert len(tasks.successors(chain.condition, chain.tasks[0])) == 1
+    assert all(chain.condition["drawer"] == "closed" for chain in chains[::3])
+    assert len(evaluate.single_tasks(names, 0)) == 30
+    with pytest.raises(ValueError, match="possible in no initial state"):
+        evaluate.single_tasks(("place_in_drawer",), 1)
 
 
 @pytest.mark.slow

@@ -164,8 +164,7 @@ def step(scene: Scene, state: State, action: Array) -> State:
     joints = kinematics.inverse(state.joints, *aim, iterations=3, home=jnp.asarray(_HOME))
     arm = kinematics.forward(joints)
 
-    def substep(i, carry):
-        state, allowed = carry
+    def substep(i, state):
         share = 1.0 / (SUBSTEPS - i)
         turn = kinematics.to_vector(arm.rotations[7] @ state.rotation.T)
         wish = dataclasses.replace(
@@ -173,15 +172,14 @@ def step(scene: Scene, state: State, action: Array) -> State:
             position=state.position + share * _limit(arm.origins[7] - state.position, _MAX_TRANSLATION_M),
             rotation=kinematics.from_vector(share * turn) @ state.rotation,
             width=_close(state),
+            mechanisms=state.mechanisms.at[BUTTON].set(jnp.maximum(state.mechanisms[BUTTON] - _SPRING_M, 0.0)),
         )
         moved, depth = _push_apart(scene, state, wish)
-        fits = jnp.all(depth <= jnp.maximum(allowed, TOLERANCE_M))
-        moved, depth = jax.tree.map(lambda new, old: jnp.where(fits, new, old), (moved, depth), (state, allowed))
         pressed = (state.mechanisms[BUTTON] < _LED_AT_M) & (moved.mechanisms[BUTTON] >= _LED_AT_M)
         moved = dataclasses.replace(moved, led=jnp.where(pressed, 1.0 - moved.led, moved.led))
-        return _spring(scene, _settle(scene, _grasp(moved, depth))), depth
+        return _settle(scene, _grasp(moved, depth))
 
-    state, _ = jax.lax.fori_loop(0, SUBSTEPS, substep, (state, depths(scene, state)))
+    state = jax.lax.fori_loop(0, SUBSTEPS, substep, state)
     turned = kinematics.to_vector(state.block_rotation @ jnp.swapaxes(before.block_rotation, -1, -2))
     velocity = jnp.concatenate([state.block_position - before.block_position, turned], axis=-1) * RATE_HZ
     joints = kinematics.inverse(joints, state.position, state.rotation, iterations=4)
@@ -309,9 +307,9 @@ def _axes(rows: Boxes, columns: Boxes) -> _Axes:
     column_half = [jnp.broadcast_to(columns.half[None, :, j], shape) for j in three]
     between = [rows.center[:, k, None] - columns.center[None, :, k] for k in three]
     cosine = [[jnp.abs(sum(row[i][k] * column[j][k] for k in three)) for j in three] for i in three]
-    offset = jnp.stack([sum(axis[k] * between[k] for k in three) for axis in row + column])
-    row_reach = jnp.stack(row_half + [sum(cosine[i][j] * row_half[i] for i in three) for j in three])
-    column_reach = jnp.stack([sum(cosine[i][j] * column_half[j] for j in three) for i in three] + column_half)
+    offset = [sum(axis[k] * between[k] for k in three) for axis in row + column]
+    row_reach = row_half + [sum(cosine[i][j] * row_half[i] for i in three) for j in three]
+    column_reach = [sum(cosine[i][j] * column_half[j] for j in three) for i in three] + column_half
     return _Axes(row + column, *jax.lax.optimization_barrier((offset, row_reach, column_reach)))
 
 
@@ -325,7 +323,7 @@ class _Contacts(NamedTuple):
 
 def _contacts(rows: Boxes, columns: Boxes) -> _Contacts:
     axes = _axes(rows, columns)
-    overlap = axes.row_reach + axes.column_reach - jnp.abs(axes.offset)
+    overlap = [a + b - jnp.abs(c) for a, b, c in zip(axes.row_reach, axes.column_reach, axes.offset)]
     depth, normal = overlap[0], [0.0, 0.0, 0.0]
     for i, vector in enumerate(axes.vectors):
         nearer = overlap[i] <= depth
@@ -334,8 +332,8 @@ def _contacts(rows: Boxes, columns: Boxes) -> _Contacts:
         normal = [jnp.where(nearer, sign * v, n) for v, n in zip(vector, normal)]
     # where: in the row's frame, where the column counts with its bounding box; the middle of the overlap when faces lie
     # flat on each other, its deeper end when they are tilted, which is what turns a pushed block flat to the finger
-    low = jnp.maximum(-axes.row_reach, -axes.offset - axes.column_reach)
-    high = jnp.minimum(axes.row_reach, -axes.offset + axes.column_reach)
+    low = [jnp.maximum(-a, -c - b) for a, b, c in zip(axes.row_reach, axes.column_reach, axes.offset)]
+    high = [jnp.minimum(a, -c + b) for a, b, c in zip(axes.row_reach, axes.column_reach, axes.offset)]
     tilt = [sum(n * v for n, v in zip(normal, vector)) / _FLAT_RAD for vector in axes.vectors[:3]]
     place = [(low[i] + high[i] - (high[i] - low[i]) * jnp.clip(tilt[i], -1.0, 1.0)) / 2 for i in range(3)]
     point = [rows.center[:, k, None] + sum(place[i] * axes.vectors[i][k] for i in range(3)) for k in range(2)]
@@ -376,23 +374,26 @@ def _with_held(state: State) -> State:
 
 
 def _push_apart(scene: Scene, old: State, wish: State) -> tuple[State, Array]:
-    """Resolve the overlaps that moving the hand from `old` to `wish` makes. Returns the state and its `depths`."""
-    ridden = _columns(scene, old).center
+    """Resolve the overlaps that moving the hand from `old` to `wish` makes; `old` again where that fails.
+
+    Returns the state and its `depths`.
+    """
     way = (wish.position - old.position)[:2]
     way = way / jnp.maximum(jnp.linalg.norm(way), 1e-6)
+    least, most = jnp.minimum(old.width, wish.width), jnp.maximum(old.width, wish.width)
 
+    # One loop, so that XLA compiles the contacts once: round 0 looks at `old`, the last one only at the result.
     def sweep(i, carry):
-        state, ridden = carry
+        state, ridden, before, _ = carry
         state, ridden = _ride(scene, _with_held(state), ridden)
         contacts = _contacts(_rows(scene, state), _columns(scene, state))
-        contacts = contacts._replace(depth=_masked(state, contacts.depth))
-        opening = _push_fingers(state, contacts)
-        contacts = contacts._replace(depth=jnp.maximum(contacts.depth, 0.0))
+        depth = _masked(state, contacts.depth)
+        opening = _push_fingers(state, contacts._replace(depth=depth))
+        contacts = contacts._replace(depth=jnp.maximum(depth, 0.0))
         mechanisms, left = _push_mechanisms(scene, state, contacts)
         position, rotation = _push_blocks(scene, state, contacts, way)
-        shift = _push_hand(state, contacts._replace(depth=left), i >= _SWEEPS - _YIELDING)
-        least, most = jnp.minimum(old.width, wish.width), jnp.maximum(old.width, wish.width)
-        state = dataclasses.replace(
+        shift = _push_hand(state, contacts._replace(depth=left), i > _SWEEPS - _YIELDING)
+        pushed = dataclasses.replace(
             state,
             position=state.position + shift,
             width=jnp.clip(state.width + opening, least, most),
@@ -400,11 +401,19 @@ def _push_apart(scene: Scene, old: State, wish: State) -> tuple[State, Array]:
             block_position=position,
             block_rotation=rotation,
         )
-        return state, ridden
+        following = jax.tree.map(
+            lambda first, middle, last: jnp.where(i == 0, first, jnp.where(i <= _SWEEPS, middle, last)),
+            wish,
+            pushed,
+            state,
+        )
+        return following, ridden, jnp.where(i == 0, depth, before), depth
 
-    state, ridden = jax.lax.fori_loop(0, _SWEEPS, sweep, (wish, ridden))
-    state, _ = _ride(scene, _with_held(state), ridden)
-    return state, _masked(state, _contacts(_rows(scene, state), _columns(scene, state)).depth)
+    nothing = jnp.full((_HAND + 3, _TABLE + 3), -1.0)
+    carry = (old, _columns(scene, old).center, nothing, nothing)
+    new, _, before, depth = jax.lax.fori_loop(0, _SWEEPS + 2, sweep, carry)
+    fits = jnp.all(depth <= jnp.maximum(before, TOLERANCE_M))
+    return jax.tree.map(lambda a, b: jnp.where(fits, a, b), (new, depth), (old, before))
 
 
 def _ride(scene: Scene, state: State, ridden: Array) -> tuple[State, Array]:
@@ -517,7 +526,7 @@ def _grasp(state: State, depth: Array) -> State:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Gravity and springs
+# Gravity
 
 
 class _Falls(NamedTuple):
@@ -537,7 +546,7 @@ def _fall(blocks: Boxes, obstacles: Boxes) -> _Falls:
     axes = _axes(blocks, obstacles)
     way = jnp.where(_own(obstacles), jnp.inf, _way_down(axes))
     height = _apply(jnp.abs(blocks.rotation), blocks.half)[:, 2]
-    below_center = _way_down(axes._replace(row_reach=0.0))
+    below_center = _way_down(axes._replace(row_reach=[jnp.zeros_like(reach) for reach in axes.row_reach]))
     touched = way < TOUCH_M
     carries = touched & (below_center < (height + 3 * TOUCH_M)[:, None])
     lowest = jnp.argmin(jnp.where(carries, way - 1.0, way), axis=1)
@@ -552,7 +561,7 @@ def _own(obstacles: Boxes) -> Array:
 
 def _way_down(axes: _Axes) -> Array:
     """float[M, N], m: how far each row can fall before it meets each column; inf = never."""
-    reach = axes.row_reach + axes.column_reach
+    reach = [a + b for a, b in zip(axes.row_reach, axes.column_reach)]
     enter, leave = -jnp.inf, jnp.inf
     for i, (_, _, slope) in enumerate(axes.vectors):
         # bodies that merely lean on each other sideways, within tolerance, do not hold each other up
@@ -600,23 +609,11 @@ def _settle(scene: Scene, state: State) -> State:
     # whichever of the others move or stay, the moved block must fit
     trial = Boxes(moved, upright, scene.block_half)
     others = dataclasses.replace(obstacles, center=obstacles.center.at[_TABLE : _TABLE + 3].set(fallen))
-    overlap = jnp.where(_own(others), -1.0, _contacts(trial, others).depth).max(1)
-    among = jnp.where(np.eye(3, dtype=bool), -1.0, _contacts(trial, trial).depth).max(1)
-    fits = (jnp.maximum(overlap, among) <= TOLERANCE_M) & free
+    own = jnp.concatenate([_own(others), jnp.eye(3, dtype=bool)], axis=1)
+    fits = jnp.all(own | (_contacts(trial, _join(others, trial)).depth <= TOLERANCE_M), axis=1) & free
     return dataclasses.replace(
         state,
         block_position=jnp.where(fits[:, None], moved, fallen),
         block_rotation=jnp.where(fits[:, None, None], upright, rotation),
         support=jnp.where(free, falls.support, _FREE),
     )
-
-
-def _spring(scene: Scene, state: State) -> State:
-    """The button comes back up unless something is in its way."""
-    risen = dataclasses.replace(
-        state, mechanisms=state.mechanisms.at[BUTTON].set(jnp.maximum(state.mechanisms[BUTTON] - _SPRING_M, 0.0))
-    )
-    button = np.flatnonzero(BOX_JOINT == BUTTON)
-    boxes = jax.tree.map(lambda x: x[button], table_boxes(scene, risen))
-    blocked = jnp.any(_contacts(_rows(scene, state), boxes).depth > TOLERANCE_M / 10)
-    return dataclasses.replace(state, mechanisms=jnp.where(blocked, state.mechanisms, risen.mechanisms))
