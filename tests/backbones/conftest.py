@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from oracle import Twin, from_torch
 
 from robovlms_jax.backbones import base
+from tests.backbones.oracle import Twin, from_torch
 
 
 @pytest.fixture(scope="session")

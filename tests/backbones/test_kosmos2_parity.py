@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
-from oracle import Twin, example, from_torch, relative_error
 
 from robovlms_jax.backbones import base
 from robovlms_jax.types import Tokens
 from robovlms_jax.weights import rules
+from tests.backbones.oracle import Twin, example, from_torch, relative_error
 
 pytestmark = pytest.mark.usefixtures("exact_matmul")
 TOLERANCE = 1e-5  # relative to the largest value; 1e-4 is promised

@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 from flax.traverse_util import flatten_dict
-from oracle import abstract, example, from_torch, relative_error
 from safetensors.torch import save_file
 
 from robovlms_jax.backbones import base
 from robovlms_jax.weights import convert, export, rules, sources
+from tests.backbones.oracle import abstract, example, from_torch, relative_error
 
 
 def load(config, directory):

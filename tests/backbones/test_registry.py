@@ -13,13 +13,13 @@ import pytest
 import torch
 import transformers
 from flax.traverse_util import flatten_dict
-from oracle import BATCH, abstract, boxed, example
 
 from robovlms_jax.backbones import base
 from robovlms_jax.inputs import images as images_module
 from robovlms_jax.nn.attention import Cache
 from robovlms_jax.parallel.rules import RULES
 from robovlms_jax.weights import convert
+from tests.backbones.oracle import BATCH, abstract, boxed, example
 
 Q = 3
 HUGGING_FACE = {

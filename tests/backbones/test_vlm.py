@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from oracle import Twin, abstract, example, relative_error
 
 from robovlms_jax.backbones import base
 from robovlms_jax.nn.linear import merge_lora
 from robovlms_jax.types import Tokens
+from tests.backbones.oracle import Twin, abstract, example, relative_error
 
 pytestmark = pytest.mark.usefixtures("exact_matmul")
 P = 6  # tokens per image of the twin

@@ -7,10 +7,10 @@ import time
 
 import numpy as np
 import pytest
-from toy_env import Toy
 
 from robovlms_jax.envs.process import ProcessEnv
 from robovlms_jax.envs.vector import EnvError, EnvPool
+from tests.envs.toy_env import Toy
 
 TOY = "toy_env:Toy"
 

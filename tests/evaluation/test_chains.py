@@ -10,7 +10,6 @@ import pathlib
 
 import numpy as np
 import pytest
-from toy_world import RULES, LineEnv, LinePolicy, trial
 
 from robovlms_jax.envs import simpler, tasks
 from robovlms_jax.envs.vector import EnvPool
@@ -18,6 +17,7 @@ from robovlms_jax.evaluation import chains, rollout_metrics
 from robovlms_jax.evaluation.execution import Execution
 from robovlms_jax.evaluation.rollout import Rules, TrialResult
 from robovlms_jax.evaluation.rollout_metrics import Rate, summarize
+from tests.evaluation.toy_world import RULES, LineEnv, LinePolicy, trial
 
 TRIALS = [trial(index, 1, 2 + index % 9, scene="line") for index in range(12)]
 

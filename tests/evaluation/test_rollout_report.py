@@ -8,13 +8,13 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from toy_world import RULES, LineEnv, LinePolicy, trial
 
 from robovlms_jax.envs.vector import EnvPool
 from robovlms_jax.evaluation import chains, rollout_report
 from robovlms_jax.evaluation.chains import Evaluation
 from robovlms_jax.evaluation.execution import Execution
 from robovlms_jax.evaluation.rollout import TrialResult, run
+from tests.evaluation.toy_world import RULES, LineEnv, LinePolicy, trial
 
 
 def evaluation(mean: float, *, env="Line", execution="chunk", seed=0, **labels) -> Evaluation:
