@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 
 from experiments import validation
 from robovlms_jax import build
@@ -22,7 +24,8 @@ from robovlms_jax.data import calvin, pipeline
 from robovlms_jax.inputs import prompts
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.rollout import EncodeText
-from robovlms_jax.training import checkpoints, loop, metrics, optimizer, provenance, state, step
+from robovlms_jax.policies.vla import VLA
+from robovlms_jax.training import checkpoints, loop, metrics, optimizer, provenance, state, step, trainable
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +39,19 @@ How to get and pack CALVIN: data/README.md. `--help` explains every field."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
-    """Both splits as samples, and the datasets behind them."""
+class Setup:
+    """What a configuration amounts to on this machine and this dataset; no parameters yet."""
 
+    config: ExperimentConfig
+    """With everything resolved that depends on the data."""
     train: pipeline.SegmentSource
     validation: pipeline.SegmentSource
+    backbone: build.Backbone
+    encode: EncodeText
+    model: VLA
+    mesh: Mesh
+    num_params: int
+    num_trainable: int
 
 
 def run(name: str, config: ExperimentConfig) -> None:
@@ -66,100 +77,93 @@ def run(name: str, config: ExperimentConfig) -> None:
         sys.exit(f"error: {error}")
 
 
-def train(name: str, config: ExperimentConfig) -> pathlib.Path:
-    """The whole run; returns its directory. Raises what the parts raise."""
-    begin = time.perf_counter()
-    output = pathlib.Path(config.train.output)
+def prepare(config: ExperimentConfig) -> Setup:
+    """Open everything a run needs and check that it fits together. Raises what the parts raise; compiles nothing."""
     config.validate(jax.device_count())
-    _require_free(output, resume=config.train.resume)
-
     opened = {split: _open_split(config, split) for split in ("training", "validation")}
-    sentences = [episode.instruction for episode in opened["training"].episodes]
-    backbone = build.open_backbone(config.backbone, sentences)
+    backbone = build.open_backbone(config.backbone, [e.instruction for e in opened["training"].episodes])
     instructions = [episode.instruction for dataset in opened.values() for episode in dataset.episodes]
     length = config.data.text_length or prompts.longest(backbone.tokenizer, backbone.vlm.prompt, instructions)
 
     def encode(instruction: str) -> tuple[np.ndarray, np.ndarray]:
         return prompts.encode(backbone.tokenizer, backbone.vlm.prompt, instruction, length)
 
-    data = Data(*(_source(config, opened[split], encode) for split in ("training", "validation")))
-    config = config.resolve(data.train.num_windows, length)
-
+    training, validation_split = (_source(config, dataset, encode) for dataset in opened.values())
+    config = config.resolve(training.num_windows, length)
     mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
     model = build.make_model(config, backbone.vlm)
     shapes, _ = build.abstract_params(model, mesh)
-    trainable_size, size = _count_trainable(shapes, config), build.count(shapes)
-    logger.info(
-        "preset %s: %d devices (%s), mesh %s, %s parameters, %s trainable; %d training and %d validation windows; "
-        "batch %d windows = %d "
-        "segments; %s",
-        *(name, jax.device_count(), jax.devices()[0].device_kind, dict(mesh.shape), f"{size:,}", f"{trainable_size:,}"),
-        *(
-            data.train.num_windows,
-            data.validation.num_windows,
-            config.train.batch_size,
-            config.segments_per_batch,
-            config.backbone.dtype,
-        ),
+    chosen, _ = trainable.split(flatten_dict(shapes, sep="/"), config.train.trainable)
+    return Setup(
+        config=config,
+        train=training,
+        validation=validation_split,
+        backbone=backbone,
+        encode=encode,
+        model=model,
+        mesh=mesh,
+        num_params=build.count(shapes),
+        num_trainable=build.count(chosen),
     )
 
+
+def train(name: str, config: ExperimentConfig) -> pathlib.Path:
+    """The whole run; returns its directory. Raises what the parts raise."""
+    begin = time.perf_counter()
+    output = pathlib.Path(config.train.output)
+    _require_free(output, resume=config.train.resume)
+    setup = prepare(config)
+    config = setup.config
+    _announce(name, setup)
+
     tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
-    params = build.init_params(model, mesh, config.train.seed, None if config.train.resume else backbone)
-    train_state = state.create(params, config.train.trainable, tx, config.train.seed, mesh)
-    del params
-    checkpointer = checkpoints.Checkpointer(
-        output, keep=config.train.keep_checkpoints, serving={"config": to_dict(config), "assets": dict(backbone.assets)}
+    params = build.init_params(
+        setup.model, setup.mesh, config.train.seed, None if config.train.resume else setup.backbone
     )
+    train_state = state.create(params, config.train.trainable, tx, config.train.seed, setup.mesh)
+    del params  # the state owns the arrays now and its step donates them
+    serving = {"config": to_dict(config), "assets": dict(setup.backbone.assets)}
+    checkpointer = checkpoints.Checkpointer(output, keep=config.train.keep_checkpoints, serving=serving)
     fingerprint = pipeline.order_fingerprint(
-        data.train, segments_per_batch=config.segments_per_batch, seed=config.train.seed
+        setup.train, segments_per_batch=config.segments_per_batch, seed=config.train.seed
     )
     if config.train.resume:
         train_state = _resume(checkpointer, train_state, fingerprint)
-    if jax.process_index() == 0:
-        _write_record(output, name, config)
+    _write_record(output, name, config)
     start = int(train_state.step)
     writer = _writers(config, output, start)
-
-    evaluator = validation.Evaluator(model, mesh, config, data.validation, encode)
+    evaluator = validation.Evaluator(setup.model, setup.mesh, config, setup.validation, setup.encode)
     train_step = step.make_train_step(
-        model,
+        setup.model,
         tx,
         optimizer.learning_rate(config.optimizer, config.train.steps),
         train_state,
-        mesh,
+        setup.mesh,
         accumulation=config.train.accumulation,
         shifts={"static": config.data.static_shift, "wrist": config.data.wrist_shift},
     )
-    rate = _loader_rate(config, data.train, start)
-    batches = _batches(config, data.train, start)
+    rate = _loader_rate(config, setup.train, start)
+    batches = _batches(config, setup.train, start)
     try:
         train_state, finished = loop.fit(
             train_state,
             batches,
             train_step,
             config=config,
-            mesh=mesh,
+            mesh=setup.mesh,
             checkpointer=checkpointer,
             data_state=lambda next_step: {"next_step": next_step, "order": fingerprint},
             writer=writer,
             evaluate=evaluator.numbers,
-            describe=lambda index: _describe(data.train.dataset, index),
+            describe=lambda index: _describe(setup.train.dataset, index),
             loader_rate=rate,
         )
         if finished:
-            facts = {
-                "preset": name,
-                "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-                "parameters": size,
-                "trainable parameters": trainable_size,
-                "steps": config.train.steps,
-                "windows per step": config.train.batch_size,
-                "seconds": round(time.perf_counter() - begin, 1),
-            }
 
             def write(values: Mapping[str, float]) -> None:
                 writer.write(config.train.steps, {f"validation/{key}": value for key, value in values.items()})
 
+            facts = _facts(name, setup) | {"seconds": round(time.perf_counter() - begin, 1)}
             evaluator.report(train_state, write, output, f"CALVIN: {name}", facts, REAL_THING)
     finally:
         batches.close()
@@ -168,6 +172,31 @@ def train(name: str, config: ExperimentConfig) -> pathlib.Path:
     if finished and jax.process_index() == 0:
         logger.info("report: %s\n\n%s\n", output / "report.md", REAL_THING)
     return output
+
+
+def _facts(name: str, setup: Setup) -> dict[str, Any]:
+    return {
+        "preset": name,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "parameters": setup.num_params,
+        "trainable parameters": setup.num_trainable,
+        "steps": setup.config.train.steps,
+        "windows per step": setup.config.train.batch_size,
+    }
+
+
+def _announce(name: str, setup: Setup) -> None:
+    config = setup.config
+    logger.info(
+        "preset %s: %d x %s, mesh %s, %s parameters, %s trainable, %s",
+        *(name, jax.device_count(), jax.devices()[0].device_kind, dict(setup.mesh.shape)),
+        *(f"{setup.num_params:,}", f"{setup.num_trainable:,}", config.backbone.dtype),
+    )
+    logger.info(
+        "%d training and %d validation windows; %d steps of %d windows in %d segments",
+        *(setup.train.num_windows, setup.validation.num_windows),
+        *(config.train.steps, config.train.batch_size, config.segments_per_batch),
+    )
 
 
 def _open_split(config: ExperimentConfig, split: str) -> datasets.Dataset:
@@ -215,15 +244,6 @@ def _loader_rate(config: ExperimentConfig, source: pipeline.SegmentSource, start
         batches.close()
 
 
-def _count_trainable(shapes: Any, config: ExperimentConfig) -> int:
-    from flax.traverse_util import flatten_dict
-
-    from robovlms_jax.training import trainable
-
-    chosen, _ = trainable.split(flatten_dict(shapes, sep="/"), config.train.trainable)
-    return build.count(chosen)
-
-
 def _require_free(output: pathlib.Path, *, resume: bool) -> None:
     """A run never writes into another's checkpoints by accident, and never silently starts anew."""
     folder = output / checkpoints.FOLDER
@@ -249,6 +269,8 @@ def _resume(
 
 
 def _write_record(output: pathlib.Path, name: str, config: ExperimentConfig) -> None:
+    if jax.process_index() != 0:
+        return
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.json").write_text(json.dumps({"preset": name, **to_dict(config)}, indent=2) + "\n")
     (output / "environment.json").write_text(json.dumps(provenance.environment(), indent=2) + "\n")
