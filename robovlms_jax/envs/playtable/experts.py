@@ -52,8 +52,8 @@ _PAIR_M, _FINGER_M = 0.0175, 0.011  # half extents of the closed fingers along t
 _GRASP_M = -0.003  # tool centre point relative to the centre of a grasped block
 _PATIENCE = 12  # steps to wait for a hand that does not get to where it was sent
 _NEAR_M = 0.006
-_ON_TABLE = np.flatnonzero(np.isin(BOX_BODY, tasks.BODIES.index("base")))
-_TABLE_BOX = int(_ON_TABLE[0])  # the table top
+_TABLE_BOX = int(np.flatnonzero(np.isin(BOX_BODY, tasks.BODIES.index("base")))[0])  # the table top
+_BLOCK_SUPPORT = len(BOX_BODY)  # `State.support` of what stands on the red block; blue and pink follow
 
 
 @jax.tree_util.register_dataclass
@@ -157,6 +157,45 @@ def demonstrate(scene: Scene, state: physics.State, task: Array, key: Array, ste
         return (after, progress), Demonstration(state, action, done)
 
     return jax.lax.scan(advance, (state, begin()), length=steps)[1]
+
+
+def possible(scene: Scene, state: physics.State) -> Array:
+    """bool[34] in the order of `TASKS`: which tasks make sense now, for drawing what to demonstrate next.
+
+    Says nothing about luck: an expert may still fail, say by pushing a block against another.
+    """
+    slider, drawer, _, _ = state.mechanisms
+    empty, lit, led = state.held < 0, physics.bulb(state) > 0, state.led > 0
+    bare = ~jnp.any(state.support[:, None] == _BLOCK_SUPPORT + jnp.arange(3), axis=0)  # nothing stands on it
+    open_drawer = drawer > 0.12
+    reachable = {
+        "table": _stands_on_table(state) & bare,
+        "slider": _stands_on("shelf", state) & bare,
+        "drawer": _stands_on("drawer", state) & bare & open_drawer & (state.block_position[:, 1] < -0.2),
+    }
+    travel = scene.joint_range
+    now = {
+        "move_slider_left": empty & (travel[SLIDER] - slider > 0.16),
+        "move_slider_right": empty & (slider > 0.16),
+        "open_drawer": empty & (travel[DRAWER] - drawer > 0.13),
+        "close_drawer": empty & (drawer > 0.13),
+        "place_in_slider": ~empty,
+        "place_in_drawer": ~empty & open_drawer,
+        "stack_block": ~empty & jnp.any(reachable["table"]),
+        "unstack_block": empty & jnp.any(state.support >= _BLOCK_SUPPORT),
+        "turn_on_lightbulb": empty & ~lit,
+        "turn_off_lightbulb": empty & lit,
+        "turn_on_led": empty & ~led,
+        "turn_off_led": empty & led,
+        "push_into_drawer": empty & open_drawer & jnp.any(reachable["table"]),
+    }
+    for i, color in enumerate(BLOCKS):
+        for task in TASKS:
+            verb, *words = task.split("_")
+            if words[:2] == [color, "block"]:
+                place = words[2] if verb == "lift" else "table"
+                now[task] = empty & reachable[place][i]
+    return jnp.stack([now[task] for task in TASKS])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,13 +444,15 @@ def _pick_yaw(case: _Case, near: Array | float) -> Array:
     return near + jnp.mod(yaw - near + turn / 2, turn) - turn / 2
 
 
-def _pick(case: _Case, yaw: Array, tilt: Array | float | None = None) -> tuple[list[_Step], Array]:
-    """Waypoints from above a block to holding it, and where the hand is then."""
+def _pick(
+    case: _Case, yaw: Array, tilt: Array | float | None = None, higher: Array | float = 0.0
+) -> tuple[list[_Step], Array]:
+    """Waypoints from above a block to holding it, `higher` (m) than usual, and where the hand is then."""
     x, y, z = case.state.block_position[case.block]
     tilt = _lean(x) if tilt is None else tilt
     angles = _angles(yaw, tilt)
     # a leaning finger's lower edge reaches deeper
-    at = _at(x, y + 0.003 * case.noise[0], z + _GRASP_M + 0.01 * jnp.abs(tilt) + 0.002 * case.noise[1])
+    at = _at(x, y + 0.003 * case.noise[0], z + _GRASP_M + higher + 0.01 * jnp.abs(tilt) + 0.002 * case.noise[1])
     over = at.at[2].set(jnp.maximum(case.height, z + 0.1))
     return [
         _Step(over, angles, _OPEN, 1),
@@ -437,8 +478,9 @@ def _rotate(case: _Case) -> list[_Step]:
 
 
 def _lift(case: _Case) -> list[_Step]:
-    """From table or drawer."""
-    steps, at = _pick(case, _pick_yaw(case, _DOWN_RAD[2]))
+    """From table or drawer, where the palm has to stay above the edge of the table."""
+    in_drawer = case.state.block_position[case.block, 2] < 0.42
+    steps, at = _pick(case, _pick_yaw(case, _DOWN_RAD[2]), higher=jnp.where(in_drawer, 0.008, 0.0))
     return [*steps, _Step(at.at[2].add(0.12), steps[-1].euler, _CLOSED, 3, 0.8)]
 
 
@@ -453,7 +495,9 @@ def _door(case: _Case) -> Array:
 
 def _lift_shelf(case: _Case) -> list[_Step]:
     """Moves the door aside first if it is in the way."""
-    steps, _ = _pick(case, _pick_yaw(case, _DOWN_RAD[2]), _SHELF_TILT_RAD)
+    # turned further, the palm would meet the cabinet; closing fingers turn the block the rest of the way
+    yaw = jnp.clip(_pick_yaw(case, jnp.pi / 2), 1.40, 1.74)
+    steps, _ = _pick(case, yaw, _SHELF_TILT_RAD)
     over, angles = steps[0].position, steps[0].euler
     x = over[0]
     to_left = x > case.scene.anchors.shelf[0, 1]
@@ -515,9 +559,14 @@ def _place_drawer(case: _Case) -> list[_Step]:
     return _put(case, bottom, angles, via=[bottom.at[2].set(case.height)])
 
 
-def _stands_on_table(state: physics.State) -> Array:
+def _stands_on(body: str, state: physics.State) -> Array:
     """bool[3]"""
-    return jnp.isin(state.support, _ON_TABLE) & (jnp.abs(state.block_position[:, 2] - TABLE_TOP_M - 0.03) < 0.015)
+    return jnp.isin(state.support, np.flatnonzero(np.isin(BOX_BODY, tasks.BODIES.index(body))))
+
+
+def _stands_on_table(state: physics.State) -> Array:
+    """bool[3]: on the table top, not on the cabinet, which is the same body."""
+    return _stands_on("base", state) & (jnp.abs(state.block_position[:, 2] - TABLE_TOP_M - 0.03) < 0.015)
 
 
 def _stack_up(case: _Case) -> list[_Step]:
@@ -536,9 +585,25 @@ def _stack_up(case: _Case) -> list[_Step]:
 
 
 def _unstack(case: _Case) -> list[_Step]:
-    """Take the upper block away."""
-    upper = jnp.argmax(case.state.support >= len(BOX_BODY))
-    return _lift(case._replace(block=upper))
+    """Push the upper block off, to where there is more room; briskly, so that it lands clear of the lower one."""
+    state = case.state
+    upper = jnp.argmax(state.support >= _BLOCK_SUPPORT)
+    case = case._replace(block=upper)
+    x, y, z = state.block_position[upper]
+    landings = jnp.stack([x + jnp.array([0.08, -0.08]), jnp.full(2, y)], axis=-1)
+    others = (jnp.arange(3) != upper) & (state.support[upper] != _BLOCK_SUPPORT + jnp.arange(3))
+    side = jnp.where(_spread(landings, case, others)[0] > x, 1.0, -1.0)
+    side = jnp.where(x + 0.1 > 0.42, -1.0, side)
+    begin = x - side * (_reach_along(case, 0) + _PAIR_M + 0.022)
+    end = x + side * (0.055 - _PAIR_M)
+    z = z + 0.006  # fingertips above the lower block
+    down = _angles(_DOWN_RAD[2], _lean(jnp.maximum(begin, end)))
+    return [
+        _Step(_at(begin, y, z + 0.06), down, _CLOSED),
+        _Step(_at(begin, y, z), down, _CLOSED, 2),
+        _Step(_at(end, y, z), down, _CLOSED, 3),
+        _Step(_at(end, y, case.height), down, _CLOSED),
+    ]
 
 
 def _push_into_drawer(case: _Case) -> list[_Step]:

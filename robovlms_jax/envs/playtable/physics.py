@@ -15,6 +15,7 @@ closing fingers is held rigidly until they open. See docs/playtable.md for what 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -283,21 +284,21 @@ def _limit(vector: Array, length: float) -> Array:
 class _Axes(NamedTuple):
     """M rows against N columns, seen along six directions: the face normals of each row, then of each column.
 
-    vectors: six unit vectors, each of three components that broadcast to [M, N]. offset: float[6, M, N], row centre
-    minus column centre. row_reach, column_reach: float[6, M, N], half extents.
+    Six entries each. vectors: unit vectors, three components that broadcast to [M, N]. offset: float[M, N], row centre
+    minus column centre. row_reach, column_reach: float[M, N], half extents.
     """
 
     vectors: list[list[Array]]
-    offset: Array
-    row_reach: Array
-    column_reach: Array
+    offset: list[Array]
+    row_reach: list[Array]
+    column_reach: list[Array]
 
 
 def _axes(rows: Boxes, columns: Boxes) -> _Axes:
     """Edge-edge axes are left out: boxes standing upright do not need them, tilted ones touch a little early without.
 
-    The arithmetic is spelled out in components of shape [M, N], innermost over pairs, so that XLA vectorises it; the
-    barrier keeps XLA from repeating it in each of its many consumers.
+    The arithmetic is spelled out in components of shape [M, N], so that XLA vectorises it over pairs; barriers, here
+    and in `_contacts`, keep XLA from repeating it in each of its many consumers.
     """
     three = range(3)
     shape = (rows.center.shape[0], columns.center.shape[0])
@@ -314,22 +315,22 @@ def _axes(rows: Boxes, columns: Boxes) -> _Axes:
 
 
 class _Contacts(NamedTuple):
-    """depth [M, N], m, negative = apart; normal [3, M, N] from column to row; point [2, M, N], x and y (m) of where."""
+    """depth: float[M, N], m, negative = apart. normal: three components float[M, N] of the unit vector from column to
+    row. point: x and y float[M, N] (m) of where they touch."""
 
     depth: Array
-    normal: Array
-    point: Array
+    normal: list[Array]
+    point: list[Array]
 
 
 def _contacts(rows: Boxes, columns: Boxes) -> _Contacts:
     axes = _axes(rows, columns)
     overlap = [a + b - jnp.abs(c) for a, b, c in zip(axes.row_reach, axes.column_reach, axes.offset)]
-    depth, normal = overlap[0], [0.0, 0.0, 0.0]
-    for i, vector in enumerate(axes.vectors):
-        nearer = overlap[i] <= depth
-        depth = jnp.where(nearer, overlap[i], depth)
-        sign = jnp.where(axes.offset[i] < 0, -1.0, 1.0)
-        normal = [jnp.where(nearer, sign * v, n) for v, n in zip(vector, normal)]
+    depth = jax.lax.optimization_barrier(functools.reduce(jnp.minimum, overlap))
+    normal = [0.0, 0.0, 0.0]
+    for size, offset, vector in zip(overlap, axes.offset, axes.vectors):
+        sign = jnp.where(offset < 0, -1.0, 1.0)
+        normal = [jnp.where(size == depth, sign * v, n) for v, n in zip(vector, normal)]
     # where: in the row's frame, where the column counts with its bounding box; the middle of the overlap when faces lie
     # flat on each other, its deeper end when they are tilted, which is what turns a pushed block flat to the finger
     low = [jnp.maximum(-a, -c - b) for a, b, c in zip(axes.row_reach, axes.column_reach, axes.offset)]
@@ -337,7 +338,7 @@ def _contacts(rows: Boxes, columns: Boxes) -> _Contacts:
     tilt = [sum(n * v for n, v in zip(normal, vector)) / _FLAT_RAD for vector in axes.vectors[:3]]
     place = [(low[i] + high[i] - (high[i] - low[i]) * jnp.clip(tilt[i], -1.0, 1.0)) / 2 for i in range(3)]
     point = [rows.center[:, k, None] + sum(place[i] * axes.vectors[i][k] for i in range(3)) for k in range(2)]
-    return _Contacts(depth, jnp.stack(normal), jnp.stack(point))
+    return _Contacts(depth, *jax.lax.optimization_barrier((normal, point)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -438,7 +439,7 @@ def _push_mechanisms(scene: Scene, state: State, contacts: _Contacts) -> tuple[A
     """New joint values float[4], and the depth [7, N + 3] that is left for the hand to resolve (0 in other rows)."""
     pushing = jnp.where(_driven(state)[:, None], contacts.depth, 0.0)
     axis = (jnp.asarray(_ON_JOINT)[:, :, None] * scene.joint_axis).sum(1)  # [N, 3]
-    along = -sum(contacts.normal[k, :, :_TABLE] * axis[:, k] for k in range(3))
+    along = -sum(contacts.normal[k][:, :_TABLE] * axis[:, k] for k in range(3))
     follows = jnp.abs(along) > _STEEP
     wanted = jnp.where(follows, pushing[:, :_TABLE] / jnp.where(follows, along, 1.0), 0.0)
     change = (wanted.max(0)[:, None] * _ON_JOINT).max(0) + (wanted.min(0)[:, None] * _ON_JOINT).min(0)
@@ -458,11 +459,11 @@ def _push_blocks(scene: Scene, state: State, contacts: _Contacts, way: Array) ->
 
     # by walls and other blocks (row = the block), then by the hand (column = the block)
     def merge(own, hand):
-        return jnp.concatenate([own[..., _HAND:, :], hand[..., :_HAND, _TABLE:].swapaxes(-1, -2)], -1)
+        return jnp.concatenate([own[_HAND:], hand[:_HAND, _TABLE:].T], axis=1)
 
     depth = merge(contacts.depth * share, contacts.depth)
-    x, y, z = merge(contacts.normal, -contacts.normal)
-    point = merge(contacts.point, contacts.point)
+    x, y, z = (merge(n, -n) for n in contacts.normal)
+    point = [merge(p, p) for p in contacts.point]
     turns = np.concatenate([np.zeros(_TABLE), np.ones(3 + _HAND)]).astype(np.float32)  # walls stop, but do not turn
     by_hand = np.concatenate([np.zeros(_TABLE + 3), np.ones(_HAND)]).astype(np.float32)
 
@@ -494,17 +495,17 @@ def _push_blocks(scene: Scene, state: State, contacts: _Contacts, way: Array) ->
 def _push_hand(state: State, contacts: _Contacts, yields: Array) -> Array:
     """How far the hand has to move [3]. yields: True = blocks that did not move away stop the hand."""
     free = state.held != jnp.arange(3)
-    pressed = contacts.normal[2, :, _TABLE:] > 0.866  # the block is below and cannot sink
+    pressed = contacts.normal[2][:, _TABLE:] > 0.866  # the block is below and cannot sink
     blocks = jnp.where((yields | pressed) & free, contacts.depth[:, _TABLE:], 0.0)
     depth = jnp.concatenate([contacts.depth[:, :_TABLE], blocks], axis=1)
-    return (depth**2 * contacts.normal).sum((1, 2)) / jnp.maximum(depth.sum(), 1e-9)
+    return jnp.stack([(depth**2 * n).sum() for n in contacts.normal]) / jnp.maximum(depth.sum(), 1e-9)
 
 
 def _push_fingers(state: State, contacts: _Contacts) -> Array:
     """How far the fingers have to open (+) because both press on one thing between them, or close (-) because both
     press on things outside. A single finger does not give way: the hand shifts, or the thing. Depths are signed here.
     """
-    outwards = sum(contacts.normal[k, :2] * state.rotation[k, 1] for k in range(3)) * _FINGER_SIDE[:2, None]
+    outwards = sum(contacts.normal[k][:2] * state.rotation[k, 1] for k in range(3)) * _FINGER_SIDE[:2, None]
     inside = jnp.where(outwards > 0.5, contacts.depth[:2], -1.0).sum(0).max()
     outside = jnp.where(outwards < -0.5, contacts.depth[:2], -1.0).max(1).sum()
     return jnp.maximum(inside, 0.0) - jnp.maximum(outside, 0.0)

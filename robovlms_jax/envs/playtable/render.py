@@ -38,6 +38,7 @@ _LIGHT /= np.linalg.norm(_LIGHT)
 _FLOOR_COLORS = np.array([[0.815], [0.937]], np.float32)
 _CHECK_M = 0.5
 _GRAIN_PER_M, _GRAIN_CELLS = 150.0, 64
+_PLAIN = -1
 _FAR_M = 50.0
 _SKIN_M = 1e-3  # shadow rays start this far out
 
@@ -88,7 +89,7 @@ class Solids:
     """K coloured solids of one kind.
 
     Capsules and cylinders lie along z of their frame, half = (radius, radius, half length without caps).
-    color: float[K, 3] in [0, 1]. wood: bool[K], True = with grain.
+    color: float[K, 3] in [0, 1]. wood: int32[K], where in the grain a wooden solid begins; -1 = plain.
     """
 
     boxes: Boxes
@@ -112,12 +113,12 @@ _PEDESTAL = int(np.flatnonzero(BOX_MATERIAL == "pedestal")[0])
 _ROUND = _of("ground") | np.isin(np.arange(len(BOX_BODY)), [_BULB, _BUTTON, _PEDESTAL])  # drawn as something else
 _MOVES = (BOX_JOINT >= 0) | _of("led")
 _FIXED, _MOVING = np.flatnonzero(~_ROUND & ~_MOVES), np.flatnonzero(~_ROUND & _MOVES)
-_IS_WOOD = np.isin(BOX_MATERIAL, ["wood", "front"])
+_WOOD = np.where(np.isin(BOX_MATERIAL, ["wood", "front", "pedestal"]), 7 * np.arange(len(BOX_BODY)), _PLAIN)
 
 
 def _fixed(scene: Scene) -> _Things:
     half = scene.table.half[_PEDESTAL] * np.array([1.2, 1.2, 1.0])  # the box inside the disc
-    pedestal = _along(scene.table.center[_PEDESTAL], half, scene.box_color[_PEDESTAL], wood=True)
+    pedestal = _along(scene.table.center[_PEDESTAL], half, scene.box_color[_PEDESTAL], int(_WOOD[_PEDESTAL]))
     return _Things(_table_solids(scene, scene.table, scene.box_color, _FIXED), _nothing(), pedestal)
 
 
@@ -128,7 +129,7 @@ def _moving(scene: Scene, state: physics.State) -> _Things:
     colors = jnp.where(led, jnp.array(_LIT["led"]), scene.box_color)
     bulb_color = jnp.where(physics.bulb(state) > 0, jnp.array(_LIT["lightbulb"]), jnp.array(_WHITE))
     blocks = Boxes(state.block_position, state.block_rotation, scene.block_half)
-    blocks = Solids(blocks, jnp.asarray(_BLOCK_COLORS), np.zeros(3, bool))
+    blocks = Solids(blocks, jnp.asarray(_BLOCK_COLORS), np.full(3, _PLAIN))
     lamp = _along(table.center[_BULB] + np.array([0, 0, 0.003], np.float32), np.array([0.033, 0.033, 0.0]), bulb_color)
     knob = _along(table.center[_BUTTON], table.half[_BUTTON] * np.array([1.05, 1.05, 1.0]), scene.box_color[_BUTTON])
     arm, joints = _arm(state)
@@ -140,10 +141,10 @@ def _moving(scene: Scene, state: physics.State) -> _Things:
 
 
 def _table_solids(scene: Scene, table: Boxes, colors: Array, index: np.ndarray) -> Solids:
-    return Solids(jax.tree.map(lambda x: x[index], table), colors[index], _IS_WOOD[index])
+    return Solids(jax.tree.map(lambda x: x[index], table), colors[index], _WOOD[index])
 
 
-def _along(center: Array, half: Array, color: Array, *, wood: bool = False) -> Solids:
+def _along(center: Array, half: Array, color: Array, wood: int = _PLAIN) -> Solids:
     """One upright capsule or cylinder."""
     return Solids(
         Boxes(center[None], jnp.eye(3)[None], jnp.asarray(half, jnp.float32)[None]),
@@ -154,7 +155,7 @@ def _along(center: Array, half: Array, color: Array, *, wood: bool = False) -> S
 
 def _nothing() -> Solids:
     boxes = Boxes(jnp.zeros((0, 3)), jnp.zeros((0, 3, 3)), jnp.zeros((0, 3)))
-    return Solids(boxes, jnp.zeros((0, 3)), np.zeros(0, bool))
+    return Solids(boxes, jnp.zeros((0, 3)), np.zeros(0, int))
 
 
 def _concatenate(*solids: Solids) -> Solids:
@@ -170,8 +171,8 @@ def _hand(state: physics.State) -> Solids:
         inwards = jnp.array([[-1.0], [1.0]]) * (fingers.half[:, 1:2] - half[:, 1:2])
         shift = state.rotation[:, 1] * inwards + state.rotation[:, 2] * fingers.half[:, 2:] * (start + end) / 2
         boxes = Boxes(fingers.center + shift, fingers.rotation, half)
-        pieces.append(Solids(boxes, jnp.array([_GREY] * 2), np.zeros(2, bool)))
-    return _concatenate(*pieces, Solids(palm, jnp.array([_WHITE]), np.zeros(1, bool)))
+        pieces.append(Solids(boxes, jnp.array([_GREY] * 2), np.full(2, _PLAIN)))
+    return _concatenate(*pieces, Solids(palm, jnp.array([_WHITE]), np.full(1, _PLAIN)))
 
 
 # Arm, from point to point, each in the frame of a link (0-based, 7 = tool): link, offset (m), link, offset, radius.
@@ -216,7 +217,7 @@ def _links(arm: kinematics.Arm, links: tuple) -> Solids:
     radius = jnp.array([[link[4]] for link in links], jnp.float32)
     half = jnp.concatenate([radius, radius, length / 2], axis=-1)
     boxes = Boxes((start + end) / 2, jnp.stack([x, jnp.cross(z, x), z], axis=-1), half)
-    return Solids(boxes, jnp.array([link[5] for link in links]), np.zeros(len(links), bool))
+    return Solids(boxes, jnp.array([link[5] for link in links]), np.full(len(links), _PLAIN))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,9 +342,9 @@ def _shade(
     along = jnp.where(jnp.abs(n[0]) > 0.5, p[1], p[0])
     across = jnp.where(jnp.abs(n[2]) > 0.5, p[1], p[2])
     cells = (jnp.floor(v * _GRAIN_PER_M).astype(jnp.int32) for v in (along, across))
-    row, column = ((cell + shift * index) % _GRAIN_CELLS for cell, shift in zip(cells, (7, 13)))
+    row, column = ((cell + wood.astype(jnp.int32)) % _GRAIN_CELLS for cell in cells)
     grain = scene.grain[row, column]
-    brightness = (_AMBIENT + _DIFFUSE * light) * jnp.where(wood > 0, grain, 1.0)
+    brightness = (_AMBIENT + _DIFFUSE * light) * jnp.where(wood == _PLAIN, 1.0, grain)
     return [channel * brightness for channel in color]
 
 

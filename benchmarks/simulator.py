@@ -1,0 +1,130 @@
+"""Speed of the embedded play table.   python -m benchmarks.simulator
+
+Steps a batch of tables with experts' actions and renders both cameras of each after every step, all on one device, and
+prints JSON. On a CPU pin the process to one core to get numbers per core:
+`taskset -c 0 python -m benchmarks.simulator`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from benchmarks import machine
+from robovlms_jax.envs.playtable import env, experts, physics
+from robovlms_jax.envs.playtable.scene import SCENES, sample
+
+CALVIN_RENDERED_STEPS_PER_S = 18.7
+"""The real environment with its CPU renderer at 200/84 px, both cameras, one core of a small machine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Time batches of tables."""
+
+    tables: tuple[int, ...] = (1, 16, 256)
+    """Batch sizes; each is measured by itself."""
+    large: bool = False
+    """Also 4096 tables; always done on an accelerator."""
+    sizes: tuple[tuple[int, int], ...] = ((200, 84), (96, 64))
+    """Pixels of the static and the wrist picture."""
+    seconds: float = 3.0
+    """Least time to spend on each number."""
+    shadows: bool = False
+    """Let things cast shadows."""
+    out: pathlib.Path | None = None
+    """Also write the JSON to this file."""
+
+    def __post_init__(self):
+        if not self.tables or min(self.tables) < 1 or self.seconds <= 0:
+            raise ValueError(f"tables={self.tables} and seconds={self.seconds} must be positive.")
+
+
+def main(args: Args) -> None:
+    """Print the result as JSON."""
+    large = args.large or jax.default_backend() != "cpu"
+    counts = sorted({*args.tables, *([4096] if large else [])})
+    machine.report(
+        {
+            "tables": {str(count): measure(count, args) for count in counts},
+            "calvin_rendered_steps_per_s": CALVIN_RENDERED_STEPS_PER_S,
+            "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "settings": {name: value for name, value in dataclasses.asdict(args).items() if name != "out"},
+        },
+        args.out,
+    )
+
+
+def measure(count: int, args: Args) -> dict[str, Any]:
+    """Steps and rendered steps per second of `count` tables together, scenes A to D in turn."""
+    scenes = env.stack_scenes(SCENES)
+    which = jnp.arange(count) % len(SCENES)
+    robot, table = jax.jit(jax.vmap(lambda i, key: sample(jax.tree.map(lambda x: x[i], scenes), key)))(
+        which, jax.random.split(jax.random.key(0), count)
+    )
+    states = env.reset_batch(scenes, which, robot, table)
+    # real work: every table opens or closes its drawer
+    plans, act = _experts(scenes, which, states)
+    progress = jax.tree.map(lambda x: jnp.broadcast_to(x, (count,)), experts.begin())
+
+    def advance(carry):
+        states, progress = carry
+        actions, progress = act(plans, progress, states)
+        return env.step_batch(scenes, which, states, actions), progress
+
+    begin = time.perf_counter()
+    jax.block_until_ready(advance((states, progress)))
+    compile_seconds = time.perf_counter() - begin
+    result: dict[str, Any] = {"first_step_seconds": compile_seconds}
+    result["steps_per_s"] = count / _median_seconds(advance, (states, progress), args.seconds)
+    for sizes in args.sizes:
+        backdrops = env.backdrops(scenes, sizes[0])
+
+        def advance_and_look(carry, sizes=sizes, backdrops=backdrops):
+            carry = advance(carry[:2])
+            looks = (
+                env.render_batch(scenes, which, carry[0], camera, size, backdrops, shadows=args.shadows)
+                for camera, size in zip(("static", "wrist"), sizes)
+            )
+            return (*carry, *looks)
+
+        seconds = _median_seconds(advance_and_look, (states, progress), args.seconds)
+        result[f"rendered_steps_per_s_{sizes[0]}_{sizes[1]}"] = count / seconds
+    return result
+
+
+def _experts(scenes: Any, which: jax.Array, states: physics.State) -> tuple[experts.Plan, Callable]:
+    def plan(i, state, key):
+        task = jnp.where(
+            state.mechanisms[1] > 0, experts.TASKS.index("close_drawer"), experts.TASKS.index("open_drawer")
+        )
+        return experts.plan(jax.tree.map(lambda x: x[i], scenes), state, task, key)
+
+    keys = jax.random.split(jax.random.key(1), len(which))
+    return jax.jit(jax.vmap(plan))(which, states, keys), jax.jit(jax.vmap(experts.act))
+
+
+def _median_seconds(advance: Callable[[Any], Any], carry: Any, least_seconds: float) -> float:
+    """Time of one call, each starting from the result of the last."""
+    carry = jax.block_until_ready(advance(carry))
+    seconds, begin = [], time.perf_counter()
+    while len(seconds) < 3 or time.perf_counter() - begin < least_seconds:
+        start = time.perf_counter()
+        carry = jax.block_until_ready(advance(carry))
+        seconds.append(time.perf_counter() - start)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(carry[0]))
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

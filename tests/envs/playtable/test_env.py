@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from robovlms_jax import interface
+from robovlms_jax.envs import tasks
+from robovlms_jax.envs.playtable import env, render
+from tests.envs.playtable.conftest import action
+
+SIZES = {"static": 40, "wrist": 24}
+
+
+@pytest.fixture(scope="module")
+def table():
+    return env.PlayTable("D", image_sizes=SIZES)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return env.PlayTables(["A", "D", "D"], image_sizes=SIZES)
+
+
+def chain_start(index=0):
+    return dict(zip(("robot_obs", "scene_obs"), tasks.initial_state(tasks.official_chains()[index].condition)))
+
+
+def test_a_table_is_an_env(table):
+    assert isinstance(table, interface.Env)
+    assert table.name == "playtable-D"
+    table.reset(**chain_start())
+    observation = table.observe()
+    assert {name: image.shape for name, image in observation.images.items()} == {
+        "static": (40, 40, 3),
+        "wrist": (24, 24, 3),
+    }
+    assert all(image.dtype == np.uint8 for image in observation.images.values())
+    np.testing.assert_allclose(observation.proprio, chain_start()["robot_obs"], atol=1e-5)
+    np.testing.assert_allclose(table.info["scene_obs"], chain_start()["scene_obs"], atol=1e-5)
+    assert set(tasks.SceneInfo.__annotations__) <= set(table.info)
+
+
+def test_pictures_have_calvins_sizes_by_default():
+    assert render.SIZES == {"static": 200, "wrist": 84}
+    observation = env.PlayTable("B").observe()
+    assert {name: image.shape[0] for name, image in observation.images.items()} == render.SIZES
+
+
+def test_nothing_is_rendered_before_someone_looks(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("rendered")
+
+    monkeypatch.setattr(env, "render_batch", fail)
+    monkeypatch.setattr(env, "backdrops", fail)
+    table = env.PlayTable("D")
+    table.reset()
+    table.step(action())
+    assert table.info["contacts"].shape == (4, 13)
+    with pytest.raises(AssertionError, match="rendered"):
+        table.observe()
+
+
+def test_reset_without_a_state_is_neutral(table):
+    table.step(action(move=(1.0, 0.0, 0.0)))
+    table.reset()
+    np.testing.assert_allclose(table.info["robot_obs"], tasks.INITIAL_ROBOT_OBS, atol=1e-5)
+    assert not table.info["scene_obs"][:6].any()
+    standing = table.info["contacts"][1:, tasks.BODIES.index("base")]
+    assert standing.all()
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (np.zeros(6), "7 finite numbers"),
+        (np.full(7, np.nan), "7 finite numbers"),
+        (np.zeros((1, 7)), "7 finite numbers"),
+        (np.zeros(7), "exactly -1 .* or 1 .*binarise"),
+    ],
+)
+def test_wrong_actions_are_refused_and_change_nothing(table, bad, message):
+    before = table.info["robot_obs"]
+    with pytest.raises(ValueError, match=message):
+        table.step(bad)
+    np.testing.assert_array_equal(table.info["robot_obs"], before)
+
+
+@pytest.mark.parametrize("wrong", [{"robot_obs": np.zeros(7)}, {"scene_obs": np.full(24, np.inf)}])
+def test_wrong_states_are_refused(table, wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} .*finite numbers"):
+        table.reset(**wrong)
+
+
+def test_unknown_scenes_and_cameras_are_refused():
+    with pytest.raises(ValueError, match="unknown scene 'E'; known scenes: A, B, C, D"):
+        env.PlayTable("E")
+    with pytest.raises(ValueError, match=r"image_sizes=.*top"):
+        env.PlayTable("D", image_sizes={"top": 64})
+    with pytest.raises(ValueError, match="size=3 does not fit 2 scenes"):
+        env.PlayTables(["A", "B"], 3)
+
+
+def test_tables_do_what_single_tables_do(table, tables):
+    assert tables.name == "playtable-AD"
+    starts = [chain_start(i) for i in range(3)]
+    tables.reset([0, 1, 2], starts)
+    table.reset(**starts[1])
+    for k in range(6):
+        command = action(move=(0.6, 0.2, -0.4), gripper=1.0 if k < 3 else -1.0)
+        infos = tables.step([0, 1, 2], np.stack([command] * 3))
+        table.step(command)
+    for key, value in table.info.items():
+        np.testing.assert_allclose(infos[1][key], value, atol=1e-4)
+    ours, theirs = table.observe(), tables.observe([1, 2])[0]
+    for camera in interface.CAMERAS:
+        assert np.abs(ours.images[camera].astype(int) - theirs.images[camera]).mean() < 1.0
+
+
+def test_the_others_stand_still(tables):
+    tables.reset([0, 1, 2], [chain_start(i) for i in range(3)])
+    before = tables.infos([0, 2])
+    tables.step([1], action(move=(0.0, 0.0, 1.0), gripper=1.0)[None])
+    assert tables.infos([1])[0]["robot_obs"][2] > before[0]["robot_obs"][2] + 0.005
+    for old, new in zip(before, tables.infos([0, 2])):
+        np.testing.assert_array_equal(old["robot_obs"], new["robot_obs"])
+    tables.restart(1)
+    np.testing.assert_allclose(tables.infos([1])[0]["robot_obs"], tasks.INITIAL_ROBOT_OBS, atol=1e-5)
+    assert tables.observe([]) == []
+
+
+def test_batches_mix_scenes():
+    """The functional form: four variants in one call, each as if alone."""
+    scenes = env.stack_scenes("ABCD")
+    robot = np.tile(tasks.INITIAL_ROBOT_OBS, (8, 1))
+    scene_obs = np.tile(chain_start()["scene_obs"], (8, 1))
+    which = np.arange(8) % 4
+    states = env.reset_batch(scenes, which, robot, scene_obs)
+    states = env.step_batch(scenes, which, states, np.stack([action()] * 8))
+    images = env.render_batch(scenes, which, states, "static", 32, env.backdrops(scenes, 32))
+    assert images.shape == (8, 32, 32, 3)
+    np.testing.assert_array_equal(images[:4], images[4:])
+    assert np.abs(images[0].astype(int) - images[1]).mean() > 5
+    info = jax.device_get(env.info_batch(scenes, which, states))
+    np.testing.assert_allclose(info["slider"], np.minimum(scene_obs[0, 0], scenes.joint_range[which, 0]), atol=1e-6)

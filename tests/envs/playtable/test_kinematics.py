@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robovlms_jax.envs import tasks
+from robovlms_jax.envs.playtable import kinematics
+
+HOME = tasks.INITIAL_ROBOT_OBS[7:14].astype(np.float32)
+forward = jax.jit(kinematics.forward)
+solve = jax.jit(lambda q, p, r: kinematics.inverse(q, p, r, iterations=60))
+
+
+def vectors(size: float):
+    return st.tuples(*[st.floats(-size, size, allow_subnormal=False)] * 3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(vectors(3.1))
+def test_rotations_survive_every_representation(xyz):
+    rotation = kinematics.from_euler(jnp.array(xyz))
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-5)
+    np.testing.assert_allclose(kinematics.from_euler(kinematics.to_euler(rotation)), rotation, atol=1e-4)
+    np.testing.assert_allclose(kinematics.from_vector(kinematics.to_vector(rotation)), rotation, atol=2e-3)
+    x, y, z, w = kinematics.to_quaternion(rotation)
+    np.testing.assert_allclose(x * x + y * y + z * z + w * w, 1.0, atol=1e-5)
+    # the matrix of a unit quaternion, first and last column
+    first = [1 - 2 * (y * y + z * z), 2 * (x * y + z * w), 2 * (x * z - y * w)]
+    last = [2 * (x * z + y * w), 2 * (y * z - x * w), 1 - 2 * (x * x + y * y)]
+    np.testing.assert_allclose(rotation[:, 0], first, atol=1e-4)
+    np.testing.assert_allclose(rotation[:, 2], last, atol=1e-4)
+
+
+def test_euler_angles_turn_about_x_then_y_then_z():
+    x, y, z = (kinematics.from_euler(jnp.eye(3)[i] * 0.3) for i in range(3))
+    np.testing.assert_allclose(kinematics.from_euler(jnp.full(3, 0.3)), z @ y @ x, atol=1e-6)
+    np.testing.assert_allclose(x @ np.array([0.0, 1.0, 0.0]), [0.0, np.cos(0.3), np.sin(0.3)], atol=1e-6)
+
+
+def test_the_arm_is_where_calvin_says(recordings):
+    """Joint angles recorded in CALVIN lead to the tool poses recorded beside them."""
+    for recording in recordings:
+        robot = recording.robot_obs[0]
+        arm = forward(robot[7:14])
+        np.testing.assert_allclose(arm.origins[7], robot[:3], atol=5e-4)
+        np.testing.assert_allclose(arm.rotations[7], kinematics.from_euler(robot[3:6]), atol=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(vectors(0.1), vectors(0.2))
+def test_inverse_reaches_what_can_be_reached(shift, turn):
+    home = forward(HOME)
+    position = home.origins[7] + jnp.array(shift)
+    rotation = kinematics.from_vector(jnp.array(turn)) @ home.rotations[7]
+    joints = solve(HOME, position, rotation)
+    arm = forward(joints)
+    np.testing.assert_allclose(arm.origins[7], position, atol=1e-3)
+    np.testing.assert_allclose(arm.rotations[7], rotation, atol=2e-3)
+    assert np.all(joints >= kinematics.JOINT_LOW)
+    assert np.all(joints <= kinematics.JOINT_HIGH)
+
+
+def test_inverse_stretches_towards_what_is_out_of_reach():
+    home = forward(HOME)
+    far = home.origins[7] + np.array([2.0, 0.0, 0.0], np.float32)
+    arm = forward(solve(HOME, far, home.rotations[7]))
+    assert np.linalg.norm(arm.origins[7] - far) < np.linalg.norm(home.origins[7] - far) - 0.2
