@@ -1,4 +1,4 @@
-"""Where weights come from: safetensors files, read slice by slice."""
+"""Where weights come from: safetensors or PyTorch files, read slice by slice."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 import safetensors
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+from robovlms_jax.weights import torch_files
 
-_CONVERT = """PyTorch pickles are not read here (they can run code). Convert once, where torch is installed:
-    import torch; from safetensors.torch import save_file
-    state = torch.load({source!r}, map_location="cpu", weights_only=True)
-    save_file({{k: v.clone().contiguous() for k, v in state.get("state_dict", state).items()}}, {target!r})"""
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+TORCH_INDEX, TORCH_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
 
 class Source(Protocol):
@@ -63,50 +61,51 @@ class SafetensorsSource:
         return np.asarray(self._files[name].get_slice(name)[index])
 
 
-def open_source(path: str | pathlib.Path) -> SafetensorsSource:
-    """Open a safetensors file, or a directory with model.safetensors or with shards and their index.
+def open_source(path: str | pathlib.Path) -> Source:
+    """Open a safetensors or PyTorch file, or a directory with one in the hub's naming or with shards and their index.
 
     Raises:
-      FileNotFoundError: nothing there, a shard is missing, or only a PyTorch pickle (with the way to convert it).
-      ValueError: a file is truncated or corrupt, or the index and its shards disagree.
+      FileNotFoundError: nothing there, or a shard is missing.
+      ValueError: a file is truncated or corrupt, wants to run code, or the index and its shards disagree.
     """
     path = pathlib.Path(path)
     if path.is_file():
-        if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
-            raise FileNotFoundError(
-                f"{path}: " + _CONVERT.format(source=str(path), target=str(path.with_suffix(".safetensors")))
-            )
-        return SafetensorsSource([path], str(path))
+        return _open_files([path], str(path))
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{path} does not exist; expected a safetensors file or a directory with {SINGLE} or {INDEX}."
+            f"{path} does not exist; expected a safetensors or PyTorch file, or a directory with {SINGLE} or {INDEX}."
         )
-    if (path / INDEX).is_file():
-        return _open_sharded(path)
-    if (path / SINGLE).is_file():
-        return SafetensorsSource([path / SINGLE], str(path))
-    pickles = sorted(path.glob("pytorch_model*.bin"))
-    if pickles:
-        convert = _CONVERT.format(source=str(pickles[0]), target=str(path / SINGLE))
-        raise FileNotFoundError(f"{path} has {pickles[0].name} but neither {SINGLE} nor {INDEX}. {convert}")
+    # Safetensors first: repositories that hold both hold the same weights twice.
+    for index, single in ((INDEX, SINGLE), (TORCH_INDEX, TORCH_SINGLE)):
+        if (path / index).is_file():
+            return _open_sharded(path / index)
+        if (path / single).is_file():
+            return _open_files([path / single], str(path))
     raise FileNotFoundError(
-        f"{path} has neither {SINGLE} nor {INDEX}; it holds {sorted(p.name for p in path.iterdir())[:10]}."
+        f"{path} has neither {SINGLE} nor {INDEX} (nor {TORCH_SINGLE}); it holds "
+        f"{sorted(p.name for p in path.iterdir())[:10]}."
     )
 
 
-def _open_sharded(directory: pathlib.Path) -> SafetensorsSource:
-    index = directory / INDEX
+def _open_files(files: list[pathlib.Path], name: str) -> Source:
+    if torch_files.is_torch_file(files[0]):
+        return torch_files.TorchSource(files, name)
+    return SafetensorsSource(files, name)
+
+
+def _open_sharded(index: pathlib.Path) -> Source:
+    directory = index.parent
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is no index of safetensors shards ({error!r}); download it again.") from error
+        raise ValueError(f"{index} is no index of shards ({error!r}); download it again.") from error
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if not (directory / file).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{index} names {len(files)} shards, of which {missing} are missing; download them into {directory}."
         )
-    source = SafetensorsSource([directory / file for file in files], str(directory))
+    source = _open_files([directory / file for file in files], str(directory))
     differing = sorted(set(weight_map) ^ set(source.shapes))
     if differing:
         raise ValueError(

@@ -85,7 +85,7 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"disagree about 1 tensors, first \['d'\]"):
         sources.open_source(tmp_path)
     (tmp_path / sources.INDEX).write_text("{}")
-    with pytest.raises(ValueError, match="is no index of safetensors shards"):
+    with pytest.raises(ValueError, match="is no index of shards"):
         sources.open_source(tmp_path)
 
 
@@ -96,29 +96,25 @@ def test_shards_that_repeat_a_tensor_are_refused(tmp_path):
         sources.open_source(tmp_path)
 
 
-def test_pickles_are_not_read_but_the_way_to_convert_them_is_said(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    (tmp_path / "upstream.pt").write_bytes(b"pickle")
-    for path in (tmp_path, tmp_path / "upstream.pt"):
-        with pytest.raises(FileNotFoundError, match=r"(?s)PyTorch pickles are not read.*torch\.load.*save_file"):
-            sources.open_source(path)
-
-
-def test_the_conversion_that_the_error_suggests_works(tmp_path):
+def test_pytorch_directories_are_read_like_the_others(tmp_path):
+    # tests/weights/test_torch_files.py has the format; this is the hub's naming, whole and in shards.
     torch = pytest.importorskip("torch")
-    tied = torch.ones(2, 2)
-    torch.save({"a": torch.tensor(TENSORS["a"]), "c": tied, "tied": tied}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError) as caught:
-        sources.open_source(tmp_path)
-    code = [line.strip() for line in str(caught.value).splitlines() if line.startswith("    ")]
-    exec("\n".join(code), {})
-    found = everything(sources.open_source(tmp_path))
-    assert set(found) == {"a", "c", "tied"}
-    np.testing.assert_array_equal(found["a"], TENSORS["a"])
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "shards").mkdir()
+    torch.save({key: torch.tensor(x) for key, x in TENSORS.items()}, tmp_path / "whole" / sources.TORCH_SINGLE)
+    weight_map = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
+    for key, file in weight_map.items():
+        torch.save({key: torch.tensor(TENSORS[key])}, tmp_path / "shards" / file)
+    (tmp_path / "shards" / sources.TORCH_INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert set(everything(sources.open_source(tmp_path / "whole"))) == set(TENSORS)
+    found = everything(sources.open_source(tmp_path / "shards"))
+    np.testing.assert_array_equal(found["b"], TENSORS["b"])
+    save_file({"a": TENSORS["c"]}, tmp_path / "whole" / sources.SINGLE)  # preferred where both are there
+    np.testing.assert_array_equal(everything(sources.open_source(tmp_path / "whole"))["a"], TENSORS["c"])
 
 
 def test_places_without_weights_say_what_was_looked_for(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; expected a safetensors file or a directory"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; expected a safetensors or PyTorch file"):
         sources.open_source(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"has neither model\.safetensors nor .*it holds \['config\.json'\]"):
