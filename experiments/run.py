@@ -219,6 +219,7 @@ def _source(config: ExperimentConfig, dataset: datasets.Dataset, encode: EncodeT
         windows_per_segment=config.data.windows_per_segment,
         cameras=config.policy.cameras,
         encode_text=encode,
+        proprio=config.policy.proprio.enabled,
     )
 
 

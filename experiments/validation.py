@@ -109,12 +109,15 @@ class Evaluator:
         )
         curves = []
         for episode in episodes[:: math.ceil(len(episodes) / count)]:
-            images, actions = pipeline.episode_arrays(self._source.dataset, episode, self._model.config.cameras)
+            recorded = pipeline.episode_arrays(
+                self._source.dataset,
+                episode,
+                self._model.config.cameras,
+                proprio=self._model.config.proprio.enabled,
+            )
             policy.reset(episode.instruction)
-            predicted = [
-                policy.act(Observation({c: x[t] for c, x in images.items()})).actions[0] for t in range(len(actions))
-            ]
-            curves.append(report.EpisodeCurves(episode.instruction, np.stack(predicted), actions))
+            predicted = [policy.act(_observation(recorded, t)).actions[0] for t in range(len(recorded.actions))]
+            curves.append(report.EpisodeCurves(episode.instruction, np.stack(predicted), recorded.actions))
         return curves
 
     def _batches(self, num_batches: int) -> Iterator[Batch]:
@@ -131,3 +134,9 @@ class Evaluator:
             yield from batches
         finally:
             batches.close()
+
+
+def _observation(recorded: pipeline.EpisodeArrays, t: int) -> Observation:
+    """What a robot would have reported at step `t` of a recorded episode."""
+    state = None if recorded.proprio is None else recorded.proprio[t]
+    return Observation({camera: x[t] for camera, x in recorded.images.items()}, state)

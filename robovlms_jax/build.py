@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.config import BackboneConfig, ExperimentConfig
-from robovlms_jax.inputs import images, prompts, tokenizers
+from robovlms_jax.inputs import images, prompts, proprio, tokenizers
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.rollout import EncodeText
 from robovlms_jax.policies.vla import VLA
@@ -145,5 +145,6 @@ def _init(model: VLA, key: jax.Array) -> Any:
         text_ids=np.zeros((1, 8), np.int32),
         text_mask=np.ones((1, 8), bool),
         step_mask=np.ones((1, window), bool),
+        proprio=np.zeros((1, window, proprio.DIM), np.float32) if model.config.proprio.enabled else None,
     )
     return model.init(key, inputs)["params"]

@@ -50,6 +50,26 @@ class BackboneConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProprioConfig:
+    """The robot's own state as one more token per frame, between the prompt and the action queries."""
+
+    enabled: bool = False
+    """Off: policies are driven by images and text alone, as every released RoboVLMs checkpoint is."""
+    center: tuple[float, ...] = (0.0, -0.15, 0.5, 3.1416, 0.0, 1.5708)
+    """Subtracted from tcp xyz (m) and Euler xyz (rad, the short way round). The default is the middle of CALVIN's table
+    with the gripper pointing down; zeros, together with a scale of ones, give the raw values upstream feeds."""
+    scale: tuple[float, ...] = (0.25, 0.25, 0.1, 0.5, 0.5, 0.5)
+    """What one unit of each centred number is."""
+
+    def __post_init__(self):
+        _require(
+            len(self.center) == len(self.scale) == 6 and all(scale > 0 for scale in self.scale),
+            f"policy.proprio.center and policy.proprio.scale need 6 numbers each, scales positive; got {self.center} "
+            f"and {self.scale}.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class PolicyConfig:
     """History x readout x head: what makes a VLM a robot policy."""
 
@@ -67,6 +87,7 @@ class PolicyConfig:
     cameras: tuple[str, ...] = ("wrist", "static")
     """Cameras in the order their tokens follow the prompt's first token (released RoboVLMs checkpoints: wrist, then
     static)."""
+    proprio: ProprioConfig = ProprioConfig()
     action_low: tuple[float, ...] = (-0.65,) * 6
     """Lower end of each arm dimension in dataset units; clipped, then mapped to -1. The gripper is never normalised."""
     action_high: tuple[float, ...] = (0.65,) * 6

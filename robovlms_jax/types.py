@@ -28,12 +28,14 @@ class Inputs:
     text_ids: int32[B, T], the prompt with its special tokens, right-padded.
     text_mask: bool[B, T], True = real token.
     step_mask: bool[B, G], True = real step (False = padding before an episode begins).
+    proprio: float32[B, G, 7], the robot's state as `inputs.proprio` defines it; None for policies that do not take it.
     """
 
     images: Mapping[str, Array]
     text_ids: Array
     text_mask: Array
     step_mask: Array
+    proprio: Array | None = None
 
 
 @flax.struct.dataclass

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from flax.linen import unbox
 
 from robovlms_jax.backbones import base as backbones
@@ -53,3 +55,17 @@ def init(model: vla.VLA, batch: Batch):
     # Queries start at zero; random ones exercise their path.
     params["readout"]["queries"] = jax.random.normal(jax.random.key(1), params["readout"]["queries"].shape)
     return params
+
+
+def overfit(model: vla.VLA, params, batch: Batch, *, steps: int, learning_rate: float) -> np.ndarray:
+    """Losses float[steps] of Adam on one batch, compiled as one loop."""
+    tx, batch = optax.adam(learning_rate), jax.tree.map(jnp.asarray, batch)
+
+    def step(state, _):
+        params, opt_state = state
+        loss, grads = jax.value_and_grad(lambda params: objective.loss(model, params, batch)[0])(params)
+        updates, opt_state = tx.update(grads, opt_state)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    run = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), None, steps)[1])
+    return np.asarray(run(params))

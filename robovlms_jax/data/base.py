@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from robovlms_jax.inputs import proprio as states
+
 
 class CorruptFrameError(ValueError):
     """A stored frame cannot be used: unreadable, truncated, of the wrong shape, or holding NaN. Names the place."""
@@ -80,6 +82,10 @@ class Dataset(abc.ABC):
     def robot_obs(self, frame_ids: Sequence[int]) -> np.ndarray:
         """float32[n, 15] (CALVIN: tcp xyz in m, tcp Euler xyz in rad, gripper width, 7 joints, last gripper action)."""
         return self.array("robot_obs", frame_ids)
+
+    def proprio(self, frame_ids: Sequence[int]) -> np.ndarray:
+        """float32[n, 7], the robot's state as policies see it (see `inputs.proprio`)."""
+        return states.from_robot_state(self.robot_obs(frame_ids))
 
     def scene_obs(self, frame_ids: Sequence[int]) -> np.ndarray:
         """float32[n, 24] (CALVIN: slider, drawer, button, switch, two lights, xyz and Euler xyz of three blocks)."""

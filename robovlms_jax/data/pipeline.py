@@ -23,6 +23,7 @@ import numpy as np
 
 from robovlms_jax import interface, types
 from robovlms_jax.data import base, segments
+from robovlms_jax.inputs import proprio as states
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class SegmentSource(Sequence[types.Batch]):
       window, chunk, windows_per_segment: W, C, K.
       cameras: which to load.
       encode_text: called once per distinct instruction.
+      proprio: read the robot's state of every frame, too.
     Raises:
       ValueError: no episode is long enough for one window, an unknown camera, or prompts of unequal length.
     """
@@ -58,9 +60,11 @@ class SegmentSource(Sequence[types.Batch]):
         windows_per_segment: int,
         cameras: Sequence[str],
         encode_text: EncodeText,
+        proprio: bool = False,
     ):
         self.dataset = dataset
         self.cameras = tuple(cameras)
+        self._proprio = proprio
         self._reported: set[str] = set()
         spans = np.array([(episode.start, episode.end) for episode in dataset.episodes])
         self.segments = segments.Segments(spans, window=window, chunk=chunk, windows_per_segment=windows_per_segment)
@@ -121,6 +125,7 @@ class SegmentSource(Sequence[types.Batch]):
                 text_ids=np.zeros((size, *self._text_ids.shape[1:]), np.int32),
                 text_mask=np.zeros((size, *self._text_mask.shape[1:]), bool),
                 step_mask=np.ones((size, frames), bool),  # windows never begin before their episode
+                proprio=np.zeros((size, frames, states.DIM), np.float32) if self._proprio else None,
             ),
             actions=np.zeros((size, steps, interface.ACTION_DIM), np.float32),
             action_mask=np.zeros((size, steps), bool),
@@ -142,6 +147,9 @@ class SegmentSource(Sequence[types.Batch]):
         )
         for array in images.values():
             array[seen:] = array[seen - 1]
+        if out.inputs.proprio is not None:
+            out.inputs.proprio[row, :seen] = self.dataset.proprio(segment.step_ids[:seen])
+            out.inputs.proprio[row, seen:] = out.inputs.proprio[row, seen - 1]
         out.inputs.text_ids[row] = self._text_ids[self._text_row[segment.episode]]
         out.inputs.text_mask[row] = self._text_mask[self._text_row[segment.episode]]
         out.action_mask[row] = segment.step_mask
@@ -173,6 +181,8 @@ class SegmentSource(Sequence[types.Batch]):
         """A row that no mask counts; its prompt is a real one, so that no computation meets an empty sequence."""
         for array in out.inputs.images.values():
             array[row] = 0
+        if out.inputs.proprio is not None:
+            out.inputs.proprio[row] = 0
         out.actions[row] = 0
         out.inputs.text_ids[row], out.inputs.text_mask[row] = self._text_ids[0], self._text_mask[0]
 
@@ -277,16 +287,21 @@ class EpisodeArrays(NamedTuple):
 
     images: camera -> uint8[L, height, width, 3].
     actions: float32[L, 7], dataset units.
+    proprio: float32[L, 7] (see `inputs.proprio`), or None where it was not asked for.
     """
 
     images: Mapping[str, np.ndarray]
     actions: np.ndarray
+    proprio: np.ndarray | None = None
 
 
-def episode_arrays(dataset: base.Dataset, episode: base.Episode, cameras: Sequence[str]) -> EpisodeArrays:
+def episode_arrays(
+    dataset: base.Dataset, episode: base.Episode, cameras: Sequence[str], *, proprio: bool = False
+) -> EpisodeArrays:
     """A whole episode, for action curves and for feeding a policy frame by frame. Raises CorruptFrameError."""
     frame_ids = np.arange(episode.start, episode.end)
-    return EpisodeArrays(dataset.images(frame_ids, cameras), dataset.actions(frame_ids))
+    state = dataset.proprio(frame_ids) if proprio else None
+    return EpisodeArrays(dataset.images(frame_ids, cameras), dataset.actions(frame_ids), state)
 
 
 def _read_rows(read: Callable[[np.ndarray], types.Batch], rows: slice, indices: np.ndarray) -> types.Batch:

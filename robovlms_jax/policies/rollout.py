@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from robovlms_jax.actions import normalize
+from robovlms_jax.inputs import proprio as states
 from robovlms_jax.interface import ActionChunk, Observation
 from robovlms_jax.policies import objective
 from robovlms_jax.policies.vla import VLA
@@ -29,6 +30,7 @@ def control_step(
     text_ids: jax.Array,
     text_mask: jax.Array,
     active: jax.Array,
+    proprio: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """One control step of B independent episodes; pure.
 
@@ -36,12 +38,14 @@ def control_step(
       carry: `model.init_carry(B)` or the previous step's result.
       images: camera -> uint8[B, height, width, 3].
       text_ids, text_mask: int32[B, T], bool[B, T].
+      proprio: float32[B, 7] as `inputs.proprio` has it, for policies that take it.
       active: bool[B]; where False the carry stays as it is (the actions there mean nothing).
     Returns:
       float32[B, C, A] in dataset units (gripper exactly -1 or 1), and the new carry.
     """
     steps = jnp.ones((text_ids.shape[0], 1), bool)
-    inputs = Inputs({camera: x[:, None] for camera, x in images.items()}, text_ids, text_mask, steps)
+    images = {camera: x[:, None] for camera, x in images.items()}
+    inputs = Inputs(images, text_ids, text_mask, steps, None if proprio is None else proprio[:, None])
     inputs = objective.prepare(inputs, model.vlm.image, model.config.cameras)
     actions, new = model.apply({"params": params}, inputs, carry, method="step")
     carry = jax.tree.map(lambda a, b: jnp.where(active.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, carry)
@@ -73,6 +77,7 @@ class BatchedVLAPolicy:
         self._carry = jax.device_put(model.init_carry(slots), place)
         self._text: list[tuple[np.ndarray, np.ndarray] | None] = [None] * slots
         self._images: dict[str, np.ndarray] = {}
+        self._proprio = np.zeros((slots, states.DIM), np.float32) if model.config.proprio.enabled else None
 
     def reset(self, slots: Sequence[int], instructions: Sequence[str]) -> None:
         """Start new episodes in the given slots."""
@@ -91,7 +96,7 @@ class BatchedVLAPolicy:
         ids, mask = self._padded_text()
         active = np.zeros(self.slots, bool)
         active[list(slots)] = True
-        actions, self._carry = self._step(self.params, self._carry, self._images, ids, mask, active)
+        actions, self._carry = self._step(self.params, self._carry, self._images, ids, mask, active, self._proprio)
         actions = np.asarray(actions)
         return [ActionChunk(actions[slot]) for slot in slots]
 
@@ -110,6 +115,19 @@ class BatchedVLAPolicy:
             if store is None or store.shape[1:] != image.shape:
                 store = self._images[camera] = np.zeros((self.slots, *image.shape), np.uint8)
             store[slot] = image
+        if self._proprio is not None:
+            self._proprio[slot] = self._state_of(observation)
+
+    def _state_of(self, observation: Observation) -> np.ndarray:
+        """float32[7]. Raises ValueError where the observation has no usable robot state."""
+        if observation.proprio is None:
+            raise ValueError(
+                "observation.proprio is None; this policy needs the robot's state (policy.proprio.enabled)."
+            )
+        state = states.from_robot_state(np.asarray(observation.proprio, np.float32))
+        if state.shape != (states.DIM,) or not np.isfinite(state).all():
+            raise ValueError(f"observation.proprio must be one finite robot state; got {state}.")
+        return state
 
     def _padded_text(self) -> tuple[np.ndarray, np.ndarray]:
         texts = [text for text in self._text if text is not None]

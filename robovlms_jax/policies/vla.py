@@ -12,14 +12,15 @@ import jax
 from robovlms_jax import interface
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.config import PolicyConfig
+from robovlms_jax.policies import encoders, readout
 from robovlms_jax.policies import history as histories
-from robovlms_jax.policies import readout
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.types import Inputs
 
 
 class VLA(nn.Module):
-    """Observed steps in, predicted action chunks out. Parameters live under `backbone/`, `readout/` and `head/`.
+    """Observed steps in, predicted action chunks out. Parameters live under `backbone/`, `readout/` and `head/`, and
+    under `proprio/` with `policy.proprio.enabled`.
 
     Images enter preprocessed: float[B, G, size, size, 3] per camera (see `policies.objective.prepare`).
     """
@@ -32,6 +33,7 @@ class VLA(nn.Module):
         self.history = histories.HISTORIES[config.history]()
         self.backbone = backbones.build(self.vlm)
         self.readout = readout.ActionQuery(config.num_queries, self.vlm.width)
+        self.proprio = encoders.ProprioToken(config.proprio, self.vlm.width) if config.proprio.enabled else None
         self.head = heads.build(
             config.head,
             window=config.window,
@@ -47,7 +49,12 @@ class VLA(nn.Module):
         batch, _ = inputs.step_mask.shape
         images, text_ids, text_mask = self.history.frames(inputs)
         images = {camera: images[camera] for camera in self.config.cameras}
-        tokens = self.backbone.embed(images, text_ids, text_mask, self.readout.queries(), deterministic=deterministic)
+        extra = (
+            None if self.proprio is None else self.proprio(inputs.proprio).reshape(len(text_ids), -1, self.vlm.width)
+        )
+        tokens = self.backbone.embed(
+            images, text_ids, text_mask, self.readout.queries(), extra, deterministic=deterministic
+        )
         hidden, _ = self.backbone.decode(self.history.join(tokens, batch), deterministic=deterministic)
         return self.readout(self.history.part(hidden, batch), tokens)
 

@@ -104,6 +104,19 @@ def test_batches_have_the_documented_shapes_and_types(dataset):
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(batch))
 
 
+def test_robot_states_come_with_their_frames_when_asked_for(dataset, frame_content):
+    assert make_source(dataset)[9].inputs.proprio is None
+    source = make_source(dataset, proprio=True)
+    columns = [0, 1, 2, 3, 4, 5, 14]  # pose and last gripper command
+    steps = np.minimum(122 + np.arange(W + K - 1), 130)  # the last segment: one window, then repeats
+    expected = np.stack([frame_content(frame_id)["robot_obs"][columns] for frame_id in steps])
+    np.testing.assert_array_equal(source[9].inputs.proprio, expected.astype(np.float32))
+    arrays = pipeline.episode_arrays(dataset, dataset.episodes[1], (), proprio=True)
+    np.testing.assert_array_equal(arrays.proprio[12:], expected[: len(arrays.proprio) - 12].astype(np.float32))
+    (batch,) = take(pipeline.evaluation_batches(source, segments_per_batch=16, num_threads=1, prefetch=1))
+    assert batch.inputs.proprio.shape == (16, W + K - 1, 7)
+
+
 def test_windows_of_a_segment_equal_windows_alone(dataset):
     """Slicing window k out of a segment gives upstream's sample of that window."""
     alone = {
