@@ -97,14 +97,12 @@ class VLM(nn.Module):
         text_ids: jax.Array,
         text_mask: jax.Array,
         queries: jax.Array | None = None,
-        extra: jax.Array | None = None,
         *,
         deterministic: bool = True,
     ) -> Tokens:
-        """One sequence per sample: [first text token] [images] [rest of the text] [extra tokens] [queries].
+        """One sequence per sample: [first text token] [images] [rest of the text] [queries].
 
-        Extra tokens and queries lie in the last slots, but their positions put them right before the last real text
-        token (eos), which
+        Queries lie in the last slots, but their positions put them right before the last real text token (eos), which
         moves behind them. Seen through positions that is upstream's [bos][images][text][queries][eos] for a single
         prompt, and it stays so for a padded one, where upstream's queries would come after eos and padding.
 
@@ -112,26 +110,21 @@ class VLM(nn.Module):
           images: camera -> float[B, size, size, 3], prepared as `config.image` says; their tokens follow in this order.
             (jit sorts the keys of its dict arguments: order the cameras inside.)
           text_ids: int32[B, T], special tokens included, padded on the right. text_mask: bool[B, T], True = real token.
-          queries: float[Q, D], or None for a plain prompt.
-          extra: float[B, E, D], each sample's own tokens before the queries (see `policies.encoders`), or None.
+          queries: float[Q, D], or float[B, Q, D] where they differ between samples, or None for a plain prompt.
         Returns:
-          Tokens with S = T + P * cameras + E + Q slots in runs "bos", "image", "text" and, where given, "extra" and
-            "query".
+          Tokens with S = T + P * cameras + Q slots in runs "bos", "image", "text" and, with queries, "query".
         """
         batch, text_length = text_ids.shape
         chex.assert_shape(text_mask, (batch, text_length))
         text = self.text.embed(text_ids).astype(self.config.dtype)
         image = self.encode_images(images, deterministic=deterministic) if images else text[:, :0]
         num_image = image.shape[1]
-        num_extra = 0 if extra is None else extra.shape[1]
-        num_queries = 0 if queries is None else queries.shape[0]
+        num_queries = 0 if queries is None else queries.shape[-2]
 
         order = jnp.cumsum(text_mask, axis=1) - 1  # place among the real text tokens; padding repeats the last one's
         last = jnp.maximum(order[:, -1:], 1)  # never the first token: images follow it whatever the prompt
         text_positions = (
-            jnp.maximum(order, 0)
-            + jnp.where(order > 0, num_image, 0)
-            + jnp.where(order == last, num_extra + num_queries, 0)
+            jnp.maximum(order, 0) + jnp.where(order > 0, num_image, 0) + jnp.where(order == last, num_queries, 0)
         )
         image_positions = jnp.broadcast_to(1 + jnp.arange(num_image), (batch, num_image))
 
@@ -139,17 +132,11 @@ class VLM(nn.Module):
         mask = [text_mask[:, :1], jnp.ones((batch, num_image), bool), text_mask[:, 1:]]
         positions = [text_positions[:, :1], image_positions, text_positions[:, 1:]]
         layout = [("bos", 1), ("image", num_image), ("text", text_length - 1)]
-        if extra is not None:
-            chex.assert_shape(extra, (batch, num_extra, self.config.width))
-            embeds.append(extra.astype(text.dtype))
-            mask.append(jnp.ones((batch, num_extra), bool))
-            positions.append(last + num_image + jnp.arange(num_extra))
-            layout.append(("extra", num_extra))
         if queries is not None:
-            chex.assert_shape(queries, (num_queries, self.config.width))
-            embeds.append(jnp.broadcast_to(queries.astype(text.dtype), (batch, *queries.shape)))
+            queries = jnp.broadcast_to(queries.astype(text.dtype), (batch, num_queries, self.config.width))
+            embeds.append(queries)
             mask.append(jnp.ones((batch, num_queries), bool))
-            positions.append(last + num_image + num_extra + jnp.arange(num_queries))
+            positions.append(last + num_image + jnp.arange(num_queries))
             layout.append(("query", num_queries))
         embeds, mask, positions = (jnp.concatenate(parts, axis=1) for parts in (embeds, mask, positions))
         return Tokens(embeds, mask, positions.astype(jnp.int32), tuple(layout))

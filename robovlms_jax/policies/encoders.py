@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robovlms_jax.config import ProprioConfig
+from robovlms_jax.types import Tokens
 
 
 class ProprioToken(nn.Module):
@@ -32,6 +33,20 @@ class ProprioToken(nn.Module):
         init = nn.initializers.normal((2 * self.width) ** -0.5 * self.width**-0.5)
         fused = _dense(self.width, init, ("embed", None), "fuse")(jnp.concatenate([arm, gripper], axis=-1))
         return fused[..., None, :]
+
+
+def before(extra: jax.Array, queries: jax.Array) -> jax.Array:
+    """Extra tokens float[N, E, D] before the queries float[Q, D]: float[N, E + Q, D], as `VLM.embed` takes them."""
+    queries = jnp.broadcast_to(queries.astype(extra.dtype), (len(extra), *queries.shape))
+    return jnp.concatenate([extra, queries], axis=1)
+
+
+def name_runs(tokens: Tokens, num_extra: int) -> Tokens:
+    """Tokens embedded from `before`'s: the first `num_extra` of the run "query" become a run of their own, "extra"."""
+    runs = []
+    for run, length in tokens.layout:
+        runs += [("extra", num_extra), (run, length - num_extra)] if run == "query" else [(run, length)]
+    return tokens.replace(layout=tuple(runs))
 
 
 def scale_arm(arm: jax.Array, config: ProprioConfig) -> jax.Array:

@@ -49,14 +49,21 @@ class VLA(nn.Module):
         batch, _ = inputs.step_mask.shape
         images, text_ids, text_mask = self.history.frames(inputs)
         images = {camera: images[camera] for camera in self.config.cameras}
-        extra = (
-            None if self.proprio is None else self.proprio(inputs.proprio).reshape(len(text_ids), -1, self.vlm.width)
-        )
-        tokens = self.backbone.embed(
-            images, text_ids, text_mask, self.readout.queries(), extra, deterministic=deterministic
-        )
+        queries, extra = self.readout.queries(), self._extra(inputs)
+        if extra is None:
+            tokens = self.backbone.embed(images, text_ids, text_mask, queries, deterministic=deterministic)
+        else:
+            queries = encoders.before(extra, queries)
+            tokens = self.backbone.embed(images, text_ids, text_mask, queries, deterministic=deterministic)
+            tokens = encoders.name_runs(tokens, extra.shape[1])
         hidden, _ = self.backbone.decode(self.history.join(tokens, batch), deterministic=deterministic)
         return self.readout(self.history.part(hidden, batch), tokens)
+
+    def _extra(self, inputs: Inputs) -> jax.Array | None:
+        """Each frame's tokens between the prompt and the queries, float[B * G, E, D]; None where there are none."""
+        if self.proprio is None:
+            return None
+        return self.proprio(inputs.proprio).reshape(-1, 1, self.vlm.width)
 
     def __call__(self, inputs: Inputs, deterministic: bool = True) -> Any:
         """Predictions for all K = G - W + 1 windows of each segment; leaves float[B * K, W, C, ...].
