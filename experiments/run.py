@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from experiments import validation
 from robovlms_jax import build
+from robovlms_jax.actions import statistics
 from robovlms_jax.config import ExperimentConfig, to_dict
 from robovlms_jax.data import base as datasets
 from robovlms_jax.data import calvin, pipeline
@@ -89,7 +90,7 @@ def prepare(config: ExperimentConfig) -> Setup:
         return prompts.encode(backbone.tokenizer, backbone.vlm.prompt, instruction, length)
 
     training, validation_split = (_source(config, dataset, encode) for dataset in opened.values())
-    config = config.resolve(training.num_windows, length)
+    config = config.resolve(training.num_windows, length, _action_statistics(config, opened["training"]))
     mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
     model = build.make_model(config, backbone.vlm)
     shapes, _ = build.abstract_params(model, mesh)
@@ -209,6 +210,22 @@ def _open_split(config: ExperimentConfig, split: str) -> datasets.Dataset:
     if split == "training":  # validation keeps every task, whatever training sees
         chosen = {"episode_list": config.data.episode_list, "exclude_tasks": config.data.exclude_tasks}
     return calvin.open_dataset(config.data.root, split, annotation_folder=config.data.annotation_folder, **chosen)
+
+
+def _action_statistics(config: ExperimentConfig, dataset: datasets.Dataset) -> Mapping[str, np.ndarray]:
+    """Of the training actions; what looks wrong about them is said, or refused (data.check_actions)."""
+    by_data = config.policy.action_scaling != "bounds"
+    # Published layouts have a file per frame: enough of them for the question at hand.
+    actions, states = pipeline.action_sample(dataset, 20_000 if by_data else 1_000)
+    values = statistics.summarize(actions)
+    findings = statistics.lint(
+        values,
+        by_quantiles=config.policy.action_scaling == "quantile",
+        commands=actions[:, 6],
+        widths=None if states is None else states[:, 6],
+    )
+    statistics.enforce(findings, dataset.name, refuse=config.data.check_actions == "refuse")
+    return values
 
 
 def _source(config: ExperimentConfig, dataset: datasets.Dataset, encode: EncodeText) -> pipeline.SegmentSource:

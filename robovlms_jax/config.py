@@ -15,7 +15,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
+
 from robovlms_jax import interface
+from robovlms_jax.actions import normalize
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.policies.heads import lstm
 
@@ -88,10 +91,22 @@ class PolicyConfig:
     """Cameras in the order their tokens follow the prompt's first token (released RoboVLMs checkpoints: wrist, then
     static)."""
     proprio: ProprioConfig = ProprioConfig()
+    action_scaling: Literal["bounds", "quantile", "mean_std"] = "bounds"
+    """Where action_low and action_high come from. bounds: as given below. quantile: the 1 % and 99 % quantiles of the
+    training split's actions. mean_std: their mean, minus and plus action_num_std standard deviations. The latter two
+    are filled in when a run starts, and saved with its checkpoints."""
+    action_num_std: float = 3.0
+    """Standard deviations that mean_std maps to 1 (heads reach no further)."""
     action_low: tuple[float, ...] = (-0.65,) * 6
     """Lower end of each arm dimension in dataset units; clipped, then mapped to -1. The gripper is never normalised."""
     action_high: tuple[float, ...] = (0.65,) * 6
     """Upper end of each arm dimension in dataset units; clipped, then mapped to +1."""
+    action_mean: float = 0.0
+    """With action_std: upstream's `regular_action`, (arm - action_mean) / action_std after the bounds."""
+    action_std: float = 0.0
+    """0: off. Below 1, some actions lie beyond the [-1, 1] that heads reach, as they do upstream."""
+    action_mu: float = 0.0
+    """> 0: mu-law at the end, finer where actions are small. Upstream's mu is 255."""
 
     def __post_init__(self):
         for field in ("num_queries", "window", "chunk"):
@@ -109,6 +124,39 @@ class PolicyConfig:
             f"policy.action_low and policy.action_high need {arm} numbers each, low < high everywhere; "
             f"got {self.action_low} and {self.action_high}.",
         )
+        _require(self.action_num_std > 0, f"policy.action_num_std={self.action_num_std} must be positive.")
+        for field in ("action_std", "action_mu"):
+            _require(getattr(self, field) >= 0, f"policy.{field}={getattr(self, field)} must be 0 (off) or positive.")
+
+    @property
+    def normalizer(self) -> normalize.Normalizer:
+        """Dataset units <-> what the head predicts. Raises ValueError where bounds still have to come from the data."""
+        given = (self.action_low, self.action_high)
+        if self.action_scaling != "bounds" and given == (PolicyConfig.action_low, PolicyConfig.action_high):
+            raise ValueError(
+                f"policy.action_scaling={self.action_scaling!r} takes its bounds from training data; call "
+                "policy.with_statistics (training does) before the policy is used."
+            )
+        std = self.action_std or None
+        return normalize.Normalizer(*given, mean=self.action_mean, std=std, mu=self.action_mu)
+
+    def with_statistics(self, action: Mapping[str, Any]) -> PolicyConfig:
+        """With the bounds that `action_scaling` asks for; a dimension that never changes gets bounds one unit apart.
+
+        Args:
+          action: "q01", "q99", "mean", "std" -> float[7], of the training split in dataset units.
+        """
+        arm = interface.ACTION_DIM - 1
+        if self.action_scaling == "bounds":
+            return self
+        if self.action_scaling == "quantile":
+            low, high = (np.array(action[name][:arm], np.float64) for name in ("q01", "q99"))
+        else:
+            mean, std = (np.array(action[name][:arm], np.float64) for name in ("mean", "std"))
+            low, high = mean - self.action_num_std * std, mean + self.action_num_std * std
+        still = high - low < 1e-6
+        low, high = np.where(still, low - 0.5, low), np.where(still, high + 0.5, high)
+        return dataclasses.replace(self, action_low=tuple(low.tolist()), action_high=tuple(high.tolist()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +189,8 @@ class DataConfig:
     """Threads that read and decode."""
     prefetch: int = 16
     """Batches kept ready."""
+    check_actions: Literal["refuse", "warn"] = "refuse"
+    """What follows when the training actions look wrong (see `actions.statistics`): no run, or a warning."""
     max_corrupt_share: float = 0.01
     """Unreadable segments are replaced, counted and named; training stops when they exceed this share."""
 
@@ -302,18 +352,21 @@ class ExperimentConfig:
                 f"try {max(self.segments_per_batch // step, 1) * step * per_segment}."
             )
 
-    def resolve(self, num_windows: int, text_length: int) -> ExperimentConfig:
-        """Fill in what depends on the data: epochs become steps, the prompt length becomes a number.
+    def resolve(self, num_windows: int, text_length: int, actions: Mapping[str, Any] | None = None) -> ExperimentConfig:
+        """Fill in what depends on the data: epochs become steps, prompt length and action bounds become numbers.
 
         Args:
           num_windows: windows of the training split.
           text_length: tokens that fit every training prompt.
+          actions: statistics of the training actions, as `PolicyConfig.with_statistics` takes them; None leaves the
+            policy as it is.
         """
         per_epoch = num_windows / self.train.batch_size
         warmup = self.optimizer.warmup_steps + round(self.optimizer.warmup_epochs * per_epoch)
         steps = max(round(self.train.epochs * per_epoch), 1) if self.train.epochs else self.train.steps
         return dataclasses.replace(
             self,
+            policy=self.policy if actions is None else self.policy.with_statistics(actions),
             data=dataclasses.replace(self.data, text_length=self.data.text_length or text_length),
             optimizer=dataclasses.replace(self.optimizer, warmup_steps=warmup, warmup_epochs=0.0),
             train=dataclasses.replace(self.train, steps=steps, epochs=0.0),

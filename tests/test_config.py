@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from robovlms_jax import cli
@@ -121,3 +122,31 @@ def test_help_reads_like_documentation(capsys):
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--data.windows-per-segment" in text
     assert "windows that share one run of W + K - 1 frames" in text
+
+
+ACTIONS = {
+    "q01": np.array([-0.5] * 5 + [0.25, -1.0]),
+    "q99": np.array([0.75] * 5 + [0.25, 1.0]),
+    "mean": np.array([0.125] * 6 + [0.0]),
+    "std": np.array([0.25] * 5 + [0.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "low", "high"),
+    [
+        # The last arm dimension never changes: bounds one unit apart, so it is 0 after scaling and itself again after.
+        ("quantile", (-0.5,) * 5 + (-0.25,), (0.75,) * 5 + (0.75,)),
+        ("mean_std", (0.125 - 2 * 0.25,) * 5 + (-0.375,), (0.125 + 2 * 0.25,) * 5 + (0.625,)),
+        ("bounds", (-0.65,) * 6, (0.65,) * 6),
+    ],
+)
+def test_action_bounds_come_from_the_training_split_and_into_the_checkpoint(scaling, low, high):
+    config = ExperimentConfig(policy=PolicyConfig(action_scaling=scaling, action_num_std=2.0))
+    if scaling != "bounds":
+        with pytest.raises(ValueError, match="takes its bounds from training data"):
+            _ = config.policy.normalizer
+    resolved = config.resolve(1000, 32, ACTIONS)
+    saved = from_dict(ExperimentConfig, json.loads(json.dumps(to_dict(resolved))))
+    assert saved.policy.normalizer.low == low
+    assert saved.policy.normalizer.high == high

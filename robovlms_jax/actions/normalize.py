@@ -1,13 +1,56 @@
-"""Dataset units <-> [-1, 1]. Pure functions on NumPy or jax arrays; loss, serving and reports call the same ones."""
+"""Dataset units <-> [-1, 1]. Pure functions on NumPy or jax arrays; loss, serving and reports call the same ones.
+
+Whatever is done to the arm, the gripper, the last column, passes untouched in both directions.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from numpy.typing import ArrayLike
 
+from robovlms_jax.actions import mu_law
+
 if TYPE_CHECKING:
     from robovlms_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalizer:
+    """What a policy was trained to predict: bounds, then optionally standardised, then optionally mu-law.
+
+    The order is upstream's (`norm_action`, `regular_action`, `use_mu_law`). In the last two upstream spares the last
+    time step instead of the gripper, and it never undoes the second; here `unnormalize` undoes all of them.
+    """
+
+    low: tuple[float, ...]
+    """Per arm dimension, in dataset units: mapped to -1."""
+    high: tuple[float, ...]
+    """Mapped to 1; what lies outside is clipped."""
+    mean: float = 0.0
+    std: float | None = None
+    """(x - mean) / (std + 1e-6) of the bounded arm; None leaves it out."""
+    mu: float = 0.0
+    """> 0: mu-law with this mu at the end."""
+
+    def normalize(self, actions: Array) -> Array:
+        """float[..., A] in dataset units -> the same shape and dtype, as policies predict it."""
+        actions = normalize(actions, self.low, self.high)
+        if self.std is not None:
+            actions = standardize(actions, self.mean, self.std, epsilon=_EPSILON)
+        return actions if self.mu == 0 else _on_arm(actions, mu_law.compress(actions[..., :-1], self.mu))
+
+    def unnormalize(self, actions: Array) -> Array:
+        """Inverse of `normalize`, for actions inside the bounds."""
+        if self.mu != 0:
+            actions = _on_arm(actions, mu_law.expand(actions[..., :-1], self.mu))
+        if self.std is not None:
+            actions = unstandardize(actions, self.mean, self.std, epsilon=_EPSILON)
+        return unnormalize(actions, self.low, self.high)
+
+
+_EPSILON = 1e-6  # upstream's
 
 
 def normalize(actions: Array, low: ArrayLike, high: ArrayLike) -> Array:
@@ -23,8 +66,7 @@ def normalize(actions: Array, low: ArrayLike, high: ArrayLike) -> Array:
     """
     xp = actions.__array_namespace__()
     low, high = _bounds(actions, low, high)
-    arm = 2 * (xp.clip(actions[..., :-1], low, high) - low) / (high - low) - 1
-    return xp.concat([arm, actions[..., -1:]], axis=-1)
+    return _on_arm(actions, 2 * (xp.clip(actions[..., :-1], low, high) - low) / (high - low) - 1)
 
 
 def unnormalize(actions: Array, low: ArrayLike, high: ArrayLike) -> Array:
@@ -33,16 +75,38 @@ def unnormalize(actions: Array, low: ArrayLike, high: ArrayLike) -> Array:
     Upstream scales the gripper along with the arm and thresholds it afterwards, which
     shuts it for good where high <= 0.5.
     """
-    xp = actions.__array_namespace__()
     low, high = _bounds(actions, low, high)
-    arm = 0.5 * (actions[..., :-1] + 1) * (high - low) + low
-    return xp.concat([arm, actions[..., -1:]], axis=-1)
+    return _on_arm(actions, 0.5 * (actions[..., :-1] + 1) * (high - low) + low)
+
+
+def standardize(actions: Array, mean: ArrayLike, std: ArrayLike, *, epsilon: float = 0.0) -> Array:
+    """(arm - mean) / (std + epsilon); the gripper passes untouched.
+
+    Args:
+      actions: float[..., A].
+      mean, std: a number, or float[A - 1], in the actions' units; std + epsilon > 0.
+    """
+    xp = actions.__array_namespace__()
+    mean, std = xp.asarray(mean, dtype=actions.dtype), xp.asarray(std, dtype=actions.dtype)
+    return _on_arm(actions, (actions[..., :-1] - mean) / (std + epsilon))
+
+
+def unstandardize(actions: Array, mean: ArrayLike, std: ArrayLike, *, epsilon: float = 0.0) -> Array:
+    """Inverse of `standardize`."""
+    xp = actions.__array_namespace__()
+    mean, std = xp.asarray(mean, dtype=actions.dtype), xp.asarray(std, dtype=actions.dtype)
+    return _on_arm(actions, actions[..., :-1] * (std + epsilon) + mean)
 
 
 def binarize_gripper(gripper: Array) -> Array:
     """Gripper logits, or commands in [-1, 1], as decisions: exactly +1 (open) where > 0, else -1. Same dtype."""
     xp = gripper.__array_namespace__()
     return xp.where(gripper > 0, 1, -1).astype(gripper.dtype)
+
+
+def _on_arm(actions: Array, arm: Array) -> Array:
+    """`actions` with another arm."""
+    return actions.__array_namespace__().concat([arm, actions[..., -1:]], axis=-1)
 
 
 def _bounds(actions: Array, low: ArrayLike, high: ArrayLike) -> tuple[Array, Array]:

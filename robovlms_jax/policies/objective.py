@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from robovlms_jax.actions import normalize
 from robovlms_jax.config import PolicyConfig
 from robovlms_jax.inputs import images
 from robovlms_jax.policies import history as histories
@@ -46,7 +45,7 @@ def targets(batch: Batch, config: PolicyConfig) -> tuple[jax.Array, jax.Array]:
     Returns:
       float32[B * K, W, C, A] (arm in [-1, 1], gripper as recorded) and bool[B * K, W, C].
     """
-    actions = normalize.normalize(batch.actions, jnp.asarray(config.action_low), jnp.asarray(config.action_high))
+    actions = config.normalizer.normalize(batch.actions)
 
     def chunks(x):
         # The chunk of frame g starts at the frame's own action, so chunks of frames are windows of actions.
@@ -93,8 +92,7 @@ def predict(model: VLA, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array
     actions, mask = targets(batch, model.config)
     prediction, head = _apply(model, params, prepare(batch.inputs, model.vlm.image, model.config.cameras), None)
     _, metrics = head.loss(prediction, actions, mask, jnp.float32(1.0))
-    low, high = jnp.asarray(model.config.action_low), jnp.asarray(model.config.action_high)
-    predicted = normalize.unnormalize(head.actions(prediction), low, high)
+    predicted = model.config.normalizer.unnormalize(head.actions(prediction))
     recorded = histories.windows(histories.windows(batch.actions, model.config.chunk), model.config.window)
     return predicted, recorded.reshape(predicted.shape), mask, metrics | {"count": mask.sum().astype(jnp.float32)}
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from robovlms_jax.actions import normalize
 from robovlms_jax.inputs import proprio as states
 from robovlms_jax.interface import ActionChunk, Observation
 from robovlms_jax.policies import objective
@@ -49,9 +48,7 @@ def control_step(
     inputs = objective.prepare(inputs, model.vlm.image, model.config.cameras)
     actions, new = model.apply({"params": params}, inputs, carry, method="step")
     carry = jax.tree.map(lambda a, b: jnp.where(active.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, carry)
-    return normalize.unnormalize(
-        actions, jnp.asarray(model.config.action_low), jnp.asarray(model.config.action_high)
-    ), carry
+    return model.config.normalizer.unnormalize(actions), carry
 
 
 class BatchedVLAPolicy:

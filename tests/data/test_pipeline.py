@@ -117,6 +117,18 @@ def test_robot_states_come_with_their_frames_when_asked_for(dataset, frame_conte
     assert batch.inputs.proprio.shape == (16, W + K - 1, 7)
 
 
+def test_an_action_sample_is_spread_over_learned_frames(write_calvin, frame_content):
+    dataset = calvin.open_dataset(write_calvin(SPANS[:1]), "training")
+    actions, states = pipeline.action_sample(dataset, 3)
+    expected = [frame_content(frame_id) for frame_id in (100, 110, 121)]  # frame 122, the last, is not learned from
+    np.testing.assert_array_equal(actions, np.float32([content["rel_actions"] for content in expected]))
+    np.testing.assert_array_equal(states, np.float32([content["robot_obs"] for content in expected]))
+    np.savez(dataset.path(105), **{**frame_content(105), "rel_actions": np.full(7, np.nan)})
+    actions, states = pipeline.action_sample(dataset, 100)
+    assert states is None
+    np.testing.assert_array_equal(actions[4:6, 0], np.float32([frame_content(i)["rel_actions"][0] for i in (104, 106)]))
+
+
 def test_windows_of_a_segment_equal_windows_alone(dataset):
     """Slicing window k out of a segment gives upstream's sample of that window."""
     alone = {

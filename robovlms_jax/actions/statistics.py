@@ -1,0 +1,116 @@
+"""Statistics of a dataset's actions, and what may be wrong with them. NumPy only.
+
+Bounds taken from bad statistics fail in silence: a dimension whose quantiles coincide is clipped to nothing, a gripper
+of the wrong sign trains a policy that opens where it should close. `lint` finds such things before a run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+GROUPS = (slice(0, 3), slice(3, 6))
+"""Dimensions of one unit: translation and rotation."""
+
+CLOSE = 0.01
+"""Quantiles are close when they are nearer than this share of the widest pair among dimensions of the same unit."""
+
+INVERTED = -0.5
+"""Correlation of gripper command and finger width below which the sign must be wrong (CALVIN's sample: above +0.8)."""
+
+
+class Finding(NamedTuple):
+    """Something odd about one dimension.
+
+    refused: training on it would lose or invert what was recorded.
+    """
+
+    dimension: str
+    message: str
+    refused: bool
+
+
+def summarize(values: np.ndarray) -> dict[str, np.ndarray]:
+    """float[N, d] -> "mean", "std", "min", "max", "q01", "q99": float64[d] each. Raises ValueError for N = 0."""
+    values = np.asarray(values, np.float64)
+    if len(values) == 0:
+        raise ValueError("there is no action to take statistics over.")
+    return {
+        "mean": values.mean(axis=0),
+        "std": values.std(axis=0),
+        "min": values.min(axis=0),
+        "max": values.max(axis=0),
+        "q01": np.quantile(values, 0.01, axis=0),
+        "q99": np.quantile(values, 0.99, axis=0),
+    }
+
+
+def lint(
+    action: Mapping[str, np.ndarray],
+    *,
+    by_quantiles: bool = True,
+    commands: np.ndarray | None = None,
+    widths: np.ndarray | None = None,
+) -> list[Finding]:
+    """Look for quantiles that nearly coincide, dimensions that never change, and a gripper of another convention.
+
+    Args:
+      action: as `summarize` returns it, float[7] each; the gripper should be -1 (closed) and 1 (open).
+      by_quantiles: actions are going to be scaled by q01 and q99, so it is fatal when they coincide.
+      commands, widths: float[N] gripper actions and the finger widths measured with them, to tell the sign.
+    """
+    findings = []
+    low, high = (np.asarray(action[name], np.float64) for name in ("q01", "q99"))
+    smallest, largest = (np.asarray(action[name], np.float64) for name in ("min", "max"))
+    for group in GROUPS:
+        widest = (high - low)[group].max()
+        for i in range(group.start, group.stop):
+            values = f"min {smallest[i]:.4g}, q01 {low[i]:.4g}, q99 {high[i]:.4g}, max {largest[i]:.4g}"
+            if smallest[i] == largest[i]:
+                findings.append(Finding(NAMES[i], f"never changes ({values}); nothing can be learned there", False))
+            elif high[i] - low[i] <= CLOSE * widest:
+                message = f"q01 and q99 nearly coincide ({values}): scaled by them, all larger motion is clipped away"
+                findings.append(Finding(NAMES[i], message, by_quantiles))
+    return findings + _lint_gripper(float(smallest[6]), float(largest[6]), commands, widths)
+
+
+def _lint_gripper(
+    smallest: float, largest: float, commands: np.ndarray | None, widths: np.ndarray | None
+) -> list[Finding]:
+    values = f"min {smallest:.4g}, max {largest:.4g}"
+    if smallest == largest:
+        return [Finding("gripper", f"never changes ({values}); it cannot be learned when to grasp", False)]
+    if smallest >= 0 or largest <= 0:
+        return [
+            Finding("gripper", f"has one sign only ({values}); expected -1 (closed) and 1 (open), not 0 and 1", True)
+        ]
+    if commands is None or widths is None:
+        return []
+    is_open, widths = np.asarray(commands) > 0, np.asarray(widths, np.float64)
+    if is_open.all() or not is_open.any() or np.ptp(widths) == 0:
+        return []
+    opened, closed = widths[is_open].mean(), widths[~is_open].mean()
+    if np.corrcoef(is_open, widths)[0, 1] > INVERTED:
+        return []
+    message = f"means the opposite: fingers are {opened:.3g} m apart at 1 and {closed:.3g} m at -1, expected open at 1"
+    return [Finding("gripper", message, True)]
+
+
+def enforce(findings: Iterable[Finding], name: str, *, refuse: bool = True) -> None:
+    """Log every finding about the dataset `name`; raise ValueError with the refused ones where `refuse`."""
+    bad = []
+    for finding in findings:
+        logger.warning("%s: action dimension %s %s", name, finding.dimension, finding.message)
+        if finding.refused:
+            bad.append(f"{finding.dimension}: {finding.message}")
+    if bad and refuse:
+        raise ValueError(
+            f"{name}: the actions' statistics look wrong. {'; '.join(bad)}. Correct the data, or pass "
+            "--data.check_actions warn to train on it as it is."
+        )
