@@ -212,7 +212,8 @@ def train_batches(
       prefetch: batches kept ready.
     """
     rows = _rows_of(process_index, process_count, segments_per_batch)
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(segments_per_batch)
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    order = order.batch(segments_per_batch, drop_remainder=True)  # endless; without it batches of one overflow
     batches = order[start_step:].map(functools.partial(_read_rows, source.training_batch, rows))
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)))
 

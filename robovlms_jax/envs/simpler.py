@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from robovlms_jax.actions import rotations
 from robovlms_jax.envs import process
 from robovlms_jax.interface import ACTION_DIM, Observation
 
@@ -142,7 +143,9 @@ class SimplerEnv:
         if action[6] not in (-1.0, 1.0):
             raise ValueError(f"action[6]={action[6]} must be exactly -1 (close) or 1 (open); binarise the gripper.")
         arm = unnormalize(action[:ARM_DIM], self._low, self._high)
-        command = np.concatenate([arm[:3], axis_angle(arm[3:]), [self._gripper(bool(action[6] > 0))]])
+        command = np.concatenate(
+            [arm[:3], rotations.to_axis_angle(rotations.from_euler(arm[3:])), [self._gripper(bool(action[6] > 0))]]
+        )
         obs, _, done, _, info = self._env.step(command)
         stats = info.get("episode_stats", {})
         world = self._env.unwrapped
@@ -185,18 +188,6 @@ def completed_in_each(starts: Sequence[Mapping[str, Any]], nows: Sequence[Mappin
 def unnormalize(arm: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """float[..., 6] in -1 .. 1 -> the units of `low` and `high`. The gripper is a decision and stays out of this."""
     return (arm + 1) / 2 * (high - low) + low
-
-
-def axis_angle(euler: np.ndarray) -> np.ndarray:
-    """float[3] roll, pitch, yaw (rad, about fixed x, then y, then z) -> rotation vector float[3], length in [0, pi]."""
-    (cx, cy, cz), (sx, sy, sz) = np.cos(euler / 2), np.sin(euler / 2)
-    w = cx * cy * cz + sx * sy * sz
-    vector = np.array([sx * cy * cz - cx * sy * sz, cx * sy * cz + sx * cy * sz, cx * cy * sz - sx * sy * cz])
-    length = np.linalg.norm(vector)
-    if length < 1e-12:
-        return 2 * vector
-    # of the two quaternions of a rotation the one with w >= 0 turns the short way
-    return vector / length * 2 * np.arctan2(length, abs(w)) * (1.0 if w >= 0 else -1.0)
 
 
 def read_quantiles(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:

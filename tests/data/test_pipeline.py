@@ -117,6 +117,11 @@ def test_robot_states_come_with_their_frames_when_asked_for(dataset, frame_conte
     assert batch.inputs.proprio.shape == (16, W + K - 1, 7)
 
 
+def test_batches_of_one_segment(dataset):
+    batches = train(make_source(dataset), 3, segments_per_batch=1)
+    assert [batch.actions.shape[0] for batch in batches] == [1, 1, 1]
+
+
 def test_an_action_sample_is_spread_over_learned_frames(write_calvin, frame_content):
     dataset = calvin.open_dataset(write_calvin(SPANS[:1]), "training")
     actions, states = pipeline.action_sample(dataset, 3)

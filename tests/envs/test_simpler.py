@@ -77,16 +77,6 @@ def test_actions_are_unnormalised_and_rotations_become_axis_angle(make):
     assert sent[6] == 1.0  # the gripper is not un-normalised
 
 
-@pytest.mark.parametrize("euler", [(0, 0, 0), (1e-9, 0, 0), (3, 1.2, -2.9), (-3.1, 0, 3.1), (0.1, 0.2, 0.3)])
-def test_rotation_vectors_agree_with_scipy(euler):
-    np.testing.assert_allclose(
-        Rotation.from_rotvec(simpler.axis_angle(np.array(euler, float))).as_matrix(),
-        Rotation.from_euler("xyz", euler).as_matrix(),
-        atol=1e-9,
-    )
-    assert np.linalg.norm(simpler.axis_angle(np.array(euler, float))) <= np.pi + 1e-12
-
-
 @pytest.mark.parametrize(
     ("task", "shape"), [("widowx_spoon_on_towel", (480, 640, 3)), ("google_robot_pick_coke_can", (512, 640, 3))]
 )

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robovlms_jax.actions import rotations
 from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import kinematics, physics
+from robovlms_jax.envs.playtable import physics
 from robovlms_jax.envs.playtable.scene import (
     BLOCKS,
     BOX_BODY,
@@ -286,7 +287,7 @@ def _after_drop(case: _Case) -> physics.State:
     state = case.state
     held = jnp.arange(3) == state.held
     spot = jnp.append(_free_table_spot(case), TABLE_TOP_M + 0.02)
-    rotation = kinematics.from_euler(_angles(_DOWN_RAD[2])) @ state.hold_rotation
+    rotation = rotations.from_euler(_angles(_DOWN_RAD[2])) @ state.hold_rotation
     return dataclasses.replace(
         state,
         block_position=jnp.where(held[:, None], spot, state.block_position),
@@ -298,7 +299,7 @@ def _after_drop(case: _Case) -> physics.State:
 
 def _for_block(state: physics.State, center: Array, euler: Array) -> Array:
     """Where the tool has to be, at Euler angles `euler`, for the held block's centre to be at `center`."""
-    return center - kinematics.from_euler(euler) @ state.hold_position
+    return center - rotations.from_euler(euler) @ state.hold_position
 
 
 def _angles(yaw: Array | float, tilt: Array | float = _DOWN_RAD[1]) -> Array:
@@ -405,7 +406,7 @@ def _lightbulb(case: _Case) -> list[_Step]:
     yaw = jnp.where(far, 1.3, _DOWN_RAD[2]) + 0.05 * case.noise[1]
     angles = _angles(yaw, jnp.where(on, _LEVER_TILT_RAD, -0.5))
     # half extent of the bar along either direction: 0.021 m
-    front, _, out = kinematics.from_euler(angles).T
+    front, _, out = rotations.from_euler(angles).T
     below, above = bar - front * (0.021 + _FINGER_M + 0.012), bar - out * (0.021 + _TIP_M + 0.012)
     start, into = jnp.where(on, below, above), jnp.where(on, front, out)
     start = start.at[1].add(jnp.where(on, 0.0, 0.008))
@@ -535,7 +536,7 @@ def _place_shelf(case: _Case) -> list[_Step]:
     in_shelf = (case.state.block_position[:, 1] > 0.02) & (jnp.arange(3) != held)
     x, _ = _spread(jnp.stack([xs, jnp.full_like(xs, y)], -1), case, in_shelf)
     angles = _angles(_DOWN_RAD[2], _SHELF_TILT_RAD)
-    rotation = kinematics.from_euler(angles) @ case.state.hold_rotation
+    rotation = rotations.from_euler(angles) @ case.state.hold_rotation
     low_point = (jnp.abs(rotation[2]) * case.scene.block_half[held]).sum()
     bottom = _at(x, y, SHELF_TOP_M + low_point + 0.004)
     over = bottom.at[2].set(0.62)
@@ -553,7 +554,7 @@ def _place_drawer(case: _Case) -> list[_Step]:
     in_drawer = (case.state.block_position[:, 2] < 0.42) & (jnp.arange(3) != held)
     x, y = _spread(jnp.stack([xs, jnp.full(5, y)], -1), case, in_drawer)
     angles = _angles(_DOWN_RAD[2])
-    rotation = kinematics.from_euler(angles) @ case.state.hold_rotation
+    rotation = rotations.from_euler(angles) @ case.state.hold_rotation
     low_point = (jnp.abs(rotation[2]) * case.scene.block_half[held]).sum()
     bottom = _at(x, y, DRAWER_FLOOR_M + low_point + 0.004)
     return _put(case, bottom, angles, via=[bottom.at[2].set(case.height)])
@@ -578,7 +579,7 @@ def _stack_up(case: _Case) -> list[_Step]:
     x, y, z = state.block_position[below]
     height = (jnp.abs(state.block_rotation[:, 2]) * case.scene.block_half).sum(-1)
     angles = _angles(_DOWN_RAD[2])
-    rotation = kinematics.from_euler(angles) @ state.hold_rotation
+    rotation = rotations.from_euler(angles) @ state.hold_rotation
     low_point = (jnp.abs(rotation[2]) * case.scene.block_half[held]).sum()
     top = _at(x, y, z + height[below] + low_point + 0.003)
     return _put(case, top, angles, via=[top.at[2].set(jnp.maximum(case.height, top[2] + 0.04))])

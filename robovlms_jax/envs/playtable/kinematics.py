@@ -1,4 +1,4 @@
-"""Rotations and the Franka Panda arm: forward kinematics and damped least-squares inverse kinematics.
+"""The Franka Panda arm: forward kinematics and damped least-squares inverse kinematics.
 
 Rotations are matrices [..., 3, 3]; Euler angles are CALVIN's: about fixed x, then y, then z, in rad.
 """
@@ -42,67 +42,13 @@ _MAX_PULL_RAD = 0.01
 _CLOSE = 5e-4  # m and rad together: close enough to move on towards `home`
 
 
-def from_euler(angles: Array) -> Array:
-    """float[..., 3] Euler x, y, z -> rotation matrices float[..., 3, 3]."""
-    (cx, cy, cz), (sx, sy, sz) = (jnp.moveaxis(f(angles), -1, 0) for f in (jnp.cos, jnp.sin))
-    rows = (
-        (cy * cz, sx * sy * cz - cx * sz, cx * sy * cz + sx * sz),
-        (cy * sz, sx * sy * sz + cx * cz, cx * sy * sz - sx * cz),
-        (-sy, sx * cy, cx * cy),
-    )
-    return jnp.stack([jnp.stack(row, -1) for row in rows], -2)
-
-
-def to_euler(rotation: Array) -> Array:
-    """Rotation matrices float[..., 3, 3] -> Euler x, y, z float[..., 3]; y in [-pi/2, pi/2]."""
-    r = rotation
-    y = jnp.arctan2(-r[..., 2, 0], jnp.hypot(r[..., 2, 1], r[..., 2, 2]))
-    return jnp.stack([jnp.arctan2(r[..., 2, 1], r[..., 2, 2]), y, jnp.arctan2(r[..., 1, 0], r[..., 0, 0])], -1)
-
-
-def from_vector(vector: Array) -> Array:
-    """Rotation about `vector` float[..., 3] by its length in rad (Rodrigues)."""
-    angle_sq = jnp.sum(vector**2, -1)[..., None, None]
-    angle = jnp.sqrt(jnp.maximum(angle_sq, 1e-12))
-    x, y, z = jnp.moveaxis(vector, -1, 0)
-    zero = jnp.zeros_like(x)
-    cross = jnp.stack([jnp.stack(row, -1) for row in ((zero, -z, y), (z, zero, -x), (-y, x, zero))], -2)
-    outer = vector[..., :, None] * vector[..., None, :]
-    sinc, cosc = jnp.sin(angle) / angle, (1 - jnp.cos(angle)) / angle**2
-    return jnp.eye(3, dtype=vector.dtype) * jnp.cos(angle) + sinc * cross + cosc * outer
-
-
 def to_vector(rotation: Array) -> Array:
-    """The inverse of `from_vector`, angles in [0, pi)."""
+    """`rotations.to_axis_angle`, cheaper, and wrong at half a turn: angles in [0, pi)."""
     r = rotation
     axis = jnp.stack([r[..., 2, 1] - r[..., 1, 2], r[..., 0, 2] - r[..., 2, 0], r[..., 1, 0] - r[..., 0, 1]], -1) / 2
     sine = jnp.sqrt(jnp.maximum(jnp.sum(axis**2, -1), 1e-12))
     angle = jnp.arctan2(sine, (jnp.trace(r, axis1=-2, axis2=-1) - 1) / 2)
     return axis * (angle / sine)[..., None]
-
-
-def to_quaternion(rotation: Array) -> Array:
-    """Rotation matrices float[..., 3, 3] -> unit quaternions (x, y, z, w) float[..., 4], stable everywhere."""
-    r = rotation
-    d = jnp.stack([r[..., 0, 0], r[..., 1, 1], r[..., 2, 2]], -1)
-
-    def off(i, j, sign):
-        return r[..., i, j] + sign * r[..., j, i]
-
-    # four times the outer product of the quaternion with itself; its largest row is the best conditioned
-    signs = jnp.array([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, 1]], d.dtype)
-    square = 1 + d @ signs.T
-    xy, xz, yz = off(0, 1, 1), off(0, 2, 1), off(1, 2, 1)
-    xw, yw, zw = off(2, 1, -1), off(0, 2, -1), off(1, 0, -1)
-    rows = [
-        (square[..., 0], xy, xz, xw),
-        (xy, square[..., 1], yz, yw),
-        (xz, yz, square[..., 2], zw),
-        (xw, yw, zw, square[..., 3]),
-    ]
-    table = jnp.stack([jnp.stack(row, -1) for row in rows], -2)
-    best = jnp.take_along_axis(table, jnp.argmax(square, -1)[..., None, None], axis=-2)[..., 0, :]
-    return best / jnp.linalg.norm(best, axis=-1, keepdims=True)
 
 
 class Arm(NamedTuple):

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robovlms_jax.actions import rotations
 from robovlms_jax.envs import tasks
 from robovlms_jax.envs.playtable import kinematics
 from robovlms_jax.envs.playtable.scene import (
@@ -120,7 +121,7 @@ def reset(scene: Scene, robot_obs: Array, scene_obs: Array) -> State:
     """
     robot, table = jnp.asarray(robot_obs, jnp.float32), jnp.asarray(scene_obs, jnp.float32)
     blocks = table[6:].reshape(3, 6)[scene.block_slot]
-    rotation = kinematics.from_euler(robot[3:6])
+    rotation = rotations.from_euler(robot[3:6])
     state = State(
         position=robot[:3],
         rotation=rotation,
@@ -132,7 +133,7 @@ def reset(scene: Scene, robot_obs: Array, scene_obs: Array) -> State:
         mechanisms=jnp.clip(table[:4], 0.0, scene.joint_range),
         led=jnp.where(table[5] > 0.5, 1.0, 0.0),
         block_position=blocks[:, :3],
-        block_rotation=kinematics.from_euler(blocks[:, 3:]),
+        block_rotation=rotations.from_euler(blocks[:, 3:]),
         block_velocity=jnp.zeros((3, 6)),
         held=jnp.int32(_FREE),
         hold_position=jnp.zeros(3),
@@ -158,8 +159,8 @@ def step(scene: Scene, state: State, action: Array) -> State:
         command=jnp.where(action[6] > 0, 1.0, -1.0),
     )
     shift = _limit(_LAG * (state.target_position - state.position), _MAX_TRANSLATION_M)
-    turn = kinematics.to_vector(kinematics.from_euler(state.target_euler) @ state.rotation.T)
-    turn = kinematics.from_vector(_limit(_LAG * turn, _MAX_ROTATION_RAD))
+    turn = kinematics.to_vector(rotations.from_euler(state.target_euler) @ state.rotation.T)
+    turn = rotations.from_axis_angle(_limit(_LAG * turn, _MAX_ROTATION_RAD))
     # the arm decides what of that it can reach
     aim = state.position + shift, turn @ state.rotation
     joints = kinematics.inverse(state.joints, *aim, iterations=3, home=jnp.asarray(_HOME))
@@ -171,7 +172,7 @@ def step(scene: Scene, state: State, action: Array) -> State:
         wish = dataclasses.replace(
             state,
             position=state.position + share * _limit(arm.origins[7] - state.position, _MAX_TRANSLATION_M),
-            rotation=kinematics.from_vector(share * turn) @ state.rotation,
+            rotation=rotations.from_axis_angle(share * turn) @ state.rotation,
             width=_close(state),
             mechanisms=state.mechanisms.at[BUTTON].set(jnp.maximum(state.mechanisms[BUTTON] - _SPRING_M, 0.0)),
         )
@@ -189,13 +190,13 @@ def step(scene: Scene, state: State, action: Array) -> State:
 
 def robot_obs(state: State) -> Array:
     """float32[15] as CALVIN defines it: tool xyz (m), Euler xyz (rad), width (m), arm joints (rad), gripper command."""
-    euler = kinematics.to_euler(state.rotation)
+    euler = rotations.to_euler(state.rotation)
     return jnp.concatenate([state.position, euler, state.width[None], state.joints, state.command[None]])
 
 
 def scene_obs(scene: Scene, state: State) -> Array:
     """float32[24] as CALVIN defines it: slider, drawer, button, switch (m), bulb, LED, three blocks in scene order."""
-    blocks = jnp.concatenate([state.block_position, kinematics.to_euler(state.block_rotation)], axis=-1)
+    blocks = jnp.concatenate([state.block_position, rotations.to_euler(state.block_rotation)], axis=-1)
     order = jnp.argsort(scene.block_slot)
     return jnp.concatenate([state.mechanisms, bulb(state)[None], state.led[None], blocks[order].reshape(-1)])
 
@@ -218,7 +219,7 @@ def info(scene: Scene, state: State) -> tasks.SceneInfo:
         lightbulb=bulb(state).astype(jnp.int32),
         led=state.led.astype(jnp.int32),
         block_position=state.block_position,
-        block_rotation=kinematics.to_quaternion(state.block_rotation),
+        block_rotation=rotations.to_quaternion(state.block_rotation),
         block_velocity=state.block_velocity,
         contacts=contacts,
     )
@@ -488,7 +489,7 @@ def _push_blocks(scene: Scene, state: State, contacts: _Contacts, way: Array) ->
     *shift, yaw = ((weight * amount).sum(1) for amount in push)
     shift = jnp.stack(shift, axis=-1)
     shift, yaw = jnp.where(free[:, None], shift, 0.0), jnp.where(free, yaw, 0.0)
-    turn = kinematics.from_vector(jnp.stack([jnp.zeros(3), jnp.zeros(3), yaw], axis=-1))
+    turn = rotations.from_axis_angle(jnp.stack([jnp.zeros(3), jnp.zeros(3), yaw], axis=-1))
     return state.block_position + shift, turn @ state.block_rotation
 
 
@@ -603,7 +604,7 @@ def _settle(scene: Scene, state: State) -> State:
     axis = axis * jnp.where(axis[:, 2:] < 0, -1.0, 1.0)
     lean = jnp.cross(axis, jnp.array([0.0, 0.0, 1.0]))
     lean = lean * jnp.minimum(1.0, _TILT_RAD / jnp.maximum(jnp.linalg.norm(lean, axis=-1, keepdims=True), 1e-9))
-    upright = kinematics.from_vector(lean * free[:, None]) @ rotation
+    upright = rotations.from_axis_angle(lean * free[:, None]) @ rotation
     height, new_height = (_apply(jnp.abs(r), scene.block_half)[:, 2] for r in (rotation, upright))
     moved = slid.at[:, 2].add(new_height - height)
 

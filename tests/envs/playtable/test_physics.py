@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from robovlms_jax.actions import rotations
 from robovlms_jax.envs import tasks
 from robovlms_jax.envs.playtable import kinematics, physics
 from robovlms_jax.envs.playtable.scene import BUTTON, DRAWER, SCENES, SLIDER, SWITCH, make_scene, sample
@@ -171,9 +172,9 @@ def test_a_pushed_block_goes_with_the_finger(scene):
 def test_a_push_beside_the_centre_turns_the_block(scene):
     state = start(scene)
     state = with_hand(state, scene, (state.block_position[PINK, 0] - 0.06, -0.10 + 0.025, 0.46))
-    before = kinematics.to_euler(state.block_rotation[PINK])[2]
+    before = rotations.to_euler(state.block_rotation[PINK])[2]
     state = run(scene, state, [action(move=(0.5, 0.0, 0.0))] * 8)
-    assert kinematics.to_euler(state.block_rotation[PINK])[2] - before < -0.1
+    assert rotations.to_euler(state.block_rotation[PINK])[2] - before < -0.1
 
 
 def test_a_pushed_block_pushes_the_next(scene):

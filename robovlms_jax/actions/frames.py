@@ -1,0 +1,91 @@
+"""Absolute and relative actions, in the world's frame and in the tool's. Pure functions on NumPy or jax arrays.
+
+An action is float[..., 7]: translation, Euler rotation, gripper. A pose is float[..., 6 or more], of which the first
+six numbers are the tool centre point's xyz (m) and Euler xyz (rad) in the world, as `robot_obs` begins. The gripper
+passes through everything untouched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from robovlms_jax.actions import rotations
+
+if TYPE_CHECKING:
+    from robovlms_jax.types import Array
+
+TRANSLATION_M = 0.02
+"""Metres per unit of CALVIN's relative actions: 1 / 50."""
+
+ROTATION_RAD = 0.05
+"""Radians per unit of CALVIN's relative actions: 1 / 20."""
+
+
+def to_relative(absolute: Array, pose: Array, *, clip: bool = True) -> Array:
+    """Target poses -> CALVIN's relative actions: (target - pose) times 50 (translation) and 20 (rotation).
+
+    Args:
+      absolute: float[..., 7], target xyz (m), Euler xyz (rad), gripper.
+      pose: float[..., >= 6], where the tool is.
+      clip: to [-1, 1], as CALVIN records them; what is clipped cannot be recovered.
+    """
+    xp = absolute.__array_namespace__()
+    move = (absolute[..., :3] - pose[..., :3]) / TRANSLATION_M
+    turn = rotations.wrap(absolute[..., 3:6] - pose[..., 3:6]) / ROTATION_RAD
+    arm = xp.concat([move, turn], axis=-1)
+    arm = xp.clip(arm, -1, 1) if clip else arm
+    return xp.concat([arm, absolute[..., 6:]], axis=-1)
+
+
+def to_absolute(relative: Array, pose: Array) -> Array:
+    """Relative actions -> target poses, angles in [-pi, pi]. Inverse of `to_relative` without clipping."""
+    xp = relative.__array_namespace__()
+    position = pose[..., :3] + TRANSLATION_M * relative[..., :3]
+    euler = rotations.wrap(pose[..., 3:6] + ROTATION_RAD * relative[..., 3:6])
+    return xp.concat([position, euler, relative[..., 6:]], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolFrame:
+    """Relative actions as the tool sees them: its own axes, so that "forward" stays forward when the hand turns.
+
+    The default is exact: with R the tool's rotation and R' the one the action asks for, translation becomes R^T p and
+    rotation the Euler angles of R^T R', in units of `unit`. Both ways are inverses of each other.
+    """
+
+    unit: float = ROTATION_RAD
+    """Radians that one unit of rotation turns."""
+    order: rotations.Order = "fixed"
+    inverted: bool = False
+    """Rotation as the Euler angles of R'^T R, the turn back."""
+
+    def from_world(self, actions: Array, pose: Array) -> Array:
+        """World-frame relative actions float[..., 7] at poses float[..., >= 6] -> tool frame, same shape."""
+        xp = actions.__array_namespace__()
+        rotation = rotations.from_euler(pose[..., 3:6], self.order)
+        asked = rotations.from_euler(pose[..., 3:6] + self.unit * actions[..., 3:6], self.order)
+        turn = xp.swapaxes(rotation, -1, -2) @ asked
+        turn = xp.swapaxes(turn, -1, -2) if self.inverted else turn
+        move = xp.swapaxes(rotation, -1, -2) @ actions[..., :3, None]
+        turn = rotations.to_euler(turn, self.order) / self.unit
+        return xp.concat([move[..., 0], turn, actions[..., 6:]], axis=-1)
+
+    def to_world(self, actions: Array, pose: Array) -> Array:
+        """Inverse of `from_world`."""
+        xp = actions.__array_namespace__()
+        rotation = rotations.from_euler(pose[..., 3:6], self.order)
+        turn = rotations.from_euler(self.unit * actions[..., 3:6], self.order)
+        turn = xp.swapaxes(turn, -1, -2) if self.inverted else turn
+        asked = rotations.to_euler(rotation @ turn, self.order)
+        move = rotation @ actions[..., :3, None]
+        turn = rotations.wrap(asked - pose[..., 3:6]) / self.unit
+        return xp.concat([move[..., 0], turn, actions[..., 6:]], axis=-1)
+
+
+TOOL = ToolFrame()
+"""The exact conversion."""
+
+UPSTREAM_TOOL = ToolFrame(unit=0.01, order="intrinsic", inverted=True)
+"""RoboVLMs' `tcp_rel`: rotations as if infinitesimal, CALVIN's angles read in the other order, and the turn back
+instead of the turn. Its way back to the world cannot run there; here it inverts what `from_world` does."""
