@@ -22,7 +22,8 @@ Past = tuple[np.ndarray, ...]
 class Execution:
     """An execution mode.
 
-    A policy that is asked less than once per step sees only the frames it is asked at; a simulator renders only those.
+    A policy that is asked less than once per step sees only the frames it is asked at, unless `every_frame`; a simulator
+    renders only those.
     """
 
     mode: Literal["first", "chunk", "receding", "ensemble"] = "chunk"
@@ -30,6 +31,9 @@ class Execution:
     actions. ensemble: ask at every step, average what all chunks say for it (Zhao et al. 2023, arXiv:2304.13705)."""
     horizon: int = 1
     """Actions executed per request in mode receding; a shorter chunk is executed whole."""
+    every_frame: bool = False
+    """Modes chunk and receding: show the policy every frame all the same, so that its history has no gaps it was not
+    trained with, and drop what it predicts while there are actions left. Costs a prediction per step."""
     decay: float = 0.01
     """Mode ensemble weighs the i-th oldest prediction by exp(-decay * i): 0 averages, large values trust the oldest."""
 
@@ -42,9 +46,9 @@ class Execution:
     @property
     def label(self) -> str:
         """Short name for tables, e.g. "receding 5"."""
-        return {"receding": f"receding {self.horizon}", "ensemble": f"ensemble {self.decay:g}"}.get(
-            self.mode, self.mode
-        )
+        names = {"receding": f"receding {self.horizon}", "ensemble": f"ensemble {self.decay:g}"}
+        every = " every frame" if self.every_frame and self.mode in ("chunk", "receding") else ""
+        return names.get(self.mode, self.mode) + every
 
 
 def select(execution: Execution, past: Past, chunk: np.ndarray) -> tuple[np.ndarray, Past]:
@@ -58,7 +62,10 @@ def select(execution: Execution, past: Past, chunk: np.ndarray) -> tuple[np.ndar
     """
     if execution.mode != "ensemble":
         count = {"first": 1, "chunk": len(chunk), "receding": execution.horizon}[execution.mode]
-        return chunk[:count], ()
+        if not execution.every_frame:
+            return chunk[:count], ()
+        plan = past[0] if past else chunk[:count]
+        return plan[:1], (plan[1:],) if len(plan) > 1 else ()
     votes = (*past, chunk)
     weights = np.exp(-execution.decay * np.arange(len(votes)))
     action = np.average([vote[0] for vote in votes], axis=0, weights=weights).astype(chunk.dtype)

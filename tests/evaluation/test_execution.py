@@ -32,6 +32,19 @@ def test_a_horizon_beyond_the_chunk_means_the_whole_chunk():
     assert len(select(Execution("receding", 9), (), chunk(0))[0]) == 4
 
 
+@pytest.mark.parametrize(("mode", "count"), [("chunk", 4), ("receding", 3)])
+def test_every_frame_is_seen_while_the_plan_is_followed(mode, count):
+    # The policy is asked at every step, but only every `count`-th answer is executed, one action per call.
+    execution_mode = Execution(mode, 3, every_frame=True)
+    policy = execution.Executed(Script(), execution_mode)
+    policy.reset("go")
+    done = [policy.act(LOOK).actions for _ in range(2 * count)]
+    assert all(actions.shape == (1, 7) for actions in done)
+    expected = [100 * (1 + count * cycle) + i for cycle in range(2) for i in range(count)]
+    np.testing.assert_array_equal(np.concatenate(done)[:, 0], expected)
+    assert execution_mode.label.endswith("every frame")
+
+
 def test_the_ensemble_averages_what_all_chunks_say_for_the_step():
     mode = Execution("ensemble", decay=0.5)
     past = ()
