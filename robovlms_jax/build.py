@@ -18,16 +18,20 @@ from jax.sharding import Mesh
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.config import BackboneConfig, ExperimentConfig
 from robovlms_jax.inputs import images, prompts, proprio, tokenizers
+from robovlms_jax.nn import perceiver
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.rollout import EncodeText
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.types import Inputs
 from robovlms_jax.weights import convert, sources
+from robovlms_jax.weights.rules import Fresh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+RESAMPLER = Fresh(r"^resampler/", "resamplers are born with the run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +88,11 @@ def backbone_from_assets(config: BackboneConfig, assets: Mapping[str, str]) -> B
 
 
 def _open(config: BackboneConfig, directory: pathlib.Path) -> Backbone:
+    published = backbones.from_directory(directory)
     vlm = dataclasses.replace(
-        backbones.from_directory(directory),
+        published,
+        resampler=_resampler(config),
+        rules=published.rules if config.resampler_latents == 0 else (*published.rules, RESAMPLER),
         dtype=config.dtype,
         remat=config.remat,
         lora_rank=config.lora_rank,
@@ -99,6 +106,14 @@ def _open(config: BackboneConfig, directory: pathlib.Path) -> Backbone:
             "tokenizer and config.json belong to different models."
         )
     return Backbone(vlm, tokenizer, tokenizers.read_assets(directory))
+
+
+def _resampler(config: BackboneConfig) -> perceiver.PerceiverConfig | None:
+    if config.resampler_latents == 0:
+        return None
+    return perceiver.PerceiverConfig(
+        num_latents=config.resampler_latents, depth=config.resampler_depth, num_heads=config.resampler_heads
+    )
 
 
 def make_model(config: ExperimentConfig, vlm: backbones.VLMConfig) -> VLA:

@@ -43,13 +43,23 @@ class BackboneConfig:
     """Type of activations and matrix products. Parameters, norms, softmax and losses stay float32."""
     remat: bool = False
     """Recompute layer activations in the backward pass: much less memory for about a third more compute."""
+    resampler_latents: int = 0
+    """> 0: a Perceiver resampler behind the connector turns every image's tokens into this many (upstream's
+    `use_vision_resampler`: 64), with random parameters at first."""
+    resampler_depth: int = 6
+    """Its layers."""
+    resampler_heads: int = 8
+    """Its attention heads, of 64 channels each."""
     lora_rank: int = 0
     """> 0 adds low-rank adapters to every matrix of the backbone; set train.trainable to train only them."""
     lora_alpha: float = 16.0
     """Adapters are scaled by lora_alpha / lora_rank."""
 
     def __post_init__(self):
-        _require(self.lora_rank >= 0, f"backbone.lora_rank={self.lora_rank} must be 0 (off) or positive.")
+        for field in ("lora_rank", "resampler_latents"):
+            _require(getattr(self, field) >= 0, f"backbone.{field}={getattr(self, field)} must be 0 (off) or positive.")
+        for field in ("resampler_depth", "resampler_heads"):
+            _require(getattr(self, field) >= 1, f"backbone.{field}={getattr(self, field)} must be at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)

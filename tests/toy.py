@@ -49,9 +49,14 @@ def make_batch(
     )
 
 
-def init(model: vla.VLA, batch: Batch):
+def example(model: vla.VLA, batch: Batch) -> Inputs:
+    """The batch's inputs as the model takes them."""
     prepare = jax.jit(lambda inputs: objective.prepare(inputs, model.vlm.image, model.config.cameras))
-    params = unbox(jax.jit(model.init)(jax.random.key(0), prepare(batch.inputs))["params"])
+    return prepare(batch.inputs)
+
+
+def init(model: vla.VLA, batch: Batch):
+    params = unbox(jax.jit(model.init)(jax.random.key(0), example(model, batch))["params"])
     # Queries start at zero; random ones exercise their path.
     params["readout"]["queries"] = jax.random.normal(jax.random.key(1), params["readout"]["queries"].shape)
     return params

@@ -17,6 +17,7 @@ from robovlms_jax.inputs.images import ImageSpec, read_image_spec
 from robovlms_jax.nn.attention import Cache
 from robovlms_jax.nn.decoder import Decoder, DecoderConfig
 from robovlms_jax.nn.linear import Lora
+from robovlms_jax.nn.perceiver import Perceiver, PerceiverConfig
 from robovlms_jax.nn.vit import ViT, ViTConfig
 from robovlms_jax.types import Tokens
 from robovlms_jax.weights.rules import Rules
@@ -56,6 +57,8 @@ class VLMConfig:
     """Type of activations and matrix products; parameters, norms and softmax stay float32."""
     remat: bool = False
     """Recompute layer activations in the backward pass."""
+    resampler: PerceiverConfig | None = None
+    """Put behind the connector, per image: a fixed number of tokens, learned by attention, whatever comes out of it."""
     lora_rank: int = 0
     """> 0 adds low-rank adapters to every matrix."""
     lora_alpha: float = 16.0
@@ -90,6 +93,8 @@ class VLM(nn.Module):
         self.vision = ViT(c.vision, c.lora, c.remat)
         self.connector = c.connector.build(c.text, c.lora)
         self.text = Decoder(c.text, c.lora, c.remat)
+        if c.resampler is not None:
+            self.resampler = Perceiver(c.resampler, c.lora, c.remat)
 
     def embed(
         self,
@@ -147,7 +152,10 @@ class VLM(nn.Module):
         pixels = jnp.stack(list(images.values()), axis=1).astype(self.config.dtype)
         batch, cameras = pixels.shape[:2]
         features = self.vision(pixels.reshape(batch * cameras, *pixels.shape[2:]))
-        return self.connector(features, deterministic=deterministic).reshape(batch, -1, self.config.width)
+        tokens = self.connector(features, deterministic=deterministic)
+        if self.config.resampler is not None:
+            tokens = self.resampler(tokens)
+        return tokens.reshape(batch, -1, self.config.width)
 
     def decode(
         self, tokens: Tokens, cache: Cache | None = None, *, deterministic: bool = True

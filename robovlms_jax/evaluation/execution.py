@@ -22,8 +22,8 @@ Past = tuple[np.ndarray, ...]
 class Execution:
     """An execution mode.
 
-    A policy that is asked less than once per step sees only the frames it is asked at, unless `every_frame`; a simulator
-    renders only those.
+    A policy that is asked less than once per step sees only the frames it is asked at (but see `every_frame`); a
+    simulator renders only those.
     """
 
     mode: Literal["first", "chunk", "receding", "ensemble"] = "chunk"

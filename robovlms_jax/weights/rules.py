@@ -113,6 +113,23 @@ def attention(source: str, target: str) -> Rules:
     return rows + linear(f"{source}.out_proj", f"{target}/o", "d (n h) -> n h d")
 
 
+def perceiver(source: str, target: str) -> Rules:
+    """Flamingo's resampler, in the names of open_flamingo and of upstream's `vision_resampler` -> Perceiver."""
+    layer, here = f"{source}.layers.{{layer}}", f"{target}/layers"
+    return (
+        Rule(f"{source}.latents", f"{target}/latents"),
+        *layer_norm(f"{layer}.0.norm_media", f"{here}/token_norm"),
+        *layer_norm(f"{layer}.0.norm_latents", f"{here}/latent_norm"),
+        Rule(f"{layer}.0.to_q.weight", f"{here}/q/kernel", "(n h) d -> d n h"),
+        Rule(f"{layer}.0.to_kv.weight", f"{here}/kv/kernel", "(c n h) d -> d c n h"),
+        Rule(f"{layer}.0.to_out.weight", f"{here}/o/kernel", "d (n h) -> n h d"),
+        *layer_norm(f"{layer}.1.0", f"{here}/mlp_norm"),
+        Rule(f"{layer}.1.1.weight", f"{here}/up/kernel", "f d -> d f"),
+        Rule(f"{layer}.1.3.weight", f"{here}/down/kernel", "d f -> f d"),
+        *layer_norm(f"{source}.norm", f"{target}/final_norm"),
+    )
+
+
 def clip_vision(source: str, target: str) -> Rules:
     """Hugging Face CLIP's vision transformer -> ViT."""
     layer, here = f"{source}.encoder.layers.{{layer}}", f"{target}/layers"

@@ -1,0 +1,90 @@
+"""Perceiver resampler: any number of image tokens become a fixed, small one (Alayrac et al. 2022, arXiv:2204.14198)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from robovlms_jax.nn.linear import Einsum, Lora
+from robovlms_jax.nn.mlp import ACTIVATIONS
+from robovlms_jax.nn.norms import LayerNorm
+from robovlms_jax.nn.stack import scan_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class PerceiverConfig:
+    """Size of a resampler; the defaults are Flamingo's, and what upstream's `use_vision_resampler` builds."""
+
+    num_latents: int = 64
+    """Tokens that come out."""
+    depth: int = 6
+    num_heads: int = 8
+    head_dim: int = 64
+    mlp_ratio: int = 4
+    """Width of the feed-forward blocks over the tokens' width."""
+    activation: str = "gelu"
+    norm_epsilon: float = 1e-5
+
+    def __post_init__(self):
+        for field in ("num_latents", "depth", "num_heads", "head_dim", "mlp_ratio"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"perceiver {field}={getattr(self, field)} must be at least 1.")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"perceiver activation {self.activation!r} is unknown; known: {sorted(ACTIVATIONS)}.")
+
+
+class PerceiverLayer(nn.Module):
+    """Latents attend to the tokens and to each other, then each goes through an MLP; both are added. No biases."""
+
+    config: PerceiverConfig
+    lora: Lora = Lora()
+
+    @nn.compact
+    def __call__(self, latents: jax.Array, tokens: jax.Array) -> jax.Array:
+        """float[B, Q, D], float[B, P, D] -> float[B, Q, D]."""
+        c, width = self.config, latents.shape[-1]
+
+        def norm(name: str) -> LayerNorm:
+            return LayerNorm(c.norm_epsilon, name=name)
+
+        def project(equation: str, shape: tuple[int, ...], axes: tuple[str | None, ...], name: str) -> Einsum:
+            return Einsum(equation, shape, axes, lora=self.lora, name=name)
+
+        x = norm("latent_norm")(latents)
+        context = jnp.concatenate([norm("token_norm")(tokens), x], axis=1)
+        shape, axes = (width, c.num_heads, c.head_dim), ("embed", "heads", "head_dim")
+        q = project("BSD,DNH->BSNH", shape, axes, "q")(x) * c.head_dim**-0.5
+        # keys and values are one matrix in every published resampler
+        shape, axes = (width, 2, c.num_heads, c.head_dim), ("embed", None, "heads", "head_dim")
+        kv = project("BTD,DCNH->BTCNH", shape, axes, "kv")(context)
+        scores = jnp.einsum("BSNH,BTNH->BNST", q, kv[:, :, 0], preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+        y = jnp.einsum("BNST,BTNH->BSNH", weights, kv[:, :, 1])
+        shape, axes = (c.num_heads, c.head_dim, width), ("heads", "head_dim", "embed")
+        latents = latents + project("BSNH,NHD->BSD", shape, axes, "o")(y)
+
+        hidden = c.mlp_ratio * width
+        x = project("BSD,DF->BSF", (width, hidden), ("embed", "mlp"), "up")(norm("mlp_norm")(latents))
+        return latents + project("BSF,FD->BSD", (hidden, width), ("mlp", "embed"), "down")(ACTIVATIONS[c.activation](x))
+
+
+class Perceiver(nn.Module):
+    """Learned latents gather what the tokens have to say, layer after layer; a norm at the end."""
+
+    config: PerceiverConfig
+    lora: Lora = Lora()
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """float[B, P, D] -> float[B, Q, D], Q = `num_latents`. The type stays."""
+        c, width = self.config, tokens.shape[-1]
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("queries", "embed"))
+        latents = self.param("latents", init, (c.num_latents, width)).astype(tokens.dtype)
+        x = jnp.broadcast_to(latents, (tokens.shape[0], c.num_latents, width))
+        layer = PerceiverLayer(c, self.lora, name="layers")
+        x, _ = scan_layers(lambda layer, x, _: (layer(x, tokens), None), layer, x, length=c.depth, remat=self.remat)
+        return LayerNorm(c.norm_epsilon, name="final_norm")(x)
