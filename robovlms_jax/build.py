@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from robovlms_jax.backbones import base as backbones
+from robovlms_jax.backbones import clip_text
 from robovlms_jax.config import BackboneConfig, ExperimentConfig
 from robovlms_jax.inputs import images, prompts, proprio, tokenizers
 from robovlms_jax.nn import perceiver
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+_SENTENCES = 64  # embedded at a time
 
 RESAMPLER = Fresh(r"^resampler/", "resamplers are born with the run")
 
@@ -114,6 +117,40 @@ def _resampler(config: BackboneConfig) -> perceiver.PerceiverConfig | None:
     return perceiver.PerceiverConfig(
         num_latents=config.resampler_latents, depth=config.resampler_depth, num_heads=config.resampler_heads
     )
+
+
+def embed_sentences(weights: str | pathlib.Path, sentences: Iterable[str]) -> dict[str, np.ndarray]:
+    """CLIP's view of sentences: each distinct one -> float32[E] of length 1.
+
+    The tower is frozen, so each sentence is embedded once and the tower forgotten again.
+
+    Args:
+      weights: CLIP directory as published (config.json, tokenizer, safetensors), or hf://OWNER/NAME.
+    Raises:
+      FileNotFoundError, ValueError: no CLIP there, or a sentence longer than it reads.
+    """
+    directory = tokenizers.resolve_weights(weights)
+    config = clip_text.read(json.loads((directory / "config.json").read_text()))
+    tokenizer = tokenizers.load_tokenizer(directory)
+    unique = list(dict.fromkeys(sentences))
+    ids = tokenizer(unique)["input_ids"]
+    length = max(len(row) for row in ids)
+    if length > config.num_positions:
+        raise ValueError(
+            f"{unique[np.argmax([len(row) for row in ids])]!r} has {length} tokens; CLIP reads {config.num_positions}."
+        )
+    model = clip_text.ClipText(config)
+    padded = np.array([row + [tokenizer.pad_token_id or 0] * (length - len(row)) for row in ids], np.int32)
+    shapes = meshes.unbox(jax.eval_shape(model.init, jax.random.key(0), padded[:1]))["params"]
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params = convert.load_params(
+        clip_text.RULES, sources.open_source(directory), shapes, jax.tree.map(lambda _: place, shapes)
+    )
+    apply = jax.jit(lambda params, ids: model.apply({"params": params}, ids))
+    blocks = range(0, len(unique), _SENTENCES)
+    filled = np.concatenate([padded, np.repeat(padded[:1], -len(unique) % _SENTENCES, axis=0)])
+    embedded = np.concatenate([np.asarray(apply(params, filled[at : at + _SENTENCES])) for at in blocks])
+    return dict(zip(unique, embedded, strict=False))
 
 
 def make_model(config: ExperimentConfig, vlm: backbones.VLMConfig) -> VLA:

@@ -5,6 +5,7 @@
     S tokens (queries)   T tokens (keys)    D model width   F mlp width   V vocabulary   L layers   R LoRA rank
     N query heads        H head dim         P image tokens  Q action-query tokens
     K key/value heads in `nn`; windows of a segment in `data` and `policies`
+    H also past actions, E also extra tokens and sentence embeddings, in `data` and `policies`
 
 Masks are boolean and say what True means. Attention masks are True = may attend.
 """
@@ -29,6 +30,8 @@ class Inputs:
     text_mask: bool[B, T], True = real token.
     step_mask: bool[B, G], True = real step (False = padding before an episode begins).
     proprio: float32[B, G, 7], the robot's state as `inputs.proprio` defines it; None for policies that do not take it.
+    past_actions: float32[B, H + G - 1, A], dataset units; the H actions before frame g are past_actions[:, g : g + H],
+      all zero, gripper included, where the episode had not begun. None for policies that do not take them.
     """
 
     images: Mapping[str, Array]
@@ -36,6 +39,7 @@ class Inputs:
     text_mask: Array
     step_mask: Array
     proprio: Array | None = None
+    past_actions: Array | None = None
 
 
 @flax.struct.dataclass
@@ -47,6 +51,10 @@ class Batch:
     window_mask: bool[B, K], True = the window counts (a segment at the end of an episode may carry fewer than K).
     episode: int32[B], index of the episode in the dataset, for error messages.
     corrupt: int32[B], index of an episode that could not be read and was replaced by `episode`; -1 = none.
+    future: camera -> uint8[B, F, height, width, 3], the F frames after frame G - 1, for policies that learn to foresee
+      them; beyond the episode's end its last frame repeats.
+    future_mask: bool[B, F], True = a frame of its own.
+    sentence: float32[B, E], the instruction's CLIP embedding, for policies that learn to stay near it.
     """
 
     inputs: Inputs
@@ -55,6 +63,9 @@ class Batch:
     window_mask: Array
     episode: Array
     corrupt: Array
+    future: Mapping[str, Array] | None = None
+    future_mask: Array | None = None
+    sentence: Array | None = None
 
 
 @flax.struct.dataclass

@@ -48,6 +48,9 @@ class SegmentSource(Sequence[types.Batch]):
       cameras: which to load.
       encode_text: called once per distinct instruction.
       proprio: read the robot's state of every frame, too.
+      past_actions: H, actions before each frame to read; 0: none.
+      future_frames: F, frames after the segment's last one to read; 0: none.
+      embed_sentence: instruction -> float32[E], for `Batch.sentence`; called once per distinct instruction.
     Raises:
       ValueError: no episode is long enough for one window, an unknown camera, or prompts of unequal length.
     """
@@ -62,10 +65,13 @@ class SegmentSource(Sequence[types.Batch]):
         cameras: Sequence[str],
         encode_text: EncodeText,
         proprio: bool = False,
+        past_actions: int = 0,
+        future_frames: int = 0,
+        embed_sentence: Callable[[str], np.ndarray] | None = None,
     ):
         self.dataset = dataset
         self.cameras = tuple(cameras)
-        self._proprio = proprio
+        self._proprio, self._past, self._future = proprio, past_actions, future_frames
         self._reported: set[str] = set()
         spans = np.array([(episode.start, episode.end) for episode in dataset.episodes])
         self.segments = segments.Segments(spans, window=window, chunk=chunk, windows_per_segment=windows_per_segment)
@@ -77,6 +83,10 @@ class SegmentSource(Sequence[types.Batch]):
             )
         dataset.allocate(0, self.cameras)  # an unknown camera is an error now, not in the first batch
         self._text_ids, self._text_mask, self._text_row = _encode_all(dataset.episodes, encode_text)
+        self._sentences = None
+        if embed_sentence is not None:
+            known = {text: embed_sentence(text) for text in {episode.instruction for episode in dataset.episodes}}
+            self._sentences = np.stack([known[episode.instruction] for episode in dataset.episodes])
 
     def __len__(self) -> int:
         return len(self.segments)
@@ -127,13 +137,27 @@ class SegmentSource(Sequence[types.Batch]):
                 text_mask=np.zeros((size, *self._text_mask.shape[1:]), bool),
                 step_mask=np.ones((size, frames), bool),  # windows never begin before their episode
                 proprio=np.zeros((size, frames, states.DIM), np.float32) if self._proprio else None,
+                past_actions=self._past_zeros(size),
             ),
             actions=np.zeros((size, steps, interface.ACTION_DIM), np.float32),
             action_mask=np.zeros((size, steps), bool),
             window_mask=np.zeros((size, self.segments.windows_per_segment), bool),
             episode=np.zeros(size, np.int32),
             corrupt=np.full(size, -1, np.int32),
+            future=self._future_frames(size),
+            future_mask=np.zeros((size, self._future), bool) if self._future else None,
+            sentence=None if self._sentences is None else np.zeros((size, self._sentences.shape[1]), np.float32),
         )
+
+    def _past_zeros(self, size: int) -> np.ndarray | None:
+        steps = self._past + self.segments.num_frames - 1
+        return np.zeros((size, steps, interface.ACTION_DIM), np.float32) if self._past else None
+
+    def _future_frames(self, size: int) -> dict[str, np.ndarray] | None:
+        if not self._future:
+            return None
+        images = self.dataset.allocate(size * self._future, self.cameras)
+        return {camera: array.reshape(size, self._future, *array.shape[1:]) for camera, array in images.items()}
 
     def _fill(self, out: types.Batch, row: int, index: int) -> None:
         """Write one segment into one row. Raises CorruptFrameError."""
@@ -151,11 +175,32 @@ class SegmentSource(Sequence[types.Batch]):
         if out.inputs.proprio is not None:
             out.inputs.proprio[row, :seen] = self.dataset.proprio(segment.step_ids[:seen])
             out.inputs.proprio[row, seen:] = out.inputs.proprio[row, seen - 1]
+        self._fill_extras(out, row, segment)
         out.inputs.text_ids[row] = self._text_ids[self._text_row[segment.episode]]
         out.inputs.text_mask[row] = self._text_mask[self._text_row[segment.episode]]
         out.action_mask[row] = segment.step_mask
         out.window_mask[row] = segment.window_mask
         out.episode[row] = segment.episode
+
+    def _fill_extras(self, out: types.Batch, row: int, segment: segments.Segment) -> None:
+        """What some policies see, or learn from, beyond a segment's own frames and actions."""
+        episode = self.dataset.episodes[segment.episode]
+        begin = int(segment.step_ids[0])
+        if out.inputs.past_actions is not None:
+            ids = begin - self._past + np.arange(out.inputs.past_actions.shape[1])
+            known = np.clip(ids, episode.start, episode.end)
+            distinct, places = np.unique(known, return_inverse=True)
+            past = self.dataset.actions(distinct)[places]
+            out.inputs.past_actions[row] = np.where((ids >= episode.start)[:, None], past, 0)
+        if out.future is not None:
+            ids = begin + self.segments.num_frames + np.arange(self._future)
+            distinct, places = np.unique(np.minimum(ids, episode.end), return_inverse=True)
+            images = self.dataset.images(distinct, self.cameras)
+            for camera, array in out.future.items():
+                array[row] = images[camera][places]
+            out.future_mask[row] = ids <= episode.end
+        if out.sentence is not None:
+            out.sentence[row] = self._sentences[segment.episode]
 
     def _fill_or_replace(self, out: types.Batch, row: int, index: int) -> None:
         # Substitutes follow from the bad segment alone, so other rows and a resumed run do not notice.
@@ -184,6 +229,12 @@ class SegmentSource(Sequence[types.Batch]):
             array[row] = 0
         if out.inputs.proprio is not None:
             out.inputs.proprio[row] = 0
+        if out.inputs.past_actions is not None:
+            out.inputs.past_actions[row] = 0
+        for array in (out.future or {}).values():
+            array[row] = 0
+        if out.sentence is not None:
+            out.sentence[row] = self._sentences[0]
         out.actions[row] = 0
         out.inputs.text_ids[row], out.inputs.text_mask[row] = self._text_ids[0], self._text_mask[0]
 

@@ -117,6 +117,27 @@ def test_robot_states_come_with_their_frames_when_asked_for(dataset, frame_conte
     assert batch.inputs.proprio.shape == (16, W + K - 1, 7)
 
 
+def test_past_actions_future_frames_and_sentences_when_asked_for(dataset, frame_content):
+    sentences = {"open drawer": np.float32([1, 0]), "turn on led": np.float32([0, 1])}
+    source = make_source(
+        dataset, past_actions=2, future_frames=4, embed_sentence=lambda text: sentences.get(text, np.zeros(2, "f4"))
+    )
+    # Episode 1, frames 110 ... 130. Segment 5 begins with it, segment 9 near its end (frame 122, G = 10).
+    for index, begin in ((5, 110), (9, 122)):
+        sample, frames = source[index], W + K - 1
+        steps = np.minimum(begin - 2 + np.arange(frames + 1), 130)
+        past = [np.zeros(7) if step < 110 else frame_content(step)["rel_actions"] for step in steps]
+        np.testing.assert_array_equal(sample.inputs.past_actions, np.float32(past))
+        after = begin + frames + np.arange(4)
+        np.testing.assert_array_equal(sample.future_mask, after <= 130)
+        for camera, key in (("static", "rgb_static"), ("wrist", "rgb_gripper")):
+            expected = np.stack([frame_content(min(step, 130))[key] for step in after])
+            np.testing.assert_array_equal(sample.future[camera], expected)
+        np.testing.assert_array_equal(sample.sentence, [0, 1])
+    (batch,) = take(pipeline.evaluation_batches(source, segments_per_batch=16, num_threads=1, prefetch=1))
+    assert batch.future["static"].shape == (16, 4, 40, 40, 3)
+
+
 def test_batches_of_one_segment(dataset):
     batches = train(make_source(dataset), 3, segments_per_batch=1)
     assert [batch.actions.shape[0] for batch in batches] == [1, 1, 1]
