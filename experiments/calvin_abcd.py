@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Sequence
 
 from experiments import run
-from robovlms_jax import cli
+from robovlms_jax import cli, upstream
 from robovlms_jax.config import (
     BackboneConfig,
     DataConfig,
@@ -74,4 +74,4 @@ def default_preset(arguments: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    run.run(*cli.parse(PRESETS, default_preset, description=__doc__))
+    run.run(*cli.parse(PRESETS, default_preset, description=__doc__, read_json=upstream.load_experiment))

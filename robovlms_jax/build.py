@@ -175,14 +175,22 @@ def init_params(model: VLA, mesh: Mesh, seed: int, backbone: Backbone | None = N
         source = sources.open_source(backbone.directory)
         params = convert.load_params(model.vlm.rules, source, shapes["backbone"], shardings["backbone"])
         loaded = {f"backbone/{path}": x for path, x in flatten_dict(params, sep="/").items()}
+    return fill_params(model, mesh, seed, loaded)
+
+
+def fill_params(model: VLA, mesh: Mesh, seed: int, loaded: Mapping[str, jax.Array]) -> Any:
+    """`loaded` (flat, "/"-joined) and random values from `seed` for every parameter it lacks."""
+    _, shardings = abstract_params(model, mesh)
     places = {path: x for path, x in flatten_dict(shardings, sep="/").items() if path not in loaded}
+    if not places:
+        return unflatten_dict(dict(loaded), sep="/")
 
     def rest(key: jax.Array) -> dict[str, jax.Array]:
         flat = flatten_dict(meshes.unbox(_init(model, key)), sep="/")
         return {path: flat[path] for path in places}
 
     made = jax.jit(rest, out_shardings=places)(jax.random.key(seed))
-    return unflatten_dict(loaded | made, sep="/")
+    return unflatten_dict({**loaded, **made}, sep="/")
 
 
 def count(params: Any) -> int:

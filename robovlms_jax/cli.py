@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -21,32 +22,46 @@ def parse(
     default: str | Callable[[Sequence[str]], str],
     *,
     description: str,
+    read_json: Callable[[str], Config] | None = None,
     argv: Sequence[str] | None = None,
 ) -> tuple[str, Config]:
-    """`--preset NAME` chooses the starting point, every other flag overrides one of its fields, e.g.
-    `--train.batch_size 64`.
+    """`--preset NAME` or `--upstream_json FILE` chooses the starting point, every other flag overrides one of its
+    fields, e.g. `--train.batch_size 64`.
 
     Args:
       presets: name -> configuration.
       default: the preset without --preset, or a function of the arguments that names it.
+      read_json: upstream's JSON file -> configuration; None: the program has no --upstream_json.
       argv: arguments without the program's name; None reads the command line.
     Returns:
-      (preset name, configuration). Wrong flags or values end the process with status 2 and a message naming the
-      nearest flag.
+      (name of preset or file, configuration). Wrong flags or values end the process with status 2 and a message naming
+      the nearest flag.
     """
     arguments = [ALIASES.get(argument, argument) for argument in (sys.argv[1:] if argv is None else argv)]
-    name = _take_preset(arguments)
-    if name is None:
-        name = default if isinstance(default, str) else default(arguments)
-    if name not in presets:
-        near = difflib.get_close_matches(name, presets, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        sys.exit(_fail(f"unknown preset {name!r}{hint} Presets: {', '.join(presets)}."))
-    listed = f"--preset NAME, one of: {', '.join(presets)} (here: {name}); shown defaults are that preset's."
+    name = _take(arguments, "--preset")
+    file = None if read_json is None else _take(arguments, "--upstream_json")
+    if name is not None and file is not None:
+        sys.exit(_fail("--preset and --upstream_json both say where to start; pass one of them."))
+    if file is not None:
+        try:
+            name, start = pathlib.Path(file).stem, read_json(file)
+        except (ValueError, OSError) as error:
+            sys.exit(_fail(str(error)))
+    else:
+        name = name or (default if isinstance(default, str) else default(arguments))
+        if name not in presets:
+            near = difflib.get_close_matches(name, presets, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            sys.exit(_fail(f"unknown preset {name!r}{hint} Presets: {', '.join(presets)}."))
+        start = presets[name]
+    or_json = "" if read_json is None else ", or --upstream_json FILE, one of RoboVLMs' own configurations"
+    listed = (
+        f"--preset NAME, one of: {', '.join(presets)}{or_json} (here: {name}); shown defaults are those of this start."
+    )
     text = f"{description}\n\n{listed}"
     config = tyro.cli(
-        type(presets[name]),
-        default=presets[name],
+        type(start),
+        default=start,
         args=arguments,
         description=text,
         config=(tyro.conf.AvoidSubcommands,),
@@ -54,17 +69,17 @@ def parse(
     return name, config
 
 
-def _take_preset(arguments: list[str]) -> str | None:
+def _take(arguments: list[str], flag: str) -> str | None:
+    """Remove `flag`, in either spelling, and its value from the arguments; the value, or None without the flag."""
     for index, argument in enumerate(arguments):
-        if argument == "--preset":
-            if index + 1 == len(arguments):
-                sys.exit(_fail("--preset needs a name."))
-            name = arguments[index + 1]
-            del arguments[index : index + 2]
-            return name
-        if argument.startswith("--preset="):
-            del arguments[index]
-            return argument.removeprefix("--preset=")
+        found, equals, value = argument.partition("=")
+        if found not in (flag, flag.replace("_", "-")):
+            continue
+        if not equals and index + 1 == len(arguments):
+            sys.exit(_fail(f"{flag} needs a value."))
+        value = value if equals else arguments[index + 1]
+        del arguments[index : index + (1 if equals else 2)]
+        return value
     return None
 
 

@@ -99,11 +99,32 @@ def test_preset_and_dotted_overrides():
     assert parse("--preset=large", "--train.batch-size", "4")[1].train.batch_size == 4
 
 
+def test_a_file_of_upstreams_is_a_starting_point_like_a_preset(capsys):
+    def read(file):
+        if file == "missing.json":
+            raise FileNotFoundError("no file missing.json")
+        return cli.override(ExperimentConfig(), **{"policy.window": 5})
+
+    def parse_file(*argv):
+        return cli.parse(PRESETS, "small", description="test", read_json=read, argv=argv)
+
+    for flags in (["--upstream_json", "a/b.json"], ["--upstream-json=a/b.json"]):
+        name, config = parse_file(*flags, "--train.steps", "7")
+        assert (name, config.policy.window, config.train.steps) == ("b", 5, 7)
+    for flags, message in (
+        (["--upstream_json", "missing.json"], "no file missing.json"),
+        (["--preset", "small", "--upstream_json", "b.json"], "pass one of them"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            parse_file(*flags)
+        assert error.value.code == 2 and message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--preset", "larg"], "did you mean 'large'"),
-        (["--preset"], "needs a name"),
+        (["--preset"], "--preset needs a value"),
         (["--train.batchsize", "4"], "--train.batch-size"),
         (["--train.steps", "-1"], "train.steps=-1"),
     ],

@@ -68,8 +68,10 @@ def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{directory} has tokenizer files {found} that cannot be read: {error}") from error
 
 
-def resolve_weights(path: str | pathlib.Path) -> pathlib.Path:
+def resolve_weights(path: str | pathlib.Path, *, tensors: bool = True) -> pathlib.Path:
     """A local model directory for `path`; hf://OWNER/NAME[@REVISION] is downloaded once, to Hugging Face's own cache.
+
+    Without `tensors`, only the small files are downloaded: config.json, tokenizer, image processor.
 
     Raises FileNotFoundError when there is no such directory, or it can neither be downloaded nor found in the cache.
     """
@@ -84,7 +86,7 @@ def resolve_weights(path: str | pathlib.Path) -> pathlib.Path:
     repository, _, revision = str(path).removeprefix(HUB).partition("@")
     try:
         # Only what we read: many repositories hold the same weights again in other formats.
-        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        patterns = ["*.json", "*.txt", "*.model", *(["*.safetensors"] if tensors else [])]
         directory = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
     except (OSError, huggingface_hub.errors.HFValidationError) as error:  # no network, repository, access; bad name
         raise FileNotFoundError(

@@ -124,6 +124,22 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
     return steps[-1]
 
 
+def write_policy(run: str | pathlib.Path, params: Any, serving: Mapping[str, Any]) -> pathlib.Path:
+    """Write a checkpoint that can be served but not resumed, as step 0 of `run`; returns its directory.
+
+    Raises FileExistsError when `run` holds checkpoints already.
+    """
+    folder = pathlib.Path(run).expanduser().resolve() / FOLDER
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds checkpoints already; choose another directory.")
+    step = folder / "0"
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+        writer.save(step / "serving", dict(serving))
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:  # last: `locate` looks for it
+        writer.save(step / "params", args=ocp.args.StandardSave(params))
+    return step
+
+
 def read_serving(directory: pathlib.Path) -> dict[str, Any]:
     """The `serving` item of a step directory."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:

@@ -1,0 +1,140 @@
+"""A released checkpoint becomes a policy that acts as upstream's evaluator does; what can be wrong is named."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from experiments import convert_weights
+from experiments.convert_weights import ConvertConfig
+from robovlms_jax.interface import Observation
+from robovlms_jax.load import load_config, load_policy
+from tests.upstream import published
+from tests.upstream import release as releases
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory) -> releases.Release:
+    return releases.make(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture(scope="module")
+def converted(release, tmp_path_factory) -> tuple[pathlib.Path, dict]:
+    target = tmp_path_factory.mktemp("converted") / "policy"
+    report = convert_weights.main(ConvertConfig(str(release.checkpoint), str(release.json), str(target)))
+    return target, report
+
+
+def frames(number: int) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(3)
+    sizes = {"static": (40, 40, 3), "wrist": (21, 21, 3)}
+    return [{name: rng.integers(0, 256, size, dtype=np.uint8) for name, size in sizes.items()} for _ in range(number)]
+
+
+def test_the_policy_acts_as_upstream_for_the_same_frames_text_and_history(release, converted, exact_matmul):
+    # From pixels and words to executed numbers, past the window and across a reset. Any of camera order, resize,
+    # prompt, place of the action token, gate order, window or scale taken otherwise fails here.
+    policy = load_policy(converted[0])
+    for instruction in (" push the red block to the left ", "open the drawer"):
+        steps = frames(releases.WINDOW + 2)
+        expected = release.actions(instruction, steps)
+        policy.reset(instruction)
+        found = np.stack([policy.act(Observation(step)).actions for step in steps])
+        np.testing.assert_allclose(found[..., :6], expected[..., :6], atol=1e-4)
+        np.testing.assert_array_equal(found[..., 6], expected[..., 6])
+    assert len(np.unique(found[..., 6])) == 2, "the comparison of grippers compares nothing"
+
+
+def test_the_report_is_complete_and_the_directory_needs_nothing_else(release, converted):
+    target, report = converted
+    assert {entry["tensor"] for entry in report["tensors"]} == set(release.state_dict())
+    assert report["difference_parameters"] == 0 and report["difference_actions"] < 1e-6
+    assert json.loads((target / "conversion.json").read_text())["tensors"] == report["tensors"]
+    config = load_config(target)
+    assert config.policy.window == releases.WINDOW and config.backbone.dtype == "float32"
+    release.backbone.rename(release.directory / "away")
+    try:
+        load_policy(target)
+    finally:
+        (release.directory / "away").rename(release.backbone)
+
+
+def run(release, target, **changes) -> dict:
+    config = {"source": str(release.checkpoint), "config": str(release.json), "to": str(target)} | changes
+    return convert_weights.main(ConvertConfig(**config))
+
+
+def save(release, path, change) -> str:
+    state = dict(release.state_dict())
+    change(state)
+    torch.save(state, path)
+    return str(path)
+
+
+def test_missing_and_left_over_tensors_are_listed_and_only_taken_when_allowed(release, tmp_path):
+    def change(state):
+        state["model.extra.weight"] = torch.zeros(3)
+        del state["model.action_token"]
+
+    source = save(release, tmp_path / "odd.pt", change)
+    with pytest.raises(ValueError, match=r"(?s)no rule matches.*model\.extra\.weight.*missing.*action_token"):
+        run(release, tmp_path / "a", source=source)
+    with pytest.raises(ValueError, match=r"(?s)missing.*action_token"):
+        run(release, tmp_path / "b", source=source, allow_unused=("^model.extra",))
+    # As wide as can be, and still only the two are excepted. Stored in half precision, as the report then says.
+    report = run(release, tmp_path / "c", source=source, allow_unused=(".*",), allow_missing=(".*",), dtype="bfloat16")
+    assert (report["missing"], report["unused"]) == (["readout/queries"], ["model.extra.weight"])
+    assert report["stored"] == ["bfloat16", "float32"]
+    assert 0 < report["difference_parameters"] < 0.01 and report["difference_actions"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "nowhere.pt"}, r"nowhere\.pt does not exist"),
+        ({"config": "nowhere.json"}, r"no file nowhere\.json"),
+        ({"backbone": "nowhere"}, "no directory nowhere"),
+    ],
+)
+def test_wrong_paths_are_named(release, tmp_path, change, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        run(release, tmp_path / "out", **change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_published_path_of_the_backbone_asks_for_ones_own(release, tmp_path):
+    (tmp_path / "published.json").write_text(json.dumps(published.read(releases.USE_HAND)))
+    with pytest.raises(FileNotFoundError, match=r"names the backbone \.vlms/kosmos-2-patch14-224.*pass --backbone"):
+        run(release, tmp_path / "out", config=str(tmp_path / "published.json"))
+
+
+def test_another_models_config_lists_every_shape_that_differs(release, tmp_path):
+    values = releases.settings(release.backbone)
+    values["act_head"]["hidden_size"] = 8
+    (tmp_path / "other.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"(?s)of another shape.*act_head\.rnn\.weight_ih_l0.*checkpoint of another"):
+        run(release, tmp_path / "out", config=str(tmp_path / "other.json"))
+
+
+def test_a_truncated_file_is_named(release, tmp_path):
+    data = release.checkpoint.read_bytes()
+    (tmp_path / "half.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"half\.pt .*truncated"):
+        run(release, tmp_path / "out", source=str(tmp_path / "half.pt"))
+
+
+def test_a_directory_with_something_in_it_is_not_written_to(release, converted):
+    with pytest.raises(FileExistsError, match="not an empty directory"):
+        run(release, converted[0])
+
+
+def test_command_line(release, tmp_path, capsys):
+    # The flags are spelled as the documentation spells them, and mistakes end with one line and status 1.
+    with pytest.raises(SystemExit) as error:
+        convert_weights.cli(["--from", "nowhere.pt", "--config", str(release.json), "--to", str(tmp_path / "out")])
+    assert "error: nowhere.pt does not exist" in str(error.value)
