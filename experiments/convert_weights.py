@@ -43,7 +43,8 @@ class ConvertConfig:
     """What to convert, and where to."""
 
     source: Annotated[str, tyro.conf.arg(name="from")]
-    """Checkpoint: a .pt or .ckpt file with a state dict, bare or as Lightning or DeepSpeed wrap it; or safetensors."""
+    """Checkpoint: a .pt or .ckpt file with a state dict, bare or as Lightning or DeepSpeed wrap it; safetensors; or the
+    .ckpt folder that Lightning writes with DeepSpeed."""
     config: str
     """The JSON it was trained with, as upstream publishes or writes it."""
     to: str

@@ -66,7 +66,7 @@ MAPPED = {
     "norm_action": "policy.action_low, policy.action_high; false is -1 to 1",
     "norm_min": "policy.action_low",
     "norm_max": "policy.action_high",
-    "use_vision_resampler": "must be false",
+    "use_vision_resampler": "backbone.resampler_latents: 64, with the depth and heads of upstream's constructor",
     "train_setup.predict_action": "must be true",
     "train_setup.predict_forward": "must be false: upstream's code for it is missing",
     "train_setup.predict_forward_hand": "must be false: upstream's code for it is missing",
@@ -74,6 +74,7 @@ MAPPED = {
     "train_setup.freeze_backbone": "train.trainable",
     "train_setup.train_vision": "train.trainable",
     "train_setup.train_text_embedding": "train.trainable",
+    "train_setup.freeze_resampler": "train.trainable, with use_vision_resampler",
     "train_setup.train_decoder_layers": "must be -1 (all): layers are stacked here and train together",
     "train_setup.train_resampler": "train.trainable; of Flamingo only",
     "train_setup.train_full_decoder": "train.trainable; of Flamingo only",
@@ -174,7 +175,6 @@ IGNORED = {
     "finetune": _NEVER_READ,
     "train_weights": "of mixed datasets, which no published file has",
     "discrete_action_history": "of discrete OXE training, which fails upstream",
-    "train_setup.freeze_resampler": "of use_vision_resampler",
     "vision_resampler.*": "upstream builds its resampler with constructor defaults instead",
     "train_setup.precision": "overwritten by trainer.precision",
     "train_setup.bits": _NEVER_READ,
@@ -307,10 +307,11 @@ def _backbone(keys: _Keys) -> BackboneConfig:
             "lora_rank": keys.need("train_setup.lora_r"),
             "lora_alpha": float(keys.need("train_setup.lora_alpha")),
         }
+    latents = 64 if keys.get("use_vision_resampler", False) else 0
     halves = dict.fromkeys(("16", "16-mixed", "fp16", "bf16", "bf16-mixed", "bf16-true", 16), "bfloat16")
     singles = dict.fromkeys(("32", "32-true", 32, None), "float32")
     dtype = keys.choose("trainer.precision", None, halves | singles)
-    return BackboneConfig(name=name, weights=weights, dtype=dtype, **lora)
+    return BackboneConfig(name=name, weights=weights, dtype=dtype, resampler_latents=latents, **lora)
 
 
 def _policy(keys: _Keys) -> PolicyConfig:
@@ -318,7 +319,7 @@ def _policy(keys: _Keys) -> PolicyConfig:
         keys.only(key, None)
     for key in ("train_setup.predict_forward", "train_setup.predict_forward_hand", "train_setup.predict_caption"):
         keys.only(key, False)
-    for key in ("use_vision_resampler", "use_clip_norm", "tcp_rel"):
+    for key in ("use_clip_norm", "tcp_rel"):
         keys.only(key, False)
     keys.only("act_head.fill_zero", False)
     keys.only("train_setup.predict_action", True)
@@ -453,6 +454,8 @@ def _trainable(keys: _Keys) -> tuple[str, ...]:
         "backbone/vision/": keys.get("train_setup.train_vision", False),
         "backbone/text/embed/": keys.get("train_setup.train_text_embedding", False),
     }
+    if keys.get("use_vision_resampler", False):
+        parts["backbone/resampler/"] = not keys.get("train_setup.freeze_resampler", False)
     policy = "^(?!backbone/)"
     if keys.need("model") == "flamingo":  # its gated cross-attention always trains
         parts["backbone/text/.*cross"] = True
@@ -462,7 +465,8 @@ def _trainable(keys: _Keys) -> tuple[str, ...]:
     for key in ("train_setup.train_resampler", "train_setup.train_full_decoder"):
         keys.only(key, None)
     if keys.get("train_setup.lora_enable", False):
-        return ("lora_", policy, *(["^backbone/text/embed/"] if parts["backbone/text/embed/"] else []))
+        parts["backbone/vision/"] = False  # frozen again, with all that adapters stand in for
+        return ("lora_", policy, *(f"^{part}" for part, trains in parts.items() if trains))
     if keys.get("train_setup.freeze_backbone", False):
         return (policy, *(f"^{part}" for part, trains in parts.items() if trains))
     frozen = [part for part, trains in parts.items() if not trains]

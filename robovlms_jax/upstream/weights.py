@@ -17,7 +17,8 @@ def open_checkpoint(path: str | pathlib.Path) -> sources.Source:
     A tensor that upstream's modules register under two names (`model.model...` and `model.backbone...`) appears once.
 
     Args:
-      path: a .pt or .ckpt file with a state dict, bare or as Lightning and DeepSpeed wrap it, or safetensors.
+      path: a .pt or .ckpt file with a state dict, bare or as Lightning and DeepSpeed wrap it, safetensors, or the
+        folder that Lightning writes with DeepSpeed.
     Raises:
       FileNotFoundError: nothing there.
       ValueError: truncated, no checkpoint, or a pickle that wants to run code.
@@ -54,8 +55,10 @@ def policy_rules(model: VLA) -> rules.Rules:
             f"{type(head).__name__} "
             f"with {model.config.num_queries}."
         )
+    resampler = () if model.vlm.resampler is None else rules.perceiver("vision_resampler", "backbone/resampler")
     return (
         *rules.prefixed(model.vlm.rules, target="backbone/"),
+        *resampler,
         rules.Rule("action_token", "readout/queries", "(q d) -> q d"),
         *lstm_head("act_head", "head", head),
     )

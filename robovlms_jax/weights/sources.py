@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import safetensors
 
-from robovlms_jax.weights import torch_files
+from robovlms_jax.weights import deepspeed, torch_files
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TORCH_INDEX, TORCH_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
@@ -62,7 +62,8 @@ class SafetensorsSource:
 
 
 def open_source(path: str | pathlib.Path) -> Source:
-    """Open a safetensors or PyTorch file, or a directory with one in the hub's naming or with shards and their index.
+    """Open a safetensors or PyTorch file, a directory with one in the hub's naming or with shards and their index, or a
+    DeepSpeed checkpoint.
 
     Raises:
       FileNotFoundError: nothing there, or a shard is missing.
@@ -81,6 +82,8 @@ def open_source(path: str | pathlib.Path) -> Source:
             return _open_sharded(path / index)
         if (path / single).is_file():
             return _open_files([path / single], str(path))
+    if deepspeed.is_zero(path):
+        return deepspeed.ZeroSource(path)
     raise FileNotFoundError(
         f"{path} has neither {SINGLE} nor {INDEX} (nor {TORCH_SINGLE}); it holds "
         f"{sorted(p.name for p in path.iterdir())[:10]}."

@@ -57,6 +57,7 @@ _HARMLESS = {
     },
     "_codecs": {"encode": lambda text, encoding="latin-1": text.encode("latin-1")},  # how old pickles spell bytes
     "torch": {"Size": tuple},
+    "deepspeed.runtime.zero.config": {"ZeroStageEnum": int},
 }
 _BYSTANDERS = {
     *("torch", "numpy", "argparse", "pathlib", "datetime", "omegaconf", "deepspeed", "robovlms"),
