@@ -16,12 +16,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from experiments import validation
+from experiments import chaining, validation
 from robovlms_jax import build
 from robovlms_jax.actions import statistics
 from robovlms_jax.config import ExperimentConfig, to_dict
 from robovlms_jax.data import base as datasets
-from robovlms_jax.data import calvin, pipeline
+from robovlms_jax.data import language, mixing, opening, pipeline
+from robovlms_jax.data import statistics as data_statistics
 from robovlms_jax.inputs import prompts
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.rollout import EncodeText
@@ -55,16 +56,17 @@ class Setup:
     num_trainable: int
 
 
-def run(name: str, config: ExperimentConfig) -> None:
-    """Train and report. `name` is the preset's, for the report. Errors of the user end the process with a message and
-    status 1."""
+def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: str = REAL_THING) -> None:
+    """Train and report. `name` is the preset's and `title` the experiment's, for the report, which ends with `closing`.
+
+    Errors of the user end the process with a message and status 1."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
     )
     for noisy in ("absl", "orbax", "grain", "jax._src", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        train(name, config)
+        train(name, config, title=title, closing=closing)
     except (
         ValueError,
         FileNotFoundError,
@@ -81,15 +83,21 @@ def run(name: str, config: ExperimentConfig) -> None:
 def prepare(config: ExperimentConfig) -> Setup:
     """Open everything a run needs and check that it fits together. Raises what the parts raise; compiles nothing."""
     config.validate(jax.device_count())
-    opened = {split: _open_split(config, split) for split in ("training", "validation")}
-    backbone = build.open_backbone(config.backbone, [e.instruction for e in opened["training"].episodes])
-    instructions = [episode.instruction for dataset in opened.values() for episode in dataset.episodes]
+    opened = {split: opening.open_split(config.data, split) for split in ("training", "validation")}
+    variation = language.read(config.data.paraphrases) if config.data.vary_language else None
+    sentences = language.every(opened["training"].episodes, variation)
+    if config.train.init_from:
+        backbone = chaining.open_backbone(config.backbone, config.train.init_from)
+    else:
+        backbone = build.open_backbone(config.backbone, sentences)
+    instructions = [*sentences, *language.every(opened["validation"].episodes, None)]
     length = config.data.text_length or prompts.longest(backbone.tokenizer, backbone.vlm.prompt, instructions)
 
     def encode(instruction: str) -> tuple[np.ndarray, np.ndarray]:
         return prompts.encode(backbone.tokenizer, backbone.vlm.prompt, instruction, length)
 
-    training, validation_split = (_source(config, dataset, encode) for dataset in opened.values())
+    training = _source(config, opened["training"], encode, variation)
+    validation_split = _source(config, opened["validation"], encode)
     config = config.resolve(training.num_windows, length, _action_statistics(config, opened["training"]))
     mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
     model = build.make_model(config, backbone.vlm)
@@ -108,7 +116,7 @@ def prepare(config: ExperimentConfig) -> Setup:
     )
 
 
-def train(name: str, config: ExperimentConfig) -> pathlib.Path:
+def train(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: str = REAL_THING) -> pathlib.Path:
     """The whole run; returns its directory. Raises what the parts raise."""
     begin = time.perf_counter()
     output = pathlib.Path(config.train.output)
@@ -121,6 +129,8 @@ def train(name: str, config: ExperimentConfig) -> pathlib.Path:
     params = build.init_params(
         setup.model, setup.mesh, config.train.seed, None if config.train.resume else setup.backbone
     )
+    if config.train.init_from and not config.train.resume:
+        params = chaining.take_over(params, config.train.init_from)
     train_state = state.create(params, config.train.trainable, tx, config.train.seed, setup.mesh)
     del params  # the state owns the arrays now and its step donates them
     serving = {"config": to_dict(config), "assets": dict(setup.backbone.assets)}
@@ -142,8 +152,9 @@ def train(name: str, config: ExperimentConfig) -> pathlib.Path:
         setup.mesh,
         accumulation=config.train.accumulation,
         shifts={"static": config.data.static_shift, "wrist": config.data.wrist_shift},
+        augment=config.data.augment,
     )
-    rate = _loader_rate(config, setup.train, start)
+    config, rate = _loader_rate(config, setup.train, start)
     batches = _batches(config, setup.train, start)
     try:
         train_state, finished = loop.fit(
@@ -165,13 +176,13 @@ def train(name: str, config: ExperimentConfig) -> pathlib.Path:
                 writer.write(config.train.steps, {f"validation/{key}": value for key, value in values.items()})
 
             facts = _facts(name, setup) | {"seconds": round(time.perf_counter() - begin, 1)}
-            evaluator.report(train_state, write, output, f"CALVIN: {name}", facts, REAL_THING)
+            evaluator.report(train_state, write, output, f"{title}: {name}", facts, closing)
     finally:
         batches.close()
         writer.close()
         checkpointer.close()
     if finished and jax.process_index() == 0:
-        logger.info("report: %s\n\n%s\n", output / "report.md", REAL_THING)
+        logger.info("report: %s\n\n%s\n", output / "report.md", closing)
     return output
 
 
@@ -193,6 +204,10 @@ def _announce(name: str, setup: Setup) -> None:
         *(name, jax.device_count(), jax.devices()[0].device_kind, dict(setup.mesh.shape)),
         *(f"{setup.num_params:,}", f"{setup.num_trainable:,}", config.backbone.dtype),
     )
+    if setup.train.dataset.groups:
+        groups = setup.train.dataset.groups
+        windows = setup.train.segments.groups([group.num_episodes for group in groups])[1]
+        logger.info("mixture:\n%s", mixing.shares(groups, windows.tolist()))
     logger.info(
         "%d training and %d validation windows; %d steps of %d windows in %d segments",
         *(setup.train.num_windows, setup.validation.num_windows),
@@ -200,24 +215,14 @@ def _announce(name: str, setup: Setup) -> None:
     )
 
 
-def _open_split(config: ExperimentConfig, split: str) -> datasets.Dataset:
-    if not config.data.root:
-        raise ValueError(
-            "data.root is empty; pass --data.root DIR, a directory with training/ and validation/ (data/README.md "
-            "says how to get one)."
-        )
-    chosen: Mapping[str, Any] = {}
-    if split == "training":  # validation keeps every task, whatever training sees
-        chosen = {"episode_list": config.data.episode_list, "exclude_tasks": config.data.exclude_tasks}
-    return calvin.open_dataset(config.data.root, split, annotation_folder=config.data.annotation_folder, **chosen)
-
-
 def _action_statistics(config: ExperimentConfig, dataset: datasets.Dataset) -> Mapping[str, np.ndarray]:
     """Of the training actions; what looks wrong about them is said, or refused (data.check_actions)."""
     by_data = config.policy.action_scaling != "bounds"
     # Published layouts have a file per frame: enough of them for the question at hand.
     actions, states = pipeline.action_sample(dataset, 20_000 if by_data else 1_000)
-    values = statistics.summarize(actions)
+    values = statistics.summarize(actions) if dataset.statistics is None else dataset.statistics.action
+    if config.data.compat_second_norm:
+        values = data_statistics.shrink(values, 0.65)
     findings = statistics.lint(
         values,
         by_quantiles=config.policy.action_scaling == "quantile",
@@ -228,7 +233,12 @@ def _action_statistics(config: ExperimentConfig, dataset: datasets.Dataset) -> M
     return values
 
 
-def _source(config: ExperimentConfig, dataset: datasets.Dataset, encode: EncodeText) -> pipeline.SegmentSource:
+def _source(
+    config: ExperimentConfig,
+    dataset: datasets.Dataset,
+    encode: EncodeText,
+    variation: language.Variation | None = None,
+) -> pipeline.SegmentSource:
     return pipeline.SegmentSource(
         dataset,
         window=config.policy.window,
@@ -237,6 +247,9 @@ def _source(config: ExperimentConfig, dataset: datasets.Dataset, encode: EncodeT
         cameras=config.policy.cameras,
         encode_text=encode,
         proprio=config.policy.proprio.enabled,
+        left_pad=config.data.left_pad,
+        variation=variation,
+        goal_relabelling=config.data.compat_goal_relabelling,
     )
 
 
@@ -250,16 +263,29 @@ def _batches(config: ExperimentConfig, source: pipeline.SegmentSource, start: in
         process_count=jax.process_count(),
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
+        num_workers=config.data.num_workers,
     )
 
 
-def _loader_rate(config: ExperimentConfig, source: pipeline.SegmentSource, start: int) -> float:
-    """Windows/s the loader delivers over all hosts, from a second of reading ahead."""
-    batches = _batches(config, source, start)
-    try:
-        return pipeline.measure(batches, config.train.batch_size, seconds=1.0)
-    finally:
-        batches.close()
+def _loader_rate(
+    config: ExperimentConfig, source: pipeline.SegmentSource, start: int
+) -> tuple[ExperimentConfig, float]:
+    """With data.num_workers decided, and the windows/s the loader then delivers over all hosts, from reading ahead."""
+
+    def with_workers(count: int) -> ExperimentConfig:
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=count))
+
+    given = config.data.num_workers
+    count, rates = pipeline.choose_workers(
+        lambda count: _batches(with_workers(count), source, start),
+        config.train.batch_size,
+        candidates=None if given == -1 else [given],
+        seconds=1.0,
+    )
+    if given == -1:
+        tried = ", ".join(f"{workers}: {rate:.0f}" for workers, rate in rates.items())
+        logger.info("data.num_workers %d reads fastest (windows/s by number of workers: %s)", count, tried)
+    return with_workers(count), rates[count]
 
 
 def _require_free(output: pathlib.Path, *, resume: bool) -> None:

@@ -23,9 +23,6 @@ from robovlms_jax.training import step
 from robovlms_jax.training.state import TrainState
 from robovlms_jax.types import Batch
 
-CALVIN_UNITS = (0.02,) * 3 + (0.05,) * 3
-"""Metres and radians per unit of CALVIN's relative actions."""
-
 
 class Evaluator:
     """Holds what does not change between evaluations: the split and the compiled step."""
@@ -35,6 +32,7 @@ class Evaluator:
     ):
         self._model, self._mesh, self._config, self._source, self._encode = model, mesh, config, source, encode
         self._step = step.make_eval_step(model, mesh)
+        self._units = source.dataset.action_units
 
     def numbers(self, state: TrainState) -> dict[str, float]:
         """Losses, errors in metres and radians, gripper accuracy and F1, over evaluation.batches batches."""
@@ -63,7 +61,7 @@ class Evaluator:
                 sums=sums,
                 sensitivity=sensitivity,
                 episodes=curves,
-                units=CALVIN_UNITS,
+                units=self._units,
                 closing=closing,
             )
 
@@ -73,7 +71,7 @@ class Evaluator:
         for batch in self._batches(self._config.evaluation.batches):
             # The step's results are whole on every host, so every host sums the same numbers.
             predicted, recorded, mask, metrics = jax.device_get(self._step(state, meshes.put_batch(batch, self._mesh)))
-            parts.append(offline.measure(predicted, recorded, mask, CALVIN_UNITS))
+            parts.append(offline.measure(predicted, recorded, mask, self._units))
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         count = totals.pop("count")
@@ -94,7 +92,7 @@ class Evaluator:
             other = batch.replace(inputs=batch.inputs.replace(text_ids=ids, text_mask=mask))
             pair = [jax.device_get(self._step(state, meshes.put_batch(x, self._mesh))) for x in (batch, other)]
             outcomes.append((pair[0][0], pair[1][0], pair[0][2]))
-        return offline.language_sensitivity(*(np.concatenate(x) for x in zip(*outcomes, strict=True)), CALVIN_UNITS)
+        return offline.language_sensitivity(*(np.concatenate(x) for x in zip(*outcomes, strict=True)), self._units)
 
     def _curves(self, state: TrainState) -> list[report.EpisodeCurves]:
         """The first action of every chunk along whole episodes, predicted frame by frame as a robot would be driven."""

@@ -13,7 +13,7 @@ import tyro
 
 Config = TypeVar("Config")
 
-ALIASES = {"--resume": "--train.resume"}
+ALIASES = {"--resume": "--train.resume", "--init_from": "--train.init_from"}
 """Short spellings of flags that are typed by hand."""
 
 

@@ -170,12 +170,67 @@ class PolicyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes to training images, the same for all frames of a segment; shifts are under data. All zero: off.
+
+    There are no mirror images: they would turn left into right under an instruction that says which."""
+
+    crop_area: float = 0.0
+    """Share of the image that a random crop covers at least, in (0, 1]; scaled back to full size. Upstream's RLDS: 0.9
+    always, here 0.9 to 1. 0: off."""
+    brightness: float = 0.0
+    """Add up to this much, of an image in [0, 1]. Upstream: 0.2."""
+    contrast: float = 0.0
+    """Scale the distance to the mean by 1 - x to 1 + x. Upstream: 0.2."""
+    saturation: float = 0.0
+    """The same for the distance to grey. Upstream: 0.2."""
+    hue: float = 0.0
+    """Turn colours by up to this share of the colour circle. Upstream: 0.05."""
+
+    def __post_init__(self):
+        _require(0 <= self.crop_area <= 1, f"data.augment.crop_area={self.crop_area} must lie in [0, 1].")
+        for field in ("brightness", "contrast", "saturation", "hue"):
+            _require(0 <= getattr(self, field) <= 1, f"data.augment.{field}={getattr(self, field)} must lie in [0, 1].")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Episodes on disk and how they become batches."""
 
+    dataset: str = "calvin"
+    """calvin; lerobot (LeRobotDataset v3); a dataset or mixture of the RLDS registry (bridge, rt_1, oxe_magic_soup,
+    oxe_magic_soup_plus, ...); or a YAML or JSON file with a mixture of one's own (data/README.md)."""
     root: str = ""
-    """Directory that holds `training` and `validation`, in CALVIN's own layout or packed by `python -m
-    experiments.pack_calvin`."""
+    """calvin: directory that holds `training` and `validation`, in CALVIN's own layout or packed by `python -m
+    experiments.pack_calvin`. Others: the dataset's directory, or the one that holds all datasets of a mixture; may be
+    a URL such as gs://bucket/folder."""
+    index_dir: str = ""
+    """RLDS: where indexes go. Empty: beside the data, or in the user's cache directory where that cannot be written."""
+    index_workers: int = 0
+    """RLDS: processes that build an index. 0: one per core."""
+    image_size: int = 0
+    """Scale all images to this height and width on the host; mixtures of unlike cameras need it. 0: as recorded."""
+    reference: str = ""
+    """Mixture: the dataset whose action units the policy speaks. Empty: the first one."""
+    statistics: str = ""
+    """JSON file of action statistics in OpenVLA's layout, used instead of those of the data itself."""
+    unlabelled_share: float = 0.0
+    """RLDS: share of the episodes without an instruction to keep."""
+    unlabelled_instruction: str = "interact with the objects"
+    """What those episodes are told."""
+    success_only: bool = True
+    """RLDS: leave out episodes that the dataset marks as failed."""
+    left_pad: bool = False
+    """Let windows begin before their episode, masked, so that its first frames are learned from as the newest, too."""
+    vary_language: bool = False
+    """Draw each training sample's sentence from the recorded ones, the templates and `paraphrases`."""
+    paraphrases: str = ""
+    """JSON file {"templates": ["please {instruction}"], "sentences": {instruction: [others]}} for vary_language. Empty:
+    a few built-in templates."""
+    compat_goal_relabelling: bool = False
+    """As upstream's RLDS loader: mask all actions after a random later step (K = 1 only). It hides valid actions."""
+    compat_second_norm: bool = False
+    """As upstream's configs on RLDS data: after the quantiles, clip to +-0.65 and scale by 1/0.65 once more."""
     windows_per_segment: int = 1
     """K: windows that share one run of W + K - 1 frames, each frame encoded once. 1 is upstream's sampling; 8 is
     about four times
@@ -195,8 +250,12 @@ class DataConfig:
     0: off."""
     wrist_shift: int = 4
     """The same for the wrist camera."""
+    augment: AugmentConfig = AugmentConfig()
     num_threads: int = 8
-    """Threads that read and decode."""
+    """Threads that read and decode, in each worker."""
+    num_workers: int = 0
+    """Processes that read. 0: threads of the main process do, which is faster until Python itself is the limit; -1:
+    whichever reads faster here, measured at the start. Batches are the same."""
     prefetch: int = 16
     """Batches kept ready."""
     check_actions: Literal["refuse", "warn"] = "refuse"
@@ -207,8 +266,19 @@ class DataConfig:
     def __post_init__(self):
         for field in ("windows_per_segment", "num_threads", "prefetch"):
             _require(getattr(self, field) >= 1, f"data.{field}={getattr(self, field)} must be at least 1.")
-        for field in ("static_shift", "wrist_shift", "text_length"):
+        for field in ("static_shift", "wrist_shift", "text_length", "index_workers", "image_size"):
             _require(getattr(self, field) >= 0, f"data.{field}={getattr(self, field)} must not be negative.")
+        _require(self.num_workers >= -1, f"data.num_workers={self.num_workers} must be -1 (measure), 0 or positive.")
+        _require(0 <= self.unlabelled_share <= 1, f"data.unlabelled_share={self.unlabelled_share} must be in [0, 1].")
+        _require(self.dataset != "", "data.dataset must name a format, dataset, mixture or file.")
+        _require(
+            self.vary_language or not self.paraphrases, "data.paraphrases needs --data.vary_language to have an effect."
+        )
+        _require(
+            not self.compat_goal_relabelling or self.windows_per_segment == 1,
+            f"data.compat_goal_relabelling draws a goal for each window; set data.windows_per_segment=1 "
+            f"(it is {self.windows_per_segment}).",
+        )
         _require(
             0 <= self.max_corrupt_share < 1, f"data.max_corrupt_share={self.max_corrupt_share} must lie in [0, 1)."
         )
@@ -256,6 +326,9 @@ class TrainConfig:
     resume: bool = False
     """Go on from the newest checkpoint in `output`. Without it, a directory that already holds checkpoints is
     refused."""
+    init_from: str = ""
+    """Start with the parameters of another run (its directory or a checkpoint's), as far as they fit; what does not is
+    listed. Its tokenizer and architecture are used, its optimizer state and data order are not."""
     steps: int = 50_000
     """Optimizer steps."""
     epochs: float = 0.0
@@ -350,6 +423,11 @@ class ExperimentConfig:
             raise ValueError(
                 f"train.batch_size={size} windows is no multiple of data.windows_per_segment={per_segment}; "
                 f"try {max(size // per_segment, 1) * per_segment}."
+            )
+        if self.data.compat_second_norm and self.policy.action_scaling != "quantile":
+            raise ValueError(
+                "data.compat_second_norm repeats the scaling by quantiles: set policy.action_scaling=quantile (it is "
+                f"{self.policy.action_scaling})."
             )
         data, fsdp, _ = self.mesh_sizes(num_devices)
         step = data * fsdp * self.train.accumulation

@@ -29,6 +29,7 @@ class Inputs:
     text_ids: int32[B, T], the prompt with its special tokens, right-padded.
     text_mask: bool[B, T], True = real token.
     step_mask: bool[B, G], True = real step (False = padding before an episode begins).
+    image_mask: camera -> bool[B, G], True = there is an image (False: it is black); None where every frame has all.
     proprio: float32[B, G, 7], the robot's state as `inputs.proprio` defines it; None for policies that do not take it.
     past_actions: float32[B, H + G - 1, A], dataset units; the H actions before frame g are past_actions[:, g : g + H],
       all zero, gripper included, where the episode had not begun. None for policies that do not take them.
@@ -40,6 +41,7 @@ class Inputs:
     step_mask: Array
     proprio: Array | None = None
     past_actions: Array | None = None
+    image_mask: Mapping[str, Array] | None = None
 
 
 @flax.struct.dataclass

@@ -15,7 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from robovlms_jax.data import statistics
 from robovlms_jax.inputs import proprio as states
+
+CALVIN_UNITS = (0.02,) * 3 + (0.05,) * 3
+"""Metres and radians per unit of CALVIN's relative actions."""
 
 
 class CorruptFrameError(ValueError):
@@ -29,12 +33,26 @@ class Episode:
     start, end: ids of the first and last frame, both inclusive. Frame `end` is recorded but never learned from.
     instruction: what the robot was told, one English sentence.
     task: the dataset's task id, such as "open_drawer".
+    rewordings: other sentences that mean the same.
     """
 
     start: int
     end: int
     instruction: str
     task: str
+    rewordings: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Consecutive episodes that come from one dataset of a mixture.
+
+    weight: relative rate at which training draws windows from it.
+    """
+
+    name: str
+    num_episodes: int
+    weight: float
 
 
 class Dataset(abc.ABC):
@@ -43,11 +61,19 @@ class Dataset(abc.ABC):
     name: where the data came from, for messages.
     episodes: in the order of the annotation file; spans may overlap.
     image_sizes: camera name (see `interface.CAMERAS`) -> (height, width); the cameras that are stored.
+    action_units: metres and radians that 1.0 means in each arm dimension of the actions.
+    statistics: of actions and state, by which they may be normalised; None where the format has none.
+    may_lack_images: whether some frames have no image of some camera (`has_images`).
+    groups: of the episodes, in order, when they are to be drawn at rates of their own; empty = all alike.
     """
 
     name: str
     episodes: tuple[Episode, ...]
     image_sizes: Mapping[str, tuple[int, int]]
+    action_units: tuple[float, ...] = CALVIN_UNITS
+    statistics: statistics.Statistics | None = None
+    may_lack_images: bool = False
+    groups: tuple[Group, ...] = ()
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -74,6 +100,10 @@ class Dataset(abc.ABC):
     @abc.abstractmethod
     def array(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:
         """float32[n, d] of one numeric field, finite. Raises as `images` does."""
+
+    def has_images(self, frame_ids: Sequence[int], camera: str) -> np.ndarray:
+        """bool[n]: whether each frame has an image of this camera; where not, `images` gives black."""
+        return np.full(len(frame_ids), camera in self.cameras)
 
     def actions(self, frame_ids: Sequence[int]) -> np.ndarray:
         """float32[n, 7] relative actions in dataset units (CALVIN: 1 = 0.02 m, 0.05 rad; gripper 1 open, -1 closed)."""

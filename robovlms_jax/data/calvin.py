@@ -30,6 +30,7 @@ Split = Literal["training", "validation"]
 
 IMAGE_KEYS = {"static": "rgb_static", "wrist": "rgb_gripper"}
 ARRAY_SIZES = {"rel_actions": 7, "actions": 7, "robot_obs": 15, "scene_obs": 24}
+_PARSER_ATTEMPTS = 8
 SIDECARS = ("ep_start_end_ids.npy", "ep_lens.npy", "scene_info.npy", "statistics.yaml", ".hydra/merged_config.yaml")
 """Small files that simulators and other tools look for in a split."""
 
@@ -169,8 +170,16 @@ class NpzDataset(base.Dataset):
 def _read_npz(path: pathlib.Path, keys: Sequence[str], *, optional: bool = False) -> dict[str, np.ndarray]:
     """Some arrays of an npz; `optional` leaves out those it lacks. Raises CorruptFrameError."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in keys if not optional or key in file}
+        for attempt in range(_PARSER_ATTEMPTS):
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    return {key: file[key] for key in keys if not optional or key in file}
+            except SystemError:
+                # Headers are parsed by `ast`, whose parser fails now and then in one of many threads (CPython issue
+                # 106905, releases before 3.11.9 and 3.12.3); the file is fine.
+                if attempt == _PARSER_ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise base.CorruptFrameError(f"{path} cannot be read: {error}") from error
 

@@ -7,112 +7,135 @@ shards written by `packed.py` and record files of other projects are read by the
 from __future__ import annotations
 
 import io
-import os
 import pathlib
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import simplejpeg
 from PIL import Image
 
 from robovlms_jax.data import base
+from robovlms_jax.data import storage as storages
+
+MAX_GAP = 256
+"""Bytes that are read along rather than read around: record files put a few bytes between the images of a camera."""
 
 
 class FrameIndex:
     """Byte spans of N frames.
 
     Args:
-      files: the files that `file_id` counts into.
-      cameras: names of the columns of `offset` and `length`.
+      storage: the files that `file_id` counts into; paths stand for local files.
+      cameras: names of the columns of `offset`, `length` and `checksum`.
       file_id: int[N].
-      offset, length: int[N, cameras], in bytes.
+      offset, length: int[N, cameras], in bytes. Length 0: nothing was recorded, the image is black.
+      checksum: uint32[N, cameras], CRC32C of the encoded image; None when there is none to compare with.
+      resize: whether images of another size than asked for are scaled to it (Lanczos) or refused.
 
-    Arrays may be memory-mapped. Files are opened on first use and read with `pread`, so threads share one handle
-    without a lock; handles are not pickled.
+    Arrays may be memory-mapped. Reads may come from many threads.
     """
 
     def __init__(
         self,
-        files: Sequence[pathlib.Path],
+        storage: storages.Storage | Sequence[pathlib.Path],
         cameras: Sequence[str],
         file_id: np.ndarray,
         offset: np.ndarray,
         length: np.ndarray,
+        checksum: np.ndarray | None = None,
+        *,
+        resize: bool = False,
     ):
-        self.files, self.cameras = tuple(files), tuple(cameras)
-        self._file_id, self._offset, self._length = file_id, offset, length
-        self._handles: dict[int, int] = {}
-        self._opening = threading.Lock()
+        self.storage = storage if isinstance(storage, storages.Storage) else storages.LocalFiles(storage)
+        self.cameras = tuple(cameras)
+        self._file_id, self._offset, self._length, self._checksum = file_id, offset, length, checksum
+        self._resize = resize
 
     def read(self, rows: np.ndarray, cameras: Sequence[str]) -> dict[str, list[memoryview]]:
         """Encoded bytes per camera, one entry per row.
 
-        Spans that follow each other in a file are fetched by one `pread`: a frame whose cameras are stored side by side
-        costs one, and so does a whole run of such frames. Raises CorruptFrameError.
+        Spans that lie close together in a file are fetched by one read: a frame whose cameras are stored side by side
+        costs one, and so does a run of frames of one camera. Raises CorruptFrameError.
         """
-        columns = sorted(self.cameras.index(camera) for camera in cameras)
-        files = np.repeat(self._file_id[rows], len(columns))
-        starts = self._offset[np.ix_(rows, columns)].ravel()
-        ends = starts + self._length[np.ix_(rows, columns)].ravel()
-        breaks = np.flatnonzero((files[1:] != files[:-1]) | (starts[1:] != ends[:-1])) + 1
-        spans = []
-        for first, last in zip([0, *breaks], [*breaks, len(files)], strict=True):
-            origin = int(starts[first])
-            data = memoryview(self._pread(int(files[first]), origin, int(ends[last - 1]) - origin))
-            spans += [
-                data[start - origin : end - origin]
-                for start, end in zip(starts[first:last].tolist(), ends[first:last].tolist(), strict=True)
-            ]
-        return {self.cameras[column]: spans[place :: len(columns)] for place, column in enumerate(columns)}
+        columns = [self.cameras.index(camera) for camera in cameras]
+        # Camera by camera, frame by frame, then in the order of the files.
+        files = np.tile(self._file_id[rows], len(columns))
+        starts = self._offset[np.ix_(rows, columns)].T.ravel()
+        lengths = self._length[np.ix_(rows, columns)].T.ravel()
+        order = np.lexsort((starts, files))
+        files, starts, lengths = files[order], starts[order], lengths[order]
+        ends = np.maximum.accumulate(starts + lengths)
+        apart = (files[1:] != files[:-1]) | (starts[1:] > ends[:-1] + MAX_GAP) | (starts[1:] < starts[:-1])
+        breaks = np.flatnonzero(apart) + 1
+        spans: list[Any] = [None] * len(order)
+        places, begins, sizes = order.tolist(), starts.tolist(), lengths.tolist()
+        for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), len(files)], strict=True):
+            origin = begins[first]
+            end = max(begins[index] + sizes[index] for index in range(first, last))
+            data = memoryview(self._fetch(int(files[first]), origin, end - origin))
+            for index in range(first, last):
+                spans[places[index]] = data[begins[index] - origin : begins[index] - origin + sizes[index]]
+        count = len(rows)
+        return {camera: spans[place * count : (place + 1) * count] for place, camera in enumerate(cameras)}
 
     def decode(self, rows: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
         """Fill the arrays in `out`, camera -> uint8[n, height, width, 3]. Raises CorruptFrameError."""
         if len(rows) == 0 or not out:
             return
         for camera, spans in self.read(rows, list(out)).items():
+            column = self.cameras.index(camera)
             for row, data, image in zip(rows, spans, out[camera], strict=True):
+                if len(data) == 0:
+                    image[:] = 0
+                    continue
                 try:
-                    decode_image(data, image)
+                    if self._checksum is not None and google_crc32c.value(bytes(data)) != self._checksum[row, column]:
+                        raise ValueError("its bytes are not those that were indexed; was the file changed?")
+                    if self._resize and image_size(data) != image.shape[:2]:
+                        decode_resized(data, image)
+                    else:
+                        decode_image(data, image)
                 except (ValueError, OSError, SyntaxError) as error:
-                    place = self._offset[row, self.cameras.index(camera)]
-                    raise base.CorruptFrameError(
-                        f"{self.files[self._file_id[row]]}: {camera} image at byte {place}: {error}"
-                    ) from error
+                    file, offset = self.storage.files[self._file_id[row]], self._offset[row, column]
+                    raise base.CorruptFrameError(f"{file}: {camera} image at byte {offset}: {error}") from error
+
+    def is_stored(self, rows: np.ndarray, camera: str) -> np.ndarray:
+        """bool[n]: whether the rows have an image of this camera."""
+        return self._length[rows, self.cameras.index(camera)] > 0
 
     def close(self) -> None:
-        """Close the files; the next read opens them again."""
-        with self._opening:
-            while self._handles:
-                os.close(self._handles.popitem()[1])
+        """Release the files; the next read opens them again."""
+        self.storage.close()
 
-    def _pread(self, file: int, offset: int, length: int) -> bytes:
+    def _fetch(self, file: int, offset: int, length: int) -> bytes:
+        if length == 0:
+            return b""
         try:
-            handle = self._handles.get(file)
-            if handle is None:
-                with self._opening:
-                    if file not in self._handles:
-                        self._handles[file] = os.open(self.files[file], os.O_RDONLY)
-                    handle = self._handles[file]
-            data = os.pread(handle, length, offset)
+            data = self.storage.read(file, offset, length)
         except OSError as error:
-            raise base.CorruptFrameError(f"{self.files[file]} cannot be read: {error}") from error
+            raise base.CorruptFrameError(f"{self.storage.files[file]} cannot be read: {error}") from error
         if len(data) != length:
             raise base.CorruptFrameError(
-                f"{self.files[file]} ends within the {length} bytes expected at byte {offset}."
+                f"{self.storage.files[file]} ends within the {length} bytes expected at byte {offset}."
             )
         return data
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_handles", "_opening")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _handles={}, _opening=threading.Lock())
+def decode_resized(data: bytes | memoryview, out: np.ndarray) -> None:
+    """`decode_image` of an image of any size, scaled to that of `out`. Raises as it does."""
+    stored = np.empty((*image_size(data), 3), np.uint8)
+    decode_image(data, stored)
+    out[:] = np.asarray(Image.fromarray(stored).resize((out.shape[1], out.shape[0]), Image.Resampling.LANCZOS))
 
-    def __del__(self):
-        if hasattr(self, "_opening"):
-            self.close()
+
+def image_size(data: bytes | memoryview) -> tuple[int, int]:
+    """(height, width) of an encoded image, from its header. Raises ValueError or OSError."""
+    if data[:2] == b"\xff\xd8":
+        return simplejpeg.decode_jpeg_header(data)[:2]
+    with Image.open(io.BytesIO(data)) as image:
+        return image.height, image.width
 
 
 def decode_image(data: bytes | memoryview, out: np.ndarray) -> None:

@@ -44,7 +44,10 @@ class PackedDataset(base.Dataset):
         self.image_sizes = {camera: tuple(size) for camera, size in self.meta["image_sizes"].items()}
         self.episodes = selected
         if selected is None:
-            self.episodes = tuple(base.Episode(**fields) for fields in self._json("annotations.json"))
+            self.episodes = tuple(
+                base.Episode(**{**fields, "rewordings": tuple(fields.get("rewordings", ()))})
+                for fields in self._json("annotations.json")
+            )
         for shard in self.meta["shards"]:
             path = self.directory / shard["file"]
             size = path.stat().st_size if path.exists() else None

@@ -18,14 +18,14 @@ import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import simplejpeg
 import tqdm
 from PIL import Image
 
-from robovlms_jax.data import base, frame_index, packed
+from robovlms_jax.data import atomic, base, frame_index, packed
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def _claim(directory: pathlib.Path, plan: Mapping[str, Any]) -> bool:
         raise ValueError(
             f"{directory} holds something else ({', '.join(others[:5])}); choose another or an empty directory."
         )
-    _write_json(directory / packed.PARTIAL_META, plan)
+    atomic.write_json(directory / packed.PARTIAL_META, plan)
     return False
 
 
@@ -242,7 +242,7 @@ def _write_shard(
     problems: list[str] = []
     columns: dict[str, list[Any]] = {name: [] for name in ("frame_id", "offset", "length", *source.arrays)}
     position = crc = 0
-    with _replacing(_shard(directory, number)) as file:
+    with atomic.replacing(_shard(directory, number)) as file:
         for frame_id in frame_ids.tolist():
             advance(1)
             try:
@@ -266,7 +266,7 @@ def _write_shard(
     if problems and not skip_corrupt:
         _shard(directory, number).unlink()
         return problems
-    with _replacing(_part(directory, number)) as file:
+    with atomic.replacing(_part(directory, number)) as file:
         np.savez(file, size=position, crc32=crc, **columns)
     return problems
 
@@ -288,7 +288,7 @@ def _merge(
     index["file_id"] = np.repeat(np.arange(num_shards, dtype=np.int32), [len(part["frame_id"]) for part in parts])
     (directory / "index").mkdir(exist_ok=True)
     for name, array in index.items():
-        with _replacing(directory / "index" / f"{name}.npy") as file:
+        with atomic.replacing(directory / "index" / f"{name}.npy") as file:
             np.save(file, array)
     covered = [episode for episode in source.episodes if _covers(index["frame_id"], episode)]
     if len(covered) < len(source.episodes):
@@ -297,7 +297,7 @@ def _merge(
             len(source.episodes) - len(covered),
             len(source.episodes),
         )
-    _write_json(directory / "annotations.json", [dataclasses.asdict(episode) for episode in covered])
+    atomic.write_json(directory / "annotations.json", [dataclasses.asdict(episode) for episode in covered])
     for name, path in sidecars.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, directory / name)
@@ -310,7 +310,7 @@ def _merge(
         }
         for number, part in enumerate(parts)
     ]
-    _write_json(directory / packed.META, {**plan, "num_frames": len(index["frame_id"]), "shards": shards})
+    atomic.write_json(directory / packed.META, {**plan, "num_frames": len(index["frame_id"]), "shards": shards})
 
 
 def _covers(frame_ids: np.ndarray, episode: base.Episode) -> bool:
@@ -369,23 +369,6 @@ def _explained(directory: pathlib.Path) -> Iterator[None]:
         else:
             advice = "choose a directory that can be written"
         raise OSError(error.errno, f"packing into {directory} failed: {reason}; {advice}.") from error
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """Open a file that appears under its name complete or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    with _replacing(path) as file:
-        file.write(json.dumps(value, indent=1).encode())
 
 
 def _shard(directory: pathlib.Path, number: int) -> pathlib.Path:

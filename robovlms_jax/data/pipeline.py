@@ -1,19 +1,19 @@
 """From a dataset to batches on the host: a Grain graph over segment numbers, each batch decoded into one buffer.
 
-    numbers 0 ... N-1 -> shuffle -> repeat -> batch -> this process's part -> read, decode
+    numbers 0 ... N-1 -> shuffle -> repeat -> mix -> batch -> this process's part -> read, decode
 
 Everything before the read works on integers, so shuffling is global and the data's position is the number of the step:
-a run resumes by starting at that step, on any number of processes. Images stay uint8; what depends on the model happens
-on the device.
+a run resumes by starting at that step, on any number of processes and of workers that read. Images stay uint8; what
+depends on the model happens on the device.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
+from absl import flags
 
 from robovlms_jax import interface, types
-from robovlms_jax.data import base, segments
+from robovlms_jax.data import base, language, segments
 from robovlms_jax.inputs import proprio as states
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,14 @@ class SegmentSource(Sequence[types.Batch]):
     Args:
       window, chunk, windows_per_segment: W, C, K.
       cameras: which to load.
-      encode_text: called once per distinct instruction.
+      encode_text: called once per distinct sentence.
       proprio: read the robot's state of every frame, too.
       past_actions: H, actions before each frame to read; 0: none.
       future_frames: F, frames after the segment's last one to read; 0: none.
       embed_sentence: instruction -> float32[E], for `Batch.sentence`; called once per distinct instruction.
+      left_pad: whether windows may begin before their episode (see `segments`).
+      variation: other sentences that training draws from; None keeps to the recorded ones.
+      goal_relabelling: mask what comes after a random later step, as upstream does; needs windows_per_segment 1.
     Raises:
       ValueError: no episode is long enough for one window, an unknown camera, or prompts of unequal length.
     """
@@ -68,13 +72,20 @@ class SegmentSource(Sequence[types.Batch]):
         past_actions: int = 0,
         future_frames: int = 0,
         embed_sentence: Callable[[str], np.ndarray] | None = None,
+        left_pad: bool = False,
+        variation: language.Variation | None = None,
+        goal_relabelling: bool = False,
     ):
         self.dataset = dataset
         self.cameras = tuple(cameras)
         self._proprio, self._past, self._future = proprio, past_actions, future_frames
+        self._goal_relabelling = goal_relabelling
+        self._masks_images = dataset.may_lack_images
         self._reported: set[str] = set()
         spans = np.array([(episode.start, episode.end) for episode in dataset.episodes])
-        self.segments = segments.Segments(spans, window=window, chunk=chunk, windows_per_segment=windows_per_segment)
+        self.segments = segments.Segments(
+            spans, window=window, chunk=chunk, windows_per_segment=windows_per_segment, left_pad=left_pad
+        )
         if len(self.segments) == 0:
             longest = max((episode.end - episode.start for episode in dataset.episodes), default=0)
             raise ValueError(
@@ -82,7 +93,8 @@ class SegmentSource(Sequence[types.Batch]):
                 f"the longest has {longest} steps to learn from."
             )
         dataset.allocate(0, self.cameras)  # an unknown camera is an error now, not in the first batch
-        self._text_ids, self._text_mask, self._text_row = _encode_all(dataset.episodes, encode_text)
+        self._text_ids, self._text_mask, self._text_rows = _encode_all(dataset.episodes, encode_text, variation)
+        self._group_ends = np.cumsum(self.segments.groups([g.num_episodes for g in dataset.groups])[0])
         self._sentences = None
         if embed_sentence is not None:
             known = {text: embed_sentence(text) for text in {episode.instruction for episode in dataset.episodes}}
@@ -96,20 +108,29 @@ class SegmentSource(Sequence[types.Batch]):
         """Windows one epoch sees."""
         return self.segments.num_windows
 
+    @property
+    def num_sentences(self) -> int:
+        """Distinct sentences that training may see."""
+        return len(self._text_ids)
+
     def __getitem__(self, index: int) -> types.Batch:
         """Segment `index`. Raises CorruptFrameError when one of its frames cannot be used."""
         out = self._allocate(1)
         self._fill(out, 0, index)
         return jax.tree.map(lambda leaf: leaf[0], out)
 
-    def training_batch(self, indices: np.ndarray) -> types.Batch:
+    def training_batch(self, indices: np.ndarray, draws: np.ndarray) -> types.Batch:
         """Segments int[B] as one batch. One that cannot be read is replaced by another and reported in `corrupt`.
 
-        The replacement depends on the segment alone. Raises CorruptFrameError when 16 replacements fail as well.
+        The replacement depends on the segment alone, and is of the same dataset. Raises CorruptFrameError when 16
+        replacements fail as well.
+
+        Args:
+          draws: uint32[B], random numbers that choose the sentences.
         """
         out = self._allocate(len(indices))
-        for row, index in enumerate(indices.tolist()):
-            self._fill_or_replace(out, row, index)
+        for row, (index, draw) in enumerate(zip(indices.tolist(), draws.tolist(), strict=True)):
+            self._fill_or_replace(out, row, index, draw)
         return out
 
     def evaluation_batch(self, indices: np.ndarray) -> types.Batch:
@@ -135,7 +156,10 @@ class SegmentSource(Sequence[types.Batch]):
                 images={camera: array.reshape(size, frames, *array.shape[1:]) for camera, array in images.items()},
                 text_ids=np.zeros((size, *self._text_ids.shape[1:]), np.int32),
                 text_mask=np.zeros((size, *self._text_mask.shape[1:]), bool),
-                step_mask=np.ones((size, frames), bool),  # windows never begin before their episode
+                step_mask=np.ones((size, frames), bool),
+                image_mask=(
+                    {camera: np.ones((size, frames), bool) for camera in self.cameras} if self._masks_images else None
+                ),
                 proprio=np.zeros((size, frames, states.DIM), np.float32) if self._proprio else None,
                 past_actions=self._past_zeros(size),
             ),
@@ -159,33 +183,48 @@ class SegmentSource(Sequence[types.Batch]):
         images = self.dataset.allocate(size * self._future, self.cameras)
         return {camera: array.reshape(size, self._future, *array.shape[1:]) for camera, array in images.items()}
 
-    def _fill(self, out: types.Batch, row: int, index: int) -> None:
-        """Write one segment into one row. Raises CorruptFrameError."""
+    def _fill(self, out: types.Batch, row: int, index: int, draw: int | None = None) -> None:
+        """Write one segment into one row; `draw` makes training's random choices. Raises CorruptFrameError."""
         segment = self.segments[index]
-        distinct = np.unique(segment.step_ids)  # steps beyond the episode repeat its last frame: read it once
-        out.actions[row, : len(distinct)] = self.dataset.actions(distinct)
-        out.actions[row, len(distinct) :] = out.actions[row, len(distinct) - 1]
-        seen = segment.num_frames
+        # Steps outside the episode repeat its first or last frame: read it once.
+        distinct, place = np.unique(segment.step_ids, return_inverse=True)
+        out.actions[row] = self.dataset.actions(distinct)[place]
+        first, last = int(np.argmax(segment.seen_mask)), segment.num_frames
+        ids = segment.step_ids[first:last]
         images = {camera: array[row] for camera, array in out.inputs.images.items()}
-        self.dataset.images(
-            segment.step_ids[:seen], self.cameras, {camera: array[:seen] for camera, array in images.items()}
-        )
-        for array in images.values():
-            array[seen:] = array[seen - 1]
+        self.dataset.images(ids, self.cameras, {camera: array[first:last] for camera, array in images.items()})
+        repeated = list(images.values())
         if out.inputs.proprio is not None:
-            out.inputs.proprio[row, :seen] = self.dataset.proprio(segment.step_ids[:seen])
-            out.inputs.proprio[row, seen:] = out.inputs.proprio[row, seen - 1]
+            repeated.append(out.inputs.proprio[row])
+            repeated[-1][first:last] = self.dataset.proprio(ids)
+        if out.inputs.image_mask is not None:
+            for camera, mask in out.inputs.image_mask.items():
+                repeated.append(mask[row])
+                repeated[-1][first:last] = self._has_images(ids, camera)
+        for array in repeated:
+            array[:first] = array[first]
+            array[last:] = array[last - 1]
         self._fill_extras(out, row, segment)
-        out.inputs.text_ids[row] = self._text_ids[self._text_row[segment.episode]]
-        out.inputs.text_mask[row] = self._text_mask[self._text_row[segment.episode]]
+        rows = self._text_rows[segment.episode]
+        text = rows[(draw or 0) % len(rows)]
+        out.inputs.text_ids[row] = self._text_ids[text]
+        out.inputs.text_mask[row] = self._text_mask[text]
+        out.inputs.step_mask[row] = segment.seen_mask
         out.action_mask[row] = segment.step_mask
+        if self._goal_relabelling and draw is not None:
+            valid = np.flatnonzero(segment.step_mask)
+            later = self.dataset.episodes[segment.episode].end - segment.step_ids[self.segments.window - 1] - 1
+            if later > 0:  # steps after the newest frame, of which one becomes the goal
+                goal = self.segments.window - 1 + 1 + int(np.random.default_rng(draw).integers(later))
+                out.action_mask[row, valid[valid > goal]] = False
         out.window_mask[row] = segment.window_mask
         out.episode[row] = segment.episode
 
     def _fill_extras(self, out: types.Batch, row: int, segment: segments.Segment) -> None:
         """What some policies see, or learn from, beyond a segment's own frames and actions."""
         episode = self.dataset.episodes[segment.episode]
-        begin = int(segment.step_ids[0])
+        seen = int(np.argmax(segment.seen_mask))  # steps before it are padding
+        begin = int(segment.step_ids[seen]) - seen
         if out.inputs.past_actions is not None:
             ids = begin - self._past + np.arange(out.inputs.past_actions.shape[1])
             known = np.clip(ids, episode.start, episode.end)
@@ -202,12 +241,21 @@ class SegmentSource(Sequence[types.Batch]):
         if out.sentence is not None:
             out.sentence[row] = self._sentences[segment.episode]
 
-    def _fill_or_replace(self, out: types.Batch, row: int, index: int) -> None:
+    def _has_images(self, frame_ids: np.ndarray, camera: str) -> np.ndarray:
+        has = self.dataset.has_images(frame_ids, camera)
+        if not has.all():
+            self._report_once(f"{self.dataset.name}: some frames have no {camera} image; they are black and masked")
+        return has
+
+    def _fill_or_replace(self, out: types.Batch, row: int, index: int, draw: int) -> None:
         # Substitutes follow from the bad segment alone, so other rows and a resumed run do not notice.
-        substitutes = np.random.default_rng(index).integers(len(self), size=_MAX_REPLACEMENTS).tolist()
+        group = int(np.searchsorted(self._group_ends, index, side="right"))
+        bounds = [0, *self._group_ends.tolist()] if len(self._group_ends) else [0, len(self)]
+        low, high = bounds[group], bounds[group + 1]
+        substitutes = np.random.default_rng(index).integers(low, high, size=_MAX_REPLACEMENTS).tolist()
         for candidate in [index, *substitutes]:
             try:
-                return self._fill(out, row, candidate)
+                return self._fill(out, row, candidate, draw)
             except base.CorruptFrameError as error:
                 out.corrupt[row] = self.segments.episode_of(index)
                 failure = error
@@ -218,7 +266,9 @@ class SegmentSource(Sequence[types.Batch]):
 
     def _report(self, consequence: str, error: base.CorruptFrameError) -> None:
         """Name each bad frame once, although segments that overlap and later epochs meet it again."""
-        message = f"{consequence}: {error}"
+        self._report_once(f"{consequence}: {error}")
+
+    def _report_once(self, message: str) -> None:
         if message not in self._reported:
             self._reported.add(message)
             logger.warning("%s", message)
@@ -227,6 +277,7 @@ class SegmentSource(Sequence[types.Batch]):
         """A row that no mask counts; its prompt is a real one, so that no computation meets an empty sequence."""
         for array in out.inputs.images.values():
             array[row] = 0
+        out.inputs.step_mask[row] = True
         if out.inputs.proprio is not None:
             out.inputs.proprio[row] = 0
         if out.inputs.past_actions is not None:
@@ -249,24 +300,99 @@ def train_batches(
     process_count: int = 1,
     num_threads: int = 8,
     prefetch: int = 16,
+    num_workers: int = 0,
 ) -> grain.DatasetIterator[types.Batch]:
     """Endless shuffled batches with NumPy leaves and leading axis segments_per_batch / process_count.
 
-    Every epoch is a new permutation of all segments. The batches of all processes, joined in order of `process_index`,
-    are the batch that a single process would see, row by row. Call the iterator's `close()` after use.
+    Every epoch is a new permutation of all segments; of a mixture, of each dataset's segments, and every batch has
+    windows of them in proportion to the weights. The batches of all processes, joined in order of `process_index`, are
+    the batch that a single process would see, row by row. Call the iterator's `close()` after use.
 
     Args:
       segments_per_batch: over all processes.
       seed: order of the segments, in [0, 2**32).
       start_step: batches to skip, at no cost.
-      num_threads: batches being read at a time.
-      prefetch: batches kept ready.
+      num_threads: batches being read at a time, by each worker.
+      prefetch: batches kept ready, by each worker.
+      num_workers: processes that read; 0: threads of this one do. Batches are the same for any number.
     """
     rows = _rows_of(process_index, process_count, segments_per_batch)
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    order = order.batch(segments_per_batch, drop_remainder=True)  # endless; without it batches of one overflow
-    batches = order[start_step:].map(functools.partial(_read_rows, source.training_batch, rows))
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)))
+    order = _order(source, seed).batch(segments_per_batch, drop_remainder=True)  # endless; without it one overflows
+    order = order.map_with_index(functools.partial(_draw, seed))
+    batches = order[start_step:].map(functools.partial(_read_drawn, source.training_batch, rows))
+    reading = batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
+    if num_workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read an absl flag, which programs without absl never parse
+        options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+        reading = reading.mp_prefetch(options, worker_init_fn=_start_worker)
+    return iter(reading)
+
+
+def choose_workers(
+    make: Callable[[int], grain.DatasetIterator[types.Batch]],
+    windows_per_batch: int,
+    *,
+    candidates: Sequence[int] | None = None,
+    seconds: float = 2.0,
+) -> tuple[int, dict[int, float]]:
+    """The number of worker processes that reads fastest here, by trying, and windows/s of each one tried.
+
+    Threads of this process (0 workers) win ties: they need no copy of a batch and no start-up.
+
+    Args:
+      make: number of workers -> a fresh iterator.
+      candidates: increasing; by default 0 and powers of two up to half the cores.
+    """
+    if candidates is None:
+        candidates = [0, *(2**power for power in range(8) if 2**power <= (os.cpu_count() or 1) // 2)]
+    rates: dict[int, float] = {}
+    for count in candidates:
+        batches = make(count)
+        try:
+            rates[count] = measure(batches, windows_per_batch, seconds)
+        finally:
+            batches.close()
+    best = max(rates, key=lambda count: (rates[count] * (1.05 if count == 0 else 1.0), -count))
+    return best, rates
+
+
+def _start_worker(index: int, count: int) -> None:
+    # Grain imports jax in its workers; they must not take an accelerator.
+    jax.config.update("jax_platforms", "cpu")
+
+
+def _order(source: SegmentSource, seed: int) -> grain.MapDataset[int]:
+    """Endless segment numbers. Of a mixture, each dataset's come in an order of its own, mixed by weight."""
+    groups = source.dataset.groups
+    if not groups:
+        return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    counts, windows = source.segments.groups([group.num_episodes for group in groups])
+    ends = np.cumsum(counts)
+    parts, weights = [], []
+    for number, group in enumerate(groups):
+        if counts[number] == 0:
+            raise ValueError(
+                f"{source.dataset.name}: no episode of {group.name} is long enough for policy.window="
+                f"{source.segments.window}; leave it out of the mixture or shorten the window."
+            )
+        numbers = grain.MapDataset.range(int(ends[number] - counts[number]), int(ends[number]))
+        parts.append(numbers.seed((seed + number) % 2**32).shuffle().repeat())
+        # Weights are of windows; segments are drawn, and those of short episodes carry fewer windows.
+        weights.append(group.weight * counts[number] / windows[number])
+    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+
+
+def _draw(seed: int, index: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Segment numbers of batch `index` with a random number for each, the same wherever and whenever it is read."""
+    return numbers, np.random.default_rng([seed, index]).integers(2**32, size=len(numbers), dtype=np.uint32)
+
+
+def _read_drawn(
+    read: Callable[[np.ndarray, np.ndarray], types.Batch], rows: slice, drawn: tuple[np.ndarray, np.ndarray]
+) -> types.Batch:
+    numbers, draws = drawn
+    return read(numbers[rows], draws[rows])
 
 
 def evaluation_batches(
@@ -297,8 +423,17 @@ def order_fingerprint(source: SegmentSource, *, segments_per_batch: int, seed: i
 
     The same on any number of processes, and for either layout of a dataset.
     """
-    digest = hashlib.sha256(repr([dataclasses.astuple(episode) for episode in source.dataset.episodes]).encode())
+    episodes = source.dataset.episodes
+    digest = hashlib.sha256(repr([(e.start, e.end, e.instruction, e.task) for e in episodes]).encode())
+    more: dict[str, Any] = {}
+    if source.dataset.groups:
+        more["mixture"] = {group.name: [group.num_episodes, group.weight] for group in source.dataset.groups}
+    if source.num_sentences != len({episode.instruction for episode in episodes}):
+        more["sentences"] = source.num_sentences
+    if source.segments.left_pad:
+        more["left_pad"] = True
     return {
+        **more,
         "episodes": f"{len(source.dataset.episodes)} with sha256 {digest.hexdigest()[:16]}",
         "window": source.segments.window,
         "chunk": source.segments.chunk,
@@ -401,18 +536,21 @@ def _rows_of(process_index: int, process_count: int, segments_per_batch: int) ->
     return slice(process_index * share, (process_index + 1) * share)
 
 
-def _encode_all(episodes: Sequence[base.Episode], encode_text: EncodeText) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids int32[sentences, T], mask bool[sentences, T], row of each episode int[E])."""
+def _encode_all(
+    episodes: Sequence[base.Episode], encode_text: EncodeText, variation: language.Variation | None
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """(ids int32[sentences, T], mask bool[sentences, T], rows of each episode's sentences, the recorded one first)."""
     rows: dict[str, int] = {}
+    known: dict[tuple[str, ...], np.ndarray] = {}  # episodes with the same sentences share an array
+    per_episode = []
     for episode in episodes:
-        rows.setdefault(episode.instruction, len(rows))
-    encoded = [encode_text(instruction) for instruction in rows]
-    lengths = {len(ids): instruction for instruction, (ids, _) in zip(rows, encoded, strict=True)}
+        said = (episode.instruction,) if variation is None else variation.of(episode)
+        if said not in known:
+            known[said] = np.array([rows.setdefault(sentence, len(rows)) for sentence in said])
+        per_episode.append(known[said])
+    encoded = [encode_text(sentence) for sentence in rows]
+    lengths = {len(ids): sentence for sentence, (ids, _) in zip(rows, encoded, strict=True)}
     if len(lengths) > 1:
         raise ValueError(f"encode_text must pad every prompt to one length; lengths and an example of each: {lengths}.")
     ids, masks = zip(*encoded, strict=True)
-    return (
-        np.stack(ids).astype(np.int32),
-        np.stack(masks).astype(bool),
-        np.array([rows[episode.instruction] for episode in episodes]),
-    )
+    return np.stack(ids).astype(np.int32), np.stack(masks).astype(bool), per_episode

@@ -9,6 +9,10 @@ and is real where s + i < end: chunks that reach past the end repeat the values 
 A segment is G = W + K - 1 consecutive frames and carries the K windows that begin at its first K frames. Window starts
 are tiled in groups of K, so each window belongs to exactly one segment; the last segment of an episode may carry fewer.
 K = 1 gives RoboVLMs' samples one by one.
+
+With left padding windows begin up to W - 1 steps before their episode, so that every frame is once the newest of a
+window, as at the start of control: L windows, k = -(W - 1) ... L - W. Steps before `start` repeat its values under
+False masks.
 """
 
 from __future__ import annotations
@@ -26,13 +30,15 @@ class Segment:
     episode: index of its episode.
     step_ids: int64[G + C - 1], frame id of every step; the first G are those whose images are seen.
     step_mask: bool[G + C - 1], True = an action to learn from.
+    seen_mask: bool[G], True = a real frame; False = padding before the episode.
     window_mask: bool[K], True = the window that begins at this frame belongs to the segment.
-    num_frames: how many of the first G steps are distinct; the rest repeat the last of them.
+    num_frames: the first G steps are distinct up to this one, padding before the episode aside; the rest repeat it.
     """
 
     episode: int
     step_ids: np.ndarray
     step_mask: np.ndarray
+    seen_mask: np.ndarray
     window_mask: np.ndarray
     num_frames: int
 
@@ -43,9 +49,10 @@ class Segments(Sequence[Segment]):
     Args:
       spans: int[E, 2], first and last frame id of each episode, both inclusive.
       window, chunk, windows_per_segment: W, C, K.
+      left_pad: whether windows may begin before their episode.
     """
 
-    def __init__(self, spans: np.ndarray, *, window: int, chunk: int, windows_per_segment: int):
+    def __init__(self, spans: np.ndarray, *, window: int, chunk: int, windows_per_segment: int, left_pad: bool = False):
         if min(window, chunk, windows_per_segment) < 1:
             raise ValueError(
                 f"window={window}, chunk={chunk} and windows_per_segment={windows_per_segment} must be at least 1."
@@ -53,7 +60,9 @@ class Segments(Sequence[Segment]):
         self.window, self.chunk, self.windows_per_segment = window, chunk, windows_per_segment
         self._spans = np.asarray(spans, np.int64).reshape(-1, 2)
         lengths = self._spans[:, 1] - self._spans[:, 0]
-        self._num_windows = np.maximum(lengths + 1 - window, 0)
+        self.left_pad = left_pad
+        self._before = window - 1 if left_pad else 0  # steps before its episode at which the first window begins
+        self._num_windows = np.maximum(lengths + 1 - window + self._before, 0)
         self._ends = np.cumsum(-(-self._num_windows // windows_per_segment))
 
     def __len__(self) -> int:
@@ -69,6 +78,12 @@ class Segments(Sequence[Segment]):
         """G = W + K - 1."""
         return self.window + self.windows_per_segment - 1
 
+    def groups(self, num_episodes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Segments and windows int64[groups] of consecutive groups of episodes."""
+        last = np.cumsum(np.asarray(num_episodes, np.int64))
+        counts = [np.concatenate([[0], values])[last] for values in (self._ends, np.cumsum(self._num_windows))]
+        return tuple(np.diff(count, prepend=0) for count in counts)
+
     def episode_of(self, index: int) -> int:
         """Index of the episode that segment `index` belongs to."""
         if not 0 <= index < len(self):
@@ -80,11 +95,12 @@ class Segments(Sequence[Segment]):
         start, end = (int(frame) for frame in self._spans[episode])
         before = int(self._ends[episode - 1]) if episode else 0
         first = (index - before) * self.windows_per_segment  # number of the first window within its episode
-        steps = start + first + np.arange(self.num_frames + self.chunk - 1)
+        steps = start - self._before + first + np.arange(self.num_frames + self.chunk - 1)
         return Segment(
             episode=episode,
-            step_ids=np.minimum(steps, end),
-            step_mask=steps < end,
+            step_ids=np.clip(steps, start, end),
+            step_mask=(start <= steps) & (steps < end),
+            seen_mask=steps[: self.num_frames] >= start,
             window_mask=first + np.arange(self.windows_per_segment) < self._num_windows[episode],
-            num_frames=min(self.num_frames, end - start - first + 1),
+            num_frames=min(self.num_frames, end - start + self._before - first + 1),
         )

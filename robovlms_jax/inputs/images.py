@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +108,68 @@ def random_shift(key: jax.Array, images: jax.Array, max_shift: int) -> jax.Array
     rows = jnp.clip(jnp.arange(height) + offset[0], 0, height - 1)  # [B, height]
     columns = jnp.clip(jnp.arange(width) + offset[1], 0, width - 1)  # [B, width]
     return jax.vmap(lambda frames, row, column: frames[:, row[:, None], column])(images, rows, columns)
+
+
+class Augmentation(Protocol):
+    """How much training images are changed; `config.AugmentConfig` explains each. Zero turns one off."""
+
+    crop_area: float
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+
+
+def augment(key: jax.Array, images: jax.Array, amount: Augmentation) -> jax.Array:
+    """Crop and colour changes, drawn once per segment: what differs between its frames still only moved in the world.
+
+    In this order, as upstream's RLDS loader has it: random resized crop (square, bilinear), brightness, contrast (about
+    the segment's mean colour), saturation (about each pixel's grey), hue (a turn about the grey axis). No mirroring.
+
+    Args:
+      images: [B, G, height, width, 3] in 0 ... 255, any dtype. Give every camera its own key.
+    Returns:
+      float32 of the same shape in 0 ... 255; `images` itself when nothing is turned on.
+    """
+    if not any((amount.crop_area, amount.brightness, amount.contrast, amount.saturation, amount.hue)):
+        return images
+    batch, _, height, width, _ = images.shape
+    keys = jax.random.split(key, 6)
+
+    def draw(key: jax.Array, low: float, high: float) -> jax.Array:
+        return jax.random.uniform(key, (batch, 1, 1, 1, 1), minval=low, maxval=high)
+
+    x = images.astype(jnp.float32)
+    if amount.crop_area:
+        side = jnp.sqrt(draw(keys[0], amount.crop_area, 1.0).reshape(batch, 1))
+        size = jnp.array([height, width], jnp.float32)
+        corner = jax.random.uniform(keys[1], (batch, 2)) * (1 - side) * size
+        crop = functools.partial(jax.image.scale_and_translate, method="linear", antialias=False)
+        x = jax.vmap(lambda frames, scale, shift: crop(frames, frames.shape, (1, 2), scale, shift))(
+            x, jnp.broadcast_to(1 / side, (batch, 2)), -corner / side
+        )
+    if amount.brightness:
+        x += 255 * draw(keys[2], -amount.brightness, amount.brightness)
+    if amount.contrast:
+        mean = x.mean(axis=(1, 2, 3), keepdims=True)
+        x = mean + (x - mean) * draw(keys[3], 1 - amount.contrast, 1 + amount.contrast)
+    if amount.saturation:
+        grey = x @ jnp.array(_LUMA)[:, None]
+        x = grey + (x - grey) * draw(keys[4], 1 - amount.saturation, 1 + amount.saturation)
+    if amount.hue:
+        x = _turn_hue(x, draw(keys[5], -amount.hue, amount.hue))
+    return jnp.clip(x, 0, 255)
+
+
+_LUMA = (0.299, 0.587, 0.114)  # grey of RGB, ITU-R BT.601
+
+
+def _turn_hue(images: jax.Array, share: jax.Array) -> jax.Array:
+    """Rotate colours about the grey axis by `share` of a full turn; grey stays as it is (Rodrigues' formula)."""
+    angle = 2 * jnp.pi * share
+    axis = jnp.full(3, 3**-0.5, jnp.float32)
+    along = (images @ axis)[..., None] * axis
+    return along + (images - along) * jnp.cos(angle) + jnp.cross(axis, images) * jnp.sin(angle)
 
 
 def read_image_spec(directory: str | pathlib.Path) -> ImageSpec:

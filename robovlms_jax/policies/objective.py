@@ -15,6 +15,7 @@ from robovlms_jax.policies.vla import VLA
 from robovlms_jax.types import Batch, Inputs
 
 Metrics = dict[str, jax.Array]
+Augmentation = images.Augmentation
 
 
 def prepare(
@@ -24,15 +25,19 @@ def prepare(
     *,
     key: jax.Array | None = None,
     shifts: Mapping[str, int] | None = None,
+    augment: images.Augmentation | None = None,
 ) -> Inputs:
     """uint8 frames of any size -> normalised float32[B, G, size, size, 3], on the device.
 
-    With `key`, each camera is shifted randomly by up to `shifts[camera]` pixels, the same way in all frames of a
-    segment.
+    With `key`, each camera is changed as `augment` says and shifted randomly by up to `shifts[camera]` pixels, the same
+    way in all frames of a segment.
     """
     prepared = {}
     for index, camera in enumerate(cameras):
-        x = images.preprocess(inputs.images[camera], spec)
+        x = images.resize(inputs.images[camera], spec.size, spec.interpolation)
+        if key is not None and augment is not None:
+            x = images.augment(jax.random.fold_in(jax.random.fold_in(key, len(cameras)), index), x, augment)
+        x = images.normalize(x, spec.mean, spec.std)
         if key is not None:
             x = images.random_shift(jax.random.fold_in(key, index), x, (shifts or {}).get(camera, 0))
         prepared[camera] = x
@@ -65,6 +70,7 @@ def loss(
     *,
     count: jax.Array | None = None,
     shifts: Mapping[str, int] | None = None,
+    augment: images.Augmentation | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Training loss and metrics of a batch.
 
@@ -73,12 +79,14 @@ def loss(
       count: entries that count in the whole batch when `batch` is a micro-batch of it (`valid_entries`); None: this
         batch.
       shifts: camera -> pixels of random shift.
+      augment: other changes to the images.
     Returns:
       float32[] loss, metrics as float32[] sums over `count`.
     """
     actions, mask = targets(batch, model.config)
-    augment, dropout = (None, None) if key is None else jax.random.split(key)
-    inputs = prepare(batch.inputs, model.vlm.image, model.config.cameras, key=augment, shifts=shifts)
+    image_key, dropout = (None, None) if key is None else jax.random.split(key)
+    cameras = model.config.cameras
+    inputs = prepare(batch.inputs, model.vlm.image, cameras, key=image_key, shifts=shifts, augment=augment)
     prediction, head = _apply(model, params, inputs, dropout)
     return head.loss(prediction, actions, mask, mask.sum().astype(jnp.float32) if count is None else count)
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from robovlms_jax.training.state import TrainState
 
@@ -153,15 +153,39 @@ def read_params(directory: pathlib.Path, abstract: Any) -> Any:
         return reader.restore(directory / "params", args=ocp.args.StandardRestore(abstract))
 
 
-def compare_shapes(directory: pathlib.Path, expect: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError listing every parameter in which the checkpoint and `expect` differ."""
+def shapes(directory: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every parameter of a step directory."""
+    return {path: tuple(x.shape) for path, x in _metadata(directory).items()}
+
+
+def read_some(directory: pathlib.Path, wanted: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Some parameters of a step directory, in the types and shardings of `wanted`; the others are not read."""
+    abstract = {
+        path: jax.ShapeDtypeStruct(wanted[path].shape, wanted[path].dtype, sharding=wanted[path].sharding)
+        if path in wanted
+        else ocp.PLACEHOLDER
+        for path in _metadata(directory)
+    }
+    arguments = {path: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype) for path, x in wanted.items()}
+    nested = unflatten_dict(abstract, sep="/")
+    restore_args = unflatten_dict({path: arguments.get(path, ocp.RestoreArgs()) for path in abstract}, sep="/")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.restore(directory / "params", args=ocp.args.PyTreeRestore(item=nested, restore_args=restore_args))
+    return {path: x for path, x in flatten_dict(tree, sep="/").items() if path in wanted}
+
+
+def _metadata(directory: pathlib.Path) -> dict[str, Any]:
     # The handler itself: asked through a Checkpointer, it warns that an item has no step metadata of its own.
     handler = ocp.StandardCheckpointHandler()
     tree = handler.metadata(epath.Path(directory / "params"))
     handler.close()
     tree = getattr(tree, "item_metadata", tree)
-    tree = getattr(tree, "tree", tree)
-    found = {path: tuple(x.shape) for path, x in flatten_dict(tree, sep="/").items()}
+    return flatten_dict(getattr(tree, "tree", tree), sep="/")
+
+
+def compare_shapes(directory: pathlib.Path, expect: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError listing every parameter in which the checkpoint and `expect` differ."""
+    found = shapes(directory)
     problems = [f"missing in the checkpoint: {path} {expect[path]}" for path in sorted(set(expect) - set(found))]
     problems += [f"unknown to this model: {path} {found[path]}" for path in sorted(set(found) - set(expect))]
     problems += [

@@ -29,6 +29,7 @@ def make_train_step(
     *,
     accumulation: int = 1,
     shifts: Mapping[str, int] | None = None,
+    augment: objective.Augmentation | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compile-once update: (state, batch) -> (state, metrics). The state's buffers are donated.
 
@@ -36,6 +37,7 @@ def make_train_step(
       state: where its arrays lie fixes where the new ones will.
       accumulation: micro-batches per update; divides the batch. The gradient is that of the whole batch's mean.
       shifts: camera -> pixels of random shift.
+      augment: other changes to the images.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -45,7 +47,7 @@ def make_train_step(
         def gradients(micro: Batch, key: jax.Array):
             def loss(trainable):
                 params = unflatten_dict({**state.frozen, **trainable}, sep="/")
-                return objective.loss(model, params, micro, key, count=count, shifts=shifts)
+                return objective.loss(model, params, micro, key, count=count, shifts=shifts, augment=augment)
 
             (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
             return grads, metrics

@@ -18,6 +18,7 @@ import pytest
 
 from experiments import calvin_abcd, run
 from robovlms_jax import cli
+from robovlms_jax.data import opening
 from robovlms_jax.interface import Observation
 from robovlms_jax.load import load_config, load_policy
 from robovlms_jax.training import checkpoints, loop
@@ -129,7 +130,7 @@ def test_one_batch_can_be_overfit(tmp_path):
     # The loss must fall to near nothing on a handful of windows: every part of the chain learns.
     listed = tmp_path / "one.txt"
     listed.write_text("0 0 8\n")
-    dataset = run._open_split(SMALL, "training")
+    dataset = opening.open_split(SMALL.data, "training")
     episode = dataset.episodes[0]
     listed.write_text(f"0 {episode.start} {episode.end}\n")
     config = small(

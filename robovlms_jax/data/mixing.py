@@ -1,0 +1,156 @@
+"""Several datasets as one: their episodes follow each other, their weights say how often each is drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from robovlms_jax import interface
+from robovlms_jax.data import base, statistics
+
+logger = logging.getLogger(__name__)
+
+ARM = interface.ACTION_DIM - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One dataset of a mixture.
+
+    weight: relative rate at which windows are drawn from it.
+    statistics: by which its actions are brought to the mixture's units.
+    """
+
+    name: str
+    dataset: base.Dataset
+    weight: float
+    statistics: statistics.Statistics
+
+
+class MixtureDataset(base.Dataset):
+    """Datasets of different robots behind one interface.
+
+    Actions come in the units of a reference dataset: each part's arm is shifted and scaled so that its 1 % and 99 %
+    quantiles fall on the reference's. Normalising by the reference's quantiles then gives what normalising each
+    dataset by its own would, and a policy trained on it drives the reference's robot as it is. Grippers are alike
+    everywhere and pass untouched.
+
+    Cameras are those that any part has; where a part lacks one, its images are black and `has_images` is False.
+
+    Args:
+      reference: name of a part.
+      image_sizes: camera -> (height, width) that all parts deliver.
+    """
+
+    def __init__(self, name: str, parts: Sequence[Part], reference: str):
+        names = [part.name for part in parts]
+        if reference not in names:
+            raise ValueError(f"data.reference={reference!r} is no dataset of the mixture; it has {names}.")
+        self.name, self._parts, self._reference = name, tuple(parts), reference
+        own = parts[names.index(reference)]
+        self.statistics, self.action_units = own.statistics, own.dataset.action_units
+        self.image_sizes = self._common_sizes()
+        spans = [part.dataset.num_frame_ids for part in parts]
+        self._first = np.concatenate([[0], np.cumsum(spans)])
+        self.episodes = tuple(
+            dataclasses.replace(episode, start=episode.start + first, end=episode.end + first)
+            for part, first in zip(parts, self._first.tolist(), strict=False)
+            for episode in part.dataset.episodes
+        )
+        self.groups = tuple(base.Group(part.name, len(part.dataset.episodes), part.weight) for part in parts)
+        self._affine = [_to_reference(part.statistics, own.statistics) for part in parts]
+        self.may_lack_images = any(
+            part.dataset.may_lack_images or set(part.dataset.cameras) != set(self.image_sizes) for part in parts
+        )
+        for camera in self.image_sizes:
+            without = [part.name for part in parts if camera not in part.dataset.cameras]
+            if without:
+                logger.warning("no %s camera in %s: black images, masked", camera, ", ".join(without))
+
+    def _common_sizes(self) -> dict[str, tuple[int, int]]:
+        sizes: dict[str, dict[tuple[int, int], list[str]]] = {}
+        for part in self._parts:
+            for camera, size in part.dataset.image_sizes.items():
+                sizes.setdefault(camera, {}).setdefault(tuple(size), []).append(part.name)
+        wrong = {camera: found for camera, found in sizes.items() if len(found) > 1}
+        if wrong:
+            raise ValueError(
+                f"the mixture {self.name!r} has images of different sizes: {wrong}; set data.image_size (224 is what "
+                "most backbones see) to scale them to one."
+            )
+        return {camera: next(iter(found)) for camera, found in sizes.items()}
+
+    @property
+    def num_frame_ids(self) -> int:
+        return int(self._first[-1])
+
+    def images(
+        self, frame_ids: Sequence[int], cameras: Sequence[str], out: Mapping[str, np.ndarray] | None = None
+    ) -> Mapping[str, np.ndarray]:
+        out = self.allocate(len(frame_ids), cameras) if out is None else out
+        for part, places, ids in self._split(frame_ids):
+            there = [camera for camera in cameras if camera in part.dataset.cameras]
+            for camera in set(cameras) - set(there):
+                out[camera][places] = 0
+            # A segment lies in one part: `places` is a slice and the images are decoded where they belong.
+            part.dataset.images(ids, there, {camera: out[camera][places] for camera in there})
+        return out
+
+    def has_images(self, frame_ids: Sequence[int], camera: str) -> np.ndarray:
+        has = np.zeros(len(frame_ids), bool)
+        for part, places, ids in self._split(frame_ids):
+            if camera in part.dataset.cameras:
+                has[places] = part.dataset.has_images(ids, camera)
+        return has
+
+    def array(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:
+        pieces = []
+        for part, _, ids in self._split(frame_ids):
+            values = part.dataset.array(name, ids)
+            if name == "rel_actions":
+                scale, shift = self._affine[self._parts.index(part)]
+                values = np.concatenate([values[:, :ARM] * scale + shift, values[:, ARM:]], axis=1)
+            pieces.append(values)
+        return np.concatenate(pieces)
+
+    def proprio(self, frame_ids: Sequence[int]) -> np.ndarray:
+        return np.concatenate([part.dataset.proprio(ids) for part, _, ids in self._split(frame_ids)])
+
+    def _split(self, frame_ids: Sequence[int]) -> list[tuple[Part, slice, np.ndarray]]:
+        """(part, where in `frame_ids`, ids within the part), for runs of frames of one part."""
+        ids = np.asarray(frame_ids, np.int64)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < self._first[-1]):
+            raise ValueError(f"{self.name} has frames 0 to {self._first[-1] - 1}; asked for {ids.tolist()[:8]}.")
+        owner = np.searchsorted(self._first, ids, side="right") - 1
+        breaks = np.flatnonzero(np.diff(owner)) + 1
+        return [
+            (self._parts[owner[first]], slice(first, last), ids[first:last] - self._first[owner[first]])
+            for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), len(ids)], strict=True)
+            if first < last
+        ]
+
+    def __reduce__(self):
+        return MixtureDataset, (self.name, self._parts, self._reference)
+
+
+def _to_reference(own: statistics.Statistics, reference: statistics.Statistics) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, shift) float32[6] that take `own`'s quantiles to `reference`'s."""
+    (low, high), (to_low, to_high) = (np.array(x.bounds()) for x in (own, reference))
+    scale = (to_high - to_low) / (high - low)
+    return scale.astype(np.float32), (to_low - low * scale).astype(np.float32)
+
+
+def shares(groups: Sequence[base.Group], num_windows: Sequence[int]) -> str:
+    """A table: the weight, the windows and the effective share of each dataset, for the log."""
+    total = sum(group.weight for group in groups)
+    lines = [f"{'dataset':<56} {'weight':>10} {'windows':>12} {'share':>8} {'per pass':>9}"]
+    # "per pass": how often a window of this dataset is seen while as many windows are drawn as there are.
+    every = sum(num_windows)
+    for group, count in zip(groups, num_windows, strict=True):
+        share = group.weight / total
+        often = share * every / count if count else float("nan")
+        lines.append(f"{group.name:<56} {group.weight:>10.4g} {count:>12,} {share:>8.2%} {often:>9.2f}")
+    return "\n".join(lines)

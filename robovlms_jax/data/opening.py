@@ -1,0 +1,96 @@
+"""Open whatever `data.dataset` and `data.root` name: CALVIN, a dataset in RLDS or LeRobot format, or a mixture."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, Protocol
+
+from robovlms_jax.data import base, calvin, lerobot, mixing, rlds, statistics
+from robovlms_jax.data.registry import mixtures
+
+Split = Literal["training", "validation"]
+
+
+class Settings(Protocol):
+    """The fields of `config.DataConfig` that decide what is opened; they are explained there."""
+
+    dataset: str
+    root: str
+    annotation_folder: str
+    episode_list: str
+    exclude_tasks: tuple[str, ...]
+    index_dir: str
+    index_workers: int
+    max_corrupt_share: float
+    image_size: int
+    reference: str
+    statistics: str
+    unlabelled_share: float
+    unlabelled_instruction: str
+    success_only: bool
+
+
+def open_split(settings: Settings, split: Split) -> base.Dataset:
+    """Training or validation episodes. Raises ValueError that names the setting, what was found and the way out."""
+    if not settings.root:
+        raise ValueError(
+            "data.root is empty; pass --data.root DIR, a directory with training/ and validation/ or, for other "
+            "formats, with the dataset (data/README.md says how to get one)."
+        )
+    chosen = {}
+    if split == "training":  # validation keeps every task, whatever training sees
+        chosen = {"episode_list": settings.episode_list, "exclude_tasks": settings.exclude_tasks}
+    if settings.dataset == "calvin":
+        return calvin.open_dataset(settings.root, split, annotation_folder=settings.annotation_folder, **chosen)
+    if settings.dataset == "lerobot":
+        dataset: base.Dataset = lerobot.open_dataset(settings.root, split, image_size=_size(settings))
+    else:
+        dataset = _open_rlds(settings, split)
+    if any(chosen.values()):
+        if dataset.groups:
+            raise ValueError("data.episode_list and data.exclude_tasks work on one dataset, not on a mixture.")
+        dataset.episodes = base.select(dataset.episodes, **chosen)
+    return dataset
+
+
+def _open_rlds(settings: Settings, split: Split) -> base.Dataset:
+    mixture = mixtures.resolve(settings.dataset)
+    options = rlds.Options(
+        index_dir=settings.index_dir,
+        workers=settings.index_workers or os.cpu_count() or 1,
+        max_damaged_share=settings.max_corrupt_share,
+        unlabelled_share=settings.unlabelled_share,
+        unlabelled_instruction=settings.unlabelled_instruction,
+        success_only=settings.success_only,
+        image_size=_size(settings),
+    )
+    names = list(mixture.weights)
+    given = statistics.read(settings.statistics, names) if settings.statistics else {}
+    opened, missing = {}, []
+    for name in names:
+        try:
+            opened[name] = rlds.open_dataset(
+                settings.root, mixture.datasets[name], split, name=name, options=options, alone=len(names) == 1
+            )
+        except rlds.NotFoundError as error:
+            missing.append(str(error))
+    if missing:
+        listed = "\n  ".join(missing)
+        raise ValueError(
+            f"data.dataset={settings.dataset!r}: {len(missing)} of {len(names)} datasets are not at {settings.root}:\n"
+            f"  {listed}\nGet them, or list those you have in a mixture file (data/README.md)."
+        )
+    for name, dataset in opened.items():
+        if name in given:
+            dataset.statistics = given[name]
+    if len(opened) == 1:
+        return next(iter(opened.values()))
+    parts = []
+    for name, dataset in opened.items():
+        weight = mixture.weights[name] * (dataset.num_transitions if mixture.balance else 1.0)
+        parts.append(mixing.Part(name, dataset, weight, dataset.statistics))
+    return mixing.MixtureDataset(mixture.name, parts, settings.reference or names[0])
+
+
+def _size(settings: Settings) -> tuple[int, int] | None:
+    return (settings.image_size, settings.image_size) if settings.image_size else None

@@ -1,0 +1,156 @@
+"""Arithmetic on recorded fields as text, so that a dataset is described by data and not by code.
+
+observation/state[:6]                columns of a field of `steps`; [3], [-1], [2:5], or none for all
+zeros(1)  ones(1)                    constant columns
+invert(x)                            1 - x
+clip(x)                              into [0, 1]
+binarize(x)                          gripper positions -> 0 or 1, see `binarize`
+from_relative(x)                     close / open commands -> 1 (open) or 0, see `from_relative`
+change(x)                            x of the next step minus x: one step shorter
+euler(x)                             quaternion (x, y, z, w) -> roll, pitch, yaw
+positive(x)                          1 where x > 0, else 0
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+
+def binarize(positions: np.ndarray) -> np.ndarray:
+    """Gripper opening in [0, 1] -> exactly 0 (closed) or 1 (open), as OpenVLA does for Bridge.
+
+    Above 0.95 is open, below 0.05 closed; in between counts as the state that is reached next. Positions in between
+    that nothing follows keep the last recorded value.
+
+    Args:
+      positions: float[T, n].
+    """
+    decided = (positions > 0.95) | (positions < 0.05)
+    values = np.where(positions > 0.95, 1.0, 0.0).astype(positions.dtype)
+    steps = np.arange(len(positions))[:, None]
+    following = np.where(decided, steps, len(positions))
+    following = np.minimum.accumulate(following[::-1], axis=0)[::-1]
+    reached = np.take_along_axis(values, np.minimum(following, len(positions) - 1), axis=0)
+    return np.where(following < len(positions), reached, positions[-1:])
+
+
+def from_relative(commands: np.ndarray) -> np.ndarray:
+    """Relative gripper commands (above 0.1 close, below -0.1 open) -> 0 (closed) or 1 (open) at every step.
+
+    Between commands the state holds. Before the first command the gripper is in the opposite state; without any command
+    it is open.
+
+    Args:
+      commands: float[T, n].
+    """
+    given = np.where(commands > 0.1, 0.0, np.where(commands < -0.1, 1.0, np.nan))
+    steps = np.arange(len(commands))[:, None]
+    has = ~np.isnan(given)
+    before = np.maximum.accumulate(np.where(has, steps, -1), axis=0)
+    held = np.take_along_axis(given, np.maximum(before, 0), axis=0)
+    first = np.take_along_axis(given, np.argmax(has, axis=0)[None], axis=0)
+    start = np.where(has.any(axis=0, keepdims=True), 1 - first, 1.0)
+    return np.where(before >= 0, held, start).astype(commands.dtype)
+
+
+def euler(quaternions: np.ndarray) -> np.ndarray:
+    """Quaternions (x, y, z, w) float[T, 4] of any length but zero -> roll, pitch, yaw float[T, 3] in radians.
+
+    Angles about the fixed axes x, y, z in this order, so R = Rz(yaw) Ry(pitch) Rx(roll).
+    """
+    x, y, z, w = (quaternions / np.maximum(np.linalg.norm(quaternions, axis=-1, keepdims=True), 1e-12)).T
+    roll = np.arctan2(2 * (w * x + y * z), 1 - 2 * (x * x + y * y))
+    pitch = np.arcsin(np.clip(2 * (w * y - z * x), -1, 1))
+    yaw = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+    return np.stack([roll, pitch, yaw], axis=-1).astype(quaternions.dtype)
+
+
+FUNCTIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "invert": lambda x: 1 - x,
+    "clip": lambda x: np.clip(x, 0, 1),
+    "binarize": binarize,
+    "from_relative": from_relative,
+    "change": lambda x: x[1:] - x[:-1],
+    "euler": euler,
+    "positive": lambda x: (x > 0).astype(x.dtype),
+}
+
+_CALL = re.compile(r"([a-z_]+)\((.*)\)")
+_FIELD = re.compile(r"([^\[\]()]+?)(?:\[(-?\d*)(:?)(-?\d*)\])?")
+
+
+class Expression:
+    """A parsed expression.
+
+    field: the field of `steps` it reads, without that prefix; "" for constants.
+    Raises ValueError, on construction, naming the text and what is allowed.
+    """
+
+    def __init__(self, text: str):
+        self.text, self.field = text, ""
+        self._functions: list[str] = []
+        self._constant: tuple[float, int] | None = None
+        self._columns: int | slice = slice(None)
+        rest = text.strip()
+        while call := _CALL.fullmatch(rest):
+            name, rest = call[1], call[2].strip()
+            if name in ("zeros", "ones") and rest.isdigit():
+                self._constant = (float(name == "ones"), int(rest))
+                return
+            if name not in FUNCTIONS:
+                raise ValueError(
+                    f"expression {text!r}: no function {name!r}; there are {sorted(FUNCTIONS)}, zeros(n) and ones(n)."
+                )
+            self._functions.append(name)
+        field = _FIELD.fullmatch(rest)
+        if not field:
+            raise ValueError(f"expression {text!r}: {rest!r} is no field such as 'action', 'action[6]', 'action[:6]'.")
+        self.field = field[1]
+        first, colon, last = field[2], field[3], field[4]
+        if colon:
+            self._columns = slice(int(first) if first else None, int(last) if last else None)
+        elif first:
+            self._columns = int(first)
+        elif rest.endswith("]"):
+            raise ValueError(f"expression {text!r}: the brackets name no column.")
+
+    def width(self, size: int) -> int:
+        """Columns of the result when the field has `size` numbers per step. Raises ValueError when it has too few."""
+        if self._constant:
+            return self._constant[1]
+        if isinstance(self._columns, int):
+            if not -size <= self._columns < size:
+                raise ValueError(f"{self.text!r} needs more than the {size} numbers of {self.field}")
+            width = 1
+        else:
+            bounds = [abs(bound) for bound in (self._columns.start, self._columns.stop) if bound is not None]
+            if max(bounds, default=0) > size:
+                raise ValueError(f"{self.text!r} needs {max(bounds)} numbers, {self.field} has {size}")
+            width = len(range(size)[self._columns])
+        if "euler" in self._functions:
+            if width != 4:
+                raise ValueError(f"{self.text!r} needs 4 columns, it has {width}")
+            width = 3
+        return width
+
+    def __call__(self, columns: Mapping[str, np.ndarray], num_steps: int) -> np.ndarray:
+        """float32[T, width] of one episode; `change` makes it shorter.
+
+        Args:
+          columns: field -> [T, ...] as recorded.
+        """
+        if self._constant:
+            value, width = self._constant
+            return np.full((num_steps, width), value, np.float32)
+        values = columns[self.field].reshape(num_steps, -1).astype(np.float32)
+        chosen = self._columns
+        if isinstance(chosen, int):
+            chosen = chosen % values.shape[1]
+            chosen = slice(chosen, chosen + 1)
+        values = values[:, chosen]
+        for name in reversed(self._functions):
+            values = FUNCTIONS[name](values)
+        return values

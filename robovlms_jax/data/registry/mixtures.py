@@ -1,0 +1,103 @@
+"""Which datasets are trained on together, with which weights.
+
+Entries of Open X-Embodiment are in `oxe.py`, mixtures in `mixtures.json`; a YAML or JSON file adds one's own:
+
+    datasets:                      # only what differs from the common names, see `entry.infer`
+      my_robot: {arm: ["action[:6]"], gripper: "invert(action[6])", control_hz: 10}
+    mixture: {my_robot: 2.0, bridge_orig: 1.0}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from robovlms_jax.data.registry import oxe
+from robovlms_jax.data.registry.entry import Entry
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Datasets and their weights.
+
+    datasets: what is known of each beforehand: an entry, or fields to replace in an inferred one.
+    balance: weights are multiplied by the number of transitions, as upstream does.
+    """
+
+    name: str
+    weights: Mapping[str, float]
+    datasets: Mapping[str, Entry | Mapping[str, Any]]
+    balance: bool = True
+
+
+def resolve(name: str) -> Mixture:
+    """A mixture by its name, a dataset's name, or a YAML or JSON file's path. Raises ValueError with near names."""
+    if pathlib.Path(name).suffix in (".json", ".yaml", ".yml"):
+        return _read_mixture(pathlib.Path(name), oxe.ENTRIES)
+    mixtures = published_mixtures()
+    if name in mixtures:
+        weights = mixtures[name]
+        return Mixture(name, weights, {dataset: oxe.ENTRIES[dataset] for dataset in weights})
+    for entry in oxe.ENTRIES.values():
+        if name in (entry.name, *entry.directories):
+            return Mixture(name, {entry.name: 1.0}, {entry.name: entry})
+    known = [*mixtures, *oxe.ENTRIES]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"data.dataset={name!r} is neither a mixture nor a dataset of the registry; {hint}Mixtures: "
+        f"{', '.join(mixtures)}; datasets: {', '.join(oxe.ENTRIES)}; or pass a YAML or JSON file (data/README.md)."
+    )
+
+
+def published_mixtures() -> dict[str, dict[str, float]]:
+    """Name -> dataset -> weight, with "extends" written out."""
+    table = json.loads((pathlib.Path(__file__).parent / "mixtures.json").read_text())
+
+    def expand(name: str) -> dict[str, float]:
+        listed = dict(table[name])
+        base = expand(listed.pop("extends")) if "extends" in listed else {}
+        return {key: weight for key, weight in {**base, **listed}.items() if weight}
+
+    return {name: expand(name) for name in table}
+
+
+def _read_mixture(path: pathlib.Path, entries: Mapping[str, Entry]) -> Mixture:
+    try:
+        text = path.read_text()
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        own = content.get("datasets", {})
+        weights = {name: float(weight) for name, weight in content["mixture"].items()}
+        unknown = sorted(set(content) - {"datasets", "mixture", "balance"})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is no mixture file ('mixture: {{name: weight}}', data/README.md): {error!r}"
+        ) from error
+    except Exception as error:  # yaml has an error hierarchy of its own
+        raise ValueError(f"{path} cannot be parsed: {error}") from error
+    if unknown:
+        raise ValueError(f"{path} has {unknown}; known: datasets, mixture, balance.")
+    if not weights or min(weights.values()) <= 0:
+        raise ValueError(f"{path}: the mixture needs at least one dataset, and weights above 0; got {weights}.")
+    datasets: dict[str, Entry | Mapping[str, Any]] = {}
+    for name in weights:
+        if name in own:
+            # What the file says of a registered dataset replaces fields of its entry.
+            listed = {key: tuple(v) if isinstance(v, list) else v for key, v in (own[name] or {}).items()}
+            datasets[name] = _replaced(entries[name], listed, path) if name in entries else listed
+        else:
+            datasets[name] = entries.get(name, {})
+    return Mixture(path.stem, weights, datasets, bool(content.get("balance", True)))
+
+
+def _replaced(entry: Entry, fields: Mapping[str, Any], path: pathlib.Path) -> Entry:
+    try:
+        return dataclasses.replace(entry, **fields)
+    except TypeError as error:
+        raise ValueError(f"{path}: dataset {entry.name!r}: {error}") from error
