@@ -22,7 +22,7 @@ import tyro
 
 from benchmarks import machine
 from robovlms_jax.envs.playtable import env, experts, physics
-from robovlms_jax.envs.playtable.scene import SCENES, sample
+from robovlms_jax.envs.playtable.scene import DRAWER, SCENES, sample
 
 CALVIN_RENDERED_STEPS_PER_S = 18.7
 """The real environment with its CPU renderer at 200/84 px, both cameras, one core of a small machine."""
@@ -104,11 +104,11 @@ def measure(count: int, args: Args) -> dict[str, Any]:
 
 
 def _experts(scenes: Any, which: jax.Array, states: physics.State) -> tuple[experts.Plan, Callable]:
+    shut, pull = (experts.TASKS.index(name) for name in ("close_drawer", "open_drawer"))
+
     def plan(i, state, key):
-        task = jnp.where(
-            state.mechanisms[1] > 0, experts.TASKS.index("close_drawer"), experts.TASKS.index("open_drawer")
-        )
-        return experts.plan(jax.tree.map(lambda x: x[i], scenes), state, task, key)
+        scene = jax.tree.map(lambda x: x[i], scenes)
+        return experts.plan(scene, state, jnp.where(state.mechanisms[DRAWER] > 0, shut, pull), key)
 
     keys = jax.random.split(jax.random.key(1), len(which))
     return jax.jit(jax.vmap(plan))(which, states, keys), jax.jit(jax.vmap(experts.act))

@@ -17,6 +17,7 @@ from robovlms_jax.envs.playtable.scene import Scene, make_scene, neutral_scene_o
 from robovlms_jax.types import Array
 
 ROBOT_OBS_DIM, SCENE_OBS_DIM = 15, 24
+_PIXELS_TOGETHER = 2**24
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,9 +80,9 @@ def render_batch(
         i, state = args
         return render.render(_pick(scenes, i), state, camera, size, _pick(backdrops, i), shadows=shadows)
 
-    if jax.default_backend() == "cpu":  # one picture at a time stays in the cache
-        return jax.lax.map(one, (which, states))
-    return jax.vmap(one)((which, states))
+    # On a CPU one picture at a time stays in the cache; elsewhere as many as a few gigabytes hold.
+    together = 1 if jax.default_backend() == "cpu" else max(_PIXELS_TOGETHER // size**2, 1)
+    return jax.lax.map(one, (which, states), batch_size=together)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

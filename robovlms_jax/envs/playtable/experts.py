@@ -438,10 +438,14 @@ def _push(case: _Case) -> list[_Step]:
 
 
 def _pick_yaw(case: _Case, near: Array | float) -> Array:
-    """Hand yaw that takes the block across its short side, the one nearest to `near`."""
+    """Hand yaw that takes the block across its short side, the one nearest to `near`.
+
+    In the drawer, where the table's edge leaves no room to turn, also across a longer side that fits.
+    """
     yaw = _yaw(case.state.block_rotation[case.block])
-    cube = case.scene.block_half[case.block, 0] < 0.021
-    turn = jnp.where(cube, jnp.pi / 2, jnp.pi)
+    in_drawer = case.state.block_position[case.block, 2] < 0.42
+    either = case.scene.block_half[case.block, 0] < jnp.where(in_drawer, 0.03, 0.021)
+    turn = jnp.where(either, jnp.pi / 2, jnp.pi)
     return near + jnp.mod(yaw - near + turn / 2, turn) - turn / 2
 
 
