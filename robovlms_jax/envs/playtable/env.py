@@ -76,13 +76,16 @@ def render_batch(
 ) -> Array:
     """uint8[B, size, size, 3]: the pictures of camera "static" or "wrist" of B tables."""
 
+    on_cpu = jax.default_backend() == "cpu"
+
     def one(args):
         i, state = args
-        return render.render(_pick(scenes, i), state, camera, size, _pick(backdrops, i), shadows=shadows)
+        scene, known = _pick(scenes, i), _pick(backdrops, i)
+        return render.render(scene, state, camera, size, known, shadows=shadows, tiled=on_cpu)
 
-    # On a CPU one picture at a time stays in the cache; elsewhere as many as a few gigabytes hold.
-    together = 1 if jax.default_backend() == "cpu" else max(_PIXELS_TOGETHER // size**2, 1)
-    return jax.lax.map(one, (which, states), batch_size=together)
+    if on_cpu:  # one picture at a time stays in the cache
+        return jax.lax.map(one, (which, states))
+    return jax.lax.map(one, (which, states), batch_size=max(_PIXELS_TOGETHER // size**2, 1))  # a few gigabytes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,17 @@
 """Pictures of the play table: analytic ray casting of boxes, capsules and cylinders, batched and jitted.
 
-Every pixel tests every solid in a loop over solids: on a CPU that is one vectorised pass over the rays per solid (about
-1.5 ns per ray and solid), on an accelerator it batches over tables. What never moves is traced once per scene and size
-(`backdrop`) for the static camera, which also never moves.
+What never moves is traced once per scene and size (`backdrop`) for the static camera, which also never moves. The rest
+comes in two ways that give the same picture: `tiled` tests each solid only on the tiles of the picture that its screen
+box meets, in loops whose length depends on the scene, which is what a CPU likes; otherwise every pixel tests every
+solid, in loops of fixed length that batch over tables, which is what an accelerator likes.
+
+Pixels are kept tile by tile, row by row inside a tile; only the finished picture is in rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -29,10 +33,7 @@ _WRIST_EYE_M = np.array([-0.1, 0.0, -0.142], np.float32)  # frame of the tool ce
 _WRIST_TILT_RAD = 0.2708
 _VIEW_RAD = {"static": np.deg2rad(10.0), "wrist": np.deg2rad(75.0)}  # angle of view, both ways
 
-_AMBIENT, _DIFFUSE = (
-    0.6,
-    0.378,
-)  # with the light below: as CALVIN's renderer shades tops and fronts
+_AMBIENT, _DIFFUSE = 0.6, 0.378  # with the light below: as CALVIN's renderer shades tops and fronts
 _LIGHT = np.array([-0.38, 0.25, 0.89], np.float32)
 _LIGHT /= np.linalg.norm(_LIGHT)
 _FLOOR_COLORS = np.array([[0.815], [0.937]], np.float32)
@@ -41,6 +42,8 @@ _GRAIN_PER_M, _GRAIN_CELLS = 150.0, 64
 _PLAIN = -1
 _FAR_M = 50.0
 _SKIN_M = 1e-3  # shadow rays start this far out
+_TILE = 26  # px along an edge, about: many enough to pay for a turn of the loop, few enough to be met by few solids
+_NEAR_M = 0.01  # solids that reach closer to the eye are not worth a screen box
 
 _BLOCK_COLORS = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 1.0]], np.float32)
 _WHITE, _GREY, _DARK = (0.95, 0.95, 0.95), (0.85, 0.85, 0.85), (0.22, 0.22, 0.24)
@@ -295,16 +298,34 @@ def _trace(things: _Things, origin: _Vector, direction: _Vector, depth: Array) -
     return depth, index
 
 
-def _normal(kinds: Array, p: _Vector, half: _Vector) -> _Vector:
-    """Outward normal at local surface points; kinds int[P], index into `_HITS`."""
-    relative = [jnp.abs(p[i]) / jnp.maximum(half[i], 1e-6) for i in range(3)]
+def _normal_of_box(p: _Vector, half: _Vector) -> _Vector:
+    relative = [jnp.abs(p[i]) * (1.0 / jnp.maximum(half[i], 1e-6)) for i in range(3)]
     largest = jnp.maximum(jnp.maximum(relative[0], relative[1]), relative[2])
-    box = [jnp.where(relative[i] == largest, jnp.sign(p[i]), 0.0) for i in range(3)]
-    z = p[2] - jnp.clip(p[2], -half[2], half[2])
-    capsule = [p[0] / half[0], p[1] / half[0], z / half[0]]
+    return tuple(jnp.where(relative[i] == largest, jnp.sign(p[i]), 0.0) for i in range(3))
+
+
+def _normal_of_capsule(p: _Vector, half: _Vector) -> _Vector:
+    scale = 1.0 / half[0]
+    return p[0] * scale, p[1] * scale, (p[2] - jnp.clip(p[2], -half[2], half[2])) * scale
+
+
+def _normal_of_cylinder(p: _Vector, half: _Vector) -> _Vector:
     on_cap = jnp.abs(p[2]) > half[2] * (1 - 1e-3)
-    cylinder = [jnp.where(on_cap, 0.0, p[i] / half[0]) for i in range(2)] + [jnp.where(on_cap, jnp.sign(p[2]), 0.0)]
-    return tuple(jnp.where(kinds == 0, b, jnp.where(kinds == 1, c, y)) for b, c, y in zip(box, capsule, cylinder))
+    side = 1.0 / half[0]
+    return tuple(jnp.where(on_cap, jnp.sign(p[2]) * (i == 2), p[i] * side * (i < 2)) for i in range(3))
+
+
+_NORMALS = (_normal_of_box, _normal_of_capsule, _normal_of_cylinder)
+"""Outward normal at local surface points, for each of `_HITS`."""
+
+
+def _grain(scene: Scene, wood: Array, p: _Vector, n: _Vector) -> Array:
+    """Brightness of wood at local surface points: grain runs along x of a box (along y on its ends)."""
+    along = jnp.where(jnp.abs(n[0]) > 0.5, p[1], p[0])
+    across = jnp.where(jnp.abs(n[2]) > 0.5, p[1], p[2])
+    cells = (jnp.floor(v * _GRAIN_PER_M).astype(jnp.int32) for v in (along, across))
+    row, column = ((cell + wood) % _GRAIN_CELLS for cell in cells)
+    return scene.grain[row, column]
 
 
 def _shadowed(things: _Things, points: _Vector) -> Array:
@@ -335,15 +356,11 @@ def _shade(
     center, rotation, half, color, (wood, kind) = plane[:3], plane[3:12], plane[12:15], plane[15:18], plane[18:]
     shifted = [origin[i] + depth * direction[i] - center[i] for i in range(3)]
     p = [sum(rotation[3 * j + i] * shifted[j] for j in range(3)) for i in range(3)]
-    n = _normal(kind, p, half)
+    box, capsule, cylinder = (normal(p, half) for normal in _NORMALS)
+    n = [jnp.where(kind == 0, b, jnp.where(kind == 1, c, y)) for b, c, y in zip(box, capsule, cylinder)]
     light = sum(sum(rotation[3 * j + i] * n[i] for i in range(3)) * _LIGHT[j] for j in range(3))
     light = jnp.where(shadow, 0.0, jnp.maximum(light, 0.0))
-    # grain runs along x of a box (along y on its ends)
-    along = jnp.where(jnp.abs(n[0]) > 0.5, p[1], p[0])
-    across = jnp.where(jnp.abs(n[2]) > 0.5, p[1], p[2])
-    cells = (jnp.floor(v * _GRAIN_PER_M).astype(jnp.int32) for v in (along, across))
-    row, column = ((cell + wood.astype(jnp.int32)) % _GRAIN_CELLS for cell in cells)
-    grain = scene.grain[row, column]
+    grain = _grain(scene, wood.astype(jnp.int32), p, n)
     brightness = (_AMBIENT + _DIFFUSE * light) * jnp.where(wood == _PLAIN, 1.0, grain)
     return [channel * brightness for channel in color]
 
@@ -356,12 +373,162 @@ def _floor(origin: _Vector, direction: _Vector) -> tuple[Array, Array]:
     return jnp.minimum(depth, _FAR_M), jnp.where(odd == 1, _FLOOR_COLORS[1], _FLOOR_COLORS[0])
 
 
-def _rays(camera: Camera, size: int) -> _Vector:
-    """Directions through the middles of the pixels, row by row; 1 along the camera's axis. float[P] per component."""
-    steps = (np.arange(size, dtype=np.float32) + 0.5 - size / 2) * np.float32(np.tan(camera.view / 2) * 2 / size)
-    right, down = (grid.reshape(-1) for grid in np.meshgrid(steps, steps))
+class _Tiles(NamedTuple):
+    """How a picture is cut up: count x count tiles of edge x edge px; the last row and column may hang over."""
+
+    size: int
+    count: int
+    edge: int
+
+    @classmethod
+    def of(cls, size: int) -> _Tiles:
+        count = max(round(size / _TILE), 3)  # of four tiles or fewer XLA unrolls the loop, and compiles for minutes
+        return cls(size, count, -(-size // count))
+
+    def pixels(self) -> tuple[np.ndarray, np.ndarray]:
+        """How far right of and below the picture's middle the pixels' middles are, px: float32[tiles, pixels] each."""
+        steps = np.arange(self.count * self.edge, dtype=np.float32) + np.float32(0.5 - self.size / 2)
+        grid = np.stack(np.meshgrid(steps, steps)).reshape(2, self.count, self.edge, self.count, self.edge)
+        right, down = grid.swapaxes(2, 3).reshape(2, self.count**2, self.edge**2)
+        return right, down
+
+    def picture(self, color: Array) -> Array:
+        """Packed colours uint32[tiles, pixels] -> uint8[size, size, 3] in rows."""
+        tiles = color.reshape(self.count, self.count, self.edge, self.edge)
+        whole = self.count * self.edge
+        rows = tiles.transpose(0, 2, 1, 3).reshape(whole, whole)[: self.size, : self.size]
+        return jax.lax.bitcast_convert_type(rows, jnp.uint8)[..., :3]
+
+
+def _packed(channels: list[Array]) -> Array:
+    """Red, green, blue float[...] in [0, 1] -> uint32[...], 8 bits each, red lowest."""
+    levels = [jnp.clip(channel * 255.0 + 0.5, 0.0, 255.0).astype(jnp.int32) for channel in channels]
+    return (levels[0] | levels[1] << 8 | levels[2] << 16).astype(jnp.uint32)
+
+
+def _rays(camera: Camera, tiles: _Tiles) -> _Vector:
+    """Directions through the middles of the pixels; 1 along the camera's axis. float[tiles * pixels] per component."""
+    right, down = (steps.reshape(-1) / _focal(camera, tiles.size) for steps in tiles.pixels())
     r = camera.rotation
     return tuple(r[i, 0] * right + r[i, 1] * down + r[i, 2] for i in range(3))
+
+
+def _focal(camera: Camera, size: int) -> np.float32:
+    """Pixels per unit of slope."""
+    return np.float32(size / 2 / np.tan(camera.view / 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tiled way
+
+
+def _screen_boxes(boxes: Boxes, caps: Array | float, camera: Camera, tiles: _Tiles) -> Array:
+    """int32[K, 4]: first and last row, first and last column of the tiles that solids in these boxes may be seen in.
+
+    Last before first: nowhere. caps: float[K], m that a solid reaches beyond its box along z.
+    """
+    signs = np.array(np.meshgrid(*[[-1.0, 1.0]] * 3, indexing="ij"), np.float32).reshape(3, 8)
+    half = boxes.half.at[:, 2].add(caps)
+    to_camera = (camera.rotation[None, :, :, None] * boxes.rotation[:, :, None, :]).sum(1)  # [K, camera, box axis]
+    middle = ((boxes.center - camera.eye)[:, :, None] * camera.rotation).sum(1)  # [K, 3]
+    corners = middle[..., None] + ((to_camera * half[:, None])[..., None] * signs).sum(2)  # [K, 3, 8]
+    depth = corners[:, 2]
+    in_front = depth.min(-1) > _NEAR_M
+    slope = corners[:, :2] / jnp.where(in_front[:, None], depth, 1.0)[:, None]
+    pixel = _focal(camera, tiles.size) * slope + tiles.size / 2  # [K, (right, down), 8]
+    first, last = (jnp.floor(edge / tiles.edge) for edge in (pixel.min(-1) - 0.01, pixel.max(-1) + 0.01))
+    # reaching behind the eye: everywhere, unless wholly to one side of what the camera sees
+    wide = np.float32(np.tan(camera.view / 2))
+    aside = (jnp.abs(corners[:, :2]) > wide * depth[:, None]) & (
+        jnp.sign(corners[:, :2]) == jnp.sign(corners[:, :2, :1])
+    )
+    hidden = aside.all(-1).any(-1) | (depth.max(-1) <= 0)
+    first = jnp.where(in_front[:, None], jnp.maximum(first, 0), 0)
+    last = jnp.where(in_front[:, None], jnp.minimum(last, tiles.count - 1), tiles.count - 1)
+    last = jnp.where(hidden[:, None], -1, last)
+    return jnp.stack([first[:, 1], last[:, 1], first[:, 0], last[:, 0]], axis=-1).astype(jnp.int32)
+
+
+class _Drawn(NamedTuple):
+    """Solids of one kind as the camera sees them.
+
+    table: float[K, 22], in each solid's own frame the eye (3), the camera's axes (9) and the light (3), then half (3),
+    color (3) and wood. order: int32[tiles, K], the solids a tile meets, those first. count: int32[tiles], how many.
+    """
+
+    table: Array
+    order: Array
+    count: Array
+
+
+def _paint(scene: Scene, things: _Things, camera: Camera, tiles: _Tiles, canvas: Backdrop) -> Array:
+    """Draw solids over `canvas`, each on its own tiles only: packed colours uint32[tiles, pixels]."""
+    kinds = [k for k, solids in enumerate(things) if len(solids.color)]
+    drawn = {k: _drawn(things[k], camera, tiles, caps=_HITS[k] is _hit_capsule) for k in kinds}
+    right, down = (jnp.asarray(steps / _focal(camera, tiles.size)) for steps in tiles.pixels())
+
+    def one_tile(args):
+        depth, color, right, down, lists = args
+        for k in kinds:
+            order, count = lists[k]
+
+            def draw(i, carry, k=k, order=order):
+                return _draw(scene, k, drawn[k].table[order[i]], right, down, carry)
+
+            depth, color = jax.lax.fori_loop(0, count, draw, (depth, color))
+        return color
+
+    lists = {k: (drawn[k].order, drawn[k].count) for k in kinds}
+    return jax.lax.map(one_tile, (canvas.depth, canvas.color, right, down, lists))
+
+
+def _draw(
+    scene: Scene, kind: int, row: Array, right: Array, down: Array, carry: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """One solid, `row` of `_Drawn.table`, onto one tile: depth float[P], packed colour uint32[P].
+
+    The branches also make XLA keep what they are given, which it would otherwise work out again for each result.
+    """
+    depth, _ = carry
+    eye, axes, light, half, albedo, wood = jnp.split(row, [3, 12, 15, 18, 21])
+
+    def ray(right, down):
+        return tuple(axes[3 * i] * right + axes[3 * i + 1] * down + axes[3 * i + 2] for i in range(3))
+
+    def shade(found, right, down, carry, *, grained):
+        closer = found < carry[0]
+        distance, direction = jnp.where(closer, found, 1.0), ray(right, down)
+        p = tuple(eye[i] + distance * direction[i] for i in range(3))
+        n = _NORMALS[kind](p, half)
+        brightness = _AMBIENT + _DIFFUSE * jnp.maximum(sum(n[i] * light[i] for i in range(3)), 0.0)
+        if grained:
+            brightness *= _grain(scene, wood[0].astype(jnp.int32), p, n)
+        color = _packed([channel * brightness for channel in albedo])
+        return jnp.minimum(found, carry[0]), jnp.where(closer, color, carry[1])
+
+    found = _HITS[kind](tuple(eye), ray(right, down), half)
+    branches = [
+        lambda found, right, down, carry: carry,
+        functools.partial(shade, grained=False),
+        functools.partial(shade, grained=True),
+    ]
+    case = jnp.any(found < depth) * (1 + (wood[0] != _PLAIN))
+    return jax.lax.switch(case, branches, found, right, down, carry)
+
+
+def _drawn(solids: Solids, camera: Camera, tiles: _Tiles, *, caps: bool) -> _Drawn:
+    boxes, count = solids.boxes, len(solids.color)
+    top, bottom, left, right = _screen_boxes(boxes, boxes.half[:, 0] if caps else 0.0, camera, tiles).T
+    row, column = np.divmod(np.arange(tiles.count**2)[:, None], tiles.count)
+    meets = (top <= row) & (row <= bottom) & (left <= column) & (column <= right)  # [tiles, K]
+    place = jnp.cumsum(meets, axis=1) - 1
+    chosen = meets[:, None] & (place[:, None] == np.arange(count)[:, None])  # [tiles, place, K]
+    eye = ((camera.eye - boxes.center)[:, :, None] * boxes.rotation).sum(1)
+    axes = (boxes.rotation[:, :, :, None] * camera.rotation[None, :, None, :]).sum(1).reshape(count, 9)
+    light = (boxes.rotation * jnp.asarray(_LIGHT)[:, None]).sum(1)
+    wood = jnp.asarray(solids.wood, jnp.float32)[:, None]
+    table = jnp.concatenate([eye, axes, light, boxes.half, solids.color, wood], axis=1)
+    return _Drawn(table, (chosen * np.arange(count)).sum(-1), meets.sum(1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,7 +538,10 @@ def _rays(camera: Camera, size: int) -> _Vector:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Backdrop:
-    """What the static camera sees of a scene's fixed parts. depth: float32[size**2], m; color: float32[3, size**2]."""
+    """What the static camera sees of a scene's fixed parts, tile by tile.
+
+    depth: float32[tiles, pixels], m along the camera's axis. color: uint32[tiles, pixels], see `_packed`.
+    """
 
     depth: Array
     color: Array
@@ -379,41 +549,56 @@ class Backdrop:
 
 def backdrop(scene: Scene, size: int) -> Backdrop:
     """Traced once per scene and size, handed to every `render` of the static camera."""
-    view = camera(None, "static")
-    return _look(scene, view, _rays(view, size), _fixed(scene), shadows=False)
+    return _look(scene, camera(None, "static"), _Tiles.of(size), _fixed(scene), shadows=False)
 
 
 def render(
-    scene: Scene, state: physics.State, camera_name: str, size: int, backdrop: Backdrop, *, shadows: bool = False
+    scene: Scene,
+    state: physics.State,
+    camera_name: str,
+    size: int,
+    backdrop: Backdrop,
+    *,
+    shadows: bool = False,
+    tiled: bool = True,
 ) -> Array:
     """uint8[size, size, 3], RGB: the picture of camera "static" or "wrist".
 
     Args:
       backdrop: of this scene and, for the static camera, of this size.
       shadows: let things cast shadows. Off by default: CALVIN's own pictures have none, and they double the time.
+      tiled: work on the tiles that each solid meets; fast on a CPU one picture at a time, slow under `vmap`.
+        Not with shadows.
     """
-    view = camera(state, camera_name)
-    rays, moving = _rays(view, size), _moving(scene, state)
-    if camera_name == "wrist" or shadows:
-        everything = _Things(*(_concatenate(*pair) for pair in zip(_fixed(scene), moving)))
-        color = _look(scene, view, rays, everything, shadows=shadows).color
-    else:
-        origin = tuple(view.eye)
-        depth, index = _trace(moving, origin, rays, backdrop.depth)
-        color = jnp.stack(_shade(scene, moving, origin, rays, depth, index, jnp.zeros(index.shape, bool)))
-        color = jnp.where(index < 0, backdrop.color, color)
-    color = jnp.clip(color * 255.0 + 0.5, 0.0, 255.0).astype(jnp.uint8)
-    return color.T.reshape(size, size, 3)
+    view, tiles, moving = camera(state, camera_name), _Tiles.of(size), _moving(scene, state)
+    whole = camera_name == "wrist" or shadows  # nothing is known beforehand
+    things = _Things(*(_concatenate(*pair) for pair in zip(_fixed(scene), moving))) if whole else moving
+    if shadows or (whole and not tiled):
+        return tiles.picture(_look(scene, view, tiles, things, shadows=shadows).color)
+    canvas = _empty(view, tiles) if whole else backdrop
+    if tiled:
+        return tiles.picture(_paint(scene, things, view, tiles, canvas))
+    rays, origin, known = _rays(view, tiles), tuple(view.eye), canvas.depth.reshape(-1)
+    depth, index = _trace(things, origin, rays, known)
+    color = _packed(_shade(scene, things, origin, rays, depth, index, jnp.zeros(index.shape, bool)))
+    return tiles.picture(jnp.where(index < 0, canvas.color.reshape(-1), color))
 
 
-def _look(scene: Scene, view: Camera, rays: _Vector, things: _Things, *, shadows: bool) -> Backdrop:
+def _empty(view: Camera, tiles: _Tiles) -> Backdrop:
+    """The floor alone."""
+    depth, floor = _floor(tuple(view.eye), _rays(view, tiles))
+    return Backdrop(*(plane.reshape(tiles.count**2, -1) for plane in (depth, _packed([floor] * 3))))
+
+
+def _look(scene: Scene, view: Camera, tiles: _Tiles, things: _Things, *, shadows: bool) -> Backdrop:
     """Trace everything that there is, and the floor."""
-    origin = tuple(view.eye)
+    origin, rays = tuple(view.eye), _rays(view, tiles)
     depth, floor = _floor(origin, rays)
     depth, index = _trace(things, origin, rays, depth)
     shadow = jnp.zeros(depth.shape, bool)
     if shadows:
         shadow = _shadowed(things, tuple(origin[i] + depth * rays[i] for i in range(3)))
         floor = floor * jnp.where(shadow, _AMBIENT / (_AMBIENT + _DIFFUSE * _LIGHT[2]), 1.0)
-    color = _shade(scene, things, origin, rays, depth, index, shadow)
-    return Backdrop(depth, jnp.stack([jnp.where(index < 0, floor, channel) for channel in color]))
+    color = _packed(_shade(scene, things, origin, rays, depth, index, shadow))
+    color = jnp.where(index < 0, _packed([floor] * 3), color)
+    return Backdrop(*(plane.reshape(tiles.count**2, -1) for plane in (depth, color)))

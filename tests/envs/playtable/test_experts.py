@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import experts as experts_benchmark
 from benchmarks import simulator
 from robovlms_jax.envs import tasks
 from robovlms_jax.envs.playtable import env, experts, physics
 from robovlms_jax.envs.playtable.scene import SCENES, sample
+from robovlms_jax.evaluation import rollout_metrics
 from tests.envs.playtable.conftest import reset, reset_all
 
 FIXTURES = (
@@ -35,23 +37,8 @@ def number(task: str) -> int:
     return experts.TASKS.index(task)
 
 
-def perform_chains(chains, scene_name="D"):
-    """Experts on whole chains: how many tasks of each were solved, and (task, solved) of every attempt."""
-    scenes, which = env.stack_scenes([scene_name]), np.zeros(len(chains), int)
-    starts = [tasks.initial_state(chain.condition, scene_name) for chain in chains]
-    states = env.reset_batch(scenes, which, *(np.stack(column) for column in zip(*starts)))
-    alive, attempts = np.ones(len(chains), bool), []
-    scores = np.zeros(len(chains), int)
-    for turn in range(tasks.CHAIN_LENGTH):
-        wanted = np.array([number(chain.tasks[turn]) for chain in chains])
-        keys = jax.random.split(jax.random.key(turn), len(chains))
-        outcome = perform_all(scenes, which, states, wanted, keys, np.where(alive, experts.MAX_STEPS, 0))
-        done = np.asarray(outcome.done)
-        attempts += [(chain.tasks[turn], bool(ok)) for chain, ok, on in zip(chains, done, alive) if on]
-        alive &= done
-        scores += alive
-        states = outcome.state
-    return scores, attempts
+def perform_chains(chains):
+    return experts_benchmark.run(experts_benchmark.chain_trials(chains, "D"), experts.MAX_STEPS, tables=64, seed=0)
 
 
 def covering_chains():
@@ -86,20 +73,20 @@ def test_the_fixture_tasks_succeed_in_every_scene():
 @pytest.mark.slow
 def test_every_task_can_be_done_and_chains_work():
     chains = covering_chains()
-    scores, attempts = perform_chains(chains)
-    solved = {task for task, ok in attempts if ok}
-    assert solved == set(experts.TASKS), f"never solved: {sorted(set(experts.TASKS) - solved)}"
-    assert scores.mean() > 4.3, [chain.index for chain, score in zip(chains, scores) if score < 5]
+    results = perform_chains(chains)
+    summary = rollout_metrics.summarize(results)
+    assert set(summary.per_task) == set(experts.TASKS)
+    assert not [task for task, rate in summary.per_task.items() if not rate.successes]
+    assert summary.average_length.value > 4.3, [chains[r.index].index for r in results if r.score < 5]
 
 
 @pytest.mark.slow
 def test_the_first_chains_reach_the_aim():
-    scores, attempts = perform_chains(tasks.official_chains()[:200])
-    assert scores.mean() >= 4.7
-    by_task = {task: [ok for name, ok in attempts if name == task] for task in experts.TASKS}
-    weak = {task: np.mean(oks) for task, oks in by_task.items() if oks and np.mean(oks) < 0.9}
+    summary = rollout_metrics.summarize(perform_chains(tasks.official_chains()[:200]))
+    assert summary.average_length.value >= experts_benchmark.AIM_LENGTH
+    weak = {task for task, rate in summary.per_task.items() if rate.value < 0.9}
     # a block that was just pushed or turned is still touched: CALVIN's condition cannot be met then
-    assert set(weak) <= {"push_into_drawer"}
+    assert weak <= {"push_into_drawer"}
 
 
 def test_demonstrations_are_legal_varied_and_repeatable(scene):
@@ -155,3 +142,28 @@ def test_the_benchmark_reports(tmp_path, capsys):
     result = json.loads(out.read_text())
     assert json.loads(capsys.readouterr().out) == result
     assert result["tables"]["2"]["steps_per_s"] > result["tables"]["2"]["rendered_steps_per_s_32_24"] > 0
+
+
+def test_a_lift_comes_before_what_begins_with_a_block_in_the_hand(tmp_path, capsys):
+    names, out, table = ("stack_block", "turn_on_led"), tmp_path / "experts.json", tmp_path / "experts.md"
+    args = experts_benchmark.Args(trials=4, chains=0, tasks=names, out=out, markdown=table, max_steps=120)
+    trials = experts_benchmark.random_trials(names, args.scenes, args.trials, args.seed)
+    assert [trial.scene for trial in trials] == 2 * [0, 1, 2, 3]
+    for trial, name in zip(trials, 4 * names[:1] + 4 * names[1:]):
+        *lead, last = (experts.TASKS[i] for i in trial.tasks)
+        assert last == name
+        assert [task.split("_")[0] for task in lead] == (["lift"] if name == "stack_block" else [])
+    experts_benchmark.main(args)
+    result = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out) == result
+    for name in names:
+        assert result["tasks"][name]["attempts"] >= 3
+        assert result["tasks"][name]["successes"] >= 3
+        assert f"| `{name}` |" in table.read_text()
+
+
+def test_impossible_expert_runs_are_refused():
+    with pytest.raises(ValueError, match="fly"):
+        experts_benchmark.Args(tasks=("fly",))
+    with pytest.raises(ValueError, match="tables=0"):
+        experts_benchmark.Args(tables=0)

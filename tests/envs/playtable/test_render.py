@@ -10,12 +10,12 @@ import PIL.Image
 import pytest
 
 from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import render
+from robovlms_jax.envs.playtable import kinematics, render
 from robovlms_jax.envs.playtable.scene import make_scene
 from tests.envs.playtable.conftest import reset
 
 backdrop = jax.jit(render.backdrop, static_argnums=1)
-picture = jax.jit(render.render, static_argnums=(2, 3), static_argnames="shadows")
+picture = jax.jit(render.render, static_argnums=(2, 3), static_argnames=("shadows", "tiled"))
 SIZE = 96
 
 
@@ -97,6 +97,23 @@ def test_the_backdrop_only_saves_time(scene):
     same = np.abs(cached - full).max(-1) <= 1
     assert same.mean() > 0.5
     assert np.all(full[~same].sum(-1) < cached[~same].sum(-1)), "a shadow can only darken"
+
+
+# 50 px: the last tiles hang over
+@pytest.mark.parametrize(("camera", "size"), [("wrist", 50), pytest.param("static", 96, marks=pytest.mark.slow)])
+def test_both_ways_of_drawing_give_the_same_picture(scene, camera, size):
+    """Breaks when a screen box is too small, a tile's list lacks a solid, or tiles are put together wrongly."""
+    edges = 0
+    for index in (0, 77, 150):
+        for tip in (0.0, 0.9):  # the second hand looks sideways: solids on either side of the eye's plane
+            state = initial(scene, index)
+            state = dataclasses.replace(
+                state, rotation=kinematics.from_vector(jnp.array([0.0, tip, 0.0])) @ state.rotation
+            )
+            tiled, dense = (draw(scene, state, camera, size, tiled=tiled) for tiled in (True, False))
+            assert tiled.std() > 20
+            edges += (np.abs(tiled - dense).max(-1) > 1).sum()
+    assert edges <= 6, "only rays that graze an edge may differ, by rounding"
 
 
 def test_variants_look_different():
