@@ -4,13 +4,17 @@
 
 An episode is a chain of tasks, each done in the state the one before it left, as a person would play; every task that
 the checker calls done is an annotated segment. Training scenes and validation scene differ, and so do their phrasings.
+A recording that was stopped (killed, full disk) goes on when the same command is given again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import json
 import logging
+import os
 import pathlib
 import shutil
 import sys
@@ -33,6 +37,7 @@ FIXTURE_TASKS = (
 HOLD_STEPS = 2
 """Steps recorded after a task is done, as CALVIN's segments have them."""
 RENDER_BATCH = 32
+_JOURNAL = "recording.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,42 +92,71 @@ class Segment(NamedTuple):
 def record(config: RecordConfig) -> dict[str, int]:
     """Write both splits. Returns demonstrations attempted, recorded and frames, for the report.
 
+    What an interrupted call recorded stays: the same call goes on from there, also towards more episodes.
+
     Raises:
-      FileExistsError: `out` is not empty.
+      FileExistsError: `out` holds something else than a recording with these settings.
+      OSError: `out` cannot be written, or the disk is full; what was recorded so far is complete and can be read.
     """
     out = pathlib.Path(config.out)
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty; choose a new directory.")
+    target = out / "npz" if config.pack else out
+    _require_ours(out, target)
     counts = {"attempted": 0, "recorded": 0, "frames": 0}
     plan = (
         ("training", config.scenes, config.episodes, config.seed, False),
         ("validation", (config.validation_scene,), config.validation_episodes, config.seed + 1, True),
     )
-    target = out / "npz" if config.pack else out
     for split, scenes, episodes, seed, held_out in plan:
-        writer = _SplitWriter(target / split, held_out=held_out)
-        with tqdm.tqdm(total=episodes, unit="chain", desc=split) as bar:
-            for segments, attempted in _chains(config, scenes, episodes, seed):
-                counts["attempted"] += attempted
-                counts["recorded"] += len(segments)
-                counts["frames"] += writer.write(segments)
-                bar.update()
-        writer.close()
+        writer = _SplitWriter(target / split, _settings(config, split), held_out=held_out)
+        done = writer.num_chains
+        try:
+            with tqdm.tqdm(total=max(episodes, done), initial=done, unit="chain", desc=split) as bar:
+                for segments, attempted in _chains(config, scenes, episodes, seed, done):
+                    writer.write(segments, attempted)
+                    bar.update()
+        except OSError as error:
+            writer.discard_unfinished()  # which also makes room for the index
+            with contextlib.suppress(OSError, RuntimeError):
+                writer.close()
+            raise OSError(
+                f"{error}. {target / split} keeps the {writer.num_chains} chains recorded so far; make room, and the "
+                "same command goes on from there."
+            ) from error
+        for name, count in writer.close().items():
+            counts[name] += count
     if config.pack:
         pack_calvin.main(pack_calvin.Args(root=target, out=out))
         shutil.rmtree(target)
     return counts
 
 
+def _require_ours(out: pathlib.Path, target: pathlib.Path) -> None:
+    """A new or empty directory, or a recording that was begun there."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; choose a new directory.")
+    if out.exists() and any(out.iterdir()) and not (target / "training" / _JOURNAL).exists():
+        raise FileExistsError(f"{out} is not empty and holds no recording to go on with; choose a new directory.")
+
+
+def _settings(config: RecordConfig, split: str) -> dict[str, Any]:
+    """What has to be the same for a recording to be continued; how long it is does not."""
+    skipped = {"out", "pack", "episodes", "validation_episodes"}
+    skipped |= {"validation_scene"} if split == "training" else {"scenes"}
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in skipped}
+    return json.loads(json.dumps(values))
+
+
 def _chains(
-    config: RecordConfig, scenes: tuple[str, ...], episodes: int, seed: int
+    config: RecordConfig, scenes: tuple[str, ...], episodes: int, seed: int, begin: int
 ) -> Iterator[tuple[list[Segment], int]]:
-    """Per chain: its segments in order, and how many tasks were attempted."""
-    rng = np.random.default_rng(seed)
+    """Chains number `begin` and up: the segments of each in order, and how many tasks were attempted."""
+    if begin >= episodes:
+        return
     names = sorted(tasks.SCENES)  # all of them, so that both splits run the same compiled programs
     stacked = env.stack_scenes(names)
     backdrops = env.backdrops(stacked, config.image_size[0])
-    for first in range(0, episodes, config.tables):
+    for first in range(begin - begin % config.tables, episodes, config.tables):
+        rng = np.random.default_rng([seed, first])  # so that a recording can begin at any group
         size = min(config.tables, episodes - first)
         which = np.array([names.index(scenes[(first + i) % len(scenes)]) for i in range(config.tables)], np.int32)
         conditions = [tasks.initial_conditions()[rng.integers(len(tasks.initial_conditions()))] for _ in which]
@@ -152,7 +186,7 @@ def _chains(
                 conditions[table] = tasks.successors(conditions[table], chosen[table])[0]
             ends = np.minimum(last + 1, config.max_steps - 1)
             states = jax.tree.map(lambda x, ends=ends: x[ends, np.arange(config.tables)], demos.states)
-        yield from zip(segments, attempted.tolist(), strict=True)
+        yield from list(zip(segments, attempted.tolist(), strict=True))[max(begin - first, 0) :]
 
 
 def _choose(condition: tasks.Condition, names: tuple[str, ...], rng: np.random.Generator) -> str | None:
@@ -195,50 +229,110 @@ def _segment(
 
 
 class _SplitWriter:
-    """CALVIN's layout: one npz per frame, spans of sessions, language annotations."""
+    """CALVIN's layout: one npz per frame, spans of sessions, language annotations.
 
-    def __init__(self, directory: pathlib.Path, *, held_out: bool):
-        directory.mkdir(parents=True)
+    A journal beside them has one line per finished chain, from which the rest is written at the end; so whenever
+    recording stops, it can go on after the last line.
+
+    Raises:
+      ValueError: the directory's journal was begun with other settings, or is damaged.
+    """
+
+    def __init__(self, directory: pathlib.Path, settings: Mapping[str, Any], *, held_out: bool):
+        directory.mkdir(parents=True, exist_ok=True)
         self._directory, self._held_out = directory, held_out
-        self._frame = 0
-        self._sessions: list[tuple[int, int]] = []
-        self._spans: list[tuple[int, int]] = []
-        self._texts: list[str] = []
-        self._tasks: list[str] = []
+        self._journal = directory / _JOURNAL
+        self._chains: list[dict[str, Any]] = []
+        text = self._journal.read_bytes() if self._journal.exists() else b""
+        complete = text[: text.rfind(b"\n") + 1]  # without a line that was being written
+        if not complete:
+            self._journal.write_text(json.dumps({"settings": settings}) + "\n")
+            return
+        self._chains = self._read(complete.decode(), settings)
+        if len(complete) < len(text):
+            self._journal.write_bytes(complete)
+        self.discard_unfinished()
 
-    def write(self, segments: list[Segment]) -> int:
-        """One chain's segments, one session. Returns frames written."""
-        begin = self._frame
+    @property
+    def num_chains(self) -> int:
+        return len(self._chains)
+
+    @property
+    def _frame(self) -> int:
+        """Number of the next frame."""
+        return sum(chain["frames"] for chain in self._chains)
+
+    def write(self, segments: list[Segment], attempted: int) -> None:
+        """One chain's segments, one session."""
+        frame, begin, written = self._frame, self._frame, []
+        texts = sum(len(chain["segments"]) for chain in self._chains)
         for segment in segments:
             length = len(segment.arrays["rel_actions"])
             for t in range(length):
                 np.savez(
-                    self._directory / f"episode_{self._frame + t:07d}.npz",
+                    self._path(frame + t),
                     rgb_static=segment.images["static"][t],
                     rgb_gripper=segment.images["wrist"][t],
                     **{name: x[t] for name, x in segment.arrays.items()},
                 )
-            self._spans.append((self._frame, self._frame + length - 1))
-            variant = len(self._texts)
-            self._texts.append(tasks.instruction(segment.task, held_out=self._held_out, variant=variant))
-            self._tasks.append(segment.task)
-            self._frame += length
-        if self._frame > begin:
-            self._sessions.append((begin, self._frame - 1))
-        return self._frame - begin
+            text = tasks.instruction(segment.task, held_out=self._held_out, variant=texts + len(written))
+            written.append({"span": [frame, frame + length - 1], "task": segment.task, "text": text})
+            frame += length
+        row = {"frames": frame - begin, "attempted": attempted, "segments": written}
+        with self._journal.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self._chains.append(row)
 
-    def close(self) -> None:
-        """Write what describes the frames. Raises RuntimeError when not a single demonstration succeeded."""
-        if not self._spans:
+    def discard_unfinished(self) -> None:
+        """Remove frames of a chain that is not in the journal, and the journal's torn last line."""
+        for path in self._directory.glob("episode_*.npz"):
+            if int(path.stem.removeprefix("episode_")) >= self._frame:
+                path.unlink()
+        text = self._journal.read_bytes()
+        if not text.endswith(b"\n"):
+            os.truncate(self._journal, text.rfind(b"\n") + 1)
+
+    def close(self) -> dict[str, int]:
+        """Write what describes the frames. Returns demonstrations attempted, recorded and frames.
+
+        Raises:
+          RuntimeError: not a single demonstration succeeded.
+        """
+        segments = [segment for chain in self._chains for segment in chain["segments"]]
+        if not segments:
             raise RuntimeError(f"{self._directory}: no demonstration succeeded; raise max_steps or choose other tasks.")
         annotations = {
-            "language": {"ann": self._texts, "task": self._tasks, "emb": np.zeros((len(self._texts), 1, 384))},
-            "info": {"episodes": [], "indx": self._spans},
+            "language": {
+                "ann": [segment["text"] for segment in segments],
+                "task": [segment["task"] for segment in segments],
+                "emb": np.zeros((len(segments), 1, 384), np.float32),
+            },
+            "info": {"episodes": [], "indx": [tuple(segment["span"]) for segment in segments]},
         }
-        (self._directory / "lang_annotations").mkdir()
+        lengths = np.array([chain["frames"] for chain in self._chains if chain["frames"]])
+        ends = np.cumsum(lengths)
+        (self._directory / "lang_annotations").mkdir(exist_ok=True)
         np.save(self._directory / "lang_annotations" / "auto_lang_ann.npy", annotations, allow_pickle=True)
-        np.save(self._directory / "ep_start_end_ids.npy", np.array(self._sessions))
-        np.save(self._directory / "ep_lens.npy", np.array([last - first + 1 for first, last in self._sessions]))
+        np.save(self._directory / "ep_start_end_ids.npy", np.stack([ends - lengths, ends - 1], axis=1))
+        np.save(self._directory / "ep_lens.npy", lengths)
+        attempted = sum(chain["attempted"] for chain in self._chains)
+        return {"attempted": attempted, "recorded": len(segments), "frames": int(ends[-1])}
+
+    def _path(self, frame: int) -> pathlib.Path:
+        return self._directory / f"episode_{frame:07d}.npz"
+
+    def _read(self, text: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+        try:
+            first, *rows = map(json.loads, text.splitlines())
+            theirs = first["settings"]
+            assert all({"frames", "attempted", "segments"} <= set(row) for row in rows)
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ValueError(f"{self._journal} is damaged; record into a new directory.") from error
+        differing = sorted(key for key in {*theirs, *settings} if theirs.get(key) != settings.get(key))
+        if differing:
+            changes = ", ".join(f"{key}: {theirs.get(key)} there, {settings.get(key)} here" for key in differing)
+            raise ValueError(f"{self._directory} was begun with other settings ({changes}); use a new directory.")
+        return rows
 
 
 def main() -> None:

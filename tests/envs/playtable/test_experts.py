@@ -144,6 +144,7 @@ def test_the_benchmark_reports(tmp_path, capsys):
     assert result["tables"]["2"]["steps_per_s"] > result["tables"]["2"]["rendered_steps_per_s_32_24"] > 0
 
 
+@pytest.mark.slow
 def test_a_lift_comes_before_what_begins_with_a_block_in_the_hand(tmp_path, capsys):
     names, out, table = ("stack_block", "turn_on_led"), tmp_path / "experts.json", tmp_path / "experts.md"
     args = experts_benchmark.Args(trials=4, chains=0, tasks=names, out=out, markdown=table, max_steps=120)

@@ -1,0 +1,120 @@
+"""What a recording leaves behind when it is stopped, and how it goes on. Made-up chains stand in for the simulator."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+
+from experiments import record_playtable
+from robovlms_jax.data import calvin
+
+
+def fake_chains(config, scenes, episodes, seed, begin):
+    """Chain k has k % 3 segments of 3 frames; every number in it says which chain and frame it is."""
+    for k in range(begin, episodes):
+        segments = []
+        for i in range(k % 3):
+            marks = 1000.0 * seed + 10.0 * k + i + np.zeros((3, 1)) + np.arange(3)[:, None] / 4
+            images = {camera: np.full((3, 8, 8, 3), k, np.uint8) for camera in ("static", "wrist")}
+            arrays = {"rel_actions": marks.repeat(7, 1), "actions": marks.repeat(7, 1)}
+            arrays |= {"robot_obs": marks.repeat(15, 1), "scene_obs": marks.repeat(24, 1)}
+            segments.append(record_playtable.Segment(k, "open_drawer", images, arrays))
+        yield segments, 3
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch):
+    monkeypatch.setattr(record_playtable, "_chains", fake_chains)
+
+
+def config(path, **changes):
+    return record_playtable.RecordConfig(out=str(path), **{"episodes": 6, "validation_episodes": 3} | changes)
+
+
+def contents(path):
+    """Everything that training reads, as plain values."""
+    found = {}
+    for file in sorted(path.rglob("*.np[yz]")):
+        loaded = np.load(file, allow_pickle=True)
+        if file.suffix == ".npz":
+            value = {key: loaded[key].tolist() for key in loaded.files}
+        else:
+            value = str(loaded.item() if loaded.dtype == object else loaded.tolist())
+        found[str(file.relative_to(path))] = value
+    return found
+
+
+def stop_after(monkeypatch, calls, error):
+    """The `calls`-th frame is written by half, then `error` comes."""
+    real, count = np.savez, iter(range(1, 10**6))
+
+    def savez(path, **arrays):
+        if next(count) == calls:
+            path.write_bytes(b"PK half a frame")
+            raise error
+        real(path, **arrays)
+
+    monkeypatch.setattr(np, "savez", savez)
+
+
+@pytest.mark.parametrize("calls", [1, 8, 17, 20])  # in the first, a middle and the last chain, in the second split
+def test_a_killed_recording_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, calls):
+    counts = record_playtable.record(config(tmp_path / "whole"))
+    assert counts == {"attempted": 27, "recorded": 9, "frames": 27}
+    with monkeypatch.context() as patch:
+        stop_after(patch, calls, KeyboardInterrupt())  # nothing gets a chance to clean up
+        patch.setattr(record_playtable._SplitWriter, "discard_unfinished", lambda self: None)
+        with pytest.raises(KeyboardInterrupt):
+            record_playtable.record(config(tmp_path / "parts"))
+    journal = tmp_path / "parts" / "training" / "recording.jsonl"
+    journal.write_text(journal.read_text() + '{"frames": 3, "att')  # killed while it wrote a line
+    assert record_playtable.record(config(tmp_path / "parts")) == counts
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    # once finished there is nothing to do; asked for more, it adds
+    assert record_playtable.record(config(tmp_path / "parts")) == counts
+    more = record_playtable.record(config(tmp_path / "parts", episodes=9))
+    assert more["recorded"] == counts["recorded"] + 3
+    longer = contents(tmp_path / "parts")
+    assert all(longer[name] == value for name, value in contents(tmp_path / "whole").items() if "episode_" in name)
+
+
+def test_a_full_disk_leaves_a_dataset_that_can_be_read(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 12, OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(OSError, match=r"No space left.*training keeps the 4 chains.*same command goes on"):
+            record_playtable.record(config(tmp_path))
+    dataset = calvin.open_dataset(tmp_path, "training")
+    assert [(e.start, e.end) for e in dataset.episodes] == [(0, 2), (3, 5), (6, 8)]  # chains 1 and 2
+    frames = np.arange(dataset.episodes[-1].start, dataset.episodes[-1].end + 1)
+    np.testing.assert_allclose(dataset.actions(frames)[:, 0] % 1, [0.0, 0.25, 0.5])
+    whole = record_playtable.record(config(tmp_path))
+    assert whole["recorded"] == 9
+
+
+def test_a_full_disk_before_the_first_chain_is_said_plainly(tmp_path, monkeypatch):
+    stop_after(monkeypatch, 1, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match=r"No space left.*keeps the 1 chains"):  # chain 0 has no frames
+        record_playtable.record(config(tmp_path))
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_directories_that_cannot_be_used_are_refused(tmp_path):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match="holds no recording to go on with"):
+        record_playtable.record(config(taken))
+    with pytest.raises(FileExistsError, match="is a file"):
+        record_playtable.record(config(taken / "thesis.tex"))
+    with pytest.raises(OSError, match=r"thesis\.tex"):  # below a file nothing can be made, whoever asks
+        record_playtable.record(config(taken / "thesis.tex" / "below"))
+    begun = tmp_path / "begun"
+    record_playtable.record(config(begun))
+    with pytest.raises(ValueError, match=r"other settings.*max_steps: 200 there, 100 here"):
+        record_playtable.record(config(begun, max_steps=100))
+    journal = begun / "training" / "recording.jsonl"
+    journal.write_text(journal.read_text().replace('"frames"', '"trams"'))
+    with pytest.raises(ValueError, match="damaged"):
+        record_playtable.record(config(begun))
