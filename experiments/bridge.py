@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Sequence
 
 from experiments import calvin_abcd, run
-from robovlms_jax import cli
+from robovlms_jax import cli, upstream
 from robovlms_jax.config import AugmentConfig, DataConfig, EvaluationConfig, ExperimentConfig, TrainConfig
 
 SAMPLE = pathlib.Path(__file__).resolve().parents[1] / "data" / "bridge_sample"
@@ -85,4 +85,8 @@ def default_preset(arguments: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    run.run(*cli.parse(PRESETS, default_preset, description=__doc__), title="Bridge", closing=REAL_THING)
+    run.run(
+        *cli.parse(PRESETS, default_preset, description=__doc__, read_json=upstream.load_experiment),
+        title="Bridge",
+        closing=REAL_THING,
+    )

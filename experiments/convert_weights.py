@@ -24,7 +24,8 @@ import tyro
 from flax.traverse_util import flatten_dict
 
 from robovlms_jax import build, load, upstream
-from robovlms_jax.config import ExperimentConfig, to_dict
+from robovlms_jax.config import ExperimentConfig, PolicyConfig, to_dict
+from robovlms_jax.data import statistics
 from robovlms_jax.inputs import tokenizers
 from robovlms_jax.interface import Observation
 from robovlms_jax.parallel import mesh as meshes
@@ -55,6 +56,10 @@ class ConvertConfig:
     dtype: Literal["", "float32", "bfloat16"] = ""
     """Type the backbone is stored and served in. Empty: what upstream evaluates in, bfloat16 where trainer.precision is
     bf16 and float32 otherwise."""
+    statistics: str = ""
+    """Policies of OpenVLADataset: JSON with the action quantiles of the dataset it shall act in, as OpenVLA and
+    RoboVLMs publish them; the policy then acts in that dataset's units. Empty: it acts in the quantiles' units,
+    [-1, 1], which is what experiments.evaluate --env simpler expects."""
     allow_missing: tuple[str, ...] = ()
     """Regular expressions of parameter paths that the checkpoint may lack; they keep random values."""
     allow_unused: tuple[str, ...] = ()
@@ -104,7 +109,24 @@ def _experiment(config: ConvertConfig) -> ExperimentConfig:
             f"{config.config} names the backbone {backbone.weights}, which is no directory here; pass --backbone with "
             "the directory, or hf://OWNER/NAME, that its config.json and tokenizer come from."
         )
-    return dataclasses.replace(experiment, backbone=backbone)
+    return dataclasses.replace(experiment, backbone=backbone, policy=_bounded(config, experiment))
+
+
+def _bounded(config: ConvertConfig, experiment: ExperimentConfig) -> PolicyConfig:
+    """The policy with numbers for its action bounds; scaling by quantiles would leave them to training data."""
+    policy = experiment.policy
+    if policy.action_scaling == "bounds":
+        if config.statistics:
+            raise ValueError("--statistics is of policies trained on OpenVLADataset; this one has bounds of its own.")
+        return policy
+    share = 0.65 if experiment.data.compat_second_norm else 1.0
+    if not config.statistics:
+        bounds = {"action_low": (-share,) * 6, "action_high": (share,) * 6}
+        return dataclasses.replace(policy, action_scaling="bounds", **bounds)
+    found = statistics.read(config.statistics, ["it"])
+    if set(found) != {"it"}:
+        raise ValueError(f"{config.statistics} holds statistics of {sorted(found)}; pass a file of one dataset.")
+    return policy.with_statistics(statistics.shrink(found["it"].action, share))
 
 
 def _convert(

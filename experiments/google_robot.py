@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from experiments import bridge, run
-from robovlms_jax import cli
+from robovlms_jax import cli, upstream
 
 # As on Bridge but for the warm-up, by upstream's released configuration.
 KOSMOS = dataclasses.replace(
@@ -42,5 +42,5 @@ The sample preset shows Bridge episodes: no episode of the Google robot may be b
 How to get fractal20220817_data: data/README.md. `--help` explains every field."""
 
 if __name__ == "__main__":
-    parsed = cli.parse(PRESETS, bridge.default_preset, description=__doc__)
+    parsed = cli.parse(PRESETS, bridge.default_preset, description=__doc__, read_json=upstream.load_experiment)
     run.run(*parsed, title="Google robot", closing=REAL_THING)

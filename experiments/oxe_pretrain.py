@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from experiments import bridge, run
-from robovlms_jax import cli
+from robovlms_jax import cli, upstream
 from robovlms_jax.config import DataConfig
 
 KOSMOS = dataclasses.replace(
@@ -48,5 +48,5 @@ For the real thing, get the datasets of the mixture, or list those you have in a
 `--help` explains every field."""
 
 if __name__ == "__main__":
-    parsed = cli.parse(PRESETS, bridge.default_preset, description=__doc__)
+    parsed = cli.parse(PRESETS, bridge.default_preset, description=__doc__, read_json=upstream.load_experiment)
     run.run(*parsed, title="Open X-Embodiment", closing=REAL_THING)

@@ -7,6 +7,7 @@ What upstream does with its keys was read at commit 8adc1d2; docs/upstream.md sh
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import fnmatch
 import json
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from robovlms_jax.config import (
+    AugmentConfig,
     BackboneConfig,
     DataConfig,
     EvaluationConfig,
@@ -38,6 +40,10 @@ BACKBONES = {
 }
 """`model` -> its `robovlm_name` and `vlm.name`, and our backbone."""
 
+RLDS = "OpenVLADataset"
+RLDS_AUGMENT = AugmentConfig(crop_area=0.9, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)
+"""What upstream's loader does to images under `image_aug`."""
+
 HISTORIES = {"post": "policy_head", "pre": "interleaved", "video": "video"}
 
 MAPPED = {
@@ -47,7 +53,7 @@ MAPPED = {
     "vlm.name": "checked against model",
     "vlm.pretrained_model_name_or_path": "backbone.weights",
     "tokenizer.pretrained_model_name_or_path": "backbone.weights; must be the same directory",
-    "image_size": "checked: the backbone's own where upstream obeys it",
+    "image_size": "checked: the backbone's own where upstream obeys it; data.image_size with OpenVLADataset",
     "window_size": "policy.window",
     "fwd_pred_next_n": "policy.chunk",
     "use_hand_rgb": "policy.cameras: wrist before static. OXE datasets never have a wrist image: static alone",
@@ -63,7 +69,7 @@ MAPPED = {
     "act_head.token_source": "policy.readout: which tokens are pooled",
     "act_head.fill_zero": "must be false",
     "arm_gripper_loss_ratio": "policy.head.gripper_loss_weight",
-    "norm_action": "policy.action_low, policy.action_high; false is -1 to 1",
+    "norm_action": "policy.action_low, policy.action_high; false is -1 to 1. OpenVLADataset: data.compat_second_norm",
     "norm_min": "policy.action_low",
     "norm_max": "policy.action_high",
     "use_vision_resampler": "backbone.resampler_latents: 64, with the depth and heads of upstream's constructor",
@@ -93,7 +99,14 @@ MAPPED = {
     "x_mean": "policy.action_mean, with regular_action",
     "x_std": "policy.action_std, with regular_action; upstream adds 1e-6",
     "tcp_rel": "must be false",
-    "train_dataset.type": "which data.* fields apply",
+    "train_dataset.type": "data.dataset calvin, or an RLDS one with policy.action_scaling quantile (OpenVLADataset)",
+    "train_dataset.data_mix": "data.dataset",
+    "train_dataset.data_root_dir": "data.root",
+    "train_dataset.image_aug": "data.augment: upstream's numbers",
+    "train_dataset.window_sample": "must be sliding",
+    "train_dataset.organize_type": "must be interleave",
+    "train_dataset.left_pad": "data.left_pad",
+    "train_dataset.filter_langs": "must be false",
     "train_dataset.data_dir": "data.root: the folder above training/",
     "val_dataset.type": "must be train_dataset.type",
     "val_dataset.data_dir": "data.root: the folder above validation/, the same one",
@@ -128,6 +141,7 @@ MAPPED = {
     "seed": "train.seed",
     "output_root": "train.output",
     "task_name": "train.output",
+    "model_load_path": "train.init_from; convert the checkpoint first, and pass --train.init_from with its directory",
     "resume": "must be null: upstream's training state is not read; here: train.resume",
 }
 """Key -> what it decides. Nested keys are joined by dots."""
@@ -137,7 +151,6 @@ IGNORED = {
     "model_url": "where upstream downloads from; the published pair does not always match model_path",
     "model_path": "upstream only tests whether it exists; vlm.pretrained_model_name_or_path is what is loaded",
     "model_config": "config.json is taken from the weights' directory",
-    "model_load_path": "weights to start from: convert them with experiments.convert_weights",
     "model_load_source": "layouts of checkpoint files are told apart by looking",
     "llava": "a name for upstream's prompt builder, which cannot be imported",
     "llava_config": _NEVER_READ,
@@ -190,10 +203,13 @@ IGNORED = {
     "trainer.use_distributed_sampler": "every process reads its own share",
     "trainer.check_val_every_n_epoch": "evaluations are counted in steps here: train.eval_every",
     "train_dataset.traj_cons": "shifts are constant within a segment, which is what the name promises",
+    "train_dataset.shuffle_buffer_size": "episodes are drawn from the whole dataset, not from a buffer",
+    "train_dataset.mode": "training and validation are the parts they are named after",
+    "train_dataset.train": "training and validation are the parts they are named after",
     "train_dataset.shift_first": "swallowed by upstream's dataset",
     "train_dataset.tokenizer_type": "the prompt follows the backbone",
     "train_dataset.model_name": "overwritten by model",
-    "val_dataset.*": "validation reads the same data in the same way, all of it, without augmentation",
+    "val_dataset.*": "all other keys: validation reads the same data in the same way, all of it, without augmentation",
     "log_root": "logs lie in train.output",
     "cache_root": _NEVER_READ,
     "config": "where upstream found the file",
@@ -258,6 +274,8 @@ def evaluation_dtype(values: Mapping[str, Any]) -> str:
 
 def reason_ignored(key: str) -> str | None:
     """Why a key decides nothing; None where it is not ignored."""
+    if key in MAPPED:
+        return None
     return next((reason for pattern, reason in IGNORED.items() if fnmatch.fnmatchcase(key, pattern)), None)
 
 
@@ -324,7 +342,7 @@ def _policy(keys: _Keys) -> PolicyConfig:
     keys.only("act_head.fill_zero", False)
     keys.only("train_setup.predict_action", True)
     keys.only("act_head.action_dim", 7)
-    is_calvin = keys.get("train_dataset.type", None) == "DiskCalvinDataset"
+    is_rlds = keys.get("train_dataset.type", None) == RLDS
     return PolicyConfig(
         history=keys.choose("act_head.history_type", "post", HISTORIES),
         readout=_readout(keys),
@@ -332,15 +350,22 @@ def _policy(keys: _Keys) -> PolicyConfig:
         num_queries=keys.get("act_head.latent", 1),
         window=keys.need("window_size"),
         chunk=keys.need("fwd_pred_next_n"),
-        cameras=("wrist", "static") if keys.need("use_hand_rgb") and is_calvin else ("static",),
+        cameras=("wrist", "static") if keys.need("use_hand_rgb") and not is_rlds else ("static",),
         **_scaling(keys),
     )
 
 
 def _scaling(keys: _Keys) -> dict[str, Any]:
     """Fields of PolicyConfig that say how actions become targets."""
-    low, high = (keys.get("norm_min", -1), keys.get("norm_max", 1)) if keys.get("norm_action", False) else (-1, 1)
-    fields: dict[str, Any] = {"action_low": (float(low),) * 6, "action_high": (float(high),) * 6}
+    fields: dict[str, Any] = {}
+    if keys.get("train_dataset.type", None) == RLDS:  # scaled by quantiles, then once more: data.compat_second_norm
+        fields["action_scaling"] = "quantile"
+        if keys.get("norm_action", False):
+            keys.only("norm_min", -0.65)
+            keys.only("norm_max", 0.65)
+    else:
+        low, high = (keys.get("norm_min", -1), keys.get("norm_max", 1)) if keys.get("norm_action", False) else (-1, 1)
+        fields |= {"action_low": (float(low),) * 6, "action_high": (float(high),) * 6}
     if keys.get("regular_action", False):
         fields |= {"action_mean": float(keys.get("x_mean", 0)), "action_std": keys.get("x_std", 1) + 1e-6}
     if keys.get("use_mu_law", False):
@@ -370,8 +395,17 @@ def _head(keys: _Keys) -> heads.HeadConfig:
 
 
 def _data(keys: _Keys) -> DataConfig:
-    keys.only("train_dataset.type", "DiskCalvinDataset")
+    read = keys.choose("train_dataset.type", None, {"DiskCalvinDataset": _calvin, RLDS: _rlds})
     keys.only("val_dataset.type", keys.need("train_dataset.type"))
+    return dataclasses.replace(
+        read(keys),
+        static_shift=max(keys.get("train_dataset.rgb_pad", -1), 0),
+        wrist_shift=max(keys.get("train_dataset.gripper_pad", -1), 0),
+        num_threads=max(keys.get("num_workers", 8), 1),
+    )
+
+
+def _calvin(keys: _Keys) -> DataConfig:
     keys.only("train_dataset.skip_frames", 1)
     keys.only("train_dataset.text_aug", False)
     root, validation = (pathlib.PurePosixPath(keys.need(f"{x}_dataset.data_dir")) for x in ("train", "val"))
@@ -388,13 +422,25 @@ def _data(keys: _Keys) -> DataConfig:
     if len(chosen) > 1:
         raise ValueError("train_dataset.few_shot and train_dataset.partial_data exclude each other here.")
     return DataConfig(
+        dataset="calvin",
         root=str(root.parent),
         episode_list="".join(chosen),
         exclude_tasks=tuple(keys.get("train_dataset.exclude_tasks", ())),
         annotation_folder=keys.get("train_dataset.lang_folder", "lang_annotations"),
-        static_shift=max(keys.get("train_dataset.rgb_pad", -1), 0),
-        wrist_shift=max(keys.get("train_dataset.gripper_pad", -1), 0),
-        num_threads=max(keys.get("num_workers", 8), 1),
+    )
+
+
+def _rlds(keys: _Keys) -> DataConfig:
+    keys.only("train_dataset.window_sample", "sliding")
+    keys.only("train_dataset.organize_type", "interleave")
+    keys.only("train_dataset.filter_langs", False)
+    return DataConfig(
+        dataset=keys.need("train_dataset.data_mix"),
+        root=keys.need("train_dataset.data_root_dir"),
+        image_size=keys.need("image_size"),
+        left_pad=keys.get("train_dataset.left_pad", False),
+        augment=RLDS_AUGMENT if keys.get("train_dataset.image_aug", False) else AugmentConfig(),
+        compat_second_norm=keys.get("norm_action", False),
     )
 
 
@@ -439,6 +485,7 @@ def _train(keys: _Keys) -> TrainConfig:
         batch_size=keys.need("batch_size") * accumulation * ways,
         accumulation=accumulation,
         trainable=_trainable(keys),
+        init_from=keys.get("model_load_path", None) or "",
         seed=keys.need("seed"),
         log_every=keys.get("trainer.log_every_n_steps", 50),
         **length,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
@@ -138,3 +139,23 @@ def test_command_line(release, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         convert_weights.cli(["--from", "nowhere.pt", "--config", str(release.json), "--to", str(tmp_path / "out")])
     assert "error: nowhere.pt does not exist" in str(error.value)
+
+
+def test_policies_of_rlds_data_act_in_quantiles_or_with_statistics_in_the_datasets_units(release, tmp_path):
+    # Upstream: 0.65 * a by the policy, then 0.5 * (x + 1) * (q99 - q01) + q01 by its SimplerEnv wrapper.
+    values = published.read(next(name for name in published.NAMES if "bridge_finetune" in name))
+    (tmp_path / "bridge.json").write_text(json.dumps(values))
+    numbers = {key: [0.0] * 7 for key in ("mean", "std", "max", "min")}
+    numbers |= {"q01": [-0.1, -0.2, 0.0, -1.0, -1.0, -1.0, 0.0], "q99": [0.3, 0.2, 0.5, 1.0, 1.0, 1.0, 1.0]}
+    (tmp_path / "bridge_statistics.json").write_text(json.dumps({"action": numbers}))
+    config = ConvertConfig("x.pt", str(tmp_path / "bridge.json"), "to", backbone=str(release.backbone))
+    plain = convert_weights._experiment(config).policy
+    assert (set(plain.action_low), set(plain.action_high)) == ({-0.65}, {0.65})
+    given = dataclasses.replace(config, statistics=str(tmp_path / "bridge_statistics.json"))
+    predicted = np.linspace(-1, 1, 7)
+    low, high = np.float64(numbers["q01"])[:6], np.float64(numbers["q99"])[:6]
+    expected = 0.5 * (plain.normalizer.unnormalize(predicted)[:6] + 1) * (high - low) + low
+    found = convert_weights._experiment(given).policy.normalizer.unnormalize(predicted)[:6]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    with pytest.raises(ValueError, match="this one has bounds of its own"):
+        convert_weights._experiment(dataclasses.replace(given, config=str(release.json)))

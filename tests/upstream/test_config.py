@@ -11,11 +11,12 @@ import pytest
 
 from robovlms_jax import upstream
 from robovlms_jax.config import ExperimentConfig, from_dict, to_dict
+from robovlms_jax.data.registry import mixtures
 from robovlms_jax.upstream import config as tables
 from tests.upstream import published
 
 KOSMOS = next(name for name in published.NAMES if name.endswith("use-hand_ws-16_act-10.json"))
-WAITING = ("bridge_finetune", "oxe_pretrain", "rt_finetune")
+BRIDGE = next(name for name in published.NAMES if "bridge_finetune" in name)
 
 
 def flatten(values: dict[str, Any]) -> dict[str, Any]:
@@ -33,19 +34,17 @@ def change(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True)) if any(word in name for word in WAITING) else name
-        for name in published.NAMES
-    ],
-)
+@pytest.mark.parametrize("name", published.NAMES)
 def test_published_configurations_load(name):
     values = published.read(name)
     config = upstream.to_experiment(values)
     assert (config.policy.window, config.policy.chunk) == (values["window_size"], 10)
     assert config.policy.head.gripper_loss_weight == 0.01
     assert set(config.policy.action_low) == {-0.65} and set(config.policy.action_high) == {0.65}
+    is_rlds = values["train_dataset"]["type"] == "OpenVLADataset"
+    assert (config.policy.action_scaling, config.data.compat_second_norm) == (
+        ("quantile", True) if is_rlds else ("bounds", False)
+    )
     assert config.optimizer.learning_rate == values["learning_rate"]
     assert config.train.batch_size == values["batch_size"] * values["trainer"].get("accumulate_grad_batches", 1)
     assert config.train.seed == 123
@@ -77,11 +76,26 @@ def test_what_the_released_kosmos_configuration_says():
     assert config.train.output == "runs/checkpoints/kosmos/calvin_finetune"
 
 
+def test_what_the_bridge_configuration_says():
+    config = upstream.to_experiment(published.read(BRIDGE))
+    assert (config.data.dataset, config.data.root, config.data.image_size) == (
+        "bridge",
+        "datasets/open-x-embodiment",
+        224,
+    )
+    assert config.policy.cameras == ("static",), "its batches never hold a wrist image, whatever use_hand_rgb says"
+    assert (config.data.augment.crop_area, config.data.augment.hue, config.data.static_shift) == (0.9, 0.05, 0)
+    assert (config.train.steps, config.train.epochs, config.optimizer.warmup_steps) == (50_000, 0.0, 2500)
+    config.validate(num_devices=1)
+    mixes = {upstream.to_experiment(published.read(name)).data.dataset for name in published.NAMES}
+    assert mixes == {"calvin", "bridge", "rt_1", "oxe_magic_soup"}
+    assert mixes - {"calvin"} <= set(mixtures.published_mixtures())
+
+
 def test_every_key_is_in_exactly_one_table():
     for key in {key for name in published.NAMES for key in flatten(published.read(name))}:
         is_mapped, is_ignored = key in tables.MAPPED, tables.reason_ignored(key) is not None
-        if not any(word in key for word in ("dataset.",)):  # until the OXE datasets are mapped
-            assert is_mapped != is_ignored, key
+        assert is_mapped != is_ignored, key
     assert all(len(reason) > 8 for reason in tables.IGNORED.values())
 
 
@@ -99,6 +113,11 @@ OTHER = {
     "act_head.token_source": "text",
     "scheduler": "half-cosine",
     "train_dataset.type": "OpenVLADataset",
+    "train_dataset.data_mix": "rt_1",
+    "train_dataset.data_root_dir": "elsewhere",
+    "train_dataset.window_sample": "range",
+    "train_dataset.organize_type": "segment",
+    "model_load_path": "runs/other",
     "val_dataset.type": "OpenVLADataset",
     "train_dataset.data_dir": "a/training",
     "val_dataset.data_dir": "a/validation",
@@ -141,6 +160,8 @@ NEEDS = {
 }
 """What must be set for a key to matter at all."""
 
+OF_RLDS = ("data_mix", "data_root_dir", "image_aug", "window_sample", "organize_type", "left_pad", "filter_langs")
+
 
 def outcome(values: dict[str, Any]) -> Any:
     try:
@@ -152,7 +173,7 @@ def outcome(values: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("key", [key for key in tables.MAPPED if key != "parent"])
 def test_every_mapped_key_decides_something(key):
     # The point of the tables: a mapped key whose value may be anything without consequence has been dropped.
-    values = published.read(KOSMOS)
+    values = published.read(BRIDGE if key.removeprefix("train_dataset.") in OF_RLDS else KOSMOS)
     for other, value in NEEDS.get(key, {}).items():
         values = change(values, other, value)
     old = flatten(values).get(key)
