@@ -12,6 +12,7 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,11 +21,12 @@ import tyro
 
 from benchmarks import machine, workload
 from robovlms_jax import build
-from robovlms_jax.config import MeshConfig
+from robovlms_jax.config import ExperimentConfig, MeshConfig
 from robovlms_jax.interface import Observation
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.policies import rollout
+from robovlms_jax.policies import objective, rollout
 from robovlms_jax.policies.vla import VLA
+from robovlms_jax.types import Inputs
 
 WARM_UP = 10
 """Steps left out of the comparison of early and late ones."""
@@ -44,6 +46,10 @@ class Args:
     """Episodes advanced together; each number is measured by itself."""
     steps: int = 220
     """Control steps after the first."""
+    lstm_layers: tuple[int, ...] = ()
+    """Also compare LSTM heads of that many layers, such as 2 3 4 (the head's usual width; one slot)."""
+    interleaved_window: int = 0
+    """> 0: also stream `interleaved` history over a window of that many frames, beside one frame's encode alone."""
     peak_tflops: float = 0.0
     """Of one device, for the roofline. 0: from the table of known GPUs, measured on other devices."""
     bandwidth_gbs: float = 0.0
@@ -80,9 +86,19 @@ def main(args: Args) -> None:
     ceiling = machine.ceiling(model.vlm.dtype, 1, peak_tflops=args.peak_tflops, bandwidth_gbs=args.bandwidth_gbs)
     compiles = CompileCount()
     results = {str(slots): measure(model, params, slots, args.steps, compiles, ceiling) for slots in args.slots}
+    layers = {str(n): measure_layers(args.size, config, n, args.steps, compiles, ceiling) for n in args.lstm_layers}
+    streams = {}
+    if args.interleaved_window:
+        for name, every in (("cached", 0), ("exact", 1)):
+            stream = workload.interleaved(config, args.interleaved_window, reencode_every=every)
+            other = workload.make_model(args.size, stream)
+            weights = build.init_params(other, mesh, seed=0)
+            streams[name] = measure(other, weights, 1, args.steps, compiles, ceiling, beside=frame_encoder(other))
     machine.report(
         {
             "slots": results,
+            "lstm_layers": layers,
+            "interleaved": streams,
             "parameters": build.count(params),
             "device_peak_bytes": machine.device_peak_bytes(),
             "ceiling": dataclasses.asdict(ceiling),
@@ -90,14 +106,52 @@ def main(args: Args) -> None:
         },
         args.out,
     )
-    if any(result["compiles_after_first_step"] for result in results.values()):
+    everything = [*results.values(), *layers.values(), *streams.values()]
+    if any(result["compiles_after_first_step"] for result in everything):
         sys.exit("error: a control step after the first compiled again; see compiles_after_first_step.")
 
 
-def measure(
-    model: VLA, params: Any, slots: int, steps: int, compiles: CompileCount, ceiling: machine.Ceiling
+def measure_layers(
+    size: workload.Size,
+    config: ExperimentConfig,
+    num_layers: int,
+    steps: int,
+    compiles: CompileCount,
+    ceiling: machine.Ceiling,
 ) -> dict[str, Any]:
-    """Latencies of `steps` control steps of `slots` episodes, all slots asked every time."""
+    """`measure` with another depth of the LSTM head."""
+    head = dataclasses.replace(config.policy.head, num_layers=num_layers)
+    config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, head=head))
+    model = workload.make_model(size, config)
+    params = build.init_params(model, meshes.make_mesh((1, 1, 1), jax.local_devices()[:1]), seed=0)
+    return measure(model, params, 1, steps, compiles, ceiling) | {"head_parameters": build.count(params["head"])}
+
+
+def frame_encoder(model: VLA) -> Callable:
+    """One frame by itself through preprocessing, vision tower and language model; compiled."""
+
+    def encode(params, images, ids, mask):
+        inputs = Inputs({camera: x[:, None] for camera, x in images.items()}, ids, mask, np.ones((len(ids), 1), bool))
+        inputs = objective.prepare(inputs, model.vlm.image, model.config.cameras)
+        bound = model.bind({"params": params})
+        return bound.backbone.decode(bound.embed(inputs))[0]
+
+    return jax.jit(encode)
+
+
+def measure(
+    model: VLA,
+    params: Any,
+    slots: int,
+    steps: int,
+    compiles: CompileCount,
+    ceiling: machine.Ceiling,
+    beside: Callable | None = None,
+) -> dict[str, Any]:
+    """Latencies of `steps` control steps of `slots` episodes, all slots asked every time.
+
+    beside: a `frame_encoder` to be timed in turn with the steps, so that a change of load meets both.
+    """
     policy = rollout.BatchedVLAPolicy(model, params, encode_text, slots)
     everyone, observations = range(slots), make_observations(model)
     policy.reset(everyone, ["push the block"] * slots)
@@ -107,9 +161,23 @@ def measure(
         policy.act([observations[(index + slot) % len(observations)] for slot in everyone], everyone)
         return time.perf_counter() - begin
 
+    ids, mask = (np.stack([x] * slots) for x in encode_text(""))
+    images = {camera: np.stack([image] * slots) for camera, image in observations[0].images.items()}
+
+    def encode() -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(beside(params, images, ids, mask))
+        return time.perf_counter() - begin
+
     first = act(0)
+    if beside is not None:
+        encode()
     before = compiles.value
-    seconds = [act(index) for index in range(1, steps + 1)]
+    seconds, alone = [], []
+    for index in range(1, steps + 1):
+        seconds.append(act(index))
+        if beside is not None:
+            alone.append(encode())
     compiled = compiles.value - before
 
     program = machine.Program.of(compile_step(model, params, slots, observations[0]), 1)
@@ -132,6 +200,15 @@ def measure(
         "roofline_floor_seconds": floor,
         "times_roofline_floor": median / floor,
         "program_peak_bytes": program.peak_bytes,
+    } | ({} if beside is None else compare(seconds[WARM_UP:], alone[WARM_UP:]))
+
+
+def compare(seconds: list[float], alone: list[float]) -> dict[str, float]:
+    """Control steps against encoding a frame alone: medians, and the fastest of each, which load does not reach."""
+    return {
+        "frame_encode_seconds": statistics.median(alone),
+        "times_frame_encode": statistics.median(seconds) / statistics.median(alone),
+        "times_frame_encode_fastest": min(seconds) / min(alone),
     }
 
 
@@ -155,7 +232,8 @@ def compile_step(model: VLA, params: Any, slots: int, observation: Observation) 
     images = {camera: np.stack([image] * slots) for camera, image in observation.images.items()}
     ids, mask = (np.stack([x] * slots) for x in encode_text(""))
     program = jax.jit(functools.partial(rollout.control_step, model), donate_argnums=1)
-    return program.lower(params, model.init_carry(slots), images, ids, mask, np.ones(slots, bool)).compile()
+    carry = model.init_carry(slots, params, ids.shape[1])
+    return program.lower(params, carry, images, ids, mask, np.ones(slots, bool)).compile()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from robovlms_jax.config import (
 from robovlms_jax.nn.decoder import DecoderConfig
 from robovlms_jax.nn.vit import ViTConfig
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
+from robovlms_jax.policies.heads.mlp import MLPHeadConfig
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.types import Batch, Inputs
 
@@ -57,6 +58,15 @@ def experiment(
         train=TrainConfig(batch_size=batch_size),
         mesh=mesh,
     )
+
+
+def interleaved(config: ExperimentConfig, window: int, *, reencode_every: int) -> ExperimentConfig:
+    """The same experiment with `interleaved` history over `window` frames and an MLP head of the same width."""
+    head = MLPHeadConfig(hidden_size=config.policy.head.hidden_size, trunk=config.policy.head.trunk)
+    policy = dataclasses.replace(
+        config.policy, history="interleaved", window=window, head=head, reencode_every=reencode_every
+    )
+    return dataclasses.replace(config, policy=policy)
 
 
 def make_model(size: Size, config: ExperimentConfig) -> VLA:
@@ -117,9 +127,20 @@ def train_flops(model: VLA, *, frames: int, windows: int, loops_once: bool = Fal
 
 
 def control_flops(model: VLA, *, slots: int, loops_once: bool = False) -> int:
-    """FLOPs of one control step: per slot one frame, the head over its window, and the newest step decoded."""
+    """FLOPs of one control step: per slot one frame, the head over its window, and the newest step decoded.
+
+    With `interleaved` history the frame also attends to the window's frames before it, and a window that is decoded
+    again at every step (`reencode_every` = 1) goes through the decoder once more.
+    """
     head = _head(model, decoded_steps=1, loops_once=loops_once)
-    return slots * (_patches(model) + _frame(model, loops_once=loops_once) + head)
+    context, policy = 0, model.config
+    if policy.history == "interleaved":
+        text, tokens = model.vlm.text, _tokens(model)
+        depth = 1 if loops_once else text.depth
+        context = depth * 4 * tokens * (policy.window - 1) * tokens * text.width
+        if policy.reencode_every == 1:
+            context += depth * _layer(text, policy.window * tokens)
+    return slots * (_patches(model) + _frame(model, loops_once=loops_once) + context + head)
 
 
 def _patches(model: VLA) -> int:
@@ -137,9 +158,14 @@ def _frame(model: VLA, *, loops_once: bool) -> int:
     connector = 2 * vision.num_tokens * vision.width * text.width  # dense
     connector += 2 * (2 * latents + 2 * keys) * text.width**2  # q and o of the latents, k and v of latents and features
     connector += 4 * latents * keys * text.width
-    tokens = TEXT_LENGTH + cameras * latents + model.config.num_queries
-    decoder = _layer(text, tokens) * (1 if loops_once else text.depth)
+    decoder = _layer(text, _tokens(model)) * (1 if loops_once else text.depth)
     return cameras * (tower + connector) + decoder
+
+
+def _tokens(model: VLA) -> int:
+    """Of one frame: prompt, images, queries."""
+    policy = model.config
+    return TEXT_LENGTH + len(policy.cameras) * model.vlm.connector.num_latents + policy.num_queries
 
 
 def _layer(config: ViTConfig | DecoderConfig, tokens: int) -> int:
@@ -149,14 +175,18 @@ def _layer(config: ViTConfig | DecoderConfig, tokens: int) -> int:
 
 
 def _head(model: VLA, *, decoded_steps: int, loops_once: bool) -> int:
-    """Forward FLOPs of the LSTM head on one window of which `decoded_steps` steps go through the trunks."""
+    """Forward FLOPs of an LSTM head on one window of which `decoded_steps` steps go through the trunks, or of an MLP
+    head on those steps."""
     config, policy = model.config.head, model.config
     hidden = config.hidden_size * policy.num_queries
-    inputs = [model.vlm.width * policy.num_queries, *[hidden] * (config.num_layers - 1)]
-    recurrent_steps = 1 if loops_once else policy.window
-    lstm = sum(2 * 4 * hidden * (policy.window * width + recurrent_steps * hidden) for width in inputs)
     trunks = 0
     for outputs in (policy.chunk * (interface.ACTION_DIM - 1), policy.chunk):
         widths = (hidden, *config.trunk, outputs)
         trunks += sum(2 * a * b for a, b in itertools.pairwise(widths))
+    if isinstance(config, MLPHeadConfig):
+        width = model.vlm.width * policy.num_queries
+        return decoded_steps * (2 * width * (width // 2) + 2 * (width // 2) * hidden + trunks)
+    inputs = [model.vlm.width * policy.num_queries, *[hidden] * (config.num_layers - 1)]
+    recurrent_steps = 1 if loops_once else policy.window
+    lstm = sum(2 * 4 * hidden * (policy.window * width + recurrent_steps * hidden) for width in inputs)
     return lstm + decoded_steps * trunks

@@ -99,6 +99,7 @@ def prepare(config: ExperimentConfig) -> Setup:
     training = _source(config, opened["training"], encode, variation)
     validation_split = _source(config, opened["validation"], encode)
     config = config.resolve(training.num_windows, length, _action_statistics(config, opened["training"]))
+    config = build.with_action_ids(config, backbone.tokenizer)
     mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
     model = build.make_model(config, backbone.vlm)
     shapes, _ = build.abstract_params(model, mesh)

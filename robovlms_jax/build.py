@@ -15,12 +15,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from robovlms_jax.actions import discretize
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.backbones import clip_text
 from robovlms_jax.config import BackboneConfig, ExperimentConfig
 from robovlms_jax.inputs import images, prompts, proprio, tokenizers
 from robovlms_jax.nn import perceiver
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.policies.rollout import EncodeText
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.types import Inputs
@@ -151,6 +153,18 @@ def embed_sentences(weights: str | pathlib.Path, sentences: Iterable[str]) -> di
     filled = np.concatenate([padded, np.repeat(padded[:1], -len(unique) % _SENTENCES, axis=0)])
     embedded = np.concatenate([np.asarray(apply(params, filled[at : at + _SENTENCES])) for at in blocks])
     return dict(zip(unique, embedded, strict=False))
+
+
+def with_action_ids(config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase) -> ExperimentConfig:
+    """Where actions are words: which ids they are, once the tokenizer is known. Other policies stay as they are.
+
+    Raises ValueError where the vocabulary is too small for the bins.
+    """
+    head = config.policy.head
+    if not isinstance(head, DiscreteHeadConfig) or head.vocab_end:
+        return config
+    head = dataclasses.replace(head, vocab_end=discretize.vocabulary_end(tokenizer))
+    return dataclasses.replace(config, policy=dataclasses.replace(config.policy, head=head))
 
 
 def make_model(config: ExperimentConfig, vlm: backbones.VLMConfig) -> VLA:

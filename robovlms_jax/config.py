@@ -20,7 +20,7 @@ import numpy as np
 from robovlms_jax import interface
 from robovlms_jax.actions import normalize
 from robovlms_jax.policies.heads import base as heads
-from robovlms_jax.policies.heads import lstm
+from robovlms_jax.policies.heads import discrete, lstm
 
 
 def _require(condition: bool, message: str) -> None:
@@ -86,15 +86,23 @@ class ProprioConfig:
 class PolicyConfig:
     """History x readout x head: what makes a VLM a robot policy."""
 
-    history: Literal["policy_head"] = "policy_head"
-    """policy_head: every frame is encoded alone, the head remembers."""
-    readout: Literal["action_query"] = "action_query"
-    """action_query: learned tokens appended to the prompt; their hidden states are the head's features."""
+    history: Literal["one_step", "interleaved", "policy_head", "video"] = "policy_head"
+    """one_step: the newest frame alone (window 1). interleaved: the language model reads frame after frame in one
+    sequence. policy_head: every frame is encoded alone, the head remembers. video: all frames in one prompt."""
+    readout: Literal["action_query", "pool", "token"] = "action_query"
+    """action_query: learned tokens appended to the prompt; their hidden states are the head's features. pool: maxima
+    over bins of the prompt's own hidden states. token: logits of vocabulary tokens that stand for actions."""
     head: heads.HeadConfig = lstm.LSTMHeadConfig()
+    """Which head goes with which history and readout: `products()`."""
     num_queries: int = 1
-    """Learned action tokens per frame."""
+    """Learned action tokens per frame; with readout pool, bins."""
+    pool: Literal["all", "text", "vision"] = "all"
+    """Readout pool: which tokens; text leaves out the first and the last one."""
     window: int = 8
-    """W: observed steps the head looks back over."""
+    """W: observed steps looked back over, the current one included."""
+    reencode_every: int = 1
+    """History interleaved, control only: once the window slides, decode all of it again every this many steps. 1 is
+    exact; 0 never does and costs one frame per step (see `policies.stream` for what is approximate then)."""
     chunk: int = 10
     """C: future actions predicted at every step, beginning with the current one."""
     cameras: tuple[str, ...] = ("wrist", "static")
@@ -121,6 +129,13 @@ class PolicyConfig:
     def __post_init__(self):
         for field in ("num_queries", "window", "chunk"):
             _require(getattr(self, field) >= 1, f"policy.{field}={getattr(self, field)} must be at least 1.")
+        _require(
+            self.reencode_every >= 0, f"policy.reencode_every={self.reencode_every} must be 0 (never) or positive."
+        )
+        _require(
+            self.pool in ("all", "text", "vision"), f"policy.pool={self.pool!r} must be 'all', 'text' or 'vision'."
+        )
+        self._require_product()
         unknown = sorted(set(self.cameras) - set(interface.CAMERAS))
         _require(not unknown, f"policy.cameras has unknown {unknown}; known cameras: {list(interface.CAMERAS)}.")
         _require(
@@ -167,6 +182,29 @@ class PolicyConfig:
         still = high - low < 1e-6
         low, high = np.where(still, low - 0.5, low), np.where(still, high + 0.5, high)
         return dataclasses.replace(self, action_low=tuple(low.tolist()), action_high=tuple(high.tolist()))
+
+    @property
+    def head_window(self) -> int:
+        """Steps that the head predicts at and looks back over: one where the history leaves one."""
+        return 1 if self.history == "video" else self.window
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether action tokens are decoded one after the other."""
+        return isinstance(self.head, discrete.DiscreteHeadConfig) and self.head.decoding == "autoregressive"
+
+    def _require_product(self) -> None:
+        kind, known = heads.kind_of(type(self.head)), heads.products()
+        if (self.history, self.readout, kind) not in known:
+            listed = "\n".join(f"  history={h} readout={r} head={k}" for h, r, k in known)
+            raise ValueError(
+                f"policy.history={self.history!r} with policy.readout={self.readout!r} and a {kind!r} head means "
+                f"nothing. These do:\n{listed}"
+            )
+        _require(
+            self.history != "one_step" or self.window == 1,
+            f"policy.history='one_step' sees one step, but policy.window={self.window}; set policy.window=1.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

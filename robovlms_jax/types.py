@@ -79,12 +79,15 @@ class Tokens:
     positions: int32[B, S], 0-based place of each token among the real ones. Attention is causal in `positions`, not in
       slot order, so a token may sit in any slot (padding then changes nothing) and still come before another.
     layout: named runs of slots in order, (("image", 64), ("text", 32), ("query", 1)); static.
+    group: int32[B, S], or None. Keys of a group > 0 may be attended only from inside it: the action tokens of one step,
+      which later steps must not copy from.
     """
 
     embeds: Array
     mask: Array
     positions: Array
     layout: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False, default=())
+    group: Array | None = None
 
     def slot(self, name: str) -> slice:
         """The slots of one named run; static, so a readout is a slice."""
@@ -94,3 +97,10 @@ class Tokens:
                 return slice(start, start + length)
             start += length
         raise KeyError(f"no run {name!r} in token layout {self.layout}")
+
+    def without(self, name: str) -> Tokens:
+        """The same tokens in fewer slots: the named run, which must be the last one, is left out."""
+        run, length = self.layout[-1]
+        assert run == name, f"{name!r} is not the last run of {self.layout}"
+        rest = jax.tree.map(lambda x: x[:, :-length], self)
+        return rest.replace(layout=self.layout[:-1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +13,29 @@ from flax.linen import unbox
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.config import PolicyConfig
 from robovlms_jax.policies import objective, vla
-from robovlms_jax.policies.heads import lstm
+from robovlms_jax.policies.heads import attention, discrete, flow, gpt, lstm, mlp
 from robovlms_jax.types import Batch, Inputs
 
 W, K, C, T, B = 3, 4, 5, 7, 2
 HEAD = lstm.LSTMHeadConfig(hidden_size=8, num_layers=2, trunk=(12,))
+
+
+HEADS = {
+    "attention": attention.AttentionHeadConfig(hidden_size=16, num_heads=8, trunk=(12,)),
+    "discrete": discrete.DiscreteHeadConfig(num_bins=32),
+    "flow": flow.FlowHeadConfig(hidden_size=16, num_layers=1, num_heads=2, num_steps=3),
+    "gpt": gpt.GPTHeadConfig(hidden_size=8, num_layers=2, num_heads=2, dropout=0.0, trunk=(12,)),
+    "lstm": HEAD,
+    "mlp": mlp.MLPHeadConfig(hidden_size=8, trunk=(12,)),
+}
+"""A small configuration of every head."""
+
+
+def make_product(history: str, readout: str, head: str, **changes) -> vla.VLA:
+    """A small policy of that structure; chunks of two actions keep token decoding short."""
+    window = {"window": 1} if history == "one_step" else {}
+    settings = {"history": history, "readout": readout, "head": HEADS[head], "num_queries": 2, "chunk": 2, **window}
+    return make_model(**(settings | changes))
 
 
 def make_model(**changes) -> vla.VLA:
@@ -24,10 +44,10 @@ def make_model(**changes) -> vla.VLA:
 
 
 def make_batch(
-    rng: np.random.Generator, *, window: int = W, batch: int = B, mask_tail: int = 0, windows: int = K
+    rng: np.random.Generator, *, window: int = W, batch: int = B, mask_tail: int = 0, windows: int = K, chunk: int = C
 ) -> Batch:
     frames = window + windows - 1
-    steps = frames + C - 1
+    steps = frames + chunk - 1
     actions = rng.uniform(-1, 1, (batch, steps, 7)).astype(np.float32)
     actions[..., 6] = np.sign(actions[..., 6])
     lengths = rng.integers(3, T + 1, batch)
@@ -58,7 +78,8 @@ def example(model: vla.VLA, batch: Batch) -> Inputs:
 def init(model: vla.VLA, batch: Batch):
     params = unbox(jax.jit(model.init)(jax.random.key(0), example(model, batch))["params"])
     # Queries start at zero; random ones exercise their path.
-    params["readout"]["queries"] = jax.random.normal(jax.random.key(1), params["readout"]["queries"].shape)
+    if "readout" in params:
+        params["readout"]["queries"] = jax.random.normal(jax.random.key(1), params["readout"]["queries"].shape)
     return params
 
 
@@ -74,3 +95,18 @@ def overfit(model: vla.VLA, params, batch: Batch, *, steps: int, learning_rate: 
 
     run = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), None, steps)[1])
     return np.asarray(run(params))
+
+
+def random_params(model: vla.VLA, batch: Batch):
+    """Parameters as large as `init` makes them, without compiling it."""
+    prepare = functools.partial(objective.prepare, spec=model.vlm.image, cameras=model.config.cameras)
+    shapes = unbox(jax.eval_shape(lambda inputs: model.init(jax.random.key(0), prepare(inputs)), batch.inputs))
+    rng = np.random.default_rng(0)
+
+    def make(path, leaf):
+        name, fan_in = path[-1].key, int(np.prod(leaf.shape[:-1]))
+        if name in ("scale", "bias"):
+            return np.full(leaf.shape, name == "scale", np.float32)
+        return (rng.normal(size=leaf.shape) * max(fan_in, 1) ** -0.5).astype(np.float32)
+
+    return jax.device_put(jax.tree_util.tree_map_with_path(make, shapes["params"]))

@@ -161,7 +161,13 @@ class VLM(nn.Module):
         self, tokens: Tokens, cache: Cache | None = None, *, deterministic: bool = True
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states float[B, S, D], and the cache extended by these tokens where one is given."""
-        return self.text(tokens.embeds, tokens.mask, tokens.positions, cache, deterministic=deterministic)
+        return self.text(
+            tokens.embeds, tokens.mask, tokens.positions, cache, group=tokens.group, deterministic=deterministic
+        )
+
+    def embed_ids(self, ids: jax.Array) -> jax.Array:
+        """int32[...] -> float[..., D], token embeddings as `decode` takes them."""
+        return self.text.embed(ids).astype(self.config.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float[B, S, D] -> float32[B, S, V]."""

@@ -12,15 +12,21 @@ from robovlms_jax.nn.linear import Einsum, Lora
 from robovlms_jax.nn.norms import LayerNorm
 
 
-def causal_mask(query_positions: jax.Array, key_positions: jax.Array, key_mask: jax.Array) -> jax.Array:
+def causal_mask(
+    query_positions: jax.Array, key_positions: jax.Array, key_mask: jax.Array, group: jax.Array | None = None
+) -> jax.Array:
     """Who may attend whom, by position instead of by slot: a key that is real and not later than the query.
 
     Args:
       query_positions: int32[B, S]. key_positions: int32[B, T]. key_mask: bool[B, T], True = real token.
+      group: int32[B, S], of queries that are the keys, too: a key of a group > 0 is for queries of that group alone.
     Returns:
       bool[B, S, T], True = may attend.
     """
-    return (key_positions[:, None, :] <= query_positions[:, :, None]) & key_mask[:, None, :]
+    attend = (key_positions[:, None, :] <= query_positions[:, :, None]) & key_mask[:, None, :]
+    if group is not None:
+        attend &= (group[:, None, :] == 0) | (group[:, None, :] == group[:, :, None])
+    return attend
 
 
 @flax.struct.dataclass

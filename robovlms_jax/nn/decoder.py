@@ -100,6 +100,7 @@ class Decoder(nn.Module):
         positions: jax.Array,
         cache: Cache | None = None,
         *,
+        group: jax.Array | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, Cache | None]:
         """Decode, and extend the cache where there is one.
@@ -107,6 +108,7 @@ class Decoder(nn.Module):
         Args:
           embeds: float[B, S, D] as `embed` gives them; its type is the type of computation.
           mask: bool[B, S], True = real token. positions: int32[B, S], 0-based place among the real tokens.
+          group: int32[B, S] as in `types.Tokens`; only without a cache.
         Returns:
           float[B, S, D] after the final norm, and the cache.
         """
@@ -116,8 +118,9 @@ class Decoder(nn.Module):
         x = (embeds.astype(jnp.float32) * scale + sinusoid(positions, c.width)).astype(embeds.dtype)
         x = self.embed_drop(x, deterministic=deterministic)
         if cache is None:
-            attend, start, layers = causal_mask(positions, positions, mask), 0, None
+            attend, start, layers = causal_mask(positions, positions, mask, group), 0, None
         else:
+            assert group is None, "a cache keeps no groups: decode private tokens apart and drop them afterwards"
             start, layers = cache.length, (cache.key, cache.value)
             cache = cache.extend(positions, mask)
             attend = causal_mask(positions, cache.positions, cache.mask)

@@ -48,18 +48,23 @@ def targets(batch: Batch, config: PolicyConfig) -> tuple[jax.Array, jax.Array]:
     """Normalised action chunks of all windows and which of their entries count.
 
     Returns:
-      float32[B * K, W, C, A] (arm in [-1, 1], gripper as recorded) and bool[B * K, W, C].
+      float32[B * K, W, C, A] (arm in [-1, 1], gripper as recorded) and bool[B * K, W, C]; with history `video` only
+      the newest step of each window is asked for actions.
     """
-    actions = config.normalizer.normalize(batch.actions)
-
-    def chunks(x):
-        # The chunk of frame g starts at the frame's own action, so chunks of frames are windows of actions.
-        return histories.windows(histories.windows(x, config.chunk), config.window)
-
-    mask = chunks(batch.action_mask) & batch.window_mask[..., None, None]
+    steps = _history(config).steps
+    mask = histories.windows(batch.action_mask, config.chunk)  # the chunk of frame g starts at the frame's own action
     # A padding step has features of nothing; it is not asked for actions.
-    mask &= histories.windows(batch.inputs.step_mask, config.window)[..., None]
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (chunks(actions), mask))
+    mask &= batch.inputs.step_mask[..., None]
+    return steps(chunks(batch, config)), steps(mask) & batch.window_mask.reshape(-1, 1, 1)
+
+
+def chunks(batch: Batch, config: PolicyConfig) -> jax.Array:
+    """Normalised action chunk of every frame, float32[B, G, C, A]."""
+    return histories.windows(config.normalizer.normalize(batch.actions), config.chunk)
+
+
+def _history(config: PolicyConfig) -> histories.History:
+    return histories.make(config.history, window=config.window, cameras=len(config.cameras))
 
 
 def loss(
@@ -87,7 +92,7 @@ def loss(
     image_key, dropout = (None, None) if key is None else jax.random.split(key)
     cameras = model.config.cameras
     inputs = prepare(batch.inputs, model.vlm.image, cameras, key=image_key, shifts=shifts, augment=augment)
-    prediction, head = _apply(model, params, inputs, dropout)
+    prediction, head = _apply(model, params, batch.replace(inputs=inputs), dropout)
     return head.loss(prediction, actions, mask, mask.sum().astype(jnp.float32) if count is None else count)
 
 
@@ -96,13 +101,15 @@ def predict(model: VLA, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array
 
     Returns:
       predicted and recorded float32[B * K, W, C, A], mask bool[B * K, W, C], metrics with sums (not means) and `count`.
+      Tokens of an autoregressive policy are predicted from recorded ones before them; `act` has only its own.
     """
     actions, mask = targets(batch, model.config)
-    prediction, head = _apply(model, params, prepare(batch.inputs, model.vlm.image, model.config.cameras), None)
+    inputs = prepare(batch.inputs, model.vlm.image, model.config.cameras)
+    prediction, head = _apply(model, params, batch.replace(inputs=inputs), None)
     _, metrics = head.loss(prediction, actions, mask, jnp.float32(1.0))
     predicted = model.config.normalizer.unnormalize(head.actions(prediction))
-    recorded = histories.windows(histories.windows(batch.actions, model.config.chunk), model.config.window)
-    return predicted, recorded.reshape(predicted.shape), mask, metrics | {"count": mask.sum().astype(jnp.float32)}
+    recorded = _history(model.config).steps(histories.windows(batch.actions, model.config.chunk))
+    return predicted, recorded, mask, metrics | {"count": mask.sum().astype(jnp.float32)}
 
 
 def valid_entries(batch: Batch, config: PolicyConfig) -> jax.Array:
@@ -110,7 +117,8 @@ def valid_entries(batch: Batch, config: PolicyConfig) -> jax.Array:
     return targets(batch, config)[1].sum().astype(jnp.float32)
 
 
-def _apply(model: VLA, params: Any, inputs: Inputs, dropout: jax.Array | None) -> tuple[Any, Any]:
+def _apply(model: VLA, params: Any, batch: Batch, dropout: jax.Array | None) -> tuple[Any, Any]:
     rngs = {} if dropout is None else {"dropout": dropout}
     bound = model.bind({"params": params}, rngs=rngs)
-    return bound(inputs, deterministic=dropout is None), bound.head
+    actions = chunks(batch, model.config) if model.config.is_autoregressive else None
+    return bound(batch.inputs, deterministic=dropout is None, actions=actions), bound.head

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from robovlms_jax.inputs import proprio as states
 from robovlms_jax.interface import ActionChunk, Observation
-from robovlms_jax.policies import objective
+from robovlms_jax.policies import objective, stream
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.types import Inputs
 
@@ -34,7 +34,7 @@ def control_step(
     """One control step of B independent episodes; pure.
 
     Args:
-      carry: `model.init_carry(B)` or the previous step's result.
+      carry: `model.init_carry(B, ...)` or the previous step's result.
       images: camera -> uint8[B, height, width, 3].
       text_ids, text_mask: int32[B, T], bool[B, T].
       proprio: float32[B, 7] as `inputs.proprio` has it, for policies that take it.
@@ -46,8 +46,7 @@ def control_step(
     images = {camera: x[:, None] for camera, x in images.items()}
     inputs = Inputs(images, text_ids, text_mask, steps, None if proprio is None else proprio[:, None])
     inputs = objective.prepare(inputs, model.vlm.image, model.config.cameras)
-    actions, new = model.apply({"params": params}, inputs, carry, method="step")
-    carry = jax.tree.map(lambda a, b: jnp.where(active.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, carry)
+    actions, carry = model.apply({"params": params}, inputs, carry, active, method="step")
     return model.config.normalizer.unnormalize(actions), carry
 
 
@@ -65,13 +64,11 @@ class BatchedVLAPolicy:
         place = jax.tree.leaves(params)[0].sharding
         place = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
         self._step = jax.jit(functools.partial(control_step, model), donate_argnums=1, out_shardings=place)
-        fresh = model.init_carry(1)
+        fresh = model.init_head_carry(1)
         self._reset = jax.jit(
-            lambda carry, slot: jax.tree.map(lambda a, b: a.at[slot].set(b[0]), carry, fresh),
-            donate_argnums=0,
-            out_shardings=place,
+            lambda carry, slot: stream.reset(carry, slot, fresh), donate_argnums=0, out_shardings=place
         )
-        self._carry = jax.device_put(model.init_carry(slots), place)
+        self._place, self._carry, self._text_length = place, None, 0
         self._text: list[tuple[np.ndarray, np.ndarray] | None] = [None] * slots
         self._images: dict[str, np.ndarray] = {}
         self._proprio = np.zeros((slots, states.DIM), np.float32) if model.config.proprio.enabled else None
@@ -82,6 +79,7 @@ class BatchedVLAPolicy:
             if not instruction.strip():
                 raise ValueError("the instruction is empty; say what the robot should do.")
             self._text[slot] = self._encode(instruction)
+            self._make_room(len(self._text[slot][0]))
             self._carry = self._reset(self._carry, slot)
 
     def act(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[ActionChunk]:
@@ -95,7 +93,23 @@ class BatchedVLAPolicy:
         active[list(slots)] = True
         actions, self._carry = self._step(self.params, self._carry, self._images, ids, mask, active, self._proprio)
         actions = np.asarray(actions)
+        for slot in slots:
+            if not np.isfinite(actions[slot]).all():
+                raise ValueError(
+                    f"the policy's actions are not finite: {actions[slot].tolist()}. Either its parameters are not, or "
+                    "it decoded a word that is no action (set policy.head.constrained)."
+                )
         return [ActionChunk(actions[slot]) for slot in slots]
+
+    def _make_room(self, text_length: int) -> None:
+        """Prompts are padded to the longest one so far; what is kept between steps follows when it grows."""
+        if text_length <= self._text_length:
+            return
+        self._text_length = text_length
+        carry = self.model.init_carry(self.slots, self.params, text_length)
+        if self._carry is not None:
+            carry = stream.lengthen(self._carry, carry)
+        self._carry = jax.device_put(carry, self._place)
 
     def _take(self, slot: int, observation: Observation) -> None:
         for camera in self.model.config.cameras:
@@ -128,9 +142,8 @@ class BatchedVLAPolicy:
 
     def _padded_text(self) -> tuple[np.ndarray, np.ndarray]:
         texts = [text for text in self._text if text is not None]
-        length = max(len(ids) for ids, _ in texts)
-        ids = np.zeros((self.slots, length), np.int32)
-        mask = np.zeros((self.slots, length), bool)
+        ids = np.zeros((self.slots, self._text_length), np.int32)
+        mask = np.zeros((self.slots, self._text_length), bool)
         for slot, text in enumerate(self._text):
             # A slot without an episode borrows a text: its result is discarded, but rows without any real token make
             # NaN.

@@ -8,14 +8,15 @@ from typing import Any
 import chex
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from robovlms_jax import interface
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.config import PolicyConfig
-from robovlms_jax.policies import encoders, readout
+from robovlms_jax.policies import decoding, encoders, readout, stream
 from robovlms_jax.policies import history as histories
 from robovlms_jax.policies.heads import base as heads
-from robovlms_jax.types import Inputs
+from robovlms_jax.types import Inputs, Tokens
 
 
 class VLA(nn.Module):
@@ -30,34 +31,57 @@ class VLA(nn.Module):
 
     def setup(self):
         config = self.config
-        self.history = histories.HISTORIES[config.history]()
+        self.history = histories.make(
+            config.history, window=config.window, cameras=len(config.cameras), private=config.is_autoregressive
+        )
         self.backbone = backbones.build(self.vlm)
-        self.readout = readout.ActionQuery(config.num_queries, self.vlm.width)
+        self.readout = readout.make(
+            config.readout,
+            num_queries=config.num_queries,
+            width=self.vlm.width,
+            source=config.pool,
+            num_tokens=self.num_tokens,
+            parallel=not config.is_autoregressive,
+        )
         self.proprio = encoders.ProprioToken(config.proprio, self.vlm.width) if config.proprio.enabled else None
         self.head = heads.build(
             config.head,
-            window=config.window,
+            window=config.head_window,
             chunk=config.chunk,
             action_dim=interface.ACTION_DIM,
-            feature_dim=self.vlm.width,
-            num_queries=config.num_queries,
+            feature_dim=self.vlm.text.vocab_size if config.readout == "token" else self.vlm.width,
+            num_queries=self.num_tokens if config.readout == "token" else config.num_queries,
             name="head",
         )
 
-    def features(self, inputs: Inputs, deterministic: bool = True) -> jax.Array:
-        """float[B, G, Q, D]: the readout's hidden states of every frame."""
-        batch, _ = inputs.step_mask.shape
-        images, text_ids, text_mask = self.history.frames(inputs)
+    @property
+    def num_tokens(self) -> int:
+        """Action tokens of one step where actions are words."""
+        return self.config.chunk * interface.ACTION_DIM
+
+    def embed(self, inputs: Inputs, actions: jax.Array | None = None, *, deterministic: bool = True) -> Tokens:
+        """Tokens of every frame by itself, leaves [B * G, S, ...].
+
+        Args:
+          actions: float[B, G, C, A], normalised; the "query" run of an autoregressive policy holds their tokens. None
+            leaves placeholders there.
+        """
+        images, text_ids, text_mask = histories.frames(inputs)
         images = {camera: images[camera] for camera in self.config.cameras}
-        queries, extra = self.readout.queries(), self._extra(inputs)
+        queries, extra = self._queries(actions), self._extra(inputs)
         if extra is None:
-            tokens = self.backbone.embed(images, text_ids, text_mask, queries, deterministic=deterministic)
-        else:
-            queries = encoders.before(extra, queries)
-            tokens = self.backbone.embed(images, text_ids, text_mask, queries, deterministic=deterministic)
-            tokens = encoders.name_runs(tokens, extra.shape[1])
-        hidden, _ = self.backbone.decode(self.history.join(tokens, batch), deterministic=deterministic)
-        return self.readout(self.history.part(hidden, batch), tokens)
+            return self.backbone.embed(images, text_ids, text_mask, queries, deterministic=deterministic)
+        queries = encoders.before(extra, jnp.zeros((0, self.vlm.width)) if queries is None else queries)
+        tokens = self.backbone.embed(images, text_ids, text_mask, queries, deterministic=deterministic)
+        return encoders.name_runs(tokens, extra.shape[1])
+
+    def _queries(self, actions: jax.Array | None) -> jax.Array | None:
+        """What every frame's "query" run holds: float[Q, D], or float[B * G, C * A, D] with action tokens in it."""
+        if not self.config.is_autoregressive:
+            return self.readout.queries()
+        if actions is None:
+            return jnp.zeros((self.num_tokens, self.vlm.width))
+        return self.backbone.embed_ids(self.head.ids(histories.merge(actions, 0)))
 
     def _extra(self, inputs: Inputs) -> jax.Array | None:
         """Each frame's tokens between the prompt and the queries, float[B * G, E, D]; None where there are none."""
@@ -65,21 +89,66 @@ class VLA(nn.Module):
             return None
         return self.proprio(inputs.proprio).reshape(-1, 1, self.vlm.width)
 
-    def __call__(self, inputs: Inputs, deterministic: bool = True) -> Any:
-        """Predictions for all K = G - W + 1 windows of each segment; leaves float[B * K, W, C, ...].
+    def features(self, inputs: Inputs, deterministic: bool = True, actions: jax.Array | None = None) -> jax.Array:
+        """float[B * K, W, Q, D] of all K = G - W + 1 windows of each segment; one step instead of W with `video`.
 
-        Each frame is encoded once and shared by the windows it is in.
+        With readout `token` these are logits float32[B * K, W, C * A, V].
         """
-        features = histories.windows(self.features(inputs, deterministic), self.config.window)
-        mask = histories.windows(inputs.step_mask, self.config.window)
-        chex.assert_equal_shape_prefix([features, mask], 3)
-        return self.head(features.reshape(-1, *features.shape[2:]), mask.reshape(-1, mask.shape[-1]))
+        if self.config.is_autoregressive and actions is None and not self.is_initializing():
+            raise ValueError("an autoregressive policy is trained on the tokens before each one: pass `actions`.")
+        batch = len(inputs.step_mask)
+        sequences = self.history.join(self.embed(inputs, actions, deterministic=deterministic), inputs.step_mask)
+        hidden, _ = self.backbone.decode(sequences, deterministic=deterministic)
+        return self.history.windows(self._read(*self.history.part((hidden, sequences), batch)))
 
-    def step(self, inputs: Inputs, carry: Any) -> tuple[jax.Array, Any]:
-        """One control step. Inputs with G = 1 -> (actions float[B, C, A] in [-1, 1], new carry)."""
-        prediction, carry = self.head.step(self.features(inputs)[:, 0], carry)
-        return self.head.actions(prediction), carry
+    def __call__(self, inputs: Inputs, deterministic: bool = True, actions: jax.Array | None = None) -> Any:
+        """Predictions for all windows of each segment; leaves float[B * K, W, C, ...] (one step with `video`).
 
-    def init_carry(self, batch: int) -> Any:
-        """The carry before the first step of an episode; needs no parameters."""
+        Each frame's images are encoded once and shared by the windows it is in.
+
+        Args:
+          actions: float[B, G, C, A], the normalised chunk of every frame; only autoregressive policies look at it.
+        """
+        features = self.features(inputs, deterministic, actions)
+        mask = self.history.steps(inputs.step_mask)
+        chex.assert_equal_shape_prefix([features, mask], 2)
+        return self.head(features, mask)
+
+    def step(
+        self, inputs: Inputs, carry: stream.Carry, active: jax.Array | None = None
+    ) -> tuple[jax.Array, stream.Carry]:
+        """One control step. Inputs with G = 1 -> (actions float[B, C, A] in [-1, 1], new carry).
+
+        Args:
+          active: bool[B]; where False the carry stays as it is (the actions there mean nothing). None: all.
+        """
+        if active is None:
+            active = jnp.ones(len(inputs.step_mask), bool)
+        tokens = self.embed(inputs)
+        seen = stream.advance(self, tokens, carry, active)
+        kept = seen.kept
+        if self.config.is_autoregressive:
+            features, cache = decoding.generate(self, seen)
+            kept = kept.reclaim(cache)
+        else:
+            features = self._read(seen.hidden, seen.tokens)
+        prediction, head = self.head.step(features, seen.head)
+        head = stream.where(active, head, carry.head)
+        return self.head.actions(prediction), stream.Carry(head, kept)
+
+    def init_carry(self, batch: int, params: Any = None, text_length: int = 0) -> stream.Carry:
+        """The carry before the first step of an episode.
+
+        Args:
+          params, text_length: of the policy and its prompts; histories that keep tokens need them to know how many.
+        """
+        return stream.Carry(self.init_head_carry(batch), stream.create(self, batch, params, text_length))
+
+    def init_head_carry(self, batch: int) -> Any:
+        """The head's part of it; needs no parameters."""
         return self.bind({}).head.init_carry(batch)
+
+    def _read(self, hidden: jax.Array, tokens: Tokens) -> jax.Array:
+        """Final hidden states float[..., S, D] -> features float[..., Q, D]."""
+        features = self.readout(hidden, tokens)
+        return self.backbone.logits(features) if self.config.readout == "token" else features

@@ -7,21 +7,59 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
+import flax.struct
 import jax
+import jax.numpy as jnp
+
+HISTORIES = ("one_step", "interleaved", "policy_head", "video")
+"""Where observed steps meet: nowhere; in the language model, step after step; in the head; in one prompt."""
+READOUTS = ("action_query", "pool", "token")
+"""What a head is given: hidden states of learned tokens; pooled hidden states; logits of vocabulary tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
     """Base of all head configurations; its concrete type chooses the head."""
 
+    histories: ClassVar[tuple[str, ...]] = HISTORIES
+    """Histories that the head makes sense with."""
+    readouts: ClassVar[tuple[str, ...]] = ("action_query", "pool")
+    """Readouts that the head makes sense with."""
+
+
+@flax.struct.dataclass
+class WindowCarry:
+    """The most recent features. buffer: float32[B, W, Q, D], newest last; count: int32[B], how many are real, at most
+    W."""
+
+    buffer: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def create(cls, batch: int, window: int, num_queries: int, feature_dim: int) -> WindowCarry:
+        """Before the first step."""
+        buffer = jnp.zeros((batch, window, num_queries, feature_dim), jnp.float32)
+        return cls(buffer, jnp.zeros((batch,), jnp.int32))
+
+    @property
+    def mask(self) -> jax.Array:
+        """bool[B, W], True = real."""
+        window = self.buffer.shape[1]
+        return jnp.arange(window) >= window - self.count[:, None]
+
+    def push(self, features: jax.Array) -> WindowCarry:
+        """With one more step's float[B, Q, D]; the oldest goes."""
+        buffer = jnp.concatenate([self.buffer[:, 1:], features.astype(jnp.float32)[:, None]], axis=1)
+        return WindowCarry(buffer, jnp.minimum(self.count + 1, buffer.shape[1]))
+
 
 class ActionHead(Protocol):
     """Features of observed steps in, action chunks out. `N` is any number of windows (batch times windows per segment).
 
     Attributes `window`, `chunk`, `action_dim` and `config` are set by `build`. No memory inside: carries are
-    arguments and results.
+    arguments and results. In training there is a "dropout" key (`has_rng`), for whatever a head needs chance for.
     """
 
     def __call__(self, features: jax.Array, step_mask: jax.Array) -> Any:
@@ -45,7 +83,9 @@ class ActionHead(Protocol):
     def step(self, features: jax.Array, carry: Any) -> tuple[Any, Any]:
         """float[batch, Q, D] of the newest step -> (prediction with leaves [batch, C, ...], new carry).
 
-        Equals the last step of `__call__` over the most recent min(t, W) features, at constant cost per call.
+        Equals the last step of `__call__` over the most recent min(t, W) features, at constant cost per call. A carry
+        that is a `WindowCarry` can be rewritten by a history that encodes the window again; any other only sees steps
+        as they come.
         """
 
 
@@ -78,6 +118,25 @@ def kind_of(config_type: type[HeadConfig]) -> str:
     raise ValueError(f"{config_type.__name__} belongs to no registered head; registered: {kinds()}.")
 
 
+class Product(NamedTuple):
+    """One policy structure; `head` is a registered name."""
+
+    history: str
+    readout: str
+    head: str
+
+
+def products() -> tuple[Product, ...]:
+    """Every history x readout x head that means something, of all registered heads."""
+    return tuple(
+        Product(history, readout, kind)
+        for history in HISTORIES
+        for readout in READOUTS
+        for kind in kinds()
+        if history in config_of(kind).histories and readout in config_of(kind).readouts
+    )
+
+
 def config_of(kind: str) -> type[HeadConfig]:
     """Config class of a registered head."""
     if kind not in _REGISTRY:
@@ -95,7 +154,8 @@ def build(
     num_queries: int,
     name: str | None = None,
 ) -> Any:
-    """The Flax module for a head configuration. `feature_dim` is D of the features, `num_queries` their Q."""
+    """The Flax module for a head configuration. `feature_dim` is D of the features (V for tokens), `num_queries` their
+    Q."""
     module = _REGISTRY[kind_of(type(config))][1]
     return module(
         config=config,

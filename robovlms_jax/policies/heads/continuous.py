@@ -1,0 +1,176 @@
+"""What heads that regress actions share: the two MLPs that end them, their loss, and a carry of recent features."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import chex
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from robovlms_jax.nn.attention import Attention
+from robovlms_jax.nn.mlp import MLP
+from robovlms_jax.nn.norms import LayerNorm
+from robovlms_jax.policies import losses
+from robovlms_jax.policies.heads import base
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinuousHeadConfig(base.HeadConfig):
+    """One MLP for the arm (tanh) and one for the gripper (logit), and the loss on both."""
+
+    trunk: tuple[int, ...] = (1024, 512, 256)
+    """Hidden widths of both MLPs."""
+    arm_loss: Literal["huber", "smooth_l1", "mse"] = "huber"
+    """huber: quadratic below huber_delta, slope huber_delta beyond. smooth_l1: huber / huber_delta, slope 1 beyond
+    (huber_delta is torch's beta). mse: squared error."""
+    huber_delta: float = 1.0
+    gripper_loss_weight: float = 0.01
+    """loss = arm + gripper_loss_weight * BCE(gripper)."""
+
+    def __post_init__(self):
+        if self.arm_loss not in losses.REGRESSION:
+            raise ValueError(f"policy.head.arm_loss={self.arm_loss!r} is unknown; known: {sorted(losses.REGRESSION)}.")
+        if self.huber_delta <= 0:
+            raise ValueError(f"policy.head.huber_delta={self.huber_delta} must be positive.")
+        require_positive(self, *(f for f in ("hidden_size", "num_layers", "num_heads") if hasattr(self, f)))
+        heads, hidden = getattr(self, "num_heads", 1), getattr(self, "hidden_size", 0)
+        if hidden % heads:
+            raise ValueError(f"policy.head.hidden_size={hidden} does not divide over num_heads={heads}.")
+
+
+def require_positive(config: base.HeadConfig, *fields: str) -> None:
+    """Raises ValueError naming the first of `fields` that is below 1."""
+    for field in fields:
+        if getattr(config, field) < 1:
+            raise ValueError(f"policy.head.{field}={getattr(config, field)} must be at least 1.")
+
+
+@flax.struct.dataclass
+class ContinuousPrediction:
+    """arm: float32[..., C, A - 1] in [-1, 1]; gripper_logit: float32[..., C], positive = open."""
+
+    arm: jax.Array
+    gripper_logit: jax.Array
+
+
+class Trunk(nn.Module):
+    """Linear-ReLU stack; Xavier-uniform kernels and zero biases as upstream initialises its heads."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer, width in enumerate(self.widths):
+            x = dense(width, name=f"layer_{layer}")(x)
+            x = x if layer == len(self.widths) - 1 else jax.nn.relu(x)
+        return x
+
+
+def dense(width: int, name: str | None = None) -> nn.Dense:
+    """float32 Linear with upstream's initial values."""
+    return nn.Dense(
+        width,
+        kernel_init=nn.with_logical_partitioning(nn.initializers.xavier_uniform(), ("embed", "hidden")),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("hidden",)),
+        name=name,
+    )
+
+
+class Block(nn.Module):
+    """Pre-norm transformer layer on float32[N, S, D]: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    num_heads: int
+    activation: str = "gelu"
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, *, deterministic: bool) -> jax.Array:
+        """mask: bool[N, S, S], True = may attend."""
+        width = x.shape[-1]
+        drop = nn.Dropout(self.dropout, deterministic=deterministic)
+        attention = Attention(self.num_heads, width // self.num_heads, dropout=self.dropout, name="attn")
+        x = x + drop(attention(LayerNorm(1e-5, name="attn_norm")(x), mask=mask, deterministic=deterministic)[0])
+        return x + drop(MLP(4 * width, self.activation, name="mlp")(LayerNorm(1e-5, name="mlp_norm")(x)))
+
+
+class ContinuousHead(nn.Module):
+    """A head whose subclass only says how features of a window become one vector per step (`encode`).
+
+    See `base.ActionHead` for the contract. Computes in float32 whatever the backbone's type.
+    """
+
+    config: Any
+    window: int
+    chunk: int
+    action_dim: int
+    feature_dim: int
+    num_queries: int
+
+    remembers = True
+    """Whether `encode` lets a step see earlier ones."""
+
+    def setup(self):
+        self.arm = Trunk((*self.config.trunk, self.chunk * (self.action_dim - 1)))
+        self.gripper = Trunk((*self.config.trunk, self.chunk))
+
+    def encode(self, features: jax.Array, mask: jax.Array) -> jax.Array:
+        """float32[N, W, Q, D], bool[N, W] -> float32[N, W, hidden]; a step sees itself and real earlier ones."""
+        raise TypeError(f"{type(self).__name__} does not say how it encodes features")
+
+    def __call__(self, features: jax.Array, step_mask: jax.Array) -> ContinuousPrediction:
+        return self._decode(self._encode(features, step_mask))
+
+    def loss(self, prediction: ContinuousPrediction, actions: jax.Array, mask: jax.Array, count: jax.Array):
+        """Masked loss on the arm plus weighted BCE on the gripper; `acc_gripper` is reported beside them."""
+        chex.assert_equal_shape([prediction.arm, actions[..., :-1]])
+        config = self.config
+        is_open = actions[..., -1] > 0
+        errors = losses.REGRESSION[config.arm_loss](prediction.arm, actions[..., :-1], config.huber_delta)
+        arm = losses.masked_mean(errors, mask, count)
+        gripper = losses.masked_mean(losses.binary_cross_entropy(prediction.gripper_logit, is_open), mask, count)
+        accuracy = losses.masked_mean(((prediction.gripper_logit > 0) == is_open).astype(jnp.float32), mask, count)
+        loss = arm + config.gripper_loss_weight * gripper
+        return loss, {"loss": loss, "loss_arm": arm, "loss_gripper": gripper, "acc_gripper": accuracy}
+
+    def actions(self, prediction: ContinuousPrediction) -> jax.Array:
+        gripper = jnp.where(prediction.gripper_logit > 0, 1.0, -1.0)
+        return jnp.concatenate([prediction.arm, gripper[..., None]], axis=-1)
+
+    def init_carry(self, batch: int) -> base.WindowCarry | tuple:
+        if not self.remembers:
+            return ()
+        return base.WindowCarry.create(batch, self.window, self.num_queries, self.feature_dim)
+
+    def step(self, features: jax.Array, carry: Any) -> tuple[ContinuousPrediction, Any]:
+        # Re-running the window gives the same numbers as a recurrent state that forgets what leaves the window
+        # (upstream's LSTM does so once the window is full), at one constant, small cost.
+        if self.remembers:
+            carry = carry.push(features)
+            hidden = self._encode(carry.buffer, carry.mask)
+        else:
+            hidden = self._encode(features[:, None], jnp.ones((len(features), 1), bool))
+        return self._decode(hidden[:, -1]), carry
+
+    def _encode(self, features: jax.Array, mask: jax.Array) -> jax.Array:
+        chex.assert_shape(features, (None, None, self.num_queries, self.feature_dim))
+        return self.encode(features.astype(jnp.float32), mask)
+
+    def _decode(self, hidden: jax.Array) -> ContinuousPrediction:
+        arm = jnp.tanh(self.arm(hidden))
+        arm = arm.reshape(*hidden.shape[:-1], self.chunk, self.action_dim - 1)
+        return ContinuousPrediction(arm, self.gripper(hidden))
+
+
+def step_positions(mask: jax.Array) -> jax.Array:
+    """int32[N, W]: place of each step among the real ones of its window, so that padding in front changes nothing."""
+    return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+
+
+def step_attention(mask: jax.Array, queries: int = 1) -> jax.Array:
+    """bool[N, W * queries, W * queries]: tokens of a step may attend those of real steps up to their own."""
+    steps = jnp.repeat(jnp.arange(mask.shape[1]), queries)
+    return (steps[:, None] >= steps) & jnp.repeat(mask, queries, axis=1)[:, None]

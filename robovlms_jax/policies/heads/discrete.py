@@ -1,0 +1,128 @@
+"""Actions as words: cross-entropy on vocabulary tokens (upstream `DiscreteDecoder`; RT-2, Brohan et al. 2023)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from robovlms_jax.actions import discretize
+from robovlms_jax.policies import losses
+from robovlms_jax.policies.heads import base
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscreteHeadConfig(base.HeadConfig):
+    """One vocabulary token per action dimension, chunk after chunk. Has no parameters of its own."""
+
+    # A head that only names tokens remembers nothing, so the steps have to meet before it.
+    histories: ClassVar[tuple[str, ...]] = ("one_step", "interleaved", "video")
+    readouts: ClassVar[tuple[str, ...]] = ("token",)
+
+    num_bins: int = 256
+    low: float = -1.0
+    high: float = 1.0
+    """Bins span [low, high] in normalised actions; the gripper is -1 or 1."""
+    vocab_end: int = 0
+    """One past the last action id; bin b is id vocab_end - 1 - b. 0: from the tokenizer as upstream counts it (see
+    `actions.discretize.vocabulary_end`) when a run starts, the end of the vocabulary without a tokenizer."""
+    decoding: Literal["autoregressive", "parallel"] = "autoregressive"
+    """autoregressive: each token sees those before it, and control decodes one after the other. parallel: learned
+    placeholders stand where the tokens would be, and one pass decodes them all; it is trained the same way."""
+    constrained: bool = True
+    """Decode action ids only. Otherwise any word may win; one that is no action id makes its action NaN, which `act`
+    refuses to hand out."""
+
+    @property
+    def bins(self) -> discretize.UniformBins:
+        """Where the edges lie."""
+        return discretize.UniformBins(self.num_bins, self.low, self.high)
+
+    def __post_init__(self):
+        if self.decoding not in ("autoregressive", "parallel"):
+            raise ValueError(f"policy.head.decoding={self.decoding!r} is neither 'autoregressive' nor 'parallel'.")
+        if self.bins.low > -1 or self.bins.high < 1:
+            raise ValueError(f"policy.head.low={self.low} and high={self.high} must span [-1, 1], the gripper's ends.")
+        if 0 < self.vocab_end < self.num_bins:
+            raise ValueError(f"policy.head.vocab_end={self.vocab_end} leaves no room for num_bins={self.num_bins}.")
+
+
+@flax.struct.dataclass
+class TokenPrediction:
+    """logits: float32[..., C, A, V]."""
+
+    logits: jax.Array
+
+
+@base.register("discrete", DiscreteHeadConfig)
+class DiscreteHead(nn.Module):
+    """See `base.ActionHead` for the contract; features are logits float[N, W, C * A, V] of the action tokens."""
+
+    config: DiscreteHeadConfig
+    window: int
+    chunk: int
+    action_dim: int
+    feature_dim: int
+    num_queries: int
+
+    @property
+    def vocab_end(self) -> int:
+        """One past the last action id."""
+        end = self.config.vocab_end or self.feature_dim
+        if not self.config.num_bins <= end <= self.feature_dim:
+            raise ValueError(
+                f"action ids {end - self.config.num_bins} ... {end - 1} (policy.head.num_bins={self.config.num_bins}, "
+                f"vocab_end={end}) do not lie in a vocabulary of {self.feature_dim} tokens."
+            )
+        return end
+
+    def ids(self, actions: jax.Array) -> jax.Array:
+        """Normalised actions float[..., C, A] -> int32[..., C * A]."""
+        ids = discretize.to_ids(discretize.discretize(actions, self.config.bins), self.vocab_end)
+        return ids.reshape(*actions.shape[:-2], -1)
+
+    def choose(self, logits: jax.Array) -> jax.Array:
+        """The most likely token: float[..., V] -> int32[...]; among action ids only when `constrained`."""
+        if self.config.constrained:
+            ids = jnp.arange(logits.shape[-1])
+            allowed = discretize.is_action_id(ids, self.vocab_end, self.config.num_bins)
+            logits = jnp.where(allowed, logits, -jnp.inf)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def __call__(self, features: jax.Array, step_mask: jax.Array) -> TokenPrediction:
+        shape = (*features.shape[:-2], self.chunk, self.action_dim, features.shape[-1])
+        return TokenPrediction(features.reshape(shape).astype(jnp.float32))
+
+    def loss(self, prediction: TokenPrediction, actions: jax.Array, mask: jax.Array, count: jax.Array):
+        """Cross-entropy, arm and gripper alike; accuracies and the mean distance of decoded actions beside it."""
+        ids = self.ids(actions).reshape(actions.shape)
+        loss = losses.masked_mean(losses.token_cross_entropy(prediction.logits, ids), mask, count)
+        chosen = self.choose(prediction.logits)
+        right = (chosen == ids).astype(jnp.float32)
+        distance = jnp.abs(self._values(chosen) - self._values(ids))
+        return loss, {
+            "loss": loss,
+            "acc_arm": losses.masked_mean(right[..., :-1], mask, count),
+            "acc_gripper": losses.masked_mean(right[..., -1], mask, count),
+            "action_l1": losses.masked_mean(distance, mask, count),
+        }
+
+    def actions(self, prediction: TokenPrediction) -> jax.Array:
+        """NaN wherever an unconstrained choice is no action id."""
+        ids = self.choose(prediction.logits)
+        values = self._values(ids)
+        values = jnp.concatenate([values[..., :-1], jnp.where(values[..., -1:] > 0, 1.0, -1.0)], axis=-1)
+        return jnp.where(discretize.is_action_id(ids, self.vocab_end, self.config.num_bins), values, jnp.nan)
+
+    def init_carry(self, batch: int) -> tuple:
+        return ()
+
+    def step(self, features: jax.Array, carry: tuple) -> tuple[TokenPrediction, tuple]:
+        return self(features, None), carry
+
+    def _values(self, ids: jax.Array) -> jax.Array:
+        return discretize.undiscretize(discretize.from_ids(ids, self.vocab_end), self.config.bins)

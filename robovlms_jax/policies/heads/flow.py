@@ -1,0 +1,203 @@
+"""Flow matching: a chunk of actions is transported from noise (rectified flow, Liu et al. 2022, arXiv:2209.03003; as an
+action head Black et al. 2024, arXiv:2410.24164). Also what RoboVLMs names a diffusion head.
+
+A straight path leads from noise to the recorded chunk, x(t) = (1 - t) noise + t actions, and the network learns its
+velocity, actions - noise, from x(t), t and the observed steps. Acting follows the learned velocity from t = 0 to 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robovlms_jax.nn.attention import Attention
+from robovlms_jax.nn.linear import Einsum
+from robovlms_jax.nn.mlp import MLP
+from robovlms_jax.nn.norms import LayerNorm
+from robovlms_jax.policies import losses
+from robovlms_jax.policies.heads import base
+from robovlms_jax.policies.heads.continuous import dense, require_positive, step_positions
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowHeadConfig(base.HeadConfig):
+    """A small transformer over the chunk's actions that looks at the window's features; gripper included."""
+
+    hidden_size: int = 512
+    num_layers: int = 4
+    num_heads: int = 8
+    num_steps: int = 10
+    """Integration steps (Euler) from noise to actions. May be changed after training."""
+    seed: int = 0
+    """Of the noise that acting starts from: the same at every step, so that the policy is a function of what it sees
+    and consecutive chunks follow the same one of several possible ways."""
+
+    def __post_init__(self):
+        require_positive(self, "hidden_size", "num_layers", "num_heads", "num_steps")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"policy.head.hidden_size={self.hidden_size} must be even and divide over num_heads={self.num_heads}."
+            )
+
+
+@flax.struct.dataclass
+class Condition:
+    """What the network needs to know of N windows' steps, computed once for all integration steps.
+
+    key, value: float32[L, N, T, heads, H], of the T = W * Q features. mask: bool[N, S, T], which of them each of the
+    S steps that predict may attend to.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    mask: jax.Array
+
+
+@flax.struct.dataclass
+class FlowPrediction:
+    """Conditions of steps; actions come out of them when asked for. shape: the steps' leading axes, (N, W) or (B,)."""
+
+    condition: Condition
+    shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+
+class Layer(nn.Module):
+    """Attention within the chunk, attention to the condition, feed-forward; pre-norm."""
+
+    num_heads: int
+    width: int
+
+    def setup(self):
+        shape, axes = (self.width, self.num_heads, self.width // self.num_heads), ("embed", "heads", "head_dim")
+
+        def project(name):
+            return Einsum("BSD,DNH->BSNH", shape, axes, use_bias=True, name=name)
+
+        self.q, self.k, self.v = (project(name) for name in "qkv")
+        self.o = Einsum("BSNH,NHD->BSD", shape[1:] + shape[:1], axes[1:] + axes[:1], use_bias=True)
+        self.attn = Attention(self.num_heads, self.width // self.num_heads)
+        self.mlp = MLP(4 * self.width, "gelu")
+        self.attn_norm, self.cross_norm, self.mlp_norm = (LayerNorm(1e-5) for _ in range(3))
+
+    def condition(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """float32[N, T, width] -> keys and values float32[N, T, heads, H]."""
+        return self.k(context), self.v(context)
+
+    def __call__(self, x: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+        """float32[N * S, C, width], keys and values float32[N, T, heads, H], mask bool[N, S, T] -> as the first."""
+        x = x + self.attn(self.attn_norm(x))[0]
+        steps, chunk = mask.shape[1], x.shape[1]
+        q = self.q(self.cross_norm(x)).reshape(len(mask), steps, chunk, self.num_heads, -1)
+        scores = jnp.einsum("BSCNH,BTNH->BNSCT", q * q.shape[-1] ** -0.5, key)
+        scores = jnp.where(mask[:, None, :, None], scores, jnp.finfo(scores.dtype).min)
+        y = jnp.einsum("BNSCT,BTNH->BSCNH", jax.nn.softmax(scores, axis=-1), value)
+        x = x + self.o(y.reshape(len(x), chunk, self.num_heads, -1))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+@base.register("flow", FlowHeadConfig)
+class FlowHead(nn.Module):
+    """See `base.ActionHead` for the contract. Computes in float32 whatever the backbone's type."""
+
+    config: FlowHeadConfig
+    window: int
+    chunk: int
+    action_dim: int
+    feature_dim: int
+    num_queries: int
+
+    def setup(self):
+        config = self.config
+        normal = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("position", "embed"))
+        self.context = dense(config.hidden_size)
+        self.context_norm = LayerNorm(1e-5)
+        self.step_table = self.param("steps", normal, (self.window, config.hidden_size))
+        self.slot_table = self.param("slots", normal, (self.num_queries, config.hidden_size))
+        self.chunk_table = self.param("chunk", normal, (self.chunk, config.hidden_size))
+        self.action_in = dense(config.hidden_size)
+        self.time_in = dense(config.hidden_size)
+        self.layers = [Layer(config.num_heads, config.hidden_size, name=f"layer_{i}") for i in range(config.num_layers)]
+        self.final_norm = LayerNorm(1e-5)
+        self.out = nn.Dense(  # zero: the first velocity is none, as large as no guess at all
+            self.action_dim,
+            kernel_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed", None)),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), (None,)),
+        )
+
+    def __call__(self, features: jax.Array, step_mask: jax.Array) -> FlowPrediction:
+        batch, steps = step_mask.shape
+        prediction = FlowPrediction(self._condition(features, step_mask), (batch, steps))
+        if self.is_initializing():  # nothing else in here touches the network's parameters
+            self._velocity(prediction.condition, self._noise(batch * steps), jnp.zeros(batch * steps))
+        return prediction
+
+    def loss(self, prediction: FlowPrediction, actions: jax.Array, mask: jax.Array, count: jax.Array):
+        """Squared error of the velocity at one random time and noise per chunk; fixed ones where there is no
+        "dropout" key, so that evaluations compare."""
+        key = self.make_rng("dropout") if self.has_rng("dropout") else jax.random.key(self.config.seed)
+        time_key, noise_key = jax.random.split(key)
+        target = actions.reshape(-1, *actions.shape[-2:])
+        time = jax.random.uniform(time_key, target.shape[:1])
+        # A masked action may hold anything, and the network sees the whole chunk.
+        target = jnp.where(mask.reshape(-1, self.chunk)[..., None], target, 0.0)
+        noise = jax.random.normal(noise_key, target.shape)
+        position = time[:, None, None]
+        velocity = self._velocity(prediction.condition, (1 - position) * noise + position * target, time)
+        errors = losses.squared_error(velocity, target - noise).reshape(actions.shape)
+        loss = losses.masked_mean(errors, mask, count)
+        arm, gripper = (losses.masked_mean(x, mask, count) for x in (errors[..., :-1], errors[..., -1]))
+        return loss, {"loss": loss, "loss_arm": arm, "loss_gripper": gripper}
+
+    def actions(self, prediction: FlowPrediction) -> jax.Array:
+        """Integrate from noise; the arm is clipped to [-1, 1], the gripper decided."""
+        size = int(np.prod(prediction.shape))
+        step = 1.0 / self.config.num_steps
+
+        def euler(head: FlowHead, x: jax.Array, time: jax.Array) -> tuple[jax.Array, None]:
+            return x + step * head._velocity(prediction.condition, x, jnp.full(size, time)), None
+
+        times = jnp.arange(self.config.num_steps) * step
+        loop = nn.scan(euler, variable_broadcast="params", split_rngs={"params": False})
+        x, _ = loop(self, self._noise(size), times)
+        x = x.reshape(*prediction.shape, self.chunk, self.action_dim)
+        return jnp.concatenate([jnp.clip(x[..., :-1], -1, 1), jnp.where(x[..., -1:] > 0, 1.0, -1.0)], axis=-1)
+
+    def init_carry(self, batch: int) -> base.WindowCarry:
+        return base.WindowCarry.create(batch, self.window, self.num_queries, self.feature_dim)
+
+    def step(self, features: jax.Array, carry: base.WindowCarry) -> tuple[FlowPrediction, base.WindowCarry]:
+        carry = carry.push(features)
+        condition = self._condition(carry.buffer, carry.mask)
+        return FlowPrediction(condition.replace(mask=condition.mask[:, -1:]), (len(features),)), carry
+
+    def _noise(self, size: int) -> jax.Array:
+        """The same float32[C, A] for every one of `size` chunks."""
+        noise = jax.random.normal(jax.random.key(self.config.seed), (self.chunk, self.action_dim))
+        return jnp.broadcast_to(noise, (size, *noise.shape))
+
+    def _condition(self, features: jax.Array, step_mask: jax.Array) -> Condition:
+        """float[N, W, Q, D], bool[N, W] -> condition of all W steps; each sees itself and real earlier ones."""
+        batch, steps, queries, _ = features.shape
+        x = self.context(features.astype(jnp.float32))
+        x = x + self.slot_table + self.step_table[step_positions(step_mask)][:, :, None]
+        x = self.context_norm(x).reshape(batch, steps * queries, -1)
+        keys, values = zip(*(layer.condition(x) for layer in self.layers), strict=True)
+        number = jnp.arange(steps)
+        seen = (number[:, None] >= jnp.repeat(number, queries)) & jnp.repeat(step_mask, queries, axis=1)[:, None]
+        return Condition(jnp.stack(keys), jnp.stack(values), seen)
+
+    def _velocity(self, condition: Condition, x: jax.Array, time: jax.Array) -> jax.Array:
+        """Chunks on their way float32[N * S, C, A], times float32[N * S] in [0, 1] -> float32[N * S, C, A]."""
+        half = self.config.hidden_size // 2
+        # Frequencies from one turn over the whole way to a thousand.
+        angle = 2 * np.pi * time[:, None] * jnp.logspace(0, 3, half, dtype=jnp.float32)
+        waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+        x = self.action_in(x) + self.chunk_table + self.time_in(waves)[:, None]
+        for index, layer in enumerate(self.layers):
+            x = layer(x, condition.key[index], condition.value[index], condition.mask)
+        return self.out(self.final_norm(x))

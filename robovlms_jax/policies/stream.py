@@ -1,0 +1,326 @@
+"""What a policy keeps between control steps, and how a new frame enters it.
+
+One frame is encoded per control step, whatever the history. What else happens:
+
+- `one_step`, `policy_head`: nothing is kept but the head's own carry.
+- `video`: the image tokens of the last W frames are kept, and the prompt that holds them all is decoded again.
+- `interleaved`: keys and values of the last W frames are kept (a ring of W frames per episode), so a new frame is
+  decoded alone. Until W frames have been seen this equals decoding the window again. From then on the oldest frame
+  leaves, and `PolicyConfig.reencode_every` says what happens:
+    1  the window is decoded again at every step from its kept embeddings: exact, at the decoder's cost for W frames
+       (the vision tower still sees the new frame only).
+    0  never: a step keeps costing one frame. Approximate in two ways: the kept keys and values were computed when
+       frames that have left could still be attended to, and positions go on counting instead of starting from 0.
+    n  every n-th step, which bounds how far both can drift.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from robovlms_jax.inputs import proprio
+from robovlms_jax.nn.attention import Cache
+from robovlms_jax.policies import history as histories
+from robovlms_jax.policies.heads import base as heads
+from robovlms_jax.types import Inputs, Tokens
+
+if TYPE_CHECKING:
+    from robovlms_jax.policies.vla import VLA
+
+
+@flax.struct.dataclass
+class Recent:
+    """The last W frames' tokens, newest last. tokens: leaves [B, W, S, ...]; count: int32[B], how many are real."""
+
+    tokens: Tokens
+    count: jax.Array
+
+    def push(self, tokens: Tokens) -> Recent:
+        """With one more frame's tokens, leaves [B, S, ...]."""
+        shifted = jax.tree.map(lambda old, new: jnp.concatenate([old[:, 1:], new[:, None]], 1), self.tokens, tokens)
+        return Recent(shifted, jnp.minimum(self.count + 1, self.window))
+
+    @property
+    def window(self) -> int:
+        """W."""
+        return self.tokens.mask.shape[1]
+
+    @property
+    def step_mask(self) -> jax.Array:
+        """bool[B, W], True = real."""
+        return jnp.arange(self.window) >= self.window - self.count[:, None]
+
+
+@flax.struct.dataclass
+class Ring:
+    """Keys and values of the last W frames of each episode.
+
+    cache: slots [0, W * S) are W frames in a ring, those behind are scratch for the new frame and its action tokens.
+    oldest: int32[B], place in the ring that the next frame takes.
+    count: int32[B], frames seen in this episode. position: int32[B], of the next frame's first token.
+    window, slots: W and S.
+    """
+
+    cache: Cache
+    oldest: jax.Array
+    count: jax.Array
+    position: jax.Array
+    window: int = flax.struct.field(pytree_node=False)
+    slots: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Kept:
+    """What a history keeps; None is what it has no use for."""
+
+    recent: Recent | None = None
+    ring: Ring | None = None
+
+    def reclaim(self, cache: Cache) -> Kept:
+        """With the buffers of a cache that was extended behind the ring: same content, but nothing has to be copied."""
+        if self.ring is None:
+            return self
+        kept = self.ring.cache.replace(key=cache.key, value=cache.value)
+        return self.replace(ring=self.ring.replace(cache=kept))
+
+
+@flax.struct.dataclass
+class Carry:
+    """Everything between two control steps of B episodes. head: the head's own; history: see `Kept`."""
+
+    head: Any
+    history: Kept
+
+
+class Seen(NamedTuple):
+    """The newest frame in its context.
+
+    hidden: float[B, S, D] and tokens of the sequence it is read from, without action tokens.
+    head: the head's carry, with older features as this context has them.
+    kept: what goes into the next step's carry.
+    action_position: int32[B], where the step's first action token goes, and cache: keys and values of everything it
+      may attend to, with room behind; None where no action tokens will be decoded.
+    """
+
+    hidden: jax.Array
+    tokens: Tokens
+    head: Any
+    kept: Kept
+    action_position: jax.Array | None = None
+    cache: Cache | None = None
+
+
+def create(model: VLA, batch: int, params: Any, text_length: int) -> Kept:
+    """Nothing seen yet."""
+    config = model.config
+    if config.history not in ("interleaved", "video"):
+        return Kept()
+    if params is None or text_length < 1:
+        raise ValueError(f"a {config.history} policy keeps tokens: pass init_carry its params and text_length.")
+    shapes = jax.eval_shape(lambda params: _blank(model, params, batch, text_length), params)
+    tokens = shapes if config.history == "video" else jax.eval_shape(lambda x: _without_actions(model, x), shapes)
+    zeros = jax.tree.map(lambda x: jnp.zeros((batch, config.window, *x.shape[1:]), x.dtype), tokens)
+
+    def counter() -> jax.Array:  # a buffer of its own each time: carries are donated
+        return jnp.zeros((batch,), jnp.int32)
+
+    recent = Recent(zeros, counter())
+    if config.history == "video":
+        return Kept(recent)
+    slots = tokens.mask.shape[1]
+    behind = slots + (model.num_tokens if config.is_autoregressive else 0)
+    cache = model.bind({}).backbone.init_cache(batch, config.window * slots + behind)
+    # Never moves: new frames are written behind the ring and brought into it from there.
+    cache = cache.replace(length=jnp.int32(config.window * slots))
+    return Kept(
+        recent if config.reencode_every else None, Ring(cache, counter(), counter(), counter(), config.window, slots)
+    )
+
+
+def reset(carry: Carry, slot: jax.Array, head: Any) -> Carry:
+    """Forget everything about episode int32[] `slot`; `head`: a head's carry before its first step, for one episode."""
+    new_head = jax.tree.map(lambda x, fresh: x.at[slot].set(fresh[0]), carry.head, head)
+    recent, ring = carry.history.recent, carry.history.ring
+    if recent is not None:
+        recent = recent.replace(count=recent.count.at[slot].set(0))
+    if ring is not None:
+        # What is masked is never attended to, so keys and values may stay as they are.
+        mask = ring.cache.mask.at[slot].set(False)
+        zeros = {name: getattr(ring, name).at[slot].set(0) for name in ("oldest", "count", "position")}
+        ring = ring.replace(cache=ring.cache.replace(mask=mask), **zeros)
+    return Carry(new_head, Kept(recent, ring))
+
+
+def lengthen(carry: Carry, longer: Carry) -> Carry:
+    """The same carry for longer prompts; `longer`: a fresh carry made for them, which says how many slots a frame has.
+
+    Frames that were seen get masked slots where their text ends.
+    """
+    recent, ring = carry.history.recent, carry.history.ring
+    if recent is not None:
+        old, new = recent.tokens, longer.history.recent.tokens
+        end, extra = old.slot("text").stop, new.mask.shape[2] - old.mask.shape[2]
+
+        def insert(x):  # [B, W, S, ...]
+            gap = jnp.zeros((*x.shape[:2], extra, *x.shape[3:]), x.dtype)
+            return jnp.concatenate([x[:, :, :end], gap, x[:, :, end:]], axis=2)
+
+        recent = recent.replace(tokens=jax.tree.map(insert, old).replace(layout=new.layout))
+    if ring is not None:
+        fresh = longer.history.ring
+
+        def widen(x, target, axis):  # slots of the ring at `axis`; attention does not care which slot a token is in
+            x = jnp.moveaxis(x, axis, 0)
+            x = x[: ring.window * ring.slots].reshape(ring.window, ring.slots, *x.shape[1:])
+            x = jnp.pad(x, [(0, 0), (0, fresh.slots - ring.slots)] + [(0, 0)] * (x.ndim - 2))
+            x = histories.merge(x, 0)
+            rest = target.shape[axis] - len(x)
+            return jnp.moveaxis(jnp.pad(x, [(0, rest)] + [(0, 0)] * (x.ndim - 1)), 0, axis)
+
+        old, new = ring.cache, fresh.cache
+        cache = new.replace(
+            key=widen(old.key, new.key, 2),
+            value=widen(old.value, new.value, 2),
+            positions=widen(old.positions, new.positions, 1),
+            mask=widen(old.mask, new.mask, 1),
+        )
+        ring = ring.replace(cache=cache, slots=fresh.slots)
+    return Carry(carry.head, Kept(recent, ring))
+
+
+def where(active: jax.Array, new: Any, old: Any) -> Any:
+    """Leaves [B, ...]: `new` where bool[B], else `old`."""
+    return jax.tree.map(lambda a, b: jnp.where(active.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
+
+
+def advance(model: VLA, tokens: Tokens, carry: Carry, active: jax.Array) -> Seen:
+    """Let a new frame in.
+
+    Args:
+      model: bound.
+      tokens: of the frame, leaves [B, S, ...], as `VLA.embed` makes them.
+      active: bool[B]; where False nothing of the carry changes.
+    """
+    kept = carry.history
+    if kept.ring is not None:
+        return _interleaved(model, tokens, carry, active)
+    sequences = tokens
+    if kept.recent is not None:
+        recent = kept.recent.push(tokens)
+        sequences = model.history.join(jax.tree.map(lambda x: histories.merge(x, 0), recent.tokens), recent.step_mask)
+        kept = Kept(where(active, recent, kept.recent))
+    if not model.config.is_autoregressive:
+        hidden, _ = model.backbone.decode(sequences)
+        return Seen(hidden, sequences, carry.head, kept)
+    start = sequences.positions[:, sequences.slot("query").start]
+    sequences = sequences.without("query")
+    batch, slots = sequences.mask.shape
+    cache = model.backbone.init_cache(batch, slots + model.num_tokens)
+    hidden, cache = model.backbone.decode(sequences, cache)
+    return Seen(hidden, sequences, carry.head, kept, start, cache)
+
+
+def _interleaved(model: VLA, tokens: Tokens, carry: Carry, active: jax.Array) -> Seen:
+    ring, recent = carry.history.ring, carry.history.recent
+    start = tokens.positions[:, tokens.slot("query").start] if model.config.is_autoregressive else None
+    tokens = _without_actions(model, tokens)
+    batch, slots = tokens.mask.shape
+    end = model.config.window * slots
+    rows = jnp.arange(batch)[:, None]
+    oldest = ring.oldest[:, None] * slots + jnp.arange(slots)  # slots of the frame that leaves
+
+    placed = tokens.replace(positions=tokens.positions + ring.position[:, None])
+    old = ring.cache
+    hidden, cache = model.backbone.decode(placed, old.replace(mask=old.mask.at[rows, oldest].set(False)))
+    # From behind the ring into it. An episode that stands still writes where it reads: nothing.
+    target = jnp.where(active[:, None], oldest, end + jnp.arange(slots))
+    new = slice(end, end + slots)
+    cache = cache.replace(
+        key=cache.key.at[:, rows, target].set(cache.key[:, :, new]),
+        value=cache.value.at[:, rows, target].set(cache.value[:, :, new]),
+        positions=cache.positions.at[rows, target].set(cache.positions[:, new]),
+        mask=where(active, cache.mask.at[rows, target].set(cache.mask[:, new]), old.mask).at[:, end:].set(False),
+        length=old.length,
+    )
+    advanced = ring.replace(
+        cache=cache,
+        oldest=(ring.oldest + 1) % ring.window,
+        count=ring.count + 1,
+        position=ring.position + histories.num_positions(tokens),
+    )
+    small = ("oldest", "count", "position")
+    ring = advanced.replace(**{name: where(active, getattr(advanced, name), getattr(ring, name)) for name in small})
+    seen = Seen(hidden, placed, carry.head, Kept(None, ring), start)
+    if recent is not None:
+        recent = recent.push(tokens)
+        every, past = model.config.reencode_every, ring.count - model.config.window
+        due = active & (past > 0) & (past % every == 0)
+        seen = nn.cond(due.any(), _reencode, lambda model, seen, recent, due: seen, model, seen, recent, due)
+        recent = where(active, recent, carry.history.recent)
+        seen = seen._replace(kept=seen.kept.replace(recent=recent))
+    if start is None:
+        return seen
+    first = seen.tokens.positions[:, 0] - tokens.positions[:, 0]  # of the frame in its context
+    return seen._replace(action_position=start + first, cache=seen.kept.ring.cache)
+
+
+def _reencode(model: VLA, seen: Seen, recent: Recent, due: jax.Array) -> Seen:
+    """`seen` as if the window had just been decoded from its first frame on, in episodes that are `due`."""
+    ring = seen.kept.ring
+    frames = histories.place(recent.tokens, recent.step_mask)
+    old = ring.cache
+    empty = old.replace(mask=jnp.zeros_like(old.mask), length=jnp.zeros_like(old.length))
+    hidden, cache = model.backbone.decode(jax.tree.map(lambda x: histories.merge(x, 1), frames), empty)
+    hidden = hidden.reshape(*frames.mask.shape, -1)
+    newest = jax.tree.map(lambda x: x[:, -1], frames)
+
+    def choose(new, old):  # leaves [L, B, ...]
+        return jnp.where(due[:, None, None, None], new, old)
+
+    cache = old.replace(
+        key=choose(cache.key, old.key),
+        value=choose(cache.value, old.value),
+        positions=where(due, cache.positions, old.positions),
+        mask=where(due, cache.mask, old.mask),
+    )
+    ring = ring.replace(
+        cache=cache,
+        oldest=where(due, jnp.zeros_like(ring.oldest), ring.oldest),
+        position=where(due, histories.num_positions(newest), ring.position),
+    )
+    head = seen.head
+    if isinstance(head, heads.WindowCarry):
+        # The step that follows pushes the newest features; these are the ones before it.
+        features = model.readout(hidden, frames).astype(head.buffer.dtype)
+        before = jnp.concatenate([features[:, :1], features[:, :-1]], axis=1)
+        head = head.replace(buffer=where(due, before, head.buffer))
+    return Seen(
+        where(due, hidden[:, -1], seen.hidden),
+        where(due, newest, seen.tokens),
+        head,
+        Kept(None, ring),
+        seen.action_position,
+    )
+
+
+def _without_actions(model: VLA, tokens: Tokens) -> Tokens:
+    """Without the run that action tokens of an autoregressive policy would fill."""
+    return tokens.without("query") if model.config.is_autoregressive else tokens
+
+
+def _blank(model: VLA, params: Any, batch: int, text_length: int) -> Tokens:
+    """Tokens of one frame of nothing."""
+    size = model.vlm.image.size
+    inputs = Inputs(
+        images={camera: jnp.zeros((batch, 1, size, size, 3)) for camera in model.config.cameras},
+        text_ids=jnp.zeros((batch, text_length), jnp.int32),
+        text_mask=jnp.ones((batch, text_length), bool),
+        step_mask=jnp.ones((batch, 1), bool),
+        proprio=jnp.zeros((batch, 1, proprio.DIM)) if model.config.proprio.enabled else None,
+    )
+    return model.apply({"params": params}, inputs, method="embed")

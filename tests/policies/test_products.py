@@ -1,0 +1,95 @@
+"""Every policy structure: history x readout x head. What means nothing is refused; the rest trains, learns and acts."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from robovlms_jax.config import PolicyConfig, from_dict, to_dict
+from robovlms_jax.interface import Observation
+from robovlms_jax.policies import rollout
+from robovlms_jax.policies.heads import base
+from tests import toy
+
+# Between them every history, readout and head; the others differ from these by one part that was met elsewhere.
+ORDINARY = {
+    ("one_step", "pool", "mlp"),
+    ("interleaved", "token", "discrete"),
+    ("interleaved", "action_query", "flow"),
+    ("policy_head", "pool", "lstm"),
+    ("policy_head", "action_query", "gpt"),
+    ("video", "action_query", "attention"),
+}
+PRODUCTS = [
+    pytest.param(*product, marks=() if product in ORDINARY else pytest.mark.slow, id="-".join(product))
+    for product in base.products()
+]
+
+
+@pytest.mark.parametrize(("history", "readout", "head"), PRODUCTS)
+def test_every_product_learns_one_batch_and_acts(history, readout, head):
+    model = toy.make_product(history, readout, head)
+    window = model.config.window
+    batch = toy.make_batch(np.random.default_rng(0), window=window, windows=2, chunk=2)
+    params = toy.random_params(model, batch)
+    losses = toy.overfit(model, params, batch, steps=40, learning_rate=1e-2)
+    assert np.isfinite(losses).all()
+    assert losses[1] != losses[0]  # one step moves it
+    assert losses[-5:].mean() < 0.7 * losses[0], losses[:: len(losses) // 8]
+
+    text = batch.inputs.text_ids[0], batch.inputs.text_mask[0]
+    policy = rollout.VLAPolicy(model, params, lambda _: text)
+    policy.reset("open the drawer")
+    for t in (0, 1):
+        images = {camera: x[0, t] for camera, x in batch.inputs.images.items()}
+        actions = policy.act(Observation(images)).actions
+        assert actions.shape == (2, 7) and np.isfinite(actions).all()
+        assert np.abs(actions[:, :6]).max() <= 0.65 + 1e-6
+        assert set(actions[:, 6]) <= {-1.0, 1.0}
+    assert policy._batched._step._cache_size() == 1
+
+
+def test_the_table_covers_the_papers_structures():
+    known = set(base.products())
+    assert {
+        ("one_step", "action_query", "mlp"),
+        ("one_step", "token", "discrete"),
+        ("interleaved", "action_query", "mlp"),
+        ("interleaved", "token", "discrete"),
+        ("policy_head", "action_query", "lstm"),
+        ("policy_head", "pool", "gpt"),
+        ("video", "action_query", "mlp"),
+    } <= known
+    assert {ordinary[i] for ordinary in ORDINARY for i in range(3)} == {
+        product[i] for product in known for i in range(3)
+    }
+    # Nothing remembers, nothing is remembered, words for a head that has none, no words for one that needs them.
+    assert not known & {
+        ("policy_head", "action_query", "mlp"),
+        ("one_step", "action_query", "lstm"),
+        ("video", "pool", "gpt"),
+        ("interleaved", "token", "lstm"),
+        ("one_step", "pool", "discrete"),
+        ("policy_head", "token", "discrete"),
+    }
+
+
+def test_a_product_that_means_nothing_is_refused_with_those_that_do():
+    with pytest.raises(ValueError, match="means nothing") as error:
+        PolicyConfig(readout="token")
+    for product in base.products():
+        assert "history={} readout={} head={}".format(*product) in str(error.value)
+    with pytest.raises(ValueError, match="sees one step"):
+        PolicyConfig(history="one_step", head=toy.HEADS["mlp"])
+    with pytest.raises(ValueError, match="must be 'all'"):
+        PolicyConfig(readout="pool", pool="words")
+    with pytest.raises(ValueError, match="reencode_every=-1"):
+        PolicyConfig(reencode_every=-1)
+
+
+@pytest.mark.parametrize(("history", "readout", "head"), base.products())
+def test_a_checkpoint_remembers_every_structure(history, readout, head):
+    policy = toy.make_product(history, readout, head).config
+    assert from_dict(PolicyConfig, json.loads(json.dumps(to_dict(policy)))) == policy

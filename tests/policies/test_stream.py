@@ -1,0 +1,135 @@
+"""Control steps of every history against the window form: what is kept between them must change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from robovlms_jax.interface import Observation
+from robovlms_jax.policies import objective, rollout
+from tests import toy
+from tests.toy import T, W
+
+pytestmark = pytest.mark.usefixtures("exact_matmul")
+STEPS = W + 3
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return toy.make_batch(np.random.default_rng(0), batch=1, windows=STEPS - W + 1, chunk=2)
+
+
+@functools.cache
+def window_form(model):
+    """(params, prepared window, chunks) -> normalised actions of the window's newest step."""
+
+    def run(params, inputs, actions):
+        bound = model.bind({"params": params})
+        return bound.head.actions(bound(inputs, actions=actions))[:, -1]
+
+    return jax.jit(run)
+
+
+@functools.cache
+def preparation(model):
+    return jax.jit(lambda inputs: objective.prepare(inputs, model.vlm.image, model.config.cameras))
+
+
+def window_until(batch, t: int, window: int):
+    """The newest `window` frames up to t; in front of the episode stand masked frames of nonsense."""
+    frames = np.arange(t - window + 1, t + 1)
+    return batch.inputs.replace(
+        images={camera: x[:, frames] for camera, x in batch.inputs.images.items()}, step_mask=(frames >= 0)[None]
+    )
+
+
+def drive(model, params, batch, steps=STEPS):
+    """Actions float[steps, C, A] of a policy that sees the frames one by one, in normalised units."""
+    text = batch.inputs.text_ids[0], batch.inputs.text_mask[0]
+    policy = rollout.VLAPolicy(model, params, lambda _: text)
+    policy.reset("open the drawer")
+    chunks = []
+    for t in range(steps):
+        chunks.append(policy.act(Observation({c: x[0, t] for c, x in batch.inputs.images.items()})).actions)
+    assert policy._batched._step._cache_size() == 1
+    return np.stack(chunks) / np.array([0.65] * 6 + [1.0], np.float32)
+
+
+def expected(model, params, batch, t, own):
+    """The window form at step t; an autoregressive policy is told its own earlier tokens of this step, and nonsense
+    for those of other steps, which it must not look at."""
+    window = model.config.window
+    actions = np.random.default_rng(t).uniform(-1, 1, (1, window, *own.shape)).astype(np.float32)
+    actions[0, -1] = own
+    inputs = preparation(model)(window_until(batch, t, window))
+    return window_form(model)(params, inputs, actions)[0]
+
+
+EXACT = [
+    ("interleaved", "action_query", "mlp"),
+    ("interleaved", "pool", "lstm"),
+    ("interleaved", "token", "discrete"),
+    ("video", "action_query", "mlp"),
+    ("video", "token", "discrete"),
+    ("one_step", "token", "discrete"),
+    ("policy_head", "action_query", "flow"),
+]
+
+
+@pytest.mark.parametrize("product", EXACT, ids="-".join)
+def test_control_steps_equal_the_window(product, batch):
+    # While the window grows and after it slides. Fails if a frame is lost, seen twice, misplaced, or seen too long.
+    # Chunks of one, because what an action's gripper stands for is not always the token that was decoded.
+    model = toy.make_product(*product, chunk=1)
+    params = toy.random_params(model, batch)
+    acted = drive(model, params, batch)
+    if product[1] != "token":  # the likeliest word need not change from frame to frame
+        assert np.abs(acted[1:, :, :6] - acted[:-1, :, :6]).max() > 1e-3
+    for t in range(STEPS):
+        np.testing.assert_allclose(acted[t], expected(model, params, batch, t, acted[t]), atol=2e-5, err_msg=str(t))
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_ring_that_is_not_encoded_anew_is_exact_until_it_slides(every, batch):
+    # And with every = 2 again at each second step after that, with one window of drift at most.
+    exact = toy.make_product("interleaved", "action_query", "mlp")
+    params = toy.random_params(exact, batch)
+    model = dataclasses.replace(exact, config=dataclasses.replace(exact.config, reencode_every=every))
+    acted = drive(model, params, batch)
+    for t in range(STEPS):
+        error = np.abs(acted[t] - expected(exact, params, batch, t, acted[t])).max()
+        past = t + 1 - W
+        if past <= 0 or (every and past % every == 0):
+            assert error < 2e-5, t
+        else:
+            assert 1e-5 < error < 1, t
+
+
+def test_slots_and_longer_prompts_do_not_disturb_an_episode(batch):
+    # An episode goes on while another begins with a longer prompt, and while it is not asked itself.
+    model = toy.make_product("interleaved", "action_query", "mlp", reencode_every=2)
+    params = toy.random_params(model, batch)
+    ids, mask = batch.inputs.text_ids[0], batch.inputs.text_mask[0]
+    longer = np.pad(ids, (0, 4), constant_values=5), np.ones(T + 4, bool)
+    texts = {"a": (ids, mask), "b": longer}
+
+    def observation(t):
+        return Observation({c: x[0, t] for c, x in batch.inputs.images.items()})
+
+    policy = rollout.BatchedVLAPolicy(model, params, texts.__getitem__, slots=2)
+    policy.reset([1], ["a"])
+    found = [policy.act([observation(t)], [1])[0].actions for t in range(2)]
+    policy.reset([0], ["b"])
+    for t in range(2, STEPS):
+        policy.act([observation(0)], [0])
+        found.append(policy.act([observation(t)], [1])[0].actions)
+    single = rollout.VLAPolicy(model, params, texts.__getitem__)
+    single.reset("a")
+    for t in range(STEPS):
+        np.testing.assert_allclose(found[t], single.act(observation(t)).actions, atol=2e-5, err_msg=str(t))
+    single.reset("a")
+    np.testing.assert_allclose(single.act(observation(0)).actions, found[0], atol=2e-5)  # reset forgets
