@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,21 +15,25 @@ from robovlms_jax.policies.rollout import BatchedVLAPolicy, VLAPolicy
 from robovlms_jax.training import checkpoints
 
 
-def load_policy(path: str | pathlib.Path) -> VLAPolicy:
+def load_policy(path: str | pathlib.Path, policy: Mapping[str, Any] | None = None) -> VLAPolicy:
     """A policy for one robot, on this process's first device.
 
     Args:
       path: a run directory (its newest checkpoint is taken) or one of its checkpoints/<step> folders; nothing else is
         needed.
+      policy: fields of `PolicyConfig` that control may choose anew, such as {"reencode_every": 0} or
+        {"head": {"num_steps": 4}}.
     Raises:
       FileNotFoundError, ValueError: no or another model's checkpoint; says what was looked for.
     """
-    return VLAPolicy(*_open(path))
+    return VLAPolicy(*_open(path, policy))
 
 
-def load_batched_policy(path: str | pathlib.Path, slots: int) -> BatchedVLAPolicy:
+def load_batched_policy(
+    path: str | pathlib.Path, slots: int, policy: Mapping[str, Any] | None = None
+) -> BatchedVLAPolicy:
     """The same for `slots` robots or simulators at once."""
-    return BatchedVLAPolicy(*_open(path), slots=slots)
+    return BatchedVLAPolicy(*_open(path, policy), slots=slots)
 
 
 def load_config(path: str | pathlib.Path) -> config.ExperimentConfig:
@@ -40,9 +46,13 @@ def _read(directory: pathlib.Path) -> tuple[config.ExperimentConfig, dict[str, s
     return config.from_dict(config.ExperimentConfig, serving["config"]), serving["assets"]
 
 
-def _open(path: str | pathlib.Path) -> tuple[Any, Any, Any]:
+def _open(path: str | pathlib.Path, policy: Mapping[str, Any] | None) -> tuple[Any, Any, Any]:
     directory = checkpoints.locate(path)
     experiment, assets = _read(directory)
+    if policy:
+        values = _merge(config.to_dict(experiment.policy), policy)
+        changed = config.from_dict(config.PolicyConfig, values, "policy")
+        experiment = dataclasses.replace(experiment, policy=changed)
     backbone = build.backbone_from_assets(experiment.backbone, assets)
     model = build.make_model(experiment, backbone.vlm)
     shapes, shardings = build.abstract_params(model, meshes.make_mesh((1, 1, 1), jax.local_devices()[:1]))
@@ -51,6 +61,13 @@ def _open(path: str | pathlib.Path) -> tuple[Any, Any, Any]:
         lambda x, dtype, place: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), shapes, types, shardings
     )
     return model, checkpoints.read_params(directory, abstract), backbone.encoder(experiment.data.text_length)
+
+
+def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for name, change in changes.items():
+        merged[name] = _merge(values[name], change) if isinstance(change, Mapping) and name in values else change
+    return merged
 
 
 def serving_types(shapes: Any, dtype: str) -> Any:

@@ -134,7 +134,7 @@ def create(model: VLA, batch: int, params: Any, text_length: int) -> Kept:
         return Kept(recent)
     slots = tokens.mask.shape[1]
     behind = slots + (model.num_tokens if config.is_autoregressive else 0)
-    cache = model.bind({}).backbone.init_cache(batch, config.window * slots + behind)
+    cache = model.bind({"params": params}).backbone.init_cache(batch, config.window * slots + behind)
     # Never moves: new frames are written behind the ring and brought into it from there.
     cache = cache.replace(length=jnp.int32(config.window * slots))
     return Kept(

@@ -146,7 +146,8 @@ class VLA(nn.Module):
 
     def init_head_carry(self, batch: int) -> Any:
         """The head's part of it; needs no parameters."""
-        return self.bind({}).head.init_carry(batch)
+        # Unbound again, so that no setup asks for parameters.
+        return self.bind({}).head.clone(parent=None).init_carry(batch)
 
     def _read(self, hidden: jax.Array, tokens: Tokens) -> jax.Array:
         """Final hidden states float[..., S, D] -> features float[..., Q, D]."""

@@ -13,6 +13,7 @@ import pytest
 from robovlms_jax.interface import Observation
 from robovlms_jax.policies import objective, rollout, vla
 from robovlms_jax.types import Batch
+from tests import toy
 from tests.toy import B, C, K, W, init, make_batch, make_model
 
 
@@ -65,6 +66,16 @@ def test_segment_equals_its_windows_encoded_apart(exact_matmul, mask_tail):
     if mask_tail == 0:  # equal counts: also the plain mean over the windows' own losses
         singles = [gradient(params, window_of(batch, k))[0] for k in range(K)]
         np.testing.assert_allclose(loss, np.mean(singles), rtol=1e-5)
+
+
+@pytest.mark.parametrize("product", [("interleaved", "token", "discrete"), ("video", "action_query", "mlp")])
+def test_windows_that_share_images_are_decoded_apart(exact_matmul, product):
+    # The same for histories whose sequences are windows: they share a frame's images, and nothing that is said of it.
+    batch = make_batch(np.random.default_rng(0), batch=1, windows=2, mask_tail=4)
+    model = toy.make_product(*product, chunk=C)
+    params = toy.random_params(model, batch)
+    apart = concatenate([window_of(batch, k) for k in range(2)])
+    np.testing.assert_allclose(loss_of(model, params, batch)[0], loss_of(model, params, apart)[0], rtol=1e-5)
 
 
 def test_missing_windows_do_not_count(exact_matmul):
