@@ -8,7 +8,7 @@ import logging
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -96,8 +96,9 @@ def prepare(config: ExperimentConfig) -> Setup:
     def encode(instruction: str) -> tuple[np.ndarray, np.ndarray]:
         return prompts.encode(backbone.tokenizer, backbone.vlm.prompt, instruction, length)
 
-    training = _source(config, opened["training"], encode, variation)
-    validation_split = _source(config, opened["validation"], encode)
+    embed = _sentence_embeddings(config, instructions)
+    training = _source(config, opened["training"], encode, variation, embed)
+    validation_split = _source(config, opened["validation"], encode, embed_sentence=embed)
     config = config.resolve(training.num_windows, length, _action_statistics(config, opened["training"]))
     config = build.with_action_ids(config, backbone.tokenizer)
     mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
@@ -234,11 +235,26 @@ def _action_statistics(config: ExperimentConfig, dataset: datasets.Dataset) -> M
     return values
 
 
+def _sentence_embeddings(config: ExperimentConfig, sentences: list[str]) -> Callable[[str], np.ndarray] | None:
+    """Instruction -> float32[E] by CLIP, for the loss that keeps features near it; None where that is off."""
+    clip = config.policy.auxiliary.clip
+    if not clip.weights:
+        return None
+    known = build.embed_sentences(clip.weights, sentences)
+    width = len(known[sentences[0]])
+    if width != clip.dim:
+        raise ValueError(
+            f"{clip.weights} embeds sentences in {width} numbers; pass --policy.auxiliary.clip.dim {width}."
+        )
+    return known.__getitem__
+
+
 def _source(
     config: ExperimentConfig,
     dataset: datasets.Dataset,
     encode: EncodeText,
     variation: language.Variation | None = None,
+    embed_sentence: Callable[[str], np.ndarray] | None = None,
 ) -> pipeline.SegmentSource:
     return pipeline.SegmentSource(
         dataset,
@@ -251,6 +267,9 @@ def _source(
         left_pad=config.data.left_pad,
         variation=variation,
         goal_relabelling=config.data.compat_goal_relabelling,
+        past_actions=config.policy.action_history.length,
+        future_frames=config.policy.auxiliary.future_frames,
+        embed_sentence=embed_sentence,
     )
 
 

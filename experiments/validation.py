@@ -137,4 +137,5 @@ class Evaluator:
 def _observation(recorded: pipeline.EpisodeArrays, t: int) -> Observation:
     """What a robot would have reported at step `t` of a recorded episode."""
     state = None if recorded.proprio is None else recorded.proprio[t]
-    return Observation({camera: x[t] for camera, x in recorded.images.items()}, state)
+    images = {camera: x[t] for camera, x in recorded.images.items()}
+    return Observation(images, state, executed=recorded.actions[max(t - 1, 0) : t])

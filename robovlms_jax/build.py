@@ -19,9 +19,10 @@ from robovlms_jax.actions import discretize
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.backbones import clip_text
 from robovlms_jax.config import BackboneConfig, ExperimentConfig
-from robovlms_jax.inputs import images, prompts, proprio, tokenizers
+from robovlms_jax.inputs import images, prompts, tokenizers
 from robovlms_jax.nn import perceiver
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies import encoders
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.policies.rollout import EncodeText
 from robovlms_jax.policies.vla import VLA
@@ -219,6 +220,6 @@ def _init(model: VLA, key: jax.Array) -> Any:
         text_ids=np.zeros((1, 8), np.int32),
         text_mask=np.ones((1, 8), bool),
         step_mask=np.ones((1, window), bool),
-        proprio=np.zeros((1, window, proprio.DIM), np.float32) if model.config.proprio.enabled else None,
+        **encoders.blank(model.config, 1, window),
     )
     return model.init(key, inputs)["params"]

@@ -83,6 +83,90 @@ class ProprioConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ActionHistoryConfig:
+    """The actions executed before a frame, as more tokens between the prompt and the action queries."""
+
+    length: int = 0
+    """How many; each is a token. 0: off."""
+    dropout: float = 0.0
+    """Share of training frames that are not told: what was done is a strong hint at what comes next, and a policy that
+    trusts it alone repeats itself."""
+
+    def __post_init__(self):
+        _require(self.length >= 0, f"policy.action_history.length={self.length} must be 0 (off) or positive.")
+        _require(0 <= self.dropout < 1, f"policy.action_history.dropout={self.dropout} must lie in [0, 1).")
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """Predict future frames of every camera from the features that actions are made of."""
+
+    loss_weight: float = 0.0
+    """> 0: on. Weighs the mean squared error of patches scaled to zero mean and unit variance."""
+    offsets: tuple[int, ...] = (3,)
+    """Frames ahead."""
+    patch_size: int = 16
+    """Pixels; divides the side of the model's images."""
+    width: int = 384
+    depth: int = 2
+    """Layers of the decoder."""
+    head_dim: int = 64
+
+    def __post_init__(self):
+        name = "policy.auxiliary.forward"
+        _require(self.loss_weight >= 0, f"{name}.loss_weight={self.loss_weight} must be 0 (off) or positive.")
+        _require(
+            len(self.offsets) > 0 and min(self.offsets) >= 1,
+            f"{name}.offsets={self.offsets} must name frames ahead, each at least 1.",
+        )
+        for field in ("patch_size", "width", "depth", "head_dim"):
+            _require(getattr(self, field) >= 1, f"{name}.{field}={getattr(self, field)} must be at least 1.")
+        _require(self.width % self.head_dim == 0, f"{name}.head_dim={self.head_dim} must divide width={self.width}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """Keep the features near the instruction's embedding by CLIP (upstream's CLIP-norm loss, its CLIP frozen)."""
+
+    weights: str = ""
+    """CLIP directory as published (upstream: ViT-L/14), or hf://OWNER/NAME. Empty: off. Only training opens it."""
+    dim: int = 768
+    """Width of its embeddings (projection_dim)."""
+    loss_weight: float = 0.05
+
+    def __post_init__(self):
+        _require(self.dim >= 1, f"policy.auxiliary.clip.dim={self.dim} must be at least 1.")
+        _require(self.loss_weight >= 0, f"policy.auxiliary.clip.loss_weight={self.loss_weight} must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+class AuxiliaryConfig:
+    """Losses beside the actions'. Acting needs none of them."""
+
+    forward: ForwardConfig = ForwardConfig()
+    clip: ClipConfig = ClipConfig()
+    caption_weight: float = 0.0
+    """> 0: on. Weighs the language model's cross-entropy on the prompt given the images, so that it stays a language
+    model."""
+
+    def __post_init__(self):
+        _require(
+            self.caption_weight >= 0,
+            f"policy.auxiliary.caption_weight={self.caption_weight} must be 0 (off) or positive.",
+        )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any of them is on."""
+        return self.forward.loss_weight > 0 or self.clip.weights != "" or self.caption_weight > 0
+
+    @property
+    def future_frames(self) -> int:
+        """F: frames after a segment that training needs."""
+        return max(self.forward.offsets) if self.forward.loss_weight else 0
+
+
+@dataclasses.dataclass(frozen=True)
 class PolicyConfig:
     """History x readout x head: what makes a VLM a robot policy."""
 
@@ -109,6 +193,8 @@ class PolicyConfig:
     """Cameras in the order their tokens follow the prompt's first token (released RoboVLMs checkpoints: wrist, then
     static)."""
     proprio: ProprioConfig = ProprioConfig()
+    action_history: ActionHistoryConfig = ActionHistoryConfig()
+    auxiliary: AuxiliaryConfig = AuxiliaryConfig()
     action_scaling: Literal["bounds", "quantile", "mean_std"] = "bounds"
     """Where action_low and action_high come from. bounds: as given below. quantile: the 1 % and 99 % quantiles of the
     training split's actions. mean_std: their mean, minus and plus action_num_std standard deviations. The latter two
@@ -136,6 +222,11 @@ class PolicyConfig:
             self.pool in ("all", "text", "vision"), f"policy.pool={self.pool!r} must be 'all', 'text' or 'vision'."
         )
         self._require_product()
+        _require(
+            self.readout != "token" or not (self.auxiliary.forward.loss_weight or self.auxiliary.clip.weights),
+            "policy.auxiliary.forward and .clip learn from a head's hidden features; with policy.readout='token' there "
+            "are none. Switch them off, or use another readout.",
+        )
         unknown = sorted(set(self.cameras) - set(interface.CAMERAS))
         _require(not unknown, f"policy.cameras has unknown {unknown}; known cameras: {list(interface.CAMERAS)}.")
         _require(

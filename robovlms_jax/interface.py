@@ -22,10 +22,13 @@ class Observation:
 
     images: camera name -> uint8[height, width, 3], RGB.
     proprio: float[P] robot state in the environment's own layout, or None.
+    executed: float[n, 7], the actions executed since the previous observation, for policies that look back at them;
+      None says that it was the first of the chunk they predicted then.
     """
 
     images: Mapping[str, np.ndarray]
     proprio: np.ndarray | None = None
+    executed: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,16 +85,21 @@ def init(model: vla.VLA, batch: Batch):
 
 def overfit(model: vla.VLA, params, batch: Batch, *, steps: int, learning_rate: float) -> np.ndarray:
     """Losses float[steps] of Adam on one batch, compiled as one loop."""
+    return curves(model, params, batch, steps=steps, learning_rate=learning_rate)["loss"]
+
+
+def curves(model: vla.VLA, params, batch: Batch, *, steps: int, learning_rate: float) -> dict[str, np.ndarray]:
+    """Every metric of `overfit`, float[steps] each."""
     tx, batch = optax.adam(learning_rate), jax.tree.map(jnp.asarray, batch)
 
     def step(state, _):
         params, opt_state = state
-        loss, grads = jax.value_and_grad(lambda params: objective.loss(model, params, batch)[0])(params)
+        grads, metrics = jax.grad(lambda params: objective.loss(model, params, batch), has_aux=True)(params)
         updates, opt_state = tx.update(grads, opt_state)
-        return (optax.apply_updates(params, updates), opt_state), loss
+        return (optax.apply_updates(params, updates), opt_state), metrics
 
     run = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), None, steps)[1])
-    return np.asarray(run(params))
+    return jax.device_get(run(params))
 
 
 def random_params(model: vla.VLA, batch: Batch):

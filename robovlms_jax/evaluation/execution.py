@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from robovlms_jax.interface import ActionChunk, Observation, Policy
+from robovlms_jax.interface import ACTION_DIM, ActionChunk, Observation, Policy
 
 Past = tuple[np.ndarray, ...]
 """What is left of earlier chunks, oldest first: each float[1..C, 7], row 0 the action for the coming step."""
@@ -74,6 +74,9 @@ def select(execution: Execution, past: Past, chunk: np.ndarray) -> tuple[np.ndar
     return action[None], tuple(vote[1:] for vote in votes if len(vote) > 1)
 
 
+_NONE = np.zeros((0, ACTION_DIM), np.float32)
+
+
 class BatchedPolicy(Protocol):
     """One policy that serves many episodes, each in a slot of its own."""
 
@@ -85,19 +88,24 @@ class BatchedPolicy(Protocol):
 
 
 class Executed:
-    """A `Policy` whose chunks are to be executed whole: `policy` under an execution mode."""
+    """A `Policy` whose chunks are to be executed whole: `policy` under an execution mode.
+
+    Each observation that `policy` sees says which actions were executed since the one before (`executed`).
+    """
 
     def __init__(self, policy: Policy, execution: Execution):
         self._policy, self._execution = policy, execution
         self._past: Past = ()
+        self._executed = _NONE
 
     def reset(self, instruction: str) -> None:
-        self._past = ()
+        self._past, self._executed = (), _NONE
         self._policy.reset(instruction)
 
     def act(self, observation: Observation) -> ActionChunk:
-        actions, self._past = select(self._execution, self._past, self._policy.act(observation).actions)
-        return ActionChunk(actions)
+        observation = dataclasses.replace(observation, executed=self._executed)
+        self._executed, self._past = select(self._execution, self._past, self._policy.act(observation).actions)
+        return ActionChunk(self._executed)
 
 
 class ExecutedBatch:
@@ -106,18 +114,21 @@ class ExecutedBatch:
     def __init__(self, policy: BatchedPolicy, execution: Execution):
         self._policy, self._execution = policy, execution
         self._past: dict[int, Past] = {}
+        self._executed: dict[int, np.ndarray] = {}
 
     def reset(self, slots: Sequence[int], instructions: Sequence[str]) -> None:
         for slot in slots:
-            self._past[slot] = ()
+            self._past[slot], self._executed[slot] = (), _NONE
         self._policy.reset(slots, instructions)
 
     def act(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[ActionChunk]:
-        chunks = []
-        for slot, chunk in zip(slots, self._policy.act(observations, slots), strict=True):
-            actions, self._past[slot] = select(self._execution, self._past[slot], chunk.actions)
-            chunks.append(ActionChunk(actions))
-        return chunks
+        told = [
+            dataclasses.replace(observation, executed=self._executed[slot])
+            for slot, observation in zip(slots, observations, strict=True)
+        ]
+        for slot, chunk in zip(slots, self._policy.act(told, slots), strict=True):
+            self._executed[slot], self._past[slot] = select(self._execution, self._past[slot], chunk.actions)
+        return [ActionChunk(self._executed[slot]) for slot in slots]
 
 
 class Separate:

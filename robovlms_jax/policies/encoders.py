@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robovlms_jax.config import ProprioConfig
+from robovlms_jax import interface
+from robovlms_jax.config import ActionHistoryConfig, PolicyConfig, ProprioConfig
+from robovlms_jax.inputs import proprio
 from robovlms_jax.types import Tokens
 
 
@@ -35,9 +37,54 @@ class ProprioToken(nn.Module):
         return fused[..., None, :]
 
 
+class ActionHistory(nn.Module):
+    """One token per executed action: what upstream's LinearActionEncoder does to each, plus an embedding of its age.
+
+    Arm and gripper go through a Linear each, are added, and go through two more; there is no nonlinearity. (Upstream
+    has the class, and no place where it is used.)
+    """
+
+    config: ActionHistoryConfig
+    width: int
+
+    @nn.compact
+    def __call__(self, actions: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Normalised float[B, H + G - 1, 7], gripper 0 before the episode began -> float32[B, G, H, D]."""
+        half, init, length = self.width // 2, nn.initializers.lecun_normal(), self.config.length
+        x = actions.astype(jnp.float32)
+        x = _dense(half, init, (None, "embed"), "arm")(x[..., :6]) + _dense(half, init, (None, "embed"), "gripper")(
+            x[..., 6:]
+        )
+        x = _dense(half, init, ("embed", None), "mix")(x)
+        # as large as a word, see `ProprioToken`
+        x = _dense(self.width, nn.initializers.normal((half * self.width) ** -0.5), ("embed", None), "out")(x)
+        x, known = _windows(x, length), _windows(actions[..., 6:] != 0, length)
+        if self.config.dropout and not deterministic:
+            told = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.config.dropout, (*x.shape[:2], 1, 1))
+            known &= told
+        age = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), (None, "embed"))
+        return jnp.where(known, x, 0) + self.param("age", age, (length, self.width))
+
+
+def _windows(x: jax.Array, length: int) -> jax.Array:
+    """[B, H + G - 1, ...] -> [B, G, H, ...]."""
+    return x[:, np.arange(x.shape[1] - length + 1)[:, None] + np.arange(length)]
+
+
+def blank(config: PolicyConfig, batch: int, frames: int) -> dict[str, np.ndarray]:
+    """Fields of `types.Inputs` that a policy takes beside images and text, of nothing."""
+    fields = {}
+    if config.proprio.enabled:
+        fields["proprio"] = np.zeros((batch, frames, proprio.DIM), np.float32)
+    if config.action_history.length:
+        steps = config.action_history.length + frames - 1
+        fields["past_actions"] = np.zeros((batch, steps, interface.ACTION_DIM), np.float32)
+    return fields
+
+
 def before(extra: jax.Array, queries: jax.Array) -> jax.Array:
-    """Extra tokens float[N, E, D] before the queries float[Q, D]: float[N, E + Q, D], as `VLM.embed` takes them."""
-    queries = jnp.broadcast_to(queries.astype(extra.dtype), (len(extra), *queries.shape))
+    """Extra tokens float[N, E, D] before the queries, float[Q, D] or float[N, Q, D]: as `VLM.embed` takes them."""
+    queries = jnp.broadcast_to(queries.astype(extra.dtype), (len(extra), *queries.shape[-2:]))
     return jnp.concatenate([extra, queries], axis=1)
 
 

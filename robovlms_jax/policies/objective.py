@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from robovlms_jax.config import PolicyConfig
+from robovlms_jax.config import AuxiliaryConfig, PolicyConfig
 from robovlms_jax.inputs import images
+from robovlms_jax.policies import auxiliary
 from robovlms_jax.policies import history as histories
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.types import Batch, Inputs
@@ -90,10 +92,11 @@ def loss(
     """
     actions, mask = targets(batch, model.config)
     image_key, dropout = (None, None) if key is None else jax.random.split(key)
-    cameras = model.config.cameras
-    inputs = prepare(batch.inputs, model.vlm.image, cameras, key=image_key, shifts=shifts, augment=augment)
-    prediction, head = _apply(model, params, batch.replace(inputs=inputs), dropout)
-    return head.loss(prediction, actions, mask, mask.sum().astype(jnp.float32) if count is None else count)
+    batch = _prepared(model, batch, key=image_key, shifts=shifts, augment=augment)
+    count = mask.sum().astype(jnp.float32) if count is None else count
+    prediction, head, errors = _apply(model, params, batch, dropout)
+    value, metrics = head.loss(prediction, actions, mask, count)
+    return _add(value, metrics, errors, mask, count, model.config.auxiliary)
 
 
 def predict(model: VLA, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, Metrics]:
@@ -104,9 +107,9 @@ def predict(model: VLA, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array
       Tokens of an autoregressive policy are predicted from recorded ones before them; `act` has only its own.
     """
     actions, mask = targets(batch, model.config)
-    inputs = prepare(batch.inputs, model.vlm.image, model.config.cameras)
-    prediction, head = _apply(model, params, batch.replace(inputs=inputs), None)
-    _, metrics = head.loss(prediction, actions, mask, jnp.float32(1.0))
+    one = jnp.float32(1.0)
+    prediction, head, errors = _apply(model, params, _prepared(model, batch), None)
+    _, metrics = _add(*head.loss(prediction, actions, mask, one), errors, mask, one, model.config.auxiliary)
     predicted = model.config.normalizer.unnormalize(head.actions(prediction))
     recorded = _history(model.config).steps(histories.windows(batch.actions, model.config.chunk))
     return predicted, recorded, mask, metrics | {"count": mask.sum().astype(jnp.float32)}
@@ -117,8 +120,70 @@ def valid_entries(batch: Batch, config: PolicyConfig) -> jax.Array:
     return targets(batch, config)[1].sum().astype(jnp.float32)
 
 
-def _apply(model: VLA, params: Any, batch: Batch, dropout: jax.Array | None) -> tuple[Any, Any]:
+def _prepared(model: VLA, batch: Batch, **augmentation: Any) -> Batch:
+    """With frames as the model takes them; those that follow the segment are shifted along with it."""
+    inputs, frames = batch.inputs, batch.inputs.step_mask.shape[1]
+    if batch.future is None:
+        return batch.replace(inputs=prepare(inputs, model.vlm.image, model.config.cameras, **augmentation))
+    longer = {c: jnp.concatenate([x, batch.future[c]], axis=1) for c, x in inputs.images.items() if c in batch.future}
+    whole = prepare(inputs.replace(images=longer), model.vlm.image, model.config.cameras, **augmentation)
+    seen, future = ({c: x[:, part] for c, x in whole.images.items()} for part in (slice(frames), slice(frames, None)))
+    return batch.replace(inputs=inputs.replace(images=seen), future=future)
+
+
+def _lessons(batch: Batch, config: PolicyConfig) -> auxiliary.Lessons:
+    """What the auxiliary losses compare with; `batch` as `_prepared` returns it."""
+    if not config.auxiliary.forward.loss_weight:
+        return auxiliary.Lessons(sentence=batch.sentence)
+    frames, windows = batch.inputs.step_mask.shape[1], batch.window_mask.shape[1]
+    newest = config.window - 1 + np.arange(windows)
+    chosen = newest[:, None] + np.array(config.auxiliary.forward.offsets)  # [K, O]
+    future = {
+        camera: histories.merge(jnp.concatenate([x, batch.future[camera]], axis=1)[:, chosen], 0)
+        for camera, x in batch.inputs.images.items()
+    }
+    # Within a segment, frame g is one of its own as long as frame g - 1 was learned from; beyond, the loader says so.
+    real = jnp.concatenate([batch.action_mask[:, :1], batch.action_mask[:, : frames - 1], batch.future_mask], axis=1)
+    real = jnp.stack([real[:, chosen]] * len(config.cameras), axis=-1)  # [B, K, O, cameras]
+    if batch.inputs.image_mask is not None:  # an episode without a camera has no frames of it to foresee
+        has = jnp.stack([batch.inputs.image_mask[camera][:, newest] for camera in config.cameras], axis=-1)
+        real &= has[:, :, None]
+    return auxiliary.Lessons(future, histories.merge(real, 0), batch.sentence)
+
+
+def _add(
+    loss: jax.Array,
+    metrics: Mapping[str, jax.Array],
+    errors: Mapping[str, jax.Array],
+    mask: jax.Array,
+    count: jax.Array,
+    config: AuxiliaryConfig,
+) -> tuple[jax.Array, Metrics]:
+    """The auxiliary losses on top, each weighing windows (or steps) by how many of their actions count."""
+    if not errors:
+        return loss, dict(metrics)
+    weights = {
+        "forward": config.forward.loss_weight,
+        "clip": config.clip.loss_weight,
+        "caption": config.caption_weight,
+    }
+    means = {}
+    for name, error in errors.items():
+        entries = mask.sum(axis=tuple(range(error.ndim, mask.ndim)))
+        means[name] = (error * entries).sum() / count
+    loss = loss + sum(weights[name] * mean for name, mean in means.items())
+    return loss, {**metrics, "loss": loss, **{f"loss_{name}": mean for name, mean in means.items()}}
+
+
+def _apply(
+    model: VLA, params: Any, batch: Batch, dropout: jax.Array | None
+) -> tuple[Any, Any, Mapping[str, jax.Array]]:
+    """Predictions, the head they are of, and errors of auxiliary losses; `batch` as `_prepared` returns it."""
     rngs = {} if dropout is None else {"dropout": dropout}
     bound = model.bind({"params": params}, rngs=rngs)
     actions = chunks(batch, model.config) if model.config.is_autoregressive else None
-    return bound(batch.inputs, deterministic=dropout is None, actions=actions), bound.head
+    if not model.config.auxiliary.enabled:
+        return bound(batch.inputs, deterministic=dropout is None, actions=actions), bound.head, {}
+    lessons = _lessons(batch, model.config)
+    prediction, errors = bound.learn(batch.inputs, lessons, deterministic=dropout is None, actions=actions)
+    return prediction, bound.head, errors

@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from robovlms_jax.inputs import proprio as states
-from robovlms_jax.interface import ActionChunk, Observation
-from robovlms_jax.policies import objective, stream
+from robovlms_jax.interface import ACTION_DIM, ActionChunk, Observation
+from robovlms_jax.policies import encoders, objective, stream
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.types import Inputs
 
@@ -29,7 +29,7 @@ def control_step(
     text_ids: jax.Array,
     text_mask: jax.Array,
     active: jax.Array,
-    proprio: jax.Array | None = None,
+    extras: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, Any]:
     """One control step of B independent episodes; pure.
 
@@ -37,14 +37,14 @@ def control_step(
       carry: `model.init_carry(B, ...)` or the previous step's result.
       images: camera -> uint8[B, height, width, 3].
       text_ids, text_mask: int32[B, T], bool[B, T].
-      proprio: float32[B, 7] as `inputs.proprio` has it, for policies that take it.
+      extras: what a policy takes beside images and text, fields of `Inputs` for one frame (see `encoders.blank`).
       active: bool[B]; where False the carry stays as it is (the actions there mean nothing).
     Returns:
       float32[B, C, A] in dataset units (gripper exactly -1 or 1), and the new carry.
     """
     steps = jnp.ones((text_ids.shape[0], 1), bool)
     images = {camera: x[:, None] for camera, x in images.items()}
-    inputs = Inputs(images, text_ids, text_mask, steps, None if proprio is None else proprio[:, None])
+    inputs = Inputs(images, text_ids, text_mask, steps, **(extras or {}))
     inputs = objective.prepare(inputs, model.vlm.image, model.config.cameras)
     actions, carry = model.apply({"params": params}, inputs, carry, active, method="step")
     return model.config.normalizer.unnormalize(actions), carry
@@ -71,7 +71,8 @@ class BatchedVLAPolicy:
         self._place, self._carry, self._text_length = place, None, 0
         self._text: list[tuple[np.ndarray, np.ndarray] | None] = [None] * slots
         self._images: dict[str, np.ndarray] = {}
-        self._proprio = np.zeros((slots, states.DIM), np.float32) if model.config.proprio.enabled else None
+        self._extras = encoders.blank(model.config, slots, 1)
+        self._planned = np.zeros((slots, 1, ACTION_DIM), np.float32)
 
     def reset(self, slots: Sequence[int], instructions: Sequence[str]) -> None:
         """Start new episodes in the given slots."""
@@ -81,6 +82,9 @@ class BatchedVLAPolicy:
             self._text[slot] = self._encode(instruction)
             self._make_room(len(self._text[slot][0]))
             self._carry = self._reset(self._carry, slot)
+            if "past_actions" in self._extras:
+                self._extras["past_actions"][slot] = 0
+            self._planned[slot] = 0
 
     def act(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[ActionChunk]:
         """Advance the given slots by one step each."""
@@ -91,7 +95,7 @@ class BatchedVLAPolicy:
         ids, mask = self._padded_text()
         active = np.zeros(self.slots, bool)
         active[list(slots)] = True
-        actions, self._carry = self._step(self.params, self._carry, self._images, ids, mask, active, self._proprio)
+        actions, self._carry = self._step(self.params, self._carry, self._images, ids, mask, active, self._extras)
         actions = np.asarray(actions)
         for slot in slots:
             if not np.isfinite(actions[slot]).all():
@@ -99,6 +103,7 @@ class BatchedVLAPolicy:
                     f"the policy's actions are not finite: {actions[slot].tolist()}. Either its parameters are not, or "
                     "it decoded a word that is no action (set policy.head.constrained)."
                 )
+            self._planned[slot] = actions[slot, :1]
         return [ActionChunk(actions[slot]) for slot in slots]
 
     def _make_room(self, text_length: int) -> None:
@@ -126,8 +131,14 @@ class BatchedVLAPolicy:
             if store is None or store.shape[1:] != image.shape:
                 store = self._images[camera] = np.zeros((self.slots, *image.shape), np.uint8)
             store[slot] = image
-        if self._proprio is not None:
-            self._proprio[slot] = self._state_of(observation)
+        if "proprio" in self._extras:
+            self._extras["proprio"][slot, 0] = self._state_of(observation)
+        if "past_actions" in self._extras:
+            past = self._extras["past_actions"]
+            done = self._planned[slot] if observation.executed is None else np.asarray(observation.executed, np.float32)
+            # a row of zeros, gripper included, says that there was no action
+            done = done[np.any(done != 0, axis=-1)]
+            past[slot] = np.concatenate([past[slot], done])[-past.shape[1] :]
 
     def _state_of(self, observation: Observation) -> np.ndarray:
         """float32[7]. Raises ValueError where the observation has no usable robot state."""

@@ -23,8 +23,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from robovlms_jax.inputs import proprio
 from robovlms_jax.nn.attention import Cache
+from robovlms_jax.policies import encoders
 from robovlms_jax.policies import history as histories
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.types import Inputs, Tokens
@@ -321,6 +321,6 @@ def _blank(model: VLA, params: Any, batch: int, text_length: int) -> Tokens:
         text_ids=jnp.zeros((batch, text_length), jnp.int32),
         text_mask=jnp.ones((batch, text_length), bool),
         step_mask=jnp.ones((batch, 1), bool),
-        proprio=jnp.zeros((batch, 1, proprio.DIM)) if model.config.proprio.enabled else None,
+        **encoders.blank(model.config, batch, 1),
     )
     return model.apply({"params": params}, inputs, method="embed")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from robovlms_jax import interface
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.config import PolicyConfig
-from robovlms_jax.policies import decoding, encoders, readout, stream
+from robovlms_jax.policies import auxiliary, decoding, encoders, readout, stream
 from robovlms_jax.policies import history as histories
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.types import Inputs, Tokens
@@ -21,7 +21,7 @@ from robovlms_jax.types import Inputs, Tokens
 
 class VLA(nn.Module):
     """Observed steps in, predicted action chunks out. Parameters live under `backbone/`, `readout/` and `head/`, and
-    under `proprio/` with `policy.proprio.enabled`.
+    under `proprio/`, `action_history/` and `auxiliary/` where the configuration switches these on.
 
     Images enter preprocessed: float[B, G, size, size, 3] per camera (see `policies.objective.prepare`).
     """
@@ -44,6 +44,9 @@ class VLA(nn.Module):
             parallel=not config.is_autoregressive,
         )
         self.proprio = encoders.ProprioToken(config.proprio, self.vlm.width) if config.proprio.enabled else None
+        past = config.action_history
+        self.action_history = encoders.ActionHistory(past, self.vlm.width) if past.length else None
+        self.auxiliary = auxiliary.Auxiliary(config.auxiliary, config.cameras, self.vlm.image.size)
         self.head = heads.build(
             config.head,
             window=config.head_window,
@@ -68,7 +71,7 @@ class VLA(nn.Module):
         """
         images, text_ids, text_mask = histories.frames(inputs)
         images = {camera: images[camera] for camera in self.config.cameras}
-        queries, extra = self._queries(actions), self._extra(inputs)
+        queries, extra = self._queries(actions), self._extra(inputs, deterministic)
         if extra is None:
             return self.backbone.embed(images, text_ids, text_mask, queries, deterministic=deterministic)
         queries = encoders.before(extra, jnp.zeros((0, self.vlm.width)) if queries is None else queries)
@@ -83,23 +86,31 @@ class VLA(nn.Module):
             return jnp.zeros((self.num_tokens, self.vlm.width))
         return self.backbone.embed_ids(self.head.ids(histories.merge(actions, 0)))
 
-    def _extra(self, inputs: Inputs) -> jax.Array | None:
+    def _extra(self, inputs: Inputs, deterministic: bool) -> jax.Array | None:
         """Each frame's tokens between the prompt and the queries, float[B * G, E, D]; None where there are none."""
-        if self.proprio is None:
-            return None
-        return self.proprio(inputs.proprio).reshape(-1, 1, self.vlm.width)
+        runs = []
+        if self.proprio is not None:
+            runs.append(self.proprio(inputs.proprio))
+        if self.action_history is not None:
+            past = self.config.normalizer.normalize(inputs.past_actions)
+            runs.append(self.action_history(past, deterministic=deterministic))
+        return histories.merge(jnp.concatenate(runs, axis=2), 0) if runs else None
 
     def features(self, inputs: Inputs, deterministic: bool = True, actions: jax.Array | None = None) -> jax.Array:
         """float[B * K, W, Q, D] of all K = G - W + 1 windows of each segment; one step instead of W with `video`.
 
         With readout `token` these are logits float32[B * K, W, C * A, V].
         """
+        return self.history.windows(self._read(*self._decode(inputs, deterministic, actions)))
+
+    def _decode(self, inputs: Inputs, deterministic: bool, actions: jax.Array | None) -> tuple[jax.Array, Tokens]:
+        """Final hidden states of the steps that `history.part` finds, float[..., steps, S, D], and their tokens."""
         if self.config.is_autoregressive and actions is None and not self.is_initializing():
             raise ValueError("an autoregressive policy is trained on the tokens before each one: pass `actions`.")
         batch = len(inputs.step_mask)
         sequences = self.history.join(self.embed(inputs, actions, deterministic=deterministic), inputs.step_mask)
         hidden, _ = self.backbone.decode(sequences, deterministic=deterministic)
-        return self.history.windows(self._read(*self.history.part((hidden, sequences), batch)))
+        return self.history.part((hidden, sequences), batch)
 
     def __call__(self, inputs: Inputs, deterministic: bool = True, actions: jax.Array | None = None) -> Any:
         """Predictions for all windows of each segment; leaves float[B * K, W, C, ...] (one step with `video`).
@@ -110,6 +121,40 @@ class VLA(nn.Module):
           actions: float[B, G, C, A], the normalised chunk of every frame; only autoregressive policies look at it.
         """
         features = self.features(inputs, deterministic, actions)
+        if self.is_initializing():
+            self.auxiliary(features[:, -1])
+        return self._predict(features, inputs)
+
+    def learn(
+        self,
+        inputs: Inputs,
+        lessons: auxiliary.Lessons,
+        deterministic: bool = True,
+        actions: jax.Array | None = None,
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        """`__call__`, and the errors of the auxiliary losses that are switched on (see `policies.auxiliary`).
+
+        Returns:
+          predictions, and by name "forward" float32[B * K], "clip" float32[B * K, steps], "caption" float32[B * K].
+        """
+        config = self.config.auxiliary
+        hidden, tokens = self._decode(inputs, deterministic, actions)
+        features = self.history.windows(self._read(hidden, tokens))
+        windows, errors = len(features), {}
+        if config.forward.loss_weight:
+            errors["forward"] = self.auxiliary.foresee(features[:, -1], lessons.future, lessons.future_mask)
+        if config.clip.weights:
+            sentence = jnp.repeat(lessons.sentence, windows // len(lessons.sentence), axis=0)
+            errors["clip"] = self.auxiliary.stay_near(features, sentence)
+        if config.caption_weight:
+            # The first step: in one sequence, later ones could copy their prompt from it.
+            first, text = jax.tree.map(lambda x: x[:, 0], (hidden, tokens)), (inputs.text_ids, inputs.text_mask)
+            ids, mask = (jnp.repeat(x, len(hidden) // len(x), axis=0) for x in text)
+            caption = auxiliary.caption_errors(*first, ids, mask, self.backbone.logits)
+            errors["caption"] = jnp.repeat(caption, windows // len(caption), axis=0)
+        return self._predict(features, inputs), errors
+
+    def _predict(self, features: jax.Array, inputs: Inputs) -> Any:
         mask = self.history.steps(inputs.step_mask)
         chex.assert_equal_shape_prefix([features, mask], 2)
         return self.head(features, mask)

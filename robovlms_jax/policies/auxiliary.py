@@ -1,0 +1,153 @@
+"""Losses beside the actions: foresee frames, stay near the sentence in CLIP's space, keep describing the picture.
+
+Each is a mean over the windows of a batch in which a window counts as often as it has actions to learn from, so that
+micro-batches add up to the batch. None of them is part of acting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from robovlms_jax.config import AuxiliaryConfig, ForwardConfig
+from robovlms_jax.nn.attention import Attention
+from robovlms_jax.nn.mlp import MLP
+from robovlms_jax.nn.norms import LayerNorm
+from robovlms_jax.types import Tokens
+
+
+class Lessons(NamedTuple):
+    """What auxiliary losses learn from, None where they are off.
+
+    future: camera -> float[B * K, O, size, size, 3], prepared frames at the configured offsets from each window's
+      newest step, and future_mask bool[B * K, O, cameras], True = recorded.
+    sentence: float32[B, E].
+    """
+
+    future: Mapping[str, jax.Array] | None = None
+    future_mask: jax.Array | None = None
+    sentence: jax.Array | None = None
+
+
+class Auxiliary(nn.Module):
+    """The heads that only training needs. Parameters: `forward/`, `clip/`."""
+
+    config: AuxiliaryConfig
+    cameras: tuple[str, ...]
+    image_size: int
+
+    def setup(self):
+        patch, size = self.config.forward.patch_size, self.image_size
+        if self.config.forward.loss_weight:
+            if size % patch:
+                raise ValueError(
+                    f"policy.auxiliary.forward.patch_size={patch} does not divide the backbone's images, {size} pixels."
+                )
+            self.forward = ForwardPrediction(self.config.forward, len(self.cameras), self.image_size)
+        if self.config.clip.weights:
+            self.clip = _dense(self.config.clip.dim)
+
+    def foresee(self, features: jax.Array, future: Mapping[str, jax.Array], real: jax.Array) -> jax.Array:
+        """Squared error of the frames to come, per window.
+
+        Args:
+          features: float[N, Q, D] of each window's newest step.
+          future: camera -> float[N, O, size, size, 3], prepared frames at the O configured offsets from that step.
+          real: bool[N, O, cameras], True = recorded; other frames cost nothing.
+        Returns:
+          float32[N].
+        """
+        frames = jnp.stack([future[camera] for camera in self.cameras], axis=2)  # [N, O, cameras, size, size, 3]
+        predicted, target = self.forward(features), patches(frames, self.config.forward.patch_size)
+        error = jnp.square(predicted - target).mean(axis=(3, 4))
+        return jnp.where(real, error, 0).sum((1, 2)) / jnp.maximum(real.sum((1, 2)), 1)
+
+    def stay_near(self, features: jax.Array, sentence: jax.Array) -> jax.Array:
+        """Smooth L1 between max-pooled, projected features and the sentence's embedding (upstream's CLIP-norm head).
+
+        Args:
+          features: float[N, W, Q, D]. sentence: float32[N, E], of length 1.
+        Returns:
+          float32[N, W].
+        """
+        pooled = self.clip(features.astype(jnp.float32).max(axis=2))
+        return optax.losses.huber_loss(pooled, sentence[:, None], delta=1.0).mean(-1)
+
+    def __call__(self, features: jax.Array) -> None:
+        """Touches every parameter, so `init` makes them all. features: float[N, Q, D]."""
+        if self.config.forward.loss_weight:
+            self.forward(features)
+        if self.config.clip.weights:
+            self.clip(features.astype(jnp.float32))
+
+
+class ForwardPrediction(nn.Module):
+    """Future frames from the features that actions are made of: a small transformer over features and empty patches
+    (the decoder of a masked autoencoder, He et al. 2021, arXiv:2111.06377, as GR-1 uses it, arXiv:2312.13139)."""
+
+    config: ForwardConfig
+    num_cameras: int
+    image_size: int
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """float[N, Q, D] -> float32[N, O, cameras, P, 3 * patch_size^2], patches of zero mean and unit variance."""
+        c, heads = self.config, self.config.width // self.config.head_dim
+        count = (self.image_size // c.patch_size) ** 2
+        x = _dense(c.width, "seen")(features.astype(jnp.float32))
+        shape = (len(c.offsets), self.num_cameras, count)
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, None, "position", "embed"))
+        empty = self.param("patches", init, (*shape, c.width)).reshape(1, -1, c.width)
+        x = jnp.concatenate([x, jnp.broadcast_to(empty, (len(x), *empty.shape[1:]))], axis=1)
+        for layer in range(c.depth):
+            attention = Attention(heads, c.head_dim, name=f"attn_{layer}")
+            x = x + attention(LayerNorm(1e-5, name=f"attn_norm_{layer}")(x))[0]
+            x = x + MLP(4 * c.width, "gelu", name=f"mlp_{layer}")(LayerNorm(1e-5, name=f"mlp_norm_{layer}")(x))
+        x = LayerNorm(1e-5, name="final_norm")(x[:, features.shape[1] :])
+        return _dense(3 * c.patch_size**2, "pixels")(x).reshape(len(x), *shape, -1)
+
+
+def patches(images: jax.Array, size: int) -> jax.Array:
+    """float[..., height, width, 3] -> float32[..., P, 3 * size^2], row by row, each of zero mean and unit variance."""
+    *lead, height, width, channels = images.shape
+    x = images.astype(jnp.float32).reshape(*lead, height // size, size, width // size, size, channels)
+    x = jnp.moveaxis(x, -4, -3).reshape(*lead, -1, size * size * channels)
+    return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-6)
+
+
+def caption_errors(
+    hidden: jax.Array, tokens: Tokens, text_ids: jax.Array, text_mask: jax.Array, logits: Callable
+) -> jax.Array:
+    """How surprised the language model is by the prompt, given the images before it: mean cross-entropy per prompt.
+
+    The prompt's last token is left out: action queries stand before it.
+
+    Args:
+      hidden: float[N, S, D] final hidden states. tokens: what they came from.
+      text_ids, text_mask: int32[N, T], bool[N, T].
+      logits: float[N, T', D] -> float32[N, T', V].
+    Returns:
+      float32[N].
+    """
+    text, image = tokens.slot("text"), tokens.slot("image")
+    length = text.stop - text.start
+    before = jnp.concatenate([hidden[:, image.stop - 1 : image.stop], hidden[:, text.start : text.stop - 1]], axis=1)
+    ids, real = text_ids[:, -length:], text_mask[:, -length:]
+    number = jnp.cumsum(real, axis=1)
+    asked = real & (number < number[:, -1:])
+    errors = optax.losses.softmax_cross_entropy_with_integer_labels(logits(before).astype(jnp.float32), ids)
+    return jnp.where(asked, errors, 0).sum(1) / jnp.maximum(asked.sum(1), 1)
+
+
+def _dense(width: int, name: str | None = None) -> nn.Dense:
+    return nn.Dense(
+        width,
+        kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", None)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), (None,)),
+        name=name,
+    )

@@ -1,0 +1,81 @@
+"""Losses beside the actions', each against its definition."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax.linen import unbox
+
+from robovlms_jax.config import AuxiliaryConfig, ClipConfig, ForwardConfig
+from robovlms_jax.policies import auxiliary
+from robovlms_jax.types import Tokens
+
+FORWARD = ForwardConfig(loss_weight=0.1, offsets=(1, 3), patch_size=4, width=8, depth=1, head_dim=4)
+
+
+def test_patches_run_row_by_row_and_are_scaled_alone():
+    image = np.random.default_rng(0).normal(3, 5, (2, 8, 12, 3)).astype(np.float32)
+    found = auxiliary.patches(jnp.asarray(image), 4)
+    assert found.shape == (2, 2 * 3, 48)
+    patch = image[1, 4:8, 0:4].reshape(-1)  # the fourth: second row, first column
+    np.testing.assert_allclose(found[1, 3], (patch - patch.mean()) / patch.std(), atol=1e-4)
+
+
+def test_caption_errors_are_the_cross_entropy_of_each_word_given_what_precedes_it():
+    # bos, 3 image tokens, 5 text tokens (two of them padding in row 0), 1 query
+    rng = np.random.default_rng(1)
+    hidden, head = rng.normal(size=(2, 10, 6)).astype(np.float32), rng.normal(size=(6, 11)).astype(np.float32)
+    ids = rng.integers(0, 11, (2, 6)).astype(np.int32)
+    mask = np.arange(6) < np.array([[4], [6]])
+    layout = (("bos", 1), ("image", 3), ("text", 5), ("query", 1))
+    tokens = Tokens(jnp.asarray(hidden), jnp.ones((2, 10), bool), jnp.zeros((2, 10), jnp.int32), layout)
+    found = auxiliary.caption_errors(jnp.asarray(hidden), tokens, ids, mask, lambda x: x @ head)
+    for row, length in enumerate((4, 6)):
+        # word w (bos is word 0) is predicted from the slot before it: the last image token for word 1
+        slots = [3 + word - 1 for word in range(1, length - 1)]
+        expected = torch.nn.functional.cross_entropy(
+            torch.tensor(hidden[row, slots] @ head), torch.tensor(ids[row, 1 : length - 1]).long()
+        )
+        np.testing.assert_allclose(found[row], expected.item(), rtol=1e-5)
+
+
+def test_clip_loss_is_upstreams():
+    # torch.nn.SmoothL1Loss of Linear(max over tokens) and the sentence, one mean per step
+    rng = np.random.default_rng(2)
+    features, sentence = rng.normal(size=(2, 3, 4, 6)).astype(np.float32), rng.normal(size=(2, 5)).astype(np.float32)
+    module = auxiliary.Auxiliary(AuxiliaryConfig(clip=ClipConfig(weights="somewhere", dim=5)), ("static",), 8)
+    params = unbox(module.init(jax.random.key(0), features[:, 0])["params"])
+    found = module.apply({"params": params}, features, sentence, method="stay_near")
+    kernel, bias = (np.asarray(params["clip"][name]) for name in ("kernel", "bias"))
+    for row in range(2):
+        for step in range(3):
+            projected = torch.tensor(features[row, step].max(0) @ kernel + bias)
+            expected = torch.nn.functional.smooth_l1_loss(projected, torch.tensor(sentence[row]))
+            np.testing.assert_allclose(found[row, step], expected.item(), rtol=1e-5)
+
+
+def test_foresight_compares_each_camera_and_offset_and_skips_what_was_not_recorded():
+    rng = np.random.default_rng(3)
+    module = auxiliary.Auxiliary(AuxiliaryConfig(forward=FORWARD), ("wrist", "static"), 8)
+    features = rng.normal(size=(2, 1, 6)).astype(np.float32)
+    future = {camera: jnp.asarray(rng.normal(size=(2, 2, 8, 8, 3)), jnp.float32) for camera in ("static", "wrist")}
+    params = unbox(module.init(jax.random.key(0), features)["params"])
+    predicted = module.apply({"params": params}, features, method=lambda m, x: m.forward(x))
+    assert predicted.shape == (2, 2, 2, 4, 48)  # offsets, cameras, patches
+    real = jnp.asarray([[[True, False], [False, False]], [[False, False], [False, False]]])
+    found = module.apply({"params": params}, features, future, real, method="foresee")
+    wrist = auxiliary.patches(future["wrist"][0, 0], 4)
+    np.testing.assert_allclose(found[0], np.square(predicted[0, 0, 0] - wrist).mean(), rtol=1e-5)
+    assert found[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"offsets": (0,)}, "each at least 1"), ({"offsets": ()}, "each at least 1"), ({"width": 10}, "must divide")],
+)
+def test_settings_that_mean_nothing_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        ForwardConfig(**values)
