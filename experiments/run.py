@@ -99,7 +99,9 @@ def prepare(config: ExperimentConfig) -> Setup:
     embed = _sentence_embeddings(config, instructions)
     training = _source(config, opened["training"], encode, variation, embed)
     validation_split = _source(config, opened["validation"], encode, embed_sentence=embed)
-    config = config.resolve(training.num_windows, length, _action_statistics(config, opened["training"]))
+    actions, values = _training_actions(config, opened["training"])
+    config = config.resolve(training.num_windows, length, values)
+    config = dataclasses.replace(config, policy=config.policy.with_bins(actions))
     config = build.with_action_ids(config, backbone.tokenizer)
     mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
     model = build.make_model(config, backbone.vlm)
@@ -217,9 +219,11 @@ def _announce(name: str, setup: Setup) -> None:
     )
 
 
-def _action_statistics(config: ExperimentConfig, dataset: datasets.Dataset) -> Mapping[str, np.ndarray]:
-    """Of the training actions; what looks wrong about them is said, or refused (data.check_actions)."""
-    by_data = config.policy.action_scaling != "bounds"
+def _training_actions(
+    config: ExperimentConfig, dataset: datasets.Dataset
+) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
+    """A sample, and its statistics; what looks wrong about them is said, or refused (data.check_actions)."""
+    by_data = config.policy.action_scaling != "bounds" or getattr(config.policy.head, "binning", "") == "quantile"
     # Published layouts have a file per frame: enough of them for the question at hand.
     actions, states = pipeline.action_sample(dataset, 20_000 if by_data else 1_000)
     values = statistics.summarize(actions) if dataset.statistics is None else dataset.statistics.action
@@ -232,7 +236,7 @@ def _action_statistics(config: ExperimentConfig, dataset: datasets.Dataset) -> M
         widths=None if states is None else states[:, 6],
     )
     statistics.enforce(findings, dataset.name, refuse=config.data.check_actions == "refuse")
-    return values
+    return actions, values
 
 
 def _sentence_embeddings(config: ExperimentConfig, sentences: list[str]) -> Callable[[str], np.ndarray] | None:

@@ -256,6 +256,12 @@ class PolicyConfig:
         std = self.action_std or None
         return normalize.Normalizer(*given, mean=self.action_mean, std=std, mu=self.action_mu)
 
+    def with_bins(self, actions: np.ndarray) -> PolicyConfig:
+        """With the bins that the head takes from training data, where it does: actions float[N, 7], dataset units."""
+        if not isinstance(self.head, discrete.DiscreteHeadConfig):
+            return self
+        return dataclasses.replace(self, head=self.head.with_actions(self.normalizer.normalize(actions)))
+
     def with_statistics(self, action: Mapping[str, Any]) -> PolicyConfig:
         """With the bounds that `action_scaling` asks for; a dimension that never changes gets bounds one unit apart.
 

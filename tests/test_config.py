@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from robovlms_jax import cli
+from robovlms_jax.actions.discretize import QuantileBins
 from robovlms_jax.config import DataConfig, ExperimentConfig, MeshConfig, PolicyConfig, TrainConfig, from_dict, to_dict
+from robovlms_jax.policies.heads import discrete
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
 
 
@@ -171,3 +173,15 @@ def test_action_bounds_come_from_the_training_split_and_into_the_checkpoint(scal
     saved = from_dict(ExperimentConfig, json.loads(json.dumps(to_dict(resolved))))
     assert saved.policy.normalizer.low == low
     assert saved.policy.normalizer.high == high
+
+
+def test_quantile_bins_come_from_the_training_split_and_into_the_checkpoint():
+    head = discrete.DiscreteHeadConfig(binning="quantile", num_bins=16)
+    config = ExperimentConfig(policy=PolicyConfig(history="interleaved", readout="token", head=head))
+    with pytest.raises(ValueError, match="takes its edges from training data"):
+        _ = config.policy.head.bins
+    actions = np.random.default_rng(0).uniform(-1, 1, (200, 7)).astype(np.float32)
+    policy = config.policy.with_bins(actions)
+    saved = from_dict(PolicyConfig, json.loads(json.dumps(to_dict(policy))))
+    assert saved == policy
+    assert saved.head.bins == QuantileBins.of(policy.normalizer.normalize(actions), 16)

@@ -42,28 +42,79 @@ class UniformBins:
         return (self.edges[1:] + self.edges[:-1]) / 2
 
 
-def discretize(actions: Array, bins: UniformBins) -> Array:
+@dataclasses.dataclass(frozen=True)
+class QuantileBins:
+    """Bins of each dimension's own, with equally many training actions in each: fine where actions are frequent.
+
+    table: rows are action dimensions, each `num_bins` edges in ascending order; equal edges make empty bins.
+    """
+
+    table: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self):
+        lengths = {len(row) for row in self.table}
+        if len(lengths) != 1 or min(lengths) < 2 or any(list(row) != sorted(row) for row in self.table):
+            raise ValueError(f"quantile bins need rows of equally many ascending edges, two or more; got {self.table}.")
+
+    @classmethod
+    def of(cls, actions: np.ndarray, num_bins: int) -> QuantileBins:
+        """Edges at evenly spaced quantiles of normalised actions float[N, A]; the gripper, the last, has equal bins."""
+        arm = np.quantile(np.asarray(actions, np.float64)[:, :-1], np.linspace(0, 1, num_bins), axis=0).T
+        return cls(tuple(map(tuple, [*arm.tolist(), UniformBins(num_bins).edges.tolist()])))
+
+    @property
+    def num_bins(self) -> int:
+        """Edges per dimension."""
+        return len(self.table[0])
+
+    @property
+    def edges(self) -> np.ndarray:
+        """float64[A, num_bins]."""
+        return np.array(self.table, np.float64)
+
+    @property
+    def centers(self) -> np.ndarray:
+        """float64[A, num_bins - 1], middles between neighbouring edges."""
+        return (self.edges[:, 1:] + self.edges[:, :-1]) / 2
+
+
+Bins = UniformBins | QuantileBins
+
+
+def discretize(actions: Array, bins: Bins) -> Array:
     """Actions to bin numbers.
 
     Args:
-      actions: float[...], normalised; values outside [low, high] are clipped.
+      actions: float[..., A], normalised (any shape for uniform bins); values outside the edges are clipped.
     Returns:
-      int32[...] in [0, num_bins); only `high` itself is in the last bin. `undiscretize` errs by at most half a bin.
+      int32[...] in [0, num_bins); only the last edge itself is in the last bin. `undiscretize` errs by at most half a
+      bin.
     """
     xp = actions.__array_namespace__()
-    edges = bins.edges.astype(actions.dtype)
+    exact = bins.edges
+    edges = exact.astype(actions.dtype)
     # As float32, an edge may lie below what it stands for; then a value equal to it must still count as below.
-    edges = np.where(edges < bins.edges, np.nextafter(edges, np.asarray(np.inf, edges.dtype)), edges)
-    # Compared with every edge: 256 comparisons fuse into whatever makes the actions, a search does not.
-    number = (actions[..., None] >= xp.asarray(edges)).sum(-1) - 1
-    return xp.clip(number, 0, bins.num_bins - 1).astype(np.int32)
+    edges = np.where(edges < exact, np.nextafter(edges, np.asarray(np.inf, edges.dtype)), edges)
+    # How many edges are not above? Edge by edge, without an axis of edges: XLA makes one loop of this together with the
+    # normalisation before it and the ids after it, and writes nothing in between.
+    count = xp.zeros(actions.shape, np.int32)
+    for edge in np.moveaxis(edges, -1, 0):
+        count = count + (actions >= edge)
+    return xp.clip(count - 1, 0, bins.num_bins - 1).astype(np.int32)
 
 
-def undiscretize(numbers: Array, bins: UniformBins) -> Array:
+def undiscretize(numbers: Array, bins: Bins) -> Array:
     """Bin numbers int[...] to bin centres float32[...]. The last edge has no bin above it and joins the last centre."""
     xp = numbers.__array_namespace__()
-    centers = xp.asarray(bins.centers.astype(np.float32))
-    return centers[xp.clip(numbers, 0, bins.num_bins - 2)]
+    return _look_up(xp, bins.centers.astype(np.float32), xp.clip(numbers, 0, bins.num_bins - 2))
+
+
+def _look_up(xp: Any, table: np.ndarray, columns: Array) -> Array:
+    """table[columns], or table[dimension, columns] where each dimension has a row."""
+    if table.ndim == 1:
+        return xp.asarray(table)[columns]
+    rows = np.arange(len(table), dtype=np.int32)
+    return xp.asarray(table.reshape(-1))[columns + rows * table.shape[1]]
 
 
 def to_ids(numbers: Array, vocab_end: int) -> Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from robovlms_jax.actions import mu_law
@@ -39,12 +40,12 @@ class Normalizer:
         actions = normalize(actions, self.low, self.high)
         if self.std is not None:
             actions = standardize(actions, self.mean, self.std, epsilon=_EPSILON)
-        return actions if self.mu == 0 else _on_arm(actions, mu_law.compress(actions[..., :-1], self.mu))
+        return actions if self.mu == 0 else _on_arm(actions, mu_law.compress(actions, self.mu))
 
     def unnormalize(self, actions: Array) -> Array:
         """Inverse of `normalize`, for actions inside the bounds."""
         if self.mu != 0:
-            actions = _on_arm(actions, mu_law.expand(actions[..., :-1], self.mu))
+            actions = _on_arm(actions, mu_law.expand(actions, self.mu))
         if self.std is not None:
             actions = unstandardize(actions, self.mean, self.std, epsilon=_EPSILON)
         return unnormalize(actions, self.low, self.high)
@@ -66,7 +67,7 @@ def normalize(actions: Array, low: ArrayLike, high: ArrayLike) -> Array:
     """
     xp = actions.__array_namespace__()
     low, high = _bounds(actions, low, high)
-    return _on_arm(actions, 2 * (xp.clip(actions[..., :-1], low, high) - low) / (high - low) - 1)
+    return _on_arm(actions, 2 * (xp.clip(actions, low, high) - low) / (high - low) - 1)
 
 
 def unnormalize(actions: Array, low: ArrayLike, high: ArrayLike) -> Array:
@@ -76,7 +77,7 @@ def unnormalize(actions: Array, low: ArrayLike, high: ArrayLike) -> Array:
     shuts it for good where high <= 0.5.
     """
     low, high = _bounds(actions, low, high)
-    return _on_arm(actions, 0.5 * (actions[..., :-1] + 1) * (high - low) + low)
+    return _on_arm(actions, 0.5 * (actions + 1) * (high - low) + low)
 
 
 def standardize(actions: Array, mean: ArrayLike, std: ArrayLike, *, epsilon: float = 0.0) -> Array:
@@ -86,16 +87,14 @@ def standardize(actions: Array, mean: ArrayLike, std: ArrayLike, *, epsilon: flo
       actions: float[..., A].
       mean, std: a number, or float[A - 1], in the actions' units; std + epsilon > 0.
     """
-    xp = actions.__array_namespace__()
-    mean, std = xp.asarray(mean, dtype=actions.dtype), xp.asarray(std, dtype=actions.dtype)
-    return _on_arm(actions, (actions[..., :-1] - mean) / (std + epsilon))
+    mean, std = _of_arm(actions, mean, 0), _of_arm(actions, std, 1)
+    return _on_arm(actions, (actions - mean) / (std + epsilon))
 
 
 def unstandardize(actions: Array, mean: ArrayLike, std: ArrayLike, *, epsilon: float = 0.0) -> Array:
     """Inverse of `standardize`."""
-    xp = actions.__array_namespace__()
-    mean, std = xp.asarray(mean, dtype=actions.dtype), xp.asarray(std, dtype=actions.dtype)
-    return _on_arm(actions, actions[..., :-1] * (std + epsilon) + mean)
+    mean, std = _of_arm(actions, mean, 0), _of_arm(actions, std, 1)
+    return _on_arm(actions, actions * (std + epsilon) + mean)
 
 
 def binarize_gripper(gripper: Array) -> Array:
@@ -104,17 +103,28 @@ def binarize_gripper(gripper: Array) -> Array:
     return xp.where(gripper > 0, 1, -1).astype(gripper.dtype)
 
 
-def _on_arm(actions: Array, arm: Array) -> Array:
-    """`actions` with another arm."""
-    return actions.__array_namespace__().concat([arm, actions[..., -1:]], axis=-1)
+def _on_arm(actions: Array, changed: Array) -> Array:
+    """`changed`, but for the gripper: float[..., A] both.
+
+    Chosen by column and not cut and joined again, so that XLA makes one loop of it and whatever comes next.
+    """
+    xp = actions.__array_namespace__()
+    return xp.where(np.arange(actions.shape[-1]) < actions.shape[-1] - 1, changed, actions)
+
+
+def _of_arm(actions: Array, value: ArrayLike, gripper: float) -> Array:
+    """A number, or one per arm dimension, as one per action dimension."""
+    xp = actions.__array_namespace__()
+    value = xp.asarray(value, dtype=actions.dtype)
+    return value if value.ndim == 0 else xp.concat([value, xp.full(1, gripper, dtype=actions.dtype)])
 
 
 def _bounds(actions: Array, low: ArrayLike, high: ArrayLike) -> tuple[Array, Array]:
-    xp = actions.__array_namespace__()
-    low, high = xp.asarray(low, dtype=actions.dtype), xp.asarray(high, dtype=actions.dtype)
-    arm = actions.shape[-1] - 1
-    if low.shape != (arm,) or high.shape != (arm,):
+    """float[A] each; the gripper's are never used."""
+    arm = (actions.shape[-1] - 1,)
+    if np.shape(low) != arm or np.shape(high) != arm:
         raise ValueError(
-            f"low {low.shape} and high {high.shape} must be [{arm}], one number per arm dimension of the actions."
+            f"low {np.shape(low)} and high {np.shape(high)} must be [{arm[0]}], one number per arm dimension of the "
+            "actions."
         )
-    return low, high
+    return _of_arm(actions, low, -1), _of_arm(actions, high, 1)

@@ -9,6 +9,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from robovlms_jax.actions import discretize
 from robovlms_jax.policies import losses
@@ -27,6 +28,11 @@ class DiscreteHeadConfig(base.HeadConfig):
     low: float = -1.0
     high: float = 1.0
     """Bins span [low, high] in normalised actions; the gripper is -1 or 1."""
+    binning: Literal["uniform", "quantile"] = "uniform"
+    """uniform: equal bins, the same for all dimensions (upstream's). quantile: each arm dimension has bins with equally
+    many training actions in them."""
+    quantile_edges: tuple[float, ...] = ()
+    """Edges of quantile bins, dimension after dimension; filled in when a run starts, saved with its checkpoints."""
     vocab_end: int = 0
     """One past the last action id; bin b is id vocab_end - 1 - b. 0: from the tokenizer as upstream counts it (see
     `actions.discretize.vocabulary_end`) when a run starts, the end of the vocabulary without a tokenizer."""
@@ -38,14 +44,37 @@ class DiscreteHeadConfig(base.HeadConfig):
     refuses to hand out."""
 
     @property
-    def bins(self) -> discretize.UniformBins:
-        """Where the edges lie."""
-        return discretize.UniformBins(self.num_bins, self.low, self.high)
+    def bins(self) -> discretize.Bins:
+        """Where the edges lie. Raises ValueError where they still have to come from training data."""
+        if self.binning == "uniform":
+            return discretize.UniformBins(self.num_bins, self.low, self.high)
+        if not self.quantile_edges:
+            raise ValueError(
+                "policy.head.binning='quantile' takes its edges from training data; call `with_actions` before the "
+                "policy is used (training does)."
+            )
+        edges = zip(*[iter(self.quantile_edges)] * self.num_bins, strict=True)
+        return discretize.QuantileBins(tuple(edges))
+
+    def with_actions(self, actions: np.ndarray) -> DiscreteHeadConfig:
+        """With the edges that `binning` asks for, from normalised training actions float[N, A]."""
+        if self.binning == "uniform":
+            return self
+        table = discretize.QuantileBins.of(actions, self.num_bins).table
+        return dataclasses.replace(self, quantile_edges=tuple(edge for row in table for edge in row))
 
     def __post_init__(self):
         if self.decoding not in ("autoregressive", "parallel"):
             raise ValueError(f"policy.head.decoding={self.decoding!r} is neither 'autoregressive' nor 'parallel'.")
-        if self.bins.low > -1 or self.bins.high < 1:
+        if self.binning not in ("uniform", "quantile"):
+            raise ValueError(f"policy.head.binning={self.binning!r} is neither 'uniform' nor 'quantile'.")
+        if len(self.quantile_edges) % self.num_bins:
+            raise ValueError(
+                f"policy.head.quantile_edges has {len(self.quantile_edges)} numbers, no multiple of "
+                f"num_bins={self.num_bins}; leave them empty to take them from the training data."
+            )
+        discretize.UniformBins(self.num_bins, self.low, self.high)  # says what is wrong with them
+        if self.low > -1 or self.high < 1:
             raise ValueError(f"policy.head.low={self.low} and high={self.high} must span [-1, 1], the gripper's ends.")
         if 0 < self.vocab_end < self.num_bins:
             raise ValueError(f"policy.head.vocab_end={self.vocab_end} leaves no room for num_bins={self.num_bins}.")
