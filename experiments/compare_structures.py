@@ -1,0 +1,394 @@
+"""The same demonstrations, the same budget, every structure: train each on PlayTable, roll it out, one table.
+
+    python -m experiments.compare_structures                          # four of the paper's structures, small
+    python -m experiments.compare_structures --full                   # every product x window x chunk x execution mode
+
+A structure is history-readout-head, one of `policies.heads.base.products()`. Each cell of the grid keeps its results in
+a directory of its own: the same command goes on where it was stopped, and a larger grid adds to a smaller one. The
+report is structures.md in the output directory, beside structures.json and structures.png. Its numbers are PlayTable's,
+never CALVIN's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import pathlib
+import sys
+import time
+import typing
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import jax
+import tyro
+
+from experiments import evaluate, record_playtable, run
+from robovlms_jax.config import (
+    BackboneConfig,
+    DataConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    TrainConfig,
+)
+from robovlms_jax.envs import tasks
+from robovlms_jax.evaluation import chains, rollout_metrics
+from robovlms_jax.evaluation.execution import Execution
+from robovlms_jax.policies.heads import base as heads
+from robovlms_jax.training import checkpoints, loop
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["first", "chunk", "receding", "ensemble"]
+PAPER = (
+    "one_step-action_query-mlp",
+    "one_step-token-discrete",
+    "interleaved-action_query-mlp",
+    "policy_head-action_query-lstm",
+)
+"""What the paper compares (Li et al. 2024, arXiv:2412.14058, section 4)."""
+FIXTURES = tuple(name for name in tasks.TASKS if name.startswith(("move_slider", "open_", "close_", "turn_")))
+
+# Every head at the size of the backbone's twin; fields a head does not have are left out.
+_HEAD_SIZE = {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "trunk": (256, 128), "dropout": 0.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """Which cells, on what data, with what budget."""
+
+    output: str = "runs/structures"
+    data: str = ""
+    """Recording to train on (`experiments.record_playtable`). Empty: OUTPUT/data, recorded if it is not there."""
+    structures: tuple[str, ...] = PAPER
+    """history-readout-head, or `all`."""
+    windows: tuple[int, ...] = (8,)
+    """Steps looked back over; a one_step structure has 1 and counts once."""
+    chunks: tuple[int, ...] = (5,)
+    """Actions predicted at a time."""
+    executions: tuple[Mode, ...] = ("first", "chunk")
+    """How much of a chunk is executed (receding: half of it). A chunk of 1 is only ever executed whole."""
+    full: bool = False
+    """The whole grid: all structures, windows 1, 4, 8, 16, chunks 1, 5, 10, every execution mode. Meant for a GPU."""
+    list: bool = False
+    """Only print the cells."""
+
+    episodes: int = 120
+    """Training chains to record; shared by all cells."""
+    tasks: tuple[str, ...] = FIXTURES
+    """Tasks demonstrated and asked for."""
+    steps: int = 1000
+    """Optimizer steps per cell."""
+    batch_size: int = 32
+    """Windows per step."""
+    learning_rate: float = 1e-3
+    trials: int = 40
+    """Rollouts per cell, single tasks taking turns, on the held-out table D."""
+    max_steps: int = 160
+    """Control steps per rollout."""
+    image_size: tuple[int, int] = (96, 64)
+    """Pixels of both cameras."""
+    seed: int = 0
+
+    def __post_init__(self):
+        known = [_name(product) for product in heads.products()]
+        unknown = [name for name in self.structures if name not in (*known, "all")]
+        if unknown or not self.structures:
+            raise ValueError(f"structures {unknown} are unknown; known: all, {', '.join(known)}.")
+        for field in ("windows", "chunks"):
+            if min(getattr(self, field), default=0) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must name at least one number, each at least 1.")
+        if not self.executions or min(self.episodes, self.steps, self.batch_size, self.trials, self.max_steps) < 1:
+            raise ValueError("executions must name a mode; episodes, steps, batch_size, trials, max_steps be positive.")
+        unknown = sorted(set(self.tasks) - set(tasks.TASKS))
+        if unknown or not self.tasks:
+            raise ValueError(f"tasks has unknown {unknown}; known: {', '.join(tasks.TASKS)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One policy to train, and the ways to execute it."""
+
+    structure: heads.Product
+    window: int
+    chunk: int
+    executions: tuple[Execution, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{_name(self.structure)}-window{self.window}-chunk{self.chunk}"
+
+
+def cells(config: CompareConfig) -> list[Cell]:
+    """The grid without what would be there twice or means nothing."""
+    windows, chunks, modes, names = config.windows, config.chunks, config.executions, config.structures
+    if config.full:
+        windows, chunks, modes, names = (1, 4, 8, 16), (1, 5, 10), typing.get_args(Mode), ("all",)
+    found: dict[str, Cell] = {}
+    for product in heads.products():
+        for window in windows if _name(product) in names or "all" in names else ():
+            for chunk in chunks:
+                window = 1 if product.history == "one_step" else window
+                cell = Cell(product, window, chunk, _executions(modes, chunk))
+                found[cell.name] = cell
+    return list(found.values())
+
+
+def compare(config: CompareConfig) -> pathlib.Path:
+    """Train and roll out what is missing, then report on all that is there; returns the report's path.
+
+    Raises:
+      ValueError: the output directory has results of another budget or other data.
+    """
+    output = pathlib.Path(config.output)
+    grid = cells(config)
+    _require_same_budget(output, config)
+    data = config.data or _record(output / "data", config)
+    for number, cell in enumerate(grid, start=1):
+        logger.info("cell %d of %d: %s", number, len(grid), cell.name)
+        directory = output / "cells" / cell.name
+        trained = _train(cell, config, data, directory)
+        for execution in cell.executions:
+            if not (directory / _file(execution)).exists():
+                row = trained if "failed" in trained else trained | _roll_out(config, directory, execution)
+                row |= {"execution": execution.label}
+                (directory / _file(execution)).write_text(json.dumps(row, indent=1) + "\n")
+        jax.clear_caches()  # a grid's programs do not fit into memory together
+        write_report(output)
+    return write_report(output)
+
+
+def write_report(output: pathlib.Path) -> pathlib.Path:
+    """structures.md, .json and .png of all cells that are done."""
+    budget = json.loads((output / "budget.json").read_text())
+    rows = [json.loads(path.read_text()) for path in sorted((output / "cells").glob("*/cell-*.json"))]
+    record = {"env": "playtable-D", "budget": budget, "device": jax.devices()[0].device_kind, "cells": rows}
+    (output / "structures.json").write_text(json.dumps(record, indent=1) + "\n")
+    if any("failed" not in row for row in rows):
+        draw(rows).savefig(output / "structures.png", dpi=130, bbox_inches="tight")
+    path = output / "structures.md"
+    path.write_text(_markdown(rows, budget))
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One cell
+
+
+def _name(product: heads.Product) -> str:
+    return "-".join(product)
+
+
+def _executions(modes: Sequence[Mode], chunk: int) -> tuple[Execution, ...]:
+    made = {"receding": Execution("receding", max(chunk // 2, 1))}
+    if chunk == 1:  # all modes are the same
+        return (Execution("first"),)
+    return tuple(made.get(mode, Execution(mode)) for mode in modes)
+
+
+def _file(execution: Execution) -> str:
+    return f"cell-{execution.label.replace(' ', '_')}.json"
+
+
+def experiment(cell: Cell, config: CompareConfig, data: str, directory: pathlib.Path) -> ExperimentConfig:
+    """What is trained in a cell: the same for all but the structure, the window and the chunk."""
+    kind = heads.config_of(cell.structure.head)
+    fields = {field.name for field in dataclasses.fields(kind)}
+    head = kind(**{name: value for name, value in _HEAD_SIZE.items() if name in fields})
+    return ExperimentConfig(
+        backbone=BackboneConfig(name="kosmos-2-twin"),
+        policy=PolicyConfig(
+            history=cell.structure.history,
+            readout=cell.structure.readout,
+            head=head,
+            window=cell.window,
+            chunk=cell.chunk,
+            action_low=(-1.0,) * 6,
+            action_high=(1.0,) * 6,
+        ),
+        data=DataConfig(root=data, static_shift=0, wrist_shift=0, num_threads=2, prefetch=4),
+        optimizer=OptimizerConfig(
+            learning_rate=config.learning_rate,
+            weight_decay=0.01,
+            schedule="cosine",
+            warmup_steps=min(100, config.steps // 10),
+        ),
+        train=TrainConfig(
+            output=str(directory / "run"),
+            resume=any((directory / "run" / checkpoints.FOLDER).glob("[0-9]*")),
+            steps=config.steps,
+            batch_size=config.batch_size,
+            log_every=100,
+            eval_every=0,
+            checkpoint_every=500,
+            keep_checkpoints=1,
+            seed=config.seed,
+        ),
+        evaluation=EvaluationConfig(batches=10, episodes=0),
+    )
+
+
+def _train(cell: Cell, config: CompareConfig, data: str, directory: pathlib.Path) -> dict[str, Any]:
+    """What is known of the trained policy before it is rolled out; trains it unless that has been done."""
+    path = directory / "trained.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    directory.mkdir(parents=True, exist_ok=True)
+    begin = time.perf_counter()
+    known: dict[str, Any] = cell.structure._asdict() | {"window": cell.window, "chunk": cell.chunk}
+    try:
+        done = run.train(cell.name, experiment(cell, config, data, directory))
+    except loop.DivergedError as error:
+        known["failed"] = str(error)
+    else:
+        if not (done / "report.json").exists():
+            raise RuntimeError(f"training of {cell.name} was stopped; the same command goes on from its checkpoint.")
+        report = json.loads((done / "report.json").read_text())
+        known["parameters"] = report["facts"]["parameters"]
+        known["seconds"] = time.perf_counter() - begin
+        known["validation"] = {name: value for name, value in report["overall"].items() if name != "count"}
+    path.write_text(json.dumps(known, indent=1) + "\n")
+    return known
+
+
+def _roll_out(config: CompareConfig, directory: pathlib.Path, execution: Execution) -> dict[str, Any]:
+    output = directory / "rollouts" / execution.label.replace(" ", "_")
+    evaluate.evaluate(
+        evaluate.EvaluateConfig(
+            checkpoint=str(directory / "run"),
+            output=str(output),
+            env="playtable",
+            scene="D",
+            tasks=config.tasks,
+            chains=config.trials,
+            max_steps=config.max_steps,
+            execution=execution,
+            processes=min(config.trials, 20),
+            films=0,
+            image_size=config.image_size,
+        )
+    )
+    summary = rollout_metrics.summarize(chains.load(output).results)
+    rate = summary.attempts
+    return {
+        "successes": rate.successes,
+        "trials": rate.attempts,
+        "success": rate.value,
+        "interval": rate.interval,
+        "per_task": {name: [task.successes, task.attempts] for name, task in summary.per_task.items()},
+    }
+
+
+def _record(directory: pathlib.Path, config: CompareConfig) -> str:
+    """Record the demonstrations, or go on with that; a finished recording has all of its chains already."""
+    marker = directory.parent / "recorded.json"
+    if not marker.exists():
+        counts = record_playtable.record(
+            record_playtable.RecordConfig(
+                out=str(directory),
+                episodes=config.episodes,
+                validation_episodes=max(config.episodes // 12, 1),
+                tasks=config.tasks,
+                max_steps=config.max_steps,
+                image_size=config.image_size,
+                seed=config.seed,
+            )
+        )
+        marker.write_text(json.dumps(counts) + "\n")
+    return str(directory)
+
+
+def _require_same_budget(output: pathlib.Path, config: CompareConfig) -> None:
+    """Cells can only stand in one table if all but the structure is the same."""
+    grid = {"output", "structures", "windows", "chunks", "executions", "full", "list"}
+    budget = {name: value for name, value in dataclasses.asdict(config).items() if name not in grid}
+    budget = json.loads(json.dumps(budget))
+    path = output / "budget.json"
+    if not path.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(budget, indent=1) + "\n")
+        return
+    theirs = json.loads(path.read_text())
+    changes = [f"{k}: {theirs.get(k)} there, {budget.get(k)} here" for k in budget if theirs.get(k) != budget[k]]
+    if changes:
+        raise ValueError(f"{output} has cells of another budget ({'; '.join(changes)}); choose another output.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]], budget: Mapping[str, Any]) -> str:
+    data = budget["data"] or f"{budget['episodes']} recorded chains"
+    lines = [
+        "# Structures compared on PlayTable",
+        "",
+        f"Trained on {data} of PlayTable (tables A to C, {len(budget['tasks'])} tasks), {budget['steps']} steps of "
+        f"{budget['batch_size']} windows each, on {jax.devices()[0].device_kind}; {budget['trials']} single tasks on "
+        f"table D, at most {budget['max_steps']} steps each. Error: mean absolute translation error per step and axis "
+        "on held-out demonstrations. One seed: the interval (95 %) is that of the rollouts, not of training again. "
+        "These are not CALVIN's numbers.",
+        "",
+        "| history | readout | head | window | chunk | execution | success (95 % interval) | error, mm | training s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (-row.get("success", -1), row["history"], row["window"], row["chunk"])):
+        place = f"| {row['history']} | {row['readout']} | {row['head']} | {row['window']} | {row['chunk']} "
+        if "failed" in row:
+            lines.append(f"{place}| {row['execution']} | diverged | | |")
+            continue
+        low, high = row["interval"]
+        error = row["validation"]["translation_m"]
+        lines.append(
+            f"{place}| {row['execution']} | {row['successes']}/{row['trials']} = {row['success']:.0%} "
+            f"({low:.0%} to {high:.0%}) | {'' if error is None else f'{1000 * error:.1f}'} | {row['seconds']:.0f} |"
+        )
+    return "\n".join([*lines, "", "![success per cell](structures.png)", ""])
+
+
+def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Success of every cell with its interval."""
+    from matplotlib.figure import Figure
+
+    shown = sorted((row for row in rows if "failed" not in row), key=lambda row: row["success"])
+    figure = Figure(figsize=(8, 1.2 + 0.28 * len(shown)))
+    axes = figure.subplots()
+    for height, row in enumerate(shown):
+        low, high = row["interval"]
+        value = row["success"]
+        axes.errorbar(value, height, xerr=[[max(value - low, 0)], [max(high - value, 0)]], fmt="o", color="#00798c")
+    labels = [
+        f"{row['history']}, {row['readout']}, {row['head']}, W={row['window']}, C={row['chunk']}, {row['execution']}"
+        for row in shown
+    ]
+    axes.set_yticks(range(len(shown)), labels, fontsize=8)
+    axes.set(xlim=(-0.02, 1.02), xlabel="success, single tasks, 95 % interval", title="PlayTable, table D")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def main() -> None:
+    config = tyro.cli(Annotated[CompareConfig, tyro.conf.AvoidSubcommands], description=__doc__)
+    if config.list:
+        for cell in cells(config):
+            print(cell.name, *(f"[{execution.label}]" for execution in cell.executions))
+        return
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for noisy in ("absl", "orbax", "grain", "jax._src"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        path = compare(config)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    logger.info("%s\nreport: %s", path.read_text(), path)
+
+
+if __name__ == "__main__":
+    main()
