@@ -31,7 +31,7 @@ class Normalizer:
     """Mapped to 1; what lies outside is clipped."""
     mean: float = 0.0
     std: float | None = None
-    """(x - mean) / (std + 1e-6) of the bounded arm; None leaves it out."""
+    """(x - mean) / std of the bounded arm (upstream's adds 1e-6 to its std); None leaves it out."""
     mu: float = 0.0
     """> 0: mu-law with this mu at the end."""
 
@@ -39,7 +39,7 @@ class Normalizer:
         """float[..., A] in dataset units -> the same shape and dtype, as policies predict it."""
         actions = normalize(actions, self.low, self.high)
         if self.std is not None:
-            actions = standardize(actions, self.mean, self.std, epsilon=_EPSILON)
+            actions = standardize(actions, self.mean, self.std)
         return actions if self.mu == 0 else _on_arm(actions, mu_law.compress(actions, self.mu))
 
     def unnormalize(self, actions: Array) -> Array:
@@ -47,11 +47,8 @@ class Normalizer:
         if self.mu != 0:
             actions = _on_arm(actions, mu_law.expand(actions, self.mu))
         if self.std is not None:
-            actions = unstandardize(actions, self.mean, self.std, epsilon=_EPSILON)
+            actions = unstandardize(actions, self.mean, self.std)
         return unnormalize(actions, self.low, self.high)
-
-
-_EPSILON = 1e-6  # upstream's
 
 
 def normalize(actions: Array, low: ArrayLike, high: ArrayLike) -> Array:
@@ -80,21 +77,21 @@ def unnormalize(actions: Array, low: ArrayLike, high: ArrayLike) -> Array:
     return _on_arm(actions, 0.5 * (actions + 1) * (high - low) + low)
 
 
-def standardize(actions: Array, mean: ArrayLike, std: ArrayLike, *, epsilon: float = 0.0) -> Array:
-    """(arm - mean) / (std + epsilon); the gripper passes untouched.
+def standardize(actions: Array, mean: ArrayLike, std: ArrayLike) -> Array:
+    """(arm - mean) / std; the gripper passes untouched.
 
     Args:
       actions: float[..., A].
-      mean, std: a number, or float[A - 1], in the actions' units; std + epsilon > 0.
+      mean, std: a number, or float[A - 1], in the actions' units; std > 0.
     """
     mean, std = _of_arm(actions, mean, 0), _of_arm(actions, std, 1)
-    return _on_arm(actions, (actions - mean) / (std + epsilon))
+    return _on_arm(actions, (actions - mean) / std)
 
 
-def unstandardize(actions: Array, mean: ArrayLike, std: ArrayLike, *, epsilon: float = 0.0) -> Array:
+def unstandardize(actions: Array, mean: ArrayLike, std: ArrayLike) -> Array:
     """Inverse of `standardize`."""
     mean, std = _of_arm(actions, mean, 0), _of_arm(actions, std, 1)
-    return _on_arm(actions, actions * (std + epsilon) + mean)
+    return _on_arm(actions, actions * std + mean)
 
 
 def binarize_gripper(gripper: Array) -> Array:
