@@ -24,7 +24,7 @@ import tyro
 from flax.traverse_util import flatten_dict
 
 from robovlms_jax import build, load, upstream
-from robovlms_jax.config import ExperimentConfig, PolicyConfig, to_dict
+from robovlms_jax.config import AuxiliaryConfig, ExperimentConfig, PolicyConfig, to_dict
 from robovlms_jax.data import statistics
 from robovlms_jax.inputs import tokenizers
 from robovlms_jax.interface import Observation
@@ -72,7 +72,7 @@ def main(config: ConvertConfig) -> dict[str, Any]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not an empty directory; choose another --to.")
     experiment = _experiment(config)
-    source = upstream.open_checkpoint(config.source)
+    source = upstream.open_checkpoint(config.source, experiment.policy.num_queries)
     files = tokenizers.resolve_weights(experiment.backbone.weights, tensors=False)
     backbone = build.open_backbone(dataclasses.replace(experiment.backbone, weights=str(files)), [])
     model = build.make_model(experiment, backbone.vlm)
@@ -113,8 +113,9 @@ def _experiment(config: ConvertConfig) -> ExperimentConfig:
 
 
 def _bounded(config: ConvertConfig, experiment: ExperimentConfig) -> PolicyConfig:
-    """The policy with numbers for its action bounds; scaling by quantiles would leave them to training data."""
-    policy = experiment.policy
+    """The policy with numbers for its action bounds, which scaling by quantiles would leave to training data, and
+    without the losses that acting needs not."""
+    policy = dataclasses.replace(experiment.policy, auxiliary=AuxiliaryConfig())
     if policy.action_scaling == "bounds":
         if config.statistics:
             raise ValueError("--statistics is of policies trained on OpenVLADataset; this one has bounds of its own.")
@@ -165,27 +166,27 @@ def _convert(
 def _destinations(table: rules.Rules, source: sources.Source) -> Iterator[tuple[str, str]]:
     """Every tensor of a source that fits the rules, and what became of it."""
     for name in source.shapes:
-        for rule in table:
-            if isinstance(rule, rules.Rule) and rule.match(rules.normalize(name))[0]:
-                yield name, rule.target
-            elif isinstance(rule, rules.Ignore) and re.fullmatch(rule.source, rules.normalize(name)):
-                yield name, f"ignored: {rule.reason}"
+        canonical = rules.normalize(name)
+        targets = [rule.target for rule in table if isinstance(rule, rules.Rule) and rule.match(canonical)[0]]
+        ignored = [x.reason for x in table if isinstance(x, rules.Ignore) and re.fullmatch(x.source, canonical)]
+        yield name, ", ".join(targets) or f"ignored: {ignored[0]}"
 
 
 def _largest_difference(table: rules.Rules, source: sources.Source, params: Any) -> float:
     """Between every tensor of the checkpoint and what the opened policy holds in its place, laid out as it was."""
     flat, worst = flatten_dict(params, sep="/"), 0.0
-    for name in source.shapes:
+    for name, shape in source.shapes.items():
+        canonical = rules.normalize(name)
         for rule in table:
-            if not isinstance(rule, rules.Rule):
-                continue
-            is_match, layer = rule.match(rules.normalize(name))
+            is_match, layer = rule.match(canonical) if isinstance(rule, rules.Rule) else (False, None)
             if not is_match:
                 continue
             ours = np.asarray(flat[rule.target] if layer is None else flat[rule.target][layer])
-            theirs = source.read(name, (slice(None),) * len(source.shapes[name])).astype(np.float32)
-            ours = rules.Rearrange.parse(rule.pattern, ours.ndim).backward(ours).astype(np.float32)
-            worst = max(worst, float(np.abs(ours - theirs).max(initial=0.0)))
+            theirs = source.read(name, (slice(None),) * len(shape)).astype(np.float32)
+            expected = rules.Rearrange.parse(rule.pattern, ours.ndim).forward(
+                lambda cut, theirs=theirs: theirs[cut], ours.shape, (slice(None),) * ours.ndim
+            )
+            worst = max(worst, float(np.abs(ours.astype(np.float32) - expected).max(initial=0.0)))
     return worst
 
 

@@ -192,6 +192,11 @@ class PolicyConfig:
     cameras: tuple[str, ...] = ("wrist", "static")
     """Cameras in the order their tokens follow the prompt's first token (released RoboVLMs checkpoints: wrist, then
     static)."""
+    compat_count_padding: bool = False
+    """Training only, as upstream's batches: positions count the padding of prompts (see `policies.compat`)."""
+    compat_queries_last: bool = False
+    """Training only, as upstream's batches: action queries come before the last slot of the padded prompt, so after the
+    end and the padding of every prompt but the longest."""
     proprio: ProprioConfig = ProprioConfig()
     action_history: ActionHistoryConfig = ActionHistoryConfig()
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
@@ -226,6 +231,11 @@ class PolicyConfig:
             self.readout != "token" or not (self.auxiliary.forward.loss_weight or self.auxiliary.clip.weights),
             "policy.auxiliary.forward and .clip learn from a head's hidden features; with policy.readout='token' there "
             "are none. Switch them off, or use another readout.",
+        )
+        _require(
+            not (self.compat_count_padding or self.compat_queries_last) or self.history in ("one_step", "policy_head"),
+            f"policy.compat_count_padding and policy.compat_queries_last are of histories that decode every frame by "
+            f"itself, one_step and policy_head; this one is {self.history!r}.",
         )
         unknown = sorted(set(self.cameras) - set(interface.CAMERAS))
         _require(not unknown, f"policy.cameras has unknown {unknown}; known cameras: {list(interface.CAMERAS)}.")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from robovlms_jax import interface
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.config import PolicyConfig
-from robovlms_jax.policies import auxiliary, decoding, encoders, readout, stream
+from robovlms_jax.policies import auxiliary, compat, decoding, encoders, readout, stream
 from robovlms_jax.policies import history as histories
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.types import Inputs, Tokens
@@ -107,8 +107,16 @@ class VLA(nn.Module):
         """Final hidden states of the steps that `history.part` finds, float[..., steps, S, D], and their tokens."""
         if self.config.is_autoregressive and actions is None and not self.is_initializing():
             raise ValueError("an autoregressive policy is trained on the tokens before each one: pass `actions`.")
-        batch = len(inputs.step_mask)
-        sequences = self.history.join(self.embed(inputs, actions, deterministic=deterministic), inputs.step_mask)
+        batch, config = len(inputs.step_mask), self.config
+        tokens = self.embed(inputs, actions, deterministic=deterministic)
+        if config.compat_count_padding or config.compat_queries_last:
+            tokens = compat.padded_layout(
+                tokens,
+                1,
+                count_padding=config.compat_count_padding,
+                queries_last=config.compat_queries_last,
+            )
+        sequences = self.history.join(tokens, inputs.step_mask)
         hidden, _ = self.backbone.decode(sequences, deterministic=deterministic)
         return self.history.part((hidden, sequences), batch)
 

@@ -17,7 +17,9 @@ from typing import Any
 
 from robovlms_jax.config import (
     AugmentConfig,
+    AuxiliaryConfig,
     BackboneConfig,
+    ClipConfig,
     DataConfig,
     EvaluationConfig,
     ExperimentConfig,
@@ -27,7 +29,10 @@ from robovlms_jax.config import (
     TrainConfig,
 )
 from robovlms_jax.policies.heads import base as heads
+from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
+from robovlms_jax.policies.heads.gpt import GPTHeadConfig
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
+from robovlms_jax.policies.heads.mlp import MLPHeadConfig
 
 BACKBONES = {
     "kosmos": ("RoboKosMos", "kosmos", "kosmos-2"),
@@ -39,6 +44,9 @@ BACKBONES = {
     "flamingo": ("RoboFlamingo", "mpt_1b_ift", "flamingo-mpt-1b"),
 }
 """`model` -> its `robovlm_name` and `vlm.name`, and our backbone."""
+
+CLIP = "hf://openai/clip-vit-large-patch14"
+"""Upstream's ViT-L-14 "openai", as published for transformers."""
 
 RLDS = "OpenVLADataset"
 RLDS_AUGMENT = AugmentConfig(crop_area=0.9, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)
@@ -59,14 +67,17 @@ MAPPED = {
     "use_hand_rgb": "policy.cameras: wrist before static. OXE datasets never have a wrist image: static alone",
     "act_head.type": "policy.head",
     "act_head.hidden_size": "policy.head.hidden_size",
-    "act_head.num_layers": "policy.head.num_layers",
+    "act_head.num_layers": "policy.head.num_layers (LSTMDecoder)",
+    "act_head.n_bin": "policy.head.num_bins (DiscreteDecoder)",
+    "act_head.min_action": "policy.head.low (DiscreteDecoder)",
+    "act_head.max_action": "policy.head.high (DiscreteDecoder)",
     "act_head.policy_rnn_dropout_p": "must be 0",
     "act_head.action_dim": "must be 7",
     "act_head.action_space": "policy.readout",
-    "act_head.history_type": "policy.history",
+    "act_head.history_type": "policy.history; FCDecoder with post remembers nothing and is one_step with window 1",
     "act_head.down_sample": "policy.readout; must fit action_space",
     "act_head.latent": "policy.num_queries",
-    "act_head.token_source": "policy.readout: which tokens are pooled",
+    "act_head.token_source": "policy.pool",
     "act_head.fill_zero": "must be false",
     "arm_gripper_loss_ratio": "policy.head.gripper_loss_weight",
     "norm_action": "policy.action_low, policy.action_high; false is -1 to 1. OpenVLADataset: data.compat_second_norm",
@@ -76,7 +87,8 @@ MAPPED = {
     "train_setup.predict_action": "must be true",
     "train_setup.predict_forward": "must be false: upstream's code for it is missing",
     "train_setup.predict_forward_hand": "must be false: upstream's code for it is missing",
-    "train_setup.predict_caption": "must be false: upstream's code for it fails",
+    "train_setup.predict_caption": "policy.auxiliary.caption_weight; upstream's own code for it fails",
+    "cap_loss_ratio": "policy.auxiliary.caption_weight, with train_setup.predict_caption",
     "train_setup.freeze_backbone": "train.trainable",
     "train_setup.train_vision": "train.trainable",
     "train_setup.train_text_embedding": "train.trainable",
@@ -92,7 +104,8 @@ MAPPED = {
     "train_setup.reinit": "must be false; here: leave backbone.weights empty",
     "fwd_head": "must be null: upstream's code for it is missing",
     "act_encoder": "must be null: upstream's code for it is missing",
-    "use_clip_norm": "must be false",
+    "use_clip_norm": "policy.auxiliary.clip: the CLIP that upstream takes",
+    "clip_norm_ratio": "policy.auxiliary.clip.loss_weight, with use_clip_norm",
     "use_mu_law": "policy.action_mu",
     "mu_val": "policy.action_mu, with use_mu_law",
     "regular_action": "policy.action_mean, policy.action_std",
@@ -171,11 +184,9 @@ IGNORED = {
     "data_scale": _NEVER_READ,
     "optimizer": "upstream always uses AdamW, and so is it here",
     "warmup_ratio": _NEVER_READ,
-    "cap_loss_ratio": "upstream never computes a caption loss",
     "fwd_loss_ratio": "upstream never computes a forward prediction loss",
     "kl_div_ratio": "upstream never computes this loss",
     "vl_cotrain_ratio": "upstream's co-training batches fail and no published dataset asks for them",
-    "clip_norm_ratio": "weight of a loss that use_clip_norm switches on",
     "use_time_causal_attn": _NEVER_READ,
     "use_mim_obs_loss": _NEVER_READ,
     "use_pixel_loss": _NEVER_READ,
@@ -335,24 +346,38 @@ def _backbone(keys: _Keys) -> BackboneConfig:
 def _policy(keys: _Keys) -> PolicyConfig:
     for key in ("act_encoder", "fwd_head"):
         keys.only(key, None)
-    for key in ("train_setup.predict_forward", "train_setup.predict_forward_hand", "train_setup.predict_caption"):
+    for key in ("train_setup.predict_forward", "train_setup.predict_forward_hand", "tcp_rel", "act_head.fill_zero"):
         keys.only(key, False)
-    for key in ("use_clip_norm", "tcp_rel"):
-        keys.only(key, False)
-    keys.only("act_head.fill_zero", False)
     keys.only("train_setup.predict_action", True)
     keys.only("act_head.action_dim", 7)
     is_rlds = keys.get("train_dataset.type", None) == RLDS
+    readout, head = _readout(keys), _head(keys)
+    history, window = keys.choose("act_head.history_type", "post", HISTORIES), keys.need("window_size")
+    if isinstance(head, DiscreteHeadConfig):  # upstream always trains these on all frames in one sequence
+        history = "interleaved" if window > 1 else "one_step"
+    elif isinstance(head, MLPHeadConfig) and (history == "policy_head" or window == 1):
+        history, window = "one_step", 1  # nothing in it remembers, so the frames of a window are strangers
     return PolicyConfig(
-        history=keys.choose("act_head.history_type", "post", HISTORIES),
-        readout=_readout(keys),
-        head=_head(keys),
+        history=history,
+        readout=readout,
+        head=head,
         num_queries=keys.get("act_head.latent", 1),
-        window=keys.need("window_size"),
+        pool=keys.choose("act_head.token_source", "all", {x: x for x in ("all", "text", "vision")}),
+        window=window,
         chunk=keys.need("fwd_pred_next_n"),
         cameras=("wrist", "static") if keys.need("use_hand_rgb") and not is_rlds else ("static",),
+        auxiliary=_auxiliary(keys),
         **_scaling(keys),
     )
+
+
+def _auxiliary(keys: _Keys) -> AuxiliaryConfig:
+    clip, caption = ClipConfig(), 0.0
+    if keys.get("use_clip_norm", False):
+        clip = ClipConfig(weights=CLIP, loss_weight=keys.get("clip_norm_ratio", 0.05))
+    if keys.get("train_setup.predict_caption", False):
+        caption = float(keys.need("cap_loss_ratio"))
+    return AuxiliaryConfig(clip=clip, caption_weight=caption)
 
 
 def _scaling(keys: _Keys) -> dict[str, Any]:
@@ -380,17 +405,45 @@ def _readout(keys: _Keys) -> str:
         {"continuous": "action_query", "down_sample": "pool", "discrete": "token"},
     )
     keys.only("act_head.down_sample", {"action_query": "none", "pool": "pooling"}.get(readout, "none"))
-    keys.only("act_head.token_source", "all")
     return readout
 
 
 def _head(keys: _Keys) -> heads.HeadConfig:
-    keys.only("act_head.type", "LSTMDecoder")
+    make = keys.choose(
+        "act_head.type",
+        None,
+        {"LSTMDecoder": _lstm, "FCDecoder": _mlp, "GPTDecoder": _gpt, "DiscreteDecoder": _discrete},
+    )
+    if (make is _discrete) != (keys.get("act_head.action_space", "continuous") == "discrete"):
+        raise ValueError("act_head.type DiscreteDecoder and act_head.action_space discrete go together.")
+    return make(keys)
+
+
+def _lstm(keys: _Keys) -> heads.HeadConfig:
     keys.only("act_head.policy_rnn_dropout_p", 0, 0.0)
-    return LSTMHeadConfig(
-        hidden_size=keys.get("act_head.hidden_size", 1024),
-        num_layers=keys.get("act_head.num_layers", 4),
-        gripper_loss_weight=keys.need("arm_gripper_loss_ratio"),
+    return LSTMHeadConfig(num_layers=keys.get("act_head.num_layers", 4), **_continuous(keys))
+
+
+def _mlp(keys: _Keys) -> heads.HeadConfig:
+    return MLPHeadConfig(**_continuous(keys))
+
+
+def _gpt(keys: _Keys) -> heads.HeadConfig:
+    return GPTHeadConfig(**_continuous(keys))
+
+
+def _continuous(keys: _Keys) -> dict[str, Any]:
+    return {
+        "hidden_size": keys.get("act_head.hidden_size", 1024),
+        "gripper_loss_weight": keys.need("arm_gripper_loss_ratio"),
+    }
+
+
+def _discrete(keys: _Keys) -> heads.HeadConfig:
+    return DiscreteHeadConfig(
+        num_bins=keys.get("act_head.n_bin", 256),
+        low=float(keys.get("act_head.min_action", -1)),
+        high=float(keys.get("act_head.max_action", 1)),
     )
 
 

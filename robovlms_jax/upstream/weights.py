@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
+
+from robovlms_jax.policies.heads.continuous import ContinuousHeadConfig
+from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
+from robovlms_jax.policies.heads.mlp import MLPHeadConfig
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.weights import rules, sources, torch_files
 
+ACTION_TOKEN = "action_token"
 
-def open_checkpoint(path: str | pathlib.Path) -> sources.Source:
+
+def open_checkpoint(path: str | pathlib.Path, num_queries: int = 1) -> sources.Source:
     """The tensors of a policy that upstream trained, read slice by slice.
 
     A tensor that upstream's modules register under two names (`model.model...` and `model.backbone...`) appears once.
@@ -19,59 +27,91 @@ def open_checkpoint(path: str | pathlib.Path) -> sources.Source:
     Args:
       path: a .pt or .ckpt file with a state dict, bare or as Lightning and DeepSpeed wrap it, safetensors, or the
         folder that Lightning writes with DeepSpeed.
+      num_queries: action queries of the policy; upstream stores one token and repeats it.
     Raises:
       FileNotFoundError: nothing there.
       ValueError: truncated, no checkpoint, or a pickle that wants to run code.
     """
     source = sources.open_source(path)
-    return _Deduplicated(source) if isinstance(source, torch_files.TorchSource) else source
+    return UpstreamSource(source, num_queries)
 
 
-class _Deduplicated:
-    """A source without the second names of the same numbers."""
+class UpstreamSource:
+    """A source without the second names of the same numbers, and with as many action tokens as a policy has queries."""
 
-    def __init__(self, source: torch_files.TorchSource):
+    def __init__(self, source: sources.Source, num_queries: int = 1):
+        tensors = source.tensors if isinstance(source, torch_files.TorchSource) else {}
         first: dict[tuple, str] = {}
-        for name, tensor in source.tensors.items():
-            first.setdefault((rules.normalize(name), tensor.identity), name)
+        for name in source.shapes:
+            same = tensors[name].identity if name in tensors else name
+            first.setdefault((rules.normalize(name), same), name)
         self.name = source.name
-        self.shapes = {name: source.shapes[name] for name in source.shapes if name in set(first.values())}
-        self.read = source.read
+        self.shapes = {name: source.shapes[name] for name in first.values()}
+        self._source, self._num_queries = source, num_queries
+        for name, shape in self.shapes.items():
+            if rules.normalize(name) == ACTION_TOKEN and len(shape) == 1:
+                self.shapes[name] = (shape[0] * num_queries,)
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        if self._num_queries > 1 and rules.normalize(name) == ACTION_TOKEN:
+            return np.tile(self._source.read(name, (slice(None),)), self._num_queries)[index]
+        return self._source.read(name, index)
 
 
 def policy_rules(model: VLA) -> rules.Rules:
-    """Rules for a whole upstream policy (`action_space: continuous`, LSTMDecoder); wrapper prefixes are stripped
-    before matching.
+    """Rules for a whole upstream policy; wrapper prefixes are stripped before matching.
 
-    Upstream repeats one action token for all queries, so only a policy with one query has a counterpart there.
+    Upstream repeats one action token for all queries: with several, open the checkpoint with `num_queries`.
 
     Raises:
-      ValueError: a head, or a number of queries, that upstream's checkpoints do not hold.
+      ValueError: a head that upstream does not have.
     """
-    head = model.config.head
-    if not isinstance(head, LSTMHeadConfig) or model.config.num_queries != 1:
+    config, vlm = model.config, model.vlm
+    make = HEADS.get(type(config.head))
+    if make is None:
+        known = ", ".join(kind.__name__ for kind in HEADS)
         raise ValueError(
-            f"upstream checkpoints are read for an LSTM head with policy.num_queries=1; this policy has "
-            f"{type(head).__name__} "
-            f"with {model.config.num_queries}."
+            f"upstream has no head like {type(config.head).__name__}; its checkpoints hold one of {known}."
         )
-    resampler = () if model.vlm.resampler is None else rules.perceiver("vision_resampler", "backbone/resampler")
+    resampler = () if vlm.resampler is None else rules.perceiver("vision_resampler", "backbone/resampler")
+    has_query = config.readout == "action_query"
     return (
-        *rules.prefixed(model.vlm.rules, target="backbone/"),
+        *rules.prefixed(vlm.rules, target="backbone/"),
         *resampler,
-        rules.Rule("action_token", "readout/queries", "(q d) -> q d"),
-        *lstm_head("act_head", "head", head),
+        *((rules.Rule(ACTION_TOKEN, "readout/queries", "(q d) -> q d"),) if has_query else ()),
+        *make("act_head", "head", config.head),
+        rules.Ignore(r"clip_norm_head\..*", "of a training loss"),
     )
 
 
+def mlp_head(source: str, target: str, config: MLPHeadConfig) -> rules.Rules:
+    """FCDecoder -> MLPHead."""
+    first, second = (rules.linear(f"{source}.mlp.{2 * layer}", f"{target}/mlp/layer_{layer}") for layer in range(2))
+    return (*first, *second, *_outputs(source, target, config))
+
+
 def lstm_head(source: str, target: str, config: LSTMHeadConfig) -> rules.Rules:
-    """torch.nn.LSTM plus two MLPs whose Linear layers are every second entry (ReLU between) -> LSTMHead."""
+    """LSTMDecoder, a torch.nn.LSTM -> LSTMHead."""
     rows: rules.Rules = ()
     for layer in range(config.num_layers):
         for ours, theirs in (("input", "ih"), ("hidden", "hh")):
             here = f"{target}/lstm_{layer}/{ours}"
             rows += (rules.Rule(f"{source}.rnn.weight_{theirs}_l{layer}", f"{here}_kernel", "(g h) d -> d g h"),)
             rows += (rules.Rule(f"{source}.rnn.bias_{theirs}_l{layer}", f"{here}_bias", "(g h) -> g h"),)
+    return rows + _outputs(source, target, config)
+
+
+HEADS: dict[type, Callable[[str, str, Any], rules.Rules]] = {
+    MLPHeadConfig: mlp_head,
+    LSTMHeadConfig: lstm_head,
+    DiscreteHeadConfig: lambda source, target, config: (),  # it only names tokens
+}
+"""Our head -> the rules of its counterpart."""
+
+
+def _outputs(source: str, target: str, config: ContinuousHeadConfig) -> rules.Rules:
+    """Two MLPs whose Linear layers are every second entry, ReLU between."""
+    rows: rules.Rules = ()
     for ours, theirs in (("arm", "actions"), ("gripper", "gripper")):
         for layer in range(len(config.trunk) + 1):
             rows += rules.linear(f"{source}.{theirs}.mlp.{2 * layer}", f"{target}/{ours}/layer_{layer}")
@@ -97,16 +137,16 @@ def allow(
     Returns:
       rules, the parameters and the tensors that were excepted.
     """
-    named = [rules.normalize(name) for name in tensors]
+    names = {name: rules.normalize(name) for name in tensors}
     filled, known = set(), set()
     for rule in table:
         if isinstance(rule, rules.Rule):
-            hits = {name for name in named if rule.match(name)[0]}
+            hits = {name for name in names.values() if rule.match(name)[0]}
             known |= hits
             if hits:
                 filled.add(rule.target)
         elif isinstance(rule, rules.Ignore):
-            known |= {name for name in named if re.fullmatch(rule.source, name)}
+            known |= {name for name in names.values() if re.fullmatch(rule.source, name)}
     born = [rule.target for rule in table if isinstance(rule, rules.Fresh)]
     absent = [
         path
@@ -116,12 +156,10 @@ def allow(
         and any(re.search(pattern, path) for pattern in missing)
     ]
     left = [
-        name
-        for name in tensors
-        if rules.normalize(name) not in known and any(re.search(pattern, name) for pattern in unused)
+        name for name in tensors if names[name] not in known and any(re.search(pattern, name) for pattern in unused)
     ]
     extra = (
         *(rules.Fresh(f"^{re.escape(path)}$", "absent from the checkpoint, allowed") for path in absent),
-        *(rules.Ignore(re.escape(rules.normalize(name)), "left over, allowed") for name in left),
+        *(rules.Ignore(re.escape(names[name]), "left over, allowed") for name in left),
     )
     return (*table, *extra), absent, left

@@ -12,6 +12,7 @@ import pytest
 from robovlms_jax import upstream
 from robovlms_jax.config import ExperimentConfig, from_dict, to_dict
 from robovlms_jax.data.registry import mixtures
+from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.upstream import config as tables
 from tests.upstream import published
 
@@ -135,6 +136,10 @@ OTHER = {
 """Another value for keys that do not simply take another number or the other truth value."""
 
 ABSENT = {
+    "clip_norm_ratio": 0.1,
+    "act_head.n_bin": 128,
+    "act_head.min_action": -2,
+    "act_head.max_action": 2,
     "mu_val": 100,
     "x_mean": 0.5,
     "x_std": 0.5,
@@ -147,8 +152,15 @@ ABSENT = {
 }
 """Values for numbers that the file at hand does not have."""
 
+DISCRETE = {"act_head.type": "DiscreteDecoder", "act_head.action_space": "discrete"}
 NEEDS = {
+    "act_head.n_bin": DISCRETE,
+    "act_head.min_action": DISCRETE,
+    "act_head.max_action": DISCRETE,
+    "act_head.token_source": {"act_head.action_space": "down_sample", "act_head.down_sample": "pooling"},
     "train_setup.freeze_resampler": {"use_vision_resampler": True},
+    "clip_norm_ratio": {"use_clip_norm": True},
+    "cap_loss_ratio": {"train_setup.predict_caption": True},
     "mu_val": {"use_mu_law": True},
     "x_mean": {"regular_action": True},
     "x_std": {"regular_action": True},
@@ -299,3 +311,30 @@ def test_the_page_shows_both_tables():
     page = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "upstream.md").read_text()
     for table in (tables.MAPPED, tables.IGNORED):
         assert rows(table) in page, f"docs/upstream.md must hold these rows:\n{rows(table)}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "product"),
+    [
+        ({}, ("policy_head", "action_query", "lstm", 16)),
+        ({"type": "GPTDecoder"}, ("policy_head", "action_query", "gpt", 16)),
+        ({"type": "FCDecoder"}, ("one_step", "action_query", "mlp", 1)),
+        ({"type": "FCDecoder", "history_type": "pre"}, ("interleaved", "action_query", "mlp", 16)),
+        ({"type": "FCDecoder", "history_type": "video"}, ("video", "action_query", "mlp", 16)),
+        ({"action_space": "down_sample", "down_sample": "pooling"}, ("policy_head", "pool", "lstm", 16)),
+        ({"type": "DiscreteDecoder", "action_space": "discrete"}, ("interleaved", "token", "discrete", 16)),
+    ],
+)
+def test_every_structure_of_upstreams_has_its_product(changes, product):
+    values = published.read(KOSMOS)
+    values["act_head"] |= changes
+    policy = upstream.to_experiment(values).policy
+    assert (policy.history, policy.readout, heads.kind_of(type(policy.head)), policy.window) == product
+
+
+def test_heads_and_spaces_that_do_not_go_together_are_refused():
+    for key, value in (("type", "DiscreteDecoder"), ("action_space", "discrete")):
+        values = published.read(KOSMOS)
+        values["act_head"][key] = value
+        with pytest.raises(ValueError, match="go together"):
+            upstream.to_experiment(values)

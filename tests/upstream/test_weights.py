@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import json
 
 import jax
@@ -104,3 +106,50 @@ def test_padding_a_prompt_keeps_upstreams_unpadded_numbers(policy, exact_matmul)
     features = apply(model, params, padded, method="features")
     np.testing.assert_allclose(features[0], data["action_hs"][row], atol=1e-4)
     assert features.dtype == jnp.float32
+
+
+def test_compat_options_give_a_padded_batch_upstreams_numbers(policy, exact_matmul):
+    # Both prompts of upstream's batch at once, the shorter one padded: its action token comes after eos and padding,
+    # and positions count both. Without either option the shorter prompt's features are others (last lines).
+    model, params, data = policy
+    lengths = data["attention_mask"].sum(1)
+    assert len(set(lengths)) > 1
+    inputs = Inputs(
+        {"static": np.moveaxis(data["vision_x"], 2, -1)},
+        data["lang_x"].astype(np.int32),
+        data["attention_mask"].astype(bool),
+        np.ones((len(lengths), W), bool),
+    )
+    errors = {}
+    for count, last in itertools.product((False, True), repeat=2):
+        config = dataclasses.replace(model.config, compat_count_padding=count, compat_queries_last=last)
+        found = apply(dataclasses.replace(model, config=config), params, inputs, method="features")
+        errors[count, last] = np.abs(found - data["action_hs"]).max(axis=(1, 2, 3))
+    assert errors[True, True].max() < 1e-4
+    shorter, longest_row = int(np.argmin(lengths)), longest(data)
+    for other in ((False, False), (True, False), (False, True)):
+        assert errors[other][longest_row] < 1e-4, "the longest prompt has no padding"
+        assert errors[other][shorter] > 1e-3
+
+
+def test_compat_options_leave_control_as_it_is(policy, exact_matmul):
+    # Upstream's evaluator has one prompt and no padding; ours pads prompts to a multiple of eight.
+    model, params, data = policy
+    config = dataclasses.replace(model.config, compat_count_padding=True, compat_queries_last=True)
+    inputs = inputs_of(data, longest(data))
+    inputs = inputs.replace(
+        images={"static": inputs.images["static"][:, :1]},
+        step_mask=np.ones((1, 1), bool),
+        text_ids=np.pad(inputs.text_ids, ((0, 0), (0, 3)), constant_values=1),
+        text_mask=np.pad(inputs.text_mask, ((0, 0), (0, 3))),
+    )
+    actions = [
+        jax.jit(functools.partial(each.apply, method="step"))({"params": params}, inputs, each.init_carry(1))[0]
+        for each in (model, dataclasses.replace(model, config=config))
+    ]
+    np.testing.assert_array_equal(*actions)
+
+
+def test_compat_options_are_refused_where_upstream_has_nothing_like_them():
+    with pytest.raises(ValueError, match="one_step and policy_head; this one is 'interleaved'"):
+        PolicyConfig(history="interleaved", compat_queries_last=True)
