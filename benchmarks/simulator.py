@@ -9,6 +9,7 @@ computing time, say what the core could do alone; the others are per second of t
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 import statistics
@@ -54,16 +55,18 @@ class Args:
 def main(args: Args) -> None:
     """Print the result as JSON."""
     large = args.large or jax.default_backend() != "cpu"
-    counts = sorted({*args.tables, *([4096] if large else [])})
-    machine.report(
-        {
-            "tables": {str(count): measure(count, args) for count in counts},
-            "calvin_rendered_steps_per_s": CALVIN_RENDERED_STEPS_PER_S,
-            "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "settings": {name: value for name, value in dataclasses.asdict(args).items() if name != "out"},
-        },
-        args.out,
-    )
+    counts = dict.fromkeys([*args.tables, *([4096] if large else [])])
+    result = {
+        "tables": {},
+        "calvin_rendered_steps_per_s": CALVIN_RENDERED_STEPS_PER_S,
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "settings": {name: value for name, value in dataclasses.asdict(args).items() if name != "out"},
+    }
+    for count in counts:
+        result["tables"][str(count)] = measure(count, args)
+        if args.out is not None:  # what is measured is kept, whatever becomes of the rest
+            args.out.write_text(json.dumps(result, indent=2) + "\n")
+    machine.report(result, args.out)
 
 
 def measure(count: int, args: Args) -> dict[str, Any]:

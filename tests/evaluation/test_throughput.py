@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import evaluation
+from robovlms_jax.envs import vector
+from tests.evaluation.toy_world import LineEnv
+
+
+def test_a_picture_is_taken_once_per_chunk_and_every_environment_takes_all_steps(monkeypatch):
+    """Breaks when the idle policy ends a trial early, or pictures are paid for that nobody asked for."""
+    lines = [LineEnv() for _ in range(3)]
+    rules = evaluation.rollout.Rules
+    monkeypatch.setattr(
+        evaluation.rollout, "Rules", lambda max_steps: rules(max_steps, completed=lambda old, new: [set()] * len(new))
+    )
+    monkeypatch.setattr(LineEnv, "reset", lambda self, robot_obs, scene_obs: None)
+    rates = evaluation._measure(vector.EnvPool(lines), chunk=5, steps=20)
+    assert rates["steps_per_s"] > 0
+    assert [line.steps for line in lines] == [6 + 20] * 3  # 6 to warm up
+    assert [line.renders for line in lines] == [2 + 4] * 3
+
+
+def test_impossible_measurements_are_refused():
+    with pytest.raises(ValueError, match="positive"):
+        evaluation.Args(tables=(0,))
+    with pytest.raises(ValueError, match="chunks"):
+        evaluation.Args(chunks=())
+
+
+@pytest.mark.slow
+def test_tables_and_processes_are_measured(tmp_path, capsys):
+    out = tmp_path / "evaluation.json"
+    args = evaluation.Args(tables=(2,), processes=(1,), chunks=(2,), image_size=(24, 16), steps=4, out=out)
+    evaluation.main(args)
+    result = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out) == result
+    assert result["tables"]["2"]["chunk_2"]["steps_per_s"] > 0
+    assert result["processes"]["1"]["chunk_2"]["steps_per_s"] > 0
