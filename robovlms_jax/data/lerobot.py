@@ -31,6 +31,8 @@ from robovlms_jax.data import base, rlds, statistics
 from robovlms_jax.data.registry import expressions
 from robovlms_jax.data.registry.entry import Entry
 
+Split = Literal["training", "validation"]
+
 CONVENTIONS = "meta/robovlms.json"
 _OPEN_VIDEOS = 4
 """Kept open per thread; each holds a decoder with its reference frames."""
@@ -48,7 +50,7 @@ class LeRobotDataset(base.Dataset):
     def __init__(
         self,
         root: str | os.PathLike[str],
-        split: Literal["training", "validation"],
+        split: Split,
         image_size: tuple[int, int] | None = None,
     ):
         self._source = (os.fspath(root), split, image_size)
@@ -200,7 +202,7 @@ class _EpisodeFiles:
 
 def open_dataset(
     root: str | os.PathLike[str],
-    split: Literal["training", "validation"],
+    split: Split,
     *,
     image_size: tuple[int, int] | None = None,
 ) -> LeRobotDataset:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from robovlms_jax.data import base, frame_index
+from robovlms_jax.data import base, frame_index, statistics
 
 VERSION = 1
 META, PARTIAL_META = "meta.json", "meta.partial.json"
@@ -42,6 +42,9 @@ class PackedDataset(base.Dataset):
                 "again."
             )
         self.image_sizes = {camera: tuple(size) for camera, size in self.meta["image_sizes"].items()}
+        self.action_units = tuple(self.meta.get("action_units", base.CALVIN_UNITS))
+        if "statistics" in self.meta:
+            self.statistics = statistics.from_json(self.meta["statistics"], str(self.directory / META))
         self.episodes = selected
         if selected is None:
             self.episodes = tuple(
@@ -75,6 +78,10 @@ class PackedDataset(base.Dataset):
         if name not in self._arrays:
             raise ValueError(f"{self.name} stores no {name!r}; it has {sorted(self._arrays)}.")
         return base.require_finite(self._arrays[name][self._rows(frame_ids)], frame_ids, name, self.name)
+
+    def encoded(self, frame_ids: Sequence[int], camera: str) -> list[bytes]:
+        """The images as they are stored, JPEG or PNG. Raises as `images` does."""
+        return [bytes(data) for data in self._index.read(self._rows(frame_ids), [camera])[camera]]
 
     def close(self) -> None:
         """Close the shard files; the next read opens them again."""

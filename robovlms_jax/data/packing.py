@@ -25,7 +25,7 @@ import simplejpeg
 import tqdm
 from PIL import Image
 
-from robovlms_jax.data import atomic, base, frame_index, packed
+from robovlms_jax.data import atomic, base, frame_index, packed, statistics
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ class FrameSource(Protocol):
     episodes: tuple[base.Episode, ...]
     image_sizes: Mapping[str, tuple[int, int]]
     arrays: tuple[str, ...]
+    action_units: tuple[float, ...]
+    statistics: statistics.Statistics | None
 
     def frame(self, frame_id: int) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
         """(camera -> uint8[height, width, 3], field -> float32[d]) of one frame. Raises CorruptFrameError."""
@@ -94,7 +96,9 @@ def pack(
         "frames_per_shard": FRAMES_PER_SHARD,
         "skip_corrupt": skip_corrupt,
     }
-    encode = functools.partial(_encode, codec, quality)
+    if source.statistics is not None:  # a format that knows what its numbers mean; CALVIN's are understood
+        plan |= {"action_units": list(source.action_units), "statistics": source.statistics.to_json()}
+    encode = functools.partial(encode_image, codec, quality)
     with _explained(directory):
         if not _claim(directory, plan):
             shards = np.split(frame_ids, range(FRAMES_PER_SHARD, len(frame_ids), FRAMES_PER_SHARD))
@@ -318,7 +322,7 @@ def _covers(frame_ids: np.ndarray, episode: base.Episode) -> bool:
     return last - first == episode.end - episode.start + 1
 
 
-def _encode(codec: Codec, quality: int, image: np.ndarray, what: str) -> bytes:
+def encode_image(codec: Codec, quality: int, image: np.ndarray, what: str) -> bytes:
     """JPEG or PNG of uint8[height, width, 3], decoded once to make sure. Raises RuntimeError."""
     if codec == "jpeg":
         data = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=quality, colorsubsampling="444")

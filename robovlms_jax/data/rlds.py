@@ -23,6 +23,7 @@ import google_crc32c
 import numpy as np
 import tqdm
 
+from robovlms_jax import interface
 from robovlms_jax.data import atomic, base, features, frame_index, shard_index, statistics
 from robovlms_jax.data import storage as storages
 from robovlms_jax.data.registry import entry as entries
@@ -91,11 +92,13 @@ class RldsDataset(base.Dataset):
         self._meta, arrays = _load(prepared)
         self._actions, self._states = arrays["actions"], arrays["states"]
         self._starts = arrays["start"]
-        sizes = {camera: tuple(size) for camera, size in self._meta["image_sizes"].items()}
+        stored = self._meta["image_sizes"]
+        sizes = {camera: tuple(stored[camera]) for camera in interface.CAMERAS if camera in stored}
         self.image_sizes = dict.fromkeys(sizes, options.image_size) if options.image_size else sizes
         self.statistics = statistics.from_json(self._meta["statistics"], str(prepared))
         self.control_hz = float(self._meta["control_hz"])
-        self.may_lack_images = bool((arrays["length"] == 0).any())
+        columns = [self._meta["cameras"].index(camera) for camera in sizes]
+        self.may_lack_images = bool((arrays["length"][:, columns] == 0).any())
         self._index = frame_index.FrameIndex(
             _storage(self._meta),
             tuple(self._meta["cameras"]),

@@ -257,7 +257,11 @@ def _open(path: pathlib.Path, stamp: Mapping[str, Any]) -> ShardIndex | None:
             header = json.loads(file["header"].tobytes())
             if header["shard"] != dict(stamp):
                 return None
-            return ShardIndex(header, {name: file[name] for name in file.files if name != "header"})
+            arrays = {name: file[name] for name in header["checksums"]}
+            for name, array in arrays.items():
+                if google_crc32c.value(array.tobytes()) != header["checksums"][name]:
+                    raise ValueError(f"{name} has a wrong checksum")
+            return ShardIndex(header, arrays)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, SyntaxError) as error:
@@ -351,7 +355,14 @@ def _index_shard(
         done = position
     advance(stamp["size"] - done)
     arrays, texts = columns.finish()
-    header = {"shard": dict(stamp), "damage": damage, "texts": texts, "record_lengths": record_lengths}
+    checksums = {name: google_crc32c.value(array.tobytes()) for name, array in arrays.items()}
+    header = {
+        "shard": dict(stamp),
+        "damage": damage,
+        "texts": texts,
+        "record_lengths": record_lengths,
+        "checksums": checksums,
+    }
     with atomic.replacing(pathlib.Path(target) / f"{stamp['file']}.npz") as file:
         np.savez(file, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
 

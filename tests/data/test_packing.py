@@ -375,7 +375,7 @@ def test_damaged_bytes_are_corrupt_frames(write_calvin, tmp_path, codec):
 def test_an_image_of_another_size_is_refused():
     image = np.zeros((8, 8, 3), np.uint8)
     for codec in ("jpeg", "png"):
-        data = packing._encode(codec, 95, image, "an image")
+        data = packing.encode_image(codec, 95, image, "an image")
         for shape in ((9, 9, 3), (7, 7, 3), (4, 16, 3)):
             with pytest.raises(ValueError, match=r"expected \(|too small"):
                 frame_index.decode_image(data, np.zeros(shape, np.uint8))

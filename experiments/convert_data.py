@@ -1,0 +1,146 @@
+"""Convert datasets: CALVIN to RLDS (for TFDS and other projects), LeRobot to the packed layout (read much faster).
+
+python -m experiments.convert_data --source calvin --root task_D_D --out rlds        # makes rlds/calvin_task_d_d/1.0.0
+python -m experiments.convert_data --source lerobot --root my_robot --out packed/my_robot
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import pathlib
+import re
+import sys
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import numpy as np
+import tqdm
+import tyro
+
+from robovlms_jax.data import base, calvin, lerobot, packed, packing, rlds_writer
+from robovlms_jax.data.features import Field
+
+logger = logging.getLogger(__name__)
+
+CALVIN_FIELDS = (
+    Field("steps/is_first", "tensor", "bool"),
+    Field("steps/is_last", "tensor", "bool"),
+    Field("steps/is_terminal", "tensor", "bool"),
+    Field("steps/reward", "tensor", "float32"),
+    Field("steps/discount", "tensor", "float32"),
+    # Metres, radians, gripper 1 open: what other RLDS datasets mean by an action. `rel_actions` are CALVIN's own.
+    Field("steps/action", "tensor", "float32", (7,)),
+    Field("steps/rel_actions", "tensor", "float32", (7,)),
+    Field("steps/language_instruction", "text", "string"),
+    Field("steps/observation/image", "image", "uint8", (None, None, 3)),
+    Field("steps/observation/wrist_image", "image", "uint8", (None, None, 3)),
+    Field("steps/observation/state", "tensor", "float32", (7,)),
+    Field("steps/observation/robot_obs", "tensor", "float32", (15,)),
+    Field("steps/observation/scene_obs", "tensor", "float32", (24,)),
+    Field("steps/observation/frame_id", "tensor", "int64"),
+    Field("episode_metadata/task", "text", "string", per_step=False),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Convert a dataset to another layout."""
+
+    source: Literal["calvin", "lerobot"]
+    """calvin, as published or packed, becomes an RLDS dataset; lerobot (v3) becomes a packed one."""
+    root: pathlib.Path
+    """The dataset to read."""
+    out: pathlib.Path
+    """RLDS: the directory that gets <name>/1.0.0. Packed: what to pass as --data.root afterwards."""
+    name: str = ""
+    """RLDS: the dataset's name. Empty: calvin_ and the name of its directory."""
+    file_format: Literal["tfrecord", "array_record"] = "tfrecord"
+    """RLDS: how records are stored."""
+    quality: int = 95
+    """Of JPEG, 4:4:4. Images that are encoded already are copied as they are."""
+    workers: int = os.cpu_count() or 1
+    """Packed: processes."""
+
+
+def main(args: Args) -> None:
+    """Convert. Raises ValueError, OSError, ImportError or RuntimeError with the way out."""
+    if args.source == "lerobot":
+        for split in ("training", "validation"):
+            pack_lerobot(args.root, args.out / split, split, quality=args.quality, workers=args.workers)
+        return
+    name = args.name or "calvin_" + re.sub(r"[^a-z0-9]+", "_", args.root.resolve().name.lower())
+    found = [split for split in typing.get_args(calvin.Split) if (args.root / split).is_dir()]
+    opened = {split: calvin.open_dataset(args.root, split) for split in found or ["training"]}
+    splits = {
+        {"training": "train", "validation": "val"}[split]: calvin_episodes(dataset, args.quality)
+        for split, dataset in opened.items()
+    }
+    target = rlds_writer.write(args.out, name, CALVIN_FIELDS, splits, file_format=args.file_format)
+    logger.info("%s: %d episodes", target, sum(len(dataset.episodes) for dataset in opened.values()))
+
+
+def calvin_episodes(dataset: base.Dataset, quality: int) -> Iterator[Mapping[str, rlds_writer.Values]]:
+    """The annotated spans of a CALVIN split, one after the other, as episodes of `CALVIN_FIELDS`.
+
+    A span's last frame, which CALVIN's annotation includes and training never learns from, is left out: every step that
+    is written is learned from, as in other RLDS datasets.
+    """
+    for episode in tqdm.tqdm(dataset.episodes, desc=dataset.name, unit="episode"):
+        ids = np.arange(episode.start, episode.end)
+        actions, robot = dataset.actions(ids), dataset.robot_obs(ids)
+        state = dataset.proprio(ids)
+        last = ids == ids[-1] if len(ids) else np.zeros(0, bool)
+        yield {
+            "steps/is_first": ids == episode.start,
+            "steps/is_last": last,
+            "steps/is_terminal": last,
+            "steps/reward": last.astype(np.float32),
+            "steps/discount": np.ones(len(ids), np.float32),
+            "steps/action": np.concatenate(
+                [actions[:, :6] * np.array(dataset.action_units, np.float32), (actions[:, 6:] + 1) / 2], axis=1
+            ),
+            "steps/rel_actions": actions,
+            "steps/language_instruction": [episode.instruction.encode()] * len(ids),
+            "steps/observation/image": _encoded(dataset, ids, "static", quality),
+            "steps/observation/wrist_image": _encoded(dataset, ids, "wrist", quality),
+            "steps/observation/state": np.concatenate([state[:, :6], (state[:, 6:] + 1) / 2], axis=1),
+            "steps/observation/robot_obs": robot,
+            "steps/observation/scene_obs": dataset.scene_obs(ids),
+            "steps/observation/frame_id": ids,
+            "episode_metadata/task": [episode.task.encode()],
+        }
+
+
+def _encoded(dataset: base.Dataset, ids: np.ndarray, camera: str, quality: int) -> list[bytes]:
+    """Images as JPEG or PNG; those of a packed dataset as they are stored. Empty where there is no such camera."""
+    if camera not in dataset.cameras:
+        return [b""] * len(ids)
+    if isinstance(dataset, packed.PackedDataset):
+        return dataset.encoded(ids, camera)
+    images = dataset.images(ids, [camera])[camera]
+    return [packing.encode_image("jpeg", quality, image, f"{camera} image of a frame") for image in images]
+
+
+def pack_lerobot(
+    root: pathlib.Path,
+    directory: pathlib.Path,
+    split: lerobot.Split,
+    *,
+    quality: int = 95,
+    workers: int = 1,
+) -> packed.PackedDataset:
+    """Write one split of a LeRobotDataset as a packed one; may be stopped and repeated. Raises as `packing.pack`."""
+    source = lerobot.open_dataset(root, split)
+    ids = [np.arange(episode.start, episode.end + 1) for episode in source.episodes]
+    return packing.pack(source, directory, frame_ids=np.concatenate(ids), quality=quality, workers=workers)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main(tyro.cli(Args))
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
