@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -94,6 +96,23 @@ def name_runs(tokens: Tokens, num_extra: int) -> Tokens:
     for run, length in tokens.layout:
         runs += [("extra", num_extra), (run, length - num_extra)] if run == "query" else [(run, length)]
     return tokens.replace(layout=tuple(runs))
+
+
+def hide_missing(tokens: Tokens, image_mask: Mapping[str, jax.Array], cameras: Sequence[str]) -> Tokens:
+    """Tokens of single frames with those of images that do not exist left out of attention.
+
+    Args:
+      tokens: leaves [B * G, S, ...]; in the run "image" every camera of `cameras` has as many, in this order. Images
+        that are attended sideways (`media`) have no such run and stay.
+      image_mask: camera -> bool[B, G], True = there is an image.
+    """
+    count = dict(tokens.layout).get("image", 0)
+    if count == 0:
+        return tokens
+    there = jnp.stack([jnp.asarray(image_mask[camera]).reshape(-1) for camera in cameras], axis=1)  # [B * G, cameras]
+    there = jnp.repeat(there, count // len(cameras), axis=1)
+    slot = tokens.slot("image")
+    return tokens.replace(mask=tokens.mask.at[:, slot].set(tokens.mask[:, slot] & there))
 
 
 def scale_arm(arm: jax.Array, config: ProprioConfig) -> jax.Array:

@@ -72,11 +72,12 @@ class VLA(nn.Module):
         images, text_ids, text_mask = histories.frames(inputs)
         images = {camera: images[camera] for camera in self.config.cameras}
         queries, extra = self._queries(actions), self._extra(inputs, deterministic)
-        if extra is None:
-            return self.backbone.embed(images, text_ids, text_mask, queries, deterministic=deterministic)
-        queries = encoders.before(extra, jnp.zeros((0, self.vlm.width)) if queries is None else queries)
+        if extra is not None:
+            queries = encoders.before(extra, jnp.zeros((0, self.vlm.width)) if queries is None else queries)
         tokens = self.backbone.embed(images, text_ids, text_mask, queries, deterministic=deterministic)
-        return encoders.name_runs(tokens, extra.shape[1])
+        if inputs.image_mask is not None:
+            tokens = encoders.hide_missing(tokens, inputs.image_mask, self.config.cameras)
+        return tokens if extra is None else encoders.name_runs(tokens, extra.shape[1])
 
     def _queries(self, actions: jax.Array | None) -> jax.Array | None:
         """What every frame's "query" run holds: float[Q, D], or float[B * G, C * A, D] with action tokens in it."""
