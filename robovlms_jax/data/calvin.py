@@ -176,7 +176,7 @@ def _read_npz(path: pathlib.Path, keys: Sequence[str], *, optional: bool = False
                     return {key: file[key] for key in keys if not optional or key in file}
             except SystemError:
                 # Headers are parsed by `ast`, whose parser fails now and then in one of many threads (CPython issue
-                # 106905, releases before 3.11.9 and 3.12.3); the file is fine.
+                # 106905, met with 3.11.7); the file is fine.
                 if attempt == _PARSER_ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
