@@ -32,7 +32,7 @@ def with_head(model, **changes):
     return dataclasses.replace(model, config=dataclasses.replace(model.config, head=head))
 
 
-@pytest.mark.parametrize("constrained", [True, False])
+@pytest.mark.parametrize("constrained", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_loop_equals_decoding_from_the_start_every_time(one_step, constrained):
     # Batch of two, two actions per chunk. Fails on a misplaced token, a cache slot written twice, or a prompt whose
     # padding or eos is seen.
