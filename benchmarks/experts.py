@@ -391,10 +391,11 @@ def markdown(result: dict[str, Any]) -> str:
     """One row per task, weak ones bold, and the chains' numbers below."""
     scenes = result["settings"]["scenes"]
     in_chains = result.get("chains", {}).get("tasks", {})
-    lines = [
+    head = [
         f"| task | solved | 95 % interval | {' | '.join(scenes)} | steps | in chains |",
         "|---" * (5 + len(scenes)) + "|",
     ]
+    lines = head if "tasks" in result else []
     for name, row in result.get("tasks", {}).items():
         rate = f"{row['rate']:.1%}" if row["rate"] >= AIM_RATE else f"**{row['rate']:.1%}**"
         low, high = row["interval"]

@@ -380,7 +380,9 @@ def main() -> None:
         for cell in cells(config):
             print(cell.name, *(f"[{execution.label}]" for execution in cell.executions))
         return
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
+    )
     for noisy in ("absl", "orbax", "grain", "jax._src"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
