@@ -382,7 +382,7 @@ class _Tiles(NamedTuple):
 
     @classmethod
     def of(cls, size: int) -> _Tiles:
-        count = max(round(size / _TILE), 3)  # of four tiles or fewer XLA unrolls the loop, and compiles for minutes
+        count = max(round(size / _TILE), 3)  # with four tiles in all, XLA compiles for minutes
         return cls(size, count, -(-size // count))
 
     def pixels(self) -> tuple[np.ndarray, np.ndarray]:
