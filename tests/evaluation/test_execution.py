@@ -108,3 +108,33 @@ def test_one_episode_and_many_are_executed_alike():
     np.testing.assert_array_equal(batch.act([LOOK], [1])[0].actions, expected[0])
     alone.reset("go")
     np.testing.assert_array_equal(alone.act(LOOK).actions, expected[0])
+
+
+class Listener(Script):
+    """Keeps what it is told about executed actions."""
+
+    def reset(self, instruction: str) -> None:
+        super().reset(instruction)
+        self.told = []
+
+    def act(self, observation: Observation) -> ActionChunk:
+        self.told.append(observation.executed)
+        return super().act(observation)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_policies_are_told_what_was_executed(batched):
+    # Nothing at first, then exactly the actions that were handed out, whatever else the chunk held.
+    listener = Listener()
+    if batched:
+        policy = execution.ExecutedBatch(execution.Separate([Script(), listener]), Execution("receding", 2))
+        for _ in range(2):  # a reset forgets what was executed before it
+            policy.reset([1], ["go"])
+            done = [policy.act([LOOK], [1])[0].actions for _ in range(3)]
+    else:
+        policy = execution.Executed(listener, Execution("receding", 2))
+        for _ in range(2):
+            policy.reset("go")
+            done = [policy.act(LOOK).actions for _ in range(3)]
+    assert listener.told[0].shape == (0, 7)
+    np.testing.assert_array_equal(listener.told[1:], done[:2])
