@@ -1,4 +1,4 @@
-# make run   installs into .venv and runs the main job on the bundled sample
+# make run   installs into .venv and runs the main job on the embedded simulator
 # make test  installs into .venv and passes the tests
 # Only Python 3.11+ and git are needed. Packages are installed again only when their lists change.
 PYTHON ?= python3

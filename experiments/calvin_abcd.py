@@ -1,7 +1,7 @@
-"""CALVIN ABCD -> D: train a VLA on CALVIN episodes, evaluate it on the validation split, write a report.
+"""CALVIN ABCD -> D: train a VLA on demonstrations, roll it out or evaluate it offline, write a report.
 
-python -m experiments.calvin_abcd                                   # bundled sample, small model, a few minutes on a
-laptop
+python -m experiments.calvin_abcd                   # PlayTable, the embedded simulator: record, train, roll out; 10 min
+python -m experiments.calvin_abcd --preset sample   # a bundled piece of CALVIN, offline evaluation
 python -m experiments.calvin_abcd --preset kosmos_lstm --data.root data/task_ABCD_D --backbone.weights DIR
 """
 
@@ -16,12 +16,16 @@ from robovlms_jax import cli, upstream
 from robovlms_jax.config import (
     BackboneConfig,
     DataConfig,
+    DemonstrationConfig,
     EvaluationConfig,
     ExperimentConfig,
     OptimizerConfig,
     PolicyConfig,
+    ProprioConfig,
+    RolloutConfig,
     TrainConfig,
 )
+from robovlms_jax.evaluation.execution import Execution
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
 
 SAMPLE = pathlib.Path(__file__).resolve().parents[1] / "data" / "calvin_sample"
@@ -35,7 +39,85 @@ KOSMOS = ExperimentConfig(
     train=TrainConfig(output="runs/kosmos_lstm", epochs=5, batch_size=128),
 )
 
+FIXTURE_TASKS = (
+    *("open_drawer", "close_drawer", "move_slider_left", "move_slider_right"),
+    *("turn_on_lightbulb", "turn_off_lightbulb", "turn_on_led", "turn_off_led"),
+)
+
+# The embedded default: what moves on PlayTable by its handles, seen on tables A to C, asked on table D.
+FIXTURES = ExperimentConfig(
+    backbone=BackboneConfig(name="kosmos-2-twin"),
+    policy=PolicyConfig(
+        window=1,
+        chunk=10,
+        head=LSTMHeadConfig(hidden_size=128, num_layers=1, trunk=(256, 128), huber_delta=0.1),
+        proprio=ProprioConfig(enabled=True),
+        action_low=(-1.0,) * 6,
+        action_high=(1.0,) * 6,
+    ),
+    data=DataConfig(
+        root="data/playtable_fixtures",
+        windows_per_segment=1,
+        static_shift=1,
+        wrist_shift=1,
+        num_threads=2,
+        prefetch=4,
+    ),
+    optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.01, schedule="cosine", warmup_steps=100),
+    train=TrainConfig(
+        output="runs/playtable_fixtures",
+        steps=2000,
+        batch_size=64,
+        log_every=100,
+        eval_every=0,
+        checkpoint_every=1000,
+    ),
+    evaluation=EvaluationConfig(batches=10, episodes=2),
+    demonstrations=DemonstrationConfig(
+        episodes=120,
+        validation_episodes=8,
+        tasks=FIXTURE_TASKS,
+        random_scenes=157,
+        max_steps=160,
+        disturbance=0.25,
+        image_size=(96, 64),
+    ),
+    rollouts=RolloutConfig(
+        trials=40,
+        tasks=FIXTURE_TASKS,
+        max_steps=160,
+        execution=Execution("chunk"),
+        image_size=(96, 64),
+        tables=40,
+        films=8,
+    ),
+)
+
+# All 34 tasks, all four tables, chains of five: for one GPU. The checkpoint with the longest chains is kept.
+FULL = dataclasses.replace(
+    FIXTURES,
+    backbone=BackboneConfig(name="kosmos-2-mini", dtype="bfloat16"),
+    data=dataclasses.replace(FIXTURES.data, root="data/playtable_full", num_threads=8, prefetch=16),
+    optimizer=OptimizerConfig(learning_rate=5e-4, weight_decay=0.01, schedule="cosine", warmup_steps=500),
+    train=TrainConfig(
+        output="runs/playtable_full",
+        steps=20_000,
+        batch_size=512,
+        log_every=100,
+        eval_every=5000,
+        checkpoint_every=5000,
+    ),
+    demonstrations=DemonstrationConfig(
+        episodes=3000, scenes=("A", "B", "C", "D"), disturbance=0.25, image_size=(112, 84), tables=256
+    ),
+    rollouts=RolloutConfig(
+        trials=200, execution=Execution("chunk"), image_size=(112, 84), tables=200, films=8, every=5000, select="best"
+    ),
+)
+
 PRESETS = {
+    "playtable_fixtures": FIXTURES,
+    "playtable_full": FULL,
     "sample": ExperimentConfig(
         backbone=BackboneConfig(name="kosmos-2-twin"),
         policy=PolicyConfig(window=8, chunk=10, head=LSTMHeadConfig(hidden_size=128, num_layers=2, trunk=(256, 128))),
@@ -68,9 +150,9 @@ PRESETS = {
 
 
 def default_preset(arguments: Sequence[str]) -> str:
-    """`sample`, unless weights or a dataset of one's own are named: then the real size is meant."""
+    """`playtable_fixtures`, unless weights or a dataset of one's own are named: then the real size is meant."""
     own = any(cli.names_flag(arguments, flag) for flag in ("data.root", "backbone.weights"))
-    return "kosmos_lstm" if own else "sample"
+    return "kosmos_lstm" if own else "playtable_fixtures"
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-import numpy as np
 import tyro
 
 from robovlms_jax.envs import calvin, simpler, vector
@@ -127,27 +125,13 @@ def _trials(config: EvaluateConfig) -> tuple[list[Trial], Rules]:
     if config.env == "simpler":
         rules = chains.simpler_rules(config.simpler_task)
         return chains.simpler_trials(config.simpler_task, config.chains or None), rules
-    chosen = single_tasks(config.tasks, config.chains) if config.tasks else calvin_tasks.official_chains()
+    chosen = chains.single_tasks(config.tasks, config.chains) if config.tasks else calvin_tasks.official_chains()
     trials = chains.chain_trials(
         chosen[: config.chains or None], scene=config.scene, train_scenes=config.train_scenes, held_out=config.held_out
     )
     # CALVIN's released checker differs from the written rules in one task; published numbers were judged by it.
     judge = {"completed": calvin.completed_in_each} if config.env == "calvin" else {}
     return trials, Rules(max_steps=config.max_steps, **judge)
-
-
-def single_tasks(names: Sequence[str], count: int) -> list[calvin_tasks.Chain]:
-    """`count` chains of one task (0: ten of each), tasks taking turns, each from an initial state it is possible in."""
-    rng = np.random.default_rng(0)
-    trials = []
-    for index, name in zip(range(count or 10 * len(names)), itertools.cycle(names)):
-        possible = [c for c in calvin_tasks.initial_conditions() if len(calvin_tasks.successors(c, name)) == 1]
-        if not possible:
-            raise ValueError(
-                f"{name} is possible in no initial state (it needs a block in the hand); evaluate chains instead."
-            )
-        trials.append(calvin_tasks.Chain(index, possible[rng.integers(len(possible))], (name,)))
-    return trials
 
 
 @contextlib.contextmanager

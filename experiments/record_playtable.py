@@ -9,81 +9,73 @@ A recording that was stopped (killed, full disk) goes on when the same command i
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import os
 import pathlib
-import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 import tyro
 
-from experiments import pack_calvin
+from robovlms_jax.config import DemonstrationConfig
+from robovlms_jax.data import base, calvin, packing
 from robovlms_jax.envs import tasks
 from robovlms_jax.envs.playtable import env, experts, physics
+from robovlms_jax.envs.playtable.scene import RANDOM, check_name, initial_obs
 
-FIXTURE_TASKS = (
-    *("open_drawer", "close_drawer", "move_slider_left", "move_slider_right"),
-    *("turn_on_lightbulb", "turn_off_lightbulb", "turn_on_led", "turn_off_led"),
-)
 HOLD_STEPS = 2
 """Steps recorded after a task is done, as CALVIN's segments have them."""
-RENDER_BATCH = 32
+BLOCK = 10
+"""Steps between two looks at who is done."""
 _JOURNAL = "recording.jsonl"
+KICK, KICK_STEPS = 0.6, 4
+"""Largest disturbance (in units of actions) and how many steps it lasts."""
+RENDER_BATCH = 32
+RENDER_FRAMES = 2048
+"""Frames collected before they are rendered, on all cores."""
 
 
-@dataclasses.dataclass(frozen=True)
-class RecordConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordConfig(DemonstrationConfig):
     """How many demonstrations, of what, where."""
 
     out: str
     """Directory to make; gets training/ and validation/."""
     episodes: int = 2000
     """Training chains."""
-    validation_episodes: int = 100
-    """Validation chains."""
-    tasks: tuple[str, ...] = tuple(tasks.TASKS)
-    """Task ids to demonstrate; all 34 by default."""
-    scenes: tuple[str, ...] = ("A", "B", "C")
-    """Tables of the training split; chains take turns."""
-    validation_scene: str = "D"
-    """Table of the validation split."""
-    chain_length: int = 5
-    """Tasks per chain; a chain ends early when no task of the list is possible or the expert fails."""
-    max_steps: int = 200
-    """Control steps an expert may take for one task."""
-    image_size: tuple[int, int] = (200, 84)
-    """Pixels of static and wrist camera."""
-    tables: int = 16
-    """Tables simulated side by side."""
-    seed: int = 0
     pack: bool = False
-    """Pack both splits afterwards (`experiments.pack_calvin`) and drop the npz files."""
+    """Write the packed layout, which trains faster (data/README.md), instead of one npz per frame."""
 
     def __post_init__(self):
-        for field in ("episodes", "validation_episodes", "chain_length", "max_steps", "tables"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 1.")
+        super().__post_init__()
+        if self.episodes < 1:
+            raise ValueError(f"episodes={self.episodes} must be at least 1.")
         unknown = sorted(set(self.tasks) - set(tasks.TASKS))
-        if unknown or not self.tasks:
+        if unknown:
             raise ValueError(f"tasks has unknown {unknown}; known: {', '.join(tasks.TASKS)}.")
-        bad = sorted({*self.scenes, self.validation_scene} - set(tasks.SCENES))
-        if bad or not self.scenes:
-            raise ValueError(f"scenes {bad} are unknown; known: {', '.join(tasks.SCENES)}.")
+        if not self.scenes:
+            raise ValueError("scenes is empty; name at least one table.")
+        for name in (*self.scenes, self.validation_scene):
+            check_name(name)
+
+    @property
+    def training_scenes(self) -> tuple[str, ...]:
+        return (*self.scenes, *(f"{RANDOM}{i}" for i in range(self.random_scenes)))
 
 
 class Segment(NamedTuple):
     """One demonstrated task. images: camera -> uint8[T, size, size, 3]; arrays: CALVIN field -> float64[T, d]."""
 
-    chain: int
     task: str
     images: Mapping[str, np.ndarray]
     arrays: Mapping[str, np.ndarray]
@@ -92,247 +84,521 @@ class Segment(NamedTuple):
 def record(config: RecordConfig) -> dict[str, int]:
     """Write both splits. Returns demonstrations attempted, recorded and frames, for the report.
 
-    What an interrupted call recorded stays: the same call goes on from there, also towards more episodes.
+    What an interrupted call recorded stays: the same call goes on from there, also towards more episodes. A complete
+    recording is left as it is.
 
     Raises:
-      FileExistsError: `out` holds something else than a recording with these settings.
-      OSError: `out` cannot be written, or the disk is full; what was recorded so far is complete and can be read.
+      FileExistsError: `out` holds something else than a recording.
+      ValueError: `out` holds a recording with other settings.
+      OSError: `out` cannot be written, or the disk is full; what was recorded so far stays.
     """
     out = pathlib.Path(config.out)
-    target = out / "npz" if config.pack else out
-    _require_ours(out, target)
-    counts = {"attempted": 0, "recorded": 0, "frames": 0}
     plan = (
-        ("training", config.scenes, config.episodes, config.seed, False),
+        ("training", config.training_scenes, config.episodes, config.seed, False),
         ("validation", (config.validation_scene,), config.validation_episodes, config.seed + 1, True),
     )
+    _require_ours(out)
+    counts = {"attempted": 0, "recorded": 0, "frames": 0}
     for split, scenes, episodes, seed, held_out in plan:
-        writer = _SplitWriter(target / split, _settings(config, split), held_out=held_out)
-        done = writer.num_chains
-        try:
-            with tqdm.tqdm(total=max(episodes, done), initial=done, unit="chain", desc=split) as bar:
-                for segments, attempted in _chains(config, scenes, episodes, seed, done):
-                    writer.write(segments, attempted)
-                    bar.update()
-        except OSError as error:
-            writer.discard_unfinished()  # which also makes room for the index
-            with contextlib.suppress(OSError, RuntimeError):
-                writer.close()
-            raise OSError(
-                f"{error}. {target / split} keeps the {writer.num_chains} chains recorded so far; make room, and the "
-                "same command goes on from there."
-            ) from error
-        for name, count in writer.close().items():
+        writer = _Writer(_directory(out, split), _settings(config, split), held_out=held_out)
+        missing = sorted(set(range(episodes)) - writer.numbers)
+        if missing:
+            frames = (_SpooledFrames if config.pack else _NpzFrames)(out / split, config)
+            _record_split(config, writer, frames, scenes, seed, missing, split)
+        for name, count in writer.counts().items():
             counts[name] += count
-    if config.pack:
-        pack_calvin.main(pack_calvin.Args(root=target, out=out))
-        shutil.rmtree(target)
     return counts
 
 
-def _require_ours(out: pathlib.Path, target: pathlib.Path) -> None:
+def _record_split(
+    config: RecordConfig,
+    writer: _Writer,
+    frames: _Frames,
+    scenes: Sequence[str],
+    seed: int,
+    missing: Sequence[int],
+    split: str,
+) -> None:
+    frames.discard(writer.num_frames)  # of a chain that was being written when a call before was stopped
+    done = len(writer.numbers)
+    try:
+        with tqdm.tqdm(total=len(missing) + done, initial=done, unit="chain", desc=split) as bar:
+            for number, segments, attempted in _chains(config, scenes, seed, missing):
+                writer.write(number, segments, attempted, frames)
+                bar.update()
+        frames.finish(writer)
+    except OSError as error:
+        frames.discard(writer.num_frames)  # which also makes room
+        with contextlib.suppress(OSError, RuntimeError):
+            frames.abandon(writer)
+        raise OSError(
+            f"{error}. {config.out} keeps the {len(writer.numbers)} chains of {split} recorded so far; make room, and "
+            "the same command goes on from there."
+        ) from error
+
+
+def _directory(out: pathlib.Path, split: str) -> pathlib.Path:
+    """Where a split's journal is: beside the frames, so that it does not disturb the packed layout's directory."""
+    return out / "journal" / split
+
+
+def _require_ours(out: pathlib.Path) -> None:
     """A new or empty directory, or a recording that was begun there."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; choose a new directory.")
-    if out.exists() and any(out.iterdir()) and not (target / "training" / _JOURNAL).exists():
+    if out.exists() and any(out.iterdir()) and not (_directory(out, "training") / _JOURNAL).exists():
         raise FileExistsError(f"{out} is not empty and holds no recording to go on with; choose a new directory.")
 
 
 def _settings(config: RecordConfig, split: str) -> dict[str, Any]:
-    """What has to be the same for a recording to be continued; how long it is does not."""
-    skipped = {"out", "pack", "episodes", "validation_episodes"}
-    skipped |= {"validation_scene"} if split == "training" else {"scenes"}
+    """What has to be the same for a recording to be continued. How long it is may change, unless it is packed."""
+    skipped = {"out", "tables", "episodes", "validation_episodes"}
+    skipped |= {"validation_scene"} if split == "training" else {"scenes", "random_scenes"}
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in skipped}
+    if config.pack:
+        values["episodes"] = config.episodes if split == "training" else config.validation_episodes
     return json.loads(json.dumps(values))
 
 
 def _chains(
-    config: RecordConfig, scenes: tuple[str, ...], episodes: int, seed: int, begin: int
-) -> Iterator[tuple[list[Segment], int]]:
-    """Chains number `begin` and up: the segments of each in order, and how many tasks were attempted."""
-    if begin >= episodes:
-        return
-    names = sorted(tasks.SCENES)  # all of them, so that both splits run the same compiled programs
-    stacked = env.stack_scenes(names)
-    backdrops = env.backdrops(stacked, config.image_size[0])
-    for first in range(begin - begin % config.tables, episodes, config.tables):
-        rng = np.random.default_rng([seed, first])  # so that a recording can begin at any group
-        size = min(config.tables, episodes - first)
-        which = np.array([names.index(scenes[(first + i) % len(scenes)]) for i in range(config.tables)], np.int32)
-        conditions = [tasks.initial_conditions()[rng.integers(len(tasks.initial_conditions()))] for _ in which]
-        starts = [tasks.initial_state(c, names[w]) for c, w in zip(conditions, which)]
-        robot, scene = (np.stack(x).astype(np.float32) for x in zip(*starts))
-        states = env.reset_batch(stacked, which, robot, scene)
-        alive = np.arange(config.tables) < size
-        segments: list[list[Segment]] = [[] for _ in range(size)]
-        attempted = np.zeros(size, int)
-        for _ in range(config.chain_length):
-            chosen = [_choose(c, config.tasks, rng) if live else None for c, live in zip(conditions, alive)]
-            alive &= np.array([task is not None for task in chosen])
-            if not alive.any():
-                break
-            numbers = np.array([experts.TASKS.index(task) if task else 0 for task in chosen], np.int32)
-            keys = jax.random.split(jax.random.key(rng.integers(2**31)), config.tables)
-            demos = _demonstrate(stacked, which, states, numbers, keys, config.max_steps)
-            done = np.asarray(demos.done)  # [T, tables]
-            last = np.where(done.any(0), done.argmax(0) + HOLD_STEPS, config.max_steps)
-            attempted[alive[:size]] += 1
-            alive &= last < config.max_steps
-            for table in np.flatnonzero(alive):
-                demo = jax.tree.map(lambda x, table=table, end=last[table]: x[: end + 1, table], demos)
-                segments[table].append(
-                    _segment(first + table, chosen[table], demo, stacked, which[table], backdrops, config)
-                )
-                conditions[table] = tasks.successors(conditions[table], chosen[table])[0]
-            ends = np.minimum(last + 1, config.max_steps - 1)
-            states = jax.tree.map(lambda x, ends=ends: x[ends, np.arange(config.tables)], demos.states)
-        yield from list(zip(segments, attempted.tolist(), strict=True))[max(begin - first, 0) :]
+    config: RecordConfig, scenes: Sequence[str], seed: int, numbers: Sequence[int]
+) -> Iterator[tuple[int, list[Segment], int]]:
+    """Of each chain, in the order in which they end: its number, its segments, and how many tasks were attempted."""
+    # Both splits have all tables, so that they run the same compiled programs.
+    stacked = tuple(dict.fromkeys((*config.training_scenes, config.validation_scene)))
+    renderer = _Renderer(stacked, config.image_size)
+    ended: list[_Chain] = []
+    for chain in _Tables(config, stacked, scenes, seed, numbers):
+        ended.append(chain)
+        if sum(demo.length for each in ended for demo in each.demos) >= RENDER_FRAMES:
+            yield from renderer.segments(ended)
+            ended = []
+    yield from renderer.segments(ended)
 
 
-def _choose(condition: tasks.Condition, names: tuple[str, ...], rng: np.random.Generator) -> str | None:
-    possible = [name for name in names if len(tasks.successors(condition, name)) == 1]
-    return possible[rng.integers(len(possible))] if possible else None
+class _Demo(NamedTuple):
+    """One successful demonstration, not rendered yet. states, actions: NumPy, leading axis T."""
+
+    task: str
+    states: physics.State
+    actions: np.ndarray
+
+    @property
+    def length(self) -> int:
+        return len(self.actions)
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def _demonstrate(stacked: Any, which: Any, states: Any, numbers: Any, keys: Any, steps: int) -> experts.Demonstration:
-    """`experts.demonstrate` on every table; leaves [T, tables, ...]."""
+@dataclasses.dataclass
+class _Chain:
+    """What one table is busy with."""
 
-    def one(index, state, number, key):
-        return experts.demonstrate(jax.tree.map(lambda x: x[index], stacked), state, number, key, steps)
-
-    return jax.vmap(one, out_axes=1)(which, states, numbers, keys)
-
-
-def _segment(
-    chain: int, task: str, demo: experts.Demonstration, stacked: Any, which: int, backdrops: Any, config: RecordConfig
-) -> Segment:
-    """Render and measure the states of one demonstration."""
-    length = len(demo.actions)
-    padded = -(-length // RENDER_BATCH) * RENDER_BATCH
-    states = jax.tree.map(lambda x: x[np.minimum(np.arange(padded), length - 1)], demo.states)
-    parts: dict[str, list[np.ndarray]] = {"static": [], "wrist": []}
-    index = np.full(RENDER_BATCH, which, np.int32)
-    for begin in range(0, padded, RENDER_BATCH):
-        some = jax.tree.map(lambda x, begin=begin: x[begin : begin + RENDER_BATCH], states)
-        for camera, size in zip(("static", "wrist"), config.image_size):
-            parts[camera].append(np.asarray(env.render_batch(stacked, index, some, camera, size, backdrops)))
-    info = env.info_batch(stacked, np.full(padded, which, np.int32), states)
-    robot, scene = (np.asarray(info[name], np.float64)[:length] for name in ("robot_obs", "scene_obs"))
-    relative = np.asarray(demo.actions, np.float64)
-    scaled = relative * np.array([*[physics.TRANSLATION_M] * 3, *[physics.ROTATION_RAD] * 3, 1.0])
-    target = scaled + np.concatenate([robot[:, :6], np.zeros((length, 1))], axis=1)
-    images = {camera: np.concatenate(x)[:length] for camera, x in parts.items()}
-    return Segment(
-        chain, task, images, {"rel_actions": relative, "actions": target, "robot_obs": robot, "scene_obs": scene}
-    )
+    number: int
+    scene: int
+    rng: np.random.Generator
+    """Its own, so that a chain is the same whatever is recorded beside it."""
+    condition: tasks.Condition
+    task: str = ""
+    attempted: int = 0
+    steps: int = 0
+    """Recorded steps of the task under way."""
+    done_at: int | None = None
+    """The step of the task under way after which the checker called it done."""
+    demos: list[_Demo] = dataclasses.field(default_factory=list)
+    blocks: list[tuple[physics.State, np.ndarray]] = dataclasses.field(default_factory=list)
+    """States and actions of the task under way, a few steps each."""
 
 
-class _SplitWriter:
-    """CALVIN's layout: one npz per frame, spans of sessions, language annotations.
+class _Tables:
+    """Tables that play chains side by side. Iterating yields chains as they end.
 
-    A journal beside them has one line per finished chain, from which the rest is written at the end; so whenever
+    All advance BLOCK steps in one jitted call; a table whose task is over by then takes its next task, or its next
+    chain, at once, so none waits for the slowest.
+    """
+
+    def __init__(
+        self,
+        config: RecordConfig,
+        all_scenes: Sequence[str],
+        scenes: Sequence[str],
+        seed: int,
+        numbers: Sequence[int],
+    ):
+        self._config, self._all_scenes, self._scenes, self._seed = config, all_scenes, scenes, seed
+        self._names = config.tasks or tuple(tasks.TASKS)
+        self._waiting = collections.deque(numbers)
+        self._stacked = env.stack_scenes(all_scenes)
+
+    def __iter__(self) -> Iterator[_Chain]:
+        busy = {table: chain for table in range(self._config.tables) if (chain := self._begin()) is not None}
+        which = np.zeros(self._config.tables, np.int32)
+        states = self._reset(which, busy, busy)
+        plans = None
+        fresh = dict(busy)
+        while busy:
+            which = np.array([busy[t].scene if t in busy else 0 for t in range(self._config.tables)], np.int32)
+            if fresh:
+                plans = self._plan(which, states, fresh, plans)
+            states, plans, steps = _advance(self._stacked, which, states, plans, self._kicks(busy))
+            steps = jax.device_get(steps)
+            fresh, ended, picks = {}, [], {}
+            for table, chain in list(busy.items()):
+                pick = self._book(chain, jax.tree.map(lambda x, t=table: x[:, t], steps))
+                if pick is None:
+                    continue
+                if chain.task and self._choose(chain):
+                    fresh[table], picks[table] = chain, pick
+                else:
+                    ended.append(chain)
+                    following = self._begin()
+                    if following is None:
+                        del busy[table]
+                    else:
+                        busy[table] = fresh[table] = following
+            if picks:  # go on where the recording ended, not where the block did
+                states = _choose_steps(states, steps.states, picks, self._config.tables)
+            started = {table: chain for table, chain in fresh.items() if table not in picks}
+            if started:
+                which = np.array([busy[t].scene if t in busy else 0 for t in range(self._config.tables)], np.int32)
+                states = _where(started, self._reset(which, busy, started), states, self._config.tables)
+            yield from ended
+
+    def _kicks(self, busy: Mapping[int, _Chain]) -> np.ndarray:
+        """float32[tables, 7]: what is added to the experts' actions at the beginning of this block."""
+        kicks = np.zeros((self._config.tables, 7), np.float32)
+        for table, chain in busy.items():
+            direction, size = chain.rng.normal(size=6), chain.rng.uniform(0.0, KICK)
+            if chain.rng.uniform() < self._config.disturbance:
+                kicks[table, :6] = size * direction / np.linalg.norm(direction)
+        return kicks
+
+    def _begin(self) -> _Chain | None:
+        """The next chain with a first task; None when all have been begun."""
+        while self._waiting:
+            number = self._waiting.popleft()
+            rng = np.random.default_rng([self._seed, number])
+            conditions = tasks.initial_conditions()
+            scene = self._all_scenes.index(self._scenes[number % len(self._scenes)])
+            chain = _Chain(number, scene, rng, conditions[rng.integers(len(conditions))])
+            if self._choose(chain):
+                return chain
+        return None
+
+    def _choose(self, chain: _Chain) -> bool:
+        """Draw the chain's next task; False when it is complete or no task of the list is possible."""
+        names = self._names if chain.attempted < self._config.chain_length else ()
+        possible = [name for name in names if len(tasks.successors(chain.condition, name)) == 1]
+        if not possible:
+            return False
+        chain.task = possible[chain.rng.integers(len(possible))]
+        chain.attempted += 1
+        chain.steps, chain.done_at, chain.blocks = 0, None, []
+        return True
+
+    def _reset(self, which: np.ndarray, busy: Mapping[int, _Chain], fresh: Mapping[int, _Chain]) -> physics.State:
+        starts = [np.zeros((self._config.tables, size), np.float32) for size in (env.ROBOT_OBS_DIM, env.SCENE_OBS_DIM)]
+        for table in range(self._config.tables):
+            chain = fresh.get(table) or busy.get(table) or next(iter(fresh.values()))
+            for rows, obs in zip(starts, initial_obs(chain.condition, self._all_scenes[chain.scene]), strict=True):
+                rows[table] = obs
+        return env.reset_batch(self._stacked, which, *starts)
+
+    def _plan(self, which: np.ndarray, states: Any, fresh: Mapping[int, _Chain], plans: Any) -> Any:
+        numbers, seeds = np.zeros(self._config.tables, np.int32), np.zeros(self._config.tables, np.uint32)
+        for table, chain in fresh.items():
+            numbers[table], seeds[table] = experts.TASKS.index(chain.task), chain.rng.integers(2**31)
+        new = _begin_tasks(self._stacked, which, states, numbers, seeds)
+        return new if plans is None else _where(fresh, new, plans, self._config.tables)
+
+    def _book(self, chain: _Chain, steps: experts.Demonstration) -> int | None:
+        """Add a block to the chain's task. Returns the step of the block after which the task is over, None = goes on.
+
+        A task that was not done leaves `chain.task` empty: the chain ends.
+        """
+        chain.blocks.append((steps.states, steps.actions))
+        if chain.done_at is None and steps.done.any():
+            chain.done_at = chain.steps + int(steps.done.argmax())
+        before, chain.steps = chain.steps, chain.steps + len(steps.done)
+        if chain.done_at is None or chain.done_at + HOLD_STEPS >= self._config.max_steps:
+            if chain.steps < self._config.max_steps:
+                return None
+            chain.task = ""
+            return len(steps.done)
+        length = chain.done_at + HOLD_STEPS + 1
+        if chain.steps < length:
+            return None
+        states, actions = jax.tree.map(lambda *parts: np.concatenate(parts)[:length], *chain.blocks)
+        chain.demos.append(_Demo(chain.task, states, actions))
+        chain.condition = tasks.successors(chain.condition, chain.task)[0]
+        return length - before
+
+
+def _where(chosen: Any, new: Any, old: Any, tables: int) -> Any:
+    """Rows of `new` at the chosen tables, of `old` elsewhere."""
+    take = np.isin(np.arange(tables), list(chosen))
+    return jax.tree.map(lambda a, b: jnp.where(take.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
+
+
+def _choose_steps(after: physics.State, block: physics.State, picks: Mapping[int, int], tables: int) -> physics.State:
+    """The state after `picks[table]` steps of the block at those tables, after all steps elsewhere."""
+    steps = np.array([picks.get(table, BLOCK) for table in range(tables)])
+    inside = {table: step for table, step in picks.items() if step < BLOCK}
+    picked = jax.tree.map(lambda x: x[np.minimum(steps, BLOCK - 1), np.arange(tables)], block)
+    return _where(inside, picked, after, tables)
+
+
+class _Task(NamedTuple):
+    """What an expert on its way to a task carries from step to step."""
+
+    number: Any
+    plan: experts.Plan
+    progress: experts.Progress
+    start: tasks.SceneInfo
+
+
+@jax.jit
+def _begin_tasks(stacked: Any, which: Any, states: Any, numbers: Any, seeds: Any) -> _Task:
+    def one(index, state, number, seed):
+        scene = jax.tree.map(lambda x: x[index], stacked)
+        plan = experts.plan(scene, state, number, jax.random.key(seed))
+        return _Task(number, plan, experts.begin(), physics.info(scene, state))
+
+    return jax.vmap(one)(which, states, numbers, seeds)
+
+
+@jax.jit
+def _advance(
+    stacked: Any, which: Any, states: Any, running: _Task, kicks: Any
+) -> tuple[Any, _Task, experts.Demonstration]:
+    """BLOCK expert steps on every table; the demonstrations' leaves are [BLOCK, tables, ...].
+
+    `kicks` float32[tables, 7] disturb the first KICK_STEPS of them; what is recorded is the action the expert wanted.
+    """
+
+    def one(index, state, task, kick):
+        scene = jax.tree.map(lambda x: x[index], stacked)
+        action, progress = experts.act(task.plan, task.progress, state)
+        after = physics.step(scene, state, jnp.clip(action + kick, -1.0, 1.0))
+        done = tasks.conditions(task.start, physics.info(scene, after))[task.number]
+        return (after, task._replace(progress=progress)), experts.Demonstration(state, action, done)
+
+    def step(carry, kicked):
+        return jax.vmap(one)(which, *carry, jnp.where(kicked, kicks, 0.0))
+
+    (states, running), steps = jax.lax.scan(step, (states, running), jnp.arange(BLOCK) < KICK_STEPS)
+    return states, running, steps
+
+
+class _Renderer:
+    """Turns demonstrations into segments, on all cores."""
+
+    def __init__(self, all_scenes: Sequence[str], image_size: tuple[int, int]):
+        self._sizes = dict(zip(("static", "wrist"), image_size, strict=True))
+        self._stacked = env.stack_scenes(all_scenes)
+        self._backdrops = env.backdrops(self._stacked, image_size[0])
+
+    def segments(self, chains: list[_Chain]) -> Iterator[tuple[int, list[Segment], int]]:
+        """Render all demonstrations of some chains together. Yields what `_chains` does."""
+        demos = [(chain, demo) for chain in chains for demo in chain.demos]
+        seen = iter(self._look(demos)) if demos else iter(())
+        for chain in chains:
+            yield chain.number, [self._segment(demo, next(seen)) for demo in chain.demos], chain.attempted
+
+    def _look(self, demos: list[tuple[_Chain, _Demo]]) -> Iterator[dict[str, np.ndarray]]:
+        """Both pictures, robot_obs and scene_obs of each demonstration's states."""
+        lengths = [demo.length for _, demo in demos]
+        which = np.repeat(np.array([chain.scene for chain, _ in demos], np.int32), lengths)
+        states = jax.tree.map(lambda *parts: np.concatenate(parts), *(demo.states for _, demo in demos))
+        # batches of one size, so that one program serves all; the last repeats its last state
+        rows = np.minimum(np.arange(-(-len(which) // RENDER_BATCH) * RENDER_BATCH), len(which) - 1)
+        batches = rows.reshape(-1, RENDER_BATCH)
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            parts = list(
+                pool.map(lambda some: self._batch(which[some], jax.tree.map(lambda x: x[some], states)), batches)
+            )
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+            yield {name: values[end - length : end] for name, values in whole.items()}
+
+    def _batch(self, which: np.ndarray, states: physics.State) -> dict[str, np.ndarray]:
+        out = {
+            camera: env.render_batch(self._stacked, which, states, camera, size, self._backdrops)
+            for camera, size in self._sizes.items()
+        }
+        info = env.info_batch(self._stacked, which, states)
+        return {name: np.asarray(x) for name, x in (*out.items(), *((n, info[n]) for n in ("robot_obs", "scene_obs")))}
+
+    def _segment(self, demo: _Demo, seen: dict[str, np.ndarray]) -> Segment:
+        robot, scene = (seen[name].astype(np.float64) for name in ("robot_obs", "scene_obs"))
+        relative = demo.actions.astype(np.float64)
+        scaled = relative * np.array([*[physics.TRANSLATION_M] * 3, *[physics.ROTATION_RAD] * 3, 1.0])
+        target = scaled + np.concatenate([robot[:, :6], np.zeros((demo.length, 1))], axis=1)
+        arrays = {"rel_actions": relative, "actions": target, "robot_obs": robot, "scene_obs": scene}
+        return Segment(demo.task, {camera: seen[camera] for camera in self._sizes}, arrays)
+
+
+class _Writer:
+    """One split's journal: a line per finished chain. What describes the frames is made from it, so whenever
     recording stops, it can go on after the last line.
 
     Raises:
-      ValueError: the directory's journal was begun with other settings, or is damaged.
+      ValueError: the journal was begun with other settings, or is damaged.
     """
 
     def __init__(self, directory: pathlib.Path, settings: Mapping[str, Any], *, held_out: bool):
         directory.mkdir(parents=True, exist_ok=True)
-        self._directory, self._held_out = directory, held_out
-        self._journal = directory / _JOURNAL
-        self._chains: list[dict[str, Any]] = []
+        self._journal, self._held_out = directory / _JOURNAL, held_out
+        self.chains: list[dict[str, Any]] = []
         text = self._journal.read_bytes() if self._journal.exists() else b""
         complete = text[: text.rfind(b"\n") + 1]  # without a line that was being written
-        if not complete:
+        if complete:
+            self.chains = self._read(complete.decode(), settings)
+            if len(complete) < len(text):
+                self._journal.write_bytes(complete)
+        else:
             self._journal.write_text(json.dumps({"settings": settings}) + "\n")
-            return
-        self._chains = self._read(complete.decode(), settings)
-        if len(complete) < len(text):
-            self._journal.write_bytes(complete)
-        self.discard_unfinished()
 
     @property
-    def num_chains(self) -> int:
-        return len(self._chains)
+    def numbers(self) -> set[int]:
+        """Of the finished chains."""
+        return {chain["number"] for chain in self.chains}
 
     @property
-    def _frame(self) -> int:
-        """Number of the next frame."""
-        return sum(chain["frames"] for chain in self._chains)
+    def num_frames(self) -> int:
+        return sum(chain["frames"] for chain in self.chains)
 
-    def write(self, segments: list[Segment], attempted: int) -> None:
-        """One chain's segments, one session."""
-        frame, begin, written = self._frame, self._frame, []
-        texts = sum(len(chain["segments"]) for chain in self._chains)
+    def episodes(self) -> list[base.Episode]:
+        rows = [segment for chain in self.chains for segment in chain["segments"]]
+        return [base.Episode(*row["span"], row["text"], row["task"]) for row in rows]
+
+    def counts(self) -> dict[str, int]:
+        attempted = sum(chain["attempted"] for chain in self.chains)
+        return {"attempted": attempted, "recorded": len(self.episodes()), "frames": self.num_frames}
+
+    def write(self, number: int, segments: Sequence[Segment], attempted: int, frames: _Frames) -> None:
+        """One chain's segments, one session: first its frames, then its line."""
+        frame, written = self.num_frames, []
+        texts = sum(len(chain["segments"]) for chain in self.chains)
         for segment in segments:
-            length = len(segment.arrays["rel_actions"])
-            for t in range(length):
-                np.savez(
-                    self._path(frame + t),
-                    rgb_static=segment.images["static"][t],
-                    rgb_gripper=segment.images["wrist"][t],
-                    **{name: x[t] for name, x in segment.arrays.items()},
-                )
+            frames.save(frame, segment)
+            last = frame + len(segment.arrays["rel_actions"]) - 1
             text = tasks.instruction(segment.task, held_out=self._held_out, variant=texts + len(written))
-            written.append({"span": [frame, frame + length - 1], "task": segment.task, "text": text})
-            frame += length
-        row = {"frames": frame - begin, "attempted": attempted, "segments": written}
-        with self._journal.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        self._chains.append(row)
-
-    def discard_unfinished(self) -> None:
-        """Remove frames of a chain that is not in the journal, and the journal's torn last line."""
-        for path in self._directory.glob("episode_*.npz"):
-            if int(path.stem.removeprefix("episode_")) >= self._frame:
-                path.unlink()
-        text = self._journal.read_bytes()
-        if not text.endswith(b"\n"):
+            written.append({"span": [frame, last], "task": segment.task, "text": text})
+            frame = last + 1
+        row = {"number": number, "frames": frame - self.num_frames, "attempted": attempted, "segments": written}
+        try:
+            with self._journal.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError:
+            text = self._journal.read_bytes()
             os.truncate(self._journal, text.rfind(b"\n") + 1)
-
-    def close(self) -> dict[str, int]:
-        """Write what describes the frames. Returns demonstrations attempted, recorded and frames.
-
-        Raises:
-          RuntimeError: not a single demonstration succeeded.
-        """
-        segments = [segment for chain in self._chains for segment in chain["segments"]]
-        if not segments:
-            raise RuntimeError(f"{self._directory}: no demonstration succeeded; raise max_steps or choose other tasks.")
-        annotations = {
-            "language": {
-                "ann": [segment["text"] for segment in segments],
-                "task": [segment["task"] for segment in segments],
-                "emb": np.zeros((len(segments), 1, 384), np.float32),
-            },
-            "info": {"episodes": [], "indx": [tuple(segment["span"]) for segment in segments]},
-        }
-        lengths = np.array([chain["frames"] for chain in self._chains if chain["frames"]])
-        ends = np.cumsum(lengths)
-        (self._directory / "lang_annotations").mkdir(exist_ok=True)
-        np.save(self._directory / "lang_annotations" / "auto_lang_ann.npy", annotations, allow_pickle=True)
-        np.save(self._directory / "ep_start_end_ids.npy", np.stack([ends - lengths, ends - 1], axis=1))
-        np.save(self._directory / "ep_lens.npy", lengths)
-        attempted = sum(chain["attempted"] for chain in self._chains)
-        return {"attempted": attempted, "recorded": len(segments), "frames": int(ends[-1])}
-
-    def _path(self, frame: int) -> pathlib.Path:
-        return self._directory / f"episode_{frame:07d}.npz"
+            raise
+        self.chains.append(row)
 
     def _read(self, text: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         try:
             first, *rows = map(json.loads, text.splitlines())
             theirs = first["settings"]
-            assert all({"frames", "attempted", "segments"} <= set(row) for row in rows)
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise ValueError(f"{self._journal} is damaged; record into a new directory.") from error
+            if not all({"number", "frames", "attempted", "segments"} <= set(row) for row in rows):
+                raise KeyError("a chain's line lacks a field")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self._journal} is damaged ({error}); record into a new directory.") from error
         differing = sorted(key for key in {*theirs, *settings} if theirs.get(key) != settings.get(key))
         if differing:
             changes = ", ".join(f"{key}: {theirs.get(key)} there, {settings.get(key)} here" for key in differing)
-            raise ValueError(f"{self._directory} was begun with other settings ({changes}); use a new directory.")
+            raise ValueError(
+                f"{self._journal.parent} was begun with other settings ({changes}); use a new directory, or delete it."
+            )
         return rows
+
+
+class _Frames(Protocol):
+    """Where frames go until they are all there."""
+
+    def discard(self, first: int) -> None:
+        """Forget frames from number `first` on."""
+
+    def save(self, first: int, segment: Segment) -> None:
+        """Write the frames of a segment; the first has number `first`."""
+
+    def finish(self, writer: _Writer) -> None:
+        """Write what describes the frames."""
+
+    def abandon(self, writer: _Writer) -> None:
+        """Leave behind what can be used of an unfinished recording."""
+
+
+def _require_success(writer: _Writer, directory: pathlib.Path) -> None:
+    if not writer.num_frames:
+        raise RuntimeError(f"{directory}: no demonstration succeeded; raise max_steps or choose other tasks.")
+
+
+class _NpzFrames:
+    """CALVIN's layout: one npz per frame, spans of sessions, language annotations."""
+
+    def __init__(self, directory: pathlib.Path, config: RecordConfig):
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+
+    def discard(self, first: int) -> None:
+        for path in self._directory.glob("episode_*.npz"):
+            if int(path.stem.removeprefix("episode_")) >= first:
+                path.unlink()
+
+    def save(self, first: int, segment: Segment) -> None:
+        for t in range(len(segment.arrays["rel_actions"])):
+            np.savez(
+                self._directory / f"episode_{first + t:07d}.npz",
+                rgb_static=segment.images["static"][t],
+                rgb_gripper=segment.images["wrist"][t],
+                **{name: x[t] for name, x in segment.arrays.items()},
+            )
+
+    def abandon(self, writer: _Writer) -> None:
+        self.finish(writer)
+
+    def finish(self, writer: _Writer) -> None:
+        _require_success(writer, self._directory)
+        episodes = writer.episodes()
+        annotations = {
+            "language": {
+                "ann": [episode.instruction for episode in episodes],
+                "task": [episode.task for episode in episodes],
+                "emb": np.zeros((len(episodes), 1, 384), np.float32),
+            },
+            "info": {"episodes": [], "indx": [(episode.start, episode.end) for episode in episodes]},
+        }
+        lengths = np.array([chain["frames"] for chain in writer.chains if chain["frames"]])
+        ends = np.cumsum(lengths)
+        (self._directory / "lang_annotations").mkdir(exist_ok=True)
+        np.save(self._directory / "lang_annotations" / "auto_lang_ann.npy", annotations, allow_pickle=True)
+        np.save(self._directory / "ep_start_end_ids.npy", np.stack([ends - lengths, ends - 1], axis=1))
+        np.save(self._directory / "ep_lens.npy", lengths)
+
+
+class _SpooledFrames:
+    """The packed layout, by way of one file of raw frames."""
+
+    def __init__(self, directory: pathlib.Path, config: RecordConfig):
+        sizes = {camera: (size, size) for camera, size in zip(("static", "wrist"), config.image_size, strict=True)}
+        widths = {name: calvin.ARRAY_SIZES[name] for name in ("rel_actions", "actions", "robot_obs", "scene_obs")}
+        self._directory = directory
+        self._spool = packing.Spool(directory.with_name(f"{directory.name}.raw"), sizes, widths)
+
+    def discard(self, first: int) -> None:
+        self._spool.truncate(first)
+
+    def save(self, first: int, segment: Segment) -> None:
+        self._spool.add(segment.images, segment.arrays)
+
+    def abandon(self, writer: _Writer) -> None:
+        pass  # the file of raw frames stays
+
+    def finish(self, writer: _Writer) -> None:
+        _require_success(writer, self._directory)
+        self._spool.episodes = tuple(writer.episodes())
+        numbers = np.arange(self._spool.num_frames)
+        packing.pack(self._spool, self._directory, frame_ids=numbers, workers=os.cpu_count() or 1)
+        self._spool.delete()
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from experiments import chaining, validation
+from experiments import chaining, closed_loop, validation
 from robovlms_jax import build
 from robovlms_jax.actions import statistics
 from robovlms_jax.config import ExperimentConfig, to_dict
@@ -86,11 +86,12 @@ def prepare(config: ExperimentConfig) -> Setup:
     opened = {split: opening.open_split(config.data, split) for split in ("training", "validation")}
     variation = language.read(config.data.paraphrases) if config.data.vary_language else None
     sentences = language.every(opened["training"].episodes, variation)
+    instructions = [*sentences, *language.every(opened["validation"].episodes, None)]
+    instructions = [*sentences, *language.every(opened["validation"].episodes, None)]
     if config.train.init_from:
         backbone = chaining.open_backbone(config.backbone, config.train.init_from)
     else:
-        backbone = build.open_backbone(config.backbone, sentences)
-    instructions = [*sentences, *language.every(opened["validation"].episodes, None)]
+        backbone = build.open_backbone(config.backbone, instructions)
     length = config.data.text_length or prompts.longest(backbone.tokenizer, backbone.vlm.prompt, instructions)
 
     def encode(instruction: str) -> tuple[np.ndarray, np.ndarray]:
@@ -125,6 +126,8 @@ def train(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing
     begin = time.perf_counter()
     output = pathlib.Path(config.train.output)
     _require_free(output, resume=config.train.resume)
+    if config.demonstrations.episodes:
+        closed_loop.ensure_demonstrations(config.demonstrations, config.data.root)
     setup = prepare(config)
     config = setup.config
     _announce(name, setup)
@@ -148,6 +151,7 @@ def train(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing
     start = int(train_state.step)
     writer = _writers(config, output, start)
     evaluator = validation.Evaluator(setup.model, setup.mesh, config, setup.validation, setup.encode)
+    tables = _closed_loop(setup, output)
     train_step = step.make_train_step(
         setup.model,
         tx,
@@ -173,14 +177,17 @@ def train(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing
             evaluate=evaluator.numbers,
             describe=lambda index: _describe(setup.train.dataset, index),
             loader_rate=rate,
+            roll_out=tables.numbers if tables else None,
         )
         if finished:
 
             def write(values: Mapping[str, float]) -> None:
                 writer.write(config.train.steps, {f"validation/{key}": value for key, value in values.items()})
 
+            section = tables.report(_chosen(train_state, checkpointer, config)) if tables else ""
             facts = _facts(name, setup) | {"seconds": round(time.perf_counter() - begin, 1)}
-            evaluator.report(train_state, write, output, f"{title}: {name}", facts, closing)
+            data = "PlayTable" if config.demonstrations.episodes else title
+            evaluator.report(train_state, write, output, f"{data}: {name}", facts, closing, section)
     finally:
         batches.close()
         writer.close()
@@ -188,6 +195,17 @@ def train(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing
     if finished and jax.process_index() == 0:
         logger.info("report: %s\n\n%s\n", output / "report.md", closing)
     return output
+
+
+def _closed_loop(setup: Setup, output: pathlib.Path) -> closed_loop.ClosedLoop | None:
+    if not setup.config.rollouts.trials:
+        return None
+    return closed_loop.ClosedLoop(setup.model, setup.mesh, setup.config, setup.encode, output)
+
+
+def _chosen(current: state.TrainState, checkpointer: checkpoints.Checkpointer, config: ExperimentConfig) -> Any:
+    """The state that the run directory stands for."""
+    return checkpointer.restore_best(current) if config.rollouts.select == "best" else current
 
 
 def _facts(name: str, setup: Setup) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Evaluator:
         title: str,
         facts: Mapping[str, Any],
         closing: str,
+        closed_loop: str = "",
     ) -> None:
         """Numbers through `write(values)`, then report.md, report.json and figures (first process only)."""
         sums, losses = self._measure(state)
@@ -63,6 +64,7 @@ class Evaluator:
                 episodes=curves,
                 units=self._units,
                 closing=closing,
+                closed_loop=closed_loop,
             )
 
     def _measure(self, state: TrainState) -> tuple[offline.Sums, dict[str, float]]:

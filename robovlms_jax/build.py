@@ -82,7 +82,8 @@ def open_backbone(config: BackboneConfig, sentences: Iterable[str]) -> Backbone:
         path = pathlib.Path(directory)
         (path / "config.json").write_text(json.dumps(backbones.to_hf_config(vlm), indent=2))
         images.write_image_spec(vlm.image, path)
-        tokenizers.make_twin_tokenizer(sentences, vlm.text.vocab_size, path)
+        written = [prompts.format_prompt(vlm.prompt, sentence) for sentence in sentences]
+        tokenizers.make_twin_tokenizer(written, vlm.text.vocab_size, path)
         return _open(config, path)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from robovlms_jax import interface
 from robovlms_jax.actions import normalize
+from robovlms_jax.evaluation.execution import Execution
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.policies.heads import discrete, lstm
 
@@ -545,6 +546,80 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DemonstrationConfig:
+    """Scripted demonstrations on PlayTable, the embedded simulator."""
+
+    episodes: int = 0
+    """Training chains. For a training run: recorded to data.root before it, unless they are there; 0: none."""
+    validation_episodes: int = 100
+    """Validation chains."""
+    tasks: tuple[str, ...] = ()
+    """Task ids to demonstrate; empty: all 34."""
+    scenes: tuple[str, ...] = ("A", "B", "C")
+    """Tables of the training split; chains take turns."""
+    random_scenes: int = 0
+    """This many more training tables, their parts placed and coloured at random: with three tables alone, a policy
+    learns places by heart instead of looking."""
+    validation_scene: str = "D"
+    """Table of the validation split."""
+    chain_length: int = 5
+    """Tasks per chain; a chain ends early when no task of the list is possible or the expert fails."""
+    max_steps: int = 200
+    """Control steps an expert may take for one task."""
+    disturbance: float = 0.0
+    """Share of the thirds of a second in which the hand is pushed off course, by up to 5 cm. The recorded action is the
+    one that the expert wanted, so a policy sees how to come back (Laskey et al. 2017, arXiv:1703.09327)."""
+    image_size: tuple[int, int] = (200, 84)
+    """Pixels of static and wrist camera."""
+    tables: int = 16
+    """Tables simulated side by side; a GPU takes hundreds."""
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(self.episodes >= 0, f"episodes={self.episodes} must not be negative.")
+        for field in ("validation_episodes", "chain_length", "max_steps", "tables"):
+            _require(getattr(self, field) >= 1, f"{field}={getattr(self, field)} must be at least 1.")
+        _require(self.random_scenes >= 0, f"random_scenes={self.random_scenes} must not be negative.")
+        _require(0 <= self.disturbance <= 1, f"disturbance={self.disturbance} must lie in [0, 1].")
+        _require(min(self.image_size) >= 8, f"image_size={self.image_size} must be at least 8 pixels each.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """Closed loop on PlayTable during and after training. Its numbers are not CALVIN's."""
+
+    trials: int = 0
+    """Rollouts per evaluation: the first of the 1000 official chains, or single tasks; 0: no rollouts."""
+    tasks: tuple[str, ...] = ()
+    """Instead of chains: trials of these single tasks, taking turns."""
+    scene: Literal["A", "B", "C", "D"] = "D"
+    max_steps: int = 360
+    """Control steps per task."""
+    execution: Execution = Execution()
+    image_size: tuple[int, int] = (200, 84)
+    """Pixels of static and wrist camera; what the training data had."""
+    tables: int = 16
+    """Tables side by side."""
+    films: int = 2
+    """Rollouts filmed for the report."""
+    every: int = 0
+    """Steps between rollouts during training; 0: only at the end."""
+    select: Literal["last", "best"] = "last"
+    """Which checkpoint a run directory stands for when it is opened: the last, or the one with the best rollouts so
+    far, which is then kept in best/ (the two strategies of arXiv:2412.14058)."""
+
+    def __post_init__(self):
+        for field in ("trials", "films", "every"):
+            _require(getattr(self, field) >= 0, f"rollouts.{field}={getattr(self, field)} must not be negative.")
+        for field in ("max_steps", "tables"):
+            _require(getattr(self, field) >= 1, f"rollouts.{field}={getattr(self, field)} must be at least 1.")
+        _require(
+            self.select == "last" or self.trials > 0,
+            "rollouts.select=best needs rollouts to choose by; set rollouts.trials (and rollouts.every).",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """Everything a run depends on. Saved beside its checkpoints, enough to serve them."""
 
@@ -555,6 +630,8 @@ class ExperimentConfig:
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    demonstrations: DemonstrationConfig = DemonstrationConfig()
+    rollouts: RolloutConfig = RolloutConfig()
 
     @property
     def segments_per_batch(self) -> int:

@@ -155,15 +155,24 @@ def kosmos2() -> base.VLMConfig:
 
 @base.register("kosmos-2-twin")
 def kosmos2_twin() -> base.VLMConfig:
-    """A million parameters of the same architecture: trains on a laptop, comes without published weights."""
+    """The same architecture, small enough to train on a laptop in minutes; comes without published weights."""
+    return _shrunken(64, num_latents=8, width=64, depth=2, mlp_dim=128, num_heads=4)
+
+
+@base.register("kosmos-2-mini")
+def kosmos2_mini() -> base.VLMConfig:
+    """The same architecture for one GPU and half an hour from scratch; comes without published weights."""
+    return _shrunken(112, num_latents=16, width=256, depth=4, mlp_dim=1024, num_heads=8)
+
+
+def _shrunken(image_size: int, *, num_latents: int, **sizes: int) -> base.VLMConfig:
     vision, text = PUBLISHED.vision, PUBLISHED.text
-    small = {"width": 128, "depth": 2, "mlp_dim": 512, "num_heads": 4}
     return dataclasses.replace(
         PUBLISHED,
-        vision=dataclasses.replace(vision, image_size=64, patch_size=16, **small),
-        text=dataclasses.replace(text, vocab_size=512, dropout=0.0, attention_dropout=0.0, **small),
-        connector=LatentConnectorConfig(num_latents=8),
-        image=dataclasses.replace(PUBLISHED.image, size=64),
+        vision=dataclasses.replace(vision, image_size=image_size, patch_size=16, **sizes),
+        text=dataclasses.replace(text, vocab_size=512, dropout=0.0, attention_dropout=0.0, **sizes),
+        connector=LatentConnectorConfig(num_latents=num_latents),
+        image=dataclasses.replace(PUBLISHED.image, size=image_size),
     )
 
 

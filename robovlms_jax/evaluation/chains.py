@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from robovlms_jax.envs import simpler, tasks
 from robovlms_jax.envs.vector import VectorEnv
@@ -59,6 +62,23 @@ def chain_trials(
         start = {"robot_obs": robot_obs, "scene_obs": scene_obs}
         trials.append(Trial(chain.index, start, chain.tasks, tuple(instructions), labels))
     return trials
+
+
+def single_tasks(names: Sequence[str], count: int) -> list[tasks.Chain]:
+    """`count` chains of one task (0: ten of each), tasks taking turns, each from an initial state it is possible in.
+
+    Raises ValueError for a task that no initial state allows.
+    """
+    rng = np.random.default_rng(0)
+    found = []
+    for index, name in zip(range(count or 10 * len(names)), itertools.cycle(names)):
+        possible = [c for c in tasks.initial_conditions() if len(tasks.successors(c, name)) == 1]
+        if not possible:
+            raise ValueError(
+                f"{name} is possible in no initial state (it needs a block in the hand); evaluate chains instead."
+            )
+        found.append(tasks.Chain(index, possible[rng.integers(len(possible))], (name,)))
+    return found
 
 
 def simpler_trials(task: str, count: int | None = None) -> list[Trial]:

@@ -54,6 +54,7 @@ def write_report(
     episodes: Sequence[EpisodeCurves],
     units: ArrayLike,
     closing: str,
+    closed_loop: str = "",
 ) -> pathlib.Path:
     """Write report.md, report.json and PNGs.
 
@@ -64,6 +65,7 @@ def write_report(
       sensitivity: the language probe; None leaves it out.
       units: float[6], metres and radians per dataset unit.
       closing: Markdown of the last section, "The real thing".
+      closed_loop: Markdown of the section "Closed loop"; empty leaves it out.
     Returns:
       Path of report.md.
     """
@@ -91,6 +93,8 @@ def write_report(
     (directory / "report.json").write_text(text + "\n", encoding="utf-8")
 
     sections = [f"# {title}", _table(["run", ""], [[name, _fact(value)] for name, value in facts.items()])]
+    if closed_loop:
+        sections += ["## Closed loop", closed_loop]
     if curves:
         sections += ["## Loss", _loss_table(curves), "![loss over steps](loss.png)"]
     sections += [

@@ -112,6 +112,24 @@ def write_report(
     return path
 
 
+def section(evaluation: chains.Evaluation, folder: str, *, strips: bool) -> str:
+    """Markdown about one evaluation for another report, whose directory holds `folder` with `write_report`'s files.
+
+    strips: whether `folder` also has strips.png (`draw_strips`).
+    """
+    table = rows([evaluation])
+    parts = [
+        _chain_table(table),
+        _task_table(table),
+        "In brackets: 95 % confidence intervals. Numbers of one environment say nothing about another.",
+        f"![success per task]({folder}/per_task.png)",
+    ]
+    if strips:
+        parts.append(f"![rollouts, one per row, time to the right]({folder}/strips.png)")
+    parts.append(f"Films and details: [rollouts.md]({folder}/rollouts.md).")
+    return "\n\n".join(parts)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
@@ -413,6 +431,28 @@ def draw_frame(recording: Recording, index: int) -> Image:
     about = f"{recording.env}, trial {recording.trial.index}"
     draw.text((width - _MARGIN, top + 24), about, "#555555", small, anchor="ra")
     _draw_action(draw, frame.action, (_MARGIN, top + 46, width - _MARGIN, top + 94), small)
+    return canvas
+
+
+def draw_strips(recordings: Sequence[Recording], *, frames: int = 5) -> Image:
+    """One row per rollout: the first camera from the first frame to the last, under its instruction and outcome."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    panel, head = 168, 26
+    width = _MARGIN + frames * (panel + 4)
+    canvas = Image.new("RGB", (width + _MARGIN, len(recordings) * (panel + head + 6) + _MARGIN), "white")
+    draw = ImageDraw.Draw(canvas)
+    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    for row, recording in enumerate(recordings):
+        top = 6 + row * (panel + head + 6)
+        success = recording.result.success[-1]
+        outcome = f"{'solved' if success else 'failed'} after {recording.result.steps[-1]} steps, {recording.env}"
+        draw.text((_MARGIN, top), _fit(recording.frames[-1].instruction, width - 220, 15), "black", font)
+        draw.text((width, top + 3), outcome, _COLORS[0] if success else _COLORS[1], small, anchor="ra")
+        for column, index in enumerate(np.linspace(0, len(recording.frames) - 1, frames).round().astype(int)):
+            pixels = next(iter(recording.frames[index].observation.images.values()))
+            image = Image.fromarray(np.asarray(pixels)).resize((panel, panel), Image.Resampling.BICUBIC)
+            canvas.paste(image, (_MARGIN + column * (panel + 4), top + head))
     return canvas
 
 

@@ -6,14 +6,20 @@ Orbax.
                              data      JSON: position in the data stream and its fingerprint
                              serving   JSON: full config and the backbone's small files (config.json, tokenizer,
                                preprocessing)
+    <run>/best/<step>        the same of the step with the best score, where a run keeps scores; score.json beside it
 
 A checkpoint directory alone is enough to serve.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import math
+import os
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +33,7 @@ from robovlms_jax.training.state import TrainState
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
+BEST = "best"
 
 
 class Checkpointer:
@@ -90,6 +97,40 @@ class Checkpointer:
         )
         return restored, out.data
 
+    def restore_best(self, state: TrainState) -> TrainState:
+        """`state` with the parameters kept in best/."""
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params)
+        flat = flatten_dict(read_params(locate(self._manager.directory.parent), abstract), sep="/")
+        return state.replace(
+            trainable={path: flat[path] for path in state.trainable},
+            frozen={path: flat[path] for path in state.frozen},
+        )
+
+    def offer_best(self, state: TrainState, data: Mapping[str, Any], score: float) -> bool:
+        """Keep this step in best/ if no earlier one scored higher (of equals the later). Returns whether it is kept.
+
+        The files are shared with checkpoints/<step> as hard links where the file system has them, so keeping costs no
+        space while both exist.
+        """
+        best = self._manager.directory.parent / BEST
+        if score < best_score(best):
+            return False
+        self.save(state, data)
+        self.wait()
+        if jax.process_index() != 0:
+            return True
+        step = int(state.step)
+        new = pathlib.Path(best) / f"{step}.tmp"
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(self._manager.directory / str(step), new, copy_function=_link)
+        old = [path for path in pathlib.Path(best).iterdir() if path.name.isdigit() and int(path.name) != step]
+        shutil.rmtree(new.with_suffix(""), ignore_errors=True)
+        new.rename(new.with_suffix(""))
+        (new.parent / "score.json").write_text(json.dumps({"step": step, "score": score}) + "\n")
+        for path in old:
+            shutil.rmtree(path)
+        return True
+
     def wait(self) -> None:
         """Block until everything started is on disk."""
         self._manager.wait_until_finished()
@@ -98,9 +139,25 @@ class Checkpointer:
         self._manager.close()
 
 
+def best_score(directory: str | os.PathLike[str]) -> float:
+    """The score of what a best/ folder holds; -inf when it holds nothing."""
+    with contextlib.suppress(FileNotFoundError):
+        record = json.loads((pathlib.Path(directory) / "score.json").read_text())
+        if (pathlib.Path(directory) / str(record["step"])).is_dir():
+            return float(record["score"])
+    return -math.inf
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def locate(path: str | pathlib.Path) -> pathlib.Path:
-    """A step directory for `path`: a run directory (its newest checkpoint), its checkpoints folder, or a step
-    directory itself.
+    """A step directory for `path`: a run directory (its best checkpoint where it keeps one, else its newest), its
+    checkpoints folder (the newest), or a step directory itself.
 
     Raises:
       FileNotFoundError: nothing there looks like a checkpoint; says what was looked for and what is there.
@@ -113,6 +170,8 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
     if (path / "params").is_dir():
         return path
     folder = path / FOLDER if (path / FOLDER).is_dir() else path
+    if best_score(path / BEST) > -math.inf:
+        folder = path / BEST
     steps = sorted(
         (p for p in folder.iterdir() if p.name.isdigit() and (p / "params").is_dir()), key=lambda p: int(p.name)
     )

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from robovlms_jax.config import ExperimentConfig
+from robovlms_jax.config import ExperimentConfig, RolloutConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.training.checkpoints import Checkpointer
 from robovlms_jax.training.metrics import MetricWriter
@@ -50,6 +50,7 @@ def fit(
     evaluate: Callable[[TrainState], Mapping[str, float]],
     describe: Callable[[int], str],
     loader_rate: float | None = None,
+    roll_out: Callable[[TrainState], Mapping[str, float]] | None = None,
 ) -> tuple[TrainState, bool]:
     """Train from `state.step` to config.train.steps.
 
@@ -59,6 +60,8 @@ def fit(
       evaluate: numbers on the validation split, called every train.eval_every steps.
       describe: episode index -> words that name it.
       loader_rate: windows/s the loader can deliver, measured before, for the report of who waits for whom.
+      roll_out: numbers of the policy in closed loop, called every config.rollouts.every steps; with
+        config.rollouts.select = "best" also at the end, and its "score" decides which checkpoint is kept in best/.
     Returns:
       The final state and whether all steps were made (False: stopped by SIGTERM, saved).
     Raises:
@@ -102,8 +105,21 @@ def fit(
             if train.eval_every and step % train.eval_every == 0 and not last:
                 with clock.pausing():
                     writer.write(step, {f"validation/{name}": value for name, value in evaluate(state).items()})
+            if roll_out is not None and _rolls_out(config.rollouts, step, last):
+                with clock.pausing():
+                    values = roll_out(state)
+                    writer.write(step, {f"rollouts/{name}": value for name, value in values.items()})
+                    if config.rollouts.select == "best":
+                        kept = checkpointer.offer_best(state, data_state(step), values["score"])
+                        logger.info("rollouts score %.3f%s", values["score"], ", the best so far" if kept else "")
     checkpointer.wait()
     return state, True
+
+
+def _rolls_out(rollouts: RolloutConfig, step: int, last: bool) -> bool:
+    if last:  # the report rolls the chosen policy out anyway; to choose it, the last one must have a score too
+        return rollouts.select == "best"
+    return rollouts.every > 0 and step % rollouts.every == 0
 
 
 def _check_finite(values: Mapping[str, np.ndarray], step: int) -> None:

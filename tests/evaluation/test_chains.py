@@ -283,3 +283,15 @@ def test_no_success_leaves_the_step_count_undefined():
     assert summary.steps_per_task == {}
     with pytest.raises(ValueError, match="no results"):
         summarize([])
+
+
+def test_single_tasks_start_where_they_are_possible():
+    names = ("open_drawer", "turn_off_led", "push_red_block_left")
+    drawn = chains.single_tasks(names, 7)
+    assert [chain.tasks for chain in drawn] == [(names[i % 3],) for i in range(7)]
+    for chain in drawn:
+        assert len(tasks.successors(chain.condition, chain.tasks[0])) == 1
+    assert all(chain.condition["drawer"] == "closed" for chain in drawn[::3])
+    assert len(chains.single_tasks(names, 0)) == 30
+    with pytest.raises(ValueError, match="possible in no initial state"):
+        chains.single_tasks(("place_in_drawer",), 1)

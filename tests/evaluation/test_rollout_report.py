@@ -162,3 +162,21 @@ def test_a_film_without_frames_is_refused(recording, tmp_path):
     recording.frames.clear()
     with pytest.raises(ValueError, match="trial 2 has no frames"):
         rollout_report.write_film(recording, tmp_path / "empty")
+
+
+def test_section_and_strips_of_a_run(tmp_path):
+    recordings = []
+    done = chains.evaluate(
+        LinePolicy(), EnvPool([LineEnv()]), [trial(i, 1, 3 + i) for i in range(2)], tmp_path,
+        policy_name="toy", rules=RULES, film=[0, 1], on_recording=recordings.append,
+    )  # fmt: skip
+    text = rollout_report.section(done, "rollouts", strips=True)
+    summary, per_task = tables(text)
+    assert summary[2][0] == per_task[2][0] == "Line"  # every table says where its numbers come from
+    assert "(rollouts/strips.png)" in text
+    assert "(rollouts/rollouts.md)" in text
+    assert "strips" not in rollout_report.section(done, "rollouts", strips=False)
+    one, two = (rollout_report.draw_strips(recordings[:n], frames=4) for n in (1, 2))
+    assert one.width == two.width
+    assert two.height > one.height
+    assert len(np.unique(np.asarray(two).reshape(-1, 3), axis=0)) > 4  # something is drawn

@@ -284,7 +284,7 @@ def test_presets_are_what_the_table_says():
 
 
 def test_own_data_means_the_real_preset():
-    assert calvin_abcd.default_preset([]) == "sample"
-    assert calvin_abcd.default_preset(["--train.steps", "3"]) == "sample"
+    assert calvin_abcd.default_preset([]) == "playtable_fixtures"
+    assert calvin_abcd.default_preset(["--train.steps", "3"]) == "playtable_fixtures"
     assert calvin_abcd.default_preset(["--data.root", "x"]) == "kosmos_lstm"
     assert calvin_abcd.default_preset(["--backbone.weights=x"]) == "kosmos_lstm"

@@ -41,33 +41,21 @@ def test_impossible_evaluations_are_refused(changes, message):
 def test_impossible_recordings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown"):
         record_playtable.RecordConfig(out="x", tasks=("fly",))
-    with pytest.raises(ValueError, match=r"scenes \['E'\]"):
+    with pytest.raises(ValueError, match="unknown scene 'E'"):
         record_playtable.RecordConfig(out="x", scenes=("E",))
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="not empty"):
         record_playtable.record(record_playtable.RecordConfig(out=str(tmp_path)))
 
 
-def test_single_tasks_start_where_they_are_possible():
-    names = ("open_drawer", "turn_off_led", "push_red_block_left")
-    chains = evaluate.single_tasks(names, 7)
-    assert [chain.tasks for chain in chains] == [(names[i % 3],) for i in range(7)]
-    for chain in chains:
-        assert len(tasks.successors(chain.condition, chain.tasks[0])) == 1
-    assert all(chain.condition["drawer"] == "closed" for chain in chains[::3])
-    assert len(evaluate.single_tasks(names, 0)) == 30
-    with pytest.raises(ValueError, match="possible in no initial state"):
-        evaluate.single_tasks(("place_in_drawer",), 1)
-
-
 @pytest.mark.slow
 def test_recorded_demonstrations_train_a_policy_that_rolls_out(tmp_path):
     data = tmp_path / "playtable"
-    config = record_playtable.RecordConfig(out=str(data), tasks=record_playtable.FIXTURE_TASKS, pack=True, **RECORD)
+    config = record_playtable.RecordConfig(out=str(data), tasks=calvin_abcd.FIXTURE_TASKS, pack=True, **RECORD)
     counts = record_playtable.record(config)
     assert counts["recorded"] >= 3
     train, validation = (calvin.open_dataset(data, split) for split in ("training", "validation"))
-    assert {e.task for e in train.episodes + validation.episodes} <= set(record_playtable.FIXTURE_TASKS)
+    assert {e.task for e in train.episodes + validation.episodes} <= set(calvin_abcd.FIXTURE_TASKS)
     for dataset, held_out in ((train, False), (validation, True)):
         for episode in dataset.episodes:
             known = tasks.TASKS[episode.task]
@@ -95,3 +83,27 @@ def test_recorded_demonstrations_train_a_policy_that_rolls_out(tmp_path):
     assert list(report.parent.glob("film_*"))
     assert evaluate.evaluate(rollout) == report  # finished: nothing is run again
     assert (report.parent / "results-000.jsonl").read_text().splitlines() == lines
+
+
+@pytest.mark.slow
+def test_main_job_records_trains_rolls_out_and_keeps_the_best(tmp_path):
+    small = cli.override(
+        calvin_abcd.FIXTURES,
+        **{
+            "data.root": str(tmp_path / "data"), "train.output": str(tmp_path / "run"), "train.steps": 4,
+            "train.batch_size": 8, "evaluation.episodes": 0, "demonstrations.episodes": 3,
+            "demonstrations.validation_episodes": 1, "demonstrations.image_size": (48, 32),
+            "demonstrations.chain_length": 2,
+            "rollouts.trials": 4, "rollouts.tables": 2, "rollouts.max_steps": 12, "rollouts.image_size": (48, 32),
+            "rollouts.films": 1, "rollouts.every": 2, "rollouts.select": "best",
+        },
+    )  # fmt: skip
+    output = run.train("playtable_fixtures", small)
+    text = (output / "report.md").read_text()
+    assert text.startswith("# PlayTable: playtable_fixtures")
+    assert "playtable-D" in text
+    for picture in ("strips.png", "per_task.png", "film_0000.gif"):
+        assert (output / "rollouts" / picture).exists()
+    assert (output / "best" / "4").is_dir()  # all score 0: of equals the latest
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "rollouts/score" in row] == [2, 4]

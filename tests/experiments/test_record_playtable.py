@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 
 from experiments import record_playtable
-from robovlms_jax.data import calvin
+from robovlms_jax.data import calvin, packing
 
 
-def fake_chains(config, scenes, episodes, seed, begin):
+def fake_chains(config, scenes, seed, numbers):
     """Chain k has k % 3 segments of 3 frames; every number in it says which chain and frame it is."""
-    for k in range(begin, episodes):
+    for k in numbers:
         segments = []
         for i in range(k % 3):
             marks = 1000.0 * seed + 10.0 * k + i + np.zeros((3, 1)) + np.arange(3)[:, None] / 4
             images = {camera: np.full((3, 8, 8, 3), k, np.uint8) for camera in ("static", "wrist")}
             arrays = {"rel_actions": marks.repeat(7, 1), "actions": marks.repeat(7, 1)}
             arrays |= {"robot_obs": marks.repeat(15, 1), "scene_obs": marks.repeat(24, 1)}
-            segments.append(record_playtable.Segment(k, "open_drawer", images, arrays))
-        yield segments, 3
+            segments.append(record_playtable.Segment("open_drawer", images, arrays))
+        yield k, segments, 3
 
 
 @pytest.fixture(autouse=True)
@@ -65,10 +65,9 @@ def test_a_killed_recording_goes_on_as_if_nothing_had_happened(tmp_path, monkeyp
     assert counts == {"attempted": 27, "recorded": 9, "frames": 27}
     with monkeypatch.context() as patch:
         stop_after(patch, calls, KeyboardInterrupt())  # nothing gets a chance to clean up
-        patch.setattr(record_playtable._SplitWriter, "discard_unfinished", lambda self: None)
         with pytest.raises(KeyboardInterrupt):
             record_playtable.record(config(tmp_path / "parts"))
-    journal = tmp_path / "parts" / "training" / "recording.jsonl"
+    journal = tmp_path / "parts" / "journal" / "training" / "recording.jsonl"
     journal.write_text(journal.read_text() + '{"frames": 3, "att')  # killed while it wrote a line
     assert record_playtable.record(config(tmp_path / "parts")) == counts
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
@@ -83,7 +82,7 @@ def test_a_killed_recording_goes_on_as_if_nothing_had_happened(tmp_path, monkeyp
 def test_a_full_disk_leaves_a_dataset_that_can_be_read(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 12, OSError(errno.ENOSPC, "No space left on device"))
-        with pytest.raises(OSError, match=r"No space left.*training keeps the 4 chains.*same command goes on"):
+        with pytest.raises(OSError, match=r"No space left.*keeps the 4 chains of training.*same command goes on"):
             record_playtable.record(config(tmp_path))
     dataset = calvin.open_dataset(tmp_path, "training")
     assert [(e.start, e.end) for e in dataset.episodes] == [(0, 2), (3, 5), (6, 8)]  # chains 1 and 2
@@ -95,7 +94,7 @@ def test_a_full_disk_leaves_a_dataset_that_can_be_read(tmp_path, monkeypatch):
 
 def test_a_full_disk_before_the_first_chain_is_said_plainly(tmp_path, monkeypatch):
     stop_after(monkeypatch, 1, OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(OSError, match=r"No space left.*keeps the 1 chains"):  # chain 0 has no frames
+    with pytest.raises(OSError, match=r"No space left.*keeps the 1 chains of training"):  # chain 0 has no frames
         record_playtable.record(config(tmp_path))
     assert not list(tmp_path.rglob("*.npz"))
 
@@ -114,7 +113,31 @@ def test_directories_that_cannot_be_used_are_refused(tmp_path):
     record_playtable.record(config(begun))
     with pytest.raises(ValueError, match=r"other settings.*max_steps: 200 there, 100 here"):
         record_playtable.record(config(begun, max_steps=100))
-    journal = begun / "training" / "recording.jsonl"
+    journal = begun / "journal" / "training" / "recording.jsonl"
     journal.write_text(journal.read_text().replace('"frames"', '"trams"'))
     with pytest.raises(ValueError, match="damaged"):
         record_playtable.record(config(begun))
+
+
+def test_a_killed_packed_recording_goes_on(tmp_path, monkeypatch):
+    counts = record_playtable.record(config(tmp_path / "whole", pack=True, image_size=(8, 8)))
+    real, count = packing.Spool.add, iter(range(1, 10**6))
+
+    def add(spool, images, arrays):
+        real(spool, images, arrays)
+        if next(count) == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing.Spool, "add", add)
+        with pytest.raises(KeyboardInterrupt):
+            record_playtable.record(config(tmp_path / "parts", pack=True, image_size=(8, 8)))
+    assert record_playtable.record(config(tmp_path / "parts", pack=True, image_size=(8, 8))) == counts
+    for split in ("training", "validation"):
+        whole, parts = (calvin.open_dataset(tmp_path / name, split) for name in ("whole", "parts"))
+        assert whole.episodes == parts.episodes
+        np.testing.assert_array_equal(whole.actions(whole.frame_ids), parts.actions(parts.frame_ids))
+    assert not list(tmp_path.rglob("*.raw"))
+    # a packed split cannot grow
+    with pytest.raises(ValueError, match="episodes: 6 there, 9 here"):
+        record_playtable.record(config(tmp_path / "parts", pack=True, image_size=(8, 8), episodes=9))

@@ -124,6 +124,9 @@ _LAYOUTS: Mapping[str, _Layout] = {
 }
 # fmt: on
 SCENES = tuple(_LAYOUTS)
+RANDOM = "random-"
+"""Names of random tables begin so; see `make_scene`."""
+_BUTTON_M = {"A": (-0.30, -0.06), "B": (0.05, 0.30)}  # x of a random table's button, where no block starts
 
 _APART_M = 0.1  # between blocks that a random start puts on the table
 _SHELF_Y_M = 0.0924
@@ -204,11 +207,69 @@ BOX_MATERIAL = np.array([part.material for part in _MADE])
 """str[N]: "wood", "front" (wood of door and drawer), "pedestal", "handle", "lamp", "black" or "floor"."""
 
 
+class _Variant(NamedTuple):
+    """A layout, and which of A to D its table top and its cabinet are like."""
+
+    layout: _Layout
+    table: str
+    cabinet: str
+    shift: float
+    """m, how far the cabinet's parts are moved along x."""
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for what `make_scene` does not know."""
+    number = name.removeprefix(RANDOM)
+    if name not in _LAYOUTS and (number == name or not number.isdecimal()):
+        raise ValueError(f"unknown scene {name!r}; known scenes: {', '.join(SCENES)}, {RANDOM}0, {RANDOM}1, ...")
+
+
+def _variant(name: str) -> _Variant:
+    check_name(name)
+    if name in _LAYOUTS:
+        return _Variant(_LAYOUTS[name], name, name, 0.0)
+    rng = np.random.default_rng(int(name.removeprefix(RANDOM)))
+    table, cabinet = rng.choice(["A", "B"]), rng.choice(["A", "B", "C"])
+    top, back = _LAYOUTS[table], _LAYOUTS[cabinet]
+    button = float(rng.uniform(*_BUTTON_M[table]))
+    shift, switch = (float(x) for x in rng.uniform(-0.02, 0.02, 2))
+    woods = np.array([_LAYOUTS[seen].wood for seen in "ABC"])
+    wood = np.clip(rng.dirichlet(np.ones(3)) @ woods + rng.normal(0.0, 15.0, 3), 30, 250)
+    layout = _Layout(
+        button=button,
+        switch=back.switch + switch,
+        slider=back.slider + shift,
+        slider_range=back.slider_range,
+        drawer=float(rng.uniform(0.09, 0.19)),
+        panels=(back.panels[0] + shift, back.panels[1] + shift),
+        area=top.area,
+        sizes=tuple(str(size) for size in rng.permutation(list(_LENGTH_M))),
+        wood=tuple(wood),
+        front=tuple(wood * rng.uniform(0.85, 1.0)),
+        grain=(float(rng.integers(1, 7)), rng.uniform(0.05, 0.16), rng.uniform(0.3, 2.0)),
+    )
+    return _Variant(layout, table, cabinet, shift)
+
+
+def initial_obs(condition: tasks.Condition, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """`tasks.initial_state` for random tables too: robot_obs float64[15], scene_obs float64[24]."""
+    variant = _variant(name)
+    robot_obs, scene_obs = tasks.initial_state(condition, variant.table)
+    table, cabinet = tasks.SCENES[variant.table], tasks.SCENES[variant.cabinet]
+    scene_obs[0] = cabinet.slider_left_m if condition["slider"] == "left" else 0.0
+    for color in BLOCKS:
+        place = condition[f"{color}_block"]
+        if place != "table":
+            slot = 6 + 6 * table.block_order.index(color)
+            scene_obs[slot] = cabinet.shelf_x_m[place == "slider_right"] + variant.shift
+    return robot_obs, scene_obs
+
+
 def make_scene(name: str) -> Scene:
-    """The table variant "A", "B", "C" or "D"."""
-    if name not in _LAYOUTS:
-        raise ValueError(f"unknown scene {name!r}; known scenes: {', '.join(SCENES)}.")
-    at = _LAYOUTS[name]
+    """The table "A", "B", "C" or "D", or "random-N", drawn from the seed N: a cabinet like that of A, B or C, moved by up
+    to 2 cm, button and drawer anywhere in their ranges, sizes of blocks exchanged, other colours.
+    """
+    at, table, _, _ = _variant(name)
     parts = _parts(at)
     colors = {**_COLORS, "wood": at.wood, "pedestal": at.wood, "front": at.front}
     rotation = np.stack([_LEANING if part.leaning else np.eye(3) for part in parts])
@@ -218,7 +279,7 @@ def make_scene(name: str) -> Scene:
         joint_axis=np.array([[-1, 0, 0], [0, -1, 0], [0, 0, -1], LEAN]),
         joint_range=np.array([at.slider_range, 0.22, 0.02, 0.088]),
         block_half=np.array([[_LENGTH_M[size] / 2, 0.02, 0.02] for size in at.sizes]),
-        block_slot=np.array([tasks.SCENES[name].block_order.index(color) for color in BLOCKS], np.int32),
+        block_slot=np.array([tasks.SCENES[table].block_order.index(color) for color in BLOCKS], np.int32),
         box_color=np.array([colors[part.material] for part in parts]) / 255,
         grain=_wood(*at.grain),
         anchors=Anchors(

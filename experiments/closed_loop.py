@@ -1,0 +1,113 @@
+"""The closed loop of a training run: demonstrations recorded before it, rollouts on PlayTable during and after it."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import shutil
+import time
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from experiments import record_playtable
+from robovlms_jax.config import DemonstrationConfig, ExperimentConfig, RolloutConfig
+from robovlms_jax.envs import tasks as calvin_tasks
+from robovlms_jax.envs.playtable.env import PlayTables
+from robovlms_jax.evaluation import chains, rollout, rollout_metrics, rollout_report
+from robovlms_jax.evaluation.execution import ExecutedBatch
+from robovlms_jax.evaluation.rollout import Recording, Rules, Trial
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies.rollout import BatchedVLAPolicy, EncodeText
+from robovlms_jax.policies.vla import VLA
+from robovlms_jax.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def ensure_demonstrations(config: DemonstrationConfig, root: str) -> None:
+    """Record demonstrations to `root` unless they are there; a recording that was stopped goes on.
+
+    Raises:
+      ValueError, FileExistsError: `root` holds demonstrations recorded otherwise, or something else.
+    """
+    if jax.process_index() == 0:
+        logger.info("%d chains of scripted demonstrations on PlayTable in %s", config.episodes, root)
+        begin = time.perf_counter()
+        recording = record_playtable.RecordConfig(**vars(config), out=root, pack=True)
+        counts = record_playtable.record(recording) | {"seconds": time.perf_counter() - begin}
+        logger.info("%(recorded)d of %(attempted)d succeeded, %(frames)d frames, %(seconds)d s", counts)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("demonstrations")
+
+
+def playtable_trials(config: RolloutConfig, train_scenes: Sequence[str] = (), *, held_out: bool = False) -> list[Trial]:
+    """What is asked: single tasks, or the first official chains."""
+    if config.tasks:
+        chosen = chains.single_tasks(config.tasks, config.trials)
+    else:
+        chosen = calvin_tasks.official_chains()[: config.trials]
+    return chains.chain_trials(chosen, scene=config.scene, train_scenes=train_scenes, held_out=held_out)
+
+
+class ClosedLoop:
+    """Holds what does not change between rollouts: tables, trials, and where to write."""
+
+    def __init__(self, model: VLA, mesh: Mesh, config: ExperimentConfig, encode: EncodeText, output: pathlib.Path):
+        rollouts = config.rollouts
+        self._model, self._mesh, self._config, self._encode = model, mesh, rollouts, encode
+        self._output = output / "rollouts"
+        self._name = str(output)
+        scenes = config.demonstrations.scenes if config.demonstrations.episodes else ()
+        self._trials = playtable_trials(rollouts, scenes)
+        self._rules = Rules(max_steps=rollouts.max_steps)
+        size = min(rollouts.tables, len(self._trials))
+        self._tables = PlayTables(
+            rollouts.scene, size, image_sizes=dict(zip(("static", "wrist"), rollouts.image_size, strict=True))
+        )
+        self._policy: BatchedVLAPolicy | None = None
+
+    def numbers(self, state: TrainState) -> dict[str, float]:
+        """Roll the policy out. Returns `score` (tasks in a row on average), and success per task under task/NAME."""
+        executed = ExecutedBatch(self._acting(state), self._config.execution)
+        results = list(rollout.run(executed, self._tables, self._trials, self._rules))
+        summary = rollout_metrics.summarize(results)
+        return {"score": summary.average_length.value} | {
+            f"task/{name}": rate.value for name, rate in summary.per_task.items()
+        }
+
+    def report(self, state: TrainState) -> str:
+        """Roll out, write rollouts/ (tables, results, films), and return a Markdown section for the run's report."""
+        shutil.rmtree(self._output, ignore_errors=True)  # results of another state of this run
+        films: list[Recording] = []
+        count = len(self._trials)
+        chosen = {self._trials[i * count // self._config.films].index for i in range(min(self._config.films, count))}
+        evaluation = chains.evaluate(
+            self._acting(state),
+            self._tables,
+            self._trials,
+            self._output,
+            policy_name=self._name,
+            execution=self._config.execution,
+            rules=self._rules,
+            film=chosen,
+            on_recording=films.append,
+        )
+        films.sort(key=lambda recording: recording.trial.index)
+        paths = [rollout_report.write_film(r, self._output / f"film_{r.trial.index:04d}") for r in films]
+        title = f"{evaluation.setup['env']}, closed loop"
+        rollout_report.write_report(self._output, [evaluation], title=title, films=paths)
+        if films:
+            rollout_report.draw_strips(films).save(self._output / "strips.png")
+        return rollout_report.section(evaluation, self._output.name, strips=bool(films))
+
+    def _acting(self, state: TrainState) -> BatchedVLAPolicy:
+        # Replicated, so this works on any mesh; every host rolls out the same.
+        params = jax.jit(lambda params: params, out_shardings=meshes.replicated(self._mesh))(state.params)
+        params = multihost_utils.process_allgather(params) if jax.process_count() > 1 else params
+        if self._policy is None:
+            self._policy = BatchedVLAPolicy(self._model, params, self._encode, slots=self._tables.size)
+        self._policy.params = params  # the compiled step is kept
+        return self._policy
