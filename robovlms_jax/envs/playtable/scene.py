@@ -266,8 +266,8 @@ def initial_obs(condition: tasks.Condition, name: str) -> tuple[np.ndarray, np.n
 
 
 def make_scene(name: str) -> Scene:
-    """The table "A", "B", "C" or "D", or "random-N", drawn from the seed N: a cabinet like that of A, B or C, moved by up
-    to 2 cm, button and drawer anywhere in their ranges, sizes of blocks exchanged, other colours.
+    """The table "A", "B", "C" or "D", or "random-N", drawn from the seed N: a cabinet like that of A, B or C, moved by
+    up to 2 cm, button and drawer anywhere in their ranges, sizes of blocks exchanged, other colours.
     """
     at, table, _, _ = _variant(name)
     parts = _parts(at)
