@@ -1,8 +1,17 @@
+"""Tables drawn at random."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from robovlms_jax.envs import tasks
+from robovlms_jax.envs.playtable import scene
 
 
 def test_random_tables_differ_and_start_like_the_others():
-    # Fails if two seeds give one table, a seed gives two, a button stands where a block starts, or a door stands open by
-    # more than it can slide.
+    # Fails if two seeds give one table, a seed gives two, a button stands where a block starts, or a door stands open
+    # by more than it can slide.
     condition = tasks.initial_conditions()[3]
     names = [f"random-{i}" for i in range(6)]
     buttons = [float(scene.make_scene(name).anchors.button_top[0]) for name in names]
