@@ -194,20 +194,17 @@ def open_dataset(
     if not isinstance(entry, entries.Entry):
         entry = entries.infer(label, fields, entry)
     splits = shard_index.read_splits(directory)
-    for needed in ("train",):
-        if needed not in splits:
-            raise ValueError(f"{directory} has no split {needed!r}; dataset_info.json lists {sorted(splits)}.")
-    own_validation = "val" in splits
-    chosen = splits["val" if split == "validation" and own_validation else "train"]
+    if "train" not in splits:
+        raise ValueError(f"{directory} has no split 'train'; dataset_info.json lists {sorted(splits)}.")
+    chosen = splits["val" if split == "validation" and "val" in splits else "train"]
     prepared = prepare(directory, chosen, fields, entry, options)
     meta, arrays = _load(prepared)
     numbers = arrays["number"]
     keep = np.ones(len(numbers), bool)
-    if not own_validation:
-        total = meta["num_records"]
-        border = min(round(total * (1 - HELD_OUT_SHARE)), total - 1) if total > 1 else 1
-        held_out = numbers >= border if total > 1 else np.zeros(len(numbers), bool)
-        keep = held_out if split == "validation" and total > 1 else ~held_out
+    total = meta["num_records"]
+    if "val" not in splits and total > 1:  # a single episode is both
+        border = min(round(total * (1 - HELD_OUT_SHARE)), total - 1)
+        keep = numbers >= border if split == "validation" else numbers < border
     episodes = _select(meta, arrays, keep, entry, options, str(directory))
     if not episodes:
         raise ValueError(
