@@ -24,6 +24,7 @@ import tyro
 from flax.traverse_util import flatten_dict
 
 from robovlms_jax import build, load, upstream
+from robovlms_jax.backbones import base as backbones
 from robovlms_jax.config import AuxiliaryConfig, ExperimentConfig, PolicyConfig, to_dict
 from robovlms_jax.data import statistics
 from robovlms_jax.inputs import tokenizers
@@ -74,7 +75,8 @@ def main(config: ConvertConfig) -> dict[str, Any]:
     experiment = _experiment(config)
     source = upstream.open_checkpoint(config.source, experiment.policy.num_queries)
     files = tokenizers.resolve_weights(experiment.backbone.weights, tensors=False)
-    backbone = build.open_backbone(dataclasses.replace(experiment.backbone, weights=str(files)), [])
+    backbones.from_directory(files), tokenizers.load_tokenizer(files)  # what they lack is said with the user's path
+    backbone = build.backbone_from_assets(experiment.backbone, tokenizers.read_assets(files))
     model = build.make_model(experiment, backbone.vlm)
 
     params, table, report = _convert(config, model, source, experiment.backbone.dtype)

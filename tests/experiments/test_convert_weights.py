@@ -100,6 +100,7 @@ def test_missing_and_left_over_tensors_are_listed_and_only_taken_when_allowed(re
         ({"source": "nowhere.pt"}, r"nowhere\.pt does not exist"),
         ({"config": "nowhere.json"}, r"no file nowhere\.json"),
         ({"backbone": "nowhere"}, "no directory nowhere"),
+        ({"backbone": "experiments"}, r"experiments/config\.json does not exist"),
     ],
 )
 def test_wrong_paths_are_named(release, tmp_path, change, message):

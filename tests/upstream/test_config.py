@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from robovlms_jax import upstream
+from robovlms_jax.backbones import base as backbones
 from robovlms_jax.config import ExperimentConfig, from_dict, to_dict
 from robovlms_jax.data.registry import mixtures
 from robovlms_jax.policies.heads import base as heads
@@ -18,6 +19,11 @@ from tests.upstream import published
 
 KOSMOS = next(name for name in published.NAMES if name.endswith("use-hand_ws-16_act-10.json"))
 BRIDGE = next(name for name in published.NAMES if "bridge_finetune" in name)
+
+WITHOUT_BACKBONE = {
+    *("flamingo-mpt-1b", "llava-mpt-7b", "moondream2", "paligemma-3b-224", "qwen-vl", "uform-gen2-qwen-500m"),
+}
+"""Names that published files map to and that may not be registered."""
 
 
 def flatten(values: dict[str, Any]) -> dict[str, Any]:
@@ -338,3 +344,9 @@ def test_heads_and_spaces_that_do_not_go_together_are_refused():
         values["act_head"][key] = value
         with pytest.raises(ValueError, match="go together"):
             upstream.to_experiment(values)
+
+
+def test_backbones_have_the_names_they_are_registered_by():
+    # Each file loads whether or not its backbone is there; opening one that is not lists those that are.
+    missing = {name for _, _, name in tables.BACKBONES.values()} - set(backbones.names())
+    assert missing <= WITHOUT_BACKBONE
