@@ -325,11 +325,11 @@ def _require_same_budget(output: pathlib.Path, config: CompareConfig) -> None:
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]], budget: Mapping[str, Any]) -> str:
-    data = budget["data"] or f"{budget['episodes']} recorded chains"
+    recorded = f"{budget['episodes']} recorded chains of PlayTable, tables A to C"
     lines = [
         "# Structures compared on PlayTable",
         "",
-        f"Trained on {data} of PlayTable (tables A to C, {len(budget['tasks'])} tasks), {budget['steps']} steps of "
+        f"Trained on {budget['data'] or recorded} ({len(budget['tasks'])} tasks), {budget['steps']} steps of "
         f"{budget['batch_size']} windows each, on {jax.devices()[0].device_kind}; {budget['trials']} single tasks on "
         f"table D, at most {budget['max_steps']} steps each. Error: mean absolute translation error per step and axis "
         "on held-out demonstrations. One seed: the interval (95 %) is that of the rollouts, not of training again. "
