@@ -115,6 +115,37 @@ FULL = dataclasses.replace(
     ),
 )
 
+
+def like_upstream(
+    preset: str, backbone: str, *, frozen: str = "", readout: str = "action_query", **changes: int
+) -> ExperimentConfig:
+    """Upstream's CALVIN configs of the other backbones: the static camera alone, W = 8.
+
+    frozen: expression for parameters of the backbone that stay as they are.
+    """
+    trainable = (rf"^(?!backbone/({frozen})/)",) if frozen else KOSMOS.train.trainable
+    return dataclasses.replace(
+        KOSMOS,
+        backbone=dataclasses.replace(KOSMOS.backbone, name=backbone, **changes),
+        policy=dataclasses.replace(KOSMOS.policy, window=8, cameras=("static",), readout=readout),
+        data=dataclasses.replace(KOSMOS.data, windows_per_segment=8),
+        train=dataclasses.replace(KOSMOS.train, output=f"runs/{preset}", trainable=trainable),
+    )
+
+
+OTHERS = {
+    "paligemma_lstm": ("paligemma-3b-224", {}),
+    "llava_mpt_lstm": ("llava-mpt-7b", {"frozen": "text/embed"}),
+    "qwen_vl_lstm": ("qwen-vl", {"frozen": "vision|connector"}),
+    "moondream_lstm": ("moondream2", {"resampler_latents": 64}),
+    "uform_lstm": ("uform-gen2-qwen-500m", {"readout": "pool"}),
+    # Not among upstream's.
+    "paligemma2_lstm": ("paligemma2-3b-224", {}),
+    "llava_lstm": ("llava-1.5-7b", {}),
+    "qwen2_5_vl_lstm": ("qwen2.5-vl-3b", {}),
+    "smolvlm_lstm": ("smolvlm2-500m", {}),
+}
+
 PRESETS = {
     "playtable_fixtures": FIXTURES,
     "playtable_full": FULL,
@@ -146,6 +177,7 @@ PRESETS = {
             KOSMOS.train, output="runs/kosmos_lstm_lora", trainable=("lora_", "^head/", "^readout/"), batch_size=32
         ),
     ),
+    **{preset: like_upstream(preset, name, **changes) for preset, (name, changes) in OTHERS.items()},
 }
 
 

@@ -23,7 +23,6 @@ from robovlms_jax.config import ExperimentConfig, to_dict
 from robovlms_jax.data import base as datasets
 from robovlms_jax.data import language, mixing, opening, pipeline
 from robovlms_jax.data import statistics as data_statistics
-from robovlms_jax.inputs import prompts
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.rollout import EncodeText
 from robovlms_jax.policies.vla import VLA
@@ -92,10 +91,10 @@ def prepare(config: ExperimentConfig) -> Setup:
         backbone = chaining.open_backbone(config.backbone, config.train.init_from)
     else:
         backbone = build.open_backbone(config.backbone, instructions)
-    length = config.data.text_length or prompts.longest(backbone.tokenizer, backbone.vlm.prompt, instructions)
+    length = config.data.text_length or backbone.longest(instructions)
 
     def encode(instruction: str) -> tuple[np.ndarray, np.ndarray]:
-        return prompts.encode(backbone.tokenizer, backbone.vlm.prompt, instruction, length)
+        return backbone.encode(instruction, length)
 
     embed = _sentence_embeddings(config, instructions)
     training = _source(config, opened["training"], encode, variation, embed)

@@ -44,23 +44,32 @@ RESAMPLER = Fresh(r"^resampler/", "resamplers are born with the run")
 class Backbone:
     """A backbone's architecture, its tokenizer, and the small files both came from (they travel inside checkpoints).
 
-    directory: where its weights are; None = random parameters.
+    directories: where its weights are; none = random parameters.
     """
 
     vlm: backbones.VLMConfig
     tokenizer: PreTrainedTokenizerBase
     assets: Mapping[str, str]
-    directory: pathlib.Path | None = None
+    directories: tuple[pathlib.Path, ...] = ()
 
     def encoder(self, length: int) -> EncodeText:
         """Instruction -> (int32[T], bool[T]) with T = `length`, or the next multiple of 8 that a longer prompt
         needs."""
 
         def encode(instruction: str) -> tuple[np.ndarray, np.ndarray]:
-            need = prompts.longest(self.tokenizer, self.vlm.prompt, [instruction])
-            return prompts.encode(self.tokenizer, self.vlm.prompt, instruction, max(length, need))
+            return self.encode(instruction, max(length, self.longest([instruction])))
 
         return encode
+
+    def encode(self, instruction: str, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The instruction in this backbone's prompt; see `inputs.prompts.encode`."""
+        vlm = self.vlm
+        return prompts.encode(self.tokenizer, vlm.prompt, instruction, length, special_tokens=vlm.special_tokens)
+
+    def longest(self, instructions: Iterable[str]) -> int:
+        """The `length` that fits all instructions; see `inputs.prompts.longest`."""
+        vlm = self.vlm
+        return prompts.longest(self.tokenizer, vlm.prompt, instructions, special_tokens=vlm.special_tokens)
 
 
 def open_backbone(config: BackboneConfig, sentences: Iterable[str]) -> Backbone:
@@ -72,8 +81,8 @@ def open_backbone(config: BackboneConfig, sentences: Iterable[str]) -> Backbone:
       ValueError, FileNotFoundError: unknown name, or a directory without what is needed; names it.
     """
     if config.weights:
-        directory = tokenizers.resolve_weights(config.weights)
-        return dataclasses.replace(_open(config, directory), directory=directory)
+        directories = tuple(tokenizers.resolve_weights(part.strip()) for part in config.weights.split(","))
+        return _fit(dataclasses.replace(_open(config, directories[0]), directories=directories))
     vlm = backbones.get(config.name)
     logger.info(
         "backbone %s: random parameters, tokenizer made from the training sentences (no backbone.weights)", config.name
@@ -104,6 +113,7 @@ def _open(config: BackboneConfig, directory: pathlib.Path) -> Backbone:
         remat=config.remat,
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
+        attention=config.attention,
     )
     tokenizer = tokenizers.load_tokenizer(directory)
     if len(tokenizer) > vlm.text.vocab_size:
@@ -113,6 +123,20 @@ def _open(config: BackboneConfig, directory: pathlib.Path) -> Backbone:
             "tokenizer and config.json belong to different models."
         )
     return Backbone(vlm, tokenizer, tokenizers.read_assets(directory))
+
+
+def _fit(backbone: Backbone) -> Backbone:
+    """With what only the weights tell about the architecture, noted in the config.json that checkpoints carry."""
+    shapes = sources.open_sources(backbone.directories).shapes
+    try:
+        vlm = backbones.fit(backbone.vlm, shapes)
+    except ValueError as error:
+        raise ValueError(f"{backbone.directories[0]}: {error}") from error
+    if vlm == backbone.vlm:
+        return backbone
+    return dataclasses.replace(
+        backbone, vlm=vlm, assets={**backbone.assets, "config.json": json.dumps(backbones.to_hf_config(vlm), indent=2)}
+    )
 
 
 def _resampler(config: BackboneConfig) -> perceiver.PerceiverConfig | None:
@@ -180,15 +204,15 @@ def abstract_params(model: VLA, mesh: Mesh) -> tuple[Any, Any]:
 
 
 def init_params(model: VLA, mesh: Mesh, seed: int, backbone: Backbone | None = None) -> Any:
-    """Parameters in their shardings. The backbone's come from `backbone.directory` if it has one, tensor by tensor;
+    """Parameters in their shardings. The backbone's come from `backbone.directories` if it has any, tensor by tensor;
     the rest is random.
 
     Random values of the loaded parameters are never made: the compiler drops what is not asked for.
     """
     shapes, shardings = abstract_params(model, mesh)
     loaded: dict[str, jax.Array] = {}
-    if backbone is not None and backbone.directory is not None:
-        source = sources.open_source(backbone.directory)
+    if backbone is not None and backbone.directories:
+        source = sources.open_sources(backbone.directories)
         params = convert.load_params(model.vlm.rules, source, shapes["backbone"], shardings["backbone"])
         loaded = {f"backbone/{path}": x for path, x in flatten_dict(params, sep="/").items()}
     return fill_params(model, mesh, seed, loaded)

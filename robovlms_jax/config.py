@@ -38,8 +38,11 @@ class BackboneConfig:
     published size."""
     weights: str = ""
     """Directory with config.json, safetensors and tokenizer files, as published on the Hugging Face hub; or
-    hf://OWNER/NAME to
-    download it. Empty: random parameters."""
+    hf://OWNER/NAME to download it. Several, separated by commas, where a model's parts were published apart (LLaVA-MPT,
+    then its CLIP); the first has the config.json. Empty: random parameters."""
+    attention: Literal["causal", "prefix"] = "causal"
+    """causal: RoboVLMs' way for every backbone. prefix: images and prompt see each other in both directions, and action
+    queries follow the whole prompt, as PaliGemma was trained."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products. Parameters, norms, softmax and losses stay float32."""
     remat: bool = False
@@ -645,6 +648,13 @@ class ExperimentConfig:
             raise ValueError(
                 f"train.batch_size={size} windows is no multiple of data.windows_per_segment={per_segment}; "
                 f"try {max(size // per_segment, 1) * per_segment}."
+            )
+        if self.backbone.attention == "prefix" and (
+            self.policy.readout != "action_query" or self.policy.history == "video"
+        ):
+            raise ValueError(
+                "backbone.attention='prefix' needs policy.readout='action_query' and another history than 'video'; "
+                f"it is {self.policy.readout!r} with {self.policy.history!r}. Set backbone.attention=causal."
             )
         if self.data.compat_second_norm and self.policy.action_scaling != "quantile":
             raise ValueError(

@@ -81,6 +81,8 @@ class Tokens:
     layout: named runs of slots in order, (("image", 64), ("text", 32), ("query", 1)); static.
     group: int32[B, S], or None. Keys of a group > 0 may be attended only from inside it: the action tokens of one step,
       which later steps must not copy from.
+    offsets: int32[B, S, 1 or 3]; position encodings read `positions + offsets`. Tokens that all see each other share a
+      position, and patches may have places in time, height and width. None: zero.
     """
 
     embeds: Array
@@ -88,6 +90,7 @@ class Tokens:
     positions: Array
     layout: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False, default=())
     group: Array | None = None
+    offsets: Array | None = None
 
     def slot(self, name: str) -> slice:
         """The slots of one named run; static, so a readout is a slice."""

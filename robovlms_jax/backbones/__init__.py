@@ -1,5 +1,27 @@
 """Importing the package registers every backbone."""
 
-from robovlms_jax.backbones import kosmos2
+from robovlms_jax.backbones import (
+    deepseek_vl,
+    kosmos2,
+    llava,
+    llava_mpt,
+    moondream,
+    paligemma,
+    qwen2_5_vl,
+    qwen_vl,
+    smolvlm,
+    uform,
+)
 
-__all__ = ["kosmos2"]
+__all__ = [
+    "deepseek_vl",
+    "kosmos2",
+    "llava",
+    "llava_mpt",
+    "moondream",
+    "paligemma",
+    "qwen2_5_vl",
+    "qwen_vl",
+    "smolvlm",
+    "uform",
+]

@@ -12,15 +12,27 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from robovlms_jax.inputs.images import ImageSpec, read_image_spec
 from robovlms_jax.nn.attention import Cache
 from robovlms_jax.nn.decoder import Decoder, DecoderConfig
 from robovlms_jax.nn.linear import Lora
 from robovlms_jax.nn.perceiver import Perceiver, PerceiverConfig
-from robovlms_jax.nn.vit import ViT, ViTConfig
 from robovlms_jax.types import Tokens
 from robovlms_jax.weights.rules import Rules
+
+
+class VisionConfig(Protocol):
+    """A frozen dataclass that makes a vision tower; `nn.vit.ViTConfig` is one."""
+
+    image_size: int
+
+    def build(self, lora: Lora, remat: bool) -> nn.Module:
+        """Module: float[B, size, size, 3] -> float[B, P', vision width]."""
+
+    def tiny(self) -> VisionConfig:
+        """A shrunken twin for tests."""
 
 
 class ConnectorConfig(Protocol):
@@ -39,20 +51,35 @@ class VLMConfig:
 
     model_type: str
     """Family, by the name its config.json has."""
-    vision: ViTConfig
+    vision: VisionConfig
     text: DecoderConfig
     connector: ConnectorConfig
     image: ImageSpec
     """How frames are prepared for the vision tower."""
     prompt: str
-    """Text around the instruction, with {instruction} in it; the tokenizer adds its special tokens."""
+    """Text around the instruction, with {instruction} in it."""
     bos_id: int
-    """First token of every prompt; image tokens follow it."""
+    """The tokenizer's begin-of-text token."""
     eos_id: int
-    """Last token of every prompt; action queries come before it."""
+    """The tokenizer's end-of-text token."""
     pad_id: int
     rules: Rules = dataclasses.field(repr=False)
     """How published checkpoints become parameters."""
+    special_tokens: bool = True
+    """The tokenizer adds its special tokens to the prompt."""
+    lead: Literal[0, 1] = 1
+    """Tokens of the prompt before the images."""
+    tail: Literal[0, 1] = 1
+    """Tokens of the prompt after the action queries."""
+    image_start: tuple[int, ...] = ()
+    """Token ids before each image."""
+    image_end: tuple[int, ...] = ()
+    """Token ids after each image."""
+    image_grid: tuple[int, int] | None = None
+    """Rows and columns of an image's tokens, where the decoder reads them (M-RoPE)."""
+    attention: Literal["causal", "prefix"] = "causal"
+    """prefix: images and text see each other in both directions, and queries follow the whole prompt (PaliGemma's own
+    training); causal: upstream's way for every backbone."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products; parameters, norms and softmax stay float32."""
     remat: bool = False
@@ -76,11 +103,21 @@ class VLMConfig:
 
     def tiny(self) -> VLMConfig:
         """A shrunken twin: the same architecture, small enough for a test."""
-        vision = self.vision.tiny()
-        image = dataclasses.replace(self.image, size=vision.image_size)
+        text = self.text.tiny()
+        start, end = (tuple(i % (text.vocab_size - 39) for i in ids) for ids in (self.image_start, self.image_end))
         return dataclasses.replace(
-            self, vision=vision, text=self.text.tiny(), connector=self.connector.tiny(), image=image
+            self.resized(self.vision.tiny()),
+            text=text,
+            connector=self.connector.tiny(),
+            image_start=start,
+            image_end=end,
         )
+
+    def resized(self, vision: VisionConfig) -> VLMConfig:
+        """With another vision tower, and images and image grid of its size."""
+        grid = None if self.image_grid is None else vision.grid
+        image = dataclasses.replace(self.image, size=vision.image_size)
+        return dataclasses.replace(self, vision=vision, image=image, image_grid=grid)
 
 
 class VLM(nn.Module):
@@ -90,7 +127,7 @@ class VLM(nn.Module):
 
     def setup(self):
         c = self.config
-        self.vision = ViT(c.vision, c.lora, c.remat)
+        self.vision = c.vision.build(c.lora, c.remat)
         self.connector = c.connector.build(c.text, c.lora)
         self.text = Decoder(c.text, c.lora, c.remat)
         if c.resampler is not None:
@@ -105,10 +142,10 @@ class VLM(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Tokens:
-        """One sequence per sample: [first text token] [images] [rest of the text] [queries].
+        """One sequence per sample: [first text token, if `lead`] [images] [rest of the text] [queries].
 
-        Queries lie in the last slots, but their positions put them right before the last real text token (eos), which
-        moves behind them. Seen through positions that is upstream's [bos][images][text][queries][eos] for a single
+        Queries lie in the last slots, but their positions put them right before the last `tail` real text tokens (eos),
+        which move behind them. Seen through positions that is upstream's [bos][images][text][queries][eos] for a single
         prompt, and it stays so for a padded one, where upstream's queries would come after eos and padding.
 
         Args:
@@ -117,34 +154,90 @@ class VLM(nn.Module):
           text_ids: int32[B, T], special tokens included, padded on the right. text_mask: bool[B, T], True = real token.
           queries: float[Q, D], or float[B, Q, D] where they differ between samples, or None for a plain prompt.
         Returns:
-          Tokens with S = T + P * cameras + Q slots in runs "bos", "image", "text" and, with queries, "query".
+          Tokens with S = T + P * cameras + Q slots in runs "bos", "image", "text" and, with queries, "query". P counts
+          the tokens around an image, too.
         """
+        c = self.config
         batch, text_length = text_ids.shape
         chex.assert_shape(text_mask, (batch, text_length))
-        text = self.text.embed(text_ids).astype(self.config.dtype)
-        image = self.encode_images(images, deterministic=deterministic) if images else text[:, :0]
+        text = self.text.embed(text_ids).astype(c.dtype)
+        image = self._image_run(images, deterministic=deterministic) if images else text[:, :0]
         num_image = image.shape[1]
         num_queries = 0 if queries is None else queries.shape[-2]
+        causal = c.attention == "causal"
 
         order = jnp.cumsum(text_mask, axis=1) - 1  # place among the real text tokens; padding repeats the last one's
-        last = jnp.maximum(order[:, -1:], 1)  # never the first token: images follow it whatever the prompt
-        text_positions = (
-            jnp.maximum(order, 0) + jnp.where(order > 0, num_image, 0) + jnp.where(order == last, num_queries, 0)
-        )
-        image_positions = jnp.broadcast_to(1 + jnp.arange(num_image), (batch, num_image))
+        # Text tokens before the queries; never fewer than those before the images, whatever the prompt.
+        before = jnp.maximum(order[:, -1:] + 1 - (c.tail if causal else 0), c.lead)
 
-        embeds = [text[:, :1], image, text[:, 1:]]
-        mask = [text_mask[:, :1], jnp.ones((batch, num_image), bool), text_mask[:, 1:]]
-        positions = [text_positions[:, :1], image_positions, text_positions[:, 1:]]
-        layout = [("bos", 1), ("image", num_image), ("text", text_length - 1)]
-        if queries is not None:
-            queries = jnp.broadcast_to(queries.astype(text.dtype), (batch, num_queries, self.config.width))
-            embeds.append(queries)
-            mask.append(jnp.ones((batch, num_queries), bool))
-            positions.append(last + num_image + jnp.arange(num_queries))
-            layout.append(("query", num_queries))
-        embeds, mask, positions = (jnp.concatenate(parts, axis=1) for parts in (embeds, mask, positions))
-        return Tokens(embeds, mask, positions.astype(jnp.int32), tuple(layout))
+        def text_places(num_image: int) -> jax.Array:
+            return (
+                jnp.maximum(order, 0)
+                + jnp.where(order >= c.lead, num_image, 0)
+                + jnp.where(order >= before, num_queries, 0)
+            )
+
+        def arrange(first: jax.Array, image: jax.Array, rest: jax.Array, queries: jax.Array) -> jax.Array:
+            return jnp.concatenate([first, image, rest, queries], axis=1)
+
+        def everywhere(x: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(x, (batch, *x.shape))
+
+        run = jnp.zeros((0, c.width)) if queries is None else queries
+        run = jnp.broadcast_to(run.astype(text.dtype), (batch, num_queries, c.width))
+        embeds = arrange(text[:, : c.lead], image, text[:, c.lead :], run)
+        real = everywhere(jnp.ones(num_image, bool)), everywhere(jnp.ones(num_queries, bool))
+        mask = arrange(text_mask[:, : c.lead], real[0], text_mask[:, c.lead :], real[1])
+        at = text_places(num_image)
+        query_positions = before + num_image + jnp.arange(num_queries)
+        image_positions = everywhere(c.lead + jnp.arange(num_image))
+        positions = arrange(at[:, : c.lead], image_positions, at[:, c.lead :], query_positions).astype(jnp.int32)
+        layout = [("bos", c.lead), ("image", num_image), ("text", text_length - c.lead)]
+        layout += [] if queries is None else [("query", num_queries)]
+
+        offsets = None
+        if c.image_grid is not None and c.resampler is None:
+            # Every patch has its row and column; text goes on after the larger of them.
+            grid, advance = self._image_places(len(images))
+            at, image = jnp.repeat(text_places(advance)[..., None], 3, axis=-1), everywhere(c.lead + jnp.asarray(grid))
+            queries = jnp.repeat((before + advance + jnp.arange(num_queries))[..., None], 3, axis=-1)
+            places = arrange(at[:, : c.lead], image, at[:, c.lead :], queries).astype(jnp.int32)
+            offsets = places - positions[..., None]
+        if not causal:
+            last = (before + num_image - 1).astype(jnp.int32)  # the position that the whole prompt shares
+            is_query = jnp.arange(positions.shape[1]) >= positions.shape[1] - num_queries
+            shared = jnp.where(is_query, positions, last)
+            offsets = (positions - shared)[..., None] + (0 if offsets is None else offsets)
+            positions = shared
+        return Tokens(embeds, mask, positions, tuple(layout), offsets=offsets)
+
+    def _image_run(self, images: Mapping[str, jax.Array], *, deterministic: bool) -> jax.Array:
+        """Tokens of all cameras, each image between `image_start` and `image_end`: float[B, P * cameras, D]."""
+        c = self.config
+        x = self.encode_images(images, deterministic=deterministic)
+        if not c.image_start and not c.image_end:
+            return x
+        x = x.reshape(x.shape[0], len(images), -1, c.width)
+
+        def around(ids: tuple[int, ...]) -> jax.Array:
+            embeds = self.text.embed(jnp.asarray(ids, jnp.int32)).astype(x.dtype)
+            return jnp.broadcast_to(embeds, (*x.shape[:2], len(ids), c.width))
+
+        x = jnp.concatenate([around(c.image_start), x, around(c.image_end)], axis=2)
+        return x.reshape(x.shape[0], -1, c.width)
+
+    def _image_places(self, cameras: int) -> tuple[np.ndarray, int]:
+        """Time, height, width of image tokens, counted from the first: int[P * cameras, 3]; and of what follows."""
+        c = self.config
+        rows, columns = c.image_grid
+        grid = np.stack([np.zeros((rows, columns), int), *np.indices((rows, columns))], -1).reshape(-1, 3)
+        runs, at = [], 0
+        for _ in range(cameras):
+            for ids in (c.image_start, None, c.image_end):
+                count = max(rows, columns) if ids is None else len(ids)
+                runs.append(at + (grid if ids is None else np.repeat(np.arange(count)[:, None], 3, axis=1)))
+                at += count
+        return np.concatenate(runs or [grid[:0]]), at
 
     def encode_images(self, images: Mapping[str, jax.Array], *, deterministic: bool = True) -> jax.Array:
         """camera -> float[B, size, size, 3] to float[B, P * cameras, D], cameras in the order given."""
@@ -162,7 +255,13 @@ class VLM(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states float[B, S, D], and the cache extended by these tokens where one is given."""
         return self.text(
-            tokens.embeds, tokens.mask, tokens.positions, cache, group=tokens.group, deterministic=deterministic
+            tokens.embeds,
+            tokens.mask,
+            tokens.positions,
+            cache,
+            group=tokens.group,
+            offsets=tokens.offsets,
+            deterministic=deterministic,
         )
 
     def embed_ids(self, ids: jax.Array) -> jax.Array:
@@ -193,39 +292,73 @@ class Section:
     """One part of a config.json and the configuration dataclass it fills."""
 
     name: str
-    """Key of the part, such as "vision_config"."""
+    """Key of the part, such as "vision_config"; empty: the top level."""
     fields: Mapping[str, tuple[str, ...]]
-    """Field of the dataclass -> its names in the file; the first is written, any is read (legacy and new spellings)."""
-    fixed: Mapping[str, Any]
+    """Field of the dataclass -> its names in the file, "a.b" for one inside another; the first is written, any is read
+    (legacy and new spellings)."""
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of the file that the model can only have with this value."""
 
     def read(self, values: Mapping[str, Any], default: Any) -> Any:
         """`default` with what the file says. Raises ValueError where it asks for a variant the model does not have."""
-        part = {key: value for key, value in (values.get(self.name) or {}).items() if value is not None}
+        part = self.part(values)
         for key, supported in self.fixed.items():
-            if part.get(key, supported) != supported:
-                raise ValueError(f"{self.name}.{key}={part[key]!r} is not supported; this model has {supported!r}.")
+            found = _lookup(part, key, supported)
+            if found != supported:
+                raise ValueError(f"{self.prefix}{key}={found!r} is not supported; this model has {supported!r}.")
         found = {}
         for field, keys in self.fields.items():
-            key = next((key for key in keys if key in part), None)
-            if key is not None:
-                found[field] = self._number(key, part[key])
+            value, key = next(((_lookup(part, key), key) for key in keys if _lookup(part, key) is not None), (None, ""))
+            if value is not None:
+                found[field] = self._number(key, value)
         return dataclasses.replace(default, **found)
 
     def write(self, config: Any) -> dict[str, Any]:
         """The part of a config.json that `read` turns into `config`."""
-        return {keys[0]: getattr(config, field) for field, keys in self.fields.items()} | dict(self.fixed)
+        found = {keys[0]: getattr(config, _EXPLICIT.get(field, field)) for field, keys in self.fields.items()}
+        out: dict[str, Any] = {}
+        for key, value in (found | dict(self.fixed)).items():
+            *path, last = key.split(".")
+            where = out
+            for step in path:
+                where = where.setdefault(step, {})
+            if value is not None:
+                where[last] = list(value) if isinstance(value, tuple) else value
+        return out
+
+    @property
+    def prefix(self) -> str:
+        """What stands before a key in messages."""
+        return f"{self.name}." if self.name else ""
+
+    def part(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """This part of a file."""
+        return (values.get(self.name) or {}) if self.name else values
 
     def _number(self, key: str, value: Any) -> Any:
         if not isinstance(value, (list, tuple)):
             return value
+        if key.endswith(("_section", "_indexes")):
+            return tuple(value)
         if len(set(value)) != 1:
-            raise ValueError(f"{self.name}.{key}={value} is not supported; expected one number, or equal ones.")
+            raise ValueError(f"{self.prefix}{key}={value} is not supported; expected one number, or equal ones.")
         return value[0]
 
 
+_EXPLICIT = {"own_head_dim": "head_dim", "num_kv_heads": "kv_heads"}
+"""Fields that None stands for -> what to write; families differ in what a missing entry means."""
+
+
+def _lookup(part: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """part["a"]["b"] for the key "a.b"; `default` where that, or anything on the way, is missing or null."""
+    value: Any = part
+    for step in key.split("."):
+        value = value.get(step) if isinstance(value, Mapping) else None
+    return default if value is None else value
+
+
 _MODELS: dict[str, Callable[[], VLMConfig]] = {}
-_FAMILIES: dict[str, tuple[Callable, Callable]] = {}
+_FAMILIES: dict[str, tuple[Callable, Callable, Callable]] = {}
 
 
 def register(name: str) -> Callable:
@@ -241,12 +374,18 @@ def register(name: str) -> Callable:
 
 
 def register_family(
-    model_type: str, read: Callable[[Mapping[str, Any]], VLMConfig], write: Callable[[VLMConfig], dict[str, Any]]
+    model_type: str,
+    read: Callable[[Mapping[str, Any]], VLMConfig],
+    write: Callable[[VLMConfig], dict[str, Any]],
+    fit: Callable[[VLMConfig, Mapping[str, tuple[int, ...]]], VLMConfig] = lambda config, tensors: config,
 ) -> None:
-    """Make a `model_type` known: how its config.json becomes a configuration, and back."""
+    """Make a `model_type` known: how its config.json becomes a configuration, and back.
+
+    fit: (configuration, tensor name -> shape) -> configuration, for what only the weights of a checkpoint can tell.
+    """
     if model_type in _FAMILIES:
         raise ValueError(f"model_type {model_type!r} is registered already, by {_FAMILIES[model_type][0].__module__}.")
-    _FAMILIES[model_type] = (read, write)
+    _FAMILIES[model_type] = (read, write, fit)
 
 
 def names() -> list[str]:
@@ -277,6 +416,14 @@ def to_hf_config(config: VLMConfig) -> dict[str, Any]:
     return _FAMILIES[config.model_type][1](config) | {"model_type": config.model_type}
 
 
+def fit(config: VLMConfig, tensors: Mapping[str, tuple[int, ...]]) -> VLMConfig:
+    """The configuration as a checkpoint's weights need it: name -> shape of all tensors. See `register_family`.
+
+    Raises ValueError for a revision that the family does not have.
+    """
+    return _FAMILIES[config.model_type][2](config, tensors)
+
+
 def from_directory(directory: str | pathlib.Path) -> VLMConfig:
     """Configuration of a published model's directory: its config.json, and its image processor's file if there is one.
 
@@ -294,7 +441,7 @@ def from_directory(directory: str | pathlib.Path) -> VLMConfig:
     except ValueError as error:  # JSONDecodeError is one
         raise ValueError(f"{path}: {error}") from error
     try:
-        image = read_image_spec(directory)
+        image = read_image_spec(directory, config.image.size)
     except FileNotFoundError:
         return config
     if image.size != config.image.size:

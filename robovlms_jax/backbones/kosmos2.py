@@ -10,15 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from robovlms_jax.backbones import base
-from robovlms_jax.inputs.images import ImageSpec
+from robovlms_jax.backbones import base, sections
 from robovlms_jax.nn.attention import Attention
 from robovlms_jax.nn.decoder import DecoderConfig
 from robovlms_jax.nn.linear import Einsum, Lora
-from robovlms_jax.nn.vit import ViTConfig
 from robovlms_jax.weights import rules
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +77,7 @@ RULES = (
 
 PUBLISHED = base.VLMConfig(  # microsoft/kosmos-2-patch14-224
     model_type="kosmos-2",
-    vision=ViTConfig(
-        image_size=224,
-        patch_size=14,
-        width=1024,
-        depth=24,
-        mlp_dim=4096,
-        num_heads=16,
-        activation="quick_gelu",
-        norm_epsilon=1e-5,
-    ),
+    vision=sections.CLIP_L,
     text=DecoderConfig(
         width=2048,
         depth=24,
@@ -99,32 +86,26 @@ PUBLISHED = base.VLMConfig(  # microsoft/kosmos-2-patch14-224
         vocab_size=65_037,
         activation="gelu",
         norm_epsilon=1e-5,
+        norm="layer",
+        sub_norm=True,
+        is_gated=False,
+        attention_bias="all",
+        mlp_bias=True,
+        positions="sinusoid",
+        head="tied",
         embed_scale=True,
         dropout=0.1,
         attention_dropout=0.1,
     ),
     connector=LatentConnectorConfig(num_latents=64),
-    image=ImageSpec(size=224, mean=CLIP_MEAN, std=CLIP_STD, interpolation="bicubic"),
+    image=sections.clip_image(224),
     prompt="<grounding>An image of a robot {instruction}",
     bos_id=0,
     eos_id=2,
     pad_id=1,
     rules=RULES,
 )
-VISION_SECTION = base.Section(
-    "vision_config",
-    fields={
-        "image_size": ("image_size",),
-        "patch_size": ("patch_size",),
-        "width": ("hidden_size",),
-        "depth": ("num_hidden_layers",),
-        "mlp_dim": ("intermediate_size",),
-        "num_heads": ("num_attention_heads",),
-        "activation": ("hidden_act",),
-        "norm_epsilon": ("layer_norm_eps",),
-    },
-    fixed={"attention_dropout": 0.0, "num_channels": 3},
-)
+VISION_SECTION = sections.vision()
 TEXT_SECTION = base.Section(
     "text_config",
     fields={
@@ -141,11 +122,7 @@ TEXT_SECTION = base.Section(
     },
     fixed={"activation_dropout": 0.0, "layerdrop": 0.0, "add_cross_attention": False, "tie_word_embeddings": True},
 )
-ID_SECTION = base.Section(
-    "text_config",
-    fields={"bos_id": ("bos_token_id",), "eos_id": ("eos_token_id",), "pad_id": ("pad_token_id",)},
-    fixed={},
-)
+ID_SECTION = dataclasses.replace(sections.IDS, name="text_config")
 
 
 @base.register("kosmos-2")

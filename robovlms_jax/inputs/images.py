@@ -172,16 +172,20 @@ def _turn_hue(images: jax.Array, share: jax.Array) -> jax.Array:
     return along + (images - along) * jnp.cos(angle) + jnp.cross(axis, images) * jnp.sin(angle)
 
 
-def read_image_spec(directory: str | pathlib.Path) -> ImageSpec:
+def read_image_spec(directory: str | pathlib.Path, flexible_size: int | None = None) -> ImageSpec:
     """Image size, mean, std and interpolation of a Hugging Face model directory.
 
     Reads preprocessor_config.json, or the `image_processor` part of processor_config.json (transformers 5 saves that).
 
+    Args:
+      flexible_size: edge for processors that leave the size to the picture (Qwen2-VL's min_pixels, max_pixels).
     Raises:
       FileNotFoundError: neither file is there.
       ValueError: a field is missing, or asks for something other than resize, 1/255 and normalise to a fixed square.
     """
     path, fields = _read_processor(pathlib.Path(directory))
+    if "image_mean" in fields and ("min_pixels" in fields or "Qwen2VL" in str(fields.get("image_processor_type"))):
+        fields = {"resample": 3, **fields, "size": flexible_size, "do_center_crop": False}
     for field in ("image_mean", "image_std", "resample"):
         if field not in fields:
             raise ValueError(f"{path} has no {field!r}; expected size, image_mean, image_std and resample.")
@@ -194,7 +198,7 @@ def read_image_spec(directory: str | pathlib.Path) -> ImageSpec:
     # A centre crop decides the final size. We scale to it directly and keep the whole picture, as upstream does.
     crop = fields.get("crop_size") if fields.get("do_center_crop", True) else None
     return ImageSpec(
-        size=_square(crop or fields.get("size"), path),
+        size=_square(crop or fields.get("max_image_size") or fields.get("size"), path),
         mean=tuple(fields["image_mean"]),
         std=tuple(fields["image_std"]),
         interpolation=_PIL_CODES[fields["resample"]],
@@ -257,7 +261,8 @@ def _read_processor(directory: pathlib.Path) -> tuple[pathlib.Path, dict[str, An
             except ValueError as error:
                 raise ValueError(f"{path} is not JSON: {error}") from error
             fields = fields.get("image_processor", fields)
-            if "image_mean" in fields or name == "preprocessor_config.json":
+            # A file of a model with its own code may hold no more than that code's name.
+            if {"image_mean", "image_std", "size", "resample"} & set(fields):
                 return path, fields
     raise FileNotFoundError(
         f"{directory} has no preprocessor_config.json and no processor_config.json with an image_processor; "
@@ -266,11 +271,11 @@ def _read_processor(directory: pathlib.Path) -> tuple[pathlib.Path, dict[str, An
 
 
 def _square(size: Any, path: pathlib.Path) -> int:
-    """The edge of `size`: 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
+    """The edge of `size`: 224, {"shortest_edge": 224}, {"longest_edge": 512} or {"height": 224, "width": 224}."""
     if isinstance(size, int):
         return size
-    if isinstance(size, dict) and set(size) == {"shortest_edge"}:
-        return size["shortest_edge"]
+    if isinstance(size, dict) and set(size) in ({"shortest_edge"}, {"longest_edge"}):
+        return next(iter(size.values()))
     if isinstance(size, dict) and set(size) == {"height", "width"} and size["height"] == size["width"]:
         return size["height"]
     raise ValueError(

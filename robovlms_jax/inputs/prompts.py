@@ -22,10 +22,12 @@ def format_prompt(template: str, instruction: str) -> str:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, template: str, instruction: str, length: int
+    tokenizer: PreTrainedTokenizerBase, template: str, instruction: str, length: int, *, special_tokens: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One prompt with the tokenizer's special tokens, padded on the right.
+    """One prompt, padded on the right.
 
+    Args:
+      special_tokens: the tokenizer adds its own around the prompt. Those that the template names are there either way.
     Returns:
       text_ids: int32[length]; padding holds the pad id, or 0 where the tokenizer has none.
       text_mask: bool[length], True = real token.
@@ -33,7 +35,7 @@ def encode(
       ValueError: the prompt has more than `length` tokens. Nothing is cut off: half a sentence can mean the opposite.
     """
     prompt = format_prompt(template, instruction)
-    ids = tokenizer(prompt)["input_ids"]
+    ids = tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"]
     if len(ids) > length:
         raise ValueError(
             f"the prompt {prompt!r} has {len(ids)} tokens but data.text_length is {length}; "
@@ -45,7 +47,14 @@ def encode(
     return padded, mask
 
 
-def longest(tokenizer: PreTrainedTokenizerBase, template: str, instructions: Iterable[str], multiple: int = 8) -> int:
+def longest(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    instructions: Iterable[str],
+    multiple: int = 8,
+    *,
+    special_tokens: bool = True,
+) -> int:
     """Tokens of the longest prompt, rounded up to a multiple: the `length` that fits all `instructions`.
 
     Raises ValueError when there are no instructions.
@@ -53,5 +62,5 @@ def longest(tokenizer: PreTrainedTokenizerBase, template: str, instructions: Ite
     prompts = sorted({format_prompt(template, instruction) for instruction in instructions})
     if not prompts:
         raise ValueError("no instructions to measure: no annotated segment (see data.root, data.episode_list).")
-    tokens = max(len(ids) for ids in tokenizer(prompts)["input_ids"])
+    tokens = max(len(ids) for ids in tokenizer(prompts, add_special_tokens=special_tokens)["input_ids"])
     return -(-tokens // multiple) * multiple

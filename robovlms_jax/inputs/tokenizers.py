@@ -6,6 +6,7 @@ transformers is imported inside the functions that need it, so importing this mo
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 HUB = "hf://"
 """Prefix of a path that names a repository on the Hugging Face hub: hf://OWNER/NAME or hf://OWNER/NAME@REVISION."""
 
+RANKS = "qwen.tiktoken"
+"""Qwen-VL's tokenizer: a line per token, base64 and its rank."""
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -24,6 +28,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "vocab.json",
     "vocab.txt",
+    RANKS,
 )
 """Any one of these makes a directory a tokenizer directory."""
 
@@ -63,9 +68,76 @@ def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
     else:
         from transformers import AutoTokenizer as Tokenizer
     try:
+        if found == [RANKS]:
+            return read_ranks(directory / RANKS)
         return Tokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # whatever each tokenizer library raises on a broken file
         raise ValueError(f"{directory} has tokenizer files {found} that cannot be read: {error}") from error
+
+
+def read_ranks(path: pathlib.Path) -> PreTrainedTokenizerBase:
+    """Qwen-VL's tokenizer from its rank file; published as code for tiktoken, here as a byte-level BPE with merges.
+
+    A rank is a token's id and the order in which it is merged. Which two tokens it is merged from is not in the file:
+    it is what the ranks below its own make of its bytes. After the ranks come the special tokens (Qwen/Qwen-VL's
+    tokenization_qwen.py): end of text, two of ChatML, 205 extras, then those around references, boxes and images.
+
+    Raises ValueError when the ranks are not a run from 0.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    lines = (line.split() for line in path.read_bytes().splitlines() if line)
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(
+            f"{path} has {len(ranks)} tokens whose ranks are not 0 to {len(ranks) - 1}; download it again."
+        )
+    letters = _byte_letters()
+    spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    merges = []
+    for token in sorted((token for token in ranks if len(token) > 1), key=ranks.get):
+        parts = _merge(token, ranks, ranks[token])
+        if len(parts) == 2:  # else no merge makes it, and it can only be asked for by its id
+            merges.append((spell[parts[0]], spell[parts[1]]))
+    tokenizer = Tokenizer(models.BPE(vocab={spell[token]: rank for token, rank in ranks.items()}, merges=merges))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
+    names += ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"]
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
+
+
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _merge(token: bytes, ranks: Mapping[bytes, int], limit: int) -> list[bytes]:
+    """A token's bytes after all merges of ranks below `limit`, lowest first."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while True:
+        pairs = [ranks.get(a + b, limit) for a, b in itertools.pairwise(parts)]
+        best = min(pairs, default=limit)
+        if best >= limit:
+            return parts
+        at = pairs.index(best)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+def _byte_letters() -> list[str]:
+    """The printable letter that byte-level BPE (Radford et al. 2019) writes for each byte."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
 
 
 def resolve_weights(path: str | pathlib.Path, *, tensors: bool = True) -> pathlib.Path:
@@ -86,7 +158,7 @@ def resolve_weights(path: str | pathlib.Path, *, tensors: bool = True) -> pathli
     repository, _, revision = str(path).removeprefix(HUB).partition("@")
     try:
         # Only what we read: many repositories hold the same weights again in other formats.
-        patterns = ["*.json", "*.txt", "*.model", *(["*.safetensors"] if tensors else [])]
+        patterns = ["*.json", "*.txt", "*.model", RANKS, *(["*.safetensors"] if tensors else [])]
         directory = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
     except (OSError, huggingface_hub.errors.HFValidationError) as error:  # no network, repository, access; bad name
         raise FileNotFoundError(

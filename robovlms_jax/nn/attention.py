@@ -10,12 +10,15 @@ import jax.numpy as jnp
 
 from robovlms_jax.nn.linear import Einsum, Lora
 from robovlms_jax.nn.norms import LayerNorm
+from robovlms_jax.nn.positions import Rotary, rotate
 
 
 def causal_mask(
     query_positions: jax.Array, key_positions: jax.Array, key_mask: jax.Array, group: jax.Array | None = None
 ) -> jax.Array:
     """Who may attend whom, by position instead of by slot: a key that is real and not later than the query.
+
+    Tokens of one position see each other, so a block of equal positions is attended in both directions.
 
     Args:
       query_positions: int32[B, S]. key_positions: int32[B, T]. key_mask: bool[B, T], True = real token.
@@ -35,6 +38,7 @@ class Cache:
 
     key, value: float[L, B, T, K, H].
     positions: int32[B, T]. mask: bool[B, T], True = real token; unwritten slots are False.
+    places: int32[B, T], where position encodings put the tokens (`positions` unless the tokens say otherwise).
     length: int32[], slots written. Decoding more than T slots in all overwrites the last ones: make T the longest use.
     """
 
@@ -42,6 +46,7 @@ class Cache:
     value: jax.Array
     positions: jax.Array
     mask: jax.Array
+    places: jax.Array
     length: jax.Array
 
     @classmethod
@@ -49,10 +54,20 @@ class Cache:
         """An empty cache of `length` slots."""
         shape = (layers, batch, length, heads, head_dim)
         positions, mask = jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, length), bool)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, mask, jnp.int32(0))
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, mask, positions, jnp.int32(0))
 
-    def extend(self, positions: jax.Array, mask: jax.Array) -> Cache:
-        """Note the next tokens, int32[B, S] and bool[B, S]; layers write their keys and values at the old `length`."""
+    def last_offset(self) -> jax.Array:
+        """int32[B]: how far position encodings stand from positions at the last token; 0 when there is none."""
+        last = jnp.argmax(jnp.where(self.mask, self.positions, -1), axis=1, keepdims=True)
+        offset = jnp.take_along_axis(self.places - self.positions, last, axis=1)[:, 0]
+        return jnp.where(self.mask.any(1), offset, 0)
+
+    def extend(self, positions: jax.Array, mask: jax.Array, places: jax.Array | None = None) -> Cache:
+        """Note the next tokens, int32[B, S] and bool[B, S]; layers write their keys and values at the old `length`.
+
+        places: int32[B, S]; None = `positions`.
+        """
+        places = positions if places is None else places
         if positions.shape[1] > self.mask.shape[1]:
             raise ValueError(
                 f"{positions.shape[1]} tokens do not fit a cache of {self.mask.shape[1]} slots; make it longer."
@@ -61,6 +76,7 @@ class Cache:
         return self.replace(
             positions=jax.lax.dynamic_update_slice(self.positions, positions, start),
             mask=jax.lax.dynamic_update_slice(self.mask, mask, start),
+            places=jax.lax.dynamic_update_slice(self.places, places, start),
             length=self.length + positions.shape[1],
         )
 
@@ -70,13 +86,19 @@ class Attention(nn.Module):
 
     With fewer `num_kv_heads` than `num_heads`, each key/value head serves a group of neighbouring query heads
     (grouped-query, Ainslie et al. 2023). `inner_norm_epsilon` puts a LayerNorm over all heads before the output
-    projection (sub-LN, arXiv:2210.06423).
+    projection (sub-LN, arXiv:2210.06423). `softcap` bends scores into (-softcap, softcap) before they are masked
+    (Gemma 2, arXiv:2408.00118).
     """
 
     num_heads: int
     head_dim: int
     num_kv_heads: int | None = None
     use_bias: bool = True
+    use_output_bias: bool | None = None
+    """Bias of the output projection; None = `use_bias`."""
+    scale: float | None = None
+    """Queries are multiplied by it; None = head_dim ** -0.5."""
+    softcap: float | None = None
     inner_norm_epsilon: float | None = None
     dropout: float = 0.0
     lora: Lora = Lora()
@@ -87,7 +109,10 @@ class Attention(nn.Module):
         x: jax.Array,
         context: jax.Array | None = None,
         *,
+        values: jax.Array | None = None,
         mask: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        rotary: Rotary | None = None,
         cache: tuple[jax.Array, jax.Array] | None = None,
         start: jax.Array | int = 0,
         deterministic: bool = True,
@@ -97,8 +122,11 @@ class Attention(nn.Module):
         Args:
           x: float[B, S, D].
           context: float[B, T, any width]; None = `x`.
+          values: what values are projected from, same shape as `context`; None = `context`.
           mask: bool[B, S, T], True = may attend; None = all. A row without any True averages all values: finite, and
             meaningless.
+          bias: float32[B or 1, N, S or 1, T], added to the scores.
+          rotary: angles of the tokens of `x`; turns queries and keys, for attention within `x`.
           cache: this layer's keys and values float[B, T, K, H] from earlier calls. The new ones are written at slot
             `start`, and `mask` speaks about all its slots.
         Returns:
@@ -114,8 +142,11 @@ class Attention(nn.Module):
             shape, axes = (inputs.shape[-1], count, size), ("embed", axis, "head_dim")
             return Einsum("BSD,DNH->BSNH", shape, axes, use_bias=self.use_bias, lora=self.lora, name=name)(inputs)
 
-        q = project("q", x, heads, "heads") * size**-0.5
-        k, v = project("k", context, kv_heads, kv_axis), project("v", context, kv_heads, kv_axis)
+        q = project("q", x, heads, "heads") * (size**-0.5 if self.scale is None else self.scale)
+        k = project("k", context, kv_heads, kv_axis)
+        v = project("v", context if values is None else values, kv_heads, kv_axis)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = (
                 jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, start, 0, 0))
@@ -127,6 +158,10 @@ class Attention(nn.Module):
         batch, length = x.shape[:2]
         q = q.reshape(batch, length, kv_heads, heads // kv_heads, size)
         scores = jnp.einsum("BSKNH,BTKH->BKNST", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+        if self.softcap is not None:
+            scores = self.softcap * jnp.tanh(scores / self.softcap)
+        if bias is not None:
+            scores += bias.reshape(bias.shape[0], kv_heads, heads // kv_heads, *bias.shape[2:])
         if mask is not None:
             scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
@@ -136,6 +171,7 @@ class Attention(nn.Module):
         if self.inner_norm_epsilon is not None:
             norm = LayerNorm(self.inner_norm_epsilon, name="inner_norm")
             y = norm(y.reshape(batch, length, heads * size)).reshape(y.shape)
-        axes = ("heads", "head_dim", "embed")
-        y = Einsum("BSNH,NHD->BSD", (heads, size, width), axes, use_bias=self.use_bias, lora=self.lora, name="o")(y)
+        shape, axes = (heads, size, width), ("heads", "head_dim", "embed")
+        use_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
+        y = Einsum("BSNH,NHD->BSD", shape, axes, use_bias=use_bias, lora=self.lora, name="o")(y)
         return y, cache

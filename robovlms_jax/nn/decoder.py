@@ -1,25 +1,26 @@
-"""Language decoder: Magneto's form (Wang et al. 2022, arXiv:2210.06423), as in KOSMOS-2."""
+"""Language decoder: one pre-norm stack for Magneto (KOSMOS-2), Llama, Qwen, Gemma 1 and 2, Phi and MPT."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from robovlms_jax.nn.attention import Attention, Cache, causal_mask
-from robovlms_jax.nn.linear import Embed, Lora
+from robovlms_jax.nn.linear import Einsum, Embed, Lora
 from robovlms_jax.nn.mlp import ACTIVATIONS, MLP
-from robovlms_jax.nn.norms import LayerNorm
-from robovlms_jax.nn.positions import sinusoid
+from robovlms_jax.nn.norms import NORMS, NormKind, make_norm
+from robovlms_jax.nn.positions import alibi_slopes, rotary, sinusoid
 from robovlms_jax.nn.stack import scan_layers
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Size of a language decoder."""
+    """Size and form of a language decoder. The defaults are Llama's form (Touvron et al. 2023, arXiv:2302.13971)."""
 
     width: int
     depth: int
@@ -28,7 +29,38 @@ class DecoderConfig:
     vocab_size: int
     activation: str
     norm_epsilon: float
-    embed_scale: bool
+    num_kv_heads: int | None = None
+    """Heads of keys and values; None = num_heads."""
+    own_head_dim: int | None = None
+    """H where it is not width / num_heads."""
+    norm: NormKind = "rms"
+    residual: Literal["sequential", "sandwich", "parallel"] = "sequential"
+    """sandwich: a second norm on what attention and MLP add (Gemma 2); parallel: both read one norm (Phi)."""
+    sub_norm: bool = False
+    """LayerNorms inside attention and MLP, before their output projections (Magneto, arXiv:2210.06423)."""
+    is_gated: bool = True
+    """The MLP has a gate."""
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    mlp_bias: bool = False
+    positions: Literal["rotary", "alibi", "sinusoid"] = "rotary"
+    rope_theta: float = 10_000.0
+    rotary_fraction: float = 1.0
+    """Share of each head's channels that is turned."""
+    mrope_sections: tuple[int, ...] = ()
+    """Frequencies per coordinate (time, height, width) where tokens have several (M-RoPE); empty: one coordinate."""
+    query_scalar: int | None = None
+    """Queries are multiplied by its power -0.5; None = H."""
+    softcap: float | None = None
+    """Bound of the attention scores (Gemma 2)."""
+    logit_softcap: float | None = None
+    """Bound of the logits (Gemma 2)."""
+    sliding_window: int | None = None
+    """Every other layer, from the first, sees only this many tokens back (Gemma 2)."""
+    head: Literal["tied", "linear", "linear_bias"] = "linear"
+    """How logits are made: with the token table, or with a matrix (and bias) of their own."""
+    norm_in_head: bool = False
+    """The final norm belongs to the logits, and hidden states are those before it (MoonDream2's published code)."""
+    embed_scale: bool = False
     """Multiply embeddings (of text, images and queries alike) by sqrt(width)."""
     dropout: float = 0.0
     """On embeddings and on what attention and MLP add to the residual stream."""
@@ -36,47 +68,106 @@ class DecoderConfig:
     """On attention weights."""
 
     def __post_init__(self):
-        if self.width % self.num_heads or self.width % 2:
+        # One spelling per architecture, so that equal models have equal configurations.
+        if self.num_kv_heads == self.num_heads:
+            object.__setattr__(self, "num_kv_heads", None)
+        if self.own_head_dim is not None and self.own_head_dim * self.num_heads == self.width:
+            object.__setattr__(self, "own_head_dim", None)
+        if (self.own_head_dim is None and self.width % self.num_heads) or self.width % 2:
             raise ValueError(f"text width={self.width} must be even and divide over num_heads={self.num_heads}.")
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            raise ValueError(f"text num_heads={self.num_heads} must divide over num_kv_heads={self.num_kv_heads}.")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"text activation {self.activation!r} is unknown; known: {sorted(ACTIVATIONS)}.")
+        if self.norm not in NORMS:
+            raise ValueError(f"text norm {self.norm!r} is unknown; known: {list(NORMS)}.")
+        if self.positions == "rotary" and (self.rotary_channels % 2 or self.rotary_channels < 2):
+            raise ValueError(f"rotary_fraction={self.rotary_fraction} of head_dim={self.head_dim} must be even.")
+        if self.mrope_sections and 2 * sum(self.mrope_sections) != self.rotary_channels:
+            raise ValueError(
+                f"mrope_sections={self.mrope_sections} must add up to {self.rotary_channels // 2}, half of head_dim."
+            )
 
     @property
     def head_dim(self) -> int:
         """H."""
-        return self.width // self.num_heads
+        return self.own_head_dim or self.width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """K, heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that rotary embeddings turn."""
+        return int(self.head_dim * self.rotary_fraction)
 
     def tiny(self) -> DecoderConfig:
         """A shrunken twin for tests: same switches, sizes that differ from each other so that swapped axes fail."""
-        return dataclasses.replace(self, width=32, depth=3, mlp_dim=56, num_heads=4, vocab_size=128)
+        small = {"width": 32, "depth": 3, "mlp_dim": 56, "num_heads": 4, "vocab_size": 128}
+        if self.num_kv_heads is not None:
+            small["num_kv_heads"] = 1 if self.num_kv_heads == 1 else 2
+        if self.own_head_dim is not None:
+            small["own_head_dim"] = 12
+        if self.query_scalar is not None:
+            small["query_scalar"] = 16
+        if self.sliding_window is not None:
+            small["sliding_window"] = 8
+        if self.mrope_sections:
+            small["mrope_sections"] = (1, 1, 2)
+        return dataclasses.replace(self, **small)
 
 
 class Block(nn.Module):
-    """Pre-norm layer with a second norm inside attention and MLP (sub-LN)."""
+    """One layer: attention, then MLP, each added to the stream."""
 
     config: DecoderConfig
     lora: Lora = Lora()
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, mask: jax.Array, cache: tuple | None, start: jax.Array | int, deterministic: bool
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array,
+        bias: jax.Array | None,
+        rotary: tuple | None,
+        cache: tuple | None,
+        start: jax.Array | int,
+        deterministic: bool,
     ):
         """float[B, S, D] -> float[B, S, D] and this layer's cache; the other arguments are those of `Attention`."""
         c = self.config
         drop = nn.Dropout(c.dropout, deterministic=deterministic)
+        inner = c.norm_epsilon if c.sub_norm else None
         attention = Attention(
             c.num_heads,
             c.head_dim,
-            inner_norm_epsilon=c.norm_epsilon,
+            c.kv_heads,
+            use_bias=c.attention_bias != "none",
+            use_output_bias=c.attention_bias == "all",
+            scale=(c.query_scalar or c.head_dim) ** -0.5,
+            softcap=c.softcap,
+            inner_norm_epsilon=inner,
             dropout=c.attention_dropout,
             lora=self.lora,
             name="attn",
         )
-        normed = LayerNorm(c.norm_epsilon, name="attn_norm")(x)
-        y, cache = attention(normed, mask=mask, cache=cache, start=start, deterministic=deterministic)
-        x = x + drop(y)
-        mlp = MLP(c.mlp_dim, c.activation, inner_norm_epsilon=c.norm_epsilon, lora=self.lora, name="mlp")
-        return x + drop(mlp(LayerNorm(c.norm_epsilon, name="mlp_norm")(x))), cache
+        mlp = MLP(c.mlp_dim, c.activation, inner, c.is_gated, c.mlp_bias, lora=self.lora, name="mlp")
+
+        def norm(name: str) -> nn.Module:
+            return make_norm(c.norm, c.norm_epsilon, name=name)
+
+        normed = norm("attn_norm")(x)
+        y, cache = attention(
+            normed, mask=mask, bias=bias, rotary=rotary, cache=cache, start=start, deterministic=deterministic
+        )
+        if c.residual == "parallel":
+            return x + drop(y) + drop(mlp(normed)), cache
+        x = x + drop(norm("attn_out_norm")(y) if c.residual == "sandwich" else y)
+        y = mlp(norm("mlp_norm")(x))
+        return x + drop(norm("mlp_out_norm")(y) if c.residual == "sandwich" else y), cache
 
 
 class Decoder(nn.Module):
@@ -91,7 +182,10 @@ class Decoder(nn.Module):
         self.embed = Embed(c.vocab_size, c.width)  # unscaled and without positions; those are added when decoding
         self.embed_drop = nn.Dropout(1 - (1 - c.dropout) ** 2)  # KOSMOS-2's published code drops them twice
         self.layers = Block(c, self.lora)
-        self.final_norm = LayerNorm(c.norm_epsilon)
+        self.final_norm = make_norm(c.norm, c.norm_epsilon)
+        if c.head != "tied":
+            shape, axes, bias = (c.width, c.vocab_size), ("embed", "vocab"), c.head == "linear_bias"
+            self.head = Einsum("BSD,DV->BSV", shape, axes, use_bias=bias, lora=self.lora)
 
     def __call__(
         self,
@@ -101,6 +195,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         *,
         group: jax.Array | None = None,
+        offsets: jax.Array | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, Cache | None]:
         """Decode, and extend the cache where there is one.
@@ -109,35 +204,65 @@ class Decoder(nn.Module):
           embeds: float[B, S, D] as `embed` gives them; its type is the type of computation.
           mask: bool[B, S], True = real token. positions: int32[B, S], 0-based place among the real tokens.
           group: int32[B, S] as in `types.Tokens`; only without a cache.
+          offsets: int32[B, S, A]; position encodings read `positions + offsets`. A = 1, or 3 with M-RoPE. None: as at
+            the last token in the cache, zero without one.
         Returns:
-          float[B, S, D] after the final norm, and the cache.
+          float[B, S, D] after the final norm (before it with `norm_in_head`), and the cache.
         """
         c = self.config
-        # Sum in float32: in bfloat16 the sinusoids would vanish beside the scaled embeddings.
-        scale = math.sqrt(c.width) if c.embed_scale else 1.0
-        x = (embeds.astype(jnp.float32) * scale + sinusoid(positions, c.width)).astype(embeds.dtype)
-        x = self.embed_drop(x, deterministic=deterministic)
-        if cache is None:
-            attend, start, layers = causal_mask(positions, positions, mask, group), 0, None
-        else:
+        if offsets is None:
+            offsets = 0 if cache is None else cache.last_offset()[:, None, None]
+        places = jnp.broadcast_to(positions[..., None] + offsets, (*positions.shape, len(c.mrope_sections) or 1))
+        x = self._enter(embeds, places[..., 0], deterministic=deterministic)
+        angles = None
+        if c.positions == "rotary":
+            angles = rotary(places, c.rotary_channels, c.rope_theta, c.mrope_sections)
+
+        keys, key_places, key_mask, start, layers = positions, places[..., 0], mask, 0, None
+        if cache is not None:
             assert group is None, "a cache keeps no groups: decode private tokens apart and drop them afterwards"
             start, layers = cache.length, (cache.key, cache.value)
-            cache = cache.extend(positions, mask)
-            attend = causal_mask(positions, cache.positions, cache.mask)
+            cache = cache.extend(positions, mask, places[..., 0])
+            keys, key_places, key_mask = cache.positions, cache.places, cache.mask
+        everywhere = causal_mask(positions, keys, key_mask, group)
+        nearby = everywhere
+        if c.sliding_window is not None:
+            near = places[:, :, None, 0] - key_places[:, None, :] < c.sliding_window
+            nearby = everywhere & (near | (positions[:, :, None] == keys[:, None, :]))
+        bias = None
+        if c.positions == "alibi":  # counted from the first token instead of from the query: softmax sees no difference
+            bias = alibi_slopes(c.num_heads)[:, None, None] * key_places[:, None, None, :].astype(jnp.float32)
 
         def step(block, x, layer):
-            return block(x, mask=attend, cache=layer, start=start, deterministic=deterministic)
+            is_sliding, layer = layer
+            attend = everywhere if c.sliding_window is None else jnp.where(is_sliding, nearby, everywhere)
+            return block(
+                x, mask=attend, bias=bias, rotary=angles, cache=layer, start=start, deterministic=deterministic
+            )
 
-        x, layers = scan_layers(step, self.layers, x, layers, length=c.depth, remat=self.remat)
+        is_sliding = jnp.arange(c.depth) % 2 == 0
+        x, layers = scan_layers(step, self.layers, x, (is_sliding, layers), length=c.depth, remat=self.remat)
         if cache is not None:
             cache = cache.replace(key=layers[0], value=layers[1])
-        return self.final_norm(x), cache
+        return x if c.norm_in_head else self.final_norm(x), cache
+
+    def _enter(self, embeds: jax.Array, places: jax.Array, *, deterministic: bool) -> jax.Array:
+        """Embeddings as the first layer reads them: scaled, with sinusoids, dropped."""
+        c = self.config
+        # Sum in float32: in bfloat16 the sinusoids would vanish beside the scaled embeddings.
+        x = embeds.astype(jnp.float32) * (math.sqrt(c.width) if c.embed_scale else 1.0)
+        if c.positions == "sinusoid":
+            x += sinusoid(places, c.width)
+        return self.embed_drop(x.astype(embeds.dtype), deterministic=deterministic)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float[B, S, D] -> float32[B, S, V]."""
-        return self.embed.logits(hidden)
+        c = self.config
+        hidden = self.final_norm(hidden) if c.norm_in_head else hidden
+        x = self.embed.logits(hidden) if c.head == "tied" else self.head(hidden).astype(jnp.float32)
+        return x if c.logit_softcap is None else c.logit_softcap * jnp.tanh(x / c.logit_softcap)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         """An empty cache of `length` slots."""
         c = self.config
-        return Cache.create(c.depth, batch, length, c.num_heads, c.head_dim, dtype)
+        return Cache.create(c.depth, batch, length, c.kv_heads, c.head_dim, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -16,30 +17,40 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+_gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
     "quick_gelu": quick_gelu,
+    "silu": jax.nn.silu,
 }
 """By the names Hugging Face configs use."""
 
 
 class MLP(nn.Module):
-    """down(activation(up(x))); with `inner_norm_epsilon` a LayerNorm before `down` (sub-LN, arXiv:2210.06423)."""
+    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) when `is_gated` (Shazeer 2020, arXiv:2002.05202).
+
+    With `inner_norm_epsilon` a LayerNorm before `down` (sub-LN, arXiv:2210.06423).
+    """
 
     mlp_dim: int
     activation: str
     inner_norm_epsilon: float | None = None
+    is_gated: bool = False
+    use_bias: bool = True
     lora: Lora = Lora()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """float[B, S, D] -> float[B, S, D]."""
         width = x.shape[-1]
-        x = Einsum("BSD,DF->BSF", (width, self.mlp_dim), ("embed", "mlp"), use_bias=True, lora=self.lora, name="up")(x)
-        x = ACTIVATIONS[self.activation](x)
+        wide = {"shape": (width, self.mlp_dim), "axes": ("embed", "mlp"), "use_bias": self.use_bias, "lora": self.lora}
+        up = Einsum("BSD,DF->BSF", **wide, name="up")(x)
+        activation = ACTIVATIONS[self.activation]
+        x = activation(Einsum("BSD,DF->BSF", **wide, name="gate")(x)) * up if self.is_gated else activation(up)
         if self.inner_norm_epsilon is not None:
             x = LayerNorm(self.inner_norm_epsilon, name="inner_norm")(x)
-        return Einsum(
-            "BSF,FD->BSD", (self.mlp_dim, width), ("mlp", "embed"), use_bias=True, lora=self.lora, name="down"
-        )(x)
+        shape, axes = (self.mlp_dim, width), ("mlp", "embed")
+        return Einsum("BSF,FD->BSD", shape, axes, use_bias=self.use_bias, lora=self.lora, name="down")(x)

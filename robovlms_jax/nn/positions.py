@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,3 +23,77 @@ def sinusoid(positions: jax.Array, width: int) -> jax.Array:
     frequency = np.exp(-np.log(10_000.0) / (half - 1) * np.arange(half)).astype(np.float32)
     angle = (positions[..., None] + 2) * frequency
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+Rotary = tuple[jax.Array, jax.Array]
+"""Cosine and sine, float32[B, S, R / 2] (or without B), of the angles that turn R channels of every head."""
+
+
+def rotary(places: jax.Array, channels: int, theta: float, sections: tuple[int, ...] = ()) -> Rotary:
+    """Angles of rotary embeddings (Su et al. 2021, arXiv:2104.09864), frequencies theta^(-2 i / channels).
+
+    Args:
+      places: int32[B, S, A], coordinates of every token: A = 1, or one per section.
+      channels: R, how many channels of a head are turned; even.
+      sections: how many neighbouring frequencies follow each coordinate (M-RoPE, arXiv:2409.12191); empty: all the one.
+    """
+    frequency = theta ** (-np.arange(0, channels, 2) / channels)
+    axis = np.repeat(np.arange(len(sections)), sections) if sections else np.zeros(channels // 2, np.int32)
+    angle = places[..., axis].astype(jnp.float32) * frequency.astype(np.float32)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, angles: Rotary) -> jax.Array:
+    """Turn the first R channels of float[B, S, N, H], channel i together with channel i + R / 2; in float32."""
+    cos, sin = (angle[..., None, :] for angle in angles)
+    half = cos.shape[-1]
+    y = x[..., : 2 * half].astype(jnp.float32)
+    first, second = y[..., :half], y[..., half:]
+    y = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([y, x[..., 2 * half :]], axis=-1)
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """Slope of each head's linear bias (Press et al. 2021, arXiv:2108.12409): float32[N].
+
+    2^(-8 i / N) for powers of two. For other numbers of heads, the slopes of the next power of two, odd ones first.
+    """
+    power = 1 << (num_heads - 1).bit_length()
+    slopes = 2.0 ** (-8 / power * np.arange(1, power + 1))
+    if power != num_heads:
+        slopes = np.concatenate([slopes[1::2], slopes[::2]])[:num_heads]
+    return slopes.astype(np.float32)
+
+
+def resize_positions(table: jax.Array, side: int, *, scale: float | None = None) -> jax.Array:
+    """A square table of positions for another grid, bicubic as torch's `interpolate` (a = -0.75, edges clamped).
+
+    Args:
+      table: float[P * P, D], row by row.
+      side: of the wanted grid; equal to the table's: nothing changes.
+      scale: wanted over stored size where the sampling points are to follow it instead of side / P.
+    Returns:
+      float[side * side, D].
+    """
+    stored = int(np.sqrt(table.shape[0]))
+    if stored * stored != table.shape[0]:
+        raise ValueError(f"a table of {table.shape[0]} positions is not square.")
+    if stored == side:
+        return table
+    weights = _bicubic_weights(stored, side, scale or side / stored)
+    x = table.reshape(stored, stored, -1)
+    return jnp.einsum("up,vq,pqd->uvd", weights, weights, x.astype(jnp.float32)).reshape(side * side, -1)
+
+
+@functools.lru_cache
+def _bicubic_weights(stored: int, side: int, scale: float) -> np.ndarray:
+    """float32[side, stored]; unlike `inputs.images`, no antialiasing and a = -0.75."""
+    centre = (np.arange(side) + 0.5) / scale - 0.5
+    first = np.floor(centre).astype(int) - 1
+    weights = np.zeros((side, stored))
+    for tap in range(4):
+        x = np.abs(centre - (first + tap))
+        near = (1.25 * x - 2.25) * x * x + 1
+        far = ((-0.75 * x + 3.75) * x - 6) * x + 3
+        np.add.at(weights, (np.arange(side), np.clip(first + tap, 0, stored - 1)), np.where(x <= 1, near, far))
+    return weights.astype(np.float32)

@@ -10,22 +10,34 @@ import jax
 
 
 def scan_layers(
-    step: Callable, block: nn.Module, x: jax.Array, layers: Any = None, *, length: int, remat: bool
+    step: Callable, block: nn.Module, x: jax.Array, layers: Any = None, *, length: int, unused: int = 0, remat: bool
 ) -> tuple[jax.Array, Any]:
     """Apply `step(block, x, layer) -> (x, layer)` `length` times; each layer has its own parameters and dropout.
 
     Args:
       step: may close over anything all layers share (masks, flags).
       layers: pytree with a leading axis L that is handed to and collected from the layers (a cache), or None.
+      unused: layers at the end that have parameters but are not applied.
       remat: recompute activations in the backward pass and keep only the matrix products with parameters.
     """
     if remat:
         # A scan is its own barrier against common-subexpression elimination, so the slower built-in one is not needed.
         step = nn.remat(step, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    return nn.scan(
-        step,
-        variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
-        length=length,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )(block, x, layers)
+
+    def scan(block, x, layers, length):
+        return nn.scan(
+            step,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=length,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(block, x, layers)
+
+    if not unused or block.is_initializing():
+        return scan(block, x, layers, length)
+
+    def first(params):
+        return jax.tree.map(lambda leaf: leaf[: length - unused], params)
+
+    applied = nn.map_variables(lambda *args: scan(*args, length - unused), "params", trans_in_fn=first)
+    return applied(block, x, layers)

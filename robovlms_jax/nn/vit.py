@@ -1,8 +1,9 @@
-"""Vision transformer: CLIP's form (Radford et al. 2021, arXiv:2103.00020)."""
+"""Vision transformer: one pre-norm tower for CLIP, SigLIP, Qwen-VL's and UForm's."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import chex
 import flax.linen as nn
@@ -13,12 +14,13 @@ from robovlms_jax.nn.attention import Attention
 from robovlms_jax.nn.linear import Einsum, Lora
 from robovlms_jax.nn.mlp import ACTIVATIONS, MLP
 from robovlms_jax.nn.norms import LayerNorm
+from robovlms_jax.nn.positions import resize_positions
 from robovlms_jax.nn.stack import scan_layers
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Size of a vision tower."""
+    """Size and form of a vision tower. The defaults are SigLIP's form (Zhai et al. 2023, arXiv:2303.15343)."""
 
     image_size: int
     patch_size: int
@@ -28,9 +30,30 @@ class ViTConfig:
     num_heads: int
     activation: str
     norm_epsilon: float
+    cls: Literal["none", "keep", "drop"] = "none"
+    """Class token: none; first of the features; or seen by the layers and dropped from the features."""
+    cls_position: bool = True
+    """The class token has a row of the position table, its first."""
+    patch_bias: bool = True
+    pre_norm: bool = False
+    """A LayerNorm before the first layer (CLIP)."""
+    post_norm: bool = True
+    """A LayerNorm after the last."""
+    unused_layers: int = 0
+    """Layers at the end that are parameters of the checkpoint but not run; the features then miss `post_norm` too."""
+    layer_scale: bool = False
+    """What attention and MLP add is multiplied per channel (Touvron et al. 2021, arXiv:2103.17239)."""
+    is_ragged: bool = False
+    """The image may be a little larger than its patches; what is over at the right and the bottom is not seen."""
+    position_side: int | None = None
+    """Side of the stored position table where it is not the image's; it is resized at every pass."""
+    position_offset: float = 0.0
+    """Sampling points of that resize follow (side + offset) / stored side, DINO's way, unless 0."""
 
     def __post_init__(self):
-        if self.image_size % self.patch_size:
+        if self.position_side == self.image_size // self.patch_size:
+            object.__setattr__(self, "position_side", None)  # one spelling per architecture
+        if self.image_size % self.patch_size and not self.is_ragged:
             raise ValueError(f"image_size={self.image_size} is no multiple of patch_size={self.patch_size}.")
         if self.width % self.num_heads:
             raise ValueError(f"vision width={self.width} does not divide over num_heads={self.num_heads}.")
@@ -38,13 +61,25 @@ class ViTConfig:
             raise ValueError(f"vision activation {self.activation!r} is unknown; known: {sorted(ACTIVATIONS)}.")
 
     @property
+    def side(self) -> int:
+        """Patches along an edge of the image."""
+        return self.image_size // self.patch_size
+
+    @property
     def num_tokens(self) -> int:
-        """Patches plus the class token."""
-        return (self.image_size // self.patch_size) ** 2 + 1
+        """Features per image: patches, and the class token where it is kept."""
+        return self.side**2 + (self.cls == "keep")
+
+    def build(self, lora: Lora, remat: bool) -> nn.Module:
+        """The module."""
+        return ViT(self, lora, remat)
 
     def tiny(self) -> ViTConfig:
         """A shrunken twin for tests: same switches, sizes that differ from each other so that swapped axes fail."""
-        return dataclasses.replace(self, image_size=28, patch_size=14, width=24, depth=2, mlp_dim=40, num_heads=3)
+        small = {"image_size": 28, "patch_size": 14, "width": 24, "depth": 2, "mlp_dim": 40, "num_heads": 3}
+        if self.position_side is not None:
+            small |= {"image_size": 42, "position_side": 2}
+        return dataclasses.replace(self, **small)
 
 
 class Block(nn.Module):
@@ -57,15 +92,21 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """float[B, P, D] -> float[B, P, D]."""
         c = self.config
+
+        def scaled(name: str, y: jax.Array) -> jax.Array:
+            if not c.layer_scale:
+                return y
+            init = nn.with_logical_partitioning(nn.initializers.constant(1e-5), ("norm",))
+            return y * self.param(name, init, (c.width,)).astype(y.dtype)
+
         attention = Attention(c.num_heads, c.width // c.num_heads, lora=self.lora, name="attn")
-        x = x + attention(LayerNorm(c.norm_epsilon, name="attn_norm")(x))[0]
-        return x + MLP(c.mlp_dim, c.activation, lora=self.lora, name="mlp")(
-            LayerNorm(c.norm_epsilon, name="mlp_norm")(x)
-        )
+        x = x + scaled("attn_scale", attention(LayerNorm(c.norm_epsilon, name="attn_norm")(x))[0])
+        mlp = MLP(c.mlp_dim, c.activation, lora=self.lora, name="mlp")
+        return x + scaled("mlp_scale", mlp(LayerNorm(c.norm_epsilon, name="mlp_norm")(x)))
 
 
 class ViT(nn.Module):
-    """Normalised images to token features, all of them through the final norm."""
+    """Normalised images to token features."""
 
     config: ViTConfig
     lora: Lora = Lora()
@@ -73,24 +114,42 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """float[B, size, size, 3] -> float[B, P, D]: class token, then patches row by row. The type stays."""
+        """float[B, size, size, 3] -> float[B, P, D]: class token if kept, then patches row by row. The type stays."""
         c = self.config
         chex.assert_shape(images, (None, c.image_size, c.image_size, 3))
-        side = c.image_size // c.patch_size
-        x = images.reshape(-1, side, c.patch_size, side, c.patch_size, 3)
+        seen = c.side * c.patch_size
+        x = images[:, :seen, :seen].reshape(-1, c.side, c.patch_size, c.side, c.patch_size, 3)
         # A convolution whose stride is its size is a matrix product.
         shape, axes = (c.patch_size, c.patch_size, 3, c.width), ("patch", None, None, "embed")
-        x = Einsum("BUXVYC,XYCD->BUVD", shape, axes, lora=self.lora, name="patch")(x)
-        x = x.reshape(-1, side * side, c.width)
-
-        init = nn.initializers.normal(c.width**-0.5)
-        cls = self.param("cls", nn.with_logical_partitioning(init, ("embed",)), (c.width,))
-        positions = self.param(
-            "positions", nn.with_logical_partitioning(init, ("position", "embed")), (c.num_tokens, c.width)
-        )
-        x = jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (x.shape[0], 1, c.width)), x], axis=1)
-        x = LayerNorm(c.norm_epsilon, name="pre_norm")(x + positions.astype(x.dtype))
+        x = Einsum("BUXVYC,XYCD->BUVD", shape, axes, use_bias=c.patch_bias, lora=self.lora, name="patch")(x)
+        x = self._place(x.reshape(-1, c.side**2, c.width))
+        if c.pre_norm:
+            x = LayerNorm(c.norm_epsilon, name="pre_norm")(x)
 
         block = Block(c, self.lora, name="layers")
-        x, _ = scan_layers(lambda block, x, _: (block(x), None), block, x, length=c.depth, remat=self.remat)
-        return LayerNorm(c.norm_epsilon, name="post_norm")(x)
+        x, _ = scan_layers(
+            lambda block, x, _: (block(x), None), block, x, length=c.depth, unused=c.unused_layers, remat=self.remat
+        )
+        if c.post_norm:
+            normed = LayerNorm(c.norm_epsilon, name="post_norm")(x)
+            x = x if c.unused_layers else normed
+        return x[:, 1:] if c.cls == "drop" else x
+
+    def _place(self, x: jax.Array) -> jax.Array:
+        """Patches float[B, P, D] with their positions, after the class token."""
+        c = self.config
+        init = nn.initializers.normal(c.width**-0.5)
+        before = int(c.cls != "none" and c.cls_position)
+        rows = (c.position_side or c.side) ** 2 + before
+        table = nn.with_logical_partitioning(init, ("position", "embed"))
+        table = self.param("positions", table, (rows, c.width))
+        if c.position_side is not None:
+            scale = (c.side + c.position_offset) / c.position_side
+            table = jnp.concatenate([table[:before], resize_positions(table[before:], c.side, scale=scale)])
+        table = table.astype(x.dtype)
+        x = x + table[before:]
+        if c.cls == "none":
+            return x
+        cls = self.param("cls", nn.with_logical_partitioning(init, ("embed",)), (c.width,)).astype(x.dtype)
+        cls = cls + table[0] if c.cls_position else cls
+        return jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, c.width)), x], axis=1)

@@ -188,6 +188,7 @@ def lengthen(carry: Carry, longer: Carry) -> Carry:
             value=widen(old.value, new.value, 2),
             positions=widen(old.positions, new.positions, 1),
             mask=widen(old.mask, new.mask, 1),
+            places=widen(old.places, new.places, 1),
         )
         ring = ring.replace(cache=cache, slots=fresh.slots)
     return Carry(carry.head, Kept(recent, ring))
@@ -244,6 +245,7 @@ def _interleaved(model: VLA, tokens: Tokens, carry: Carry, active: jax.Array) ->
         key=cache.key.at[:, rows, target].set(cache.key[:, :, new]),
         value=cache.value.at[:, rows, target].set(cache.value[:, :, new]),
         positions=cache.positions.at[rows, target].set(cache.positions[:, new]),
+        places=cache.places.at[rows, target].set(cache.places[:, new]),
         mask=where(active, cache.mask.at[rows, target].set(cache.mask[:, new]), old.mask).at[:, end:].set(False),
         length=old.length,
     )
@@ -287,6 +289,7 @@ def _reencode(model: VLA, seen: Seen, recent: Recent, due: jax.Array) -> Seen:
         value=choose(cache.value, old.value),
         positions=where(due, cache.positions, old.positions),
         mask=where(due, cache.mask, old.mask),
+        places=where(due, cache.places, old.places),
     )
     ring = ring.replace(
         cache=cache,

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from robovlms_jax.weights.rules import Fresh, Ignore, Rearrange, Rule, Rules, normalize
+from robovlms_jax.weights.rules import Fresh, Ignore, Rearrange, Rule, Rules, canonical
 from robovlms_jax.weights.sources import Source
 
 
@@ -95,31 +95,39 @@ def _assign(
     filled: dict[tuple[str, int | None], str] = {}
     used: dict[str, Rule] = {}
     for tensor, found in tensors.items():
-        matches = _matches(rules, normalize(tensor))
-        if len(matches) != 1:
+        matches = _matches(rules, canonical(rules, tensor))
+        if not _is_whole(matches):
             kind = "tensors that several rules match" if matches else "tensors that no rule matches"
             problems.add(kind, tensor, list(found))
             continue
-        rule, layer = matches[0]
-        if isinstance(rule, Ignore):
-            continue
-        path = rule.target
-        if path not in parameters:
-            problems.add("tensors of parameters the model does not have", tensor, f"{list(found)}, for {path}")
-            continue
-        shape = parameters[path]
-        if layer is not None and layer >= shape[0]:
-            problems.add("tensors of layers the model does not have", tensor, f"{path} has {shape[0]} layers")
-            continue
-        expected = _source_shape(rule, shape)
-        if list(found) != expected:
-            problems.add("tensors of another shape", tensor, f"found {list(found)}, expected {expected} for {path}")
-        if (path, layer) in filled:
-            detail = f"{path} is filled by {filled[path, layer]} already"
-            problems.add("tensors that fill a parameter twice", tensor, detail)
-        filled[path, layer] = tensor
-        used[path] = rule
+        for rule, layer in matches:
+            if isinstance(rule, Ignore):
+                continue
+            path = rule.target
+            if path not in parameters:
+                problems.add("tensors of parameters the model does not have", tensor, f"{list(found)}, for {path}")
+                continue
+            shape = parameters[path]
+            if layer is not None and layer >= shape[0]:
+                problems.add("tensors of layers the model does not have", tensor, f"{path} has {shape[0]} layers")
+                continue
+            expected = _source_shape(rule, shape)
+            if list(found) != expected:
+                problems.add("tensors of another shape", tensor, f"found {list(found)}, expected {expected} for {path}")
+            if (path, layer) in filled:
+                detail = f"{path} is filled by {filled[path, layer]} already"
+                problems.add("tensors that fill a parameter twice", tensor, detail)
+            filled[path, layer] = tensor
+            used[path] = rule
     return filled, used
+
+
+def _is_whole(matches: list[tuple[Rule | Ignore, int | None]]) -> bool:
+    """One rule for the tensor, or one for each of its parts."""
+    if len(matches) == 1 and isinstance(matches[0][0], Ignore):
+        return True
+    parts = [rule.part if isinstance(rule, Rule) else None for rule, _ in matches]
+    return len(parts) > 0 and None not in parts and sorted(parts) == [(i, len(parts)) for i in range(len(parts))]
 
 
 def _matches(rules: Rules, tensor: str) -> list[tuple[Rule | Ignore, int | None]]:

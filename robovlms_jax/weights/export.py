@@ -47,18 +47,18 @@ def export(
     if any(directory.glob("*.safetensors")):
         raise FileExistsError(f"{directory} holds safetensors files already; export to an empty directory.")
 
-    tensors = []  # (name, path, layer)
-    for path, rule in by_target.items():
-        layers = range(flat[path].shape[0]) if rule.is_stacked else [None]
-        tensors += [(rule.name(layer), path, layer) for layer in layers]
+    tensors: dict[tuple[str, int | None], list[str]] = {}  # (name, layer) -> paths of its parts, in order
+    for path, rule in sorted(by_target.items(), key=lambda item: item[1].part):
+        for layer in range(flat[path].shape[0]) if rule.is_stacked else [None]:
+            tensors.setdefault((rule.name(layer), layer), []).append(path)
 
     shards, room = [[]], max_shard_bytes
-    for name, path, layer in tensors:
-        size = flat[path].nbytes // (1 if layer is None else flat[path].shape[0])
+    for (name, layer), paths in tensors.items():
+        size = sum(flat[path].nbytes for path in paths) // (1 if layer is None else flat[paths[0]].shape[0])
         if shards[-1] and size > room:
             shards.append([])
             room = max_shard_bytes
-        shards[-1].append((name, path, layer))
+        shards[-1].append((name, paths, layer))
         room -= size
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -67,9 +67,10 @@ def export(
     for number, shard in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         arrays = {}
-        for name, path, layer in shard:
-            x = np.asarray(flat[path] if layer is None else flat[path][layer])
-            arrays[name] = np.ascontiguousarray(Rearrange.parse(by_target[path].pattern, x.ndim).backward(x))
+        for name, paths, layer in shard:
+            parts = [np.asarray(flat[path] if layer is None else flat[path][layer]) for path in paths]
+            rearrange = Rearrange.parse(by_target[paths[0]].pattern, parts[0].ndim)
+            arrays[name] = np.ascontiguousarray(rearrange.backward(*parts))
             weight_map[name] = file
         save_file(arrays, directory / file, metadata={"format": "pt"})
     if len(shards) > 1:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -19,20 +20,30 @@ class Rule:
     """One source tensor per parameter, or one per layer of a stacked parameter."""
 
     source: str
-    """Tensor name after `normalize`. "{layer}" is a layer's number; its tensors are stacked on the leading axis."""
+    """Tensor name, compared after `normalize`. "{layer}" is a layer's number; all are stacked on the leading axis."""
     target: str
     """Parameter path, joined by "/"."""
     pattern: str = ""
-    """How one layer's tensor is laid out anew, say "(n h) d -> d n h" (see `Rearrange`). Empty: as it is."""
+    """How one layer's tensor is laid out anew, say "(n h) d -> d n h" (see `Rearrange`). Empty: as it is.
+
+    An axis "1/3" takes the second of three equal parts: rules of all parts share a tensor ("(0/3 n h) d -> d n h" for
+    the queries of a fused projection).
+    """
 
     @property
     def is_stacked(self) -> bool:
         """The parameter has a leading axis of layers."""
         return "{layer}" in self.source
 
+    @property
+    def part(self) -> tuple[int, int]:
+        """(i, k): this is the i-th of k equal parts of the tensor; (0, 1) for a whole one."""
+        found = _PART.search(self.pattern)
+        return (int(found[1]), int(found[2])) if found else (0, 1)
+
     def match(self, name: str) -> tuple[bool, int | None]:
         """Whether a normalised tensor name belongs to this rule, and its layer."""
-        found = _source_regex(self.source).fullmatch(name)
+        found = _source_regex(normalize(self.source)).fullmatch(name)
         if found is None:
             return False, None
         return True, int(found["layer"]) if self.is_stacked else None
@@ -60,10 +71,20 @@ class Fresh:
     reason: str
 
 
-Rules = tuple[Rule | Ignore | Fresh, ...]
+@dataclasses.dataclass(frozen=True)
+class Rename:
+    """Another spelling of source tensors; applied to normalised names before they are matched, in the order given."""
+
+    pattern: str
+    """Regular expression."""
+    replacement: str
+
+
+Rules = tuple[Rule | Ignore | Fresh | Rename, ...]
 
 LORA = Fresh(r"/lora_[ab]$", "adapters are born with the run")
 
+_PART = re.compile(r"(\d+)/(\d+)")
 _WRAPPERS = re.compile(r"^(module\.|model\.|backbone\.|_forward_module\.|_orig_mod\.)+")
 
 
@@ -76,7 +97,16 @@ def normalize(name: str) -> str:
     return _WRAPPERS.sub("", name.replace("._orig_mod.", "."))
 
 
-def prefixed(rules: Iterable[Rule | Ignore | Fresh], *, source: str = "", target: str = "") -> Rules:
+def canonical(rules: Rules, name: str) -> str:
+    """A tensor's name in the spelling the rules are written in."""
+    name = normalize(name)
+    for rule in rules:
+        if isinstance(rule, Rename):
+            name = re.sub(rule.pattern, rule.replacement, name)
+    return name
+
+
+def prefixed(rules: Iterable[Rule | Ignore | Fresh | Rename], *, source: str = "", target: str = "") -> Rules:
     """The same rules for tensors whose names begin with `source` and parameters whose paths begin with `target`.
 
     `prefixed(config.rules, target="backbone/")` maps a backbone's checkpoint into a policy's tree.
@@ -92,25 +122,65 @@ def prefixed(rules: Iterable[Rule | Ignore | Fresh], *, source: str = "", target
     return tuple(move(rule) for rule in rules)
 
 
+HUB_NAMES = (
+    Rename(r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
+    Rename(r"^lm_head\.", "language_model.lm_head."),
+    Rename(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+)
+"""transformers 5 dropped levels of names that published files of PaliGemma and LLaVA have."""
+
+
 # Rows of common layers, in PyTorch's names.
 
+LLAMA_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
+GEMMA2_NORMS = {  # post_attention_layernorm means something else than in Llama and Gemma 1
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "attn_out_norm",
+    "pre_feedforward_layernorm": "mlp_norm",
+    "post_feedforward_layernorm": "mlp_out_norm",
+}
 
-def linear(source: str, target: str, kernel: str = "o i -> i o", bias: str = "o -> o") -> Rules:
-    """torch.nn.Linear (weight [out, in]) -> Einsum with bias."""
-    return (Rule(f"{source}.weight", f"{target}/kernel", kernel), Rule(f"{source}.bias", f"{target}/bias", bias))
+
+def linear(
+    source: str, target: str, kernel: str = "o i -> i o", bias: str = "o -> o", *, use_bias: bool = True
+) -> Rules:
+    """torch.nn.Linear (weight [out, in]) -> Einsum."""
+    rows = (Rule(f"{source}.weight", f"{target}/kernel", kernel),)
+    return (*rows, Rule(f"{source}.bias", f"{target}/bias", bias)) if use_bias else rows
 
 
 def layer_norm(source: str, target: str) -> Rules:
     """torch.nn.LayerNorm -> LayerNorm."""
-    return (Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias"))
+    return (*rms_norm(source, target), Rule(f"{source}.bias", f"{target}/bias"))
 
 
-def attention(source: str, target: str) -> Rules:
-    """Separate q, k, v and output projections, heads merged into one axis -> Attention."""
+def rms_norm(source: str, target: str) -> Rules:
+    """A norm with a weight and no bias -> RMSNorm, LayerNorm without bias."""
+    return (Rule(f"{source}.weight", f"{target}/scale"),)
+
+
+def attention(source: str, target: str, *, bias: str = "all", out: str = "out_proj") -> Rules:
+    """Separate q, k, v and output projections, heads merged into one axis -> Attention.
+
+    bias: which of them have one, as DecoderConfig.attention_bias says it.
+    """
     rows = ()
     for name in "qkv":
-        rows += linear(f"{source}.{name}_proj", f"{target}/{name}", "(n h) d -> d n h", "(n h) -> n h")
-    return rows + linear(f"{source}.out_proj", f"{target}/o", "d (n h) -> n h d")
+        path = f"{target}/{name}"
+        rows += linear(f"{source}.{name}_proj", path, "(n h) d -> d n h", "(n h) -> n h", use_bias=bias != "none")
+    return rows + linear(f"{source}.{out}", f"{target}/o", "d (n h) -> n h d", use_bias=bias == "all")
+
+
+def fused_qkv(weight: str, bias: str | None, target: str, *, per_head: bool = False) -> Rules:
+    """One tensor of queries, keys and values -> q, k, v of Attention: blocks [q; k; v], or q, k, v head by head."""
+    order = "n {part}/3 h" if per_head else "{part}/3 n h"
+    rows = ()
+    for part, name in enumerate("qkv"):
+        axes = order.format(part=part)
+        rows += (Rule(weight, f"{target}/{name}/kernel", f"({axes}) d -> d n h"),)
+        if bias is not None:
+            rows += (Rule(bias, f"{target}/{name}/bias", f"({axes}) -> n h"),)
+    return rows
 
 
 def perceiver(source: str, target: str) -> Rules:
@@ -132,15 +202,29 @@ def perceiver(source: str, target: str) -> Rules:
 
 def clip_vision(source: str, target: str) -> Rules:
     """Hugging Face CLIP's vision transformer -> ViT."""
+    return (
+        Rule(f"{source}.embeddings.class_embedding", f"{target}/cls"),
+        *layer_norm(f"{source}.pre_layrnorm", f"{target}/pre_norm"),  # the published spelling
+        *_hugging_face_vit(source, target),
+    )
+
+
+def siglip_vision(source: str, target: str) -> Rules:
+    """Hugging Face SigLIP's vision transformer, without its pooling head -> ViT."""
+    return (
+        Rule(f"{source}.embeddings.patch_embedding.bias", f"{target}/patch/bias"),
+        *_hugging_face_vit(source, target),
+    )
+
+
+def _hugging_face_vit(source: str, target: str) -> Rules:
     layer, here = f"{source}.encoder.layers.{{layer}}", f"{target}/layers"
     return (
         Rule(f"{source}.embeddings.patch_embedding.weight", f"{target}/patch/kernel", "o c h w -> h w c o"),
-        Rule(f"{source}.embeddings.class_embedding", f"{target}/cls"),
         Rule(f"{source}.embeddings.position_embedding.weight", f"{target}/positions"),
         Ignore(
             rf"{re.escape(source)}\.embeddings\.position_ids", "a constant range; transformers before 4.31 stored it"
         ),
-        *layer_norm(f"{source}.pre_layrnorm", f"{target}/pre_norm"),  # the published spelling
         *attention(f"{layer}.self_attn", f"{here}/attn"),
         *layer_norm(f"{layer}.layer_norm1", f"{here}/attn_norm"),
         *layer_norm(f"{layer}.layer_norm2", f"{here}/mlp_norm"),
@@ -150,6 +234,35 @@ def clip_vision(source: str, target: str) -> Rules:
     )
 
 
+def llama(source: str, target: str, *, bias: str = "none", norms: Mapping[str, str] = LLAMA_NORMS) -> Rules:
+    """Hugging Face's Llama, Qwen 2 and Gemma decoders, without the head -> Decoder.
+
+    Args:
+      bias: which attention projections have one, as DecoderConfig.attention_bias says it.
+      norms: name in the layer -> ours.
+    """
+    layer, here = f"{source}.layers.{{layer}}", f"{target}/layers"
+    rows = (
+        Rule(f"{source}.embed_tokens.weight", f"{target}/embed/table"),
+        *attention(f"{layer}.self_attn", f"{here}/attn", bias=bias, out="o_proj"),
+        Ignore(rf"{re.escape(source)}\.(.*\.)?rotary_emb\.inv_freq", "computed from rope_theta"),
+        *rms_norm(f"{source}.norm", f"{target}/final_norm"),
+    )
+    for name in ("gate", "up", "down"):
+        rows += linear(f"{layer}.mlp.{name}_proj", f"{here}/mlp/{name}", use_bias=False)
+    for theirs, ours in norms.items():
+        rows += rms_norm(f"{layer}.{theirs}", f"{here}/{ours}")
+    return rows
+
+
+def head(source: str, target: str, *, tied: bool) -> Rules:
+    """The matrix that makes logits: a parameter of its own, or the token table stored once more."""
+    name = f"{source}.weight"
+    if tied:
+        return (Ignore(re.escape(normalize(name)), "tied to the token table"),)
+    return linear(source, f"{target}/head", use_bias=False)
+
+
 # Rearrangement of one tensor.
 
 
@@ -157,7 +270,8 @@ def clip_vision(source: str, target: str) -> Rules:
 class Rearrange:
     """An einops-style pattern; the source may have groups, the target names each axis alone: "(n h) d -> d n h".
 
-    So the target's shape fixes every size, and each slice of the target comes from one slice of the source.
+    So the target's shape fixes every size, and each slice of the target comes from one slice of the source. An axis
+    "1/3" of the source has three entries, of which the target has the second; an axis "1" is dropped.
     """
 
     source: tuple[tuple[str, ...], ...]
@@ -170,7 +284,7 @@ class Rearrange:
 
     def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape the source must have to become a target of `shape`."""
-        sizes = dict(zip(self.target, shape))
+        sizes = self._sizes(shape)
         return tuple(math.prod(sizes[axis] for axis in group) for group in self.source)
 
     def forward(
@@ -184,8 +298,9 @@ class Rearrange:
           shape: of the whole target.
           index: one slice of step 1 per target axis.
         """
-        sizes = dict(zip(self.target, shape))
+        sizes = self._sizes(shape)
         wanted = {axis: slice(*cut.indices(sizes[axis])[:2]) for axis, cut in zip(self.target, index)}
+        wanted |= {axis: slice(part, part + 1) for axis, (part, _) in self._parts.items()}
         ranges, shapes, cuts = [], [], []
         for group in self.source:
             begin, stride, free = 0, math.prod(sizes[axis] for axis in group), True
@@ -201,12 +316,26 @@ class Rearrange:
                 cuts.append(slice(wanted[axis].start - cut.start, wanted[axis].stop - cut.start))
             ranges.append(slice(begin, begin + length))
         axes = [axis for group in self.source for axis in group]
-        return read(tuple(ranges)).reshape(shapes)[tuple(cuts)].transpose([axes.index(axis) for axis in self.target])
+        x = read(tuple(ranges)).reshape(shapes)[tuple(cuts)]
+        order = [axes.index(axis) for axis in (*self._parts, *self.target)]
+        return x.transpose(order).reshape([cut.stop - cut.start for cut in map(wanted.get, self.target)])
 
-    def backward(self, x: np.ndarray) -> np.ndarray:
-        """A whole target -> the source it came from."""
+    def backward(self, *parts: np.ndarray) -> np.ndarray:
+        """Whole targets, in the order of their parts (one where the source has no parts) -> the source."""
         axes = [axis for group in self.source for axis in group]
-        return x.transpose([self.target.index(axis) for axis in axes]).reshape(self.source_shape(x.shape))
+        names = [*self._parts, *self.target]
+        x = np.stack(parts) if len(parts) > 1 else parts[0]
+        x = x.reshape([self._parts[axis][1] for axis in self._parts] + list(parts[0].shape))
+        return x.transpose([names.index(axis) for axis in axes]).reshape(self.source_shape(parts[0].shape))
+
+    @property
+    def _parts(self) -> dict[str, tuple[int, int]]:
+        """Axis of the source that the target has not -> (which of its entries is taken, of how many)."""
+        found = {axis: _PART.match(axis) for group in self.source for axis in group}
+        return {axis: (int(match[1]), int(match[2])) for axis, match in found.items() if match}
+
+    def _sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
+        return dict(zip(self.target, shape)) | {axis: count for axis, (_, count) in self._parts.items()}
 
 
 @functools.cache
@@ -215,13 +344,18 @@ def _parse(pattern: str, ndim: int) -> Rearrange:
         axes = tuple(f"axis{i}" for i in range(ndim))
         return Rearrange(tuple((axis,) for axis in axes), axes)
     left, arrow, right = pattern.partition("->")
-    groups = tuple(tuple((many or one).split()) for many, one in re.findall(r"\(([^()]*)\)|(\w+)", left))
+    ones = itertools.count()  # axes "1" are parts, too, and need names of their own
+    left = re.sub(r"(?<![\w/])1(?![\w/])", lambda _: f"0/1/{next(ones)}", left)
+    groups = tuple(tuple((many or one).split()) for many, one in re.findall(r"\(([^()]*)\)|([\w/]+)", left))
     target = tuple(right.split())
-    axes = [axis for group in groups for axis in group]
+    axes = [axis for group in groups for axis in group if not _PART.match(axis)]
     if not arrow or "(" in right or sorted(axes) != sorted(target) or len(set(axes)) != len(axes):
         raise ValueError(
             f"pattern {pattern!r} must name the same axes on both sides, each once, and group them only on the left."
         )
+    parts = [(int(part), int(count)) for part, count in _PART.findall(left) if count != "1"]
+    if len(parts) > 1 or any(part >= count for part, count in parts):
+        raise ValueError(f"pattern {pattern!r} may take one part, counted from 0: 0/3, 1/3 or 2/3.")
     if len(target) != ndim:
         raise ValueError(f"pattern {pattern!r} makes {len(target)} axes, but the parameter has {ndim}.")
     return Rearrange(groups, target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,6 +59,32 @@ class SafetensorsSource:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         return np.asarray(self._files[name].get_slice(name)[index])
+
+
+class JointSource:
+    """Several checkpoints as one, where parts of a model were published apart."""
+
+    def __init__(self, parts: Sequence[Source]):
+        self.name = ", ".join(part.name for part in parts)
+        self._owner: dict[str, Source] = {}
+        for part in parts:
+            for name in part.shapes:
+                if name in self._owner:
+                    raise ValueError(f"{part.name} repeats tensor {name!r} of {self._owner[name].name}.")
+                self._owner[name] = part
+        self.shapes = {name: part.shapes[name] for name, part in self._owner.items()}
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return self._owner[name].read(name, index)
+
+
+def open_sources(paths: Sequence[str | pathlib.Path]) -> Source:
+    """`open_source` of one or more places that make up a model together.
+
+    Raises ValueError, besides what `open_source` raises, where two of them hold a tensor of the same name.
+    """
+    parts = [open_source(path) for path in paths]
+    return parts[0] if len(parts) == 1 else JointSource(parts)
 
 
 def open_source(path: str | pathlib.Path) -> Source:

@@ -10,11 +10,14 @@ import flax.linen as nn
 import jax
 import numpy as np
 import torch
+import transformers
 
 from robovlms_jax.backbones import base
 from robovlms_jax.weights import convert, sources
 
 BATCH, TEXT = 2, 7
+IMAGE = 100
+"""Id of the placeholder that torch models replace by image features; prompts have smaller ids."""
 
 
 @dataclasses.dataclass
@@ -37,6 +40,24 @@ def _apply(model: base.VLM, method: str | None, cameras: tuple[str, ...], params
     return model.apply({"params": params}, *args, method=method)
 
 
+def hugging_face(config: base.VLMConfig, **changes: Any) -> torch.nn.Module:
+    """transformers' model of the same architecture, from the config.json we write."""
+    values = base.to_hf_config(config) | changes
+    model_class = getattr(transformers, values.pop("architectures")[0])
+    del values["model_type"]
+    return model_class(model_class.config_class(**values)).eval()
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every parameter random, so that those that begin as zeros or ones matter, too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            is_norm = any(word in name for word in ("norm", "_ln", "ln_", ".ln")) and name.endswith("weight")
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.05 + is_norm)
+    return model.float().eval()
+
+
 def from_torch(config: base.VLMConfig, state: dict[str, torch.Tensor]) -> Any:
     """Parameters, or anything else that has a value per torch parameter, by the rules of the backbone."""
     shapes = abstract(config)
@@ -52,6 +73,11 @@ def abstract(config: base.VLMConfig) -> Any:
 
 def boxed(config: base.VLMConfig) -> Any:
     """Shapes of all parameters with their logical axis names."""
+    return _boxed(dataclasses.replace(config, rules=()))
+
+
+@functools.lru_cache
+def _boxed(config: base.VLMConfig) -> Any:
     inputs = example(config, cameras=("static",))
     return jax.eval_shape(lambda: base.build(config).init(jax.random.key(0), *inputs))["params"]
 
@@ -62,10 +88,11 @@ def example(config: base.VLMConfig, cameras: tuple[str, ...] = ("wrist", "static
     size = config.image.size
     images = {camera: rng.normal(size=(BATCH, size, size, 3)).astype(np.float32) for camera in cameras}
     mask = np.arange(TEXT) < np.asarray(lengths)[:, None]
-    ids = rng.integers(3, min(config.text.vocab_size, 128), (BATCH, TEXT))
-    ids[:, 0] = config.bos_id
-    ids[np.arange(BATCH), np.asarray(lengths) - 1] = config.eos_id
-    return images, np.where(mask, ids, config.pad_id).astype(np.int32), mask
+    ids = rng.integers(3, min(config.text.vocab_size, IMAGE), (BATCH, TEXT))
+    ends = np.asarray([config.bos_id, config.eos_id, config.pad_id]) % config.text.vocab_size  # twins know few tokens
+    ids[:, 0] = ends[0]
+    ids[np.arange(BATCH), np.asarray(lengths) - 1] = ends[1]
+    return images, np.where(mask, ids, ends[2]).astype(np.int32), mask
 
 
 def relative_error(found: Any, expected: Any) -> float:

@@ -225,3 +225,42 @@ def test_a_crop_shows_a_part_of_the_image_at_full_size():
     np.testing.assert_allclose(steps, np.broadcast_to(steps[:, :1], steps.shape), atol=1e-2)
     sides = steps[:, 0] / 4
     assert (sides >= 0.5**0.5 - 1e-3).all() and (sides <= 1.001).all() and np.ptp(sides) > 0.05
+
+
+PROCESSORS = {
+    "CLIPImageProcessor": {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}},  # LLaVA
+    "SiglipImageProcessor": {"size": {"height": 56, "width": 56}},  # PaliGemma
+    "Qwen2VLImageProcessor": {"min_pixels": 56 * 56, "max_pixels": 56 * 56, "patch_size": 14, "merge_size": 2},
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_square_frames_are_prepared_as_transformers_processors_do(tmp_path, kind):
+    import transformers
+
+    from tests.backbones.families import flat_patches
+
+    statistics = {"image_mean": list(CLIP.mean), "image_std": list(CLIP.std), "resample": 3}
+    fields = {"image_processor_type": kind, **PROCESSORS[kind], **statistics}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
+    frames = make_frames(84, 84)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    theirs = processor(images=list(frames), return_tensors="pt")["pixel_values"]
+    spec = images.read_image_spec(tmp_path, 56)
+    ours = np.asarray(images.preprocess(jnp.asarray(frames), spec)).transpose(0, 3, 1, 2)
+    if kind.startswith("Qwen"):
+        import torch
+
+        ours = flat_patches(torch.tensor(ours))["pixel_values"].numpy()
+    level = 1 / (255 * max(CLIP.std))
+    assert np.abs(ours - theirs.numpy()).max() < 1.01 * level
+
+
+def test_one_picture_of_processors_that_split_and_files_of_models_with_their_own_code(tmp_path):
+    path = tmp_path / "preprocessor_config.json"
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 1}
+    path.write_text(json.dumps(half | {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}))
+    assert images.read_image_spec(tmp_path) == images.ImageSpec(512, (0.5,) * 3, (0.5,) * 3, "lanczos")
+    path.write_text(json.dumps({"auto_map": {"AutoProcessor": "processing.Processor"}}))
+    with pytest.raises(FileNotFoundError, match="expected a model directory"):
+        images.read_image_spec(tmp_path)

@@ -60,3 +60,11 @@ def test_longest_fits_every_prompt_and_no_more(tokenizer, multiple):
 def test_longest_of_nothing_is_an_error(tokenizer):
     with pytest.raises(ValueError, match="no annotated segment"):
         prompts.longest(tokenizer, TEMPLATE, [])
+
+
+def test_special_tokens_may_be_left_to_the_template(tokenizer):
+    ids, mask = prompts.encode(tokenizer, "</s>{instruction}\n", "open", 12, special_tokens=False)
+    assert ids[0] == tokenizer.eos_token_id
+    assert tokenizer.bos_token_id not in ids[mask]
+    assert mask.sum() == prompts.longest(tokenizer, "</s>{instruction}\n", ["open"], 1, special_tokens=False)
+    assert mask.sum() + 2 == prompts.longest(tokenizer, "</s>{instruction}\n", ["open"], 1)

@@ -149,3 +149,41 @@ def test_assets_cannot_write_elsewhere(tmp_path):
     assert list(pathlib.Path(tmp_path).iterdir()) == []
     with pytest.raises(FileNotFoundError, match="none of"):
         tokenizers.read_assets(tmp_path)
+
+
+def test_qwens_rank_file_gives_the_tokens_that_lowest_rank_first_makes(tmp_path):
+    # A toy of the published form: 256 bytes, then merges, one token per rank. Oracle: the plain algorithm on bytes.
+    import base64
+
+    merges = [b"th", b"he", b"the", b" the", b"in", b"ing", b" d", b"dr", "é".encode(), b"er", b" dr", b"aw", b"awer"]
+    ranks = {bytes([i]): i for i in range(256)} | {token: 256 + i for i, token in enumerate(merges)}
+    lines = [base64.b64encode(token) + b" %d" % rank for token, rank in ranks.items()]
+    (tmp_path / tokenizers.RANKS).write_bytes(b"\n".join(lines) + b"\n")
+    tokenizer = tokenizers.load_tokenizer(tmp_path)
+    for words in (["open", " the", " drawer"], ["Th", "é"], [" thing", "!"]):
+        expected = [ranks[part] for word in words for part in tokenizers._merge(word.encode(), ranks, 10**6)]
+        assert tokenizer("".join(words))["input_ids"] == expected
+    assert tokenizer.decode(tokenizer("Thé thing!")["input_ids"]) == "Thé thing!"
+    special = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|extra_0|>",
+        "<|extra_204|>",
+        "<ref>",
+        "<img>",
+        "</img>",
+    ]
+    base = len(ranks)  # 151643 in the published file, where <img> is 151857
+    assert tokenizer.convert_tokens_to_ids(special) == [base + i for i in (0, 1, 2, 3, 207, 208, 214, 215)]
+    assert 151_643 + 214 == 151_857 and len(tokenizer) == base + 217
+    assert tokenizer.pad_token_id == base and tokenizer.bos_token is None
+    copy = tmp_path / "copy"
+    tokenizers.write_assets(tokenizers.read_assets(tmp_path), copy)
+    assert tokenizers.load_tokenizer(copy)("the")["input_ids"] == [ranks[b"the"]]
+
+
+def test_a_rank_file_with_a_gap_is_refused(tmp_path):
+    (tmp_path / tokenizers.RANKS).write_text("YQ== 0\nYg== 2\n")
+    with pytest.raises(ValueError, match="ranks are not 0 to 1"):
+        tokenizers.load_tokenizer(tmp_path)

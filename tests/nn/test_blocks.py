@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from robovlms_jax.nn.mlp import ACTIVATIONS, MLP
-from robovlms_jax.nn.norms import LayerNorm
-from robovlms_jax.nn.positions import sinusoid
+from robovlms_jax.nn.norms import LayerNorm, RMSNorm
+from robovlms_jax.nn.positions import alibi_slopes, resize_positions, rotary, rotate, sinusoid
 
 
 def test_layer_norm_equals_torch_and_keeps_the_type():
@@ -57,3 +57,62 @@ def test_sinusoids_follow_their_definition():
         angles = [(position + 2) * math.exp(-math.log(10_000) * i / 3) for i in range(4)]
         expected = [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
         np.testing.assert_allclose(found[0, row], expected, atol=2e-4)  # float32 of an angle near 2500
+
+
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_rms_norm_equals_torch_and_keeps_the_type(plus_one):
+    x = np.random.default_rng(0).normal(3, 2, (2, 5, 7)).astype(np.float32)
+    scale = np.linspace(0.5, 2, 7, dtype=np.float32)
+    expected = torch.nn.functional.rms_norm(torch.tensor(x), (7,), torch.tensor(scale), 0.1).numpy()
+    params = {"params": {"scale": scale - plus_one}}
+    np.testing.assert_allclose(RMSNorm(0.1, plus_one).apply(params, x), expected, atol=1e-5)
+    assert RMSNorm(0.1, plus_one).apply(params, jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_layer_norm_without_bias():
+    x = np.random.default_rng(0).normal(size=(2, 7)).astype(np.float32)
+    expected = torch.nn.functional.layer_norm(torch.tensor(x), (7,)).numpy()
+    found = LayerNorm(1e-5, use_bias=False).apply({"params": {"scale": np.ones(7, np.float32)}}, x)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_rotary_scores_depend_on_distances_and_leave_the_other_channels():
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(2, 1, 1, 1, 12)).astype(np.float32)
+
+    def score(at_q, at_k):
+        turned = [rotate(jnp.asarray(x), rotary(jnp.full((1, 1, 1), at), 8, 100.0)) for x, at in ((q, at_q), (k, at_k))]
+        np.testing.assert_array_equal(turned[0][..., 8:], q[..., 8:])
+        return float((turned[0] * turned[1]).sum())
+
+    assert score(3, 1) == pytest.approx(score(13, 11), abs=1e-5)
+    assert abs(score(3, 1) - score(3, 2)) > 1e-2
+    assert score(0, 0) == pytest.approx(float((q * k).sum()), abs=1e-5)
+
+
+def test_rotary_sections_follow_their_own_coordinate():
+    places = jnp.asarray([[[3, 5, 7]]])
+    cos, _ = rotary(places, 12, 100.0, (1, 2, 3))
+    for axis, part in enumerate((slice(0, 1), slice(1, 3), slice(3, 6))):
+        alone, _ = rotary(places[..., axis : axis + 1], 12, 100.0)
+        np.testing.assert_allclose(cos[..., part], alone[..., part], atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [4, 6, 32])
+def test_alibi_slopes_are_those_of_mpt_in_transformers(heads):
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+    expected = build_mpt_alibi_tensor(heads, 2)  # [heads, 1, 2]: -slope at distance 1, 0 at the last key
+    np.testing.assert_allclose(alibi_slopes(heads), -expected[:, 0, 0].numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("stored", "side", "scale"), [(4, 7, None), (6, 4, None), (4, 6, 6.1 / 4), (3, 3, None)])
+def test_position_tables_are_resized_as_torch_does(exact_matmul, stored, side, scale):
+    table = np.random.default_rng(0).normal(size=(stored * stored, 5)).astype(np.float32)
+    grid = torch.tensor(table).reshape(1, stored, stored, 5).permute(0, 3, 1, 2)
+    how = {"size": (side, side)} if scale is None else {"scale_factor": (scale, scale)}
+    expected = torch.nn.functional.interpolate(grid, mode="bicubic", align_corners=False, **how)
+    found = resize_positions(jnp.asarray(table), side, scale=scale)
+    np.testing.assert_allclose(found, expected[0].flatten(1).T.numpy(), atol=1e-5)
+    with pytest.raises(ValueError, match="not square"):
+        resize_positions(jnp.asarray(table)[:-1], side)

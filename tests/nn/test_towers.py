@@ -24,12 +24,29 @@ TEXT = decoder.DecoderConfig(
     vocab_size=11,
     activation="gelu",
     norm_epsilon=1e-5,
+    norm="layer",
+    sub_norm=True,
+    is_gated=False,
+    attention_bias="all",
+    mlp_bias=True,
+    positions="sinusoid",
+    head="tied",
     embed_scale=True,
     dropout=0.5,
     attention_dropout=0.5,
 )
 VISION = vit.ViTConfig(
-    image_size=6, patch_size=2, width=12, depth=3, mlp_dim=20, num_heads=3, activation="quick_gelu", norm_epsilon=1e-5
+    image_size=6,
+    patch_size=2,
+    width=12,
+    depth=3,
+    mlp_dim=20,
+    num_heads=3,
+    activation="quick_gelu",
+    norm_epsilon=1e-5,
+    cls="keep",
+    patch_bias=False,
+    pre_norm=True,
 )
 B, S = 2, 5
 
@@ -54,7 +71,7 @@ def test_scanned_decoder_equals_its_layers_one_after_another(exact_matmul):
     found, _ = jax.jit(module.apply)({"params": params}, embeds, mask, positions)
     x = embeds * np.sqrt(16) + sinusoid(positions, 16)
     attend = causal_mask(positions, positions, mask)
-    arguments = {"mask": attend, "cache": None, "start": 0, "deterministic": True}
+    arguments = {"mask": attend, "bias": None, "rotary": None, "cache": None, "start": 0, "deterministic": True}
     step = jax.jit(functools.partial(decoder.Block(TEXT).apply, **arguments))
     for layer in range(TEXT.depth):
         block = jax.tree.map(lambda p, layer=layer: p[layer], params["layers"])
@@ -122,7 +139,8 @@ def test_dropout_draws_anew_for_attention_and_mlp():
     block = jax.tree.map(lambda p: jnp.zeros_like(p[0]), random_params(module, embeds, mask, positions)["layers"])
     block["attn"]["o"]["bias"] += 1
     block["mlp"]["down"]["bias"] += 100
-    arguments = {"mask": causal_mask(positions, positions, mask), "cache": None, "start": 0, "deterministic": False}
+    attend = causal_mask(positions, positions, mask)
+    arguments = {"mask": attend, "bias": None, "rotary": None, "cache": None, "start": 0, "deterministic": False}
     rngs = {"dropout": jax.random.key(0)}
     y, _ = decoder.Block(config).apply({"params": block}, jnp.zeros_like(embeds), **arguments, rngs=rngs)
     assert set(np.unique(y)) == {0, 2, 200, 202}

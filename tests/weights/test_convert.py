@@ -123,3 +123,16 @@ def test_each_device_reads_only_its_part():
     assert report["total_read"] == report["layer"] * report["layers"]
     assert report["shard"] == [report["layers"], 8, 2, 6]
     assert report["replicated_read"] == report["replicated"]
+
+
+def test_every_part_of_a_fused_tensor_needs_its_rule():
+    fused = {"qkv": np.arange(36, dtype=np.float32).reshape(18, 2)}
+    leaf = jax.ShapeDtypeStruct((2, 3, 2), np.float32)
+    shapes = dict.fromkeys("qkv", leaf)
+    rows = tuple(Rule("qkv", name, f"({part}/3 n h) d -> d n h") for part, name in enumerate("qkv"))
+    params = load(fused, rows, shapes)
+    np.testing.assert_array_equal(params["k"], fused["qkv"][6:12].reshape(3, 2, 2).transpose(2, 0, 1))
+    with pytest.raises(ValueError, match="tensors that several rules match"):
+        load(fused, rows[:2], dict.fromkeys("qk", leaf))
+    with pytest.raises(ValueError, match=r"found \[18, 2\], expected \[18, 4\] for q"):
+        load(fused, rows, dict.fromkeys("qkv", jax.ShapeDtypeStruct((4, 3, 2), np.float32)))

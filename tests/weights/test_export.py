@@ -41,3 +41,12 @@ def test_other_weights_are_not_overwritten(tmp_path):
     export.export(PARAMS, RULES, tmp_path, {})
     with pytest.raises(FileExistsError, match="export to an empty directory"):
         export.export(PARAMS, RULES, tmp_path, {})
+
+
+def test_parts_are_written_as_the_one_tensor_they_came_from(tmp_path):
+    rows = tuple(Rule("w.{layer}.qkv", f"w/{name}", f"({part}/3 n) d -> d n") for part, name in enumerate("qkv"))
+    params = {"w": {name: np.full((2, 4, 3), i, np.float32) for i, name in enumerate("qkv")}}
+    export.export(params, rows, tmp_path, {})
+    found = load_file(tmp_path / sources.SINGLE)
+    assert set(found) == {"w.0.qkv", "w.1.qkv"}
+    np.testing.assert_array_equal(found["w.1.qkv"], np.repeat([0, 1, 2], 3)[:, None] * np.ones(4))

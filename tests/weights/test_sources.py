@@ -119,3 +119,16 @@ def test_places_without_weights_say_what_was_looked_for(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"has neither model\.safetensors nor .*it holds \['config\.json'\]"):
         sources.open_source(tmp_path)
+
+
+def test_parts_of_a_model_published_apart_are_one_source(tmp_path):
+    first, second = (tmp_path / name for name in ("language", "vision"))
+    for directory, tensors in ((first, {"a": np.ones((2, 3), np.float32)}), (second, {"b": np.zeros(4, np.float32)})):
+        directory.mkdir()
+        save_file(tensors, directory / sources.SINGLE)
+    joint = sources.open_sources([first, second])
+    assert joint.shapes == {"a": (2, 3), "b": (4,)}
+    assert joint.read("a", (slice(0, 1), slice(None))).tolist() == [[1, 1, 1]]
+    assert str(first) in joint.name and str(second) in joint.name
+    with pytest.raises(ValueError, match="repeats tensor 'a'"):
+        sources.open_sources([first, first])

@@ -1,0 +1,92 @@
+"""Connectors of more than one family: image features -> embeddings of the language decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from robovlms_jax.nn.decoder import DecoderConfig
+from robovlms_jax.nn.linear import Einsum, Lora
+from robovlms_jax.nn.mlp import ACTIVATIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearConnectorConfig:
+    """One matrix."""
+
+    use_bias: bool = True
+    shuffle: int = 1
+    """Squares of shuffle x shuffle neighbouring patches become one token, their channels side by side, row by row."""
+
+    def build(self, text: DecoderConfig, lora: Lora) -> nn.Module:
+        return LinearConnector(self, text, lora)
+
+    def tiny(self) -> LinearConnectorConfig:
+        return dataclasses.replace(self, shuffle=min(self.shuffle, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConnectorConfig:
+    """Two matrices, biased, with an activation between."""
+
+    mlp_dim: int | None = None
+    """Width between them; None = the decoder's."""
+    activation: str = "gelu"
+    views: int = 1
+    """Copies of the features side by side, where the model was made for those of several crops (MoonDream2)."""
+
+    def build(self, text: DecoderConfig, lora: Lora) -> nn.Module:
+        return MLPConnector(self, text, lora)
+
+    def tiny(self) -> MLPConnectorConfig:
+        return self if self.mlp_dim is None else dataclasses.replace(self, mlp_dim=20)
+
+
+class LinearConnector(nn.Module):
+    """Matrix, after gathering neighbouring patches. The decoder's scale of embeddings is divided out beforehand."""
+
+    config: LinearConnectorConfig
+    text: DecoderConfig
+    lora: Lora = Lora()
+
+    @nn.compact
+    def __call__(self, features: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """float[B, P', vision width] -> float[B, P' / shuffle^2, D]."""
+        x = gather_squares(features, self.config.shuffle)
+        x = dense(x, self.text.width, self.config.use_bias, self.lora, "dense")
+        # PaliGemma's features enter the decoder as they are, while all embeddings are scaled there.
+        return x * self.text.width**-0.5 if self.text.embed_scale else x
+
+
+class MLPConnector(nn.Module):
+    """out(activation(hidden(x)))."""
+
+    config: MLPConnectorConfig
+    text: DecoderConfig
+    lora: Lora = Lora()
+
+    @nn.compact
+    def __call__(self, features: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """float[B, P, vision width] -> float[B, P, D]."""
+        x = jnp.concatenate([features] * self.config.views, axis=-1)
+        x = dense(x, self.config.mlp_dim or self.text.width, True, self.lora, "hidden")
+        return dense(ACTIVATIONS[self.config.activation](x), self.text.width, True, self.lora, "out")
+
+
+def gather_squares(x: jax.Array, side: int) -> jax.Array:
+    """Pixel shuffle (Shi et al. 2016, backwards): a square grid float[B, P, E] -> float[B, P / side^2, side^2 E]."""
+    if side == 1:
+        return x
+    batch, patches, width = x.shape
+    grid = int(patches**0.5) // side
+    x = x.reshape(batch, grid, side, grid, side, width).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, grid * grid, side * side * width)
+
+
+def dense(x: jax.Array, width: int, use_bias: bool, lora: Lora, name: str) -> jax.Array:
+    """A matrix of the calling module: float[B, P, E] -> float[B, P, width]."""
+    shape, axes = (x.shape[-1], width), (None, "embed")
+    return Einsum("BPE,ED->BPD", shape, axes, use_bias=use_bias, lora=lora, name=name)(x)

@@ -1,0 +1,87 @@
+"""LLaVA-Lightning-MPT-7B-preview: CLIP-L at 224 pixels, a matrix, MPT-7B. Its CLIP is published apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from robovlms_jax.backbones import base, llava, sections
+from robovlms_jax.backbones.connectors import LinearConnectorConfig
+from robovlms_jax.nn.decoder import DecoderConfig
+from robovlms_jax.weights import rules
+
+MPT_7B = DecoderConfig(
+    width=4096,
+    depth=32,
+    mlp_dim=16_384,
+    num_heads=32,
+    vocab_size=50_432,
+    activation="gelu",
+    norm_epsilon=1e-5,
+    norm="layer_no_bias",
+    is_gated=False,
+    positions="alibi",
+    head="tied",
+)
+TEXT = base.Section(
+    "",
+    {"width": ("d_model",), "depth": ("n_layers",), "num_heads": ("n_heads",), "vocab_size": ("vocab_size",)},
+    {
+        "no_bias": True,
+        "attn_config.alibi": True,
+        "attn_config.qk_ln": False,
+        "attn_config.alibi_bias_max": 8,
+        "mm_vision_select_layer": -2,
+        "mm_use_im_start_end": False,
+    },
+)
+LAYER = "transformer.blocks.{layer}"
+RULES = (
+    *rules.clip_vision("vision_model", "vision"),
+    *rules.linear("transformer.mm_projector", "connector/dense"),
+    rules.Rule("transformer.wte.weight", "text/embed/table"),
+    *rules.fused_qkv(f"{LAYER}.attn.Wqkv.weight", None, "text/layers/attn"),
+    *rules.linear(f"{LAYER}.attn.out_proj", "text/layers/attn/o", "d (n h) -> n h d", use_bias=False),
+    *rules.rms_norm(f"{LAYER}.norm_1", "text/layers/attn_norm"),
+    *rules.rms_norm(f"{LAYER}.norm_2", "text/layers/mlp_norm"),
+    *rules.linear(f"{LAYER}.ffn.up_proj", "text/layers/mlp/up", use_bias=False),
+    *rules.linear(f"{LAYER}.ffn.down_proj", "text/layers/mlp/down", use_bias=False),
+    *rules.rms_norm("transformer.norm_f", "text/final_norm"),
+    *rules.head("lm_head", "text", tied=True),
+    rules.Ignore(r"text_model\..*|text_projection\.weight|visual_projection\.weight|logit_scale", "CLIP's text side"),
+    rules.LORA,
+)
+
+
+def read(values: Mapping[str, Any]) -> base.VLMConfig:
+    """config.json -> configuration."""
+    text = TEXT.read(values, MPT_7B)
+    text = dataclasses.replace(text, mlp_dim=round(text.width * values.get("expansion_ratio", 4)))
+    vision = llava.VISION.read(values, dataclasses.replace(sections.CLIP_L, cls="drop", unused_layers=1))
+    return base.VLMConfig(
+        model_type="llava_mpt",
+        vision=vision,
+        text=text,
+        connector=LinearConnectorConfig(),
+        image=sections.clip_image(vision.image_size),
+        prompt="{instruction}",
+        bos_id=0,
+        eos_id=0,
+        pad_id=1,
+        rules=RULES,
+    )
+
+
+def write(config: base.VLMConfig) -> dict[str, Any]:
+    """Configuration -> config.json, with a `vision_config` that the published file has elsewhere."""
+    return TEXT.write(config.text) | {
+        "architectures": ["LlavaMPTForCausalLM"],
+        "expansion_ratio": config.text.mlp_dim / config.width,
+        "vision_config": llava.VISION.write(config.vision),
+    }
+
+
+base.register_family("llava_mpt", read, write)
+base.register("llava-mpt-7b")(functools.partial(read, {}))

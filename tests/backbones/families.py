@@ -1,0 +1,89 @@
+"""Tiny torch models to compare every decoder-only backbone with, and how each of them is called."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from robovlms_jax.backbones import base
+from tests.backbones import composed
+from tests.backbones.oracle import IMAGE, hugging_face
+
+TORCH: dict[str, Callable[[base.VLMConfig], torch.nn.Module]] = {
+    "kosmos-2": hugging_face,
+    "paligemma": lambda config: hugging_face(config, image_token_index=IMAGE),
+    "llava": lambda config: hugging_face(config, image_token_index=IMAGE),
+    "smolvlm": lambda config: hugging_face(config, image_token_id=IMAGE),
+    "deepseek_vl": lambda config: hugging_face(config, image_token_id=IMAGE),
+    "qwen2_5_vl": lambda config: hugging_face(config, image_token_id=IMAGE, video_token_id=101),
+    "llava_mpt": composed.LlavaMpt,
+    "moondream1": composed.Moondream,
+    "qwen": composed.QwenVL,
+    "vlm": composed.UForm,
+}
+"""model_type -> the torch model of a configuration."""
+
+COMPARED = (
+    "kosmos-2",
+    "paligemma-3b-224",
+    "paligemma2-3b-224",
+    "llava-1.5-7b",
+    "smolvlm2-500m",
+    "deepseek-vl-1.3b",
+    "qwen2.5-vl-3b",
+    "llava-mpt-7b",
+    "moondream2",
+    "moondream2-2024-03",
+    "qwen-vl",
+    "uform-gen2-qwen-500m",
+)
+"""Registered names, one of each form, whose tiny twins are compared."""
+
+
+def torch_model(config: base.VLMConfig) -> torch.nn.Module:
+    """The torch model of a configuration, as its family makes it."""
+    return TORCH[config.model_type](config)
+
+
+def tiny(name: str) -> base.VLMConfig:
+    """The tiny twin that is compared; images of an even number of patches where they are gathered in squares."""
+    config = base.get(name).tiny()
+    if getattr(config.connector, "shuffle", 1) > 1:
+        config = config.resized(dataclasses.replace(config.vision, image_size=59))  # 4 x 4 patches and 3 pixels more
+    if config.model_type == "llava_mpt":  # transformers' MPT has this ratio only
+        config = dataclasses.replace(config, text=dataclasses.replace(config.text, mlp_dim=4 * config.width))
+    return config
+
+
+def published(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters (or their gradients) of a torch model by the names its checkpoint has."""
+    return model.published(state) if isinstance(model, composed.Composed) else state
+
+
+def forward(
+    config: base.VLMConfig, model: torch.nn.Module, ids: np.ndarray, images: np.ndarray, mask: np.ndarray, **more: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, S, V] and final hidden states [B, S, D]; ids int[B, S], images float[B, cameras, size, size, 3]."""
+    pixels = torch.from_numpy(images.transpose(0, 1, 4, 2, 3).copy())
+    ids = torch.from_numpy(ids).long()
+    arguments = {"attention_mask": torch.from_numpy(mask).long(), "pixel_values": pixels.flatten(0, 1)}
+    if config.model_type == "kosmos-2":
+        arguments["image_embeds_position_mask"] = ids == IMAGE
+    if config.model_type == "smolvlm":
+        arguments["pixel_values"] = pixels
+    if config.model_type == "qwen2_5_vl":
+        arguments |= flat_patches(pixels.flatten(0, 1)) | {"mm_token_type_ids": (ids == IMAGE).int()}
+    out = model(input_ids=ids, **arguments, **more, output_hidden_states=True, use_cache=False)
+    return out.logits, out.hidden_states[-1]
+
+
+def flat_patches(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Qwen2.5-VL's patches: two by two beside each other, each of them channels, two frames, rows, columns."""
+    side = images.shape[-1] // 14
+    x = images.reshape(len(images), 3, side // 2, 2, 14, side // 2, 2, 14).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    x = x[..., None, :, :].expand(*x.shape[:6], 2, 14, 14).reshape(-1, 3 * 2 * 14 * 14)
+    return {"pixel_values": x, "image_grid_thw": torch.tensor([[1, side, side]] * len(images))}

@@ -1,0 +1,144 @@
+"""Checkpoints of every family as found on disk: spellings, shards, types, the way back, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax.traverse_util import flatten_dict
+from safetensors.torch import save_file
+
+from robovlms_jax.backbones import base
+from robovlms_jax.weights import convert, export, sources
+from tests.backbones import families
+from tests.backbones.oracle import abstract, from_torch, randomize
+
+NATIVE = ("paligemma-3b-224", "paligemma2-3b-224", "llava-1.5-7b", "smolvlm2-500m", "deepseek-vl-1.3b", "qwen2.5-vl-3b")
+"""Families that transformers saves and opens."""
+
+
+def load(config, *directories):
+    shapes = abstract(config)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: device, shapes)
+    return convert.load_params(config.rules, sources.open_sources(directories), shapes, shardings)
+
+
+def assert_equal(found, expected):
+    found, expected = flatten_dict(found, sep="/"), flatten_dict(expected, sep="/")
+    assert set(found) == set(expected)
+    for path, value in expected.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
+
+
+@pytest.fixture(scope="module", params=families.COMPARED)
+def model(request):
+    config = families.tiny(request.param)
+    return request.param, config, randomize(families.torch_model(config))
+
+
+def test_every_spelling_and_type_and_the_way_back(model, tmp_path):
+    name, config, torch_model = model
+    state = families.published(torch_model, dict(torch_model.state_dict()))
+    params = from_torch(config, state)
+    assert_equal(from_torch(config, {f"module.model.backbone.{key}": value for key, value in state.items()}), params)
+    directory = tmp_path / "bfloat16"
+    directory.mkdir()
+    half = {key: value.to(torch.bfloat16).contiguous().clone() for key, value in state.items()}
+    save_file(half, directory / sources.SINGLE)
+    assert_equal(load(config, directory), from_torch(config, {key: value.float() for key, value in half.items()}))
+    export.export(params, config.rules, tmp_path / "export", base.to_hf_config(config), max_shard_bytes=40_000)
+    assert len(list((tmp_path / "export").glob("*.safetensors"))) > 1
+    again = base.from_directory(tmp_path / "export")
+    assert again == config
+    assert_equal(load(again, tmp_path / "export"), params)
+    if name not in NATIVE:
+        return
+    opened, info = type(torch_model).from_pretrained(tmp_path / "export", output_loading_info=True)
+    assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]), info
+    expected = torch_model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in opened.state_dict().items())
+    torch_model.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
+    assert_equal(load(base.from_directory(tmp_path / "saved"), tmp_path / "saved"), params)
+
+
+def test_weights_of_another_family_or_size_are_refused():
+    config = families.tiny("llava-1.5-7b")
+    other = families.torch_model(families.tiny("smolvlm2-500m")).state_dict()
+    with pytest.raises(ValueError, match="tensors that no rule matches") as caught:
+        from_torch(config, dict(other))
+    assert "model.connector.modality_projection.proj.weight" in str(caught.value)
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract(config), sep="/").items()}
+    with torch.device("meta"):
+        full = {key: tuple(x.shape) for key, x in families.torch_model(base.get("llava-1.5-7b")).state_dict().items()}
+    with pytest.raises(ValueError, match=r"found \[32064, 4096\], expected \[128, 32\] for text/embed/table"):
+        convert.plan(config.rules, full, shapes)
+
+
+def test_parts_published_apart_make_one_model(tmp_path):
+    config = families.tiny("llava-mpt-7b")
+    torch_model = randomize(families.torch_model(config))
+    state = families.published(torch_model, dict(torch_model.state_dict()))
+    vision = {key: value.clone() for key, value in state.items() if key.startswith("vision_model.")}
+    vision |= {"text_model.final_layer_norm.weight": torch.ones(3), "logit_scale": torch.ones(())}  # CLIP has more
+    language = {key: value.clone() for key, value in state.items() if key.startswith("transformer.")}
+    for name, part in (("language", language), ("vision", vision)):
+        (tmp_path / name).mkdir()
+        save_file(part, tmp_path / name / sources.SINGLE)
+    assert_equal(load(config, tmp_path / "language", tmp_path / "vision"), from_torch(config, state))
+    with pytest.raises(ValueError, match="tensors that are missing"):
+        load(config, tmp_path / "language")
+
+
+def test_weights_tell_moondreams_projector_and_revision():
+    two, one = base.get("moondream2"), base.get("moondream2-2024-03")
+    for config in (one, two):
+        shapes = {"vision_encoder.projection.mlp.fc1.weight": (8192, 1152 * config.connector.views)}
+        assert base.fit(two, shapes) == base.fit(one, shapes) == config
+    with pytest.raises(ValueError, match=r"MoonDream2 weights of 2025 .* take a revision of 2024"):
+        base.fit(two, {"model.text.blocks.0.ln.weight": (2048,)})
+    assert base.fit(base.get("qwen-vl"), {}) == base.get("qwen-vl")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "llava", "vision_feature_layer": -1}, "vision_feature_layer=-1 is not supported; .* -2"),
+        ({"model_type": "llava", "text_config": {"model_type": "mistral"}}, "text_config.model_type='mistral'"),
+        ({"model_type": "llava", "text_config": {"rope_scaling": {"type": "linear"}}}, "rope_scaling of type 'linear'"),
+        ({"model_type": "paligemma", "vision_config": {"vision_use_head": True}}, "vision_use_head=True"),
+        ({"model_type": "llava_mpt", "attn_config": {"alibi": False}}, "attn_config.alibi=False is not supported"),
+        ({"model_type": "vlm", "text_decoder_name_or_path": "a/llama"}, "'a/llama' is not supported"),
+        ({"model_type": "qwen2_5_vl", "vision_config": {"image_size": 225}}, "no multiple of 28"),
+        ({"model_type": "paligemma", "vision_config": {"image_size": 225, "patch_size": 14}}, "no multiple of"),
+    ],
+)
+def test_variants_a_family_does_not_have_are_named(tmp_path, values, message):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message) as caught:
+        base.from_directory(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_hub_files_with_the_decoder_at_the_top_are_read():
+    # Qwen/Qwen2.5-VL-7B-Instruct's own file has no text_config and older names.
+    values = {
+        "model_type": "qwen2_5_vl",
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "tie_word_embeddings": False,
+        "vision_config": {"depth": 32, "hidden_size": 1280, "fullatt_block_indexes": [7, 15, 23, 31]},
+        "vocab_size": 152_064,
+    }
+    assert base.from_hf_config(values) == base.get("qwen2.5-vl-7b")
+    assert transformers.Qwen2_5_VLConfig(**values).text_config.hidden_size == 3584

@@ -1,0 +1,83 @@
+"""Every policy structure on every backbone: traced at the tiny size, whatever the shapes; two of them run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from experiments import calvin_abcd
+from robovlms_jax import build
+from robovlms_jax.backbones import base as backbones
+from robovlms_jax.config import ExperimentConfig
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies import objective
+from robovlms_jax.policies.heads import base as heads
+from robovlms_jax.training import trainable
+from tests import toy
+
+FAMILIES = {backbones.get(name).model_type: name for name in reversed(backbones.names())}
+STRUCTURES = (
+    ("one_step", "action_query", "mlp"),
+    ("one_step", "token", "discrete"),
+    ("interleaved", "action_query", "mlp"),
+    ("interleaved", "token", "discrete"),
+    ("policy_head", "action_query", "lstm"),
+    ("policy_head", "pool", "gpt"),
+    ("video", "action_query", "mlp"),
+)
+"""The paper's, one of each; heads differ in nothing that a backbone sees."""
+
+
+def make(name: str, structure: tuple[str, str, str]):
+    return dataclasses.replace(toy.make_product(*structure), vlm=backbones.get(name).tiny())
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids="-".join)
+@pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES.keys())
+def test_every_structure_traces_on_every_backbone(name, structure):
+    assert structure in heads.products()
+    model = make(name, structure)
+    batch = toy.make_batch(np.random.default_rng(0), window=model.config.window, windows=2, chunk=2)
+    params = toy.random_params(model, batch)
+    loss, _ = jax.eval_shape(lambda p: objective.loss(model, p, batch), params)
+    assert loss.shape == ()
+
+
+@pytest.mark.parametrize("structure", [STRUCTURES[2], STRUCTURES[3]], ids="-".join)
+def test_rows_and_columns_of_patches_reach_the_loss(structure):
+    # Qwen2.5-VL's places in two dimensions pass through joined frames and action tokens, and give finite gradients.
+    model = make("qwen2.5-vl-3b", structure)
+    batch = toy.make_batch(np.random.default_rng(0), window=model.config.window, windows=2, chunk=2)
+    params = toy.random_params(model, batch)
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: objective.loss(model, p, batch)[0]))(params)
+    assert np.isfinite(loss)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("preset", calvin_abcd.OTHERS)
+def test_presets_build_their_backbone_and_train_what_they_say(preset):
+    config = calvin_abcd.PRESETS[preset]
+    assert isinstance(config, ExperimentConfig)
+    config.validate(1)
+    vlm = backbones.get(config.backbone.name)
+    model = build.make_model(config, vlm)
+    shapes, _ = build.abstract_params(model, meshes.make_mesh((1, 1, 1), jax.devices()[:1]))
+    assert build.count(shapes["backbone"]) > 4e8
+    trained, frozen = trainable.split(flatten_dict(shapes, sep="/"), config.train.trainable)
+    expected = {"qwen_vl_lstm": ("backbone/vision", "backbone/connector"), "llava_mpt_lstm": ("backbone/text/embed",)}
+    assert bool(frozen) == (preset in expected)
+    assert all(path.startswith(expected[preset]) for path in frozen)
+    assert any(path.startswith("head/") for path in trained)
+
+
+def test_prefix_attention_is_refused_where_it_means_nothing():
+    config = calvin_abcd.PRESETS["paligemma_lstm"]
+    prefix = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, attention="prefix"))
+    prefix.validate(1)
+    pooled = dataclasses.replace(prefix, policy=dataclasses.replace(prefix.policy, readout="pool"))
+    with pytest.raises(ValueError, match=r"backbone.attention='prefix' needs policy.readout='action_query'"):
+        pooled.validate(1)
