@@ -168,7 +168,7 @@ def _convert(
 def _destinations(table: rules.Rules, source: sources.Source) -> Iterator[tuple[str, str]]:
     """Every tensor of a source that fits the rules, and what became of it."""
     for name in source.shapes:
-        canonical = rules.normalize(name)
+        canonical = rules.canonical(table, name)
         targets = [rule.target for rule in table if isinstance(rule, rules.Rule) and rule.match(canonical)[0]]
         ignored = [x.reason for x in table if isinstance(x, rules.Ignore) and re.fullmatch(x.source, canonical)]
         yield name, ", ".join(targets) or f"ignored: {ignored[0]}"
@@ -178,7 +178,7 @@ def _largest_difference(table: rules.Rules, source: sources.Source, params: Any)
     """Between every tensor of the checkpoint and what the opened policy holds in its place, laid out as it was."""
     flat, worst = flatten_dict(params, sep="/"), 0.0
     for name, shape in source.shapes.items():
-        canonical = rules.normalize(name)
+        canonical = rules.canonical(table, name)
         for rule in table:
             is_match, layer = rule.match(canonical) if isinstance(rule, rules.Rule) else (False, None)
             if not is_match:

@@ -113,7 +113,7 @@ class VLA(nn.Module):
         if config.compat_count_padding or config.compat_queries_last:
             tokens = compat.padded_layout(
                 tokens,
-                1,
+                self.vlm.tail,
                 count_padding=config.compat_count_padding,
                 queries_last=config.compat_queries_last,
             )

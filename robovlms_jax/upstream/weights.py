@@ -11,6 +11,7 @@ import numpy as np
 
 from robovlms_jax.policies.heads.continuous import ContinuousHeadConfig
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
+from robovlms_jax.policies.heads.gpt import GPTHeadConfig
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
 from robovlms_jax.policies.heads.mlp import MLPHeadConfig
 from robovlms_jax.policies.vla import VLA
@@ -101,9 +102,33 @@ def lstm_head(source: str, target: str, config: LSTMHeadConfig) -> rules.Rules:
     return rows + _outputs(source, target, config)
 
 
+def gpt_head(source: str, target: str, config: GPTHeadConfig) -> rules.Rules:
+    """GPTDecoder, whose Conv1D layers hold [in, out] -> GPTHead."""
+    block, here = f"{source}.gpt.h.{{layer}}", f"{target}/layers"
+    qkv = ()
+    for part, name in enumerate("qkv"):
+        axes = f"{part}/3 n h"
+        qkv += (rules.Rule(f"{block}.attn.c_attn.weight", f"{here}/attn/{name}/kernel", f"d ({axes}) -> d n h"),)
+        qkv += (rules.Rule(f"{block}.attn.c_attn.bias", f"{here}/attn/{name}/bias", f"({axes}) -> n h"),)
+    return (
+        rules.Rule(f"{source}.gpt.wpe.weight", f"{target}/positions"),
+        *rules.linear(f"{source}.fc", f"{target}/project"),
+        *rules.layer_norm(f"{block}.ln_1", f"{here}/attn_norm"),
+        *qkv,
+        *rules.linear(f"{block}.attn.c_proj", f"{here}/attn/o", "(n h) d -> n h d"),
+        rules.Ignore(rf"{re.escape(source)}\.gpt\.h\.\d+\.attn\.(bias|masked_bias)", "the causal mask"),
+        *rules.layer_norm(f"{block}.ln_2", f"{here}/mlp_norm"),
+        *rules.linear(f"{block}.mlp.c_fc", f"{here}/mlp/up", ""),
+        *rules.linear(f"{block}.mlp.c_proj", f"{here}/mlp/down", ""),
+        *rules.layer_norm(f"{source}.gpt.ln_f", f"{target}/final_norm"),
+        *_outputs(source, target, config),
+    )
+
+
 HEADS: dict[type, Callable[[str, str, Any], rules.Rules]] = {
     MLPHeadConfig: mlp_head,
     LSTMHeadConfig: lstm_head,
+    GPTHeadConfig: gpt_head,
     DiscreteHeadConfig: lambda source, target, config: (),  # it only names tokens
 }
 """Our head -> the rules of its counterpart."""
@@ -137,7 +162,7 @@ def allow(
     Returns:
       rules, the parameters and the tensors that were excepted.
     """
-    names = {name: rules.normalize(name) for name in tensors}
+    names = {name: rules.canonical(table, name) for name in tensors}
     filled, known = set(), set()
     for rule in table:
         if isinstance(rule, rules.Rule):

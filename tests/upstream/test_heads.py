@@ -69,7 +69,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "latent"), [("mlp", 1), ("mlp", 2), ("lstm", 2)])
+@pytest.mark.parametrize(("kind", "latent"), [("mlp", 1), ("mlp", 2), ("lstm", 2), ("gpt", 1)])
 def test_a_head_gives_upstreams_numbers(kind, latent, exact_matmul):
     # Fails if a tensor is transposed wrongly, fused queries, keys and values are taken apart in another order, or the
     # tokens of a step are flattened otherwise.
