@@ -65,6 +65,9 @@ class Spool:
       image_sizes: camera -> (height, width). arrays: field -> number of values.
     """
 
+    action_units = base.Dataset.action_units
+    statistics = None
+
     def __init__(self, path: pathlib.Path, image_sizes: Mapping[str, tuple[int, int]], arrays: Mapping[str, int]):
         self.name, self.image_sizes, self.arrays = str(path), dict(image_sizes), tuple(arrays)
         self.episodes: tuple[base.Episode, ...] = ()

@@ -256,10 +256,14 @@ class Decoder(nn.Module):
         return self.embed_drop(x.astype(embeds.dtype), deterministic=deterministic)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """float[B, S, D] -> float32[B, S, V]."""
+        """float[..., S, D] -> float32[..., S, V]."""
         c = self.config
         hidden = self.final_norm(hidden) if c.norm_in_head else hidden
-        x = self.embed.logits(hidden) if c.head == "tied" else self.head(hidden).astype(jnp.float32)
+        if c.head == "tied":
+            x = self.embed.logits(hidden)
+        else:
+            x = self.head(hidden.reshape(-1, *hidden.shape[-2:])).astype(jnp.float32)
+            x = x.reshape(*hidden.shape[:-1], x.shape[-1])
         return x if c.logit_softcap is None else c.logit_softcap * jnp.tanh(x / c.logit_softcap)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:

@@ -114,7 +114,8 @@ class BatchedVLAPolicy:
         carry = self.model.init_carry(self.slots, self.params, text_length)
         if self._carry is not None:
             carry = stream.lengthen(self._carry, carry)
-        self._carry = jax.device_put(carry, self._place)
+        # Copies: leaves that begin as one array would be donated twice.
+        self._carry = jax.tree.map(lambda x: jax.device_put(np.array(x), self._place), carry)
 
     def _take(self, slot: int, observation: Observation) -> None:
         for camera in self.model.config.cameras:

@@ -155,7 +155,8 @@ def test_sigterm_saves_and_resume_goes_on(tmp_path):
     # A real process, as a scheduler would stop it.
     output = tmp_path / "stopped"
     command = [
-        *(sys.executable, "-m", "experiments.calvin_abcd", "--train.output", str(output), "--train.steps", "100000"),
+        *(sys.executable, "-m", "experiments.calvin_abcd", "--preset", "sample"),
+        *("--train.output", str(output), "--train.steps", "100000"),
         *(
             "--train.batch_size",
             "4",
