@@ -85,8 +85,8 @@ def prepare(config: ExperimentConfig) -> Setup:
     opened = {split: opening.open_split(config.data, split) for split in ("training", "validation")}
     variation = language.read(config.data.paraphrases) if config.data.vary_language else None
     sentences = language.every(opened["training"].episodes, variation)
-    instructions = [*sentences, *language.every(opened["validation"].episodes, None)]
-    instructions = [*sentences, *language.every(opened["validation"].episodes, None)]
+    instructions = [*sentences, *language.every(opened["validation"].episodes, None), *_asked(config)]
+    instructions = [*sentences, *language.every(opened["validation"].episodes, None), *_asked(config)]
     if config.train.init_from:
         backbone = chaining.open_backbone(config.backbone, config.train.init_from)
     else:
@@ -194,6 +194,13 @@ def train(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing
     if finished and jax.process_index() == 0:
         logger.info("report: %s\n\n%s\n", output / "report.md", closing)
     return output
+
+
+def _asked(config: ExperimentConfig) -> list[str]:
+    """What rollouts will ask: a small dataset need not hold every wording, and prompts must have room for it."""
+    if not config.rollouts.trials:
+        return []
+    return [text for trial in closed_loop.playtable_trials(config.rollouts) for text in trial.instructions]
 
 
 def _closed_loop(setup: Setup, output: pathlib.Path) -> closed_loop.ClosedLoop | None:
