@@ -86,7 +86,6 @@ def prepare(config: ExperimentConfig) -> Setup:
     variation = language.read(config.data.paraphrases) if config.data.vary_language else None
     sentences = language.every(opened["training"].episodes, variation)
     instructions = [*sentences, *language.every(opened["validation"].episodes, None), *_asked(config)]
-    instructions = [*sentences, *language.every(opened["validation"].episodes, None), *_asked(config)]
     if config.train.init_from:
         backbone = chaining.open_backbone(config.backbone, config.train.init_from)
     else:
