@@ -9,8 +9,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from robovlms_jax.actions import rotations
 from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import kinematics, render
+from robovlms_jax.envs.playtable import render
 from robovlms_jax.envs.playtable.scene import make_scene
 from tests.envs.playtable.conftest import reset
 
@@ -108,7 +109,7 @@ def test_both_ways_of_drawing_give_the_same_picture(scene, camera, size):
         for tip in (0.0, 0.9):  # the second hand looks sideways: solids on either side of the eye's plane
             state = initial(scene, index)
             state = dataclasses.replace(
-                state, rotation=kinematics.from_vector(jnp.array([0.0, tip, 0.0])) @ state.rotation
+                state, rotation=rotations.from_axis_angle(jnp.array([0.0, tip, 0.0])) @ state.rotation
             )
             tiled, dense = (draw(scene, state, camera, size, tiled=tiled) for tiled in (True, False))
             assert tiled.std() > 20
