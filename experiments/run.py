@@ -26,7 +26,7 @@ from robovlms_jax.data import statistics as data_statistics
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.rollout import EncodeText
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.training import checkpoints, loop, metrics, optimizer, provenance, state, step, trainable
+from robovlms_jax.training import checkpoints, directory, loop, metrics, optimizer, provenance, state, step, trainable
 
 logger = logging.getLogger(__name__)
 
@@ -121,9 +121,19 @@ def prepare(config: ExperimentConfig) -> Setup:
 
 def train(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: str = REAL_THING) -> pathlib.Path:
     """The whole run; returns its directory. Raises what the parts raise."""
-    begin = time.perf_counter()
     output = pathlib.Path(config.train.output)
     _require_free(output, resume=config.train.resume)
+    with directory.claim(output):
+        directory.keep_programs(config.train.compilation_cache)
+        finished = _train(name, config, output, title, closing)
+    if finished and jax.process_index() == 0:
+        logger.info("report: %s\n\n%s\n", output / "report.md", closing)
+    return output
+
+
+def _train(name: str, config: ExperimentConfig, output: pathlib.Path, title: str, closing: str) -> bool:
+    """False: stopped by a signal before the last step."""
+    begin = time.perf_counter()
     if config.demonstrations.episodes:
         closed_loop.ensure_demonstrations(config.demonstrations, config.data.root)
     setup = prepare(config)
@@ -190,9 +200,7 @@ def train(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing
         batches.close()
         writer.close()
         checkpointer.close()
-    if finished and jax.process_index() == 0:
-        logger.info("report: %s\n\n%s\n", output / "report.md", closing)
-    return output
+    return finished
 
 
 def _asked(config: ExperimentConfig) -> list[str]:

@@ -77,8 +77,12 @@ class ProprioConfig:
     with the gripper pointing down; zeros, together with a scale of ones, give the raw values upstream feeds."""
     scale: tuple[float, ...] = (0.25, 0.25, 0.1, 0.5, 0.5, 0.5)
     """What one unit of each centred number is."""
+    dropout: float = 0.0
+    """Share of training frames that are not told. Where the hand is on its way to something betrays where that is, so a
+    policy that is always told can learn the demonstrations without looking."""
 
     def __post_init__(self):
+        _require(0 <= self.dropout < 1, f"policy.proprio.dropout={self.dropout} must lie in [0, 1).")
         _require(
             len(self.center) == len(self.scale) == 6 and all(scale > 0 for scale in self.scale),
             f"policy.proprio.center and policy.proprio.scale need 6 numbers each, scales positive; got {self.center} "
@@ -498,6 +502,10 @@ class TrainConfig:
     checkpoint_every: int = 2_000
     """Steps between checkpoints; one is always written at the end and on SIGTERM."""
     keep_checkpoints: int = 3
+    compilation_cache: str = "auto"
+    """Directory of compiled programs, so that the next start need not compile them again. auto: the one that
+    JAX_COMPILATION_CACHE_DIR names, else ~/.cache/robovlms_jax/xla on accelerators and none on CPUs, whose programs fit
+    one type of processor only. Empty: none."""
     wandb_project: str = ""
     """Also log to this Weights & Biases project (needs `pip install wandb`)."""
 
@@ -655,6 +663,12 @@ class ExperimentConfig:
             raise ValueError(
                 "backbone.attention='prefix' needs policy.readout='action_query' and another history than 'video'; "
                 f"it is {self.policy.readout!r} with {self.policy.history!r}. Set backbone.attention=causal."
+            )
+        if self.backbone.attention == "prefix" and self.policy.auxiliary.caption_weight:
+            raise ValueError(
+                "policy.auxiliary.caption_weight asks for each word from those before it, and with "
+                "backbone.attention='prefix' every word sees the whole prompt. Set backbone.attention=causal, or the "
+                "weight to 0."
             )
         if self.data.compat_second_norm and self.policy.action_scaling != "quantile":
             raise ValueError(

@@ -25,8 +25,8 @@ class ProprioToken(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, proprio: jax.Array) -> jax.Array:
-        """float[B, G, 7] (see `inputs.proprio`) -> float32[B, G, 1, D]."""
+    def __call__(self, proprio: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """float[B, G, 7] (see `inputs.proprio`) -> float32[B, G, 1, D]; of a frame that is not told, the last bias."""
         arm = scale_arm(proprio[..., :6].astype(jnp.float32), self.config)
         arm = _dense(self.width, nn.initializers.lecun_normal(), (None, "embed"), "arm")(arm)
         table = self.param(
@@ -35,7 +35,11 @@ class ProprioToken(nn.Module):
         gripper = jnp.where(proprio[..., 6:] > 0, table[1], table[0])
         # The token starts as large as a word: language models embed words with a standard deviation near D^-0.5.
         init = nn.initializers.normal((2 * self.width) ** -0.5 * self.width**-0.5)
-        fused = _dense(self.width, init, ("embed", None), "fuse")(jnp.concatenate([arm, gripper], axis=-1))
+        state = jnp.concatenate([arm, gripper], axis=-1)
+        if self.config.dropout and not deterministic:
+            told = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.config.dropout, (*state.shape[:2], 1))
+            state = jnp.where(told, state, 0)
+        fused = _dense(self.width, init, ("embed", None), "fuse")(state)
         return fused[..., None, :]
 
 

@@ -91,7 +91,7 @@ class VLA(nn.Module):
         """Each frame's tokens between the prompt and the queries, float[B * G, E, D]; None where there are none."""
         runs = []
         if self.proprio is not None:
-            runs.append(self.proprio(inputs.proprio))
+            runs.append(self.proprio(inputs.proprio, deterministic=deterministic))
         if self.action_history is not None:
             past = self.config.normalizer.normalize(inputs.past_actions)
             runs.append(self.action_history(past, deterministic=deterministic))

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from experiments import calvin_abcd
 from robovlms_jax import build
 from robovlms_jax.backbones import base as backbones
-from robovlms_jax.config import ExperimentConfig
+from robovlms_jax.config import AuxiliaryConfig, ExperimentConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import objective
 from robovlms_jax.policies.heads import base as heads
@@ -78,6 +78,10 @@ def test_prefix_attention_is_refused_where_it_means_nothing():
     config = calvin_abcd.PRESETS["paligemma_lstm"]
     prefix = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, attention="prefix"))
     prefix.validate(1)
+    caption = AuxiliaryConfig(caption_weight=0.1)
+    captioned = dataclasses.replace(prefix, policy=dataclasses.replace(prefix.policy, auxiliary=caption))
+    with pytest.raises(ValueError, match=r"caption_weight asks for each word from those before it"):
+        captioned.validate(1)
     pooled = dataclasses.replace(prefix, policy=dataclasses.replace(prefix.policy, readout="pool"))
     with pytest.raises(ValueError, match=r"backbone.attention='prefix' needs policy.readout='action_query'"):
         pooled.validate(1)

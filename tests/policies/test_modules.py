@@ -114,6 +114,19 @@ def test_untold_frames_know_no_past_action():
     assert 10 < told.sum() < 50
 
 
+def test_untold_frames_know_no_state():
+    # Of frames that are not told, tokens are all the same whatever the state is; deterministic calls tell every frame.
+    config = ProprioConfig(enabled=True, dropout=0.5)
+    module = encoders.ProprioToken(config, 8)
+    state = np.random.default_rng(0).normal(size=(1, 60, 7)).astype(np.float32)
+    params = module.init(jax.random.key(0), state)
+    some = module.apply(params, state, deterministic=False, rngs={"dropout": jax.random.key(1)})[0, :, 0]
+    told = np.asarray(some == module.apply(params, state)[0, :, 0]).all(axis=1)
+    assert 10 < told.sum() < 50
+    assert (np.asarray(some)[~told] == 0).all()  # the last bias, zero here
+    assert len(np.unique(np.asarray(some)[told], axis=0)) == told.sum()
+
+
 def test_control_sees_what_training_sees(on, exact_matmul):
     # Raw robot states and executed actions at control time: the last step of a window gives training's actions.
     model, params, batch, states = on

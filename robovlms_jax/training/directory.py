@@ -1,0 +1,65 @@
+"""A run's directory has one writer, and programs that were compiled once are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Iterator
+
+import filelock
+import jax
+
+LOCK, OWNER = ".lock", "writer.json"
+
+
+@contextlib.contextmanager
+def claim(output: pathlib.Path) -> Iterator[None]:
+    """Be the only one who writes to a run directory. The operating system frees it when the process ends, however it
+    ends, so nothing is left to clean up. On several hosts the first process claims it for all.
+
+    Raises:
+      ValueError: another process writes there; names its host, process and time.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(output / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(
+            f"{output} is being written by {_owner(output)}. Wait for it, stop it, or choose another train.output."
+        ) from None
+    try:
+        owner = {
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "since": datetime.datetime.now().isoformat("T", "seconds"),
+        }
+        (output / OWNER).write_text(json.dumps(owner))
+        yield
+    finally:
+        (output / OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(output: pathlib.Path) -> str:
+    try:
+        owner = json.loads((output / OWNER).read_text())
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"
+
+
+def keep_programs(choice: str) -> None:
+    """Set up JAX's persistent compilation cache as `train.compilation_cache` says."""
+    if choice == "auto":
+        if jax.config.jax_compilation_cache_dir or jax.default_backend() == "cpu":
+            return
+        choice = "~/.cache/robovlms_jax/xla"
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(choice).expanduser()) if choice else None)

@@ -1,0 +1,52 @@
+"""Run directories: one writer at a time, whatever became of the one before; kept programs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from robovlms_jax.training import directory
+
+HOLD = """
+import pathlib, sys, time
+from robovlms_jax.training import directory
+with directory.claim(pathlib.Path(sys.argv[1])):
+    print("mine", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
+    # Named while it lives; once killed, even by SIGKILL, nothing it left behind stands in the way.
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "mine\n"
+        with (
+            pytest.raises(ValueError, match=rf"written by process {first.pid} on .* since .*train\.output"),
+            directory.claim(tmp_path),
+        ):
+            pass
+    finally:
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+    with directory.claim(tmp_path):
+        assert (tmp_path / directory.OWNER).exists()
+    assert not (tmp_path / directory.OWNER).exists()
+
+
+def test_programs_are_kept_where_asked(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        directory.keep_programs("auto")  # set by the tests' own environment: left alone
+        assert jax.config.jax_compilation_cache_dir == before
+        directory.keep_programs(str(tmp_path / "programs"))
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs")
+        directory.keep_programs("")
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
