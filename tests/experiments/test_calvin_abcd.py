@@ -126,6 +126,7 @@ def test_a_checkpoint_alone_serves(finished, tmp_path):
     assert np.isfinite(policy.act(frames[0]).actions).all()
 
 
+@pytest.mark.slow
 def test_one_batch_can_be_overfit(tmp_path):
     # The loss must fall to near nothing on a handful of windows: every part of the chain learns.
     listed = tmp_path / "one.txt"

@@ -144,7 +144,7 @@ def test_layer_equals_torch_lstm(exact_matmul):
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("queries", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_step_repeated_equals_the_last_step_of_each_window(queries, exact_matmul):
     # Closed form of streaming: output t is the window form over the newest min(t, W) features.
     config = lstm.LSTMHeadConfig(hidden_size=HIDDEN, num_layers=2, trunk=(12,))

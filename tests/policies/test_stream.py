@@ -72,7 +72,7 @@ def expected(model, params, batch, t, own):
 EXACT = [
     pytest.param(product, marks=marks, id="-".join(product))
     for product, marks in (
-        (("interleaved", "pool", "lstm"), ()),
+        (("interleaved", "pool", "lstm"), pytest.mark.slow),
         (("interleaved", "token", "discrete"), ()),
         (("video", "action_query", "mlp"), ()),
         (("interleaved", "action_query", "mlp"), pytest.mark.slow),

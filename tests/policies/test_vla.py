@@ -48,7 +48,7 @@ def concatenate(batches: list[Batch]) -> Batch:
     return jax.tree.map(lambda *xs: np.concatenate(xs), *batches)
 
 
-@pytest.mark.parametrize("mask_tail", [0, 4])
+@pytest.mark.parametrize("mask_tail", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_segment_equals_its_windows_encoded_apart(exact_matmul, mask_tail):
     # Loss and gradients of one segment = those of its K windows as separate samples. Fails if a window sees a frame,
     # a chunk or a

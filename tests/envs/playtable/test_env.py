@@ -129,6 +129,7 @@ def test_the_others_stand_still(tables):
     assert tables.observe([]) == []
 
 
+@pytest.mark.slow
 def test_batches_mix_scenes():
     """The functional form: four variants in one call, each as if alone."""
     scenes = env.stack_scenes("ABCD")
