@@ -22,12 +22,15 @@ def claim(output: pathlib.Path) -> Iterator[None]:
     ends, so nothing is left to clean up. On several hosts the first process claims it for all.
 
     Raises:
-      ValueError: another process writes there; names its host, process and time.
+      ValueError: another process writes there (names its host, process and time), or `output` is a file.
     """
     if jax.process_index() != 0:
         yield
         return
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{error.filename} is a file; choose another train.output.") from None
     lock = filelock.FileLock(output / LOCK)
     try:
         lock.acquire(timeout=0)

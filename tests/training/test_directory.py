@@ -39,6 +39,17 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
     assert not (tmp_path / directory.OWNER).exists()
 
 
+@pytest.mark.parametrize("below", ["", "runs"])
+def test_a_file_in_the_way_is_named(tmp_path, below):
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    with (
+        pytest.raises(ValueError, match=r"taken.* is a file; choose another train\.output"),
+        directory.claim(taken / below),
+    ):
+        pass
+
+
 def test_programs_are_kept_where_asked(tmp_path):
     before = jax.config.jax_compilation_cache_dir
     try:
