@@ -32,6 +32,7 @@ from robovlms_jax.data import base, calvin, packing
 from robovlms_jax.envs import tasks
 from robovlms_jax.envs.playtable import env, experts, physics
 from robovlms_jax.envs.playtable.scene import RANDOM, check_name, initial_obs
+from robovlms_jax.training.directory import LOCK, OWNER, claim
 
 HOLD_STEPS = 2
 """Steps recorded after a task is done, as CALVIN's segments have them."""
@@ -89,7 +90,7 @@ def record(config: RecordConfig) -> dict[str, int]:
 
     Raises:
       FileExistsError: `out` holds something else than a recording.
-      ValueError: `out` holds a recording with other settings.
+      ValueError: `out` holds a recording with other settings, or another process is recording there.
       OSError: `out` cannot be written, or the disk is full; what was recorded so far stays.
     """
     out = pathlib.Path(config.out)
@@ -99,14 +100,15 @@ def record(config: RecordConfig) -> dict[str, int]:
     )
     _require_ours(out)
     counts = {"attempted": 0, "recorded": 0, "frames": 0}
-    for split, scenes, episodes, seed, held_out in plan:
-        writer = _Writer(_directory(out, split), _settings(config, split), held_out=held_out)
-        missing = sorted(set(range(episodes)) - writer.numbers)
-        if missing:
-            frames = (_SpooledFrames if config.pack else _NpzFrames)(out / split, config)
-            _record_split(config, writer, frames, scenes, seed, missing, split)
-        for name, count in writer.counts().items():
-            counts[name] += count
+    with claim(out):
+        for split, scenes, episodes, seed, held_out in plan:
+            writer = _Writer(_directory(out, split), _settings(config, split), held_out=held_out)
+            missing = sorted(set(range(episodes)) - writer.numbers)
+            if missing:
+                frames = (_SpooledFrames if config.pack else _NpzFrames)(out / split, config)
+                _record_split(config, writer, frames, scenes, seed, missing, split)
+            for name, count in writer.counts().items():
+                counts[name] += count
     return counts
 
 
@@ -146,7 +148,11 @@ def _require_ours(out: pathlib.Path) -> None:
     """A new or empty directory, or a recording that was begun there."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; choose a new directory.")
-    if out.exists() and any(out.iterdir()) and not (_directory(out, "training") / _JOURNAL).exists():
+    if (
+        out.exists()
+        and any(path.name not in (LOCK, OWNER) for path in out.iterdir())
+        and not (_directory(out, "training") / _JOURNAL).exists()
+    ):
         raise FileExistsError(f"{out} is not empty and holds no recording to go on with; choose a new directory.")
 
 

@@ -121,22 +121,23 @@ def prepare(config: ExperimentConfig) -> Setup:
 
 def train(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: str = REAL_THING) -> pathlib.Path:
     """The whole run; returns its directory. Raises what the parts raise."""
+    begin = time.perf_counter()
     output = pathlib.Path(config.train.output)
     _require_free(output, resume=config.train.resume)
+    directory.keep_programs(config.train.compilation_cache)
+    if config.demonstrations.episodes:
+        closed_loop.ensure_demonstrations(config.demonstrations, config.data.root)
+    setup = prepare(config)
     with directory.claim(output):
-        directory.keep_programs(config.train.compilation_cache)
-        finished = _train(name, config, output, title, closing)
+        _require_free(output, resume=config.train.resume)  # another run may have ended there meanwhile
+        finished = _train(name, setup, output, title, closing, begin)
     if finished and jax.process_index() == 0:
         logger.info("report: %s\n\n%s\n", output / "report.md", closing)
     return output
 
 
-def _train(name: str, config: ExperimentConfig, output: pathlib.Path, title: str, closing: str) -> bool:
-    """False: stopped by a signal before the last step."""
-    begin = time.perf_counter()
-    if config.demonstrations.episodes:
-        closed_loop.ensure_demonstrations(config.demonstrations, config.data.root)
-    setup = prepare(config)
+def _train(name: str, setup: Setup, output: pathlib.Path, title: str, closing: str, begin: float) -> bool:
+    """False: stopped by a signal before the last step. `begin`: when the run began, on `time.perf_counter`."""
     config = setup.config
     _announce(name, setup)
 

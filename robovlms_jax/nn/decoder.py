@@ -185,7 +185,7 @@ class Decoder(nn.Module):
         self.final_norm = make_norm(c.norm, c.norm_epsilon)
         if c.head != "tied":
             shape, axes, bias = (c.width, c.vocab_size), ("embed", "vocab"), c.head == "linear_bias"
-            self.head = Einsum("BSD,DV->BSV", shape, axes, use_bias=bias, lora=self.lora)
+            self.head = Einsum("...D,DV->...V", shape, axes, use_bias=bias, lora=self.lora)
 
     def __call__(
         self,
@@ -256,14 +256,10 @@ class Decoder(nn.Module):
         return self.embed_drop(x.astype(embeds.dtype), deterministic=deterministic)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """float[..., S, D] -> float32[..., S, V]."""
+        """float[..., D] -> float32[..., V]."""
         c = self.config
         hidden = self.final_norm(hidden) if c.norm_in_head else hidden
-        if c.head == "tied":
-            x = self.embed.logits(hidden)
-        else:
-            x = self.head(hidden.reshape(-1, *hidden.shape[-2:])).astype(jnp.float32)
-            x = x.reshape(*hidden.shape[:-1], x.shape[-1])
+        x = self.embed.logits(hidden) if c.head == "tied" else self.head(hidden).astype(jnp.float32)
         return x if c.logit_softcap is None else c.logit_softcap * jnp.tanh(x / c.logit_softcap)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:

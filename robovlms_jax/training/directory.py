@@ -1,4 +1,4 @@
-"""A run's directory has one writer, and programs that were compiled once are kept."""
+"""A directory has one writer, and programs that were compiled once are kept."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LOCK, OWNER = ".lock", "writer.json"
 
 @contextlib.contextmanager
 def claim(output: pathlib.Path) -> Iterator[None]:
-    """Be the only one who writes to a run directory. The operating system frees it when the process ends, however it
-    ends, so nothing is left to clean up. On several hosts the first process claims it for all.
+    """Be the only one who writes to the directory of a run, or of a recording. The operating system frees it when the
+    process ends, however it ends, so nothing is left to clean up. On several hosts the first process claims it for all.
 
     Raises:
       ValueError: another process writes there (names its host, process and time), or `output` is a file.
@@ -29,14 +29,15 @@ def claim(output: pathlib.Path) -> Iterator[None]:
         return
     try:
         output.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"{error.filename} is a file; choose another train.output.") from None
+    except (FileExistsError, NotADirectoryError):
+        taken = next(path for path in (output, *output.parents) if path.is_file())
+        raise ValueError(f"{taken} is a file; choose another directory.") from None
     lock = filelock.FileLock(output / LOCK)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise ValueError(
-            f"{output} is being written by {_owner(output)}. Wait for it, stop it, or choose another train.output."
+            f"{output} is being written by {_owner(output)}. Wait for it, stop it, or choose another directory."
         ) from None
     try:
         owner = {

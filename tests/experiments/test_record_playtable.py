@@ -107,7 +107,7 @@ def test_directories_that_cannot_be_used_are_refused(tmp_path):
         record_playtable.record(config(taken))
     with pytest.raises(FileExistsError, match="is a file"):
         record_playtable.record(config(taken / "thesis.tex"))
-    with pytest.raises(OSError, match=r"thesis\.tex"):  # below a file nothing can be made, whoever asks
+    with pytest.raises(ValueError, match=r"thesis\.tex is a file"):  # below a file nothing can be made, whoever asks
         record_playtable.record(config(taken / "thesis.tex" / "below"))
     begun = tmp_path / "begun"
     record_playtable.record(config(begun))

@@ -1,4 +1,4 @@
-"""Run directories: one writer at a time, whatever became of the one before; kept programs."""
+"""Directories: one writer at a time, whatever became of the one before; kept programs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
     try:
         assert first.stdout.readline() == "mine\n"
         with (
-            pytest.raises(ValueError, match=rf"written by process {first.pid} on .* since .*train\.output"),
+            pytest.raises(ValueError, match=rf"written by process {first.pid} on .* since .*another directory"),
             directory.claim(tmp_path),
         ):
             pass
@@ -44,7 +44,7 @@ def test_a_file_in_the_way_is_named(tmp_path, below):
     taken = tmp_path / "taken"
     taken.write_text("")
     with (
-        pytest.raises(ValueError, match=r"taken.* is a file; choose another train\.output"),
+        pytest.raises(ValueError, match=r"taken is a file; choose another directory"),
         directory.claim(taken / below),
     ):
         pass

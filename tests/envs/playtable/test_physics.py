@@ -332,9 +332,11 @@ def test_a_batch_does_what_single_tables_do_and_twice_the_same(stacked_scenes, s
     for i in range(tables):
         scene = jax.tree.map(lambda leaf, i=i: leaf[i], stacked_scenes)
         state = run(scene, jax.tree.map(lambda leaf, i=i: leaf[i], states), actions[:, i])
-        for one, many in zip(jax.tree.leaves(state), jax.tree.leaves(batch)):
-            # rounding differs between the two programs and grows over 12 steps of inverse kinematics
-            np.testing.assert_allclose(one, many[-1, i], atol=1e-3)
+        for field in dataclasses.fields(state):
+            # The two programs round differently; the arm's spare angle feels it most (3e-4 rad, the tool 2e-6 m).
+            atol = 1e-3 if field.name == "joints" else 1e-5
+            many = getattr(batch, field.name)[-1, i]
+            np.testing.assert_allclose(getattr(state, field.name), many, atol=atol, err_msg=field.name)
 
 
 def test_recorded_demonstrations_of_calvin_do_their_task_here(recordings):
