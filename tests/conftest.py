@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -11,6 +12,10 @@ import tempfile
 # Tests compile far more than they compute, and many of them the same. Set before jax is imported; child processes,
 # pytest-xdist's workers too, inherit it and share what was compiled.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA ends a process over a flag it does not know
+    # The older code generator, in one piece: half the time to compile (docs/log.md, 2026-11-21).
+    quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="robovlms_jax_tests_")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

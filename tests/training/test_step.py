@@ -126,7 +126,7 @@ def test_sharded_step_equals_one_device(sizes):
     # One program for any mesh: losses and updated parameters of the same two steps on eight (fake) devices.
     meshes_ = [[1, 1, 1], sizes]
     root = pathlib.Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(root)}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(root)}
     done = subprocess.run(
         [sys.executable, "-c", FAKE_DEVICES, json.dumps(meshes_)],
         capture_output=True,

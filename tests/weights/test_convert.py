@@ -108,7 +108,7 @@ def test_each_device_reads_only_its_part():
     # In a process of its own, because the number of devices is fixed when jax starts.
     script = pathlib.Path(__file__).with_name("load_sharded.py")
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_NUM_CPU_DEVICES": "8",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(script.parents[2]),
     }
