@@ -203,6 +203,8 @@ class _Chain:
     rng: np.random.Generator
     """Its own, so that a chain is the same whatever is recorded beside it."""
     condition: tasks.Condition
+    offset: np.ndarray
+    """float64[3], metres: where its hand begins, seen from the resting pose."""
     task: str = ""
     attempted: int = 0
     steps: int = 0
@@ -284,7 +286,8 @@ class _Tables:
             rng = np.random.default_rng([self._seed, number])
             conditions = tasks.initial_conditions()
             scene = self._all_scenes.index(self._scenes[number % len(self._scenes)])
-            chain = _Chain(number, scene, rng, conditions[rng.integers(len(conditions))])
+            offset = self._config.start_spread * np.array([1.0, 0.25, 0.25]) * rng.uniform(-1.0, 1.0, size=3)
+            chain = _Chain(number, scene, rng, conditions[rng.integers(len(conditions))], offset)
             if self._choose(chain):
                 return chain
         return None
@@ -306,6 +309,7 @@ class _Tables:
             chain = fresh.get(table) or busy.get(table) or next(iter(fresh.values()))
             for rows, obs in zip(starts, initial_obs(chain.condition, self._all_scenes[chain.scene]), strict=True):
                 rows[table] = obs
+            starts[0][table, :3] += chain.offset
         return env.reset_batch(self._stacked, which, *starts)
 
     def _plan(self, which: np.ndarray, states: Any, fresh: Mapping[int, _Chain], plans: Any) -> Any:

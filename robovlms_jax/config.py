@@ -586,6 +586,10 @@ class DemonstrationConfig:
     disturbance: float = 0.0
     """Share of the thirds of a second in which the hand is pushed off course, by up to 5 cm. The recorded action is the
     one that the expert wanted, so a policy sees how to come back (Laskey et al. 2017, arXiv:1703.09327)."""
+    start_spread: float = 0.0
+    """Metres by which the hand is moved from CALVIN's resting pose before a chain begins, at most: so far along x, a
+    quarter as far along y and z. When all begin at one place, where the hand is soon tells where it is going, and a
+    policy need not look."""
     image_size: tuple[int, int] = (200, 84)
     """Pixels of static and wrist camera."""
     tables: int = 16
@@ -599,6 +603,7 @@ class DemonstrationConfig:
         _require(self.random_scenes >= 0, f"random_scenes={self.random_scenes} must not be negative.")
         _require(0 <= self.disturbance <= 1, f"disturbance={self.disturbance} must lie in [0, 1].")
         _require(min(self.image_size) >= 8, f"image_size={self.image_size} must be at least 8 pixels each.")
+        _require(0 <= self.start_spread <= 0.3, f"start_spread={self.start_spread} must lie in [0, 0.3] metres.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ RECORD = {
     "chain_length": 2,
     "image_size": (48, 32),
     "max_steps": 120,
+    "start_spread": 0.2,
 }
 
 
@@ -41,6 +42,8 @@ def test_impossible_evaluations_are_refused(changes, message):
 def test_impossible_recordings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown"):
         record_playtable.RecordConfig(out="x", tasks=("fly",))
+    with pytest.raises(ValueError, match=r"start_spread=1.0 must lie in"):
+        record_playtable.RecordConfig(out="x", start_spread=1.0)
     with pytest.raises(ValueError, match="unknown scene 'E'"):
         record_playtable.RecordConfig(out="x", scenes=("E",))
     (tmp_path / "file").touch()
@@ -65,6 +68,9 @@ def test_recorded_demonstrations_train_a_policy_that_rolls_out(tmp_path):
             assert np.abs(actions[:, :6]).max() <= 1
             assert set(np.unique(actions[:, 6])) <= {-1.0, 1.0}
             assert np.abs(np.diff(robot[:, :3], axis=0)).max() < 0.03  # nothing jumps between frames
+
+    begin = train.robot_obs([train.episodes[0].start])[0, :3] - tasks.INITIAL_ROBOT_OBS[:3]
+    assert 0.01 < np.abs(begin).max() and (np.abs(begin) < 0.03 + np.array([0.2, 0.05, 0.05])).all()
 
     small = cli.override(
         calvin_abcd.PRESETS["sample"],
