@@ -70,7 +70,7 @@ def test_recorded_demonstrations_train_a_policy_that_rolls_out(tmp_path):
             assert np.abs(np.diff(robot[:, :3], axis=0)).max() < 0.03  # nothing jumps between frames
 
     begin = train.robot_obs([train.episodes[0].start])[0, :3] - tasks.INITIAL_ROBOT_OBS[:3]
-    assert 0.01 < np.abs(begin).max() and (np.abs(begin) < 0.03 + np.array([0.2, 0.05, 0.05])).all()
+    assert np.abs(begin).max() > 0.01 and (np.abs(begin) < 0.03 + np.array([0.2, 0.05, 0.05])).all()
 
     small = cli.override(
         calvin_abcd.PRESETS["sample"],
