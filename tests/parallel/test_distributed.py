@@ -104,7 +104,7 @@ print(json.dumps(out))
 
 
 def start_pair(script: str, *, launcher: str = "flags", **environment: str) -> list[subprocess.Popen]:
-    """Two processes on this machine: `script INDEX localhost:PORT`, or as `launcher` starts them, without an address."""
+    """Two processes on this machine: `script INDEX localhost:PORT`; without the address where a launcher tells it."""
     port = free_port()
     return [
         subprocess.Popen(
