@@ -315,6 +315,7 @@ def main(args: Args, argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    # force: libraries imported above may have set up logging already
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("absl").setLevel(logging.WARNING)
     main(tyro.cli(Args), sys.argv[1:])

@@ -156,7 +156,7 @@ def _leave_together(error: BaseException) -> None:
     if jax.process_count() == 1:
         return
     try:
-        barrier("failed", timeout_s=_LEAVE_TOGETHER_S)
+        _meet("failed", _LEAVE_TOGETHER_S)
     except Exception:  # of jaxlib's own making; whatever it is, the others are not coming
         expected = isinstance(error, ValueError | OSError)
         logger.error("process %d fails: %s", jax.process_index(), error, exc_info=None if expected else error)
@@ -165,13 +165,17 @@ def _leave_together(error: BaseException) -> None:
         os._exit(1)
 
 
-def barrier(name: str, *, timeout_s: int = _FOREVER_S) -> None:
+def barrier(name: str) -> None:
     """Wait until every process is here; all pass the same barriers in the same order.
 
     Devices take no part, so it may take long, while collectives give up on a process that comes late.
     """
     if jax.process_count() > 1:
-        ocp.multihost.get_barrier_sync_fn()(key=f"{name}_{next(_passed)}", timeout_ms=timeout_s * 1000)
+        _meet(f"{name}_{next(_passed)}", _FOREVER_S)
+
+
+def _meet(key: str, timeout_s: int) -> None:
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_s * 1000)
 
 
 def from_first(value: float) -> float:
