@@ -148,7 +148,8 @@ class Checkpointer:
         space while both exist.
         """
         best = self._manager.directory.parent / BEST
-        if score < best_score(best):
+        # Decided by one process, as where to resume: saving takes all of them, or none.
+        if distributed.from_first(float(score < best_score(best))):
             return False
         self.save(state, data)
         self.wait()
