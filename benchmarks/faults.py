@@ -12,15 +12,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import multiprocessing
 import os
 import pathlib
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import jax
@@ -29,11 +29,11 @@ import orbax.checkpoint as ocp
 import tyro
 
 from benchmarks import machine
+from experiments import calvin_abcd, run
+from robovlms_jax import cli
 from robovlms_jax.training import checkpoints
 
 logger = logging.getLogger(__name__)
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 KINDS = ("SIGTERM", "SIGKILL", "SIGKILL while saving", "newest checkpoint truncated")
 
@@ -43,13 +43,23 @@ EVERY, KEPT = 2, 4
 _STRIDE = 6  # a stop comes at most this many steps after the last one, and at least EVERY + 1
 _LIMIT_S = 900  # longer than this, and a run counts as hanging
 
-RUN = (
-    *("-m", "experiments.calvin_abcd", "--preset", "sample"),
-    *("--policy.window", "2", "--policy.head.hidden_size", "16", "--policy.head.trunk", "16"),
-    *("--data.windows_per_segment", "2", "--train.batch_size", "2", "--data.num_workers", "0"),
-    *("--data.num_threads", "1", "--data.prefetch", "1", "--train.log_every", "1", "--train.eval_every", "0"),
-    *("--train.checkpoint_every", str(EVERY)),
-)
+TINY = {
+    "policy.window": 2,
+    "policy.head.hidden_size": 16,
+    "policy.head.trunk": (16,),
+    "data.windows_per_segment": 2,
+    "data.num_workers": 0,
+    "data.num_threads": 1,
+    "data.prefetch": 1,
+    "train.batch_size": 2,
+    "train.log_every": 1,
+    "train.eval_every": 0,
+    "train.checkpoint_every": EVERY,
+}
+"""The preset `sample`, smaller."""
+
+# Each run is a process of its own, forked from one that has imported the library but started no device.
+_PROCESSES = multiprocessing.get_context("forkserver")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +81,7 @@ class Args:
     @property
     def steps(self) -> int:
         """Of the whole run: more than the stops can use up."""
-        return self.cases * 2 * _STRIDE
+        return self.cases * (_STRIDE + EVERY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +110,7 @@ class Case:
 
 def measure(args: Args, folder: pathlib.Path) -> dict[str, Any]:
     """All cases, in directories under `folder`."""
+    _PROCESSES.set_forkserver_preload(["experiments.calvin_abcd", "transformers"])
     rng = np.random.default_rng(args.seed)
     whole, output = folder / "whole", folder / "stopped"
     kinds = rng.permutation(np.resize(KINDS, args.cases)).tolist()
@@ -131,31 +142,43 @@ def measure(args: Args, folder: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def start(output: pathlib.Path, steps: int, *, keep: int, resume: bool = False) -> subprocess.Popen:
-    """The main job as a user starts it; what it says goes to `output`.log, anew each time."""
-    flags = ["--train.output", output, "--train.steps", steps, "--train.keep_checkpoints", keep]
-    flags += ["--train.compilation_cache", output.parent / "programs"]
-    command = [sys.executable, *RUN, *map(str, flags), *(["--train.resume"] if resume else [])]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    with log_of(output).open("w") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+def start(output: pathlib.Path, steps: int, *, keep: int, resume: bool = False) -> BaseProcess:
+    """The main job as its command starts it; what it says goes to `output`.log, anew each time."""
+    changes = {
+        "train.output": str(output),
+        "train.steps": steps,
+        "train.keep_checkpoints": keep,
+        "train.resume": resume,
+        "train.compilation_cache": str(output.parent / "programs"),
+    }
+    log_of(output).write_text("")
+    process = _PROCESSES.Process(target=_train, args=(log_of(output), {**TINY, **changes}))
+    process.start()
+    return process
 
 
-def stop(process: subprocess.Popen, output: pathlib.Path, kind: str, rng: np.random.Generator) -> Case:
+def _train(log: pathlib.Path, changes: dict[str, Any]) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # Programs are small, and compiling them takes far longer than running them.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_disable_most_optimizations", True)
+    run.run("sample", cli.override(calvin_abcd.PRESETS["sample"], **changes))
+
+
+def stop(process: BaseProcess, output: pathlib.Path, kind: str, rng: np.random.Generator) -> Case:
     """Stop it a few random steps, and at a random moment, after where it began."""
     begin = resumed_from(output) or 0
     target = begin + int(rng.integers(EVERY + 1, _STRIDE + 1))
     needed = 2 if kind == KINDS[3] else 1
     wait_for(process, output, lambda: last_step(output) >= target and len(steps_of(output)) >= needed)
     if kind == "SIGTERM":
-        process.send_signal(signal.SIGTERM)
-        try:
-            status = process.wait(_LIMIT_S)
-        except subprocess.TimeoutExpired:
+        process.terminate()
+        process.join(_LIMIT_S)
+        if process.exitcode != 0:  # None: it goes on
             kill(process)
-            raise RuntimeError(f"not ended {_LIMIT_S} s after SIGTERM; see {log_of(output)}.") from None
-        if status:
-            raise RuntimeError(f"ended with status {status} after SIGTERM: {log_of(output).read_text()[-2000:]}")
+            raise RuntimeError(f"status {process.exitcode} after SIGTERM: {log_of(output).read_text()[-2000:]}")
     else:
         if kind == "SIGKILL while saving":
             wait_for(process, output, lambda: bool(unfinished(output)), pause_s=0.001)
@@ -259,22 +282,22 @@ def same_checkpoint(one: pathlib.Path, other: pathlib.Path, step: int) -> bool:
 
 
 def wait_for(
-    process: subprocess.Popen, output: pathlib.Path, condition: Callable[[], bool], *, pause_s: float = 0.02
+    process: BaseProcess, output: pathlib.Path, condition: Callable[[], bool], *, pause_s: float = 0.02
 ) -> None:
     """Raises RuntimeError, and ends the process, when it ends or hangs before `condition` holds."""
     deadline = time.monotonic() + _LIMIT_S
     while not condition():
-        if process.poll() is not None:
-            raise RuntimeError(f"ended with status {process.returncode}: {log_of(output).read_text()[-2000:]}")
+        if process.exitcode is not None:
+            raise RuntimeError(f"ended with status {process.exitcode}: {log_of(output).read_text()[-2000:]}")
         if time.monotonic() > deadline:
             kill(process)
             raise RuntimeError(f"nothing for {_LIMIT_S} s; see {log_of(output)}.")
         time.sleep(pause_s)
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: BaseProcess) -> None:
     process.kill()
-    process.wait()
+    process.join()
 
 
 def markdown(result: dict[str, Any], command: str) -> str:
