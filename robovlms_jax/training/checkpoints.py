@@ -115,22 +115,27 @@ class Checkpointer:
 
     def _newest_complete(self) -> int:
         folder = pathlib.Path(self._manager.directory)
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        damages = [damage(folder / str(step)) for step in steps] if jax.process_index() == 0 else []
-        # Decided by one process: others may see a shared file system a moment later.
-        place = int(distributed.from_first(damages.index(None) if None in damages else len(steps)))
-        if place == len(steps):
-            raise FileNotFoundError(f"no complete checkpoint in {folder}: {damages[0] if damages else 'none is'}.")
-        for step, reason in zip(steps[:place], damages, strict=False):
+        newest = -1
+        damages: dict[int, str] = {}
+        if jax.process_index() == 0:  # others may see a shared file system a moment later
+            for step in sorted(self._manager.all_steps(), reverse=True):
+                reason = damage(folder / str(step))
+                if reason is None:
+                    newest = step
+                    break
+                damages[step] = reason
+        newest = int(distributed.from_first(float(newest)))
+        if newest < 0:
+            raise FileNotFoundError(f"no complete checkpoint in {folder}: {next(iter(damages.values()), 'none is')}.")
+        for step, reason in damages.items():
             logger.warning("checkpoint %d is set aside: %s", step, reason)
             aside = folder.parent / DAMAGED / str(step)
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(exist_ok=True)
             (folder / str(step)).rename(aside)
-        if place:
-            distributed.barrier("damaged checkpoints set aside")
-            self._manager.reload()
-        return steps[place]
+        distributed.barrier("damaged checkpoints set aside")
+        self._manager.reload()
+        return newest
 
     def restore_best(self, state: TrainState) -> TrainState:
         """`state` with the parameters kept in best/."""

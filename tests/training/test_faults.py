@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 def test_stopped_runs_end_as_one_never_stopped(tmp_path):
-    # Each kind of stop once; benchmarks/results/faults_cpu.json has twenty. Fails if anything that a step depends on is
+    # Each kind of stop once. Fails if anything that a step depends on is
     # not in the checkpoint, or a run goes on from another step than the newest complete one.
     out = tmp_path / "faults.json"
     done = subprocess.run(
