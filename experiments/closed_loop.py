@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from experiments import record_playtable
@@ -19,6 +18,7 @@ from robovlms_jax.envs.playtable.env import PlayTables
 from robovlms_jax.evaluation import chains, rollout, rollout_metrics, rollout_report
 from robovlms_jax.evaluation.execution import ExecutedBatch
 from robovlms_jax.evaluation.rollout import Recording, Rules, Trial
+from robovlms_jax.parallel import distributed
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.rollout import BatchedVLAPolicy, EncodeText
 from robovlms_jax.policies.vla import VLA
@@ -39,8 +39,7 @@ def ensure_demonstrations(config: DemonstrationConfig, root: str) -> None:
         recording = record_playtable.RecordConfig(**vars(config), out=root, pack=True)
         counts = record_playtable.record(recording) | {"seconds": time.perf_counter() - begin}
         logger.info("%(recorded)d of %(attempted)d succeeded, %(frames)d frames, %(seconds)d s", counts)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("demonstrations")
+    distributed.barrier("demonstrations")
 
 
 def playtable_trials(config: RolloutConfig, train_scenes: Sequence[str] = (), *, held_out: bool = False) -> list[Trial]:
@@ -70,22 +69,32 @@ class ClosedLoop:
         self._policy: BatchedVLAPolicy | None = None
 
     def numbers(self, state: TrainState) -> dict[str, float]:
-        """Roll the policy out. Returns `score` (tasks in a row on average), and success per task under task/NAME."""
-        executed = ExecutedBatch(self._acting(state), self._config.execution)
+        """Roll the policy out, in the first process; the others wait. Returns `score` (tasks in a row on average), and,
+        there, success per task under task/NAME."""
+        acting = self._acting(state)
+        if jax.process_index() != 0:
+            distributed.barrier("rollouts")
+            return {"score": distributed.from_first(0.0)}
+        executed = ExecutedBatch(acting, self._config.execution)
         results = list(rollout.run(executed, self._tables, self._trials, self._rules))
         summary = rollout_metrics.summarize(results)
-        return {"score": summary.average_length.value} | {
+        distributed.barrier("rollouts")
+        return {"score": distributed.from_first(summary.average_length.value)} | {
             f"task/{name}": rate.value for name, rate in summary.per_task.items()
         }
 
     def report(self, state: TrainState) -> str:
-        """Roll out, write rollouts/ (tables, results, films), and return a Markdown section for the run's report."""
+        """Roll out, write rollouts/ (tables, results, films), and return a Markdown section for the run's report. In
+        the first process; elsewhere the section is empty."""
+        acting = self._acting(state)
+        if jax.process_index() != 0:
+            return ""
         shutil.rmtree(self._output, ignore_errors=True)  # results of another state of this run
         films: list[Recording] = []
         count = len(self._trials)
         chosen = {self._trials[i * count // self._config.films].index for i in range(min(self._config.films, count))}
         evaluation = chains.evaluate(
-            self._acting(state),
+            acting,
             self._tables,
             self._trials,
             self._output,
@@ -104,9 +113,7 @@ class ClosedLoop:
         return rollout_report.section(evaluation, self._output.name, strips=bool(films))
 
     def _acting(self, state: TrainState) -> BatchedVLAPolicy:
-        # Replicated, so this works on any mesh; every host rolls out the same.
-        params = jax.jit(lambda params: params, out_shardings=meshes.replicated(self._mesh))(state.params)
-        params = multihost_utils.process_allgather(params) if jax.process_count() > 1 else params
+        params = meshes.whole(state.params, self._mesh)
         if self._policy is None:
             self._policy = BatchedVLAPolicy(self._model, params, self._encode, slots=self._tables.size)
         self._policy.params = params  # the compiled step is kept

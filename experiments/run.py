@@ -19,10 +19,11 @@ from jax.sharding import Mesh
 from experiments import chaining, closed_loop, validation
 from robovlms_jax import build
 from robovlms_jax.actions import statistics
-from robovlms_jax.config import ExperimentConfig, to_dict
+from robovlms_jax.config import DistributedConfig, ExperimentConfig, to_dict
 from robovlms_jax.data import base as datasets
 from robovlms_jax.data import language, mixing, opening, pipeline
 from robovlms_jax.data import statistics as data_statistics
+from robovlms_jax.parallel import distributed
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.rollout import EncodeText
 from robovlms_jax.policies.vla import VLA
@@ -56,7 +57,8 @@ class Setup:
 
 
 def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: str = REAL_THING) -> None:
-    """Train and report. `name` is the preset's and `title` the experiment's, for the report, which ends with `closing`.
+    """Train and report, together with the run's other processes where there are any. `name` is the preset's and `title`
+    the experiment's, for the report, which ends with `closing`.
 
     Errors of the user end the process with a message and status 1."""
     logging.basicConfig(
@@ -65,7 +67,10 @@ def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: 
     for noisy in ("absl", "orbax", "grain", "jax._src", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        train(name, config, title=title, closing=closing)
+        with distributed.joined(**vars(config.distributed)):
+            if jax.process_index() != 0:
+                logging.getLogger().setLevel(logging.WARNING)
+            train(name, config, title=title, closing=closing)
     except (
         ValueError,
         FileNotFoundError,
@@ -82,6 +87,7 @@ def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: 
 def prepare(config: ExperimentConfig) -> Setup:
     """Open everything a run needs and check that it fits together. Raises what the parts raise; compiles nothing."""
     config.validate(jax.device_count())
+    config = dataclasses.replace(config, distributed=DistributedConfig())  # differs between processes, done with
     opened = {split: opening.open_split(config.data, split) for split in ("training", "validation")}
     variation = language.read(config.data.paraphrases) if config.data.vary_language else None
     sentences = language.every(opened["training"].episodes, variation)
@@ -171,8 +177,8 @@ def _train(name: str, setup: Setup, output: pathlib.Path, title: str, closing: s
         shifts={"static": config.data.static_shift, "wrist": config.data.wrist_shift},
         augment=config.data.augment,
     )
-    config, rate = _loader_rate(config, setup.train, start)
-    batches = _batches(config, setup.train, start)
+    config, rate = _loader_rate(config, setup.train, start, setup.mesh)
+    batches = _batches(config, setup.train, start, setup.mesh)
     try:
         train_state, finished = loop.fit(
             train_state,
@@ -310,14 +316,15 @@ def _source(
     )
 
 
-def _batches(config: ExperimentConfig, source: pipeline.SegmentSource, start: int) -> Any:
+def _batches(config: ExperimentConfig, source: pipeline.SegmentSource, start: int, mesh: Mesh) -> Any:
+    index, count = meshes.batch_share(mesh)
     return pipeline.train_batches(
         source,
         segments_per_batch=config.segments_per_batch,
         seed=config.train.seed,
         start_step=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
         num_workers=config.data.num_workers,
@@ -325,7 +332,7 @@ def _batches(config: ExperimentConfig, source: pipeline.SegmentSource, start: in
 
 
 def _loader_rate(
-    config: ExperimentConfig, source: pipeline.SegmentSource, start: int
+    config: ExperimentConfig, source: pipeline.SegmentSource, start: int, mesh: Mesh
 ) -> tuple[ExperimentConfig, float]:
     """With data.num_workers decided, and the windows/s the loader then delivers over all hosts, from reading ahead."""
 
@@ -334,7 +341,7 @@ def _loader_rate(
 
     given = config.data.num_workers
     count, rates = pipeline.choose_workers(
-        lambda count: _batches(with_workers(count), source, start),
+        lambda count: _batches(with_workers(count), source, start, mesh),
         config.train.batch_size,
         candidates=None if given == -1 else [given],
         seconds=1.0,

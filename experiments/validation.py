@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from robovlms_jax.config import ExperimentConfig
@@ -97,16 +96,16 @@ class Evaluator:
         return offline.language_sensitivity(*(np.concatenate(x) for x in zip(*outcomes, strict=True)), self._units)
 
     def _curves(self, state: TrainState) -> list[report.EpisodeCurves]:
-        """The first action of every chunk along whole episodes, predicted frame by frame as a robot would be driven."""
+        """The first action of every chunk along whole episodes, predicted frame by frame as a robot would be driven;
+        by the first process, which writes them down."""
         count = self._config.evaluation.episodes
         episodes = self._source.dataset.episodes
         if count == 0:
             return []
-        # Replicated: every host acts in the same way, so this works on any mesh.
-        params = jax.jit(lambda params: params, out_shardings=meshes.replicated(self._mesh))(state.params)
-        policy = VLAPolicy(
-            self._model, multihost_utils.process_allgather(params) if jax.process_count() > 1 else params, self._encode
-        )
+        params = meshes.whole(state.params, self._mesh)
+        if jax.process_index() != 0:
+            return []
+        policy = VLAPolicy(self._model, params, self._encode)
         curves = []
         for episode in episodes[:: math.ceil(len(episodes) / count)]:
             recorded = pipeline.episode_arrays(
@@ -121,12 +120,13 @@ class Evaluator:
         return curves
 
     def _batches(self, num_batches: int) -> Iterator[Batch]:
+        index, count = meshes.batch_share(self._mesh)
         batches = pipeline.evaluation_batches(
             self._source,
             segments_per_batch=self._config.segments_per_batch,
             num_batches=num_batches,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=index,
+            process_count=count,
             num_threads=self._config.data.num_threads,
             prefetch=2,
         )

@@ -549,6 +549,28 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a run find each other; docs/clusters.md has the commands. No part of what a run computes,
+    and not kept with it."""
+
+    coordinator: str = "auto"
+    """auto: join the others on Cloud TPU, under SLURM and under Open MPI, be alone elsewhere. HOST:PORT: where process
+    0 waits for the others. none: be alone."""
+    num_processes: int | None = None
+    """Processes of the run, where HOST:PORT is given; SLURM and Open MPI know it."""
+    process_id: int | None = None
+    """This one's number, from 0."""
+    start_timeout_s: int = 300
+    """Seconds to wait for all processes to come."""
+    peer_timeout_s: int = 60
+    """A process that gives no sign of life for this many seconds is dead, and the others end with an error."""
+
+    def __post_init__(self):
+        for field in ("start_timeout_s", "peer_timeout_s"):
+            _require(getattr(self, field) >= 1, f"distributed.{field}={getattr(self, field)} must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """Evaluation on the validation split, without a simulator."""
 
@@ -651,6 +673,7 @@ class ExperimentConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     demonstrations: DemonstrationConfig = DemonstrationConfig()
     rollouts: RolloutConfig = RolloutConfig()

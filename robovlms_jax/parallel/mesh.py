@@ -35,6 +35,12 @@ def batched(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def whole(params: Any, mesh: Mesh) -> Any:
+    """Parameters on one device of this process, whole, whatever the mesh. Called by all processes."""
+    params = jax.jit(lambda params: params, out_shardings=replicated(mesh))(params)
+    return jax.tree.map(lambda x: x.addressable_data(0), params)
+
+
 def abstract_params(init: Callable[[], Any], mesh: Mesh) -> tuple[Any, Any]:
     """Shapes and shardings of what `init` would make, without making it.
 
@@ -69,8 +75,30 @@ def _fit(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*axes))
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process's devices hold part `index` of `count` equal parts of every batch.
+
+    Processes that split a matrix product between them hold the same part.
+
+    Raises:
+      ValueError: processes whose parts overlap without being the same.
+    """
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    held: dict[int, set[int]] = {}
+    for device, (rows,) in batched(mesh).devices_indices_map((groups,)).items():
+        held.setdefault(device.process_index, set()).add(rows.start or 0)
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != groups or len(set(map(len, parts))) != 1:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} gives the processes unequal or overlapping parts of a batch: "
+            f"{ {process: sorted(rows) for process, rows in held.items()} }; "
+            "make mesh.tensor a divisor or a multiple of the devices of one process."
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """This host's share of a batch (NumPy leaves, leading batch axis) -> global arrays split over the data-parallel
-    devices."""
+    """This process's share of a batch (see `batch_share`; NumPy leaves, leading batch axis) -> global arrays split over
+    the data-parallel devices."""
     sharding = batched(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

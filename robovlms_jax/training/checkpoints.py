@@ -6,6 +6,8 @@ Orbax.
                              data      JSON: position in the data stream and its fingerprint
                              serving   JSON: full config and the backbone's small files (config.json, tokenizer,
                                preprocessing)
+                             seal.json  bytes of every file; written last, when all of them are on the disk itself
+    <run>/damaged/<step>     what a resumed run found incomplete
     <run>/best/<step>        the same of the step with the best score, where a run keeps scores; score.json beside it
 
 A checkpoint directory alone is enough to serve.
@@ -28,12 +30,17 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from robovlms_jax.parallel import distributed
 from robovlms_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 BEST = "best"
+DAMAGED = "damaged"
+SEAL = "seal.json"
+
+_ITEMS = ("params", "train", "data", "serving")
 
 
 class Checkpointer:
@@ -41,15 +48,22 @@ class Checkpointer:
 
     def __init__(self, run: str | pathlib.Path, *, keep: int, serving: Mapping[str, Any]):
         self._serving = dict(serving)
+        folder = pathlib.Path(run).resolve() / FOLDER
         self._manager = ocp.CheckpointManager(
-            pathlib.Path(run).resolve() / FOLDER,
-            item_names=("params", "train", "data", "serving"),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
+            folder,
+            item_names=_ITEMS,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,  # of a run that was killed while it saved
+                # Called by the thread that saves, when all is written and before the step gets its name.
+                async_options=ocp.AsyncOptions(post_finalization_callback=lambda: _seal_new(folder)),
+            ),
         )
 
     @property
     def latest(self) -> int | None:
-        """Newest complete step, or None."""
+        """Newest step, or None."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, data: Mapping[str, Any]) -> None:
@@ -69,13 +83,15 @@ class Checkpointer:
         )
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint in the shapes and shardings of `state`, and its data position.
+        """The newest complete checkpoint in the shapes and shardings of `state`, and its data position. Newer ones that
+        are not complete are moved to damaged/, out of the way of those to come.
 
         Raises:
+          FileNotFoundError: no checkpoint is complete; says what is wrong with the newest.
           ValueError: the checkpoint's parameters differ from `state`'s; names what is missing, extra or differently
             shaped.
         """
-        step = self.latest
+        step = self._newest_complete()
         expect = {path: tuple(x.shape) for path, x in flatten_dict(state.params, sep="/").items()}
         compare_shapes(self._manager.directory / str(step), expect)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -97,6 +113,30 @@ class Checkpointer:
         )
         return restored, out.data
 
+    def _newest_complete(self) -> int:
+        folder = pathlib.Path(self._manager.directory)
+        newest = -1
+        damages: dict[int, str] = {}
+        if jax.process_index() == 0:  # others may see a shared file system a moment later
+            for step in sorted(self._manager.all_steps(), reverse=True):
+                reason = damage(folder / str(step))
+                if reason is None:
+                    newest = step
+                    break
+                damages[step] = reason
+        newest = int(distributed.from_first(float(newest)))
+        if newest < 0:
+            raise FileNotFoundError(f"no complete checkpoint in {folder}: {next(iter(damages.values()), 'none is')}.")
+        for step, reason in damages.items():
+            logger.warning("checkpoint %d is set aside: %s", step, reason)
+            aside = folder.parent / DAMAGED / str(step)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            (folder / str(step)).rename(aside)
+        distributed.barrier("damaged checkpoints set aside")
+        self._manager.reload()
+        return newest
+
     def restore_best(self, state: TrainState) -> TrainState:
         """`state` with the parameters kept in best/."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params)
@@ -113,7 +153,8 @@ class Checkpointer:
         space while both exist.
         """
         best = self._manager.directory.parent / BEST
-        if score < best_score(best):
+        # Decided by one process, as where to resume: saving takes all of them, or none.
+        if distributed.from_first(float(score < best_score(best))):
             return False
         self.save(state, data)
         self.wait()
@@ -139,6 +180,48 @@ class Checkpointer:
         self._manager.close()
 
 
+def _seal_new(folder: pathlib.Path) -> None:
+    """Seal what is about to become a step. On one process; all others have written their part by then."""
+    if jax.process_index() == 0:
+        for directory in folder.glob("*.orbax-checkpoint-tmp"):
+            seal(directory)
+
+
+def seal(directory: pathlib.Path) -> None:
+    """Bring every file of a step to the disk, then note their sizes: with a seal, a step survives a loss of power."""
+    files = [path for item in _ITEMS for path in sorted((directory / item).rglob("*")) if path.is_file()]
+    for path in files:
+        _sync(path)
+    sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+    (directory / SEAL).write_text(json.dumps(sizes))
+    _sync(directory / SEAL)
+    _sync(directory)
+
+
+def _sync(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def damage(directory: pathlib.Path) -> str | None:
+    """What is wrong with a step directory; None: it is complete, or it is from before there were seals."""
+    try:
+        sizes = json.loads((directory / SEAL).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return f"{directory / SEAL} is cut off"
+    for name, size in sizes.items():
+        path = directory / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            return f"{path} {'is missing' if found is None else f'has {found} bytes of {size}'}"
+    return None
+
+
 def best_score(directory: str | os.PathLike[str]) -> float:
     """The score of what a best/ folder holds; -inf when it holds nothing."""
     with contextlib.suppress(FileNotFoundError):
@@ -156,8 +239,8 @@ def _link(source: str, target: str) -> None:
 
 
 def locate(path: str | pathlib.Path) -> pathlib.Path:
-    """A step directory for `path`: a run directory (its best checkpoint where it keeps one, else its newest), its
-    checkpoints folder (the newest), or a step directory itself.
+    """A step directory for `path`: a run directory (its best checkpoint where it keeps one, else its newest complete
+    one), its checkpoints folder (the newest complete one), or a step directory itself.
 
     Raises:
       FileNotFoundError: nothing there looks like a checkpoint; says what was looked for and what is there.
@@ -173,7 +256,8 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
     if best_score(path / BEST) > -math.inf:
         folder = path / BEST
     steps = sorted(
-        (p for p in folder.iterdir() if p.name.isdigit() and (p / "params").is_dir()), key=lambda p: int(p.name)
+        (p for p in folder.iterdir() if p.name.isdigit() and (p / "params").is_dir() and damage(p) is None),
+        key=lambda p: int(p.name),
     )
     if not steps:
         found = sorted(p.name for p in path.iterdir())[:10]

@@ -165,7 +165,12 @@ class _CorruptCount:
             )
 
     def values(self) -> dict[str, float]:
-        return {"corrupt_segments": float(self._bad)}
+        return {"corrupt_segments": float(_of_processes(self._bad).sum())}
+
+
+def _of_processes(value: int | bool) -> np.ndarray:
+    """[processes]: every process's value, on all; all call it at the same step."""
+    return np.array([value]) if jax.process_count() == 1 else multihost_utils.process_allgather(np.array(value))
 
 
 class _Clock:
@@ -228,8 +233,7 @@ class _Terminated:
         return self._ask
 
     def _ask(self) -> bool:
-        flag = self._flag.is_set()
-        return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+        return bool(_of_processes(self._flag.is_set()).any())
 
     def __exit__(self, *exception: object) -> None:
         if self._main:

@@ -1,0 +1,136 @@
+"""The main job as several real processes: what one process would have done, checkpoints for any number of devices.
+
+Minutes of computing time each, hence slow; `tests/parallel` has the quick checks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from robovlms_jax.training import checkpoints
+from tests.parallel import test_distributed
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+PEER_TIMEOUT_S = 30
+
+RUN = (
+    *("-m", "experiments.calvin_abcd", "--preset", "sample"),
+    *("--policy.window", "2", "--policy.head.hidden_size", "32", "--policy.head.trunk", "32"),
+    *("--data.windows_per_segment", "2", "--data.num_workers", "0", "--train.batch_size", "16"),
+    *("--train.log_every", "1", "--train.eval_every", "0", "--train.checkpoint_every", "2"),
+    *("--evaluation.batches", "1", "--evaluation.episodes", "0", "--optimizer.warmup_steps", "0"),
+    *("--distributed.peer_timeout_s", str(PEER_TIMEOUT_S)),
+)
+
+pytestmark = pytest.mark.slow
+
+
+def start(output: pathlib.Path, count: int, *flags: str, **environment: str) -> list[subprocess.Popen]:
+    """The main job as `count` processes on this machine; process i writes its messages to `output`.i.log."""
+    address = f"localhost:{test_distributed.free_port()}"
+    processes = []
+    for index in range(count):
+        join = ("--distributed.coordinator", address, "--distributed.num_processes", str(count))
+        join = (*join, "--distributed.process_id", str(index)) if count > 1 else ()
+        with log(output, index).open("w") as messages:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, *RUN, "--train.output", str(output), *join, *flags],
+                    cwd=ROOT,
+                    env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+                    stderr=messages,
+                )
+            )
+    return processes
+
+
+def log(output: pathlib.Path, index: int) -> pathlib.Path:
+    return output.with_name(f"{output.name}.{index}.log")
+
+
+def finish(output: pathlib.Path, processes: list[subprocess.Popen]) -> dict[int, float]:
+    """Wait for all; step -> loss."""
+    for index, process in enumerate(processes):
+        assert process.wait(1200) == 0, log(output, index).read_text()
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def assert_close(found: dict[int, float], expected: dict[int, float]) -> None:
+    # float32, sums in another order: 5e-7 apart after six steps were measured.
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[int, float]:
+    """Losses of one process, never interrupted."""
+    output = tmp_path_factory.mktemp("runs") / "alone"
+    return finish(output, start(output, 1, "--train.steps", "4"))
+
+
+def test_two_processes_train_as_one(alone, tmp_path):
+    # Each with its own rows. Fails if rows are read twice or not at all, or random draws differ between processes.
+    output = tmp_path / "two"
+    assert_close(finish(output, start(output, 2, "--train.steps", "4")), alone)
+    assert (output / "report.md").exists()
+    assert "step 4/4" in log(output, 0).read_text() and "step 4/4" not in log(output, 1).read_text()
+    assert json.loads((output / "config.json").read_text())["distributed"]["coordinator"] == "auto"
+
+
+def test_four_write_and_one_two_or_eight_devices_read(alone, tmp_path):
+    # Parameters and moments split over four processes, then over none, two and eight devices of one process.
+    output = tmp_path / "four"
+    first = finish(output, start(output, 4, "--train.steps", "4", "--mesh.fsdp", "2"))
+    assert_close(first, alone)
+    shutil.rmtree(output / "checkpoints" / "4")
+    for devices in (1, 2, 8):
+        again = tmp_path / f"on_{devices}"
+        shutil.copytree(output, again)
+        flags = ("--train.steps", "4", "--train.resume", "--mesh.fsdp", str(devices))
+        assert_close(finish(again, start(again, 1, *flags, JAX_NUM_CPU_DEVICES=str(devices))), alone)
+        assert "resumed after step 2" in log(again, 0).read_text()
+        assert checkpoints.damage(again / "checkpoints" / "4") is None
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_dies_the_other_ends(tmp_path, victim):
+    # Within the timeout that the configuration states and the ten seconds in which processes try to end together.
+    output = tmp_path / "mortal"
+    processes = start(output, 2, "--train.steps", "100000")
+    try:
+        deadline = time.monotonic() + 900
+        while "step 3/" not in log(output, 0).read_text():
+            assert all(process.poll() is None for process in processes), log(output, 0).read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        processes[victim].send_signal(signal.SIGKILL)
+        begin = time.monotonic()
+        assert processes[1 - victim].wait(300) != 0
+        assert time.monotonic() - begin < PEER_TIMEOUT_S + 30
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert checkpoints.damage(checkpoints.locate(output)) is None
+
+
+def test_a_mistake_of_all_is_told_by_all(tmp_path):
+    # Not only by the first to notice, and without waiting for anybody.
+    processes = start(tmp_path / "wrong", 2, "--train.batch_size", "6")
+    begin = time.monotonic()
+    for index, process in enumerate(processes):
+        assert process.wait(300) == 1
+        assert "does not divide over" in log(tmp_path / "wrong", index).read_text()
+    assert time.monotonic() - begin < 240
