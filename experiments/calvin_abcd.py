@@ -50,7 +50,7 @@ FIXTURES = ExperimentConfig(
     policy=PolicyConfig(
         window=1,
         chunk=10,
-        head=LSTMHeadConfig(hidden_size=128, num_layers=1, trunk=(256, 128), huber_delta=0.1),
+        head=LSTMHeadConfig(hidden_size=128, num_layers=1, trunk=(256, 128)),
         proprio=ProprioConfig(enabled=True),
         action_low=(-1.0,) * 6,
         action_high=(1.0,) * 6,
@@ -63,10 +63,10 @@ FIXTURES = ExperimentConfig(
         num_threads=2,
         prefetch=4,
     ),
-    optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.01, schedule="cosine", warmup_steps=100),
+    optimizer=OptimizerConfig(learning_rate=4e-4, weight_decay=0.01, schedule="cosine", warmup_steps=100),
     train=TrainConfig(
         output="runs/playtable_fixtures",
-        steps=3000,
+        steps=3500,
         batch_size=64,
         log_every=100,
         eval_every=0,
@@ -74,12 +74,14 @@ FIXTURES = ExperimentConfig(
     ),
     evaluation=EvaluationConfig(batches=10, episodes=2),
     demonstrations=DemonstrationConfig(
-        episodes=160,
-        validation_episodes=8,
+        episodes=800,
+        validation_episodes=40,
         tasks=FIXTURE_TASKS,
-        random_scenes=157,
+        random_scenes=797,
+        chain_length=1,
         max_steps=160,
         disturbance=0.25,
+        start_spread=0.25,
         image_size=(96, 64),
     ),
     rollouts=RolloutConfig(
@@ -108,7 +110,12 @@ FULL = dataclasses.replace(
         checkpoint_every=5000,
     ),
     demonstrations=DemonstrationConfig(
-        episodes=3000, scenes=("A", "B", "C", "D"), disturbance=0.25, image_size=(112, 84), tables=256
+        episodes=3000,
+        scenes=("A", "B", "C", "D"),
+        disturbance=0.25,
+        start_spread=0.25,
+        image_size=(112, 84),
+        tables=256,
     ),
     rollouts=RolloutConfig(
         trials=200, execution=Execution("chunk"), image_size=(112, 84), tables=200, films=8, every=5000, select="best"
