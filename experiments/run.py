@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from experiments import chaining, closed_loop, validation
@@ -26,7 +25,7 @@ from robovlms_jax.data import statistics as data_statistics
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.rollout import EncodeText
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.training import checkpoints, directory, loop, metrics, optimizer, provenance, state, step, trainable
+from robovlms_jax.training import checkpoints, directory, loop, memory, metrics, optimizer, provenance, state, step
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +50,9 @@ class Setup:
     encode: EncodeText
     model: VLA
     mesh: Mesh
+    abstract: state.TrainState
+    """Shapes and shardings of what will be trained."""
     num_params: int
-    num_trainable: int
 
 
 def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: str = REAL_THING) -> None:
@@ -104,8 +104,8 @@ def prepare(config: ExperimentConfig) -> Setup:
     config = build.with_action_ids(config, backbone.tokenizer)
     mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
     model = build.make_model(config, backbone.vlm)
-    shapes, _ = build.abstract_params(model, mesh)
-    chosen, _ = trainable.split(flatten_dict(shapes, sep="/"), config.train.trainable)
+    shapes, shardings = build.abstract_params(model, mesh)
+    tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
     return Setup(
         config=config,
         train=training,
@@ -114,8 +114,8 @@ def prepare(config: ExperimentConfig) -> Setup:
         encode=encode,
         model=model,
         mesh=mesh,
+        abstract=state.abstract(shapes, shardings, config.train.trainable, tx, mesh),
         num_params=build.count(shapes),
-        num_trainable=build.count(chosen),
     )
 
 
@@ -161,16 +161,7 @@ def _train(name: str, setup: Setup, output: pathlib.Path, title: str, closing: s
     writer = _writers(config, output, start)
     evaluator = validation.Evaluator(setup.model, setup.mesh, config, setup.validation, setup.encode)
     tables = _closed_loop(setup, output)
-    train_step = step.make_train_step(
-        setup.model,
-        tx,
-        optimizer.learning_rate(config.optimizer, config.train.steps),
-        train_state,
-        setup.mesh,
-        accumulation=config.train.accumulation,
-        shifts={"static": config.data.static_shift, "wrist": config.data.wrist_shift},
-        augment=config.data.augment,
-    )
+    train_step = step.of_experiment(config, setup.model, train_state, setup.mesh)
     config, rate = _loader_rate(config, setup.train, start)
     batches = _batches(config, setup.train, start)
     try:
@@ -227,7 +218,7 @@ def _facts(name: str, setup: Setup) -> dict[str, Any]:
         "preset": name,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "parameters": setup.num_params,
-        "trainable parameters": setup.num_trainable,
+        "trainable parameters": build.count(setup.abstract.trainable),
         "steps": setup.config.train.steps,
         "windows per step": setup.config.train.batch_size,
     }
@@ -238,7 +229,7 @@ def _announce(name: str, setup: Setup) -> None:
     logger.info(
         "preset %s: %d x %s, mesh %s, %s parameters, %s trainable, %s",
         *(name, jax.device_count(), jax.devices()[0].device_kind, dict(setup.mesh.shape)),
-        *(f"{setup.num_params:,}", f"{setup.num_trainable:,}", config.backbone.dtype),
+        *(f"{setup.num_params:,}", f"{build.count(setup.abstract.trainable):,}", config.backbone.dtype),
     )
     if setup.train.dataset.groups:
         groups = setup.train.dataset.groups
@@ -249,6 +240,14 @@ def _announce(name: str, setup: Setup) -> None:
         *(setup.train.num_windows, setup.validation.num_windows),
         *(config.train.steps, config.train.batch_size, config.segments_per_batch),
     )
+    logger.info("memory on each device, estimated: %s", _memory(setup))
+
+
+def _memory(setup: Setup) -> memory.Estimate:
+    row = setup.train.evaluation_batch(np.array([pipeline.PADDING]))  # nothing is read
+    size = setup.config.segments_per_batch
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), row)
+    return memory.of_experiment(setup.config, setup.model, setup.abstract, batch)
 
 
 def _training_actions(

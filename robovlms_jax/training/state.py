@@ -48,6 +48,31 @@ def create(
     )
 
 
+def abstract(
+    shapes: Any, shardings: Any, patterns: tuple[str, ...], optimizer: optax.GradientTransformation, mesh: Any
+) -> TrainState:
+    """What `create` would make, as jax.ShapeDtypeStruct leaves with shardings; nothing is allocated.
+
+    Args:
+      shapes, shardings: of the parameters, nested, as `parallel.mesh.abstract_params` gives them.
+      mesh: theirs; an AbstractMesh will do.
+    """
+
+    def place(shape, sharding):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    train, frozen = trainable.split(flatten_dict(jax.tree.map(place, shapes, shardings), sep="/"), patterns)
+    moments = opt_shardings(optimizer, train, jax.tree.map(lambda x: x.sharding, train), mesh)
+    whole, key = meshes.replicated(mesh), jax.eval_shape(lambda: jax.random.PRNGKey(0))
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        trainable=train,
+        frozen=frozen,
+        opt_state=jax.tree.map(place, jax.eval_shape(optimizer.init, train), moments),
+        rng=place(key, whole),
+    )
+
+
 def opt_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh) -> Any:
     """Shardings of the optimizer's state: moments lie where their parameters lie, counters everywhere."""
     return optax.tree.map_params(

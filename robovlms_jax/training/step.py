@@ -11,13 +11,37 @@ import optax
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
+from robovlms_jax.config import ExperimentConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import objective
 from robovlms_jax.policies.vla import VLA
+from robovlms_jax.training import optimizer as optimizers
 from robovlms_jax.training.state import TrainState
 from robovlms_jax.types import Batch
 
 Metrics = dict[str, jax.Array]
+
+
+def gradients(
+    model: VLA,
+    trainable: Mapping[str, jax.Array],
+    frozen: Mapping[str, jax.Array],
+    batch: Batch,
+    key: jax.Array,
+    *,
+    count: jax.Array | None = None,
+    shifts: Mapping[str, int] | None = None,
+    augment: objective.Augmentation | None = None,
+) -> tuple[dict[str, jax.Array], Metrics]:
+    """Gradient of the training loss by `trainable` (both flat, as in `TrainState`), and metrics; arguments as
+    `objective.loss` takes them."""
+
+    def loss(trainable):
+        params = unflatten_dict({**frozen, **trainable}, sep="/")
+        return objective.loss(model, params, batch, key, count=count, shifts=shifts, augment=augment)
+
+    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+    return grads, metrics
 
 
 def make_train_step(
@@ -44,27 +68,24 @@ def make_train_step(
         key = jax.random.fold_in(state.rng, state.step)
         count = objective.valid_entries(batch, model.config)
 
-        def gradients(micro: Batch, key: jax.Array):
-            def loss(trainable):
-                params = unflatten_dict({**state.frozen, **trainable}, sep="/")
-                return objective.loss(model, params, micro, key, count=count, shifts=shifts, augment=augment)
-
-            (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
-            return grads, metrics
+        def part(micro: Batch, key: jax.Array):
+            return gradients(
+                model, state.trainable, state.frozen, micro, key, count=count, shifts=shifts, augment=augment
+            )
 
         if accumulation == 1:
-            grads, metrics = gradients(batch, key)
+            grads, metrics = part(batch, key)
         else:
             # Micro-batch i takes every accumulation-th element: each device keeps working on its own part of the batch.
             micros = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
             keys = jax.random.split(key, accumulation)
             zeros = jax.tree.map(
                 lambda x: jnp.zeros(x.shape, x.dtype),
-                jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], micros), key),
+                jax.eval_shape(part, jax.tree.map(lambda x: x[0], micros), key),
             )
 
             def add(total, xs):
-                return jax.tree.map(jnp.add, total, gradients(*xs)), None
+                return jax.tree.map(jnp.add, total, part(*xs)), None
 
             (grads, metrics), _ = jax.lax.scan(add, zeros, (micros, keys))
 
@@ -81,6 +102,22 @@ def make_train_step(
         in_shardings=(shardings, meshes.batched(mesh)),
         out_shardings=(shardings, meshes.replicated(mesh)),
         donate_argnums=0,
+    )
+
+
+def of_experiment(
+    config: ExperimentConfig, model: VLA, state: TrainState, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """`make_train_step` as a configuration says; `state` may be `training.state.abstract`."""
+    return make_train_step(
+        model,
+        optimizers.make_optimizer(config.optimizer, config.train.steps),
+        optimizers.learning_rate(config.optimizer, config.train.steps),
+        state,
+        mesh,
+        accumulation=config.train.accumulation,
+        shifts={"static": config.data.static_shift, "wrist": config.data.wrist_shift},
+        augment=config.data.augment,
     )
 
 
