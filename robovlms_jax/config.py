@@ -490,6 +490,11 @@ class TrainConfig:
     """Windows per step over all hosts: segments per step times data.windows_per_segment."""
     accumulation: int = 1
     """Micro-batches per step; the gradient equals that of the whole batch."""
+    on_nonfinite: Literal["abort", "skip"] = "abort"
+    """What follows a loss or gradient that is not finite. Either way the batch changes nothing, and its episodes are
+    written to nonfinite.jsonl. abort: the last good state is saved and the run ends. skip: it goes on."""
+    max_skipped: int = 100
+    """Batches that on_nonfinite=skip may leave out in the whole run; one more ends it as abort does."""
     trainable: tuple[str, ...] = (".*",)
     """Regular expressions searched in parameter paths such as backbone/text/layers/attn/q/kernel; what matches none
     is frozen."""
@@ -512,6 +517,7 @@ class TrainConfig:
     def __post_init__(self):
         for field in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, field) >= 1, f"train.{field}={getattr(self, field)} must be at least 1.")
+        _require(self.max_skipped >= 0, f"train.max_skipped={self.max_skipped} must not be negative.")
         _require(self.epochs >= 0, f"train.epochs={self.epochs} must be 0 (use train.steps) or positive.")
         _require(self.eval_every >= 0, f"train.eval_every={self.eval_every} must be 0 (only at the end) or positive.")
         _require(self.output != "", "train.output must name a directory.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -67,6 +68,14 @@ def _fit(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
         ways = int(np.prod([sharding.mesh.shape[name] for name in names]))
         axes.append(axis if size % ways == 0 else None)
     return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+
+
+@contextlib.contextmanager
+def constrained(mesh: Mesh) -> Iterator[None]:
+    """While a program is traced in here, `nn.with_logical_constraint` in models means `mesh` and the rules; elsewhere
+    it does nothing."""
+    with mesh, nn.logical_axis_rules(RULES):
+        yield
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import math
+import pathlib
 import signal
 import threading
 import time
@@ -16,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from robovlms_jax.config import ExperimentConfig, RolloutConfig
+from robovlms_jax.config import ExperimentConfig, RolloutConfig, TrainConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.training.checkpoints import Checkpointer
 from robovlms_jax.training.metrics import MetricWriter
@@ -34,7 +36,12 @@ class CorruptDataError(RuntimeError):
 
 
 class DivergedError(RuntimeError):
-    """The loss is not finite any more; the newest checkpoint on disk is from before."""
+    """Loss or gradient is not finite any more; the newest checkpoint on disk is from before."""
+
+
+NONFINITE = "nonfinite.jsonl"
+"""In a run's directory: one line for each batch whose loss or gradient was not finite. Of several hosts, each writes
+the episodes it had read; all but the first put their number before the ending."""
 
 
 def fit(
@@ -69,6 +76,7 @@ def fit(
     """
     train, start = config.train, int(state.step)
     corrupt = _CorruptCount(config.data.max_corrupt_share, describe)
+    nonfinite = _Nonfinite(config.train, int(state.skipped), describe)
     clock = _Clock(start, train.steps, train.batch_size)
     recent: list[
         Mapping[str, jax.Array]
@@ -80,16 +88,20 @@ def fit(
             corrupt.add(batch)
             state, metrics = train_step(state, meshes.put_batch(batch, mesh))
             recent.append(metrics)
+            nonfinite.remember(step, batch, metrics)
             last = step == train.steps
             log = step % train.log_every == 0 or last or step == start + 1
             save = step % train.checkpoint_every == 0 or last
             if log or save:
                 history = jax.device_get(recent)
-                _check_finite(history[-1], step)
+                if nonfinite.check():
+                    checkpointer.save(state, data_state(int(state.step)))
+                    checkpointer.wait()
+                    raise nonfinite.error(int(state.step))
             if log:
-                values = {name: float(np.mean([x[name] for x in history])) for name in history[-1]}
+                values = _means(history)
                 recent.clear()
-                values |= clock.log(step, values["loss"]) | corrupt.values()
+                values |= clock.log(step, values["loss"]) | corrupt.values() | nonfinite.values()
                 writer.write(step, {f"train/{name}": value for name, value in values.items()})
                 if step >= start + 2 * train.log_every and loader_rate:
                     _report_loader(loader_rate, values["windows_per_second"], train.batch_size)
@@ -122,14 +134,10 @@ def _rolls_out(rollouts: RolloutConfig, step: int, last: bool) -> bool:
     return rollouts.every > 0 and step % rollouts.every == 0
 
 
-def _check_finite(values: Mapping[str, np.ndarray], step: int) -> None:
-    bad = {name: float(value) for name, value in values.items() if not math.isfinite(value)}
-    if bad:
-        raise DivergedError(
-            f"step {step}: {bad} not finite. Nothing after the newest checkpoint was saved; resume from it with a "
-            f"lower "
-            "optimizer.learning_rate, optimizer.clip_norm > 0 or backbone.dtype=float32."
-        )
+def _means(history: list[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Of the steps that changed something; of all where none did."""
+    good = [x for x in history if not x["nonfinite"]] or history
+    return {name: float(np.mean([x[name] for x in good])) for name in history[-1] if name != "nonfinite"}
 
 
 def _report_loader(loader: float, eaten: float, batch_size: int) -> None:
@@ -166,6 +174,54 @@ class _CorruptCount:
 
     def values(self) -> dict[str, float]:
         return {"corrupt_segments": float(self._bad)}
+
+
+class _Nonfinite:
+    """Which batches had a loss or gradient that is not finite: written down, counted, and too many at some point."""
+
+    def __init__(self, train: TrainConfig, skipped: int, describe: Callable[[int], str]):
+        self._limit = train.max_skipped if train.on_nonfinite == "skip" else skipped
+        self._policy, self._count, self._describe = train.on_nonfinite, skipped, describe
+        name = NONFINITE if jax.process_index() == 0 else f".{jax.process_index()}.".join(NONFINITE.split("."))
+        self._path = pathlib.Path(train.output) / name
+        self._recent: list[tuple[int, np.ndarray, Mapping[str, jax.Array]]] = []
+        self._words = ""
+
+    def remember(self, step: int, batch: Batch, metrics: Mapping[str, jax.Array]) -> None:
+        """What a later `check` needs of a step that may not have run yet."""
+        self._recent.append((step, np.array(batch.episode), metrics))
+
+    def check(self) -> bool:
+        """Look at all steps since the last check (waits for them). True: the run must end."""
+        for step, episodes, metrics in self._recent:
+            values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+            # Once an aborted state is frozen, steps after the first bad one mean nothing.
+            if not values["nonfinite"] or self._count > self._limit:
+                continue
+            self._count += 1
+            bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+            names = [self._describe(episode) for episode in np.unique(episodes).tolist()]
+            self._words = f"step {step}: {bad} not finite"
+            line = {"step": step, "episodes": episodes.tolist(), "names": names}
+            line["values"] = {name: str(value) for name, value in bad.items()}  # JSON has no word for them
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            logger.warning("%s; the batch is left out, its episodes are in %s", self._words, self._path)
+        self._recent.clear()
+        return self._count > self._limit
+
+    def error(self, saved: int) -> DivergedError:
+        skips = self._policy == "skip"
+        many = f" {self._count} batches so far, more than train.max_skipped={self._limit}." if skips else ""
+        return DivergedError(
+            f"{self._words}.{many} The state after step {saved}, the last good one, is saved, and the batch's episodes "
+            f"are in {self._path}. Resume with a lower optimizer.learning_rate, optimizer.clip_norm > 0, "
+            "backbone.dtype=float32, or train.on_nonfinite=skip if the data are to blame."
+        )
+
+    def values(self) -> dict[str, float]:
+        return {"skipped_steps": float(self._count)} if self._policy == "skip" else {}
 
 
 class _Clock:

@@ -17,10 +17,13 @@ from robovlms_jax.training import trainable
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32[], updates made; trainable, frozen: flat dicts path -> array; rng: uint32[2], never advanced,
-    folded with step."""
+    """step: int32[], batches learned from or skipped; skipped: int32[], those whose loss or gradient was not finite;
+    halted: bool[], True = after such a one, where none may be skipped, nothing changes any more (never saved);
+    trainable, frozen: flat dicts path -> array; rng: uint32[2], never advanced, folded with step."""
 
     step: jax.Array
+    skipped: jax.Array
+    halted: jax.Array
     trainable: dict[str, jax.Array]
     frozen: dict[str, jax.Array]
     opt_state: Any
@@ -41,6 +44,8 @@ def create(
     whole = meshes.replicated(mesh)
     return TrainState(
         step=jax.device_put(jnp.int32(0), whole),
+        skipped=jax.device_put(jnp.int32(0), whole),
+        halted=jax.device_put(jnp.bool_(False), whole),
         trainable=train,
         frozen=frozen,
         opt_state=jax.jit(optimizer.init, out_shardings=shardings)(train),
@@ -66,6 +71,8 @@ def abstract(
     whole, key = meshes.replicated(mesh), jax.eval_shape(lambda: jax.random.PRNGKey(0))
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        skipped=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        halted=jax.ShapeDtypeStruct((), jnp.bool_, sharding=whole),
         trainable=train,
         frozen=frozen,
         opt_state=jax.tree.map(place, jax.eval_shape(optimizer.init, train), moments),

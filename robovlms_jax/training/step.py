@@ -54,17 +54,23 @@ def make_train_step(
     accumulation: int = 1,
     shifts: Mapping[str, int] | None = None,
     augment: objective.Augmentation | None = None,
+    skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compile-once update: (state, batch) -> (state, metrics). The state's buffers are donated.
+
+    A batch whose loss or gradient is not finite changes neither parameters nor optimizer state; metric "nonfinite" is 1
+    for it.
 
     Args:
       state: where its arrays lie fixes where the new ones will.
       accumulation: micro-batches per update; divides the batch. The gradient is that of the whole batch's mean.
       shifts: camera -> pixels of random shift.
       augment: other changes to the images.
+      skip_nonfinite: go on with the batch after it, which is one step further. Otherwise the state stays as it is,
+        `step` included, whatever comes after (`halted`), so that it can be saved once the host has noticed.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.rng, state.step)
         count = objective.valid_entries(batch, model.config)
 
@@ -90,11 +96,30 @@ def make_train_step(
             (grads, metrics), _ = jax.lax.scan(add, zeros, (micros, keys))
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
+        metrics |= {
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": schedule(state.step - state.skipped),
+        }
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        good = finite & ~state.halted
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (optax.apply_updates(state.trainable, updates), opt_state),
+            (state.trainable, state.opt_state),
+        )
+        metrics["nonfinite"] = 1.0 - finite
         state = state.replace(
-            step=state.step + 1, trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state
+            step=state.step + (1 if skip_nonfinite else good.astype(jnp.int32)),
+            skipped=state.skipped + (~finite if skip_nonfinite else 0),
+            halted=state.halted if skip_nonfinite else ~good,
+            trainable=trainable,
+            opt_state=opt_state,
         )
         return state, metrics
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with meshes.constrained(mesh):
+            return update(state, batch)
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(
@@ -118,6 +143,7 @@ def of_experiment(
         accumulation=config.train.accumulation,
         shifts={"static": config.data.static_shift, "wrist": config.data.wrist_shift},
         augment=config.data.augment,
+        skip_nonfinite=config.train.on_nonfinite == "skip",
     )
 
 
@@ -125,6 +151,7 @@ def make_eval_step(model: VLA, mesh: Mesh) -> Callable[[TrainState, Batch], tupl
     """Compile-once `objective.predict`; results are whole on every host."""
 
     def eval_step(state: TrainState, batch: Batch):
-        return objective.predict(model, state.params, batch)
+        with meshes.constrained(mesh):
+            return objective.predict(model, state.params, batch)
 
     return jax.jit(eval_step, out_shardings=meshes.replicated(mesh))

@@ -267,6 +267,51 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path):
     with pytest.raises(loop.DivergedError, match=r"not finite.*optimizer.learning_rate"):
         run.train("sample", small(output, **changes))
     assert checkpoints.locate(output).name in ("1", "2")  # the first update has rate 0, the second does the damage
+    (line,) = (output / loop.NONFINITE).read_text().splitlines()
+    assert json.loads(line)["step"] == int(checkpoints.locate(output).name) + 1
+    assert len(json.loads(line)["episodes"]) == 2 and "loss" in json.loads(line)["values"]
+
+
+class Spoilt:
+    """Batches, one of them with actions that are not a number."""
+
+    def __init__(self, batches, countdown: int):
+        self._batches, self._countdown = batches, countdown
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch, self._countdown = next(self._batches), self._countdown - 1
+        return batch.replace(actions=np.full_like(batch.actions, np.nan)) if self._countdown == 0 else batch
+
+    def close(self):
+        self._batches.close()
+
+
+@pytest.mark.slow
+def test_a_skipped_batch_is_skipped_once_across_a_resume(tmp_path, monkeypatch):
+    # Batch 3 of 6 is bad. Fails if it is drawn again after a resume, or if its count is forgotten.
+    honest = run._batches
+    monkeypatch.setattr(run, "_batches", lambda config, source, start: Spoilt(honest(config, source, start), 3 - start))
+    monkeypatch.setattr(run, "_loader_rate", lambda config, source, start: (config, 1.0))
+    skip = {"train.on_nonfinite": "skip", "train.checkpoint_every": 4}
+    whole = run.train("sample", small(tmp_path / "whole", **skip, **{"train.steps": 6}))
+    output = tmp_path / "halves"
+    shutil.copytree(whole, output)
+    shutil.rmtree(output / "checkpoints" / "6")
+    run.train("sample", small(output, **skip, **{"train.steps": 6, "train.resume": True}))
+    for path, x in params_of(whole).items():
+        np.testing.assert_array_equal(params_of(output)[path], x, err_msg=path)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [x["train/skipped_steps"] for x in lines if "train/loss" in x] == [0, 0, 1, 1, 1, 1]
+    assert len((output / loop.NONFINITE).read_text().splitlines()) == 1
+    # The same run with a limit of none ends there instead, with the state of step 2 or, skipped, step 3.
+    with pytest.raises(loop.DivergedError, match=r"more than train.max_skipped=0"):
+        run.train("sample", small(tmp_path / "strict", **skip, **{"train.max_skipped": 0}))
+    with pytest.raises(loop.DivergedError, match=r"step 3: .*after step 2, the last good one, is saved"):
+        run.train("sample", small(tmp_path / "abort"))
+    assert checkpoints.locate(tmp_path / "abort").name == "2"
 
 
 def test_not_a_checkpoint(tmp_path):

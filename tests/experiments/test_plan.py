@@ -66,7 +66,8 @@ def test_the_abstract_state_is_the_one_that_trains():
 
 
 def test_the_plan_adds_up_and_follows_the_mesh():
-    # More devices along fsdp: less of everything (policy heads stay whole); more micro-batches: fewer activations, one more copy of gradients.
+    # More devices along fsdp: less of everything (policy heads stay whole); more micro-batches: fewer activations, one
+    # more copy of gradients.
     def of(**changes):
         return plan.plan(cli.override(TWIN, **changes))["bytes_per_device"]
 

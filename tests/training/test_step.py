@@ -66,6 +66,31 @@ def test_frozen_parameters_stay_and_have_no_optimizer_state():
     assert sum(x.size for x in moments) == 2 * sum(x.size for x in after.trainable.values())
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_batch_that_is_not_finite_changes_nothing(skip):
+    # Fails if a NaN reaches parameters or moments, if the optimizer counts the batch, or if an aborted state goes on.
+    mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
+    model, tx = make_model(), optimizers.make_optimizer(OptimizerConfig(), 10)
+    state = states.create(build.init_params(model, mesh, seed=0), ("^head/",), tx, 0, mesh)
+    run = step.make_train_step(model, tx, lambda step: 10.0 * step, state, mesh, skip_nonfinite=skip)
+    good = make_batch(np.random.default_rng(0))
+    bad = good.replace(actions=np.full_like(good.actions, np.nan))
+    seen = []
+    for batch in (good, bad, good):
+        state, metrics = run(state, batch)
+        seen.append(jax.device_get((state, metrics)))
+    (first, a), (second, b), (third, c) = seen
+    assert [x["nonfinite"] for x in (a, b, c)] == [0, 1, 0] and np.isnan(b["loss"])
+    jax.tree.map(np.testing.assert_array_equal, second.trainable, first.trainable)
+    jax.tree.map(np.testing.assert_array_equal, second.opt_state, first.opt_state)
+    changed = any((third.trainable[path] != x).any() for path, x in second.trainable.items())
+    if skip:
+        assert (int(second.step), int(second.skipped), int(third.step), changed) == (2, 1, 3, True)
+        assert c["learning_rate"] == 10.0  # the schedule counts updates, as the optimizer does
+    else:
+        assert (int(second.step), bool(second.halted), int(third.step), changed) == (1, True, 1, False)
+
+
 def test_pattern_without_a_match_is_an_error():
     with pytest.raises(ValueError, match=r"'\^heads/'.*near.*head"):
         trainable.split({"head/arm/kernel": 0, "backbone/text/embed": 1}, ["^heads/", "backbone"])
