@@ -74,7 +74,7 @@ def _fit(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
 def constrained(mesh: Mesh) -> Iterator[None]:
     """While a program is traced in here, `nn.with_logical_constraint` in models means `mesh` and the rules; elsewhere
     it does nothing."""
-    with mesh, nn.logical_axis_rules(RULES):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(RULES):
         yield
 
 
