@@ -25,7 +25,18 @@ from robovlms_jax.data import statistics as data_statistics
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.rollout import EncodeText
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.training import checkpoints, directory, loop, memory, metrics, optimizer, provenance, state, step
+from robovlms_jax.training import (
+    checkpoints,
+    directory,
+    goodput,
+    loop,
+    memory,
+    metrics,
+    optimizer,
+    provenance,
+    state,
+    step,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +173,7 @@ def _train(name: str, setup: Setup, output: pathlib.Path, title: str, closing: s
     evaluator = validation.Evaluator(setup.model, setup.mesh, config, setup.validation, setup.encode)
     tables = _closed_loop(setup, output)
     train_step = step.of_experiment(config, setup.model, train_state, setup.mesh)
+    spent = goodput.Goodput()
     config, rate = _loader_rate(config, setup.train, start)
     batches = _batches(config, setup.train, start)
     try:
@@ -178,6 +190,7 @@ def _train(name: str, setup: Setup, output: pathlib.Path, title: str, closing: s
             describe=lambda index: _describe(setup.train.dataset, index),
             loader_rate=rate,
             roll_out=tables.numbers if tables else None,
+            goodput=spent,
         )
         if finished:
 
@@ -186,6 +199,7 @@ def _train(name: str, setup: Setup, output: pathlib.Path, title: str, closing: s
 
             section = tables.report(_chosen(train_state, checkpointer, config)) if tables else ""
             facts = _facts(name, setup) | {"seconds": round(time.perf_counter() - begin, 1)}
+            facts["time in the training loop"] = str(spent)
             data = "PlayTable" if config.demonstrations.episodes else title
             evaluator.report(train_state, write, output, f"{data}: {name}", facts, closing, section)
     finally:

@@ -507,6 +507,9 @@ class TrainConfig:
     checkpoint_every: int = 2_000
     """Steps between checkpoints; one is always written at the end and on SIGTERM."""
     keep_checkpoints: int = 3
+    profile: int = 0
+    """Steps to trace with JAX's profiler, from the third one on; the trace lies in the run's tensorboard directory, for
+    TensorBoard's profile plugin (`pip install tensorboard-plugin-profile`) or ui.perfetto.dev. 0: none."""
     compilation_cache: str = "auto"
     """Directory of compiled programs, so that the next start need not compile them again. auto: the one that
     JAX_COMPILATION_CACHE_DIR names, else ~/.cache/robovlms_jax/xla on accelerators and none on CPUs, whose programs fit
@@ -518,6 +521,7 @@ class TrainConfig:
         for field in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, field) >= 1, f"train.{field}={getattr(self, field)} must be at least 1.")
         _require(self.max_skipped >= 0, f"train.max_skipped={self.max_skipped} must not be negative.")
+        _require(self.profile >= 0, f"train.profile={self.profile} must be 0 (off) or positive.")
         _require(self.epochs >= 0, f"train.epochs={self.epochs} must be 0 (use train.steps) or positive.")
         _require(self.eval_every >= 0, f"train.eval_every={self.eval_every} must be 0 (only at the end) or positive.")
         _require(self.output != "", "train.output must name a directory.")

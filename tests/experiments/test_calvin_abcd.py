@@ -51,7 +51,7 @@ def small(output: pathlib.Path, **changes):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> pathlib.Path:
     """A run of ten steps, never interrupted."""
-    return run.train("sample", small(tmp_path_factory.mktemp("runs") / "whole"))
+    return run.train("sample", small(tmp_path_factory.mktemp("runs") / "whole", **{"train.profile": 2}))
 
 
 def params_of(directory: pathlib.Path) -> dict[str, np.ndarray]:
@@ -81,6 +81,49 @@ def test_a_run_leaves_everything_needed(finished):
     report = (finished / "report.md").read_text()
     assert "--data.root" in report and "--backbone.weights" in report
     assert sorted(metrics_of(finished)) == list(range(1, 11))
+
+
+def test_a_run_says_where_its_time_went_and_compiles_once(finished):
+    # Fails if a step after the second compiles anything (new shapes, types or shardings), or if phases are lost.
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    compiled = {line["step"]: line["train/compilations"] for line in lines if "train/loss" in line}
+    assert compiled[1] >= 1 and len({compiled[step] for step in range(2, 6)}) == 1, compiled
+    (shares,) = [line for line in lines if "goodput/step" in line]
+    del shares["step"]
+    assert sum(shares.values()) == pytest.approx(1) and len(shares) == 5 and shares["goodput/compile"] > 0
+    assert json.loads((finished / "report.json").read_text())["facts"]["time in the training loop"].startswith("step ")
+
+
+def test_a_trace_is_left_where_tensorboard_looks(finished):
+    # train.profile = 2: the traced steps are the third and the fourth, each with its number.
+    (trace,) = (finished / "tensorboard").glob("plugins/profile/*/*.xplane.pb")
+    events = [
+        (event.name, dict(event.stats))
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+        for line in plane.lines
+        for event in line.events
+    ]
+    assert sorted(stats["step_num"] for name, stats in events if name == "train") == [3, 4]
+    assert any("train_step" in name for name, _ in events)
+
+
+@pytest.mark.slow
+def test_the_second_epoch_compiles_nothing(tmp_path):
+    # Two passes over one episode with an evaluation and a checkpoint in each; a batch of another shape or a step that
+    # takes the state in another sharding would compile again.
+    listed = tmp_path / "one.txt"
+    episode = opening.open_split(SMALL.data, "training").episodes[0]
+    listed.write_text(f"0 {episode.start} {episode.end}\n")
+    changes = {"data.episode_list": str(listed), "train.epochs": 4.0}
+    windows = episode.end - episode.start
+    epoch = windows // 4
+    changes |= {"train.eval_every": epoch, "train.checkpoint_every": epoch}
+    output = run.train("sample", small(tmp_path / "run", **changes))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    compiled = {line["step"]: line["train/compilations"] for line in lines if "train/loss" in line}
+    # What follows the first evaluation and checkpoint is only seen a step later.
+    assert len(compiled) > 3 * epoch and compiled[1] > 0
+    assert compiled[max(compiled)] == compiled[epoch + 1], compiled
 
 
 def test_ten_steps_equal_five_and_resume_and_five(finished, tmp_path):

@@ -91,7 +91,8 @@ def test_abort_saves_the_last_good_state_and_names_the_batch(tmp_path):
 def test_skip_goes_on_counts_and_leaves_bad_steps_out_of_the_mean(tmp_path):
     state, saved, lines = fit(tmp_path, bad=(2, 6), **{"train.on_nonfinite": "skip"})
     assert (state.step, state.skipped, saved) == (8, 2, [(8, 8)])
-    assert [(step, x["train/skipped_steps"], x["train/loss"]) for step, x in lines] == [(1, 0, 1), (4, 1, 1), (8, 2, 1)]
+    logged = [(step, x["train/skipped_steps"], x["train/loss"]) for step, x in lines if "train/loss" in x]
+    assert logged == [(1, 0, 1), (4, 1, 1), (8, 2, 1)]
     steps = [json.loads(line)["step"] for line in (tmp_path / loop.NONFINITE).read_text().splitlines()]
     assert steps == [2, 6]
 
@@ -110,7 +111,7 @@ def test_a_run_that_skipped_may_go_on_as_one_that_aborts(tmp_path):
     assert state.step == 8
 
 
-@pytest.mark.parametrize("field", ["max_skipped"])
-def test_a_negative_limit_is_refused(field):
-    with pytest.raises(ValueError, match=rf"train.{field}=-1 must not be negative"):
+@pytest.mark.parametrize("field", ["max_skipped", "profile"])
+def test_a_negative_number_is_refused(field):
+    with pytest.raises(ValueError, match=rf"train.{field}=-1 must"):
         cli.override(ExperimentConfig(), **{f"train.{field}": -1})
