@@ -43,6 +43,9 @@ class PlanConfig(ExperimentConfig):
 
     devices: int = 0
     """Devices to plan for. 0: as many as the mesh names, one where it names none."""
+    memory_gib: float = 0.0
+    """Memory of one device, such as 80. A plan that takes far more is refused, with the nearest accumulation and remat
+    that do not. 0: anything goes."""
     compile: bool = False
     """Also compile the step, for as many pretended CPUs, and say what XLA plans. A GPU's or TPU's compiler plans
     otherwise; on a CPU bfloat16 products are computed in float32, which takes more."""
@@ -67,6 +70,8 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
     abstract = state.abstract(shapes, shardings, config.train.trainable, tx, mesh)
     estimate = memory.of_experiment(config, model, abstract, batch)
+    if config.memory_gib:
+        memory.require_room(config, model, abstract, batch, int(config.memory_gib * 2**30), estimate)
     result = {
         "backbone": config.backbone.name,
         "mesh": dict(zip(meshes.AXES, sizes, strict=True)),

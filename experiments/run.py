@@ -254,14 +254,19 @@ def _announce(name: str, setup: Setup) -> None:
         *(setup.train.num_windows, setup.validation.num_windows),
         *(config.train.steps, config.train.batch_size, config.segments_per_batch),
     )
-    logger.info("memory on each device, estimated: %s", _memory(setup))
+    _require_memory(setup)
 
 
-def _memory(setup: Setup) -> memory.Estimate:
+def _require_memory(setup: Setup) -> None:
+    """Say how much memory the run will take. Raises ValueError where its devices say that they have far less."""
     row = setup.train.evaluation_batch(np.array([pipeline.PADDING]))  # nothing is read
     size = setup.config.segments_per_batch
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), row)
-    return memory.of_experiment(setup.config, setup.model, setup.abstract, batch)
+    estimate = memory.of_experiment(setup.config, setup.model, setup.abstract, batch)
+    logger.info("memory on each device, estimated: %s", estimate)
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # CPUs say nothing
+    if limit:
+        memory.require_room(setup.config, setup.model, setup.abstract, batch, limit, estimate)
 
 
 def _training_actions(

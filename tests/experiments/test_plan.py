@@ -128,3 +128,40 @@ def test_presets_of_all_experiments_are_there():
 def test_a_batch_that_does_not_fit_is_refused_before_anything_is_traced():
     with pytest.raises(ValueError, match=r"does not divide over 3 data-parallel devices"):
         plan.plan(cli.override(TWIN, **{"mesh.fsdp": 3}))
+
+
+def test_the_least_change_that_fits_is_named(monkeypatch, caplog):
+    # The decision alone, with a made-up estimate: 8 per device's share of state, 80 of activations to be parted.
+    def invented(config, model, state, batch):
+        parts = config.train.accumulation * (2 if model.vlm.remat else 1)
+        return memory.Estimate(2, 4, 2, 80 // parts, 0)
+
+    monkeypatch.setattr(memory, "of_experiment", invented)
+    config = cli.override(TWIN, **{"policy.window": 2, "data.windows_per_segment": 1, "train.batch_size": 8})
+
+    def refused(memory_bytes):
+        with pytest.raises(ValueError, match=r"about 88 B on a device that has") as error:
+            plan.plan(cli.override(config, memory_gib=memory_bytes / 2**30))
+        return str(error.value)
+
+    assert "With --train.accumulation 2 (48 B) or --backbone.remat (48 B) there is room" in refused(48)
+    assert "With --train.accumulation 4 (28 B) or --train.accumulation 2 --backbone.remat (28 B) there" in refused(30)
+    assert "With --train.accumulation 8 --backbone.remat (13 B) there is room" in refused(14)
+    assert "Neither train.accumulation nor backbone.remat makes enough room" in refused(12)
+    plan.plan(cli.override(config, memory_gib=80 / 2**30))  # within the estimate's own error
+    assert "may run out of memory" in caplog.text
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_refused_with_the_nearest_that_does():
+    # The way out that is named must itself fit, and no smaller accumulation may.
+    config = cli.override(TWIN, **{"policy.window": 2, "data.windows_per_segment": 1, "train.batch_size": 4})
+    whole = plan.plan(config)["bytes_per_device"]["total"]
+    half = plan.plan(cli.override(config, **{"train.accumulation": 2}))["bytes_per_device"]["total"]
+    tight = (half + 1) / 2**30
+    assert half < whole / memory.SLACK
+    with pytest.raises(ValueError, match=r"With --train.accumulation 2 \(.* there is room"):
+        plan.plan(cli.override(config, memory_gib=tight))
+    assert plan.plan(cli.override(config, **{"memory_gib": tight, "train.accumulation": 2}))
+    with pytest.raises(ValueError, match=r"Neither train.accumulation nor backbone.remat"):
+        plan.plan(cli.override(config, memory_gib=1e-4))
