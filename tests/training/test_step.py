@@ -24,7 +24,6 @@ from robovlms_jax.training import state as states
 from robovlms_jax.training import step, trainable
 from tests.toy import make_batch, make_model, make_product
 
-
 STRUCTURES = {
     "policy_head": ("policy_head", "action_query", "lstm"),
     "one_step": ("one_step", "action_query", "mlp"),
