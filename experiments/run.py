@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from experiments import chaining, closed_loop, validation
@@ -27,7 +26,18 @@ from robovlms_jax.parallel import distributed
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.rollout import EncodeText
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.training import checkpoints, directory, loop, metrics, optimizer, provenance, state, step, trainable
+from robovlms_jax.training import (
+    checkpoints,
+    directory,
+    goodput,
+    loop,
+    memory,
+    metrics,
+    optimizer,
+    provenance,
+    state,
+    step,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +62,9 @@ class Setup:
     encode: EncodeText
     model: VLA
     mesh: Mesh
+    abstract: state.TrainState
+    """Shapes and shardings of what will be trained."""
     num_params: int
-    num_trainable: int
 
 
 def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: str = REAL_THING) -> None:
@@ -110,8 +121,8 @@ def prepare(config: ExperimentConfig) -> Setup:
     config = build.with_action_ids(config, backbone.tokenizer)
     mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
     model = build.make_model(config, backbone.vlm)
-    shapes, _ = build.abstract_params(model, mesh)
-    chosen, _ = trainable.split(flatten_dict(shapes, sep="/"), config.train.trainable)
+    shapes, shardings = build.abstract_params(model, mesh)
+    tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
     return Setup(
         config=config,
         train=training,
@@ -120,8 +131,8 @@ def prepare(config: ExperimentConfig) -> Setup:
         encode=encode,
         model=model,
         mesh=mesh,
+        abstract=state.abstract(shapes, shardings, config.train.trainable, tx, mesh),
         num_params=build.count(shapes),
-        num_trainable=build.count(chosen),
     )
 
 
@@ -167,16 +178,8 @@ def _train(name: str, setup: Setup, output: pathlib.Path, title: str, closing: s
     writer = _writers(config, output, start)
     evaluator = validation.Evaluator(setup.model, setup.mesh, config, setup.validation, setup.encode)
     tables = _closed_loop(setup, output)
-    train_step = step.make_train_step(
-        setup.model,
-        tx,
-        optimizer.learning_rate(config.optimizer, config.train.steps),
-        train_state,
-        setup.mesh,
-        accumulation=config.train.accumulation,
-        shifts={"static": config.data.static_shift, "wrist": config.data.wrist_shift},
-        augment=config.data.augment,
-    )
+    train_step = step.of_experiment(config, setup.model, train_state, setup.mesh)
+    spent = goodput.Goodput()
     config, rate = _loader_rate(config, setup.train, start, setup.mesh)
     batches = _batches(config, setup.train, start, setup.mesh)
     try:
@@ -193,6 +196,7 @@ def _train(name: str, setup: Setup, output: pathlib.Path, title: str, closing: s
             describe=lambda index: _describe(setup.train.dataset, index),
             loader_rate=rate,
             roll_out=tables.numbers if tables else None,
+            goodput=spent,
         )
         if finished:
 
@@ -201,6 +205,7 @@ def _train(name: str, setup: Setup, output: pathlib.Path, title: str, closing: s
 
             section = tables.report(_chosen(train_state, checkpointer, config)) if tables else ""
             facts = _facts(name, setup) | {"seconds": round(time.perf_counter() - begin, 1)}
+            facts["time in the training loop"] = str(spent)
             data = "PlayTable" if config.demonstrations.episodes else title
             evaluator.report(train_state, write, output, f"{data}: {name}", facts, closing, section)
     finally:
@@ -233,7 +238,7 @@ def _facts(name: str, setup: Setup) -> dict[str, Any]:
         "preset": name,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "parameters": setup.num_params,
-        "trainable parameters": setup.num_trainable,
+        "trainable parameters": build.count(setup.abstract.trainable),
         "steps": setup.config.train.steps,
         "windows per step": setup.config.train.batch_size,
     }
@@ -244,7 +249,7 @@ def _announce(name: str, setup: Setup) -> None:
     logger.info(
         "preset %s: %d x %s, mesh %s, %s parameters, %s trainable, %s",
         *(name, jax.device_count(), jax.devices()[0].device_kind, dict(setup.mesh.shape)),
-        *(f"{setup.num_params:,}", f"{setup.num_trainable:,}", config.backbone.dtype),
+        *(f"{setup.num_params:,}", f"{build.count(setup.abstract.trainable):,}", config.backbone.dtype),
     )
     if setup.train.dataset.groups:
         groups = setup.train.dataset.groups
@@ -255,6 +260,19 @@ def _announce(name: str, setup: Setup) -> None:
         *(setup.train.num_windows, setup.validation.num_windows),
         *(config.train.steps, config.train.batch_size, config.segments_per_batch),
     )
+    _require_memory(setup)
+
+
+def _require_memory(setup: Setup) -> None:
+    """Say how much memory the run will take. Raises ValueError where its devices say that they have far less."""
+    row = setup.train.evaluation_batch(np.array([pipeline.PADDING]))  # nothing is read
+    size = setup.config.segments_per_batch
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), row)
+    estimate = memory.of_experiment(setup.config, setup.model, setup.abstract, batch)
+    logger.info("memory on each device, estimated: %s", estimate)
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # CPUs say nothing
+    if limit:
+        memory.require_room(setup.config, setup.model, setup.abstract, batch, limit, estimate)
 
 
 def _training_actions(

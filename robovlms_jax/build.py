@@ -104,8 +104,20 @@ def backbone_from_assets(config: BackboneConfig, assets: Mapping[str, str]) -> B
 
 
 def _open(config: BackboneConfig, directory: pathlib.Path) -> Backbone:
-    published = backbones.from_directory(directory)
-    vlm = dataclasses.replace(
+    vlm = with_settings(config, backbones.from_directory(directory))
+    tokenizer = tokenizers.load_tokenizer(directory)
+    if len(tokenizer) > vlm.text.vocab_size:
+        raise ValueError(
+            f"{directory}: the tokenizer has {len(tokenizer)} tokens but the model's vocabulary is "
+            f"{vlm.text.vocab_size}; "
+            "tokenizer and config.json belong to different models."
+        )
+    return Backbone(vlm, tokenizer, tokenizers.read_assets(directory))
+
+
+def with_settings(config: BackboneConfig, published: backbones.VLMConfig) -> backbones.VLMConfig:
+    """A published architecture as the configuration wants it computed, with the parts that it adds."""
+    return dataclasses.replace(
         published,
         resampler=_resampler(config),
         rules=published.rules if config.resampler_latents == 0 else (*published.rules, RESAMPLER),
@@ -115,14 +127,6 @@ def _open(config: BackboneConfig, directory: pathlib.Path) -> Backbone:
         lora_alpha=config.lora_alpha,
         attention=config.attention,
     )
-    tokenizer = tokenizers.load_tokenizer(directory)
-    if len(tokenizer) > vlm.text.vocab_size:
-        raise ValueError(
-            f"{directory}: the tokenizer has {len(tokenizer)} tokens but the model's vocabulary is "
-            f"{vlm.text.vocab_size}; "
-            "tokenizer and config.json belong to different models."
-        )
-    return Backbone(vlm, tokenizer, tokenizers.read_assets(directory))
 
 
 def _fit(backbone: Backbone) -> Backbone:

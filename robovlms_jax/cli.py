@@ -13,7 +13,7 @@ import tyro
 
 Config = TypeVar("Config")
 
-ALIASES = {"--resume": "--train.resume", "--init_from": "--train.init_from"}
+ALIASES = {"--resume": "--train.resume", "--init_from": "--train.init_from", "--backbone": "--backbone.name"}
 """Short spellings of flags that are typed by hand."""
 
 

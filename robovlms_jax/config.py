@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -496,6 +497,11 @@ class TrainConfig:
     """Windows per step over all hosts: segments per step times data.windows_per_segment."""
     accumulation: int = 1
     """Micro-batches per step; the gradient equals that of the whole batch."""
+    on_nonfinite: Literal["abort", "skip"] = "abort"
+    """What follows a loss or gradient that is not finite. Either way the batch changes nothing, and its episodes are
+    written to nonfinite.jsonl. abort: the last good state is saved and the run ends. skip: it goes on."""
+    max_skipped: int = 100
+    """Batches that on_nonfinite=skip may leave out in the whole run; one more ends it as abort does."""
     trainable: tuple[str, ...] = (".*",)
     """Regular expressions searched in parameter paths such as backbone/text/layers/attn/q/kernel; what matches none
     is frozen."""
@@ -508,6 +514,9 @@ class TrainConfig:
     checkpoint_every: int = 2_000
     """Steps between checkpoints; one is always written at the end and on SIGTERM."""
     keep_checkpoints: int = 3
+    profile: int = 0
+    """Steps to trace with JAX's profiler, from the third one on; the trace lies in the run's tensorboard directory, for
+    TensorBoard's profile plugin (`pip install tensorboard-plugin-profile`) or ui.perfetto.dev. 0: none."""
     compilation_cache: str = "auto"
     """Directory of compiled programs, so that the next start need not compile them again. auto: the one that
     JAX_COMPILATION_CACHE_DIR names, else ~/.cache/robovlms_jax/xla on accelerators and none on CPUs, whose programs fit
@@ -518,6 +527,8 @@ class TrainConfig:
     def __post_init__(self):
         for field in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, field) >= 1, f"train.{field}={getattr(self, field)} must be at least 1.")
+        _require(self.max_skipped >= 0, f"train.max_skipped={self.max_skipped} must not be negative.")
+        _require(self.profile >= 0, f"train.profile={self.profile} must be 0 (off) or positive.")
         _require(self.epochs >= 0, f"train.epochs={self.epochs} must be 0 (use train.steps) or positive.")
         _require(self.eval_every >= 0, f"train.eval_every={self.eval_every} must be 0 (only at the end) or positive.")
         _require(self.output != "", "train.output must name a directory.")
@@ -689,7 +700,7 @@ class ExperimentConfig:
         if size % per_segment:
             raise ValueError(
                 f"train.batch_size={size} windows is no multiple of data.windows_per_segment={per_segment}; "
-                f"try {max(size // per_segment, 1) * per_segment}."
+                f"try {_neighbours(size, per_segment)}."
             )
         if self.backbone.attention == "prefix" and (
             self.policy.readout != "action_query" or self.policy.history == "video"
@@ -712,12 +723,16 @@ class ExperimentConfig:
         data, fsdp, _ = self.mesh_sizes(num_devices)
         step = data * fsdp * self.train.accumulation
         if self.segments_per_batch % step:
+            whole, rest = divmod(self.segments_per_batch, data * fsdp)
+            # Micro-batches must part each device's segments evenly.
+            parts = [n for n in range(1, whole + 1) if whole % n == 0] if rest == 0 else []
+            nearest = min(parts, key=lambda n: abs(n - self.train.accumulation), default=None)
             raise ValueError(
                 f"train.batch_size={size} is {self.segments_per_batch} segments of {per_segment} windows, which does "
-                f"not divide over "
-                f"{data * fsdp} data-parallel devices (mesh.data={data} x mesh.fsdp={fsdp}) x "
-                f"train.accumulation={self.train.accumulation}; "
-                f"try {max(self.segments_per_batch // step, 1) * step * per_segment}."
+                f"not divide over {data * fsdp} data-parallel devices (mesh.data={data} x mesh.fsdp={fsdp}) x "
+                f"train.accumulation={self.train.accumulation}; try train.batch_size="
+                f"{_neighbours(size, step * per_segment)}"
+                + (f", or train.accumulation={nearest}." if nearest is not None else ".")
             )
 
     def resolve(self, num_windows: int, text_length: int, actions: Mapping[str, Any] | None = None) -> ExperimentConfig:
@@ -749,12 +764,32 @@ class ExperimentConfig:
         if -1 in sizes and num_devices % fixed == 0:
             sizes[sizes.index(-1)] = num_devices // fixed
         elif -1 in sizes or fixed != num_devices:
+            ways = "".join(f" {name}={size}, or" for name, size in _nearest_mesh(sizes, num_devices).items())
             raise ValueError(
                 f"mesh.data={sizes[0]} x mesh.fsdp={sizes[1]} x mesh.tensor={sizes[2]} does not make the "
-                f"{num_devices} devices present; "
-                "set one of them to -1 to take what is left."
+                f"{num_devices} devices present; set{ways} one of them to -1 to take what is left."
             )
         return tuple(sizes)
+
+
+def _nearest_mesh(sizes: list[int], num_devices: int) -> dict[str, int]:
+    """Field -> the size nearest to the one it has with which, the others as they are, the mesh fits the devices."""
+    near = {}
+    for index, name in enumerate(("mesh.data", "mesh.fsdp", "mesh.tensor")):
+        others = sizes[:index] + sizes[index + 1 :]
+        left, rest = divmod(num_devices, math.prod(size for size in others if size != -1))
+        if sizes[index] == -1 or rest:
+            continue
+        # A -1 among the others takes whatever share of it this one leaves.
+        fitting = [n for n in range(1, left + 1) if left % n == 0] if -1 in others else [left]
+        near[name] = min(fitting, key=lambda n: abs(n - sizes[index]))
+    return near
+
+
+def _neighbours(size: int, step: int) -> str:
+    """The multiples of `step` around `size`, for an error message."""
+    below = size // step * step
+    return f"{below} or {below + step}" if below else str(step)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

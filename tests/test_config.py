@@ -67,7 +67,7 @@ def test_batch_that_does_not_divide_names_one_that_does():
         data=DataConfig(windows_per_segment=4),
         mesh=MeshConfig(2, 2, 1),
     )
-    with pytest.raises(ValueError, match=r"9 segments .* try 32"):
+    with pytest.raises(ValueError, match=r"9 segments .* try train.batch_size=32 or 64\."):
         config.validate(4)
 
 

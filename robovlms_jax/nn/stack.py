@@ -20,6 +20,14 @@ def scan_layers(
       unused: layers at the end that have parameters but are not applied.
       remat: recompute activations in the backward pass and keep only the matrix products with parameters.
     """
+    apply = step
+
+    def step(block, x, layer):
+        # Each device works on its own samples. Left to itself, the compiler splits the width instead wherever that is
+        # how the parameters are split, and every device then keeps activations of the whole batch.
+        x = nn.with_logical_constraint(x, ("batch", *[None] * (x.ndim - 1)))
+        return apply(block, x, layer)
+
     if remat:
         # A scan is its own barrier against common-subexpression elimination, so the slower built-in one is not needed.
         step = nn.remat(step, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -95,6 +96,14 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
             "make mesh.tensor a divisor or a multiple of the devices of one process."
         )
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
+@contextlib.contextmanager
+def constrained(mesh: Mesh) -> Iterator[None]:
+    """While a program is traced in here, `nn.with_logical_constraint` in models means `mesh` and the rules; elsewhere
+    it does nothing."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(RULES):
+        yield
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

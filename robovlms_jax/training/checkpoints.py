@@ -3,7 +3,7 @@ Orbax.
 
     <run>/checkpoints/<step>/params    nested parameters
                              train     optimizer state and PRNG
-                             data      JSON: position in the data stream and its fingerprint
+                             data      JSON: position in the data stream and its fingerprint, batches skipped
                              serving   JSON: full config and the backbone's small files (config.json, tokenizer,
                                preprocessing)
                              seal.json  bytes of every file; written last, when all of them are on the disk itself
@@ -77,7 +77,7 @@ class Checkpointer:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 train=ocp.args.StandardSave({"opt_state": state.opt_state, "rng": state.rng}),
-                data=ocp.args.JsonSave(dict(data)),
+                data=ocp.args.JsonSave({**data, "skipped": int(state.skipped)}),
                 serving=ocp.args.JsonSave(self._serving),
             ),
         )
@@ -106,6 +106,7 @@ class Checkpointer:
         flat = flatten_dict(out.params, sep="/")
         restored = state.replace(
             step=jax.device_put(jax.numpy.int32(step), state.step.sharding),
+            skipped=jax.device_put(jax.numpy.int32(out.data.get("skipped", 0)), state.skipped.sharding),
             trainable={path: flat[path] for path in state.trainable},
             frozen={path: flat[path] for path in state.frozen},
             opt_state=out.train["opt_state"],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import json
 import logging
 import math
+import pathlib
 import signal
 import threading
 import time
@@ -16,9 +19,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from robovlms_jax.config import ExperimentConfig, RolloutConfig
+from robovlms_jax.config import ExperimentConfig, RolloutConfig, TrainConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.training.checkpoints import Checkpointer
+from robovlms_jax.training.goodput import Goodput
 from robovlms_jax.training.metrics import MetricWriter
 from robovlms_jax.training.state import TrainState
 from robovlms_jax.types import Batch
@@ -34,7 +38,12 @@ class CorruptDataError(RuntimeError):
 
 
 class DivergedError(RuntimeError):
-    """The loss is not finite any more; the newest checkpoint on disk is from before."""
+    """Loss or gradient is not finite any more; the newest checkpoint on disk is from before."""
+
+
+NONFINITE = "nonfinite.jsonl"
+"""In a run's directory: one line for each batch whose loss or gradient was not finite. Of several hosts, each writes
+the episodes it had read; all but the first put their number before the ending."""
 
 
 def fit(
@@ -51,6 +60,7 @@ def fit(
     describe: Callable[[int], str],
     loader_rate: float | None = None,
     roll_out: Callable[[TrainState], Mapping[str, float]] | None = None,
+    goodput: Goodput | None = None,
 ) -> tuple[TrainState, bool]:
     """Train from `state.step` to config.train.steps.
 
@@ -62,6 +72,7 @@ def fit(
       loader_rate: windows/s the loader can deliver, measured before, for the report of who waits for whom.
       roll_out: numbers of the policy in closed loop, called every config.rollouts.every steps; with
         config.rollouts.select = "best" also at the end, and its "score" decides which checkpoint is kept in best/.
+      goodput: gets to know where the time went; None: only the log and the writer do.
     Returns:
       The final state and whether all steps were made (False: stopped by SIGTERM, saved).
     Raises:
@@ -69,50 +80,64 @@ def fit(
     """
     train, start = config.train, int(state.step)
     corrupt = _CorruptCount(config.data.max_corrupt_share, describe)
-    clock = _Clock(start, train.steps, train.batch_size)
+    nonfinite = _Nonfinite(config.train, int(state.skipped), describe)
+    goodput = Goodput() if goodput is None else goodput
+    clock = _Clock(start, train.steps, train.batch_size, goodput)
+    tracer = _Tracer(train, start)
     recent: list[
         Mapping[str, jax.Array]
     ] = []  # since the last log; fetched together, so steps are not waited for one by one
-    with _Terminated() as terminated:
+    with _Terminated() as terminated, goodput, tracer:
         for step in range(start + 1, train.steps + 1):
+            tracer.before(step, recent)
             with clock.waiting():
                 batch = next(batches)
             corrupt.add(batch)
-            state, metrics = train_step(state, meshes.put_batch(batch, mesh))
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = train_step(state, meshes.put_batch(batch, mesh))
             recent.append(metrics)
+            nonfinite.remember(step, batch, metrics)
             last = step == train.steps
             log = step % train.log_every == 0 or last or step == start + 1
             save = step % train.checkpoint_every == 0 or last
             if log or save:
                 history = jax.device_get(recent)
-                _check_finite(history[-1], step)
+                if nonfinite.check():
+                    checkpointer.save(state, data_state(int(state.step)))
+                    checkpointer.wait()
+                    raise nonfinite.error(int(state.step))
             if log:
-                values = {name: float(np.mean([x[name] for x in history])) for name in history[-1]}
+                values = _means(history)
                 recent.clear()
-                values |= clock.log(step, values["loss"]) | corrupt.values()
+                values |= clock.log(step, values["loss"]) | corrupt.values() | nonfinite.values()
                 writer.write(step, {f"train/{name}": value for name, value in values.items()})
                 if step >= start + 2 * train.log_every and loader_rate:
                     _report_loader(loader_rate, values["windows_per_second"], train.batch_size)
                     loader_rate = None
             stop = terminated() if jax.process_count() == 1 or log else False
             if save or stop:
-                with clock.pausing():
+                with clock.pausing("checkpoint"):
                     checkpointer.save(state, data_state(step))
             if stop:
-                checkpointer.wait()
+                with goodput.spent_on("checkpoint"):
+                    checkpointer.wait()
+                logger.info("time: %s", goodput)
                 logger.warning("stopped by SIGTERM after step %d; saved. Go on with --train.resume.", step)
                 return state, False
             if train.eval_every and step % train.eval_every == 0 and not last:
-                with clock.pausing():
+                with clock.pausing("evaluation"):
                     writer.write(step, {f"validation/{name}": value for name, value in evaluate(state).items()})
             if roll_out is not None and _rolls_out(config.rollouts, step, last):
-                with clock.pausing():
+                with clock.pausing("evaluation"):
                     values = roll_out(state)
                     writer.write(step, {f"rollouts/{name}": value for name, value in values.items()})
                     if config.rollouts.select == "best":
                         kept = checkpointer.offer_best(state, data_state(step), values["score"])
                         logger.info("rollouts score %.3f%s", values["score"], ", the best so far" if kept else "")
-    checkpointer.wait()
+        with goodput.spent_on("checkpoint"):
+            checkpointer.wait()
+        writer.write(train.steps, {f"goodput/{phase}": share for phase, share in goodput.shares().items()})
+        logger.info("time: %s", goodput)
     return state, True
 
 
@@ -122,14 +147,10 @@ def _rolls_out(rollouts: RolloutConfig, step: int, last: bool) -> bool:
     return rollouts.every > 0 and step % rollouts.every == 0
 
 
-def _check_finite(values: Mapping[str, np.ndarray], step: int) -> None:
-    bad = {name: float(value) for name, value in values.items() if not math.isfinite(value)}
-    if bad:
-        raise DivergedError(
-            f"step {step}: {bad} not finite. Nothing after the newest checkpoint was saved; resume from it with a "
-            f"lower "
-            "optimizer.learning_rate, optimizer.clip_norm > 0 or backbone.dtype=float32."
-        )
+def _means(history: list[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Of the steps that changed something; of all where none did."""
+    good = [x for x in history if not x["nonfinite"]] or history
+    return {name: float(np.mean([x[name] for x in good])) for name in history[-1] if name != "nonfinite"}
 
 
 def _report_loader(loader: float, eaten: float, batch_size: int) -> None:
@@ -173,18 +194,76 @@ def _of_processes(value: int | bool) -> np.ndarray:
     return np.array([value]) if jax.process_count() == 1 else multihost_utils.process_allgather(np.array(value))
 
 
+class _Nonfinite:
+    """Which batches had a loss or gradient that is not finite: written down, counted, and too many at some point."""
+
+    def __init__(self, train: TrainConfig, skipped: int, describe: Callable[[int], str]):
+        self._limit = train.max_skipped if train.on_nonfinite == "skip" else skipped
+        self._policy, self._count, self._describe = train.on_nonfinite, skipped, describe
+        name = NONFINITE if jax.process_index() == 0 else f".{jax.process_index()}.".join(NONFINITE.split("."))
+        self._path = pathlib.Path(train.output) / name
+        self._recent: list[tuple[int, np.ndarray, Mapping[str, jax.Array]]] = []
+        self._words = ""
+
+    def remember(self, step: int, batch: Batch, metrics: Mapping[str, jax.Array]) -> None:
+        """What a later `check` needs of a step that may not have run yet."""
+        self._recent.append((step, np.array(batch.episode), metrics))
+
+    def check(self) -> bool:
+        """Look at all steps since the last check (waits for them). True: the run must end."""
+        for step, episodes, metrics in self._recent:
+            values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+            # Once an aborted state is frozen, steps after the first bad one mean nothing.
+            if not values["nonfinite"] or self._count > self._limit:
+                continue
+            self._count += 1
+            bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+            names = [self._describe(episode) for episode in np.unique(episodes).tolist()]
+            self._words = f"step {step}: {bad} not finite"
+            line = {"step": step, "episodes": episodes.tolist(), "names": names}
+            line["values"] = {name: str(value) for name, value in bad.items()}  # JSON has no word for them
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            logger.warning("%s; the batch is left out, its episodes are in %s", self._words, self._path)
+        self._recent.clear()
+        return self._count > self._limit
+
+    def error(self, saved: int) -> DivergedError:
+        skips = self._policy == "skip"
+        many = f" {self._count} batches so far, more than train.max_skipped={self._limit}." if skips else ""
+        return DivergedError(
+            f"{self._words}.{many} The state after step {saved}, the last good one, is saved, and the batch's episodes "
+            f"are in {self._path}. Resume with a lower optimizer.learning_rate, optimizer.clip_norm > 0, "
+            "backbone.dtype=float32, or train.on_nonfinite=skip if the data are to blame."
+        )
+
+    def values(self) -> dict[str, float]:
+        return {"skipped_steps": float(self._count)} if self._policy == "skip" else {}
+
+
 class _Clock:
     """Speed, data wait and time left; compilation, evaluation and checkpoints do not count as training time."""
 
-    def __init__(self, start: int, steps: int, batch_size: int):
-        self._start, self._steps, self._batch_size = start, steps, batch_size
+    def __init__(self, start: int, steps: int, batch_size: int, goodput: Goodput):
+        self._start, self._steps, self._batch_size, self._goodput = start, steps, batch_size, goodput
         self._step, self._mark, self._waited, self._paused = start, time.perf_counter(), 0.0, 0.0
 
-    def waiting(self) -> _Timer:
-        return _Timer(self, "_waited")
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is waiting for data."""
+        begin = time.perf_counter()
+        with self._goodput.spent_on("data"):
+            yield
+        self._waited += time.perf_counter() - begin
 
-    def pausing(self) -> _Timer:
-        return _Timer(self, "_paused")
+    @contextlib.contextmanager
+    def pausing(self, phase: str) -> Iterator[None]:
+        """Time in here is not training; `phase` of `goodput.PHASES` says what else."""
+        begin = time.perf_counter()
+        with self._goodput.spent_on(phase):
+            yield
+        self._paused += time.perf_counter() - begin
 
     def log(self, step: int, loss: float) -> dict[str, float]:
         seconds = max(time.perf_counter() - self._mark - self._paused, 1e-9)
@@ -193,6 +272,8 @@ class _Clock:
             "steps_per_second": rate,
             "windows_per_second": rate * self._batch_size,
             "data_wait_share": min(self._waited / seconds, 1.0),
+            "compilations": float(self._goodput.compilations),
+            "goodput": self._goodput.shares()["step"],
         }
         if self._step == self._start:
             logger.info(
@@ -201,23 +282,48 @@ class _Clock:
         else:
             eta = datetime.timedelta(seconds=round((self._steps - step) / rate))
             logger.info(
-                "step %d/%d  loss %.4f  %.2f steps/s  %.0f windows/s  data wait %.0f%%  eta %s",
-                *(step, self._steps, loss, rate, rate * self._batch_size, 100 * values["data_wait_share"], eta),
+                "step %d/%d  loss %.4f  %.2f steps/s  %.0f windows/s  data wait %.0f%%  goodput %.0f%%  eta %s",
+                *(step, self._steps, loss, rate, rate * self._batch_size, 100 * values["data_wait_share"]),
+                *(100 * values["goodput"], eta),
             )
         self._step, self._mark, self._waited, self._paused = step, time.perf_counter(), 0.0, 0.0
         return values
 
 
-class _Timer:
-    def __init__(self, clock: _Clock, field: str):
-        self._clock, self._field = clock, field
+class _Tracer:
+    """Context that traces train.profile steps, from the third on: the first compiles, the second still allocates."""
+
+    def __init__(self, train: TrainConfig, start: int):
+        self._first, self._last = start + 3, start + 2 + train.profile
+        self._directory, self._wanted, self._running = (
+            pathlib.Path(train.output) / "tensorboard",
+            train.profile > 0,
+            False,
+        )
 
     def __enter__(self) -> None:
-        self._begin = time.perf_counter()
+        pass
+
+    def before(self, step: int, recent: list[Mapping[str, jax.Array]]) -> None:
+        """Called ahead of every step; `recent` are metrics of the steps before it."""
+        if not self._wanted:
+            return
+        if step == self._first:
+            jax.block_until_ready(recent)
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+        elif step == self._last + 1 and self._running:
+            jax.block_until_ready(recent)
+            self._stop()
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._running = False
+        logger.info("trace of %d steps: tensorboard --logdir %s", self._last - self._first + 1, self._directory)
 
     def __exit__(self, *exception: object) -> None:
-        elapsed = time.perf_counter() - self._begin
-        setattr(self._clock, self._field, getattr(self._clock, self._field) + elapsed)
+        if self._running:  # the run ended before, or with, the last step to trace
+            self._stop()
 
 
 class _Terminated:

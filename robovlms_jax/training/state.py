@@ -17,10 +17,13 @@ from robovlms_jax.training import trainable
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32[], updates made; trainable, frozen: flat dicts path -> array; rng: uint32[2], never advanced,
-    folded with step."""
+    """step: int32[], batches learned from or skipped; skipped: int32[], those whose loss or gradient was not finite;
+    halted: bool[], True = after such a one, where none may be skipped, nothing changes any more (never saved);
+    trainable, frozen: flat dicts path -> array; rng: uint32[2], never advanced, folded with step."""
 
     step: jax.Array
+    skipped: jax.Array
+    halted: jax.Array
     trainable: dict[str, jax.Array]
     frozen: dict[str, jax.Array]
     opt_state: Any
@@ -41,10 +44,39 @@ def create(
     whole = meshes.replicated(mesh)
     return TrainState(
         step=jax.device_put(jnp.int32(0), whole),
+        skipped=jax.device_put(jnp.int32(0), whole),
+        halted=jax.device_put(jnp.bool_(False), whole),
         trainable=train,
         frozen=frozen,
         opt_state=jax.jit(optimizer.init, out_shardings=shardings)(train),
         rng=jax.device_put(jax.random.PRNGKey(seed), whole),
+    )
+
+
+def abstract(
+    shapes: Any, shardings: Any, patterns: tuple[str, ...], optimizer: optax.GradientTransformation, mesh: Any
+) -> TrainState:
+    """What `create` would make, as jax.ShapeDtypeStruct leaves with shardings; nothing is allocated.
+
+    Args:
+      shapes, shardings: of the parameters, nested, as `parallel.mesh.abstract_params` gives them.
+      mesh: theirs; an AbstractMesh will do.
+    """
+
+    def place(shape, sharding):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    train, frozen = trainable.split(flatten_dict(jax.tree.map(place, shapes, shardings), sep="/"), patterns)
+    moments = opt_shardings(optimizer, train, jax.tree.map(lambda x: x.sharding, train), mesh)
+    whole, key = meshes.replicated(mesh), jax.eval_shape(lambda: jax.random.PRNGKey(0))
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        skipped=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        halted=jax.ShapeDtypeStruct((), jnp.bool_, sharding=whole),
+        trainable=train,
+        frozen=frozen,
+        opt_state=jax.tree.map(place, jax.eval_shape(optimizer.init, train), moments),
+        rng=place(key, whole),
     )
 
 

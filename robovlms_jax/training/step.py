@@ -11,13 +11,37 @@ import optax
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
+from robovlms_jax.config import ExperimentConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import objective
 from robovlms_jax.policies.vla import VLA
+from robovlms_jax.training import optimizer as optimizers
 from robovlms_jax.training.state import TrainState
 from robovlms_jax.types import Batch
 
 Metrics = dict[str, jax.Array]
+
+
+def gradients(
+    model: VLA,
+    trainable: Mapping[str, jax.Array],
+    frozen: Mapping[str, jax.Array],
+    batch: Batch,
+    key: jax.Array,
+    *,
+    count: jax.Array | None = None,
+    shifts: Mapping[str, int] | None = None,
+    augment: objective.Augmentation | None = None,
+) -> tuple[dict[str, jax.Array], Metrics]:
+    """Gradient of the training loss by `trainable` (both flat, as in `TrainState`), and metrics; arguments as
+    `objective.loss` takes them."""
+
+    def loss(trainable):
+        params = unflatten_dict({**frozen, **trainable}, sep="/")
+        return objective.loss(model, params, batch, key, count=count, shifts=shifts, augment=augment)
+
+    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+    return grads, metrics
 
 
 def make_train_step(
@@ -30,50 +54,72 @@ def make_train_step(
     accumulation: int = 1,
     shifts: Mapping[str, int] | None = None,
     augment: objective.Augmentation | None = None,
+    skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compile-once update: (state, batch) -> (state, metrics). The state's buffers are donated.
+
+    A batch whose loss or gradient is not finite changes neither parameters nor optimizer state; metric "nonfinite" is 1
+    for it.
 
     Args:
       state: where its arrays lie fixes where the new ones will.
       accumulation: micro-batches per update; divides the batch. The gradient is that of the whole batch's mean.
       shifts: camera -> pixels of random shift.
       augment: other changes to the images.
+      skip_nonfinite: go on with the batch after it, which is one step further. Otherwise the state stays as it is,
+        `step` included, whatever comes after (`halted`), so that it can be saved once the host has noticed.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.rng, state.step)
         count = objective.valid_entries(batch, model.config)
 
-        def gradients(micro: Batch, key: jax.Array):
-            def loss(trainable):
-                params = unflatten_dict({**state.frozen, **trainable}, sep="/")
-                return objective.loss(model, params, micro, key, count=count, shifts=shifts, augment=augment)
-
-            (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
-            return grads, metrics
+        def part(micro: Batch, key: jax.Array):
+            return gradients(
+                model, state.trainable, state.frozen, micro, key, count=count, shifts=shifts, augment=augment
+            )
 
         if accumulation == 1:
-            grads, metrics = gradients(batch, key)
+            grads, metrics = part(batch, key)
         else:
             # Micro-batch i takes every accumulation-th element: each device keeps working on its own part of the batch.
             micros = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
             keys = jax.random.split(key, accumulation)
             zeros = jax.tree.map(
                 lambda x: jnp.zeros(x.shape, x.dtype),
-                jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], micros), key),
+                jax.eval_shape(part, jax.tree.map(lambda x: x[0], micros), key),
             )
 
             def add(total, xs):
-                return jax.tree.map(jnp.add, total, gradients(*xs)), None
+                return jax.tree.map(jnp.add, total, part(*xs)), None
 
             (grads, metrics), _ = jax.lax.scan(add, zeros, (micros, keys))
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": schedule(state.step)}
+        metrics |= {
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": schedule(state.step - state.skipped),
+        }
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        good = finite & ~state.halted
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (optax.apply_updates(state.trainable, updates), opt_state),
+            (state.trainable, state.opt_state),
+        )
+        metrics["nonfinite"] = 1.0 - finite
         state = state.replace(
-            step=state.step + 1, trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state
+            step=state.step + (1 if skip_nonfinite else good.astype(jnp.int32)),
+            skipped=state.skipped + (~finite if skip_nonfinite else 0),
+            halted=state.halted if skip_nonfinite else ~good,
+            trainable=trainable,
+            opt_state=opt_state,
         )
         return state, metrics
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with meshes.constrained(mesh):
+            return update(state, batch)
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(
@@ -84,10 +130,28 @@ def make_train_step(
     )
 
 
+def of_experiment(
+    config: ExperimentConfig, model: VLA, state: TrainState, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """`make_train_step` as a configuration says; `state` may be `training.state.abstract`."""
+    return make_train_step(
+        model,
+        optimizers.make_optimizer(config.optimizer, config.train.steps),
+        optimizers.learning_rate(config.optimizer, config.train.steps),
+        state,
+        mesh,
+        accumulation=config.train.accumulation,
+        shifts={"static": config.data.static_shift, "wrist": config.data.wrist_shift},
+        augment=config.data.augment,
+        skip_nonfinite=config.train.on_nonfinite == "skip",
+    )
+
+
 def make_eval_step(model: VLA, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[Any, ...]]:
     """Compile-once `objective.predict`; results are whole on every host."""
 
     def eval_step(state: TrainState, batch: Batch):
-        return objective.predict(model, state.params, batch)
+        with meshes.constrained(mesh):
+            return objective.predict(model, state.params, batch)
 
     return jax.jit(eval_step, out_shardings=meshes.replicated(mesh))

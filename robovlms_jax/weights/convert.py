@@ -30,7 +30,7 @@ class Recipe:
 def load_params(rules: Rules, source: Source, shapes: Any, shardings: Any) -> dict[str, Any]:
     """Read a checkpoint straight into sharded parameters.
 
-    Each device's part is read on its own: a host holds one parameter at a time, and of it only what its devices need.
+    Each device's part is read on its own: a host holds one part of one parameter at a time.
 
     Args:
       shapes: nested dict of jax.ShapeDtypeStruct, the parameters to fill; any source type is cast to theirs.
@@ -154,24 +154,29 @@ def _load(
     recipe: Recipe, source: Source, parameter: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
 ) -> jax.Array:
     shape = parameter.shape[1:] if recipe.is_stacked else parameter.shape
-    parts: dict[tuple, np.ndarray] = {}  # devices that hold the same part share one copy
 
     def read(tensor: str, index: tuple[slice, ...]) -> np.ndarray:
         return recipe.rearrange.forward(lambda cut: source.read(tensor, cut), shape, index)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        bounds = tuple(cut.indices(size)[:2] for cut, size in zip(index, parameter.shape))
-        if bounds not in parts:
-            out = np.empty([stop - start for start, stop in bounds], parameter.dtype)
-            if recipe.is_stacked:
-                for row, layer in enumerate(range(*bounds[0])):
-                    out[row] = read(recipe.tensors[layer], index[1:])
-            else:
-                out[...] = read(recipe.tensors[0], index)
-            parts[bounds] = out
-        return parts[bounds]
+    def part(index: tuple[slice, ...], bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        out = np.empty([stop - start for start, stop in bounds], parameter.dtype)
+        if recipe.is_stacked:
+            for row, layer in enumerate(range(*bounds[0])):
+                out[row] = read(recipe.tensors[layer], index[1:])
+        else:
+            out[...] = read(recipe.tensors[0], index)
+        return out
 
-    return jax.make_array_from_callback(parameter.shape, sharding, part)
+    # Part by part, and each on its devices before the next is read; devices that hold the same part share one reading.
+    holders: dict[tuple, list[tuple[jax.Device, tuple[slice, ...]]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(parameter.shape).items():
+        bounds = tuple(cut.indices(size)[:2] for cut, size in zip(index, parameter.shape))
+        holders.setdefault(bounds, []).append((device, index))
+    arrays = []
+    for bounds, devices in holders.items():
+        x = part(devices[0][1], bounds)
+        arrays += jax.block_until_ready([jax.device_put(x, device) for device, _ in devices])
+    return jax.make_array_from_single_device_arrays(parameter.shape, sharding, arrays)
 
 
 class _Problems:

@@ -1,0 +1,199 @@
+"""How much memory a training run would take on each device, without having the devices.
+
+python -m experiments.plan --backbone paligemma-3b-224 --mesh.fsdp 8 --train.batch_size 128
+python -m experiments.plan --preset kosmos_lstm_lora --compile     # also XLA's own plan, compiled for CPUs: minutes
+
+Every preset of every experiment and every field can be given as to a training run; no dataset or weights are opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+from experiments import bridge, calvin_abcd, google_robot, oxe_pretrain
+from robovlms_jax import build, cli, interface, upstream
+from robovlms_jax.backbones import base as backbones
+from robovlms_jax.config import ExperimentConfig, MeshConfig, PolicyConfig
+from robovlms_jax.inputs import proprio
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
+from robovlms_jax.policies.vla import VLA
+from robovlms_jax.training import memory, optimizer, state, step
+from robovlms_jax.types import Batch, Inputs
+
+TEXT_LENGTH = 32
+"""Prompt tokens where data.text_length leaves them to the dataset; CALVIN's longest prompt needs 16 to 24."""
+IMAGE_SIZES = {"static": (200, 200), "wrist": (84, 84)}
+"""Pixels of a stored frame where data.image_size does not say: CALVIN's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig(ExperimentConfig):
+    """An experiment, and how to plan it."""
+
+    devices: int = 0
+    """Devices to plan for. 0: as many as the mesh names, one where it names none."""
+    memory_gib: float = 0.0
+    """Memory of one device, such as 80. A plan that takes far more is refused, with the nearest accumulation and remat
+    that do not. 0: anything goes."""
+    compile: bool = False
+    """Also compile the step, for as many pretended CPUs, and say what XLA plans. A GPU's or TPU's compiler plans
+    otherwise; on a CPU bfloat16 products are computed in float32, which takes more."""
+    out: str = ""
+    """Also write the result to this file, as JSON."""
+
+
+def plan(config: PlanConfig) -> dict[str, Any]:
+    """Estimate as plain JSON values, bytes on one device. Raises ValueError where the configuration cannot be."""
+    sizes = config.mesh_sizes(config.devices or named_devices(config.mesh))
+    config.validate(math.prod(sizes))
+    vlm = build.with_settings(config.backbone, backbones.get(config.backbone.name))
+    config = dataclasses.replace(config, policy=_without_data(config.policy, vlm.text.vocab_size))
+    model = build.make_model(config, vlm)
+    batch = describe_batch(config)
+    begin = time.perf_counter()
+    if config.compile:
+        mesh = meshes.make_mesh(sizes)
+    else:
+        mesh = AbstractMesh(sizes, meshes.AXES, axis_types=(AxisType.Auto,) * 3)
+    shapes, shardings = build.abstract_params(model, mesh)
+    tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
+    abstract = state.abstract(shapes, shardings, config.train.trainable, tx, mesh)
+    estimate = memory.of_experiment(config, model, abstract, batch)
+    if config.memory_gib:
+        memory.require_room(config, model, abstract, batch, int(config.memory_gib * 2**30), estimate)
+    result = {
+        "backbone": config.backbone.name,
+        "mesh": dict(zip(meshes.AXES, sizes, strict=True)),
+        "parameters": build.count(shapes),
+        "trainable_parameters": build.count(abstract.trainable),
+        "windows_per_step": config.train.batch_size,
+        "segments_per_device": config.segments_per_batch // (sizes[0] * sizes[1] * config.train.accumulation),
+        "text_length": batch.inputs.text_ids.shape[1],
+        "bytes_per_device": {**dataclasses.asdict(estimate), "total": estimate.total},
+        "seconds_to_estimate": round(time.perf_counter() - begin, 2),
+    }
+    return result | ({"xla": compile_step(config, model, abstract, batch, mesh)} if config.compile else {})
+
+
+def _without_data(policy: PolicyConfig, vocabulary: int) -> PolicyConfig:
+    """With stand-ins for what comes from a dataset or a tokenizer, which no shape depends on."""
+    head = policy.head
+    if isinstance(head, DiscreteHeadConfig):
+        head = dataclasses.replace(head, vocab_end=head.vocab_end or vocabulary, binning="uniform")
+    return dataclasses.replace(policy, head=head, action_scaling="bounds")
+
+
+def named_devices(mesh: MeshConfig) -> int:
+    """Devices that the sizes other than -1 make."""
+    return math.prod(size for size in (mesh.data, mesh.fsdp, mesh.tensor) if size != -1)
+
+
+def describe_batch(config: ExperimentConfig) -> Batch:
+    """Shapes of one batch over all devices, where the dataset is not at hand to tell."""
+    policy, segments = config.policy, config.segments_per_batch
+    frames = policy.window + config.data.windows_per_segment - 1
+    steps, future = frames + policy.chunk - 1, policy.auxiliary.future_frames
+    text, side = config.data.text_length or TEXT_LENGTH, config.data.image_size
+
+    def images(count: int) -> dict[str, jax.ShapeDtypeStruct]:
+        sizes = {camera: (side, side) if side else IMAGE_SIZES[camera] for camera in policy.cameras}
+        return {camera: leaf(np.uint8, count, *size, 3) for camera, size in sizes.items()}
+
+    def leaf(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((segments, *shape), dtype)
+
+    past = policy.action_history.length
+    return Batch(
+        inputs=Inputs(
+            images=images(frames),
+            text_ids=leaf(np.int32, text),
+            text_mask=leaf(np.bool_, text),
+            step_mask=leaf(np.bool_, frames),
+            proprio=leaf(np.float32, frames, proprio.DIM) if policy.proprio.enabled else None,
+            past_actions=leaf(np.float32, past + frames - 1, interface.ACTION_DIM) if past else None,
+        ),
+        actions=leaf(np.float32, steps, interface.ACTION_DIM),
+        action_mask=leaf(np.bool_, steps),
+        window_mask=leaf(np.bool_, config.data.windows_per_segment),
+        episode=leaf(np.int32),
+        corrupt=leaf(np.int32),
+        future=images(future) if future else None,
+        future_mask=leaf(np.bool_, future) if future else None,
+        sentence=leaf(np.float32, policy.auxiliary.clip.dim) if policy.auxiliary.clip.weights else None,
+    )
+
+
+def compile_step(
+    config: ExperimentConfig, model: VLA, train_state: state.TrainState, batch: Batch, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+    """XLA's plan of the step a run would compile, bytes on one device."""
+    split = meshes.batched(mesh)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
+    begin = time.perf_counter()
+    compiled = step.of_experiment(config, model, train_state, mesh).lower(train_state, batch).compile()
+    return memory.of_program(compiled) | {"seconds_to_compile": round(time.perf_counter() - begin, 1)}
+
+
+def show(result: dict[str, Any]) -> str:
+    """The result as a table to read."""
+    mesh = " x ".join(f"{name} {size}" for name, size in result["mesh"].items())
+    lines = [
+        f"{result['backbone']}: {result['parameters']:,} parameters, {result['trainable_parameters']:,} trainable",
+        f"mesh {mesh}; {result['windows_per_step']} windows per step, {result['segments_per_device']} segments per "
+        f"device at a time, prompts of {result['text_length']} tokens",
+        "on each device, estimated:",
+    ]
+    lines += [f"  {name:<12}{memory.readable(size):>12}" for name, size in result["bytes_per_device"].items()]
+    if "xla" in result:
+        plan = dict(result["xla"])
+        seconds = plan.pop("seconds_to_compile")
+        lines.append(f"on each device, as XLA compiles for CPUs ({seconds} s):")
+        lines += [f"  {name:<12}{memory.readable(size):>12}" for name, size in plan.items()]
+    return "\n".join(lines)
+
+
+def presets() -> dict[str, PlanConfig]:
+    """CALVIN's by their names, the other experiments' as experiment/name."""
+    others = {"bridge": bridge, "google_robot": google_robot, "oxe_pretrain": oxe_pretrain}
+    known = {f"{title}/{name}": config for title, room in others.items() for name, config in room.PRESETS.items()}
+    return {name: _planned(config) for name, config in (calvin_abcd.PRESETS | known).items()}
+
+
+def _planned(config: ExperimentConfig) -> PlanConfig:
+    return PlanConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+
+
+def main() -> None:
+    """Errors of the user end the process with a message and status 1."""
+    _, config = cli.parse(
+        presets(),
+        "kosmos_lstm",
+        description=__doc__,
+        read_json=lambda path: _planned(upstream.load_experiment(path)),
+    )
+    # No accelerator is asked for, or needed.
+    jax.config.update("jax_platforms", "cpu")
+    if config.compile:
+        jax.config.update("jax_num_cpu_devices", config.devices or named_devices(config.mesh))
+    try:
+        result = plan(config)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(show(result))
+    if config.out:
+        pathlib.Path(config.out).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""How much memory a training step will take on each device, before anything is compiled.
+
+Parameters, optimizer state and gradients follow from shapes and sharding rules and are exact. Activations are counted
+on the jaxpr of the gradient, traced for the part of a micro-batch that one device works on: values live from where they
+are made to their last reader, elementwise operations are part of whoever reads them (as XLA fuses them), a loop keeps
+what it stacks. That is a model of a compiler, not the compiler; `of_program` is what XLA says once it has compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from robovlms_jax.config import ExperimentConfig
+from robovlms_jax.policies import objective
+from robovlms_jax.policies.vla import VLA
+from robovlms_jax.training import step
+from robovlms_jax.training.state import TrainState
+from robovlms_jax.types import Batch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes on one device while a training step runs.
+
+    parameters, optimizer: as long as the run lasts. gradients: of trainable parameters; twice with accumulation, where
+    the sum waits while a micro-batch's own are made. activations: the most that is alive between forward and backward
+    pass, layers' gathered weights included. batch: one batch as the host delivers it.
+    """
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    activations: int
+    batch: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.asdict(self).values())
+
+    def __str__(self) -> str:
+        parts = {**dataclasses.asdict(self), "total": self.total}
+        return ", ".join(f"{name} {readable(size)}" for name, size in parts.items())
+
+
+def readable(size: float) -> str:
+    """Bytes in the largest binary unit that leaves at least 1."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of the shards that one device holds of arrays (or jax.ShapeDtypeStruct with shardings)."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def estimate(
+    model: VLA,
+    state: TrainState,
+    batch: Batch,
+    *,
+    batch_ways: int,
+    accumulation: int = 1,
+    shifts: Mapping[str, int] | None = None,
+    augment: objective.Augmentation | None = None,
+) -> Estimate:
+    """Memory of `training.step.make_train_step` with the same arguments. Traces, compiles nothing.
+
+    Args:
+      state: arrays, or `training.state.abstract`.
+      batch: shapes of the whole batch, leading axis B; divides by batch_ways * accumulation.
+      batch_ways: devices that the batch is split over, mesh.data * mesh.fsdp. Activations are counted as if mesh.tensor
+        split none of them, which is too much where it is larger than 1.
+    """
+
+    def rows(ways: int) -> Batch:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // ways, *x.shape[1:]), x.dtype), batch)
+
+    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
+    function = functools.partial(step.gradients, model, shifts=shifts, augment=augment)
+    traced = jax.make_jaxpr(lambda train, frozen, micro, key, count: function(train, frozen, micro, key, count=count))(
+        state.trainable, state.frozen, rows(batch_ways * accumulation), key, jax.ShapeDtypeStruct((), jnp.float32)
+    )
+    gradients = bytes_per_device(state.trainable)
+    return Estimate(
+        parameters=bytes_per_device((state.trainable, state.frozen)),
+        optimizer=bytes_per_device(state.opt_state),
+        gradients=gradients * (1 if accumulation == 1 else 2),
+        activations=_activations(traced, state),
+        batch=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(rows(batch_ways))),
+    )
+
+
+def of_experiment(config: ExperimentConfig, model: VLA, state: TrainState, batch: Batch) -> Estimate:
+    """`estimate` of a configuration's step (`training.step.of_experiment`) on the mesh that `state` lies on."""
+    ways = state.step.sharding.mesh.shape
+    return estimate(
+        model,
+        state,
+        batch,
+        batch_ways=ways["data"] * ways["fsdp"],
+        accumulation=config.train.accumulation,
+        shifts={"static": config.data.static_shift, "wrist": config.data.wrist_shift},
+        augment=config.data.augment,
+    )
+
+
+SLACK = 1.25
+"""What an estimate may exceed the memory by before a run is refused: it has been up to 1.11 times XLA's own plan."""
+
+
+def require_room(
+    config: ExperimentConfig, model: VLA, state: TrainState, batch: Batch, limit: int, found: Estimate | None = None
+) -> Estimate:
+    """The estimate of a step, where devices of `limit` bytes have room for it; a warning where that is uncertain.
+
+    Args:
+      found: `of_experiment` of the same arguments, where known already.
+    Raises:
+      ValueError: no room; names the nearest train.accumulation and backbone.remat with which there is, if any.
+    """
+    found = of_experiment(config, model, state, batch) if found is None else found
+    tensor = state.step.sharding.mesh.shape["tensor"]
+    surely = found.total - found.activations + found.activations / tensor  # estimates take no notice of mesh.tensor
+    if found.total <= limit:
+        return found
+    text = f"this takes about {readable(found.total)} on a device that has {readable(limit)} ({found})"
+    if surely <= SLACK * limit:
+        logger.warning("%s; it may run out of memory.", text)
+        return found
+    ways = []  # the first that fits with each choice of remat
+    for words, estimate in _smaller(config, model, state, batch):
+        if estimate.total <= limit and not any(("remat" in words) == ("remat" in other) for other, _ in ways):
+            ways.append((words, estimate))
+    if ways:
+        listed = " or ".join(f"{words} ({readable(estimate.total)})" for words, estimate in ways)
+        raise ValueError(f"{text}. With {listed} there is room.")
+    raise ValueError(
+        f"{text}. Neither train.accumulation nor backbone.remat makes enough room; set a larger mesh.fsdp, a smaller "
+        "train.batch_size, or train fewer parameters (train.trainable, backbone.lora_rank)."
+    )
+
+
+def _smaller(config: ExperimentConfig, model: VLA, state: TrainState, batch: Batch) -> Iterator[tuple[str, Estimate]]:
+    """The same update in less memory: ("--flag value ...", estimate), least change first; traced one by one."""
+    ways = state.step.sharding.mesh.shape
+    rows = config.segments_per_batch // (ways["data"] * ways["fsdp"])
+    remat = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, remat=True))
+    models = [("", model)] if model.vlm.remat else [("", model), (" --backbone.remat", remat)]
+    for words, changed in models:
+        for parts in range(config.train.accumulation, rows + 1):
+            if rows % parts or (parts == config.train.accumulation and not words):
+                continue
+            train = dataclasses.replace(config.train, accumulation=parts)
+            flag = f"--train.accumulation {parts}" if parts > config.train.accumulation else ""
+            estimate = of_experiment(dataclasses.replace(config, train=train), changed, state, batch)
+            yield (flag + words).strip(), estimate
+
+
+def of_program(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """XLA's own plan of a compiled program, bytes on one device.
+
+    arguments and results lie outside the program (donated: results that take an argument's place); temporaries are all
+    else; peak is what is alive at a time at most: arguments + results - donated + temporaries.
+    """
+    memory = compiled.memory_analysis()
+    out = {
+        "arguments": memory.argument_size_in_bytes,
+        "results": memory.output_size_in_bytes,
+        "donated": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+    }
+    return out | {"peak": out["arguments"] + out["results"] - out["donated"] + out["temporaries"]}
+
+
+def _activations(traced: core.ClosedJaxpr, state: TrainState) -> int:
+    """Most bytes alive at a time, apart from arguments and from results (the gradients)."""
+    # What has a parameter's shape (its type cast for a product, part of its gradient) lies as the parameter does.
+    shards: dict[tuple[int, ...], float] = {}
+    for x in (*state.trainable.values(), *state.frozen.values()):
+        share = math.prod(x.sharding.shard_shape(x.shape)) / max(math.prod(x.shape), 1)
+        shards[x.shape] = max(share, shards.get(x.shape, 0.0))
+    return math.ceil(_peak(traced.jaxpr, shards, free_results=True))
+
+
+# Operations that XLA computes inside the loop of whoever reads them; what they read is then read there.
+_ELEMENTWISE = """
+    abs add add_any and broadcast_in_dim ceil clamp cos convert_element_type copy copy_p cumsum div eq erf erf_inv
+    erfc exp exp2 expm1 floor ge gt integer_pow iota is_finite le log log1p logistic lt max min mul ne neg not or pad
+    pow random_bits random_wrap random_unwrap real reduce_precision rem rev round rsqrt select_n shift_left
+    shift_right_arithmetic shift_right_logical sign sin slice sqrt square stop_gradient sub tan tanh transpose
+    xor"""
+_FUSED = frozenset(_ELEMENTWISE.split())
+# The same bytes under another shape.
+_ALIASES = frozenset({"reshape", "squeeze", "expand_dims", "optimization_barrier", "bitcast_convert_type"})
+_REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax", "argmin"})
+# Calls that XLA inlines, and the parameter that holds what they call.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat2": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+
+
+@dataclasses.dataclass
+class _Operation:
+    name: str
+    reads: list[Any]
+    makes: list[Any]
+    params: Mapping[str, Any]
+
+
+class _Value:
+    """One result of one operation."""
+
+    def __init__(self, aval: Any):
+        self.aval = aval
+
+
+def _flatten(jaxpr: core.Jaxpr, values: dict[Any, _Value]) -> Iterator[_Operation]:
+    """Operations in order, calls inlined. `values` gets what every variable stands for."""
+    for eqn in jaxpr.eqns:
+        reads = [None if isinstance(x, core.Literal) else values[x] for x in eqn.invars]
+        name = eqn.primitive.name
+        if name in _CALLS and _CALLS[name] in eqn.params:
+            inner = eqn.params[_CALLS[name]]
+            inner = getattr(inner, "jaxpr", inner)
+            inside: dict[Any, _Value] = {var: _Value(var.aval) for var in inner.constvars}
+            inside.update(
+                (var, _Value(var.aval) if value is None else value)
+                for var, value in zip(inner.invars, reads, strict=True)
+            )
+            yield from _flatten(inner, inside)
+            for var, result in zip(eqn.outvars, inner.outvars, strict=True):
+                values[var] = _Value(var.aval) if isinstance(result, core.Literal) else inside[result]
+            continue
+        for var in eqn.outvars:
+            values[var] = _Value(var.aval)
+        yield _Operation(name, [x for x in reads if x is not None], [values[var] for var in eqn.outvars], eqn.params)
+
+
+def _peak(
+    jaxpr: core.Jaxpr,
+    shards: Mapping[tuple[int, ...], float],
+    *,
+    free_results: bool = False,
+    sliced: Sequence[int] = (),
+) -> float:
+    """Most bytes alive at a time inside `jaxpr`, its arguments apart.
+
+    Args:
+      shards: shape -> share of such an array that lies on one device; others lie there whole.
+      free_results: results are counted elsewhere.
+      sliced: arguments that a loop cuts out of larger arrays, for which a place is needed.
+    """
+    arguments = [_Value(var.aval) for var in jaxpr.invars]
+    values = dict(zip(jaxpr.invars, arguments, strict=True))
+    values |= {var: _Value(var.aval) for var in jaxpr.constvars}
+    cut = [arguments[index] for index in sliced]
+    operations = [_Operation("slice", [], [value], {}) for value in cut]
+    operations += list(_flatten(jaxpr, values))
+    results = [values[var] for var in jaxpr.outvars if not isinstance(var, core.Literal)]
+
+    # What is written to memory: everything an operation that does not fuse makes or reads, and the results.
+    stored = {id(value) for value in results}
+    for operation in operations:
+        if operation.name not in _FUSED | _ALIASES:
+            stored.update(id(value) for value in operation.makes)
+        if operation.name not in _FUSED | _ALIASES | _REDUCTIONS:
+            stored.update(id(value) for value in operation.reads)
+    # The stored values behind every value: itself, or what it is computed from on the fly.
+    behind: dict[int, tuple[_Value, ...]] = {}
+    for operation in operations:
+        sources = {id(x): x for value in operation.reads for x in behind.get(id(value), ())}
+        for value in operation.makes:
+            alias = operation.name in _ALIASES and operation.reads
+            behind[id(value)] = (value,) if id(value) in stored and not alias else tuple(sources.values())
+    last: dict[int, int] = {}
+    for index, operation in enumerate(operations):
+        for value in operation.reads:
+            last.update((id(x), index) for x in behind.get(id(value), ()))
+    kept = {id(x): x for value in results for x in behind.get(id(value), ())}
+    last.update((name, len(operations)) for name in kept)
+
+    def size(value: _Value) -> float:
+        if (free_results and id(value) in kept) or not hasattr(value.aval, "shape"):
+            return 0
+        share = shards.get(tuple(value.aval.shape), 1.0)
+        return share * math.prod(value.aval.shape) * getattr(value.aval.dtype, "itemsize", 4)
+
+    ends: dict[int, list[_Value]] = {}
+    alive = highest = 0.0
+    for index, operation in enumerate(operations):
+        made = [x for value in operation.makes for x in behind[id(value)] if x is value]
+        alive += sum(size(value) for value in made)
+        for value in made:
+            ends.setdefault(last.get(id(value), index), []).append(value)
+        highest = max(highest, alive + _inside(operation))
+        alive -= sum(size(value) for value in ends.pop(index, ()))
+    return highest
+
+
+def _inside(operation: _Operation) -> float:
+    """Bytes that an operation needs while it runs, its results apart."""
+    params = operation.params
+    if operation.name == "scan":
+        body, carried = params["jaxpr"].jaxpr, params["num_consts"] + params["num_carry"]
+        return _peak(body, {}, sliced=range(carried, len(body.invars)))
+    if operation.name == "while":
+        return _peak(params["body_jaxpr"].jaxpr, {})
+    if operation.name == "cond":
+        return max(_peak(branch.jaxpr, {}) for branch in params["branches"])
+    return 0.0

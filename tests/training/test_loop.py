@@ -1,0 +1,117 @@
+"""The loop's decisions, with a step that computes nothing: what ends a run, what is saved, what is written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from robovlms_jax import cli
+from robovlms_jax.config import ExperimentConfig
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.training import loop
+from tests.toy import make_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    step: int = 0
+    skipped: int = 0
+
+
+class Disk:
+    """Records what a checkpointer was asked for."""
+
+    def __init__(self):
+        self.saved = []
+
+    def save(self, state, data):
+        self.saved.append((state.step, data["next_step"]))
+
+    def wait(self):
+        pass
+
+
+def fit(output, *, bad=(), state=State(), steps=8, **changes):
+    """Run the loop over a step that finds the batches numbered in `bad` not finite; (state, saved, logged lines)."""
+    config = cli.override(
+        ExperimentConfig(),
+        **{"train.output": str(output), "train.steps": steps, "train.log_every": 4, "train.eval_every": 0, **changes},
+    )
+    skip, number, halted = config.train.on_nonfinite == "skip", itertools.count(state.step + 1), False
+
+    def train_step(state, batch):
+        nonlocal halted
+        finite = next(number) not in bad
+        halted |= not finite and not skip
+        step = state.step + (0 if halted else 1)
+        loss = 1.0 if finite else float("nan")
+        metrics = {"loss": np.float32(loss), "nonfinite": np.float32(not finite)}
+        return State(step, state.skipped + (skip and not finite)), metrics
+
+    batch = make_batch(np.random.default_rng(0)).replace(episode=np.array([5, 7], np.int32))
+    disk, lines = Disk(), []
+    try:
+        state, _ = loop.fit(
+            state,
+            itertools.repeat(batch),
+            train_step,
+            config=config,
+            mesh=meshes.make_mesh((1, 1, 1), jax.devices()[:1]),
+            checkpointer=disk,
+            data_state=lambda step: {"next_step": step},
+            writer=types.SimpleNamespace(write=lambda step, values: lines.append((step, values))),
+            evaluate=lambda state: {},
+            describe=lambda episode: f"episode {episode}",
+        )
+    except loop.DivergedError as error:
+        return error, disk.saved, lines
+    return state, disk.saved, lines
+
+
+def test_abort_saves_the_last_good_state_and_names_the_batch(tmp_path):
+    # Noticed at the next log, four steps later at most; what is saved is the state from before all the same.
+    error, saved, _ = fit(tmp_path, bad=(3,))
+    assert isinstance(error, loop.DivergedError) and "step 3: {'loss': nan} not finite" in str(error)
+    assert saved == [(2, 2)]
+    (line,) = (tmp_path / loop.NONFINITE).read_text().splitlines()
+    assert json.loads(line) == {
+        "step": 3,
+        "episodes": [5, 7],
+        "names": ["episode 5", "episode 7"],
+        "values": {"loss": "nan"},
+    }
+
+
+def test_skip_goes_on_counts_and_leaves_bad_steps_out_of_the_mean(tmp_path):
+    state, saved, lines = fit(tmp_path, bad=(2, 6), **{"train.on_nonfinite": "skip"})
+    assert (state.step, state.skipped, saved) == (8, 2, [(8, 8)])
+    logged = [(step, x["train/skipped_steps"], x["train/loss"]) for step, x in lines if "train/loss" in x]
+    assert logged == [(1, 0, 1), (4, 1, 1), (8, 2, 1)]
+    steps = [json.loads(line)["step"] for line in (tmp_path / loop.NONFINITE).read_text().splitlines()]
+    assert steps == [2, 6]
+
+
+def test_skipping_ends_at_the_limit_which_counts_what_was_skipped_before_a_resume(tmp_path):
+    changes = {"train.on_nonfinite": "skip", "train.max_skipped": 2}
+    assert not isinstance(fit(tmp_path, bad=(3, 5), **changes)[0], loop.DivergedError)
+    error, saved, _ = fit(tmp_path, bad=(5,), state=State(step=4, skipped=2), **changes)
+    assert isinstance(error, loop.DivergedError) and "3 batches so far, more than train.max_skipped=2" in str(error)
+    assert saved == [(5, 5)]
+
+
+def test_a_run_that_skipped_may_go_on_as_one_that_aborts(tmp_path):
+    # Fails if batches skipped before count as a reason to end.
+    state, _, _ = fit(tmp_path, state=State(step=4, skipped=2))
+    assert state.step == 8
+
+
+@pytest.mark.parametrize("field", ["max_skipped", "profile"])
+def test_a_negative_number_is_refused(field):
+    with pytest.raises(ValueError, match=rf"train.{field}=-1 must"):
+        cli.override(ExperimentConfig(), **{f"train.{field}": -1})
