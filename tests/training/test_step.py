@@ -183,6 +183,10 @@ def require_equal_on_meshes(*cases, **settings):
         np.testing.assert_allclose(result["losses"], reference["losses"], rtol=1e-4, err_msg=sizes)
         assert result["sums"].keys() == reference["sums"].keys()
         for path, value in reference["sums"].items():
+            # A bias of all keys shifts all scores alike, which softmax does not see: its gradient is rounding, and Adam
+            # makes steps of full size of that.
+            if path.endswith("/k/bias"):
+                continue
             np.testing.assert_allclose(result["sums"][path], value, rtol=2e-3, atol=1e-3, err_msg=f"{sizes} {path}")
         if sizes != str([8, 1, 1]):
             assert result["split"] > 10, f"{sizes} splits hardly any parameter"
