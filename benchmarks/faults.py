@@ -208,6 +208,7 @@ def judge(case: Case, whole: pathlib.Path, output: pathlib.Path, *, until: int) 
     expected, found = losses_of(whole), losses_of(output)
     made = range(case.resumed + 1, until + 1)
     saved = [step for step in steps_of(output) if case.resumed < step <= until and step in steps_of(whole)]
+    saved = [step for step in saved if is_whole(output / checkpoints.FOLDER / str(step))]
     return dataclasses.replace(
         case,
         losses=len(made),
@@ -229,6 +230,11 @@ def steps_of(output: pathlib.Path) -> list[int]:
     """Steps whose checkpoints have their final name."""
     folder = output / checkpoints.FOLDER
     return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+
+
+def is_whole(directory: pathlib.Path) -> bool:
+    """Not so where the process was killed while it deleted an old checkpoint."""
+    return (directory / checkpoints.SEAL).is_file() and checkpoints.damage(directory) is None
 
 
 def unfinished(output: pathlib.Path) -> list[pathlib.Path]:
