@@ -99,7 +99,7 @@ def test_main_job_records_trains_rolls_out_and_keeps_the_best(tmp_path):
             "data.root": str(tmp_path / "data"), "train.output": str(tmp_path / "run"), "train.steps": 4,
             "train.batch_size": 8, "evaluation.episodes": 0, "demonstrations.episodes": 3,
             "demonstrations.validation_episodes": 1, "demonstrations.image_size": (48, 32),
-            "demonstrations.chain_length": 2,
+            "demonstrations.random_scenes": 4, "demonstrations.chain_length": 2,
             "rollouts.trials": 4, "rollouts.tables": 2, "rollouts.max_steps": 12, "rollouts.image_size": (48, 32),
             "rollouts.films": 1, "rollouts.every": 2, "rollouts.select": "best",
         },
