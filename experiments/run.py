@@ -330,7 +330,6 @@ def _source(
         past_actions=config.policy.action_history.length,
         future_frames=config.policy.auxiliary.future_frames,
         embed_sentence=embed_sentence,
-        goals=config.policy.auxiliary.goal_weight > 0,
     )
 
 

@@ -157,12 +157,8 @@ class AuxiliaryConfig:
     caption_weight: float = 0.0
     """> 0: on. Weighs the language model's cross-entropy on the prompt given the images, so that it stays a language
     model."""
-    goal_weight: float = 0.0
-    """> 0: on. Weighs the squared error, in decimetres, of where the hand will be when the episode ends, told from the
-    features that actions are made of: it asks for the place that the instruction names, at every step."""
 
     def __post_init__(self):
-        _require(self.goal_weight >= 0, f"policy.auxiliary.goal_weight={self.goal_weight} must be 0 (off) or positive.")
         _require(
             self.caption_weight >= 0,
             f"policy.auxiliary.caption_weight={self.caption_weight} must be 0 (off) or positive.",
@@ -171,8 +167,7 @@ class AuxiliaryConfig:
     @property
     def enabled(self) -> bool:
         """Whether any of them is on."""
-        weights = (self.forward.loss_weight, self.caption_weight, self.goal_weight)
-        return max(weights) > 0 or self.clip.weights != ""
+        return self.forward.loss_weight > 0 or self.clip.weights != "" or self.caption_weight > 0
 
     @property
     def future_frames(self) -> int:
@@ -241,11 +236,10 @@ class PolicyConfig:
             self.pool in ("all", "text", "vision"), f"policy.pool={self.pool!r} must be 'all', 'text' or 'vision'."
         )
         self._require_product()
-        learns = self.auxiliary.forward.loss_weight or self.auxiliary.clip.weights or self.auxiliary.goal_weight
         _require(
-            self.readout != "token" or not learns,
-            "policy.auxiliary.forward, .clip and .goal_weight learn from a head's hidden features; with "
-            "policy.readout='token' there are none. Switch them off, or use another readout.",
+            self.readout != "token" or not (self.auxiliary.forward.loss_weight or self.auxiliary.clip.weights),
+            "policy.auxiliary.forward and .clip learn from a head's hidden features; with policy.readout='token' there "
+            "are none. Switch them off, or use another readout.",
         )
         _require(
             not (self.compat_count_padding or self.compat_queries_last) or self.history in ("one_step", "policy_head"),

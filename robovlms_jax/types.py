@@ -57,7 +57,6 @@ class Batch:
       them; beyond the episode's end its last frame repeats.
     future_mask: bool[B, F], True = a frame of its own.
     sentence: float32[B, E], the instruction's CLIP embedding, for policies that learn to stay near it.
-    goal: float32[B, 3], metres, where the hand is in the episode's last frame (the frame of `inputs.proprio`).
     """
 
     inputs: Inputs
@@ -69,7 +68,6 @@ class Batch:
     future: Mapping[str, Array] | None = None
     future_mask: Array | None = None
     sentence: Array | None = None
-    goal: Array | None = None
 
 
 @flax.struct.dataclass

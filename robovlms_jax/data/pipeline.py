@@ -52,7 +52,6 @@ class SegmentSource(Sequence[types.Batch]):
       past_actions: H, actions before each frame to read; 0: none.
       future_frames: F, frames after the segment's last one to read; 0: none.
       embed_sentence: instruction -> float32[E], for `Batch.sentence`; called once per distinct instruction.
-      goals: read where the hand is when an episode ends, for `Batch.goal`.
       left_pad: whether windows may begin before their episode (see `segments`).
       variation: other sentences that training draws from; None keeps to the recorded ones.
       goal_relabelling: mask what comes after a random later step, as upstream does; needs windows_per_segment 1.
@@ -73,7 +72,6 @@ class SegmentSource(Sequence[types.Batch]):
         past_actions: int = 0,
         future_frames: int = 0,
         embed_sentence: Callable[[str], np.ndarray] | None = None,
-        goals: bool = False,
         left_pad: bool = False,
         variation: language.Variation | None = None,
         goal_relabelling: bool = False,
@@ -97,7 +95,6 @@ class SegmentSource(Sequence[types.Batch]):
         dataset.allocate(0, self.cameras)  # an unknown camera is an error now, not in the first batch
         self._text_ids, self._text_mask, self._text_rows = _encode_all(dataset.episodes, encode_text, variation)
         self._group_ends = np.cumsum(self.segments.groups([g.num_episodes for g in dataset.groups])[0])
-        self._goals = goals
         self._sentences = None
         if embed_sentence is not None:
             known = {text: embed_sentence(text) for text in {episode.instruction for episode in dataset.episodes}}
@@ -174,7 +171,6 @@ class SegmentSource(Sequence[types.Batch]):
             future=self._future_frames(size),
             future_mask=np.zeros((size, self._future), bool) if self._future else None,
             sentence=None if self._sentences is None else np.zeros((size, self._sentences.shape[1]), np.float32),
-            goal=np.zeros((size, 3), np.float32) if self._goals else None,
         )
 
     def _past_zeros(self, size: int) -> np.ndarray | None:
@@ -244,8 +240,6 @@ class SegmentSource(Sequence[types.Batch]):
             out.future_mask[row] = ids <= episode.end
         if out.sentence is not None:
             out.sentence[row] = self._sentences[segment.episode]
-        if out.goal is not None:
-            out.goal[row] = self.dataset.proprio([episode.end])[0, :3]
 
     def _has_images(self, frame_ids: np.ndarray, camera: str) -> np.ndarray:
         has = self.dataset.has_images(frame_ids, camera)
@@ -292,8 +286,6 @@ class SegmentSource(Sequence[types.Batch]):
             array[row] = 0
         if out.sentence is not None:
             out.sentence[row] = self._sentences[0]
-        if out.goal is not None:
-            out.goal[row] = 0
         out.actions[row] = 0
         out.inputs.text_ids[row], out.inputs.text_mask[row] = self._text_ids[0], self._text_mask[0]
 

@@ -141,8 +141,7 @@ class RldsDataset(base.Dataset):
         if encoding not in ("POS_EULER", "POS_QUAT"):
             raise ValueError(
                 f"{self.name} records {'joints' if encoding == 'JOINT' else 'no state'}, not the gripper's pose that "
-                "policy.proprio and policy.auxiliary.goal_weight need; train with --no-policy.proprio.enabled and "
-                "--policy.auxiliary.goal_weight 0."
+                "policy.proprio needs; train with --no-policy.proprio.enabled."
             )
         state = self.array("state", frame_ids)
         angles = state[:, 3:6] if encoding == "POS_EULER" else expressions.euler(state[:, 3:7])

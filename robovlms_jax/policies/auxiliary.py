@@ -1,5 +1,4 @@
-"""Losses beside the actions: foresee frames, know where the episode ends, stay near the sentence in CLIP's space, keep
-describing the picture.
+"""Losses beside the actions: foresee frames, stay near the sentence in CLIP's space, keep describing the picture.
 
 Each is a mean over the windows of a batch in which a window counts as often as it has actions to learn from, so that
 micro-batches add up to the batch. None of them is part of acting.
@@ -28,17 +27,15 @@ class Lessons(NamedTuple):
     future: camera -> float[B * K, O, size, size, 3], prepared frames at the configured offsets from each window's
       newest step, and future_mask bool[B * K, O, cameras], True = recorded.
     sentence: float32[B, E].
-    goal: float32[B, 3], metres, where the hand is when the episode ends.
     """
 
     future: Mapping[str, jax.Array] | None = None
     future_mask: jax.Array | None = None
     sentence: jax.Array | None = None
-    goal: jax.Array | None = None
 
 
 class Auxiliary(nn.Module):
-    """The heads that only training needs. Parameters: `forward/`, `clip/`, `goal/`."""
+    """The heads that only training needs. Parameters: `forward/`, `clip/`."""
 
     config: AuxiliaryConfig
     cameras: tuple[str, ...]
@@ -54,8 +51,6 @@ class Auxiliary(nn.Module):
             self.forward = ForwardPrediction(self.config.forward, len(self.cameras), self.image_size)
         if self.config.clip.weights:
             self.clip = _dense(self.config.clip.dim)
-        if self.config.goal_weight:
-            self.goal = _dense(3)
 
     def foresee(self, features: jax.Array, future: Mapping[str, jax.Array], real: jax.Array) -> jax.Array:
         """Squared error of the frames to come, per window.
@@ -83,27 +78,12 @@ class Auxiliary(nn.Module):
         pooled = self.clip(features.astype(jnp.float32).max(axis=2))
         return optax.losses.huber_loss(pooled, sentence[:, None], delta=1.0).mean(-1)
 
-    def aim(self, features: jax.Array, goal: jax.Array) -> jax.Array:
-        """Squared error, in decimetres, of where the hand will be when the episode ends, a mean over x, y and z.
-
-        Args:
-          features: float[N, Q, D] of each window's newest step. goal: float32[N, 3], metres.
-        Returns:
-          float32[N].
-        """
-        return jnp.square(self._goal(features) - 10 * goal).mean(-1)
-
-    def _goal(self, features: jax.Array) -> jax.Array:
-        return self.goal(features.astype(jnp.float32).reshape(len(features), -1))
-
     def __call__(self, features: jax.Array) -> None:
         """Touches every parameter, so `init` makes them all. features: float[N, Q, D]."""
         if self.config.forward.loss_weight:
             self.forward(features)
         if self.config.clip.weights:
             self.clip(features.astype(jnp.float32))
-        if self.config.goal_weight:
-            self._goal(features)
 
 
 class ForwardPrediction(nn.Module):

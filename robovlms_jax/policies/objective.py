@@ -134,7 +134,7 @@ def _prepared(model: VLA, batch: Batch, **augmentation: Any) -> Batch:
 def _lessons(batch: Batch, config: PolicyConfig) -> auxiliary.Lessons:
     """What the auxiliary losses compare with; `batch` as `_prepared` returns it."""
     if not config.auxiliary.forward.loss_weight:
-        return auxiliary.Lessons(sentence=batch.sentence, goal=batch.goal)
+        return auxiliary.Lessons(sentence=batch.sentence)
     frames, windows = batch.inputs.step_mask.shape[1], batch.window_mask.shape[1]
     newest = config.window - 1 + np.arange(windows)
     chosen = newest[:, None] + np.array(config.auxiliary.forward.offsets)  # [K, O]
@@ -148,7 +148,7 @@ def _lessons(batch: Batch, config: PolicyConfig) -> auxiliary.Lessons:
     if batch.inputs.image_mask is not None:  # an episode without a camera has no frames of it to foresee
         has = jnp.stack([batch.inputs.image_mask[camera][:, newest] for camera in config.cameras], axis=-1)
         real &= has[:, :, None]
-    return auxiliary.Lessons(future, histories.merge(real, 0), batch.sentence, batch.goal)
+    return auxiliary.Lessons(future, histories.merge(real, 0), batch.sentence)
 
 
 def _add(
@@ -166,7 +166,6 @@ def _add(
         "forward": config.forward.loss_weight,
         "clip": config.clip.loss_weight,
         "caption": config.caption_weight,
-        "goal": config.goal_weight,
     }
     means = {}
     for name, error in errors.items():

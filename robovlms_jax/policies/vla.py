@@ -144,8 +144,7 @@ class VLA(nn.Module):
         """`__call__`, and the errors of the auxiliary losses that are switched on (see `policies.auxiliary`).
 
         Returns:
-          predictions, and by name "forward" float32[B * K], "clip" float32[B * K, steps], "caption" float32[B * K],
-          "goal" float32[B * K].
+          predictions, and by name "forward" float32[B * K], "clip" float32[B * K, steps], "caption" float32[B * K].
         """
         config = self.config.auxiliary
         hidden, tokens = self._decode(inputs, deterministic, actions)
@@ -156,9 +155,6 @@ class VLA(nn.Module):
         if config.clip.weights:
             sentence = jnp.repeat(lessons.sentence, windows // len(lessons.sentence), axis=0)
             errors["clip"] = self.auxiliary.stay_near(features, sentence)
-        if config.goal_weight:
-            goal = jnp.repeat(lessons.goal, windows // len(lessons.goal), axis=0)
-            errors["goal"] = self.auxiliary.aim(features[:, -1], goal)
         if config.caption_weight:
             # The first step: in one sequence, later ones could copy their prompt from it.
             first, text = jax.tree.map(lambda x: x[:, 0], (hidden, tokens)), (inputs.text_ids, inputs.text_mask)

@@ -138,16 +138,6 @@ def test_past_actions_future_frames_and_sentences_when_asked_for(dataset, frame_
     assert batch.future["static"].shape == (16, 4, 40, 40, 3)
 
 
-def test_goals_are_where_the_hand_is_in_the_episodes_last_frame(dataset, frame_content):
-    source = make_source(dataset, goals=True)
-    for index in (5, 9):  # episode 1, frames 110 ... 130
-        np.testing.assert_array_equal(source[index].goal, np.float32(frame_content(130)["robot_obs"][:3]))
-    assert make_source(dataset)[5].goal is None
-    (batch,) = take(pipeline.evaluation_batches(source, segments_per_batch=16, num_threads=1, prefetch=1))
-    assert batch.goal.shape == (16, 3)
-    np.testing.assert_array_equal(batch.goal[batch.window_mask.sum(1) == 0], 0)
-
-
 def test_batches_of_one_segment(dataset):
     batches = train(make_source(dataset), 3, segments_per_batch=1)
     assert [batch.actions.shape[0] for batch in batches] == [1, 1, 1]

@@ -57,19 +57,6 @@ def test_clip_loss_is_upstreams():
             np.testing.assert_allclose(found[row, step], expected.item(), rtol=1e-5)
 
 
-def test_goals_are_compared_in_decimetres():
-    # One window 2 cm off along x, one right; the features' queries are read together.
-    features = np.zeros((2, 2, 3), np.float32)
-    features[:, 1, 2] = 1.0  # alone, it picks the kernel's last row
-    module = auxiliary.Auxiliary(AuxiliaryConfig(goal_weight=1.0), ("static",), 8)
-    kernel = np.zeros((6, 3), np.float32)
-    kernel[5] = [1.0, -2.0, 5.0]  # 0.1, -0.2 and 0.5 m
-    params = {"goal": {"kernel": kernel, "bias": np.zeros(3, np.float32)}}
-    goal = np.float32([[0.12, -0.2, 0.5], [0.1, -0.2, 0.5]])
-    found = module.apply({"params": params}, features, goal, method="aim")
-    np.testing.assert_allclose(found, [0.2**2 / 3, 0], atol=1e-6)
-
-
 def test_foresight_compares_each_camera_and_offset_and_skips_what_was_not_recorded():
     rng = np.random.default_rng(3)
     module = auxiliary.Auxiliary(AuxiliaryConfig(forward=FORWARD), ("wrist", "static"), 8)

@@ -26,7 +26,6 @@ AUXILIARY = AuxiliaryConfig(
     forward=ForwardConfig(loss_weight=0.1, offsets=(1, 2), patch_size=14, width=8, depth=1, head_dim=4),
     clip=ClipConfig(weights="opened by training alone", dim=5),
     caption_weight=0.1,
-    goal_weight=0.1,
 )
 RESAMPLER = PerceiverConfig(num_latents=2, depth=1, num_heads=2, head_dim=4)
 
@@ -54,7 +53,6 @@ def complete(batch, states):
         future={camera: x[:, :2] for camera, x in batch.inputs.images.items()},
         future_mask=np.ones((B, 2), bool),
         sentence=sentence / np.linalg.norm(sentence, axis=1, keepdims=True),
-        goal=rng.normal(size=(B, 3)).astype(np.float32) / 10,
     )
 
 
@@ -203,7 +201,7 @@ def test_switched_off_the_rest_is_bit_identical(on):
 def test_every_module_learns_on_one_batch(on):
     # Frames are all alike; three arm dimensions follow from the robot's state and three from the action before, so the
     # loss only falls below what the better one of them alone explains if both tokens are read. Auxiliary losses have
-    # something to learn each: the coming frame, the sentence's embedding, the prompt, where the episode ends.
+    # something to learn each: the coming frame, the sentence's embedding, the prompt.
     _, _, batch, _ = on
     frames = batch.inputs.step_mask.shape[1]
     state, past = batch.inputs.proprio, batch.inputs.past_actions[:, 1 : 1 + frames]
@@ -226,5 +224,5 @@ def test_every_module_learns_on_one_batch(on):
     # Errors stay below 1, where Huber is half the square: the best constant costs half the targets' variance.
     blind = 0.5 * np.var(actions[..., :6] / 0.65, axis=(0, 1)).sum() / 6
     assert metrics["loss_arm"][-1] < 0.2 * blind  # measured: 0.013 of it
-    for name, share in (("forward", 0.7), ("clip", 0.5), ("caption", 0.5), ("goal", 0.5)):
+    for name, share in (("forward", 0.7), ("clip", 0.5), ("caption", 0.5)):
         assert metrics[f"loss_{name}"][-1] < share * metrics[f"loss_{name}"][0], name
