@@ -207,8 +207,8 @@ def judge(case: Case, whole: pathlib.Path, output: pathlib.Path, *, until: int) 
     """Compare what the resumed run did up to step `until`."""
     expected, found = losses_of(whole), losses_of(output)
     made = range(case.resumed + 1, until + 1)
-    saved = [step for step in steps_of(output) if case.resumed < step <= until and step in steps_of(whole)]
-    saved = [step for step in saved if is_whole(output / checkpoints.FOLDER / str(step))]
+    kept = set(steps_of(output)) & set(steps_of(whole)) & set(made)
+    saved = [step for step in kept if is_whole(output / checkpoints.FOLDER / str(step))]
     return dataclasses.replace(
         case,
         losses=len(made),

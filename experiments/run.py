@@ -145,6 +145,8 @@ def train(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing
     if config.demonstrations.episodes:
         closed_loop.ensure_demonstrations(config.demonstrations, config.data.root)
     setup = prepare(config)
+    _announce(name, setup)
+    _require_memory(setup)
     with directory.claim(output):
         _require_free(output, resume=config.train.resume)  # another run may have ended there meanwhile
         finished = _train(name, setup, output, title, closing, begin)
@@ -156,8 +158,6 @@ def train(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing
 def _train(name: str, setup: Setup, output: pathlib.Path, title: str, closing: str, begin: float) -> bool:
     """False: stopped by a signal before the last step. `begin`: when the run began, on `time.perf_counter`."""
     config = setup.config
-    _announce(name, setup)
-
     tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
     params = build.init_params(
         setup.model, setup.mesh, config.train.seed, None if config.train.resume else setup.backbone
@@ -260,7 +260,6 @@ def _announce(name: str, setup: Setup) -> None:
         *(setup.train.num_windows, setup.validation.num_windows),
         *(config.train.steps, config.train.batch_size, config.segments_per_batch),
     )
-    _require_memory(setup)
 
 
 def _require_memory(setup: Setup) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ast
-import os
 import pathlib
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
+
+from tests.processes import run_python
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = "robovlms_jax"
@@ -138,8 +138,4 @@ assert not heavy, f"importing the library loads {sorted(heavy)}"
 def test_importing_the_library_is_light():
     # No such platform: whatever starts a device while it is imported raises.
     modules = [f"{PACKAGE}.{module}" if module else PACKAGE for module in library_files()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "none"}
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT_EVERYTHING, *modules], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_python("-c", IMPORT_EVERYTHING, *modules, JAX_PLATFORMS="none")

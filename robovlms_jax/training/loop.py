@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import logging
@@ -10,9 +9,8 @@ import math
 import pathlib
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -82,41 +80,43 @@ def fit(
     corrupt = _CorruptCount(config.data.max_corrupt_share, describe)
     nonfinite = _Nonfinite(config.train, int(state.skipped), describe)
     goodput = Goodput() if goodput is None else goodput
-    clock = _Clock(start, train.steps, train.batch_size, goodput)
+    speed = _Speed(start, train.steps, train.batch_size, goodput)
     tracer = _Tracer(train, start)
-    recent: list[
-        Mapping[str, jax.Array]
-    ] = []  # since the last log; fetched together, so steps are not waited for one by one
+    pending: list[
+        _Made
+    ] = []  # steps that may not have run yet; fetched together, so they are not waited for one by one
+    history: list[Mapping[str, np.ndarray]] = []  # what was fetched since the last log
     with _Terminated() as terminated, goodput, tracer:
         for step in range(start + 1, train.steps + 1):
-            tracer.before(step, recent)
-            with clock.waiting():
+            tracer.before(step, pending)
+            with goodput.spent_on("data"):
                 batch = next(batches)
             corrupt.add(batch)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = train_step(state, meshes.put_batch(batch, mesh))
-            recent.append(metrics)
-            nonfinite.remember(step, batch, metrics)
+            pending.append(_Made(step, np.array(batch.episode), metrics))
             last = step == train.steps
             log = step % train.log_every == 0 or last or step == start + 1
             save = step % train.checkpoint_every == 0 or last
-            if log or save:
-                history = jax.device_get(recent)
-                if nonfinite.check():
+            stop = terminated() if jax.process_count() == 1 or log else False
+            if log or save or stop:
+                made = jax.device_get(pending)
+                pending.clear()
+                history += [x.metrics for x in made]
+                if nonfinite.check(made):
                     checkpointer.save(state, data_state(int(state.step)))
                     checkpointer.wait()
                     raise nonfinite.error(int(state.step))
             if log:
                 values = _means(history)
-                recent.clear()
-                values |= clock.log(step, values["loss"]) | corrupt.values() | nonfinite.values()
+                history.clear()
+                values |= speed.log(step, values["loss"]) | corrupt.values() | nonfinite.values()
                 writer.write(step, {f"train/{name}": value for name, value in values.items()})
                 if step >= start + 2 * train.log_every and loader_rate:
                     _report_loader(loader_rate, values["windows_per_second"], train.batch_size)
                     loader_rate = None
-            stop = terminated() if jax.process_count() == 1 or log else False
             if save or stop:
-                with clock.pausing("checkpoint"):
+                with goodput.spent_on("checkpoint"):
                     checkpointer.save(state, data_state(step))
             if stop:
                 with goodput.spent_on("checkpoint"):
@@ -124,11 +124,10 @@ def fit(
                 logger.info("time: %s", goodput)
                 logger.warning("stopped by SIGTERM after step %d; saved. Go on with --train.resume.", step)
                 return state, False
-            if train.eval_every and step % train.eval_every == 0 and not last:
-                with clock.pausing("evaluation"):
+            with goodput.spent_on("evaluation"):
+                if train.eval_every and step % train.eval_every == 0 and not last:
                     writer.write(step, {f"validation/{name}": value for name, value in evaluate(state).items()})
-            if roll_out is not None and _rolls_out(config.rollouts, step, last):
-                with clock.pausing("evaluation"):
+                if roll_out is not None and _rolls_out(config.rollouts, step, last):
                     values = roll_out(state)
                     writer.write(step, {f"rollouts/{name}": value for name, value in values.items()})
                     if config.rollouts.select == "best":
@@ -139,6 +138,14 @@ def fit(
         writer.write(train.steps, {f"goodput/{phase}": share for phase, share in goodput.shares().items()})
         logger.info("time: %s", goodput)
     return state, True
+
+
+class _Made(NamedTuple):
+    """A step: the episodes int[B] of its batch, and its metrics."""
+
+    step: int
+    episodes: np.ndarray
+    metrics: Mapping[str, Any]
 
 
 def _rolls_out(rollouts: RolloutConfig, step: int, last: bool) -> bool:
@@ -202,17 +209,12 @@ class _Nonfinite:
         self._policy, self._count, self._describe = train.on_nonfinite, skipped, describe
         name = NONFINITE if jax.process_index() == 0 else f".{jax.process_index()}.".join(NONFINITE.split("."))
         self._path = pathlib.Path(train.output) / name
-        self._recent: list[tuple[int, np.ndarray, Mapping[str, jax.Array]]] = []
         self._words = ""
 
-    def remember(self, step: int, batch: Batch, metrics: Mapping[str, jax.Array]) -> None:
-        """What a later `check` needs of a step that may not have run yet."""
-        self._recent.append((step, np.array(batch.episode), metrics))
-
-    def check(self) -> bool:
-        """Look at all steps since the last check (waits for them). True: the run must end."""
-        for step, episodes, metrics in self._recent:
-            values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+    def check(self, made: Sequence[_Made]) -> bool:
+        """Look at more steps, in order. True: the run must end."""
+        for step, episodes, metrics in made:
+            values = {name: float(value) for name, value in metrics.items()}
             # Once an aborted state is frozen, steps after the first bad one mean nothing.
             if not values["nonfinite"] or self._count > self._limit:
                 continue
@@ -226,7 +228,6 @@ class _Nonfinite:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             logger.warning("%s; the batch is left out, its episodes are in %s", self._words, self._path)
-        self._recent.clear()
         return self._count > self._limit
 
     def error(self, saved: int) -> DivergedError:
@@ -242,40 +243,27 @@ class _Nonfinite:
         return {"skipped_steps": float(self._count)} if self._policy == "skip" else {}
 
 
-class _Clock:
+class _Speed:
     """Speed, data wait and time left; compilation, evaluation and checkpoints do not count as training time."""
 
     def __init__(self, start: int, steps: int, batch_size: int, goodput: Goodput):
         self._start, self._steps, self._batch_size, self._goodput = start, steps, batch_size, goodput
-        self._step, self._mark, self._waited, self._paused = start, time.perf_counter(), 0.0, 0.0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time in here is waiting for data."""
-        begin = time.perf_counter()
-        with self._goodput.spent_on("data"):
-            yield
-        self._waited += time.perf_counter() - begin
-
-    @contextlib.contextmanager
-    def pausing(self, phase: str) -> Iterator[None]:
-        """Time in here is not training; `phase` of `goodput.PHASES` says what else."""
-        begin = time.perf_counter()
-        with self._goodput.spent_on(phase):
-            yield
-        self._paused += time.perf_counter() - begin
+        self._step, self._seconds = start, goodput.seconds()
 
     def log(self, step: int, loss: float) -> dict[str, float]:
-        seconds = max(time.perf_counter() - self._mark - self._paused, 1e-9)
+        before, self._seconds = self._seconds, self._goodput.seconds()
+        spent = {phase: seconds - before[phase] for phase, seconds in self._seconds.items()}
+        first = self._step == self._start
+        seconds = max(spent["step"] + spent["data"] + (spent["compile"] if first else 0.0), 1e-9)
         rate = (step - self._step) / seconds
         values = {
             "steps_per_second": rate,
             "windows_per_second": rate * self._batch_size,
-            "data_wait_share": min(self._waited / seconds, 1.0),
+            "data_wait_share": min(spent["data"] / seconds, 1.0),
             "compilations": float(self._goodput.compilations),
             "goodput": self._goodput.shares()["step"],
         }
-        if self._step == self._start:
+        if first:
             logger.info(
                 "step %d/%d  loss %.4f  (first step, with compilation: %.1f s)", step, self._steps, loss, seconds
             )
@@ -286,7 +274,7 @@ class _Clock:
                 *(step, self._steps, loss, rate, rate * self._batch_size, 100 * values["data_wait_share"]),
                 *(100 * values["goodput"], eta),
             )
-        self._step, self._mark, self._waited, self._paused = step, time.perf_counter(), 0.0, 0.0
+        self._step = step
         return values
 
 
@@ -294,32 +282,26 @@ class _Tracer:
     """Context that traces train.profile steps, from the third on: the first compiles, the second still allocates."""
 
     def __init__(self, train: TrainConfig, start: int):
-        self._first, self._last = start + 3, start + 2 + train.profile
-        self._directory, self._wanted, self._running = (
-            pathlib.Path(train.output) / "tensorboard",
-            train.profile > 0,
-            False,
-        )
+        self._directory = pathlib.Path(train.output) / "tensorboard"
+        self._first, self._count, self._running = start + 3, train.profile, False
 
     def __enter__(self) -> None:
         pass
 
-    def before(self, step: int, recent: list[Mapping[str, jax.Array]]) -> None:
-        """Called ahead of every step; `recent` are metrics of the steps before it."""
-        if not self._wanted:
-            return
-        if step == self._first:
-            jax.block_until_ready(recent)
+    def before(self, step: int, pending: Sequence[_Made]) -> None:
+        """Called ahead of every step; `pending` are those that may still be running."""
+        if self._count and step == self._first:
+            jax.block_until_ready(pending)
             jax.profiler.start_trace(str(self._directory))
             self._running = True
-        elif step == self._last + 1 and self._running:
-            jax.block_until_ready(recent)
+        elif self._running and step == self._first + self._count:
+            jax.block_until_ready(pending)
             self._stop()
 
     def _stop(self) -> None:
         jax.profiler.stop_trace()
         self._running = False
-        logger.info("trace of %d steps: tensorboard --logdir %s", self._last - self._first + 1, self._directory)
+        logger.info("trace of %d steps: tensorboard --logdir %s", self._count, self._directory)
 
     def __exit__(self, *exception: object) -> None:
         if self._running:  # the run ended before, or with, the last step to trace

@@ -44,6 +44,23 @@ def gradients(
     return grads, metrics
 
 
+def accumulated(part: Callable[[Batch, jax.Array], Any], batch: Batch, key: jax.Array, accumulation: int) -> Any:
+    """Sum of what `part` makes of the batch's micro-batches, each with a key of its own, one after the other."""
+    if accumulation == 1:
+        return part(batch, key)
+    # Micro-batch i takes every accumulation-th element: each device keeps working on its own part of the batch.
+    micros = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+    keys = jax.random.split(key, accumulation)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, jax.tree.map(lambda x: x[0], micros), key)
+    )
+
+    def add(total, xs):
+        return jax.tree.map(jnp.add, total, part(*xs)), None
+
+    return jax.lax.scan(add, zeros, (micros, keys))[0]
+
+
 def make_train_step(
     model: VLA,
     optimizer: optax.GradientTransformation,
@@ -79,22 +96,7 @@ def make_train_step(
                 model, state.trainable, state.frozen, micro, key, count=count, shifts=shifts, augment=augment
             )
 
-        if accumulation == 1:
-            grads, metrics = part(batch, key)
-        else:
-            # Micro-batch i takes every accumulation-th element: each device keeps working on its own part of the batch.
-            micros = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
-            keys = jax.random.split(key, accumulation)
-            zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype),
-                jax.eval_shape(part, jax.tree.map(lambda x: x[0], micros), key),
-            )
-
-            def add(total, xs):
-                return jax.tree.map(jnp.add, total, part(*xs)), None
-
-            (grads, metrics), _ = jax.lax.scan(add, zeros, (micros, keys))
-
+        grads, metrics = accumulated(part, batch, key, accumulation)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         metrics |= {
             "grad_norm": optax.tree.norm(grads),

@@ -339,8 +339,10 @@ class Spoilt:
 def test_a_skipped_batch_is_skipped_once_across_a_resume(tmp_path, monkeypatch):
     # Batch 3 of 6 is bad. Fails if it is drawn again after a resume, or if its count is forgotten.
     honest = run._batches
-    monkeypatch.setattr(run, "_batches", lambda config, source, start: Spoilt(honest(config, source, start), 3 - start))
-    monkeypatch.setattr(run, "_loader_rate", lambda config, source, start: (config, 1.0))
+    monkeypatch.setattr(
+        run, "_batches", lambda config, source, start, mesh: Spoilt(honest(config, source, start, mesh), 3 - start)
+    )
+    monkeypatch.setattr(run, "_loader_rate", lambda config, source, start, mesh: (config, 1.0))
     skip = {"train.on_nonfinite": "skip", "train.checkpoint_every": 4}
     whole = run.train("sample", small(tmp_path / "whole", **skip, **{"train.steps": 6}))
     output = tmp_path / "halves"

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import calvin_abcd, plan
+from experiments import calvin_abcd, plan, run
 from robovlms_jax import build, cli
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.config import OptimizerConfig
+from robovlms_jax.data import opening
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.training import memory, optimizer, state
+from tests.processes import run_python
 from tests.toy import make_model
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 TWIN = cli.override(
     plan.presets()["sample"], **{"policy.window": 4, "data.windows_per_segment": 2, "train.batch_size": 16}
 )
@@ -49,6 +46,32 @@ def test_every_byte_of_state_is_counted():
     head = memory.bytes_per_device({name: x for name, x in whole.trainable.items() if name.startswith("head/")})
     assert memory.bytes_per_device(frozen.opt_state) == 2 * head + 2 * 4
     assert memory.bytes_per_device((frozen.trainable, frozen.frozen)) == params
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "policy.cameras": ("wrist",), "policy.proprio.enabled": True, "policy.action_history.length": 3,
+            "policy.auxiliary.forward.loss_weight": 0.1, "policy.auxiliary.forward.offsets": (2, 5),
+            "policy.auxiliary.clip.weights": "opened by training alone", "policy.auxiliary.clip.dim": 5,
+        },
+    ],
+    ids=["plain", "everything"],
+)  # fmt: skip
+def test_the_planned_batch_is_the_one_that_is_loaded(changes):
+    # Fails if the loader delivers something that the plan does not count, or in another shape or type.
+    config = cli.override(TWIN, **{**changes, "data.text_length": 6})
+    encode = lambda text: (np.zeros(6, np.int32), np.ones(6, bool))  # noqa: E731
+    embed = (lambda text: np.zeros(5, np.float32)) if config.policy.auxiliary.clip.weights else None
+    source = run._source(config, opening.open_split(config.data, "training"), encode, embed_sentence=embed)
+    batch = source.evaluation_batch(np.arange(config.segments_per_batch))
+    found, planned = (
+        {jax.tree_util.keystr(path): (x.shape, x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (batch, plan.describe_batch(config))
+    )
+    assert found == planned
 
 
 def test_the_abstract_state_is_the_one_that_trains():
@@ -86,22 +109,13 @@ def test_an_estimate_is_near_what_xla_plans():
     # Bound: 0.6 to 1.6 of the compiler's peak on one device. Counting no activations gives 0.05, every operation's
     # result without fusion 3 and more. Tests compile without optimisations, a program of its own: hence a process.
     config = "--preset sample --policy.window 2 --data.windows_per_segment 1 --train.batch_size 4"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     code = (
         "import sys, json; from experiments import plan; from robovlms_jax import cli;"
         "_, config = cli.parse(plan.presets(), 'sample', description='', argv=sys.argv[1:]);"
         "print(json.dumps(plan.plan(config)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *config.split(), "--compile"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    out = run_python("-c", code, *config.split(), "--compile", JAX_DISABLE_MOST_OPTIMIZATIONS="0")
+    result = json.loads(out.splitlines()[-1])
     ratio = result["bytes_per_device"]["total"] / result["xla"]["peak"]
     assert 0.6 < ratio < 1.6, result
     # Arguments are exact up to a few numbers: step and key come on top, episode numbers are not read.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ import pytest
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.training import checkpoints
 from robovlms_jax.training import state as states
+from tests.processes import run_python
 
 
 def at_step(state, step):
@@ -125,16 +124,7 @@ tests.write_steps(run, 2)
 
 def test_killed_while_saving(tmp_path):
     # What was being written is no checkpoint, and is gone when the run goes on.
-    root = pathlib.Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path)],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == -9, done.stderr
+    run_python("-c", KILLED, tmp_path, status=-9)
     folder = tmp_path / "checkpoints"
     assert sorted(path.name.split(".")[0] for path in folder.iterdir()) == ["1", "2"]
     assert restore(tmp_path) == (1, 1.0)

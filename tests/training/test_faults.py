@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests.processes import run_python
 
 
 @pytest.mark.slow
@@ -18,15 +14,7 @@ def test_stopped_runs_end_as_one_never_stopped(tmp_path):
     # Each kind of stop once. Fails if anything that a step depends on is
     # not in the checkpoint, or a run goes on from another step than the newest complete one.
     out = tmp_path / "faults.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.faults", "--cases", "4", "--seed", "1", "--out", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_python("-m", "benchmarks.faults", "--cases", 4, "--seed", 1, "--out", out, TMPDIR=str(tmp_path))
     result = json.loads(out.read_text())
     assert result["identical_end"]
     assert len({case["kind"] for case in result["cases"]}) == 4

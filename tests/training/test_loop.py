@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import signal
 import types
 
 import jax
@@ -37,8 +38,9 @@ class Disk:
         pass
 
 
-def fit(output, *, bad=(), state=State(), steps=8, **changes):
-    """Run the loop over a step that finds the batches numbered in `bad` not finite; (state, saved, logged lines)."""
+def fit(output, *, bad=(), terminated=0, state=State(), steps=8, **changes):
+    """Run the loop over a step that finds the batches numbered in `bad` not finite, and is sent SIGTERM during step
+    `terminated`; (state, saved, logged lines)."""
     config = cli.override(
         ExperimentConfig(),
         **{"train.output": str(output), "train.steps": steps, "train.log_every": 4, "train.eval_every": 0, **changes},
@@ -47,7 +49,10 @@ def fit(output, *, bad=(), state=State(), steps=8, **changes):
 
     def train_step(state, batch):
         nonlocal halted
-        finite = next(number) not in bad
+        current = next(number)
+        if current == terminated:
+            signal.raise_signal(signal.SIGTERM)
+        finite = current not in bad
         halted |= not finite and not skip
         step = state.step + (0 if halted else 1)
         loss = 1.0 if finite else float("nan")
@@ -86,6 +91,14 @@ def test_abort_saves_the_last_good_state_and_names_the_batch(tmp_path):
         "names": ["episode 5", "episode 7"],
         "values": {"loss": "nan"},
     }
+
+
+def test_sigterm_right_after_a_bad_batch_does_not_pass_for_a_good_end(tmp_path):
+    # Steps 5 and 6 are not logged yet. Fails if the frozen state is saved under the loader's position, a step ahead.
+    error, saved, _ = fit(tmp_path, bad=(5,), terminated=6)
+    assert isinstance(error, loop.DivergedError) and saved == [(4, 4)]
+    state, saved, _ = fit(tmp_path, terminated=6)
+    assert (state.step, saved) == (6, [(6, 6)])
 
 
 def test_skip_goes_on_counts_and_leaves_bad_steps_out_of_the_mean(tmp_path):

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -22,6 +18,7 @@ from robovlms_jax.parallel import rules
 from robovlms_jax.training import optimizer as optimizers
 from robovlms_jax.training import state as states
 from robovlms_jax.training import step, trainable
+from tests.processes import run_python
 from tests.toy import make_batch, make_model, make_product
 
 STRUCTURES = {
@@ -165,18 +162,8 @@ MESHES = ([8, 1, 1], [1, 8, 1], [2, 2, 2], [1, 2, 4])
 
 def require_equal_on_meshes(*cases, **settings):
     """The same two steps give one device's losses and parameters on eight (fake) devices."""
-    root = pathlib.Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", FAKE_DEVICES, json.dumps([[[1, 1, 1], *cases], settings])],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=root,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    out = json.loads(done.stdout.splitlines()[-1])
+    asked = json.dumps([[[1, 1, 1], *cases], settings])
+    out = json.loads(run_python("-c", FAKE_DEVICES, asked, JAX_NUM_CPU_DEVICES="8").splitlines()[-1])
     reference = out.pop(str([1, 1, 1]))
     assert reference["split"] == 0 and len(out) == len(cases)
     for sizes, result in out.items():
@@ -241,12 +228,6 @@ print(json.dumps(temporaries))
 @pytest.mark.slow
 def test_fsdp_splits_activations_as_data_does():
     # Without the constraint in nn/stack.py the compiler split the width instead of the batch: 3.8 times the memory.
-    root = pathlib.Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(root)}
-    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", BOTH_SPLITS], capture_output=True, text=True, env=environment, cwd=root, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    data, fsdp = json.loads(done.stdout.splitlines()[-1])
+    out = run_python("-c", BOTH_SPLITS, JAX_NUM_CPU_DEVICES="8", JAX_DISABLE_MOST_OPTIMIZATIONS="0")
+    data, fsdp = json.loads(out.splitlines()[-1])
     assert fsdp < 1.5 * data

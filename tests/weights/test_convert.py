@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,6 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from robovlms_jax.weights import convert, sources
 from robovlms_jax.weights.rules import Fresh, Ignore, Rule, linear
+from tests.processes import run_python
 
 RULES = (
     Rule("embed.weight", "embed/table"),
@@ -107,14 +105,7 @@ def test_ignored_tensors_may_be_absent():
 def test_each_device_reads_only_its_part():
     # In a process of its own, because the number of devices is fixed when jax starts.
     script = pathlib.Path(__file__).with_name("load_sharded.py")
-    environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": "8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(script.parents[2]),
-    }
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    report = json.loads(run_python(script, JAX_NUM_CPU_DEVICES="8", JAX_PLATFORMS="cpu"))
     assert report["devices"] == 8
     assert report["equal"]
     # fsdp halves D and tensor halves the heads: a quarter of each layer per read, each part read once although
