@@ -15,7 +15,7 @@ import logging
 import pathlib
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import jax
@@ -141,6 +141,7 @@ def _convert(
     types = load.serving_types(shapes, dtype)
     stored = jax.tree.map(lambda x, kind: jax.ShapeDtypeStruct(x.shape, kind), shapes, types)
     parameters = {path: x.shape for path, x in flatten_dict(shapes, sep="/").items()}
+    spare = {f"backbone/{path}": shape for path, shape in build.spare_params(model, shapes).items()}
     table, absent, left = upstream.allow(
         upstream.policy_rules(model),
         source.shapes,
@@ -148,11 +149,11 @@ def _convert(
         missing=config.allow_missing,
         unused=config.allow_unused,
     )
-    loaded = flatten_dict(convert.load_params(table, source, stored, shardings), sep="/")
+    loaded = flatten_dict(convert.load_params(table, source, stored, shardings, spare=spare), sep="/")
     params = build.fill_params(model, mesh, 0, loaded)
     tensors = [
         {"tensor": name, "shape": list(source.shapes[name]), "dtype": _dtype(source, name), "becomes": target}
-        for name, target in _destinations(table, source)
+        for name, target in _destinations(table, source, spare)
     ]
     report = {
         "checkpoint": source.name,
@@ -165,13 +166,16 @@ def _convert(
     return params, table, report
 
 
-def _destinations(table: rules.Rules, source: sources.Source) -> Iterator[tuple[str, str]]:
-    """Every tensor of a source that fits the rules, and what became of it."""
+def _destinations(table: rules.Rules, source: sources.Source, spare: Container[str]) -> Iterator[tuple[str, str]]:
+    """Every tensor of a source that fits the rules, and what became of it. spare: parameters the policy has not."""
     for name in source.shapes:
         canonical = rules.canonical(table, name)
         targets = [rule.target for rule in table if isinstance(rule, rules.Rule) and rule.match(canonical)[0]]
         ignored = [x.reason for x in table if isinstance(x, rules.Ignore) and re.fullmatch(x.source, canonical)]
-        yield name, ", ".join(targets) or f"ignored: {ignored[0]}"
+        if targets and all(target in spare for target in targets):
+            yield name, f"ignored: this policy has no {targets[0]}"
+        else:
+            yield name, ", ".join(targets) or f"ignored: {ignored[0]}"
 
 
 def _largest_difference(table: rules.Rules, source: sources.Source, params: Any) -> float:
@@ -181,7 +185,7 @@ def _largest_difference(table: rules.Rules, source: sources.Source, params: Any)
         canonical = rules.canonical(table, name)
         for rule in table:
             is_match, layer = rule.match(canonical) if isinstance(rule, rules.Rule) else (False, None)
-            if not is_match:
+            if not is_match or rule.target not in flat:  # loading refused what neither the policy nor its backbone has
                 continue
             ours = np.asarray(flat[rule.target] if layer is None else flat[rule.target][layer])
             theirs = source.read(name, (slice(None),) * len(shape)).astype(np.float32)

@@ -27,8 +27,7 @@ from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.policies.rollout import EncodeText
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.types import Inputs
-from robovlms_jax.weights import convert, sources
-from robovlms_jax.weights.rules import Fresh
+from robovlms_jax.weights import convert, rules, sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _SENTENCES = 64  # embedded at a time
 
-RESAMPLER = Fresh(r"^resampler/", "resamplers are born with the run")
+RESAMPLER = rules.Fresh(r"^resampler/", "resamplers are born with the run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +206,23 @@ def abstract_params(model: VLA, mesh: Mesh) -> tuple[Any, Any]:
     return meshes.abstract_params(lambda: _init(model, jax.random.key(0)), mesh)
 
 
+def spare_params(model: VLA, shapes: Any) -> dict[str, tuple[int, ...]]:
+    """What the whole backbone has and this policy has not, such as the head for words of a policy that says none.
+    Published checkpoints hold it all the same.
+
+    Args:
+      shapes: of the policy's parameters, from `abstract_params`.
+    Returns:
+      path below "backbone/" -> shape.
+    """
+    size, ids = model.vlm.image.size, np.zeros((1, 8), np.int32)
+    images = {camera: np.zeros((1, size, size, 3), np.float32) for camera in model.config.cameras}
+    vlm = backbones.build(model.vlm)
+    whole = meshes.unbox(jax.eval_shape(vlm.init, jax.random.key(0), images, ids, np.ones_like(ids, bool)))["params"]
+    used = flatten_dict(shapes["backbone"], sep="/")
+    return {path: x.shape for path, x in flatten_dict(whole, sep="/").items() if path not in used}
+
+
 def init_params(model: VLA, mesh: Mesh, seed: int, backbone: Backbone | None = None) -> Any:
     """Parameters in their shardings. The backbone's come from `backbone.directories` if it has any, tensor by tensor;
     the rest is random.
@@ -217,7 +233,8 @@ def init_params(model: VLA, mesh: Mesh, seed: int, backbone: Backbone | None = N
     loaded: dict[str, jax.Array] = {}
     if backbone is not None and backbone.directories:
         source = sources.open_sources(backbone.directories)
-        params = convert.load_params(model.vlm.rules, source, shapes["backbone"], shardings["backbone"])
+        wanted, places, spare = shapes["backbone"], shardings["backbone"], spare_params(model, shapes)
+        params = convert.load_params(model.vlm.rules, source, wanted, places, spare=spare)
         loaded = {f"backbone/{path}": x for path, x in flatten_dict(params, sep="/").items()}
     return fill_params(model, mesh, seed, loaded)
 

@@ -27,7 +27,9 @@ class Recipe:
     is_stacked: bool
 
 
-def load_params(rules: Rules, source: Source, shapes: Any, shardings: Any) -> dict[str, Any]:
+def load_params(
+    rules: Rules, source: Source, shapes: Any, shardings: Any, *, spare: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Any]:
     """Read a checkpoint straight into sharded parameters.
 
     Each device's part is read on its own: a host holds one part of one parameter at a time.
@@ -35,13 +37,15 @@ def load_params(rules: Rules, source: Source, shapes: Any, shardings: Any) -> di
     Args:
       shapes: nested dict of jax.ShapeDtypeStruct, the parameters to fill; any source type is cast to theirs.
       shardings: the same tree of jax.sharding.Sharding.
+      spare: see `plan`.
     Returns:
       Nested dict of jax.Array: `shapes` without the parameters that are `Fresh` by the rules.
     Raises:
       ValueError: source, rules and parameters do not fit together; lists everything that is wrong.
     """
     flat, flat_shardings = flatten_dict(shapes, sep="/"), flatten_dict(shardings, sep="/")
-    recipes = plan(rules, source.shapes, {path: leaf.shape for path, leaf in flat.items()}, name=source.name)
+    parameters = {path: leaf.shape for path, leaf in flat.items()}
+    recipes = plan(rules, source.shapes, parameters, name=source.name, spare=spare)
     return unflatten_dict(
         {path: _load(recipe, source, flat[path], flat_shardings[path]) for path, recipe in recipes.items()}, sep="/"
     )
@@ -52,6 +56,8 @@ def plan(
     tensors: Mapping[str, tuple[int, ...]],
     parameters: Mapping[str, tuple[int, ...]],
     name: str = "checkpoint",
+    *,
+    spare: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Recipe]:
     """Match shapes of source tensors with shapes of parameters, without touching any data.
 
@@ -60,13 +66,15 @@ def plan(
     Args:
       tensors: tensor name -> shape. parameters: path -> shape.
       name: of the checkpoint, for the message.
+      spare: path -> shape of parameters that the rules know and nobody asks for. Their tensors may be there, and have
+        to fit if they are; they are not read.
     Returns:
       path -> recipe for every parameter that is not `Fresh`.
     Raises:
       ValueError: lists everything that is wrong.
     """
     problems = _Problems()
-    filled, used = _assign(rules, tensors, parameters, problems)
+    filled, used = _assign(rules, tensors, {**(spare or {}), **parameters}, problems)
     recipes = {}
     for path, shape in parameters.items():
         if any(isinstance(rule, Fresh) and re.search(rule.target, path) for rule in rules):

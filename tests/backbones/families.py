@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from flax.traverse_util import flatten_dict
+from safetensors.torch import save_file
 
 from robovlms_jax.backbones import base
+from robovlms_jax.inputs import images, tokenizers
+from robovlms_jax.weights import sources
 from tests.backbones import composed
-from tests.backbones.oracle import IMAGE, hugging_face
+from tests.backbones.oracle import IMAGE, from_torch, hugging_face, randomize
 
 TORCH: dict[str, Callable[[base.VLMConfig], torch.nn.Module]] = {
     "kosmos-2": hugging_face,
@@ -87,3 +93,28 @@ def flat_patches(images: torch.Tensor) -> dict[str, torch.Tensor]:
     x = images.reshape(len(images), 3, side // 2, 2, 14, side // 2, 2, 14).permute(0, 2, 5, 3, 6, 1, 4, 7)
     x = x[..., None, :, :].expand(*x.shape[:6], 2, 14, 14).reshape(-1, 3 * 2 * 14 * 14)
     return {"pixel_values": x, "image_grid_thw": torch.tensor([[1, side, side]] * len(images))}
+
+
+def publish(name: str, directory: pathlib.Path) -> tuple[str, dict[str, np.ndarray]]:
+    """Write the tiny twin of `name` as the hub has it, in two directories where it is published in two.
+
+    Returns:
+      backbone.weights for it (the first part holds config.json and tokenizer), and its parameters, "/"-joined.
+    """
+    config = tiny(name)
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=300))
+    model = randomize(torch_model(config))
+    state = published(model, dict(model.state_dict()))
+    state = {key: value.contiguous().clone() for key, value in state.items()}
+    apart = [key for key in state if name == "llava-mpt-7b" and key.startswith("vision_model.")]
+    parts = {"language": [key for key in state if key not in apart], "vision": apart}
+    for part, keys in parts.items():
+        (directory / part).mkdir(parents=True)
+        if keys:
+            save_file({key: state[key] for key in keys}, directory / part / sources.SINGLE)
+    first = directory / "language"
+    (first / "config.json").write_text(json.dumps(base.to_hf_config(config)))
+    images.write_image_spec(config.image, first)
+    tokenizers.make_twin_tokenizer(["open the drawer"], 300, first)
+    weights = ",".join(str(directory / part) for part, keys in parts.items() if keys)
+    return weights, flatten_dict(from_torch(config, state), sep="/")

@@ -8,15 +8,17 @@ import pathlib
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from experiments import convert_weights
 from experiments.convert_weights import ConvertConfig
 from robovlms_jax.interface import Observation
 from robovlms_jax.load import load_config, load_policy
+from robovlms_jax.weights import sources
+from tests.backbones import families
 from tests.upstream import published
 from tests.upstream import release as releases
-
-torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,22 @@ def test_the_report_is_complete_and_the_directory_needs_nothing_else(release, co
         load_policy(target)
     finally:
         (release.directory / "away").rename(release.backbone)
+
+
+def test_a_head_for_words_stays_behind_where_actions_are_no_words(tmp_path):
+    # Fails if Qwen-VL's checkpoints are refused for their lm_head, which an LSTM policy has no use for.
+    weights, _ = families.publish("qwen-vl", tmp_path / "qwen")
+    vlm = load_file(pathlib.Path(weights) / sources.SINGLE)
+    head = releases.Head(width=vlm["lm_head.weight"].shape[1])
+    state = {f"model.backbone.{name}": x for name, x in vlm.items()}
+    state |= {f"model.act_head.{name}": x for name, x in head.state_dict().items()}
+    torch.save(state | {"model.action_token": torch.zeros(head.rnn.input_size)}, tmp_path / "policy.pt")
+    settings = releases.settings(pathlib.Path(weights), next(name for name in published.NAMES if "qwen" in name))
+    (tmp_path / "policy.json").write_text(json.dumps(settings))
+    files = str(tmp_path / "policy.pt"), str(tmp_path / "policy.json"), str(tmp_path / "converted")
+    report = convert_weights.main(ConvertConfig(*files))
+    left = {entry["tensor"]: entry["becomes"] for entry in report["tensors"] if "ignored" in entry["becomes"]}
+    assert left == {"model.backbone.lm_head.weight": "ignored: this policy has no backbone/text/head/kernel"}
 
 
 def run(release, target, **changes) -> dict:

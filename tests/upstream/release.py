@@ -123,9 +123,9 @@ def make(directory: pathlib.Path) -> Release:
     return release
 
 
-def settings(backbone: pathlib.Path) -> dict[str, Any]:
-    """The published KOSMOS configuration, made small, as upstream's trainer dumps it."""
-    values = copy.deepcopy(published.read(USE_HAND))
+def settings(backbone: pathlib.Path, name: str = USE_HAND) -> dict[str, Any]:
+    """A published configuration, made small, as upstream's trainer dumps it."""
+    values = copy.deepcopy(published.read(name))
     values |= {"window_size": WINDOW, "fwd_pred_next_n": CHUNK, "exp_name": "12-30", "gpus": 8, "llm": {"type": None}}
     values["act_head"] |= {"hidden_size": HIDDEN}
     for part in ("vlm", "tokenizer"):

@@ -91,6 +91,17 @@ def test_all_that_is_wrong_is_said_in_one_error():
     ]
 
 
+def test_tensors_of_spare_parameters_may_be_there_and_have_to_fit():
+    parameters = {"embed/table": (7, D), "layers/q/kernel": (LAYERS, D, N, H)}
+    tensors = {name: x.shape for name, x in make_tensors().items()}
+    spare = {"out/kernel": (D, 5), "out/bias": (5,)}
+    assert set(convert.plan(RULES, tensors, parameters, spare=spare)) == set(parameters)
+    del tensors["out.bias"]
+    assert set(convert.plan(RULES, tensors, parameters, spare=spare)) == set(parameters)
+    with pytest.raises(ValueError, match=r"out.weight  found \[5, 4\], expected \[6, 4\] for out/kernel"):
+        convert.plan(RULES, tensors, parameters, spare=spare | {"out/kernel": (D, 6)})
+
+
 def test_a_tensor_two_rules_match_is_refused():
     with pytest.raises(ValueError, match=r"tensors that several rules match:\n    head\.weight"):
         load(make_tensors(), (*RULES, Rule("head.weight", "out/kernel", "o i -> i o")))
