@@ -253,7 +253,7 @@ class VLM(nn.Module):
     def decode(
         self, tokens: Tokens, cache: Cache | None = None, *, deterministic: bool = True
     ) -> tuple[jax.Array, Cache | None]:
-        """Final hidden states float[B, S, D], and the cache extended by these tokens where one is given."""
+        """Final hidden states float[B, S, D], and where a cache is given the same of these tokens, to be appended."""
         return self.text(
             tokens.embeds,
             tokens.mask,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+
 import chex
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from robovlms_jax.nn.linear import Einsum, Lora
 from robovlms_jax.nn.norms import LayerNorm
@@ -39,7 +43,7 @@ class Cache:
     key, value: float[L, B, T, K, H].
     positions: int32[B, T]. mask: bool[B, T], True = real token; unwritten slots are False.
     places: int32[B, T], where position encodings put the tokens (`positions` unless the tokens say otherwise).
-    length: int32[], slots written. Decoding more than T slots in all overwrites the last ones: make T the longest use.
+    length: int32[], slots written. Appending more than T slots in all overwrites the last ones: make T the longest use.
     """
 
     key: jax.Array
@@ -58,27 +62,103 @@ class Cache:
 
     def last_offset(self) -> jax.Array:
         """int32[B]: how far position encodings stand from positions at the last token; 0 when there is none."""
+        if not self.mask.shape[1]:
+            return jnp.zeros(len(self.mask), jnp.int32)
         last = jnp.argmax(jnp.where(self.mask, self.positions, -1), axis=1, keepdims=True)
         offset = jnp.take_along_axis(self.places - self.positions, last, axis=1)[:, 0]
         return jnp.where(self.mask.any(1), offset, 0)
 
-    def extend(self, positions: jax.Array, mask: jax.Array, places: jax.Array | None = None) -> Cache:
-        """Note the next tokens, int32[B, S] and bool[B, S]; layers write their keys and values at the old `length`.
-
-        places: int32[B, S]; None = `positions`.
-        """
-        places = positions if places is None else places
-        if positions.shape[1] > self.mask.shape[1]:
+    def append(self, new: Cache) -> Cache:
+        """With all slots of `new` behind those written."""
+        if new.mask.shape[1] > self.mask.shape[1]:
             raise ValueError(
-                f"{positions.shape[1]} tokens do not fit a cache of {self.mask.shape[1]} slots; make it longer."
+                f"{new.mask.shape[1]} tokens do not fit a cache of {self.mask.shape[1]} slots; make it longer."
             )
-        start = (0, self.length)
+        return self.put(new, self.length).replace(length=self.length + new.mask.shape[1])
+
+    def put(self, new: Cache, start: jax.Array) -> Cache:
+        """With the slots of `new` in place of those from `start` on, int32[] or int32[B]; `length` stays."""
+
+        def write(old: jax.Array, new: jax.Array, batch: int) -> jax.Array:
+            if start.ndim == 0:
+                return jax.lax.dynamic_update_slice_in_dim(old, new, start, batch + 1)
+            each = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=batch)  # there is no batch axis inside
+            return jax.vmap(each, in_axes=(batch, batch, 0), out_axes=batch)(old, new, start)
+
+        return self._map(write, new)
+
+    def take(self, start: jax.Array, size: int) -> Cache:
+        """The `size` slots from `start` on, int32[] or int32[B]."""
+
+        def read(old: jax.Array, batch: int) -> jax.Array:
+            if start.ndim == 0:
+                return jax.lax.dynamic_slice_in_dim(old, start, size, batch + 1)
+            each = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size, axis=batch)
+            return jax.vmap(each, in_axes=(batch, 0), out_axes=batch)(old, start)
+
+        return self._map(read).replace(length=jnp.int32(size))
+
+    def select(self, rows: jax.Array, other: Cache) -> Cache:
+        """These slots where bool[B] `rows`, those of `other` elsewhere."""
+
+        def choose(x: jax.Array, y: jax.Array, batch: int) -> jax.Array:
+            return jnp.where(jnp.expand_dims(rows, [axis for axis in range(x.ndim) if axis != batch]), x, y)
+
+        return self._map(choose, other)
+
+    def _map(self, function: Callable[..., jax.Array], *others: Cache) -> Cache:
+        """function(array, the others' arrays..., axis of the batch) on everything that has slots."""
+        axes = {"key": 1, "value": 1, "positions": 0, "mask": 0, "places": 0}
         return self.replace(
-            positions=jax.lax.dynamic_update_slice(self.positions, positions, start),
-            mask=jax.lax.dynamic_update_slice(self.mask, mask, start),
-            places=jax.lax.dynamic_update_slice(self.places, places, start),
-            length=self.length + positions.shape[1],
+            **{name: function(*(getattr(x, name) for x in (self, *others)), axis) for name, axis in axes.items()}
         )
+
+
+def attend(
+    q: jax.Array,
+    sides: Sequence[tuple[jax.Array, jax.Array]],
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    softcap: float | None = None,
+    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+) -> jax.Array:
+    """Softmax attention over keys that lie in several arrays.
+
+    They are never put into one, which would move all that is kept from earlier calls, in every layer. Sums are divided
+    by the weights' total at the end, when they are small (as in FlashAttention, arXiv:2205.14135).
+
+    Args:
+      q: float[B, S, K, N, H], scaled; N query heads share a key head. sides: keys and values float[B, T_i, K, H].
+      mask: bool[B, S, T], T the sum of all T_i. bias: float32[B or 1, K * N, S or 1, T].
+      drop: dropout of weights float[B, K, N, S, T_i].
+    Returns:
+      float[B, S, K, N, H] in the type of q.
+    """
+    splits = np.cumsum([keys.shape[1] for keys, _ in sides])[:-1]
+    rows = jnp.transpose(q, (0, 2, 3, 1, 4))
+    # Products in the order that the sums are wanted in: einsum would hand them over transposed.
+    scores = [
+        jax.lax.dot_general(
+            rows, keys.astype(q.dtype), (((4,), (3,)), ((0, 1), (0, 2))), preferred_element_type=jnp.float32
+        )
+        for keys, _ in sides
+    ]
+    if softcap is not None:
+        scores = [softcap * jnp.tanh(x / softcap) for x in scores]
+    if bias is not None:
+        bias = bias.reshape(bias.shape[0], *q.shape[2:4], *bias.shape[2:])
+        scores = [x + part for x, part in zip(scores, jnp.split(bias, splits, axis=-1))]
+    if mask is not None:
+        parts = jnp.split(mask[:, None, None], splits, axis=-1)
+        scores = [jnp.where(part, x, jnp.finfo(x.dtype).min) for x, part in zip(scores, parts)]
+    largest = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in scores if x.shape[-1]))
+    weights = [jnp.exp(x - jax.lax.stop_gradient(largest)) for x in scores]
+    total = sum(x.sum(-1, keepdims=True) for x in weights)
+    sums = sum(
+        jax.lax.dot_general(drop(x).astype(q.dtype), values.astype(q.dtype), (((4,), (1,)), ((0, 1), (0, 2))))
+        for x, (_, values) in zip(weights, sides)
+    )
+    return jnp.transpose((sums / total).astype(q.dtype), (0, 3, 1, 2, 4))
 
 
 class Attention(nn.Module):
@@ -114,7 +194,6 @@ class Attention(nn.Module):
         bias: jax.Array | None = None,
         rotary: Rotary | None = None,
         cache: tuple[jax.Array, jax.Array] | None = None,
-        start: jax.Array | int = 0,
         deterministic: bool = True,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Attend from `x` to `context`.
@@ -127,10 +206,10 @@ class Attention(nn.Module):
             meaningless.
           bias: float32[B or 1, N, S or 1, T], added to the scores.
           rotary: angles of the tokens of `x`; turns queries and keys, for attention within `x`.
-          cache: this layer's keys and values float[B, T, K, H] from earlier calls. The new ones are written at slot
-            `start`, and `mask` speaks about all its slots.
+          cache: this layer's keys and values float[B, T, K, H] from earlier calls, to be attended to beside the new
+            ones; `mask` and `bias` speak about its T slots and then about the S new ones.
         Returns:
-          float[B, S, D] and the cache with the new keys and values (None without).
+          float[B, S, D] and, with a cache, the new keys and values float[B, S, K, H] in its type.
         """
         context = x if context is None else context
         heads, size, width = self.num_heads, self.head_dim, x.shape[-1]
@@ -147,31 +226,18 @@ class Attention(nn.Module):
         v = project("v", context if values is None else values, kv_heads, kv_axis)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        if cache is not None:
-            k, v = (
-                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, start, 0, 0))
-                for old, new in zip(cache, (k, v))
-            )
-            cache = (k, v)
         chex.assert_equal_shape([k, v])
-
-        batch, length = x.shape[:2]
-        q = q.reshape(batch, length, kv_heads, heads // kv_heads, size)
-        scores = jnp.einsum("BSKNH,BTKH->BKNST", q, k.astype(q.dtype), preferred_element_type=jnp.float32)
-        if self.softcap is not None:
-            scores = self.softcap * jnp.tanh(scores / self.softcap)
-        if bias is not None:
-            scores += bias.reshape(bias.shape[0], kv_heads, heads // kv_heads, *bias.shape[2:])
-        if mask is not None:
-            scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        weights = nn.Dropout(self.dropout)(weights, deterministic=deterministic)
-        y = jnp.einsum("BKNST,BTKH->BSKNH", weights, v.astype(x.dtype)).reshape(batch, length, heads, size)
+        if cache is not None:
+            k, v = k.astype(cache[0].dtype), v.astype(cache[1].dtype)
+        sides = [(k, v)] if cache is None else [cache, (k, v)]
+        q = q.reshape(*q.shape[:2], kv_heads, heads // kv_heads, size)
+        drop = nn.Dropout(self.dropout, deterministic=deterministic)
+        y = attend(q, sides, mask, bias, self.softcap, drop).reshape(*x.shape[:2], heads, size)
 
         if self.inner_norm_epsilon is not None:
             norm = LayerNorm(self.inner_norm_epsilon, name="inner_norm")
-            y = norm(y.reshape(batch, length, heads * size)).reshape(y.shape)
+            y = norm(y.reshape(*x.shape[:2], heads * size)).reshape(y.shape)
         shape, axes = (heads, size, width), ("heads", "head_dim", "embed")
         use_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
         y = Einsum("BSNH,NHD->BSD", shape, axes, use_bias=use_bias, lora=self.lora, name="o")(y)
-        return y, cache
+        return y, None if cache is None else (k, v)

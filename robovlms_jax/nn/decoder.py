@@ -134,10 +134,9 @@ class Block(nn.Module):
         bias: jax.Array | None,
         rotary: tuple | None,
         cache: tuple | None,
-        start: jax.Array | int,
         deterministic: bool,
     ):
-        """float[B, S, D] -> float[B, S, D] and this layer's cache; the other arguments are those of `Attention`."""
+        """float[B, S, D] -> float[B, S, D] and the new keys and values; other arguments are those of `Attention`."""
         c = self.config
         drop = nn.Dropout(c.dropout, deterministic=deterministic)
         inner = c.norm_epsilon if c.sub_norm else None
@@ -160,14 +159,12 @@ class Block(nn.Module):
             return make_norm(c.norm, c.norm_epsilon, name=name)
 
         normed = norm("attn_norm")(x)
-        y, cache = attention(
-            normed, mask=mask, bias=bias, rotary=rotary, cache=cache, start=start, deterministic=deterministic
-        )
+        y, new = attention(normed, mask=mask, bias=bias, rotary=rotary, cache=cache, deterministic=deterministic)
         if c.residual == "parallel":
-            return x + drop(y) + drop(mlp(normed)), cache
+            return x + drop(y) + drop(mlp(normed)), new
         x = x + drop(norm("attn_out_norm")(y) if c.residual == "sandwich" else y)
         y = mlp(norm("mlp_norm")(x))
-        return x + drop(norm("mlp_out_norm")(y) if c.residual == "sandwich" else y), cache
+        return x + drop(norm("mlp_out_norm")(y) if c.residual == "sandwich" else y), new
 
 
 class Decoder(nn.Module):
@@ -198,7 +195,7 @@ class Decoder(nn.Module):
         offsets: jax.Array | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, Cache | None]:
-        """Decode, and extend the cache where there is one.
+        """Decode, behind what is in the cache where there is one.
 
         Args:
           embeds: float[B, S, D] as `embed` gives them; its type is the type of computation.
@@ -207,7 +204,8 @@ class Decoder(nn.Module):
           offsets: int32[B, S, A]; position encodings read `positions + offsets`. A = 1, or 3 with M-RoPE. None: as at
             the last token in the cache, zero without one.
         Returns:
-          float[B, S, D] after the final norm (before it with `norm_in_head`), and the cache.
+          float[B, S, D] after the final norm (before it with `norm_in_head`), and with a cache the same of these tokens
+          alone, S slots to be appended to it or put where the caller wants them.
         """
         c = self.config
         if offsets is None:
@@ -218,12 +216,12 @@ class Decoder(nn.Module):
         if c.positions == "rotary":
             angles = rotary(places, c.rotary_channels, c.rope_theta, c.mrope_sections)
 
-        keys, key_places, key_mask, start, layers = positions, places[..., 0], mask, 0, None
+        keys, key_places, key_mask = positions, places[..., 0], mask
         if cache is not None:
             assert group is None, "a cache keeps no groups: decode private tokens apart and drop them afterwards"
-            start, layers = cache.length, (cache.key, cache.value)
-            cache = cache.extend(positions, mask, places[..., 0])
-            keys, key_places, key_mask = cache.positions, cache.places, cache.mask
+            keys = jnp.concatenate([cache.positions, keys], axis=1)
+            key_places = jnp.concatenate([cache.places, key_places], axis=1)
+            key_mask = jnp.concatenate([cache.mask, key_mask], axis=1)
         everywhere = causal_mask(positions, keys, key_mask, group)
         nearby = everywhere
         if c.sliding_window is not None:
@@ -236,15 +234,13 @@ class Decoder(nn.Module):
         def step(block, x, layer):
             is_sliding, layer = layer
             attend = everywhere if c.sliding_window is None else jnp.where(is_sliding, nearby, everywhere)
-            return block(
-                x, mask=attend, bias=bias, rotary=angles, cache=layer, start=start, deterministic=deterministic
-            )
+            return block(x, mask=attend, bias=bias, rotary=angles, cache=layer, deterministic=deterministic)
 
-        is_sliding = jnp.arange(c.depth) % 2 == 0
-        x, layers = scan_layers(step, self.layers, x, (is_sliding, layers), length=c.depth, remat=self.remat)
-        if cache is not None:
-            cache = cache.replace(key=layers[0], value=layers[1])
-        return x if c.norm_in_head else self.final_norm(x), cache
+        is_sliding, kept = jnp.arange(c.depth) % 2 == 0, None if cache is None else (cache.key, cache.value)
+        x, new = scan_layers(step, self.layers, x, (is_sliding, kept), length=c.depth, remat=self.remat)
+        if new is not None:
+            new = Cache(*new, positions, mask, places[..., 0], jnp.int32(positions.shape[1]))
+        return x if c.norm_in_head else self.final_norm(x), new
 
     def _enter(self, embeds: jax.Array, places: jax.Array, *, deterministic: bool) -> jax.Array:
         """Embeddings as the first layer reads them: scaled, with sinusoids, dropped."""

@@ -40,8 +40,8 @@ def generate(model: VLA, seen: Seen) -> tuple[jax.Array, Cache]:
         words = model.backbone.embed_ids(model.head.choose(logits))  # [B, 1, D]
         positions = (seen.action_position + place)[:, None]
         token = Tokens(words, jnp.ones_like(positions, bool), positions, layout=(("query", 1),))
-        hidden, cache = model.backbone.decode(token, cache)
-        return (cache, model.backbone.logits(hidden)), logits[:, 0]
+        hidden, new = model.backbone.decode(token, cache)
+        return (cache.append(new), model.backbone.logits(hidden)), logits[:, 0]
 
     hidden = readout.last_of_prompt(seen.hidden, seen.tokens, seen.action_position[:, None])
     state = (seen.cache, model.backbone.logits(hidden))

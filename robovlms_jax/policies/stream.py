@@ -60,7 +60,7 @@ class Recent:
 class Ring:
     """Keys and values of the last W frames of each episode.
 
-    cache: slots [0, W * S) are W frames in a ring, those behind are scratch for the new frame and its action tokens.
+    cache: slots [0, W * S) are W frames in a ring, those behind are scratch for action tokens.
     oldest: int32[B], place in the ring that the next frame takes.
     count: int32[B], frames seen in this episode. position: int32[B], of the next frame's first token.
     window, slots: W and S.
@@ -82,7 +82,7 @@ class Kept:
     ring: Ring | None = None
 
     def reclaim(self, cache: Cache) -> Kept:
-        """With the buffers of a cache that was extended behind the ring: same content, but nothing has to be copied."""
+        """With the buffers of a cache that grew behind the ring: same content, and nothing has to be copied."""
         if self.ring is None:
             return self
         kept = self.ring.cache.replace(key=cache.key, value=cache.value)
@@ -133,9 +133,9 @@ def create(model: VLA, batch: int, params: Any, text_length: int) -> Kept:
     if config.history == "video":
         return Kept(recent)
     slots = tokens.mask.shape[1]
-    behind = slots + (model.num_tokens if config.is_autoregressive else 0)
-    cache = model.bind({"params": params}).backbone.init_cache(batch, config.window * slots + behind)
-    # Never moves: new frames are written behind the ring and brought into it from there.
+    scratch = model.num_tokens if config.is_autoregressive else 0
+    cache = model.bind({"params": params}).backbone.init_cache(batch, config.window * slots + scratch)
+    # Never moves: frames are put into the ring, only action tokens are appended to it.
     cache = cache.replace(length=jnp.int32(config.window * slots))
     return Kept(
         recent if config.reencode_every else None, Ring(cache, counter(), counter(), counter(), config.window, slots)
@@ -221,8 +221,8 @@ def advance(model: VLA, tokens: Tokens, carry: Carry, active: jax.Array) -> Seen
     start = sequences.positions[:, sequences.slot("query").start]
     sequences = sequences.without("query")
     batch, slots = sequences.mask.shape
-    cache = model.backbone.init_cache(batch, slots + model.num_tokens)
-    hidden, cache = model.backbone.decode(sequences, cache)
+    hidden, new = model.backbone.decode(sequences, model.backbone.init_cache(batch, 0))
+    cache = model.backbone.init_cache(batch, slots + model.num_tokens).append(new)
     return Seen(hidden, sequences, carry.head, kept, start, cache)
 
 
@@ -230,25 +230,15 @@ def _interleaved(model: VLA, tokens: Tokens, carry: Carry, active: jax.Array) ->
     ring, recent = carry.history.ring, carry.history.recent
     start = tokens.positions[:, tokens.slot("query").start] if model.config.is_autoregressive else None
     tokens = _without_actions(model, tokens)
-    batch, slots = tokens.mask.shape
-    end = model.config.window * slots
-    rows = jnp.arange(batch)[:, None]
-    oldest = ring.oldest[:, None] * slots + jnp.arange(slots)  # slots of the frame that leaves
+    slots = tokens.mask.shape[1]
+    leaving = ring.oldest * slots  # first slot of the oldest frame
+    is_leaving = jnp.arange(ring.cache.mask.shape[1]) // slots == ring.oldest[:, None]
 
     placed = tokens.replace(positions=tokens.positions + ring.position[:, None])
     old = ring.cache
-    hidden, cache = model.backbone.decode(placed, old.replace(mask=old.mask.at[rows, oldest].set(False)))
-    # From behind the ring into it. An episode that stands still writes where it reads: nothing.
-    target = jnp.where(active[:, None], oldest, end + jnp.arange(slots))
-    new = slice(end, end + slots)
-    cache = cache.replace(
-        key=cache.key.at[:, rows, target].set(cache.key[:, :, new]),
-        value=cache.value.at[:, rows, target].set(cache.value[:, :, new]),
-        positions=cache.positions.at[rows, target].set(cache.positions[:, new]),
-        places=cache.places.at[rows, target].set(cache.places[:, new]),
-        mask=where(active, cache.mask.at[rows, target].set(cache.mask[:, new]), old.mask).at[:, end:].set(False),
-        length=old.length,
-    )
+    hidden, new = model.backbone.decode(placed, old.replace(mask=old.mask & ~is_leaving))
+    # An episode that stands still writes what it reads: nothing.
+    cache = old.put(new.select(active, old.take(leaving, slots)), leaving)
     advanced = ring.replace(
         cache=cache,
         oldest=(ring.oldest + 1) % ring.window,
@@ -276,21 +266,12 @@ def _reencode(model: VLA, seen: Seen, recent: Recent, due: jax.Array) -> Seen:
     ring = seen.kept.ring
     frames = histories.place(recent.tokens, recent.step_mask)
     old = ring.cache
-    empty = old.replace(mask=jnp.zeros_like(old.mask), length=jnp.zeros_like(old.length))
-    hidden, cache = model.backbone.decode(jax.tree.map(lambda x: histories.merge(x, 1), frames), empty)
+    nothing = model.backbone.init_cache(len(due), 0)
+    hidden, new = model.backbone.decode(jax.tree.map(lambda x: histories.merge(x, 1), frames), nothing)
     hidden = hidden.reshape(*frames.mask.shape, -1)
     newest = jax.tree.map(lambda x: x[:, -1], frames)
-
-    def choose(new, old):  # leaves [L, B, ...]
-        return jnp.where(due[:, None, None, None], new, old)
-
-    cache = old.replace(
-        key=choose(cache.key, old.key),
-        value=choose(cache.value, old.value),
-        positions=where(due, cache.positions, old.positions),
-        mask=where(due, cache.mask, old.mask),
-        places=where(due, cache.places, old.places),
-    )
+    first = jnp.int32(0)
+    cache = old.put(new.select(due, old.take(first, new.mask.shape[1])), first)
     ring = ring.replace(
         cache=cache,
         oldest=where(due, jnp.zeros_like(ring.oldest), ring.oldest),

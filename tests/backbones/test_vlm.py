@@ -166,7 +166,8 @@ def cached_equals_at_once(twin):
     decode = jax.jit(lambda tokens, cache: model.apply(params, tokens, cache, method="decode"))
     found = []
     for start in (0, step):
-        hidden, cache = decode(jax.tree.map(lambda x, start=start: x[:, start : start + step], ordered), cache)
+        hidden, new = decode(jax.tree.map(lambda x, start=start: x[:, start : start + step], ordered), cache)
+        cache = cache.append(new)
         found.append(hidden)
     found = jnp.concatenate(found, 1)
     assert int(cache.length) == 2 * step

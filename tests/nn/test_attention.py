@@ -124,39 +124,30 @@ def test_cache_equals_the_whole_sequence(exact_matmul, x):
     cache = Cache.create(1, B, S + 2, 2, H, jnp.float32)
     found = []
     for start, stop in ((0, 3), (3, 4), (4, 5)):
-        part = slice(start, stop)
-        at = cache.length
-        cache = cache.extend(positions[:, part], real[:, part])
-        mask = causal_mask(positions[:, part], cache.positions, cache.mask)
-        y, (key, value) = apply(module, params, x[:, part], mask=mask, cache=(cache.key[0], cache.value[0]), start=at)
-        cache = cache.replace(key=key[None], value=value[None])
+        now = positions[:, start:stop], real[:, start:stop]
+        seen = jnp.concatenate([cache.positions, now[0]], 1), jnp.concatenate([cache.mask, now[1]], 1)
+        kept = cache.key[0], cache.value[0]
+        y, (key, value) = apply(module, params, x[:, start:stop], mask=causal_mask(now[0], *seen), cache=kept)
+        cache = cache.append(Cache(key[None], value[None], *now, now[0], jnp.int32(stop - start)))
         found.append(y)
     np.testing.assert_allclose(jnp.concatenate(found, 1), expected, atol=1e-5)
     assert int(cache.length) == S
 
 
 def test_more_tokens_than_the_cache_has_slots_are_refused():
-    cache = Cache.create(1, B, 4, N, H, jnp.float32)
     with pytest.raises(ValueError, match="5 tokens do not fit a cache of 4 slots"):
-        cache.extend(jnp.zeros((B, 5), jnp.int32), jnp.ones((B, 5), bool))
+        Cache.create(1, B, 4, N, H, jnp.float32).append(Cache.create(1, B, 5, N, H, jnp.float32))
 
 
-def test_softmax_is_float32_in_bfloat16(x):
-    # 300 equal keys: bfloat16 sums of their weights would be off by percents.
-    module = Attention(N, H)
-    params = init(module, x)
-    context = jnp.broadcast_to(x[:, :1], (B, 300, D)).astype(jnp.bfloat16)
-    y, _ = apply(module, params, x.astype(jnp.bfloat16), context)
-    one, _ = apply(module, params, x, x[:, :1])
-    assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(y.astype(jnp.float32), one, rtol=0.05, atol=0.05)
+def test_slots_are_put_and_taken_per_row():
+    # What a ring of frames does: every row writes and reads at its own place, and rows that are not chosen stay.
+    def numbered(slots, first):
+        empty = Cache.create(2, B, slots, N, H, jnp.float32)
+        return jax.tree.map(lambda x: (jnp.arange(x.size).reshape(x.shape) + first).astype(x.dtype), empty)
 
-
-def test_dropout_acts_on_weights_in_training_only(x):
-    module = Attention(N, H, dropout=0.5)
-    params = init(module, x)
-    still, _ = apply(module, params, x)
-    a, _ = apply(module, params, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
-    b, _ = apply(module, params, x, deterministic=False, rngs={"dropout": jax.random.key(1)})
-    assert jnp.abs(a - b).max() > 1e-3
-    assert jnp.abs(a - still).max() > 1e-3
+    whole, part, start = numbered(7, 0), numbered(2, 1000), jnp.asarray([1, 5])
+    found = whole.put(part.select(jnp.asarray([True, False]), whole.take(start, 2)), start)
+    for name, axes in (("key", (1, 2)), ("value", (1, 2)), ("positions", (0, 1)), ("mask", (0, 1)), ("places", (0, 1))):
+        expected, new = (np.moveaxis(np.asarray(getattr(x, name)), axes, (0, 1)).copy() for x in (whole, part))
+        expected[0, 1:3] = new[0]
+        np.testing.assert_array_equal(np.moveaxis(np.asarray(getattr(found, name)), axes, (0, 1)), expected)

@@ -71,7 +71,7 @@ def test_scanned_decoder_equals_its_layers_one_after_another(exact_matmul):
     found, _ = jax.jit(module.apply)({"params": params}, embeds, mask, positions)
     x = embeds * np.sqrt(16) + sinusoid(positions, 16)
     attend = causal_mask(positions, positions, mask)
-    arguments = {"mask": attend, "bias": None, "rotary": None, "cache": None, "start": 0, "deterministic": True}
+    arguments = {"mask": attend, "bias": None, "rotary": None, "cache": None, "deterministic": True}
     step = jax.jit(functools.partial(decoder.Block(TEXT).apply, **arguments))
     for layer in range(TEXT.depth):
         block = jax.tree.map(lambda p, layer=layer: p[layer], params["layers"])
@@ -140,7 +140,7 @@ def test_dropout_draws_anew_for_attention_and_mlp():
     block["attn"]["o"]["bias"] += 1
     block["mlp"]["down"]["bias"] += 100
     attend = causal_mask(positions, positions, mask)
-    arguments = {"mask": attend, "bias": None, "rotary": None, "cache": None, "start": 0, "deterministic": False}
+    arguments = {"mask": attend, "bias": None, "rotary": None, "cache": None, "deterministic": False}
     rngs = {"dropout": jax.random.key(0)}
     y, _ = decoder.Block(config).apply({"params": block}, jnp.zeros_like(embeds), **arguments, rngs=rngs)
     assert set(np.unique(y)) == {0, 2, 200, 202}
