@@ -40,7 +40,7 @@ def causal_mask(
 class Cache:
     """Keys and values of the tokens a decoder has seen, in the slots they came in.
 
-    key, value: float[L, B, T, K, H].
+    key, value: float[L, B, K, T, H], as attention multiplies them.
     positions: int32[B, T]. mask: bool[B, T], True = real token; unwritten slots are False.
     places: int32[B, T], where position encodings put the tokens (`positions` unless the tokens say otherwise).
     length: int32[], slots written. Appending more than T slots in all overwrites the last ones: make T the longest use.
@@ -56,7 +56,7 @@ class Cache:
     @classmethod
     def create(cls, layers: int, batch: int, length: int, heads: int, head_dim: int, dtype: jnp.dtype) -> Cache:
         """An empty cache of `length` slots."""
-        shape = (layers, batch, length, heads, head_dim)
+        shape = (layers, batch, heads, length, head_dim)
         positions, mask = jnp.zeros((batch, length), jnp.int32), jnp.zeros((batch, length), bool)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, mask, positions, jnp.int32(0))
 
@@ -79,38 +79,40 @@ class Cache:
     def put(self, new: Cache, start: jax.Array) -> Cache:
         """With the slots of `new` in place of those from `start` on, int32[] or int32[B]; `length` stays."""
 
-        def write(old: jax.Array, new: jax.Array, batch: int) -> jax.Array:
+        def write(old: jax.Array, new: jax.Array, batch: int, slots: int) -> jax.Array:
             if start.ndim == 0:
-                return jax.lax.dynamic_update_slice_in_dim(old, new, start, batch + 1)
-            each = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=batch)  # there is no batch axis inside
+                return jax.lax.dynamic_update_slice_in_dim(old, new, start, slots)
+            each = functools.partial(
+                jax.lax.dynamic_update_slice_in_dim, axis=slots - 1
+            )  # there is no batch axis inside
             return jax.vmap(each, in_axes=(batch, batch, 0), out_axes=batch)(old, new, start)
 
-        return self._map(write, new)
+        return self.map(write, new)
 
     def take(self, start: jax.Array, size: int) -> Cache:
         """The `size` slots from `start` on, int32[] or int32[B]."""
 
-        def read(old: jax.Array, batch: int) -> jax.Array:
+        def read(old: jax.Array, batch: int, slots: int) -> jax.Array:
             if start.ndim == 0:
-                return jax.lax.dynamic_slice_in_dim(old, start, size, batch + 1)
-            each = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size, axis=batch)
+                return jax.lax.dynamic_slice_in_dim(old, start, size, slots)
+            each = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size, axis=slots - 1)
             return jax.vmap(each, in_axes=(batch, 0), out_axes=batch)(old, start)
 
-        return self._map(read).replace(length=jnp.int32(size))
+        return self.map(read).replace(length=jnp.int32(size))
 
     def select(self, rows: jax.Array, other: Cache) -> Cache:
         """These slots where bool[B] `rows`, those of `other` elsewhere."""
 
-        def choose(x: jax.Array, y: jax.Array, batch: int) -> jax.Array:
+        def choose(x: jax.Array, y: jax.Array, batch: int, slots: int) -> jax.Array:
             return jnp.where(jnp.expand_dims(rows, [axis for axis in range(x.ndim) if axis != batch]), x, y)
 
-        return self._map(choose, other)
+        return self.map(choose, other)
 
-    def _map(self, function: Callable[..., jax.Array], *others: Cache) -> Cache:
-        """function(array, the others' arrays..., axis of the batch) on everything that has slots."""
-        axes = {"key": 1, "value": 1, "positions": 0, "mask": 0, "places": 0}
+    def map(self, function: Callable[..., jax.Array], *others: Cache) -> Cache:
+        """function(array, the others' arrays..., axis of the batch, axis of the slots) on everything that has slots."""
+        axes = {"key": (1, 3), "value": (1, 3), "positions": (0, 1), "mask": (0, 1), "places": (0, 1)}
         return self.replace(
-            **{name: function(*(getattr(x, name) for x in (self, *others)), axis) for name, axis in axes.items()}
+            **{name: function(*(getattr(x, name) for x in (self, *others)), *where) for name, where in axes.items()}
         )
 
 
@@ -128,25 +130,24 @@ def attend(
     by the weights' total at the end, when they are small (as in FlashAttention, arXiv:2205.14135).
 
     Args:
-      q: float[B, S, K, N, H], scaled; N query heads share a key head. sides: keys and values float[B, T_i, K, H].
+      q: float[B, K, N, S, H], scaled; N query heads share a key head. sides: keys and values float[B, K, T_i, H].
       mask: bool[B, S, T], T the sum of all T_i. bias: float32[B or 1, K * N, S or 1, T].
       drop: dropout of weights float[B, K, N, S, T_i].
     Returns:
-      float[B, S, K, N, H] in the type of q.
+      float[B, K, N, S, H] in the type of q.
     """
-    splits = np.cumsum([keys.shape[1] for keys, _ in sides])[:-1]
-    rows = jnp.transpose(q, (0, 2, 3, 1, 4))
+    splits = np.cumsum([keys.shape[2] for keys, _ in sides])[:-1]
     # Products in the order that the sums are wanted in: einsum would hand them over transposed.
     scores = [
         jax.lax.dot_general(
-            rows, keys.astype(q.dtype), (((4,), (3,)), ((0, 1), (0, 2))), preferred_element_type=jnp.float32
+            q, keys.astype(q.dtype), (((4,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
         )
         for keys, _ in sides
     ]
     if softcap is not None:
         scores = [softcap * jnp.tanh(x / softcap) for x in scores]
     if bias is not None:
-        bias = bias.reshape(bias.shape[0], *q.shape[2:4], *bias.shape[2:])
+        bias = bias.reshape(bias.shape[0], *q.shape[1:3], *bias.shape[2:])
         scores = [x + part for x, part in zip(scores, jnp.split(bias, splits, axis=-1))]
     if mask is not None:
         parts = jnp.split(mask[:, None, None], splits, axis=-1)
@@ -155,10 +156,10 @@ def attend(
     weights = [jnp.exp(x - jax.lax.stop_gradient(largest)) for x in scores]
     total = sum(x.sum(-1, keepdims=True) for x in weights)
     sums = sum(
-        jax.lax.dot_general(drop(x).astype(q.dtype), values.astype(q.dtype), (((4,), (1,)), ((0, 1), (0, 2))))
+        jax.lax.dot_general(drop(x).astype(q.dtype), values.astype(q.dtype), (((4,), (2,)), ((0, 1), (0, 1))))
         for x, (_, values) in zip(weights, sides)
     )
-    return jnp.transpose((sums / total).astype(q.dtype), (0, 3, 1, 2, 4))
+    return (sums / total).astype(q.dtype)
 
 
 class Attention(nn.Module):
@@ -206,10 +207,10 @@ class Attention(nn.Module):
             meaningless.
           bias: float32[B or 1, N, S or 1, T], added to the scores.
           rotary: angles of the tokens of `x`; turns queries and keys, for attention within `x`.
-          cache: this layer's keys and values float[B, T, K, H] from earlier calls, to be attended to beside the new
+          cache: this layer's keys and values float[B, K, T, H] from earlier calls, to be attended to beside the new
             ones; `mask` and `bias` speak about its T slots and then about the S new ones.
         Returns:
-          float[B, S, D] and, with a cache, the new keys and values float[B, S, K, H] in its type.
+          float[B, S, D] and, with a cache, the new keys and values float[B, K, S, H] in its type.
         """
         context = x if context is None else context
         heads, size, width = self.num_heads, self.head_dim, x.shape[-1]
@@ -227,12 +228,14 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         chex.assert_equal_shape([k, v])
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
         if cache is not None:
             k, v = k.astype(cache[0].dtype), v.astype(cache[1].dtype)
         sides = [(k, v)] if cache is None else [cache, (k, v)]
-        q = q.reshape(*q.shape[:2], kv_heads, heads // kv_heads, size)
+        q = q.reshape(len(q), kv_heads, heads // kv_heads, -1, size)
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
-        y = attend(q, sides, mask, bias, self.softcap, drop).reshape(*x.shape[:2], heads, size)
+        y = attend(q, sides, mask, bias, self.softcap, drop)
+        y = jnp.moveaxis(y, 3, 1).reshape(*x.shape[:2], heads, size)
 
         if self.inner_norm_epsilon is not None:
             norm = LayerNorm(self.inner_norm_epsilon, name="inner_norm")

@@ -174,7 +174,7 @@ def lengthen(carry: Carry, longer: Carry) -> Carry:
     if ring is not None:
         fresh = longer.history.ring
 
-        def widen(x, target, axis):  # slots of the ring at `axis`; attention does not care which slot a token is in
+        def widen(x, target, _, axis):  # attention does not care which slot a token is in
             x = jnp.moveaxis(x, axis, 0)
             x = x[: ring.window * ring.slots].reshape(ring.window, ring.slots, *x.shape[1:])
             x = jnp.pad(x, [(0, 0), (0, fresh.slots - ring.slots)] + [(0, 0)] * (x.ndim - 2))
@@ -182,14 +182,7 @@ def lengthen(carry: Carry, longer: Carry) -> Carry:
             rest = target.shape[axis] - len(x)
             return jnp.moveaxis(jnp.pad(x, [(0, rest)] + [(0, 0)] * (x.ndim - 1)), 0, axis)
 
-        old, new = ring.cache, fresh.cache
-        cache = new.replace(
-            key=widen(old.key, new.key, 2),
-            value=widen(old.value, new.value, 2),
-            positions=widen(old.positions, new.positions, 1),
-            mask=widen(old.mask, new.mask, 1),
-            places=widen(old.places, new.places, 1),
-        )
+        cache = ring.cache.map(widen, fresh.cache).replace(length=fresh.cache.length)
         ring = ring.replace(cache=cache, slots=fresh.slots)
     return Carry(carry.head, Kept(recent, ring))
 

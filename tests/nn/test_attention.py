@@ -147,7 +147,7 @@ def test_slots_are_put_and_taken_per_row():
 
     whole, part, start = numbered(7, 0), numbered(2, 1000), jnp.asarray([1, 5])
     found = whole.put(part.select(jnp.asarray([True, False]), whole.take(start, 2)), start)
-    for name, axes in (("key", (1, 2)), ("value", (1, 2)), ("positions", (0, 1)), ("mask", (0, 1)), ("places", (0, 1))):
+    for name, axes in (("key", (1, 3)), ("value", (1, 3)), ("positions", (0, 1)), ("mask", (0, 1)), ("places", (0, 1))):
         expected, new = (np.moveaxis(np.asarray(getattr(x, name)), axes, (0, 1)).copy() for x in (whole, part))
         expected[0, 1:3] = new[0]
         np.testing.assert_array_equal(np.moveaxis(np.asarray(getattr(found, name)), axes, (0, 1)), expected)
