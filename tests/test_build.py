@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from robovlms_jax import build
+from robovlms_jax import build, cli
+from robovlms_jax.actions import discretize
 from robovlms_jax.backbones import base as backbones
-from robovlms_jax.config import BackboneConfig
+from robovlms_jax.config import BackboneConfig, ExperimentConfig, PolicyConfig
 from robovlms_jax.inputs import images, tokenizers
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.weights import export
 from tests.toy import make_model
 
@@ -78,6 +80,22 @@ def test_prompts_longer_than_training_still_fit(published):
     encode = build.open_backbone(BackboneConfig(weights=str(published[0])), []).encoder(8)
     ids, mask = encode(" ".join(SENTENCES * 3))
     assert len(ids) % 8 == 0 and len(ids) > 8 and mask.sum() > 8
+
+
+def test_action_words_are_the_vocabularys_last_ones(published):
+    # Upstream's original size: the tokenizer's 297 words less 4 special tokens with a name, 7 without and 10. A number
+    # that was given is kept, and policies whose actions are no words stay as they are.
+    tokenizer = build.open_backbone(BackboneConfig(weights=str(published[0])), []).tokenizer
+    policy = PolicyConfig(window=1, history="one_step", readout="token", head=DiscreteHeadConfig(num_bins=64))
+    words = ExperimentConfig(policy=policy)
+    end = build.with_action_ids(words, tokenizer).policy.head.vocab_end
+    assert end == discretize.vocabulary_end(tokenizer) == 297 - 4 - 7 - 10
+    given = cli.override(words, **{"policy.head.vocab_end": 200})
+    assert build.with_action_ids(given, tokenizer) == given
+    assert build.with_action_ids(ExperimentConfig(), tokenizer) == ExperimentConfig()
+    many = cli.override(words, **{"policy.head.num_bins": 299})
+    with pytest.raises(ValueError, match="299"):
+        build.with_action_ids(many, tokenizer)
 
 
 @pytest.mark.parametrize(

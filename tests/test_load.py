@@ -1,17 +1,24 @@
-"""Serving types change no number."""
+"""Serving: types change no number, settings of control reach the policy."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from robovlms_jax import load
+from robovlms_jax import build, load
+from robovlms_jax.backbones import base as backbones
+from robovlms_jax.config import ExperimentConfig, PolicyConfig, to_dict
+from robovlms_jax.inputs import images, tokenizers
+from robovlms_jax.interface import Observation
 from robovlms_jax.policies import objective
-from tests.toy import init, make_batch, make_model
+from robovlms_jax.training import checkpoints
+from tests.toy import HEADS, init, make_batch, make_model, random_params
 
 
 def test_parameters_stored_in_the_type_of_computation_give_the_same_loss():
@@ -31,3 +38,34 @@ def test_parameters_stored_in_the_type_of_computation_give_the_same_loss():
     loss = jax.jit(functools.partial(objective.loss, half))
     assert loss(stored, batch)[0] == loss(params, batch)[0]
     assert jax.tree.leaves(load.serving_types(params, "float32")) == [x.dtype for x in jax.tree.leaves(params)]
+
+
+def test_control_may_choose_settings_that_change_no_parameter(tmp_path):
+    # Fails if the fields are not merged into those of training, or do not reach the model that acts.
+    directory = tmp_path / "weights"
+    directory.mkdir()
+    vlm = backbones.get("kosmos-2").tiny()
+    vlm = dataclasses.replace(vlm, text=dataclasses.replace(vlm.text, vocab_size=300))
+    (directory / "config.json").write_text(json.dumps(backbones.to_hf_config(vlm)))
+    images.write_image_spec(vlm.image, directory)
+    tokenizers.make_twin_tokenizer(["open the drawer"], 300, directory)
+    assets = tokenizers.read_assets(directory)
+    policy = PolicyConfig(window=1, history="one_step", chunk=2, head=HEADS["flow"])
+    experiment = ExperimentConfig(policy=policy)
+    model = build.make_model(experiment, build.backbone_from_assets(experiment.backbone, assets).vlm)
+    params = random_params(model, make_batch(np.random.default_rng(0), window=1, windows=1, chunk=2))
+    checkpoints.write_policy(tmp_path / "run", params, {"config": to_dict(experiment), "assets": dict(assets)})
+    frame = {"static": np.zeros((40, 40, 3), np.uint8), "wrist": np.zeros((20, 20, 3), np.uint8)}
+
+    def act(changes):
+        opened = load.load_policy(tmp_path / "run", policy=changes)
+        opened.reset("open the drawer")
+        return opened.act(Observation(frame)).actions
+
+    three, one = act(None), act({"head": {"num_steps": 1}})
+    np.testing.assert_array_equal(three, act({"head": {"num_steps": 3}}))
+    assert np.abs(three - one).max() > 1e-3
+    with pytest.raises(ValueError, match="num_stepps"):
+        act({"head": {"num_stepps": 1}})
+    with pytest.raises(ValueError, match=r"head/.*checkpoint .*model"):
+        act({"head": {"hidden_size": 32}})
