@@ -164,6 +164,7 @@ def _train(name: str, setup: Setup, output: pathlib.Path, title: str, closing: s
     )
     if config.train.init_from and not config.train.resume:
         params = chaining.take_over(params, config.train.init_from)
+    distributed.barrier("parameters")  # reading and compiling take processes differently long; what follows meets them
     train_state = state.create(params, config.train.trainable, tx, config.train.seed, setup.mesh)
     del params  # the state owns the arrays now and its step donates them
     serving = {"config": to_dict(config), "assets": dict(setup.backbone.assets)}

@@ -74,7 +74,7 @@ def test_full_size_shapes(name):
     chex.assert_shape(logits, dims["BSV"])
     chex.assert_type([tokens.mask, tokens.positions], [bool, jnp.int32])
     assert isinstance(cache, Cache)
-    assert cache.mask.shape == (BATCH, slots + 1)
+    assert cache.mask.shape == (BATCH, slots)
 
 
 @every
