@@ -88,11 +88,16 @@ def open_backbone(config: BackboneConfig, sentences: Iterable[str]) -> Backbone:
     )
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory)
-        (path / "config.json").write_text(json.dumps(backbones.to_hf_config(vlm), indent=2))
-        images.write_image_spec(vlm.image, path)
-        written = [prompts.format_prompt(vlm.prompt, sentence) for sentence in sentences]
-        tokenizers.make_twin_tokenizer(written, vlm.text.vocab_size, path)
+        write_files(vlm, [prompts.format_prompt(vlm.prompt, sentence) for sentence in sentences], path)
         return _open(config, path)
+
+
+def write_files(vlm: backbones.VLMConfig, texts: Iterable[str], directory: pathlib.Path) -> None:
+    """What a published directory holds beside weights: config.json, image preprocessing, and a tokenizer, here one made
+    from `texts`."""
+    (directory / "config.json").write_text(json.dumps(backbones.to_hf_config(vlm), indent=2))
+    images.write_image_spec(vlm.image, directory)
+    tokenizers.make_twin_tokenizer(texts, vlm.text.vocab_size, directory)
 
 
 def backbone_from_assets(config: BackboneConfig, assets: Mapping[str, str]) -> Backbone:

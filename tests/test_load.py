@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,7 @@ import numpy as np
 import pytest
 
 from robovlms_jax import build, load
-from robovlms_jax.backbones import base as backbones
-from robovlms_jax.config import ExperimentConfig, PolicyConfig, to_dict
-from robovlms_jax.inputs import images, tokenizers
+from robovlms_jax.config import BackboneConfig, ExperimentConfig, PolicyConfig, to_dict
 from robovlms_jax.interface import Observation
 from robovlms_jax.policies import objective
 from robovlms_jax.training import checkpoints
@@ -42,19 +39,12 @@ def test_parameters_stored_in_the_type_of_computation_give_the_same_loss():
 
 def test_control_may_choose_settings_that_change_no_parameter(tmp_path):
     # Fails if the fields are not merged into those of training, or do not reach the model that acts.
-    directory = tmp_path / "weights"
-    directory.mkdir()
-    vlm = backbones.get("kosmos-2").tiny()
-    vlm = dataclasses.replace(vlm, text=dataclasses.replace(vlm.text, vocab_size=300))
-    (directory / "config.json").write_text(json.dumps(backbones.to_hf_config(vlm)))
-    images.write_image_spec(vlm.image, directory)
-    tokenizers.make_twin_tokenizer(["open the drawer"], 300, directory)
-    assets = tokenizers.read_assets(directory)
+    backbone = build.open_backbone(BackboneConfig(name="kosmos-2-twin"), ["open the drawer"])
     policy = PolicyConfig(window=1, history="one_step", chunk=2, head=HEADS["flow"])
-    experiment = ExperimentConfig(policy=policy)
-    model = build.make_model(experiment, build.backbone_from_assets(experiment.backbone, assets).vlm)
+    experiment = ExperimentConfig(backbone=BackboneConfig(name="kosmos-2-twin"), policy=policy)
+    model = build.make_model(experiment, backbone.vlm)
     params = random_params(model, make_batch(np.random.default_rng(0), window=1, windows=1, chunk=2))
-    checkpoints.write_policy(tmp_path / "run", params, {"config": to_dict(experiment), "assets": dict(assets)})
+    checkpoints.write_policy(tmp_path / "run", params, {"config": to_dict(experiment), "assets": dict(backbone.assets)})
     frame = {"static": np.zeros((40, 40, 3), np.uint8), "wrist": np.zeros((20, 20, 3), np.uint8)}
 
     def act(changes):

@@ -12,7 +12,8 @@ from flax.linen import unbox
 
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.config import PolicyConfig
-from robovlms_jax.policies import objective, vla
+from robovlms_jax.interface import Observation
+from robovlms_jax.policies import objective, rollout, vla
 from robovlms_jax.policies.heads import attention, discrete, flow, gpt, lstm, mlp
 from robovlms_jax.types import Batch, Inputs
 
@@ -115,3 +116,24 @@ def random_params(model: vla.VLA, batch: Batch):
         return (rng.normal(size=leaf.shape) * max(fan_in, 1) ** -0.5).astype(np.float32)
 
     return jax.device_put(jax.tree_util.tree_map_with_path(make, shapes["params"]))
+
+
+def assert_learns_and_acts(model: vla.VLA, *, steps: int, learning_rate: float, left: float) -> None:
+    """One batch is learned until a share `left` of the loss is left, and two control steps give legal actions."""
+    batch = make_batch(np.random.default_rng(0), window=model.config.window, windows=2, chunk=2)
+    params = random_params(model, batch)
+    losses = overfit(model, params, batch, steps=steps, learning_rate=learning_rate)
+    assert np.isfinite(losses).all()
+    assert losses[1] != losses[0]  # one step moves it
+    assert losses[-5:].mean() < left * losses[0], losses[:: len(losses) // 8]
+
+    text = batch.inputs.text_ids[0], batch.inputs.text_mask[0]
+    policy = rollout.VLAPolicy(model, params, lambda _: text)
+    policy.reset("open the drawer")
+    for t in (0, 1):
+        images = {camera: x[0, t] for camera, x in batch.inputs.images.items()}
+        actions = policy.act(Observation(images)).actions
+        assert actions.shape == (2, 7) and np.isfinite(actions).all()
+        assert np.abs(actions[:, :6]).max() <= 0.65 + 1e-6
+        assert set(actions[:, 6]) <= {-1.0, 1.0}
+    assert policy._batched._step._cache_size() == 1

@@ -82,9 +82,8 @@ class Cache:
         def write(old: jax.Array, new: jax.Array, batch: int, slots: int) -> jax.Array:
             if start.ndim == 0:
                 return jax.lax.dynamic_update_slice_in_dim(old, new, start, slots)
-            each = functools.partial(
-                jax.lax.dynamic_update_slice_in_dim, axis=slots - 1
-            )  # there is no batch axis inside
+            # A row has no axis of the batch.
+            each = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=slots - 1)
             return jax.vmap(each, in_axes=(batch, batch, 0), out_axes=batch)(old, new, start)
 
         return self.map(write, new)
@@ -130,12 +129,14 @@ def attend(
     by the weights' total at the end, when they are small (as in FlashAttention, arXiv:2205.14135).
 
     Args:
-      q: float[B, K, N, S, H], scaled; N query heads share a key head. sides: keys and values float[B, K, T_i, H].
-      mask: bool[B, S, T], T the sum of all T_i. bias: float32[B or 1, K * N, S or 1, T].
-      drop: dropout of weights float[B, K, N, S, T_i].
+      q: float[B, S, N, H], scaled. sides: keys and values float[B, K, T_i, H]; N / K neighbouring heads share a key.
+      mask: bool[B, S, T], T the sum of all T_i. bias: float32[B or 1, N, S or 1, T].
+      drop: dropout of weights float[B, K, N / K, S, T_i].
     Returns:
-      float[B, K, N, S, H] in the type of q.
+      float[B, S, N, H] in the type of q.
     """
+    shape, kv_heads = q.shape, sides[0][0].shape[1]
+    q = jnp.swapaxes(q, 1, 2).reshape(shape[0], kv_heads, shape[2] // kv_heads, shape[1], shape[3])
     splits = np.cumsum([keys.shape[2] for keys, _ in sides])[:-1]
     # Products in the order that the sums are wanted in: einsum would hand them over transposed.
     scores = [
@@ -154,12 +155,13 @@ def attend(
         scores = [jnp.where(part, x, jnp.finfo(x.dtype).min) for x, part in zip(scores, parts)]
     largest = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in scores if x.shape[-1]))
     weights = [jnp.exp(x - jax.lax.stop_gradient(largest)) for x in scores]
-    total = sum(x.sum(-1, keepdims=True) for x in weights)
-    sums = sum(
+    total = functools.reduce(jnp.add, (x.sum(-1, keepdims=True) for x in weights))
+    sums = (
         jax.lax.dot_general(drop(x).astype(q.dtype), values.astype(q.dtype), (((4,), (2,)), ((0, 1), (0, 1))))
         for x, (_, values) in zip(weights, sides)
     )
-    return (sums / total).astype(q.dtype)
+    y = (functools.reduce(jnp.add, sums) / total).astype(q.dtype)
+    return jnp.moveaxis(y, 3, 1).reshape(shape)
 
 
 class Attention(nn.Module):
@@ -228,14 +230,11 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         chex.assert_equal_shape([k, v])
-        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         if cache is not None:
             k, v = k.astype(cache[0].dtype), v.astype(cache[1].dtype)
         sides = [(k, v)] if cache is None else [cache, (k, v)]
-        q = q.reshape(len(q), kv_heads, heads // kv_heads, -1, size)
-        drop = nn.Dropout(self.dropout, deterministic=deterministic)
-        y = attend(q, sides, mask, bias, self.softcap, drop)
-        y = jnp.moveaxis(y, 3, 1).reshape(*x.shape[:2], heads, size)
+        y = attend(q, sides, mask, bias, self.softcap, nn.Dropout(self.dropout, deterministic=deterministic))
 
         if self.inner_norm_epsilon is not None:
             norm = LayerNorm(self.inner_norm_epsilon, name="inner_norm")

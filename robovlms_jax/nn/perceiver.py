@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from robovlms_jax.nn.attention import attend
 from robovlms_jax.nn.linear import Einsum, Lora
 from robovlms_jax.nn.mlp import ACTIVATIONS
 from robovlms_jax.nn.norms import LayerNorm
@@ -60,9 +61,8 @@ class PerceiverLayer(nn.Module):
         # keys and values are one matrix in every published resampler
         shape, axes = (width, 2, c.num_heads, c.head_dim), ("embed", None, "heads", "head_dim")
         kv = project("BTD,DCNH->BTCNH", shape, axes, "kv")(context)
-        scores = jnp.einsum("BSNH,BTNH->BNST", q, kv[:, :, 0], preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        y = jnp.einsum("BNST,BTNH->BSNH", weights, kv[:, :, 1])
+        key, value = jnp.moveaxis(kv, (2, 3), (0, 2))  # [B, N, T, H] each
+        y = attend(q, [(key, value)])
         shape, axes = (c.num_heads, c.head_dim, width), ("heads", "head_dim", "embed")
         latents = latents + project("BSNH,NHD->BSD", shape, axes, "o")(y)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +12,8 @@ import torch
 from flax.traverse_util import flatten_dict
 from safetensors.torch import save_file
 
+from robovlms_jax import build
 from robovlms_jax.backbones import base
-from robovlms_jax.inputs import images, tokenizers
 from robovlms_jax.weights import sources
 from tests.backbones import composed
 from tests.backbones.oracle import IMAGE, from_torch, hugging_face, randomize
@@ -113,8 +112,6 @@ def publish(name: str, directory: pathlib.Path) -> tuple[str, dict[str, np.ndarr
         if keys:
             save_file({key: state[key] for key in keys}, directory / part / sources.SINGLE)
     first = directory / "language"
-    (first / "config.json").write_text(json.dumps(base.to_hf_config(config)))
-    images.write_image_spec(config.image, first)
-    tokenizers.make_twin_tokenizer(["open the drawer"], 300, first)
+    build.write_files(config, ["open the drawer"], first)
     weights = ",".join(str(directory / part) for part, keys in parts.items() if keys)
     return weights, flatten_dict(from_torch(config, state), sep="/")

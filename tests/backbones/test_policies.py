@@ -1,4 +1,4 @@
-"""Every policy structure on every backbone: traced at the tiny size, whatever the shapes; two of them run."""
+"""Every policy structure on every backbone at the tiny size: traced, and (slow) trained and asked for actions."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ def test_every_structure_traces_on_every_backbone(name, structure):
     params = toy.random_params(model, batch)
     loss, _ = jax.eval_shape(lambda p: objective.loss(model, p, batch), params)
     assert loss.shape == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", STRUCTURES, ids="-".join)
+@pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES.keys())
+def test_every_structure_learns_and_acts_on_every_backbone(name, structure):
+    toy.assert_learns_and_acts(make(name, structure), steps=20, learning_rate=3e-3, left=0.9)
 
 
 @pytest.mark.parametrize("structure", [STRUCTURES[2], STRUCTURES[3]], ids="-".join)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
 from robovlms_jax.config import PolicyConfig, from_dict, to_dict
-from robovlms_jax.interface import Observation
-from robovlms_jax.policies import rollout
 from robovlms_jax.policies.heads import base
 from tests import toy
 
@@ -30,25 +27,7 @@ PRODUCTS = [
 
 @pytest.mark.parametrize(("history", "readout", "head"), PRODUCTS)
 def test_every_product_learns_one_batch_and_acts(history, readout, head):
-    model = toy.make_product(history, readout, head)
-    window = model.config.window
-    batch = toy.make_batch(np.random.default_rng(0), window=window, windows=2, chunk=2)
-    params = toy.random_params(model, batch)
-    losses = toy.overfit(model, params, batch, steps=40, learning_rate=1e-2)
-    assert np.isfinite(losses).all()
-    assert losses[1] != losses[0]  # one step moves it
-    assert losses[-5:].mean() < 0.7 * losses[0], losses[:: len(losses) // 8]
-
-    text = batch.inputs.text_ids[0], batch.inputs.text_mask[0]
-    policy = rollout.VLAPolicy(model, params, lambda _: text)
-    policy.reset("open the drawer")
-    for t in (0, 1):
-        images = {camera: x[0, t] for camera, x in batch.inputs.images.items()}
-        actions = policy.act(Observation(images)).actions
-        assert actions.shape == (2, 7) and np.isfinite(actions).all()
-        assert np.abs(actions[:, :6]).max() <= 0.65 + 1e-6
-        assert set(actions[:, 6]) <= {-1.0, 1.0}
-    assert policy._batched._step._cache_size() == 1
+    toy.assert_learns_and_acts(toy.make_product(history, readout, head), steps=40, learning_rate=1e-2, left=0.7)
 
 
 def test_the_table_covers_the_papers_structures():

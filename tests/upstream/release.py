@@ -19,8 +19,9 @@ import torch
 import transformers
 from PIL import Image
 
+from robovlms_jax import build
 from robovlms_jax.backbones import base as backbones
-from robovlms_jax.inputs import images, tokenizers
+from robovlms_jax.inputs import tokenizers
 from tests.upstream import published
 
 SENTENCES = ["open the drawer", "push the red block to the left"]
@@ -104,9 +105,7 @@ def make(directory: pathlib.Path) -> Release:
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=300))
     folder = directory / "kosmos"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(backbones.to_hf_config(config)))
-    images.write_image_spec(config.image, folder)
-    tokenizers.make_twin_tokenizer(SENTENCES, 300, folder)
+    build.write_files(config, SENTENCES, folder)
 
     torch.manual_seed(0)
     vlm = transformers.Kosmos2ForConditionalGeneration(transformers.Kosmos2Config(**backbones.to_hf_config(config)))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robovlms_jax.nn.attention import Attention
+from robovlms_jax.nn.attention import Attention, attend
 from robovlms_jax.nn.linear import Einsum
 from robovlms_jax.nn.mlp import MLP
 from robovlms_jax.nn.norms import LayerNorm
@@ -49,7 +49,7 @@ class FlowHeadConfig(base.HeadConfig):
 class Condition:
     """What the network needs to know of N windows' steps, computed once for all integration steps.
 
-    key, value: float32[L, N, T, heads, H], of the T = W * Q features. mask: bool[N, S, T], which of them each of the
+    key, value: float32[L, N, heads, T, H], of the T = W * Q features. mask: bool[N, S, T], which of them each of the
     S steps that predict may attend to.
     """
 
@@ -85,18 +85,16 @@ class Layer(nn.Module):
         self.attn_norm, self.cross_norm, self.mlp_norm = (LayerNorm(1e-5) for _ in range(3))
 
     def condition(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """float32[N, T, width] -> keys and values float32[N, T, heads, H]."""
-        return self.k(context), self.v(context)
+        """float32[N, T, width] -> keys and values float32[N, heads, T, H]."""
+        return jnp.swapaxes(self.k(context), 1, 2), jnp.swapaxes(self.v(context), 1, 2)
 
     def __call__(self, x: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-        """float32[N * S, C, width], keys and values float32[N, T, heads, H], mask bool[N, S, T] -> as the first."""
+        """float32[N * S, C, width], keys and values float32[N, heads, T, H], mask bool[N, S, T] -> as the first."""
         x = x + self.attn(self.attn_norm(x))[0]
-        steps, chunk = mask.shape[1], x.shape[1]
-        q = self.q(self.cross_norm(x)).reshape(len(mask), steps, chunk, self.num_heads, -1)
-        scores = jnp.einsum("BSCNH,BTNH->BNSCT", q * q.shape[-1] ** -0.5, key)
-        scores = jnp.where(mask[:, None, :, None], scores, jnp.finfo(scores.dtype).min)
-        y = jnp.einsum("BNSCT,BTNH->BSCNH", jax.nn.softmax(scores, axis=-1), value)
-        x = x + self.o(y.reshape(len(x), chunk, self.num_heads, -1))
+        q = self.q(self.cross_norm(x))
+        steps = q.reshape(len(mask), -1, *q.shape[2:]) * q.shape[-1] ** -0.5  # a step's chunk, the next one's
+        y = attend(steps, [(key, value)], jnp.repeat(mask, x.shape[1], axis=1))
+        x = x + self.o(y.reshape(q.shape))
         return x + self.mlp(self.mlp_norm(x))
 
 
