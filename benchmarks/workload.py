@@ -25,6 +25,7 @@ from robovlms_jax.config import (
     PolicyConfig,
     TrainConfig,
 )
+from robovlms_jax.nn import stack
 from robovlms_jax.nn.decoder import DecoderConfig
 from robovlms_jax.nn.vit import ViTConfig
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
@@ -136,7 +137,7 @@ def control_flops(model: VLA, *, slots: int, loops_once: bool = False) -> int:
     context, policy = 0, model.config
     if policy.history == "interleaved":
         text, tokens = model.vlm.text, _tokens(model)
-        depth = 1 if loops_once else text.depth
+        depth = _depth(text, loops_once)
         context = depth * 4 * tokens * (policy.window - 1) * tokens * text.width
         if policy.reencode_every == 1:
             context += depth * _layer(text, policy.window * tokens)
@@ -149,16 +150,21 @@ def _patches(model: VLA) -> int:
     return len(model.config.cameras) * 2 * pixels * vision.width
 
 
+def _depth(tower: ViTConfig | DecoderConfig, loops_once: bool) -> int:
+    """Layers that are counted: few are no loop."""
+    return 1 if loops_once and tower.depth > stack.UNROLLED else tower.depth
+
+
 def _frame(model: VLA, *, loops_once: bool) -> int:
     """Forward FLOPs of the backbone for one frame of every camera, patch embedding left out."""
     vision, text, latents = model.vlm.vision, model.vlm.text, model.vlm.connector.num_latents
     cameras = len(model.config.cameras)
-    tower = _layer(vision, vision.num_tokens) * (1 if loops_once else vision.depth)
+    tower = _layer(vision, vision.num_tokens) * _depth(vision, loops_once)
     keys = vision.num_tokens + latents
     connector = 2 * vision.num_tokens * vision.width * text.width  # dense
     connector += 2 * (2 * latents + 2 * keys) * text.width**2  # q and o of the latents, k and v of latents and features
     connector += 4 * latents * keys * text.width
-    decoder = _layer(text, _tokens(model)) * (1 if loops_once else text.depth)
+    decoder = _layer(text, _tokens(model)) * _depth(text, loops_once)
     return cameras * (tower + connector) + decoder
 
 

@@ -82,14 +82,14 @@ class Dataset(abc.ABC):
 
     @abc.abstractmethod
     def images(
-        self, frame_ids: Sequence[int], cameras: Sequence[str], out: Mapping[str, np.ndarray] | None = None
-    ) -> Mapping[str, np.ndarray]:
+        self, frame_ids: Sequence[int], cameras: Sequence[str], out: Mapping[str, Sequence[np.ndarray]] | None = None
+    ) -> Mapping[str, Sequence[np.ndarray]]:
         """Decode frames.
 
         Args:
           frame_ids: int[n].
           cameras: which cameras; the others are neither read nor decoded.
-          out: camera -> uint8[n, height, width, 3], C-contiguous, to decode into; None allocates.
+          out: camera -> n arrays uint8[height, width, 3], C-contiguous, to decode into; None: new ones.
         Returns:
           `out`: camera -> uint8[n, height, width, 3], RGB.
         Raises:

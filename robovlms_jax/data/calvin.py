@@ -137,14 +137,14 @@ class NpzDataset(base.Dataset):
         return images, {name: content[name] for name in self.arrays}
 
     def images(
-        self, frame_ids: Sequence[int], cameras: Sequence[str], out: Mapping[str, np.ndarray] | None = None
-    ) -> Mapping[str, np.ndarray]:
+        self, frame_ids: Sequence[int], cameras: Sequence[str], out: Mapping[str, Sequence[np.ndarray]] | None = None
+    ) -> Mapping[str, Sequence[np.ndarray]]:
         base.rows_of(self.frame_ids, frame_ids, self.name)
         out = self.allocate(len(frame_ids), cameras) if out is None else out
         for row, frame_id in enumerate(frame_ids):
             content = self._read(frame_id, cameras, ())
             for camera in cameras:
-                out[camera][row] = content[IMAGE_KEYS[camera]]
+                out[camera][row][:] = content[IMAGE_KEYS[camera]]
         return out
 
     def array(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:

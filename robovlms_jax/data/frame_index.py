@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import google_crc32c
@@ -21,6 +21,9 @@ from robovlms_jax.data import storage as storages
 
 MAX_GAP = 256
 """Bytes that are read along rather than read around: record files put a few bytes between the images of a camera."""
+
+_FILE = 2**44
+"""More bytes than a file has: puts places in all files on one axis."""
 
 
 class FrameIndex:
@@ -54,52 +57,56 @@ class FrameIndex:
         self._resize = resize
 
     def read(self, rows: np.ndarray, cameras: Sequence[str]) -> dict[str, list[memoryview]]:
-        """Encoded bytes per camera, one entry per row.
+        """Encoded bytes per camera, one entry per row; fetched as `decode` does. Raises CorruptFrameError."""
+        spans: dict[str, list[Any]] = {camera: [None] * len(rows) for camera in cameras}
+        for camera, place, data in self._spans(rows, cameras):
+            spans[camera][place] = data
+        return spans
+
+    def decode(self, rows: np.ndarray, out: Mapping[str, Sequence[np.ndarray]]) -> None:
+        """Fill the arrays in `out`, camera -> n arrays uint8[height, width, 3].
 
         Spans that lie close together in a file are fetched by one read: a frame whose cameras are stored side by side
         costs one, and so does a run of frames of one camera. Raises CorruptFrameError.
         """
+        for camera, place, data in self._spans(rows, list(out)):
+            row, image, column = rows[place], out[camera][place], self.cameras.index(camera)
+            if len(data) == 0:
+                image[:] = 0
+                continue
+            try:
+                if self._checksum is not None and google_crc32c.value(bytes(data)) != self._checksum[row, column]:
+                    raise ValueError("its bytes are not those that were indexed; was the file changed?")
+                if self._resize and image_size(data) != image.shape[:2]:
+                    decode_resized(data, image)
+                else:
+                    decode_image(data, image)
+            except (ValueError, OSError, SyntaxError) as error:
+                file, offset = self.storage.files[self._file_id[row]], self._offset[row, column]
+                raise base.CorruptFrameError(f"{file}: {camera} image at byte {offset}: {error}") from error
+
+    def _spans(self, rows: np.ndarray, cameras: Sequence[str]) -> Iterator[tuple[str, int, memoryview]]:
+        """Camera, place in `rows` and encoded bytes of every image, in the order of the files."""
+        if len(rows) == 0 or not cameras:
+            return
         columns = [self.cameras.index(camera) for camera in cameras]
         # Camera by camera, frame by frame, then in the order of the files.
-        files = np.tile(self._file_id[rows], len(columns))
+        files = np.tile(self._file_id[rows].astype(np.int64), len(columns))
         starts = self._offset[np.ix_(rows, columns)].T.ravel()
         lengths = self._length[np.ix_(rows, columns)].T.ravel()
-        order = np.lexsort((starts, files))
-        files, starts, lengths = files[order], starts[order], lengths[order]
-        ends = np.maximum.accumulate(starts + lengths)
-        apart = (files[1:] != files[:-1]) | (starts[1:] > ends[:-1] + MAX_GAP) | (starts[1:] < starts[:-1])
-        breaks = np.flatnonzero(apart) + 1
-        spans: list[Any] = [None] * len(order)
-        places, begins, sizes = order.tolist(), starts.tolist(), lengths.tolist()
-        for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), len(files)], strict=True):
+        where = files * _FILE + starts
+        order = np.argsort(where, kind="stable")
+        files, starts, lengths, where = files[order], starts[order], lengths[order], where[order]
+        breaks = (np.flatnonzero(where[1:] > np.maximum.accumulate(where + lengths)[:-1] + MAX_GAP) + 1).tolist()
+        camera_of, place_of = (values.tolist() for values in np.divmod(order, len(rows)))
+        file_of, begins, sizes = files.tolist(), starts.tolist(), lengths.tolist()
+        for first, last in zip([0, *breaks], [*breaks, len(order)], strict=True):
             origin = begins[first]
             end = max(begins[index] + sizes[index] for index in range(first, last))
-            data = memoryview(self._fetch(int(files[first]), origin, end - origin))
+            data = memoryview(self._fetch(file_of[first], origin, end - origin))
             for index in range(first, last):
-                spans[places[index]] = data[begins[index] - origin : begins[index] - origin + sizes[index]]
-        count = len(rows)
-        return {camera: spans[place * count : (place + 1) * count] for place, camera in enumerate(cameras)}
-
-    def decode(self, rows: np.ndarray, out: Mapping[str, np.ndarray]) -> None:
-        """Fill the arrays in `out`, camera -> uint8[n, height, width, 3]. Raises CorruptFrameError."""
-        if len(rows) == 0 or not out:
-            return
-        for camera, spans in self.read(rows, list(out)).items():
-            column = self.cameras.index(camera)
-            for row, data, image in zip(rows, spans, out[camera], strict=True):
-                if len(data) == 0:
-                    image[:] = 0
-                    continue
-                try:
-                    if self._checksum is not None and google_crc32c.value(bytes(data)) != self._checksum[row, column]:
-                        raise ValueError("its bytes are not those that were indexed; was the file changed?")
-                    if self._resize and image_size(data) != image.shape[:2]:
-                        decode_resized(data, image)
-                    else:
-                        decode_image(data, image)
-                except (ValueError, OSError, SyntaxError) as error:
-                    file, offset = self.storage.files[self._file_id[row]], self._offset[row, column]
-                    raise base.CorruptFrameError(f"{file}: {camera} image at byte {offset}: {error}") from error
+                begin = begins[index] - origin
+                yield cameras[camera_of[index]], place_of[index], data[begin : begin + sizes[index]]
 
     def is_stored(self, rows: np.ndarray, camera: str) -> np.ndarray:
         """bool[n]: whether the rows have an image of this camera."""

@@ -34,6 +34,7 @@ from robovlms_jax.data.registry.entry import Entry
 Split = Literal["training", "validation"]
 
 CONVENTIONS = "meta/robovlms.json"
+_SEEK_S = 1.0  # of video that is rather skipped than decoded
 _OPEN_VIDEOS = 4
 """Kept open per thread; each holds a decoder with its reference frames."""
 
@@ -106,8 +107,8 @@ class LeRobotDataset(base.Dataset):
         self._videos = threading.local()
 
     def images(
-        self, frame_ids: Sequence[int], cameras: Sequence[str], out: Mapping[str, np.ndarray] | None = None
-    ) -> Mapping[str, np.ndarray]:
+        self, frame_ids: Sequence[int], cameras: Sequence[str], out: Mapping[str, Sequence[np.ndarray]] | None = None
+    ) -> Mapping[str, Sequence[np.ndarray]]:
         out = self.allocate(len(frame_ids), cameras) if out is None else out
         rows = self._rows[self._checked(frame_ids)]
         for camera in cameras:
@@ -143,8 +144,8 @@ class LeRobotDataset(base.Dataset):
             raise ValueError(f"{self.name} has frames 0 to {len(self._rows) - 1}; asked for {ids.tolist()[:8]}.")
         return ids
 
-    def _decode_video(self, rows: np.ndarray, camera: str, out: np.ndarray) -> None:
-        """Frames of one camera; those of one file are decoded in one pass from the key frame before the first."""
+    def _decode_video(self, rows: np.ndarray, camera: str, out: Sequence[np.ndarray]) -> None:
+        """Frames of one camera; near ones of one file are decoded in one pass from the key frame before the first."""
         wanted: dict[tuple[int, int], list[tuple[float, int]]] = collections.defaultdict(list)
         for place, row in enumerate(rows.tolist()):
             episode = self._by_number[int(self._episode_of[row])]
@@ -155,15 +156,18 @@ class LeRobotDataset(base.Dataset):
             path = self.root / self._info["video_path"].format(
                 video_key=self._cameras[camera], chunk_index=chunk, file_index=file
             )
-            remaining = sorted(times)
-            for time, image in self._frames(path, remaining[0][0] - half):
-                while remaining and abs(time - remaining[0][0]) <= half:
-                    _fit(image.to_ndarray(format="rgb24"), out[remaining[0][1]])
-                    remaining.pop(0)
-                if not remaining or time > remaining[-1][0] + half:
-                    break
-            if remaining:
-                raise base.CorruptFrameError(f"{path} has no frame at {remaining[0][0]:.3f} s.")
+            times.sort()
+            apart = np.flatnonzero(np.diff([time for time, _ in times]) > _SEEK_S) + 1
+            for first, last in zip([0, *apart.tolist()], [*apart.tolist(), len(times)], strict=True):
+                remaining = times[first:last]
+                for time, image in self._frames(path, remaining[0][0] - half):
+                    while remaining and abs(time - remaining[0][0]) <= half:
+                        _fit(image.to_ndarray(format="rgb24"), out[remaining[0][1]])
+                        remaining.pop(0)
+                    if not remaining or time > remaining[-1][0] + half:
+                        break
+                if remaining:
+                    raise base.CorruptFrameError(f"{path} has no frame at {remaining[0][0]:.3f} s.")
 
     def _frames(self, path: pathlib.Path, start: float) -> Any:
         """(time in s, frame) from the key frame at or before `start` on. Raises CorruptFrameError."""

@@ -88,14 +88,14 @@ class MixtureDataset(base.Dataset):
         return int(self._first[-1])
 
     def images(
-        self, frame_ids: Sequence[int], cameras: Sequence[str], out: Mapping[str, np.ndarray] | None = None
-    ) -> Mapping[str, np.ndarray]:
+        self, frame_ids: Sequence[int], cameras: Sequence[str], out: Mapping[str, Sequence[np.ndarray]] | None = None
+    ) -> Mapping[str, Sequence[np.ndarray]]:
         out = self.allocate(len(frame_ids), cameras) if out is None else out
         for part, places, ids in self._split(frame_ids):
             there = [camera for camera in cameras if camera in part.dataset.cameras]
             for camera in set(cameras) - set(there):
-                out[camera][places] = 0
-            # A segment lies in one part: `places` is a slice and the images are decoded where they belong.
+                for image in out[camera][places]:
+                    image[:] = 0
             part.dataset.images(ids, there, {camera: out[camera][places] for camera in there})
         return out
 

@@ -68,8 +68,8 @@ class PackedDataset(base.Dataset):
         )
 
     def images(
-        self, frame_ids: Sequence[int], cameras: Sequence[str], out: Mapping[str, np.ndarray] | None = None
-    ) -> Mapping[str, np.ndarray]:
+        self, frame_ids: Sequence[int], cameras: Sequence[str], out: Mapping[str, Sequence[np.ndarray]] | None = None
+    ) -> Mapping[str, Sequence[np.ndarray]]:
         out = self.allocate(len(frame_ids), cameras) if out is None else out
         self._index.decode(self._rows(frame_ids), {camera: out[camera] for camera in cameras})
         return out

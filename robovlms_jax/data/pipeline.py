@@ -116,7 +116,7 @@ class SegmentSource(Sequence[types.Batch]):
     def __getitem__(self, index: int) -> types.Batch:
         """Segment `index`. Raises CorruptFrameError when one of its frames cannot be used."""
         out = self._allocate(1)
-        self._fill(out, 0, index)
+        self._fill(out, 0, np.array([index]))
         return jax.tree.map(lambda leaf: leaf[0], out)
 
     def training_batch(self, indices: np.ndarray, draws: np.ndarray) -> types.Batch:
@@ -129,22 +129,29 @@ class SegmentSource(Sequence[types.Batch]):
           draws: uint32[B], random numbers that choose the sentences.
         """
         out = self._allocate(len(indices))
-        for row, (index, draw) in enumerate(zip(indices.tolist(), draws.tolist(), strict=True)):
-            self._fill_or_replace(out, row, index, draw)
+        try:
+            self._fill(out, 0, indices, draws)
+        except base.CorruptFrameError:
+            for row, (index, draw) in enumerate(zip(indices.tolist(), draws, strict=True)):
+                self._fill_or_replace(out, row, index, draw)
         return out
 
     def evaluation_batch(self, indices: np.ndarray) -> types.Batch:
         """Segments int[B] as one batch. One that cannot be read, and PADDING, becomes a row that masks exclude."""
         out = self._allocate(len(indices))
+        if PADDING not in indices:
+            with contextlib.suppress(base.CorruptFrameError):
+                self._fill(out, 0, indices)
+                return out
         for row, index in enumerate(indices.tolist()):
             if index == PADDING:
                 self._blank(out, row)
                 continue
             try:
-                self._fill(out, row, index)
+                self._fill(out, row, np.array([index]))
             except base.CorruptFrameError as error:
                 self._blank(out, row)
-                out.corrupt[row] = self.segments.episode_of(index)
+                out.corrupt[row] = self.segments.episodes_of([index])[0]
                 self._report("left out of the evaluation", error)
         return out
 
@@ -183,63 +190,81 @@ class SegmentSource(Sequence[types.Batch]):
         images = self.dataset.allocate(size * self._future, self.cameras)
         return {camera: array.reshape(size, self._future, *array.shape[1:]) for camera, array in images.items()}
 
-    def _fill(self, out: types.Batch, row: int, index: int, draw: int | None = None) -> None:
-        """Write one segment into one row; `draw` makes training's random choices. Raises CorruptFrameError."""
-        segment = self.segments[index]
-        # Steps outside the episode repeat its first or last frame: read it once.
-        distinct, place = np.unique(segment.step_ids, return_inverse=True)
-        out.actions[row] = self.dataset.actions(distinct)[place]
-        first, last = int(np.argmax(segment.seen_mask)), segment.num_frames
-        ids = segment.step_ids[first:last]
-        images = {camera: array[row] for camera, array in out.inputs.images.items()}
-        self.dataset.images(ids, self.cameras, {camera: array[first:last] for camera, array in images.items()})
-        repeated = list(images.values())
-        if out.inputs.proprio is not None:
-            repeated.append(out.inputs.proprio[row])
-            repeated[-1][first:last] = self.dataset.proprio(ids)
-        if out.inputs.image_mask is not None:
-            for camera, mask in out.inputs.image_mask.items():
-                repeated.append(mask[row])
-                repeated[-1][first:last] = self._has_images(ids, camera)
-        for array in repeated:
-            array[:first] = array[first]
-            array[last:] = array[last - 1]
-        self._fill_extras(out, row, segment)
-        rows = self._text_rows[segment.episode]
-        text = rows[(draw or 0) % len(rows)]
-        out.inputs.text_ids[row] = self._text_ids[text]
-        out.inputs.text_mask[row] = self._text_mask[text]
-        out.inputs.step_mask[row] = segment.seen_mask
-        out.action_mask[row] = segment.step_mask
-        if self._goal_relabelling and draw is not None:
-            valid = np.flatnonzero(segment.step_mask)
-            later = self.dataset.episodes[segment.episode].end - segment.step_ids[self.segments.window - 1] - 1
-            if later > 0:  # steps after the newest frame, of which one becomes the goal
-                goal = self.segments.window - 1 + 1 + int(np.random.default_rng(draw).integers(later))
-                out.action_mask[row, valid[valid > goal]] = False
-        out.window_mask[row] = segment.window_mask
-        out.episode[row] = segment.episode
+    def _fill(self, out: types.Batch, row: int, indices: np.ndarray, draws: np.ndarray | None = None) -> None:
+        """Write segments int[n] into the rows from `row` on; `draws` makes training's random choices.
 
-    def _fill_extras(self, out: types.Batch, row: int, segment: segments.Segment) -> None:
+        Raises CorruptFrameError when a frame of any of them cannot be used.
+        """
+        segment = self.segments.take(indices)
+        out = jax.tree.map(lambda array: array[row : row + len(indices)], out)
+        out.actions[:] = _each_once(self.dataset.actions, segment.step_ids)
+        self._fill_frames(out.inputs, segment)
+        self._fill_extras(out, segment)
+        choices = [self._text_rows[episode] for episode in segment.episode.tolist()]
+        draws_or_first = np.zeros(len(indices), np.int64) if draws is None else draws
+        text = [rows[draw % len(rows)] for rows, draw in zip(choices, draws_or_first.tolist(), strict=True)]
+        out.inputs.text_ids[:], out.inputs.text_mask[:] = self._text_ids[text], self._text_mask[text]
+        out.inputs.step_mask[:] = segment.seen_mask
+        out.action_mask[:] = segment.step_mask
+        if self._goal_relabelling and draws is not None:
+            self._end_at_goals(out, segment, draws)
+        out.window_mask[:] = segment.window_mask
+        out.episode[:] = segment.episode
+
+    def _fill_frames(self, inputs: types.Inputs, segment: segments.Segment) -> None:
+        """What was seen: images and state. Steps outside the episode repeat its first or last frame, read once."""
+        ids = segment.step_ids[:, : self.segments.num_frames]
+        step, first = np.arange(ids.shape[1]), np.argmax(segment.seen_mask, axis=1)[:, None]
+        last = segment.num_frames[:, None] - 1
+        rows, steps = np.nonzero((first <= step) & (step <= last))
+        ids = ids[rows, steps]
+        images = inputs.images
+        self.dataset.images(
+            ids,
+            self.cameras,
+            {camera: [images[camera][place] for place in zip(rows, steps, strict=True)] for camera in self.cameras},
+        )
+        filled = list(images.values())
+        if inputs.proprio is not None:
+            filled.append(inputs.proprio)
+            inputs.proprio[rows, steps] = self.dataset.proprio(ids)
+        if inputs.image_mask is not None:
+            for camera, mask in inputs.image_mask.items():
+                filled.append(mask)
+                mask[rows, steps] = self._has_images(ids, camera)
+        rows, steps = np.nonzero((step < first) | (step > last))
+        original = np.clip(steps, first[rows, 0], last[rows, 0])
+        for array in filled:
+            array[rows, steps] = array[rows, original]
+
+    def _fill_extras(self, out: types.Batch, segment: segments.Segment) -> None:
         """What some policies see, or learn from, beyond a segment's own frames and actions."""
-        episode = self.dataset.episodes[segment.episode]
-        seen = int(np.argmax(segment.seen_mask))  # steps before it are padding
-        begin = int(segment.step_ids[seen]) - seen
+        start, end = (bound[:, None] for bound in self.segments.span(segment.episode))
+        seen = np.argmax(segment.seen_mask, axis=1)  # steps before it are padding
+        begin = (segment.step_ids[np.arange(len(seen)), seen] - seen)[:, None]
         if out.inputs.past_actions is not None:
             ids = begin - self._past + np.arange(out.inputs.past_actions.shape[1])
-            known = np.clip(ids, episode.start, episode.end)
-            distinct, places = np.unique(known, return_inverse=True)
-            past = self.dataset.actions(distinct)[places]
-            out.inputs.past_actions[row] = np.where((ids >= episode.start)[:, None], past, 0)
+            past = _each_once(self.dataset.actions, np.clip(ids, start, end))
+            out.inputs.past_actions[:] = np.where((ids >= start)[..., None], past, 0)
         if out.future is not None:
             ids = begin + self.segments.num_frames + np.arange(self._future)
-            distinct, places = np.unique(np.minimum(ids, episode.end), return_inverse=True)
+            distinct, places = np.unique(np.minimum(ids, end), return_inverse=True)
             images = self.dataset.images(distinct, self.cameras)
             for camera, array in out.future.items():
-                array[row] = images[camera][places]
-            out.future_mask[row] = ids <= episode.end
+                array[:] = images[camera][places.reshape(ids.shape)]
+            out.future_mask[:] = ids <= end
         if out.sentence is not None:
-            out.sentence[row] = self._sentences[segment.episode]
+            out.sentence[:] = self._sentences[segment.episode]
+
+    def _end_at_goals(self, out: types.Batch, segment: segments.Segment, draws: np.ndarray) -> None:
+        """Mask what comes after a random step later than the newest frame, as if that were the goal."""
+        newest = self.segments.window - 1
+        _, end = self.segments.span(segment.episode)
+        for row, draw in enumerate(draws.tolist()):
+            later = int(end[row] - segment.step_ids[row, newest] - 1)
+            if later > 0:
+                goal = newest + 1 + int(np.random.default_rng(draw).integers(later))
+                out.action_mask[row, goal + 1 :] = False
 
     def _has_images(self, frame_ids: np.ndarray, camera: str) -> np.ndarray:
         has = self.dataset.has_images(frame_ids, camera)
@@ -247,7 +272,7 @@ class SegmentSource(Sequence[types.Batch]):
             self._report_once(f"{self.dataset.name}: some frames have no {camera} image; they are black and masked")
         return has
 
-    def _fill_or_replace(self, out: types.Batch, row: int, index: int, draw: int) -> None:
+    def _fill_or_replace(self, out: types.Batch, row: int, index: int, draw: np.uint32) -> None:
         # Substitutes follow from the bad segment alone, so other rows and a resumed run do not notice.
         group = int(np.searchsorted(self._group_ends, index, side="right"))
         bounds = [0, *self._group_ends.tolist()] if len(self._group_ends) else [0, len(self)]
@@ -255,9 +280,9 @@ class SegmentSource(Sequence[types.Batch]):
         substitutes = np.random.default_rng(index).integers(low, high, size=_MAX_REPLACEMENTS).tolist()
         for candidate in [index, *substitutes]:
             try:
-                return self._fill(out, row, candidate, draw)
+                return self._fill(out, row, np.array([candidate]), np.array([draw]))
             except base.CorruptFrameError as error:
-                out.corrupt[row] = self.segments.episode_of(index)
+                out.corrupt[row] = self.segments.episodes_of([index])[0]
                 failure = error
                 self._report("a segment was replaced by another", error)
         raise base.CorruptFrameError(
@@ -519,6 +544,12 @@ def episode_arrays(
     frame_ids = np.arange(episode.start, episode.end)
     state = dataset.proprio(frame_ids) if proprio else None
     return EpisodeArrays(dataset.images(frame_ids, cameras), dataset.actions(frame_ids), state)
+
+
+def _each_once(read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray) -> np.ndarray:
+    """`read(ids)` of ids int[...] that repeat, each read once; further axes are read's own."""
+    distinct, places = np.unique(ids, return_inverse=True)
+    return read(distinct)[places.reshape(ids.shape)]
 
 
 def _read_rows(read: Callable[[np.ndarray], types.Batch], rows: slice, indices: np.ndarray) -> types.Batch:

@@ -25,7 +25,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Frames shared by up to K windows.
+    """Frames shared by up to K windows. Of several (`Segments.take`) every field has a leading axis n.
 
     episode: index of its episode.
     step_ids: int64[G + C - 1], frame id of every step; the first G are those whose images are seen.
@@ -35,12 +35,12 @@ class Segment:
     num_frames: the first G steps are distinct up to this one, padding before the episode aside; the rest repeat it.
     """
 
-    episode: int
+    episode: int | np.ndarray
     step_ids: np.ndarray
     step_mask: np.ndarray
     seen_mask: np.ndarray
     window_mask: np.ndarray
-    num_frames: int
+    num_frames: int | np.ndarray
 
 
 class Segments(Sequence[Segment]):
@@ -63,10 +63,11 @@ class Segments(Sequence[Segment]):
         self.left_pad = left_pad
         self._before = window - 1 if left_pad else 0  # steps before its episode at which the first window begins
         self._num_windows = np.maximum(lengths + 1 - window + self._before, 0)
-        self._ends = np.cumsum(-(-self._num_windows // windows_per_segment))
+        # Number of each episode's first segment, and of all.
+        self._begins = np.concatenate([[0], np.cumsum(-(-self._num_windows // windows_per_segment))])
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._begins[-1])
 
     @property
     def num_windows(self) -> int:
@@ -81,26 +82,39 @@ class Segments(Sequence[Segment]):
     def groups(self, num_episodes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Segments and windows int64[groups] of consecutive groups of episodes."""
         last = np.cumsum(np.asarray(num_episodes, np.int64))
-        counts = [np.concatenate([[0], values])[last] for values in (self._ends, np.cumsum(self._num_windows))]
+        counts = [self._begins[last], np.concatenate([[0], np.cumsum(self._num_windows)])[last]]
         return tuple(np.diff(count, prepend=0) for count in counts)
 
-    def episode_of(self, index: int) -> int:
-        """Index of the episode that segment `index` belongs to."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"segment {index} is out of range; there are {len(self)}.")
-        return int(np.searchsorted(self._ends, index, side="right"))
+    def episodes_of(self, indices: Sequence[int]) -> np.ndarray:
+        """Index int64[n] of the episode that each segment belongs to. Raises IndexError."""
+        indices = np.asarray(indices, np.int64)
+        outside = (indices < 0) | (indices >= len(self))
+        if outside.any():
+            raise IndexError(f"segment {indices[outside][0]} is out of range; there are {len(self)}.")
+        return np.searchsorted(self._begins, indices, side="right") - 1
 
-    def __getitem__(self, index: int) -> Segment:
-        episode = self.episode_of(index)
-        start, end = (int(frame) for frame in self._spans[episode])
-        before = int(self._ends[episode - 1]) if episode else 0
-        first = (index - before) * self.windows_per_segment  # number of the first window within its episode
-        steps = start - self._before + first + np.arange(self.num_frames + self.chunk - 1)
+    def span(self, episodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First and last frame id, int64[n] each, of episodes int[n]."""
+        return self._spans[episodes, 0], self._spans[episodes, 1]
+
+    def take(self, indices: Sequence[int]) -> Segment:
+        """Segments int[n], each field with a leading axis n. Raises IndexError."""
+        indices = np.asarray(indices, np.int64)
+        episode = self.episodes_of(indices)
+        start, end = self.span(episode)
+        first = (indices - self._begins[episode]) * self.windows_per_segment  # first window's number in its episode
+        steps = (start - self._before + first)[:, None] + np.arange(self.num_frames + self.chunk - 1)
+        start, end = start[:, None], end[:, None]
         return Segment(
             episode=episode,
             step_ids=np.clip(steps, start, end),
             step_mask=(start <= steps) & (steps < end),
-            seen_mask=steps[: self.num_frames] >= start,
-            window_mask=first + np.arange(self.windows_per_segment) < self._num_windows[episode],
-            num_frames=min(self.num_frames, end - start + self._before - first + 1),
+            seen_mask=steps[:, : self.num_frames] >= start,
+            window_mask=first[:, None] + np.arange(self.windows_per_segment) < self._num_windows[episode][:, None],
+            num_frames=np.minimum(self.num_frames, (end - start)[:, 0] + self._before - first + 1),
         )
+
+    def __getitem__(self, index: int) -> Segment:
+        every = self.take([index])
+        values = {field.name: getattr(every, field.name)[0] for field in dataclasses.fields(Segment)}
+        return Segment(**values | {name: int(values[name]) for name in ("episode", "num_frames")})

@@ -8,6 +8,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+UNROLLED = 4
+"""Up to so many layers are compiled one by one. What a scan keeps for the backward pass is copied into stacks and out
+again; that is a sixth of a small policy's training step, and four layers take no longer to compile than a scan."""
+
 
 def scan_layers(
     step: Callable, block: nn.Module, x: jax.Array, layers: Any = None, *, length: int, unused: int = 0, remat: bool
@@ -38,6 +42,7 @@ def scan_layers(
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             length=length,
+            unroll=length if length <= UNROLLED and not remat else 1,  # remat needs the loop, see above
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(block, x, layers)
 

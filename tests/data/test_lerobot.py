@@ -115,6 +115,20 @@ def test_frames_numbers_and_sentences_belong_together(tmp_path):
         dataset.images([999], ["static"])
 
 
+def test_video_between_frames_that_lie_far_apart_is_not_decoded(tmp_path, monkeypatch):
+    # A batch asks for frames of many segments at once; a file holds many episodes.
+    dataset = lerobot.open_dataset(write(tmp_path), "training")
+    decoded, real = [], lerobot.LeRobotDataset._frames
+    monkeypatch.setattr(
+        lerobot.LeRobotDataset, "_frames", lambda *args: (decoded.append(x[0]) or x for x in real(*args))
+    )
+    ids = [17, 0, 1]  # recorded 15, 0, 1, at 1.5, 0 and 0.1 s
+    frames = dataset.images(ids, ["static"])["static"]
+    for image, frame in zip(frames, (15, 0, 1), strict=True):
+        assert np.abs(image.mean(axis=(0, 1)) - colour(frame, "top")).max() < 12
+    assert len(decoded) == 3
+
+
 def test_packed_it_reads_the_same(tmp_path):
     source = lerobot.open_dataset(write(tmp_path / "robot"), "training")
     convert_data.main(convert_data.Args("lerobot", tmp_path / "robot", tmp_path / "packed", workers=1))

@@ -113,6 +113,21 @@ def test_one_read_serves_a_run_of_frames(write_calvin, tmp_path, monkeypatch):
     assert len(reads) == 2
 
 
+def test_frames_of_several_shards_are_read_alone(write_calvin, tmp_path, small_shards, monkeypatch):
+    # The first shard's last frames end further into their file than the second's begin: nothing to read along.
+    dataset = pack(write_calvin(SPANS), tmp_path / "out")
+    sizes, reads, real = {}, [], os.pread
+    monkeypatch.setattr(
+        os, "pread", lambda handle, length, offset: reads.append(length) or real(handle, length, offset)
+    )
+    wanted = [FRAMES[row] for row in (6, 8, 15)]
+    for frame in wanted:
+        dataset.images([frame], BOTH)
+        sizes[frame] = reads.pop()
+    dataset.images(wanted[::-1], BOTH)
+    assert sorted(reads) == sorted(sizes.values())
+
+
 def test_threads_read_the_same_bytes(write_calvin, tmp_path, small_shards):
     dataset = pack(write_calvin(SPANS), tmp_path / "out", codec="png")
     expected = dataset.images(FRAMES, BOTH)["static"]

@@ -174,6 +174,24 @@ def test_windows_of_a_segment_equal_windows_alone(dataset):
     assert seen == len(alone) == shared.num_windows
 
 
+@pytest.mark.parametrize("windows_per_segment", [1, 3])
+def test_a_batch_is_its_segments_side_by_side(dataset, windows_per_segment):
+    # Segments that begin before their episode, end after it, or share frames with others of the batch.
+    source = make_source(
+        dataset,
+        windows_per_segment=windows_per_segment,
+        left_pad=True,
+        proprio=True,
+        past_actions=2,
+        future_frames=3,
+        embed_sentence=lambda text: np.full(2, len(text), np.float32),
+    )
+    order = np.random.default_rng(0).permutation(len(source))
+    alone = jax.tree.map(lambda *leaves: np.stack(leaves), *[source[index] for index in order.tolist()])
+    same(source.training_batch(order, np.zeros(len(order), np.uint32)), alone)
+    same(source.evaluation_batch(order), alone)
+
+
 def test_no_frame_is_read_twice_or_ahead(dataset, monkeypatch):
     read = {"images": [], "rel_actions": []}
     images, array = calvin.NpzDataset.images, calvin.NpzDataset.array

@@ -56,7 +56,7 @@ def test_shapes_and_what_needs_reading(spans, sizes):
     frames = sizes["window"] + sizes["windows_per_segment"] - 1
     for index, segment in enumerate(all_segments):
         start, end = spans[segment.episode]
-        assert all_segments.episode_of(index) == segment.episode
+        assert all_segments.episodes_of([index]) == [segment.episode]
         assert segment.step_ids.shape == segment.step_mask.shape == (frames + sizes["chunk"] - 1,)
         assert segment.window_mask.shape == (sizes["windows_per_segment"],)
         assert segment.window_mask[0]
