@@ -37,6 +37,7 @@ from robovlms_jax.envs.playtable.scene import (
     SWITCH,
     Scene,
     sample,
+    stack_scenes,
 )
 from robovlms_jax.evaluation import rollout_metrics
 from robovlms_jax.evaluation.rollout import TrialResult
@@ -131,7 +132,7 @@ def random_trials(names: Sequence[str], scenes: Sequence[str], count: int, seed:
     which = np.array([SCENES.index(scene) for scene, _ in wanted])
     numbers = np.array([experts.TASKS.index(name) for _, name in wanted])
     keys = jax.random.split(jax.random.key(seed), len(wanted))
-    robot, table, lead, found = map(np.asarray, _draw_all(env.stack_scenes(SCENES), which, numbers, keys))
+    robot, table, lead, found = map(np.asarray, _draw_all(stack_scenes(SCENES), which, numbers, keys))
     missing = sorted({wanted[i] for i in np.flatnonzero(~found)})
     if missing:
         raise RuntimeError(f"no start found in which these are possible: {missing}; try another seed.")
@@ -290,7 +291,7 @@ def _advance(scenes: Scene, attempts: _Attempts) -> _Attempts:
 
 def run(trials: Sequence[Trial], max_steps: int, tables: int, seed: int) -> list[TrialResult]:
     """Let the experts do all trials, `tables` at a time; results in the order of the trials."""
-    scenes = env.stack_scenes(SCENES)
+    scenes = stack_scenes(SCENES)
     tables = min(tables, len(trials))
     waiting = collections.deque(range(len(trials)))
     outcomes: list[list[tuple[bool, int]]] = [[] for _ in trials]
@@ -314,7 +315,7 @@ def run(trials: Sequence[Trial], max_steps: int, tables: int, seed: int) -> list
                     [t.tasks[len(outcomes[i]) if i is not None else 0] for t, i in zip(doing, slots)], np.int32
                 )
                 robot, table = (np.stack([trial[k] for trial in doing]).astype(np.float32) for k in (2, 3))
-                state = env.reset_batch(scenes, which, robot, table)
+                state = env.reset_batch(env.pick(scenes, which), robot, table)
                 is_fresh, starts = np.isin(np.arange(tables), fresh), np.isin(np.arange(tables), starting)
                 if attempts is not None:
                     state = _where(is_fresh, state, attempts.state)

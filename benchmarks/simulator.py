@@ -24,7 +24,7 @@ import tyro
 
 from benchmarks import machine
 from robovlms_jax.envs.playtable import env, experts, physics
-from robovlms_jax.envs.playtable.scene import DRAWER, SCENES, sample
+from robovlms_jax.envs.playtable.scene import DRAWER, SCENES, sample, stack_scenes
 
 CALVIN_RENDERED_STEPS_PER_S = 18.7
 """The real environment with its CPU renderer at 200/84 px, both cameras, one core of a small machine."""
@@ -71,12 +71,13 @@ def main(args: Args) -> None:
 
 def measure(count: int, args: Args) -> dict[str, Any]:
     """Steps and rendered steps per second of `count` tables together, scenes A to D in turn."""
-    scenes = env.stack_scenes(SCENES)
+    scenes = stack_scenes(SCENES)
     which = jnp.arange(count) % len(SCENES)
     robot, table = jax.jit(jax.vmap(lambda i, key: sample(jax.tree.map(lambda x: x[i], scenes), key)))(
         which, jax.random.split(jax.random.key(0), count)
     )
-    states = env.reset_batch(scenes, which, robot, table)
+    each = env.pick(scenes, which)
+    states = env.reset_batch(each, robot, table)
     # real work: every table opens or closes its drawer
     plans, act = _experts(scenes, which, states)
     progress = jax.tree.map(lambda x: jnp.broadcast_to(x, (count,)), experts.begin())
@@ -84,7 +85,7 @@ def measure(count: int, args: Args) -> dict[str, Any]:
     def advance(carry):
         states, progress = carry
         actions, progress = act(plans, progress, states)
-        return env.step_batch(scenes, which, states, actions), progress
+        return env.step_batch(each, states, actions), progress
 
     begin = time.perf_counter()
     jax.block_until_ready(advance((states, progress)))

@@ -83,6 +83,7 @@ FIXTURES = ExperimentConfig(
         disturbance=0.25,
         start_spread=0.25,
         image_size=(96, 64),
+        tables=40,  # as many as roll out, so that they run the same compiled programs
     ),
     rollouts=RolloutConfig(
         trials=40,

@@ -31,7 +31,7 @@ from robovlms_jax.config import DemonstrationConfig
 from robovlms_jax.data import base, calvin, packing
 from robovlms_jax.envs import tasks
 from robovlms_jax.envs.playtable import env, experts, physics
-from robovlms_jax.envs.playtable.scene import RANDOM, check_name, initial_obs
+from robovlms_jax.envs.playtable.scene import RANDOM, Scene, check_name, initial_obs, stack_scenes
 from robovlms_jax.training.directory import LOCK, OWNER, claim
 
 HOLD_STEPS = 2
@@ -41,9 +41,10 @@ BLOCK = 10
 _JOURNAL = "recording.jsonl"
 KICK, KICK_STEPS = 0.6, 4
 """Largest disturbance (in units of actions) and how many steps it lasts."""
-RENDER_BATCH = 32
 RENDER_FRAMES = 2048
 """Frames collected before they are rendered, on all cores."""
+PACK_FRAMES = 50_000
+"""A second process that packs takes as long to start as so many frames take."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,32 +101,29 @@ def record(config: RecordConfig) -> dict[str, int]:
     )
     _require_ours(out)
     counts = {"attempted": 0, "recorded": 0, "frames": 0}
+    # Both splits have all tables, so that they run the same compiled programs.
+    names = tuple(dict.fromkeys((*config.training_scenes, config.validation_scene)))
     with claim(out):
+        stacked = None
         for split, scenes, episodes, seed, held_out in plan:
             writer = _Writer(_directory(out, split), _settings(config, split), held_out=held_out)
             missing = sorted(set(range(episodes)) - writer.numbers)
             if missing:
                 frames = (_SpooledFrames if config.pack else _NpzFrames)(out / split, config)
-                _record_split(config, writer, frames, scenes, seed, missing, split)
+                stacked = stack_scenes(names) if stacked is None else stacked
+                numbers = [names.index(name) for name in scenes]
+                _record_split(writer, frames, split, _Tables(config, names, stacked, numbers, seed, missing))
             for name, count in writer.counts().items():
                 counts[name] += count
     return counts
 
 
-def _record_split(
-    config: RecordConfig,
-    writer: _Writer,
-    frames: _Frames,
-    scenes: Sequence[str],
-    seed: int,
-    missing: Sequence[int],
-    split: str,
-) -> None:
+def _record_split(writer: _Writer, frames: _Frames, split: str, tables: _Tables) -> None:
     frames.discard(writer.num_frames)  # of a chain that was being written when a call before was stopped
     done = len(writer.numbers)
     try:
-        with tqdm.tqdm(total=len(missing) + done, initial=done, unit="chain", desc=split) as bar:
-            for number, segments, attempted in _chains(config, scenes, seed, missing):
+        with tqdm.tqdm(total=len(tables.numbers) + done, initial=done, unit="chain", desc=split) as bar:
+            for number, segments, attempted in _rendered(tables):
                 writer.write(number, segments, attempted, frames)
                 bar.update()
         frames.finish(writer)
@@ -134,8 +132,8 @@ def _record_split(
         with contextlib.suppress(OSError, RuntimeError):
             frames.abandon(writer)
         raise OSError(
-            f"{error}. {config.out} keeps the {len(writer.numbers)} chains of {split} recorded so far; make room, and "
-            "the same command goes on from there."
+            f"{error}. {tables.config.out} keeps the {len(writer.numbers)} chains of {split} recorded so far; make "
+            "room, and the same command goes on from there."
         ) from error
 
 
@@ -166,32 +164,45 @@ def _settings(config: RecordConfig, split: str) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def _chains(
-    config: RecordConfig, scenes: Sequence[str], seed: int, numbers: Sequence[int]
-) -> Iterator[tuple[int, list[Segment], int]]:
-    """Of each chain, in the order in which they end: its number, its segments, and how many tasks were attempted."""
-    # Both splits have all tables, so that they run the same compiled programs.
-    stacked = tuple(dict.fromkeys((*config.training_scenes, config.validation_scene)))
-    renderer = _Renderer(stacked, config.image_size)
+def _rendered(tables: _Tables) -> Iterator[tuple[int, list[Segment], int]]:
+    """Of each chain, in the order in which they end: its number, its segments, and how many tasks were attempted.
+
+    Pictures are made beside the simulation, which alone does not keep all cores busy.
+    """
+    renderer = _Renderer(tables.stacked, tables.config.image_size)
     ended: list[_Chain] = []
-    for chain in _Tables(config, stacked, scenes, seed, numbers):
-        ended.append(chain)
-        if sum(demo.length for each in ended for demo in each.demos) >= RENDER_FRAMES:
-            yield from renderer.segments(ended)
-            ended = []
-    yield from renderer.segments(ended)
+    looking: concurrent.futures.Future | None = None
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        for chain in tables:
+            ended.append(chain)
+            if sum(demo.length for each in ended for demo in each.demos) >= RENDER_FRAMES:
+                before, looking = looking, beside.submit(renderer.segments, ended)
+                ended = []
+                yield from before.result() if before else ()
+        yield from looking.result() if looking else ()
+        yield from renderer.segments(ended)
 
 
 class _Demo(NamedTuple):
-    """One successful demonstration, not rendered yet. states, actions: NumPy, leading axis T."""
+    """One successful demonstration, not rendered yet. NumPy, leading axis T."""
 
     task: str
-    states: physics.State
-    actions: np.ndarray
+    steps: _Steps
 
     @property
     def length(self) -> int:
-        return len(self.actions)
+        return len(self.steps.actions)
+
+
+class _Steps(NamedTuple):
+    """What is recorded of some steps: the states before them, `robot_obs` and `scene_obs` there, what the experts
+    wanted, and whether their tasks are done after them."""
+
+    states: physics.State
+    robot_obs: Any
+    scene_obs: Any
+    actions: Any
+    done: Any
 
 
 @dataclasses.dataclass
@@ -212,8 +223,8 @@ class _Chain:
     done_at: int | None = None
     """The step of the task under way after which the checker called it done."""
     demos: list[_Demo] = dataclasses.field(default_factory=list)
-    blocks: list[tuple[physics.State, np.ndarray]] = dataclasses.field(default_factory=list)
-    """States and actions of the task under way, a few steps each."""
+    blocks: list[_Steps] = dataclasses.field(default_factory=list)
+    """Of the task under way."""
 
 
 class _Tables:
@@ -226,28 +237,28 @@ class _Tables:
     def __init__(
         self,
         config: RecordConfig,
-        all_scenes: Sequence[str],
-        scenes: Sequence[str],
+        names: Sequence[str],
+        stacked: Scene,
+        scenes: Sequence[int],
         seed: int,
         numbers: Sequence[int],
     ):
-        self._config, self._all_scenes, self._scenes, self._seed = config, all_scenes, scenes, seed
-        self._names = config.tasks or tuple(tasks.TASKS)
+        """names, stacked: of all tables. scenes: which of them to play on. numbers: of the chains to play."""
+        self.config, self.stacked, self.seed, self.numbers = config, stacked, seed, numbers
+        self._scene_names, self._scenes = names, scenes
+        self._tasks = config.tasks or tuple(tasks.TASKS)
         self._waiting = collections.deque(numbers)
-        self._stacked = env.stack_scenes(all_scenes)
 
     def __iter__(self) -> Iterator[_Chain]:
-        busy = {table: chain for table in range(self._config.tables) if (chain := self._begin()) is not None}
-        which = np.zeros(self._config.tables, np.int32)
-        states = self._reset(which, busy, busy)
-        plans = None
+        busy = {table: chain for table in range(self.config.tables) if (chain := self._begin()) is not None}
+        states = self._reset(busy, busy)
+        running = None
         fresh = dict(busy)
         while busy:
-            which = np.array([busy[t].scene if t in busy else 0 for t in range(self._config.tables)], np.int32)
             if fresh:
-                plans = self._plan(which, states, fresh, plans)
-            states, plans, steps = _advance(self._stacked, which, states, plans, self._kicks(busy))
-            steps = jax.device_get(steps)
+                scenes = self._scenes_of(busy)
+                running = self._plan(scenes, states, fresh, running)
+            states, running, steps = _advance(scenes, states, running, self._kicks(busy))
             fresh, ended, picks = {}, [], {}
             for table, chain in list(busy.items()):
                 pick = self._book(chain, jax.tree.map(lambda x, t=table: x[:, t], steps))
@@ -263,19 +274,22 @@ class _Tables:
                     else:
                         busy[table] = fresh[table] = following
             if picks:  # go on where the recording ended, not where the block did
-                states = _choose_steps(states, steps.states, picks, self._config.tables)
+                states = _choose_steps(states, steps.states, picks, self.config.tables)
             started = {table: chain for table, chain in fresh.items() if table not in picks}
             if started:
-                which = np.array([busy[t].scene if t in busy else 0 for t in range(self._config.tables)], np.int32)
-                states = _where(started, self._reset(which, busy, started), states, self._config.tables)
+                states = _where(started, self._reset(busy, started), states, self.config.tables)
             yield from ended
+
+    def _scenes_of(self, busy: Mapping[int, _Chain]) -> Scene:
+        """One per table."""
+        return env.pick(self.stacked, np.array([busy[t].scene if t in busy else 0 for t in range(self.config.tables)]))
 
     def _kicks(self, busy: Mapping[int, _Chain]) -> np.ndarray:
         """float32[tables, 7]: what is added to the experts' actions at the beginning of this block."""
-        kicks = np.zeros((self._config.tables, 7), np.float32)
+        kicks = np.zeros((self.config.tables, 7), np.float32)
         for table, chain in busy.items():
             direction, size = chain.rng.normal(size=6), chain.rng.uniform(0.0, KICK)
-            if chain.rng.uniform() < self._config.disturbance:
+            if chain.rng.uniform() < self.config.disturbance:
                 kicks[table, :6] = size * direction / np.linalg.norm(direction)
         return kicks
 
@@ -283,10 +297,10 @@ class _Tables:
         """The next chain with a first task; None when all have been begun."""
         while self._waiting:
             number = self._waiting.popleft()
-            rng = np.random.default_rng([self._seed, number])
+            rng = np.random.default_rng([self.seed, number])
             conditions = tasks.initial_conditions()
-            scene = self._all_scenes.index(self._scenes[number % len(self._scenes)])
-            offset = self._config.start_spread * np.array([1.0, 0.25, 0.25]) * rng.uniform(-1.0, 1.0, size=3)
+            scene = self._scenes[number % len(self._scenes)]
+            offset = self.config.start_spread * np.array([1.0, 0.25, 0.25]) * rng.uniform(-1.0, 1.0, size=3)
             chain = _Chain(number, scene, rng, conditions[rng.integers(len(conditions))], offset)
             if self._choose(chain):
                 return chain
@@ -294,7 +308,7 @@ class _Tables:
 
     def _choose(self, chain: _Chain) -> bool:
         """Draw the chain's next task; False when it is complete or no task of the list is possible."""
-        names = self._names if chain.attempted < self._config.chain_length else ()
+        names = self._tasks if chain.attempted < self.config.chain_length else ()
         possible = [name for name in names if len(tasks.successors(chain.condition, name)) == 1]
         if not possible:
             return False
@@ -303,41 +317,41 @@ class _Tables:
         chain.steps, chain.done_at, chain.blocks = 0, None, []
         return True
 
-    def _reset(self, which: np.ndarray, busy: Mapping[int, _Chain], fresh: Mapping[int, _Chain]) -> physics.State:
-        starts = [np.zeros((self._config.tables, size), np.float32) for size in (env.ROBOT_OBS_DIM, env.SCENE_OBS_DIM)]
-        for table in range(self._config.tables):
+    def _reset(self, busy: Mapping[int, _Chain], fresh: Mapping[int, _Chain]) -> physics.State:
+        starts = [np.zeros((self.config.tables, size), np.float32) for size in (env.ROBOT_OBS_DIM, env.SCENE_OBS_DIM)]
+        for table in range(self.config.tables):
             chain = fresh.get(table) or busy.get(table) or next(iter(fresh.values()))
-            for rows, obs in zip(starts, initial_obs(chain.condition, self._all_scenes[chain.scene]), strict=True):
+            for rows, obs in zip(starts, initial_obs(chain.condition, self._scene_names[chain.scene]), strict=True):
                 rows[table] = obs
             starts[0][table, :3] += chain.offset
-        return env.reset_batch(self._stacked, which, *starts)
+        return env.reset_batch(self._scenes_of(busy), *starts)
 
-    def _plan(self, which: np.ndarray, states: Any, fresh: Mapping[int, _Chain], plans: Any) -> Any:
-        numbers, seeds = np.zeros(self._config.tables, np.int32), np.zeros(self._config.tables, np.uint32)
+    def _plan(self, scenes: Scene, states: Any, fresh: Mapping[int, _Chain], running: Any) -> Any:
+        numbers, seeds = np.zeros(self.config.tables, np.int32), np.zeros(self.config.tables, np.uint32)
         for table, chain in fresh.items():
             numbers[table], seeds[table] = experts.TASKS.index(chain.task), chain.rng.integers(2**31)
-        new = _begin_tasks(self._stacked, which, states, numbers, seeds)
-        return new if plans is None else _where(fresh, new, plans, self._config.tables)
+        new = _begin_tasks(scenes, states, numbers, seeds)
+        return new if running is None else _where(fresh, new, running, self.config.tables)
 
-    def _book(self, chain: _Chain, steps: experts.Demonstration) -> int | None:
+    def _book(self, chain: _Chain, steps: _Steps) -> int | None:
         """Add a block to the chain's task. Returns the step of the block after which the task is over, None = goes on.
 
         A task that was not done leaves `chain.task` empty: the chain ends.
         """
-        chain.blocks.append((steps.states, steps.actions))
+        chain.blocks.append(steps)
         if chain.done_at is None and steps.done.any():
             chain.done_at = chain.steps + int(steps.done.argmax())
         before, chain.steps = chain.steps, chain.steps + len(steps.done)
-        if chain.done_at is None or chain.done_at + HOLD_STEPS >= self._config.max_steps:
-            if chain.steps < self._config.max_steps:
+        if chain.done_at is None or chain.done_at + HOLD_STEPS >= self.config.max_steps:
+            if chain.steps < self.config.max_steps:
                 return None
             chain.task = ""
             return len(steps.done)
         length = chain.done_at + HOLD_STEPS + 1
         if chain.steps < length:
             return None
-        states, actions = jax.tree.map(lambda *parts: np.concatenate(parts)[:length], *chain.blocks)
-        chain.demos.append(_Demo(chain.task, states, actions))
+        steps = jax.tree.map(lambda *parts: np.concatenate(parts)[:length], *chain.blocks)
+        chain.demos.append(_Demo(chain.task, steps))
         chain.condition = tasks.successors(chain.condition, chain.task)[0]
         return length - before
 
@@ -366,84 +380,82 @@ class _Task(NamedTuple):
 
 
 @jax.jit
-def _begin_tasks(stacked: Any, which: Any, states: Any, numbers: Any, seeds: Any) -> _Task:
-    def one(index, state, number, seed):
-        scene = jax.tree.map(lambda x: x[index], stacked)
+def _begin_tasks(scenes: Scene, states: Any, numbers: Any, seeds: Any) -> _Task:
+    def one(scene, state, number, seed):
         plan = experts.plan(scene, state, number, jax.random.key(seed))
         return _Task(number, plan, experts.begin(), physics.info(scene, state))
 
-    return jax.vmap(one)(which, states, numbers, seeds)
+    return jax.vmap(one)(scenes, states, numbers, seeds)
 
 
 @jax.jit
-def _advance(
-    stacked: Any, which: Any, states: Any, running: _Task, kicks: Any
-) -> tuple[Any, _Task, experts.Demonstration]:
-    """BLOCK expert steps on every table; the demonstrations' leaves are [BLOCK, tables, ...].
+def _decide(scenes: Scene, states: Any, running: _Task, kicks: Any) -> tuple[Any, _Task, Any, Any]:
+    """What the experts want, their progress, what they do when kicked, and robot_obs and scene_obs before it."""
+
+    def one(scene, state, task, kick):
+        action, progress = experts.act(task.plan, task.progress, state)
+        obs = physics.robot_obs(state), physics.scene_obs(scene, state)
+        return action, task._replace(progress=progress), jnp.clip(action + kick, -1.0, 1.0), obs
+
+    return jax.vmap(one)(scenes, states, running, kicks)
+
+
+@jax.jit
+def _judge(scenes: Scene, states: Any, running: _Task) -> Any:
+    """bool[tables]: whose task is done."""
+    return jax.vmap(lambda scene, state, task: tasks.conditions(task.start, physics.info(scene, state))[task.number])(
+        scenes, states, running
+    )
+
+
+def _advance(scenes: Scene, states: Any, running: _Task, kicks: np.ndarray) -> tuple[Any, _Task, _Steps]:
+    """BLOCK expert steps on every table; leaves of the steps are NumPy [BLOCK, tables, ...].
 
     `kicks` float32[tables, 7] disturb the first KICK_STEPS of them; what is recorded is the action the expert wanted.
+    A step is the program that rollouts run, too, so that it is compiled once.
     """
-
-    def one(index, state, task, kick):
-        scene = jax.tree.map(lambda x: x[index], stacked)
-        action, progress = experts.act(task.plan, task.progress, state)
-        after = physics.step(scene, state, jnp.clip(action + kick, -1.0, 1.0))
-        done = tasks.conditions(task.start, physics.info(scene, after))[task.number]
-        return (after, task._replace(progress=progress)), experts.Demonstration(state, action, done)
-
-    def step(carry, kicked):
-        return jax.vmap(one)(which, *carry, jnp.where(kicked, kicks, 0.0))
-
-    (states, running), steps = jax.lax.scan(step, (states, running), jnp.arange(BLOCK) < KICK_STEPS)
-    return states, running, steps
+    steps = []
+    for number in range(BLOCK):
+        kicked = kicks if number < KICK_STEPS else np.zeros_like(kicks)
+        wanted, running, actions, obs = _decide(scenes, states, running, kicked)
+        after = env.step_batch(scenes, states, actions)
+        steps.append(_Steps(states, *obs, wanted, _judge(scenes, after, running)))
+        states = after
+    return states, running, jax.tree.map(lambda *parts: np.stack(parts), *jax.device_get(steps))
 
 
 class _Renderer:
     """Turns demonstrations into segments, on all cores."""
 
-    def __init__(self, all_scenes: Sequence[str], image_size: tuple[int, int]):
+    def __init__(self, stacked: Scene, image_size: tuple[int, int]):
         self._sizes = dict(zip(("static", "wrist"), image_size, strict=True))
-        self._stacked = env.stack_scenes(all_scenes)
-        self._backdrops = env.backdrops(self._stacked, image_size[0])
+        self._stacked, self._backdrops = stacked, env.backdrops(stacked, image_size[0])
 
-    def segments(self, chains: list[_Chain]) -> Iterator[tuple[int, list[Segment], int]]:
-        """Render all demonstrations of some chains together. Yields what `_chains` does."""
+    def segments(self, chains: list[_Chain]) -> list[tuple[int, list[Segment], int]]:
+        """Render all demonstrations of some chains together; what `_rendered` yields of them."""
         demos = [(chain, demo) for chain in chains for demo in chain.demos]
         seen = iter(self._look(demos)) if demos else iter(())
-        for chain in chains:
-            yield chain.number, [self._segment(demo, next(seen)) for demo in chain.demos], chain.attempted
+        return [
+            (chain.number, [self._segment(demo, next(seen)) for demo in chain.demos], chain.attempted)
+            for chain in chains
+        ]
 
     def _look(self, demos: list[tuple[_Chain, _Demo]]) -> Iterator[dict[str, np.ndarray]]:
-        """Both pictures, robot_obs and scene_obs of each demonstration's states."""
+        """Both pictures of each demonstration's states."""
         lengths = [demo.length for _, demo in demos]
-        which = np.repeat(np.array([chain.scene for chain, _ in demos], np.int32), lengths)
-        states = jax.tree.map(lambda *parts: np.concatenate(parts), *(demo.states for _, demo in demos))
-        # batches of one size, so that one program serves all; the last repeats its last state
-        rows = np.minimum(np.arange(-(-len(which) // RENDER_BATCH) * RENDER_BATCH), len(which) - 1)
-        batches = rows.reshape(-1, RENDER_BATCH)
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            parts = list(
-                pool.map(lambda some: self._batch(which[some], jax.tree.map(lambda x: x[some], states)), batches)
-            )
-        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        which = np.repeat([chain.scene for chain, _ in demos], lengths)
+        states = jax.tree.map(lambda *parts: np.concatenate(parts), *(demo.steps.states for _, demo in demos))
+        images = env.pictures(self._stacked, which, states, self._sizes, self._backdrops)
         for end, length in zip(np.cumsum(lengths), lengths, strict=True):
-            yield {name: values[end - length : end] for name, values in whole.items()}
+            yield {camera: pictures[end - length : end] for camera, pictures in images.items()}
 
-    def _batch(self, which: np.ndarray, states: physics.State) -> dict[str, np.ndarray]:
-        out = {
-            camera: env.render_batch(self._stacked, which, states, camera, size, self._backdrops)
-            for camera, size in self._sizes.items()
-        }
-        info = env.info_batch(self._stacked, which, states)
-        return {name: np.asarray(x) for name, x in (*out.items(), *((n, info[n]) for n in ("robot_obs", "scene_obs")))}
-
-    def _segment(self, demo: _Demo, seen: dict[str, np.ndarray]) -> Segment:
-        robot, scene = (seen[name].astype(np.float64) for name in ("robot_obs", "scene_obs"))
-        relative = demo.actions.astype(np.float64)
+    def _segment(self, demo: _Demo, images: dict[str, np.ndarray]) -> Segment:
+        robot, scene = (obs.astype(np.float64) for obs in (demo.steps.robot_obs, demo.steps.scene_obs))
+        relative = demo.steps.actions.astype(np.float64)
         scaled = relative * np.array([*[physics.TRANSLATION_M] * 3, *[physics.ROTATION_RAD] * 3, 1.0])
         target = scaled + np.concatenate([robot[:, :6], np.zeros((demo.length, 1))], axis=1)
         arrays = {"rel_actions": relative, "actions": target, "robot_obs": robot, "scene_obs": scene}
-        return Segment(demo.task, {camera: seen[camera] for camera in self._sizes}, arrays)
+        return Segment(demo.task, images, arrays)
 
 
 class _Writer:
@@ -607,7 +619,8 @@ class _SpooledFrames:
         _require_success(writer, self._directory)
         self._spool.episodes = tuple(writer.episodes())
         numbers = np.arange(self._spool.num_frames)
-        packing.pack(self._spool, self._directory, frame_ids=numbers, workers=os.cpu_count() or 1)
+        workers = min(os.cpu_count() or 1, 1 + len(numbers) // PACK_FRAMES)
+        packing.pack(self._spool, self._directory, frame_ids=numbers, workers=workers)
         self._spool.delete()
 
 

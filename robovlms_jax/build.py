@@ -255,7 +255,9 @@ def fill_params(model: VLA, mesh: Mesh, seed: int, loaded: Mapping[str, jax.Arra
         flat = flatten_dict(meshes.unbox(_init(model, key)), sep="/")
         return {path: flat[path] for path in places}
 
-    made = jax.jit(rest, out_shardings=places)(jax.random.key(seed))
+    # Runs once: on a CPU, where compiling it well takes longer than a small policy's training step does, it is not.
+    quickly = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    made = jax.jit(rest, out_shardings=places, compiler_options=quickly)(jax.random.key(seed))
     return unflatten_dict({**loaded, **made}, sep="/")
 
 

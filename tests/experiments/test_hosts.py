@@ -33,10 +33,21 @@ RUN = (
     *("--distributed.peer_timeout_s", str(PEER_TIMEOUT_S)),
 )
 
+PLAYTABLE = (
+    *("-m", "experiments.calvin_abcd", "--preset", "playtable_fixtures", "--train.batch_size", "8"),
+    *("--train.log_every", "1", "--evaluation.batches", "1", "--evaluation.episodes", "0"),
+    *("--demonstrations.episodes", "3", "--demonstrations.validation_episodes", "1"),
+    *("--demonstrations.random_scenes", "4", "--demonstrations.image_size", "48", "32"),
+    *("--rollouts.trials", "2", "--rollouts.tables", "2", "--rollouts.max_steps", "12", "--rollouts.films", "1"),
+    *("--rollouts.image_size", "48", "32", "--rollouts.every", "2", "--rollouts.select", "best"),
+)
+
 pytestmark = pytest.mark.slow
 
 
-def start(output: pathlib.Path, count: int, *flags: str, **environment: str) -> list[subprocess.Popen]:
+def start(
+    output: pathlib.Path, count: int, *flags: str, job: tuple[str, ...] = RUN, **environment: str
+) -> list[subprocess.Popen]:
     """The main job as `count` processes on this machine; process i writes its messages to `output`.i.log."""
     address = f"localhost:{test_distributed.free_port()}"
     processes = []
@@ -46,7 +57,7 @@ def start(output: pathlib.Path, count: int, *flags: str, **environment: str) -> 
         with log(output, index).open("w") as messages:
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, *RUN, "--train.output", str(output), *join, *flags],
+                    [sys.executable, *job, "--train.output", str(output), *join, *flags],
                     cwd=ROOT,
                     env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
                     stderr=messages,
@@ -102,6 +113,18 @@ def test_four_write_and_one_two_or_eight_devices_read(alone, tmp_path):
         assert_close(finish(again, start(again, 1, *flags, JAX_NUM_CPU_DEVICES=str(devices))), alone)
         assert "resumed after step 2" in log(again, 0).read_text()
         assert checkpoints.damage(again / "checkpoints" / "4") is None
+
+
+def test_two_close_the_loop_as_one(tmp_path):
+    # The first process records and rolls out while the other waits; both train on the recording and agree on the best
+    # state. Fails if both record, or one goes on before there is anything to read.
+    data, two, one = tmp_path / "data", tmp_path / "two", tmp_path / "one"
+    flags = ("--train.steps", "4", "--data.root", str(data))
+    losses = finish(two, start(two, 2, *flags, job=PLAYTABLE))
+    assert "demonstrations on PlayTable" in log(two, 0).read_text() and "chain" not in log(two, 1).read_text()
+    assert (two / "report.md").exists() and (two / "rollouts" / "strips.png").exists()
+    assert (two / "best" / "4").is_dir()  # all score 0: of equals the latest
+    assert_close(losses, finish(one, start(one, 1, *flags, job=PLAYTABLE)))
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -11,12 +11,12 @@ from experiments import record_playtable
 from robovlms_jax.data import calvin, packing
 
 
-def fake_chains(config, scenes, seed, numbers):
+def fake_chains(tables):
     """Chain k has k % 3 segments of 3 frames; every number in it says which chain and frame it is."""
-    for k in numbers:
+    for k in tables.numbers:
         segments = []
         for i in range(k % 3):
-            marks = 1000.0 * seed + 10.0 * k + i + np.zeros((3, 1)) + np.arange(3)[:, None] / 4
+            marks = 1000.0 * tables.seed + 10.0 * k + i + np.zeros((3, 1)) + np.arange(3)[:, None] / 4
             images = {camera: np.full((3, 8, 8, 3), k, np.uint8) for camera in ("static", "wrist")}
             arrays = {"rel_actions": marks.repeat(7, 1), "actions": marks.repeat(7, 1)}
             arrays |= {"robot_obs": marks.repeat(15, 1), "scene_obs": marks.repeat(24, 1)}
@@ -26,7 +26,7 @@ def fake_chains(config, scenes, seed, numbers):
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-    monkeypatch.setattr(record_playtable, "_chains", fake_chains)
+    monkeypatch.setattr(record_playtable, "_rendered", fake_chains)
 
 
 def config(path, **changes):

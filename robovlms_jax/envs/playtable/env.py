@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,48 +15,45 @@ import numpy as np
 from robovlms_jax import interface
 from robovlms_jax.envs import tasks
 from robovlms_jax.envs.playtable import physics, render
-from robovlms_jax.envs.playtable.scene import Scene, make_scene, neutral_scene_obs
+from robovlms_jax.envs.playtable.scene import Scene, neutral_scene_obs, stack_scenes
 from robovlms_jax.types import Array
 
 ROBOT_OBS_DIM, SCENE_OBS_DIM = 15, 24
 _PIXELS_TOGETHER = 2**24
+_TOGETHER_ON_CPU = 8  # pictures by one call: few, so that little is rendered for nothing and every core has some
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Many tables, functional: scenes are stacked, `which` int32[B] says which scene each table is
+# Many tables, functional: scenes have a leading axis, one per table, unless `which` int32[B] says which a table has
 
 
-def stack_scenes(names: Sequence[str]) -> Scene:
-    """Scenes with a leading axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(make_scene(name) for name in names))
-
-
-def _pick(stacked: Any, which: Array) -> Any:
+def pick(stacked: Any, which: Array) -> Any:
+    """Rows of every leaf."""
     return jax.tree.map(lambda leaf: leaf[which], stacked)
 
 
 @jax.jit
-def reset_batch(scenes: Scene, which: Array, robot_obs: Array, scene_obs: Array) -> physics.State:
+def reset_batch(scenes: Scene, robot_obs: Array, scene_obs: Array) -> physics.State:
     """`physics.reset` of B tables: robot_obs float[B, 15], scene_obs float[B, 24]."""
-    return jax.vmap(lambda i, *obs: physics.reset(_pick(scenes, i), *obs))(which, robot_obs, scene_obs)
+    return jax.vmap(physics.reset)(scenes, robot_obs, scene_obs)
 
 
 @jax.jit
-def step_batch(scenes: Scene, which: Array, states: physics.State, actions: Array) -> physics.State:
+def step_batch(scenes: Scene, states: physics.State, actions: Array) -> physics.State:
     """`physics.step` of B tables: actions float[B, 7]."""
-    return jax.vmap(lambda i, state, action: physics.step(_pick(scenes, i), state, action))(which, states, actions)
+    return jax.vmap(physics.step)(scenes, states, actions)
+
+
+def full_info(scene: Scene, state: physics.State) -> tasks.SceneInfo:
+    """`physics.info`, with `robot_obs` [15] and `scene_obs` [24] added."""
+    obs = {"robot_obs": physics.robot_obs(state), "scene_obs": physics.scene_obs(scene, state)}
+    return {**physics.info(scene, state), **obs}
 
 
 @jax.jit
-def info_batch(scenes: Scene, which: Array, states: physics.State) -> tasks.SceneInfo:
-    """`physics.info` of B tables, with `robot_obs` [B, 15] and `scene_obs` [B, 24] added."""
-
-    def one(i, state):
-        scene = _pick(scenes, i)
-        obs = {"robot_obs": physics.robot_obs(state), "scene_obs": physics.scene_obs(scene, state)}
-        return {**physics.info(scene, state), **obs}
-
-    return jax.vmap(one)(which, states)
+def info_batch(scenes: Scene, states: physics.State) -> tasks.SceneInfo:
+    """`full_info` of B tables."""
+    return jax.vmap(full_info)(scenes, states)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -80,12 +79,49 @@ def render_batch(
 
     def one(args):
         i, state = args
-        scene, known = _pick(scenes, i), _pick(backdrops, i)
+        scene, known = pick(scenes, i), pick(backdrops, i)
         return render.render(scene, state, camera, size, known, shadows=shadows, tiled=on_cpu)
 
     if on_cpu:  # one picture at a time stays in the cache
         return jax.lax.map(one, (which, states))
     return jax.lax.map(one, (which, states), batch_size=max(_PIXELS_TOGETHER // size**2, 1))  # a few gigabytes
+
+
+def pictures(
+    scenes: Scene,
+    which: np.ndarray,
+    states: physics.State,
+    sizes: Mapping[str, int],
+    backdrops: render.Backdrop,
+    *,
+    shadows: bool = False,
+) -> dict[str, np.ndarray]:
+    """camera -> uint8[n, size, size, 3] of n tables, on all cores, by programs that other n use, too.
+
+    Args:
+      which: int[n], NumPy.
+      sizes: camera -> px.
+    """
+    count = len(which)
+    on_cpu = jax.default_backend() == "cpu"
+    batch = _TOGETHER_ON_CPU if on_cpu else 2 ** (count - 1).bit_length()
+    rows = np.minimum(np.arange(-(-count // batch) * batch), count - 1).reshape(-1, batch)  # the last one repeats
+    if on_cpu:  # views, whose rows are picked at once
+        scenes, states, backdrops = jax.device_get((scenes, states, backdrops))
+
+    def look(rows: np.ndarray) -> dict[str, np.ndarray]:
+        kinds, own = np.unique(which[rows], return_inverse=True)
+        kinds = np.resize(kinds, 4 ** max(int(np.ceil(np.log2(len(kinds)) / 2)), 1))
+        seen = (pick(scenes, kinds), own.astype(np.int32), pick(states, rows))
+        known = pick(backdrops, kinds)
+        return {
+            camera: np.asarray(render_batch(*seen, camera, size, known, shadows=shadows))
+            for camera, size in sizes.items()
+        }
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() if on_cpu else 1) as pool:
+        parts = list(pool.map(look, rows))
+    return {camera: np.concatenate([part[camera] for part in parts])[:count] for camera in sizes}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,19 +152,20 @@ class PlayTables:
         kinds = sorted(set(names))
         self.name = f"playtable-{''.join(kinds)}"
         self.size = len(names)
-        self._kinds = [kinds.index(name) for name in names]
+        self._which = np.array([kinds.index(name) for name in names], np.int32)
         self._neutral = [neutral_scene_obs(name) for name in names]
-        self._scenes, self._which = stack_scenes(kinds), jnp.array(self._kinds, jnp.int32)
+        self._kinds = stack_scenes(kinds)
+        self._scenes = pick(self._kinds, self._which)
         self._image_sizes = _checked_sizes(image_sizes)
         self._shadows = shadows
         self._states = reset_batch(
-            self._scenes, self._which, np.tile(tasks.INITIAL_ROBOT_OBS, (self.size, 1)), np.stack(self._neutral)
+            self._scenes, np.tile(tasks.INITIAL_ROBOT_OBS, (self.size, 1)), np.stack(self._neutral)
         )
         self._infos: Mapping[str, np.ndarray] | None = None
 
     @functools.cached_property
     def _backdrops(self) -> render.Backdrop:
-        return backdrops(self._scenes, self._image_sizes["static"])
+        return backdrops(self._kinds, self._image_sizes["static"])
 
     @property
     def states(self) -> physics.State:
@@ -140,7 +177,7 @@ class PlayTables:
         robot, scene = np.zeros((self.size, ROBOT_OBS_DIM)), np.zeros((self.size, SCENE_OBS_DIM))
         for slot, start in zip(slots, starts, strict=True):
             robot[slot], scene[slot] = _checked_start(**start, neutral_scene_obs=self._neutral[slot])
-        self._update(slots, reset_batch(self._scenes, self._which, robot, scene))
+        self._update(slots, reset_batch(self._scenes, robot, scene))
         return self.infos(slots)
 
     def step(self, slots: Sequence[int], actions: np.ndarray) -> list[dict[str, np.ndarray]]:
@@ -148,31 +185,27 @@ class PlayTables:
         every = np.zeros((self.size, interface.ACTION_DIM), np.float32)
         for slot, action in zip(slots, actions, strict=True):
             every[slot] = _checked_action(action)
-        self._update(slots, step_batch(self._scenes, self._which, self._states, every))
+        self._update(slots, step_batch(self._scenes, self._states, every))
         return self.infos(slots)
 
     def observe(self, slots: Sequence[int]) -> list[interface.Observation]:
         """Render these slots."""
-        if not slots:
+        if not len(slots):
             return []
-        # the number of pictures is rounded up to a power of two, so that few programs are compiled
-        padded = np.resize(slots, 2 ** (len(slots) - 1).bit_length())
-        which, states = self._which[padded], _pick(self._states, padded)
-        images = {
-            camera: np.asarray(
-                render_batch(self._scenes, which, states, camera, size, self._backdrops, shadows=self._shadows)
-            )
-            for camera, size in self._image_sizes.items()
-        }
+        slots = np.asarray(slots)
+        states = pick(self._states, slots)
+        images = pictures(
+            self._kinds, self._which[slots], states, self._image_sizes, self._backdrops, shadows=self._shadows
+        )
         return [
             interface.Observation({camera: pictures[i] for camera, pictures in images.items()}, info["robot_obs"])
-            for i, info in enumerate(self.infos(slots))
+            for i, info in enumerate(self.infos(slots.tolist()))
         ]
 
     def infos(self, slots: Sequence[int]) -> list[dict[str, np.ndarray]]:
         """The scenes as the task conditions read them, plus `robot_obs` float32[15] and `scene_obs` float32[24]."""
         if self._infos is None:
-            self._infos = jax.device_get(info_batch(self._scenes, self._which, self._states))
+            self._infos = jax.device_get(info_batch(self._scenes, self._states))
         return [{key: values[slot] for key, values in self._infos.items()} for slot in slots]
 
     def restart(self, slot: int) -> None:

@@ -8,7 +8,7 @@ A `Scene` is a pytree of arrays with the same shapes for every variant, so that 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -269,6 +269,16 @@ def make_scene(name: str) -> Scene:
     """The table "A", "B", "C" or "D", or "random-N", drawn from the seed N: a cabinet like that of A, B or C, moved by
     up to 2 cm, button and drawer anywhere in their ranges, sizes of blocks exchanged, other colours.
     """
+    return jax.tree.map(jnp.asarray, _draw_up(name))
+
+
+def stack_scenes(names: Sequence[str]) -> Scene:
+    """`make_scene` of each, with a leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *map(_draw_up, names))
+
+
+def _draw_up(name: str) -> Scene:
+    """`make_scene` in NumPy."""
     at, table, _, _ = _variant(name)
     parts = _parts(at)
     colors = {**_COLORS, "wood": at.wood, "pedestal": at.wood, "front": at.front}
@@ -291,13 +301,12 @@ def make_scene(name: str) -> Scene:
             area=np.array([at.area, (-0.15, -0.03)]),
         ),
     )
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.int32 if x.dtype == np.int32 else jnp.float32), scene)
+    return jax.tree.map(lambda x: np.asarray(x, np.int32 if x.dtype == np.int32 else np.float32), scene)
 
 
 def neutral_scene_obs(name: str) -> np.ndarray:
     """float64[24]: everything closed and off, the blocks in a row on the table."""
-    scene = make_scene(name)
-    (low, high), y = scene.anchors.area
+    (low, high), y = _draw_up(name).anchors.area
     obs = np.zeros(24)
     for i in range(3):
         x = low + (high - low) * (0.2 + 0.3 * i)

@@ -13,7 +13,7 @@ import pytest
 
 from robovlms_jax.envs import tasks
 from robovlms_jax.envs.playtable import physics
-from robovlms_jax.envs.playtable.scene import SCENES, make_scene
+from robovlms_jax.envs.playtable.scene import SCENES, make_scene, stack_scenes
 
 SAMPLE = pathlib.Path(__file__).resolve().parents[3] / "data" / "calvin_sample"
 
@@ -30,7 +30,7 @@ def scene():
 @pytest.fixture(scope="session")
 def stacked_scenes():
     """A, B, C and D with a leading axis."""
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *(make_scene(name) for name in SCENES))
+    return jax.device_get(stack_scenes(SCENES))
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import pytest
 from robovlms_jax import interface
 from robovlms_jax.envs import tasks
 from robovlms_jax.envs.playtable import env, render
+from robovlms_jax.envs.playtable.scene import stack_scenes
 from tests.envs.playtable.conftest import action
 
 SIZES = {"static": 40, "wrist": 24}
@@ -132,15 +133,16 @@ def test_the_others_stand_still(tables):
 @pytest.mark.slow
 def test_batches_mix_scenes():
     """The functional form: four variants in one call, each as if alone."""
-    scenes = env.stack_scenes("ABCD")
+    scenes = stack_scenes("ABCD")
     robot = np.tile(tasks.INITIAL_ROBOT_OBS, (8, 1))
     scene_obs = np.tile(chain_start()["scene_obs"], (8, 1))
     which = np.arange(8) % 4
-    states = env.reset_batch(scenes, which, robot, scene_obs)
-    states = env.step_batch(scenes, which, states, np.stack([action()] * 8))
+    own = env.pick(scenes, which)
+    states = env.reset_batch(own, robot, scene_obs)
+    states = env.step_batch(own, states, np.stack([action()] * 8))
     images = env.render_batch(scenes, which, states, "static", 32, env.backdrops(scenes, 32))
     assert images.shape == (8, 32, 32, 3)
     np.testing.assert_array_equal(images[:4], images[4:])
     assert np.abs(images[0].astype(int) - images[1]).mean() > 5
-    info = jax.device_get(env.info_batch(scenes, which, states))
+    info = jax.device_get(env.info_batch(own, states))
     np.testing.assert_allclose(info["slider"], np.minimum(scene_obs[0, 0], scenes.joint_range[which, 0]), atol=1e-6)

@@ -11,7 +11,7 @@ from benchmarks import experts as experts_benchmark
 from benchmarks import simulator
 from robovlms_jax.envs import tasks
 from robovlms_jax.envs.playtable import env, experts, physics
-from robovlms_jax.envs.playtable.scene import SCENES, sample
+from robovlms_jax.envs.playtable.scene import SCENES, sample, stack_scenes
 from robovlms_jax.evaluation import rollout_metrics
 from tests.envs.playtable.conftest import reset, reset_all
 
@@ -53,7 +53,7 @@ def covering_chains():
 
 @pytest.mark.slow
 def test_the_fixture_tasks_succeed_in_every_scene():
-    scenes = env.stack_scenes(SCENES)
+    scenes = stack_scenes(SCENES)
     copies = 3
     which = np.repeat(np.arange(4), len(FIXTURES) * copies)
     task = np.tile(np.repeat([number(name) for name in FIXTURES], copies), 4)
@@ -63,7 +63,7 @@ def test_the_fixture_tasks_succeed_in_every_scene():
     for joint, (undone, done) in {0: FIXTURES[2:4], 1: FIXTURES[:2], 3: FIXTURES[4:6], 5: FIXTURES[6:8]}.items():
         end = np.asarray(scenes.joint_range)[which, joint] if joint < 4 else np.ones(len(which))
         table[:, joint] = np.where(task == number(undone), 0.0, np.where(task == number(done), end, table[:, joint]))
-    states = env.reset_batch(scenes, which, robot, table)
+    states = env.reset_batch(env.pick(scenes, which), robot, table)
     outcome = perform_all(scenes, which, states, task, keys, np.full(len(task), 150))
     failed = [(SCENES[i], experts.TASKS[t]) for i, t, ok in zip(which, task, outcome.done) if not ok]
     assert len(failed) <= 0.03 * len(task), failed
