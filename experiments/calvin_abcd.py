@@ -89,7 +89,7 @@ FIXTURES = ExperimentConfig(
         trials=40,
         tasks=FIXTURE_TASKS,
         max_steps=160,
-        execution=Execution("chunk"),
+        execution=Execution("receding", horizon=5),
         image_size=(96, 64),
         tables=40,
         films=8,
@@ -119,7 +119,13 @@ FULL = dataclasses.replace(
         tables=256,
     ),
     rollouts=RolloutConfig(
-        trials=200, execution=Execution("chunk"), image_size=(112, 84), tables=200, films=8, every=5000, select="best"
+        trials=200,
+        execution=Execution("receding", horizon=5),
+        image_size=(112, 84),
+        tables=200,
+        films=8,
+        every=5000,
+        select="best",
     ),
 )
 

@@ -9,6 +9,7 @@ import pytest
 
 from experiments import record_playtable
 from robovlms_jax.data import calvin, packing
+from robovlms_jax.envs.playtable import env, scene
 
 
 def fake_chains(tables):
@@ -141,3 +142,18 @@ def test_a_killed_packed_recording_goes_on(tmp_path, monkeypatch):
     # a packed split cannot grow
     with pytest.raises(ValueError, match="episodes: 6 there, 9 here"):
         record_playtable.record(config(tmp_path / "parts", pack=True, image_size=(8, 8), episodes=9))
+
+
+def test_a_chain_begins_on_its_own_table(tmp_path):
+    # Tables differ in how far the slider goes and which block is which: laid out on another one it is another start.
+    names = ("A", "B", "D")
+    stacked = scene.stack_scenes(names)
+    tables = record_playtable._Tables(config(tmp_path / "out", tables=3), names, stacked, [1, 2, 0], 0, range(3))
+    busy = {table: tables._begin() for table in range(3)}
+    assert [names[chain.scene] for chain in busy.values()] == ["B", "D", "A"]
+    states = tables._reset(busy, busy)
+    found = np.asarray(env.info_batch(env.pick(stacked, np.array([1, 2, 0])), states)["scene_obs"])
+    for row, chain in zip(found, busy.values(), strict=True):
+        asked = scene.initial_obs(chain.condition, names[chain.scene])[1]
+        np.testing.assert_allclose(row[[0, 1, 3, 5]], asked[[0, 1, 3, 5]], atol=1e-5)
+        np.testing.assert_allclose(row[6:].reshape(3, 6)[:, :2], asked[6:].reshape(3, 6)[:, :2], atol=0.02)

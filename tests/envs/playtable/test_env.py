@@ -130,6 +130,20 @@ def test_the_others_stand_still(tables):
     assert tables.observe([]) == []
 
 
+def test_pictures_are_of_the_right_tables():
+    """Eleven tables of three scenes: two calls of eight on a CPU, the second filled up; each picture as if alone."""
+    scenes, which = stack_scenes("ABD"), np.array([2, 0, 1, 1, 2, 0, 0, 2, 1, 0, 2])
+    robot = np.tile(tasks.INITIAL_ROBOT_OBS, (11, 1))
+    robot[:, 0] += np.linspace(-0.1, 0.1, 11)
+    states = env.reset_batch(env.pick(scenes, which), robot, np.tile(chain_start()["scene_obs"], (11, 1)))
+    backdrops, sizes = env.backdrops(scenes, 32), {"static": 32, "wrist": 24}
+    found = env.pictures(scenes, which, states, sizes, backdrops)
+    for camera, size in sizes.items():
+        expected = env.render_batch(scenes, which, states, camera, size, backdrops)
+        np.testing.assert_array_equal(found[camera], expected)
+        assert len({image.tobytes() for image in found[camera]}) == 11
+
+
 @pytest.mark.slow
 def test_batches_mix_scenes():
     """The functional form: four variants in one call, each as if alone."""
