@@ -89,7 +89,8 @@ class Dataset(abc.ABC):
         Args:
           frame_ids: int[n].
           cameras: which cameras; the others are neither read nor decoded.
-          out: camera -> n arrays uint8[height, width, 3], C-contiguous, to decode into; None: new ones.
+          out: camera -> n arrays uint8[height, width, 3], each C-contiguous, to decode into one by one: they need not
+            lie in one array. None: new ones.
         Returns:
           `out`: camera -> uint8[n, height, width, 3], RGB.
         Raises:

@@ -219,10 +219,9 @@ class SegmentSource(Sequence[types.Batch]):
         rows, steps = np.nonzero((first <= step) & (step <= last))
         ids = ids[rows, steps]
         images = inputs.images
+        places = list(zip(rows.tolist(), steps.tolist(), strict=True))
         self.dataset.images(
-            ids,
-            self.cameras,
-            {camera: [images[camera][place] for place in zip(rows, steps, strict=True)] for camera in self.cameras},
+            ids, self.cameras, {camera: tuple(images[camera][place] for place in places) for camera in self.cameras}
         )
         filled = list(images.values())
         if inputs.proprio is not None:
