@@ -125,6 +125,8 @@ def measure_step(args: Args) -> dict[str, Any]:
         begin = time.perf_counter()
         train_state, metrics = jax.block_until_ready(compiled(train_state, batch))
         seconds.append(time.perf_counter() - begin)
+    if not np.isfinite(metrics["loss"]):
+        raise RuntimeError(f"the loss is {metrics['loss']}: such steps change nothing and measure nothing.")
     return {
         "seconds_per_step": statistics.median(seconds[1:]),  # the first still allocates
         "fastest_step_seconds": min(seconds[1:]),

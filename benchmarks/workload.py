@@ -100,7 +100,7 @@ def make_batch(config: ExperimentConfig, num_segments: int) -> Batch:
                 camera: rng.integers(0, 256, (num_segments, frames, *IMAGE_SIZES[camera], 3), np.uint8)
                 for camera in config.policy.cameras
             },
-            text_ids=rng.integers(4, 1000, (num_segments, TEXT_LENGTH), np.int32),
+            text_ids=rng.integers(4, 500, (num_segments, TEXT_LENGTH), np.int32),  # twins know 512 words
             text_mask=np.ones((num_segments, TEXT_LENGTH), bool),
             step_mask=np.ones((num_segments, frames), bool),
         ),
