@@ -159,9 +159,12 @@ class Checkpointer:
             return False
         self.save(state, data)
         self.wait()
-        if jax.process_index() != 0:
-            return True
-        step = int(state.step)
+        if jax.process_index() == 0:
+            self._keep_best(best, int(state.step), score)
+        distributed.barrier("best")  # before anybody looks for it
+        return True
+
+    def _keep_best(self, best: epath.Path, step: int, score: float) -> None:
         new = pathlib.Path(best) / f"{step}.tmp"
         shutil.rmtree(new, ignore_errors=True)
         shutil.copytree(self._manager.directory / str(step), new, copy_function=_link)
@@ -171,7 +174,6 @@ class Checkpointer:
         (new.parent / "score.json").write_text(json.dumps({"step": step, "score": score}) + "\n")
         for path in old:
             shutil.rmtree(path)
-        return True
 
     def wait(self) -> None:
         """Block until everything started is on disk."""
