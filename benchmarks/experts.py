@@ -144,7 +144,7 @@ def random_trials(names: Sequence[str], scenes: Sequence[str], count: int, seed:
 def _draw_all(scenes: Scene, which: jax.Array, numbers: jax.Array, keys: jax.Array) -> tuple[jax.Array, ...]:
     def one(args):
         i, number, key = args
-        return _draw(jax.tree.map(lambda leaf: leaf[i], scenes), number, key)
+        return _draw(env.pick(scenes, i), number, key)
 
     return jax.lax.map(one, (which, numbers, keys))
 
@@ -262,7 +262,7 @@ def _begin(
     scenes: Scene, which: jax.Array, state: physics.State, number: jax.Array, keys: jax.Array, limit: jax.Array
 ) -> _Attempts:
     def one(i, state, number, key, limit):
-        scene = jax.tree.map(lambda leaf: leaf[i], scenes)
+        scene = env.pick(scenes, i)
         plan, start = experts.plan(scene, state, number, key), physics.info(scene, state)
         return _Attempts(i, state, number, plan, experts.begin(), start, jnp.bool_(False), jnp.int32(0), limit)
 

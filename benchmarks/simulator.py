@@ -73,7 +73,7 @@ def measure(count: int, args: Args) -> dict[str, Any]:
     """Steps and rendered steps per second of `count` tables together, scenes A to D in turn."""
     scenes = stack_scenes(SCENES)
     which = jnp.arange(count) % len(SCENES)
-    robot, table = jax.jit(jax.vmap(lambda i, key: sample(jax.tree.map(lambda x: x[i], scenes), key)))(
+    robot, table = jax.jit(jax.vmap(lambda i, key: sample(env.pick(scenes, i), key)))(
         which, jax.random.split(jax.random.key(0), count)
     )
     each = env.pick(scenes, which)
@@ -115,7 +115,7 @@ def _experts(scenes: Any, which: jax.Array, states: physics.State) -> tuple[expe
     shut, pull = (experts.TASKS.index(name) for name in ("close_drawer", "open_drawer"))
 
     def plan(i, state, key):
-        scene = jax.tree.map(lambda x: x[i], scenes)
+        scene = env.pick(scenes, i)
         return experts.plan(scene, state, jnp.where(state.mechanisms[DRAWER] > 0, shut, pull), key)
 
     keys = jax.random.split(jax.random.key(1), len(which))

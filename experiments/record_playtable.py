@@ -13,6 +13,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -30,7 +31,7 @@ import tyro
 from robovlms_jax.config import DemonstrationConfig
 from robovlms_jax.data import base, calvin, packing
 from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import env, experts, physics
+from robovlms_jax.envs.playtable import env, experts, physics, render
 from robovlms_jax.envs.playtable.scene import RANDOM, Scene, check_name, initial_obs, stack_scenes
 from robovlms_jax.training.directory import LOCK, OWNER, claim
 
@@ -104,26 +105,26 @@ def record(config: RecordConfig) -> dict[str, int]:
     # Both splits have all tables, so that they run the same compiled programs.
     names = tuple(dict.fromkeys((*config.training_scenes, config.validation_scene)))
     with claim(out):
-        stacked = None
+        renderer = _Renderer(names, config.image_size)
         for split, scenes, episodes, seed, held_out in plan:
             writer = _Writer(_directory(out, split), _settings(config, split), held_out=held_out)
             missing = sorted(set(range(episodes)) - writer.numbers)
             if missing:
                 frames = (_SpooledFrames if config.pack else _NpzFrames)(out / split, config)
-                stacked = stack_scenes(names) if stacked is None else stacked
                 numbers = [names.index(name) for name in scenes]
-                _record_split(writer, frames, split, _Tables(config, names, stacked, numbers, seed, missing))
+                tables = _Tables(config, renderer.scenes, numbers, seed, missing)
+                _record_split(writer, frames, split, tables, renderer)
             for name, count in writer.counts().items():
                 counts[name] += count
     return counts
 
 
-def _record_split(writer: _Writer, frames: _Frames, split: str, tables: _Tables) -> None:
+def _record_split(writer: _Writer, frames: _Frames, split: str, tables: _Tables, renderer: _Renderer) -> None:
     frames.discard(writer.num_frames)  # of a chain that was being written when a call before was stopped
     done = len(writer.numbers)
     try:
         with tqdm.tqdm(total=len(tables.numbers) + done, initial=done, unit="chain", desc=split) as bar:
-            for number, segments, attempted in _rendered(tables):
+            for number, segments, attempted in _rendered(tables, renderer):
                 writer.write(number, segments, attempted, frames)
                 bar.update()
         frames.finish(writer)
@@ -164,12 +165,11 @@ def _settings(config: RecordConfig, split: str) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def _rendered(tables: _Tables) -> Iterator[tuple[int, list[Segment], int]]:
+def _rendered(tables: _Tables, renderer: _Renderer) -> Iterator[tuple[int, list[Segment], int]]:
     """Of each chain, in the order in which they end: its number, its segments, and how many tasks were attempted.
 
     Pictures are made beside the simulation, which alone does not keep all cores busy.
     """
-    renderer = _Renderer(tables.stacked, tables.config.image_size)
     ended: list[_Chain] = []
     looking: concurrent.futures.Future | None = None
     with concurrent.futures.ThreadPoolExecutor(1) as beside:
@@ -183,15 +183,16 @@ def _rendered(tables: _Tables) -> Iterator[tuple[int, list[Segment], int]]:
         yield from renderer.segments(ended)
 
 
-class _Demo(NamedTuple):
-    """One successful demonstration, not rendered yet. NumPy, leading axis T."""
+class _Scenes:
+    """All tables of a recording, made when first asked for: a finished recording needs none."""
 
-    task: str
-    steps: _Steps
+    def __init__(self, names: Sequence[str]):
+        self.names = names
 
-    @property
-    def length(self) -> int:
-        return len(self.steps.actions)
+    @functools.cached_property
+    def stacked(self) -> Scene:
+        """NumPy, because single rows are picked all the time."""
+        return jax.device_get(stack_scenes(self.names))
 
 
 class _Steps(NamedTuple):
@@ -203,6 +204,17 @@ class _Steps(NamedTuple):
     scene_obs: Any
     actions: Any
     done: Any
+
+
+class _Demo(NamedTuple):
+    """One successful demonstration, not rendered yet. NumPy, leading axis T."""
+
+    task: str
+    steps: _Steps
+
+    @property
+    def length(self) -> int:
+        return len(self.steps.actions)
 
 
 @dataclasses.dataclass
@@ -230,22 +242,13 @@ class _Chain:
 class _Tables:
     """Tables that play chains side by side. Iterating yields chains as they end.
 
-    All advance BLOCK steps in one jitted call; a table whose task is over by then takes its next task, or its next
-    chain, at once, so none waits for the slowest.
+    Every BLOCK steps a table whose task is over takes its next task, or its next chain, so none waits for the slowest.
     """
 
-    def __init__(
-        self,
-        config: RecordConfig,
-        names: Sequence[str],
-        stacked: Scene,
-        scenes: Sequence[int],
-        seed: int,
-        numbers: Sequence[int],
-    ):
-        """names, stacked: of all tables. scenes: which of them to play on. numbers: of the chains to play."""
-        self.config, self.stacked, self.seed, self.numbers = config, stacked, seed, numbers
-        self._scene_names, self._scenes = names, scenes
+    def __init__(self, config: RecordConfig, every: _Scenes, scenes: Sequence[int], seed: int, numbers: Sequence[int]):
+        """every: all tables there are. scenes: which of them to play on. numbers: of the chains to play."""
+        self.config, self.seed, self.numbers = config, seed, numbers
+        self._every, self._scenes = every, scenes
         self._tasks = config.tasks or tuple(tasks.TASKS)
         self._waiting = collections.deque(numbers)
 
@@ -282,7 +285,8 @@ class _Tables:
 
     def _scenes_of(self, busy: Mapping[int, _Chain]) -> Scene:
         """One per table."""
-        return env.pick(self.stacked, np.array([busy[t].scene if t in busy else 0 for t in range(self.config.tables)]))
+        which = np.array([busy[t].scene if t in busy else 0 for t in range(self.config.tables)])
+        return jax.device_put(env.pick(self._every.stacked, which))
 
     def _kicks(self, busy: Mapping[int, _Chain]) -> np.ndarray:
         """float32[tables, 7]: what is added to the experts' actions at the beginning of this block."""
@@ -321,7 +325,7 @@ class _Tables:
         starts = [np.zeros((self.config.tables, size), np.float32) for size in (env.ROBOT_OBS_DIM, env.SCENE_OBS_DIM)]
         for table in range(self.config.tables):
             chain = fresh.get(table) or busy.get(table) or next(iter(fresh.values()))
-            for rows, obs in zip(starts, initial_obs(chain.condition, self._scene_names[chain.scene]), strict=True):
+            for rows, obs in zip(starts, initial_obs(chain.condition, self._every.names[chain.scene]), strict=True):
                 rows[table] = obs
             starts[0][table, :3] += chain.offset
         return env.reset_batch(self._scenes_of(busy), *starts)
@@ -427,9 +431,13 @@ def _advance(scenes: Scene, states: Any, running: _Task, kicks: np.ndarray) -> t
 class _Renderer:
     """Turns demonstrations into segments, on all cores."""
 
-    def __init__(self, stacked: Scene, image_size: tuple[int, int]):
+    def __init__(self, names: Sequence[str], image_size: tuple[int, int]):
+        self.scenes = _Scenes(names)
         self._sizes = dict(zip(("static", "wrist"), image_size, strict=True))
-        self._stacked, self._backdrops = stacked, env.backdrops(stacked, image_size[0])
+
+    @functools.cached_property
+    def _backdrops(self) -> render.Backdrop:
+        return jax.device_get(env.backdrops(self.scenes.stacked, self._sizes["static"]))
 
     def segments(self, chains: list[_Chain]) -> list[tuple[int, list[Segment], int]]:
         """Render all demonstrations of some chains together; what `_rendered` yields of them."""
@@ -445,7 +453,7 @@ class _Renderer:
         lengths = [demo.length for _, demo in demos]
         which = np.repeat([chain.scene for chain, _ in demos], lengths)
         states = jax.tree.map(lambda *parts: np.concatenate(parts), *(demo.steps.states for _, demo in demos))
-        images = env.pictures(self._stacked, which, states, self._sizes, self._backdrops)
+        images = env.pictures(self.scenes.stacked, which, states, self._sizes, self._backdrops)
         for end, length in zip(np.cumsum(lengths), lengths, strict=True):
             yield {camera: pictures[end - length : end] for camera, pictures in images.items()}
 

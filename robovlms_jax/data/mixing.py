@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -94,9 +94,10 @@ class MixtureDataset(base.Dataset):
         for part, places, ids in self._split(frame_ids):
             there = [camera for camera in cameras if camera in part.dataset.cameras]
             for camera in set(cameras) - set(there):
-                for image in out[camera][places]:
-                    image[:] = 0
-            part.dataset.images(ids, there, {camera: out[camera][places] for camera in there})
+                for place in places:
+                    out[camera][place][:] = 0
+            views = {camera: tuple(out[camera][place] for place in places) for camera in there}
+            part.dataset.images(ids, there, views)
         return out
 
     def has_images(self, frame_ids: Sequence[int], camera: str) -> np.ndarray:
@@ -107,30 +108,32 @@ class MixtureDataset(base.Dataset):
         return has
 
     def array(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:
-        pieces = []
-        for part, _, ids in self._split(frame_ids):
+        def read(part: Part, ids: np.ndarray) -> np.ndarray:
             values = part.dataset.array(name, ids)
             if name == "rel_actions":
                 scale, shift = self._affine[self._parts.index(part)]
                 values = np.concatenate([values[:, :ARM] * scale + shift, values[:, ARM:]], axis=1)
-            pieces.append(values)
-        return np.concatenate(pieces)
+            return values
+
+        return self._gather(frame_ids, read)
 
     def proprio(self, frame_ids: Sequence[int]) -> np.ndarray:
-        return np.concatenate([part.dataset.proprio(ids) for part, _, ids in self._split(frame_ids)])
+        return self._gather(frame_ids, lambda part, ids: part.dataset.proprio(ids))
 
-    def _split(self, frame_ids: Sequence[int]) -> list[tuple[Part, slice, np.ndarray]]:
-        """(part, where in `frame_ids`, ids within the part), for runs of frames of one part."""
+    def _gather(self, frame_ids: Sequence[int], read: Callable[[Part, np.ndarray], np.ndarray]) -> np.ndarray:
+        """What `read` says of the frames of each part, in the order of `frame_ids`."""
+        split = self._split(frame_ids)
+        order = np.concatenate([places for _, places, _ in split])
+        return np.concatenate([read(part, ids) for part, _, ids in split])[np.argsort(order)]
+
+    def _split(self, frame_ids: Sequence[int]) -> list[tuple[Part, np.ndarray, np.ndarray]]:
+        """(part, where in `frame_ids`, ids within the part) of every part that has some of them."""
         ids = np.asarray(frame_ids, np.int64)
         if len(ids) and not (ids.min() >= 0 and ids.max() < self._first[-1]):
             raise ValueError(f"{self.name} has frames 0 to {self._first[-1] - 1}; asked for {ids.tolist()[:8]}.")
         owner = np.searchsorted(self._first, ids, side="right") - 1
-        breaks = np.flatnonzero(np.diff(owner)) + 1
-        return [
-            (self._parts[owner[first]], slice(first, last), ids[first:last] - self._first[owner[first]])
-            for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), len(ids)], strict=True)
-            if first < last
-        ]
+        split = ((i, np.flatnonzero(owner == i)) for i in np.unique(owner))
+        return [(self._parts[i], places, ids[places] - self._first[i]) for i, places in split]
 
     def __reduce__(self):
         return MixtureDataset, (self.name, self._parts, self._reference)

@@ -94,6 +94,30 @@ def test_actions_come_in_the_references_units(root):
         opening.open_split(settings(root, reference="train"), "training")
 
 
+def test_frames_of_all_parts_are_read_together_and_come_in_the_order_asked_for(root, monkeypatch):
+    # Breaks when answers of one part land in another's rows, or a part is asked more than once for a batch.
+    dataset = opening.open_split(settings(root), "training")
+    cameras = ("static", "wrist")
+    ids = np.random.default_rng(0).permutation(dataset.num_frame_ids)[:40]
+    one = [
+        {name: getattr(dataset, name)([i])[0] for name in ("actions", "proprio")}
+        | {camera: dataset.images([i], [camera])[camera][0] for camera in cameras}
+        | {f"has {camera}": dataset.has_images([i], camera)[0] for camera in cameras}
+        for i in ids
+    ]
+    asked = collections.Counter()
+    for part in dataset._parts:
+        real = part.dataset.images
+        monkeypatch.setattr(
+            part.dataset, "images", lambda *args, name=part.name, real=real: (asked.update([name]), real(*args))[1]
+        )
+    together = {"actions": dataset.actions(ids), "proprio": dataset.proprio(ids), **dataset.images(ids, cameras)}
+    together |= {f"has {camera}": dataset.has_images(ids, camera) for camera in cameras}
+    assert asked == {"arm": 1, "crane": 1}
+    for name, values in together.items():
+        np.testing.assert_array_equal(np.stack(values), np.stack([row[name] for row in one]), name)
+
+
 def test_a_camera_that_a_part_lacks_is_black_masked_and_said_once(root, caplog):
     source = make_source(opening.open_split(settings(root), "training"), cameras=("static", "wrist"))
     assert caplog.text.count("no wrist camera in crane") == 1

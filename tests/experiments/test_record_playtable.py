@@ -12,7 +12,7 @@ from robovlms_jax.data import calvin, packing
 from robovlms_jax.envs.playtable import env, scene
 
 
-def fake_chains(tables):
+def fake_chains(tables, renderer):
     """Chain k has k % 3 segments of 3 frames; every number in it says which chain and frame it is."""
     for k in tables.numbers:
         segments = []
@@ -147,12 +147,12 @@ def test_a_killed_packed_recording_goes_on(tmp_path, monkeypatch):
 def test_a_chain_begins_on_its_own_table(tmp_path):
     # Tables differ in how far the slider goes and which block is which: laid out on another one it is another start.
     names = ("A", "B", "D")
-    stacked = scene.stack_scenes(names)
-    tables = record_playtable._Tables(config(tmp_path / "out", tables=3), names, stacked, [1, 2, 0], 0, range(3))
+    every = record_playtable._Scenes(names)
+    tables = record_playtable._Tables(config(tmp_path / "out", tables=3), every, [1, 2, 0], 0, range(3))
     busy = {table: tables._begin() for table in range(3)}
     assert [names[chain.scene] for chain in busy.values()] == ["B", "D", "A"]
     states = tables._reset(busy, busy)
-    found = np.asarray(env.info_batch(env.pick(stacked, np.array([1, 2, 0])), states)["scene_obs"])
+    found = np.asarray(env.info_batch(env.pick(every.stacked, np.array([1, 2, 0])), states)["scene_obs"])
     for row, chain in zip(found, busy.values(), strict=True):
         asked = scene.initial_obs(chain.condition, names[chain.scene])[1]
         np.testing.assert_allclose(row[[0, 1, 3, 5]], asked[[0, 1, 3, 5]], atol=1e-5)

@@ -44,16 +44,15 @@ def step_batch(scenes: Scene, states: physics.State, actions: Array) -> physics.
     return jax.vmap(physics.step)(scenes, states, actions)
 
 
-def full_info(scene: Scene, state: physics.State) -> tasks.SceneInfo:
-    """`physics.info`, with `robot_obs` [15] and `scene_obs` [24] added."""
-    obs = {"robot_obs": physics.robot_obs(state), "scene_obs": physics.scene_obs(scene, state)}
-    return {**physics.info(scene, state), **obs}
-
-
 @jax.jit
 def info_batch(scenes: Scene, states: physics.State) -> tasks.SceneInfo:
-    """`full_info` of B tables."""
-    return jax.vmap(full_info)(scenes, states)
+    """`physics.info` of B tables, with `robot_obs` [B, 15] and `scene_obs` [B, 24] added."""
+
+    def one(scene, state):
+        obs = {"robot_obs": physics.robot_obs(state), "scene_obs": physics.scene_obs(scene, state)}
+        return {**physics.info(scene, state), **obs}
+
+    return jax.vmap(one)(scenes, states)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -192,14 +191,14 @@ class PlayTables:
         """Render these slots."""
         if not len(slots):
             return []
-        slots = np.asarray(slots)
-        states = pick(self._states, slots)
+        rows = np.asarray(slots)
+        states = pick(self._states, rows)
         images = pictures(
-            self._kinds, self._which[slots], states, self._image_sizes, self._backdrops, shadows=self._shadows
+            self._kinds, self._which[rows], states, self._image_sizes, self._backdrops, shadows=self._shadows
         )
         return [
             interface.Observation({camera: pictures[i] for camera, pictures in images.items()}, info["robot_obs"])
-            for i, info in enumerate(self.infos(slots.tolist()))
+            for i, info in enumerate(self.infos(slots))
         ]
 
     def infos(self, slots: Sequence[int]) -> list[dict[str, np.ndarray]]:

@@ -1,8 +1,7 @@
 """Scripted experts for CALVIN's 34 tasks: pure functions, so that thousands of tables run in one jitted call.
 
 `plan` turns scene, state and task into a list of waypoints once, when a task begins; `act` walks along it, closing the
-loop on where the hand is. Whether a task is done is not the expert's opinion: `perform` and `demonstrate` ask
-`tasks.conditions`.
+loop on where the hand is. Whether a task is done is not the expert's opinion: `perform` asks `tasks.conditions`.
 
 Plans know the table, so they stay out of its way: up, back from the cabinet, over to the goal, down. Random choices
 (speed, where exactly to touch, how high to travel) come from a key; failures are for the caller to discard.
@@ -131,33 +130,6 @@ def perform(scene: Scene, state: physics.State, task: Array, key: Array, max_ste
 
     state, _, done, steps = jax.lax.while_loop(unfinished, advance, (state, begin(), jnp.bool_(False), jnp.int32(0)))
     return Outcome(state, done, steps)
-
-
-class Demonstration(NamedTuple):
-    """T steps of one expert.
-
-    states: before each action, leading axis T. actions: float32[T, 7]. done: bool[T], whether the task holds after the
-    action; a recording ends a few steps after the first True.
-    """
-
-    states: physics.State
-    actions: Array
-    done: Array
-
-
-def demonstrate(scene: Scene, state: physics.State, task: Array, key: Array, steps: int) -> Demonstration:
-    """A fixed number of expert steps on task number `task`, with all states between them for later rendering."""
-    route = plan(scene, state, task, key)
-    start = physics.info(scene, state)
-
-    def advance(carry, _):
-        state, progress = carry
-        action, progress = act(route, progress, state)
-        after = physics.step(scene, state, action)
-        done = tasks.conditions(start, physics.info(scene, after))[task]
-        return (after, progress), Demonstration(state, action, done)
-
-    return jax.lax.scan(advance, (state, begin()), length=steps)[1]
 
 
 def possible(scene: Scene, state: physics.State) -> Array:
