@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -77,6 +78,8 @@ def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: 
     )
     for noisy in ("absl", "orbax", "grain", "jax._src", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Orbax logs every error that it raises, too, several times and with all frames.
+    logging.getLogger("absl").addFilter(lambda record: record.exc_info is None)
     try:
         with distributed.joined(**vars(config.distributed)):
             if jax.process_index() != 0:
@@ -84,15 +87,17 @@ def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: 
             train(name, config, title=title, closing=closing)
     except (
         ValueError,
-        FileNotFoundError,
-        PermissionError,
+        OSError,
         ImportError,
         loop.CorruptDataError,
+        loop.LoaderError,
         loop.DivergedError,
+        checkpoints.UnwrittenError,
         datasets.CorruptFrameError,
     ) as error:
         logger.debug("where it happened", exc_info=True)
-        sys.exit(f"error: {error}")
+        unnamed = isinstance(error, OSError) and error.errno is not None and error.filename is None
+        sys.exit(f"error: {error}{f' (the run writes to {config.train.output})' if unnamed else ''}")
 
 
 def prepare(config: ExperimentConfig) -> Setup:
@@ -141,6 +146,7 @@ def train(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing
     begin = time.perf_counter()
     output = pathlib.Path(config.train.output)
     _require_free(output, resume=config.train.resume)
+    directory.require_writable(output)
     directory.keep_programs(config.train.compilation_cache)
     if config.demonstrations.episodes:
         closed_loop.ensure_demonstrations(config.demonstrations, config.data.root)
@@ -183,7 +189,7 @@ def _train(name: str, setup: Setup, output: pathlib.Path, title: str, closing: s
     spent = goodput.Goodput()
     config, rate = _loader_rate(config, setup.train, start, setup.mesh)
     batches = _batches(config, setup.train, start, setup.mesh)
-    try:
+    with contextlib.closing(checkpointer), contextlib.closing(writer), contextlib.closing(batches):
         train_state, finished = loop.fit(
             train_state,
             batches,
@@ -209,10 +215,6 @@ def _train(name: str, setup: Setup, output: pathlib.Path, title: str, closing: s
             facts["time in the training loop"] = str(spent)
             data = "PlayTable" if config.demonstrations.episodes else title
             evaluator.report(train_state, write, output, f"{data}: {name}", facts, closing, section)
-    finally:
-        batches.close()
-        writer.close()
-        checkpointer.close()
     return finished
 
 

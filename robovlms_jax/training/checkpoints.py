@@ -22,7 +22,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -43,11 +43,17 @@ SEAL = "seal.json"
 _ITEMS = ("params", "train", "data", "serving")
 
 
+class UnwrittenError(RuntimeError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
 class Checkpointer:
     """Writes and restores the checkpoints of one run directory."""
 
     def __init__(self, run: str | pathlib.Path, *, keep: int, serving: Mapping[str, Any]):
         self._serving = dict(serving)
+        self._begun: int | None = None  # the step of the newest `save`
+        self._failed = False
         folder = pathlib.Path(run).resolve() / FOLDER
         self._manager = ocp.CheckpointManager(
             folder,
@@ -67,20 +73,45 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, data: Mapping[str, Any]) -> None:
-        """Start writing; returns once the arrays are copied from the device. Raises what an earlier save failed
-        with."""
+        """Start writing; returns once the arrays are copied from the device.
+
+        Raises UnwrittenError, as all that follow here: this one, or the one before it, could not be written."""
         step = int(state.step)
         if step == self.latest:
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                train=ocp.args.StandardSave({"opt_state": state.opt_state, "rng": state.rng}),
-                data=ocp.args.JsonSave({**data, "skipped": int(state.skipped)}),
-                serving=ocp.args.JsonSave(self._serving),
-            ),
-        )
+        self.wait()
+        self._begun = step
+        with self._written():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    train=ocp.args.StandardSave({"opt_state": state.opt_state, "rng": state.rng}),
+                    data=ocp.args.JsonSave({**data, "skipped": int(state.skipped)}),
+                    serving=ocp.args.JsonSave(self._serving),
+                ),
+            )
+
+    def check(self) -> None:
+        """Raise if what is being written beside the training has failed by now."""
+        with self._written():
+            self._manager.check_for_errors()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the disk's errors come as OSError, TensorStore's ValueError and others
+            self._failed = True
+            reason = str(error).partition(" [tensorstore_spec=")[0]
+            folder = pathlib.Path(self._manager.directory)
+            steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit() and damage(path) is None]
+            before = f"That of step {max(steps)} is complete: go on from there" if steps else "None is complete: begin"
+            raise UnwrittenError(
+                f"the checkpoint of step {self._begun} could not be written to {folder}: {reason}\n{before} with "
+                f"{'--train.resume' if steps else 'another --train.output'} once there is room, or whatever else it "
+                "lacked."
+            ) from error
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest complete checkpoint in the shapes and shardings of `state`, and its data position. Newer ones that
@@ -177,10 +208,13 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Block until everything started is on disk."""
-        self._manager.wait_until_finished()
+        with self._written():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        """Wait for what is being written. Raises UnwrittenError, unless it was raised before."""
+        with contextlib.suppress(Exception) if self._failed else self._written():
+            self._manager.close()
 
 
 def _seal_new(folder: pathlib.Path) -> None:

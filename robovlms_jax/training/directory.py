@@ -16,6 +16,14 @@ import jax
 LOCK, OWNER = ".lock", "writer.json"
 
 
+def require_writable(output: pathlib.Path) -> None:
+    """Raise PermissionError where nothing could be written below `output`. Makes nothing, so that it can be asked
+    before the work begins that is to be kept there."""
+    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if existing.is_dir() and not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"nothing can be written to {existing}; choose another directory, or make it writable.")
+
+
 @contextlib.contextmanager
 def claim(output: pathlib.Path) -> Iterator[None]:
     """Be the only one who writes to the directory of a run, or of a recording. The operating system frees it when the
@@ -23,6 +31,7 @@ def claim(output: pathlib.Path) -> Iterator[None]:
 
     Raises:
       ValueError: another process writes there (names its host, process and time), or `output` is a file.
+      OSError: it cannot be written; names it.
     """
     if jax.process_index() != 0:
         yield
@@ -32,6 +41,8 @@ def claim(output: pathlib.Path) -> Iterator[None]:
     except (FileExistsError, NotADirectoryError):
         taken = next(path for path in (output, *output.parents) if path.is_file())
         raise ValueError(f"{taken} is a file; choose another directory.") from None
+    except OSError as error:
+        raise _unwritable(output, error) from error
     lock = filelock.FileLock(output / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -39,6 +50,8 @@ def claim(output: pathlib.Path) -> Iterator[None]:
         raise ValueError(
             f"{output} is being written by {_owner(output)}. Wait for it, stop it, or choose another directory."
         ) from None
+    except OSError as error:
+        raise _unwritable(output, error) from error
     try:
         owner = {
             "host": platform.node(),
@@ -50,6 +63,10 @@ def claim(output: pathlib.Path) -> Iterator[None]:
     finally:
         (output / OWNER).unlink(missing_ok=True)
         lock.release()
+
+
+def _unwritable(output: pathlib.Path, error: OSError) -> OSError:
+    return OSError(f"nothing can be written to {output} ({error}); choose another directory, or make it writable.")
 
 
 def _owner(output: pathlib.Path) -> str:

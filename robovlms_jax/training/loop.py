@@ -35,6 +35,10 @@ class CorruptDataError(RuntimeError):
     """More segments could not be read than data.max_corrupt_share allows."""
 
 
+class LoaderError(RuntimeError):
+    """What reads batches is gone."""
+
+
 class DivergedError(RuntimeError):
     """Loss or gradient is not finite any more; the newest checkpoint on disk is from before."""
 
@@ -74,7 +78,7 @@ def fit(
     Returns:
       The final state and whether all steps were made (False: stopped by SIGTERM, saved).
     Raises:
-      CorruptDataError, DivergedError.
+      CorruptDataError, DivergedError, LoaderError, checkpoints.UnwrittenError: noticed at the next log at the latest.
     """
     train, start = config.train, int(state.step)
     corrupt = _CorruptCount(config.data.max_corrupt_share, describe)
@@ -90,7 +94,7 @@ def fit(
         for step in range(start + 1, train.steps + 1):
             tracer.before(step, pending)
             with goodput.spent_on("data"):
-                batch = next(batches)
+                batch = _next(batches, step)
             corrupt.add(batch)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = train_step(state, meshes.put_batch(batch, mesh))
@@ -108,6 +112,7 @@ def fit(
                     checkpointer.wait()
                     raise nonfinite.error(int(state.step))
             if log:
+                checkpointer.check()
                 values = _means(history)
                 history.clear()
                 values |= speed.log(step, values["loss"]) | corrupt.values() | nonfinite.values()
@@ -138,6 +143,19 @@ def fit(
         writer.write(train.steps, {f"goodput/{phase}": share for phase, share in goodput.shares().items()})
         logger.info("time: %s", goodput)
     return state, True
+
+
+def _next(batches: Iterator[Batch], step: int) -> Batch:
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # the data's own errors say what they mean
+            raise
+        # Grain asks every second whether its workers live.
+        raise LoaderError(
+            f"no batch for step {step}: {error} If the machine ran out of memory, read with fewer data.num_workers (0: "
+            "threads) or a smaller data.prefetch; then go on from the newest checkpoint with --train.resume."
+        ) from error
 
 
 class _Made(NamedTuple):

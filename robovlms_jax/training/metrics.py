@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -31,7 +32,9 @@ class JsonLines:
                         kept.append(line + "\n")
                 except (json.JSONDecodeError, KeyError):
                     continue  # a line torn by a killed process
-        path.write_text("".join(kept))
+        new = path.with_suffix(".tmp")  # a full disk must not cost what is there
+        new.write_text("".join(kept))
+        new.replace(path)
         self._file = path.open("a", buffering=1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -42,16 +45,22 @@ class JsonLines:
 
 
 class TensorBoard:
-    """TensorBoard event files."""
+    """TensorBoard event files. Written at once: tensorboardX's own writer hands events to a thread, and when that one
+    dies of a full disk, waits for it forever."""
 
     def __init__(self, directory: pathlib.Path):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
 
-        self._writer = SummaryWriter(str(directory))
+        directory.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(directory / "events"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

@@ -129,3 +129,41 @@ def test_killed_while_saving(tmp_path):
     assert sorted(path.name.split(".")[0] for path in folder.iterdir()) == ["1", "2"]
     assert restore(tmp_path) == (1, 1.0)
     assert [path.name for path in folder.iterdir()] == ["1"]
+
+
+FULL = """
+import pathlib, sys, time
+from robovlms_jax.training import checkpoints
+from tests.training import test_checkpoints as tests, test_metrics
+run, way = pathlib.Path(sys.argv[1]), sys.argv[2]
+saver = checkpoints.Checkpointer(run, keep=1, serving={"config": {}})
+saver.save(tests.at_step(tests.small_state(), 1), {"next_step": 1})
+saver.wait()
+test_metrics.limit_files(100)
+saver.save(tests.at_step(tests.small_state(), 2), {"next_step": 2})
+try:
+    if way == "look":
+        for _ in range(300):  # as the loop does at every log
+            saver.check()
+            time.sleep(0.1)
+    elif way == "save":
+        saver.save(tests.at_step(tests.small_state(), 3), {"next_step": 3})
+    else:
+        saver.wait()
+    print("went on as if nothing had happened")
+except checkpoints.UnwrittenError as error:
+    print(error)
+saver.close()
+"""
+
+
+@pytest.mark.parametrize("way", ["look", "save", "wait"])
+def test_a_disk_that_is_full_is_named_and_costs_no_older_checkpoint(tmp_path, way):
+    # keep=1: the old one must not go before the new one is complete.
+    said = run_python("-c", FULL, tmp_path, way)
+    assert "the checkpoint of step 2 could not be written to" in said and "File too large" in said
+    assert "That of step 1 is complete: go on from there with --train.resume" in said
+    assert restore(tmp_path) == (1, 1.0)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]  # what was begun is cleared away
+    write_steps(tmp_path, 2)
+    assert restore(tmp_path) == (2, 2.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -48,6 +50,30 @@ def test_a_file_in_the_way_is_named(tmp_path, below):
         directory.claim(taken / below),
     ):
         pass
+
+
+def test_a_read_only_directory_is_named(tmp_path, monkeypatch):
+    # Tests may run as root, who may write anywhere but on a file system mounted read-only: that is played here.
+    run = tmp_path / "runs" / "mine"
+    directory.require_writable(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: path != tmp_path)
+        with pytest.raises(PermissionError, match=rf"nothing can be written to {tmp_path}; choose another"):
+            directory.require_writable(run)
+    for fails in ("mkdir", "open"):  # the directory itself, or the lock in it
+        with monkeypatch.context() as patch:
+            error = OSError(errno.EROFS, "Read-only file system")
+            patch.setattr(*((pathlib.Path, "mkdir") if fails == "mkdir" else (os, "open")), raiser(error))
+            with pytest.raises(OSError, match=rf"written to {run} .*Read-only.*choose another"), directory.claim(run):
+                pass
+    assert list(run.iterdir()) == []
+
+
+def raiser(error):
+    def fails(*args, **kwargs):
+        raise error
+
+    return fails
 
 
 def test_programs_are_kept_where_asked(tmp_path):

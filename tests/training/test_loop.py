@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
+import logging
+import multiprocessing
+import os
 import signal
+import time
 import types
 
 import jax
@@ -13,9 +18,11 @@ import numpy as np
 import pytest
 
 from robovlms_jax import cli
-from robovlms_jax.config import ExperimentConfig
+from robovlms_jax.config import DataConfig, ExperimentConfig
+from robovlms_jax.data import opening, pipeline
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.training import loop
+from tests.data import toy_rlds
 from tests.toy import make_batch
 
 
@@ -34,11 +41,14 @@ class Disk:
     def save(self, state, data):
         self.saved.append((state.step, data["next_step"]))
 
+    def check(self):
+        pass
+
     def wait(self):
         pass
 
 
-def fit(output, *, bad=(), terminated=0, state=State(), steps=8, **changes):
+def fit(output, *, bad=(), terminated=0, state=State(), steps=8, batches=None, **changes):
     """Run the loop over a step that finds the batches numbered in `bad` not finite, and is sent SIGTERM during step
     `terminated`; (state, saved, logged lines)."""
     config = cli.override(
@@ -64,7 +74,7 @@ def fit(output, *, bad=(), terminated=0, state=State(), steps=8, **changes):
     try:
         state, _ = loop.fit(
             state,
-            itertools.repeat(batch),
+            itertools.repeat(batch) if batches is None else batches,
             train_step,
             config=config,
             mesh=meshes.make_mesh((1, 1, 1), jax.devices()[:1]),
@@ -116,6 +126,51 @@ def test_skipping_ends_at_the_limit_which_counts_what_was_skipped_before_a_resum
     error, saved, _ = fit(tmp_path, bad=(5,), state=State(step=4, skipped=2), **changes)
     assert isinstance(error, loop.DivergedError) and "3 batches so far, more than train.max_skipped=2" in str(error)
     assert saved == [(5, 5)]
+
+
+def test_speed_and_time_left_do_not_mind_that_the_clock_is_set(tmp_path, monkeypatch, caplog):
+    # A year back, two years on, with every look: only a clock that nobody sets can tell how long a step took.
+    shown = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 1.8e9 + (-1) ** next(shown) * 3.2e7)
+    caplog.set_level(logging.INFO)
+    begin = time.perf_counter()
+    _, _, lines = fit(tmp_path, steps=12)
+    took = time.perf_counter() - begin
+    values = {name: value for _, line in lines for name, value in line.items()}
+    assert 12 / took < values["train/steps_per_second"] < 1e6
+    assert all(0.0 <= value <= 1.0 for name, value in values.items() if name.startswith("goodput/"))
+    assert caplog.text.count("eta 0:00:00") == 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """Importable, as worker processes need it."""
+
+    def __call__(self, sentence):
+        return np.ones(4, np.int32), np.ones(4, bool)
+
+
+def test_a_dead_loader_worker_ends_the_run(tmp_path):
+    # Out of memory, the kernel kills one of them. Fails if the run waits for it, or goes on without its batches.
+    toy_rlds.write(tmp_path, [toy_rlds.episode(seed, 20) for seed in range(4)], name="arm")
+    (tmp_path / "mine.yaml").write_text("datasets: {}\nmixture: {arm: 1.0}\n")
+    settings = DataConfig(dataset=str(tmp_path / "mine.yaml"), root=str(tmp_path), index_workers=1)
+    source = pipeline.SegmentSource(
+        opening.open_split(settings, "training"),
+        window=2,
+        chunk=2,
+        windows_per_segment=2,
+        cameras=("static",),
+        encode_text=Encode(),
+    )
+    reading = {"segments_per_batch": 4, "seed": 0, "num_threads": 1, "prefetch": 1, "num_workers": 2}
+    with contextlib.closing(pipeline.train_batches(source, **reading)) as batches:
+        next(batches)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        begin = time.perf_counter()
+        with pytest.raises(loop.LoaderError, match=r"no batch for step .*exit code -9.*data.num_workers.*train.resume"):
+            fit(tmp_path, steps=10_000, batches=batches)
+        assert time.perf_counter() - begin < 30.0
 
 
 def test_a_run_that_skipped_may_go_on_as_one_that_aborts(tmp_path):

@@ -1,0 +1,84 @@
+"""Metrics on disk: what was written can be read, and a disk that is full is an error, not a wait."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import resource
+import signal
+import struct
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from robovlms_jax.training import metrics
+from tests.processes import run_python
+
+
+def read_events(directory: pathlib.Path) -> list[tuple[int, str, float]]:
+    """(step, name, value) of all scalars. A record: length uint64, its checksum, bytes, their checksum."""
+    (path,) = directory.iterdir()
+    data, found = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return found
+
+
+def test_tensorboard_has_every_number_at_once(tmp_path):
+    # Before `close`: a run that is killed keeps its curves.
+    writer = metrics.TensorBoard(tmp_path / "events")
+    writer.write(3, {"train/loss": 0.5, "train/steps_per_second": 2.0})
+    writer.write(4, {"train/loss": 0.25})
+    expected = [(3, "train/loss", 0.5), (3, "train/steps_per_second", 2.0), (4, "train/loss", 0.25)]
+    assert read_events(tmp_path / "events") == expected
+    writer.close()
+    assert read_events(tmp_path / "events") == expected
+
+
+def limit_files(size: int) -> None:
+    """No file of this process may grow beyond `size` bytes: as a full disk, but for everyone who may run tests."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+FULL = """
+import pathlib, sys
+from robovlms_jax.training import metrics
+from tests.training import test_metrics as tests
+output = pathlib.Path(sys.argv[1])
+output.mkdir()
+writers = [metrics.TensorBoard(output / "events"), metrics.JsonLines(output / "metrics.jsonl")]
+tests.limit_files(1000)
+for writer in writers:
+    try:
+        for step in range(10_000):
+            writer.write(step, {"loss": 1.0})
+        print("went on as if nothing had happened")
+    except OSError as error:
+        print(error.strerror)
+"""
+
+
+def test_a_full_disk_is_an_error(tmp_path):
+    # tensorboardX's own writer would hang here: its thread dies, its queue fills, and `write` waits for room in it.
+    assert run_python("-c", FULL, tmp_path / "run").splitlines() == ["File too large"] * 2
+
+
+def test_resuming_on_a_full_disk_loses_no_line(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)))
+
+    def fails(self, text):
+        with self.open("w"):
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "write_text", fails)
+        with pytest.raises(OSError, match="No space"):
+            metrics.JsonLines(path, 3)
+    assert len(path.read_text().splitlines()) == 5
+    metrics.JsonLines(path, 3).close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
