@@ -78,7 +78,7 @@ def fit(
     Returns:
       The final state and whether all steps were made (False: stopped by SIGTERM, saved).
     Raises:
-      CorruptDataError, DivergedError, LoaderError, checkpoints.UnwrittenError: noticed at the next log at the latest.
+      CorruptDataError, DivergedError, LoaderError, checkpoints.UnwrittenError (by the next save).
     """
     train, start = config.train, int(state.step)
     corrupt = _CorruptCount(config.data.max_corrupt_share, describe)
