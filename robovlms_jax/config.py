@@ -513,8 +513,8 @@ class TrainConfig:
     TensorBoard's profile plugin (`pip install tensorboard-plugin-profile`) or ui.perfetto.dev. 0: none."""
     compilation_cache: str = "auto"
     """Directory of compiled programs, so that the next start need not compile them again. auto: the one that
-    JAX_COMPILATION_CACHE_DIR names, else ~/.cache/robovlms_jax/xla on accelerators and none on CPUs, whose programs fit
-    one type of processor only. Empty: none."""
+    JAX_COMPILATION_CACHE_DIR names, else ~/.cache/robovlms_jax/xla/<type of processor>, of at most 8 GiB. Empty:
+    none."""
     wandb_project: str = ""
     """Also log to this Weights & Biases project (needs `pip install wandb`)."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 import pathlib
@@ -14,6 +15,8 @@ import filelock
 import jax
 
 LOCK, OWNER = ".lock", "writer.json"
+PROGRAMS_BYTES = 8 * 2**30
+"""Most that the ordinary cache of compiled programs may hold; those not used for longest make room."""
 
 
 def require_writable(output: pathlib.Path) -> None:
@@ -78,9 +81,21 @@ def _owner(output: pathlib.Path) -> str:
 
 
 def keep_programs(choice: str) -> None:
-    """Set up JAX's persistent compilation cache as `train.compilation_cache` says."""
+    """Set up JAX's persistent compilation cache as `train.compilation_cache` says. What cannot be read there is
+    compiled again, and what cannot be written is not kept, with JAX's warning."""
     if choice == "auto":
-        if jax.config.jax_compilation_cache_dir or jax.default_backend() == "cpu":
+        if jax.config.jax_compilation_cache_dir:
             return
-        choice = "~/.cache/robovlms_jax/xla"
+        choice = f"~/.cache/robovlms_jax/xla/{_processor()}"
+        jax.config.update("jax_compilation_cache_max_size", PROGRAMS_BYTES)
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(choice).expanduser()) if choice else None)
+
+
+def _processor() -> str:
+    """A name for this type of processor. Homes are shared by different machines, and a program compiled for one CPU
+    uses instructions that another may lack; JAX's own key tells accelerators apart, but not CPUs."""
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        told = sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))})
+        return f"{platform.machine()}-{hashlib.sha256(repr(told).encode()).hexdigest()[:12]}"
+    return platform.machine()

@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from robovlms_jax.training import directory
+from tests.processes import run_python
 
 HOLD = """
 import pathlib, sys, time
@@ -76,14 +77,43 @@ def raiser(error):
     return fails
 
 
-def test_programs_are_kept_where_asked(tmp_path):
-    before = jax.config.jax_compilation_cache_dir
+def test_programs_are_kept_where_asked(tmp_path, monkeypatch):
+    names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    before = {name: getattr(jax.config, name) for name in names}
     try:
-        directory.keep_programs("auto")  # set by the tests' own environment: left alone
-        assert jax.config.jax_compilation_cache_dir == before
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+        directory.keep_programs("auto")  # set by the user's environment: left alone
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
         directory.keep_programs(str(tmp_path / "programs"))
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs")
         directory.keep_programs("")
         assert jax.config.jax_compilation_cache_dir is None
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        directory.keep_programs("auto")
+        assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / "home" / ".cache" / "robovlms_jax"))
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+CACHED = """
+import sys, jax
+from robovlms_jax.training import directory
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+directory.keep_programs("auto")
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None)
+print(float(jax.jit(lambda x: jax.numpy.sin(x) @ x)(jax.numpy.ones((5, 5)))[0, 0]), bool(hits))
+"""
+
+
+def test_a_second_run_finds_the_programs_of_the_first_and_a_damaged_one_is_made_again(tmp_path):
+    # By default, on a CPU too. Fails if nothing is kept, or if a file cut short ends the run.
+    home = {"HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
+    first, second = (run_python("-c", CACHED, **home).split() for _ in range(2))
+    assert (first[1], second[1]) == ("False", "True") and first[0] == second[0]
+    programs = [path for path in (tmp_path / ".cache").rglob("*") if path.is_file()]
+    assert programs
+    for path in programs:
+        os.truncate(path, path.stat().st_size // 2)
+    assert run_python("-c", CACHED, **home).split()[0] == first[0]
