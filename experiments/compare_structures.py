@@ -3,10 +3,10 @@
     python -m experiments.compare_structures                          # four of the paper's structures, small
     python -m experiments.compare_structures --full                   # every product x window x chunk x execution mode
 
-A structure is history-readout-head, one of `policies.heads.base.products()`. Each cell of the grid keeps its results in
-a directory of its own: the same command goes on where it was stopped, and a larger grid adds to a smaller one. The
-report is structures.md in the output directory, beside structures.json and structures.png. Its numbers are PlayTable's,
-never CALVIN's.
+A structure is history-readout-head, one of `policies.heads.base.products()`; everything else, the demonstrations too,
+is the default preset's of `experiments.calvin_abcd`. Each cell of the grid keeps its results in a directory of its own:
+the same command goes on where it was stopped, and a larger grid adds to a smaller one. The report is structures.md in
+the output directory, beside structures.json and structures.png. Its numbers are PlayTable's, never CALVIN's.
 """
 
 from __future__ import annotations
@@ -24,16 +24,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import jax
 import tyro
 
-from experiments import evaluate, record_playtable, run
-from robovlms_jax.config import (
-    BackboneConfig,
-    DataConfig,
-    EvaluationConfig,
-    ExperimentConfig,
-    OptimizerConfig,
-    PolicyConfig,
-    TrainConfig,
-)
+from experiments import calvin_abcd, closed_loop, evaluate, run
+from robovlms_jax.config import DemonstrationConfig, EvaluationConfig, ExperimentConfig, RolloutConfig
 from robovlms_jax.envs import tasks
 from robovlms_jax.evaluation import chains, rollout_metrics
 from robovlms_jax.evaluation.execution import Execution
@@ -53,8 +45,6 @@ PAPER = (
     "policy_head-action_query-lstm",
 )
 """What the paper compares (Li et al. 2024, arXiv:2412.14058, section 4)."""
-FIXTURES = tuple(name for name in tasks.TASKS if name.startswith(("move_slider", "open_", "close_", "turn_")))
-
 # Every head at the size of the backbone's twin; fields a head does not have are left out.
 _HEAD_SIZE = {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "trunk": (256, 128), "dropout": 0.0}
 
@@ -64,36 +54,31 @@ class CompareConfig:
     """Which cells, on what data, with what budget."""
 
     output: str = "runs/structures"
-    data: str = ""
-    """Recording to train on (`experiments.record_playtable`). Empty: OUTPUT/data, recorded if it is not there."""
+    data: str = calvin_abcd.FIXTURES.data.root
+    """Directory of the demonstrations, recorded if they are not there; the main job's default run has the same ones."""
+    demonstrations: DemonstrationConfig = calvin_abcd.FIXTURES.demonstrations
+    """What is recorded, and asked on the validation table. With episodes=0, `data` is any dataset in CALVIN's layout.
+    """
     structures: tuple[str, ...] = PAPER
     """history-readout-head, or `all`."""
     windows: tuple[int, ...] = (8,)
     """Steps looked back over; a one_step structure has 1 and counts once."""
     chunks: tuple[int, ...] = (5,)
     """Actions predicted at a time."""
-    executions: tuple[Mode, ...] = ("first", "chunk")
+    executions: tuple[Mode, ...] = ("first", "receding", "chunk")
     """How much of a chunk is executed (receding: half of it). A chunk of 1 is only ever executed whole."""
     full: bool = False
     """The whole grid: all structures, windows 1, 4, 8, 16, chunks 1, 5, 10, every execution mode. Meant for a GPU."""
     list: bool = False
     """Only print the cells."""
 
-    episodes: int = 120
-    """Training chains to record; shared by all cells."""
-    tasks: tuple[str, ...] = FIXTURES
-    """Tasks demonstrated and asked for."""
-    steps: int = 1000
+    steps: int = calvin_abcd.FIXTURES.train.steps
     """Optimizer steps per cell."""
-    batch_size: int = 32
+    batch_size: int = calvin_abcd.FIXTURES.train.batch_size
     """Windows per step."""
-    learning_rate: float = 1e-3
-    trials: int = 40
-    """Rollouts per cell, single tasks taking turns, on the held-out table D."""
-    max_steps: int = 160
-    """Control steps per rollout."""
-    image_size: tuple[int, int] = (96, 64)
-    """Pixels of both cameras."""
+    learning_rate: float = calvin_abcd.FIXTURES.optimizer.learning_rate
+    trials: int = 80
+    """Rollouts per cell and execution mode, single tasks taking turns."""
     seed: int = 0
 
     def __post_init__(self):
@@ -104,11 +89,13 @@ class CompareConfig:
         for field in ("windows", "chunks"):
             if min(getattr(self, field), default=0) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must name at least one number, each at least 1.")
-        if not self.executions or min(self.episodes, self.steps, self.batch_size, self.trials, self.max_steps) < 1:
-            raise ValueError("executions must name a mode; episodes, steps, batch_size, trials, max_steps be positive.")
-        unknown = sorted(set(self.tasks) - set(tasks.TASKS))
-        if unknown or not self.tasks:
-            raise ValueError(f"tasks has unknown {unknown}; known: {', '.join(tasks.TASKS)}.")
+        if not self.executions or min(self.steps, self.batch_size, self.trials) < 1:
+            raise ValueError("executions must name a mode; steps, batch_size and trials be positive.")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Demonstrated and asked for."""
+        return self.demonstrations.tasks or tuple(tasks.TASKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,11 +136,12 @@ def compare(config: CompareConfig) -> pathlib.Path:
     output = pathlib.Path(config.output)
     grid = cells(config)
     _require_same_budget(output, config)
-    data = config.data or _record(output / "data", config)
+    if config.demonstrations.episodes:
+        closed_loop.ensure_demonstrations(config.demonstrations, config.data)
     for number, cell in enumerate(grid, start=1):
         logger.info("cell %d of %d: %s", number, len(grid), cell.name)
         directory = output / "cells" / cell.name
-        trained = _train(cell, config, data, directory)
+        trained = _train(cell, config, directory)
         for execution in cell.executions:
             if not (directory / _file(execution)).exists():
                 row = trained if "failed" in trained else trained | _roll_out(config, directory, execution)
@@ -168,7 +156,8 @@ def write_report(output: pathlib.Path) -> pathlib.Path:
     """structures.md, .json and .png of all cells that are done."""
     budget = json.loads((output / "budget.json").read_text())
     rows = [json.loads(path.read_text()) for path in sorted((output / "cells").glob("*/cell-*.json"))]
-    record = {"env": "playtable-D", "budget": budget, "device": jax.devices()[0].device_kind, "cells": rows}
+    scene, device = budget["demonstrations"]["validation_scene"], jax.devices()[0].device_kind
+    record = {"env": f"playtable-{scene}", "budget": budget, "device": device, "cells": rows}
     (output / "structures.json").write_text(json.dumps(record, indent=1) + "\n")
     if any("failed" not in row for row in rows):
         draw(rows).savefig(output / "structures.png", dpi=130, bbox_inches="tight")
@@ -196,45 +185,37 @@ def _file(execution: Execution) -> str:
     return f"cell-{execution.label.replace(' ', '_')}.json"
 
 
-def experiment(cell: Cell, config: CompareConfig, data: str, directory: pathlib.Path) -> ExperimentConfig:
-    """What is trained in a cell: the same for all but the structure, the window and the chunk."""
+def experiment(cell: Cell, config: CompareConfig, directory: pathlib.Path) -> ExperimentConfig:
+    """What is trained in a cell: the default preset but for the structure, the window and the chunk."""
+    default = calvin_abcd.FIXTURES
     kind = heads.config_of(cell.structure.head)
     fields = {field.name for field in dataclasses.fields(kind)}
     head = kind(**{name: value for name, value in _HEAD_SIZE.items() if name in fields})
-    return ExperimentConfig(
-        backbone=BackboneConfig(name="kosmos-2-twin"),
-        policy=PolicyConfig(
-            history=cell.structure.history,
-            readout=cell.structure.readout,
-            head=head,
-            window=cell.window,
-            chunk=cell.chunk,
-            action_low=(-1.0,) * 6,
-            action_high=(1.0,) * 6,
+    structure = cell.structure._asdict() | {"head": head}
+    return dataclasses.replace(
+        default,
+        policy=dataclasses.replace(default.policy, **structure, window=cell.window, chunk=cell.chunk),
+        data=dataclasses.replace(default.data, root=config.data),
+        optimizer=dataclasses.replace(
+            default.optimizer, learning_rate=config.learning_rate, warmup_steps=min(100, config.steps // 10)
         ),
-        data=DataConfig(root=data, static_shift=0, wrist_shift=0, num_threads=2, prefetch=4),
-        optimizer=OptimizerConfig(
-            learning_rate=config.learning_rate,
-            weight_decay=0.01,
-            schedule="cosine",
-            warmup_steps=min(100, config.steps // 10),
-        ),
-        train=TrainConfig(
+        train=dataclasses.replace(
+            default.train,
             output=str(directory / "run"),
             resume=any((directory / "run" / checkpoints.FOLDER).glob("[0-9]*")),
             steps=config.steps,
             batch_size=config.batch_size,
-            log_every=100,
-            eval_every=0,
             checkpoint_every=500,
             keep_checkpoints=1,
             seed=config.seed,
         ),
         evaluation=EvaluationConfig(batches=10, episodes=0),
+        demonstrations=DemonstrationConfig(),  # they are there
+        rollouts=RolloutConfig(),  # done afterwards, in several modes
     )
 
 
-def _train(cell: Cell, config: CompareConfig, data: str, directory: pathlib.Path) -> dict[str, Any]:
+def _train(cell: Cell, config: CompareConfig, directory: pathlib.Path) -> dict[str, Any]:
     """What is known of the trained policy before it is rolled out; trains it unless that has been done."""
     path = directory / "trained.json"
     if path.exists():
@@ -243,7 +224,7 @@ def _train(cell: Cell, config: CompareConfig, data: str, directory: pathlib.Path
     begin = time.perf_counter()
     known: dict[str, Any] = cell.structure._asdict() | {"window": cell.window, "chunk": cell.chunk}
     try:
-        done = run.train(cell.name, experiment(cell, config, data, directory))
+        done = run.train(cell.name, experiment(cell, config, directory))
     except loop.DivergedError as error:
         known["failed"] = str(error)
     else:
@@ -264,14 +245,14 @@ def _roll_out(config: CompareConfig, directory: pathlib.Path, execution: Executi
             checkpoint=str(directory / "run"),
             output=str(output),
             env="playtable",
-            scene="D",
+            scene=config.demonstrations.validation_scene,
             tasks=config.tasks,
             chains=config.trials,
-            max_steps=config.max_steps,
+            max_steps=config.demonstrations.max_steps,
             execution=execution,
             processes=min(config.trials, 20),
             films=0,
-            image_size=config.image_size,
+            image_size=config.demonstrations.image_size,
         )
     )
     summary = rollout_metrics.summarize(chains.load(output).results)
@@ -283,25 +264,6 @@ def _roll_out(config: CompareConfig, directory: pathlib.Path, execution: Executi
         "interval": rate.interval,
         "per_task": {name: [task.successes, task.attempts] for name, task in summary.per_task.items()},
     }
-
-
-def _record(directory: pathlib.Path, config: CompareConfig) -> str:
-    """Record the demonstrations, or go on with that; a finished recording has all of its chains already."""
-    marker = directory.parent / "recorded.json"
-    if not marker.exists():
-        counts = record_playtable.record(
-            record_playtable.RecordConfig(
-                out=str(directory),
-                episodes=config.episodes,
-                validation_episodes=max(config.episodes // 12, 1),
-                tasks=config.tasks,
-                max_steps=config.max_steps,
-                image_size=config.image_size,
-                seed=config.seed,
-            )
-        )
-        marker.write_text(json.dumps(counts) + "\n")
-    return str(directory)
 
 
 def _require_same_budget(output: pathlib.Path, config: CompareConfig) -> None:
@@ -325,15 +287,19 @@ def _require_same_budget(output: pathlib.Path, config: CompareConfig) -> None:
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]], budget: Mapping[str, Any]) -> str:
-    recorded = f"{budget['episodes']} recorded chains of PlayTable, tables A to C"
+    shown = budget["demonstrations"]
+    tables = f"tables {', '.join(shown['scenes'])} and {shown['random_scenes']} random ones"
+    recorded = f"{shown['episodes']} recorded chains of PlayTable on {tables}"
+    data = recorded if shown["episodes"] else budget["data"]
+    names = shown["tasks"] or tasks.TASKS
     lines = [
         "# Structures compared on PlayTable",
         "",
-        f"Trained on {budget['data'] or recorded} ({len(budget['tasks'])} tasks), {budget['steps']} steps of "
-        f"{budget['batch_size']} windows each, on {jax.devices()[0].device_kind}; {budget['trials']} single tasks on "
-        f"table D, at most {budget['max_steps']} steps each. Error: mean absolute translation error per step and axis "
-        "on held-out demonstrations. One seed: the interval (95 %) is that of the rollouts, not of training again. "
-        "These are not CALVIN's numbers.",
+        f"Trained on {data} ({len(names)} tasks), {budget['steps']} steps of {budget['batch_size']} windows each, on "
+        f"{jax.devices()[0].device_kind}; {budget['trials']} single tasks on table {shown['validation_scene']}, at "
+        f"most {shown['max_steps']} steps each. Error: mean absolute translation error per step and axis on held-out "
+        "demonstrations. One seed: the interval (95 %) is that of the rollouts, not of training again. These are not "
+        "CALVIN's numbers.",
         "",
         "| history | readout | head | window | chunk | execution | success (95 % interval) | error, mm | training s |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -368,7 +334,9 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
         for row in shown
     ]
     axes.set_yticks(range(len(shown)), labels, fontsize=8)
-    axes.set(xlim=(-0.02, 1.02), xlabel="success, single tasks, 95 % interval", title="PlayTable, table D")
+    axes.set(
+        xlim=(-0.02, 1.02), xlabel="success, single tasks, 95 % interval", title="PlayTable, a table not trained on"
+    )
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

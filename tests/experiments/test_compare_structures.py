@@ -21,8 +21,8 @@ def asked(monkeypatch):
     log = []
 
     def record(config):
-        log.append(("record", config.episodes))
-        return {}
+        log.append(("record", config.episodes, config.out))
+        return {"recorded": 1, "attempted": 1, "frames": 1}
 
     def train(name, config):
         config.validate(1)
@@ -66,7 +66,7 @@ def test_the_grid_has_every_product_and_nothing_twice():
 def test_every_cell_is_a_configuration_that_fits_together():
     config = compare_structures.CompareConfig(full=True)
     for cell in compare_structures.cells(config):
-        experiment = compare_structures.experiment(cell, config, "data", pathlib.Path("nowhere"))
+        experiment = compare_structures.experiment(cell, config, pathlib.Path("nowhere"))
         experiment.validate(1)
         assert heads.kind_of(type(experiment.policy.head)) == cell.structure.head
 
@@ -77,20 +77,22 @@ def test_finished_cells_are_not_run_again_and_more_may_follow(tmp_path, asked):
     text = compare_structures.compare(config).read_text()
     first = "one_step-action_query-mlp-window1-chunk5"
     assert asked == [
-        ("record", 120),
+        ("record", 800, "data/playtable_fixtures"),
         ("train", first),
         ("roll out", first, "first"),
+        ("roll out", first, "receding 2"),
         ("roll out", first, "chunk"),
         ("train", "policy_head-action_query-gpt-window4-chunk5"),
     ]
     assert "0/1 = 0%" in text and "1/1 = 100%" in text and "diverged" in text and "not CALVIN's" in text
     assert "| 2.0 |" in text  # mm
     record = json.loads((tmp_path / "structures.json").read_text())
-    assert len(record["cells"]) == 4
+    assert len(record["cells"]) == 6
     assert (tmp_path / "structures.png").stat().st_size > 1000
     asked.clear()
     assert compare_structures.compare(config).read_text() == text
-    assert asked == []
+    assert asked == [("record", 800, "data/playtable_fixtures")]  # which finds that all is there
+    asked.clear()
     more = compare_structures.CompareConfig(
         output=str(tmp_path),
         structures=names[:1],
@@ -101,7 +103,7 @@ def test_finished_cells_are_not_run_again_and_more_may_follow(tmp_path, asked):
     )
     compare_structures.compare(more)
     new = "one_step-action_query-mlp-window1-chunk1"
-    assert asked == [("train", new), ("roll out", new, "first"), ("roll out", first, "ensemble 0.01")]
+    assert asked[1:] == [("train", new), ("roll out", new, "first"), ("roll out", first, "ensemble 0.01")]
     with pytest.raises(ValueError, match=r"another budget \(steps: 5 there, 6 here\)"):
         compare_structures.compare(compare_structures.CompareConfig(output=str(tmp_path), steps=6, trials=1))
 
