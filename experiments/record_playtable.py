@@ -9,41 +9,28 @@ A recording that was stopped (killed, full disk) goes on when the same command i
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 import tyro
 
+from experiments import demonstrations
 from robovlms_jax.config import DemonstrationConfig
 from robovlms_jax.data import base, calvin, packing
 from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import env, experts, physics, render
-from robovlms_jax.envs.playtable.scene import RANDOM, Scene, check_name, initial_obs, stack_scenes
+from robovlms_jax.envs.playtable.scene import RANDOM, check_name
 from robovlms_jax.training.directory import LOCK, OWNER, claim
 
-HOLD_STEPS = 2
-"""Steps recorded after a task is done, as CALVIN's segments have them."""
-BLOCK = 10
-"""Steps between two looks at who is done."""
 _JOURNAL = "recording.jsonl"
-KICK, KICK_STEPS = 0.6, 4
-"""Largest disturbance (in units of actions) and how many steps it lasts."""
-RENDER_FRAMES = 2048
-"""Frames collected before they are rendered, on all cores."""
 PACK_FRAMES = 20_000
 """Fewer are packed by one process: more of them first import everything (two: 32 000 frames in 18 instead of 20 s,
 16 000 in 12 instead of 11; two threads of one x86 core)."""
@@ -77,14 +64,6 @@ class RecordConfig(DemonstrationConfig):
         return (*self.scenes, *(f"{RANDOM}{i}" for i in range(self.random_scenes)))
 
 
-class Segment(NamedTuple):
-    """One demonstrated task. images: camera -> uint8[T, size, size, 3]; arrays: CALVIN field -> float64[T, d]."""
-
-    task: str
-    images: Mapping[str, np.ndarray]
-    arrays: Mapping[str, np.ndarray]
-
-
 def record(config: RecordConfig) -> dict[str, int]:
     """Write both splits. Returns demonstrations attempted, recorded and frames, for the report.
 
@@ -106,26 +85,28 @@ def record(config: RecordConfig) -> dict[str, int]:
     # Both splits have all tables, so that they run the same compiled programs.
     names = tuple(dict.fromkeys((*config.training_scenes, config.validation_scene)))
     with claim(out):
-        renderer = _Renderer(names, config.image_size)
+        renderer = demonstrations.Renderer(names, config.image_size)
         for split, scenes, episodes, seed, held_out in plan:
             writer = _Writer(_directory(out, split), _settings(config, split), held_out=held_out)
             missing = sorted(set(range(episodes)) - writer.numbers)
             if missing:
                 frames = (_SpooledFrames if config.pack else _NpzFrames)(out / split, config)
                 numbers = [names.index(name) for name in scenes]
-                tables = _Tables(config, renderer.scenes, numbers, seed, missing)
+                tables = demonstrations.Tables(config, renderer.scenes, numbers, seed, missing)
                 _record_split(writer, frames, split, tables, renderer)
             for name, count in writer.counts().items():
                 counts[name] += count
     return counts
 
 
-def _record_split(writer: _Writer, frames: _Frames, split: str, tables: _Tables, renderer: _Renderer) -> None:
+def _record_split(
+    writer: _Writer, frames: _Frames, split: str, tables: demonstrations.Tables, renderer: demonstrations.Renderer
+) -> None:
     frames.discard(writer.num_frames)  # of a chain that was being written when a call before was stopped
     done = len(writer.numbers)
     try:
         with tqdm.tqdm(total=len(tables.numbers) + done, initial=done, unit="chain", desc=split) as bar:
-            for number, segments, attempted in _rendered(tables, renderer):
+            for number, segments, attempted in demonstrations.rendered(tables, renderer):
                 writer.write(number, segments, attempted, frames)
                 bar.update()
         frames.finish(writer)
@@ -166,307 +147,6 @@ def _settings(config: RecordConfig, split: str) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def _rendered(tables: _Tables, renderer: _Renderer) -> Iterator[tuple[int, list[Segment], int]]:
-    """Of each chain, in the order in which they end: its number, its segments, and how many tasks were attempted.
-
-    Pictures are made beside the simulation, which alone does not keep all cores busy.
-    """
-    ended: list[_Chain] = []
-    looking: concurrent.futures.Future | None = None
-    with concurrent.futures.ThreadPoolExecutor(1) as beside:
-        for chain in tables:
-            ended.append(chain)
-            if sum(demo.length for each in ended for demo in each.demos) >= RENDER_FRAMES:
-                before, looking = looking, beside.submit(renderer.segments, ended)
-                ended = []
-                yield from before.result() if before else ()
-        yield from looking.result() if looking else ()
-        yield from renderer.segments(ended)
-
-
-class _Scenes:
-    """All tables of a recording, made when first asked for: a finished recording needs none."""
-
-    def __init__(self, names: Sequence[str]):
-        self.names = names
-
-    @functools.cached_property
-    def stacked(self) -> Scene:
-        """NumPy, because single rows are picked all the time."""
-        return jax.device_get(stack_scenes(self.names))
-
-
-class _Steps(NamedTuple):
-    """What is recorded of some steps: the states before them, `robot_obs` and `scene_obs` there, what the experts
-    wanted, and whether their tasks are done after them."""
-
-    states: physics.State
-    robot_obs: Any
-    scene_obs: Any
-    actions: Any
-    done: Any
-
-
-class _Demo(NamedTuple):
-    """One successful demonstration, not rendered yet. NumPy, leading axis T."""
-
-    task: str
-    steps: _Steps
-
-    @property
-    def length(self) -> int:
-        return len(self.steps.actions)
-
-
-@dataclasses.dataclass
-class _Chain:
-    """What one table is busy with."""
-
-    number: int
-    scene: int
-    rng: np.random.Generator
-    """Its own, so that a chain is the same whatever is recorded beside it."""
-    condition: tasks.Condition
-    offset: np.ndarray
-    """float64[3], metres: where its hand begins, seen from the resting pose."""
-    task: str = ""
-    attempted: int = 0
-    steps: int = 0
-    """Recorded steps of the task under way."""
-    done_at: int | None = None
-    """The step of the task under way after which the checker called it done."""
-    demos: list[_Demo] = dataclasses.field(default_factory=list)
-    blocks: list[_Steps] = dataclasses.field(default_factory=list)
-    """Of the task under way."""
-
-
-class _Tables:
-    """Tables that play chains side by side. Iterating yields chains as they end.
-
-    Every BLOCK steps a table whose task is over takes its next task, or its next chain, so none waits for the slowest.
-    """
-
-    def __init__(self, config: RecordConfig, every: _Scenes, scenes: Sequence[int], seed: int, numbers: Sequence[int]):
-        """every: all tables there are. scenes: which of them to play on. numbers: of the chains to play."""
-        self.config, self.seed, self.numbers = config, seed, numbers
-        self._every, self._scenes = every, scenes
-        self._tasks = config.tasks or tuple(tasks.TASKS)
-        self._waiting = collections.deque(numbers)
-
-    def __iter__(self) -> Iterator[_Chain]:
-        busy = {table: chain for table in range(self.config.tables) if (chain := self._begin()) is not None}
-        states = self._reset(busy, busy)
-        running = None
-        fresh = dict(busy)
-        while busy:
-            if fresh:
-                scenes = self._scenes_of(busy)
-                running = self._plan(scenes, states, fresh, running)
-            states, running, steps = _advance(scenes, states, running, self._kicks(busy))
-            fresh, ended, picks = {}, [], {}
-            for table, chain in list(busy.items()):
-                pick = self._book(chain, jax.tree.map(lambda x, t=table: x[:, t], steps))
-                if pick is None:
-                    continue
-                if chain.task and self._choose(chain):
-                    fresh[table], picks[table] = chain, pick
-                else:
-                    ended.append(chain)
-                    following = self._begin()
-                    if following is None:
-                        del busy[table]
-                    else:
-                        busy[table] = fresh[table] = following
-            if picks:  # go on where the recording ended, not where the block did
-                states = _choose_steps(states, steps.states, picks, self.config.tables)
-            started = {table: chain for table, chain in fresh.items() if table not in picks}
-            if started:
-                states = _where(started, self._reset(busy, started), states, self.config.tables)
-            yield from ended
-
-    def _scenes_of(self, busy: Mapping[int, _Chain]) -> Scene:
-        """One per table."""
-        which = np.array([busy[t].scene if t in busy else 0 for t in range(self.config.tables)])
-        return jax.device_put(env.pick(self._every.stacked, which))
-
-    def _kicks(self, busy: Mapping[int, _Chain]) -> np.ndarray:
-        """float32[tables, 7]: what is added to the experts' actions at the beginning of this block."""
-        kicks = np.zeros((self.config.tables, 7), np.float32)
-        for table, chain in busy.items():
-            direction, size = chain.rng.normal(size=6), chain.rng.uniform(0.0, KICK)
-            if chain.rng.uniform() < self.config.disturbance:
-                kicks[table, :6] = size * direction / np.linalg.norm(direction)
-        return kicks
-
-    def _begin(self) -> _Chain | None:
-        """The next chain with a first task; None when all have been begun."""
-        while self._waiting:
-            number = self._waiting.popleft()
-            rng = np.random.default_rng([self.seed, number])
-            conditions = tasks.initial_conditions()
-            scene = self._scenes[number % len(self._scenes)]
-            offset = self.config.start_spread * np.array([1.0, 0.25, 0.25]) * rng.uniform(-1.0, 1.0, size=3)
-            chain = _Chain(number, scene, rng, conditions[rng.integers(len(conditions))], offset)
-            if self._choose(chain):
-                return chain
-        return None
-
-    def _choose(self, chain: _Chain) -> bool:
-        """Draw the chain's next task; False when it is complete or no task of the list is possible."""
-        names = self._tasks if chain.attempted < self.config.chain_length else ()
-        possible = [name for name in names if len(tasks.successors(chain.condition, name)) == 1]
-        if not possible:
-            return False
-        chain.task = possible[chain.rng.integers(len(possible))]
-        chain.attempted += 1
-        chain.steps, chain.done_at, chain.blocks = 0, None, []
-        return True
-
-    def _reset(self, busy: Mapping[int, _Chain], fresh: Mapping[int, _Chain]) -> physics.State:
-        starts = [np.zeros((self.config.tables, size), np.float32) for size in (env.ROBOT_OBS_DIM, env.SCENE_OBS_DIM)]
-        for table in range(self.config.tables):
-            chain = fresh.get(table) or busy.get(table) or next(iter(fresh.values()))
-            for rows, obs in zip(starts, initial_obs(chain.condition, self._every.names[chain.scene]), strict=True):
-                rows[table] = obs
-            starts[0][table, :3] += chain.offset
-        return env.reset_batch(self._scenes_of(busy), *starts)
-
-    def _plan(self, scenes: Scene, states: Any, fresh: Mapping[int, _Chain], running: Any) -> Any:
-        numbers, seeds = np.zeros(self.config.tables, np.int32), np.zeros(self.config.tables, np.uint32)
-        for table, chain in fresh.items():
-            numbers[table], seeds[table] = experts.TASKS.index(chain.task), chain.rng.integers(2**31)
-        new = _begin_tasks(scenes, states, numbers, seeds)
-        return new if running is None else _where(fresh, new, running, self.config.tables)
-
-    def _book(self, chain: _Chain, steps: _Steps) -> int | None:
-        """Add a block to the chain's task. Returns the step of the block after which the task is over, None = goes on.
-
-        A task that was not done leaves `chain.task` empty: the chain ends.
-        """
-        chain.blocks.append(steps)
-        if chain.done_at is None and steps.done.any():
-            chain.done_at = chain.steps + int(steps.done.argmax())
-        before, chain.steps = chain.steps, chain.steps + len(steps.done)
-        if chain.done_at is None or chain.done_at + HOLD_STEPS >= self.config.max_steps:
-            if chain.steps < self.config.max_steps:
-                return None
-            chain.task = ""
-            return len(steps.done)
-        length = chain.done_at + HOLD_STEPS + 1
-        if chain.steps < length:
-            return None
-        steps = jax.tree.map(lambda *parts: np.concatenate(parts)[:length], *chain.blocks)
-        chain.demos.append(_Demo(chain.task, steps))
-        chain.condition = tasks.successors(chain.condition, chain.task)[0]
-        return length - before
-
-
-def _where(chosen: Any, new: Any, old: Any, tables: int) -> Any:
-    """Rows of `new` at the chosen tables, of `old` elsewhere."""
-    take = np.isin(np.arange(tables), list(chosen))
-    return jax.tree.map(lambda a, b: jnp.where(take.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
-
-
-def _choose_steps(after: physics.State, block: physics.State, picks: Mapping[int, int], tables: int) -> physics.State:
-    """The state after `picks[table]` steps of the block at those tables, after all steps elsewhere."""
-    steps = np.array([picks.get(table, BLOCK) for table in range(tables)])
-    inside = {table: step for table, step in picks.items() if step < BLOCK}
-    picked = jax.tree.map(lambda x: x[np.minimum(steps, BLOCK - 1), np.arange(tables)], block)
-    return _where(inside, picked, after, tables)
-
-
-class _Task(NamedTuple):
-    """What an expert on its way to a task carries from step to step."""
-
-    number: Any
-    plan: experts.Plan
-    progress: experts.Progress
-    start: tasks.SceneInfo
-
-
-@jax.jit
-def _begin_tasks(scenes: Scene, states: Any, numbers: Any, seeds: Any) -> _Task:
-    def one(scene, state, number, seed):
-        plan = experts.plan(scene, state, number, jax.random.key(seed))
-        return _Task(number, plan, experts.begin(), physics.info(scene, state))
-
-    return jax.vmap(one)(scenes, states, numbers, seeds)
-
-
-@jax.jit
-def _decide(scenes: Scene, states: Any, running: _Task, kicks: Any) -> tuple[Any, _Task, Any, Any]:
-    """What the experts want, their progress, what they do when kicked, and robot_obs and scene_obs before it."""
-
-    def one(scene, state, task, kick):
-        action, progress = experts.act(task.plan, task.progress, state)
-        obs = physics.robot_obs(state), physics.scene_obs(scene, state)
-        return action, task._replace(progress=progress), jnp.clip(action + kick, -1.0, 1.0), obs
-
-    return jax.vmap(one)(scenes, states, running, kicks)
-
-
-@jax.jit
-def _judge(scenes: Scene, states: Any, running: _Task) -> Any:
-    """bool[tables]: whose task is done."""
-    return jax.vmap(lambda scene, state, task: tasks.conditions(task.start, physics.info(scene, state))[task.number])(
-        scenes, states, running
-    )
-
-
-def _advance(scenes: Scene, states: Any, running: _Task, kicks: np.ndarray) -> tuple[Any, _Task, _Steps]:
-    """BLOCK expert steps on every table; leaves of the steps are NumPy [BLOCK, tables, ...].
-
-    `kicks` float32[tables, 7] disturb the first KICK_STEPS of them; what is recorded is the action the expert wanted.
-    A step is the program that rollouts run, too, so that it is compiled once.
-    """
-    steps = []
-    for number in range(BLOCK):
-        kicked = kicks if number < KICK_STEPS else np.zeros_like(kicks)
-        wanted, running, actions, obs = _decide(scenes, states, running, kicked)
-        after = env.step_batch(scenes, states, actions)
-        steps.append(_Steps(states, *obs, wanted, _judge(scenes, after, running)))
-        states = after
-    return states, running, jax.tree.map(lambda *parts: np.stack(parts), *jax.device_get(steps))
-
-
-class _Renderer:
-    """Turns demonstrations into segments, on all cores."""
-
-    def __init__(self, names: Sequence[str], image_size: tuple[int, int]):
-        self.scenes = _Scenes(names)
-        self._sizes = dict(zip(("static", "wrist"), image_size, strict=True))
-
-    @functools.cached_property
-    def _backdrops(self) -> render.Backdrop:
-        return jax.device_get(env.backdrops(self.scenes.stacked, self._sizes["static"]))
-
-    def segments(self, chains: list[_Chain]) -> list[tuple[int, list[Segment], int]]:
-        """Render all demonstrations of some chains together; what `_rendered` yields of them."""
-        demos = [(chain, demo) for chain in chains for demo in chain.demos]
-        seen = iter(self._look(demos)) if demos else iter(())
-        return [
-            (chain.number, [self._segment(demo, next(seen)) for demo in chain.demos], chain.attempted)
-            for chain in chains
-        ]
-
-    def _look(self, demos: list[tuple[_Chain, _Demo]]) -> Iterator[dict[str, np.ndarray]]:
-        """Both pictures of each demonstration's states."""
-        lengths = [demo.length for _, demo in demos]
-        which = np.repeat([chain.scene for chain, _ in demos], lengths)
-        states = jax.tree.map(lambda *parts: np.concatenate(parts), *(demo.steps.states for _, demo in demos))
-        images = env.pictures(self.scenes.stacked, which, states, self._sizes, self._backdrops)
-        for end, length in zip(np.cumsum(lengths), lengths, strict=True):
-            yield {camera: pictures[end - length : end] for camera, pictures in images.items()}
-
-    def _segment(self, demo: _Demo, images: dict[str, np.ndarray]) -> Segment:
-        robot, scene = (obs.astype(np.float64) for obs in (demo.steps.robot_obs, demo.steps.scene_obs))
-        relative = demo.steps.actions.astype(np.float64)
-        scaled = relative * np.array([*[physics.TRANSLATION_M] * 3, *[physics.ROTATION_RAD] * 3, 1.0])
-        target = scaled + np.concatenate([robot[:, :6], np.zeros((demo.length, 1))], axis=1)
-        arrays = {"rel_actions": relative, "actions": target, "robot_obs": robot, "scene_obs": scene}
-        return Segment(demo.task, images, arrays)
-
-
 class _Writer:
     """One split's journal: a line per finished chain. What describes the frames is made from it, so whenever
     recording stops, it can go on after the last line.
@@ -505,7 +185,7 @@ class _Writer:
         attempted = sum(chain["attempted"] for chain in self.chains)
         return {"attempted": attempted, "recorded": len(self.episodes()), "frames": self.num_frames}
 
-    def write(self, number: int, segments: Sequence[Segment], attempted: int, frames: _Frames) -> None:
+    def write(self, number: int, segments: Sequence[demonstrations.Segment], attempted: int, frames: _Frames) -> None:
         """One chain's segments, one session: first its frames, then its line."""
         frame, written = self.num_frames, []
         texts = sum(len(chain["segments"]) for chain in self.chains)
@@ -548,7 +228,7 @@ class _Frames(Protocol):
     def discard(self, first: int) -> None:
         """Forget frames from number `first` on."""
 
-    def save(self, first: int, segment: Segment) -> None:
+    def save(self, first: int, segment: demonstrations.Segment) -> None:
         """Write the frames of a segment; the first has number `first`."""
 
     def finish(self, writer: _Writer) -> None:
@@ -575,7 +255,7 @@ class _NpzFrames:
             if int(path.stem.removeprefix("episode_")) >= first:
                 path.unlink()
 
-    def save(self, first: int, segment: Segment) -> None:
+    def save(self, first: int, segment: demonstrations.Segment) -> None:
         for t in range(len(segment.arrays["rel_actions"])):
             np.savez(
                 self._directory / f"episode_{first + t:07d}.npz",
@@ -618,7 +298,7 @@ class _SpooledFrames:
     def discard(self, first: int) -> None:
         self._spool.truncate(first)
 
-    def save(self, first: int, segment: Segment) -> None:
+    def save(self, first: int, segment: demonstrations.Segment) -> None:
         self._spool.add(segment.images, segment.arrays)
 
     def abandon(self, writer: _Writer) -> None:

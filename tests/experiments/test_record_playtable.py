@@ -7,9 +7,8 @@ import errno
 import numpy as np
 import pytest
 
-from experiments import record_playtable
+from experiments import demonstrations, record_playtable
 from robovlms_jax.data import calvin, packing
-from robovlms_jax.envs.playtable import env, scene
 
 
 def fake_chains(tables, renderer):
@@ -21,13 +20,13 @@ def fake_chains(tables, renderer):
             images = {camera: np.full((3, 8, 8, 3), k, np.uint8) for camera in ("static", "wrist")}
             arrays = {"rel_actions": marks.repeat(7, 1), "actions": marks.repeat(7, 1)}
             arrays |= {"robot_obs": marks.repeat(15, 1), "scene_obs": marks.repeat(24, 1)}
-            segments.append(record_playtable.Segment("open_drawer", images, arrays))
+            segments.append(demonstrations.Segment("open_drawer", images, arrays))
         yield k, segments, 3
 
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-    monkeypatch.setattr(record_playtable, "_rendered", fake_chains)
+    monkeypatch.setattr(demonstrations, "rendered", fake_chains)
 
 
 def config(path, **changes):
@@ -142,18 +141,3 @@ def test_a_killed_packed_recording_goes_on(tmp_path, monkeypatch):
     # a packed split cannot grow
     with pytest.raises(ValueError, match="episodes: 6 there, 9 here"):
         record_playtable.record(config(tmp_path / "parts", pack=True, image_size=(8, 8), episodes=9))
-
-
-def test_a_chain_begins_on_its_own_table(tmp_path):
-    # Tables differ in how far the slider goes and which block is which: laid out on another one it is another start.
-    names = ("A", "B", "D")
-    every = record_playtable._Scenes(names)
-    tables = record_playtable._Tables(config(tmp_path / "out", tables=3), every, [1, 2, 0], 0, range(3))
-    busy = {table: tables._begin() for table in range(3)}
-    assert [names[chain.scene] for chain in busy.values()] == ["B", "D", "A"]
-    states = tables._reset(busy, busy)
-    found = np.asarray(env.info_batch(env.pick(every.stacked, np.array([1, 2, 0])), states)["scene_obs"])
-    for row, chain in zip(found, busy.values(), strict=True):
-        asked = scene.initial_obs(chain.condition, names[chain.scene])[1]
-        np.testing.assert_allclose(row[[0, 1, 3, 5]], asked[[0, 1, 3, 5]], atol=1e-5)
-        np.testing.assert_allclose(row[6:].reshape(3, 6)[:, :2], asked[6:].reshape(3, 6)[:, :2], atol=0.02)

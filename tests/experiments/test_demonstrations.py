@@ -1,0 +1,24 @@
+"""Chains on tables side by side."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from experiments import demonstrations
+from robovlms_jax.config import DemonstrationConfig
+from robovlms_jax.envs.playtable import env, scene
+
+
+def test_a_chain_begins_on_its_own_table():
+    # Tables differ in how far the slider goes and which block is which: laid out on another one it is another start.
+    names = ("A", "B", "D")
+    every = demonstrations.Scenes(names)
+    tables = demonstrations.Tables(DemonstrationConfig(tables=3), every, [1, 2, 0], 0, range(3))
+    busy = {table: tables._begin() for table in range(3)}
+    assert [names[chain.scene] for chain in busy.values()] == ["B", "D", "A"]
+    states = tables._reset(busy, busy)
+    found = np.asarray(env.info_batch(env.pick(every.stacked, np.array([1, 2, 0])), states)["scene_obs"])
+    for row, chain in zip(found, busy.values(), strict=True):
+        asked = scene.initial_obs(chain.condition, names[chain.scene])[1]
+        np.testing.assert_allclose(row[[0, 1, 3, 5]], asked[[0, 1, 3, 5]], atol=1e-5)
+        np.testing.assert_allclose(row[6:].reshape(3, 6)[:, :2], asked[6:].reshape(3, 6)[:, :2], atol=0.02)
