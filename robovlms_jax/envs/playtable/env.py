@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from robovlms_jax.types import Array
 
 ROBOT_OBS_DIM, SCENE_OBS_DIM = 15, 24
 _PIXELS_TOGETHER = 2**24
+_FEW = 64  # tables
 _TOGETHER_ON_CPU = 8  # pictures by one call: few, so that little is rendered for nothing and every core has some
 
 
@@ -38,10 +40,27 @@ def reset_batch(scenes: Scene, robot_obs: Array, scene_obs: Array) -> physics.St
     return jax.vmap(physics.reset)(scenes, robot_obs, scene_obs)
 
 
-@jax.jit
 def step_batch(scenes: Scene, states: physics.State, actions: Array) -> physics.State:
     """`physics.step` of B tables: actions float[B, 7]."""
-    return jax.vmap(physics.step)(scenes, states, actions)
+    return _stepper(len(actions) <= _FEW)(scenes, states, actions)
+
+
+@functools.cache
+def _stepper(few: bool) -> Callable[..., physics.State]:
+    return jax.jit(jax.vmap(physics.step), compiler_options=_for_few() if few else None)
+
+
+@functools.cache
+def _for_few() -> dict[str, bool] | None:
+    """How a step of few tables is compiled: on a CPU by XLA's older code generator, where XLA still has it. It compiles
+    in two thirds of the time, and a step, hundreds of kernels on a few numbers each, takes 0.6 of the time for one
+    table, 0.9 for 16 to 64, but 1.4 for 256 (docs/log.md, 2026-11-22)."""
+    options = {"xla_cpu_use_fusion_emitters": False}
+    if jax.default_backend() == "cpu":
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(lambda x: x + 1, compiler_options=options)(0)
+            return options
+    return None
 
 
 @jax.jit
