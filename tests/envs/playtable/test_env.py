@@ -9,6 +9,7 @@ from robovlms_jax.envs import tasks
 from robovlms_jax.envs.playtable import env, render
 from robovlms_jax.envs.playtable.scene import stack_scenes
 from tests.envs.playtable.conftest import action
+from tests.processes import run_python
 
 SIZES = {"static": 40, "wrist": 24}
 
@@ -160,3 +161,38 @@ def test_batches_mix_scenes():
     assert np.abs(images[0].astype(int) - images[1]).mean() > 5
     info = jax.device_get(env.info_batch(own, states))
     np.testing.assert_allclose(info["slider"], np.minimum(scene_obs[0, 0], scenes.joint_range[which, 0]), atol=1e-6)
+
+
+STEPS = """
+import jax, numpy as np
+from robovlms_jax.envs import tasks
+from robovlms_jax.envs.playtable import env
+from robovlms_jax.envs.playtable.scene import stack_scenes
+scenes = stack_scenes(["A", "D"])
+robot, scene = (np.tile(x, (2, 1)) for x in tasks.initial_state(tasks.official_chains()[0].condition, "D"))
+actions = np.array([[0.3, -0.2, -0.5, 0.1, 0.0, 0.4, 1.0], [-0.5, 0.4, -0.7, 0.0, 0.2, 0.0, -1.0]], np.float32)
+if env._for_few() is None:
+    raise SystemExit  # this XLA has one code generator only
+ends = []
+for few in (True, False):
+    states = env.reset_batch(scenes, robot, scene)
+    for _ in range(20):
+        states = env._stepper(few)(scenes, states, actions)
+    ends.append(jax.device_get(states))
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *ends)
+"""
+
+
+@pytest.mark.slow
+def test_both_code_generators_step_alike():
+    # Of their own, because tests compile with the older one throughout.
+    run_python("-c", STEPS, XLA_FLAGS="", JAX_DISABLE_MOST_OPTIMIZATIONS="0")
+
+
+def test_an_xla_without_the_older_code_generator_is_no_problem(monkeypatch):
+    def refuses(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: No such compile option")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "jit", refuses)
+        assert env._for_few.__wrapped__() is None
