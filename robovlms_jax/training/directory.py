@@ -20,11 +20,11 @@ PROGRAMS_BYTES = 8 * 2**30
 
 
 def require_writable(output: pathlib.Path) -> None:
-    """Raise PermissionError where nothing could be written below `output`. Makes nothing, so that it can be asked
+    """Raise OSError where nothing could be written below `output`. Makes nothing, so that it can be asked
     before the work begins that is to be kept there."""
     existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if existing.is_dir() and not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"nothing can be written to {existing}; choose another directory, or make it writable.")
+        raise _unwritable(existing, "permission denied")
 
 
 @contextlib.contextmanager
@@ -68,8 +68,8 @@ def claim(output: pathlib.Path) -> Iterator[None]:
         lock.release()
 
 
-def _unwritable(output: pathlib.Path, error: OSError) -> OSError:
-    return OSError(f"nothing can be written to {output} ({error}); choose another directory, or make it writable.")
+def _unwritable(output: pathlib.Path, why: object) -> OSError:
+    return OSError(f"nothing can be written to {output} ({why}); choose another directory, or make it writable.")
 
 
 def _owner(output: pathlib.Path) -> str:

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 CORRUPT_GRACE = 1000
 """Unreadable segments are allowed as if at least this many had been seen, so that one early hit does not stop a run."""
 
+UNEVEN_WAIT = 0.2
+"""Processes whose shares of time spent waiting for data differ by more are named in the log."""
+
 
 class CorruptDataError(RuntimeError):
     """More segments could not be read than data.max_corrupt_share allows."""
@@ -214,7 +217,7 @@ class _CorruptCount:
         return {"corrupt_segments": float(_of_processes(self._bad).sum())}
 
 
-def _of_processes(value: int | bool) -> np.ndarray:
+def _of_processes(value: float) -> np.ndarray:
     """[processes]: every process's value, on all; all call it at the same step."""
     return np.array([value]) if jax.process_count() == 1 else multihost_utils.process_allgather(np.array(value))
 
@@ -274,10 +277,11 @@ class _Speed:
         first = self._step == self._start
         seconds = max(spent["step"] + spent["data"] + (spent["compile"] if first else 0.0), 1e-9)
         rate = (step - self._step) / seconds
+        waits = _of_processes(min(spent["data"] / seconds, 1.0))  # the others wait for the slowest inside their step
         values = {
             "steps_per_second": rate,
             "windows_per_second": rate * self._batch_size,
-            "data_wait_share": min(spent["data"] / seconds, 1.0),
+            "data_wait_share": float(waits.max()),
             "compilations": float(self._goodput.compilations),
             "goodput": self._goodput.shares()["step"],
         }
@@ -292,6 +296,12 @@ class _Speed:
                 *(step, self._steps, loss, rate, rate * self._batch_size, 100 * values["data_wait_share"]),
                 *(100 * values["goodput"], eta),
             )
+            if waits.max() - waits.min() > UNEVEN_WAIT:
+                logger.info(
+                    "process %d waits %.0f%% of the time for its data, process %d %.0f%%: the slower one holds all up; "
+                    "look at its disk and processors",
+                    *(waits.argmax(), 100 * waits.max(), waits.argmin(), 100 * waits.min()),
+                )
         self._step = step
         return values
 

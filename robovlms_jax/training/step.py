@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from robovlms_jax.config import ExperimentConfig
 from robovlms_jax.parallel import mesh as meshes
@@ -44,10 +46,42 @@ def gradients(
     return grads, metrics
 
 
-def accumulated(part: Callable[[Batch, jax.Array], Any], batch: Batch, key: jax.Array, accumulation: int) -> Any:
-    """Sum of what `part` makes of the batch's micro-batches, each with a key of its own, one after the other."""
+def accumulated(
+    part: Callable[[Any, Batch, jax.Array], Any],
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    mesh: Mesh,
+    accumulation: int,
+) -> Any:
+    """Sum of what `part(params, micro, key)` makes of the batch's micro-batches, one after the other, each with a key
+    of its own.
+
+    On a mesh of whole copies (axis `data` only) the devices' sums are added once, after the last micro-batch: left to
+    itself the compiler adds the gradients of every micro-batch, which is `accumulation` times the traffic. Where
+    parameters are split, each micro-batch's gradient must be scattered for it to fit, and XLA's partitioner fails on
+    a program that is half manual.
+    """
     if accumulation == 1:
-        return part(batch, key)
+        return part(params, batch, key)
+    if mesh.shape["data"] != mesh.size or mesh.size == 1:
+        return _scanned(functools.partial(part, params), batch, key, accumulation)
+
+    def of_device(params: Any, batch: Batch, key: jax.Array) -> Any:
+        key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+        with nn.logical_axis_rules(()):  # constraints speak of all devices' batch
+            return jax.lax.psum(_scanned(functools.partial(part, params), batch, key, accumulation), "data")
+
+    return jax.shard_map(
+        of_device,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec("data"), PartitionSpec()),
+        out_specs=PartitionSpec(),
+        check_vma=False,  # checked, gradients by replicated parameters would be summed in every micro-batch
+    )(params, batch, key)
+
+
+def _scanned(part: Callable[[Batch, jax.Array], Any], batch: Batch, key: jax.Array, accumulation: int) -> Any:
     # Micro-batch i takes every accumulation-th element: each device keeps working on its own part of the batch.
     micros = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
     keys = jax.random.split(key, accumulation)
@@ -91,12 +125,11 @@ def make_train_step(
         key = jax.random.fold_in(state.rng, state.step)
         count = objective.valid_entries(batch, model.config)
 
-        def part(micro: Batch, key: jax.Array):
-            return gradients(
-                model, state.trainable, state.frozen, micro, key, count=count, shifts=shifts, augment=augment
-            )
+        def part(params: tuple[Any, ...], micro: Batch, key: jax.Array):
+            trainable, frozen, count = params
+            return gradients(model, trainable, frozen, micro, key, count=count, shifts=shifts, augment=augment)
 
-        grads, metrics = accumulated(part, batch, key, accumulation)
+        grads, metrics = accumulated(part, (state.trainable, state.frozen, count), batch, key, mesh, accumulation)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         metrics |= {
             "grad_norm": optax.tree.norm(grads),

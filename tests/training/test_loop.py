@@ -137,9 +137,18 @@ def test_speed_and_time_left_do_not_mind_that_the_clock_is_set(tmp_path, monkeyp
     _, _, lines = fit(tmp_path, steps=12)
     took = time.perf_counter() - begin
     values = {name: value for _, line in lines for name, value in line.items()}
-    assert 12 / took < values["train/steps_per_second"] < 1e6
+    assert 1 / took < values["train/steps_per_second"] < 1e6
     assert all(0.0 <= value <= 1.0 for name, value in values.items() if name.startswith("goodput/"))
     assert caplog.text.count("eta 0:00:00") == 3
+
+
+def test_a_process_that_waits_longer_for_its_data_is_named(tmp_path, monkeypatch, caplog):
+    # The first process's own share says nothing: it waits inside its step for the slow one.
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(loop, "_of_processes", lambda value: np.array([0.1, 0.6]) if 0 < value < 1 else np.array([0]))
+    _, _, lines = fit(tmp_path, steps=12)
+    assert [line["train/data_wait_share"] for _, line in lines if "train/data_wait_share" in line][-1] == 0.6
+    assert "process 1 waits 60% of the time for its data, process 0 10%" in caplog.text
 
 
 @dataclasses.dataclass(frozen=True)

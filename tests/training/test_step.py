@@ -157,7 +157,7 @@ for sizes in cases:
                        "split": sum(not x.is_fully_replicated for x in arrays.values())}
 print(json.dumps(out))
 """
-MESHES = ([8, 1, 1], [1, 8, 1], [2, 2, 2], [1, 2, 4])
+MESHES = ([8, 1, 1], [2, 1, 1], [1, 8, 1], [2, 2, 2], [1, 2, 4])
 
 
 def require_equal_on_meshes(*cases, **settings):
@@ -175,14 +175,52 @@ def require_equal_on_meshes(*cases, **settings):
             if path.endswith("/k/bias"):
                 continue
             np.testing.assert_allclose(result["sums"][path], value, rtol=2e-3, atol=1e-3, err_msg=f"{sizes} {path}")
-        if sizes != str([8, 1, 1]):
+        if json.loads(sizes)[1:] != [1, 1]:
             assert result["split"] > 10, f"{sizes} splits hardly any parameter"
 
 
-@pytest.mark.parametrize("sizes", [pytest.param(x, marks=[] if x == [2, 2, 2] else pytest.mark.slow) for x in MESHES])
-def test_sharded_step_equals_one_device(sizes):
-    # One program for any mesh: losses and updated parameters of the same two steps on eight (fake) devices.
+def test_sharded_step_equals_one_device():
+    # One program for any mesh: losses and updated parameters of the same two steps on eight (fake) devices. Both
+    # accumulate: fails where whole copies do not add their gradients up, or add them once too often.
+    require_equal_on_meshes([2, 2, 2], [2, 1, 1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [[8, 1, 1], [1, 8, 1], [1, 2, 4]])
+def test_sharded_step_equals_one_device_on_other_meshes(sizes):
     require_equal_on_meshes(sizes)
+
+
+REDUCTIONS = r"""
+import jax, json, re, numpy as np
+from robovlms_jax import build
+from robovlms_jax.config import OptimizerConfig
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.training import optimizer, state, step
+from tests.toy import make_batch, make_model
+model, batch, reduced = make_model(), make_batch(np.random.default_rng(0), batch=8), {}
+mesh, tx = meshes.make_mesh((2, 1, 1)), optimizer.make_optimizer(OptimizerConfig(), 10)
+abstract = state.abstract(*build.abstract_params(model, mesh), (".*",), tx, mesh)
+shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=meshes.batched(mesh)), batch)
+run = step.make_train_step(model, tx, lambda step: 0.1, abstract, mesh, accumulation=4)
+program = run.lower(abstract, shapes).compile().as_text()
+bodies = set(re.findall(r"body=%?([\w.-]+)", program))
+for name, text in re.findall(r"^(?:ENTRY )?%?([\w.-]+) [^\n]*{\n(.*?)^}", program, re.M | re.S):
+    floats = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
+    sizes = [re.findall(r"f32\[([\d,]*)\]", x) for x in floats]
+    entries = sum(int(np.prod([int(d) for d in s.split(",") if d])) for x in sizes for s in x)
+    key = "loops" if name in bodies else "after"
+    reduced[key] = reduced.get(key, 0) + entries
+parameters = sum(x.size for x in jax.tree.leaves(abstract.trainable))
+print(json.dumps(reduced | {"parameters": parameters}))
+"""
+
+
+def test_copies_add_their_gradients_up_once_per_update():
+    # Left to itself the compiler adds them up in every micro-batch: all parameters, within the loop.
+    out = json.loads(run_python("-c", REDUCTIONS, JAX_NUM_CPU_DEVICES="2").splitlines()[-1])
+    assert out["loops"] == 0
+    assert out["parameters"] <= out["after"] < 1.01 * out["parameters"]
 
 
 @pytest.mark.slow
