@@ -45,6 +45,7 @@ PAPER = (
     "policy_head-action_query-lstm",
 )
 """What the paper compares (Li et al. 2024, arXiv:2412.14058, section 4)."""
+
 # Every head at the size of the backbone's twin; fields a head does not have are left out.
 _HEAD_SIZE = {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "trunk": (256, 128), "dropout": 0.0}
 

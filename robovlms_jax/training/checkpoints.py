@@ -279,8 +279,10 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
     """A step directory for `path`: a run directory (its best checkpoint where it keeps one, else its newest complete
     one), its checkpoints folder (the newest complete one), or a step directory itself.
 
+    Damaged ones are named in the log and passed over.
+
     Raises:
-      FileNotFoundError: nothing there looks like a checkpoint; says what was looked for and what is there.
+      FileNotFoundError: nothing there is a checkpoint, or a complete one; says what was looked for and what is there.
     """
     path = pathlib.Path(path).expanduser().resolve()
     if not path.is_dir():
@@ -288,20 +290,25 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
             f"checkpoint {path} is not a directory; pass a run directory or one of its {FOLDER}/<step> folders."
         )
     if (path / "params").is_dir():
-        return path
-    folder = path / FOLDER if (path / FOLDER).is_dir() else path
-    if best_score(path / BEST) > -math.inf:
-        folder = path / BEST
-    steps = sorted(
-        (p for p in folder.iterdir() if p.name.isdigit() and (p / "params").is_dir() and damage(p) is None),
-        key=lambda p: int(p.name),
-    )
+        steps = [path]
+    else:
+        folder = path / FOLDER if (path / FOLDER).is_dir() else path
+        if best_score(path / BEST) > -math.inf:
+            folder = path / BEST
+        steps = [p for p in folder.iterdir() if p.name.isdigit() and (p / "params").is_dir()]
     if not steps:
         found = sorted(p.name for p in path.iterdir())[:10]
         raise FileNotFoundError(
             f"no checkpoint in {path}: looked for {FOLDER}/<step>/params; found {found or 'an empty directory'}."
         )
-    return steps[-1]
+    damages = []
+    for step in sorted(steps, key=lambda p: int(p.name) if p.name.isdigit() else 0, reverse=True):
+        reason = damage(step)
+        if reason is None:
+            return step
+        logger.warning("checkpoint %s is passed over: %s", step, reason)
+        damages.append(reason)
+    raise FileNotFoundError(f"no complete checkpoint in {path}: {'; '.join(damages)}. Name another run or step.")
 
 
 def write_policy(run: str | pathlib.Path, params: Any, serving: Mapping[str, Any]) -> pathlib.Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -89,13 +90,14 @@ def test_any_file_cut_short_or_gone_is_noticed(tmp_path):
     assert checkpoints.damage(step) is None
 
 
-def test_a_run_goes_on_from_the_newest_complete_checkpoint(tmp_path):
+def test_a_run_goes_on_from_the_newest_complete_checkpoint(tmp_path, caplog):
     # The two newest are cut: the third is taken, the damaged ones stand in nobody's way when their steps come again.
     write_steps(tmp_path, 1, 2, 3)
     for step in (2, 3):
         directory = tmp_path / "checkpoints" / str(step)
         os.truncate(directory / files_of(directory)[1], 1)
     assert checkpoints.locate(tmp_path).name == "1"
+    assert re.search(r"checkpoint .*3 is passed over: .*has 1 bytes of", caplog.text)  # an older policy than asked for
     assert restore(tmp_path) == (1, 1.0)
     assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == ["2", "3"]
     write_steps(tmp_path, 2)
@@ -108,6 +110,9 @@ def test_no_complete_checkpoint_is_said(tmp_path):
     seal.write_text(seal.read_text()[:10])
     with pytest.raises(FileNotFoundError, match=r"no complete checkpoint in .*seal.json is cut off"):
         restore(tmp_path)
+    for path in (tmp_path, seal.parents[1], seal.parent):  # however it is named to those who only read
+        with pytest.raises(FileNotFoundError, match=r"no complete checkpoint in .*seal.json is cut off.*Name another"):
+            checkpoints.locate(path)
     assert seal.exists(), "the only one there is must stay where it is"
 
 
