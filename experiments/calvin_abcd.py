@@ -66,7 +66,7 @@ FIXTURES = ExperimentConfig(
     optimizer=OptimizerConfig(learning_rate=4e-4, weight_decay=0.01, schedule="cosine", warmup_steps=100),
     train=TrainConfig(
         output="runs/playtable_fixtures",
-        steps=2600,
+        steps=2300,
         batch_size=64,
         log_every=100,
         eval_every=0,
