@@ -34,7 +34,7 @@ from robovlms_jax.backbones import base as backbones
 from robovlms_jax.config import BackboneConfig, MeshConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.training import checkpoints, memory, optimizer, state, step
+from robovlms_jax.training import checkpoints, memory, optimizer, state
 from robovlms_jax.weights import convert, sources
 from robovlms_jax.weights.rules import Rule
 
@@ -111,16 +111,11 @@ def measure_step(args: Args) -> dict[str, Any]:
     )
     config = dataclasses.replace(config, backbone=BackboneConfig(name=args.backbone))
     config.validate(jax.device_count())
-    mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
     model = VLA(config.policy, build.with_settings(config.backbone, backbones.get(args.backbone)))
-    tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
-    train_state = state.create(build.init_params(model, mesh, seed=0), config.train.trainable, tx, 0, mesh)
-    whole = workload.make_batch(config, config.segments_per_batch)
-    estimate = memory.of_experiment(config, model, train_state, whole)
-    batch = meshes.put_batch(whole, mesh)
     begin = time.perf_counter()
-    compiled = step.of_experiment(config, model, train_state, mesh).lower(train_state, batch).compile()
+    compiled, train_state, batch = workload.compile_step(config, model)
     compile_seconds, seconds = time.perf_counter() - begin, []
+    estimate = memory.of_experiment(config, model, train_state, batch)
     for _ in range(args.steps + 1):
         begin = time.perf_counter()
         train_state, metrics = jax.block_until_ready(compiled(train_state, batch))

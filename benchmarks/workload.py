@@ -1,4 +1,4 @@
-"""What train_step and policy_step measure: KOSMOS-2 with an LSTM head in two sizes, synthetic inputs, and its FLOPs.
+"""What the benchmarks of models measure: KOSMOS-2 with an LSTM head in two sizes, synthetic inputs, and its FLOPs.
 
 FLOPs are counted in closed form: a matrix product [m, k] x [k, n] is 2 m k n, everything else is nothing. Norms,
 softmax, activations and image preprocessing are left out, and so is what rematerialisation computes again: these are
@@ -11,9 +11,10 @@ import dataclasses
 import itertools
 from typing import Literal
 
+import jax
 import numpy as np
 
-from robovlms_jax import interface
+from robovlms_jax import build, interface
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.backbones import kosmos2
 from robovlms_jax.config import (
@@ -28,9 +29,12 @@ from robovlms_jax.config import (
 from robovlms_jax.nn import stack
 from robovlms_jax.nn.decoder import DecoderConfig
 from robovlms_jax.nn.vit import ViTConfig
+from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
 from robovlms_jax.policies.heads.mlp import MLPHeadConfig
 from robovlms_jax.policies.vla import VLA
+from robovlms_jax.training import optimizer, state, step
+from robovlms_jax.training.state import TrainState
 from robovlms_jax.types import Batch, Inputs
 
 Size = Literal["small", "full"]
@@ -110,6 +114,15 @@ def make_batch(config: ExperimentConfig, num_segments: int) -> Batch:
         episode=np.zeros(num_segments, np.int32),
         corrupt=np.full(num_segments, -1, np.int32),
     )
+
+
+def compile_step(config: ExperimentConfig, model: VLA) -> tuple[jax.stages.Compiled, TrainState, Batch]:
+    """`config`'s training step on all devices, and the state and batch to call it with."""
+    mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
+    tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
+    train_state = state.create(build.init_params(model, mesh, seed=0), config.train.trainable, tx, 0, mesh)
+    batch = meshes.put_batch(make_batch(config, config.segments_per_batch), mesh)
+    return step.of_experiment(config, model, train_state, mesh).lower(train_state, batch).compile(), train_state, batch
 
 
 def train_flops(model: VLA, *, frames: int, windows: int, loops_once: bool = False) -> int:

@@ -29,6 +29,7 @@ from robovlms_jax.config import DemonstrationConfig, EvaluationConfig, Experimen
 from robovlms_jax.envs import tasks
 from robovlms_jax.evaluation import chains, rollout_metrics
 from robovlms_jax.evaluation.execution import Execution
+from robovlms_jax.parallel import host_memory
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.training import checkpoints, loop
 
@@ -354,6 +355,7 @@ def main() -> None:
     )
     for noisy in ("absl", "orbax", "grain", "jax._src"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    host_memory.keep_freed_memory()
     try:
         path = compare(config)
     except (ValueError, OSError, RuntimeError) as error:

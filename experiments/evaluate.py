@@ -26,6 +26,7 @@ from robovlms_jax.evaluation import chains, rollout_report
 from robovlms_jax.evaluation.execution import Execution
 from robovlms_jax.evaluation.rollout import Recording, Rules, Trial
 from robovlms_jax.load import load_batched_policy
+from robovlms_jax.parallel import host_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +163,7 @@ def _envs(config: EvaluateConfig) -> Iterator[vector.VectorEnv]:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.ERROR)
+    host_memory.keep_freed_memory()
     config = tyro.cli(Annotated[EvaluateConfig, tyro.conf.AvoidSubcommands], description=__doc__)
     try:
         report = evaluate(config)
