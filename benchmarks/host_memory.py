@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from typing import Any, Literal
 
@@ -21,11 +18,8 @@ import jax
 import tyro
 
 from benchmarks import machine, workload
-from robovlms_jax import build
-from robovlms_jax.backbones import base as backbones
 from robovlms_jax.config import BackboneConfig, MeshConfig
 from robovlms_jax.parallel import host_memory
-from robovlms_jax.policies.vla import VLA
 
 WAYS = ("given back", "kept")
 
@@ -70,10 +64,7 @@ def main(args: Args) -> None:
 
 def _apart(args: Args, way: str) -> dict[str, float]:
     flags = [f"--{field}={getattr(args, field)}" for field in ("backbone", "batch_size", "steps")]
-    command = [sys.executable, "-m", "benchmarks.host_memory", f"--part={way}", *flags]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return machine.apart("benchmarks.host_memory", f"--part={way}", *flags)
 
 
 def measure(args: Args) -> dict[str, Any]:
@@ -87,13 +78,12 @@ def measure(args: Args) -> dict[str, Any]:
         "small", window=1, windows_per_segment=1, batch_size=args.batch_size, mesh=MeshConfig()
     )
     config = dataclasses.replace(config, backbone=BackboneConfig(name=args.backbone))
-    model = VLA(config.policy, build.with_settings(config.backbone, backbones.get(args.backbone)))
-    compiled, train_state, batch = workload.compile_step(config, model)
-    for _ in range(2):  # the first ones still allocate
-        train_state, _ = jax.block_until_ready(compiled(train_state, batch))
+    train_step, _, train_state, batch = workload.training_step(config)
+    for _ in range(2):  # the first one compiles, and both still allocate
+        train_state, _ = jax.block_until_ready(train_step(train_state, batch))
     before, begin = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     for _ in range(args.steps):  # not waited for one by one, as in training
-        train_state, _ = compiled(train_state, batch)
+        train_state, _ = train_step(train_state, batch)
     jax.block_until_ready(train_state)
     seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF)
     return {

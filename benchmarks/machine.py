@@ -8,6 +8,8 @@ import math
 import os
 import pathlib
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -129,6 +131,14 @@ def describe() -> dict[str, Any]:
 def device_peak_bytes() -> int | None:
     """Most memory the first device ever held in this process; None where the backend does not count (CPU)."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def apart(module: str, *arguments: str, **environment: str) -> dict[str, Any]:
+    """What `python -m module arguments` prints last, JSON, in a process of its own that has CPUs only."""
+    command = [sys.executable, "-m", module, *arguments]
+    known = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=known, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def report(result: Mapping[str, Any], out: pathlib.Path | None) -> None:

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -29,11 +26,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from benchmarks import machine, workload
-from robovlms_jax import build
-from robovlms_jax.backbones import base as backbones
 from robovlms_jax.config import BackboneConfig, MeshConfig
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.policies.vla import VLA
 from robovlms_jax.training import checkpoints, memory, optimizer, state
 from robovlms_jax.weights import convert, sources
 from robovlms_jax.weights.rules import Rule
@@ -97,10 +91,7 @@ def _apart(args: Args, part: str, devices: int) -> dict[str, Any]:
     """One measurement in a new process that has so many devices."""
     flags = [f"--{field}={getattr(args, field)}" for field in ("axis", "backbone", "batch_size", "window", "steps")]
     flags += [f"--{field}={getattr(args, field)}" for field in ("save_mib", "saves", "load_gib", "shards")]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    command = [sys.executable, "-m", "benchmarks.scaling", f"--part={part}", *flags]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return machine.apart("benchmarks.scaling", f"--part={part}", *flags, JAX_NUM_CPU_DEVICES=str(devices))
 
 
 def measure_step(args: Args) -> dict[str, Any]:
@@ -111,9 +102,9 @@ def measure_step(args: Args) -> dict[str, Any]:
     )
     config = dataclasses.replace(config, backbone=BackboneConfig(name=args.backbone))
     config.validate(jax.device_count())
-    model = VLA(config.policy, build.with_settings(config.backbone, backbones.get(args.backbone)))
+    train_step, model, train_state, batch = workload.training_step(config)
     begin = time.perf_counter()
-    compiled, train_state, batch = workload.compile_step(config, model)
+    compiled = train_step.lower(train_state, batch).compile()
     compile_seconds, seconds = time.perf_counter() - begin, []
     estimate = memory.of_experiment(config, model, train_state, batch)
     for _ in range(args.steps + 1):

@@ -116,13 +116,14 @@ def make_batch(config: ExperimentConfig, num_segments: int) -> Batch:
     )
 
 
-def compile_step(config: ExperimentConfig, model: VLA) -> tuple[jax.stages.Compiled, TrainState, Batch]:
-    """`config`'s training step on all devices, and the state and batch to call it with."""
+def training_step(config: ExperimentConfig) -> tuple[jax.stages.Wrapped, VLA, TrainState, Batch]:
+    """`config`'s training step on all devices, not compiled yet; its model; the state and batch to call it with."""
     mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
+    model = VLA(config.policy, build.with_settings(config.backbone, backbones.get(config.backbone.name)))
     tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
     train_state = state.create(build.init_params(model, mesh, seed=0), config.train.trainable, tx, 0, mesh)
     batch = meshes.put_batch(make_batch(config, config.segments_per_batch), mesh)
-    return step.of_experiment(config, model, train_state, mesh).lower(train_state, batch).compile(), train_state, batch
+    return step.of_experiment(config, model, train_state, mesh), model, train_state, batch
 
 
 def train_flops(model: VLA, *, frames: int, windows: int, loops_once: bool = False) -> int:

@@ -163,8 +163,8 @@ def _envs(config: EvaluateConfig) -> Iterator[vector.VectorEnv]:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    host_memory.keep_freed_memory()
     config = tyro.cli(Annotated[EvaluateConfig, tyro.conf.AvoidSubcommands], description=__doc__)
+    host_memory.keep_freed_memory()
     try:
         report = evaluate(config)
     except (ValueError, FileNotFoundError, ImportError) as error:

@@ -21,8 +21,8 @@ def keep_freed_memory() -> bool:
     (`benchmarks/host_memory.py`). Call it before JAX starts its devices: threads keep the heap they once had.
 
     Returns:
-      Whether it was done: with glibc, where JAX can have no device but the CPU. Where there are accelerators the host's
-      memory belongs to loaders with many threads, which do better with heaps of their own.
+      Whether it was done: with glibc, where JAX can have no device but the CPU. Hosts of accelerators, whose loaders
+      have many threads to share the one heap that this leaves, were not measured.
     """
     if platform.libc_ver()[0] != "glibc" or not _only_cpu():
         return False

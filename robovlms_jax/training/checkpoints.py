@@ -22,7 +22,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -147,27 +147,23 @@ class Checkpointer:
 
     def _newest_complete(self) -> int:
         folder = pathlib.Path(self._manager.directory)
-        newest = -1
-        damages: dict[int, str] = {}
+        newest, damages = None, {}
         if jax.process_index() == 0:  # others may see a shared file system a moment later
-            for step in sorted(self._manager.all_steps(), reverse=True):
-                reason = damage(folder / str(step))
-                if reason is None:
-                    newest = step
-                    break
-                damages[step] = reason
-        newest = int(distributed.from_first(float(newest)))
-        if newest < 0:
+            newest, damages = _first_complete(
+                [folder / str(step) for step in sorted(self._manager.all_steps(), reverse=True)]
+            )
+        found = int(distributed.from_first(float(newest.name if newest else -1)))
+        if found < 0:
             raise FileNotFoundError(f"no complete checkpoint in {folder}: {next(iter(damages.values()), 'none is')}.")
         for step, reason in damages.items():
-            logger.warning("checkpoint %d is set aside: %s", step, reason)
-            aside = folder.parent / DAMAGED / str(step)
+            logger.warning("checkpoint %s is set aside: %s", step.name, reason)
+            aside = folder.parent / DAMAGED / step.name
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(exist_ok=True)
-            (folder / str(step)).rename(aside)
+            step.rename(aside)
         distributed.barrier("damaged checkpoints set aside")
         self._manager.reload()
-        return newest
+        return found
 
     def restore_best(self, state: TrainState) -> TrainState:
         """`state` with the parameters kept in best/."""
@@ -259,6 +255,17 @@ def damage(directory: pathlib.Path) -> str | None:
     return None
 
 
+def _first_complete(steps: Sequence[pathlib.Path]) -> tuple[pathlib.Path | None, dict[pathlib.Path, str]]:
+    """The first step directory that is whole, None if none is, and what is wrong with those before it."""
+    damages = {}
+    for step in steps:
+        reason = damage(step)
+        if reason is None:
+            return step, damages
+        damages[step] = reason
+    return None, damages
+
+
 def best_score(directory: str | os.PathLike[str]) -> float:
     """The score of what a best/ folder holds; -inf when it holds nothing."""
     with contextlib.suppress(FileNotFoundError):
@@ -296,19 +303,20 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
         if best_score(path / BEST) > -math.inf:
             folder = path / BEST
         steps = [p for p in folder.iterdir() if p.name.isdigit() and (p / "params").is_dir()]
+        steps.sort(key=lambda p: int(p.name), reverse=True)
     if not steps:
         found = sorted(p.name for p in path.iterdir())[:10]
         raise FileNotFoundError(
             f"no checkpoint in {path}: looked for {FOLDER}/<step>/params; found {found or 'an empty directory'}."
         )
-    damages = []
-    for step in sorted(steps, key=lambda p: int(p.name) if p.name.isdigit() else 0, reverse=True):
-        reason = damage(step)
-        if reason is None:
-            return step
+    complete, damages = _first_complete(steps)
+    for step, reason in damages.items():
         logger.warning("checkpoint %s is passed over: %s", step, reason)
-        damages.append(reason)
-    raise FileNotFoundError(f"no complete checkpoint in {path}: {'; '.join(damages)}. Name another run or step.")
+    if complete is None:
+        raise FileNotFoundError(
+            f"no complete checkpoint in {path}: {'; '.join(damages.values())}. Name another run or step."
+        )
+    return complete
 
 
 def write_policy(run: str | pathlib.Path, params: Any, serving: Mapping[str, Any]) -> pathlib.Path:

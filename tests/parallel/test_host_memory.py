@@ -31,6 +31,6 @@ def test_freed_memory_is_used_again():
 
 
 def test_heaps_of_threads_stay_where_there_may_be_accelerators():
-    # Loaders with many threads do better with them. Fails if the settings are made for every run.
+    # Fails if the settings, measured on CPUs, are made for every run.
     code = "from robovlms_jax.parallel import host_memory; print(host_memory.keep_freed_memory())"
     assert run_python("-c", code, JAX_PLATFORMS="cuda,cpu").split() == ["False"]

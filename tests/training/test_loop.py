@@ -137,7 +137,7 @@ def test_speed_and_time_left_do_not_mind_that_the_clock_is_set(tmp_path, monkeyp
     _, _, lines = fit(tmp_path, steps=12)
     took = time.perf_counter() - begin
     values = {name: value for _, line in lines for name, value in line.items()}
-    assert 1 / took < values["train/steps_per_second"] < 1e6
+    assert 4 / took < values["train/steps_per_second"] < 1e6
     assert all(0.0 <= value <= 1.0 for name, value in values.items() if name.startswith("goodput/"))
     assert caplog.text.count("eta 0:00:00") == 3
 
