@@ -78,7 +78,10 @@ def resize(images: jax.Array, size: int, interpolation: Interpolation = "bicubic
         raise ValueError(f"expected uint8[..., height, width, 3] as stored; got {images.dtype}{list(images.shape)}.")
     # Like Pillow: columns first, and rounded in between. One joint float pass (jax.image.resize) is up to 12 levels off
     # on robot frames, because overshoot at edges is then clipped once instead of twice.
-    return _resize_axis(_resize_axis(images, -2, size, interpolation), -3, size, interpolation)
+    columns = functools.partial(_resize_axis, axis=-2, size=size, interpolation=interpolation)
+    # On CPUs XLA would merge the passes into one loop that computes the first anew for every tap of the second.
+    images = jax.lax.platform_dependent(images, cpu=functools.partial(columns, loop=True), default=columns)
+    return _resize_axis(images, -3, size, interpolation)
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
@@ -226,15 +229,26 @@ def write_image_spec(spec: ImageSpec, directory: str | pathlib.Path) -> None:
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def _resize_axis(images: jax.Array, axis: int, size: int, interpolation: Interpolation) -> jax.Array:
-    """One pass of a separable filter, in Pillow's integer arithmetic: the same pixels on every backend."""
+def _resize_axis(
+    images: jax.Array, axis: int, size: int, interpolation: Interpolation, *, loop: bool = False
+) -> jax.Array:
+    """One pass of a separable filter, in Pillow's integer arithmetic: the same pixels on every backend.
+
+    loop: go from tap to tap in a loop that the compiler sees, so that nothing after it can be merged with it."""
     if images.shape[axis] == size:
         return images
     index, weight = _taps(images.shape[axis], size, interpolation)
     column = (size,) + (1,) * (-axis - 1)
-    total = jnp.int32(1 << (_WEIGHT_BITS - 1))
-    for tap in range(index.shape[1]):  # 5 taps at 200 -> 224: far less work than a [size, length] matrix
-        total += jnp.take(images, index[:, tap], axis, mode="clip").astype(jnp.int32) * weight[:, tap].reshape(column)
+
+    def add(total: jax.Array, tap: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        index, weight = tap
+        return total + jnp.take(images, index, axis, mode="clip").astype(jnp.int32) * weight.reshape(column), None
+
+    shape = list(images.shape)
+    shape[axis] = size
+    total = jnp.full(shape, 1 << (_WEIGHT_BITS - 1), jnp.int32)
+    # 5 taps at 200 -> 224: far less work than a [size, length] matrix
+    total, _ = jax.lax.scan(add, total, (index.T, weight.T), unroll=1 if loop else index.shape[1])
     return jnp.clip(total >> _WEIGHT_BITS, 0, 255).astype(jnp.uint8)
 
 
