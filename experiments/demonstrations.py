@@ -21,6 +21,7 @@ from robovlms_jax.config import DemonstrationConfig
 from robovlms_jax.envs import tasks
 from robovlms_jax.envs.playtable import env, experts, physics, render
 from robovlms_jax.envs.playtable.scene import Scene, initial_obs, stack_scenes
+from robovlms_jax.parallel import cpu_options
 
 HOLD_STEPS = 2
 """Steps recorded after a task is done, as CALVIN's segments have them."""
@@ -260,7 +261,7 @@ class _Task(NamedTuple):
     start: tasks.SceneInfo
 
 
-@jax.jit
+@cpu_options.jit(cpu_options.OLDER_GENERATOR, cpu_options.UNOPTIMIZED)  # compiled in 3.4 instead of 9 s
 def _begin_tasks(scenes: Scene, states: Any, numbers: Any, seeds: Any) -> _Task:
     def one(scene, state, number, seed):
         plan = experts.plan(scene, state, number, jax.random.key(seed))

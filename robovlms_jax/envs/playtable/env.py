@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from robovlms_jax import interface
 from robovlms_jax.envs import tasks
 from robovlms_jax.envs.playtable import physics, render
 from robovlms_jax.envs.playtable.scene import Scene, neutral_scene_obs, stack_scenes
+from robovlms_jax.parallel import cpu_options
 from robovlms_jax.types import Array
 
 ROBOT_OBS_DIM, SCENE_OBS_DIM = 15, 24
@@ -34,7 +34,7 @@ def pick(stacked: Any, which: Array) -> Any:
     return jax.tree.map(lambda leaf: leaf[which], stacked)
 
 
-@jax.jit
+@cpu_options.jit(cpu_options.OLDER_GENERATOR, cpu_options.UNOPTIMIZED)  # compiled in 1.4 instead of 6 s
 def reset_batch(scenes: Scene, robot_obs: Array, scene_obs: Array) -> physics.State:
     """`physics.reset` of B tables: robot_obs float[B, 15], scene_obs float[B, 24]."""
     return jax.vmap(physics.reset)(scenes, robot_obs, scene_obs)
@@ -42,25 +42,12 @@ def reset_batch(scenes: Scene, robot_obs: Array, scene_obs: Array) -> physics.St
 
 def step_batch(scenes: Scene, states: physics.State, actions: Array) -> physics.State:
     """`physics.step` of B tables: actions float[B, 7]."""
-    return _stepper(len(actions) <= _FEW)(scenes, states, actions)
+    return (_step_few if len(actions) <= _FEW else _step_many)(scenes, states, actions)
 
 
-@functools.cache
-def _stepper(few: bool) -> Callable[..., physics.State]:
-    return jax.jit(jax.vmap(physics.step), compiler_options=_for_few() if few else None)
-
-
-@functools.cache
-def _for_few() -> dict[str, bool] | None:
-    """How a step of few tables is compiled: on a CPU by XLA's older code generator, where XLA still has it. It compiles
-    in two thirds of the time, and a step, hundreds of kernels on a few numbers each, takes 0.6 of the time for one
-    table, 0.9 for 16 to 64, but 1.4 for 256 (docs/log.md, 2026-11-22)."""
-    options = {"xla_cpu_use_fusion_emitters": False}
-    if jax.default_backend() == "cpu":
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            jax.jit(lambda x: x + 1, compiler_options=options)(0)
-            return options
-    return None
+# On CPUs the older generator takes 0.6 of the time for one table, and 1.4 for 256 (docs/log.md, 2026-11-22).
+_step_few = cpu_options.jit(cpu_options.PRODUCTS_ALONE, cpu_options.OLDER_GENERATOR)(jax.vmap(physics.step))
+_step_many = cpu_options.jit(cpu_options.PRODUCTS_ALONE)(jax.vmap(physics.step))
 
 
 @jax.jit
