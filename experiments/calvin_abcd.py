@@ -1,6 +1,6 @@
 """CALVIN ABCD -> D: train a VLA on demonstrations, roll it out or evaluate it offline, write a report.
 
-python -m experiments.calvin_abcd                   # PlayTable, the embedded simulator: record, train, roll out; 10 min
+python -m experiments.calvin_abcd                   # PlayTable, the embedded simulator: record, train, roll out; 9 min
 python -m experiments.calvin_abcd --preset sample   # a bundled piece of CALVIN, offline evaluation
 python -m experiments.calvin_abcd --preset kosmos_lstm --data.root data/task_ABCD_D --backbone.weights DIR
 """

@@ -21,7 +21,8 @@ from robovlms_jax.types import Array
 
 ROBOT_OBS_DIM, SCENE_OBS_DIM = 15, 24
 _PIXELS_TOGETHER = 2**24
-_FEW = 64  # tables
+FEW = 64
+"""As many tables and fewer are stepped by a program that on CPUs is compiled otherwise."""
 _TOGETHER_ON_CPU = 8  # pictures by one call: few, so that little is rendered for nothing and every core has some
 
 
@@ -42,7 +43,7 @@ def reset_batch(scenes: Scene, robot_obs: Array, scene_obs: Array) -> physics.St
 
 def step_batch(scenes: Scene, states: physics.State, actions: Array) -> physics.State:
     """`physics.step` of B tables: actions float[B, 7]."""
-    return (_step_few if len(actions) <= _FEW else _step_many)(scenes, states, actions)
+    return (_step_few if len(actions) <= FEW else _step_many)(scenes, states, actions)
 
 
 # On CPUs the older generator takes 0.6 of the time for one table, and 1.4 for 256 (docs/log.md, 2026-11-22).
