@@ -1,0 +1,190 @@
+"""What a robot is to a policy: cameras, action and state dimensions with names, units, kinds, frames and bounds.
+
+A `RobotSpec` is read from a dataset or given, kept with the checkpoint, and compared wherever a policy meets a dataset,
+a simulator or a robot. NumPy only, so that it runs on the robot's computer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+Kind = Literal["absolute", "delta", "velocity", "binary", "continuous"]
+"""absolute: a target. delta: a change within one step. velocity: a rate. binary, continuous: a gripper that is open or
+closed, or any width between."""
+
+Quantity = Literal[
+    "position", "euler_xyz", "quaternion_xyzw", "axis_angle", "rotation_6d", "joint", "gripper", "base", "other"
+]
+"""What the number measures. Neighbouring dimensions of one quantity belong together (three of `euler_xyz` are one
+rotation)."""
+
+GROUP_SIZES = {"position": 3, "euler_xyz": 3, "quaternion_xyzw": 4, "axis_angle": 3, "rotation_6d": 6}
+"""How many neighbouring dimensions make one quantity; the others are numbers by themselves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dimension:
+    """One number of an action or a state.
+
+    name: such as "x", "left_wrist_roll", "gripper".
+    unit: "m", "rad", "deg", "m/s", "rad/s", "N", "N m", "%"; "1" where it has none; "" = unknown.
+    frame: whose axes it is given in: "world", "base", "tcp"; "" where it has none (joints, grippers) or is unknown.
+    low, high: what it may be, in `unit`; infinite where unbounded or unknown.
+    open_at: of a gripper, which bound is open: "high", "low", or "" = unknown.
+    """
+
+    name: str
+    unit: str = ""
+    kind: Kind = "absolute"
+    quantity: Quantity = "other"
+    frame: str = ""
+    low: float = -math.inf
+    high: float = math.inf
+    open_at: Literal["high", "low", ""] = ""
+
+    def __post_init__(self):
+        for field, values in (("kind", get_args(Kind)), ("quantity", get_args(Quantity))):
+            if getattr(self, field) not in values:
+                raise ValueError(
+                    f"dimension {self.name!r}: {field}={getattr(self, field)!r}; expected one of {values}."
+                )
+        if self.open_at not in ("high", "low", ""):
+            raise ValueError(f"dimension {self.name!r}: open_at={self.open_at!r}; expected 'high', 'low' or ''.")
+        if not self.low < self.high:  # NaN is refused, too
+            raise ValueError(f"dimension {self.name!r}: low={self.low} must be below high={self.high}.")
+        if (self.kind in ("binary", "continuous")) != (self.quantity == "gripper"):
+            raise ValueError(
+                f"dimension {self.name!r}: kind={self.kind!r} does not go with quantity={self.quantity!r}; a gripper, "
+                "and nothing else, is binary or continuous."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Camera:
+    """name: such as "static", "wrist", "left_wrist". height, width: in pixels; 0 = any."""
+
+    name: str
+    height: int = 0
+    width: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RobotSpec:
+    """A robot.
+
+    name: of the robot or the dataset it was read from, for messages.
+    rate_hz: control steps per second; 0 = unknown.
+    """
+
+    name: str
+    rate_hz: float = 0.0
+    cameras: tuple[Camera, ...] = ()
+    action: tuple[Dimension, ...] = ()
+    state: tuple[Dimension, ...] = ()
+
+    def __post_init__(self):
+        if not (math.isfinite(self.rate_hz) and self.rate_hz >= 0):
+            raise ValueError(f"robot {self.name!r}: rate_hz={self.rate_hz} must be a number of 0 or more.")
+        for what, parts in (("camera", self.cameras), ("action", self.action), ("state", self.state)):
+            names = [part.name for part in parts]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"robot {self.name!r} has {what} names twice: {twice}.")
+        for dimensions in (self.action, self.state):
+            for quantity, group in itertools.groupby(dimensions, lambda dimension: dimension.quantity):
+                size, length = GROUP_SIZES.get(quantity, 1), len(list(group))
+                if length % size:
+                    raise ValueError(
+                        f"robot {self.name!r} has {length} neighbouring dimensions of {quantity}; it takes {size} each."
+                    )
+
+    @property
+    def camera_names(self) -> tuple[str, ...]:
+        return tuple(camera.name for camera in self.cameras)
+
+    @property
+    def grippers(self) -> tuple[int, ...]:
+        """Columns of the action that are grippers."""
+        return tuple(i for i, dimension in enumerate(self.action) if dimension.quantity == "gripper")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; infinite bounds are null."""
+        content = dataclasses.asdict(self)
+        for part in ("action", "state"):
+            for dimension in content[part]:
+                for bound in ("low", "high"):
+                    if math.isinf(dimension[bound]):
+                        dimension[bound] = None
+        return content
+
+
+def from_json(content: Mapping[str, Any], where: str = "robot") -> RobotSpec:
+    """Inverse of `RobotSpec.to_json`. Raises ValueError naming `where` and the field."""
+    try:
+        unknown = sorted(set(content) - {field.name for field in dataclasses.fields(RobotSpec)})
+        if unknown:
+            raise ValueError(f"unknown fields {unknown}")
+        parts = {part: tuple(map(_dimension, content.get(part, ()))) for part in ("action", "state")}
+        cameras = tuple(Camera(**camera) for camera in content.get("cameras", ()))
+        return RobotSpec(content["name"], float(content.get("rate_hz", 0.0)), cameras, **parts)
+    except KeyError as error:
+        raise ValueError(f"{where}: {error} is missing.") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{where} describes no robot: {error}") from error
+
+
+def _dimension(content: Mapping[str, Any]) -> Dimension:
+    return Dimension(**{key: value for key, value in content.items() if value is not None})
+
+
+def differences(expected: RobotSpec, found: RobotSpec) -> list[str]:
+    """What differs in a way that changes what numbers or pictures mean, a sentence each; [] when nothing does.
+
+    Unknown units, frames and rates and unbounded dimensions agree with everything; names of the robots may differ.
+    """
+    listed = []
+    missing = [name for name in expected.camera_names if name not in found.camera_names]
+    if missing:
+        listed.append(f"cameras {missing} are missing; {found.name} has {list(found.camera_names)}")
+    if expected.rate_hz and found.rate_hz and not math.isclose(expected.rate_hz, found.rate_hz, rel_tol=0.02):
+        listed.append(f"the rate is {found.rate_hz:g} Hz, expected {expected.rate_hz:g} Hz")
+    for part in ("action", "state"):
+        listed += _dimension_differences(part, getattr(expected, part), getattr(found, part))
+    return listed
+
+
+def _dimension_differences(part: str, expected: Sequence[Dimension], found: Sequence[Dimension]) -> list[str]:
+    if len(expected) != len(found):
+        names = [dimension.name for dimension in found]
+        return [f"{part} has {len(found)} dimensions {names}, expected {len(expected)}: {[d.name for d in expected]}"]
+    listed = []
+    for column, (left, right) in enumerate(zip(expected, found, strict=True)):
+        for field in ("name", "unit", "kind", "quantity", "frame", "open_at"):
+            want, got = getattr(left, field), getattr(right, field)
+            if want != got and want not in ("", "other") and got not in ("", "other"):
+                listed.append(f"{part}[{column}] {left.name!r}: {field} is {got!r}, expected {want!r}")
+    return listed
+
+
+def _pose(kind: Kind, frame: str, position_unit: str, rotation_unit: str, bound: float) -> tuple[Dimension, ...]:
+    """xyz and Euler xyz, bounded by +-`bound`."""
+    xyz = tuple(Dimension(n, position_unit, kind, "position", frame, -bound, bound) for n in ("x", "y", "z"))
+    turn = tuple(Dimension(n, rotation_unit, kind, "euler_xyz", frame, -bound, bound) for n in ("roll", "pitch", "yaw"))
+    return xyz + turn
+
+
+GRIPPER = Dimension("gripper", "1", "binary", "gripper", "", -1.0, 1.0, "high")
+"""-1 closed, +1 open."""
+
+CALVIN = RobotSpec(
+    "calvin",
+    30.0,
+    (Camera("static", 200, 200), Camera("wrist", 84, 84)),
+    (*_pose("delta", "world", "0.02 m", "0.05 rad", 1.0), GRIPPER),
+    (*_pose("absolute", "world", "m", "rad", math.inf), GRIPPER),
+)
+"""CALVIN's Panda: 1.0 of a relative action is 0.02 m or 0.05 rad."""
