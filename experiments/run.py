@@ -284,7 +284,7 @@ def _training_actions(
     """A sample, and its statistics; what looks wrong about them is said, or refused (data.check_actions)."""
     by_data = config.policy.action_scaling != "bounds" or getattr(config.policy.head, "binning", "") == "quantile"
     # Published layouts have a file per frame: enough of them for the question at hand.
-    actions, states = pipeline.action_sample(dataset, 20_000 if by_data else 1_000)
+    actions, openings = pipeline.action_sample(dataset, 20_000 if by_data else 1_000)
     values = statistics.summarize(actions) if dataset.statistics is None else dataset.statistics.action
     if config.data.compat_second_norm:
         values = data_statistics.shrink(values, 0.65)
@@ -292,7 +292,7 @@ def _training_actions(
         values,
         by_quantiles=config.policy.action_scaling == "quantile",
         commands=actions[:, 6],
-        widths=None if states is None else states[:, 6],
+        widths=openings,
     )
     statistics.enforce(findings, dataset.name, refuse=config.data.check_actions == "refuse")
     return actions, values

@@ -98,7 +98,7 @@ def _lint_gripper(
     opened, closed = widths[is_open].mean(), widths[~is_open].mean()
     if np.corrcoef(is_open, widths)[0, 1] > INVERTED:
         return []
-    message = f"means the opposite: fingers are {opened:.3g} m apart at 1 and {closed:.3g} m at -1, expected open at 1"
+    message = f"means the opposite: fingers are {opened:.3g} apart at 1 and {closed:.3g} at -1, expected open at 1"
     return [Finding("gripper", message, True)]
 
 

@@ -118,6 +118,23 @@ class Dataset(abc.ABC):
         """float32[n, 7], the robot's state as policies see it (see `inputs.proprio`)."""
         return states.from_robot_state(self.robot_obs(frame_ids))
 
+    def gripper_opening(self, frame_ids: Sequence[int]) -> np.ndarray | None:
+        """float[n]: how far the fingers were measured apart, larger = wider, in the dataset's own unit; None where only
+        commands are recorded. Raises CorruptFrameError."""
+        try:
+            return self.array("gripper_opening", frame_ids)[:, 0]
+        except CorruptFrameError:
+            raise
+        except ValueError:  # no field of that name: CALVIN's is a column of the robot's state
+            pass
+        try:
+            state = self.robot_obs(frame_ids)
+        except CorruptFrameError:
+            raise
+        except ValueError:
+            return None
+        return state[:, 6] if state.shape[1] == states.ROBOT_OBS_DIM else None  # of seven numbers the last is a command
+
     def scene_obs(self, frame_ids: Sequence[int]) -> np.ndarray:
         """float32[n, 24] (CALVIN: slider, drawer, button, switch, two lights, xyz and Euler xyz of three blocks)."""
         return self.array("scene_obs", frame_ids)

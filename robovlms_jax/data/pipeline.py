@@ -508,32 +508,22 @@ class EpisodeArrays(NamedTuple):
 
 
 def action_sample(dataset: base.Dataset, limit: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Actions of up to `limit` frames, evenly spaced over those that episodes learn from, and the robot's states there.
+    """Actions of up to `limit` frames, evenly spaced over those that are learned from, and the openings there.
 
     Returns:
-      float32[n, 7] actions and float32[n, 15] robot_obs, or None where the dataset has none. Where a frame cannot be
-      read, it is left out, and there are no states.
+      float32[n, 7] actions and float32[n], see `Dataset.gripper_opening`, or None where the dataset has none. Where a
+      frame cannot be read, it is left out, and there are no openings.
     """
     frame_ids = np.unique(np.concatenate([np.arange(episode.start, episode.end) for episode in dataset.episodes]))
     chosen = frame_ids[np.linspace(0, len(frame_ids) - 1, min(len(frame_ids), limit)).astype(int)]
     try:
-        return _numbers(dataset, chosen)
+        return dataset.actions(chosen), dataset.gripper_opening(chosen)
     except base.CorruptFrameError:
         readable = []
         for frame_id in chosen:
             with contextlib.suppress(base.CorruptFrameError):
                 readable.append(dataset.actions([frame_id]))
         return np.concatenate(readable or [np.zeros((0, interface.ACTION_DIM), np.float32)]), None
-
-
-def _numbers(dataset: base.Dataset, frame_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
-    actions = dataset.actions(frame_ids)
-    try:
-        return actions, dataset.robot_obs(frame_ids)
-    except base.CorruptFrameError:
-        raise
-    except ValueError:  # a dataset without robot states
-        return actions, None
 
 
 def episode_arrays(

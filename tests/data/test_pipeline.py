@@ -145,13 +145,13 @@ def test_batches_of_one_segment(dataset):
 
 def test_an_action_sample_is_spread_over_learned_frames(write_calvin, frame_content):
     dataset = calvin.open_dataset(write_calvin(SPANS[:1]), "training")
-    actions, states = pipeline.action_sample(dataset, 3)
+    actions, openings = pipeline.action_sample(dataset, 3)
     expected = [frame_content(frame_id) for frame_id in (100, 110, 121)]  # frame 122, the last, is not learned from
     np.testing.assert_array_equal(actions, np.float32([content["rel_actions"] for content in expected]))
-    np.testing.assert_array_equal(states, np.float32([content["robot_obs"] for content in expected]))
+    np.testing.assert_array_equal(openings, np.float32([content["robot_obs"][6] for content in expected]))
     np.savez(dataset.path(105), **{**frame_content(105), "rel_actions": np.full(7, np.nan)})
-    actions, states = pipeline.action_sample(dataset, 100)
-    assert states is None
+    actions, openings = pipeline.action_sample(dataset, 100)
+    assert openings is None
     np.testing.assert_array_equal(actions[4:6, 0], np.float32([frame_content(i)["rel_actions"][0] for i in (104, 106)]))
 
 
