@@ -4,6 +4,7 @@ observation/state[:6]                columns of a field of `steps`; [3], [-1], [
 zeros(1)  ones(1)                    constant columns
 invert(x)                            1 - x
 clip(x)                              into [0, 1]
+from_range(x, low, high)             (x - low) / (high - low): low -> 0, high -> 1; low may be the larger one
 binarize(x)                          gripper positions -> 0 or 1, see `binarize`
 from_relative(x)                     close / open commands -> 1 (open) or 0, see `from_relative`
 change(x)                            x of the next step minus x: one step shorter
@@ -13,6 +14,7 @@ positive(x)                          1 where x > 0, else 0
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 
@@ -68,18 +70,32 @@ def euler(quaternions: np.ndarray) -> np.ndarray:
     return np.stack([roll, pitch, yaw], axis=-1).astype(quaternions.dtype)
 
 
-FUNCTIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+FUNCTIONS: Mapping[str, Callable[..., np.ndarray]] = {
     "invert": lambda x: 1 - x,
     "clip": lambda x: np.clip(x, 0, 1),
     "binarize": binarize,
     "from_relative": from_relative,
     "change": lambda x: x[1:] - x[:-1],
     "euler": euler,
+    "from_range": lambda x, low, high: (x - low) / (high - low),
     "positive": lambda x: (x > 0).astype(x.dtype),
 }
 
 _CALL = re.compile(r"([a-z_]+)\((.*)\)")
 _FIELD = re.compile(r"([^\[\]()]+?)(?:\[(-?\d*)(:?)(-?\d*)\])?")
+
+
+def _bounds(text: str, name: str, written: list[str]) -> tuple[float, ...]:
+    """The numbers that follow x in a call. Raises ValueError."""
+    if name != "from_range":
+        return ()
+    try:
+        low, high = map(float, written)
+        if math.isfinite(low) and math.isfinite(high) and low != high:
+            return low, high
+    except ValueError:
+        pass
+    raise ValueError(f"expression {text!r}: expected from_range(x, low, high) with two different numbers.")
 
 
 class Expression:
@@ -91,7 +107,7 @@ class Expression:
 
     def __init__(self, text: str):
         self.text, self.field = text, ""
-        self._functions: list[str] = []
+        self._functions: list[tuple[str, tuple[float, ...]]] = []  # and what follows x
         self._constant: tuple[float, int] | None = None
         self._columns: int | slice = slice(None)
         rest = text.strip()
@@ -104,7 +120,10 @@ class Expression:
                 raise ValueError(
                     f"expression {text!r}: no function {name!r}; there are {sorted(FUNCTIONS)}, zeros(n) and ones(n)."
                 )
-            self._functions.append(name)
+            bounds: list[str] = []
+            if name == "from_range":
+                rest, *bounds = rest.rsplit(",", 2)
+            self._functions.append((name, _bounds(text, name, bounds)))
         field = _FIELD.fullmatch(rest)
         if not field:
             raise ValueError(f"expression {text!r}: {rest!r} is no field such as 'action', 'action[6]', 'action[:6]'.")
@@ -130,7 +149,7 @@ class Expression:
             if max(bounds, default=0) > size:
                 raise ValueError(f"{self.text!r} needs {max(bounds)} numbers, {self.field} has {size}")
             width = len(range(size)[self._columns])
-        if "euler" in self._functions:
+        if any(name == "euler" for name, _ in self._functions):
             if width != 4:
                 raise ValueError(f"{self.text!r} needs 4 columns, it has {width}")
             width = 3
@@ -151,6 +170,6 @@ class Expression:
             chosen = chosen % values.shape[1]
             chosen = slice(chosen, chosen + 1)
         values = values[:, chosen]
-        for name in reversed(self._functions):
-            values = FUNCTIONS[name](values)
+        for name, bounds in reversed(self._functions):
+            values = FUNCTIONS[name](values, *bounds)
         return values
