@@ -139,7 +139,7 @@ def pack_lerobot(
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     try:
         main(tyro.cli(Args))
     except (ValueError, OSError, ImportError, RuntimeError) as error:

@@ -243,7 +243,7 @@ def _describe(report: Mapping[str, Any], target: pathlib.Path) -> str:
 
 def cli(argv: list[str] | None = None) -> None:
     """Command line; errors of the user end the process with a message and status 1."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     config = tyro.cli(ConvertConfig, description=__doc__, args=argv)
     try:
         main(config)

@@ -1,7 +1,7 @@
 """Roll a trained policy out in a simulator: CALVIN's chains of five tasks, or a SimplerEnv task.
 
     python -m experiments.evaluate --checkpoint runs/sample --env playtable --chains 20
-    python -m experiments.evaluate --checkpoint runs/kosmos_lstm --env calvin --calvin_root calvin --processes 8
+    python -m experiments.evaluate --checkpoint runs/kosmos_lstm --env calvin --calvin_root calvin --protocol official
 
 Results are kept trial by trial in the output directory: the same command goes on where it was stopped. The report is
 rollouts.md there.
@@ -28,6 +28,8 @@ from robovlms_jax.evaluation.rollout import Recording, Rules, Trial
 from robovlms_jax.load import load_batched_policy
 from robovlms_jax.parallel import host_memory
 
+log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
@@ -38,7 +40,11 @@ class EvaluateConfig:
     env: Literal["playtable", "calvin", "simpler"] = "playtable"
     """playtable: the embedded simulator (its numbers are not CALVIN's). calvin: a checkout of the real one."""
     output: str = ""
-    """Where results go; one directory per setup. Empty: <checkpoint>/rollouts/<env>-<execution>[-held_out]."""
+    """Where results go; one directory per setup. Empty: a folder of the checkpoint's rollouts/ that is named after
+    environment, scene, protocol, execution and wording."""
+    protocol: Literal["custom", "official"] = "custom"
+    """official: CALVIN's benchmark as published: all 1000 chains, its own validation sentences, the first action of
+    every chunk, 360 steps per task (calvin). custom: what the other fields say."""
     chains: int = 100
     """How many of the 1000 official chains (the first ones), or of a SimplerEnv task's layouts; 0: all."""
     tasks: tuple[str, ...] = ()
@@ -52,7 +58,8 @@ class EvaluateConfig:
     train_scenes: tuple[str, ...] = ()
     """Scenes the policy was trained on, to tell seen from unseen in the report."""
     held_out: bool = False
-    """Ask in wordings that training data never use."""
+    """Ask in wordings that training data never use. Without it, calvin asks the benchmark's own validation sentences
+    where calvin_root has them (a checkout of mees/calvin), and everything else is asked in wordings of training."""
     processes: int = 2
     """Environments side by side: one simulator process each (calvin, simpler), or tables in one jitted call
     (playtable)."""
@@ -66,6 +73,8 @@ class EvaluateConfig:
     """Folder of a published split, whose stored cameras are then used."""
     egl: bool = False
     """Render CALVIN on the GPU."""
+    fresh_process: bool = False
+    """Start CALVIN's process anew for every chain, so that a chain run again repeats itself to the last bit."""
     simulator_python: str = sys.executable
     """Interpreter for the simulator's processes, if this one lacks its packages."""
     simpler_task: str = "widowx_spoon_on_towel"
@@ -88,12 +97,47 @@ class EvaluateConfig:
             raise ValueError(
                 "env simpler needs simpler_statistics, the JSON with the training data's action quantiles."
             )
+        if self.fresh_process and self.env != "calvin":
+            raise ValueError(f"fresh_process is for env calvin; {self.env} has no use for it.")
+        if self.protocol == "official":
+            _require_official(self)
+
+
+OFFICIAL = {"chains": 0, "execution": Execution("first")}
+OFFICIAL_LABEL = "official (1000 chains, the benchmark's sentences, first action of every chunk, 360 steps per task)"
+
+
+def _require_official(config: EvaluateConfig) -> None:
+    """Nothing that was asked for contradicts the protocol, which sets chains and execution itself."""
+    defaults = {field.name: field.default for field in dataclasses.fields(EvaluateConfig)}
+    allowed = {
+        "env": ("calvin",),
+        "tasks": ((),),
+        "held_out": (False,),
+        "scene": ("D",),
+        "max_steps": (defaults["max_steps"],),
+        "chains": (defaults["chains"], 0, 1000),
+        "execution": (defaults["execution"], OFFICIAL["execution"]),
+    }
+    for name, values in allowed.items():
+        if getattr(config, name) not in values:
+            raise ValueError(
+                f"protocol official does not go with {name}={getattr(config, name)!r}: it is all 1000 chains on scene "
+                f"D of env calvin, with execution.mode first and 360 steps per task. Leave {name} out, or choose "
+                "protocol custom."
+            )
 
 
 def evaluate(config: EvaluateConfig) -> pathlib.Path:
     """Run the evaluation and write its report; returns the report's path."""
+    if config.protocol == "official":
+        config = dataclasses.replace(config, **OFFICIAL)
     output = pathlib.Path(config.output or _default_output(config))
     trials, rules = _trials(config)
+    log.info(
+        "%s: %d trials, execution %s, phrasing %s; results go to %s",
+        *(config.env, len(trials), config.execution.label, trials[0].labels.get("phrasing", "the task's own"), output),
+    )
     policy = load_batched_policy(config.checkpoint, slots=config.processes)
 
     def keep(recording: Recording) -> None:
@@ -117,7 +161,8 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
 
 def _default_output(config: EvaluateConfig) -> pathlib.Path:
     name = f"{config.env}-{config.scene if config.env != 'simpler' else config.simpler_task}"
-    name += "-single" if config.tasks else ""
+    name += ("-single" if config.tasks else "") + ("-fresh" if config.fresh_process else "")
+    name += "-official" if config.protocol == "official" else ""
     words = "-held_out" if config.held_out else ""
     return pathlib.Path(config.checkpoint) / "rollouts" / f"{name}-{config.execution.label.replace(' ', '_')}{words}"
 
@@ -128,11 +173,31 @@ def _trials(config: EvaluateConfig) -> tuple[list[Trial], Rules]:
         return chains.simpler_trials(config.simpler_task, config.chains or None), rules
     chosen = chains.single_tasks(config.tasks, config.chains) if config.tasks else calvin_tasks.official_chains()
     trials = chains.chain_trials(
-        chosen[: config.chains or None], scene=config.scene, train_scenes=config.train_scenes, held_out=config.held_out
+        chosen[: config.chains or None],
+        scene=config.scene,
+        train_scenes=config.train_scenes,
+        held_out=config.held_out,
+        sentences=_benchmark_sentences(config),
     )
+    if config.protocol == "official":
+        trials = [dataclasses.replace(t, labels={**t.labels, "protocol": OFFICIAL_LABEL}) for t in trials]
     # CALVIN's released checker differs from the written rules in one task; published numbers were judged by it.
     judge = {"completed": calvin.completed_in_each} if config.env == "calvin" else {}
     return trials, Rules(max_steps=config.max_steps, **judge)
+
+
+def _benchmark_sentences(config: EvaluateConfig) -> dict[str, str] | None:
+    """CALVIN's own validation sentences, where they are to be asked. Raises FileNotFoundError, ValueError."""
+    if config.env != "calvin" or config.held_out:
+        return None
+    if config.protocol == "official" or calvin.has_validation_instructions(config.calvin_root):
+        return calvin.validation_instructions(config.calvin_root)
+    log.warning(
+        "calvin_root %s has no validation sentences of the benchmark (they come with github.com/mees/calvin): tasks "
+        "are asked in this project's own training wordings, and results say so.",
+        config.calvin_root,
+    )
+    return None
 
 
 @contextlib.contextmanager
@@ -151,6 +216,7 @@ def _envs(config: EvaluateConfig) -> Iterator[vector.VectorEnv]:
                     split=config.calvin_split,
                     use_egl=config.egl,
                     python=config.simulator_python,
+                    fresh_process=config.fresh_process,
                 )
             else:
                 low, high = simpler.read_quantiles(config.simpler_statistics)
@@ -161,15 +227,20 @@ def _envs(config: EvaluateConfig) -> Iterator[vector.VectorEnv]:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    # force: a library that was imported may have given the root logger a handler, and basicConfig then does nothing
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
+    )
     logging.getLogger("absl").setLevel(logging.ERROR)
+    for noisy in ("orbax", "jax._src", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     config = tyro.cli(Annotated[EvaluateConfig, tyro.conf.AvoidSubcommands], description=__doc__)
     host_memory.keep_freed_memory()
     try:
         report = evaluate(config)
     except (ValueError, FileNotFoundError, ImportError) as error:
         sys.exit(f"error: {error}")
-    logging.getLogger(__name__).info("report: %s", report)
+    log.info("report: %s", report)
 
 
 if __name__ == "__main__":

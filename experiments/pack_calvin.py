@@ -69,7 +69,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     try:
         main(tyro.cli(Args))
     except (ValueError, OSError, RuntimeError) as error:

@@ -314,7 +314,7 @@ class _SpooledFrames:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     config = tyro.cli(Annotated[RecordConfig, tyro.conf.AvoidSubcommands], description=__doc__)
     try:
         counts = record(config)

@@ -14,13 +14,15 @@ import pathlib
 import sys
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
 
-from robovlms_jax.envs import process, tasks
+from robovlms_jax.envs import calvin_version, process, tasks
 from robovlms_jax.interface import ACTION_DIM, Observation
+
+Actions = Literal["relative", "absolute"]
 
 ROBOT_OBS_DIM, SCENE_OBS_DIM = 15, 24
 CAMERA_NAMES = {"static": "rgb_static", "wrist": "rgb_gripper"}
@@ -47,17 +49,29 @@ def calvin_env(
     scene: str = "D",
     split: str = "",
     use_egl: bool = False,
+    actions: Actions = "relative",
     python: str = sys.executable,
     timeout_s: float = 60.0,
+    fresh_process: bool = False,
 ) -> process.ProcessEnv:
     """One CALVIN simulator in a process of its own, ready for `vector.EnvPool`; arguments as for `CalvinEnv`.
 
     Args:
       python: interpreter for the simulator, if this one has no pybullet (wheels exist for Python 3.10 and 3.11 only).
       timeout_s: a step, reset or rendering that takes longer counts as hung.
+      fresh_process: start the process anew at every reset. PyBullet keeps something of what was simulated before: the
+        same chain run twice in one process differs by up to 0.015 in a state value, in fresh processes by nothing.
     """
     kwargs = {"calvin_root": str(calvin_root), "scene": scene, "split": str(split), "use_egl": use_egl}
-    return process.ProcessEnv("robovlms_jax.envs.calvin:CalvinEnv", kwargs, python=python, timeout_s=timeout_s)
+    env = process.ProcessEnv(
+        "robovlms_jax.envs.calvin:CalvinEnv",
+        kwargs | {"actions": actions},
+        python=python,
+        timeout_s=timeout_s,
+        fresh_process=fresh_process,
+    )
+    calvin_version.warn(find_checkout(calvin_root), env.about)  # what the other process logs is not seen here
+    return env
 
 
 class CalvinEnv:
@@ -69,15 +83,32 @@ class CalvinEnv:
       split: folder of a published split (with `validation/.hydra/merged_config.yaml`, or that `validation` folder): its
         stored scene and camera numbers are used. Empty: those in calvin_root/conf.
       use_egl: render on the GPU through EGL. False: PyBullet's CPU renderer, which needs no display and no driver.
+      actions: what `step` is given. "relative": CALVIN's `rel_actions`; "absolute": its `actions`, poses to go to.
     Raises:
       ImportError: a package is missing. FileNotFoundError: no checkout or no split there.
+
+    `about` says what results depend on: calvin_env's commit, whether its button works, renderer, PyBullet's version.
     """
 
-    def __init__(self, calvin_root: str, *, scene: str = "D", split: str = "", use_egl: bool = False):
+    def __init__(
+        self,
+        calvin_root: str,
+        *,
+        scene: str = "D",
+        split: str = "",
+        use_egl: bool = False,
+        actions: Actions = "relative",
+    ):
+        if actions not in ("relative", "absolute"):
+            raise ValueError(f"actions={actions!r} must be 'relative' or 'absolute'.")
         root = find_checkout(calvin_root)
         _require_packages()
         config, self.name = _config(root, scene, split)
+        self._absolute = actions == "absolute"
         self._env = _build(root, config, use_egl)
+        self.about = calvin_version.describe(root, self._env)
+        self.about |= {"renderer": "EGL" if use_egl else "CPU", "actions": actions}
+        calvin_version.warn(root, self.about)
         # step and reset of the simulator render all its cameras; without cameras they cost nothing, see `observe`
         self._cameras, self._env.cameras = self._env.cameras, []
         self._columns: dict[tuple[int, int], int] | None = None
@@ -90,13 +121,18 @@ class CalvinEnv:
         self._env.reset(robot_obs=robot_obs, scene_obs=scene_obs)
 
     def step(self, action: np.ndarray) -> None:
-        """1/30 s of a relative action float[7]: 1.0 = 0.02 m or 0.05 rad, world frame; gripper exactly -1 or 1."""
-        action = np.asarray(action, np.float64)
+        """1/30 s of an action float[7]; the array stays as it is.
+
+        Relative: 1.0 = 0.02 m or 0.05 rad, world frame. Absolute: tool centre point to go to, xyz in m and Euler xyz in
+        rad, world frame. The gripper is exactly -1 or 1.
+        """
+        action = np.array(action, np.float64)  # a copy: old versions of calvin_env scale what they are given in place
         if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
             raise ValueError(f"action {action.tolist()} must be {ACTION_DIM} finite numbers.")
         if action[6] not in (-1.0, 1.0):
             raise ValueError(f"action[6]={action[6]} must be exactly -1 (close) or 1 (open); binarise the gripper.")
-        self._env.step(action)
+        # three parts are how the simulator knows a pose from a relative action
+        self._env.step(tuple(np.split(action, [3, 6])) if self._absolute else action)
 
     def observe(self) -> Observation:
         """Static uint8[200, 200, 3] and wrist uint8[84, 84, 3] images; proprio is robot_obs float[15]."""
@@ -177,10 +213,18 @@ def find_checkout(calvin_root: str) -> pathlib.Path:
     raise FileNotFoundError(f"no calvin_env checkout at {root}: {marker} is missing.{hint} See docs/calvin.md.")
 
 
+def has_validation_instructions(calvin_root: str) -> bool:
+    """Whether `validation_instructions` has something to read: github.com/mees/calvin, or calvin_env alone?"""
+    return _validation_file(calvin_root).is_file()
+
+
 def validation_instructions(calvin_root: str) -> dict[str, str]:
-    """The benchmark's fixed sentence per task, from a checkout of github.com/mees/calvin."""
-    folder = pathlib.Path(calvin_root).expanduser() / "calvin_models" / "conf" / "annotations"
-    path = folder / "new_playtable_validation.yaml"
+    """The benchmark's fixed sentence per task, from a checkout of github.com/mees/calvin.
+
+    Raises:
+      FileNotFoundError: a checkout without them. ValueError: a file that is not tasks with sentences.
+    """
+    path = _validation_file(calvin_root)
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} not found: CALVIN's validation sentences come with github.com/mees/calvin, not with calvin_env. "
@@ -189,14 +233,33 @@ def validation_instructions(calvin_root: str) -> dict[str, str]:
     _require_packages("yaml")
     import yaml
 
-    sentences = yaml.safe_load(path.read_text())
-    missing = sorted(set(tasks.TASKS) - set(sentences))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}. Restore it from github.com/mees/calvin.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, expected `task: [sentence]` for every task.")
+    missing = sorted(set(tasks.TASKS) - set(content))
     if missing:
         raise ValueError(
             f"{path} lacks a sentence for {len(missing)} of the {len(tasks.TASKS)} tasks, e.g. {missing[0]}."
         )
-    return {task: sentences[task][0] for task in tasks.TASKS}
+    sentences = {}
+    for task in tasks.TASKS:
+        found = content[task] if isinstance(content[task], list) else [content[task]]
+        if not found or not isinstance(found[0], str) or not found[0].strip():
+            raise ValueError(f"{path}: {task} has {content[task]!r}, expected a list that begins with a sentence.")
+        sentences[task] = found[0].strip()
+    return sentences
 
+
+def _validation_file(calvin_root: str) -> pathlib.Path:
+    folder = pathlib.Path(calvin_root).expanduser() / "calvin_models" / "conf" / "annotations"
+    return folder / "new_playtable_validation.yaml"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building the simulator
 
 _PACKAGES = {
     "pybullet": "pybullet",
@@ -286,5 +349,8 @@ def _install_placeholders() -> None:
     gym.utils.seeding.np_random = lambda seed=None: (np.random.default_rng(seed), seed)
     for module in (gym, gym.utils, gym.utils.seeding):
         sys.modules[module.__name__] = module
-    for name in ("cv2", "git", "quaternion"):
+    stand_ins = ["cv2", "git", "quaternion"]
+    if importlib.util.find_spec("rich") is None:  # imported by calvin_env before July 2022
+        stand_ins += ["rich", "rich.traceback"]
+    for name in stand_ins:
         sys.modules[name] = mock.MagicMock(name=name)

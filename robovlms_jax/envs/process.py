@@ -39,9 +39,13 @@ class ProcessEnv:
       timeout_s: longest wait for one reset, step or rendering before the process counts as hung and is ended.
       start_timeout_s: the same for building the environment.
       python: interpreter that runs the child; needs the simulator's packages and NumPy, but no jax.
+      fresh_process: start a new process at every reset but a process's first, for simulators that keep something of
+        what they simulated before.
     Raises:
       ImportError, FileNotFoundError, ValueError, TypeError: as `factory` raised them.
       EnvError: the process died or hung. `restart` makes a new one.
+
+    `about` is the environment's own, and says whether processes are fresh.
     """
 
     def __init__(
@@ -52,12 +56,15 @@ class ProcessEnv:
         timeout_s: float = 60.0,
         start_timeout_s: float = 180.0,
         python: str = sys.executable,
+        fresh_process: bool = False,
     ):
+        self._fresh, self._used = fresh_process, False
         self._factory, self._kwargs, self._python = factory, dict(kwargs or {}), python
         self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
         self._process: subprocess.Popen | None = None
         self._waiting: collections.deque[str] = collections.deque()
         self.name: str = ""
+        self.about: dict[str, Any] = {}
         self.restart()
 
     def restart(self) -> None:
@@ -80,7 +87,10 @@ class ProcessEnv:
         weakref.finalize(self, self._process.kill)  # a hung simulator must not outlive an interrupted evaluation
         self._waiting.append("start")
         self._write((self._factory, self._kwargs))
-        self.name = self.receive(timeout_s=self._start_timeout_s)
+        self.name, self.about = self.receive(timeout_s=self._start_timeout_s)
+        if self._fresh:
+            self.about["fresh_process"] = True
+        self._used = False
 
     def close(self) -> None:
         """End the process; nothing is asked of it, since it may hang."""
@@ -109,6 +119,10 @@ class ProcessEnv:
         """Ask for a method (see `vector.perform`) without waiting; the answer comes with the matching `receive`."""
         if self._process is None:
             raise EnvError(f"{self._factory} has no running process; call restart().")
+        if method.partition("+")[0] == "reset":
+            if self._fresh and self._used:
+                self.restart()
+            self._used = True
         self._waiting.append(method)
         self._write((method, args, kwargs))
 
@@ -159,10 +173,10 @@ def _serve(pipe: connection.Connection) -> None:
             error = EnvError(f"{type(caught).__name__}: {caught}\n{traceback.format_exc()}")
         pipe.send((result, error))
 
-    def build() -> str:
+    def build() -> tuple[str, dict[str, Any]]:
         module, _, name = factory.partition(":")
         env.append(getattr(importlib.import_module(module), name)(**kwargs))
-        return env[0].name
+        return env[0].name, dict(getattr(env[0], "about", {}))
 
     env: list[Any] = []
     factory, kwargs = pipe.recv()

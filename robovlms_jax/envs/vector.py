@@ -25,6 +25,8 @@ class VectorEnv(Protocol):
 
     name: str
     size: int
+    about: Mapping[str, Any]
+    """What numbers depend on beyond the name, as JSON values: versions, renderer. Kept with results."""
 
     def reset(self, slots: Sequence[int], starts: Sequence[Mapping[str, Any]]) -> list[Info | EnvError]:
         """Put each slot into the state that its keyword arguments for `Env.reset` name."""
@@ -53,6 +55,10 @@ class EnvPool:
         if len(names) > 1:
             raise ValueError(f"one pool reports under one name, but these environments are called {sorted(names)}.")
         self.name = names.pop()
+        self.about = dict(getattr(envs[0], "about", {}))
+        for env in envs:
+            if (other := dict(getattr(env, "about", {}))) != self.about:
+                raise ValueError(f"one pool reports as one simulator, but {self.name} is {self.about} and {other}.")
         self.size = len(envs)
         self._envs = list(envs)
 

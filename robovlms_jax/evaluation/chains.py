@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pathlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from robovlms_jax.evaluation.rollout import Recording, Rules, Trial, TrialResult
 
 log = logging.getLogger(__name__)
 
-_LOG_EVERY = 20
+_LOG_EVERY_S = 30.0
 
 
 def chain_trials(
@@ -45,7 +46,8 @@ def chain_trials(
       train_scenes: scenes the policy was trained on, to tell seen from unseen; empty: unknown.
       held_out: ask in wording that training data never use; otherwise in the wording of training. Chains take turns
         through the phrasings of a task.
-      sentences: task -> the one sentence to ask with instead, e.g. `envs.calvin.validation_instructions`.
+      sentences: task -> the one sentence to ask with instead, those of `envs.calvin.validation_instructions`; results
+        state the phrasing "benchmark".
     """
     trials = []
     for chain in tasks.official_chains() if chains is None else chains:
@@ -57,7 +59,7 @@ def chain_trials(
         labels = {
             "scene": scene,
             "scene_seen": scene in train_scenes if train_scenes else None,
-            "phrasing": "fixed" if sentences is not None else "held out" if held_out else "training",
+            "phrasing": "benchmark" if sentences is not None else "held out" if held_out else "training",
         }
         start = {"robot_obs": robot_obs, "scene_obs": scene_obs}
         trials.append(Trial(chain.index, start, chain.tasks, tuple(instructions), labels))
@@ -102,7 +104,8 @@ class Evaluation:
     """Results and what they are results of."""
 
     setup: Mapping[str, Any]
-    """JSON values: at least `env`, `policy`, `execution`, `max_steps`, `stop_at_success`."""
+    """JSON values: at least `env`, `policy`, `execution`, `max_steps`, `stop_at_success`; `simulator` is what the
+    environments say about themselves (`VectorEnv.about`), where they say anything."""
     results: tuple[TrialResult, ...]
 
 
@@ -143,6 +146,8 @@ def evaluate(
         "max_steps": rules.max_steps,
         "stop_at_success": rules.stop_at_success,
     }
+    if envs.about:
+        setup["simulator"] = dict(envs.about)
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     done = {result.index: result for result in _stored(directory, setup)}
@@ -157,11 +162,15 @@ def evaluate(
     executed = ExecutedBatch(policy, execution)
     loop = rollout.run(executed, envs, mine, rules, max_restarts=max_restarts, film=film, on_recording=on_recording)
     scores: list[int] = []
+    begin = said = time.monotonic()
     for result in _append(path, setup, loop):
         scores.append(result.score)
-        if len(scores) % _LOG_EVERY == 0 or len(scores) == len(mine):
-            mean = sum(scores) / len(scores)
-            log.info("%s: %d of %d trials, %.2f tasks in a row so far", envs.name, len(scores), len(mine), mean)
+        if len(scores) in (1, len(mine)) or time.monotonic() - said > _LOG_EVERY_S:
+            said, mean = time.monotonic(), sum(scores) / len(scores)
+            log.info(
+                "%s: %d of %d trials in %d s, %.2f tasks in a row so far",
+                *(envs.name, len(scores), len(mine), said - begin, mean),
+            )
     wanted = {trial.index for trial in trials}
     everything = load(directory)
     return dataclasses.replace(everything, results=tuple(r for r in everything.results if r.index in wanted))

@@ -87,6 +87,7 @@ def write_report(
     sections = [
         f"# {title}",
         _chain_table(table),
+        *_conditions(table),
         "In brackets: 95 % confidence intervals (Wilson for rates, bootstrap over trials for Avg. Len.).",
         "![share of trials with 1, 2, ... tasks solved in a row](in_a_row.png)",
     ]
@@ -120,6 +121,7 @@ def section(evaluation: chains.Evaluation, folder: str, *, strips: bool) -> str:
     table = rows([evaluation])
     parts = [
         _chain_table(table),
+        *_conditions(table),
         _task_table(table),
         "In brackets: 95 % confidence intervals. Numbers of one environment say nothing about another.",
         f"![success per task]({folder}/per_task.png)",
@@ -153,6 +155,18 @@ def _chain_table(table: Sequence[Row]) -> str:
             ]
         )
     return _table(head, body)
+
+
+def _conditions(table: Sequence[Row]) -> list[str]:
+    """A sentence per simulator and per protocol that numbers of the table come from, where they are known."""
+    said = []
+    for row in table:
+        simulator = ", ".join(f"{name} {value}" for name, value in row.setup.get("simulator", {}).items())
+        if simulator:
+            said.append(f"Simulator of {row.setup['env']}: {simulator}.")
+        if "protocol" in row.labels:
+            said.append(f"Protocol: {row.labels['protocol']}.")
+    return list(dict.fromkeys(said))
 
 
 def _task_table(table: Sequence[Row]) -> str:

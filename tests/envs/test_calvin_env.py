@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+import subprocess
 import textwrap
 from collections.abc import Iterator
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from robovlms_jax.envs import calvin, tasks
-from robovlms_jax.envs.vector import EnvError
+from robovlms_jax.envs import calvin, calvin_version, tasks
+from robovlms_jax.envs.vector import EnvError, EnvPool
 
 RECORDED = pathlib.Path(__file__).with_name("recorded_calvin_info.json")
 INFOS = json.loads(RECORDED.read_text())
@@ -24,11 +26,22 @@ STAY = np.array([0, 0, 0, 0, 0, 0, 1.0])
 
 # The surface of calvin_env that the adapter relies on. The simulator renders in reset and step, as the real one does.
 SIMULATOR = """
-    import json, os, time
+    import json, os, time, types
     import cv2, git, gym, gym.utils.seeding, quaternion  # all of which the adapter replaces
+    from rich.traceback import install  # old versions do, and it may be missing
     import numpy as np
 
     STEPS_TO_SUCCESS = 3
+    BUTTON_IS_SOUND = {sound}
+
+    class Button:
+        def __init__(self):
+            self.light = types.SimpleNamespace(get_state=lambda: 0)
+            self.reset()
+
+        def reset(self, state=None):
+            on = self.light.get_state() if BUTTON_IS_SOUND else 0
+            self.state = types.SimpleNamespace(value=on)
 
     class PlayTableSimEnv(gym.Env):
         def __init__(self, cameras, scene_cfg, robot_cfg, use_egl, show_gui, use_vr, use_scene_info):
@@ -37,6 +50,7 @@ SIMULATOR = """
             assert robot_cfg["gripper_joint_ids"] == [9, 11]
             self.np_random, _ = gym.utils.seeding.np_random(0)
             self.cameras = list(cameras)
+            self.scene = types.SimpleNamespace(buttons=[Button()])
             self.frames = self.steps = 0
             self.recordings = json.load(open({recorded!r}))
             print("fake bullet, egl", use_egl)
@@ -48,6 +62,8 @@ SIMULATOR = """
             return self.get_obs()
 
         def step(self, action):
+            if len(action) == 3:  # an absolute pose
+                self.pose, action = action, np.concatenate(action)
             assert action[6] in (-1, 1)
             if action[0] == 9:
                 os._exit(139)
@@ -64,6 +80,8 @@ SIMULATOR = """
         def get_state_obs(self):
             robot_obs = np.zeros(15)
             robot_obs[0] = self.frames  # for the test to see
+            if hasattr(self, "pose"):
+                robot_obs[1:8] = np.concatenate(self.pose)
             return {{"robot_obs": robot_obs, "scene_obs": self.scene_obs}}
 
         def get_info(self):
@@ -128,7 +146,7 @@ def checkout(tmp_path_factory) -> Iterator[pathlib.Path]:
     root = folder / "checkout"
     write(root / "calvin_env" / "__init__.py", "")
     write(root / "calvin_env" / "envs" / "__init__.py", "")
-    write(root / "calvin_env" / "envs" / "play_table_env.py", SIMULATOR.format(recorded=str(RECORDED)))
+    write(root / "calvin_env" / "envs" / "play_table_env.py", SIMULATOR.format(recorded=str(RECORDED), sound=True))
     (root / "data").mkdir()
     write(root / "conf" / "env" / "play_table_env.yaml", ENV_YAML)
     write(root / "conf" / "robot" / "panda.yaml", "gripper_joint_ids: [9, 10]")
@@ -185,6 +203,57 @@ def test_what_the_real_simulator_said_is_recognised(env, task):
         assert calvin.completed_in_each([start], [env.info]) == [set()], step
         env.step(STAY)
     assert calvin.completed_in_each([start], [env.info]) == [{task}]
+
+
+def test_an_absolute_action_reaches_the_simulator_as_a_pose(checkout):
+    env = calvin.calvin_env(str(checkout), actions="absolute")
+    assert env.about["actions"] == "absolute"
+    env.reset()
+    pose = np.array([0.1, -0.2, 0.5, 3.0, 0.0, 1.5, -1.0])
+    env.step(pose)
+    np.testing.assert_array_equal(env.info["robot_obs"][1:8], pose)
+    env.close()
+    with pytest.raises(ValueError, match="actions='joint' must be 'relative' or 'absolute'"):
+        calvin.calvin_env(str(checkout), actions="joint")
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_callers_action_is_left_alone(absolute):
+    """calvin_env before November 2022 scales what it is given in place."""
+    env = object.__new__(calvin.CalvinEnv)
+    env._absolute = absolute
+    env._env = mock.Mock(step=lambda action: action[0].fill(0) if absolute else action.__imul__(0.02))
+    action = np.arange(7) / 6
+    env.step(action)
+    np.testing.assert_array_equal(action, np.arange(7) / 6)
+
+
+def git(root: pathlib.Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    return subprocess.run(
+        ["git", *identity, "-C", str(root), *arguments], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_a_version_with_the_broken_button_is_told_apart_and_warned_of_once(checkout, env, tmp_path, caplog):
+    assert env.about["button"] == calvin_version.SOUND_BUTTON
+    assert env.about["calvin_env"] == "unknown"  # not a git checkout
+    old = tmp_path / "old"
+    shutil.copytree(checkout, old)
+    write(old / "calvin_env" / "envs" / "play_table_env.py", SIMULATOR.format(recorded=str(RECORDED), sound=False))
+    git(old, "init", "-q")
+    git(old, "add", ".")
+    git(old, "commit", "-qm", "old")
+    commit = git(old, "rev-parse", "HEAD")
+    pool = EnvPool([calvin.calvin_env(str(old)), calvin.calvin_env(str(old))])
+    assert pool.about["button"] == calvin_version.BROKEN_BUTTON
+    assert pool.about["calvin_env"] == commit
+    pool.close()
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert commit in warning and f"git -C {old} checkout main" in warning and "turn_off_led" in warning
+    write(old / "conf" / "robot" / "panda.yaml", "gripper_joint_ids: [1, 2]")
+    assert calvin_version.commit(old) == f"{commit} with local changes"
+    assert calvin_version.commit(old / "conf") == "unknown"  # a folder of another project's checkout
 
 
 def test_contacts_are_sorted_into_columns():
@@ -287,6 +356,15 @@ def test_validation_sentences_come_from_the_checkout(tmp_path):
         calvin.validation_instructions(str(tmp_path))
     write(path, "\n".join(f"{task}: ['please {task}', other]" for task in tasks.TASKS))
     assert calvin.validation_instructions(str(tmp_path))["stack_block"] == "please stack_block"
+    write(path, "\ufeff" + "\n".join(f"{task}: {task} now" for task in tasks.TASKS))  # no lists, byte order mark
+    assert calvin.validation_instructions(str(tmp_path))["stack_block"] == "stack_block now"
+    for cell in ("[]", "[3]", "null", '[""]', "{a: b}"):
+        write(path, "\n".join(f"{task}: {cell if task == 'stack_block' else '[x]'}" for task in tasks.TASKS))
+        with pytest.raises(ValueError, match=r"stack_block has .*, expected a list that begins with a sentence"):
+            calvin.validation_instructions(str(tmp_path))
+    write(path, "- stack")
+    with pytest.raises(ValueError, match="holds list, expected `task"):
+        calvin.validation_instructions(str(tmp_path))
     write(path, "stack_block: [stack]")
     with pytest.raises(ValueError, match=r"lacks a sentence for 33 of the 34 tasks, e\.g\. close_drawer"):
         calvin.validation_instructions(str(tmp_path))

@@ -38,6 +38,34 @@ def test_a_process_behaves_like_the_environment_it_runs(here):
     env.close()
 
 
+def test_a_fresh_process_serves_every_reset_and_results_say_so(here):
+    env = ProcessEnv(TOY, {"start": 5}, fresh_process=True)
+    assert env.about == {"version": 3, "fresh_process": True}
+    pool = EnvPool([env])
+    (first,) = pool.reset([0], [{"count": 8}])
+    pool.step([0], action()[None])
+    (second,) = pool.reset([0], [{"count": 6}])
+    env.reset()
+    assert len({first["pid"], second["pid"], env.info["pid"]}) == 3
+    assert (first["count"], second["count"], env.info["count"]) == (8, 6, 5)
+    env.close()
+    kept = ProcessEnv(TOY)
+    kept.reset()
+    pid = kept.info["pid"]
+    kept.reset()
+    assert kept.info["pid"] == pid
+    assert kept.about == {"version": 3}
+    kept.close()
+
+
+def test_a_pool_of_two_versions_is_refused():
+    old, new = Toy(), Toy()
+    assert EnvPool([old, new]).about == {"version": 3}
+    old.about = {"version": 2}
+    with pytest.raises(ValueError, match=r"one simulator, but Toy is \{'version': 2\} and \{'version': 3\}"):
+        EnvPool([old, new])
+
+
 def test_wrong_input_is_the_callers_error_and_the_process_lives_on(here):
     env = ProcessEnv(TOY)
     with pytest.raises(ValueError, match="bad action"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import ClassVar
 
 import numpy as np
 
@@ -14,6 +15,7 @@ class Toy:
     """Counts its steps; some actions make it misbehave."""
 
     name = "Toy"
+    about: ClassVar = {"version": 3}
 
     def __init__(self, start: int = 0):
         if start < 0:

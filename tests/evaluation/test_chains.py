@@ -59,7 +59,7 @@ def test_wording_and_scene_can_be_chosen():
     np.testing.assert_array_equal(unseen[0].start["scene_obs"], tasks.initial_state(some[0].condition, "B")[1])
     fixed = chains.chain_trials(some, sentences={name: f"do {name}" for name in tasks.TASKS})
     assert fixed[2].instructions == tuple(f"do {name}" for name in some[2].tasks)
-    assert fixed[2].labels["phrasing"] == "fixed"
+    assert fixed[2].labels["phrasing"] == "benchmark"
     assert fixed[2].labels["scene_seen"] is None
 
 
@@ -88,6 +88,24 @@ def test_results_are_stored_as_they_come_and_read_back(tmp_path):
     lines = (tmp_path / "results-000.jsonl").read_text().splitlines()
     assert len(lines) == 13
     assert json.loads(lines[1])["labels"] == {"scene": "line"}
+
+
+def test_results_say_which_simulator_they_come_from_and_are_not_mixed(tmp_path):
+    env = LineEnv()
+    env.about = {"version": "797142c"}
+    evaluation = evaluate(tmp_path, TRIALS[:2], env)
+    assert evaluation.setup["simulator"] == {"version": "797142c"}
+    assert json.loads((tmp_path / "results-000.jsonl").read_text().splitlines()[0])["setup"] == evaluation.setup
+    env.about = {"version": "1431a46"}
+    with pytest.raises(ValueError, match=r"another setup \(simulator: .*797142c.* there, .*1431a46.* here\)"):
+        evaluate(tmp_path, TRIALS[:3], env)
+
+
+def test_progress_is_said_from_the_first_trial_on(tmp_path, caplog):
+    caplog.set_level("INFO")
+    evaluate(tmp_path, TRIALS[:4])
+    said = [record.getMessage() for record in caplog.records if "tasks in a row" in record.getMessage()]
+    assert [text.split(" in ")[0] for text in said] == ["Line: 1 of 4 trials", "Line: 4 of 4 trials"]
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path):

@@ -157,6 +157,7 @@ class PlayTables:
             raise ValueError(f"size={size} does not fit {len(names)} scenes; give one name, or one per table.")
         kinds = sorted(set(names))
         self.name = f"playtable-{''.join(kinds)}"
+        self.about: dict[str, str] = {}  # nothing beyond this repository
         self.size = len(names)
         self._which = np.array([kinds.index(name) for name in names], np.int32)
         self._neutral = [neutral_scene_obs(name) for name in names]

@@ -1,0 +1,125 @@
+"""What `experiments.evaluate` asks in CALVIN, under which protocol, and what it says meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import sys
+
+import pytest
+
+from experiments import evaluate
+from robovlms_jax.envs import calvin, tasks
+from robovlms_jax.evaluation import chains, rollout_report
+from robovlms_jax.evaluation.execution import Execution
+from robovlms_jax.evaluation.rollout import TrialResult
+
+
+@pytest.fixture
+def checkout(tmp_path) -> str:
+    """A checkout of mees/calvin as far as sentences go."""
+    path = tmp_path / "calvin" / "calvin_models" / "conf" / "annotations" / "new_playtable_validation.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join(f"{task}: ['please {task}']" for task in tasks.TASKS))
+    return str(tmp_path / "calvin")
+
+
+def config(**changes) -> evaluate.EvaluateConfig:
+    return evaluate.EvaluateConfig(checkpoint="run", **{"env": "calvin", "calvin_root": "nowhere", **changes})
+
+
+def test_calvin_is_asked_the_benchmarks_own_sentences(checkout):
+    trials, rules = evaluate._trials(config(calvin_root=checkout, chains=3))
+    assert rules.completed is calvin.completed_in_each
+    for trial in trials:
+        assert trial.instructions == tuple(f"please {task}" for task in trial.tasks)
+        assert trial.labels["phrasing"] == "benchmark"
+    single, _ = evaluate._trials(config(calvin_root=checkout, chains=2, tasks=("open_drawer",)))
+    assert single[1].instructions == ("please open_drawer",)
+
+
+def test_other_wordings_are_asked_only_on_request_or_with_a_warning(checkout, caplog):
+    held_out, _ = evaluate._trials(config(calvin_root=checkout, chains=1, held_out=True))
+    assert held_out[0].labels["phrasing"] == "held out"
+    assert not caplog.records
+    without, _ = evaluate._trials(config(chains=1))
+    assert without[0].labels["phrasing"] == "training"
+    assert "calvin_root nowhere has no validation sentences" in caplog.text
+    playtable, _ = evaluate._trials(evaluate.EvaluateConfig(checkpoint="run", calvin_root=checkout, chains=1))
+    assert playtable[0].labels["phrasing"] == "training"
+
+
+def test_the_official_protocol_is_the_whole_benchmark_and_says_so(checkout, monkeypatch, tmp_path):
+    asked = {}
+
+    def evaluated(policy, envs, trials, directory, **kwargs):
+        asked.update(kwargs, trials=trials)
+        trial = trials[0]
+        result = TrialResult(trial.index, trial.tasks, trial.instructions, (False,), (360,), trial.labels)
+        setup = {"env": "CALVIN", "policy": "p", "execution": kwargs["execution"].label}
+        return chains.Evaluation(setup | {"simulator": {"calvin_env": "797142c"}}, (result,))
+
+    monkeypatch.setattr(evaluate.chains, "evaluate", evaluated)
+    monkeypatch.setattr(evaluate, "load_batched_policy", lambda checkpoint, slots: None)
+    monkeypatch.setattr(evaluate.calvin, "calvin_env", lambda root, **kwargs: LineEnv())
+    report = evaluate.evaluate(config(calvin_root=checkout, protocol="official", output=str(tmp_path / "out")))
+    assert len(asked["trials"]) == 1000
+    assert asked["execution"] == Execution("first")
+    assert asked["rules"].max_steps == 360
+    assert {trial.labels["phrasing"] for trial in asked["trials"]} == {"benchmark"}
+    assert {trial.labels["protocol"] for trial in asked["trials"]} == {evaluate.OFFICIAL_LABEL}
+    text = report.read_text()
+    assert "Simulator of CALVIN: calvin_env 797142c." in text
+    assert f"Protocol: {evaluate.OFFICIAL_LABEL}." in text
+    assert "benchmark" in text
+
+
+class LineEnv:
+    name = "CALVIN"
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"env": "playtable"},
+        {"chains": 10},
+        {"execution": Execution("ensemble")},
+        {"held_out": True},
+        {"max_steps": 100},
+        {"tasks": ("open_drawer",)},
+        {"scene": "A"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_contradicts_the_official_protocol_is_refused_by_name(changes):
+    with pytest.raises(ValueError, match=rf"protocol official does not go with {next(iter(changes))}="):
+        config(protocol="official", **changes)
+
+
+def test_the_official_protocol_needs_the_sentences():
+    with pytest.raises(FileNotFoundError, match=r"new_playtable_validation\.yaml not found"):
+        evaluate._trials(config(protocol="official"))
+
+
+def test_setups_that_differ_have_directories_of_their_own(checkout):
+    with pytest.raises(ValueError, match="fresh_process is for env calvin"):
+        config(env="playtable", fresh_process=True)
+    setups = [{}, {"fresh_process": True}, {"protocol": "official"}, {"held_out": True}, {"scene": "B"}]
+    assert len({evaluate._default_output(config(**changes)) for changes in setups}) == len(setups)
+
+
+def test_main_says_where_the_report_is_even_if_a_library_took_the_root_logger(monkeypatch, capsys):
+    monkeypatch.setattr(logging.root, "handlers", [logging.NullHandler()])
+    monkeypatch.setattr(logging.root, "level", logging.WARNING)
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--checkpoint", "run"])
+    monkeypatch.setattr(evaluate, "evaluate", lambda config: pathlib.Path("out/rollouts.md"))
+    evaluate.main()
+    assert "report: out/rollouts.md" in capsys.readouterr().err
+
+
+def test_a_report_without_simulator_or_protocol_says_nothing_of_them():
+    result = TrialResult(0, ("a",), ("a",), (True,), (3,), {"scene": "D"})
+    setup = {"env": "playtable-D", "policy": "p", "execution": "chunk"}
+    assert rollout_report._conditions(rollout_report.rows([chains.Evaluation(setup, (result,))])) == []
