@@ -7,12 +7,12 @@ python -m experiments.convert_data --source lerobot --root my_robot --out packed
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
 import re
 import sys
-import typing
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -72,8 +72,7 @@ def main(args: Args) -> None:
             pack_lerobot(args.root, args.out / split, split, quality=args.quality, workers=args.workers)
         return
     name = args.name or "calvin_" + re.sub(r"[^a-z0-9]+", "_", args.root.resolve().name.lower())
-    found = [split for split in typing.get_args(calvin.Split) if (args.root / split).is_dir()]
-    opened = {split: calvin.open_dataset(args.root, split) for split in found or ["training"]}
+    opened = calvin.open_splits(args.root, functools.partial(calvin.open_dataset, args.root))
     splits = {
         {"training": "train", "validation": "val"}[split]: calvin_episodes(dataset, args.quality)
         for split, dataset in opened.items()

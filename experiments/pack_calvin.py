@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
 import sys
-import typing
 
 import numpy as np
 import tyro
@@ -41,9 +41,8 @@ class Args:
 
 def main(args: Args) -> None:
     """Pack every split found. Raises ValueError, OSError or RuntimeError with the way out (see `packing.pack`)."""
-    splits = [split for split in typing.get_args(calvin.Split) if (args.root / split).is_dir()]
-    for split in splits or ["training"]:  # without any, opening the first says what was looked for
-        source = calvin.open_npz(args.root, split, annotation_folder=args.annotation_folder)
+    open_one = functools.partial(calvin.open_npz, args.root, annotation_folder=args.annotation_folder)
+    for split, source in calvin.open_splits(args.root, open_one).items():
         spans = np.array([(episode.start, episode.end) for episode in source.episodes])
         if args.all_frames:
             spans = np.concatenate([spans, source.sessions()])

@@ -58,7 +58,8 @@ class Setup:
     config: ExperimentConfig
     """With everything resolved that depends on the data."""
     train: pipeline.SegmentSource
-    validation: pipeline.SegmentSource
+    validation: pipeline.SegmentSource | None
+    """None: no episode there is annotated (`validation.open_split`)."""
     backbone: build.Backbone
     encode: EncodeText
     model: VLA
@@ -105,10 +106,10 @@ def prepare(config: ExperimentConfig) -> Setup:
     """Open everything a run needs and check that it fits together. Raises what the parts raise; compiles nothing."""
     config.validate(jax.device_count())
     config = dataclasses.replace(config, distributed=DistributedConfig())  # differs between processes, done with
-    opened = {split: opening.open_split(config.data, split) for split in ("training", "validation")}
+    opened = {"training": opening.open_split(config.data, "training"), "validation": validation.open_split(config.data)}
     variation = language.read(config.data.paraphrases) if config.data.vary_language else None
     sentences = language.every(opened["training"].episodes, variation)
-    instructions = [*sentences, *language.every(opened["validation"].episodes, None), *_asked(config)]
+    instructions = [*sentences, *validation.sentences(opened["validation"]), *_asked(config)]
     if config.train.init_from:
         backbone = chaining.open_backbone(config.backbone, config.train.init_from)
     else:
@@ -120,7 +121,8 @@ def prepare(config: ExperimentConfig) -> Setup:
 
     embed = _sentence_embeddings(config, instructions)
     training = _source(config, opened["training"], encode, variation, embed)
-    validation_split = _source(config, opened["validation"], encode, embed_sentence=embed)
+    held_out = opened["validation"]
+    validation_split = None if held_out is None else _source(config, held_out, encode, embed_sentence=embed)
     actions, values = _training_actions(config, opened["training"])
     config = config.resolve(training.num_windows, length, values)
     config = dataclasses.replace(config, policy=config.policy.with_bins(actions))
@@ -184,7 +186,7 @@ def _train(name: str, setup: Setup, output: pathlib.Path, title: str, closing: s
     _write_record(output, name, config)
     start = int(train_state.step)
     writer = _writers(config, output, start)
-    evaluator = validation.Evaluator(setup.model, setup.mesh, config, setup.validation, setup.encode)
+    evaluator = validation.evaluator(setup.model, setup.mesh, config, setup.validation, setup.encode)
     tables = _closed_loop(setup, output)
     train_step = step.of_experiment(config, setup.model, train_state, setup.mesh)
     spent = goodput.Goodput()
@@ -261,7 +263,7 @@ def _announce(name: str, setup: Setup) -> None:
         logger.info("mixture:\n%s", mixing.shares(groups, windows.tolist()))
     logger.info(
         "%d training and %d validation windows; %d steps of %d windows in %d segments",
-        *(setup.train.num_windows, setup.validation.num_windows),
+        *(setup.train.num_windows, setup.validation.num_windows if setup.validation else 0),
         *(config.train.steps, config.train.batch_size, config.segments_per_batch),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -11,8 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from robovlms_jax.config import ExperimentConfig
-from robovlms_jax.data import pipeline
+from robovlms_jax.config import DataConfig, ExperimentConfig
+from robovlms_jax.data import base, language, opening, pipeline
 from robovlms_jax.evaluation import offline, report
 from robovlms_jax.interface import Observation
 from robovlms_jax.parallel import mesh as meshes
@@ -21,6 +22,57 @@ from robovlms_jax.policies.vla import VLA
 from robovlms_jax.training import step
 from robovlms_jax.training.state import TrainState
 from robovlms_jax.types import Batch
+
+logger = logging.getLogger(__name__)
+
+
+def open_split(config: DataConfig) -> base.Dataset | None:
+    """The validation split; None, with a warning, where no episode of it is annotated: training does not need it.
+
+    Raises as `opening.open_split` does for everything else."""
+    try:
+        return opening.open_split(config, "validation")
+    except base.NotAnnotatedError as error:
+        logger.warning(
+            "training goes on without a validation split, which only offline evaluation and its part of the report "
+            "need. To have them, add what is missing: %s",
+            error,
+        )
+        return None
+
+
+def sentences(split: base.Dataset | None) -> list[str]:
+    """Every instruction of the split."""
+    return [] if split is None else language.every(split.episodes, None)
+
+
+def evaluator(
+    model: VLA, mesh: Mesh, config: ExperimentConfig, source: pipeline.SegmentSource | None, encode: EncodeText
+) -> Evaluator | Unevaluated:
+    """What evaluates on the split, if there is one."""
+    return Unevaluated() if source is None else Evaluator(model, mesh, config, source, encode)
+
+
+class Unevaluated:
+    """In place of an `Evaluator` where no validation episode is annotated: no numbers, and a report that says so."""
+
+    def numbers(self, state: TrainState) -> dict[str, float]:
+        """None."""
+        return {}
+
+    def report(
+        self,
+        state: TrainState,
+        write: Callable[[dict[str, float]], None],
+        output: pathlib.Path,
+        title: str,
+        facts: Mapping[str, Any],
+        closing: str,
+        closed_loop: str = "",
+    ) -> None:
+        """report.md and report.json with what was not measured on the split (first process only)."""
+        if jax.process_index() == 0:
+            report.write_report(output, title=title, facts=facts, sums=None, closing=closing, closed_loop=closed_loop)
 
 
 class Evaluator:

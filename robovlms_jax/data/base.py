@@ -10,8 +10,10 @@ import collections
 import dataclasses
 import difflib
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,10 @@ CALVIN_UNITS = (0.02,) * 3 + (0.05,) * 3
 
 class CorruptFrameError(ValueError):
     """A stored frame cannot be used: unreadable, truncated, of the wrong shape, or holding NaN. Names the place."""
+
+
+class NotAnnotatedError(ValueError):
+    """A split has no annotated episode: no annotations, none with a sentence, or no such split beside the others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +220,17 @@ def select(
     return tuple(kept)
 
 
+def whole_number(value: Any) -> int:
+    """A frame or episode number as files store it: an integer, or a float that is one. Raises TypeError, ValueError."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{value!r:.80} is not a number")
+    if not math.isfinite(value) or value != int(value) or value < 0:
+        raise ValueError(f"{value!r} is not a whole number from 0 on")
+    return int(value)
+
+
 def _keys(episode: Episode) -> tuple[tuple[str | None, int, int], ...]:
     """The two ways a list may name an episode."""
     return (episode.task, episode.start, episode.end), (None, episode.start, episode.end)
@@ -222,17 +239,18 @@ def _keys(episode: Episode) -> tuple[tuple[str | None, int, int], ...]:
 def _read_list(path: pathlib.Path) -> Iterable[tuple[str | None, int, int]]:
     """(task or None, start, end) of every entry."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin files with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"episode_list: cannot read {path}: {error}") from error
     try:
         if text.lstrip().startswith("{"):
-            return [(task, int(start), int(end)) for task, spans in json.loads(text).items() for start, end in spans]
+            spans = [(task, span) for task, listed in json.loads(text).items() for span in listed]
+            return [(task, *(whole_number(frame) for frame in (start, end))) for task, (start, end) in spans]
         return [
             (None, int(start), int(end))
             for _, start, end in (line.split() for line in text.splitlines() if line.strip())
         ]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"episode_list: {path} is neither JSON {{task: [[start, end], ...]}} nor text lines 'index start end': "
             f"{error}"

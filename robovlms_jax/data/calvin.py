@@ -10,19 +10,20 @@
 from __future__ import annotations
 
 import collections
+import difflib
 import logging
 import os
 import pathlib
-import pickle
 import re
+import typing
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
-from robovlms_jax.data import base, packed
+from robovlms_jax.data import base, calvin_annotations, packed
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def open_dataset(
       annotation_folder: folder of the split with auto_lang_ann.npy; a packed split has its annotations inside.
       episode_list, exclude_tasks: see `base.select`.
     Raises:
+      base.NotAnnotatedError: frames without a sentence, or a root with training data alone.
       ValueError: nothing usable at `root`; says what was looked for and what is there.
     """
     directory = pathlib.Path(root) / split
@@ -65,6 +67,23 @@ def open_dataset(
         )
     dataset.episodes = base.select(dataset.episodes, episode_list=episode_list, exclude_tasks=exclude_tasks)
     return dataset
+
+
+def open_splits(root: str | os.PathLike[str], open_one: Callable[[Split], base.Dataset]) -> dict[Split, base.Dataset]:
+    """Every split under `root` by `open_one`; a validation split without annotations is left out, with a warning.
+
+    Raises as `open_one` does, for the training split also where there is no split at all.
+    """
+    found = [split for split in typing.get_args(Split) if (pathlib.Path(root) / split).is_dir()]
+    opened: dict[Split, base.Dataset] = {}
+    for split in found or ["training"]:  # without any, opening the first says what was looked for
+        try:
+            opened[split] = open_one(split)
+        except base.NotAnnotatedError as error:
+            if "training" not in opened:
+                raise
+            logger.warning("%s is left out: %s", pathlib.Path(root) / split, error)
+    return opened
 
 
 def open_npz(root: str | os.PathLike[str], split: Split, *, annotation_folder: str = "lang_annotations") -> NpzDataset:
@@ -83,8 +102,8 @@ class NpzDataset(base.Dataset):
         self.directory = pathlib.Path(directory)
         self.name = str(self.directory)
         self._prefix, self._digits, self.frame_ids = _list_frames(self.directory)
-        annotations = _find_annotations(self.directory, annotation_folder)
-        self.episodes = _read_annotations(annotations)
+        annotations = calvin_annotations.find(self.directory, annotation_folder)
+        self.episodes = calvin_annotations.read(annotations)
         for episode in self.episodes:
             first, last = np.searchsorted(self.frame_ids, (episode.start, episode.end + 1))
             if last - first != episode.end - episode.start + 1:
@@ -95,18 +114,7 @@ class NpzDataset(base.Dataset):
                     f"frames, {self.frame_ids[0]} to {self.frame_ids[-1]}. Copy the missing frames, or the annotations "
                     "made for these."
                 )
-        probe = self.path(self.episodes[0].start)
-        shapes = {
-            key: value.shape
-            for key, value in _read_npz(probe, [*IMAGE_KEYS.values(), *ARRAY_SIZES], optional=True).items()
-        }
-        self.image_sizes = {camera: shapes[key][:2] for camera, key in IMAGE_KEYS.items() if key in shapes}
-        self.arrays = tuple(key for key in ARRAY_SIZES if key in shapes)
-        if "rel_actions" not in shapes or not self.image_sizes:
-            raise ValueError(
-                f"{probe} has the keys {sorted(shapes)}; a CALVIN frame needs rel_actions and one of "
-                f"{list(IMAGE_KEYS.values())}."
-            )
+        self.image_sizes, self.arrays = _fields(self.path(self.episodes[0].start))
 
     def path(self, frame_id: int) -> pathlib.Path:
         """File of one frame."""
@@ -161,10 +169,56 @@ class NpzDataset(base.Dataset):
             _require_array(path, IMAGE_KEYS[camera], content, np.uint8, (*self.image_sizes[camera], 3))
         for name in arrays:
             # Published files hold float64 or float32, depending on the release.
+            if content[name].dtype.kind not in "fiu":
+                raise base.CorruptFrameError(f"{path}: {name} is {_form(content[name])}, expected numbers.")
             content[name] = content[name].astype(np.float32)
             _require_array(path, name, content, np.float32, (ARRAY_SIZES[name],))
             base.require_finite(content[name][None], [frame_id], name, str(path))
         return content
+
+
+def _fields(path: pathlib.Path) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
+    """Image sizes by camera, and numeric fields, that a frame has. Raises ValueError naming what is missing or odd."""
+    found = _read_npz(path, [*IMAGE_KEYS.values(), *ARRAY_SIZES], optional=True)
+    cameras = {camera: key for camera, key in IMAGE_KEYS.items() if key in found}
+    if "rel_actions" not in found or not cameras:
+        held = _keys(path)
+        near = difflib.get_close_matches("rel_actions", held, n=1) if "rel_actions" not in found else []
+        hint = f" Is rel_actions what it calls {near[0]!r}? Rename it." if near and near[0] not in ARRAY_SIZES else ""
+        raise ValueError(
+            f"{path} has the keys {held}; a CALVIN frame needs rel_actions and one of {list(IMAGE_KEYS.values())}."
+            f"{hint}"
+        )
+    for key in cameras.values():
+        image = found[key]
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"{path}: {key} is {_form(image)}, expected uint8[height, width, 3], RGB.")
+    odd = [name for name in ARRAY_SIZES if name in found and not _is_field(found[name], ARRAY_SIZES[name])]
+    if "rel_actions" in odd:
+        raise ValueError(
+            f"{path}: rel_actions is {_form(found['rel_actions'])}, expected {ARRAY_SIZES['rel_actions']} numbers: "
+            "change of xyz and of Euler angles, and the gripper's command."
+        )
+    for name in odd:
+        logger.warning(
+            "%s: %s is %s, CALVIN's has %d numbers: it is left out.",
+            *(path, name, _form(found[name]), ARRAY_SIZES[name]),
+        )
+    arrays = tuple(name for name in ARRAY_SIZES if name in found and name not in odd)
+    return {camera: found[key].shape[:2] for camera, key in cameras.items()}, arrays
+
+
+def _is_field(array: np.ndarray, size: int) -> bool:
+    return array.shape == (size,) and array.dtype.kind in "fiu"
+
+
+def _form(array: np.ndarray) -> str:
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def _keys(path: pathlib.Path) -> list[str]:
+    with np.load(path, allow_pickle=False) as file:
+        return sorted(file.files)
 
 
 def _read_npz(path: pathlib.Path, keys: Sequence[str], *, optional: bool = False) -> dict[str, np.ndarray]:
@@ -190,13 +244,12 @@ def _require_array(
     array = content[key]
     if array.dtype != dtype or array.shape != shape:
         raise base.CorruptFrameError(
-            f"{path}: {key} is {array.dtype}{list(array.shape)}, expected {np.dtype(dtype)}{list(shape)} as in the "
-            "rest of the split."
+            f"{path}: {key} is {_form(array)}, expected {np.dtype(dtype)}{list(shape)} as in the rest of the split."
         )
 
 
 def _find_split(root: pathlib.Path, split: str) -> pathlib.Path:
-    """`root/split`. Raises ValueError that says what is at `root` instead."""
+    """`root/split`. Raises ValueError that says what is at `root` instead; base.NotAnnotatedError: only training is."""
     directory = root / split
     if directory.is_dir():
         return directory
@@ -210,6 +263,8 @@ def _find_split(root: pathlib.Path, split: str) -> pathlib.Path:
     if root.name in ("training", "validation"):
         hint = f" Pass the directory above it: {root.parent}."
     else:
+        if split == "validation" and (root / "training").is_dir():
+            raise base.NotAnnotatedError(f"{looked}; {root} holds {_listing(root)}.")
         inside = sorted(path.parent for path in root.glob(f"*/{split}"))
         hint = f" Did you mean {inside[0]}?" if inside else ""
     raise ValueError(f"{looked}; {root} holds {_listing(root)}.{hint}")
@@ -233,75 +288,3 @@ def _list_frames(directory: pathlib.Path) -> tuple[str, int, np.ndarray]:
         )
     prefix, digits = max(found, key=lambda naming: len(found[naming]))
     return prefix, digits, np.sort(np.array(found[prefix, digits], np.int32))
-
-
-def _find_annotations(directory: pathlib.Path, folder: str) -> pathlib.Path:
-    candidates = [directory / folder / "auto_lang_ann.npy", directory / "auto_lang_ann.npy"]
-    for path in candidates:
-        if path.exists():
-            return path
-    others = sorted(path.parent.name for path in directory.glob("*/auto_lang_ann.npy"))
-    hint = (
-        f"set data.annotation_folder to one of {others}" if others else "no other folder has auto_lang_ann.npy either"
-    )
-    raise ValueError(f"no language annotations: looked for {candidates[0]} and {candidates[1]}; {hint}.")
-
-
-def _read_annotations(path: pathlib.Path) -> tuple[base.Episode, ...]:
-    """Episodes of auto_lang_ann.npy, in file order. Raises ValueError."""
-    content = _load_pickled_npy(path)
-    try:
-        spans, language = content["info"]["indx"], content["language"]
-        sentences, tasks = language["ann"], language["task"]
-        episodes = [
-            base.Episode(int(start), int(end), str(sentence), str(task))
-            for (start, end), sentence, task in zip(spans, sentences, tasks, strict=True)
-        ]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(
-            f"{path} is not CALVIN's annotation dictionary, which has info.indx, language.ann and language.task of one "
-            f"length: {error!r}"
-        ) from error
-    if not episodes:
-        raise ValueError(f"{path} annotates no episode.")
-    for episode in episodes:
-        if episode.end < episode.start:
-            raise ValueError(
-                f"{path}: {episode.instruction!r} ends at frame {episode.end}, before its start {episode.start}."
-            )
-    return tuple(episodes)
-
-
-_HARMLESS = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),  # NumPy 1 wrote numpy.core, NumPy 2 writes numpy._core
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("_codecs", "encode"),  # how old protocols store bytes
-}
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles containers, numbers, strings and NumPy arrays. Anything else could run code and is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _HARMLESS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which annotations have no use for")
-        return super().find_class(module, name)
-
-
-def _load_pickled_npy(path: pathlib.Path) -> Any:
-    """The object that np.save pickled into an npy file; np.load would run any code it names. Raises ValueError."""
-    try:
-        with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            if version != (1, 0):  # what np.save writes for any header as short as this one
-                raise ValueError(f"it has npy format {version}")
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            if not dtype.hasobject or shape != ():
-                raise ValueError(f"it holds {dtype}{list(shape)}, expected one pickled dictionary")
-            return _ArraysOnly(file).load().item()
-    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error

@@ -49,11 +49,11 @@ def write_report(
     *,
     title: str,
     facts: Mapping[str, Any],
-    sums: offline.Sums,
-    sensitivity: offline.Sensitivity | None,
-    episodes: Sequence[EpisodeCurves],
-    units: ArrayLike,
+    sums: offline.Sums | None,
     closing: str,
+    sensitivity: offline.Sensitivity | None = None,
+    episodes: Sequence[EpisodeCurves] = (),
+    units: ArrayLike | None = None,
     closed_loop: str = "",
 ) -> pathlib.Path:
     """Write report.md, report.json and PNGs.
@@ -61,9 +61,9 @@ def write_report(
     Args:
       directory: the run's; its metrics.jsonl holds the loss curves.
       facts: what the run was, in the order to print: preset, device, parameters, steps, seconds, ...
-      sums: of the validation split.
+      sums: of the validation split; None: there is none, and the report says so.
       sensitivity: the language probe; None leaves it out.
-      units: float[6], metres and radians per dataset unit.
+      units: float[6], metres and radians per dataset unit; of `episodes`.
       closing: Markdown of the last section, "The real thing".
       closed_loop: Markdown of the section "Closed loop"; empty leaves it out.
     Returns:
@@ -71,9 +71,11 @@ def write_report(
     """
     directory = pathlib.Path(directory)
     curves = {name: curve for name, curve in read_metrics(directory / "metrics.jsonl").items() if "loss" in name}
-    chunk, overall = offline.summarize(sums), offline.summarize(offline.over_chunk(sums))
-
-    pictures = {"errors.png": draw_errors(chunk)}
+    chunk = overall = None
+    pictures = {}
+    if sums is not None:
+        chunk, overall = offline.summarize(sums), offline.summarize(offline.over_chunk(sums))
+        pictures["errors.png"] = draw_errors(chunk)
     if curves:
         pictures["loss.png"] = draw_curves(curves)
     for index, episode in enumerate(episodes):
@@ -85,8 +87,8 @@ def write_report(
         "title": title,
         "facts": dict(facts),
         "losses": {name: {"first": values[0], "last": values[-1]} for name, (_, values) in curves.items()},
-        "overall": overall._asdict(),
-        "chunk": chunk._asdict(),
+        "overall": None if overall is None else overall._asdict(),
+        "chunk": None if chunk is None else chunk._asdict(),
         "language_sensitivity": None if sensitivity is None else sensitivity._asdict(),
     }
     text = json.dumps(_plain(record), indent=2, allow_nan=False)
@@ -97,13 +99,7 @@ def write_report(
         sections += ["## Closed loop", closed_loop]
     if curves:
         sections += ["## Loss", _loss_table(curves), "![loss over steps](loss.png)"]
-    sections += [
-        "## Predicted against recorded actions",
-        f"Validation split, {int(overall.count):,} actions.",
-        _error_table(overall),
-        _gripper_text(overall),
-        "![error at every chunk position](errors.png)",
-    ]
+    sections += ["## Predicted against recorded actions", *_comparison(overall)]
     if sensitivity is not None:
         sections += ["## Does it listen?", _sensitivity_text(sensitivity)]
     if episodes:
@@ -112,6 +108,17 @@ def write_report(
     path = directory / "report.md"
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return path
+
+
+def _comparison(overall: offline.Summary | None) -> list[str]:
+    if overall is None:
+        return ["The validation split has no annotated episode: nothing was compared."]
+    return [
+        f"Validation split, {int(overall.count):,} actions.",
+        _error_table(overall),
+        _gripper_text(overall),
+        "![error at every chunk position](errors.png)",
+    ]
 
 
 def read_metrics(path: str | pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -197,6 +197,46 @@ def test_frames_without_actions_are_refused_on_opening(write_calvin):
         calvin.open_dataset(root, "training")
 
 
+def test_a_frame_key_by_another_name_is_pointed_at(write_calvin):
+    """Frames of a converter that spells its keys otherwise."""
+    root = write_calvin([(0, 2)], change={0: {"rel_actions": None, "actions": None, "rel_action": np.zeros(7)}})
+    with pytest.raises(
+        ValueError, match=r"episode_0000000\.npz has the keys \[.*'rel_action'.*\].*calls 'rel_action'\?"
+    ):
+        calvin.open_dataset(root, "training")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rel_actions": np.zeros(14)}, r"rel_actions is float64\[14\], expected 7 numbers"),
+        ({"rel_actions": np.array(["a"] * 7)}, r"rel_actions is <U1\[7\], expected 7 numbers"),
+        (
+            {"rgb_static": np.zeros((40, 40), np.uint8)},
+            r"rgb_static is uint8\[40, 40\], expected uint8\[height, width, 3\]",
+        ),
+        ({"rgb_gripper": np.zeros((40, 40, 4), np.uint8)}, r"rgb_gripper is uint8\[40, 40, 4\]"),
+        ({"rgb_static": np.zeros((40, 40, 3))}, r"rgb_static is float64\[40, 40, 3\]"),
+    ],
+)
+def test_frames_of_another_form_are_refused_on_opening(write_calvin, change, message):
+    with pytest.raises(ValueError, match=rf"episode_0000000\.npz: {message}"):
+        calvin.open_dataset(write_calvin([(0, 2)], change={0: change}), "training")
+
+
+def test_a_field_of_another_size_is_left_out_and_named(write_calvin, caplog):
+    change = {frame: {"scene_obs": np.zeros(79)} for frame in range(3)}
+    dataset = calvin.open_dataset(write_calvin([(0, 2)], change=change), "training")
+    assert "scene_obs" not in dataset.arrays and "robot_obs" in dataset.arrays
+    assert "scene_obs is float64[79], CALVIN's has 24 numbers: it is left out" in caplog.text
+
+
+def test_a_field_of_words_is_a_damaged_frame(write_calvin):
+    dataset = calvin.open_dataset(write_calvin([(0, 2)], change={1: {"robot_obs": np.array(["x"] * 15)}}), "training")
+    with pytest.raises(base.CorruptFrameError, match=r"episode_0000001\.npz: robot_obs is <U1\[15\], expected numbers"):
+        dataset.robot_obs([1])
+
+
 def test_unknown_frames_cameras_and_fields_are_errors(write_calvin):
     dataset = calvin.open_dataset(write_calvin([(0, 2)], change={0: {"scene_obs": None}}), "training")
     with pytest.raises(ValueError, match=r"has no frame 7; it stores 3 frames between 0 and 2"):
@@ -246,7 +286,7 @@ def test_excluding_everything_is_an_error(write_calvin):
 def test_a_json_list_chooses_by_task_and_span(write_calvin, tmp_path):
     root = write_calvin(SPANS, tasks=TASKS)
     path = tmp_path / "few_shot.json"
-    path.write_text(json.dumps({"open_drawer": [[20, 29]], "turn_on_led": [[5, 14]]}))
+    path.write_text("\ufeff" + json.dumps({"open_drawer": [[20, 29]], "turn_on_led": [[5, 14]]}), encoding="utf-8")
     assert chosen(calvin.open_dataset(root, "training", episode_list=str(path))) == [
         ("turn_on_led", 5),
         ("open_drawer", 20),
@@ -256,7 +296,7 @@ def test_a_json_list_chooses_by_task_and_span(write_calvin, tmp_path):
 def test_a_text_list_chooses_by_span(write_calvin, tmp_path):
     root = write_calvin(SPANS, tasks=TASKS)
     path = tmp_path / "names.txt"
-    path.write_text("7 20 29\n\n8 0 9\n")
+    path.write_bytes(b"\xef\xbb\xbf7 20 29\r\n\r\n8 0 9\r\n")  # as editors on Windows write it
     kept = chosen(calvin.open_dataset(root, "training", episode_list=str(path)))
     assert kept == [("open_drawer", 0), ("open_drawer", 20), ("close_drawer", 20)]
 
@@ -267,6 +307,10 @@ def test_a_text_list_chooses_by_span(write_calvin, tmp_path):
         ('{"turn_on_led": [[20, 29]]}', r"no annotation matches: task 'turn_on_led' at frames 20 to 29"),
         ("0 0 9\n1 5 15", r"no annotation matches: frames 5 to 15 \(one of 1 such entries out of 2\)"),
         ("0 0 9 4", "neither JSON .* nor text lines"),
+        ('{"open_drawer": [[0, 9.5]]}', r"neither JSON .*9\.5 is not a whole number"),
+        ('{"open_drawer": [[0, null]]}', "neither JSON .*None is not a number"),
+        ('{"open_drawer": [[0, NaN]]}', "neither JSON .*nan is not a whole number"),
+        ('{"open_drawer": null}', "neither JSON"),
         ('{"open_drawer": [0, 9]}', "neither JSON .* nor text lines"),
         ("", "leave none of 4 episodes"),
     ],

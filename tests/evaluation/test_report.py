@@ -45,6 +45,14 @@ def write(directory, **changes):
     return report.write_report(directory, **(arguments | changes))
 
 
+def test_a_report_without_a_validation_split_says_so(tmp_path):
+    write_metrics(tmp_path)
+    text = write(tmp_path, sums=None, sensitivity=None, episodes=(), closed_loop="solved 3").read_text()
+    assert "no annotated episode: nothing was compared" in text
+    assert "solved 3" in text and "## Loss" in text and "errors.png" not in text
+    assert json.loads((tmp_path / "report.json").read_text())["overall"] is None
+
+
 def test_report_holds_text_numbers_and_pictures(tmp_path):
     write_metrics(tmp_path)
     text = write(tmp_path).read_text()
