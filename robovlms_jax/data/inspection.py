@@ -1,0 +1,368 @@
+"""What a dataset holds, measured on a sample: ranges, pictures, sentences, whether rows and pictures belong together.
+
+`inspect` reads; everything it returns are numbers. `findings.py` says what they mean, `experiments/inspect_data.py`
+shows them.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from robovlms_jax.actions import statistics
+from robovlms_jax.control import robot as robots
+from robovlms_jax.data import base, pairing, sampling
+from robovlms_jax.inputs import proprio
+
+BINS = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How much is read. frames: rows of numbers. pictures: of each camera. shown: episodes whose pictures are kept."""
+
+    frames: int = 5000
+    pictures: int = 300
+    shown: int = 4
+
+    def __post_init__(self):
+        for field, least in (("frames", 2), ("pictures", 0), ("shown", 0)):
+            if getattr(self, field) < least:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least {least}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One dimension of the sample.
+
+    summary: key of `actions.statistics.summarize` -> value; all NaN where no value could be read.
+    counts: int[BINS], a histogram from the smallest to the largest value.
+    at_min, at_max: shares of the values that equal the smallest and the largest one.
+    outside: share outside of what the robot's description allows.
+    distinct: how many different values.
+    """
+
+    dimension: robots.Dimension
+    summary: Mapping[str, float]
+    counts: np.ndarray
+    at_min: float
+    at_max: float
+    outside: float
+    distinct: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Gripper:
+    """The last action dimension, 1 open and -1 closed.
+
+    open_share: of the commands. binary_share: of the commands that are exactly -1 or 1.
+    transitions: mean changes between open and closed per episode. never: share of episodes without any.
+    correlation: of command and recorded opening; NaN where no opening is recorded or one of them never changes.
+    opened, closed: mean recorded opening while the command is open, and closed.
+    """
+
+    open_share: float
+    binary_share: float
+    transitions: float
+    never: float
+    correlation: float
+    opened: float
+    closed: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Instructions:
+    """Sentences of a split.
+
+    counts: (sentence, episodes), most frequent first.
+    blank: episodes without any. odd: sentences that look like a program's values rather than English.
+    twins: groups of sentences that differ in case, spaces or punctuation only.
+    rewordings: episodes that have other wordings, too.
+    """
+
+    counts: tuple[tuple[str, int], ...]
+    blank: int
+    odd: tuple[str, ...]
+    twins: tuple[tuple[str, ...], ...]
+    rewordings: int
+
+    @property
+    def longest(self) -> str:
+        return max((sentence for sentence, _ in self.counts), key=lambda s: (len(s), s), default="")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """lengths: int[episodes], steps that are learned from."""
+
+    lengths: np.ndarray
+    instructions: Instructions
+
+    @property
+    def num_steps(self) -> int:
+        return int(self.lengths.sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """First and last frame of an episode, for people to look at.
+
+    pictures: camera -> (first, last), each uint8[height, width, 3], or None where it cannot be read.
+    """
+
+    instruction: str
+    frames: tuple[int, int]
+    pictures: Mapping[str, tuple[np.ndarray | None, np.ndarray | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """All about one dataset. Numbers and pictures are those of the training split.
+
+    described: whether the reader says what the robot is; otherwise `robot` is what `base.Dataset` promises.
+    num_sampled, num_runs: frames and episodes whose numbers were read. num_still: of these, steps whose arm does not
+      move at all; NaN where actions are absolute.
+    unreadable: field -> (frames, first message).
+    """
+
+    name: str
+    robot: robots.RobotSpec
+    described: bool
+    splits: Mapping[str, Split]
+    num_sampled: int
+    num_runs: int
+    actions: tuple[Column, ...]
+    states: tuple[Column, ...]
+    gripper: Gripper | None
+    lint: tuple[statistics.Finding, ...]
+    still_share: float
+    follow: pairing.Follow
+    cameras: tuple[pairing.CameraCheck, ...]
+    same_pictures: tuple[tuple[str, str], ...]
+    unreadable: Mapping[str, tuple[int, str]]
+    shown: tuple[Shown, ...]
+
+
+def inspect(splits: Mapping[str, base.Dataset], budget: Budget = Budget()) -> Inspection:
+    """Measure a dataset.
+
+    Args:
+      splits: "training" and, where there is one, "validation".
+    Raises:
+      ValueError: the training split has no episode with a step, or none of the frames tried has an action.
+    """
+    dataset = splits["training"]
+    spec, described = describe(dataset)
+    runs = sampling.choose(dataset.episodes, budget.frames)
+    if not runs:
+        raise ValueError(f"{dataset.name} has {len(dataset.episodes)} episodes, none with a step to learn from.")
+    unreadable: dict[str, tuple[int, str]] = {}
+    actions = sampling.read_numbers(dataset.actions, runs, "actions", unreadable)
+    if actions is None:
+        raise ValueError(
+            f"{dataset.name}: none of {len(runs)} episodes has a readable action: {unreadable['actions'][1]}"
+        )
+    action_dimensions = _dimensions(spec.action, actions[0].shape[1], "action")
+    states, state_dimensions = _states(dataset, spec, runs, unreadable)
+    openings = sampling.read_numbers(_opening_reader(dataset), runs, "gripper opening", {})
+    stacked = np.concatenate(actions)
+    finite = stacked[np.isfinite(stacked).all(axis=1)]
+    scale = np.maximum(finite.std(axis=0), 1e-9) if len(finite) else np.ones(stacked.shape[1])
+    cameras, same = pairing.check_cameras(
+        dataset, sampling.choose_pairs(dataset.episodes, budget.pictures), action_dimensions, scale
+    )
+    return Inspection(
+        dataset.name,
+        spec,
+        described,
+        {split: Split(_lengths(part), sentences(part.episodes)) for split, part in splits.items()},
+        num_sampled=len(stacked),
+        num_runs=len(runs),
+        actions=columns(stacked, action_dimensions),
+        states=columns(np.concatenate(states), state_dimensions) if states else (),
+        gripper=gripper(actions, openings) if action_dimensions[-1].quantity == "gripper" else None,
+        lint=_lint(dataset, finite, openings, np.isfinite(stacked).all(axis=1)),
+        still_share=_still(finite, action_dimensions),
+        follow=pairing.follow(actions, states or [], action_dimensions, state_dimensions),
+        cameras=cameras,
+        same_pictures=same,
+        unreadable=unreadable,
+        shown=_shown(dataset, budget.shown),
+    )
+
+
+def describe(dataset: base.Dataset) -> tuple[robots.RobotSpec, bool]:
+    """(robot, whether the reader describes it). Without a description: what `base.Dataset.actions` promises."""
+    spec = getattr(dataset, "robot", None)
+    if spec is not None:
+        return spec, True
+    cameras = tuple(robots.Camera(name, *size) for name, size in dataset.image_sizes.items())
+    if tuple(dataset.action_units) == base.CALVIN_UNITS:
+        return dataclasses.replace(robots.CALVIN, cameras=cameras), True
+    arm = tuple(
+        robots.Dimension(name, f"{unit:g} {symbol}" if unit != 1 else symbol, "delta", quantity)
+        for name, unit, (symbol, quantity) in zip(
+            statistics.NAMES, dataset.action_units, [("m", "position")] * 3 + [("rad", "euler_xyz")] * 3, strict=False
+        )
+    )
+    state = tuple(
+        robots.Dimension(dimension.name, symbol, "absolute", dimension.quantity)
+        for dimension, symbol in zip(arm, ["m"] * 3 + ["rad"] * 3, strict=True)
+    )
+    rate = float(getattr(dataset, "control_hz", 0.0))
+    found = robots.RobotSpec("not described", rate, cameras, (*arm, robots.GRIPPER), (*state, robots.GRIPPER))
+    return found, False
+
+
+def _states(
+    dataset: base.Dataset,
+    spec: robots.RobotSpec,
+    runs: Sequence[np.ndarray],
+    unreadable: dict[str, tuple[int, str]],
+) -> tuple[list[np.ndarray] | None, tuple[robots.Dimension, ...]]:
+    """The recorded state that the robot's description describes, else any there is."""
+    readers = (dataset.proprio, lambda ids: dataset.array("state", ids), lambda ids: dataset.array("robot_obs", ids))
+    widths = [sampling.width_of(read, runs) for read in readers]
+    fitting = [i for i, width in enumerate(widths) if width and width == len(spec.state)]
+    fitting += [i for i, width in enumerate(widths) if width]
+    if not fitting:
+        return None, ()
+    values = sampling.read_numbers(readers[fitting[0]], runs, "state", unreadable)
+    return values, _dimensions(spec.state, widths[fitting[0]], "state")
+
+
+def _opening_reader(dataset: base.Dataset) -> Callable[[np.ndarray], np.ndarray]:
+    """Recorded opening of the gripper, float[n, 1]; raises ValueError where none is recorded."""
+
+    def read(ids: np.ndarray) -> np.ndarray:
+        if hasattr(dataset, "gripper_opening"):
+            opening = dataset.gripper_opening(ids)
+            if opening is None:
+                raise ValueError(f"{dataset.name} records no opening.")
+            return np.asarray(opening).reshape(len(ids), 1)
+        state = dataset.robot_obs(ids)
+        if state.shape[1] != proprio.ROBOT_OBS_DIM:
+            raise ValueError(f"{dataset.name} records no opening.")
+        return state[:, 6:7]
+
+    return read
+
+
+def _dimensions(known: Sequence[robots.Dimension], width: int, part: str) -> tuple[robots.Dimension, ...]:
+    if len(known) == width:
+        return tuple(known)
+    return tuple(robots.Dimension(f"{part}[{column}]") for column in range(width))
+
+
+def columns(values: np.ndarray, dimensions: Sequence[robots.Dimension]) -> tuple[Column, ...]:
+    """Of float[n, d]; NaNs are left out."""
+    found = []
+    for dimension, column in zip(dimensions, np.asarray(values, np.float64).T, strict=True):
+        column = column[np.isfinite(column)]
+        if len(column) == 0:
+            nothing = dict.fromkeys(("mean", "std", "min", "max", "q01", "q99"), math.nan)
+            found.append(Column(dimension, nothing, np.zeros(BINS, int), 0.0, 0.0, 0.0, 0))
+            continue
+        summary = {key: float(value[0]) for key, value in statistics.summarize(column[:, None]).items()}
+        slack = 1e-6 * max(abs(summary["min"]), abs(summary["max"]), 1.0)
+        found.append(
+            Column(
+                dimension,
+                summary,
+                np.histogram(column, BINS)[0],
+                at_min=float((column <= summary["min"] + slack).mean()),
+                at_max=float((column >= summary["max"] - slack).mean()),
+                outside=float(((column < dimension.low - slack) | (column > dimension.high + slack)).mean()),
+                distinct=len(np.unique(column)),
+            )
+        )
+    return tuple(found)
+
+
+def gripper(actions: Sequence[np.ndarray], openings: Sequence[np.ndarray] | None) -> Gripper:
+    """Of the last column of float[n, d] actions of each episode, and the openings float[n, 1] recorded with them."""
+    commands = [values[np.isfinite(values[:, -1]), -1] for values in actions]
+    changes = np.array([np.count_nonzero(np.diff(values > 0)) for values in commands if len(values)])
+    flat = np.concatenate([values[:, -1] for values in actions])
+    known = flat[np.isfinite(flat)]
+    correlation = opened = closed = math.nan
+    if openings is not None:
+        widths = np.concatenate(openings)[:, 0]
+        both = np.isfinite(flat) & np.isfinite(widths)
+        is_open = flat[both] > 0
+        if is_open.any() and not is_open.all():
+            opened, closed = float(widths[both][is_open].mean()), float(widths[both][~is_open].mean())
+            correlation = pairing.correlation(is_open, widths[both])
+    return Gripper(
+        open_share=float((known > 0).mean()),
+        binary_share=float(np.isin(known, (-1.0, 1.0)).mean()),
+        transitions=float(changes.mean()),
+        never=float((changes == 0).mean()),
+        correlation=correlation,
+        opened=opened,
+        closed=closed,
+    )
+
+
+def _lint(
+    dataset: base.Dataset, finite: np.ndarray, openings: Sequence[np.ndarray] | None, kept: np.ndarray
+) -> tuple[statistics.Finding, ...]:
+    """What a training run's own check would say (`actions.statistics.lint`); it knows seven numbers only."""
+    if finite.shape[1] != len(statistics.NAMES) or len(finite) == 0:
+        return ()
+    whole = dataset.statistics
+    widths = None if openings is None else np.concatenate(openings)[kept, 0]
+    known = np.ones(len(finite), bool) if widths is None else np.isfinite(widths)
+    return tuple(
+        statistics.lint(
+            statistics.summarize(finite) if whole is None else whole.action,
+            commands=finite[known, 6],
+            widths=None if widths is None else widths[known],
+        )
+    )
+
+
+def _still(finite: np.ndarray, dimensions: Sequence[robots.Dimension]) -> float:
+    arm = [i for i, d in enumerate(dimensions) if d.quantity != "gripper" and d.kind in ("delta", "velocity")]
+    return float((np.abs(finite[:, arm]) < 1e-6).all(axis=1).mean()) if arm and len(finite) else math.nan
+
+
+def _lengths(dataset: base.Dataset) -> np.ndarray:
+    return np.array([episode.end - episode.start for episode in dataset.episodes], np.int64)
+
+
+_PROGRAM_VALUES = re.compile(r"none|nan|null|n/?a|todo|unknown|undefined|default|task|test|[\d.]+|[\[({].*|b?['\"].*")
+
+
+def sentences(episodes: Sequence[base.Episode]) -> Instructions:
+    """What the episodes' instructions look like."""
+    counts = collections.Counter(episode.instruction for episode in episodes)
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    alike = collections.defaultdict(list)
+    for sentence in counts:
+        alike[re.sub(r"[^\w]+", " ", sentence.casefold()).strip()].append(sentence)
+    return Instructions(
+        tuple(ordered),
+        blank=sum(count for sentence, count in ordered if not sentence.strip()),
+        odd=tuple(sorted(s for s in counts if _PROGRAM_VALUES.fullmatch(s.strip().casefold()))),
+        twins=tuple(tuple(sorted(group)) for key, group in sorted(alike.items()) if key and len(group) > 1),
+        rewordings=sum(bool(episode.rewordings) for episode in episodes),
+    )
+
+
+def _shown(dataset: base.Dataset, count: int) -> tuple[Shown, ...]:
+    usable = [episode for episode in dataset.episodes if episode.end > episode.start]
+    places = np.unique(np.linspace(0, len(usable) - 1, min(count, len(usable))).round().astype(int)) if count else []
+    shown = []
+    for episode in (usable[place] for place in places):
+        frames = (episode.start, episode.end - 1)
+        pictures = {
+            camera: tuple(pairing.picture(dataset, frame, camera)[0] for frame in frames) for camera in dataset.cameras
+        }
+        shown.append(Shown(episode.instruction, frames, pictures))
+    return tuple(shown)
