@@ -193,8 +193,9 @@ def _narrow(column: inspection.Column) -> str:
 def _saturated(column: inspection.Column) -> str:
     if column.distinct <= 10 or column.dimension.quantity == "gripper" or _narrow(column):
         return ""
+    least = max(SATURATED, 10 / column.counts.sum())  # a few equal values are chance
     ends = ((column.at_min, "min"), (column.at_max, "max"))
-    return ", ".join(f"{share:.0%} at {column.summary[end]:.4g}" for share, end in ends if share > SATURATED)
+    return ", ".join(f"{share:.0%} at {column.summary[end]:.4g}" for share, end in ends if share > least)
 
 
 _CHECKS: tuple[tuple[Level, Callable[[inspection.Column], str], str], ...] = (

@@ -17,7 +17,6 @@ import numpy as np
 from robovlms_jax.actions import statistics
 from robovlms_jax.control import robot as robots
 from robovlms_jax.data import base, pairing, sampling
-from robovlms_jax.inputs import proprio
 
 BINS = 40
 
@@ -237,18 +236,13 @@ def _states(
 
 
 def _opening_reader(dataset: base.Dataset) -> Callable[[np.ndarray], np.ndarray]:
-    """Recorded opening of the gripper, float[n, 1]; raises ValueError where none is recorded."""
+    """Measured opening of the gripper, float[n, 1]; raises ValueError where only commands are recorded."""
 
     def read(ids: np.ndarray) -> np.ndarray:
-        if hasattr(dataset, "gripper_opening"):
-            opening = dataset.gripper_opening(ids)
-            if opening is None:
-                raise ValueError(f"{dataset.name} records no opening.")
-            return np.asarray(opening).reshape(len(ids), 1)
-        state = dataset.robot_obs(ids)
-        if state.shape[1] != proprio.ROBOT_OBS_DIM:
-            raise ValueError(f"{dataset.name} records no opening.")
-        return state[:, 6:7]
+        opening = dataset.gripper_opening(ids)
+        if opening is None:
+            raise ValueError(f"{dataset.name} records commands of the gripper only.")
+        return np.asarray(opening)[:, None]
 
     return read
 

@@ -264,7 +264,7 @@ class _Tally:
     def check(self, name: str, size: tuple[int, int]) -> CameraCheck:
         frames, changes, sizes = np.array(self.changes).reshape(-1, 3).T
         usual = float(np.median(changes)) if len(changes) else 0.0
-        cuts = frames[changes > max(10 * usual, 25.0)].astype(int)
+        cuts = frames[changes > max(6 * usual, 25.0)].astype(int)
         known = np.isfinite(sizes)
         return CameraCheck(
             name,

@@ -1,0 +1,258 @@
+"""One page about a dataset before anything is trained on it: what it holds, and what looks wrong.
+
+    python -m experiments.inspect_data --root data/calvin_sample
+    python -m experiments.inspect_data --root data/oxe --dataset fractal20220817_data
+    python -m experiments.inspect_data --root DIR --dataset mine.yaml --out report
+
+The kind of dataset is seen from the directory. Findings are printed, problems first, and written to summary.md; the
+page, dataset.html, opens from disk and needs nothing else. Numbers and pictures are a sample (--frames, --pictures).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tyro
+
+from experiments import inspection_page
+from robovlms_jax.data import base, calvin, findings, inspection, lerobot, packed, rlds, storage
+from robovlms_jax.data.registry import mixtures
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("training", "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Look at a dataset before training on it."""
+
+    root: str
+    """The dataset, or for RLDS the directory above it."""
+    dataset: str = ""
+    """calvin, lerobot, a dataset or mixture of the registry, or a YAML or JSON file (data/README.md). Empty: what the
+    directory looks like."""
+    out: str = ""
+    """Where dataset.html and summary.md go. Empty: runs/inspect_NAME."""
+    frames: int = 5000
+    """Frames whose actions and state are read: whole episodes, spread over the dataset."""
+    pictures: int = 300
+    """Pictures of each camera that are decoded and compared."""
+    episodes: int = 4
+    """Episodes whose first and last pictures are shown."""
+    index_dir: str = ""
+    """RLDS: where the index goes. Empty: beside the data, or in the user's cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One dataset to look at.
+
+    kind: its format and how it was recognised, for people.
+    open: "training" or "validation" -> that split.
+    """
+
+    name: str
+    kind: str
+    open: Callable[[str], base.Dataset]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """notes: (level name, text) that the reader logged."""
+
+    source: Source
+    inspection: inspection.Inspection
+    findings: tuple[findings.Finding, ...]
+    notes: tuple[tuple[str, str], ...]
+
+
+class Notes(logging.Handler):
+    """Collects what readers log while it is attached (`with Notes() as notes`): what they guess, what they leave out.
+
+    messages: (level name, text), each once, in order.
+    """
+
+    def __init__(self):
+        super().__init__(logging.INFO)
+        self.messages: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = (record.levelname, record.getMessage())
+        if message not in self.messages:
+            self.messages.append(message)
+
+    def __enter__(self) -> Notes:
+        self._logger = logging.getLogger("robovlms_jax.data")
+        self._level = self._logger.level
+        self._logger.setLevel(logging.INFO)
+        self._logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeHandler(self)
+        self._logger.setLevel(self._level)
+
+
+def sources(args: Args) -> list[Source]:
+    """What is at `args.root`, from `args.dataset` or the directory. Raises ValueError saying what was looked for."""
+    root = storage.Directory(args.root)
+    inside = root.names()
+    if not inside:
+        state = "is empty or no directory" if root.exists() else "does not exist"
+        raise ValueError(f"--root {args.root} {state}; expected the directory of a dataset (data/README.md).")
+    if args.dataset == "calvin":
+        return [_calvin(args.root, "as --dataset says")]
+    if args.dataset == "lerobot":
+        return [_lerobot(args.root, "as --dataset says")]
+    if args.dataset:
+        mixture = mixtures.resolve(args.dataset)
+        alone = len(mixture.weights) == 1
+        return [
+            _rlds(args, name, mixture.datasets[name], alone=alone, reason=f"named by {args.dataset}")
+            for name in mixture.weights
+        ]
+    if "info.json" in (root / "meta").names():
+        return [_lerobot(args.root, "it has meta/info.json")]
+    if named := _rlds_names(root, inside):
+        if len(named) > 1:
+            raise ValueError(
+                f"{args.root} holds {len(named)} RLDS datasets: {', '.join(named)}; pass --dataset NAME, or a file "
+                "that lists several."
+            )
+        ((name, where),) = named.items()
+        return [_rlds(args, name, _entry(name), alone=True, reason=f"{where}/features.json")]
+    for split in SPLITS:
+        if split in inside:
+            return [_calvin(args.root, f"it has {split}/")]
+    if root.name in SPLITS and (packed.META in inside or any(name.endswith(".npz") for name in inside)):
+        raise ValueError(f"{args.root} is one split of a dataset; pass the directory above it.")
+    shown = ", ".join(inside[:8]) + (f" and {len(inside) - 8} more" if len(inside) > 8 else "")
+    raise ValueError(
+        f"{args.root} is no dataset that can be read: looked for meta/info.json (LeRobot), features.json, "
+        f"<version>/features.json and <name>/<version>/features.json (RLDS), training/ (CALVIN, packed); it holds "
+        f"{shown}."
+    )
+
+
+def _rlds_names(root: storage.Directory, inside: Sequence[str]) -> dict[str, storage.Directory]:
+    """Name of each RLDS dataset at or just below `root` -> the directory of its features.json, the newest version's."""
+    found = {}
+    for directory in (root, *(root / name for name in inside)):
+        try:
+            where = rlds.find(str(directory), ())
+        except rlds.NotFoundError:
+            continue
+        path = str(where) if where.is_remote else os.path.abspath(str(where))
+        parts = [part for part in path.split("/") if not re.fullmatch(r"[\d.]+", part)]
+        found[parts[-1]] = where
+        if directory is root:
+            break
+    return found
+
+
+def _entry(name: str) -> Any:
+    """The registry's, or {} to infer one from common names."""
+    try:
+        mixture = mixtures.resolve(name)
+    except ValueError:
+        return {}
+    return next(iter(mixture.datasets.values())) if len(mixture.datasets) == 1 else {}
+
+
+def _rlds(args: Args, name: str, entry: Any, *, alone: bool, reason: str) -> Source:
+    options = rlds.Options(index_dir=args.index_dir, workers=os.cpu_count() or 1)
+    known = "fields inferred from common names" if isinstance(entry, Mapping) else "described by the registry"
+
+    def open_split(split: str) -> base.Dataset:
+        return rlds.open_dataset(args.root, entry, split, name=name, options=options, alone=alone)
+
+    return Source(name, f"RLDS, {known} ({reason})", open_split)
+
+
+def _lerobot(root: str, reason: str) -> Source:
+    return Source(_name(root), f"LeRobotDataset ({reason})", lambda split: lerobot.open_dataset(root, split))
+
+
+def _calvin(root: str, reason: str) -> Source:
+    is_packed = (pathlib.Path(root) / "training" / packed.META).exists()
+    kind = "packed" if is_packed else "CALVIN, one file per frame"
+    return Source(_name(root), f"{kind} ({reason})", lambda split: calvin.open_dataset(root, split))
+
+
+def _name(root: str) -> str:
+    return pathlib.PurePath(os.path.abspath(root)).name
+
+
+def look(source: Source, budget: inspection.Budget) -> Result:
+    """Open and measure one dataset. Raises ValueError, OSError or ImportError when there is no training split."""
+    with Notes() as notes:
+        logger.info("%s: %s", source.name, source.kind)
+        logger.info("opening training")
+        opened = {"training": source.open("training")}
+        try:
+            logger.info("opening validation")
+            opened["validation"] = source.open("validation")
+        except (ValueError, OSError) as error:
+            notes.messages.append(("WARNING", f"the validation split cannot be opened: {error}"))
+        logger.info("reading a sample of %s", opened["training"].name)
+        found = inspection.inspect(opened, budget)
+    return Result(source, found, findings.find(found, notes.messages), tuple(notes.messages))
+
+
+_HEADINGS = {"problem": "Problems", "look": "Worth a look", "fine": "Fine"}
+
+
+def summary(result: Result) -> str:
+    """Markdown: findings first, then the facts in a few lines."""
+    found = result.inspection
+    lines = [f"# {result.source.name}", "", f"{result.source.kind}."]
+    for level in findings.LEVELS:
+        listed = [finding for finding in result.findings if finding.level == level]
+        if listed:
+            lines += ["", f"## {_HEADINGS[level]} ({len(listed)})", ""]
+            lines += [f"- **{finding.topic}**: {' '.join(finding.message.split())}" for finding in listed]
+    lines += ["", "## Facts", ""]
+    lines += [f"- {name}: {value}" for name, value in inspection_page.facts(found).items()]
+    return "\n".join(lines) + "\n"
+
+
+def main(args: Args) -> pathlib.Path:
+    """Write the page and the summary, and print the summary; returns the page's path. Raises as `look` does."""
+    budget = inspection.Budget(args.frames, args.pictures, args.episodes)
+    listed = sources(args)
+    results, missing = [], []
+    for source in listed:
+        try:
+            results.append(look(source, budget))
+        except rlds.NotFoundError as error:  # of a mixture the others can be looked at
+            missing.append(str(error))
+    if not results:
+        raise ValueError("\n".join(missing))
+    label = pathlib.PurePath(args.dataset).stem if args.dataset and len(listed) > 1 else listed[0].name
+    directory = pathlib.Path(args.out or pathlib.Path("runs") / f"inspect_{label}")
+    directory.mkdir(parents=True, exist_ok=True)
+    page = directory / "dataset.html"
+    page.write_text(inspection_page.render(label, results, missing), encoding="utf-8")
+    text = "\n".join([*(f"**Not found**: {message}\n" for message in missing), *map(summary, results)])
+    (directory / "summary.md").write_text(text, encoding="utf-8")
+    print(text)
+    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB) opens in any browser; {directory / 'summary.md'} is this text.")
+    return page
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = tyro.cli(Args, description=__doc__)
+    try:
+        main(arguments)
+    except (ValueError, OSError, ImportError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,366 @@
+"""The page of `inspect_data`: one HTML file that opens from disk, pictures and drawings inside it, light and dark."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from robovlms_jax.control import robot as robots
+from robovlms_jax.data import findings, inspection, pairing
+
+if TYPE_CHECKING:
+    from experiments.inspect_data import Result
+
+_PICTURE = 320
+"""Widest picture on the page, in pixels."""
+_SENTENCES = 12
+_LABELS = {"problem": ("problem", "problems"), "look": ("worth a look", "worth a look"), "fine": ("fine", "fine")}
+
+_STYLE = """
+:root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --text: #1d2430; --soft: #667085; --line: #e3e7ee;
+  --blue: #00798c; --band: #00798c22; --problem: #c8324a; --look: #b7791f; --fine: #3f8f63; }
+@media (prefers-color-scheme: dark) { :root { --back: #12161c; --card: #1b212b; --text: #e6eaf0; --soft: #98a2b3;
+  --line: #2d3542; --blue: #3fb6c8; --band: #3fb6c82e; --problem: #ff6b81; --look: #f0b955; --fine: #74c69d; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 64px; }
+h1 { font-size: 28px; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 18px; margin: 0 0 12px; }
+h3 { font-size: 14px; margin: 20px 0 6px; }
+p { margin: 6px 0; } .soft { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 18px 20px;
+  margin-top: 16px; }
+.chips { display: flex; flex-wrap: wrap; gap: 8px; margin: 14px 0 0; }
+.chip { border-radius: 99px; padding: 3px 12px; font-weight: 600; font-size: 14px; border: 1.5px solid; }
+.problem { color: var(--problem); border-color: var(--problem); }
+.look { color: var(--look); border-color: var(--look); }
+.fine { color: var(--fine); border-color: var(--fine); }
+ul.findings { list-style: none; margin: 0; padding: 0; display: grid; gap: 8px; }
+ul.findings li { border-left: 4px solid; padding: 2px 0 2px 12px; overflow-wrap: anywhere; white-space: pre-line; }
+ul.findings span { color: var(--text); } ul.findings b { margin-right: 6px; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 12px 20px; margin: 0; }
+dt { color: var(--soft); font-size: 13px; } dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; min-width: 50%; font-variant-numeric: tabular-nums; }
+th { text-align: right; color: var(--soft); font-weight: 500; font-size: 13px; }
+td { text-align: right; border-top: 1px solid var(--line); } th, td { padding: 5px 16px 5px 0; white-space: nowrap; }
+th:first-child, td:first-child, th.left, td.left { text-align: left; }
+svg { display: block; max-width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 11px; }
+.bar { fill: var(--blue); } .band { fill: var(--band); }
+.axis { stroke: var(--line); } .mark { stroke: var(--look); stroke-width: 1.5; }
+ol.sentences { list-style: none; margin: 0; padding: 0; display: grid; gap: 6px; }
+ol.sentences li { position: relative; padding: 3px 8px; border-radius: 6px; overflow: hidden; overflow-wrap: anywhere; }
+ol.sentences i { position: absolute; inset: 0 auto 0 0; background: var(--band); border-radius: 6px; }
+ol.sentences span { position: relative; } ol.sentences b { float: right; position: relative; margin-left: 12px; }
+.film { border-top: 1px solid var(--line); padding: 14px 0 4px; } .film:first-of-type { border-top: 0; padding-top: 0; }
+.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 240px)); gap: 10px; margin-top: 8px; }
+figure { margin: 0; } figure img { display: block; width: 100%; border-radius: 6px; }
+figcaption { color: var(--soft); font-size: 12px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; margin: 0; }
+"""
+
+
+def facts(found: inspection.Inspection) -> dict[str, str]:
+    """What the dataset is, in a few words each."""
+    rate = found.robot.rate_hz
+    listed = {"robot": found.robot.name, "rate": f"{rate:g} Hz" if rate else "unknown"}
+    for camera in found.cameras:
+        listed[f"{camera.name} camera"] = f"{camera.width} x {camera.height} px"
+    for name, split in found.splits.items():
+        duration = f", {_duration(split.num_steps / rate)}" if rate else ""
+        listed[name] = f"{len(split.lengths):,} episodes, {split.num_steps:,} steps{duration}"
+        shortest, median, longest = (float(f(split.lengths)) for f in (np.min, np.median, np.max))
+        listed[f"{name} lengths"] = f"{shortest:g} to {longest:g} steps, median {median:g}"
+    words = found.splits["training"].instructions
+    listed["instructions"] = f"{len(words.counts):,} distinct; longest {len(words.longest)} characters"
+    listed["action, state"] = f"{len(found.actions)} and {len(found.states)} numbers"
+    return listed
+
+
+def render(title: str, results: Sequence[Result], missing: Sequence[str] = ()) -> str:
+    """The whole page, of one dataset or of several under each other. missing: a sentence for each that is not there."""
+    absent = "".join(f'<li class="problem"><b>not found</b><span>{_text(message)}</span></li>' for message in missing)
+    body = f'<section><ul class="findings">{absent}</ul></section>' if missing else ""
+    body += "".join(_dataset(result) for result in results)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(title)}: dataset</title><style>{_STYLE}</style></head>\n"
+        f"<body><main>{body}</main></body></html>\n"
+    )
+
+
+def _dataset(result: Result) -> str:
+    found = result.inspection
+    counts = {level: sum(f.level == level for f in result.findings) for level in findings.LEVELS}
+    chips = "".join(
+        f'<span class="chip {level if count else "fine"}">{count} {_LABELS[level][count != 1]}</span>'
+        for level, count in counts.items()
+    )
+    sections = [
+        ("What to know first", _findings(result.findings)),
+        ("First and last frames", _films(found)),
+        (
+            "The dataset",
+            "<dl>"
+            + "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in facts(found).items())
+            + "</dl>",
+        ),
+        ("Episode lengths", "".join(_lengths(name, split) for name, split in found.splits.items())),
+        ("Instructions", "".join(_instructions(name, split.instructions) for name, split in found.splits.items())),
+        ("Actions", _ranges(found.actions) + _gripper(found.gripper)),
+        ("State", _ranges(found.states) if found.states else "<p>None can be read.</p>"),
+        ("Do rows and pictures belong together?", _pairing(found)),
+        ("What the reader said", _notes(result.notes)),
+    ]
+    drawn = "".join(f"<section><h2>{heading}</h2>{content}</section>\n" for heading, content in sections if content)
+    sample = (
+        f"Numbers: {found.num_sampled:,} steps of {found.num_runs:,} training episodes. Pictures: "
+        f"{max((camera.read for camera in found.cameras), default=0):,} per camera, neighbouring frames from the "
+        "start, the middle and the end of episodes."
+    )
+    return (
+        f'<header style="margin-top:24px"><h1>{_text(result.source.name)}</h1>'
+        f'<p class="soft">{_text(result.source.kind)}<br>{_text(found.name)}</p>'
+        f'<div class="chips">{chips}</div></header>\n'
+        f'{drawn}<p class="soft">{sample}</p>'
+    )
+
+
+def _findings(listed: Sequence[findings.Finding]) -> str:
+    items = "".join(
+        f'<li class="{f.level}"><b>{_text(f.topic)}</b><span>{_text(f.message)}</span></li>' for f in listed
+    )
+    return f'<ul class="findings">{items}</ul>'
+
+
+def _films(found: inspection.Inspection) -> str:
+    parts = []
+    for shown in found.shown:
+        figures = "".join(
+            _figure(image, f"{camera}, {when} ({frame})")
+            for camera, pair in shown.pictures.items()
+            for image, when, frame in zip(pair, ("first", "last"), shown.frames, strict=True)
+        )
+        parts.append(f'<div class="film"><b>{_text(shown.instruction)}</b><div class="strip">{figures}</div></div>')
+    return "".join(parts)
+
+
+def _figure(image: np.ndarray | None, caption: str) -> str:
+    if image is None:
+        return f"<figure><p>no picture</p><figcaption>{_text(caption)}</figcaption></figure>"
+    picture = f'<img alt="{_text(caption)}" src="{_data_uri(image)}">'
+    return f"<figure>{picture}<figcaption>{_text(caption)}</figcaption></figure>"
+
+
+def _data_uri(image: np.ndarray) -> str:
+    """A JPEG of at most `_PICTURE` pixels in width; small pictures are enlarged, so that they can be seen."""
+    picture = Image.fromarray(image)
+    scale = min(_PICTURE / picture.width, 3.0)
+    size = (round(picture.width * scale), max(round(picture.height * scale), 1))
+    picture = picture.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _lengths(name: str, split: inspection.Split) -> str:
+    lengths = split.lengths
+    low, high = int(lengths.min()), int(lengths.max())
+    bins = min(inspection.BINS, high - low + 1)
+    counts, _ = np.histogram(lengths, bins, (low - 0.5, high + 0.5))
+    median = float(np.median(lengths))
+    mark = (median - low + 0.5) / (high - low + 1)
+    text = f"{name}: min {low}, median {median:g}, max {high} steps; {len(lengths):,} episodes"
+    return f"<h3>{_text(text)}</h3>{_histogram(counts, 1000, 110, mark=mark, ends=(str(low), str(high)))}"
+
+
+def _histogram(
+    counts: np.ndarray,
+    width: int,
+    height: int,
+    *,
+    mark: float = math.nan,
+    band: tuple[float, float] | None = None,
+    ends: tuple[str, str] | None = None,
+) -> str:
+    """Bars whose height grows with the root of the count, so that rare values show. mark, band: places from 0 to 1."""
+    foot = 16 if ends else 0
+    top, step = math.sqrt(max(int(counts.max()), 1)), width / len(counts)
+    parts = []
+    if band:
+        left, right = band[0] * width, max(band[1] * width, band[0] * width + 2)
+        parts.append(f'<rect class="band" x="{left:.1f}" y="0" width="{right - left:.1f}" height="{height}"/>')
+    for index, count in enumerate(counts.tolist()):
+        if count:
+            tall = max(math.sqrt(count) / top * (height - 2), 1.5)
+            parts.append(
+                f'<rect class="bar" x="{index * step:.1f}" y="{height - tall:.1f}" width="{max(step - 1, 1):.1f}" '
+                f'height="{tall:.1f}"/>'
+            )
+    if 0 <= mark <= 1:
+        parts.append(f'<line class="mark" x1="{mark * width:.1f}" x2="{mark * width:.1f}" y1="0" y2="{height}"/>')
+    parts.append(f'<line class="axis" x1="0" x2="{width}" y1="{height - 0.5}" y2="{height - 0.5}"/>')
+    if ends:
+        parts.append(f'<text x="0" y="{height + 13}">{ends[0]}</text>')
+        parts.append(f'<text x="{width}" y="{height + 13}" text-anchor="end">{ends[1]}</text>')
+    size = f'viewBox="0 0 {width} {height + foot}" width="{width}" height="{height + foot}"'
+    return f'<svg {size} role="img">{"".join(parts)}</svg>'
+
+
+def _instructions(name: str, words: inspection.Instructions) -> str:
+    most = max((count for _, count in words.counts), default=1)
+    items = "".join(
+        f'<li><i style="width:{100 * count / most:.0f}%"></i><b>{count:,}</b>'
+        f"<span>{_text(sentence) or '(blank)'}</span></li>"
+        for sentence, count in words.counts[:_SENTENCES]
+    )
+    rest = f", the {_SENTENCES} most frequent" if len(words.counts) > _SENTENCES else ""
+    more = f"; {words.rewordings:,} episodes have other wordings, too" if words.rewordings else ""
+    text = f"{name}: {len(words.counts):,} distinct, {words.blank:,} episodes blank{more}{rest}"
+    longest = ""
+    if len(words.counts) > _SENTENCES:
+        longest = f'<p class="soft">Longest: {_text(words.longest)}</p>'
+    return f'<h3>{text}</h3><ol class="sentences">{items}</ol>{longest}'
+
+
+def _ranges(columns: Sequence[inspection.Column]) -> str:
+    head = ["", "unit", "what", "values", "min", "q01", "mean", "q99", "max", "at min / max", "allowed"]
+    rows = []
+    for column in columns:
+        dimension, values = column.dimension, column.summary
+        what = ", ".join(filter(None, (dimension.kind, dimension.quantity.replace("_", " "), dimension.frame)))
+        numbers = [_number(values[key]) for key in ("min", "q01", "mean", "q99", "max")]
+        ends = f"{column.at_min:.0%} / {column.at_max:.0%}"
+        cells = [dimension.name, dimension.unit or "unknown", what, _spark(column), *numbers, ends, _allowed(dimension)]
+        rows.append([cell if index == 3 else _text(cell) for index, cell in enumerate(cells)])
+    note = '<p class="soft">Bars: how often (square root); band: 1 % to 99 %; line: 0.</p>'
+    return _table(head, rows, left=(1, 2, 3)) + note
+
+
+def _spark(column: inspection.Column) -> str:
+    """The histogram of one dimension, from its smallest to its largest value."""
+    low, high = column.summary["min"], column.summary["max"]
+    if not high > low:
+        return ""
+    place = [(column.summary[key] - low) / (high - low) for key in ("q01", "q99")]
+    return _histogram(column.counts, 150, 30, mark=(0 - low) / (high - low), band=(place[0], place[1]))
+
+
+def _allowed(dimension: robots.Dimension) -> str:
+    if math.isinf(dimension.low) and math.isinf(dimension.high):
+        return "any"
+    return f"{dimension.low:g} to {dimension.high:g}"
+
+
+def _gripper(grip: inspection.Gripper | None) -> str:
+    if grip is None:
+        return ""
+    measured = "no opening was recorded, or it never changes"
+    if math.isfinite(grip.correlation):
+        measured = (
+            f"measured opening {_number(grip.opened)} while open, {_number(grip.closed)} while closed, correlation "
+            f"with the command {grip.correlation:+.2f}"
+        )
+    return (
+        f"<p><b>Gripper</b>: open in {grip.open_share:.0%} of the steps, {grip.transitions:.1f} changes per episode, "
+        f"none in {grip.never:.0%} of the episodes; {grip.binary_share:.0%} of the commands are exactly -1 or 1; "
+        f"{measured}.</p>"
+    )
+
+
+def _pairing(found: inspection.Inspection) -> str:
+    follow = found.follow
+    parts = ["<h3>Does the state follow the commands?</h3>"]
+    if follow.dimensions:
+        rows = [
+            [_text(d.name), _meter(d.correlation), _signed(d.correlation), _number(d.gain)] for d in follow.dimensions
+        ]
+        head = ["", "", "correlation", "measured / commanded motion"]
+        parts.append(_table(head, rows, left=(1,)))
+    else:
+        parts.append("<p>Action and state have no dimension of one name.</p>")
+    if follow.best_lag is not None:
+        rows = [
+            [f"{lag:+d}", _meter(value), _signed(value)] for lag, value in zip(pairing.LAGS, follow.lags, strict=True)
+        ]
+        parts.append("<h3>How many steps after its command does the state change?</h3>")
+        parts.append(_table(["steps", "", "correlation"], rows, left=(1,)))
+    parts.append("<h3>Do pictures change where the arm moves?</h3>")
+    head = [
+        "",
+        "size",
+        "decoded",
+        "unreadable",
+        "missing",
+        "brightness",
+        "one colour",
+        "frozen pairs",
+        "cuts",
+        "correlation",
+    ]
+    rows = []
+    for c in found.cameras:
+        cells = [f"{c.width} x {c.height}", c.read, c.unreadable, c.missing, _number(c.brightness), c.flat]
+        cells += [f"{c.frozen} of {c.pairs}", len(c.cuts), _number(c.correlation)]
+        rows.append([_text(c.name), *map(str, cells)])
+    parts.append(_table(head, rows))
+    parts.append(
+        '<p class="soft">Frozen: pixel for pixel the same although the arm is told to move. Cuts: abrupt changes in an '
+        "episode. Correlation: ranks of the picture's change and of the action's size.</p>"
+    )
+    return "".join(parts)
+
+
+def _meter(value: float) -> str:
+    """A bar from the middle: to the right for a positive correlation."""
+    if math.isnan(value):
+        return ""
+    left, width = 60 + min(value, 0) * 60, abs(value) * 60
+    return (
+        '<svg viewBox="0 0 120 14" width="120" height="14" role="img">'
+        '<line class="axis" x1="60" x2="60" y1="0" y2="14"/>'
+        f'<rect class="bar" x="{left:.1f}" y="3" width="{width:.1f}" height="8"/></svg>'
+    )
+
+
+def _notes(notes: Sequence[tuple[str, str]]) -> str:
+    if not notes:
+        return "<p>Nothing: it guessed nothing and left nothing out.</p>"
+    return f"<pre>{_text(chr(10).join(text for _, text in notes))}</pre>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
+    """left: columns besides the first that are aligned to the left. Cells are HTML."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        marks = (' class="left"' if index in left else "" for index in range(len(cells)))
+        return (
+            "<tr>" + "".join(f"<{tag}{mark}>{cell}</{tag}>" for mark, cell in zip(marks, cells, strict=True)) + "</tr>"
+        )
+
+    return f'<div class="scroll"><table>{row(head, "th")}{"".join(row(cells, "td") for cells in rows)}</table></div>'
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4g}"
+
+
+def _signed(value: float) -> str:
+    return "does not move" if math.isnan(value) else f"{value:+.2f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _text(value: str) -> str:
+    return html.escape(value)

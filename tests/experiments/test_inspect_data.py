@@ -1,0 +1,186 @@
+"""`python -m experiments.inspect_data`: kinds are told from directories, the page stands alone, errors are sentences."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import pathlib
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from experiments import inspect_data
+from robovlms_jax.data import storage
+from tests.data import toy_rlds
+from tests.processes import run_python
+
+DATA = pathlib.Path(__file__).resolve().parents[2] / "data"
+
+
+@pytest.fixture
+def calvin(tmp_path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(DATA / "calvin_sample", tmp_path / "sample"))
+
+
+@pytest.fixture
+def bridge(tmp_path) -> pathlib.Path:
+    skip = shutil.ignore_patterns(".frame_index")
+    return pathlib.Path(shutil.copytree(DATA / "bridge_sample", tmp_path / "oxe", ignore=skip))
+
+
+def look(root: pathlib.Path, tmp_path: pathlib.Path, **changes) -> tuple[str, str]:
+    """(page, summary) of a dataset."""
+    page = inspect_data.main(inspect_data.Args(str(root), out=str(tmp_path / "out"), **changes))
+    return page.read_text(), (page.parent / "summary.md").read_text()
+
+
+class Links(html.parser.HTMLParser):
+    """What a page refers to, and its tags, which must be closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.links, self.open, self.text = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img", "br", "rect", "line"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_of_calvin_stands_alone_and_is_the_same_every_time(calvin, tmp_path, capsys):
+    page, summary = look(calvin, tmp_path)
+    again, _ = look(calvin, tmp_path)
+    assert page == again
+    links = Links()
+    links.feed(page)
+    assert not links.open and len(links.links) == 16  # four episodes, two cameras, first and last
+    assert all(link.startswith("data:image/jpeg;base64,") for link in links.links)
+    assert "http" not in page and "url(" not in page and "@import" not in page
+    assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
+    for text in ("push the drawer back in", "0.02 m", "wrist camera", "200 x 200 px", "30 Hz"):
+        assert text in page
+    assert summary in capsys.readouterr().out
+    assert "## Problems" not in summary and "**gripper**: 1 is open" in summary
+    assert "**action roll, pitch**: never changes" in summary and "training: 10 episodes, 354 steps, 12 s" in summary
+
+
+def test_a_sentence_cannot_change_the_page(calvin, tmp_path):
+    path = calvin / "training" / "annotations.json"
+    episodes = json.loads(path.read_text())
+    episodes[0]["instruction"] = "<script>alert('x')</script> & more"
+    path.write_text(json.dumps(episodes))
+    page, _ = look(calvin, tmp_path)
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+@pytest.mark.parametrize("below", ["", "bridge_dataset", "bridge_dataset/1.0.0"])
+def test_an_rlds_dataset_is_found_at_and_above_its_directory(bridge, tmp_path, below):
+    page, summary = look(bridge / below, tmp_path)
+    assert "# bridge_dataset" in summary and "RLDS, described by the registry" in summary
+    assert "training: 14 episodes" in summary and "validation: 4 episodes" in summary
+    assert page.count("data:image/jpeg") == 8
+
+
+def test_an_unknown_rlds_dataset_is_read_by_common_names(tmp_path):
+    toy_rlds.write(tmp_path / "sets")
+    _, summary = look(tmp_path / "sets", tmp_path)
+    assert "# toy" in summary and "fields inferred from common names" in summary
+    # Its numbers are random: nothing follows anything.
+    assert "**state and action**: the state hardly follows" in summary
+
+
+def test_several_rlds_datasets_are_listed_and_a_file_chooses(bridge, tmp_path):
+    toy_rlds.write(bridge)
+    with pytest.raises(ValueError, match="2 RLDS datasets: bridge_dataset, toy; pass --dataset NAME"):
+        look(bridge, tmp_path)
+    mixture = tmp_path / "mine.yaml"
+    mixture.write_text("mixture: {bridge_orig: 1.0, toy: 1.0, viola: 1.0}\n")
+    page, summary = look(bridge, tmp_path, dataset=str(mixture))
+    assert "# bridge_orig" in summary and "# toy" in summary
+    assert "**Not found**: no RLDS dataset viola" in summary and "no RLDS dataset viola" in page
+    _, summary = look(bridge, tmp_path, dataset="bridge_orig", episodes=0, pictures=12)
+    assert "12 pictures decoded" in summary
+
+
+def test_a_lerobot_dataset_is_recognised(tmp_path):
+    pytest.importorskip("av")
+    pytest.importorskip("pyarrow")
+    from tests.data import test_lerobot
+
+    root = test_lerobot.write(tmp_path / "arm")
+    page, summary = look(root, tmp_path)
+    assert "LeRobotDataset (it has meta/info.json)" in summary and "# arm" in summary
+    assert "open the box" in page and "close it" in page and "64 x 48 px" in page
+    (root / "meta" / "info.json").write_text('{"codebase_')
+    with pytest.raises(ValueError, match=r"info\.json is not JSON"):
+        look(root, tmp_path)
+
+
+def test_a_damaged_picture_is_a_problem_and_the_page_is_made(calvin, tmp_path):
+    index = calvin / "training" / "index"
+    offset, length = (int(np.load(index / f"{name}.npy").reshape(-1)[0]) for name in ("offset", "length"))
+    with open(calvin / "training" / "shard_00000.bin", "r+b") as file:
+        file.seek(offset)
+        file.write(bytes(length))
+    page, summary = look(calvin, tmp_path)
+    problems = re.search(r"## Problems \((\d)\)\n\n(.*)\n", summary)
+    assert problems[1] == "1" and re.search(r"camera\*\*: 1 of 60 pictures cannot be decoded", problems[2])
+    assert "no picture" in page
+
+
+def test_what_the_reader_leaves_out_is_on_the_page(tmp_path):
+    episodes = [toy_rlds.episode(seed, 9, text="" if seed == 2 else "push it") for seed in range(8)]
+    toy_rlds.write(tmp_path / "sets", episodes)
+    page, _ = look(tmp_path / "sets", tmp_path)
+    assert "left out 1 of 8 episodes without instruction" in page
+
+
+def test_a_missing_validation_split_is_worth_a_look(calvin, tmp_path):
+    shutil.rmtree(calvin / "validation")
+    _, summary = look(calvin, tmp_path)
+    assert "there is no validation split" in summary
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: None, "does not exist"),
+        (lambda root: root.mkdir(), "is empty or no directory"),
+        (lambda root: root.touch(), "is empty or no directory"),
+        (lambda root: (root / "photos").mkdir(parents=True), r"looked for meta/info\.json .* it holds photos"),
+        (lambda root: shutil.copytree(DATA / "calvin_sample" / "training", root), "is one split of a dataset"),
+    ],
+)
+def test_a_wrong_root_says_what_was_looked_for(tmp_path, make, message):
+    root = tmp_path / "training"
+    make(root)
+    with pytest.raises(ValueError, match=message):
+        inspect_data.sources(inspect_data.Args(str(root)))
+
+
+def test_files_that_are_cut_end_with_status_2_and_one_sentence(calvin):
+    path = calvin / "training" / "meta.json"
+    path.write_text(path.read_text()[:100])
+    code = (
+        "import runpy, sys; sys.stderr = sys.stdout; sys.argv = ['inspect_data', '--root', sys.argv[1]];"
+        "runpy.run_module('experiments.inspect_data', run_name='__main__')"
+    )
+    said = run_python("-c", code, calvin, status=2, JAX_PLATFORMS="cpu")
+    assert "Traceback" not in said and re.search(r"\nerror: .*meta\.json cannot be read", said)
+    assert said.startswith("sample: packed (it has training/)\nopening training\n")
+
+
+def test_newest_version_of_an_rlds_dataset_counts(tmp_path):
+    for version in ("1.0.0", "0.9.0", "1.10.0"):
+        (tmp_path / "toy" / version).mkdir(parents=True)
+        (tmp_path / "toy" / version / "features.json").touch()
+    found = inspect_data._rlds_names(storage.Directory(tmp_path), ["toy"])
+    assert {name: pathlib.Path(str(where)).name for name, where in found.items()} == {"toy": "1.10.0"}
