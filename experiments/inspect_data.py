@@ -249,7 +249,7 @@ def main(args: Args) -> pathlib.Path:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     arguments = tyro.cli(Args, description=__doc__)
     try:
         main(arguments)

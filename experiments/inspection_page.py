@@ -74,7 +74,9 @@ def facts(found: inspection.Inspection) -> dict[str, str]:
         listed[f"{camera.name} camera"] = f"{camera.width} x {camera.height} px"
     for name, split in found.splits.items():
         duration = f", {_duration(split.num_steps / rate)}" if rate else ""
-        listed[name] = f"{len(split.lengths):,} episodes, {split.num_steps:,} steps{duration}"
+        listed[name] = (
+            f"{findings.counted(len(split.lengths), 'episode')}, {findings.counted(split.num_steps, 'step')}{duration}"
+        )
         shortest, median, longest = (float(f(split.lengths)) for f in (np.min, np.median, np.max))
         listed[f"{name} lengths"] = f"{shortest:g} to {longest:g} steps, median {median:g}"
     words = found.splits["training"].instructions
@@ -121,7 +123,8 @@ def _dataset(result: Result) -> str:
     ]
     drawn = "".join(f"<section><h2>{heading}</h2>{content}</section>\n" for heading, content in sections if content)
     sample = (
-        f"Numbers: {found.num_sampled:,} steps of {found.num_runs:,} training episodes. Pictures: "
+        f"Numbers: {findings.counted(found.num_sampled, 'step')} of "
+        f"{findings.counted(found.num_runs, 'training episode')}. Pictures: "
         f"{max((camera.read for camera in found.cameras), default=0):,} per camera, neighbouring frames from the "
         "start, the middle and the end of episodes."
     )
@@ -177,7 +180,7 @@ def _lengths(name: str, split: inspection.Split) -> str:
     counts, _ = np.histogram(lengths, bins, (low - 0.5, high + 0.5))
     median = float(np.median(lengths))
     mark = (median - low + 0.5) / (high - low + 1)
-    text = f"{name}: min {low}, median {median:g}, max {high} steps; {len(lengths):,} episodes"
+    text = f"{name}: min {low}, median {median:g}, max {high} steps; {findings.counted(len(lengths), 'episode')}"
     return f"<h3>{_text(text)}</h3>{_histogram(counts, 1000, 110, mark=mark, ends=(str(low), str(high)))}"
 
 
@@ -222,8 +225,8 @@ def _instructions(name: str, words: inspection.Instructions) -> str:
         for sentence, count in words.counts[:_SENTENCES]
     )
     rest = f", the {_SENTENCES} most frequent" if len(words.counts) > _SENTENCES else ""
-    more = f"; {words.rewordings:,} episodes have other wordings, too" if words.rewordings else ""
-    text = f"{name}: {len(words.counts):,} distinct, {words.blank:,} episodes blank{more}{rest}"
+    more = f"; {findings.counted(words.rewordings, 'episode')} with other wordings, too" if words.rewordings else ""
+    text = f"{name}: {len(words.counts):,} distinct, {findings.counted(words.blank, 'episode')} without any{more}{rest}"
     longest = ""
     if len(words.counts) > _SENTENCES:
         longest = f'<p class="soft">Longest: {_text(words.longest)}</p>'

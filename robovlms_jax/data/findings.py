@@ -81,20 +81,26 @@ def _episodes(found: inspection.Inspection) -> Iterator[Finding]:
             yield Finding(
                 "look",
                 "episodes",
-                f"{name}: {far} episodes are more than ten times as long as the median of {median:g} steps (up to "
-                f"{lengths.max()}); was a recording not cut?",
+                f"{name}: {counted(far, 'episode')} more than ten times as long as the median of {median:g} steps "
+                f"(up to {lengths.max()}); was a recording not cut?",
             )
     if "validation" not in found.splits:
         yield Finding("look", "splits", "there is no validation split.")
     training = found.splits["training"]
-    yield Finding("fine", "episodes", f"{len(training.lengths):,} training episodes, {training.num_steps:,} steps.")
+    yield Finding(
+        "fine",
+        "episodes",
+        f"{counted(len(training.lengths), 'training episode')}, {counted(training.num_steps, 'step')}.",
+    )
 
 
 def _instructions(found: inspection.Inspection) -> Iterator[Finding]:
     for name, split in found.splits.items():
         words = split.instructions
         if words.blank:
-            yield Finding("problem", "instructions", f"{name}: {words.blank} episodes have a blank instruction.")
+            yield Finding(
+                "problem", "instructions", f"{name}: {counted(words.blank, 'episode')} without an instruction."
+            )
         if words.odd:
             yield Finding(
                 "problem", "instructions", f"{name}: {_listed(words.odd)} look like a program's values, not sentences."
@@ -111,7 +117,7 @@ def _instructions(found: inspection.Inspection) -> Iterator[Finding]:
     if len(training.counts) == 1 and len(found.splits["training"].lengths) > 1:
         yield Finding("look", "instructions", "every episode has the same sentence; language cannot be learned.")
     else:
-        yield Finding("fine", "instructions", f"{len(training.counts):,} distinct sentences.")
+        yield Finding("fine", "instructions", f"{counted(len(training.counts), 'distinct sentence')}.")
     if "validation" in found.splits:
         known = {sentence for sentence, _ in training.counts}
         asked = [sentence for sentence, _ in found.splits["validation"].instructions.counts]
@@ -257,12 +263,14 @@ def _follow(found: inspection.Inspection) -> Iterator[Finding]:
         return
     lag = follow.best_lag
     at_zero = follow.lags[pairing.LAGS.index(0)]
-    if lag is not None and (lag < 0 or lag > 3) and follow.lags[pairing.LAGS.index(lag)] > at_zero + 0.1:
-        direction = f"{-lag} steps before" if lag < 0 else f"{lag} steps after"
+    peak = np.nanmax(follow.lags, initial=-1.0)
+    clear = peak > max(FOLLOWS, 4 / math.sqrt(found.num_sampled)) and peak > at_zero + 0.1  # not by chance
+    if lag is not None and (lag < 0 or lag > 3) and clear:
+        direction = f"{counted(abs(lag), 'step')} {'before' if lag < 0 else 'after'}"
         yield Finding(
             "problem" if lag < 0 else "look",
             "state and action",
-            f"the state moves {direction} its command (correlation {max(follow.lags):.2f}, {at_zero:.2f} in the same "
+            f"the state moves {direction} its command (correlation {peak:.2f}, {at_zero:.2f} in the same "
             "step): rows of actions and states may be shifted.",
         )
     elif best < FOLLOWS:
@@ -322,7 +330,7 @@ def _cameras(found: inspection.Inspection) -> Iterator[Finding]:
             yield Finding(
                 "look",
                 topic,
-                f"the picture changes abruptly inside {len(camera.cuts)} episodes, first before frame "
+                f"the picture changes abruptly inside {counted(len(camera.cuts), 'episode')}, first before frame "
                 f"{camera.cuts[0]}: is part of it another recording?",
             )
         if camera.pairs >= LEAST_PAIRS and camera.correlation < 0.05:
@@ -337,6 +345,11 @@ def _cameras(found: inspection.Inspection) -> Iterator[Finding]:
             related = f", rank correlation with the action {camera.correlation:+.2f}"
             known = camera.pairs >= LEAST_PAIRS and math.isfinite(camera.correlation)
             yield Finding("fine", topic, f"{camera.read} pictures decoded{related if known else ''}.")
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 step", "1,200 steps"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _listed(sentences: Sequence[str]) -> str:

@@ -196,7 +196,7 @@ def check_cameras(
     tallies = {camera: _Tally() for camera in dataset.cameras}
     alike = dict.fromkeys(itertools.combinations(dataset.cameras, 2), 0)
     compared = 0
-    for ids in tqdm.tqdm(pairs, desc="comparing pictures", unit="pair", delay=1, disable=None):
+    for ids in tqdm.tqdm(pairs, desc="comparing pictures", unit="pair", delay=1):
         size = _motion(dataset, ids, action_dimensions, scale)
         first = {
             camera: tally.add(*_pair(dataset, ids, camera), int(ids[1]), size) for camera, tally in tallies.items()

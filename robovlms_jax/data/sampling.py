@@ -55,7 +55,7 @@ def read_numbers(
 ) -> list[np.ndarray] | None:
     """float64[n, d] of each run, NaN where a frame cannot be read (and noted in `unreadable`); None = no frame can."""
     values, bad, message, width = [], 0, "", 0
-    for ids in tqdm.tqdm(runs, desc=f"reading {field}", unit="episode", delay=1, disable=None):
+    for ids in tqdm.tqdm(runs, desc=f"reading {field}", unit="episode", delay=1):
         try:
             rows = [np.asarray(read(ids), np.float64)]
         except base.CorruptFrameError:

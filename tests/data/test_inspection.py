@@ -209,7 +209,7 @@ def no_description(toy: Toy) -> None:
         (frozen_video, "problem", "static camera", "stands still in"),
         (black, "look", "static camera", "one colour"),
         (other_pictures, "look", "static camera", "changes abruptly inside"),
-        (blank_sentence, "problem", "instructions", "1 episodes have a blank"),
+        (blank_sentence, "problem", "instructions", "1 episode without an instruction"),
         (program_value, "problem", "instructions", r"\['open it'\]"),
         (two_spellings, "look", "instructions", "several ways.*'Do task 0.'"),
         (one_sentence, "look", "instructions", "same sentence"),
