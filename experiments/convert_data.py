@@ -63,13 +63,20 @@ class Args:
     """Of JPEG, 4:4:4. Images that are encoded already are copied as they are."""
     workers: int = os.cpu_count() or 1
     """Packed: processes."""
+    conventions: str = ""
+    """LeRobot: JSON file that says what the numbers mean (data/README.md). Empty: meta/robovlms.json of the dataset."""
+    max_left_out_share: float = 0.1
+    """LeRobot: share of the episodes that may be left out because parts of them are missing or disagree."""
 
 
 def main(args: Args) -> None:
     """Convert. Raises ValueError, OSError, ImportError or RuntimeError with the way out."""
     if args.source == "lerobot":
         for split in ("training", "validation"):
-            pack_lerobot(args.root, args.out / split, split, quality=args.quality, workers=args.workers)
+            source = lerobot.open_dataset(
+                args.root, split, conventions=args.conventions, max_left_out_share=args.max_left_out_share
+            )
+            pack_lerobot(source, args.out / split, quality=args.quality, workers=args.workers)
         return
     name = args.name or "calvin_" + re.sub(r"[^a-z0-9]+", "_", args.root.resolve().name.lower())
     opened = calvin.open_splits(args.root, functools.partial(calvin.open_dataset, args.root))
@@ -124,15 +131,9 @@ def _encoded(dataset: base.Dataset, ids: np.ndarray, camera: str, quality: int) 
 
 
 def pack_lerobot(
-    root: pathlib.Path,
-    directory: pathlib.Path,
-    split: lerobot.Split,
-    *,
-    quality: int = 95,
-    workers: int = 1,
+    source: lerobot.LeRobotDataset, directory: pathlib.Path, *, quality: int = 95, workers: int = 1
 ) -> packed.PackedDataset:
-    """Write one split of a LeRobotDataset as a packed one; may be stopped and repeated. Raises as `packing.pack`."""
-    source = lerobot.open_dataset(root, split)
+    """Write a LeRobotDataset as a packed one; may be stopped and repeated. Raises as `packing.pack`."""
     ids = [np.arange(episode.start, episode.end + 1) for episode in source.episodes]
     return packing.pack(source, directory, frame_ids=np.concatenate(ids), quality=quality, workers=workers)
 

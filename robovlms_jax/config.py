@@ -368,8 +368,13 @@ class DataConfig:
     """Mixture: the dataset whose action units the policy speaks. Empty: the first one."""
     statistics: str = ""
     """JSON file of action statistics in OpenVLA's layout, used instead of those of the data itself."""
+    conventions: str = ""
+    """LeRobot: JSON file that says what the numbers mean (data/README.md). Empty: meta/robovlms.json of the dataset,
+    where it has one."""
+    max_left_out_share: float = 0.1
+    """LeRobot: share of the episodes that may be left out because their parts disagree or are missing."""
     unlabelled_share: float = 0.0
-    """RLDS: share of the episodes without an instruction to keep."""
+    """RLDS, LeRobot: share of the episodes without an instruction to keep."""
     unlabelled_instruction: str = "interact with the objects"
     """What those episodes are told."""
     success_only: bool = True
@@ -424,6 +429,13 @@ class DataConfig:
             _require(getattr(self, field) >= 0, f"data.{field}={getattr(self, field)} must not be negative.")
         _require(self.num_workers >= -1, f"data.num_workers={self.num_workers} must be -1 (measure), 0 or positive.")
         _require(0 <= self.unlabelled_share <= 1, f"data.unlabelled_share={self.unlabelled_share} must be in [0, 1].")
+        _require(
+            0 <= self.max_left_out_share < 1, f"data.max_left_out_share={self.max_left_out_share} must lie in [0, 1)."
+        )
+        _require(
+            self.dataset == "lerobot" or not self.conventions,
+            f"data.conventions describes a LeRobotDataset; data.dataset is {self.dataset!r}.",
+        )
         _require(self.dataset != "", "data.dataset must name a format, dataset, mixture or file.")
         _require(
             self.vary_language or not self.paraphrases, "data.paraphrases needs --data.vary_language to have an effect."

@@ -28,6 +28,8 @@ class Settings(Protocol):
     unlabelled_share: float
     unlabelled_instruction: str
     success_only: bool
+    conventions: str
+    max_left_out_share: float
 
 
 def open_split(settings: Settings, split: Split) -> base.Dataset:
@@ -43,7 +45,15 @@ def open_split(settings: Settings, split: Split) -> base.Dataset:
     if settings.dataset == "calvin":
         return calvin.open_dataset(settings.root, split, annotation_folder=settings.annotation_folder, **chosen)
     if settings.dataset == "lerobot":
-        dataset: base.Dataset = lerobot.open_dataset(settings.root, split, image_size=_size(settings))
+        dataset: base.Dataset = lerobot.open_dataset(
+            settings.root,
+            split,
+            image_size=_size(settings),
+            conventions=settings.conventions,
+            unlabelled_share=settings.unlabelled_share,
+            unlabelled_instruction=settings.unlabelled_instruction,
+            max_left_out_share=settings.max_left_out_share,
+        )
     else:
         dataset = _open_rlds(settings, split)
     if any(chosen.values()):

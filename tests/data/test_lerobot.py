@@ -12,6 +12,7 @@ import pytest
 from experiments import convert_data
 from robovlms_jax.config import DataConfig
 from robovlms_jax.data import base, calvin, lerobot, opening
+from robovlms_jax.data.lerobot import video
 
 av = pytest.importorskip("av")
 pa = pytest.importorskip("pyarrow")
@@ -118,10 +119,8 @@ def test_frames_numbers_and_sentences_belong_together(tmp_path):
 def test_video_between_frames_that_lie_far_apart_is_not_decoded(tmp_path, monkeypatch):
     # A batch asks for frames of many segments at once; a file holds many episodes.
     dataset = lerobot.open_dataset(write(tmp_path), "training")
-    decoded, real = [], lerobot.LeRobotDataset._frames
-    monkeypatch.setattr(
-        lerobot.LeRobotDataset, "_frames", lambda *args: (decoded.append(x[0]) or x for x in real(*args))
-    )
+    decoded, real = [], video.VideoReader.frames
+    monkeypatch.setattr(video.VideoReader, "frames", lambda *args: (decoded.append(x[0]) or x for x in real(*args)))
     ids = [17, 0, 1]  # recorded 15, 0, 1, at 1.5, 0 and 0.1 s
     frames = dataset.images(ids, ["static"])["static"]
     for image, frame in zip(frames, (15, 0, 1), strict=True):

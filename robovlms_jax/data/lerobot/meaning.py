@@ -1,0 +1,273 @@
+"""What a LeRobotDataset's numbers and cameras are: said in a file of ours, read from info.json's names, or assumed.
+
+What is assumed is said once; what cannot be told is refused with the names found and the file to write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import numpy as np
+
+from robovlms_jax.control import robot
+from robovlms_jax.data.lerobot import meta, names, spans
+from robovlms_jax.data.registry import entry as entries
+
+CONVENTIONS = "meta/robovlms.json"
+
+_TEXT, _TEXTS = "a text", "a list of texts"
+_FIELDS: Mapping[str, str] = {
+    "arm": _TEXTS,
+    "gripper": _TEXT,
+    "static": _TEXT,
+    "secondary": _TEXT,
+    "wrist": _TEXT,
+    "state": _TEXTS,
+    "state_encoding": f"one of {', '.join(get_args(entries.StateEncoding))}",
+    "control_hz": "a number of 0 or more",
+    "skip_first": "a whole number of 0 or more",
+    "drop_still": "true or false",
+}
+"""Fields of `registry.entry.Entry` that a conventions file may have; sentences come from meta/tasks."""
+
+_WRIST = ("wrist", "hand", "gripper")
+_RANGE_TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Meaning:
+    """cameras: our name -> feature key. opening: whether the state's last number says how far the gripper is open."""
+
+    entry: entries.Entry
+    cameras: Mapping[str, str]
+    robot: robot.RobotSpec
+    opening: bool
+
+
+def read(info: meta.Info, conventions: str | os.PathLike[str], notes: meta.Notes) -> Meaning:
+    """Raises ValueError naming file, field, what was found and what to write.
+
+    Args:
+      conventions: file that replaces <root>/meta/robovlms.json; "" = that one, where it exists.
+    """
+    path = pathlib.Path(conventions) if conventions else info.root / CONVENTIONS
+    given = _read_conventions(path) if conventions or path.exists() else {}
+    guess: dict[str, Any] = _guess_cameras(info, given, notes)
+    is_delta = not ({"arm", "gripper"} & set(given))
+    action = _field(info, ("action", "actions"))
+    if is_delta:
+        guess |= _guess_action(info, action, path, notes)
+    elif not {"arm", "gripper"} <= set(given):
+        lacking = "gripper" if "arm" in given else "arm"
+        guess |= {k: v for k, v in _guess_action(info, action, path, notes).items() if k == lacking}
+    state = _field(info, ("observation.state", "state"))
+    if not {"state", "state_encoding"} & set(given):
+        guess |= _guess_state(info, state, notes)
+    try:
+        entry = entries.Entry("lerobot", **{"instruction": "", **guess, **given})
+        for name in entry.numeric_fields:
+            if name not in info.features:
+                raise ValueError(f"info.json has no feature {name!r}; it has {sorted(info.features)}")
+        problem = entry.widths({name: info.width(name) for name in entry.numeric_fields})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if problem:
+        raise ValueError(f"{path}: {problem} (data/README.md).")
+    cameras = {camera: key.removeprefix("steps/observation/") for camera, key in entry.cameras.items()}
+    _check_cameras(info, cameras, path)
+    if entry.control_hz and not math.isclose(entry.control_hz, info.fps, rel_tol=0.02):
+        raise ValueError(f"{path}: control_hz is {entry.control_hz:g}, {info.path} says fps {info.fps:g}.")
+    return Meaning(entry, cameras, _robot(info, action, state, cameras, is_delta), bool(entry.state))
+
+
+def _field(info: meta.Info, candidates: Sequence[str]) -> str:
+    return next((name for name in candidates if name in info.features), "")
+
+
+def _read_conventions(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        given = meta.read_json(path)
+    except OSError as error:
+        raise ValueError(f"data.conventions: {path} cannot be read: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} is no JSON object, found {type(given).__name__}.")
+    problems = []
+    for name, value in given.items():
+        if name not in _FIELDS:
+            near = difflib.get_close_matches(name, _FIELDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_FIELDS)}."
+            problems.append(f"{name!r} is no field; {hint}")
+        elif not _fits(name, value):
+            wanted = f"; write {json.dumps([value])}" if _FIELDS[name] == _TEXTS and isinstance(value, str) else ""
+            problems.append(f"{name!r} must be {_FIELDS[name]}, found {json.dumps(value)}{wanted}")
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)} (data/README.md).")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _fits(name: str, value: Any) -> bool:
+    expected = _FIELDS[name]
+    if expected == _TEXTS:
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    if expected == _TEXT:
+        return isinstance(value, str)
+    if name == "state_encoding":
+        return value in get_args(entries.StateEncoding)
+    if name == "drop_still":
+        return isinstance(value, bool)
+    whole = int if name == "skip_first" else int | float
+    return isinstance(value, whole) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _unclear(info: meta.Info, field: str, path: pathlib.Path, found: str) -> ValueError:
+    column = f"{field or 'action'}[6]"
+    example = json.dumps({"arm": [f"{field or 'action'}[:6]"], "gripper": f"from_range({column}, 0, 100)"})
+    return ValueError(
+        f"{info.path}: {found}; expected seven numbers: metres and radians (x, y, z, roll, pitch, yaw) to move by in "
+        f"one step, then the gripper (1 open, 0 closed). Say how to make them of what is stored in {path}, or in a "
+        f"file passed as --data.conventions, such as {example} (data/README.md)."
+    )
+
+
+def _guess_action(info: meta.Info, field: str, path: pathlib.Path, notes: meta.Notes) -> dict[str, Any]:
+    """arm and gripper by the names, or of seven numbers without names."""
+    if not field:
+        raise _unclear(info, field, path, f"there is no feature 'action'; there are {sorted(info.features)}")
+    width, listed = info.width(field), names.of(info.features[field])
+    if not listed:
+        if width != 7:
+            raise _unclear(info, field, path, f"{field} holds {width} numbers without names")
+        notes.guess(
+            f"the seven numbers of {field!r} have no names; taken as metres and radians (x, y, z, roll, pitch, yaw) to "
+            "move by in one step and the gripper (1 open, 0 closed)."
+        )
+        return {"arm": (f"{field}[:6]",), "gripper": f"{field}[6]"}
+    at = names.columns(listed)
+    gripper = [what for what in ("gripper", "closed") if what in at]
+    if len(listed) != width or not set(names.POSE) <= set(at) or len(gripper) != 1:
+        joints = sum(names.meaning(name) == "joint" for name in listed)
+        kind = ", joints, which are no motion of the gripper" if joints * 2 > len(listed) else ""
+        raise _unclear(info, field, path, f"{field} holds {width} numbers, named {listed}{kind}")
+    order = [at[name] for name in names.POSE]
+    arm = (f"{field}[:6]",) if order == list(range(6)) else tuple(f"{field}[{column}]" for column in order)
+    column = f"{field}[{at[gripper[0]]}]"
+    expression = f"invert({column})" if gripper[0] == "closed" else column
+    left = [name for i, name in enumerate(listed) if i not in (*order, at[gripper[0]])]
+    notes.guess(
+        f"{field!r} by its names {listed}: metres and radians to move by in one step, gripper {expression} (1 open, 0 "
+        f"closed){f'; {left} are not used' if left else ''}."
+    )
+    return {"arm": arm, "gripper": expression}
+
+
+def _guess_state(info: meta.Info, field: str, notes: meta.Notes) -> dict[str, Any]:
+    """A pose where the names say one, else none."""
+    at = names.columns(names.of(info.features[field])) if field else {}
+    for encoding, rotation in (("POS_EULER", names.POSE[3:]), ("POS_QUAT", names.QUATERNION)):
+        if {*names.POSE[:3], *rotation} <= set(at) and len(names.of(info.features[field])) == info.width(field):
+            parts = [f"{field}[{at[name]}]" for name in (*names.POSE[:3], *rotation)]
+            parts += ["zeros(1)"] if encoding == "POS_EULER" else []
+            parts.append(f"{field}[{at['gripper']}]" if "gripper" in at else "zeros(1)")
+            notes.guess(f"{field!r} by its names: {encoding} of {parts}.")
+            return {"state": tuple(parts), "state_encoding": encoding}
+    return {}
+
+
+def is_depth(key: str, feature: Mapping[str, Any]) -> bool:
+    """Whether a camera's pictures are distances, or have one channel: never RGB."""
+    details = {**(feature.get("info") or {}), **(feature.get("video_info") or {}), **feature}
+    if any(details.get(name) for name in ("is_depth_map", "video.is_depth_map")):
+        return True
+    if any(word in key.lower() for word in ("depth", "disparity")):
+        return True
+    if details.get("video.channels") == 1 or str(details.get("video.pix_fmt", "")).startswith("gray"):
+        return True
+    shape = feature["shape"]
+    return len(shape) == 2 or (len(shape) == 3 and 1 in (shape[0], shape[2]))
+
+
+def _guess_cameras(info: meta.Info, given: Mapping[str, Any], notes: meta.Notes) -> dict[str, str]:
+    listed = [key for key, feature in info.features.items() if feature.get("dtype") in ("video", "image")]
+    depth = [key for key in listed if is_depth(key, info.features[key])]
+    if depth:
+        notes.guess(f"cameras {depth} record depth or one channel and are not used.")
+    usable = [key for key in listed if key not in depth]
+    wrist = [key for key in usable if any(word in key.lower() for word in _WRIST)]
+    static = [key for key in usable if key not in wrist]
+    chosen = {"static": next(iter(static), ""), "wrist": next(iter(wrist), "")}
+    final = {**chosen, **{name: given[name] for name in ("static", "secondary", "wrist") if name in given}}
+    if len(usable) > 1:
+        unused = [key for key in usable if key not in final.values()]
+        notes.guess(
+            ", ".join(f"{camera} camera {key!r}" for camera, key in final.items() if key)
+            + (f"; {unused} are not used." if unused else ".")
+        )
+    if not any(final.values()):
+        raise ValueError(f"{info.path} describes no RGB camera; its features are {sorted(info.features)}.")
+    return chosen
+
+
+def _check_cameras(info: meta.Info, cameras: Mapping[str, str], path: pathlib.Path) -> None:
+    for camera, key in cameras.items():
+        feature = info.features.get(key, {})
+        if feature.get("dtype") not in ("video", "image"):
+            there = [k for k, f in info.features.items() if f.get("dtype") in ("video", "image")]
+            raise ValueError(f"{path}: {camera} names {key!r}, which is no camera of info.json; there are {there}.")
+        if is_depth(key, feature):
+            raise ValueError(f"{path}: {camera} names {key!r}, which records depth or one channel, not RGB.")
+        if feature["dtype"] == "video" and not info.video_path:
+            raise ValueError(f"{info.path}: camera {key!r} is video and video_path is not given.")
+    twice = [key for key in cameras.values() if list(cameras.values()).count(key) > 1]
+    if twice:
+        raise ValueError(f"{path}: camera {twice[0]!r} is named for two of {list(cameras)}.")
+
+
+def _robot(info: meta.Info, action: str, state: str, cameras: Mapping[str, str], is_delta: bool) -> robot.RobotSpec:
+    """What info.json says about the robot; numbers as they are stored."""
+
+    def dimensions(field: str, delta: bool) -> tuple[robot.Dimension, ...]:
+        if not field:
+            return ()
+        return names.dimensions(field, names.of(info.features[field]), info.width(field), is_delta=delta)
+
+    sizes = {camera: spans.image_size(info, key) for camera, key in cameras.items()}
+    return robot.RobotSpec(
+        info.robot_type or info.root.name or "robot",
+        info.fps,
+        tuple(robot.Camera(camera, *size) for camera, size in sizes.items()),
+        dimensions(action, is_delta),
+        dimensions(state, False),
+    )
+
+
+def require_gripper_range(gripper: np.ndarray, entry: entries.Entry, where: str) -> None:
+    """float[n] gripper commands must lie in 0 ... 1. Raises ValueError with the range and the expression to write."""
+    finite = gripper[np.isfinite(gripper)]
+    if not len(finite):
+        return
+    low, high = float(finite.min()), float(finite.max())
+    if low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE:
+        return
+    text = entry.gripper
+    if low >= -0.1 and high <= 1.1:
+        remedy = f'"clip({text})" where that is noise'
+    elif low >= -1.1 and high <= 1.1:
+        remedy = f'"positive({text})" where 1 opens and -1 closes, "invert(positive({text}))" where 1 closes'
+    else:
+        top = next((t for t in (100, 255, 1000) if 0.7 * t <= high <= t and low >= -0.02 * t), high)
+        bottom = 0 if 0 <= low < 0.3 * high else low
+        remedy = (
+            f'"from_range({text}, {bottom:g}, {top:g})" where {top:g} is open, '
+            f'"from_range({text}, {top:g}, {bottom:g})" where {top:g} is closed'
+        )
+    raise ValueError(
+        f"{where}: the gripper {text!r} runs from {low:.4g} to {high:.4g}, expected 0 (closed) to 1 (open). Write "
+        f'{{"gripper": ...}} into {CONVENTIONS}, or a file passed as --data.conventions, with {remedy}.'
+    )

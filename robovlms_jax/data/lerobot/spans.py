@@ -1,0 +1,142 @@
+"""Where episodes lie in videos: what meta/episodes says, compared with lengths and with what the files say."""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+
+from robovlms_jax.data.lerobot import faults as left_out
+from robovlms_jax.data.lerobot import meta, video
+
+_SHOWN = 3
+
+
+def compare(
+    info: meta.Info,
+    episodes: Mapping[int, meta.EpisodeRow],
+    lengths: Mapping[int, int],
+    faults: left_out.Faults,
+    notes: meta.Notes,
+) -> dict[int, dict[str, tuple[pathlib.Path, int]]]:
+    """Episode -> feature key -> file and first frame. Every file is opened, none decoded."""
+    files: dict[tuple[str, int, int], list[int]] = collections.defaultdict(list)
+    for episode in episodes.values():
+        for key, span in episode.videos.items():
+            files[key, span.chunk, span.file].append(episode.number)
+    places: dict[int, dict[str, tuple[pathlib.Path, int]]] = {number: {} for number in episodes}
+    for (key, chunk, file), numbers in sorted(files.items()):
+        name = info.file("video_path", chunk, file, key)
+        path = info.root / name
+        spans = {number: episodes[number].videos[key] for number in numbers}
+        for number, span in spans.items():
+            places[number][key] = path, round(span.begin * info.fps)
+        if not path.exists():
+            what, problem = "whose video is missing", f"{name} does not exist"
+        else:
+            what, problem = "whose video does not fit", _video_problem(info, key, path, spans, lengths, episodes, notes)
+        if problem:
+            for number in numbers:
+                faults.add(number, what, problem)
+    return places
+
+
+def _video_problem(
+    info: meta.Info,
+    key: str,
+    path: pathlib.Path,
+    spans: Mapping[int, meta.VideoSpan],
+    lengths: Mapping[int, int],
+    listed: Iterable[int],
+    notes: meta.Notes,
+) -> str:
+    """What keeps the spans of one file from being trusted; "" where each frame of it is accounted for."""
+    name = str(path.relative_to(info.root))
+    try:
+        facts = video.probe(path)
+    except ValueError as error:
+        return f"{name} {error}"
+    size = image_size(info, key)
+    if (facts.height, facts.width) != size:
+        return f"{name} has {facts.height} x {facts.width} pixels, info.json says {size[0]} x {size[1]} for {key}"
+    if abs(facts.rate / info.fps - 1) * facts.frames >= 0.5:
+        return f"{name} has {facts.rate:.4g} frames per second, info.json says fps {info.fps:g}"
+    problem, remark = account(spans, lengths, facts, info.fps, set(listed), info.total_episodes or 0)
+    if remark:
+        notes.guess(f"{name}: {remark}")
+    return f"{name}: {problem}" if problem else ""
+
+
+def account(
+    spans: Mapping[int, meta.VideoSpan],
+    lengths: Mapping[int, int],
+    facts: video.Facts,
+    fps: float,
+    listed: set[int],
+    total: int,
+) -> tuple[str, str]:
+    """Compare where episodes begin in a file with their lengths and with the number of frames that the file has.
+
+    Spans that follow each other without gap, from the first frame to the last, are proven right. Frames between them
+    are accepted where they belong to episodes that meta/episodes does not list (part of a larger dataset), or where all
+    else fits: every to_timestamp, and the last frame of the file.
+
+    Args:
+      listed: all episodes of meta/episodes. total: how many info.json says there are.
+    Returns:
+      (what is wrong or "", what is worth saying or "").
+    """
+    position, previous = 0, -1
+    gaps, loose, misfit = [], 0, []
+    for number, span in sorted(spans.items(), key=lambda item: (item[1].begin, item[0])):
+        start, length = round(span.begin * fps), lengths[number]
+        if span.end is None or not abs((span.end - span.begin) * fps - length) < 0.5:
+            end = "none" if span.end is None else f"{span.end:.3f}"
+            misfit.append(
+                f"episode {number} has {length} frames, from_timestamp {span.begin:.3f} and to_timestamp {end}"
+            )
+        if start < position:
+            return f"episodes {previous} and {number} overlap by {position - start} frames", ""
+        if start > position:
+            gap = (
+                f"{start - position} frames between episodes {previous} and {number}"
+                if previous >= 0
+                else (f"{start} frames before episode {number}")
+            )
+            gaps.append(gap)
+            loose += all(other in listed for other in range(previous + 1, number))
+        position, previous = start + length, number
+    left = facts.frames - position
+    seconds = facts.frames / fps
+    if left < 0 and (facts.is_exact or left < -1):
+        return f"episode {previous} ends at {position / fps:.3f} s, the video lasts {seconds:.3f} s", ""
+    if left > 0 and (facts.is_exact or left > 1):
+        if not gaps and all(other in listed for other in range(previous + 1, total)):
+            return f"it has {facts.frames} frames, its {len(spans)} episodes have {position}", ""
+        loose += all(other in listed for other in range(previous + 1, total))
+        gaps.append(f"{left} frames after episode {previous}")
+    if not gaps:
+        return "", f"{'; '.join(misfit[:_SHOWN])}; lengths decide, they fit the video" if _ended(spans, misfit) else ""
+    if misfit:
+        return f"{'; '.join(gaps[:_SHOWN])} belong to no episode; {misfit[0]}", ""
+    if loose and left != 0:
+        return f"{'; '.join(gaps[:_SHOWN])} belong to no episode", ""
+    return "", f"{'; '.join(gaps[:_SHOWN])} belong to no episode that is listed"
+
+
+def _ended(spans: Mapping[int, meta.VideoSpan], misfit: Sequence[str]) -> bool:
+    """Whether a to_timestamp that is there is wrong, rather than none being given."""
+    return bool(misfit) and any(span.end is not None for span in spans.values())
+
+
+def image_size(info: meta.Info, key: str) -> tuple[int, int]:
+    """(height, width) of a camera as info.json gives it. Raises ValueError."""
+    shape, names = info.features[key]["shape"], info.features[key].get("names")
+    if len(shape) == 2:
+        return shape[0], shape[1]
+    if len(shape) != 3:
+        raise ValueError(f"{info.path}: camera {key!r} has shape {shape}, expected [height, width, channels].")
+    if isinstance(names, list) and {"height", "width"} <= set(names) and len(names) == 3:
+        return shape[names.index("height")], shape[names.index("width")]
+    first = shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4)
+    return (shape[1], shape[2]) if first else (shape[0], shape[1])
