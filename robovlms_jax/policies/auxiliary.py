@@ -18,6 +18,7 @@ from robovlms_jax.config import AuxiliaryConfig, ForwardConfig
 from robovlms_jax.nn.attention import Attention
 from robovlms_jax.nn.mlp import MLP
 from robovlms_jax.nn.norms import LayerNorm
+from robovlms_jax.policies import readout
 from robovlms_jax.types import Tokens
 
 
@@ -75,7 +76,7 @@ class Auxiliary(nn.Module):
         Returns:
           float32[N, W].
         """
-        pooled = self.clip(features.astype(jnp.float32).max(axis=2))
+        pooled = self.clip(readout.largest(features.astype(jnp.float32)))
         return optax.losses.huber_loss(pooled, sentence[:, None], delta=1.0).mean(-1)
 
     def __call__(self, features: jax.Array) -> None:

@@ -68,7 +68,7 @@ class Pool(nn.Module):
         for i in range(self.num_bins):
             first, end = i * total // self.num_bins, -(-(i + 1) * total // self.num_bins)
             inside = chosen & (rank >= first) & (rank < end)
-            top = jnp.where(inside[..., None], hidden, -jnp.inf).max(-2)
+            top = largest(hidden, inside)
             bins.append(jnp.where(total > 0, top, 0).astype(hidden.dtype))  # nothing to read: zeros, not -inf
         return jnp.stack(bins, axis=-2)
 
@@ -99,6 +99,20 @@ class ActionTokens(nn.Module):
         query = tokens.slot("query")
         before = last_of_prompt(hidden, tokens, tokens.positions[..., query.start, None])
         return jnp.concatenate([before, hidden[..., query.start : query.stop - 1, :]], axis=-2)
+
+
+def largest(x: jax.Array, among: jax.Array | None = None) -> jax.Array:
+    """Per channel the maximum over slots: float[..., S, D] -> float[..., D]; the gradient goes to the first of equals.
+
+    By index, not `max`: the gradient of `max` compares its argument with the maximum for equality, and a compiler that
+    computes the argument a second time, rounded otherwise, finds none or several (wrong gradients, NaN).
+
+    Args:
+      among: bool[..., S], slots to look at; without any, the result is that of slot 0.
+    """
+    seen = x if among is None else jnp.where(among[..., None], x, -jnp.inf)
+    slot = jax.lax.stop_gradient(seen).argmax(-2, keepdims=True)
+    return jnp.take_along_axis(x, slot, axis=-2)[..., 0, :]
 
 
 def last_of_prompt(hidden: jax.Array, tokens: Tokens, position: jax.Array) -> jax.Array:

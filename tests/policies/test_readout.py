@@ -55,6 +55,35 @@ def test_padding_and_the_order_of_slots_change_nothing(source):
     np.testing.assert_array_equal(pooled(source, 2, hidden[:, order], moved), expected)
 
 
+@pytest.mark.parametrize(
+    ("source", "spans"), [("all", [(0, 6), (6, 12)]), ("vision", [(1, 4), (4, 7)]), (None, [(0, 12)])]
+)
+def test_the_gradient_of_a_maximum_goes_to_the_slot_that_is_largest(source, spans):
+    # Closed form in NumPy. A compiler may compute twice what is pooled, a norm's scale and bias here, once with fused
+    # multiply-add: under the tests' compiler settings the gradient of `max` was then NaN, its value being right.
+    rng, rows, width = np.random.default_rng(0), 4, 16
+    tokens = jax.tree.map(lambda leaf: np.repeat(leaf, rows, axis=0), prompt(TEXT))
+    x = rng.normal(size=(*tokens.mask.shape, width)).astype(np.float32)
+    weight = rng.normal(size=(width, D)).astype(np.float32)
+    scale, bias = rng.normal(size=(2, D)).astype(np.float32)
+    direction = rng.normal(size=(rows, len(spans), D)).astype(np.float32)
+
+    def value(weight):
+        hidden = (x @ weight) * scale + bias
+        if source is None:
+            pooled = readout.largest(hidden)[:, None]
+        else:
+            pooled = readout.Pool(len(spans), source).apply({}, hidden, tokens)
+        return (pooled * direction).sum()
+
+    hidden, expected = (x.astype(np.float64) @ weight) * scale + bias, np.zeros(weight.shape)
+    for row, part, channel in np.ndindex(rows, len(spans), D):
+        first, end = spans[part]
+        slot = first + hidden[row, first:end, channel].argmax()
+        expected[:, channel] += direction[row, part, channel] * scale[channel] * x[row, slot]
+    np.testing.assert_allclose(jax.jit(jax.grad(value))(weight), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_prompt_without_words_gives_zeros():
     tokens = prompt(1)  # bos and eos alone
     hidden = np.ones(tokens.embeds.shape, np.float32)
