@@ -21,10 +21,10 @@ import re
 import jax
 import numpy as np
 import torch
-import tyro
 from flax.traverse_util import flatten_dict
 
 from benchmarks import machine
+from robovlms_jax import cli
 from robovlms_jax.backbones import base
 from robovlms_jax.weights import convert
 from tests.backbones import families, oracle, test_parity, test_registry
@@ -124,4 +124,4 @@ def write_table(rows: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(cli.read(Args, description=__doc__))

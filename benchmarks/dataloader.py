@@ -28,10 +28,10 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import tyro
 from PIL import Image
 
 from benchmarks import machine
+from robovlms_jax import cli
 from robovlms_jax.data import base, calvin, features, frame_index, packing, pipeline, records, rlds, rlds_writer
 
 UPSTREAM_KEYS = ("rgb_static", "rgb_gripper", "rel_actions", "robot_obs", "scene_obs")
@@ -246,4 +246,4 @@ def fabricate(sample: pathlib.Path, directory: pathlib.Path, num_frames: int) ->
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(cli.read(Args))

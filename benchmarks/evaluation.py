@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tyro
 
 from benchmarks import machine
+from robovlms_jax import cli
 from robovlms_jax.envs import process, tasks, vector
 from robovlms_jax.envs.playtable.env import PlayTables
 from robovlms_jax.evaluation import chains, rollout
@@ -110,4 +110,4 @@ def _measure(envs: vector.VectorEnv, chunk: int, steps: int) -> dict[str, float]
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(cli.read(Args))

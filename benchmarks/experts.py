@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-import tyro
 
 from benchmarks import machine
+from robovlms_jax import cli
 from robovlms_jax.envs import tasks
 from robovlms_jax.envs.playtable import env, experts, physics
 from robovlms_jax.envs.playtable.scene import (
@@ -418,4 +418,4 @@ def markdown(result: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    main(tyro.cli(Args))
+    main(cli.read(Args))

@@ -26,7 +26,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tyro
 
 from benchmarks import machine
 from experiments import calvin_abcd, run
@@ -347,4 +346,4 @@ if __name__ == "__main__":
     # force: libraries imported above may have set up logging already
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("absl").setLevel(logging.WARNING)
-    main(tyro.cli(Args), sys.argv[1:])
+    main(cli.read(Args), sys.argv[1:])

@@ -20,9 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from benchmarks import machine
+from robovlms_jax import cli
 from robovlms_jax.envs.playtable import env, experts, physics
 from robovlms_jax.envs.playtable.scene import DRAWER, SCENES, sample, stack_scenes
 
@@ -136,4 +136,4 @@ def _rates(count: int, advance: Callable[[Any], Any], carry: Any, least_seconds:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(cli.read(Args))

@@ -16,11 +16,10 @@ import time
 from typing import Any
 
 import jax
-import tyro
 from jax.sharding import Mesh
 
 from benchmarks import machine, workload
-from robovlms_jax import build
+from robovlms_jax import build, cli
 from robovlms_jax.config import ExperimentConfig, MeshConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.vla import VLA
@@ -158,4 +157,4 @@ def speedups(results: dict[str, dict[str, Any]], window: int) -> dict[str, dict[
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(cli.read(Args))

@@ -19,12 +19,12 @@ import sys
 import time
 import typing
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-import tyro
 
 from experiments import calvin_abcd, closed_loop, evaluate, run
+from robovlms_jax import cli
 from robovlms_jax.config import DemonstrationConfig, EvaluationConfig, ExperimentConfig, RolloutConfig
 from robovlms_jax.envs import tasks
 from robovlms_jax.evaluation import chains, rollout_metrics
@@ -345,7 +345,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def main() -> None:
-    config = tyro.cli(Annotated[CompareConfig, tyro.conf.AvoidSubcommands], description=__doc__)
+    config = cli.read(CompareConfig, description=__doc__)
     if config.list:
         for cell in cells(config):
             print(cell.name, *(f"[{execution.label}]" for execution in cell.executions))

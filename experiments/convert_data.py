@@ -18,8 +18,8 @@ from typing import Literal
 
 import numpy as np
 import tqdm
-import tyro
 
+from robovlms_jax import cli
 from robovlms_jax.data import base, calvin, lerobot, packed, packing, rlds_writer
 from robovlms_jax.data.features import Field
 
@@ -141,6 +141,6 @@ def pack_lerobot(
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     try:
-        main(tyro.cli(Args))
+        main(cli.read(Args))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")

@@ -24,6 +24,7 @@ import tyro
 from flax.traverse_util import flatten_dict
 
 from robovlms_jax import build, load, upstream
+from robovlms_jax import cli as command_line
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.config import AuxiliaryConfig, ExperimentConfig, PolicyConfig, to_dict
 from robovlms_jax.data import statistics
@@ -244,7 +245,7 @@ def _describe(report: Mapping[str, Any], target: pathlib.Path) -> str:
 def cli(argv: list[str] | None = None) -> None:
     """Command line; errors of the user end the process with a message and status 1."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    config = tyro.cli(ConvertConfig, description=__doc__, args=argv)
+    config = command_line.read(ConvertConfig, description=__doc__, argv=argv)
     try:
         main(config)
     except (ValueError, OSError) as error:

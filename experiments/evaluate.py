@@ -15,10 +15,9 @@ import logging
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
+from robovlms_jax import cli
 from robovlms_jax.envs import calvin, simpler, vector
 from robovlms_jax.envs import tasks as calvin_tasks
 from robovlms_jax.envs.playtable.env import PlayTables
@@ -234,7 +233,7 @@ def main() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     for noisy in ("orbax", "jax._src", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    config = tyro.cli(Annotated[EvaluateConfig, tyro.conf.AvoidSubcommands], description=__doc__)
+    config = cli.read(EvaluateConfig, description=__doc__)
     host_memory.keep_freed_memory()
     try:
         report = evaluate(config)

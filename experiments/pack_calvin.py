@@ -10,8 +10,8 @@ import pathlib
 import sys
 
 import numpy as np
-import tyro
 
+from robovlms_jax import cli
 from robovlms_jax.data import calvin, packing
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,6 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     try:
-        main(tyro.cli(Args))
+        main(cli.read(Args))
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")

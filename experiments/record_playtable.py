@@ -17,13 +17,13 @@ import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tqdm
-import tyro
 
 from experiments import demonstrations
+from robovlms_jax import cli
 from robovlms_jax.config import DemonstrationConfig
 from robovlms_jax.data import base, calvin, packing
 from robovlms_jax.envs import tasks
@@ -315,7 +315,7 @@ class _SpooledFrames:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    config = tyro.cli(Annotated[RecordConfig, tyro.conf.AvoidSubcommands], description=__doc__)
+    config = cli.read(RecordConfig, description=__doc__)
     try:
         counts = record(config)
     except (ValueError, OSError, RuntimeError) as error:

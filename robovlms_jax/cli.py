@@ -1,4 +1,4 @@
-"""Presets and dotted overrides. The only file that knows the command-line library."""
+"""Presets, dotted overrides and switches. The only file that knows the command-line library."""
 
 from __future__ import annotations
 
@@ -6,15 +6,38 @@ import dataclasses
 import difflib
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 import tyro
+
+from robovlms_jax import schema
 
 Config = TypeVar("Config")
 
 ALIASES = {"--resume": "--train.resume", "--init_from": "--train.init_from", "--backbone": "--backbone.name"}
 """Short spellings of flags that are typed by hand."""
+
+TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+"""What may follow a switch, in upper or lower case."""
+
+
+def read(config: type[Config] | Config, *, description: str | None = None, argv: Sequence[str] | None = None) -> Config:
+    """A program's settings from its command line: `--field value`, dotted where a field has fields of its own.
+
+    Switches, fields that are true or false, are understood in every usual spelling: `--data.success_only`,
+    `--data.success_only True`, `--data.success_only=no`, `--no-data.success_only`, `--data.no-success-only`.
+
+    Args:
+      config: dataclass, or one of its instances, whose values are then the defaults.
+      description: for --help; None: the class's docstring.
+      argv: arguments without the program's name; None reads the command line.
+    Returns:
+      An instance. Wrong flags or values end the process with status 2 and a message naming the nearest flag.
+    """
+    start = {"f": config} if isinstance(config, type) else {"f": type(config), "default": config}
+    arguments = _spell_switches(sys.argv[1:] if argv is None else argv, switches(config))
+    return tyro.cli(**start, args=arguments, description=description, config=(tyro.conf.AvoidSubcommands,))
 
 
 def parse(
@@ -37,7 +60,7 @@ def parse(
       (name of preset or file, configuration). Wrong flags or values end the process with status 2 and a message naming
       the nearest flag.
     """
-    arguments = [ALIASES.get(argument, argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    arguments = [_unabbreviated(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     name = _take(arguments, "--preset")
     file = None if read_json is None else _take(arguments, "--upstream_json")
     if name is not None and file is not None:
@@ -59,14 +82,62 @@ def parse(
         f"--preset NAME, one of: {', '.join(presets)}{or_json} (here: {name}); shown defaults are those of this start."
     )
     text = f"{description}\n\n{listed}"
-    config = tyro.cli(
-        type(start),
-        default=start,
-        args=arguments,
-        description=text,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    return name, config
+    return name, read(start, description=text, argv=arguments)
+
+
+def switches(config: type | Any, prefix: str = "") -> frozenset[str]:
+    """Dotted names, with underscores, of all fields that are true or false."""
+    cls = config if isinstance(config, type) else type(config)
+    found = set()
+    for name, hint in schema.hints(cls).items():
+        value = getattr(config, name, None)  # of a class: the field's default
+        if hint is bool:
+            found.add(prefix + name)
+        elif dataclasses.is_dataclass(value) or (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
+            found |= switches(value if dataclasses.is_dataclass(value) else hint, f"{prefix}{name}.")
+    return frozenset(found)
+
+
+def _spell_switches(arguments: Sequence[str], known: Collection[str]) -> list[str]:
+    """The arguments with every switch as the command-line library spells it, `--a.flag` or `--a.no-flag`."""
+    out, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        flag, equals, value = argument.partition("=")
+        path, negated = _switch(flag, known)
+        if path is None:
+            out.append(argument)
+            continue
+        if not equals and rest and not rest[0].startswith("-"):
+            value, equals = rest.pop(0), "="
+        if equals and value.lower() not in TRUE + FALSE:
+            sys.exit(_fail(f"{flag} is a switch: expected nothing after it, or True or False; got {value!r}."))
+        on = (value.lower() not in FALSE) != negated
+        room, _, leaf = path.rpartition(".")
+        out.append(f"--{room}{'.' if room else ''}{'' if on else 'no-'}{leaf}")
+    return out
+
+
+def _switch(flag: str, known: Collection[str]) -> tuple[str | None, bool]:
+    """The switch that an argument names, and whether with a `no` before the whole or before its last part."""
+    if not flag.startswith("--"):
+        return None, False
+    path = flag[2:].replace("-", "_")
+    room, dot, leaf = path.rpartition(".")
+    spellings = [(path, False), (path.removeprefix("no_"), True), (room + dot + leaf.removeprefix("no_"), True)]
+    return next((spelling for spelling in spellings if spelling[0] in known), (None, False))
+
+
+def _unabbreviated(argument: str) -> str:
+    """`--resume=True`, `--no-resume` and `--init-from` as the flags that ALIASES has for them."""
+    flag, equals, value = argument.partition("=")
+    if not flag.startswith("--"):
+        return argument
+    negated = flag.startswith("--no-")
+    short = "--" + flag.removeprefix("--no-" if negated else "--").replace("-", "_")
+    if short not in ALIASES:
+        return argument
+    return ("--no-" if negated else "--") + ALIASES[short].removeprefix("--") + equals + value
 
 
 def _take(arguments: list[str], flag: str) -> str | None:
@@ -94,10 +165,24 @@ def names_flag(arguments: Sequence[str], flag: str) -> bool:
 
 
 def override(config: Config, **changes: object) -> Config:
-    """A copy with dotted fields replaced: override(config, **{"train.steps": 10})."""
+    """A copy with dotted fields replaced: override(config, **{"train.steps": 10}).
+
+    Raises ValueError that names the field, what it takes and what it was given; or the nearest field to a name that
+    there is not.
+    """
     for path, value in changes.items():
-        head, _, rest = path.partition(".")
-        if rest:
-            value = override(getattr(config, head), **{rest: value})
-        config = dataclasses.replace(config, **{head: value})
+        config = _override(config, path.split("."), value, [])
     return config
+
+
+def _override(config: Any, path: Sequence[str], value: object, above: Sequence[str]) -> Any:
+    head, *rest = path
+    name = ".".join(above)
+    if not dataclasses.is_dataclass(config):
+        raise ValueError(f"{name}={config!r} has no fields; {name}.{'.'.join(path)} cannot be set.")
+    if rest:
+        schema.check(type(config), {head: getattr(config, head, None)}, name)
+        value = _override(getattr(config, head), rest, value, [*above, head])
+    value = tuple(value) if isinstance(value, list) else value
+    schema.check(type(config), {head: value}, name)
+    return dataclasses.replace(config, **{head: value})

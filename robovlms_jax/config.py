@@ -8,17 +8,15 @@ is compiled. `to_dict` / `from_dict` are what checkpoints store.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import types
-import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 
-from robovlms_jax import interface
+from robovlms_jax import interface, schema
 from robovlms_jax.actions import normalize
 from robovlms_jax.evaluation.execution import Execution
 from robovlms_jax.policies.heads import base as heads
@@ -812,25 +810,23 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any:
-    """Inverse of `to_dict`. Raises ValueError naming an unknown field and the nearest known one."""
+    """Inverse of `to_dict`. Raises ValueError naming an unknown field and the nearest known one, or a field whose value
+    is of another type than the field's."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path}={values!r} is a {type(values).__name__}; expected the fields of {cls.__name__}.")
     values = dict(values)
     if issubclass(cls, heads.HeadConfig):
+        if "kind" not in values:
+            raise ValueError(f"{path} has no field 'kind', the name of a registered head; it has {sorted(values)}.")
         cls = heads.config_of(values.pop("kind"))
-    hints = typing.get_type_hints(cls)
-    known = {field.name for field in dataclasses.fields(cls)}
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(
-                f"{path} has no field {name!r}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; known: {sorted(known)}.")
-            )
+    hints = schema.hints(cls)
     kwargs = {}
     for name, value in values.items():
-        hint = hints[name]
+        hint = hints.get(name)
         if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and dataclasses.is_dataclass(hint):
             value = from_dict(hint, value, f"{path}.{name}")
         elif isinstance(value, list):
             value = tuple(value)
         kwargs[name] = value
+    schema.check(cls, kwargs, path)
     return cls(**kwargs)

@@ -1,0 +1,76 @@
+"""Whether values fit the fields of a frozen dataclass: what is refused by name here would otherwise fail far away, as
+`'>=' not supported between instances of 'str' and 'int'`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import numbers
+import pathlib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+
+@functools.lru_cache
+def hints(cls: type) -> dict[str, Any]:
+    """Field -> its type, annotations such as `Annotated` left out."""
+    known = typing.get_type_hints(cls)
+    return {field.name: known[field.name] for field in dataclasses.fields(cls)}
+
+
+def check(cls: type, values: Mapping[str, Any], path: str = "") -> None:
+    """Refuse names that are no fields of `cls`, and values that are not of their field's type.
+
+    Args:
+      path: the dotted name of what `values` are of, for messages.
+    Raises:
+      ValueError: names the field, what it takes and what it was given, or the nearest known field.
+    """
+    known = hints(cls)
+    for name, value in values.items():
+        full = f"{path}.{name}" if path else name
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {sorted(known)}."
+            raise ValueError(f"{path or cls.__name__} has no field {name!r}{hint}")
+        if not fits(value, known[name]):
+            raise ValueError(f"{full}={value!r} is a {type(value).__name__}; expected {describe(known[name])}.")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value may stand where `hint` is asked for: whole numbers do for float, lists for tuples; a truth value
+    is no number, and text is neither."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in arguments)
+    if origin is Literal:
+        return any(value == option and type(value) is type(option) for option in arguments)
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            return False
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return all(fits(item, arguments[0]) for item in value)
+        return len(value) == len(arguments) and all(map(fits, value, arguments))
+    plain = origin or hint
+    if plain in (int, float):
+        number = numbers.Integral if plain is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    if plain is pathlib.Path:
+        return isinstance(value, (str, pathlib.Path))
+    return value is None if plain in (None, type(None)) else isinstance(value, plain)
+
+
+def describe(hint: Any) -> str:
+    """A type as a message shows it: `int`, `one of 'first', 'chunk'`, `tuple[float, ...]`."""
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(hint)))}"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(describe(option) for option in typing.get_args(hint))
+    if hint is type(None):
+        return "None"
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)

@@ -1,0 +1,118 @@
+"""Command lines: how switches may be spelled, and what is said about values that do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from robovlms_jax import cli
+from robovlms_jax.config import ExperimentConfig, PolicyConfig, from_dict, to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    left_pad: bool = False
+    success_only: bool = True
+    names: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A program's settings."""
+
+    steps: int = 1
+    full_size: bool = False
+    data: Room = Room()
+
+
+@pytest.mark.parametrize("as_instance", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--data.success_only", True),
+        ("--data.success-only", True),
+        ("--data.success_only True", True),
+        ("--data.success-only=yes", True),
+        ("--data.success_only FALSE", False),
+        ("--data.success_only=0", False),
+        ("--no-data.success_only", False),
+        ("--no_data.success-only", False),
+        ("--data.no-success_only", False),
+        ("--data.no_success_only", False),
+        ("--no-data.success_only False", True),
+        ("--data.success_only --data.no-success-only", False),
+    ],
+)
+def test_a_switch_is_understood_in_every_usual_spelling(arguments, expected, as_instance):
+    # Between other flags, of which one takes any number of words, and for a switch that has no room of its own.
+    argv = ["--data.names", "a", "no", *arguments.split(), "--full-size", "true", "--steps", "3"]
+    settings = cli.read(Settings() if as_instance else Settings, argv=argv)
+    assert settings == Settings(3, full_size=True, data=Room(success_only=expected, names=("a", "no")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.success_only", "maybe"], "--data.success_only is a switch: expected nothing after it, or True or"),
+        (["--no-full_size="], "--no-full_size is a switch"),
+        (["--data.success_onlly"], "--data.success-only"),
+        (["--no-steps"], "--steps"),
+        (["--steps", "abc"], "--steps"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_a_message_that_names_the_flag(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.read(Settings, argv=arguments)
+    assert end.value.code == 2
+    out = capsys.readouterr()
+    assert message in out.out + out.err
+
+
+def test_short_spellings_take_values_and_dashes():
+    presets = {"small": ExperimentConfig()}
+
+    def train(*argv):
+        return cli.parse(presets, "small", description="", argv=argv)[1].train
+
+    assert train("--resume=True", "--init-from=runs/a").init_from == "runs/a"
+    assert train("--resume").resume and not train("--resume", "--no-resume").resume
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("policy.window", "abc", r"policy\.window='abc' is a str; expected int"),
+        ("policy.window", 2.5, r"policy\.window=2\.5 is a float; expected int"),
+        ("train.steps", True, r"train\.steps=True is a bool; expected int"),
+        ("policy.cameras", "static", r"policy\.cameras='static' is a str; expected tuple"),
+        ("policy.history", "prost", r"policy\.history='prost' is a str; expected one of 'one_step', 'interleaved'"),
+        ("policy.head", "lstm", r"policy\.head='lstm' is a str; expected HeadConfig"),
+        ("policy.windw", 3, r"policy has no field 'windw'; did you mean 'window'"),
+        ("polcy.window", 3, r"ExperimentConfig has no field 'polcy'; did you mean 'policy'"),
+        ("policy.window.size", 3, r"policy\.window=8 has no fields"),
+    ],
+)
+def test_an_override_that_does_not_fit_its_field_is_refused_by_name(path, value, message):
+    with pytest.raises(ValueError, match=message):
+        cli.override(ExperimentConfig(), **{path: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window": "abc"}, r"policy\.window='abc' is a str; expected int"),
+        ({"head": "lstm"}, r"policy\.head='lstm' is a str; expected the fields of HeadConfig"),
+        ({"head": {}}, r"policy\.head has no field 'kind'"),
+        ({"cameras": None}, r"policy\.cameras=None is a NoneType; expected tuple"),
+    ],
+)
+def test_a_stored_configuration_with_a_value_of_another_type_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(PolicyConfig, {**to_dict(PolicyConfig()), **changes}, "policy")
+
+
+def test_whole_numbers_do_for_float_and_lists_for_tuples():
+    changed = cli.override(ExperimentConfig(), **{"train.epochs": 5, "demonstrations.image_size": [64, 64]})
+    assert changed.train.epochs == 5 and changed.demonstrations.image_size == (64, 64)
+    assert from_dict(ExperimentConfig, to_dict(changed)) == changed

@@ -1,0 +1,180 @@
+"""Every command line and every flag that documents, docstrings and messages name is one that the programs take."""
+
+from __future__ import annotations
+
+import ast
+import collections
+import dataclasses
+import functools
+import logging
+import pathlib
+import re
+import runpy
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from experiments import calvin_abcd
+from robovlms_jax import cli, schema, upstream
+from robovlms_jax.policies.heads import base as heads
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = ("*.md", "docs/*.md", "data/README.md", "data/*/README.md", "benchmarks/README.md")
+SOURCES = ("robovlms_jax", "experiments", "benchmarks")
+PROGRAMS = sorted(
+    f"{folder}.{path.stem}"
+    for folder in ("experiments", "benchmarks")
+    for path in (ROOT / folder).glob("*.py")
+    if "__main__" in path.read_text() and "cli" in path.read_text()
+)
+COMMAND = re.compile(r"python -m ((?:experiments|benchmarks)\.\w+)((?:[^\n`'\"#;|&)\\]|\\\n)*)")
+MAKE = re.compile(r"make run ARGS=\"([^\"\n]*)\"")
+FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*(?:\.[a-zA-Z][\w-]*)*")
+
+OTHERS = {
+    "git, uv": "--porcelain --untracked-files --recurse-submodules --recursive --init --python",
+    "pip, ruff, tensorboard": "--fix --check --logdir",
+    "sbatch, srun": "--nodes --ntasks-per-node --gpus-per-node --gpus-per-task --gpu-bind --cpus-per-task --signal "
+    "--requeue --open-mode --time --job-name",
+    "gcloud, xpk": "--zone --worker --command --version --accelerator-type --cluster --docker-image --tpu-type "
+    "--workload",
+    "XLA": "--xla_cpu_use_fusion_emitters --xla_cpu_parallel_codegen_split_count "
+    "--xla_force_host_platform_device_count",
+    "ours, in a text about any": "--help --flag",
+}
+"""Flags of other programs."""
+
+
+class Parsed(Exception):
+    """A program got as far as its settings: they are this exception's argument."""
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    """(file, text) of every page, and of every string in the sources, with X for what a message fills in."""
+    for page in sorted({path for pattern in PAGES for path in ROOT.glob(pattern)}):
+        yield str(page.relative_to(ROOT)), page.read_text()
+    for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "X" for part in node.values)
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", "".join(parts)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", node.value
+
+
+def commands() -> dict[tuple[str, tuple[str, ...]], str]:
+    """(program, its arguments) -> the first file that says so."""
+    found = {}
+    for where, text in texts():
+        lines = [(match[1], match[2]) for match in COMMAND.finditer(text)]
+        lines += [("experiments.calvin_abcd", match[1]) for match in MAKE.finditer(text)]
+        for program, rest in lines:
+            rest = re.sub(r"\\\n\s*", " ", rest)
+            rest = re.split(r"\s{3,}| -->|, |: |\.(?:\s|$)", rest)[0]  # where the sentence goes on
+            # A script's variable stands for flags of its own.
+            words = [word for word in rest.split() if not re.fullmatch(r"\$\{?RESUME\}?", word)]
+            arguments = words if words and words[0].startswith("--") else []  # else: "`python -m X` says how ..."
+            found.setdefault((program, tuple(arguments)), where)
+    return found
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """(program, arguments) -> what its parser makes of them; nothing else of the program runs."""
+    read = cli.read
+
+    def stop(config, **options):
+        raise Parsed(read(config, **options))
+
+    monkeypatch.setattr(cli, "read", stop)
+    monkeypatch.setattr(upstream, "load_experiment", lambda path: calvin_abcd.PRESETS["kosmos_lstm"])
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+
+    def run(program: str, arguments: tuple[str, ...]) -> object:
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        monkeypatch.delitem(sys.modules, program, raising=False)
+        with pytest.raises(Parsed) as parsed:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        return parsed.value.args[0]
+
+    return run
+
+
+def test_documents_hold_the_commands_that_they_are_known_to_hold():
+    # Fails if the pattern above stops finding them.
+    known = commands()
+    assert len(known) > 60
+    assert ("experiments.calvin_abcd", ("--preset", "sample")) in known
+    assert any(program == "experiments.convert_weights" and "--config" in rest for program, rest in known)
+
+
+def test_every_command_in_documents_and_messages_is_one_that_its_program_takes(start, capsys):
+    def refusal(program: str, arguments: tuple[str, ...]) -> str | None:
+        try:
+            start(program, arguments)
+        except SystemExit as end:
+            out = capsys.readouterr()
+            return f"{program} {' '.join(arguments)}\n{out.out}{out.err}" if end.code else None
+
+    refused, alike = [], collections.defaultdict(dict)
+    for (program, arguments), where in commands().items():
+        if program not in PROGRAMS:
+            refused.append(f"{where}: there is no program {program}")
+        elif "--preset" in arguments:
+            preset = arguments[arguments.index("--preset") + 1]
+            alike[program, preset][tuple(" ".join(arguments).replace(f"--preset {preset}", "").split())] = where
+        elif arguments:  # without any, a text only speaks of the program
+            alike[program, arguments][arguments] = where
+    for (program, preset), lines in alike.items():
+        start_at = ("--preset", preset) if isinstance(preset, str) else ()
+        # Making a parser takes a quarter of a second, so one preset's lines are read at once, and again if that fails.
+        if len(lines) > 1 and refusal(program, start_at + sum(lines, ())) is None:
+            continue
+        messages = {where: refusal(program, start_at + arguments) for arguments, where in lines.items()}
+        refused += [f"{where}: {message}" for where, message in messages.items() if message]
+    assert not refused, "\n".join(refused)
+
+
+@functools.cache
+def flags(cls: type) -> frozenset[str]:
+    """Every dotted name that a program with settings `cls` takes, with underscores."""
+    found = set()
+    for name, hint in schema.hints(cls).items():
+        kinds = [heads.config_of(kind) for kind in heads.kinds()] if hint is heads.HeadConfig else [hint]
+        found.add("from" if (cls.__name__, name) == ("ConvertConfig", "source") else name)
+        for kind in kinds:
+            if dataclasses.is_dataclass(kind):
+                found |= {f"{name}.{rest}" for rest in flags(kind)}
+    return frozenset(found)
+
+
+def test_every_flag_in_documents_and_messages_is_one_that_some_program_takes(monkeypatch):
+    known = {flag[2:].replace("-", "_") for tool in OTHERS.values() for flag in tool.split()}
+    known |= {flag[2:] for flag in cli.ALIASES} | {"preset", "upstream_json"}
+    switches = set()
+
+    def stop(config, **options):
+        cls = config if isinstance(config, type) else type(config)
+        raise Parsed((flags(cls), cli.switches(cls)))
+
+    monkeypatch.setattr(cli, "read", stop)
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    monkeypatch.setattr(sys, "argv", ["program"])
+    for program in PROGRAMS:
+        with pytest.raises(Parsed) as parsed:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        known |= parsed.value.args[0][0]
+        switches |= parsed.value.args[0][1]
+    known |= {f"no_{name}" for name in switches}
+    known |= {".".join([*name.split(".")[:-1], "no_" + name.split(".")[-1]]) for name in switches}
+    unknown = [
+        f"{where}: {flag}"
+        for where, text in texts()
+        for flag in FLAG.findall(text)
+        if not where.startswith("robovlms_jax/cli.py") and flag != "--X"  # which make flags
+        if flag[2:].replace("-", "_") not in known
+    ]
+    assert not unknown, "\n".join(unknown)
