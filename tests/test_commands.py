@@ -11,7 +11,7 @@ import pathlib
 import re
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -51,18 +51,21 @@ class Parsed(Exception):
 
 
 def texts() -> Iterator[tuple[str, str]]:
-    """(file, text) of every page, and of every string in the sources, with X for what a message fills in."""
+    """(file, text) of every page, and of every string in the sources, with X for what a message fills in. A string of
+    one word is no text: it is an argument of some program that we start."""
     for page in sorted({path for pattern in PAGES for path in ROOT.glob(pattern)}):
         yield str(page.relative_to(ROOT)), page.read_text()
     for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")):
         tree = ast.parse(path.read_text())
         inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
         for node in ast.walk(tree):
+            text = ""
             if isinstance(node, ast.JoinedStr):
-                parts = (part.value if isinstance(part, ast.Constant) else "X" for part in node.values)
-                yield f"{path.relative_to(ROOT)}:{node.lineno}", "".join(parts)
+                text = "".join(part.value if isinstance(part, ast.Constant) else "X" for part in node.values)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
-                yield f"{path.relative_to(ROOT)}:{node.lineno}", node.value
+                text = node.value
+            if len(text.split()) > 1:
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", text
 
 
 def commands() -> dict[tuple[str, tuple[str, ...]], str]:
@@ -82,18 +85,16 @@ def commands() -> dict[tuple[str, tuple[str, ...]], str]:
 
 
 @pytest.fixture
-def start(monkeypatch):
-    """(program, arguments) -> what its parser makes of them; nothing else of the program runs."""
-    read = cli.read
-
-    def stop(config, **options):
-        raise Parsed(read(config, **options))
-
-    monkeypatch.setattr(cli, "read", stop)
+def launch(monkeypatch):
+    """(program, its arguments, instead of `cli.read`) -> what that returns; nothing else of the program runs."""
     monkeypatch.setattr(upstream, "load_experiment", lambda path: calvin_abcd.PRESETS["kosmos_lstm"])
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
-    def run(program: str, arguments: tuple[str, ...]) -> object:
+    def run(program: str, arguments: Sequence[str], read: Callable[..., object]) -> object:
+        def stop(*settings, **options):
+            raise Parsed(read(*settings, **options))
+
+        monkeypatch.setattr(cli, "read", stop)
         monkeypatch.setattr(sys, "argv", [program, *arguments])
         monkeypatch.delitem(sys.modules, program, raising=False)
         with pytest.raises(Parsed) as parsed:
@@ -111,10 +112,12 @@ def test_documents_hold_the_commands_that_they_are_known_to_hold():
     assert any(program == "experiments.convert_weights" and "--config" in rest for program, rest in known)
 
 
-def test_every_command_in_documents_and_messages_is_one_that_its_program_takes(start, capsys):
+def test_every_command_in_documents_and_messages_is_one_that_its_program_takes(launch, capsys):
+    read = cli.read
+
     def refusal(program: str, arguments: tuple[str, ...]) -> str | None:
         try:
-            start(program, arguments)
+            launch(program, arguments, read)
         except SystemExit as end:
             out = capsys.readouterr()
             return f"{program} {' '.join(arguments)}\n{out.out}{out.err}" if end.code else None
@@ -151,25 +154,17 @@ def flags(cls: type) -> frozenset[str]:
     return frozenset(found)
 
 
-def test_every_flag_in_documents_and_messages_is_one_that_some_program_takes(monkeypatch):
+def test_every_flag_in_documents_and_messages_is_one_that_some_program_takes(launch):
     known = {flag[2:].replace("-", "_") for tool in OTHERS.values() for flag in tool.split()}
     known |= {flag[2:] for flag in cli.ALIASES} | {"preset", "upstream_json"}
-    switches = set()
 
-    def stop(config, **options):
+    def names(config, **_):
         cls = config if isinstance(config, type) else type(config)
-        raise Parsed((flags(cls), cli.switches(cls)))
+        parts = [name.rpartition(".") for name in cli.switches(cls)]
+        return flags(cls).union(*({f"no_{room}{dot}{leaf}", f"{room}{dot}no_{leaf}"} for room, dot, leaf in parts))
 
-    monkeypatch.setattr(cli, "read", stop)
-    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
-    monkeypatch.setattr(sys, "argv", ["program"])
     for program in PROGRAMS:
-        with pytest.raises(Parsed) as parsed:
-            runpy.run_module(program, run_name="__main__", alter_sys=True)
-        known |= parsed.value.args[0][0]
-        switches |= parsed.value.args[0][1]
-    known |= {f"no_{name}" for name in switches}
-    known |= {".".join([*name.split(".")[:-1], "no_" + name.split(".")[-1]]) for name in switches}
+        known |= launch(program, (), names)
     unknown = [
         f"{where}: {flag}"
         for where, text in texts()
