@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 import numpy as np
+import tyro
 
 from benchmarks import machine, workload
-from robovlms_jax import cli
 from robovlms_jax.config import BackboneConfig, MeshConfig
 from robovlms_jax.envs import tasks
 from robovlms_jax.envs.playtable import env, physics
@@ -102,4 +102,4 @@ def _compared(args: Args, program: Callable[..., Any], start: Any, rest: tuple[A
 
 
 if __name__ == "__main__":
-    main(cli.read(Args, description=__doc__))
+    main(tyro.cli(Args, description=__doc__))

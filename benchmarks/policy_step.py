@@ -17,9 +17,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import tyro
 
 from benchmarks import machine, workload
-from robovlms_jax import build, cli
+from robovlms_jax import build
 from robovlms_jax.config import ExperimentConfig, MeshConfig
 from robovlms_jax.interface import Observation
 from robovlms_jax.parallel import mesh as meshes
@@ -236,4 +237,4 @@ def compile_step(model: VLA, params: Any, slots: int, observation: Observation) 
 
 
 if __name__ == "__main__":
-    main(cli.read(Args))
+    main(tyro.cli(Args))

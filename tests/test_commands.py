@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
+import tyro
 
 from experiments import calvin_abcd
 from robovlms_jax import cli, schema, upstream
@@ -86,7 +87,7 @@ def commands() -> dict[tuple[str, tuple[str, ...]], str]:
 
 @pytest.fixture
 def launch(monkeypatch):
-    """(program, its arguments, instead of `cli.read`) -> what that returns; nothing else of the program runs."""
+    """(program, its arguments, instead of `tyro.cli`) -> what that returns; nothing else of the program runs."""
     monkeypatch.setattr(upstream, "load_experiment", lambda path: calvin_abcd.PRESETS["kosmos_lstm"])
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
@@ -94,7 +95,7 @@ def launch(monkeypatch):
         def stop(*settings, **options):
             raise Parsed(read(*settings, **options))
 
-        monkeypatch.setattr(cli, "read", stop)
+        monkeypatch.setattr(tyro, "cli", stop)
         monkeypatch.setattr(sys, "argv", [program, *arguments])
         monkeypatch.delitem(sys.modules, program, raising=False)
         with pytest.raises(Parsed) as parsed:
@@ -113,7 +114,7 @@ def test_documents_hold_the_commands_that_they_are_known_to_hold():
 
 
 def test_every_command_in_documents_and_messages_is_one_that_its_program_takes(launch, capsys):
-    read = cli.read
+    read = tyro.cli
 
     def refusal(program: str, arguments: tuple[str, ...]) -> str | None:
         try:
@@ -158,8 +159,7 @@ def test_every_flag_in_documents_and_messages_is_one_that_some_program_takes(lau
     known = {flag[2:].replace("-", "_") for tool in OTHERS.values() for flag in tool.split()}
     known |= {flag[2:] for flag in cli.ALIASES} | {"preset", "upstream_json"}
 
-    def names(config, **_):
-        cls = config if isinstance(config, type) else type(config)
+    def names(cls, **_):
         parts = [name.rpartition(".") for name in cli.switches(cls)]
         return flags(cls).union(*({f"no_{room}{dot}{leaf}", f"{room}{dot}no_{leaf}"} for room, dot, leaf in parts))
 
