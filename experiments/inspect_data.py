@@ -19,9 +19,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import tyro
-
 from experiments import inspection_page
+from robovlms_jax import cli
 from robovlms_jax.data import base, calvin, findings, inspection, lerobot, packed, rlds, storage
 from robovlms_jax.data.registry import mixtures
 
@@ -250,7 +249,7 @@ def main(args: Args) -> pathlib.Path:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    arguments = tyro.cli(Args, description=__doc__)
+    arguments = cli.read(Args, description=__doc__)
     try:
         main(arguments)
     except (ValueError, OSError, ImportError) as problem:

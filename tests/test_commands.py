@@ -159,9 +159,9 @@ def test_every_flag_in_documents_and_messages_is_one_that_some_program_takes(lau
     known = {flag[2:].replace("-", "_") for tool in OTHERS.values() for flag in tool.split()}
     known |= {flag[2:] for flag in cli.ALIASES} | {"preset", "upstream_json"}
 
-    def names(cls, **_):
-        parts = [name.rpartition(".") for name in cli.switches(cls)]
-        return flags(cls).union(*({f"no_{room}{dot}{leaf}", f"{room}{dot}no_{leaf}"} for room, dot, leaf in parts))
+    def names(f, **_):
+        parts = [name.rpartition(".") for name in cli.switches(f)]
+        return flags(f).union(*({f"no_{room}{dot}{leaf}", f"{room}{dot}no_{leaf}"} for room, dot, leaf in parts))
 
     for program in PROGRAMS:
         known |= launch(program, (), names)
