@@ -130,12 +130,13 @@ IMPORT_EVERYTHING = """
 import importlib, sys
 for name in sys.argv[1:]:
     importlib.import_module(name)
-heavy = {"torch", "tensorflow", "transformers"} & set(sys.modules)
-assert not heavy, f"importing the library loads {sorted(heavy)}"
+    heavy = {"torch", "tensorflow", "tensorflow_datasets", "transformers"} & set(sys.modules)
+    assert not heavy, f"importing {name} loads {sorted(heavy)}"
 """
 
 
-def test_importing_the_library_is_light():
+def test_importing_the_library_and_the_experiments_is_light():
     # No such platform: whatever starts a device while it is imported raises.
     modules = [f"{PACKAGE}.{module}" if module else PACKAGE for module in library_files()]
+    modules += [f"experiments.{path.stem}" for path in (ROOT / "experiments").glob("*.py")]
     run_python("-c", IMPORT_EVERYTHING, *modules, JAX_PLATFORMS="none")

@@ -227,6 +227,7 @@ class _Operation:
     reads: list[Any]
     makes: list[Any]
     params: Mapping[str, Any]
+    operands: Sequence[Any] = ()  # abstract values of all it is applied to, in order, constants included
 
 
 class _Value:
@@ -242,8 +243,7 @@ def _flatten(jaxpr: core.Jaxpr, values: dict[Any, _Value]) -> Iterator[_Operatio
         reads = [None if isinstance(x, core.Literal) else values[x] for x in eqn.invars]
         name = eqn.primitive.name
         if name in _CALLS and _CALLS[name] in eqn.params:
-            inner = eqn.params[_CALLS[name]]
-            inner = getattr(inner, "jaxpr", inner)
+            inner = _body(eqn.params[_CALLS[name]])
             inside: dict[Any, _Value] = {var: _Value(var.aval) for var in inner.constvars}
             inside.update(
                 (var, _Value(var.aval) if value is None else value)
@@ -255,7 +255,14 @@ def _flatten(jaxpr: core.Jaxpr, values: dict[Any, _Value]) -> Iterator[_Operatio
             continue
         for var in eqn.outvars:
             values[var] = _Value(var.aval)
-        yield _Operation(name, [x for x in reads if x is not None], [values[var] for var in eqn.outvars], eqn.params)
+        operands = [x.aval for x in eqn.invars]
+        read = [x for x in reads if x is not None]
+        yield _Operation(name, read, [values[var] for var in eqn.outvars], eqn.params, operands)
+
+
+def _body(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> core.Jaxpr:
+    """What a parameter of an operation holds: closed over its constants, or, since jax 0.11, not."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def _peak(
@@ -323,10 +330,13 @@ def _inside(operation: _Operation) -> float:
     """Bytes that an operation needs while it runs, its results apart."""
     params = operation.params
     if operation.name == "scan":
-        body, carried = params["jaxpr"].jaxpr, params["num_consts"] + params["num_carry"]
-        return _peak(body, {}, sliced=range(carried, len(body.invars)))
+        body = _body(params["jaxpr"])
+        # What one turn cuts out of a larger array has an axis less than that array. Told by shapes, because jax 0.11
+        # renamed the parameters that count constants and carries.
+        pairs = zip(operation.operands, body.invars, strict=True)
+        return _peak(body, {}, sliced=[i for i, (whole, var) in enumerate(pairs) if whole.ndim > var.aval.ndim])
     if operation.name == "while":
-        return _peak(params["body_jaxpr"].jaxpr, {})
+        return _peak(_body(params["body_jaxpr"]), {})
     if operation.name == "cond":
-        return max(_peak(branch.jaxpr, {}) for branch in params["branches"])
+        return max(_peak(_body(branch), {}) for branch in params["branches"])
     return 0.0

@@ -128,3 +128,17 @@ def test_every_field_of_the_bridge_sample_is_what_tfds_reads(shared_data):
 def test_every_kind_of_field_is_what_tfds_reads(tmp_path):
     # TFDS opens what our writer wrote: features.json, dataset_info.json and shards are its own format.
     assert assert_equal_to_tfds(toy_rlds.write(tmp_path, shard_bytes=1)) == 6
+
+
+def test_tfds_opens_array_records_of_ours_as_a_data_source(tmp_path):
+    # What the extra `tfds` is for: other projects read what convert_data writes, at random and without TensorFlow.
+    import tensorflow_datasets as tfds
+
+    written = [toy_rlds.episode(seed, 3 + seed) for seed in range(2)]
+    directory = toy_rlds.write(tmp_path, written, file_format="array_record")
+    source = tfds.builder_from_directory(directory).as_data_source("train")
+    assert len(source) == 2
+    for values, found in zip(written, (source[index] for index in range(2)), strict=True):
+        actions = np.stack([step["action"] for step in found["steps"]])
+        np.testing.assert_array_equal(actions, values["steps/action"])
+        assert found["steps"][0]["observation"]["image"].shape == (32, 32, 3)

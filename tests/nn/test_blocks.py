@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from robovlms_jax.nn.mlp import ACTIVATIONS, MLP
 from robovlms_jax.nn.norms import LayerNorm, RMSNorm
@@ -17,6 +16,7 @@ from robovlms_jax.nn.positions import alibi_slopes, resize_positions, rotary, ro
 
 
 def test_layer_norm_equals_torch_and_keeps_the_type():
+    torch = pytest.importorskip("torch")
     x = np.random.default_rng(0).normal(3, 2, (2, 5, 7)).astype(np.float32)
     scale, bias = np.linspace(0.5, 2, 7, dtype=np.float32), np.linspace(-1, 1, 7, dtype=np.float32)
     params = {"params": {"scale": scale, "bias": bias}}
@@ -31,6 +31,7 @@ def test_layer_norm_equals_torch_and_keeps_the_type():
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_those_of_the_same_name_in_transformers(name):
+    torch = pytest.importorskip("torch")
     from transformers.activations import ACT2FN
 
     x = np.linspace(-6, 6, 101, dtype=np.float32)
@@ -39,6 +40,7 @@ def test_activations_are_those_of_the_same_name_in_transformers(name):
 
 @pytest.mark.parametrize("inner_norm", [None, 1e-5])
 def test_mlp(exact_matmul, inner_norm):
+    torch = pytest.importorskip("torch")
     x = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
     module = MLP(8, "gelu", inner_norm)
     shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x)["params"])
@@ -61,6 +63,7 @@ def test_sinusoids_follow_their_definition():
 
 @pytest.mark.parametrize("plus_one", [False, True])
 def test_rms_norm_equals_torch_and_keeps_the_type(plus_one):
+    torch = pytest.importorskip("torch")
     x = np.random.default_rng(0).normal(3, 2, (2, 5, 7)).astype(np.float32)
     scale = np.linspace(0.5, 2, 7, dtype=np.float32)
     expected = torch.nn.functional.rms_norm(torch.tensor(x), (7,), torch.tensor(scale), 0.1).numpy()
@@ -70,6 +73,7 @@ def test_rms_norm_equals_torch_and_keeps_the_type(plus_one):
 
 
 def test_layer_norm_without_bias():
+    torch = pytest.importorskip("torch")
     x = np.random.default_rng(0).normal(size=(2, 7)).astype(np.float32)
     expected = torch.nn.functional.layer_norm(torch.tensor(x), (7,)).numpy()
     found = LayerNorm(1e-5, use_bias=False).apply({"params": {"scale": np.ones(7, np.float32)}}, x)
@@ -100,6 +104,7 @@ def test_rotary_sections_follow_their_own_coordinate():
 
 @pytest.mark.parametrize("heads", [4, 6, 32])
 def test_alibi_slopes_are_those_of_mpt_in_transformers(heads):
+    pytest.importorskip("torch")
     from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
     expected = build_mpt_alibi_tensor(heads, 2)  # [heads, 1, 2]: -slope at distance 1, 0 at the last key
@@ -108,6 +113,7 @@ def test_alibi_slopes_are_those_of_mpt_in_transformers(heads):
 
 @pytest.mark.parametrize(("stored", "side", "scale"), [(4, 7, None), (6, 4, None), (4, 6, 6.1 / 4), (3, 3, None)])
 def test_position_tables_are_resized_as_torch_does(exact_matmul, stored, side, scale):
+    torch = pytest.importorskip("torch")
     table = np.random.default_rng(0).normal(size=(stored * stored, 5)).astype(np.float32)
     grid = torch.tensor(table).reshape(1, stored, stored, 5).permute(0, 3, 1, 2)
     how = {"size": (side, side)} if scale is None else {"scale_factor": (scale, scale)}

@@ -9,11 +9,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-import torch
 from jax.sharding import SingleDeviceSharding
 
 from robovlms_jax.nn.perceiver import Perceiver, PerceiverConfig
 from robovlms_jax.weights import convert, rules, sources
+
+torch = pytest.importorskip("torch")
 
 CONFIG = PerceiverConfig(num_latents=5, depth=2, num_heads=3, head_dim=4)
 WIDTH, TOKENS = 8, 11

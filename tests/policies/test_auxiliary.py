@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax.linen import unbox
 
 from robovlms_jax.config import AuxiliaryConfig, ClipConfig, ForwardConfig
@@ -25,6 +24,7 @@ def test_patches_run_row_by_row_and_are_scaled_alone():
 
 
 def test_caption_errors_are_the_cross_entropy_of_each_word_given_what_precedes_it():
+    torch = pytest.importorskip("torch")
     # bos, 3 image tokens, 5 text tokens (two of them padding in row 0), 1 query
     rng = np.random.default_rng(1)
     hidden, head = rng.normal(size=(2, 10, 6)).astype(np.float32), rng.normal(size=(6, 11)).astype(np.float32)
@@ -43,6 +43,7 @@ def test_caption_errors_are_the_cross_entropy_of_each_word_given_what_precedes_i
 
 
 def test_clip_loss_is_upstreams():
+    torch = pytest.importorskip("torch")
     # torch.nn.SmoothL1Loss of Linear(max over tokens) and the sentence, one mean per step
     rng = np.random.default_rng(2)
     features, sentence = rng.normal(size=(2, 3, 4, 6)).astype(np.float32), rng.normal(size=(2, 5)).astype(np.float32)

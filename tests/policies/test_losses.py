@@ -12,7 +12,7 @@ from robovlms_jax.policies import losses
 @pytest.mark.parametrize("delta", [0.1, 1.0, 2.5])
 def test_regression_losses_equal_torchs(delta):
     # Fails where smooth-L1's beta is mistaken for Huber's delta, or where the squared error is halved.
-    import torch
+    torch = pytest.importorskip("torch")
 
     rng = np.random.default_rng(0)
     prediction, target = rng.normal(0, 2, (2, 50)).astype(np.float32)
@@ -29,7 +29,7 @@ def test_regression_losses_equal_torchs(delta):
 
 
 def test_cross_entropies_equal_torchs():
-    import torch
+    torch = pytest.importorskip("torch")
 
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 3, (5, 7)).astype(np.float32)

@@ -121,7 +121,7 @@ def test_empty_mask_gives_zero_loss_and_finite_gradients():
 
 def test_layer_equals_torch_lstm(exact_matmul):
     # The same proof as the golden one, for machines without the reference data.
-    import torch
+    torch = pytest.importorskip("torch")
 
     rng = np.random.default_rng(0)
     reference = torch.nn.LSTM(D, HIDDEN, num_layers=2, batch_first=True)

@@ -31,7 +31,7 @@ def pooled(source, bins, hidden, tokens):
 @settings(max_examples=6, deadline=None)
 def test_bins_are_those_of_adaptive_pooling(source, bins, seed):
     # Upstream's slices of [bos][images][words][eos], then torch. Also with more bins than tokens.
-    import torch
+    torch = pytest.importorskip("torch")
 
     tokens = prompt(TEXT)
     hidden = np.random.default_rng(seed).normal(size=tokens.embeds.shape).astype(np.float32)

@@ -1,0 +1,74 @@
+"""What setup.cfg declares: bounds that can be tried, and neither more nor less than what is imported."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+from packaging.version import Version
+
+from tests import environments
+from tests.test_imports import ROOT, imports_of
+
+# Distribution -> what is imported of it, where the names differ.
+MODULES = {
+    "absl-py": "absl",
+    "hydra-core": "hydra",
+    "orbax-checkpoint": "orbax",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+}
+# Imported by an option that asks for it in its error message; no package of ours.
+ASKED_FOR = {"wandb", "simpler_env", "calvin_env", "omegaconf"}
+
+
+def module_of(requirement: environments.Requirement) -> str:
+    return MODULES.get(requirement.name, requirement.name.replace("-", "_"))
+
+
+def imported_by(*folders: str) -> set[str]:
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    return {name.partition(".")[0] for path in paths for name in imports_of(path.read_text())}
+
+
+def test_what_is_installed_is_what_is_imported():
+    declared = environments.read()
+    always = {module_of(r) for r in declared[""]}
+    optional = {module_of(r) for extra, rs in declared.items() if extra not in ("", "test") for r in rs}
+    ours = {"robovlms_jax", "experiments", "benchmarks", "tests", ""}
+    used = imported_by("robovlms_jax", "experiments") - sys.stdlib_module_names - ours
+    assert always <= used, f"installed for nothing: {sorted(always - used)}"
+    undeclared = used - always - optional - ASKED_FOR
+    assert not undeclared, f"imported, but neither in install_requires nor in an extra: {sorted(undeclared)}"
+
+
+def test_the_tested_versions_cover_every_requirement_and_meet_its_bound():
+    pins = dict(re.findall(r"(?m)^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text()))
+    declared = environments.read()
+    for requirement in (*declared[""], *declared["test"]):
+        assert requirement.name in pins, f"requirements.txt lacks {requirement.name}"
+        assert Version(pins[requirement.name]) >= Version(requirement.lowest), requirement.name
+    names = {requirement.name for group in declared.values() for requirement in group}
+    assert pins.keys() <= names | {"jaxlib"}, "requirements.txt pins what setup.cfg does not ask for"
+
+
+def test_a_package_has_one_lower_bound_wherever_it_is_named():
+    bounds: dict[str, set[str]] = {}
+    for requirement in (r for group in environments.read().values() for r in group):
+        bounds.setdefault(requirement.name, set()).add(requirement.lowest)
+    assert {name: found for name, found in bounds.items() if len(found) > 1} == {}
+
+
+def test_oldest_takes_the_bounds_and_newest_drops_them():
+    oldest, newest = environments.requirements("oldest"), environments.requirements("newest")
+    assert len(oldest) == len(newest) == len({*newest})
+    assert [line.partition("==")[0] for line in oldest] == newest
+    assert all(re.fullmatch(r"[\w.\[\]-]+==[\d.]+", line) for line in oldest)
+    assert not [line for line in newest if line.startswith("torch")]
+
+
+@pytest.mark.parametrize("line", ["jax", "jax<1", "jax>=0.7,<1", "jax==0.7"])
+def test_a_requirement_without_a_plain_lower_bound_is_refused(line):
+    with pytest.raises(ValueError, match="not of the form name>=version"):
+        environments.parse(line)
