@@ -121,15 +121,13 @@ def joined(
     without them, and their next exchange fails, or `peer_timeout_s` after its last sign of life they are ended.
 
     Raises:
-      ValueError: see `plan`; or jax is older than 0.9, which has no such timeouts.
+      ValueError: see `plan`.
       RuntimeError: a device was in use already, or not all processes came within `start_timeout_s`.
     """
     found = plan(coordinator, num_processes, process_id, os.environ, jax.config.jax_platforms or "")
     if found is None:
         yield
         return
-    if jax.__version_info__ < (0, 9, 0):
-        raise ValueError(f"several processes need jax 0.9 or newer, this is {jax.__version__}; pip install -U jax.")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Its handler of SIGTERM would swallow the signal until the training loop installs its own.
     jax.config.update("jax_enable_preemption_service", False)

@@ -71,12 +71,6 @@ def test_what_cannot_join_is_refused(arguments, message):
         planned(**arguments)
 
 
-def test_a_jax_without_timeouts_is_refused(monkeypatch):
-    monkeypatch.setattr(distributed.jax, "__version_info__", (0, 8, 3))
-    with pytest.raises(ValueError, match=r"need jax 0\.9 or newer"), distributed.joined("localhost:1", 2, 0):
-        pass
-
-
 def test_timeouts_are_positive():
     with pytest.raises(ValueError, match=r"distributed\.peer_timeout_s=0"):
         DistributedConfig(peer_timeout_s=0)
