@@ -87,7 +87,7 @@ class LeRobotDataset(base.Dataset):
     ) -> None:
         """Where each frame id's image lies: `_places` holds file and row, or file and frame number of a video."""
         self._scale = image_size is not None
-        self._table, self._video = tables.ImageTable(self.root, rows.paths), video.VideoReader(info.fps)
+        self._table, self._video = tables.ImageTable(self.root, rows.paths), video.VideoReader()
         self.image_sizes, self._places, self._files = {}, {}, {}
         for camera, key in self._cameras.items():
             size = spans.image_size(info, key)

@@ -272,8 +272,8 @@ def _compare_clock(info: meta.Info, rows: tables.Rows, paired: Sequence[Paired],
     assert rows.frame is not None
     chosen = np.concatenate([np.arange(episode.first, episode.last) for episode in paired])
     expected = rows.frame[chosen] / info.fps
-    # float32 seconds are as coarse as this for an hour of one episode.
-    wrong = ~(np.abs(rows.timestamp[chosen] - expected) <= 1e-3 + 1e-6 * expected)
+    # LeRobot's own tolerance, and what float32 seconds cannot tell apart.
+    wrong = ~(np.abs(rows.timestamp[chosen] - expected) <= 1e-4 + 1e-6 * expected)
     if wrong.any():
         place = int(np.argmax(wrong))
         row = chosen[place]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import collections
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from robovlms_jax.data.lerobot import faults as left_out
 from robovlms_jax.data.lerobot import meta, video
 
 _SHOWN = 3
+_RATE_TOLERANCE = 0.01
+"""A stream may be called by a rounded rate (29.97 as 30); beyond that, pictures and rows are of different times."""
 
 
 def compare(
@@ -29,42 +31,52 @@ def compare(
         name = info.file("video_path", chunk, file, key)
         path = info.root / name
         spans = {number: episodes[number].videos[key] for number in numbers}
-        for number, span in spans.items():
-            places[number][key] = path, round(span.begin * info.fps)
-        if not path.exists():
-            what, problem = "whose video is missing", f"{name} does not exist"
-        else:
-            what, problem = "whose video does not fit", _video_problem(info, key, path, spans, lengths, episodes, notes)
-        if problem:
+        what, rate = "whose video does not fit", info.fps
+        try:
+            if not path.exists():
+                what = "whose video is missing"
+                raise ValueError("does not exist")
+            rate = _rate(info, key, path, spans, lengths, set(episodes), notes)
+        except ValueError as error:
             for number in numbers:
-                faults.add(number, what, problem)
+                faults.add(number, what, f"{name} {error}")
+        for number, span in spans.items():
+            places[number][key] = path, round(span.begin * rate)
     return places
 
 
-def _video_problem(
+def _rate(
     info: meta.Info,
     key: str,
     path: pathlib.Path,
     spans: Mapping[int, meta.VideoSpan],
     lengths: Mapping[int, int],
-    listed: Iterable[int],
+    listed: set[int],
     notes: meta.Notes,
-) -> str:
-    """What keeps the spans of one file from being trusted; "" where each frame of it is accounted for."""
-    name = str(path.relative_to(info.root))
-    try:
-        facts = video.probe(path)
-    except ValueError as error:
-        return f"{name} {error}"
+) -> float:
+    """Frames per second that from_timestamp is given in. Raises ValueError saying why the spans cannot be trusted."""
+    facts = video.probe(path)
     size = image_size(info, key)
     if (facts.height, facts.width) != size:
-        return f"{name} has {facts.height} x {facts.width} pixels, info.json says {size[0]} x {size[1]} for {key}"
-    if abs(facts.rate / info.fps - 1) * facts.frames >= 0.5:
-        return f"{name} has {facts.rate:.4g} frames per second, info.json says fps {info.fps:g}"
-    problem, remark = account(spans, lengths, facts, info.fps, set(listed), info.total_episodes or 0)
-    if remark:
-        notes.guess(f"{name}: {remark}")
-    return f"{name}: {problem}" if problem else ""
+        raise ValueError(f"has {facts.height} x {facts.width} pixels, info.json says {size[0]} x {size[1]} for {key}")
+    if not abs(facts.rate / info.fps - 1) < _RATE_TOLERANCE:
+        raise ValueError(f"has {facts.rate:.4g} frames per second, info.json says fps {info.fps:g}")
+    name = path.relative_to(info.root)
+    rates = [info.fps]
+    if abs(facts.rate / info.fps - 1) > 1e-4:  # as 29.97 is called 30: times may be given in either
+        rates.append(facts.rate)
+        notes.guess(
+            f"{name} has {facts.rate:.4g} frames per second, info.json says fps {info.fps:g}; frames are counted."
+        )
+    problems = []
+    for rate in rates:
+        problem, remark = account(spans, lengths, facts, rate, listed, info.total_episodes or 0)
+        if not problem:
+            if remark:
+                notes.guess(f"{name}: {remark}")
+            return rate
+        problems.append(problem)
+    raise ValueError(problems[0])
 
 
 def account(

@@ -39,7 +39,7 @@ def probe(path: pathlib.Path) -> Facts:
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            rate = float(stream.average_rate or stream.guessed_rate or 0)
+            rate = _rate_of(stream)
             frames, is_exact = stream.frames, stream.frames > 0
             if not is_exact:
                 if stream.duration is not None:
@@ -52,15 +52,19 @@ def probe(path: pathlib.Path) -> Facts:
         raise ValueError(f"cannot be read: {error}") from error
 
 
-class VideoReader:
-    """Frames of many files. Threads have decoders of their own; a copy in another process starts with none."""
+def _rate_of(stream: Any) -> float:
+    """Frames per second; 0 = the file does not say."""
+    return float(stream.average_rate or stream.guessed_rate or 0)
 
-    def __init__(self, fps: float):
-        self._fps = fps
+
+class VideoReader:
+    """Frames of many files by number. Threads have decoders of their own; a copy in another process has none at first."""
+
+    def __init__(self) -> None:
         self._local = threading.local()
 
     def __reduce__(self):
-        return VideoReader, (self._fps,)
+        return VideoReader, ()
 
     def read(
         self,
@@ -73,8 +77,9 @@ class VideoReader:
     ) -> None:
         """Decode frame numbers[i] of a file into out[places[i]]; near ones in one pass from the key frame before the
         first. Other sizes are scaled where `scale`. Raises CorruptFrameError naming the file and the time."""
-        half = 0.5 / self._fps
-        times = sorted((number / self._fps, place) for number, place in zip(numbers, places, strict=True))
+        rate = _rate_of(self._container(path).streams.video[0])
+        half = 0.5 / rate
+        times = sorted((number / rate, place) for number, place in zip(numbers, places, strict=True))
         apart = np.flatnonzero(np.diff([time for time, _ in times]) > _SEEK_S) + 1
         for first, last in zip([0, *apart.tolist()], [*apart.tolist(), len(times)], strict=True):
             remaining = collections.deque(times[first:last])
@@ -91,21 +96,32 @@ class VideoReader:
         """(time in s since the first frame, frame) from the key frame at or before `start` on; those before `start`
         are decoded and not given. Raises CorruptFrameError."""
         av = meta.library("av")
-        opened = self._local.__dict__.setdefault("opened", collections.OrderedDict())
+        container = self._container(path)
         try:
-            if path not in opened:
-                opened[path] = av.open(str(path))
-                opened[path].streams.video[0].thread_type = "NONE"  # threads read batches already
-                if len(opened) > _OPEN_VIDEOS:
-                    opened.popitem(last=False)[1].close()
-            opened.move_to_end(path)
-            container = opened[path]
             stream = container.streams.video[0]
             begin = float((stream.start_time or 0) * stream.time_base)
             container.seek(max(int((start + begin) / stream.time_base), 0), stream=stream)
             for frame in container.decode(stream):
                 if frame.time is not None and frame.time - begin >= start:
                     yield float(frame.time) - begin, frame
-        except (av.error.FFmpegError, OSError, IndexError) as error:
-            opened.pop(path, None)
+        except (av.error.FFmpegError, OSError) as error:
+            self._opened().pop(path, None)
             raise base.CorruptFrameError(f"{path} cannot be decoded: {error}") from error
+
+    def _opened(self) -> collections.OrderedDict[pathlib.Path, Any]:
+        return self._local.__dict__.setdefault("opened", collections.OrderedDict())
+
+    def _container(self, path: pathlib.Path) -> Any:
+        """This thread's, opened where it is not. Raises CorruptFrameError."""
+        av, opened = meta.library("av"), self._opened()
+        if path not in opened:
+            try:
+                container = av.open(str(path))
+                container.streams.video[0].thread_type = "NONE"  # threads read batches already
+            except (av.error.FFmpegError, OSError, IndexError) as error:
+                raise base.CorruptFrameError(f"{path} cannot be decoded: {error}") from error
+            opened[path] = container
+            if len(opened) > _OPEN_VIDEOS:
+                opened.popitem(last=False)[1].close()
+        opened.move_to_end(path)
+        return opened[path]
