@@ -10,9 +10,6 @@ import shutil
 
 import pytest
 
-pytest.importorskip("av")
-pytest.importorskip("pyarrow")
-
 from robovlms_jax.data import lerobot
 from tests.data import toy_lerobot as toy
 

@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as parquet
+import pytest
 from PIL import Image
+
+av = pytest.importorskip("av")
+pa = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
 
 FRONT = "observation.images.front"
 SIZE = (32, 48)
@@ -20,7 +23,7 @@ FPS = 10
 
 
 def colour(episode: int, frame: int, camera: int = 0) -> np.ndarray:
-    return np.array([20 + 30 * (episode % 8), 20 + 16 * (frame % 14), 40 + 50 * camera], np.uint8)
+    return np.array([20 + 30 * (episode % 8), 20 + 16 * (frame % 14), 40 + 30 * camera], np.uint8)
 
 
 def picture(episode: int, frame: int, camera: int = 0) -> np.ndarray:
@@ -118,8 +121,6 @@ def write_video(
     rate: float | fractions.Fraction = FPS,
     size: tuple[int, int] = SIZE,
 ) -> pathlib.Path:
-    import av
-
     path = root / f"videos/{camera}/chunk-000/file-{file:03d}.mp4"
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:

@@ -261,7 +261,7 @@ def require_gripper_range(gripper: np.ndarray, entry: entries.Entry, where: str)
     elif low >= -1.1 and high <= 1.1:
         remedy = f'"positive({text})" where 1 opens and -1 closes, "invert(positive({text}))" where 1 closes'
     else:
-        top = next((t for t in (100, 255, 1000) if 0.7 * t <= high <= t and low >= -0.02 * t), high)
+        top = next((t for t in (100, 255, 850, 1000) if 0.7 * t <= high <= t and low >= -0.02 * t), high)
         bottom = 0 if 0 <= low < 0.3 * high else low
         remedy = (
             f'"from_range({text}, {bottom:g}, {top:g})" where {top:g} is open, '

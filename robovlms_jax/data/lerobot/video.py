@@ -58,7 +58,7 @@ def _rate_of(stream: Any) -> float:
 
 
 class VideoReader:
-    """Frames of many files by number. Threads have decoders of their own; a copy in another process has none at first."""
+    """Frames of many files by number. Threads have decoders of their own; a pickled copy starts with none."""
 
     def __init__(self) -> None:
         self._local = threading.local()
