@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -123,7 +124,8 @@ class Shown:
 class Inspection:
     """All about one dataset. Numbers and pictures are those of the training split.
 
-    described: whether the reader says what the robot is; otherwise `robot` is what `base.Dataset` promises.
+    robot, described: what the reader says about the robot, or what every `base.Dataset` promises. Its numbers may be
+      those in the files; `actions` and `states` are those that the reader gives.
     num_sampled, num_runs: frames and episodes whose numbers were read. num_still: of these, steps whose arm does not
       move at all; NaN where actions are absolute.
     unreadable: field -> (frames, first message).
@@ -166,7 +168,7 @@ def inspect(splits: Mapping[str, base.Dataset], budget: Budget = Budget()) -> In
         raise ValueError(
             f"{dataset.name}: none of {len(runs)} episodes has a readable action: {unreadable['actions'][1]}"
         )
-    action_dimensions = _dimensions(spec.action, actions[0].shape[1], "action")
+    action_dimensions = spec.action if _describes(spec.action) else _seven(dataset.action_units)
     states, state_dimensions = _states(dataset, spec, runs, unreadable)
     openings = sampling.read_numbers(_opening_reader(dataset), runs, "gripper opening", {})
     stacked = np.concatenate(actions)
@@ -196,26 +198,33 @@ def inspect(splits: Mapping[str, base.Dataset], budget: Budget = Budget()) -> In
 
 
 def describe(dataset: base.Dataset) -> tuple[robots.RobotSpec, bool]:
-    """(robot, whether the reader describes it). Without a description: what `base.Dataset.actions` promises."""
+    """(robot, whether the reader describes it). Without a description: what `base.Dataset` promises of all."""
     spec = getattr(dataset, "robot", None)
     if spec is not None:
         return spec, True
     cameras = tuple(robots.Camera(name, *size) for name, size in dataset.image_sizes.items())
     if tuple(dataset.action_units) == base.CALVIN_UNITS:
         return dataclasses.replace(robots.CALVIN, cameras=cameras), True
-    arm = tuple(
-        robots.Dimension(name, f"{unit:g} {symbol}" if unit != 1 else symbol, "delta", quantity)
-        for name, unit, (symbol, quantity) in zip(
-            statistics.NAMES, dataset.action_units, [("m", "position")] * 3 + [("rad", "euler_xyz")] * 3, strict=False
-        )
-    )
-    state = tuple(
-        robots.Dimension(dimension.name, symbol, "absolute", dimension.quantity)
-        for dimension, symbol in zip(arm, ["m"] * 3 + ["rad"] * 3, strict=True)
-    )
     rate = float(getattr(dataset, "control_hz", 0.0))
-    found = robots.RobotSpec("not described", rate, cameras, (*arm, robots.GRIPPER), (*state, robots.GRIPPER))
-    return found, False
+    return robots.RobotSpec("not described", rate, cameras, _seven(dataset.action_units), _seven()), False
+
+
+def _seven(units: Sequence[float] | None = None) -> tuple[robots.Dimension, ...]:
+    """What every dataset's actions are, metres and radians per unit given; without `units` what its `proprio` is."""
+    quantities = ["position"] * 3 + ["euler_xyz"] * 3
+    arm = []
+    for index, quantity in enumerate(quantities):
+        symbol = "m" if quantity == "position" else "rad"
+        unit = symbol if units is None or units[index] == 1 else f"{units[index]:g} {symbol}"
+        arm.append(robots.Dimension(statistics.NAMES[index], unit, "absolute" if units is None else "delta", quantity))
+    return (*arm, robots.GRIPPER)
+
+
+def _describes(dimensions: Sequence[robots.Dimension]) -> bool:
+    """Whether a robot's description is one of the seven numbers that a reader gives (`base.Dataset`) rather than of
+    those in the files, whose grippers come first, run from 0 to 1 or in per cent, or are missing."""
+    grippers = [(i, d.low, d.high) for i, d in enumerate(dimensions) if d.quantity == "gripper"]
+    return len(dimensions) == len(statistics.NAMES) and grippers == [(len(dimensions) - 1, -1.0, 1.0)]
 
 
 def _states(
@@ -224,15 +233,15 @@ def _states(
     runs: Sequence[np.ndarray],
     unreadable: dict[str, tuple[int, str]],
 ) -> tuple[list[np.ndarray] | None, tuple[robots.Dimension, ...]]:
-    """The recorded state that the robot's description describes, else any there is."""
-    readers = (dataset.proprio, lambda ids: dataset.array("state", ids), lambda ids: dataset.array("robot_obs", ids))
-    widths = [sampling.width_of(read, runs) for read in readers]
-    fitting = [i for i, width in enumerate(widths) if width and width == len(spec.state)]
-    fitting += [i for i, width in enumerate(widths) if width]
-    if not fitting:
-        return None, ()
-    values = sampling.read_numbers(readers[fitting[0]], runs, "state", unreadable)
-    return values, _dimensions(spec.state, widths[fitting[0]], "state")
+    """The state as policies see it, else what is recorded."""
+    readers = {name: functools.partial(dataset.array, name) for name in ("state", "robot_obs")}
+    for name, read in {"proprio": dataset.proprio, **readers}.items():
+        if width := sampling.width_of(read, runs):
+            values = sampling.read_numbers(read, runs, "state", unreadable)
+            if name == "proprio":
+                return values, spec.state if _describes(spec.state) else _seven()
+            return values, spec.state if len(spec.state) == width else _numbered("state", width)
+    return None, ()
 
 
 def _opening_reader(dataset: base.Dataset) -> Callable[[np.ndarray], np.ndarray]:
@@ -247,9 +256,7 @@ def _opening_reader(dataset: base.Dataset) -> Callable[[np.ndarray], np.ndarray]
     return read
 
 
-def _dimensions(known: Sequence[robots.Dimension], width: int, part: str) -> tuple[robots.Dimension, ...]:
-    if len(known) == width:
-        return tuple(known)
+def _numbered(part: str, width: int) -> tuple[robots.Dimension, ...]:
     return tuple(robots.Dimension(f"{part}[{column}]") for column in range(width))
 
 
