@@ -6,11 +6,13 @@
 
 The kind of dataset is seen from the directory. Findings are printed, problems first, and written to summary.md; the
 page, dataset.html, opens from disk and needs nothing else. Numbers and pictures are a sample (--frames, --pictures).
+What a training run would refuse is shown as it is in the files, where it can be read; the exit status is then 2.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
@@ -27,6 +29,7 @@ from robovlms_jax.data.registry import mixtures
 logger = logging.getLogger(__name__)
 
 SPLITS = ("training", "validation")
+Open = Callable[[str], base.Dataset]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,22 +58,25 @@ class Source:
     """One dataset to look at.
 
     kind: its format and how it was recognised, for people.
-    open: "training" or "validation" -> that split.
+    open: "training" or "validation" -> that split, as a training run opens it.
+    lenient: what is tried in turn where that is refused.
     """
 
     name: str
     kind: str
-    open: Callable[[str], base.Dataset]
+    open: Open
+    lenient: tuple[Open, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """notes: (level name, text) that the reader logged."""
+    """notes: (level name, text) that the reader logged. refusal: why training would not take it, "" where it would."""
 
     source: Source
     inspection: inspection.Inspection
     findings: tuple[findings.Finding, ...]
     notes: tuple[tuple[str, str], ...]
+    refusal: str
 
 
 class Notes(logging.Handler):
@@ -170,14 +176,19 @@ def _rlds(args: Args, name: str, entry: Any, *, alone: bool, reason: str) -> Sou
     options = rlds.Options(index_dir=args.index_dir, workers=os.cpu_count() or 1)
     known = "fields inferred from common names" if isinstance(entry, Mapping) else "described by the registry"
 
-    def open_split(split: str) -> base.Dataset:
+    def open_split(split: str, options: rlds.Options = options) -> base.Dataset:
         return rlds.open_dataset(args.root, entry, split, name=name, options=options, alone=alone)
 
-    return Source(name, f"RLDS, {known} ({reason})", open_split)
+    lenient = functools.partial(open_split, options=dataclasses.replace(options, max_damaged_share=1.0))
+    return Source(name, f"RLDS, {known} ({reason})", open_split, (lenient,))
 
 
 def _lerobot(root: str, reason: str) -> Source:
-    return Source(_name(root), f"LeRobotDataset ({reason})", lambda split: lerobot.open_dataset(root, split))
+    def open_split(split: str, **options: float) -> base.Dataset:
+        return lerobot.open_dataset(root, split, **options)
+
+    lenient = functools.partial(open_split, max_left_out_share=1.0), functools.partial(lerobot.StoredDataset, root)
+    return Source(_name(root), f"LeRobotDataset ({reason})", open_split, lenient)
 
 
 def _calvin(root: str, reason: str) -> Source:
@@ -195,15 +206,30 @@ def look(source: Source, budget: inspection.Budget) -> Result:
     with Notes() as notes:
         logger.info("%s: %s", source.name, source.kind)
         logger.info("opening training")
-        opened = {"training": source.open("training")}
+        training, opener, refusal = _open(source)
+        opened = {"training": training}
         try:
             logger.info("opening validation")
-            opened["validation"] = source.open("validation")
+            opened["validation"] = opener("validation")
         except (ValueError, OSError) as error:
             notes.messages.append(("WARNING", f"the validation split cannot be opened: {error}"))
         logger.info("reading a sample of %s", opened["training"].name)
         found = inspection.inspect(opened, budget)
-    return Result(source, found, findings.find(found, notes.messages), tuple(notes.messages))
+    listed = findings.find(found, notes.messages, refusal)
+    return Result(source, found, listed, tuple(notes.messages), refusal)
+
+
+def _open(source: Source) -> tuple[base.Dataset, Open, str]:
+    """(training split, what opened it, why a training run would not). Raises the first error where nothing opens it."""
+    refused: Exception | None = None
+    for opener in (source.open, *source.lenient):
+        try:
+            return opener("training"), opener, "" if refused is None else str(refused)
+        except rlds.NotFoundError:
+            raise
+        except (ValueError, OSError) as error:
+            refused = refused or error
+    raise refused
 
 
 _HEADINGS = {"problem": "Problems", "look": "Worth a look", "fine": "Fine"}
@@ -223,8 +249,9 @@ def summary(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(args: Args) -> pathlib.Path:
-    """Write the page and the summary, and print the summary; returns the page's path. Raises as `look` does."""
+def main(args: Args) -> tuple[pathlib.Path, list[str]]:
+    """Write the page and the summary, and print the summary. Returns the page's path, and why training would refuse
+    what is on it. Raises as `look` does."""
     budget = inspection.Budget(args.frames, args.pictures, args.episodes)
     listed = sources(args)
     results, missing = [], []
@@ -244,14 +271,16 @@ def main(args: Args) -> pathlib.Path:
     (directory / "summary.md").write_text(text, encoding="utf-8")
     print(text)
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB) opens in any browser; {directory / 'summary.md'} is this text.")
-    return page
+    return page, [f"training would refuse {r.source.name}: {r.refusal}" for r in results if r.refusal]
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     arguments = cli.read(Args, description=__doc__)
     try:
-        main(arguments)
+        _, refusals = main(arguments)
     except (ValueError, OSError, ImportError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+        refusals = [str(problem)]
+    for refusal in refusals:
+        print(f"error: {refusal}", file=sys.stderr)
+    sys.exit(2 if refusals else 0)

@@ -118,6 +118,7 @@ def _dataset(result: Result) -> str:
         ("Instructions", "".join(_instructions(name, split.instructions) for name, split in found.splits.items())),
         ("Actions", _ranges(found.actions) + _gripper(found.gripper)),
         ("State", _ranges(found.states) if found.states else "<p>None can be read.</p>"),
+        ("The robot as the files describe it", _robot(found)),
         ("Do rows and pictures belong together?", _pairing(found)),
         ("What the reader said", _notes(result.notes)),
     ]
@@ -181,6 +182,8 @@ def _lengths(name: str, split: inspection.Split) -> str:
     median = float(np.median(lengths))
     mark = (median - low + 0.5) / (high - low + 1)
     text = f"{name}: min {low}, median {median:g}, max {high} steps; {findings.counted(len(lengths), 'episode')}"
+    if low == high:
+        return f"<h3>{_text(text)}</h3>"
     return f"<h3>{_text(text)}</h3>{_histogram(counts, 1000, 110, mark=mark, ends=(str(low), str(high)))}"
 
 
@@ -238,11 +241,10 @@ def _ranges(columns: Sequence[inspection.Column]) -> str:
     rows = []
     for column in columns:
         dimension, values = column.dimension, column.summary
-        what = ", ".join(filter(None, (dimension.kind, dimension.quantity.replace("_", " "), dimension.frame)))
         numbers = [_number(values[key]) for key in ("min", "q01", "mean", "q99", "max")]
         ends = f"{column.at_min:.0%} / {column.at_max:.0%}"
-        cells = [dimension.name, dimension.unit or "unknown", what, _spark(column), *numbers, ends, _allowed(dimension)]
-        rows.append([cell if index == 3 else _text(cell) for index, cell in enumerate(cells)])
+        named = [_text(dimension.name), _text(dimension.unit or "unknown"), _what(dimension), _spark(column)]
+        rows.append([*named, *numbers, ends, _text(_allowed(dimension))])
     note = '<p class="soft">Bars: how often (square root); band: 1 % to 99 %; line: 0.</p>'
     return _table(head, rows, left=(1, 2, 3)) + note
 
@@ -260,6 +262,27 @@ def _allowed(dimension: robots.Dimension) -> str:
     if math.isinf(dimension.low) and math.isinf(dimension.high):
         return "any"
     return f"{dimension.low:g} to {dimension.high:g}"
+
+
+def _robot(found: inspection.Inspection) -> str:
+    """Its numbers, where they are others than those that the reader gives; "" where they are the same."""
+    given = {"action": found.actions, "state": found.states}
+    described = {"action": found.robot.action, "state": found.robot.state}
+    parts = []
+    for part, dimensions in described.items():
+        if dimensions and dimensions != tuple(column.dimension for column in given[part]):
+            rows = [
+                [_text(d.name), _text(d.unit or "unknown"), _what(d), _text(_allowed(d)), d.open_at or ""]
+                for d in dimensions
+            ]
+            head = ["", "unit", "what", "allowed", "open at"]
+            parts.append(f"<h3>{part}</h3>{_table(head, rows, left=(1, 2, 3))}")
+    return "".join(parts)
+
+
+def _what(dimension: robots.Dimension) -> str:
+    quantity = dimension.quantity.replace("_", " ")
+    return _text(", ".join(filter(None, (dimension.kind, quantity, dimension.frame))))
 
 
 def _gripper(grip: inspection.Gripper | None) -> str:

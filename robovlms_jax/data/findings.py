@@ -36,13 +36,15 @@ class Finding:
     message: str
 
 
-def find(found: inspection.Inspection, notes: Sequence[tuple[str, str]] = ()) -> tuple[Finding, ...]:
+def find(found: inspection.Inspection, notes: Sequence[tuple[str, str]] = (), refusal: str = "") -> tuple[Finding, ...]:
     """All findings, problems first, then in the order of the page.
 
     Args:
       notes: (level name, text) that the reader logged: a warning there is worth a look.
+      refusal: why a training run would not take the dataset; "" where it would.
     """
     parts = (
+        [Finding("problem", "training refuses it", refusal)] if refusal else [],
         _description(found),
         _episodes(found),
         _instructions(found),
@@ -64,9 +66,12 @@ def _description(found: inspection.Inspection) -> Iterator[Finding]:
             "robot",
             "the reader knows nothing about the robot; units are taken to be metres, radians and gripper 1 = open.",
         )
-    unknown = [d.name for d in (*found.robot.action, *found.robot.state) if not d.unit]
-    if unknown:
-        yield Finding("look", "units", f"no unit is known for {', '.join(dict.fromkeys(unknown))}.")
+    for part, dimensions in (("action", found.robot.action), ("state", found.robot.state)):
+        unknown = [dimension.name for dimension in dimensions if not dimension.unit]
+        if unknown:
+            listed = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+            message = f"none is known for {counted(len(unknown), 'number')} of the {part} in the files ({listed})."
+            yield Finding("look", "units", message)
     if not found.robot.rate_hz:
         yield Finding("look", "rate", "the control rate is unknown; a policy must run at the rate it was recorded at.")
 

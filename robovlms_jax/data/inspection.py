@@ -168,7 +168,9 @@ def inspect(splits: Mapping[str, base.Dataset], budget: Budget = Budget()) -> In
         raise ValueError(
             f"{dataset.name}: none of {len(runs)} episodes has a readable action: {unreadable['actions'][1]}"
         )
-    action_dimensions = spec.action if _describes(spec.action) else _seven(dataset.action_units)
+    is_stored = getattr(dataset, "as_stored", False)
+    action_dimensions = spec.action if is_stored or _describes(spec.action) else _seven(dataset.action_units)
+    seven = _describes(action_dimensions)
     states, state_dimensions = _states(dataset, spec, runs, unreadable)
     openings = sampling.read_numbers(_opening_reader(dataset), runs, "gripper opening", {})
     stacked = np.concatenate(actions)
@@ -186,8 +188,8 @@ def inspect(splits: Mapping[str, base.Dataset], budget: Budget = Budget()) -> In
         num_runs=len(runs),
         actions=columns(stacked, action_dimensions),
         states=columns(np.concatenate(states), state_dimensions) if states else (),
-        gripper=gripper(actions, openings) if action_dimensions[-1].quantity == "gripper" else None,
-        lint=_lint(dataset, finite, openings, np.isfinite(stacked).all(axis=1)),
+        gripper=gripper(actions, openings) if seven else None,
+        lint=_lint(dataset, finite, openings, np.isfinite(stacked).all(axis=1)) if seven else (),
         still_share=_still(finite, action_dimensions),
         follow=pairing.follow(actions, states or [], action_dimensions, state_dimensions),
         cameras=cameras,
@@ -314,7 +316,7 @@ def _lint(
     dataset: base.Dataset, finite: np.ndarray, openings: Sequence[np.ndarray] | None, kept: np.ndarray
 ) -> tuple[statistics.Finding, ...]:
     """What a training run's own check would say (`actions.statistics.lint`); it knows seven numbers only."""
-    if finite.shape[1] != len(statistics.NAMES) or len(finite) == 0:
+    if len(finite) == 0:
         return ()
     whole = dataset.statistics
     widths = None if openings is None else np.concatenate(openings)[kept, 0]

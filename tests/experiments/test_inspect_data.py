@@ -32,7 +32,7 @@ def bridge(tmp_path) -> pathlib.Path:
 
 def look(root: pathlib.Path, tmp_path: pathlib.Path, **changes) -> tuple[str, str]:
     """(page, summary) of a dataset."""
-    page = inspect_data.main(inspect_data.Args(str(root), out=str(tmp_path / "out"), **changes))
+    page, _ = inspect_data.main(inspect_data.Args(str(root), out=str(tmp_path / "out"), **changes))
     return page.read_text(), (page.parent / "summary.md").read_text()
 
 
@@ -125,6 +125,34 @@ def test_a_lerobot_dataset_is_recognised(tmp_path):
     (root / "meta" / "info.json").write_text('{"codebase_')
     with pytest.raises(ValueError, match=r"info\.json is not JSON"):
         look(root, tmp_path)
+
+
+def test_what_training_refuses_is_shown_as_it_is_in_the_files(tmp_path):
+    pytest.importorskip("av")
+    pytest.importorskip("pyarrow")
+    from robovlms_jax.data.lerobot import StoredDataset
+    from tests.data import test_lerobot
+
+    root = test_lerobot.write(tmp_path / "arm")
+    info = json.loads((root / "meta/info.json").read_text())
+    joints = [f"joint_{i}.pos" for i in range(1, 7)]
+    info["features"]["action"]["names"] = [*joints, "gripper.pos"]
+    info["features"]["observation.state"]["names"] = [*joints, "gripper.pos", "force"]
+    (root / "meta/info.json").write_text(json.dumps(info))
+    (root / "meta/robovlms.json").unlink()
+    page, refusals = inspect_data.main(inspect_data.Args(str(root), out=str(tmp_path / "out")))
+    assert len(refusals) == 1 and "joints" in refusals[0]
+    summary, page = (page.parent / "summary.md").read_text(), page.read_text()
+    assert "**training refuses it**" in summary and "action, state: 7 and 8 numbers" in summary
+    assert "joint_6.pos" in page and "absolute, joint" in page and "top camera" in summary
+    dataset = StoredDataset(root, "training")
+    assert [e.instruction for e in dataset.episodes] == ["open the box", "close it"]
+    assert dataset.array("state", [3]).shape == (1, 8) and dataset.robot.rate_hz == test_lerobot.FPS
+    ids = [12, 0, 7]
+    for place, frame in enumerate(ids):
+        for camera in ("top", "wrist"):
+            mean = dataset.images(ids, [camera])[camera][place].mean(axis=(0, 1))
+            assert np.abs(mean - test_lerobot.colour(frame, camera)).max() < 12
 
 
 def test_a_damaged_picture_is_a_problem_and_the_page_is_made(calvin, tmp_path):

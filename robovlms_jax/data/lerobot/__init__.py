@@ -9,7 +9,7 @@
 
     meta.py  splits.py  what the dataset says about itself     meaning.py  what its numbers and cameras are
     tables.py  video.py  rows, images and frames               pairing.py  spans.py  faults.py  what belongs together
-    dataset.py  all of it as a `data.base.Dataset`
+    dataset.py  all of it as a `data.base.Dataset`              stored.py  the same, whatever the numbers mean
 
 Needs the extra `lerobot` (pyarrow, PyAV). Video is decoded from the key frame before, and images in tables are read by
 row group, so random reads cost a multiple of JPEG's: convert once with `python -m experiments.convert_data` for long
@@ -18,5 +18,6 @@ trainings.
 
 from robovlms_jax.data.lerobot.dataset import LeRobotDataset, Split, open_dataset
 from robovlms_jax.data.lerobot.meaning import CONVENTIONS
+from robovlms_jax.data.lerobot.stored import StoredDataset
 
-__all__ = ["CONVENTIONS", "LeRobotDataset", "Split", "open_dataset"]
+__all__ = ["CONVENTIONS", "LeRobotDataset", "Split", "StoredDataset", "open_dataset"]
