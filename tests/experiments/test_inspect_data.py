@@ -113,46 +113,44 @@ def test_several_rlds_datasets_are_listed_and_a_file_chooses(bridge, tmp_path):
     assert "12 pictures decoded" in summary
 
 
-def test_a_lerobot_dataset_is_recognised(tmp_path):
+@pytest.fixture
+def toy_lerobot():
     pytest.importorskip("av")
     pytest.importorskip("pyarrow")
-    from tests.data import test_lerobot
+    from tests.data import toy_lerobot as writer
 
-    root = test_lerobot.write(tmp_path / "arm")
+    return writer
+
+
+def test_a_lerobot_dataset_is_recognised(tmp_path, toy_lerobot):
+    root = toy_lerobot.write(tmp_path / "arm")
     page, summary = look(root, tmp_path)
     assert "LeRobotDataset (it has meta/info.json)" in summary and "# arm" in summary
-    assert "open the box" in page and "close it" in page and "64 x 48 px" in page
+    assert "open it" in page and "close it" in page and "48 x 32 px" in page and "10 Hz" in page
     (root / "meta" / "info.json").write_text('{"codebase_')
     with pytest.raises(ValueError, match=r"info\.json is not JSON"):
         look(root, tmp_path)
 
 
-def test_what_training_refuses_is_shown_as_it_is_in_the_files(tmp_path):
-    pytest.importorskip("av")
-    pytest.importorskip("pyarrow")
+@pytest.mark.parametrize("video", [False, True])
+def test_what_training_refuses_is_shown_as_it_is_in_the_files(tmp_path, toy_lerobot, video):
     from robovlms_jax.data.lerobot import StoredDataset
-    from tests.data import test_lerobot
 
-    root = test_lerobot.write(tmp_path / "arm")
-    info = json.loads((root / "meta/info.json").read_text())
-    joints = [f"joint_{i}.pos" for i in range(1, 7)]
-    info["features"]["action"]["names"] = [*joints, "gripper.pos"]
-    info["features"]["observation.state"]["names"] = [*joints, "gripper.pos", "force"]
-    (root / "meta/info.json").write_text(json.dumps(info))
-    (root / "meta/robovlms.json").unlink()
+    sides = [f"{side}_{joint}" for side in ("left", "right") for joint in ("waist", "elbow", "wrist_rotate", "gripper")]
+    root = toy_lerobot.write(tmp_path / "arms", names=sides, width=8, video=video)
     page, refusals = inspect_data.main(inspect_data.Args(str(root), out=str(tmp_path / "out")))
-    assert len(refusals) == 1 and "joints" in refusals[0]
+    assert len(refusals) == 1 and "8 numbers" in refusals[0]
     summary, page = (page.parent / "summary.md").read_text(), page.read_text()
-    assert "**training refuses it**" in summary and "action, state: 7 and 8 numbers" in summary
-    assert "joint_6.pos" in page and "absolute, joint" in page and "top camera" in summary
+    assert "**training refuses it**" in summary and "action, state: 8 and 8 numbers" in summary
+    assert "right_wrist_rotate" in page and "front camera" in summary
     dataset = StoredDataset(root, "training")
-    assert [e.instruction for e in dataset.episodes] == ["open the box", "close it"]
-    assert dataset.array("state", [3]).shape == (1, 8) and dataset.robot.rate_hz == test_lerobot.FPS
+    assert [e.instruction for e in dataset.episodes] == ["open it", "close it", "open it"]
+    assert dataset.array("state", [5]).tolist() == [[1, 0, 0, 0, 0, 0, 0, 1]]
     ids = [12, 0, 7]
-    for place, frame in enumerate(ids):
-        for camera in ("top", "wrist"):
-            mean = dataset.images(ids, [camera])[camera][place].mean(axis=(0, 1))
-            assert np.abs(mean - test_lerobot.colour(frame, camera)).max() < 12
+    where = [(2, 1), (0, 0), (1, 2)]
+    for (episode, frame), image in zip(where, dataset.images(ids, ["front"])["front"], strict=True):
+        assert np.abs(image.mean(axis=(0, 1)) - toy_lerobot.colour(episode, frame)).max() < 12
+    np.testing.assert_allclose(dataset.actions(ids)[:, :2], np.array(where) / 100, atol=1e-6)
 
 
 def test_a_damaged_picture_is_a_problem_and_the_page_is_made(calvin, tmp_path):

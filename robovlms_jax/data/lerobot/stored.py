@@ -61,7 +61,7 @@ class StoredDataset(base.Dataset):
                 for field in (action, state)
             ),
         )
-        self._table, self._video = tables.ImageTable(info.root, rows.paths), video.VideoReader(info.fps)
+        self._table, self._video = tables.ImageTable(info.root, rows.paths), video.VideoReader()
         self._paired, self._firsts = paired, np.array([episode.first for episode in paired])
 
     def images(
