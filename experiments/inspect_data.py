@@ -49,6 +49,8 @@ class Args:
     """Pictures of each camera that are decoded and compared."""
     episodes: int = 4
     """Episodes whose first and last pictures are shown."""
+    conventions: str = ""
+    """LeRobot: a file that says what the numbers mean, in place of <root>/meta/robovlms.json."""
     index_dir: str = ""
     """RLDS: where the index goes. Empty: beside the data, or in the user's cache."""
 
@@ -116,7 +118,7 @@ def sources(args: Args) -> list[Source]:
     if args.dataset == "calvin":
         return [_calvin(args.root, "as --dataset says")]
     if args.dataset == "lerobot":
-        return [_lerobot(args.root, "as --dataset says")]
+        return [_lerobot(args, "as --dataset says")]
     if args.dataset:
         mixture = mixtures.resolve(args.dataset)
         alone = len(mixture.weights) == 1
@@ -125,7 +127,7 @@ def sources(args: Args) -> list[Source]:
             for name in mixture.weights
         ]
     if "info.json" in (root / "meta").names():
-        return [_lerobot(args.root, "it has meta/info.json")]
+        return [_lerobot(args, "it has meta/info.json")]
     if named := _rlds_names(root, inside):
         if len(named) > 1:
             raise ValueError(
@@ -183,12 +185,13 @@ def _rlds(args: Args, name: str, entry: Any, *, alone: bool, reason: str) -> Sou
     return Source(name, f"RLDS, {known} ({reason})", open_split, (lenient,))
 
 
-def _lerobot(root: str, reason: str) -> Source:
+def _lerobot(args: Args, reason: str) -> Source:
     def open_split(split: str, **options: float) -> base.Dataset:
-        return lerobot.open_dataset(root, split, **options)
+        return lerobot.open_dataset(args.root, split, conventions=args.conventions, **options)
 
-    lenient = functools.partial(open_split, max_left_out_share=1.0), functools.partial(lerobot.StoredDataset, root)
-    return Source(_name(root), f"LeRobotDataset ({reason})", open_split, lenient)
+    stored = functools.partial(lerobot.StoredDataset, args.root)
+    lenient = functools.partial(open_split, max_left_out_share=1.0), stored
+    return Source(_name(args.root), f"LeRobotDataset ({reason})", open_split, lenient)
 
 
 def _calvin(root: str, reason: str) -> Source:

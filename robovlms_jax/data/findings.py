@@ -302,9 +302,7 @@ def _follow(found: inspection.Inspection) -> Iterator[Finding]:
             )
         message = f"the state follows the commands (correlation up to {best:.2f})."
         if min(d.correlation for d in known) > 0.9999:
-            message = (
-                "the actions are exactly the state's changes: computed from it, so this compares them with themselves."
-            )
+            message = "the state is exactly as commanded: computed from it, the actions are compared with themselves."
         yield Finding("fine", "state and action", message)
 
 

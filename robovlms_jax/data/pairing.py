@@ -108,17 +108,26 @@ def follow(
 ) -> Follow:
     """Compare float[n, d] actions and float[n, s] states of episodes in the dimensions that both name alike.
 
-    Dimensions that are known to be given in the tool's own frame are left out: the state does not tell them.
+    Left out are dimensions that are known to be given in the tool's own frame, which the state does not tell, and
+    grippers that are commanded open or closed: there the state repeats the command.
     """
     columns = {dimension.name: i for i, dimension in enumerate(state_dimensions)}
     found, lagged = [], []
     for column, dimension in enumerate(action_dimensions):
         place = columns.get(dimension.name)
-        if place is None or dimension.quantity == "gripper" or dimension.frame == "tcp":
+        if place is None or dimension.kind == "binary" or dimension.frame == "tcp":
             continue
         angular = dimension.quantity == "euler_xyz"
         by_lag = [
-            _paired(actions, states, column, place, lag, angular=angular, absolute=dimension.kind == "absolute")
+            _paired(
+                actions,
+                states,
+                column,
+                place,
+                lag,
+                angular=angular,
+                absolute=dimension.kind in ("absolute", "continuous"),
+            )
             for lag in LAGS
         ]
         commanded, measured = by_lag[LAGS.index(0)]

@@ -153,6 +153,16 @@ def test_what_training_refuses_is_shown_as_it_is_in_the_files(tmp_path, toy_lero
     np.testing.assert_allclose(dataset.actions(ids)[:, :2], np.array(where) / 100, atol=1e-6)
 
 
+def test_a_file_says_what_the_numbers_of_a_lerobot_dataset_mean(tmp_path, toy_lerobot):
+    root = toy_lerobot.write(tmp_path / "arm", width=8)
+    conventions = tmp_path / "arm.json"
+    conventions.write_text(json.dumps({"arm": ["action[:6]"], "gripper": "action[7]"}))
+    page, refusals = inspect_data.main(
+        inspect_data.Args(str(root), out=str(tmp_path / "out"), conventions=str(conventions))
+    )
+    assert not refusals and "action, state: 7 and 0 numbers" in (page.parent / "summary.md").read_text()
+
+
 def test_a_damaged_picture_is_a_problem_and_the_page_is_made(calvin, tmp_path):
     index = calvin / "training" / "index"
     offset, length = (int(np.load(index / f"{name}.npy").reshape(-1)[0]) for name in ("offset", "length"))
