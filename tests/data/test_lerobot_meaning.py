@@ -253,6 +253,12 @@ def test_where_the_task_changes_another_episode_begins(tmp_path):
     assert [(e.start, e.end) for e in dataset.episodes[:2]] == [(0, 3), (3, 5)]
 
 
+def test_tasks_of_one_sentence_are_one_episode(tmp_path):
+    root = toy.write(tmp_path / "d", tasks=("open it", " open  it"))
+    toy.edit(toy.data_file(root), lambda rows: rows.update(task_index=[t % 2 for t in rows["frame_index"]]))
+    assert [(e.start, e.end) for e in lerobot.open_dataset(root, "training").episodes] == [(0, 5), (6, 12), (13, 17)]
+
+
 @pytest.mark.parametrize("blank", ["", "  ", None, [], ["", None]])
 def test_episodes_without_a_sentence_are_left_out_and_counted(tmp_path, caplog, blank):
     caplog.set_level(logging.INFO)

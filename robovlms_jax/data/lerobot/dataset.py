@@ -225,6 +225,11 @@ class _Sentences:
         self._tasks, self._share, self._replacement = tasks, share, replacement
         self.total = self.left_out = 0
 
+    def first_of(self) -> dict[int, int]:
+        """task_index -> the first one that is told the same."""
+        firsts: dict[tuple[str, ...], int] = {}
+        return {task: firsts.setdefault(sentences, task) for task, sentences in self._tasks.items()}
+
     def of(self, task: int, number: int) -> tuple[str, ...]:
         """The sentence and its rewordings; () for an episode that is to be left out."""
         self.total += 1
@@ -240,12 +245,14 @@ class _Sentences:
 def _spans(steps: _Steps, rows: tables.Rows, chosen: set[int], told: _Sentences) -> tuple[base.Episode, ...]:
     """Where the task changes, another episode begins; its first frame is the end of the one before."""
     found = []
+    first_of = told.first_of()
     for start, end in zip(steps.starts.tolist(), [*steps.starts[1:].tolist(), len(steps.rows)], strict=True):
         number = int(steps.number[start])
         if number not in chosen:
             continue
         task = rows.task[steps.rows[start : end - 1]]
-        begins = np.flatnonzero(np.append(True, task[1:] != task[:-1]))
+        same = np.array([first_of[number] for number in task.tolist()])
+        begins = np.flatnonzero(np.append(True, same[1:] != same[:-1]))
         for first, last in zip(begins.tolist(), [*begins[1:].tolist(), len(task)], strict=True):
             if sentences := told.of(int(task[first]), number):
                 found.append(base.Episode(start + first, start + last, sentences[0], "lerobot", sentences[1:]))

@@ -270,9 +270,13 @@ def read_episodes(info: Info, videos: Sequence[str]) -> list[EpisodeRow]:
             raise ValueError(f"{path} has no column {missing[0]!r}; is it a LeRobotDataset v3? It has {there[:12]}.")
         table = read_parquet(path, [name for name in (*required, *optional) if name in there])
         for place, row in enumerate(table.to_pylist()):
+            row = {name: None if value != value else value for name, value in row.items()}  # NaN: pandas' null
             if row["episode_index"] is None:
                 raise ValueError(f"{path}: row {place} has no episode_index.")
-            found.append(_episode_row(row, videos))
+            try:
+                found.append(_episode_row(row, videos))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ValueError(f"{path}: episode {row['episode_index']!r} cannot be read: {error}") from error
     if not found:
         raise ValueError(f"{info.root}/meta/episodes lists no episode; copy the dataset as a whole.")
     return sorted(found, key=lambda episode: episode.number)
@@ -290,7 +294,7 @@ def _episode_row(row: Mapping[str, Any], videos: Sequence[str]) -> EpisodeRow:
         begin, end = row[f"videos/{key}/from_timestamp"], row.get(f"videos/{key}/to_timestamp")
         if chunk is None or file is None or begin is None:
             continue
-        if not math.isfinite(begin) or begin < 0:
+        if not 0 <= begin < math.inf:
             fault = fault or f"videos/{key}/from_timestamp is {begin}"
             continue
         spans[key] = VideoSpan(chunk, file, float(begin), None if end is None else float(end))
