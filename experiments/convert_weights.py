@@ -78,6 +78,7 @@ def main(config: ConvertConfig) -> dict[str, Any]:
     files = tokenizers.resolve_weights(experiment.backbone.weights, tensors=False)
     backbones.from_directory(files), tokenizers.load_tokenizer(files)  # what they lack is said with the user's path
     backbone = build.backbone_from_assets(experiment.backbone, tokenizers.read_assets(files))
+    backbone = build.fit_weights(backbone, source)
     model = build.make_model(experiment, backbone.vlm)
 
     params, table, report = _convert(config, model, source, experiment.backbone.dtype)
@@ -172,6 +173,7 @@ def _destinations(table: rules.Rules, source: sources.Source, spare: Container[s
     for name in source.shapes:
         canonical = rules.canonical(table, name)
         targets = [rule.target for rule in table if isinstance(rule, rules.Rule) and rule.match(canonical)[0]]
+        targets += [x.table for x in table if isinstance(x, rules.Tied) and x.match(canonical)]
         ignored = [x.reason for x in table if isinstance(x, rules.Ignore) and re.fullmatch(x.source, canonical)]
         if targets and all(target in spare for target in targets):
             yield name, f"ignored: this policy has no {targets[0]}"

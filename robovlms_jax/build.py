@@ -15,6 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from robovlms_jax import json_files
 from robovlms_jax.actions import discretize
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.backbones import clip_text
@@ -28,7 +29,7 @@ from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.policies.rollout import EncodeText
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.types import Inputs
-from robovlms_jax.weights import convert, rules, sources
+from robovlms_jax.weights import convert, rules, sources, tying
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,8 +82,9 @@ def open_backbone(config: BackboneConfig, sentences: Iterable[str]) -> Backbone:
       ValueError, FileNotFoundError: unknown name, or a directory without what is needed; names it.
     """
     if config.weights:
-        directories = tuple(tokenizers.resolve_weights(part.strip()) for part in config.weights.split(","))
-        return _fit(dataclasses.replace(_open(config, directories[0]), directories=directories))
+        directories = tuple(map(tokenizers.resolve_weights, tokenizers.split_weights(config.weights)))
+        backbone = dataclasses.replace(_open(config, directories[0]), directories=directories)
+        return fit_weights(backbone, sources.open_sources(directories))
     vlm = backbones.get(config.name)
     logger.info(
         "backbone %s: random parameters, tokenizer made from the training sentences (no backbone.weights)", config.name
@@ -102,10 +104,18 @@ def write_files(vlm: backbones.VLMConfig, texts: Iterable[str], directory: pathl
 
 
 def backbone_from_assets(config: BackboneConfig, assets: Mapping[str, str]) -> Backbone:
-    """The backbone a checkpoint was trained with, from the files inside it."""
+    """The backbone a checkpoint was trained with, from the files inside it.
+
+    Raises ValueError, FileNotFoundError: one of them is missing or cannot be read; names it.
+    """
     with tempfile.TemporaryDirectory() as directory:
         tokenizers.write_assets(assets, directory)
-        return _open(config, pathlib.Path(directory))
+        try:
+            return _open(config, pathlib.Path(directory))
+        except (ValueError, FileNotFoundError) as error:
+            # The folder is gone when the user reads this; the files are inside the checkpoint.
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(str(error).replace(directory, "the checkpoint's assets")) from error
 
 
 def _open(config: BackboneConfig, directory: pathlib.Path) -> Backbone:
@@ -134,13 +144,20 @@ def with_settings(config: BackboneConfig, published: backbones.VLMConfig) -> bac
     )
 
 
-def _fit(backbone: Backbone) -> Backbone:
-    """With what only the weights tell about the architecture, noted in the config.json that checkpoints carry."""
-    shapes = sources.open_sources(backbone.directories).shapes
+def fit_weights(backbone: Backbone, source: sources.Source) -> Backbone:
+    """With what only the weights tell about the architecture, noted in the config.json that checkpoints carry.
+
+    That is the form of a connector, and a head that config.json ties to the token table although the weights hold
+    another one: it stays a matrix of its own, as transformers has it, and the log says so.
+    """
     try:
-        vlm = backbones.fit(backbone.vlm, shapes)
+        vlm = backbones.fit(backbone.vlm, source.shapes)
     except ValueError as error:
-        raise ValueError(f"{backbone.directories[0]}: {error}") from error
+        raise ValueError(f"{source.name}: {error}") from error
+    untied = tying.difference(vlm.rules, source)
+    if untied is not None:
+        logger.warning("%s: %s. Both are kept, as transformers does.", source.name, untied)
+        vlm = backbones.untied(vlm)
     if vlm == backbone.vlm:
         return backbone
     return dataclasses.replace(
@@ -167,7 +184,7 @@ def embed_sentences(weights: str | pathlib.Path, sentences: Iterable[str]) -> di
       FileNotFoundError, ValueError: no CLIP there, or a sentence longer than it reads.
     """
     directory = tokenizers.resolve_weights(weights)
-    config = clip_text.read(json.loads((directory / "config.json").read_text()))
+    config = clip_text.read(json_files.read_object(directory / "config.json", "CLIP's settings"))
     tokenizer = tokenizers.load_tokenizer(directory)
     unique = list(dict.fromkeys(sentences))
     ids = tokenizer(unique)["input_ids"]

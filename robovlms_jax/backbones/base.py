@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
+import logging
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
@@ -14,13 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robovlms_jax import json_files
 from robovlms_jax.inputs.images import ImageSpec, read_image_spec
 from robovlms_jax.nn.attention import Cache
 from robovlms_jax.nn.decoder import Decoder, DecoderConfig
 from robovlms_jax.nn.linear import Lora
 from robovlms_jax.nn.perceiver import Perceiver, PerceiverConfig
 from robovlms_jax.types import Tokens
+from robovlms_jax.weights import quantized, rules
 from robovlms_jax.weights.rules import Rules
+
+logger = logging.getLogger(__name__)
 
 
 class VisionConfig(Protocol):
@@ -403,12 +408,15 @@ def get(name: str) -> VLMConfig:
 def from_hf_config(values: Mapping[str, Any]) -> VLMConfig:
     """Configuration from the contents of a Hugging Face config.json.
 
-    Raises ValueError when its model_type is unknown (lists the known ones) or it asks for what the model cannot do.
+    Raises ValueError when its model_type is unknown (lists the known ones), it asks for what the model cannot do, or
+    its weights are quantised.
     """
     model_type = values.get("model_type")
     if model_type not in _FAMILIES:
         raise ValueError(f"model_type {model_type!r} is unknown; known: {sorted(_FAMILIES)}.")
-    return _FAMILIES[model_type][0](values)
+    quantized.require_float_config(values)
+    config = _FAMILIES[model_type][0](values)
+    return dataclasses.replace(config, rules=rules.with_head(config.rules, tied=config.text.head == "tied"))
 
 
 def to_hf_config(config: VLMConfig) -> dict[str, Any]:
@@ -424,6 +432,12 @@ def fit(config: VLMConfig, tensors: Mapping[str, tuple[int, ...]]) -> VLMConfig:
     return _FAMILIES[config.model_type][2](config, tensors)
 
 
+def untied(config: VLMConfig) -> VLMConfig:
+    """The same model with a head of its own in place of the token table."""
+    text = dataclasses.replace(config.text, head="linear")
+    return dataclasses.replace(config, text=text, rules=rules.with_head(config.rules, tied=False))
+
+
 def from_directory(directory: str | pathlib.Path) -> VLMConfig:
     """Configuration of a published model's directory: its config.json, and its image processor's file if there is one.
 
@@ -436,13 +450,15 @@ def from_directory(directory: str | pathlib.Path) -> VLMConfig:
         raise FileNotFoundError(
             f"{path} does not exist; a backbone directory holds config.json, safetensors and tokenizer files."
         )
+    values = json_files.read_object(path, "settings")
     try:
-        config = from_hf_config(json.loads(path.read_text()))
-    except ValueError as error:  # JSONDecodeError is one
+        config = from_hf_config(values)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     try:
         image = read_image_spec(directory, config.image.size)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        _say_once(f"{error} Pictures are prepared as the family's published models have it: {config.image}.")
         return config
     if image.size != config.image.size:
         raise ValueError(
@@ -450,3 +466,8 @@ def from_directory(directory: str | pathlib.Path) -> VLMConfig:
             f"{config.image.size}; the files belong to different models."
         )
     return dataclasses.replace(config, image=image)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.info(message)

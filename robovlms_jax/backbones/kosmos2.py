@@ -61,7 +61,7 @@ RULES = (
     rules.Rule("image_to_text_projection.latent_query", "connector/latents"),
     *rules.attention("image_to_text_projection.x_attn", "connector/attn"),
     rules.Rule(f"{TEXT}.embed_tokens.weight", "text/embed/table"),
-    rules.Ignore(r"text_model\.lm_head\.weight", "tied to embed_tokens"),
+    *rules.head("text_model.lm_head", "text", tied=True),
     rules.Ignore(r"text_model\.model\.embed_positions\.weights", "sinusoids, computed from positions"),
     *rules.attention(f"{LAYER}.self_attn", "text/layers/attn"),
     *rules.layer_norm(f"{LAYER}.self_attn.inner_attn_ln", "text/layers/attn/inner_norm"),
@@ -120,7 +120,7 @@ TEXT_SECTION = base.Section(
         "dropout": ("dropout",),
         "attention_dropout": ("attention_dropout",),
     },
-    fixed={"activation_dropout": 0.0, "layerdrop": 0.0, "add_cross_attention": False, "tie_word_embeddings": True},
+    fixed={"activation_dropout": 0.0, "layerdrop": 0.0, "add_cross_attention": False},
 )
 ID_SECTION = dataclasses.replace(sections.IDS, name="text_config")
 
@@ -159,7 +159,7 @@ def read(values: Mapping[str, Any]) -> base.VLMConfig:
     return dataclasses.replace(
         ID_SECTION.read(values, PUBLISHED),
         vision=vision,
-        text=TEXT_SECTION.read(values, PUBLISHED.text),
+        text=sections.with_head(TEXT_SECTION.read(values, PUBLISHED.text), values),
         connector=LatentConnectorConfig(values.get("latent_query_num", PUBLISHED.connector.num_latents)),
         image=dataclasses.replace(PUBLISHED.image, size=vision.image_size),
     )
@@ -172,7 +172,7 @@ def write(config: base.VLMConfig) -> dict[str, Any]:
         "latent_query_num": config.connector.num_latents,
         "text_config": TEXT_SECTION.write(config.text) | ID_SECTION.write(config),
         "vision_config": VISION_SECTION.write(config.vision),
-    }
+    } | sections.write_head(config.text)
 
 
 base.register_family("kosmos-2", read, write)

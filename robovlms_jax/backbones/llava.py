@@ -49,13 +49,17 @@ def read(values: Mapping[str, Any]) -> base.VLMConfig:
 
 def write(config: base.VLMConfig) -> dict[str, Any]:
     """Configuration -> config.json."""
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "image_token_index": 32_000,
-        "pad_token_id": config.pad_id,
-        "text_config": sections.LLAMA.write(config.text),
-        "vision_config": VISION.write(config.vision),
-    } | TOP.write(config)
+    return (
+        {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "image_token_index": 32_000,
+            "pad_token_id": config.pad_id,
+            "text_config": sections.LLAMA.write(config.text),
+            "vision_config": VISION.write(config.vision),
+        }
+        | TOP.write(config)
+        | sections.write_head(config.text)
+    )
 
 
 VICUNA_7B = {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 32_064}

@@ -57,7 +57,7 @@ RULES = (
 
 def read(values: Mapping[str, Any]) -> base.VLMConfig:
     """config.json -> configuration."""
-    text = TEXT.read(values, MPT_7B)
+    text = sections.with_head(TEXT.read(values, MPT_7B), values)
     text = dataclasses.replace(text, mlp_dim=round(text.width * values.get("expansion_ratio", 4)))
     vision = llava.VISION.read(values, dataclasses.replace(sections.CLIP_L, cls="drop", unused_layers=1))
     return base.VLMConfig(
@@ -76,11 +76,15 @@ def read(values: Mapping[str, Any]) -> base.VLMConfig:
 
 def write(config: base.VLMConfig) -> dict[str, Any]:
     """Configuration -> config.json, with a `vision_config` that the published file has elsewhere."""
-    return TEXT.write(config.text) | {
-        "architectures": ["LlavaMPTForCausalLM"],
-        "expansion_ratio": config.text.mlp_dim / config.width,
-        "vision_config": llava.VISION.write(config.vision),
-    }
+    return (
+        TEXT.write(config.text)
+        | sections.write_head(config.text)
+        | {
+            "architectures": ["LlavaMPTForCausalLM"],
+            "expansion_ratio": config.text.mlp_dim / config.width,
+            "vision_config": llava.VISION.write(config.vision),
+        }
+    )
 
 
 base.register_family("llava_mpt", read, write)

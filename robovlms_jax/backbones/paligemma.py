@@ -62,13 +62,17 @@ def read(values: Mapping[str, Any]) -> base.VLMConfig:
 def write(config: base.VLMConfig) -> dict[str, Any]:
     """Configuration -> config.json."""
     section = GEMMA2 if config.text.residual == "sandwich" else GEMMA
-    return {
-        "architectures": ["PaliGemmaForConditionalGeneration"],
-        "image_token_index": 257_152,
-        "projection_dim": config.width,
-        "text_config": section.write(config.text),
-        "vision_config": sections.SIGLIP.write(config.vision) | {"projection_dim": config.width},
-    } | sections.IDS.write(config)
+    return (
+        {
+            "architectures": ["PaliGemmaForConditionalGeneration"],
+            "image_token_index": 257_152,
+            "projection_dim": config.width,
+            "text_config": section.write(config.text),
+            "vision_config": sections.SIGLIP.write(config.vision) | {"projection_dim": config.width},
+        }
+        | sections.IDS.write(config)
+        | sections.write_head(config.text)
+    )
 
 
 def published(size: int, text: Mapping[str, Any]) -> dict[str, Any]:

@@ -204,10 +204,8 @@ QWEN = dataclasses.replace(sections.QWEN2_7B, rope_theta=1e6, mrope_sections=(16
 def read(values: Mapping[str, Any]) -> base.VLMConfig:
     """config.json -> configuration. Published files have the decoder's entries at the top."""
     part = values.get("text_config") or values
-    tied = bool(values.get("tie_word_embeddings", part.get("tie_word_embeddings", False)))
-    default = dataclasses.replace(QWEN, head="tied" if tied else "linear")
     vision = VISION.read(values, WindowViTConfig())
-    text = sections.read_text({"text_config": part}, TEXT, default)
+    text = sections.read_text({**values, "text_config": part}, TEXT, QWEN)
     start = values.get("vision_start_token_id", 151_652)
     return base.VLMConfig(
         model_type="qwen2_5_vl",
@@ -224,7 +222,7 @@ def read(values: Mapping[str, Any]) -> base.VLMConfig:
         bos_id=151_643,
         eos_id=151_645,
         pad_id=151_643,
-        rules=make_rules(tied=tied),
+        rules=make_rules(tied=text.head == "tied"),
     )
 
 
@@ -235,11 +233,10 @@ def write(config: base.VLMConfig) -> dict[str, Any]:
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "text_config": text,
-        "tie_word_embeddings": config.text.head == "tied",
         "vision_config": VISION.write(config.vision) | {"out_hidden_size": config.width},
         "vision_start_token_id": config.image_start[0],
         "vision_end_token_id": config.image_end[0],
-    }
+    } | sections.write_head(config.text)
 
 
 def published(width: int, depth: int, mlp_dim: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:

@@ -85,7 +85,7 @@ TEXT = base.Section(
         "norm_epsilon": ("layer_norm_epsilon",),
         "rope_theta": ("rotary_emb_base",),
     },
-    {"no_bias": True, "rotary_pct": 1.0, "tie_word_embeddings": False},
+    {"no_bias": True, "rotary_pct": 1.0},
 )
 VISUAL, POOL, LAYER = "transformer.visual", "transformer.visual.attn_pool", "transformer.h.{layer}"
 BLOCK = f"{VISUAL}.transformer.resblocks.{{layer}}"
@@ -150,7 +150,7 @@ QWEN_7B = DecoderConfig(
 def read(values: Mapping[str, Any]) -> base.VLMConfig:
     """config.json -> configuration."""
     visual = values.get("visual") or {}
-    text, vision = TEXT.read(values, QWEN_7B), VISION.read(values, VIT)
+    text, vision = sections.with_head(TEXT.read(values, QWEN_7B), values), VISION.read(values, VIT)
     start = visual.get("image_start_id", 151_857)
     return base.VLMConfig(
         model_type="qwen",
@@ -186,7 +186,7 @@ def write(config: base.VLMConfig) -> dict[str, Any]:
         "head_dim": connector.head_dim,
     }
     text = TEXT.write(config.text) | {"intermediate_size": 2 * config.text.mlp_dim}
-    return {"architectures": ["QWenLMHeadModel"], "visual": visual} | text
+    return {"architectures": ["QWenLMHeadModel"], "visual": visual} | text | sections.write_head(config.text)
 
 
 base.register_family("qwen", read, write)

@@ -6,6 +6,8 @@ A published file leaves out what equals those defaults, so reading begins with t
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,8 @@ from robovlms_jax.backbones import base
 from robovlms_jax.inputs.images import ImageSpec
 from robovlms_jax.nn.decoder import DecoderConfig
 from robovlms_jax.nn.vit import ViTConfig
+
+logger = logging.getLogger(__name__)
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
@@ -156,7 +160,39 @@ def read_text(values: Mapping[str, Any], section: base.Section, default: Decoder
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
         raise ValueError(f"{section.prefix}rope_scaling of type {kind!r} is not supported; this model has none.")
-    return section.read(values, default)
+    return with_head(section.read(values, default), values)
+
+
+def with_head(text: DecoderConfig, values: Mapping[str, Any]) -> DecoderConfig:
+    """The decoder with its head tied to the token table or not, as config.json says; where it says nothing, as is.
+
+    transformers 5 reads `tie_word_embeddings` at the top, 4 in `text_config`. Where the two disagree, the head is tied
+    until weights show one of its own: see `base.untied`. Raises ValueError for a head with a bias, which is never tied.
+    """
+    top, part = values.get("tie_word_embeddings"), values.get("text_config") or {}
+    nested = part.get("tie_word_embeddings")
+    if top is None and text.head == "tied":
+        top = True
+    stated = [bool(flag) for flag in (top, nested) if flag is not None]
+    tied = any(stated) if stated else text.head == "tied"
+    if len(set(stated)) == 2:
+        _say_once(
+            f"config.json: tie_word_embeddings is {top} at the top and {nested} in text_config; taken as true, unless "
+            "the weights hold a head that differs from the token table."
+        )
+    if tied and text.head == "linear_bias":
+        raise ValueError("tie_word_embeddings=True is not supported; this model's head has a matrix of its own.")
+    return text if text.head == "linear_bias" else dataclasses.replace(text, head="tied" if tied else "linear")
+
+
+def write_head(text: DecoderConfig) -> dict[str, Any]:
+    """The entry of config.json that `with_head` reads."""
+    return {"tie_word_embeddings": text.head == "tied"}
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 LLAMA = text("llama", attention_bias=False, mlp_bias=False)
@@ -174,4 +210,4 @@ def read_siglip_llama(values: Mapping[str, Any], siglip: ViTConfig = SIGLIP_B, *
 def write_siglip_llama(config: base.VLMConfig, architecture: str, **fields: Any) -> dict[str, Any]:
     """The config.json that `read_siglip_llama` reads; logits with a matrix of their own."""
     parts = {"text_config": LLAMA.write(config.text), "vision_config": SIGLIP.write(config.vision)}
-    return {"architectures": [architecture], "tie_word_embeddings": False} | parts | fields
+    return {"architectures": [architecture]} | write_head(config.text) | parts | fields

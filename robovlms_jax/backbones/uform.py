@@ -83,7 +83,7 @@ POOLER = base.Section(
         "mlp_dim": ("image_pooler_intermediate_size",),
     },
 )
-TEXT = sections.text("qwen2", tie_word_embeddings=True)
+TEXT = sections.text("qwen2")
 BLOCK, POOL = "image_encoder.blocks.{layer}", "image_pooler.pooler"
 
 
@@ -176,7 +176,7 @@ def write(config: base.VLMConfig) -> dict[str, Any]:
         "image_encoder_intermediate_size": vision.mlp_dim,
         "position_side": vision.position_side or vision.side,
         "text_config": TEXT.write(config.text),
-    }
+    } | sections.write_head(config.text)
     return {"architectures": ["VLMForCausalLM"]} | VISION.write(vision) | POOLER.write(config.connector) | own
 
 

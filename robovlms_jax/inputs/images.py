@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 from typing import Any, Literal, Protocol
 
@@ -15,9 +16,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robovlms_jax import json_files
+
+logger = logging.getLogger(__name__)
+
 Interpolation = Literal["bilinear", "bicubic", "lanczos"]
 
 _PIL_CODES = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling, as Hugging Face stores `resample`
+_RESAMPLE = {  # what transformers' classes do where a file does not say
+    "clip": 3,
+    "siglip": 3,
+    "llava": 3,
+    "qwen2vl": 3,
+    "qwen2_5_vl": 3,
+    "deepseekvl": 3,
+    "smolvlm": 1,
+    "idefics3": 1,
+}
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _WEIGHT_BITS = 22  # Pillow's fixed point for uint8: 255 * sum |weight| * 2**22 still fits int32
 
 
@@ -179,33 +195,90 @@ def read_image_spec(directory: str | pathlib.Path, flexible_size: int | None = N
     """Image size, mean, std and interpolation of a Hugging Face model directory.
 
     Reads preprocessor_config.json, or the `image_processor` part of processor_config.json (transformers 5 saves that).
+    An entry that is null counts as missing, `resample` apart: transformers takes null as bilinear, whatever the model
+    was trained with.
 
     Args:
       flexible_size: edge for processors that leave the size to the picture (Qwen2-VL's min_pixels, max_pixels).
     Raises:
-      FileNotFoundError: neither file is there.
-      ValueError: a field is missing, or asks for something other than resize, 1/255 and normalise to a fixed square.
+      FileNotFoundError: neither file is there, or neither says anything of images.
+      ValueError: a field is missing, or asks for something other than resize, 1/255 and normalise to a fixed square;
+        or the two files disagree.
     """
-    path, fields = _read_processor(pathlib.Path(directory))
-    if "image_mean" in fields and ("min_pixels" in fields or "Qwen2VL" in str(fields.get("image_processor_type"))):
-        fields = {"resample": 3, **fields, "size": flexible_size, "do_center_crop": False}
-    for field in ("image_mean", "image_std", "resample"):
+    directory = pathlib.Path(directory)
+    found = {path: _spec(fields, path, flexible_size) for path, fields in _read_processors(directory)}
+    if not found:
+        empty = [name for name in _PROCESSOR_FILES if (directory / name).is_file()]
+        silent = f" {' and '.join(empty)} say nothing of size, image_mean, image_std or resample." if empty else ""
+        raise FileNotFoundError(
+            f"{directory} has no preprocessor_config.json and no processor_config.json with an image_processor; "
+            f"expected a model directory as published on the Hugging Face hub.{silent}"
+        )
+    if len(set(found.values())) > 1:
+        listed = "; ".join(f"{path.name}: {spec}" for path, spec in found.items())
+        raise ValueError(f"{directory} describes its images twice, and differently. {listed}. Delete the wrong file.")
+    return next(iter(found.values()))
+
+
+def _spec(fields: dict[str, Any], path: pathlib.Path, flexible_size: int | None) -> ImageSpec:
+    kind = str(fields.get("image_processor_type") or "")
+    is_flexible = "Qwen2VL" in kind or (fields.get("image_mean") is not None and "min_pixels" in fields)
+    resample = _resample(fields, "Qwen2VL" if is_flexible else kind, path)
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if is_flexible and "image_mean" in fields:
+        fields = {**fields, "size": flexible_size, "do_center_crop": False}
+    for field in ("image_mean", "image_std"):
         if field not in fields:
             raise ValueError(f"{path} has no {field!r}; expected size, image_mean, image_std and resample.")
-    rescaled = fields.get("do_rescale", True) and np.isclose(fields.get("rescale_factor", 1 / 255), 1 / 255)
+    factor = fields.get("rescale_factor", 1 / 255)
+    rescaled = fields.get("do_rescale", True) and isinstance(factor, (int, float)) and np.isclose(factor, 1 / 255)
     if not rescaled or not fields.get("do_normalize", True):
         settings = {name: fields.get(name) for name in ("do_rescale", "rescale_factor", "do_normalize")}
         raise ValueError(f"{path} has {settings}; only a rescale by 1/255 followed by normalisation is supported.")
-    if fields["resample"] not in _PIL_CODES:
-        raise ValueError(f"{path} has resample={fields['resample']}, a Pillow filter code; supported are {_PIL_CODES}.")
+    if not fields.get("do_resize", True):
+        _say_once(f"{path} has do_resize=false; cameras differ in size, so pictures are scaled all the same.")
     # A centre crop decides the final size. We scale to it directly and keep the whole picture, as upstream does.
     crop = fields.get("crop_size") if fields.get("do_center_crop", True) else None
-    return ImageSpec(
-        size=_square(crop or fields.get("max_image_size") or fields.get("size"), path),
-        mean=tuple(fields["image_mean"]),
-        std=tuple(fields["image_std"]),
-        interpolation=_PIL_CODES[fields["resample"]],
-    )
+    try:
+        return ImageSpec(
+            size=_square(crop or fields.get("max_image_size") or fields.get("size"), path),
+            mean=_channels("image_mean", fields["image_mean"]),
+            std=_channels("image_std", fields["image_std"]),
+            interpolation=resample,
+        )
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+
+
+def _resample(fields: dict[str, Any], kind: str, path: pathlib.Path) -> Interpolation:
+    """The filter a file names by Pillow's code or name; of known processors that leave it out, their own."""
+    if "resample" in fields:
+        value = fields["resample"]
+        names = {name.lower(): name for name in _PIL_CODES.values()}
+        found = names.get(value.lower()) if isinstance(value, str) else _PIL_CODES.get(value)
+        if found is None:
+            raise ValueError(
+                f"{path} has resample={value}, a Pillow filter code; supported are {_PIL_CODES}. Write the one that "
+                "the model was trained with (null is bilinear to transformers, which few models were trained with)."
+            )
+        return found
+    code = next((code for name, code in _RESAMPLE.items() if kind.lower().startswith(name)), None)
+    if code is None:
+        raise ValueError(f"{path} has no 'resample'; expected size, image_mean, image_std and resample.")
+    return _PIL_CODES[code]
+
+
+def _channels(name: str, value: Any) -> tuple[float, float, float]:
+    """Three numbers, or one for all channels. Raises ValueError naming the field otherwise."""
+    values = [value] * 3 if isinstance(value, (int, float)) else value
+    if not isinstance(values, list) or not all(isinstance(x, (int, float)) for x in values):
+        raise ValueError(f"{name}={value!r}; expected three numbers, or one.")
+    return tuple(values)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def write_image_spec(spec: ImageSpec, directory: str | pathlib.Path) -> None:
@@ -266,32 +339,33 @@ def _taps(length: int, size: int, interpolation: Interpolation) -> tuple[np.ndar
     return np.minimum(index, length - 1), np.round(weight * 2**_WEIGHT_BITS).astype(np.int32)
 
 
-def _read_processor(directory: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
-    for name in ("preprocessor_config.json", "processor_config.json"):
+def _read_processors(directory: pathlib.Path) -> list[tuple[pathlib.Path, dict[str, Any]]]:
+    """The files that say how images are prepared, each with its entries."""
+    found = []
+    for name in _PROCESSOR_FILES:
         path = directory / name
-        if path.is_file():
-            try:
-                fields = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path} is not JSON: {error}") from error
-            fields = fields.get("image_processor", fields)
-            # A file of a model with its own code may hold no more than that code's name.
-            if {"image_mean", "image_std", "size", "resample"} & set(fields):
-                return path, fields
-    raise FileNotFoundError(
-        f"{directory} has no preprocessor_config.json and no processor_config.json with an image_processor; "
-        "expected a model directory as published on the Hugging Face hub."
-    )
+        if not path.is_file():
+            continue
+        fields = json_files.read_object(path, "settings")
+        fields = fields.get("image_processor", fields)
+        if not isinstance(fields, dict | None):
+            raise ValueError(f"{path} has image_processor={fields!r}; expected an object of settings.")
+        # A file of a model with its own code may hold no more than that code's name.
+        if fields and {"image_mean", "image_std", "size", "resample"} & set(fields):
+            found.append((path, fields))
+    return found
 
 
 def _square(size: Any, path: pathlib.Path) -> int:
-    """The edge of `size`: 224, {"shortest_edge": 224}, {"longest_edge": 512} or {"height": 224, "width": 224}."""
-    if isinstance(size, int):
-        return size
-    if isinstance(size, dict) and set(size) in ({"shortest_edge"}, {"longest_edge"}):
-        return next(iter(size.values()))
-    if isinstance(size, dict) and set(size) == {"height", "width"} and size["height"] == size["width"]:
-        return size["height"]
+    """The edge of `size`: 224, {"shortest_edge": 224}, {"longest_edge": 512} or {"height": 224, "width": 224}; several
+    entries must be equal."""
+    known = ({"shortest_edge"}, {"longest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"})
+    edges = [size]
+    if isinstance(size, dict):
+        size = {name: edge for name, edge in size.items() if edge is not None}
+        edges = list(size.values()) if set(size) in known else []
+    if edges and len(set(map(str, edges))) == 1 and isinstance(edges[0], int) and not isinstance(edges[0], bool):
+        return edges[0]
     raise ValueError(
         f"{path} has image size {size}; expected a number, shortest_edge alone, or equal height and width."
     )

@@ -6,11 +6,18 @@ transformers is imported inside the functions that need it, so importing this mo
 from __future__ import annotations
 
 import base64
+import contextlib
+import functools
+import importlib.util
 import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
+
+from robovlms_jax import json_files
+from robovlms_jax.weights import locate, quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +51,8 @@ ASSET_FILES = (
 )
 """Everything but weights that rebuilding tokenizer, preprocessing and architecture needs."""
 
+_MARK = b"\xef\xbb\xbf"  # a byte-order mark, which editors on Windows put in front of UTF-8
+
 # KOSMOS-2's ids 0 to 3 and its tags (Peng et al. 2023, arXiv:2306.14824), so the twin reads the same prompts.
 _TWIN_TAGS = ("<image>", "</image>", "<grounding>", "<phrase>", "</phrase>", "<object>", "</object>")
 _TWIN_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", *_TWIN_TAGS)
@@ -62,17 +71,91 @@ def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
         raise FileNotFoundError(
             f"{directory} has no tokenizer; expected one of {list(TOKENIZER_FILES)}. Copy the files beside the weights."
         )
+    _require_packages(directory, found)
     if "tokenizer.json" in found:
         # It holds the whole tokenizer, and this class reads it without importing torch, unlike AutoTokenizer (6 s).
-        from transformers import PreTrainedTokenizerFast as Tokenizer
+        from transformers import PreTrainedTokenizerFast
+
+        read = PreTrainedTokenizerFast.from_pretrained
     else:
-        from transformers import AutoTokenizer as Tokenizer
+        from transformers import AutoTokenizer
+
+        # False: code that comes with the files is neither run nor asked about on a terminal that may not be there.
+        read = functools.partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
+    with _without_marks(directory) as clean:
+        try:
+            if found == [RANKS]:
+                return read_ranks(clean / RANKS)
+            tokenizer = read(clean, local_files_only=True)
+        except Exception as error:  # whatever each tokenizer library raises on a broken file
+            reason = _reason(directory, found) or str(error).replace(str(clean), str(directory))
+            raise ValueError(f"{directory} has tokenizer files {found} that cannot be read: {reason}") from error
+    tokenizer.name_or_path = str(directory)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _without_marks(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The directory, or while the context lasts a copy of its small files without byte-order marks, if any has one."""
+    files = [directory / name for name in ASSET_FILES if (directory / name).is_file()]
+    contents = {path.name: path.read_bytes() for path in files if not _is_binary(path.name)}
+    if not any(content.startswith(_MARK) for content in contents.values()):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for path in files:
+            content = contents.get(path.name, b"") if path.name in contents else path.read_bytes()
+            (pathlib.Path(copy) / path.name).write_bytes(content.removeprefix(_MARK))
+        yield pathlib.Path(copy)
+
+
+def _require_packages(directory: pathlib.Path, found: list[str]) -> None:
+    """Raise ValueError where the only file is one that an optional package reads, and that is not installed."""
+    if not all(_is_binary(name) for name in found):
+        return
+    path = directory / found[0]
+    with path.open("rb") as file:
+        start = file.read(len(json_files.LFS_POINTER))
+    if start == json_files.LFS_POINTER:
+        raise ValueError(f"{path} is a pointer of Git LFS, not the tokenizer; run `git lfs pull` where it lies.")
+    # SentencePiece models are protocol buffers whose first field is a list; tiktoken's ranks are lines of base64.
+    kind, packages = ("SentencePiece", ("sentencepiece", "protobuf"))
+    if not start.startswith(b"\n"):
+        kind, packages = "tiktoken", ("tiktoken",)
+    missing = [name for name in packages if not _is_installed(name)]
+    if missing:
+        raise ValueError(
+            f"{path} is a {kind} model without a tokenizer.json beside it. Reading it needs what is not installed: "
+            f"pip install {' '.join(missing)}. Or write tokenizer.json once where it is installed, with "
+            "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
+        )
+
+
+def _is_installed(package: str) -> bool:
     try:
-        if found == [RANKS]:
-            return read_ranks(directory / RANKS)
-        return Tokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # whatever each tokenizer library raises on a broken file
-        raise ValueError(f"{directory} has tokenizer files {found} that cannot be read: {error}") from error
+        return importlib.util.find_spec({"protobuf": "google.protobuf"}.get(package, package)) is not None
+    except ModuleNotFoundError:  # of google
+        return False
+
+
+def _reason(directory: pathlib.Path, found: list[str]) -> str:
+    """Why a tokenizer's files cannot be read, where that can be told from them; else empty."""
+    config = {}
+    for name in ASSET_FILES:
+        if name.endswith(".json") and (directory / name).is_file():
+            try:
+                values = json_files.read(directory / name)
+            except ValueError as error:
+                return str(error)
+            config = values if name == "tokenizer_config.json" else config
+    if found == ["vocab.json"] and not (directory / "merges.txt").is_file():
+        return "merges.txt, which belongs to vocab.json, is missing."
+    if "tokenizer.json" not in found and isinstance(config, dict) and "AutoTokenizer" in (config.get("auto_map") or {}):
+        return (
+            f"tokenizer_config.json asks for code of its own ({config['auto_map']['AutoTokenizer']}), which is not run "
+            "here. Where you trust it, write a tokenizer.json with transformers and trust_remote_code=True."
+        )
+    return ""
 
 
 def read_ranks(path: pathlib.Path) -> PreTrainedTokenizerBase:
@@ -140,31 +223,94 @@ def _byte_letters() -> list[str]:
     return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
 
 
+def split_weights(text: str) -> list[str]:
+    """Places of a model's weights, joined by commas: "A,B" -> ["A", "B"].
+
+    A comma may also belong to a directory's name: of all ways to part the text, the one is taken in which every part is
+    a directory or begins with hf://.
+
+    Raises:
+      ValueError: a part is empty, or the text can be read in several ways; names them.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise ValueError(f"weights {text!r} hold an empty part; expected directories or {HUB}OWNER/NAME, with commas.")
+    ways = [way for way in _joined(text.split(",")) if all(_is_place(part) for part in way)]
+    if len(ways) > 1:
+        raise ValueError(
+            f"weights {text!r} can be read as {' or as '.join(map(str, ways))}; rename the directory with the comma."
+        )
+    return ways[0] if ways else parts
+
+
+def _joined(parts: list[str]) -> Iterator[list[str]]:
+    """Every way to join neighbouring parts with the commas between them."""
+    for stop in range(1, len(parts) + 1):
+        first = ",".join(parts[:stop]).strip()
+        if stop == len(parts):
+            yield [first]
+        elif _is_place(first):
+            yield from ([first, *rest] for rest in _joined(parts[stop:]))
+
+
+def _is_place(path: str) -> bool:
+    if path.startswith(HUB):
+        return "," not in path
+    return pathlib.Path(path).expanduser().is_dir()
+
+
 def resolve_weights(path: str | pathlib.Path, *, tensors: bool = True) -> pathlib.Path:
     """A local model directory for `path`; hf://OWNER/NAME[@REVISION] is downloaded once, to Hugging Face's own cache.
 
     Without `tensors`, only the small files are downloaded: config.json, tokenizer, image processor.
 
-    Raises FileNotFoundError when there is no such directory, or it can neither be downloaded nor found in the cache.
+    Raises:
+      FileNotFoundError: there is no such directory, or it can neither be downloaded nor found in the cache.
+      ValueError: a name that is none of a repository, or its weights are quantised.
     """
     if not str(path).startswith(HUB):
         directory = pathlib.Path(path).expanduser()
         if not directory.is_dir():
-            raise FileNotFoundError(f"no directory {directory}; expected one, or {HUB}OWNER/NAME to download it.")
+            hint = "; a file's directory is expected, with config.json and tokenizer" if directory.is_file() else ""
+            raise FileNotFoundError(f"no directory {directory}; expected one, or {HUB}OWNER/NAME to download it{hint}.")
         return directory
 
     import huggingface_hub
 
-    repository, _, revision = str(path).removeprefix(HUB).partition("@")
+    repository, at, revision = str(path).removeprefix(HUB).partition("@")
+    if repository.count("/") > 1 or (at and not revision):
+        raise ValueError(
+            f"{path} is no repository; expected {HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION (a branch, tag or commit). "
+            "A folder inside a repository is not read: download it, and pass its directory."
+        )
+    fetch = functools.partial(huggingface_hub.snapshot_download, repository, revision=revision or None)
     try:
-        # Only what we read: many repositories hold the same weights again in other formats.
-        patterns = ["*.json", "*.txt", "*.model", RANKS, *(["*.safetensors"] if tensors else [])]
-        directory = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+        return _download(str(path), fetch, tensors=tensors)
     except (OSError, huggingface_hub.errors.HFValidationError) as error:  # no network, repository, access; bad name
         raise FileNotFoundError(
             f"cannot download {path}: {error}\nWithout network, copy it by other means and pass its directory."
         ) from error
-    return pathlib.Path(directory)
+
+
+def _download(name: str, fetch: Callable[..., str | pathlib.Path], *, tensors: bool) -> pathlib.Path:
+    """The small files of a repository, then the first of its sets of weights that is there: many repositories hold the
+    same weights again in other formats."""
+    directory = pathlib.Path(fetch(allow_patterns=["*.json", "*.txt", "*.model", RANKS]))
+    if not tensors:
+        return directory
+    config = directory / "config.json"
+    if config.is_file():
+        try:
+            quantized.require_float_config(json_files.read_object(config, "settings"))
+        except ValueError as error:  # said before gigabytes are downloaded
+            raise ValueError(f"{name}: {error}") from error
+    for index, single in ((locate.INDEX, locate.SINGLE), (locate.TORCH_INDEX, locate.TORCH_SINGLE)):
+        fetch(allow_patterns=[single])
+        if not (directory / single).is_file() and (directory / index).is_file():
+            fetch(allow_patterns=sorted(set(locate.weight_map(directory / index).values())))
+        if (directory / single).is_file() or (directory / index).is_file():
+            break
+    return directory
 
 
 def read_assets(directory: str | pathlib.Path) -> dict[str, str]:

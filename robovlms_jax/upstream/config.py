@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from robovlms_jax import json_files
 from robovlms_jax.config import (
     AugmentConfig,
     AuxiliaryConfig,
@@ -588,12 +589,7 @@ def _read(path: pathlib.Path, children: tuple[pathlib.Path, ...]) -> dict[str, A
         raise FileNotFoundError(f"no file {path}{named}; expected an upstream JSON configuration.")
     if path.resolve() in children:
         raise ValueError(f"{path} is its own parent: {' -> '.join(str(child) for child in children)}.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; expected an object of settings.")
+    values = json_files.read_object(path, "settings")
     parent = values.get("parent")
     if not parent:
         return _merge({}, values)

@@ -170,6 +170,10 @@ def allow(
             known |= hits
             if hits:
                 filled.add(rule.target)
+        elif isinstance(rule, rules.Tied):
+            heads = {name for name in names.values() if rule.match(name)}
+            known |= heads
+            filled |= {rule.table} if heads else set()
         elif isinstance(rule, rules.Ignore):
             known |= {name for name in names.values() if re.fullmatch(rule.source, name)}
     born = [rule.target for rule in table if isinstance(rule, rules.Fresh)]

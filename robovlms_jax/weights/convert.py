@@ -12,8 +12,11 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from robovlms_jax.weights.rules import Fresh, Ignore, Rearrange, Rule, Rules, canonical
+from robovlms_jax.weights import tying
+from robovlms_jax.weights.rules import Fresh, Ignore, Rearrange, Rule, Rules, Tied, canonical
 from robovlms_jax.weights.sources import Source
+
+_HEAD = "/head/kernel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,9 @@ def load_params(
     flat, flat_shardings = flatten_dict(shapes, sep="/"), flatten_dict(shardings, sep="/")
     parameters = {path: leaf.shape for path, leaf in flat.items()}
     recipes = plan(rules, source.shapes, parameters, name=source.name, spare=spare)
+    untied = tying.difference(rules, source)
+    if untied is not None:
+        raise ValueError(f"{source.name}: {untied}. {tying.REMEDY}")
     return unflatten_dict(
         {path: _load(recipe, source, flat[path], flat_shardings[path]) for path, recipe in recipes.items()}, sep="/"
     )
@@ -86,7 +92,9 @@ def plan(
         layers = range(shape[0]) if rule.is_stacked else [None]
         for layer in layers:
             if (path, layer) not in filled:
-                problems.add("tensors that are missing", rule.name(layer), f"{_source_shape(rule, shape)}, for {path}")
+                detail = f"{_source_shape(rule, shape)}, for {path}"
+                detail += "; is it the token table? Then config.json says tie_word_embeddings" * path.endswith(_HEAD)
+                problems.add("tensors that are missing", rule.name(layer), detail)
         tensors_of_layers = tuple(filled.get((path, layer), "") for layer in layers)
         recipes[path] = Recipe(tensors_of_layers, _rearrange(rule, shape), rule.is_stacked)
     problems.raise_if_any(name)
@@ -102,7 +110,7 @@ def _assign(
     """Give each tensor its place: (path, layer) -> tensor, and path -> the rule that filled it."""
     filled: dict[tuple[str, int | None], str] = {}
     used: dict[str, Rule] = {}
-    for tensor, found in tensors.items():
+    for tensor, found in _heads_last(rules, tensors).items():
         matches = _matches(rules, canonical(rules, tensor))
         if not _is_whole(matches):
             kind = "tensors that several rules match" if matches else "tensors that no rule matches"
@@ -111,6 +119,10 @@ def _assign(
         for rule, layer in matches:
             if isinstance(rule, Ignore):
                 continue
+            if isinstance(rule, Tied):
+                rule = next(other for other in rules if isinstance(other, Rule) and other.target == rule.table)
+                if (rule.target, None) in filled and list(found) == _source_shape(rule, parameters[rule.target]):
+                    continue
             path = rule.target
             if path not in parameters:
                 problems.add("tensors of parameters the model does not have", tensor, f"{list(found)}, for {path}")
@@ -130,22 +142,31 @@ def _assign(
     return filled, used
 
 
-def _is_whole(matches: list[tuple[Rule | Ignore, int | None]]) -> bool:
+def _heads_last(rules: Rules, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The same tensors, in an order in which a tied head comes when its token table, if stored, has its place."""
+    rows = [rule for rule in rules if isinstance(rule, Tied)]
+    last = [name for name in tensors if any(rule.match(canonical(rules, name)) for rule in rows)]
+    return {name: shape for name, shape in tensors.items() if name not in last} | {name: tensors[name] for name in last}
+
+
+def _is_whole(matches: list[tuple[Rule | Tied | Ignore, int | None]]) -> bool:
     """One rule for the tensor, or one for each of its parts."""
-    if len(matches) == 1 and isinstance(matches[0][0], Ignore):
+    if len(matches) == 1 and isinstance(matches[0][0], (Ignore, Tied)):
         return True
     parts = [rule.part if isinstance(rule, Rule) else None for rule, _ in matches]
     return len(parts) > 0 and None not in parts and sorted(parts) == [(i, len(parts)) for i in range(len(parts))]
 
 
-def _matches(rules: Rules, tensor: str) -> list[tuple[Rule | Ignore, int | None]]:
+def _matches(rules: Rules, tensor: str) -> list[tuple[Rule | Tied | Ignore, int | None]]:
     matches = []
     for rule in rules:
         if isinstance(rule, Rule):
             is_match, layer = rule.match(tensor)
             if is_match:
                 matches.append((rule, layer))
-        elif isinstance(rule, Ignore) and re.fullmatch(rule.source, tensor):
+        elif (isinstance(rule, Ignore) and re.fullmatch(rule.source, tensor)) or (
+            isinstance(rule, Tied) and rule.match(tensor)
+        ):
             matches.append((rule, None))
     return matches
 
@@ -164,15 +185,17 @@ def _load(
     shape = parameter.shape[1:] if recipe.is_stacked else parameter.shape
 
     def read(tensor: str, index: tuple[slice, ...]) -> np.ndarray:
-        return recipe.rearrange.forward(lambda cut: source.read(tensor, cut), shape, index)
+        return recipe.rearrange.forward(lambda cut: _read(source, tensor, cut), shape, index)
 
     def part(index: tuple[slice, ...], bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
         out = np.empty([stop - start for start, stop in bounds], parameter.dtype)
         if recipe.is_stacked:
             for row, layer in enumerate(range(*bounds[0])):
                 out[row] = read(recipe.tensors[layer], index[1:])
+                _require_finite(out[row], recipe.tensors[layer], source.name)
         else:
             out[...] = read(recipe.tensors[0], index)
+            _require_finite(out, recipe.tensors[0], source.name)
         return out
 
     # Part by part, and each on its devices before the next is read; devices that hold the same part share one reading.
@@ -185,6 +208,30 @@ def _load(
         x = part(devices[0][1], bounds)
         arrays += jax.block_until_ready([jax.device_put(x, device) for device, _ in devices])
     return jax.make_array_from_single_device_arrays(parameter.shape, sharding, arrays)
+
+
+def _read(source: Source, tensor: str, cut: tuple[slice, ...]) -> np.ndarray:
+    x = source.read(tensor, cut)
+    if x.dtype.kind in "biu" or x.dtype.itemsize < 2:
+        raise ValueError(
+            f"{source.name} holds {tensor} in {x.dtype}; expected float32, float16 or bfloat16. Are these weights "
+            "quantised? Take the ones they were made from."
+        )
+    return x
+
+
+def _require_finite(x: np.ndarray, tensor: str, name: str) -> None:
+    """Raise ValueError where numbers are NaN or infinite."""
+    numbers = x.astype(np.float32, copy=False)
+    with np.errstate(all="ignore"):
+        if np.isfinite(np.sum(numbers)):  # faster than looking at each number, which only a doubt asks for
+            return
+    wrong = np.count_nonzero(~np.isfinite(numbers))
+    if wrong:
+        raise ValueError(
+            f"{name} holds {tensor} with {wrong} of the {x.size} numbers read NaN or infinite (as {x.dtype}); the "
+            "training that wrote it diverged, or the file is damaged. Take an earlier checkpoint, or download it again."
+        )
 
 
 class _Problems:

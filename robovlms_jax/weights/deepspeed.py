@@ -51,9 +51,14 @@ class ZeroSource:
         self._take_whole(model)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        pieces = self._pieces[name]
-        flat = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        return flat.reshape(self.shapes[name])[index]
+        shape, pieces = self.shapes[name], self._pieces[name]
+        if shape:  # only the pieces with the rows that are asked for
+            start, stop, _ = index[0].indices(shape[0])
+            size = math.prod(shape[1:])
+            pieces = _span(pieces, start * size, (stop - start) * size)
+            shape, index = (stop - start, *shape[1:]), (slice(None), *index[1:])
+        flat = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.float32), *pieces])
+        return flat.reshape(shape)[index]
 
     def _add(self, name: str, shape: Iterable[int], pieces: list[np.ndarray]) -> None:
         shape = tuple(shape)

@@ -54,12 +54,32 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tied:
+    """A head that is the token table stored once more: equal to it, or stored in its place."""
+
+    source: str
+    """Tensor name, as in `Rule`."""
+    table: str
+    """Path of the token table."""
+    head: str
+    """Path of the kernel that it would be in a model that ties nothing."""
+
+    def match(self, name: str) -> bool:
+        """Whether a normalised tensor name is this head."""
+        return name == normalize(self.source)
+
+
+@dataclasses.dataclass(frozen=True)
 class Ignore:
     """Source tensors that become nothing, if they are there at all."""
 
     source: str
     """Regular expression the whole normalised name matches."""
     reason: str
+
+    def match(self, name: str) -> bool:
+        """Whether a normalised tensor name is one of them."""
+        return re.fullmatch(self.source, name) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +100,7 @@ class Rename:
     replacement: str
 
 
-Rules = tuple[Rule | Ignore | Fresh | Rename, ...]
+Rules = tuple[Rule | Tied | Ignore | Fresh | Rename, ...]
 
 LORA = Fresh(r"/lora_[ab]$", "adapters are born with the run")
 
@@ -106,7 +126,7 @@ def canonical(rules: Rules, name: str) -> str:
     return name
 
 
-def prefixed(rules: Iterable[Rule | Ignore | Fresh | Rename], *, source: str = "", target: str = "") -> Rules:
+def prefixed(rules: Iterable[Rule | Tied | Ignore | Fresh | Rename], *, source: str = "", target: str = "") -> Rules:
     """The same rules for tensors whose names begin with `source` and parameters whose paths begin with `target`.
 
     `prefixed(config.rules, target="backbone/")` maps a backbone's checkpoint into a policy's tree.
@@ -115,6 +135,8 @@ def prefixed(rules: Iterable[Rule | Ignore | Fresh | Rename], *, source: str = "
     def move(rule):
         if isinstance(rule, Rule):
             return Rule(source + rule.source, target + rule.target, rule.pattern)
+        if isinstance(rule, Tied):
+            return Tied(source + rule.source, target + rule.table, target + rule.head)
         if isinstance(rule, Ignore):
             return Ignore(re.escape(source) + rule.source, rule.reason)
         return rule
@@ -257,10 +279,22 @@ def llama(source: str, target: str, *, bias: str = "none", norms: Mapping[str, s
 
 def head(source: str, target: str, *, tied: bool) -> Rules:
     """The matrix that makes logits: a parameter of its own, or the token table stored once more."""
-    name = f"{source}.weight"
     if tied:
-        return (Ignore(re.escape(normalize(name)), "tied to the token table"),)
+        return (Tied(f"{source}.weight", f"{target}/embed/table", f"{target}/head/kernel"),)
     return linear(source, f"{target}/head", use_bias=False)
+
+
+def with_head(table: Rules, *, tied: bool) -> Rules:
+    """The same rules for a model whose head is tied, or is not; see `head`."""
+    rows: Rules = ()
+    for row in table:
+        if tied and isinstance(row, Rule) and row.target.endswith("/head/kernel"):
+            rows += head(row.source.removesuffix(".weight"), row.target.removesuffix("/head/kernel"), tied=True)
+        elif not tied and isinstance(row, Tied):
+            rows += head(row.source.removesuffix(".weight"), row.head.removesuffix("/head/kernel"), tied=False)
+        else:
+            rows += (row,)
+    return rows
 
 
 # Rearrangement of one tensor.

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import ml_dtypes  # noqa: F401 - so that safetensors knows bfloat16
 import numpy as np
 import safetensors
 
-from robovlms_jax.weights import deepspeed, torch_files
+from robovlms_jax.weights import deepspeed, locate, quantized, torch_files
+from robovlms_jax.weights.locate import INDEX, SINGLE, TORCH_INDEX, TORCH_SINGLE
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-TORCH_INDEX, TORCH_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+__all__ = ["INDEX", "SINGLE", "TORCH_INDEX", "TORCH_SINGLE"]
 
 
 class Source(Protocol):
@@ -46,19 +46,28 @@ class SafetensorsSource:
     def __init__(self, files: list[pathlib.Path], name: str):
         self.name = name
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self.owners: dict[str, str] = {}
         self._files: dict[str, Any] = {}
         for path in files:
             file = _open(path)
             for key in file.keys():  # noqa: SIM118 - not a dict; it cannot be iterated
                 if key in self._files:
                     raise ValueError(
-                        f"{path} repeats tensor {key!r} of another shard; the shards are not of one checkpoint."
+                        f"{path} repeats tensor {key!r} of another shard, {self.owners[key]}; the shards are not of "
+                        "one checkpoint."
                     )
-                self._files[key] = file
-                self.shapes[key] = tuple(file.get_slice(key).get_shape())
+                self._files[key], self.owners[key] = file, path.name
+                part = file.get_slice(key)
+                self.shapes[key], self.dtypes[key] = tuple(part.get_shape()), part.get_dtype()
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return np.asarray(self._files[name].get_slice(name)[index])
+        try:
+            return np.asarray(self._files[name].get_slice(name)[index])
+        except (AttributeError, TypeError) as error:  # what NumPy has no type for
+            raise ValueError(
+                f"{self.name} holds {name} in {self.dtypes[name]}, which is not read here; expected float weights."
+            ) from error
 
 
 class JointSource:
@@ -89,11 +98,12 @@ def open_sources(paths: Sequence[str | pathlib.Path]) -> Source:
 
 def open_source(path: str | pathlib.Path) -> Source:
     """Open a safetensors or PyTorch file, a directory with one in the hub's naming or with shards and their index, or a
-    DeepSpeed checkpoint.
+    DeepSpeed checkpoint. Of several in one directory the one that transformers would open; the log names the others.
 
     Raises:
       FileNotFoundError: nothing there, or a shard is missing.
-      ValueError: a file is truncated or corrupt, wants to run code, or the index and its shards disagree.
+      ValueError: a file is truncated or corrupt, wants to run code, or the index and its shards disagree; the weights
+        are quantised, or a LoRA adapter lies beside them.
     """
     path = pathlib.Path(path)
     if path.is_file():
@@ -102,43 +112,46 @@ def open_source(path: str | pathlib.Path) -> Source:
         raise FileNotFoundError(
             f"{path} does not exist; expected a safetensors or PyTorch file, or a directory with {SINGLE} or {INDEX}."
         )
-    # Safetensors first: repositories that hold both hold the same weights twice.
-    for index, single in ((INDEX, SINGLE), (TORCH_INDEX, TORCH_SINGLE)):
-        if (path / index).is_file():
-            return _open_sharded(path / index)
-        if (path / single).is_file():
-            return _open_files([path / single], str(path))
+    found = locate.find(path)
+    if found is not None and found.name.endswith(".index.json"):
+        return _open_sharded(found)
+    if found is not None:
+        locate.tell_unread(found, ())
+        return _open_files([found], str(path))
     if deepspeed.is_zero(path):
         return deepspeed.ZeroSource(path)
-    raise FileNotFoundError(
-        f"{path} has neither {SINGLE} nor {INDEX} (nor {TORCH_SINGLE}); it holds "
-        f"{sorted(p.name for p in path.iterdir())[:10]}."
-    )
+    raise FileNotFoundError(f"{path} has neither {SINGLE} nor {INDEX} (nor {TORCH_SINGLE}); {locate.advice(path)}")
 
 
-def _open_files(files: list[pathlib.Path], name: str) -> Source:
-    if torch_files.is_torch_file(files[0]):
-        return torch_files.TorchSource(files, name)
-    return SafetensorsSource(files, name)
+def _open_files(files: list[pathlib.Path], name: str) -> SafetensorsSource | torch_files.TorchSource:
+    make = torch_files.TorchSource if torch_files.is_torch_file(files[0]) else SafetensorsSource
+    source = make(files, name)
+    quantized.require_float_tensors(name, source.dtypes, source.shapes)
+    return source
 
 
 def _open_sharded(index: pathlib.Path) -> Source:
-    directory = index.parent
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is no index of shards ({error!r}); download it again.") from error
+    directory, weight_map = index.parent, locate.weight_map(index)
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if not (directory / file).is_file()]
     if missing:
+        others = [name for name in locate.weight_files(directory) if name not in (index.name, *files)]
+        instead = f" Also there, and not read: {others}; to use one of them, move {index.name} away." if others else ""
         raise FileNotFoundError(
             f"{index} names {len(files)} shards, of which {missing} are missing; download them into {directory}."
+            + instead
         )
+    locate.tell_unread(index, [directory / file for file in files])
     source = _open_files([directory / file for file in files], str(directory))
-    differing = sorted(set(weight_map) ^ set(source.shapes))
+    owners, names = source.owners, {*weight_map, *source.owners}
+    differing = sorted(name for name in names if weight_map.get(name) != owners.get(name))
     if differing:
+        first = differing[0]
+        claimed, true = weight_map.get(first, "no file"), owners.get(first, "no file")
         raise ValueError(
-            f"{index} and its shards disagree about {len(differing)} tensors, first {differing[:5]}; fetch them again."
+            f"{index} and its shards disagree about {len(differing)} tensors, first {differing[:5]}: {first} is in "
+            f"{claimed} by the index and in {true} in fact. They are of two checkpoints, or a download is incomplete; "
+            "fetch index and shards again, into an empty directory."
         )
     return source
 
@@ -147,6 +160,7 @@ def _open(path: pathlib.Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="numpy")
     except safetensors.SafetensorError as error:
+        torch_files.require_no_pointer(path)
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is truncated or no safetensors file: {error}. Download it again."
         ) from error

@@ -20,6 +20,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from robovlms_jax import json_files
+
 STATE_KEYS = ("state_dict", "model_state_dict", "module")
 """Where trainers put the weights: Lightning, upstream's own saver, DeepSpeed."""
 
@@ -96,9 +98,17 @@ class TorchSource:
     def __init__(self, files: list[pathlib.Path], name: str):
         self.name = name
         self.tensors: dict[str, Tensor] = {}
+        self.owners: dict[str, str] = {}
         for path in files:
-            self.tensors |= _state_dict(load(path), path)
+            for key, tensor in _state_dict(load(path), path).items():
+                if key in self.tensors:
+                    raise ValueError(
+                        f"{path} repeats tensor {key!r} of another shard, {self.owners[key]}; the shards are not of "
+                        "one checkpoint."
+                    )
+                self.tensors[key], self.owners[key] = tensor, path.name
         self.shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
+        self.dtypes = {key: str(tensor.storage.dtype) for key, tensor in self.tensors.items()}
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         return self.tensors[name].view()[index]
@@ -125,6 +135,7 @@ def load(path: pathlib.Path) -> Any:
                 raise ValueError(f"{path} holds big-endian numbers, which are not read here.")
             pickled = archive.read(records["data.pkl"])
     except zipfile.BadZipFile as error:
+        require_no_pointer(path)
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is truncated or no PyTorch file: {error}. Download it again."
         ) from error
@@ -133,6 +144,15 @@ def load(path: pathlib.Path) -> Any:
         return _Unpickler(pickled, path, storages).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds a pickle that cannot be read: {error!r}. Download it again.") from error
+
+
+def require_no_pointer(path: pathlib.Path) -> None:
+    """Raise ValueError where a file is what git leaves of a large one until Git LFS fetches it."""
+    with path.open("rb") as file:
+        if file.read(len(json_files.LFS_POINTER)) == json_files.LFS_POINTER:
+            raise ValueError(
+                f"{path} is a pointer of Git LFS, not the weights; run `git lfs pull` where it lies, or download it."
+            )
 
 
 def is_torch_file(path: pathlib.Path) -> bool:

@@ -12,7 +12,8 @@ import transformers
 from flax.traverse_util import flatten_dict
 from safetensors.torch import save_file
 
-from robovlms_jax.backbones import base
+from robovlms_jax import build
+from robovlms_jax.backbones import base, sections
 from robovlms_jax.weights import convert, export, sources
 from tests.backbones import families
 from tests.backbones.oracle import abstract, from_torch, randomize
@@ -64,6 +65,84 @@ def test_every_spelling_and_type_and_the_way_back(model, tmp_path):
     assert all(torch.equal(value, expected[key]) for key, value in opened.state_dict().items())
     torch_model.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
     assert_equal(load(base.from_directory(tmp_path / "saved"), tmp_path / "saved"), params)
+
+
+def opened(config, source) -> base.VLMConfig:
+    """The configuration that a run goes on with, after it has seen the weights."""
+    return build.fit_weights(build.Backbone(config, None, {}), source).vlm
+
+
+def test_a_head_of_its_own_is_kept_and_a_tied_one_found_under_either_name(model, caplog):
+    name, config, torch_model = model
+    if config.text.head == "linear_bias":
+        with pytest.raises(ValueError, match="tie_word_embeddings=True is not supported"):
+            base.from_hf_config(base.to_hf_config(config) | {"tie_word_embeddings": True})
+        return
+    values = base.to_hf_config(config)
+    tied, untied = (base.from_hf_config(values | {"tie_word_embeddings": flag}) for flag in (True, False))
+    assert [x.text.head for x in (tied, untied)] == ["tied", "linear"]
+    assert config in (tied, untied) and base.from_hf_config(base.to_hf_config(tied)) == tied
+    state = families.published(torch_model, dict(torch_model.state_dict()))
+    table = next(
+        key for key in state if key.endswith(("embed_tokens.weight", "wte.weight")) and "text_model.text" not in key
+    )
+    head = next(key for key in state if key.endswith("lm_head.weight"))
+    own = {key: value.detach().numpy() for key, value in state.items()} | {head: state[table].numpy() + 0.25}
+    source = sources.ArraySource(own, "here")
+
+    found = opened(tied, source)
+    assert found == untied and "Both are kept, as transformers does" in caplog.text
+    params = from_torch(found, {key: torch.from_numpy(value) for key, value in own.items()})["text"]
+    np.testing.assert_array_equal(params["head"]["kernel"], own[head].T)
+    np.testing.assert_array_equal(params["embed"]["table"], own[table])
+    with pytest.raises(ValueError, match=r"are both stored and differ, by up to 0.25"):
+        from_torch(tied, {key: torch.from_numpy(value) for key, value in own.items()})
+
+    for left_out in (head, table):
+        same = {key: state[table] if key in (head, table) else value for key, value in state.items() if key != left_out}
+        arrays = sources.ArraySource({key: value.detach().numpy() for key, value in same.items()})
+        assert opened(tied, arrays) == tied
+        np.testing.assert_array_equal(from_torch(tied, same)["text"]["embed"]["table"], own[table])
+
+
+@pytest.mark.parametrize("name", ["paligemma-3b-224", "smolvlm2-500m", "qwen2.5-vl-3b"])
+def test_transformers_keeps_the_same_head(tmp_path, name):
+    config = families.tiny(name)
+    config = base.from_hf_config(base.to_hf_config(config) | {"tie_word_embeddings": True})
+    torch_model = randomize(families.torch_model(config))
+    state = {key: value.contiguous().clone() for key, value in torch_model.state_dict().items()}
+    state["lm_head.weight"] += 0.25
+    save_file(state, tmp_path / sources.SINGLE, metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(base.to_hf_config(config)))
+    source = sources.open_source(tmp_path)
+    found = opened(config, source)
+    ours = load(found, tmp_path)["text"]["head"]["kernel"]
+    theirs = type(torch_model).from_pretrained(tmp_path).lm_head.weight.detach().numpy()
+    np.testing.assert_array_equal(ours, theirs.T)
+
+
+@pytest.mark.parametrize(
+    ("flags", "head"),
+    [
+        ({"tie_word_embeddings": True}, "tied"),
+        ({"tie_word_embeddings": False}, "linear"),
+        ({"text_config": {"tie_word_embeddings": True}}, "tied"),
+        ({"text_config": {"tie_word_embeddings": False}}, "linear"),
+        ({"tie_word_embeddings": None, "text_config": {"tie_word_embeddings": True}}, "tied"),
+        ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, "tied"),
+        ({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}, "tied"),
+    ],
+)
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "smolvlm", "deepseek_vl"])
+def test_the_flag_is_read_wherever_it_stands_and_a_disagreement_is_told(caplog, model_type, flags, head):
+    sections._say_once.cache_clear()
+    config = base.from_hf_config({"model_type": model_type} | flags)
+    assert config.text.head == head
+    disagree = {True, False} == {
+        flags.get("tie_word_embeddings"),
+        flags.get("text_config", {}).get("tie_word_embeddings"),
+    }
+    assert ("at the top and" in caplog.text) == disagree
 
 
 def test_weights_of_another_family_or_size_are_refused():

@@ -171,7 +171,11 @@ def test_config_json_may_use_new_names_lists_for_squares_and_leave_out_defaults(
     ("values", "message"),
     [
         ({"text_config": {"activation_dropout": 0.1}}, "text_config.activation_dropout=0.1 is not supported"),
-        ({"text_config": {"tie_word_embeddings": False}}, "text_config.tie_word_embeddings=False is not supported"),
+        (
+            {"model_type": "moondream1", "tie_word_embeddings": True},
+            "tie_word_embeddings=True is not supported; this model's head",
+        ),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantised by AWQ \(4 bits\).*float32"),
         ({"vision_config": {"image_size": [224, 112]}}, r"vision_config.image_size=\[224, 112\] is not supported"),
         ({"vision_config": {"hidden_act": "relu6"}}, "vision activation 'relu6' is unknown"),
     ],
@@ -187,7 +191,7 @@ def test_directories_without_a_readable_config_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; a backbone directory holds"):
         base.from_directory(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: Expecting"):
+    with pytest.raises(ValueError, match=r"config\.json is not JSON: Expecting"):
         base.from_directory(tmp_path)
 
 

@@ -1,0 +1,38 @@
+"""JSON files as people and their editors leave them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+LFS_POINTER = b"version https://git-lfs.github.com"
+"""How the small text file begins that git leaves in place of a large one until Git LFS fetches it."""
+
+
+def read(path: str | pathlib.Path) -> Any:
+    """The content of a JSON file in UTF-8, with or without a byte-order mark (Windows editors write one).
+
+    Raises:
+      OSError: no such file, or it may not be read.
+      ValueError: not UTF-8 or not JSON; names the file, and the line where reading failed.
+    """
+    path = pathlib.Path(path)
+    raw = path.read_bytes()
+    if raw.startswith(LFS_POINTER):
+        raise ValueError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` where it lies.")
+    try:
+        return json.loads(raw.decode("utf-8-sig"))
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are
+        raise ValueError(f"{path} is not JSON: {error} ({len(raw)} bytes)") from error
+
+
+def read_object(path: str | pathlib.Path, expected: str) -> dict[str, Any]:
+    """`read` of a file that holds an object; `expected` says of what, for the message.
+
+    Raises ValueError, besides what `read` raises, where it holds something else.
+    """
+    values = read(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected an object of {expected}.")
+    return values

@@ -1,0 +1,73 @@
+"""Heads that are the token table, and others that only claim to be."""
+
+from __future__ import annotations
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from robovlms_jax.weights import convert, rules, sources, tying
+
+TABLE = np.arange(12, dtype=np.float32).reshape(4, 3)
+TIED = (rules.Rule("embed.weight", "text/embed/table"), *rules.head("lm_head", "text", tied=True))
+
+
+def load(table: rules.Rules, arrays: dict[str, np.ndarray]):
+    wanted = {"text": {"embed": {"table": jax.ShapeDtypeStruct((4, 3), np.float32)}}}
+    if table is not TIED:
+        wanted["text"]["head"] = {"kernel": jax.ShapeDtypeStruct((3, 4), np.float32)}
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    source = sources.ArraySource(arrays, "here")
+    return convert.load_params(table, source, wanted, jax.tree.map(lambda _: place, wanted))
+
+
+@pytest.mark.parametrize("names", [["embed.weight"], ["lm_head.weight"], ["lm_head.weight", "model.embed.weight"]])
+def test_a_tied_matrix_is_read_under_whichever_name_it_is_stored(names):
+    np.testing.assert_array_equal(load(TIED, dict.fromkeys(names, TABLE))["text"]["embed"]["table"], TABLE)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_head_that_differs_from_its_table_is_refused_with_the_largest_difference(dtype, monkeypatch):
+    monkeypatch.setattr(tying, "_BLOCK", 4)  # a row at a time
+    other = TABLE.copy()
+    other[3, 1] += 0.5
+    arrays = {"embed.weight": TABLE.astype(dtype), "module.lm_head.weight": other.astype(dtype)}
+    with pytest.raises(ValueError, match=r"here: .*module.lm_head.weight and embed.weight.* up to 0.5 and in 1 of 12"):
+        load(TIED, arrays)
+    untied = rules.with_head(TIED, tied=False)
+    found = load(untied, arrays)["text"]
+    np.testing.assert_array_equal(found["embed"]["table"], TABLE)
+    np.testing.assert_array_equal(found["head"]["kernel"], other.T)
+    assert rules.with_head(untied, tied=True) == TIED
+
+
+def test_a_tied_head_of_another_shape_is_reported():
+    with pytest.raises(ValueError, match=r"another shape:\n +lm_head.weight  found \[5, 3\], expected \[4, 3\]"):
+        load(TIED, {"embed.weight": TABLE, "lm_head.weight": np.ones((5, 3), np.float32)})
+
+
+def test_a_missing_head_asks_whether_it_is_the_token_table():
+    with pytest.raises(ValueError, match=r"lm_head.weight .*is it the token table\? Then config.json says tie_word"):
+        load(rules.with_head(TIED, tied=False), {"embed.weight": TABLE})
+
+
+def test_rules_of_a_policy_keep_the_tie():
+    table = rules.prefixed(TIED, source="vlm.", target="backbone/")
+    shapes = {"backbone/text/embed/table": (4, 3)}
+    assert convert.plan(table, {"vlm.lm_head.weight": (4, 3)}, shapes).keys() == shapes.keys()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_numbers_that_are_none_are_named_with_their_tensor(wrong, dtype):
+    broken = TABLE.astype(dtype)
+    broken[1, 2] = wrong
+    with pytest.raises(ValueError, match=r"here holds embed.weight with 1 of the 12 numbers read NaN or infinite"):
+        load(TIED, {"embed.weight": broken})
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64, np.bool_, ml_dtypes.float8_e4m3fn])
+def test_parameters_are_never_made_from_integers_or_bytes(dtype):
+    with pytest.raises(ValueError, match=rf"here holds embed.weight in {np.dtype(dtype)}; expected float32"):
+        load(TIED, {"embed.weight": np.ones((4, 3), dtype)})
