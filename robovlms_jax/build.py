@@ -54,11 +54,12 @@ class Backbone:
     directories: tuple[pathlib.Path, ...] = ()
 
     def encoder(self, length: int) -> EncodeText:
-        """Instruction -> (int32[T], bool[T]) with T = `length`, or the next multiple of 8 that a longer prompt
-        needs."""
+        """Instruction -> (int32[T], bool[T]) with T = `length`, or more as a longer prompt needs it; one that is far
+        longer raises ValueError. See `inputs.prompts.served_length`."""
 
         def encode(instruction: str) -> tuple[np.ndarray, np.ndarray]:
-            return self.encode(instruction, max(length, self.longest([instruction])))
+            tokens = self.longest([instruction], multiple=1)
+            return self.encode(instruction, prompts.served_length(tokens, length, instruction))
 
         return encode
 
@@ -67,10 +68,10 @@ class Backbone:
         vlm = self.vlm
         return prompts.encode(self.tokenizer, vlm.prompt, instruction, length, special_tokens=vlm.special_tokens)
 
-    def longest(self, instructions: Iterable[str]) -> int:
+    def longest(self, instructions: Iterable[str], multiple: int = 8) -> int:
         """The `length` that fits all instructions; see `inputs.prompts.longest`."""
         vlm = self.vlm
-        return prompts.longest(self.tokenizer, vlm.prompt, instructions, special_tokens=vlm.special_tokens)
+        return prompts.longest(self.tokenizer, vlm.prompt, instructions, multiple, special_tokens=vlm.special_tokens)
 
 
 def open_backbone(config: BackboneConfig, sentences: Iterable[str]) -> Backbone:

@@ -4,7 +4,8 @@ computer."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -73,3 +74,23 @@ class Env(Protocol):
     @property
     def info(self) -> Mapping[str, Any]:
         """State that task checkers need."""
+
+
+def is_slot(slot: object, size: int) -> bool:
+    """Whether it numbers one of `size` slots: a whole number from 0 on. -1 is no slot, nor is True."""
+    return isinstance(slot, numbers.Integral) and not isinstance(slot, bool) and 0 <= slot < size
+
+
+def check_slots(slots: Sequence[int], size: int) -> list[int]:
+    """Numbers of slots, of a policy that serves `size` episodes, as plain ints.
+
+    Raises ValueError that names the first that is none, or that comes twice.
+    """
+    checked: list[int] = []
+    for slot in slots:
+        if not is_slot(slot, size):
+            raise ValueError(f"slot {slot!r} is none of the policy's {size}: expected whole numbers 0 ... {size - 1}.")
+        if slot in checked:
+            raise ValueError(f"slot {slot} comes twice in {list(slots)}; each advances once per call.")
+        checked.append(int(slot))
+    return checked

@@ -7,12 +7,13 @@ for many, so that whoever runs the policy simply executes every action it is han
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import numpy as np
 
-from robovlms_jax.interface import ACTION_DIM, ActionChunk, Observation, Policy
+from robovlms_jax.interface import ACTION_DIM, ActionChunk, Observation, Policy, check_slots
 
 Past = tuple[np.ndarray, ...]
 """What is left of earlier chunks, oldest first: each float[1..C, 7], row 0 the action for the coming step."""
@@ -90,56 +91,84 @@ class BatchedPolicy(Protocol):
 class Executed:
     """A `Policy` whose chunks are to be executed whole: `policy` under an execution mode.
 
-    Each observation that `policy` sees says which actions were executed since the one before (`executed`).
+    Each observation that `policy` sees says which actions were executed since the one before (`executed`). Calls from
+    several threads wait for each other.
     """
 
     def __init__(self, policy: Policy, execution: Execution):
         self._policy, self._execution = policy, execution
         self._past: Past = ()
-        self._executed = _NONE
+        self._executed: np.ndarray | None = None
+        """None: no episode."""
+        self._lock = threading.RLock()
 
     def reset(self, instruction: str) -> None:
-        self._past, self._executed = (), _NONE
-        self._policy.reset(instruction)
+        with self._lock:
+            self._executed = None
+            self._policy.reset(instruction)
+            self._past, self._executed = (), _NONE
 
     def act(self, observation: Observation) -> ActionChunk:
-        observation = dataclasses.replace(observation, executed=self._executed)
-        self._executed, self._past = select(self._execution, self._past, self._policy.act(observation).actions)
-        return ActionChunk(self._executed)
+        with self._lock:
+            if self._executed is None:
+                raise RuntimeError("there is no episode: act() before reset(instruction), or the reset failed.")
+            observation = dataclasses.replace(observation, executed=self._executed)
+            self._executed, self._past = select(self._execution, self._past, self._policy.act(observation).actions)
+            return ActionChunk(self._executed)
 
 
 class ExecutedBatch:
-    """A `BatchedPolicy` whose chunks are to be executed whole: `policy` under an execution mode."""
+    """A `BatchedPolicy` whose chunks are to be executed whole: `policy` under an execution mode. Calls from several
+    threads wait for each other."""
 
     def __init__(self, policy: BatchedPolicy, execution: Execution):
         self._policy, self._execution = policy, execution
         self._past: dict[int, Past] = {}
         self._executed: dict[int, np.ndarray] = {}
+        self._lock = threading.RLock()
 
     def reset(self, slots: Sequence[int], instructions: Sequence[str]) -> None:
-        for slot in slots:
-            self._past[slot], self._executed[slot] = (), _NONE
-        self._policy.reset(slots, instructions)
+        with self._lock:
+            for slot in slots:
+                self._executed.pop(slot, None)
+            self._policy.reset(slots, instructions)
+            for slot in slots:
+                self._past[slot], self._executed[slot] = (), _NONE
 
     def act(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[ActionChunk]:
-        told = [
-            dataclasses.replace(observation, executed=self._executed[slot])
-            for slot, observation in zip(slots, observations, strict=True)
-        ]
-        for slot, chunk in zip(slots, self._policy.act(told, slots), strict=True):
-            self._executed[slot], self._past[slot] = select(self._execution, self._past[slot], chunk.actions)
-        return [ActionChunk(self._executed[slot]) for slot in slots]
+        with self._lock:
+            for slot in slots:
+                if slot not in self._executed:
+                    raise RuntimeError(
+                        f"slot {slot} has no episode: act() before reset(instruction), or its reset failed."
+                    )
+            told = [
+                dataclasses.replace(observation, executed=self._executed[slot])
+                for slot, observation in zip(slots, observations, strict=True)
+            ]
+            for slot, chunk in zip(slots, self._policy.act(told, slots), strict=True):
+                self._executed[slot], self._past[slot] = select(self._execution, self._past[slot], chunk.actions)
+            return [ActionChunk(self._executed[slot]) for slot in slots]
 
 
 class Separate:
-    """Single policies as a `BatchedPolicy`, one per slot: each keeps its own history."""
+    """Single policies as a `BatchedPolicy`, one per slot: each keeps its own history. A slot whose policy could not be
+    reset has no episode, and refuses to act."""
 
     def __init__(self, policies: Sequence[Policy]):
         self._policies = list(policies)
+        self._begun: set[int] = set()
 
     def reset(self, slots: Sequence[int], instructions: Sequence[str]) -> None:
+        self._begun -= set(slots)
+        slots = check_slots(slots, len(self._policies))
         for slot, instruction in zip(slots, instructions, strict=True):
             self._policies[slot].reset(instruction)
+            self._begun.add(slot)
 
     def act(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[ActionChunk]:
+        slots = check_slots(slots, len(self._policies))
+        for slot in slots:
+            if slot not in self._begun:
+                raise RuntimeError(f"slot {slot} has no episode: act() before reset(instruction), or its reset failed.")
         return [self._policies[slot].act(observation) for slot, observation in zip(slots, observations, strict=True)]

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from robovlms_jax import json_files
 
@@ -81,7 +82,8 @@ def preprocess(images: jax.Array, spec: ImageSpec, dtype: jnp.dtype = jnp.float3
 
 
 def resize(images: jax.Array, size: int, interpolation: Interpolation = "bicubic") -> jax.Array:
-    """Scale to size x size, whatever the aspect ratio, antialiased; equal to Pillow's `Image.resize` bit for bit.
+    """Scale to size x size, whatever the aspect ratio, antialiased; bit for bit what Pillow's `Image.resize`
+    gives for columns, then for rows (its own order, but for pictures that are much higher than wide).
 
     Args:
       images: uint8[..., height, width, 3].
@@ -98,6 +100,14 @@ def resize(images: jax.Array, size: int, interpolation: Interpolation = "bicubic
     # On CPUs XLA would merge the passes into one loop that computes the first anew for every tap of the second.
     images = jax.lax.platform_dependent(images, cpu=functools.partial(columns, loop=True), default=columns)
     return _resize_axis(images, -3, size, interpolation)
+
+
+def resize_on_host(image: np.ndarray, size: int, interpolation: Interpolation) -> np.ndarray:
+    """The same pixels as `resize`, by Pillow: uint8[height, width, 3] -> uint8[size, size, 3]; nothing is compiled."""
+    code = next(code for code, name in _PIL_CODES.items() if name == interpolation)
+    # Columns first, as above. Asked for both at once, Pillow begins with the rows of pictures much higher than wide.
+    columns = Image.fromarray(np.ascontiguousarray(image)).resize((size, image.shape[0]), code)
+    return np.asarray(columns.resize((size, size), code))
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:

@@ -47,6 +47,30 @@ def encode(
     return padded, mask
 
 
+MAX_TOKENS = 256
+"""Tokens of the longest prompt that is served, unless training had longer ones. Robots' instructions have below 64."""
+
+
+def served_length(tokens: int, length: int, prompt: str) -> int:
+    """Slots for a prompt of `tokens` tokens that is served beside others: `length`, doubled until it fits.
+
+    So all prompts of the usual length share one compiled program, and longer ones a few.
+
+    Raises:
+      ValueError: there are more than MAX_TOKENS and more than `length`, the longest prompt in training.
+    """
+    limit = max(MAX_TOKENS, length)
+    if tokens > limit:
+        raise ValueError(
+            f"the prompt {prompt[:60]!r}... has {tokens} tokens; at most {limit} are served. Training's longest "
+            f"has {length}; shorten the instruction."
+        )
+    slots = max(length, 8)
+    while slots < tokens:
+        slots *= 2
+    return min(slots, limit)
+
+
 def longest(
     tokenizer: PreTrainedTokenizerBase,
     template: str,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,14 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from robovlms_jax.inputs import proprio as states
 from robovlms_jax.interface import ACTION_DIM, ActionChunk, Observation
-from robovlms_jax.policies import encoders, objective, stream
+from robovlms_jax.policies import encoders, episodes, objective, observed, stream
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.types import Inputs
 
+log = logging.getLogger(__name__)
+
 EncodeText = Callable[[str], tuple[np.ndarray, np.ndarray]]
-"""Instruction -> (int32[T], bool[T]); T as short as the prompt allows, see `inputs.prompts`."""
+"""Instruction -> (int32[T], bool[T]), padded on the right. Raises ValueError for one that is far too long, see
+`inputs.prompts.served_length`."""
 
 
 def control_step(
@@ -53,10 +57,15 @@ def control_step(
 class BatchedVLAPolicy:
     """`slots` episodes served by one compiled step. Slots are independent; any subset may be asked at a time.
 
-    The compiled step is reused as long as image sizes and the padded prompt length stay the same.
+    The step is compiled for the pictures' shapes and the length that prompts are padded to, the longest of the episodes
+    under way; a new compilation is logged with its reason. Calls from several threads wait for each other, and one
+    thread acts in an episode (see `episodes.Episodes`). A call that is refused changes nothing, except that slots to be
+    reset are left without an episode, as all slots are after a step that failed.
     """
 
     def __init__(self, model: VLA, params: Any, encode_text: EncodeText, slots: int):
+        if slots < 1:
+            raise ValueError(f"slots={slots}: a policy serves at least one.")
         self.model, self.params, self.slots = model, params, slots
         self._encode = encode_text
         # The carry always lies where the parameters lie: were it placed anew by the first call, the second would
@@ -69,103 +78,155 @@ class BatchedVLAPolicy:
             lambda carry, slot: stream.reset(carry, slot, fresh), donate_argnums=0, out_shardings=place
         )
         self._place, self._carry, self._text_length = place, None, 0
-        self._text: list[tuple[np.ndarray, np.ndarray] | None] = [None] * slots
-        self._images: dict[str, np.ndarray] = {}
+        self._episodes = episodes.Episodes(slots)
+        self._pictures = observed.Pictures(model.config.cameras, slots, model.vlm.image)
         self._extras = encoders.blank(model.config, slots, 1)
         self._planned = np.zeros((slots, 1, ACTION_DIM), np.float32)
+        self._compiled: set[Any] = set()
+        self._lock = threading.RLock()
 
     def reset(self, slots: Sequence[int], instructions: Sequence[str]) -> None:
-        """Start new episodes in the given slots."""
-        for slot, instruction in zip(slots, instructions, strict=True):
-            if not instruction.strip():
-                raise ValueError("the instruction is empty; say what the robot should do.")
-            self._text[slot] = self._encode(instruction)
-            self._make_room(len(self._text[slot][0]))
-            self._carry = self._reset(self._carry, slot)
-            if "past_actions" in self._extras:
-                self._extras["past_actions"][slot] = 0
-            self._planned[slot] = 0
+        """Start new episodes in the given slots; when it fails, none of them has an episode.
+
+        Raises ValueError that names the slot: no such slot, an empty instruction, one that is far too long.
+        """
+        with self._lock:
+            slots = list(slots)
+            self._episodes.end(slots)
+            slots = self._episodes.check(slots, instructions, "instructions")
+            texts = [self._text_of(slot, instruction) for slot, instruction in zip(slots, instructions)]
+            for slot, instruction, text in zip(slots, instructions, texts):
+                self._episodes.begin(slot, instruction, *text)
+            try:
+                self._fit_text()
+                for slot in slots:
+                    self._carry = self._reset(self._carry, slot)
+                    if "past_actions" in self._extras:
+                        self._extras["past_actions"][slot] = 0
+                    self._planned[slot] = 0
+            except BaseException:
+                self._forget()
+                raise
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Episodes that are over: acting there is an error until the next reset, and their instructions count no more
+        for the length that all prompts are padded to."""
+        with self._lock:
+            self._episodes.end(self._episodes.check(slots, slots, "slots"))
 
     def act(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[ActionChunk]:
-        """Advance the given slots by one step each."""
-        for slot, observation in zip(slots, observations, strict=True):
-            if self._text[slot] is None:
-                raise RuntimeError("act() before reset(instruction): the policy does not know what to do.")
-            self._take(slot, observation)
+        """Advance the given slots by one step each.
+
+        Raises:
+          ValueError: an observation that cannot be used, a number that is no slot, actions that are not finite.
+          RuntimeError: a slot without an episode, or with another thread's.
+        """
+        with self._lock:
+            slots = self._episodes.check(slots, observations, "observations")
+            seen = {slot: observed.check(x, self.model.config, slot) for slot, x in zip(slots, observations)}
+            for slot in slots:
+                self._episodes.enter(slot)
+            return [ActionChunk(actions) for actions in self._advance(seen)] if slots else []
+
+    def _advance(self, seen: Mapping[int, observed.Seen]) -> list[np.ndarray]:
+        """float32[C, A] of each slot that saw something, in their order."""
+        images = self._pictures.put(seen)
+        for slot, x in seen.items():
+            self._remember(slot, x)
         ids, mask = self._padded_text()
         active = np.zeros(self.slots, bool)
-        active[list(slots)] = True
-        actions, self._carry = self._step(self.params, self._carry, self._images, ids, mask, active, self._extras)
-        actions = np.asarray(actions)
-        for slot in slots:
-            if not np.isfinite(actions[slot]).all():
-                raise ValueError(
-                    f"the policy's actions are not finite: {actions[slot].tolist()}. Either its parameters are not, or "
-                    "it decoded a word that is no action (set policy.head.constrained)."
-                )
+        active[list(seen)] = True
+        self._announce(images, self._pictures.changes)
+        try:
+            actions, self._carry = self._step(self.params, self._carry, images, ids, mask, active, self._extras)
+            actions = np.asarray(actions)
+        except BaseException:  # what was kept has been given away to the step
+            self._forget()
+            raise
+        bad = [slot for slot in seen if not np.isfinite(actions[slot]).all()]
+        if bad:
+            self._episodes.end(seen)
+            raise ValueError(
+                f"the policy's actions are not finite in slot {', '.join(map(str, bad))}: {actions[bad[0]].tolist()}. "
+                "Either its parameters are not, or it decoded a word that is no action (set policy.head.constrained). "
+                f"The episodes of this call have ended; reset slots {list(seen)}."
+            )
+        for slot in seen:
             self._planned[slot] = actions[slot, :1]
-        return [ActionChunk(actions[slot]) for slot in slots]
+        return [actions[slot] for slot in seen]
 
-    def _make_room(self, text_length: int) -> None:
-        """Prompts are padded to the longest one so far; what is kept between steps follows when it grows."""
-        if text_length <= self._text_length:
+    def _text_of(self, slot: int, instruction: str) -> tuple[np.ndarray, np.ndarray]:
+        """The instruction as int32[T] and bool[T]."""
+        if not isinstance(instruction, str) or not instruction.strip():
+            found = "empty" if isinstance(instruction, str) else f"{instruction!r}, a {type(instruction).__name__}"
+            raise ValueError(f"slot {slot}: the instruction is {found}; say what the robot should do.")
+        try:
+            ids, mask = self._encode(instruction)
+        except ValueError as error:
+            raise ValueError(f"slot {slot}: {error}") from error
+        return np.asarray(ids, np.int32), np.asarray(mask, bool)
+
+    def _fit_text(self) -> None:
+        """Prompts are padded to the longest one of the episodes under way; what is kept between steps follows."""
+        text_length = max(len(episode.ids) for episode in self._episodes if episode is not None)
+        if self._carry is not None and text_length == self._text_length:
             return
-        self._text_length = text_length
         carry = self.model.init_carry(self.slots, self.params, text_length)
         if self._carry is not None:
-            carry = stream.lengthen(self._carry, carry)
+            carry = stream.fit(self._carry, carry)
         # Copies: leaves that begin as one array would be donated twice.
         self._carry = jax.tree.map(lambda x: jax.device_put(np.array(x), self._place), carry)
+        self._text_length = text_length
 
-    def _take(self, slot: int, observation: Observation) -> None:
-        for camera in self.model.config.cameras:
-            if camera not in observation.images:
-                raise ValueError(
-                    f"observation has no {camera!r} image; this policy sees {list(self.model.config.cameras)}."
-                )
-            image = np.asarray(observation.images[camera])
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-                raise ValueError(
-                    f"image {camera!r} is {image.dtype}{list(image.shape)}; expected uint8[height, width, 3] RGB."
-                )
-            store = self._images.get(camera)
-            if store is None or store.shape[1:] != image.shape:
-                store = self._images[camera] = np.zeros((self.slots, *image.shape), np.uint8)
-            store[slot] = image
-        if "proprio" in self._extras:
-            self._extras["proprio"][slot, 0] = self._state_of(observation)
+    def _remember(self, slot: int, seen: observed.Seen) -> None:
+        """What a slot tells beside pictures."""
+        if seen.proprio is not None:
+            self._extras["proprio"][slot, 0] = seen.proprio
         if "past_actions" in self._extras:
             past = self._extras["past_actions"]
-            done = self._planned[slot] if observation.executed is None else np.asarray(observation.executed, np.float32)
+            done = self._planned[slot] if seen.executed is None else seen.executed
             # a row of zeros, gripper included, says that there was no action
             done = done[np.any(done != 0, axis=-1)]
             past[slot] = np.concatenate([past[slot], done])[-past.shape[1] :]
 
-    def _state_of(self, observation: Observation) -> np.ndarray:
-        """float32[7]. Raises ValueError where the observation has no usable robot state."""
-        if observation.proprio is None:
-            raise ValueError(
-                "observation.proprio is None; this policy needs the robot's state (policy.proprio.enabled)."
-            )
-        state = states.from_robot_state(np.asarray(observation.proprio, np.float32))
-        if state.shape != (states.DIM,) or not np.isfinite(state).all():
-            raise ValueError(f"observation.proprio must be one finite robot state; got {state}.")
-        return state
-
     def _padded_text(self) -> tuple[np.ndarray, np.ndarray]:
-        texts = [text for text in self._text if text is not None]
+        known = [episode for episode in self._episodes if episode is not None]
         ids = np.zeros((self.slots, self._text_length), np.int32)
         mask = np.zeros((self.slots, self._text_length), bool)
-        for slot, text in enumerate(self._text):
+        for slot, episode in enumerate(self._episodes):
             # A slot without an episode borrows a text: its result is discarded, but rows without any real token make
             # NaN.
-            row_ids, row_mask = text or texts[0]
-            ids[slot, : len(row_ids)], mask[slot, : len(row_mask)] = row_ids, row_mask
+            text = episode or known[0]
+            ids[slot, : len(text.ids)], mask[slot, : len(text.mask)] = text.ids, text.mask
         return ids, mask
+
+    def _announce(self, images: Mapping[str, np.ndarray], changes: Sequence[str]) -> None:
+        """Log that the coming step is compiled, and why, when it is."""
+        shapes = (self._text_length, *(x.shape for x in images.values()))
+        if shapes in self._compiled:
+            return
+        sizes = ", ".join(f"{camera} {x.shape[1]}x{x.shape[2]}" for camera, x in images.items())
+        what = f"the control step of {self.slots} slots is compiled: pictures {sizes}, prompts of {shapes[0]} tokens"
+        if not self._compiled:
+            log.info("%s", what)
+        else:
+            reasons = list(changes)
+            if all(shapes[0] != known[0] for known in self._compiled):
+                longest = max((x for x in self._episodes if x is not None), key=lambda x: len(x.ids))
+                reasons.append(f"the longest instruction is now {longest.instruction[:60]!r}")
+            why = "; ".join(reasons) or "pictures and prompts of these sizes have not met before"
+            log.warning("%s: %s. This call takes longer; later ones do not", what, why)
+        self._compiled.add(shapes)
+
+    def _forget(self) -> None:
+        """After a failure that may have lost what is kept: no slot has an episode."""
+        self._episodes.end(range(self.slots))
+        self._carry = None
 
 
 class VLAPolicy:
-    """`interface.Policy` for one robot: `reset(instruction)`, then `act(observation)` at every control step."""
+    """`interface.Policy` for one robot: `reset(instruction)`, then `act(observation)` at every control step. Messages
+    call the robot slot 0."""
 
     def __init__(self, model: VLA, params: Any, encode_text: EncodeText):
         self._batched = BatchedVLAPolicy(model, params, encode_text, slots=1)

@@ -156,35 +156,45 @@ def reset(carry: Carry, slot: jax.Array, head: Any) -> Carry:
     return Carry(new_head, Kept(recent, ring))
 
 
-def lengthen(carry: Carry, longer: Carry) -> Carry:
-    """The same carry for longer prompts; `longer`: a fresh carry made for them, which says how many slots a frame has.
+def fit(carry: Carry, fresh: Carry) -> Carry:
+    """The same carry for longer or shorter prompts; `fresh`: one made for them, which says how many slots a frame has.
 
-    Frames that were seen get masked slots where their text ends.
+    Frames that were seen get masked slots where their text ends, or lose masked ones. What does not fit is lost: only
+    episodes whose own prompts fit may go on.
     """
     recent, ring = carry.history.recent, carry.history.ring
     if recent is not None:
-        old, new = recent.tokens, longer.history.recent.tokens
-        end, extra = old.slot("text").stop, new.mask.shape[2] - old.mask.shape[2]
+        old, new = recent.tokens, fresh.history.recent.tokens
+        text, extra = old.slot("text"), new.mask.shape[2] - old.mask.shape[2]
 
-        def insert(x):  # [B, W, S, ...]
-            gap = jnp.zeros((*x.shape[:2], extra, *x.shape[3:]), x.dtype)
-            return jnp.concatenate([x[:, :, :end], gap, x[:, :, end:]], axis=2)
+        def resize(x: jax.Array) -> jax.Array:  # [B, W, S, ...]
+            gap = jnp.zeros((*x.shape[:2], max(extra, 0), *x.shape[3:]), x.dtype)
+            return jnp.concatenate([x[:, :, : text.stop + min(extra, 0)], gap, x[:, :, text.stop :]], axis=2)
 
-        recent = recent.replace(tokens=jax.tree.map(insert, old).replace(layout=new.layout))
+        recent = recent.replace(tokens=jax.tree.map(resize, old).replace(layout=new.layout))
     if ring is not None:
-        fresh = longer.history.ring
-
-        def widen(x, target, _, axis):  # attention does not care which slot a token is in
-            x = jnp.moveaxis(x, axis, 0)
-            x = x[: ring.window * ring.slots].reshape(ring.window, ring.slots, *x.shape[1:])
-            x = jnp.pad(x, [(0, 0), (0, fresh.slots - ring.slots)] + [(0, 0)] * (x.ndim - 2))
-            x = histories.merge(x, 0)
-            rest = target.shape[axis] - len(x)
-            return jnp.moveaxis(jnp.pad(x, [(0, rest)] + [(0, 0)] * (x.ndim - 1)), 0, axis)
-
-        cache = ring.cache.map(widen, fresh.cache).replace(length=fresh.cache.length)
-        ring = ring.replace(cache=cache, slots=fresh.slots)
+        ring = _fit_ring(ring, fresh.history.ring)
     return Carry(carry.head, Kept(recent, ring))
+
+
+def _fit_ring(ring: Ring, fresh: Ring) -> Ring:
+    """The frames of `ring` in as many slots each as `fresh` has; real tokens come first, in the order they had."""
+    frames = (len(ring.count), ring.window, ring.slots)
+    real = ring.cache.mask[:, : ring.window * ring.slots].reshape(frames)
+    order = jnp.argsort(~real, axis=-1, stable=True)[..., : fresh.slots]  # [B, W, S']
+
+    def move(x: jax.Array, target: jax.Array, batch: int, slots: int) -> jax.Array:
+        # Attention does not care which slot a token is in.
+        x = jnp.moveaxis(x, (batch, slots), (0, 1))
+        x = x[:, : ring.window * ring.slots].reshape(*frames, *x.shape[2:])
+        x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 3)), axis=2)
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, fresh.slots - x.shape[2])] + [(0, 0)] * (x.ndim - 3))
+        x = histories.merge(x, 1)
+        x = jnp.pad(x, [(0, 0), (0, target.shape[slots] - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x, (0, 1), (batch, slots))
+
+    cache = ring.cache.map(move, fresh.cache).replace(length=fresh.cache.length)
+    return ring.replace(cache=cache, slots=fresh.slots)
 
 
 def where(active: jax.Array, new: Any, old: Any) -> Any:

@@ -138,3 +138,37 @@ def test_policies_are_told_what_was_executed(batched):
             done = [policy.act(LOOK).actions for _ in range(3)]
     assert listener.told[0].shape == (0, 7)
     np.testing.assert_array_equal(listener.told[1:], done[:2])
+
+
+class Picky(Script):
+    """Refuses one instruction, and stays in the episode before it."""
+
+    def reset(self, instruction: str) -> None:
+        if instruction == "dance":
+            raise ValueError("the policy cannot dance.")
+        super().reset(instruction)
+
+
+def test_nothing_acts_after_a_reset_that_failed():
+    alone = execution.Executed(Picky(), Execution("first"))
+    batch = execution.ExecutedBatch(execution.Separate([Picky(), Picky(), Picky()]), Execution("first"))
+    alone.reset("go")
+    batch.reset([0, 1, 2], ["go"] * 3)
+    for reset in (lambda: alone.reset("dance"), lambda: batch.reset([0, 1], ["dance", "go"])):
+        with pytest.raises(ValueError, match="cannot dance"):
+            reset()
+    with pytest.raises(RuntimeError, match="no episode"):
+        alone.act(LOOK)
+    for slot in (0, 1):
+        with pytest.raises(RuntimeError, match=f"slot {slot} has no episode"):
+            batch.act([LOOK], [slot])
+    batch.act([LOOK], [2])
+
+
+@pytest.mark.parametrize("slots", [[-1], [2], [0, 0], [0.0], [True]])
+def test_separate_policies_have_slots_from_0_on(slots):
+    policy = execution.Separate([Script(), Script()])
+    policy.reset([0, 1], ["go", "go"])
+    for call in (lambda: policy.reset(slots, ["go"] * len(slots)), lambda: policy.act([LOOK] * len(slots), slots)):
+        with pytest.raises(ValueError, match="slot"):
+            call()

@@ -263,3 +263,12 @@ def test_one_picture_of_processors_that_split_and_files_of_models_with_their_own
     path.write_text(json.dumps({"auto_map": {"AutoProcessor": "processing.Processor"}}))
     with pytest.raises(FileNotFoundError, match="expected a model directory"):
         images.read_image_spec(tmp_path)
+
+
+@pytest.mark.parametrize("interpolation", PIL_FILTERS)
+@pytest.mark.parametrize("shape", [(20, 20), (71, 12), (12, 71), (28, 28), (28, 40)])
+def test_a_picture_resized_on_the_host_is_the_one_resized_on_the_device(interpolation, shape):
+    # High ones, too, whose rows Pillow would shrink first.
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    expected = jax.jit(lambda x: images.resize(x, 28, interpolation))(image)
+    np.testing.assert_array_equal(images.resize_on_host(image, 28, interpolation), expected)

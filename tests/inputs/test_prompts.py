@@ -68,3 +68,15 @@ def test_special_tokens_may_be_left_to_the_template(tokenizer):
     assert tokenizer.bos_token_id not in ids[mask]
     assert mask.sum() == prompts.longest(tokenizer, "</s>{instruction}\n", ["open"], 1, special_tokens=False)
     assert mask.sum() + 2 == prompts.longest(tokenizer, "</s>{instruction}\n", ["open"], 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "slots"), [(5, 24, 24), (24, 24, 24), (25, 24, 48), (200, 24, 256), (3, 0, 8), (300, 304, 304)]
+)
+def test_served_prompts_share_few_lengths(tokens, length, slots):
+    assert prompts.served_length(tokens, length, "open the drawer") == slots
+
+
+def test_a_prompt_far_longer_than_training_had_is_refused():
+    with pytest.raises(ValueError, match=r"'open the drawer open .*has 257 tokens; at most 256 are served"):
+        prompts.served_length(257, 24, "open the drawer " * 80)

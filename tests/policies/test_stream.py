@@ -6,11 +6,15 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from robovlms_jax.interface import Observation
-from robovlms_jax.policies import objective, rollout
+from robovlms_jax.nn import attention
+from robovlms_jax.policies import objective, rollout, stream
 from tests import toy
 from tests.toy import T, W
 
@@ -113,9 +117,13 @@ def test_a_ring_that_is_not_encoded_anew_is_exact_until_it_slides(every, batch):
 
 
 @pytest.mark.slow
-def test_slots_and_longer_prompts_do_not_disturb_an_episode(batch):
-    # An episode goes on while another begins with a longer prompt, and while it is not asked itself.
-    model = toy.make_product("interleaved", "action_query", "mlp", reencode_every=2)
+@pytest.mark.parametrize(
+    "product", [("interleaved", "action_query", "mlp"), ("interleaved", "token", "discrete"), ("video", "pool", "mlp")]
+)
+def test_slots_and_prompts_of_other_lengths_do_not_disturb_an_episode(product, batch):
+    # An episode goes on while another begins with a longer prompt and while one with a short prompt takes its place,
+    # asked itself or not.
+    model = toy.make_product(*product, reencode_every=2)
     params = toy.random_params(model, batch)
     ids, mask = batch.inputs.text_ids[0], batch.inputs.text_mask[0]
     longer = np.pad(ids, (0, 4), constant_values=5), np.ones(T + 4, bool)
@@ -129,11 +137,50 @@ def test_slots_and_longer_prompts_do_not_disturb_an_episode(batch):
     found = [policy.act([observation(t)], [1])[0].actions for t in range(2)]
     policy.reset([0], ["b"])
     for t in range(2, STEPS):
+        if t == STEPS - 2:
+            policy.reset([0], ["a"])
         policy.act([observation(0)], [0])
         found.append(policy.act([observation(t)], [1])[0].actions)
+    assert policy._step._cache_size() == 2
     single = rollout.VLAPolicy(model, params, texts.__getitem__)
     single.reset("a")
     for t in range(STEPS):
         np.testing.assert_allclose(found[t], single.act(observation(t)).actions, atol=2e-5, err_msg=str(t))
     single.reset("a")
     np.testing.assert_allclose(single.act(observation(0)).actions, found[0], atol=2e-5)  # reset forgets
+
+
+def ring_of(rng, real, slots, scratch=2):
+    """A ring of frames of which bool[B, W, S] `real` are tokens, numbered in `positions`."""
+    rows, window, _ = real.shape
+    wide = np.zeros((rows, window, slots), bool)
+    wide[..., : real.shape[2]] = real[..., :slots]
+    mask = np.concatenate([wide.reshape(rows, -1), np.zeros((rows, scratch), bool)], axis=1)
+    numbers = np.where(mask, rng.permutation(mask.size).reshape(mask.shape) + 1, 0).astype(np.int32)
+    key = np.broadcast_to(numbers[None, :, None, :, None], (2, rows, 1, mask.shape[1], 1)).astype(np.float32)
+    cache = attention.Cache(key, 2 * key, numbers, mask, 3 * numbers, np.int32(window * slots))
+    counter = np.arange(rows, dtype=np.int32)
+    return stream.Carry((), stream.Kept(None, stream.Ring(cache, counter, counter, counter, window, slots)))
+
+
+@given(st.integers(0, 99), st.integers(4, 9))
+@settings(max_examples=15, deadline=None)
+def test_a_ring_keeps_every_real_token_in_its_frame_whatever_length_prompts_get(seed, slots):
+    rng = np.random.default_rng(seed)
+    real = rng.random((2, 3, 6)) < 0.5
+    real[np.cumsum(real, axis=-1) > 4] = False  # four at most, so four slots suffice
+    carry, fresh = ring_of(rng, real, 6), ring_of(rng, np.zeros((2, 3, 6), bool), slots)
+    fitted = stream.fit(carry, fresh).history.ring
+    assert fitted.slots == slots and fitted.cache.length == 3 * slots
+    assert jax.tree.map(jnp.shape, fitted.cache) == jax.tree.map(jnp.shape, fresh.history.ring.cache)
+
+    def frames(ring, x):  # per frame its real tokens, in order
+        masks = np.asarray(ring.cache.mask)[:, : 3 * ring.slots].reshape(2, 3, -1)
+        values = np.asarray(x)[:, : 3 * ring.slots].reshape(2, 3, -1)
+        return [values[at][masks[at]].tolist() for at in np.ndindex(2, 3)]
+
+    old = carry.history.ring
+    for name in ("positions", "places"):
+        assert frames(fitted, getattr(fitted.cache, name)) == frames(old, getattr(old.cache, name))
+    assert frames(fitted, fitted.cache.value[1, :, 0, :, 0]) == frames(old, old.cache.value[1, :, 0, :, 0])
+    assert not np.asarray(fitted.cache.mask)[:, 3 * slots :].any()

@@ -1,0 +1,122 @@
+"""What a policy takes from an observation, checked: whatever cannot be used is refused with the slot it came for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from robovlms_jax.config import PolicyConfig
+from robovlms_jax.inputs import images as pictures
+from robovlms_jax.inputs import proprio as states
+from robovlms_jax.interface import ACTION_DIM, Observation
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """One slot's observation.
+
+    images: camera -> uint8[height, width, 3].
+    proprio: float32[7] as `inputs.proprio` defines it, None for policies that do not take it.
+    executed: float32[n, 7]; None where nothing was said, or for policies that do not look back at actions.
+    """
+
+    images: Mapping[str, np.ndarray]
+    proprio: np.ndarray | None = None
+    executed: np.ndarray | None = None
+
+
+def check(observation: Observation, config: PolicyConfig, slot: int) -> Seen:
+    """The parts that a policy takes. Raises ValueError that names the slot, the part, what was expected and found."""
+    try:
+        return Seen(
+            {camera: _image(observation, camera, config.cameras) for camera in config.cameras},
+            _proprio(observation) if config.proprio.enabled else None,
+            _executed(observation) if config.action_history.length else None,
+        )
+    except ValueError as error:
+        raise ValueError(f"slot {slot}: {error}") from error
+
+
+def _image(observation: Observation, camera: str, cameras: Sequence[str]) -> np.ndarray:
+    if camera not in observation.images:
+        found = sorted(observation.images)
+        raise ValueError(f"observation has no {camera!r} image, only {found}; this policy sees {list(cameras)}.")
+    image = np.asarray(observation.images[camera])
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+        raise ValueError(f"image {camera!r} is {image.dtype}{list(image.shape)}; expected uint8[height, width, 3] RGB.")
+    return image
+
+
+def _proprio(observation: Observation) -> np.ndarray:
+    if observation.proprio is None:
+        raise ValueError("observation.proprio is None; this policy needs the robot's state (policy.proprio.enabled).")
+    state = _numbers(observation.proprio, "proprio")
+    state = states.from_robot_state(state) if state.ndim == 1 else state
+    if state.shape != (states.DIM,) or not np.isfinite(state).all():
+        raise ValueError(f"observation.proprio must be one finite robot state; got {state}.")
+    return state
+
+
+def _executed(observation: Observation) -> np.ndarray | None:
+    if observation.executed is None:
+        return None
+    executed = _numbers(observation.executed, "executed")
+    if executed.ndim != 2 or executed.shape[1] != ACTION_DIM or not np.isfinite(executed).all():
+        raise ValueError(f"observation.executed must be finite actions float[n, {ACTION_DIM}]; got {executed}.")
+    return executed
+
+
+def _numbers(value: object, name: str) -> np.ndarray:
+    try:
+        return np.asarray(value, np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"observation.{name}={value!r} is no array of numbers: {error}") from error
+
+
+class Pictures:
+    """The pictures of all slots, as one array per camera.
+
+    While all slots send one size, pictures are batched as they are and resized on the device. As soon as a second size
+    comes, each is resized to the model's before it is batched, and so it stays: a slot's pictures never depend on what
+    the others send, and a camera has two shapes in a policy's life at most.
+    """
+
+    def __init__(self, cameras: Sequence[str], slots: int, spec: pictures.ImageSpec):
+        self._cameras, self._slots, self._spec = tuple(cameras), slots, spec
+        self._arrays: dict[str, np.ndarray] = {}
+        self.changes: list[str] = []
+        """Why shapes are not what they were before the last `put`."""
+
+    def put(self, seen: Mapping[int, Seen]) -> dict[str, np.ndarray]:
+        """Slot -> observation; camera -> uint8[slots, height, width, 3]. Rows of other slots mean nothing."""
+        self.changes = []
+        for camera in self._cameras:
+            array = self._room(camera, {slot: x.images[camera].shape[:2] for slot, x in seen.items()})
+            for slot, x in seen.items():
+                image = x.images[camera]
+                if image.shape != array.shape[1:]:
+                    image = pictures.resize_on_host(image, self._spec.size, self._spec.interpolation)
+                array[slot] = image
+        return dict(self._arrays)
+
+    def _room(self, camera: str, sizes: Mapping[int, tuple[int, int]]) -> np.ndarray:
+        """The camera's array, made anew where its pictures' shape has to change."""
+        model = (self._spec.size, self._spec.size)
+        array = self._arrays.get(camera)
+        now = next(iter(sizes.values())) if array is None else array.shape[1:3]
+        other = next((slot for slot, size in sizes.items() if size != now), None)
+        if other is not None and now != model:
+            self.changes.append(
+                f"slot {other}'s {camera} picture is {_text(sizes[other])} and others were {_text(now)}, so from "
+                f"now on each is resized to {_text(model)} before they are batched"
+            )
+            now, array = model, None
+        if array is None:
+            array = self._arrays[camera] = np.zeros((self._slots, *now, 3), np.uint8)
+        return array
+
+
+def _text(size: Sequence[int]) -> str:
+    return f"{size[0]}x{size[1]} (height x width)"
