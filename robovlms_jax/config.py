@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from robovlms_jax import interface, schema
-from robovlms_jax.actions import normalize
+from robovlms_jax.actions import normalize, statistics
 from robovlms_jax.evaluation.execution import Execution
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.policies.heads import discrete, lstm
@@ -284,6 +284,8 @@ class PolicyConfig:
 
         Args:
           action: "q01", "q99", "mean", "std" -> float[7], of the training split in dataset units.
+        Raises:
+          ValueError: outliers decide the bounds (mean_std); see `statistics.require_bounds`.
         """
         arm = interface.ACTION_DIM - 1
         if self.action_scaling == "bounds":
@@ -293,6 +295,7 @@ class PolicyConfig:
         else:
             mean, std = (np.array(action[name][:arm], np.float64) for name in ("mean", "std"))
             low, high = mean - self.action_num_std * std, mean + self.action_num_std * std
+            statistics.require_bounds(action, low, high)
         still = high - low < 1e-6
         low, high = np.where(still, low - 0.5, low), np.where(still, high + 0.5, high)
         return dataclasses.replace(self, action_low=tuple(low.tolist()), action_high=tuple(high.tolist()))

@@ -21,6 +21,13 @@ GROUPS = (slice(0, 3), slice(3, 6))
 CLOSE = 0.01
 """Quantiles are close when they are nearer than this share of the widest pair among dimensions of the same unit."""
 
+FAR = 100.0
+"""A value is no action when it lies farther outside q01 ... q99 than this many times the widest such range among
+dimensions of the same unit. Real recordings have single large steps; damaged ones are larger by orders of magnitude."""
+
+ABSURD = 1e6
+"""Nor is one as large as this, in any unit that arms are commanded in."""
+
 INVERTED = -0.5
 """Correlation of gripper command and finger width below which the sign must be wrong (CALVIN's sample: above +0.8)."""
 
@@ -58,7 +65,8 @@ def lint(
     commands: np.ndarray | None = None,
     widths: np.ndarray | None = None,
 ) -> list[Finding]:
-    """Look for quantiles that nearly coincide, dimensions that never change, and a gripper of another convention.
+    """Look for values that can be no actions, quantiles that nearly coincide, dimensions that never change, and a
+    gripper of another convention.
 
     Args:
       action: as `summarize` returns it, float[7] each; the gripper should be -1 (closed) and 1 (open).
@@ -72,6 +80,10 @@ def lint(
         widest = (high - low)[group].max()
         for i in range(group.start, group.stop):
             values = f"min {smallest[i]:.4g}, q01 {low[i]:.4g}, q99 {high[i]:.4g}, max {largest[i]:.4g}"
+            beyond = max(low[i] - smallest[i], largest[i] - high[i])
+            if (widest > 0 and beyond > FAR * widest) or max(-smallest[i], largest[i]) >= ABSURD:
+                message = f"has values that can be no actions ({values}): damaged or wrongly scaled steps"
+                findings.append(Finding(NAMES[i], message, True))
             if smallest[i] == largest[i]:
                 findings.append(Finding(NAMES[i], f"never changes ({values}); nothing can be learned there", False))
             elif high[i] - low[i] <= CLOSE * widest:
@@ -100,6 +112,27 @@ def _lint_gripper(
         return []
     message = f"means the opposite: fingers are {opened:.3g} apart at 1 and {closed:.3g} at -1, expected open at 1"
     return [Finding("gripper", message, True)]
+
+
+def require_bounds(action: Mapping[str, np.ndarray], low: np.ndarray, high: np.ndarray) -> None:
+    """Refuse bounds, float[6] each, made from means and standard deviations that a few outliers decide.
+
+    Args:
+      action: "q01", "q99", "std" -> float[7], what they were made from.
+    Raises:
+      ValueError: names the dimensions; a policy would otherwise send a robot actions of that size.
+    """
+    std, q01, q99 = (np.asarray(action[name], np.float64) for name in ("std", "q01", "q99"))
+    for group in GROUPS:
+        widest = (q99 - q01)[group].max()
+        for i in range(group.start, group.stop):
+            # A normal distribution has 0.2, one that is q01 half of the time and q99 otherwise 0.5.
+            if (widest > 0 and std[i] > widest) or not max(abs(low[i]), abs(high[i])) < ABSURD:
+                raise ValueError(
+                    f"action dimension {NAMES[i]} has standard deviation {std[i]:.4g} but 98 % of it lies in "
+                    f"{q01[i]:.4g} ... {q99[i]:.4g}: a few far outliers would make the bounds {low[i]:.4g} ... "
+                    f"{high[i]:.4g}. Correct the data, or scale by quantiles (policy.action_scaling=quantile)."
+                )
 
 
 def enforce(findings: Iterable[Finding], name: str, *, refuse: bool = True) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import numpy as np
 import pytest
 
 from robovlms_jax.actions import statistics
+from robovlms_jax.config import PolicyConfig
 
 
 def recorded(rng: np.random.Generator, steps: int = 500) -> tuple[np.ndarray, np.ndarray]:
@@ -78,3 +80,29 @@ def test_findings_are_logged_and_grave_ones_refused(caplog):
     ]
     statistics.enforce(findings, "here", refuse=False)
     statistics.enforce(findings[:1], "here")
+
+
+@pytest.mark.parametrize(
+    ("count", "value", "refused"),
+    [(1, 1e9, True), (40, -1e9, True), (3, 500.0, True), (1, -60.0, False), (1, 2.0, False)],
+)
+def test_values_that_can_be_no_actions_are_refused(count, value, refused):
+    # One label, or as many as reach q99 and q01. A single large step (here 43 usual ranges) is kept.
+    actions, widths = recorded(np.random.default_rng(4))
+    actions[:count, 1] = value
+    found = [finding for finding in findings_of(actions, widths, by_quantiles=False) if "no actions" in finding.message]
+    assert [(finding.dimension, finding.refused) for finding in found] == [("y", True)] * refused
+
+
+@pytest.mark.parametrize(("count", "value"), [(1, 1e9), (1, 1e3), (4, -50.0), (40, 1e9)])
+def test_outliers_never_become_the_bounds_that_a_robot_is_sent(count, value):
+    # Whether or not the linter was told to go on.
+    policy = PolicyConfig(action_scaling="mean_std")
+    actions, _ = recorded(np.random.default_rng(5))
+    assert max(policy.with_statistics(statistics.summarize(actions)).action_high) < 1.2
+    actions[:count, 4] = value
+    with pytest.raises(ValueError, match=r"action dimension pitch has standard deviation .* outliers"):
+        policy.with_statistics(statistics.summarize(actions))
+    if count < 5:
+        quantile = dataclasses.replace(policy, action_scaling="quantile")
+        assert quantile.with_statistics(statistics.summarize(actions)).action_high[4] < 1
