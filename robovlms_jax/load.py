@@ -32,7 +32,8 @@ def load_policy(path: str | pathlib.Path, policy: Mapping[str, Any] | None = Non
 def load_batched_policy(
     path: str | pathlib.Path, slots: int, policy: Mapping[str, Any] | None = None
 ) -> BatchedVLAPolicy:
-    """The same for `slots` robots or simulators at once."""
+    """The same for `slots` robots or simulators at once; what one of them sends or is asked changes nothing for the
+    others."""
     return BatchedVLAPolicy(*_open(path, policy), slots=slots)
 
 

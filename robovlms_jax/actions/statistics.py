@@ -23,7 +23,7 @@ CLOSE = 0.01
 
 FAR = 100.0
 """A value is no action when it lies farther outside q01 ... q99 than this many times the widest such range among
-dimensions of the same unit. Real recordings have single large steps; damaged ones are larger by orders of magnitude."""
+dimensions of the same unit. RT-1's published statistics reach 49, Bridge's 15."""
 
 ABSURD = 1e6
 """Nor is one as large as this, in any unit that arms are commanded in."""
