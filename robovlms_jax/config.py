@@ -36,9 +36,9 @@ class BackboneConfig:
     """Registered backbone. With `weights`, the architecture comes from that directory's config.json instead of the
     published size."""
     weights: str = ""
-    """Directory with config.json, safetensors and tokenizer files, as published on the Hugging Face hub; or
-    hf://OWNER/NAME to download it. Several, separated by commas, where a model's parts were published apart (LLaVA-MPT,
-    then its CLIP); the first has the config.json. Empty: random parameters."""
+    """Directory with config.json, weights and tokenizer files, as published on the Hugging Face hub; or
+    hf://OWNER/NAME[@REVISION] to download it. Several, separated by commas, where a model's parts were published apart
+    (LLaVA-MPT, then its CLIP); the first has the config.json. Empty: random parameters."""
     attention: Literal["causal", "prefix"] = "causal"
     """causal: RoboVLMs' way for every backbone. prefix: images and prompt see each other in both directions, and action
     queries follow the whole prompt, as PaliGemma was trained."""

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
 
 from robovlms_jax import build, cli
 from robovlms_jax.actions import discretize
@@ -74,6 +75,49 @@ def test_the_backbone_comes_back_from_a_checkpoints_files(published):
     assert again.vlm == opened.vlm and again.vlm.dtype == "bfloat16"
     for first, second in zip(opened.encoder(8)(SENTENCES[0]), again.encoder(8)(SENTENCES[0])):
         np.testing.assert_array_equal(first, second)
+
+
+def test_what_a_checkpoints_files_lack_is_said_without_a_temporary_path(published):
+    config = BackboneConfig(weights=str(published[0]))
+    assets = dict(build.open_backbone(config, []).assets)
+    for changes, message in (
+        ({"tokenizer.json": None}, "^the checkpoint's assets has no tokenizer"),
+        ({"config.json": "{"}, "^the checkpoint's assets/config.json is not JSON"),
+        ({"tokenizer.json": "{"}, "^the checkpoint's assets has tokenizer files .*assets/tokenizer.json is not JSON"),
+    ):
+        left = {name: content for name, content in (assets | changes).items() if content is not None}
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            build.backbone_from_assets(config, left)
+
+
+def test_byte_order_marks_in_a_published_directory_change_nothing(published, tmp_path):
+    directory, *_ = published
+    for path in directory.iterdir():
+        mark = b"\xef\xbb\xbf" if path.suffix == ".json" else b""
+        (tmp_path / path.name).write_bytes(mark + path.read_bytes())
+    opened, marked = (build.open_backbone(BackboneConfig(weights=str(x)), []) for x in (directory, tmp_path))
+    assert marked.vlm == opened.vlm
+    np.testing.assert_array_equal(marked.encode("open it", 32)[0], opened.encode("open it", 32)[0])
+    again = build.backbone_from_assets(BackboneConfig(), json.loads(json.dumps(dict(marked.assets))))
+    np.testing.assert_array_equal(again.encode("open it", 32)[0], opened.encode("open it", 32)[0])
+
+
+def test_a_head_that_fine_tuning_untied_is_kept_in_training_and_in_checkpoints(published, mesh, tmp_path, caplog):
+    directory, model, params = published
+    for path in directory.iterdir():
+        shutil.copy(path, tmp_path / path.name)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = np.asarray(params["backbone"]["text"]["embed"]["table"]) + 1
+    save_file(tensors | {"text_model.lm_head.weight": head}, tmp_path / "model.safetensors")
+    backbone = build.open_backbone(BackboneConfig(weights=str(tmp_path)), [])
+    assert "are both stored and differ, by up to 1" in caplog.text and str(tmp_path) in caplog.text
+    assert backbone.vlm.text.head == "linear"
+    again = build.backbone_from_assets(BackboneConfig(), dict(backbone.assets))
+    assert again.vlm == backbone.vlm, "a checkpoint's own config.json says so"
+    policy = dataclasses.replace(model.config, window=1, history="one_step", readout="token", head=DiscreteHeadConfig())
+    untied = dataclasses.replace(model, vlm=backbone.vlm, config=policy)
+    loaded = build.init_params(untied, mesh, seed=4, backbone=backbone)
+    np.testing.assert_array_equal(loaded["backbone"]["text"]["head"]["kernel"], head.T)
 
 
 def test_prompts_longer_than_training_still_fit(published):

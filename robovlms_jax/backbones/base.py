@@ -316,6 +316,8 @@ class Section:
             value, key = next(((_lookup(part, key), key) for key in keys if _lookup(part, key) is not None), (None, ""))
             if value is not None:
                 found[field] = self._number(key, value)
+                if isinstance(found[field], str) != isinstance(getattr(default, field), str):
+                    raise ValueError(f"{self.prefix}{key}={value!r}; expected such as {getattr(default, field)!r}.")
         return dataclasses.replace(default, **found)
 
     def write(self, config: Any) -> dict[str, Any]:
@@ -415,6 +417,9 @@ def from_hf_config(values: Mapping[str, Any]) -> VLMConfig:
     if model_type not in _FAMILIES:
         raise ValueError(f"model_type {model_type!r} is unknown; known: {sorted(_FAMILIES)}.")
     quantized.require_float_config(values)
+    for key in ("text_config", "vision_config", "visual"):
+        if not isinstance(values.get(key) or {}, Mapping):
+            raise ValueError(f"{key}={values[key]!r}; expected an object of settings.")
     config = _FAMILIES[model_type][0](values)
     return dataclasses.replace(config, rules=rules.with_head(config.rules, tied=config.text.head == "tied"))
 

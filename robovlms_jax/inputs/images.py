@@ -264,8 +264,9 @@ def _resample(fields: dict[str, Any], kind: str, path: pathlib.Path) -> Interpol
     """The filter a file names by Pillow's code or name; of known processors that leave it out, their own."""
     if "resample" in fields:
         value = fields["resample"]
-        names = {name.lower(): name for name in _PIL_CODES.values()}
-        found = names.get(value.lower()) if isinstance(value, str) else _PIL_CODES.get(value)
+        known = dict(_PIL_CODES) | {name: name for name in _PIL_CODES.values()}
+        value = value.lower() if isinstance(value, str) else value
+        found = known.get(value) if isinstance(value, (int, str)) else None
         if found is None:
             raise ValueError(
                 f"{path} has resample={value}, a Pillow filter code; supported are {_PIL_CODES}. Write the one that "

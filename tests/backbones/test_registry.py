@@ -171,6 +171,8 @@ def test_config_json_may_use_new_names_lists_for_squares_and_leave_out_defaults(
     ("values", "message"),
     [
         ({"text_config": {"activation_dropout": 0.1}}, "text_config.activation_dropout=0.1 is not supported"),
+        ({"text_config": [1]}, r"text_config=\[1\]; expected an object of settings"),
+        ({"vision_config": {"hidden_size": "1024"}}, "vision_config.hidden_size='1024'; expected such as 1024"),
         (
             {"model_type": "moondream1", "tie_word_embeddings": True},
             "tie_word_embeddings=True is not supported; this model's head",

@@ -142,6 +142,51 @@ def test_published_spellings_are_read(tmp_path, fields, name):
     assert images.read_image_spec(tmp_path) == CLIP
 
 
+FOUND = {
+    "both edges": {"size": {"shortest_edge": 224, "longest_edge": 224}},
+    "crop size as a number": {"size": {"shortest_edge": 256}, "crop_size": 224, "do_center_crop": True},
+    "an edge that is null": {"size": {"shortest_edge": 224, "longest_edge": None}},
+    "one mean for all": {"image_mean": 0.5, "image_std": 0.5},
+    "filter by name": {"resample": "bicubic"},
+    "filter by name in capitals": {"resample": "BICUBIC"},
+    "factor null": {"rescale_factor": None, "do_rescale": None, "do_normalize": None},
+    "crop null": {"do_center_crop": None, "crop_size": None},
+    "no resize": {"do_resize": False},
+}
+HALF = {"size": {"height": 224, "width": 224}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+
+
+@pytest.mark.parametrize("fields", FOUND.values(), ids=FOUND.keys())
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_spellings_as_found_are_read(tmp_path, fields, mark):
+    (tmp_path / "preprocessor_config.json").write_bytes(mark + json.dumps(HALF | fields).encode())
+    assert images.read_image_spec(tmp_path) == images.ImageSpec(224, (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize("kind", ["CLIPImageProcessor", "SiglipImageProcessorFast", "SmolVLMImageProcessorFast"])
+def test_a_filter_left_out_is_the_one_of_its_class(tmp_path, kind):
+    import transformers
+
+    fields = {key: value for key, value in HALF.items() if key != "resample"} | {"image_processor_type": kind}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
+    theirs = getattr(transformers, kind.removesuffix("Fast") + "Pil", None) or getattr(transformers, kind)
+    assert images.read_image_spec(tmp_path).interpolation == images._PIL_CODES[int(theirs.resample)]
+
+
+def test_a_stub_gives_way_to_the_other_file_and_two_that_differ_are_refused(tmp_path):
+    first, second = tmp_path / "preprocessor_config.json", tmp_path / "processor_config.json"
+    first.write_text(json.dumps({"auto_map": {}, "processor_class": "X"}))
+    second.write_text(json.dumps({"image_processor": HALF}))
+    assert images.read_image_spec(tmp_path).size == 224
+    first.write_text(json.dumps(HALF | {"size": 384}))
+    with pytest.raises(ValueError, match=r"twice, and differently. preproc.*size=384.*processor_config.*size=224"):
+        images.read_image_spec(tmp_path)
+    first.write_text(json.dumps({"processor_class": "X"}))
+    second.write_text(json.dumps({"image_processor": None, "image_seq_length": 256}))
+    with pytest.raises(FileNotFoundError, match=r"preprocessor_config.json and processor_config.json say nothing of"):
+        images.read_image_spec(tmp_path)
+
+
 def test_unusable_image_settings_are_named(tmp_path):
     good = {"size": 224, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
     cases = [
@@ -150,7 +195,16 @@ def test_unusable_image_settings_are_named(tmp_path):
         ({"resample": 0}, "resample=0"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
         ({"do_normalize": False}, "do_normalize"),
-        ({"image_std": [0.5, 0.5, 0.0]}, "stds > 0"),
+        ({"image_std": [0.5, 0.5, 0.0]}, r"preprocessor_config.json: .*stds > 0"),
+        ({"image_mean": [0.5, None, 0.5]}, r"preprocessor_config.json: image_mean=\[0.5, None, 0.5\]; expected three"),
+        ({"image_mean": "0.5"}, "image_mean='0.5'"),
+        ({"resample": None}, "resample=None"),
+        ({"resample": "nearest"}, "resample=nearest"),
+        ({"resample": [3]}, r"resample=\[3\]"),
+        ({"rescale_factor": "1/255"}, "rescale_factor"),
+        ({"size": {"max_height": 224, "max_width": 224}}, "max_height"),
+        ({"size": "224"}, "image size 224; expected a number"),
+        ({"size": None}, "image size None"),
     ]
     path = tmp_path / "preprocessor_config.json"
     for change, message in cases:

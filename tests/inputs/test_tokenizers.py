@@ -187,3 +187,71 @@ def test_a_rank_file_with_a_gap_is_refused(tmp_path):
     (tmp_path / tokenizers.RANKS).write_text("YQ== 0\nYg== 2\n")
     with pytest.raises(ValueError, match="ranks are not 0 to 1"):
         tokenizers.load_tokenizer(tmp_path)
+
+
+def copy(directory, target, **changes):
+    """A copy of a tokenizer's directory with other entries in tokenizer_config.json."""
+    for path in directory.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    path = target / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return target
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<image>", "<phrase>"]},
+        {"extra_special_tokens": {"image_token": "<image>"}},
+        {"tokenizer_class": "MyTokenizer", "auto_map": {"AutoTokenizer": ["mine.MyTokenizer", None]}},
+        {"pad_token": None},
+    ],
+)
+def test_tokenizer_json_is_read_whatever_else_the_files_say(directory, tokenizer, tmp_path, changes):
+    other = tokenizers.load_tokenizer(copy(directory, tmp_path, **changes))
+    assert other(SENTENCES)["input_ids"] == tokenizer(SENTENCES)["input_ids"]
+
+
+@pytest.mark.parametrize("names", [["tokenizer.json"], ["tokenizer_config.json"], ["tokenizer.json", "config.json"]])
+def test_byte_order_marks_change_nothing(directory, tokenizer, tmp_path, names):
+    copy(directory, tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    for name in names:
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes().replace(b"\n", b"\r\n"))
+    other = tokenizers.load_tokenizer(tmp_path)
+    assert other(SENTENCES)["input_ids"] == tokenizer(SENTENCES)["input_ids"]
+    assert other.pad_token_id == 1 and other.name_or_path == str(tmp_path)
+    (tmp_path / names[0]).write_bytes(b"\xef\xbb\xbf{")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/{names[0]} is not JSON"):
+        tokenizers.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"\n\x0e\n\x05<unk>",
+            r"is a SentencePiece model .*pip install sentencepiece protobuf\. Or",
+        ),
+        (b"IQ== 0\nIg== 1\n", r"is a tiktoken model .*pip install tiktoken\."),
+        (b"version https://git-lfs.github.com/spec/v1\n", r"is a pointer of Git LFS"),
+    ],
+)
+def test_a_tokenizer_that_needs_a_missing_package_names_it(tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr(tokenizers, "_is_installed", lambda package: False)
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/tokenizer.model {message}"):
+        tokenizers.load_tokenizer(tmp_path)
+
+
+def test_what_a_tokenizer_lacks_is_named(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["mine.Own", None]}}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ValueError, match=r"asks for code of its own \(\['mine.Own', None\]\), which is not run here"):
+        tokenizers.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    (tmp_path / "vocab.json").write_text('{"a": ')
+    with pytest.raises(ValueError, match=rf"{tmp_path}/vocab.json is not JSON"):
+        tokenizers.load_tokenizer(tmp_path)

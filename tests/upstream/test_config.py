@@ -272,6 +272,13 @@ def test_files_that_cannot_be_read_are_named(tmp_path, text, error, message):
         upstream.load_experiment(path)
 
 
+def test_a_byte_order_mark_changes_nothing(tmp_path):
+    path = tmp_path / "x.json"
+    values = published.read(KOSMOS)
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(values, indent=1).replace("\n", "\r\n").encode())
+    assert upstream.load_experiment(path) == upstream.to_experiment(values)
+
+
 def test_steps_instead_of_epochs_take_their_share_of_the_warm_up():
     # Lightning estimates the steps; a quarter of one of five epochs of 50,000 steps is 2500.
     config = upstream.to_experiment(change(published.read(KOSMOS), "trainer.max_steps", 50_000))
