@@ -29,6 +29,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("backbone")
 class BackboneConfig:
     """Which vision-language model, and how it computes."""
 
@@ -66,6 +67,7 @@ class BackboneConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("policy.proprio")
 class ProprioConfig:
     """The robot's own state as one more token per frame, between the prompt and the action queries."""
 
@@ -90,6 +92,7 @@ class ProprioConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("policy.action_history")
 class ActionHistoryConfig:
     """The actions executed before a frame, as more tokens between the prompt and the action queries."""
 
@@ -105,6 +108,7 @@ class ActionHistoryConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("policy.auxiliary.forward")
 class ForwardConfig:
     """Predict future frames of every camera from the features that actions are made of."""
 
@@ -132,6 +136,7 @@ class ForwardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("policy.auxiliary.clip")
 class ClipConfig:
     """Keep the features near the instruction's embedding by CLIP (upstream's CLIP-norm loss, its CLIP frozen)."""
 
@@ -147,6 +152,7 @@ class ClipConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("policy.auxiliary")
 class AuxiliaryConfig:
     """Losses beside the actions'. Acting needs none of them."""
 
@@ -174,6 +180,7 @@ class AuxiliaryConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("policy")
 class PolicyConfig:
     """History x readout x head: what makes a VLM a robot policy."""
 
@@ -325,6 +332,7 @@ class PolicyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("data.augment")
 class AugmentConfig:
     """Random changes to training images, the same for all frames of a segment; shifts are under data. All zero: off.
 
@@ -349,6 +357,7 @@ class AugmentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("data")
 class DataConfig:
     """Episodes on disk and how they become batches."""
 
@@ -452,6 +461,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("optimizer")
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
@@ -485,6 +495,7 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("train")
 class TrainConfig:
     """The training run."""
 
@@ -550,6 +561,7 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("mesh")
 class MeshConfig:
     """How many devices share what. -1 takes all that are left."""
 
@@ -567,6 +579,7 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("distributed")
 class DistributedConfig:
     """How the processes of a run find each other; docs/clusters.md has the commands. No part of what a run computes,
     and not kept with it."""
@@ -589,6 +602,7 @@ class DistributedConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("evaluation")
 class EvaluationConfig:
     """Evaluation on the validation split, without a simulator."""
 
@@ -603,6 +617,7 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("demonstrations")
 class DemonstrationConfig:
     """Scripted demonstrations on PlayTable, the embedded simulator."""
 
@@ -647,6 +662,7 @@ class DemonstrationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("rollouts")
 class RolloutConfig:
     """Closed loop on PlayTable during and after training. Its numbers are not CALVIN's."""
 
@@ -682,6 +698,7 @@ class RolloutConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("")
 class ExperimentConfig:
     """Everything a run depends on. Saved beside its checkpoints, enough to serve them."""
 

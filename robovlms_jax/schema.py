@@ -10,7 +10,7 @@ import numbers
 import pathlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 
@@ -37,12 +37,30 @@ def check(cls: type, values: Mapping[str, Any], path: str = "") -> None:
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {sorted(known)}."
             raise ValueError(f"{path or cls.__name__} has no field {name!r}{hint}")
         if not fits(value, known[name]):
-            raise ValueError(f"{full}={value!r} is a {type(value).__name__}; expected {describe(known[name])}.")
+            is_choice = typing.get_origin(known[name]) is Literal and isinstance(value, str)
+            found = "is not" if is_choice else f"is a {type(value).__name__}; expected"
+            raise ValueError(f"{full}={value!r} {found} {describe(known[name])}.")
+
+
+def checked(path: str) -> Callable[[type], type]:
+    """Class decorator, to stand below `dataclass`: an instance's values are checked before its own `__post_init__`."""
+
+    def wrap(cls: type) -> type:
+        rest = cls.__dict__.get("__post_init__", lambda self: None)
+
+        def __post_init__(self: Any) -> None:
+            check(cls, {field.name: getattr(self, field.name) for field in dataclasses.fields(cls)}, path)
+            rest(self)
+
+        cls.__post_init__ = __post_init__
+        return cls
+
+    return wrap
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value may stand where `hint` is asked for: whole numbers do for float, lists for tuples; a truth value
-    is no number, and text is neither."""
+    """Whether a value may stand where `hint` is asked for: whole numbers do for float, lists for tuples, paths for
+    text; a truth value is no number, and text is neither."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -60,7 +78,7 @@ def fits(value: Any, hint: Any) -> bool:
     if plain in (int, float):
         number = numbers.Integral if plain is int else numbers.Real
         return isinstance(value, number) and not isinstance(value, bool)
-    if plain is pathlib.Path:
+    if plain in (str, pathlib.Path):
         return isinstance(value, (str, pathlib.Path))
     return value is None if plain in (None, type(None)) else isinstance(value, plain)
 

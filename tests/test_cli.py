@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from robovlms_jax import cli
-from robovlms_jax.config import ExperimentConfig, PolicyConfig, from_dict, to_dict
+from robovlms_jax.config import ExperimentConfig, PolicyConfig, ProprioConfig, from_dict, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def test_short_spellings_take_values_and_dashes():
         ("policy.window", 2.5, r"policy\.window=2\.5 is a float; expected int"),
         ("train.steps", True, r"train\.steps=True is a bool; expected int"),
         ("policy.cameras", "static", r"policy\.cameras='static' is a str; expected tuple"),
-        ("policy.history", "prost", r"policy\.history='prost' is a str; expected one of 'one_step', 'interleaved'"),
+        ("policy.history", "prost", r"policy\.history='prost' is not one of 'one_step', 'interleaved'"),
         ("policy.head", "lstm", r"policy\.head='lstm' is a str; expected HeadConfig"),
         ("policy.windw", 3, r"policy has no field 'windw'; did you mean 'window'"),
         ("polcy.window", 3, r"ExperimentConfig has no field 'polcy'; did you mean 'policy'"),
@@ -96,6 +96,13 @@ def test_short_spellings_take_values_and_dashes():
 def test_an_override_that_does_not_fit_its_field_is_refused_by_name(path, value, message):
     with pytest.raises(ValueError, match=message):
         cli.override(ExperimentConfig(), **{path: value})
+
+
+def test_a_configuration_made_in_python_is_checked_too():
+    with pytest.raises(ValueError, match=r"policy\.window='abc' is a str; expected int"):
+        PolicyConfig(window="abc")
+    with pytest.raises(ValueError, match=r"policy\.proprio\.center=\(0, 'x'\) is a tuple; expected tuple\[float"):
+        ProprioConfig(center=(0, "x"))
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,8 @@ class BatchedVLAPolicy:
     """
 
     def __init__(self, model: VLA, params: Any, encode_text: EncodeText, slots: int):
-        if slots < 1:
-            raise ValueError(f"slots={slots}: a policy serves at least one.")
+        if not isinstance(slots, int) or slots < 1:
+            raise ValueError(f"slots={slots!r}: expected how many episodes to serve, at least 1.")
         self.model, self.params, self.slots = model, params, slots
         self._encode = encode_text
         # The carry always lies where the parameters lie: were it placed anew by the first call, the second would
