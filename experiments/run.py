@@ -290,14 +290,30 @@ def _training_actions(
     values = statistics.summarize(actions) if dataset.statistics is None else dataset.statistics.action
     if config.data.compat_second_norm:
         values = data_statistics.shrink(values, 0.65)
+    if isinstance(dataset, mixing.MixtureDataset):  # each in its own units; openings of several robots do not compare
+        for part in dataset.parts:
+            _check_actions(config, part.dataset, part.statistics.action, *pipeline.action_sample(part.dataset, 1_000))
+    else:
+        _check_actions(config, dataset, values, actions, openings)
+    return actions, values
+
+
+def _check_actions(
+    config: ExperimentConfig,
+    dataset: datasets.Dataset,
+    values: Mapping[str, np.ndarray],
+    actions: np.ndarray,
+    openings: np.ndarray | None,
+) -> None:
+    """Say, or refuse, what looks wrong about one dataset's actions: their statistics and a sample of them."""
     findings = statistics.lint(
         values,
         by_quantiles=config.policy.action_scaling == "quantile",
         commands=actions[:, 6],
         widths=openings,
+        units=dataset.action_units,
     )
     statistics.enforce(findings, dataset.name, refuse=config.data.check_actions == "refuse")
-    return actions, values
 
 
 def _sentence_embeddings(config: ExperimentConfig, sentences: list[str]) -> Callable[[str], np.ndarray] | None:

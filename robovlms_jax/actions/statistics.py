@@ -7,7 +7,7 @@ of the wrong sign trains a policy that opens where it should close. `lint` finds
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,12 @@ dimensions of the same unit. RT-1's published statistics reach 49, Bridge's 15."
 
 ABSURD = 1e6
 """Nor is one as large as this, in any unit that arms are commanded in."""
+
+FARTHEST = (0.5, 3.2)
+"""Metres and radians that no arm moves or turns by within one step; more is another unit, or a place to go to."""
+
+BEYOND = 0.1
+"""By which gripper commands may leave -1 ... 1: measured ones do."""
 
 INVERTED = -0.5
 """Correlation of gripper command and finger width below which the sign must be wrong (CALVIN's sample: above +0.8)."""
@@ -64,14 +70,16 @@ def lint(
     by_quantiles: bool = True,
     commands: np.ndarray | None = None,
     widths: np.ndarray | None = None,
+    units: Sequence[float] | None = None,
 ) -> list[Finding]:
-    """Look for values that can be no actions, quantiles that nearly coincide, dimensions that never change, and a
-    gripper of another convention.
+    """Look for values that can be no actions, motion that no arm makes within one step, quantiles that nearly coincide,
+    dimensions that never change, and a gripper of another convention.
 
     Args:
       action: as `summarize` returns it, float[7] each; the gripper should be -1 (closed) and 1 (open).
       by_quantiles: actions are going to be scaled by q01 and q99, so it is fatal when they coincide.
       commands, widths: float[N] gripper actions and the finger widths measured with them, to tell the sign.
+      units: metres (three) and radians (three) that 1.0 of the arm's dimensions means; None = unknown.
     """
     findings = []
     low, high = (np.asarray(action[name], np.float64) for name in ("q01", "q99"))
@@ -89,7 +97,29 @@ def lint(
             elif high[i] - low[i] <= CLOSE * widest:
                 message = f"q01 and q99 nearly coincide ({values}): scaled by them, all larger motion is clipped away"
                 findings.append(Finding(NAMES[i], message, by_quantiles))
+    if units is not None:
+        findings += _too_far(smallest, largest, units)
     return findings + _lint_gripper(float(smallest[6]), float(largest[6]), commands, widths)
+
+
+def _too_far(smallest: np.ndarray, largest: np.ndarray, units: Sequence[float]) -> list[Finding]:
+    """Dimensions of the arm that leave what an arm can do within one step; one finding each."""
+    findings = []
+    for group, limit, unit in zip(GROUPS, FARTHEST, ("m", "rad"), strict=True):
+        for i in range(group.start, group.stop):
+            low, high = float(smallest[i]) * units[i], float(largest[i]) * units[i]
+            if max(-low, high) > limit:
+                hint = "millimetres or places" if unit == "m" else "degrees or angles"
+                findings.append(
+                    Finding(
+                        NAMES[i],
+                        f"moves by {low:.4g} to {high:.4g} {unit} within one step, more than {limit:g} {unit}: are "
+                        f"these {hint} to go to, joints, or numbers that were normalised already? Describe them (arm, "
+                        "units; data/README.md)",
+                        False,
+                    )
+                )
+    return findings
 
 
 def _lint_gripper(
@@ -98,10 +128,12 @@ def _lint_gripper(
     values = f"min {smallest:.4g}, max {largest:.4g}"
     if smallest == largest:
         return [Finding("gripper", f"never changes ({values}); it cannot be learned when to grasp", False)]
+    if smallest < -1 - BEYOND or largest > 1 + BEYOND:
+        message = f"leaves -1 (closed) to 1 (open): {values}; describe it as an opening from 0 to 1, for which"
+        return [Finding("gripper", f"{message} from_range(x, CLOSED, OPEN), clip and invert help", True)]
     if smallest >= 0 or largest <= 0:
-        return [
-            Finding("gripper", f"has one sign only ({values}); expected -1 (closed) and 1 (open), not 0 and 1", True)
-        ]
+        message = f"has one sign only ({values}); expected -1 (closed) and 1 (open), not 0 and 1 or a width in metres"
+        return [Finding("gripper", f"{message}; from_range(x, CLOSED, OPEN) makes 0 to 1 of a width", True)]
     if commands is None or widths is None:
         return []
     is_open, widths = np.asarray(commands) > 0, np.asarray(widths, np.float64)

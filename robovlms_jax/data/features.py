@@ -2,14 +2,18 @@
 
 A record's keys are the paths of its fields, joined by "/": "steps/observation/image_0". Names may hold "/" themselves.
 Under `steps` every field is stored flattened over time: floats as FloatList (float64 too), integers and booleans as
-Int64List, images, strings and tensors with an encoding as one byte string per step.
+Int64List, images, strings and tensors with an encoding as one byte string per step. A sequence within a step takes two
+keys: <path>/ragged_flat_values and <path>/ragged_row_lengths_0.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import itertools
 import json
 import math
+import posixpath
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -30,7 +34,8 @@ class Field:
     path: its key in a record.
     kind: "image", "text", "tensor", or "unsupported" with the class in `dtype`.
     dtype: of the decoded values.
-    shape: of one step's (or episode's) value; None where sizes vary.
+    shape: of one step's (or episode's) value; None where sizes vary. Of text: () for one, (n,) for n strings, (None,)
+      for a list of any length.
     encoding: of tensors: "none", "zlib" or "bytes".
     per_step: whether it lies under `steps`.
     """
@@ -49,19 +54,31 @@ class Field:
 
     @property
     def size(self) -> int:
-        """Numbers per step (or episode). -1 where sizes vary."""
+        """Numbers or strings per step (or episode). -1 where sizes vary."""
         return -1 if None in self.shape else math.prod(self.shape)
+
+    @property
+    def is_depth(self) -> bool:
+        """Whether it is an image that holds distances rather than colours, by its numbers or its name."""
+        return self.kind == "image" and (self.dtype != "uint8" or "depth" in self.path.lower())
+
+    @property
+    def is_picture(self) -> bool:
+        """Colours or grey levels of one step that can be shown as RGB."""
+        channels = self.shape[-1] if self.shape else None
+        return self.kind == "image" and self.per_step and self.dtype == "uint8" and channels in (1, 3, 4, None)
 
     def __str__(self) -> str:
         shape = ", ".join("?" if n is None else str(n) for n in self.shape)
         kind = self.kind if self.kind in ("image", "text") else self.dtype
+        kind = f"{self.dtype} image" if self.kind == "image" and self.dtype != "uint8" else kind
         return f"{kind}[{shape}]" + (f" ({self.encoding})" if self.encoding != "none" else "")
 
 
 def read(text: str, name: str) -> dict[str, Field]:
     """Path -> field of a features.json. Raises ValueError naming the file and what is wrong."""
     try:
-        tree = json.loads(text)
+        tree = json.loads(text.removeprefix("\ufeff"))
     except ValueError as error:
         raise ValueError(f"{name} is not JSON: {error}; copy the dataset's features.json again.") from error
     fields: dict[str, Field] = {}
@@ -72,8 +89,28 @@ def read(text: str, name: str) -> dict[str, Field]:
     if not any(field.per_step for field in fields.values()):
         raise ValueError(f"{name} describes no `steps`; expected the features of RLDS episodes, it has {list(fields)}.")
     if IS_FIRST not in fields:
-        raise ValueError(f"{name} has no {IS_FIRST}, by which steps are counted; it has {list(fields)}.")
+        raise ValueError(
+            f"{name} has no {IS_FIRST}, by which steps are counted{_other_observation(fields)}; it has "
+            f"{list(fields)}. RLDS (github.com/google-research/rlds) asks for it: add it in the dataset's builder."
+        )
     return fields
+
+
+def _other_observation(fields: Mapping[str, Field]) -> str:
+    """Says so when nothing lies below steps/observation."""
+    if any(path.startswith(f"{STEPS}/observation/") for path in fields):
+        return ""
+    pictures = [path for path, field in fields.items() if field.kind == "image"]
+    return f", and no steps/observation; its images are {pictures}"
+
+
+def locate(fields: Mapping[str, Field], name: str, below: str = STEPS) -> str:
+    """The path that a description means by `name`: below `below` ("../" leads out of it), below `steps`, or whole.
+
+    Where none of these is a field, the first of them, for a message.
+    """
+    candidates = [posixpath.normpath(f"{below}/{name}"), posixpath.normpath(f"{STEPS}/{name}"), name]
+    return next((path for path in candidates if path in fields), candidates[0])
 
 
 def _walk(node: Mapping[str, Any], path: tuple[str, ...], per_step: bool, out: dict[str, Field]) -> None:
@@ -85,7 +122,10 @@ def _walk(node: Mapping[str, Any], path: tuple[str, ...], per_step: bool, out: d
     elif "sequence" in node:
         if path == (STEPS,):
             _walk(node["sequence"]["feature"], path, True, out)
-        else:  # a sequence within an episode or a step has rows of unequal length; nothing of ours needs one
+        elif _is_string(node["sequence"]["feature"]):
+            length = int(node["sequence"].get("length") or -1)
+            out[name] = Field(name, "text", "string", (length if length > 0 else None,), per_step=per_step)
+        else:  # other sequences within an episode or a step have rows of unequal length; nothing of ours needs one
             out[name] = Field(name, "unsupported", cls or "Sequence", per_step=per_step)
     elif "image" in node:
         shape = _shape(node["image"])
@@ -95,8 +135,8 @@ def _walk(node: Mapping[str, Any], path: tuple[str, ...], per_step: bool, out: d
     elif "tensor" in node:
         tensor = node["tensor"]
         dtype = {"bool_": "bool", "object": "string"}.get(tensor["dtype"], tensor["dtype"])
-        if dtype == "string" and not _shape(tensor):
-            out[name] = Field(name, "text", "string", per_step=per_step)
+        if dtype == "string" and len(_shape(tensor)) < 2:
+            out[name] = Field(name, "text", "string", _shape(tensor), per_step=per_step)
             return
         if dtype != "string":
             np.dtype(dtype)
@@ -109,6 +149,12 @@ def _walk(node: Mapping[str, Any], path: tuple[str, ...], per_step: bool, out: d
         out[name] = Field(name, "tensor", "int64", per_step=per_step)
     else:
         out[name] = Field(name, "unsupported", cls or "?", per_step=per_step)
+
+
+def _is_string(node: Mapping[str, Any]) -> bool:
+    """Whether a feature's node is one string."""
+    tensor = node.get("tensor") or {}
+    return "text" in node or (tensor.get("dtype") in ("string", "object") and not _shape(tensor))
 
 
 def _shape(node: Mapping[str, Any]) -> tuple[int | None, ...]:
@@ -147,27 +193,56 @@ def numbers(payload: bytes, found: Mapping[str, records.Feature], field: Field, 
             raise FieldError(f"{field.path} has {values.size} values, expected a multiple of {known}")
         return values.reshape(count, *(-1 if n is None else n for n in field.shape)).astype(field.dtype)
     if values.size != count * field.size:
+        per_step = f", that is {values.size // count} each" if count and values.size % count == 0 else ""
         raise FieldError(
-            f"{field.path} has {values.size} values, expected {count} x {field.size} as features.json says {field}"
+            f"{field.path} has {values.size} values{per_step}, expected {count} x {field.size} as features.json says "
+            f"{field}"
         )
     return values.reshape(count, *field.shape).astype(field.dtype)
 
 
 def strings(payload: bytes, found: Mapping[str, records.Feature], field: Field, count: int) -> list[bytes]:
     """The byte strings of a text or image field, one per step. Raises FieldError."""
-    try:
-        values = records.strings_of(payload, _feature(found, field))
-    except records.WireError as error:
-        raise FieldError(f"{field.path} {error}, as features.json says {field}") from error
+    values = _strings(payload, _feature(found, field), field)
     if len(values) != count:
         raise FieldError(f"{field.path} has {len(values)} entries, expected {count} as features.json says {field}")
     return values
 
 
+def string_lists(
+    payload: bytes, found: Mapping[str, records.Feature], field: Field, count: int
+) -> list[tuple[bytes, ...]]:
+    """The byte strings of a text field that has several per step (or episode), one tuple each. Raises FieldError."""
+    ragged, rows = (f"{field.path}/ragged_{part}" for part in ("flat_values", "row_lengths_0"))
+    if field.path not in found and ragged in found and rows in found:
+        values = _strings(payload, found[ragged], field)
+        try:
+            lengths = records.ints_of(payload, found[rows]).tolist()
+        except records.WireError as error:
+            raise FieldError(f"{rows} {error}") from error
+    else:
+        values = _strings(payload, _feature(found, field), field)
+        lengths = [len(values) if field.size < 0 and count == 1 else field.size] * count
+    if len(lengths) != count or sum(lengths) != len(values) or min(lengths, default=0) < 0:
+        raise FieldError(
+            f"{field.path} has {len(values)} strings, expected those of {count} steps as features.json says {field}"
+        )
+    bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).tolist()
+    return [tuple(values[first:last]) for first, last in itertools.pairwise(bounds)]
+
+
+def _strings(payload: bytes, feature: records.Feature, field: Field) -> list[bytes]:
+    try:
+        return records.strings_of(payload, feature)
+    except records.WireError as error:
+        raise FieldError(f"{field.path} {error}, as features.json says {field}") from error
+
+
 def decode(payload: bytes, fields: Mapping[str, Field]) -> dict[str, Any]:
     """All fields of one record: path -> array with a leading axis of steps where `per_step`.
 
-    Images are uint8[..., height, width, channels] lists when frames differ in size; text is bytes. Raises FieldError.
+    Images are uint8[..., height, width, channels] lists when frames differ in size; text is bytes, or tuples of bytes
+    where their number varies. Raises FieldError.
     """
     found = records.features_of(payload)
     num_steps = count_steps(payload, found)
@@ -180,8 +255,12 @@ def decode(payload: bytes, fields: Mapping[str, Field]) -> dict[str, Any]:
             values: Any = [decode_any(data) for data in strings(payload, found, field, count)]
             if len({value.shape for value in values}) <= 1:
                 values = np.stack(values) if values else np.zeros((0, 0, 0, 3), np.uint8)
-        elif field.kind == "text":
+        elif field.kind == "text" and not field.shape:
             values = np.array(strings(payload, found, field, count), object)
+        elif field.kind == "text":
+            values = string_lists(payload, found, field, count)
+            if None not in field.shape:
+                values = np.array([text for row in values for text in row], object).reshape(count, *field.shape)
         elif field.dtype == "string":
             feature = _feature(found, field)
             values = np.array(records.strings_of(payload, feature), object).reshape(count, *field.shape)
@@ -201,7 +280,11 @@ def decode_any(data: bytes) -> np.ndarray:
 
 def _feature(found: Mapping[str, records.Feature], field: Field) -> records.Feature:
     if field.path not in found:
-        raise FieldError(f"the record has no {field.path}, which features.json says is {field}")
+        near = difflib.get_close_matches(field.path, found, n=1)
+        raise FieldError(
+            f"the record has no {field.path}, which features.json says is {field}"
+            + (f" (it has {near[0]})" if near else f" (it has {sorted(found)[:12]})")
+        )
     return found[field.path]
 
 

@@ -137,29 +137,53 @@ def decode_resized(data: bytes | memoryview, out: np.ndarray) -> None:
     out[:] = np.asarray(Image.fromarray(stored).resize((out.shape[1], out.shape[0]), Image.Resampling.LANCZOS))
 
 
+def is_encoded_image(data: bytes | memoryview) -> bool:
+    """Whether bytes begin as a JPEG, PNG, WebP or BMP does."""
+    head = bytes(data[:12])
+    if head[:2] == b"BM":  # so begin sentences, too; a bitmap knows its length
+        return int.from_bytes(head[2:6], "little") == len(data)
+    return head[:3] == b"\xff\xd8\xff" or head[:4] == b"\x89PNG" or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+
+
 def image_size(data: bytes | memoryview) -> tuple[int, int]:
     """(height, width) of an encoded image, from its header. Raises ValueError or OSError."""
     if data[:2] == b"\xff\xd8":
         return simplejpeg.decode_jpeg_header(data)[:2]
-    with Image.open(io.BytesIO(data)) as image:
+    with _opened(data) as image:
         return image.height, image.width
 
 
 def decode_image(data: bytes | memoryview, out: np.ndarray) -> None:
-    """Decode a JPEG or PNG, told apart by its first bytes, into uint8[height, width, 3] RGB.
+    """Decode a JPEG, PNG, WebP or BMP, told apart by its first bytes, into uint8[height, width, 3] RGB.
 
-    Raises ValueError, OSError or, from Pillow, SyntaxError.
+    Grey levels become equal colours, transparency is dropped. Raises ValueError, OSError or, from Pillow, SyntaxError.
     """
     if data[:2] == b"\xff\xd8":
-        # Straight into `out`: no copy. A buffer that is too small is refused, one that is too large shows in the shape.
-        shape = simplejpeg.decode_jpeg(data, "RGB", buffer=out).shape
-    elif data[:4] == b"\x89PNG":
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        shape = pixels.shape
-        if shape == out.shape:
-            out[:] = pixels
-    else:
-        raise ValueError(f"neither JPEG nor PNG: {len(data)} bytes that begin with {bytes(data[:4])!r}.")
-    if shape != out.shape:
-        raise ValueError(f"the image is {shape}, expected {out.shape}.")
+        _require_size(image_size(data), out)
+        # Straight into `out`: no copy.
+        simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+        return
+    with _opened(data) as image:
+        _require_size((image.height, image.width), out)
+        out[:] = np.asarray(image.convert("RGB"))
+
+
+def _opened(data: bytes | memoryview) -> Image.Image:
+    """An image whose header is read. Raises ValueError or OSError."""
+    if not is_encoded_image(data):
+        raise ValueError(
+            f"neither JPEG nor PNG, WebP or BMP: {len(data)} bytes that begin with {bytes(data[:4])!r}; are these "
+            "pixels that were not encoded?"
+        )
+    image = Image.open(io.BytesIO(data))
+    if image.mode[0] in "IF":  # more than 8 bits: converted to RGB, all would be white
+        raise ValueError(f"the {image.format} has one channel of more than 8 bits ({image.mode}): a depth image?")
+    return image
+
+
+def _require_size(size: tuple[int, int], out: np.ndarray) -> None:
+    if (*size, 3) != out.shape:
+        raise ValueError(
+            f"the image is {(*size, 3)}, expected {out.shape}; where a dataset has images of several sizes, "
+            "--data.image_size 224 scales them to one."
+        )

@@ -53,7 +53,7 @@ def read(path: str) -> Variation:
     if not path:
         return Variation(templates=TEMPLATES)
     try:
-        content = json.loads(pathlib.Path(path).read_text())
+        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
         unknown = sorted(set(content) - {"templates", "sentences"})
         templates = tuple(content.get("templates", ()))
         sentences = {key: tuple(listed) for key, listed in content.get("sentences", {}).items()}

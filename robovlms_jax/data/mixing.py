@@ -84,6 +84,14 @@ class MixtureDataset(base.Dataset):
         return {camera: next(iter(found)) for camera, found in sizes.items()}
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """The datasets, in the order of `groups`."""
+        return self._parts
+
+    def gripper_opening(self, frame_ids: Sequence[int]) -> None:
+        """None: the parts measure it in units of their own; ask each of `parts`."""
+
+    @property
     def num_frame_ids(self) -> int:
         return int(self._first[-1])
 

@@ -19,6 +19,7 @@ _CLASSES = {
     "image": "tensorflow_datasets.core.features.image_feature.Image",
     "text": "tensorflow_datasets.core.features.text_feature.Text",
     "tensor": "tensorflow_datasets.core.features.tensor_feature.Tensor",
+    "texts": "tensorflow_datasets.core.features.sequence_feature.Sequence",
     "dict": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
     "steps": "tensorflow_datasets.core.features.dataset_feature.Dataset",
 }
@@ -40,8 +41,8 @@ def write(
 
     Args:
       fields: of every episode; paths as in `features.Field`.
-      splits: name -> episodes, each path -> encoded images or texts as bytes, or dtype[T, *shape] numbers. Fields that
-        are not `per_step` have a leading axis of one.
+      splits: name -> episodes, each path -> encoded images or texts as bytes (lists of texts where the field has
+        several per step), or dtype[T, *shape] numbers. Fields that are not `per_step` have a leading axis of one.
       shard_bytes: a shard is closed once it holds as much.
     Raises:
       ValueError: the place is taken, or an episode lacks a field.
@@ -76,7 +77,18 @@ def encode_example(fields: Sequence[features.Field], episode: Mapping[str, Value
         if field.path not in episode:
             raise ValueError(f"an episode lacks {field.path}; it has {sorted(episode)}.")
         values = episode[field.path]
-        if field.kind in ("image", "text"):
+        if field.kind == "text" and field.shape == (None,) and field.per_step:
+            flat, rows = (f"{field.path}/ragged_{part}" for part in ("flat_values", "row_lengths_0"))
+            texts = _tagged(1, b"".join(_tagged(1, text) for row in values for text in row))
+            lengths = _tagged(3, _tagged(1, b"".join(_varint(len(row)) for row in values)))
+            entries += [
+                _tagged(1, _tagged(1, key.encode()) + _tagged(2, part))
+                for key, part in ((flat, texts), (rows, lengths))
+            ]
+            continue
+        if field.kind == "text" and field.shape:
+            content = _tagged(1, b"".join(_tagged(1, text) for row in values for text in row))
+        elif field.kind in ("image", "text"):
             content = _tagged(1, b"".join(_tagged(1, value) for value in values))
         elif field.encoding != "none":
             raw = [np.ascontiguousarray(value, np.dtype(field.dtype)).tobytes() for value in values]
@@ -107,12 +119,16 @@ def features_json(fields: Sequence[features.Field]) -> dict[str, Any]:
 def _node(tree: Any, *, top: bool = False) -> dict[str, Any]:
     if isinstance(tree, features.Field):
         shape = {"dimensions": [str(-1 if size is None else size) for size in tree.shape]}
+        kind = tree.kind
+        if kind == "text" and tree.shape:
+            kind = "texts" if tree.shape == (None,) else "tensor"
         content = {
             "image": {"image": {"shape": shape, "dtype": tree.dtype, "encodingFormat": "jpeg"}},
             "text": {"text": {}},
+            "texts": {"sequence": {"feature": {"pythonClassName": _CLASSES["text"], "text": {}}, "length": "-1"}},
             "tensor": {"tensor": {"shape": shape, "dtype": tree.dtype, "encoding": tree.encoding}},
-        }[tree.kind]
-        return {"pythonClassName": _CLASSES[tree.kind], **content}
+        }[kind]
+        return {"pythonClassName": _CLASSES[kind], **content}
     children = {}
     for name, child in tree.items():
         children[name] = _node(child)

@@ -8,7 +8,8 @@ processes may build the same index, and a shard that changed is indexed again by
     <image>:offset ...     int64[steps], <image>:length int32[steps], <image>:checksum uint32[steps]
     <numbers>              dtype[steps or E, *shape]
     <wide numbers>:row     int32[steps or E], rows of <wide numbers>:table, for vectors that mostly repeat (embeddings)
-    <text>:row             int32[steps or E], rows of the header's texts
+    <text>:row             int32[steps or E], rows of the header's texts; several strings per step are joined, see
+                           `shard_columns.SEPARATOR`
 
 Depth images and tensors of varying size are not copied: `record` reads whole records.
 """
@@ -24,7 +25,6 @@ import logging
 import multiprocessing
 import os
 import pathlib
-import re
 import threading
 import zipfile
 import zlib
@@ -35,34 +35,14 @@ import google_crc32c
 import numpy as np
 import tqdm
 
-from robovlms_jax.data import atomic, features, records
+from robovlms_jax.data import atomic, features, records, shard_columns, splits
 from robovlms_jax.data import storage as storages
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Of the files below; an index of another version is built again."""
-INLINE_SIZE = 64
-"""Numbers per step up to which a field is copied as it is."""
-TABLE_SIZE = 4096
-"""Numbers per step up to which a vector is kept as a table of its distinct values."""
 BESIDE_DATA = ".frame_index"
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """The files of one split as dataset_info.json lists them.
-
-    files: names, in order.
-    shard_lengths: episodes per file.
-    """
-
-    dataset: str
-    version: str
-    name: str
-    file_format: str
-    files: tuple[str, ...]
-    shard_lengths: tuple[int, ...]
 
 
 class ShardIndex:
@@ -92,38 +72,6 @@ class ShardIndex:
         return self.arrays[f"{path}:row"], [text.encode("latin1") for text in self.header["texts"][path]]
 
 
-def read_splits(directory: storages.Directory) -> dict[str, Split]:
-    """Name -> split of a dataset_info.json. Raises ValueError naming the file and what is wrong."""
-    path = directory / "dataset_info.json"
-    try:
-        info = json.loads(path.read_text())
-        name, file_format = info["name"], info.get("fileFormat") or "tfrecord"
-        splits = {}
-        for split in info["splits"]:
-            lengths = tuple(int(length) for length in split.get("shardLengths", ()))
-            template = split.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-            files = tuple(
-                template.format(
-                    DATASET=name,
-                    SPLIT=split["name"],
-                    FILEFORMAT=file_format,
-                    SHARD_X_OF_Y=f"{number:05d}-of-{len(lengths):05d}",
-                    SHARD_INDEX=f"{number:05d}",
-                    NUM_SHARDS=f"{len(lengths):05d}",
-                )
-                for number in range(len(lengths))
-            )
-            splits[split["name"]] = Split(name, info.get("version", ""), split["name"], file_format, files, lengths)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; copy the dataset's directory as a whole.") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is not what TFDS writes: {error!r}; copy it again.") from error
-    for split in splits.values():
-        if split.file_format not in ("tfrecord", "array_record"):
-            raise ValueError(f"{path} says fileFormat {split.file_format!r}; tfrecord and array_record can be read.")
-    return splits
-
-
 def read_fields(directory: storages.Directory) -> dict[str, features.Field]:
     """Path -> field of features.json. Raises ValueError."""
     path = directory / "features.json"
@@ -134,7 +82,7 @@ def read_fields(directory: storages.Directory) -> dict[str, features.Field]:
     return features.read(text, str(path))
 
 
-def place(directory: storages.Directory, split: Split, index_dir: str = "") -> pathlib.Path:
+def place(directory: storages.Directory, split: splits.Split, index_dir: str = "") -> pathlib.Path:
     """Where the index of a split belongs: in `index_dir`, beside the data, or, where that cannot be written, in the
     user's cache directory."""
     identity = hashlib.sha256(str(directory).encode()).hexdigest()[:12]
@@ -153,7 +101,7 @@ def place(directory: storages.Directory, split: Split, index_dir: str = "") -> p
 
 def build(
     directory: storages.Directory,
-    split: Split,
+    split: splits.Split,
     fields: Mapping[str, features.Field],
     target: pathlib.Path,
     *,
@@ -197,10 +145,9 @@ def build(
     mismatch = []
     for number, index in sorted(opened.items()):
         found, expected, name = len(index.num_steps), split.shard_lengths[number], split.files[number]
-        for damage in index.damage:
-            problems.append(f"{directory / name}: at byte {damage.offset}: {damage.reason}")
-            if "features.json" in damage.reason:
-                mismatch.append(problems[-1])
+        listed, differ = _damage(f"{directory / name}", index.damage)
+        problems += listed + differ
+        mismatch += differ
         if found > expected:
             raise ValueError(
                 f"{directory / name} holds {found} episodes, dataset_info.json says {expected}; the two belong to "
@@ -226,6 +173,25 @@ def build(
     if problems:
         logger.warning("%s: %d of %d episodes are left out:\n  %s", directory, lost, total, listed)
     return [opened[number] for number in sorted(opened)]
+
+
+def _damage(file: str, found: Sequence[records.Damage]) -> tuple[list[str], list[str]]:
+    """(bytes that hold no record, records that do not hold what features.json says), a line each; alike ones once."""
+    listed = []
+    alike: dict[str, list[tuple[str, int]]] = {}
+    for damage in found:
+        record, _, reason = damage.reason.partition(": ")
+        if "features.json" in damage.reason:
+            alike.setdefault(reason, []).append((record, damage.offset))
+        else:
+            listed.append(f"{file}: at byte {damage.offset}: {damage.reason}")
+    differ = [
+        f"{file}: at byte {places[0][1]}: {places[0][0]}"
+        + (f" and {len(places) - 1} more, to {places[-1][0]}" if len(places) > 1 else "")
+        + f": {reason}"
+        for reason, places in alike.items()
+    ]
+    return listed, differ
 
 
 def features_signature(fields: Mapping[str, features.Field]) -> str:
@@ -274,7 +240,7 @@ def _open(path: pathlib.Path, stamp: Mapping[str, Any]) -> ShardIndex | None:
 
 def _scan(
     directory: storages.Directory,
-    split: Split,
+    split: splits.Split,
     fields: Mapping[str, features.Field],
     target: pathlib.Path,
     pending: Sequence[tuple[int, dict[str, Any]]],
@@ -336,10 +302,10 @@ def _index_shard(
 ) -> None:
     """Read one shard from start to end and write its index. Raises OSError."""
     shard = storages.Directory(directory) / stamp["file"]
-    columns = _Columns(fields)
+    columns = shard_columns.Columns(fields)
     damage: list[records.Damage] = []
     record_lengths: list[int] = []
-    done = 0
+    done = number = 0
     for item in _records(shard, stamp["size"], file_format, record_lengths):
         if isinstance(item, records.Damage):
             damage.append(item)
@@ -348,7 +314,8 @@ def _index_shard(
             try:
                 columns.add(item)
             except (records.WireError, features.FieldError) as error:
-                damage.append(records.Damage(item.offset, len(item.payload), str(error)))
+                damage.append(records.Damage(item.offset, len(item.payload), f"record {number}: {error}"))
+            number += 1
             position = item.offset + len(item.payload)
         position = min(position, stamp["size"])
         advance(position - done)
@@ -390,95 +357,3 @@ def _records(
         record_lengths.append(len(payload))
         yield records.Record(position, payload)
         position += len(payload)
-
-
-class _Columns:
-    """What an index collects, record by record; a record that fails leaves nothing behind."""
-
-    def __init__(self, fields: Mapping[str, features.Field]):
-        self._fields = {path: field for path, field in fields.items() if _kept(field)}
-        self._parts: dict[str, list[np.ndarray]] = {"num_steps": [], "offset": [], "length": []}
-        self._texts: dict[str, dict[bytes, int]] = {}
-        self._tables: dict[str, dict[bytes, int]] = {}
-        for path, field in self._fields.items():
-            if field.kind == "image":
-                self._parts |= {f"{path}:offset": [], f"{path}:length": [], f"{path}:checksum": []}
-            elif field.kind == "text":
-                self._texts[path] = {}
-                self._parts[f"{path}:row"] = []
-            elif field.size > INLINE_SIZE:
-                self._tables[path] = {}
-                self._parts[f"{path}:row"] = []
-            else:
-                self._parts[path] = []
-
-    def add(self, item: records.Record) -> None:
-        """Take a record in. Raises WireError or FieldError."""
-        payload = item.payload
-        found = records.features_of(payload)
-        num_steps = features.count_steps(payload, found)
-        new: dict[str, np.ndarray] = {
-            "num_steps": np.array([num_steps], np.int32),
-            "offset": np.array([item.offset], np.int64),
-            "length": np.array([len(payload)], np.int64),
-        }
-        for path, field in self._fields.items():
-            count = num_steps if field.per_step else 1
-            if field.kind == "image":
-                features.strings(payload, found, field, count)
-                starts, lengths = records.spans_of(payload, found[path])
-                new[f"{path}:offset"] = item.offset + np.array(starts, np.int64)
-                new[f"{path}:length"] = np.array(lengths, np.int32)
-                new[f"{path}:checksum"] = np.array(
-                    [
-                        google_crc32c.value(payload[start : start + length])
-                        for start, length in zip(starts, lengths, strict=True)
-                    ],
-                    np.uint32,
-                )
-            elif field.kind == "text":
-                new[f"{path}:row"] = _rows(self._texts[path], features.strings(payload, found, field, count))
-            else:
-                values = features.numbers(payload, found, field, count)
-                if path in self._tables:
-                    new[f"{path}:row"] = _rows(self._tables[path], [row.tobytes() for row in values])
-                else:
-                    new[path] = values
-        for name, values in new.items():
-            self._parts[name].append(values)
-
-    def finish(self) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-        """(arrays by name, distinct texts by path)."""
-        empty: dict[str, np.ndarray] = {"num_steps": np.zeros(0, np.int32)}
-        for name in self._parts:
-            path, _, part = name.rpartition(":")
-            field = self._fields.get(name)
-            if field is not None and field.is_numeric:
-                empty[name] = np.zeros((0, *field.shape), field.dtype)
-            else:
-                kinds = {"checksum": np.uint32, "row": np.int32, "length": np.int32 if path else np.int64}
-                empty.setdefault(name, np.zeros(0, kinds.get(part, np.int64)))
-        arrays = {name: np.concatenate(parts) if parts else empty[name] for name, parts in self._parts.items()}
-        for path, table in self._tables.items():
-            field = self._fields[path]
-            arrays[f"{path}:table"] = np.frombuffer(b"".join(table), field.dtype).reshape(-1, *field.shape)
-        # Latin-1 keeps any bytes; what is no UTF-8 is the reader's concern.
-        return arrays, {path: [text.decode("latin1") for text in table] for path, table in self._texts.items()}
-
-
-def _kept(field: features.Field) -> bool:
-    """Whether the index holds a field: depth images and what varies in size stay in the records."""
-    if field.kind in ("image", "text"):
-        return True
-    if not field.is_numeric:
-        return False
-    return 0 <= field.size <= (TABLE_SIZE if len(field.shape) == 1 else INLINE_SIZE)
-
-
-def _rows(table: dict[bytes, int], values: Sequence[bytes]) -> np.ndarray:
-    return np.array([table.setdefault(value, len(table)) for value in values], np.int32)
-
-
-def shard_pattern(name: str) -> bool:
-    """Whether a file name looks like a TFDS shard."""
-    return re.search(r"-\d{5}-of-\d{5}$", name) is not None

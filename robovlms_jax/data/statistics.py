@@ -103,7 +103,7 @@ def read(path: str | pathlib.Path, names: Sequence[str] = ()) -> dict[str, Stati
     Raises ValueError.
     """
     try:
-        content = json.loads(pathlib.Path(path).read_text())
+        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"statistics {path} cannot be read: {error}") from error
     if not isinstance(content, dict):

@@ -217,11 +217,11 @@ class Directory:
         return sorted({entry.rstrip("/").rpartition("/")[2] for entry in fs.ls(path, detail=False)})
 
     def read_text(self) -> str:
-        """Raises OSError, or ValueError when it is no text."""
+        """UTF-8, without the byte order mark some editors put first. Raises OSError, or ValueError: it is no text."""
         if not self.is_remote:
-            return pathlib.Path(self.path).read_text(encoding="utf-8")
+            return pathlib.Path(self.path).read_text(encoding="utf-8-sig")
         fs, path = filesystem(self.path)
-        return fs.cat_file(path).decode()
+        return fs.cat_file(path).decode("utf-8-sig")
 
     def open(self) -> IO[bytes]:
         """Open for sequential reading."""

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robovlms_jax.data import base, features, pipeline, records, rlds, shard_index, statistics, storage
+from robovlms_jax.data import base, features, pipeline, records, rlds, shard_index, splits, statistics, storage
 from robovlms_jax.data.registry import expressions, mixtures, oxe
-from robovlms_jax.data.registry.entry import Entry, infer
+from robovlms_jax.data.registry.entry import Entry
+from robovlms_jax.data.registry.infer import infer
 from tests.data import toy_rlds
 
 TOY = Entry("toy", instruction="language_instruction", state=("observation/state", "zeros(1)"), state_encoding="JOINT",
@@ -426,7 +427,7 @@ def test_damaged_index_files_are_made_again(tmp_path, caplog):
 
 def test_an_index_goes_where_it_can_be_written(tmp_path, monkeypatch):
     root = toy_rlds.write(tmp_path)
-    split = shard_index.read_splits(storage.Directory(root))["train"]
+    split = splits.read(storage.Directory(root))["train"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert shard_index.place(storage.Directory(root), split).is_relative_to(root)
     monkeypatch.setattr(os, "access", lambda *_: False)

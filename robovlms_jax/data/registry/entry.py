@@ -1,51 +1,71 @@
-"""What a dataset calls its fields and what they mean, as data: `Entry`; one from common names: `infer`."""
+"""What a dataset calls its fields and what they mean, as data; `infer.py` makes one from common names."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import functools
+import logging
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from robovlms_jax.data import features
+from robovlms_jax.control import robot as robots
+from robovlms_jax.data import features, notices
 from robovlms_jax.data.registry import expressions
 
+logger = logging.getLogger(__name__)
+
 STATE_SIZE = 8
+DEFAULT_ARM = ("action[:6]",)
 
 StateEncoding = Literal["POS_EULER", "POS_QUAT", "JOINT", "NONE"]
 """POS_EULER: xyz, roll pitch yaw, 0, gripper. POS_QUAT: xyz, quaternion, gripper. JOINT: seven joints, gripper. A joint
 or gripper a robot lacks is 0."""
 
+StateGripper = Literal["opens", "closes", ""]
+"""What grows with the state's last number: the opening, or how far it is closed; "" = unknown."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One dataset. Fields are named below `steps`, cameras below `steps/observation`; see `expressions` for the rest.
+    """One dataset. Fields are named below `steps`, cameras below `steps/observation`, "../" leads out of there, whole
+    paths work, too ("episode_metadata/language_instruction"); see `expressions` for the rest.
 
     arm: expressions that make six numbers side by side: metres and radians (roll, pitch, yaw) to move by in one step.
     gripper: expression for one number, 1 open, 0 closed.
+    units: metres (three) and radians (three) that 1.0 of the arm's numbers means.
+    rotation: what the arm's last three numbers are; frame: whose axes the arm moves along; "" = unknown.
     static, secondary, wrist: image of the camera that looks at the scene, of a second one, and of the one on the
-      gripper; "" where there is none.
+      gripper; "" where there is none. A text field stands for encoded pictures (JPEG, PNG, WebP, BMP).
     state: expressions that make `STATE_SIZE` numbers, or none.
-    instruction: text, or a vector of code points that ends at the first 0; more_instructions: other wordings of it.
+    instruction: text, several texts, or a vector of code points that ends at the first 0, per step or per episode;
+      more_instructions: other wordings of it. The first wording that is filled is the instruction.
     control_hz: steps per second; 0 = unknown.
     shapes: sizes the fields must have beyond what the expressions need.
     skip_first: steps to leave out at the start of every episode.
     drop_still: leave out steps whose arm does not move at all.
-    success: per-episode flag, a field beside `steps`; "" = all count as successful.
+    success: flag of an episode, or of steps (true at any), or a text; "" = all count as successful.
+    failure_pattern: regular expression that is found in the text `success` where an episode failed.
+    optional_cameras: those of the three that copies of the dataset may lack.
+    splits: "training", "validation" -> split or slice of one, where it is not the usual (see `splits.choose`).
     directories: other names of its directory.
     """
 
     name: str
-    arm: tuple[str, ...] = ("action[:6]",)
+    arm: tuple[str, ...] = DEFAULT_ARM
     gripper: str = "action[6]"
+    units: tuple[float, ...] = (1.0,) * 6
+    rotation: Literal["euler_xyz", "axis_angle"] = "euler_xyz"
+    frame: Literal["", "world", "base", "tcp"] = ""
     static: str = "image"
     secondary: str = ""
     wrist: str = ""
     state: tuple[str, ...] = ()
     state_encoding: StateEncoding = "NONE"
+    state_gripper: StateGripper = "opens"
     instruction: str = "language_instruction"
     more_instructions: tuple[str, ...] = ()
     control_hz: float = 0.0
@@ -53,6 +73,9 @@ class Entry:
     skip_first: int = 0
     drop_still: bool = False
     success: str = ""
+    failure_pattern: str = ""
+    optional_cameras: tuple[str, ...] = ()
+    splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
     directories: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -60,6 +83,21 @@ class Entry:
             raise ValueError(f"dataset {self.name!r}: state and state_encoding must both be given or both be left out.")
         if self.skip_first < 0 or self.control_hz < 0:
             raise ValueError(f"dataset {self.name!r}: skip_first and control_hz must not be negative.")
+        if len(self.units) != 6 or not all(unit > 0 for unit in self.units):
+            raise ValueError(f"dataset {self.name!r}: units={self.units}; expected six numbers above 0.")
+        for field, values in (("state_encoding", StateEncoding), ("state_gripper", StateGripper)):
+            if getattr(self, field) not in get_args(values):
+                raise ValueError(
+                    f"dataset {self.name!r}: {field}={getattr(self, field)!r}; expected one of {get_args(values)}."
+                )
+        if not set(self.splits) <= {"training", "validation"}:
+            raise ValueError(f"dataset {self.name!r}: splits has {sorted(self.splits)}; known: training, validation.")
+        try:
+            re.compile(self.failure_pattern)
+        except re.error as error:
+            raise ValueError(
+                f"dataset {self.name!r}: failure_pattern={self.failure_pattern!r} is no regular expression: {error}."
+            ) from error
 
     @functools.cached_property
     def _expressions(self) -> dict[str, tuple[expressions.Expression, ...]]:
@@ -69,8 +107,73 @@ class Entry:
     @property
     def cameras(self) -> dict[str, str]:
         """Camera -> path of its images in a record, of those there are."""
+        return {camera: f"steps/observation/{key}" for camera, key in self._named_cameras.items()}
+
+    @property
+    def _named_cameras(self) -> dict[str, str]:
         named = {"static": self.static, "secondary": self.secondary, "wrist": self.wrist}
-        return {camera: f"steps/observation/{key}" for camera, key in named.items() if key}
+        return {camera: key for camera, key in named.items() if key}
+
+    def camera_paths(self, fields: Mapping[str, features.Field]) -> dict[str, str]:
+        """`cameras`, looked for among the fields there are."""
+        return {
+            camera: features.locate(fields, key, "steps/observation") for camera, key in self._named_cameras.items()
+        }
+
+    def with_pictures(self, fields: Mapping[str, features.Field]) -> dict[str, features.Field]:
+        """`fields`, where text that the entry takes for a camera is an image."""
+        chosen = {path: fields[path] for path in self.camera_paths(fields).values() if path in fields}
+        pictures = {
+            path: dataclasses.replace(field, kind="image", dtype="uint8", shape=())
+            for path, field in chosen.items()
+            if _is_single_text(field)
+        }
+        return {**fields, **pictures}
+
+    def without_missing_cameras(self, fields: Mapping[str, features.Field], where: str) -> Entry:
+        """The entry, less the optional cameras that are not among `fields`; says so once."""
+        paths = self.camera_paths(fields)
+        missing = {camera: "" for camera in self.optional_cameras if camera in paths and paths[camera] not in fields}
+        if not missing:
+            return self
+        listed = ", ".join(f"{camera} ({paths[camera]})" for camera in missing)
+        notices.once(logger, f"{where}: no {listed} camera, which the entry {self.name!r} can do without", logging.INFO)
+        return dataclasses.replace(self, **missing)
+
+    def success_path(self, fields: Mapping[str, features.Field]) -> str:
+        """The path of `success`; "" where there is none."""
+        return self.success if self.success in fields or not self.success else features.locate(fields, self.success)
+
+    @property
+    def gripper_source(self) -> str:
+        """The gripper's field and column, without functions: "action[6]"; "" for constants."""
+        return self._expressions["gripper"][0].source
+
+    @property
+    def gripper_functions(self) -> tuple[str, ...]:
+        """The functions of the gripper's expression, outermost first."""
+        return self._expressions["gripper"][0].functions
+
+    @property
+    def measures_opening(self) -> bool:
+        """Whether the state's last number tells how far the gripper is open or closed."""
+        return bool(self.state and self.state_gripper and self._expressions["state"][-1].field)
+
+    @property
+    def robot(self) -> robots.RobotSpec:
+        """What the numbers mean to a policy; pictures may have any size."""
+        lengths, angles = (_unit(value, unit) for value, unit in zip(self.units[::3], ("m", "rad"), strict=True))
+        turn = ("roll", "pitch", "yaw") if self.rotation == "euler_xyz" else ("rx", "ry", "rz")
+        arm = [robots.Dimension(axis, lengths, "delta", "position", self.frame) for axis in ("x", "y", "z")]
+        arm += [robots.Dimension(axis, angles, "delta", self.rotation, self.frame) for axis in turn]
+        pose = [robots.Dimension(axis, "m", "absolute", "position") for axis in ("x", "y", "z")]
+        pose += [robots.Dimension(axis, "rad", "absolute", "euler_xyz") for axis in ("roll", "pitch", "yaw")]
+        joints = [robots.Dimension(f"joint_{i}", "rad", "absolute", "joint") for i in range(STATE_SIZE - 1)]
+        open_at = {"opens": "high", "closes": "low", "": ""}[self.state_gripper]
+        width = robots.Dimension("gripper", "", "continuous", "gripper", open_at=open_at)
+        state = {"NONE": (), "JOINT": (*joints, width)}.get(self.state_encoding, (*pose, robots.GRIPPER))
+        cameras = tuple(map(robots.Camera, self._named_cameras))
+        return robots.RobotSpec(self.name, self.control_hz, cameras, (*arm, robots.GRIPPER), state)
 
     @property
     def numeric_fields(self) -> tuple[str, ...]:
@@ -102,22 +205,28 @@ class Entry:
                 near = difflib.get_close_matches(path, fields, n=1)
                 problems.append(f"{path}: not found, expected {expected}" + (f"; {near[0]} is there" if near else ""))
             elif not fits(field):
-                problems.append(f"{path}: found {field}, expected {expected}")
+                problems.append(f"{path}: found {field}{why_not_picture(field)}, expected {expected}")
 
-        for camera, path in self.cameras.items():
-            require(path, f"image[height, width, 3], the {camera} camera", _is_rgb)
+        for camera, path in self.camera_paths(fields).items():
+            require(path, f"image[height, width, 3], the {camera} camera", is_camera)
         for name in (self.instruction, *self.more_instructions):
             if name:
-                require(f"steps/{name}", "text, or code points", _is_language)
+                require(features.locate(fields, name), "text, or code points", is_language)
         for name, shape in self.shapes.items():
             expected = features.Field("", "tensor", "float32", tuple(shape))
             shown = str(expected).replace("float32", "numbers")
-            require(f"steps/{name}", shown, lambda field, s=tuple(shape): field.is_numeric and field.shape == s)
-        if self.success:
-            require(self.success, "a flag of the episode", _is_flag)
+            path = features.locate(fields, name)
+            require(path, shown, lambda field, s=tuple(shape): field.is_numeric and field.shape == s)
+        if self.success and self.failure_pattern:
+            require(self.success_path(fields), "text that tells failures", _is_single_text)
+        elif self.success:
+            expected = "a flag of the episode (or text, with failure_pattern)"
+            require(self.success_path(fields), expected, is_flag)
+        if self.arm == DEFAULT_ARM and "action" not in self.shapes:
+            require("steps/action", "seven numbers; for others say arm and gripper", lambda field: field.size == 7)
         sizes = {}
         for name in self.numeric_fields:
-            path = f"steps/{name}"
+            path = features.locate(fields, name)
             require(path, "numbers", lambda field: field.is_numeric and field.per_step and field.size > 0)
             if path in fields and fields[path].is_numeric:
                 sizes[name] = fields[path].size
@@ -163,59 +272,34 @@ class Entry:
         return actions.astype(np.float32), states.astype(np.float32), rows
 
 
-def _is_rgb(field: features.Field) -> bool:
-    return field.kind == "image" and field.per_step and (field.shape == () or field.shape[-1] in (3, None))
+def is_camera(field: features.Field) -> bool:
+    """Whether a field that is named as a camera can be one."""
+    return field.is_picture or (field.per_step and _is_single_text(field))
 
 
-def _is_flag(field: features.Field) -> bool:
-    return field.is_numeric and field.size == 1 and not field.per_step
+def is_flag(field: features.Field) -> bool:
+    """One number per episode or step."""
+    return field.is_numeric and field.size == 1
 
 
-def _is_language(field: features.Field) -> bool:
+def is_language(field: features.Field) -> bool:
+    """Text, or code points."""
     codes = field.is_numeric and len(field.shape) == 1 and np.dtype(field.dtype).kind in "iu"
-    return field.per_step and (field.kind == "text" or codes)
+    return field.kind == "text" or codes
 
 
-COMMON_STATIC = ("image", "static_image", "image_0", "rgb", "rgb_static", "front_rgb", "image_primary", "agentview_rgb")
-COMMON_WRIST = ("wrist_image", "image_wrist", "hand_image", "rgb_gripper", "eye_in_hand_rgb", "wrist_rgb")
-COMMON_LANGUAGE = ("language_instruction", "observation/natural_language_instruction")
+def why_not_picture(field: features.Field) -> str:
+    """What an image-like field is, in words, where it is no picture; "" otherwise."""
+    if field.kind == "image" and field.is_depth:
+        return ", a depth image"
+    if field.is_numeric and field.dtype == "uint8" and len(field.shape) in (2, 3):
+        return ", pixels that are not encoded (declare the field as tfds.features.Image and write it again)"
+    return ""
 
 
-def infer(name: str, fields: Mapping[str, features.Field], given: Mapping[str, Any] | None = None) -> Entry:
-    """An entry from the common field names: `action` of seven numbers (metres, radians, gripper 1 open),
-    `observation/state` of seven or eight, cameras and language by the names above; `given` replaces any of it.
+def _is_single_text(field: features.Field) -> bool:
+    return field.kind == "text" and field.size == 1
 
-    Raises ValueError listing what there is when the names are not common ones.
-    """
-    given = dict(given or {})
 
-    def find(candidates: tuple[str, ...], prefix: str, fits: Any) -> str:
-        names = (c for c in candidates if f"{prefix}{c}" in fields and fits(fields[f"{prefix}{c}"]))
-        return next(names, "")
-
-    guess: dict[str, Any] = {
-        "static": find(COMMON_STATIC, "steps/observation/", _is_rgb),
-        "wrist": find(COMMON_WRIST, "steps/observation/", _is_rgb),
-        "instruction": find(COMMON_LANGUAGE, "steps/", _is_language),
-    }
-    state = fields.get("steps/observation/state")
-    if "state" not in given and state is not None and state.is_numeric and state.size in (7, 8):
-        seven = ("observation/state[:6]", "zeros(1)", "observation/state[6]")
-        guess["state"] = seven if state.size == 7 else ("observation/state",)
-        guess["state_encoding"] = "POS_EULER"
-    known = {field.name for field in dataclasses.fields(Entry)}
-    for key in given:
-        if key not in known - {"name"}:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(
-                f"dataset {name!r} has {key!r}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; known: {sorted(known)}.")
-            )
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    entry = Entry(name, **{**guess, **given})
-    if not entry.cameras:
-        raise ValueError(
-            f"dataset {name!r} is not in the registry and no camera has a common name; its fields are "
-            f"{ {path: str(field) for path, field in fields.items()} }. Describe it in a file (data/README.md)."
-        )
-    return entry
+def _unit(value: float, name: str) -> str:
+    return name if value == 1 else f"{value:g} {name}"

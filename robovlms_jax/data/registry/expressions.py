@@ -8,7 +8,9 @@ from_range(x, low, high)             (x - low) / (high - low): low -> 0, high ->
 binarize(x)                          gripper positions -> 0 or 1, see `binarize`
 from_relative(x)                     close / open commands -> 1 (open) or 0, see `from_relative`
 change(x)                            x of the next step minus x: one step shorter
+radians(x)                           degrees -> radians
 euler(x)                             quaternion (x, y, z, w) -> roll, pitch, yaw
+axis_angle(x)                        rotation vector (axis times angle, radians) -> roll, pitch, yaw
 positive(x)                          1 where x > 0, else 0
 """
 
@@ -19,6 +21,8 @@ import re
 from collections.abc import Callable, Mapping
 
 import numpy as np
+
+from robovlms_jax.actions import rotations
 
 
 def binarize(positions: np.ndarray) -> np.ndarray:
@@ -70,17 +74,27 @@ def euler(quaternions: np.ndarray) -> np.ndarray:
     return np.stack([roll, pitch, yaw], axis=-1).astype(quaternions.dtype)
 
 
+def axis_angle(vectors: np.ndarray) -> np.ndarray:
+    """Rotation vectors float[T, 3] (the axis, as long as the angle in radians) -> roll, pitch, yaw float[T, 3], as
+    `euler` gives them."""
+    return rotations.to_euler(rotations.from_axis_angle(vectors.astype(np.float64))).astype(vectors.dtype)
+
+
 FUNCTIONS: Mapping[str, Callable[..., np.ndarray]] = {
     "invert": lambda x: 1 - x,
     "clip": lambda x: np.clip(x, 0, 1),
     "binarize": binarize,
     "from_relative": from_relative,
     "change": lambda x: x[1:] - x[:-1],
+    "radians": np.radians,
     "euler": euler,
+    "axis_angle": axis_angle,
     "from_range": lambda x, low, high: (x - low) / (high - low),
     "positive": lambda x: (x > 0).astype(x.dtype),
 }
 
+_WIDTHS = {"euler": (4, 3), "axis_angle": (3, 3)}
+"""Columns that a function takes and gives, where it does not take any number."""
 _CALL = re.compile(r"([a-z_]+)\((.*)\)")
 _FIELD = re.compile(r"([^\[\]()]+?)(?:\[(-?\d*)(:?)(-?\d*)\])?")
 
@@ -102,11 +116,12 @@ class Expression:
     """A parsed expression.
 
     field: the field of `steps` it reads, without that prefix; "" for constants.
+    source: the field with its columns, such as "action[6]", without functions; "" for constants.
     Raises ValueError, on construction, naming the text and what is allowed.
     """
 
     def __init__(self, text: str):
-        self.text, self.field = text, ""
+        self.text, self.field, self.source = text, "", ""
         self._functions: list[tuple[str, tuple[float, ...]]] = []  # and what follows x
         self._constant: tuple[float, int] | None = None
         self._columns: int | slice = slice(None)
@@ -127,7 +142,7 @@ class Expression:
         field = _FIELD.fullmatch(rest)
         if not field:
             raise ValueError(f"expression {text!r}: {rest!r} is no field such as 'action', 'action[6]', 'action[:6]'.")
-        self.field = field[1]
+        self.field, self.source = field[1], rest
         first, colon, last = field[2], field[3], field[4]
         if colon:
             self._columns = slice(int(first) if first else None, int(last) if last else None)
@@ -135,6 +150,11 @@ class Expression:
             self._columns = int(first)
         elif rest.endswith("]"):
             raise ValueError(f"expression {text!r}: the brackets name no column.")
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Names of the functions applied to the field, outermost first."""
+        return tuple(name for name, _ in self._functions)
 
     def width(self, size: int) -> int:
         """Columns of the result when the field has `size` numbers per step. Raises ValueError when it has too few."""
@@ -149,10 +169,11 @@ class Expression:
             if max(bounds, default=0) > size:
                 raise ValueError(f"{self.text!r} needs {max(bounds)} numbers, {self.field} has {size}")
             width = len(range(size)[self._columns])
-        if any(name == "euler" for name, _ in self._functions):
-            if width != 4:
-                raise ValueError(f"{self.text!r} needs 4 columns, it has {width}")
-            width = 3
+        for name in reversed(self.functions):
+            takes, gives = _WIDTHS.get(name, (width, width))
+            if width != takes:
+                raise ValueError(f"{self.text!r} needs {takes} columns, it has {width}")
+            width = gives
         return width
 
     def __call__(self, columns: Mapping[str, np.ndarray], num_steps: int) -> np.ndarray:

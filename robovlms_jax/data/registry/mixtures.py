@@ -1,8 +1,9 @@
 """Which datasets are trained on together, with which weights.
 
-Entries of Open X-Embodiment are in `oxe.py`, mixtures in `mixtures.json`; a YAML or JSON file adds one's own:
+Entries of Open X-Embodiment are in `oxe.py`, those of LIBERO in `libero.py`, mixtures in `mixtures.json`; a YAML or
+JSON file adds one's own:
 
-    datasets:                      # only what differs from the common names, see `entry.infer`
+    datasets:                      # only what differs from the common names, see `infer`
       my_robot: {arm: ["action[:6]"], gripper: "invert(action[6])", control_hz: 10}
     mixture: {my_robot: 2.0, bridge_orig: 1.0}
 """
@@ -18,8 +19,11 @@ from typing import Any
 
 import yaml
 
-from robovlms_jax.data.registry import oxe
+from robovlms_jax.data.registry import libero, oxe
 from robovlms_jax.data.registry.entry import Entry
+
+ENTRIES: Mapping[str, Entry] = {**oxe.ENTRIES, **libero.ENTRIES}
+"""All that are described, by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,26 +43,26 @@ class Mixture:
 def resolve(name: str) -> Mixture:
     """A mixture by its name, a dataset's name, or a YAML or JSON file's path. Raises ValueError with near names."""
     if pathlib.Path(name).suffix in (".json", ".yaml", ".yml"):
-        return _read_mixture(pathlib.Path(name), oxe.ENTRIES)
+        return _read_mixture(pathlib.Path(name), ENTRIES)
     mixtures = published_mixtures()
     if name in mixtures:
         weights = mixtures[name]
         return Mixture(name, weights, {dataset: oxe.ENTRIES[dataset] for dataset in weights})
-    for entry in oxe.ENTRIES.values():
+    for entry in ENTRIES.values():
         if name in (entry.name, *entry.directories):
             return Mixture(name, {entry.name: 1.0}, {entry.name: entry})
-    known = [*mixtures, *oxe.ENTRIES]
+    known = [*mixtures, *ENTRIES]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(
         f"data.dataset={name!r} is neither a mixture nor a dataset of the registry; {hint}Mixtures: "
-        f"{', '.join(mixtures)}; datasets: {', '.join(oxe.ENTRIES)}; or pass a YAML or JSON file (data/README.md)."
+        f"{', '.join(mixtures)}; datasets: {', '.join(ENTRIES)}; or pass a YAML or JSON file (data/README.md)."
     )
 
 
 def published_mixtures() -> dict[str, dict[str, float]]:
     """Name -> dataset -> weight, with "extends" written out."""
-    table = json.loads((pathlib.Path(__file__).parent / "mixtures.json").read_text())
+    table = json.loads((pathlib.Path(__file__).parent / "mixtures.json").read_text(encoding="utf-8"))
 
     def expand(name: str) -> dict[str, float]:
         listed = dict(table[name])
@@ -70,7 +74,7 @@ def published_mixtures() -> dict[str, dict[str, float]]:
 
 def _read_mixture(path: pathlib.Path, entries: Mapping[str, Entry]) -> Mixture:
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         own = content.get("datasets", {})
         weights = {name: float(weight) for name, weight in content["mixture"].items()}

@@ -1,8 +1,9 @@
 """The datasets of Open X-Embodiment (arXiv 2310.08864) that OpenVLA and RoboVLMs train on, 27 of them.
 
 Field names and conventions: catalogue of TFDS and the transforms that OpenVLA's loader applies, restated. Every entry
-is compared with a directory's features.json before anything is read. Control frequencies are those of RDT-1B's table
-(thu-ml/RoboticsDiffusionTransformer, configs/dataset_control_freq.json); nothing here computes with them.
+is compared with a directory's features.json before anything is read. `state_gripper` is stated where field names or the
+dataset's description say what the gripper's number means, and "" elsewhere. Control frequencies are those of RDT-1B's
+table (thu-ml/RoboticsDiffusionTransformer, configs/dataset_control_freq.json); nothing here computes with them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _LISTED = (
         gripper=f"from_relative({_GCA})",
         state=("observation/base_pose_tool_reached", "observation/gripper_closed"),
         state_encoding="POS_QUAT",
+        state_gripper="closes",
         instruction=_O,
         control_hz=3,
         shapes={"observation/base_pose_tool_reached": (7,), _GCA: (1,)},
@@ -31,6 +33,7 @@ _LISTED = (
         gripper=f"from_relative({_GCA})",
         state=("observation/clip_function_input/base_pose_tool_reached", "observation/gripper_closed"),
         state_encoding="POS_QUAT",
+        state_gripper="closes",
         instruction=_O,
         control_hz=10,
         success="success",
@@ -58,6 +61,7 @@ _LISTED = (
         wrist="rgb_gripper",
         state=("observation/robot_obs[:6]", "zeros(1)", "observation/robot_obs[7]"),
         state_encoding="POS_EULER",
+        state_gripper="",
         instruction=_O,
         control_hz=15,
         shapes={"action/rel_actions_world": (7,)},
@@ -73,6 +77,7 @@ _LISTED = (
             "observation/end_effector_cartesian_pos[-1]",
         ),
         state_encoding="POS_EULER",
+        state_gripper="",
         instruction=_O,
         control_hz=10,
     ),
@@ -103,6 +108,7 @@ _LISTED = (
         wrist="eye_in_hand_rgb",
         state=("observation/joint_states", "observation/gripper_states"),
         state_encoding="JOINT",
+        state_gripper="",
         instruction=_O,
         control_hz=20,
     ),
@@ -113,6 +119,7 @@ _LISTED = (
         wrist="hand_image",
         state=("observation/robot_state[6:14]",),
         state_encoding="POS_QUAT",
+        state_gripper="closes",
         instruction=_O,
         control_hz=5,
     ),
@@ -142,6 +149,7 @@ _LISTED = (
         wrist="wrist_image",
         state=("observation/state[:3]", "observation/state[7:10]", "zeros(1)", "observation/state[-3]"),
         state_encoding="POS_EULER",
+        state_gripper="",
         control_hz=10,
         shapes={"observation/state": (27,)},
     ),
@@ -151,6 +159,7 @@ _LISTED = (
         wrist="wrist_image",
         state=("observation/state[:8]",),
         state_encoding="JOINT",
+        state_gripper="",
         control_hz=20,
         shapes={"observation/state": (24,)},
     ),
@@ -171,6 +180,7 @@ _LISTED = (
         wrist="wrist_image",
         state=("observation/state[:7]", "observation/state[-1]"),
         state_encoding="POS_QUAT",
+        state_gripper="",
         control_hz=10,
         shapes={"action": (8,)},
     ),
@@ -187,6 +197,7 @@ _LISTED = (
         wrist="wrist_image",
         state=("observation/state",),
         state_encoding="POS_QUAT",
+        state_gripper="",
         control_hz=20,
         shapes={"observation/state": (8,)},
     ),
@@ -197,6 +208,7 @@ _LISTED = (
         wrist="wrist_image",
         state=("observation/state",),
         state_encoding="POS_QUAT",
+        state_gripper="",
         control_hz=20,
         shapes={"observation/state": (8,)},
     ),
@@ -215,6 +227,7 @@ _LISTED = (
         wrist="wrist_image",
         state=("observation/state[:8]",),
         state_encoding="JOINT",
+        state_gripper="",
         control_hz=20,
         shapes={"action": (8,), "observation/state": (20,)},
     ),
@@ -224,6 +237,7 @@ _LISTED = (
         wrist="wrist_image",
         state=("observation/state[:8]",),
         state_encoding="JOINT",
+        state_gripper="",
         control_hz=20,
         shapes={"observation/state": (24,)},
     ),
@@ -234,6 +248,7 @@ _LISTED = (
         wrist="wrist_image",
         state=("observation/state[:6]", "zeros(1)", "observation/state[6]"),
         state_encoding="JOINT",
+        state_gripper="closes",
         control_hz=10,
         shapes={"action": (6,), "observation/state": (13,)},
     ),
@@ -241,6 +256,7 @@ _LISTED = (
         "cmu_stretch",
         state=("observation/state[:3]", "zeros(4)", "observation/state[-1]"),
         state_encoding="POS_EULER",
+        state_gripper="",
         control_hz=10,
         shapes={"action": (8,), "observation/state": (4,)},
     ),
@@ -255,6 +271,7 @@ _LISTED = (
             "observation/present/sensed_close",
         ),
         state_encoding="POS_EULER",
+        state_gripper="closes",
         instruction=_O,
         control_hz=10,
     ),
@@ -265,6 +282,7 @@ _LISTED = (
         wrist="image_wrist_1",
         state=("observation/eef_pose", "observation/state_gripper_pose"),
         state_encoding="POS_EULER",
+        state_gripper="",
         control_hz=10,
         shapes={"action": (7,), "observation/eef_pose": (7,)},
         directories=("fmb_dataset",),
@@ -275,6 +293,7 @@ _LISTED = (
         static="wrist_image",
         state=("observation/state[:6]", "zeros(1)", "observation/state[6]"),
         state_encoding="POS_EULER",
+        state_gripper="",
         control_hz=30,  # 219 frames an episode, of 8.3 s on average (arXiv 2311.16098: 13 hours, 5620 trajectories)
         shapes={"action": (7,), "observation/state": (7,)},
     ),
@@ -287,9 +306,13 @@ _LISTED = (
         wrist="wrist_image_left",
         state=("observation/cartesian_position", "zeros(1)", "observation/gripper_position"),
         state_encoding="POS_EULER",
+        state_gripper="closes",
         more_instructions=("language_instruction_2", "language_instruction_3"),
         control_hz=15,
         drop_still=True,
+        success="episode_metadata/file_path",
+        failure_pattern=r"(^|[/\\])failure([/\\]|$)",  # .../success/... otherwise; the set has no flag
+        directories=("droid_100",),
     ),
 )
 
