@@ -181,8 +181,17 @@ def _rlds(args: Args, name: str, entry: Any, *, alone: bool, reason: str) -> Sou
     def open_split(split: str, options: rlds.Options = options) -> base.Dataset:
         return rlds.open_dataset(args.root, entry, split, name=name, options=options, alone=alone)
 
+    def open_stored(split: str) -> base.Dataset:
+        return rlds.StoredDataset(rlds.find(args.root, _directories(name, entry), alone=alone), split, options)
+
     lenient = functools.partial(open_split, options=dataclasses.replace(options, max_damaged_share=1.0))
-    return Source(name, f"RLDS, {known} ({reason})", open_split, (lenient,))
+    return Source(name, f"RLDS, {known} ({reason})", open_split, (lenient, open_stored))
+
+
+def _directories(name: str, entry: Any) -> tuple[str, ...]:
+    """Names that the dataset's directory may have."""
+    others = entry.get("directories", ()) if isinstance(entry, Mapping) else entry.directories
+    return (name, *((others,) if isinstance(others, str) else others))
 
 
 def _lerobot(args: Args, reason: str) -> Source:
