@@ -154,7 +154,7 @@ def test_nested_scalar_and_null_cells_have_their_sizes():
 )
 def test_info_is_answered_by_field(tmp_path, changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        lerobot.open_dataset(toy.write(tmp_path / "d", info=changes), "training")
+        lerobot.open_dataset(toy.edit_info(toy.write(tmp_path / "d"), **changes), "training")
 
 
 def test_files_with_byte_order_marks_and_windows_line_ends_are_read(tmp_path):

@@ -46,7 +46,6 @@ def write(
     width: int = 7,
     tasks: Sequence[Any] = ("open it", "close it"),
     files: Sequence[Sequence[int]] | None = None,
-    info: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
     """files: the episodes of each data file. Episode e has task e % len(tasks)."""
     (root / "meta").mkdir(parents=True)
@@ -55,34 +54,23 @@ def write(
     features: dict[str, Any] = dict.fromkeys(cameras, image)
     features["action"] = {"dtype": "float32", "shape": [width], "names": names}
     features["observation.state"] = {"dtype": "float32", "shape": [8], "names": None}
-    write_json(
-        root / "meta/info.json",
-        {
-            "codebase_version": "v3.0",
-            "robot_type": "toy",
-            "fps": FPS,
-            "total_episodes": len(lengths),
-            "total_frames": sum(lengths),
-            "features": features,
-            "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-            "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
-            **(info or {}),
-        },
-    )
+    info = {
+        "codebase_version": "v3.0",
+        "robot_type": "toy",
+        "fps": FPS,
+        "total_episodes": len(lengths),
+        "total_frames": sum(lengths),
+        "features": features,
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+    }
+    write_json(root / "meta/info.json", info)
     save(root / "meta/tasks.parquet", {"task_index": range(len(tasks)), "__index_level_0__": tasks})
     starts = np.cumsum([0, *lengths]).tolist()
     for number, episodes in enumerate(files):
-        keys = [(e, t) for e in episodes for t in range(lengths[e])]
-        rows = {
-            "action": [action(e, t, lengths[e], width) for e, t in keys],
-            "observation.state": [[e, t, 0, 0, 0, 0, 0, float(t < lengths[e] // 2)] for e, t in keys],
-            "timestamp": [t / FPS for _, t in keys],
-            "frame_index": [t for _, t in keys],
-            "episode_index": [e for e, _ in keys],
-            "index": [starts[e] + t for e, t in keys],
-            "task_index": [e % len(tasks) for e, _ in keys],
-        }
+        rows = _rows([(e, t) for e in episodes for t in range(lengths[e])], lengths, width, len(tasks))
         for place, camera in enumerate([] if video else cameras):
+            keys = zip(rows["episode_index"], rows["frame_index"], strict=True)
             rows[camera] = [{"bytes": encode(picture(e, t, place)), "path": f"{t}.png"} for e, t in keys]
         save(data_file(root, number), rows)
     listed = {
@@ -96,14 +84,23 @@ def write(
     }
     for place, camera in enumerate(cameras if video else []):
         write_video(root, [(e, t) for e, n in enumerate(lengths) for t in range(n)], camera=camera, place=place)
-        listed |= {
-            f"videos/{camera}/chunk_index": [0] * len(lengths),
-            f"videos/{camera}/file_index": [0] * len(lengths),
-        }
+        listed |= dict.fromkeys([f"videos/{camera}/{part}_index" for part in ("chunk", "file")], [0] * len(lengths))
         listed[f"videos/{camera}/from_timestamp"] = [s / FPS for s in starts[:-1]]
         listed[f"videos/{camera}/to_timestamp"] = [s / FPS for s in starts[1:]]
     save(episodes_file(root), listed)
     return root
+
+
+def _rows(keys: Sequence[tuple[int, int]], lengths: Sequence[int], width: int, num_tasks: int) -> dict[str, list]:
+    return {
+        "action": [action(e, t, lengths[e], width) for e, t in keys],
+        "observation.state": [[e, t, 0, 0, 0, 0, 0, float(t < lengths[e] // 2)] for e, t in keys],
+        "timestamp": [t / FPS for _, t in keys],
+        "frame_index": [t for _, t in keys],
+        "episode_index": [e for e, _ in keys],
+        "index": [sum(lengths[:e]) + t for e, t in keys],
+        "task_index": [e % num_tasks for e, _ in keys],
+    }
 
 
 def action(episode: int, frame: int, length: int, width: int = 7) -> list[float]:
@@ -158,8 +155,9 @@ def choose(path: pathlib.Path, rows: Sequence[int]) -> None:
     edit(path, lambda columns: {name: [values[row] for row in rows] for name, values in columns.items()})
 
 
-def edit_info(root: pathlib.Path, **changes: Any) -> None:
+def edit_info(root: pathlib.Path, **changes: Any) -> pathlib.Path:
     write_json(root / "meta/info.json", {**json.loads((root / "meta/info.json").read_text()), **changes})
+    return root
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
