@@ -219,7 +219,7 @@ def read_image_spec(directory: str | pathlib.Path, flexible_size: int | None = N
     found = {path: _spec(fields, path, flexible_size) for path, fields in _read_processors(directory)}
     if not found:
         empty = [name for name in _PROCESSOR_FILES if (directory / name).is_file()]
-        silent = f" {' and '.join(empty)} say nothing of size, image_mean, image_std or resample." if empty else ""
+        silent = f" Without size, image_mean, image_std and resample: {' and '.join(empty)}." if empty else ""
         raise FileNotFoundError(
             f"{directory} has no preprocessor_config.json and no processor_config.json with an image_processor; "
             f"expected a model directory as published on the Hugging Face hub.{silent}"

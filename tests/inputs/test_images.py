@@ -183,7 +183,7 @@ def test_a_stub_gives_way_to_the_other_file_and_two_that_differ_are_refused(tmp_
         images.read_image_spec(tmp_path)
     first.write_text(json.dumps({"processor_class": "X"}))
     second.write_text(json.dumps({"image_processor": None, "image_seq_length": 256}))
-    with pytest.raises(FileNotFoundError, match=r"preprocessor_config.json and processor_config.json say nothing of"):
+    with pytest.raises(FileNotFoundError, match=r"Without size, .*: preprocessor_config.json and processor"):
         images.read_image_spec(tmp_path)
 
 

@@ -59,10 +59,16 @@ def test_rules_of_a_policy_keep_the_tie():
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_numbers_that_are_none_are_named_with_their_tensor(wrong, dtype):
     broken = TABLE.astype(dtype)
     broken[1, 2] = wrong
+    for kept in (np.float32, dtype):
+        numbers = broken.astype(kept)
+        with pytest.raises(ValueError, match=r"here holds x with 1 of the 12"):
+            convert._require_finite(numbers, "x", "here")
+        numbers[1, 2] = 1
+        convert._require_finite(numbers, "x", "here")
     with pytest.raises(ValueError, match=r"here holds embed.weight with 1 of the 12 numbers read NaN or infinite"):
         load(TIED, {"embed.weight": broken})
 
