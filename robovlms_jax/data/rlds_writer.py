@@ -1,4 +1,4 @@
-"""Write RLDS directories that TFDS, and `rlds.py`, open, without TensorFlow.
+"""Write RLDS directories that TFDS, and `rlds`, open, without TensorFlow.
 
 Shards as TFRecord or ArrayRecord, features.json, dataset_info.json; citations and checksums of downloads are left out.
 """

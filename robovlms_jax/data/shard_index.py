@@ -141,6 +141,20 @@ def build(
             if index is None:
                 raise OSError(f"{target / stamp['file']}.npz was written and cannot be read again; check the disk.")
             opened[number] = index
+    _require_enough(directory, split, opened, problems, max_damaged_share)
+    return [opened[number] for number in sorted(opened)]
+
+
+def _require_enough(
+    directory: storages.Directory,
+    split: splits.Split,
+    opened: Mapping[int, ShardIndex],
+    missing: Sequence[str],
+    max_damaged_share: float,
+) -> None:
+    """Log what cannot be used, together with the shards `missing`. Raises ValueError where it is too much, or a shard
+    holds more than dataset_info.json says."""
+    problems = list(missing)
     lost = sum(split.shard_lengths[number] for number in range(len(split.files)) if number not in opened)
     mismatch = []
     for number, index in sorted(opened.items()):
@@ -172,7 +186,6 @@ def build(
         )
     if problems:
         logger.warning("%s: %d of %d episodes are left out:\n  %s", directory, lost, total, listed)
-    return [opened[number] for number in sorted(opened)]
 
 
 def _damage(file: str, found: Sequence[records.Damage]) -> tuple[list[str], list[str]]:

@@ -79,6 +79,9 @@ class Entry:
     directories: tuple[str, ...] = ()
 
     def __post_init__(self):
+        for field in ("arm", "state", "more_instructions", "directories", "optional_cameras"):
+            if isinstance(getattr(self, field), str):  # its letters would be taken for expressions
+                raise ValueError(f"dataset {self.name!r}: {field} must be a list, found {getattr(self, field)!r}.")
         if (self.state_encoding == "NONE") != (len(self.state) == 0):
             raise ValueError(f"dataset {self.name!r}: state and state_encoding must both be given or both be left out.")
         if self.skip_first < 0 or self.control_hz < 0:

@@ -61,7 +61,10 @@ def infer(name: str, fields: Mapping[str, features.Field], given: Mapping[str, A
     if "success" not in given and (flags := [p for p in SUCCESS if p in fields and entries.is_flag(fields[p])]):
         guess["success"] = flags[0]
         notes.append(f"success: {flags[0]}")
-    entry = entries.Entry(name, **{**guess, **given})
+    try:
+        entry = entries.Entry(name, **{**guess, **given})
+    except TypeError as error:
+        raise ValueError(f"dataset {name!r}: a field of its description is of the wrong type: {error}.") from error
     if not entry.cameras:
         raise ValueError(f"dataset {name!r} is not in the registry and {_no_camera(fields)}")
     if notes:

@@ -151,10 +151,11 @@ def _select(
             message = f"{where}: left out {mask.sum()} of {keep.sum()} episodes {what}"
             notices.once(logger, message, logging.INFO)
     episodes = []
-    for episode in np.flatnonzero(keep & ~unlabelled & ~failed).tolist():
-        sentence, *rewordings = wordings[arrays["instruction"][episode]] or (options.unlabelled_instruction,)
-        span = (int(arrays["start"][episode]), int(arrays["end"][episode]))
-        episodes.append(base.Episode(*span, sentence, entry.name, tuple(rewordings)))
+    chosen = np.flatnonzero(keep & ~unlabelled & ~failed)
+    columns = (arrays[name][chosen].tolist() for name in ("start", "end", "instruction"))
+    for start, end, said in zip(*columns, strict=True):
+        sentence, *rewordings = wordings[said] or (options.unlabelled_instruction,)
+        episodes.append(base.Episode(start, end, sentence, entry.name, tuple(rewordings)))
     return tuple(episodes)
 
 
