@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -13,8 +14,10 @@ from flax.traverse_util import flatten_dict
 
 from experiments import bridge, chaining, google_robot, oxe_pretrain, run
 from robovlms_jax import build, cli
-from robovlms_jax.config import ExperimentConfig
+from robovlms_jax.config import DataConfig, ExperimentConfig
+from robovlms_jax.data import opening
 from robovlms_jax.load import load_config, load_policy
+from tests.data import toy_rlds
 
 TINY = {
     "policy.head.hidden_size": 16,
@@ -119,3 +122,19 @@ def test_presets_are_complete(experiment):
     assert all(x.train.steps == 50_000 and x.train.batch_size == 128 for x in (released, paper))
     assert released.policy.window == 16 and released.policy.chunk == 10
     assert not released.data.compat_goal_relabelling and not released.data.compat_second_norm
+
+
+def test_the_parts_of_a_mixture_are_checked_each_in_its_own_units(tmp_path):
+    # Breaks when a mixture is checked as one: openings of two robots do not compare, one is inverted.
+    for name, is_open in (("right", 1.0), ("inverted", 0.0)):
+        episodes = [toy_rlds.episode(seed, 8) for seed in range(4)]
+        for episode in episodes:
+            gripper = episode["steps/action"][:, 6]
+            episode["steps/observation/state"][:, 6] = np.where(gripper == is_open, 40.0, 0.0)
+        toy_rlds.write(tmp_path, episodes, name=name)
+    (tmp_path / "mine.yaml").write_text("mixture: {right: 1.0, inverted: 1.0}\n")
+    data = DataConfig(dataset=str(tmp_path / "mine.yaml"), root=str(tmp_path), index_workers=1)
+    config = dataclasses.replace(oxe_pretrain.PRESETS["sample"], data=data)
+    mixture = opening.open_split(data, "training")
+    with pytest.raises(ValueError, match=r"inverted/1\.0\.0: .*gripper: means the opposite"):
+        run._training_actions(config, mixture)
