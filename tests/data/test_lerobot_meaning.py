@@ -32,6 +32,9 @@ POSE = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
         [POSE],
         {name: place for place, name in enumerate(POSE)},
         ["delta_x", "delta_y", "delta_z", "delta_roll", "delta_pitch", "delta_yaw", "gripper_open"],
+        {"position": POSE[:3], "rotation": POSE[3:6], "gripper": ["gripper"]},
+        {"motors": {"arm": POSE[:6], "gripper": ["position"]}},
+        ["deltaX", "deltaY", "deltaZ", "Roll", "Pitch", "Yaw", "Gripper"],
         ["ee.x", "ee.y", "ee.z", "ee.roll", "ee.pitch", "ee.yaw", "ee.gripper_pos"],
     ],
 )

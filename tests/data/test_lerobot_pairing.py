@@ -236,6 +236,17 @@ def test_what_is_stored_again_is_read_once(tmp_path, caplog):
         opened(root)
 
 
+def test_tasks_worded_anew_are_told_from_tasks_in_another_order(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    root = toy.write(tmp_path / "d")
+    toy.save(root / "meta/tasks.parquet", {"task_index": [0, 1], "task": ["open it", "shut the box"]})
+    assert [e.instruction for e in lerobot.open_dataset(root, "training").episodes][1] == "shut the box"
+    assert "tasks [1] of meta/episodes are called otherwise" in caplog.text
+    toy.save(root / "meta/tasks.parquet", {"task_index": [1, 0], "task": ["open it", "close it"]})
+    with pytest.raises(ValueError, match="4 whose tasks differ"):
+        opened(root)
+
+
 def test_rows_that_no_episode_lists_are_counted(tmp_path, caplog):
     root = toy.write(tmp_path / "d")
     toy.choose(toy.episodes_file(root), [0, 1, 3])

@@ -27,8 +27,9 @@ _CORES: Mapping[str, str] = {
 
 _FILLING = re.compile(
     "actions?|observation|obs|state|ee|eef|tcp|end|effector|endeffector|pose|pos|position|target|cmd|command|delta|rel|"
-    "relative|cartesian|translation|trans|m|rad"
+    "relative|cartesian|translation|trans|arm|robot|m|rad"
 )
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _JOINT = re.compile(r"joint|motor|servo|shoulder|elbow|wrist|waist|forearm|finger|\bj\d")
 _NUMBERED = re.compile(r"(?:action|actions|state|dim|a|d|s|value|axis|element|feature)?[ _.-]*\d+")
 
@@ -57,8 +58,11 @@ def _flat(names: Any) -> list[str]:
 
 def meaning(name: str) -> str:
     """One of `POSE`, `QUATERNION`, "gripper", "closed" (a gripper, 1 closed), "joint", or "" = unknown."""
-    words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
-    core = "_".join(word for word in words if not _FILLING.fullmatch(word))
+    words = [word for word in re.split(r"[^a-z0-9]+", _CAMEL.sub("_", name).lower()) if word]
+    kept = [word for word in words if not _FILLING.fullmatch(word)]
+    if kept and kept[-1] in POSE[3:]:
+        kept = [word for word in kept if word not in ("rotation", "rot", "orientation", "euler", "rpy")]
+    core = "_".join(word for word, before in zip(kept, [None, *kept], strict=False) if word != before)
     if not {"abs", "absolute", "vel", "velocity"} & set(words) and core in _CORES:
         return _CORES[core]
     return "joint" if _JOINT.search(name.lower()) or (len(words) > 1 and words[-1] == "pos") else ""

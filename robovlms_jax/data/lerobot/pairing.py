@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def pair(
     for episode in episodes.values():
         _compare_counts(info, episode, rows, bounds.get(episode.number), faults)
     _compare_indices(rows, episodes, bounds, faults, notes)
-    _compare_tasks(rows, episodes, tasks, faults)
+    _compare_tasks(rows, episodes, tasks, faults, notes)
     lengths = {n: b - a for n, (a, b) in bounds.items()}
     lengths = {n: e.length if e.length is not None else lengths.get(n, 0) for n, e in episodes.items()}
     videos = spans.compare(info, episodes, lengths, faults, notes)
@@ -229,6 +230,7 @@ def _compare_tasks(
     episodes: Mapping[int, meta.EpisodeRow],
     tasks: Mapping[int, tuple[str, ...]],
     faults: left_out.Faults,
+    notes: meta.Notes,
 ) -> None:
     """task_index of every row with meta/tasks, and an episode's list of sentences with those of its rows."""
     faults.add_rows(rows, rows.task == tables.NULL, "whose task_index is null", lambda r: f"frame {rows.frame[r]}")
@@ -237,23 +239,47 @@ def _compare_tasks(
     found: dict[int, set[int]] = collections.defaultdict(set)
     for number, task in np.unique(np.stack([rows.episode, rows.task], axis=1), axis=0).tolist():
         found[number].add(task)
-    for number, numbers in found.items():
-        episode = episodes.get(number)
-        if episode is None or number in faults or episode.tasks is None:
-            continue
-        stored = episode.tasks if isinstance(episode.tasks, list) else [episode.tasks]
-        if stored and all(isinstance(task, int) for task in stored):
-            said = {sentence for task in stored for sentence in tasks.get(task, ())}
-        else:
+    said: dict[int, set[str]] = {}
+    for number in found:
+        if number in episodes and number not in faults and episodes[number].tasks is not None:
             try:
-                said = set(sentences.wordings(stored))
+                said[number] = _told(episodes[number].tasks, tasks)
             except ValueError as error:
                 faults.add(number, "whose tasks in meta/episodes are no sentences", str(error))
-                continue
-        have = {sentence for task in numbers for sentence in tasks[task]}
-        if said and said != have:
-            detail = f"meta/episodes says {sorted(said)}, its rows' task_index {sorted(have)}"
+    renamed = _renamed(said, found, tasks)
+    if renamed:
+        notes.guess(f"tasks {renamed} of meta/episodes are called otherwise in meta/tasks, which counts.")
+    for number, told in said.items():
+        have = {sentence for task in found[number] for sentence in tasks[task]}
+        each = all(not tasks[task] or told & set(tasks[task]) for task in found[number])
+        if told and not (told <= have and each) and not found[number] <= set(renamed):
+            detail = f"meta/episodes says {sorted(told)}, its rows' task_index {sorted(have)}"
             faults.add(number, "whose tasks differ", detail)
+
+
+def _told(cell: Any, tasks: Mapping[int, tuple[str, ...]]) -> set[str]:
+    """Sentences of an episode's `tasks`, which may hold numbers of tasks. Raises ValueError."""
+    stored = cell if isinstance(cell, list) else [cell]
+    if stored and all(isinstance(task, int) for task in stored):
+        return {sentence for task in stored for sentence in tasks.get(task, ())}
+    return set(sentences.wordings(stored))
+
+
+def _renamed(
+    said: Mapping[int, set[str]], found: Mapping[int, set[int]], tasks: Mapping[int, tuple[str, ...]]
+) -> list[int]:
+    """Tasks that were worded anew in meta/tasks alone: all their episodes, more than one, say the same other sentence,
+    which no task has."""
+    known = {sentence for listed in tasks.values() for sentence in listed}
+    by_task: dict[int, list[str]] = collections.defaultdict(list)
+    for number, told in said.items():
+        if told and len(found[number]) == 1:
+            by_task[next(iter(found[number]))] += told
+    return sorted(
+        task
+        for task, told in by_task.items()
+        if tasks[task] and len(told) > 1 and len(set(told)) == 1 and told[0] not in known
+    )
 
 
 def _compare_totals(info: meta.Info, num_episodes: int, num_rows: int, notes: meta.Notes) -> None:
@@ -262,7 +288,8 @@ def _compare_totals(info: meta.Info, num_episodes: int, num_rows: int, notes: me
         ("total_frames", num_rows, info.total_frames),
     ):
         if said is not None and said != found:
-            notes.warn(f"info.json says {field} {said}, there are {found}: part of the dataset is not here.")
+            why = "part of the dataset is not here" if found < said else "info.json is out of date"
+            notes.warn(f"info.json says {field} {said}, there are {found}: {why}.")
 
 
 def _compare_clock(info: meta.Info, rows: tables.Rows, paired: Sequence[Paired], notes: meta.Notes) -> None:
