@@ -86,7 +86,10 @@ def read_rows(info: meta.Info, fields: Sequence[str]) -> Rows:
             ) from error
         missing = sorted({*KEYS, *fields} - there[-1])
         if missing:
-            raise ValueError(f"{path} has no columns {missing}; it has {sorted(there[-1])}.")
+            raise ValueError(
+                f"{path} has no columns {missing}; it has {sorted(there[-1])}. info.json must call fields as the tables "
+                "do; which of them actions are made of is said in meta/robovlms.json (data/README.md)."
+            )
     keys = [*KEYS, *(name for name in OPTIONAL_KEYS if all(name in names for names in there))]
     parts: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     for number, path in enumerate(paths):
