@@ -87,7 +87,7 @@ def read_rows(info: meta.Info, fields: Sequence[str]) -> Rows:
         missing = sorted({*KEYS, *fields} - there[-1])
         if missing:
             raise ValueError(
-                f"{path} has no columns {missing}; it has {sorted(there[-1])}. info.json must call fields as the tables "
+                f"{path} has no columns {missing}; it has {sorted(there[-1])}. info.json must name fields as tables "
                 "do; which of them actions are made of is said in meta/robovlms.json (data/README.md)."
             )
     keys = [*KEYS, *(name for name in OPTIONAL_KEYS if all(name in names for names in there))]
