@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from benchmarks import machine
 from experiments import calvin_abcd, run
 from robovlms_jax import cli
-from robovlms_jax.training import checkpoints
+from robovlms_jax.training import checkpoints, seals
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def truncate(case: Case, output: pathlib.Path, rng: np.random.Generator) -> Case
     """Cut a random file of the newest checkpoint short."""
     newest, before = sorted(steps_of(output), reverse=True)[:2]
     directory = output / checkpoints.FOLDER / str(newest)
-    names = [checkpoints.SEAL, *json.loads((directory / checkpoints.SEAL).read_text())]
+    names = [seals.SEAL, *json.loads((directory / seals.SEAL).read_text())]
     path = directory / names[int(rng.integers(len(names)))]
     size = path.stat().st_size
     left = int(rng.integers(size))
@@ -233,7 +233,7 @@ def steps_of(output: pathlib.Path) -> list[int]:
 
 def is_whole(directory: pathlib.Path) -> bool:
     """Not so where the process was killed while it deleted an old checkpoint."""
-    return (directory / checkpoints.SEAL).is_file() and checkpoints.damage(directory) is None
+    return (directory / seals.SEAL).is_file() and seals.damage(directory) is None
 
 
 def unfinished(output: pathlib.Path) -> list[pathlib.Path]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import pathlib
+import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from robovlms_jax import build
+from robovlms_jax import build, load
+from robovlms_jax.backbones import base as backbones
 from robovlms_jax.config import BackboneConfig
-from robovlms_jax.training import checkpoints
+from robovlms_jax.inputs import prompts, tokenizers
+from robovlms_jax.training import checkpoints, items, resuming
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +26,30 @@ def open_backbone(config: BackboneConfig, path: str) -> build.Backbone:
     """
     directory = checkpoints.locate(path)
     logger.info("backbone and tokenizer as in %s", directory)
-    return build.backbone_from_assets(config, checkpoints.read_serving(directory)["assets"])
+    return load.open_backbone(config, directory, items.read_serving(directory)["assets"])
+
+
+def backbone_of(config: BackboneConfig, point: resuming.Point, sentences: Sequence[str]) -> build.Backbone:
+    """The backbone of a run that goes on, from its checkpoint alone. Where today's files would be others, the log says
+    so: `config.weights`, or a tokenizer made from today's `sentences`."""
+    backbone = load.open_backbone(config, point.directory, point.assets)
+    directory = pathlib.Path(config.weights.partition(",")[0].strip()).expanduser()
+    if not config.weights and not point.config.train.init_from:
+        with tempfile.TemporaryDirectory() as made:
+            vlm = backbones.get(config.name)
+            texts = [prompts.format_prompt(vlm.prompt, sentence) for sentence in sentences]
+            build.write_files(vlm, texts, pathlib.Path(made))
+            today = tokenizers.read_assets(made)
+    elif config.weights and directory.is_dir():
+        # What only the weights tell is noted in the checkpoint's config.json.
+        today = {name: text for name, text in tokenizers.read_assets(directory).items() if name != "config.json"}
+    else:
+        return backbone
+    others = sorted(name for name, text in today.items() if point.assets.get(name) != text)
+    if others:
+        source = f"{directory} holds" if config.weights else "today's sentences would make"
+        logger.warning("the checkpoint's own %s go on; %s others", ", ".join(others), source)
+    return backbone
 
 
 def take_over(params: Any, path: str) -> Any:
@@ -35,14 +62,14 @@ def take_over(params: Any, path: str) -> Any:
     """
     directory = checkpoints.locate(path)
     current = flatten_dict(params, sep="/")
-    found = checkpoints.shapes(directory)
+    found = items.shapes(directory)
     fitting = {name for name, x in current.items() if found.get(name) == tuple(x.shape)}
     if not fitting:
         raise ValueError(
             f"train.init_from={str(path)!r}: no parameter of {directory} fits this model; it holds "
             f"{sorted(found)[:3]} ... Was it trained with another backbone?"
         )
-    loaded = checkpoints.read_some(directory, {name: current[name] for name in fitting})
+    loaded = items.read_some(directory, {name: current[name] for name in fitting})
     kept = sum(current[name].size for name in fitting)
     total = sum(x.size for x in current.values())
     lines = [

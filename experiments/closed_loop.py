@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pathlib
-import shutil
 import time
 from collections.abc import Sequence
 
@@ -15,13 +15,14 @@ from experiments import record_playtable
 from robovlms_jax.config import DemonstrationConfig, ExperimentConfig, RolloutConfig
 from robovlms_jax.envs import tasks as calvin_tasks
 from robovlms_jax.envs.playtable.env import PlayTables
-from robovlms_jax.evaluation import chains, rollout, rollout_metrics, rollout_report
+from robovlms_jax.evaluation import chains, filing, rollout, rollout_metrics, rollout_report
 from robovlms_jax.evaluation.execution import ExecutedBatch
 from robovlms_jax.evaluation.rollout import Recording, Rules, Trial
 from robovlms_jax.parallel import distributed
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.rollout import BatchedVLAPolicy, EncodeText
 from robovlms_jax.policies.vla import VLA
+from robovlms_jax.training import seals
 from robovlms_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -57,10 +58,9 @@ class ClosedLoop:
     def __init__(self, model: VLA, mesh: Mesh, config: ExperimentConfig, encode: EncodeText, output: pathlib.Path):
         rollouts = config.rollouts
         self._model, self._mesh, self._config, self._encode = model, mesh, rollouts, encode
-        self._output = output / "rollouts"
-        self._name = str(output)
+        self._run = output
         scenes = config.demonstrations.scenes if config.demonstrations.episodes else ()
-        self._trials = playtable_trials(rollouts, scenes)
+        self._scenes, self._trials = scenes, playtable_trials(rollouts, scenes)
         self._rules = Rules(max_steps=rollouts.max_steps)
         size = min(rollouts.tables, len(self._trials))
         self._tables = PlayTables(
@@ -83,13 +83,25 @@ class ClosedLoop:
             f"task/{name}": rate.value for name, rate in summary.per_task.items()
         }
 
-    def report(self, state: TrainState) -> str:
-        """Roll out, write rollouts/ (tables, results, films), and return a Markdown section for the run's report. In
-        the first process; elsewhere the section is empty."""
+    def report(self, state: TrainState, checkpoint: pathlib.Path) -> str:
+        """Roll out, write a folder of rollouts/ (tables, results, films), and return a Markdown section for the run's
+        report. In the first process; elsewhere the section is empty.
+
+        Args:
+          checkpoint: the step directory that holds `state`; what it holds names the folder (`evaluation.filing`).
+        """
         acting = self._acting(state)
         if jax.process_index() != 0:
             return ""
-        shutil.rmtree(self._output, ignore_errors=True)  # results of another state of this run
+        identity = seals.identity(checkpoint).label
+        conditions = {
+            "checkpoint": identity,
+            "image_size": list(self._config.image_size),
+            "protocol": {"scene": self._config.scene, "tasks": list(self._config.tasks), "scenes": list(self._scenes)},
+        }
+        name = f"{self._tables.name}-{self._config.execution.label.replace(' ', '_')}"
+        conditions["protocol"] |= dataclasses.asdict(self._config.execution) | {"max_steps": self._config.max_steps}
+        output = filing.place(self._run / "rollouts", name, conditions)
         films: list[Recording] = []
         count = len(self._trials)
         chosen = {self._trials[i * count // self._config.films].index for i in range(min(self._config.films, count))}
@@ -97,20 +109,23 @@ class ClosedLoop:
             acting,
             self._tables,
             self._trials,
-            self._output,
-            policy_name=self._name,
+            output,
+            policy_name=f"{self._run}, {identity}",
+            conditions=conditions,
             execution=self._config.execution,
             rules=self._rules,
             film=chosen,
             on_recording=films.append,
         )
         films.sort(key=lambda recording: recording.trial.index)
-        paths = [rollout_report.write_film(r, self._output / f"film_{r.trial.index:04d}") for r in films]
+        for recording in films:
+            rollout_report.write_film(recording, output / f"film_{recording.trial.index:04d}")
         title = f"{evaluation.setup['env']}, closed loop"
-        rollout_report.write_report(self._output, [evaluation], title=title, films=paths)
+        rollout_report.write_report(output, [evaluation], title=title, films=sorted(output.glob("film_*")))
+        strips = output / "strips.png"
         if films:
-            rollout_report.draw_strips(films).save(self._output / "strips.png")
-        return rollout_report.section(evaluation, self._output.name, strips=bool(films))
+            rollout_report.draw_strips(films).save(strips)
+        return rollout_report.section(evaluation, output.relative_to(self._run).as_posix(), strips=strips.exists())
 
     def _acting(self, state: TrainState) -> BatchedVLAPolicy:
         params = meshes.whole(state.params, self._mesh)

@@ -242,7 +242,7 @@ def _train(cell: Cell, config: CompareConfig, directory: pathlib.Path) -> dict[s
 
 def _roll_out(config: CompareConfig, directory: pathlib.Path, execution: Execution) -> dict[str, Any]:
     output = directory / "rollouts" / execution.label.replace(" ", "_")
-    evaluate.evaluate(
+    report = evaluate.evaluate(
         evaluate.EvaluateConfig(
             checkpoint=str(directory / "run"),
             output=str(output),
@@ -257,7 +257,7 @@ def _roll_out(config: CompareConfig, directory: pathlib.Path, execution: Executi
             image_size=config.demonstrations.image_size,
         )
     )
-    summary = rollout_metrics.summarize(chains.load(output).results)
+    summary = rollout_metrics.summarize(chains.load(report.parent).results)
     rate = summary.attempts
     return {
         "successes": rate.successes,

@@ -11,21 +11,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from robovlms_jax import cli
 from robovlms_jax.envs import calvin, simpler, vector
 from robovlms_jax.envs import tasks as calvin_tasks
 from robovlms_jax.envs.playtable.env import PlayTables
-from robovlms_jax.evaluation import chains, rollout_report
+from robovlms_jax.evaluation import chains, filing, rollout_report
 from robovlms_jax.evaluation.execution import Execution
 from robovlms_jax.evaluation.rollout import Recording, Rules, Trial
 from robovlms_jax.load import load_batched_policy
 from robovlms_jax.parallel import host_memory
+from robovlms_jax.training import checkpoints, seals
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +43,8 @@ class EvaluateConfig:
     env: Literal["playtable", "calvin", "simpler"] = "playtable"
     """playtable: the embedded simulator (its numbers are not CALVIN's). calvin: a checkout of the real one."""
     output: str = ""
-    """Where results go; one directory per setup. Empty: a folder of the checkpoint's rollouts/ that is named after
-    environment, scene, protocol, execution and wording."""
+    """Where results go. Empty: rollouts/ of the run, or of a checkpoint that was copied alone; there a folder for every
+    checkpoint (its step and a fingerprint of its content) and in it one for every setup."""
     protocol: Literal["custom", "official"] = "custom"
     """official: CALVIN's benchmark as published: all 1000 chains, its own validation sentences, the first action of
     every chunk, 360 steps per task (calvin). custom: what the other fields say."""
@@ -131,13 +135,19 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
     """Run the evaluation and write its report; returns the report's path."""
     if config.protocol == "official":
         config = dataclasses.replace(config, **OFFICIAL)
-    output = pathlib.Path(config.output or _default_output(config))
+    directory = checkpoints.locate(config.checkpoint)
     trials, rules = _trials(config)
+    conditions = _conditions(config, trials, seals.identity(directory).label)
+    name = _folder_name(config)
+    if config.output:
+        output = filing.choose(pathlib.Path(config.output), name, conditions)
+    else:
+        output = filing.place(checkpoints.run_of(directory) / "rollouts", name, conditions)
     log.info(
         "%s: %d trials, execution %s, phrasing %s; results go to %s",
         *(config.env, len(trials), config.execution.label, trials[0].labels.get("phrasing", "the task's own"), output),
     )
-    policy = load_batched_policy(config.checkpoint, slots=config.processes)
+    policy = load_batched_policy(directory, slots=config.processes)
 
     def keep(recording: Recording) -> None:
         rollout_report.write_film(recording, output / f"film_{recording.trial.index:04d}")
@@ -148,7 +158,8 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
             envs,
             trials,
             output,
-            policy_name=str(config.checkpoint),
+            policy_name=f"{config.checkpoint}, {conditions['checkpoint']}",
+            conditions=conditions,
             execution=config.execution,
             rules=rules,
             film=[trial.index for trial in trials[: config.films]],
@@ -158,12 +169,31 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
     return rollout_report.write_report(output, [evaluation], title=title, films=sorted(output.glob("film_*")))
 
 
-def _default_output(config: EvaluateConfig) -> pathlib.Path:
+def _folder_name(config: EvaluateConfig) -> str:
     name = f"{config.env}-{config.scene if config.env != 'simpler' else config.simpler_task}"
     name += ("-single" if config.tasks else "") + ("-fresh" if config.fresh_process else "")
     name += "-official" if config.protocol == "official" else ""
     words = "-held_out" if config.held_out else ""
-    return pathlib.Path(config.checkpoint) / "rollouts" / f"{name}-{config.execution.label.replace(' ', '_')}{words}"
+    return f"{name}-{config.execution.label.replace(' ', '_')}{words}"
+
+
+_ASIDE = ("checkpoint", "output", "chains", "processes", "films", "calvin_root", "calvin_split", "simulator_python")
+"""Fields that results do not depend on, or not by their text: who is asked how often, and where things lie."""
+
+
+def _conditions(config: EvaluateConfig, trials: list[Trial], checkpoint: str) -> dict[str, Any]:
+    """Everything that results depend on, as JSON values."""
+    asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in _ASIDE}
+    if config.calvin_split:
+        asked["calvin_split"] = pathlib.Path(config.calvin_split).name  # its stored cameras
+    if config.simpler_statistics:
+        asked["simpler_statistics"] = np.stack(simpler.read_quantiles(config.simpler_statistics)).tolist()
+    labels = {name: value for name, value in trials[0].labels.items() if name != "scene"}
+    return json.loads(
+        json.dumps(
+            {"checkpoint": checkpoint, "image_size": asked.pop("image_size"), "protocol": asked, "asked": labels}
+        )
+    )
 
 
 def _trials(config: EvaluateConfig) -> tuple[list[Trial], Rules]:
@@ -239,6 +269,9 @@ def main() -> None:
         report = evaluate(config)
     except (ValueError, FileNotFoundError, ImportError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        log.warning("stopped by Ctrl-C; finished trials are kept, and the same command goes on with the others.")
+        sys.exit(130)
     log.info("report: %s", report)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import pathlib
 import sys
@@ -36,8 +35,10 @@ from robovlms_jax.training import (
     metrics,
     optimizer,
     provenance,
+    resuming,
     state,
     step,
+    stopping,
 )
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ class Setup:
     abstract: state.TrainState
     """Shapes and shardings of what will be trained."""
     num_params: int
+    point: resuming.Point | None = None
+    """Where a resumed run goes on."""
 
 
 def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: str = REAL_THING) -> None:
@@ -87,6 +90,9 @@ def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: 
             if jax.process_index() != 0:
                 logging.getLogger().setLevel(logging.WARNING)
             train(name, config, title=title, closing=closing)
+    except KeyboardInterrupt:
+        logger.warning("%s", stopping.words(pathlib.Path(config.train.output)))
+        sys.exit(stopping.STATUS)
     except (
         ValueError,
         OSError,
@@ -102,15 +108,22 @@ def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: 
         sys.exit(f"error: {error}{f' (the run writes to {config.train.output})' if unnamed else ''}")
 
 
-def prepare(config: ExperimentConfig) -> Setup:
-    """Open everything a run needs and check that it fits together. Raises what the parts raise; compiles nothing."""
+def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Setup:
+    """Open everything a run needs and check that it fits together. Raises what the parts raise; compiles nothing.
+
+    Args:
+      config: with a `point`, settled with it (`resuming.settle`).
+      point: where a resumed run goes on; whatever gives its parameters a meaning comes from there.
+    """
     config.validate(jax.device_count())
     config = dataclasses.replace(config, distributed=DistributedConfig())  # differs between processes, done with
     opened = {"training": opening.open_split(config.data, "training"), "validation": validation.open_split(config.data)}
     variation = language.read(config.data.paraphrases) if config.data.vary_language else None
     sentences = language.every(opened["training"].episodes, variation)
     instructions = [*sentences, *validation.sentences(opened["validation"]), *_asked(config)]
-    if config.train.init_from:
+    if point:
+        backbone = chaining.backbone_of(config.backbone, point, instructions)
+    elif config.train.init_from:
         backbone = chaining.open_backbone(config.backbone, config.train.init_from)
     else:
         backbone = build.open_backbone(config.backbone, instructions)
@@ -124,8 +137,13 @@ def prepare(config: ExperimentConfig) -> Setup:
     held_out = opened["validation"]
     validation_split = None if held_out is None else _source(config, held_out, encode, embed_sentence=embed)
     actions, values = _training_actions(config, opened["training"])
-    config = config.resolve(training.num_windows, length, values)
-    config = dataclasses.replace(config, policy=config.policy.with_bins(actions))
+    if point:
+        resuming.compare_statistics(config.policy, values, actions)
+        config = config.resolve(training.num_windows, length)
+        resuming.require_steps(point, config)
+    else:
+        config = config.resolve(training.num_windows, length, values)
+        config = dataclasses.replace(config, policy=config.policy.with_bins(actions))
     config = build.with_action_ids(config, backbone.tokenizer)
     mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
     model = build.make_model(config, backbone.vlm)
@@ -141,51 +159,67 @@ def prepare(config: ExperimentConfig) -> Setup:
         mesh=mesh,
         abstract=state.abstract(shapes, shardings, config.train.trainable, tx, mesh),
         num_params=build.count(shapes),
+        point=point,
     )
 
 
 def train(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: str = REAL_THING) -> pathlib.Path:
-    """The whole run; returns its directory. Raises what the parts raise."""
+    """The whole run; returns its directory. Raises what the parts raise, and KeyboardInterrupt after Ctrl-C."""
+    with stopping.Interrupts() as interrupts:
+        output = _run(name, config, title, closing, interrupts)
+        if interrupts.asked:
+            raise KeyboardInterrupt
+        return output
+
+
+def _run(
+    name: str, config: ExperimentConfig, title: str, closing: str, interrupts: stopping.Interrupts
+) -> pathlib.Path:
     begin = time.perf_counter()
     output = pathlib.Path(config.train.output)
-    _require_free(output, resume=config.train.resume)
+    checkpoints.require_free(output, resume=config.train.resume)
     directory.require_writable(output)
     directory.keep_programs(config.train.compilation_cache)
+    point = resuming.open_point(output) if config.train.resume else None
+    if point:
+        config = resuming.settle(point, config)
     if config.demonstrations.episodes:
         closed_loop.ensure_demonstrations(config.demonstrations, config.data.root)
-    setup = prepare(config)
+    setup = prepare(config, point)
     _announce(name, setup)
     _require_memory(setup)
     with directory.claim(output):
-        _require_free(output, resume=config.train.resume)  # another run may have ended there meanwhile
-        finished = _train(name, setup, output, title, closing, begin)
+        checkpoints.require_free(output, resume=config.train.resume)  # another run may have ended there meanwhile
+        finished = _train(name, setup, output, title, closing, begin, interrupts)
     if finished and jax.process_index() == 0:
         logger.info("report: %s\n\n%s\n", output / "report.md", closing)
     return output
 
 
-def _train(name: str, setup: Setup, output: pathlib.Path, title: str, closing: str, begin: float) -> bool:
+def _train(
+    name: str,
+    setup: Setup,
+    output: pathlib.Path,
+    title: str,
+    closing: str,
+    begin: float,
+    interrupts: stopping.Interrupts,
+) -> bool:
     """False: stopped by a signal before the last step. `begin`: when the run began, on `time.perf_counter`."""
     config = setup.config
-    tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
-    params = build.init_params(
-        setup.model, setup.mesh, config.train.seed, None if config.train.resume else setup.backbone
-    )
-    if config.train.init_from and not config.train.resume:
-        params = chaining.take_over(params, config.train.init_from)
-    distributed.barrier("parameters")  # reading and compiling take processes differently long; what follows meets them
-    train_state = state.create(params, config.train.trainable, tx, config.train.seed, setup.mesh)
-    del params  # the state owns the arrays now and its step donates them
     serving = {"config": to_dict(config), "assets": dict(setup.backbone.assets)}
     checkpointer = checkpoints.Checkpointer(output, keep=config.train.keep_checkpoints, serving=serving)
     fingerprint = pipeline.order_fingerprint(
         setup.train, segments_per_batch=config.segments_per_batch, seed=config.train.seed
     )
-    if config.train.resume:
-        train_state = _resume(checkpointer, train_state, fingerprint)
-    _write_record(output, name, config)
+    if setup.point:
+        _require_order(setup, fingerprint)
+        train_state = resuming.restore(checkpointer, setup.point, setup.abstract, config)
+    else:
+        train_state = _begin(setup)
+    provenance.write_record(output, name, config)
     start = int(train_state.step)
-    writer = _writers(config, output, start)
+    writer = metrics.open_writers(config, output, start)
     evaluator = validation.evaluator(setup.model, setup.mesh, config, setup.validation, setup.encode)
     tables = _closed_loop(setup, output)
     train_step = step.of_experiment(config, setup.model, train_state, setup.mesh)
@@ -208,12 +242,13 @@ def _train(name: str, setup: Setup, output: pathlib.Path, title: str, closing: s
             roll_out=tables.numbers if tables else None,
             goodput=spent,
         )
+        finished = finished and not interrupts.asked  # it may come while the last step is saved
         if finished:
 
             def write(values: Mapping[str, float]) -> None:
                 writer.write(config.train.steps, {f"validation/{key}": value for key, value in values.items()})
 
-            section = tables.report(_chosen(train_state, checkpointer, config)) if tables else ""
+            section = tables.report(*_chosen(train_state, checkpointer, config)) if tables else ""
             facts = _facts(name, setup) | {"seconds": round(time.perf_counter() - begin, 1)}
             facts["time in the training loop"] = str(spent)
             data = "PlayTable" if config.demonstrations.episodes else title
@@ -231,12 +266,18 @@ def _asked(config: ExperimentConfig) -> list[str]:
 def _closed_loop(setup: Setup, output: pathlib.Path) -> closed_loop.ClosedLoop | None:
     if not setup.config.rollouts.trials:
         return None
-    return closed_loop.ClosedLoop(setup.model, setup.mesh, setup.config, setup.encode, output)
+    encode = setup.backbone.encoder(setup.config.data.text_length)  # wordings of rollouts may be longer than the data's
+    return closed_loop.ClosedLoop(setup.model, setup.mesh, setup.config, encode, output)
 
 
-def _chosen(current: state.TrainState, checkpointer: checkpoints.Checkpointer, config: ExperimentConfig) -> Any:
-    """The state that the run directory stands for."""
-    return checkpointer.restore_best(current) if config.rollouts.select == "best" else current
+def _chosen(
+    current: state.TrainState, checkpointer: checkpoints.Checkpointer, config: ExperimentConfig
+) -> tuple[state.TrainState, pathlib.Path]:
+    """The state that the run directory stands for, and the step directory that holds it."""
+    run = pathlib.Path(config.train.output)
+    if config.rollouts.select == "best":
+        return checkpointer.restore_best(current), checkpoints.locate(run)
+    return current, run / checkpoints.FOLDER / str(int(current.step))
 
 
 def _facts(name: str, setup: Setup) -> dict[str, Any]:
@@ -390,48 +431,26 @@ def _loader_rate(
     return with_workers(count), rates[count]
 
 
-def _require_free(output: pathlib.Path, *, resume: bool) -> None:
-    """A run never writes into another's checkpoints by accident, and never silently starts anew."""
-    folder = output / checkpoints.FOLDER
-    has = folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
-    if has and not resume:
-        raise ValueError(
-            f"{output} already holds checkpoints; pass --train.resume to go on with it or choose another "
-            f"--train.output."
-        )
-    if resume and not has:
-        raise ValueError(
-            f"nothing to resume: {folder} holds no checkpoint; leave out --train.resume or correct --train.output."
-        )
+def _begin(setup: Setup) -> state.TrainState:
+    """The state before the first step."""
+    config = setup.config
+    params = build.init_params(setup.model, setup.mesh, config.train.seed, setup.backbone)
+    if config.train.init_from:
+        params = chaining.take_over(params, config.train.init_from)
+    distributed.barrier("parameters")  # reading and compiling take processes differently long; what follows meets them
+    tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
+    # The state owns the arrays now and its step donates them.
+    return state.create(params, config.train.trainable, tx, config.train.seed, setup.mesh)
 
 
-def _resume(
-    checkpointer: checkpoints.Checkpointer, current: state.TrainState, fingerprint: Mapping[str, Any]
-) -> state.TrainState:
-    restored, position = checkpointer.restore(current)
-    pipeline.require_same_order(position["order"], fingerprint)
-    logger.info("resumed after step %d", int(restored.step))
-    return restored
-
-
-def _write_record(output: pathlib.Path, name: str, config: ExperimentConfig) -> None:
-    if jax.process_index() != 0:
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.json").write_text(json.dumps({"preset": name, **to_dict(config)}, indent=2) + "\n")
-    (output / "environment.json").write_text(json.dumps(provenance.environment(), indent=2) + "\n")
-
-
-def _writers(config: ExperimentConfig, output: pathlib.Path, start: int) -> metrics.Writers:
-    if jax.process_index() != 0:
-        return metrics.Writers([])
-    writers: list[metrics.MetricWriter] = [
-        metrics.JsonLines(output / "metrics.jsonl", start),
-        metrics.TensorBoard(output / "tensorboard"),
-    ]
-    if config.train.wandb_project:
-        writers.append(metrics.WandB(config.train.wandb_project, to_dict(config), output))
-    return metrics.Writers(writers)
+def _require_order(setup: Setup, fingerprint: Mapping[str, Any]) -> None:
+    """Raise ValueError where other batches would follow than would have, unless that is what was asked for."""
+    try:
+        pipeline.require_same_order(setup.point.order, fingerprint)
+    except ValueError as error:
+        if not setup.config.train.allow_new_order:
+            raise
+        logger.warning("with train.allow_new_order: %s", str(error).partition(". ")[0])
 
 
 def _describe(dataset: datasets.Dataset, index: int) -> str:

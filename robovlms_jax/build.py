@@ -104,19 +104,21 @@ def write_files(vlm: backbones.VLMConfig, texts: Iterable[str], directory: pathl
     tokenizers.make_twin_tokenizer(texts, vlm.text.vocab_size, directory)
 
 
-def backbone_from_assets(config: BackboneConfig, assets: Mapping[str, str]) -> Backbone:
+def backbone_from_assets(
+    config: BackboneConfig, assets: Mapping[str, str], origin: str = "the checkpoint's assets"
+) -> Backbone:
     """The backbone a checkpoint was trained with, from the files inside it.
 
-    Raises ValueError, FileNotFoundError: one of them is missing or cannot be read; names it.
+    Raises ValueError: they cannot be read; calls them `origin`.
     """
     with tempfile.TemporaryDirectory() as directory:
-        tokenizers.write_assets(assets, directory)
         try:
+            tokenizers.write_assets(assets, directory)
             return _open(config, pathlib.Path(directory))
-        except (ValueError, FileNotFoundError) as error:
-            # The folder is gone when the user reads this; the files are inside the checkpoint.
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-            raise kind(str(error).replace(directory, "the checkpoint's assets")) from error
+        except (ValueError, KeyError, TypeError, OSError) as error:  # they name a directory that is about to go
+            reason = f"it has no {error}." if isinstance(error, KeyError) else str(error)
+            named = reason.replace(directory, origin) if directory in reason else f"{origin}: {reason}"
+            raise ValueError(named) from None
 
 
 def _open(config: BackboneConfig, directory: pathlib.Path) -> Backbone:

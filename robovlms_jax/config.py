@@ -507,6 +507,9 @@ class TrainConfig:
     init_from: str = ""
     """Start with the parameters of another run (its directory or a checkpoint's), as far as they fit; what does not is
     listed. Its tokenizer and architecture are used, its optimizer state and data order are not."""
+    allow_new_order: bool = False
+    """With resume: go on although other batches follow than would have (other episodes, batch size or seed). The run is
+    then no longer what it would have been without the interruption."""
     steps: int = 50_000
     """Optimizer steps."""
     epochs: float = 0.0
@@ -838,7 +841,10 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any
     if issubclass(cls, heads.HeadConfig):
         if "kind" not in values:
             raise ValueError(f"{path} has no field 'kind', the name of a registered head; it has {sorted(values)}.")
-        cls = heads.config_of(values.pop("kind"))
+        kind = values.pop("kind")
+        if not isinstance(kind, str):
+            raise ValueError(f"{path}.kind={kind!r} is a {type(kind).__name__}; expected one of {heads.kinds()}.")
+        cls = heads.config_of(kind)
     hints = schema.hints(cls)
     kwargs = {}
     for name, value in values.items():

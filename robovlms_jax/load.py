@@ -10,9 +10,10 @@ from typing import Any
 import jax
 
 from robovlms_jax import build, config
+from robovlms_jax.inputs import tokenizers
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.rollout import BatchedVLAPolicy, VLAPolicy
-from robovlms_jax.training import checkpoints
+from robovlms_jax.training import checkpoints, items
 
 
 def load_policy(path: str | pathlib.Path, policy: Mapping[str, Any] | None = None) -> VLAPolicy:
@@ -39,29 +40,42 @@ def load_batched_policy(
 
 def load_config(path: str | pathlib.Path) -> config.ExperimentConfig:
     """The resolved configuration a checkpoint was trained with."""
-    return _read(checkpoints.locate(path))[0]
+    return items.read_checkpoint(checkpoints.locate(path))[0]
 
 
-def _read(directory: pathlib.Path) -> tuple[config.ExperimentConfig, dict[str, str]]:
-    serving = checkpoints.read_serving(directory)
-    return config.from_dict(config.ExperimentConfig, serving["config"]), serving["assets"]
+def open_backbone(
+    settings: config.BackboneConfig, directory: pathlib.Path, assets: Mapping[str, str]
+) -> build.Backbone:
+    """Architecture, tokenizer and preprocessing from the small files inside a checkpoint; how it computes, from
+    `settings`.
+
+    Raises ValueError naming the checkpoint and the files that it lacks, or cannot be read.
+    """
+    expected = {"config.json": ("config.json",), "a tokenizer": tokenizers.TOKENIZER_FILES}
+    lacks = [what for what, names in expected.items() if not set(names) & set(assets)]
+    if lacks:
+        raise ValueError(
+            f"{directory / 'serving'}: the backbone's small files lack {' and '.join(lacks)} (found {sorted(assets)}; "
+            f"a tokenizer is one of {list(tokenizers.TOKENIZER_FILES)}). Copy the checkpoint again, or name another."
+        )
+    return build.backbone_from_assets(settings, assets, origin=f"{directory / 'serving'}, assets")
 
 
 def _open(path: str | pathlib.Path, policy: Mapping[str, Any] | None) -> tuple[Any, Any, Any]:
     directory = checkpoints.locate(path)
-    experiment, assets = _read(directory)
+    experiment, assets = items.read_checkpoint(directory)
     if policy:
         values = _merge(config.to_dict(experiment.policy), policy)
         changed = config.from_dict(config.PolicyConfig, values, "policy")
         experiment = dataclasses.replace(experiment, policy=changed)
-    backbone = build.backbone_from_assets(experiment.backbone, assets)
+    backbone = open_backbone(experiment.backbone, directory, assets)
     model = build.make_model(experiment, backbone.vlm)
     shapes, shardings = build.abstract_params(model, meshes.make_mesh((1, 1, 1), jax.local_devices()[:1]))
     types = serving_types(shapes, experiment.backbone.dtype)
     abstract = jax.tree.map(
         lambda x, dtype, place: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), shapes, types, shardings
     )
-    return model, checkpoints.read_params(directory, abstract), backbone.encoder(experiment.data.text_length)
+    return model, items.read_params(directory, abstract), backbone.encoder(experiment.data.text_length)
 
 
 def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

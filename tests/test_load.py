@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import chaining
 from robovlms_jax import build, load
 from robovlms_jax.config import BackboneConfig, ExperimentConfig, PolicyConfig, to_dict
 from robovlms_jax.interface import Observation
 from robovlms_jax.policies import objective
-from robovlms_jax.training import checkpoints
+from robovlms_jax.training import checkpoints, items, seals
 from tests.toy import HEADS, init, make_batch, make_model, random_params
 
 
@@ -37,18 +41,31 @@ def test_parameters_stored_in_the_type_of_computation_give_the_same_loss():
     assert jax.tree.leaves(load.serving_types(params, "float32")) == [x.dtype for x in jax.tree.leaves(params)]
 
 
-def test_control_may_choose_settings_that_change_no_parameter(tmp_path):
-    # Fails if the fields are not merged into those of training, or do not reach the model that acts.
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> pathlib.Path:
+    """A run directory with a tiny policy of one frame."""
+    run = tmp_path_factory.mktemp("runs") / "run"
     backbone = build.open_backbone(BackboneConfig(name="kosmos-2-twin"), ["open the drawer"])
     policy = PolicyConfig(window=1, history="one_step", chunk=2, head=HEADS["flow"])
     experiment = ExperimentConfig(backbone=BackboneConfig(name="kosmos-2-twin"), policy=policy)
     model = build.make_model(experiment, backbone.vlm)
     params = random_params(model, make_batch(np.random.default_rng(0), window=1, windows=1, chunk=2))
-    checkpoints.write_policy(tmp_path / "run", params, {"config": to_dict(experiment), "assets": dict(backbone.assets)})
+    checkpoints.write_policy(run, params, {"config": to_dict(experiment), "assets": dict(backbone.assets)})
+    return run
+
+
+@pytest.fixture
+def step(written, tmp_path) -> pathlib.Path:
+    """A copy of its only step, to be damaged."""
+    return shutil.copytree(written / "checkpoints" / "0", tmp_path / "run" / "checkpoints" / "0")
+
+
+def test_control_may_choose_settings_that_change_no_parameter(written):
+    # Fails if the fields are not merged into those of training, or do not reach the model that acts.
     frame = {"static": np.zeros((40, 40, 3), np.uint8), "wrist": np.zeros((20, 20, 3), np.uint8)}
 
     def act(changes):
-        opened = load.load_policy(tmp_path / "run", policy=changes)
+        opened = load.load_policy(written, policy=changes)
         opened.reset("open the drawer")
         return opened.act(Observation(frame)).actions
 
@@ -59,3 +76,112 @@ def test_control_may_choose_settings_that_change_no_parameter(tmp_path):
         act({"head": {"num_stepps": 1}})
     with pytest.raises(ValueError, match=r"head/.*checkpoint .*model"):
         act({"head": {"hidden_size": 32}})
+
+
+def test_two_altered_bytes_in_a_weight_file_are_named_by_all_who_read_it(step):
+    weights = max((step / "params").rglob("*"), key=lambda path: path.stat().st_size)
+    with weights.open("r+b") as file:
+        file.seek(weights.stat().st_size // 2)
+        file.write(b"\x7f\x7f")
+    with pytest.raises(seals.DamagedError, match=rf"{weights} is damaged"):
+        load.load_policy(step)
+    with pytest.raises(seals.DamagedError, match=rf"{weights} is damaged"):
+        chaining.take_over({"head": {"action_out": {"bias": jnp.zeros(7)}}, **shapes_of(step)}, str(step))
+
+
+def shapes_of(step: pathlib.Path) -> dict[str, jax.Array]:
+    return {path: jnp.zeros(shape) for path, shape in items.shapes(step).items()}
+
+
+def rewrite(step: pathlib.Path, change) -> None:
+    """Change what the step holds for serving; sealed again, as whoever edits a checkpoint by hand would not do."""
+    path = step / "serving" / "metadata"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    seals.seal(step)
+
+
+def put(path: str, value):
+    def change(values):
+        *parts, name = path.split(".")
+        for part in parts:
+            values = values[part]
+        if value is None:
+            del values[name]
+        else:
+            values[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("config", None, r"has no 'config' \(the configuration; .*found \['assets'\]\)"),
+        ("config", [], "has no 'config'"),
+        ("assets", None, "has no 'assets'"),
+        ("assets.merges", 3, r"assets \['merges'\] are no text"),
+        ("config.policy", None, "its configuration has no policy"),
+        ("config.policy", "x", r"config.policy='x' is a str; expected the fields of PolicyConfig"),
+        ("config.policy.window", None, r"its configuration has no policy.window\. No default may stand in"),
+        ("config.policy.window", "abc", r"config.policy.window='abc' is a str; expected int"),
+        ("config.policy.window", True, r"config.policy.window=True is a bool; expected int"),
+        ("config.policy.history", "future", r"config.policy.history='future' is not one of 'one_step', "),
+        (
+            "config.policy.action_low",
+            [1, 2, "x", 4, 5, 6],
+            r"config.policy.action_low=\(1, 2, 'x', 4, 5, 6\) is a tuple; expected tuple\[float, ...\]",
+        ),
+        ("config.policy.action_high", 0.5, r"config.policy.action_high=0.5 is a float; expected tuple\[float, ...\]"),
+        ("config.policy.head.kind", None, r"config.policy.head has no field 'kind'"),
+        ("config.policy.head.kind", "nose", "no head 'nose'"),
+        ("config.policy.head.kind", ["lstm"], r"head.kind=\['lstm'\] is a list; expected one of \['attention'"),
+        ("config.train.batchsize", 3, "no field 'batchsize'; did you mean 'batch_size'"),
+        ("config.rollouts.image_size", [1, 2, 3], r"image_size=\(1, 2, 3\) is a tuple; expected tuple\[int, int\]"),
+    ],
+)
+def test_what_a_checkpoint_says_wrongly_is_named(step, path, value, message):
+    rewrite(step, put(path, value))
+    with pytest.raises(ValueError, match=rf"(?s){step / 'serving'}.*{message}"):
+        load.load_config(step)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["tokenizer.json", "tokenizer_config.json"], r"lack a tokenizer \(found .*'config.json'"),
+        (["config.json"], r"lack config.json \(found"),
+    ],
+)
+def test_missing_small_files_are_named_with_the_checkpoint(step, names, message):
+    rewrite(step, lambda values: [values["assets"].pop(name) for name in names])
+    with pytest.raises(ValueError, match=rf"{step / 'serving'}: .*{message}"):
+        load.load_policy(step)
+
+
+def test_small_files_that_cannot_be_read_are_named_with_the_checkpoint_not_a_temporary_folder(step):
+    rewrite(step, lambda values: values["assets"].update({"tokenizer.json": "{"}))
+    with pytest.raises(ValueError, match=rf"^{step / 'serving'}, assets has tokenizer files") as caught:
+        load.load_policy(step)
+    assert "/tmp" not in str(caught.value).replace(str(step), "")
+
+
+def test_a_file_is_no_checkpoint(step):
+    path = step.parents[1] / "README.md"
+    path.touch()
+    for wrong, what in ((path, "a file"), (path.with_name("none"), "nothing is there")):
+        with pytest.raises(FileNotFoundError, match=rf"checkpoint {wrong} is not a directory \({what}\); pass a run"):
+            load.load_policy(wrong)
+    (step / seals.SEAL).unlink()
+    for item, message in (
+        ("serving", "serving/metadata is missing"),
+        ("params", "looked for checkpoints/<step>/params"),
+    ):
+        (step / item).rename(step / "aside")
+        with pytest.raises(FileNotFoundError, match=message):
+            load.load_policy(step)
+        (step / "aside").rename(step / item)
+    (step / "serving" / "metadata").write_text('{"config": {')
+    with pytest.raises(ValueError, match=r"serving/metadata is no JSON"):
+        load.load_policy(step)

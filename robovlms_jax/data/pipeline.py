@@ -14,6 +14,7 @@ import functools
 import hashlib
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -382,6 +383,9 @@ def choose_workers(
 
 
 def _start_worker(index: int, count: int) -> None:
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal sends Ctrl-C to all; the training loop decides what follows
     # Grain imports jax in its workers; they must not take an accelerator.
     jax.config.update("jax_platforms", "cpu")
 
@@ -477,7 +481,8 @@ def require_same_order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> 
     if changed:
         raise ValueError(
             f"the checkpoint's data order cannot be continued: {'; '.join(changed)}. Resume with the settings and the "
-            "dataset it was made with, or start a new run in another train.output."
+            "dataset it was made with, give up going on bit for bit with --train.allow_new_order, or start a new run "
+            "in another train.output."
         )
 
 

@@ -84,19 +84,33 @@ def read_fields(directory: storages.Directory) -> dict[str, features.Field]:
 
 def place(directory: storages.Directory, split: splits.Split, index_dir: str = "") -> pathlib.Path:
     """Where the index of a split belongs: in `index_dir`, beside the data, or, where that cannot be written, in the
-    user's cache directory."""
+    user's cache directory. It is made, if it is not there.
+
+    Raises OSError: no such place can be written; names them and what to set.
+    """
     identity = hashlib.sha256(str(directory).encode()).hexdigest()[:12]
     below = pathlib.Path(f"{split.dataset}-{identity}") / split.name
     if index_dir:
-        return pathlib.Path(index_dir) / below
-    if not directory.is_remote:
-        beside = pathlib.Path(directory.path) / BESIDE_DATA / split.name
-        with contextlib.suppress(OSError):
-            beside.mkdir(parents=True, exist_ok=True)
-            if os.access(beside, os.W_OK):
-                return beside
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return cache / "robovlms_jax" / "index" / below
+        candidates = [pathlib.Path(index_dir) / below]
+    else:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+        beside = [] if directory.is_remote else [pathlib.Path(directory.path) / BESIDE_DATA / split.name]
+        candidates = [*beside, cache / "robovlms_jax" / "index" / below]
+    tried = []
+    for candidate in candidates:
+        try:
+            if not candidate.is_absolute() and str(candidate).startswith("~"):
+                raise OSError("nobody knows this user's home directory")
+            candidate.mkdir(parents=True, exist_ok=True)
+            if os.access(candidate, os.W_OK | os.X_OK):
+                return candidate
+            tried.append(f"{candidate} (permission denied)")
+        except OSError as error:
+            tried.append(f"{candidate} ({error.strerror or error})")
+    raise OSError(
+        f"the index of {directory}, split {split.name!r}, cannot be written to {' nor to '.join(tried)}. Name a "
+        f"directory that can with --data.index_dir{'' if index_dir else ', or set XDG_CACHE_HOME'}."
+    )
 
 
 def build(

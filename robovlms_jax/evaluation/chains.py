@@ -116,6 +116,7 @@ def evaluate(
     directory: str | os.PathLike,
     *,
     policy_name: str,
+    conditions: Mapping[str, Any] | None = None,
     execution: Execution | None = None,
     rules: Rules | None = None,
     process_index: int = 0,
@@ -130,6 +131,8 @@ def evaluate(
       trials: all trials of the evaluation, the same in every process; each process takes every `num_processes`-th.
       directory: one per setup (environment, policy, execution mode, rules) and set of trials; made if missing.
       policy_name: printed in reports, e.g. a checkpoint.
+      conditions: JSON values, what else results depend on (`filing`); with "checkpoint" among them, the policy's name
+        is for the eye alone.
     Raises:
       ValueError: the directory holds results of another setup or other trials, or a damaged file.
       See also `rollout.run`; what was finished before an error is kept.
@@ -145,6 +148,7 @@ def evaluate(
         "execution": execution.label,
         "max_steps": rules.max_steps,
         "stop_at_success": rules.stop_at_success,
+        **json.loads(json.dumps(conditions or {})),
     }
     if envs.about:
         setup["simulator"] = dict(envs.about)
@@ -186,6 +190,11 @@ def load(directory: str | os.PathLike) -> Evaluation:
     return Evaluation(setups[0], tuple(_stored(directory, setups[0])))
 
 
+def read_setup(path: pathlib.Path) -> dict[str, Any] | None:
+    """What the results in a file are results of; None: it holds none. Raises ValueError: the file is damaged."""
+    return _read(path)[0]
+
+
 def upstream_results(results: Sequence[TrialResult]) -> dict[str, Any]:
     """The same numbers in the layout of upstream's `results_calvin_*.json`."""
     length = max(len(result.tasks) for result in results)
@@ -217,8 +226,9 @@ def _stored(directory: pathlib.Path, setup: Mapping[str, Any]) -> list[TrialResu
         theirs, results = _read(path)
         if theirs is None:
             continue
-        if theirs != setup:
-            keys = sorted(key for key in {*theirs, *setup} if theirs.get(key) != setup.get(key))
+        eye = {"policy"} if "checkpoint" in setup else set()
+        keys = sorted(key for key in {*theirs, *setup} - eye if theirs.get(key) != setup.get(key))
+        if keys:
             differences = ", ".join(f"{key}: {theirs.get(key)!r} there, {setup.get(key)!r} here" for key in keys)
             raise ValueError(f"{path} has results of another setup ({differences}); use one directory for each.")
         for result in results:

@@ -6,11 +6,12 @@ Orbax.
                              data      JSON: position in the data stream and its fingerprint, batches skipped
                              serving   JSON: full config and the backbone's small files (config.json, tokenizer,
                                preprocessing)
-                             seal.json  bytes of every file; written last, when all of them are on the disk itself
+                             seal.json  bytes and checksum of every file (`seals`); written last, when all of them are
+                               on the disk itself
     <run>/damaged/<step>     what a resumed run found incomplete
     <run>/best/<step>        the same of the step with the best score, where a run keeps scores; score.json beside it
 
-A checkpoint directory alone is enough to serve.
+A checkpoint directory alone is enough to serve; `items` reads its parts.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from robovlms_jax.parallel import distributed
+from robovlms_jax.training import items, seals
 from robovlms_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -38,9 +40,8 @@ logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 BEST = "best"
 DAMAGED = "damaged"
-SEAL = "seal.json"
 
-_ITEMS = ("params", "train", "data", "serving")
+read_params = items.read_params
 
 
 class UnwrittenError(RuntimeError):
@@ -57,7 +58,7 @@ class Checkpointer:
         folder = pathlib.Path(run).resolve() / FOLDER
         self._manager = ocp.CheckpointManager(
             folder,
-            item_names=_ITEMS,
+            item_names=seals.ITEMS,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 enable_async_checkpointing=True,
@@ -105,7 +106,7 @@ class Checkpointer:
             self._failed = True
             reason = str(error).partition(" [tensorstore_spec=")[0]
             folder = pathlib.Path(self._manager.directory)
-            steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit() and damage(path) is None]
+            steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit() and seals.damage(path) is None]
             before = f"That of step {max(steps)} is complete: go on from there" if steps else "None is complete: begin"
             raise UnwrittenError(
                 f"the checkpoint of step {self._begun} could not be written to {folder}: {reason}\n{before} with "
@@ -117,27 +118,34 @@ class Checkpointer:
         """The newest complete checkpoint in the shapes and shardings of `state`, and its data position. Newer ones that
         are not complete are moved to damaged/, out of the way of those to come.
 
+        Args:
+          state: arrays, or jax.ShapeDtypeStruct leaves with shardings (`state.abstract`).
         Raises:
           FileNotFoundError: no checkpoint is complete; says what is wrong with the newest.
           ValueError: the checkpoint's parameters differ from `state`'s; names what is missing, extra or differently
-            shaped.
+            shaped. Or a file is damaged; names it.
         """
         step = self._newest_complete()
-        expect = {path: tuple(x.shape) for path, x in flatten_dict(state.params, sep="/").items()}
-        compare_shapes(self._manager.directory / str(step), expect)
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        out = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                train=ocp.args.StandardRestore({"opt_state": abstract.opt_state, "rng": abstract.rng}),
-                data=ocp.args.JsonRestore(),
-            ),
+        directory = pathlib.Path(self._manager.directory) / str(step)
+        items.compare_shapes(
+            directory, {path: tuple(x.shape) for path, x in flatten_dict(state.params, sep="/").items()}
         )
+        seals.verify(directory, "train", "data")
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        with items.reading(directory):
+            out = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract.params),
+                    train=ocp.args.StandardRestore({"opt_state": abstract.opt_state, "rng": abstract.rng}),
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
         flat = flatten_dict(out.params, sep="/")
         restored = state.replace(
             step=jax.device_put(jax.numpy.int32(step), state.step.sharding),
             skipped=jax.device_put(jax.numpy.int32(out.data.get("skipped", 0)), state.skipped.sharding),
+            halted=jax.device_put(jax.numpy.bool_(False), state.halted.sharding),
             trainable={path: flat[path] for path in state.trainable},
             frozen={path: flat[path] for path in state.frozen},
             opt_state=out.train["opt_state"],
@@ -168,7 +176,7 @@ class Checkpointer:
     def restore_best(self, state: TrainState) -> TrainState:
         """`state` with the parameters kept in best/."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params)
-        flat = flatten_dict(read_params(locate(self._manager.directory.parent), abstract), sep="/")
+        flat = flatten_dict(items.read_params(locate(self._manager.directory.parent), abstract), sep="/")
         return state.replace(
             trainable={path: flat[path] for path in state.trainable},
             frozen={path: flat[path] for path in state.frozen},
@@ -217,49 +225,14 @@ def _seal_new(folder: pathlib.Path) -> None:
     """Seal what is about to become a step. On one process; all others have written their part by then."""
     if jax.process_index() == 0:
         for directory in folder.glob("*.orbax-checkpoint-tmp"):
-            seal(directory)
-
-
-def seal(directory: pathlib.Path) -> None:
-    """Bring every file of a step to the disk, then note their sizes: with a seal, a step survives a loss of power."""
-    files = [path for item in _ITEMS for path in sorted((directory / item).rglob("*")) if path.is_file()]
-    for path in files:
-        _sync(path)
-    sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
-    (directory / SEAL).write_text(json.dumps(sizes))
-    _sync(directory / SEAL)
-    _sync(directory)
-
-
-def _sync(path: pathlib.Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def damage(directory: pathlib.Path) -> str | None:
-    """What is wrong with a step directory; None: it is complete, or it is from before there were seals."""
-    try:
-        sizes = json.loads((directory / SEAL).read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return f"{directory / SEAL} is cut off"
-    for name, size in sizes.items():
-        path = directory / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            return f"{path} {'is missing' if found is None else f'has {found} bytes of {size}'}"
-    return None
+            seals.seal(directory)
 
 
 def _first_complete(steps: Sequence[pathlib.Path]) -> tuple[pathlib.Path | None, dict[pathlib.Path, str]]:
     """The first step directory that is whole, None if none is, and what is wrong with those before it."""
     damages = {}
     for step in steps:
-        reason = damage(step)
+        reason = seals.damage(step)
         if reason is None:
             return step, damages
         damages[step] = reason
@@ -268,10 +241,15 @@ def _first_complete(steps: Sequence[pathlib.Path]) -> tuple[pathlib.Path | None,
 
 def best_score(directory: str | os.PathLike[str]) -> float:
     """The score of what a best/ folder holds; -inf when it holds nothing."""
-    with contextlib.suppress(FileNotFoundError):
-        record = json.loads((pathlib.Path(directory) / "score.json").read_text())
+    path = pathlib.Path(directory) / "score.json"
+    try:
+        record = json.loads(path.read_text())
         if (pathlib.Path(directory) / str(record["step"])).is_dir():
             return float(record["score"])
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("%s says nothing about the best checkpoint (%r); it is passed over", path, error)
     return -math.inf
 
 
@@ -294,7 +272,8 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(path).expanduser().resolve()
     if not path.is_dir():
         raise FileNotFoundError(
-            f"checkpoint {path} is not a directory; pass a run directory or one of its {FOLDER}/<step> folders."
+            f"checkpoint {path} is not a directory ({'a file' if path.exists() else 'nothing is there'}); pass a run "
+            f"directory or one of its {FOLDER}/<step> folders."
         )
     if (path / "params").is_dir():
         steps = [path]
@@ -319,6 +298,40 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
     return complete
 
 
+def run_of(directory: pathlib.Path) -> pathlib.Path:
+    """The run that a step directory belongs to; a checkpoint that was copied alone is its own."""
+    return directory.parent.parent if directory.parent.name in (FOLDER, BEST) else directory
+
+
+def require_free(run: pathlib.Path, *, resume: bool) -> None:
+    """A run never writes into another's checkpoints by accident, and never silently starts anew.
+
+    Raises ValueError: there are checkpoints without `resume`, or none with it."""
+    folder = run / FOLDER
+    has = folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    if has and not resume:
+        raise ValueError(
+            f"{run} already holds checkpoints; pass --train.resume to go on with it or choose another --train.output."
+        )
+    if resume and not has:
+        raise ValueError(
+            f"nothing to resume: {folder} holds no checkpoint; leave out --train.resume or correct --train.output."
+        )
+
+
+def resume_point(run: str | pathlib.Path) -> pathlib.Path:
+    """The step directory that a run goes on from: its newest complete one.
+
+    Raises FileNotFoundError: none is; says what is wrong with the newest.
+    """
+    folder = pathlib.Path(run).expanduser().resolve() / FOLDER
+    steps = sorted((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name), reverse=True)
+    found, damages = _first_complete(steps)
+    if found is None:
+        raise FileNotFoundError(f"no complete checkpoint in {folder}: {next(iter(damages.values()), 'none is')}.")
+    return found
+
+
 def write_policy(run: str | pathlib.Path, params: Any, serving: Mapping[str, Any]) -> pathlib.Path:
     """Write a checkpoint that can be served but not resumed, as step 0 of `run`; returns its directory.
 
@@ -332,76 +345,5 @@ def write_policy(run: str | pathlib.Path, params: Any, serving: Mapping[str, Any
         writer.save(step / "serving", dict(serving))
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:  # last: `locate` looks for it
         writer.save(step / "params", args=ocp.args.StandardSave(params))
+    seals.seal(step)
     return step
-
-
-def read_serving(directory: pathlib.Path) -> dict[str, Any]:
-    """The `serving` item of a step directory."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(directory / "serving")
-
-
-def read_params(directory: pathlib.Path, abstract: Any) -> Any:
-    """The parameters of a step directory in the given jax.ShapeDtypeStruct tree (with shardings)."""
-    compare_shapes(directory, {path: tuple(x.shape) for path, x in flatten_dict(abstract, sep="/").items()})
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        return reader.restore(directory / "params", args=ocp.args.StandardRestore(abstract))
-
-
-def shapes(directory: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of every parameter of a step directory."""
-    return {path: tuple(x.shape) for path, x in _metadata(directory).items()}
-
-
-def read_some(directory: pathlib.Path, wanted: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Some parameters of a step directory, in the types and shardings of `wanted`; the others are not read."""
-    abstract = {
-        path: jax.ShapeDtypeStruct(wanted[path].shape, wanted[path].dtype, sharding=wanted[path].sharding)
-        if path in wanted
-        else ocp.PLACEHOLDER
-        for path in _metadata(directory)
-    }
-    arguments = {path: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype) for path, x in wanted.items()}
-    nested = unflatten_dict(abstract, sep="/")
-    restore_args = unflatten_dict({path: arguments.get(path, ocp.RestoreArgs()) for path in abstract}, sep="/")
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.restore(directory / "params", args=ocp.args.PyTreeRestore(item=nested, restore_args=restore_args))
-    return {path: x for path, x in flatten_dict(tree, sep="/").items() if path in wanted}
-
-
-def _metadata(directory: pathlib.Path) -> dict[str, Any]:
-    # The handler itself: asked through a Checkpointer, it warns that an item has no step metadata of its own.
-    handler = ocp.StandardCheckpointHandler()
-    tree = handler.metadata(epath.Path(directory / "params"))
-    handler.close()
-    tree = getattr(tree, "item_metadata", tree)
-    return flatten_dict(getattr(tree, "tree", tree), sep="/")
-
-
-def compare_shapes(directory: pathlib.Path, expect: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError listing every parameter in which the checkpoint and `expect` differ."""
-    found = shapes(directory)
-    problems = [f"missing in the checkpoint: {path} {expect[path]}" for path in sorted(set(expect) - set(found))]
-    problems += [f"unknown to this model: {path} {found[path]}" for path in sorted(set(found) - set(expect))]
-    problems += [
-        f"{path}: checkpoint {found[path]}, model {expect[path]}"
-        for path in sorted(set(found) & set(expect))
-        if found[path] != expect[path]
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(
-            f"checkpoint {directory} holds another model:\n  {shown}\n"
-            "Run with the backbone and policy settings in its config.json, or choose another train.output."
-        )
-
-
-def differing_fields(saved: Any, current: Any, prefix: str = "") -> list[str]:
-    """Dotted paths, with both values, at which two configuration dictionaries differ."""
-    if isinstance(saved, Mapping) and isinstance(current, Mapping):
-        return [
-            line
-            for name in sorted(set(saved) | set(current))
-            for line in differing_fields(saved.get(name), current.get(name), f"{prefix}.{name}" if prefix else name)
-        ]
-    return [] if saved == current else [f"{prefix}: checkpoint {saved!r}, now {current!r}"]

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import pathlib
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
+
+import jax
+
+from robovlms_jax.config import ExperimentConfig, to_dict
+
+logger = logging.getLogger(__name__)
+
+WANDB = "wandb.json"
+"""In a run's directory: project and id of the Weights & Biases run that it logs to."""
 
 
 class MetricWriter(Protocol):
@@ -67,20 +79,50 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases. Raises ImportError saying how to get it."""
+    """Weights & Biases. The run's id is kept in `directory`, so that a resumed run goes on with the same curves,
+    offline as well; with `fresh` a new one begins. WANDB_RUN_ID, where it is set, decides.
 
-    def __init__(self, project: str, config: Mapping, directory: pathlib.Path):
+    Raises:
+      ImportError: there is no wandb; says how to get it.
+      ValueError: it could not start (no key, no network); says so.
+    """
+
+    def __init__(self, project: str, config: Mapping, directory: pathlib.Path, *, fresh: bool = False):
         try:
             import wandb
         except ImportError as error:
             raise ImportError(f"train.wandb_project={project!r} needs the wandb package: pip install wandb.") from error
-        self._run = wandb.init(project=project, config=dict(config), dir=str(directory), resume="allow")
+        path = directory / WANDB
+        known = None if fresh else _read_wandb(path, project)
+        identity = os.environ.get("WANDB_RUN_ID") or known or secrets.token_hex(4)
+        try:
+            self._run = wandb.init(
+                project=project, config=dict(config), dir=str(directory), id=identity, resume="allow"
+            )
+        except Exception as error:  # of wandb's own making: no key, no network, no such project
+            raise ValueError(
+                f"train.wandb_project={project!r}: wandb could not start ({error}). Log in (wandb login), set "
+                "WANDB_MODE=offline, or leave the project out."
+            ) from error
+        path.write_text(json.dumps({"project": project, "id": self._run.id}) + "\n")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _read_wandb(path: pathlib.Path, project: str) -> str | None:
+    """The id of the run that logged here to the same project before."""
+    try:
+        known = json.loads(path.read_text())
+        return str(known["id"]) if known["project"] == project else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        logger.warning("%s does not name a Weights & Biases run; a new one begins", path)
+        return None
 
 
 class Writers:
@@ -96,3 +138,14 @@ class Writers:
     def close(self) -> None:
         for writer in self._writers:
             writer.close()
+
+
+def open_writers(config: ExperimentConfig, output: pathlib.Path, start: int) -> Writers:
+    """All that a run is logged to, from step `start` on; in processes but the first, nothing."""
+    if jax.process_index() != 0:
+        return Writers([])
+    writers: list[MetricWriter] = [JsonLines(output / "metrics.jsonl", start), TensorBoard(output / "tensorboard")]
+    project = config.train.wandb_project
+    if project:
+        writers.append(WandB(project, to_dict(config), output, fresh=start == 0))
+    return Writers(writers)

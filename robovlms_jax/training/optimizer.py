@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 
@@ -25,6 +27,14 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         return config.learning_rate * warmup * scale(step)
 
     return schedule
+
+
+def rewrap(opt_state: Any, *, clipped: bool, clips: bool) -> Any:
+    """The state of an optimizer that clips, or does not, made from that of one that did (`clipped`) or did not; the
+    moments are the same."""
+    if clipped == clips:
+        return opt_state
+    return (optax.EmptyState(), opt_state) if clips else opt_state[1]
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

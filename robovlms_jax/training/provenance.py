@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import pathlib
 import platform
 import subprocess
 from typing import Any
 
 import jax
+
+from robovlms_jax.config import ExperimentConfig, to_dict
 
 PACKAGES = (
     "jax",
@@ -23,6 +26,15 @@ PACKAGES = (
     "numpy",
     "chex",
 )
+
+
+def write_record(output: pathlib.Path, name: str, config: ExperimentConfig) -> None:
+    """config.json and environment.json of a run that was started as preset `name`; by the first process."""
+    if jax.process_index() != 0:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.json").write_text(json.dumps({"preset": name, **to_dict(config)}, indent=2) + "\n")
+    (output / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -126,12 +126,16 @@ def test_the_second_epoch_compiles_nothing(tmp_path):
     assert compiled[max(compiled)] == compiled[epoch + 1], compiled
 
 
-def test_ten_steps_equal_five_and_resume_and_five(finished, tmp_path):
-    # Parameters, optimizer moments, PRNG and data position must all come back, or the loss of step six differs already.
+def test_ten_steps_equal_five_and_resume_and_five(finished, tmp_path, monkeypatch, caplog):
+    # Parameters, optimizer moments, PRNG and data position must all come back, or the loss of step six differs already;
+    # so must the tokenizer, although today's sentences would make another.
     output = tmp_path / "halves"
     shutil.copytree(finished, output)
     shutil.rmtree(output / "checkpoints" / "10")
-    run.train("sample", small(output, **{"train.resume": True}))
+    monkeypatch.setattr(run, "_asked", lambda config: ["wax the zebra's xylophone"] * 50)
+    monkeypatch.setattr(run.build, "init_params", lambda *_: pytest.fail("parameters were made only to be replaced"))
+    run.train("sample", small(output, **{"train.resume": True, "train.log_every": 1}))
+    assert "the checkpoint's own tokenizer.json go on; today's sentences would make others" in caplog.text
     whole, halves = params_of(finished), params_of(output)
     assert whole.keys() == halves.keys()
     for path, x in whole.items():
@@ -264,13 +268,16 @@ def test_errors_reach_the_user_as_one_line(tmp_path):
         run.run("sample", small(tmp_path, **{"data.root": "/nowhere"}))
 
 
-def test_resume_with_another_model_names_the_difference(finished, tmp_path):
+def test_resume_with_another_model_names_the_difference(finished, tmp_path, monkeypatch):
     output = tmp_path / "other"
     shutil.copytree(finished, output)
-    with pytest.raises(ValueError, match=r"head/lstm_0.*checkpoint .*model"):
+    monkeypatch.setattr(opening, "open_split", lambda *_: pytest.fail("data were opened before the refusal"))
+    with pytest.raises(ValueError, match=r"policy.head.hidden_size: 32 in the checkpoint, 64 now"):
         run.train("sample", small(output, **{"train.resume": True, "train.steps": 20, "policy.head.hidden_size": 64}))
-    with pytest.raises(ValueError, match="seed"):
+    with pytest.raises(ValueError, match=r"train.seed: 0 in the checkpoint, 1 now"):
         run.train("sample", small(output, **{"train.resume": True, "train.steps": 20, "train.seed": 1}))
+    with pytest.raises(ValueError, match=r"train.steps=7 is less than the 10 steps"):
+        run.train("sample", small(output, **{"train.resume": True, "train.steps": 7}))
 
 
 @pytest.fixture

@@ -108,8 +108,10 @@ def test_main_job_records_trains_rolls_out_and_keeps_the_best(tmp_path):
     text = (output / "report.md").read_text()
     assert text.startswith("# PlayTable: playtable_fixtures")
     assert "playtable-D" in text
+    (rollouts,) = (output / "rollouts").glob("step_4-*/playtable-D-*")
     for picture in ("strips.png", "per_task.png", "film_0000.gif"):
-        assert (output / "rollouts" / picture).exists()
+        assert (rollouts / picture).exists()
+    assert f"]({rollouts.relative_to(output)}/strips.png)" in text
     assert (output / "best" / "4").is_dir()  # all score 0: of equals the latest
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "rollouts/score" in row] == [2, 4]

@@ -41,6 +41,7 @@ def asked(monkeypatch):
         setup = {"env": "playtable-D", "policy": "p", "execution": "e", "max_steps": 1, "stop_at_success": True}
         pathlib.Path(config.output).mkdir(parents=True)
         list(chains._append(pathlib.Path(config.output) / "results-000.jsonl", setup, iter([result])))
+        return pathlib.Path(config.output) / "rollouts.md"
 
     monkeypatch.setattr(record_playtable, "record", record)
     monkeypatch.setattr(run, "train", train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pathlib
 import sys
@@ -10,9 +11,9 @@ import pytest
 
 from experiments import evaluate
 from robovlms_jax.envs import calvin, tasks
-from robovlms_jax.evaluation import chains, rollout_report
+from robovlms_jax.evaluation import chains, filing, rollout_report
 from robovlms_jax.evaluation.execution import Execution
-from robovlms_jax.evaluation.rollout import TrialResult
+from robovlms_jax.evaluation.rollout import Trial, TrialResult
 
 
 @pytest.fixture
@@ -61,6 +62,8 @@ def test_the_official_protocol_is_the_whole_benchmark_and_says_so(checkout, monk
 
     monkeypatch.setattr(evaluate.chains, "evaluate", evaluated)
     monkeypatch.setattr(evaluate, "load_batched_policy", lambda checkpoint, slots: None)
+    monkeypatch.setattr(evaluate.checkpoints, "locate", pathlib.Path)
+    monkeypatch.setattr(evaluate.seals, "identity", lambda directory: evaluate.seals.Identity(3, "abc"))
     monkeypatch.setattr(evaluate.calvin, "calvin_env", lambda root, **kwargs: LineEnv())
     report = evaluate.evaluate(config(calvin_root=checkout, protocol="official", output=str(tmp_path / "out")))
     assert len(asked["trials"]) == 1000
@@ -103,11 +106,29 @@ def test_the_official_protocol_needs_the_sentences():
         evaluate._trials(config(protocol="official"))
 
 
-def test_setups_that_differ_have_directories_of_their_own(checkout):
+def test_setups_that_differ_have_directories_of_their_own(checkout, tmp_path):
     with pytest.raises(ValueError, match="fresh_process is for env calvin"):
         config(env="playtable", fresh_process=True)
-    setups = [{}, {"fresh_process": True}, {"protocol": "official"}, {"held_out": True}, {"scene": "B"}]
-    assert len({evaluate._default_output(config(**changes)) for changes in setups}) == len(setups)
+    setups = [{}, {"fresh_process": True}, {"protocol": "official"}, {"held_out": True}, {"scene": "B"}, {"egl": True}]
+    setups += [{"max_steps": 9}, {"calvin_split": "debug"}, {"env": "playtable"}]
+    setups += [{"env": "playtable", "image_size": (64, 32)}, {"env": "playtable", "train_scenes": ("D",)}]
+    setups += [{"env": "playtable", "tasks": ("open_drawer",)}, {"execution": Execution("ensemble", decay=0.1)}]
+    trial = Trial(0, {}, ("open_drawer",), ("open it",), {"phrasing": "training"})
+
+    def place(checkpoint="step_3-abc", phrasing="training", **changes):
+        asked = config(**changes)
+        labelled = dataclasses.replace(trial, labels={"phrasing": phrasing})
+        return filing.place(tmp_path, "name", evaluate._conditions(asked, [labelled], checkpoint))
+
+    places = [place(**changes) for changes in setups] + [
+        place("step_4-abc"),
+        place("step_3-abd"),
+        place(phrasing="own"),
+    ]
+    assert len(set(places)) == len(places)
+    # Where things lie, and how many are asked for, makes no other results.
+    same = [{}, {"chains": 3}, {"processes": 7}, {"films": 0}, {"calvin_root": "/elsewhere"}, {"output": "x"}]
+    assert len({place(**changes) for changes in same}) == 1
 
 
 def test_main_says_where_the_report_is_even_if_a_library_took_the_root_logger(monkeypatch, capsys):

@@ -92,9 +92,9 @@ def test_another_run_starts_from_it_and_keeps_what_fits(pretrained, sample, tmp_
 
 
 def load_policy_tokenizer(path):
-    from robovlms_jax.training import checkpoints
+    from robovlms_jax.training import checkpoints, items
 
-    assets = checkpoints.read_serving(checkpoints.locate(path))["assets"]
+    assets = items.read_serving(checkpoints.locate(path))["assets"]
     return build.backbone_from_assets(load_config(path).backbone, assets).tokenizer.get_vocab()
 
 

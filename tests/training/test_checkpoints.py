@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.training import checkpoints
+from robovlms_jax.training import checkpoints, seals
 from robovlms_jax.training import state as states
 from tests.processes import run_python
 
@@ -67,27 +67,27 @@ def restore(run: pathlib.Path) -> tuple[int, float]:
 
 
 def files_of(directory: pathlib.Path) -> list[str]:
-    return [checkpoints.SEAL, *json.loads((directory / checkpoints.SEAL).read_text())]
+    return [seals.SEAL, *json.loads((directory / seals.SEAL).read_text())]
 
 
 def test_any_file_cut_short_or_gone_is_noticed(tmp_path):
     # Orbax alone reads some damaged steps and fails on others (docs/log.md, 2026-11-21).
     write_steps(tmp_path, 1)
     step = tmp_path / "checkpoints" / "1"
-    assert checkpoints.damage(step) is None
+    assert seals.damage(step) is None
     names = files_of(step)
-    assert {name.split("/")[0] for name in names} == {checkpoints.SEAL, "params", "train", "data", "serving"}
+    assert {name.split("/")[0] for name in names} == {seals.SEAL, "params", "train", "data", "serving"}
     for name in names:
         path, whole = step / name, (step / name).read_bytes()
         path.write_bytes(whole[:-1])
-        assert "bytes of" in checkpoints.damage(step) or name == checkpoints.SEAL, name
+        assert "bytes of" in seals.damage(step) or name == seals.SEAL, name
         path.write_bytes(whole)
-        if name != checkpoints.SEAL:
+        if name != seals.SEAL:
             path.unlink()
-            assert "is missing" in checkpoints.damage(step)
+            assert "is missing" in seals.damage(step)
             path.write_bytes(whole)
-    (step / checkpoints.SEAL).unlink()  # written by an earlier version
-    assert checkpoints.damage(step) is None
+    (step / seals.SEAL).unlink()  # written by an earlier version
+    assert seals.damage(step) is None
 
 
 def test_a_run_goes_on_from_the_newest_complete_checkpoint(tmp_path, caplog):
@@ -106,7 +106,7 @@ def test_a_run_goes_on_from_the_newest_complete_checkpoint(tmp_path, caplog):
 
 def test_no_complete_checkpoint_is_said(tmp_path):
     write_steps(tmp_path, 1)
-    seal = tmp_path / "checkpoints" / "1" / checkpoints.SEAL
+    seal = tmp_path / "checkpoints" / "1" / seals.SEAL
     seal.write_text(seal.read_text()[:10])
     with pytest.raises(FileNotFoundError, match=r"no complete checkpoint in .*seal.json is cut off"):
         restore(tmp_path)

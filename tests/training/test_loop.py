@@ -48,9 +48,9 @@ class Disk:
         pass
 
 
-def fit(output, *, bad=(), terminated=0, state=State(), steps=8, batches=None, **changes):
+def fit(output, *, bad=(), terminated=0, pressed=0, state=State(), steps=8, batches=None, **changes):
     """Run the loop over a step that finds the batches numbered in `bad` not finite, and is sent SIGTERM during step
-    `terminated`; (state, saved, logged lines)."""
+    `terminated` and SIGINT during `pressed`; (state, saved, logged lines)."""
     config = cli.override(
         ExperimentConfig(),
         **{"train.output": str(output), "train.steps": steps, "train.log_every": 4, "train.eval_every": 0, **changes},
@@ -62,6 +62,8 @@ def fit(output, *, bad=(), terminated=0, state=State(), steps=8, batches=None, *
         current = next(number)
         if current == terminated:
             signal.raise_signal(signal.SIGTERM)
+        if current == pressed:
+            signal.raise_signal(signal.SIGINT)
         finite = current not in bad
         halted |= not finite and not skip
         step = state.step + (0 if halted else 1)

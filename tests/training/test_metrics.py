@@ -7,10 +7,14 @@ import pathlib
 import resource
 import signal
 import struct
+import sys
+import types
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from robovlms_jax import cli
+from robovlms_jax.config import ExperimentConfig
 from robovlms_jax.training import metrics
 from tests.processes import run_python
 
@@ -45,6 +49,8 @@ def limit_files(size: int) -> None:
 
 FULL = """
 import pathlib, sys
+from robovlms_jax import cli
+from robovlms_jax.config import ExperimentConfig
 from robovlms_jax.training import metrics
 from tests.training import test_metrics as tests
 output = pathlib.Path(sys.argv[1])
@@ -82,3 +88,66 @@ def test_resuming_on_a_full_disk_loses_no_line(tmp_path, monkeypatch):
     metrics.JsonLines(path, 3).close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+class Wandb(types.ModuleType):
+    """As much of wandb as is used; remembers how runs were begun and what was logged."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.begun, self.logged = [], []
+
+    def init(self, **kwargs):
+        self.begun.append(kwargs)
+        log = lambda values, step: self.logged.append((kwargs["id"], step, values))  # noqa: E731
+        return types.SimpleNamespace(id=kwargs["id"], log=log, finish=lambda: None)
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> Wandb:
+    fake = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    return fake
+
+
+def test_a_resumed_run_goes_on_with_its_curves_in_weights_and_biases(wandb, tmp_path):
+    for step in (1, 2):
+        writer = metrics.WandB("robot", {"lr": 1}, tmp_path)
+        writer.write(step, {"loss": 1.0})
+        writer.close()
+    (first, second) = (kwargs["id"] for kwargs in wandb.begun)
+    assert first == second and all(kwargs["resume"] == "allow" for kwargs in wandb.begun)
+    assert wandb.logged == [(first, 1, {"loss": 1.0}), (first, 2, {"loss": 1.0})]
+    metrics.WandB("robot", {}, tmp_path, fresh=True)  # a start from nothing in the same place
+    metrics.WandB("another", {}, tmp_path)
+    ids = [kwargs["id"] for kwargs in wandb.begun]
+    assert len(set(ids)) == 3
+
+
+def test_an_id_that_cannot_be_read_begins_anew_and_is_said(wandb, tmp_path, caplog, monkeypatch):
+    (tmp_path / metrics.WANDB).write_text("{")
+    metrics.WandB("robot", {}, tmp_path)
+    assert "wandb.json does not name a Weights & Biases run; a new one begins" in caplog.text
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen")
+    metrics.WandB("robot", {}, tmp_path)
+    assert wandb.begun[-1]["id"] == "chosen"
+
+
+def test_wandb_that_cannot_start_is_told_with_the_field_and_a_way_out(wandb, tmp_path):
+    def init(**_):
+        raise RuntimeError("api_key not configured (no-tty)")
+
+    wandb.init = init
+    with pytest.raises(
+        ValueError, match=r"train.wandb_project='robot': wandb could not start \(api_key.*WANDB_MODE=offli"
+    ):
+        metrics.WandB("robot", {}, tmp_path)
+
+
+def test_a_run_from_nothing_and_one_that_goes_on_say_so_to_wandb(wandb, tmp_path):
+    config = cli.override(ExperimentConfig(), **{"train.wandb_project": "robot"})
+    for start in (0, 5, 0):
+        metrics.open_writers(config, tmp_path, start).close()
+    first, second, third = (kwargs["id"] for kwargs in wandb.begun)
+    assert first == second != third

@@ -1,0 +1,348 @@
+"""Go on with a run: everything that gives its parameters a meaning comes from the checkpoint, and `RULES` say which
+settings may be others than before."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import logging
+import pathlib
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from robovlms_jax.config import DistributedConfig, ExperimentConfig, PolicyConfig, from_dict, to_dict
+from robovlms_jax.policies.heads import base as heads
+from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
+from robovlms_jax.training import checkpoints, items, optimizer
+from robovlms_jax.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["free", "said", "kept", "order", "stage", "refused"]
+"""free: may change. said: may change, and the log says so, for training goes on differently. kept: the checkpoint's
+value stays, and the log says so. order: may change with train.allow_new_order, for other batches come. stage: what is
+trained or learned from is another, which is a new stage of training (train.init_from). refused: parameters would mean
+something else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What becomes of settings that differ from the checkpoint's. fields: dotted paths, `*` stands for anything."""
+
+    kind: Kind
+    fields: tuple[str, ...]
+    reason: str
+
+    def covers(self, path: str) -> bool:
+        """Whether the rule is about the field at `path`."""
+        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.fields)
+
+
+RULES = (
+    # What is trained.
+    Rule("kept", ("backbone.weights",), "parameters, tokenizer and preprocessing come from the checkpoint"),
+    Rule("said", ("backbone.dtype",), "numbers are computed in another precision"),
+    Rule("free", ("backbone.remat",), "the same numbers with less memory"),
+    Rule(
+        "refused",
+        ("backbone.name", "backbone.attention", "backbone.resampler_*", "backbone.lora_*"),
+        "it is the architecture that the parameters belong to",
+    ),
+    Rule(
+        "refused",
+        (
+            *("policy.history", "policy.readout", "policy.num_queries", "policy.pool", "policy.window", "policy.chunk"),
+            *("policy.cameras", "policy.compat_*", "policy.action_history.length"),
+            *("policy.proprio.enabled", "policy.proprio.center", "policy.proprio.scale"),
+        ),
+        "the parameters were learned with it and mean something else without",
+    ),
+    Rule(
+        "refused",
+        (
+            *("policy.action_scaling", "policy.action_num_std", "policy.action_low", "policy.action_high"),
+            *("policy.action_mean", "policy.action_std", "policy.action_mu", "data.compat_second_norm"),
+        ),
+        "what the head predicts is scaled by it into what a robot is sent",
+    ),
+    Rule("free", ("policy.reencode_every",), "only control reads it"),
+    Rule("said", ("policy.proprio.dropout", "policy.action_history.dropout"), "training goes on with another dropout"),
+    Rule("stage", ("policy.auxiliary.*",), "it is a loss of its own, some with parameters of their own"),
+    Rule(
+        "said",
+        tuple(f"policy.head.{name}" for name in ("arm_loss", "huber_delta", "gripper_loss_weight", "dropout")),
+        "training goes on with another loss",
+    ),
+    Rule("free", ("policy.head.num_steps", "policy.head.seed", "policy.head.constrained"), "only control reads it"),
+    Rule(
+        "refused",
+        (
+            *(f"policy.head.{name}" for name in ("kind", "trunk", "hidden_size", "num_layers", "num_heads")),
+            *(f"policy.head.{name}" for name in ("num_bins", "low", "high", "binning", "quantile_edges")),
+            *(f"policy.head.{name}" for name in ("vocab_end", "decoding")),
+        ),
+        "it is the head that the parameters belong to, or what its outputs mean",
+    ),
+    # What it is trained on.
+    Rule("free", ("data.root", "data.index_dir", "data.index_workers"), "where data lie; their content is compared"),
+    Rule("free", ("data.num_threads", "data.num_workers", "data.prefetch"), "the same batches, read otherwise"),
+    Rule("free", ("data.check_actions", "data.max_corrupt_share"), "when to stop, not what to learn"),
+    Rule("stage", ("data.conventions",), "it says in which units data are"),
+    Rule("said", ("data.static_shift", "data.wrist_shift", "data.augment.*"), "pictures are augmented otherwise"),
+    Rule(
+        "order",
+        (
+            *("data.unlabelled_*", "data.success_only", "data.left_pad", "data.vary_language", "data.paraphrases"),
+            *("data.compat_goal_relabelling", "data.windows_per_segment", "data.episode_list", "data.exclude_tasks"),
+            *("data.annotation_folder", "data.max_left_out_share", "train.batch_size", "train.seed"),
+        ),
+        "other batches follow than would have",
+    ),
+    Rule("stage", ("data.text_length",), "all prompts are padded to it"),
+    Rule(
+        "stage",
+        ("data.dataset", "data.image_size", "data.reference", "data.statistics"),
+        "these are other data, or the same in other units",
+    ),
+    Rule("free", ("demonstrations.tables",), "simulated side by side, not learned from"),
+    Rule(
+        "order",
+        (
+            *("demonstrations.episodes", "demonstrations.validation_*", "demonstrations.tasks"),
+            *("demonstrations.scenes", "demonstrations.random_scenes", "demonstrations.chain_length"),
+            *("demonstrations.max_steps", "demonstrations.disturbance", "demonstrations.start_spread"),
+            *("demonstrations.image_size", "demonstrations.seed"),
+        ),
+        "these are other demonstrations",
+    ),
+    # How it is trained.
+    Rule("said", ("optimizer.*",), "the optimizer goes on otherwise, with the moments that it has"),
+    Rule("said", ("train.steps",), "the schedule may end elsewhere; never before the checkpoint's own step"),
+    Rule("free", ("train.epochs",), "it becomes train.steps"),
+    Rule("said", ("train.accumulation", "train.on_nonfinite", "train.max_skipped"), "steps are made otherwise"),
+    Rule("stage", ("train.trainable",), "the optimizer has moments of other parameters"),
+    Rule("free", ("train.resume", "train.init_from", "train.allow_new_order"), "how this start was asked for"),
+    Rule("free", ("train.output", "train.compilation_cache"), "where things lie"),
+    Rule(
+        "free",
+        (
+            *("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints"),
+            *("train.profile", "train.wandb_project", "evaluation.*", "rollouts.*"),
+        ),
+        "what is looked at and kept, not what is learned",
+    ),
+    Rule("free", ("mesh.*", "distributed.*"), "the same step on other devices"),
+)
+
+
+def rule_of(path: str) -> Rule:
+    """The rule about a field. Raises LookupError unless there is exactly one."""
+    found = [rule for rule in RULES if rule.covers(path)]
+    if len(found) != 1:
+        raise LookupError(
+            f"{path} is in {len(found)} rows of resuming.RULES; it needs one that says why it may change."
+        )
+    return found[0]
+
+
+def fields_of(cls: type = ExperimentConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all fields that a configuration can have, those of every registered head included."""
+    if cls is heads.HeadConfig:
+        names = {name for kind in heads.kinds() for name in fields_of(heads.config_of(kind), prefix)}
+        yield from sorted({*names, f"{prefix}kind"})
+        return
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from fields_of(hint, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+class Difference(NamedTuple):
+    """A field whose saved value differs from the current one."""
+
+    path: str
+    saved: Any
+    current: Any
+
+    def __str__(self) -> str:
+        saved, current = (text if len(text) <= 80 else text[:77] + "..." for text in (repr(x) for x in self[1:]))
+        return f"{self.path}: {saved} in the checkpoint, {current} now"
+
+
+def differing_fields(saved: Any, current: Any, prefix: str = "") -> list[Difference]:
+    """Where two configuration dictionaries differ. Of two kinds of heads only that."""
+    if isinstance(saved, Mapping) and isinstance(current, Mapping):
+        names = sorted({*saved, *current})
+        if saved.get("kind") != current.get("kind"):
+            names = ["kind"]
+        return [
+            line
+            for name in names
+            for line in differing_fields(saved.get(name), current.get(name), f"{prefix}.{name}" if prefix else name)
+        ]
+    return [] if saved == current else [Difference(prefix, saved, current)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Where a run goes on, and what it has to go on with.
+
+    directory: of the step. config: the resolved configuration. assets: the backbone's small files. order: what
+    determines the batches to come.
+    """
+
+    directory: pathlib.Path
+    config: ExperimentConfig
+    assets: Mapping[str, str]
+    order: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps made."""
+        return int(self.directory.name)
+
+
+def open_point(run: str | pathlib.Path) -> Point:
+    """The newest complete checkpoint of a run; its parameters are not read yet.
+
+    Raises FileNotFoundError, ValueError: there is none, or something in it is missing or damaged.
+    """
+    directory = checkpoints.resume_point(run)
+    config, assets = items.read_checkpoint(directory)
+    return Point(directory, config, assets, items.read_position(directory)["order"])
+
+
+def settle(point: Point, config: ExperimentConfig) -> ExperimentConfig:
+    """`config` to go on with from `point`: what it leaves to the data is taken from the checkpoint.
+
+    Nothing is opened for it, so that a mistake is told at once. What may change and matters is logged.
+
+    Raises:
+      ValueError: settings differ that may not (`RULES`); names each with both values, and what to do.
+    """
+    config = _fill(point.config, config)
+    found = [(difference, rule_of(difference.path)) for difference in _differences(point.config, config)]
+    allowed = {"free", "said", "kept"} | ({"order"} if config.train.allow_new_order else set())
+    refused = [(difference, rule) for difference, rule in found if rule.kind not in allowed]
+    if refused:
+        raise ValueError(_refusal(point, refused))
+    for difference, rule in found:
+        if rule.kind != "free":
+            kept = "; the checkpoint's is kept" if rule.kind == "kept" else ""
+            logger.warning("resuming with %s%s: %s", difference, kept, rule.reason)
+    kept = {difference.path: difference.saved for difference, rule in found if rule.kind == "kept"}
+    require_steps(point, config)
+    return _replaced(config, kept)
+
+
+def require_steps(point: Point, config: ExperimentConfig) -> None:
+    """Raise ValueError where fewer steps are asked for than were made."""
+    if config.train.steps < point.step:
+        raise ValueError(
+            f"train.steps={config.train.steps} is less than the {point.step} steps that {point.directory} has made, "
+            f"and its history is not rewritten. Pass --train.steps {point.step} or more; from an earlier step, start a "
+            f"new run with --train.init_from {point.directory.parent}/STEP and another --train.output."
+        )
+
+
+def _refusal(point: Point, refused: Iterable[tuple[Difference, Rule]]) -> str:
+    kinds, lines = set(), []
+    for difference, rule in refused:
+        kinds.add(rule.kind)
+        lines.append(f"  {difference} ({rule.reason})")
+    ways = ["pass the checkpoint's values (a resumed run needs the flags that it was started with)"]
+    if kinds == {"order"}:
+        ways.append("give up going on bit for bit with --train.allow_new_order")
+    run = point.directory.parent.parent
+    ways.append(f"begin a new stage with these settings: --train.init_from {run} and another --train.output")
+    return (
+        f"--train.resume goes on with {point.directory}, and these settings are not its own:\n"
+        + "\n".join(lines)
+        + "\nEither "
+        + ", or ".join(ways)
+        + "."
+    )
+
+
+def _differences(saved: ExperimentConfig, current: ExperimentConfig) -> list[Difference]:
+    return differing_fields(to_dict(saved), to_dict(current))
+
+
+def _replaced(config: ExperimentConfig, values: Mapping[str, Any]) -> ExperimentConfig:
+    plain = to_dict(config)
+    for path, value in values.items():
+        *parts, name = path.split(".")
+        inner = plain
+        for part in parts:
+            inner = inner[part]
+        inner[name] = value
+    return from_dict(ExperimentConfig, plain)
+
+
+def _fill(saved: ExperimentConfig, config: ExperimentConfig) -> ExperimentConfig:
+    """What `config` leaves to the data, as the checkpoint has it. Epochs become steps later, when the data are open."""
+    policy, theirs, train, optimizer = config.policy, saved.policy, config.train, config.optimizer
+    if policy.action_scaling == theirs.action_scaling != "bounds":
+        given = (policy.action_low, policy.action_high)
+        if given == (PolicyConfig.action_low, PolicyConfig.action_high):
+            policy = dataclasses.replace(policy, action_low=theirs.action_low, action_high=theirs.action_high)
+    if isinstance(policy.head, DiscreteHeadConfig) and isinstance(theirs.head, DiscreteHeadConfig):
+        edges, end = policy.head.quantile_edges, policy.head.vocab_end
+        if policy.head.binning == "quantile" and policy.head.num_bins == theirs.head.num_bins:
+            edges = edges or theirs.head.quantile_edges
+        head = dataclasses.replace(policy.head, quantile_edges=edges, vocab_end=end or theirs.head.vocab_end)
+        policy = dataclasses.replace(policy, head=head)
+    if train.epochs:
+        train = dataclasses.replace(train, steps=saved.train.steps)
+    if optimizer.warmup_epochs:
+        warmup = {"warmup_steps": saved.optimizer.warmup_steps, "warmup_epochs": 0.0}
+        optimizer = dataclasses.replace(optimizer, **warmup)
+    return dataclasses.replace(
+        config,
+        policy=policy,
+        train=train,
+        optimizer=optimizer,
+        data=dataclasses.replace(config.data, text_length=config.data.text_length or saved.data.text_length),
+        distributed=DistributedConfig(),
+    )
+
+
+def restore(
+    checkpointer: checkpoints.Checkpointer, point: Point, abstract: TrainState, config: ExperimentConfig
+) -> TrainState:
+    """The state that a run goes on from, in the shapes and shardings of `abstract` (`state.abstract`): parameters are
+    made nowhere before. Gradients may be clipped from now on, or no more."""
+    clipped, clips = (bool(x.optimizer.clip_norm) for x in (point.config, config))
+    there = abstract.replace(opt_state=optimizer.rewrap(abstract.opt_state, clipped=clips, clips=clipped))
+    restored, _ = checkpointer.restore(there)
+    logger.info("resumed after step %d", int(restored.step))
+    return restored.replace(opt_state=optimizer.rewrap(restored.opt_state, clipped=clipped, clips=clips))
+
+
+def compare_statistics(policy: PolicyConfig, action: Mapping[str, Any], actions: np.ndarray) -> list[str]:
+    """Log, and return, what today's training actions would make otherwise than the checkpoint's, which stays.
+
+    Args:
+      policy: the checkpoint's.
+      action: statistics, as `PolicyConfig.with_statistics` takes them.
+      actions: float[N, 7], dataset units.
+    """
+    today = policy.with_statistics(action)
+    said = [
+        f"policy.{name} stays {getattr(policy, name)}, and would be {getattr(today, name)}"
+        for name in ("action_low", "action_high")
+        if not np.allclose(getattr(today, name), getattr(policy, name), rtol=1e-4, atol=1e-6)
+    ]
+    if isinstance(policy.head, DiscreteHeadConfig) and policy.head.binning == "quantile":
+        edges = policy.with_bins(actions).head.quantile_edges
+        if not np.allclose(edges, policy.head.quantile_edges, rtol=1e-4, atol=1e-6):
+            said.append("policy.head.quantile_edges stay, and would be others")
+    if said:
+        logger.warning("by today's training actions: %s", "; ".join(said))
+    return said

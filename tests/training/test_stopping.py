@@ -1,0 +1,66 @@
+"""Ctrl-C: the first saves, the second ends at once, and nobody sees a traceback."""
+
+from __future__ import annotations
+
+import logging
+import signal
+
+import pytest
+
+from experiments import run
+from robovlms_jax import cli
+from robovlms_jax.config import ExperimentConfig
+from robovlms_jax.training import stopping
+from tests.processes import run_python
+from tests.training import test_loop
+from tests.training.test_checkpoints import write_steps
+
+
+def test_ctrl_c_during_training_saves_as_sigterm_does(tmp_path, caplog):
+    before = signal.getsignal(signal.SIGINT)
+    with stopping.Interrupts() as interrupts:
+        state, saved, _ = test_loop.fit(tmp_path, pressed=6)
+    assert (state.step, saved, interrupts.asked) == (6, [(6, 6)], True)
+    assert "Ctrl-C: the run is saved after this step and then ends; Ctrl-C once more ends it at once." in caplog.text
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_before_or_after_training_interrupts():
+    with stopping.Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert interrupts.asked
+
+
+TWICE = """
+import signal, time
+from robovlms_jax.training import stopping
+signal.signal(signal.SIGTERM, lambda *_: print("is being saved", flush=True))
+with stopping.Interrupts():
+    signal.raise_signal(signal.SIGINT)
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        print("cleaned up")
+"""
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once():
+    assert run_python("-c", TWICE, status=130) == "is being saved\n"
+
+
+@pytest.mark.parametrize("steps", [(), (3, 5)])
+def test_the_program_ends_with_one_line_and_status_130(tmp_path, monkeypatch, capsys, steps):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    if steps:
+        write_steps(tmp_path, *steps)
+    monkeypatch.setattr(run, "train", interrupted)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.root.level)
+    with pytest.raises(SystemExit) as caught:
+        run.run("sample", cli.override(ExperimentConfig(), **{"train.output": str(tmp_path)}))
+    assert caught.value.code == 130
+    left = f"{tmp_path / 'checkpoints' / '5'} is saved, go on with --train.resume." if steps else "nothing was saved"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"stopped by Ctrl-C; {left}" in line
