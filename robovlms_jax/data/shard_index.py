@@ -107,9 +107,10 @@ def place(directory: storages.Directory, split: splits.Split, index_dir: str = "
             tried.append(f"{candidate} (permission denied)")
         except OSError as error:
             tried.append(f"{candidate} ({error.strerror or error})")
+    else_set = "" if index_dir else "set XDG_CACHE_HOME, or "
     raise OSError(
-        f"the index of {directory}, split {split.name!r}, cannot be written to {' nor to '.join(tried)}. Name a "
-        f"directory that can with --data.index_dir{'' if index_dir else ', or set XDG_CACHE_HOME'}."
+        f"the index of {directory}, split {split.name!r}, cannot be written to {' nor to '.join(tried)}. Please "
+        f"{else_set}name a directory that can be written with --data.index_dir DIR."
     )
 
 

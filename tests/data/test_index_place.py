@@ -6,9 +6,9 @@ import pathlib
 
 import pytest
 
-from robovlms_jax.data import shard_index, storage
+from robovlms_jax.data import shard_index, splits, storage
 
-SPLIT = shard_index.Split("arm", "1.0.0", "train", "tfrecord", (), ())
+SPLIT = splits.Split("arm", "1.0.0", "train", "tfrecord", (), ())
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_without_a_home_either_the_error_names_both_places_and_the_flag(read_onl
     with pytest.raises(
         OSError,
         match=r"(?s)data/.frame_index/train \(Read-only file system\) nor to /proc/none/.cache.*"
-        r"\(No such file or directory\). Name a directory that can with --data.index_dir, or set XDG_CACHE_HOME",
+        r"\(No such file or directory\). Please set XDG_CACHE_HOME, or name a directory .*--data.index_dir DIR",
     ):
         shard_index.place(read_only, SPLIT)
 
@@ -46,6 +46,7 @@ def test_a_directory_that_was_named_is_made_or_named_in_the_error(read_only, tmp
     assert shard_index.place(read_only, SPLIT, str(tmp_path / "index")).is_dir()
     (tmp_path / "file").touch()
     with pytest.raises(
-        OSError, match=r"file/arm-.*\(Not a directory\). Name a directory that can with --data.index_dir\."
+        OSError,
+        match=r"file/arm-.*\(Not a directory\). Please name a directory that can be written with --data.index_dir",
     ):
         shard_index.place(read_only, SPLIT, str(tmp_path / "file"))
