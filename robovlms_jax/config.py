@@ -207,7 +207,7 @@ class PolicyConfig:
     """Cameras in the order their tokens follow the prompt's first token (released RoboVLMs checkpoints: wrist, then
     static)."""
     compat_count_padding: bool = False
-    """Training only, as upstream's batches: positions count the padding of prompts (see `policies.compat`)."""
+    """Training only, as upstream's batches: positions count the padding of prompts (see `sequence.Order`)."""
     compat_queries_last: bool = False
     """Training only, as upstream's batches: action queries come before the last slot of the padded prompt, so after the
     end and the padding of every prompt but the longest."""

@@ -81,6 +81,7 @@ class Tokens:
     layout: named runs of slots in order, (("image", 64), ("text", 32), ("query", 1)); static.
     group: int32[B, S], or None. Keys of a group > 0 may be attended only from inside it: the action tokens of one step,
       which later steps must not copy from.
+    private: names of runs whose tokens only their own frame's private runs may attend to; static.
     offsets: int32[B, S, 1 or 3]; position encodings read `positions + offsets`. Tokens that all see each other share a
       position, and patches may have places in time, height and width. None: zero.
     """
@@ -91,6 +92,7 @@ class Tokens:
     layout: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False, default=())
     group: Array | None = None
     offsets: Array | None = None
+    private: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
     def slot(self, name: str) -> slice:
         """The slots of one named run; static, so a readout is a slice."""
@@ -106,4 +108,4 @@ class Tokens:
         run, length = self.layout[-1]
         assert run == name, f"{name!r} is not the last run of {self.layout}"
         rest = jax.tree.map(lambda x: x[:, :-length], self)
-        return rest.replace(layout=self.layout[:-1])
+        return rest.replace(layout=self.layout[:-1], private=tuple(x for x in self.private if x != name))

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import chex
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robovlms_jax import json_files
+from robovlms_jax.backbones import sequence
 from robovlms_jax.inputs.images import ImageSpec, read_image_spec
 from robovlms_jax.nn.attention import Cache
 from robovlms_jax.nn.decoder import Decoder, DecoderConfig
@@ -143,96 +144,72 @@ class VLM(nn.Module):
         images: Mapping[str, jax.Array],
         text_ids: jax.Array,
         text_mask: jax.Array,
-        queries: jax.Array | None = None,
+        runs: Sequence[sequence.Run] = (),
         *,
+        image_mask: jax.Array | None = None,
+        count_padding: bool = False,
+        queries_last: bool = False,
         deterministic: bool = True,
     ) -> Tokens:
-        """One sequence per sample: [first text token, if `lead`] [images] [rest of the text] [queries].
+        """One sequence per sample: [first text token, if `lead`] [images] [rest of the text] [runs].
 
-        Queries lie in the last slots, but their positions put them right before the last `tail` real text tokens (eos),
-        which move behind them. Seen through positions that is upstream's [bos][images][text][queries][eos] for a single
-        prompt, and it stays so for a padded one, where upstream's queries would come after eos and padding.
+        The runs lie in the last slots, but their positions put them right before the last `tail` real text tokens
+        (eos); see `sequence.layout`.
 
         Args:
           images: camera -> float[B, size, size, 3], prepared as `config.image` says; their tokens follow in this order.
             (jit sorts the keys of its dict arguments: order the cameras inside.)
           text_ids: int32[B, T], special tokens included, padded on the right. text_mask: bool[B, T], True = real token.
-          queries: float[Q, D], or float[B, Q, D] where they differ between samples, or None for a plain prompt.
+          runs: sensors and queries, float[B, n, D] each.
+          image_mask: bool[B, cameras], True = there is an image; tokens of others are masked and keep their places.
+          count_padding, queries_last: as upstream's training batches have it, see `sequence.Order`.
         Returns:
-          Tokens with S = T + P * cameras + Q slots in runs "bos", "image", "text" and, with queries, "query". P counts
-          the tokens around an image, too.
+          Tokens in runs "bos", "image", "text", then those given; P slots per camera, what is around an image included.
         """
         c = self.config
-        batch, text_length = text_ids.shape
-        chex.assert_shape(text_mask, (batch, text_length))
+        chex.assert_shape(text_mask, text_ids.shape)
         text = self.text.embed(text_ids).astype(c.dtype)
-        image = self._image_run(images, deterministic=deterministic) if images else text[:, :0]
-        num_image = image.shape[1]
-        num_queries = 0 if queries is None else queries.shape[-2]
-        causal = c.attention == "causal"
+        attend = "prefix" if c.attention == "prefix" else "causal"
 
-        order = jnp.cumsum(text_mask, axis=1) - 1  # place among the real text tokens; padding repeats the last one's
-        # Text tokens before the queries; never fewer than those before the images, whatever the prompt.
-        before = jnp.maximum(order[:, -1:] + 1 - (c.tail if causal else 0), c.lead)
+        def text_run(name: str, part: slice) -> sequence.Run:
+            return sequence.Run(text[:, part], text_mask[:, part], name, "text", attend)
 
-        def text_places(num_image: int) -> jax.Array:
-            return (
-                jnp.maximum(order, 0)
-                + jnp.where(order >= c.lead, num_image, 0)
-                + jnp.where(order >= before, num_queries, 0)
-            )
+        image = self._image_run(images, image_mask, len(text), attend, deterministic=deterministic)
+        prompt = [text_run("bos", slice(0, c.lead)), image, text_run("text", slice(c.lead, None))]
+        runs = [run.replace(embeds=run.embeds.astype(c.dtype)) for run in runs]
+        tail = 0 if attend == "prefix" else c.tail
+        return sequence.layout([*prompt, *runs], sequence.Order(tail, count_padding, queries_last))
 
-        def arrange(first: jax.Array, image: jax.Array, rest: jax.Array, queries: jax.Array) -> jax.Array:
-            return jnp.concatenate([first, image, rest, queries], axis=1)
-
-        def everywhere(x: jax.Array) -> jax.Array:
-            return jnp.broadcast_to(x, (batch, *x.shape))
-
-        run = jnp.zeros((0, c.width)) if queries is None else queries
-        run = jnp.broadcast_to(run.astype(text.dtype), (batch, num_queries, c.width))
-        embeds = arrange(text[:, : c.lead], image, text[:, c.lead :], run)
-        real = everywhere(jnp.ones(num_image, bool)), everywhere(jnp.ones(num_queries, bool))
-        mask = arrange(text_mask[:, : c.lead], real[0], text_mask[:, c.lead :], real[1])
-        at = text_places(num_image)
-        query_positions = before + num_image + jnp.arange(num_queries)
-        image_positions = everywhere(c.lead + jnp.arange(num_image))
-        positions = arrange(at[:, : c.lead], image_positions, at[:, c.lead :], query_positions).astype(jnp.int32)
-        layout = [("bos", c.lead), ("image", num_image), ("text", text_length - c.lead)]
-        layout += [] if queries is None else [("query", num_queries)]
-
-        offsets = None
-        if c.image_grid is not None and c.resampler is None:
-            # Every patch has its row and column; text goes on after the larger of them.
-            grid, advance = self._image_places(len(images))
-            at, image = jnp.repeat(text_places(advance)[..., None], 3, axis=-1), everywhere(c.lead + jnp.asarray(grid))
-            queries = jnp.repeat((before + advance + jnp.arange(num_queries))[..., None], 3, axis=-1)
-            places = arrange(at[:, : c.lead], image, at[:, c.lead :], queries).astype(jnp.int32)
-            offsets = places - positions[..., None]
-        if not causal:
-            last = (before + num_image - 1).astype(jnp.int32)  # the position that the whole prompt shares
-            is_query = jnp.arange(positions.shape[1]) >= positions.shape[1] - num_queries
-            shared = jnp.where(is_query, positions, last)
-            offsets = (positions - shared)[..., None] + (0 if offsets is None else offsets)
-            positions = shared
-        return Tokens(embeds, mask, positions, tuple(layout), offsets=offsets)
-
-    def _image_run(self, images: Mapping[str, jax.Array], *, deterministic: bool) -> jax.Array:
-        """Tokens of all cameras, each image between `image_start` and `image_end`: float[B, P * cameras, D]."""
+    def _image_run(
+        self,
+        images: Mapping[str, jax.Array],
+        image_mask: jax.Array | None,
+        batch: int,
+        attend: Literal["causal", "prefix"],
+        *,
+        deterministic: bool,
+    ) -> sequence.Run:
+        """Tokens of all cameras, each image between `image_start` and `image_end`: P * cameras slots."""
         c = self.config
-        x = self.encode_images(images, deterministic=deterministic)
-        if not c.image_start and not c.image_end:
-            return x
-        x = x.reshape(x.shape[0], len(images), -1, c.width)
+        if not images:
+            return sequence.Run(jnp.zeros((batch, 0, c.width), c.dtype), jnp.ones((batch, 0), bool), "image", "image")
+        x = self.encode_images(images, deterministic=deterministic).reshape(batch, len(images), -1, c.width)
 
         def around(ids: tuple[int, ...]) -> jax.Array:
             embeds = self.text.embed(jnp.asarray(ids, jnp.int32)).astype(x.dtype)
             return jnp.broadcast_to(embeds, (*x.shape[:2], len(ids), c.width))
 
-        x = jnp.concatenate([around(c.image_start), x, around(c.image_end)], axis=2)
-        return x.reshape(x.shape[0], -1, c.width)
+        if c.image_start or c.image_end:
+            x = jnp.concatenate([around(c.image_start), x, around(c.image_end)], axis=2)
+        there = jnp.ones((batch, len(images)), bool) if image_mask is None else image_mask
+        mask = jnp.repeat(there, x.shape[2], axis=1)
+        grid, advance = None, 0
+        if c.image_grid is not None and c.resampler is None:
+            grid, advance = self._image_grid(len(images))
+        return sequence.Run(x.reshape(batch, -1, c.width), mask, "image", "image", attend, grid, advance)
 
-    def _image_places(self, cameras: int) -> tuple[np.ndarray, int]:
-        """Time, height, width of image tokens, counted from the first: int[P * cameras, 3]; and of what follows."""
+    def _image_grid(self, cameras: int) -> tuple[tuple[tuple[int, ...], ...], int]:
+        """Time, height, width of image tokens, counted from the first: [P * cameras][3]; and places they take."""
         c = self.config
         rows, columns = c.image_grid
         grid = np.stack([np.zeros((rows, columns), int), *np.indices((rows, columns))], -1).reshape(-1, 3)
@@ -242,7 +219,7 @@ class VLM(nn.Module):
                 count = max(rows, columns) if ids is None else len(ids)
                 runs.append(at + (grid if ids is None else np.repeat(np.arange(count)[:, None], 3, axis=1)))
                 at += count
-        return np.concatenate(runs or [grid[:0]]), at
+        return tuple(map(tuple, np.concatenate(runs).tolist())), at
 
     def encode_images(self, images: Mapping[str, jax.Array], *, deterministic: bool = True) -> jax.Array:
         """camera -> float[B, size, size, 3] to float[B, P * cameras, D], cameras in the order given."""

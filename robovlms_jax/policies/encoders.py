@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +10,6 @@ import numpy as np
 from robovlms_jax import interface
 from robovlms_jax.config import ActionHistoryConfig, PolicyConfig, ProprioConfig
 from robovlms_jax.inputs import proprio
-from robovlms_jax.types import Tokens
 
 
 class ProprioToken(nn.Module):
@@ -86,37 +83,6 @@ def blank(config: PolicyConfig, batch: int, frames: int) -> dict[str, np.ndarray
         steps = config.action_history.length + frames - 1
         fields["past_actions"] = np.zeros((batch, steps, interface.ACTION_DIM), np.float32)
     return fields
-
-
-def before(extra: jax.Array, queries: jax.Array) -> jax.Array:
-    """Extra tokens float[N, E, D] before the queries, float[Q, D] or float[N, Q, D]: as `VLM.embed` takes them."""
-    queries = jnp.broadcast_to(queries.astype(extra.dtype), (len(extra), *queries.shape[-2:]))
-    return jnp.concatenate([extra, queries], axis=1)
-
-
-def name_runs(tokens: Tokens, num_extra: int) -> Tokens:
-    """Tokens embedded from `before`'s: the first `num_extra` of the run "query" become a run of their own, "extra"."""
-    runs = []
-    for run, length in tokens.layout:
-        runs += [("extra", num_extra), (run, length - num_extra)] if run == "query" else [(run, length)]
-    return tokens.replace(layout=tuple(runs))
-
-
-def hide_missing(tokens: Tokens, image_mask: Mapping[str, jax.Array], cameras: Sequence[str]) -> Tokens:
-    """Tokens of single frames with those of images that do not exist left out of attention.
-
-    Args:
-      tokens: leaves [B * G, S, ...]; in the run "image" every camera of `cameras` has as many, in this order. Images
-        that are attended sideways (`media`) have no such run and stay.
-      image_mask: camera -> bool[B, G], True = there is an image.
-    """
-    count = dict(tokens.layout).get("image", 0)
-    if count == 0:
-        return tokens
-    there = jnp.stack([jnp.asarray(image_mask[camera]).reshape(-1) for camera in cameras], axis=1)  # [B * G, cameras]
-    there = jnp.repeat(there, count // len(cameras), axis=1)
-    slot = tokens.slot("image")
-    return tokens.replace(mask=tokens.mask.at[:, slot].set(tokens.mask[:, slot] & there))
 
 
 def scale_arm(arm: jax.Array, config: ProprioConfig) -> jax.Array:

@@ -60,19 +60,18 @@ class Interleaved:
     """All tokens of a window's frames follow each other in one sequence (upstream's `pre`): image, text and queries of
     step 0, then of step 1, ... Each window is decoded apart, because a frame is seen through those before it.
 
-    private: the "query" run holds action tokens. Only their own step may attend them: a later step, told the earlier
-      one's chunk, would copy what it is asked for (upstream's CALVIN batches let it, its OXE batches do not).
+    Private runs, which hold a step's action tokens, may be attended by their own step only: a later step, told the
+    earlier one's chunk, would copy what it is asked for (upstream's CALVIN batches let it, its OXE batches do not).
     """
 
     window: int
-    private: bool = False
 
     def join(self, tokens: Tokens, step_mask: jax.Array) -> Tokens:
         batch = len(step_mask)
         frames = jax.tree.map(lambda x: merge(windows(x.reshape(batch, -1, *x.shape[1:]), self.window), 0), tokens)
         frames = place(frames, self.steps(step_mask))
-        if self.private:
-            query = jnp.concatenate([jnp.full(n, run == "query") for run, n in tokens.layout])
+        if tokens.private:
+            query = jnp.concatenate([jnp.full(n, run in tokens.private) for run, n in tokens.layout])
             number = 1 + jnp.arange(self.window)[:, None]
             group = jnp.where(query, number, 0).astype(jnp.int32)
             frames = frames.replace(group=jnp.broadcast_to(group, frames.mask.shape))
@@ -135,10 +134,10 @@ class Video:
         return merge(windows(x, self.window), 0)[:, -1:]
 
 
-def make(kind: str, *, window: int, cameras: int, private: bool = False) -> History:
-    """The history of that kind; `private`: the "query" run of a frame holds action tokens."""
+def make(kind: str, *, window: int, cameras: int) -> History:
+    """The history of that kind."""
     if kind == "interleaved":
-        return Interleaved(window, private)
+        return Interleaved(window)
     if kind == "video":
         return Video(window, cameras)
     return FramesApart(window)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from robovlms_jax import interface
 from robovlms_jax.backbones import base as backbones
+from robovlms_jax.backbones import sequence
 from robovlms_jax.config import PolicyConfig
-from robovlms_jax.policies import auxiliary, compat, decoding, encoders, readout, stream
+from robovlms_jax.policies import auxiliary, decoding, encoders, readout, stream
 from robovlms_jax.policies import history as histories
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.types import Inputs, Tokens
@@ -31,9 +32,7 @@ class VLA(nn.Module):
 
     def setup(self):
         config = self.config
-        self.history = histories.make(
-            config.history, window=config.window, cameras=len(config.cameras), private=config.is_autoregressive
-        )
+        self.history = histories.make(config.history, window=config.window, cameras=len(config.cameras))
         self.backbone = backbones.build(self.vlm)
         self.readout = readout.make(
             config.readout,
@@ -62,40 +61,58 @@ class VLA(nn.Module):
         """Action tokens of one step where actions are words."""
         return self.config.chunk * interface.ACTION_DIM
 
-    def embed(self, inputs: Inputs, actions: jax.Array | None = None, *, deterministic: bool = True) -> Tokens:
+    def embed(
+        self, inputs: Inputs, actions: jax.Array | None = None, *, deterministic: bool = True, control: bool = False
+    ) -> Tokens:
         """Tokens of every frame by itself, leaves [B * G, S, ...].
 
         Args:
           actions: float[B, G, C, A], normalised; the "query" run of an autoregressive policy holds their tokens. None
             leaves placeholders there.
+          control: prompts stand alone, so how upstream's training batches pad them does not matter.
         """
+        config = self.config
         images, text_ids, text_mask = histories.frames(inputs)
-        images = {camera: images[camera] for camera in self.config.cameras}
-        queries, extra = self._queries(actions), self._extra(inputs, deterministic)
-        if extra is not None:
-            queries = encoders.before(extra, jnp.zeros((0, self.vlm.width)) if queries is None else queries)
-        tokens = self.backbone.embed(images, text_ids, text_mask, queries, deterministic=deterministic)
-        if inputs.image_mask is not None:
-            tokens = encoders.hide_missing(tokens, inputs.image_mask, self.config.cameras)
-        return tokens if extra is None else encoders.name_runs(tokens, extra.shape[1])
+        there = inputs.image_mask
+        if there is not None:
+            there = jnp.stack([jnp.asarray(there[camera]).reshape(-1) for camera in config.cameras], axis=1)
+        return self.backbone.embed(
+            {camera: images[camera] for camera in config.cameras},
+            text_ids,
+            text_mask,
+            [*self._sensor_runs(inputs, deterministic), *self._query_runs(actions, len(text_ids))],
+            image_mask=there,
+            count_padding=config.compat_count_padding and not control,
+            queries_last=config.compat_queries_last and not control,
+            deterministic=deterministic,
+        )
 
-    def _queries(self, actions: jax.Array | None) -> jax.Array | None:
-        """What every frame's "query" run holds: float[Q, D], or float[B * G, C * A, D] with action tokens in it."""
-        if not self.config.is_autoregressive:
-            return self.readout.queries()
-        if actions is None:
-            return jnp.zeros((self.num_tokens, self.vlm.width))
-        return self.backbone.embed_ids(self.head.ids(histories.merge(actions, 0)))
+    def _query_runs(self, actions: jax.Array | None, batch: int) -> list[sequence.Run]:
+        """What every frame's "query" run holds: learned queries, or the action tokens of its chunk."""
+        if self.config.is_autoregressive:
+            shape = (self.num_tokens, self.vlm.width)
+            words = (
+                jnp.zeros(shape)
+                if actions is None
+                else self.backbone.embed_ids(self.head.ids(histories.merge(actions, 0)))
+            )
+            return [sequence.query(words, batch, attend="private")]
+        queries = self.readout.queries()
+        return [] if queries is None else [sequence.query(queries, batch)]
 
-    def _extra(self, inputs: Inputs, deterministic: bool) -> jax.Array | None:
-        """Each frame's tokens between the prompt and the queries, float[B * G, E, D]; None where there are none."""
-        runs = []
+    def _sensor_runs(self, inputs: Inputs, deterministic: bool) -> list[sequence.Run]:
+        """Each frame's tokens between the prompt and the queries."""
+        tokens = {}
         if self.proprio is not None:
-            runs.append(self.proprio(inputs.proprio, deterministic=deterministic))
+            tokens["proprio"] = self.proprio(inputs.proprio, deterministic=deterministic)
         if self.action_history is not None:
             past = self.config.normalizer.normalize(inputs.past_actions)
-            runs.append(self.action_history(past, deterministic=deterministic))
-        return histories.merge(jnp.concatenate(runs, axis=2), 0) if runs else None
+            tokens["action_history"] = self.action_history(past, deterministic=deterministic)
+        runs = []
+        for name, embeds in tokens.items():
+            embeds = histories.merge(embeds, 0)
+            runs.append(sequence.Run(embeds, jnp.ones(embeds.shape[:2], bool), name, "sensor"))
+        return runs
 
     def features(self, inputs: Inputs, deterministic: bool = True, actions: jax.Array | None = None) -> jax.Array:
         """float[B * K, W, Q, D] of all K = G - W + 1 windows of each segment; one step instead of W with `video`.
@@ -108,15 +125,8 @@ class VLA(nn.Module):
         """Final hidden states of the steps that `history.part` finds, float[..., steps, S, D], and their tokens."""
         if self.config.is_autoregressive and actions is None and not self.is_initializing():
             raise ValueError("an autoregressive policy is trained on the tokens before each one: pass `actions`.")
-        batch, config = len(inputs.step_mask), self.config
+        batch = len(inputs.step_mask)
         tokens = self.embed(inputs, actions, deterministic=deterministic)
-        if config.compat_count_padding or config.compat_queries_last:
-            tokens = compat.padded_layout(
-                tokens,
-                self.vlm.tail,
-                count_padding=config.compat_count_padding,
-                queries_last=config.compat_queries_last,
-            )
         sequences = self.history.join(tokens, inputs.step_mask)
         hidden, _ = self.backbone.decode(sequences, deterministic=deterministic)
         return self.history.part((hidden, sequences), batch)
@@ -178,7 +188,7 @@ class VLA(nn.Module):
         """
         if active is None:
             active = jnp.ones(len(inputs.step_mask), bool)
-        tokens = self.embed(inputs)
+        tokens = self.embed(inputs, control=True)
         seen = stream.advance(self, tokens, carry, active)
         kept = seen.kept
         if self.config.is_autoregressive:

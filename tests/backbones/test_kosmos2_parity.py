@@ -12,7 +12,7 @@ import pytest
 import torch
 from flax.traverse_util import flatten_dict
 
-from robovlms_jax.backbones import base
+from robovlms_jax.backbones import base, sequence
 from robovlms_jax.types import Tokens
 from robovlms_jax.weights import rules
 from tests.backbones.oracle import Twin, example, from_torch, relative_error
@@ -63,7 +63,7 @@ def test_queries_of_a_padded_prompt_equal_upstreams_sequence_without_padding(kos
     # Upstream feeds `inputs_embeds` = [bos][wrist][static][text][queries][eos] and reads the queries' hidden states.
     images, ids, mask = example(kosmos.config)
     queries = np.random.default_rng(1).normal(size=(2, kosmos.config.width)).astype(np.float32) * 0.1
-    tokens = kosmos.apply(images, ids, mask, jnp.asarray(queries), method="embed")
+    tokens = kosmos.apply(images, ids, mask, [sequence.query(jnp.asarray(queries), len(ids))], method="embed")
     hidden, _ = kosmos.apply(tokens, method="decode")
     model = kosmos.torch_model
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_gradients_of_every_parameter(kosmos):
 
 def test_bfloat16_stays_close(kosmos):
     images, ids, mask = example(kosmos.config)
-    queries = jnp.full((1, kosmos.config.width), 0.1)
+    queries = [sequence.query(jnp.full((1, kosmos.config.width), 0.1), len(ids))]
     config = dataclasses.replace(kosmos.config, dtype="bfloat16")
 
     def hidden(config):
@@ -150,7 +150,11 @@ def test_golden_action_features_of_the_longest_prompt(upstream):
     frames = numbers["vision_x"][0].transpose(0, 2, 3, 1)
     ids = np.repeat(numbers["lang_x"][:1], len(frames), 0).astype(np.int32)
     tokens = twin.apply(
-        {"static": frames}, ids, np.ones_like(ids, bool), jnp.asarray(action_token)[None], method="embed"
+        {"static": frames},
+        ids,
+        np.ones_like(ids, bool),
+        [sequence.query(jnp.asarray(action_token)[None], len(ids))],
+        method="embed",
     )
     hidden, _ = twin.apply(tokens, method="decode")
     assert relative_error(hidden[:, tokens.slot("query")], numbers["action_hs"][0]) < TOLERANCE
@@ -163,7 +167,9 @@ def test_golden_action_features_of_a_padded_prompt_in_upstreams_order(upstream):
     frames = numbers["vision_x"][1].transpose(0, 2, 3, 1)
     ids = np.repeat(numbers["lang_x"][1:], len(frames), 0).astype(np.int32)
     mask = np.repeat(numbers["attention_mask"][1:], len(frames), 0).astype(bool)
-    ours = twin.apply({"static": frames}, ids, mask, jnp.asarray(action_token)[None], method="embed")
+    ours = twin.apply(
+        {"static": frames}, ids, mask, [sequence.query(jnp.asarray(action_token)[None], len(ids))], method="embed"
+    )
     order = np.r_[: ours.mask.shape[1] - 2, ours.mask.shape[1] - 1, ours.mask.shape[1] - 2]
     positions = jnp.broadcast_to(jnp.arange(len(order)), ours.mask.shape)
     theirs = Tokens(ours.embeds[:, order], ours.mask[:, order], positions)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from flax.traverse_util import flatten_dict
 
-from robovlms_jax.backbones import base
+from robovlms_jax.backbones import base, sequence
 from tests.backbones import families
 from tests.backbones.oracle import IMAGE, TEXT, Twin, example, from_torch, randomize, relative_error
 
@@ -44,7 +44,7 @@ class Pair:
 
 
 def embed(config, params, images, ids, mask):
-    queries = params["text"]["embed"]["table"][QUERIES]
+    queries = [sequence.query(params["text"]["embed"]["table"][QUERIES], len(ids))]
     images = {camera: images[camera] for camera in CAMERAS}
     return base.build(config).apply({"params": params}, images, ids, mask, queries, method="embed")
 
@@ -74,7 +74,7 @@ def make_pair(config) -> Pair:
     return Pair(Twin(config, model, params))
 
 
-def sequence(config, ids, mask, tokens, queries=()) -> np.ndarray:
+def torch_sequence(config, ids, mask, tokens, queries=()) -> np.ndarray:
     """One prompt as the torch model reads it: placeholders for image tokens, queries before the prompt's tail."""
     text = [int(i) for i in ids[mask]]
     around = len(config.image_start) + len(config.image_end)
@@ -116,7 +116,7 @@ def logits_error(pair: Pair, side: str) -> float:
     config = pair.twin.config
     images, ids, mask = prompts(config, side)
     (tokens, hidden, logits), _ = pair.run(ids, mask)
-    rows, real = pad(config, [sequence(config, i, m, tokens) for i, m in zip(ids, mask)], side)
+    rows, real = pad(config, [torch_sequence(config, i, m, tokens) for i, m in zip(ids, mask)], side)
     with torch.no_grad():
         theirs = families.forward(config, pair.twin.torch_model, rows, images, real)
     errors = []
@@ -138,7 +138,7 @@ def test_queries_before_the_tail(pair):
     images, ids, mask = prompts(config, "right")
     (tokens, hidden, logits), _ = pair.run(ids, mask)
     # One batch, so that there is padding: a prompt alone is a prefix that PaliGemma's class attends both ways.
-    lines, real = pad(config, [sequence(config, i, m, tokens, QUERIES) for i, m in zip(ids, mask)], "right")
+    lines, real = pad(config, [torch_sequence(config, i, m, tokens, QUERIES) for i, m in zip(ids, mask)], "right")
     with torch.no_grad():
         out = families.forward(config, pair.twin.torch_model, lines, images, real)
     for row in range(len(ids)):
@@ -154,7 +154,7 @@ def gradient_error(pair: Pair) -> float:
     config, model = pair.twin.config, pair.twin.torch_model
     images, ids, mask = prompts(config, "right")
     (tokens, *_), _ = pair.run(ids, mask)
-    rows, real = pad(config, [sequence(config, i, m, tokens) for i, m in zip(ids, mask)], "right")
+    rows, real = pad(config, [torch_sequence(config, i, m, tokens) for i, m in zip(ids, mask)], "right")
     rng = np.random.default_rng(2)
     theirs = rng.normal(size=(*rows.shape, config.text.vocab_size)).astype(np.float32)
     ours = np.zeros((*tokens.mask.shape, config.text.vocab_size), np.float32)
@@ -204,7 +204,7 @@ def test_prefix_attention_is_paligemmas_own(name):
     images, ids, mask = prompts(config, "right")
     (tokens, hidden, _), _ = pair.run(ids, mask)
     for row in range(len(ids)):
-        line = sequence(config, ids[row], mask[row], tokens, QUERIES)[None]
+        line = torch_sequence(config, ids[row], mask[row], tokens, QUERIES)[None]
         kinds = torch.from_numpy((np.arange(line.shape[1]) >= line.shape[1] - len(QUERIES)).astype(int))[None]
         arguments = images[row : row + 1], np.ones_like(line)
         with torch.no_grad():

@@ -14,7 +14,7 @@ import torch
 import transformers
 from flax.traverse_util import flatten_dict
 
-from robovlms_jax.backbones import base
+from robovlms_jax.backbones import base, sequence
 from robovlms_jax.inputs import images as images_module
 from robovlms_jax.nn.attention import Cache
 from robovlms_jax.parallel.rules import RULES
@@ -61,7 +61,7 @@ def test_full_size_shapes(name):
     images, ids, mask = example(config)
     model = base.build(config)
     params = {"params": abstract(config)}
-    queries = jnp.zeros((Q, config.width))
+    queries = [sequence.query(jnp.zeros((Q, config.width)), BATCH)]
     tokens = jax.eval_shape(lambda p: model.apply(p, images, ids, mask, queries, method="embed"), params)
     slots = sum(length for _, length in tokens.layout)
     assert dict(tokens.layout)["query"] == Q

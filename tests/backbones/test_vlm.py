@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from robovlms_jax.backbones import base
+from robovlms_jax.backbones import base, sequence
 from robovlms_jax.nn.linear import merge_lora
 from robovlms_jax.types import Tokens
 from tests.backbones.oracle import Twin, abstract, example, relative_error
@@ -45,7 +45,8 @@ def kosmos_twin() -> Twin:
 def _run(config, params, images, ids, mask, queries):
     model = base.build(config)
     images = {camera: images[camera] for camera in CAMERAS}
-    tokens = model.apply({"params": params}, images, ids, mask, queries, method="embed")
+    runs = [sequence.query(queries, len(ids))]
+    tokens = model.apply({"params": params}, images, ids, mask, runs, method="embed")
     return tokens, model.apply({"params": params}, tokens, method="decode")[0]
 
 
@@ -80,7 +81,7 @@ def test_layout_mask_and_positions_of_a_padded_prompt(kosmos_twin):
 def test_lead_and_tail_say_where_images_and_queries_stand(kosmos_twin, lead, tail):
     config = dataclasses.replace(kosmos_twin.config, lead=lead, tail=tail, image_start=(9,), image_end=(8, 7))
     images, ids, mask = example(config, lengths=(7, 5))
-    model, queries = base.build(config), queries_of(kosmos_twin)
+    model, queries = base.build(config), [sequence.query(queries_of(kosmos_twin), 2)]
     embed = jax.jit(lambda p: model.apply({"params": p}, images, ids, mask, queries, method="embed"))
     tokens = embed(kosmos_twin.params)
     assert tokens.layout == (("bos", lead), ("image", 2 * (P + 3)), ("text", 7 - lead), ("query", 2))
@@ -182,7 +183,7 @@ def test_cached_decoding_equals_decoding_at_once(twin):
 def test_dropout_acts_only_when_asked_and_reaches_images_and_text(kosmos_twin):
     images, ids, mask = example(kosmos_twin.config, lengths=(7, 5))
     model, params = base.build(kosmos_twin.config), {"params": kosmos_twin.params}
-    queries = queries_of(kosmos_twin)
+    queries = [sequence.query(queries_of(kosmos_twin), 2)]
 
     @jax.jit
     def embeds(key):

@@ -1,0 +1,148 @@
+"""A decoder's sequence from named runs of tokens: where each stands, who may see whom. See `layout`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from robovlms_jax.types import Tokens
+
+
+@flax.struct.dataclass
+class Run:
+    """Neighbouring tokens of one origin, before they are given places.
+
+    embeds: float[B, n, D].
+    mask: bool[B, n], True = real token; of text the real tokens come first. A masked token of another kind keeps its
+      place, so that nothing moves when a picture is missing.
+    name: how readouts find its slots again (`Tokens.slot`).
+    kind: what it is made of. Text is what images, sensors and queries are put between.
+    attend: causal: sees what comes before it. prefix: all prefix runs see each other in both directions. private:
+      causal, and only tokens of the same frame's private runs may attend to it (a step's action tokens, which later
+      steps must not copy).
+    grid: int[n, coordinates], the place of each token counted from the run's first, where position encodings read
+      several coordinates (time, height, width of patches). None: token i is at (i, i, ...).
+    advance: by how much what follows a run with a grid is moved on.
+    """
+
+    embeds: jax.Array
+    mask: jax.Array
+    name: str = flax.struct.field(pytree_node=False)
+    kind: Literal["text", "image", "sensor", "query"] = flax.struct.field(pytree_node=False)
+    attend: Literal["causal", "prefix", "private"] = flax.struct.field(pytree_node=False, default="causal")
+    grid: tuple[tuple[int, ...], ...] | None = flax.struct.field(pytree_node=False, default=None)
+    advance: int = flax.struct.field(pytree_node=False, default=0)
+
+    @property
+    def length(self) -> int:
+        """n, its slots."""
+        return self.embeds.shape[1]
+
+
+def query(embeds: jax.Array, batch: int, *, attend: Literal["causal", "private"] = "causal") -> Run:
+    """The run "query": float[Q, D], the same for all, or float[B, Q, D]."""
+    embeds = jnp.broadcast_to(embeds, (batch, *embeds.shape[-2:]))
+    return Run(embeds, jnp.ones(embeds.shape[:2], bool), "query", "query", attend)
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """How a prompt's own tokens stand to what is put between them.
+
+    tail: real text tokens that come after everything else.
+    count_padding, queries_last: as upstream's training batches have it. Positions count the padding of prompts, too;
+      the tail is the last slots of the padded prompt, not its last real tokens. A prompt alone has no padding, so
+      neither changes anything in control.
+    """
+
+    tail: int = 0
+    count_padding: bool = False
+    queries_last: bool = False
+
+
+def layout(runs: Sequence[Run], order: Order = Order()) -> Tokens:
+    """Put runs behind each other and give every token its place.
+
+    Slots follow the order of `runs`. Positions do, too, but for the text's tail: sensors and queries are read right
+    before it. Seen through positions that is upstream's [bos][images][text][queries][eos] for a single prompt, and it
+    stays so for a padded one.
+
+    Returns:
+      Tokens whose `layout` has the runs' names; `private` names those that attend privately.
+    """
+    frame = _Frame.of(runs, order)
+    lengths = [run.length for run in runs]
+    positions = frame.places(lengths, [np.arange(length) for length in lengths])
+    offsets = None
+    if any(run.grid for run in runs):
+        # Every patch has its row and column; what follows goes on after the larger of them.
+        sizes = [run.advance if run.grid else run.length for run in runs]
+        width = max(len(run.grid[0]) for run in runs if run.grid)
+        grids = [np.array(run.grid) if run.grid else np.tile(np.arange(run.length)[:, None], width) for run in runs]
+        axes = [frame.places(sizes, [grid[:, axis] for grid in grids]) for axis in range(width)]
+        offsets = jnp.stack(axes, axis=-1) - positions[..., None]
+    is_prefix = np.concatenate([np.full(run.length, run.attend == "prefix") for run in runs])
+    if is_prefix.any():
+        # One position for all that see each other; encodings read the offset.
+        last = jnp.max(jnp.where(frame.mask & is_prefix, positions, 0), axis=1, keepdims=True)
+        shared = jnp.where(is_prefix, last, positions)
+        offsets = (positions - shared)[..., None] + (0 if offsets is None else offsets)
+        positions = shared
+    embeds = jnp.concatenate([run.embeds for run in runs], axis=1)
+    named = tuple((run.name, run.length) for run in runs)
+    private = tuple(run.name for run in runs if run.attend == "private")
+    return Tokens(embeds, frame.mask, positions, named, offsets=offsets, private=private)
+
+
+class _Frame(NamedTuple):
+    """What places are counted from.
+
+    mask: bool[B, S]. counted: bool[B, T], text slots that take a place.
+    anchors: of each run that is no text, int32[B or 1, 1]: the text slot it stands before.
+    """
+
+    runs: Sequence[Run]
+    mask: jax.Array
+    counted: jax.Array
+    anchors: Sequence[jax.Array]
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], order: Order) -> _Frame:
+        text = jnp.concatenate([run.mask for run in runs if run.kind == "text"], axis=1)
+        slots = jnp.arange(text.shape[1])
+        end = len(slots) if order.queries_last else jnp.max(jnp.where(text, slots + 1, 0), axis=1, keepdims=True)
+        before = np.cumsum([run.length if run.kind == "text" else 0 for run in runs])
+        # Whatever the prompt, the tail begins after the text that images follow.
+        lead = max((int(n) for run, n in zip(runs, before, strict=True) if run.kind == "image"), default=0)
+        tail = jnp.broadcast_to(jnp.maximum(end - order.tail, lead), (len(text), 1))
+        anchors = [jnp.full((1, 1), n) if run.kind == "image" else tail for run, n in zip(runs, before, strict=True)]
+        mask = jnp.concatenate([run.mask for run in runs], axis=1)
+        return cls(runs, mask, jnp.ones_like(text) if order.count_padding else text, anchors)
+
+    def places(self, sizes: Sequence[int], steps: Sequence[np.ndarray]) -> jax.Array:
+        """int32[B, S].
+
+        Args:
+          sizes: places that each run takes; of text runs it is not looked at.
+          steps: places of a run's tokens, counted from its first, int[n]; of text runs they are not looked at.
+        """
+        slots = jnp.arange(self.counted.shape[1])
+        text = jnp.cumsum(self.counted, axis=1) - self.counted
+        for run, size, anchor in zip(self.runs, sizes, self.anchors, strict=True):
+            text += 0 if run.kind == "text" else jnp.where(slots >= anchor, size, 0)
+        parts, start, earlier = [], 0, 0
+        for run, size, step, anchor in zip(self.runs, sizes, steps, self.anchors, strict=True):
+            if run.kind == "text":
+                parts.append(text[:, start : start + run.length])
+                start += run.length
+            else:
+                first = jnp.sum(self.counted & (slots < anchor), axis=1, keepdims=True) + earlier
+                parts.append(first + step)
+                earlier += size
+        return jnp.concatenate(parts, axis=1).astype(jnp.int32)
