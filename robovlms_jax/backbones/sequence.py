@@ -19,8 +19,8 @@ class Run:
     """Neighbouring tokens of one origin, before they are given places.
 
     embeds: float[B, n, D].
-    mask: bool[B, n], True = real token; of text the real tokens come first. A masked token of another kind keeps its
-      place, so that nothing moves when a picture is missing.
+    mask: bool[B, n], True = real token; padding of text takes no place. A masked token of another kind keeps its place,
+      so that nothing moves when a picture is missing.
     name: how readouts find its slots again (`Tokens.slot`).
     kind: what it is made of. Text is what images, sensors and queries are put between.
     attend: causal: sees what comes before it. prefix: all prefix runs see each other in both directions. private:
@@ -103,27 +103,30 @@ def layout(runs: Sequence[Run], order: Order = Order()) -> Tokens:
 class _Frame(NamedTuple):
     """What places are counted from.
 
-    mask: bool[B, S]. counted: bool[B, T], text slots that take a place.
-    anchors: of each run that is no text, int32[B or 1, 1]: the text slot it stands before.
+    mask: bool[B, S]. counted: bool[B, T], text tokens that take a place.
+    after: of each run that is no text, bool[B, T]: text tokens that come after it. Of text runs it means nothing.
     """
 
     runs: Sequence[Run]
     mask: jax.Array
     counted: jax.Array
-    anchors: Sequence[jax.Array]
+    after: Sequence[jax.Array]
 
     @classmethod
     def of(cls, runs: Sequence[Run], order: Order) -> _Frame:
         text = jnp.concatenate([run.mask for run in runs if run.kind == "text"], axis=1)
-        slots = jnp.arange(text.shape[1])
-        end = len(slots) if order.queries_last else jnp.max(jnp.where(text, slots + 1, 0), axis=1, keepdims=True)
+        number = jnp.cumsum(text, axis=1) - text  # among the real ones, whichever side is padded
         before = np.cumsum([run.length if run.kind == "text" else 0 for run in runs])
+        if order.queries_last:
+            tail = jnp.broadcast_to(jnp.arange(text.shape[1]) >= text.shape[1] - order.tail, text.shape)
+        else:
+            tail = number >= text.sum(axis=1, keepdims=True) - order.tail
         # Whatever the prompt, the tail begins after the text that images follow.
         lead = max((int(n) for run, n in zip(runs, before, strict=True) if run.kind == "image"), default=0)
-        tail = jnp.broadcast_to(jnp.maximum(end - order.tail, lead), (len(text), 1))
-        anchors = [jnp.full((1, 1), n) if run.kind == "image" else tail for run, n in zip(runs, before, strict=True)]
+        tail &= number >= lead
+        after = [number >= int(n) if run.kind == "image" else tail for run, n in zip(runs, before, strict=True)]
         mask = jnp.concatenate([run.mask for run in runs], axis=1)
-        return cls(runs, mask, jnp.ones_like(text) if order.count_padding else text, anchors)
+        return cls(runs, mask, jnp.ones_like(text) if order.count_padding else text, after)
 
     def places(self, sizes: Sequence[int], steps: Sequence[np.ndarray]) -> jax.Array:
         """int32[B, S].
@@ -132,17 +135,16 @@ class _Frame(NamedTuple):
           sizes: places that each run takes; of text runs it is not looked at.
           steps: places of a run's tokens, counted from its first, int[n]; of text runs they are not looked at.
         """
-        slots = jnp.arange(self.counted.shape[1])
         text = jnp.cumsum(self.counted, axis=1) - self.counted
-        for run, size, anchor in zip(self.runs, sizes, self.anchors, strict=True):
-            text += 0 if run.kind == "text" else jnp.where(slots >= anchor, size, 0)
+        for run, size, after in zip(self.runs, sizes, self.after, strict=True):
+            text += 0 if run.kind == "text" else jnp.where(after, size, 0)
         parts, start, earlier = [], 0, 0
-        for run, size, step, anchor in zip(self.runs, sizes, steps, self.anchors, strict=True):
+        for run, size, step, after in zip(self.runs, sizes, steps, self.after, strict=True):
             if run.kind == "text":
                 parts.append(text[:, start : start + run.length])
                 start += run.length
             else:
-                first = jnp.sum(self.counted & (slots < anchor), axis=1, keepdims=True) + earlier
+                first = jnp.sum(self.counted & ~after, axis=1, keepdims=True) + earlier
                 parts.append(first + step)
                 earlier += size
         return jnp.concatenate(parts, axis=1).astype(jnp.int32)

@@ -12,7 +12,8 @@ import numpy as np
 from robovlms_jax.config import AuxiliaryConfig, PolicyConfig
 from robovlms_jax.inputs import images
 from robovlms_jax.policies import auxiliary
-from robovlms_jax.policies import history as histories
+from robovlms_jax.policies.histories import base as window_tools
+from robovlms_jax.policies.histories import registry as histories
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.types import Batch, Inputs
 
@@ -53,8 +54,10 @@ def targets(batch: Batch, config: PolicyConfig) -> tuple[jax.Array, jax.Array]:
       float32[B * K, W, C, A] (arm in [-1, 1], gripper as recorded) and bool[B * K, W, C]; with history `video` only
       the newest step of each window is asked for actions.
     """
-    steps = _history(config).steps
-    mask = histories.windows(batch.action_mask, config.chunk)  # the chunk of frame g starts at the frame's own action
+    steps = histories.make(config).steps
+    mask = window_tools.windows(
+        batch.action_mask, config.chunk
+    )  # the chunk of frame g starts at the frame's own action
     # A padding step has features of nothing; it is not asked for actions.
     mask &= batch.inputs.step_mask[..., None]
     return steps(chunks(batch, config)), steps(mask) & batch.window_mask.reshape(-1, 1, 1)
@@ -62,11 +65,7 @@ def targets(batch: Batch, config: PolicyConfig) -> tuple[jax.Array, jax.Array]:
 
 def chunks(batch: Batch, config: PolicyConfig) -> jax.Array:
     """Normalised action chunk of every frame, float32[B, G, C, A]."""
-    return histories.windows(config.normalizer.normalize(batch.actions), config.chunk)
-
-
-def _history(config: PolicyConfig) -> histories.History:
-    return histories.make(config.history, window=config.window, cameras=len(config.cameras))
+    return window_tools.windows(config.normalizer.normalize(batch.actions), config.chunk)
 
 
 def loss(
@@ -111,7 +110,7 @@ def predict(model: VLA, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array
     prediction, head, errors = _apply(model, params, _prepared(model, batch), None)
     _, metrics = _add(*head.loss(prediction, actions, mask, one), errors, mask, one, model.config.auxiliary)
     predicted = model.config.normalizer.unnormalize(head.actions(prediction))
-    recorded = _history(model.config).steps(histories.windows(batch.actions, model.config.chunk))
+    recorded = histories.make(model.config).steps(window_tools.windows(batch.actions, model.config.chunk))
     return predicted, recorded, mask, metrics | {"count": mask.sum().astype(jnp.float32)}
 
 

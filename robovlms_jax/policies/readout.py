@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -10,18 +11,12 @@ import jax.numpy as jnp
 
 from robovlms_jax.types import Tokens
 
-
-class Readout(Protocol):
-    """What a step's sequence of hidden states has to say."""
-
-    def queries(self) -> jax.Array | None:
-        """float32[Q, D] that the backbone appends to every prompt, or None."""
-
-    def __call__(self, hidden: jax.Array, tokens: Tokens) -> jax.Array:
-        """float[..., S, D] and the tokens they come from, leaves [..., S] -> float[..., Q, D]."""
+Read = Callable[[jax.Array, Tokens], jax.Array]
+"""Final hidden states float[..., S, D] and the tokens they come from, leaves [..., S] -> features float[..., Q, D]. No
+parameters."""
 
 
-class ActionQuery(nn.Module):
+class LearnedQueries(nn.Module):
     """Learned tokens appended to the prompt; their final hidden states are the features.
 
     Zero at the start like upstream's `action_token` (base_backbone.py), which the language model then scales and
@@ -31,32 +26,30 @@ class ActionQuery(nn.Module):
     num_queries: int
     width: int
 
-    def setup(self):
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """float32[Q, D]."""
         init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("queries", "embed"))
-        self.table = self.param("queries", init, (self.num_queries, self.width))
-
-    def queries(self) -> jax.Array:
-        return self.table
-
-    def __call__(self, hidden: jax.Array, tokens: Tokens) -> jax.Array:
-        return hidden[..., tokens.slot("query"), :]
+        return self.param("queries", init, (self.num_queries, self.width))
 
 
-class Pool(nn.Module):
+def read_queries(hidden: jax.Array, tokens: Tokens) -> jax.Array:
+    """Hidden states of the "query" run: float[..., S, D] and the tokens they come from -> float[..., Q, D]."""
+    return hidden[..., tokens.slot("query"), :]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
     """Maxima over bins of a prompt's own tokens, in their order (upstream's `down_sample: pooling`).
 
     Bin i of Q covers tokens floor(i n / Q) ... ceil((i + 1) n / Q) - 1 of the n that are read, as torch's adaptive
     pooling does. n counts real tokens only; upstream pools over padding, too.
 
-    Attributes:
-      source: "all" tokens, the "text" between the first token and the last (bos and eos), or the images ("vision").
+    source: "all" tokens, the "text" between the first token and the last (bos and eos), or the images ("vision").
     """
 
     num_bins: int
     source: str
-
-    def queries(self) -> None:
-        return None
 
     def __call__(self, hidden: jax.Array, tokens: Tokens) -> jax.Array:
         chosen = self._chosen(tokens)
@@ -86,19 +79,14 @@ class Pool(nn.Module):
         return chosen & (tokens.positions > first) & (tokens.positions < last)
 
 
-class ActionTokens(nn.Module):
-    """Hidden states that predict action tokens, each of which lies in the "query" run: a token's predecessor.
+def read_action_tokens(hidden: jax.Array, tokens: Tokens) -> jax.Array:
+    """Hidden states that predict the action tokens in the "query" run, each of which is a token's predecessor.
 
     What precedes the first action token is whatever comes right before it in the prompt.
     """
-
-    def queries(self) -> None:
-        return None
-
-    def __call__(self, hidden: jax.Array, tokens: Tokens) -> jax.Array:
-        query = tokens.slot("query")
-        before = last_of_prompt(hidden, tokens, tokens.positions[..., query.start, None])
-        return jnp.concatenate([before, hidden[..., query.start : query.stop - 1, :]], axis=-2)
+    query = tokens.slot("query")
+    before = last_of_prompt(hidden, tokens, tokens.positions[..., query.start, None])
+    return jnp.concatenate([before, hidden[..., query.start : query.stop - 1, :]], axis=-2)
 
 
 def largest(x: jax.Array, among: jax.Array | None = None) -> jax.Array:
@@ -121,16 +109,13 @@ def last_of_prompt(hidden: jax.Array, tokens: Tokens, position: jax.Array) -> ja
     return jnp.take_along_axis(hidden, slot[..., None, None], axis=-2)
 
 
-def make(kind: str, *, num_queries: int, width: int, source: str, num_tokens: int, parallel: bool) -> Readout:
-    """The readout of that kind.
+def make(kind: str, *, num_bins: int, source: str, parallel: bool) -> Read:
+    """How features are read in a readout of that kind.
 
     Args:
-      num_queries: action queries, or bins of pooled tokens.
-      source: tokens to pool.
-      num_tokens: action tokens per step. parallel: they are all decoded at once, from placeholders.
+      num_bins, source: of pooled tokens.
+      parallel: action tokens are decoded all at once, from placeholders of their own.
     """
-    if kind == "action_query":
-        return ActionQuery(num_queries, width)
     if kind == "pool":
-        return Pool(num_queries, source)
-    return ActionQuery(num_tokens, width) if parallel else ActionTokens()
+        return Pool(num_bins, source)
+    return read_queries if kind == "action_query" or parallel else read_action_tokens

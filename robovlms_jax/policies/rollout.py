@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from robovlms_jax.interface import ACTION_DIM, ActionChunk, Observation
-from robovlms_jax.policies import encoders, episodes, objective, observed, stream
+from robovlms_jax.policies import encoders, episodes, objective, observed
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.types import Inputs
 
@@ -75,7 +75,7 @@ class BatchedVLAPolicy:
         self._step = jax.jit(functools.partial(control_step, model), donate_argnums=1, out_shardings=place)
         fresh = model.init_head_carry(1)
         self._reset = jax.jit(
-            lambda carry, slot: stream.reset(carry, slot, fresh), donate_argnums=0, out_shardings=place
+            lambda carry, slot: model.reset_slot(carry, slot, fresh), donate_argnums=0, out_shardings=place
         )
         self._place, self._carry, self._text_length = place, None, 0
         self._episodes = episodes.Episodes(slots)
@@ -173,7 +173,7 @@ class BatchedVLAPolicy:
             return
         carry = self.model.init_carry(self.slots, self.params, text_length)
         if self._carry is not None:
-            carry = stream.fit(self._carry, carry)
+            carry = self.model.fit_carry(self._carry, carry)
         # Copies: leaves that begin as one array would be donated twice.
         self._carry = jax.tree.map(lambda x: jax.device_put(np.array(x), self._place), carry)
         self._text_length = text_length

@@ -7,6 +7,7 @@ from typing import Any
 
 import chex
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -14,10 +15,19 @@ from robovlms_jax import interface
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.backbones import sequence
 from robovlms_jax.config import PolicyConfig
-from robovlms_jax.policies import auxiliary, decoding, encoders, readout, stream
-from robovlms_jax.policies import history as histories
+from robovlms_jax.policies import auxiliary, decoding, encoders, readout
 from robovlms_jax.policies.heads import base as heads
+from robovlms_jax.policies.histories import registry
+from robovlms_jax.policies.histories.base import History, frames, merge, where
 from robovlms_jax.types import Inputs, Tokens
+
+
+@flax.struct.dataclass
+class Carry:
+    """Everything between two control steps of B episodes. head: the head's own; history: what the history keeps."""
+
+    head: Any
+    history: Any
 
 
 class VLA(nn.Module):
@@ -32,16 +42,8 @@ class VLA(nn.Module):
 
     def setup(self):
         config = self.config
-        self.history = histories.make(config.history, window=config.window, cameras=len(config.cameras))
         self.backbone = backbones.build(self.vlm)
-        self.readout = readout.make(
-            config.readout,
-            num_queries=config.num_queries,
-            width=self.vlm.width,
-            source=config.pool,
-            num_tokens=self.num_tokens,
-            parallel=not config.is_autoregressive,
-        )
+        self.readout = readout.LearnedQueries(self.num_queries, self.vlm.width) if self.num_queries else None
         self.proprio = encoders.ProprioToken(config.proprio, self.vlm.width) if config.proprio.enabled else None
         past = config.action_history
         self.action_history = encoders.ActionHistory(past, self.vlm.width) if past.length else None
@@ -57,9 +59,29 @@ class VLA(nn.Module):
         )
 
     @property
+    def history(self) -> History:
+        """Where the steps of a window meet."""
+        return registry.make(self.config)
+
+    @property
     def num_tokens(self) -> int:
         """Action tokens of one step where actions are words."""
         return self.config.chunk * interface.ACTION_DIM
+
+    @property
+    def num_queries(self) -> int:
+        """Learned tokens of one frame."""
+        if self.config.readout == "token":
+            return 0 if self.config.is_autoregressive else self.num_tokens
+        return self.config.num_queries if self.config.readout == "action_query" else 0
+
+    @property
+    def read(self) -> readout.Read:
+        """How a step's features are read from its hidden states."""
+        config = self.config
+        return readout.make(
+            config.readout, num_bins=config.num_queries, source=config.pool, parallel=not config.is_autoregressive
+        )
 
     def embed(
         self, inputs: Inputs, actions: jax.Array | None = None, *, deterministic: bool = True, control: bool = False
@@ -72,7 +94,7 @@ class VLA(nn.Module):
           control: prompts stand alone, so how upstream's training batches pad them does not matter.
         """
         config = self.config
-        images, text_ids, text_mask = histories.frames(inputs)
+        images, text_ids, text_mask = frames(inputs)
         there = inputs.image_mask
         if there is not None:
             there = jnp.stack([jnp.asarray(there[camera]).reshape(-1) for camera in config.cameras], axis=1)
@@ -91,14 +113,9 @@ class VLA(nn.Module):
         """What every frame's "query" run holds: learned queries, or the action tokens of its chunk."""
         if self.config.is_autoregressive:
             shape = (self.num_tokens, self.vlm.width)
-            words = (
-                jnp.zeros(shape)
-                if actions is None
-                else self.backbone.embed_ids(self.head.ids(histories.merge(actions, 0)))
-            )
+            words = jnp.zeros(shape) if actions is None else self.backbone.embed_ids(self.head.ids(merge(actions, 0)))
             return [sequence.query(words, batch, attend="private")]
-        queries = self.readout.queries()
-        return [] if queries is None else [sequence.query(queries, batch)]
+        return [] if self.readout is None else [sequence.query(self.readout(), batch)]
 
     def _sensor_runs(self, inputs: Inputs, deterministic: bool) -> list[sequence.Run]:
         """Each frame's tokens between the prompt and the queries."""
@@ -110,7 +127,7 @@ class VLA(nn.Module):
             tokens["action_history"] = self.action_history(past, deterministic=deterministic)
         runs = []
         for name, embeds in tokens.items():
-            embeds = histories.merge(embeds, 0)
+            embeds = merge(embeds, 0)
             runs.append(sequence.Run(embeds, jnp.ones(embeds.shape[:2], bool), name, "sensor"))
         return runs
 
@@ -122,14 +139,14 @@ class VLA(nn.Module):
         return self.history.windows(self._read(*self._decode(inputs, deterministic, actions)))
 
     def _decode(self, inputs: Inputs, deterministic: bool, actions: jax.Array | None) -> tuple[jax.Array, Tokens]:
-        """Final hidden states of the steps that `history.part` finds, float[..., steps, S, D], and their tokens."""
+        """Final hidden states of the steps that `history.to_steps` finds, float[..., steps, S, D], and their tokens."""
         if self.config.is_autoregressive and actions is None and not self.is_initializing():
             raise ValueError("an autoregressive policy is trained on the tokens before each one: pass `actions`.")
         batch = len(inputs.step_mask)
         tokens = self.embed(inputs, actions, deterministic=deterministic)
-        sequences = self.history.join(tokens, inputs.step_mask)
+        sequences = self.history.to_sequences(tokens, inputs.step_mask)
         hidden, _ = self.backbone.decode(sequences, deterministic=deterministic)
-        return self.history.part((hidden, sequences), batch)
+        return self.history.to_steps((hidden, sequences), batch)
 
     def __call__(self, inputs: Inputs, deterministic: bool = True, actions: jax.Array | None = None) -> Any:
         """Predictions for all windows of each segment; leaves float[B * K, W, C, ...] (one step with `video`).
@@ -178,9 +195,7 @@ class VLA(nn.Module):
         chex.assert_equal_shape_prefix([features, mask], 2)
         return self.head(features, mask)
 
-    def step(
-        self, inputs: Inputs, carry: stream.Carry, active: jax.Array | None = None
-    ) -> tuple[jax.Array, stream.Carry]:
+    def step(self, inputs: Inputs, carry: Carry, active: jax.Array | None = None) -> tuple[jax.Array, Carry]:
         """One control step. Inputs with G = 1 -> (actions float[B, C, A] in [-1, 1], new carry).
 
         Args:
@@ -188,32 +203,62 @@ class VLA(nn.Module):
         """
         if active is None:
             active = jnp.ones(len(inputs.step_mask), bool)
-        tokens = self.embed(inputs, control=True)
-        seen = stream.advance(self, tokens, carry, active)
-        kept = seen.kept
+        tokens, history = self.embed(inputs, control=True), self.history
+        context = history.append(self.backbone, self.read, tokens, carry.history, active)
+        state = context.state
         if self.config.is_autoregressive:
-            features, cache = decoding.generate(self, seen)
-            kept = kept.reclaim(cache)
+            features, cache = decoding.generate(self.backbone, self.head.choose, context, self.num_tokens)
+            state = history.reclaim(state, cache)
         else:
-            features = self._read(seen.hidden, seen.tokens)
-        prediction, head = self.head.step(features, seen.head)
-        head = stream.where(active, head, carry.head)
-        return self.head.actions(prediction), stream.Carry(head, kept)
+            features = self._read(context.hidden, context.tokens)
+        head = carry.head if context.renewed is None else self.head.renew(carry.head, *context.renewed)
+        prediction, head = self.head.step(features, head)
+        return self.head.actions(prediction), Carry(where(active, head, carry.head), state)
 
-    def init_carry(self, batch: int, params: Any = None, text_length: int = 0) -> stream.Carry:
+    def init_carry(self, batch: int, params: Any = None, text_length: int = 0) -> Carry:
         """The carry before the first step of an episode.
 
         Args:
           params, text_length: of the policy and its prompts; histories that keep tokens need them to know how many.
         """
-        return stream.Carry(self.init_head_carry(batch), stream.create(self, batch, params, text_length))
+        state: Any = ()
+        if self.config.history in ("interleaved", "video"):
+            if params is None or text_length < 1:
+                raise ValueError(
+                    f"a {self.config.history} policy keeps tokens: pass init_carry its params and text_length."
+                )
+            frame = jax.eval_shape(lambda params: self._frame_tokens(params, batch, text_length), params)
+            state = self.history.init_state(self.bind({"params": params}).backbone, frame)
+        return Carry(self.init_head_carry(batch), state)
 
     def init_head_carry(self, batch: int) -> Any:
         """The head's part of it; needs no parameters."""
         # Unbound again, so that no setup asks for parameters.
         return self.bind({}).head.clone(parent=None).init_carry(batch)
 
+    def reset_slot(self, carry: Carry, slot: jax.Array, head: Any) -> Carry:
+        """Forget everything about episode int32[] `slot`; `head`: a head's carry before its first step, for one
+        episode."""
+        fresh = jax.tree.map(lambda x, first: x.at[slot].set(first[0]), carry.head, head)
+        return Carry(fresh, self.history.reset(carry.history, slot))
+
+    def fit_carry(self, carry: Carry, fresh: Carry) -> Carry:
+        """The same carry for longer or shorter prompts; `fresh`: one made for them."""
+        return Carry(carry.head, self.history.fit(carry.history, fresh.history))
+
+    def _frame_tokens(self, params: Any, batch: int, text_length: int) -> Tokens:
+        """Token shapes of one frame, from an all-zero input."""
+        size = self.vlm.image.size
+        inputs = Inputs(
+            images={camera: jnp.zeros((batch, 1, size, size, 3)) for camera in self.config.cameras},
+            text_ids=jnp.zeros((batch, text_length), jnp.int32),
+            text_mask=jnp.ones((batch, text_length), bool),
+            step_mask=jnp.ones((batch, 1), bool),
+            **encoders.blank(self.config, batch, 1),
+        )
+        return self.apply({"params": params}, inputs, method="embed")
+
     def _read(self, hidden: jax.Array, tokens: Tokens) -> jax.Array:
         """Final hidden states float[..., S, D] -> features float[..., Q, D]."""
-        features = self.readout(hidden, tokens)
+        features = self.read(hidden, tokens)
         return self.backbone.logits(features) if self.config.readout == "token" else features

@@ -11,7 +11,7 @@ import pytest
 
 from robovlms_jax.actions import discretize
 from robovlms_jax.interface import Observation
-from robovlms_jax.policies import decoding, objective, rollout, stream
+from robovlms_jax.policies import decoding, objective, rollout
 from tests import toy
 
 pytestmark = pytest.mark.usefixtures("exact_matmul")
@@ -42,8 +42,10 @@ def test_the_loop_equals_decoding_from_the_start_every_time(one_step, constraine
 
     def loop(model, inputs):
         carry = model.init_carry(len(inputs.step_mask))
-        seen = stream.advance(model, model.embed(inputs), carry, jnp.ones(len(inputs.step_mask), bool))
-        return decoding.generate(model, seen)[0]
+        active = jnp.ones(len(inputs.step_mask), bool)
+        tokens = model.embed(inputs)
+        context = model.history.append(model.backbone, model.read, tokens, carry.history, active)
+        return decoding.generate(model.backbone, model.head.choose, context, model.num_tokens)[0]
 
     logits = jax.jit(lambda params, x: model.apply({"params": params}, x, method=loop))(params, inputs)
     chosen = np.asarray(model.bind({}).head.choose(logits))

@@ -23,7 +23,7 @@ def prompt(words: int, slots: int = TEXT) -> Tokens:
 
 
 def pooled(source, bins, hidden, tokens):
-    return np.asarray(jax.jit(readout.Pool(bins, source).apply)({}, hidden, tokens))[0]
+    return np.asarray(jax.jit(readout.Pool(bins, source))(hidden, tokens))[0]
 
 
 @pytest.mark.parametrize("source", ["all", "text", "vision"])
@@ -73,7 +73,7 @@ def test_the_gradient_of_a_maximum_goes_to_the_slot_that_is_largest(source, span
         if source is None:
             pooled = readout.largest(hidden)[:, None]
         else:
-            pooled = readout.Pool(len(spans), source).apply({}, hidden, tokens)
+            pooled = readout.Pool(len(spans), source)(hidden, tokens)
         return (pooled * direction).sum()
 
     hidden, expected = (x.astype(np.float64) @ weight) * scale + bias, np.zeros(weight.shape)

@@ -54,6 +54,25 @@ class WindowCarry:
         buffer = jnp.concatenate([self.buffer[:, 1:], features.astype(jnp.float32)[:, None]], axis=1)
         return WindowCarry(buffer, jnp.minimum(self.count + 1, buffer.shape[1]))
 
+    def renew(self, features: jax.Array, due: jax.Array) -> WindowCarry:
+        """With the features of a window that was decoded again, float[B, W, Q, D] with the newest last, where bool[B].
+
+        The step that follows pushes the newest; these are the ones before it.
+        """
+        features = features.astype(self.buffer.dtype)
+        before = jnp.concatenate([features[:, :1], features[:, :-1]], axis=1)
+        return self.replace(buffer=jnp.where(due[:, None, None, None], before, self.buffer))
+
+
+class Memoryless:
+    """The carry of heads that remember nothing between steps."""
+
+    def init_carry(self, batch: int) -> tuple:
+        return ()
+
+    def renew(self, carry: tuple, features: jax.Array, due: jax.Array) -> tuple:
+        return carry
+
 
 class ActionHead(Protocol):
     """Features of observed steps in, action chunks out. `N` is any number of windows (batch times windows per segment).
@@ -83,10 +102,12 @@ class ActionHead(Protocol):
     def step(self, features: jax.Array, carry: Any) -> tuple[Any, Any]:
         """float[batch, Q, D] of the newest step -> (prediction with leaves [batch, C, ...], new carry).
 
-        Equals the last step of `__call__` over the most recent min(t, W) features, at constant cost per call. A carry
-        that is a `WindowCarry` can be rewritten by a history that encodes the window again; any other only sees steps
-        as they come.
+        Equals the last step of `__call__` over the most recent min(t, W) features, at constant cost per call.
         """
+
+    def renew(self, carry: Any, features: jax.Array, due: jax.Array) -> Any:
+        """The carry as if steps had had the features float[batch, W, Q, D] of a window that was decoded again, newest
+        last, where bool[batch] `due`; called before `step`. Heads without memory return it as it is (`Memoryless`)."""
 
 
 _REGISTRY: dict[str, tuple[type[HeadConfig], Callable[..., ActionHead]]] = {}

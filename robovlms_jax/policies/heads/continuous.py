@@ -145,6 +145,9 @@ class ContinuousHead(nn.Module):
             return ()
         return base.WindowCarry.create(batch, self.window, self.num_queries, self.feature_dim)
 
+    def renew(self, carry: Any, features: jax.Array, due: jax.Array) -> Any:
+        return carry.renew(features, due) if self.remembers else carry
+
     def step(self, features: jax.Array, carry: Any) -> tuple[ContinuousPrediction, Any]:
         # Re-running the window gives the same numbers as a recurrent state that forgets what leaves the window
         # (upstream's LSTM does so once the window is full), at one constant, small cost.

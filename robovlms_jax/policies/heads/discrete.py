@@ -88,7 +88,7 @@ class TokenPrediction:
 
 
 @base.register("discrete", DiscreteHeadConfig)
-class DiscreteHead(nn.Module):
+class DiscreteHead(base.Memoryless, nn.Module):
     """See `base.ActionHead` for the contract; features are logits float[N, W, C * A, V] of the action tokens."""
 
     config: DiscreteHeadConfig
@@ -146,9 +146,6 @@ class DiscreteHead(nn.Module):
         values = self._values(ids)
         values = jnp.concatenate([values[..., :-1], jnp.where(values[..., -1:] > 0, 1.0, -1.0)], axis=-1)
         return jnp.where(discretize.is_action_id(ids, self.vocab_end, self.config.num_bins), values, jnp.nan)
-
-    def init_carry(self, batch: int) -> tuple:
-        return ()
 
     def step(self, features: jax.Array, carry: tuple) -> tuple[TokenPrediction, tuple]:
         return self(features, None), carry

@@ -168,6 +168,9 @@ class FlowHead(nn.Module):
     def init_carry(self, batch: int) -> base.WindowCarry:
         return base.WindowCarry.create(batch, self.window, self.num_queries, self.feature_dim)
 
+    def renew(self, carry: base.WindowCarry, features: jax.Array, due: jax.Array) -> base.WindowCarry:
+        return carry.renew(features, due)
+
     def step(self, features: jax.Array, carry: base.WindowCarry) -> tuple[FlowPrediction, base.WindowCarry]:
         carry = carry.push(features)
         condition = self._condition(carry.buffer, carry.mask)

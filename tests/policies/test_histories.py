@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from robovlms_jax.interface import Observation
 from robovlms_jax.nn import attention
-from robovlms_jax.policies import objective, rollout, stream
+from robovlms_jax.policies import objective, rollout
+from robovlms_jax.policies.histories import interleaved
 from tests import toy
 from tests.toy import T, W
 
@@ -160,7 +161,7 @@ def ring_of(rng, real, slots, scratch=2):
     key = np.broadcast_to(numbers[None, :, None, :, None], (2, rows, 1, mask.shape[1], 1)).astype(np.float32)
     cache = attention.Cache(key, 2 * key, numbers, mask, 3 * numbers, np.int32(window * slots))
     counter = np.arange(rows, dtype=np.int32)
-    return stream.Carry((), stream.Kept(None, stream.Ring(cache, counter, counter, counter, window, slots)))
+    return interleaved.RingCache(cache, counter, counter, counter, slots)
 
 
 @given(st.integers(0, 99), st.integers(4, 9))
@@ -169,17 +170,16 @@ def test_a_ring_keeps_every_real_token_in_its_frame_whatever_length_prompts_get(
     rng = np.random.default_rng(seed)
     real = rng.random((2, 3, 6)) < 0.5
     real[np.cumsum(real, axis=-1) > 4] = False  # four at most, so four slots suffice
-    carry, fresh = ring_of(rng, real, 6), ring_of(rng, np.zeros((2, 3, 6), bool), slots)
-    fitted = stream.fit(carry, fresh).history.ring
+    old, fresh = ring_of(rng, real, 6), ring_of(rng, np.zeros((2, 3, 6), bool), slots)
+    fitted = old.fit(fresh, window=3)
     assert fitted.slots == slots and fitted.cache.length == 3 * slots
-    assert jax.tree.map(jnp.shape, fitted.cache) == jax.tree.map(jnp.shape, fresh.history.ring.cache)
+    assert jax.tree.map(jnp.shape, fitted.cache) == jax.tree.map(jnp.shape, fresh.cache)
 
     def frames(ring, x):  # per frame its real tokens, in order
         masks = np.asarray(ring.cache.mask)[:, : 3 * ring.slots].reshape(2, 3, -1)
         values = np.asarray(x)[:, : 3 * ring.slots].reshape(2, 3, -1)
         return [values[at][masks[at]].tolist() for at in np.ndindex(2, 3)]
 
-    old = carry.history.ring
     for name in ("positions", "places"):
         assert frames(fitted, getattr(fitted.cache, name)) == frames(old, getattr(old.cache, name))
     assert frames(fitted, fitted.cache.value[1, :, 0, :, 0]) == frames(old, old.cache.value[1, :, 0, :, 0])

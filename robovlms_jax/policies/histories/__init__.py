@@ -1,0 +1,1 @@
+"""Where observed steps meet, in training and in control: one object per history, see `base.History`."""
