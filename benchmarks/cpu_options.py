@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from benchmarks import machine, workload
-from robovlms_jax.config import BackboneConfig, MeshConfig
 from robovlms_jax.envs import tasks
 from robovlms_jax.envs.playtable import env, physics
 from robovlms_jax.envs.playtable.scene import stack_scenes
@@ -58,12 +58,9 @@ def main(args: Args) -> None:
 
 
 def _training(args: Args) -> dict[str, Any]:
-    config = workload.experiment(
-        "small", window=1, windows_per_segment=1, batch_size=args.batch_size, mesh=MeshConfig()
-    )
-    config = dataclasses.replace(config, backbone=BackboneConfig(name=args.backbone))
+    config = workload.experiment("small", batch_size=args.batch_size, backbone=args.backbone)
     train_step, _, train_state, batch = workload.training_step(config)
-    program = jax.jit(train_step.__wrapped__, donate_argnums=0)
+    program = jax.jit(train_step.__wrapped__, donate_argnums=0)  # without its own options
     return _compared(args, program, train_state, (batch,), cpu_options.PRODUCTS_ALONE)
 
 
@@ -80,7 +77,9 @@ def _tables(args: Args, count: int) -> dict[str, Any]:
     return _compared(args, jax.jit(step), states, (scenes, actions), cpu_options.PRODUCTS_ALONE, *few)
 
 
-def _compared(args: Args, program: Callable[..., Any], start: Any, rest: tuple[Any, ...], *options: Any) -> Any:
+def _compared(
+    args: Args, program: Callable[..., Any], start: Any, rest: tuple[Any, ...], *options: Any
+) -> dict[str, Any]:
     """Seconds per call of program(state, *rest) -> (state, anything), and to compile it, of both ways."""
     compiled, states, found = {}, {}, {}
     lowered = program.lower(start, *rest)
@@ -88,7 +87,7 @@ def _compared(args: Args, program: Callable[..., Any], start: Any, rest: tuple[A
         begin = time.perf_counter()
         compiled[way] = lowered.compile(compiler_options=chosen)
         found[way] = {"compile_seconds": time.perf_counter() - begin, "seconds": []}
-        states[way] = jax.tree.map(jax.numpy.copy, start)  # a training step donates its state
+        states[way] = jax.tree.map(jnp.copy, start)  # a training step donates its state
     for turn in range(args.rounds + 1):
         for way, call in compiled.items():
             begin = time.perf_counter()

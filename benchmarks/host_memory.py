@@ -18,7 +18,6 @@ import jax
 import tyro
 
 from benchmarks import machine, workload
-from robovlms_jax.config import BackboneConfig, MeshConfig
 from robovlms_jax.parallel import host_memory
 
 WAYS = ("given back", "kept")
@@ -74,10 +73,7 @@ def measure(args: Args) -> dict[str, Any]:
     """
     if args.part == "kept" and not host_memory.keep_freed_memory():
         raise RuntimeError("freed memory cannot be kept here: this needs glibc and a JAX without accelerators.")
-    config = workload.experiment(
-        "small", window=1, windows_per_segment=1, batch_size=args.batch_size, mesh=MeshConfig()
-    )
-    config = dataclasses.replace(config, backbone=BackboneConfig(name=args.backbone))
+    config = workload.experiment("small", batch_size=args.batch_size, backbone=args.backbone)
     train_step, _, train_state, batch = workload.training_step(config)
     for _ in range(2):  # the first one compiles, and both still allocate
         train_state, _ = jax.block_until_ready(train_step(train_state, batch))

@@ -77,9 +77,7 @@ class CompileCount:
 
 def main(args: Args) -> None:
     """Print the result as JSON; status 1 when a step compiled."""
-    config = workload.experiment(
-        args.size, window=args.window, windows_per_segment=1, batch_size=1, mesh=MeshConfig(data=1)
-    )
+    config = workload.experiment(args.size, window=args.window, batch_size=1, mesh=MeshConfig(data=1))
     model = workload.make_model(args.size, config)
     mesh = meshes.make_mesh((1, 1, 1), jax.local_devices()[:1])
     params = build.init_params(model, mesh, seed=0)

@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from benchmarks import machine, workload
-from robovlms_jax.config import BackboneConfig, MeshConfig
+from robovlms_jax.config import MeshConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.training import checkpoints, memory, optimizer, state
 from robovlms_jax.weights import convert, sources
@@ -98,9 +98,8 @@ def measure_step(args: Args) -> dict[str, Any]:
     """Seconds, XLA's plan and our estimate of one training step on all devices."""
     sizes = {"data": 1, "fsdp": 1, args.axis: jax.device_count()}
     config = workload.experiment(
-        "small", window=args.window, windows_per_segment=1, batch_size=args.batch_size, mesh=MeshConfig(**sizes)
+        "small", window=args.window, batch_size=args.batch_size, mesh=MeshConfig(**sizes), backbone=args.backbone
     )
-    config = dataclasses.replace(config, backbone=BackboneConfig(name=args.backbone))
     config.validate(jax.device_count())
     train_step, model, train_state, batch = workload.training_step(config)
     begin = time.perf_counter()

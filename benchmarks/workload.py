@@ -46,7 +46,13 @@ IMAGE_SIZES = {"static": (200, 200), "wrist": (84, 84)}
 
 
 def experiment(
-    size: Size, *, window: int, windows_per_segment: int, batch_size: int, mesh: MeshConfig
+    size: Size,
+    *,
+    window: int = 1,
+    windows_per_segment: int = 1,
+    batch_size: int,
+    mesh: MeshConfig | None = None,
+    backbone: str = "kosmos-2",
 ) -> ExperimentConfig:
     """The configuration `experiments/run.py` would train with.
 
@@ -56,12 +62,12 @@ def experiment(
     full = size == "full"
     small_head = LSTMHeadConfig(hidden_size=128, num_layers=2, trunk=(128, 64))
     return ExperimentConfig(
-        backbone=BackboneConfig(dtype="bfloat16" if full else "float32", remat=full),
+        backbone=BackboneConfig(name=backbone, dtype="bfloat16" if full else "float32", remat=full),
         policy=PolicyConfig(window=window, head=LSTMHeadConfig() if full else small_head),
         data=DataConfig(windows_per_segment=windows_per_segment),
         optimizer=OptimizerConfig(),
         train=TrainConfig(batch_size=batch_size),
-        mesh=mesh,
+        mesh=mesh or MeshConfig(),
     )
 
 

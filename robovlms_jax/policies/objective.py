@@ -12,8 +12,7 @@ import numpy as np
 from robovlms_jax.config import AuxiliaryConfig, PolicyConfig
 from robovlms_jax.inputs import images
 from robovlms_jax.policies import auxiliary
-from robovlms_jax.policies.histories import base as window_tools
-from robovlms_jax.policies.histories import registry as histories
+from robovlms_jax.policies.histories import base, registry
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.types import Batch, Inputs
 
@@ -54,10 +53,8 @@ def targets(batch: Batch, config: PolicyConfig) -> tuple[jax.Array, jax.Array]:
       float32[B * K, W, C, A] (arm in [-1, 1], gripper as recorded) and bool[B * K, W, C]; with history `video` only
       the newest step of each window is asked for actions.
     """
-    steps = histories.make(config).steps
-    mask = window_tools.windows(
-        batch.action_mask, config.chunk
-    )  # the chunk of frame g starts at the frame's own action
+    steps = registry.make(config).steps
+    mask = base.windows(batch.action_mask, config.chunk)  # the chunk of frame g starts at the frame's own action
     # A padding step has features of nothing; it is not asked for actions.
     mask &= batch.inputs.step_mask[..., None]
     return steps(chunks(batch, config)), steps(mask) & batch.window_mask.reshape(-1, 1, 1)
@@ -65,7 +62,7 @@ def targets(batch: Batch, config: PolicyConfig) -> tuple[jax.Array, jax.Array]:
 
 def chunks(batch: Batch, config: PolicyConfig) -> jax.Array:
     """Normalised action chunk of every frame, float32[B, G, C, A]."""
-    return window_tools.windows(config.normalizer.normalize(batch.actions), config.chunk)
+    return base.windows(config.normalizer.normalize(batch.actions), config.chunk)
 
 
 def loss(
@@ -110,7 +107,7 @@ def predict(model: VLA, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array
     prediction, head, errors = _apply(model, params, _prepared(model, batch), None)
     _, metrics = _add(*head.loss(prediction, actions, mask, one), errors, mask, one, model.config.auxiliary)
     predicted = model.config.normalizer.unnormalize(head.actions(prediction))
-    recorded = histories.make(model.config).steps(window_tools.windows(batch.actions, model.config.chunk))
+    recorded = registry.make(model.config).steps(base.windows(batch.actions, model.config.chunk))
     return predicted, recorded, mask, metrics | {"count": mask.sum().astype(jnp.float32)}
 
 
@@ -138,7 +135,7 @@ def _lessons(batch: Batch, config: PolicyConfig) -> auxiliary.Lessons:
     newest = config.window - 1 + np.arange(windows)
     chosen = newest[:, None] + np.array(config.auxiliary.forward.offsets)  # [K, O]
     future = {
-        camera: histories.merge(jnp.concatenate([x, batch.future[camera]], axis=1)[:, chosen], 0)
+        camera: base.merge(jnp.concatenate([x, batch.future[camera]], axis=1)[:, chosen], 0)
         for camera, x in batch.inputs.images.items()
     }
     # Within a segment, frame g is one of its own as long as frame g - 1 was learned from; beyond, the loader says so.
@@ -147,7 +144,7 @@ def _lessons(batch: Batch, config: PolicyConfig) -> auxiliary.Lessons:
     if batch.inputs.image_mask is not None:  # an episode without a camera has no frames of it to foresee
         has = jnp.stack([batch.inputs.image_mask[camera][:, newest] for camera in config.cameras], axis=-1)
         real &= has[:, :, None]
-    return auxiliary.Lessons(future, histories.merge(real, 0), batch.sentence)
+    return auxiliary.Lessons(future, base.merge(real, 0), batch.sentence)
 
 
 def _add(

@@ -98,5 +98,5 @@ def test_tokens_are_predicted_by_what_precedes_them():
     mask = np.concatenate([tokens.mask, [[True, True]]], axis=1)
     hidden = np.arange(positions.shape[1], dtype=np.float32)[None, :, None]
     layout = (*tokens.layout, ("query", 2))
-    found = readout.ActionTokens().apply({}, hidden, Tokens(hidden, mask, positions, layout))
+    found = readout.read_action_tokens(hidden, Tokens(hidden, mask, positions, layout))
     assert found[0, :, 0].tolist() == [1 + IMAGE + 2, 1 + IMAGE + TEXT]
