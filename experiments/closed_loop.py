@@ -15,8 +15,10 @@ from experiments import record_playtable
 from robovlms_jax.config import DemonstrationConfig, ExperimentConfig, RolloutConfig
 from robovlms_jax.envs import tasks as calvin_tasks
 from robovlms_jax.envs.playtable.env import PlayTables
-from robovlms_jax.evaluation import chains, filing, rollout, rollout_metrics, rollout_report
+from robovlms_jax.evaluation import chains, filing, rollout, rollout_metrics
 from robovlms_jax.evaluation.execution import ExecutedBatch
+from robovlms_jax.evaluation.report import films as film_files
+from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Recording, Rules, Trial
 from robovlms_jax.parallel import distributed
 from robovlms_jax.parallel import mesh as meshes
@@ -119,12 +121,12 @@ class ClosedLoop:
         )
         films.sort(key=lambda recording: recording.trial.index)
         for recording in films:
-            rollout_report.write_film(recording, output / f"film_{recording.trial.index:04d}")
+            film_files.write_film(recording, output / f"film_{recording.trial.index:04d}")
         title = f"{evaluation.setup['env']}, closed loop"
         rollout_report.write_report(output, [evaluation], title=title, films=sorted(output.glob("film_*")))
         strips = output / "strips.png"
         if films:
-            rollout_report.draw_strips(films).save(strips)
+            film_files.draw_strips(films).save(strips)
         return rollout_report.section(evaluation, output.relative_to(self._run).as_posix(), strips=strips.exists())
 
     def _acting(self, state: TrainState) -> BatchedVLAPolicy:

@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 
 from experiments import calvin_abcd, closed_loop, evaluate, run
-from robovlms_jax import cli
+from robovlms_jax import cli, json_files
 from robovlms_jax.config import DemonstrationConfig, EvaluationConfig, ExperimentConfig, RolloutConfig
 from robovlms_jax.envs import tasks
 from robovlms_jax.evaluation import chains, rollout_metrics
 from robovlms_jax.evaluation.execution import Execution
+from robovlms_jax.evaluation.report import tables
 from robovlms_jax.parallel import host_memory
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.training import checkpoints, loop
@@ -160,9 +161,9 @@ def write_report(output: pathlib.Path) -> pathlib.Path:
     rows = [json.loads(path.read_text()) for path in sorted((output / "cells").glob("*/cell-*.json"))]
     scene, device = budget["demonstrations"]["validation_scene"], jax.devices()[0].device_kind
     record = {"env": f"playtable-{scene}", "budget": budget, "device": device, "cells": rows}
-    (output / "structures.json").write_text(json.dumps(record, indent=1) + "\n")
+    tables.write_json(output / "structures.json", record)
     if any("failed" not in row for row in rows):
-        draw(rows).savefig(output / "structures.png", dpi=130, bbox_inches="tight")
+        draw(rows).savefig(output / "structures.png", dpi=tables.DPI, bbox_inches="tight")
     path = output / "structures.md"
     path.write_text(_markdown(rows, budget))
     return path
@@ -279,9 +280,9 @@ def _require_same_budget(output: pathlib.Path, config: CompareConfig) -> None:
         path.write_text(json.dumps(budget, indent=1) + "\n")
         return
     theirs = json.loads(path.read_text())
-    changes = [f"{k}: {theirs.get(k)} there, {budget.get(k)} here" for k in budget if theirs.get(k) != budget[k]]
+    changes = json_files.differences(theirs, budget, budget)
     if changes:
-        raise ValueError(f"{output} has cells of another budget ({'; '.join(changes)}); choose another output.")
+        raise ValueError(f"{output} has cells of another budget ({changes}); choose another output.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,47 +291,44 @@ def _require_same_budget(output: pathlib.Path, config: CompareConfig) -> None:
 
 def _markdown(rows: Sequence[Mapping[str, Any]], budget: Mapping[str, Any]) -> str:
     shown = budget["demonstrations"]
-    tables = f"tables {', '.join(shown['scenes'])} and {shown['random_scenes']} random ones"
-    recorded = f"{shown['episodes']} recorded chains of PlayTable on {tables}"
+    scenes = f"tables {', '.join(shown['scenes'])} and {shown['random_scenes']} random ones"
+    recorded = f"{shown['episodes']} recorded chains of PlayTable on {scenes}"
     data = recorded if shown["episodes"] else budget["data"]
     names = shown["tasks"] or tasks.TASKS
-    lines = [
-        "# Structures compared on PlayTable",
-        "",
+    device = jax.devices()[0].device_kind
+    about = (
         f"Trained on {data} ({len(names)} tasks), {budget['steps']} steps of {budget['batch_size']} windows each, on "
-        f"{jax.devices()[0].device_kind}; {budget['trials']} single tasks on table {shown['validation_scene']}, at "
+        f"{device}; {budget['trials']} single tasks on table {shown['validation_scene']}, at "
         f"most {shown['max_steps']} steps each. Error: mean absolute translation error per step and axis on held-out "
         "demonstrations. One seed: the interval (95 %) is that of the rollouts, not of training again. These are not "
-        "CALVIN's numbers.",
-        "",
-        "| history | readout | head | window | chunk | execution | success (95 % interval) | error, mm | training s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+        "CALVIN's numbers."
+    )
+    head = ["history", "readout", "head", "window", "chunk", "execution"]
+    head += ["success (95 % interval)", "error, mm", "training s"]
+    body = []
     for row in sorted(rows, key=lambda row: (-row.get("success", -1), row["history"], row["window"], row["chunk"])):
-        place = f"| {row['history']} | {row['readout']} | {row['head']} | {row['window']} | {row['chunk']} "
+        cells = [str(row[name]) for name in head[:6]]
         if "failed" in row:
-            lines.append(f"{place}| {row['execution']} | diverged | | |")
+            body.append([*cells, "diverged", "", ""])
             continue
         low, high = row["interval"]
+        success = f"{row['successes']}/{row['trials']} = {row['success']:.0%} ({low:.0%} to {high:.0%})"
         error = row["validation"]["translation_m"]
-        lines.append(
-            f"{place}| {row['execution']} | {row['successes']}/{row['trials']} = {row['success']:.0%} "
-            f"({low:.0%} to {high:.0%}) | {'' if error is None else f'{1000 * error:.1f}'} | {row['seconds']:.0f} |"
-        )
-    return "\n".join([*lines, "", "![success per cell](structures.png)", ""])
+        body.append([*cells, success, "" if error is None else f"{1000 * error:.1f}", f"{row['seconds']:.0f}"])
+    picture = "![success per cell](structures.png)"
+    table = tables.markdown(head, body, text_columns=3)
+    return tables.join(["# Structures compared on PlayTable", about, table, picture])
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Success of every cell with its interval."""
-    from matplotlib.figure import Figure
-
     shown = sorted((row for row in rows if "failed" not in row), key=lambda row: row["success"])
-    figure = Figure(figsize=(8, 1.2 + 0.28 * len(shown)))
+    figure = tables.figure(8, 1.2 + 0.28 * len(shown))
     axes = figure.subplots()
     for height, row in enumerate(shown):
         low, high = row["interval"]
         value = row["success"]
-        axes.errorbar(value, height, xerr=[[max(value - low, 0)], [max(high - value, 0)]], fmt="o", color="#00798c")
+        axes.errorbar(value, height, xerr=[[max(value - low, 0)], [max(high - value, 0)]], fmt="o", color=tables.BLUE)
     labels = [
         f"{row['history']}, {row['readout']}, {row['head']}, W={row['window']}, C={row['chunk']}, {row['execution']}"
         for row in shown
@@ -339,8 +337,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set(
         xlim=(-0.02, 1.02), xlabel="success, single tasks, 95 % interval", title="PlayTable, a table not trained on"
     )
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    tables.tidy(axes)
     return figure
 
 

@@ -24,8 +24,10 @@ from robovlms_jax import cli
 from robovlms_jax.envs import calvin, simpler, vector
 from robovlms_jax.envs import tasks as calvin_tasks
 from robovlms_jax.envs.playtable.env import PlayTables
-from robovlms_jax.evaluation import chains, filing, rollout_report
+from robovlms_jax.evaluation import chains, filing
 from robovlms_jax.evaluation.execution import Execution
+from robovlms_jax.evaluation.report import films as film_files
+from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Recording, Rules, Trial
 from robovlms_jax.load import load_batched_policy
 from robovlms_jax.parallel import host_memory
@@ -150,7 +152,7 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
     policy = load_batched_policy(directory, slots=config.processes)
 
     def keep(recording: Recording) -> None:
-        rollout_report.write_film(recording, output / f"film_{recording.trial.index:04d}")
+        film_files.write_film(recording, output / f"film_{recording.trial.index:04d}")
 
     with _envs(config) as envs:
         evaluation = chains.evaluate(

@@ -23,7 +23,7 @@ import numpy as np
 import tqdm
 
 from experiments import demonstrations
-from robovlms_jax import cli
+from robovlms_jax import cli, json_files, json_lines
 from robovlms_jax.config import DemonstrationConfig
 from robovlms_jax.data import base, calvin, packing
 from robovlms_jax.envs import tasks
@@ -31,6 +31,8 @@ from robovlms_jax.envs.playtable.scene import RANDOM, check_name
 from robovlms_jax.training.directory import LOCK, OWNER, claim
 
 _JOURNAL = "recording.jsonl"
+_CHAIN = ("number", "frames", "attempted", "segments")
+"""Fields of a chain's line in the journal."""
 PACK_FRAMES = 20_000
 """Fewer are packed by one process: more of them first import everything (two: 32 000 frames in 18 instead of 20 s,
 16 000 in 12 instead of 11; two threads of one x86 core)."""
@@ -158,15 +160,21 @@ class _Writer:
     def __init__(self, directory: pathlib.Path, settings: Mapping[str, Any], *, held_out: bool):
         directory.mkdir(parents=True, exist_ok=True)
         self._journal, self._held_out = directory / _JOURNAL, held_out
-        self.chains: list[dict[str, Any]] = []
-        text = self._journal.read_bytes() if self._journal.exists() else b""
-        complete = text[: text.rfind(b"\n") + 1]  # without a line that was being written
-        if complete:
-            self.chains = self._read(complete.decode(), settings)
-            if len(complete) < len(text):
-                self._journal.write_bytes(complete)
-        else:
-            self._journal.write_text(json.dumps({"settings": settings}) + "\n")
+        rows = json_lines.read(
+            self._journal,
+            lambda number, row: row["settings"] if number == 1 else {name: row[name] for name in _CHAIN},
+            expected="a recorded chain",
+            remedy="The journal is damaged; record into a new directory.",
+        )
+        if not rows:
+            json_lines.append(self._journal, {"settings": settings})
+            rows = [settings]
+        differing = json_files.differences(rows[0], settings)
+        if differing:
+            raise ValueError(
+                f"{directory} was begun with other settings ({differing}); use a new directory, or delete it."
+            )
+        self.chains: list[dict[str, Any]] = rows[1:]
 
     @property
     def numbers(self) -> set[int]:
@@ -196,30 +204,8 @@ class _Writer:
             written.append({"span": [frame, last], "task": segment.task, "text": text})
             frame = last + 1
         row = {"number": number, "frames": frame - self.num_frames, "attempted": attempted, "segments": written}
-        try:
-            with self._journal.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError:
-            text = self._journal.read_bytes()
-            os.truncate(self._journal, text.rfind(b"\n") + 1)
-            raise
+        json_lines.append(self._journal, row)
         self.chains.append(row)
-
-    def _read(self, text: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-        try:
-            first, *rows = map(json.loads, text.splitlines())
-            theirs = first["settings"]
-            if not all({"number", "frames", "attempted", "segments"} <= set(row) for row in rows):
-                raise KeyError("a chain's line lacks a field")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self._journal} is damaged ({error}); record into a new directory.") from error
-        differing = sorted(key for key in {*theirs, *settings} if theirs.get(key) != settings.get(key))
-        if differing:
-            changes = ", ".join(f"{key}: {theirs.get(key)} there, {settings.get(key)} here" for key in differing)
-            raise ValueError(
-                f"{self._journal.parent} was begun with other settings ({changes}); use a new directory, or delete it."
-            )
-        return rows
 
 
 class _Frames(Protocol):

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from robovlms_jax.config import DataConfig, ExperimentConfig
 from robovlms_jax.data import base, language, opening, pipeline
-from robovlms_jax.evaluation import offline, report
+from robovlms_jax.evaluation import offline
+from robovlms_jax.evaluation.report import offline as offline_report
 from robovlms_jax.interface import Observation
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.rollout import EncodeText, VLAPolicy
@@ -72,7 +73,9 @@ class Unevaluated:
     ) -> None:
         """report.md and report.json with what was not measured on the split (first process only)."""
         if jax.process_index() == 0:
-            report.write_report(output, title=title, facts=facts, sums=None, closing=closing, closed_loop=closed_loop)
+            offline_report.write_report(
+                output, title=title, facts=facts, sums=None, closing=closing, closed_loop=closed_loop
+            )
 
 
 class Evaluator:
@@ -106,14 +109,13 @@ class Evaluator:
         sensitivity = self._language(state)
         curves = self._curves(state)
         if jax.process_index() == 0:
-            report.write_report(
+            offline_report.write_report(
                 output,
                 title=title,
                 facts=facts,
                 sums=sums,
                 sensitivity=sensitivity,
                 episodes=curves,
-                units=self._units,
                 closing=closing,
                 closed_loop=closed_loop,
             )
@@ -147,7 +149,7 @@ class Evaluator:
             outcomes.append((pair[0][0], pair[1][0], pair[0][2]))
         return offline.language_sensitivity(*(np.concatenate(x) for x in zip(*outcomes, strict=True)), self._units)
 
-    def _curves(self, state: TrainState) -> list[report.EpisodeCurves]:
+    def _curves(self, state: TrainState) -> list[offline_report.EpisodeCurves]:
         """The first action of every chunk along whole episodes, predicted frame by frame as a robot would be driven;
         by the first process, which writes them down."""
         count = self._config.evaluation.episodes
@@ -168,7 +170,8 @@ class Evaluator:
             )
             policy.reset(episode.instruction)
             predicted = [policy.act(_observation(recorded, t)).actions[0] for t in range(len(recorded.actions))]
-            curves.append(report.EpisodeCurves(episode.instruction, np.stack(predicted), recorded.actions))
+            actions = (np.stack(predicted), recorded.actions)
+            curves.append(offline_report.EpisodeCurves(episode.instruction, *actions, units=self._units))
         return curves
 
     def _batches(self, num_batches: int) -> Iterator[Batch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 LFS_POINTER = b"version https://git-lfs.github.com"
@@ -36,3 +37,17 @@ def read_object(path: str | pathlib.Path, expected: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; expected an object of {expected}.")
     return values
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], keys: Iterable[str] | None = None) -> str:
+    """What differs between the settings that stored results were made with and those of this call, for a message.
+
+    keys: what to compare; None: everything in either.
+    Returns "name: 3 there, 4 here; ...", empty where nothing differs.
+    """
+    compared = keys if keys is not None else {**theirs, **ours}
+    return "; ".join(
+        f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
+        for key in compared
+        if theirs.get(key) != ours.get(key)
+    )

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from robovlms_jax import json_files, json_lines
 from robovlms_jax.envs import simpler, tasks
 from robovlms_jax.envs.vector import VectorEnv
 from robovlms_jax.evaluation import rollout
@@ -227,50 +228,36 @@ def _stored(directory: pathlib.Path, setup: Mapping[str, Any]) -> list[TrialResu
         if theirs is None:
             continue
         eye = {"policy"} if "checkpoint" in setup else set()
-        keys = sorted(key for key in {*theirs, *setup} - eye if theirs.get(key) != setup.get(key))
-        if keys:
-            differences = ", ".join(f"{key}: {theirs.get(key)!r} there, {setup.get(key)!r} here" for key in keys)
-            raise ValueError(f"{path} has results of another setup ({differences}); use one directory for each.")
+        differing = json_files.differences(theirs, setup, sorted({*theirs, *setup} - eye))
+        if differing:
+            raise ValueError(f"{path} has results of another setup ({differing}); use one directory for each.")
         for result in results:
             found.setdefault(result.index, result)
     return [found[index] for index in sorted(found)]
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, Any] | None, list[TrialResult]]:
-    """Setup and results of one file. A torn last line, left by a crash or a process still writing, does not count."""
-    lines = path.read_text().split("\n")
-    complete, torn = lines[:-1], lines[-1]
-    if torn:
-        log.warning("%s ends in an unfinished line, which is ignored", path)
-    rows = []
-    for number, line in enumerate(complete, start=1):
-        try:
-            row = json.loads(line)
-            rows.append(row["setup"] if number == 1 else _from_json(row))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number} is not a result ({type(error).__name__}: {error}). Delete the line to run that "
-                "trial again, or the file to run all of its trials again."
-            ) from error
+    """Setup and results of one file."""
+    rows = json_lines.read(
+        path,
+        lambda number, row: row["setup"] if number == 1 else _from_json(row),
+        expected="a result",
+        remedy="Delete the line to run that trial again, or the file to run all of its trials again.",
+    )
     return (rows[0], rows[1:]) if rows else (None, [])
 
 
 def _append(path: pathlib.Path, setup: Mapping[str, Any], results: Iterator[TrialResult]) -> Iterator[TrialResult]:
-    """Pass results on, each after it is safely in the file."""
-    text = path.read_bytes() if path.exists() else b""
-    keep = text.rfind(b"\n") + 1  # drop a torn last line, or the next result would continue it
-    with path.open("ab") as file:
-        file.truncate(keep)
-        if keep == 0:
-            file.write(json.dumps({"setup": dict(setup)}).encode() + b"\n")
-        for result in results:
-            try:
-                file.write(json.dumps(dataclasses.asdict(result)).encode() + b"\n")
-                file.flush()
-            except OSError as error:
-                error.add_note(f"Trial {result.index} could not be stored in {path}; results before it are kept.")
-                raise
-            yield result
+    """Pass results on, each after it is in the file."""
+    if _read(path)[0] is None:
+        json_lines.append(path, {"setup": dict(setup)})
+    for result in results:
+        try:
+            json_lines.append(path, dataclasses.asdict(result))
+        except OSError as error:
+            error.add_note(f"Trial {result.index} could not be stored in {path}; results before it are kept.")
+            raise
+        yield result
 
 
 def _from_json(row: Mapping[str, Any]) -> TrialResult:

@@ -16,6 +16,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from robovlms_jax import json_files
 from robovlms_jax.evaluation import chains
 
 logger = logging.getLogger(__name__)
@@ -48,17 +49,12 @@ def choose(output: pathlib.Path, name: str, conditions: Mapping[str, Any]) -> pa
     Raises ValueError: a file of results there is damaged.
     """
     found = [setup for path in sorted(output.glob("results-*.jsonl")) if (setup := chains.read_setup(path)) is not None]
-    others = [setup for setup in found if any(setup.get(key) != value for key, value in conditions.items())]
-    if not others:
+    differing = [text for setup in found if (text := json_files.differences(setup, conditions, conditions))]
+    if not differing:
         return output
-    told = "; ".join(
-        f"{key}: {others[0].get(key)!r} there, {value!r} here"
-        for key, value in conditions.items()
-        if others[0].get(key) != value
-    )
     target = _target(output, name, conditions)
     logger.warning(
-        "%s has results of another setup (%s), which are left alone; new ones go to %s", output, told, target
+        "%s has results of another setup (%s), which are left alone; new ones go to %s", output, differing[0], target
     )
     return target
 

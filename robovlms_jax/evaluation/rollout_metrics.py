@@ -10,7 +10,6 @@ import numpy as np
 
 from robovlms_jax.evaluation.rollout import TrialResult
 
-_Z = 1.959964  # two-sided 95 %
 _RESAMPLES = 10_000
 
 
@@ -40,12 +39,10 @@ class Rate:
         """95 % score interval (Wilson 1927): honest at 0, at 1 and for few attempts."""
         if not self.attempts:
             return 0.0, 1.0
-        spread = _Z**2 / self.attempts
-        centre = (self.value + spread / 2) / (1 + spread)
-        half = (
-            _Z / (1 + spread) * math.sqrt(self.value * (1 - self.value) / self.attempts + spread / (4 * self.attempts))
-        )
-        return max(centre - half, 0.0), min(centre + half, 1.0)
+        from scipy import stats  # takes most of a second to import
+
+        low, high = stats.binomtest(self.successes, self.attempts).proportion_ci(0.95, method="wilson")
+        return float(low), float(high)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import jax
 
+from robovlms_jax import json_lines
 from robovlms_jax.config import ExperimentConfig, to_dict
 
 logger = logging.getLogger(__name__)
@@ -37,23 +38,19 @@ class JsonLines:
 
     def __init__(self, path: pathlib.Path, start_step: int = 0):
         kept = []
-        if start_step and path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= start_step:
-                        kept.append(line + "\n")
-                except (json.JSONDecodeError, KeyError):
-                    continue  # a line torn by a killed process
+        if start_step:
+            rows = json_lines.read(path, lambda _, row: (row["step"], row), expected="a step", skip_damaged=True)
+            kept = [row for step, row in rows if step <= start_step]
         new = path.with_suffix(".tmp")  # a full disk must not cost what is there
-        new.write_text("".join(kept))
+        new.write_text("".join(json.dumps(row) + "\n" for row in kept))
         new.replace(path)
-        self._file = path.open("a", buffering=1)
+        self._path = path
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        json_lines.append(self._path, {"step": step, **values})
 
     def close(self) -> None:
-        self._file.close()
+        pass  # the file is open only while a line is written
 
 
 class TensorBoard:

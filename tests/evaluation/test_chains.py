@@ -182,7 +182,7 @@ def test_results_of_another_setup_are_not_mixed_in(tmp_path):
     evaluate(tmp_path)
     with pytest.raises(ValueError, match=r"another setup \(execution: 'chunk' there, 'receding 3' here\)"):
         evaluate(tmp_path, execution=Execution("receding", 3))
-    with pytest.raises(ValueError, match=r"max_steps: 10 there, 9 here, policy: 'toy' there, 'other' here"):
+    with pytest.raises(ValueError, match=r"max_steps: 10 there, 9 here; policy: 'toy' there, 'other' here"):
         evaluate(tmp_path, policy_name="other", rules=Rules(max_steps=9, completed=RULES.completed))
     with pytest.raises(ValueError, match=r"result for trial 2 with other instructions: .*'go 4'.*'run 4'"):
         evaluate(tmp_path, [trial(2, 1, 4, instruction="run", scene="line")])
@@ -199,7 +199,7 @@ def test_a_full_disk_keeps_what_was_stored(tmp_path, monkeypatch):
     monkeypatch.setattr(
         pathlib.Path,
         "open",
-        lambda self, mode="r", *rest, **more: Full(self, mode) if mode == "ab" else opened(self, mode, *rest, **more),
+        lambda self, mode="r", *rest, **more: Full(self, mode) if mode == "ab+" else opened(self, mode, *rest, **more),
     )
     with pytest.raises(OSError, match="No space left") as caught:
         evaluate(tmp_path)

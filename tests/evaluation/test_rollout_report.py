@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from robovlms_jax.envs.vector import EnvPool
-from robovlms_jax.evaluation import chains, rollout_report
+from robovlms_jax.evaluation import chains
 from robovlms_jax.evaluation.chains import Evaluation
 from robovlms_jax.evaluation.execution import Execution
+from robovlms_jax.evaluation.report import films as film_files
+from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import TrialResult, run
 from tests.evaluation.toy_world import RULES, LineEnv, LinePolicy, trial
 
@@ -129,7 +131,7 @@ def recording():
 
 
 def test_a_film_shows_every_frame_and_is_linked(recording, tmp_path):
-    path = rollout_report.write_film(recording, tmp_path / "films" / "trial_2")
+    path = film_files.write_film(recording, tmp_path / "films" / "trial_2")
     assert path.suffix in (".gif", ".mp4")
     if path.suffix == ".gif":
         with Image.open(path) as film:
@@ -139,15 +141,15 @@ def test_a_film_shows_every_frame_and_is_linked(recording, tmp_path):
 
 
 def test_a_long_film_skips_frames(recording, tmp_path, monkeypatch):
-    monkeypatch.setattr(rollout_report.importlib.util, "find_spec", lambda name: None)  # a GIF in any case
-    path = rollout_report.write_film(recording, tmp_path / "short", max_frames=5)
+    monkeypatch.setattr(film_files.importlib.util, "find_spec", lambda name: None)  # a GIF in any case
+    path = film_files.write_film(recording, tmp_path / "short", max_frames=5)
     with Image.open(path) as film:
         assert film.n_frames == 5
 
 
 def test_a_frame_shows_cameras_and_action(recording):
-    still = np.asarray(rollout_report.draw_frame(recording, 0)).astype(int)
-    later = np.asarray(rollout_report.draw_frame(recording, 6)).astype(int)
+    still = np.asarray(film_files.draw_frame(recording, 0)).astype(int)
+    later = np.asarray(film_files.draw_frame(recording, 6)).astype(int)
     static, wrist = still[20:240, 20:240], still[20:240, 270:480]
     assert static.mean() == pytest.approx(recording.frames[0].observation.images["static"].mean(), abs=1)
     assert wrist.mean() == pytest.approx(90, abs=1)
@@ -161,7 +163,7 @@ def test_a_frame_shows_cameras_and_action(recording):
 def test_a_film_without_frames_is_refused(recording, tmp_path):
     recording.frames.clear()
     with pytest.raises(ValueError, match="trial 2 has no frames"):
-        rollout_report.write_film(recording, tmp_path / "empty")
+        film_files.write_film(recording, tmp_path / "empty")
 
 
 def test_section_and_strips_of_a_run(tmp_path):
@@ -176,7 +178,7 @@ def test_section_and_strips_of_a_run(tmp_path):
     assert "(rollouts/strips.png)" in text
     assert "(rollouts/rollouts.md)" in text
     assert "strips" not in rollout_report.section(done, "rollouts", strips=False)
-    one, two = (rollout_report.draw_strips(recordings[:n], frames=4) for n in (1, 2))
+    one, two = (film_files.draw_strips(recordings[:n], frames=4) for n in (1, 2))
     assert one.width == two.width
     assert two.height > one.height
     assert len(np.unique(np.asarray(two).reshape(-1, 3), axis=0)) > 4  # something is drawn

@@ -11,8 +11,9 @@ import pytest
 
 from experiments import evaluate
 from robovlms_jax.envs import calvin, tasks
-from robovlms_jax.evaluation import chains, filing, rollout_report
+from robovlms_jax.evaluation import chains, filing
 from robovlms_jax.evaluation.execution import Execution
+from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Trial, TrialResult
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robovlms_jax.evaluation import offline, report
+from robovlms_jax.evaluation import offline
+from robovlms_jax.evaluation.report import offline as report
 
 UNITS = (0.02,) * 3 + (0.05,) * 3
 
@@ -13,7 +14,7 @@ def make_curves(steps=30, seed=0):
     rng = np.random.default_rng(seed)
     recorded = np.clip(rng.normal(0, 0.2, (steps, 7)).cumsum(0), -1, 1)
     recorded[:, 6] = np.sign(recorded[:, 6])
-    return report.EpisodeCurves("open the drawer", recorded * 0.9, recorded)
+    return report.EpisodeCurves("open the drawer", recorded * 0.9, recorded, UNITS)
 
 
 def make_sums(chunk=4):
@@ -39,7 +40,6 @@ def write(directory, **changes):
         "sums": make_sums(),
         "sensitivity": offline.Sensitivity(0.001, 0.002, 0.5, 0.25),
         "episodes": [make_curves(), make_curves(1, 1)],
-        "units": UNITS,
         "closing": "    python -m experiments.calvin_abcd --data.root DIR",
     }
     return report.write_report(directory, **(arguments | changes))
@@ -102,7 +102,7 @@ def test_report_works_with_the_least(tmp_path):
     text = write(tmp_path, sums=make_sums(1), sensitivity=None, episodes=[]).read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["errors.png", "report.json", "report.md"]
     assert "## Loss" not in text
-    assert "listen" not in text
+    assert "Language sensitivity" not in text
 
 
 def test_metrics_survive_resuming_and_a_killed_process(tmp_path):
@@ -114,7 +114,7 @@ def test_metrics_survive_resuming_and_a_killed_process(tmp_path):
     np.testing.assert_array_equal(metrics["a"], [[1, 2, 3], [1, 2, 4]])
     np.testing.assert_array_equal(metrics["b"], [[2], [5]])
     path.write_text('{"step": 1}\n[]\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl line 2"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2"):
         report.read_metrics(path)
     assert report.read_metrics(tmp_path / "none") == {}
 
@@ -131,7 +131,7 @@ def test_curves_of_one_metric_share_a_panel(tmp_path):
 
 def test_action_panels_show_real_units_and_all_seven_dimensions():
     curves = make_curves()
-    figure = report.draw_actions(curves, UNITS)
+    figure = report.draw_actions(curves)
     labels = [axes.get_ylabel() for axes in figure.axes]
     assert labels == ["x (mm)", "y (mm)", "z (mm)", "roll (°)", "pitch (°)", "yaw (°)", "gripper"]
     predicted, recorded = figure.axes[4].lines[:2]

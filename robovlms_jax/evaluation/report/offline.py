@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import pathlib
 import textwrap
@@ -17,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from robovlms_jax import json_lines
 from robovlms_jax.evaluation import offline
+from robovlms_jax.evaluation.report import tables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,8 +28,6 @@ AXES = ("x", "y", "z", "roll", "pitch", "yaw")
 # People read millimetres and degrees; everything else here is in metres and radians.
 _READABLE = np.array([1000.0] * 3 + [180 / math.pi] * 3)
 _UNITS = ("mm",) * 3 + ("°",) * 3
-_COLORS = _BLUE, _RED, _YELLOW, _GREEN = "#00798c", "#d1495b", "#edae49", "#66a182"
-_GRAY, _BLACK = "#8d99ae", "#2b2b2b"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +36,13 @@ class EpisodeCurves:
 
     instruction: shown above the picture.
     predicted, recorded: float[T, 7] in dataset units: at every step, the action predicted for it and the recorded one.
+    units: float[6], metres and radians per dataset unit.
     """
 
     instruction: str
     predicted: np.ndarray
     recorded: np.ndarray
+    units: ArrayLike
 
 
 def write_report(
@@ -53,7 +54,6 @@ def write_report(
     closing: str,
     sensitivity: offline.Sensitivity | None = None,
     episodes: Sequence[EpisodeCurves] = (),
-    units: ArrayLike | None = None,
     closed_loop: str = "",
 ) -> pathlib.Path:
     """Write report.md, report.json and PNGs.
@@ -63,7 +63,6 @@ def write_report(
       facts: what the run was, in the order to print: preset, device, parameters, steps, seconds, ...
       sums: of the validation split; None: there is none, and the report says so.
       sensitivity: the language probe; None leaves it out.
-      units: float[6], metres and radians per dataset unit; of `episodes`.
       closing: Markdown of the last section, "The real thing".
       closed_loop: Markdown of the section "Closed loop"; empty leaves it out.
     Returns:
@@ -79,9 +78,9 @@ def write_report(
     if curves:
         pictures["loss.png"] = draw_curves(curves)
     for index, episode in enumerate(episodes):
-        pictures[f"actions_{index}.png"] = draw_actions(episode, units)
+        pictures[f"actions_{index}.png"] = draw_actions(episode)
     for name, figure in pictures.items():
-        figure.savefig(directory / name, dpi=130)
+        figure.savefig(directory / name, dpi=tables.DPI)
 
     record = {
         "title": title,
@@ -91,22 +90,20 @@ def write_report(
         "chunk": None if chunk is None else chunk._asdict(),
         "language_sensitivity": None if sensitivity is None else sensitivity._asdict(),
     }
-    text = json.dumps(_plain(record), indent=2, allow_nan=False)
-    (directory / "report.json").write_text(text + "\n", encoding="utf-8")
-
-    sections = [f"# {title}", _table(["run", ""], [[name, _fact(value)] for name, value in facts.items()])]
+    tables.write_json(directory / "report.json", record)
+    sections = [f"# {title}", tables.markdown(["run", ""], [[name, _fact(value)] for name, value in facts.items()])]
     if closed_loop:
         sections += ["## Closed loop", closed_loop]
     if curves:
         sections += ["## Loss", _loss_table(curves), "![loss over steps](loss.png)"]
     sections += ["## Predicted against recorded actions", *_comparison(overall)]
     if sensitivity is not None:
-        sections += ["## Does it listen?", _sensitivity_text(sensitivity)]
+        sections += ["## Language sensitivity", _sensitivity_text(sensitivity)]
     if episodes:
         sections += ["## Episodes", *(f"![{e.instruction}](actions_{i}.png)" for i, e in enumerate(episodes))]
     sections += ["## The real thing", closing.strip("\n")]
     path = directory / "report.md"
-    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    path.write_text(tables.join(sections), encoding="utf-8")
     return path
 
 
@@ -124,21 +121,13 @@ def _comparison(overall: offline.Summary | None) -> list[str]:
 def read_metrics(path: str | pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """metrics.jsonl as name -> (steps int[n], values float[n]), in order of appearance; empty when there is no file.
 
-    Of a step that was logged twice, the later line counts. A last line cut short by a killed process is left out.
-
-    Raises ValueError naming any other line that is no JSON object with a `step`.
+    Of a step that was logged twice, the later line counts. Raises ValueError naming a damaged line.
     """
-    path = pathlib.Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     points: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            values = json.loads(line)
-            step = values.pop("step")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path} line {number} is no JSON object with a step: {line[:80]!r}.") from error
+    rows = json_lines.read(
+        pathlib.Path(path), lambda _, row: (row.pop("step"), row), expected="a JSON object with a step"
+    )
+    for step, values in rows:
         for name, value in values.items():
             points.setdefault(name, {})[step] = value
     return {name: (np.array(sorted(p)), np.array([p[step] for step in sorted(p)])) for name, p in points.items()}
@@ -150,9 +139,9 @@ def draw_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     for name, curve in curves.items():
         split, _, metric = name.rpartition("/")
         panels.setdefault(metric, {})[split or metric] = curve
-    figure = _figure(4.2 * len(panels), 3.4)
+    figure = tables.figure(4.2 * len(panels), 3.4, layout="constrained")
     for axes, (metric, splits) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for color, (split, (steps, values)) in zip(itertools.cycle(_COLORS), splits.items(), strict=False):
+        for color, (split, (steps, values)) in zip(itertools.cycle(tables.COLORS), splits.items(), strict=False):
             if len(steps) > 20:
                 axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
                 axes.plot(steps, _smooth(values), color=color, linewidth=2, label=split)
@@ -168,20 +157,21 @@ def draw_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
 
 def draw_errors(chunk: offline.Summary) -> Figure:
     """Mean absolute error and gripper decisions at every chunk position; dashed: the trivial predictions to beat."""
-    figure = _figure(12.6, 3.6)
+    figure = tables.figure(12.6, 3.6, layout="constrained")
     ahead = np.arange(len(chunk.count))
     mae, still = chunk.mae * _READABLE, chunk.mae_still * _READABLE
     translation, rotation, gripper = figure.subplots(1, 3)
+    baseline = {"color": tables.GRAY, "linestyle": "--", "linewidth": 1}
     for axes, first, title in ((translation, 0, "translation error (mm)"), (rotation, 3, "rotation error (°)")):
-        for axis, color in zip(range(first, first + 3), (_BLUE, _YELLOW, _GREEN), strict=True):
+        for axis, color in zip(range(first, first + 3), (tables.BLUE, tables.YELLOW, tables.GREEN), strict=True):
             axes.plot(ahead, mae[:, axis], color=color, marker="o", markersize=4, label=AXES[axis])
             axes.plot(ahead, still[:, axis], color=color, linestyle="--", linewidth=1)
-        axes.plot([], [], color=_GRAY, linestyle="--", linewidth=1, label="no motion")
+        axes.plot([], [], **baseline, label="no motion")
         axes.set(title=title, xlabel="steps ahead")
         axes.set_ylim(bottom=0)
-    gripper.plot(ahead, chunk.gripper_accuracy, color=_RED, marker="o", markersize=4, label="accuracy")
-    gripper.plot(ahead, chunk.gripper_f1, color=_BLUE, marker="s", markersize=4, label="F1 of closed")
-    gripper.plot(ahead, chunk.gripper_majority, color=_GRAY, linestyle="--", linewidth=1, label="always the commoner")
+    gripper.plot(ahead, chunk.gripper_accuracy, color=tables.RED, marker="o", markersize=4, label="accuracy")
+    gripper.plot(ahead, chunk.gripper_f1, color=tables.BLUE, marker="s", markersize=4, label="F1 of closed")
+    gripper.plot(ahead, chunk.gripper_majority, **baseline, label="always the commoner")
     gripper.set(title="gripper", xlabel="steps ahead", ylim=(0, 1.05))
     for axes in (translation, rotation, gripper):
         axes.legend(frameon=False, fontsize=8, ncols=2)
@@ -189,23 +179,23 @@ def draw_errors(chunk: offline.Summary) -> Figure:
     return figure
 
 
-def draw_actions(episode: EpisodeCurves, units: ArrayLike) -> Figure:
+def draw_actions(episode: EpisodeCurves) -> Figure:
     """Seven panels, predicted over recorded: three translations, three rotations, the gripper."""
-    scale = np.asarray(units) * _READABLE
-    figure = _figure(10, 8.2)
+    scale = np.asarray(episode.units) * _READABLE
+    figure = tables.figure(10, 8.2, layout="constrained")
     grid = figure.add_gridspec(4, 2, height_ratios=(1, 1, 1, 0.5))
     steps = np.arange(len(episode.recorded))
     panels = [figure.add_subplot(grid[axis % 3, axis // 3]) for axis in range(len(AXES))]
     gripper = figure.add_subplot(grid[3, :])
     # The recorded line is thin and on top, so both show where they coincide.
-    curves = ((episode.predicted, _RED, "predicted", 2.4), (episode.recorded, _BLACK, "recorded", 1.1))
+    curves = ((episode.predicted, tables.RED, "predicted", 2.4), (episode.recorded, tables.BLACK, "recorded", 1.1))
     for actions, color, label, width in curves:
         for axis, axes in enumerate(panels):
             axes.plot(steps, actions[:, axis] * scale[axis], color=color, linewidth=width, label=label)
         gripper.step(steps, actions[:, -1], color=color, linewidth=width, where="mid")
     for axis, axes in enumerate(panels):
         axes.set_ylabel(f"{AXES[axis]} ({_UNITS[axis]})")
-        axes.axhline(0, color=_GRAY, linewidth=0.6, zorder=0)
+        axes.axhline(0, color=tables.GRAY, linewidth=0.6, zorder=0)
         axes.tick_params(labelbottom=axis % 3 == 2)
     for first in (0, 3):  # one scale per column, half a dataset unit or more, or a still axis would look lively
         side = panels[first : first + 3]
@@ -225,16 +215,9 @@ def draw_actions(episode: EpisodeCurves, units: ArrayLike) -> Figure:
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure  # without pyplot: no global state, no backend to choose
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _tidy(axes: Axes) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)  # every x axis counts steps
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+    tables.tidy(axes)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -248,20 +231,22 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def _loss_table(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
     rows = [[name, f"{v[0]:.4g} (step {s[0]})", f"{v[-1]:.4g} (step {s[-1]})"] for name, (s, v) in curves.items()]
-    return _table(["", "first", "last"], rows)
+    return tables.markdown(["", "first", "last"], rows)
 
 
 def _error_table(overall: offline.Summary) -> str:
     columns = [x * _READABLE for x in (overall.mae, overall.mae_still, overall.rmse, overall.rmse_mean)]
-    rows = [[f"{AXES[i]} ({_UNITS[i]})", *(_number(column[i]) for column in columns)] for i in range(len(AXES))]
+    rows = [
+        [f"{AXES[i]} ({_UNITS[i]})", *(tables.significant(column[i]) for column in columns)] for i in range(len(AXES))
+    ]
     head = ["per step", "mean abs. error", "of no motion", "root mean square error", "of always the mean"]
-    return _table(head, rows)
+    return tables.markdown(head, rows)
 
 
 def _gripper_text(overall: offline.Summary) -> str:
     return (
-        f"Gripper: {_percent(overall.gripper_accuracy)} right (always the commoner state: "
-        f"{_percent(overall.gripper_majority)}), F1 of closed {_number(overall.gripper_f1)}."
+        f"Gripper: {tables.percent(overall.gripper_accuracy)} right (always the commoner state: "
+        f"{tables.percent(overall.gripper_majority)}), F1 of closed {tables.significant(overall.gripper_f1)}."
     )
 
 
@@ -269,36 +254,12 @@ def _sensitivity_text(sensitivity: offline.Sensitivity) -> str:
     millimetres, degrees = sensitivity.translation_m * _READABLE[0], sensitivity.rotation_rad * _READABLE[3]
     return (
         "The same frames under another instruction move the predicted actions by "
-        f"{_number(millimetres)} mm and {_number(degrees)}° per axis and step. "
-        f"That is {_number(sensitivity.relative)} of the spread of all predictions "
+        f"{tables.significant(millimetres)} mm and {tables.significant(degrees)}° per axis and step. "
+        f"That is {tables.significant(sensitivity.relative)} of the spread of all predictions "
         "(0: the instruction is ignored; 2: nothing else matters). "
-        f"{_percent(sensitivity.gripper_flips)} of the gripper decisions flip."
+        f"{tables.percent(sensitivity.gripper_flips)} of the gripper decisions flip."
     )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _fact(value: Any) -> str:
     return f"{value:,}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
-
-
-def _number(value: float) -> str:
-    return "n/a" if math.isnan(value) else f"{value:.3g}"
-
-
-def _percent(value: float) -> str:
-    return "n/a" if math.isnan(value) else f"{100 * value:.1f} %"
-
-
-def _plain(value: Any) -> Any:
-    """JSON values; numbers that are not finite become null."""
-    if isinstance(value, Mapping):
-        return {name: _plain(x) for name, x in value.items()}
-    if isinstance(value, (np.ndarray, np.generic)):
-        return _plain(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [_plain(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,13 +1,11 @@
-"""The report of closed-loop evaluations: rollouts.md to read, rollouts.json to compare, pictures, films of some trials.
+"""The report of closed-loop evaluations: rollouts.md to read, rollouts.json to compare, pictures.
 
-Every table names the environment its numbers come from. matplotlib and Pillow are imported when something is drawn.
+Every table names the environment its numbers come from. matplotlib is imported when a picture is drawn.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
@@ -18,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from robovlms_jax.evaluation import chains, rollout_metrics
-from robovlms_jax.evaluation.rollout import Recording
+from robovlms_jax.evaluation.report import films as film_files
+from robovlms_jax.evaluation.report import tables
 from robovlms_jax.evaluation.rollout_metrics import Estimate, Rate, Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from PIL.Image import Image
 
-_COLORS = ("#00798c", "#d1495b", "#edae49", "#66a182", "#8d99ae", "#5f4b8b")
 _LABELS = ("scene", "phrasing")
 
 
@@ -72,7 +69,7 @@ def write_report(
 
     Args:
       evaluations: one or more, e.g. one per execution mode, wording or scene; they become rows of the same tables.
-      films: files that `write_film` made inside `directory`, shown in the report.
+      films: files that `films.write_film` made inside `directory`, shown in the report.
     Returns:
       Path of rollouts.md.
     """
@@ -82,7 +79,7 @@ def write_report(
     if not table:
         raise ValueError("nothing to report: the evaluations have no results.")
     for name, figure in {"in_a_row.png": draw_in_a_row(table), "per_task.png": draw_per_task(table)}.items():
-        figure.savefig(directory / name, dpi=130, bbox_inches="tight")
+        figure.savefig(directory / name, dpi=tables.DPI, bbox_inches="tight")
 
     sections = [
         f"# {title}",
@@ -98,25 +95,25 @@ def write_report(
     if any(row.summary.partial for row in table):
         sections += ["## Partial scores", _partial_table(table)]
     if films:
-        sections += ["## Rollouts", *(_film_link(film.relative_to(directory)) for film in films)]
+        sections += ["## Rollouts", *(film_files.link(film.relative_to(directory)) for film in films)]
     record = {
         "title": title,
         "rows": [{"setup": row.setup, "labels": row.labels, "summary": _summary_json(row.summary)} for row in table],
         "gaps": [dataclasses.asdict(gap) for gap in gaps],
     }
-    _write_json(directory / "rollouts.json", record)
+    tables.write_json(directory / "rollouts.json", record)
     for index, evaluation in enumerate(evaluations):
         name = "results_upstream.json" if len(evaluations) == 1 else f"results_upstream_{index}.json"
-        _write_json(directory / name, chains.upstream_results(evaluation.results))
+        tables.write_json(directory / name, chains.upstream_results(evaluation.results))
     path = directory / "rollouts.md"
-    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    path.write_text(tables.join(sections), encoding="utf-8")
     return path
 
 
 def section(evaluation: chains.Evaluation, folder: str, *, strips: bool) -> str:
     """Markdown about one evaluation for another report, whose directory holds `folder` with `write_report`'s files.
 
-    strips: whether `folder` also has strips.png (`draw_strips`).
+    strips: whether `folder` also has strips.png (`films.draw_strips`).
     """
     table = rows([evaluation])
     parts = [
@@ -150,11 +147,11 @@ def _chain_table(table: Sequence[Row]) -> str:
                 str(s.trials),
                 *rates,
                 _estimate(s.average_length),
-                _number(s.steps_per_success),
+                tables.decimals(s.steps_per_success),
                 str(s.restarts),
             ]
         )
-    return _table(head, body)
+    return tables.markdown(head, body, text_columns=5)
 
 
 def _conditions(table: Sequence[Row]) -> list[str]:
@@ -174,26 +171,26 @@ def _task_table(table: Sequence[Row]) -> str:
     if len(table) == 1:
         (row,) = table
         head = ["environment", "task", "success", "of", "steps per success"]
-        body = [
-            [row.key[0], name, _rate(rate), str(rate.attempts), _number(row.summary.steps_per_task.get(name, math.nan))]
-            for name, rate in row.summary.per_task.items()
-        ]
-        return _table(head, body)
+        body = []
+        for name, rate in row.summary.per_task.items():
+            steps = tables.decimals(row.summary.steps_per_task.get(name, math.nan))
+            body.append([row.key[0], name, _rate(rate), str(rate.attempts), steps])
+        return tables.markdown(head, body, text_columns=2)
     head = ["task", *(" / ".join(part for part in row.key if part) for row in table)]
     body = []
     for name in names:
         rates = [row.summary.per_task.get(name) for row in table]
         body.append([name, *("" if rate is None else f"{rate.successes} of {rate.attempts}" for rate in rates)])
-    return _table(head, body)
+    return tables.markdown(head, body)
 
 
 def _partial_table(table: Sequence[Row]) -> str:
     names = sorted({name for row in table for name in row.summary.partial})
     body = [
-        [row.key[0], row.key[2], *(_number(row.summary.partial.get(name, math.nan), 3) for name in names)]
+        [row.key[0], row.key[2], *(tables.decimals(row.summary.partial.get(name, math.nan), 3) for name in names)]
         for row in table
     ]
-    return _table(["environment", "execution", *names], body)
+    return tables.markdown(["environment", "execution", *names], body, text_columns=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,16 +238,11 @@ _WORDING_SEEN = {"training": True, "held out": False}
 
 
 def _gap_table(gaps: Sequence[Gap]) -> str:
-    head = ["environment", "policy", "execution", "unseen is the", "seen", "unseen", "otherwise", "gap"]
+    head = ["environment", "policy", "execution", "shifted factor", "seen", "unseen", "held fixed", "gap"]
     body = [
         [g.environments, g.policy, g.execution, g.kind, g.seen, g.unseen, g.elsewhere, _estimate(g.gap)] for g in gaps
     ]
-    return _table(head, body)
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return tables.markdown(head, body, text_columns=7)
 
 
 def _rate(rate: Rate) -> str:
@@ -260,15 +252,6 @@ def _rate(rate: Rate) -> str:
 
 def _estimate(estimate: Estimate) -> str:
     return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
-
-
-def _number(value: float, digits: int = 1) -> str:
-    return "" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def _film_link(path: pathlib.Path) -> str:
-    name = path.stem.replace("_", " ")
-    return f"[{name}]({path.as_posix()})" if path.suffix == ".mp4" else f"![{name}]({path.as_posix()})"
 
 
 def _summary_json(summary: Summary) -> dict[str, Any]:
@@ -282,27 +265,13 @@ def _summary_json(summary: Summary) -> dict[str, Any]:
     }
 
 
-def _write_json(path: pathlib.Path, record: Any) -> None:
-    def plain(value: Any) -> Any:
-        """NaN is no JSON: a number that does not exist is null."""
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    path.write_text(json.dumps(plain(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
 
 def draw_in_a_row(table: Sequence[Row]) -> Figure:
     """Share of trials with at least 1, 2, ... tasks solved, one line per row of the table."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.6))
+    figure = tables.figure(7, 3.6)
     axes = figure.subplots()
     for index, row in enumerate(table):
         counts = np.arange(1, len(row.summary.in_a_row) + 1) + 0.06 * (index - (len(table) - 1) / 2)
@@ -310,31 +279,28 @@ def draw_in_a_row(table: Sequence[Row]) -> Figure:
             counts,
             *_values_and_bars(row.summary.in_a_row),
             label=f"{_short(row, table)}: {row.summary.average_length.value:.2f}",
-            color=_COLORS[index % len(_COLORS)],
+            color=tables.COLORS[index % len(tables.COLORS)],
             marker="o",
             capsize=2,
         )
     axes.set_xticks(range(1, max(len(row.summary.in_a_row) for row in table) + 1))
     axes.set(xlabel="tasks solved in a row", ylabel="share of trials", ylim=(0, 1.03), title=_title(table))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    tables.tidy(axes)
     axes.legend(frameon=False, fontsize=8, title="Avg. Len.", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
 def draw_per_task(table: Sequence[Row]) -> Figure:
     """Success of every attempted task, one dot per row of the table."""
-    from matplotlib.figure import Figure
-
     names = sorted({task for row in table for task in row.summary.per_task}, reverse=True)
-    figure = Figure(figsize=(7, 0.8 + 0.24 * len(names)))
+    figure = tables.figure(7, 0.8 + 0.24 * len(names))
     axes = figure.subplots()
     for index, row in enumerate(table):
         attempted = [name for name in names if name in row.summary.per_task]
         rates = [row.summary.per_task[name] for name in attempted]
         heights = [names.index(name) + 0.5 * ((index + 1) / (len(table) + 1) - 0.5) for name in attempted]
         values, bars = _values_and_bars(rates)
-        color = _COLORS[index % len(_COLORS)]
+        color = tables.COLORS[index % len(tables.COLORS)]
         axes.errorbar(
             values, heights, xerr=bars, fmt="o", color=color, capsize=2, markersize=4, label=_short(row, table)
         )
@@ -343,8 +309,7 @@ def draw_per_task(table: Sequence[Row]) -> Figure:
                 axes.text(1.04, height, f"{rate.successes}/{rate.attempts}", va="center", fontsize=7)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.7, len(names) - 0.3), xlabel="success", title=_title(table))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    tables.tidy(axes)
     if len(table) > 1:
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -365,131 +330,3 @@ def _short(row: Row, table: Sequence[Row]) -> str:
     """What tells this row from the others."""
     parts = [part for index, part in enumerate(row.key) if part and len({other.key[index] for other in table}) > 1]
     return ", ".join(parts) or row.key[1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Films
-
-_PANEL = 240
-_MARGIN = 12
-_ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "grip")
-
-
-def write_film(recording: Recording, path: str | pathlib.Path, *, max_frames: int = 160, fps: int = 12) -> pathlib.Path:
-    """A film of a trial: cameras, instruction, and the action as bars.
-
-    Args:
-      path: file without suffix; a GIF is written, or an MP4 where imageio-ffmpeg is installed.
-      max_frames: longer films skip frames evenly.
-    Returns:
-      The file written.
-    """
-    if not recording.frames:
-        raise ValueError(f"the recording of trial {recording.trial.index} has no frames.")
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    keep = np.unique(np.linspace(0, len(recording.frames) - 1, max_frames).round().astype(int))
-    if importlib.util.find_spec("imageio_ffmpeg"):
-        return _write_mp4(recording, keep, path.with_suffix(".mp4"), fps)
-    return _write_gif(recording, keep, path.with_suffix(".gif"), fps)
-
-
-def _write_gif(recording: Recording, keep: np.ndarray, path: pathlib.Path, fps: int) -> pathlib.Path:
-    from PIL import Image
-
-    # One palette for the whole film, so that colours do not flicker; from frames all over it, since lights come on
-    # under way; and not by median cut, which loses small saturated things like blocks.
-    samples = np.vstack([draw_frame(recording, int(index)) for index in keep[:: max(len(keep) // 6, 1)]])
-    palette = Image.fromarray(samples).quantize(255, Image.Quantize.MAXCOVERAGE)
-    first, *rest = (draw_frame(recording, int(i)).quantize(palette=palette, dither=Image.Dither.NONE) for i in keep)
-    durations = [1000 // fps] * len(rest) + [1500]
-    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
-    return path
-
-
-def _write_mp4(recording: Recording, keep: np.ndarray, path: pathlib.Path, fps: int) -> pathlib.Path:
-    import imageio_ffmpeg
-
-    size = draw_frame(recording, 0).size
-    with contextlib.closing(imageio_ffmpeg.write_frames(str(path), size, fps=fps, macro_block_size=2)) as writer:
-        writer.send(None)
-        for index in keep:
-            writer.send(draw_frame(recording, int(index)).tobytes())
-    return path
-
-
-def draw_frame(recording: Recording, index: int) -> Image:
-    """One frame of a film: cameras side by side, below them the instruction, progress and the action."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    frame = recording.frames[index]
-    cameras = list(frame.observation.images.values())
-    width = _MARGIN + (_PANEL + _MARGIN) * max(len(cameras), 2)
-    canvas = Image.new("RGB", (width, _PANEL + 2 * _MARGIN + 112), "white")
-    draw = ImageDraw.Draw(canvas)
-    for number, pixels in enumerate(cameras):
-        image = Image.fromarray(np.asarray(pixels))
-        scale = _PANEL / max(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-        canvas.paste(image, (_MARGIN + number * (_PANEL + _MARGIN), _MARGIN))
-
-    top = _PANEL + 2 * _MARGIN
-    total = len(recording.trial.tasks)
-    draw.text((_MARGIN, top), _fit(frame.instruction, width - 2 * _MARGIN, 17), "black", ImageFont.load_default(17))
-    status, color = f"task {frame.task + 1} of {total}, step {frame.step}", "#555555"
-    if index == len(recording.frames) - 1:
-        success = recording.result.success[-1]
-        status, color = f"{status}: {'solved' if success else 'failed'}", _COLORS[0] if success else _COLORS[1]
-    small = ImageFont.load_default(12)
-    draw.text((_MARGIN, top + 24), status, color, small)
-    about = f"{recording.env}, trial {recording.trial.index}"
-    draw.text((width - _MARGIN, top + 24), about, "#555555", small, anchor="ra")
-    _draw_action(draw, frame.action, (_MARGIN, top + 46, width - _MARGIN, top + 94), small)
-    return canvas
-
-
-def draw_strips(recordings: Sequence[Recording], *, frames: int = 5) -> Image:
-    """One row per rollout: the first camera from the first frame to the last, under its instruction and outcome."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    panel, head = 168, 26
-    width = _MARGIN + frames * (panel + 4)
-    canvas = Image.new("RGB", (width + _MARGIN, len(recordings) * (panel + head + 6) + _MARGIN), "white")
-    draw = ImageDraw.Draw(canvas)
-    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    for row, recording in enumerate(recordings):
-        top = 6 + row * (panel + head + 6)
-        success = recording.result.success[-1]
-        outcome = f"{'solved' if success else 'failed'} after {recording.result.steps[-1]} steps, {recording.env}"
-        draw.text((_MARGIN, top), _fit(recording.frames[-1].instruction, width - 220, 15), "black", font)
-        draw.text((width, top + 3), outcome, _COLORS[0] if success else _COLORS[1], small, anchor="ra")
-        for column, index in enumerate(np.linspace(0, len(recording.frames) - 1, frames).round().astype(int)):
-            pixels = next(iter(recording.frames[index].observation.images.values()))
-            image = Image.fromarray(np.asarray(pixels)).resize((panel, panel), Image.Resampling.BICUBIC)
-            canvas.paste(image, (_MARGIN + column * (panel + 4), top + head))
-    return canvas
-
-
-def _draw_action(draw: Any, action: np.ndarray, box: tuple[int, int, int, int], font: Any) -> None:
-    """Seven bars around a zero line; full height is 1.0, beyond it they are cut."""
-    left, top, right, bottom = box
-    middle, step = (top + bottom) // 2, (right - left) / len(_ACTION_NAMES)
-    draw.line((left, middle, right, middle), "#bbbbbb")
-    for index, (name, value) in enumerate(zip(_ACTION_NAMES, np.clip(action, -1, 1))):
-        centre = left + step * (index + 0.5)
-        end = middle - value * (bottom - top) / 2
-        color = _COLORS[1] if name == "grip" else _COLORS[0]
-        draw.rectangle((centre - 10, min(middle, end), centre + 10, max(middle, end)), color)
-        draw.text((centre, bottom + 2), name, "#555555", font, anchor="ma")
-
-
-def _fit(text: str, width: int, size: int) -> str:
-    """The text, cut with an ellipsis if it is longer than `width` pixels."""
-    from PIL import ImageFont
-
-    font = ImageFont.load_default(size)
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."

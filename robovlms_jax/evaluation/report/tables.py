@@ -1,0 +1,77 @@
+"""What every report is made of: Markdown tables, numbers as text, JSON, and the look of its pictures.
+
+matplotlib is imported when a picture is drawn, and drawn to files only, so no display or backend is involved.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = BLUE, RED, YELLOW, GREEN, GRAY, PURPLE = "#00798c", "#d1495b", "#edae49", "#66a182", "#8d99ae", "#5f4b8b"
+BLACK = "#2b2b2b"
+DPI = 130
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
+    """A Markdown table. The first `text_columns` columns are aligned to the left, all others, numbers, to the right."""
+    rule = ["---"] * text_columns + ["---:"] * (len(head) - text_columns)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (head, rule, *rows)
+    )
+
+
+def join(sections: Sequence[str]) -> str:
+    """Paragraphs, headings and tables as one Markdown text."""
+    return "\n\n".join(sections) + "\n"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """`digits` significant digits; "n/a" for NaN."""
+    return "n/a" if math.isnan(value) else f"{value:.{digits}g}"
+
+
+def decimals(value: float, digits: int = 1) -> str:
+    """`digits` digits behind the point; empty for NaN."""
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def percent(share: float) -> str:
+    return "n/a" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def write_json(path: pathlib.Path, record: Any) -> None:
+    """Write JSON; arrays become lists, numbers that are not finite null."""
+    path.write_text(json.dumps(_plain(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(x) for name, x in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def figure(width: float, height: float, **options: Any) -> Figure:
+    """An empty figure, in inches."""
+    from matplotlib.figure import Figure  # without pyplot: no global state, no backend to choose
+
+    return Figure(figsize=(width, height), **options)
+
+
+def tidy(axes: Axes) -> None:
+    """A light grid, and no lines above and at the right."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
