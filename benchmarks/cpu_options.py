@@ -19,10 +19,10 @@ import numpy as np
 import tyro
 
 from benchmarks import machine, workload
-from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import env, physics
-from robovlms_jax.envs.playtable.scene import stack_scenes
+from robovlms_jax.envs.calvin import initial_states, task_chains
 from robovlms_jax.parallel import cpu_options, host_memory
+from robovlms_jax.playtable import env, physics
+from robovlms_jax.playtable.scene import stack_scenes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _training(args: Args) -> dict[str, Any]:
 
 def _tables(args: Args, count: int) -> dict[str, Any]:
     scenes = stack_scenes([*"ABCD"] * (count // 4) + [*"ABCD"][: count % 4])
-    robot, table = tasks.initial_state(tasks.official_chains()[0].condition, "D")
+    robot, table = initial_states.initial_state(task_chains.official_chains()[0].condition, "D")
     states = env.reset_batch(scenes, np.tile(robot, (count, 1)), np.tile(table, (count, 1)))
     actions = np.random.default_rng(0).uniform(-1, 1, (count, 7)).astype(np.float32)
 

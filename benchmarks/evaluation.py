@@ -20,10 +20,11 @@ import numpy as np
 
 from benchmarks import machine
 from robovlms_jax import cli
-from robovlms_jax.envs import process, tasks, vector
-from robovlms_jax.envs.playtable.env import PlayTables
+from robovlms_jax.envs import process, vector
+from robovlms_jax.envs.calvin import task_chains
 from robovlms_jax.evaluation import chains, rollout
 from robovlms_jax.interface import ActionChunk, Observation
+from robovlms_jax.playtable.env import PlayTables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def main(args: Args) -> None:
         workers = []
         try:
             for _ in range(count):
-                factory = "robovlms_jax.envs.playtable.env:PlayTable"
+                factory = "robovlms_jax.playtable.env:PlayTable"
                 kwargs = {"scene": "D", "image_sizes": sizes}
                 workers.append(process.ProcessEnv(factory, kwargs, timeout_s=600, start_timeout_s=600))
             keep("processes", count, vector.EnvPool(workers))
@@ -96,7 +97,7 @@ def _measure(envs: vector.VectorEnv, chunk: int, steps: int) -> dict[str, float]
     """Control steps of all environments per second, and the seconds before, most of them compiling."""
     seconds = {}
     for name, length in (("warm_up", chunk + 1), ("measured", steps)):
-        chosen = tasks.official_chains()[: envs.size]
+        chosen = task_chains.official_chains()[: envs.size]
         # one task that an idle hand never does, so that every environment takes all the steps
         trials = [
             dataclasses.replace(t, tasks=t.tasks[:1], instructions=t.instructions[:1])

@@ -25,9 +25,11 @@ import tqdm
 
 from benchmarks import machine
 from robovlms_jax import cli
-from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import env, experts, physics
-from robovlms_jax.envs.playtable.scene import (
+from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
+from robovlms_jax.evaluation import rollout_metrics
+from robovlms_jax.evaluation.rollout import TrialResult
+from robovlms_jax.playtable import env, experts, physics
+from robovlms_jax.playtable.scene import (
     BLOCKS,
     BUTTON,
     DRAWER,
@@ -39,8 +41,6 @@ from robovlms_jax.envs.playtable.scene import (
     sample,
     stack_scenes,
 )
-from robovlms_jax.evaluation import rollout_metrics
-from robovlms_jax.evaluation.rollout import TrialResult
 
 AIM_RATE, AIM_LENGTH = 0.95, 4.7
 """Success per task from random starts, and tasks in a row of the 1000 chains."""
@@ -99,7 +99,7 @@ def main(args: Args) -> None:
         trials = random_trials(args.tasks, args.scenes, args.trials, args.seed)
         result["tasks"] = summarize_tasks(args.tasks, trials, run(trials, args.max_steps, args.tables, args.seed))
     if args.chains:
-        chains = tasks.official_chains()[: args.chains]
+        chains = task_chains.official_chains()[: args.chains]
         results = run(chain_trials(chains, args.chain_scene), args.max_steps, args.tables, args.seed)
         result["chains"] = summarize_chains(results) | {"scene": args.chain_scene}
     result["seconds"] = time.perf_counter() - begin
@@ -115,12 +115,12 @@ def main(args: Args) -> None:
 # Trials
 
 
-def chain_trials(chains: Sequence[tasks.Chain], scene: str) -> list[Trial]:
+def chain_trials(chains: Sequence[task_chains.Chain], scene: str) -> list[Trial]:
     return [
         Trial(
             SCENES.index(scene),
             tuple(map(experts.TASKS.index, chain.tasks)),
-            *tasks.initial_state(chain.condition, scene),
+            *initial_states.initial_state(chain.condition, scene),
         )
         for chain in chains
     ]

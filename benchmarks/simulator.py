@@ -23,8 +23,8 @@ import numpy as np
 
 from benchmarks import machine
 from robovlms_jax import cli
-from robovlms_jax.envs.playtable import env, experts, physics
-from robovlms_jax.envs.playtable.scene import DRAWER, SCENES, sample, stack_scenes
+from robovlms_jax.playtable import env, experts, physics
+from robovlms_jax.playtable.scene import DRAWER, SCENES, sample, stack_scenes
 
 CALVIN_RENDERED_STEPS_PER_S = 18.7
 """The real environment with its CPU renderer at 200/84 px, both cameras, one core of a small machine."""

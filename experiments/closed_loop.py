@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 
 from experiments import record_playtable
 from robovlms_jax.config import DemonstrationConfig, ExperimentConfig, RolloutConfig
-from robovlms_jax.envs import tasks as calvin_tasks
-from robovlms_jax.envs.playtable.env import PlayTables
+from robovlms_jax.envs.calvin import task_chains
 from robovlms_jax.evaluation import chains, filing, rollout, rollout_metrics
 from robovlms_jax.evaluation.execution import ExecutedBatch
 from robovlms_jax.evaluation.report import films as film_files
@@ -22,6 +21,7 @@ from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Recording, Rules, Trial
 from robovlms_jax.parallel import distributed
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.playtable.env import PlayTables
 from robovlms_jax.policies.rollout import BatchedVLAPolicy, EncodeText
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.training import seals
@@ -50,7 +50,7 @@ def playtable_trials(config: RolloutConfig, train_scenes: Sequence[str] = (), *,
     if config.tasks:
         chosen = chains.single_tasks(config.tasks, config.trials)
     else:
-        chosen = calvin_tasks.official_chains()[: config.trials]
+        chosen = task_chains.official_chains()[: config.trials]
     return chains.chain_trials(chosen, scene=config.scene, train_scenes=train_scenes, held_out=held_out)
 
 

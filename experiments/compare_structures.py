@@ -26,7 +26,7 @@ import jax
 from experiments import calvin_abcd, closed_loop, evaluate, run
 from robovlms_jax import cli, json_files
 from robovlms_jax.config import DemonstrationConfig, EvaluationConfig, ExperimentConfig, RolloutConfig
-from robovlms_jax.envs import tasks
+from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.evaluation import chains, rollout_metrics
 from robovlms_jax.evaluation.execution import Execution
 from robovlms_jax.evaluation.report import tables

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from robovlms_jax.config import DemonstrationConfig
-from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import env, experts, physics, render
-from robovlms_jax.envs.playtable.scene import Scene, initial_obs, stack_scenes
+from robovlms_jax.envs.calvin import task_chains, tasks
 from robovlms_jax.parallel import cpu_options
+from robovlms_jax.playtable import env, experts, physics, render
+from robovlms_jax.playtable.scene import Scene, initial_obs, stack_scenes
 
 HOLD_STEPS = 2
 """Steps recorded after a task is done, as CALVIN's segments have them."""
@@ -101,7 +101,7 @@ class _Chain:
     scene: int
     rng: np.random.Generator
     """Its own, so that a chain is the same whatever is recorded beside it."""
-    condition: tasks.Condition
+    condition: task_chains.Condition
     offset: np.ndarray
     """float64[3], metres: where its hand begins, seen from the resting pose."""
     task: str = ""
@@ -180,7 +180,7 @@ class Tables:
         while self._waiting:
             number = self._waiting.popleft()
             rng = np.random.default_rng([self.seed, number])
-            conditions = tasks.initial_conditions()
+            conditions = task_chains.initial_conditions()
             scene = self._scenes[number % len(self._scenes)]
             offset = self.config.start_spread * np.array([1.0, 0.25, 0.25]) * rng.uniform(-1.0, 1.0, size=3)
             chain = _Chain(number, scene, rng, conditions[rng.integers(len(conditions))], offset)
@@ -191,7 +191,7 @@ class Tables:
     def _choose(self, chain: _Chain) -> bool:
         """Draw the chain's next task; False when it is complete or no task of the list is possible."""
         names = self._tasks if chain.attempted < self.config.chain_length else ()
-        possible = [name for name in names if len(tasks.successors(chain.condition, name)) == 1]
+        possible = [name for name in names if len(task_chains.successors(chain.condition, name)) == 1]
         if not possible:
             return False
         chain.task = possible[chain.rng.integers(len(possible))]
@@ -234,7 +234,7 @@ class Tables:
             return None
         steps = jax.tree.map(lambda *parts: np.concatenate(parts)[:length], *chain.blocks)
         chain.demos.append(_Demo(chain.task, steps))
-        chain.condition = tasks.successors(chain.condition, chain.task)[0]
+        chain.condition = task_chains.successors(chain.condition, chain.task)[0]
         return length - before
 
 

@@ -21,9 +21,10 @@ from typing import Any, Literal
 import numpy as np
 
 from robovlms_jax import cli
-from robovlms_jax.envs import calvin, simpler, vector
-from robovlms_jax.envs import tasks as calvin_tasks
-from robovlms_jax.envs.playtable.env import PlayTables
+from robovlms_jax.envs import simpler, vector
+from robovlms_jax.envs.calvin import adapter as calvin
+from robovlms_jax.envs.calvin import task_chains
+from robovlms_jax.envs.calvin import tasks as calvin_tasks
 from robovlms_jax.evaluation import chains, filing
 from robovlms_jax.evaluation.execution import Execution
 from robovlms_jax.evaluation.report import films as film_files
@@ -31,6 +32,7 @@ from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Recording, Rules, Trial
 from robovlms_jax.load import load_batched_policy
 from robovlms_jax.parallel import host_memory
+from robovlms_jax.playtable.env import PlayTables
 from robovlms_jax.training import checkpoints, seals
 
 log = logging.getLogger(__name__)
@@ -202,7 +204,7 @@ def _trials(config: EvaluateConfig) -> tuple[list[Trial], Rules]:
     if config.env == "simpler":
         rules = chains.simpler_rules(config.simpler_task)
         return chains.simpler_trials(config.simpler_task, config.chains or None), rules
-    chosen = chains.single_tasks(config.tasks, config.chains) if config.tasks else calvin_tasks.official_chains()
+    chosen = chains.single_tasks(config.tasks, config.chains) if config.tasks else task_chains.official_chains()
     trials = chains.chain_trials(
         chosen[: config.chains or None],
         scene=config.scene,

@@ -26,8 +26,8 @@ from experiments import demonstrations
 from robovlms_jax import cli, json_files, json_lines
 from robovlms_jax.config import DemonstrationConfig
 from robovlms_jax.data import base, calvin, packing
-from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable.scene import RANDOM, check_name
+from robovlms_jax.envs.calvin import tasks
+from robovlms_jax.playtable.scene import RANDOM, check_name
 from robovlms_jax.training.directory import LOCK, OWNER, claim
 
 _JOURNAL = "recording.jsonl"

@@ -101,7 +101,7 @@ def test_the_table_keeps_what_the_page_promises():
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("training.loop", "from robovlms_jax.envs import tasks"),
+        ("training.loop", "from robovlms_jax.envs.calvin import tasks"),
         ("training.loop", "import robovlms_jax.data.pipeline"),
         ("policies.vla", "from robovlms_jax.data.base import Episode"),
         ("policies.heads.lstm", "from robovlms_jax import config"),

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from robovlms_jax import json_files, json_lines
-from robovlms_jax.envs import simpler, tasks
+from robovlms_jax.envs import simpler
+from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
 from robovlms_jax.envs.vector import VectorEnv
 from robovlms_jax.evaluation import rollout
 from robovlms_jax.evaluation.execution import BatchedPolicy, ExecutedBatch, Execution
@@ -32,7 +33,7 @@ _LOG_EVERY_S = 30.0
 
 
 def chain_trials(
-    chains: Sequence[tasks.Chain] | None = None,
+    chains: Sequence[task_chains.Chain] | None = None,
     *,
     scene: str = "D",
     train_scenes: Sequence[str] = (),
@@ -42,7 +43,7 @@ def chain_trials(
     """Chains as trials.
 
     Args:
-      chains: a selection of `tasks.official_chains()`; None: all 1000.
+      chains: a selection of `task_chains.official_chains()`; None: all 1000.
       scene: table the chains are run on; must be the one the environments were built with.
       train_scenes: scenes the policy was trained on, to tell seen from unseen; empty: unknown.
       held_out: ask in wording that training data never use; otherwise in the wording of training. Chains take turns
@@ -51,8 +52,8 @@ def chain_trials(
         state the phrasing "benchmark".
     """
     trials = []
-    for chain in tasks.official_chains() if chains is None else chains:
-        robot_obs, scene_obs = tasks.initial_state(chain.condition, scene)
+    for chain in task_chains.official_chains() if chains is None else chains:
+        robot_obs, scene_obs = initial_states.initial_state(chain.condition, scene)
         if sentences is None:
             instructions = [tasks.instruction(task, held_out=held_out, variant=chain.index) for task in chain.tasks]
         else:
@@ -67,7 +68,7 @@ def chain_trials(
     return trials
 
 
-def single_tasks(names: Sequence[str], count: int) -> list[tasks.Chain]:
+def single_tasks(names: Sequence[str], count: int) -> list[task_chains.Chain]:
     """`count` chains of one task (0: ten of each), tasks taking turns, each from an initial state it is possible in.
 
     Raises ValueError for a task that no initial state allows.
@@ -75,12 +76,12 @@ def single_tasks(names: Sequence[str], count: int) -> list[tasks.Chain]:
     rng = np.random.default_rng(0)
     found = []
     for index, name in zip(range(count or 10 * len(names)), itertools.cycle(names)):
-        possible = [c for c in tasks.initial_conditions() if len(tasks.successors(c, name)) == 1]
+        possible = [c for c in task_chains.initial_conditions() if len(task_chains.successors(c, name)) == 1]
         if not possible:
             raise ValueError(
                 f"{name} is possible in no initial state (it needs a block in the hand); evaluate chains instead."
             )
-        found.append(tasks.Chain(index, possible[rng.integers(len(possible))], (name,)))
+        found.append(task_chains.Chain(index, possible[rng.integers(len(possible))], (name,)))
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from robovlms_jax.envs import tasks
+from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.envs.vector import EnvError, Info, VectorEnv
 from robovlms_jax.evaluation.execution import BatchedPolicy
 from robovlms_jax.interface import ACTION_DIM, Observation

@@ -11,7 +11,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from robovlms_jax.envs import simpler, tasks
+from robovlms_jax.envs import simpler
+from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
 from robovlms_jax.envs.vector import EnvPool
 from robovlms_jax.evaluation import chains, rollout_metrics
 from robovlms_jax.evaluation.execution import Execution
@@ -41,7 +42,7 @@ def test_chains_become_trials():
     trials = chains.chain_trials(train_scenes=("A", "B", "C"))
     assert len(trials) == 1000
     first = trials[0]
-    robot_obs, scene_obs = tasks.initial_state(tasks.official_chains()[0].condition)
+    robot_obs, scene_obs = initial_states.initial_state(task_chains.official_chains()[0].condition)
     np.testing.assert_array_equal(first.start["scene_obs"], scene_obs)
     np.testing.assert_array_equal(first.start["robot_obs"], robot_obs)
     assert first.labels == {"scene": "D", "scene_seen": False, "phrasing": "training"}
@@ -52,11 +53,11 @@ def test_chains_become_trials():
 
 
 def test_wording_and_scene_can_be_chosen():
-    some = tasks.official_chains()[:3]
+    some = task_chains.official_chains()[:3]
     unseen = chains.chain_trials(some, scene="B", train_scenes=("B",), held_out=True)
     assert unseen[1].labels == {"scene": "B", "scene_seen": True, "phrasing": "held out"}
     assert all(text in tasks.TASKS[name].held_out for t in unseen for name, text in zip(t.tasks, t.instructions))
-    np.testing.assert_array_equal(unseen[0].start["scene_obs"], tasks.initial_state(some[0].condition, "B")[1])
+    np.testing.assert_array_equal(unseen[0].start["scene_obs"], initial_states.initial_state(some[0].condition, "B")[1])
     fixed = chains.chain_trials(some, sentences={name: f"do {name}" for name in tasks.TASKS})
     assert fixed[2].instructions == tuple(f"do {name}" for name in some[2].tasks)
     assert fixed[2].labels["phrasing"] == "benchmark"
@@ -308,7 +309,7 @@ def test_single_tasks_start_where_they_are_possible():
     drawn = chains.single_tasks(names, 7)
     assert [chain.tasks for chain in drawn] == [(names[i % 3],) for i in range(7)]
     for chain in drawn:
-        assert len(tasks.successors(chain.condition, chain.tasks[0])) == 1
+        assert len(task_chains.successors(chain.condition, chain.tasks[0])) == 1
     assert all(chain.condition["drawer"] == "closed" for chain in drawn[::3])
     assert len(chains.single_tasks(names, 0)) == 30
     with pytest.raises(ValueError, match="possible in no initial state"):

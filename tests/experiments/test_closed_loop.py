@@ -10,7 +10,7 @@ import pytest
 from experiments import calvin_abcd, evaluate, record_playtable, run
 from robovlms_jax import cli
 from robovlms_jax.data import calvin
-from robovlms_jax.envs import tasks
+from robovlms_jax.envs.calvin import initial_states, tasks
 from robovlms_jax.evaluation.execution import Execution
 
 RECORD = {
@@ -69,7 +69,7 @@ def test_recorded_demonstrations_train_a_policy_that_rolls_out(tmp_path):
             assert set(np.unique(actions[:, 6])) <= {-1.0, 1.0}
             assert np.abs(np.diff(robot[:, :3], axis=0)).max() < 0.03  # nothing jumps between frames
 
-    begin = train.robot_obs([train.episodes[0].start])[0, :3] - tasks.INITIAL_ROBOT_OBS[:3]
+    begin = train.robot_obs([train.episodes[0].start])[0, :3] - initial_states.INITIAL_ROBOT_OBS[:3]
     assert np.abs(begin).max() > 0.01 and (np.abs(begin) < 0.03 + np.array([0.2, 0.05, 0.05])).all()
 
     small = cli.override(

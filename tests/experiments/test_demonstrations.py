@@ -6,7 +6,7 @@ import numpy as np
 
 from experiments import demonstrations
 from robovlms_jax.config import DemonstrationConfig
-from robovlms_jax.envs.playtable import env, scene
+from robovlms_jax.playtable import env, scene
 
 
 def test_a_chain_begins_on_its_own_table():

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from experiments import evaluate
-from robovlms_jax.envs import calvin, tasks
+from robovlms_jax.envs.calvin import adapter as calvin
+from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.evaluation import chains, filing
 from robovlms_jax.evaluation.execution import Execution
 from robovlms_jax.evaluation.report import rollouts as rollout_report

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from robovlms_jax import interface
-from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import env, render
-from robovlms_jax.envs.playtable.scene import stack_scenes
-from tests.envs.playtable.conftest import action
+from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
+from robovlms_jax.playtable import env, render
+from robovlms_jax.playtable.scene import stack_scenes
+from tests.playtable.conftest import action
 from tests.processes import run_python
 
 SIZES = {"static": 40, "wrist": 24}
@@ -25,7 +25,9 @@ def tables():
 
 
 def chain_start(index=0):
-    return dict(zip(("robot_obs", "scene_obs"), tasks.initial_state(tasks.official_chains()[index].condition)))
+    return dict(
+        zip(("robot_obs", "scene_obs"), initial_states.initial_state(task_chains.official_chains()[index].condition))
+    )
 
 
 def test_a_table_is_an_env(table):
@@ -66,7 +68,7 @@ def test_nothing_is_rendered_before_someone_looks(monkeypatch):
 def test_reset_without_a_state_is_neutral(table):
     table.step(action(move=(1.0, 0.0, 0.0)))
     table.reset()
-    np.testing.assert_allclose(table.info["robot_obs"], tasks.INITIAL_ROBOT_OBS, atol=1e-5)
+    np.testing.assert_allclose(table.info["robot_obs"], initial_states.INITIAL_ROBOT_OBS, atol=1e-5)
     assert not table.info["scene_obs"][:6].any()
     standing = table.info["contacts"][1:, tasks.BODIES.index("base")]
     assert standing.all()
@@ -127,14 +129,14 @@ def test_the_others_stand_still(tables):
     for old, new in zip(before, tables.infos([0, 2])):
         np.testing.assert_array_equal(old["robot_obs"], new["robot_obs"])
     tables.restart(1)
-    np.testing.assert_allclose(tables.infos([1])[0]["robot_obs"], tasks.INITIAL_ROBOT_OBS, atol=1e-5)
+    np.testing.assert_allclose(tables.infos([1])[0]["robot_obs"], initial_states.INITIAL_ROBOT_OBS, atol=1e-5)
     assert tables.observe([]) == []
 
 
 def test_pictures_are_of_the_right_tables():
     """Eleven tables of three scenes: two calls of eight on a CPU, the second filled up; each picture as if alone."""
     scenes, which = stack_scenes("ABD"), np.array([2, 0, 1, 1, 2, 0, 0, 2, 1, 0, 2])
-    robot = np.tile(tasks.INITIAL_ROBOT_OBS, (11, 1))
+    robot = np.tile(initial_states.INITIAL_ROBOT_OBS, (11, 1))
     robot[:, 0] += np.linspace(-0.1, 0.1, 11)
     states = env.reset_batch(env.pick(scenes, which), robot, np.tile(chain_start()["scene_obs"], (11, 1)))
     backdrops, sizes = env.backdrops(scenes, 32), {"static": 32, "wrist": 24}
@@ -149,7 +151,7 @@ def test_pictures_are_of_the_right_tables():
 def test_batches_mix_scenes():
     """The functional form: four variants in one call, each as if alone."""
     scenes = stack_scenes("ABCD")
-    robot = np.tile(tasks.INITIAL_ROBOT_OBS, (8, 1))
+    robot = np.tile(initial_states.INITIAL_ROBOT_OBS, (8, 1))
     scene_obs = np.tile(chain_start()["scene_obs"], (8, 1))
     which = np.arange(8) % 4
     own = env.pick(scenes, which)
@@ -165,11 +167,12 @@ def test_batches_mix_scenes():
 
 STEPS = """
 import jax, numpy as np
-from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import env
-from robovlms_jax.envs.playtable.scene import stack_scenes
+from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
+from robovlms_jax.playtable import env
+from robovlms_jax.playtable.scene import stack_scenes
 scenes = stack_scenes(["A", "D"])
-robot, scene = (np.tile(x, (2, 1)) for x in tasks.initial_state(tasks.official_chains()[0].condition, "D"))
+condition = task_chains.official_chains()[0].condition
+robot, scene = (np.tile(x, (2, 1)) for x in initial_states.initial_state(condition, "D"))
 actions = np.array([[0.3, -0.2, -0.5, 0.1, 0.0, 0.4, 1.0], [-0.5, 0.4, -0.7, 0.0, 0.2, 0.0, -1.0]], np.float32)
 from robovlms_jax.parallel import cpu_options
 if cpu_options.known(cpu_options.OLDER_GENERATOR) is None:

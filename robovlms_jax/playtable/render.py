@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from robovlms_jax import interface
-from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import kinematics, physics
-from robovlms_jax.envs.playtable.scene import BOX_BODY, BOX_JOINT, BOX_MATERIAL, Boxes, Scene
+from robovlms_jax.envs.calvin import tasks
+from robovlms_jax.playtable import kinematics, physics
+from robovlms_jax.playtable.scene import BOX_BODY, BOX_JOINT, BOX_MATERIAL, Boxes, Scene
 from robovlms_jax.types import Array
 
 SIZES = {"static": 200, "wrist": 84}

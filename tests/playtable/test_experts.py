@@ -9,11 +9,11 @@ import pytest
 
 from benchmarks import experts as experts_benchmark
 from benchmarks import simulator
-from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import env, experts, physics
-from robovlms_jax.envs.playtable.scene import SCENES, sample, stack_scenes
+from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
 from robovlms_jax.evaluation import rollout_metrics
-from tests.envs.playtable.conftest import reset, reset_all
+from robovlms_jax.playtable import env, experts, physics
+from robovlms_jax.playtable.scene import SCENES, sample, stack_scenes
+from tests.playtable.conftest import reset, reset_all
 
 FIXTURES = (
     "open_drawer",
@@ -44,7 +44,7 @@ def perform_chains(chains):
 def covering_chains():
     """Official chains that between them ask for every task."""
     missing, chosen = set(experts.TASKS), []
-    for chain in tasks.official_chains():
+    for chain in task_chains.official_chains():
         if missing & set(chain.tasks):
             missing -= set(chain.tasks)
             chosen.append(chain)
@@ -82,7 +82,7 @@ def test_every_task_can_be_done_and_chains_work():
 
 @pytest.mark.slow
 def test_the_first_chains_reach_the_aim():
-    summary = rollout_metrics.summarize(perform_chains(tasks.official_chains()[:200]))
+    summary = rollout_metrics.summarize(perform_chains(task_chains.official_chains()[:200]))
     assert summary.average_length.value >= experts_benchmark.AIM_LENGTH
     weak = {task for task, rate in summary.per_task.items() if rate.value < 0.9}
     # a block that was just pushed or turned is still touched: CALVIN's condition cannot be met then
@@ -90,7 +90,7 @@ def test_the_first_chains_reach_the_aim():
 
 
 def test_demonstrations_are_legal_varied_and_repeatable(scene):
-    start = reset(scene, *tasks.initial_state(tasks.initial_conditions()[0]))
+    start = reset(scene, *initial_states.initial_state(task_chains.initial_conditions()[0]))
     task = number("open_drawer")
     before = physics.info(scene, start)
 
@@ -117,16 +117,16 @@ def test_demonstrations_are_legal_varied_and_repeatable(scene):
 
 def test_what_the_chains_ask_for_is_possible(scene, starts):
     possible = np.asarray(jax.jit(jax.vmap(experts.possible, (None, 0)))(scene, reset_all(scene, *starts)))
-    for condition, row in zip(tasks.initial_conditions(), possible):
+    for condition, row in zip(task_chains.initial_conditions(), possible):
         for task, ok in zip(experts.TASKS, row):
-            asked = bool(tasks.successors(condition, task))
+            asked = bool(task_chains.successors(condition, task))
             assert ok or not asked, (task, condition)
             if not task.startswith(("lift", "push_into")):  # experts move the door, and push one of two blocks
                 assert ok == asked, (task, condition)
 
 
 def test_a_held_block_is_put_down_before_another_task(scene):
-    start = reset(scene, *tasks.initial_state(tasks.official_chains()[0].condition))
+    start = reset(scene, *initial_states.initial_state(task_chains.official_chains()[0].condition))
     lift = jax.jit(experts.perform)(scene, start, number("lift_blue_block_table"), jax.random.key(0))
     assert lift.done
     assert lift.state.held == tasks.BLOCKS.index("blue")

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from robovlms_jax.actions import rotations
-from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import physics
-from robovlms_jax.envs.playtable.scene import (
+from robovlms_jax.envs.calvin import tasks
+from robovlms_jax.playtable import physics
+from robovlms_jax.playtable.scene import (
     BLOCKS,
     BOX_BODY,
     DRAWER,

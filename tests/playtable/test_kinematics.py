@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robovlms_jax.actions import rotations
-from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import kinematics
+from robovlms_jax.envs.calvin import initial_states
+from robovlms_jax.playtable import kinematics
 
-HOME = tasks.INITIAL_ROBOT_OBS[7:14].astype(np.float32)
+HOME = initial_states.INITIAL_ROBOT_OBS[7:14].astype(np.float32)
 forward = jax.jit(kinematics.forward)
 solve = jax.jit(lambda q, p, r: kinematics.inverse(q, p, r, iterations=60))
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from robovlms_jax import interface
-from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import physics, render
-from robovlms_jax.envs.playtable.scene import Scene, neutral_scene_obs, stack_scenes
+from robovlms_jax.envs.calvin import initial_states, tasks
 from robovlms_jax.parallel import cpu_options
+from robovlms_jax.playtable import physics, render
+from robovlms_jax.playtable.scene import Scene, neutral_scene_obs, stack_scenes
 from robovlms_jax.types import Array
 
 ROBOT_OBS_DIM, SCENE_OBS_DIM = 15, 24
@@ -166,7 +166,7 @@ class PlayTables:
         self._image_sizes = _checked_sizes(image_sizes)
         self._shadows = shadows
         self._states = reset_batch(
-            self._scenes, np.tile(tasks.INITIAL_ROBOT_OBS, (self.size, 1)), np.stack(self._neutral)
+            self._scenes, np.tile(initial_states.INITIAL_ROBOT_OBS, (self.size, 1)), np.stack(self._neutral)
         )
         self._infos: Mapping[str, np.ndarray] | None = None
 
@@ -275,7 +275,7 @@ def _checked_start(
 ) -> tuple[np.ndarray, np.ndarray]:
     given = []
     for name, value, neutral in (
-        ("robot_obs", robot_obs, tasks.INITIAL_ROBOT_OBS),
+        ("robot_obs", robot_obs, initial_states.INITIAL_ROBOT_OBS),
         ("scene_obs", scene_obs, neutral_scene_obs),
     ):
         value = np.asarray(neutral if value is None else value, np.float64)

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from robovlms_jax.actions import rotations
-from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import kinematics
-from robovlms_jax.envs.playtable.scene import (
+from robovlms_jax.envs.calvin import initial_states, tasks
+from robovlms_jax.playtable import kinematics
+from robovlms_jax.playtable.scene import (
     BLOCKS,
     BOX_BODY,
     BOX_JOINT,
@@ -73,7 +73,7 @@ HAND_HALF = HAND_HALF.astype(np.float32)
 _FINGER_SIDE = np.array([1.0, -1.0, 0.0, 0.0], np.float32)
 _HAND, _TABLE = len(HAND_HALF), len(BOX_BODY)
 _FREE = -1  # State.held when the hand is empty, State.support when a block hangs in the air or in the hand
-_HOME = tasks.INITIAL_ROBOT_OBS[7:14].astype(np.float32)
+_HOME = initial_states.INITIAL_ROBOT_OBS[7:14].astype(np.float32)
 _ON_JOINT = np.equal.outer(BOX_JOINT, np.arange(len(JOINTS))).astype(np.float32)  # [N, 4]
 
 

@@ -19,7 +19,8 @@ from unittest import mock
 
 import numpy as np
 
-from robovlms_jax.envs import calvin_version, process, tasks
+from robovlms_jax.envs import process
+from robovlms_jax.envs.calvin import initial_states, tasks, version
 from robovlms_jax.interface import ACTION_DIM, Observation
 
 Actions = Literal["relative", "absolute"]
@@ -64,13 +65,13 @@ def calvin_env(
     """
     kwargs = {"calvin_root": str(calvin_root), "scene": scene, "split": str(split), "use_egl": use_egl}
     env = process.ProcessEnv(
-        "robovlms_jax.envs.calvin:CalvinEnv",
+        "robovlms_jax.envs.calvin.adapter:CalvinEnv",
         kwargs | {"actions": actions},
         python=python,
         timeout_s=timeout_s,
         fresh_process=fresh_process,
     )
-    calvin_version.warn(find_checkout(calvin_root), env.about)  # what the other process logs is not seen here
+    version.warn(find_checkout(calvin_root), env.about)  # what the other process logs is not seen here
     return env
 
 
@@ -106,9 +107,9 @@ class CalvinEnv:
         config, self.name = _config(root, scene, split)
         self._absolute = actions == "absolute"
         self._env = _build(root, config, use_egl)
-        self.about = calvin_version.describe(root, self._env)
+        self.about = version.describe(root, self._env)
         self.about |= {"renderer": "EGL" if use_egl else "CPU", "actions": actions}
-        calvin_version.warn(root, self.about)
+        version.warn(root, self.about)
         # step and reset of the simulator render all its cameras; without cameras they cost nothing, see `observe`
         self._cameras, self._env.cameras = self._env.cameras, []
         self._columns: dict[tuple[int, int], int] | None = None
@@ -295,8 +296,8 @@ def _config(root: pathlib.Path, scene: str, split: str) -> tuple[Any, str]:
         folder = path.resolve().parents[1]
         title = f"CALVIN ({folder.parent.name if folder.name == 'validation' else folder.name})"
     else:
-        if scene not in tasks.SCENES:
-            raise ValueError(f"unknown scene {scene!r}; known scenes: {', '.join(tasks.SCENES)}.")
+        if scene not in initial_states.SCENES:
+            raise ValueError(f"unknown scene {scene!r}; known scenes: {', '.join(initial_states.SCENES)}.")
 
         def piece(name: str) -> Any:
             return OmegaConf.load(root / "conf" / f"{name}.yaml")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import scene
+from robovlms_jax.envs.calvin import initial_states, task_chains
+from robovlms_jax.playtable import scene
 
 
 def test_random_tables_differ_and_start_like_the_others():
     # Fails if two seeds give one table, a seed gives two, a button stands where a block starts, or a door stands open
     # by more than it can slide.
-    condition = tasks.initial_conditions()[3]
+    condition = task_chains.initial_conditions()[3]
     names = [f"random-{i}" for i in range(6)]
     buttons = [float(scene.make_scene(name).anchors.button_top[0]) for name in names]
     assert len(set(buttons)) == 6
@@ -26,7 +26,7 @@ def test_random_tables_differ_and_start_like_the_others():
             on_table = on_table[on_table[:, 1] < 0]
             assert np.abs(on_table[:, 0] - button).min() > 0.033 + 0.04
     for known in scene.SCENES:
-        for ours, official in zip(scene.initial_obs(condition, known), tasks.initial_state(condition, known)):
+        for ours, official in zip(scene.initial_obs(condition, known), initial_states.initial_state(condition, known)):
             np.testing.assert_array_equal(ours, official)
     with pytest.raises(ValueError, match="unknown scene 'random-x'"):
         scene.make_scene("random-x")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robovlms_jax.envs import tasks
+from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
 from robovlms_jax.types import Array
 
 BLOCKS = tasks.BLOCKS
@@ -251,11 +251,11 @@ def _variant(name: str) -> _Variant:
     return _Variant(layout, table, cabinet, shift)
 
 
-def initial_obs(condition: tasks.Condition, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """`tasks.initial_state` for random tables too: robot_obs float64[15], scene_obs float64[24]."""
+def initial_obs(condition: task_chains.Condition, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """`initial_states.initial_state` for random tables too: robot_obs float64[15], scene_obs float64[24]."""
     variant = _variant(name)
-    robot_obs, scene_obs = tasks.initial_state(condition, variant.table)
-    table, cabinet = tasks.SCENES[variant.table], tasks.SCENES[variant.cabinet]
+    robot_obs, scene_obs = initial_states.initial_state(condition, variant.table)
+    table, cabinet = initial_states.SCENES[variant.table], initial_states.SCENES[variant.cabinet]
     scene_obs[0] = cabinet.slider_left_m if condition["slider"] == "left" else 0.0
     for color in BLOCKS:
         place = condition[f"{color}_block"]
@@ -289,7 +289,7 @@ def _draw_up(name: str) -> Scene:
         joint_axis=np.array([[-1, 0, 0], [0, -1, 0], [0, 0, -1], LEAN]),
         joint_range=np.array([at.slider_range, 0.22, 0.02, 0.088]),
         block_half=np.array([[_LENGTH_M[size] / 2, 0.02, 0.02] for size in at.sizes]),
-        block_slot=np.array([tasks.SCENES[table].block_order.index(color) for color in BLOCKS], np.int32),
+        block_slot=np.array([initial_states.SCENES[table].block_order.index(color) for color in BLOCKS], np.int32),
         box_color=np.array([colors[part.material] for part in parts]) / 255,
         grain=_wood(*at.grain),
         anchors=Anchors(
@@ -340,7 +340,7 @@ def sample(scene: Scene, key: Array) -> tuple[Array, Array]:
     lamps = jnp.stack([ends[2], ends[3]]).astype(jnp.float32)
     scene_obs = jnp.concatenate([jnp.stack([slider, drawer, 0.0, switch]), lamps, blocks.reshape(-1)])
     noise = jax.random.uniform(keys[4], (6,), minval=-1.0, maxval=1.0) * _START_NOISE
-    robot_obs = jnp.asarray(tasks.INITIAL_ROBOT_OBS, jnp.float32).at[:6].add(noise)
+    robot_obs = jnp.asarray(initial_states.INITIAL_ROBOT_OBS, jnp.float32).at[:6].add(noise)
     return robot_obs, scene_obs
 
 

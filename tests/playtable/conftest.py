@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import physics
-from robovlms_jax.envs.playtable.scene import SCENES, make_scene, stack_scenes
+from robovlms_jax.envs.calvin import initial_states, task_chains
+from robovlms_jax.playtable import physics
+from robovlms_jax.playtable.scene import SCENES, make_scene, stack_scenes
 
-SAMPLE = pathlib.Path(__file__).resolve().parents[3] / "data" / "calvin_sample"
+SAMPLE = pathlib.Path(__file__).resolve().parents[2] / "data" / "calvin_sample"
 
 reset, step = jax.jit(physics.reset), jax.jit(physics.step)
 info, depths = jax.jit(physics.info), jax.jit(physics.depths)
@@ -36,7 +36,7 @@ def stacked_scenes():
 @pytest.fixture(scope="session")
 def starts() -> tuple[np.ndarray, np.ndarray]:
     """robot_obs [N, 15] and scene_obs [N, 24] of all 192 initial conditions in D."""
-    states = [tasks.initial_state(condition) for condition in tasks.initial_conditions()]
+    states = [initial_states.initial_state(condition) for condition in task_chains.initial_conditions()]
     return tuple(np.stack(column) for column in zip(*states))
 
 

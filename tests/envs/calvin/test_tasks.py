@@ -1,10 +1,8 @@
-"""The 34 task conditions, the 1000 chains and their initial states."""
+"""The 34 task conditions and how tasks are asked for."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robovlms_jax.envs import tasks
+from robovlms_jax.envs.calvin import tasks
 
 ROWS = {"robot": 0, "red": 1, "blue": 2, "pink": 3}
 
@@ -235,153 +233,3 @@ def test_an_instruction_is_chosen_by_task_and_variant():
     assert tasks.instruction(red.name, held_out=True) == red.held_out[0]
     with pytest.raises(ValueError, match="unknown task 'dance'"):
         tasks.instruction("dance")
-
-
-def test_the_chains_are_the_published_ones():
-    chains = tasks.official_chains()
-    assert len(chains) == 1000
-    assert chains[0].condition == {
-        **{"led": 1, "lightbulb": 1, "slider": "left", "drawer": "open"},
-        **{"red_block": "slider_left", "blue_block": "table", "pink_block": "slider_right", "grasped": 0},
-    }
-    assert chains[0].tasks == (
-        "rotate_blue_block_right",
-        "move_slider_right",
-        "lift_red_block_slider",
-        "place_in_slider",
-        "turn_off_lightbulb",
-    )
-    counts = {name: sum(name in chain.tasks for chain in chains) for name in tasks.TASKS}
-    assert counts["place_in_slider"] == 398
-    assert counts["open_drawer"] == 379
-    assert counts["unstack_block"] == 81
-    assert min(counts.values()) == 17
-
-
-def test_the_chains_equal_upstreams_file(shared_data):
-    upstream = json.loads((shared_data / "upstream" / "eval_sequences.json").read_text())
-    assert [[dict(chain.condition), list(chain.tasks)] for chain in tasks.official_chains()] == upstream
-
-
-@pytest.mark.parametrize("condition_index", [0, 45, 191])
-def test_stored_chains_are_what_the_rules_draw(condition_index):
-    condition = tasks.initial_conditions()[condition_index]
-    stored = [list(chain.tasks) for chain in tasks.official_chains() if chain.condition == condition]
-    assert sorted(tasks.draw_chains(condition_index, len(stored))) == sorted(stored)
-    assert len(stored) == (6 if condition_index < 40 else 5)
-
-
-@pytest.mark.slow
-def test_generating_all_chains_gives_the_published_hash():
-    assert tasks.chains_hash(tasks.generate_chains()) == tasks.CHAINS_SHA256
-
-
-@pytest.mark.parametrize(
-    "edit",
-    [
-        lambda rows: rows[7].__setitem__(1, (rows[7][1] + 1) % 34),
-        lambda rows: rows.insert(0, rows.pop()),
-        lambda rows: rows.pop(),
-        lambda rows: rows[0].__setitem__(1, 34),
-        lambda rows: rows[0].__setitem__(1, "open_drawer"),
-    ],
-)
-def test_an_edited_chains_file_is_refused(edit, tmp_path, monkeypatch):
-    rows = json.loads(tasks._CHAINS_FILE.read_text())
-    edit(rows)
-    edited = tmp_path / "chains.json"
-    edited.write_text(json.dumps(rows))
-    monkeypatch.setattr(tasks, "_CHAINS_FILE", edited)
-    with pytest.raises(ValueError, match=r"chains\.json (was edited|is missing or not a list of chains).*rewrite it"):
-        tasks.official_chains.__wrapped__()
-
-
-def test_an_ambiguous_stacking_makes_a_chain_invalid():
-    # after lifting red there are two blocks to stack on
-    condition = dict.fromkeys(("red_block", "blue_block", "pink_block"), "table") | {
-        **{"led": 0, "lightbulb": 0, "slider": "left", "drawer": "open", "grasped": 0}
-    }
-    assert not tasks.is_valid_chain(condition, ["lift_red_block_table", "stack_block"])
-    assert tasks.is_valid_chain(condition | {"pink_block": "slider_left"}, ["lift_red_block_table", "stack_block"])
-    assert not tasks.is_valid_chain(condition, ["turn_on_led", "turn_on_lightbulb"])  # one category
-
-
-@pytest.mark.parametrize(
-    ("values", "seed", "yaws"),
-    [
-        ([1, 1, "left", "open", "slider_left", "table", "slider_right", 0], 2138410836, (1.885941, 1.488143, 1.468399)),
-        (
-            [1, 1, "right", "open", "slider_right", "table", "slider_left", 0],
-            2685153213,
-            (1.826834, 1.507642, 1.646196),
-        ),
-        (
-            [1, 0, "left", "closed", "slider_right", "slider_left", "table", 0],
-            1288142433,
-            (1.857737, 1.641566, 1.391845),
-        ),
-    ],
-)
-def test_initial_states_have_the_published_seeds_and_yaws(values, seed, yaws):
-    condition = dict(zip(tasks.initial_conditions()[0], values))
-    assert tasks.condition_seed(condition) == seed
-    robot_obs, scene_obs = tasks.initial_state(condition)
-    np.testing.assert_allclose(scene_obs[[11, 17, 23]], yaws, atol=1e-6)
-    assert robot_obs.shape == (15,)
-    assert scene_obs.dtype == np.float64
-
-
-def test_all_thousand_initial_states_are_the_published_ones_bit_for_bit():
-    """The hash is that of the states which CALVIN's own function makes of the published list."""
-    states = hashlib.sha256()
-    for chain in tasks.official_chains():
-        for part in tasks.initial_state(chain.condition):
-            states.update(part.tobytes())
-    assert states.hexdigest() == "0789732599c9f93d6506018704c1717b42d9ce8921a430403964813f3c1ebd71"
-
-
-def test_the_first_chains_initial_state():
-    _, scene_obs = tasks.initial_state(tasks.official_chains()[0].condition)
-    np.testing.assert_array_equal(scene_obs[:6], [0.28, 0.22, 0, 0.088, 1, 1])
-    np.testing.assert_array_equal(scene_obs[12:15], [0.229995412, -0.11999514, 0.45999001])  # blue at the second spot
-    np.testing.assert_array_equal(scene_obs[6:9], [-0.240851662, 0.0924044687, 0.460990009])
-
-
-@pytest.mark.parametrize("name", tasks.SCENES)
-def test_blocks_keep_their_colour_in_every_scenes_order(name):
-    layout = tasks.SCENES[name]
-    condition = tasks.initial_conditions()[100]
-    _, scene_obs = tasks.initial_state(condition, name)
-    for color in tasks.BLOCKS:
-        x, y, _ = scene_obs[6 + 6 * layout.block_order.index(color) :][:3]
-        place = condition[f"{color}_block"]
-        if place == "table":
-            assert y < 0
-        else:
-            assert x == layout.shelf_x_m[place == "slider_right"]
-
-
-def test_initial_states_do_not_touch_numpys_global_generator():
-    np.random.seed(3)
-    expected = np.random.RandomState(3).random_sample()
-    tasks.initial_state(tasks.initial_conditions()[5])
-    assert np.random.random_sample() == expected
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"led": True}, "led=True"),  # prints as True, so it would seed another state
-        ({"slider": "middle"}, "slider='middle'"),
-        ({"red_block": "table", "blue_block": "table", "pink_block": "table"}, "1 or 2 on the table"),
-        ({"extra": 1}, "has keys"),
-    ],
-)
-def test_a_wrong_initial_condition_is_named(change, message):
-    with pytest.raises(ValueError, match=message):
-        tasks.initial_state(dict(tasks.official_chains()[0].condition) | change)
-
-
-def test_an_unknown_scene_is_named():
-    with pytest.raises(ValueError, match="unknown scene 'E'"):
-        tasks.initial_state(tasks.initial_conditions()[0], "E")

@@ -10,10 +10,10 @@ import PIL.Image
 import pytest
 
 from robovlms_jax.actions import rotations
-from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import render
-from robovlms_jax.envs.playtable.scene import make_scene
-from tests.envs.playtable.conftest import reset
+from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
+from robovlms_jax.playtable import render
+from robovlms_jax.playtable.scene import make_scene
+from tests.playtable.conftest import reset
 
 backdrop = jax.jit(render.backdrop, static_argnums=1)
 picture = jax.jit(render.render, static_argnums=(2, 3), static_argnames=("shadows", "tiled"))
@@ -41,7 +41,7 @@ def middle(mask):
 
 
 def initial(scene, index=0, **changes):
-    state = reset(scene, *tasks.initial_state(tasks.initial_conditions()[index]))
+    state = reset(scene, *initial_states.initial_state(task_chains.initial_conditions()[index]))
     return dataclasses.replace(state, **changes)
 
 
@@ -121,7 +121,7 @@ def test_variants_look_different():
     images = []
     for name in "ABCD":
         scene = make_scene(name)
-        images.append(draw(scene, reset(scene, tasks.INITIAL_ROBOT_OBS, np.zeros(24)), "static"))
+        images.append(draw(scene, reset(scene, initial_states.INITIAL_ROBOT_OBS, np.zeros(24)), "static"))
     for i, a in enumerate(images):
         for b in images[i + 1 :]:
             assert np.abs(a - b).mean() > 5

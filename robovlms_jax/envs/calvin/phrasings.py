@@ -1,7 +1,7 @@
 """How the 34 tasks are asked for: several phrasings to train on and others, never trained on, to validate with.
 
 Our own wording, not CALVIN's: someone who evaluates on the real benchmark reads its fixed sentences from their own
-checkout (`envs.calvin.validation_instructions`).
+checkout (`envs.calvin.adapter.validation_instructions`).
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from robovlms_jax.actions import rotations
-from robovlms_jax.envs import tasks
-from robovlms_jax.envs.playtable import kinematics, physics
-from robovlms_jax.envs.playtable.scene import BUTTON, DRAWER, SCENES, SLIDER, SWITCH, make_scene, sample
-from tests.envs.playtable.conftest import action, depths, info, reset, reset_all, step
+from robovlms_jax.envs.calvin import initial_states, tasks
+from robovlms_jax.playtable import kinematics, physics
+from robovlms_jax.playtable.scene import BUTTON, DRAWER, SCENES, SLIDER, SWITCH, make_scene, sample
+from tests.playtable.conftest import action, depths, info, reset, reset_all, step
 
 RED, BLUE, PINK = range(3)
 
@@ -21,7 +21,7 @@ def start(scene, **changes):
     scene_obs = np.zeros(24)
     for i, x in enumerate((0.05, 0.18, 0.31)):
         scene_obs[6 + 6 * i : 12 + 6 * i] = x, -0.10, 0.46, 0.0, 0.0, np.pi / 2
-    state = reset(scene, tasks.INITIAL_ROBOT_OBS, scene_obs)
+    state = reset(scene, initial_states.INITIAL_ROBOT_OBS, scene_obs)
     return dataclasses.replace(state, **{key: jnp.asarray(value, jnp.float32) for key, value in changes.items()})
 
 
@@ -59,14 +59,14 @@ def test_blocks_are_read_in_the_order_of_the_scene(name):
     scene, obs = make_scene(name), np.zeros(24)
     for i in range(3):
         obs[6 + 6 * i : 9 + 6 * i] = i, 10 + i, 20 + i
-    state = reset(scene, tasks.INITIAL_ROBOT_OBS, obs)
+    state = reset(scene, initial_states.INITIAL_ROBOT_OBS, obs)
     for color, position in zip(tasks.BLOCKS, state.block_position):
-        assert position[0] == tasks.SCENES[name].block_order.index(color)
+        assert position[0] == initial_states.SCENES[name].block_order.index(color)
     np.testing.assert_allclose(physics.scene_obs(scene, state), obs, atol=1e-6)
 
 
 def test_reset_bends_the_arm_to_the_tool_if_the_joints_do_not_fit(scene):
-    robot = tasks.INITIAL_ROBOT_OBS.copy()
+    robot = initial_states.INITIAL_ROBOT_OBS.copy()
     robot[:3] += 0.05
     state = reset(scene, robot, np.zeros(24))
     np.testing.assert_allclose(kinematics.forward(state.joints).origins[7], robot[:3], atol=1e-3)

@@ -17,7 +17,9 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from robovlms_jax.envs import calvin, calvin_version, tasks
+from robovlms_jax.envs.calvin import adapter as calvin
+from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
+from robovlms_jax.envs.calvin import version as calvin_version
 from robovlms_jax.envs.vector import EnvError, EnvPool
 
 RECORDED = pathlib.Path(__file__).with_name("recorded_calvin_info.json")
@@ -173,7 +175,7 @@ def env(checkout):
 
 def test_the_adapter_delivers_observations_and_renders_only_then(env):
     assert env.name == "CALVIN (scene D)"
-    robot_obs, scene_obs = tasks.initial_state(tasks.official_chains()[0].condition)
+    robot_obs, scene_obs = initial_states.initial_state(task_chains.official_chains()[0].condition)
     env.reset(robot_obs, scene_obs)
     frames = env.info["robot_obs"][0]
     for _ in range(5):
@@ -188,7 +190,7 @@ def test_the_adapter_delivers_observations_and_renders_only_then(env):
 
 
 def test_states_reach_the_simulator_and_the_neutral_reset_too(env):
-    _, scene_obs = tasks.initial_state(tasks.official_chains()[0].condition)
+    _, scene_obs = initial_states.initial_state(task_chains.official_chains()[0].condition)
     env.reset(np.zeros(15), scene_obs)
     np.testing.assert_array_equal(env.info["scene_obs"], scene_obs)
     env.reset()
