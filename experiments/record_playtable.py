@@ -25,7 +25,7 @@ import tqdm
 from experiments import demonstrations
 from robovlms_jax import cli, json_files, json_lines
 from robovlms_jax.config import DemonstrationConfig
-from robovlms_jax.data import base, calvin, packing
+from robovlms_jax.data import base, calvin, packing, spool
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.playtable.scene import RANDOM, check_name
 from robovlms_jax.training.directory import LOCK, OWNER, claim
@@ -279,7 +279,7 @@ class _SpooledFrames:
         sizes = {camera: (size, size) for camera, size in zip(("static", "wrist"), config.image_size, strict=True)}
         widths = {name: calvin.ARRAY_SIZES[name] for name in ("rel_actions", "actions", "robot_obs", "scene_obs")}
         self._directory = directory
-        self._spool = packing.Spool(directory.with_name(f"{directory.name}.raw"), sizes, widths)
+        self._spool = spool.Spool(directory.with_name(f"{directory.name}.raw"), sizes, widths)
 
     def discard(self, first: int) -> None:
         self._spool.truncate(first)

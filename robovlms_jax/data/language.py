@@ -37,9 +37,6 @@ class Variation:
         return tuple(dict.fromkeys((*said, *filled)))
 
 
-NONE = Variation()
-
-
 def every(episodes: Iterable[base.Episode], variation: Variation | None) -> list[str]:
     """All sentences that training may use, each once."""
     if variation is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -11,11 +10,9 @@ import hashlib
 import io
 import json
 import logging
-import multiprocessing
 import os
 import pathlib
 import shutil
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -25,7 +22,9 @@ import simplejpeg
 import tqdm
 from PIL import Image
 
+from robovlms_jax import json_files
 from robovlms_jax.data import atomic, base, frame_index, packed, statistics
+from robovlms_jax.data import workers as processes
 
 logger = logging.getLogger(__name__)
 
@@ -52,54 +51,6 @@ class FrameSource(Protocol):
 
     def frame(self, frame_id: int) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
         """(camera -> uint8[height, width, 3], field -> float32[d]) of one frame. Raises CorruptFrameError."""
-
-
-class Spool:
-    """Frames in the order in which a program makes them, kept in one file until `pack` reads them: a `FrameSource`.
-
-    Frame ids count from 0. `add` all frames, set `episodes`, then pack; `delete` removes the file. A file that is
-    there already is continued.
-
-    Args:
-      path: file to make.
-      image_sizes: camera -> (height, width). arrays: field -> number of values.
-    """
-
-    action_units = base.Dataset.action_units
-    statistics = None
-
-    def __init__(self, path: pathlib.Path, image_sizes: Mapping[str, tuple[int, int]], arrays: Mapping[str, int]):
-        self.name, self.image_sizes, self.arrays = str(path), dict(image_sizes), tuple(arrays)
-        self.episodes: tuple[base.Episode, ...] = ()
-        images = [(camera, np.uint8, (*size, 3)) for camera, size in image_sizes.items()]
-        self._record = np.dtype([*images, *((name, np.float32, (size,)) for name, size in arrays.items())])
-        path.touch()
-        self.num_frames = path.stat().st_size // self._record.itemsize
-
-    def truncate(self, num_frames: int) -> None:
-        """Keep the first `num_frames` frames. Raises ValueError when there are fewer."""
-        if num_frames > self.num_frames:
-            raise ValueError(f"{self.name} has {self.num_frames} frames, expected {num_frames}; record anew.")
-        os.truncate(self.name, num_frames * self._record.itemsize)
-        self.num_frames = num_frames
-
-    def add(self, images: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> None:
-        """Append T frames: camera -> uint8[T, height, width, 3], field -> float[T, d]."""
-        values = {**images, **arrays}
-        records = np.empty(len(next(iter(values.values()))), self._record)
-        for name in self._record.names:
-            records[name] = values[name]
-        with open(self.name, "ab") as file:
-            records.tofile(file)
-        self.num_frames += len(records)
-
-    def frame(self, frame_id: int) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
-        offset = frame_id * self._record.itemsize
-        row = np.fromfile(self.name, self._record, count=1, offset=offset)[0]
-        return {camera: row[camera] for camera in self.image_sizes}, {name: row[name] for name in self.arrays}
-
-    def delete(self) -> None:
-        pathlib.Path(self.name).unlink(missing_ok=True)
 
 
 def pack(
@@ -191,14 +142,10 @@ def _claim(directory: pathlib.Path, plan: Mapping[str, Any]) -> bool:
     for name in (packed.META, packed.PARTIAL_META):
         if (directory / name).exists():
             found = json.loads((directory / name).read_text())
-            differing = [
-                f"{key} is {found.get(key)!r} there, {value!r} now"
-                for key, value in plan.items()
-                if found.get(key) != value
-            ]
+            differing = json_files.differences(found, plan, plan)
             if differing:
                 raise ValueError(
-                    f"{directory} was packed otherwise: {'; '.join(differing)}. Choose another directory or delete it."
+                    f"{directory} was packed with other settings ({differing}). Choose another directory or delete it."
                 )
             for leftover in directory.rglob("*.tmp"):
                 leftover.unlink()
@@ -227,24 +174,9 @@ def _write_shards(
     _require_space(source, directory, encode, [int(ids[0]) for _, ids in pending], remaining)
     write = functools.partial(_write_shard, source, directory, encode, skip_corrupt)
     problems: list[str] = []
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm.tqdm(total=total, initial=total - remaining, unit="frame", desc=str(directory)))
-        if workers == 1 or len(pending) < 2:
-            for number, ids in pending:
-                problems += write(number, ids, bar.update)
-        else:
-            context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may deadlock
-            counter = context.Value("q", total - remaining)
-            pool = concurrent.futures.ProcessPoolExecutor(
-                min(workers, len(pending)), mp_context=context, initializer=_start_worker, initargs=(write, counter)
-            )
-            stack.callback(pool.shutdown, cancel_futures=True)  # after an error no further shard is begun
-            waiting = {pool.submit(_work, number, ids) for number, ids in pending}
-            while waiting:
-                finished, waiting = concurrent.futures.wait(waiting, timeout=0.5)
-                bar.update(counter.value - bar.n)
-                for future in finished:
-                    problems += future.result()
+    with tqdm.tqdm(total=total, initial=total - remaining, unit="frame", desc=str(directory)) as bar:
+        for _, found in processes.completed(write, pending, workers=workers, advance=bar.update):
+            problems += found
     if problems:
         listed = "\n  ".join(problems[:20] + ["..."] * (len(problems) > 20))
         message = f"{source.name}: {len(problems)} frames cannot be used:\n  {listed}\n"
@@ -256,28 +188,6 @@ def _write_shards(
         logger.warning("%sThey are left out.", message)
 
 
-_worker: dict[str, Any] = {}
-"""What all shards of a worker process share; set once when it starts."""
-
-
-def _start_worker(write: Callable[..., list[str]], counter: Any) -> None:
-    _worker.update(write=write, counter=counter)
-
-    def exit_with_parent():  # a killed parent cannot stop its workers, and they would wait for work forever
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def _work(number: int, frame_ids: np.ndarray) -> list[str]:
-    def advance(count: int) -> None:
-        with _worker["counter"].get_lock():
-            _worker["counter"].value += count
-
-    return _worker["write"](number, frame_ids, advance)
-
-
 def _write_shard(
     source: FrameSource,
     directory: pathlib.Path,
@@ -285,7 +195,7 @@ def _write_shard(
     skip_corrupt: bool,
     number: int,
     frame_ids: np.ndarray,
-    advance: Callable[[int], Any],
+    advance: processes.Advance,
 ) -> list[str]:
     """Write one shard, then its part of the index, whose presence marks the shard as finished.
 

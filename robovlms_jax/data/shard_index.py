@@ -11,24 +11,20 @@ processes may build the same index, and a shard that changed is indexed again by
     <text>:row             int32[steps or E], rows of the header's texts; several strings per step are joined, see
                            `shard_columns.SEPARATOR`
 
-Depth images and tensors of varying size are not copied: `record` reads whole records.
+Depth images and tensors of varying size are not copied: they are read with their whole record.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import pathlib
-import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import google_crc32c
@@ -37,6 +33,7 @@ import tqdm
 
 from robovlms_jax.data import atomic, features, records, shard_columns, splits
 from robovlms_jax.data import storage as storages
+from robovlms_jax.data import workers as processes
 
 logger = logging.getLogger(__name__)
 
@@ -238,12 +235,6 @@ def storage_of(
     return storages.RemoteFiles(paths) if directory.is_remote else storages.LocalFiles(paths)
 
 
-def record(storage: storages.Storage, indexes: Sequence[ShardIndex], file: int, number: int) -> bytes:
-    """The payload of one record. Raises OSError."""
-    arrays = indexes[file].arrays
-    return storage.read(file, int(arrays["offset"][number]), int(arrays["length"][number]))
-
-
 def _open(path: pathlib.Path, stamp: Mapping[str, Any]) -> ShardIndex | None:
     """A finished index that belongs to the shard as it is now; None where there is none."""
     try:
@@ -278,46 +269,9 @@ def _scan(
     total = sum(stamp["size"] for _, stamp in pending)
     jobs = [(str(directory), stamp, dict(fields), split.file_format, str(target)) for _, stamp in pending]
     bar = tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=f"indexing {split.dataset} {split.name}")
-    with bar, contextlib.ExitStack() as stack:
-        if workers == 1 or len(jobs) < 2:
-            for (number, stamp), job in zip(pending, jobs, strict=True):
-                _index_shard(*job, bar.update)
-                yield number, stamp
-            return
-        context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may deadlock
-        counter = context.Value("q", 0)
-        pool = concurrent.futures.ProcessPoolExecutor(
-            min(workers, len(jobs)), mp_context=context, initializer=_start_worker, initargs=(counter,)
-        )
-        stack.callback(pool.shutdown, cancel_futures=True)
-        waiting = {pool.submit(_work, *job): pair for job, pair in zip(jobs, pending, strict=True)}
-        while waiting:
-            finished, _ = concurrent.futures.wait(waiting, timeout=0.5, return_when="FIRST_COMPLETED")
-            bar.update(counter.value - bar.n)
-            for future in finished:
-                future.result()
-                yield waiting.pop(future)
-
-
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(counter: Any) -> None:
-    _worker.update(counter=counter)
-
-    def exit_with_parent():  # a killed parent cannot stop its workers, and they would wait for work forever
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def _work(*job: Any) -> None:
-    def advance(count: int) -> None:
-        with _worker["counter"].get_lock():
-            _worker["counter"].value += count
-
-    _index_shard(*job, advance)
+    with bar:
+        for position, _ in processes.completed(_index_shard, jobs, workers=workers, advance=bar.update):
+            yield pending[position]
 
 
 def _index_shard(
@@ -326,7 +280,7 @@ def _index_shard(
     fields: Mapping[str, features.Field],
     file_format: str,
     target: str,
-    advance: Callable[[int], Any],
+    advance: processes.Advance,
 ) -> None:
     """Read one shard from start to end and write its index. Raises OSError."""
     shard = storages.Directory(directory) / stamp["file"]

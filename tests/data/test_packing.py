@@ -19,7 +19,7 @@ import types
 import numpy as np
 import pytest
 
-from robovlms_jax.data import base, calvin, frame_index, packed, packing
+from robovlms_jax.data import base, calvin, frame_index, packed, packing, spool
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SPANS = [(100, 112), (105, 120), (130, 139)]
@@ -259,7 +259,9 @@ def test_verification_compares_with_the_source(write_calvin, tmp_path):
 def test_another_way_of_packing_is_refused(write_calvin, tmp_path):
     root = write_calvin(SPANS)
     pack(root, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"was packed otherwise: codec is 'jpeg' there, 'png' now.*Choose another"):
+    with pytest.raises(
+        ValueError, match=r"packed with other settings \(codec: 'jpeg' there, 'png' here.*Choose another"
+    ):
         pack(root, tmp_path / "out", codec="png")
 
 
@@ -426,18 +428,18 @@ def test_spooled_frames_come_back_packed(tmp_path):
     smooth = np.linspace(0, 200, 16 * 16 * 3).reshape(16, 16, 3)  # JPEG keeps what is smooth
     images = {"static": np.stack([(smooth + shift).astype(np.uint8) for shift in range(7)])}
     arrays = {"rel_actions": rng.normal(size=(7, 7)), "robot_obs": rng.normal(size=(7, 15))}
-    spool = packing.Spool(tmp_path / "raw", {"static": (16, 16)}, {"rel_actions": 7, "robot_obs": 15})
+    frames = spool.Spool(tmp_path / "raw", {"static": (16, 16)}, {"rel_actions": 7, "robot_obs": 15})
     for part in (slice(0, 4), slice(4, 7)):
-        spool.add({"static": images["static"][part]}, {name: x[part] for name, x in arrays.items()})
-    spool.episodes = (
+        frames.add({"static": images["static"][part]}, {name: x[part] for name, x in arrays.items()})
+    frames.episodes = (
         base.Episode(0, 3, "open the drawer", "open_drawer"),
         base.Episode(4, 6, "close it", "close_drawer"),
     )
-    dataset = packing.pack(spool, tmp_path / "packed", frame_ids=np.arange(spool.num_frames), workers=1)
-    assert dataset.episodes == spool.episodes
+    dataset = packing.pack(frames, tmp_path / "packed", frame_ids=np.arange(frames.num_frames), workers=1)
+    assert dataset.episodes == frames.episodes
     for name, x in arrays.items():
         np.testing.assert_allclose(dataset.array(name, range(7)), x, rtol=1e-6)
     decoded = dataset.images(range(7), ("static",))["static"].astype(int)
     assert np.abs(decoded - images["static"]).max() < 8
-    spool.delete()
+    frames.delete()
     assert not (tmp_path / "raw").exists()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import demonstrations, record_playtable
-from robovlms_jax.data import calvin, packing
+from robovlms_jax.data import calvin, spool
 
 
 def fake_chains(tables, renderer):
@@ -121,7 +121,7 @@ def test_directories_that_cannot_be_used_are_refused(tmp_path):
 
 def test_a_killed_packed_recording_goes_on(tmp_path, monkeypatch):
     counts = record_playtable.record(config(tmp_path / "whole", pack=True, image_size=(8, 8)))
-    real, count = packing.Spool.add, iter(range(1, 10**6))
+    real, count = spool.Spool.add, iter(range(1, 10**6))
 
     def add(spool, images, arrays):
         real(spool, images, arrays)
@@ -129,7 +129,7 @@ def test_a_killed_packed_recording_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing.Spool, "add", add)
+        patch.setattr(spool.Spool, "add", add)
         with pytest.raises(KeyboardInterrupt):
             record_playtable.record(config(tmp_path / "parts", pack=True, image_size=(8, 8)))
     assert record_playtable.record(config(tmp_path / "parts", pack=True, image_size=(8, 8))) == counts
