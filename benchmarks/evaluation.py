@@ -20,10 +20,10 @@ import numpy as np
 
 from benchmarks import machine
 from robovlms_jax import cli
+from robovlms_jax.control.interface import ActionChunk, Observation
 from robovlms_jax.envs import process, vector
 from robovlms_jax.envs.calvin import task_chains
 from robovlms_jax.evaluation import chains, rollout
-from robovlms_jax.interface import ActionChunk, Observation
 from robovlms_jax.playtable.env import PlayTables
 
 

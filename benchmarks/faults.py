@@ -28,8 +28,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from benchmarks import machine
-from experiments import calvin_abcd, run
+from experiments import calvin_abcd
 from robovlms_jax import cli
+from robovlms_jax.runs import run
 from robovlms_jax.training import checkpoints, seals
 
 logger = logging.getLogger(__name__)

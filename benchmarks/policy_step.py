@@ -20,12 +20,13 @@ import numpy as np
 import tyro
 
 from benchmarks import machine, workload
-from robovlms_jax import build
-from robovlms_jax.config import ExperimentConfig, MeshConfig
-from robovlms_jax.interface import Observation
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.parallel.config import MeshConfig
 from robovlms_jax.policies import objective, rollout
 from robovlms_jax.policies.vla import VLA
+from robovlms_jax.runs import build
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.types import Inputs
 
 WARM_UP = 10

@@ -26,8 +26,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from benchmarks import machine, workload
-from robovlms_jax.config import MeshConfig
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.parallel.config import MeshConfig
+from robovlms_jax.runs import steps
 from robovlms_jax.training import checkpoints, memory, optimizer, state
 from robovlms_jax.weights import convert, sources
 from robovlms_jax.weights.rules import Rule
@@ -105,7 +106,7 @@ def measure_step(args: Args) -> dict[str, Any]:
     begin = time.perf_counter()
     compiled = train_step.lower(train_state, batch).compile()
     compile_seconds, seconds = time.perf_counter() - begin, []
-    estimate = memory.of_experiment(config, model, train_state, batch)
+    estimate = steps.memory_of(config, model, train_state, batch)
     for _ in range(args.steps + 1):
         begin = time.perf_counter()
         train_state, metrics = jax.block_until_ready(compiled(train_state, batch))

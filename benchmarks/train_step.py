@@ -19,10 +19,12 @@ import jax
 from jax.sharding import Mesh
 
 from benchmarks import machine, workload
-from robovlms_jax import build, cli
-from robovlms_jax.config import ExperimentConfig, MeshConfig
+from robovlms_jax import cli
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.parallel.config import MeshConfig
 from robovlms_jax.policies.vla import VLA
+from robovlms_jax.runs import build
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import optimizer, state, step
 from robovlms_jax.types import Batch
 

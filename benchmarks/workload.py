@@ -14,26 +14,24 @@ from typing import Literal
 import jax
 import numpy as np
 
-from robovlms_jax import build, interface
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.backbones import kosmos2
-from robovlms_jax.config import (
-    BackboneConfig,
-    DataConfig,
-    ExperimentConfig,
-    MeshConfig,
-    OptimizerConfig,
-    PolicyConfig,
-    TrainConfig,
-)
+from robovlms_jax.backbones.config import BackboneConfig
+from robovlms_jax.control import interface
+from robovlms_jax.data.config import DataConfig
 from robovlms_jax.nn import stack
 from robovlms_jax.nn.decoder import DecoderConfig
 from robovlms_jax.nn.vit import ViTConfig
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.parallel.config import MeshConfig
+from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
 from robovlms_jax.policies.heads.mlp import MLPHeadConfig
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.training import optimizer, state, step
+from robovlms_jax.runs import build, steps
+from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.training import optimizer, state
+from robovlms_jax.training.config import OptimizerConfig, TrainConfig
 from robovlms_jax.training.state import TrainState
 from robovlms_jax.types import Batch, Inputs
 
@@ -129,7 +127,7 @@ def training_step(config: ExperimentConfig) -> tuple[jax.stages.Wrapped, VLA, Tr
     tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
     train_state = state.create(build.init_params(model, mesh, seed=0), config.train.trainable, tx, 0, mesh)
     batch = meshes.put_batch(make_batch(config, config.segments_per_batch), mesh)
-    return step.of_experiment(config, model, train_state, mesh), model, train_state, batch
+    return steps.make_step(config, model, train_state, mesh), model, train_state, batch
 
 
 def train_flops(model: VLA, *, frames: int, windows: int, loops_once: bool = False) -> int:

@@ -10,9 +10,14 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from experiments import calvin_abcd, run
+from experiments import calvin_abcd
 from robovlms_jax import cli, upstream
-from robovlms_jax.config import AugmentConfig, DataConfig, EvaluationConfig, ExperimentConfig, TrainConfig
+from robovlms_jax.data.config import DataConfig
+from robovlms_jax.evaluation.config import EvaluationConfig
+from robovlms_jax.inputs.config import AugmentConfig
+from robovlms_jax.runs import run
+from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.training.config import TrainConfig
 
 SAMPLE = pathlib.Path(__file__).resolve().parents[1] / "data" / "bridge_sample"
 

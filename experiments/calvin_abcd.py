@@ -11,22 +11,17 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from experiments import run
 from robovlms_jax import cli, upstream
-from robovlms_jax.config import (
-    BackboneConfig,
-    DataConfig,
-    DemonstrationConfig,
-    EvaluationConfig,
-    ExperimentConfig,
-    OptimizerConfig,
-    PolicyConfig,
-    ProprioConfig,
-    RolloutConfig,
-    TrainConfig,
-)
-from robovlms_jax.evaluation.execution import Execution
+from robovlms_jax.backbones.config import BackboneConfig
+from robovlms_jax.control.execution import Execution
+from robovlms_jax.data.config import DataConfig
+from robovlms_jax.evaluation.config import EvaluationConfig, RolloutConfig
+from robovlms_jax.playtable.config import DemonstrationConfig
+from robovlms_jax.policies.config import PolicyConfig, ProprioConfig
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
+from robovlms_jax.runs import run
+from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.training.config import OptimizerConfig, TrainConfig
 
 SAMPLE = pathlib.Path(__file__).resolve().parents[1] / "data" / "calvin_sample"
 

@@ -23,15 +23,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
-from experiments import calvin_abcd, closed_loop, evaluate, run
+from experiments import calvin_abcd, evaluate
 from robovlms_jax import cli, json_files
-from robovlms_jax.config import DemonstrationConfig, EvaluationConfig, ExperimentConfig, RolloutConfig
+from robovlms_jax.control.execution import Execution
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.evaluation import chains, rollout_metrics
-from robovlms_jax.evaluation.execution import Execution
+from robovlms_jax.evaluation.config import EvaluationConfig, RolloutConfig
 from robovlms_jax.evaluation.report import tables
 from robovlms_jax.parallel import host_memory
+from robovlms_jax.playtable.config import DemonstrationConfig
 from robovlms_jax.policies.heads import base as heads
+from robovlms_jax.runs import closed_loop, run
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import checkpoints, loop
 
 if TYPE_CHECKING:

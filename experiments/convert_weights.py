@@ -23,16 +23,19 @@ import numpy as np
 import tyro
 from flax.traverse_util import flatten_dict
 
-from robovlms_jax import build, load, upstream
 from robovlms_jax import cli as command_line
+from robovlms_jax import upstream
 from robovlms_jax.backbones import base as backbones
-from robovlms_jax.config import AuxiliaryConfig, ExperimentConfig, PolicyConfig, to_dict
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.data import statistics
 from robovlms_jax.inputs import tokenizers
-from robovlms_jax.interface import Observation
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies.config import AuxiliaryConfig, PolicyConfig
 from robovlms_jax.policies.rollout import BatchedVLAPolicy
 from robovlms_jax.policies.vla import VLA
+from robovlms_jax.runs import build, load
+from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.schema import to_dict
 from robovlms_jax.training import checkpoints
 from robovlms_jax.weights import convert, rules, sources
 

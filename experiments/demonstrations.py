@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robovlms_jax.config import DemonstrationConfig
 from robovlms_jax.envs.calvin import task_chains, tasks
 from robovlms_jax.parallel import cpu_options
 from robovlms_jax.playtable import env, experts, physics, render
+from robovlms_jax.playtable.config import DemonstrationConfig
 from robovlms_jax.playtable.scene import Scene, initial_obs, stack_scenes
 
 HOLD_STEPS = 2

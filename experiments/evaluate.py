@@ -21,12 +21,12 @@ from typing import Any, Literal
 import numpy as np
 
 from robovlms_jax import cli
+from robovlms_jax.control.execution import Execution
 from robovlms_jax.envs import simpler, vector
 from robovlms_jax.envs.calvin import adapter as calvin
 from robovlms_jax.envs.calvin import task_chains
 from robovlms_jax.envs.calvin import tasks as calvin_tasks
 from robovlms_jax.evaluation import chains, filing
-from robovlms_jax.evaluation.execution import Execution
 from robovlms_jax.evaluation.report import films as film_files
 from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Recording, Rules, Trial

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments import bridge, run
+from experiments import bridge
 from robovlms_jax import cli, upstream
+from robovlms_jax.runs import run
 
 # As on Bridge but for the warm-up, by upstream's released configuration.
 KOSMOS = dataclasses.replace(

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments import bridge, run
+from experiments import bridge
 from robovlms_jax import cli, upstream
-from robovlms_jax.config import DataConfig
+from robovlms_jax.data.config import DataConfig
+from robovlms_jax.runs import run
 
 KOSMOS = dataclasses.replace(
     bridge.KOSMOS,

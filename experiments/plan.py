@@ -21,14 +21,18 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from experiments import bridge, calvin_abcd, google_robot, oxe_pretrain
-from robovlms_jax import build, cli, interface, upstream
+from robovlms_jax import cli, upstream
 from robovlms_jax.backbones import base as backbones
-from robovlms_jax.config import ExperimentConfig, MeshConfig, PolicyConfig
+from robovlms_jax.control import interface
 from robovlms_jax.inputs import proprio
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.parallel.config import MeshConfig
+from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.training import memory, optimizer, state, step
+from robovlms_jax.runs import build, steps
+from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.training import memory, optimizer, state
 from robovlms_jax.types import Batch, Inputs
 
 TEXT_LENGTH = 32
@@ -69,9 +73,9 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     shapes, shardings = build.abstract_params(model, mesh)
     tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
     abstract = state.abstract(shapes, shardings, config.train.trainable, tx, mesh)
-    estimate = memory.of_experiment(config, model, abstract, batch)
+    estimate = steps.memory_of(config, model, abstract, batch)
     if config.memory_gib:
-        memory.require_room(config, model, abstract, batch, int(config.memory_gib * 2**30), estimate)
+        steps.require_room(config, model, abstract, batch, int(config.memory_gib * 2**30), estimate)
     result = {
         "backbone": config.backbone.name,
         "mesh": dict(zip(meshes.AXES, sizes, strict=True)),
@@ -141,7 +145,7 @@ def compile_step(
     split = meshes.batched(mesh)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
     begin = time.perf_counter()
-    compiled = step.of_experiment(config, model, train_state, mesh).lower(train_state, batch).compile()
+    compiled = steps.make_step(config, model, train_state, mesh).lower(train_state, batch).compile()
     return memory.of_program(compiled) | {"seconds_to_compile": round(time.perf_counter() - begin, 1)}
 
 

@@ -24,9 +24,9 @@ import tqdm
 
 from experiments import demonstrations
 from robovlms_jax import cli, json_files, json_lines
-from robovlms_jax.config import DemonstrationConfig
 from robovlms_jax.data import base, calvin, packing, spool
 from robovlms_jax.envs.calvin import tasks
+from robovlms_jax.playtable.config import DemonstrationConfig
 from robovlms_jax.playtable.scene import RANDOM, check_name
 from robovlms_jax.training.directory import LOCK, OWNER, claim
 

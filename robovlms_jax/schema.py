@@ -58,6 +58,73 @@ def checked(path: str) -> Callable[[type], type]:
     return wrap
 
 
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with `message` unless `condition`."""
+    if not condition:
+        raise ValueError(message)
+
+
+class Tagged:
+    """Base of configurations that stand in a field of their base class and are kept with their registered name.
+
+    A subclass says how names and classes belong together.
+    """
+
+    @classmethod
+    def kinds(cls) -> list[str]:
+        """All registered names."""
+        raise NotImplementedError
+
+    @classmethod
+    def kind_of(cls, config_type: type) -> str:
+        """Registered name of a class."""
+        raise NotImplementedError
+
+    @classmethod
+    def config_of(cls, kind: str) -> type:
+        """Class of a registered name. Raises ValueError listing the known ones."""
+        raise NotImplementedError
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values. Tagged ones carry their registered name under `kind`."""
+    out = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        out[field.name] = list(value) if isinstance(value, tuple) else value
+    if isinstance(config, Tagged):
+        out["kind"] = config.kind_of(type(config))
+    return out
+
+
+def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any:
+    """Inverse of `to_dict`. Raises ValueError naming an unknown field and the nearest known one, or a field whose value
+    is of another type than the field's."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path}={values!r} is a {type(values).__name__}; expected the fields of {cls.__name__}.")
+    values = dict(values)
+    if issubclass(cls, Tagged):
+        if "kind" not in values:
+            raise ValueError(f"{path} has no field 'kind', a registered name; it has {sorted(values)}.")
+        kind = values.pop("kind")
+        if not isinstance(kind, str):
+            raise ValueError(f"{path}.kind={kind!r} is a {type(kind).__name__}; expected one of {cls.kinds()}.")
+        cls = cls.config_of(kind)
+    known = hints(cls)
+    kwargs = {}
+    for name, value in values.items():
+        hint = known.get(name)
+        if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and dataclasses.is_dataclass(hint):
+            value = from_dict(hint, value, f"{path}.{name}")
+        elif isinstance(value, list):
+            value = tuple(value)
+        kwargs[name] = value
+    check(cls, kwargs, path)
+    return cls(**kwargs)
+
+
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value may stand where `hint` is asked for: whole numbers do for float, lists for tuples, paths for
     text; a truth value is no number, and text is neither."""

@@ -7,7 +7,9 @@ import dataclasses
 import pytest
 
 from robovlms_jax import cli
-from robovlms_jax.config import ExperimentConfig, PolicyConfig, ProprioConfig, from_dict, to_dict
+from robovlms_jax.policies.config import PolicyConfig, ProprioConfig
+from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.schema import from_dict, to_dict
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,9 @@ import optax
 from flax.linen import unbox
 
 from robovlms_jax.backbones import base as backbones
-from robovlms_jax.config import PolicyConfig
-from robovlms_jax.interface import Observation
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.policies import objective, rollout, vla
+from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads import attention, discrete, flow, gpt, lstm, mlp
 from robovlms_jax.types import Batch, Inputs
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from robovlms_jax import interface
+from robovlms_jax.control import interface
 from robovlms_jax.data import base, statistics
 
 logger = logging.getLogger(__name__)

@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Literal, Protocol
+from typing import Literal
 
 from robovlms_jax.data import base, calvin, lerobot, mixing, rlds, statistics
+from robovlms_jax.data.config import DataConfig
 from robovlms_jax.data.registry import mixtures
 
 Split = Literal["training", "validation"]
 
 
-class Settings(Protocol):
-    """The fields of `config.DataConfig` that decide what is opened; they are explained there."""
-
-    dataset: str
-    root: str
-    annotation_folder: str
-    episode_list: str
-    exclude_tasks: tuple[str, ...]
-    index_dir: str
-    index_workers: int
-    max_corrupt_share: float
-    image_size: int
-    reference: str
-    statistics: str
-    unlabelled_share: float
-    unlabelled_instruction: str
-    success_only: bool
-    conventions: str
-    max_left_out_share: float
-
-
-def open_split(settings: Settings, split: Split) -> base.Dataset:
+def open_split(settings: DataConfig, split: Split) -> base.Dataset:
     """Training or validation episodes. Raises ValueError that names the setting, what was found and the way out."""
     if not settings.root:
         raise ValueError(
@@ -63,7 +43,7 @@ def open_split(settings: Settings, split: Split) -> base.Dataset:
     return dataset
 
 
-def _open_rlds(settings: Settings, split: Split) -> base.Dataset:
+def _open_rlds(settings: DataConfig, split: Split) -> base.Dataset:
     mixture = mixtures.resolve(settings.dataset)
     options = rlds.Options(
         index_dir=settings.index_dir,
@@ -102,5 +82,5 @@ def _open_rlds(settings: Settings, split: Split) -> base.Dataset:
     return mixing.MixtureDataset(mixture.name, parts, settings.reference or names[0])
 
 
-def _size(settings: Settings) -> tuple[int, int] | None:
+def _size(settings: DataConfig) -> tuple[int, int] | None:
     return (settings.image_size, settings.image_size) if settings.image_size else None

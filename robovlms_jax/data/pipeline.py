@@ -24,7 +24,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from robovlms_jax import interface, types
+from robovlms_jax import types
+from robovlms_jax.control import interface
 from robovlms_jax.data import base, language, segments
 from robovlms_jax.inputs import proprio as states
 

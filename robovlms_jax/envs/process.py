@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.envs import vector
 from robovlms_jax.envs.vector import EnvError
-from robovlms_jax.interface import Observation
 
 _PACKAGE_PARENT = pathlib.Path(__file__).parents[2]
 _CALLERS_MISTAKES = (ImportError, FileNotFoundError, ValueError, TypeError)  # while building; ValueError later on

@@ -19,8 +19,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from robovlms_jax.actions import rotations
+from robovlms_jax.control.interface import ACTION_DIM, Observation
 from robovlms_jax.envs import process
-from robovlms_jax.interface import ACTION_DIM, Observation
 
 ARM_DIM = ACTION_DIM - 1
 _GRID = [(x, y) for x in np.linspace(-0.35, -0.12, 5) for y in np.linspace(-0.02, 0.42, 5)]

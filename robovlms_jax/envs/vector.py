@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from robovlms_jax.interface import Env, Observation
+from robovlms_jax.control.interface import Env, Observation
 
 Info = Mapping[str, Any]
 

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from robovlms_jax import json_files, json_lines
+from robovlms_jax.control.execution import BatchedPolicy, ExecutedBatch, Execution
 from robovlms_jax.envs import simpler
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
 from robovlms_jax.envs.vector import VectorEnv
 from robovlms_jax.evaluation import rollout
-from robovlms_jax.evaluation.execution import BatchedPolicy, ExecutedBatch, Execution
 from robovlms_jax.evaluation.rollout import Recording, Rules, Trial, TrialResult
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from robovlms_jax import interface
+from robovlms_jax.control import interface
 
 
 class Sums(NamedTuple):

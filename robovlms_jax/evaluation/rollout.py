@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from robovlms_jax.control.execution import BatchedPolicy
+from robovlms_jax.control.interface import ACTION_DIM, Observation
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.envs.vector import EnvError, Info, VectorEnv
-from robovlms_jax.evaluation.execution import BatchedPolicy
-from robovlms_jax.interface import ACTION_DIM, Observation
 
 log = logging.getLogger(__name__)
 

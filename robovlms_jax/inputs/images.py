@@ -10,7 +10,7 @@ import functools
 import json
 import logging
 import pathlib
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from robovlms_jax import json_files
+from robovlms_jax.inputs.config import AugmentConfig
 
 logger = logging.getLogger(__name__)
 
@@ -139,17 +140,7 @@ def random_shift(key: jax.Array, images: jax.Array, max_shift: int) -> jax.Array
     return jax.vmap(lambda frames, row, column: frames[:, row[:, None], column])(images, rows, columns)
 
 
-class Augmentation(Protocol):
-    """How much training images are changed; `config.AugmentConfig` explains each. Zero turns one off."""
-
-    crop_area: float
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-
-
-def augment(key: jax.Array, images: jax.Array, amount: Augmentation) -> jax.Array:
+def augment(key: jax.Array, images: jax.Array, amount: AugmentConfig) -> jax.Array:
     """Crop and colour changes, drawn once per segment: what differs between its frames still only moved in the world.
 
     In this order, as upstream's RLDS loader has it: random resized crop (square, bilinear), brightness, contrast (about

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robovlms_jax import interface
+from robovlms_jax.control import interface
 from robovlms_jax.envs.calvin import initial_states, tasks
 from robovlms_jax.parallel import cpu_options
 from robovlms_jax.playtable import physics, render

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robovlms_jax import interface
+from robovlms_jax.control import interface
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.playtable import kinematics, physics
 from robovlms_jax.playtable.scene import BOX_BODY, BOX_JOINT, BOX_MATERIAL, Boxes, Scene

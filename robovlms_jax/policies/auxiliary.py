@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from robovlms_jax.config import AuxiliaryConfig, ForwardConfig
 from robovlms_jax.nn.attention import Attention
 from robovlms_jax.nn.mlp import MLP
 from robovlms_jax.nn.norms import LayerNorm
 from robovlms_jax.policies import readout
+from robovlms_jax.policies.config import AuxiliaryConfig, ForwardConfig
 from robovlms_jax.types import Tokens
 
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robovlms_jax import interface
-from robovlms_jax.config import ActionHistoryConfig, PolicyConfig, ProprioConfig
+from robovlms_jax.control import interface
 from robovlms_jax.inputs import proprio
+from robovlms_jax.policies.config import ActionHistoryConfig, PolicyConfig, ProprioConfig
 
 
 class ProprioToken(nn.Module):

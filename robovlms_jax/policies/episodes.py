@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from robovlms_jax import interface
+from robovlms_jax.control import interface
 
 
 @dataclasses.dataclass

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robovlms_jax.config import AuxiliaryConfig, PolicyConfig
 from robovlms_jax.inputs import images
+from robovlms_jax.inputs.config import AugmentConfig
 from robovlms_jax.policies import auxiliary
+from robovlms_jax.policies.config import AuxiliaryConfig, PolicyConfig
 from robovlms_jax.policies.histories import base, registry
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.types import Batch, Inputs
 
 Metrics = dict[str, jax.Array]
-Augmentation = images.Augmentation
 
 
 def prepare(
@@ -27,7 +27,7 @@ def prepare(
     *,
     key: jax.Array | None = None,
     shifts: Mapping[str, int] | None = None,
-    augment: images.Augmentation | None = None,
+    augment: AugmentConfig | None = None,
 ) -> Inputs:
     """uint8 frames of any size -> normalised float32[B, G, size, size, 3], on the device.
 
@@ -73,7 +73,7 @@ def loss(
     *,
     count: jax.Array | None = None,
     shifts: Mapping[str, int] | None = None,
-    augment: images.Augmentation | None = None,
+    augment: AugmentConfig | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Training loss and metrics of a batch.
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from robovlms_jax.config import PolicyConfig
+from robovlms_jax.control.interface import ACTION_DIM, Observation
 from robovlms_jax.inputs import images as pictures
 from robovlms_jax.inputs import proprio as states
-from robovlms_jax.interface import ACTION_DIM, Observation
+from robovlms_jax.policies.config import PolicyConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from robovlms_jax.interface import ACTION_DIM, ActionChunk, Observation
+from robovlms_jax.control.interface import ACTION_DIM, ActionChunk, Observation
 from robovlms_jax.policies import encoders, episodes, objective, observed
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.types import Inputs

@@ -11,11 +11,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from robovlms_jax import interface
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.backbones import sequence
-from robovlms_jax.config import PolicyConfig
+from robovlms_jax.control import interface
 from robovlms_jax.policies import auxiliary, decoding, encoders, readout
+from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.policies.histories import registry
 from robovlms_jax.policies.histories.base import History, frames, merge, where

@@ -14,7 +14,6 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from robovlms_jax.config import ExperimentConfig, from_dict
 from robovlms_jax.training import seals
 
 _JSON = "metadata"  # the file that Orbax writes JSON items to
@@ -22,7 +21,7 @@ _WHOLE = "Copy the whole step directory again, or name another step."
 
 
 def read_serving(directory: pathlib.Path) -> dict[str, Any]:
-    """The `serving` item of a step directory: "config", as `config.to_dict` makes it, and "assets", name -> text.
+    """The `serving` item of a step directory: "config", as `schema.to_dict` makes it, and "assets", name -> text.
 
     Raises FileNotFoundError, ValueError: there is none, it is damaged, or it lacks one of the two; names the file.
     """
@@ -37,40 +36,6 @@ def read_serving(directory: pathlib.Path) -> dict[str, Any]:
     if wrong:
         raise ValueError(f"{path}: assets {wrong} are no text. {_WHOLE}")
     return values
-
-
-NEEDED = {
-    "backbone": ("name", "dtype", "lora_rank", "lora_alpha"),
-    "policy": (
-        *("history", "readout", "head", "num_queries", "window", "chunk"),
-        *("cameras", "action_low", "action_high"),
-    ),
-    "data": ("text_length",),
-}
-"""Fields that checkpoints of every version have, and that must not be guessed: with a default in their place, a robot
-would be sent other actions. What came later has defaults that leave it off."""
-
-
-def read_checkpoint(directory: pathlib.Path) -> tuple[ExperimentConfig, dict[str, str]]:
-    """The resolved configuration of a step directory, and its backbone's small files by name.
-
-    Raises FileNotFoundError, ValueError: something is missing, damaged or of another type; names file and field.
-    """
-    serving, path = read_serving(directory), directory / "serving"
-    saved = serving["config"]
-    for part, fields in NEEDED.items():
-        found = saved.get(part)
-        missing = [name for name in fields if isinstance(found, Mapping) and name not in found]
-        if found is None or missing:
-            names = ", ".join(f"{part}.{name}" for name in missing) or part
-            raise ValueError(
-                f"{path}: its configuration has no {names}. No default may stand in for what a policy was trained "
-                "with: copy the checkpoint again, or write down the value that it was trained with."
-            )
-    try:
-        return from_dict(ExperimentConfig, saved), serving["assets"]
-    except ValueError as error:
-        raise ValueError(f"{path}: {error} It was edited, or written by a newer version.") from None
 
 
 def read_position(directory: pathlib.Path) -> dict[str, Any]:

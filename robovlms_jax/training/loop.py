@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import logging
@@ -17,9 +18,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from robovlms_jax.config import ExperimentConfig, RolloutConfig, TrainConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.training.checkpoints import Checkpointer
+from robovlms_jax.training.config import TrainConfig
 from robovlms_jax.training.goodput import Goodput
 from robovlms_jax.training.metrics import MetricWriter
 from robovlms_jax.training.state import TrainState
@@ -51,12 +52,26 @@ NONFINITE = "nonfinite.jsonl"
 the episodes it had read; all but the first put their number before the ending."""
 
 
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """What the loop asks a configuration.
+
+    max_corrupt_share: of the segments, that may be replaced before training stops.
+    rollouts_every: steps between rollouts, 0: none but at the end. select_best: the best of them is kept in best/.
+    """
+
+    train: TrainConfig
+    max_corrupt_share: float
+    rollouts_every: int = 0
+    select_best: bool = False
+
+
 def fit(
     state: TrainState,
     batches: Iterator[Batch],
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, jax.Array]]],
     *,
-    config: ExperimentConfig,
+    config: LoopConfig,
     mesh: Mesh,
     checkpointer: Checkpointer,
     data_state: Callable[[int], Mapping[str, Any]],
@@ -75,8 +90,8 @@ def fit(
       evaluate: numbers on the validation split, called every train.eval_every steps.
       describe: episode index -> words that name it.
       loader_rate: windows/s the loader can deliver, measured before, for the report of who waits for whom.
-      roll_out: numbers of the policy in closed loop, called every config.rollouts.every steps; with
-        config.rollouts.select = "best" also at the end, and its "score" decides which checkpoint is kept in best/.
+      roll_out: numbers of the policy in closed loop, called every config.rollouts_every steps; with
+        config.select_best also at the end, and its "score" decides which checkpoint is kept in best/.
       goodput: gets to know where the time went; None: only the log and the writer do.
     Returns:
       The final state and whether all steps were made (False: stopped by SIGTERM, saved).
@@ -84,7 +99,7 @@ def fit(
       CorruptDataError, DivergedError, LoaderError, checkpoints.UnwrittenError (by the next save).
     """
     train, start = config.train, int(state.step)
-    corrupt = _CorruptCount(config.data.max_corrupt_share, describe)
+    corrupt = _CorruptCount(config.max_corrupt_share, describe)
     nonfinite = _Nonfinite(config.train, int(state.skipped), describe)
     goodput = Goodput() if goodput is None else goodput
     speed = _Speed(start, train.steps, train.batch_size, goodput)
@@ -135,10 +150,10 @@ def fit(
             with goodput.spent_on("evaluation"):
                 if train.eval_every and step % train.eval_every == 0 and not last:
                     writer.write(step, {f"validation/{name}": value for name, value in evaluate(state).items()})
-                if roll_out is not None and _rolls_out(config.rollouts, step, last):
+                if roll_out is not None and _rolls_out(config, step, last):
                     values = roll_out(state)
                     writer.write(step, {f"rollouts/{name}": value for name, value in values.items()})
-                    if config.rollouts.select == "best":
+                    if config.select_best:
                         kept = checkpointer.offer_best(state, data_state(step), values["score"])
                         logger.info("rollouts score %.3f%s", values["score"], ", the best so far" if kept else "")
         with goodput.spent_on("checkpoint"):
@@ -169,10 +184,10 @@ class _Made(NamedTuple):
     metrics: Mapping[str, Any]
 
 
-def _rolls_out(rollouts: RolloutConfig, step: int, last: bool) -> bool:
+def _rolls_out(config: LoopConfig, step: int, last: bool) -> bool:
     if last:  # the report rolls the chosen policy out anyway; to choose it, the last one must have a score too
-        return rollouts.select == "best"
-    return rollouts.every > 0 and step % rollouts.every == 0
+        return config.select_best
+    return config.rollouts_every > 0 and step % config.rollouts_every == 0
 
 
 def _means(history: list[Mapping[str, np.ndarray]]) -> dict[str, float]:

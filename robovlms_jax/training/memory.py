@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,14 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from robovlms_jax.config import ExperimentConfig
-from robovlms_jax.policies import objective
+from robovlms_jax.inputs.config import AugmentConfig
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.training import step
 from robovlms_jax.training.state import TrainState
 from robovlms_jax.types import Batch
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +71,7 @@ def estimate(
     batch_ways: int,
     accumulation: int = 1,
     shifts: Mapping[str, int] | None = None,
-    augment: objective.Augmentation | None = None,
+    augment: AugmentConfig | None = None,
 ) -> Estimate:
     """Memory of `training.step.make_train_step` with the same arguments. Traces, compiles nothing.
 
@@ -102,72 +98,6 @@ def estimate(
         activations=_activations(traced, state),
         batch=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(rows(batch_ways))),
     )
-
-
-def of_experiment(config: ExperimentConfig, model: VLA, state: TrainState, batch: Batch) -> Estimate:
-    """`estimate` of a configuration's step (`training.step.of_experiment`) on the mesh that `state` lies on."""
-    ways = state.step.sharding.mesh.shape
-    return estimate(
-        model,
-        state,
-        batch,
-        batch_ways=ways["data"] * ways["fsdp"],
-        accumulation=config.train.accumulation,
-        shifts={"static": config.data.static_shift, "wrist": config.data.wrist_shift},
-        augment=config.data.augment,
-    )
-
-
-SLACK = 1.25
-"""What an estimate may exceed the memory by before a run is refused: it has been up to 1.11 times XLA's own plan."""
-
-
-def require_room(
-    config: ExperimentConfig, model: VLA, state: TrainState, batch: Batch, limit: int, found: Estimate | None = None
-) -> Estimate:
-    """The estimate of a step, where devices of `limit` bytes have room for it; a warning where that is uncertain.
-
-    Args:
-      found: `of_experiment` of the same arguments, where known already.
-    Raises:
-      ValueError: no room; names the nearest train.accumulation and backbone.remat with which there is, if any.
-    """
-    found = of_experiment(config, model, state, batch) if found is None else found
-    tensor = state.step.sharding.mesh.shape["tensor"]
-    surely = found.total - found.activations + found.activations / tensor  # estimates take no notice of mesh.tensor
-    if found.total <= limit:
-        return found
-    text = f"this takes about {readable(found.total)} on a device that has {readable(limit)} ({found})"
-    if surely <= SLACK * limit:
-        logger.warning("%s; it may run out of memory.", text)
-        return found
-    ways = []  # the first that fits with each choice of remat
-    for words, estimate in _smaller(config, model, state, batch):
-        if estimate.total <= limit and not any(("remat" in words) == ("remat" in other) for other, _ in ways):
-            ways.append((words, estimate))
-    if ways:
-        listed = " or ".join(f"{words} ({readable(estimate.total)})" for words, estimate in ways)
-        raise ValueError(f"{text}. With {listed} there is room.")
-    raise ValueError(
-        f"{text}. Neither train.accumulation nor backbone.remat makes enough room; set a larger mesh.fsdp, a smaller "
-        "train.batch_size, or train fewer parameters (train.trainable, backbone.lora_rank)."
-    )
-
-
-def _smaller(config: ExperimentConfig, model: VLA, state: TrainState, batch: Batch) -> Iterator[tuple[str, Estimate]]:
-    """The same update in less memory: ("--flag value ...", estimate), least change first; traced one by one."""
-    ways = state.step.sharding.mesh.shape
-    rows = config.segments_per_batch // (ways["data"] * ways["fsdp"])
-    remat = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, remat=True))
-    models = [("", model)] if model.vlm.remat else [("", model), (" --backbone.remat", remat)]
-    for words, changed in models:
-        for parts in range(config.train.accumulation, rows + 1):
-            if rows % parts or (parts == config.train.accumulation and not words):
-                continue
-            train = dataclasses.replace(config.train, accumulation=parts)
-            flag = f"--train.accumulation {parts}" if parts > config.train.accumulation else ""
-            estimate = of_experiment(dataclasses.replace(config, train=train), changed, state, batch)
-            yield (flag + words).strip(), estimate
 
 
 def of_program(compiled: jax.stages.Compiled) -> dict[str, int]:

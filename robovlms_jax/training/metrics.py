@@ -9,12 +9,11 @@ import pathlib
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
 from robovlms_jax import json_lines
-from robovlms_jax.config import ExperimentConfig, to_dict
 
 logger = logging.getLogger(__name__)
 
@@ -137,12 +136,13 @@ class Writers:
             writer.close()
 
 
-def open_writers(config: ExperimentConfig, output: pathlib.Path, start: int) -> Writers:
-    """All that a run is logged to, from step `start` on; in processes but the first, nothing."""
+def open_writers(wandb_project: str, config: Mapping[str, Any], output: pathlib.Path, start: int) -> Writers:
+    """All that a run is logged to, from step `start` on; in processes but the first, nothing.
+
+    config: the run's, as plain JSON values."""
     if jax.process_index() != 0:
         return Writers([])
     writers: list[MetricWriter] = [JsonLines(output / "metrics.jsonl", start), TensorBoard(output / "tensorboard")]
-    project = config.train.wandb_project
-    if project:
-        writers.append(WandB(project, to_dict(config), output, fresh=start == 0))
+    if wandb_project:
+        writers.append(WandB(wandb_project, config, output, fresh=start == 0))
     return Writers(writers)

@@ -7,11 +7,10 @@ import json
 import pathlib
 import platform
 import subprocess
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-
-from robovlms_jax.config import ExperimentConfig, to_dict
 
 PACKAGES = (
     "jax",
@@ -28,12 +27,14 @@ PACKAGES = (
 )
 
 
-def write_record(output: pathlib.Path, name: str, config: ExperimentConfig) -> None:
-    """config.json and environment.json of a run that was started as preset `name`; by the first process."""
+def write_record(output: pathlib.Path, name: str, config: Mapping[str, Any]) -> None:
+    """config.json and environment.json of a run that was started as preset `name`; by the first process.
+
+    config: the run's, as plain JSON values."""
     if jax.process_index() != 0:
         return
     output.mkdir(parents=True, exist_ok=True)
-    (output / "config.json").write_text(json.dumps({"preset": name, **to_dict(config)}, indent=2) + "\n")
+    (output / "config.json").write_text(json.dumps({"preset": name, **config}, indent=2) + "\n")
     (output / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
 
 

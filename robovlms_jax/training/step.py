@@ -13,12 +13,11 @@ import optax
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, PartitionSpec
 
-from robovlms_jax.config import ExperimentConfig
+from robovlms_jax.inputs.config import AugmentConfig
 from robovlms_jax.parallel import cpu_options
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import objective
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.training import optimizer as optimizers
 from robovlms_jax.training.state import TrainState
 from robovlms_jax.types import Batch
 
@@ -34,7 +33,7 @@ def gradients(
     *,
     count: jax.Array | None = None,
     shifts: Mapping[str, int] | None = None,
-    augment: objective.Augmentation | None = None,
+    augment: AugmentConfig | None = None,
 ) -> tuple[dict[str, jax.Array], Metrics]:
     """Gradient of the training loss by `trainable` (both flat, as in `TrainState`), and metrics; arguments as
     `objective.loss` takes them."""
@@ -105,7 +104,7 @@ def make_train_step(
     *,
     accumulation: int = 1,
     shifts: Mapping[str, int] | None = None,
-    augment: objective.Augmentation | None = None,
+    augment: AugmentConfig | None = None,
     skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compile-once update: (state, batch) -> (state, metrics). The state's buffers are donated.
@@ -164,23 +163,6 @@ def make_train_step(
         out_shardings=(shardings, meshes.replicated(mesh)),
         donate_argnums=0,
         compiler_options=cpu_options.known(cpu_options.PRODUCTS_ALONE),
-    )
-
-
-def of_experiment(
-    config: ExperimentConfig, model: VLA, state: TrainState, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`make_train_step` as a configuration says; `state` may be `training.state.abstract`."""
-    return make_train_step(
-        model,
-        optimizers.make_optimizer(config.optimizer, config.train.steps),
-        optimizers.learning_rate(config.optimizer, config.train.steps),
-        state,
-        mesh,
-        accumulation=config.train.accumulation,
-        shifts={"static": config.data.static_shift, "wrist": config.data.wrist_shift},
-        augment=config.data.augment,
-        skip_nonfinite=config.train.on_nonfinite == "skip",
     )
 
 

@@ -16,24 +16,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from robovlms_jax import json_files
-from robovlms_jax.config import (
-    AugmentConfig,
-    AuxiliaryConfig,
-    BackboneConfig,
-    ClipConfig,
-    DataConfig,
-    EvaluationConfig,
-    ExperimentConfig,
-    MeshConfig,
-    OptimizerConfig,
-    PolicyConfig,
-    TrainConfig,
-)
+from robovlms_jax.backbones.config import BackboneConfig
+from robovlms_jax.data.config import DataConfig
+from robovlms_jax.evaluation.config import EvaluationConfig
+from robovlms_jax.inputs.config import AugmentConfig
+from robovlms_jax.parallel.config import MeshConfig
+from robovlms_jax.policies.config import AuxiliaryConfig, ClipConfig, PolicyConfig
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.policies.heads.gpt import GPTHeadConfig
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
 from robovlms_jax.policies.heads.mlp import MLPHeadConfig
+from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.training.config import OptimizerConfig, TrainConfig
 
 BACKBONES = {
     "kosmos": ("RoboKosMos", "kosmos", "kosmos-2"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from robovlms_jax.actions import statistics
-from robovlms_jax.config import PolicyConfig
+from robovlms_jax.policies.config import PolicyConfig
 
 
 def recorded(rng: np.random.Generator, steps: int = 500) -> tuple[np.ndarray, np.ndarray]:

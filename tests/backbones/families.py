@@ -12,8 +12,8 @@ import torch
 from flax.traverse_util import flatten_dict
 from safetensors.torch import save_file
 
-from robovlms_jax import build
 from robovlms_jax.backbones import base
+from robovlms_jax.runs import build
 from robovlms_jax.weights import sources
 from tests.backbones import composed
 from tests.backbones.oracle import IMAGE, from_torch, hugging_face, randomize

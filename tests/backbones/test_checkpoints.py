@@ -12,8 +12,8 @@ import transformers
 from flax.traverse_util import flatten_dict
 from safetensors.torch import save_file
 
-from robovlms_jax import build
 from robovlms_jax.backbones import base, sections
+from robovlms_jax.runs import build
 from robovlms_jax.weights import convert, export, sources
 from tests.backbones import families
 from tests.backbones.oracle import abstract, from_torch, randomize

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from robovlms_jax import build
 from robovlms_jax.backbones import clip_text
 from robovlms_jax.inputs import tokenizers
+from robovlms_jax.runs import build
 
 SENTENCES = ["open the drawer", "push the red block to the left side of the table", "go"]
 

@@ -10,12 +10,13 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from experiments import calvin_abcd
-from robovlms_jax import build
 from robovlms_jax.backbones import base as backbones
-from robovlms_jax.config import AuxiliaryConfig, ExperimentConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import objective
+from robovlms_jax.policies.config import AuxiliaryConfig
 from robovlms_jax.policies.heads import base as heads
+from robovlms_jax.runs import build
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import trainable
 from tests import toy
 

@@ -14,7 +14,7 @@ import shutil
 import numpy as np
 import pytest
 
-from robovlms_jax.interface import Observation
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.load import load_policy
 
 RELEASE = pathlib.Path(__file__).with_name("release_0_1")
@@ -40,8 +40,9 @@ def test_a_policy_of_release_0_1_acts_as_it_did(name):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_run_of_release_0_1_is_resumed_with_the_losses_it_would_have_had(name, tmp_path, monkeypatch):
-    from experiments import run
-    from robovlms_jax import config
+    from robovlms_jax.runs import run
+    from robovlms_jax.runs.config import ExperimentConfig
+    from robovlms_jax.schema import from_dict
 
     root = pathlib.Path(__file__).parents[2]
     for bundled in ("calvin_sample", "bridge_sample"):  # the runs name their data by relative paths
@@ -52,7 +53,7 @@ def test_a_run_of_release_0_1_is_resumed_with_the_losses_it_would_have_had(name,
     stored = json.loads((tmp_path / "runs" / name / "config.json").read_text())
     stored.pop("preset")
     stored["train"]["resume"] = True
-    run.train("sample", config.from_dict(config.ExperimentConfig, stored))
+    run.train("sample", from_dict(ExperimentConfig, stored))
     rows = map(json.loads, (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines())
     losses = {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
     assert sorted(losses) == [1, 2, 3, 4]

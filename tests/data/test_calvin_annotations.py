@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import pack_calvin, validation
-from robovlms_jax.config import DataConfig
+from experiments import pack_calvin
 from robovlms_jax.data import base, calvin, calvin_annotations
+from robovlms_jax.data.config import DataConfig
+from robovlms_jax.runs import validation
 
 SPANS = [(0, 4), (2, 6), (5, 9)]
 TEXTS = ["open drawer", "turn on led", "push blue block left"]

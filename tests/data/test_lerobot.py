@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from experiments import convert_data
-from robovlms_jax.config import DataConfig
 from robovlms_jax.data import base, calvin, lerobot, opening
+from robovlms_jax.data.config import DataConfig
 from robovlms_jax.data.lerobot import video
 
 av = pytest.importorskip("av")

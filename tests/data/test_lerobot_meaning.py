@@ -11,9 +11,9 @@ import pytest
 
 from experiments import convert_data
 from robovlms_jax.actions import statistics
-from robovlms_jax.config import DataConfig
 from robovlms_jax.control import robot
 from robovlms_jax.data import calvin, lerobot, opening, pipeline
+from robovlms_jax.data.config import DataConfig
 from robovlms_jax.data.lerobot import names
 from tests.data import toy_lerobot as toy
 

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from robovlms_jax.config import DataConfig
 from robovlms_jax.data import lerobot, opening
+from robovlms_jax.data.config import DataConfig
 from robovlms_jax.data.lerobot import meta, splits
 from tests.data import toy_lerobot as toy
 

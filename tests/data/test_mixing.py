@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from experiments import convert_data
-from robovlms_jax.config import DataConfig
 from robovlms_jax.data import base, calvin, language, mixing, opening, pipeline, segments, storage
+from robovlms_jax.data.config import DataConfig
 from robovlms_jax.data.registry import mixtures
 from tests.data import toy_rlds
 from tests.data.test_rlds import make_source

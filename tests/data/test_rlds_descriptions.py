@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from robovlms_jax.actions import statistics as linter
-from robovlms_jax.config import DataConfig
 from robovlms_jax.data import frame_index, opening, rlds
+from robovlms_jax.data.config import DataConfig
 from robovlms_jax.data.features import Field
 from robovlms_jax.data.registry import entry as entries
 from robovlms_jax.data.registry import expressions, libero, mixtures

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from robovlms_jax.control.interface import ActionChunk
 from robovlms_jax.envs import simpler
 from robovlms_jax.envs.vector import EnvPool
 from robovlms_jax.evaluation import chains
 from robovlms_jax.evaluation.rollout import run
-from robovlms_jax.interface import ActionChunk
 
 LOW = np.array([-0.03, -0.04, -0.03, -0.08, -0.09, -0.2])
 HIGH = np.array([0.03, 0.04, 0.04, 0.08, 0.09, 0.2])

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from robovlms_jax.interface import Observation
+from robovlms_jax.control.interface import Observation
 
 
 class Toy:

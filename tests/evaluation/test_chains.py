@@ -11,11 +11,11 @@ import pathlib
 import numpy as np
 import pytest
 
+from robovlms_jax.control.execution import Execution
 from robovlms_jax.envs import simpler
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
 from robovlms_jax.envs.vector import EnvPool
 from robovlms_jax.evaluation import chains, rollout_metrics
-from robovlms_jax.evaluation.execution import Execution
 from robovlms_jax.evaluation.rollout import Rules, TrialResult
 from robovlms_jax.evaluation.rollout_metrics import Rate, summarize
 from tests.evaluation.toy_world import RULES, LineEnv, LinePolicy, trial

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from robovlms_jax.evaluation import execution
-from robovlms_jax.evaluation.execution import Execution, select
-from robovlms_jax.interface import ActionChunk, Observation
+from robovlms_jax.control import execution
+from robovlms_jax.control.execution import Execution, select
+from robovlms_jax.control.interface import ActionChunk, Observation
 
 LOOK = Observation({})
 

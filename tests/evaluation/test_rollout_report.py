@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from robovlms_jax.control.execution import Execution
 from robovlms_jax.envs.vector import EnvPool
 from robovlms_jax.evaluation import chains
 from robovlms_jax.evaluation.chains import Evaluation
-from robovlms_jax.evaluation.execution import Execution
 from robovlms_jax.evaluation.report import films as film_files
 from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import TrialResult, run

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from robovlms_jax.control.execution import ExecutedBatch, Execution, Separate
+from robovlms_jax.control.interface import ActionChunk
 from robovlms_jax.envs.vector import EnvError, EnvPool
 from robovlms_jax.evaluation import rollout
-from robovlms_jax.evaluation.execution import ExecutedBatch, Execution, Separate
 from robovlms_jax.evaluation.rollout import Rules, Trial, run
-from robovlms_jax.interface import ActionChunk
 from tests.evaluation.toy_world import RULES, LineEnv, LinePolicy, moved, trial
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from robovlms_jax.control.interface import ActionChunk, Observation
 from robovlms_jax.evaluation.rollout import Rules, Trial
-from robovlms_jax.interface import ActionChunk, Observation
 
 
 class LineEnv:

@@ -16,11 +16,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import calvin_abcd, run
+from experiments import calvin_abcd
 from robovlms_jax import cli
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.data import opening
-from robovlms_jax.interface import Observation
 from robovlms_jax.load import load_config, load_policy
+from robovlms_jax.runs import run
 from robovlms_jax.training import checkpoints, loop
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -8,10 +8,11 @@ import pathlib
 import jax
 import pytest
 
-from experiments import compare_structures, evaluate, record_playtable, run
+from experiments import compare_structures, evaluate, record_playtable
 from robovlms_jax.evaluation import chains
 from robovlms_jax.evaluation.rollout import TrialResult
 from robovlms_jax.policies.heads import base as heads
+from robovlms_jax.runs import run
 from robovlms_jax.training import loop
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from experiments import convert_weights
 from experiments.convert_weights import ConvertConfig
-from robovlms_jax.interface import Observation
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.load import load_config, load_policy
 from robovlms_jax.weights import sources
 from tests.backbones import families

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from experiments import demonstrations
-from robovlms_jax.config import DemonstrationConfig
 from robovlms_jax.playtable import env, scene
+from robovlms_jax.playtable.config import DemonstrationConfig
 
 
 def test_a_chain_begins_on_its_own_table():

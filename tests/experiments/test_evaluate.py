@@ -10,10 +10,10 @@ import sys
 import pytest
 
 from experiments import evaluate
+from robovlms_jax.control.execution import Execution
 from robovlms_jax.envs.calvin import adapter as calvin
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.evaluation import chains, filing
-from robovlms_jax.evaluation.execution import Execution
 from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Trial, TrialResult
 

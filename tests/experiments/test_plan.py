@@ -9,13 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import calvin_abcd, plan, run
-from robovlms_jax import build, cli
+from experiments import calvin_abcd, plan
+from robovlms_jax import cli
 from robovlms_jax.backbones import base as backbones
-from robovlms_jax.config import OptimizerConfig
 from robovlms_jax.data import opening
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.runs import build, run, steps
 from robovlms_jax.training import memory, optimizer, state
+from robovlms_jax.training.config import OptimizerConfig
 from tests.processes import run_python
 from tests.toy import make_model
 
@@ -150,7 +151,7 @@ def test_the_least_change_that_fits_is_named(monkeypatch, caplog):
         parts = config.train.accumulation * (2 if model.vlm.remat else 1)
         return memory.Estimate(2, 4, 2, 80 // parts, 0)
 
-    monkeypatch.setattr(memory, "of_experiment", invented)
+    monkeypatch.setattr(steps, "memory_of", invented)
     config = cli.override(TWIN, **{"policy.window": 2, "data.windows_per_segment": 1, "train.batch_size": 8})
 
     def refused(memory_bytes):

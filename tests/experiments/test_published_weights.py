@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from experiments import calvin_abcd, run
+from experiments import calvin_abcd
 from robovlms_jax import cli
-from robovlms_jax.interface import Observation
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.load import load_policy
+from robovlms_jax.runs import run
 from robovlms_jax.training import trainable
 from tests.backbones import families
 

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from experiments import bridge, chaining, google_robot, oxe_pretrain, run
-from robovlms_jax import build, cli
-from robovlms_jax.config import DataConfig, ExperimentConfig
+from experiments import bridge, google_robot, oxe_pretrain
+from robovlms_jax import cli
 from robovlms_jax.data import opening
+from robovlms_jax.data.config import DataConfig
 from robovlms_jax.load import load_config, load_policy
+from robovlms_jax.runs import build, chaining, run
+from robovlms_jax.runs.config import ExperimentConfig
 from tests.data import toy_rlds
 
 TINY = {

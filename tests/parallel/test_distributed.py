@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from robovlms_jax.config import DistributedConfig
 from robovlms_jax.parallel import distributed
+from robovlms_jax.parallel.config import DistributedConfig
 from robovlms_jax.parallel.distributed import Plan
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

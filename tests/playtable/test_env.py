@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from robovlms_jax import interface
+from robovlms_jax.control import interface
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
 from robovlms_jax.playtable import env, render
 from robovlms_jax.playtable.scene import stack_scenes

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax.linen import unbox
 
-from robovlms_jax.config import AuxiliaryConfig, ClipConfig, ForwardConfig
 from robovlms_jax.policies import auxiliary
+from robovlms_jax.policies.config import AuxiliaryConfig, ClipConfig, ForwardConfig
 from robovlms_jax.types import Tokens
 
 FORWARD = ForwardConfig(loss_weight=0.1, offsets=(1, 3), patch_size=4, width=8, depth=1, head_dim=4)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from robovlms_jax.actions import discretize
-from robovlms_jax.interface import Observation
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.policies import decoding, objective, rollout
 from tests import toy
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robovlms_jax.interface import Observation
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.nn import attention
 from robovlms_jax.policies import objective, rollout
 from robovlms_jax.policies.histories import interleaved

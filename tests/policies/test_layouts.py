@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from robovlms_jax.backbones import base as backbones
-from robovlms_jax.config import ActionHistoryConfig, PolicyConfig, ProprioConfig
 from robovlms_jax.policies import vla
+from robovlms_jax.policies.config import ActionHistoryConfig, PolicyConfig, ProprioConfig
 from robovlms_jax.policies.heads import discrete, lstm, mlp
 from robovlms_jax.types import Inputs
 

@@ -11,10 +11,10 @@ import pytest
 from flax.linen import unbox
 from flax.traverse_util import flatten_dict
 
-from robovlms_jax.config import ActionHistoryConfig, AuxiliaryConfig, ClipConfig, ForwardConfig, ProprioConfig
-from robovlms_jax.interface import Observation
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.nn.perceiver import PerceiverConfig
 from robovlms_jax.policies import encoders, objective, rollout
+from robovlms_jax.policies.config import ActionHistoryConfig, AuxiliaryConfig, ClipConfig, ForwardConfig, ProprioConfig
 from tests import toy
 from tests.toy import B, W
 

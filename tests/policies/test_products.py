@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from robovlms_jax.config import PolicyConfig, from_dict, to_dict
+from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads import base
+from robovlms_jax.schema import from_dict, to_dict
 from tests import toy
 
 # Between them every history, readout and head; the others differ from these by one part that was met elsewhere.

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from robovlms_jax.config import ActionHistoryConfig, ProprioConfig
-from robovlms_jax.interface import Observation
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.policies import rollout
+from robovlms_jax.policies.config import ActionHistoryConfig, ProprioConfig
 from tests import toy
 
 SLOTS, STEPS, LONG = 3, 3, 16

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robovlms_jax.interface import Observation
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.policies import objective, rollout, vla
 from robovlms_jax.types import Batch
 from tests import toy

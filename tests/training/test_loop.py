@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from robovlms_jax import cli
-from robovlms_jax.config import DataConfig, ExperimentConfig
 from robovlms_jax.data import opening, pipeline
+from robovlms_jax.data.config import DataConfig
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import loop
 from tests.data import toy_rlds
 from tests.toy import make_batch
@@ -78,7 +79,7 @@ def fit(output, *, bad=(), terminated=0, pressed=0, state=State(), steps=8, batc
             state,
             itertools.repeat(batch) if batches is None else batches,
             train_step,
-            config=config,
+            config=loop.LoopConfig(config.train, config.data.max_corrupt_share),
             mesh=meshes.make_mesh((1, 1, 1), jax.devices()[:1]),
             checkpointer=disk,
             data_state=lambda step: {"next_step": step},

@@ -13,8 +13,8 @@ import types
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from robovlms_jax import cli
-from robovlms_jax.config import ExperimentConfig
+from robovlms_jax import cli, schema
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import metrics
 from tests.processes import run_python
 
@@ -50,7 +50,7 @@ def limit_files(size: int) -> None:
 FULL = """
 import pathlib, sys
 from robovlms_jax import cli
-from robovlms_jax.config import ExperimentConfig
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import metrics
 from tests.training import test_metrics as tests
 output = pathlib.Path(sys.argv[1])
@@ -148,6 +148,6 @@ def test_wandb_that_cannot_start_is_told_with_the_field_and_a_way_out(wandb, tmp
 def test_a_run_from_nothing_and_one_that_goes_on_say_so_to_wandb(wandb, tmp_path):
     config = cli.override(ExperimentConfig(), **{"train.wandb_project": "robot"})
     for start in (0, 5, 0):
-        metrics.open_writers(config, tmp_path, start).close()
+        metrics.open_writers(config.train.wandb_project, schema.to_dict(config), tmp_path, start).close()
     first, second, third = (kwargs["id"] for kwargs in wandb.begun)
     assert first == second != third

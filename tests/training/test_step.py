@@ -11,13 +11,13 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from robovlms_jax import build
-from robovlms_jax.config import OptimizerConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel import rules
+from robovlms_jax.runs import build
 from robovlms_jax.training import optimizer as optimizers
 from robovlms_jax.training import state as states
 from robovlms_jax.training import step, trainable
+from robovlms_jax.training.config import OptimizerConfig
 from tests.processes import run_python
 from tests.toy import make_batch, make_model, make_product
 
@@ -193,8 +193,8 @@ def test_sharded_step_equals_one_device_on_other_meshes(sizes):
 
 REDUCTIONS = r"""
 import jax, json, re, numpy as np
-from robovlms_jax import build
-from robovlms_jax.config import OptimizerConfig
+from robovlms_jax.runs import build
+from robovlms_jax.training.config import OptimizerConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.training import optimizer, state, step
 from tests.toy import make_batch, make_model
@@ -246,8 +246,8 @@ def test_partly_frozen_models_are_the_same_on_any_mesh(settings):
 
 BOTH_SPLITS = """
 import jax, json, numpy as np
-from robovlms_jax import build
-from robovlms_jax.config import OptimizerConfig
+from robovlms_jax.runs import build
+from robovlms_jax.training.config import OptimizerConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.training import memory, optimizer, state, step
 from tests.toy import make_batch, make_model

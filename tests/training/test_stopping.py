@@ -7,9 +7,9 @@ import signal
 
 import pytest
 
-from experiments import run
 from robovlms_jax import cli
-from robovlms_jax.config import ExperimentConfig
+from robovlms_jax.runs import run
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import stopping
 from tests.processes import run_python
 from tests.training import test_loop

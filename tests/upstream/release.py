@@ -19,9 +19,9 @@ import torch
 import transformers
 from PIL import Image
 
-from robovlms_jax import build
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.inputs import tokenizers
+from robovlms_jax.runs import build
 from tests.upstream import published
 
 SENTENCES = ["open the drawer", "push the red block to the left"]

@@ -11,9 +11,10 @@ import pytest
 
 from robovlms_jax import upstream
 from robovlms_jax.backbones import base as backbones
-from robovlms_jax.config import ExperimentConfig, from_dict, to_dict
 from robovlms_jax.data.registry import mixtures
 from robovlms_jax.policies.heads import base as heads
+from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.schema import from_dict, to_dict
 from robovlms_jax.upstream import config as tables
 from tests.upstream import published
 

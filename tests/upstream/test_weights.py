@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from robovlms_jax import build, upstream
+from robovlms_jax import upstream
 from robovlms_jax.backbones import base as backbones
-from robovlms_jax.config import PolicyConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import vla
+from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
+from robovlms_jax.runs import build
 from robovlms_jax.types import Inputs
 from robovlms_jax.weights import convert, sources
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from robovlms_jax import interface
+from robovlms_jax.control import interface
 from robovlms_jax.control import robot as robots
 from robovlms_jax.data import base, frame_index, statistics
 from robovlms_jax.data.registry import expressions

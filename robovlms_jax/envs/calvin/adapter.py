@@ -19,9 +19,9 @@ from unittest import mock
 
 import numpy as np
 
+from robovlms_jax.control.interface import ACTION_DIM, Observation
 from robovlms_jax.envs import process
 from robovlms_jax.envs.calvin import initial_states, tasks, version
-from robovlms_jax.interface import ACTION_DIM, Observation
 
 Actions = Literal["relative", "absolute"]
 

@@ -13,6 +13,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from robovlms_jax import schema
+
 HISTORIES = ("one_step", "interleaved", "policy_head", "video")
 """Where observed steps meet: nowhere; in the language model, step after step; in the head; in one prompt."""
 READOUTS = ("action_query", "pool", "token")
@@ -20,13 +22,25 @@ READOUTS = ("action_query", "pool", "token")
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(schema.Tagged):
     """Base of all head configurations; its concrete type chooses the head."""
 
     histories: ClassVar[tuple[str, ...]] = HISTORIES
     """Histories that the head makes sense with."""
     readouts: ClassVar[tuple[str, ...]] = ("action_query", "pool")
     """Readouts that the head makes sense with."""
+
+    @classmethod
+    def kinds(cls) -> list[str]:
+        return kinds()
+
+    @classmethod
+    def kind_of(cls, config_type: type) -> str:
+        return kind_of(config_type)
+
+    @classmethod
+    def config_of(cls, kind: str) -> type[HeadConfig]:
+        return config_of(kind)
 
 
 @flax.struct.dataclass

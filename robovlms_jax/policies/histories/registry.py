@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from robovlms_jax import interface
-from robovlms_jax.config import PolicyConfig
+from robovlms_jax.control import interface
+from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.histories.apart import FramesApart
 from robovlms_jax.policies.histories.base import History
 from robovlms_jax.policies.histories.interleaved import Interleaved

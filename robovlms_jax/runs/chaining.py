@@ -10,11 +10,13 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from robovlms_jax import build, load
+from robovlms_jax.runs import load
+from robovlms_jax.runs import build
 from robovlms_jax.backbones import base as backbones
-from robovlms_jax.config import BackboneConfig
+from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.inputs import prompts, tokenizers
-from robovlms_jax.training import checkpoints, items, resuming
+from robovlms_jax.training import checkpoints, items
+from robovlms_jax.runs import resuming
 
 logger = logging.getLogger(__name__)
 

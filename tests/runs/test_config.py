@@ -9,9 +9,14 @@ import pytest
 
 from robovlms_jax import cli
 from robovlms_jax.actions.discretize import QuantileBins
-from robovlms_jax.config import DataConfig, ExperimentConfig, MeshConfig, PolicyConfig, TrainConfig, from_dict, to_dict
+from robovlms_jax.data.config import DataConfig
+from robovlms_jax.parallel.config import MeshConfig
+from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads import discrete
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
+from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.schema import from_dict, to_dict
+from robovlms_jax.training.config import TrainConfig
 
 
 def test_round_trip_through_json():

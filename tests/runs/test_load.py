@@ -13,11 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import chaining
-from robovlms_jax import build, load
-from robovlms_jax.config import BackboneConfig, ExperimentConfig, PolicyConfig, to_dict
-from robovlms_jax.interface import Observation
+from robovlms_jax.runs import load
+from robovlms_jax.backbones.config import BackboneConfig
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.policies import objective
+from robovlms_jax.policies.config import PolicyConfig
+from robovlms_jax.runs import build, chaining
+from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.schema import to_dict
 from robovlms_jax.training import checkpoints, items, seals
 from tests.toy import HEADS, init, make_batch, make_model, random_params
 

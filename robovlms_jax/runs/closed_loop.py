@@ -12,10 +12,12 @@ import jax
 from jax.sharding import Mesh
 
 from experiments import record_playtable
-from robovlms_jax.config import DemonstrationConfig, ExperimentConfig, RolloutConfig
+from robovlms_jax.evaluation.config import RolloutConfig
+from robovlms_jax.playtable.config import DemonstrationConfig
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.envs.calvin import task_chains
 from robovlms_jax.evaluation import chains, filing, rollout, rollout_metrics
-from robovlms_jax.evaluation.execution import ExecutedBatch
+from robovlms_jax.control.execution import ExecutedBatch
 from robovlms_jax.evaluation.report import films as film_files
 from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Recording, Rules, Trial
@@ -24,6 +26,7 @@ from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.playtable.env import PlayTables
 from robovlms_jax.policies.rollout import BatchedVLAPolicy, EncodeText
 from robovlms_jax.policies.vla import VLA
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import seals
 from robovlms_jax.training.state import TrainState
 

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from robovlms_jax.interface import ACTION_DIM, ActionChunk, Observation, Policy, check_slots
+from robovlms_jax.control.interface import ACTION_DIM, ActionChunk, Observation, Policy, check_slots
 
 Past = tuple[np.ndarray, ...]
 """What is left of earlier chunks, oldest first: each float[1..C, 7], row 0 the action for the coming step."""

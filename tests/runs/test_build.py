@@ -12,13 +12,16 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from robovlms_jax import build, cli
+from robovlms_jax import cli
+from robovlms_jax.runs import build
 from robovlms_jax.actions import discretize
 from robovlms_jax.backbones import base as backbones
-from robovlms_jax.config import BackboneConfig, ExperimentConfig, PolicyConfig
+from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.inputs import images, tokenizers
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.weights import export
 from tests.toy import make_model
 

@@ -7,11 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from experiments import calvin_abcd, evaluate, record_playtable, run
+from experiments import calvin_abcd, evaluate, record_playtable
 from robovlms_jax import cli
+from robovlms_jax.control.execution import Execution
 from robovlms_jax.data import calvin
 from robovlms_jax.envs.calvin import initial_states, tasks
-from robovlms_jax.evaluation.execution import Execution
+from robovlms_jax.control.execution import Execution
 
 RECORD = {
     "episodes": 2,

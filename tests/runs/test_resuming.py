@@ -13,12 +13,16 @@ import optax
 import pytest
 
 from robovlms_jax import cli
-from robovlms_jax.config import ExperimentConfig, OptimizerConfig, PolicyConfig, from_dict, to_dict
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.policies.heads.gpt import GPTHeadConfig
-from robovlms_jax.training import checkpoints, optimizer, resuming
+from robovlms_jax.runs import resuming
+from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.schema import from_dict, to_dict
+from robovlms_jax.training import checkpoints, optimizer
 from robovlms_jax.training import state as states
+from robovlms_jax.training.config import OptimizerConfig
 
 SAVED = cli.override(ExperimentConfig(), **{"data.text_length": 24, "train.steps": 100})
 

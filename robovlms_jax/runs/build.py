@@ -19,7 +19,7 @@ from robovlms_jax import json_files
 from robovlms_jax.actions import discretize
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.backbones import clip_text
-from robovlms_jax.config import BackboneConfig, ExperimentConfig
+from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.inputs import images, prompts, tokenizers
 from robovlms_jax.nn import perceiver
 from robovlms_jax.parallel import cpu_options
@@ -28,6 +28,7 @@ from robovlms_jax.policies import encoders
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.policies.rollout import EncodeText
 from robovlms_jax.policies.vla import VLA
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.types import Inputs
 from robovlms_jax.weights import convert, rules, sources, tying
 

@@ -15,17 +15,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import chaining, closed_loop, validation
-from robovlms_jax import build
+from robovlms_jax.runs import resuming, steps
+from robovlms_jax.runs import chaining, closed_loop, validation
+from robovlms_jax.runs import build
 from robovlms_jax.actions import statistics
-from robovlms_jax.config import DistributedConfig, ExperimentConfig, to_dict
 from robovlms_jax.data import base as datasets
 from robovlms_jax.data import language, mixing, opening, pipeline
 from robovlms_jax.data import statistics as data_statistics
 from robovlms_jax.parallel import distributed, host_memory
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.parallel.config import DistributedConfig
 from robovlms_jax.policies.rollout import EncodeText
 from robovlms_jax.policies.vla import VLA
+from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.schema import to_dict
 from robovlms_jax.training import (
     checkpoints,
     directory,
@@ -35,7 +38,6 @@ from robovlms_jax.training import (
     metrics,
     optimizer,
     provenance,
-    resuming,
     state,
     step,
     stopping,
@@ -217,12 +219,12 @@ def _train(
         train_state = resuming.restore(checkpointer, setup.point, setup.abstract, config)
     else:
         train_state = _begin(setup)
-    provenance.write_record(output, name, config)
+    provenance.write_record(output, name, to_dict(config))
     start = int(train_state.step)
-    writer = metrics.open_writers(config, output, start)
+    writer = metrics.open_writers(config.train.wandb_project, to_dict(config), output, start)
     evaluator = validation.evaluator(setup.model, setup.mesh, config, setup.validation, setup.encode)
     tables = _closed_loop(setup, output)
-    train_step = step.of_experiment(config, setup.model, train_state, setup.mesh)
+    train_step = steps.make_step(config, setup.model, train_state, setup.mesh)
     spent = goodput.Goodput()
     config, rate = _loader_rate(config, setup.train, start, setup.mesh)
     batches = _batches(config, setup.train, start, setup.mesh)
@@ -231,7 +233,12 @@ def _train(
             train_state,
             batches,
             train_step,
-            config=config,
+            config=loop.LoopConfig(
+                config.train,
+                config.data.max_corrupt_share,
+                config.rollouts.every,
+                config.rollouts.select == "best",
+            ),
             mesh=setup.mesh,
             checkpointer=checkpointer,
             data_state=lambda next_step: {"next_step": next_step, "order": fingerprint},
@@ -314,11 +321,11 @@ def _require_memory(setup: Setup) -> None:
     row = setup.train.evaluation_batch(np.array([pipeline.PADDING]))  # nothing is read
     size = setup.config.segments_per_batch
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), row)
-    estimate = memory.of_experiment(setup.config, setup.model, setup.abstract, batch)
+    estimate = steps.memory_of(setup.config, setup.model, setup.abstract, batch)
     logger.info("memory on each device, estimated: %s", estimate)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # CPUs say nothing
     if limit:
-        memory.require_room(setup.config, setup.model, setup.abstract, batch, limit, estimate)
+        steps.require_room(setup.config, setup.model, setup.abstract, batch, limit, estimate)
 
 
 def _training_actions(

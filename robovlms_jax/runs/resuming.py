@@ -13,9 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from robovlms_jax.config import DistributedConfig, ExperimentConfig, PolicyConfig, from_dict, to_dict
+from robovlms_jax.runs import saved
+from robovlms_jax.parallel.config import DistributedConfig
+from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
+from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.schema import from_dict, to_dict
 from robovlms_jax.training import checkpoints, items, optimizer
 from robovlms_jax.training.state import TrainState
 
@@ -214,7 +218,7 @@ def open_point(run: str | pathlib.Path) -> Point:
     Raises FileNotFoundError, ValueError: there is none, or something in it is missing or damaged.
     """
     directory = checkpoints.resume_point(run)
-    config, assets = items.read_checkpoint(directory)
+    config, assets = saved.read_checkpoint(directory)
     return Point(directory, config, assets, items.read_position(directory)["order"])
 
 

@@ -12,14 +12,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from robovlms_jax.config import DataConfig, ExperimentConfig
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.data import base, language, opening, pipeline
 from robovlms_jax.evaluation import offline
 from robovlms_jax.evaluation.report import offline as offline_report
-from robovlms_jax.interface import Observation
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.rollout import EncodeText, VLAPolicy
 from robovlms_jax.policies.vla import VLA
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import step
 from robovlms_jax.training.state import TrainState
 from robovlms_jax.types import Batch

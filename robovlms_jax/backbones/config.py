@@ -1,0 +1,47 @@
+"""Which vision-language model, and how it computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from robovlms_jax import schema
+from robovlms_jax.schema import require
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("backbone")
+class BackboneConfig:
+    """Which vision-language model, and how it computes."""
+
+    name: str = "kosmos-2"
+    """Registered backbone. With `weights`, the architecture comes from that directory's config.json instead of the
+    published size."""
+    weights: str = ""
+    """Directory with config.json, weights and tokenizer files, as published on the Hugging Face hub; or
+    hf://OWNER/NAME[@REVISION] to download it. Several, separated by commas, where a model's parts were published apart
+    (LLaVA-MPT, then its CLIP); the first has the config.json. Empty: random parameters."""
+    attention: Literal["causal", "prefix"] = "causal"
+    """causal: RoboVLMs' way for every backbone. prefix: images and prompt see each other in both directions, and action
+    queries follow the whole prompt, as PaliGemma was trained."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products. Parameters, norms, softmax and losses stay float32."""
+    remat: bool = False
+    """Recompute layer activations in the backward pass: much less memory for about a third more compute."""
+    resampler_latents: int = 0
+    """> 0: a Perceiver resampler behind the connector turns every image's tokens into this many (upstream's
+    `use_vision_resampler`: 64), with random parameters at first."""
+    resampler_depth: int = 6
+    """Its layers."""
+    resampler_heads: int = 8
+    """Its attention heads, of 64 channels each."""
+    lora_rank: int = 0
+    """> 0 adds low-rank adapters to every matrix of the backbone; set train.trainable to train only them."""
+    lora_alpha: float = 16.0
+    """Adapters are scaled by lora_alpha / lora_rank."""
+
+    def __post_init__(self):
+        for field in ("lora_rank", "resampler_latents"):
+            require(getattr(self, field) >= 0, f"backbone.{field}={getattr(self, field)} must be 0 (off) or positive.")
+        for field in ("resampler_depth", "resampler_heads"):
+            require(getattr(self, field) >= 1, f"backbone.{field}={getattr(self, field)} must be at least 1.")

@@ -1,0 +1,96 @@
+"""What simulators and robots see: observations in, action chunks out. NumPy only, so it runs on the robot's
+computer."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+CAMERAS = ("static", "wrist")
+"""Camera names used everywhere: `static` looks at the scene, `wrist` rides on the gripper."""
+
+ACTION_DIM = 7
+"""xyz, euler xyz, gripper."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """One control step as a robot or simulator reports it.
+
+    images: camera name -> uint8[height, width, 3], RGB.
+    proprio: float[P] robot state in the environment's own layout, or None.
+    executed: float[n, 7], the actions executed since the previous observation, for policies that look back at them;
+      None says that it was the first of the chunk they predicted then.
+    """
+
+    images: Mapping[str, np.ndarray]
+    proprio: np.ndarray | None = None
+    executed: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionChunk:
+    """The next C actions, ready to execute in order.
+
+    actions: float32[C, 7]; columns 0:3 translation and 3:6 Euler rotation in the units the policy was trained on
+      (CALVIN: relative, 1.0 = 0.02 m and 0.05 rad, world frame), column 6 the gripper, exactly +1 (open) or -1
+      (closed).
+    """
+
+    actions: np.ndarray
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Anything that turns observations into actions."""
+
+    def reset(self, instruction: str) -> None:
+        """Start an episode: forget all history and follow `instruction` from here on."""
+
+    def act(self, observation: Observation) -> ActionChunk:
+        """Advance the history by one step and predict the next actions."""
+
+
+@runtime_checkable
+class Env(Protocol):
+    """Anything a policy can be rolled out in. Rendering happens in `observe` only, so unused frames cost nothing."""
+
+    name: str
+    """Printed beside every number that comes from this environment."""
+
+    def reset(self, robot_obs: np.ndarray | None = None, scene_obs: np.ndarray | None = None) -> None:
+        """Put robot and scene into the given state (float[15], float[24] as CALVIN defines them) or the neutral one."""
+
+    def step(self, action: np.ndarray) -> None:
+        """Execute one action float[7]; raises ValueError on a wrong shape or a value that is not finite."""
+
+    def observe(self) -> Observation:
+        """Render the cameras and read the robot."""
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """State that task checkers need."""
+
+
+def is_slot(slot: object, size: int) -> bool:
+    """Whether it numbers one of `size` slots: a whole number from 0 on. -1 is no slot, nor is True."""
+    return isinstance(slot, numbers.Integral) and not isinstance(slot, bool) and 0 <= slot < size
+
+
+def check_slots(slots: Sequence[int], size: int) -> list[int]:
+    """Numbers of slots, of a policy that serves `size` episodes, as plain ints.
+
+    Raises ValueError that names the first that is none, or that comes twice.
+    """
+    checked: list[int] = []
+    for slot in slots:
+        if not is_slot(slot, size):
+            raise ValueError(f"slot {slot!r} is none of the policy's {size}: expected whole numbers 0 ... {size - 1}.")
+        if slot in checked:
+            raise ValueError(f"slot {slot} comes twice in {list(slots)}; each advances once per call.")
+        checked.append(int(slot))
+    return checked

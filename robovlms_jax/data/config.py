@@ -1,0 +1,112 @@
+"""Episodes on disk and how they become batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from robovlms_jax import schema
+from robovlms_jax.inputs.config import AugmentConfig
+from robovlms_jax.schema import require
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("data")
+class DataConfig:
+    """Episodes on disk and how they become batches."""
+
+    dataset: str = "calvin"
+    """calvin; lerobot (LeRobotDataset v3); a dataset or mixture of the RLDS registry (bridge, rt_1, oxe_magic_soup,
+    oxe_magic_soup_plus, ...); or a YAML or JSON file with a mixture of one's own (data/README.md)."""
+    root: str = ""
+    """calvin: directory that holds `training` and `validation`, in CALVIN's own layout or packed by `python -m
+    experiments.pack_calvin`. Others: the dataset's directory, or the one that holds all datasets of a mixture; may be
+    a URL such as gs://bucket/folder."""
+    index_dir: str = ""
+    """RLDS: where indexes go. Empty: beside the data, or in the user's cache directory where that cannot be written."""
+    index_workers: int = 0
+    """RLDS: processes that build an index. 0: one per core."""
+    image_size: int = 0
+    """Scale all images to this height and width on the host; mixtures of unlike cameras need it. 0: as recorded."""
+    reference: str = ""
+    """Mixture: the dataset whose action units the policy speaks. Empty: the first one."""
+    statistics: str = ""
+    """JSON file of action statistics in OpenVLA's layout, used instead of those of the data itself."""
+    conventions: str = ""
+    """LeRobot: JSON file that says what the numbers mean (data/README.md). Empty: meta/robovlms.json of the dataset,
+    where it has one."""
+    max_left_out_share: float = 0.1
+    """LeRobot: share of the episodes that may be left out because their parts disagree or are missing."""
+    unlabelled_share: float = 0.0
+    """RLDS, LeRobot: share of the episodes without an instruction to keep."""
+    unlabelled_instruction: str = "interact with the objects"
+    """What those episodes are told."""
+    success_only: bool = True
+    """RLDS: leave out episodes that the dataset marks as failed."""
+    left_pad: bool = False
+    """Let windows begin before their episode, masked, so that its first frames are learned from as the newest, too."""
+    vary_language: bool = False
+    """Draw each training sample's sentence from the recorded ones, the templates and `paraphrases`."""
+    paraphrases: str = ""
+    """JSON file {"templates": ["please {instruction}"], "sentences": {instruction: [others]}} for vary_language. Empty:
+    a few built-in templates."""
+    compat_goal_relabelling: bool = False
+    """As upstream's RLDS loader: mask all actions after a random later step (K = 1 only). It hides valid actions."""
+    compat_second_norm: bool = False
+    """As upstream's configs on RLDS data: after the quantiles, clip to +-0.65 and scale by 1/0.65 once more."""
+    windows_per_segment: int = 1
+    """K: windows that share one run of W + K - 1 frames, each frame encoded once. 1 is upstream's sampling; 8 is
+    about four times
+    faster at W = 8."""
+    episode_list: str = ""
+    """JSON ({task: [[start, end], ...]}) or text ("index start end" per line) naming the annotated spans to train on.
+    Empty: all."""
+    exclude_tasks: tuple[str, ...] = ()
+    """Task ids to leave out of training."""
+    annotation_folder: str = "lang_annotations"
+    """Folder under each split with auto_lang_ann.npy (original layout only)."""
+    text_length: int = 0
+    """Prompt tokens every prompt is padded to. 0: the longest prompt of the training split, rounded up to a multiple
+    of 8."""
+    static_shift: int = 10
+    """Random shift augmentation of the static camera, in pixels at the model's resolution, constant within a segment.
+    0: off."""
+    wrist_shift: int = 4
+    """The same for the wrist camera."""
+    augment: AugmentConfig = AugmentConfig()
+    num_threads: int = 8
+    """Threads that read and decode, in each worker."""
+    num_workers: int = 0
+    """Processes that read. 0: threads of the main process do, which is faster until Python itself is the limit; -1:
+    whichever reads faster here, measured at the start. Batches are the same."""
+    prefetch: int = 16
+    """Batches kept ready."""
+    check_actions: Literal["refuse", "warn"] = "refuse"
+    """What follows when the training actions look wrong (see `actions.statistics`): no run, or a warning."""
+    max_corrupt_share: float = 0.01
+    """Unreadable segments are replaced, counted and named; training stops when they exceed this share."""
+
+    def __post_init__(self):
+        for field in ("windows_per_segment", "num_threads", "prefetch"):
+            require(getattr(self, field) >= 1, f"data.{field}={getattr(self, field)} must be at least 1.")
+        for field in ("static_shift", "wrist_shift", "text_length", "index_workers", "image_size"):
+            require(getattr(self, field) >= 0, f"data.{field}={getattr(self, field)} must not be negative.")
+        require(self.num_workers >= -1, f"data.num_workers={self.num_workers} must be -1 (measure), 0 or positive.")
+        require(0 <= self.unlabelled_share <= 1, f"data.unlabelled_share={self.unlabelled_share} must be in [0, 1].")
+        require(
+            0 <= self.max_left_out_share < 1, f"data.max_left_out_share={self.max_left_out_share} must lie in [0, 1)."
+        )
+        require(
+            self.dataset == "lerobot" or not self.conventions,
+            f"data.conventions describes a LeRobotDataset; data.dataset is {self.dataset!r}.",
+        )
+        require(self.dataset != "", "data.dataset must name a format, dataset, mixture or file.")
+        require(
+            self.vary_language or not self.paraphrases, "data.paraphrases needs --data.vary_language to have an effect."
+        )
+        require(
+            not self.compat_goal_relabelling or self.windows_per_segment == 1,
+            f"data.compat_goal_relabelling draws a goal for each window; set data.windows_per_segment=1 "
+            f"(it is {self.windows_per_segment}).",
+        )
+        require(0 <= self.max_corrupt_share < 1, f"data.max_corrupt_share={self.max_corrupt_share} must lie in [0, 1).")

@@ -1,0 +1,33 @@
+"""Random changes to training images."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from robovlms_jax import schema
+from robovlms_jax.schema import require
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("data.augment")
+class AugmentConfig:
+    """Random changes to training images, the same for all frames of a segment; shifts are under data. All zero: off.
+
+    There are no mirror images: they would turn left into right under an instruction that says which."""
+
+    crop_area: float = 0.0
+    """Share of the image that a random crop covers at least, in (0, 1]; scaled back to full size. Upstream's RLDS: 0.9
+    always, here 0.9 to 1. 0: off."""
+    brightness: float = 0.0
+    """Add up to this much, of an image in [0, 1]. Upstream: 0.2."""
+    contrast: float = 0.0
+    """Scale the distance to the mean by 1 - x to 1 + x. Upstream: 0.2."""
+    saturation: float = 0.0
+    """The same for the distance to grey. Upstream: 0.2."""
+    hue: float = 0.0
+    """Turn colours by up to this share of the colour circle. Upstream: 0.05."""
+
+    def __post_init__(self):
+        require(0 <= self.crop_area <= 1, f"data.augment.crop_area={self.crop_area} must lie in [0, 1].")
+        for field in ("brightness", "contrast", "saturation", "hue"):
+            require(0 <= getattr(self, field) <= 1, f"data.augment.{field}={getattr(self, field)} must lie in [0, 1].")

@@ -1,0 +1,49 @@
+"""How devices and processes share a run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from robovlms_jax import schema
+from robovlms_jax.schema import require
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("mesh")
+class MeshConfig:
+    """How many devices share what. -1 takes all that are left."""
+
+    data: int = -1
+    """Copies of the model, each with its own part of the batch."""
+    fsdp: int = 1
+    """Devices that split parameters and optimizer state (and the batch)."""
+    tensor: int = 1
+    """Devices that split each matrix product."""
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        require(all(size == -1 or size >= 1 for size in sizes), f"mesh sizes {sizes} must be positive or -1.")
+        require(sizes.count(-1) <= 1, f"mesh sizes {sizes}: at most one may be -1.")
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("distributed")
+class DistributedConfig:
+    """How the processes of a run find each other; docs/clusters.md has the commands. No part of what a run computes,
+    and not kept with it."""
+
+    coordinator: str = "auto"
+    """auto: join the others on Cloud TPU, under SLURM and under Open MPI, be alone elsewhere. HOST:PORT: where process
+    0 waits for the others. none: be alone."""
+    num_processes: int | None = None
+    """Processes of the run, where HOST:PORT is given; SLURM and Open MPI know it."""
+    process_id: int | None = None
+    """This one's number, from 0."""
+    start_timeout_s: int = 300
+    """Seconds to wait for all processes to come."""
+    peer_timeout_s: int = 60
+    """A process that gives no sign of life for this many seconds is dead, and the others end with an error."""
+
+    def __post_init__(self):
+        for field in ("start_timeout_s", "peer_timeout_s"):
+            require(getattr(self, field) >= 1, f"distributed.{field}={getattr(self, field)} must be at least 1.")

@@ -1,0 +1,277 @@
+"""History x readout x head, and what a policy sees besides images and text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from robovlms_jax import schema
+from robovlms_jax.actions import normalize, statistics
+from robovlms_jax.control import interface
+from robovlms_jax.policies.heads import base as heads
+from robovlms_jax.policies.heads import discrete, lstm
+from robovlms_jax.schema import require
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("policy.proprio")
+class ProprioConfig:
+    """The robot's own state as one more token per frame, between the prompt and the action queries."""
+
+    enabled: bool = False
+    """Off: policies are driven by images and text alone, as every released RoboVLMs checkpoint is."""
+    center: tuple[float, ...] = (0.0, -0.15, 0.5, 3.1416, 0.0, 1.5708)
+    """Subtracted from tcp xyz (m) and Euler xyz (rad, the short way round). The default is the middle of CALVIN's table
+    with the gripper pointing down; zeros, together with a scale of ones, give the raw values upstream feeds."""
+    scale: tuple[float, ...] = (0.25, 0.25, 0.1, 0.5, 0.5, 0.5)
+    """What one unit of each centred number is."""
+    dropout: float = 0.0
+    """Share of training frames that are not told. Where the hand is on its way to something betrays where that is, so a
+    policy that is always told can learn the demonstrations without looking."""
+
+    def __post_init__(self):
+        require(0 <= self.dropout < 1, f"policy.proprio.dropout={self.dropout} must lie in [0, 1).")
+        require(
+            len(self.center) == len(self.scale) == 6 and all(scale > 0 for scale in self.scale),
+            f"policy.proprio.center and policy.proprio.scale need 6 numbers each, scales positive; got {self.center} "
+            f"and {self.scale}.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("policy.action_history")
+class ActionHistoryConfig:
+    """The actions executed before a frame, as more tokens between the prompt and the action queries."""
+
+    length: int = 0
+    """How many; each is a token. 0: off."""
+    dropout: float = 0.0
+    """Share of training frames that are not told: what was done is a strong hint at what comes next, and a policy that
+    trusts it alone repeats itself."""
+
+    def __post_init__(self):
+        require(self.length >= 0, f"policy.action_history.length={self.length} must be 0 (off) or positive.")
+        require(0 <= self.dropout < 1, f"policy.action_history.dropout={self.dropout} must lie in [0, 1).")
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("policy.auxiliary.forward")
+class ForwardConfig:
+    """Predict future frames of every camera from the features that actions are made of."""
+
+    loss_weight: float = 0.0
+    """> 0: on. Weighs the mean squared error of patches scaled to zero mean and unit variance."""
+    offsets: tuple[int, ...] = (3,)
+    """Frames ahead."""
+    patch_size: int = 16
+    """Pixels; divides the side of the model's images."""
+    width: int = 384
+    depth: int = 2
+    """Layers of the decoder."""
+    head_dim: int = 64
+
+    def __post_init__(self):
+        name = "policy.auxiliary.forward"
+        require(self.loss_weight >= 0, f"{name}.loss_weight={self.loss_weight} must be 0 (off) or positive.")
+        require(
+            len(self.offsets) > 0 and min(self.offsets) >= 1,
+            f"{name}.offsets={self.offsets} must name frames ahead, each at least 1.",
+        )
+        for field in ("patch_size", "width", "depth", "head_dim"):
+            require(getattr(self, field) >= 1, f"{name}.{field}={getattr(self, field)} must be at least 1.")
+        require(self.width % self.head_dim == 0, f"{name}.head_dim={self.head_dim} must divide width={self.width}.")
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("policy.auxiliary.clip")
+class ClipConfig:
+    """Keep the features near the instruction's embedding by CLIP (upstream's CLIP-norm loss, its CLIP frozen)."""
+
+    weights: str = ""
+    """CLIP directory as published (upstream: ViT-L/14), or hf://OWNER/NAME. Empty: off. Only training opens it."""
+    dim: int = 768
+    """Width of its embeddings (projection_dim)."""
+    loss_weight: float = 0.05
+
+    def __post_init__(self):
+        require(self.dim >= 1, f"policy.auxiliary.clip.dim={self.dim} must be at least 1.")
+        require(self.loss_weight >= 0, f"policy.auxiliary.clip.loss_weight={self.loss_weight} must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("policy.auxiliary")
+class AuxiliaryConfig:
+    """Losses beside the actions'. Acting needs none of them."""
+
+    forward: ForwardConfig = ForwardConfig()
+    clip: ClipConfig = ClipConfig()
+    caption_weight: float = 0.0
+    """> 0: on. Weighs the language model's cross-entropy on the prompt given the images, so that it stays a language
+    model."""
+
+    def __post_init__(self):
+        require(
+            self.caption_weight >= 0,
+            f"policy.auxiliary.caption_weight={self.caption_weight} must be 0 (off) or positive.",
+        )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any of them is on."""
+        return self.forward.loss_weight > 0 or self.clip.weights != "" or self.caption_weight > 0
+
+    @property
+    def future_frames(self) -> int:
+        """F: frames after a segment that training needs."""
+        return max(self.forward.offsets) if self.forward.loss_weight else 0
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("policy")
+class PolicyConfig:
+    """History x readout x head: what makes a VLM a robot policy."""
+
+    history: Literal["one_step", "interleaved", "policy_head", "video"] = "policy_head"
+    """one_step: the newest frame alone (window 1). interleaved: the language model reads frame after frame in one
+    sequence. policy_head: every frame is encoded alone, the head remembers. video: all frames in one prompt."""
+    readout: Literal["action_query", "pool", "token"] = "action_query"
+    """action_query: learned tokens appended to the prompt; their hidden states are the head's features. pool: maxima
+    over bins of the prompt's own hidden states. token: logits of vocabulary tokens that stand for actions."""
+    head: heads.HeadConfig = lstm.LSTMHeadConfig()
+    """Which head goes with which history and readout: `products()`."""
+    num_queries: int = 1
+    """Learned action tokens per frame; with readout pool, bins."""
+    pool: Literal["all", "text", "vision"] = "all"
+    """Readout pool: which tokens; text leaves out the first and the last one."""
+    window: int = 8
+    """W: observed steps looked back over, the current one included."""
+    reencode_every: int = 1
+    """History interleaved, control only: once the window slides, decode all of it again every this many steps. 1 is
+    exact; 0 never does and costs one frame per step (see `policies.stream` for what is approximate then)."""
+    chunk: int = 10
+    """C: future actions predicted at every step, beginning with the current one."""
+    cameras: tuple[str, ...] = ("wrist", "static")
+    """Cameras in the order their tokens follow the prompt's first token (released RoboVLMs checkpoints: wrist, then
+    static)."""
+    compat_count_padding: bool = False
+    """Training only, as upstream's batches: positions count the padding of prompts (see `sequence.Order`)."""
+    compat_queries_last: bool = False
+    """Training only, as upstream's batches: action queries come before the last slot of the padded prompt, so after the
+    end and the padding of every prompt but the longest."""
+    proprio: ProprioConfig = ProprioConfig()
+    action_history: ActionHistoryConfig = ActionHistoryConfig()
+    auxiliary: AuxiliaryConfig = AuxiliaryConfig()
+    action_scaling: Literal["bounds", "quantile", "mean_std"] = "bounds"
+    """Where action_low and action_high come from. bounds: as given below. quantile: the 1 % and 99 % quantiles of the
+    training split's actions. mean_std: their mean, minus and plus action_num_std standard deviations. The latter two
+    are filled in when a run starts, and saved with its checkpoints."""
+    action_num_std: float = 3.0
+    """Standard deviations that mean_std maps to 1 (heads reach no further)."""
+    action_low: tuple[float, ...] = (-0.65,) * 6
+    """Lower end of each arm dimension in dataset units; clipped, then mapped to -1. The gripper is never normalised."""
+    action_high: tuple[float, ...] = (0.65,) * 6
+    """Upper end of each arm dimension in dataset units; clipped, then mapped to +1."""
+    action_mean: float = 0.0
+    """With action_std: upstream's `regular_action`, (arm - action_mean) / action_std after the bounds."""
+    action_std: float = 0.0
+    """0: off. Below 1, some actions lie beyond the [-1, 1] that heads reach, as they do upstream."""
+    action_mu: float = 0.0
+    """> 0: mu-law at the end, finer where actions are small. Upstream's mu is 255."""
+
+    def __post_init__(self):
+        for field in ("num_queries", "window", "chunk"):
+            require(getattr(self, field) >= 1, f"policy.{field}={getattr(self, field)} must be at least 1.")
+        require(self.reencode_every >= 0, f"policy.reencode_every={self.reencode_every} must be 0 (never) or positive.")
+        require(self.pool in ("all", "text", "vision"), f"policy.pool={self.pool!r} must be 'all', 'text' or 'vision'.")
+        self._require_product()
+        require(
+            self.readout != "token" or not (self.auxiliary.forward.loss_weight or self.auxiliary.clip.weights),
+            "policy.auxiliary.forward and .clip learn from a head's hidden features; with policy.readout='token' there "
+            "are none. Switch them off, or use another readout.",
+        )
+        require(
+            not (self.compat_count_padding or self.compat_queries_last) or self.history in ("one_step", "policy_head"),
+            f"policy.compat_count_padding and policy.compat_queries_last are of histories that decode every frame by "
+            f"itself, one_step and policy_head; this one is {self.history!r}.",
+        )
+        unknown = sorted(set(self.cameras) - set(interface.CAMERAS))
+        require(not unknown, f"policy.cameras has unknown {unknown}; known cameras: {list(interface.CAMERAS)}.")
+        require(
+            len(self.cameras) > 0 and len(set(self.cameras)) == len(self.cameras),
+            f"policy.cameras={self.cameras} must name each camera once and at least one.",
+        )
+        arm = interface.ACTION_DIM - 1
+        require(
+            len(self.action_low) == len(self.action_high) == arm
+            and all(low < high for low, high in zip(self.action_low, self.action_high)),
+            f"policy.action_low and policy.action_high need {arm} numbers each, low < high everywhere; "
+            f"got {self.action_low} and {self.action_high}.",
+        )
+        require(self.action_num_std > 0, f"policy.action_num_std={self.action_num_std} must be positive.")
+        for field in ("action_std", "action_mu"):
+            require(getattr(self, field) >= 0, f"policy.{field}={getattr(self, field)} must be 0 (off) or positive.")
+
+    @property
+    def normalizer(self) -> normalize.Normalizer:
+        """Dataset units <-> what the head predicts. Raises ValueError where bounds still have to come from the data."""
+        given = (self.action_low, self.action_high)
+        if self.action_scaling != "bounds" and given == (PolicyConfig.action_low, PolicyConfig.action_high):
+            raise ValueError(
+                f"policy.action_scaling={self.action_scaling!r} takes its bounds from training data; call "
+                "policy.with_statistics (training does) before the policy is used."
+            )
+        std = self.action_std or None
+        return normalize.Normalizer(*given, mean=self.action_mean, std=std, mu=self.action_mu)
+
+    def with_bins(self, actions: np.ndarray) -> PolicyConfig:
+        """With the bins that the head takes from training data, where it does: actions float[N, 7], dataset units."""
+        if not isinstance(self.head, discrete.DiscreteHeadConfig):
+            return self
+        return dataclasses.replace(self, head=self.head.with_actions(self.normalizer.normalize(actions)))
+
+    def with_statistics(self, action: Mapping[str, Any]) -> PolicyConfig:
+        """With the bounds that `action_scaling` asks for; a dimension that never changes gets bounds one unit apart.
+
+        Args:
+          action: "q01", "q99", "mean", "std" -> float[7], of the training split in dataset units.
+        Raises:
+          ValueError: outliers decide the bounds (mean_std); see `statistics.require_bounds`.
+        """
+        arm = interface.ACTION_DIM - 1
+        if self.action_scaling == "bounds":
+            return self
+        if self.action_scaling == "quantile":
+            low, high = (np.array(action[name][:arm], np.float64) for name in ("q01", "q99"))
+        else:
+            mean, std = (np.array(action[name][:arm], np.float64) for name in ("mean", "std"))
+            low, high = mean - self.action_num_std * std, mean + self.action_num_std * std
+            statistics.require_bounds(action, low, high)
+        still = high - low < 1e-6
+        low, high = np.where(still, low - 0.5, low), np.where(still, high + 0.5, high)
+        return dataclasses.replace(self, action_low=tuple(low.tolist()), action_high=tuple(high.tolist()))
+
+    @property
+    def head_window(self) -> int:
+        """Steps that the head predicts at and looks back over: one where the history leaves one."""
+        return 1 if self.history == "video" else self.window
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether action tokens are decoded one after the other."""
+        return isinstance(self.head, discrete.DiscreteHeadConfig) and self.head.decoding == "autoregressive"
+
+    def _require_product(self) -> None:
+        kind, known = heads.kind_of(type(self.head)), heads.products()
+        if (self.history, self.readout, kind) not in known:
+            listed = "\n".join(f"  history={h} readout={r} head={k}" for h, r, k in known)
+            raise ValueError(
+                f"policy.history={self.history!r} with policy.readout={self.readout!r} and a {kind!r} head means "
+                f"nothing. These do:\n{listed}"
+            )
+        require(
+            self.history != "one_step" or self.window == 1,
+            f"policy.history='one_step' sees one step, but policy.window={self.window}; set policy.window=1.",
+        )

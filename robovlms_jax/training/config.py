@@ -1,0 +1,113 @@
+"""The optimizer and the training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Literal
+
+from robovlms_jax import schema
+from robovlms_jax.schema import require
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("optimizer")
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.0
+    """Decoupled, on every trainable parameter, as upstream does."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """After warm-up: constant; cosine down to min_scale at train.steps; or multiplied by step_factor every step_every
+    steps."""
+    warmup_steps: int = 0
+    """Linear warm-up from 0; the first update then has learning rate 0, as upstream's has."""
+    warmup_epochs: float = 0.0
+    """The same in passes over the training windows; added to warmup_steps when the run starts."""
+    min_scale: float = 0.0
+    """Cosine: final learning rate as a share of learning_rate."""
+    step_every: int = 10_000
+    step_factor: float = 0.1
+    clip_norm: float = 1.0
+    """Global gradient norm is clipped to this; 0 turns clipping off (what upstream's configs really ran with)."""
+
+    def __post_init__(self):
+        require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive.")
+        for field in ("warmup_steps", "warmup_epochs"):
+            require(getattr(self, field) >= 0, f"optimizer.{field}={getattr(self, field)} must not be negative.")
+        require(self.clip_norm >= 0, f"optimizer.clip_norm={self.clip_norm} must be 0 (off) or positive.")
+        require(self.step_every >= 1, f"optimizer.step_every={self.step_every} must be at least 1.")
+        require(0 <= self.min_scale <= 1, f"optimizer.min_scale={self.min_scale} must lie in [0, 1].")
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("train")
+class TrainConfig:
+    """The training run."""
+
+    output: str = "runs/default"
+    """Run directory: config, logs, checkpoints, report."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `output`. Without it, a directory that already holds checkpoints is
+    refused."""
+    init_from: str = ""
+    """Start with the parameters of another run (its directory or a checkpoint's), as far as they fit; what does not is
+    listed. Its tokenizer and architecture are used, its optimizer state and data order are not."""
+    allow_new_order: bool = False
+    """With resume: go on although other batches follow than would have (other episodes, batch size or seed). The run is
+    then no longer what it would have been without the interruption."""
+    steps: int = 50_000
+    """Optimizer steps."""
+    epochs: float = 0.0
+    """> 0: train for this many passes over the training windows instead of `steps`."""
+    batch_size: int = 128
+    """Windows per step over all hosts: segments per step times data.windows_per_segment."""
+    accumulation: int = 1
+    """Micro-batches per step; the gradient equals that of the whole batch."""
+    on_nonfinite: Literal["abort", "skip"] = "abort"
+    """What follows a loss or gradient that is not finite. Either way the batch changes nothing, and its episodes are
+    written to nonfinite.jsonl. abort: the last good state is saved and the run ends. skip: it goes on."""
+    max_skipped: int = 100
+    """Batches that on_nonfinite=skip may leave out in the whole run; one more ends it as abort does."""
+    trainable: tuple[str, ...] = (".*",)
+    """Regular expressions searched in parameter paths such as backbone/text/layers/attn/q/kernel; what matches none
+    is frozen."""
+    seed: int = 0
+    """Initialisation, data order, augmentation and dropout."""
+    log_every: int = 10
+    """Steps between progress lines and logged metrics."""
+    eval_every: int = 5_000
+    """Steps between evaluations on the validation split; 0: only at the end."""
+    checkpoint_every: int = 2_000
+    """Steps between checkpoints; one is always written at the end and on SIGTERM."""
+    keep_checkpoints: int = 3
+    profile: int = 0
+    """Steps to trace with JAX's profiler, from the third one on; the trace lies in the run's tensorboard directory, for
+    TensorBoard's profile plugin (`pip install tensorboard-plugin-profile`) or ui.perfetto.dev. 0: none."""
+    compilation_cache: str = "auto"
+    """Directory of compiled programs, so that the next start need not compile them again. auto: the one that
+    JAX_COMPILATION_CACHE_DIR names, else ~/.cache/robovlms_jax/xla/<type of processor>, of at most 8 GiB. Empty:
+    none."""
+    wandb_project: str = ""
+    """Also log to this Weights & Biases project (needs `pip install wandb`)."""
+
+    def __post_init__(self):
+        for field in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
+            require(getattr(self, field) >= 1, f"train.{field}={getattr(self, field)} must be at least 1.")
+        require(self.max_skipped >= 0, f"train.max_skipped={self.max_skipped} must not be negative.")
+        require(self.profile >= 0, f"train.profile={self.profile} must be 0 (off) or positive.")
+        require(self.epochs >= 0, f"train.epochs={self.epochs} must be 0 (use train.steps) or positive.")
+        require(self.eval_every >= 0, f"train.eval_every={self.eval_every} must be 0 (only at the end) or positive.")
+        require(self.output != "", "train.output must name a directory.")
+        require(len(self.trainable) > 0, "train.trainable must hold at least one pattern; nothing would be trained.")
+        for pattern in self.trainable:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"train.trainable has {pattern!r}, which is not a regular expression: {error}."
+                ) from error
