@@ -1,0 +1,140 @@
+"""Everything a run depends on: the parts of all rooms, and what must hold between them.
+
+Facts of one part are checked when the part is built; facts between parts by `ExperimentConfig.validate`, before anything
+is compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from robovlms_jax import schema
+from robovlms_jax.backbones.config import BackboneConfig
+from robovlms_jax.data.config import DataConfig
+from robovlms_jax.evaluation.config import EvaluationConfig, RolloutConfig
+from robovlms_jax.parallel.config import DistributedConfig, MeshConfig
+from robovlms_jax.playtable.config import DemonstrationConfig
+from robovlms_jax.policies.config import PolicyConfig
+from robovlms_jax.training.config import OptimizerConfig, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("")
+class ExperimentConfig:
+    """Everything a run depends on. Saved beside its checkpoints, enough to serve them."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    policy: PolicyConfig = PolicyConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    demonstrations: DemonstrationConfig = DemonstrationConfig()
+    rollouts: RolloutConfig = RolloutConfig()
+
+    @property
+    def segments_per_batch(self) -> int:
+        """Segments per optimizer step over all hosts."""
+        return self.train.batch_size // self.data.windows_per_segment
+
+    def validate(self, num_devices: int) -> None:
+        """Check facts between parts. Raises ValueError that names the fields, the conflict and a way out."""
+        per_segment, size = self.data.windows_per_segment, self.train.batch_size
+        if size % per_segment:
+            raise ValueError(
+                f"train.batch_size={size} windows is no multiple of data.windows_per_segment={per_segment}; "
+                f"try {_neighbours(size, per_segment)}."
+            )
+        if self.backbone.attention == "prefix" and (
+            self.policy.readout != "action_query" or self.policy.history == "video"
+        ):
+            raise ValueError(
+                "backbone.attention='prefix' needs policy.readout='action_query' and another history than 'video'; "
+                f"it is {self.policy.readout!r} with {self.policy.history!r}. Set backbone.attention=causal."
+            )
+        if self.backbone.attention == "prefix" and self.policy.auxiliary.caption_weight:
+            raise ValueError(
+                "policy.auxiliary.caption_weight asks for each word from those before it, and with "
+                "backbone.attention='prefix' every word sees the whole prompt. Set backbone.attention=causal, or the "
+                "weight to 0."
+            )
+        if self.data.compat_second_norm and self.policy.action_scaling != "quantile":
+            raise ValueError(
+                "data.compat_second_norm repeats the scaling by quantiles: set policy.action_scaling=quantile (it is "
+                f"{self.policy.action_scaling})."
+            )
+        data, fsdp, _ = self.mesh_sizes(num_devices)
+        step = data * fsdp * self.train.accumulation
+        if self.segments_per_batch % step:
+            whole, rest = divmod(self.segments_per_batch, data * fsdp)
+            # Micro-batches must part each device's segments evenly.
+            parts = [n for n in range(1, whole + 1) if whole % n == 0] if rest == 0 else []
+            nearest = min(parts, key=lambda n: abs(n - self.train.accumulation), default=None)
+            raise ValueError(
+                f"train.batch_size={size} is {self.segments_per_batch} segments of {per_segment} windows, which does "
+                f"not divide over {data * fsdp} data-parallel devices (mesh.data={data} x mesh.fsdp={fsdp}) x "
+                f"train.accumulation={self.train.accumulation}; try train.batch_size="
+                f"{_neighbours(size, step * per_segment)}"
+                + (f", or train.accumulation={nearest}." if nearest is not None else ".")
+            )
+
+    def resolve(self, num_windows: int, text_length: int, actions: Mapping[str, Any] | None = None) -> ExperimentConfig:
+        """Fill in what depends on the data: epochs become steps, prompt length and action bounds become numbers.
+
+        Args:
+          num_windows: windows of the training split.
+          text_length: tokens that fit every training prompt.
+          actions: statistics of the training actions, as `PolicyConfig.with_statistics` takes them; None leaves the
+            policy as it is.
+        """
+        per_epoch = num_windows / self.train.batch_size
+        warmup = self.optimizer.warmup_steps + round(self.optimizer.warmup_epochs * per_epoch)
+        steps = max(round(self.train.epochs * per_epoch), 1) if self.train.epochs else self.train.steps
+        return dataclasses.replace(
+            self,
+            policy=self.policy if actions is None else self.policy.with_statistics(actions),
+            data=dataclasses.replace(self.data, text_length=self.data.text_length or text_length),
+            optimizer=dataclasses.replace(self.optimizer, warmup_steps=warmup, warmup_epochs=0.0),
+            train=dataclasses.replace(self.train, steps=steps, epochs=0.0),
+        )
+
+    def mesh_sizes(self, num_devices: int) -> tuple[int, int, int]:
+        """(data, fsdp, tensor) with -1 filled in. Raises ValueError when they do not make `num_devices`."""
+        sizes = [self.mesh.data, self.mesh.fsdp, self.mesh.tensor]
+        fixed = 1
+        for size in sizes:
+            fixed *= 1 if size == -1 else size
+        if -1 in sizes and num_devices % fixed == 0:
+            sizes[sizes.index(-1)] = num_devices // fixed
+        elif -1 in sizes or fixed != num_devices:
+            ways = "".join(f" {name}={size}, or" for name, size in _nearest_mesh(sizes, num_devices).items())
+            raise ValueError(
+                f"mesh.data={sizes[0]} x mesh.fsdp={sizes[1]} x mesh.tensor={sizes[2]} does not make the "
+                f"{num_devices} devices present; set{ways} one of them to -1 to take what is left."
+            )
+        return tuple(sizes)
+
+
+def _nearest_mesh(sizes: list[int], num_devices: int) -> dict[str, int]:
+    """Field -> the size nearest to the one it has with which, the others as they are, the mesh fits the devices."""
+    near = {}
+    for index, name in enumerate(("mesh.data", "mesh.fsdp", "mesh.tensor")):
+        others = sizes[:index] + sizes[index + 1 :]
+        left, rest = divmod(num_devices, math.prod(size for size in others if size != -1))
+        if sizes[index] == -1 or rest:
+            continue
+        # A -1 among the others takes whatever share of it this one leaves.
+        fitting = [n for n in range(1, left + 1) if left % n == 0] if -1 in others else [left]
+        near[name] = min(fitting, key=lambda n: abs(n - sizes[index]))
+    return near
+
+
+def _neighbours(size: int, step: int) -> str:
+    """The multiples of `step` around `size`, for an error message."""
+    below = size // step * step
+    return f"{below} or {below + step}" if below else str(step)

@@ -1,0 +1,43 @@
+"""The configuration that a checkpoint was trained with."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+
+from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.schema import from_dict
+from robovlms_jax.training.items import read_serving
+
+NEEDED = {
+    "backbone": ("name", "dtype", "lora_rank", "lora_alpha"),
+    "policy": (
+        *("history", "readout", "head", "num_queries", "window", "chunk"),
+        *("cameras", "action_low", "action_high"),
+    ),
+    "data": ("text_length",),
+}
+"""Fields that checkpoints of every version have, and that must not be guessed: with a default in their place, a robot
+would be sent other actions. What came later has defaults that leave it off."""
+
+
+def read_checkpoint(directory: pathlib.Path) -> tuple[ExperimentConfig, dict[str, str]]:
+    """The resolved configuration of a step directory, and its backbone's small files by name.
+
+    Raises FileNotFoundError, ValueError: something is missing, damaged or of another type; names file and field.
+    """
+    serving, path = read_serving(directory), directory / "serving"
+    saved = serving["config"]
+    for part, fields in NEEDED.items():
+        found = saved.get(part)
+        missing = [name for name in fields if isinstance(found, Mapping) and name not in found]
+        if found is None or missing:
+            names = ", ".join(f"{part}.{name}" for name in missing) or part
+            raise ValueError(
+                f"{path}: its configuration has no {names}. No default may stand in for what a policy was trained "
+                "with: copy the checkpoint again, or write down the value that it was trained with."
+            )
+    try:
+        return from_dict(ExperimentConfig, saved), serving["assets"]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} It was edited, or written by a newer version.") from None

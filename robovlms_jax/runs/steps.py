@@ -1,0 +1,105 @@
+"""The training step and its memory as a configuration says."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+
+from jax.sharding import Mesh
+
+from robovlms_jax.runs import build
+from robovlms_jax.policies.vla import VLA
+from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.training import memory, step
+from robovlms_jax.training import optimizer as optimizers
+from robovlms_jax.training.memory import Estimate, readable
+from robovlms_jax.training.state import TrainState
+from robovlms_jax.types import Batch
+
+logger = logging.getLogger(__name__)
+
+
+def make_step(
+    config: ExperimentConfig, model: VLA, state: TrainState, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, step.Metrics]]:
+    """`make_train_step` as a configuration says; `state` may be `training.state.abstract`."""
+    return step.make_train_step(
+        model,
+        optimizers.make_optimizer(config.optimizer, config.train.steps),
+        optimizers.learning_rate(config.optimizer, config.train.steps),
+        state,
+        mesh,
+        accumulation=config.train.accumulation,
+        shifts={"static": config.data.static_shift, "wrist": config.data.wrist_shift},
+        augment=config.data.augment,
+        skip_nonfinite=config.train.on_nonfinite == "skip",
+    )
+
+
+
+
+def memory_of(config: ExperimentConfig, model: VLA, state: TrainState, batch: Batch) -> Estimate:
+    """`estimate` of a configuration's step (`make_step`) on the mesh that `state` lies on."""
+    ways = state.step.sharding.mesh.shape
+    return memory.estimate(
+        model,
+        state,
+        batch,
+        batch_ways=ways["data"] * ways["fsdp"],
+        accumulation=config.train.accumulation,
+        shifts={"static": config.data.static_shift, "wrist": config.data.wrist_shift},
+        augment=config.data.augment,
+    )
+
+
+SLACK = 1.25
+"""What an estimate may exceed the memory by before a run is refused: it has been up to 1.11 times XLA's own plan."""
+
+
+def require_room(
+    config: ExperimentConfig, model: VLA, state: TrainState, batch: Batch, limit: int, found: Estimate | None = None
+) -> Estimate:
+    """The estimate of a step, where devices of `limit` bytes have room for it; a warning where that is uncertain.
+
+    Args:
+      found: `memory_of` of the same arguments, where known already.
+    Raises:
+      ValueError: no room; names the nearest train.accumulation and backbone.remat with which there is, if any.
+    """
+    found = memory_of(config, model, state, batch) if found is None else found
+    tensor = state.step.sharding.mesh.shape["tensor"]
+    surely = found.total - found.activations + found.activations / tensor  # estimates take no notice of mesh.tensor
+    if found.total <= limit:
+        return found
+    text = f"this takes about {readable(found.total)} on a device that has {readable(limit)} ({found})"
+    if surely <= SLACK * limit:
+        logger.warning("%s; it may run out of memory.", text)
+        return found
+    ways = []  # the first that fits with each choice of remat
+    for words, estimate in _smaller(config, model, state, batch):
+        if estimate.total <= limit and not any(("remat" in words) == ("remat" in other) for other, _ in ways):
+            ways.append((words, estimate))
+    if ways:
+        listed = " or ".join(f"{words} ({readable(estimate.total)})" for words, estimate in ways)
+        raise ValueError(f"{text}. With {listed} there is room.")
+    raise ValueError(
+        f"{text}. Neither train.accumulation nor backbone.remat makes enough room; set a larger mesh.fsdp, a smaller "
+        "train.batch_size, or train fewer parameters (train.trainable, backbone.lora_rank)."
+    )
+
+
+def _smaller(config: ExperimentConfig, model: VLA, state: TrainState, batch: Batch) -> Iterator[tuple[str, Estimate]]:
+    """The same update in less memory: ("--flag value ...", estimate), least change first; traced one by one."""
+    ways = state.step.sharding.mesh.shape
+    rows = config.segments_per_batch // (ways["data"] * ways["fsdp"])
+    remat = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, remat=True))
+    models = [("", model)] if model.vlm.remat else [("", model), (" --backbone.remat", remat)]
+    for words, changed in models:
+        for parts in range(config.train.accumulation, rows + 1):
+            if rows % parts or (parts == config.train.accumulation and not words):
+                continue
+            train = dataclasses.replace(config.train, accumulation=parts)
+            flag = f"--train.accumulation {parts}" if parts > config.train.accumulation else ""
+            estimate = memory_of(dataclasses.replace(config, train=train), changed, state, batch)
+            yield (flag + words).strip(), estimate
