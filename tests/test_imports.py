@@ -90,6 +90,32 @@ def test_directions():
     assert not wrong, "\n".join(wrong)
 
 
+def circles(arrows: dict[str, set[str]]) -> list[set[str]]:
+    """Groups of names that can all reach each other."""
+    reach = {name: set(others) for name, others in arrows.items()}
+    for middle in reach:  # Warshall's closure
+        for others in reach.values():
+            if middle in others:
+                others |= reach[middle]
+    return [{name, *others} for name, others in reach.items() if name in others]
+
+
+def test_neither_files_nor_rooms_import_in_circles():
+    files = {f"{PACKAGE}.{module}": path for module, path in library_files().items() if module}
+    arrows = {module: set(imports_of(path.read_text())) & set(files) - {module} for module, path in files.items()}
+    assert not circles(arrows)
+
+    def room_of(module: str) -> str:
+        return module.split(".")[1]
+
+    # A room's config.py stands below all rooms.
+    rooms: dict[str, set[str]] = {room_of(module): set() for module in files}
+    for module, others in arrows.items():
+        rooms[room_of(module)] |= {room_of(x) for x in others if not x.endswith(".config")} - {room_of(module)}
+    assert not circles(rooms)
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [{"b", "c"}] * 2
+
+
 def test_the_table_keeps_what_the_page_promises():
     table = read_table()
     assert [room for room, row in table.items() if "data" in row.imports] == ["runs"]
