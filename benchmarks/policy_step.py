@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
 from benchmarks import machine, workload
 from robovlms_jax.control.interface import Observation
@@ -28,6 +29,7 @@ from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs import build
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.types import Inputs
+from robovlms_jax.weights import quantize
 
 WARM_UP = 10
 """Steps left out of the comparison of early and late ones."""
@@ -51,6 +53,8 @@ class Args:
     """Also compare LSTM heads of that many layers, such as 2 3 4 (the head's usual width; one slot)."""
     interleaved_window: int = 0
     """> 0: also stream `interleaved` history over a window of that many frames, beside one frame's encode alone."""
+    int8: bool = False
+    """Also serve the backbone's matrices in int8, in turn with the same policy in its own type (one slot)."""
     peak_tflops: float = 0.0
     """Of one device, for the roofline. 0: from the table of known GPUs, measured on other devices."""
     bandwidth_gbs: float = 0.0
@@ -98,6 +102,7 @@ def main(args: Args) -> None:
             "slots": results,
             "lstm_layers": layers,
             "interleaved": streams,
+            "int8": compare_int8(model, params, mesh, args.steps) if args.int8 else {},
             "parameters": build.count(params),
             "device_peak_bytes": machine.device_peak_bytes(),
             "ceiling": dataclasses.asdict(ceiling),
@@ -124,6 +129,36 @@ def measure_layers(
     model = workload.make_model(size, config)
     params = build.init_params(model, meshes.make_mesh((1, 1, 1), jax.local_devices()[:1]), seed=0)
     return measure(model, params, 1, steps, compiles, ceiling) | {"head_parameters": build.count(params["head"])}
+
+
+def compare_int8(model: VLA, params: Any, mesh: Mesh, steps: int) -> dict[str, Any]:
+    """The policy with its backbone's matrices in int8 beside the same one as it is, one slot each, asked in turn so
+    that a change of load meets both. Errors are of actions in dataset units, gripper left out."""
+    served = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, storage="int8"))
+    stored = {"float": params, "int8": quantize.quantize(params, build.abstract_params(served, mesh)[0])}
+    models = {"float": model, "int8": served}
+    policies = {name: rollout.BatchedVLAPolicy(models[name], stored[name], encode_text, 1) for name in models}
+    seconds, errors, size = {name: [] for name in models}, [], 0.0
+    for policy in policies.values():
+        policy.reset([0], ["push the block"])
+    observations = make_observations(model)
+    for index in range(steps + 1):
+        actions = {}
+        for name, policy in policies.items():
+            begin = time.perf_counter()
+            actions[name] = policy.act([observations[index % len(observations)]], [0])[0].actions[:, :-1]
+            seconds[name].append(time.perf_counter() - begin)
+        errors.append(np.abs(actions["int8"] - actions["float"]).max())
+        size = max(size, np.abs(actions["float"]).max())
+    median, fastest = ({name: choose(x[1:]) for name, x in seconds.items()} for choose in (statistics.median, min))
+    return {
+        "median_seconds": median,
+        "times_float": median["int8"] / median["float"],
+        "times_float_fastest": fastest["int8"] / fastest["float"],
+        "parameter_bytes": {name: sum(x.nbytes for x in jax.tree.leaves(tree)) for name, tree in stored.items()},
+        "max_action_error": float(max(errors)),
+        "max_action": float(size),
+    }
 
 
 def frame_encoder(model: VLA) -> Callable:

@@ -37,7 +37,7 @@ from robovlms_jax.runs import build, load
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import to_dict
 from robovlms_jax.training import checkpoints
-from robovlms_jax.weights import convert, rules, sources
+from robovlms_jax.weights import convert, quantize, rules, sources
 
 REPORT = "conversion.json"
 INSTRUCTION = "open the drawer"
@@ -143,7 +143,7 @@ def _convert(
     """Parameters in the type they are served in, the rules that made them, and what to say about it."""
     mesh = meshes.make_mesh((1, 1, 1), jax.local_devices(backend="cpu")[:1])
     shapes, shardings = build.abstract_params(model, mesh)
-    types = load.serving_types(shapes, dtype)
+    types = quantize.stored_types(shapes, dtype)
     stored = jax.tree.map(lambda x, kind: jax.ShapeDtypeStruct(x.shape, kind), shapes, types)
     parameters = {path: x.shape for path, x in flatten_dict(shapes, sep="/").items()}
     spare = {f"backbone/{path}": shape for path, shape in build.spare_params(model, shapes).items()}

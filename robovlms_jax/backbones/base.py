@@ -20,7 +20,7 @@ from robovlms_jax.backbones import sequence
 from robovlms_jax.inputs.images import ImageSpec, read_image_spec
 from robovlms_jax.nn.attention import Cache
 from robovlms_jax.nn.decoder import Decoder, DecoderConfig
-from robovlms_jax.nn.linear import Lora
+from robovlms_jax.nn.linear import Kernel, Lora
 from robovlms_jax.nn.perceiver import Perceiver, PerceiverConfig
 from robovlms_jax.types import Tokens
 from robovlms_jax.weights import quantized, rules
@@ -34,7 +34,7 @@ class VisionConfig(Protocol):
 
     image_size: int
 
-    def build(self, lora: Lora, remat: bool) -> nn.Module:
+    def build(self, kernel: Kernel, remat: bool) -> nn.Module:
         """Module: float[B, size, size, 3] -> float[B, P', vision width]."""
 
     def tiny(self) -> VisionConfig:
@@ -44,7 +44,7 @@ class VisionConfig(Protocol):
 class ConnectorConfig(Protocol):
     """A frozen dataclass that makes the module between vision tower and decoder."""
 
-    def build(self, text: DecoderConfig, lora: Lora) -> nn.Module:
+    def build(self, text: DecoderConfig, kernel: Kernel) -> nn.Module:
         """Module: (float[B, P', vision width], deterministic=...) -> float[B, P, D]."""
 
     def tiny(self) -> ConnectorConfig:
@@ -102,10 +102,18 @@ class VLMConfig:
         """D, the width of embeddings and hidden states."""
         return self.text.width
 
+    storage: Literal["float", "int8"] = "float"
+    """Of matrices and token table; int8 is for serving and for training adapters alone."""
+
     @property
     def lora(self) -> Lora:
         """Adapters as the blocks take them."""
         return Lora(self.lora_rank, self.lora_alpha)
+
+    @property
+    def kernel(self) -> Kernel:
+        """How matrices are stored, as the blocks take it."""
+        return Kernel(self.storage, self.lora)
 
     def tiny(self) -> VLMConfig:
         """A shrunken twin: the same architecture, small enough for a test."""
@@ -133,11 +141,11 @@ class VLM(nn.Module):
 
     def setup(self):
         c = self.config
-        self.vision = c.vision.build(c.lora, c.remat)
-        self.connector = c.connector.build(c.text, c.lora)
-        self.text = Decoder(c.text, c.lora, c.remat)
+        self.vision = c.vision.build(c.kernel, c.remat)
+        self.connector = c.connector.build(c.text, c.kernel)
+        self.text = Decoder(c.text, c.kernel, c.remat)
         if c.resampler is not None:
-            self.resampler = Perceiver(c.resampler, c.lora, c.remat)
+            self.resampler = Perceiver(c.resampler, c.kernel, c.remat)
 
     def embed(
         self,

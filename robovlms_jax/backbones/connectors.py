@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from robovlms_jax.nn.decoder import DecoderConfig
-from robovlms_jax.nn.linear import Einsum, Lora
+from robovlms_jax.nn.linear import Dense, Kernel
 from robovlms_jax.nn.mlp import ACTIVATIONS
 
 
@@ -21,8 +21,8 @@ class LinearConnectorConfig:
     shuffle: int = 1
     """Squares of shuffle x shuffle neighbouring patches become one token, their channels side by side, row by row."""
 
-    def build(self, text: DecoderConfig, lora: Lora) -> nn.Module:
-        return LinearConnector(self, text, lora)
+    def build(self, text: DecoderConfig, kernel: Kernel) -> nn.Module:
+        return LinearConnector(self, text, kernel)
 
     def tiny(self) -> LinearConnectorConfig:
         return dataclasses.replace(self, shuffle=min(self.shuffle, 2))
@@ -38,8 +38,8 @@ class MLPConnectorConfig:
     views: int = 1
     """Copies of the features side by side, where the model was made for those of several crops (MoonDream2)."""
 
-    def build(self, text: DecoderConfig, lora: Lora) -> nn.Module:
-        return MLPConnector(self, text, lora)
+    def build(self, text: DecoderConfig, kernel: Kernel) -> nn.Module:
+        return MLPConnector(self, text, kernel)
 
     def tiny(self) -> MLPConnectorConfig:
         return self if self.mlp_dim is None else dataclasses.replace(self, mlp_dim=20)
@@ -50,13 +50,13 @@ class LinearConnector(nn.Module):
 
     config: LinearConnectorConfig
     text: DecoderConfig
-    lora: Lora = Lora()
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(self, features: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """float[B, P', vision width] -> float[B, P' / shuffle^2, D]."""
         x = gather_squares(features, self.config.shuffle)
-        x = dense(x, self.text.width, self.config.use_bias, self.lora, "dense")
+        x = Dense(self.text.width, (None, "embed"), self.config.use_bias, kernel=self.kernel, name="dense")(x)
         # PaliGemma's features enter the decoder as they are, while all embeddings are scaled there.
         return x * self.text.width**-0.5 if self.text.embed_scale else x
 
@@ -66,14 +66,15 @@ class MLPConnector(nn.Module):
 
     config: MLPConnectorConfig
     text: DecoderConfig
-    lora: Lora = Lora()
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(self, features: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """float[B, P, vision width] -> float[B, P, D]."""
         x = jnp.concatenate([features] * self.config.views, axis=-1)
-        x = dense(x, self.config.mlp_dim or self.text.width, True, self.lora, "hidden")
-        return dense(ACTIVATIONS[self.config.activation](x), self.text.width, True, self.lora, "out")
+        axes, width = (None, "embed"), self.config.mlp_dim or self.text.width
+        x = Dense(width, axes, kernel=self.kernel, name="hidden")(x)
+        return Dense(self.text.width, axes, kernel=self.kernel, name="out")(ACTIVATIONS[self.config.activation](x))
 
 
 def gather_squares(x: jax.Array, side: int) -> jax.Array:
@@ -84,9 +85,3 @@ def gather_squares(x: jax.Array, side: int) -> jax.Array:
     grid = int(patches**0.5) // side
     x = x.reshape(batch, grid, side, grid, side, width).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(batch, grid * grid, side * side * width)
-
-
-def dense(x: jax.Array, width: int, use_bias: bool, lora: Lora, name: str) -> jax.Array:
-    """A matrix of the calling module: float[B, P, E] -> float[B, P, width]."""
-    shape, axes = (x.shape[-1], width), (None, "embed")
-    return Einsum("BPE,ED->BPD", shape, axes, use_bias=use_bias, lora=lora, name=name)(x)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from robovlms_jax.backbones import base, sections
 from robovlms_jax.nn.attention import Attention
 from robovlms_jax.nn.decoder import DecoderConfig
-from robovlms_jax.nn.linear import Einsum, Lora
+from robovlms_jax.nn.linear import Dense, Kernel
 from robovlms_jax.weights import rules
 
 
@@ -24,8 +24,8 @@ class LatentConnectorConfig:
     num_latents: int = 64
     """P, tokens per image."""
 
-    def build(self, text: DecoderConfig, lora: Lora) -> nn.Module:
-        return LatentConnector(self.num_latents, text, lora)
+    def build(self, text: DecoderConfig, kernel: Kernel) -> nn.Module:
+        return LatentConnector(self.num_latents, text, kernel)
 
     def tiny(self) -> LatentConnectorConfig:
         return LatentConnectorConfig(num_latents=6)
@@ -36,7 +36,7 @@ class LatentConnector(nn.Module):
 
     num_latents: int
     text: DecoderConfig
-    lora: Lora = Lora()
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(self, features: jax.Array, *, deterministic: bool = True) -> jax.Array:
@@ -44,12 +44,16 @@ class LatentConnector(nn.Module):
         width = self.text.width
         x = features.astype(jnp.float32)
         x = (x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))).astype(features.dtype)
-        x = Einsum("BPE,ED->BPD", (x.shape[-1], width), (None, "embed"), use_bias=True, lora=self.lora, name="dense")(x)
+        x = Dense(width, (None, "embed"), kernel=self.kernel, name="dense")(x)
         init = nn.with_logical_partitioning(nn.initializers.normal(width**-0.5), ("queries", "embed"))
         latents = self.param("latents", init, (self.num_latents, width)).astype(x.dtype)
         latents = jnp.broadcast_to(latents, (x.shape[0], self.num_latents, width))
         attention = Attention(
-            self.text.num_heads, self.text.head_dim, dropout=self.text.attention_dropout, lora=self.lora, name="attn"
+            self.text.num_heads,
+            self.text.head_dim,
+            dropout=self.text.attention_dropout,
+            kernel=self.kernel,
+            name="attn",
         )
         return attention(latents, jnp.concatenate([x, latents], axis=1), deterministic=deterministic)[0]
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from robovlms_jax.backbones import base, sections
-from robovlms_jax.backbones.connectors import dense, gather_squares
+from robovlms_jax.backbones.connectors import gather_squares
 from robovlms_jax.nn.attention import Attention
 from robovlms_jax.nn.decoder import DecoderConfig
-from robovlms_jax.nn.linear import Einsum, Lora
+from robovlms_jax.nn.linear import Dense, Einsum, Kernel
 from robovlms_jax.nn.mlp import MLP
 from robovlms_jax.nn.norms import RMSNorm
 from robovlms_jax.nn.positions import Rotary
@@ -62,8 +62,8 @@ class WindowViTConfig:
         """Rows and columns of tokens."""
         return (self.side // self.merge,) * 2
 
-    def build(self, lora: Lora, remat: bool) -> nn.Module:
-        return WindowViT(self, lora, remat)
+    def build(self, kernel: Kernel, remat: bool) -> nn.Module:
+        return WindowViT(self, kernel, remat)
 
     def tiny(self) -> WindowViTConfig:
         return dataclasses.replace(  # 3 x 3 tokens; windows of 2 x 2 of them, cut at the border
@@ -75,15 +75,15 @@ class Block(nn.Module):
     """Pre-norm layer with a gated MLP."""
 
     config: WindowViTConfig
-    lora: Lora = Lora()
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, rotary: Rotary) -> jax.Array:
         """float[B, P, D] -> float[B, P, D]."""
         c = self.config
-        attention = Attention(c.num_heads, c.width // c.num_heads, lora=self.lora, name="attn")
+        attention = Attention(c.num_heads, c.width // c.num_heads, kernel=self.kernel, name="attn")
         x = x + attention(RMSNorm(EPSILON, name="attn_norm")(x), mask=mask, rotary=rotary)[0]
-        mlp = MLP(c.mlp_dim, c.activation, is_gated=True, lora=self.lora, name="mlp")
+        mlp = MLP(c.mlp_dim, c.activation, is_gated=True, kernel=self.kernel, name="mlp")
         return x + mlp(RMSNorm(EPSILON, name="mlp_norm")(x))
 
 
@@ -91,7 +91,7 @@ class WindowViT(nn.Module):
     """Normalised images to features of all patches, row by row."""
 
     config: WindowViTConfig
-    lora: Lora = Lora()
+    kernel: Kernel = Kernel()
     remat: bool = False
 
     @nn.compact
@@ -101,7 +101,7 @@ class WindowViT(nn.Module):
         x = images.reshape(-1, c.side, c.patch_size, c.side, c.patch_size, 3)
         shape, axes = (c.frames, c.patch_size, c.patch_size, 3, c.width), (None, "patch", None, None, "embed")
         x = jnp.broadcast_to(x[:, None], (x.shape[0], c.frames, *x.shape[1:]))
-        x = Einsum("BTUXVYC,TXYCD->BUVD", shape, axes, lora=self.lora, name="patch")(x)
+        x = Einsum("BTUXVYC,TXYCD->BUVD", shape, axes, kernel=self.kernel.as_float(), name="patch")(x)
         x = x.reshape(x.shape[0], c.side**2, c.width)
 
         rows, columns = np.indices((c.side, c.side)).reshape(2, -1)
@@ -117,7 +117,7 @@ class WindowViT(nn.Module):
             return block(x, jnp.where(is_full, True, near), rotary), None
 
         is_full = jnp.asarray([layer in c.full_layers for layer in range(c.depth)])
-        block = Block(c, self.lora, name="layers")
+        block = Block(c, self.kernel, name="layers")
         return scan_layers(step, block, x, is_full, length=c.depth, remat=self.remat)[0]
 
 
@@ -127,8 +127,8 @@ class MergerConfig:
 
     merge: int = 2
 
-    def build(self, text: DecoderConfig, lora: Lora) -> nn.Module:
-        return Merger(self, text, lora)
+    def build(self, text: DecoderConfig, kernel: Kernel) -> nn.Module:
+        return Merger(self, text, kernel)
 
     def tiny(self) -> MergerConfig:
         return self
@@ -139,14 +139,15 @@ class Merger(nn.Module):
 
     config: MergerConfig
     text: DecoderConfig
-    lora: Lora = Lora()
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(self, features: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """float[B, P', vision width] -> float[B, P' / merge^2, D]."""
         x = gather_squares(RMSNorm(EPSILON, name="norm")(features), self.config.merge)
-        x = jax.nn.gelu(dense(x, x.shape[-1], True, self.lora, "hidden"), approximate=False)
-        return dense(x, self.text.width, True, self.lora, "out")
+        x = Dense(x.shape[-1], (None, "embed"), kernel=self.kernel, name="hidden")(x)
+        x = jax.nn.gelu(x, approximate=False)
+        return Dense(self.text.width, (None, "embed"), kernel=self.kernel, name="out")(x)
 
 
 VISION = base.Section(

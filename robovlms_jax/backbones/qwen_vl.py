@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from robovlms_jax.backbones import base, sections
-from robovlms_jax.backbones.connectors import dense
 from robovlms_jax.nn.attention import Attention
 from robovlms_jax.nn.decoder import DecoderConfig
-from robovlms_jax.nn.linear import Lora
+from robovlms_jax.nn.linear import Dense, Kernel
 from robovlms_jax.nn.norms import LayerNorm
 from robovlms_jax.nn.positions import resize_positions
 from robovlms_jax.nn.vit import ViTConfig
@@ -30,8 +29,8 @@ class ResamplerConfig:
     """P, tokens per image."""
     head_dim: int = 128
 
-    def build(self, text: DecoderConfig, lora: Lora) -> nn.Module:
-        return Resampler(self, text, lora)
+    def build(self, text: DecoderConfig, kernel: Kernel) -> nn.Module:
+        return Resampler(self, text, kernel)
 
     def tiny(self) -> ResamplerConfig:
         return ResamplerConfig(num_queries=4, head_dim=8)
@@ -42,7 +41,7 @@ class Resampler(nn.Module):
 
     config: ResamplerConfig
     text: DecoderConfig
-    lora: Lora = Lora()
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(self, features: jax.Array, *, deterministic: bool = True) -> jax.Array:
@@ -52,16 +51,16 @@ class Resampler(nn.Module):
         def norm(name: str) -> nn.Module:
             return LayerNorm(1e-6, name=name)
 
-        x = norm("kv_norm")(dense(features, width, False, self.lora, "kv"))
+        x = norm("kv_norm")(Dense(width, (None, "embed"), use_bias=False, kernel=self.kernel, name="kv")(features))
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("queries", "embed"))
         queries = self.param("queries", init, shape).astype(x.dtype)
         positions = self.param("positions", init, shape)
         keys = x + resize_positions(positions, int(x.shape[1] ** 0.5)).astype(x.dtype)
         queries = norm("query_norm")(queries) + positions.astype(x.dtype)
         queries = jnp.broadcast_to(queries, (x.shape[0], *shape))
-        attention = Attention(width // self.config.head_dim, self.config.head_dim, lora=self.lora, name="attn")
+        attention = Attention(width // self.config.head_dim, self.config.head_dim, kernel=self.kernel, name="attn")
         x = norm("post_norm")(attention(queries, keys, values=x)[0])
-        return dense(x, width, False, self.lora, "out")
+        return Dense(width, (None, "embed"), use_bias=False, kernel=self.kernel, name="out")(x)
 
 
 VISION = base.Section(

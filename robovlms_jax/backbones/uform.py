@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from robovlms_jax.backbones import base, sections
-from robovlms_jax.backbones.connectors import dense
 from robovlms_jax.nn.attention import Attention
 from robovlms_jax.nn.decoder import DecoderConfig
-from robovlms_jax.nn.linear import Lora
+from robovlms_jax.nn.linear import Dense, Kernel
 from robovlms_jax.nn.mlp import MLP
 from robovlms_jax.nn.norms import LayerNorm
 from robovlms_jax.nn.vit import ViTConfig
@@ -31,8 +30,8 @@ class PoolerConfig:
     num_heads: int = 16
     mlp_dim: int = 3200
 
-    def build(self, text: DecoderConfig, lora: Lora) -> nn.Module:
-        return Pooler(self, text, lora)
+    def build(self, text: DecoderConfig, kernel: Kernel) -> nn.Module:
+        return Pooler(self, text, kernel)
 
     def tiny(self) -> PoolerConfig:
         return PoolerConfig(num_latents=5, num_heads=4, mlp_dim=36)
@@ -43,7 +42,7 @@ class Pooler(nn.Module):
 
     config: PoolerConfig
     text: DecoderConfig
-    lora: Lora = Lora()
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(self, features: jax.Array, *, deterministic: bool = True) -> jax.Array:
@@ -57,12 +56,12 @@ class Pooler(nn.Module):
             return LayerNorm(1e-5, name=name)
 
         def attention(name: str) -> nn.Module:
-            return Attention(c.num_heads, width // c.num_heads, lora=self.lora, name=name)
+            return Attention(c.num_heads, width // c.num_heads, kernel=self.kernel, name=name)
 
         x += attention("attn")(norm("attn_norm")(x))[0]
         x += attention("cross_attn")(norm("cross_attn_norm")(x), features)[0]
-        x += MLP(c.mlp_dim, "silu", lora=self.lora, name="mlp")(norm("mlp_norm")(x))
-        return dense(x, self.text.width, True, self.lora, "out")
+        x += MLP(c.mlp_dim, "silu", kernel=self.kernel, name="mlp")(norm("mlp_norm")(x))
+        return Dense(self.text.width, (None, "embed"), kernel=self.kernel, name="out")(x)
 
 
 VISION = base.Section(

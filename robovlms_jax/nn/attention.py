@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robovlms_jax.nn.linear import Einsum, Lora
+from robovlms_jax.nn.linear import Einsum, Kernel
 from robovlms_jax.nn.norms import LayerNorm
 from robovlms_jax.nn.positions import Rotary, rotate
 
@@ -184,7 +184,7 @@ class Attention(nn.Module):
     softcap: float | None = None
     inner_norm_epsilon: float | None = None
     dropout: float = 0.0
-    lora: Lora = Lora()
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(
@@ -222,7 +222,7 @@ class Attention(nn.Module):
 
         def project(name: str, inputs: jax.Array, count: int, axis: str) -> jax.Array:
             shape, axes = (inputs.shape[-1], count, size), ("embed", axis, "head_dim")
-            return Einsum("BSD,DNH->BSNH", shape, axes, use_bias=self.use_bias, lora=self.lora, name=name)(inputs)
+            return Einsum("BSD,DNH->BSNH", shape, axes, use_bias=self.use_bias, kernel=self.kernel, name=name)(inputs)
 
         q = project("q", x, heads, "heads") * (size**-0.5 if self.scale is None else self.scale)
         k = project("k", context, kv_heads, kv_axis)
@@ -241,5 +241,5 @@ class Attention(nn.Module):
             y = norm(y.reshape(*x.shape[:2], heads * size)).reshape(y.shape)
         shape, axes = (heads, size, width), ("heads", "head_dim", "embed")
         use_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
-        y = Einsum("BSNH,NHD->BSD", shape, axes, use_bias=use_bias, lora=self.lora, name="o")(y)
+        y = Einsum("BSNH,NHD->BSD", shape, axes, use_bias=use_bias, kernel=self.kernel, name="o")(y)
         return y, None if cache is None else (k, v)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from robovlms_jax.nn.attention import Attention, Cache, causal_mask
-from robovlms_jax.nn.linear import Einsum, Embed, Lora
+from robovlms_jax.nn.linear import Einsum, Embed, Kernel
 from robovlms_jax.nn.mlp import ACTIVATIONS, MLP
 from robovlms_jax.nn.norms import NORMS, NormKind, make_norm
 from robovlms_jax.nn.positions import alibi_slopes, rotary, sinusoid
@@ -123,7 +123,7 @@ class Block(nn.Module):
     """One layer: attention, then MLP, each added to the stream."""
 
     config: DecoderConfig
-    lora: Lora = Lora()
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(
@@ -150,10 +150,10 @@ class Block(nn.Module):
             softcap=c.softcap,
             inner_norm_epsilon=inner,
             dropout=c.attention_dropout,
-            lora=self.lora,
+            kernel=self.kernel,
             name="attn",
         )
-        mlp = MLP(c.mlp_dim, c.activation, inner, c.is_gated, c.mlp_bias, lora=self.lora, name="mlp")
+        mlp = MLP(c.mlp_dim, c.activation, inner, c.is_gated, c.mlp_bias, kernel=self.kernel, name="mlp")
 
         def norm(name: str) -> nn.Module:
             return make_norm(c.norm, c.norm_epsilon, name=name)
@@ -171,18 +171,20 @@ class Decoder(nn.Module):
     """Embeddings to hidden states, causal in `positions`."""
 
     config: DecoderConfig
-    lora: Lora = Lora()
+    kernel: Kernel = Kernel()
     remat: bool = False
 
     def setup(self):
         c = self.config
-        self.embed = Embed(c.vocab_size, c.width)  # unscaled and without positions; those are added when decoding
+        self.embed = Embed(
+            c.vocab_size, c.width, self.kernel
+        )  # unscaled and without positions; those are added when decoding
         self.embed_drop = nn.Dropout(1 - (1 - c.dropout) ** 2)  # KOSMOS-2's published code drops them twice
-        self.layers = Block(c, self.lora)
+        self.layers = Block(c, self.kernel)
         self.final_norm = make_norm(c.norm, c.norm_epsilon)
         if c.head != "tied":
             shape, axes, bias = (c.width, c.vocab_size), ("embed", "vocab"), c.head == "linear_bias"
-            self.head = Einsum("...D,DV->...V", shape, axes, use_bias=bias, lora=self.lora)
+            self.head = Einsum("...D,DV->...V", shape, axes, use_bias=bias, kernel=self.kernel)
 
     def __call__(
         self,

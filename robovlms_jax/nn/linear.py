@@ -1,12 +1,12 @@
-"""Matrix products. `Einsum` is the one place a kernel gets its axis names, and all the LoRA there is."""
+"""Matrix products. `Kernel` says how a matrix is stored; `Einsum`, `Dense` and `Embed` are all that multiply by one."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -20,12 +20,123 @@ class Lora:
     rank: int = 0
     alpha: float = 16.0
 
+    @property
+    def scale(self) -> float:
+        """Factor of lora_a @ lora_b."""
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """How matrices are stored, with or without low-rank adapters beside them.
+
+    float: float32, cast to the type of the activations where it is used.
+    int8: whole numbers, and beside them `scale`, one float32 per output channel: matrix = int8 * scale. Initialised as
+      zeros; the values come from `weights.quantize`. They have no gradient, adapters do (Dettmers et al. 2023,
+      arXiv:2305.14314).
+    """
+
+    storage: Literal["float", "int8"] = "float"
+    lora: Lora = Lora()
+
+    def as_float(self) -> Kernel:
+        """The same with matrices in floating point, for those in which rounding costs much and saves little."""
+        return dataclasses.replace(self, storage="float")
+
+    def matrix(
+        self,
+        param: Callable,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        init: nn.initializers.Initializer,
+        *,
+        channels: tuple[int, ...],
+        name: str = "kernel",
+    ) -> Matrix:
+        """Make the parameters of a matrix in the calling module, or find them there.
+
+        They are `name`, and where they apply `scale`, `lora_a` (contracted axes, R) and `lora_b` (R, added axes), which
+        share the prefix of `name` ("input_kernel": "input_scale").
+
+        Args:
+          param: the module's own method.
+          axes: logical name of each axis; None is never split over devices.
+          channels: the axes that multiplying adds to the output; the last ones, unless there are no adapters.
+        """
+        prefix, split, lora = name[: name.rfind("_") + 1], min(channels), self.lora
+
+        def make(name: str, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+            return param(name, nn.with_logical_partitioning(init, axes), shape)
+
+        if self.storage == "int8":
+            values = make(name, _zeros_int8, shape, axes)
+            # 1 along contracted axes: the matrix is the product, and what was contracted is seen from the shapes.
+            kept = [axis in channels for axis in range(len(shape))]
+            sizes = tuple(size if keep else 1 for size, keep in zip(shape, kept))
+            names = tuple(axis if keep else None for axis, keep in zip(axes, kept))
+            scale = make(f"{prefix}scale", nn.initializers.ones_init(), sizes, names)
+        else:
+            values, scale = make(name, init, shape, axes), None
+        if lora.rank == 0:
+            return Matrix(values, scale, channels)
+        init = nn.initializers.variance_scaling(
+            1.0, "fan_in", "truncated_normal", in_axis=tuple(range(split)), out_axis=-1
+        )
+        a = make(f"{prefix}lora_a", init, (*shape[:split], lora.rank), (*axes[:split], "lora"))
+        # Zero, so that training starts from the model without adapters.
+        b = make(f"{prefix}lora_b", nn.initializers.zeros_init(), (lora.rank, *shape[split:]), ("lora", *axes[split:]))
+        return Matrix(values, scale, channels, (a, b), lora.scale)
+
+
+def _zeros_int8(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.zeros(shape, jnp.int8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """Parameters of one matrix, ready to be multiplied by; made by `Kernel.matrix`.
+
+    values: float or int8. scale: float32, of size 1 along contracted axes, or None. channels: the other axes.
+    adapters: lora_a, lora_b; their product counts `adapter_scale` times.
+    """
+
+    values: jax.Array
+    scale: jax.Array | None
+    channels: tuple[int, ...]
+    adapters: tuple[jax.Array, jax.Array] | None = None
+    adapter_scale: float = 1.0
+
+    def einsum(self, equation: str, x: jax.Array, dtype: Any = None) -> jax.Array:
+        """einsum(equation, x, matrix), computed in the type of `x`; the result has this type or `dtype`.
+
+        The output ends in the axes that the matrix adds, in its order. Letter R is the adapters'.
+        """
+        matrix = self.values.astype(x.dtype)  # int8 fits into every floating type without rounding
+        if self.scale is None:
+            y = jnp.einsum(equation, x, matrix, preferred_element_type=dtype)
+        else:
+            # After the product, where there are fewest numbers to scale; XLA fuses the cast into what reads the matrix.
+            y = jnp.einsum(equation, x, matrix, preferred_element_type=jnp.float32)
+            y = (y * self.scale.reshape([self.scale.shape[axis] for axis in self.channels])).astype(dtype or x.dtype)
+        if self.adapters is not None:
+            a, b = (adapter.astype(x.dtype) for adapter in self.adapters)
+            inputs, letters, outputs = re.split(",|->", equation)
+            split = min(self.channels)
+            kept = "".join(letter for letter in inputs if letter in outputs)
+            low = jnp.einsum(f"{inputs},{letters[:split]}R->{kept}R", x, a)
+            y += self.adapter_scale * jnp.einsum(f"{kept}R,R{letters[split:]}->{outputs}", low, b)
+        return y
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """matrix[ids] along the first axis, which has a scale each: int32[...] -> float[..., D]; NaN outside."""
+        rows = jnp.take(self.values, ids, axis=0)
+        return rows if self.scale is None else rows * jnp.take(self.scale, ids, axis=0)
+
 
 class Einsum(nn.Module):
-    """einsum(equation, x, kernel) + bias, computed in the type of `x`; parameters stay float32.
+    """einsum(equation, x, kernel) + bias, computed in the type of `x`.
 
     The kernel lists the axes it contracts with `x` first, then the axes it adds: "BSD,DNH->BSNH", "BSNH,NHD->BSD".
-    With `lora`, `lora_a` (contracted axes, R) and `lora_b` (R, added axes) lie beside the kernel; letter R is theirs.
     """
 
     equation: str
@@ -33,11 +144,11 @@ class Einsum(nn.Module):
     axes: tuple[str | None, ...]
     """Logical name of each kernel axis; None is never split over devices."""
     use_bias: bool = False
-    lora: Lora = Lora()
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        inputs, letters, outputs = re.split(",|->", self.equation)
+        _, letters, outputs = re.split(",|->", self.equation)
         split = sum(letter not in outputs for letter in letters)  # axes before it are contracted, the others added
         if any(letter in outputs for letter in letters[:split]) or not outputs.endswith(letters[split:]):
             raise ValueError(
@@ -45,43 +156,52 @@ class Einsum(nn.Module):
             )
         contracted, added = tuple(range(split)), tuple(range(split, len(letters)))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=contracted, out_axis=added)
-        kernel = self._parameter("kernel", init, self.shape, self.axes, x)
-        y = jnp.einsum(self.equation, x, kernel)
-        if self.lora.rank > 0:
-            rank = (self.lora.rank,)
-            init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=contracted, out_axis=-1)
-            a = self._parameter("lora_a", init, self.shape[:split] + rank, (*self.axes[:split], "lora"), x)
-            # Zero, so that training starts from the model without adapters.
-            zeros = nn.initializers.zeros_init()
-            b = self._parameter("lora_b", zeros, rank + self.shape[split:], ("lora", *self.axes[split:]), x)
-            kept = "".join(letter for letter in inputs if letter in outputs)
-            low = jnp.einsum(f"{inputs},{letters[:split]}R->{kept}R", x, a)
-            y += (self.lora.alpha / self.lora.rank) * jnp.einsum(f"{kept}R,R{letters[split:]}->{outputs}", low, b)
-        if self.use_bias:
-            y += self._parameter("bias", nn.initializers.zeros_init(), self.shape[split:], self.axes[split:], x)
-        return y
+        y = self.kernel.matrix(self.param, self.shape, self.axes, init, channels=added).einsum(self.equation, x)
+        return y + _bias(self.param, self.shape[split:], self.axes[split:], x) if self.use_bias else y
 
-    def _parameter(self, name, init, shape, axes, x):
-        return self.param(name, nn.with_logical_partitioning(init, axes), shape).astype(x.dtype)
+
+class Dense(nn.Module):
+    """x @ kernel + bias over the last axis, computed in the type of `x`."""
+
+    features: int
+    axes: tuple[str | None, str | None]
+    """Logical names of the kernel's axes, input and output; the bias has the second."""
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    kernel: Kernel = Kernel()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., D] -> float[..., features]."""
+        shape = (x.shape[-1], self.features)
+        matrix = self.kernel.matrix(self.param, shape, self.axes, self.kernel_init, channels=(1,))
+        y = matrix.einsum("...D,DF->...F", x)
+        return y + _bias(self.param, shape[1:], self.axes[1:], x) if self.use_bias else y
+
+
+def _bias(param: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...], x: jax.Array) -> jax.Array:
+    return param("bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), axes), shape).astype(x.dtype)
 
 
 class Embed(nn.Module):
-    """Token table: look-up going in, tied logits coming out."""
+    """Token table: look-up going in, tied logits coming out. Without adapters, whatever `kernel` says."""
 
     vocab_size: int
     width: int
+    kernel: Kernel = Kernel()
 
     def setup(self):
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), ("vocab", "embed"))
-        self.table = self.param("table", init, (self.vocab_size, self.width))
+        plain = dataclasses.replace(self.kernel, lora=Lora())
+        init, shape = nn.initializers.normal(self.width**-0.5), (self.vocab_size, self.width)
+        self.matrix = plain.matrix(self.param, shape, ("vocab", "embed"), init, channels=(0,), name="table")
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """int32[...] -> float32[..., D]. An id outside the table gives NaN."""
-        return jnp.take(self.table, ids, axis=0)
+        return self.matrix.rows(ids)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """float[..., D] -> float32[..., V]."""
-        return jnp.einsum("...D,VD->...V", x, self.table.astype(x.dtype), preferred_element_type=jnp.float32)
+        return self.matrix.einsum("...D,VD->...V", x, dtype=jnp.float32)
 
 
 def merge_lora(params: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
@@ -90,12 +210,19 @@ def merge_lora(params: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
     Args:
       params: nested dict of parameters, layers stacked or not.
       lora: what the modules were built with; `alpha` is not stored in the parameters.
+    Raises:
+      ValueError: a kernel is int8, which the product does not fit into: merge first, quantise afterwards.
     """
     merged = {name: merge_lora(value, lora) if isinstance(value, Mapping) else value for name, value in params.items()}
-    if "lora_a" in merged:
-        a, b, kernel = merged.pop("lora_a"), merged.pop("lora_b"), merged["kernel"]
+    for prefix in [name.removesuffix("lora_a") for name in merged if name.endswith("lora_a")]:
+        a, b, kernel = merged.pop(f"{prefix}lora_a"), merged.pop(f"{prefix}lora_b"), merged[f"{prefix}kernel"]
+        if not jnp.issubdtype(kernel.dtype, jnp.floating):
+            raise ValueError(
+                f"{prefix}kernel {list(kernel.shape)} is {kernel.dtype}: adapters are merged into float kernels; "
+                "merge before quantising."
+            )
         product = functools.partial(jnp.tensordot, axes=1)
         if a.ndim + b.ndim - 2 > kernel.ndim:  # besides R, all three share the axis of stacked layers
             product = jax.vmap(product)
-        merged["kernel"] = kernel + (lora.alpha / lora.rank) * product(a, b)
+        merged[f"{prefix}kernel"] = kernel + lora.scale * product(a, b)
     return merged

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
-from robovlms_jax.nn.linear import Einsum, Lora
+from robovlms_jax.nn.linear import Einsum, Kernel
 from robovlms_jax.nn.norms import LayerNorm
 
 
@@ -40,17 +40,22 @@ class MLP(nn.Module):
     inner_norm_epsilon: float | None = None
     is_gated: bool = False
     use_bias: bool = True
-    lora: Lora = Lora()
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """float[B, S, D] -> float[B, S, D]."""
         width = x.shape[-1]
-        wide = {"shape": (width, self.mlp_dim), "axes": ("embed", "mlp"), "use_bias": self.use_bias, "lora": self.lora}
+        wide = {
+            "shape": (width, self.mlp_dim),
+            "axes": ("embed", "mlp"),
+            "use_bias": self.use_bias,
+            "kernel": self.kernel,
+        }
         up = Einsum("BSD,DF->BSF", **wide, name="up")(x)
         activation = ACTIVATIONS[self.activation]
         x = activation(Einsum("BSD,DF->BSF", **wide, name="gate")(x)) * up if self.is_gated else activation(up)
         if self.inner_norm_epsilon is not None:
             x = LayerNorm(self.inner_norm_epsilon, name="inner_norm")(x)
         shape, axes = (self.mlp_dim, width), ("mlp", "embed")
-        return Einsum("BSF,FD->BSD", shape, axes, use_bias=self.use_bias, lora=self.lora, name="down")(x)
+        return Einsum("BSF,FD->BSD", shape, axes, use_bias=self.use_bias, kernel=self.kernel, name="down")(x)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from robovlms_jax.nn.attention import attend
-from robovlms_jax.nn.linear import Einsum, Lora
+from robovlms_jax.nn.linear import Einsum, Kernel
 from robovlms_jax.nn.mlp import ACTIVATIONS
 from robovlms_jax.nn.norms import LayerNorm
 from robovlms_jax.nn.stack import scan_layers
@@ -41,7 +41,7 @@ class PerceiverLayer(nn.Module):
     """Latents attend to the tokens and to each other, then each goes through an MLP; both are added. No biases."""
 
     config: PerceiverConfig
-    lora: Lora = Lora()
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(self, latents: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -52,7 +52,7 @@ class PerceiverLayer(nn.Module):
             return LayerNorm(c.norm_epsilon, name=name)
 
         def project(equation: str, shape: tuple[int, ...], axes: tuple[str | None, ...], name: str) -> Einsum:
-            return Einsum(equation, shape, axes, lora=self.lora, name=name)
+            return Einsum(equation, shape, axes, kernel=self.kernel, name=name)
 
         x = norm("latent_norm")(latents)
         context = jnp.concatenate([norm("token_norm")(tokens), x], axis=1)
@@ -75,7 +75,7 @@ class Perceiver(nn.Module):
     """Learned latents gather what the tokens have to say, layer after layer; a norm at the end."""
 
     config: PerceiverConfig
-    lora: Lora = Lora()
+    kernel: Kernel = Kernel()
     remat: bool = False
 
     @nn.compact
@@ -85,6 +85,6 @@ class Perceiver(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("queries", "embed"))
         latents = self.param("latents", init, (c.num_latents, width)).astype(tokens.dtype)
         x = jnp.broadcast_to(latents, (tokens.shape[0], c.num_latents, width))
-        layer = PerceiverLayer(c, self.lora, name="layers")
+        layer = PerceiverLayer(c, self.kernel, name="layers")
         x, _ = scan_layers(lambda layer, x, _: (layer(x, tokens), None), layer, x, length=c.depth, remat=self.remat)
         return LayerNorm(c.norm_epsilon, name="final_norm")(x)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from robovlms_jax.nn.attention import Attention
-from robovlms_jax.nn.linear import Einsum, Lora
+from robovlms_jax.nn.linear import Einsum, Kernel
 from robovlms_jax.nn.mlp import ACTIVATIONS, MLP
 from robovlms_jax.nn.norms import LayerNorm
 from robovlms_jax.nn.positions import resize_positions
@@ -70,9 +70,9 @@ class ViTConfig:
         """Features per image: patches, and the class token where it is kept."""
         return self.side**2 + (self.cls == "keep")
 
-    def build(self, lora: Lora, remat: bool) -> nn.Module:
+    def build(self, kernel: Kernel, remat: bool) -> nn.Module:
         """The module."""
-        return ViT(self, lora, remat)
+        return ViT(self, kernel, remat)
 
     def tiny(self) -> ViTConfig:
         """A shrunken twin for tests: same switches, sizes that differ from each other so that swapped axes fail."""
@@ -86,7 +86,7 @@ class Block(nn.Module):
     """Pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     config: ViTConfig
-    lora: Lora = Lora()
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -99,9 +99,9 @@ class Block(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.constant(1e-5), ("norm",))
             return y * self.param(name, init, (c.width,)).astype(y.dtype)
 
-        attention = Attention(c.num_heads, c.width // c.num_heads, lora=self.lora, name="attn")
+        attention = Attention(c.num_heads, c.width // c.num_heads, kernel=self.kernel, name="attn")
         x = x + scaled("attn_scale", attention(LayerNorm(c.norm_epsilon, name="attn_norm")(x))[0])
-        mlp = MLP(c.mlp_dim, c.activation, lora=self.lora, name="mlp")
+        mlp = MLP(c.mlp_dim, c.activation, kernel=self.kernel, name="mlp")
         return x + scaled("mlp_scale", mlp(LayerNorm(c.norm_epsilon, name="mlp_norm")(x)))
 
 
@@ -109,7 +109,7 @@ class ViT(nn.Module):
     """Normalised images to token features."""
 
     config: ViTConfig
-    lora: Lora = Lora()
+    kernel: Kernel = Kernel()
     remat: bool = False
 
     @nn.compact
@@ -121,12 +121,14 @@ class ViT(nn.Module):
         x = images[:, :seen, :seen].reshape(-1, c.side, c.patch_size, c.side, c.patch_size, 3)
         # A convolution whose stride is its size is a matrix product.
         shape, axes = (c.patch_size, c.patch_size, 3, c.width), ("patch", None, None, "embed")
-        x = Einsum("BUXVYC,XYCD->BUVD", shape, axes, use_bias=c.patch_bias, lora=self.lora, name="patch")(x)
+        x = Einsum(
+            "BUXVYC,XYCD->BUVD", shape, axes, use_bias=c.patch_bias, kernel=self.kernel.as_float(), name="patch"
+        )(x)
         x = self._place(x.reshape(-1, c.side**2, c.width))
         if c.pre_norm:
             x = LayerNorm(c.norm_epsilon, name="pre_norm")(x)
 
-        block = Block(c, self.lora, name="layers")
+        block = Block(c, self.kernel, name="layers")
         x, _ = scan_layers(
             lambda block, x, _: (block(x), None), block, x, length=c.depth, unused=c.unused_layers, remat=self.remat
         )

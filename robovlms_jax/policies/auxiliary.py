@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from robovlms_jax.nn.attention import Attention
+from robovlms_jax.nn.linear import Dense
 from robovlms_jax.nn.mlp import MLP
 from robovlms_jax.nn.norms import LayerNorm
 from robovlms_jax.policies import readout
@@ -51,7 +52,7 @@ class Auxiliary(nn.Module):
                 )
             self.forward = ForwardPrediction(self.config.forward, len(self.cameras), self.image_size)
         if self.config.clip.weights:
-            self.clip = _dense(self.config.clip.dim)
+            self.clip = Dense(self.config.clip.dim, ("embed", None))
 
     def foresee(self, features: jax.Array, future: Mapping[str, jax.Array], real: jax.Array) -> jax.Array:
         """Squared error of the frames to come, per window.
@@ -100,7 +101,7 @@ class ForwardPrediction(nn.Module):
         """float[N, Q, D] -> float32[N, O, cameras, P, 3 * patch_size^2], patches of zero mean and unit variance."""
         c, heads = self.config, self.config.width // self.config.head_dim
         count = (self.image_size // c.patch_size) ** 2
-        x = _dense(c.width, "seen")(features.astype(jnp.float32))
+        x = Dense(c.width, ("embed", None), name="seen")(features.astype(jnp.float32))
         shape = (len(c.offsets), self.num_cameras, count)
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, None, "position", "embed"))
         empty = self.param("patches", init, (*shape, c.width)).reshape(1, -1, c.width)
@@ -110,7 +111,8 @@ class ForwardPrediction(nn.Module):
             x = x + attention(LayerNorm(1e-5, name=f"attn_norm_{layer}")(x))[0]
             x = x + MLP(4 * c.width, "gelu", name=f"mlp_{layer}")(LayerNorm(1e-5, name=f"mlp_norm_{layer}")(x))
         x = LayerNorm(1e-5, name="final_norm")(x[:, features.shape[1] :])
-        return _dense(3 * c.patch_size**2, "pixels")(x).reshape(len(x), *shape, -1)
+        x = Dense(3 * c.patch_size**2, ("embed", None), name="pixels")(x)
+        return x.reshape(len(x), *shape, -1)
 
 
 def patches(images: jax.Array, size: int) -> jax.Array:
@@ -143,12 +145,3 @@ def caption_errors(
     asked = real & (number < number[:, -1:])
     errors = optax.losses.softmax_cross_entropy_with_integer_labels(logits(before).astype(jnp.float32), ids)
     return jnp.where(asked, errors, 0).sum(1) / jnp.maximum(asked.sum(1), 1)
-
-
-def _dense(width: int, name: str | None = None) -> nn.Dense:
-    return nn.Dense(
-        width,
-        kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", None)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), (None,)),
-        name=name,
-    )

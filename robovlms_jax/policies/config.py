@@ -164,6 +164,11 @@ class PolicyConfig:
     proprio: ProprioConfig = ProprioConfig()
     action_history: ActionHistoryConfig = ActionHistoryConfig()
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
+    lora_rank: int = 0
+    """> 0 adds low-rank adapters to every matrix of the head and of the encoders of robot state and past actions, for
+    what train.init_from brings; those of the backbone are backbone.lora_rank."""
+    lora_alpha: float = 16.0
+    """Adapters are scaled by lora_alpha / lora_rank."""
     action_scaling: Literal["bounds", "quantile", "mean_std"] = "bounds"
     """Where action_low and action_high come from. bounds: as given below. quantile: the 1 % and 99 % quantiles of the
     training split's actions. mean_std: their mean, minus and plus action_num_std standard deviations. The latter two
@@ -184,6 +189,12 @@ class PolicyConfig:
     def __post_init__(self):
         for field in ("num_queries", "window", "chunk"):
             require(getattr(self, field) >= 1, f"policy.{field}={getattr(self, field)} must be at least 1.")
+        require(self.lora_rank >= 0, f"policy.lora_rank={self.lora_rank} must be 0 (off) or positive.")
+        require(
+            self.lora_rank == 0 or not isinstance(self.head, discrete.DiscreteHeadConfig),
+            f"policy.lora_rank={self.lora_rank}: a discrete head has no matrices; its logits are the language model's, "
+            "so set backbone.lora_rank.",
+        )
         require(self.reencode_every >= 0, f"policy.reencode_every={self.reencode_every} must be 0 (never) or positive.")
         require(self.pool in ("all", "text", "vision"), f"policy.pool={self.pool!r} must be 'all', 'text' or 'vision'.")
         self._require_product()

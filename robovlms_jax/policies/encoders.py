@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 
 from robovlms_jax.control import interface
 from robovlms_jax.inputs import proprio
+from robovlms_jax.nn.linear import Dense, Kernel
 from robovlms_jax.policies.config import ActionHistoryConfig, PolicyConfig, ProprioConfig
 
 
@@ -20,12 +23,13 @@ class ProprioToken(nn.Module):
 
     config: ProprioConfig
     width: int
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(self, proprio: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """float[B, G, 7] (see `inputs.proprio`) -> float32[B, G, 1, D]; of a frame that is not told, the last bias."""
         arm = scale_arm(proprio[..., :6].astype(jnp.float32), self.config)
-        arm = _dense(self.width, nn.initializers.lecun_normal(), (None, "embed"), "arm")(arm)
+        arm = Dense(self.width, (None, "embed"), kernel=self.kernel, name="arm")(arm)
         table = self.param(
             "gripper", nn.with_logical_partitioning(nn.initializers.normal(1.0), (None, "embed")), (2, self.width)
         )
@@ -36,7 +40,7 @@ class ProprioToken(nn.Module):
         if self.config.dropout and not deterministic:
             told = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.config.dropout, (*state.shape[:2], 1))
             state = jnp.where(told, state, 0)
-        fused = _dense(self.width, init, ("embed", None), "fuse")(state)
+        fused = Dense(self.width, ("embed", None), kernel_init=init, kernel=self.kernel, name="fuse")(state)
         return fused[..., None, :]
 
 
@@ -49,18 +53,18 @@ class ActionHistory(nn.Module):
 
     config: ActionHistoryConfig
     width: int
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(self, actions: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Normalised float[B, H + G - 1, 7], gripper 0 before the episode began -> float32[B, G, H, D]."""
-        half, init, length = self.width // 2, nn.initializers.lecun_normal(), self.config.length
+        half, length = self.width // 2, self.config.length
+        enter = functools.partial(Dense, half, (None, "embed"), kernel=self.kernel)
         x = actions.astype(jnp.float32)
-        x = _dense(half, init, (None, "embed"), "arm")(x[..., :6]) + _dense(half, init, (None, "embed"), "gripper")(
-            x[..., 6:]
-        )
-        x = _dense(half, init, ("embed", None), "mix")(x)
-        # as large as a word, see `ProprioToken`
-        x = _dense(self.width, nn.initializers.normal((half * self.width) ** -0.5), ("embed", None), "out")(x)
+        x = enter(name="arm")(x[..., :6]) + enter(name="gripper")(x[..., 6:])
+        x = Dense(half, ("embed", None), kernel=self.kernel, name="mix")(x)
+        init = nn.initializers.normal((half * self.width) ** -0.5)  # as large as a word, see `ProprioToken`
+        x = Dense(self.width, ("embed", None), kernel_init=init, kernel=self.kernel, name="out")(x)
         x, known = _windows(x, length), _windows(actions[..., 6:] != 0, length)
         if self.config.dropout and not deterministic:
             told = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.config.dropout, (*x.shape[:2], 1, 1))
@@ -92,12 +96,3 @@ def scale_arm(arm: jax.Array, config: ProprioConfig) -> jax.Array:
     # CALVIN's gripper points down at roll = pi, where readings jump between pi and -pi.
     angles = angles - 2 * np.pi * jnp.round(angles / (2 * np.pi))
     return jnp.concatenate([centered[..., :3], angles], axis=-1) / jnp.asarray(config.scale, arm.dtype)
-
-
-def _dense(width: int, init: nn.initializers.Initializer, axes: tuple[str | None, ...], name: str) -> nn.Dense:
-    return nn.Dense(
-        width,
-        kernel_init=nn.with_logical_partitioning(init, axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), (axes[-1],)),
-        name=name,
-    )

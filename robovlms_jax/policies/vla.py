@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.backbones import sequence
 from robovlms_jax.control import interface
+from robovlms_jax.nn.linear import Kernel, Lora
 from robovlms_jax.policies import auxiliary, decoding, encoders, readout
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads import base as heads
@@ -44,9 +45,10 @@ class VLA(nn.Module):
         config = self.config
         self.backbone = backbones.build(self.vlm)
         self.readout = readout.LearnedQueries(self.num_queries, self.vlm.width) if self.num_queries else None
-        self.proprio = encoders.ProprioToken(config.proprio, self.vlm.width) if config.proprio.enabled else None
+        kernel = Kernel(lora=Lora(config.lora_rank, config.lora_alpha))
+        self.proprio = encoders.ProprioToken(config.proprio, self.vlm.width, kernel) if config.proprio.enabled else None
         past = config.action_history
-        self.action_history = encoders.ActionHistory(past, self.vlm.width) if past.length else None
+        self.action_history = encoders.ActionHistory(past, self.vlm.width, kernel) if past.length else None
         self.auxiliary = auxiliary.Auxiliary(config.auxiliary, config.cameras, self.vlm.image.size)
         self.head = heads.build(
             config.head,
@@ -55,6 +57,7 @@ class VLA(nn.Module):
             action_dim=interface.ACTION_DIM,
             feature_dim=self.vlm.text.vocab_size if config.readout == "token" else self.vlm.width,
             num_queries=self.num_tokens if config.readout == "token" else config.num_queries,
+            kernel=kernel,
             name="head",
         )
 

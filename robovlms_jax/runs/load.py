@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 
@@ -14,13 +14,19 @@ from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.inputs import tokenizers
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.config import PolicyConfig
-from robovlms_jax.policies.rollout import BatchedVLAPolicy, VLAPolicy
+from robovlms_jax.policies.rollout import BatchedVLAPolicy, EncodeText, VLAPolicy
+from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs import build, saved
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import checkpoints, items
+from robovlms_jax.weights import quantize
+
+Weights = Literal["float32", "bfloat16", "int8"]
 
 
-def load_policy(path: str | pathlib.Path, policy: Mapping[str, Any] | None = None) -> VLAPolicy:
+def load_policy(
+    path: str | pathlib.Path, policy: Mapping[str, Any] | None = None, weights: Weights | None = None
+) -> VLAPolicy:
     """A policy for one robot, on this process's first device.
 
     Args:
@@ -28,18 +34,23 @@ def load_policy(path: str | pathlib.Path, policy: Mapping[str, Any] | None = Non
         needed.
       policy: fields of `PolicyConfig` that control may choose anew, such as {"reencode_every": 0} or
         {"head": {"num_steps": 4}}.
+      weights: how the backbone's parameters are kept in memory; None: in the type it computes in. int8: its matrices
+        with a scale per output channel, a quarter of float32 (see `weights.quantize`); adapters stay beside them.
     Raises:
       FileNotFoundError, ValueError: no or another model's checkpoint; says what was looked for.
     """
-    return VLAPolicy(*_open(path, policy))
+    return VLAPolicy(*_open(path, policy, weights))
 
 
 def load_batched_policy(
-    path: str | pathlib.Path, slots: int, policy: Mapping[str, Any] | None = None
+    path: str | pathlib.Path,
+    slots: int,
+    policy: Mapping[str, Any] | None = None,
+    weights: Weights | None = None,
 ) -> BatchedVLAPolicy:
     """The same for `slots` robots or simulators at once; what one of them sends or is asked changes nothing for the
     others."""
-    return BatchedVLAPolicy(*_open(path, policy), slots=slots)
+    return BatchedVLAPolicy(*_open(path, policy, weights), slots=slots)
 
 
 def load_config(path: str | pathlib.Path) -> ExperimentConfig:
@@ -63,7 +74,11 @@ def open_backbone(settings: BackboneConfig, directory: pathlib.Path, assets: Map
     return build.backbone_from_assets(settings, assets, origin=f"{directory / 'serving'}, assets")
 
 
-def _open(path: str | pathlib.Path, policy: Mapping[str, Any] | None) -> tuple[Any, Any, Any]:
+def _open(
+    path: str | pathlib.Path, policy: Mapping[str, Any] | None, weights: Weights | None
+) -> tuple[VLA, Any, EncodeText]:
+    if weights not in (None, *get_args(Weights)):
+        raise ValueError(f"weights={weights!r} is none of {list(get_args(Weights))}; None is the backbone's own type.")
     directory = checkpoints.locate(path)
     experiment, assets = saved.read_checkpoint(directory)
     if policy:
@@ -72,12 +87,25 @@ def _open(path: str | pathlib.Path, policy: Mapping[str, Any] | None) -> tuple[A
         experiment = dataclasses.replace(experiment, policy=changed)
     backbone = open_backbone(experiment.backbone, directory, assets)
     model = build.make_model(experiment, backbone.vlm)
-    shapes, shardings = build.abstract_params(model, meshes.make_mesh((1, 1, 1), jax.local_devices()[:1]))
-    types = serving_types(shapes, experiment.backbone.dtype)
-    abstract = jax.tree.map(
+    mesh = meshes.make_mesh((1, 1, 1), jax.local_devices()[:1])
+    shapes, shardings = build.abstract_params(model, mesh)
+    dtype = experiment.backbone.dtype
+    if weights == "int8":  # rounded once, from all the digits there are
+        types = quantize.stored_types(shapes, dtype, matrices="float32")
+    else:
+        types = quantize.stored_types(shapes, weights or dtype)
+    params = items.read_params(directory, _abstract(shapes, types, shardings))
+    if weights == "int8":
+        model = build.make_model(experiment, dataclasses.replace(backbone.vlm, storage="int8"))
+        shapes, shardings = build.abstract_params(model, mesh)
+        params = quantize.quantize(params, _abstract(shapes, jax.tree.map(lambda x: x.dtype, shapes), shardings))
+    return model, params, backbone.encoder(experiment.data.text_length)
+
+
+def _abstract(shapes: Any, types: Any, shardings: Any) -> Any:
+    return jax.tree.map(
         lambda x, dtype, place: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), shapes, types, shardings
     )
-    return model, items.read_params(directory, abstract), backbone.encoder(experiment.data.text_length)
 
 
 def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,17 +113,3 @@ def _merge(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     for name, change in changes.items():
         merged[name] = _merge(values[name], change) if isinstance(change, Mapping) and name in values else change
     return merged
-
-
-def serving_types(shapes: Any, dtype: str) -> Any:
-    """The type each parameter is served in.
-
-    Blocks cast their parameters to the type of the activations at every use, norms excepted, so storing them in that
-    type changes no number and halves what a bfloat16 control step reads from memory.
-    """
-
-    def choose(path: tuple, x: Any) -> Any:
-        keys = [key.key for key in path]
-        return dtype if keys[0] == "backbone" and not any("norm" in key for key in keys) else x.dtype
-
-    return jax.tree_util.tree_map_with_path(choose, shapes)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robovlms_jax.nn.linear import Einsum, Embed, Lora, merge_lora
+from robovlms_jax.nn.linear import Dense, Einsum, Embed, Kernel, Lora, merge_lora
 
 CASES = {
     "BSD,DF->BSF": ((2, 3, 5), (5, 7), ("embed", "mlp")),
@@ -27,7 +27,7 @@ def random_like(params, seed: int = 0):
 def test_einsum_with_bias_and_adapter_is_one_matrix_product(exact_matmul, equation):
     inputs, shape, axes = CASES[equation]
     lora = Lora(rank=2, alpha=6.0)
-    module = Einsum(equation, shape, axes, use_bias=True, lora=lora)
+    module = Einsum(equation, shape, axes, use_bias=True, kernel=Kernel(lora=lora))
     x = np.random.default_rng(1).normal(size=inputs).astype(np.float32)
     params = random_like(nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x)["params"]))
 
@@ -58,7 +58,7 @@ def test_merging_adapters_of_stacked_layers_merges_each_layer():
 
 
 def test_adapters_start_as_no_change_and_still_learn():
-    module = Einsum("BSD,DF->BSF", (5, 7), ("embed", "mlp"), lora=Lora(rank=2))
+    module = Einsum("BSD,DF->BSF", (5, 7), ("embed", "mlp"), kernel=Kernel(lora=Lora(rank=2)))
     x = jax.random.normal(jax.random.key(1), (2, 3, 5))
     params = nn.unbox(module.init(jax.random.key(0), x)["params"])
     np.testing.assert_array_equal(module.apply({"params": params}, x), x @ params["kernel"])
@@ -67,7 +67,7 @@ def test_adapters_start_as_no_change_and_still_learn():
 
 
 def test_computation_follows_the_input_and_parameters_stay_float32():
-    module = Einsum("BSD,DF->BSF", (5, 7), ("embed", "mlp"), use_bias=True, lora=Lora(rank=2))
+    module = Einsum("BSD,DF->BSF", (5, 7), ("embed", "mlp"), use_bias=True, kernel=Kernel(lora=Lora(rank=2)))
     x = jnp.ones((2, 3, 5), jnp.bfloat16)
     params = nn.unbox(module.init(jax.random.key(0), x)["params"])
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
@@ -89,4 +89,62 @@ def test_token_table_looks_up_ties_logits_and_shouts_about_unknown_ids(exact_mat
     logits = module.apply(params, table[ids].astype(jnp.bfloat16), method="logits")
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, table[ids] @ table.T, atol=0.1)
+    assert np.isnan(module.apply(params, jnp.asarray([11]))).all()
+
+
+@pytest.mark.parametrize("equation", CASES)
+def test_an_int8_kernel_is_its_numbers_times_the_scale_of_their_output_channel(exact_matmul, equation):
+    # Scales are powers of two and inputs whole numbers, so that float32 rounds nothing and equality is exact.
+    inputs, shape, axes = CASES[equation]
+    module = Einsum(equation, shape, axes, use_bias=True, kernel=Kernel("int8"))
+    rng = np.random.default_rng(0)
+    x = rng.integers(-8, 8, inputs).astype(np.float32)
+    params = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x)["params"])
+    assert (params["kernel"].shape, params["kernel"].dtype) == (shape, jnp.int8)
+    values = rng.integers(-127, 128, shape).astype(np.int8)
+    scale = 2.0 ** rng.integers(-6, 3, params["scale"].shape).astype(np.float32)
+    bias = rng.integers(-3, 3, params["bias"].shape).astype(np.float32)
+    params = {"kernel": values, "scale": scale, "bias": bias}
+    expected = np.einsum(equation, x, values * scale) + bias
+    np.testing.assert_array_equal(jax.jit(module.apply)({"params": params}, x), expected)
+
+    half = jax.jit(module.apply)({"params": params}, x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(np.float32), expected, rtol=2**-7, atol=2**-7 * np.abs(bias).max())
+
+
+def test_an_int8_kernel_with_adapters_adds_their_product(exact_matmul):
+    equation = "BSD,DNH->BSNH"
+    inputs, shape, axes = CASES[equation]
+    lora = Lora(rank=2, alpha=6.0)
+    x = np.random.default_rng(1).normal(size=inputs).astype(np.float32)
+    int8, plain = (Einsum(equation, shape, axes, kernel=Kernel(storage, lora)) for storage in ("int8", "float"))
+    shapes = nn.unbox(jax.eval_shape(int8.init, jax.random.key(0), x)["params"])
+    params = random_like({name: shapes[name] for name in ("scale", "lora_a", "lora_b")})
+    params["kernel"] = np.random.default_rng(2).integers(-127, 128, shape).astype(np.int8)
+    whole = {name: params[name] for name in ("lora_a", "lora_b")} | {"kernel": params["kernel"] * params["scale"]}
+    expected = plain.apply({"params": whole}, x)
+    np.testing.assert_allclose(int8.apply({"params": params}, x), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_dense_is_flax_dense_with_named_axes():
+    x = jax.random.normal(jax.random.key(1), (2, 3, 5))
+    ours, theirs = Dense(7, ("embed", "mlp")), nn.Dense(7)
+    boxed = ours.init(jax.random.key(0), x)["params"]
+    assert (boxed["kernel"].names, boxed["bias"].names) == (("embed", "mlp"), ("mlp",))
+    params = nn.unbox(boxed)
+    jax.tree.map(np.testing.assert_array_equal, params, theirs.init(jax.random.key(0), x)["params"])
+    np.testing.assert_array_equal(ours.apply({"params": params}, x), theirs.apply({"params": params}, x))
+
+
+def test_an_int8_token_table_is_its_rows_times_their_scales(exact_matmul):
+    module, rng = Embed(11, 4, Kernel("int8", Lora(rank=2))), np.random.default_rng(0)
+    shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 2), int))["params"])
+    assert {name: x.shape for name, x in shapes.items()} == {"table": (11, 4), "scale": (11, 1)}
+    table, scale = rng.integers(-127, 128, (11, 4)).astype(np.int8), 2.0 ** rng.integers(-4, 2, (11, 1))
+    params = {"params": {"table": table, "scale": scale.astype(np.float32)}}
+    ids = jnp.asarray([[3, 10]])
+    np.testing.assert_array_equal(module.apply(params, ids), (table * scale)[ids])
+    x = rng.integers(-8, 8, (2, 4)).astype(np.float32)
+    np.testing.assert_array_equal(module.apply(params, x, method="logits"), x @ (table * scale).T.astype(np.float32))
     assert np.isnan(module.apply(params, jnp.asarray([11]))).all()

@@ -12,17 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
-from robovlms_jax.runs import load
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.policies import objective
 from robovlms_jax.policies.config import PolicyConfig
-from robovlms_jax.runs import build, chaining
+from robovlms_jax.runs import build, chaining, load
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import to_dict
 from robovlms_jax.training import checkpoints, items, seals
+from robovlms_jax.weights import quantize
 from tests.toy import HEADS, init, make_batch, make_model, random_params
+
+RELEASE = pathlib.Path(__file__).parents[1] / "compatibility" / "release_0_1" / "policy_head_lstm"
 
 
 def test_parameters_stored_in_the_type_of_computation_give_the_same_loss():
@@ -31,7 +34,7 @@ def test_parameters_stored_in_the_type_of_computation_give_the_same_loss():
     model = make_model()
     half = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, dtype="bfloat16"))
     params = init(model, batch)
-    types = load.serving_types(params, "bfloat16")
+    types = quantize.stored_types(params, "bfloat16")
     stored = jax.tree.map(lambda x, dtype: x.astype(dtype), params, types)
     assert stored["backbone"]["text"]["layers"]["attn"]["q"]["kernel"].dtype == jnp.bfloat16
     assert (
@@ -41,7 +44,7 @@ def test_parameters_stored_in_the_type_of_computation_give_the_same_loss():
     )
     loss = jax.jit(functools.partial(objective.loss, half))
     assert loss(stored, batch)[0] == loss(params, batch)[0]
-    assert jax.tree.leaves(load.serving_types(params, "float32")) == [x.dtype for x in jax.tree.leaves(params)]
+    assert jax.tree.leaves(quantize.stored_types(params, "float32")) == [x.dtype for x in jax.tree.leaves(params)]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,43 @@ def test_control_may_choose_settings_that_change_no_parameter(written):
         act({"head": {"num_stepps": 1}})
     with pytest.raises(ValueError, match=r"head/.*checkpoint .*model"):
         act({"head": {"hidden_size": 32}})
+
+
+def test_a_policy_served_in_int8_acts_nearly_as_it_was_trained_to():
+    # Within 0.003 where actions reach 0.65: half a step of 255 over the whole range.
+    plain, stored = load.load_policy(RELEASE), load.load_policy(RELEASE, weights="int8")
+    rng, images = np.random.default_rng(0), {"static": (200, 200, 3), "wrist": (84, 84, 3)}
+    for policy in (plain, stored):
+        policy.reset("pick up the red block")
+    for _ in range(3):
+        state = np.append(rng.normal(size=14), 1.0).astype(np.float32)
+        seen = Observation({camera: rng.integers(0, 256, size, np.uint8) for camera, size in images.items()}, state)
+        expected, found = plain.act(seen).actions, stored.act(seen).actions
+        assert 0 < np.abs(found - expected).max() < 3e-3
+        assert np.abs(expected[:, :6]).max() > 0.1
+
+    before, after = (flatten_dict(policy._batched.params, sep="/") for policy in (plain, stored))
+    matrices = {path for path, x in after.items() if x.dtype == jnp.int8}
+    assert {"backbone/text/layers/attn/q/kernel", "backbone/text/embed/table"} < matrices
+    for path, x in before.items():
+        if path not in matrices:
+            np.testing.assert_array_equal(after[path], x)
+    scales = sum(after[path.rpartition("/")[0] + "/scale"].size for path in matrices)
+    saved = sum(3 * after[path].size for path in matrices) - 4 * scales
+    assert sum(x.nbytes for x in before.values()) - sum(x.nbytes for x in after.values()) == saved
+
+
+def test_weights_are_kept_in_the_type_that_is_asked_for(written):
+    def types(weights):
+        params = flatten_dict(load.load_policy(written, weights=weights)._batched.params, sep="/")
+        kernel, norm = "backbone/text/layers/attn/q/kernel", "backbone/text/final_norm/scale"
+        return [str(params[path].dtype) for path in (kernel, norm, "head/action_in/kernel")]
+
+    assert types(None) == types("float32") == ["float32"] * 3
+    assert types("bfloat16") == ["bfloat16", "float32", "float32"]
+    assert types("int8") == ["int8", "float32", "float32"]
+    with pytest.raises(ValueError, match=r"weights='int4' is none of \['float32', 'bfloat16', 'int8'\]"):
+        load.load_policy(written, weights="int4")
 
 
 def test_two_altered_bytes_in_a_weight_file_are_named_by_all_who_read_it(step):

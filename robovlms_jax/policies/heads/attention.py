@@ -41,10 +41,10 @@ class AttentionHead(ContinuousHead):
         super().setup()
         config = self.config
         normal = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("position", "embed"))
-        self.project = dense(config.hidden_size)
+        self.project = dense(config.hidden_size, self.kernel)
         self.step_table = self.param("steps", normal, (self.window, config.hidden_size))
         self.query_table = self.param("slots", normal, (self.num_queries, config.hidden_size))
-        self.layers = Block(config.num_heads, "gelu", config.dropout)
+        self.layers = Block(config.num_heads, "gelu", config.dropout, self.kernel)
         self.final_norm = LayerNorm(1e-5)
 
     def encode(self, features: jax.Array, mask: jax.Array) -> jax.Array:

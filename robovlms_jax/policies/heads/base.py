@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from robovlms_jax import schema
+from robovlms_jax.nn.linear import Kernel
 
 HISTORIES = ("one_step", "interleaved", "policy_head", "video")
 """Where observed steps meet: nowhere; in the language model, step after step; in the head; in one prompt."""
@@ -187,11 +188,22 @@ def build(
     action_dim: int,
     feature_dim: int,
     num_queries: int,
+    kernel: Kernel | None = None,
     name: str | None = None,
 ) -> Any:
     """The Flax module for a head configuration. `feature_dim` is D of the features (V for tokens), `num_queries` their
-    Q."""
-    module = _REGISTRY[kind_of(type(config))][1]
+    Q; `kernel` says how its matrices are stored, None: float without adapters.
+
+    Raises ValueError where the head's matrices cannot be stored so.
+    """
+    kind = kind_of(type(config))
+    module = _REGISTRY[kind][1]
+    stored = {} if kernel in (None, Kernel()) else {"kernel": kernel}
+    if stored and "kernel" not in {field.name for field in dataclasses.fields(module)}:
+        raise ValueError(
+            f"the {kind!r} head ({module.__name__}) has no field `kernel`, so {kernel} does not reach its matrices, if "
+            "it has any; leave policy.lora_rank at 0."
+        )
     return module(
         config=config,
         window=window,
@@ -199,5 +211,6 @@ def build(
         action_dim=action_dim,
         feature_dim=feature_dim,
         num_queries=num_queries,
+        **stored,
         name=name,
     )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from robovlms_jax.nn.attention import Attention
+from robovlms_jax.nn.linear import Dense, Kernel
 from robovlms_jax.nn.mlp import MLP
 from robovlms_jax.nn.norms import LayerNorm
 from robovlms_jax.policies import losses
@@ -61,23 +62,20 @@ class Trunk(nn.Module):
     """Linear-ReLU stack; Xavier-uniform kernels and zero biases as upstream initialises its heads."""
 
     widths: tuple[int, ...]
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for layer, width in enumerate(self.widths):
-            x = dense(width, name=f"layer_{layer}")(x)
+            x = dense(width, self.kernel, f"layer_{layer}")(x)
             x = x if layer == len(self.widths) - 1 else jax.nn.relu(x)
         return x
 
 
-def dense(width: int, name: str | None = None) -> nn.Dense:
-    """float32 Linear with upstream's initial values."""
-    return nn.Dense(
-        width,
-        kernel_init=nn.with_logical_partitioning(nn.initializers.xavier_uniform(), ("embed", "hidden")),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("hidden",)),
-        name=name,
-    )
+def dense(width: int, kernel: Kernel, name: str | None = None) -> Dense:
+    """Linear with upstream's initial values."""
+    init = nn.initializers.xavier_uniform()
+    return Dense(width, ("embed", "hidden"), kernel_init=init, kernel=kernel, name=name)
 
 
 class Block(nn.Module):
@@ -86,15 +84,18 @@ class Block(nn.Module):
     num_heads: int
     activation: str = "gelu"
     dropout: float = 0.0
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, *, deterministic: bool) -> jax.Array:
         """mask: bool[N, S, S], True = may attend."""
         width = x.shape[-1]
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
-        attention = Attention(self.num_heads, width // self.num_heads, dropout=self.dropout, name="attn")
+        size = width // self.num_heads
+        attention = Attention(self.num_heads, size, dropout=self.dropout, kernel=self.kernel, name="attn")
         x = x + drop(attention(LayerNorm(1e-5, name="attn_norm")(x), mask=mask, deterministic=deterministic)[0])
-        return x + drop(MLP(4 * width, self.activation, name="mlp")(LayerNorm(1e-5, name="mlp_norm")(x)))
+        mlp = MLP(4 * width, self.activation, kernel=self.kernel, name="mlp")
+        return x + drop(mlp(LayerNorm(1e-5, name="mlp_norm")(x)))
 
 
 class ContinuousHead(nn.Module):
@@ -109,13 +110,14 @@ class ContinuousHead(nn.Module):
     action_dim: int
     feature_dim: int
     num_queries: int
+    kernel: Kernel = Kernel()
 
     remembers = True
     """Whether `encode` lets a step see earlier ones."""
 
     def setup(self):
-        self.arm = Trunk((*self.config.trunk, self.chunk * (self.action_dim - 1)))
-        self.gripper = Trunk((*self.config.trunk, self.chunk))
+        self.arm = Trunk((*self.config.trunk, self.chunk * (self.action_dim - 1)), self.kernel)
+        self.gripper = Trunk((*self.config.trunk, self.chunk), self.kernel)
 
     def encode(self, features: jax.Array, mask: jax.Array) -> jax.Array:
         """float32[N, W, Q, D], bool[N, W] -> float32[N, W, hidden]; a step sees itself and real earlier ones."""

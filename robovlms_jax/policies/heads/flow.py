@@ -8,6 +8,7 @@ velocity, actions - noise, from x(t), t and the observed steps. Acting follows t
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import flax.struct
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robovlms_jax.nn.attention import Attention, attend
-from robovlms_jax.nn.linear import Einsum
+from robovlms_jax.nn.linear import Dense, Einsum, Kernel
 from robovlms_jax.nn.mlp import MLP
 from robovlms_jax.nn.norms import LayerNorm
 from robovlms_jax.policies import losses
@@ -71,17 +72,19 @@ class Layer(nn.Module):
 
     num_heads: int
     width: int
+    kernel: Kernel
 
     def setup(self):
         shape, axes = (self.width, self.num_heads, self.width // self.num_heads), ("embed", "heads", "head_dim")
 
         def project(name):
-            return Einsum("BSD,DNH->BSNH", shape, axes, use_bias=True, name=name)
+            return Einsum("BSD,DNH->BSNH", shape, axes, use_bias=True, kernel=self.kernel, name=name)
 
         self.q, self.k, self.v = (project(name) for name in "qkv")
-        self.o = Einsum("BSNH,NHD->BSD", shape[1:] + shape[:1], axes[1:] + axes[:1], use_bias=True)
-        self.attn = Attention(self.num_heads, self.width // self.num_heads)
-        self.mlp = MLP(4 * self.width, "gelu")
+        shape, axes = shape[1:] + shape[:1], axes[1:] + axes[:1]
+        self.o = Einsum("BSNH,NHD->BSD", shape, axes, use_bias=True, kernel=self.kernel)
+        self.attn = Attention(self.num_heads, self.width // self.num_heads, kernel=self.kernel)
+        self.mlp = MLP(4 * self.width, "gelu", kernel=self.kernel)
         self.attn_norm, self.cross_norm, self.mlp_norm = (LayerNorm(1e-5) for _ in range(3))
 
     def condition(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -108,24 +111,23 @@ class FlowHead(nn.Module):
     action_dim: int
     feature_dim: int
     num_queries: int
+    kernel: Kernel = Kernel()
 
     def setup(self):
         config = self.config
         normal = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("position", "embed"))
-        self.context = dense(config.hidden_size)
+        self.context = dense(config.hidden_size, self.kernel)
         self.context_norm = LayerNorm(1e-5)
         self.step_table = self.param("steps", normal, (self.window, config.hidden_size))
         self.slot_table = self.param("slots", normal, (self.num_queries, config.hidden_size))
         self.chunk_table = self.param("chunk", normal, (self.chunk, config.hidden_size))
-        self.action_in = dense(config.hidden_size)
-        self.time_in = dense(config.hidden_size)
-        self.layers = [Layer(config.num_heads, config.hidden_size, name=f"layer_{i}") for i in range(config.num_layers)]
+        self.action_in = dense(config.hidden_size, self.kernel)
+        self.time_in = dense(config.hidden_size, self.kernel)
+        layer = functools.partial(Layer, config.num_heads, config.hidden_size, self.kernel)
+        self.layers = [layer(name=f"layer_{i}") for i in range(config.num_layers)]
         self.final_norm = LayerNorm(1e-5)
-        self.out = nn.Dense(  # zero: the first velocity is none, as large as no guess at all
-            self.action_dim,
-            kernel_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed", None)),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), (None,)),
-        )
+        zero = nn.initializers.zeros_init()  # the first velocity is none, as large as no guess at all
+        self.out = Dense(self.action_dim, ("embed", None), kernel_init=zero, kernel=self.kernel)
 
     def __call__(self, features: jax.Array, step_mask: jax.Array) -> FlowPrediction:
         batch, steps = step_mask.shape

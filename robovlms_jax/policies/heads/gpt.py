@@ -8,6 +8,7 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 
+from robovlms_jax.nn.linear import Dense
 from robovlms_jax.nn.norms import LayerNorm
 from robovlms_jax.nn.stack import scan_layers
 from robovlms_jax.policies.heads import base
@@ -45,14 +46,10 @@ class GPTHead(ContinuousHead):
         normal = nn.initializers.normal(0.02)
         self.project = None
         if self.feature_dim != config.hidden_size:
-            self.project = nn.Dense(
-                width,
-                kernel_init=nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "hidden")),
-                bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("hidden",)),
-            )
+            self.project = Dense(width, ("embed", "hidden"), kernel=self.kernel)
         init = nn.with_logical_partitioning(normal, ("position", "embed"))
         self.positions = self.param("positions", init, (self.window, width))
-        self.layers = Block(config.num_heads, "gelu_new", config.dropout)
+        self.layers = Block(config.num_heads, "gelu_new", config.dropout, self.kernel)
         self.final_norm = LayerNorm(1e-5)
         self.drop = nn.Dropout(config.dropout)
 

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from robovlms_jax.nn.linear import Kernel, Matrix
 from robovlms_jax.policies.heads import base
 from robovlms_jax.policies.heads.continuous import ContinuousHead, ContinuousHeadConfig
 
@@ -30,6 +31,7 @@ class LSTMLayer(nn.Module):
     one."""
 
     hidden_size: int
+    kernel: Kernel = Kernel()
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -40,21 +42,23 @@ class LSTMLayer(nn.Module):
         def uniform(key, shape, dtype=jnp.float32):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        def parameter(name, shape, axes):
-            return self.param(name, nn.with_logical_partitioning(uniform, axes), shape).astype(x.dtype)
+        def matrix(name: str, rows: int, axis: str) -> Matrix:
+            shape, axes = (rows, 4, hidden), (axis, "gates", "hidden")
+            return self.kernel.matrix(self.param, shape, axes, uniform, channels=(1, 2), name=name)
 
-        input_kernel = parameter("input_kernel", (width, 4, hidden), ("embed", "gates", "hidden"))
-        hidden_kernel = parameter("hidden_kernel", (hidden, 4, hidden), ("recurrent", "gates", "hidden"))
-        bias = parameter("input_bias", (4, hidden), ("gates", "hidden")) + parameter(
-            "hidden_bias", (4, hidden), ("gates", "hidden")
-        )
+        def bias(name: str) -> jax.Array:
+            init = nn.with_logical_partitioning(uniform, ("gates", "hidden"))
+            return self.param(name, init, (4, hidden)).astype(x.dtype)
+
+        input_kernel = matrix("input_kernel", width, "embed")
+        hidden_kernel = matrix("hidden_kernel", hidden, "recurrent")
         # The input's share of the gates needs no recurrence: one matrix product for all steps.
-        projected = jnp.einsum("NWD,DGH->WNGH", x, input_kernel) + bias
+        projected = input_kernel.einsum("NWD,DGH->WNGH", x) + (bias("input_bias") + bias("hidden_bias"))
 
         def step(state, inputs):
             h, c = state
             gates, real = inputs
-            i, f, g, o = jnp.moveaxis(gates + jnp.einsum("NH,HGJ->NGJ", h, hidden_kernel), 1, 0)
+            i, f, g, o = jnp.moveaxis(gates + hidden_kernel.einsum("NH,HGJ->NGJ", h), 1, 0)
             new_c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
             new_h = jax.nn.sigmoid(o) * jnp.tanh(new_c)
             h, c = jnp.where(real, new_h, h), jnp.where(real, new_c, c)
@@ -72,7 +76,7 @@ class LSTMHead(ContinuousHead):
     def setup(self):
         super().setup()
         hidden = self.config.hidden_size * self.num_queries
-        self.layers = [LSTMLayer(hidden, name=f"lstm_{layer}") for layer in range(self.config.num_layers)]
+        self.layers = [LSTMLayer(hidden, self.kernel, name=f"lstm_{layer}") for layer in range(self.config.num_layers)]
 
     def encode(self, features: jax.Array, mask: jax.Array) -> jax.Array:
         x = features.reshape(*features.shape[:2], -1)

@@ -31,7 +31,7 @@ class MLPHead(ContinuousHead):
     def setup(self):
         super().setup()
         width = self.feature_dim * self.num_queries
-        self.mlp = Trunk((width // 2, self.config.hidden_size * self.num_queries))
+        self.mlp = Trunk((width // 2, self.config.hidden_size * self.num_queries), self.kernel)
 
     def encode(self, features: jax.Array, mask: jax.Array) -> jax.Array:
         return self.mlp(features.reshape(*features.shape[:2], -1))
