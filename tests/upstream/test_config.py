@@ -15,7 +15,8 @@ from robovlms_jax.data.registry import mixtures
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import from_dict, to_dict
-from robovlms_jax.upstream import config as tables
+from robovlms_jax.upstream import files, ignored
+from robovlms_jax.upstream import table as tables
 from tests.upstream import published
 
 KOSMOS = next(name for name in published.NAMES if name.endswith("use-hand_ws-16_act-10.json"))
@@ -26,7 +27,7 @@ WITHOUT_BACKBONE = {"flamingo-mpt-1b"}
 
 
 def flatten(values: dict[str, Any]) -> dict[str, Any]:
-    return dict(tables._flatten(values))
+    return dict(files.flatten(values))
 
 
 def change(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -100,9 +101,9 @@ def test_what_the_bridge_configuration_says():
 
 def test_every_key_is_in_exactly_one_table():
     for key in {key for name in published.NAMES for key in flatten(published.read(name))}:
-        is_mapped, is_ignored = key in tables.MAPPED, tables.reason_ignored(key) is not None
+        is_mapped, is_ignored = key in tables.MAPPED, ignored.reason(key) is not None
         assert is_mapped != is_ignored, key
-    assert all(len(reason) > 8 for reason in tables.IGNORED.values())
+    assert all(len(reason) > 8 for reason in ignored.IGNORED.values())
 
 
 OTHER = {
@@ -321,7 +322,7 @@ def rows(table: dict[str, str]) -> str:
 
 def test_the_page_shows_both_tables():
     page = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "upstream.md").read_text()
-    for table in (tables.MAPPED, tables.IGNORED):
+    for table in (tables.MAPPED, ignored.IGNORED):
         assert rows(table) in page, f"docs/upstream.md must hold these rows:\n{rows(table)}"
 
 
