@@ -1,7 +1,7 @@
 """What the compiler options for CPUs are worth.   python -m benchmarks.cpu_options
 
 The training step of KOSMOS-2's twin and PlayTable's step, each compiled as XLA would by itself and with the options of
-`parallel.cpu_options` that it has in earnest; both programs lie in one process and take turns.
+`parallel.cpu` that it has in earnest; both programs lie in one process and take turns.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import tyro
 
 from benchmarks import machine, workload
 from robovlms_jax.envs.calvin import initial_states, task_chains
-from robovlms_jax.parallel import cpu_options, host_memory
-from robovlms_jax.playtable import env, physics
+from robovlms_jax.parallel import cpu
+from robovlms_jax.playtable import env
+from robovlms_jax.playtable.mechanics import bodies, physics
 from robovlms_jax.playtable.scene import stack_scenes
 
 
@@ -48,9 +49,9 @@ class Args:
 
 def main(args: Args) -> None:
     """Print the result as JSON. Raises RuntimeError where there are no such options."""
-    host_memory.keep_freed_memory()
-    if cpu_options.known(cpu_options.PRODUCTS_ALONE) is None:
-        raise RuntimeError("nothing to compare: this needs a CPU and an XLA that knows parallel.cpu_options.")
+    cpu.keep_freed_memory()
+    if cpu.options("small_kernels") is None:
+        raise RuntimeError("nothing to compare: this needs a CPU and an XLA that knows the options of parallel.cpu.")
     result: dict[str, Any] = {"training_step": _training(args)}
     result["tables_step"] = {str(count): _tables(args, count) for count in args.tables}
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name != "out"}
@@ -61,7 +62,7 @@ def _training(args: Args) -> dict[str, Any]:
     config = workload.experiment("small", batch_size=args.batch_size, backbone=args.backbone)
     train_step, _, train_state, batch = workload.training_step(config)
     program = jax.jit(train_step.__wrapped__, donate_argnums=0)  # without its own options
-    return _compared(args, program, train_state, (batch,), cpu_options.PRODUCTS_ALONE)
+    return _compared(args, program, train_state, (batch,), "small_kernels")
 
 
 def _tables(args: Args, count: int) -> dict[str, Any]:
@@ -70,20 +71,19 @@ def _tables(args: Args, count: int) -> dict[str, Any]:
     states = env.reset_batch(scenes, np.tile(robot, (count, 1)), np.tile(table, (count, 1)))
     actions = np.random.default_rng(0).uniform(-1, 1, (count, 7)).astype(np.float32)
 
-    def step(states: physics.State, scenes: Any, actions: Any) -> tuple[physics.State, None]:
+    def step(states: bodies.State, scenes: Any, actions: Any) -> tuple[bodies.State, None]:
         return jax.vmap(physics.step)(scenes, states, actions), None
 
-    few = (cpu_options.OLDER_GENERATOR,) if count <= env.FEW else ()
-    return _compared(args, jax.jit(step), states, (scenes, actions), cpu_options.PRODUCTS_ALONE, *few)
+    return _compared(args, jax.jit(step), states, (scenes, actions), env.step_kind(count))
 
 
 def _compared(
-    args: Args, program: Callable[..., Any], start: Any, rest: tuple[Any, ...], *options: Any
+    args: Args, program: Callable[..., Any], start: Any, rest: tuple[Any, ...], kind: cpu.Kind
 ) -> dict[str, Any]:
     """Seconds per call of program(state, *rest) -> (state, anything), and to compile it, of both ways."""
     compiled, states, found = {}, {}, {}
     lowered = program.lower(start, *rest)
-    for way, chosen in (("by itself", None), ("with options", cpu_options.known(*options))):
+    for way, chosen in (("by itself", None), ("with options", cpu.options(kind))):
         begin = time.perf_counter()
         compiled[way] = lowered.compile(compiler_options=chosen)
         found[way] = {"compile_seconds": time.perf_counter() - begin, "seconds": []}

@@ -23,12 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from benchmarks import machine
+from benchmarks import machine, starts
 from robovlms_jax import cli
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
 from robovlms_jax.evaluation import rollout_metrics
 from robovlms_jax.evaluation.rollout import TrialResult
-from robovlms_jax.playtable import env, experts, physics
+from robovlms_jax.playtable import env
+from robovlms_jax.playtable.experts import plans, waypoints
+from robovlms_jax.playtable.mechanics import bodies, contacts, physics, pushing
 from robovlms_jax.playtable.scene import (
     BLOCKS,
     BUTTON,
@@ -38,7 +40,6 @@ from robovlms_jax.playtable.scene import (
     SLIDER,
     SWITCH,
     Scene,
-    sample,
     stack_scenes,
 )
 
@@ -47,7 +48,7 @@ AIM_RATE, AIM_LENGTH = 0.95, 4.7
 
 _CANDIDATES = 32  # random starts to choose from
 _STRIDE = 16  # steps between two looks at who is done
-_LIFTS = tuple(experts.TASKS.index(f"lift_{color}_block_table") for color in BLOCKS)
+_LIFTS = tuple(plans.TASKS.index(f"lift_{color}_block_table") for color in BLOCKS)
 _IN_HAND = ("place_in_slider", "place_in_drawer", "stack_block")
 
 
@@ -60,11 +61,11 @@ class Args:
     chains: int = 100
     """How many of CALVIN's 1000 chains (the first ones); 0: none."""
     chain_scene: str = "D"
-    tasks: tuple[str, ...] = experts.TASKS
+    tasks: tuple[str, ...] = plans.TASKS
     """Which tasks to try from random starts."""
     scenes: tuple[str, ...] = SCENES
     """Tables of the random starts."""
-    max_steps: int = experts.MAX_STEPS
+    max_steps: int = plans.MAX_STEPS
     """Control steps an expert has for a task."""
     tables: int = 64
     """Simulated side by side."""
@@ -77,9 +78,9 @@ class Args:
     def __post_init__(self):
         if min(self.tables, self.max_steps) < 1 or min(self.trials, self.chains) < 0:
             raise ValueError(f"tables={self.tables}, max_steps={self.max_steps} must be at least 1, counts at least 0.")
-        unknown = sorted({*self.scenes, self.chain_scene} - set(SCENES)) + sorted(set(self.tasks) - set(experts.TASKS))
+        unknown = sorted({*self.scenes, self.chain_scene} - set(SCENES)) + sorted(set(self.tasks) - set(plans.TASKS))
         if unknown or not self.scenes:
-            raise ValueError(f"{unknown} unknown; scenes: {', '.join(SCENES)}; tasks: {', '.join(experts.TASKS)}.")
+            raise ValueError(f"{unknown} unknown; scenes: {', '.join(SCENES)}; tasks: {', '.join(plans.TASKS)}.")
 
 
 class Trial(NamedTuple):
@@ -119,7 +120,7 @@ def chain_trials(chains: Sequence[task_chains.Chain], scene: str) -> list[Trial]
     return [
         Trial(
             SCENES.index(scene),
-            tuple(map(experts.TASKS.index, chain.tasks)),
+            tuple(map(plans.TASKS.index, chain.tasks)),
             *initial_states.initial_state(chain.condition, scene),
         )
         for chain in chains
@@ -130,7 +131,7 @@ def random_trials(names: Sequence[str], scenes: Sequence[str], count: int, seed:
     """`count` trials of each task, from states in which it is possible."""
     wanted = [(scenes[i % len(scenes)], name) for name in names for i in range(count)]
     which = np.array([SCENES.index(scene) for scene, _ in wanted])
-    numbers = np.array([experts.TASKS.index(name) for _, name in wanted])
+    numbers = np.array([plans.TASKS.index(name) for _, name in wanted])
     keys = jax.random.split(jax.random.key(seed), len(wanted))
     robot, table, lead, found = map(np.asarray, _draw_all(stack_scenes(SCENES), which, numbers, keys))
     missing = sorted({wanted[i] for i in np.flatnonzero(~found)})
@@ -153,16 +154,16 @@ def _draw(scene: Scene, number: jax.Array, key: jax.Array) -> tuple[jax.Array, .
     """A start in which task `number` is possible: robot_obs, scene_obs, the lift to begin with (-1 none), and whether
     one was found."""
     first, *keys = jax.random.split(key, 1 + _CANDIDATES)
-    robot, _ = sample(scene, first)
+    robot, _ = starts.sample(scene, first)
     tables, lead, fits = jax.vmap(lambda key: _candidate(scene, number, robot, key))(jnp.stack(keys))
     best = jnp.argmax(fits)
     return robot, tables[best], lead[best], fits[best]
 
 
 def _candidate(scene: Scene, number: jax.Array, robot: jax.Array, key: jax.Array) -> tuple[jax.Array, ...]:
-    """A random table, set up for the task as far as `sample` leaves it to chance."""
+    """A random table, set up for the task as far as `starts.sample` leaves it to chance."""
     keys = jax.random.split(key, 4)
-    _, table = sample(scene, keys[0])
+    _, table = starts.sample(scene, keys[0])
     ends = jnp.asarray(_MECHANISMS)[number]  # of slider, drawer, button and switch
     table = table.at[:4].set(jnp.where(jnp.isnan(ends), table[:4], ends * scene.joint_range))
     led = jnp.asarray(_LED)[number]
@@ -177,30 +178,30 @@ def _candidate(scene: Scene, number: jax.Array, robot: jax.Array, key: jax.Array
     there = jnp.concatenate([spot, jnp.array([DRAWER_FLOOR_M + 0.02]), blocks[0, 3:]])
     blocks = jnp.where(in_drawer, there, blocks)
     lower, upper = jax.random.permutation(keys[2], 3)[:2]
-    stacked = number == experts.TASKS.index("unstack_block")
+    stacked = number == plans.TASKS.index("unstack_block")
     on_top = blocks[lower].at[2].add(0.04).at[5].set(blocks[upper, 5])
     blocks = blocks.at[upper].set(jnp.where(stacked, on_top, blocks[upper]))
     table = table.at[6:].set(blocks[jnp.argsort(scene.block_slot)].reshape(-1))
 
     state = physics.reset(scene, robot, table)
-    possible = experts.possible(scene, state)
+    possible = starts.possible(scene, state)
     color = jax.random.randint(keys[3], (), 0, len(BLOCKS))
     lead = jnp.where(jnp.asarray(_FROM_HAND)[number], jnp.asarray(_LIFTS)[color], -1)
     others = jnp.arange(3) != color
     on_table = jnp.any(possible[jnp.asarray(_LIFTS)] & others)
-    can = jnp.where(number == experts.TASKS.index("stack_block"), on_table, True)
+    can = jnp.where(number == plans.TASKS.index("stack_block"), on_table, True)
     fits = jnp.where(lead >= 0, possible[lead] & can, possible[number] & _has_room(scene, state, number))
     fits &= ~stacked | (blocks[lower, 1] < 0)  # on the table: nobody stacks in the shelf
-    return table, lead, fits & (physics.depths(scene, state).max() < physics.TOLERANCE_M)
+    return table, lead, fits & (pushing.touching(scene, state).depth.max() < contacts.TOLERANCE_M)
 
 
-def _has_room(scene: Scene, state: physics.State, number: jax.Array) -> jax.Array:
+def _has_room(scene: Scene, state: bodies.State, number: jax.Array) -> jax.Array:
     """Is the way of a push free, and does it stay on the table? Other tasks: True."""
     way = jnp.asarray(_PUSHED)[number]  # [3], +1 right
     free = True
     for share in np.linspace(0.25, 1.0, 4):
         moved = dataclasses.replace(state, block_position=state.block_position.at[:, 0].add(share * 0.13 * way))
-        free &= physics.depths(scene, moved)[-3:].max() < physics.TOLERANCE_M
+        free &= pushing.touching(scene, moved).depth[-3:].max() < contacts.TOLERANCE_M
         free &= jnp.all((way == 0) | (jnp.abs(moved.block_position[:, 0]) < 0.40))
     return free
 
@@ -208,7 +209,7 @@ def _has_room(scene: Scene, state: physics.State, number: jax.Array) -> jax.Arra
 def _setup() -> tuple[np.ndarray, ...]:
     """Per task number: where mechanisms [4] and LED are to begin (0 or 1 of their range; NaN leaves them), whether it
     begins with a block in the hand, the block lifted from the drawer bool[3], the block pushed int[3] (+1 right)."""
-    count = len(experts.TASKS)
+    count = len(plans.TASKS)
     mechanisms, led = np.full((count, 4), np.nan, np.float32), np.full(count, np.nan, np.float32)
     drawer, pushed = np.zeros((count, 3), bool), np.zeros((count, 3), np.int32)
     for name, (joint, end) in {
@@ -221,9 +222,9 @@ def _setup() -> tuple[np.ndarray, ...]:
         "turn_on_lightbulb": (SWITCH, 0),
         "turn_off_lightbulb": (SWITCH, 1),
     }.items():
-        mechanisms[experts.TASKS.index(name), joint] = end
+        mechanisms[plans.TASKS.index(name), joint] = end
     mechanisms[:, BUTTON] = 0
-    for i, name in enumerate(experts.TASKS):
+    for i, name in enumerate(plans.TASKS):
         verb, *words = name.split("_")
         if name.endswith("_led"):
             led[i] = words[0] == "off"
@@ -231,7 +232,7 @@ def _setup() -> tuple[np.ndarray, ...]:
             drawer[i, BLOCKS.index(words[0])], mechanisms[i, DRAWER] = True, 1
         elif verb == "push" and words[0] in BLOCKS:
             pushed[i, BLOCKS.index(words[0])] = 1 if words[-1] == "right" else -1
-    return mechanisms, led, np.isin(experts.TASKS, _IN_HAND), drawer, pushed
+    return mechanisms, led, np.isin(plans.TASKS, _IN_HAND), drawer, pushed
 
 
 _MECHANISMS, _LED, _FROM_HAND, _LIFTED_FROM_DRAWER, _PUSHED = _setup()
@@ -247,10 +248,10 @@ class _Attempts:
     """One task under way on each of B tables; `start` is the info it began with, `limit` the steps it may take."""
 
     which: jax.Array
-    state: physics.State
+    state: bodies.State
     number: jax.Array
-    plan: experts.Plan
-    progress: experts.Progress
+    plan: waypoints.Plan
+    progress: waypoints.Progress
     start: Any
     done: jax.Array
     steps: jax.Array
@@ -259,12 +260,12 @@ class _Attempts:
 
 @jax.jit
 def _begin(
-    scenes: Scene, which: jax.Array, state: physics.State, number: jax.Array, keys: jax.Array, limit: jax.Array
+    scenes: Scene, which: jax.Array, state: bodies.State, number: jax.Array, keys: jax.Array, limit: jax.Array
 ) -> _Attempts:
     def one(i, state, number, key, limit):
         scene = env.pick(scenes, i)
-        plan, start = experts.plan(scene, state, number, key), physics.info(scene, state)
-        return _Attempts(i, state, number, plan, experts.begin(), start, jnp.bool_(False), jnp.int32(0), limit)
+        plan, start = plans.plan(scene, state, number, key), physics.info(scene, state)
+        return _Attempts(i, state, number, plan, waypoints.begin(), start, jnp.bool_(False), jnp.int32(0), limit)
 
     return jax.vmap(one)(which, state, number, keys, limit)
 
@@ -277,7 +278,7 @@ def _advance(scenes: Scene, attempts: _Attempts) -> _Attempts:
         scene = jax.tree.map(lambda leaf: leaf[now.which], scenes)
 
         def step(_, now):
-            action, progress = experts.act(now.plan, now.progress, now.state)
+            action, progress = waypoints.act(now.plan, now.progress, now.state)
             state = physics.step(scene, now.state, action)
             done = tasks.conditions(now.start, physics.info(scene, state))[now.number]
             then = dataclasses.replace(now, state=state, progress=progress, done=done, steps=now.steps + 1)
@@ -316,12 +317,12 @@ def run(trials: Sequence[Trial], max_steps: int, tables: int, seed: int) -> list
                 )
                 robot, table = (np.stack([trial[k] for trial in doing]).astype(np.float32) for k in (2, 3))
                 state = env.reset_batch(env.pick(scenes, which), robot, table)
-                is_fresh, starts = np.isin(np.arange(tables), fresh), np.isin(np.arange(tables), starting)
+                is_fresh, begins = np.isin(np.arange(tables), fresh), np.isin(np.arange(tables), starting)
                 if attempts is not None:
-                    state = _where(is_fresh, state, attempts.state)
+                    state = env.choose(is_fresh, state, attempts.state)
                 limit = np.where(live, max_steps, 0).astype(np.int32)
                 begun = _begin(scenes, which, state, number, jax.random.split(keys(drawn), tables), limit)
-                attempts = begun if attempts is None else _where(starts | ~live, begun, attempts)
+                attempts = begun if attempts is None else env.choose(begins | ~live, begun, attempts)
                 drawn += 1
             attempts = _advance(scenes, attempts)
             done, steps = np.asarray(attempts.done), np.asarray(attempts.steps)
@@ -340,13 +341,8 @@ def _next_tasks(slots: Sequence[int | None], attempts: _Attempts, fresh: Iterabl
     return [slot for slot, trial in enumerate(slots) if trial is not None and done[slot] and slot not in set(fresh)]
 
 
-@jax.jit
-def _where(chosen: jax.Array, new: Any, old: Any) -> Any:
-    return jax.vmap(lambda take, a, b: jax.tree.map(lambda x, y: jnp.where(take, x, y), a, b))(chosen, new, old)
-
-
 def _result(index: int, trial: Trial, outcome: Sequence[tuple[bool, int]]) -> TrialResult:
-    names = tuple(experts.TASKS[number] for number in trial.tasks)
+    names = tuple(plans.TASKS[number] for number in trial.tasks)
     success, steps = zip(*outcome)
     return TrialResult(index, names, names, success, steps, {"scene": SCENES[trial.scene]})
 

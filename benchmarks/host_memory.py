@@ -1,6 +1,6 @@
 """What it saves on a CPU to keep freed memory.   python -m benchmarks.host_memory
 
-The training step of KOSMOS-2's twin, with glibc's own settings and with `parallel.host_memory.keep_freed_memory`, in
+The training step of KOSMOS-2's twin, with glibc's own settings and with `parallel.cpu.keep_freed_memory`, in
 processes of their own that take turns.
 """
 
@@ -18,7 +18,7 @@ import jax
 import tyro
 
 from benchmarks import machine, workload
-from robovlms_jax.parallel import host_memory
+from robovlms_jax.parallel import cpu
 
 WAYS = ("given back", "kept")
 
@@ -71,7 +71,7 @@ def measure(args: Args) -> dict[str, Any]:
 
     Raises RuntimeError where memory cannot be kept (no glibc).
     """
-    if args.part == "kept" and not host_memory.keep_freed_memory():
+    if args.part == "kept" and not cpu.keep_freed_memory():
         raise RuntimeError("freed memory cannot be kept here: this needs glibc and a JAX without accelerators.")
     config = workload.experiment("small", batch_size=args.batch_size, backbone=args.backbone)
     train_step, _, train_state, batch = workload.training_step(config)

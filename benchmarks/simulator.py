@@ -21,10 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import machine
+from benchmarks import machine, starts
 from robovlms_jax import cli
-from robovlms_jax.playtable import env, experts, physics
-from robovlms_jax.playtable.scene import DRAWER, SCENES, sample, stack_scenes
+from robovlms_jax.playtable import env
+from robovlms_jax.playtable.experts import plans, waypoints
+from robovlms_jax.playtable.mechanics import bodies
+from robovlms_jax.playtable.scene import DRAWER, SCENES, stack_scenes
 
 CALVIN_RENDERED_STEPS_PER_S = 18.7
 """The real environment with its CPU renderer at 200/84 px, both cameras, one core of a small machine."""
@@ -42,8 +44,6 @@ class Args:
     """Pixels of the static and the wrist picture."""
     seconds: float = 3.0
     """Least time to spend on each number."""
-    shadows: bool = False
-    """Let things cast shadows."""
     out: pathlib.Path | None = None
     """Also write the JSON to this file."""
 
@@ -73,18 +73,18 @@ def measure(count: int, args: Args) -> dict[str, Any]:
     """Steps and rendered steps per second of `count` tables together, scenes A to D in turn."""
     scenes = stack_scenes(SCENES)
     which = jnp.arange(count) % len(SCENES)
-    robot, table = jax.jit(jax.vmap(lambda i, key: sample(env.pick(scenes, i), key)))(
+    robot, table = jax.jit(jax.vmap(lambda i, key: starts.sample(env.pick(scenes, i), key)))(
         which, jax.random.split(jax.random.key(0), count)
     )
     each = env.pick(scenes, which)
     states = env.reset_batch(each, robot, table)
     # real work: every table opens or closes its drawer
-    plans, act = _experts(scenes, which, states)
-    progress = jax.tree.map(lambda x: jnp.broadcast_to(x, (count,)), experts.begin())
+    routes, act = _experts(scenes, which, states)
+    progress = jax.tree.map(lambda x: jnp.broadcast_to(x, (count,)), waypoints.begin())
 
     def advance(carry):
         states, progress = carry
-        actions, progress = act(plans, progress, states)
+        actions, progress = act(routes, progress, states)
         return env.step_batch(each, states, actions), progress
 
     begin = time.perf_counter()
@@ -100,7 +100,7 @@ def measure(count: int, args: Args) -> dict[str, Any]:
         def advance_and_look(carry, sizes=sizes, backdrops=backdrops):
             carry = advance(carry[:2])
             looks = (
-                env.render_batch(scenes, which, carry[0], camera, size, backdrops, shadows=args.shadows)
+                env.render_batch(scenes, which, carry[0], camera, size, backdrops)
                 for camera, size in zip(("static", "wrist"), sizes)
             )
             return (*carry, *looks)
@@ -111,15 +111,15 @@ def measure(count: int, args: Args) -> dict[str, Any]:
     return result
 
 
-def _experts(scenes: Any, which: jax.Array, states: physics.State) -> tuple[experts.Plan, Callable]:
-    shut, pull = (experts.TASKS.index(name) for name in ("close_drawer", "open_drawer"))
+def _experts(scenes: Any, which: jax.Array, states: bodies.State) -> tuple[waypoints.Plan, Callable]:
+    shut, pull = (plans.TASKS.index(name) for name in ("close_drawer", "open_drawer"))
 
     def plan(i, state, key):
         scene = env.pick(scenes, i)
-        return experts.plan(scene, state, jnp.where(state.mechanisms[DRAWER] > 0, shut, pull), key)
+        return plans.plan(scene, state, jnp.where(state.mechanisms[DRAWER] > 0, shut, pull), key)
 
     keys = jax.random.split(jax.random.key(1), len(which))
-    return jax.jit(jax.vmap(plan))(which, states, keys), jax.jit(jax.vmap(experts.act))
+    return jax.jit(jax.vmap(plan))(which, states, keys), jax.jit(jax.vmap(waypoints.act))
 
 
 def _rates(count: int, advance: Callable[[Any], Any], carry: Any, least_seconds: float) -> dict[str, float]:

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+from robovlms_jax.runs.config import ExperimentConfig
 
 from experiments import calvin_abcd, evaluate
 from robovlms_jax import cli, json_files
@@ -30,11 +31,10 @@ from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.evaluation import chains, rollout_metrics
 from robovlms_jax.evaluation.config import EvaluationConfig, RolloutConfig
 from robovlms_jax.evaluation.report import tables
-from robovlms_jax.parallel import host_memory
+from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable.config import DemonstrationConfig
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.runs import closed_loop, run
-from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import checkpoints, loop
 
 if TYPE_CHECKING:
@@ -355,7 +355,7 @@ def main() -> None:
     )
     for noisy in ("absl", "orbax", "grain", "jax._src"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    host_memory.keep_freed_memory()
+    cpu.keep_freed_memory()
     try:
         path = compare(config)
     except (ValueError, OSError, RuntimeError) as error:

@@ -31,7 +31,7 @@ from robovlms_jax.evaluation.report import films as film_files
 from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Recording, Rules, Trial
 from robovlms_jax.load import load_batched_policy
-from robovlms_jax.parallel import host_memory
+from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable.env import PlayTables
 from robovlms_jax.training import checkpoints, seals
 
@@ -268,7 +268,7 @@ def main() -> None:
     for noisy in ("orbax", "jax._src", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     config = cli.read(EvaluateConfig, description=__doc__)
-    host_memory.keep_freed_memory()
+    cpu.keep_freed_memory()
     try:
         report = evaluate(config)
     except (ValueError, FileNotFoundError, ImportError) as error:

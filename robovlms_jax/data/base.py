@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from robovlms_jax.actions import frames
 from robovlms_jax.data import statistics
 from robovlms_jax.inputs import proprio as states
 
-CALVIN_UNITS = (0.02,) * 3 + (0.05,) * 3
+CALVIN_UNITS = (frames.TRANSLATION_M,) * 3 + (frames.ROTATION_RAD,) * 3
 """Metres and radians per unit of CALVIN's relative actions."""
 
 

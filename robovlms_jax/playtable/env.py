@@ -6,7 +6,7 @@ import concurrent.futures
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,33 @@ import numpy as np
 
 from robovlms_jax.control import interface
 from robovlms_jax.envs.calvin import initial_states, tasks
-from robovlms_jax.parallel import cpu_options
-from robovlms_jax.playtable import physics, render
+from robovlms_jax.parallel import cpu
+from robovlms_jax.playtable.mechanics import bodies, physics
+from robovlms_jax.playtable.pictures import cameras, render, tiles
 from robovlms_jax.playtable.scene import Scene, neutral_scene_obs, stack_scenes
 from robovlms_jax.types import Array
 
 ROBOT_OBS_DIM, SCENE_OBS_DIM = 15, 24
-_PIXELS_TOGETHER = 2**24
-FEW = 64
-"""As many tables and fewer are stepped by a program that on CPUs is compiled otherwise."""
-_TOGETHER_ON_CPU = 8  # pictures by one call: few, so that little is rendered for nothing and every core has some
+
+
+class _Rendering(NamedTuple):
+    """How pictures are made on one kind of processor.
+
+    tiled: see `render.render`. pixels: about as many are traced at a time, a picture at least; None: one picture at a
+    time. batch: pictures made by one call; None: all of them, rounded up to a power of two. threads: calls at a time.
+    """
+
+    tiled: bool
+    pixels: int | None
+    batch: int | None
+    threads: int
+
+
+def _rendering() -> _Rendering:
+    if jax.default_backend() == "cpu":
+        # One picture stays in the cache; by eights, little is rendered for nothing and every core has some.
+        return _Rendering(tiled=True, pixels=None, batch=8, threads=os.cpu_count() or 1)
+    return _Rendering(tiled=False, pixels=2**24, batch=None, threads=1)  # a few gigabytes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -35,24 +52,30 @@ def pick(stacked: Any, which: Array) -> Any:
     return jax.tree.map(lambda leaf: leaf[which], stacked)
 
 
-@cpu_options.jit(cpu_options.OLDER_GENERATOR, cpu_options.UNOPTIMIZED)  # compiled in 1.4 instead of 6 s
-def reset_batch(scenes: Scene, robot_obs: Array, scene_obs: Array) -> physics.State:
+@functools.partial(cpu.jit, kind="tiny_run_once")  # compiled in 1.4 instead of 6 s
+def reset_batch(scenes: Scene, robot_obs: Array, scene_obs: Array) -> bodies.State:
     """`physics.reset` of B tables: robot_obs float[B, 15], scene_obs float[B, 24]."""
     return jax.vmap(physics.reset)(scenes, robot_obs, scene_obs)
 
 
-def step_batch(scenes: Scene, states: physics.State, actions: Array) -> physics.State:
+def step_batch(scenes: Scene, states: bodies.State, actions: Array) -> bodies.State:
     """`physics.step` of B tables: actions float[B, 7]."""
-    return (_step_few if len(actions) <= FEW else _step_many)(scenes, states, actions)
+    return _STEPS[step_kind(len(actions))](scenes, states, actions)
 
 
-# On CPUs the older generator takes 0.6 of the time for one table, and 1.4 for 256 (docs/log.md, 2026-11-22).
-_step_few = cpu_options.jit(cpu_options.PRODUCTS_ALONE, cpu_options.OLDER_GENERATOR)(jax.vmap(physics.step))
-_step_many = cpu_options.jit(cpu_options.PRODUCTS_ALONE)(jax.vmap(physics.step))
+def step_kind(tables: int) -> cpu.Kind:
+    """What the step of so many tables is like. On CPUs XLA's older generator takes 0.6 of the time for one table, and
+    1.4 for 256."""
+    return "tiny_kernels" if tables <= 64 else "small_kernels"
+
+
+_STEPS: dict[cpu.Kind, Any] = {
+    kind: cpu.jit(jax.vmap(physics.step), kind) for kind in ("tiny_kernels", "small_kernels")
+}
 
 
 @jax.jit
-def info_batch(scenes: Scene, states: physics.State) -> tasks.SceneInfo:
+def info_batch(scenes: Scene, states: bodies.State) -> tasks.SceneInfo:
     """`physics.info` of B tables, with `robot_obs` [B, 15] and `scene_obs` [B, 24] added."""
 
     def one(scene, state):
@@ -63,44 +86,28 @@ def info_batch(scenes: Scene, states: physics.State) -> tasks.SceneInfo:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def backdrops(scenes: Scene, size: int) -> render.Backdrop:
+def backdrops(scenes: Scene, size: int) -> tiles.Backdrop:
     """`render.backdrop` of every scene, to be kept."""
     return jax.vmap(lambda scene: render.backdrop(scene, size))(scenes)
 
 
-@functools.partial(jax.jit, static_argnames=("camera", "size", "shadows"))
+@functools.partial(jax.jit, static_argnames=("camera", "size"))
 def render_batch(
-    scenes: Scene,
-    which: Array,
-    states: physics.State,
-    camera: str,
-    size: int,
-    backdrops: render.Backdrop,
-    *,
-    shadows: bool = False,
+    scenes: Scene, which: Array, states: bodies.State, camera: str, size: int, backdrops: tiles.Backdrop
 ) -> Array:
     """uint8[B, size, size, 3]: the pictures of camera "static" or "wrist" of B tables."""
-
-    on_cpu = jax.default_backend() == "cpu"
+    way = _rendering()
 
     def one(args):
         i, state = args
-        scene, known = pick(scenes, i), pick(backdrops, i)
-        return render.render(scene, state, camera, size, known, shadows=shadows, tiled=on_cpu)
+        return render.render(pick(scenes, i), state, camera, size, pick(backdrops, i), tiled=way.tiled)
 
-    if on_cpu:  # one picture at a time stays in the cache
-        return jax.lax.map(one, (which, states))
-    return jax.lax.map(one, (which, states), batch_size=max(_PIXELS_TOGETHER // size**2, 1))  # a few gigabytes
+    together = None if way.pixels is None else max(way.pixels // size**2, 1)
+    return jax.lax.map(one, (which, states), batch_size=together)
 
 
 def pictures(
-    scenes: Scene,
-    which: np.ndarray,
-    states: physics.State,
-    sizes: Mapping[str, int],
-    backdrops: render.Backdrop,
-    *,
-    shadows: bool = False,
+    scenes: Scene, which: np.ndarray, states: bodies.State, sizes: Mapping[str, int], backdrops: tiles.Backdrop
 ) -> dict[str, np.ndarray]:
     """camera -> uint8[n, size, size, 3] of n tables, on all cores, by programs that other n use, too.
 
@@ -108,11 +115,10 @@ def pictures(
       which: int[n], NumPy.
       sizes: camera -> px.
     """
-    count = len(which)
-    on_cpu = jax.default_backend() == "cpu"
-    batch = _TOGETHER_ON_CPU if on_cpu else 2 ** (count - 1).bit_length()
+    count, way = len(which), _rendering()
+    batch = way.batch or 2 ** (count - 1).bit_length()
     rows = np.minimum(np.arange(-(-count // batch) * batch), count - 1).reshape(-1, batch)  # the last one repeats
-    if on_cpu:  # views, whose rows are picked at once
+    if way.batch:  # views, whose rows are picked at once
         scenes, states, backdrops = jax.device_get((scenes, states, backdrops))
 
     def look(rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -120,14 +126,17 @@ def pictures(
         kinds = np.resize(kinds, 4 ** max(int(np.ceil(np.log2(len(kinds)) / 2)), 1))
         seen = (pick(scenes, kinds), own.astype(np.int32), pick(states, rows))
         known = pick(backdrops, kinds)
-        return {
-            camera: np.asarray(render_batch(*seen, camera, size, known, shadows=shadows))
-            for camera, size in sizes.items()
-        }
+        return {camera: np.asarray(render_batch(*seen, camera, size, known)) for camera, size in sizes.items()}
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() if on_cpu else 1) as pool:
+    with concurrent.futures.ThreadPoolExecutor(way.threads) as pool:
         parts = list(pool.map(look, rows))
     return {camera: np.concatenate([part[camera] for part in parts])[:count] for camera in sizes}
+
+
+@jax.jit
+def choose(chosen: Array, new: Any, old: Any) -> Any:
+    """Rows of `new` where `chosen` bool[B], of `old` elsewhere, in every leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,7 +150,6 @@ class PlayTables:
       scenes: "A" to "D", one name for all tables or one per table.
       size: number of tables; may be left out when `scenes` names one per table.
       image_sizes: px of the square pictures of each camera.
-      shadows: see `render.render`.
     """
 
     def __init__(
@@ -150,7 +158,6 @@ class PlayTables:
         size: int | None = None,
         *,
         image_sizes: Mapping[str, int] | None = None,
-        shadows: bool = False,
     ):
         names = [scenes] * (1 if size is None else size) if isinstance(scenes, str) else list(scenes)
         if not names or (size is not None and len(names) != size):
@@ -164,18 +171,17 @@ class PlayTables:
         self._kinds = stack_scenes(kinds)
         self._scenes = pick(self._kinds, self._which)
         self._image_sizes = _checked_sizes(image_sizes)
-        self._shadows = shadows
         self._states = reset_batch(
             self._scenes, np.tile(initial_states.INITIAL_ROBOT_OBS, (self.size, 1)), np.stack(self._neutral)
         )
         self._infos: Mapping[str, np.ndarray] | None = None
 
     @functools.cached_property
-    def _backdrops(self) -> render.Backdrop:
+    def _backdrops(self) -> tiles.Backdrop:
         return backdrops(self._kinds, self._image_sizes["static"])
 
     @property
-    def states(self) -> physics.State:
+    def states(self) -> bodies.State:
         """All tables' states, leading axis `size`."""
         return self._states
 
@@ -201,9 +207,7 @@ class PlayTables:
             return []
         rows = np.asarray(slots)
         states = pick(self._states, rows)
-        images = pictures(
-            self._kinds, self._which[rows], states, self._image_sizes, self._backdrops, shadows=self._shadows
-        )
+        images = pictures(self._kinds, self._which[rows], states, self._image_sizes, self._backdrops)
         return [
             interface.Observation({camera: pictures[i] for camera, pictures in images.items()}, info["robot_obs"])
             for i, info in enumerate(self.infos(slots))
@@ -219,10 +223,10 @@ class PlayTables:
         """Back to the neutral state; a table cannot break."""
         self.reset([slot], [{}])
 
-    def _update(self, slots: Sequence[int], states: physics.State) -> None:
+    def _update(self, slots: Sequence[int], states: bodies.State) -> None:
         chosen = np.zeros(self.size, bool)
         chosen[list(slots)] = True
-        self._states = _choose(chosen, states, self._states)
+        self._states = choose(chosen, states, self._states)
         self._infos = None
 
 
@@ -232,11 +236,10 @@ class PlayTable:
     Args:
       scene: "A" to "D".
       image_sizes: px of the square pictures of each camera; CALVIN's 200 (static) and 84 (wrist) if left out.
-      shadows: see `render.render`.
     """
 
-    def __init__(self, scene: str = "D", *, image_sizes: Mapping[str, int] | None = None, shadows: bool = False):
-        self._tables = PlayTables(scene, 1, image_sizes=image_sizes, shadows=shadows)
+    def __init__(self, scene: str = "D", *, image_sizes: Mapping[str, int] | None = None):
+        self._tables = PlayTables(scene, 1, image_sizes=image_sizes)
         self.name = self._tables.name
 
     def reset(self, robot_obs: np.ndarray | None = None, scene_obs: np.ndarray | None = None) -> None:
@@ -257,13 +260,8 @@ class PlayTable:
         return self._tables.infos([0])[0]
 
 
-@jax.jit
-def _choose(chosen: Array, new: physics.State, old: physics.State) -> physics.State:
-    return jax.vmap(lambda take, a, b: jax.tree.map(lambda x, y: jnp.where(take, x, y), a, b))(chosen, new, old)
-
-
 def _checked_sizes(sizes: Mapping[str, int] | None) -> Mapping[str, int]:
-    sizes = {**render.SIZES, **(sizes or {})}
+    sizes = {**cameras.SIZES, **(sizes or {})}
     unknown = sorted(set(sizes) - set(interface.CAMERAS))
     if unknown or any(not isinstance(size, int) or size < 1 for size in sizes.values()):
         raise ValueError(f"image_sizes={sizes} must give a positive whole number of px for {interface.CAMERAS}.")

@@ -64,7 +64,7 @@ class Scene:
     block_slot: int32[3], which of the three places of scene_obs[6:24] belongs to the red, blue and pink block.
     box_color: float32[N, 3], albedo of `table` in [0, 1].
     grain: float32[64, 64], brightness of the wood, 1 on average; repeats.
-    anchors: places that experts and samplers need.
+    anchors: places that experts need.
     """
 
     table: Boxes
@@ -128,9 +128,6 @@ RANDOM = "random-"
 """Names of random tables begin so; see `make_scene`."""
 _BUTTON_M = {"A": (-0.30, -0.06), "B": (0.05, 0.30)}  # x of a random table's button, where no block starts
 
-_APART_M = 0.1  # between blocks that a random start puts on the table
-_SHELF_Y_M = 0.0924
-_START_NOISE = np.array([0.04, 0.04, 0.03, 0.0, 0.0, 0.1], np.float32)  # m and rad
 _LENGTH_M = {"small": 0.04, "middle": 0.056, "big": 0.08}
 _COLORS = {"handle": (100, 100, 100), "lamp": (235, 235, 235), "black": (5, 5, 5), "floor": (240, 240, 240)}
 _JOINT_OF_BODY = {"door": SLIDER, "drawer": DRAWER, "button": BUTTON, "switch": SWITCH}
@@ -312,36 +309,6 @@ def neutral_scene_obs(name: str) -> np.ndarray:
         x = low + (high - low) * (0.2 + 0.3 * i)
         obs[6 + 6 * i : 12 + 6 * i] = x, np.mean(y), TABLE_TOP_M + 0.02, 0.0, 0.0, np.pi / 2
     return obs
-
-
-def sample(scene: Scene, key: Array) -> tuple[Array, Array]:
-    """A random start: robot_obs float32[15] near CALVIN's initial pose, scene_obs float32[24].
-
-    Mechanisms are at either end, lamps on or off; each block is on the table (at any place of the starting area, at
-    least one of them), or alone in one half of the shelf.
-    """
-    keys = jax.random.split(key, 6)
-    ends = jax.random.bernoulli(keys[0], shape=(4,))
-    slider, drawer, switch = (jnp.where(ends[i], scene.joint_range[j], 0.0) for i, j in ((0, 0), (1, 1), (2, 3)))
-    # places 0 and 1 are the halves of the shelf, 2 and up are the table: no half can be drawn twice
-    places = jax.random.permutation(keys[1], 5)[:3]
-    low, high = scene.anchors.area.T
-    candidates = jax.random.uniform(keys[2], (64, 2), minval=low, maxval=high)
-    spots = jnp.zeros((0, 2))
-    for _ in range(3):  # the first candidate that keeps its distance
-        apart = jnp.linalg.norm(candidates[:, None] - spots, axis=-1).min(-1, initial=jnp.inf)
-        spots = jnp.concatenate([spots, candidates[jnp.argmax(apart > _APART_M)][None]])
-    shelf = jnp.stack([scene.anchors.shelf.mean(1), jnp.full(2, _SHELF_Y_M)], axis=-1)
-    on_table = places[:, None] >= 2
-    xy = jnp.where(on_table, spots, shelf[jnp.minimum(places, 1)])
-    z = jnp.where(on_table, TABLE_TOP_M, SHELF_TOP_M) + 0.02
-    yaw = jnp.pi / 2 + jax.random.uniform(keys[3], (3,), minval=-jnp.pi / 4, maxval=jnp.pi / 4)
-    blocks = jnp.concatenate([xy, z, jnp.zeros((3, 2)), yaw[:, None]], axis=-1)[jnp.argsort(scene.block_slot)]
-    lamps = jnp.stack([ends[2], ends[3]]).astype(jnp.float32)
-    scene_obs = jnp.concatenate([jnp.stack([slider, drawer, 0.0, switch]), lamps, blocks.reshape(-1)])
-    noise = jax.random.uniform(keys[4], (6,), minval=-1.0, maxval=1.0) * _START_NOISE
-    robot_obs = jnp.asarray(initial_states.INITIAL_ROBOT_OBS, jnp.float32).at[:6].add(noise)
-    return robot_obs, scene_obs
 
 
 def _wood(frequency: float, contrast: float, waviness: float, size: int = 64) -> np.ndarray:

@@ -22,7 +22,7 @@ from robovlms_jax.backbones import clip_text
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.inputs import images, prompts, tokenizers
 from robovlms_jax.nn import perceiver
-from robovlms_jax.parallel import cpu_options
+from robovlms_jax.parallel import cpu
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import encoders
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
@@ -280,7 +280,7 @@ def fill_params(model: VLA, mesh: Mesh, seed: int, loaded: Mapping[str, jax.Arra
     # Runs once, and on a CPU a program that was not optimised is compiled 5 to 7 s sooner, but runs about 0.08 s longer
     # for a million parameters (0.5 and 4 million; two threads of one x86 core).
     small = sum(np.prod(shape.shape) for path, shape in flatten_dict(shapes, sep="/").items() if path in places) < 5e7
-    quickly = cpu_options.known(cpu_options.UNOPTIMIZED) if small else None
+    quickly = cpu.options("run_once") if small else None
     made = jax.jit(rest, out_shardings=places, compiler_options=quickly)(jax.random.key(seed))
     return unflatten_dict({**loaded, **made}, sep="/")
 

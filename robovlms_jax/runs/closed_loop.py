@@ -11,18 +11,17 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
-from experiments import record_playtable
-from robovlms_jax.evaluation.config import RolloutConfig
-from robovlms_jax.playtable.config import DemonstrationConfig
-from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.control.execution import ExecutedBatch
 from robovlms_jax.envs.calvin import task_chains
 from robovlms_jax.evaluation import chains, filing, rollout, rollout_metrics
-from robovlms_jax.control.execution import ExecutedBatch
+from robovlms_jax.evaluation.config import RolloutConfig
 from robovlms_jax.evaluation.report import films as film_files
 from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Recording, Rules, Trial
 from robovlms_jax.parallel import distributed
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.playtable import recording as recordings
+from robovlms_jax.playtable.config import DemonstrationConfig
 from robovlms_jax.playtable.env import PlayTables
 from robovlms_jax.policies.rollout import BatchedVLAPolicy, EncodeText
 from robovlms_jax.policies.vla import VLA
@@ -42,8 +41,8 @@ def ensure_demonstrations(config: DemonstrationConfig, root: str) -> None:
     if jax.process_index() == 0:
         logger.info("%d chains of scripted demonstrations on PlayTable in %s", config.episodes, root)
         begin = time.perf_counter()
-        recording = record_playtable.RecordConfig(**vars(config), out=root, pack=True)
-        counts = record_playtable.record(recording) | {"seconds": time.perf_counter() - begin}
+        recording = recordings.RecordConfig(**vars(config), out=root, pack=True)
+        counts = recordings.record(recording) | {"seconds": time.perf_counter() - begin}
         logger.info("%(recorded)d of %(attempted)d succeeded, %(frames)d frames, %(seconds)d s", counts)
     distributed.barrier("demonstrations")
 

@@ -22,7 +22,7 @@ from robovlms_jax.actions import statistics
 from robovlms_jax.data import base as datasets
 from robovlms_jax.data import language, mixing, opening, pipeline
 from robovlms_jax.data import statistics as data_statistics
-from robovlms_jax.parallel import distributed, host_memory
+from robovlms_jax.parallel import cpu, distributed
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import DistributedConfig
 from robovlms_jax.policies.rollout import EncodeText
@@ -86,7 +86,7 @@ def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: 
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # Orbax logs every error that it raises, too, several times and with all frames.
     logging.getLogger("absl").addFilter(lambda record: record.exc_info is None)
-    host_memory.keep_freed_memory()
+    cpu.keep_freed_memory()
     try:
         with distributed.joined(**vars(config.distributed)):
             if jax.process_index() != 0:

@@ -14,7 +14,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, PartitionSpec
 
 from robovlms_jax.inputs.config import AugmentConfig
-from robovlms_jax.parallel import cpu_options
+from robovlms_jax.parallel import cpu
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import objective
 from robovlms_jax.policies.vla import VLA
@@ -162,7 +162,7 @@ def make_train_step(
         in_shardings=(shardings, meshes.batched(mesh)),
         out_shardings=(shardings, meshes.replicated(mesh)),
         donate_argnums=0,
-        compiler_options=cpu_options.known(cpu_options.PRODUCTS_ALONE),
+        compiler_options=cpu.options("small_kernels"),
     )
 
 

@@ -8,9 +8,10 @@ import pathlib
 import jax
 import pytest
 
-from experiments import compare_structures, evaluate, record_playtable
+from experiments import compare_structures, evaluate
 from robovlms_jax.evaluation import chains
 from robovlms_jax.evaluation.rollout import TrialResult
+from robovlms_jax.playtable import recording
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.runs import run
 from robovlms_jax.training import loop
@@ -44,7 +45,7 @@ def asked(monkeypatch):
         list(chains._append(pathlib.Path(config.output) / "results-000.jsonl", setup, iter([result])))
         return pathlib.Path(config.output) / "rollouts.md"
 
-    monkeypatch.setattr(record_playtable, "record", record)
+    monkeypatch.setattr(recording, "record", record)
     monkeypatch.setattr(run, "train", train)
     monkeypatch.setattr(evaluate, "evaluate", roll_out)
     monkeypatch.setattr(jax, "clear_caches", lambda: None)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from robovlms_jax.envs.calvin import initial_states, task_chains
-from robovlms_jax.playtable import physics
+from robovlms_jax.playtable.mechanics import physics, pushing
 from robovlms_jax.playtable.scene import SCENES, make_scene, stack_scenes
 
 SAMPLE = pathlib.Path(__file__).resolve().parents[2] / "data" / "calvin_sample"
 
 reset, step = jax.jit(physics.reset), jax.jit(physics.step)
-info, depths = jax.jit(physics.info), jax.jit(physics.depths)
+info, depths = jax.jit(physics.info), jax.jit(lambda scene, state: pushing.touching(scene, state).depth)
 reset_all = jax.jit(jax.vmap(physics.reset, (None, 0, 0)))
 
 

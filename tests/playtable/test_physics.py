@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import starts as random_starts
 from robovlms_jax.actions import rotations
 from robovlms_jax.envs.calvin import initial_states, tasks
-from robovlms_jax.playtable import kinematics, physics
-from robovlms_jax.playtable.scene import BUTTON, DRAWER, SCENES, SLIDER, SWITCH, make_scene, sample
+from robovlms_jax.playtable import kinematics
+from robovlms_jax.playtable.mechanics import contacts, physics, pushing
+from robovlms_jax.playtable.scene import BUTTON, DRAWER, SCENES, SLIDER, SWITCH, make_scene
 from tests.playtable.conftest import action, depths, info, reset, reset_all, step
 
 RED, BLUE, PINK = range(3)
@@ -192,7 +194,7 @@ def test_a_block_against_the_wall_stops_the_hand(scene):
     assert state.target_position[1] > 0.1
     assert state.position[1] < state.block_position[RED, 1] - 0.025
     assert state.block_position[RED, 1] < 0.02
-    assert depths(scene, state).max() <= physics.TOLERANCE_M
+    assert depths(scene, state).max() <= contacts.TOLERANCE_M
 
 
 def test_a_block_falls_onto_what_is_under_it(scene):
@@ -278,7 +280,7 @@ def random_actions(rng, steps, tables):
 def rollout(scenes, states, actions):
     def one(states, actions):
         states = jax.vmap(physics.step)(scenes, states, actions)
-        return states, (states, jax.vmap(physics.depths)(scenes, states).max((1, 2)))
+        return states, (states, jax.vmap(pushing.touching)(scenes, states).depth.max((1, 2)))
 
     return jax.lax.scan(one, states, actions)[1]
 
@@ -287,13 +289,13 @@ def test_ten_thousand_random_steps_keep_the_laws(stacked_scenes):
     tables, steps = 100, 100
     rng = np.random.default_rng(0)
     scenes = jax.tree.map(lambda leaf: leaf[np.arange(tables) % 4], stacked_scenes)
-    robot, table = jax.jit(jax.vmap(sample))(scenes, jax.random.split(jax.random.key(0), tables))
+    robot, table = jax.jit(jax.vmap(random_starts.sample))(scenes, jax.random.split(jax.random.key(0), tables))
     states = jax.jit(jax.vmap(physics.reset))(scenes, robot, table)
     history, depth = jax.device_get(jax.jit(rollout)(scenes, states, random_actions(rng, steps, tables)))
 
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(history))
     # nothing is in anything
-    assert depth.max() <= physics.TOLERANCE_M * 1.01
+    assert depth.max() <= contacts.TOLERANCE_M * 1.01
     # joints stay in their ranges
     ranges = np.asarray(scenes.joint_range)
     assert np.all(history.mechanisms >= 0)

@@ -11,17 +11,24 @@ import pytest
 
 from robovlms_jax.actions import rotations
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
-from robovlms_jax.playtable import render
+from robovlms_jax.playtable.pictures import cameras, render
 from robovlms_jax.playtable.scene import make_scene
 from tests.playtable.conftest import reset
 
 backdrop = jax.jit(render.backdrop, static_argnums=1)
-picture = jax.jit(render.render, static_argnums=(2, 3), static_argnames=("shadows", "tiled"))
+picture = jax.jit(render.render, static_argnums=(2, 3), static_argnames="tiled")
 SIZE = 96
 
 
 def draw(scene, state, camera, size=SIZE, **kwargs):
     return np.asarray(picture(scene, state, camera, size, backdrop(scene, size), **kwargs)).astype(int)
+
+
+def project(camera, points, size):
+    """Where world points float[..., 3] (m) appear: float[..., 3], px to the right, px down, depth in m."""
+    local = (points - camera.eye) @ camera.rotation
+    slopes = cameras.focal(camera, size) * local[..., :2] / local[..., 2:]
+    return jnp.concatenate([size / 2 + slopes, local[..., 2:]], axis=-1)
 
 
 def mask(image, color):
@@ -48,12 +55,12 @@ def initial(scene, index=0, **changes):
 def test_blocks_appear_where_their_centres_project(scene):
     state = initial(scene)
     image = draw(scene, state, "static", 200)
-    view = render.camera(state, "static")
+    view = cameras.camera(state, "static")
     seen = 0
     for color, position in zip(tasks.BLOCKS, state.block_position):
         shown = mask(image, color)
         if shown.sum() > 150:  # not hidden behind door or arm
-            np.testing.assert_allclose(middle(shown), render.project(view, position, 200)[:2], atol=1.5)
+            np.testing.assert_allclose(middle(shown), project(view, position, 200)[:2], atol=1.5)
             seen += 1
     assert seen
 
@@ -81,23 +88,14 @@ def test_the_static_camera_sees_blocks_where_calvins_does(recordings):
 
 def test_the_wrist_camera_rides_on_the_hand(scene):
     state = initial(scene)
-    view = render.camera(state, "wrist")
+    view = cameras.camera(state, "wrist")
     tip = state.position + state.rotation @ jnp.array([0.0, 0.0, 0.0156])
-    right, down, depth = render.project(view, tip, 84)
+    right, down, depth = project(view, tip, 84)
     assert right == pytest.approx(42, abs=0.5)
     assert down == pytest.approx(25.5, abs=1.5)  # where fingertips are in CALVIN's pictures
     assert 0.1 < depth < 0.25
     moved = dataclasses.replace(state, position=state.position + jnp.array([0.05, 0.0, 0.0]))
     assert np.abs(draw(scene, state, "wrist", 84) - draw(scene, moved, "wrist", 84)).mean() > 3
-
-
-def test_the_backdrop_only_saves_time(scene):
-    """With shadows everything is traced at once; where nothing is shaded both ways agree."""
-    state = initial(scene)
-    cached, full = draw(scene, state, "static"), draw(scene, state, "static", shadows=True)
-    same = np.abs(cached - full).max(-1) <= 1
-    assert same.mean() > 0.5
-    assert np.all(full[~same].sum(-1) < cached[~same].sum(-1)), "a shadow can only darken"
 
 
 # 50 px: the last tiles hang over
@@ -158,4 +156,4 @@ def test_pictures_have_any_size(scene):
 
 def test_unknown_cameras_are_named(scene):
     with pytest.raises(ValueError, match=r"unknown camera 'top'.*static, wrist"):
-        render.camera(initial(scene), "top")
+        cameras.camera(initial(scene), "top")

@@ -7,12 +7,13 @@ import json
 import numpy as np
 import pytest
 
-from experiments import calvin_abcd, evaluate, record_playtable
+from experiments import calvin_abcd, evaluate
 from robovlms_jax import cli
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.data import calvin
 from robovlms_jax.envs.calvin import initial_states, tasks
-from robovlms_jax.control.execution import Execution
+from robovlms_jax.playtable import recording
+from robovlms_jax.runs import run
 
 RECORD = {
     "episodes": 2,
@@ -42,21 +43,21 @@ def test_impossible_evaluations_are_refused(changes, message):
 
 def test_impossible_recordings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown"):
-        record_playtable.RecordConfig(out="x", tasks=("fly",))
+        recording.RecordConfig(out="x", tasks=("fly",))
     with pytest.raises(ValueError, match=r"start_spread=1.0 must lie in"):
-        record_playtable.RecordConfig(out="x", start_spread=1.0)
+        recording.RecordConfig(out="x", start_spread=1.0)
     with pytest.raises(ValueError, match="unknown scene 'E'"):
-        record_playtable.RecordConfig(out="x", scenes=("E",))
+        recording.RecordConfig(out="x", scenes=("E",))
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="not empty"):
-        record_playtable.record(record_playtable.RecordConfig(out=str(tmp_path)))
+        recording.record(recording.RecordConfig(out=str(tmp_path)))
 
 
 @pytest.mark.slow
 def test_recorded_demonstrations_train_a_policy_that_rolls_out(tmp_path):
     data = tmp_path / "playtable"
-    config = record_playtable.RecordConfig(out=str(data), tasks=calvin_abcd.FIXTURE_TASKS, pack=True, **RECORD)
-    counts = record_playtable.record(config)
+    config = recording.RecordConfig(out=str(data), tasks=calvin_abcd.FIXTURE_TASKS, pack=True, **RECORD)
+    counts = recording.record(config)
     assert counts["recorded"] >= 3
     train, validation = (calvin.open_dataset(data, split) for split in ("training", "validation"))
     assert {e.task for e in train.episodes + validation.episodes} <= set(calvin_abcd.FIXTURE_TASKS)

@@ -1,7 +1,7 @@
 """Chains of tasks that the scripted experts play on many tables at once, and the pictures of them.
 
 A chain does each task in the state the one before it left, as a person would play; what counts as done is the task
-checker's word. Recording them is `experiments.record_playtable`.
+checker's word. Recording them is `playtable.recording`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robovlms_jax.actions import frames
 from robovlms_jax.envs.calvin import task_chains, tasks
-from robovlms_jax.parallel import cpu_options
-from robovlms_jax.playtable import env, experts, physics, render
+from robovlms_jax.parallel import cpu
+from robovlms_jax.playtable import env
 from robovlms_jax.playtable.config import DemonstrationConfig
+from robovlms_jax.playtable.experts import plans, waypoints
+from robovlms_jax.playtable.mechanics import bodies, physics
+from robovlms_jax.playtable.pictures import tiles
 from robovlms_jax.playtable.scene import Scene, initial_obs, stack_scenes
 
 HOLD_STEPS = 2
@@ -75,7 +79,7 @@ class _Steps(NamedTuple):
     """What is recorded of some steps: the states before them, `robot_obs` and `scene_obs` there, what the experts
     wanted, and whether their tasks are done after them."""
 
-    states: physics.State
+    states: bodies.State
     robot_obs: Any
     scene_obs: Any
     actions: Any
@@ -158,7 +162,7 @@ class Tables:
                 states = _choose_steps(states, steps.states, picks, self.config.tables)
             started = {table: chain for table, chain in fresh.items() if table not in picks}
             if started:
-                states = _where(started, self._reset(busy, started), states, self.config.tables)
+                states = env.choose(_mask(started, self.config.tables), self._reset(busy, started), states)
             yield from ended
 
     def _scenes_of(self, busy: Mapping[int, _Chain]) -> Scene:
@@ -199,7 +203,7 @@ class Tables:
         chain.steps, chain.done_at, chain.blocks = 0, None, []
         return True
 
-    def _reset(self, busy: Mapping[int, _Chain], fresh: Mapping[int, _Chain]) -> physics.State:
+    def _reset(self, busy: Mapping[int, _Chain], fresh: Mapping[int, _Chain]) -> bodies.State:
         starts = [np.zeros((self.config.tables, size), np.float32) for size in (env.ROBOT_OBS_DIM, env.SCENE_OBS_DIM)]
         for table in range(self.config.tables):
             chain = fresh.get(table) or busy.get(table) or next(iter(fresh.values()))
@@ -211,9 +215,9 @@ class Tables:
     def _plan(self, scenes: Scene, states: Any, fresh: Mapping[int, _Chain], running: Any) -> Any:
         numbers, seeds = np.zeros(self.config.tables, np.int32), np.zeros(self.config.tables, np.uint32)
         for table, chain in fresh.items():
-            numbers[table], seeds[table] = experts.TASKS.index(chain.task), chain.rng.integers(2**31)
+            numbers[table], seeds[table] = plans.TASKS.index(chain.task), chain.rng.integers(2**31)
         new = _begin_tasks(scenes, states, numbers, seeds)
-        return new if running is None else _where(fresh, new, running, self.config.tables)
+        return new if running is None else env.choose(_mask(fresh, self.config.tables), new, running)
 
     def _book(self, chain: _Chain, steps: _Steps) -> int | None:
         """Add a block to the chain's task. Returns the step of the block after which the task is over, None = goes on.
@@ -238,34 +242,33 @@ class Tables:
         return length - before
 
 
-def _where(chosen: Any, new: Any, old: Any, tables: int) -> Any:
-    """Rows of `new` at the chosen tables, of `old` elsewhere."""
-    take = np.isin(np.arange(tables), list(chosen))
-    return jax.tree.map(lambda a, b: jnp.where(take.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
+def _mask(tables: Any, count: int) -> np.ndarray:
+    """bool[count], True at the numbers in `tables`."""
+    return np.isin(np.arange(count), list(tables))
 
 
-def _choose_steps(after: physics.State, block: physics.State, picks: Mapping[int, int], tables: int) -> physics.State:
+def _choose_steps(after: bodies.State, block: bodies.State, picks: Mapping[int, int], tables: int) -> bodies.State:
     """The state after `picks[table]` steps of the block at those tables, after all steps elsewhere."""
     steps = np.array([picks.get(table, BLOCK) for table in range(tables)])
     inside = {table: step for table, step in picks.items() if step < BLOCK}
     picked = jax.tree.map(lambda x: x[np.minimum(steps, BLOCK - 1), np.arange(tables)], block)
-    return _where(inside, picked, after, tables)
+    return env.choose(_mask(inside, tables), picked, after)
 
 
 class _Task(NamedTuple):
     """What an expert on its way to a task carries from step to step."""
 
     number: Any
-    plan: experts.Plan
-    progress: experts.Progress
+    plan: waypoints.Plan
+    progress: waypoints.Progress
     start: tasks.SceneInfo
 
 
-@cpu_options.jit(cpu_options.OLDER_GENERATOR, cpu_options.UNOPTIMIZED)  # compiled in 3.4 instead of 9 s
+@functools.partial(cpu.jit, kind="tiny_run_once")  # compiled in 3.4 instead of 9 s
 def _begin_tasks(scenes: Scene, states: Any, numbers: Any, seeds: Any) -> _Task:
     def one(scene, state, number, seed):
-        plan = experts.plan(scene, state, number, jax.random.key(seed))
-        return _Task(number, plan, experts.begin(), physics.info(scene, state))
+        plan = plans.plan(scene, state, number, jax.random.key(seed))
+        return _Task(number, plan, waypoints.begin(), physics.info(scene, state))
 
     return jax.vmap(one)(scenes, states, numbers, seeds)
 
@@ -275,7 +278,7 @@ def _decide(scenes: Scene, states: Any, running: _Task, kicks: Any) -> tuple[Any
     """What the experts want, their progress, what they do when kicked, and robot_obs and scene_obs before it."""
 
     def one(scene, state, task, kick):
-        action, progress = experts.act(task.plan, task.progress, state)
+        action, progress = waypoints.act(task.plan, task.progress, state)
         obs = physics.robot_obs(state), physics.scene_obs(scene, state)
         return action, task._replace(progress=progress), jnp.clip(action + kick, -1.0, 1.0), obs
 
@@ -314,7 +317,7 @@ class Renderer:
         self._sizes = dict(zip(("static", "wrist"), image_size, strict=True))
 
     @functools.cached_property
-    def _backdrops(self) -> render.Backdrop:
+    def _backdrops(self) -> tiles.Backdrop:
         return jax.device_get(env.backdrops(self.scenes.stacked, self._sizes["static"]))
 
     def segments(self, chains: list[_Chain]) -> list[tuple[int, list[Segment], int]]:
@@ -338,7 +341,7 @@ class Renderer:
     def _segment(self, demo: _Demo, images: dict[str, np.ndarray]) -> Segment:
         robot, scene = (obs.astype(np.float64) for obs in (demo.steps.robot_obs, demo.steps.scene_obs))
         relative = demo.steps.actions.astype(np.float64)
-        scaled = relative * np.array([*[physics.TRANSLATION_M] * 3, *[physics.ROTATION_RAD] * 3, 1.0])
+        scaled = relative * np.array([*[frames.TRANSLATION_M] * 3, *[frames.ROTATION_RAD] * 3, 1.0])
         target = scaled + np.concatenate([robot[:, :6], np.zeros((demo.length, 1))], axis=1)
         arrays = {"rel_actions": relative, "actions": target, "robot_obs": robot, "scene_obs": scene}
         return Segment(demo.task, images, arrays)

@@ -7,8 +7,8 @@ import errno
 import numpy as np
 import pytest
 
-from experiments import demonstrations, record_playtable
 from robovlms_jax.data import calvin, spool
+from robovlms_jax.playtable import demonstrations, recording
 
 
 def fake_chains(tables, renderer):
@@ -30,7 +30,7 @@ def fake(monkeypatch):
 
 
 def config(path, **changes):
-    return record_playtable.RecordConfig(out=str(path), **{"episodes": 6, "validation_episodes": 3} | changes)
+    return recording.RecordConfig(out=str(path), **{"episodes": 6, "validation_episodes": 3} | changes)
 
 
 def contents(path):
@@ -61,19 +61,19 @@ def stop_after(monkeypatch, calls, error):
 
 @pytest.mark.parametrize("calls", [1, 8, 17, 20])  # in the first, a middle and the last chain, in the second split
 def test_a_killed_recording_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, calls):
-    counts = record_playtable.record(config(tmp_path / "whole"))
+    counts = recording.record(config(tmp_path / "whole"))
     assert counts == {"attempted": 27, "recorded": 9, "frames": 27}
     with monkeypatch.context() as patch:
         stop_after(patch, calls, KeyboardInterrupt())  # nothing gets a chance to clean up
         with pytest.raises(KeyboardInterrupt):
-            record_playtable.record(config(tmp_path / "parts"))
+            recording.record(config(tmp_path / "parts"))
     journal = tmp_path / "parts" / "journal" / "training" / "recording.jsonl"
     journal.write_text(journal.read_text() + '{"frames": 3, "att')  # killed while it wrote a line
-    assert record_playtable.record(config(tmp_path / "parts")) == counts
+    assert recording.record(config(tmp_path / "parts")) == counts
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     # once finished there is nothing to do; asked for more, it adds
-    assert record_playtable.record(config(tmp_path / "parts")) == counts
-    more = record_playtable.record(config(tmp_path / "parts", episodes=9))
+    assert recording.record(config(tmp_path / "parts")) == counts
+    more = recording.record(config(tmp_path / "parts", episodes=9))
     assert more["recorded"] == counts["recorded"] + 3
     longer = contents(tmp_path / "parts")
     assert all(longer[name] == value for name, value in contents(tmp_path / "whole").items() if "episode_" in name)
@@ -83,19 +83,19 @@ def test_a_full_disk_leaves_a_dataset_that_can_be_read(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 12, OSError(errno.ENOSPC, "No space left on device"))
         with pytest.raises(OSError, match=r"No space left.*keeps the 4 chains of training.*same command goes on"):
-            record_playtable.record(config(tmp_path))
+            recording.record(config(tmp_path))
     dataset = calvin.open_dataset(tmp_path, "training")
     assert [(e.start, e.end) for e in dataset.episodes] == [(0, 2), (3, 5), (6, 8)]  # chains 1 and 2
     frames = np.arange(dataset.episodes[-1].start, dataset.episodes[-1].end + 1)
     np.testing.assert_allclose(dataset.actions(frames)[:, 0] % 1, [0.0, 0.25, 0.5])
-    whole = record_playtable.record(config(tmp_path))
+    whole = recording.record(config(tmp_path))
     assert whole["recorded"] == 9
 
 
 def test_a_full_disk_before_the_first_chain_is_said_plainly(tmp_path, monkeypatch):
     stop_after(monkeypatch, 1, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(OSError, match=r"No space left.*keeps the 1 chains of training"):  # chain 0 has no frames
-        record_playtable.record(config(tmp_path))
+        recording.record(config(tmp_path))
     assert not list(tmp_path.rglob("*.npz"))
 
 
@@ -104,23 +104,23 @@ def test_directories_that_cannot_be_used_are_refused(tmp_path):
     taken.mkdir()
     (taken / "thesis.tex").touch()
     with pytest.raises(FileExistsError, match="holds no recording to go on with"):
-        record_playtable.record(config(taken))
+        recording.record(config(taken))
     with pytest.raises(FileExistsError, match="is a file"):
-        record_playtable.record(config(taken / "thesis.tex"))
+        recording.record(config(taken / "thesis.tex"))
     with pytest.raises(ValueError, match=r"thesis\.tex is a file"):  # below a file nothing can be made, whoever asks
-        record_playtable.record(config(taken / "thesis.tex" / "below"))
+        recording.record(config(taken / "thesis.tex" / "below"))
     begun = tmp_path / "begun"
-    record_playtable.record(config(begun))
+    recording.record(config(begun))
     with pytest.raises(ValueError, match=r"other settings.*max_steps: 200 there, 100 here"):
-        record_playtable.record(config(begun, max_steps=100))
+        recording.record(config(begun, max_steps=100))
     journal = begun / "journal" / "training" / "recording.jsonl"
     journal.write_text(journal.read_text().replace('"frames"', '"trams"'))
     with pytest.raises(ValueError, match="damaged"):
-        record_playtable.record(config(begun))
+        recording.record(config(begun))
 
 
 def test_a_killed_packed_recording_goes_on(tmp_path, monkeypatch):
-    counts = record_playtable.record(config(tmp_path / "whole", pack=True, image_size=(8, 8)))
+    counts = recording.record(config(tmp_path / "whole", pack=True, image_size=(8, 8)))
     real, count = spool.Spool.add, iter(range(1, 10**6))
 
     def add(spool, images, arrays):
@@ -131,8 +131,8 @@ def test_a_killed_packed_recording_goes_on(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(spool.Spool, "add", add)
         with pytest.raises(KeyboardInterrupt):
-            record_playtable.record(config(tmp_path / "parts", pack=True, image_size=(8, 8)))
-    assert record_playtable.record(config(tmp_path / "parts", pack=True, image_size=(8, 8))) == counts
+            recording.record(config(tmp_path / "parts", pack=True, image_size=(8, 8)))
+    assert recording.record(config(tmp_path / "parts", pack=True, image_size=(8, 8))) == counts
     for split in ("training", "validation"):
         whole, parts = (calvin.open_dataset(tmp_path / name, split) for name in ("whole", "parts"))
         assert whole.episodes == parts.episodes
@@ -140,4 +140,4 @@ def test_a_killed_packed_recording_goes_on(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.raw"))
     # a packed split cannot grow
     with pytest.raises(ValueError, match="episodes: 6 there, 9 here"):
-        record_playtable.record(config(tmp_path / "parts", pack=True, image_size=(8, 8), episodes=9))
+        recording.record(config(tmp_path / "parts", pack=True, image_size=(8, 8), episodes=9))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from experiments import demonstrations
-from robovlms_jax.playtable import env, scene
+from robovlms_jax.playtable import demonstrations, env, scene
 from robovlms_jax.playtable.config import DemonstrationConfig
 
 

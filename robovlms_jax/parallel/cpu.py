@@ -1,0 +1,105 @@
+"""Tuning for programs that run on CPUs: compiler options for single programs, and memory that is kept.
+
+Each choice differs from XLA's own, or the operating system's, because it was measured to be faster (docs/log.md,
+2026-11-22; `benchmarks/cpu_options.py`, `benchmarks/host_memory.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.metadata
+import importlib.util
+import platform
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+
+Kind = Literal["small_kernels", "tiny_kernels", "run_once", "tiny_run_once"]
+"""What a program is like.
+
+small_kernels: many small arrays, such as the twin's training step or the step of many tables.
+tiny_kernels: hundreds of kernels on a few numbers each, such as the step of few tables.
+run_once: runs for less time, in all, than it takes to optimise it.
+tiny_run_once: both, and quickest to compile.
+"""
+
+# Only products of matrices go to XLA's library of kernels (YNNPACK), each alone; XLA itself hands over sums and what
+# lies between, too.
+_PRODUCTS_ALONE = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+# XLA's older code generator. A training step takes three times as long to compile with it.
+_OLDER_GENERATOR = {"xla_cpu_use_fusion_emitters": False}
+_UNOPTIMIZED = {"xla_backend_optimization_level": 0}
+
+OPTIONS: Mapping[Kind, Mapping[str, Any]] = {
+    "small_kernels": _PRODUCTS_ALONE,
+    "tiny_kernels": {**_PRODUCTS_ALONE, **_OLDER_GENERATOR},
+    "run_once": _UNOPTIMIZED,
+    "tiny_run_once": {**_OLDER_GENERATOR, **_UNOPTIMIZED},
+}
+
+
+def options(kind: Kind) -> dict[str, Any] | None:
+    """`compiler_options` for `jax.jit`: of `OPTIONS`, those that the installed XLA has. None elsewhere than on CPUs, or
+    if it has none of them. Starts JAX's devices."""
+    return known(OPTIONS[kind])
+
+
+def known(wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """As `options`, of any compiler options."""
+    if jax.default_backend() != "cpu":
+        return None
+    return {name: value for name, value in wanted.items() if _is_known(name, value)} or None
+
+
+def jit(function: Callable[..., Any], kind: Kind) -> Callable[..., Any]:
+    """`jax.jit` with `options(kind)`, asked for when the function is first called, so that importing it starts no
+    device. What it makes cannot be called inside another `jit`."""
+    compiled = functools.cache(lambda: jax.jit(function, compiler_options=options(kind)))
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        return compiled()(*args)
+
+    return call
+
+
+@functools.cache
+def _is_known(name: str, value: Any) -> bool:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        jax.jit(lambda x: x + 1, compiler_options={name: value})(0)
+        return True
+    return False
+
+
+# glibc, malloc/malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+def keep_freed_memory() -> bool:
+    """Let memory that is freed serve the next allocation instead of going back to the operating system.
+
+    XLA's CPU client allocates all intermediate values of a program anew for each call. glibc maps blocks above 32 MB
+    each time, so that every training step had its pages faulted in and zeroed again: a tenth of the twin's step
+    (`benchmarks/host_memory.py`). Call it before JAX starts its devices: threads keep the heap they once had.
+
+    Returns:
+      Whether it was done: with glibc, where JAX can have no device but the CPU. Hosts of accelerators, whose loaders
+      have many threads to share the one heap that this leaves, were not measured.
+    """
+    if platform.libc_ver()[0] != "glibc" or not _only_cpu():
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1))
+    done = [mallopt(name, value) for name, value in settings]
+    return all(done)
+
+
+def _only_cpu() -> bool:
+    """As far as can be said without starting devices."""
+    if jax.config.jax_platforms:
+        return jax.config.jax_platforms == "cpu"
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return not plugins and not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))

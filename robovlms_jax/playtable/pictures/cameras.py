@@ -1,0 +1,50 @@
+"""The static camera and the one on the hand, placed as in CALVIN."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from robovlms_jax.control import interface
+from robovlms_jax.playtable.mechanics import bodies
+from robovlms_jax.types import Array
+
+SIZES = {"static": 200, "wrist": 84}
+"""CALVIN's picture sizes, px."""
+_STATIC_EYE, _STATIC_TARGET = np.array([2.871, -2.167, 2.555]), np.array([-0.026, -0.030, 0.392])
+_STATIC_UP = np.array([0.404, 0.226, 0.886])
+_WRIST_EYE_M = np.array([-0.1, 0.0, -0.142], np.float32)  # frame of the tool centre point
+_WRIST_TILT_RAD = 0.2708
+_VIEW_RAD = {"static": np.deg2rad(10.0), "wrist": np.deg2rad(75.0)}  # angle of view, both ways
+
+
+class Camera(NamedTuple):
+    """A pinhole camera. eye: float[3], m, world. rotation: float[3, 3], columns point right, down and forward.
+    view: angle of view in rad."""
+
+    eye: Array
+    rotation: Array
+    view: float
+
+
+def camera(state: bodies.State | None, name: str) -> Camera:
+    """The camera "static" or "wrist"; the static one needs no state."""
+    if name == "static":
+        forward = _STATIC_TARGET - _STATIC_EYE
+        forward /= np.linalg.norm(forward)
+        right = np.cross(forward, _STATIC_UP)
+        right /= np.linalg.norm(right)
+        axes = np.stack([right, np.cross(forward, right), forward], axis=1)
+        return Camera(jnp.asarray(_STATIC_EYE, jnp.float32), jnp.asarray(axes, jnp.float32), _VIEW_RAD[name])
+    if name == "wrist":
+        c, s = np.cos(_WRIST_TILT_RAD), np.sin(_WRIST_TILT_RAD)
+        axes = jnp.array([[0.0, -c, s], [1.0, 0.0, 0.0], [0.0, s, c]], jnp.float32)
+        return Camera(state.position + state.rotation @ _WRIST_EYE_M, state.rotation @ axes, _VIEW_RAD[name])
+    raise ValueError(f"unknown camera {name!r}; cameras: {', '.join(interface.CAMERAS)}.")
+
+
+def focal(camera: Camera, size: int) -> np.float32:
+    """Pixels per unit of slope."""
+    return np.float32(size / 2 / np.tan(camera.view / 2))
