@@ -104,7 +104,7 @@ def _measure(envs: vector.VectorEnv, chunk: int, steps: int) -> dict[str, float]
             for t in chains.chain_trials(chosen)
         ]
         begin = time.perf_counter()
-        results = list(rollout.run(Idle(chunk), envs, trials, rollout.Rules(max_steps=length)))
+        results = list(rollout.run(Idle(chunk), envs, trials, rollout.SuccessCriterion(max_steps=length)))
         seconds[name] = time.perf_counter() - begin
         assert [r.steps for r in results] == [(length,)] * envs.size
     return {"steps_per_s": envs.size * steps / seconds["measured"], "warm_up_seconds": seconds["warm_up"]}

@@ -29,7 +29,7 @@ from robovlms_jax.envs.calvin import tasks as calvin_tasks
 from robovlms_jax.evaluation import chains, filing
 from robovlms_jax.evaluation.report import films as film_files
 from robovlms_jax.evaluation.report import rollouts as rollout_report
-from robovlms_jax.evaluation.rollout import Recording, Rules, Trial
+from robovlms_jax.evaluation.rollout import Films, Recording, SuccessCriterion, Trial
 from robovlms_jax.load import load_batched_policy
 from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable.env import PlayTables
@@ -140,7 +140,7 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
     if config.protocol == "official":
         config = dataclasses.replace(config, **OFFICIAL)
     directory = checkpoints.locate(config.checkpoint)
-    trials, rules = _trials(config)
+    trials, criterion = _trials(config)
     conditions = _conditions(config, trials, seals.identity(directory).label)
     name = _folder_name(config)
     if config.output:
@@ -162,12 +162,10 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
             envs,
             trials,
             output,
-            policy_name=f"{config.checkpoint}, {conditions['checkpoint']}",
-            conditions=conditions,
-            execution=config.execution,
-            rules=rules,
-            film=[trial.index for trial in trials[: config.films]],
-            on_recording=keep,
+            chains.Settings(
+                f"{config.checkpoint}, {conditions['checkpoint']}", config.execution, criterion, conditions
+            ),
+            films=Films([trial.index for trial in trials[: config.films]], keep),
         )
     title = f"{evaluation.setup['env']}, closed loop"
     return rollout_report.write_report(output, [evaluation], title=title, films=sorted(output.glob("film_*")))
@@ -200,10 +198,10 @@ def _conditions(config: EvaluateConfig, trials: list[Trial], checkpoint: str) ->
     )
 
 
-def _trials(config: EvaluateConfig) -> tuple[list[Trial], Rules]:
+def _trials(config: EvaluateConfig) -> tuple[list[Trial], SuccessCriterion]:
     if config.env == "simpler":
-        rules = chains.simpler_rules(config.simpler_task)
-        return chains.simpler_trials(config.simpler_task, config.chains or None), rules
+        criterion = chains.simpler_criterion(config.simpler_task)
+        return chains.simpler_trials(config.simpler_task, config.chains or None), criterion
     chosen = chains.single_tasks(config.tasks, config.chains) if config.tasks else task_chains.official_chains()
     trials = chains.chain_trials(
         chosen[: config.chains or None],
@@ -216,7 +214,7 @@ def _trials(config: EvaluateConfig) -> tuple[list[Trial], Rules]:
         trials = [dataclasses.replace(t, labels={**t.labels, "protocol": OFFICIAL_LABEL}) for t in trials]
     # CALVIN's released checker differs from the written rules in one task; published numbers were judged by it.
     judge = {"completed": calvin.completed_in_each} if config.env == "calvin" else {}
-    return trials, Rules(max_steps=config.max_steps, **judge)
+    return trials, SuccessCriterion(max_steps=config.max_steps, **judge)
 
 
 def _benchmark_sentences(config: EvaluateConfig) -> dict[str, str] | None:

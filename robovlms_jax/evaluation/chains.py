@@ -14,7 +14,7 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from robovlms_jax.envs import simpler
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
 from robovlms_jax.envs.vector import VectorEnv
 from robovlms_jax.evaluation import rollout
-from robovlms_jax.evaluation.rollout import Recording, Rules, Trial, TrialResult
+from robovlms_jax.evaluation.rollout import Films, SuccessCriterion, Trial, TrialResult
 
 log = logging.getLogger(__name__)
 
@@ -95,10 +95,47 @@ def simpler_trials(task: str, count: int | None = None) -> list[Trial]:
     ]
 
 
-def simpler_rules(task: str, *, latched: bool = False) -> Rules:
-    """The benchmark's rules: success counts at the last step; `latched`: at any step, which ends the trial."""
+def simpler_criterion(task: str, *, latched: bool = False) -> SuccessCriterion:
+    """The benchmark's own: success counts at the last step; `latched`: at any step, which ends the trial."""
     steps = simpler.find_task(task).max_steps
-    return Rules(max_steps=steps, completed=simpler.completed_in_each, stop_at_success=latched)
+    return SuccessCriterion(max_steps=steps, completed=simpler.completed_in_each, stop_at_success=latched)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What results depend on besides environments and trials."""
+
+    policy_name: str
+    """Printed in reports, e.g. a checkpoint."""
+    execution: Execution = Execution()
+    criterion: SuccessCriterion = SuccessCriterion()
+    conditions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """JSON values, what else results depend on (`filing`); with "checkpoint" among them, the policy's name is for the
+    eye alone."""
+
+    def setup(self, envs: VectorEnv) -> dict[str, Any]:
+        """See `Evaluation.setup`."""
+        setup = {
+            "env": envs.name,
+            "policy": self.policy_name,
+            "execution": self.execution.label,
+            "max_steps": self.criterion.max_steps,
+            "stop_at_success": self.criterion.stop_at_success,
+            **json.loads(json.dumps(self.conditions)),
+        }
+        return setup | ({"simulator": dict(envs.about)} if envs.about else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """One of several processes that share the trials: each takes every `count`-th, from `index` on."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"index={self.index} must lie in [0, count={self.count}).")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,70 +153,53 @@ def evaluate(
     envs: VectorEnv,
     trials: Sequence[Trial],
     directory: str | os.PathLike,
+    settings: Settings,
     *,
-    policy_name: str,
-    conditions: Mapping[str, Any] | None = None,
-    execution: Execution | None = None,
-    rules: Rules | None = None,
-    process_index: int = 0,
-    num_processes: int = 1,
-    max_restarts: int = 3,
-    film: Sequence[int] = (),
-    on_recording: Callable[[Recording], None] | None = None,
+    share: Share = Share(),
+    films: Films | None = None,
 ) -> Evaluation:
     """Run those of `trials` that `directory` has no result of yet, and return what it has then.
 
     Args:
-      trials: all trials of the evaluation, the same in every process; each process takes every `num_processes`-th.
-      directory: one per setup (environment, policy, execution mode, rules) and set of trials; made if missing.
-      policy_name: printed in reports, e.g. a checkpoint.
-      conditions: JSON values, what else results depend on (`filing`); with "checkpoint" among them, the policy's name
-        is for the eye alone.
+      trials: all trials of the evaluation, the same in every process.
+      directory: one per environment, `settings` and set of trials; made if missing.
+      share: which of them this process runs.
     Raises:
-      ValueError: the directory holds results of another setup or other trials, or a damaged file.
+      ValueError: the directory holds results of other settings or other trials, or a damaged file.
       See also `rollout.run`; what was finished before an error is kept.
     """
-    if not 0 <= process_index < num_processes:
-        raise ValueError(f"process_index={process_index} must lie in [0, num_processes={num_processes}).")
     if not trials:
         raise ValueError("no trials to evaluate.")
-    execution, rules = execution or Execution(), rules or Rules()
-    setup = {
-        "env": envs.name,
-        "policy": policy_name,
-        "execution": execution.label,
-        "max_steps": rules.max_steps,
-        "stop_at_success": rules.stop_at_success,
-        **json.loads(json.dumps(conditions or {})),
-    }
-    if envs.about:
-        setup["simulator"] = dict(envs.about)
+    setup = settings.setup(envs)
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     done = {result.index: result for result in _stored(directory, setup)}
     for trial in trials:
         if trial.index in done:
             _check_same(trial, done[trial.index], directory)
-    mine = [trial for trial in trials[process_index::num_processes] if trial.index not in done]
+    mine = [trial for trial in trials[share.index :: share.count] if trial.index not in done]
     if done:
         log.info("%s has %d results; %d trials to go in this process", directory, len(done), len(mine))
 
-    path = directory / f"results-{process_index:03d}.jsonl"
-    executed = ExecutedBatch(policy, execution)
-    loop = rollout.run(executed, envs, mine, rules, max_restarts=max_restarts, film=film, on_recording=on_recording)
-    scores: list[int] = []
-    begin = said = time.monotonic()
-    for result in _append(path, setup, loop):
-        scores.append(result.score)
-        if len(scores) in (1, len(mine)) or time.monotonic() - said > _LOG_EVERY_S:
-            said, mean = time.monotonic(), sum(scores) / len(scores)
-            log.info(
-                "%s: %d of %d trials in %d s, %.2f tasks in a row so far",
-                *(envs.name, len(scores), len(mine), said - begin, mean),
-            )
+    executed = ExecutedBatch(policy, settings.execution)
+    results = rollout.run(executed, envs, mine, settings.criterion, films=films)
+    _log_progress(_append(directory / f"results-{share.index:03d}.jsonl", setup, results), envs.name, len(mine))
     wanted = {trial.index for trial in trials}
     everything = load(directory)
     return dataclasses.replace(everything, results=tuple(r for r in everything.results if r.index in wanted))
+
+
+def _log_progress(results: Iterable[TrialResult], name: str, total: int) -> None:
+    scores: list[int] = []
+    begin = said = time.monotonic()
+    for result in results:
+        scores.append(result.score)
+        if len(scores) in (1, total) or time.monotonic() - said > _LOG_EVERY_S:
+            said, mean = time.monotonic(), sum(scores) / len(scores)
+            log.info(
+                "%s: %d of %d trials in %d s, %.2f tasks in a row so far",
+                *(name, len(scores), total, said - begin, mean),
+            )
 
 
 def load(directory: str | os.PathLike) -> Evaluation:

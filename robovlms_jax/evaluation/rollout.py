@@ -44,7 +44,7 @@ class Trial:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class SuccessCriterion:
     """When a task is over, and whether it was done."""
 
     max_steps: int = 360
@@ -106,37 +106,46 @@ class Recording:
     result: TrialResult
 
 
+@dataclasses.dataclass(frozen=True)
+class Films:
+    """Which trials are filmed, and what is done with the films."""
+
+    trials: Collection[int]
+    """Indices of trials."""
+    keep: Callable[[Recording], None]
+    """Gets each film when its trial ends."""
+    every: int = 3
+    """Control steps between two frames; the end is always a frame."""
+
+
 def run(
     policy: BatchedPolicy,
     envs: VectorEnv,
     trials: Iterable[Trial],
-    rules: Rules | None = None,
+    criterion: SuccessCriterion | None = None,
     *,
     max_restarts: int = 3,
-    film: Collection[int] = (),
-    film_every: int = 3,
-    on_recording: Callable[[Recording], None] | None = None,
+    films: Films | None = None,
 ) -> Iterator[TrialResult]:
     """Run trials, as many at a time as there are environments.
 
     Args:
       policy: every action it returns is executed; see `execution.ExecutedBatch` for execution modes.
       max_restarts: a trial whose environment breaks more often than this ends the run.
-      film: indices of trials to film, every `film_every`-th step and the end; `on_recording` gets each film.
     Yields:
       results in the order in which trials end.
     Raises:
       ValueError: the policy returned an unusable action; names trial, task and step.
       EnvError: a trial's environment broke more than `max_restarts` times.
     """
-    loop = _Loop(policy, envs, rules or Rules(), max_restarts, frozenset(film), film_every)
+    loop = _Loop(policy, envs, criterion or SuccessCriterion(), max_restarts, films)
     loop.queue.extend(_Run(trial) for trial in trials)
     while loop.queue or loop.runs:
         loop.fill()
         loop.plan()
         for done, last_look in loop.step():
-            if done.film and on_recording is not None:
-                on_recording(_recording(envs.name, done, last_look, film_every))
+            if films is not None and done.film:
+                films.keep(_recording(envs.name, done, last_look, films.every))
             yield done.result()
 
 
@@ -178,12 +187,12 @@ class _Run:
         self.step, self.info, self.start_info = 0, info, info
         self.follow(info.get("instruction", self.trial.instructions[self.position]))
 
-    def advance(self, info: Info, completed: Collection[str], rules: Rules) -> None:
+    def advance(self, info: Info, completed: Collection[str], criterion: SuccessCriterion) -> None:
         """Book one executed step and the tasks that are done after it."""
         self.info = info
         self.step += 1
-        at_end = self.step >= rules.max_steps
-        success = (at_end or rules.stop_at_success) and self.trial.tasks[self.position] in completed
+        at_end = self.step >= criterion.max_steps
+        success = (at_end or criterion.stop_at_success) and self.trial.tasks[self.position] in completed
         if success or at_end:
             self.success.append(success)
             self.steps.append(self.step)
@@ -206,10 +215,9 @@ class _Run:
 class _Loop:
     policy: BatchedPolicy
     envs: VectorEnv
-    rules: Rules
+    criterion: SuccessCriterion
     max_restarts: int
-    film: frozenset[int]
-    film_every: int
+    films: Films | None
     queue: collections.deque[_Run] = dataclasses.field(default_factory=collections.deque)
     runs: dict[int, _Run] = dataclasses.field(default_factory=dict)
     """Slot -> what runs in it."""
@@ -232,7 +240,7 @@ class _Loop:
         for slot in unheard:
             self.runs[slot].unheard = False
         asking = [slot for slot, run in self.runs.items() if not run.actions]
-        filmed = [slot for slot in self.runs if self._filmed(slot) and self.runs[slot].step % self.film_every == 0]
+        filmed = [slot for slot in self.runs if self._filmed(slot) and self.runs[slot].step % self.films.every == 0]
         looking = sorted({*asking, *filmed})
         seen = self._sound(looking, self.envs.observe(looking)) if looking else {}
         asking = [slot for slot in asking if slot in seen]
@@ -256,9 +264,9 @@ class _Loop:
             return []
         actions = np.stack([self.runs[slot].actions.popleft() for slot in slots])
         infos = self._sound(slots, self.envs.step(slots, actions))
-        completed = self.rules.completed([self.runs[slot].start_info for slot in infos], list(infos.values()))
+        completed = self.criterion.completed([self.runs[slot].start_info for slot in infos], list(infos.values()))
         for (slot, info), names in zip(infos.items(), completed, strict=True):
-            self.runs[slot].advance(info, names, self.rules)
+            self.runs[slot].advance(info, names, self.criterion)
         ended = [slot for slot in infos if self.runs[slot].over]
         filmed = [slot for slot in ended if self._filmed(slot)]
         looks = dict(zip(filmed, self.envs.observe(filmed))) if filmed else {}
@@ -267,7 +275,7 @@ class _Loop:
         return [(self.runs.pop(slot), looks.get(slot)) for slot in ended]
 
     def _filmed(self, slot: int) -> bool:
-        return self.runs[slot].trial.index in self.film
+        return self.films is not None and self.runs[slot].trial.index in self.films.trials
 
     def _sound(self, slots: Sequence[int], answers: Sequence[Any]) -> dict[int, Any]:
         """The answers of environments that did not break; trials of the others go back to the queue."""

@@ -17,7 +17,7 @@ from robovlms_jax.evaluation import chains, filing, rollout, rollout_metrics
 from robovlms_jax.evaluation.config import RolloutConfig
 from robovlms_jax.evaluation.report import films as film_files
 from robovlms_jax.evaluation.report import rollouts as rollout_report
-from robovlms_jax.evaluation.rollout import Recording, Rules, Trial
+from robovlms_jax.evaluation.rollout import Films, Recording, SuccessCriterion, Trial
 from robovlms_jax.parallel import distributed
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.playtable import recording as recordings
@@ -65,7 +65,7 @@ class ClosedLoop:
         self._run = output
         scenes = config.demonstrations.scenes if config.demonstrations.episodes else ()
         self._scenes, self._trials = scenes, playtable_trials(rollouts, scenes)
-        self._rules = Rules(max_steps=rollouts.max_steps)
+        self._criterion = SuccessCriterion(max_steps=rollouts.max_steps)
         size = min(rollouts.tables, len(self._trials))
         self._tables = PlayTables(
             rollouts.scene, size, image_sizes=dict(zip(("static", "wrist"), rollouts.image_size, strict=True))
@@ -80,7 +80,7 @@ class ClosedLoop:
             distributed.barrier("rollouts")
             return {"score": distributed.from_first(0.0)}
         executed = ExecutedBatch(acting, self._config.execution)
-        results = list(rollout.run(executed, self._tables, self._trials, self._rules))
+        results = list(rollout.run(executed, self._tables, self._trials, self._criterion))
         summary = rollout_metrics.summarize(results)
         distributed.barrier("rollouts")
         return {"score": distributed.from_first(summary.average_length.value)} | {
@@ -114,12 +114,8 @@ class ClosedLoop:
             self._tables,
             self._trials,
             output,
-            policy_name=f"{self._run}, {identity}",
-            conditions=conditions,
-            execution=self._config.execution,
-            rules=self._rules,
-            film=chosen,
-            on_recording=films.append,
+            chains.Settings(f"{self._run}, {identity}", self._config.execution, self._criterion, conditions),
+            films=Films(chosen, films.append),
         )
         films.sort(key=lambda recording: recording.trial.index)
         for recording in films:

@@ -16,16 +16,17 @@ from robovlms_jax.envs import simpler
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
 from robovlms_jax.envs.vector import EnvPool
 from robovlms_jax.evaluation import chains, rollout_metrics
-from robovlms_jax.evaluation.rollout import Rules, TrialResult
+from robovlms_jax.evaluation.rollout import SuccessCriterion, TrialResult
 from robovlms_jax.evaluation.rollout_metrics import Rate, summarize
-from tests.evaluation.toy_world import RULES, LineEnv, LinePolicy, trial
+from tests.evaluation.toy_world import CRITERION, LineEnv, LinePolicy, trial
 
 TRIALS = [trial(index, 1, 2 + index % 9, scene="line") for index in range(12)]
 
 
-def evaluate(directory, trials=TRIALS, env=None, **kwargs):
-    arguments = {"policy_name": "toy", "rules": RULES, **kwargs}
-    return chains.evaluate(LinePolicy(), EnvPool([env or LineEnv()]), trials, directory, **arguments)
+def evaluate(directory, trials=TRIALS, env=None, **changes):
+    share = changes.pop("share", chains.Share())
+    settings = chains.Settings(**{"policy_name": "toy", "criterion": CRITERION, **changes})
+    return chains.evaluate(LinePolicy(), EnvPool([env or LineEnv()]), trials, directory, settings, share=share)
 
 
 def result(index: int, score: int, length: int = 5, steps: int = 10) -> TrialResult:
@@ -68,10 +69,10 @@ def test_simpler_tasks_become_trials_judged_at_the_last_step():
     trials = chains.simpler_trials("widowx_stack_cube")
     assert [t.start for t in trials] == [{"layout": layout} for layout in range(24)]
     assert len(chains.simpler_trials("widowx_stack_cube", 50)) == 50
-    rules = chains.simpler_rules("widowx_put_eggplant_in_basket")
-    assert (rules.max_steps, rules.stop_at_success) == (120, False)
-    assert chains.simpler_rules("google_robot_move_near", latched=True).stop_at_success
-    assert rules.completed is simpler.completed_in_each
+    criterion = chains.simpler_criterion("widowx_put_eggplant_in_basket")
+    assert (criterion.max_steps, criterion.stop_at_success) == (120, False)
+    assert chains.simpler_criterion("google_robot_move_near", latched=True).stop_at_success
+    assert criterion.completed is simpler.completed_in_each
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,15 +156,15 @@ def test_a_damaged_line_is_named(tmp_path):
 def test_processes_share_the_trials_and_their_files_add_up(tmp_path):
     whole = evaluate(tmp_path / "whole")
     for index in range(3):
-        part = evaluate(tmp_path / "parts", process_index=index, num_processes=3)
+        part = evaluate(tmp_path / "parts", share=chains.Share(index, 3))
     assert part == whole
     assert len(list((tmp_path / "parts").glob("results-*.jsonl"))) == 3
     # another number of processes finds everything done
     env = LineEnv()
-    assert evaluate(tmp_path / "parts", env=env, process_index=1, num_processes=2) == whole
+    assert evaluate(tmp_path / "parts", env=env, share=chains.Share(1, 2)) == whole
     assert env.resets == 0
-    with pytest.raises(ValueError, match="process_index=3"):
-        evaluate(tmp_path / "parts", process_index=3, num_processes=3)
+    with pytest.raises(ValueError, match="index=3"):
+        evaluate(tmp_path / "parts", share=chains.Share(3, 3))
 
 
 def test_a_trial_that_two_processes_ran_counts_once(tmp_path):
@@ -184,7 +185,7 @@ def test_results_of_another_setup_are_not_mixed_in(tmp_path):
     with pytest.raises(ValueError, match=r"another setup \(execution: 'chunk' there, 'receding 3' here\)"):
         evaluate(tmp_path, execution=Execution("receding", 3))
     with pytest.raises(ValueError, match=r"max_steps: 10 there, 9 here; policy: 'toy' there, 'other' here"):
-        evaluate(tmp_path, policy_name="other", rules=Rules(max_steps=9, completed=RULES.completed))
+        evaluate(tmp_path, policy_name="other", criterion=SuccessCriterion(max_steps=9, completed=CRITERION.completed))
     with pytest.raises(ValueError, match=r"result for trial 2 with other instructions: .*'go 4'.*'run 4'"):
         evaluate(tmp_path, [trial(2, 1, 4, instruction="run", scene="line")])
 

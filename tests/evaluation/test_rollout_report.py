@@ -15,8 +15,8 @@ from robovlms_jax.evaluation import chains
 from robovlms_jax.evaluation.chains import Evaluation
 from robovlms_jax.evaluation.report import films as film_files
 from robovlms_jax.evaluation.report import rollouts as rollout_report
-from robovlms_jax.evaluation.rollout import TrialResult, run
-from tests.evaluation.toy_world import RULES, LineEnv, LinePolicy, trial
+from robovlms_jax.evaluation.rollout import Films, TrialResult, run
+from tests.evaluation.toy_world import CRITERION, LineEnv, LinePolicy, trial
 
 
 def evaluation(mean: float, *, env="Line", execution="chunk", seed=0, **labels) -> Evaluation:
@@ -48,7 +48,7 @@ def tables(text: str) -> list[list[list[str]]]:
 def test_one_evaluation_gives_tables_pictures_and_files(tmp_path):
     done = chains.evaluate(
         LinePolicy(), EnvPool([LineEnv()]), [trial(i, 1, 2 + i % 9) for i in range(6)], tmp_path / "results",
-        policy_name="toy checkpoint", rules=RULES,
+        chains.Settings("toy checkpoint", criterion=CRITERION),
     )  # fmt: skip
     path = rollout_report.write_report(tmp_path, [done], title="Toy")
     text = path.read_text()
@@ -126,7 +126,7 @@ def test_a_report_of_nothing_is_refused(tmp_path):
 def recording():
     films = []
     policy = LinePolicy(chunk=5)
-    list(run(policy, EnvPool([LineEnv()]), [trial(2, 4, 30)], RULES, film=[2], film_every=1, on_recording=films.append))
+    list(run(policy, EnvPool([LineEnv()]), [trial(2, 4, 30)], CRITERION, films=Films([2], films.append, every=1)))
     return films[0]
 
 
@@ -170,7 +170,7 @@ def test_section_and_strips_of_a_run(tmp_path):
     recordings = []
     done = chains.evaluate(
         LinePolicy(), EnvPool([LineEnv()]), [trial(i, 1, 3 + i) for i in range(2)], tmp_path,
-        policy_name="toy", rules=RULES, film=[0, 1], on_recording=recordings.append,
+        chains.Settings("toy", criterion=CRITERION), films=Films([0, 1], recordings.append),
     )  # fmt: skip
     text = rollout_report.section(done, "rollouts", strips=True)
     summary, per_task = tables(text)

@@ -12,10 +12,12 @@ from tests.evaluation.toy_world import LineEnv
 def test_a_picture_is_taken_once_per_chunk_and_every_environment_takes_all_steps(monkeypatch):
     """Breaks when the idle policy ends a trial early, or pictures are paid for that nobody asked for."""
     lines = [LineEnv() for _ in range(3)]
-    rules = evaluation.rollout.Rules
-    monkeypatch.setattr(
-        evaluation.rollout, "Rules", lambda max_steps: rules(max_steps, completed=lambda old, new: [set()] * len(new))
-    )
+    real = evaluation.rollout.SuccessCriterion
+
+    def never(max_steps):
+        return real(max_steps, completed=lambda old, new: [set()] * len(new))
+
+    monkeypatch.setattr(evaluation.rollout, "SuccessCriterion", never)
     monkeypatch.setattr(LineEnv, "reset", lambda self, robot_obs, scene_obs: None)
     rates = evaluation._measure(vector.EnvPool(lines), chunk=5, steps=20)
     assert rates["steps_per_s"] > 0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from robovlms_jax.control.interface import ActionChunk, Observation
-from robovlms_jax.evaluation.rollout import Rules, Trial
+from robovlms_jax.evaluation.rollout import SuccessCriterion, Trial
 
 
 class LineEnv:
@@ -75,7 +75,7 @@ def moved(starts, nows) -> list[set[str]]:
     return [{str(d) for d in range(1, int(now["x"] - start["x"]) + 1)} for start, now in zip(starts, nows)]
 
 
-RULES = Rules(max_steps=10, completed=moved)
+CRITERION = SuccessCriterion(max_steps=10, completed=moved)
 
 
 def trial(index: int, *distances: int, instruction: str = "go", **labels) -> Trial:

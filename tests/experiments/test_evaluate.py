@@ -32,8 +32,8 @@ def config(**changes) -> evaluate.EvaluateConfig:
 
 
 def test_calvin_is_asked_the_benchmarks_own_sentences(checkout):
-    trials, rules = evaluate._trials(config(calvin_root=checkout, chains=3))
-    assert rules.completed is calvin.completed_in_each
+    trials, criterion = evaluate._trials(config(calvin_root=checkout, chains=3))
+    assert criterion.completed is calvin.completed_in_each
     for trial in trials:
         assert trial.instructions == tuple(f"please {task}" for task in trial.tasks)
         assert trial.labels["phrasing"] == "benchmark"
@@ -55,11 +55,11 @@ def test_other_wordings_are_asked_only_on_request_or_with_a_warning(checkout, ca
 def test_the_official_protocol_is_the_whole_benchmark_and_says_so(checkout, monkeypatch, tmp_path):
     asked = {}
 
-    def evaluated(policy, envs, trials, directory, **kwargs):
-        asked.update(kwargs, trials=trials)
+    def evaluated(policy, envs, trials, directory, settings, films):
+        asked.update(settings=settings, trials=trials)
         trial = trials[0]
         result = TrialResult(trial.index, trial.tasks, trial.instructions, (False,), (360,), trial.labels)
-        setup = {"env": "CALVIN", "policy": "p", "execution": kwargs["execution"].label}
+        setup = {"env": "CALVIN", "policy": "p", "execution": settings.execution.label}
         return chains.Evaluation(setup | {"simulator": {"calvin_env": "797142c"}}, (result,))
 
     monkeypatch.setattr(evaluate.chains, "evaluate", evaluated)
@@ -69,8 +69,8 @@ def test_the_official_protocol_is_the_whole_benchmark_and_says_so(checkout, monk
     monkeypatch.setattr(evaluate.calvin, "calvin_env", lambda root, **kwargs: LineEnv())
     report = evaluate.evaluate(config(calvin_root=checkout, protocol="official", output=str(tmp_path / "out")))
     assert len(asked["trials"]) == 1000
-    assert asked["execution"] == Execution("first")
-    assert asked["rules"].max_steps == 360
+    assert asked["settings"].execution == Execution("first")
+    assert asked["settings"].criterion.max_steps == 360
     assert {trial.labels["phrasing"] for trial in asked["trials"]} == {"benchmark"}
     assert {trial.labels["protocol"] for trial in asked["trials"]} == {evaluate.OFFICIAL_LABEL}
     text = report.read_text()
