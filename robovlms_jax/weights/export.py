@@ -34,6 +34,40 @@ def export(
       FileExistsError: the directory holds safetensors already, which would mix with the new ones.
     """
     flat, directory = flatten_dict(params, sep="/"), pathlib.Path(directory)
+    by_target = _by_target(flat, rules)
+    if any(directory.glob("*.safetensors")):
+        raise FileExistsError(f"{directory} holds safetensors files already; export to an empty directory.")
+
+    tensors: dict[str, tuple[int | None, list[str]]] = {}  # name -> layer, paths of its parts in order
+    for path, rule in sorted(by_target.items(), key=lambda item: item[1].part):
+        for layer in range(flat[path].shape[0]) if rule.is_stacked else [None]:
+            tensors.setdefault(rule.name(layer), (layer, []))[1].append(path)
+    sizes = {
+        name: sum(flat[path].nbytes for path in paths) // (1 if layer is None else flat[paths[0]].shape[0])
+        for name, (layer, paths) in tensors.items()
+    }
+    shards = _shards(sizes, max_shard_bytes)
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        arrays = {}
+        for name in shard:
+            layer, paths = tensors[name]
+            parts = [np.asarray(flat[path] if layer is None else flat[path][layer]) for path in paths]
+            rearrange = Rearrange.parse(by_target[paths[0]].pattern, parts[0].ndim)
+            arrays[name] = np.ascontiguousarray(rearrange.backward(*parts))
+            weight_map[name] = file
+        save_file(arrays, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(x.nbytes for x in flat.values())}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _by_target(flat: Mapping[str, Any], rules: Rules) -> dict[str, Rule]:
+    """The first rule of every parameter. Raises ValueError where parameters and rules do not match."""
     by_target: dict[str, Rule] = {}
     for rule in rules:
         if isinstance(rule, Rule):
@@ -44,35 +78,17 @@ def export(
             f"cannot export: parameters without a rule {unmapped}, rules without a parameter {absent}. "
             "Adapters (lora_a, lora_b) go into their kernels first, with nn.linear.merge_lora."
         )
-    if any(directory.glob("*.safetensors")):
-        raise FileExistsError(f"{directory} holds safetensors files already; export to an empty directory.")
+    return by_target
 
-    tensors: dict[tuple[str, int | None], list[str]] = {}  # (name, layer) -> paths of its parts, in order
-    for path, rule in sorted(by_target.items(), key=lambda item: item[1].part):
-        for layer in range(flat[path].shape[0]) if rule.is_stacked else [None]:
-            tensors.setdefault((rule.name(layer), layer), []).append(path)
 
-    shards, room = [[]], max_shard_bytes
-    for (name, layer), paths in tensors.items():
-        size = sum(flat[path].nbytes for path in paths) // (1 if layer is None else flat[paths[0]].shape[0])
+def _shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Names in their order, in groups of at most `max_bytes`, or of one tensor that is larger."""
+    shards: list[list[str]] = [[]]
+    room = max_bytes
+    for name, size in sizes.items():
         if shards[-1] and size > room:
             shards.append([])
-            room = max_shard_bytes
-        shards[-1].append((name, paths, layer))
+            room = max_bytes
+        shards[-1].append(name)
         room -= size
-
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {}
-        for name, paths, layer in shard:
-            parts = [np.asarray(flat[path] if layer is None else flat[path][layer]) for path in paths]
-            rearrange = Rearrange.parse(by_target[paths[0]].pattern, parts[0].ndim)
-            arrays[name] = np.ascontiguousarray(rearrange.backward(*parts))
-            weight_map[name] = file
-        save_file(arrays, directory / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(x.nbytes for x in flat.values())}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return shards
