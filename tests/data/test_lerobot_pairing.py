@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fractions
+import itertools
 import logging
 import pathlib
 import re
@@ -189,6 +190,29 @@ def test_a_wrong_end_is_said_where_lengths_fit_the_video(tmp_path, caplog):
     toy.edit(toy.episodes_file(root), lambda listed: listed[f"videos/{toy.FRONT}/to_timestamp"].__setitem__(1, 9.0))
     assert opened(root) == expected(0, 1, 2)
     assert "lengths decide" in caplog.text
+
+
+def test_a_video_of_variable_frame_rate_is_refused_rather_than_read_at_other_times(tmp_path):
+    root = toy.write(tmp_path / "d", video=True)
+    frames = [(e, t) for e, length in enumerate(LENGTHS) for t in range(length)]
+    evenly_on_average = list(itertools.accumulate([0, *[60] * 9, *[140] * 10]))
+    toy.write_video(root, frames, milliseconds=evenly_on_average)
+    with pytest.raises(ValueError, match=r"(?s)4 whose video does not fit.*frame \d+ comes .* s after.*ffmpeg"):
+        lerobot.open_dataset(root, "training")
+
+
+def test_how_long_the_last_frame_stays_says_nothing_about_the_others(tmp_path):
+    root = toy.write(tmp_path / "d", lengths=(12,) * 4, video=True)
+    short, path = tmp_path / "short.mp4", root / f"videos/{toy.FRONT}/chunk-000/file-000.mp4"
+    path.rename(short)
+    with toy.av.open(str(short)) as source, toy.av.open(str(path), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.dts is not None]
+        packets[-1].duration *= 6
+        for packet in packets:
+            packet.stream = stream
+            out.mux(packet)
+    assert opened(root) == expected(0, 1, 2, lengths=(12,) * 4)
 
 
 @pytest.mark.parametrize("in_stream_time", [False, True])

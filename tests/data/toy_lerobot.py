@@ -117,15 +117,22 @@ def write_video(
     file: int = 0,
     rate: float | fractions.Fraction = FPS,
     size: tuple[int, int] = SIZE,
+    milliseconds: Sequence[int] = (),
 ) -> pathlib.Path:
+    """milliseconds: when each frame comes; evenly by `rate` where it is empty."""
     path = root / f"videos/{camera}/chunk-000/file-{file:03d}.mp4"
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("mpeg4", rate=rate)
         stream.height, stream.width, stream.pix_fmt, stream.gop_size, stream.bit_rate = *size, "yuv420p", 4, 4_000_000
-        for episode, frame in frames:
+        if milliseconds:
+            stream.codec_context.time_base = fractions.Fraction(1, 1000)
+        for number, (episode, frame) in enumerate(frames):
             image = np.ascontiguousarray(np.broadcast_to(colour(episode, frame, place), (*size, 3)))
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            shown = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if milliseconds:
+                shown.pts, shown.time_base = milliseconds[number], fractions.Fraction(1, 1000)
+            out.mux(stream.encode(shown))
         out.mux(stream.encode())
     return path
 

@@ -59,6 +59,11 @@ def _rate(
     size = image_size(info, key)
     if (facts.height, facts.width) != size:
         raise ValueError(f"has {facts.height} x {facts.width} pixels, info.json says {size[0]} x {size[1]} for {key}")
+    if facts.uneven:
+        raise ValueError(
+            f"has frames at uneven times ({facts.uneven}), by which none can be found by its number; write it again "
+            f"with even ones: ffmpeg -i OLD -vf setpts=N/({info.fps:g}*TB) -r {info.fps:g} NEW"
+        )
     if not abs(facts.rate / info.fps - 1) < _RATE_TOLERANCE:
         raise ValueError(f"has {facts.rate:.4g} frames per second, info.json says fps {info.fps:g}")
     name = path.relative_to(info.root)

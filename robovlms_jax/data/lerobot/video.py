@@ -24,6 +24,7 @@ class Facts:
     """What a file's header says.
 
     rate: frames per second. frames: how many; `is_exact`: counted by the file rather than taken from its duration.
+    uneven: which frame comes at another time than its number says (a variable frame rate), "" where none does.
     """
 
     height: int
@@ -31,6 +32,7 @@ class Facts:
     rate: float
     frames: int
     is_exact: bool
+    uneven: str = ""
 
 
 def probe(path: pathlib.Path) -> Facts:
@@ -47,14 +49,33 @@ def probe(path: pathlib.Path) -> Facts:
                 else:
                     seconds = (container.duration or 0) / av.time_base
                 frames = round(seconds * rate)
-            return Facts(stream.height, stream.width, rate, frames, is_exact)
+            return Facts(stream.height, stream.width, rate, frames, is_exact, _uneven(stream, rate))
     except (av.error.FFmpegError, OSError, IndexError) as error:
         raise ValueError(f"cannot be read: {error}") from error
 
 
 def _rate_of(stream: Any) -> float:
-    """Frames per second; 0 = the file does not say."""
+    """Frames per second; 0 = the file does not say. From the first to the last frame where the file lists them: how
+    long the last one stays says nothing about the others."""
+    entries = stream.index_entries
+    if 1 < len(entries) == stream.frames:
+        lasts = (entries[-1].timestamp - entries[0].timestamp) * stream.time_base
+        return float((len(entries) - 1) / lasts) if lasts > 0 else 0.0
     return float(stream.average_rate or stream.guessed_rate or 0)
+
+
+def _uneven(stream: Any, rate: float) -> str:
+    """The first frame that lies half a frame or more from number / rate, where `VideoReader` would take it for another;
+    "" where there is none, or the file does not list its frames."""
+    if not 1 < len(stream.index_entries) == stream.frames:
+        return ""
+    ticks = np.sort([entry.timestamp for entry in stream.index_entries])
+    seconds = (ticks - ticks[0]) * float(stream.time_base)
+    wrong = np.abs(seconds * rate - np.arange(len(seconds))) >= 0.5
+    if not wrong.any():
+        return ""
+    number = int(np.argmax(wrong))
+    return f"frame {number} comes {seconds[number]:.3f} s after the first, expected {number / rate:.3f} s"
 
 
 class VideoReader:
