@@ -18,6 +18,7 @@ import numpy as np
 from robovlms_jax.actions import statistics
 from robovlms_jax.control import robot as robots
 from robovlms_jax.data import base, pairing, sampling
+from robovlms_jax.data import sentences as texts
 
 BINS = 40
 
@@ -339,9 +340,6 @@ def _lengths(dataset: base.Dataset) -> np.ndarray:
     return np.array([episode.end - episode.start for episode in dataset.episodes], np.int64)
 
 
-_PROGRAM_VALUES = re.compile(r"none|nan|null|n/?a|todo|unknown|undefined|default|task|test|[\d.]+|[\[({].*|b?['\"].*")
-
-
 def sentences(episodes: Sequence[base.Episode]) -> Instructions:
     """What the episodes' instructions look like."""
     counts = collections.Counter(episode.instruction for episode in episodes)
@@ -352,7 +350,7 @@ def sentences(episodes: Sequence[base.Episode]) -> Instructions:
     return Instructions(
         tuple(ordered),
         blank=sum(count for sentence, count in ordered if not sentence.strip()),
-        odd=tuple(sorted(s for s in counts if _PROGRAM_VALUES.fullmatch(s.strip().casefold()))),
+        odd=tuple(sorted(filter(texts.is_program_value, counts))),
         twins=tuple(tuple(sorted(group)) for key, group in sorted(alike.items()) if key and len(group) > 1),
         rewordings=sum(bool(episode.rewordings) for episode in episodes),
     )

@@ -13,7 +13,7 @@ import numpy as np
 
 from robovlms_jax.data import atomic
 
-VERSION = 2
+VERSION = 3
 """Of the arrays; others are made again."""
 
 ARRAYS = (
