@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict
 
 from benchmarks import machine
 from robovlms_jax import cli
-from robovlms_jax.backbones import base
+from robovlms_jax.backbones import base, registry
 from robovlms_jax.weights import convert
 from tests.backbones import families, oracle, test_parity, test_registry
 
@@ -70,7 +70,7 @@ def twin_of(name: str) -> str:
 
 def static(name: str) -> dict[str, float | str]:
     """What needs no number of a model: coverage, size, memory."""
-    config = base.get(name)
+    config = registry.get(name)
     with torch.device("meta"):
         model = families.torch_model(config)
         tensors = families.published(model, dict(model.state_dict()))

@@ -14,8 +14,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from robovlms_jax.backbones import base as backbones
-from robovlms_jax.backbones import kosmos2
+from robovlms_jax.backbones import kosmos2, registry
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.control import interface
 from robovlms_jax.data.config import DataConfig
@@ -83,7 +82,7 @@ def make_model(size: Size, config: ExperimentConfig) -> VLA:
 
     small: sizes chosen so that, as at full size, both towers matter and the policy head and the optimizer hardly do.
     """
-    vlm = backbones.get("kosmos-2")
+    vlm = registry.get("kosmos-2")
     if size == "small":
         vision = {"image_size": 112, "width": 192, "depth": 3, "mlp_dim": 768, "num_heads": 6}
         text = {"width": 192, "depth": 4, "mlp_dim": 768, "num_heads": 6, "vocab_size": 1024}
@@ -123,7 +122,7 @@ def make_batch(config: ExperimentConfig, num_segments: int) -> Batch:
 def training_step(config: ExperimentConfig) -> tuple[jax.stages.Wrapped, VLA, TrainState, Batch]:
     """`config`'s training step on all devices, not compiled yet; its model; the state and batch to call it with."""
     mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
-    model = VLA(config.policy, build.with_settings(config.backbone, backbones.get(config.backbone.name)))
+    model = VLA(config.policy, build.with_settings(config.backbone, registry.get(config.backbone.name)))
     tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
     train_state = state.create(build.init_params(model, mesh, seed=0), config.train.trainable, tx, 0, mesh)
     batch = meshes.put_batch(make_batch(config, config.segments_per_batch), mesh)

@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-from robovlms_jax.runs.config import ExperimentConfig
 
 from experiments import calvin_abcd, evaluate
 from robovlms_jax import cli, json_files
@@ -35,6 +34,7 @@ from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable.config import DemonstrationConfig
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.runs import closed_loop, run
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import checkpoints, loop
 
 if TYPE_CHECKING:

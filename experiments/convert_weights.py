@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict
 
 from robovlms_jax import cli as command_line
 from robovlms_jax import upstream
-from robovlms_jax.backbones import base as backbones
+from robovlms_jax.backbones import registry
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.data import statistics
 from robovlms_jax.inputs import tokenizers
@@ -79,7 +79,7 @@ def main(config: ConvertConfig) -> dict[str, Any]:
     experiment = _experiment(config)
     source = upstream.open_checkpoint(config.source, experiment.policy.num_queries)
     files = tokenizers.resolve_weights(experiment.backbone.weights, tensors=False)
-    backbones.from_directory(files), tokenizers.load_tokenizer(files)  # what they lack is said with the user's path
+    registry.from_directory(files), tokenizers.load_tokenizer(files)  # what they lack is said with the user's path
     backbone = build.backbone_from_assets(experiment.backbone, tokenizers.read_assets(files))
     backbone = build.fit_weights(backbone, source)
     model = build.make_model(experiment, backbone.vlm)

@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from experiments import bridge, calvin_abcd, google_robot, oxe_pretrain
 from robovlms_jax import cli, upstream
-from robovlms_jax.backbones import base as backbones
+from robovlms_jax.backbones import registry
 from robovlms_jax.control import interface
 from robovlms_jax.inputs import proprio
 from robovlms_jax.parallel import mesh as meshes
@@ -61,7 +61,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     """Estimate as plain JSON values, bytes on one device. Raises ValueError where the configuration cannot be."""
     sizes = config.mesh_sizes(config.devices or named_devices(config.mesh))
     config.validate(math.prod(sizes))
-    vlm = build.with_settings(config.backbone, backbones.get(config.backbone.name))
+    vlm = build.with_settings(config.backbone, registry.get(config.backbone.name))
     config = dataclasses.replace(config, policy=_without_data(config.policy, vlm.text.vocab_size))
     model = build.make_model(config, vlm)
     batch = describe_batch(config)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax.linen import unbox
 
-from robovlms_jax.backbones import base as backbones
+from robovlms_jax.backbones import registry
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.policies import objective, rollout, vla
 from robovlms_jax.policies.config import PolicyConfig
@@ -41,7 +41,7 @@ def make_product(history: str, readout: str, head: str, **changes) -> vla.VLA:
 
 def make_model(**changes) -> vla.VLA:
     config = PolicyConfig(**{"window": W, "chunk": C, "head": HEAD, **changes})
-    return vla.VLA(config, backbones.get("kosmos-2").tiny())
+    return vla.VLA(config, registry.get("kosmos-2").tiny())
 
 
 def make_batch(

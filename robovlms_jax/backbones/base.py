@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
 
 import chex
 import flax.linen as nn
@@ -15,15 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robovlms_jax import json_files
 from robovlms_jax.backbones import sequence
-from robovlms_jax.inputs.images import ImageSpec, read_image_spec
+from robovlms_jax.inputs.images import ImageSpec
 from robovlms_jax.nn.attention import Cache
 from robovlms_jax.nn.decoder import Decoder, DecoderConfig
 from robovlms_jax.nn.linear import Kernel, Lora
 from robovlms_jax.nn.perceiver import Perceiver, PerceiverConfig
 from robovlms_jax.types import Tokens
-from robovlms_jax.weights import quantized, rules
 from robovlms_jax.weights.rules import Rules
 
 logger = logging.getLogger(__name__)
@@ -275,189 +271,3 @@ class VLM(nn.Module):
 def build(config: VLMConfig) -> VLM:
     """The module for a configuration."""
     return VLM(config)
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """One part of a config.json and the configuration dataclass it fills."""
-
-    name: str
-    """Key of the part, such as "vision_config"; empty: the top level."""
-    fields: Mapping[str, tuple[str, ...]]
-    """Field of the dataclass -> its names in the file, "a.b" for one inside another; the first is written, any is read
-    (legacy and new spellings)."""
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of the file that the model can only have with this value."""
-
-    def read(self, values: Mapping[str, Any], default: Any) -> Any:
-        """`default` with what the file says. Raises ValueError where it asks for a variant the model does not have."""
-        part = self.part(values)
-        for key, supported in self.fixed.items():
-            found = _lookup(part, key, supported)
-            if found != supported:
-                raise ValueError(f"{self.prefix}{key}={found!r} is not supported; this model has {supported!r}.")
-        found = {}
-        for field, keys in self.fields.items():
-            value, key = next(((_lookup(part, key), key) for key in keys if _lookup(part, key) is not None), (None, ""))
-            if value is not None:
-                found[field] = self._number(key, value)
-                if isinstance(found[field], str) != isinstance(getattr(default, field), str):
-                    raise ValueError(f"{self.prefix}{key}={value!r}; expected such as {getattr(default, field)!r}.")
-        return dataclasses.replace(default, **found)
-
-    def write(self, config: Any) -> dict[str, Any]:
-        """The part of a config.json that `read` turns into `config`."""
-        found = {keys[0]: getattr(config, _EXPLICIT.get(field, field)) for field, keys in self.fields.items()}
-        out: dict[str, Any] = {}
-        for key, value in (found | dict(self.fixed)).items():
-            *path, last = key.split(".")
-            where = out
-            for step in path:
-                where = where.setdefault(step, {})
-            if value is not None:
-                where[last] = list(value) if isinstance(value, tuple) else value
-        return out
-
-    @property
-    def prefix(self) -> str:
-        """What stands before a key in messages."""
-        return f"{self.name}." if self.name else ""
-
-    def part(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """This part of a file."""
-        return (values.get(self.name) or {}) if self.name else values
-
-    def _number(self, key: str, value: Any) -> Any:
-        if not isinstance(value, (list, tuple)):
-            return value
-        if key.endswith(("_section", "_indexes")):
-            return tuple(value)
-        if len(set(value)) != 1:
-            raise ValueError(f"{self.prefix}{key}={value} is not supported; expected one number, or equal ones.")
-        return value[0]
-
-
-_EXPLICIT = {"own_head_dim": "head_dim", "num_kv_heads": "kv_heads"}
-"""Fields that None stands for -> what to write; families differ in what a missing entry means."""
-
-
-def _lookup(part: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """part["a"]["b"] for the key "a.b"; `default` where that, or anything on the way, is missing or null."""
-    value: Any = part
-    for step in key.split("."):
-        value = value.get(step) if isinstance(value, Mapping) else None
-    return default if value is None else value
-
-
-_MODELS: dict[str, Callable[[], VLMConfig]] = {}
-_FAMILIES: dict[str, tuple[Callable, Callable, Callable]] = {}
-
-
-def register(name: str) -> Callable:
-    """Decorator: `@register("kosmos-2")` on a function that returns the published configuration."""
-
-    def decorate(function: Callable[[], VLMConfig]) -> Callable[[], VLMConfig]:
-        if name in _MODELS:
-            raise ValueError(f"backbone {name!r} is registered already, by {_MODELS[name].__module__}.")
-        _MODELS[name] = function
-        return function
-
-    return decorate
-
-
-def register_family(
-    model_type: str,
-    read: Callable[[Mapping[str, Any]], VLMConfig],
-    write: Callable[[VLMConfig], dict[str, Any]],
-    fit: Callable[[VLMConfig, Mapping[str, tuple[int, ...]]], VLMConfig] = lambda config, tensors: config,
-) -> None:
-    """Make a `model_type` known: how its config.json becomes a configuration, and back.
-
-    fit: (configuration, tensor name -> shape) -> configuration, for what only the weights of a checkpoint can tell.
-    """
-    if model_type in _FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is registered already, by {_FAMILIES[model_type][0].__module__}.")
-    _FAMILIES[model_type] = (read, write, fit)
-
-
-def names() -> list[str]:
-    """Names of all registered backbones."""
-    return sorted(_MODELS)
-
-
-def get(name: str) -> VLMConfig:
-    """The published configuration of a registered backbone. Raises ValueError listing the known names."""
-    if name not in _MODELS:
-        raise ValueError(f"no backbone {name!r}; registered: {names()}.")
-    return _MODELS[name]()
-
-
-def from_hf_config(values: Mapping[str, Any]) -> VLMConfig:
-    """Configuration from the contents of a Hugging Face config.json.
-
-    Raises ValueError when its model_type is unknown (lists the known ones), it asks for what the model cannot do, or
-    its weights are quantised.
-    """
-    model_type = values.get("model_type")
-    if model_type not in _FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is unknown; known: {sorted(_FAMILIES)}.")
-    quantized.require_float_config(values)
-    for key in ("text_config", "vision_config", "visual"):
-        if not isinstance(values.get(key) or {}, Mapping):
-            raise ValueError(f"{key}={values[key]!r}; expected an object of settings.")
-    config = _FAMILIES[model_type][0](values)
-    return dataclasses.replace(config, rules=rules.with_head(config.rules, tied=config.text.head == "tied"))
-
-
-def to_hf_config(config: VLMConfig) -> dict[str, Any]:
-    """Contents of the config.json that `from_hf_config`, and transformers, turn into this architecture."""
-    return _FAMILIES[config.model_type][1](config) | {"model_type": config.model_type}
-
-
-def fit(config: VLMConfig, tensors: Mapping[str, tuple[int, ...]]) -> VLMConfig:
-    """The configuration as a checkpoint's weights need it: name -> shape of all tensors. See `register_family`.
-
-    Raises ValueError for a revision that the family does not have.
-    """
-    return _FAMILIES[config.model_type][2](config, tensors)
-
-
-def untied(config: VLMConfig) -> VLMConfig:
-    """The same model with a head of its own in place of the token table."""
-    text = dataclasses.replace(config.text, head="linear")
-    return dataclasses.replace(config, text=text, rules=rules.with_head(config.rules, tied=False))
-
-
-def from_directory(directory: str | pathlib.Path) -> VLMConfig:
-    """Configuration of a published model's directory: its config.json, and its image processor's file if there is one.
-
-    Raises:
-      FileNotFoundError: there is no config.json.
-      ValueError: a file is not JSON, names an unknown model_type, or asks for something the model cannot do.
-    """
-    path = pathlib.Path(directory) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; a backbone directory holds config.json, safetensors and tokenizer files."
-        )
-    values = json_files.read_object(path, "settings")
-    try:
-        config = from_hf_config(values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    try:
-        image = read_image_spec(directory, config.image.size)
-    except FileNotFoundError as error:
-        _say_once(f"{error} Pictures are prepared as the family's published models have it: {config.image}.")
-        return config
-    if image.size != config.image.size:
-        raise ValueError(
-            f"{directory}: the image processor makes {image.size} pixels but config.json says the vision tower reads "
-            f"{config.image.size}; the files belong to different models."
-        )
-    return dataclasses.replace(config, image=image)
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.info(message)

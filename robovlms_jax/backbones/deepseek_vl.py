@@ -2,7 +2,7 @@
 
 import functools
 
-from robovlms_jax.backbones import base, connectors, sections
+from robovlms_jax.backbones import connectors, registry, sections
 from robovlms_jax.weights import rules
 
 RULES = (
@@ -22,5 +22,5 @@ LLAMA_1B = DEPTH | {"vocab_size": 102_400, "hidden_size": 2048, "intermediate_si
 
 read = functools.partial(sections.read_siglip_llama, model_type="deepseek_vl", **FIELDS)
 write = functools.partial(sections.write_siglip_llama, architecture="DeepseekVLForConditionalGeneration")
-base.register_family("deepseek_vl", read, write)
-base.register("deepseek-vl-1.3b")(functools.partial(read, {"vision_config": SIGLIP_L, "text_config": LLAMA_1B}))
+registry.register_family("deepseek_vl", read, write)
+registry.register("deepseek-vl-1.3b")(functools.partial(read, {"vision_config": SIGLIP_L, "text_config": LLAMA_1B}))

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from robovlms_jax.backbones import base, sections
+from robovlms_jax.backbones import base, hf_config, registry, sections
 from robovlms_jax.nn.attention import Attention
 from robovlms_jax.nn.decoder import DecoderConfig
 from robovlms_jax.nn.linear import Dense, Kernel
@@ -110,7 +110,7 @@ PUBLISHED = base.VLMConfig(  # microsoft/kosmos-2-patch14-224
     rules=RULES,
 )
 VISION_SECTION = sections.vision()
-TEXT_SECTION = base.Section(
+TEXT_SECTION = hf_config.Section(
     "text_config",
     fields={
         "width": ("embed_dim", "hidden_size"),
@@ -129,18 +129,18 @@ TEXT_SECTION = base.Section(
 ID_SECTION = dataclasses.replace(sections.IDS, name="text_config")
 
 
-@base.register("kosmos-2")
+@registry.register("kosmos-2")
 def kosmos2() -> base.VLMConfig:
     return PUBLISHED
 
 
-@base.register("kosmos-2-twin")
+@registry.register("kosmos-2-twin")
 def kosmos2_twin() -> base.VLMConfig:
     """The same architecture, small enough to train on a laptop in minutes; comes without published weights."""
     return _shrunken(64, num_latents=8, width=64, depth=2, mlp_dim=128, num_heads=4)
 
 
-@base.register("kosmos-2-mini")
+@registry.register("kosmos-2-mini")
 def kosmos2_mini() -> base.VLMConfig:
     """The same architecture for one GPU and half an hour from scratch; comes without published weights."""
     return _shrunken(112, num_latents=16, width=256, depth=4, mlp_dim=1024, num_heads=8)
@@ -179,4 +179,4 @@ def write(config: base.VLMConfig) -> dict[str, Any]:
     } | sections.write_head(config.text)
 
 
-base.register_family("kosmos-2", read, write)
+registry.register_family("kosmos-2", read, write)

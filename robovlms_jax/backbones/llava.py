@@ -7,14 +7,14 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from robovlms_jax.backbones import base, sections
+from robovlms_jax.backbones import base, hf_config, registry, sections
 from robovlms_jax.backbones.connectors import MLPConnectorConfig
 from robovlms_jax.weights import rules
 
 # Features are those of the last layer but one, patches only.
 CLIP = dataclasses.replace(sections.CLIP_L, cls="drop", unused_layers=1)
 VISION = sections.vision("clip_vision_model")
-TOP = base.Section(
+TOP = hf_config.Section(
     "", {}, {"projector_hidden_act": "gelu", "vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
 )
 RULES = (
@@ -71,6 +71,6 @@ VICUNA_13B = VICUNA_7B | {
 }
 CLIP_336 = {"image_size": 336}
 
-base.register_family("llava", read, write)
-base.register("llava-1.5-7b")(functools.partial(read, {"vision_config": CLIP_336, "text_config": VICUNA_7B}))
-base.register("llava-1.5-13b")(functools.partial(read, {"vision_config": CLIP_336, "text_config": VICUNA_13B}))
+registry.register_family("llava", read, write)
+registry.register("llava-1.5-7b")(functools.partial(read, {"vision_config": CLIP_336, "text_config": VICUNA_7B}))
+registry.register("llava-1.5-13b")(functools.partial(read, {"vision_config": CLIP_336, "text_config": VICUNA_13B}))

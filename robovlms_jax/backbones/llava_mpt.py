@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from robovlms_jax.backbones import base, llava, sections
+from robovlms_jax.backbones import base, hf_config, llava, registry, sections
 from robovlms_jax.backbones.connectors import LinearConnectorConfig
 from robovlms_jax.nn.decoder import DecoderConfig
 from robovlms_jax.weights import rules
@@ -25,7 +25,7 @@ MPT_7B = DecoderConfig(
     positions="alibi",
     head="tied",
 )
-TEXT = base.Section(
+TEXT = hf_config.Section(
     "",
     {"width": ("d_model",), "depth": ("n_layers",), "num_heads": ("n_heads",), "vocab_size": ("vocab_size",)},
     {
@@ -87,5 +87,5 @@ def write(config: base.VLMConfig) -> dict[str, Any]:
     )
 
 
-base.register_family("llava_mpt", read, write)
-base.register("llava-mpt-7b")(functools.partial(read, {}))
+registry.register_family("llava_mpt", read, write)
+registry.register("llava-mpt-7b")(functools.partial(read, {}))

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from robovlms_jax.backbones import base, sections
+from robovlms_jax.backbones import base, hf_config, registry, sections
 from robovlms_jax.backbones.connectors import MLPConnectorConfig
 from robovlms_jax.weights import rules
 
@@ -22,7 +22,7 @@ VIT = dataclasses.replace(
     norm_epsilon=1e-5,
 )
 PHI = dataclasses.replace(sections.PHI, norm_in_head=True)
-TEXT = base.Section(
+TEXT = hf_config.Section(
     "text_config",
     {key: names for key, names in sections.TEXT_FIELDS.items() if key != "own_head_dim"}
     | {
@@ -106,6 +106,6 @@ def fit(config: base.VLMConfig, tensors: Mapping[str, tuple[int, ...]]) -> base.
     return config
 
 
-base.register_family("moondream1", read, write, fit)
-base.register("moondream2")(functools.partial(read, {}))
-base.register("moondream2-2024-03")(functools.partial(read, {"projection_views": 1}))
+registry.register_family("moondream1", read, write, fit)
+registry.register("moondream2")(functools.partial(read, {}))
+registry.register("moondream2-2024-03")(functools.partial(read, {"projection_views": 1}))

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from robovlms_jax.backbones import base, sections
+from robovlms_jax.backbones import base, registry, sections
 from robovlms_jax.backbones.connectors import LinearConnectorConfig
 from robovlms_jax.nn.decoder import DecoderConfig
 from robovlms_jax.weights import rules
@@ -99,8 +99,8 @@ GEMMA2_9B = GEMMA2_2B | {
     "num_key_value_heads": 8,
 }
 
-base.register_family("paligemma", read, write)
-base.register("paligemma-3b-224")(functools.partial(read, published(224, GEMMA_2B)))
-base.register("paligemma-3b-448")(functools.partial(read, published(448, GEMMA_2B)))
-base.register("paligemma2-3b-224")(functools.partial(read, published(224, GEMMA2_2B)))
-base.register("paligemma2-10b-224")(functools.partial(read, published(224, GEMMA2_9B)))
+registry.register_family("paligemma", read, write)
+registry.register("paligemma-3b-224")(functools.partial(read, published(224, GEMMA_2B)))
+registry.register("paligemma-3b-448")(functools.partial(read, published(448, GEMMA_2B)))
+registry.register("paligemma2-3b-224")(functools.partial(read, published(224, GEMMA2_2B)))
+registry.register("paligemma2-10b-224")(functools.partial(read, published(224, GEMMA2_9B)))

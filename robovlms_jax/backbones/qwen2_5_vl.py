@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robovlms_jax.backbones import base, sections
+from robovlms_jax.backbones import base, hf_config, registry, sections
 from robovlms_jax.backbones.connectors import gather_squares
 from robovlms_jax.nn.attention import Attention
 from robovlms_jax.nn.decoder import DecoderConfig
@@ -150,7 +150,7 @@ class Merger(nn.Module):
         return Dense(self.text.width, (None, "embed"), kernel=self.kernel, name="out")(x)
 
 
-VISION = base.Section(
+VISION = hf_config.Section(
     "vision_config",
     {
         "image_size": ("image_size",),  # our own entry; transformers lets it vary
@@ -166,7 +166,7 @@ VISION = base.Section(
         "full_layers": ("fullatt_block_indexes",),
     },
 )
-TEXT = base.Section(
+TEXT = hf_config.Section(
     "text_config",
     {key: names for key, names in sections.TEXT_FIELDS.items() if key not in ("own_head_dim", "rope_theta")}
     | {
@@ -253,6 +253,6 @@ def published(width: int, depth: int, mlp_dim: int, heads: int, kv_heads: int, v
     }
 
 
-base.register_family("qwen2_5_vl", read, write)
-base.register("qwen2.5-vl-3b")(functools.partial(read, published(2048, 36, 11_008, 16, 2, 151_936)))
-base.register("qwen2.5-vl-7b")(functools.partial(read, published(3584, 28, 18_944, 28, 4, 152_064)))
+registry.register_family("qwen2_5_vl", read, write)
+registry.register("qwen2.5-vl-3b")(functools.partial(read, published(2048, 36, 11_008, 16, 2, 151_936)))
+registry.register("qwen2.5-vl-7b")(functools.partial(read, published(3584, 28, 18_944, 28, 4, 152_064)))

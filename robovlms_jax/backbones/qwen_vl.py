@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from robovlms_jax.backbones import base, sections
+from robovlms_jax.backbones import base, hf_config, registry, sections
 from robovlms_jax.nn.attention import Attention
 from robovlms_jax.nn.decoder import DecoderConfig
 from robovlms_jax.nn.linear import Dense, Kernel
@@ -63,7 +63,7 @@ class Resampler(nn.Module):
         return Dense(width, (None, "embed"), use_bias=False, kernel=self.kernel, name="out")(x)
 
 
-VISION = base.Section(
+VISION = hf_config.Section(
     "visual",
     {
         "image_size": ("image_size",),
@@ -73,7 +73,7 @@ VISION = base.Section(
         "num_heads": ("heads",),
     },
 )
-TEXT = base.Section(
+TEXT = hf_config.Section(
     "",
     {
         "width": ("hidden_size",),
@@ -188,5 +188,5 @@ def write(config: base.VLMConfig) -> dict[str, Any]:
     return {"architectures": ["QWenLMHeadModel"], "visual": visual} | text | sections.write_head(config.text)
 
 
-base.register_family("qwen", read, write)
-base.register("qwen-vl")(functools.partial(read, {}))
+registry.register_family("qwen", read, write)
+registry.register("qwen-vl")(functools.partial(read, {}))

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from robovlms_jax.backbones import base
+from robovlms_jax.backbones import base, hf_config
 from robovlms_jax.inputs.images import ImageSpec
 from robovlms_jax.nn.decoder import DecoderConfig
 from robovlms_jax.nn.vit import ViTConfig
@@ -70,10 +70,10 @@ VISION_FIELDS = {
 VISION_FIXED = {"attention_dropout": 0.0, "num_channels": 3}
 
 
-def vision(model_type: str | None = None, **fixed: Any) -> base.Section:
+def vision(model_type: str | None = None, **fixed: Any) -> hf_config.Section:
     """`vision_config` of CLIP and SigLIP."""
     kind = {} if model_type is None else {"model_type": model_type}
-    return base.Section("vision_config", VISION_FIELDS, VISION_FIXED | kind | fixed)
+    return hf_config.Section("vision_config", VISION_FIELDS, VISION_FIXED | kind | fixed)
 
 
 # Language decoders.
@@ -148,12 +148,12 @@ TEXT_FIELDS = {
 }
 
 
-def text(model_type: str, fields: Mapping[str, tuple[str, ...]] | None = None, **fixed: Any) -> base.Section:
+def text(model_type: str, fields: Mapping[str, tuple[str, ...]] | None = None, **fixed: Any) -> hf_config.Section:
     """`text_config` of Llama and its relatives."""
-    return base.Section("text_config", TEXT_FIELDS | dict(fields or {}), {"model_type": model_type} | fixed)
+    return hf_config.Section("text_config", TEXT_FIELDS | dict(fields or {}), {"model_type": model_type} | fixed)
 
 
-def read_text(values: Mapping[str, Any], section: base.Section, default: DecoderConfig) -> DecoderConfig:
+def read_text(values: Mapping[str, Any], section: hf_config.Section, default: DecoderConfig) -> DecoderConfig:
     """A decoder from its part of config.json. Raises ValueError for scaled rotary embeddings, too."""
     part = section.part(values)
     rope = part.get("rope_parameters") or part.get("rope_scaling") or {}
@@ -167,7 +167,8 @@ def with_head(text: DecoderConfig, values: Mapping[str, Any]) -> DecoderConfig:
     """The decoder with its head tied to the token table or not, as config.json says; where it says nothing, as is.
 
     transformers 5 reads `tie_word_embeddings` at the top, 4 in `text_config`. Where the two disagree, the head is tied
-    until weights show one of its own: see `base.untied`. Raises ValueError for a head with a bias, which is never tied.
+    until weights show one of its own: see `registry.untied`. Raises ValueError for a head with a bias, which is never
+    tied.
     """
     top, part = values.get("tie_word_embeddings"), values.get("text_config") or {}
     nested = part.get("tie_word_embeddings")
@@ -196,7 +197,7 @@ def _say_once(message: str) -> None:
 
 
 LLAMA = text("llama", attention_bias=False, mlp_bias=False)
-IDS = base.Section("", {"bos_id": ("bos_token_id",), "eos_id": ("eos_token_id",), "pad_id": ("pad_token_id",)})
+IDS = hf_config.Section("", {"bos_id": ("bos_token_id",), "eos_id": ("eos_token_id",), "pad_id": ("pad_token_id",)})
 SIGLIP = vision(vision_use_head=False)
 
 

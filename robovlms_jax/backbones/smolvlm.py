@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from robovlms_jax.backbones import base, sections
+from robovlms_jax.backbones import base, registry, sections
 from robovlms_jax.backbones.connectors import LinearConnectorConfig
 from robovlms_jax.weights import rules
 
@@ -71,7 +71,9 @@ SO400M = {"image_size": 384, "patch_size": 14} | {
     "num_hidden_layers": 27,
 }
 
-base.register_family("smolvlm", read, write)
-base.register("smolvlm2-256m")(functools.partial(read, published(4, {}, **sizes(576, 1536, 30, 9, 3, 1e5))))
-base.register("smolvlm2-500m")(functools.partial(read, published(4, {}, **sizes(960, 2560, 32, 15, 5, 1e5))))
-base.register("smolvlm2-2.2b")(functools.partial(read, published(3, SO400M, **sizes(2048, 8192, 24, 32, 32, 1.3e5))))
+registry.register_family("smolvlm", read, write)
+registry.register("smolvlm2-256m")(functools.partial(read, published(4, {}, **sizes(576, 1536, 30, 9, 3, 1e5))))
+registry.register("smolvlm2-500m")(functools.partial(read, published(4, {}, **sizes(960, 2560, 32, 15, 5, 1e5))))
+registry.register("smolvlm2-2.2b")(
+    functools.partial(read, published(3, SO400M, **sizes(2048, 8192, 24, 32, 32, 1.3e5)))
+)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from robovlms_jax.backbones import base, sections
+from robovlms_jax.backbones import base, hf_config, registry, sections
 from robovlms_jax.nn.attention import Attention
 from robovlms_jax.nn.decoder import DecoderConfig
 from robovlms_jax.nn.linear import Dense, Kernel
@@ -64,7 +64,7 @@ class Pooler(nn.Module):
         return Dense(self.text.width, (None, "embed"), kernel=self.kernel, name="out")(x)
 
 
-VISION = base.Section(
+VISION = hf_config.Section(
     "",
     {
         "image_size": ("image_size",),
@@ -74,7 +74,7 @@ VISION = base.Section(
         "num_heads": ("image_encoder_num_heads",),
     },
 )
-POOLER = base.Section(
+POOLER = hf_config.Section(
     "",
     {
         "num_latents": ("num_image_latents", "image_pooler_num_latents"),
@@ -179,5 +179,5 @@ def write(config: base.VLMConfig) -> dict[str, Any]:
     return {"architectures": ["VLMForCausalLM"]} | VISION.write(vision) | POOLER.write(config.connector) | own
 
 
-base.register_family("vlm", read, write)
-base.register("uform-gen2-qwen-500m")(functools.partial(read, {}))
+registry.register_family("vlm", read, write)
+registry.register("uform-gen2-qwen-500m")(functools.partial(read, {}))

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from robovlms_jax import json_files
 from robovlms_jax.actions import discretize
 from robovlms_jax.backbones import base as backbones
-from robovlms_jax.backbones import clip_text
+from robovlms_jax.backbones import clip_text, registry
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.inputs import images, prompts, tokenizers
 from robovlms_jax.nn import perceiver
@@ -87,7 +87,7 @@ def open_backbone(config: BackboneConfig, sentences: Iterable[str]) -> Backbone:
         directories = tuple(map(tokenizers.resolve_weights, tokenizers.split_weights(config.weights)))
         backbone = dataclasses.replace(_open(config, directories[0]), directories=directories)
         return fit_weights(backbone, sources.open_sources(directories))
-    vlm = backbones.get(config.name)
+    vlm = registry.get(config.name)
     logger.info(
         "backbone %s: random parameters, tokenizer made from the training sentences (no backbone.weights)", config.name
     )
@@ -100,7 +100,7 @@ def open_backbone(config: BackboneConfig, sentences: Iterable[str]) -> Backbone:
 def write_files(vlm: backbones.VLMConfig, texts: Iterable[str], directory: pathlib.Path) -> None:
     """What a published directory holds beside weights: config.json, image preprocessing, and a tokenizer, here one made
     from `texts`."""
-    (directory / "config.json").write_text(json.dumps(backbones.to_hf_config(vlm), indent=2))
+    (directory / "config.json").write_text(json.dumps(registry.to_hf_config(vlm), indent=2))
     images.write_image_spec(vlm.image, directory)
     tokenizers.make_twin_tokenizer(texts, vlm.text.vocab_size, directory)
 
@@ -123,7 +123,7 @@ def backbone_from_assets(
 
 
 def _open(config: BackboneConfig, directory: pathlib.Path) -> Backbone:
-    vlm = with_settings(config, backbones.from_directory(directory))
+    vlm = with_settings(config, registry.from_directory(directory))
     tokenizer = tokenizers.load_tokenizer(directory)
     if len(tokenizer) > vlm.text.vocab_size:
         raise ValueError(
@@ -155,17 +155,17 @@ def fit_weights(backbone: Backbone, source: sources.Source) -> Backbone:
     another one: it stays a matrix of its own, as transformers has it, and the log says so.
     """
     try:
-        vlm = backbones.fit(backbone.vlm, source.shapes)
+        vlm = registry.refine_from_tensors(backbone.vlm, source.shapes)
     except ValueError as error:
         raise ValueError(f"{source.name}: {error}") from error
     untied = tying.difference(vlm.rules, source)
     if untied is not None:
         logger.warning("%s: %s. Both are kept, as transformers does.", source.name, untied)
-        vlm = backbones.untied(vlm)
+        vlm = registry.untied(vlm)
     if vlm == backbone.vlm:
         return backbone
     return dataclasses.replace(
-        backbone, vlm=vlm, assets={**backbone.assets, "config.json": json.dumps(backbones.to_hf_config(vlm), indent=2)}
+        backbone, vlm=vlm, assets={**backbone.assets, "config.json": json.dumps(registry.to_hf_config(vlm), indent=2)}
     )
 
 

@@ -10,13 +10,11 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from robovlms_jax.runs import load
-from robovlms_jax.runs import build
-from robovlms_jax.backbones import base as backbones
+from robovlms_jax.backbones import registry
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.inputs import prompts, tokenizers
+from robovlms_jax.runs import build, load, resuming
 from robovlms_jax.training import checkpoints, items
-from robovlms_jax.runs import resuming
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +36,7 @@ def backbone_of(config: BackboneConfig, point: resuming.Point, sentences: Sequen
     directory = pathlib.Path(config.weights.partition(",")[0].strip()).expanduser()
     if not config.weights and not point.config.train.init_from:
         with tempfile.TemporaryDirectory() as made:
-            vlm = backbones.get(config.name)
+            vlm = registry.get(config.name)
             texts = [prompts.format_prompt(vlm.prompt, sentence) for sentence in sentences]
             build.write_files(vlm, texts, pathlib.Path(made))
             today = tokenizers.read_assets(made)

@@ -1,7 +1,7 @@
 """Everything a run depends on: the parts of all rooms, and what must hold between them.
 
-Facts of one part are checked when the part is built; facts between parts by `ExperimentConfig.validate`, before anything
-is compiled.
+Facts of one part are checked when the part is built; facts between parts by `ExperimentConfig.validate`, before
+anything is compiled.
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from robovlms_jax.runs import saved
 from robovlms_jax.parallel.config import DistributedConfig
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
+from robovlms_jax.runs import saved
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import from_dict, to_dict
 from robovlms_jax.training import checkpoints, items, optimizer
@@ -60,7 +60,7 @@ RULES = (
         (
             *("policy.history", "policy.readout", "policy.num_queries", "policy.pool", "policy.window", "policy.chunk"),
             *("policy.cameras", "policy.compat_*", "policy.action_history.length"),
-            *("policy.proprio.enabled", "policy.proprio.center", "policy.proprio.scale"),
+            *("policy.proprio.enabled", "policy.proprio.center", "policy.proprio.scale", "policy.lora_*"),
         ),
         "the parameters were learned with it and mean something else without",
     ),

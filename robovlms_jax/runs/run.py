@@ -15,9 +15,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from robovlms_jax.runs import resuming, steps
-from robovlms_jax.runs import chaining, closed_loop, validation
-from robovlms_jax.runs import build
 from robovlms_jax.actions import statistics
 from robovlms_jax.data import base as datasets
 from robovlms_jax.data import language, mixing, opening, pipeline
@@ -27,6 +24,7 @@ from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import DistributedConfig
 from robovlms_jax.policies.rollout import EncodeText
 from robovlms_jax.policies.vla import VLA
+from robovlms_jax.runs import build, chaining, closed_loop, resuming, steps, validation
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import to_dict
 from robovlms_jax.training import (
@@ -34,12 +32,10 @@ from robovlms_jax.training import (
     directory,
     goodput,
     loop,
-    memory,
     metrics,
     optimizer,
     provenance,
     state,
-    step,
     stopping,
 )
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 
 from jax.sharding import Mesh
 
-from robovlms_jax.runs import build
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import memory, step
@@ -35,8 +34,6 @@ def make_step(
         augment=config.data.augment,
         skip_nonfinite=config.train.on_nonfinite == "skip",
     )
-
-
 
 
 def memory_of(config: ExperimentConfig, model: VLA, state: TrainState, batch: Batch) -> Estimate:

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.data import base, language, opening, pipeline
+from robovlms_jax.data.config import DataConfig
 from robovlms_jax.evaluation import offline
 from robovlms_jax.evaluation.report import offline as offline_report
-from robovlms_jax.control.interface import Observation
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.rollout import EncodeText, VLAPolicy
 from robovlms_jax.policies.vla import VLA

@@ -12,7 +12,7 @@ import torch
 from flax.traverse_util import flatten_dict
 from safetensors.torch import save_file
 
-from robovlms_jax.backbones import base
+from robovlms_jax.backbones import base, registry
 from robovlms_jax.runs import build
 from robovlms_jax.weights import sources
 from tests.backbones import composed
@@ -56,7 +56,7 @@ def torch_model(config: base.VLMConfig) -> torch.nn.Module:
 
 def tiny(name: str) -> base.VLMConfig:
     """The tiny twin that is compared; images of an even number of patches where they are gathered in squares."""
-    config = base.get(name).tiny()
+    config = registry.get(name).tiny()
     if getattr(config.connector, "shuffle", 1) > 1:
         config = config.resized(dataclasses.replace(config.vision, image_size=59))  # 4 x 4 patches and 3 pixels more
     if config.model_type == "llava_mpt":  # transformers' MPT has this ratio only

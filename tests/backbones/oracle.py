@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 
-from robovlms_jax.backbones import base
+from robovlms_jax.backbones import base, registry
 from robovlms_jax.weights import convert, sources
 
 BATCH, TEXT = 2, 7
@@ -42,7 +42,7 @@ def _apply(model: base.VLM, method: str | None, cameras: tuple[str, ...], params
 
 def hugging_face(config: base.VLMConfig, **changes: Any) -> torch.nn.Module:
     """transformers' model of the same architecture, from the config.json we write."""
-    values = base.to_hf_config(config) | changes
+    values = registry.to_hf_config(config) | changes
     model_class = getattr(transformers, values.pop("architectures")[0])
     del values["model_type"]
     return model_class(model_class.config_class(**values)).eval()

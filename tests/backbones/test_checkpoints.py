@@ -12,7 +12,7 @@ import transformers
 from flax.traverse_util import flatten_dict
 from safetensors.torch import save_file
 
-from robovlms_jax.backbones import base, sections
+from robovlms_jax.backbones import base, registry, sections
 from robovlms_jax.runs import build
 from robovlms_jax.weights import convert, export, sources
 from tests.backbones import families
@@ -52,9 +52,9 @@ def test_every_spelling_and_type_and_the_way_back(model, tmp_path):
     half = {key: value.to(torch.bfloat16).contiguous().clone() for key, value in state.items()}
     save_file(half, directory / sources.SINGLE)
     assert_equal(load(config, directory), from_torch(config, {key: value.float() for key, value in half.items()}))
-    export.export(params, config.rules, tmp_path / "export", base.to_hf_config(config), max_shard_bytes=40_000)
+    export.export(params, config.rules, tmp_path / "export", registry.to_hf_config(config), max_shard_bytes=40_000)
     assert len(list((tmp_path / "export").glob("*.safetensors"))) > 1
-    again = base.from_directory(tmp_path / "export")
+    again = registry.from_directory(tmp_path / "export")
     assert again == config
     assert_equal(load(again, tmp_path / "export"), params)
     if name not in NATIVE:
@@ -64,7 +64,7 @@ def test_every_spelling_and_type_and_the_way_back(model, tmp_path):
     expected = torch_model.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in opened.state_dict().items())
     torch_model.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
-    assert_equal(load(base.from_directory(tmp_path / "saved"), tmp_path / "saved"), params)
+    assert_equal(load(registry.from_directory(tmp_path / "saved"), tmp_path / "saved"), params)
 
 
 def opened(config, source) -> base.VLMConfig:
@@ -76,12 +76,12 @@ def test_a_head_of_its_own_is_kept_and_a_tied_one_found_under_either_name(model,
     _, config, torch_model = model
     if config.text.head == "linear_bias":
         with pytest.raises(ValueError, match="tie_word_embeddings=True is not supported"):
-            base.from_hf_config(base.to_hf_config(config) | {"tie_word_embeddings": True})
+            registry.from_hf_config(registry.to_hf_config(config) | {"tie_word_embeddings": True})
         return
-    values = base.to_hf_config(config)
-    tied, untied = (base.from_hf_config(values | {"tie_word_embeddings": flag}) for flag in (True, False))
+    values = registry.to_hf_config(config)
+    tied, untied = (registry.from_hf_config(values | {"tie_word_embeddings": flag}) for flag in (True, False))
     assert [x.text.head for x in (tied, untied)] == ["tied", "linear"]
-    assert config in (tied, untied) and base.from_hf_config(base.to_hf_config(tied)) == tied
+    assert config in (tied, untied) and registry.from_hf_config(registry.to_hf_config(tied)) == tied
     state = families.published(torch_model, dict(torch_model.state_dict()))
     table = next(key for key in state if key.endswith(("embed_tokens.weight", "wte.weight")))
     head = next(key for key in state if key.endswith("lm_head.weight"))
@@ -106,12 +106,12 @@ def test_a_head_of_its_own_is_kept_and_a_tied_one_found_under_either_name(model,
 @pytest.mark.parametrize("name", ["paligemma-3b-224", "smolvlm2-500m", "qwen2.5-vl-3b"])
 def test_transformers_keeps_the_same_head(tmp_path, name):
     config = families.tiny(name)
-    config = base.from_hf_config(base.to_hf_config(config) | {"tie_word_embeddings": True})
+    config = registry.from_hf_config(registry.to_hf_config(config) | {"tie_word_embeddings": True})
     torch_model = randomize(families.torch_model(config))
     state = {key: value.contiguous().clone() for key, value in torch_model.state_dict().items()}
     state["lm_head.weight"] += 0.25
     save_file(state, tmp_path / sources.SINGLE, metadata={"format": "pt"})
-    (tmp_path / "config.json").write_text(json.dumps(base.to_hf_config(config)))
+    (tmp_path / "config.json").write_text(json.dumps(registry.to_hf_config(config)))
     source = sources.open_source(tmp_path)
     found = opened(config, source)
     ours = load(found, tmp_path)["text"]["head"]["kernel"]
@@ -134,7 +134,7 @@ def test_transformers_keeps_the_same_head(tmp_path, name):
 @pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "smolvlm", "deepseek_vl"])
 def test_the_flag_is_read_wherever_it_stands_and_a_disagreement_is_told(caplog, model_type, flags, head):
     sections._say_once.cache_clear()
-    config = base.from_hf_config({"model_type": model_type} | flags)
+    config = registry.from_hf_config({"model_type": model_type} | flags)
     assert config.text.head == head
     disagree = {True, False} == {
         flags.get("tie_word_embeddings"),
@@ -151,7 +151,9 @@ def test_weights_of_another_family_or_size_are_refused():
     assert "model.connector.modality_projection.proj.weight" in str(caught.value)
     shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract(config), sep="/").items()}
     with torch.device("meta"):
-        full = {key: tuple(x.shape) for key, x in families.torch_model(base.get("llava-1.5-7b")).state_dict().items()}
+        full = {
+            key: tuple(x.shape) for key, x in families.torch_model(registry.get("llava-1.5-7b")).state_dict().items()
+        }
     with pytest.raises(ValueError, match=r"found \[32064, 4096\], expected \[128, 32\] for text/embed/table"):
         convert.plan(config.rules, full, shapes)
 
@@ -172,13 +174,13 @@ def test_parts_published_apart_make_one_model(tmp_path):
 
 
 def test_weights_tell_moondreams_projector_and_revision():
-    two, one = base.get("moondream2"), base.get("moondream2-2024-03")
+    two, one = registry.get("moondream2"), registry.get("moondream2-2024-03")
     for config in (one, two):
         shapes = {"vision_encoder.projection.mlp.fc1.weight": (8192, 1152 * config.connector.views)}
-        assert base.fit(two, shapes) == base.fit(one, shapes) == config
+        assert registry.refine_from_tensors(two, shapes) == registry.refine_from_tensors(one, shapes) == config
     with pytest.raises(ValueError, match=r"MoonDream2 weights of 2025 .* take a revision of 2024"):
-        base.fit(two, {"model.text.blocks.0.ln.weight": (2048,)})
-    assert base.fit(base.get("qwen-vl"), {}) == base.get("qwen-vl")
+        registry.refine_from_tensors(two, {"model.text.blocks.0.ln.weight": (2048,)})
+    assert registry.refine_from_tensors(registry.get("qwen-vl"), {}) == registry.get("qwen-vl")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_weights_tell_moondreams_projector_and_revision():
 def test_variants_a_family_does_not_have_are_named(tmp_path, values, message):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message) as caught:
-        base.from_directory(tmp_path)
+        registry.from_directory(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
@@ -217,5 +219,5 @@ def test_hub_files_with_the_decoder_at_the_top_are_read():
         "vision_config": {"depth": 32, "hidden_size": 1280, "fullatt_block_indexes": [7, 15, 23, 31]},
         "vocab_size": 152_064,
     }
-    assert base.from_hf_config(values) == base.get("qwen2.5-vl-7b")
+    assert registry.from_hf_config(values) == registry.get("qwen2.5-vl-7b")
     assert transformers.Qwen2_5_VLConfig(**values).text_config.hidden_size == 3584

@@ -12,7 +12,7 @@ import pytest
 import torch
 from flax.traverse_util import flatten_dict
 
-from robovlms_jax.backbones import base, sequence
+from robovlms_jax.backbones import base, registry, sequence
 from robovlms_jax.types import Tokens
 from robovlms_jax.weights import rules
 from tests.backbones.oracle import Twin, example, from_torch, relative_error
@@ -126,7 +126,7 @@ def test_bfloat16_stays_close(kosmos):
 def upstream(golden, shared_data):
     """Upstream's tiny model and what it computed, from the checkpoint keys its trainer writes."""
     meta = json.loads((shared_data / "golden/kosmos/meta.json").read_text())
-    config = base.from_hf_config(meta["kosmos_config"])
+    config = registry.from_hf_config(meta["kosmos_config"])
     weights = {name.removeprefix("w/"): value for name, value in golden("kosmos/weights_lstm.npz").items()}
     state = {f"model.{name}": torch.from_numpy(x) for name, x in weights.items() if name.startswith("backbone.")}
     twin = Twin(config, None, from_torch(config, state))

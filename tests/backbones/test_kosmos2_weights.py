@@ -10,7 +10,7 @@ import transformers
 from flax.traverse_util import flatten_dict
 from safetensors.torch import save_file
 
-from robovlms_jax.backbones import base
+from robovlms_jax.backbones import registry
 from robovlms_jax.weights import convert, export, rules, sources
 from tests.backbones.oracle import abstract, example, from_torch, relative_error
 
@@ -34,7 +34,7 @@ def test_directory_saved_by_transformers_whole_or_in_shards(kosmos, tmp_path):
     kosmos.torch_model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
     for name in ("whole", "shards"):
-        config = base.from_directory(tmp_path / name)
+        config = registry.from_directory(tmp_path / name)
         assert config == kosmos.config
         assert_equal(load(config, tmp_path / name), kosmos.params)
 
@@ -88,7 +88,11 @@ def test_export_is_opened_by_transformers_and_computes_the_same(kosmos, tmp_path
     images, ids, mask = example(kosmos.config, cameras=("static",), lengths=(7, 7))
     for name, size in (("whole", 10**9), ("shards", 60_000)):
         export.export(
-            kosmos.params, kosmos.config.rules, tmp_path / name, base.to_hf_config(kosmos.config), max_shard_bytes=size
+            kosmos.params,
+            kosmos.config.rules,
+            tmp_path / name,
+            registry.to_hf_config(kosmos.config),
+            max_shard_bytes=size,
         )
         model, info = transformers.Kosmos2ForConditionalGeneration.from_pretrained(
             tmp_path / name, output_loading_info=True
@@ -99,7 +103,7 @@ def test_export_is_opened_by_transformers_and_computes_the_same(kosmos, tmp_path
         expected = kosmos.torch_model.state_dict()
         for key, value in model.state_dict().items():
             assert torch.equal(value, expected[key]), key
-        assert_equal(load(base.from_directory(tmp_path / name), tmp_path / name), kosmos.params)
+        assert_equal(load(registry.from_directory(tmp_path / name), tmp_path / name), kosmos.params)
     assert len(list((tmp_path / "shards").glob("model-*-of-*.safetensors"))) > 3
 
     num_image = kosmos.config.connector.num_latents

@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from experiments import calvin_abcd
-from robovlms_jax.backbones import base as backbones
+from robovlms_jax.backbones import registry
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import objective
 from robovlms_jax.policies.config import AuxiliaryConfig
@@ -20,7 +20,7 @@ from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import trainable
 from tests import toy
 
-FAMILIES = {backbones.get(name).model_type: name for name in reversed(backbones.names())}
+FAMILIES = {registry.get(name).model_type: name for name in reversed(registry.names())}
 STRUCTURES = (
     ("one_step", "action_query", "mlp"),
     ("one_step", "token", "discrete"),
@@ -34,7 +34,7 @@ STRUCTURES = (
 
 
 def make(name: str, structure: tuple[str, str, str]):
-    return dataclasses.replace(toy.make_product(*structure), vlm=backbones.get(name).tiny())
+    return dataclasses.replace(toy.make_product(*structure), vlm=registry.get(name).tiny())
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids="-".join)
@@ -71,7 +71,7 @@ def test_presets_build_their_backbone_and_train_what_they_say(preset):
     config = calvin_abcd.PRESETS[preset]
     assert isinstance(config, ExperimentConfig)
     config.validate(1)
-    vlm = backbones.get(config.backbone.name)
+    vlm = registry.get(config.backbone.name)
     model = build.make_model(config, vlm)
     shapes, _ = build.abstract_params(model, meshes.make_mesh((1, 1, 1), jax.devices()[:1]))
     assert build.count(shapes["backbone"]) > 4e8

@@ -14,7 +14,7 @@ import torch
 import transformers
 from flax.traverse_util import flatten_dict
 
-from robovlms_jax.backbones import base, sequence
+from robovlms_jax.backbones import base, registry, sequence
 from robovlms_jax.inputs import images as images_module
 from robovlms_jax.nn.attention import Cache
 from robovlms_jax.parallel.rules import RULES
@@ -46,18 +46,20 @@ PUBLISHED = {
 """Tensors of the torch model (tied matrices stored once more, what other parts of a joint checkpoint add left out), and
 parameters. Qwen-VL's are those of its published index: 853 names, total_size / 2."""
 
-every = pytest.mark.parametrize("name", base.names())
+every = pytest.mark.parametrize("name", registry.names())
 published = pytest.mark.parametrize("name", PUBLISHED)
 
 
 def test_every_family_has_a_published_model_to_compare_with():
-    assert {base.get(name).model_type for name in base.names()} == {base.get(name).model_type for name in PUBLISHED}
-    assert set(base.names()) - set(PUBLISHED) == {"kosmos-2-twin", "kosmos-2-mini"}
+    assert {registry.get(name).model_type for name in registry.names()} == {
+        registry.get(name).model_type for name in PUBLISHED
+    }
+    assert set(registry.names()) - set(PUBLISHED) == {"kosmos-2-twin", "kosmos-2-mini"}
 
 
 @every
 def test_full_size_shapes(name):
-    config = base.get(name)
+    config = registry.get(name)
     images, ids, mask = example(config)
     model = base.build(config)
     params = {"params": abstract(config)}
@@ -81,7 +83,7 @@ def test_full_size_shapes(name):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_every_parameter_names_its_axes_and_the_mesh_rules_know_them(name, rank):
     known = {axis for axis, _ in RULES}
-    for path, leaf in flatten_dict(boxed(dataclasses.replace(base.get(name), lora_rank=rank)), sep="/").items():
+    for path, leaf in flatten_dict(boxed(dataclasses.replace(registry.get(name), lora_rank=rank)), sep="/").items():
         assert len(leaf.names) == leaf.value.ndim, path
         assert set(leaf.names) - {None} <= known, path
         assert leaf.value.dtype == jnp.float32, path
@@ -91,7 +93,7 @@ def test_every_parameter_names_its_axes_and_the_mesh_rules_know_them(name, rank)
 @published
 def test_rules_cover_the_full_size_checkpoint_and_its_parameters(name):
     num_tensors, num_parameters = PUBLISHED[name]
-    config = base.get(name)
+    config = registry.get(name)
     with torch.device("meta"):
         model = families.torch_model(config)
         tensors = families.published(model, dict(model.state_dict()))
@@ -110,26 +112,26 @@ REMOTE_CODE = {"llava-mpt-7b", "moondream2", "moondream2-2024-03", "qwen-vl", "u
 @pytest.mark.parametrize("name", sorted(set(PUBLISHED) - REMOTE_CODE))
 def test_transformers_reads_our_config_json_as_we_do(name):
     # With all its own defaults filled in, and its own names for them.
-    config = base.get(name)
-    values = base.to_hf_config(config)
+    config = registry.get(name)
+    values = registry.to_hf_config(config)
     model_class = getattr(transformers, values.pop("architectures")[0])
     model_type = values.pop("model_type")
-    assert base.from_hf_config(model_class.config_class(**values).to_dict() | {"model_type": model_type}) == config
+    assert registry.from_hf_config(model_class.config_class(**values).to_dict() | {"model_type": model_type}) == config
 
 
 def test_published_numbers_of_kosmos_are_those_of_the_config_class():
-    assert base.from_hf_config(transformers.Kosmos2Config().to_dict()) == base.get("kosmos-2")
+    assert registry.from_hf_config(transformers.Kosmos2Config().to_dict()) == registry.get("kosmos-2")
 
 
 @every
 def test_configuration_survives_its_config_json(name):
-    for config in (base.get(name), base.get(name).tiny()):
-        assert base.from_hf_config(json.loads(json.dumps(base.to_hf_config(config)))) == config
+    for config in (registry.get(name), registry.get(name).tiny()):
+        assert registry.from_hf_config(json.loads(json.dumps(registry.to_hf_config(config)))) == config
 
 
 @every
 def test_tiny_twin_has_the_full_models_parameters(name):
-    config = base.get(name)
+    config = registry.get(name)
     full, tiny = (flatten_dict(abstract(c), sep="/") for c in (config, config.tiny()))
     assert {path: leaf.ndim for path, leaf in full.items()} == {path: leaf.ndim for path, leaf in tiny.items()}
     assert sum(leaf.size for leaf in tiny.values()) < 200_000
@@ -137,16 +139,16 @@ def test_tiny_twin_has_the_full_models_parameters(name):
 
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(ValueError, match=r"no backbone 'kosmos-3'; registered: \[.*'kosmos-2'"):
-        base.get("kosmos-3")
+        registry.get("kosmos-3")
     with pytest.raises(ValueError, match=r"model_type 'bert' is unknown; known: \[.*'kosmos-2'"):
-        base.from_hf_config({"model_type": "bert"})
+        registry.from_hf_config({"model_type": "bert"})
 
 
 def test_names_are_registered_once():
     with pytest.raises(ValueError, match=r"'kosmos-2' is registered already, by robovlms_jax.backbones.kosmos2"):
-        base.register("kosmos-2")(lambda: None)
+        registry.register("kosmos-2")(lambda: None)
     with pytest.raises(ValueError, match="'kosmos-2' is registered already"):
-        base.register_family("kosmos-2", None, None)
+        registry.register_family("kosmos-2", None, None)
 
 
 def test_config_json_may_use_new_names_lists_for_squares_and_leave_out_defaults():
@@ -156,8 +158,8 @@ def test_config_json_may_use_new_names_lists_for_squares_and_leave_out_defaults(
         "text_config": {"hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4, "eos_token_id": None},
         "vision_config": {"image_size": [112, 112], "patch_size": 14},
     }
-    config = base.from_hf_config(values)
-    published = base.get("kosmos-2")
+    config = registry.from_hf_config(values)
+    published = registry.get("kosmos-2")
     assert (config.text.width, config.text.depth, config.text.num_heads) == (64, 5, 4)
     assert (config.vision.image_size, config.image.size, config.connector.num_latents) == (112, 112, 9)
     assert (config.text.mlp_dim, config.vision.width, config.eos_id) == (
@@ -185,27 +187,27 @@ def test_config_json_may_use_new_names_lists_for_squares_and_leave_out_defaults(
 def test_variants_the_model_does_not_have_are_refused_with_the_file_named(tmp_path, values, message):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "kosmos-2"} | values))
     with pytest.raises(ValueError, match=message) as caught:
-        base.from_directory(tmp_path)
+        registry.from_directory(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
 def test_directories_without_a_readable_config_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; a backbone directory holds"):
-        base.from_directory(tmp_path)
+        registry.from_directory(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not JSON: Expecting"):
-        base.from_directory(tmp_path)
+        registry.from_directory(tmp_path)
 
 
 def test_directory_brings_its_own_image_statistics_which_must_fit(tmp_path):
-    tiny = base.get("kosmos-2").tiny()
-    (tmp_path / "config.json").write_text(json.dumps(base.to_hf_config(tiny)))
-    assert base.from_directory(tmp_path) == tiny
+    tiny = registry.get("kosmos-2").tiny()
+    (tmp_path / "config.json").write_text(json.dumps(registry.to_hf_config(tiny)))
+    assert registry.from_directory(tmp_path) == tiny
     own = images_module.ImageSpec(
         size=tiny.image.size, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3), interpolation="bilinear"
     )
     images_module.write_image_spec(own, tmp_path)
-    assert base.from_directory(tmp_path) == dataclasses.replace(tiny, image=own)
+    assert registry.from_directory(tmp_path) == dataclasses.replace(tiny, image=own)
     images_module.write_image_spec(dataclasses.replace(own, size=30), tmp_path)
     with pytest.raises(ValueError, match=r"makes 30 pixels but config\.json says the vision tower reads 28"):
-        base.from_directory(tmp_path)
+        registry.from_directory(tmp_path)

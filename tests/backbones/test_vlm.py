@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from robovlms_jax.backbones import base, sequence
+from robovlms_jax.backbones import base, registry, sequence
 from robovlms_jax.nn.linear import merge_lora
 from robovlms_jax.types import Tokens
 from tests.backbones.oracle import Twin, abstract, example, relative_error
 
 pytestmark = pytest.mark.usefixtures("exact_matmul")
 P = 6  # tokens per image of KOSMOS-2's twin
-FAMILIES = {base.get(name).model_type: name for name in reversed(base.names())}
+FAMILIES = {registry.get(name).model_type: name for name in reversed(registry.names())}
 CAMERAS = ("wrist", "static")
 
 
 def make_twin(name: str, **text) -> Twin:
-    config = base.get(name).tiny()
+    config = registry.get(name).tiny()
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, **text))
     rng = np.random.default_rng(3)
     return Twin(

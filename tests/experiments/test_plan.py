@@ -11,7 +11,7 @@ import pytest
 
 from experiments import calvin_abcd, plan
 from robovlms_jax import cli
-from robovlms_jax.backbones import base as backbones
+from robovlms_jax.backbones import registry
 from robovlms_jax.data import opening
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.runs import build, run, steps
@@ -124,7 +124,7 @@ def test_an_estimate_is_near_what_xla_plans():
     assert abs(result["xla"]["arguments"] - exact) < 256, result
 
 
-@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) for x in backbones.names()])
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow) for x in registry.names()])
 def test_every_published_backbone_can_be_planned(name):
     config = cli.override(plan.presets()["kosmos_lstm"], **{"backbone.name": name, "mesh.fsdp": 8})
     head, result = config.policy.head, plan.plan(config)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from robovlms_jax.backbones import base as backbones
+from robovlms_jax.backbones import registry
 from robovlms_jax.policies import vla
 from robovlms_jax.policies.config import ActionHistoryConfig, PolicyConfig, ProprioConfig
 from robovlms_jax.policies.heads import discrete, lstm, mlp
@@ -50,12 +51,12 @@ COPIES = ("counts_padding", "queries_last")
 def variants() -> Iterator[tuple[str, backbones.VLMConfig, tuple[str, ...]]]:
     """Backbones of every family, shrunken, and the structures they are laid out in: all for the first of its form."""
     families, forms = set(), set()
-    paligemma, qwen = backbones.get("paligemma-3b-224"), backbones.get("qwen2.5-vl-3b")
+    paligemma, qwen = registry.get("paligemma-3b-224"), registry.get("qwen2.5-vl-3b")
     prefix = {
         "paligemma prefix": dataclasses.replace(paligemma, attention="prefix"),
         "qwen2.5-vl prefix": dataclasses.replace(qwen, attention="prefix"),
     }
-    for name, config in ({name: backbones.get(name) for name in backbones.names()} | prefix).items():
+    for name, config in ({name: registry.get(name) for name in registry.names()} | prefix).items():
         form = (config.lead, config.tail, bool(config.image_start), config.image_grid is None, config.attention)
         if config.attention == "prefix":  # release 0.1 lost the prefix where it copied upstream's padding
             yield name, config.tiny(), tuple(name for name in STRUCTURES if name not in COPIES)

@@ -13,14 +13,14 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from robovlms_jax import cli
-from robovlms_jax.runs import build
 from robovlms_jax.actions import discretize
-from robovlms_jax.backbones import base as backbones
+from robovlms_jax.backbones import registry
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.inputs import images, tokenizers
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
+from robovlms_jax.runs import build
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.weights import export
 from tests.toy import make_model
@@ -37,11 +37,11 @@ def mesh():
 def published(tmp_path_factory, mesh):
     """A directory as the hub publishes it, and the policy parameters its weights were taken from."""
     directory = tmp_path_factory.mktemp("weights")
-    vlm = backbones.get("kosmos-2").tiny()
+    vlm = registry.get("kosmos-2").tiny()
     vlm = dataclasses.replace(vlm, text=dataclasses.replace(vlm.text, vocab_size=300))
     model = dataclasses.replace(make_model(), vlm=vlm)
     params = build.init_params(model, mesh, seed=3)
-    export.export(params["backbone"], vlm.rules, directory, backbones.to_hf_config(vlm))
+    export.export(params["backbone"], vlm.rules, directory, registry.to_hf_config(vlm))
     images.write_image_spec(vlm.image, directory)
     tokenizers.make_twin_tokenizer(SENTENCES, 300, directory)
     return directory, model, params
@@ -184,6 +184,6 @@ def test_a_tokenizer_of_another_model_is_refused(published, tmp_path):
 
 def test_full_size_without_weights_costs_no_memory():
     # Shapes of the whole published policy, milliseconds, nothing allocated.
-    model = dataclasses.replace(make_model(), vlm=backbones.get("kosmos-2"))
+    model = dataclasses.replace(make_model(), vlm=registry.get("kosmos-2"))
     shapes, _ = build.abstract_params(model, meshes.make_mesh((1, 1, 1), jax.devices()[:1]))
     assert build.count(shapes["backbone"]) == 1_664_485_376

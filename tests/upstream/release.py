@@ -20,6 +20,7 @@ import transformers
 from PIL import Image
 
 from robovlms_jax.backbones import base as backbones
+from robovlms_jax.backbones import registry
 from robovlms_jax.inputs import tokenizers
 from robovlms_jax.runs import build
 from tests.upstream import published
@@ -101,14 +102,14 @@ class Release:
 
 def make(directory: pathlib.Path) -> Release:
     """Write a release with random parameters, none of them zero."""
-    config = backbones.get("kosmos-2").tiny()
+    config = registry.get("kosmos-2").tiny()
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=300))
     folder = directory / "kosmos"
     folder.mkdir(parents=True)
     build.write_files(config, SENTENCES, folder)
 
     torch.manual_seed(0)
-    vlm = transformers.Kosmos2ForConditionalGeneration(transformers.Kosmos2Config(**backbones.to_hf_config(config)))
+    vlm = transformers.Kosmos2ForConditionalGeneration(transformers.Kosmos2Config(**registry.to_hf_config(config)))
     head = Head(config.width)
     with torch.no_grad():
         for name, value in [*vlm.named_parameters(), *head.named_parameters()]:

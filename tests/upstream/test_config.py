@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from robovlms_jax import upstream
-from robovlms_jax.backbones import base as backbones
+from robovlms_jax.backbones import registry
 from robovlms_jax.data.registry import mixtures
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.runs.config import ExperimentConfig
@@ -355,5 +355,5 @@ def test_heads_and_spaces_that_do_not_go_together_are_refused():
 
 def test_backbones_have_the_names_they_are_registered_by():
     # Each file loads whether or not its backbone is there; opening one that is not lists those that are.
-    missing = {name for _, _, name in tables.BACKBONES.values()} - set(backbones.names())
+    missing = {name for _, _, name in tables.BACKBONES.values()} - set(registry.names())
     assert missing <= WITHOUT_BACKBONE

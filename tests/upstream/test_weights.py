@@ -14,7 +14,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from robovlms_jax import upstream
-from robovlms_jax.backbones import base as backbones
+from robovlms_jax.backbones import registry
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import vla
 from robovlms_jax.policies.config import PolicyConfig
@@ -30,7 +30,7 @@ W, C = 8, 10
 def policy(golden, shared_data):
     """Model, parameters from upstream's state dict, and the recorded inputs and outputs."""
     meta = json.loads((shared_data / "golden" / "kosmos" / "meta.json").read_text())
-    vlm = backbones.from_hf_config(meta["kosmos_config"])
+    vlm = registry.from_hf_config(meta["kosmos_config"])
     head = LSTMHeadConfig(hidden_size=16)
     model = vla.VLA(PolicyConfig(window=W, chunk=C, cameras=("static",), head=head), vlm)
     state = {key.removeprefix("w/"): x for key, x in golden("kosmos/weights_lstm.npz").items() if key.startswith("w/")}

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from robovlms_jax.backbones import base
+from robovlms_jax.backbones import base, registry
 from robovlms_jax.nn.linear import Kernel, Lora, merge_lora
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.rules import RULES
@@ -54,9 +54,9 @@ def int8(config: base.VLMConfig) -> base.VLMConfig:
     return dataclasses.replace(config, storage="int8")
 
 
-@pytest.mark.parametrize("name", base.names())
+@pytest.mark.parametrize("name", registry.names())
 def test_the_table_speaks_about_every_parameter_and_calls_matrix_what_the_modules_keep_in_int8(name):
-    config = dataclasses.replace(base.get(name).tiny(), lora_rank=2)
+    config = dataclasses.replace(registry.get(name).tiny(), lora_rank=2)
     plain, stored = (flatten_dict(boxed(c), sep="/") for c in (config, int8(config)))
     matrices = {path for path in plain if quantize.stored_as(f"backbone/{path}") == "matrix"}
     assert matrices == {path for path, x in stored.items() if x.value.dtype == jnp.int8}
@@ -77,7 +77,7 @@ def test_the_table_speaks_about_every_parameter_and_calls_matrix_what_the_module
 
 
 def test_scales_are_per_head_and_channel_where_kernels_have_several_axes_and_layers_are_stacked():
-    config = base.get("paligemma-3b-224").tiny()  # one key/value head for four query heads
+    config = registry.get("paligemma-3b-224").tiny()  # one key/value head for four query heads
     shapes = flatten_dict(unbox(boxed(int8(config))), sep="/")
     text = config.text
     layer, heads, size, width = text.depth, text.num_heads, text.head_dim, text.width
