@@ -1,6 +1,6 @@
 """Latency of one control step of a served policy.   python -m benchmarks.policy_step
 
-Drives `policies.rollout.BatchedVLAPolicy` (`VLAPolicy` is its one-slot form) as a robot would, NumPy observations in
+Drives `policies.serving.BatchedVLAPolicy` (`VLAPolicy` is its one-slot form) as a robot would, NumPy observations in
 and actions out, and prints JSON. Fails when anything is compiled after the first step.
 """
 
@@ -24,7 +24,7 @@ from benchmarks import machine, workload
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import MeshConfig
-from robovlms_jax.policies import objective, rollout
+from robovlms_jax.policies import objective, serving
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs import build
 from robovlms_jax.runs.config import ExperimentConfig
@@ -137,7 +137,7 @@ def compare_int8(model: VLA, params: Any, mesh: Mesh, steps: int) -> dict[str, A
     served = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, storage="int8"))
     stored = {"float": params, "int8": quantize.quantize(params, build.abstract_params(served, mesh)[0])}
     models = {"float": model, "int8": served}
-    policies = {name: rollout.BatchedVLAPolicy(models[name], stored[name], encode_text, 1) for name in models}
+    policies = {name: serving.BatchedVLAPolicy(models[name], stored[name], encode_text, 1) for name in models}
     seconds, errors, size = {name: [] for name in models}, [], 0.0
     for policy in policies.values():
         policy.reset([0], ["push the block"])
@@ -186,7 +186,7 @@ def measure(
 
     beside: a `frame_encoder` to be timed in turn with the steps, so that a change of load meets both.
     """
-    policy = rollout.BatchedVLAPolicy(model, params, encode_text, slots)
+    policy = serving.BatchedVLAPolicy(model, params, encode_text, slots)
     everyone, observations = range(slots), make_observations(model)
     policy.reset(everyone, ["push the block"] * slots)
 
@@ -265,7 +265,7 @@ def compile_step(model: VLA, params: Any, slots: int, observation: Observation) 
     """The program that the policy runs, for its cost analysis."""
     images = {camera: np.stack([image] * slots) for camera, image in observation.images.items()}
     ids, mask = (np.stack([x] * slots) for x in encode_text(""))
-    program = jax.jit(functools.partial(rollout.control_step, model), donate_argnums=1)
+    program = jax.jit(functools.partial(serving.control_step, model), donate_argnums=1)
     carry = model.init_carry(slots, params, ids.shape[1])
     return program.lower(params, carry, images, ids, mask, np.ones(slots, bool)).compile()
 

@@ -32,6 +32,17 @@ def test_every_playbook_has_an_example_that_asserts():
         assert block.count("\nassert ") >= 3, heading
 
 
+def test_every_place_that_the_table_sends_to_exists():
+    section = re.search(r"^## I want to change .*?\n(.*?)^## ", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)[1]
+    rows = [line.split("|")[2] for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 20
+    for row in rows:
+        places = re.findall(r"`([^`<]*(?:\.py|/))`", row)
+        assert places or "<family>" in row, row
+        for place in places:
+            assert any((root / place).exists() for root in (ROOT / "robovlms_jax", ROOT)), f"{place} does not exist"
+
+
 @pytest.mark.parametrize("heading", examples())
 def test_example_runs(heading: str, tmp_path: pathlib.Path):
     # In a process of its own: what it registers must not reach tests that run over a registry.

@@ -12,7 +12,7 @@ from flax.linen import unbox
 
 from robovlms_jax.backbones import registry
 from robovlms_jax.control.interface import Observation
-from robovlms_jax.policies import objective, rollout, vla
+from robovlms_jax.policies import objective, serving, vla
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads import attention, discrete, flow, gpt, lstm, mlp
 from robovlms_jax.types import Batch, Inputs
@@ -128,7 +128,7 @@ def assert_learns_and_acts(model: vla.VLA, *, steps: int, learning_rate: float, 
     assert losses[-5:].mean() < left * losses[0], losses[:: len(losses) // 8]
 
     text = batch.inputs.text_ids[0], batch.inputs.text_mask[0]
-    policy = rollout.VLAPolicy(model, params, lambda _: text)
+    policy = serving.VLAPolicy(model, params, lambda _: text)
     policy.reset("open the drawer")
     for t in (0, 1):
         images = {camera: x[0, t] for camera, x in batch.inputs.images.items()}

@@ -26,7 +26,7 @@ from robovlms_jax.parallel import cpu
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import encoders
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
-from robovlms_jax.policies.rollout import EncodeText
+from robovlms_jax.policies.serving import EncodeText
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.types import Inputs

@@ -23,7 +23,7 @@ from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.playtable import recording as recordings
 from robovlms_jax.playtable.config import DemonstrationConfig
 from robovlms_jax.playtable.env import PlayTables
-from robovlms_jax.policies.rollout import BatchedVLAPolicy, EncodeText
+from robovlms_jax.policies.serving import BatchedVLAPolicy, EncodeText
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import seals

@@ -14,7 +14,7 @@ from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.inputs import tokenizers
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.config import PolicyConfig
-from robovlms_jax.policies.rollout import BatchedVLAPolicy, EncodeText, VLAPolicy
+from robovlms_jax.policies.serving import BatchedVLAPolicy, EncodeText, VLAPolicy
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs import build, saved
 from robovlms_jax.runs.config import ExperimentConfig

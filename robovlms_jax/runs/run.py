@@ -22,7 +22,7 @@ from robovlms_jax.data import statistics as data_statistics
 from robovlms_jax.parallel import cpu, distributed
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import DistributedConfig
-from robovlms_jax.policies.rollout import EncodeText
+from robovlms_jax.policies.serving import EncodeText
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs import build, chaining, closed_loop, resuming, steps, validation
 from robovlms_jax.runs.config import ExperimentConfig

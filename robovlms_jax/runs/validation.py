@@ -18,7 +18,7 @@ from robovlms_jax.data.config import DataConfig
 from robovlms_jax.evaluation import offline
 from robovlms_jax.evaluation.report import offline as offline_report
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.policies.rollout import EncodeText, VLAPolicy
+from robovlms_jax.policies.serving import EncodeText, VLAPolicy
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import step

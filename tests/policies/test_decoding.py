@@ -11,7 +11,7 @@ import pytest
 
 from robovlms_jax.actions import discretize
 from robovlms_jax.control.interface import Observation
-from robovlms_jax.policies import decoding, objective, rollout
+from robovlms_jax.policies import decoding, objective, serving
 from tests import toy
 
 pytestmark = pytest.mark.usefixtures("exact_matmul")
@@ -70,7 +70,7 @@ def test_the_loop_equals_decoding_from_the_start_every_time(one_step, constraine
 
 def act(model, params, batch):
     text = batch.inputs.text_ids[0], batch.inputs.text_mask[0]
-    policy = rollout.VLAPolicy(model, params, lambda _: text)
+    policy = serving.VLAPolicy(model, params, lambda _: text)
     policy.reset("open the drawer")
     return policy.act(Observation({camera: x[0, 0] for camera, x in batch.inputs.images.items()})).actions
 
@@ -106,7 +106,7 @@ def test_parallel_decoding_is_one_pass_of_the_window_form():
 
     expected = jax.jit(run)(params, batch.inputs)[0]
     text = batch.inputs.text_ids[0], batch.inputs.text_mask[0]
-    policy = rollout.VLAPolicy(model, params, lambda _: text)
+    policy = serving.VLAPolicy(model, params, lambda _: text)
     policy.reset("open the drawer")
     for t in range(model.config.window):
         found = policy.act(Observation({camera: x[0, t] for camera, x in batch.inputs.images.items()})).actions

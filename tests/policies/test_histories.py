@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.nn import attention
-from robovlms_jax.policies import objective, rollout
+from robovlms_jax.policies import objective, serving
 from robovlms_jax.policies.histories import interleaved
 from tests import toy
 from tests.toy import T, W
@@ -55,7 +55,7 @@ def window_until(batch, t: int, window: int):
 def drive(model, params, batch, steps=STEPS):
     """Actions float[steps, C, A] of a policy that sees the frames one by one, in normalised units."""
     text = batch.inputs.text_ids[0], batch.inputs.text_mask[0]
-    policy = rollout.VLAPolicy(model, params, lambda _: text)
+    policy = serving.VLAPolicy(model, params, lambda _: text)
     policy.reset("open the drawer")
     chunks = []
     for t in range(steps):
@@ -133,7 +133,7 @@ def test_slots_and_prompts_of_other_lengths_do_not_disturb_an_episode(product, b
     def observation(t):
         return Observation({c: x[0, t] for c, x in batch.inputs.images.items()})
 
-    policy = rollout.BatchedVLAPolicy(model, params, texts.__getitem__, slots=2)
+    policy = serving.BatchedVLAPolicy(model, params, texts.__getitem__, slots=2)
     policy.reset([1], ["a"])
     found = [policy.act([observation(t)], [1])[0].actions for t in range(2)]
     policy.reset([0], ["b"])
@@ -143,7 +143,7 @@ def test_slots_and_prompts_of_other_lengths_do_not_disturb_an_episode(product, b
         policy.act([observation(0)], [0])
         found.append(policy.act([observation(t)], [1])[0].actions)
     assert policy._step._cache_size() == 2
-    single = rollout.VLAPolicy(model, params, texts.__getitem__)
+    single = serving.VLAPolicy(model, params, texts.__getitem__)
     single.reset("a")
     for t in range(STEPS):
         np.testing.assert_allclose(found[t], single.act(observation(t)).actions, atol=2e-5, err_msg=str(t))

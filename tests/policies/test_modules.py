@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.nn.perceiver import PerceiverConfig
-from robovlms_jax.policies import encoders, objective, rollout
+from robovlms_jax.policies import encoders, objective, serving
 from robovlms_jax.policies.config import ActionHistoryConfig, AuxiliaryConfig, ClipConfig, ForwardConfig, ProprioConfig
 from tests import toy
 from tests.toy import B, W
@@ -134,7 +134,7 @@ def test_control_sees_what_training_sees(on, exact_matmul):
     expected = jax.jit(lambda p, x: model.bind({"params": p}).head.actions(model.apply({"params": p}, x)))
     window = np.asarray(expected(params, prepared)).reshape(B, -1, W, model.config.chunk, 7)[:, 0, -1]
     texts = {str(row): (batch.inputs.text_ids[row], batch.inputs.text_mask[row]) for row in range(B)}
-    policy = rollout.BatchedVLAPolicy(model, params, texts.__getitem__, slots=B)
+    policy = serving.BatchedVLAPolicy(model, params, texts.__getitem__, slots=B)
     policy.reset(range(B), list(texts))
     for t in range(W):
         seen = [

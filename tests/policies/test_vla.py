@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from robovlms_jax.control.interface import Observation
-from robovlms_jax.policies import objective, rollout, vla
+from robovlms_jax.policies import objective, serving, vla
 from robovlms_jax.types import Batch
 from tests import toy
 from tests.toy import B, C, K, W, init, make_batch, make_model
@@ -147,7 +147,7 @@ def test_control_steps_equal_the_window(exact_matmul):
     model = make_model()
     params = init(model, batch)
     ids, mask = batch.inputs.text_ids[0], batch.inputs.text_mask[0]
-    policy = rollout.VLAPolicy(model, params, lambda _: (ids, mask))
+    policy = serving.VLAPolicy(model, params, lambda _: (ids, mask))
     policy.reset("open the drawer")
     for t in range(frames):
         images = {camera: x[0, t] for camera, x in batch.inputs.images.items()}
@@ -178,7 +178,7 @@ def test_slots_are_independent(exact_matmul):
     def observation(slot, t):
         return Observation({camera: x[slot, t] for camera, x in batch.inputs.images.items()})
 
-    batched = rollout.BatchedVLAPolicy(model, params, texts.__getitem__, slots=3)
+    batched = serving.BatchedVLAPolicy(model, params, texts.__getitem__, slots=3)
     batched.reset([2], ["a"])
     together = {"a": [batched.act([observation(0, 0)], [2])[0]], "b": []}
     batched.reset([0], ["b"])
@@ -187,7 +187,7 @@ def test_slots_are_independent(exact_matmul):
         together["a"].append(first)
         together["b"].append(second)
     for slot, name in enumerate("ab"):
-        single = rollout.VLAPolicy(model, params, texts.__getitem__)
+        single = serving.VLAPolicy(model, params, texts.__getitem__)
         single.reset(name)
         for t, chunk in enumerate(together[name]):
             np.testing.assert_allclose(chunk.actions, single.act(observation(slot, t)).actions, atol=1e-6)
@@ -196,7 +196,7 @@ def test_slots_are_independent(exact_matmul):
 def test_bad_observations_are_named():
     batch = make_batch(np.random.default_rng(7))
     model = make_model()
-    policy = rollout.VLAPolicy(model, init(model, batch), lambda _: (np.ones(4, np.int32), np.ones(4, bool)))
+    policy = serving.VLAPolicy(model, init(model, batch), lambda _: (np.ones(4, np.int32), np.ones(4, bool)))
     good = {camera: x[0, 0] for camera, x in batch.inputs.images.items()}
     with pytest.raises(RuntimeError, match="reset"):
         policy.act(Observation(good))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from robovlms_jax.control.interface import Observation
-from robovlms_jax.policies import rollout
+from robovlms_jax.policies import serving
 from robovlms_jax.policies.config import ActionHistoryConfig, ProprioConfig
 from tests import toy
 
@@ -48,7 +48,7 @@ def served():
 @pytest.fixture(scope="module")
 def shared(served):
     """One policy for the tests that compile nothing of their own."""
-    return rollout.BatchedVLAPolicy(*served, encode, slots=SLOTS)
+    return serving.BatchedVLAPolicy(*served, encode, slots=SLOTS)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def look(seed: int, static=(20, 20), wrist=(12, 12)) -> Observation:
 
 
 def alone(served, instruction: str, seen: list[Observation]) -> np.ndarray:
-    single = rollout.VLAPolicy(*served, encode)
+    single = serving.VLAPolicy(*served, encode)
     single.reset(instruction)
     return np.stack([single.act(x).actions for x in seen])
 
@@ -76,9 +76,9 @@ def test_a_slot_acts_as_it_would_alone_whatever_size_the_others_pictures_have(se
         0: [look(t) for t in range(STEPS + 1)],
         1: [look(10 + t, static=size) for t, size in enumerate([(30, 26), (48, 64), (20, 20)])],
     }
-    policy = rollout.BatchedVLAPolicy(*served, encode, slots=2)
+    policy = serving.BatchedVLAPolicy(*served, encode, slots=2)
     policy.reset([0, 1], ["open", "close"])
-    with caplog.at_level(logging.INFO, logger=rollout.__name__):
+    with caplog.at_level(logging.INFO, logger=serving.__name__):
         found = {0: [policy.act(seen[0][:1], [0])[0].actions], 1: []}
         for t in range(STEPS):
             first, second = policy.act([seen[0][t + 1], seen[1][t]], [0, 1])
@@ -94,12 +94,12 @@ def test_a_slot_acts_as_it_would_alone_whatever_size_the_others_pictures_have(se
 
 
 def test_a_long_instruction_costs_only_as_long_as_its_episode(served, caplog):
-    policy = rollout.BatchedVLAPolicy(*served, encode, slots=2)
+    policy = serving.BatchedVLAPolicy(*served, encode, slots=2)
     policy.reset([0], ["open"])
     policy.act([look(0)], [0])
     before = policy.act([look(1)], [0])[0].actions
     policy.reset([0, 1], ["open", "open the drawer"])
-    with caplog.at_level(logging.WARNING, logger=rollout.__name__):
+    with caplog.at_level(logging.WARNING, logger=serving.__name__):
         policy.act([look(0), look(0)], [0, 1])
         assert policy._text_length == LONG
         policy.reset([1], ["close"])
