@@ -48,7 +48,7 @@ def chain_trials(
       train_scenes: scenes the policy was trained on, to tell seen from unseen; empty: unknown.
       held_out: ask in wording that training data never use; otherwise in the wording of training. Chains take turns
         through the phrasings of a task.
-      sentences: task -> the one sentence to ask with instead, those of `envs.calvin.validation_instructions`; results
+      sentences: task -> the one sentence to ask with instead, those of `adapter.validation_instructions`; results
         state the phrasing "benchmark".
     """
     trials = []

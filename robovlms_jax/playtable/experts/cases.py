@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What a family of tasks may look at."""
+    """What a skill may look at. block, side: int32[], the numbers that `plans.plan` reads off the task's name."""
 
     scene: Scene
     state: bodies.State
@@ -55,6 +55,7 @@ def for_block(state: bodies.State, center: Array, euler: Array) -> Array:
 
 
 def angles(yaw: Array | float, tilt: Array | float = DOWN_RAD[1]) -> Array:
+    """float32[3], Euler angles (rad) of a hand that points down, turned by `yaw` and leaning by `tilt`."""
     return jnp.stack([jnp.asarray(angle, jnp.float32) for angle in (DOWN_RAD[0], tilt, yaw)])
 
 
@@ -64,6 +65,7 @@ def lean(x: Array) -> Array:
 
 
 def at(x, y, z) -> Array:
+    """float32[3], m."""
     return jnp.stack([jnp.asarray(v, jnp.float32) for v in (x, y, z)])
 
 
@@ -85,7 +87,7 @@ def spread(points: Array, case: Case, others: Array) -> Array:
 
 
 def stands_on(body: str, state: bodies.State) -> Array:
-    """bool[3]"""
+    """bool[3]: blocks that stand on a part of the table, one of `tasks.BODIES`."""
     return jnp.isin(state.support, np.flatnonzero(np.isin(BOX_BODY, tasks.BODIES.index(body))))
 
 

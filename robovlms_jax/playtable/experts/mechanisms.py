@@ -37,6 +37,7 @@ def slider(case: Case) -> list[Step]:
 
 
 def slide_door(case: Case, to_left: Array, use: Array | bool) -> list[Step]:
+    """Push the door's handle to the left or right end, also with a block in the hand. use: False leaves it all out."""
     x, y, z = case.scene.anchors.slider_handle
     travel, now = case.scene.joint_range[SLIDER], case.state.mechanisms[SLIDER]
     side = jnp.where(to_left, 1.0, -1.0)
@@ -56,6 +57,7 @@ def slide_door(case: Case, to_left: Array, use: Array | bool) -> list[Step]:
 
 
 def led(case: Case) -> list[Step]:
+    """Press the button: on and off are one movement."""
     x, y, z = case.scene.anchors.button_top
     x, y = x + 0.01 * case.noise[0], y + 0.01 * case.noise[1]
     down = cases.angles(cases.DOWN_RAD[2] + 0.1 * case.noise[2])

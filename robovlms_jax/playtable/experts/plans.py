@@ -30,7 +30,7 @@ MAX_STEPS = 360
 """CALVIN's limit for one task."""
 _TRAVEL_M = 0.57  # height to travel at
 _TABLE_BOX = int(np.flatnonzero(np.isin(BOX_BODY, tasks.BODIES.index("base")))[0])  # the table top
-_PREFIX = 6
+_PREFIX = 6  # waypoints of `_retreat`, which every plan begins with
 
 
 def plan(scene: Scene, state: bodies.State, task: Array, key: Array) -> waypoints.Plan:
@@ -56,11 +56,13 @@ def plan(scene: Scene, state: bodies.State, task: Array, key: Array) -> waypoint
 
 
 def _stack(steps: list[Step]) -> Step:
+    """One step whose fields have a leading axis."""
     dtypes = (jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.float32, bool)
     return Step(*(jnp.stack([jnp.asarray(x, dtype) for x in column]) for column, dtype in zip(zip(*steps), dtypes)))
 
 
 def _tail(steps: list[Step]) -> list[Step]:
+    """A skill's steps, filled up with unused ones to the length that all skills share."""
     return steps + [steps[-1]._replace(use=False)] * (waypoints.NUM_WAYPOINTS - _PREFIX - len(steps))
 
 
@@ -100,6 +102,7 @@ def _after_drop(case: Case) -> bodies.State:
 
 
 def _free_table_spot(case: Case) -> Array:
+    """float32[2], x and y (m) of the starting area, far from all blocks but the held one."""
     (x0, x1), _ = case.scene.anchors.area
     xs = x0 + (x1 - x0) * jnp.linspace(0.1, 0.9, 9)
     points = jnp.stack([jnp.tile(xs, 2), jnp.repeat(jnp.array([-0.10, -0.06]), 9)], axis=-1)

@@ -12,6 +12,7 @@ from robovlms_jax.playtable.pictures import solids
 from robovlms_jax.types import Array
 
 Vector = tuple[Array, Array, Array]
+"""x, y and z."""
 
 
 def _hit_box(o: Vector, d: Vector, half: Array) -> Array:
@@ -33,6 +34,7 @@ def _hit_tube(o: Vector, d: Vector, half: Array) -> Array:
 
 
 def hit_capsule(o: Vector, d: Vector, half: Array) -> Array:
+    """The tube of radius half[0] and half length half[2], with a half ball on either end."""
     side = _hit_tube(o, d, half)
     z = o[2] + side * d[2]
     on_side = (jnp.abs(z) <= half[2]) & (side > 0)
