@@ -196,7 +196,6 @@ class PolicyConfig:
             "so set backbone.lora_rank.",
         )
         require(self.reencode_every >= 0, f"policy.reencode_every={self.reencode_every} must be 0 (never) or positive.")
-        require(self.pool in ("all", "text", "vision"), f"policy.pool={self.pool!r} must be 'all', 'text' or 'vision'.")
         self._require_product()
         require(
             self.readout != "token" or not (self.auxiliary.forward.loss_weight or self.auxiliary.clip.weights),
