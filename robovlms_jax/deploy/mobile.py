@@ -1,0 +1,102 @@
+"""From an arm's seven numbers to a base's three: linear_x (forward), linear_y (left), angular_z (counter-clockwise).
+
+An action is x, y, z, roll, pitch, yaw, gripper. Two mappings, chosen by name:
+
+- `norm`, as the mobile robot's design documents have it: linear_x = |(x, y)|, linear_y = y, angular_z = yaw. Its
+  linear_x is never negative, so the robot cannot drive backwards; y counts twice, so a command to the side also drives
+  forward; and it is not linear, so what it maps cannot be recovered.
+- `planar`, the one to use: linear_x = x, linear_y = y, angular_z = yaw. Linear, and `arm_from_base` undoes it.
+
+A policy with three action dimensions needs neither.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+ARM_DIM, BASE_DIM = 7, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseMapping:
+    """How actions of an arm drive a base.
+
+    variant: see the module. linear_m_s, angular_rad_s: what 1.0 of the action is.
+    speed_m_s, turn_rad_s: the most that comes out; the velocity in the plane is shortened, its direction kept.
+    drive: "holonomic" drives to the side; "differential" cannot: there `lateral` says what linear_y becomes.
+    lateral: "turn" adds a turn of `turn_per_lateral` rad/s for each m/s to the left, "refuse" raises ValueError.
+    """
+
+    variant: Literal["planar", "norm"] = "planar"
+    linear_m_s: float = 0.5
+    angular_rad_s: float = 1.5
+    speed_m_s: float = 0.5
+    turn_rad_s: float = 1.5
+    drive: Literal["holonomic", "differential"] = "holonomic"
+    lateral: Literal["turn", "refuse"] = "refuse"
+    turn_per_lateral: float = 2.0
+
+    def __post_init__(self):
+        for field, values in (
+            ("variant", ("planar", "norm")),
+            ("drive", ("holonomic", "differential")),
+            ("lateral", ("turn", "refuse")),
+        ):
+            if getattr(self, field) not in values:
+                raise ValueError(f"base mapping: {field}={getattr(self, field)!r}; expected one of {values}.")
+        for field in ("linear_m_s", "angular_rad_s", "speed_m_s", "turn_rad_s"):
+            value = getattr(self, field)
+            if not (np.isfinite(value) and value > 0):
+                raise ValueError(f"base mapping: {field}={value} must be a finite number above 0.")
+        if not np.isfinite(self.turn_per_lateral):
+            raise ValueError(f"base mapping: turn_per_lateral={self.turn_per_lateral} must be finite.")
+
+
+def base_from_arm(actions: np.ndarray, mapping: BaseMapping) -> np.ndarray:
+    """Arm actions as a base's velocities.
+
+    Args:
+      actions: float[..., 7]; an action that is not finite gives three NaN, which the safety layer stops at.
+    Returns:
+      float64[..., 3] in m/s, m/s and rad/s, within the mapping's limits.
+    Raises:
+      ValueError: other than 7 columns; a command to the side for a base that cannot and whose mapping refuses it.
+    """
+    actions = np.asarray(actions, np.float64)
+    if actions.ndim < 1 or actions.shape[-1] != ARM_DIM:
+        raise ValueError(f"arm actions have shape {list(actions.shape)}; expected [..., {ARM_DIM}].")
+    finite = np.isfinite(actions).all(axis=-1, keepdims=True)
+    bounded = np.clip(np.where(finite, actions, 0), -1e100, 1e100)  # products of these stay finite
+    x, y, yaw = bounded[..., 0], bounded[..., 1], bounded[..., 5]
+    forward = np.hypot(x, y) if mapping.variant == "norm" else x
+    plane = np.stack([forward, y], axis=-1) * mapping.linear_m_s
+    turn = yaw * mapping.angular_rad_s
+    if mapping.drive == "differential":
+        if mapping.lateral == "refuse" and np.any(plane[..., 1] != 0):
+            raise ValueError(
+                f"linear_y={plane[..., 1].ravel()[np.argmax(np.abs(plane[..., 1]))]:g} m/s for a differential drive, "
+                "which cannot drive to the side. Choose lateral='turn', or a policy that does not ask for it."
+            )
+        turn = turn + plane[..., 1] * mapping.turn_per_lateral
+        plane = plane * (1.0, 0.0)
+    speed = np.hypot(plane[..., 0], plane[..., 1])[..., None]
+    plane = plane * (mapping.speed_m_s / np.maximum(speed, mapping.speed_m_s))
+    turn = np.clip(turn, -mapping.turn_rad_s, mapping.turn_rad_s)[..., None]
+    return np.where(finite, np.concatenate([plane, turn], axis=-1), np.nan)
+
+
+def arm_from_base(velocities: np.ndarray, mapping: BaseMapping) -> np.ndarray:
+    """Inverse of variant `planar`: velocities float[..., 3] within the mapping's limits -> float64[..., 7], zeros in
+    what a base has not. Raises ValueError for variant `norm`, which has no inverse, and for a wrong shape."""
+    if mapping.variant != "planar":
+        raise ValueError(f"variant {mapping.variant!r} has no inverse: it forgets the sign of x. Use 'planar'.")
+    velocities = np.asarray(velocities, np.float64)
+    if velocities.ndim < 1 or velocities.shape[-1] != BASE_DIM:
+        raise ValueError(f"base velocities have shape {list(velocities.shape)}; expected [..., {BASE_DIM}].")
+    actions = np.zeros((*velocities.shape[:-1], ARM_DIM))
+    actions[..., [0, 1]] = velocities[..., :2] / mapping.linear_m_s
+    actions[..., 5] = velocities[..., 2] / mapping.angular_rad_s
+    return actions

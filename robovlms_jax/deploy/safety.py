@@ -1,0 +1,387 @@
+"""The last word before the robot: every action is checked, limited or replaced by a stop, and what was changed is said.
+
+    layer = SafetyLayer(robot_spec, Limits(...), period_s=0.02)
+    decision = layer.check(action, Measured(position=...))      # once per control tick
+    robot.send(decision.action)
+
+It knows nothing of the policy, needs NumPy only and belongs into the robot's process. What it promises holds for what
+is *sent*, as far as the robot follows it and positions and obstacles are as they were told. It is a software protective
+stop in an uncertified process: it has no performance level, and it is no emergency stop. docs/serving.md says what that
+means.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from robovlms_jax.control.robot import RobotSpec
+from robovlms_jax.deploy import geometry, motion
+from robovlms_jax.deploy.latch import Latch, State
+from robovlms_jax.deploy.limits import Limits, layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What the robot knows of itself and its surroundings at a tick.
+
+    position: float[D], one per action dimension that is no gripper, in their order: a tool's x, y, z (m) and angles
+      (rad), joints (rad); of a base x, y (m) and heading (rad) of its odometry. NaN where it is unknown and unbounded.
+    obstacles: in the frame of `position`. body: the robot's own links that the tool could meet, in the same frame.
+    age_s: how old all this is.
+    """
+
+    position: np.ndarray
+    obstacles: tuple[geometry.Obstacle, ...] = ()
+    body: tuple[geometry.Capsule, ...] = ()
+    gripper_force_n: float = 0.0
+    age_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What the layer changed or noticed. stage: which check. before, after: of the action, lists of numbers."""
+
+    tick: int
+    stage: str
+    reason: str
+    before: tuple[float, ...] = ()
+    after: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """action: float64[A], to send. stop: None, or {"action": "STOP", "reason": ..., "safe_action": float64[A]}.
+    remove_power: ask the drives' own safety function to remove power (stop categories 0 and 1)."""
+
+    action: np.ndarray
+    events: tuple[Event, ...]
+    state: State
+    stop: dict[str, Any] | None = None
+    remove_power: bool = False
+
+
+class SafetyLayer:
+    """Safety of one robot. Calls come from one thread.
+
+    Args:
+      spec: the robot; every action dimension's unit and kind must be known.
+      tool: of an arm, capsules around its tool, relative to `position`; of a base, around its centre.
+      latch_file: where a stop is kept over restarts; None: nowhere.
+    Raises:
+      ValueError: something of the robot cannot be limited.
+    """
+
+    def __init__(
+        self,
+        spec: RobotSpec,
+        limits: Limits,
+        period_s: float | None = None,
+        *,
+        tool: tuple[geometry.Capsule, ...] = (),
+        latch_file: str | pathlib.Path | None = None,
+    ):
+        if period_s is None and not spec.rate_hz:
+            raise ValueError(f"robot {spec.name!r} has no rate; give period_s, the time between two actions.")
+        self.spec, self.limits = spec, limits
+        self.period_s = 1 / spec.rate_hz if period_s is None else period_s
+        self.latch = Latch(latch_file)
+        self._layout = layout(spec, limits)
+        self._tool = tool or (geometry.ball("tool", (0.0, 0.0, 0.0), 0.0),)
+        self._filter = motion.MotionFilter(
+            self._layout.groups,
+            self.period_s,
+            low=self._layout.low,
+            high=self._layout.high,
+            outside=self._outside,
+            path=self._base_path if self._layout.base else None,
+        )
+        self._tick, self._missing = 0, 0
+        self._scene = self._body = geometry.Scene(())
+        self._target: np.ndarray | None = None
+        """float[D]: where the robot was sent; of a base, where it was measured."""
+        self._grippers = np.array([np.nan] * len(self._layout.grippers))
+        self._cause = ""
+
+    def check(self, action: Any, measured: Measured, action_age_s: float = 0.0) -> Decision:
+        """One tick: what to send instead of `action`, float[A] in the units of the robot's description."""
+        self._tick += 1
+        events: list[Event] = []
+        usable = self._observe(measured)
+        wanted = self._read(action)
+        if isinstance(wanted, str):
+            self.latch.trip(wanted)
+        elif not 0 <= action_age_s <= self.limits.action_age_s:  # NaN is refused, too
+            return self._miss(f"stale_action: {action_age_s:g} s old, at most {self.limits.action_age_s:g} s")
+        self._missing = 0
+        if self.latch.state != "run" or not usable:
+            return self._stopped(events)
+        numbers, asked = wanted
+        velocity = self._joints_together(np.clip(asked, -1e6, 1e6))
+        result = self._filter.step(self._target[None], velocity[None], self._gentle(velocity)[None])
+        if result.blocked[0] and self.limits.on_collision_risk == "stop":
+            self.latch.trip("collision_risk: the request would bring the robot nearer to an obstacle than allowed")
+            events.append(self._event("collision", self.latch.reason, velocity, result.velocity[0]))
+            return self._finish(result.velocity[0], events)
+        as_asked = np.array_equal(result.velocity[0], asked)
+        if not as_asked:
+            stage, reason = _what_limited(result, asked)
+            events.append(self._event(stage, reason, asked, result.velocity[0]))
+        events += self._grip(numbers, measured)
+        return self._finish(result.velocity[0], events, numbers if as_asked else None)
+
+    def missing(self, measured: Measured, reason: str = "no action arrived") -> Decision:
+        """One tick without an action: the robot is braked, and after `missing_ticks` in a row the stop is latched."""
+        self._tick += 1
+        self._observe(measured)
+        return self._miss(f"missing_action: {reason}")
+
+    def stop(self, reason: str) -> None:
+        """Latch a stop; the next ticks brake."""
+        self.latch.trip(reason)
+
+    def reset(self, operator: str) -> None:
+        """A person lifts the stop (see `Latch.reset`); then `start`. Refused while what was measured last would trip it
+        again."""
+        self.latch.reset(operator, self._cause)
+        self._filter.rest()
+        self._missing = 0
+
+    def start(self, operator: str) -> None:
+        self.latch.start(operator)
+
+    def _observe(self, measured: Measured) -> bool:
+        """Whether there is a position to work with. Trips the latch where the measurement itself says so."""
+        self._cause = self._wrong_measurement(measured)
+        if self._cause:
+            self.latch.trip(self._cause)
+            return False
+        position = np.asarray(measured.position, np.float64)
+        if self._target is None or self._layout.base:
+            self._target = np.where(np.isfinite(position), position, 0.0)
+        self._scene, self._body = geometry.Scene(measured.obstacles), geometry.Scene(measured.body)
+        lag = self._does_not_follow(position)
+        if lag:
+            # frozen here once: to go on to a target that a blocked arm did not reach would be a leap when it comes free
+            self._target = np.where(np.isfinite(position), position, self._target)
+            self._filter.rest()
+        self._cause = self._too_near(position) or lag
+        if self._cause:
+            self.latch.trip(self._cause)
+        return True
+
+    def _wrong_measurement(self, measured: Measured) -> str:
+        size = len(self._layout.order)
+        try:
+            position = np.asarray(measured.position, np.float64)
+        except (TypeError, ValueError):
+            return f"wrong_measurement: position is a {type(measured.position).__name__}, no array of numbers"
+        if position.shape != (size,):
+            return f"wrong_measurement: position has shape {list(position.shape)}, expected [{size}]"
+        needed = np.isfinite(self._layout.low) | np.isfinite(self._layout.high)
+        needed |= np.array([kind == "absolute" for kind in self._layout.kinds])
+        if self._layout.base:
+            needed[:] = needed.any() or bool(measured.obstacles)
+        for tool in self._layout.tools:
+            needed[list(tool)] |= bool(measured.obstacles or measured.body)
+        if (measured.obstacles or measured.body) and not self._layout.base and not self._layout.tools:
+            return (
+                "wrong_measurement: obstacles were given, but this robot is commanded by joints, and where its tool is "
+                "the layer does not know"
+            )
+        if np.isinf(position).any() or not np.isfinite(position[needed]).all():
+            return "not_finite: the measured position is not"
+        if not 0 <= measured.age_s <= self.limits.observation_age_s:
+            return f"stale_observation: {measured.age_s:g} s old, at most {self.limits.observation_age_s:g} s"
+        if not np.isfinite(measured.gripper_force_n):
+            return "not_finite: the measured gripper force is not"
+        return ""
+
+    def _too_near(self, position: np.ndarray) -> str:
+        for place in self._places(position[None, None]):
+            for scene, least in self._kept_from():
+                clear = scene.clearance(place[0, 0], self._tool)
+                if clear.min() < least - 1e-6:
+                    name = scene.names[int(clear.argmin())]
+                    return f"collision_risk: {clear.min():.3f} m from {name!r}, at least {least:g} m are kept"
+        return ""
+
+    def _does_not_follow(self, position: np.ndarray) -> str:
+        for tool in self._layout.tools:
+            error = np.linalg.norm(self._target[list(tool)] - position[list(tool)])
+            if error > self.limits.following_error_m:
+                return f"following_error: the tool is {error:.3f} m from where it was sent; is the arm blocked?"
+        return ""
+
+    def _read(self, action: Any) -> tuple[np.ndarray, np.ndarray] | str:
+        """The action's numbers float[A] and the velocities float[D] that they ask for; or what is wrong with it."""
+        size = len(self.spec.action)
+        if not isinstance(action, np.ndarray | list | tuple):
+            return f"wrong_shape: the action is a {type(action).__name__}, expected {size} numbers"
+        try:
+            numbers = np.array(action)
+        except ValueError:  # ragged
+            return f"wrong_shape: the action is no array, expected {size} numbers"
+        if numbers.shape != (size,) or numbers.dtype.kind not in "fiu":
+            return f"wrong_shape: the action is {numbers.dtype}{list(numbers.shape)}, expected {size} numbers"
+        numbers = numbers.astype(np.float64)
+        if not np.isfinite(numbers).all():
+            return "not_finite: the action is not"
+        if self._target is None:
+            return numbers, np.zeros(len(self._layout.order))
+        moving = numbers[list(self._layout.order)] * self._layout.scale
+        velocity = moving.copy()
+        for column, kind in enumerate(self._layout.kinds):
+            if kind == "absolute":
+                change = moving[column] - self._target[column]
+                if self._layout.angles[column]:
+                    change = (change + np.pi) % (2 * np.pi) - np.pi
+                with np.errstate(over="ignore"):  # 1e308 m are infinitely far
+                    velocity[column] = change / self.period_s
+            elif kind == "delta":
+                with np.errstate(over="ignore"):
+                    velocity[column] = moving[column] / self.period_s
+        return numbers, velocity
+
+    def _joints_together(self, velocity: np.ndarray) -> np.ndarray:
+        """All joints slowed by the worst ratio, so that the arm keeps its path."""
+        joints = [group for group in self._layout.groups if group.name.startswith("joint ")]
+        if joints:
+            columns = [group.columns[0] for group in joints]
+            worst = max(abs(velocity[group.columns[0]]) / group.speed for group in joints)
+            velocity[columns] /= max(worst, 1.0)
+        return velocity
+
+    def _gentle(self, velocity: np.ndarray) -> np.ndarray:
+        """The request with what goes into a bound taken away, as far as the bound is near."""
+        low, high, groups = self._layout.low, self._layout.high, self._layout.groups
+        if not self._layout.base:
+            return motion.slowed_near_bounds(velocity, self._target, low, high, groups)
+        heading = self._target[2]
+        to_world = np.array([[np.cos(heading), -np.sin(heading), 0], [np.sin(heading), np.cos(heading), 0], [0, 0, 1]])
+        return motion.slowed_near_bounds(to_world @ velocity, self._target, low, high, groups) @ to_world
+
+    def _grip(self, numbers: np.ndarray, measured: Measured) -> list[Event]:
+        """Takes over the grippers' commands, within their bounds; none that closes further on too much force."""
+        events = []
+        for i, column in enumerate(self._layout.grippers):
+            dimension, before = self.spec.action[column], numbers[column]
+            after = float(np.clip(before, dimension.low, dimension.high))
+            last = self._grippers[i]
+            if measured.gripper_force_n > self.limits.gripper_force_n and np.isfinite(last):
+                opens = {"high": after > last, "low": after < last, "": False}[dimension.open_at]
+                after = after if opens else last
+            if after != before:
+                forced = measured.gripper_force_n > self.limits.gripper_force_n
+                reason = "gripper_force: it may only open" if forced else f"{dimension.name} is outside its bounds"
+                events.append(Event(self._tick, "gripper", reason, (float(before),), (float(after),)))
+            self._grippers[i] = after
+        return events
+
+    def _miss(self, reason: str) -> Decision:
+        self._missing += 1
+        events = [Event(self._tick, "watchdog", reason)]
+        if self._missing >= self.limits.missing_ticks:
+            self.latch.trip(f"{reason}, {self._missing} ticks in a row")
+        return self._stopped(events)
+
+    def _stopped(self, events: list[Event]) -> Decision:
+        """The next velocity of the plan that ends at rest."""
+        if self.latch.state not in ("run", "ready") and self.limits.category == 0:
+            self._filter.rest()
+        return self._finish(self._filter.brake()[0], events)
+
+    def _finish(self, velocity: np.ndarray, events: list[Event], asked: np.ndarray | None = None) -> Decision:
+        """asked: float[A], the action where the layer leaves it as it is."""
+        if self._filter.at_rest[0]:
+            self.latch.at_rest()
+        if self._target is not None and not self._layout.base:
+            self._target = self._target + velocity * self.period_s
+        latched = self.latch.state in ("stopping", "hold")
+        stop = None
+        if self.latch.state != "run":
+            reason = self.latch.reason if latched else f"waits for start, after: {self.latch.reason}"
+            safe = self._action(np.zeros(len(self._layout.order)))
+            stop = {"action": "STOP", "reason": reason, "safe_action": safe}
+            events.append(Event(self._tick, "latch", reason))
+        power = latched and (self.limits.category == 0 or (self.limits.category == 1 and self.latch.state == "hold"))
+        action = self._action(velocity)
+        if asked is not None:  # bit for bit, but for angles, which may have been given with turns too many
+            columns = [c for c, angle in zip(self._layout.order, self._layout.angles) if not angle]
+            action[columns] = asked[columns]
+        return Decision(action, tuple(events), self.latch.state, stop, power)
+
+    def _action(self, velocity: np.ndarray) -> np.ndarray:
+        """float[A] of a velocity float[D] that has just been taken over into the target."""
+        action = np.zeros(len(self.spec.action))
+        target = np.zeros_like(velocity) if self._target is None else self._target
+        for i, column in enumerate(self._layout.order):
+            kind = self._layout.kinds[i]
+            value = {"absolute": target[i], "delta": velocity[i] * self.period_s, "velocity": velocity[i]}[kind]
+            action[column] = value / self._layout.scale[i]
+        held = np.where(np.isfinite(self._grippers), self._grippers, 0.0)
+        action[list(self._layout.grippers)] = held
+        return action
+
+    def _event(self, stage: str, reason: str, before: np.ndarray, after: np.ndarray) -> Event:
+        return Event(self._tick, stage, reason, tuple(before.tolist()), tuple(after.tolist()))
+
+    def _places(self, path: np.ndarray) -> list[np.ndarray]:
+        """float[M, N, D] -> where each tool is, or the base, float[M, N, 3]."""
+        if self._layout.base:
+            return [np.concatenate([path[..., :2], np.zeros_like(path[..., :1])], axis=-1)]
+        return [path[..., list(tool)] for tool in self._layout.tools]
+
+    def _outside(self, path: np.ndarray, plans: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """bool[M]: nearer to an obstacle than allowed, and nearer than the robot is now."""
+        bad = np.zeros(len(path), bool)
+        for place, here in zip(self._places(path), self._places(self._target[None, None])):
+            whole = np.concatenate([np.broadcast_to(here, (len(place), 1, 3)), place], axis=1)
+            # between two ticks it may be half a step nearer
+            halves = np.linalg.norm(np.diff(whole, axis=1), axis=-1)[..., None] / 2
+            for scene, least in self._kept_from():
+                clear = scene.clearance(place, self._tool) - halves
+                now = scene.clearance(here, self._tool)
+                bad |= (clear < np.minimum(least, now)).any(axis=(1, 2))
+        return bad
+
+    def _kept_from(self) -> list[tuple[geometry.Scene, float]]:
+        """What the tool keeps away from, and how far, in m."""
+        pairs = ((self._scene, self.limits.clearance_m), (self._body, self.limits.self_clearance_m))
+        return [(scene, least) for scene, least in pairs if scene.names]
+
+    def _base_path(self, velocities: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """A base's x, y and heading: velocities are along its own axes, which turn."""
+        return base_path(velocities, positions, self.period_s)
+
+
+def base_path(velocities: np.ndarray, positions: np.ndarray, period_s: float) -> np.ndarray:
+    """Where a base is after each tick of constant velocities; exact, arcs of circles.
+
+    Args:
+      velocities: float[M, N, 3], forward and left (m/s), turn (rad/s). positions: float[M, 3], x, y (m), heading (rad).
+    Returns:
+      float[M, N, 3].
+    """
+    turns = velocities[..., 2] * period_s
+    headings = positions[:, None, 2] + np.cumsum(turns, axis=1)
+    middle = headings - turns / 2
+    length = period_s * np.sinc(turns / (2 * np.pi))  # a chord is shorter than its arc
+    x = (velocities[..., 0] * np.cos(middle) - velocities[..., 1] * np.sin(middle)) * length
+    y = (velocities[..., 0] * np.sin(middle) + velocities[..., 1] * np.cos(middle)) * length
+    steps = np.stack([x, y], axis=-1)
+    return np.concatenate([positions[:, None, :2] + np.cumsum(steps, axis=1), headings[..., None]], axis=-1)
+
+
+def _what_limited(result: motion.Filtered, velocity: np.ndarray) -> tuple[str, str]:
+    """Stage and reason of a change."""
+    if result.bound[0]:
+        return "workspace", "the request, and a stop after it, would leave the workspace or pass a joint's limit"
+    if result.blocked[0]:
+        return "collision", "the request, and a stop after it, would come too near to an obstacle"
+    if not np.array_equal(result.within[0], velocity):  # the motion's own limits
+        return "speed", "speed, acceleration or jerk above its limit"
+    return "speed", "no stop within the limits of acceleration and jerk would follow"
