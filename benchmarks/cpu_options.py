@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from benchmarks import machine, workload
+from robovlms_jax import cli
 from robovlms_jax.envs.calvin import initial_states, task_chains
 from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable import env
@@ -101,4 +101,4 @@ def _compared(
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(cli.read(Args, description=__doc__))

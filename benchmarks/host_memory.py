@@ -15,9 +15,9 @@ import time
 from typing import Any, Literal
 
 import jax
-import tyro
 
 from benchmarks import machine, workload
+from robovlms_jax import cli
 from robovlms_jax.parallel import cpu
 
 WAYS = ("given back", "kept")
@@ -91,4 +91,4 @@ def measure(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(cli.read(Args, description=__doc__))

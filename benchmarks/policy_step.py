@@ -17,10 +17,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from jax.sharding import Mesh
 
 from benchmarks import machine, workload
+from robovlms_jax import cli
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import MeshConfig
@@ -271,4 +271,4 @@ def compile_step(model: VLA, params: Any, slots: int, observation: Observation) 
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(cli.read(Args))

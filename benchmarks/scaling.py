@@ -20,12 +20,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from benchmarks import machine, workload
+from robovlms_jax import cli
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import MeshConfig
 from robovlms_jax.runs import steps
@@ -243,4 +243,4 @@ def _anonymous() -> int:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(cli.read(Args))

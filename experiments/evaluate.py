@@ -15,7 +15,7 @@ import json
 import logging
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -104,11 +104,20 @@ class EvaluateConfig:
             raise ValueError(
                 "env simpler needs simpler_statistics, the JSON with the training data's action quantiles."
             )
-        if self.fresh_process and self.env != "calvin":
-            raise ValueError(f"fresh_process is for env calvin; {self.env} has no use for it.")
+        for field in dataclasses.fields(self):
+            owner = ONLY_FOR.get(field.name, self.env)
+            if self.env != owner and getattr(self, field.name) != field.default:
+                raise ValueError(f"{field.name} is for env {owner}; {self.env} has no use for it.")
         if self.protocol == "official":
             _require_official(self)
 
+
+ONLY_FOR = {
+    **dict.fromkeys(("calvin_split", "egl", "fresh_process"), "calvin"),
+    "image_size": "playtable",
+    "simpler_statistics": "simpler",
+}
+"""Field -> the one env that reads it."""
 
 OFFICIAL = {"chains": 0, "execution": Execution("first")}
 OFFICIAL_LABEL = "official (1000 chains, the benchmark's sentences, first action of every chunk, 360 steps per task)"
@@ -128,11 +137,22 @@ def _require_official(config: EvaluateConfig) -> None:
     }
     for name, values in allowed.items():
         if getattr(config, name) not in values:
-            raise ValueError(
-                f"protocol official does not go with {name}={getattr(config, name)!r}: it is all 1000 chains on scene "
-                f"D of env calvin, with execution.mode first and 360 steps per task. Leave {name} out, or choose "
-                "protocol custom."
-            )
+            raise _contradicts(name, getattr(config, name))
+
+
+def _require_official_flags(config: EvaluateConfig, arguments: Sequence[str]) -> None:
+    """`_require_official` for what was typed although it is a field's default, as `--chains 100` is."""
+    typed = {"chains": config.chains in (0, 1000), "execution.mode": config.execution.mode == "first"}
+    for name, fits in typed.items():
+        if not fits and cli.names_flag(arguments, name):
+            raise _contradicts(name, config.chains if name == "chains" else config.execution.mode)
+
+
+def _contradicts(name: str, value: Any) -> ValueError:
+    return ValueError(
+        f"protocol official does not go with {name}={value!r}: it is all 1000 chains on scene D of env calvin, with "
+        f"execution.mode first and 360 steps per task. Leave {name} out, or choose protocol custom."
+    )
 
 
 def evaluate(config: EvaluateConfig) -> pathlib.Path:
@@ -268,8 +288,10 @@ def main() -> None:
     config = cli.read(EvaluateConfig, description=__doc__)
     cpu.keep_freed_memory()
     try:
+        if config.protocol == "official":
+            _require_official_flags(config, sys.argv[1:])
         report = evaluate(config)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         log.warning("stopped by Ctrl-C; finished trials are kept, and the same command goes on with the others.")

@@ -110,10 +110,11 @@ class Notes(logging.Handler):
 
 def sources(args: Args) -> list[Source]:
     """What is at `args.root`, from `args.dataset` or the directory. Raises ValueError saying what was looked for."""
+    storage.require_no_file(args.root)
     root = storage.Directory(args.root)
     inside = root.names()
     if not inside:
-        state = "is empty or no directory" if root.exists() else "does not exist"
+        state = "is empty" if root.exists() else "does not exist"
         raise ValueError(f"--root {args.root} {state}; expected the directory of a dataset (data/README.md).")
     if args.dataset == "calvin":
         return [_calvin(args.root, "as --dataset says")]
@@ -150,18 +151,28 @@ def sources(args: Args) -> list[Source]:
 
 
 def _rlds_names(root: storage.Directory, inside: Sequence[str]) -> dict[str, storage.Directory]:
-    """Name of each RLDS dataset at or just below `root` -> the directory of its features.json, the newest version's."""
-    found = {}
+    """Name of each RLDS dataset at or just below `root` -> the directory of its features.json, the newest version's.
+
+    Raises SeveralError where the only one has several configurations.
+    """
+    found: dict[str, storage.Directory] = {}
+    several: rlds.SeveralError | None = None
     for directory in (root, *(root / name for name in inside)):
         try:
-            where = rlds.find(str(directory), ())
+            # A directory below `root` is one dataset, perhaps with configurations; `root` may be that of several.
+            where = rlds.find(str(directory), () if directory is root else (directory.name,))
+        except rlds.SeveralError as error:
+            several = error
+            continue
         except rlds.NotFoundError:
             continue
+        if directory is not root:
+            found[directory.name] = where
+            continue
         path = str(where) if where.is_remote else os.path.abspath(str(where))
-        parts = [part for part in path.split("/") if not re.fullmatch(r"[\d.]+", part)]
-        found[parts[-1]] = where
-        if directory is root:
-            break
+        return {next(part for part in reversed(path.split("/")) if not re.fullmatch(r"[\d.]+", part)): where}
+    if several and not found:
+        raise several
     return found
 
 

@@ -23,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 
-from robovlms_jax.data import base, calvin_annotations, packed
+from robovlms_jax.data import base, calvin_annotations, packed, storage
 
 logger = logging.getLogger(__name__)
 
@@ -253,6 +253,7 @@ def _find_split(root: pathlib.Path, split: str) -> pathlib.Path:
     directory = root / split
     if directory.is_dir():
         return directory
+    storage.require_no_file(root)
     looked = (
         f"data.root={str(root)!r}: looked for {directory} with CALVIN frames (episode_0000000.npz ...) or a packed "
         f"split ({packed.META})"

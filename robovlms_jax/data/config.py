@@ -42,7 +42,7 @@ class DataConfig:
     unlabelled_instruction: str = "interact with the objects"
     """What those episodes are told."""
     success_only: bool = True
-    """RLDS: leave out episodes that the dataset marks as failed."""
+    """RLDS, LeRobot: leave out episodes that the dataset marks as failed (data/README.md says how it is told)."""
     left_pad: bool = False
     """Let windows begin before their episode, masked, so that its first frames are learned from as the newest, too."""
     vary_language: bool = False

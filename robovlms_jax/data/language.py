@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
 from collections.abc import Iterable, Mapping
 
+from robovlms_jax import json_files
 from robovlms_jax.data import base
 
 TEMPLATES = (
@@ -50,7 +49,7 @@ def read(path: str) -> Variation:
     if not path:
         return Variation(templates=TEMPLATES)
     try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
+        content = json_files.read(path)
         unknown = sorted(set(content) - {"templates", "sentences"})
         templates = tuple(content.get("templates", ()))
         sentences = {key: tuple(listed) for key, listed in content.get("sentences", {}).items()}

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
+from collections.abc import Mapping
 from typing import Literal
 
-from robovlms_jax.data import base, calvin, lerobot, mixing, rlds, statistics
+from robovlms_jax.data import base, calvin, lerobot, mixing, notices, rlds, statistics
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.data.registry import mixtures
 
+logger = logging.getLogger(__name__)
+
 Split = Literal["training", "validation"]
+
+READ_BY: Mapping[str, tuple[str, ...]] = {
+    "annotation_folder": ("calvin",),
+    "max_left_out_share": ("lerobot",),
+    "index_dir": ("rlds",),
+    "reference": ("rlds",),
+    "statistics": ("rlds",),
+    "image_size": ("rlds", "lerobot"),
+    "success_only": ("rlds", "lerobot"),
+    "unlabelled_share": ("rlds", "lerobot"),
+    "unlabelled_instruction": ("rlds", "lerobot"),
+}
+"""Settings that some formats alone read."""
 
 
 def open_split(settings: DataConfig, split: Split) -> base.Dataset:
@@ -19,6 +37,7 @@ def open_split(settings: DataConfig, split: Split) -> base.Dataset:
             "data.root is empty; pass --data.root DIR, a directory with training/ and validation/ or, for other "
             "formats, with the dataset (data/README.md says how to get one)."
         )
+    _say_what_is_not_read(settings)
     chosen = {}
     if split == "training":  # validation keeps every task, whatever training sees
         chosen = {"episode_list": settings.episode_list, "exclude_tasks": settings.exclude_tasks}
@@ -33,6 +52,7 @@ def open_split(settings: DataConfig, split: Split) -> base.Dataset:
             unlabelled_share=settings.unlabelled_share,
             unlabelled_instruction=settings.unlabelled_instruction,
             max_left_out_share=settings.max_left_out_share,
+            success_only=settings.success_only,
         )
     else:
         dataset = _open_rlds(settings, split)
@@ -41,6 +61,19 @@ def open_split(settings: DataConfig, split: Split) -> base.Dataset:
             raise ValueError("data.episode_list and data.exclude_tasks work on one dataset, not on a mixture.")
         dataset.episodes = base.select(dataset.episodes, **chosen)
     return dataset
+
+
+def _say_what_is_not_read(settings: DataConfig) -> None:
+    """Log, once, settings that were given and that this format has no use for."""
+    form = settings.dataset if settings.dataset in ("calvin", "lerobot") else "rlds"
+    usual = {field.name: field.default for field in dataclasses.fields(DataConfig)}
+    for name, forms in READ_BY.items():
+        if form not in forms and getattr(settings, name) != usual[name]:
+            notices.once(
+                logger,
+                f"data.{name}={getattr(settings, name)!r} has no effect on data.dataset={settings.dataset!r}: it is "
+                f"for {' and '.join(forms)}.",
+            )
 
 
 def _open_rlds(settings: DataConfig, split: Split) -> base.Dataset:

@@ -9,13 +9,13 @@ One difference in meaning, undone on reading: in the files the gripper runs from
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from robovlms_jax import json_files
 from robovlms_jax.actions.statistics import summarize
 
 KEYS = ("mean", "std", "max", "min", "q01", "q99")
@@ -103,7 +103,7 @@ def read(path: str | pathlib.Path, names: Sequence[str] = ()) -> dict[str, Stati
     Raises ValueError.
     """
     try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
+        content = json_files.read(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"statistics {path} cannot be read: {error}") from error
     if not isinstance(content, dict):

@@ -171,6 +171,12 @@ def read_array_record(reader: Any, number: int) -> bytes:
     return record
 
 
+def require_no_file(root: str | os.PathLike[str]) -> None:
+    """Raise ValueError where `root`, which should be a dataset's directory, is a file."""
+    if not is_url(root) and os.path.isfile(root):
+        raise ValueError(f"data.root={os.fspath(root)!r} is a file; pass the dataset's directory (data/README.md).")
+
+
 def filesystem(url: str) -> tuple[Any, str]:
     """(fsspec file system, path within it). Raises ValueError naming the package that a scheme needs."""
     try:

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
-import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from robovlms_jax import json_files
 from robovlms_jax.actions import rotations
 from robovlms_jax.control.interface import ACTION_DIM, Observation
 from robovlms_jax.envs import process
@@ -191,12 +190,22 @@ def unnormalize(arm: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarra
 
 
 def read_quantiles(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
-    """q01 and q99 of the arm's six dimensions, from statistics as OXE tools store them: {"action": {"q01": [...]}}."""
-    action = json.loads(pathlib.Path(path).read_text()).get("action", {})
-    missing = [key for key in ("q01", "q99") if len(action.get(key, ())) < ARM_DIM]
-    if missing:
-        raise ValueError(f"{path} lacks action.{' and action.'.join(missing)} with at least {ARM_DIM} numbers.")
-    return np.array(action["q01"][:ARM_DIM]), np.array(action["q99"][:ARM_DIM])
+    """q01 and q99 of the arm's six dimensions, from statistics as OXE tools store them: {"action": {"q01": [...]}}.
+
+    Raises OSError, ValueError: no such file, or other content; names it.
+    """
+    action = json_files.read_object(path, "statistics").get("action")
+    found = []
+    for key in ("q01", "q99"):
+        try:
+            values = np.asarray(action[key], np.float64)[:ARM_DIM]
+        except (KeyError, TypeError, ValueError):
+            values = np.zeros(0)
+        if values.shape != (ARM_DIM,) or not np.isfinite(values).all():
+            raise ValueError(f"{path} lacks action.{key}, a list of at least {ARM_DIM} numbers.")
+        found.append(values)
+    low, high = found
+    return low, high
 
 
 # ---------------------------------------------------------------------------------------------------------------------

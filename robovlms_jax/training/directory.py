@@ -20,10 +20,12 @@ PROGRAMS_BYTES = 8 * 2**30
 
 
 def require_writable(output: pathlib.Path) -> None:
-    """Raise OSError where nothing could be written below `output`. Makes nothing, so that it can be asked
-    before the work begins that is to be kept there."""
+    """Raise OSError where nothing could be written below `output`, ValueError where it is a file. Makes nothing, so it
+    can be asked before the work begins that is to be kept there."""
     existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if existing.is_dir() and not os.access(existing, os.W_OK | os.X_OK):
+    if not existing.is_dir():
+        raise ValueError(f"{existing} is a file; choose another directory.")
+    if not os.access(existing, os.W_OK | os.X_OK):
         raise _unwritable(existing, "permission denied")
 
 
@@ -39,11 +41,9 @@ def claim(output: pathlib.Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
+    require_writable(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        taken = next(path for path in (output, *output.parents) if path.is_file())
-        raise ValueError(f"{taken} is a file; choose another directory.") from None
     except OSError as error:
         raise _unwritable(output, error) from error
     lock = filelock.FileLock(output / LOCK)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pathlib
 import re
+from collections.abc import Sequence
 
 import pytest
 
@@ -183,3 +185,46 @@ def test_statistics_are_of_what_may_be_trained_on(tmp_path):
     root = toy.edit_info(toy.write(tmp_path / "d"), splits={"train": "0:2", "val": "2:3", "test": "3:4"})
     assert lerobot.open_dataset(root, "training").statistics.num_transitions == 11
     assert {e for e, _, _ in toy.seen(lerobot.open_dataset(root, "validation"))} == {2}
+
+
+def flagged(root: pathlib.Path, episodes: Sequence[int], conventions: bool = True) -> pathlib.Path:
+    """Ten episodes, of which `episodes` end with next.success."""
+    toy.write(root, [4] * 10)
+    features = json.loads((root / "meta/info.json").read_text())["features"]
+    toy.edit_info(root, features={**features, "next.success": {"dtype": "bool", "shape": [1], "names": None}})
+
+    def add(rows: dict[str, list]) -> None:
+        keys = zip(rows["episode_index"], rows["frame_index"], strict=True)
+        rows["next.success"] = [episode in episodes and frame == 3 for episode, frame in keys]
+
+    toy.edit(toy.data_file(root), add)
+    if conventions:
+        toy.write_json(root / "meta/robovlms.json", {"success": "next.success"})
+    return root
+
+
+def test_episodes_that_failed_are_left_out_where_the_conventions_name_the_flag(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    root = flagged(tmp_path / "d", (0, 3, 4, 9))
+    trained = {episode for episode, _, _ in toy.seen(lerobot.open_dataset(root, "training"))}
+    held_out = {episode for episode, _, _ in toy.seen(lerobot.open_dataset(root, "validation"))}
+    assert trained == {0, 3, 4} and held_out == {9}  # the last 5 % of those that succeeded
+    assert "left out 6 of 10 episodes marked as failed by 'next.success'" in caplog.text
+    everything = lerobot.open_dataset(root, "training", success_only=False)
+    assert {episode for episode, _, _ in toy.seen(everything)} == set(range(9))
+
+
+def test_a_flag_that_nobody_names_is_said_and_changes_nothing(tmp_path, caplog):
+    dataset = lerobot.open_dataset(flagged(tmp_path / "d", (0,), conventions=False), "training")
+    assert len(dataset.episodes) == 9
+    assert re.search(r'success_only is on, but nothing is described.*{"success": "next.success"}', caplog.text)
+
+
+def test_a_flag_that_is_never_true_or_no_flag_is_refused(tmp_path):
+    root = flagged(tmp_path / "d", ())
+    with pytest.raises(ValueError, match=r"'next\.success' is true in none of 10 episodes"):
+        lerobot.open_dataset(root, "training")
+    for wrong in ("nothing", "action"):
+        toy.write_json(root / "meta/robovlms.json", {"success": wrong})
+        with pytest.raises(ValueError, match=rf"success names '{wrong}'.* flags are \['next.success'\]"):
+            lerobot.open_dataset(root, "training")

@@ -14,6 +14,7 @@ import pytest
 from experiments import convert_data
 from robovlms_jax.data import base, calvin, language, mixing, opening, pipeline, segments, storage
 from robovlms_jax.data.config import DataConfig
+from robovlms_jax.data.registry import entry as entries
 from robovlms_jax.data.registry import mixtures
 from tests.data import toy_rlds
 from tests.data.test_rlds import make_source
@@ -203,9 +204,23 @@ def test_mistakes_in_mixtures_are_named(root):
     (root / "m.json").write_text(json.dumps({"mixture": {"arm": -1}}))
     with pytest.raises(ValueError, match="weights above 0"):
         mixtures.resolve(str(root / "m.json"))
-    (root / "m.yaml").write_text("mixture: {arm: [")
-    with pytest.raises(ValueError, match=r"m\.yaml"):
-        mixtures.resolve(str(root / "m.yaml"))
+    for text, message in (
+        ("mixture: {arm: [", "cannot be parsed"),
+        ("datasets: {arm: {gripper: invert(action[6])}}", r'cannot be parsed(.|\n)*need quotes: {gripper: "invert'),
+        ("", "holds None; expected datasets"),
+        ("mixture: [arm]", r"mixture is \['arm'\]; expected"),
+        ("mixture: {arm: lots}", "weights must be numbers: .*'lots'"),
+        ("mixture: {arm: .nan}", "weights above 0"),
+        ("mixture: {arm: 1}\ndatasets: {arm: 3}", r"datasets\.arm is 3; expected"),
+        ("mixture: {arm: 1}\ndatasets: [arm]", r"datasets is \['arm'\]; expected"),
+    ):
+        (root / "m.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"m\.yaml.*" + message):
+            mixtures.resolve(str(root / "m.yaml"))
+    with pytest.raises(ValueError, match=r"m2\.yaml cannot be read: .*No such file"):
+        mixtures.resolve(str(root / "m2.yaml"))
+    with pytest.raises(ValueError, match=r"splits is 'train.*expected training and validation"):
+        entries.Entry("arm", splits="train[:90%]")
     with pytest.raises(ValueError, match="not on a mixture"):
         opening.open_split(settings(root, exclude_tasks=("arm",)), "training")
     with pytest.raises(ValueError, match=r"data\.root is empty"):

@@ -247,3 +247,9 @@ def test_quantiles_are_read_from_upstreams_statistics(shared_data, tmp_path):
     broken.write_text(json.dumps({"action": {"q01": [0.0] * 7}}))
     with pytest.raises(ValueError, match=r"lacks action\.q99"):
         simpler.read_quantiles(broken)
+    for content, message in (("[1]", "holds a list"), ('{"action": 3}', r"action\.q01"), ("{", "is not JSON")):
+        broken.write_text(content)
+        with pytest.raises(ValueError, match=f"statistics.json .*{message}"):
+            simpler.read_quantiles(broken)
+    broken.write_bytes(b"\xef\xbb\xbf" + json.dumps({"action": {"q01": [0.0] * 7, "q99": [1.0] * 7}}).encode())
+    assert simpler.read_quantiles(broken)[1].tolist() == [1.0] * 6

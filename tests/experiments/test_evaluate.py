@@ -103,6 +103,28 @@ def test_what_contradicts_the_official_protocol_is_refused_by_name(changes):
         config(protocol="official", **changes)
 
 
+@pytest.mark.parametrize("typed", [["--chains", "100"], ["--execution.mode=chunk"]], ids=" ".join)
+def test_flags_that_contradict_the_official_protocol_are_refused_even_at_their_defaults(monkeypatch, typed):
+    begun = ["evaluate", "--checkpoint", "run", "--env", "calvin", "--calvin_root", "x", "--protocol", "official"]
+    monkeypatch.setattr(sys, "argv", [*begun, *typed])
+    with pytest.raises(SystemExit, match="error: protocol official does not go with"):
+        evaluate.main()
+
+
+@pytest.mark.parametrize(
+    ("changes", "owner"),
+    [
+        ({"env": "playtable", "egl": True}, "calvin"),
+        ({"env": "playtable", "calvin_split": "debug"}, "calvin"),
+        ({"env": "playtable", "simpler_statistics": "x.json"}, "simpler"),
+        ({"image_size": (64, 32)}, "playtable"),
+    ],
+)
+def test_a_field_that_the_environment_does_not_read_is_refused(changes, owner):
+    with pytest.raises(ValueError, match=f"is for env {owner}"):
+        config(**changes)
+
+
 def test_the_official_protocol_needs_the_sentences():
     with pytest.raises(FileNotFoundError, match=r"new_playtable_validation\.yaml not found"):
         evaluate._trials(config(protocol="official"))

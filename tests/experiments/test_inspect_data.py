@@ -212,8 +212,8 @@ def test_a_missing_validation_split_is_worth_a_look(calvin, tmp_path):
     ("make", "message"),
     [
         (lambda root: None, "does not exist"),
-        (lambda root: root.mkdir(), "is empty or no directory"),
-        (lambda root: root.touch(), "is empty or no directory"),
+        (lambda root: root.mkdir(), "is empty"),
+        (lambda root: root.touch(), "is a file"),
         (lambda root: (root / "photos").mkdir(parents=True), r"looked for meta/info\.json .* it holds photos"),
         (lambda root: shutil.copytree(DATA / "calvin_sample" / "training", root), "is one split of a dataset"),
     ],
@@ -243,3 +243,14 @@ def test_newest_version_of_an_rlds_dataset_counts(tmp_path):
         (tmp_path / "toy" / version / "features.json").touch()
     found = inspect_data._rlds_names(storage.Directory(tmp_path), ["toy"])
     assert {name: pathlib.Path(str(where)).name for name, where in found.items()} == {"toy": "1.10.0"}
+
+
+def test_the_configuration_of_an_rlds_dataset_is_found_from_the_directory_above_it(tmp_path):
+    written = toy_rlds.write(tmp_path / "written")
+    for config in ("large", "small"):
+        shutil.copytree(written, tmp_path / "oxe" / "toy" / config / "1.0.0")
+    with pytest.raises(ValueError, match="toy has several configurations, large, small; say which one"):
+        inspect_data.sources(inspect_data.Args(str(tmp_path / "oxe")))
+    shutil.rmtree(tmp_path / "oxe" / "toy" / "large")
+    _, summary = look(tmp_path / "oxe", tmp_path, pictures=6)
+    assert summary.startswith("# toy\n") and "toy/small/1.0.0/features.json" in summary

@@ -51,6 +51,8 @@ def test_a_file_in_the_way_is_named(tmp_path, below):
         directory.claim(taken / below),
     ):
         pass
+    with pytest.raises(ValueError, match=r"taken is a file; choose another directory"):
+        directory.require_writable(taken / below)
 
 
 def test_a_read_only_directory_is_named(tmp_path, monkeypatch):

@@ -40,6 +40,7 @@ class LeRobotDataset(base.Dataset):
         unlabelled_share: float = 0.0,
         unlabelled_instruction: str = "interact with the objects",
         max_left_out_share: float = 0.1,
+        success_only: bool = True,
     ):
         self.root = pathlib.Path(root)
         self.name = str(self.root)
@@ -51,9 +52,11 @@ class LeRobotDataset(base.Dataset):
         tasks = meta.read_tasks(self.root)
         self._images = {c: key for c, key in self._cameras.items() if info.features[key]["dtype"] == "image"}
         listed = meta.read_episodes(info, [key for c, key in self._cameras.items() if c not in self._images])
-        rows = tables.read_rows(info, self._entry.numeric_fields)
+        flag = self._entry.success if success_only else ""
+        rows = tables.read_rows(info, [*self._entry.numeric_fields, *([flag] if flag else [])])
         rows, paired = pairing.pair(info, rows, listed, tasks, max_left_out_share, notes)
-        chosen, counted = splits.choose(info, [episode.number for episode in paired], split, notes)
+        usable = _successful(info, rows, paired, flag, notes) if success_only else paired
+        chosen, counted = splits.choose(info, [episode.number for episode in usable], split, notes)
         steps = _standardize(self._entry, rows, paired, notes, self.name)
         told = _Sentences(tasks, unlabelled_share, unlabelled_instruction)
         self.episodes = _spans(steps, rows, chosen, told)
@@ -155,6 +158,33 @@ class LeRobotDataset(base.Dataset):
         if len(ids) and not (ids.min() >= 0 and ids.max() < len(self._actions)):
             raise ValueError(f"{self.name} has frames 0 to {len(self._actions) - 1}; asked for {ids.tolist()[:8]}.")
         return ids
+
+
+def _successful(
+    info: meta.Info, rows: tables.Rows, paired: Sequence[pairing.Paired], flag: str, notes: meta.Notes
+) -> Sequence[pairing.Paired]:
+    """The episodes with a row whose `flag` is true; all, with a remark, where none is described ("").
+
+    Raises ValueError where no episode has one.
+    """
+    if not flag:
+        if found := [name for name in meaning.SUCCESS if name in info.features]:
+            notes.warn(
+                "data.success_only is on, but nothing is described that tells failures: all episodes count as "
+                f"successful, although there is a feature {found[0]!r}. To use it write "
+                f'{{"success": "{found[0]}"}} into {meaning.CONVENTIONS}, or a file passed as --data.conventions '
+                "(data/README.md)."
+            )
+        return paired
+    kept = [episode for episode in paired if rows.numbers[flag][episode.first : episode.last].any()]
+    if not kept:
+        raise ValueError(
+            f"{info.root}: {flag!r} is true in none of {len(paired)} episodes; was it never filled in? Take success "
+            "out of the conventions, or pass --no-data.success_only."
+        )
+    if len(kept) < len(paired):
+        notes.guess(f"left out {len(paired) - len(kept)} of {len(paired)} episodes marked as failed by {flag!r}.")
+    return kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +298,7 @@ def open_dataset(
     unlabelled_share: float = 0.0,
     unlabelled_instruction: str = "interact with the objects",
     max_left_out_share: float = 0.1,
+    success_only: bool = True,
 ) -> LeRobotDataset:
     """Open a LeRobotDataset v3 and compare everything in it that is stored twice.
 
@@ -277,6 +308,7 @@ def open_dataset(
       conventions: file that says what the numbers mean, in place of <root>/meta/robovlms.json.
       unlabelled_share: of the episodes without instruction that are kept; they are told `unlabelled_instruction`.
       max_left_out_share: of the episodes that may be left out because parts of them are missing or disagree.
+      success_only: leave out episodes that failed, where the conventions name the feature that tells (`success`).
     Raises:
       ValueError: naming the file and what is wrong with it. ImportError naming the extra.
     """
@@ -288,4 +320,5 @@ def open_dataset(
         unlabelled_share=unlabelled_share,
         unlabelled_instruction=unlabelled_instruction,
         max_left_out_share=max_left_out_share,
+        success_only=success_only,
     )

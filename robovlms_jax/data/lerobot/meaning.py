@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from robovlms_jax import json_files
 from robovlms_jax.control import robot
 from robovlms_jax.data.lerobot import meta, names, spans
 from robovlms_jax.data.registry import entry as entries
@@ -34,8 +35,12 @@ _FIELDS: Mapping[str, str] = {
     "control_hz": "a number of 0 or more",
     "skip_first": "a whole number of 0 or more",
     "drop_still": "true or false",
+    "success": _TEXT,
 }
 """Fields of `registry.entry.Entry` that a conventions file may have; sentences come from meta/tasks."""
+
+SUCCESS = ("next.success", "success", "is_success", "is_episode_successful", "episode_success")
+"""Features that may tell failures. Recorders fill some of them with false throughout, so none is believed unasked."""
 
 _WRIST = ("wrist", "hand", "gripper")
 _RANGE_TOLERANCE = 1e-3
@@ -82,6 +87,7 @@ def read(info: meta.Info, conventions: str | os.PathLike[str], notes: meta.Notes
         raise ValueError(f"{path}: {problem} (data/README.md).")
     cameras = {camera: key.removeprefix("steps/observation/") for camera, key in entry.cameras.items()}
     _check_cameras(info, cameras, path)
+    _check_success(info, entry.success, path)
     if entry.control_hz and not math.isclose(entry.control_hz, info.fps, rel_tol=0.02):
         raise ValueError(f"{path}: control_hz is {entry.control_hz:g}, {info.path} says fps {info.fps:g}.")
     return Meaning(entry, cameras, _robot(info, action, state, cameras, is_delta), bool(entry.state))
@@ -93,7 +99,7 @@ def _field(info: meta.Info, candidates: Sequence[str]) -> str:
 
 def _read_conventions(path: pathlib.Path) -> dict[str, Any]:
     try:
-        given = meta.read_json(path)
+        given = json_files.read(path)
     except OSError as error:
         raise ValueError(f"data.conventions: {path} cannot be read: {error}") from error
     if not isinstance(given, dict):
@@ -227,6 +233,12 @@ def _check_cameras(info: meta.Info, cameras: Mapping[str, str], path: pathlib.Pa
     twice = [key for key in cameras.values() if list(cameras.values()).count(key) > 1]
     if twice:
         raise ValueError(f"{path}: camera {twice[0]!r} is named for two of {list(cameras)}.")
+
+
+def _check_success(info: meta.Info, success: str, path: pathlib.Path) -> None:
+    if success and (success not in info.features or info.width(success) != 1):
+        flags = [name for name in info.features if info.features[name].get("dtype") == "bool"]
+        raise ValueError(f"{path}: success names {success!r}, which is no feature of one number; flags are {flags}.")
 
 
 def _robot(info: meta.Info, action: str, state: str, cameras: Mapping[str, str], is_delta: bool) -> robot.RobotSpec:

@@ -12,7 +12,8 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from robovlms_jax.data import sentences
+from robovlms_jax import json_files
+from robovlms_jax.data import sentences, storage
 
 logger = logging.getLogger(__name__)
 
@@ -104,19 +105,12 @@ def library(name: str) -> Any:
         raise ImportError(f"LeRobot datasets need {name}: pip install -e .[lerobot]") from error
 
 
-def read_json(path: pathlib.Path) -> Any:
-    """A JSON file, with or without byte-order mark. Raises OSError, ValueError naming the file."""
-    try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-
-
 def read_info(root: pathlib.Path) -> Info:
     """Raises ValueError naming the field."""
+    storage.require_no_file(root)
     path = root / "meta" / "info.json"
     try:
-        info = read_json(path)
+        info = json_files.read(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}; data.root must be a LeRobotDataset's directory.") from error
     if not isinstance(info, dict):

@@ -93,8 +93,11 @@ class Entry:
                 raise ValueError(
                     f"dataset {self.name!r}: {field}={getattr(self, field)!r}; expected one of {get_args(values)}."
                 )
-        if not set(self.splits) <= {"training", "validation"}:
-            raise ValueError(f"dataset {self.name!r}: splits has {sorted(self.splits)}; known: training, validation.")
+        if not isinstance(self.splits, Mapping) or not set(self.splits) <= {"training", "validation"}:
+            raise ValueError(
+                f"dataset {self.name!r}: splits is {self.splits!r}; expected training and validation, such as "
+                '{training: "train[:90%]", validation: "train[90%:]"}.'
+            )
         try:
             re.compile(self.failure_pattern)
         except re.error as error:

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from robovlms_jax import json_files
 from robovlms_jax.data.registry import libero, oxe
 from robovlms_jax.data.registry.entry import Entry
 
@@ -73,21 +74,21 @@ def published_mixtures() -> dict[str, dict[str, float]]:
 
 
 def _read_mixture(path: pathlib.Path, entries: Mapping[str, Entry]) -> Mixture:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-        own = content.get("datasets", {})
-        weights = {name: float(weight) for name, weight in content["mixture"].items()}
-        unknown = sorted(set(content) - {"datasets", "mixture", "balance"})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is no mixture file ('mixture: {{name: weight}}', data/README.md): {error!r}"
-        ) from error
-    except Exception as error:  # yaml has an error hierarchy of its own
-        raise ValueError(f"{path} cannot be parsed: {error}") from error
-    if unknown:
+    content = _read_file(path)
+    own, given = content.get("datasets") or {}, content.get("mixture")
+    if unknown := sorted(set(map(str, content)) - {"datasets", "mixture", "balance"}):
         raise ValueError(f"{path} has {unknown}; known: datasets, mixture, balance.")
-    if not weights or min(weights.values()) <= 0:
+    for field, value in (("datasets", own), ("mixture", given)):
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: {field} is {value!r:.80}; {_EXPECTED}.")
+    for name, fields in own.items():
+        if not isinstance(fields, dict | None):
+            raise ValueError(f"{path}: datasets.{name} is {fields!r:.80}; {_EXPECTED}.")
+    try:
+        weights = {str(name): float(weight) for name, weight in given.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the mixture's weights must be numbers: {error}; got {given}.") from error
+    if not weights or not min(weights.values()) > 0:
         raise ValueError(f"{path}: the mixture needs at least one dataset, and weights above 0; got {weights}.")
     datasets: dict[str, Entry | Mapping[str, Any]] = {}
     for name in weights:
@@ -98,6 +99,27 @@ def _read_mixture(path: pathlib.Path, entries: Mapping[str, Entry]) -> Mixture:
         else:
             datasets[name] = entries.get(name, {})
     return Mixture(path.stem, weights, datasets, bool(content.get("balance", True)))
+
+
+_EXPECTED = "expected datasets: {name: {field: value}} and mixture: {name: weight} (data/README.md)"
+
+
+def _read_file(path: pathlib.Path) -> dict[Any, Any]:
+    """Raises ValueError: no such file, not of its format, or no mapping."""
+    try:
+        if path.suffix == ".json":
+            return json_files.read_object(path, "a mixture")
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.dataset: {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{path} cannot be parsed: {error}\nWithin braces and brackets expressions need quotes: {{gripper: "
+            '"invert(action[6])"}.'
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {content!r:.80}; {_EXPECTED}.")
+    return content
 
 
 def _replaced(entry: Entry, fields: Mapping[str, Any], path: pathlib.Path) -> Entry:

@@ -29,6 +29,10 @@ class NotFoundError(ValueError):
     """No directory holds the dataset. Says where was looked, and what is there."""
 
 
+class SeveralError(NotFoundError):
+    """A dataset has several configurations, and none is named. Says which."""
+
+
 def open_dataset(
     root: str | os.PathLike[str],
     entry: entries.Entry | Mapping[str, Any],
@@ -50,6 +54,7 @@ def open_dataset(
     Raises:
       NotFoundError, ValueError: nothing usable there; says what was looked for and what was found.
     """
+    storages.require_no_file(root)
     label = entry.name if isinstance(entry, entries.Entry) else name
     others = entry.directories if isinstance(entry, entries.Entry) else entry.get("directories", ())
     directory = find(root, (label, *([others] if isinstance(others, str) else others)), alone=alone)
@@ -100,7 +105,7 @@ def find(root: str | os.PathLike[str], names: Sequence[str], *, alone: bool = Tr
             notices.once(logger, f"{candidate} has one configuration, {config}: reading {found}", logging.INFO)
             return found
         if configs:
-            raise NotFoundError(
+            raise SeveralError(
                 f"{candidate} has several configurations, {', '.join(configs)}; say which one: --data.root "
                 f"{candidate / next(iter(configs))}, or directories: [{candidate.name}/{next(iter(configs))}] in a "
                 "description (data/README.md)."
