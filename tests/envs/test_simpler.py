@@ -159,8 +159,8 @@ def test_success_counts_at_the_last_step_or_latched(make):
 
     def outcome(latched):
         (trial,) = chains.simpler_trials("widowx_carrot_on_plate", 1)
-        rules = chains.simpler_rules("widowx_carrot_on_plate", latched=latched)
-        (result,) = run(policy, EnvPool([make("widowx_carrot_on_plate")]), [trial], rules)
+        criterion = chains.simpler_criterion("widowx_carrot_on_plate", latched=latched)
+        (result,) = run(policy, EnvPool([make("widowx_carrot_on_plate")]), [trial], criterion)
         return result
 
     policy = Still()
