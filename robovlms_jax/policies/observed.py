@@ -30,6 +30,10 @@ class Seen:
 def check(observation: Observation, config: PolicyConfig, slot: int) -> Seen:
     """The parts that a policy takes. Raises ValueError that names the slot, the part, what was expected and found."""
     try:
+        if not isinstance(observation, Observation):
+            raise ValueError(f"the observation is a {type(observation).__name__}; expected interface.Observation.")
+        if not isinstance(observation.images, Mapping):
+            raise ValueError(f"observation.images is a {type(observation.images).__name__}; expected camera -> image.")
         return Seen(
             {camera: _image(observation, camera, config.cameras) for camera in config.cameras},
             _proprio(observation) if config.proprio.enabled else None,

@@ -64,7 +64,7 @@ class BatchedVLAPolicy:
     """
 
     def __init__(self, model: VLA, params: Any, encode_text: EncodeText, slots: int):
-        if not isinstance(slots, int) or slots < 1:
+        if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
             raise ValueError(f"slots={slots!r}: expected how many episodes to serve, at least 1.")
         self.model, self.params, self.slots = model, params, slots
         self._encode = encode_text

@@ -156,6 +156,9 @@ GOOD = look(5)
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
+        (None, "the observation is a NoneType; expected interface.Observation"),
+        (GOOD.images, "the observation is a dict"),
+        (Observation(list(GOOD.images.values()), GOOD.proprio), "observation.images is a list; expected camera"),
         (Observation({"static": GOOD.images["static"]}, GOOD.proprio), r"no 'wrist' image, only \['static'\]"),
         (
             Observation({**GOOD.images, "wrist": np.zeros((12, 12, 3))}, GOOD.proprio),
@@ -234,3 +237,9 @@ def test_a_step_that_fails_ends_the_episodes_and_the_policy_goes_on(policy, serv
         policy.act([look(0)], [1])
     policy.reset([0], ["open"])
     np.testing.assert_array_equal(policy.act([look(0)], [0])[0].actions, expected)
+
+
+@pytest.mark.parametrize("slots", [0, -1, 2.0, True, "2"])
+def test_a_number_of_slots_that_cannot_be_served_is_refused(policy, slots):
+    with pytest.raises(ValueError, match="expected how many episodes to serve"):
+        serving.BatchedVLAPolicy(policy.model, policy.params, None, slots)
