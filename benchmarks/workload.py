@@ -51,7 +51,7 @@ def experiment(
     mesh: MeshConfig | None = None,
     backbone: str = "kosmos-2",
 ) -> ExperimentConfig:
-    """The configuration `experiments/run.py` would train with.
+    """The configuration `runs/run.py` would train with.
 
     full: the published model as the `kosmos_lstm` preset computes it, all parameters trained.
     small: float32 and no rematerialisation, for a CPU.

@@ -174,3 +174,24 @@ def test_every_flag_in_documents_and_messages_is_one_that_some_program_takes(lau
         if flag[2:].replace("-", "_") not in known
     ]
     assert not unknown, "\n".join(unknown)
+
+
+PLACES = ("", "robovlms_jax", "robovlms_jax/data")
+"""Where documents begin when they name a module."""
+DESIGNS = ("style.md",)
+"""Pages that also name modules which are still to be written."""
+
+
+def test_links_and_modules_that_documents_name_are_there():
+    missing, found = [], 0
+    for page in sorted({path for pattern in PAGES for path in ROOT.glob(pattern)} - {ROOT / "docs/log.md"}):
+        text = page.read_text()
+        links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link]
+        modules = [] if page.name in DESIGNS else re.findall(r"`((?:\w+/)+\w+\.py)`", text)
+        found += len(links) + len(modules)
+        missing += [f"{page.name}: {link}" for link in links if not (page.parent / link).exists()]
+        missing += [
+            f"{page.name}: {name}" for name in modules if not any((ROOT / place / name).exists() for place in PLACES)
+        ]
+    assert not missing
+    assert found > 50
