@@ -20,12 +20,27 @@ def read(path: str | pathlib.Path) -> Any:
     """
     path = pathlib.Path(path)
     raw = path.read_bytes()
-    if raw.startswith(LFS_POINTER):
-        raise ValueError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` where it lies.")
     try:
         return json.loads(raw.decode("utf-8-sig"))
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are
-        raise ValueError(f"{path} is not JSON: {error} ({len(raw)} bytes)") from error
+        raise ValueError(f"{path} is not JSON: {error} ({len(raw)} bytes).{pointer_hint(path)}") from error
+
+
+def is_pointer(path: str | pathlib.Path) -> bool:
+    """Whether a file, JSON or not, is what git leaves of a large one until Git LFS fetches it. False where it cannot be
+    opened."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
+def pointer_hint(path: str | pathlib.Path) -> str:
+    """A sentence to add to a message about a file that cannot be read; "" where it is no pointer of Git LFS."""
+    if not is_pointer(path):
+        return ""
+    return " It is a pointer of Git LFS, not the file itself; run `git lfs pull` where it lies."
 
 
 def read_object(path: str | pathlib.Path, expected: str) -> dict[str, Any]:

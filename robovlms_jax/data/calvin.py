@@ -23,6 +23,7 @@ from typing import Literal
 
 import numpy as np
 
+from robovlms_jax import json_files
 from robovlms_jax.data import base, calvin_annotations, packed, storage
 
 logger = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ def _read_npz(path: pathlib.Path, keys: Sequence[str], *, optional: bool = False
                     raise
         raise AssertionError("unreachable")
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise base.CorruptFrameError(f"{path} cannot be read: {error}") from error
+        raise base.CorruptFrameError(f"{path} cannot be read: {error}.{json_files.pointer_hint(path)}") from error
 
 
 def _require_array(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from robovlms_jax import json_files
 from robovlms_jax.data import base, sentences
 
 logger = logging.getLogger(__name__)
@@ -148,4 +149,4 @@ def _load_pickled_npy(path: pathlib.Path) -> Any:
                 raise ValueError(f"it holds {dtype}{list(shape)}, expected one pickled dictionary")
             return _ArraysOnly(file).load().item()
     except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {error}.{json_files.pointer_hint(path)}") from error

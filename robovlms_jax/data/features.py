@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from robovlms_jax import json_files
 from robovlms_jax.data import frame_index, records
 
 STEPS = "steps"
@@ -80,7 +81,8 @@ def read(text: str, name: str) -> dict[str, Field]:
     try:
         tree = json.loads(text.removeprefix("\ufeff"))
     except ValueError as error:
-        raise ValueError(f"{name} is not JSON: {error}; copy the dataset's features.json again.") from error
+        hint = json_files.pointer_hint(name)
+        raise ValueError(f"{name} is not JSON: {error}; copy the dataset's features.json again.{hint}") from error
     fields: dict[str, Field] = {}
     try:
         _walk(tree, (), False, fields)

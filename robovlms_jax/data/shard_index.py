@@ -31,6 +31,7 @@ import google_crc32c
 import numpy as np
 import tqdm
 
+from robovlms_jax import json_files
 from robovlms_jax.data import atomic, features, records, shard_columns, splits
 from robovlms_jax.data import storage as storages
 from robovlms_jax.data import workers as processes
@@ -195,6 +196,7 @@ def _require_enough(
         raise ValueError(
             f"{directory}: {lost} of {total} episodes of split {split.name!r} cannot be used, more than the allowed "
             f"share of {max_damaged_share:g} (data.max_corrupt_share):\n  {listed}\nCopy the files named again."
+            + next((hint for name in split.files if (hint := json_files.pointer_hint(str(directory / name)))), "")
         )
     if problems:
         logger.warning("%s: %d of %d episodes are left out:\n  %s", directory, lost, total, listed)

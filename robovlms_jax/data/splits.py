@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
+from robovlms_jax import json_files
 from robovlms_jax.data import storage as storages
 
 NAMES: Mapping[str, tuple[str, ...]] = {
@@ -133,7 +134,8 @@ def read(directory: storages.Directory) -> dict[str, Split]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}; copy the dataset's directory as a whole.") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is not what TFDS writes: {error!r}; copy it again.") from error
+        hint = json_files.pointer_hint(str(path))
+        raise ValueError(f"{path} is not what TFDS writes: {error!r}; copy it again.{hint}") from error
     for split in splits.values():
         if split.file_format not in ("tfrecord", "array_record"):
             raise ValueError(f"{path} says fileFormat {split.file_format!r}; tfrecord and array_record can be read.")

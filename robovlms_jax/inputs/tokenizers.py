@@ -114,13 +114,13 @@ def _require_packages(directory: pathlib.Path, found: list[str]) -> None:
     if not all(_is_binary(name) for name in found):
         return
     path = directory / found[0]
-    with path.open("rb") as file:
-        start = file.read(len(json_files.LFS_POINTER))
-    if start == json_files.LFS_POINTER:
+    if json_files.is_pointer(path):
         raise ValueError(f"{path} is a pointer of Git LFS, not the tokenizer; run `git lfs pull` where it lies.")
     # SentencePiece models are protocol buffers whose first field is a list; tiktoken's ranks are lines of base64.
     kind, packages = ("SentencePiece", ("sentencepiece", "protobuf"))
-    if not start.startswith(b"\n"):
+    with path.open("rb") as file:
+        start = file.read(1)
+    if start != b"\n":
         kind, packages = "tiktoken", ("tiktoken",)
     missing = [name for name in packages if not _is_installed(name)]
     if missing:

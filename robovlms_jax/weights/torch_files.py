@@ -148,11 +148,10 @@ def load(path: pathlib.Path) -> Any:
 
 def require_no_pointer(path: pathlib.Path) -> None:
     """Raise ValueError where a file is what git leaves of a large one until Git LFS fetches it."""
-    with path.open("rb") as file:
-        if file.read(len(json_files.LFS_POINTER)) == json_files.LFS_POINTER:
-            raise ValueError(
-                f"{path} is a pointer of Git LFS, not the weights; run `git lfs pull` where it lies, or download it."
-            )
+    if json_files.is_pointer(path):
+        raise ValueError(
+            f"{path} is a pointer of Git LFS, not the weights; run `git lfs pull` where it lies, or download it."
+        )
 
 
 def is_torch_file(path: pathlib.Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shutil
 
 import pytest
 
@@ -11,6 +12,45 @@ from robovlms_jax.data import notices, opening
 from robovlms_jax.data.config import DataConfig
 
 SAMPLES = pathlib.Path(__file__).resolve().parents[2] / "data"
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "training/episode_*.npz",
+        "training/lang_annotations/auto_lang_ann.npy",
+        "bridge/bridge_dataset/1.0.0/*.tfrecord*",
+        "bridge/bridge_dataset/1.0.0/features.json",
+        "bridge/bridge_dataset/1.0.0/dataset_info.json",
+        "lerobot/meta/info.json",
+        "lerobot/meta/tasks.parquet",
+        "lerobot/meta/episodes/**/*.parquet",
+        "lerobot/data/**/*.parquet",
+        "lerobot/videos/**/*.mp4",
+    ],
+)
+def test_files_that_git_lfs_has_not_fetched_are_called_so(tmp_path, write_calvin, pattern):
+    kind = pattern.split("/")[0]
+    if kind == "lerobot":
+        pytest.importorskip("pyarrow")
+        from tests.data import toy_lerobot
+
+        toy_lerobot.write(tmp_path / kind, video="videos" in pattern)
+    elif kind == "bridge":
+        shutil.copytree(SAMPLES / "bridge_sample", tmp_path / kind, ignore=shutil.ignore_patterns(".frame_index"))
+    else:
+        kind = write_calvin([(0, 7)]).relative_to(tmp_path)
+        pattern = f"{kind}/{pattern}"
+    spoilt = list(tmp_path.glob(pattern))
+    for path in spoilt:
+        path.write_text(POINTER)
+    assert spoilt
+    dataset, root = kind if kind in ("lerobot", "bridge") else "calvin", tmp_path / kind
+    with pytest.raises(ValueError, match="is a pointer of Git LFS, not the file itself; run `git lfs pull`"):
+        opening.open_split(DataConfig(dataset=dataset, root=str(root), index_workers=1), "training")
 
 
 @pytest.mark.parametrize("dataset", ["calvin", "lerobot", "bridge"])

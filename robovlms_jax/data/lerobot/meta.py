@@ -238,7 +238,7 @@ def read_parquet(path: pathlib.Path, columns: Sequence[str] | None = None) -> An
     try:
         return parquet.read_table(path, columns=columns, partitioning=None)
     except Exception as error:  # pyarrow has an error hierarchy of its own
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {error}{json_files.pointer_hint(path)}") from error
 
 
 def read_episodes(info: Info, videos: Sequence[str]) -> list[EpisodeRow]:
@@ -258,7 +258,7 @@ def read_episodes(info: Info, videos: Sequence[str]) -> list[EpisodeRow]:
         try:
             there = parquet.read_schema(path).names
         except Exception as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+            raise ValueError(f"{path} cannot be read: {error}{json_files.pointer_hint(path)}") from error
         missing = [name for name in required if name not in there]
         if missing:
             raise ValueError(f"{path} has no column {missing[0]!r}; is it a LeRobotDataset v3? It has {there[:12]}.")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from robovlms_jax import json_files
 from robovlms_jax.data import base
 from robovlms_jax.data.lerobot import meta
 
@@ -81,9 +82,8 @@ def read_rows(info: meta.Info, fields: Sequence[str]) -> Rows:
         try:
             there.append(set(parquet.read_schema(path).names))
         except Exception as error:  # pyarrow has an error hierarchy of its own
-            raise ValueError(
-                f"{path} cannot be read: {error}. Copy it again, or remove it to leave its episodes out."
-            ) from error
+            remedy = json_files.pointer_hint(path) or " Copy it again, or remove it to leave its episodes out."
+            raise ValueError(f"{path} cannot be read: {str(error).rstrip('.')}.{remedy}") from error
         missing = sorted({*KEYS, *fields} - there[-1])
         if missing:
             raise ValueError(

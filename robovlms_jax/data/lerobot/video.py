@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from robovlms_jax import json_files
 from robovlms_jax.data import base
 from robovlms_jax.data.lerobot import meta, tables
 
@@ -51,7 +52,7 @@ def probe(path: pathlib.Path) -> Facts:
                 frames = round(seconds * rate)
             return Facts(stream.height, stream.width, rate, frames, is_exact, _uneven(stream, rate))
     except (av.error.FFmpegError, OSError, IndexError) as error:
-        raise ValueError(f"cannot be read: {error}") from error
+        raise ValueError(f"cannot be read: {error}.{json_files.pointer_hint(path)}") from error
 
 
 def _rate_of(stream: Any) -> float:
