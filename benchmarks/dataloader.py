@@ -32,7 +32,7 @@ from PIL import Image
 
 from benchmarks import machine
 from robovlms_jax import cli
-from robovlms_jax.data import base, calvin, features, frame_index, packing, pipeline, records, rlds, rlds_writer
+from robovlms_jax.data import base, calvin, features, frame_index, loading, packing, records, rlds, rlds_writer, samples
 
 UPSTREAM_KEYS = ("rgb_static", "rgb_gripper", "rel_actions", "robot_obs", "scene_obs")
 RLDS_PIXELS, RLDS_STEPS = 256, 40
@@ -170,12 +170,10 @@ def rlds_layouts(args: Args, directory: pathlib.Path, frames: calvin.NpzDataset)
 
 def make_source(
     dataset: base.Dataset, args: Args, windows_per_segment: int, cameras: tuple[str, ...]
-) -> pipeline.SegmentSource:
-    return pipeline.SegmentSource(
+) -> samples.SegmentSource:
+    return samples.SegmentSource(
         dataset,
-        window=args.window,
-        chunk=args.chunk,
-        windows_per_segment=windows_per_segment,
+        samples.Cut(window=args.window, chunk=args.chunk, windows_per_segment=windows_per_segment),
         cameras=cameras,
         encode_text=lambda text: (np.zeros(16, np.int32), np.ones(16, bool)),
     )
@@ -192,9 +190,9 @@ def read(
     """Windows per second of the training pipeline; slots without a window do not count."""
     source = make_source(dataset, args, windows_per_segment, cameras)
     segments = max(args.batch_size // windows_per_segment, 1)
-    batches = pipeline.train_batches(source, segments_per_batch=segments, seed=0, num_threads=num_threads, prefetch=4)
+    batches = loading.train_batches(source, segments_per_batch=segments, seed=0, num_threads=num_threads, prefetch=4)
     try:
-        return pipeline.measure(batches, segments, args.seconds) * source.num_windows / len(source)
+        return loading.measure(batches, segments, args.seconds) * source.num_windows / len(source)
     finally:
         batches.close()
 

@@ -24,11 +24,11 @@ from experiments import bridge, calvin_abcd, google_robot, oxe_pretrain
 from robovlms_jax import cli, upstream
 from robovlms_jax.backbones import registry
 from robovlms_jax.control import interface
-from robovlms_jax.inputs import proprio
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import MeshConfig
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
+from robovlms_jax.policies.sensors import base as sensors
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs import build, steps
 from robovlms_jax.runs.config import ExperimentConfig
@@ -117,15 +117,13 @@ def describe_batch(config: ExperimentConfig) -> Batch:
     def leaf(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((segments, *shape), dtype)
 
-    past = policy.action_history.length
     return Batch(
         inputs=Inputs(
             images=images(frames),
             text_ids=leaf(np.int32, text),
             text_mask=leaf(np.bool_, text),
             step_mask=leaf(np.bool_, frames),
-            proprio=leaf(np.float32, frames, proprio.DIM) if policy.proprio.enabled else None,
-            past_actions=leaf(np.float32, past + frames - 1, interface.ACTION_DIM) if past else None,
+            **jax.tree.map(lambda x: leaf(x.dtype, *x.shape[1:]), sensors.blank(policy.all_sensors, 1, frames)),
         ),
         actions=leaf(np.float32, steps, interface.ACTION_DIM),
         action_mask=leaf(np.bool_, steps),

@@ -93,7 +93,9 @@ def to_dict(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             value = to_dict(value)
-        out[field.name] = list(value) if isinstance(value, tuple) else value
+        if isinstance(value, tuple):
+            value = [to_dict(item) if dataclasses.is_dataclass(item) else item for item in value]
+        out[field.name] = value
     if isinstance(config, Tagged):
         out["kind"] = config.kind_of(type(config))
     return out
@@ -119,10 +121,19 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any
         if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and dataclasses.is_dataclass(hint):
             value = from_dict(hint, value, f"{path}.{name}")
         elif isinstance(value, list):
-            value = tuple(value)
+            item = item_of(hint)
+            full = f"{path}.{name}"
+            value = tuple(value if item is None else (from_dict(item, x, f"{full}[{i}]") for i, x in enumerate(value)))
         kwargs[name] = value
     check(cls, kwargs, path)
     return cls(**kwargs)
+
+
+def item_of(hint: Any) -> type | None:
+    """The dataclass that a field is a tuple of; None for all other fields."""
+    arguments = typing.get_args(hint)
+    several = typing.get_origin(hint) is tuple and len(arguments) == 2 and arguments[1] is Ellipsis
+    return arguments[0] if several and dataclasses.is_dataclass(arguments[0]) else None
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -30,18 +30,21 @@ class Inputs:
     text_mask: bool[B, T], True = real token.
     step_mask: bool[B, G], True = real step (False = padding before an episode begins).
     image_mask: camera -> bool[B, G], True = there is an image (False: it is black); None where every frame has all.
-    proprio: float32[B, G, 7], the robot's state as `inputs.proprio` defines it; None for policies that do not take it.
-    past_actions: float32[B, H + G - 1, A], dataset units; the H actions before frame g are past_actions[:, g : g + H],
-      all zero, gripper included, where the episode had not begun. None for policies that do not take them.
+    sensors: name -> float32[B, P + G, ...], readings of the sensors that the policy has, raw; P are as many readings
+      before frame 0 as a frame's tokens are made of beside its own (`inputs.sensors.Reading.past`). "proprio": the
+      robot's state as `inputs.proprio` defines it, P = 0. "action_history": dataset units, one row late, so that the H
+      = P + 1 actions before frame g are rows g ... g + H - 1; all zero, gripper included, before the episode began.
+    sensor_mask: name -> bool[B, P + G], True = there is a reading (False: it is zero); sensors that are not in it have
+      all.
     """
 
     images: Mapping[str, Array]
     text_ids: Array
     text_mask: Array
     step_mask: Array
-    proprio: Array | None = None
-    past_actions: Array | None = None
     image_mask: Mapping[str, Array] | None = None
+    sensors: Mapping[str, Array] = flax.struct.field(default_factory=dict)
+    sensor_mask: Mapping[str, Array] = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass

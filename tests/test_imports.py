@@ -129,7 +129,7 @@ def test_the_table_keeps_what_the_page_promises():
     ("module", "line"),
     [
         ("training.loop", "from robovlms_jax.envs.calvin import tasks"),
-        ("training.loop", "import robovlms_jax.data.pipeline"),
+        ("training.loop", "import robovlms_jax.data.loading"),
         ("policies.vla", "from robovlms_jax.data.base import Episode"),
         ("policies.heads.lstm", "from robovlms_jax.runs import config"),
         ("weights.rules", "from robovlms_jax.weights import sources"),

@@ -1,6 +1,6 @@
 """What a dataset of annotated episodes offers, whatever its storage format.
 
-`calvin.py` and `packed.py` implement `Dataset`; `segments.py` and `pipeline.py` need nothing else of a format.
+`calvin.py` and `packed.py` implement `Dataset`; `segments.py` and `samples.py` need nothing else of a format.
 """
 
 from __future__ import annotations
@@ -107,7 +107,15 @@ class Dataset(abc.ABC):
 
     @abc.abstractmethod
     def array(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:
-        """float32[n, d] of one numeric field, finite. Raises as `images` does."""
+        """float32[n, ...] of one numeric field. Raises as `images` does.
+
+        The fields named below are finite. Readings of further sensors may not be: NaN stands for a missing value,
+        infinity for a beam without echo.
+        """
+
+    def has_array(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:
+        """bool[n]: whether `array(name)` may be asked for each frame. False only in mixtures of unlike datasets."""
+        return np.ones(len(frame_ids), bool)
 
     def has_images(self, frame_ids: Sequence[int], camera: str) -> np.ndarray:
         """bool[n]: whether each frame has an image of this camera; where not, `images` gives black."""

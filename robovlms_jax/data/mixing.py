@@ -61,6 +61,7 @@ class MixtureDataset(base.Dataset):
             for episode in part.dataset.episodes
         )
         self.groups = tuple(base.Group(part.name, len(part.dataset.episodes), part.weight) for part in parts)
+        self._stores: dict[tuple[str, str], bool] = {}
         self._affine = [_to_reference(part.statistics, own.statistics) for part in parts]
         self.may_lack_images = any(
             part.dataset.may_lack_images or set(part.dataset.cameras) != set(self.image_sizes) for part in parts
@@ -115,6 +116,14 @@ class MixtureDataset(base.Dataset):
                 has[places] = part.dataset.has_images(ids, camera)
         return has
 
+    def has_array(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:
+        has = np.zeros(len(frame_ids), bool)
+        for part, places, _ in self._split(frame_ids):
+            if (part.name, name) not in self._stores:
+                self._stores[part.name, name] = _stores(part.dataset, name)
+            has[places] = self._stores[part.name, name]
+        return has
+
     def array(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:
         def read(part: Part, ids: np.ndarray) -> np.ndarray:
             values = part.dataset.array(name, ids)
@@ -145,6 +154,17 @@ class MixtureDataset(base.Dataset):
 
     def __reduce__(self):
         return MixtureDataset, (self.name, self._parts, self._reference)
+
+
+def _stores(dataset: base.Dataset, name: str) -> bool:
+    """Whether it has a numeric field of that name; one unreadable frame is no reason to say no."""
+    try:
+        dataset.array(name, [dataset.episodes[0].start])
+    except base.CorruptFrameError:
+        return True
+    except ValueError:
+        return False
+    return True
 
 
 def _to_reference(own: statistics.Statistics, reference: statistics.Statistics) -> tuple[np.ndarray, np.ndarray]:

@@ -13,48 +13,9 @@ from robovlms_jax.actions import normalize, statistics
 from robovlms_jax.control import interface
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.policies.heads import discrete, lstm
+from robovlms_jax.policies.sensors.base import Sensor, SensorConfig
+from robovlms_jax.policies.sensors.robot_state import ActionHistoryConfig, ProprioConfig
 from robovlms_jax.schema import require
-
-
-@dataclasses.dataclass(frozen=True)
-@schema.checked("policy.proprio")
-class ProprioConfig:
-    """The robot's own state as one more token per frame, between the prompt and the action queries."""
-
-    enabled: bool = False
-    """Off: policies are driven by images and text alone, as every released RoboVLMs checkpoint is."""
-    center: tuple[float, ...] = (0.0, -0.15, 0.5, 3.1416, 0.0, 1.5708)
-    """Subtracted from tcp xyz (m) and Euler xyz (rad, the short way round). The default is the middle of CALVIN's table
-    with the gripper pointing down; zeros, together with a scale of ones, give the raw values upstream feeds."""
-    scale: tuple[float, ...] = (0.25, 0.25, 0.1, 0.5, 0.5, 0.5)
-    """What one unit of each centred number is."""
-    dropout: float = 0.0
-    """Share of training frames that are not told. Where the hand is on its way to something betrays where that is, so a
-    policy that is always told can learn the demonstrations without looking."""
-
-    def __post_init__(self):
-        require(0 <= self.dropout < 1, f"policy.proprio.dropout={self.dropout} must lie in [0, 1).")
-        require(
-            len(self.center) == len(self.scale) == 6 and all(scale > 0 for scale in self.scale),
-            f"policy.proprio.center and policy.proprio.scale need 6 numbers each, scales positive; got {self.center} "
-            f"and {self.scale}.",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-@schema.checked("policy.action_history")
-class ActionHistoryConfig:
-    """The actions executed before a frame, as more tokens between the prompt and the action queries."""
-
-    length: int = 0
-    """How many; each is a token. 0: off."""
-    dropout: float = 0.0
-    """Share of training frames that are not told: what was done is a strong hint at what comes next, and a policy that
-    trusts it alone repeats itself."""
-
-    def __post_init__(self):
-        require(self.length >= 0, f"policy.action_history.length={self.length} must be 0 (off) or positive.")
-        require(0 <= self.dropout < 1, f"policy.action_history.dropout={self.dropout} must lie in [0, 1).")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,10 +124,12 @@ class PolicyConfig:
     end and the padding of every prompt but the longest."""
     proprio: ProprioConfig = ProprioConfig()
     action_history: ActionHistoryConfig = ActionHistoryConfig()
+    sensors: tuple[SensorConfig, ...] = ()
+    """Further sensors, as tokens between the prompt and the action queries, in this order."""
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
     lora_rank: int = 0
-    """> 0 adds low-rank adapters to every matrix of the head and of the encoders of robot state and past actions, for
-    what train.init_from brings; those of the backbone are backbone.lora_rank."""
+    """> 0 adds low-rank adapters to every matrix of the head and of the sensors, robot state and past actions included,
+    for what train.init_from brings; those of the backbone are backbone.lora_rank."""
     lora_alpha: float = 16.0
     """Adapters are scaled by lora_alpha / lora_rank."""
     action_scaling: Literal["bounds", "quantile", "mean_std"] = "bounds"
@@ -213,6 +176,8 @@ class PolicyConfig:
             len(self.cameras) > 0 and len(set(self.cameras)) == len(self.cameras),
             f"policy.cameras={self.cameras} must name each camera once and at least one.",
         )
+        names = [sensor.name for sensor in self.sensors]
+        require(len(set(names)) == len(names), f"policy.sensors has names that are not unique: {names}.")
         arm = interface.ACTION_DIM - 1
         require(
             len(self.action_low) == len(self.action_high) == arm
@@ -223,6 +188,13 @@ class PolicyConfig:
         require(self.action_num_std > 0, f"policy.action_num_std={self.action_num_std} must be positive.")
         for field in ("action_std", "action_mu"):
             require(getattr(self, field) >= 0, f"policy.{field}={getattr(self, field)} must be 0 (off) or positive.")
+
+    @property
+    def all_sensors(self) -> tuple[Sensor, ...]:
+        """Everything that makes tokens beside images and text, in the order of their tokens."""
+        state = (self.proprio,) if self.proprio.enabled else ()
+        past = (self.action_history,) if self.action_history.length else ()
+        return (*state, *past, *self.sensors)
 
     @property
     def normalizer(self) -> normalize.Normalizer:

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from robovlms_jax.control.interface import ACTION_DIM, Observation
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.inputs import images as pictures
-from robovlms_jax.inputs import proprio as states
 from robovlms_jax.policies.config import PolicyConfig
 
 
@@ -18,13 +17,11 @@ class Seen:
     """One slot's observation.
 
     images: camera -> uint8[height, width, 3].
-    proprio: float32[7] as `inputs.proprio` defines it, None for policies that do not take it.
-    executed: float32[n, 7]; None where nothing was said, or for policies that do not look back at actions.
+    sensors: name -> what `Sensor.observe` returns, of every sensor that the policy has; None: no reading.
     """
 
     images: Mapping[str, np.ndarray]
-    proprio: np.ndarray | None = None
-    executed: np.ndarray | None = None
+    sensors: Mapping[str, np.ndarray | None]
 
 
 def check(observation: Observation, config: PolicyConfig, slot: int) -> Seen:
@@ -36,8 +33,7 @@ def check(observation: Observation, config: PolicyConfig, slot: int) -> Seen:
             raise ValueError(f"observation.images is a {type(observation.images).__name__}; expected camera -> image.")
         return Seen(
             {camera: _image(observation, camera, config.cameras) for camera in config.cameras},
-            _proprio(observation) if config.proprio.enabled else None,
-            _executed(observation) if config.action_history.length else None,
+            {sensor.name: sensor.observe(observation) for sensor in config.all_sensors},
         )
     except ValueError as error:
         raise ValueError(f"slot {slot}: {error}") from error
@@ -51,32 +47,6 @@ def _image(observation: Observation, camera: str, cameras: Sequence[str]) -> np.
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(f"image {camera!r} is {image.dtype}{list(image.shape)}; expected uint8[height, width, 3] RGB.")
     return image
-
-
-def _proprio(observation: Observation) -> np.ndarray:
-    if observation.proprio is None:
-        raise ValueError("observation.proprio is None; this policy needs the robot's state (policy.proprio.enabled).")
-    state = _numbers(observation.proprio, "proprio")
-    state = states.from_robot_state(state) if state.ndim == 1 else state
-    if state.shape != (states.DIM,) or not np.isfinite(state).all():
-        raise ValueError(f"observation.proprio must be one finite robot state; got {state}.")
-    return state
-
-
-def _executed(observation: Observation) -> np.ndarray | None:
-    if observation.executed is None:
-        return None
-    executed = _numbers(observation.executed, "executed")
-    if executed.ndim != 2 or executed.shape[1] != ACTION_DIM or not np.isfinite(executed).all():
-        raise ValueError(f"observation.executed must be finite actions float[n, {ACTION_DIM}]; got {executed}.")
-    return executed
-
-
-def _numbers(value: object, name: str) -> np.ndarray:
-    try:
-        return np.asarray(value, np.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"observation.{name}={value!r} is no array of numbers: {error}") from error
 
 
 class Pictures:

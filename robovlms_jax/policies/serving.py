@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from robovlms_jax.control.interface import ACTION_DIM, ActionChunk, Observation
-from robovlms_jax.policies import encoders, episodes, objective, observed
+from robovlms_jax.policies import episodes, objective, observed
+from robovlms_jax.policies.sensors import control
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.types import Inputs
 
@@ -41,7 +42,8 @@ def control_step(
       carry: `model.init_carry(B, ...)` or the previous step's result.
       images: camera -> uint8[B, height, width, 3].
       text_ids, text_mask: int32[B, T], bool[B, T].
-      extras: what a policy takes beside images and text, fields of `Inputs` for one frame (see `encoders.blank`).
+      extras: what a policy takes beside images and text, fields of `Inputs` for one frame (see
+        `sensors.base.blank`).
       active: bool[B]; where False the carry stays as it is (the actions there mean nothing).
     Returns:
       float32[B, C, A] in dataset units (gripper exactly -1 or 1), and the new carry.
@@ -80,7 +82,7 @@ class BatchedVLAPolicy:
         self._place, self._carry, self._text_length = place, None, 0
         self._episodes = episodes.Episodes(slots)
         self._pictures = observed.Pictures(model.config.cameras, slots, model.vlm.image)
-        self._extras = encoders.blank(model.config, slots, 1)
+        self._readings = control.Readings(model.config.all_sensors, slots)
         self._planned = np.zeros((slots, 1, ACTION_DIM), np.float32)
         self._compiled: set[Any] = set()
         self._lock = threading.RLock()
@@ -101,8 +103,7 @@ class BatchedVLAPolicy:
                 self._fit_text()
                 for slot in slots:
                     self._carry = self._reset(self._carry, slot)
-                    if "past_actions" in self._extras:
-                        self._extras["past_actions"][slot] = 0
+                    self._readings.reset(slot)
                     self._planned[slot] = 0
             except BaseException:
                 self._forget()
@@ -132,13 +133,15 @@ class BatchedVLAPolicy:
         """float32[C, A] of each slot that saw something, in their order."""
         images = self._pictures.put(seen)
         for slot, x in seen.items():
-            self._remember(slot, x)
+            self._remember(slot, x.sensors)
         ids, mask = self._padded_text()
         active = np.zeros(self.slots, bool)
         active[list(seen)] = True
         self._announce(images, self._pictures.changes)
         try:
-            actions, self._carry = self._step(self.params, self._carry, images, ids, mask, active, self._extras)
+            actions, self._carry = self._step(
+                self.params, self._carry, images, ids, mask, active, self._readings.fields
+            )
             actions = np.asarray(actions)
         except BaseException:  # what was kept has been given away to the step
             self._forget()
@@ -178,16 +181,11 @@ class BatchedVLAPolicy:
         self._carry = jax.tree.map(lambda x: jax.device_put(np.array(x), self._place), carry)
         self._text_length = text_length
 
-    def _remember(self, slot: int, seen: observed.Seen) -> None:
-        """What a slot tells beside pictures."""
-        if seen.proprio is not None:
-            self._extras["proprio"][slot, 0] = seen.proprio
-        if "past_actions" in self._extras:
-            past = self._extras["past_actions"]
-            done = self._planned[slot] if seen.executed is None else seen.executed
-            # a row of zeros, gripper included, says that there was no action
-            done = done[np.any(done != 0, axis=-1)]
-            past[slot] = np.concatenate([past[slot], done])[-past.shape[1] :]
+    def _remember(self, slot: int, seen: Mapping[str, np.ndarray | None]) -> None:
+        """What a slot reads beside pictures. Who does not say what was executed did what was planned."""
+        if "action_history" in seen and seen["action_history"] is None:
+            seen = {**seen, "action_history": self._planned[slot]}
+        self._readings.put(slot, seen)
 
     def _padded_text(self) -> tuple[np.ndarray, np.ndarray]:
         known = [episode for episode in self._episodes if episode is not None]

@@ -15,11 +15,13 @@ from robovlms_jax.backbones import base as backbones
 from robovlms_jax.backbones import sequence
 from robovlms_jax.control import interface
 from robovlms_jax.nn.linear import Kernel, Lora
-from robovlms_jax.policies import auxiliary, decoding, encoders, readout
+from robovlms_jax.policies import auxiliary, decoding, readout
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.policies.histories import registry
 from robovlms_jax.policies.histories.base import History, frames, merge, where
+from robovlms_jax.policies.sensors import base as sensors
+from robovlms_jax.policies.sensors import robot_state
 from robovlms_jax.types import Inputs, Tokens
 
 
@@ -33,7 +35,7 @@ class Carry:
 
 class VLA(nn.Module):
     """Observed steps in, predicted action chunks out. Parameters live under `backbone/`, `readout/` and `head/`, and
-    under `proprio/`, `action_history/` and `auxiliary/` where the configuration switches these on.
+    under `proprio/`, `action_history/`, `sensors_NAME/` and `auxiliary/` where the configuration switches these on.
 
     Images enter preprocessed: float[B, G, size, size, 3] per camera (see `policies.objective.prepare`).
     """
@@ -43,12 +45,16 @@ class VLA(nn.Module):
 
     def setup(self):
         config = self.config
+        width = self.vlm.width
         self.backbone = backbones.build(self.vlm)
         self.readout = readout.LearnedQueries(self.num_queries, self.vlm.width) if self.num_queries else None
         kernel = Kernel(lora=Lora(config.lora_rank, config.lora_alpha))
-        self.proprio = encoders.ProprioToken(config.proprio, self.vlm.width, kernel) if config.proprio.enabled else None
+        self.proprio = robot_state.ProprioToken(config.proprio, width, kernel) if config.proprio.enabled else None
         past = config.action_history
-        self.action_history = encoders.ActionHistory(past, self.vlm.width, kernel) if past.length else None
+        self.action_history = robot_state.ActionHistory(past, width, kernel) if past.length else None
+        self.sensors = {
+            sensor.name: sensors.build(sensor, width, kernel, name=sensor.scope) for sensor in config.sensors
+        }
         self.auxiliary = auxiliary.Auxiliary(config.auxiliary, config.cameras, self.vlm.image.size)
         self.head = heads.build(
             config.head,
@@ -122,16 +128,14 @@ class VLA(nn.Module):
 
     def _sensor_runs(self, inputs: Inputs, deterministic: bool) -> list[sequence.Run]:
         """Each frame's tokens between the prompt and the queries."""
-        tokens = {}
-        if self.proprio is not None:
-            tokens["proprio"] = self.proprio(inputs.proprio, deterministic=deterministic)
-        if self.action_history is not None:
-            past = self.config.normalizer.normalize(inputs.past_actions)
-            tokens["action_history"] = self.action_history(past, deterministic=deterministic)
+        encoders = {"proprio": self.proprio, "action_history": self.action_history, **self.sensors}
         runs = []
-        for name, embeds in tokens.items():
-            embeds = merge(embeds, 0)
-            runs.append(sequence.Run(embeds, jnp.ones(embeds.shape[:2], bool), name, "sensor"))
+        for name in (sensor.name for sensor in self.config.all_sensors):
+            values, mask = inputs.sensors[name], inputs.sensor_mask.get(name)
+            if name == "action_history":
+                values = self.config.normalizer.normalize(values)
+            embeds, told = encoders[name](values, mask, deterministic=deterministic)
+            runs.append(sequence.Run(merge(embeds, 0), merge(told, 0), name, "sensor"))
         return runs
 
     def features(self, inputs: Inputs, deterministic: bool = True, actions: jax.Array | None = None) -> jax.Array:
@@ -257,7 +261,7 @@ class VLA(nn.Module):
             text_ids=jnp.zeros((batch, text_length), jnp.int32),
             text_mask=jnp.ones((batch, text_length), bool),
             step_mask=jnp.ones((batch, 1), bool),
-            **encoders.blank(self.config, batch, 1),
+            **sensors.blank(self.config.all_sensors, batch, 1),
         )
         return self.apply({"params": params}, inputs, method="embed")
 

@@ -24,8 +24,8 @@ from robovlms_jax.inputs import images, prompts, tokenizers
 from robovlms_jax.nn import perceiver
 from robovlms_jax.parallel import cpu
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.policies import encoders
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
+from robovlms_jax.policies.sensors import base as sensors
 from robovlms_jax.policies.serving import EncodeText
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs.config import ExperimentConfig
@@ -297,6 +297,6 @@ def _init(model: VLA, key: jax.Array) -> Any:
         text_ids=np.zeros((1, 8), np.int32),
         text_mask=np.ones((1, 8), bool),
         step_mask=np.ones((1, window), bool),
-        **encoders.blank(model.config, 1, window),
+        **sensors.blank(model.config.all_sensors, 1, window),
     )
     return model.init(key, inputs)["params"]

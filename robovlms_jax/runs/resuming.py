@@ -13,10 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from robovlms_jax import schema
 from robovlms_jax.parallel.config import DistributedConfig
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
+from robovlms_jax.policies.sensors import base as sensors
+from robovlms_jax.policies.sensors.base import SensorConfig
 from robovlms_jax.runs import saved
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import from_dict, to_dict
@@ -34,15 +37,21 @@ something else."""
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What becomes of settings that differ from the checkpoint's. fields: dotted paths, `*` stands for anything."""
+    """What becomes of settings that differ from the checkpoint's. fields: dotted paths, `*` stands for anything; but:
+    those among them that another rule is about."""
 
     kind: Kind
     fields: tuple[str, ...]
     reason: str
+    but: tuple[str, ...] = ()
 
     def covers(self, path: str) -> bool:
         """Whether the rule is about the field at `path`."""
-        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self.fields)
+        return _is_any(path, self.fields) and not _is_any(path, self.but)
+
+
+def _is_any(path: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
 RULES = (
@@ -73,7 +82,18 @@ RULES = (
         "what the head predicts is scaled by it into what a robot is sent",
     ),
     Rule("free", ("policy.reencode_every",), "only control reads it"),
-    Rule("said", ("policy.proprio.dropout", "policy.action_history.dropout"), "training goes on with another dropout"),
+    Rule(
+        "refused",
+        ("policy.sensors", "policy.sensors.*"),
+        "the parameters were learned with these readings, in this order",
+        but=("policy.sensors.*.dropout", "policy.sensors.*.field"),
+    ),
+    Rule("stage", ("policy.sensors.*.field",), "these are other readings under the same name"),
+    Rule(
+        "said",
+        ("policy.proprio.dropout", "policy.action_history.dropout", "policy.sensors.*.dropout"),
+        "training goes on with another dropout",
+    ),
     Rule("stage", ("policy.auxiliary.*",), "it is a loss of its own, some with parameters of their own"),
     Rule(
         "said",
@@ -153,7 +173,8 @@ def rule_of(path: str) -> Rule:
 
 
 def fields_of(cls: type = ExperimentConfig, prefix: str = "") -> Iterator[str]:
-    """Dotted paths of all fields that a configuration can have, those of every registered head included."""
+    """Dotted paths of all fields that a configuration can have, those of every registered head and sensor included; of
+    tuples of configurations their own, and those of an item called `*`."""
     if cls is heads.HeadConfig:
         names = {name for kind in heads.kinds() for name in fields_of(heads.config_of(kind), prefix)}
         yield from sorted({*names, f"{prefix}kind"})
@@ -163,6 +184,8 @@ def fields_of(cls: type = ExperimentConfig, prefix: str = "") -> Iterator[str]:
         hint = hints[field.name]
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from fields_of(hint, f"{prefix}{field.name}.")
+        elif schema.item_of(hint) is SensorConfig:
+            yield from (f"{prefix}{field.name}", *(f"{prefix}{field.name}.*.{name}" for name in sensors.fields()))
         else:
             yield f"{prefix}{field.name}"
 
@@ -180,7 +203,8 @@ class Difference(NamedTuple):
 
 
 def differing_fields(saved: Any, current: Any, prefix: str = "") -> list[Difference]:
-    """Where two configuration dictionaries differ. Of two kinds of heads only that."""
+    """Where two configuration dictionaries differ. Of two kinds of heads only that; items of lists that have the same
+    names in the same order are compared by name."""
     if isinstance(saved, Mapping) and isinstance(current, Mapping):
         names = sorted({*saved, *current})
         if saved.get("kind") != current.get("kind"):
@@ -190,7 +214,16 @@ def differing_fields(saved: Any, current: Any, prefix: str = "") -> list[Differe
             for name in names
             for line in differing_fields(saved.get(name), current.get(name), f"{prefix}.{name}" if prefix else name)
         ]
+    if _names(saved) and _names(saved) == _names(current):
+        pairs = zip(_names(saved), saved, current, strict=True)
+        return [line for name, was, now in pairs for line in differing_fields(was, now, f"{prefix}.{name}")]
     return [] if saved == current else [Difference(prefix, saved, current)]
+
+
+def _names(items: Any) -> list[str]:
+    """Of a list of dictionaries with names; else none."""
+    named = isinstance(items, list) and all(isinstance(item, Mapping) and "name" in item for item in items)
+    return [item["name"] for item in items] if named else []
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from robovlms_jax.actions import statistics
 from robovlms_jax.data import base as datasets
-from robovlms_jax.data import language, mixing, opening, pipeline
+from robovlms_jax.data import excerpts, language, loading, mixing, opening, order, samples, sensors
 from robovlms_jax.data import statistics as data_statistics
 from robovlms_jax.parallel import cpu, distributed
 from robovlms_jax.parallel import mesh as meshes
@@ -56,8 +56,8 @@ class Setup:
 
     config: ExperimentConfig
     """With everything resolved that depends on the data."""
-    train: pipeline.SegmentSource
-    validation: pipeline.SegmentSource | None
+    train: samples.SegmentSource
+    validation: samples.SegmentSource | None
     """None: no episode there is annotated (`validation.open_split`)."""
     backbone: build.Backbone
     encode: EncodeText
@@ -207,7 +207,7 @@ def _train(
     config = setup.config
     serving = {"config": to_dict(config), "assets": dict(setup.backbone.assets)}
     checkpointer = checkpoints.Checkpointer(output, keep=config.train.keep_checkpoints, serving=serving)
-    fingerprint = pipeline.order_fingerprint(
+    fingerprint = order.order_fingerprint(
         setup.train, segments_per_batch=config.segments_per_batch, seed=config.train.seed
     )
     if setup.point:
@@ -314,7 +314,7 @@ def _announce(name: str, setup: Setup) -> None:
 
 def _require_memory(setup: Setup) -> None:
     """Say how much memory the run will take. Raises ValueError where its devices say that they have far less."""
-    row = setup.train.evaluation_batch(np.array([pipeline.PADDING]))  # nothing is read
+    row = setup.train.evaluation_batch(np.array([samples.PADDING]))  # nothing is read
     size = setup.config.segments_per_batch
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), row)
     estimate = steps.memory_of(setup.config, setup.model, setup.abstract, batch)
@@ -330,13 +330,13 @@ def _training_actions(
     """A sample, and its statistics; what looks wrong about them is said, or refused (data.check_actions)."""
     by_data = config.policy.action_scaling != "bounds" or getattr(config.policy.head, "binning", "") == "quantile"
     # Published layouts have a file per frame: enough of them for the question at hand.
-    actions, openings = pipeline.action_sample(dataset, 20_000 if by_data else 1_000)
+    actions, openings = excerpts.action_sample(dataset, 20_000 if by_data else 1_000)
     values = statistics.summarize(actions) if dataset.statistics is None else dataset.statistics.action
     if config.data.compat_second_norm:
         values = data_statistics.shrink(values, 0.65)
     if isinstance(dataset, mixing.MixtureDataset):  # each in its own units; openings of several robots do not compare
         for part in dataset.parts:
-            _check_actions(config, part.dataset, part.statistics.action, *pipeline.action_sample(part.dataset, 1_000))
+            _check_actions(config, part.dataset, part.statistics.action, *excerpts.action_sample(part.dataset, 1_000))
     else:
         _check_actions(config, dataset, values, actions, openings)
     return actions, values
@@ -380,33 +380,33 @@ def _source(
     encode: EncodeText,
     variation: language.Variation | None = None,
     embed_sentence: Callable[[str], np.ndarray] | None = None,
-) -> pipeline.SegmentSource:
-    return pipeline.SegmentSource(
-        dataset,
+) -> samples.SegmentSource:
+    cut = samples.Cut(
         window=config.policy.window,
         chunk=config.policy.chunk,
         windows_per_segment=config.data.windows_per_segment,
+        left_pad=config.data.left_pad,
+        goal_relabelling=config.data.compat_goal_relabelling,
+        future_frames=config.policy.auxiliary.future_frames,
+    )
+    return samples.SegmentSource(
+        dataset,
+        cut,
         cameras=config.policy.cameras,
         encode_text=encode,
-        proprio=config.policy.proprio.enabled,
-        left_pad=config.data.left_pad,
-        variation=variation,
-        goal_relabelling=config.data.compat_goal_relabelling,
-        past_actions=config.policy.action_history.length,
-        future_frames=config.policy.auxiliary.future_frames,
+        sensors=[sensors.make(sensor.reading) for sensor in config.policy.all_sensors],
         embed_sentence=embed_sentence,
+        variation=variation,
     )
 
 
-def _batches(config: ExperimentConfig, source: pipeline.SegmentSource, start: int, mesh: Mesh) -> Any:
-    index, count = meshes.batch_share(mesh)
-    return pipeline.train_batches(
+def _batches(config: ExperimentConfig, source: samples.SegmentSource, start: int, mesh: Mesh) -> Any:
+    return loading.train_batches(
         source,
         segments_per_batch=config.segments_per_batch,
         seed=config.train.seed,
         start_step=start,
-        process_index=index,
-        process_count=count,
+        process=meshes.batch_share(mesh),
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
         num_workers=config.data.num_workers,
@@ -414,7 +414,7 @@ def _batches(config: ExperimentConfig, source: pipeline.SegmentSource, start: in
 
 
 def _loader_rate(
-    config: ExperimentConfig, source: pipeline.SegmentSource, start: int, mesh: Mesh
+    config: ExperimentConfig, source: samples.SegmentSource, start: int, mesh: Mesh
 ) -> tuple[ExperimentConfig, float]:
     """With data.num_workers decided, and the windows/s the loader then delivers over all hosts, from reading ahead."""
 
@@ -422,7 +422,7 @@ def _loader_rate(
         return dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=count))
 
     given = config.data.num_workers
-    count, rates = pipeline.choose_workers(
+    count, rates = loading.choose_workers(
         lambda count: _batches(with_workers(count), source, start, mesh),
         config.train.batch_size,
         candidates=None if given == -1 else [given],
@@ -449,7 +449,7 @@ def _begin(setup: Setup) -> state.TrainState:
 def _require_order(setup: Setup, fingerprint: Mapping[str, Any]) -> None:
     """Raise ValueError where other batches would follow than would have, unless that is what was asked for."""
     try:
-        pipeline.require_same_order(setup.point.order, fingerprint)
+        order.require_same_order(setup.point.order, fingerprint)
     except ValueError as error:
         if not setup.config.train.allow_new_order:
             raise

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from robovlms_jax.control.interface import Observation
-from robovlms_jax.data import base, language, opening, pipeline
+from robovlms_jax.data import base, excerpts, language, loading, opening, samples
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.evaluation import offline
 from robovlms_jax.evaluation.report import offline as offline_report
@@ -49,7 +49,7 @@ def sentences(split: base.Dataset | None) -> list[str]:
 
 
 def evaluator(
-    model: VLA, mesh: Mesh, config: ExperimentConfig, source: pipeline.SegmentSource | None, encode: EncodeText
+    model: VLA, mesh: Mesh, config: ExperimentConfig, source: samples.SegmentSource | None, encode: EncodeText
 ) -> Evaluator | Unevaluated:
     """What evaluates on the split, if there is one."""
     return Unevaluated() if source is None else Evaluator(model, mesh, config, source, encode)
@@ -83,7 +83,7 @@ class Evaluator:
     """Holds what does not change between evaluations: the split and the compiled step."""
 
     def __init__(
-        self, model: VLA, mesh: Mesh, config: ExperimentConfig, source: pipeline.SegmentSource, encode: EncodeText
+        self, model: VLA, mesh: Mesh, config: ExperimentConfig, source: samples.SegmentSource, encode: EncodeText
     ):
         self._model, self._mesh, self._config, self._source, self._encode = model, mesh, config, source, encode
         self._step = step.make_eval_step(model, mesh)
@@ -163,11 +163,8 @@ class Evaluator:
         policy = VLAPolicy(self._model, params, self._encode)
         curves = []
         for episode in episodes[:: math.ceil(len(episodes) / count)]:
-            recorded = pipeline.episode_arrays(
-                self._source.dataset,
-                episode,
-                self._model.config.cameras,
-                proprio=self._model.config.proprio.enabled,
+            recorded = excerpts.episode_arrays(
+                self._source.dataset, episode, self._model.config.cameras, self._source.sensors
             )
             policy.reset(episode.instruction)
             predicted = [policy.act(_observation(recorded, t)).actions[0] for t in range(len(recorded.actions))]
@@ -176,13 +173,11 @@ class Evaluator:
         return curves
 
     def _batches(self, num_batches: int) -> Iterator[Batch]:
-        index, count = meshes.batch_share(self._mesh)
-        batches = pipeline.evaluation_batches(
+        batches = loading.evaluation_batches(
             self._source,
             segments_per_batch=self._config.segments_per_batch,
             num_batches=num_batches,
-            process_index=index,
-            process_count=count,
+            process=meshes.batch_share(self._mesh),
             num_threads=self._config.data.num_threads,
             prefetch=2,
         )
@@ -192,8 +187,8 @@ class Evaluator:
             batches.close()
 
 
-def _observation(recorded: pipeline.EpisodeArrays, t: int) -> Observation:
+def _observation(recorded: excerpts.EpisodeArrays, t: int) -> Observation:
     """What a robot would have reported at step `t` of a recorded episode."""
-    state = None if recorded.proprio is None else recorded.proprio[t]
+    readings = {name: values[t] for name, (values, present) in recorded.sensors.items() if present[t]}
     images = {camera: x[t] for camera, x in recorded.images.items()}
-    return Observation(images, state, executed=recorded.actions[max(t - 1, 0) : t])
+    return Observation(images, executed=recorded.actions[max(t - 1, 0) : t], sensors=readings)

@@ -12,7 +12,7 @@ import pytest
 from experiments import convert_data
 from robovlms_jax.actions import statistics
 from robovlms_jax.control import robot
-from robovlms_jax.data import calvin, lerobot, opening, pipeline
+from robovlms_jax.data import calvin, excerpts, lerobot, opening
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.data.lerobot import names
 from tests.data import toy_lerobot as toy
@@ -146,7 +146,7 @@ def test_a_gripper_that_means_the_opposite_is_told_by_the_recorded_opening(tmp_p
     toy.write_json(root / lerobot.CONVENTIONS, {"state": ["observation.state"], "state_encoding": "POS_EULER"})
 
     def findings(dataset):
-        actions, openings = pipeline.action_sample(dataset, 100)
+        actions, openings = excerpts.action_sample(dataset, 100)
         found = statistics.lint(statistics.summarize(actions), commands=actions[:, 6], widths=openings)
         return [finding.message for finding in found if finding.dimension == "gripper"]
 

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 
 from experiments import convert_data
-from robovlms_jax.data import base, calvin, language, mixing, opening, pipeline, segments, storage
+from robovlms_jax.data import base, calvin, language, loading, mixing, opening, order, segments, sensors, storage
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.data.registry import entry as entries
 from robovlms_jax.data.registry import mixtures
+from robovlms_jax.inputs.sensors import Reading
 from tests.data import toy_rlds
 from tests.data.test_rlds import make_source
+
+STATE = sensors.make(Reading("proprio", "proprio", "robot_obs", (7,)))
 
 
 def take(batches, count):
@@ -27,7 +30,7 @@ def take(batches, count):
 
 def train(source, count, **options):
     options = {"segments_per_batch": 8, "seed": 5, "num_threads": 2, "prefetch": 2, **options}
-    return take(pipeline.train_batches(source, **options), count)
+    return take(loading.train_batches(source, **options), count)
 
 
 def same(a, b):
@@ -144,7 +147,7 @@ def test_a_mixture_resumes_exactly_and_on_any_number_of_hosts(root, step):
     dataset = opening.open_split(settings(root), "training")
     source = make_source(dataset, variation=language.Variation(templates=language.TEMPLATES))
     whole = train(source, step + 3)
-    parts = [train(source, 3, start_step=step, process_index=index, process_count=2) for index in (0, 1)]
+    parts = [train(source, 3, start_step=step, process=(index, 2)) for index in (0, 1)]
     for expected, *shares in zip(whole[step:], *parts, strict=True):
         same(expected, jax.tree.map(lambda *leaves: np.concatenate(leaves), *shares))
 
@@ -182,7 +185,7 @@ def test_the_number_of_workers_is_chosen_by_measuring():
         def close(self):
             pass
 
-    best, rates = pipeline.choose_workers(Slow, 8, candidates=[0, 1, 2], seconds=0.05)
+    best, rates = loading.choose_workers(Slow, 8, candidates=[0, 1, 2], seconds=0.05)
     assert best == 2 and set(rates) == {0, 1, 2}
 
 
@@ -191,10 +194,10 @@ def test_the_fingerprint_knows_weights(root):
     for weight in (1.0, 2.0):
         (root / "w.json").write_text(json.dumps({"mixture": {"arm": weight, "crane": 1}, "balance": False}))
         sources.append(make_source(opening.open_split(settings(root, dataset=str(root / "w.json")), "training")))
-    prints = [pipeline.order_fingerprint(source, segments_per_batch=4, seed=1) for source in sources]
+    prints = [order.order_fingerprint(source, segments_per_batch=4, seed=1) for source in sources]
     with pytest.raises(ValueError, match="mixture was"):
-        pipeline.require_same_order(json.loads(json.dumps(prints[0])), prints[1])
-    pipeline.require_same_order(json.loads(json.dumps(prints[0])), prints[0])
+        order.require_same_order(json.loads(json.dumps(prints[0])), prints[1])
+    order.require_same_order(json.loads(json.dumps(prints[0])), prints[0])
 
 
 def test_mistakes_in_mixtures_are_named(root):
@@ -298,7 +301,7 @@ def test_sentences_vary_in_training_and_never_in_evaluation(root, tmp_path):
     assert said == {"push the block", "kindly push the block", "lift it", "raise the thing", "kindly lift it",
                     "kindly raise the thing"}  # fmt: skip
     assert set(language.every(dataset.episodes, variation)) == said
-    evaluated = take(pipeline.evaluation_batches(source, segments_per_batch=16, num_threads=1, prefetch=1), None)
+    evaluated = take(loading.evaluation_batches(source, segments_per_batch=16, num_threads=1, prefetch=1), None)
     said = {bytes(row[row > 0].astype(np.uint8)).decode() for b in evaluated for row in b.inputs.text_ids}
     assert said == {"push the block", "lift it"}
     for wrong in ('{"templates": ["please"]}', '{"sentense": {}}', "[]", '{"templates": [3]}'):
@@ -335,7 +338,7 @@ def test_calvin_becomes_an_rlds_dataset_with_the_same_samples(tmp_path):
     after = opening.open_split(
         DataConfig(dataset=str(tmp_path / "m.json"), root=str(tmp_path / "out"), index_workers=1), "validation"
     )
-    a, b = (make_source(dataset, cameras=("static", "wrist"), proprio=True) for dataset in (before, after))
+    a, b = (make_source(dataset, cameras=("static", "wrist"), sensors=[STATE]) for dataset in (before, after))
     assert len(a) == len(b)
     for index in (0, len(a) - 1):
         first, second = a[index], b[index]

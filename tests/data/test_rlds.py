@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robovlms_jax.data import base, features, pipeline, records, rlds, shard_index, splits, statistics, storage
+from robovlms_jax.data import base, features, records, rlds, samples, shard_index, splits, statistics, storage
 from robovlms_jax.data.registry import expressions, mixtures, oxe
 from robovlms_jax.data.registry.entry import Entry
 from robovlms_jax.data.registry.infer import infer
@@ -28,9 +28,9 @@ def encode_text(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_source(dataset, *, window=4, chunk=3, windows_per_segment=2, cameras=("static",), **options):
-    return pipeline.SegmentSource(
-        dataset, window=window, chunk=chunk, windows_per_segment=windows_per_segment, cameras=cameras,
-        encode_text=encode_text, **options)  # fmt: skip
+    more = {name: options.pop(name) for name in ("left_pad", "goal_relabelling") if name in options}
+    cut = samples.Cut(window, chunk, windows_per_segment, **more)
+    return samples.SegmentSource(dataset, cut, cameras=cameras, encode_text=encode_text, **options)
 
 
 def open_toy(root, entry=TOY, split="training", **options) -> rlds.RldsDataset:

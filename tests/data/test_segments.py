@@ -1,4 +1,4 @@
-"""Segment arithmetic against loops that follow RoboVLMs' own steps. Its numbers are compared in test_pipeline.py."""
+"""Segment arithmetic against loops that follow RoboVLMs' own steps. Its numbers are compared in test_loading.py."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from robovlms_jax.backbones import registry
 from robovlms_jax.policies import vla
 from robovlms_jax.policies.config import ActionHistoryConfig, PolicyConfig, ProprioConfig
 from robovlms_jax.policies.heads import discrete, lstm, mlp
+from robovlms_jax.policies.sensors import base as sensors
 from robovlms_jax.types import Inputs
 
 W, G, T, B = 2, 3, 6, 3
@@ -74,15 +75,13 @@ def inputs(config: PolicyConfig, size: int) -> Inputs:
     steps = np.ones((B, G), bool)
     steps[1, 0] = False
     there = {"static": np.ones((B, G), bool), "wrist": np.arange(B * G).reshape(B, G) % 2 == 0}
-    past = np.zeros((B, config.action_history.length + G - 1, 7), np.float32)
     return Inputs(
         images=images,
         text_ids=np.full((B, T), 5, np.int32),
         text_mask=np.arange(T) < np.array(LENGTHS)[:, None],
         step_mask=steps,
-        proprio=np.zeros((B, G, 7), np.float32) if config.proprio.enabled else None,
-        past_actions=past if config.action_history.length else None,
         image_mask=there,
+        **sensors.blank(config.all_sensors, B, G),
     )
 
 

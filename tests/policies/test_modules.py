@@ -13,8 +13,9 @@ from flax.traverse_util import flatten_dict
 
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.nn.perceiver import PerceiverConfig
-from robovlms_jax.policies import encoders, objective, serving
+from robovlms_jax.policies import objective, serving
 from robovlms_jax.policies.config import ActionHistoryConfig, AuxiliaryConfig, ClipConfig, ForwardConfig, ProprioConfig
+from robovlms_jax.policies.sensors import robot_state
 from tests import toy
 from tests.toy import B, W
 
@@ -49,7 +50,7 @@ def complete(batch, states):
     past = np.pad(batch.actions[:, : frames - 1], ((0, 0), (PAST.length, 0), (0, 0)))
     sentence = rng.normal(size=(B, 5)).astype(np.float32)
     return batch.replace(
-        inputs=batch.inputs.replace(proprio=states[..., [0, 1, 2, 3, 4, 5, 14]], past_actions=past),
+        inputs=batch.inputs.replace(sensors={"proprio": states[..., [0, 1, 2, 3, 4, 5, 14]], "action_history": past}),
         future={camera: x[:, :2] for camera, x in batch.inputs.images.items()},
         future_mask=np.ones((B, 2), bool),
         sentence=sentence / np.linalg.norm(sentence, axis=1, keepdims=True),
@@ -69,20 +70,20 @@ def on():
 
 def test_scaled_state_is_centred_and_takes_the_short_way_round():
     config = ProprioConfig(center=(1.0, 2.0, 3.0, 3.0, 0.0, -1.0), scale=(2.0, 1.0, 0.5, 0.5, 1.0, 1.0))
-    scaled = encoders.scale_arm(jnp.asarray([2.0, 2.0, 2.0, -3.0, 0.5, -1.5]), config)
+    scaled = robot_state.scale_arm(jnp.asarray([2.0, 2.0, 2.0, -3.0, 0.5, -1.5]), config)
     # roll -3 lies 2 pi - 6 beyond roll 3
     np.testing.assert_allclose(scaled, [0.5, 0, -2, (2 * np.pi - 6) / 0.5, 0.5, -0.5], rtol=1e-5)
     raw = ProprioConfig(center=(0.0,) * 6, scale=(1.0,) * 6)
     readings = jnp.asarray([[0.1, -0.2, 0.5, 3.14159, -3.14159, 1.5]])
-    np.testing.assert_array_equal(encoders.scale_arm(readings, raw), readings)
+    np.testing.assert_array_equal(robot_state.scale_arm(readings, raw), readings)
 
 
 def test_token_is_two_encoders_fused(on):
     # Against upstream's formula, written out: fuse([Linear(arm), table[gripper is open]]).
     model, params, batch, _ = on
-    p, proprio = params["proprio"], batch.inputs.proprio
-    token = encoders.ProprioToken(ON, model.vlm.width).apply({"params": p}, proprio)
-    arm = encoders.scale_arm(proprio[..., :6], ON) @ p["arm"]["kernel"] + p["arm"]["bias"]
+    p, proprio = params["proprio"], batch.inputs.sensors["proprio"]
+    token, _ = robot_state.ProprioToken(ON, model.vlm.width).apply({"params": p}, proprio)
+    arm = robot_state.scale_arm(proprio[..., :6], ON) @ p["arm"]["kernel"] + p["arm"]["bias"]
     gripper = np.asarray(p["gripper"])[((proprio[..., 6] + 1) // 2).astype(int)]
     expected = np.concatenate([arm, gripper], -1) @ p["fuse"]["kernel"] + p["fuse"]["bias"]
     np.testing.assert_allclose(token[..., 0, :], expected, rtol=1e-4, atol=1e-5)
@@ -92,8 +93,8 @@ def test_past_actions_are_told_apart_by_age_and_by_whether_they_were(on):
     # Token of age a of frame g = encoder(action g - H + a) + age[a]; before the episode, the age alone.
     model, params, batch, _ = on
     p = params["action_history"]
-    past = model.config.normalizer.normalize(batch.inputs.past_actions)
-    tokens = encoders.ActionHistory(PAST, model.vlm.width).apply({"params": p}, past)
+    past = model.config.normalizer.normalize(batch.inputs.sensors["action_history"])
+    tokens, _ = robot_state.ActionHistory(PAST, model.vlm.width).apply({"params": p}, past)
     assert tokens.shape == (*batch.inputs.step_mask.shape, 2, model.vlm.width)
     np.testing.assert_array_equal(tokens[:, 0], np.broadcast_to(p["age"], tokens[:, 0].shape))
     np.testing.assert_array_equal(tokens[:, 1, 0], np.broadcast_to(p["age"][0], tokens[:, 1, 0].shape))
@@ -107,21 +108,21 @@ def test_past_actions_are_told_apart_by_age_and_by_whether_they_were(on):
 
 def test_untold_frames_know_no_past_action():
     config = ActionHistoryConfig(length=2, dropout=0.5)
-    module, past = encoders.ActionHistory(config, 8), np.ones((1, 60, 7), np.float32)
+    module, past = robot_state.ActionHistory(config, 8), np.ones((1, 60, 7), np.float32)
     params = module.init(jax.random.key(0), past)
-    tokens = module.apply(params, past, deterministic=False, rngs={"dropout": jax.random.key(1)})
-    told = np.asarray(module.apply(params, past) == tokens).all(axis=(2, 3))[0]
+    tokens, _ = module.apply(params, past, deterministic=False, rngs={"dropout": jax.random.key(1)})
+    told = np.asarray(module.apply(params, past)[0] == tokens).all(axis=(2, 3))[0]
     assert 10 < told.sum() < 50
 
 
 def test_untold_frames_know_no_state():
     # Of frames that are not told, tokens are all the same whatever the state is; deterministic calls tell every frame.
     config = ProprioConfig(enabled=True, dropout=0.5)
-    module = encoders.ProprioToken(config, 8)
+    module = robot_state.ProprioToken(config, 8)
     state = np.random.default_rng(0).normal(size=(1, 60, 7)).astype(np.float32)
     params = module.init(jax.random.key(0), state)
-    some = module.apply(params, state, deterministic=False, rngs={"dropout": jax.random.key(1)})[0, :, 0]
-    told = np.asarray(some == module.apply(params, state)[0, :, 0]).all(axis=1)
+    some = module.apply(params, state, deterministic=False, rngs={"dropout": jax.random.key(1)})[0][0, :, 0]
+    told = np.asarray(some == module.apply(params, state)[0][0, :, 0]).all(axis=1)
     assert 10 < told.sum() < 50
     assert (np.asarray(some)[~told] == 0).all()  # the last bias, zero here
     assert len(np.unique(np.asarray(some)[told], axis=0)) == told.sum()
@@ -204,7 +205,7 @@ def test_every_module_learns_on_one_batch(on):
     # something to learn each: the coming frame, the sentence's embedding, the prompt.
     _, _, batch, _ = on
     frames = batch.inputs.step_mask.shape[1]
-    state, past = batch.inputs.proprio, batch.inputs.past_actions[:, 1 : 1 + frames]
+    state, past = batch.inputs.sensors["proprio"], batch.inputs.sensors["action_history"][:, 1 : 1 + frames]
     actions = batch.actions[:, :frames].copy()
     actions[..., :3], actions[..., 3:6] = 0.6 * np.tanh(state[..., :3]), 0.6 * past[..., 3:6]
 

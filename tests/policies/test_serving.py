@@ -12,6 +12,7 @@ import pytest
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.policies import serving
 from robovlms_jax.policies.config import ActionHistoryConfig, ProprioConfig
+from robovlms_jax.policies.sensors import base as sensors
 from tests import toy
 
 SLOTS, STEPS, LONG = 3, 3, 16
@@ -37,10 +38,7 @@ def served():
     model = toy.make_model(**CONFIG)
     batch = toy.make_batch(np.random.default_rng(0))
     batch = batch.replace(
-        inputs=batch.inputs.replace(
-            proprio=np.zeros((*batch.inputs.step_mask.shape, 7), np.float32),
-            past_actions=np.zeros((len(batch.actions), batch.inputs.step_mask.shape[1] + 1, 7), np.float32),
-        )
+        inputs=batch.inputs.replace(**sensors.blank(model.config.all_sensors, *batch.inputs.step_mask.shape))
     )
     return model, toy.random_params(model, batch)
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from robovlms_jax import cli
-from robovlms_jax.data import opening, pipeline
+from robovlms_jax.data import loading, opening, samples
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.runs.config import ExperimentConfig
@@ -167,16 +167,14 @@ def test_a_dead_loader_worker_ends_the_run(tmp_path):
     toy_rlds.write(tmp_path, [toy_rlds.episode(seed, 20) for seed in range(4)], name="arm")
     (tmp_path / "mine.yaml").write_text("datasets: {}\nmixture: {arm: 1.0}\n")
     settings = DataConfig(dataset=str(tmp_path / "mine.yaml"), root=str(tmp_path), index_workers=1)
-    source = pipeline.SegmentSource(
+    source = samples.SegmentSource(
         opening.open_split(settings, "training"),
-        window=2,
-        chunk=2,
-        windows_per_segment=2,
+        samples.Cut(window=2, chunk=2, windows_per_segment=2),
         cameras=("static",),
         encode_text=Encode(),
     )
     reading = {"segments_per_batch": 4, "seed": 0, "num_threads": 1, "prefetch": 1, "num_workers": 2}
-    with contextlib.closing(pipeline.train_batches(source, **reading)) as batches:
+    with contextlib.closing(loading.train_batches(source, **reading)) as batches:
         next(batches)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         begin = time.perf_counter()

@@ -13,8 +13,11 @@ import pytest
 from PIL import Image
 
 from robovlms_jax import types
-from robovlms_jax.data import base, calvin, packing, pipeline
+from robovlms_jax.data import base, calvin, excerpts, loading, order, packing, samples, sensors
+from robovlms_jax.inputs.sensors import Reading
 
+STATE = sensors.make(Reading("proprio", "proprio", "robot_obs", (7,)))
+PAST = sensors.make(Reading("action_history", "action_history", "rel_actions", (7,), past=1))
 SPANS = [(100, 122), (110, 130), (140, 146), (150, 162)]
 W, C, K = 8, 4, 3
 CAMERAS = ("wrist", "static")
@@ -25,13 +28,10 @@ def encode_text(text: str) -> tuple[np.ndarray, np.ndarray]:
     return ids, ids > 0
 
 
-def make_source(
-    dataset: base.Dataset, *, window=W, chunk=C, windows_per_segment=K, **options
-) -> pipeline.SegmentSource:
+def make_source(dataset: base.Dataset, *, window=W, chunk=C, windows_per_segment=K, **options) -> samples.SegmentSource:
     options = {"cameras": CAMERAS, "encode_text": encode_text, **options}
-    return pipeline.SegmentSource(
-        dataset, window=window, chunk=chunk, windows_per_segment=windows_per_segment, **options
-    )
+    more = {name: options.pop(name) for name in ("left_pad", "goal_relabelling", "future_frames") if name in options}
+    return samples.SegmentSource(dataset, samples.Cut(window, chunk, windows_per_segment, **more), **options)
 
 
 def take(batches, count: int | None = None) -> list[types.Batch]:
@@ -39,9 +39,9 @@ def take(batches, count: int | None = None) -> list[types.Batch]:
         return list(itertools.islice(batches, count))
 
 
-def train(source: pipeline.SegmentSource, count: int, **options) -> list[types.Batch]:
+def train(source: samples.SegmentSource, count: int, **options) -> list[types.Batch]:
     options = {"segments_per_batch": 4, "seed": 3, "num_threads": 2, "prefetch": 2, **options}
-    return take(pipeline.train_batches(source, **options), count)
+    return take(loading.train_batches(source, **options), count)
 
 
 def same(a: types.Batch, b: types.Batch) -> None:
@@ -105,36 +105,39 @@ def test_batches_have_the_documented_shapes_and_types(dataset):
 
 
 def test_robot_states_come_with_their_frames_when_asked_for(dataset, frame_content):
-    assert make_source(dataset)[9].inputs.proprio is None
-    source = make_source(dataset, proprio=True)
+    assert make_source(dataset)[9].inputs.sensors == {}
+    source = make_source(dataset, sensors=[STATE])
     columns = [0, 1, 2, 3, 4, 5, 14]  # pose and last gripper command
     steps = np.minimum(122 + np.arange(W + K - 1), 130)  # the last segment: one window, then repeats
     expected = np.stack([frame_content(frame_id)["robot_obs"][columns] for frame_id in steps])
-    np.testing.assert_array_equal(source[9].inputs.proprio, expected.astype(np.float32))
-    arrays = pipeline.episode_arrays(dataset, dataset.episodes[1], (), proprio=True)
-    np.testing.assert_array_equal(arrays.proprio[12:], expected[: len(arrays.proprio) - 12].astype(np.float32))
-    (batch,) = take(pipeline.evaluation_batches(source, segments_per_batch=16, num_threads=1, prefetch=1))
-    assert batch.inputs.proprio.shape == (16, W + K - 1, 7)
+    np.testing.assert_array_equal(source[9].inputs.sensors["proprio"], expected.astype(np.float32))
+    arrays = excerpts.episode_arrays(dataset, dataset.episodes[1], (), [STATE, PAST])
+    assert list(arrays.sensors) == ["proprio"]  # what a policy did, it knows itself
+    states, present = arrays.sensors["proprio"]
+    np.testing.assert_array_equal(states[12:], expected[: len(states) - 12].astype(np.float32))
+    assert present.all() and len(present) == len(states)
+    (batch,) = take(loading.evaluation_batches(source, segments_per_batch=16, num_threads=1, prefetch=1))
+    assert batch.inputs.sensors["proprio"].shape == (16, W + K - 1, 7)
 
 
 def test_past_actions_future_frames_and_sentences_when_asked_for(dataset, frame_content):
     sentences = {"open drawer": np.float32([1, 0]), "turn on led": np.float32([0, 1])}
     source = make_source(
-        dataset, past_actions=2, future_frames=4, embed_sentence=lambda text: sentences.get(text, np.zeros(2, "f4"))
+        dataset, sensors=[PAST], future_frames=4, embed_sentence=lambda text: sentences.get(text, np.zeros(2, "f4"))
     )
     # Episode 1, frames 110 ... 130. Segment 5 begins with it, segment 9 near its end (frame 122, G = 10).
     for index, begin in ((5, 110), (9, 122)):
         sample, frames = source[index], W + K - 1
         steps = np.minimum(begin - 2 + np.arange(frames + 1), 130)
         past = [np.zeros(7) if step < 110 else frame_content(step)["rel_actions"] for step in steps]
-        np.testing.assert_array_equal(sample.inputs.past_actions, np.float32(past))
+        np.testing.assert_array_equal(sample.inputs.sensors["action_history"], np.float32(past))
         after = begin + frames + np.arange(4)
         np.testing.assert_array_equal(sample.future_mask, after <= 130)
         for camera, key in (("static", "rgb_static"), ("wrist", "rgb_gripper")):
             expected = np.stack([frame_content(min(step, 130))[key] for step in after])
             np.testing.assert_array_equal(sample.future[camera], expected)
         np.testing.assert_array_equal(sample.sentence, [0, 1])
-    (batch,) = take(pipeline.evaluation_batches(source, segments_per_batch=16, num_threads=1, prefetch=1))
+    (batch,) = take(loading.evaluation_batches(source, segments_per_batch=16, num_threads=1, prefetch=1))
     assert batch.future["static"].shape == (16, 4, 40, 40, 3)
 
 
@@ -145,12 +148,12 @@ def test_batches_of_one_segment(dataset):
 
 def test_an_action_sample_is_spread_over_learned_frames(write_calvin, frame_content):
     dataset = calvin.open_dataset(write_calvin(SPANS[:1]), "training")
-    actions, openings = pipeline.action_sample(dataset, 3)
+    actions, openings = excerpts.action_sample(dataset, 3)
     expected = [frame_content(frame_id) for frame_id in (100, 110, 121)]  # frame 122, the last, is not learned from
     np.testing.assert_array_equal(actions, np.float32([content["rel_actions"] for content in expected]))
     np.testing.assert_array_equal(openings, np.float32([content["robot_obs"][6] for content in expected]))
     np.savez(dataset.path(105), **{**frame_content(105), "rel_actions": np.full(7, np.nan)})
-    actions, openings = pipeline.action_sample(dataset, 100)
+    actions, openings = excerpts.action_sample(dataset, 100)
     assert openings is None
     np.testing.assert_array_equal(actions[4:6, 0], np.float32([frame_content(i)["rel_actions"][0] for i in (104, 106)]))
 
@@ -181,8 +184,7 @@ def test_a_batch_is_its_segments_side_by_side(dataset, windows_per_segment):
         dataset,
         windows_per_segment=windows_per_segment,
         left_pad=True,
-        proprio=True,
-        past_actions=2,
+        sensors=[STATE, PAST],
         future_frames=3,
         embed_sentence=lambda text: np.full(2, len(text), np.float32),
     )
@@ -244,7 +246,7 @@ def test_the_seed_alone_decides_the_order(dataset):
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_global_batches_do_not_depend_on_the_number_of_processes(dataset, processes):
     source = make_source(dataset)
-    parts = [train(source, 5, process_index=index, process_count=processes) for index in range(processes)]
+    parts = [train(source, 5, process=(index, processes)) for index in range(processes)]
     for whole, *shares in zip(train(source, 5), *parts, strict=True):
         assert all(len(share.episode) == 4 // processes for share in shares)
         same(whole, join(shares))
@@ -267,21 +269,21 @@ def test_a_batch_larger_than_an_epoch_is_filled_from_the_next(dataset):
 
 def test_a_batch_that_does_not_divide_over_processes_is_refused(dataset):
     with pytest.raises(ValueError, match="6 segments per batch do not divide over 4 processes; try 4"):
-        pipeline.train_batches(make_source(dataset), segments_per_batch=6, seed=0, process_count=4)
+        loading.train_batches(make_source(dataset), segments_per_batch=6, seed=0, process=(0, 4))
 
 
 # Evaluation.
 
 
-def evaluate(source: pipeline.SegmentSource, **options) -> list[types.Batch]:
+def evaluate(source: samples.SegmentSource, **options) -> list[types.Batch]:
     options = {"segments_per_batch": 8, "num_threads": 2, "prefetch": 2, **options}
-    return take(pipeline.evaluation_batches(source, **options))
+    return take(loading.evaluation_batches(source, **options))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_evaluation_sees_everything_once_and_pads_the_last_batch(dataset, processes):
     source = make_source(dataset)
-    parts = [evaluate(source, process_index=index, process_count=processes) for index in range(processes)]
+    parts = [evaluate(source, process=(index, processes)) for index in range(processes)]
     assert all(len(part) == 2 for part in parts)
     whole = [join(list(shares)) for shares in zip(*parts, strict=True)]
     for a, b in zip(whole, evaluate(source), strict=True):
@@ -365,8 +367,8 @@ def test_the_fingerprint_accepts_the_same_data_in_either_layout(write_calvin, tm
     npz = calvin.open_npz(root, "training")
     packed = packing.pack(npz, tmp_path / "packed", frame_ids=npz.frame_ids, codec="png")
     sources = [make_source(dataset) for dataset in (npz, packed)]
-    saved, current = (pipeline.order_fingerprint(source, segments_per_batch=4, seed=1) for source in sources)
-    pipeline.require_same_order(json.loads(json.dumps(saved)), current)
+    saved, current = (order.order_fingerprint(source, segments_per_batch=4, seed=1) for source in sources)
+    order.require_same_order(json.loads(json.dumps(saved)), current)
     for a, b in zip(*(train(source, 3) for source in sources), strict=True):
         same(a, b)
 
@@ -381,13 +383,13 @@ def test_a_changed_order_is_refused_by_name(write_calvin, change):
     def fingerprint(*, segments_per_batch=4, seed=1, tasks=0, **options):
         excluded = ["open_drawer"][:tasks]
         source = make_source(calvin.open_dataset(root, "training", exclude_tasks=excluded), **options)
-        return pipeline.order_fingerprint(source, segments_per_batch=segments_per_batch, seed=seed)
+        return order.order_fingerprint(source, segments_per_batch=segments_per_batch, seed=seed)
 
     (name,) = change
     with pytest.raises(
         ValueError, match=rf"cannot be continued: {'episodes' if name == 'tasks' else name} was .*, is "
     ):
-        pipeline.require_same_order(fingerprint(), fingerprint(**change))
+        order.require_same_order(fingerprint(), fingerprint(**change))
 
 
 # What is refused on construction.
@@ -419,12 +421,12 @@ def test_measure_counts_windows_per_second():
             time.sleep(0.01)
             yield None
 
-    assert 40 < pipeline.measure(slow(), windows_per_batch=1, seconds=0.2) <= 100
+    assert 40 < loading.measure(slow(), windows_per_batch=1, seconds=0.2) <= 100
 
 
 def test_an_episode_in_one_piece(dataset, frame_content):
     episode = dataset.episodes[3]
-    arrays = pipeline.episode_arrays(dataset, episode, ("static",))
+    arrays = excerpts.episode_arrays(dataset, episode, ("static",))
     assert set(arrays.images) == {"static"}
     assert len(arrays.actions) == len(arrays.images["static"]) == 12
     np.testing.assert_array_equal(arrays.images["static"][-1], frame_content(161)["rgb_static"])
