@@ -283,6 +283,8 @@ def _list_frames(directory: pathlib.Path) -> tuple[str, int, np.ndarray]:
     for entry in os.scandir(directory):
         if match := re.fullmatch(r"(.*?)(\d+)\.npz", entry.name):
             found[match[1], len(match[2])].append(int(match[2]))
+    if not found and (directory / packed.META).exists():
+        raise ValueError(f"{directory} is packed already; this needs frames as CALVIN publishes them, one npz each.")
     if not found:
         raise ValueError(
             f"{directory} holds neither CALVIN frames (episode_0000000.npz ...) nor a packed split ({packed.META}); "

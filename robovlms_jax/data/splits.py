@@ -18,6 +18,9 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 """What splits are called, the first that is there and has episodes counts. A split `test` is used only where a
 description asks for it."""
 
+HELD_OUT_SHARE = 0.05
+"""Of the usable training episodes, the last ones, where a dataset has no split to validate on (as upstream)."""
+
 Use = Literal["training", "validation"]
 
 
@@ -88,7 +91,7 @@ def _named(found: Mapping[str, Split], given: Mapping[str, str], use: Use, where
         # An empty split is no split, but where there is nothing else it is named in the error.
         filled = [split for split in candidates if split.num_episodes] or candidates * (use == "training")
         return Choice(filled[0], 0, filled[0].num_episodes, False) if filled else None
-    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", text.strip())
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+(?:\.\d+)?%|-?\d+)?:(-?\d+(?:\.\d+)?%|-?\d+)?\])?", text.strip())
     if not match or match[1] not in found:
         raise ValueError(
             f"{where}: splits says {use}: {text!r}; expected a split or a slice of one such as 'train[:90%]'; there "
@@ -105,7 +108,7 @@ def _named(found: Mapping[str, Split], given: Mapping[str, str], use: Use, where
 def _bound(text: str | None, total: int, default: int) -> int:
     if not text:
         return default
-    value = round(int(text[:-1]) * total / 100) if text.endswith("%") else int(text)
+    value = round(float(text[:-1]) * total / 100) if text.endswith("%") else int(text)
     return min(max(value + total if value < 0 else value, 0), total)
 
 

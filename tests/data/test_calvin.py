@@ -325,3 +325,9 @@ def test_a_list_that_does_not_fit_is_an_error(write_calvin, tmp_path, text, mess
 def test_a_list_that_does_not_exist_is_an_error(write_calvin):
     with pytest.raises(ValueError, match=r"episode_list: cannot read nothing\.json"):
         calvin.open_dataset(write_calvin(SPANS, tasks=TASKS), "training", episode_list="nothing.json")
+
+
+def test_frames_that_are_packed_already_are_called_so():
+    root = pathlib.Path(__file__).resolve().parents[2] / "data" / "calvin_sample"
+    with pytest.raises(ValueError, match="calvin_sample/training is packed already"):
+        calvin.open_npz(root, "training")

@@ -120,9 +120,9 @@ def test_other_field_names_are_read_or_answered_with_the_file_to_write(tmp_path)
     [
         ((0.0, 100.0), "from 0 to 100", "from_range(action[6], 0, 100)"),
         ((3.0, 850.0), "from 3 to 850", "from_range(action[6], 0, 850)"),
-        ((-1.0, 1.0), "from -1 to 1", "positive(action[6])"),
+        ((-1.0, 1.0), "from -1 to 1", "clip(action[6])"),
         ((1.0, -3.0), "from -3 to 1", "from_range(action[6], 1, -3)"),
-        ((-0.02, 1.03), "from -0.02 to 1.03", "clip(action[6])"),
+        ((-0.2, 1.3), "from -0.2 to 1.3", "clip(action[6])"),
     ],
 )
 def test_a_gripper_of_another_range_is_refused_with_its_remedy(tmp_path, values, message, remedy):

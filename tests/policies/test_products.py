@@ -63,7 +63,7 @@ def test_a_product_that_means_nothing_is_refused_with_those_that_do():
         assert "history={} readout={} head={}".format(*product) in str(error.value)
     with pytest.raises(ValueError, match="sees one step"):
         PolicyConfig(history="one_step", head=toy.HEADS["mlp"])
-    with pytest.raises(ValueError, match="policy.pool='words' is not one of"):
+    with pytest.raises(ValueError, match=r"policy.pool='words' is not one of"):
         PolicyConfig(readout="pool", pool="words")
     with pytest.raises(ValueError, match="reencode_every=-1"):
         PolicyConfig(reencode_every=-1)

@@ -14,7 +14,7 @@ import numpy as np
 from robovlms_jax.data import base, statistics
 from robovlms_jax.data.lerobot import meaning, meta, pairing, spans, splits, tables, video
 from robovlms_jax.data.registry import entry as entries
-from robovlms_jax.data.registry import expressions
+from robovlms_jax.data.registry import expressions, ranges
 
 Split = Literal["training", "validation"]
 
@@ -71,7 +71,8 @@ class LeRobotDataset(base.Dataset):
         self._starts = steps.starts
         learned = steps.learned & np.isin(steps.number, list(counted))
         self.statistics = statistics.compute(self._actions[learned], self._states[learned], len(counted))
-        meaning.require_gripper_range((self._actions[steps.learned, 6] + 1) / 2, self._entry, self.name)
+        place = f"into {meaning.CONVENTIONS}, or a file passed as --data.conventions,"
+        ranges.require_gripper(self._actions[steps.learned, 6], self._entry, self.name, place)
         self._open_cameras(info, rows, paired, steps, image_size)
         opening = what.opening and float(np.ptp(self._states[steps.learned, 7])) > 0
         self.arrays = (

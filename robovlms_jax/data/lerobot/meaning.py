@@ -14,8 +14,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-import numpy as np
-
 from robovlms_jax import json_files
 from robovlms_jax.control import robot
 from robovlms_jax.data.lerobot import meta, names, spans
@@ -43,7 +41,6 @@ SUCCESS = ("next.success", "success", "is_success", "is_episode_successful", "ep
 """Features that may tell failures. Recorders fill some of them with false throughout, so none is believed unasked."""
 
 _WRIST = ("wrist", "hand", "gripper")
-_RANGE_TOLERANCE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,30 +253,4 @@ def _robot(info: meta.Info, action: str, state: str, cameras: Mapping[str, str],
         tuple(robot.Camera(camera, *size) for camera, size in sizes.items()),
         dimensions(action, is_delta),
         dimensions(state, False),
-    )
-
-
-def require_gripper_range(gripper: np.ndarray, entry: entries.Entry, where: str) -> None:
-    """float[n] gripper commands must lie in 0 ... 1. Raises ValueError with the range and the expression to write."""
-    finite = gripper[np.isfinite(gripper)]
-    if not len(finite):
-        return
-    low, high = float(finite.min()), float(finite.max())
-    if low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE:
-        return
-    text = entry.gripper
-    if low >= -0.1 and high <= 1.1:
-        remedy = f'"clip({text})" where that is noise'
-    elif low >= -1.1 and high <= 1.1:
-        remedy = f'"positive({text})" where 1 opens and -1 closes, "invert(positive({text}))" where 1 closes'
-    else:
-        top = next((t for t in (100, 255, 850, 1000) if 0.7 * t <= high <= t and low >= -0.02 * t), high)
-        bottom = 0 if 0 <= low < 0.3 * high else low
-        remedy = (
-            f'"from_range({text}, {bottom:g}, {top:g})" where {top:g} is open, '
-            f'"from_range({text}, {top:g}, {bottom:g})" where {top:g} is closed'
-        )
-    raise ValueError(
-        f"{where}: the gripper {text!r} runs from {low:.4g} to {high:.4g}, expected 0 (closed) to 1 (open). Write "
-        f'{{"gripper": ...}} into {CONVENTIONS}, or a file passed as --data.conventions, with {remedy}.'
     )

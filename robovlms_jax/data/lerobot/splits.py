@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from robovlms_jax.data import rlds
+from robovlms_jax.data import splits as tfds_splits
 from robovlms_jax.data.lerobot import meta
-
-NAMES: Mapping[str, tuple[str, ...]] = {
-    "training": ("train", "training"),
-    "validation": ("val", "validation", "valid", "dev", "eval"),
-}
 
 _BOUND = r"(-?\d+(?:\.\d+)?\s*%|-?\d+)?"
 _RANGE = re.compile(rf"{_BOUND}\s*:\s*{_BOUND}")
@@ -41,9 +36,9 @@ def choose(
     there = set(episodes)
     by_role: dict[str, set[int]] = {"training": set(), "validation": set(), "": set()}
     for name, chosen in parsed.items():
-        role = next((role for role, names in NAMES.items() if str(name).lower() in names), "")
+        role = next((role for role, names in tfds_splits.NAMES.items() if str(name).lower() in names), "")
         by_role[role] |= chosen & there
-    named = any(str(name).lower() in NAMES["training"] for name in parsed)
+    named = any(str(name).lower() in tfds_splits.NAMES["training"] for name in parsed)
     if parsed and not named and not by_role["validation"] and not by_role[""]:
         raise ValueError(f"{info.path}: splits has {sorted(parsed)}; expected 'train' among them.")
     train = by_role["training"] if named else set(there)
@@ -55,7 +50,9 @@ def choose(
         )
         train -= shared
     if by_role[""]:
-        others = sorted(name for name in parsed if not any(str(name).lower() in names for names in NAMES.values()))
+        others = sorted(
+            name for name in parsed if not any(str(name).lower() in names for names in tfds_splits.NAMES.values())
+        )
         notes.guess(f"{len(by_role[''])} episodes of the splits {others} are neither trained nor validated on.")
     if not train:
         raise ValueError(
@@ -65,7 +62,7 @@ def choose(
     if by_role["validation"]:
         return (by_role["validation"] if split == "validation" else train), train
     ordered = sorted(train)
-    border = min(round(len(ordered) * (1 - rlds.HELD_OUT_SHARE)), len(ordered) - 1)
+    border = min(round(len(ordered) * (1 - tfds_splits.HELD_OUT_SHARE)), len(ordered) - 1)
     if len(ordered) == 1:  # a single episode is both
         return train, train
     return set(ordered[border:] if split == "validation" else ordered[:border]), train

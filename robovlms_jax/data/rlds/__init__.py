@@ -5,12 +5,11 @@ every number; the registry's entry turns numbers into actions and state (`prepar
 """
 
 from robovlms_jax.data.rlds.dataset import RldsDataset
-from robovlms_jax.data.rlds.opening import HELD_OUT_SHARE, NotFoundError, SeveralError, find, open_dataset
+from robovlms_jax.data.rlds.opening import NotFoundError, SeveralError, find, open_dataset
 from robovlms_jax.data.rlds.options import Options
 from robovlms_jax.data.rlds.stored import StoredDataset
 
 __all__ = [
-    "HELD_OUT_SHARE",
     "NotFoundError",
     "Options",
     "RldsDataset",

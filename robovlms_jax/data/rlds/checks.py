@@ -10,54 +10,12 @@ import numpy as np
 
 from robovlms_jax.data import features, frame_index, notices, statistics
 from robovlms_jax.data import storage as storages
-from robovlms_jax.data.registry import entry as entries
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 0.05
-"""By which a gripper's opening may leave 0 ... 1: measured ones do."""
-RANGES = (1.0, 100.0, 255.0, 850.0, 1000.0)
-"""Numbers at which grippers are wide open or closed: a share, per cent, a byte, millimetre tenths (xArm), per mille."""
 _TRIED = 16
 _COMPARED = 32
 """Images per camera of which one must be readable, and whose sizes are compared, spread over the episodes."""
-
-
-def require_gripper(commands: np.ndarray, entry: entries.Entry, where: str) -> None:
-    """Raises ValueError with the smallest and largest opening and an expression to write where they leave 0 ... 1.
-
-    Args:
-      commands: float[N], twice the opening minus one.
-    """
-    opening = (np.asarray(commands, np.float64) + 1) / 2
-    low, high = float(opening.min()), float(opening.max())
-    if low >= -TOLERANCE and high <= 1 + TOLERANCE:
-        return
-    outside = float(((opening < -TOLERANCE) | (opening > 1 + TOLERANCE)).mean())
-    raise ValueError(
-        f"{where}: the gripper {entry.gripper!r} runs from {low:.4g} to {high:.4g}, {outside:.1%} of the steps outside "
-        f"0 (closed) to 1 (open). {_remedy(entry, low, high)} in the dataset's description (data/README.md), or "
-        f"clip({entry.gripper}) if what lies outside is noise."
-    )
-
-
-def _remedy(entry: entries.Entry, low: float, high: float) -> str:
-    source, functions = entry.gripper_source or entry.gripper, entry.gripper_functions
-    if functions == ("invert",):
-        low, high = 1 - high, 1 - low
-    elif functions:
-        return f"Write an expression of {source!r} that gives 0 to 1, such as from_range({source}, CLOSED, OPEN),"
-    if -1 - TOLERANCE <= low < -TOLERANCE and high <= 1 + TOLERANCE:
-        return (
-            f"Write gripper: invert(clip({source})) if +1 closes it and -1 opens it (LIBERO, robosuite), gripper: "
-            f"clip({source}) if +1 opens it, or gripper: from_range({source}, CLOSED, OPEN) if it rests in between,"
-        )
-    bottom = 0.0 if low >= -TOLERANCE * high else low
-    top = next((value for value in RANGES if high <= value * (1 + TOLERANCE)), high)
-    return (
-        f"Write gripper: from_range({source}, {bottom:.6g}, {top:.6g}) if {top:.6g} is open, or gripper: "
-        f"from_range({source}, {top:.6g}, {bottom:.6g}) if it is closed,"
-    )
 
 
 def warn_of_state(values: statistics.Statistics, encoding: str, where: str) -> None:

@@ -21,8 +21,6 @@ from robovlms_jax.data.rlds.options import Options
 logger = logging.getLogger(__name__)
 
 DEFAULTS = Options()
-HELD_OUT_SHARE = 0.05
-"""Of the usable training episodes, the last ones, where a dataset has no split to validate on (as upstream)."""
 
 
 class NotFoundError(ValueError):
@@ -170,7 +168,7 @@ def _held_out(numbers: np.ndarray, usable: np.ndarray, use: splits.Use) -> np.nd
     records = np.unique(numbers[usable])
     if len(records) < 2:
         return np.ones(len(numbers), bool)
-    border = records[min(round(len(records) * (1 - HELD_OUT_SHARE)), len(records) - 1)]
+    border = records[min(round(len(records) * (1 - splits.HELD_OUT_SHARE)), len(records) - 1)]
     return numbers >= border if use == "validation" else numbers < border
 
 

@@ -21,6 +21,7 @@ import tqdm
 from robovlms_jax.data import features, shard_index, splits, statistics
 from robovlms_jax.data import storage as storages
 from robovlms_jax.data.registry import entry as entries
+from robovlms_jax.data.registry import ranges
 from robovlms_jax.data.rlds import checks, files, instructions
 from robovlms_jax.data.rlds.options import Options
 
@@ -244,5 +245,5 @@ def _statistics(
     if not (kept & finite).any():
         raise ValueError(f"{directory}: no step has finite actions and states; is the entry {entry.name!r} right?")
     actions, states = arrays["actions"][kept & finite], arrays["states"][kept & finite]
-    checks.require_gripper(actions[:, 6], entry, str(directory))
+    ranges.require_gripper(actions[:, 6], entry, str(directory), "in the dataset's description")
     return statistics.compute(actions, states, len(np.unique(arrays["number"])))

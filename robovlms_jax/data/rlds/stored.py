@@ -15,7 +15,7 @@ import numpy as np
 from robovlms_jax.control import robot
 from robovlms_jax.data import base, features, frame_index, shard_index, splits
 from robovlms_jax.data import storage as storages
-from robovlms_jax.data.rlds import instructions, opening
+from robovlms_jax.data.rlds import instructions
 from robovlms_jax.data.rlds.options import Options
 
 WIDEST = 64
@@ -150,6 +150,6 @@ def _episodes(
     spans = [(a, b - 1) for a, b in itertools.pairwise(bounds)][choice.first : choice.last]
     spans = [(start, end) for start, end in spans if end > start]
     if choice.is_shared and len(spans) > 1:
-        border = min(round(len(spans) * (1 - opening.HELD_OUT_SHARE)), len(spans) - 1)
+        border = min(round(len(spans) * (1 - splits.HELD_OUT_SHARE)), len(spans) - 1)
         spans = spans[border:] if use == "validation" else spans[:border]
     return tuple(base.Episode(start, end, next(iter(table.entries[said[start]]), ""), "rlds") for start, end in spans)
