@@ -87,7 +87,9 @@ class WandB:
         try:
             import wandb
         except ImportError as error:
-            raise ImportError(f"train.wandb_project={project!r} needs the wandb package: pip install wandb.") from error
+            raise ImportError(
+                f"train.wandb_project={project!r} needs the wandb package: pip install wandb ({error})."
+            ) from error
         path = directory / WANDB
         known = None if fresh else _read_wandb(path, project)
         identity = os.environ.get("WANDB_RUN_ID") or known or secrets.token_hex(4)

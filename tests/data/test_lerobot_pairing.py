@@ -192,6 +192,19 @@ def test_a_wrong_end_is_said_where_lengths_fit_the_video(tmp_path, caplog):
     assert "lengths decide" in caplog.text
 
 
+def test_episodes_that_lie_in_a_video_in_another_order_than_their_numbers_are_said(tmp_path, caplog):
+    root = toy.write(tmp_path / "d", lengths=(5, 5, 5, 5), video=True)
+    for part in ("from_timestamp", "to_timestamp"):
+        toy.edit(
+            toy.episodes_file(root),
+            lambda listed, key=f"videos/{toy.FRONT}/{part}": listed.update(
+                {key: [listed[key][i] for i in (0, 2, 1, 3)]}
+            ),
+        )
+    lerobot.open_dataset(root, "training")
+    assert "episode 2 lies before episode 1. Lengths fit, and nothing else tells" in caplog.text
+
+
 def test_a_video_of_variable_frame_rate_is_refused_rather_than_read_at_other_times(tmp_path):
     root = toy.write(tmp_path / "d", video=True)
     frames = [(e, t) for e, length in enumerate(LENGTHS) for t in range(length)]

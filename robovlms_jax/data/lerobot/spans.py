@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -79,9 +80,22 @@ def _rate(
         if not problem:
             if remark:
                 notes.guess(f"{name}: {remark}")
+            _say_of_order(name, spans, notes)
             return rate
         problems.append(problem)
     raise ValueError(problems[0])
+
+
+def _say_of_order(name: pathlib.Path, spans: Mapping[int, meta.VideoSpan], notes: meta.Notes) -> None:
+    """Recorders write episodes one after the other. Two of one length whose places were exchanged fit all the same."""
+    order = sorted(spans, key=lambda number: (spans[number].begin, number))
+    for former, latter in itertools.pairwise(order):
+        if former > latter:
+            notes.warn(
+                f"{name}: episode {former} lies before episode {latter}. Lengths fit, and nothing else tells whether "
+                "these are their pictures: compare them with their instructions (python -m experiments.inspect_data)."
+            )
+            return
 
 
 def account(
