@@ -91,7 +91,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     out = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
+        if hasattr(value, "to_json"):
+            value = value.to_json()
+        elif dataclasses.is_dataclass(value):
             value = to_dict(value)
         if isinstance(value, tuple):
             value = [to_dict(item) if dataclasses.is_dataclass(item) else item for item in value]
@@ -118,7 +120,9 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any
     kwargs = {}
     for name, value in values.items():
         hint = known.get(name)
-        if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and dataclasses.is_dataclass(hint):
+        if hasattr(hint, "from_json") and not isinstance(value, hint):
+            value = hint.from_json(value, f"{path}.{name}")
+        elif isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and dataclasses.is_dataclass(hint):
             value = from_dict(hint, value, f"{path}.{name}")
         elif isinstance(value, list):
             item = item_of(hint)

@@ -33,7 +33,7 @@ class Inputs:
     sensors: name -> float32[B, P + G, ...], readings of the sensors that the policy has, raw; P are as many readings
       before frame 0 as a frame's tokens are made of beside its own (`inputs.sensors.Reading.past`). "proprio": the
       robot's state as `inputs.proprio` defines it, P = 0. "action_history": dataset units, one row late, so that the H
-      = P + 1 actions before frame g are rows g ... g + H - 1; all zero, gripper included, before the episode began.
+      = P + 1 actions before frame g are rows g ... g + H - 1; all NaN before the episode began.
     sensor_mask: name -> bool[B, P + G], True = there is a reading (False: it is zero); sensors that are not in it have
       all.
     """

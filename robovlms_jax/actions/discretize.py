@@ -8,6 +8,7 @@ the last ids of the vocabulary, counted down from its end, get a new meaning.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,10 +58,11 @@ class QuantileBins:
             raise ValueError(f"quantile bins need rows of equally many ascending edges, two or more; got {self.table}.")
 
     @classmethod
-    def of(cls, actions: np.ndarray, num_bins: int) -> QuantileBins:
-        """Edges at evenly spaced quantiles of normalised actions float[N, A]; the gripper, the last, has equal bins."""
-        arm = np.quantile(np.asarray(actions, np.float64)[:, :-1], np.linspace(0, 1, num_bins), axis=0).T
-        return cls(tuple(map(tuple, [*arm.tolist(), UniformBins(num_bins).edges.tolist()])))
+    def of(cls, actions: np.ndarray, num_bins: int, binary: Sequence[int]) -> QuantileBins:
+        """Edges at evenly spaced quantiles of normalised actions float[N, A]; the columns `binary` have equal bins."""
+        table = np.quantile(np.asarray(actions, np.float64), np.linspace(0, 1, num_bins), axis=0).T
+        table[list(binary)] = UniformBins(num_bins).edges
+        return cls(tuple(map(tuple, table.tolist())))
 
     @property
     def num_bins(self) -> int:

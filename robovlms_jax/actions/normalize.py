@@ -1,11 +1,13 @@
 """Dataset units <-> [-1, 1]. Pure functions on NumPy or jax arrays; loss, serving and reports call the same ones.
 
-Whatever is done to the arm, the gripper, the last column, passes untouched in both directions.
+Binary grippers, the columns `binary`, pass untouched in both directions; every other column is scaled. Bounds have one
+number per scaled column.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,72 +28,74 @@ class Normalizer:
     """
 
     low: tuple[float, ...]
-    """Per arm dimension, in dataset units: mapped to -1."""
+    """Per scaled dimension, in dataset units: mapped to -1."""
     high: tuple[float, ...]
     """Mapped to 1; what lies outside is clipped."""
+    binary: tuple[int, ...]
+    """Columns that are not scaled (`RobotSpec.binary`)."""
     mean: float = 0.0
     std: float | None = None
-    """(x - mean) / std of the bounded arm (upstream's adds 1e-6 to its std); None leaves it out."""
+    """(x - mean) / std of the bounded numbers (upstream's adds 1e-6 to its std); None leaves it out."""
     mu: float = 0.0
     """> 0: mu-law with this mu at the end."""
 
     def normalize(self, actions: Array) -> Array:
         """float[..., A] in dataset units -> the same shape and dtype, as policies predict it."""
-        actions = normalize(actions, self.low, self.high)
+        actions = normalize(actions, self.low, self.high, self.binary)
         if self.std is not None:
-            actions = standardize(actions, self.mean, self.std)
-        return actions if self.mu == 0 else _on_arm(actions, mu_law.compress(actions, self.mu))
+            actions = standardize(actions, self.mean, self.std, self.binary)
+        return actions if self.mu == 0 else _scaled(actions, mu_law.compress(actions, self.mu), self.binary)
 
     def unnormalize(self, actions: Array) -> Array:
         """Inverse of `normalize`, for actions inside the bounds."""
         if self.mu != 0:
-            actions = _on_arm(actions, mu_law.expand(actions, self.mu))
+            actions = _scaled(actions, mu_law.expand(actions, self.mu), self.binary)
         if self.std is not None:
-            actions = unstandardize(actions, self.mean, self.std)
-        return unnormalize(actions, self.low, self.high)
+            actions = unstandardize(actions, self.mean, self.std, self.binary)
+        return unnormalize(actions, self.low, self.high, self.binary)
 
 
-def normalize(actions: Array, low: ArrayLike, high: ArrayLike) -> Array:
-    """Clip the arm to [low, high] and map it to [-1, 1]; the gripper, the last column, passes untouched.
+def normalize(actions: Array, low: ArrayLike, high: ArrayLike, binary: Sequence[int]) -> Array:
+    """Clip to [low, high] and map to [-1, 1]; the columns `binary` pass untouched.
 
     At low = -0.65, high = 0.65 this is upstream's `norm_action`, clip(a, -0.65, 0.65) / 0.65.
 
     Args:
       actions: float[..., A] in dataset units.
-      low, high: float[A - 1], same units, low < high.
+      low, high: float[A - len(binary)], same units, low < high, for the other columns in their order.
     Returns:
       Same shape and dtype as `actions`.
     """
     xp = actions.__array_namespace__()
-    low, high = _bounds(actions, low, high)
-    return _on_arm(actions, 2 * (xp.clip(actions, low, high) - low) / (high - low) - 1)
+    low, high = _bounds(actions, low, high, binary)
+    return _scaled(actions, 2 * (xp.clip(actions, low, high) - low) / (high - low) - 1, binary)
 
 
-def unnormalize(actions: Array, low: ArrayLike, high: ArrayLike) -> Array:
-    """Inverse of `normalize` on [-1, 1]; larger values go beyond [low, high]. The gripper passes untouched.
+def unnormalize(actions: Array, low: ArrayLike, high: ArrayLike, binary: Sequence[int]) -> Array:
+    """Inverse of `normalize` on [-1, 1]; larger values go beyond [low, high].
 
     Upstream scales the gripper along with the arm and thresholds it afterwards, which
     shuts it for good where high <= 0.5.
     """
-    low, high = _bounds(actions, low, high)
-    return _on_arm(actions, 0.5 * (actions + 1) * (high - low) + low)
+    low, high = _bounds(actions, low, high, binary)
+    return _scaled(actions, 0.5 * (actions + 1) * (high - low) + low, binary)
 
 
-def standardize(actions: Array, mean: ArrayLike, std: ArrayLike) -> Array:
-    """(arm - mean) / std; the gripper passes untouched.
+def standardize(actions: Array, mean: ArrayLike, std: ArrayLike, binary: Sequence[int]) -> Array:
+    """(actions - mean) / std; the columns `binary` pass untouched.
 
     Args:
       actions: float[..., A].
-      mean, std: a number, or float[A - 1], in the actions' units; std > 0.
+      mean, std: a number, or float[A - len(binary)], in the actions' units; std > 0.
     """
-    mean, std = _of_arm(actions, mean, 0), _of_arm(actions, std, 1)
-    return _on_arm(actions, (actions - mean) / std)
+    mean, std = _wide(actions, mean, 0, binary), _wide(actions, std, 1, binary)
+    return _scaled(actions, (actions - mean) / std, binary)
 
 
-def unstandardize(actions: Array, mean: ArrayLike, std: ArrayLike) -> Array:
+def unstandardize(actions: Array, mean: ArrayLike, std: ArrayLike, binary: Sequence[int]) -> Array:
     """Inverse of `standardize`."""
-    mean, std = _of_arm(actions, mean, 0), _of_arm(actions, std, 1)
-    return _on_arm(actions, actions * std + mean)
+    mean, std = _wide(actions, mean, 0, binary), _wide(actions, std, 1, binary)
+    return _scaled(actions, actions * std + mean, binary)
 
 
 def binarize_gripper(gripper: Array) -> Array:
@@ -100,28 +104,34 @@ def binarize_gripper(gripper: Array) -> Array:
     return xp.where(gripper > 0, 1, -1).astype(gripper.dtype)
 
 
-def _on_arm(actions: Array, changed: Array) -> Array:
-    """`changed`, but for the gripper: float[..., A] both.
+def _is_scaled(actions: Array, binary: Sequence[int]) -> np.ndarray:
+    """bool[A]."""
+    return ~np.isin(np.arange(actions.shape[-1]), binary)
+
+
+def _scaled(actions: Array, changed: Array, binary: Sequence[int]) -> Array:
+    """`changed`, but for binary grippers: float[..., A] both.
 
     Chosen by column and not cut and joined again, so that XLA makes one loop of it and whatever comes next.
     """
-    xp = actions.__array_namespace__()
-    return xp.where(np.arange(actions.shape[-1]) < actions.shape[-1] - 1, changed, actions)
+    return actions.__array_namespace__().where(_is_scaled(actions, binary), changed, actions)
 
 
-def _of_arm(actions: Array, value: ArrayLike, gripper: float) -> Array:
-    """A number, or one per arm dimension, as one per action dimension."""
-    xp = actions.__array_namespace__()
-    value = xp.asarray(value, dtype=actions.dtype)
-    return value if value.ndim == 0 else xp.concat([value, xp.full(1, gripper, dtype=actions.dtype)])
+def _wide(actions: Array, value: ArrayLike, rest: float, binary: Sequence[int]) -> Array:
+    """A number, or one per scaled dimension, as one per action dimension; `rest` for the others."""
+    if np.ndim(value) == 0:
+        return actions.__array_namespace__().asarray(value, dtype=actions.dtype)
+    wide = np.full(actions.shape[-1], rest, actions.dtype)
+    wide[_is_scaled(actions, binary)] = np.asarray(value, actions.dtype)
+    return actions.__array_namespace__().asarray(wide)
 
 
-def _bounds(actions: Array, low: ArrayLike, high: ArrayLike) -> tuple[Array, Array]:
-    """float[A] each; the gripper's are never used."""
-    arm = (actions.shape[-1] - 1,)
-    if np.shape(low) != arm or np.shape(high) != arm:
+def _bounds(actions: Array, low: ArrayLike, high: ArrayLike, binary: Sequence[int]) -> tuple[Array, Array]:
+    """float[A] each; those of binary grippers are never used."""
+    count = int(_is_scaled(actions, binary).sum())
+    if np.shape(low) != (count,) or np.shape(high) != (count,):
         raise ValueError(
-            f"low {np.shape(low)} and high {np.shape(high)} must be [{arm[0]}], one number per arm dimension of the "
-            "actions."
+            f"low {np.shape(low)} and high {np.shape(high)} must be [{count}], one number for each of the actions' "
+            f"{actions.shape[-1]} dimensions that is no binary gripper."
         )
-    return _of_arm(actions, low, -1), _of_arm(actions, high, 1)
+    return _wide(actions, low, -1, binary), _wide(actions, high, 1, binary)

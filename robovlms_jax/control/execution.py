@@ -13,10 +13,11 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from robovlms_jax.control.interface import ACTION_DIM, ActionChunk, Observation, Policy, check_slots
+from robovlms_jax.control import robot as robots
+from robovlms_jax.control.interface import ActionChunk, Observation, Policy, check_slots
 
 Past = tuple[np.ndarray, ...]
-"""What is left of earlier chunks, oldest first: each float[1..C, 7], row 0 the action for the coming step."""
+"""What is left of earlier chunks, oldest first: each float[1..C, A], row 0 the action for the coming step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +53,17 @@ class Execution:
         return names.get(self.mode, self.mode) + every
 
 
-def select(execution: Execution, past: Past, chunk: np.ndarray) -> tuple[np.ndarray, Past]:
+def select(
+    execution: Execution, past: Past, chunk: np.ndarray, robot: robots.RobotSpec = robots.CALVIN
+) -> tuple[np.ndarray, Past]:
     """What to execute of a new chunk.
 
     Args:
       past: () at the start of an episode, then the previous call's second result.
-      chunk: float[C, 7], for the coming C steps.
+      chunk: float[C, A], for the coming C steps.
+      robot: whose actions they are; its binary grippers vote, everything else is averaged.
     Returns:
-      float[n, 7] to execute before the next request, n >= 1, and the new past.
+      float[n, A] to execute before the next request, n >= 1, and the new past.
     """
     if execution.mode != "ensemble":
         count = {"first": 1, "chunk": len(chunk), "receding": execution.horizon}[execution.mode]
@@ -70,12 +74,20 @@ def select(execution: Execution, past: Past, chunk: np.ndarray) -> tuple[np.ndar
     votes = (*past, chunk)
     weights = np.exp(-execution.decay * np.arange(len(votes)))
     action = np.average([vote[0] for vote in votes], axis=0, weights=weights).astype(chunk.dtype)
-    # the gripper is a decision, not a quantity: a weighted vote, ties to the newest
-    action[-1] = np.sign(action[-1]) or chunk[0, -1]
+    # a binary gripper is a decision, not a quantity: a weighted vote, ties to the newest
+    binary = list(robot.binary)
+    action[binary] = np.where(action[binary] == 0, chunk[0, binary], np.sign(action[binary]))
     return action[None], tuple(vote[1:] for vote in votes if len(vote) > 1)
 
 
-_NONE = np.zeros((0, ACTION_DIM), np.float32)
+def robot_of(policy: object) -> robots.RobotSpec:
+    """Whose actions a policy's are: its `robot`; CALVIN's for a policy that does not say."""
+    return getattr(policy, "robot", robots.CALVIN)
+
+
+def _none(robot: robots.RobotSpec) -> np.ndarray:
+    """No action, float32[0, A]."""
+    return np.zeros((0, len(robot.action)), np.float32)
 
 
 class BatchedPolicy(Protocol):
@@ -96,7 +108,7 @@ class Executed:
     """
 
     def __init__(self, policy: Policy, execution: Execution):
-        self._policy, self._execution = policy, execution
+        self._policy, self._execution, self.robot = policy, execution, robot_of(policy)
         self._past: Past = ()
         self._executed: np.ndarray | None = None
         """None: no episode."""
@@ -106,14 +118,15 @@ class Executed:
         with self._lock:
             self._executed = None
             self._policy.reset(instruction)
-            self._past, self._executed = (), _NONE
+            self._past, self._executed = (), _none(self.robot)
 
     def act(self, observation: Observation) -> ActionChunk:
         with self._lock:
             if self._executed is None:
                 raise RuntimeError("there is no episode: act() before reset(instruction), or the reset failed.")
             observation = dataclasses.replace(observation, executed=self._executed)
-            self._executed, self._past = select(self._execution, self._past, self._policy.act(observation).actions)
+            chunk = self._policy.act(observation).actions
+            self._executed, self._past = select(self._execution, self._past, chunk, self.robot)
             return ActionChunk(self._executed)
 
 
@@ -122,7 +135,7 @@ class ExecutedBatch:
     threads wait for each other."""
 
     def __init__(self, policy: BatchedPolicy, execution: Execution):
-        self._policy, self._execution = policy, execution
+        self._policy, self._execution, self.robot = policy, execution, robot_of(policy)
         self._past: dict[int, Past] = {}
         self._executed: dict[int, np.ndarray] = {}
         self._lock = threading.RLock()
@@ -133,7 +146,7 @@ class ExecutedBatch:
                 self._executed.pop(slot, None)
             self._policy.reset(slots, instructions)
             for slot in slots:
-                self._past[slot], self._executed[slot] = (), _NONE
+                self._past[slot], self._executed[slot] = (), _none(self.robot)
 
     def act(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[ActionChunk]:
         with self._lock:
@@ -147,7 +160,9 @@ class ExecutedBatch:
                 for slot, observation in zip(slots, observations, strict=True)
             ]
             for slot, chunk in zip(slots, self._policy.act(told, slots), strict=True):
-                self._executed[slot], self._past[slot] = select(self._execution, self._past[slot], chunk.actions)
+                self._executed[slot], self._past[slot] = select(
+                    self._execution, self._past[slot], chunk.actions, self.robot
+                )
             return [ActionChunk(self._executed[slot]) for slot in slots]
 
 
@@ -157,6 +172,7 @@ class Separate:
 
     def __init__(self, policies: Sequence[Policy]):
         self._policies = list(policies)
+        self.robot = robot_of(self._policies[0]) if self._policies else robots.CALVIN
         self._begun: set[int] = set()
 
     def reset(self, slots: Sequence[int], instructions: Sequence[str]) -> None:

@@ -11,10 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 CAMERAS = ("static", "wrist")
-"""Camera names used everywhere: `static` looks at the scene, `wrist` rides on the gripper."""
+"""CALVIN's cameras: `static` looks at the scene, `wrist` rides on the gripper."""
 
 ACTION_DIM = 7
-"""xyz, euler xyz, gripper."""
+"""Of CALVIN's robot and its like: xyz, Euler xyz, gripper."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Observation:
     """One control step as a robot or simulator reports it.
 
     images: camera name -> uint8[height, width, 3], RGB.
-    proprio: float[P] robot state in the environment's own layout, or None.
-    executed: float[n, 7], the actions executed since the previous observation, for policies that look back at them;
+    proprio: float[P] robot state in the environment's own layout (`RobotSpec.state`), or None.
+    executed: float[n, A], the actions executed since the previous observation, for policies that look back at them;
       None says that it was the first of the chunk they predicted then.
     sensors: name -> reading of a sensor that the policy names in `policy.sensors`, of the shape its configuration says:
       what was read since the previous observation. A sensor that is silent has no entry (or NaN only), and the policy
@@ -40,9 +40,9 @@ class Observation:
 class ActionChunk:
     """The next C actions, ready to execute in order.
 
-    actions: float32[C, 7]; columns 0:3 translation and 3:6 Euler rotation in the units the policy was trained on
-      (CALVIN: relative, 1.0 = 0.02 m and 0.05 rad, world frame), column 6 the gripper, exactly +1 (open) or -1
-      (closed).
+    actions: float32[C, A]; columns as the robot's spec names them, in its units, binary grippers exactly +1 (open) or
+      -1 (closed). CALVIN: columns 0:3 translation and 3:6 Euler rotation, relative, 1.0 = 0.02 m and 0.05 rad, world
+      frame, column 6 the gripper.
     """
 
     actions: np.ndarray

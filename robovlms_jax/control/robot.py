@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 Kind = Literal["absolute", "delta", "velocity", "binary", "continuous"]
 """absolute: a target. delta: a change within one step. velocity: a rate. binary, continuous: a gripper that is open or
 closed, or any width between."""
@@ -56,11 +58,25 @@ class Dimension:
             raise ValueError(f"dimension {self.name!r}: open_at={self.open_at!r}; expected 'high', 'low' or ''.")
         if not self.low < self.high:  # NaN is refused, too
             raise ValueError(f"dimension {self.name!r}: low={self.low} must be below high={self.high}.")
+        scale, _ = self.measure
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(
+                f"dimension {self.name!r}: unit={self.unit!r} must be a name, or a number above 0 and one."
+            )
         if (self.kind in ("binary", "continuous")) != (self.quantity == "gripper"):
             raise ValueError(
                 f"dimension {self.name!r}: kind={self.kind!r} does not go with quantity={self.quantity!r}; a gripper, "
                 "and nothing else, is binary or continuous."
             )
+
+    @property
+    def measure(self) -> tuple[float, str]:
+        """What 1.0 is: ("0.02 m") -> (0.02, "m"); a unit without a number is (1.0, unit)."""
+        number, _, name = self.unit.partition(" ")
+        try:
+            return float(number), name or "1"
+        except ValueError:
+            return 1.0, self.unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +101,11 @@ class RobotSpec:
     cameras: tuple[Camera, ...] = ()
     action: tuple[Dimension, ...] = ()
     state: tuple[Dimension, ...] = ()
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any], where: str = "robot") -> RobotSpec:
+        """See `from_json` of the module."""
+        return from_json(content, where)
 
     def __post_init__(self):
         if not (math.isfinite(self.rate_hz) and self.rate_hz >= 0):
@@ -111,6 +132,20 @@ class RobotSpec:
         """Columns of the action that are grippers."""
         return tuple(i for i, dimension in enumerate(self.action) if dimension.quantity == "gripper")
 
+    @property
+    def binary(self) -> tuple[int, ...]:
+        """Columns of the action that are decisions, exactly +1 (open) or -1 (closed) wherever actions are handled."""
+        return tuple(i for i, dimension in enumerate(self.action) if dimension.kind == "binary")
+
+    @property
+    def scaled(self) -> tuple[int, ...]:
+        """Columns of the action that are numbers: all that `binary` leaves."""
+        return tuple(i for i, dimension in enumerate(self.action) if dimension.kind != "binary")
+
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        return tuple(dimension.name for dimension in self.action)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; infinite bounds are null."""
         content = dataclasses.asdict(self)
@@ -120,6 +155,23 @@ class RobotSpec:
                     if math.isinf(dimension[bound]):
                         dimension[bound] = None
         return content
+
+
+def groups(dimensions: Sequence[Dimension]) -> list[tuple[int, ...]]:
+    """Columns that measure the same in the same unit, which compare with each other: translation, rotation, joints.
+
+    Dimensions of unknown unit are compared within their quantity; binary grippers are in no group."""
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for column, dimension in enumerate(dimensions):
+        if dimension.kind != "binary":
+            found.setdefault((dimension.quantity, dimension.kind, dimension.unit), []).append(column)
+    return [tuple(columns) for columns in found.values()]
+
+
+def rest(dimensions: Sequence[Dimension], action: np.ndarray) -> np.ndarray:
+    """The action float[A] that changes nothing after `action`: no motion; places and grippers as asked for."""
+    moves = np.array([dimension.kind in ("delta", "velocity") for dimension in dimensions])
+    return np.where(moves, 0, action).astype(action.dtype)
 
 
 def from_json(content: Mapping[str, Any], where: str = "robot") -> RobotSpec:

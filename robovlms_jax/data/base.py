@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from robovlms_jax.actions import frames
+from robovlms_jax.control import robot as robots
 from robovlms_jax.data import statistics
 from robovlms_jax.inputs import proprio as states
 
@@ -67,8 +68,9 @@ class Dataset(abc.ABC):
 
     name: where the data came from, for messages.
     episodes: in the order of the annotation file; spans may overlap.
-    image_sizes: camera name (see `interface.CAMERAS`) -> (height, width); the cameras that are stored.
-    action_units: metres and radians that 1.0 means in each arm dimension of the actions.
+    image_sizes: camera name -> (height, width); the cameras that are stored.
+    robot: what actions, state and cameras are: the dimensions of `actions` and `proprio` by name, unit and kind.
+    action_units: metres and radians that 1.0 means in each arm dimension of the actions (end-effector robots).
     statistics: of actions and state, by which they may be normalised; None where the format has none.
     may_lack_images: whether some frames have no image of some camera (`has_images`).
     groups: of the episodes, in order, when they are to be drawn at rates of their own; empty = all alike.
@@ -77,6 +79,7 @@ class Dataset(abc.ABC):
     name: str
     episodes: tuple[Episode, ...]
     image_sizes: Mapping[str, tuple[int, int]]
+    robot: robots.RobotSpec = robots.CALVIN
     action_units: tuple[float, ...] = CALVIN_UNITS
     statistics: statistics.Statistics | None = None
     may_lack_images: bool = False
@@ -122,7 +125,8 @@ class Dataset(abc.ABC):
         return np.full(len(frame_ids), camera in self.cameras)
 
     def actions(self, frame_ids: Sequence[int]) -> np.ndarray:
-        """float32[n, 7] relative actions in dataset units (CALVIN: 1 = 0.02 m, 0.05 rad; gripper 1 open, -1 closed)."""
+        """float32[n, A] in dataset units, as `robot` says (CALVIN: relative, 1 = 0.02 m, 0.05 rad; gripper 1 open, -1
+        closed)."""
         return self.array("rel_actions", frame_ids)
 
     def robot_obs(self, frame_ids: Sequence[int]) -> np.ndarray:
@@ -130,8 +134,8 @@ class Dataset(abc.ABC):
         return self.array("robot_obs", frame_ids)
 
     def proprio(self, frame_ids: Sequence[int]) -> np.ndarray:
-        """float32[n, 7], the robot's state as policies see it (see `inputs.proprio`)."""
-        return states.from_robot_state(self.robot_obs(frame_ids))
+        """float32[n, P], the robot's state as policies see it (see `inputs.proprio`)."""
+        return states.from_robot_state(self.robot_obs(frame_ids), len(self.robot.state))
 
     def gripper_opening(self, frame_ids: Sequence[int]) -> np.ndarray | None:
         """float[n]: how far the fingers were measured apart, larger = wider, in the dataset's own unit; None where only

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from robovlms_jax.control import interface
 from robovlms_jax.data import base, sensors
 
 
@@ -16,7 +15,7 @@ class EpisodeArrays(NamedTuple):
     """The L = end - start steps of an episode that training learns from, in order.
 
     images: camera -> uint8[L, height, width, 3].
-    actions: float32[L, 7], dataset units.
+    actions: float32[L, A], dataset units.
     sensors: name -> float32[L, *shape] and bool[L], True = there is a reading.
     """
 
@@ -25,15 +24,29 @@ class EpisodeArrays(NamedTuple):
     sensors: Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
+def state_sample(dataset: base.Dataset, limit: int) -> np.ndarray:
+    """States float32[n, P] of up to `limit` frames, evenly spaced; frames that cannot be read are left out."""
+    readable = [np.zeros((0, len(dataset.robot.state)), np.float32)]
+    for frame_id in _spread(dataset, limit):
+        with contextlib.suppress(base.CorruptFrameError):
+            readable.append(dataset.proprio([frame_id]))
+    return np.concatenate(readable)
+
+
+def _spread(dataset: base.Dataset, limit: int) -> np.ndarray:
+    """Ids of up to `limit` frames, evenly spaced over those that are learned from."""
+    frame_ids = np.unique(np.concatenate([np.arange(episode.start, episode.end) for episode in dataset.episodes]))
+    return frame_ids[np.linspace(0, len(frame_ids) - 1, min(len(frame_ids), limit)).astype(int)]
+
+
 def action_sample(dataset: base.Dataset, limit: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Actions of up to `limit` frames, evenly spaced over those that are learned from, and the openings there.
 
     Returns:
-      float32[n, 7] actions and float32[n], see `Dataset.gripper_opening`, or None where the dataset has none. Where a
+      float32[n, A] actions and float32[n], see `Dataset.gripper_opening`, or None where the dataset has none. Where a
       frame cannot be read, it is left out, and there are no openings.
     """
-    frame_ids = np.unique(np.concatenate([np.arange(episode.start, episode.end) for episode in dataset.episodes]))
-    chosen = frame_ids[np.linspace(0, len(frame_ids) - 1, min(len(frame_ids), limit)).astype(int)]
+    chosen = _spread(dataset, limit)
     try:
         return dataset.actions(chosen), dataset.gripper_opening(chosen)
     except base.CorruptFrameError:
@@ -41,7 +54,7 @@ def action_sample(dataset: base.Dataset, limit: int) -> tuple[np.ndarray, np.nda
         for frame_id in chosen:
             with contextlib.suppress(base.CorruptFrameError):
                 readable.append(dataset.actions([frame_id]))
-        return np.concatenate(readable or [np.zeros((0, interface.ACTION_DIM), np.float32)]), None
+        return np.concatenate(readable or [np.zeros((0, len(dataset.robot.action)), np.float32)]), None
 
 
 def episode_arrays(

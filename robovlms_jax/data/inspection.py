@@ -169,8 +169,7 @@ def inspect(splits: Mapping[str, base.Dataset], budget: Budget = Budget()) -> In
         raise ValueError(
             f"{dataset.name}: none of {len(runs)} episodes has a readable action: {unreadable['actions'][1]}"
         )
-    is_stored = getattr(dataset, "as_stored", False)
-    action_dimensions = spec.action if is_stored or _describes(spec.action) else _seven(dataset.action_units)
+    action_dimensions = spec.action
     seven = _describes(action_dimensions)
     states, state_dimensions = _states(dataset, spec, runs, unreadable)
     openings = sampling.read_numbers(_opening_reader(dataset), runs, "gripper opening", {})
@@ -202,9 +201,8 @@ def inspect(splits: Mapping[str, base.Dataset], budget: Budget = Budget()) -> In
 
 def describe(dataset: base.Dataset) -> tuple[robots.RobotSpec, bool]:
     """(robot, whether the reader describes it). Without a description: what `base.Dataset` promises of all."""
-    spec = getattr(dataset, "robot", None)
-    if spec is not None:
-        return spec, True
+    if dataset.robot is not base.Dataset.robot:
+        return dataset.robot, True
     cameras = tuple(robots.Camera(name, *size) for name, size in dataset.image_sizes.items())
     if tuple(dataset.action_units) == base.CALVIN_UNITS:
         return dataclasses.replace(robots.CALVIN, cameras=cameras), True
@@ -219,7 +217,11 @@ def _seven(units: Sequence[float] | None = None) -> tuple[robots.Dimension, ...]
     for index, quantity in enumerate(quantities):
         symbol = "m" if quantity == "position" else "rad"
         unit = symbol if units is None or units[index] == 1 else f"{units[index]:g} {symbol}"
-        arm.append(robots.Dimension(statistics.NAMES[index], unit, "absolute" if units is None else "delta", quantity))
+        arm.append(
+            robots.Dimension(
+                robots.CALVIN.action_names[index], unit, "absolute" if units is None else "delta", quantity
+            )
+        )
     return (*arm, robots.GRIPPER)
 
 
@@ -227,7 +229,7 @@ def _describes(dimensions: Sequence[robots.Dimension]) -> bool:
     """Whether a robot's description is one of the seven numbers that a reader gives (`base.Dataset`) rather than of
     those in the files, whose grippers come first, run from 0 to 1 or in per cent, or are missing."""
     grippers = [(i, d.low, d.high) for i, d in enumerate(dimensions) if d.quantity == "gripper"]
-    return len(dimensions) == len(statistics.NAMES) and grippers == [(len(dimensions) - 1, -1.0, 1.0)]
+    return len(dimensions) == len(robots.CALVIN.action) and grippers == [(len(dimensions) - 1, -1.0, 1.0)]
 
 
 def _states(

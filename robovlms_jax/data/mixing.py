@@ -8,12 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from robovlms_jax.control import interface
+from robovlms_jax.control import robot as robots
 from robovlms_jax.data import base, statistics
 
 logger = logging.getLogger(__name__)
-
-ARM = interface.ACTION_DIM - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +31,10 @@ class Part:
 class MixtureDataset(base.Dataset):
     """Datasets of different robots behind one interface.
 
-    Actions come in the units of a reference dataset: each part's arm is shifted and scaled so that its 1 % and 99 %
-    quantiles fall on the reference's. Normalising by the reference's quantiles then gives what normalising each
-    dataset by its own would, and a policy trained on it drives the reference's robot as it is. Grippers are alike
-    everywhere and pass untouched.
+    Actions come in the units of a reference dataset: each part's numbers are shifted and scaled so that their 1 % and
+    99 % quantiles fall on the reference's. Normalising by the reference's quantiles then gives what normalising each
+    dataset by its own would, and a policy trained on it drives the reference's robot as it is. Binary grippers are
+    alike everywhere and pass untouched.
 
     Cameras are those that any part has; where a part lacks one, its images are black and `has_images` is False.
 
@@ -53,6 +51,9 @@ class MixtureDataset(base.Dataset):
         own = parts[names.index(reference)]
         self.statistics, self.action_units = own.statistics, own.dataset.action_units
         self.image_sizes = self._common_sizes()
+        cameras = tuple(robots.Camera(camera, *size) for camera, size in self.image_sizes.items())
+        self.robot = dataclasses.replace(own.dataset.robot, cameras=cameras)
+        self._require_alike()
         spans = [part.dataset.num_frame_ids for part in parts]
         self._first = np.concatenate([[0], np.cumsum(spans)])
         self.episodes = tuple(
@@ -70,6 +71,20 @@ class MixtureDataset(base.Dataset):
             without = [part.name for part in parts if camera not in part.dataset.cameras]
             if without:
                 logger.warning("no %s camera in %s: black images, masked", camera, ", ".join(without))
+
+    def _require_alike(self) -> None:
+        """Raise ValueError that lists the parts whose actions have other columns than the reference's."""
+        wanted = (len(self.robot.action), self.robot.binary)
+        wrong = [
+            f"{part.name}: {list(part.dataset.robot.action_names)}"
+            for part in self._parts
+            if (len(part.dataset.robot.action), part.dataset.robot.binary) != wanted
+        ]
+        if wrong:
+            raise ValueError(
+                f"the mixture {self.name!r} speaks the actions of {self._reference}, {list(self.robot.action_names)}; "
+                f"other columns have {'; '.join(wrong)}. Leave these datasets out, or describe them alike."
+            )
 
     def _common_sizes(self) -> dict[str, tuple[int, int]]:
         sizes: dict[str, dict[tuple[int, int], list[str]]] = {}
@@ -126,10 +141,10 @@ class MixtureDataset(base.Dataset):
 
     def array(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:
         def read(part: Part, ids: np.ndarray) -> np.ndarray:
-            values = part.dataset.array(name, ids)
+            values = np.array(part.dataset.array(name, ids))
             if name == "rel_actions":
                 scale, shift = self._affine[self._parts.index(part)]
-                values = np.concatenate([values[:, :ARM] * scale + shift, values[:, ARM:]], axis=1)
+                values[:, self.robot.scaled] = values[:, self.robot.scaled] * scale + shift
             return values
 
         return self._gather(frame_ids, read)
@@ -168,7 +183,7 @@ def _stores(dataset: base.Dataset, name: str) -> bool:
 
 
 def _to_reference(own: statistics.Statistics, reference: statistics.Statistics) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift) float32[6] that take `own`'s quantiles to `reference`'s."""
+    """(scale, shift) float32, one per scaled dimension, that take `own`'s quantiles to `reference`'s."""
     (low, high), (to_low, to_high) = (np.array(x.bounds()) for x in (own, reference))
     scale = (to_high - to_low) / (high - low)
     return scale.astype(np.float32), (to_low - low * scale).astype(np.float32)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from robovlms_jax.control import robot as robots
 from robovlms_jax.data import base, frame_index, statistics
 
 VERSION = 1
@@ -43,6 +44,8 @@ class PackedDataset(base.Dataset):
             )
         self.image_sizes = {camera: tuple(size) for camera, size in self.meta["image_sizes"].items()}
         self.action_units = tuple(self.meta.get("action_units", base.CALVIN_UNITS))
+        if "robot" in self.meta:
+            self.robot = robots.from_json(self.meta["robot"], str(self.directory / META))
         if "statistics" in self.meta:
             self.statistics = statistics.from_json(self.meta["statistics"], str(self.directory / META))
         self.episodes = selected

@@ -23,6 +23,7 @@ import tqdm
 from PIL import Image
 
 from robovlms_jax import json_files
+from robovlms_jax.control import robot as robots
 from robovlms_jax.data import atomic, base, frame_index, packed, statistics
 from robovlms_jax.data import workers as processes
 
@@ -46,6 +47,7 @@ class FrameSource(Protocol):
     episodes: tuple[base.Episode, ...]
     image_sizes: Mapping[str, tuple[int, int]]
     arrays: tuple[str, ...]
+    robot: robots.RobotSpec
     action_units: tuple[float, ...]
     statistics: statistics.Statistics | None
 
@@ -97,6 +99,7 @@ def pack(
     }
     if source.statistics is not None:  # a format that knows what its numbers mean; CALVIN's are understood
         plan |= {"action_units": list(source.action_units), "statistics": source.statistics.to_json()}
+        plan["robot"] = source.robot.to_json()
     encode = functools.partial(encode_image, codec, quality)
     with _explained(directory):
         if not _claim(directory, plan):

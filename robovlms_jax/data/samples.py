@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from robovlms_jax import types
-from robovlms_jax.control import interface
 from robovlms_jax.data import base, language, segments, sensors
 
 logger = logging.getLogger(__name__)
@@ -170,7 +169,7 @@ class SegmentSource(Sequence[types.Batch]):
                 sensors={name: values for name, (values, _) in readings.items()},
                 sensor_mask={name: mask for name, (_, mask) in readings.items() if mask is not None},
             ),
-            actions=np.zeros((size, steps, interface.ACTION_DIM), np.float32),
+            actions=np.zeros((size, steps, len(self.dataset.robot.action)), np.float32),
             action_mask=np.zeros((size, steps), bool),
             window_mask=np.zeros((size, self.segments.windows_per_segment), bool),
             episode=np.zeros(size, np.int32),

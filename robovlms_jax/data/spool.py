@@ -22,7 +22,7 @@ class Spool:
       image_sizes: camera -> (height, width). arrays: field -> number of values.
     """
 
-    action_units = base.Dataset.action_units
+    robot, action_units = base.Dataset.robot, base.Dataset.action_units
     statistics = None
 
     def __init__(self, path: pathlib.Path, image_sizes: Mapping[str, tuple[int, int]], arrays: Mapping[str, int]):

@@ -1,9 +1,10 @@
 """Mean, spread and quantiles of actions and state, in the JSON layout that OpenVLA and RoboVLMs publish.
 
-    {"action": {"mean": [7], "std": [7], "max": [7], "min": [7], "q01": [7], "q99": [7], "mask": [7]},
+    {"action": {"mean": [A], "std": [A], "max": [A], "min": [A], "q01": [A], "q99": [A], "mask": [A]},
      "proprio": {the same without mask}, "num_transitions": n, "num_trajectories": n}
 
-One difference in meaning, undone on reading: in the files the gripper runs from 0 to 1, here from -1 to 1.
+One difference in meaning, undone on reading: in the files binary grippers (mask False) run from 0 to 1, here from -1 to
+1.
 """
 
 from __future__ import annotations
@@ -17,47 +18,59 @@ import numpy as np
 
 from robovlms_jax import json_files
 from robovlms_jax.actions.statistics import summarize
+from robovlms_jax.control import robot as robots
 
 KEYS = ("mean", "std", "max", "min", "q01", "q99")
-ARM = 6
+SEVEN = (True,) * 6 + (False,)
+"""`mask` of files that have none: an arm's six numbers and the gripper."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
     """Of one dataset.
 
-    action, proprio: name in `KEYS` -> float64[d]; proprio may have d = 0. The action's last dimension is the gripper in
-      -1 ... 1.
+    action, proprio: name in `KEYS` -> float64[d]; proprio may have d = 0. Binary grippers are in -1 ... 1.
     num_transitions, num_trajectories: what they are taken over.
+    mask: per action dimension, False for binary grippers, which are not scaled.
     """
 
     action: Mapping[str, np.ndarray]
     proprio: Mapping[str, np.ndarray]
     num_transitions: int
     num_trajectories: int
+    mask: tuple[bool, ...] = SEVEN
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """(low, high) float64[6]: the arm's 1 % and 99 % quantiles, one unit apart where a dimension never changes."""
-        low, high = self.action["q01"][:ARM], self.action["q99"][:ARM]
+        """(low, high) float64 of the scaled dimensions: their 1 % and 99 % quantiles, one unit apart where one never
+        changes."""
+        low, high = (self.action[name][np.array(self.mask)] for name in ("q01", "q99"))
         still = high - low < 1e-6
         return np.where(still, low - 0.5, low), np.where(still, high + 0.5, high)
 
     def to_json(self) -> dict[str, Any]:
-        """Upstream's layout, with `mask` (OpenVLA's key): which dimensions are normalised, all but the gripper."""
-        action = {key: self.action[key].copy() for key in KEYS}
+        """Upstream's layout, with `mask` (OpenVLA's key): which dimensions are normalised, all but binary grippers."""
+        action, binary = {key: self.action[key].copy() for key in KEYS}, ~np.array(self.mask)
         for key in KEYS:
-            action[key][-1] = action[key][-1] / 2 if key == "std" else (action[key][-1] + 1) / 2
+            action[key][binary] = action[key][binary] / 2 if key == "std" else (action[key][binary] + 1) / 2
         return {
-            "action": {key: value.tolist() for key, value in action.items()} | {"mask": [True] * ARM + [False]},
+            "action": {key: value.tolist() for key, value in action.items()} | {"mask": list(self.mask)},
             "proprio": {key: self.proprio[key].tolist() for key in KEYS},
             "num_transitions": self.num_transitions,
             "num_trajectories": self.num_trajectories,
         }
 
 
-def compute(actions: np.ndarray, states: np.ndarray, num_trajectories: int) -> Statistics:
-    """Over all steps of a dataset: actions float[N, 7], states float[N, s]. Raises ValueError for N = 0."""
-    return Statistics(summarize(actions), summarize(states), len(actions), num_trajectories)
+def compute(
+    actions: np.ndarray, states: np.ndarray, num_trajectories: int, mask: tuple[bool, ...] = SEVEN
+) -> Statistics:
+    """Over all steps of a dataset: actions float[N, A], states float[N, s]; `mask` as in `Statistics`.
+    Raises ValueError for N = 0."""
+    return Statistics(summarize(actions), summarize(states), len(actions), num_trajectories, mask)
+
+
+def mask_of(robot: robots.RobotSpec) -> tuple[bool, ...]:
+    """`Statistics.mask` of a robot's actions."""
+    return tuple(dimension.kind != "binary" for dimension in robot.action)
 
 
 def shrink(action: Mapping[str, np.ndarray], share: float) -> dict[str, np.ndarray]:
@@ -81,17 +94,20 @@ def from_json(content: Mapping[str, Any], name: str) -> Statistics:
             sizes = {len(value) for value in parts[part].values()}
             if len(sizes) != 1:
                 raise ValueError(f"{part} has lists of lengths {sorted(sizes)}")
-        if len(parts["action"]["mean"]) != ARM + 1:
-            raise ValueError(f"action has {len(parts['action']['mean'])} dimensions, expected {ARM + 1}")
+        mask = tuple(map(bool, content["action"].get("mask", SEVEN)))
+        if len(parts["action"]["mean"]) != len(mask):
+            has = len(parts["action"]["mean"])
+            raise ValueError(f"action has {has} dimensions, expected {len(mask)}, one for each entry of mask")
         if not all(np.isfinite(value).all() for part in parts.values() for value in part.values()):
             raise ValueError("a value is not finite")
         for key, value in parts["action"].items():
-            value[-1] = value[-1] * 2 if key == "std" else value[-1] * 2 - 1
+            value[~np.array(mask)] = value[~np.array(mask)] * 2 - (0 if key == "std" else 1)
         return Statistics(
             parts["action"],
             parts["proprio"],
             int(content.get("num_transitions", 0)),
             int(content.get("num_trajectories", 0)),
+            mask,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{name} holds no action statistics (mean, std, max, min, q01, q99): {error!r}.") from error

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from robovlms_jax.control.execution import BatchedPolicy
-from robovlms_jax.control.interface import ACTION_DIM, Observation
+from robovlms_jax.control import robot as robots
+from robovlms_jax.control.execution import BatchedPolicy, robot_of
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.envs.vector import EnvError, Info, VectorEnv
 
@@ -104,6 +105,8 @@ class Recording:
     """Control steps between two frames."""
     frames: list[Frame]
     result: TrialResult
+    robot: robots.RobotSpec = robots.CALVIN
+    """Whose actions the frames hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +148,7 @@ def run(
         loop.plan()
         for done, last_look in loop.step():
             if films is not None and done.film:
-                films.keep(_recording(envs.name, done, last_look, films.every))
+                films.keep(_recording(envs.name, done, last_look, films.every, robot_of(policy)))
             yield done.result()
 
 
@@ -251,7 +254,7 @@ class _Loop:
                 error.add_note(f"The policy failed at {'; '.join(self.runs[slot].where() for slot in asking[:3])}.")
                 raise
             for slot, chunk in zip(asking, chunks, strict=True):
-                self.runs[slot].actions.extend(_checked(chunk.actions, self.runs[slot].where()))
+                self.runs[slot].actions.extend(_checked(chunk.actions, self.runs[slot].where(), robot_of(self.policy)))
         for slot in filmed:
             if slot in seen:
                 run = self.runs[slot]
@@ -300,26 +303,28 @@ class _Loop:
             log.warning("environment %d did not come back: %s", slot, again)
 
 
-def _checked(actions: np.ndarray, where: str) -> np.ndarray:
+def _checked(actions: np.ndarray, where: str, robot: robots.RobotSpec) -> np.ndarray:
     """The actions, if a robot could execute them."""
     actions = np.asarray(actions)
     remedy = "Check the policy's head and un-normalisation."
-    if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or len(actions) == 0:
-        raise ValueError(f"{where}: the policy returned shape {actions.shape}, expected [C, {ACTION_DIM}]. {remedy}")
+    if actions.ndim != 2 or actions.shape[1] != len(robot.action) or len(actions) == 0:
+        expected = f"[C, {len(robot.action)}]"
+        raise ValueError(f"{where}: the policy returned shape {actions.shape}, expected {expected}. {remedy}")
     if not np.isfinite(actions).all():
         row, column = np.argwhere(~np.isfinite(actions))[0]
         raise ValueError(f"{where}: the policy's action {row} has {actions[row, column]} in column {column}. {remedy}")
-    if not np.isin(actions[:, 6], (-1, 1)).all():
-        raise ValueError(
-            f"{where}: the policy's gripper commands {actions[:, 6].tolist()} must be exactly -1 (close) or 1 (open); "
-            "binarise them first."
-        )
+    for column in robot.binary:
+        if not np.isin(actions[:, column], (-1, 1)).all():
+            raise ValueError(
+                f"{where}: the policy's {robot.action[column].name} commands {actions[:, column].tolist()} must be "
+                "exactly -1 (close) or 1 (open); binarise them first."
+            )
     return actions
 
 
-def _recording(env: str, run: _Run, last_look: Observation | None, every: int) -> Recording:
+def _recording(env: str, run: _Run, last_look: Observation | None, every: int, robot: robots.RobotSpec) -> Recording:
     frames = run.film
     if last_look is not None:
         final = dataclasses.replace(frames[-1], observation=last_look, task=len(run.steps) - 1, step=run.steps[-1])
         frames = [*frames, final]
-    return Recording(env, run.trial, every, frames, run.result())
+    return Recording(env, run.trial, every, frames, run.result(), robot)

@@ -10,11 +10,11 @@ import numpy as np
 
 from robovlms_jax import schema
 from robovlms_jax.actions import normalize, statistics
-from robovlms_jax.control import interface
+from robovlms_jax.control import robot as robots
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.policies.heads import discrete, lstm
 from robovlms_jax.policies.sensors.base import Sensor, SensorConfig
-from robovlms_jax.policies.sensors.robot_state import ActionHistoryConfig, ProprioConfig
+from robovlms_jax.policies.sensors.robot_state import ActionHistoryConfig, PastActions, ProprioConfig, RobotState
 from robovlms_jax.schema import require
 
 
@@ -114,6 +114,10 @@ class PolicyConfig:
     exact; 0 never does and costs one frame per step (see `policies.stream` for what is approximate then)."""
     chunk: int = 10
     """C: future actions predicted at every step, beginning with the current one."""
+    robot: robots.RobotSpec = robots.CALVIN
+    """What observations and actions are made of: dimensions by name, unit and kind, cameras, rate. The default stands
+    for "as the dataset says": a run takes the dataset's, saves it, and compares it wherever the policy goes. Anything
+    else must be what the dataset says. On the command line a JSON file (README, "Other robots")."""
     cameras: tuple[str, ...] = ("wrist", "static")
     """Cameras in the order their tokens follow the prompt's first token (released RoboVLMs checkpoints: wrist, then
     static)."""
@@ -139,9 +143,9 @@ class PolicyConfig:
     action_num_std: float = 3.0
     """Standard deviations that mean_std maps to 1 (heads reach no further)."""
     action_low: tuple[float, ...] = (-0.65,) * 6
-    """Lower end of each arm dimension in dataset units; clipped, then mapped to -1. The gripper is never normalised."""
+    """Lower end of each action dimension that is no binary gripper, in dataset units; clipped, then mapped to -1."""
     action_high: tuple[float, ...] = (0.65,) * 6
-    """Upper end of each arm dimension in dataset units; clipped, then mapped to +1."""
+    """Upper end of each of them; clipped, then mapped to +1."""
     action_mean: float = 0.0
     """With action_std: upstream's `regular_action`, (arm - action_mean) / action_std after the bounds."""
     action_std: float = 0.0
@@ -170,67 +174,121 @@ class PolicyConfig:
             f"policy.compat_count_padding and policy.compat_queries_last are of histories that decode every frame by "
             f"itself, one_step and policy_head; this one is {self.history!r}.",
         )
-        unknown = sorted(set(self.cameras) - set(interface.CAMERAS))
-        require(not unknown, f"policy.cameras has unknown {unknown}; known cameras: {list(interface.CAMERAS)}.")
+        given, known = self.robot != robots.CALVIN, self.robot.camera_names
+        unknown = sorted(set(self.cameras) - set(known))
+        require(
+            not (given and known and unknown),
+            f"policy.cameras has {unknown}, which robot {self.robot.name!r} has not; it has {list(known)}.",
+        )
         require(
             len(self.cameras) > 0 and len(set(self.cameras)) == len(self.cameras),
             f"policy.cameras={self.cameras} must name each camera once and at least one.",
         )
         names = [sensor.name for sensor in self.sensors]
         require(len(set(names)) == len(names), f"policy.sensors has names that are not unique: {names}.")
-        arm = interface.ACTION_DIM - 1
-        require(
-            len(self.action_low) == len(self.action_high) == arm
-            and all(low < high for low, high in zip(self.action_low, self.action_high)),
-            f"policy.action_low and policy.action_high need {arm} numbers each, low < high everywhere; "
-            f"got {self.action_low} and {self.action_high}.",
-        )
+        self._require_bounds()
+        self._require_state()
         require(self.action_num_std > 0, f"policy.action_num_std={self.action_num_std} must be positive.")
         for field in ("action_std", "action_mu"):
             require(getattr(self, field) >= 0, f"policy.{field}={getattr(self, field)} must be 0 (off) or positive.")
 
+    def _require_bounds(self) -> None:
+        robot = self.robot
+        require(
+            len(robot.action) > 0, f"policy.robot {robot.name!r} has no action dimension; nothing can be predicted."
+        )
+        count = len(robot.scaled)
+        names = [robot.action[column].name for column in robot.scaled]
+        require(
+            self._waits_for_data
+            or (
+                len(self.action_low) == len(self.action_high) == count
+                and all(low < high for low, high in zip(self.action_low, self.action_high))
+            ),
+            f"policy.action_low and policy.action_high need {count} numbers each, one per dimension {names} of robot "
+            f"{robot.name!r}, low < high everywhere; got {self.action_low} and {self.action_high}. With "
+            "policy.action_scaling=quantile they come from the training data.",
+        )
+
+    def _require_state(self) -> None:
+        names = [dimension.name for dimension in self.robot.state if dimension.kind != "binary"]
+        require(
+            not self.proprio.enabled or len(self.robot.state) > 0,
+            f"policy.proprio.enabled asks for the robot's state, and {self.robot.name!r} describes none.",
+        )
+        require(
+            not self.proprio.enabled or self.proprio.is_default or len(names) == len(self.proprio.center),
+            f"policy.proprio.center and policy.proprio.scale need {len(names)} numbers each, one per number {names} of "
+            f"the state of {self.robot.name!r}; got {self.proprio.center} and {self.proprio.scale}.",
+        )
+
+    def with_state(self, states: np.ndarray) -> PolicyConfig:
+        """With the centre and scale of the state that the data say, float[N, P], where the configuration leaves them to
+        the data: the default with another robot than CALVIN's."""
+        if not (self.proprio.enabled and self.proprio.is_default) or self.robot == robots.CALVIN:
+            return self
+        chosen = [i for i, dimension in enumerate(self.robot.state) if dimension.kind != "binary"]
+        values = np.asarray(states, np.float64)[:, chosen]
+        std = values.std(axis=0)
+        center, scale = values.mean(axis=0), np.where(std < 1e-6, 1.0, std)
+        proprio = dataclasses.replace(self.proprio, center=tuple(center.tolist()), scale=tuple(scale.tolist()))
+        return dataclasses.replace(self, proprio=proprio)
+
+    @property
+    def _waits_for_data(self) -> bool:
+        """Whether the bounds are still to be taken from training data."""
+        default = (PolicyConfig.action_low, PolicyConfig.action_high)
+        return self.action_scaling != "bounds" and (self.action_low, self.action_high) == default
+
+    @property
+    def action_dim(self) -> int:
+        """A: numbers of one action."""
+        return len(self.robot.action)
+
     @property
     def all_sensors(self) -> tuple[Sensor, ...]:
         """Everything that makes tokens beside images and text, in the order of their tokens."""
-        state = (self.proprio,) if self.proprio.enabled else ()
-        past = (self.action_history,) if self.action_history.length else ()
+        state = (RobotState(self.proprio, self.robot.state),) if self.proprio.enabled else ()
+        past = (PastActions(self.action_history, self.robot.action),) if self.action_history.length else ()
         return (*state, *past, *self.sensors)
 
     @property
     def normalizer(self) -> normalize.Normalizer:
         """Dataset units <-> what the head predicts. Raises ValueError where bounds still have to come from the data."""
-        given = (self.action_low, self.action_high)
-        if self.action_scaling != "bounds" and given == (PolicyConfig.action_low, PolicyConfig.action_high):
+        if self._waits_for_data:
             raise ValueError(
                 f"policy.action_scaling={self.action_scaling!r} takes its bounds from training data; call "
                 "policy.with_statistics (training does) before the policy is used."
             )
         std = self.action_std or None
-        return normalize.Normalizer(*given, mean=self.action_mean, std=std, mu=self.action_mu)
+        bounds = (self.action_low, self.action_high, self.robot.binary)
+        return normalize.Normalizer(*bounds, mean=self.action_mean, std=std, mu=self.action_mu)
 
     def with_bins(self, actions: np.ndarray) -> PolicyConfig:
-        """With the bins that the head takes from training data, where it does: actions float[N, 7], dataset units."""
+        """With the bins that the head takes from training data, where it does: actions float[N, A], dataset units."""
         if not isinstance(self.head, discrete.DiscreteHeadConfig):
             return self
-        return dataclasses.replace(self, head=self.head.with_actions(self.normalizer.normalize(actions)))
+        return dataclasses.replace(
+            self, head=self.head.with_actions(self.normalizer.normalize(actions), self.robot.binary)
+        )
 
     def with_statistics(self, action: Mapping[str, Any]) -> PolicyConfig:
         """With the bounds that `action_scaling` asks for; a dimension that never changes gets bounds one unit apart.
 
         Args:
-          action: "q01", "q99", "mean", "std" -> float[7], of the training split in dataset units.
+          action: "q01", "q99", "mean", "std" -> float[A], of the training split in dataset units.
         Raises:
           ValueError: outliers decide the bounds (mean_std); see `statistics.require_bounds`.
         """
-        arm = interface.ACTION_DIM - 1
+        scaled = list(self.robot.scaled)
         if self.action_scaling == "bounds":
             return self
         if self.action_scaling == "quantile":
-            low, high = (np.array(action[name][:arm], np.float64) for name in ("q01", "q99"))
+            low, high = (np.array(action[name], np.float64)[scaled] for name in ("q01", "q99"))
         else:
-            mean, std = (np.array(action[name][:arm], np.float64) for name in ("mean", "std"))
+            mean, std = (np.array(action[name], np.float64)[scaled] for name in ("mean", "std"))
             low, high = mean - self.action_num_std * std, mean + self.action_num_std * std
-            statistics.require_bounds(action, low, high)
+            statistics.require_bounds(action, low, high, self.robot)
         still = high - low < 1e-6
         low, high = np.where(still, low - 0.5, low), np.where(still, high + 0.5, high)
         return dataclasses.replace(self, action_low=tuple(low.tolist()), action_high=tuple(high.tolist()))

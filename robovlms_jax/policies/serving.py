@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from robovlms_jax.control.interface import ACTION_DIM, ActionChunk, Observation
+from robovlms_jax.control.interface import ActionChunk, Observation
 from robovlms_jax.policies import episodes, objective, observed
 from robovlms_jax.policies.sensors import control
 from robovlms_jax.policies.vla import VLA
@@ -46,7 +46,7 @@ def control_step(
         `sensors.base.blank`).
       active: bool[B]; where False the carry stays as it is (the actions there mean nothing).
     Returns:
-      float32[B, C, A] in dataset units (gripper exactly -1 or 1), and the new carry.
+      float32[B, C, A] in dataset units (binary grippers exactly -1 or 1), and the new carry.
     """
     steps = jnp.ones((text_ids.shape[0], 1), bool)
     images = {camera: x[:, None] for camera, x in images.items()}
@@ -68,7 +68,7 @@ class BatchedVLAPolicy:
     def __init__(self, model: VLA, params: Any, encode_text: EncodeText, slots: int):
         if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
             raise ValueError(f"slots={slots!r}: expected how many episodes to serve, at least 1.")
-        self.model, self.params, self.slots = model, params, slots
+        self.model, self.params, self.slots, self.robot = model, params, slots, model.config.robot
         self._encode = encode_text
         # The carry always lies where the parameters lie: were it placed anew by the first call, the second would
         # compile again.
@@ -83,7 +83,7 @@ class BatchedVLAPolicy:
         self._episodes = episodes.Episodes(slots)
         self._pictures = observed.Pictures(model.config.cameras, slots, model.vlm.image)
         self._readings = control.Readings(model.config.all_sensors, slots)
-        self._planned = np.zeros((slots, 1, ACTION_DIM), np.float32)
+        self._planned = np.zeros((slots, 1, model.config.action_dim), np.float32)
         self._compiled: set[Any] = set()
         self._lock = threading.RLock()
 
@@ -104,7 +104,7 @@ class BatchedVLAPolicy:
                 for slot in slots:
                     self._carry = self._reset(self._carry, slot)
                     self._readings.reset(slot)
-                    self._planned[slot] = 0
+                    self._planned[slot] = np.nan
             except BaseException:
                 self._forget()
                 raise
@@ -227,7 +227,7 @@ class VLAPolicy:
     call the robot slot 0."""
 
     def __init__(self, model: VLA, params: Any, encode_text: EncodeText):
-        self._batched = BatchedVLAPolicy(model, params, encode_text, slots=1)
+        self._batched, self.robot = BatchedVLAPolicy(model, params, encode_text, slots=1), model.config.robot
 
     def reset(self, instruction: str) -> None:
         self._batched.reset([0], [instruction])

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.backbones import sequence
-from robovlms_jax.control import interface
 from robovlms_jax.nn.linear import Kernel, Lora
 from robovlms_jax.policies import auxiliary, decoding, readout
 from robovlms_jax.policies.config import PolicyConfig
@@ -49,9 +48,12 @@ class VLA(nn.Module):
         self.backbone = backbones.build(self.vlm)
         self.readout = readout.LearnedQueries(self.num_queries, self.vlm.width) if self.num_queries else None
         kernel = Kernel(lora=Lora(config.lora_rank, config.lora_alpha))
-        self.proprio = robot_state.ProprioToken(config.proprio, width, kernel) if config.proprio.enabled else None
-        past = config.action_history
-        self.action_history = robot_state.ActionHistory(past, width, kernel) if past.length else None
+        sensor = {sensor.name: sensor for sensor in config.all_sensors}
+        self.proprio = self.action_history = None
+        if "proprio" in sensor:
+            self.proprio = robot_state.ProprioToken(sensor["proprio"], width, kernel)
+        if "action_history" in sensor:
+            self.action_history = robot_state.ActionHistory(sensor["action_history"], width, kernel)
         self.sensors = {
             sensor.name: sensors.build(sensor, width, kernel, name=sensor.scope) for sensor in config.sensors
         }
@@ -60,7 +62,8 @@ class VLA(nn.Module):
             config.head,
             window=config.head_window,
             chunk=config.chunk,
-            action_dim=interface.ACTION_DIM,
+            action_dim=config.action_dim,
+            binary=config.robot.binary,
             feature_dim=self.vlm.text.vocab_size if config.readout == "token" else self.vlm.width,
             num_queries=self.num_tokens if config.readout == "token" else config.num_queries,
             kernel=kernel,
@@ -75,7 +78,7 @@ class VLA(nn.Module):
     @property
     def num_tokens(self) -> int:
         """Action tokens of one step where actions are words."""
-        return self.config.chunk * interface.ACTION_DIM
+        return self.config.chunk * self.config.action_dim
 
     @property
     def num_queries(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from robovlms_jax import schema
+from robovlms_jax.control import robot as robots
 from robovlms_jax.parallel.config import DistributedConfig
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads import base as heads
@@ -80,6 +81,12 @@ RULES = (
             *("policy.action_mean", "policy.action_std", "policy.action_mu", "data.compat_second_norm"),
         ),
         "what the head predicts is scaled by it into what a robot is sent",
+    ),
+    Rule("free", ("policy.robot.name",), "what the robot is called"),
+    Rule(
+        "refused",
+        tuple(f"policy.robot.{part}" for part in ("rate_hz", "cameras", "action", "state")),
+        "it says what the policy's numbers and pictures are",
     ),
     Rule("free", ("policy.reencode_every",), "only control reads it"),
     Rule(
@@ -325,10 +332,12 @@ def _replaced(config: ExperimentConfig, values: Mapping[str, Any]) -> Experiment
 def _fill(saved: ExperimentConfig, config: ExperimentConfig) -> ExperimentConfig:
     """What `config` leaves to the data, as the checkpoint has it. Epochs become steps later, when the data are open."""
     policy, theirs, train, optimizer = config.policy, saved.policy, config.train, config.optimizer
-    if policy.action_scaling == theirs.action_scaling != "bounds":
-        given = (policy.action_low, policy.action_high)
-        if given == (PolicyConfig.action_low, PolicyConfig.action_high):
-            policy = dataclasses.replace(policy, action_low=theirs.action_low, action_high=theirs.action_high)
+    if policy.robot == robots.CALVIN != theirs.robot:  # the default: as the data say
+        policy = dataclasses.replace(policy, robot=theirs.robot, **_bounds_of(policy, theirs))
+    if policy.proprio.is_default and not theirs.proprio.is_default and policy.robot != robots.CALVIN:
+        told = {"center": theirs.proprio.center, "scale": theirs.proprio.scale}
+        policy = dataclasses.replace(policy, proprio=dataclasses.replace(policy.proprio, **told))
+    policy = dataclasses.replace(policy, **_bounds_of(policy, theirs))
     if isinstance(policy.head, DiscreteHeadConfig) and isinstance(theirs.head, DiscreteHeadConfig):
         edges, end = policy.head.quantile_edges, policy.head.vocab_end
         if policy.head.binning == "quantile" and policy.head.num_bins == theirs.head.num_bins:
@@ -350,6 +359,14 @@ def _fill(saved: ExperimentConfig, config: ExperimentConfig) -> ExperimentConfig
     )
 
 
+def _bounds_of(policy: PolicyConfig, theirs: PolicyConfig) -> dict[str, tuple[float, ...]]:
+    """The checkpoint's bounds of actions, where `policy` leaves them to the data in the same way."""
+    given, default = (policy.action_low, policy.action_high), (PolicyConfig.action_low, PolicyConfig.action_high)
+    if policy.action_scaling == theirs.action_scaling != "bounds" and given == default:
+        return {"action_low": theirs.action_low, "action_high": theirs.action_high}
+    return {}
+
+
 def restore(
     checkpointer: checkpoints.Checkpointer, point: Point, abstract: TrainState, config: ExperimentConfig
 ) -> TrainState:
@@ -368,7 +385,7 @@ def compare_statistics(policy: PolicyConfig, action: Mapping[str, Any], actions:
     Args:
       policy: the checkpoint's.
       action: statistics, as `PolicyConfig.with_statistics` takes them.
-      actions: float[N, 7], dataset units.
+      actions: float[N, A], dataset units.
     """
     today = policy.with_statistics(action)
     said = [

@@ -24,7 +24,7 @@ from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import DistributedConfig
 from robovlms_jax.policies.serving import EncodeText
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.runs import build, chaining, closed_loop, resuming, steps, validation
+from robovlms_jax.runs import build, chaining, closed_loop, resuming, robots, steps, validation
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import to_dict
 from robovlms_jax.training import (
@@ -116,6 +116,7 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
     config.validate(jax.device_count())
     config = dataclasses.replace(config, distributed=DistributedConfig())  # differs between processes, done with
     opened = {"training": opening.open_split(config.data, "training"), "validation": validation.open_split(config.data)}
+    config = dataclasses.replace(config, policy=robots.as_recorded(config.policy, opened["training"]))
     variation = language.read(config.data.paraphrases) if config.data.vary_language else None
     sentences = language.every(opened["training"].episodes, variation)
     instructions = [*sentences, *validation.sentences(opened["validation"]), *_asked(config)]
@@ -141,7 +142,10 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
         resuming.require_steps(point, config)
     else:
         config = config.resolve(training.num_windows, length, values)
-        config = dataclasses.replace(config, policy=config.policy.with_bins(actions))
+        policy = config.policy.with_bins(actions)
+        if policy.proprio.enabled and policy.proprio.is_default:
+            policy = policy.with_state(excerpts.state_sample(opened["training"], 1_000))
+        config = dataclasses.replace(config, policy=policy)
     config = build.with_action_ids(config, backbone.tokenizer)
     mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
     model = build.make_model(config, backbone.vlm)
@@ -350,12 +354,14 @@ def _check_actions(
     openings: np.ndarray | None,
 ) -> None:
     """Say, or refuse, what looks wrong about one dataset's actions: their statistics and a sample of them."""
+    gripper = dataset.robot.binary
     findings = statistics.lint(
         values,
         by_quantiles=config.policy.action_scaling == "quantile",
-        commands=actions[:, 6],
+        commands=actions[:, gripper[0]] if len(gripper) == 1 else None,
         widths=openings,
-        units=dataset.action_units,
+        units=dataset.action_units if len(dataset.action_units) == len(dataset.robot.scaled) else None,
+        robot=dataset.robot,
     )
     statistics.enforce(findings, dataset.name, refuse=config.data.check_actions == "refuse")
 

@@ -87,12 +87,17 @@ class Evaluator:
     ):
         self._model, self._mesh, self._config, self._source, self._encode = model, mesh, config, source, encode
         self._step = step.make_eval_step(model, mesh)
-        self._units = source.dataset.action_units
+        self._robot, units = config.policy.robot, source.dataset.action_units
+        self._units = units if len(units) == len(self._robot.scaled) else offline.units_of(self._robot)
 
     def numbers(self, state: TrainState) -> dict[str, float]:
         """Losses, errors in metres and radians, gripper accuracy and F1, over evaluation.batches batches."""
         sums, losses = self._measure(state)
-        return losses | offline.scalars(offline.summarize(offline.over_chunk(sums)))
+        return losses | self._named(sums)
+
+    def _named(self, sums: offline.Sums) -> dict[str, float]:
+        summary = offline.summarize(offline.over_chunk(sums), self._robot)
+        return offline.scalars(summary) | offline.by_name(summary, self._robot)
 
     def report(
         self,
@@ -106,7 +111,7 @@ class Evaluator:
     ) -> None:
         """Numbers through `write(values)`, then report.md, report.json and figures (first process only)."""
         sums, losses = self._measure(state)
-        write(losses | offline.scalars(offline.summarize(offline.over_chunk(sums))))
+        write(losses | self._named(sums))
         sensitivity = self._language(state)
         curves = self._curves(state)
         if jax.process_index() == 0:
@@ -119,6 +124,7 @@ class Evaluator:
                 episodes=curves,
                 closing=closing,
                 closed_loop=closed_loop,
+                robot=self._robot,
             )
 
     def _measure(self, state: TrainState) -> tuple[offline.Sums, dict[str, float]]:
@@ -127,7 +133,7 @@ class Evaluator:
         for batch in self._batches(self._config.evaluation.batches):
             # The step's results are whole on every host, so every host sums the same numbers.
             predicted, recorded, mask, metrics = jax.device_get(self._step(state, meshes.put_batch(batch, self._mesh)))
-            parts.append(offline.measure(predicted, recorded, mask, self._units))
+            parts.append(offline.measure(predicted, recorded, mask, self._units, self._robot))
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         count = totals.pop("count")
@@ -148,7 +154,8 @@ class Evaluator:
             other = batch.replace(inputs=batch.inputs.replace(text_ids=ids, text_mask=mask))
             pair = [jax.device_get(self._step(state, meshes.put_batch(x, self._mesh))) for x in (batch, other)]
             outcomes.append((pair[0][0], pair[1][0], pair[0][2]))
-        return offline.language_sensitivity(*(np.concatenate(x) for x in zip(*outcomes, strict=True)), self._units)
+        joined = (np.concatenate(x) for x in zip(*outcomes, strict=True))
+        return offline.language_sensitivity(*joined, self._units, self._robot)
 
     def _curves(self, state: TrainState) -> list[offline_report.EpisodeCurves]:
         """The first action of every chunk along whole episodes, predicted frame by frame as a robot would be driven;
@@ -169,7 +176,7 @@ class Evaluator:
             policy.reset(episode.instruction)
             predicted = [policy.act(_observation(recorded, t)).actions[0] for t in range(len(recorded.actions))]
             actions = (np.stack(predicted), recorded.actions)
-            curves.append(offline_report.EpisodeCurves(episode.instruction, *actions, units=self._units))
+            curves.append(offline_report.EpisodeCurves(episode.instruction, *actions, self._units, self._robot))
         return curves
 
     def _batches(self, num_batches: int) -> Iterator[Batch]:

@@ -70,7 +70,7 @@ def test_quantile_bins_hold_equally_many_actions_and_spare_the_gripper():
     rng = np.random.default_rng(0)
     actions = np.clip(rng.normal(size=(5000, 7)) * [0.1, 0.2, 0.3, 0.1, 0.1, 0.0, 1], -1, 1)
     actions[:, 6] = np.sign(actions[:, 6])
-    bins = QuantileBins.of(actions, 21)
+    bins = QuantileBins.of(actions, 21, (6,))
     numbers = discretize.discretize(actions, bins)
     for dimension in range(5):
         counts = np.bincount(numbers[:, dimension], minlength=21)
@@ -96,8 +96,8 @@ def test_normalising_and_discretizing_are_one_loop_on_the_device(kind):
     # The compiled program is a single fusion: nothing between raw actions and ids is written to memory, no library
     # call and no transfer to the host. Fails when someone cuts and joins columns, or counts edges along an axis.
     rng = np.random.default_rng(0)
-    bins = UniformBins() if kind == "uniform" else QuantileBins.of(rng.uniform(-1, 1, (500, 7)), 64)
-    normalizer = normalize.Normalizer((-0.65,) * 6, (0.5,) * 6, mean=0.1, std=0.9, mu=255.0)
+    bins = UniformBins() if kind == "uniform" else QuantileBins.of(rng.uniform(-1, 1, (500, 7)), 64, (6,))
+    normalizer = normalize.Normalizer((-0.65,) * 6, (0.5,) * 6, (6,), mean=0.1, std=0.9, mu=255.0)
 
     def encode(actions):
         return discretize.to_ids(discretize.discretize(normalizer.normalize(actions), bins), 32_000)

@@ -258,15 +258,6 @@ def test_angles_that_pass_half_a_turn_do_not_jump():
     assert follow.dimensions[0].correlation > 0.999
 
 
-def test_a_description_of_the_files_is_not_taken_for_one_of_what_the_reader_gives():
-    toy = Toy()
-    gripper = robot.Dimension("hand", "%", "continuous", "gripper", "", 0.0, 100.0)
-    toy.robot = dataclasses.replace(SPEC, action=(gripper, *SPEC.action[:-1]), state=(gripper, *SPEC.state[:-1]))
-    result = inspection.inspect({"training": toy})
-    assert [c.dimension.name for c in result.actions] == ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
-    assert result.robot == toy.robot and "problem" not in {f.level for f in findings.find(result)}
-
-
 def test_two_cameras_with_the_same_picture_are_named():
     toy = Toy()
     toy.image_sizes = {"static": (24, 24), "wrist": (24, 24)}

@@ -69,7 +69,6 @@ def test_seven_numbers_without_names_are_assumed_to_be_a_pose_and_that_is_said_o
 @pytest.mark.parametrize(
     "listed",
     [
-        [*(f"joint_{i}.pos" for i in range(6)), "gripper.pos"],
         [*(f"joint_{i}" for i in range(7)), "gripper"],
         {"motors": ["shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper"]},
         {"left": [*(f"j{i}" for i in range(6)), "gripper"], "right": [*(f"j{i}" for i in range(6)), "gripper"]},
@@ -237,6 +236,6 @@ def test_the_robot_is_what_info_says(tmp_path):
     toy.write_json(root / lerobot.CONVENTIONS, {"arm": ["action[:6]"], "gripper": "action[6]"})
     spec = lerobot.open_dataset(root, "training").robot
     assert (spec.name, spec.rate_hz, spec.cameras) == ("toy", 10.0, (robot.Camera("static", 32, 48),))
-    assert [d.name for d in spec.action] == listed
-    assert [d.quantity for d in spec.action] == ["joint"] * 6 + ["gripper"] and len(spec.state) == 8
-    assert {d.unit for d in (*spec.action, *spec.state)} == {""}
+    # What the description makes of them: an end effector's motion, whatever they are called.
+    assert [d.name for d in spec.action] == ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
+    assert {d.unit for d in spec.action[:6]} == {"m", "rad"} and spec.binary == (6,)

@@ -129,7 +129,7 @@ def test_past_actions_future_frames_and_sentences_when_asked_for(dataset, frame_
     for index, begin in ((5, 110), (9, 122)):
         sample, frames = source[index], W + K - 1
         steps = np.minimum(begin - 2 + np.arange(frames + 1), 130)
-        past = [np.zeros(7) if step < 110 else frame_content(step)["rel_actions"] for step in steps]
+        past = [np.full(7, np.nan) if step < 110 else frame_content(step)["rel_actions"] for step in steps]
         np.testing.assert_array_equal(sample.inputs.sensors["action_history"], np.float32(past))
         after = begin + frames + np.arange(4)
         np.testing.assert_array_equal(sample.future_mask, after <= 130)

@@ -22,7 +22,14 @@ def make(kind: str, **sizes):
     """A small head of that kind and features of a window for it."""
     token = HEADS[kind].readouts == ("token",)
     shape = (C * A, V) if token else (Q, D)
-    sizes = {"window": W, "chunk": C, "action_dim": A, "feature_dim": shape[1], "num_queries": shape[0]} | sizes
+    sizes = {
+        "window": W,
+        "chunk": C,
+        "action_dim": A,
+        "binary": (6,),
+        "feature_dim": shape[1],
+        "num_queries": shape[0],
+    } | sizes
     return base.build(HEADS[kind], **sizes), shape
 
 
@@ -110,7 +117,7 @@ def test_mlp_equals_upstream(golden, case, exact_matmul):
     data = golden("heads/fc_none_lat1.npz")
     params = upstream_mlp(data)
     config = mlp.MLPHeadConfig(hidden_size=16)
-    head = base.build(config, window=3, chunk=10, action_dim=7, feature_dim=24, num_queries=1)
+    head = base.build(config, window=3, chunk=10, action_dim=7, binary=(6,), feature_dim=24, num_queries=1)
     mask = jnp.asarray(data[f"mask_{case}"], bool)
     actions = jnp.concatenate([data["label_arm"], 2.0 * data["label_gripper"][..., None] - 1.0], axis=-1)
 
@@ -126,7 +133,7 @@ def test_mlp_equals_upstream(golden, case, exact_matmul):
 
     (_, (prediction, metrics)), grads = run(params)
     np.testing.assert_allclose(prediction.arm, data["out_arm"], atol=1e-5)
-    np.testing.assert_allclose(prediction.gripper_logit, data["out_gripper"][..., 0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(prediction.gripper_logit[..., 0], data["out_gripper"][..., 0], rtol=1e-5, atol=1e-5)
     found = [metrics["loss_arm"], metrics["loss_gripper"], metrics["acc_gripper"]]
     np.testing.assert_allclose(found, data[f"loss_{case}"], rtol=1e-5)
     if case == "partial":  # the mask the reference gradients were taken with
@@ -158,7 +165,7 @@ def test_discrete_loss_and_metrics_equal_upstream(golden):
     tokens = logits[is_action].reshape(1, 1, -1, A, logits.shape[-1])
     chunk = tokens.shape[2]
     config = discrete.DiscreteHeadConfig(num_bins=32, vocab_end=end, constrained=False)
-    head = base.build(config, window=1, chunk=chunk, action_dim=A, feature_dim=120, num_queries=chunk * A)
+    head = base.build(config, window=1, chunk=chunk, action_dim=A, binary=(6,), feature_dim=120, num_queries=chunk * A)
     ids = labels[is_action].reshape(1, 1, chunk, A)
     bins = config.bins
     edges = np.append(bins.centers, bins.high).astype(np.float32)  # the last bin holds its edge alone
@@ -201,7 +208,7 @@ def test_gpt_equals_hugging_faces_gpt2(exact_matmul):
     flat["final_norm/scale"], flat["final_norm/bias"] = state["ln_f.weight"], state["ln_f.bias"]
 
     config = gpt.GPTHeadConfig(hidden_size=width, num_layers=layers, num_heads=heads, trunk=(8,))
-    head = base.build(config, window=W, chunk=C, action_dim=A, feature_dim=width, num_queries=1)
+    head = base.build(config, window=W, chunk=C, action_dim=A, binary=(6,), feature_dim=width, num_queries=1)
     x = np.random.default_rng(0).normal(size=(2, W, 1, width)).astype(np.float32)
     mask = np.ones((2, W), bool)
     shapes = unbox(jax.eval_shape(head.init, jax.random.key(0), x, mask))["params"]
@@ -228,7 +235,7 @@ def test_flow_follows_a_straight_path_to_its_end(num_steps):
             return (goal - x) / (1 - time[:, None, None])
 
     config = flow.FlowHeadConfig(hidden_size=16, num_heads=2, num_steps=num_steps)
-    head = Known(config, window=W, chunk=C, action_dim=A, feature_dim=D, num_queries=1).bind({})
+    head = Known(config, window=W, chunk=C, action_dim=A, binary=(6,), feature_dim=D, num_queries=1).bind({})
     condition = flow.Condition(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
     actions = head.actions(flow.FlowPrediction(condition, (2, 3)))
     np.testing.assert_allclose(actions[..., :-1], np.broadcast_to(goal[:, :-1], (2, 3, C, A - 1)), atol=1e-5)
@@ -248,7 +255,9 @@ def test_impossible_sizes_are_named(kind):
 def test_a_discrete_head_that_does_not_fit_its_vocabulary_is_refused():
     with pytest.raises(ValueError, match="leaves no room"):
         discrete.DiscreteHeadConfig(num_bins=256, vocab_end=100)
-    head = base.build(discrete.DiscreteHeadConfig(), window=1, chunk=1, action_dim=7, feature_dim=100, num_queries=7)
+    head = base.build(
+        discrete.DiscreteHeadConfig(), window=1, chunk=1, action_dim=7, binary=(6,), feature_dim=100, num_queries=7
+    )
     with pytest.raises(ValueError, match="vocabulary of 100"):
         head.ids(jnp.zeros((1, 7)))
     with pytest.raises(ValueError, match="must span"):

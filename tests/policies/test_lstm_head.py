@@ -16,7 +16,7 @@ W, C, D, HIDDEN = 8, 10, 24, 16
 
 def make_head(**changes):
     config = lstm.LSTMHeadConfig(**{"hidden_size": HIDDEN, **changes})
-    return base.build(config, window=W, chunk=C, action_dim=7, feature_dim=D, num_queries=1)
+    return base.build(config, window=W, chunk=C, action_dim=7, binary=(6,), feature_dim=D, num_queries=1)
 
 
 def upstream_params(weights: dict[str, np.ndarray], layers: int) -> dict:
@@ -47,7 +47,7 @@ def test_window_equals_upstream(upstream, exact_matmul):
     data, params = upstream
     prediction = make_head().apply(params, data["x"], np.ones(data["x"].shape[:2], bool))
     np.testing.assert_allclose(prediction.arm, data["out_arm"], atol=1e-5)
-    np.testing.assert_allclose(prediction.gripper_logit, data["out_gripper"][..., 0], atol=1e-5)
+    np.testing.assert_allclose(prediction.gripper_logit[..., 0], data["out_gripper"][..., 0], atol=1e-5)
 
 
 def test_streaming_equals_upstream_past_the_window(upstream, exact_matmul):
@@ -59,7 +59,7 @@ def test_streaming_equals_upstream_past_the_window(upstream, exact_matmul):
     for t in range(data["stream_x"].shape[1]):
         prediction, carry = step(data["stream_x"][:, t], carry)
         np.testing.assert_allclose(prediction.arm, data["stream_arm"][:, t, 0], atol=1e-5)
-        np.testing.assert_allclose(prediction.gripper_logit, data["stream_gripper"][:, t, 0, :, 0], atol=1e-5)
+        np.testing.assert_allclose(prediction.gripper_logit[..., 0], data["stream_gripper"][:, t, 0, :, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["full", "partial", "single"])
@@ -148,7 +148,7 @@ def test_layer_equals_torch_lstm(exact_matmul):
 def test_step_repeated_equals_the_last_step_of_each_window(queries, exact_matmul):
     # Closed form of streaming: output t is the window form over the newest min(t, W) features.
     config = lstm.LSTMHeadConfig(hidden_size=HIDDEN, num_layers=2, trunk=(12,))
-    head = base.build(config, window=4, chunk=3, action_dim=7, feature_dim=D, num_queries=queries)
+    head = base.build(config, window=4, chunk=3, action_dim=7, binary=(6,), feature_dim=D, num_queries=queries)
     x = np.random.default_rng(1).normal(size=(2, 9, queries, D)).astype(np.float32)
     params = head.init(jax.random.key(0), x[:, :4], np.ones((2, 4), bool))
     carry = head.init_carry(2)

@@ -12,6 +12,7 @@ from flax.linen import unbox
 from flax.traverse_util import flatten_dict
 
 from robovlms_jax.control.interface import Observation
+from robovlms_jax.control.robot import CALVIN
 from robovlms_jax.nn.perceiver import PerceiverConfig
 from robovlms_jax.policies import objective, serving
 from robovlms_jax.policies.config import ActionHistoryConfig, AuxiliaryConfig, ClipConfig, ForwardConfig, ProprioConfig
@@ -19,10 +20,12 @@ from robovlms_jax.policies.sensors import robot_state
 from tests import toy
 from tests.toy import B, W
 
+NUMBERS = CALVIN.state[:6]
 ON = ProprioConfig(enabled=True)
 
 
 PAST = ActionHistoryConfig(length=2)
+STATE, EXECUTED = robot_state.RobotState(ON, CALVIN.state), robot_state.PastActions(PAST, CALVIN.action)
 AUXILIARY = AuxiliaryConfig(
     forward=ForwardConfig(loss_weight=0.1, offsets=(1, 2), patch_size=14, width=8, depth=1, head_dim=4),
     clip=ClipConfig(weights="opened by training alone", dim=5),
@@ -47,7 +50,7 @@ def robot_states(rng, *shape):
 def complete(batch, states):
     """The batch with all that the modules look at; the actions before a frame are those of the frames before it."""
     rng, frames = np.random.default_rng(1), batch.inputs.step_mask.shape[1]
-    past = np.pad(batch.actions[:, : frames - 1], ((0, 0), (PAST.length, 0), (0, 0)))
+    past = np.pad(batch.actions[:, : frames - 1], ((0, 0), (PAST.length, 0), (0, 0)), constant_values=np.nan)
     sentence = rng.normal(size=(B, 5)).astype(np.float32)
     return batch.replace(
         inputs=batch.inputs.replace(sensors={"proprio": states[..., [0, 1, 2, 3, 4, 5, 14]], "action_history": past}),
@@ -70,20 +73,20 @@ def on():
 
 def test_scaled_state_is_centred_and_takes_the_short_way_round():
     config = ProprioConfig(center=(1.0, 2.0, 3.0, 3.0, 0.0, -1.0), scale=(2.0, 1.0, 0.5, 0.5, 1.0, 1.0))
-    scaled = robot_state.scale_arm(jnp.asarray([2.0, 2.0, 2.0, -3.0, 0.5, -1.5]), config)
+    scaled = robot_state.scale_state(jnp.asarray([2.0, 2.0, 2.0, -3.0, 0.5, -1.5]), config, NUMBERS)
     # roll -3 lies 2 pi - 6 beyond roll 3
     np.testing.assert_allclose(scaled, [0.5, 0, -2, (2 * np.pi - 6) / 0.5, 0.5, -0.5], rtol=1e-5)
     raw = ProprioConfig(center=(0.0,) * 6, scale=(1.0,) * 6)
     readings = jnp.asarray([[0.1, -0.2, 0.5, 3.14159, -3.14159, 1.5]])
-    np.testing.assert_array_equal(robot_state.scale_arm(readings, raw), readings)
+    np.testing.assert_array_equal(robot_state.scale_state(readings, raw, NUMBERS), readings)
 
 
 def test_token_is_two_encoders_fused(on):
     # Against upstream's formula, written out: fuse([Linear(arm), table[gripper is open]]).
     model, params, batch, _ = on
     p, proprio = params["proprio"], batch.inputs.sensors["proprio"]
-    token, _ = robot_state.ProprioToken(ON, model.vlm.width).apply({"params": p}, proprio)
-    arm = robot_state.scale_arm(proprio[..., :6], ON) @ p["arm"]["kernel"] + p["arm"]["bias"]
+    token, _ = robot_state.ProprioToken(STATE, model.vlm.width).apply({"params": p}, proprio)
+    arm = robot_state.scale_state(proprio[..., :6], ON, NUMBERS) @ p["arm"]["kernel"] + p["arm"]["bias"]
     gripper = np.asarray(p["gripper"])[((proprio[..., 6] + 1) // 2).astype(int)]
     expected = np.concatenate([arm, gripper], -1) @ p["fuse"]["kernel"] + p["fuse"]["bias"]
     np.testing.assert_allclose(token[..., 0, :], expected, rtol=1e-4, atol=1e-5)
@@ -94,7 +97,7 @@ def test_past_actions_are_told_apart_by_age_and_by_whether_they_were(on):
     model, params, batch, _ = on
     p = params["action_history"]
     past = model.config.normalizer.normalize(batch.inputs.sensors["action_history"])
-    tokens, _ = robot_state.ActionHistory(PAST, model.vlm.width).apply({"params": p}, past)
+    tokens, _ = robot_state.ActionHistory(EXECUTED, model.vlm.width).apply({"params": p}, past)
     assert tokens.shape == (*batch.inputs.step_mask.shape, 2, model.vlm.width)
     np.testing.assert_array_equal(tokens[:, 0], np.broadcast_to(p["age"], tokens[:, 0].shape))
     np.testing.assert_array_equal(tokens[:, 1, 0], np.broadcast_to(p["age"][0], tokens[:, 1, 0].shape))
@@ -108,7 +111,10 @@ def test_past_actions_are_told_apart_by_age_and_by_whether_they_were(on):
 
 def test_untold_frames_know_no_past_action():
     config = ActionHistoryConfig(length=2, dropout=0.5)
-    module, past = robot_state.ActionHistory(config, 8), np.ones((1, 60, 7), np.float32)
+    module, past = (
+        robot_state.ActionHistory(robot_state.PastActions(config, CALVIN.action), 8),
+        np.ones((1, 60, 7), np.float32),
+    )
     params = module.init(jax.random.key(0), past)
     tokens, _ = module.apply(params, past, deterministic=False, rngs={"dropout": jax.random.key(1)})
     told = np.asarray(module.apply(params, past)[0] == tokens).all(axis=(2, 3))[0]
@@ -118,7 +124,7 @@ def test_untold_frames_know_no_past_action():
 def test_untold_frames_know_no_state():
     # Of frames that are not told, tokens are all the same whatever the state is; deterministic calls tell every frame.
     config = ProprioConfig(enabled=True, dropout=0.5)
-    module = robot_state.ProprioToken(config, 8)
+    module = robot_state.ProprioToken(robot_state.RobotState(config, CALVIN.state), 8)
     state = np.random.default_rng(0).normal(size=(1, 60, 7)).astype(np.float32)
     params = module.init(jax.random.key(0), state)
     some = module.apply(params, state, deterministic=False, rngs={"dropout": jax.random.key(1)})[0][0, :, 0]
@@ -207,7 +213,7 @@ def test_every_module_learns_on_one_batch(on):
     frames = batch.inputs.step_mask.shape[1]
     state, past = batch.inputs.sensors["proprio"], batch.inputs.sensors["action_history"][:, 1 : 1 + frames]
     actions = batch.actions[:, :frames].copy()
-    actions[..., :3], actions[..., 3:6] = 0.6 * np.tanh(state[..., :3]), 0.6 * past[..., 3:6]
+    actions[..., :3], actions[..., 3:6] = 0.6 * np.tanh(state[..., :3]), 0.6 * np.nan_to_num(past[..., 3:6])
 
     def still(images, length):
         return {camera: np.repeat(x[:1, :1], length, axis=1).repeat(B, axis=0) for camera, x in images.items()}

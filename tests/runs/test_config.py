@@ -9,6 +9,7 @@ import pytest
 
 from robovlms_jax import cli
 from robovlms_jax.actions.discretize import QuantileBins
+from robovlms_jax.control import robot
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.parallel.config import MeshConfig
 from robovlms_jax.policies.config import PolicyConfig
@@ -17,6 +18,8 @@ from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import from_dict, to_dict
 from robovlms_jax.training.config import TrainConfig
+
+SO100 = robot.RobotSpec("so100", 30.0, (robot.Camera("top"),), robot.CALVIN.action)
 
 
 def test_round_trip_through_json():
@@ -39,7 +42,7 @@ def test_unknown_saved_field_is_named():
     ("part", "values", "message"),
     [
         (PolicyConfig, {"window": 0}, "policy.window=0"),
-        (PolicyConfig, {"cameras": ("front",)}, "unknown"),
+        (PolicyConfig, {"cameras": ("front",), "robot": SO100}, "which robot 'so100' has not"),
         (PolicyConfig, {"cameras": ("static", "static")}, "each camera once"),
         (PolicyConfig, {"action_low": (1.0,) * 6}, "low < high"),
         (TrainConfig, {"trainable": ()}, "nothing would be trained"),
@@ -189,4 +192,4 @@ def test_quantile_bins_come_from_the_training_split_and_into_the_checkpoint():
     policy = config.policy.with_bins(actions)
     saved = from_dict(PolicyConfig, json.loads(json.dumps(to_dict(policy))))
     assert saved == policy
-    assert saved.head.bins == QuantileBins.of(policy.normalizer.normalize(actions), 16)
+    assert saved.head.bins == QuantileBins.of(policy.normalizer.normalize(actions), 16, (6,))

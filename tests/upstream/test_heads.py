@@ -75,7 +75,7 @@ def test_a_head_gives_upstreams_numbers(kind, latent, exact_matmul):
     # tokens of a step are flattened otherwise.
     torch.manual_seed(0)
     theirs, config = Upstream(kind, latent).eval(), CONFIGS[kind]
-    head = base.build(config, window=W, chunk=C, action_dim=7, feature_dim=D, num_queries=latent)
+    head = base.build(config, window=W, chunk=C, action_dim=7, binary=(6,), feature_dim=D, num_queries=latent)
     x, mask = np.random.default_rng(0).normal(size=(B, W, latent, D)).astype(np.float32), np.ones((B, W), bool)
     shapes = {"head": unbox(jax.eval_shape(head.init, jax.random.key(0), x, mask))["params"]}
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -89,7 +89,7 @@ def test_a_head_gives_upstreams_numbers(kind, latent, exact_matmul):
     with torch.no_grad():
         arm, gripper = theirs(torch.from_numpy(x))
     np.testing.assert_allclose(found.arm, arm, atol=1e-5)
-    np.testing.assert_allclose(found.gripper_logit, gripper, atol=1e-5)
+    np.testing.assert_allclose(found.gripper_logit[..., 0], gripper, atol=1e-5)
 
 
 def test_one_stored_action_token_serves_all_queries():

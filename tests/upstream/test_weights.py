@@ -66,7 +66,7 @@ def test_features_and_actions(policy, exact_matmul):
     np.testing.assert_allclose(features[0], data["action_hs"][row], atol=1e-4)
     prediction = apply(model, params, inputs_of(data, row))
     np.testing.assert_allclose(prediction.arm[0], data["infer_arm"][row], atol=1e-5)
-    np.testing.assert_allclose(prediction.gripper_logit[0], data["infer_gripper"][row, ..., 0], atol=1e-5)
+    np.testing.assert_allclose(prediction.gripper_logit[0, ..., 0], data["infer_gripper"][row, ..., 0], atol=1e-5)
 
 
 def test_streaming(policy, exact_matmul):

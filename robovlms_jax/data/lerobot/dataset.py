@@ -11,10 +11,11 @@ from typing import Literal
 import google_crc32c
 import numpy as np
 
+from robovlms_jax.control import robot as robots
 from robovlms_jax.data import base, statistics
 from robovlms_jax.data.lerobot import meaning, meta, pairing, spans, splits, tables, video
 from robovlms_jax.data.registry import entry as entries
-from robovlms_jax.data.registry import expressions, ranges
+from robovlms_jax.data.registry import expressions, ranges, robot_entry
 
 Split = Literal["training", "validation"]
 
@@ -22,13 +23,11 @@ Split = Literal["training", "validation"]
 class LeRobotDataset(base.Dataset):
     """Episodes of one split. Frame ids as in `rlds`: an episode of L steps has L + 1.
 
-    arrays: numeric fields, as `packing` stores them: rel_actions; robot_obs (the seven numbers of `inputs.proprio`)
-      where the state is a pose; gripper_opening where the state has one.
-    robot: what info.json says about the robot; actions and state as they are stored.
+    arrays: numeric fields, as `packing` stores them: rel_actions; robot_obs where the state is described (of an end
+      effector, the seven numbers of `inputs.proprio`); gripper_opening where an end effector's state has one.
+    robot: what the numbers of `actions` and `proprio` are.
     control_hz: steps per second.
     """
-
-    action_units = (1.0,) * 6
 
     def __init__(
         self,
@@ -48,6 +47,7 @@ class LeRobotDataset(base.Dataset):
         info = meta.read_info(self.root)
         what = meaning.read(info, conventions, notes)
         self.robot, self.control_hz = what.robot, info.fps
+        self.action_units = tuple(self.robot.action[column].measure[0] for column in self.robot.scaled)
         self._entry, self._cameras = what.entry, dict(what.cameras)
         tasks = meta.read_tasks(self.root)
         self._images = {c: key for c, key in self._cameras.items() if info.features[key]["dtype"] == "image"}
@@ -70,14 +70,18 @@ class LeRobotDataset(base.Dataset):
         self._actions, self._states = steps.actions, steps.states
         self._starts = steps.starts
         learned = steps.learned & np.isin(steps.number, list(counted))
-        self.statistics = statistics.compute(self._actions[learned], self._states[learned], len(counted))
-        place = f"into {meaning.CONVENTIONS}, or a file passed as --data.conventions,"
-        ranges.require_gripper(self._actions[steps.learned, 6], self._entry, self.name, place)
+        mask = statistics.mask_of(self.robot)
+        self.statistics = statistics.compute(self._actions[learned], self._states[learned], len(counted), mask)
+        self._as_described = isinstance(self._entry, robot_entry.RobotEntry)
+        if not self._as_described:
+            place = f"into {meaning.CONVENTIONS}, or a file passed as --data.conventions,"
+            ranges.require_gripper(self._actions[steps.learned, 6], self._entry, self.name, place)
         self._open_cameras(info, rows, paired, steps, image_size)
         opening = what.opening and float(np.ptp(self._states[steps.learned, 7])) > 0
+        has_state = bool(self.robot.state) if self._as_described else self._entry.state_encoding.startswith("POS")
         self.arrays = (
             "rel_actions",
-            *(("robot_obs",) if self._entry.state_encoding.startswith("POS") else ()),
+            *(("robot_obs",) if has_state else ()),
             *(("gripper_opening",) if opening else ()),
         )
 
@@ -148,8 +152,10 @@ class LeRobotDataset(base.Dataset):
         return images, {name: self.array(name, [frame_id])[0] for name in self.arrays}
 
     def _pose(self, ids: np.ndarray) -> np.ndarray:
-        """float32[n, 7] as `inputs.proprio` defines it."""
+        """float32[n, P] as `inputs.proprio` defines it."""
         state = self._states[ids]
+        if self._as_described:
+            return state
         angles = state[:, 3:6] if self._entry.state_encoding == "POS_EULER" else expressions.euler(state[:, 3:7])
         first = self._starts[np.searchsorted(self._starts, ids, side="right") - 1]
         return np.concatenate([state[:, :3], angles, self._actions[np.maximum(ids - 1, first), 6:]], axis=1)
@@ -192,7 +198,8 @@ def _successful(
 class _Steps:
     """All episodes' steps by frame id.
 
-    actions: float32[n, 7]. states: float32[n, 8 or 0]. rows: int64[n], row of `tables.Rows`. number: int64[n], episode.
+    actions: float32[n, A]. states: float32[n, 8 or 0], of a robot described number by number float32[n, P].
+    rows: int64[n], row of `tables.Rows`. number: int64[n], episode.
     starts: int64[e], frame id at which each episode begins. learned: bool[n], finite and not the end of an episode.
     """
 
@@ -223,7 +230,8 @@ def _standardize(
         action, state, kept = action[:length], state[:length], kept[:length]
         # The frame after the last step: the next recorded one, or the last again.
         kept = np.append(kept, min(kept[-1] + 1, episode.last - episode.first - 1))
-        actions.append(np.concatenate([action, np.append(np.zeros(6), action[-1, 6])[None]]).astype(np.float32))
+        last = robots.rest(entry.robot.action, action[-1])
+        actions.append(np.concatenate([action, last[None]]).astype(np.float32))
         states.append(np.concatenate([state, state[-1:]]))
         kept_rows.append(episode.first + kept)
         numbers.append(np.full(len(kept), episode.number))

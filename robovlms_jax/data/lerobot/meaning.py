@@ -11,13 +11,15 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from robovlms_jax import json_files
 from robovlms_jax.control import robot
-from robovlms_jax.data.lerobot import meta, names, spans
+from robovlms_jax.data.lerobot import any_robot, meta, names, spans
+from robovlms_jax.data.lerobot import cameras as pictures
 from robovlms_jax.data.registry import entry as entries
+from robovlms_jax.data.registry import robot_entry
 
 CONVENTIONS = "meta/robovlms.json"
 
@@ -30,6 +32,7 @@ _FIELDS: Mapping[str, str] = {
     "wrist": _TEXT,
     "state": _TEXTS,
     "state_encoding": f"one of {', '.join(get_args(entries.StateEncoding))}",
+    "robot": "a robot's description",
     "control_hz": "a number of 0 or more",
     "skip_first": "a whole number of 0 or more",
     "drop_still": "true or false",
@@ -39,6 +42,9 @@ _FIELDS: Mapping[str, str] = {
 
 SUCCESS = ("next.success", "success", "is_success", "is_episode_successful", "episode_success")
 """Features that may tell failures. Recorders fill some of them with false throughout, so none is believed unasked."""
+
+_END_EFFECTOR = ("arm", "gripper", "static", "secondary", "wrist", "state", "state_encoding")
+"""Fields that describe an end effector and the cameras that it is trained with."""
 
 _WRIST = ("wrist", "hand", "gripper")
 
@@ -61,15 +67,19 @@ def read(info: meta.Info, conventions: str | os.PathLike[str], notes: meta.Notes
     """
     path = pathlib.Path(conventions) if conventions else info.root / CONVENTIONS
     given = _read_conventions(path) if conventions or path.exists() else {}
+    if "robot" in given:
+        return _of(info, any_robot.described(info, given, path), path)
+    if not set(given) & set(_END_EFFECTOR) and (found := any_robot.by_names(info, notes)):
+        return _of(info, dataclasses.replace(found, **given), path)
     guess: dict[str, Any] = _guess_cameras(info, given, notes)
     is_delta = not ({"arm", "gripper"} & set(given))
-    action = _field(info, ("action", "actions"))
+    action = any_robot.field_of(info, any_robot.ACTIONS)
     if is_delta:
         guess |= _guess_action(info, action, path, notes)
     elif not {"arm", "gripper"} <= set(given):
         lacking = "gripper" if "arm" in given else "arm"
         guess |= {k: v for k, v in _guess_action(info, action, path, notes).items() if k == lacking}
-    state = _field(info, ("observation.state", "state"))
+    state = any_robot.field_of(info, any_robot.STATES)
     if not {"state", "state_encoding"} & set(given):
         guess |= _guess_state(info, state, notes)
     try:
@@ -87,11 +97,28 @@ def read(info: meta.Info, conventions: str | os.PathLike[str], notes: meta.Notes
     _check_success(info, entry.success, path)
     if entry.control_hz and not math.isclose(entry.control_hz, info.fps, rel_tol=0.02):
         raise ValueError(f"{path}: control_hz is {entry.control_hz:g}, {info.path} says fps {info.fps:g}.")
-    return Meaning(entry, cameras, _robot(info, action, state, cameras, is_delta), bool(entry.state))
+    sizes = {camera: spans.image_size(info, key) for camera, key in cameras.items()}
+    described = dataclasses.replace(
+        entry.robot,
+        name=info.robot_type or info.root.name or "robot",
+        rate_hz=info.fps,
+        cameras=tuple(robot.Camera(camera, *size) for camera, size in sizes.items()),
+    )
+    return Meaning(entry, cameras, described, bool(entry.state))
 
 
-def _field(info: meta.Info, candidates: Sequence[str]) -> str:
-    return next((name for name in candidates if name in info.features), "")
+def _of(info: meta.Info, entry: robot_entry.RobotEntry, path: pathlib.Path) -> Meaning:
+    """A robot described number by number."""
+    for name in entry.numeric_fields:
+        if name not in info.features:
+            raise ValueError(f"{path}: info.json has no feature {name!r}; it has {sorted(info.features)}.")
+    if problem := entry.widths({name: info.width(name) for name in entry.numeric_fields}):
+        raise ValueError(f"{path}: {problem} (data/README.md).")
+    _check_success(info, entry.success, path)
+    if not entry.pictures:
+        raise ValueError(f"{info.path} describes no RGB camera; its features are {sorted(info.features)}.")
+    _check_cameras(info, entry.pictures, path)
+    return Meaning(entry, entry.pictures, entry.robot, False)
 
 
 def _read_conventions(path: pathlib.Path) -> dict[str, Any]:
@@ -117,6 +144,8 @@ def _read_conventions(path: pathlib.Path) -> dict[str, Any]:
 
 def _fits(name: str, value: Any) -> bool:
     expected = _FIELDS[name]
+    if name == "robot":
+        return isinstance(value, dict)
     if expected == _TEXTS:
         return isinstance(value, list) and all(isinstance(text, str) for text in value)
     if expected == _TEXT:
@@ -134,8 +163,9 @@ def _unclear(info: meta.Info, field: str, path: pathlib.Path, found: str) -> Val
     example = json.dumps({"arm": [f"{field or 'action'}[:6]"], "gripper": f"from_range({column}, 0, 100)"})
     return ValueError(
         f"{info.path}: {found}; expected seven numbers: metres and radians (x, y, z, roll, pitch, yaw) to move by in "
-        f"one step, then the gripper (1 open, 0 closed). Say how to make them of what is stored in {path}, or in a "
-        f"file passed as --data.conventions, such as {example} (data/README.md)."
+        f"one step, then the gripper (1 open, 0 closed), or names of joints to go to (*.pos). Say how to make them of "
+        f"what is stored in {path}, or in a file passed as --data.conventions, such as {example}; or describe the "
+        f"robot as it is, {any_robot.EXAMPLE} (data/README.md)."
     )
 
 
@@ -183,22 +213,9 @@ def _guess_state(info: meta.Info, field: str, notes: meta.Notes) -> dict[str, An
     return {}
 
 
-def is_depth(key: str, feature: Mapping[str, Any]) -> bool:
-    """Whether a camera's pictures are distances, or have one channel: never RGB."""
-    details = {**(feature.get("info") or {}), **(feature.get("video_info") or {}), **feature}
-    if any(details.get(name) for name in ("is_depth_map", "video.is_depth_map")):
-        return True
-    if any(word in key.lower() for word in ("depth", "disparity")):
-        return True
-    if details.get("video.channels") == 1 or str(details.get("video.pix_fmt", "")).startswith("gray"):
-        return True
-    shape = feature["shape"]
-    return len(shape) == 2 or (len(shape) == 3 and 1 in (shape[0], shape[2]))
-
-
 def _guess_cameras(info: meta.Info, given: Mapping[str, Any], notes: meta.Notes) -> dict[str, str]:
     listed = [key for key, feature in info.features.items() if feature.get("dtype") in ("video", "image")]
-    depth = [key for key in listed if is_depth(key, info.features[key])]
+    depth = [key for key in listed if pictures.is_depth(key, info.features[key])]
     if depth:
         notes.guess(f"cameras {depth} record depth or one channel and are not used.")
     usable = [key for key in listed if key not in depth]
@@ -223,7 +240,7 @@ def _check_cameras(info: meta.Info, cameras: Mapping[str, str], path: pathlib.Pa
         if feature.get("dtype") not in ("video", "image"):
             there = [k for k, f in info.features.items() if f.get("dtype") in ("video", "image")]
             raise ValueError(f"{path}: {camera} names {key!r}, which is no camera of info.json; there are {there}.")
-        if is_depth(key, feature):
+        if pictures.is_depth(key, feature):
             raise ValueError(f"{path}: {camera} names {key!r}, which records depth or one channel, not RGB.")
         if feature["dtype"] == "video" and not info.video_path:
             raise ValueError(f"{info.path}: camera {key!r} is video and video_path is not given.")
@@ -236,21 +253,3 @@ def _check_success(info: meta.Info, success: str, path: pathlib.Path) -> None:
     if success and (success not in info.features or info.width(success) != 1):
         flags = [name for name in info.features if info.features[name].get("dtype") == "bool"]
         raise ValueError(f"{path}: success names {success!r}, which is no feature of one number; flags are {flags}.")
-
-
-def _robot(info: meta.Info, action: str, state: str, cameras: Mapping[str, str], is_delta: bool) -> robot.RobotSpec:
-    """What info.json says about the robot; numbers as they are stored."""
-
-    def dimensions(field: str, delta: bool) -> tuple[robot.Dimension, ...]:
-        if not field:
-            return ()
-        return names.dimensions(field, names.of(info.features[field]), info.width(field), is_delta=delta)
-
-    sizes = {camera: spans.image_size(info, key) for camera, key in cameras.items()}
-    return robot.RobotSpec(
-        info.robot_type or info.root.name or "robot",
-        info.fps,
-        tuple(robot.Camera(camera, *size) for camera, size in sizes.items()),
-        dimensions(action, is_delta),
-        dimensions(state, False),
-    )

@@ -27,7 +27,7 @@ _CORES: Mapping[str, str] = {
 
 _FILLING = re.compile(
     "actions?|observation|obs|state|ee|eef|tcp|end|effector|endeffector|pose|pos|position|target|cmd|command|delta|rel|"
-    "relative|cartesian|translation|trans|arm|robot|m|rad"
+    "relative|cartesian|translation|trans|arm|robot|left|right|m|rad"
 )
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _JOINT = re.compile(r"joint|motor|servo|shoulder|elbow|wrist|waist|forearm|finger|\bj\d")

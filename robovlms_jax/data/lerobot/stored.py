@@ -15,32 +15,28 @@ import numpy as np
 
 from robovlms_jax.control import robot
 from robovlms_jax.data import base
-from robovlms_jax.data.lerobot import meaning, meta, names, pairing, spans, splits, tables, video
-
-ACTIONS, STATES = ("action", "actions"), ("observation.state", "state")
-"""Names of the fields, the first that is there counts."""
+from robovlms_jax.data.lerobot import any_robot, cameras, meta, names, pairing, spans, splits, tables, video
 
 
 class StoredDataset(base.Dataset):
     """Episodes of one split; a frame's id is its row in the sorted table. An episode's last row is its end.
 
     robot: names of the numbers, cameras as `cameras` calls them.
-    as_stored: `robot` describes the numbers that `actions` and `array("state", ...)` give.
     """
-
-    as_stored = True
 
     def __init__(self, root: str | os.PathLike[str], split: Literal["training", "validation"]):
         self.name = str(root)
         notes = meta.Notes(pathlib.Path(root), split)
         info = meta.read_info(pathlib.Path(root))
         tasks = meta.read_tasks(info.root)
-        self._keys = _cameras(info)
+        self._keys = cameras.by_name(info)
         self._images = {c for c, key in self._keys.items() if info.features[key]["dtype"] == "image"}
         videos = [key for camera, key in self._keys.items() if camera not in self._images]
-        action, state = (next((n for n in known if n in info.features), "") for known in (ACTIONS, STATES))
+        action, state = (any_robot.field_of(info, known) for known in (any_robot.ACTIONS, any_robot.STATES))
         if not action:
-            raise ValueError(f"{info.path} has no feature {' or '.join(ACTIONS)}; it has {sorted(info.features)}.")
+            raise ValueError(
+                f"{info.path} has no feature {' or '.join(any_robot.ACTIONS)}; it has {sorted(info.features)}."
+            )
         rows = tables.read_rows(info, [field for field in (action, state) if field])
         rows, paired = pairing.pair(info, rows, meta.read_episodes(info, videos), tasks, 1.0, notes)
         chosen, _ = splits.choose(info, [episode.number for episode in paired], split, notes)
@@ -86,11 +82,3 @@ class StoredDataset(base.Dataset):
         if name not in self._numbers:
             raise ValueError(f"{self.name} stores no {name!r}; it has {list(self._numbers)}.")
         return base.require_finite(self._numbers[name][np.asarray(frame_ids)], frame_ids, name, self.name)
-
-
-def _cameras(info: meta.Info) -> dict[str, str]:
-    """Short name -> feature key of every camera that is not a depth camera."""
-    keys = [key for key, feature in info.features.items() if feature.get("dtype") in ("image", "video")]
-    keys = [key for key in keys if not meaning.is_depth(key, info.features[key])]
-    short = [key.rpartition(".")[2] for key in keys]
-    return {name if short.count(name) == 1 else key: key for name, key in zip(short, keys, strict=True)}

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from robovlms_jax import json_files
-from robovlms_jax.data.registry import libero, oxe
+from robovlms_jax.data.registry import libero, oxe, robot_entry
 from robovlms_jax.data.registry.entry import Entry
 
 ENTRIES: Mapping[str, Entry] = {**oxe.ENTRIES, **libero.ENTRIES}
@@ -94,6 +94,9 @@ def _read_mixture(path: pathlib.Path, entries: Mapping[str, Entry]) -> Mixture:
     for name in weights:
         if name in own:
             # What the file says of a registered dataset replaces fields of its entry.
+            if "robot" in (own[name] or {}):
+                datasets[name] = robot_entry.of_json(name, own[name], str(path))
+                continue
             listed = {key: tuple(v) if isinstance(v, list) else v for key, v in (own[name] or {}).items()}
             datasets[name] = _replaced(entries[name], listed, path) if name in entries else listed
         else:

@@ -31,7 +31,9 @@ class RldsDataset(base.Dataset):
         self._actions, self._states = arrays["actions"], arrays["states"]
         self._starts = arrays["start"]
         stored = self._meta["image_sizes"]
-        sizes = {camera: tuple(stored[camera][0]) for camera in interface.CAMERAS if camera in stored}
+        self._any_robot = bool(self._meta.get("any_robot"))
+        named = stored if self._any_robot else interface.CAMERAS
+        sizes = {camera: tuple(stored[camera][0]) for camera in named if camera in stored}
         self.image_sizes = dict.fromkeys(sizes, options.image_size) if options.image_size else sizes
         self.statistics = statistics.from_json(self._meta["statistics"], str(opened.directory))
         self.action_units = tuple(self._meta["action_units"])
@@ -80,6 +82,8 @@ class RldsDataset(base.Dataset):
 
     def proprio(self, frame_ids: Sequence[int]) -> np.ndarray:
         rows, encoding = self._rows(frame_ids), self._meta["state_encoding"]
+        if self._any_robot and self.robot.state:
+            return self.array("state", frame_ids)
         if encoding not in ("POS_EULER", "POS_QUAT"):
             raise ValueError(
                 f"{self.name} has {'joints' if encoding == 'JOINT' else 'no described state'}, not the gripper's pose "

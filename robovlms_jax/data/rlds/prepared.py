@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from robovlms_jax.control import robot as robots
 from robovlms_jax.data import features, shard_index, splits, statistics
 from robovlms_jax.data import storage as storages
 from robovlms_jax.data.registry import entry as entries
-from robovlms_jax.data.registry import ranges
+from robovlms_jax.data.registry import ranges, robot_entry
 from robovlms_jax.data.rlds import checks, files, instructions
 from robovlms_jax.data.rlds.options import Options
 
@@ -118,8 +119,9 @@ def _standardize(
         "num_records": number,
         "wordings": table.entries,
         "robot": entry.robot.to_json(),
-        "action_units": entry.units,
+        "action_units": [entry.robot.action[column].measure[0] for column in entry.robot.scaled],
         "state_encoding": entry.state_encoding,
+        "any_robot": isinstance(entry, robot_entry.RobotEntry),
         "state_gripper": entry.state_gripper if entry.measures_opening else "",
         "failure_texts": _failure_texts(indexes, fields),
         "statistics": _statistics(directory, entry, arrays).to_json(),
@@ -157,7 +159,7 @@ def _records(
         trimmed, actions, states, rows = len(rows) - length, actions[:length], states[:length], rows[:length]
         # The frame after the last step: the next recorded one, or the last again.
         rows = first + np.append(rows, min(rows[-1] + 1, last - first - 1))
-        still = np.append(np.zeros(6, np.float32), actions[-1, 6])
+        still = robots.rest(entry.robot.action, actions[-1])
         # Where the task changes, another episode begins; its first frame is the end of the one before.
         starts, instruction = instructions.spans(said[rows[:-1]], table)
         yield {
@@ -245,5 +247,7 @@ def _statistics(
     if not (kept & finite).any():
         raise ValueError(f"{directory}: no step has finite actions and states; is the entry {entry.name!r} right?")
     actions, states = arrays["actions"][kept & finite], arrays["states"][kept & finite]
-    ranges.require_gripper(actions[:, 6], entry, str(directory), "in the dataset's description")
-    return statistics.compute(actions, states, len(np.unique(arrays["number"])))
+    if not isinstance(entry, robot_entry.RobotEntry):
+        ranges.require_gripper(actions[:, 6], entry, str(directory), "in the dataset's description")
+    mask = statistics.mask_of(entry.robot)
+    return statistics.compute(actions, states, len(np.unique(arrays["number"])), mask)

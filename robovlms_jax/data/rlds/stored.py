@@ -24,12 +24,7 @@ _SPOKEN = re.compile(r"instruction|language|task|prompt|goal|command")
 
 
 class StoredDataset(base.Dataset):
-    """Episodes of one split; a frame's id counts the steps of all records. An episode's last step is its end.
-
-    as_stored: `robot` describes the numbers that `actions` and `array("state", ...)` give.
-    """
-
-    as_stored = True
+    """Episodes of one split; a frame's id counts the steps of all records. An episode's last step is its end."""
 
     def __init__(self, directory: storages.Directory, use: splits.Use, options: Options):
         self.name = str(directory)

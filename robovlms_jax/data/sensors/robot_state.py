@@ -23,7 +23,7 @@ class Proprio(sensors.Readings):
 
 @sensors.register("action_history")
 class ActionHistory(sensors.Readings):
-    """The action before each frame, dataset units; all zero, gripper included, where the episode had not begun."""
+    """The action before each frame, dataset units; NaN where the episode had not begun."""
 
     can_miss = False
     is_observed = False
@@ -38,4 +38,4 @@ class ActionHistory(sensors.Readings):
         before = span._replace(begin=span.begin - 1)
         super().fill(values, mask, dataset, before)
         ids = before.begin - self.reading.past + np.arange(values.shape[1])
-        values[:] = np.where((ids >= span.start)[..., None], values, 0)
+        values[:] = np.where((ids >= span.start)[..., None], values, np.nan)

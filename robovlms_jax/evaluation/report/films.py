@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from robovlms_jax.control import robot as robots
 from robovlms_jax.evaluation.report import tables
 from robovlms_jax.evaluation.rollout import Recording
 
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 
 _PANEL = 240
 _MARGIN = 12
-_ACTION_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "grip")
 
 
 def write_film(recording: Recording, path: str | pathlib.Path, *, max_frames: int = 160, fps: int = 12) -> pathlib.Path:
@@ -93,7 +94,7 @@ def draw_frame(recording: Recording, index: int) -> Image:
     draw.text((_MARGIN, top + 24), status, color, small)
     about = f"{recording.env}, trial {recording.trial.index}"
     draw.text((width - _MARGIN, top + 24), about, "#555555", small, anchor="ra")
-    _draw_action(draw, frame.action, (_MARGIN, top + 46, width - _MARGIN, top + 94), small)
+    _draw_action(draw, frame.action, (_MARGIN, top + 46, width - _MARGIN, top + 94), small, recording.robot)
     return canvas
 
 
@@ -119,15 +120,21 @@ def draw_strips(recordings: Sequence[Recording], *, frames: int = 5) -> Image:
     return canvas
 
 
-def _draw_action(draw: Any, action: np.ndarray, box: tuple[int, int, int, int], font: Any) -> None:
-    """Seven bars around a zero line; full height is 1.0, beyond it they are cut."""
+def _draw_action(
+    draw: Any, action: np.ndarray, box: tuple[int, int, int, int], font: Any, robot: robots.RobotSpec
+) -> None:
+    """A bar per dimension around a zero line; full height is the larger bound (1.0 where there is none), beyond it they
+    are cut."""
     left, top, right, bottom = box
-    middle, step = (top + bottom) // 2, (right - left) / len(_ACTION_NAMES)
+    middle, step = (top + bottom) // 2, (right - left) / len(robot.action)
     draw.line((left, middle, right, middle), "#bbbbbb")
-    for index, (name, value) in enumerate(zip(_ACTION_NAMES, np.clip(action, -1, 1))):
+    for index, (dimension, value) in enumerate(zip(robot.action, action, strict=True)):
+        bounds = [abs(bound) for bound in (dimension.low, dimension.high) if math.isfinite(bound)]
+        value = float(np.clip(value / max(bounds, default=1.0), -1, 1))
+        name = dimension.name[: max(int(step / 7), 3)]
         centre = left + step * (index + 0.5)
         end = middle - value * (bottom - top) / 2
-        color = tables.RED if name == "grip" else tables.BLUE
+        color = tables.RED if dimension.quantity == "gripper" else tables.BLUE
         draw.rectangle((centre - 10, min(middle, end), centre + 10, max(middle, end)), color)
         draw.text((centre, bottom + 2), name, "#555555", font, anchor="ma")
 

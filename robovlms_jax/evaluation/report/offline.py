@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from robovlms_jax import json_lines
+from robovlms_jax.control.robot import CALVIN, RobotSpec
 from robovlms_jax.evaluation import offline
 from robovlms_jax.evaluation.report import tables
 
@@ -24,10 +25,50 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-AXES = ("x", "y", "z", "roll", "pitch", "yaw")
 # People read millimetres and degrees; everything else here is in metres and radians.
-_READABLE = np.array([1000.0] * 3 + [180 / math.pi] * 3)
-_UNITS = ("mm",) * 3 + ("°",) * 3
+_READABLE = {"m": (1000.0, "mm"), "rad": (180 / math.pi, "°"), "m/s": (1000.0, "mm/s"), "rad/s": (180 / math.pi, "°/s")}
+_MOTION = ("delta", "velocity")
+_COLORS = (tables.BLUE, tables.YELLOW, tables.GREEN, tables.RED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """A dimension that is no binary gripper, as people read it.
+
+    column: of the action. factor: makes `unit` of the robot's own ("mm" of metres).
+    """
+
+    column: int
+    name: str
+    factor: float
+    unit: str
+    title: str
+    """What it is one of: "translation", "rotation", "joint"."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({self.unit})" if self.unit else self.name
+
+
+def axes_of(robot: RobotSpec) -> list[Axis]:
+    """One for each number of `offline.Summary.mae`."""
+    titles = {"position": "translation", "euler_xyz": "rotation", "axis_angle": "rotation", "base": "base motion"}
+    made = []
+    for column in robot.scaled:
+        dimension = robot.action[column]
+        unit = dimension.measure[1]
+        factor, readable = _READABLE.get(unit, (1.0, "" if unit == "1" else unit))
+        title = titles.get(dimension.quantity, dimension.quantity.replace("_", " "))
+        made.append(Axis(column, dimension.name, factor, readable, title))
+    return made
+
+
+def groups_of(axes: Sequence[Axis], most: int = 8) -> list[list[int]]:
+    """Places of axes that share a panel: one title and unit, `most` at a time."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for place, axis in enumerate(axes):
+        found.setdefault((axis.title, axis.unit), []).append(place)
+    return [places[i : i + most] for places in found.values() for i in range(0, len(places), most)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +76,15 @@ class EpisodeCurves:
     """One episode for a picture.
 
     instruction: shown above the picture.
-    predicted, recorded: float[T, 7] in dataset units: at every step, the action predicted for it and the recorded one.
-    units: float[6], metres and radians per dataset unit.
+    predicted, recorded: float[T, A] in dataset units: at every step, the action predicted for it and the recorded one.
+    units: float[D], metres and radians per dataset unit.
     """
 
     instruction: str
     predicted: np.ndarray
     recorded: np.ndarray
     units: ArrayLike
+    robot: RobotSpec = CALVIN
 
 
 def write_report(
@@ -55,6 +97,7 @@ def write_report(
     sensitivity: offline.Sensitivity | None = None,
     episodes: Sequence[EpisodeCurves] = (),
     closed_loop: str = "",
+    robot: RobotSpec = CALVIN,
 ) -> pathlib.Path:
     """Write report.md, report.json and PNGs.
 
@@ -65,6 +108,7 @@ def write_report(
       sensitivity: the language probe; None leaves it out.
       closing: Markdown of the last section, "The real thing".
       closed_loop: Markdown of the section "Closed loop"; empty leaves it out.
+      robot: whose actions `sums` are of.
     Returns:
       Path of report.md.
     """
@@ -73,8 +117,8 @@ def write_report(
     chunk = overall = None
     pictures = {}
     if sums is not None:
-        chunk, overall = offline.summarize(sums), offline.summarize(offline.over_chunk(sums))
-        pictures["errors.png"] = draw_errors(chunk)
+        chunk, overall = (offline.summarize(x, robot) for x in (sums, offline.over_chunk(sums)))
+        pictures["errors.png"] = draw_errors(chunk, robot)
     if curves:
         pictures["loss.png"] = draw_curves(curves)
     for index, episode in enumerate(episodes):
@@ -96,9 +140,9 @@ def write_report(
         sections += ["## Closed loop", closed_loop]
     if curves:
         sections += ["## Loss", _loss_table(curves), "![loss over steps](loss.png)"]
-    sections += ["## Predicted against recorded actions", *_comparison(overall)]
+    sections += ["## Predicted against recorded actions", *_comparison(overall, robot)]
     if sensitivity is not None:
-        sections += ["## Language sensitivity", _sensitivity_text(sensitivity)]
+        sections += ["## Language sensitivity", _sensitivity_text(sensitivity, robot)]
     if episodes:
         sections += ["## Episodes", *(f"![{e.instruction}](actions_{i}.png)" for i, e in enumerate(episodes))]
     sections += ["## The real thing", closing.strip("\n")]
@@ -107,13 +151,13 @@ def write_report(
     return path
 
 
-def _comparison(overall: offline.Summary | None) -> list[str]:
+def _comparison(overall: offline.Summary | None, robot: RobotSpec) -> list[str]:
     if overall is None:
         return ["The validation split has no annotated episode: nothing was compared."]
     return [
         f"Validation split, {int(overall.count):,} actions.",
-        _error_table(overall),
-        _gripper_text(overall),
+        *([_error_table(overall, robot)] if robot.scaled else []),
+        *([_gripper_text(overall)] if robot.binary else []),
         "![error at every chunk position](errors.png)",
     ]
 
@@ -155,64 +199,95 @@ def draw_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     return figure
 
 
-def draw_errors(chunk: offline.Summary) -> Figure:
+def draw_errors(chunk: offline.Summary, robot: RobotSpec = CALVIN) -> Figure:
     """Mean absolute error and gripper decisions at every chunk position; dashed: the trivial predictions to beat."""
-    figure = tables.figure(12.6, 3.6, layout="constrained")
-    ahead = np.arange(len(chunk.count))
-    mae, still = chunk.mae * _READABLE, chunk.mae_still * _READABLE
-    translation, rotation, gripper = figure.subplots(1, 3)
+    axes, ahead = axes_of(robot), np.arange(len(chunk.count))
+    groups = groups_of(axes)
+    count = len(groups) + bool(robot.binary)
+    figure = tables.figure(4.2 * count, 3.6, layout="constrained")
+    panels = list(figure.subplots(1, count, squeeze=False)[0])
     baseline = {"color": tables.GRAY, "linestyle": "--", "linewidth": 1}
-    for axes, first, title in ((translation, 0, "translation error (mm)"), (rotation, 3, "rotation error (°)")):
-        for axis, color in zip(range(first, first + 3), (tables.BLUE, tables.YELLOW, tables.GREEN), strict=True):
-            axes.plot(ahead, mae[:, axis], color=color, marker="o", markersize=4, label=AXES[axis])
-            axes.plot(ahead, still[:, axis], color=color, linestyle="--", linewidth=1)
-        axes.plot([], [], **baseline, label="no motion")
-        axes.set(title=title, xlabel="steps ahead")
-        axes.set_ylim(bottom=0)
-    gripper.plot(ahead, chunk.gripper_accuracy, color=tables.RED, marker="o", markersize=4, label="accuracy")
-    gripper.plot(ahead, chunk.gripper_f1, color=tables.BLUE, marker="s", markersize=4, label="F1 of closed")
-    gripper.plot(ahead, chunk.gripper_majority, **baseline, label="always the commoner")
-    gripper.set(title="gripper", xlabel="steps ahead", ylim=(0, 1.05))
-    for axes in (translation, rotation, gripper):
-        axes.legend(frameon=False, fontsize=8, ncols=2)
-        _tidy(axes)
+    for panel, places in zip(panels, groups, strict=False):
+        for place, color in zip(places, itertools.cycle(_COLORS), strict=False):
+            axis = axes[place]
+            error, still = (x[:, place] * axis.factor for x in (chunk.mae, chunk.mae_still))
+            panel.plot(ahead, error, color=color, marker="o", markersize=4, label=axis.name)
+            if robot.action[axis.column].kind in _MOTION:  # of places, no motion is no prediction
+                panel.plot(ahead, still, color=color, linestyle="--", linewidth=1)
+        if any(robot.action[axes[place].column].kind in _MOTION for place in places):
+            panel.plot([], [], **baseline, label="no motion")
+        unit = axes[places[0]].unit
+        panel.set(title=f"{axes[places[0]].title} error{f' ({unit})' if unit else ''}", xlabel="steps ahead")
+        panel.set_ylim(bottom=0)
+    if robot.binary:
+        gripper = panels[-1]
+        gripper.plot(ahead, chunk.gripper_accuracy, color=tables.RED, marker="o", markersize=4, label="accuracy")
+        gripper.plot(ahead, chunk.gripper_f1, color=tables.BLUE, marker="s", markersize=4, label="F1 of closed")
+        gripper.plot(ahead, chunk.gripper_majority, **baseline, label="always the commoner")
+        gripper.set(title="gripper", xlabel="steps ahead", ylim=(0, 1.05))
+    for panel in panels:
+        panel.legend(frameon=False, fontsize=8, ncols=2)
+        _tidy(panel)
     return figure
 
 
 def draw_actions(episode: EpisodeCurves) -> Figure:
-    """Seven panels, predicted over recorded: three translations, three rotations, the gripper."""
-    scale = np.asarray(episode.units) * _READABLE
-    figure = tables.figure(10, 8.2, layout="constrained")
-    grid = figure.add_gridspec(4, 2, height_ratios=(1, 1, 1, 0.5))
-    steps = np.arange(len(episode.recorded))
-    panels = [figure.add_subplot(grid[axis % 3, axis // 3]) for axis in range(len(AXES))]
-    gripper = figure.add_subplot(grid[3, :])
+    """A panel per dimension, predicted over recorded: a column per kind of number, below them the binary grippers."""
+    robot, axes = episode.robot, axes_of(episode.robot)
+    columns = groups_of(axes)
+    rows = max((len(places) for places in columns), default=0)
+    figure = tables.figure(5 * max(len(columns), 1), 1.4 + 2.05 * rows + 0.65 * len(robot.binary), layout="constrained")
+    heights = (*(1,) * rows, *(0.5,) * len(robot.binary))
+    grid = figure.add_gridspec(len(heights), max(len(columns), 1), height_ratios=heights)
+    panels = {
+        place: figure.add_subplot(grid[row, column])
+        for column, places in enumerate(columns)
+        for row, place in enumerate(places)
+    }
+    grippers = [figure.add_subplot(grid[rows + i, :]) for i in range(len(robot.binary))]
     # The recorded line is thin and on top, so both show where they coincide.
     curves = ((episode.predicted, tables.RED, "predicted", 2.4), (episode.recorded, tables.BLACK, "recorded", 1.1))
+    scale = np.asarray(episode.units) * [axis.factor for axis in axes]
+    steps = np.arange(len(episode.recorded))
     for actions, color, label, width in curves:
-        for axis, axes in enumerate(panels):
-            axes.plot(steps, actions[:, axis] * scale[axis], color=color, linewidth=width, label=label)
-        gripper.step(steps, actions[:, -1], color=color, linewidth=width, where="mid")
-    for axis, axes in enumerate(panels):
-        axes.set_ylabel(f"{AXES[axis]} ({_UNITS[axis]})")
-        axes.axhline(0, color=tables.GRAY, linewidth=0.6, zorder=0)
-        axes.tick_params(labelbottom=axis % 3 == 2)
-    for first in (0, 3):  # one scale per column, half a dataset unit or more, or a still axis would look lively
-        side = panels[first : first + 3]
-        limit = max(scale[first] / 2, *(abs(bound) for axes in side for bound in axes.get_ylim()))
-        for axes in side:
-            axes.set_ylim(-limit, limit)
-    gripper.set(yticks=[-1, 1], yticklabels=["closed", "open"], ylim=(-1.4, 1.4), xlabel="control step")
-    gripper.set_ylabel("gripper")
-    for axes in (*panels, gripper):
-        axes.set_xlim(0, max(len(steps) - 1, 1))
-        _tidy(axes)
+        for place, panel in panels.items():
+            values = actions[:, axes[place].column] * scale[place]
+            panel.plot(steps, values, color=color, linewidth=width, label=label)
+        for column, panel in zip(robot.binary, grippers, strict=True):
+            panel.step(steps, actions[:, column], color=color, linewidth=width, where="mid", label=label)
+    _finish(episode, panels, grippers, columns, scale)
+    for panel in (*panels.values(), *grippers):
+        panel.set_xlim(0, max(len(steps) - 1, 1))
+        _tidy(panel)
     figure.suptitle("\n".join(textwrap.wrap(f"“{episode.instruction}”", 90)), fontsize=13)
-    figure.align_ylabels(panels)
-    panels[0].set_title("translation per step", fontsize=10, loc="left")
-    panels[3].set_title("rotation per step", fontsize=10, loc="left")
-    panels[3].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    figure.align_ylabels(list(panels.values()))
+    (list(panels.values()) or grippers)[-1].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     return figure
+
+
+def _finish(
+    episode: EpisodeCurves,
+    panels: Mapping[int, Axes],
+    grippers: Sequence[Axes],
+    columns: Sequence[Sequence[int]],
+    scale: np.ndarray,
+) -> None:
+    """Labels, and one scale per column of motions: half a dataset unit or more, or a still axis would look lively."""
+    robot, axes = episode.robot, axes_of(episode.robot)
+    for places in columns:
+        kind, side = robot.action[axes[places[0]].column].kind, [panels[place] for place in places]
+        for place, panel in zip(places, side, strict=True):
+            panel.set_ylabel(axes[place].label)
+            panel.tick_params(labelbottom=place == places[-1])
+        side[0].set_title(f"{axes[places[0]].title}{' per step' if kind == 'delta' else ''}", fontsize=10, loc="left")
+        if kind == "delta":
+            limit = max(scale[places[0]] / 2, *(abs(bound) for panel in side for bound in panel.get_ylim()))
+            for panel in side:
+                panel.axhline(0, color=tables.GRAY, linewidth=0.6, zorder=0)
+                panel.set_ylim(-limit, limit)
+    for column, panel in zip(robot.binary, grippers, strict=True):
+        panel.set(yticks=[-1, 1], yticklabels=["closed", "open"], ylim=(-1.4, 1.4), xlabel="control step")
+        panel.set_ylabel(robot.action[column].name)
 
 
 def _tidy(axes: Axes) -> None:
@@ -234,12 +309,14 @@ def _loss_table(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
     return tables.markdown(["", "first", "last"], rows)
 
 
-def _error_table(overall: offline.Summary) -> str:
-    columns = [x * _READABLE for x in (overall.mae, overall.mae_still, overall.rmse, overall.rmse_mean)]
-    rows = [
-        [f"{AXES[i]} ({_UNITS[i]})", *(tables.significant(column[i]) for column in columns)] for i in range(len(AXES))
-    ]
+def _error_table(overall: offline.Summary, robot: RobotSpec) -> str:
+    axes = axes_of(robot)
+    factors = np.array([axis.factor for axis in axes])
+    columns = [x * factors for x in (overall.mae, overall.mae_still, overall.rmse, overall.rmse_mean)]
+    rows = [[axis.label, *(tables.significant(column[i]) for column in columns)] for i, axis in enumerate(axes)]
     head = ["per step", "mean abs. error", "of no motion", "root mean square error", "of always the mean"]
+    if all(robot.action[axis.column].kind in ("absolute", "continuous") for axis in axes):
+        head[2] = "of always 0"
     return tables.markdown(head, rows)
 
 
@@ -250,14 +327,20 @@ def _gripper_text(overall: offline.Summary) -> str:
     )
 
 
-def _sensitivity_text(sensitivity: offline.Sensitivity) -> str:
-    millimetres, degrees = sensitivity.translation_m * _READABLE[0], sensitivity.rotation_rad * _READABLE[3]
+def _sensitivity_text(sensitivity: offline.Sensitivity, robot: RobotSpec) -> str:
+    moves = [
+        f"{tables.significant(value * factor)}{space}{unit}"
+        for value, factor, space, unit in (
+            (sensitivity.translation_m, 1000.0, " ", "mm"),
+            (sensitivity.rotation_rad, 180 / math.pi, "", "°"),
+        )
+        if not math.isnan(value)
+    ]
+    how = f"move the predicted actions by {' and '.join(moves)} per axis and step" if moves else "change them"
+    flips = f" {tables.percent(sensitivity.gripper_flips)} of the gripper decisions flip." if robot.binary else ""
     return (
-        "The same frames under another instruction move the predicted actions by "
-        f"{tables.significant(millimetres)} mm and {tables.significant(degrees)}° per axis and step. "
-        f"That is {tables.significant(sensitivity.relative)} of the spread of all predictions "
-        "(0: the instruction is ignored; 2: nothing else matters). "
-        f"{tables.percent(sensitivity.gripper_flips)} of the gripper decisions flip."
+        f"The same frames under another instruction {how}. That is {tables.significant(sensitivity.relative)} of the "
+        f"spread of all predictions (0: the instruction is ignored; 2: nothing else matters).{flips}"
     )
 
 

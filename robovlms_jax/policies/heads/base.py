@@ -12,9 +12,11 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from robovlms_jax import schema
 from robovlms_jax.nn.linear import Kernel
+from robovlms_jax.policies import losses
 
 HISTORIES = ("one_step", "interleaved", "policy_head", "video")
 """Where observed steps meet: nowhere; in the language model, step after step; in the head; in one prompt."""
@@ -92,7 +94,7 @@ class Memoryless:
 class ActionHead(Protocol):
     """Features of observed steps in, action chunks out. `N` is any number of windows (batch times windows per segment).
 
-    Attributes `window`, `chunk`, `action_dim` and `config` are set by `build`. No memory inside: carries are
+    Attributes `window`, `chunk`, `action_dim`, `binary` and `config` are set by `build`. No memory inside: carries are
     arguments and results. In training there is a "dropout" key (`has_rng`), for whatever a head needs chance for.
     """
 
@@ -104,12 +106,12 @@ class ActionHead(Protocol):
     ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
         """Loss and metrics, each a sum over True entries of `mask` divided by `count`.
 
-        actions: float[N, W, C, A], arm normalised to [-1, 1], gripper -1 or 1. mask: bool[N, W, C].
+        actions: float[N, W, C, A], -1 or 1 in the columns `binary`, others normalised to [-1, 1]. mask: bool[N, W, C].
         count: float[], True entries of the whole batch `mask` is a part of, so that micro-batches add up to the batch.
         """
 
     def actions(self, prediction: Any) -> jax.Array:
-        """float[..., C, A]: arm in [-1, 1], gripper exactly -1 or 1."""
+        """float[..., C, A]: exactly -1 or 1 in the columns `binary`, others in [-1, 1]."""
 
     def init_carry(self, batch: int) -> Any:
         """The carry before the first step of an episode."""
@@ -123,6 +125,26 @@ class ActionHead(Protocol):
     def renew(self, carry: Any, features: jax.Array, due: jax.Array) -> Any:
         """The carry as if steps had had the features float[batch, W, Q, D] of a window that was decoded again, newest
         last, where bool[batch] `due`; called before `step`. Heads without memory return it as it is (`Memoryless`)."""
+
+
+def by_kind(
+    name: str, values: jax.Array, binary: tuple[int, ...], mask: jax.Array, count: jax.Array
+) -> dict[str, jax.Array]:
+    """Masked means of float[..., A] over the numbers, as `name`_arm, and over the binary grippers, as `name`_gripper;
+    only those there are."""
+    columns = np.arange(values.shape[-1])
+    parts = {"arm": columns[~np.isin(columns, binary)], "gripper": columns[np.isin(columns, binary)]}
+    return {
+        f"{name}_{part}": losses.masked_mean(values[..., chosen], mask, count)
+        for part, chosen in parts.items()
+        if len(chosen)
+    }
+
+
+def decide(values: jax.Array, binary: tuple[int, ...]) -> jax.Array:
+    """float[..., A] with +1 where a column of `binary` is above 0 and -1 elsewhere in it; other columns untouched."""
+    is_binary = np.isin(np.arange(values.shape[-1]), binary)
+    return jnp.where(is_binary, jnp.where(values > 0, 1.0, -1.0), values)
 
 
 _REGISTRY: dict[str, tuple[type[HeadConfig], Callable[..., ActionHead]]] = {}
@@ -181,19 +203,13 @@ def config_of(kind: str) -> type[HeadConfig]:
 
 
 def build(
-    config: HeadConfig,
-    *,
-    window: int,
-    chunk: int,
-    action_dim: int,
-    feature_dim: int,
-    num_queries: int,
-    kernel: Kernel | None = None,
-    name: str | None = None,
+    config: HeadConfig, *, kernel: Kernel | None = None, name: str | None = None, **sizes: int | tuple[int, ...]
 ) -> Any:
-    """The Flax module for a head configuration. `feature_dim` is D of the features (V for tokens), `num_queries` their
-    Q; `kernel` says how its matrices are stored, None: float without adapters.
+    """The Flax module for a head configuration; `kernel` says how its matrices are stored, None: as floats alone.
 
+    Args:
+      sizes: window, chunk, action_dim (A), binary (columns that are decisions, `RobotSpec.binary`), feature_dim (D of
+        the features, V for tokens) and num_queries (their Q): the attributes that every head has.
     Raises ValueError where the head's matrices cannot be stored so.
     """
     kind = kind_of(type(config))
@@ -204,13 +220,4 @@ def build(
             f"the {kind!r} head ({module.__name__}) has no field `kernel`, so {kernel} does not reach its matrices, if "
             "it has any; leave policy.lora_rank at 0."
         )
-    return module(
-        config=config,
-        window=window,
-        chunk=chunk,
-        action_dim=action_dim,
-        feature_dim=feature_dim,
-        num_queries=num_queries,
-        **stored,
-        name=name,
-    )
+    return module(config=config, **sizes, **stored, name=name)

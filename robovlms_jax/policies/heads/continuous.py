@@ -10,6 +10,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from robovlms_jax.nn.attention import Attention
 from robovlms_jax.nn.linear import Dense, Kernel
@@ -21,7 +22,8 @@ from robovlms_jax.policies.heads import base
 
 @dataclasses.dataclass(frozen=True)
 class ContinuousHeadConfig(base.HeadConfig):
-    """One MLP for the arm (tanh) and one for the gripper (logit), and the loss on both."""
+    """One MLP for the numbers of an action (the arm, continuous grippers; tanh) and one for its binary grippers
+    (logits), and the loss on both."""
 
     trunk: tuple[int, ...] = (1024, 512, 256)
     """Hidden widths of both MLPs."""
@@ -30,7 +32,7 @@ class ContinuousHeadConfig(base.HeadConfig):
     (huber_delta is torch's beta). mse: squared error."""
     huber_delta: float = 1.0
     gripper_loss_weight: float = 0.01
-    """loss = arm + gripper_loss_weight * BCE(gripper)."""
+    """loss = arm + gripper_loss_weight * BCE(binary grippers)."""
 
     def __post_init__(self):
         if self.arm_loss not in losses.REGRESSION:
@@ -52,7 +54,11 @@ def require_positive(config: base.HeadConfig, *fields: str) -> None:
 
 @flax.struct.dataclass
 class ContinuousPrediction:
-    """arm: float32[..., C, A - 1] in [-1, 1]; gripper_logit: float32[..., C], positive = open."""
+    """What the columns of an action are made of, in their order.
+
+    arm: float32[..., C, numbers] in [-1, 1]. gripper_logit: float32[..., C, binary grippers], positive = open. Either
+    may have no column.
+    """
 
     arm: jax.Array
     gripper_logit: jax.Array
@@ -108,6 +114,7 @@ class ContinuousHead(nn.Module):
     window: int
     chunk: int
     action_dim: int
+    binary: tuple[int, ...]
     feature_dim: int
     num_queries: int
     kernel: Kernel = Kernel()
@@ -116,8 +123,15 @@ class ContinuousHead(nn.Module):
     """Whether `encode` lets a step see earlier ones."""
 
     def setup(self):
-        self.arm = Trunk((*self.config.trunk, self.chunk * (self.action_dim - 1)), self.kernel)
-        self.gripper = Trunk((*self.config.trunk, self.chunk), self.kernel)
+        numbers, decisions = len(self.scaled), len(self.binary)
+        trunk = self.config.trunk
+        self.arm = Trunk((*trunk, self.chunk * numbers), self.kernel) if numbers else None
+        self.gripper = Trunk((*trunk, self.chunk * decisions), self.kernel) if decisions else None
+
+    @property
+    def scaled(self) -> tuple[int, ...]:
+        """Columns of the actions that are regressed."""
+        return tuple(column for column in range(self.action_dim) if column not in self.binary)
 
     def encode(self, features: jax.Array, mask: jax.Array) -> jax.Array:
         """float32[N, W, Q, D], bool[N, W] -> float32[N, W, hidden]; a step sees itself and real earlier ones."""
@@ -127,20 +141,27 @@ class ContinuousHead(nn.Module):
         return self._decode(self._encode(features, step_mask))
 
     def loss(self, prediction: ContinuousPrediction, actions: jax.Array, mask: jax.Array, count: jax.Array):
-        """Masked loss on the arm plus weighted BCE on the gripper; `acc_gripper` is reported beside them."""
-        chex.assert_equal_shape([prediction.arm, actions[..., :-1]])
-        config = self.config
-        is_open = actions[..., -1] > 0
-        errors = losses.REGRESSION[config.arm_loss](prediction.arm, actions[..., :-1], config.huber_delta)
-        arm = losses.masked_mean(errors, mask, count)
-        gripper = losses.masked_mean(losses.binary_cross_entropy(prediction.gripper_logit, is_open), mask, count)
-        accuracy = losses.masked_mean(((prediction.gripper_logit > 0) == is_open).astype(jnp.float32), mask, count)
-        loss = arm + config.gripper_loss_weight * gripper
-        return loss, {"loss": loss, "loss_arm": arm, "loss_gripper": gripper, "acc_gripper": accuracy}
+        """Masked regression of the numbers plus weighted BCE of the binary grippers, whose accuracy is reported, too;
+        what the robot does not have is in no sum and no metric."""
+        config, metrics, parts = self.config, {}, []
+        if self.scaled:
+            target = actions[..., np.array(self.scaled)]
+            chex.assert_equal_shape([prediction.arm, target])
+            errors = losses.REGRESSION[config.arm_loss](prediction.arm, target, config.huber_delta)
+            metrics["loss_arm"] = losses.masked_mean(errors, mask, count)
+            parts.append(metrics["loss_arm"])
+        if self.binary:
+            logits, is_open = prediction.gripper_logit, actions[..., np.array(self.binary)] > 0
+            metrics["loss_gripper"] = losses.masked_mean(losses.binary_cross_entropy(logits, is_open), mask, count)
+            right = ((logits > 0) == is_open).astype(jnp.float32)
+            metrics["acc_gripper"] = losses.masked_mean(right, mask, count)
+            parts.append(config.gripper_loss_weight * metrics["loss_gripper"])
+        loss = sum(parts[1:], parts[0])
+        return loss, {"loss": loss, **metrics}
 
     def actions(self, prediction: ContinuousPrediction) -> jax.Array:
         gripper = jnp.where(prediction.gripper_logit > 0, 1.0, -1.0)
-        return jnp.concatenate([prediction.arm, gripper[..., None]], axis=-1)
+        return jnp.concatenate([prediction.arm, gripper], axis=-1)[..., np.argsort((*self.scaled, *self.binary))]
 
     def init_carry(self, batch: int) -> base.WindowCarry | tuple:
         if not self.remembers:
@@ -165,9 +186,11 @@ class ContinuousHead(nn.Module):
         return self.encode(features.astype(jnp.float32), mask)
 
     def _decode(self, hidden: jax.Array) -> ContinuousPrediction:
-        arm = jnp.tanh(self.arm(hidden))
-        arm = arm.reshape(*hidden.shape[:-1], self.chunk, self.action_dim - 1)
-        return ContinuousPrediction(arm, self.gripper(hidden))
+        shape = (*hidden.shape[:-1], self.chunk)
+        none = jnp.zeros((*shape, 0), hidden.dtype)
+        arm = jnp.tanh(self.arm(hidden)).reshape(*shape, len(self.scaled)) if self.scaled else none
+        gripper = self.gripper(hidden).reshape(*shape, len(self.binary)) if self.binary else none
+        return ContinuousPrediction(arm, gripper)
 
 
 def step_positions(mask: jax.Array) -> jax.Array:

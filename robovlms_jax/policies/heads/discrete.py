@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import flax.linen as nn
@@ -29,8 +30,8 @@ class DiscreteHeadConfig(base.HeadConfig):
     high: float = 1.0
     """Bins span [low, high] in normalised actions; the gripper is -1 or 1."""
     binning: Literal["uniform", "quantile"] = "uniform"
-    """uniform: equal bins, the same for all dimensions (upstream's). quantile: each arm dimension has bins with equally
-    many training actions in them."""
+    """uniform: equal bins, the same for all dimensions (upstream's). quantile: each dimension but binary grippers has
+    bins with equally many training actions in them."""
     quantile_edges: tuple[float, ...] = ()
     """Edges of quantile bins, dimension after dimension; filled in when a run starts, saved with its checkpoints."""
     vocab_end: int = 0
@@ -56,11 +57,12 @@ class DiscreteHeadConfig(base.HeadConfig):
         edges = zip(*[iter(self.quantile_edges)] * self.num_bins, strict=True)
         return discretize.QuantileBins(tuple(edges))
 
-    def with_actions(self, actions: np.ndarray) -> DiscreteHeadConfig:
-        """With the edges that `binning` asks for, from normalised training actions float[N, A]."""
+    def with_actions(self, actions: np.ndarray, binary: Sequence[int]) -> DiscreteHeadConfig:
+        """With the edges that `binning` asks for, from normalised training actions float[N, A]; `binary`: columns that
+        are decisions."""
         if self.binning == "uniform":
             return self
-        table = discretize.QuantileBins.of(actions, self.num_bins).table
+        table = discretize.QuantileBins.of(actions, self.num_bins, binary).table
         return dataclasses.replace(self, quantile_edges=tuple(edge for row in table for edge in row))
 
     def __post_init__(self):
@@ -95,6 +97,7 @@ class DiscreteHead(base.Memoryless, nn.Module):
     window: int
     chunk: int
     action_dim: int
+    binary: tuple[int, ...]
     feature_dim: int
     num_queries: int
 
@@ -127,7 +130,8 @@ class DiscreteHead(base.Memoryless, nn.Module):
         return TokenPrediction(features.reshape(shape).astype(jnp.float32))
 
     def loss(self, prediction: TokenPrediction, actions: jax.Array, mask: jax.Array, count: jax.Array):
-        """Cross-entropy, arm and gripper alike; accuracies and the mean distance of decoded actions beside it."""
+        """Cross-entropy, numbers and binary grippers alike; accuracies and the mean distance of decoded actions
+        beside it."""
         ids = self.ids(actions).reshape(actions.shape)
         loss = losses.masked_mean(losses.token_cross_entropy(prediction.logits, ids), mask, count)
         chosen = self.choose(prediction.logits)
@@ -135,8 +139,7 @@ class DiscreteHead(base.Memoryless, nn.Module):
         distance = jnp.abs(self._values(chosen) - self._values(ids))
         return loss, {
             "loss": loss,
-            "acc_arm": losses.masked_mean(right[..., :-1], mask, count),
-            "acc_gripper": losses.masked_mean(right[..., -1], mask, count),
+            **base.by_kind("acc", right, self.binary, mask, count),
             "action_l1": losses.masked_mean(distance, mask, count),
         }
 
@@ -144,7 +147,7 @@ class DiscreteHead(base.Memoryless, nn.Module):
         """NaN wherever an unconstrained choice is no action id."""
         ids = self.choose(prediction.logits)
         values = self._values(ids)
-        values = jnp.concatenate([values[..., :-1], jnp.where(values[..., -1:] > 0, 1.0, -1.0)], axis=-1)
+        values = base.decide(values, self.binary)
         return jnp.where(discretize.is_action_id(ids, self.vocab_end, self.config.num_bins), values, jnp.nan)
 
     def step(self, features: jax.Array, carry: tuple) -> tuple[TokenPrediction, tuple]:

@@ -27,7 +27,7 @@ from robovlms_jax.policies.heads.continuous import dense, require_positive, step
 
 @dataclasses.dataclass(frozen=True)
 class FlowHeadConfig(base.HeadConfig):
-    """A small transformer over the chunk's actions that looks at the window's features; gripper included."""
+    """A small transformer over the chunk's actions that looks at the window's features; grippers included."""
 
     hidden_size: int = 512
     num_layers: int = 4
@@ -109,6 +109,7 @@ class FlowHead(nn.Module):
     window: int
     chunk: int
     action_dim: int
+    binary: tuple[int, ...]
     feature_dim: int
     num_queries: int
     kernel: Kernel = Kernel()
@@ -150,11 +151,10 @@ class FlowHead(nn.Module):
         velocity = self._velocity(prediction.condition, (1 - position) * noise + position * target, time)
         errors = losses.squared_error(velocity, target - noise).reshape(actions.shape)
         loss = losses.masked_mean(errors, mask, count)
-        arm, gripper = (losses.masked_mean(x, mask, count) for x in (errors[..., :-1], errors[..., -1]))
-        return loss, {"loss": loss, "loss_arm": arm, "loss_gripper": gripper}
+        return loss, {"loss": loss, **base.by_kind("loss", errors, self.binary, mask, count)}
 
     def actions(self, prediction: FlowPrediction) -> jax.Array:
-        """Integrate from noise; the arm is clipped to [-1, 1], the gripper decided."""
+        """Integrate from noise; numbers are clipped to [-1, 1], binary grippers decided."""
         size = int(np.prod(prediction.shape))
         step = 1.0 / self.config.num_steps
 
@@ -165,7 +165,7 @@ class FlowHead(nn.Module):
         loop = nn.scan(euler, variable_broadcast="params", split_rngs={"params": False})
         x, _ = loop(self, self._noise(size), times)
         x = x.reshape(*prediction.shape, self.chunk, self.action_dim)
-        return jnp.concatenate([jnp.clip(x[..., :-1], -1, 1), jnp.where(x[..., -1:] > 0, 1.0, -1.0)], axis=-1)
+        return base.decide(jnp.clip(x, -1, 1), self.binary)
 
     def init_carry(self, batch: int) -> base.WindowCarry:
         return base.WindowCarry.create(batch, self.window, self.num_queries, self.feature_dim)

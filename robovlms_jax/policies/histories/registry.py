@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from robovlms_jax.control import interface
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.histories.apart import FramesApart
 from robovlms_jax.policies.histories.base import History
@@ -12,7 +11,7 @@ from robovlms_jax.policies.histories.video import Video
 
 def make(config: PolicyConfig) -> History:
     """The history of a policy."""
-    num_tokens = config.chunk * interface.ACTION_DIM if config.is_autoregressive else 0
+    num_tokens = config.chunk * config.action_dim if config.is_autoregressive else 0
     if config.history == "interleaved":
         return Interleaved(config.window, num_tokens, config.reencode_every)
     if config.history == "video":
