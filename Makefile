@@ -40,7 +40,7 @@ lint: .venv/test
 	touch $@
 
 .venv/run: .venv/pip setup.cfg requirements.txt
-	$(BIN)/python -m pip install --quiet -c requirements.txt -e .
+	$(BIN)/python -m pip install --quiet -c requirements.txt -e .[train]
 	touch $@
 
 .venv/test: .venv/pip setup.cfg requirements.txt

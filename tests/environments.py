@@ -3,8 +3,8 @@
 python tests/environments.py oldest     # every lower bound of setup.cfg as exactly that version
 python tests/environments.py newest     # the same packages without a version, for `pip install --upgrade`
 
-setup.cfg is the only list. Both print the packages and the extra `test` without torch: it is an oracle of gigabytes,
-and the tests that need it are skipped where it is missing.
+setup.cfg is the only list. Both print the packages and the extra `test` (with `train` in it) without torch: it is an
+oracle of gigabytes, and the tests that need it are skipped where it is missing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Requirement(NamedTuple):
 
 
 def read(path: pathlib.Path = SETUP) -> dict[str, list[Requirement]]:
-    """Requirements per extra; "" are those of every installation.
+    """Requirements per extra; "" are those of every installation. An extra that names another (robovlms_jax[train]) has
+    its requirements, too.
 
     Raises:
       ValueError: a line is not of the form name>=version, so that there is no lower bound to try.
@@ -36,7 +37,16 @@ def read(path: pathlib.Path = SETUP) -> dict[str, list[Requirement]]:
     parser = configparser.ConfigParser()
     parser.read_string(path.read_text())
     texts = {"": parser["options"]["install_requires"], **parser["options.extras_require"]}
-    return {extra: [parse(line) for line in text.split("\n") if line.strip()] for extra, text in texts.items()}
+    lines = {extra: [line.strip() for line in text.split("\n") if line.strip()] for extra, text in texts.items()}
+
+    def expand(extra: str) -> list[Requirement]:
+        found: list[Requirement] = []
+        for line in lines[extra]:
+            other = re.fullmatch(r"robovlms_jax\[(\w+)\]", line)
+            found += expand(other[1]) if other else [parse(line)]
+        return found
+
+    return {extra: expand(extra) for extra in lines}
 
 
 def parse(line: str) -> Requirement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 
 import pytest
@@ -34,13 +35,28 @@ def imported_by(*folders: str) -> set[str]:
 
 def test_what_is_installed_is_what_is_imported():
     declared = environments.read()
-    always = {module_of(r) for r in declared[""]}
-    optional = {module_of(r) for extra, rs in declared.items() if extra not in ("", "test") for r in rs}
+    always = {module_of(r) for r in (*declared[""], *declared["train"])}
+    optional = {module_of(r) for extra, rs in declared.items() if extra != "test" for r in rs}
     ours = {"robovlms_jax", "experiments", "benchmarks", "tests", ""}
     used = imported_by("robovlms_jax", "experiments") - sys.stdlib_module_names - ours
     assert always <= used, f"installed for nothing: {sorted(always - used)}"
     undeclared = used - always - optional - ASKED_FOR
     assert not undeclared, f"imported, but neither in install_requires nor in an extra: {sorted(undeclared)}"
+
+
+def test_a_robots_computer_installs_numpy_websockets_and_msgpack_and_nothing_else():
+    declared = environments.read()
+    assert {r.name for r in (*declared[""], *declared["client"])} == {"numpy", "websockets", "msgpack"}
+    train = {r.name for r in declared["train"]}
+    for extra in declared.keys() - {"", "client"}:
+        assert train <= {r.name for r in declared[extra]}, f"pip install -e .[{extra}] would not train"
+
+
+def test_without_jax_an_experiment_says_what_to_install():
+    # -S: no installed packages at all
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import experiments.plan"
+    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60)
+    assert "pip install -e .[train]" in result.stderr.splitlines()[-1]
 
 
 def test_the_tested_versions_cover_every_requirement_and_meet_its_bound():

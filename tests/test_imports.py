@@ -122,7 +122,7 @@ def test_the_table_keeps_what_the_page_promises():
     assert table["training"].imports.isdisjoint({"evaluation", "envs", "deploy", "runs"})
     assert [room for room, row in table.items() if "runs" in row.imports] == ["load"]
     assert table["control"] == Room(frozenset(), frozenset({"numpy"}))
-    assert table["deploy"].libraries == {"numpy"}
+    assert table["deploy"].libraries == {"numpy", "msgpack", "websockets"}
 
 
 @pytest.mark.parametrize(
@@ -151,6 +151,21 @@ def test_no_utils():
     folders = (PACKAGE, "experiments", "benchmarks", "tests")
     found = [path for folder in folders for path in (ROOT / folder).rglob("*.py") if re.match(r"utils?\b", path.stem)]
     assert not found
+
+
+NUMPY_ALONE = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+more = {"jax", "msgpack", "websockets", "PIL", "scipy"} & set(sys.modules)
+assert not more, f"importing {sys.argv[1:]} loads {sorted(more)}"
+"""
+
+
+def test_importing_what_runs_on_a_robots_computer_needs_numpy_alone():
+    # msgpack and websockets are imported by the functions that talk to somebody.
+    rooms = ("control", "deploy")
+    run_python("-c", NUMPY_ALONE, *(f"{PACKAGE}.{name}" for name in library_files() if name.startswith(rooms)))
 
 
 IMPORT_EVERYTHING = """

@@ -1,0 +1,155 @@
+"""msgpack with NumPy arrays, as openpi's and vla-eval's messages have them. What is read is taken for hostile.
+
+Arrays are maps: openpi's keys are bytes (b"__ndarray__"), vla-eval's strings; both are read, whichever is asked for is
+written. No message is ever unpickled, and none makes more than it has bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+KINDS = "biufSU"
+"""Kinds of NumPy types that may come: numbers, truth values and text."""
+
+DecodeImage = Callable[[bytes], np.ndarray]
+"""A PNG or JPEG file -> uint8[height, width, channels]. Raises ValueError."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What a message may be."""
+
+    message_bytes: int = 64 * 2**20
+    items: int = 4096
+    """Entries of a list or map."""
+    text: int = 4096
+    """Characters of a text."""
+
+
+def pack(value: Any, *, text_keys: bool = False) -> bytes:
+    """A message.
+
+    Args:
+      value: maps, lists, text, numbers, bytes, None and NumPy arrays and scalars.
+      text_keys: write arrays as vla-eval does, not as openpi does.
+    Raises:
+      TypeError: something else in it (a jax array: take np.asarray first). ValueError: an array of objects, records or
+      complex numbers.
+    """
+    import msgpack
+
+    def encode(x: Any) -> Any:
+        if isinstance(x, np.ndarray):
+            entry = {"__ndarray__": True, "data": x.tobytes(), "dtype": _packable(x.dtype), "shape": x.shape}
+        elif isinstance(x, np.generic):
+            if text_keys:
+                return x.item()
+            entry = {"__npgeneric__": True, "data": x.item(), "dtype": _packable(x.dtype)}
+        else:
+            raise TypeError(f"a {type(x).__name__} cannot be sent; send NumPy arrays, numbers, text, lists and maps.")
+        return entry if text_keys else {name.encode(): content for name, content in entry.items()}
+
+    return msgpack.packb(value, default=encode, use_bin_type=True)
+
+
+def _packable(dtype: np.dtype) -> str:
+    if dtype.kind not in KINDS:
+        raise ValueError(f"an array of {dtype} cannot be sent; convert it to float32 or another plain type.")
+    return dtype.str
+
+
+def unpack(message: bytes, bounds: Bounds, decode_image: DecodeImage | None = None) -> Any:
+    """What a message holds; arrays are copies, so they can be written to and do not keep the message alive.
+
+    Args:
+      decode_image: for vla-eval's compressed pictures; None: they are refused.
+    Raises:
+      ValueError: says what is wrong with it and where.
+    """
+    import msgpack
+
+    def hook(entry: dict) -> Any:
+        for tag, read in (("__ndarray__", _array), ("__npgeneric__", _scalar)):
+            if tag.encode() in entry:
+                return read({key.decode(): x for key, x in entry.items() if isinstance(key, bytes)})
+            if tag in entry:
+                return read(entry)
+        return _image(entry, decode_image) if "__image__" in entry else entry
+
+    if len(message) > bounds.message_bytes:
+        raise ValueError(f"the message has {len(message)} bytes; at most {bounds.message_bytes} are read.")
+    try:
+        return msgpack.unpackb(
+            message,
+            object_hook=hook,
+            raw=False,
+            strict_map_key=True,
+            max_map_len=bounds.items,
+            max_array_len=bounds.items,
+            max_str_len=bounds.text,
+            max_bin_len=bounds.message_bytes,
+            max_ext_len=0,
+        )
+    except ValueError as error:
+        raise ValueError(f"the message cannot be read: {str(error) or type(error).__name__}") from error
+    except Exception as error:  # msgpack raises several kinds for what is cut off, too deep or of an unknown type
+        raise ValueError(f"the message is no msgpack map: {type(error).__name__} {error}".strip()) from error
+
+
+def _array(entry: Mapping[str, Any]) -> np.ndarray:
+    dtype, shape, data = _dtype(entry), entry.get("shape"), entry.get("data")
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**31 for n in shape) or len(shape) > 8:
+        raise ValueError(f"an array's shape is {str(shape)[:80]}; expected up to eight whole numbers of 0 or more.")
+    if not isinstance(data, bytes):
+        raise ValueError(f"an array's data are a {type(data).__name__}, expected bytes.")
+    expected = dtype.itemsize
+    for n in shape:
+        expected *= n
+    if expected != len(data):
+        raise ValueError(f"an array {dtype}{shape} needs {expected} bytes and has {len(data)}.")
+    if not dtype.itemsize:  # text of no characters
+        return np.zeros(shape, dtype) if not expected and np.prod(shape, dtype=object) <= 4096 else _too_many(shape)
+    if not data:
+        return np.zeros(shape, dtype)
+    return np.frombuffer(data, dtype).reshape(shape).copy()
+
+
+def _too_many(shape: list[int]) -> np.ndarray:
+    raise ValueError(f"an array of {shape} texts without characters is refused.")
+
+
+def _scalar(entry: Mapping[str, Any]) -> Any:
+    dtype, data = _dtype(entry), entry.get("data")
+    if not isinstance(data, bool | int | float | str | bytes):
+        raise ValueError(f"a scalar's data are a {type(data).__name__}.")
+    try:
+        return dtype.type(data)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{str(data)[:40]!r} is no {dtype}: {error}") from error
+
+
+def _dtype(entry: Mapping[str, Any]) -> np.dtype:
+    name = entry.get("dtype")
+    try:
+        if not isinstance(name, str) or len(name) > 16:
+            raise TypeError("expected a text such as '<f4'")
+        dtype = np.dtype(name)
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise ValueError(f"an array's dtype is {str(name)[:40]!r}: {error}") from error
+    if dtype.kind not in KINDS or dtype.hasobject or dtype.subdtype is not None:
+        raise ValueError(f"an array's dtype is {name!r}; expected numbers, truth values or text.")
+    return dtype
+
+
+def _image(entry: Mapping[str, Any], decode_image: DecodeImage | None) -> np.ndarray:
+    if entry.get("format") == "raw":
+        return _array(entry)
+    if decode_image is None or entry.get("format") not in ("png", "jpeg"):
+        raise ValueError(f"a picture of format {str(entry.get('format'))[:20]!r} is not read here; send it as uint8.")
+    if not isinstance(entry.get("data"), bytes):
+        raise ValueError("a picture's data are no bytes.")
+    return decode_image(entry["data"])

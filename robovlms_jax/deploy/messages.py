@@ -1,0 +1,164 @@
+"""From the messages of openpi's and vla-eval's clients to observations, every field checked; and answers back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from robovlms_jax.control.interface import Observation
+from robovlms_jax.control.robot import RobotSpec
+from robovlms_jax.deploy.limits import unit_scale
+
+IMAGE_KEYS = {
+    "static": ("observation/image", "observation/exterior_image_1_left", "rgb_static", "agentview", "primary"),
+    "wrist": ("observation/wrist_image", "observation/wrist_image_left", "rgb_gripper"),
+}
+"""Other names that clients have for cameras, beside `observation/NAME`, `observation/NAME_image` and NAME in a map
+`images`."""
+
+STATE_KEYS = ("observation/state", "state", "states")
+MAX_STATE = 256
+LARGEST = 1e6
+"""No robot's state or action is larger, in any unit; what is overflows in a network and would spoil a batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One observation as it arrived. restart: a new episode, whatever the instruction."""
+
+    observation: Observation
+    instruction: str
+    restart: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """What a policy needs to see.
+
+    cameras: all are required. max_pixels: of one picture. state: whether the state is required.
+    """
+
+    cameras: tuple[str, ...]
+    max_pixels: int = 4_000_000
+    state: bool = False
+
+    def keys(self) -> list[str]:
+        """Names of what a client sends, for metadata and messages."""
+        images = [_first_key(camera) for camera in self.cameras]
+        return [*images, *([STATE_KEYS[0]] if self.state else []), "prompt"]
+
+    def read(self, message: Any, *, prompt: str = "prompt", restart: str = "reset") -> Step:
+        """An observation's map. Raises ValueError that names the field, what was expected and what was found."""
+        if not isinstance(message, dict):
+            raise ValueError(f"the message is a {type(message).__name__}; expected a map with {self.keys()}.")
+        instruction = message.get(prompt)
+        if isinstance(instruction, np.ndarray) and instruction.dtype.kind in "SU" and instruction.size == 1:
+            instruction = str(instruction.reshape(())[()])
+        if not isinstance(instruction, str) or not instruction.strip():
+            raise ValueError(f"{prompt!r} is {str(instruction)[:60]!r}; say what the robot should do.")
+        again = message.get(restart, False)
+        if not isinstance(again, bool | np.bool_):
+            raise ValueError(f"{restart!r} is {str(again)[:60]!r}; expected true or false.")
+        images = {camera: self._image(message, camera) for camera in self.cameras}
+        executed = message.get("executed")
+        if executed is not None:
+            executed = _numbers(executed, "executed", 2)
+        return Step(Observation(images, self._state(message), executed), instruction, bool(again))
+
+    def _image(self, message: Mapping[str, Any], camera: str) -> np.ndarray:
+        names = (f"observation/{camera}", f"observation/{camera}_image", *IMAGE_KEYS.get(camera, ()))
+        inner = message.get("images")
+        inner = inner if isinstance(inner, dict) else {}
+        places = [(message, name) for name in names] + [(inner, name) for name in (camera, *names)]
+        for place, name in places:
+            if name in place:
+                return self._pixels(place[name], str(name))
+        found = sorted(str(key)[:40] for key in (*message, *inner))[:20]
+        raise ValueError(
+            f"there is no {camera!r} picture: expected {_first_key(camera)!r} or images[{camera!r}]; found {found}."
+        )
+
+    def _pixels(self, value: Any, name: str) -> np.ndarray:
+        if not isinstance(value, np.ndarray) or value.ndim != 3 or value.dtype.kind not in "uf":
+            found = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+            raise ValueError(f"picture {name!r} is {found}; expected uint8[height, width, 3].")
+        if value.shape[0] == 3 and value.shape[2] != 3:  # channels first, as ALOHA's cameras send
+            value = value.transpose(1, 2, 0)
+        if value.shape[2] != 3 or 0 in value.shape or value.shape[0] * value.shape[1] > self.max_pixels:
+            raise ValueError(
+                f"picture {name!r} is {list(value.shape)}; expected [height, width, 3] and at most {self.max_pixels} "
+                "pixels."
+            )
+        if value.dtype.kind == "f":
+            if not (np.isfinite(value).all() and value.min() >= 0 and value.max() <= 1):
+                raise ValueError(f"picture {name!r} is {value.dtype} outside 0 ... 1, or not finite; send uint8.")
+            value = np.rint(value * 255).astype(np.uint8)
+        if value.dtype != np.uint8:
+            raise ValueError(f"picture {name!r} is {value.dtype}; expected uint8[height, width, 3].")
+        return np.ascontiguousarray(value)
+
+    def _state(self, message: Mapping[str, Any]) -> np.ndarray | None:
+        name = next((name for name in STATE_KEYS if message.get(name) is not None), None)
+        if name is None:
+            if self.state:
+                raise ValueError(f"there is no {STATE_KEYS[0]!r}; this policy needs the robot's state.")
+            return None
+        return _numbers(message[name], name, 1)
+
+
+def _first_key(camera: str) -> str:
+    return (IMAGE_KEYS.get(camera) or (f"observation/{camera}",))[0]
+
+
+def _numbers(value: Any, name: str, rank: int) -> np.ndarray:
+    if isinstance(value, list) and all(isinstance(x, int | float) for x in value):
+        value = np.array(value, np.float64)
+    if not isinstance(value, np.ndarray) or value.ndim != rank or value.dtype.kind not in "iuf":
+        found = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise ValueError(f"{name!r} is {found}; expected an array of numbers with {rank} axes.")
+    if value.size > MAX_STATE * 16 or value.shape[-1] > MAX_STATE:
+        raise ValueError(f"{name!r} has {list(value.shape)} numbers; at most {MAX_STATE} in a row are read.")
+    with np.errstate(over="ignore"):
+        value = value.astype(np.float32)
+    if not (np.abs(value) <= LARGEST).all():  # NaN is refused, too
+        raise ValueError(
+            f"{name!r} has numbers that are not finite, or above {LARGEST:g}: {value.ravel()[:20].tolist()}."
+        )
+    return value
+
+
+def within_bounds(actions: Any, spec: RobotSpec, horizon: int) -> tuple[np.ndarray, list[str]]:
+    """A policy's answer, float32[horizon, A], within the robot's bounds; names of the dimensions that were not.
+
+    Raises ValueError for a wrong shape or numbers that are not finite: those never leave.
+    """
+    actions = np.asarray(actions, np.float32)
+    if actions.shape != (horizon, len(spec.action)) or not np.isfinite(actions).all():
+        raise ValueError(
+            f"the policy's actions are {list(actions.shape)}, finite: {bool(np.isfinite(actions).all())}; expected "
+            f"[{horizon}, {len(spec.action)}], all finite. They are not sent."
+        )
+    low = np.array([dimension.low for dimension in spec.action], np.float32)
+    high = np.array([dimension.high for dimension in spec.action], np.float32)
+    clipped = np.clip(actions, low, high)
+    outside = np.flatnonzero((np.abs(clipped - actions) > 1e-6).any(axis=0))
+    return clipped, [spec.action[column].name for column in outside]
+
+
+def in_si_units(actions: np.ndarray, spec: RobotSpec) -> np.ndarray:
+    """Actions float[..., A] in m and rad, as vla-eval's CALVIN takes them; dimensions of unknown unit stay."""
+    scale = []
+    for dimension in spec.action:
+        try:
+            scale.append(1.0 if dimension.quantity == "gripper" else unit_scale(dimension))
+        except ValueError:
+            scale.append(1.0)
+    return (actions * np.array(scale)).astype(np.float32)
+
+
+def calvin_state(states: Sequence[float]) -> np.ndarray:
+    """vla-eval's CALVIN state (tcp xyz, tcp Euler xyz, gripper width, gripper command) without the width."""
+    return np.concatenate([np.asarray(states)[:6], np.asarray(states)[7:8]])

@@ -1,0 +1,328 @@
+"""The server, driven over a real socket of this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+
+from robovlms_jax.deploy import client as clients
+from robovlms_jax.deploy import codec
+from robovlms_jax.deploy.client import Client, ClientConfig, ServerError
+from tests.deploy.served import Counting, message, observation, serving, url
+
+pytest.importorskip("websockets", reason="the server needs the extra `serve`")
+
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+
+def read(line):
+    return codec.unpack(line.recv(5), codec.Bounds())
+
+
+def ask(line, **more):
+    line.send(codec.pack(message(**more)))
+    return read(line)
+
+
+def get(server, path, token=None):
+    request = urllib.request.Request(url(server, path, "http"))
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        return answer.status, answer.read().decode()
+
+
+def steps(reply):
+    """Which step of its episode an answer is."""
+    return round(float(reply["actions"][0, 1]) * 100)
+
+
+def test_a_conversation_as_openpis_clients_have_it():
+    with serving(Counting()) as server, connect(url(server, "/any/path")) as line:
+        metadata = read(line)
+        assert metadata["action_horizon"] == 4 and metadata["action_dim"] == 7 and metadata["control_rate_hz"] == 30
+        assert metadata["robot"]["action"][0]["name"] == "x"
+        first, second = ask(line), ask(line)
+        assert first["actions"].shape == (4, 7) and first["actions"].dtype == np.float32
+        assert [steps(first), steps(second)] == [1, 2]
+        assert "prev_total_ms" in second["server_timing"] and "prev_total_ms" not in first["server_timing"]
+        arrays = [x for x in (*first.values(), *first["server_timing"].values()) if isinstance(x, np.ndarray)]
+        assert all(x.shape[0] == 4 for x in arrays)  # openpi's chunk broker cuts every array along this axis
+
+
+def test_an_episode_begins_with_a_connection_another_prompt_or_when_asked_for():
+    with serving(Counting()) as server:
+        with connect(url(server)) as line:
+            read(line)
+            found = [steps(ask(line, **more)) for more in ({}, {}, {"prompt": "other"}, {"prompt": "other"})]
+            assert [*found, steps(ask(line, prompt="other", reset=True))] == [1, 2, 1, 2, 1]
+        with connect(url(server)) as line:
+            read(line)
+            assert steps(ask(line)) == 1
+
+
+def test_clients_share_calls_of_one_thread_and_have_their_own_histories():
+    policy = Counting(slots=3, delay_s=0.02)
+    with serving(policy, max_wait_s=0.05) as server:
+
+        def robot(number):
+            with connect(url(server)) as line:
+                read(line)
+                return [steps(ask(line, prompt=f"task {number}")) for _ in range(5 + number)]
+
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(robot, range(3)))
+        assert found == [list(range(1, 6 + number)) for number in range(3)]
+        assert len(policy.threads) == 1 and max(policy.batches) >= 2
+        wait_until(lambda: not policy.steps)  # nothing is kept of clients that have gone
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_one_client_more_than_slots_is_sent_away_and_let_in_when_another_leaves():
+    with serving(Counting(slots=1)) as server:
+        with connect(url(server)) as line:
+            read(line)
+            with connect(url(server)) as other, pytest.raises(ConnectionClosed, match=r"1013.*all 1 slots are taken"):
+                other.recv(5)
+        with Client(url(server), ClientConfig(connect_timeout_s=5)) as robot:  # tries again until there is room
+            robot.reset("open")
+            robot.act(observation())
+
+
+@pytest.mark.parametrize(
+    ("sent", "what"),
+    [
+        ("text", "expected a binary msgpack map"),
+        (b"\x81", "cannot be read"),
+        (codec.pack([1]), "expected a map"),
+        (codec.pack({"prompt": "x"}), "there is no 'static' picture"),
+        (codec.pack(message(**{"observation/state": np.array([np.nan])})), "'observation/state' has numbers"),
+    ],
+)
+def test_a_bad_message_ends_its_connection_with_an_error_that_names_the_field(sent, what):
+    with serving(Counting()) as server:
+        with connect(url(server)) as line, connect(url(server)) as other:
+            read(line), read(other), ask(other)
+            line.send(sent)
+            assert what in line.recv(5)
+            with pytest.raises(ConnectionClosed, match="1011"):
+                line.recv(5)
+            assert steps(ask(other)) == 2
+        assert server.metrics.get("errors_total", "ValueError") == 1
+
+
+@pytest.mark.parametrize("bad", [np.full((4, 7), np.nan), np.full((4, 7), np.inf), np.zeros((4, 6)), "none"])
+def test_actions_that_are_none_never_leave(bad):
+    policy = Counting()
+    with serving(policy) as server, connect(url(server)) as line:
+        read(line), ask(line)
+        policy.bad = bad
+        line.send(codec.pack(message()))
+        assert isinstance(line.recv(5), str)
+
+
+def test_actions_out_of_bounds_are_clipped_and_it_is_said():
+    policy = Counting()
+    policy.bad = np.full((4, 7), 2.0)
+    with serving(policy) as server, Client(url(server)) as robot:
+        robot.reset("open")
+        assert robot.act(observation()).actions.max() == 1
+        assert robot.conversation.last_reply["clipped"][:2] == ["x", "y"]
+
+
+def test_health_and_metrics_answer_while_the_model_runs():
+    with serving(Counting(delay_s=1.0)) as server, connect(url(server)) as line:
+        read(line)
+        line.send(codec.pack(message()))
+        time.sleep(0.1)
+        started = time.monotonic()
+        assert get(server, "/healthz") == (200, "OK\n")
+        assert get(server, "/health") == (200, '{"status": "ok"}')
+        assert "robovlms_connections 1\n" in get(server, "/metrics")[1]
+        assert time.monotonic() - started < 0.8
+        read(line)
+        wait_until(lambda: 'request_seconds_bucket{le="+Inf"} 1\n' in get(server, "/metrics")[1])
+
+
+def test_a_token_is_needed_where_one_is_set_but_for_the_health_check():
+    with serving(Counting(), token="right") as server:
+        for headers in (None, {"Authorization": "Bearer wrong"}, {"Authorization": "right"}):
+            with pytest.raises(InvalidStatus, match="401"):
+                connect(url(server), additional_headers=headers)
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            get(server, "/metrics")
+        assert get(server, "/healthz")[0] == 200 and get(server, "/metrics", "right")[0] == 200
+        with connect(url(server), additional_headers={"Authorization": "Api-Key right"}) as line:
+            read(line)
+        with pytest.raises(ServerError, match="401"), Client(url(server)):
+            pass
+        with Client(url(server), ClientConfig(token="right")) as robot:
+            assert robot.metadata["action_dim"] == 7
+
+
+def test_web_pages_do_not_get_in():
+    with serving(Counting()) as server, pytest.raises(InvalidStatus, match="403"):
+        connect(url(server), origin="http://example.com")
+
+
+def test_messages_that_are_too_large_close_the_connection():
+    with serving(Counting(), max_message_bytes=1000) as server, connect(url(server)) as line:
+        read(line)
+        line.send(b"\0" * 1001)
+        with pytest.raises(ConnectionClosed, match="1009"):
+            line.recv(5)
+
+
+def test_clients_that_send_nothing_give_their_slot_back():
+    with serving(Counting(slots=1), idle_timeout_s=0.1) as server, connect(url(server)) as line:
+        read(line)
+        with pytest.raises(ConnectionClosed, match=r"nothing was sent for 0\.1 s"):
+            line.recv(5)
+
+
+def test_stopping_answers_what_runs_and_closes_with_1001():
+    policy = Counting(delay_s=0.3)
+    with Lines() as hold:
+        with serving(policy) as server:
+            busy, idle = hold(url(server)), hold(url(server))
+            read(busy), read(idle)
+            busy.send(codec.pack(message()))
+            time.sleep(0.1)
+        assert steps(read(busy)) == 1
+        for line in (busy, idle):
+            with pytest.raises(ConnectionClosed, match="1001"):
+                line.recv(5)
+
+
+class Lines:
+    """Connections that are closed at the end."""
+
+    def __enter__(self):
+        self._lines = []
+        return self._open
+
+    def _open(self, address):
+        self._lines.append(connect(address).__enter__())
+        return self._lines[-1]
+
+    def __exit__(self, *error):
+        for line in self._lines:
+            line.close()
+
+
+def test_an_answer_that_takes_too_long_is_an_error():
+    with serving(Counting(delay_s=0.5), request_timeout_s=0.1) as server, connect(url(server)) as line:
+        read(line)
+        line.send(codec.pack(message()))
+        assert "did not answer in 0.1 s" in line.recv(5)
+
+
+def test_our_client_knows_the_servers_clock_and_times_out():
+    policy = Counting()
+    with serving(policy) as server, Client(url(server), ClientConfig(timeout_s=0.3)) as robot:
+        with pytest.raises(RuntimeError, match="act\\(\\) before reset"):
+            robot.act(observation())
+        robot.reset("open the drawer")
+        found = [steps({"actions": robot.act(observation()).actions}) for _ in range(3)]
+        assert found == [1, 2, 3]
+        robot.reset("open the drawer")
+        assert steps({"actions": robot.act(observation()).actions}) == 1
+        assert abs(robot.clock.offset_s) <= robot.clock.round_trip_s / 2 + 1e-3
+        policy.delay_s = 0.6
+        with pytest.raises(TimeoutError, match=r"no answer within 0\.3 s"):
+            robot.act(observation())
+        policy.delay_s = 0.0
+        # the late answer is not taken for this one's
+        assert steps({"actions": ClientRetry(robot).act(observation())}) == 1
+
+
+class ClientRetry:
+    """The slot of the late answer is taken until it came; there are two."""
+
+    def __init__(self, robot):
+        self._robot = robot
+
+    def act(self, seen):
+        time.sleep(0.5)
+        return self._robot.act(seen).actions
+
+
+def test_our_client_connects_again_and_says_that_the_episode_began_anew(caplog):
+    with serving(Counting()) as server, Client(url(server)) as robot:
+        robot.reset("open")
+        robot.act(observation()), robot.act(observation())
+        robot._line.socket.shutdown(2)
+        assert steps({"actions": robot.act(observation()).actions}) == 1
+        assert robot.episodes_lost == 1 and "the episode begins anew there" in caplog.text
+
+
+def test_our_client_waits_for_a_server_and_gives_up_in_time():
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="no policy server answered"):
+        Client("ws://127.0.0.1:9", ClientConfig(connect_timeout_s=0.4)).connect()
+    assert time.monotonic() - started < 2
+    with pytest.raises(ValueError, match="expected ws://HOST:PORT"):
+        Client("localhost:8000")
+
+
+def test_the_client_of_event_loops_does_the_same():
+    async def run(server):
+        config = ClientConfig(timeout_s=0.3, connect_timeout_s=2)
+        async with clients.AsyncClient(url(server), config) as robot:
+            await robot.reset("open")
+            found = [steps({"actions": (await robot.act(observation())).actions}) for _ in range(2)]
+            policy.delay_s = 0.6
+            with pytest.raises(TimeoutError, match="no answer"):
+                await robot.act(observation())
+            return found
+
+    policy = Counting()
+    with serving(policy) as server:
+        assert asyncio.run(run(server)) == [1, 2]
+
+
+def test_a_servers_error_reaches_our_client():
+    with serving(Counting(), cameras=("static", "wrist")) as server, Client(url(server)) as robot:
+        robot.reset("open")
+        with pytest.raises(ServerError, match="there is no 'wrist' picture"):
+            robot.act(observation())
+
+
+def envelope(kind, payload, seq=0):
+    return codec.pack({"type": kind, "payload": payload, "seq": seq, "timestamp": 0.0}, text_keys=True)
+
+
+def test_a_conversation_as_vla_evals_harness_has_it():
+    with serving(Counting(), executed=2) as server, connect(url(server, "/vla-eval")) as line:
+        line.send(envelope("hello", {"harness_version": "0.8.0", "protocol_version": 1}, 7))
+        hello = read(line)
+        assert (hello["type"], hello["seq"], hello["payload"]["protocol_version"]) == ("hello", 7, 1)
+        assert hello["payload"]["observation_params"] == {"send_wrist_image": False, "send_state": False}
+        line.send(envelope("episode_start", {"task": {}}, 8))  # is answered with nothing
+        seen = {"images": {"rgb_static": message()["observation/image"]}, "task_description": "push"}
+
+        def act(seq, **more):
+            line.send(envelope("observation", seen | more, seq))
+            answer = read(line)
+            assert (answer["type"], answer["seq"]) == ("action", seq)
+            return round(float(answer["payload"]["actions"][1]) / 0.02 * 100)
+
+        assert [act(9), act(10), act(11)] == [1, 1, 2]  # two of a chunk, in metres
+        assert act(12, episode_restart=True) == 1
+        line.send(envelope("observation", {"images": {}}, 13))
+        error = read(line)
+        assert (error["type"], error["seq"]) == ("error", 13) and "task_description" in error["payload"]["error"]
+        assert act(14) == 1  # the connection stays; the episode begins anew
