@@ -127,7 +127,8 @@ def _scalar(entry: Mapping[str, Any]) -> Any:
     if not isinstance(data, bool | int | float | str | bytes):
         raise ValueError(f"a scalar's data are a {type(data).__name__}.")
     try:
-        return dtype.type(data)
+        with np.errstate(over="ignore"):  # 1e300 is infinite in float32
+            return dtype.type(data)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{str(data)[:40]!r} is no {dtype}: {error}") from error
 
