@@ -104,7 +104,9 @@ def test_gradients_of_every_parameter(kosmos):
     scale = max(float(jnp.abs(x).max()) for x in expected.values())
     for path, value in expected.items():
         # Key biases shift all scores of a row alike: their true gradient is zero, so only noise could be compared.
-        bound = 1e-6 * scale if path.endswith("attn/k/bias") else 1e-5 * float(jnp.abs(value).max())
+        # The smallest gradients, a hundred thousand times smaller than others, are sums that lose a digit more.
+        largest = max(float(jnp.abs(value).max()), 1e-5 * scale)
+        bound = 1e-6 * scale if path.endswith("attn/k/bias") else 1e-5 * largest
         assert float(jnp.abs(found[path] - value).max()) < bound, path
 
 

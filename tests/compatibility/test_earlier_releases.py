@@ -38,7 +38,7 @@ def test_a_policy_of_release_0_1_acts_as_it_did(name):
         np.testing.assert_allclose(policy.act(observation).actions, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", ["policy_head_lstm", pytest.param("interleaved_discrete", marks=pytest.mark.slow)])
 def test_a_run_of_release_0_1_is_resumed_with_the_losses_it_would_have_had(name, tmp_path, monkeypatch):
     from robovlms_jax.runs import run
     from robovlms_jax.runs.config import ExperimentConfig

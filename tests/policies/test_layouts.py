@@ -59,12 +59,14 @@ def variants() -> Iterator[tuple[str, backbones.VLMConfig, tuple[str, ...]]]:
     }
     for name, config in ({name: registry.get(name) for name in registry.names()} | prefix).items():
         form = (config.lead, config.tail, bool(config.image_start), config.image_grid is None, config.attention)
-        if config.attention == "prefix":  # release 0.1 lost the prefix where it copied upstream's padding
+        if form in forms or name in ("deepseek-vl-1.3b", "uform-gen2-qwen-500m", "qwen-vl"):
+            # Their lead, tail and image marks are seen by two structures as well as by all.
+            if form not in forms or config.model_type not in families:
+                yield name, config.tiny(), ("queries_last", "video_extras")
+        elif config.attention == "prefix":  # release 0.1 lost the prefix where it copied upstream's padding
             yield name, config.tiny(), tuple(name for name in STRUCTURES if name not in COPIES)
-        elif form not in forms:
+        else:
             yield name, config.tiny(), tuple(STRUCTURES)
-        elif config.model_type not in families:
-            yield name, config.tiny(), ("queries_last", "video_extras")
         families.add(config.model_type)
         forms.add(form)
 
