@@ -25,6 +25,7 @@ class LeRobotDataset(base.Dataset):
 
     arrays: numeric fields, as `packing` stores them: rel_actions; robot_obs where the state is described (of an end
       effector, the seven numbers of `inputs.proprio`); gripper_opening where an end effector's state has one.
+      `array` gives every other numeric feature of info.json, too, by its name; "observation." may be left out.
     robot: what the numbers of `actions` and `proprio` are.
     control_hz: steps per second.
     """
@@ -77,6 +78,7 @@ class LeRobotDataset(base.Dataset):
             place = f"into {meaning.CONVENTIONS}, or a file passed as --data.conventions,"
             ranges.require_gripper(self._actions[steps.learned, 6], self._entry, self.name, place)
         self._open_cameras(info, rows, paired, steps, image_size)
+        self._columns, self._lines = tables.Columns(info, rows.paths), (rows.file[steps.rows], rows.row[steps.rows])
         opening = what.opening and float(np.ptp(self._states[steps.learned, 7])) > 0
         has_state = bool(self.robot.state) if self._as_described else self._entry.state_encoding.startswith("POS")
         self.arrays = (
@@ -137,9 +139,15 @@ class LeRobotDataset(base.Dataset):
         return out
 
     def array(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:
-        if name not in self.arrays:
-            raise ValueError(f"{self.name} stores no {name!r}; it has {list(self.arrays)}.")
         ids = self._checked(frame_ids)
+        if name not in self.arrays:
+            key = self._columns.key(name)
+            if key is None:
+                raise ValueError(
+                    f"{self.name} stores no {name!r}; it has {list(self.arrays)} and the features "
+                    f"{self._columns.names()}."
+                )
+            return self._columns.take(key, self._lines[0][ids], self._lines[1][ids])
         if name == "rel_actions":
             values = self._actions[ids]
         else:

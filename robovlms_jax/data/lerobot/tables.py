@@ -169,6 +169,47 @@ def _is_bool(kind: Any) -> bool:
     return meta.library("pyarrow").types.is_boolean(kind)
 
 
+class Columns:
+    """Numeric fields beside those of actions and state, of all rows; each is read when it is first asked for and kept.
+    A copy in another process starts empty."""
+
+    def __init__(self, info: meta.Info, paths: Sequence[pathlib.Path]):
+        self._info, self._paths = info, tuple(paths)
+        self._start()
+
+    def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._read: dict[str, list[np.ndarray]] = {}
+
+    def __reduce__(self):
+        return Columns, (self._info, self._paths)
+
+    def key(self, name: str) -> str | None:
+        """The feature that `name` means, as it stands or below `observation.`; None: no numeric one."""
+        for key in (name, f"observation.{name}"):
+            if self._info.features.get(key, {}).get("dtype") not in (None, "image", "video", "string"):
+                return key
+        return None
+
+    def names(self) -> list[str]:
+        """Every numeric feature."""
+        return [key for key in self._info.features if self.key(key) == key]
+
+    def take(self, key: str, files: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """float32[n, width] at files[i], rows[i]; NaN where a cell is empty. Raises ValueError naming the file."""
+        with self._lock:
+            if key not in self._read:
+                width = self._info.width(key)
+                tables = ((path, meta.read_parquet(path, [key])) for path in self._paths)
+                cells = [_numbers(table[key], width, f"{path}: {key}")[0] for path, table in tables]
+                self._read[key] = [values.astype(np.float32) for values in cells]
+        parts = self._read[key]
+        out = np.empty((len(files), self._info.width(key)), np.float32)
+        for file in np.unique(files).tolist():
+            out[files == file] = parts[file][rows[files == file]]
+        return out
+
+
 class ImageTable:
     """Encoded images inside the data files, by file and row. One row group is read at a time, kept as Arrow's memory,
     and the oldest are dropped; a copy in another process starts empty."""

@@ -68,5 +68,4 @@ class AudioEncoder(Encoder):
             num_mels=c.num_mels,
         )
         x = x / 4 + 1  # silence -1.5, the loudest sounds near 2
-        x = strided(x[:, :, c.columns % c.patch_frames :], c.patch_frames, c.patch_frames)
-        return self.out(self.inner(self.inner(x, "patch"), "layer_1")) + self.places(x.shape[2])
+        return self.patches(strided(x[:, :, c.columns % c.patch_frames :], c.patch_frames, c.patch_frames))

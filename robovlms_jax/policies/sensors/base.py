@@ -192,10 +192,17 @@ class Encoder(nn.Module):
         init = nn.initializers.normal((x.shape[-1] * self.width) ** -0.5)
         return Dense(self.width, ("hidden", "embed"), kernel_init=init, kernel=self.kernel, name="out")(x)
 
-    def places(self, count: int) -> jax.Array:
-        """float32[count, D], learned: where each of several tokens is from."""
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), ("position", "embed"))
-        return self.param("places", init, (count, self.width))
+    def patches(self, x: jax.Array) -> jax.Array:
+        """Tokens of n patches, which know where they are from: float[B, G, n, any] -> float32[B, G, n, D].
+
+        Places are added before the nonlinearities: what is where has to be told by each token itself, for the layers
+        after it see tokens by their content.
+        """
+        hidden = self.config.hidden_size
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("position", "hidden"))
+        x = Dense(hidden, (None, "hidden"), kernel=self.kernel, name="patch")(x)
+        x = jax.nn.gelu(x + self.param("places", init, (x.shape[2], hidden)))
+        return self.out(self.inner(x, "mix"))
 
 
 def windows(x: jax.Array, length: int) -> jax.Array:

@@ -49,5 +49,4 @@ class DepthEncoder(Encoder):
         pixels = jnp.moveaxis(pixels, 4, 3).reshape(*values.shape[:2], rows * columns, size * size)
         depth = 2 * jnp.clip(pixels / c.max_depth, 0, 1) - 1
         measured = pixels > 0
-        x = jnp.concatenate([jnp.where(measured, depth, 0), measured.astype(jnp.float32)], axis=-1)
-        return self.out(self.inner(x, "patch")) + self.places(rows * columns)
+        return self.patches(jnp.concatenate([jnp.where(measured, depth, 0), measured.astype(jnp.float32)], axis=-1))

@@ -44,5 +44,4 @@ class LidarEncoder(Encoder):
         """float32[B, G, 1, num_ranges] in metres -> float32[B, G, num_ranges / patch_size, D]."""
         c = self.config
         x = 1 - jnp.clip(values[:, :, 0, :, None] / c.max_range, 0, 1)  # 0 where nothing is near
-        x = self.inner(strided(x, c.patch_size, c.patch_size), "patch")
-        return self.out(x) + self.places(x.shape[2])
+        return self.patches(strided(x, c.patch_size, c.patch_size))

@@ -52,5 +52,4 @@ class PointCloudEncoder(Encoder):
         x = self.inner(self.inner(x, "point_0"), "point_1")
         x = jnp.where(there, x, -1).max(axis=-2)[:, :, 0]  # GELU is above -0.2
         x = Dense(c.num_tokens * c.hidden_size, ("hidden", None), kernel=self.kernel, name="mix")(x)
-        x = jax.nn.gelu(x).reshape(*x.shape[:2], c.num_tokens, c.hidden_size)
-        return self.out(x) + self.places(c.num_tokens)
+        return self.out(jax.nn.gelu(x).reshape(*x.shape[:2], c.num_tokens, c.hidden_size))
