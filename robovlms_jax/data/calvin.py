@@ -157,10 +157,25 @@ class NpzDataset(base.Dataset):
         return out
 
     def array(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:
-        if name not in self.arrays:
-            raise ValueError(f"{self.name} stores no {name!r}; it has {list(self.arrays)}.")
         base.rows_of(self.frame_ids, frame_ids, self.name)
+        if name not in self.arrays:
+            if name in ARRAY_SIZES:
+                raise ValueError(f"{self.name} stores no {name!r}; it has {list(self.arrays)}.")
+            return self._further(name, frame_ids)
         return np.stack([self._read(frame_id, (), (name,))[name] for frame_id in frame_ids])
+
+    def _further(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:
+        """float32[n, ...] of any other numeric key of the files, such as depth_static or depth_tactile."""
+        if len(frame_ids) and name not in (known := _keys(self.path(int(frame_ids[0])))):
+            raise ValueError(f"{self.name} stores no {name!r}; its frames have {known}.")
+        found = []
+        for frame_id in frame_ids:
+            path = self.path(int(frame_id))
+            values = _read_npz(path, [name])[name]
+            if values.dtype.kind not in "fiu" or (found and values.shape != found[0].shape):
+                raise base.CorruptFrameError(f"{path}: {name} is {_form(values)}, expected numbers as in other frames.")
+            found.append(values.astype(np.float32))
+        return np.stack(found)
 
     def _read(self, frame_id: int, cameras: Sequence[str], arrays: Sequence[str]) -> dict[str, np.ndarray]:
         """The wanted keys of one file, shapes and numbers checked."""

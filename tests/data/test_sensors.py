@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from robovlms_jax.data import base, excerpts, lerobot, mixing, samples, sensors, statistics
+from robovlms_jax.data import base, calvin, excerpts, lerobot, mixing, samples, sensors, statistics
 from robovlms_jax.inputs.sensors import Reading
 
 FRAMES = 24
@@ -141,10 +141,20 @@ def test_every_numeric_feature_of_a_lerobot_dataset_is_read_by_name(tmp_path):
     stored = [toy.parquet.read_table(toy.data_file(root, number)).to_pylist() for number in (0, 1)]
     for episode in dataset.episodes:
         ids = np.arange(episode.start, episode.end)
-        # found by their actions, which say of which episode and frame they are
         rows = [row for table in stored for row in table if row["episode_index"] == dataset.episodes.index(episode)]
         expected = [row["observation.state"] for row in rows[: len(ids)]]
         for name in ("state", "observation.state"):
             np.testing.assert_allclose(dataset.array(name, ids), expected, rtol=1e-6)
     with pytest.raises(ValueError, match=r"stores no 'effort'; it has \['rel_actions'.*'observation.state'"):
         dataset.array("effort", [0])
+
+
+def test_every_numeric_array_of_calvins_frames_is_read_by_name(write_calvin):
+    depth = {frame: {"depth_static": np.full((4, 6), frame, np.float64)} for frame in range(10, 30)}
+    dataset = calvin.open_dataset(write_calvin([(10, 29)], change=depth), "training")
+    source = source_of(dataset, Reading("depth", "depth", "depth_static", (4, 6), no_return=0.0))
+    np.testing.assert_array_equal(source[0].inputs.sensors["depth"][:, 0, 0], [10, 11, 12, 13])
+    with pytest.raises(ValueError, match=r"stores no 'depth_wrist'; its frames have \['actions', 'depth_static'"):
+        dataset.array("depth_wrist", [10])
+    with pytest.raises(ValueError, match="it has 24 numbers per frame; expected 25"):
+        source_of(dataset, Reading("depth", "depth", "depth_static", (5, 5), no_return=0.0))
