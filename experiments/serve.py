@@ -96,7 +96,9 @@ def build(config: ServeConfig) -> server.PolicyServer:
     log.info("warming up %d slots", config.slots)
     warm_up(policy, robot, config)
     settings = experiment.policy
-    reader = messages.Reader(tuple(settings.cameras), state=settings.proprio.enabled)
+    readings = {sensor.name: sensor.reading for sensor in settings.sensors}
+    shapes = {name: (None, *x.shape[1:]) if x.any_rows else x.shape for name, x in readings.items()}
+    reader = messages.Reader(tuple(settings.cameras), state=settings.proprio.enabled, sensors=shapes)
     return server.PolicyServer(
         policy,
         robot,

@@ -38,17 +38,20 @@ class Step:
 class Reader:
     """What a policy needs to see.
 
-    cameras: all are required. max_pixels: of one picture. state: whether the state is required.
+    cameras: all are required. max_pixels: of one picture. state: whether the state is required. sensors: name -> shape
+    of a reading, None where a length may be any; all may be silent.
     """
 
     cameras: tuple[str, ...]
     max_pixels: int = 4_000_000
     state: bool = False
+    sensors: Mapping[str, tuple[int | None, ...]] = dataclasses.field(default_factory=dict)
 
     def keys(self) -> list[str]:
         """Names of what a client sends, for metadata and messages."""
         images = [_first_key(camera) for camera in self.cameras]
-        return [*images, *([STATE_KEYS[0]] if self.state else []), "prompt"]
+        sensors = [f"observation/sensors/{name}" for name in self.sensors]
+        return [*images, *([STATE_KEYS[0]] if self.state else []), *sensors, "prompt"]
 
     def read(self, message: Any, *, prompt: str = "prompt", restart: str = "reset") -> Step:
         """An observation's map. Raises ValueError that names the field, what was expected and what was found."""
@@ -66,7 +69,8 @@ class Reader:
         executed = message.get("executed")
         if executed is not None:
             executed = _numbers(executed, "executed", 2)
-        return Step(Observation(images, self._state(message), executed), instruction, bool(again))
+        sensors = self._sensors(message)
+        return Step(Observation(images, self._state(message), executed, sensors), instruction, bool(again))
 
     def _image(self, message: Mapping[str, Any], camera: str) -> np.ndarray:
         names = (f"observation/{camera}", f"observation/{camera}_image", *IMAGE_KEYS.get(camera, ()))
@@ -107,6 +111,23 @@ class Reader:
                 raise ValueError(f"there is no {STATE_KEYS[0]!r}; this policy needs the robot's state.")
             return None
         return _numbers(message[name], name, 1)
+
+    def _sensors(self, message: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Readings float32; NaN and infinity have a meaning of their own there."""
+        found = {}
+        for name, shape in self.sensors.items():
+            value = message.get(f"observation/sensors/{name}")
+            if value is None:
+                continue
+            array = isinstance(value, np.ndarray) and value.dtype.kind in "iuf"
+            sizes = zip(value.shape, shape, strict=False) if array else ()
+            if not array or value.ndim != len(shape) or any(size not in (n, None) for n, size in sizes):
+                what = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+                expected = ", ".join("any" if size is None else str(size) for size in shape)
+                raise ValueError(f"'observation/sensors/{name}' is {what}; expected numbers [{expected}].")
+            with np.errstate(over="ignore"):
+                found[name] = value.astype(np.float32)
+        return found
 
 
 def _first_key(camera: str) -> str:

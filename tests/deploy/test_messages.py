@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.control.robot import CALVIN
-from robovlms_jax.deploy import messages
+from robovlms_jax.deploy import client, codec, messages
 
 READER = messages.Reader(("static", "wrist"), max_pixels=10_000, state=True)
 PICTURE = np.full((6, 8, 3), 7, np.uint8)
@@ -85,3 +88,23 @@ def test_actions_out_of_the_robots_bounds_are_clipped_and_named_and_others_never
 
 def test_actions_for_vla_eval_are_metres_and_radians():
     np.testing.assert_allclose(messages.in_si_units(np.ones(7), CALVIN), [0.02] * 3 + [0.05] * 3 + [1.0])
+
+
+def test_readings_of_sensors_come_over_the_line_and_silent_ones_do_not():
+    reader = dataclasses.replace(READER, sensors={"torque": (2,), "cloud": (None, 3), "imu": (4, 6)})
+    assert "observation/sensors/torque" in set(reader.keys())
+    conversation = client._Conversation()
+    conversation.instruction = "open"
+    cloud = np.full((5, 3), np.nan)
+    seen = Observation({"static": PICTURE, "wrist": PICTURE}, np.zeros(7), sensors={"torque": [1, 2], "cloud": cloud})
+    step = reader.read(codec.unpack(conversation.request(seen), codec.Bounds()))
+    assert set(step.observation.sensors) == {"torque", "cloud"}
+    np.testing.assert_array_equal(step.observation.sensors["torque"], np.float32([1, 2]))
+    np.testing.assert_array_equal(step.observation.sensors["cloud"], cloud)
+    for wrong, what in (
+        ({"torque": np.zeros(3)}, r"'observation/sensors/torque' is float64\[3\]; expected numbers \[2\]"),
+        ({"cloud": np.zeros((5, 2))}, r"expected numbers \[any, 3\]"),
+        ({"imu": "still"}, r"is str; expected numbers \[4, 6\]"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            reader.read(WHOLE | {f"observation/sensors/{name}": x for name, x in wrong.items()})
