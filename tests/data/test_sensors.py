@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pickle
 
@@ -10,8 +11,10 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from robovlms_jax.data import base, calvin, excerpts, lerobot, mixing, samples, sensors, statistics
+from robovlms_jax.data import base, calvin, excerpts, lerobot, mixing, rlds, samples, sensors, statistics
 from robovlms_jax.inputs.sensors import Reading
+from tests.data import toy_rlds
+from tests.data.test_rlds import TOY
 
 FRAMES = 24
 
@@ -158,3 +161,25 @@ def test_every_numeric_array_of_calvins_frames_is_read_by_name(write_calvin):
         dataset.array("depth_wrist", [10])
     with pytest.raises(ValueError, match="it has 24 numbers per frame; expected 25"):
         source_of(dataset, Reading("depth", "depth", "depth_static", (5, 5), no_return=0.0))
+
+
+def test_an_rlds_description_names_the_fields_that_sensors_read(tmp_path):
+    root = toy_rlds.write(tmp_path)
+    entry = dataclasses.replace(TOY, sensors={"force": "observation/packed", "codes": "codes"})
+    dataset = pickle.loads(pickle.dumps(rlds.open_dataset(root, entry, "training", options=rlds.Options(workers=1))))
+    for seed, episode in enumerate(dataset.episodes):
+        recorded = toy_rlds.episode(seed, episode.end - episode.start)
+        ids = np.arange(episode.start, episode.end)
+        np.testing.assert_array_equal(dataset.array("force", ids), recorded["steps/observation/packed"])
+        np.testing.assert_array_equal(dataset.array("codes", ids), recorded["steps/codes"])
+    sample = source_of(dataset, Reading("force", "vector", "force", (3,)))[0]
+    np.testing.assert_array_equal(sample.inputs.sensors["force"], dataset.array("force", np.arange(4)))
+    with pytest.raises(ValueError, match=r"stores no 'torque'.*under sensors: \['codes', 'force'\]"):
+        dataset.array("torque", [0])
+    for field, what in (
+        ("observation/torque", "observation/torque"),
+        ("observation/depth", r"81 numbers per step in \[9, 9\]; only vectors of up to 4096"),
+    ):
+        wrong = dataclasses.replace(TOY, sensors={"force": field})
+        with pytest.raises(ValueError, match=what):
+            rlds.open_dataset(root, wrong, "training", options=rlds.Options(workers=1))

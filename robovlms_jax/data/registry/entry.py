@@ -50,6 +50,7 @@ class Entry:
     success: flag of an episode, or of steps (true at any), or a text; "" = all count as successful.
     failure_pattern: regular expression that is found in the text `success` where an episode failed.
     optional_cameras: those of the three that copies of the dataset may lack.
+    sensors: name -> numeric field of every step that `Dataset.array` gives under this name, for `policy.sensors`.
     splits: "training", "validation" -> split or slice of one, where it is not the usual (see `splits.choose`).
     directories: other names of its directory.
     """
@@ -75,6 +76,7 @@ class Entry:
     success: str = ""
     failure_pattern: str = ""
     optional_cameras: tuple[str, ...] = ()
+    sensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
     splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
     directories: tuple[str, ...] = ()
 
@@ -230,6 +232,9 @@ class Entry:
             require(self.success_path(fields), expected, is_flag)
         if self.arm == DEFAULT_ARM and "action" not in self.shapes:
             require("steps/action", "seven numbers; for others say arm and gripper", lambda field: field.size == 7)
+        for field in self.sensors.values():
+            path = features.locate(fields, field)
+            require(path, "numbers of every step", lambda field: field.is_numeric and field.per_step and field.size > 0)
         sizes = {}
         for name in self.numeric_fields:
             path = features.locate(fields, name)

@@ -61,9 +61,16 @@ class RldsDataset(base.Dataset):
         return out
 
     def array(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:
+        further = self._prepared.arrays.get(files.SENSOR + name)
+        if further is not None:
+            return further[self._rows(frame_ids)]
         stored = {"rel_actions": self._actions, "state": self._states}
         if name not in stored or stored[name].shape[1] == 0:
-            raise ValueError(f"{self.name} stores no {name!r}; it has rel_actions and, where recorded, state.")
+            listed = [x.removeprefix(files.SENSOR) for x in self._prepared.arrays if x.startswith(files.SENSOR)]
+            raise ValueError(
+                f"{self.name} stores no {name!r}; it has rel_actions, where recorded state, and the fields that its "
+                f"description lists under sensors: {listed} (data/README.md)."
+            )
         return base.require_finite(stored[name][self._rows(frame_ids)], frame_ids, name, self.name)
 
     def has_images(self, frame_ids: Sequence[int], camera: str) -> np.ndarray:

@@ -30,6 +30,9 @@ ARRAYS = (
     "success",
 )
 
+SENSOR = "sensor_"
+"""Begins the names of further arrays: the fields that the entry lists under `sensors`."""
+
 Stamps = tuple[tuple[str, int, int], ...]
 """Name, size and time of change (ns) of each file."""
 
@@ -41,7 +44,7 @@ _verified: dict[str, Stamps] = {}
 class Prepared:
     """An opened directory.
 
-    meta: what `save` was given. arrays: memory-mapped, by name in `ARRAYS`.
+    meta: what `save` was given. arrays: memory-mapped, by name in `ARRAYS`, and sensors'.
     stamps: of the files when they were compared with their checksums.
     """
 
@@ -55,7 +58,7 @@ def save(directory: pathlib.Path, arrays: Mapping[str, np.ndarray], meta: Mappin
     """Write arrays, then the file that marks completeness and knows their checksums."""
     directory.mkdir(parents=True, exist_ok=True)
     checksums = {}
-    for name in ARRAYS:
+    for name in (*ARRAYS, *sorted(name for name in arrays if name.startswith(SENSOR))):
         path = directory / f"{name}.npy"
         with atomic.replacing(path) as file:
             np.save(file, arrays[name])
@@ -82,7 +85,7 @@ def load(directory: pathlib.Path, stamps: Stamps = ()) -> Prepared:
             raise ValueError("its checksum is wrong")
         meta = json.loads(envelope["content"])
         arrays = {}
-        for name in ARRAYS:
+        for name in meta["checksums"]:
             file = directory / f"{name}.npy"
             arrays[name] = np.asarray(np.load(file, mmap_mode="r"))
             if not is_verified and google_crc32c.value(file.read_bytes()) != meta["checksums"][name]:
@@ -96,5 +99,7 @@ def load(directory: pathlib.Path, stamps: Stamps = ()) -> Prepared:
 
 
 def _stamps(directory: pathlib.Path) -> Stamps:
-    stats = {name: (directory / name).stat() for name in ("meta.json", *(f"{name}.npy" for name in ARRAYS))}
+    further = sorted(path.name for path in directory.glob(f"{SENSOR}*.npy"))
+    names = ("meta.json", *(f"{name}.npy" for name in ARRAYS), *further)
+    stats = {name: (directory / name).stat() for name in names}
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())

@@ -19,7 +19,7 @@ import numpy as np
 import tqdm
 
 from robovlms_jax.control import robot as robots
-from robovlms_jax.data import features, shard_index, splits, statistics
+from robovlms_jax.data import features, shard_columns, shard_index, splits, statistics
 from robovlms_jax.data import storage as storages
 from robovlms_jax.data.registry import entry as entries
 from robovlms_jax.data.registry import ranges, robot_entry
@@ -40,6 +40,14 @@ def prepare(
 ) -> files.Prepared:
     """The standardised arrays of a split, made where they are missing, damaged or out of date. Raises ValueError."""
     entry.check(fields, str(directory))
+    for name, field in entry.sensors.items():
+        path = features.locate(fields, field)
+        if not shard_columns.is_kept(fields[path]):
+            raise ValueError(
+                f"{directory}: sensors.{name} is {path} with {fields[path].size} numbers per step in "
+                f"{list(fields[path].shape)}; only vectors of up to {shard_columns.TABLE_SIZE} and other arrays of up "
+                f"to {shard_columns.INLINE_SIZE} numbers are read. Leave it out of the description."
+            )
     fields = entry.with_pictures(fields)
     target = shard_index.place(directory, split, options.index_dir)
     indexes = shard_index.build(
@@ -79,7 +87,8 @@ def _standardize(
     indexes: Sequence[shard_index.ShardIndex],
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Arrays by name in `files.ARRAYS`, and what goes beside them."""
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in files.ARRAYS}
+    names = (*files.ARRAYS, *(files.SENSOR + name for name in entry.sensors))
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     table = instructions.Table()
     position, dropped, number, trimmed = 0, 0, 0, 0
     bar = tqdm.tqdm(
@@ -137,10 +146,12 @@ def _records(
     entry: entries.Entry,
     table: instructions.Table,
 ) -> Iterator[dict[str, np.ndarray] | None]:
-    """One file's records: what `files.ARRAYS` names but "number", "start" and "end" counted from the record's first
-    row, and "trimmed", the steps taken off its end. None for a record without a step to learn from. `table` grows."""
+    """One file's records: what `files.ARRAYS` names but "number", and sensors' arrays; "start" and "end" counted from
+    the record's first row, and "trimmed", the steps taken off its end. None for a record without a step to learn from.
+    `table` grows."""
     bounds = np.concatenate([[0], np.cumsum(index.num_steps)])
     columns = {name: index.numbers(features.locate(fields, name)) for name in entry.numeric_fields}
+    sensors = {name: index.numbers(features.locate(fields, field)) for name, field in entry.sensors.items()}
     said = instructions.per_step(index, fields, (entry.instruction, *entry.more_instructions), table)
     success = _success(index, fields, entry, bounds)
     places = {
@@ -167,6 +178,7 @@ def _records(
             "states": np.concatenate([states, states[-1:]]),
             "file_id": np.full(len(rows), file, np.int32),
             **{part: values[rows] for part, values in places.items()},
+            **{files.SENSOR + name: values[rows].astype(np.float32) for name, values in sensors.items()},
             "start": starts,
             "end": np.append(starts[1:], len(rows) - 1),
             "instruction": instruction,
