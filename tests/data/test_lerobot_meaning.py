@@ -41,7 +41,7 @@ POSE = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
 def test_names_that_say_a_pose_are_read(tmp_path, caplog, listed):
     caplog.set_level(logging.INFO)
     dataset = lerobot.open_dataset(toy.write(tmp_path / "d", names=listed), "training")
-    np.testing.assert_allclose(dataset.actions([1])[0], [0, 0.01, *[0.001] * 4, 1], atol=1e-7)
+    np.testing.assert_allclose(dataset.actions([1])[0], [0, 0.005, *[0.001] * 4, 1], atol=1e-7)
     assert "by its names" in caplog.text
     assert [d.unit for d in dataset.robot.action] == ["m"] * 3 + ["rad"] * 3 + ["1"]
 
@@ -138,6 +138,21 @@ def test_a_gripper_of_another_range_is_refused_with_its_remedy(tmp_path, values,
     config = DataConfig(dataset="lerobot", root=str(root), conventions=str(elsewhere))
     found = opening.open_split(config, "training").statistics.action
     assert found["min"][6] >= -1 and found["max"][6] <= 1 and found["max"][6] > 0.9
+
+
+@pytest.mark.parametrize(("scale", "message"), [(40.0, r"'x', 'y'.*at most 0.5 m and 3.2 rad")])
+def test_seven_numbers_without_names_that_are_no_motion_are_refused_with_their_range(tmp_path, scale, message):
+    # Seven joints of a Franka, say: as metres and radians per step they are impossible.
+    root = toy.write(tmp_path / "d")
+    toy.edit(
+        toy.data_file(root),
+        lambda rows: rows.update(action=[[*(scale * x for x in a[:6]), a[6]] for a in rows["action"]]),
+    )
+    with pytest.raises(ValueError, match=message):
+        lerobot.open_dataset(root, "training")
+    described = tmp_path / "mine.json"
+    toy.write_json(described, {"arm": [f"action[{column}]" for column in range(6)]})
+    assert lerobot.open_dataset(root, "training", conventions=str(described)).episodes
 
 
 def test_a_gripper_that_means_the_opposite_is_told_by_the_recorded_opening(tmp_path):

@@ -78,6 +78,15 @@ def test_the_linter_names_impossible_steps_and_grippers_beyond_one():
     assert any("leaves -1 (closed) to 1 (open)" in finding.message and finding.refused for finding in beyond)
 
 
+def test_numbers_that_nobody_described_are_refused_where_no_arm_moves_like_that(tmp_path):
+    rng = np.random.default_rng(0)
+    joints = lambda e: np.c_[rng.uniform(-2.8, 2.8, (T, 6)), np.arange(T) > 3]  # noqa: E731
+    with pytest.raises(ValueError, match=r"'x', 'y', 'z'.*run from -2.*joints"):
+        open_written(tmp_path / "a", {"steps/action": numbers(7, joints)})
+    described = {"arm": ["action[:6]"], "units": [0.05] * 3 + [0.5] * 3}
+    assert open_written(tmp_path / "b", {"steps/action": numbers(7, joints)}, given=described).episodes
+
+
 # Actions and states.
 
 
@@ -155,7 +164,7 @@ def test_libero_is_read_as_openvla_publishes_it(tmp_path, name, caplog):
     wrist = Field("", "image", "uint8", (16, 16, 3)), lambda e: [picture(e)] * T
     changes = {"steps/action": numbers(7, action), "steps/observation/state": numbers(8, state),
                "steps/observation/wrist_image": wrist}  # fmt: skip
-    open_written(tmp_path, changes, name=name, given={"gripper": "clip(action[6])"})
+    open_written(tmp_path, changes, name=name, given={"arm": ["action[:6]"], "gripper": "clip(action[6])"})
     dataset = opening.open_split(DataConfig(dataset=name, root=str(tmp_path), index_workers=1), "training")
     np.testing.assert_array_equal(dataset.actions([0, 6])[:, 6], [1, -1])  # -1 opens, +1 closes
     np.testing.assert_allclose(dataset.array("state", [0])[0], [0.1, 0.2, 0.3, 3.0, 0, 0, 0, 0.04], atol=1e-6)

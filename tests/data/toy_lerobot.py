@@ -105,7 +105,7 @@ def _rows(keys: Sequence[tuple[int, int]], lengths: Sequence[int], width: int, n
 
 def action(episode: int, frame: int, length: int, width: int = 7) -> list[float]:
     """The episode and the frame in the first two numbers; the gripper, last, opens for the first half."""
-    return [episode / 100, frame / 100, *[0.001 * frame] * (width - 3), float(frame < length // 2)]
+    return [episode / 100, frame / 200, *[0.001 * frame] * (width - 3), float(frame < length // 2)]
 
 
 def write_video(
@@ -177,7 +177,7 @@ def seen(dataset) -> list[tuple[int, int, str]]:
     for span in dataset.episodes:
         for frame_id in range(span.start, span.end):
             numbers = dataset.actions([frame_id])[0]
-            episode, frame = round(float(numbers[0]) * 100), round(float(numbers[1]) * 100)
+            episode, frame = round(float(numbers[0]) * 100), round(float(numbers[1]) * 200)
             for place, camera in enumerate(dataset.cameras):
                 shown = dataset.images([frame_id], [camera])[camera][0].mean(axis=(0, 1))
                 assert np.abs(shown - colour(episode, frame, place)).max() < 8, (episode, frame, camera)

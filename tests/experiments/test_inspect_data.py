@@ -151,7 +151,7 @@ def test_what_training_refuses_is_shown_as_it_is_in_the_files(tmp_path, toy_lero
     where = [(2, 1), (0, 0), (1, 2)]
     for (episode, frame), image in zip(where, dataset.images(ids, ["front"])["front"], strict=True):
         assert np.abs(image.mean(axis=(0, 1)) - toy_lerobot.colour(episode, frame)).max() < 12
-    np.testing.assert_allclose(dataset.actions(ids)[:, :2], np.array(where) / 100, atol=1e-6)
+    np.testing.assert_allclose(dataset.actions(ids)[:, :2], np.array(where) / [100, 200], atol=1e-6)
 
 
 def test_an_rlds_dataset_that_no_description_fits_is_shown_as_it_is_in_the_files(tmp_path):

@@ -77,6 +77,8 @@ class LeRobotDataset(base.Dataset):
         if not self._as_described:
             place = f"into {meaning.CONVENTIONS}, or a file passed as --data.conventions,"
             ranges.require_gripper(self._actions[steps.learned, 6], self._entry, self.name, place)
+            if what.guessed_arm:
+                ranges.require_steps(self._actions[steps.learned, :6], self.name, place)
         self._open_cameras(info, rows, paired, steps, image_size)
         self._columns, self._lines = tables.Columns(info, rows.paths), (rows.file[steps.rows], rows.row[steps.rows])
         opening = what.opening and float(np.ptp(self._states[steps.learned, 7])) > 0

@@ -51,12 +51,14 @@ _WRIST = ("wrist", "hand", "gripper")
 
 @dataclasses.dataclass(frozen=True)
 class Meaning:
-    """cameras: our name -> feature key. opening: whether the state's last number says how far the gripper is open."""
+    """cameras: our name -> feature key. opening: whether the state's last number says how far the gripper is open.
+    guessed_arm: nobody said that the arm's numbers are motion within one step."""
 
     entry: entries.Entry
     cameras: Mapping[str, str]
     robot: robot.RobotSpec
     opening: bool
+    guessed_arm: bool = False
 
 
 def read(info: meta.Info, conventions: str | os.PathLike[str], notes: meta.Notes) -> Meaning:
@@ -104,7 +106,7 @@ def read(info: meta.Info, conventions: str | os.PathLike[str], notes: meta.Notes
         rate_hz=info.fps,
         cameras=tuple(robot.Camera(camera, *size) for camera, size in sizes.items()),
     )
-    return Meaning(entry, cameras, described, bool(entry.state))
+    return Meaning(entry, cameras, described, bool(entry.state), guessed_arm="arm" not in given)
 
 
 def _of(info: meta.Info, entry: robot_entry.RobotEntry, path: pathlib.Path) -> Meaning:

@@ -1,9 +1,11 @@
-"""Whether a gripper's numbers are an opening from 0 to 1, and what to write where they are not."""
+"""Whether numbers are what they are taken for, and what to write where they are not: a gripper's opening from 0 to 1,
+and motion within one step."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from robovlms_jax.actions.statistics import FARTHEST
 from robovlms_jax.data.registry import entry as entries
 
 TOLERANCE = 0.05
@@ -32,6 +34,34 @@ def require_gripper(commands: np.ndarray, entry: entries.Entry, where: str, plac
         f"{outside:.1%} of the steps lie outside. {_remedy(entry, low, high)} {place} (data/README.md), or "
         f"clip({entry.gripper}) if what lies outside is noise."
     )
+
+
+_SAMPLE = 100_000
+
+
+def require_steps(arm: np.ndarray, where: str, place: str) -> None:
+    """Of numbers that nobody described and that were therefore taken for metres and radians per step. Raises ValueError
+    with their range where a hundredth of them are more than any arm does in one step: joints, places, normalised ones.
+
+    Args:
+      arm: float[N, 6]; what is not finite is passed over.
+      where: the dataset. place: where its description is written, for the message.
+    """
+    arm = np.asarray(arm[:: max(len(arm) // _SAMPLE, 1)], np.float64)
+    arm = arm[np.isfinite(arm).all(axis=1)]
+    if not len(arm):
+        return
+    low, high = np.quantile(arm, [0.01, 0.99], axis=0)
+    limits = np.repeat([FARTHEST["m"], FARTHEST["rad"]], 3)
+    beyond = np.maximum(-low, high) > limits
+    if beyond.any():
+        names = np.array(["x", "y", "z", "roll", "pitch", "yaw"])[beyond].tolist()
+        ranges = ", ".join(f"{a:.4g} to {b:.4g}" for a, b in zip(low[beyond], high[beyond], strict=True))
+        raise ValueError(
+            f"{where}: nobody says what the action's numbers mean, and as metres and radians to move by in one step "
+            f"{names} run from {ranges} (1 % and 99 %); expected at most {limits[0]:g} m and {limits[3]:g} rad. Are "
+            f"they joints, places to go to, or normalised already? Write what they are {place} (data/README.md)."
+        )
 
 
 def _remedy(entry: entries.Entry, low: float, high: float) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from robovlms_jax.data import base, notices, shard_index, splits
 from robovlms_jax.data import storage as storages
 from robovlms_jax.data.registry import entry as entries
-from robovlms_jax.data.registry import infer
+from robovlms_jax.data.registry import infer, ranges
 from robovlms_jax.data.rlds import checks, files, prepared
 from robovlms_jax.data.rlds.dataset import RldsDataset
 from robovlms_jax.data.rlds.options import Options
@@ -58,11 +58,14 @@ def open_dataset(
     directory = find(root, (label, *([others] if isinstance(others, str) else others)), alone=alone)
     where = str(directory)
     fields = shard_index.read_fields(directory)
+    is_guess = not isinstance(entry, entries.Entry) and not {"arm", "units"} & set(entry)
     if not isinstance(entry, entries.Entry):
         entry = infer.infer(label, fields, entry)
     choice = splits.choose(splits.read(directory), entry.splits, split, where)
     entry = entry.without_missing_cameras(fields, where)
     opened = prepared.prepare(directory, choice.split, fields, entry, options)
+    if is_guess and not opened.meta.get("any_robot"):
+        ranges.require_steps(opened.arrays["actions"][:, :6], where, "in the dataset's description")
     if options.image_size is None:
         checks.require_one_size(opened.meta["image_sizes"], where)
     episodes = _select(opened, choice, split, entry, options, where)
