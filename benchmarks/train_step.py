@@ -22,6 +22,7 @@ from benchmarks import machine, workload
 from robovlms_jax import cli
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import MeshConfig
+from robovlms_jax.policies import objective
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs import build
 from robovlms_jax.runs.config import ExperimentConfig
@@ -62,7 +63,7 @@ class Case:
     """One K: its batch on the devices, its compiled step, and the seconds measured."""
 
     config: ExperimentConfig
-    batch: Batch
+    batch: dict[str, Batch]
     compiled: jax.stages.Compiled
     compile_seconds: float
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -115,8 +116,9 @@ def prepare(config: ExperimentConfig, model: VLA, train_state: state.TrainState,
     tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
     schedule = optimizer.learning_rate(config.optimizer, config.train.steps)
     shifts = {"static": config.data.static_shift, "wrist": config.data.wrist_shift}
-    train_step = step.make_train_step(model, tx, schedule, train_state, mesh, shifts=shifts)
-    batch = meshes.put_batch(workload.make_batch(config, config.segments_per_batch // jax.process_count()), mesh)
+    train_step = step.make_train_step(objective.robot(model, shifts=shifts), tx, schedule, train_state, mesh)
+    rows = workload.make_batch(config, config.segments_per_batch // jax.process_count())
+    batch = meshes.put_batch({objective.ROBOT: rows}, mesh)
     begin = time.perf_counter()
     compiled = train_step.lower(train_state, batch).compile()
     return Case(config, batch, compiled, time.perf_counter() - begin)

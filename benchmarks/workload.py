@@ -23,6 +23,7 @@ from robovlms_jax.nn.decoder import DecoderConfig
 from robovlms_jax.nn.vit import ViTConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import MeshConfig
+from robovlms_jax.policies import objective
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
 from robovlms_jax.policies.heads.mlp import MLPHeadConfig
@@ -119,13 +120,13 @@ def make_batch(config: ExperimentConfig, num_segments: int) -> Batch:
     )
 
 
-def training_step(config: ExperimentConfig) -> tuple[jax.stages.Wrapped, VLA, TrainState, Batch]:
+def training_step(config: ExperimentConfig) -> tuple[jax.stages.Wrapped, VLA, TrainState, dict[str, Batch]]:
     """`config`'s training step on all devices, not compiled yet; its model; the state and batch to call it with."""
     mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
     model = VLA(config.policy, build.with_settings(config.backbone, registry.get(config.backbone.name)))
     tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
     train_state = state.create(build.init_params(model, mesh, seed=0), config.train.trainable, tx, 0, mesh)
-    batch = meshes.put_batch(make_batch(config, config.segments_per_batch), mesh)
+    batch = meshes.put_batch({objective.ROBOT: make_batch(config, config.segments_per_batch)}, mesh)
     return steps.make_step(config, model, train_state, mesh), model, train_state, batch
 
 

@@ -35,7 +35,7 @@ from robovlms_jax.playtable.config import DemonstrationConfig
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.runs import closed_loop, run
 from robovlms_jax.runs.config import ExperimentConfig
-from robovlms_jax.training import checkpoints, loop
+from robovlms_jax.training import checkpoints, guards
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -231,7 +231,7 @@ def _train(cell: Cell, config: CompareConfig, directory: pathlib.Path) -> dict[s
     known: dict[str, Any] = cell.structure._asdict() | {"window": cell.window, "chunk": cell.chunk}
     try:
         done = run.train(cell.name, experiment(cell, config, directory))
-    except loop.DivergedError as error:
+    except guards.DivergedError as error:
         known["failed"] = str(error)
     else:
         if not (done / "report.json").exists():

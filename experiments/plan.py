@@ -26,6 +26,7 @@ from robovlms_jax.backbones import registry
 from robovlms_jax.control import interface
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import MeshConfig
+from robovlms_jax.policies import objective
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.policies.sensors import base as sensors
@@ -64,7 +65,8 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     vlm = build.with_settings(config.backbone, registry.get(config.backbone.name))
     config = dataclasses.replace(config, policy=_without_data(config.policy, vlm.text.vocab_size))
     model = build.make_model(config, vlm)
-    batch = describe_batch(config)
+    robot = describe_batch(config)
+    batch = {objective.ROBOT: robot}
     begin = time.perf_counter()
     if config.compile:
         mesh = meshes.make_mesh(sizes)
@@ -83,7 +85,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "trainable_parameters": build.count(abstract.trainable),
         "windows_per_step": config.train.batch_size,
         "segments_per_device": config.segments_per_batch // (sizes[0] * sizes[1] * config.train.accumulation),
-        "text_length": batch.inputs.text_ids.shape[1],
+        "text_length": robot.inputs.text_ids.shape[1],
         "bytes_per_device": {**dataclasses.asdict(estimate), "total": estimate.total},
         "seconds_to_estimate": round(time.perf_counter() - begin, 2),
     }
@@ -137,7 +139,11 @@ def describe_batch(config: ExperimentConfig) -> Batch:
 
 
 def compile_step(
-    config: ExperimentConfig, model: VLA, train_state: state.TrainState, batch: Batch, mesh: jax.sharding.Mesh
+    config: ExperimentConfig,
+    model: VLA,
+    train_state: state.TrainState,
+    batch: dict[str, Batch],
+    mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
     """XLA's plan of the step a run would compile, bytes on one device."""
     split = meshes.batched(mesh)

@@ -95,7 +95,7 @@ def to_dict(config: Any) -> dict[str, Any]:
             value = value.to_json()
         elif dataclasses.is_dataclass(value):
             value = to_dict(value)
-        if isinstance(value, tuple):
+        elif isinstance(value, tuple):
             value = [to_dict(item) if dataclasses.is_dataclass(item) else item for item in value]
         out[field.name] = value
     if isinstance(config, Tagged):
@@ -119,16 +119,7 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any
     known = hints(cls)
     kwargs = {}
     for name, value in values.items():
-        hint = known.get(name)
-        if hasattr(hint, "from_json") and not isinstance(value, hint):
-            value = hint.from_json(value, f"{path}.{name}")
-        elif isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and dataclasses.is_dataclass(hint):
-            value = from_dict(hint, value, f"{path}.{name}")
-        elif isinstance(value, list):
-            item = item_of(hint)
-            full = f"{path}.{name}"
-            value = tuple(value if item is None else (from_dict(item, x, f"{full}[{i}]") for i, x in enumerate(value)))
-        kwargs[name] = value
+        kwargs[name] = _from_plain(known.get(name), value, f"{path}.{name}")
     check(cls, kwargs, path)
     return cls(**kwargs)
 
@@ -138,6 +129,21 @@ def item_of(hint: Any) -> type | None:
     arguments = typing.get_args(hint)
     several = typing.get_origin(hint) is tuple and len(arguments) == 2 and arguments[1] is Ellipsis
     return arguments[0] if several and dataclasses.is_dataclass(arguments[0]) else None
+
+
+def _from_plain(hint: Any, value: Any, path: str) -> Any:
+    """A field's value from plain JSON values, where the field's type has fields of its own."""
+    if hasattr(hint, "from_json"):
+        return value if isinstance(value, hint) else hint.from_json(value, path)
+    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, path)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and isinstance(value, Mapping):
+        options = [option for option in typing.get_args(hint) if dataclasses.is_dataclass(option)]
+        return from_dict(options[0], value, path) if len(options) == 1 else value
+    if not isinstance(value, list):
+        return value
+    item = item_of(hint)
+    return tuple(value if item is None else (from_dict(item, x, f"{path}[{i}]") for i, x in enumerate(value)))
 
 
 def fits(value: Any, hint: Any) -> bool:

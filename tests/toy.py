@@ -95,7 +95,7 @@ def curves(model: vla.VLA, params, batch: Batch, *, steps: int, learning_rate: f
 
     def step(state, _):
         params, opt_state = state
-        grads, metrics = jax.grad(lambda params: objective.loss(model, params, batch), has_aux=True)(params)
+        grads, metrics = jax.grad(lambda params: objective.RobotLoss(model)(params, batch), has_aux=True)(params)
         updates, opt_state = tx.update(grads, opt_state)
         return (optax.apply_updates(params, updates), opt_state), metrics
 

@@ -185,3 +185,8 @@ def from_first(value: float) -> float:
     # As bytes: arrays on devices have 32 bits.
     whole = np.frombuffer(np.float64(value).tobytes(), np.uint8)
     return float(np.frombuffer(np.asarray(multihost_utils.broadcast_one_to_all(whole)).tobytes(), np.float64)[0])
+
+
+def of_all(value: float) -> np.ndarray:
+    """[processes]: every process's value, on all; all of them call it at the same step."""
+    return np.array([value]) if jax.process_count() == 1 else multihost_utils.process_allgather(np.array(value))

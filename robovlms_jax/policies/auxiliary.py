@@ -1,13 +1,10 @@
-"""Losses beside the actions: foresee frames, stay near the sentence in CLIP's space, keep describing the picture.
+"""Heads that only training needs, and their errors: frames to come, the sentence in CLIP's space, the prompt's words.
 
-Each is a mean over the windows of a batch in which a window counts as often as it has actions to learn from, so that
-micro-batches add up to the batch. None of them is part of acting.
-"""
+`policies.tasks` makes losses of them. None of them is part of acting."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,19 +18,6 @@ from robovlms_jax.nn.norms import LayerNorm
 from robovlms_jax.policies import readout
 from robovlms_jax.policies.config import AuxiliaryConfig, ForwardConfig
 from robovlms_jax.types import Tokens
-
-
-class Lessons(NamedTuple):
-    """What auxiliary losses learn from, None where they are off.
-
-    future: camera -> float[B * K, O, size, size, 3], prepared frames at the configured offsets from each window's
-      newest step, and future_mask bool[B * K, O, cameras], True = recorded.
-    sentence: float32[B, E].
-    """
-
-    future: Mapping[str, jax.Array] | None = None
-    future_mask: jax.Array | None = None
-    sentence: jax.Array | None = None
 
 
 class Auxiliary(nn.Module):
@@ -54,7 +38,9 @@ class Auxiliary(nn.Module):
         if self.config.clip.weights:
             self.clip = Dense(self.config.clip.dim, ("embed", None))
 
-    def foresee(self, features: jax.Array, future: Mapping[str, jax.Array], real: jax.Array) -> jax.Array:
+    def forward_prediction_loss(
+        self, features: jax.Array, future: Mapping[str, jax.Array], real: jax.Array
+    ) -> jax.Array:
         """Squared error of the frames to come, per window.
 
         Args:
@@ -69,7 +55,7 @@ class Auxiliary(nn.Module):
         error = jnp.square(predicted - target).mean(axis=(3, 4))
         return jnp.where(real, error, 0).sum((1, 2)) / jnp.maximum(real.sum((1, 2)), 1)
 
-    def stay_near(self, features: jax.Array, sentence: jax.Array) -> jax.Array:
+    def clip_alignment_loss(self, features: jax.Array, sentence: jax.Array) -> jax.Array:
         """Smooth L1 between max-pooled, projected features and the sentence's embedding (upstream's CLIP-norm head).
 
         Args:

@@ -3,7 +3,7 @@ arXiv:2412.14058)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -30,6 +30,22 @@ class Carry:
 
     head: Any
     history: Any
+
+
+class Outputs(NamedTuple):
+    """One forward pass over the K windows of each of B segments.
+
+    features: float[B * K, W, Q, D]; one step instead of W with `video`. With readout `token`, logits
+      float32[B * K, W, C * A, V].
+    hidden: float[..., steps, S, D], final hidden states of the steps that were decoded, and tokens, what they came
+      from.
+    prediction: the head's; leaves [B * K, W, C, ...].
+    """
+
+    features: jax.Array
+    hidden: jax.Array
+    tokens: Tokens
+    prediction: Any
 
 
 class VLA(nn.Module):
@@ -141,13 +157,6 @@ class VLA(nn.Module):
             runs.append(sequence.Run(merge(embeds, 0), merge(told, 0), name, "sensor"))
         return runs
 
-    def features(self, inputs: Inputs, deterministic: bool = True, actions: jax.Array | None = None) -> jax.Array:
-        """float[B * K, W, Q, D] of all K = G - W + 1 windows of each segment; one step instead of W with `video`.
-
-        With readout `token` these are logits float32[B * K, W, C * A, V].
-        """
-        return self.history.windows(self._read(*self._decode(inputs, deterministic, actions)))
-
     def _decode(self, inputs: Inputs, deterministic: bool, actions: jax.Array | None) -> tuple[jax.Array, Tokens]:
         """Final hidden states of the steps that `history.to_steps` finds, float[..., steps, S, D], and their tokens."""
         if self.config.is_autoregressive and actions is None and not self.is_initializing():
@@ -161,44 +170,24 @@ class VLA(nn.Module):
     def __call__(self, inputs: Inputs, deterministic: bool = True, actions: jax.Array | None = None) -> Any:
         """Predictions for all windows of each segment; leaves float[B * K, W, C, ...] (one step with `video`).
 
+        Arguments as for `train_outputs`.
+        """
+        outputs = self.train_outputs(inputs, deterministic, actions)
+        if self.is_initializing():
+            self.auxiliary(outputs.features[:, -1])
+        return outputs.prediction
+
+    def train_outputs(self, inputs: Inputs, deterministic: bool = True, actions: jax.Array | None = None) -> Outputs:
+        """Everything that losses are made of, computed once.
+
         Each frame's images are encoded once and shared by the windows it is in.
 
         Args:
           actions: float[B, G, C, A], the normalised chunk of every frame; only autoregressive policies look at it.
         """
-        features = self.features(inputs, deterministic, actions)
-        if self.is_initializing():
-            self.auxiliary(features[:, -1])
-        return self._predict(features, inputs)
-
-    def learn(
-        self,
-        inputs: Inputs,
-        lessons: auxiliary.Lessons,
-        deterministic: bool = True,
-        actions: jax.Array | None = None,
-    ) -> tuple[Any, dict[str, jax.Array]]:
-        """`__call__`, and the errors of the auxiliary losses that are switched on (see `policies.auxiliary`).
-
-        Returns:
-          predictions, and by name "forward" float32[B * K], "clip" float32[B * K, steps], "caption" float32[B * K].
-        """
-        config = self.config.auxiliary
         hidden, tokens = self._decode(inputs, deterministic, actions)
         features = self.history.windows(self._read(hidden, tokens))
-        windows, errors = len(features), {}
-        if config.forward.loss_weight:
-            errors["forward"] = self.auxiliary.foresee(features[:, -1], lessons.future, lessons.future_mask)
-        if config.clip.weights:
-            sentence = jnp.repeat(lessons.sentence, windows // len(lessons.sentence), axis=0)
-            errors["clip"] = self.auxiliary.stay_near(features, sentence)
-        if config.caption_weight:
-            # The first step: in one sequence, later ones could copy their prompt from it.
-            first, text = jax.tree.map(lambda x: x[:, 0], (hidden, tokens)), (inputs.text_ids, inputs.text_mask)
-            ids, mask = (jnp.repeat(x, len(hidden) // len(x), axis=0) for x in text)
-            caption = auxiliary.caption_errors(*first, ids, mask, self.backbone.logits)
-            errors["caption"] = jnp.repeat(caption, windows // len(caption), axis=0)
-        return self._predict(features, inputs), errors
+        return Outputs(features, hidden, tokens, self._predict(features, inputs))
 
     def _predict(self, features: jax.Array, inputs: Inputs) -> Any:
         mask = self.history.steps(inputs.step_mask)

@@ -93,14 +93,18 @@ class ExperimentConfig:
             policy as it is.
         """
         per_epoch = num_windows / self.train.batch_size
-        warmup = self.optimizer.warmup_steps + round(self.optimizer.warmup_epochs * per_epoch)
         steps = max(round(self.train.epochs * per_epoch), 1) if self.train.epochs else self.train.steps
+        stages = tuple(
+            dataclasses.replace(stage, optimizer=stage.optimizer and _warmed_up(stage.optimizer, per_epoch))
+            for stage in self.train.stages
+        )
+        steps = sum(stage.steps for stage in stages) if stages else steps
         return dataclasses.replace(
             self,
             policy=self.policy if actions is None else self.policy.with_statistics(actions),
             data=dataclasses.replace(self.data, text_length=self.data.text_length or text_length),
-            optimizer=dataclasses.replace(self.optimizer, warmup_steps=warmup, warmup_epochs=0.0),
-            train=dataclasses.replace(self.train, steps=steps, epochs=0.0),
+            optimizer=_warmed_up(self.optimizer, per_epoch),
+            train=dataclasses.replace(self.train, steps=steps, epochs=0.0, stages=stages),
         )
 
     def mesh_sizes(self, num_devices: int) -> tuple[int, int, int]:
@@ -118,6 +122,12 @@ class ExperimentConfig:
                 f"{num_devices} devices present; set{ways} one of them to -1 to take what is left."
             )
         return tuple(sizes)
+
+
+def _warmed_up(optimizer: OptimizerConfig, per_epoch: float) -> OptimizerConfig:
+    """With warm-up in steps alone."""
+    steps = optimizer.warmup_steps + round(optimizer.warmup_epochs * per_epoch)
+    return dataclasses.replace(optimizer, warmup_steps=steps, warmup_epochs=0.0)
 
 
 def _nearest_mesh(sizes: list[int], num_devices: int) -> dict[str, int]:

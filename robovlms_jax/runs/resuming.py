@@ -24,7 +24,8 @@ from robovlms_jax.policies.sensors.base import SensorConfig
 from robovlms_jax.runs import saved
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import from_dict, to_dict
-from robovlms_jax.training import checkpoints, items, optimizer
+from robovlms_jax.training import checkpoints, items, optimizer, stages
+from robovlms_jax.training.config import OptimizerConfig
 from robovlms_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ RULES = (
     Rule("said", ("train.steps",), "the schedule may end elsewhere; never before the checkpoint's own step"),
     Rule("free", ("train.epochs",), "it becomes train.steps"),
     Rule("said", ("train.accumulation", "train.on_nonfinite", "train.max_skipped"), "steps are made otherwise"),
-    Rule("stage", ("train.trainable",), "the optimizer has moments of other parameters"),
+    Rule("stage", ("train.trainable", "train.stages"), "the optimizer has moments of other parameters"),
     Rule("free", ("train.resume", "train.init_from", "train.allow_new_order"), "how this start was asked for"),
     Rule("free", ("train.output", "train.compilation_cache"), "where things lie"),
     Rule(
@@ -238,13 +239,14 @@ class Point:
     """Where a run goes on, and what it has to go on with.
 
     directory: of the step. config: the resolved configuration. assets: the backbone's small files. order: what
-    determines the batches to come.
+    determines the batches to come, by source. stage: number of the stage that made the step, from 0.
     """
 
     directory: pathlib.Path
     config: ExperimentConfig
     assets: Mapping[str, str]
     order: Mapping[str, Any]
+    stage: int = 0
 
     @property
     def step(self) -> int:
@@ -259,7 +261,9 @@ def open_point(run: str | pathlib.Path) -> Point:
     """
     directory = checkpoints.resume_point(run)
     config, assets = saved.read_checkpoint(directory)
-    return Point(directory, config, assets, items.read_position(directory)["order"])
+    position = items.read_position(directory)
+    stage = position.get("stage", {}).get("index", 0)  # runs of release 0.1 had one
+    return Point(directory, config, assets, position["order"], stage)
 
 
 def settle(point: Point, config: ExperimentConfig) -> ExperimentConfig:
@@ -368,11 +372,12 @@ def _bounds_of(policy: PolicyConfig, theirs: PolicyConfig) -> dict[str, tuple[fl
 
 
 def restore(
-    checkpointer: checkpoints.Checkpointer, point: Point, abstract: TrainState, config: ExperimentConfig
+    checkpointer: checkpoints.Checkpointer, point: Point, abstract: TrainState, settings: OptimizerConfig
 ) -> TrainState:
     """The state that a run goes on from, in the shapes and shardings of `abstract` (`state.abstract`): parameters are
-    made nowhere before. Gradients may be clipped from now on, or no more."""
-    clipped, clips = (bool(x.optimizer.clip_norm) for x in (point.config, config))
+    made nowhere before. Gradients may be clipped from now on, or no more, as the stage's `settings` say."""
+    before = stages.plan(point.config.train, point.config.optimizer)[point.stage].optimizer
+    clipped, clips = (bool(x.clip_norm) for x in (before, settings))
     there = abstract.replace(opt_state=optimizer.rewrap(abstract.opt_state, clipped=clips, clips=clipped))
     restored, _ = checkpointer.restore(there)
     logger.info("resumed after step %d", int(restored.step))

@@ -4,49 +4,65 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from jax.sharding import Mesh
 
+from robovlms_jax.policies import objective
+from robovlms_jax.policies.tasks import base, registry
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs.config import ExperimentConfig
-from robovlms_jax.training import memory, step
-from robovlms_jax.training import optimizer as optimizers
+from robovlms_jax.training import memory, stages, step
 from robovlms_jax.training.memory import Estimate, readable
 from robovlms_jax.training.state import TrainState
-from robovlms_jax.types import Batch
 
 logger = logging.getLogger(__name__)
 
 
+def make_loss(config: ExperimentConfig, model: VLA, stage: stages.Stage | None = None) -> objective.LossBySource:
+    """What a configuration's policy is trained by in a stage. Raises ValueError: its weights are of unknown tasks."""
+    shifts = {"static": config.data.static_shift, "wrist": config.data.wrist_shift}
+    tasks = registry.make(config.policy)
+    if stage is not None:
+        try:
+            tasks = base.reweigh(tasks, stage.weights)
+        except ValueError as error:
+            raise ValueError(f"train.stages, stage {stage.name!r}: {error}") from None
+    return objective.robot(model, tasks=tasks, shifts=shifts, augment=config.data.augment)
+
+
 def make_step(
-    config: ExperimentConfig, model: VLA, state: TrainState, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, step.Metrics]]:
-    """`make_train_step` as a configuration says; `state` may be `training.state.abstract`."""
+    config: ExperimentConfig, model: VLA, state: TrainState, mesh: Mesh, stage: stages.Stage | None = None
+) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, step.Metrics]]:
+    """`make_train_step` as a configuration says; `state` may be `training.state.abstract`. stage: None: the first."""
+    stage = stage or stages.plan(config.train, config.optimizer)[0]
     return step.make_train_step(
-        model,
-        optimizers.make_optimizer(config.optimizer, config.train.steps),
-        optimizers.learning_rate(config.optimizer, config.train.steps),
+        make_loss(config, model, stage),
+        stage.tx,
+        stage.learning_rate,
         state,
         mesh,
         accumulation=config.train.accumulation,
-        shifts={"static": config.data.static_shift, "wrist": config.data.wrist_shift},
-        augment=config.data.augment,
         skip_nonfinite=config.train.on_nonfinite == "skip",
     )
 
 
-def memory_of(config: ExperimentConfig, model: VLA, state: TrainState, batch: Batch) -> Estimate:
+def memory_of(
+    config: ExperimentConfig,
+    model: VLA,
+    state: TrainState,
+    batch: Mapping[str, Any],
+    stage: stages.Stage | None = None,
+) -> Estimate:
     """`estimate` of a configuration's step (`make_step`) on the mesh that `state` lies on."""
     ways = state.step.sharding.mesh.shape
     return memory.estimate(
-        model,
+        make_loss(config, model, stage),
         state,
         batch,
         batch_ways=ways["data"] * ways["fsdp"],
         accumulation=config.train.accumulation,
-        shifts={"static": config.data.static_shift, "wrist": config.data.wrist_shift},
-        augment=config.data.augment,
     )
 
 
@@ -55,7 +71,12 @@ SLACK = 1.25
 
 
 def require_room(
-    config: ExperimentConfig, model: VLA, state: TrainState, batch: Batch, limit: int, found: Estimate | None = None
+    config: ExperimentConfig,
+    model: VLA,
+    state: TrainState,
+    batch: Mapping[str, Any],
+    limit: int,
+    found: Estimate | None = None,
 ) -> Estimate:
     """The estimate of a step, where devices of `limit` bytes have room for it; a warning where that is uncertain.
 
@@ -86,7 +107,9 @@ def require_room(
     )
 
 
-def _smaller(config: ExperimentConfig, model: VLA, state: TrainState, batch: Batch) -> Iterator[tuple[str, Estimate]]:
+def _smaller(
+    config: ExperimentConfig, model: VLA, state: TrainState, batch: Mapping[str, Any]
+) -> Iterator[tuple[str, Estimate]]:
     """The same update in less memory: ("--flag value ...", estimate), least change first; traced one by one."""
     ways = state.step.sharding.mesh.shape
     rows = config.segments_per_batch // (ways["data"] * ways["fsdp"])

@@ -18,6 +18,7 @@ from robovlms_jax.data.config import DataConfig
 from robovlms_jax.evaluation import offline
 from robovlms_jax.evaluation.report import offline as offline_report
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies import objective
 from robovlms_jax.policies.serving import EncodeText, VLAPolicy
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs.config import ExperimentConfig
@@ -86,7 +87,7 @@ class Evaluator:
         self, model: VLA, mesh: Mesh, config: ExperimentConfig, source: samples.SegmentSource, encode: EncodeText
     ):
         self._model, self._mesh, self._config, self._source, self._encode = model, mesh, config, source, encode
-        self._step = step.make_eval_step(model, mesh)
+        self._step = step.make_eval_step(objective.RobotLoss(model).predict, mesh)
         self._robot, units = config.policy.robot, source.dataset.action_units
         self._units = units if len(units) == len(self._robot.scaled) else offline.units_of(self._robot)
 

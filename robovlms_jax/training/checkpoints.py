@@ -88,7 +88,7 @@ class Checkpointer:
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params),
                     train=ocp.args.StandardSave({"opt_state": state.opt_state, "rng": state.rng}),
-                    data=ocp.args.JsonSave({**data, "skipped": int(state.skipped)}),
+                    data=ocp.args.JsonSave({**data, "skipped": int(state.skipped), "begun": int(state.begun)}),
                     serving=ocp.args.JsonSave(self._serving),
                 ),
             )
@@ -145,6 +145,7 @@ class Checkpointer:
         restored = state.replace(
             step=jax.device_put(jax.numpy.int32(step), state.step.sharding),
             skipped=jax.device_put(jax.numpy.int32(out.data.get("skipped", 0)), state.skipped.sharding),
+            begun=jax.device_put(jax.numpy.int32(out.data.get("begun", 0)), state.begun.sharding),
             halted=jax.device_put(jax.numpy.bool_(False), state.halted.sharding),
             trainable={path: flat[path] for path in state.trainable},
             frozen={path: flat[path] for path in state.frozen},

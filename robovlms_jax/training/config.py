@@ -45,6 +45,35 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("train.stages")
+class StageConfig:
+    """A part of a run that trains other parameters, on other losses or other data, than the parts before it."""
+
+    steps: int
+    """Optimizer steps of this stage."""
+    name: str = ""
+    """For the log; empty: its number."""
+    trainable: tuple[str, ...] = (".*",)
+    """As train.trainable, in this stage."""
+    optimizer: OptimizerConfig | None = None
+    """None: as `optimizer.*`. Its schedule begins with the stage, and so do its moments."""
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Task -> weight of its loss in this stage, 0: off. Tasks that are not named keep theirs (actions: 1, forward, clip
+    and caption: as policy.auxiliary says)."""
+    sources: dict[str, float] = dataclasses.field(default_factory=lambda: {"robot": 1.0})
+    """Source of data -> its share of every batch, relative to the others."""
+
+    def __post_init__(self):
+        name = f"train.stages: {f'stage {self.name!r}' if self.name else 'a stage'}"
+        require(self.steps >= 1, f"{name} has steps={self.steps}; it must make at least 1.")
+        _require_patterns(self.trainable, f"{name}: trainable")
+        for field in ("weights", "sources"):
+            wrong = {key: x for key, x in getattr(self, field).items() if not schema.fits(x, float) or x < 0}
+            require(not wrong, f"{name}: {field} has {wrong}; expected names with numbers that are not negative.")
+        require(any(self.sources.values()), f"{name}: sources={self.sources} has no share above 0, so no data.")
+
+
+@dataclasses.dataclass(frozen=True)
 @schema.checked("train")
 class TrainConfig:
     """The training run."""
@@ -76,6 +105,9 @@ class TrainConfig:
     trainable: tuple[str, ...] = (".*",)
     """Regular expressions searched in parameter paths such as backbone/text/layers/attn/q/kernel; what matches none
     is frozen."""
+    stages: tuple[StageConfig, ...] = ()
+    """Stages of training, one after the other, in place of `steps` and `trainable`; their steps add up to the run's.
+    Empty: one, made of these and `optimizer.*`."""
     seed: int = 0
     """Initialisation, data order, augmentation and dropout."""
     log_every: int = 10
@@ -103,11 +135,19 @@ class TrainConfig:
         require(self.epochs >= 0, f"train.epochs={self.epochs} must be 0 (use train.steps) or positive.")
         require(self.eval_every >= 0, f"train.eval_every={self.eval_every} must be 0 (only at the end) or positive.")
         require(self.output != "", "train.output must name a directory.")
-        require(len(self.trainable) > 0, "train.trainable must hold at least one pattern; nothing would be trained.")
-        for pattern in self.trainable:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"train.trainable has {pattern!r}, which is not a regular expression: {error}."
-                ) from error
+        _require_patterns(self.trainable, "train.trainable")
+        require(
+            not (self.stages and self.epochs),
+            f"train.epochs={self.epochs} and train.stages both say how long training is; a stage names its steps.",
+        )
+        names = [stage.name for stage in self.stages if stage.name]
+        require(len(set(names)) == len(names), f"train.stages has two stages of one name: {names}.")
+
+
+def _require_patterns(patterns: tuple[str, ...], name: str) -> None:
+    require(len(patterns) > 0, f"{name} must hold at least one pattern; nothing would be trained.")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name} has {pattern!r}, which is not a regular expression: {error}.") from error

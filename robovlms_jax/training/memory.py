@@ -15,14 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core
 
-from robovlms_jax.inputs.config import AugmentConfig
-from robovlms_jax.policies.vla import VLA
 from robovlms_jax.training import step
 from robovlms_jax.training.state import TrainState
-from robovlms_jax.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +59,7 @@ def bytes_per_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def estimate(
-    model: VLA,
-    state: TrainState,
-    batch: Batch,
-    *,
-    batch_ways: int,
-    accumulation: int = 1,
-    shifts: Mapping[str, int] | None = None,
-    augment: AugmentConfig | None = None,
-) -> Estimate:
+def estimate(loss_fn: step.Loss, state: TrainState, batch: Any, *, batch_ways: int, accumulation: int = 1) -> Estimate:
     """Memory of `training.step.make_train_step` with the same arguments. Traces, compiles nothing.
 
     Args:
@@ -82,13 +69,12 @@ def estimate(
         split none of them, which is too much where it is larger than 1.
     """
 
-    def rows(ways: int) -> Batch:
+    def rows(ways: int) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // ways, *x.shape[1:]), x.dtype), batch)
 
-    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
-    function = functools.partial(step.gradients, model, shifts=shifts, augment=augment)
-    traced = jax.make_jaxpr(lambda train, frozen, micro, key, count: function(train, frozen, micro, key, count=count))(
-        state.trainable, state.frozen, rows(batch_ways * accumulation), key, jax.ShapeDtypeStruct((), jnp.float32)
+    key, micro = jax.eval_shape(lambda: jax.random.PRNGKey(0)), rows(batch_ways * accumulation)
+    traced = jax.make_jaxpr(functools.partial(step.gradients, loss_fn))(
+        state.trainable, state.frozen, micro, key, jax.eval_shape(loss_fn.count, micro)
     )
     gradients = bytes_per_device(state.trainable)
     return Estimate(

@@ -18,11 +18,13 @@ from robovlms_jax.training import trainable
 @flax.struct.dataclass
 class TrainState:
     """step: int32[], batches learned from or skipped; skipped: int32[], those whose loss or gradient was not finite;
-    halted: bool[], True = after such a one, where none may be skipped, nothing changes any more (never saved);
+    begun: int32[], updates that were made before this optimizer state was born (in earlier stages); halted: bool[],
+    True = after a batch that was not finite, where none may be skipped, nothing changes any more (never saved);
     trainable, frozen: flat dicts path -> array; rng: uint32[2], never advanced, folded with step."""
 
     step: jax.Array
     skipped: jax.Array
+    begun: jax.Array
     halted: jax.Array
     trainable: dict[str, jax.Array]
     frozen: dict[str, jax.Array]
@@ -45,11 +47,27 @@ def create(
     return TrainState(
         step=jax.device_put(jnp.int32(0), whole),
         skipped=jax.device_put(jnp.int32(0), whole),
+        begun=jax.device_put(jnp.int32(0), whole),
         halted=jax.device_put(jnp.bool_(False), whole),
         trainable=train,
         frozen=frozen,
         opt_state=jax.jit(optimizer.init, out_shardings=shardings)(train),
         rng=jax.device_put(jax.random.PRNGKey(seed), whole),
+    )
+
+
+def resplit(
+    state: TrainState, patterns: tuple[str, ...], optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The same parameters, step and PRNG with other ones trainable, and an optimizer that begins: the next stage's.
+    Arrays are taken over, not copied."""
+    train, frozen = trainable.split({**state.trainable, **state.frozen}, patterns)
+    shardings = opt_shardings(optimizer, train, jax.tree.map(lambda x: x.sharding, train), mesh)
+    return state.replace(
+        begun=jax.device_put(state.step - state.skipped, meshes.replicated(mesh)),
+        trainable=train,
+        frozen=frozen,
+        opt_state=jax.jit(optimizer.init, out_shardings=shardings)(train),
     )
 
 
@@ -72,6 +90,7 @@ def abstract(
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         skipped=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        begun=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         halted=jax.ShapeDtypeStruct((), jnp.bool_, sharding=whole),
         trainable=train,
         frozen=frozen,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -13,43 +13,46 @@ import optax
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, PartitionSpec
 
-from robovlms_jax.inputs.config import AugmentConfig
 from robovlms_jax.parallel import cpu
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.policies import objective
-from robovlms_jax.policies.vla import VLA
 from robovlms_jax.training.state import TrainState
-from robovlms_jax.types import Batch
 
 Metrics = dict[str, jax.Array]
 
 
+class Loss(Protocol):
+    """What is minimised: `policies.objective.LossBySource`, or anything of this form on any batch."""
+
+    def count(self, batch: Any) -> Any:
+        """float32[] or a tree of them: entries of the batch that count; its micro-batches' sums are divided by it."""
+        ...
+
+    def __call__(self, params: Any, batch: Any, key: jax.Array | None, count: Any) -> tuple[jax.Array, Metrics]:
+        """Loss float32[] and metrics, `loss` among them, of a micro-batch: sums over the whole batch's `count`."""
+        ...
+
+
 def gradients(
-    model: VLA,
+    loss_fn: Loss,
     trainable: Mapping[str, jax.Array],
     frozen: Mapping[str, jax.Array],
-    batch: Batch,
+    batch: Any,
     key: jax.Array,
-    *,
-    count: jax.Array | None = None,
-    shifts: Mapping[str, int] | None = None,
-    augment: AugmentConfig | None = None,
+    count: Any,
 ) -> tuple[dict[str, jax.Array], Metrics]:
-    """Gradient of the training loss by `trainable` (both flat, as in `TrainState`), and metrics; arguments as
-    `objective.loss` takes them."""
+    """Gradient of the loss by `trainable` (both flat, as in `TrainState`), and metrics."""
 
     def loss(trainable):
-        params = unflatten_dict({**frozen, **trainable}, sep="/")
-        return objective.loss(model, params, batch, key, count=count, shifts=shifts, augment=augment)
+        return loss_fn(unflatten_dict({**frozen, **trainable}, sep="/"), batch, key, count)
 
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
     return grads, metrics
 
 
 def accumulated(
-    part: Callable[[Any, Batch, jax.Array], Any],
+    part: Callable[[Any, Any, jax.Array], Any],
     params: Any,
-    batch: Batch,
+    batch: Any,
     key: jax.Array,
     mesh: Mesh,
     accumulation: int,
@@ -67,7 +70,7 @@ def accumulated(
     if mesh.shape["data"] != mesh.size or mesh.size == 1:
         return _scanned(functools.partial(part, params), batch, key, accumulation)
 
-    def of_device(params: Any, batch: Batch, key: jax.Array) -> Any:
+    def of_device(params: Any, batch: Any, key: jax.Array) -> Any:
         key = jax.random.fold_in(key, jax.lax.axis_index("data"))
         with nn.logical_axis_rules(()):  # constraints speak of all devices' batch
             return jax.lax.psum(_scanned(functools.partial(part, params), batch, key, accumulation), "data")
@@ -81,7 +84,7 @@ def accumulated(
     )(params, batch, key)
 
 
-def _scanned(part: Callable[[Batch, jax.Array], Any], batch: Batch, key: jax.Array, accumulation: int) -> Any:
+def _scanned(part: Callable[[Any, jax.Array], Any], batch: Any, key: jax.Array, accumulation: int) -> Any:
     # Micro-batch i takes every accumulation-th element: each device keeps working on its own part of the batch.
     micros = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
     keys = jax.random.split(key, accumulation)
@@ -96,44 +99,42 @@ def _scanned(part: Callable[[Batch, jax.Array], Any], batch: Batch, key: jax.Arr
 
 
 def make_train_step(
-    model: VLA,
+    loss_fn: Loss,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     state: TrainState,
     mesh: Mesh,
     *,
     accumulation: int = 1,
-    shifts: Mapping[str, int] | None = None,
-    augment: AugmentConfig | None = None,
     skip_nonfinite: bool = False,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Compile-once update: (state, batch) -> (state, metrics). The state's buffers are donated.
 
     A batch whose loss or gradient is not finite changes neither parameters nor optimizer state; metric "nonfinite" is 1
     for it.
 
     Args:
+      loss_fn: what is minimised; it says of what form batches are.
+      schedule: update -> learning rate, for the metric of that name.
       state: where its arrays lie fixes where the new ones will.
       accumulation: micro-batches per update; divides the batch. The gradient is that of the whole batch's mean.
-      shifts: camera -> pixels of random shift.
-      augment: other changes to the images.
       skip_nonfinite: go on with the batch after it, which is one step further. Otherwise the state stays as it is,
         `step` included, whatever comes after (`halted`), so that it can be saved once the host has noticed.
     """
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.rng, state.step)
-        count = objective.valid_entries(batch, model.config)
+        count = loss_fn.count(batch)
 
-        def part(params: tuple[Any, ...], micro: Batch, key: jax.Array):
+        def part(params: tuple[Any, ...], micro: Any, key: jax.Array):
             trainable, frozen, count = params
-            return gradients(model, trainable, frozen, micro, key, count=count, shifts=shifts, augment=augment)
+            return gradients(loss_fn, trainable, frozen, micro, key, count)
 
         grads, metrics = accumulated(part, (state.trainable, state.frozen, count), batch, key, mesh, accumulation)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
-            "learning_rate": schedule(state.step - state.skipped),
+            "learning_rate": schedule(state.step - state.skipped - state.begun),
         }
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         good = finite & ~state.halted
@@ -152,7 +153,7 @@ def make_train_step(
         )
         return state, metrics
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         with meshes.constrained(mesh):
             return update(state, batch)
 
@@ -166,11 +167,11 @@ def make_train_step(
     )
 
 
-def make_eval_step(model: VLA, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[Any, ...]]:
-    """Compile-once `objective.predict`; results are whole on every host."""
+def make_eval_step(predict: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[TrainState, Any], Any]:
+    """Compile-once `predict(params, batch)`, such as `RobotLoss.predict`; results are whole on every host."""
 
-    def eval_step(state: TrainState, batch: Batch):
+    def eval_step(state: TrainState, batch: Any):
         with meshes.constrained(mesh):
-            return objective.predict(model, state.params, batch)
+            return predict(state.params, batch)
 
     return jax.jit(eval_step, out_shardings=meshes.replicated(mesh))

@@ -1,4 +1,4 @@
-"""Ctrl-C in a training run: the first ends it as SIGTERM does, with its state saved; the second at once."""
+"""Signals in a training run: SIGTERM and the first Ctrl-C end it with its state saved; the second Ctrl-C at once."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import pathlib
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from typing import Any
 
+import jax
+
+from robovlms_jax.parallel import distributed
 from robovlms_jax.training import checkpoints
+from robovlms_jax.training.loop import Hook, Step
 
 logger = logging.getLogger(__name__)
 
@@ -18,10 +23,43 @@ STATUS = 128 + signal.SIGINT
 """Exit status of a process that Ctrl-C ended."""
 
 
+class StopSignal(Hook):
+    """Ends the loop after the step in which SIGTERM came, or Ctrl-C inside `Interrupts`; all hosts at the same step."""
+
+    def __init__(self) -> None:
+        self._came = 0  # number of the signal
+
+    def __enter__(self) -> StopSignal:
+        # Signals can only be handled in the main thread; elsewhere (tests, notebooks) nothing ends a loop early.
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, number: int, *_: Any) -> None:
+        self._came = number
+
+    def after(self, step: Step, metrics: Mapping[str, jax.Array]) -> None:
+        if jax.process_count() > 1 and not step.log:
+            return  # asking the others takes them all to the same step
+        self._came = int(distributed.of_all(self._came).max())
+        step.stop = step.stop or self._came != 0
+
+    def finish(self, step: int, stopped: bool) -> None:
+        if stopped and self._came:
+            name = "Ctrl-C" if self._came == signal.SIGINT else signal.Signals(self._came).name
+            logger.warning("stopped by %s after step %d; saved. Go on with --train.resume.", name, step)
+
+
 class Interrupts:
     """Context in which SIGINT is handled. `asked`: whether it came.
 
-    While a training loop runs, it gets SIGTERM, which it handles; at any other time KeyboardInterrupt is raised.
+    While a training loop runs, its handler of signals is told (`StopSignal`); at any other time KeyboardInterrupt is
+    raised.
     """
 
     def __init__(self) -> None:
@@ -40,9 +78,10 @@ class Interrupts:
     def _first(self, *_: Any) -> None:
         self.asked = True
         signal.signal(signal.SIGINT, _at_once)
-        if callable(signal.getsignal(signal.SIGTERM)):
+        stop = signal.getsignal(signal.SIGTERM)
+        if callable(stop):
             logger.warning("Ctrl-C: the run is saved after this step and then ends; Ctrl-C once more ends it at once.")
-            signal.raise_signal(signal.SIGTERM)
+            stop(signal.SIGINT, None)
         else:
             raise KeyboardInterrupt
 

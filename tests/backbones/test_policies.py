@@ -44,7 +44,7 @@ def test_every_structure_traces_on_every_backbone(name, structure):
     model = make(name, structure)
     batch = toy.make_batch(np.random.default_rng(0), window=model.config.window, windows=2, chunk=2)
     params = toy.random_params(model, batch)
-    loss, _ = jax.eval_shape(lambda p: objective.loss(model, p, batch), params)
+    loss, _ = jax.eval_shape(lambda p: objective.RobotLoss(model)(p, batch), params)
     assert loss.shape == ()
 
 
@@ -61,7 +61,7 @@ def test_rows_and_columns_of_patches_reach_the_loss(structure):
     model = make("qwen2.5-vl-3b", structure)
     batch = toy.make_batch(np.random.default_rng(0), window=model.config.window, windows=2, chunk=2)
     params = toy.random_params(model, batch)
-    loss, grads = jax.jit(jax.value_and_grad(lambda p: objective.loss(model, p, batch)[0]))(params)
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: objective.RobotLoss(model)(p, batch)[0]))(params)
     assert np.isfinite(loss)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 

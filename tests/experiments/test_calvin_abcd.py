@@ -22,7 +22,8 @@ from robovlms_jax.control.interface import Observation
 from robovlms_jax.data import opening
 from robovlms_jax.load import load_config, load_policy
 from robovlms_jax.runs import run
-from robovlms_jax.training import checkpoints, loop
+from robovlms_jax.runs import setup as setups
+from robovlms_jax.training import checkpoints, guards
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -133,7 +134,7 @@ def test_ten_steps_equal_five_and_resume_and_five(finished, tmp_path, monkeypatc
     output = tmp_path / "halves"
     shutil.copytree(finished, output)
     shutil.rmtree(output / "checkpoints" / "10")
-    monkeypatch.setattr(run, "_asked", lambda config: ["wax the zebra's xylophone"] * 50)
+    monkeypatch.setattr(setups, "_asked", lambda config: ["wax the zebra's xylophone"] * 50)
     monkeypatch.setattr(run.build, "init_params", lambda *_: pytest.fail("parameters were made only to be replaced"))
     run.train("sample", small(output, **{"train.resume": True, "train.log_every": 1}))
     assert "the checkpoint's own tokenizer.json go on; today's sentences would make others" in caplog.text
@@ -258,7 +259,7 @@ def test_sigterm_saves_and_resume_goes_on(tmp_path):
     ],
 )
 def test_mistakes_are_named_before_training(tmp_path, changes, message, monkeypatch):
-    monkeypatch.setattr(loop, "fit", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(run.loop, "fit", lambda *_, **__: pytest.fail("training began"))
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises((ValueError, FileNotFoundError, ImportError), match=message.replace("(", r"\(")):
         run.train("sample", small(tmp_path / "run", **changes))
@@ -306,7 +307,7 @@ def test_unreadable_episodes_are_replaced_counted_and_named(damaged, tmp_path, c
 
 def test_too_many_unreadable_episodes_stop_the_run(damaged, tmp_path):
     changes = {"data.root": str(damaged), "data.max_corrupt_share": 0.0, "train.steps": 200}
-    with pytest.raises(loop.CorruptDataError, match=r"more than data.max_corrupt_share=0.0.*episode 0"):
+    with pytest.raises(guards.CorruptDataError, match=r"more than data.max_corrupt_share=0.0.*episode 0"):
         run.train("sample", small(tmp_path / "run", **changes))
 
 
@@ -318,10 +319,10 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path):
         "optimizer.clip_norm": 0.0,
     }
     output = tmp_path / "run"
-    with pytest.raises(loop.DivergedError, match=r"not finite.*optimizer.learning_rate"):
+    with pytest.raises(guards.DivergedError, match=r"not finite.*optimizer.learning_rate"):
         run.train("sample", small(output, **changes))
     assert checkpoints.locate(output).name in ("1", "2")  # the first update has rate 0, the second does the damage
-    (line,) = (output / loop.NONFINITE).read_text().splitlines()
+    (line,) = (output / guards.NONFINITE).read_text().splitlines()
     assert json.loads(line)["step"] == int(checkpoints.locate(output).name) + 1
     assert len(json.loads(line)["episodes"]) == 2 and "loss" in json.loads(line)["values"]
 
@@ -347,10 +348,8 @@ class Spoilt:
 def test_a_skipped_batch_is_skipped_once_across_a_resume(tmp_path, monkeypatch):
     # Batch 3 of 6 is bad. Fails if it is drawn again after a resume, or if its count is forgotten.
     honest = run._batches
-    monkeypatch.setattr(
-        run, "_batches", lambda config, source, start, mesh: Spoilt(honest(config, source, start, mesh), 3 - start)
-    )
-    monkeypatch.setattr(run, "_loader_rate", lambda config, source, start, mesh: (config, 1.0))
+    monkeypatch.setattr(run, "_batches", lambda setup, stage, start: Spoilt(honest(setup, stage, start), 3 - start))
+    monkeypatch.setattr(run, "_loader_rate", lambda setup, stage, start: (setup, 1.0))
     skip = {"train.on_nonfinite": "skip", "train.checkpoint_every": 4}
     whole = run.train("sample", small(tmp_path / "whole", **skip, **{"train.steps": 6}))
     output = tmp_path / "halves"
@@ -361,11 +360,11 @@ def test_a_skipped_batch_is_skipped_once_across_a_resume(tmp_path, monkeypatch):
         np.testing.assert_array_equal(params_of(output)[path], x, err_msg=path)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [x["train/skipped_steps"] for x in lines if "train/loss" in x] == [0, 0, 1, 1, 1, 1]
-    assert len((output / loop.NONFINITE).read_text().splitlines()) == 1
+    assert len((output / guards.NONFINITE).read_text().splitlines()) == 1
     # The same run with a limit of none ends there instead, with the state of step 2 or, skipped, step 3.
-    with pytest.raises(loop.DivergedError, match=r"more than train.max_skipped=0"):
+    with pytest.raises(guards.DivergedError, match=r"more than train.max_skipped=0"):
         run.train("sample", small(tmp_path / "strict", **skip, **{"train.max_skipped": 0}))
-    with pytest.raises(loop.DivergedError, match=r"step 3: .*after step 2, the last good one, is saved"):
+    with pytest.raises(guards.DivergedError, match=r"step 3: .*after step 2, the last good one, is saved"):
         run.train("sample", small(tmp_path / "abort"))
     assert checkpoints.locate(tmp_path / "abort").name == "2"
 

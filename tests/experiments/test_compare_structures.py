@@ -14,7 +14,7 @@ from robovlms_jax.evaluation.rollout import TrialResult
 from robovlms_jax.playtable import recording
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.runs import run
-from robovlms_jax.training import loop
+from robovlms_jax.training import guards
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def asked(monkeypatch):
         config.validate(1)
         log.append(("train", name))
         if heads.kind_of(type(config.policy.head)) == "gpt":
-            raise loop.DivergedError("loss is nan")
+            raise guards.DivergedError("loss is nan")
         done = pathlib.Path(config.train.output)
         done.mkdir(parents=True)
         report = {"facts": {"parameters": 7}, "overall": {"count": 3, "translation_m": 0.002, "mae": [0.1] * 6}}

@@ -14,7 +14,7 @@ from robovlms_jax import cli
 from robovlms_jax.backbones import registry
 from robovlms_jax.data import opening
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.runs import build, run, steps
+from robovlms_jax.runs import build, setup, steps
 from robovlms_jax.training import memory, optimizer, state
 from robovlms_jax.training.config import OptimizerConfig
 from tests.processes import run_python
@@ -66,7 +66,7 @@ def test_the_planned_batch_is_the_one_that_is_loaded(changes):
     config = cli.override(TWIN, **{**changes, "data.text_length": 6})
     encode = lambda text: (np.zeros(6, np.int32), np.ones(6, bool))  # noqa: E731
     embed = (lambda text: np.zeros(5, np.float32)) if config.policy.auxiliary.clip.weights else None
-    source = run._source(config, opening.open_split(config.data, "training"), encode, embed_sentence=embed)
+    source = setup.source_of(config, opening.open_split(config.data, "training"), encode, embed_sentence=embed)
     batch = source.evaluation_batch(np.arange(config.segments_per_batch))
     found, planned = (
         {jax.tree_util.keystr(path): (x.shape, x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
@@ -147,7 +147,7 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_traced():
 
 def test_the_least_change_that_fits_is_named(monkeypatch, caplog):
     # The decision alone, with a made-up estimate: 8 per device's share of state, 80 of activations to be parted.
-    def invented(config, model, state, batch):
+    def invented(config, model, state, batch, stage=None):
         parts = config.train.accumulation * (2 if model.vlm.remat else 1)
         return memory.Estimate(2, 4, 2, 80 // parts, 0)
 

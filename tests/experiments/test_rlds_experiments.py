@@ -18,6 +18,7 @@ from robovlms_jax.data import opening
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.load import load_config, load_policy
 from robovlms_jax.runs import build, chaining, run
+from robovlms_jax.runs import setup as setups
 from robovlms_jax.runs.config import ExperimentConfig
 from tests.data import toy_rlds
 
@@ -74,7 +75,7 @@ def test_another_run_starts_from_it_and_keeps_what_fits(pretrained, sample, tmp_
     caplog.set_level("INFO")
     config = tiny(bridge.PRESETS["sample"], sample, tmp_path / "bridge", **{"policy.chunk": 3})
     config = cli.override(config, **{"train.init_from": str(pretrained)})
-    setup = run.prepare(config)
+    setup = setups.prepare(config)
     fresh = build.init_params(setup.model, setup.mesh, seed=7)
     taken = flatten_dict(chaining.take_over(fresh, str(pretrained)), sep="/")
     before = flatten_dict(load_policy(pretrained)._batched.params, sep="/")
@@ -90,7 +91,7 @@ def test_another_run_starts_from_it_and_keeps_what_fits(pretrained, sample, tmp_
     # The vocabulary is the first run's, so that words keep their meaning.
     assert setup.backbone.tokenizer.get_vocab() == load_policy_tokenizer(pretrained)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        run.prepare(cli.override(config, **{"train.init_from": "/nowhere"}))
+        setups.prepare(cli.override(config, **{"train.init_from": "/nowhere"}))
 
 
 def load_policy_tokenizer(path):
@@ -139,4 +140,4 @@ def test_the_parts_of_a_mixture_are_checked_each_in_its_own_units(tmp_path):
     config = dataclasses.replace(oxe_pretrain.PRESETS["sample"], data=data)
     mixture = opening.open_split(data, "training")
     with pytest.raises(ValueError, match=r"inverted/1\.0\.0: .*gripper: means the opposite"):
-        run._training_actions(config, mixture)
+        setups.training_actions(config, mixture)

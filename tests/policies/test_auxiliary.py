@@ -49,7 +49,7 @@ def test_clip_loss_is_upstreams():
     features, sentence = rng.normal(size=(2, 3, 4, 6)).astype(np.float32), rng.normal(size=(2, 5)).astype(np.float32)
     module = auxiliary.Auxiliary(AuxiliaryConfig(clip=ClipConfig(weights="somewhere", dim=5)), ("static",), 8)
     params = unbox(module.init(jax.random.key(0), features[:, 0])["params"])
-    found = module.apply({"params": params}, features, sentence, method="stay_near")
+    found = module.apply({"params": params}, features, sentence, method="clip_alignment_loss")
     kernel, bias = (np.asarray(params["clip"][name]) for name in ("kernel", "bias"))
     for row in range(2):
         for step in range(3):
@@ -67,7 +67,7 @@ def test_foresight_compares_each_camera_and_offset_and_skips_what_was_not_record
     predicted = module.apply({"params": params}, features, method=lambda m, x: m.forward(x))
     assert predicted.shape == (2, 2, 2, 4, 48)  # offsets, cameras, patches
     real = jnp.asarray([[[True, False], [False, False]], [[False, False], [False, False]]])
-    found = module.apply({"params": params}, features, future, real, method="foresee")
+    found = module.apply({"params": params}, features, future, real, method="forward_prediction_loss")
     wrist = auxiliary.patches(future["wrist"][0, 0], 4)
     np.testing.assert_allclose(found[0], np.square(predicted[0, 0, 0] - wrist).mean(), rtol=1e-5)
     assert found[1] == 0

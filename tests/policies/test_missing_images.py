@@ -18,7 +18,7 @@ def test_a_missing_image_is_not_attended():
     batch = batch.replace(inputs=batch.inputs.replace(image_mask=mask))
     params = toy.init(model, batch)
     features = jax.jit(lambda inputs: model.apply({"params": params}, inputs, method="embed"))
-    decode = jax.jit(lambda inputs: model.apply({"params": params}, inputs, method="features"))
+    decode = jax.jit(lambda inputs: model.apply({"params": params}, inputs, method="train_outputs").features)
     wrist = batch.inputs.images["wrist"].copy()
     wrist[:, 1] = 255 - wrist[:, 1]
     changed = batch.replace(inputs=batch.inputs.replace(images={**batch.inputs.images, "wrist": wrist}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from tests.toy import B, C, K, W, init, make_batch, make_model
 
 
 def loss_of(model, params, batch):
-    return jax.jit(functools.partial(objective.loss, model))(params, batch)
+    return jax.jit(objective.RobotLoss(model))(params, batch)
 
 
 def window_of(batch: Batch, k: int) -> Batch:
@@ -57,7 +56,7 @@ def test_segment_equals_its_windows_encoded_apart(exact_matmul, mask_tail):
     model = make_model()
     params = init(model, batch)
     apart = concatenate([window_of(batch, k) for k in range(K)])
-    gradient = jax.jit(jax.value_and_grad(lambda params, batch: objective.loss(model, params, batch)[0]))
+    gradient = jax.jit(jax.value_and_grad(lambda params, batch: objective.RobotLoss(model)(params, batch)[0]))
     loss, grads = gradient(params, batch)
     loss_apart, grads_apart = gradient(params, apart)
     np.testing.assert_allclose(loss, loss_apart, rtol=1e-5)

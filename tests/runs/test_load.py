@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import pathlib
 import shutil
@@ -42,7 +41,7 @@ def test_parameters_stored_in_the_type_of_computation_give_the_same_loss():
         == stored["head"]["arm"]["layer_0"]["kernel"].dtype
         == jnp.float32
     )
-    loss = jax.jit(functools.partial(objective.loss, half))
+    loss = jax.jit(objective.RobotLoss(half))
     assert loss(stored, batch)[0] == loss(params, batch)[0]
     assert jax.tree.leaves(quantize.stored_types(params, "float32")) == [x.dtype for x in jax.tree.leaves(params)]
 

@@ -155,7 +155,7 @@ def test_clipping_may_be_switched_on_or_off_and_moments_go_on(tmp_path, before, 
     assert (found.step, found.order, found.config.optimizer.clip_norm) == (1, {"seed": 0}, before)
     tx, fresh = begin(after)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), fresh)
-    restored = resuming.restore(saver, found, shapes, config(after))
+    restored = resuming.restore(saver, found, shapes, config(after).optimizer)
     saver.close()
     assert jax.tree.structure(restored) == jax.tree.structure(fresh)
     assert not bool(restored.halted)

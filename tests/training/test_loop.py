@@ -13,16 +13,15 @@ import signal
 import time
 import types
 
-import jax
 import numpy as np
 import pytest
 
 from robovlms_jax import cli
-from robovlms_jax.data import loading, opening, samples
+from robovlms_jax.data import opening, samples, sources
 from robovlms_jax.data.config import DataConfig
-from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.parallel import distributed
 from robovlms_jax.runs.config import ExperimentConfig
-from robovlms_jax.training import loop
+from robovlms_jax.training import guards, hooks, loop
 from tests.data import toy_rlds
 from tests.toy import make_batch
 
@@ -72,22 +71,27 @@ def fit(output, *, bad=(), terminated=0, pressed=0, state=State(), steps=8, batc
         metrics = {"loss": np.float32(loss), "nonfinite": np.float32(not finite)}
         return State(step, state.skipped + (skip and not finite)), metrics
 
-    batch = make_batch(np.random.default_rng(0)).replace(episode=np.array([5, 7], np.int32))
+    batch = {"robot": make_batch(np.random.default_rng(0)).replace(episode=np.array([5, 7], np.int32))}
     disk, lines = Disk(), []
+    services = hooks.Services(
+        train=config.train,
+        checkpointer=disk,
+        position=lambda step: {"next_step": step},
+        writer=types.SimpleNamespace(write=lambda step, values: lines.append((step, values))),
+        describe=lambda source, episode: f"episode {episode}",
+        max_corrupt_share=config.data.max_corrupt_share,
+        evaluate=lambda state: {},
+    )
+    schedule = loop.Schedule(steps, steps, config.train.log_every, config.train.checkpoint_every)
     try:
         state, _ = loop.fit(
             state,
-            itertools.repeat(batch) if batches is None else batches,
+            services.timed(itertools.repeat(batch) if batches is None else batches),
             train_step,
-            config=loop.LoopConfig(config.train, config.data.max_corrupt_share),
-            mesh=meshes.make_mesh((1, 1, 1), jax.devices()[:1]),
-            checkpointer=disk,
-            data_state=lambda step: {"next_step": step},
-            writer=types.SimpleNamespace(write=lambda step, values: lines.append((step, values))),
-            evaluate=lambda state: {},
-            describe=lambda episode: f"episode {episode}",
+            schedule=schedule,
+            hooks=services.hooks(state, schedule),
         )
-    except loop.DivergedError as error:
+    except guards.DivergedError as error:
         return error, disk.saved, lines
     return state, disk.saved, lines
 
@@ -95,9 +99,9 @@ def fit(output, *, bad=(), terminated=0, pressed=0, state=State(), steps=8, batc
 def test_abort_saves_the_last_good_state_and_names_the_batch(tmp_path):
     # Noticed at the next log, four steps later at most; what is saved is the state from before all the same.
     error, saved, _ = fit(tmp_path, bad=(3,))
-    assert isinstance(error, loop.DivergedError) and "step 3: {'loss': nan} not finite" in str(error)
+    assert isinstance(error, guards.DivergedError) and "step 3: {'loss': nan} not finite" in str(error)
     assert saved == [(2, 2)]
-    (line,) = (tmp_path / loop.NONFINITE).read_text().splitlines()
+    (line,) = (tmp_path / guards.NONFINITE).read_text().splitlines()
     assert json.loads(line) == {
         "step": 3,
         "episodes": [5, 7],
@@ -109,7 +113,7 @@ def test_abort_saves_the_last_good_state_and_names_the_batch(tmp_path):
 def test_sigterm_right_after_a_bad_batch_does_not_pass_for_a_good_end(tmp_path):
     # Steps 5 and 6 are not logged yet. Fails if the frozen state is saved under the loader's position, a step ahead.
     error, saved, _ = fit(tmp_path, bad=(5,), terminated=6)
-    assert isinstance(error, loop.DivergedError) and saved == [(4, 4)]
+    assert isinstance(error, guards.DivergedError) and saved == [(4, 4)]
     state, saved, _ = fit(tmp_path, terminated=6)
     assert (state.step, saved) == (6, [(6, 6)])
 
@@ -119,15 +123,15 @@ def test_skip_goes_on_counts_and_leaves_bad_steps_out_of_the_mean(tmp_path):
     assert (state.step, state.skipped, saved) == (8, 2, [(8, 8)])
     logged = [(step, x["train/skipped_steps"], x["train/loss"]) for step, x in lines if "train/loss" in x]
     assert logged == [(1, 0, 1), (4, 1, 1), (8, 2, 1)]
-    steps = [json.loads(line)["step"] for line in (tmp_path / loop.NONFINITE).read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in (tmp_path / guards.NONFINITE).read_text().splitlines()]
     assert steps == [2, 6]
 
 
 def test_skipping_ends_at_the_limit_which_counts_what_was_skipped_before_a_resume(tmp_path):
     changes = {"train.on_nonfinite": "skip", "train.max_skipped": 2}
-    assert not isinstance(fit(tmp_path, bad=(3, 5), **changes)[0], loop.DivergedError)
+    assert not isinstance(fit(tmp_path, bad=(3, 5), **changes)[0], guards.DivergedError)
     error, saved, _ = fit(tmp_path, bad=(5,), state=State(step=4, skipped=2), **changes)
-    assert isinstance(error, loop.DivergedError) and "3 batches so far, more than train.max_skipped=2" in str(error)
+    assert isinstance(error, guards.DivergedError) and "3 batches so far, more than train.max_skipped=2" in str(error)
     assert saved == [(5, 5)]
 
 
@@ -148,7 +152,7 @@ def test_speed_and_time_left_do_not_mind_that_the_clock_is_set(tmp_path, monkeyp
 def test_a_process_that_waits_longer_for_its_data_is_named(tmp_path, monkeypatch, caplog):
     # The first process's own share says nothing: it waits inside its step for the slow one.
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(loop, "_of_processes", lambda value: np.array([0.1, 0.6]) if 0 < value < 1 else np.array([0]))
+    monkeypatch.setattr(distributed, "of_all", lambda value: np.array([0.1, 0.6]) if 0 < value < 1 else np.array([0]))
     _, _, lines = fit(tmp_path, steps=12)
     assert [line["train/data_wait_share"] for _, line in lines if "train/data_wait_share" in line][-1] == 0.6
     assert "process 1 waits 60% of the time for its data, process 0 10%" in caplog.text
@@ -173,8 +177,8 @@ def test_a_dead_loader_worker_ends_the_run(tmp_path):
         cameras=("static",),
         encode_text=Encode(),
     )
-    reading = {"segments_per_batch": 4, "seed": 0, "num_threads": 1, "prefetch": 1, "num_workers": 2}
-    with contextlib.closing(loading.train_batches(source, **reading)) as batches:
+    reading = {"seed": 0, "num_threads": 1, "prefetch": 1, "num_workers": 2}
+    with contextlib.closing(sources.train_batches({"robot": source}, {"robot": 4}, **reading)) as batches:
         next(batches)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         begin = time.perf_counter()

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel import rules
+from robovlms_jax.policies import objective
 from robovlms_jax.runs import build
 from robovlms_jax.training import optimizer as optimizers
 from robovlms_jax.training import state as states
@@ -45,7 +46,8 @@ def run_steps(
     config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
     tx = optimizers.make_optimizer(config, 10)
     state = states.create(build.init_params(model, mesh, seed=0), patterns, tx, 0, mesh)
-    run = step.make_train_step(model, tx, optimizers.learning_rate(config, 10), state, mesh, accumulation=accumulation)
+    rate, loss_fn = optimizers.learning_rate(config, 10), objective.RobotLoss(model)
+    run = step.make_train_step(loss_fn, tx, rate, state, mesh, accumulation=accumulation)
     shape = {"window": model.config.window, "chunk": model.config.chunk, "windows": 2}
     shape = {} if structure == "policy_head" else shape
     tail = min(3, model.config.chunk)
@@ -85,7 +87,9 @@ def test_a_batch_that_is_not_finite_changes_nothing(skip):
     mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
     model, tx = make_model(), optimizers.make_optimizer(OptimizerConfig(), 10)
     state = states.create(build.init_params(model, mesh, seed=0), ("^head/",), tx, 0, mesh)
-    run = step.make_train_step(model, tx, lambda step: 10.0 * step, state, mesh, skip_nonfinite=skip)
+    run = step.make_train_step(
+        objective.RobotLoss(model), tx, lambda step: 10.0 * step, state, mesh, skip_nonfinite=skip
+    )
     good = make_batch(np.random.default_rng(0))
     bad = good.replace(actions=np.full_like(good.actions, np.nan))
     seen = []
@@ -196,13 +200,14 @@ import jax, json, re, numpy as np
 from robovlms_jax.runs import build
 from robovlms_jax.training.config import OptimizerConfig
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies import objective
 from robovlms_jax.training import optimizer, state, step
 from tests.toy import make_batch, make_model
 model, batch, reduced = make_model(), make_batch(np.random.default_rng(0), batch=8), {}
 mesh, tx = meshes.make_mesh((2, 1, 1)), optimizer.make_optimizer(OptimizerConfig(), 10)
 abstract = state.abstract(*build.abstract_params(model, mesh), (".*",), tx, mesh)
 shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=meshes.batched(mesh)), batch)
-run = step.make_train_step(model, tx, lambda step: 0.1, abstract, mesh, accumulation=4)
+run = step.make_train_step(objective.RobotLoss(model), tx, lambda step: 0.1, abstract, mesh, accumulation=4)
 program = run.lower(abstract, shapes).compile().as_text()
 bodies = set(re.findall(r"body=%?([\w.-]+)", program))
 for name, text in re.findall(r"^(?:ENTRY )?%?([\w.-]+) [^\n]*{\n(.*?)^}", program, re.M | re.S):
@@ -249,6 +254,7 @@ import jax, json, numpy as np
 from robovlms_jax.runs import build
 from robovlms_jax.training.config import OptimizerConfig
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies import objective
 from robovlms_jax.training import memory, optimizer, state, step
 from tests.toy import make_batch, make_model
 model, batch, temporaries = make_model(), make_batch(np.random.default_rng(0), batch=8), []
@@ -257,7 +263,7 @@ for sizes in ((8, 1, 1), (1, 8, 1)):
     abstract = state.abstract(*build.abstract_params(model, mesh), (".*",), tx, mesh)
     split = meshes.batched(mesh)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
-    run = step.make_train_step(model, tx, lambda step: 0.1, abstract, mesh)
+    run = step.make_train_step(objective.RobotLoss(model), tx, lambda step: 0.1, abstract, mesh)
     temporaries.append(memory.of_program(run.lower(abstract, shapes).compile())["temporaries"])
 print(json.dumps(temporaries))
 """

@@ -23,6 +23,12 @@ def test_ctrl_c_during_training_saves_as_sigterm_does(tmp_path, caplog):
     assert (state.step, saved, interrupts.asked) == (6, [(6, 6)], True)
     assert "Ctrl-C: the run is saved after this step and then ends; Ctrl-C once more ends it at once." in caplog.text
     assert signal.getsignal(signal.SIGINT) is before
+    assert "stopped by Ctrl-C after step 6; saved" in caplog.text and "SIGTERM" not in caplog.text
+
+
+def test_sigterm_is_called_by_its_name(tmp_path, caplog):
+    test_loop.fit(tmp_path, terminated=6)
+    assert "stopped by SIGTERM after step 6; saved" in caplog.text and "Ctrl-C" not in caplog.text
 
 
 def test_ctrl_c_before_or_after_training_interrupts():

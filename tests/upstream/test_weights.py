@@ -62,7 +62,7 @@ def test_features_and_actions(policy, exact_matmul):
     # The longest prompt of upstream's batch has no padding, so upstream's layout and ours are the same for it.
     model, params, data = policy
     row = longest(data)
-    features = apply(model, params, inputs_of(data, row), method="features")
+    features = apply(model, params, inputs_of(data, row), method="train_outputs").features
     np.testing.assert_allclose(features[0], data["action_hs"][row], atol=1e-4)
     prediction = apply(model, params, inputs_of(data, row))
     np.testing.assert_allclose(prediction.arm[0], data["infer_arm"][row], atol=1e-5)
@@ -104,7 +104,7 @@ def test_padding_a_prompt_keeps_upstreams_unpadded_numbers(policy, exact_matmul)
         text_ids=np.pad(inputs.text_ids, ((0, 0), (0, 6)), constant_values=1),
         text_mask=np.pad(inputs.text_mask, ((0, 0), (0, 6))),
     )
-    features = apply(model, params, padded, method="features")
+    features = apply(model, params, padded, method="train_outputs").features
     np.testing.assert_allclose(features[0], data["action_hs"][row], atol=1e-4)
     assert features.dtype == jnp.float32
 
@@ -124,7 +124,7 @@ def test_compat_options_give_a_padded_batch_upstreams_numbers(policy, exact_matm
     errors = {}
     for count, last in itertools.product((False, True), repeat=2):
         config = dataclasses.replace(model.config, compat_count_padding=count, compat_queries_last=last)
-        found = apply(dataclasses.replace(model, config=config), params, inputs, method="features")
+        found = apply(dataclasses.replace(model, config=config), params, inputs, method="train_outputs").features
         errors[count, last] = np.abs(found - data["action_hs"]).max(axis=(1, 2, 3))
     assert errors[True, True].max() < 1e-4
     shorter, longest_row = int(np.argmin(lengths)), longest(data)

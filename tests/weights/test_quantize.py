@@ -142,7 +142,7 @@ def test_gradients_of_an_int8_policy_reach_its_adapters_and_are_those_of_the_mat
     @functools.partial(jax.jit, static_argnums=0)
     def grads(model, adapters, rest):
         def loss(adapters):
-            return objective.loss(model, unflatten_dict({**rest, **adapters}, sep="/"), batch)[0]
+            return objective.RobotLoss(model)(unflatten_dict({**rest, **adapters}, sep="/"), batch)[0]
 
         return jax.value_and_grad(loss)(adapters)
 

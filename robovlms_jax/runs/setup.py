@@ -1,0 +1,256 @@
+"""What a configuration amounts to on this machine and this dataset: opened, checked against each other, announced."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from robovlms_jax.actions import statistics
+from robovlms_jax.data import base as datasets
+from robovlms_jax.data import excerpts, language, mixing, opening, samples, sensors
+from robovlms_jax.data import statistics as data_statistics
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.parallel.config import DistributedConfig
+from robovlms_jax.policies import objective
+from robovlms_jax.policies.serving import EncodeText
+from robovlms_jax.policies.vla import VLA
+from robovlms_jax.runs import build, chaining, closed_loop, resuming, robots, steps, validation
+from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.training import stages, state
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a configuration amounts to on this machine and this dataset; no parameters yet."""
+
+    config: ExperimentConfig
+    """With everything resolved that depends on the data."""
+    train: samples.SegmentSource
+    validation: samples.SegmentSource | None
+    """None: no episode there is annotated (`validation.open_split`)."""
+    backbone: build.Backbone
+    encode: EncodeText
+    model: VLA
+    mesh: Mesh
+    stages: tuple[stages.Stage, ...]
+    abstracts: tuple[state.TrainState, ...]
+    """Shapes and shardings of what each stage trains."""
+    num_params: int
+    point: resuming.Point | None = None
+    """Where a resumed run goes on."""
+
+    @property
+    def first(self) -> int:
+        """The stage that this start begins with, or goes on in."""
+        return self.point.stage if self.point else 0
+
+    @property
+    def sources(self) -> dict[str, samples.SegmentSource]:
+        """What batches are drawn from, by name."""
+        return {objective.ROBOT: self.train}
+
+    def rows(self, stage: stages.Stage) -> dict[str, int]:
+        """Source -> segments of each of the stage's batches, over all hosts."""
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * self.config.train.accumulation
+        return stages.rows(stage, self.config.segments_per_batch, ways)
+
+
+def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Setup:
+    """Open everything a run needs and check that it fits together. Raises what the parts raise; compiles nothing.
+
+    Args:
+      config: with a `point`, settled with it (`resuming.settle`).
+      point: where a resumed run goes on; whatever gives its parameters a meaning comes from there.
+    """
+    config.validate(jax.device_count())
+    config = dataclasses.replace(config, distributed=DistributedConfig())  # differs between processes, done with
+    opened = {"training": opening.open_split(config.data, "training"), "validation": validation.open_split(config.data)}
+    config = dataclasses.replace(config, policy=robots.as_recorded(config.policy, opened["training"]))
+    variation = language.read(config.data.paraphrases) if config.data.vary_language else None
+    sentences = language.every(opened["training"].episodes, variation)
+    instructions = [*sentences, *validation.sentences(opened["validation"]), *_asked(config)]
+    if point:
+        backbone = chaining.backbone_of(config.backbone, point, instructions)
+    elif config.train.init_from:
+        backbone = chaining.open_backbone(config.backbone, config.train.init_from)
+    else:
+        backbone = build.open_backbone(config.backbone, instructions)
+    length = config.data.text_length or backbone.longest(instructions)
+
+    def encode(instruction: str) -> tuple[np.ndarray, np.ndarray]:
+        return backbone.encode(instruction, length)
+
+    embed = _sentence_embeddings(config, instructions)
+    training = source_of(config, opened["training"], encode, variation, embed)
+    held_out = opened["validation"]
+    validation_split = None if held_out is None else source_of(config, held_out, encode, embed_sentence=embed)
+    actions, values = training_actions(config, opened["training"])
+    if point:
+        resuming.compare_statistics(config.policy, values, actions)
+        config = config.resolve(training.num_windows, length)
+        resuming.require_steps(point, config)
+    else:
+        config = config.resolve(training.num_windows, length, values)
+        policy = config.policy.with_bins(actions)
+        if policy.proprio.enabled and policy.proprio.is_default:
+            policy = policy.with_state(excerpts.state_sample(opened["training"], 1_000))
+        config = dataclasses.replace(config, policy=policy)
+    config = build.with_action_ids(config, backbone.tokenizer)
+    mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
+    model = build.make_model(config, backbone.vlm)
+    shapes, shardings = build.abstract_params(model, mesh)
+    planned = stages.plan(config.train, config.optimizer)
+    stages.check(planned, flatten_dict(shapes, sep="/"), [objective.ROBOT])
+    for stage in planned:
+        steps.make_loss(config, model, stage)  # raises what a stage's weights have wrong
+    return Setup(
+        config=config,
+        train=training,
+        validation=validation_split,
+        backbone=backbone,
+        encode=encode,
+        model=model,
+        mesh=mesh,
+        stages=planned,
+        abstracts=tuple(state.abstract(shapes, shardings, x.trainable, x.tx, mesh) for x in planned),
+        num_params=build.count(shapes),
+        point=point,
+    )
+
+
+def _asked(config: ExperimentConfig) -> list[str]:
+    """What rollouts will ask: a small dataset need not hold every wording, and prompts must have room for it."""
+    if not config.rollouts.trials:
+        return []
+    return [text for trial in closed_loop.playtable_trials(config.rollouts) for text in trial.instructions]
+
+
+def training_actions(
+    config: ExperimentConfig, dataset: datasets.Dataset
+) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
+    """A sample, and its statistics; what looks wrong about them is said, or refused (data.check_actions)."""
+    by_data = config.policy.action_scaling != "bounds" or getattr(config.policy.head, "binning", "") == "quantile"
+    # Published layouts have a file per frame: enough of them for the question at hand.
+    actions, openings = excerpts.action_sample(dataset, 20_000 if by_data else 1_000)
+    values = statistics.summarize(actions) if dataset.statistics is None else dataset.statistics.action
+    if config.data.compat_second_norm:
+        values = data_statistics.shrink(values, 0.65)
+    if isinstance(dataset, mixing.MixtureDataset):  # each in its own units; openings of several robots do not compare
+        for part in dataset.parts:
+            _check_actions(config, part.dataset, part.statistics.action, *excerpts.action_sample(part.dataset, 1_000))
+    else:
+        _check_actions(config, dataset, values, actions, openings)
+    return actions, values
+
+
+def _check_actions(
+    config: ExperimentConfig,
+    dataset: datasets.Dataset,
+    values: Mapping[str, np.ndarray],
+    actions: np.ndarray,
+    openings: np.ndarray | None,
+) -> None:
+    """Say, or refuse, what looks wrong about one dataset's actions: their statistics and a sample of them."""
+    gripper = dataset.robot.binary
+    findings = statistics.lint(
+        values,
+        by_quantiles=config.policy.action_scaling == "quantile",
+        commands=actions[:, gripper[0]] if len(gripper) == 1 else None,
+        widths=openings,
+        units=dataset.action_units if len(dataset.action_units) == len(dataset.robot.scaled) else None,
+        robot=dataset.robot,
+    )
+    statistics.enforce(findings, dataset.name, refuse=config.data.check_actions == "refuse")
+
+
+def _sentence_embeddings(config: ExperimentConfig, sentences: list[str]) -> Callable[[str], np.ndarray] | None:
+    """Instruction -> float32[E] by CLIP, for the loss that keeps features near it; None where that is off."""
+    clip = config.policy.auxiliary.clip
+    if not clip.weights:
+        return None
+    known = build.embed_sentences(clip.weights, sentences)
+    width = len(known[sentences[0]])
+    if width != clip.dim:
+        raise ValueError(
+            f"{clip.weights} embeds sentences in {width} numbers; pass --policy.auxiliary.clip.dim {width}."
+        )
+    return known.__getitem__
+
+
+def source_of(
+    config: ExperimentConfig,
+    dataset: datasets.Dataset,
+    encode: EncodeText,
+    variation: language.Variation | None = None,
+    embed_sentence: Callable[[str], np.ndarray] | None = None,
+) -> samples.SegmentSource:
+    cut = samples.Cut(
+        window=config.policy.window,
+        chunk=config.policy.chunk,
+        windows_per_segment=config.data.windows_per_segment,
+        left_pad=config.data.left_pad,
+        goal_relabelling=config.data.compat_goal_relabelling,
+        future_frames=config.policy.auxiliary.future_frames,
+    )
+    return samples.SegmentSource(
+        dataset,
+        cut,
+        cameras=config.policy.cameras,
+        encode_text=encode,
+        sensors=[sensors.make(sensor.reading) for sensor in config.policy.all_sensors],
+        embed_sentence=embed_sentence,
+        variation=variation,
+    )
+
+
+def announce(name: str, setup: Setup) -> None:
+    config = setup.config
+    logger.info(
+        "preset %s: %d x %s, mesh %s, %s parameters, %s trainable, %s",
+        *(name, jax.device_count(), jax.devices()[0].device_kind, dict(setup.mesh.shape)),
+        *(f"{setup.num_params:,}", f"{build.count(setup.abstracts[setup.first].trainable):,}", config.backbone.dtype),
+    )
+    if setup.train.dataset.groups:
+        groups = setup.train.dataset.groups
+        windows = setup.train.segments.groups([group.num_episodes for group in groups])[1]
+        logger.info("mixture:\n%s", mixing.shares(groups, windows.tolist()))
+    logger.info(
+        "%d training and %d validation windows; %d steps of %d windows in %d segments",
+        *(setup.train.num_windows, setup.validation.num_windows if setup.validation else 0),
+        *(config.train.steps, config.train.batch_size, config.segments_per_batch),
+    )
+
+
+def require_memory(setup: Setup) -> None:
+    """Say how much memory the run will take. Raises ValueError where its devices say that they have far less."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # CPUs say nothing
+    for stage, abstract in list(zip(setup.stages, setup.abstracts, strict=True))[setup.first :]:
+        batch = {}
+        for source, size in setup.rows(stage).items():
+            row = setup.sources[source].evaluation_batch(np.array([samples.PADDING]))  # nothing is read
+            batch[source] = jax.tree.map(lambda x, size=size: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), row)
+        estimate = steps.memory_of(setup.config, setup.model, abstract, batch, stage)
+        where = f", stage {stage.name}" if len(setup.stages) > 1 else ""
+        logger.info("memory on each device%s, estimated: %s", where, estimate)
+        if limit:
+            steps.require_room(setup.config, setup.model, abstract, batch, limit, estimate)
+
+
+def facts(name: str, setup: Setup) -> dict[str, Any]:
+    return {
+        "preset": name,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "parameters": setup.num_params,
+        "trainable parameters": build.count(setup.abstracts[setup.first].trainable),
+        "steps": setup.config.train.steps,
+        "windows per step": setup.config.train.batch_size,
+    }

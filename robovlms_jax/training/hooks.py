@@ -1,0 +1,151 @@
+"""Hooks that look at the state: checkpoints, evaluation, rollouts; and all hooks of a run together."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from robovlms_jax.training import progress, stopping
+from robovlms_jax.training.checkpoints import Checkpointer
+from robovlms_jax.training.config import TrainConfig
+from robovlms_jax.training.goodput import Goodput
+from robovlms_jax.training.guards import CorruptGuard, Describe, NonfiniteGuard
+from robovlms_jax.training.loop import Hook, Schedule, Step
+from robovlms_jax.training.metrics import MetricWriter
+from robovlms_jax.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+Numbers = Callable[[TrainState], Mapping[str, float]]
+
+
+class Checkpoints(Hook):
+    """Saves the state when it is due and before the loop ends.
+
+    position: step -> what a resumed run needs to draw that step's batch next.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, position: Callable[[int], Mapping[str, Any]], goodput: Goodput):
+        self._checkpointer, self._position, self._goodput = checkpointer, position, goodput
+
+    def after(self, step: Step, metrics: Mapping[str, jax.Array]) -> None:
+        if step.log:
+            self._checkpointer.check()
+        if step.save or step.stop:
+            with self._goodput.spent_on("checkpoint"):
+                self._checkpointer.save(step.state, self._position(step.number))
+
+    def finish(self, step: int, stopped: bool) -> None:
+        with self._goodput.spent_on("checkpoint"):
+            self._checkpointer.wait()
+
+    def save_now(self, state: TrainState) -> None:
+        """Save, and return when it is on the disk."""
+        self._checkpointer.save(state, self._position(int(state.step)))
+        self._checkpointer.wait()
+
+    def offer_best(self, step: Step, score: float) -> bool:
+        """See `Checkpointer.offer_best`."""
+        return self._checkpointer.offer_best(step.state, self._position(step.number), score)
+
+
+class Evaluation(Hook):
+    """Numbers on the validation split, every `every` steps (0: never) but the run's last, when the report has them."""
+
+    def __init__(self, evaluate: Numbers, every: int, writer: MetricWriter, goodput: Goodput):
+        self._evaluate, self._every, self._writer, self._goodput = evaluate, every, writer, goodput
+
+    def after(self, step: Step, metrics: Mapping[str, jax.Array]) -> None:
+        if not self._every or step.number % self._every or step.last or step.stop:
+            return
+        with self._goodput.spent_on("evaluation"):
+            values = self._evaluate(step.state)
+        self._writer.write(step.number, {f"validation/{name}": value for name, value in values.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts(Hook):
+    """Numbers of the policy in closed loop, every `every` steps (0: never).
+
+    best: where the checkpoint with the best "score" is kept; then the last step is rolled out, too. Without it, only
+      the report does that.
+    """
+
+    roll_out: Numbers
+    every: int
+    best: Checkpoints | None
+    writer: MetricWriter
+    goodput: Goodput
+
+    def after(self, step: Step, metrics: Mapping[str, jax.Array]) -> None:
+        due = self.best is not None if step.last else self.every > 0 and step.number % self.every == 0
+        if not due or step.stop:
+            return
+        with self.goodput.spent_on("evaluation"):
+            values = self.roll_out(step.state)
+            self.writer.write(step.number, {f"rollouts/{name}": value for name, value in values.items()})
+            if self.best is not None:
+                kept = self.best.offer_best(step, values["score"])
+                logger.info("rollouts score %.3f%s", values["score"], ", the best so far" if kept else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Services:
+    """What the hooks of a run work with.
+
+    position: step -> what a resumed run needs to draw that step's batch next.
+    describe: source and number of an episode -> words that name it.
+    max_corrupt_share: of the segments, that may be replaced before training stops.
+    loader_rate: windows/s the loader can deliver, measured before, for the report of who waits for whom.
+    evaluate: numbers on the validation split. roll_out: numbers in closed loop, asked every roll_out_every steps; with
+      select_best also at the end, and its "score" decides which checkpoint is kept in best/.
+    """
+
+    train: TrainConfig
+    checkpointer: Checkpointer
+    position: Callable[[int], Mapping[str, Any]]
+    writer: MetricWriter
+    describe: Describe
+    max_corrupt_share: float
+    evaluate: Numbers
+    roll_out: Numbers | None = None
+    roll_out_every: int = 0
+    select_best: bool = False
+    loader_rate: float | None = None
+    goodput: Goodput = dataclasses.field(default_factory=Goodput)
+
+    def hooks(self, state: TrainState, schedule: Schedule) -> list[Hook]:
+        """All of them, for a loop that begins with `state`."""
+        train, start = self.train, int(state.step)
+        checkpoints = Checkpoints(self.checkpointer, self.position, self.goodput)
+        corrupt = CorruptGuard(self.max_corrupt_share, self.describe)
+        nonfinite = NonfiniteGuard(train, int(state.skipped), self.describe, checkpoints.save_now)
+        speed = progress.Speed(start, schedule.end, train.batch_size, self.goodput)
+        compare_at = start + 2 * train.log_every
+        hooks = [
+            progress.Clock(self.goodput, self.writer, schedule),
+            progress.Profiler(train, start),
+            corrupt,
+            stopping.StopSignal(),
+            nonfinite,  # before anything is saved
+            progress.Log(speed, self.writer, corrupt, nonfinite, compare_at=compare_at, loader_rate=self.loader_rate),
+            checkpoints,
+            Evaluation(self.evaluate, train.eval_every, self.writer, self.goodput),
+        ]
+        if self.roll_out is not None:
+            best = checkpoints if self.select_best else None
+            hooks.append(Rollouts(self.roll_out, self.roll_out_every, best, self.writer, self.goodput))
+        return hooks
+
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; waiting for them counts as waiting for data."""
+        while True:
+            with self.goodput.spent_on("data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch

@@ -1,0 +1,108 @@
+"""A run is a tuple of stages: each trains some parameters on some losses and some data for some steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from robovlms_jax.training import optimizer as optimizers
+from robovlms_jax.training import trainable
+from robovlms_jax.training.config import OptimizerConfig, TrainConfig
+
+SEED_STEP = 104_729
+"""A prime: the seeds of later stages' data orders are this far apart, so that those of other runs are not met."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """index, name: for messages. begin: steps of the run before it. seed: of its data order. Others: `StageConfig`."""
+
+    index: int
+    name: str
+    begin: int
+    steps: int
+    trainable: tuple[str, ...]
+    optimizer: OptimizerConfig
+    weights: Mapping[str, float]
+    sources: Mapping[str, float]
+    seed: int
+
+    @property
+    def end(self) -> int:
+        """Its last step, counted over the run."""
+        return self.begin + self.steps
+
+    @property
+    def tx(self) -> Any:
+        """The optax optimizer."""
+        return optimizers.make_optimizer(self.optimizer, self.steps)
+
+    @property
+    def learning_rate(self) -> Any:
+        """Update of this stage -> learning rate."""
+        return optimizers.learning_rate(self.optimizer, self.steps)
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Where in the run a checkpoint of `step` is, as JSON values."""
+        return {"index": self.index, "name": self.name, "step": step - self.begin}
+
+
+def plan(train: TrainConfig, optimizer: OptimizerConfig) -> tuple[Stage, ...]:
+    """The stages of a run; without train.stages one, which is all of train.* and optimizer.*."""
+    if not train.stages:
+        return (Stage(0, "train", 0, train.steps, train.trainable, optimizer, {}, {"robot": 1.0}, train.seed),)
+    out, begin = [], 0
+    for index, asked in enumerate(train.stages):
+        settings = {field: getattr(asked, field) for field in ("steps", "trainable", "weights", "sources")}
+        settings |= {"optimizer": asked.optimizer or optimizer, "seed": (train.seed + SEED_STEP * index) % 2**32}
+        out.append(Stage(index=index, name=asked.name or str(index + 1), begin=begin, **settings))
+        begin += asked.steps
+    return tuple(out)
+
+
+def check(stages: Sequence[Stage], paths: Collection[str], sources: Collection[str]) -> None:
+    """Refuse stages that do not fit the run, before anything is compiled.
+
+    Args:
+      paths: of all parameters.
+      sources: of data that the run has.
+    Raises:
+      ValueError: names the stage, what is wrong and what there is.
+    """
+    for stage in stages:
+        try:
+            trainable.split(dict.fromkeys(paths), stage.trainable)
+        except ValueError as error:
+            raise ValueError(
+                f"train.stages, stage {stage.name!r}: {error}" if len(stages) > 1 else str(error)
+            ) from None
+        unknown = sorted(set(stage.sources) - set(sources))
+        if unknown:
+            raise ValueError(
+                f"train.stages, stage {stage.name!r}: sources names {unknown}; this run has data of {sorted(sources)}."
+            )
+
+
+def rows(stage: Stage, total: int, multiple: int = 1) -> dict[str, int]:
+    """Source -> rows of every batch, `total` together, in proportion to the stage's shares.
+
+    Args:
+      multiple: of which every source's rows must be one, so that they divide over devices and micro-batches.
+    Raises:
+      ValueError: a source would get none, or `total` is no multiple.
+    """
+    shares = {source: share for source, share in stage.sources.items() if share}
+    units, rest = divmod(total, multiple)
+    if rest or units < len(shares):
+        raise ValueError(
+            f"stage {stage.name!r}: {total} segments per batch cannot be shared among {sorted(shares)} in multiples of "
+            f"{multiple} (devices that split the batch x train.accumulation); raise train.batch_size."
+        )
+    exact = {source: share / sum(shares.values()) * units for source, share in shares.items()}
+    out = {source: max(int(x), 1) for source, x in exact.items()}
+    while sum(out.values()) != units:  # one by one to, or from, whoever is furthest from its share
+        step = 1 if sum(out.values()) < units else -1
+        able = [source for source in out if step > 0 or out[source] > 1]
+        out[max(able, key=lambda source: step * (exact[source] - out[source]))] += step
+    return {source: count * multiple for source, count in out.items()}

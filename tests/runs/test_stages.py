@@ -1,0 +1,66 @@
+"""Runs in stages, from their first to their last step: one is the plain run, and several can be stopped anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+
+from robovlms_jax.runs import run
+from robovlms_jax.training import items
+from robovlms_jax.training.config import OptimizerConfig, StageConfig
+from tests.experiments.test_calvin_abcd import params_of, small
+
+TWO = (
+    StageConfig(steps=2, name="head", trainable=("^head/",), optimizer=OptimizerConfig(learning_rate=1e-2)),
+    StageConfig(steps=3, name="all", optimizer=OptimizerConfig(learning_rate=1e-3, clip_norm=0.0)),
+)
+QUICK = {"evaluation.batches": 1, "evaluation.episodes": 0, "train.profile": 0, "data.num_workers": 0}
+
+
+def train(output, **changes):
+    return run.train("sample", small(output, **QUICK, **changes))
+
+
+def assert_same(first, second):
+    expected = params_of(second)
+    for path, x in params_of(first).items():
+        np.testing.assert_array_equal(x, expected[path], err_msg=path)
+
+
+def test_one_stage_is_the_plain_run(tmp_path):
+    settings = OptimizerConfig(learning_rate=1e-2)
+    plain = small(tmp_path / "plain", **QUICK, **{"train.steps": 3})
+    plain = dataclasses.replace(plain, optimizer=settings)
+    staged = dataclasses.replace(
+        small(tmp_path / "staged", **QUICK, **{"train.stages": (StageConfig(steps=3, optimizer=settings),)}),
+        optimizer=settings,
+    )
+    assert_same(*(run.train("sample", config) for config in (plain, staged)))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    output = tmp_path_factory.mktemp("stages") / "whole"
+    return train(output, **{"train.stages": TWO, "train.checkpoint_every": 1, "train.keep_checkpoints": 9})
+
+
+def test_a_checkpoint_knows_its_stage_and_step_within_it(uninterrupted):
+    found = {step: items.read_position(uninterrupted / "checkpoints" / str(step)) for step in (2, 3)}
+    assert found[2]["stage"] == {"index": 0, "name": "head", "step": 2}
+    assert found[3]["stage"] == {"index": 1, "name": "all", "step": 1}
+    assert (found[2]["begun"], found[3]["begun"]) == (0, 2)
+    assert found[2]["order"]["robot"]["seed"] != found[3]["order"]["robot"]["seed"]
+
+
+@pytest.mark.parametrize("step", [1, 2, 4], ids=["in the first stage", "between stages", "in the second stage"])
+def test_a_run_stopped_in_any_stage_goes_on_bit_for_bit(uninterrupted, tmp_path, step):
+    # Fails if a stage's optimizer, its data or the split of parameters is not the one that the checkpoint was made in.
+    output = tmp_path / "resumed"
+    shutil.copytree(uninterrupted, output)
+    for later in range(step + 1, 6):
+        shutil.rmtree(output / "checkpoints" / str(later))
+    train(output, **{"train.stages": TWO, "train.checkpoint_every": 9, "train.resume": True})
+    assert_same(output, uninterrupted)
