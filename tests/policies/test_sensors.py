@@ -153,7 +153,7 @@ def test_what_only_one_sensor_tells_is_learned_by_its_encoder_and_is_chance_with
 def test_what_only_one_sensor_tells_is_learned_by_a_policy_and_is_chance_without_it():
     model, data = make_policy(), stacked(0, 500, 32)
     params = toy.init(model, jax.tree.map(lambda x: x[0], data))
-    params = fit(lambda p, data, key: objective.loss(model, p, data, key)[0], params, data, learning_rate=1e-3)
+    params = fit(lambda p, data, key: objective.RobotLoss(model)(p, data, key)[0], params, data, learning_rate=1e-3)
     tested = batch_of(np.random.default_rng(1), 256)
     predict = jax.jit(lambda inputs: objective.predict(model, params, tested.replace(inputs=inputs))[0][:, 0, 0, :6])
     assert_each_sensor_answers_its_own_question(predict, tested, told=0.93, others=0.85)
