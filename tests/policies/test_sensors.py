@@ -155,7 +155,9 @@ def test_what_only_one_sensor_tells_is_learned_by_a_policy_and_is_chance_without
     params = toy.init(model, jax.tree.map(lambda x: x[0], data))
     params = fit(lambda p, data, key: objective.RobotLoss(model)(p, data, key)[0], params, data, learning_rate=1e-3)
     tested = batch_of(np.random.default_rng(1), 256)
-    predict = jax.jit(lambda inputs: objective.predict(model, params, tested.replace(inputs=inputs))[0][:, 0, 0, :6])
+    predict = jax.jit(
+        lambda inputs: objective.RobotLoss(model).predict(params, tested.replace(inputs=inputs))[0][:, 0, 0, :6]
+    )
     assert_each_sensor_answers_its_own_question(predict, tested, told=0.93, others=0.85)
 
 
@@ -190,7 +192,7 @@ def test_control_reads_what_training_reads_and_a_silent_sensor_is_the_dropped_on
     values["proprio"] = np.where(masks["proprio"][..., None], states, 0)
     batch = batch.replace(inputs=batch.inputs.replace(sensors=values, sensor_mask=masks))
     params = toy.random_params(model, batch)
-    predicted, *_ = jax.jit(lambda batch: objective.predict(model, params, batch))(batch)
+    predicted, *_ = jax.jit(lambda batch: objective.RobotLoss(model).predict(params, batch))(batch)
     text = batch.inputs.text_ids[0], batch.inputs.text_mask[0]
     policy = serving.VLAPolicy(model, params, lambda _: text)
     policy.reset("open the drawer")
