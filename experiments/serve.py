@@ -23,7 +23,6 @@ from robovlms_jax.control.interface import Observation
 from robovlms_jax.deploy import messages, server
 from robovlms_jax.load import load_batched_policy
 from robovlms_jax.policies.serving import BatchedVLAPolicy
-from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.runs.load import load_config
 
 log = logging.getLogger(__name__)
@@ -49,15 +48,6 @@ class ServeConfig:
             raise ValueError(f"slots={self.slots} must be at least 1.")
         if len(self.image_size) not in (0, 2) or any(size < 1 for size in self.image_size):
             raise ValueError(f"image_size={self.image_size}: expected height and width, or nothing.")
-
-
-def robot_of(experiment: ExperimentConfig) -> robots.RobotSpec:
-    """What the policy's actions are, as far as its checkpoint says."""
-    if experiment.data.dataset == "calvin":
-        return robots.CALVIN
-    names = ("x", "y", "z", "roll", "pitch", "yaw")
-    arm = tuple(robots.Dimension(name, kind="delta") for name in names)
-    return robots.RobotSpec(experiment.data.dataset, action=(*arm, robots.GRIPPER))
 
 
 def decode_image(data: bytes, max_pixels: int) -> np.ndarray:
@@ -91,17 +81,16 @@ def warm_up(policy: BatchedVLAPolicy, robot: robots.RobotSpec, config: ServeConf
 def build(config: ServeConfig) -> server.PolicyServer:
     """Loads and warms up; raises ValueError, FileNotFoundError for a checkpoint that is none."""
     experiment = load_config(config.checkpoint)
-    robot = robot_of(experiment)
+    settings = experiment.policy
     policy = load_batched_policy(config.checkpoint, slots=config.slots)
     log.info("warming up %d slots", config.slots)
-    warm_up(policy, robot, config)
-    settings = experiment.policy
+    warm_up(policy, settings.robot, config)
     readings = {sensor.name: sensor.reading for sensor in settings.sensors}
     shapes = {name: (None, *x.shape[1:]) if x.any_rows else x.shape for name, x in readings.items()}
     reader = messages.Reader(tuple(settings.cameras), state=settings.proprio.enabled, sensors=shapes)
     return server.PolicyServer(
         policy,
-        robot,
+        settings.robot,
         reader,
         settings.chunk,
         config.server,

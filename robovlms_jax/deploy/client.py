@@ -188,6 +188,8 @@ def _refusal(error: Exception) -> Exception | None:
     """Not None: trying again would not help."""
     from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return ServerError(f"the server's certificate is not trusted: {error}")
     if isinstance(error, InvalidStatus) and error.response.status_code != 503:
         return ServerError(f"the server refuses the connection with {error.response.status_code}: {error}")
     if isinstance(error, ConnectionClosed) and error.rcvd is not None and error.rcvd.code not in (1001, 1013):

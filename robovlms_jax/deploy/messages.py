@@ -127,6 +127,8 @@ class Reader:
                 raise ValueError(f"'observation/sensors/{name}' is {what}; expected numbers [{expected}].")
             with np.errstate(over="ignore"):
                 found[name] = value.astype(np.float32)
+            if np.any(np.isfinite(value) & (np.abs(value) > LARGEST)):
+                raise ValueError(f"'observation/sensors/{name}' has finite numbers above {LARGEST:g}.")
         return found
 
 

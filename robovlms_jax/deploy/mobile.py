@@ -100,3 +100,21 @@ def arm_from_base(velocities: np.ndarray, mapping: BaseMapping) -> np.ndarray:
     actions[..., [0, 1]] = velocities[..., :2] / mapping.linear_m_s
     actions[..., 5] = velocities[..., 2] / mapping.angular_rad_s
     return actions
+
+
+def base_path(velocities: np.ndarray, positions: np.ndarray, period_s: float) -> np.ndarray:
+    """Where a base is after each tick of constant velocities; exact, arcs of circles.
+
+    Args:
+      velocities: float[M, N, 3], forward and left (m/s), turn (rad/s). positions: float[M, 3], x, y (m), heading (rad).
+    Returns:
+      float[M, N, 3].
+    """
+    turns = velocities[..., 2] * period_s
+    headings = positions[:, None, 2] + np.cumsum(turns, axis=1)
+    middle = headings - turns / 2
+    length = period_s * np.sinc(turns / (2 * np.pi))  # a chord is shorter than its arc
+    x = (velocities[..., 0] * np.cos(middle) - velocities[..., 1] * np.sin(middle)) * length
+    y = (velocities[..., 0] * np.sin(middle) + velocities[..., 1] * np.cos(middle)) * length
+    steps = np.stack([x, y], axis=-1)
+    return np.concatenate([positions[:, None, :2] + np.cumsum(steps, axis=1), headings[..., None]], axis=-1)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from robovlms_jax.control.robot import RobotSpec
-from robovlms_jax.deploy import geometry, motion
+from robovlms_jax.deploy import geometry, mobile, motion
 from robovlms_jax.deploy.latch import Latch, State
 from robovlms_jax.deploy.limits import Limits, layout
 
@@ -139,6 +139,12 @@ class SafetyLayer:
         self._observe(measured)
         return self._miss(f"missing_action: {reason}")
 
+    def brake(self, measured: Measured) -> Decision:
+        """One tick of coming to rest, when nothing is asked for and nothing is missing."""
+        self._tick += 1
+        self._observe(measured)
+        return self._stopped([])
+
     def stop(self, reason: str) -> None:
         """Latch a stop; the next ticks brake."""
         self.latch.trip(reason)
@@ -152,6 +158,11 @@ class SafetyLayer:
 
     def start(self, operator: str) -> None:
         self.latch.start(operator)
+
+    @property
+    def at_rest(self) -> bool:
+        """The last action stands still, and nothing else is planned."""
+        return bool(self._filter.at_rest[0])
 
     def _observe(self, measured: Measured) -> bool:
         """Whether there is a position to work with. Trips the latch where the measurement itself says so."""
@@ -296,7 +307,7 @@ class SafetyLayer:
 
     def _finish(self, velocity: np.ndarray, events: list[Event], asked: np.ndarray | None = None) -> Decision:
         """asked: float[A], the action where the layer leaves it as it is."""
-        if self._filter.at_rest[0]:
+        if self.at_rest:
             self.latch.at_rest()
         if self._target is not None and not self._layout.base:
             self._target = self._target + velocity * self.period_s
@@ -355,25 +366,7 @@ class SafetyLayer:
 
     def _base_path(self, velocities: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """A base's x, y and heading: velocities are along its own axes, which turn."""
-        return base_path(velocities, positions, self.period_s)
-
-
-def base_path(velocities: np.ndarray, positions: np.ndarray, period_s: float) -> np.ndarray:
-    """Where a base is after each tick of constant velocities; exact, arcs of circles.
-
-    Args:
-      velocities: float[M, N, 3], forward and left (m/s), turn (rad/s). positions: float[M, 3], x, y (m), heading (rad).
-    Returns:
-      float[M, N, 3].
-    """
-    turns = velocities[..., 2] * period_s
-    headings = positions[:, None, 2] + np.cumsum(turns, axis=1)
-    middle = headings - turns / 2
-    length = period_s * np.sinc(turns / (2 * np.pi))  # a chord is shorter than its arc
-    x = (velocities[..., 0] * np.cos(middle) - velocities[..., 1] * np.sin(middle)) * length
-    y = (velocities[..., 0] * np.sin(middle) + velocities[..., 1] * np.cos(middle)) * length
-    steps = np.stack([x, y], axis=-1)
-    return np.concatenate([positions[:, None, :2] + np.cumsum(steps, axis=1), headings[..., None]], axis=-1)
+        return mobile.base_path(velocities, positions, self.period_s)
 
 
 def _what_limited(result: motion.Filtered, velocity: np.ndarray) -> tuple[str, str]:

@@ -140,6 +140,7 @@ class PolicyServer:
 
         quiet = logging.getLogger("robovlms_jax.deploy.websockets")
         quiet.setLevel(logging.CRITICAL)  # hostile handshakes would fill the log with tracebacks
+        tls = _tls(self.config)
         self._inference.start()
         self._server = await websockets.serve(
             self._connected,
@@ -150,7 +151,8 @@ class PolicyServer:
             max_size=self.config.max_message_bytes,
             max_queue=2,
             origins=[None],  # no web page of a browser on this machine drives the robot
-            ssl=_tls(self.config),
+            close_timeout=1,  # who does not say goodbye in a second keeps its slot no longer
+            ssl=tls,
             logger=quiet,
             server_header=None,
         )

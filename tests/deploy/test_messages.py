@@ -105,6 +105,7 @@ def test_readings_of_sensors_come_over_the_line_and_silent_ones_do_not():
         ({"torque": np.zeros(3)}, r"'observation/sensors/torque' is float64\[3\]; expected numbers \[2\]"),
         ({"cloud": np.zeros((5, 2))}, r"expected numbers \[any, 3\]"),
         ({"imu": "still"}, r"is str; expected numbers \[4, 6\]"),
+        ({"torque": np.array([0, 3e38])}, "has finite numbers above"),
     ):
         with pytest.raises(ValueError, match=what):
             reader.read(WHOLE | {f"observation/sensors/{name}": x for name, x in wrong.items()})

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robovlms_jax.deploy import geometry, motion
-from robovlms_jax.deploy.safety import base_path
+from robovlms_jax.deploy.mobile import base_path
 
 ARM = (
     motion.Group("translation", (0, 1, 2), 0.5, 1.0, 10.0),

@@ -11,7 +11,8 @@ import pytest
 from robovlms_jax.control.robot import CALVIN, GRIPPER, Dimension, RobotSpec
 from robovlms_jax.deploy import geometry
 from robovlms_jax.deploy.limits import MOBILE, Limits
-from robovlms_jax.deploy.safety import Measured, SafetyLayer, base_path
+from robovlms_jax.deploy.mobile import base_path
+from robovlms_jax.deploy.safety import Measured, SafetyLayer
 
 REST = Measured(np.zeros(3))
 OPEN = dataclasses.replace(Limits(), workspace_m=None)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import shutil
+import socket
+import ssl
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -11,10 +16,14 @@ import urllib.request
 import numpy as np
 import pytest
 
+from experiments import serve
+from robovlms_jax.control.robot import CALVIN
 from robovlms_jax.deploy import client as clients
 from robovlms_jax.deploy import codec
 from robovlms_jax.deploy.client import Client, ClientConfig, ServerError
-from tests.deploy.served import Counting, message, observation, serving, url
+from robovlms_jax.deploy.messages import Reader
+from robovlms_jax.deploy.server import PolicyServer, ServerConfig
+from tests.deploy.served import Counting, message, observation, picture, serving, url
 
 pytest.importorskip("websockets", reason="the server needs the extra `serve`")
 
@@ -326,3 +335,86 @@ def test_a_conversation_as_vla_evals_harness_has_it():
         error = read(line)
         assert (error["type"], error["seq"]) == ("error", 13) and "task_description" in error["payload"]["error"]
         assert act(14) == 1  # the connection stays; the episode begins anew
+
+
+def test_a_client_that_does_not_read_its_answers_is_dropped():
+    with serving(Counting(slots=1), send_timeout_s=0.2) as server:
+        line = socket.create_connection(("127.0.0.1", server.port))
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1000)
+        line.sendall(
+            b"GET /vla-eval HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        text = b"x" * 100
+        frame = b"\x82" + bytes([0x80 | len(text)]) + b"\0\0\0\0" + text  # each is answered with an error
+        with contextlib.suppress(OSError):
+            for _ in range(200_000):
+                line.sendall(frame)
+        wait_until(lambda: server.metrics.text().count("robovlms_connections 0\n"))
+        line.close()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
+def test_tls_and_a_client_that_trusts_the_certificate(tmp_path):
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
+            *("-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    with serving(Counting(), certificate=str(certificate), key=str(key)) as server:
+        trusted = ssl.create_default_context(cafile=certificate)
+        with Client(url(server, scheme="wss"), ClientConfig(ssl=trusted)) as robot:
+            robot.reset("open")
+            assert steps({"actions": robot.act(observation()).actions}) == 1
+        stranger = Client(url(server, scheme="wss"), ClientConfig(ssl=ssl.create_default_context()))
+        with pytest.raises(ServerError, match="certificate is not trusted"):
+            stranger.connect()
+    broken = PolicyServer(Counting(), CALVIN, Reader(("static",)), 4, ServerConfig(port=0, certificate=str(key)))
+    with pytest.raises(ValueError, match="cannot be used for TLS"):
+        asyncio.run(broken.start())
+
+
+@pytest.mark.parametrize("change", [{"port": -1}, {"max_wait_s": -1.0}, {"send_timeout_s": 0.0}, {"key": "x"}])
+def test_settings_that_are_none_are_named(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        ServerConfig(**change)
+
+
+def test_the_published_openpi_client_is_served():
+    """openpi's own client, where it is installed."""
+    policies = pytest.importorskip(
+        "openpi_client.websocket_client_policy", reason="pip install --no-deps openpi-client"
+    )
+    brokers = pytest.importorskip("openpi_client.action_chunk_broker")
+    with serving(Counting()) as server:
+        policy = policies.WebsocketClientPolicy("127.0.0.1", server.port)
+        assert policy.get_server_metadata()["action_horizon"] == 4
+        broker = brokers.ActionChunkBroker(policy, 4)
+        assert [broker.infer(message())["actions"].shape for _ in range(12)] == [(7,)] * 12
+        with pytest.raises(RuntimeError, match="there is no 'static' picture"):
+            policy.infer({"prompt": "x"})
+        assert policies.WebsocketClientPolicy("127.0.0.1", server.port).infer(message())["actions"].shape == (4, 7)
+
+
+def test_the_published_harness_client_is_served():
+    """vla-eval's own connection, where it is installed."""
+    connections = pytest.importorskip("vla_eval.connection", reason="pip install vla-eval")
+
+    async def run(server):
+        async with connections.Connection(url(server, "/vla-eval"), timeout=5) as line:
+            await line.start_episode({"task": {"name": "push"}})
+            seen = {"images": {"rgb_static": picture()}, "task_description": "push", "states": np.zeros(8, np.float32)}
+            found = [(await line.act(seen))["actions"] for _ in range(3)]
+            with pytest.raises(RuntimeError, match="there is no 'static' picture"):
+                await line.act({"images": {}, "task_description": "push"})
+            found.append((await line.act(seen | {"episode_restart": True}))["actions"])
+            await line.end_episode({"metrics": {}, "steps": 4, "elapsed_sec": 1.0})
+            return found
+
+    with serving(Counting(), decode_image=lambda data: serve.decode_image(data, 10_000)) as server:
+        found = asyncio.run(run(server))
+    np.testing.assert_allclose([action[1] / 0.02 * 100 for action in found], [1, 2, 3, 1], rtol=1e-5)
