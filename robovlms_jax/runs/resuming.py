@@ -39,8 +39,7 @@ something else."""
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What becomes of settings that differ from the checkpoint's. fields: dotted paths, `*` stands for anything; but:
-    those among them that another rule is about."""
+    """What becomes of settings that differ. fields: dotted paths, `*` = anything; but: those that have another rule."""
 
     kind: Kind
     fields: tuple[str, ...]
@@ -49,11 +48,8 @@ class Rule:
 
     def covers(self, path: str) -> bool:
         """Whether the rule is about the field at `path`."""
-        return _is_any(path, self.fields) and not _is_any(path, self.but)
-
-
-def _is_any(path: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+        covered, left = (any(fnmatch.fnmatchcase(path, p) for p in listed) for listed in (self.fields, self.but))
+        return covered and not left
 
 
 RULES = (
@@ -211,8 +207,8 @@ class Difference(NamedTuple):
 
 
 def differing_fields(saved: Any, current: Any, prefix: str = "") -> list[Difference]:
-    """Where two configuration dictionaries differ. Of two kinds of heads only that; items of lists that have the same
-    names in the same order are compared by name."""
+    """Where two configuration dictionaries differ. Of two kinds of heads only that; lists about whose
+    items there are rules are compared by name, where names and order are the same."""
     if isinstance(saved, Mapping) and isinstance(current, Mapping):
         names = sorted({*saved, *current})
         if saved.get("kind") != current.get("kind"):
@@ -222,8 +218,9 @@ def differing_fields(saved: Any, current: Any, prefix: str = "") -> list[Differe
             for name in names
             for line in differing_fields(saved.get(name), current.get(name), f"{prefix}.{name}" if prefix else name)
         ]
-    if _names(saved) and _names(saved) == _names(current):
-        pairs = zip(_names(saved), saved, current, strict=True)
+    names = _names(saved) if any(rule.covers(f"{prefix}.*.name") for rule in RULES) else []
+    if names and names == _names(current):
+        pairs = zip(names, saved, current, strict=True)
         return [line for name, was, now in pairs for line in differing_fields(was, now, f"{prefix}.{name}")]
     return [] if saved == current else [Difference(prefix, saved, current)]
 

@@ -17,6 +17,7 @@ from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.policies.heads.gpt import GPTHeadConfig
+from robovlms_jax.policies.sensors.vector import VectorConfig
 from robovlms_jax.runs import resuming
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import from_dict, to_dict
@@ -41,6 +42,32 @@ def test_every_field_is_in_exactly_one_row_and_no_row_is_idle():
     assert not idle
     with pytest.raises(LookupError, match=r"train.pause is in 0 rows"):
         resuming.rule_of("train.pause")
+
+
+def test_a_robot_whose_dimensions_only_mean_something_else_is_another():
+    (first, *others), robot = SAVED.policy.robot.action, SAVED.policy.robot
+    other = dataclasses.replace(robot, action=(dataclasses.replace(first, frame="base"), *others))
+    (found,) = resuming.differing_fields(*({"policy": {"robot": to_dict(x)}} for x in (robot, other)))
+    assert found.path == "policy.robot.action" and resuming.rule_of(found.path).kind == "refused"
+
+
+def test_a_sensor_may_change_its_dropout_and_nothing_else():
+    sensor = VectorConfig("torque", size=3)
+    saved = cli.override(SAVED, **{"policy.sensors": (sensor,)})
+
+    def settle(*sensors):
+        return resuming.settle(point(saved), cli.override(saved, **{"policy.sensors": sensors}))
+
+    assert settle(dataclasses.replace(sensor, dropout=0.5)).policy.sensors[0].dropout == 0.5
+    for change, what in (
+        ({"size": 4}, r"policy\.sensors\.torque\.size: 3 in the checkpoint, 4 now"),
+        ({"field": "effort"}, r"policy\.sensors\.torque\.field: '' in the checkpoint, 'effort' now"),
+        ({"name": "force"}, r"policy\.sensors: .* in the checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            settle(dataclasses.replace(sensor, **change))
+    with pytest.raises(ValueError, match=r"policy\.sensors: .* in the checkpoint, \[\] now"):
+        settle()
 
 
 @pytest.mark.parametrize(
