@@ -21,6 +21,7 @@ from robovlms_jax import cli
 from robovlms_jax.control import robot as robots
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.deploy import messages, server
+from robovlms_jax.deploy.config import ServerConfig
 from robovlms_jax.load import load_batched_policy
 from robovlms_jax.policies.serving import BatchedVLAPolicy
 from robovlms_jax.runs.load import load_config
@@ -36,7 +37,7 @@ class ServeConfig:
     """Run directory or one of its checkpoints/<step> folders."""
     slots: int = 4
     """Robots at once; one compiled step serves them all."""
-    server: server.ServerConfig = server.ServerConfig()
+    server: ServerConfig = ServerConfig()
     image_size: tuple[int, ...] = ()
     """Height and width of the pictures that robots send, for the warm-up: the step is compiled for them. Empty: the
     robot's own sizes where they are known, else the model's."""

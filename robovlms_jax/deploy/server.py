@@ -14,7 +14,6 @@ import functools
 import hmac
 import json
 import logging
-import ssl
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,54 +23,12 @@ import numpy as np
 from robovlms_jax.control.robot import RobotSpec
 from robovlms_jax.deploy import codec, messages
 from robovlms_jax.deploy.batching import InferenceThread, ServedPolicy
+from robovlms_jax.deploy.config import ServerConfig, tls_context
 from robovlms_jax.deploy.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
 VLA_EVAL_PATH = "/vla-eval"
-
-
-@dataclasses.dataclass(frozen=True)
-class ServerConfig:
-    """Where and how to serve."""
-
-    host: str = "127.0.0.1"
-    """Address to listen at. Others than this machine reach it only if you say so, such as with 0.0.0.0."""
-    port: int = 8000
-    """0: any that is free."""
-    token: str = ""
-    """What clients must show as `Authorization: Bearer TOKEN` (or `Api-Key TOKEN`, as openpi's client sends it)."""
-    certificate: str = ""
-    """PEM file for TLS (wss://)."""
-    key: str = ""
-    """PEM file of its private key; empty: it is in the certificate's file."""
-    max_batch: int = 0
-    """Steps of one call of the policy; 0: as many as there are slots."""
-    max_wait_s: float = 0.002
-    """How long a step waits for those of other robots to share a call."""
-    max_message_bytes: int = 64 * 2**20
-    max_picture_pixels: int = 4_000_000
-    request_timeout_s: float = 60.0
-    """An answer that takes longer is an error, and the connection is closed."""
-    send_timeout_s: float = 10.0
-    """A client that does not read its answers is dropped after this."""
-    idle_timeout_s: float = 600.0
-    """A client that sends nothing gives its slot back after this; 0: never."""
-    drain_timeout_s: float = 30.0
-    """How long running requests may take after SIGTERM."""
-
-    def __post_init__(self):
-        for field in ("max_wait_s", "idle_timeout_s", "max_batch"):
-            if not getattr(self, field) >= 0:
-                raise ValueError(f"{field}={getattr(self, field)} must not be negative.")
-        positive = ("max_message_bytes", "max_picture_pixels", "request_timeout_s", "send_timeout_s", "drain_timeout_s")
-        for field in positive:
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field}={getattr(self, field)} must be above 0.")
-        if not 0 <= self.port < 65536:
-            raise ValueError(f"port={self.port} must be 0 ... 65535.")
-        if self.key and not self.certificate:
-            raise ValueError("key is given without a certificate; TLS needs both.")
 
 
 @dataclasses.dataclass(eq=False)
@@ -118,6 +75,7 @@ class PolicyServer:
             raise ValueError(f"executed={executed} must be 1 ... {horizon}, the actions of a chunk.")
         self.config, self.robot, self.horizon, self.name = config, robot, horizon, name
         self.metrics = Metrics()
+        self._token = config.secret()
         self._reader = dataclasses.replace(reader, max_pixels=config.max_picture_pixels)
         self._bounds = codec.Bounds(message_bytes=config.max_message_bytes)
         self._decode_image, self._executed = decode_image, executed
@@ -140,7 +98,7 @@ class PolicyServer:
 
         quiet = logging.getLogger("robovlms_jax.deploy.websockets")
         quiet.setLevel(logging.CRITICAL)  # hostile handshakes would fill the log with tracebacks
-        tls = _tls(self.config)
+        tls = tls_context(self.config)
         self._inference.start()
         self._server = await websockets.serve(
             self._connected,
@@ -157,7 +115,7 @@ class PolicyServer:
             server_header=None,
         )
         self.metrics.set("ready", 1)
-        if self.config.host not in ("127.0.0.1", "::1", "localhost") and not self.config.token:
+        if self.config.host not in ("127.0.0.1", "::1", "localhost") and not self._token:
             log.warning("anyone who reaches %s can drive the robot: set a token.", self.config.host)
 
     async def drain(self) -> None:
@@ -212,10 +170,10 @@ class PolicyServer:
         return None
 
     def _authorized(self, given: list[str]) -> bool:
-        if not self.config.token:
+        if not self._token:
             return True
         kind, _, token = (given[0] if len(given) == 1 else "").partition(" ")
-        return kind in ("Bearer", "Api-Key") and hmac.compare_digest(token.encode(), self.config.token.encode())
+        return kind in ("Bearer", "Api-Key") and hmac.compare_digest(token.encode(), self._token.encode())
 
     async def _connected(self, socket: Any) -> None:
         if not self._free:
@@ -374,18 +332,6 @@ class PolicyServer:
         session.busy = False
         self.metrics.add("requests_total")
         self.metrics.observe("request_seconds", seconds)
-
-
-def _tls(config: ServerConfig) -> ssl.SSLContext | None:
-    if not config.certificate:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(config.certificate, config.key or None)
-    except (OSError, ssl.SSLError) as error:
-        raise ValueError(f"certificate {config.certificate!r} cannot be used for TLS: {error}") from error
-    return context
 
 
 async def serve(server: PolicyServer, ready: Callable[[], None] = lambda: None) -> None:

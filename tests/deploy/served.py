@@ -11,8 +11,9 @@ import numpy as np
 
 from robovlms_jax.control.interface import ActionChunk, Observation
 from robovlms_jax.control.robot import CALVIN
+from robovlms_jax.deploy.config import ServerConfig
 from robovlms_jax.deploy.messages import Reader
-from robovlms_jax.deploy.server import PolicyServer, ServerConfig
+from robovlms_jax.deploy.server import PolicyServer
 
 HORIZON = 4
 
@@ -97,3 +98,8 @@ def serving(policy, *, executed=1, decode_image=None, cameras=("static",), **con
 
 def url(server, path="", scheme="ws"):
     return f"{scheme}://127.0.0.1:{server.port}{path}"
+
+
+def steps(reply):
+    """Which step of its episode an answer is: `{"actions": float[C, 7]}`."""
+    return round(float(reply["actions"][0, 1]) * 100)

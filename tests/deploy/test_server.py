@@ -16,14 +16,13 @@ import urllib.request
 import numpy as np
 import pytest
 
-from experiments import serve
 from robovlms_jax.control.robot import CALVIN
-from robovlms_jax.deploy import client as clients
 from robovlms_jax.deploy import codec
 from robovlms_jax.deploy.client import Client, ClientConfig, ServerError
+from robovlms_jax.deploy.config import ServerConfig
 from robovlms_jax.deploy.messages import Reader
-from robovlms_jax.deploy.server import PolicyServer, ServerConfig
-from tests.deploy.served import Counting, message, observation, picture, serving, url
+from robovlms_jax.deploy.server import PolicyServer
+from tests.deploy.served import Counting, message, observation, serving, steps, url
 
 pytest.importorskip("websockets", reason="the server needs the extra `serve`")
 
@@ -46,11 +45,6 @@ def get(server, path, token=None):
         request.add_header("Authorization", f"Bearer {token}")
     with urllib.request.urlopen(request, timeout=5) as answer:
         return answer.status, answer.read().decode()
-
-
-def steps(reply):
-    """Which step of its episode an answer is."""
-    return round(float(reply["actions"][0, 1]) * 100)
 
 
 def test_a_conversation_as_openpis_clients_have_it():
@@ -182,6 +176,18 @@ def test_a_token_is_needed_where_one_is_set_but_for_the_health_check():
             assert robot.metadata["action_dim"] == 7
 
 
+def test_the_token_may_stand_in_a_file_and_an_empty_one_is_refused(tmp_path):
+    file = tmp_path / "token"
+    file.write_text("right\n")
+    with serving(Counting(), token_file=str(file)) as server:
+        assert get(server, "/health", "right")[0] == 200
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            get(server, "/health")
+    file.write_text("\n")
+    with pytest.raises(ValueError, match=r"token_file .* is empty"):
+        ServerConfig(token_file=str(file)).secret()
+
+
 def test_web_pages_do_not_get_in():
     with serving(Counting()) as server, pytest.raises(InvalidStatus, match="403"):
         connect(url(server), origin="http://example.com")
@@ -237,77 +243,6 @@ def test_an_answer_that_takes_too_long_is_an_error():
         read(line)
         line.send(codec.pack(message()))
         assert "did not answer in 0.1 s" in line.recv(5)
-
-
-def test_our_client_knows_the_servers_clock_and_times_out():
-    policy = Counting()
-    with serving(policy) as server, Client(url(server), ClientConfig(timeout_s=0.3)) as robot:
-        with pytest.raises(RuntimeError, match="act\\(\\) before reset"):
-            robot.act(observation())
-        robot.reset("open the drawer")
-        found = [steps({"actions": robot.act(observation()).actions}) for _ in range(3)]
-        assert found == [1, 2, 3]
-        robot.reset("open the drawer")
-        assert steps({"actions": robot.act(observation()).actions}) == 1
-        assert abs(robot.clock.offset_s) <= robot.clock.round_trip_s / 2 + 1e-3
-        policy.delay_s = 0.6
-        with pytest.raises(TimeoutError, match=r"no answer within 0\.3 s"):
-            robot.act(observation())
-        policy.delay_s = 0.0
-        # the late answer is not taken for this one's
-        assert steps({"actions": ClientRetry(robot).act(observation())}) == 1
-
-
-class ClientRetry:
-    """The slot of the late answer is taken until it came; there are two."""
-
-    def __init__(self, robot):
-        self._robot = robot
-
-    def act(self, seen):
-        time.sleep(0.5)
-        return self._robot.act(seen).actions
-
-
-def test_our_client_connects_again_and_says_that_the_episode_began_anew(caplog):
-    with serving(Counting()) as server, Client(url(server)) as robot:
-        robot.reset("open")
-        robot.act(observation()), robot.act(observation())
-        robot._line.socket.shutdown(2)
-        assert steps({"actions": robot.act(observation()).actions}) == 1
-        assert robot.episodes_lost == 1 and "the episode begins anew there" in caplog.text
-
-
-def test_our_client_waits_for_a_server_and_gives_up_in_time():
-    started = time.monotonic()
-    with pytest.raises(TimeoutError, match="no policy server answered"):
-        Client("ws://127.0.0.1:9", ClientConfig(connect_timeout_s=0.4)).connect()
-    assert time.monotonic() - started < 2
-    with pytest.raises(ValueError, match="expected ws://HOST:PORT"):
-        Client("localhost:8000")
-
-
-def test_the_client_of_event_loops_does_the_same():
-    async def run(server):
-        config = ClientConfig(timeout_s=0.3, connect_timeout_s=2)
-        async with clients.AsyncClient(url(server), config) as robot:
-            await robot.reset("open")
-            found = [steps({"actions": (await robot.act(observation())).actions}) for _ in range(2)]
-            policy.delay_s = 0.6
-            with pytest.raises(TimeoutError, match="no answer"):
-                await robot.act(observation())
-            return found
-
-    policy = Counting()
-    with serving(policy) as server:
-        assert asyncio.run(run(server)) == [1, 2]
-
-
-def test_a_servers_error_reaches_our_client():
-    with serving(Counting(), cameras=("static", "wrist")) as server, Client(url(server)) as robot:
-        robot.reset("open")
-        with pytest.raises(ServerError, match="there is no 'wrist' picture"):
-            robot.act(observation())
 
 
 def envelope(kind, payload, seq=0):
@@ -378,43 +313,10 @@ def test_tls_and_a_client_that_trusts_the_certificate(tmp_path):
         asyncio.run(broken.start())
 
 
-@pytest.mark.parametrize("change", [{"port": -1}, {"max_wait_s": -1.0}, {"send_timeout_s": 0.0}, {"key": "x"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"token_file": "x", "token": "x"}, {"port": -1}, {"max_wait_s": -1.0}, {"send_timeout_s": 0.0}, {"key": "x"}],
+)
 def test_settings_that_are_none_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         ServerConfig(**change)
-
-
-def test_the_published_openpi_client_is_served():
-    """openpi's own client, where it is installed."""
-    policies = pytest.importorskip(
-        "openpi_client.websocket_client_policy", reason="pip install --no-deps openpi-client"
-    )
-    brokers = pytest.importorskip("openpi_client.action_chunk_broker")
-    with serving(Counting()) as server:
-        policy = policies.WebsocketClientPolicy("127.0.0.1", server.port)
-        assert policy.get_server_metadata()["action_horizon"] == 4
-        broker = brokers.ActionChunkBroker(policy, 4)
-        assert [broker.infer(message())["actions"].shape for _ in range(12)] == [(7,)] * 12
-        with pytest.raises(RuntimeError, match="there is no 'static' picture"):
-            policy.infer({"prompt": "x"})
-        assert policies.WebsocketClientPolicy("127.0.0.1", server.port).infer(message())["actions"].shape == (4, 7)
-
-
-def test_the_published_harness_client_is_served():
-    """vla-eval's own connection, where it is installed."""
-    connections = pytest.importorskip("vla_eval.connection", reason="pip install vla-eval")
-
-    async def run(server):
-        async with connections.Connection(url(server, "/vla-eval"), timeout=5) as line:
-            await line.start_episode({"task": {"name": "push"}})
-            seen = {"images": {"rgb_static": picture()}, "task_description": "push", "states": np.zeros(8, np.float32)}
-            found = [(await line.act(seen))["actions"] for _ in range(3)]
-            with pytest.raises(RuntimeError, match="there is no 'static' picture"):
-                await line.act({"images": {}, "task_description": "push"})
-            found.append((await line.act(seen | {"episode_restart": True}))["actions"])
-            await line.end_episode({"metrics": {}, "steps": 4, "elapsed_sec": 1.0})
-            return found
-
-    with serving(Counting(), decode_image=lambda data: serve.decode_image(data, 10_000)) as server:
-        found = asyncio.run(run(server))
-    np.testing.assert_allclose([action[1] / 0.02 * 100 for action in found], [1, 2, 3, 1], rtol=1e-5)
