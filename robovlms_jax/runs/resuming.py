@@ -1,27 +1,21 @@
-"""Go on with a run: everything that gives its parameters a meaning comes from the checkpoint, and `RULES` say which
-settings may be others than before."""
+"""Go on with a run: everything that gives its parameters a meaning comes from the checkpoint, and `resume_rules`
+say which settings may be others than before."""
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import logging
 import pathlib
-import typing
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from robovlms_jax import schema
 from robovlms_jax.control import robot as robots
 from robovlms_jax.parallel.config import DistributedConfig
 from robovlms_jax.policies.config import PolicyConfig
-from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
-from robovlms_jax.policies.sensors import base as sensors
-from robovlms_jax.policies.sensors.base import SensorConfig
-from robovlms_jax.runs import saved
+from robovlms_jax.runs import resume_rules, saved
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import from_dict, to_dict
 from robovlms_jax.training import checkpoints, items, optimizer, stages
@@ -29,169 +23,6 @@ from robovlms_jax.training.config import OptimizerConfig
 from robovlms_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
-
-Kind = Literal["free", "said", "kept", "order", "stage", "refused"]
-"""free: may change. said: may change, and the log says so, for training goes on differently. kept: the checkpoint's
-value stays, and the log says so. order: may change with train.allow_new_order, for other batches come. stage: what is
-trained or learned from is another, which is a new stage of training (train.init_from). refused: parameters would mean
-something else."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What becomes of settings that differ. fields: dotted paths, `*` = anything; but: those that have another rule."""
-
-    kind: Kind
-    fields: tuple[str, ...]
-    reason: str
-    but: tuple[str, ...] = ()
-
-    def covers(self, path: str) -> bool:
-        """Whether the rule is about the field at `path`."""
-        covered, left = (any(fnmatch.fnmatchcase(path, p) for p in listed) for listed in (self.fields, self.but))
-        return covered and not left
-
-
-RULES = (
-    # What is trained.
-    Rule("kept", ("backbone.weights",), "parameters, tokenizer and preprocessing come from the checkpoint"),
-    Rule("said", ("backbone.dtype",), "numbers are computed in another precision"),
-    Rule("free", ("backbone.remat",), "the same numbers with less memory"),
-    Rule(
-        "refused",
-        ("backbone.name", "backbone.attention", "backbone.resampler_*", "backbone.lora_*"),
-        "it is the architecture that the parameters belong to",
-    ),
-    Rule(
-        "refused",
-        (
-            *("policy.history", "policy.readout", "policy.num_queries", "policy.pool", "policy.window", "policy.chunk"),
-            *("policy.cameras", "policy.compat_*", "policy.action_history.length"),
-            *("policy.proprio.enabled", "policy.proprio.center", "policy.proprio.scale", "policy.lora_*"),
-        ),
-        "the parameters were learned with it and mean something else without",
-    ),
-    Rule(
-        "refused",
-        (
-            *("policy.action_scaling", "policy.action_num_std", "policy.action_low", "policy.action_high"),
-            *("policy.action_mean", "policy.action_std", "policy.action_mu", "data.compat_second_norm"),
-        ),
-        "what the head predicts is scaled by it into what a robot is sent",
-    ),
-    Rule("free", ("policy.robot.name",), "what the robot is called"),
-    Rule(
-        "refused",
-        tuple(f"policy.robot.{part}" for part in ("rate_hz", "cameras", "action", "state")),
-        "it says what the policy's numbers and pictures are",
-    ),
-    Rule("free", ("policy.reencode_every",), "only control reads it"),
-    Rule(
-        "refused",
-        ("policy.sensors", "policy.sensors.*"),
-        "the parameters were learned with these readings, in this order",
-        but=("policy.sensors.*.dropout", "policy.sensors.*.field"),
-    ),
-    Rule("stage", ("policy.sensors.*.field",), "these are other readings under the same name"),
-    Rule(
-        "said",
-        ("policy.proprio.dropout", "policy.action_history.dropout", "policy.sensors.*.dropout"),
-        "training goes on with another dropout",
-    ),
-    Rule("stage", ("policy.auxiliary.*",), "it is a loss of its own, some with parameters of their own"),
-    Rule(
-        "said",
-        tuple(f"policy.head.{name}" for name in ("arm_loss", "huber_delta", "gripper_loss_weight", "dropout")),
-        "training goes on with another loss",
-    ),
-    Rule("free", ("policy.head.num_steps", "policy.head.seed", "policy.head.constrained"), "only control reads it"),
-    Rule(
-        "refused",
-        (
-            *(f"policy.head.{name}" for name in ("kind", "trunk", "hidden_size", "num_layers", "num_heads")),
-            *(f"policy.head.{name}" for name in ("num_bins", "low", "high", "binning", "quantile_edges")),
-            *(f"policy.head.{name}" for name in ("vocab_end", "decoding")),
-        ),
-        "it is the head that the parameters belong to, or what its outputs mean",
-    ),
-    # What it is trained on.
-    Rule("free", ("data.root", "data.index_dir", "data.index_workers"), "where data lie; their content is compared"),
-    Rule("free", ("data.num_threads", "data.num_workers", "data.prefetch"), "the same batches, read otherwise"),
-    Rule("free", ("data.check_actions", "data.max_corrupt_share"), "when to stop, not what to learn"),
-    Rule("stage", ("data.conventions",), "it says in which units data are"),
-    Rule("said", ("data.static_shift", "data.wrist_shift", "data.augment.*"), "pictures are augmented otherwise"),
-    Rule(
-        "order",
-        (
-            *("data.unlabelled_*", "data.success_only", "data.left_pad", "data.vary_language", "data.paraphrases"),
-            *("data.compat_goal_relabelling", "data.windows_per_segment", "data.episode_list", "data.exclude_tasks"),
-            *("data.annotation_folder", "data.max_left_out_share", "train.batch_size", "train.seed"),
-        ),
-        "other batches follow than would have",
-    ),
-    Rule("stage", ("data.text_length",), "all prompts are padded to it"),
-    Rule(
-        "stage",
-        ("data.dataset", "data.image_size", "data.reference", "data.statistics"),
-        "these are other data, or the same in other units",
-    ),
-    Rule("free", ("demonstrations.tables",), "simulated side by side, not learned from"),
-    Rule(
-        "order",
-        (
-            *("demonstrations.episodes", "demonstrations.validation_*", "demonstrations.tasks"),
-            *("demonstrations.scenes", "demonstrations.random_scenes", "demonstrations.chain_length"),
-            *("demonstrations.max_steps", "demonstrations.disturbance", "demonstrations.start_spread"),
-            *("demonstrations.image_size", "demonstrations.seed"),
-        ),
-        "these are other demonstrations",
-    ),
-    # How it is trained.
-    Rule("said", ("optimizer.*",), "the optimizer goes on otherwise, with the moments that it has"),
-    Rule("said", ("train.steps",), "the schedule may end elsewhere; never before the checkpoint's own step"),
-    Rule("free", ("train.epochs",), "it becomes train.steps"),
-    Rule("said", ("train.accumulation", "train.on_nonfinite", "train.max_skipped"), "steps are made otherwise"),
-    Rule("stage", ("train.trainable", "train.stages"), "the optimizer has moments of other parameters"),
-    Rule("free", ("train.resume", "train.init_from", "train.allow_new_order"), "how this start was asked for"),
-    Rule("free", ("train.output", "train.compilation_cache"), "where things lie"),
-    Rule(
-        "free",
-        (
-            *("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints"),
-            *("train.profile", "train.wandb_project", "evaluation.*", "rollouts.*"),
-        ),
-        "what is looked at and kept, not what is learned",
-    ),
-    Rule("free", ("mesh.*", "distributed.*"), "the same step on other devices"),
-)
-
-
-def rule_of(path: str) -> Rule:
-    """The rule about a field. Raises LookupError unless there is exactly one."""
-    found = [rule for rule in RULES if rule.covers(path)]
-    if len(found) != 1:
-        raise LookupError(
-            f"{path} is in {len(found)} rows of resuming.RULES; it needs one that says why it may change."
-        )
-    return found[0]
-
-
-def fields_of(cls: type = ExperimentConfig, prefix: str = "") -> Iterator[str]:
-    """Dotted paths of all fields that a configuration can have, those of every registered head and sensor included; of
-    tuples of configurations their own, and those of an item called `*`."""
-    if cls is heads.HeadConfig:
-        names = {name for kind in heads.kinds() for name in fields_of(heads.config_of(kind), prefix)}
-        yield from sorted({*names, f"{prefix}kind"})
-        return
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            yield from fields_of(hint, f"{prefix}{field.name}.")
-        elif schema.item_of(hint) is SensorConfig:
-            yield from (f"{prefix}{field.name}", *(f"{prefix}{field.name}.*.{name}" for name in sensors.fields()))
-        else:
-            yield f"{prefix}{field.name}"
 
 
 class Difference(NamedTuple):
@@ -218,7 +49,7 @@ def differing_fields(saved: Any, current: Any, prefix: str = "") -> list[Differe
             for name in names
             for line in differing_fields(saved.get(name), current.get(name), f"{prefix}.{name}" if prefix else name)
         ]
-    names = _names(saved) if any(rule.covers(f"{prefix}.*.name") for rule in RULES) else []
+    names = _names(saved) if any(rule.covers(f"{prefix}.*.name") for rule in resume_rules.RULES) else []
     if names and names == _names(current):
         pairs = zip(names, saved, current, strict=True)
         return [line for name, was, now in pairs for line in differing_fields(was, now, f"{prefix}.{name}")]
@@ -272,7 +103,7 @@ def settle(point: Point, config: ExperimentConfig) -> ExperimentConfig:
       ValueError: settings differ that may not (`RULES`); names each with both values, and what to do.
     """
     config = _fill(point.config, config)
-    found = [(difference, rule_of(difference.path)) for difference in _differences(point.config, config)]
+    found = [(difference, resume_rules.rule_of(difference.path)) for difference in _differences(point.config, config)]
     allowed = {"free", "said", "kept"} | ({"order"} if config.train.allow_new_order else set())
     refused = [(difference, rule) for difference, rule in found if rule.kind not in allowed]
     if refused:
@@ -296,7 +127,7 @@ def require_steps(point: Point, config: ExperimentConfig) -> None:
         )
 
 
-def _refusal(point: Point, refused: Iterable[tuple[Difference, Rule]]) -> str:
+def _refusal(point: Point, refused: Iterable[tuple[Difference, resume_rules.Rule]]) -> str:
     kinds, lines = set(), []
     for difference, rule in refused:
         kinds.add(rule.kind)

@@ -18,7 +18,7 @@ from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.policies.heads.gpt import GPTHeadConfig
 from robovlms_jax.policies.sensors.vector import VectorConfig
-from robovlms_jax.runs import resuming
+from robovlms_jax.runs import resume_rules, resuming
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import from_dict, to_dict
 from robovlms_jax.training import checkpoints, optimizer
@@ -34,21 +34,21 @@ def point(saved: ExperimentConfig = SAVED, step: int = 50) -> resuming.Point:
 
 def test_every_field_is_in_exactly_one_row_and_no_row_is_idle():
     # A new field of any configuration has to be put into `RULES`, with a reason.
-    fields = list(resuming.fields_of())
+    fields = list(resume_rules.fields_of())
     assert {"policy.head.kind", "policy.head.num_bins", "policy.auxiliary.clip.weights", "mesh.fsdp"} <= set(fields)
     for path in fields:
-        assert resuming.rule_of(path).reason
-    idle = [p for rule in resuming.RULES for p in rule.fields if not any(fnmatch.fnmatchcase(f, p) for f in fields)]
+        assert resume_rules.rule_of(path).reason
+    idle = [p for rule in resume_rules.RULES for p in rule.fields if not any(fnmatch.fnmatchcase(f, p) for f in fields)]
     assert not idle
     with pytest.raises(LookupError, match=r"train.pause is in 0 rows"):
-        resuming.rule_of("train.pause")
+        resume_rules.rule_of("train.pause")
 
 
 def test_a_robot_whose_dimensions_only_mean_something_else_is_another():
     (first, *others), robot = SAVED.policy.robot.action, SAVED.policy.robot
     other = dataclasses.replace(robot, action=(dataclasses.replace(first, frame="base"), *others))
     (found,) = resuming.differing_fields(*({"policy": {"robot": to_dict(x)}} for x in (robot, other)))
-    assert found.path == "policy.robot.action" and resuming.rule_of(found.path).kind == "refused"
+    assert found.path == "policy.robot.action" and resume_rules.rule_of(found.path).kind == "refused"
 
 
 def test_a_sensor_may_change_its_dropout_and_nothing_else():
