@@ -115,8 +115,8 @@ def prepare(config: ExperimentConfig, model: VLA, train_state: state.TrainState,
     """Compile the real training step for one K."""
     tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
     schedule = optimizer.learning_rate(config.optimizer, config.train.steps)
-    shifts = {"static": config.data.static_shift, "wrist": config.data.wrist_shift}
-    train_step = step.make_train_step(objective.robot(model, shifts=shifts), tx, schedule, train_state, mesh)
+    loss = objective.robot(model, shifts=config.data.shifts)
+    train_step = step.make_train_step(loss, tx, schedule, train_state, mesh)
     rows = workload.make_batch(config, config.segments_per_batch // jax.process_count())
     batch = meshes.put_batch({objective.ROBOT: rows}, mesh)
     begin = time.perf_counter()

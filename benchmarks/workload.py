@@ -16,7 +16,6 @@ import numpy as np
 
 from robovlms_jax.backbones import kosmos2, registry
 from robovlms_jax.backbones.config import BackboneConfig
-from robovlms_jax.control import interface
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.nn import stack
 from robovlms_jax.nn.decoder import DecoderConfig
@@ -112,7 +111,7 @@ def make_batch(config: ExperimentConfig, num_segments: int) -> Batch:
             text_mask=np.ones((num_segments, TEXT_LENGTH), bool),
             step_mask=np.ones((num_segments, frames), bool),
         ),
-        actions=rng.uniform(-0.5, 0.5, (num_segments, steps, interface.ACTION_DIM)).astype(np.float32),
+        actions=rng.uniform(-0.5, 0.5, (num_segments, steps, config.policy.action_dim)).astype(np.float32),
         action_mask=np.ones((num_segments, steps), bool),
         window_mask=np.ones((num_segments, config.data.windows_per_segment), bool),
         episode=np.zeros(num_segments, np.int32),
@@ -204,8 +203,8 @@ def _head(model: VLA, *, decoded_steps: int, loops_once: bool) -> int:
     config, policy = model.config.head, model.config
     hidden = config.hidden_size * policy.num_queries
     trunks = 0
-    for outputs in (policy.chunk * (interface.ACTION_DIM - 1), policy.chunk):
-        widths = (hidden, *config.trunk, outputs)
+    for columns in (policy.predicted.scaled, policy.predicted.binary):
+        widths = (hidden, *config.trunk, policy.chunk * len(columns))
         trunks += sum(2 * a * b for a, b in itertools.pairwise(widths))
     if isinstance(config, MLPHeadConfig):
         width = model.vlm.width * policy.num_queries

@@ -22,6 +22,7 @@ import numpy as np
 
 from robovlms_jax import cli
 from robovlms_jax.control.execution import Execution
+from robovlms_jax.control.robot import CALVIN
 from robovlms_jax.envs import simpler, vector
 from robovlms_jax.envs.calvin import adapter as calvin
 from robovlms_jax.envs.calvin import task_chains
@@ -33,6 +34,7 @@ from robovlms_jax.evaluation.rollout import Films, Recording, SuccessCriterion, 
 from robovlms_jax.load import load_batched_policy
 from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable.env import PlayTables
+from robovlms_jax.runs import robots
 from robovlms_jax.training import checkpoints, seals
 
 log = logging.getLogger(__name__)
@@ -172,6 +174,8 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
         *(config.env, len(trials), config.execution.label, trials[0].labels.get("phrasing", "the task's own"), output),
     )
     policy = load_batched_policy(directory, slots=config.processes)
+    if config.env != "simpler":  # SimplerEnv scales what it is sent by quantiles, whatever its units are
+        robots.require_same(policy.model.config, CALVIN, f"env {config.env} is driven as")
 
     def keep(recording: Recording) -> None:
         film_files.write_film(recording, output / f"film_{recording.trial.index:04d}")

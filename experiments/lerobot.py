@@ -81,6 +81,7 @@ ROBOTS = {
 
 def small(name: str, robot: RobotSpec) -> ExperimentConfig:
     """A model and a run for a laptop. Actions are scaled by their quantiles, whatever their units are."""
+    shift = dict.fromkeys(robot.camera_names, 2)
     return ExperimentConfig(
         backbone=BackboneConfig(name="kosmos-2-twin"),
         policy=PolicyConfig(
@@ -92,7 +93,11 @@ def small(name: str, robot: RobotSpec) -> ExperimentConfig:
             action_scaling="quantile",
         ),
         data=DataConfig(
-            dataset="lerobot", windows_per_segment=4, static_shift=0, wrist_shift=0, num_threads=2, prefetch=2
+            dataset="lerobot",
+            windows_per_segment=4,
+            shift=shift,
+            num_threads=2,
+            prefetch=2,
         ),
         optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=5),
         train=TrainConfig(

@@ -23,7 +23,6 @@ from jax.sharding import AbstractMesh, AxisType
 from experiments import bridge, calvin_abcd, google_robot, oxe_pretrain
 from robovlms_jax import cli, upstream
 from robovlms_jax.backbones import registry
-from robovlms_jax.control import interface
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import MeshConfig
 from robovlms_jax.policies import objective
@@ -38,8 +37,8 @@ from robovlms_jax.types import Batch, Inputs
 
 TEXT_LENGTH = 32
 """Prompt tokens where data.text_length leaves them to the dataset; CALVIN's longest prompt needs 16 to 24."""
-IMAGE_SIZES = {"static": (200, 200), "wrist": (84, 84)}
-"""Pixels of a stored frame where data.image_size does not say: CALVIN's."""
+IMAGE_SIZE = (224, 224)
+"""Pixels of a stored frame where neither data.image_size nor policy.robot says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +112,8 @@ def describe_batch(config: ExperimentConfig) -> Batch:
     text, side = config.data.text_length or TEXT_LENGTH, config.data.image_size
 
     def images(count: int) -> dict[str, jax.ShapeDtypeStruct]:
-        sizes = {camera: (side, side) if side else IMAGE_SIZES[camera] for camera in policy.cameras}
+        known = {camera.name: (camera.height, camera.width) for camera in policy.robot.cameras if camera.height}
+        sizes = {camera: (side, side) if side else known.get(camera, IMAGE_SIZE) for camera in policy.cameras}
         return {camera: leaf(np.uint8, count, *size, 3) for camera, size in sizes.items()}
 
     def leaf(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -127,7 +127,7 @@ def describe_batch(config: ExperimentConfig) -> Batch:
             step_mask=leaf(np.bool_, frames),
             **jax.tree.map(lambda x: leaf(x.dtype, *x.shape[1:]), sensors.blank(policy.all_sensors, 1, frames)),
         ),
-        actions=leaf(np.float32, steps, interface.ACTION_DIM),
+        actions=leaf(np.float32, steps, policy.action_dim),
         action_mask=leaf(np.bool_, steps),
         window_mask=leaf(np.bool_, config.data.windows_per_segment),
         episode=leaf(np.int32),

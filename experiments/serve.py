@@ -71,7 +71,7 @@ def warm_up(policy: BatchedVLAPolicy, robot: robots.RobotSpec, config: ServeConf
     for camera in cameras:
         height, width = config.image_size or own.get(camera, model_size)
         images[camera] = np.zeros((height, width, 3), np.uint8)
-    state = np.zeros(len(robot.state) or 7, np.float32)
+    state = np.zeros(len(policy.robot.state), np.float32) if policy.robot.state else None
     slots = list(range(policy.slots))
     policy.reset(slots, ["move"] * policy.slots)
     for _ in range(2):
@@ -88,7 +88,8 @@ def build(config: ServeConfig) -> server.PolicyServer:
     warm_up(policy, settings.robot, config)
     readings = {sensor.name: sensor.reading for sensor in settings.sensors}
     shapes = {name: (None, *x.shape[1:]) if x.any_rows else x.shape for name, x in readings.items()}
-    reader = messages.Reader(tuple(settings.cameras), state=settings.proprio.enabled, sensors=shapes)
+    needs_state = settings.proprio.enabled or settings.representation != "robot"
+    reader = messages.Reader(tuple(settings.cameras), state=needs_state, sensors=shapes)
     return server.PolicyServer(
         policy,
         settings.robot,

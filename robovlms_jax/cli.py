@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from robovlms_jax import schema
+from robovlms_jax import json_files, schema
 
 Config = TypeVar("Config")
 
@@ -20,6 +20,31 @@ ALIASES = {"--resume": "--train.resume", "--init_from": "--train.init_from", "--
 
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 """What may follow a switch, in upper or lower case."""
+
+
+_FILES = tyro.constructors.ConstructorRegistry()
+"""What is read from a JSON file that the command line names: types with `from_json`, such as a robot's description."""
+
+
+@_FILES.primitive_rule
+def _from_file(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    kind = info.type
+    if not (isinstance(kind, type) and hasattr(kind, "from_json")):
+        return None
+
+    def read_file(words: list[str]) -> Any:
+        try:
+            return kind.from_json(json_files.read(pathlib.Path(words[0])), words[0])
+        except OSError as error:
+            raise ValueError(f"cannot be read: {error}") from error
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FILE.json",
+        instance_from_str=read_file,
+        is_instance=lambda value: isinstance(value, kind),
+        str_from_instance=lambda value: [value.name],
+    )
 
 
 def read(config: type[Config] | Config, *, description: str | None = None, argv: Sequence[str] | None = None) -> Config:
@@ -37,7 +62,8 @@ def read(config: type[Config] | Config, *, description: str | None = None, argv:
     """
     start = {"f": config} if isinstance(config, type) else {"f": type(config), "default": config}
     arguments = _spell_switches(sys.argv[1:] if argv is None else argv, switches(config))
-    return tyro.cli(**start, args=arguments, description=description, config=(tyro.conf.AvoidSubcommands,))
+    with _FILES:
+        return tyro.cli(**start, args=arguments, description=description, config=(tyro.conf.AvoidSubcommands,))
 
 
 def parse(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
 from robovlms_jax import cli
+from robovlms_jax.control import robot
 from robovlms_jax.policies.config import PolicyConfig, ProprioConfig
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import from_dict, to_dict
@@ -125,3 +127,20 @@ def test_whole_numbers_do_for_float_and_lists_for_tuples():
     changed = cli.override(ExperimentConfig(), **{"train.epochs": 5, "demonstrations.image_size": [64, 64]})
     assert changed.train.epochs == 5 and changed.demonstrations.image_size == (64, 64)
     assert from_dict(ExperimentConfig, to_dict(changed)) == changed
+
+
+def test_a_robot_comes_from_a_json_file_and_shifts_by_camera(tmp_path):
+    spec = robot.RobotSpec("mine", 10.0, (robot.Camera("top"),), robot.CALVIN.action)
+    (tmp_path / "mine.json").write_text(json.dumps(spec.to_json()))
+    argv = ["--policy.robot", str(tmp_path / "mine.json"), "--policy.cameras", "top", "--data.shift", "top", "3"]
+    config = cli.read(ExperimentConfig, argv=argv)
+    assert config.policy.robot == spec and config.data.shifts == {"static": 10, "wrist": 4, "top": 3}
+    assert cli.read(ExperimentConfig, argv=[]).policy.robot == robot.CALVIN
+
+
+def test_a_robot_that_no_file_describes_is_refused_with_the_field(tmp_path, capsys):
+    (tmp_path / "mine.json").write_text('{"name": "mine", "action": [{"name": "a", "kind": "sideways"}]}')
+    for name, message in (("mine.json", "sideways"), ("nowhere.json", "cannot be read")):
+        with pytest.raises(SystemExit):
+            cli.read(ExperimentConfig, argv=["--policy.robot", str(tmp_path / name)])
+        assert message in capsys.readouterr().err

@@ -27,7 +27,9 @@ def examples() -> dict[str, str]:
 
 def test_every_playbook_has_an_example_that_asserts():
     blocks = examples()
-    assert set(blocks) == {"Add a backbone", "Add a head", "Add a task", "Add a sensor", "Add a dataset"}
+    assert set(blocks) == {
+        *("Add a backbone", "Add a head", "Add a task", "Add a sensor", "Add a dataset", "Add a robot")
+    }
     for heading, block in blocks.items():
         assert block.count("\nassert ") >= 3, heading
 

@@ -1,4 +1,4 @@
-"""Absolute and relative actions, in the world's frame and in the tool's. Pure functions on NumPy or jax arrays.
+"""Relative actions in the world's frame and in the tool's. Pure functions on NumPy or jax arrays.
 
 An action is float[..., 7]: translation, Euler rotation, gripper. A pose is float[..., 6 or more], of which the first
 six numbers are the tool centre point's xyz (m) and Euler xyz (rad) in the world, as `robot_obs` begins. The gripper
@@ -20,30 +20,6 @@ TRANSLATION_M = 0.02
 
 ROTATION_RAD = 0.05
 """Radians per unit of CALVIN's relative actions: 1 / 20."""
-
-
-def to_relative(absolute: Array, pose: Array, *, clip: bool = True) -> Array:
-    """Target poses -> CALVIN's relative actions: (target - pose) times 50 (translation) and 20 (rotation).
-
-    Args:
-      absolute: float[..., 7], target xyz (m), Euler xyz (rad), gripper.
-      pose: float[..., >= 6], where the tool is.
-      clip: to [-1, 1], as CALVIN records them; what is clipped cannot be recovered.
-    """
-    xp = absolute.__array_namespace__()
-    move = (absolute[..., :3] - pose[..., :3]) / TRANSLATION_M
-    turn = rotations.wrap(absolute[..., 3:6] - pose[..., 3:6]) / ROTATION_RAD
-    arm = xp.concat([move, turn], axis=-1)
-    arm = xp.clip(arm, -1, 1) if clip else arm
-    return xp.concat([arm, absolute[..., 6:]], axis=-1)
-
-
-def to_absolute(relative: Array, pose: Array) -> Array:
-    """Relative actions -> target poses, angles in [-pi, pi]. Inverse of `to_relative` without clipping."""
-    xp = relative.__array_namespace__()
-    position = pose[..., :3] + TRANSLATION_M * relative[..., :3]
-    euler = rotations.wrap(pose[..., 3:6] + ROTATION_RAD * relative[..., 3:6])
-    return xp.concat([position, euler, relative[..., 6:]], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,6 +107,23 @@ def to_quaternion(rotation: Array) -> Array:
     return best / xp.sqrt(xp.sum(best**2, axis=-1, keepdims=True))
 
 
+def from_6d(values: Array) -> Array:
+    """Two columns float[..., 6] of a rotation matrix, of any length and not quite at right angles -> the matrices (Zhou
+    et al. 2019, arXiv:1812.07035)."""
+    xp = values.__array_namespace__()
+    first, second = values[..., :3], values[..., 3:]
+    first = first / xp.sqrt(xp.sum(first**2, axis=-1, keepdims=True))
+    second = second - xp.sum(first * second, axis=-1, keepdims=True) * first
+    second = second / xp.sqrt(xp.sum(second**2, axis=-1, keepdims=True))
+    return xp.stack([first, second, xp.linalg.cross(first, second)], axis=-1)
+
+
+def to_6d(rotation: Array) -> Array:
+    """Rotation matrices -> their first two columns float[..., 6]."""
+    xp = rotation.__array_namespace__()
+    return xp.concat([rotation[..., 0], rotation[..., 1]], axis=-1)
+
+
 def wrap(angles: Array) -> Array:
     """The same angles in [-pi, pi]; what lies there already is unchanged."""
     xp = angles.__array_namespace__()

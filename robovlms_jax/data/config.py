@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from robovlms_jax import schema
@@ -73,6 +74,9 @@ class DataConfig:
     0: off."""
     wrist_shift: int = 4
     """The same for the wrist camera."""
+    shift: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """The same for cameras by name, such as --data.shift cam_high 10 cam_left_wrist 4; goes before the two above.
+    Cameras that are nowhere named are not shifted."""
     augment: AugmentConfig = AugmentConfig()
     num_threads: int = 8
     """Threads that read and decode, in each worker."""
@@ -91,6 +95,8 @@ class DataConfig:
             require(getattr(self, field) >= 1, f"data.{field}={getattr(self, field)} must be at least 1.")
         for field in ("static_shift", "wrist_shift", "text_length", "index_workers", "image_size"):
             require(getattr(self, field) >= 0, f"data.{field}={getattr(self, field)} must not be negative.")
+        negative = {camera: pixels for camera, pixels in self.shift.items() if pixels < 0}
+        require(not negative, f"data.shift={negative} must not be negative.")
         require(self.num_workers >= -1, f"data.num_workers={self.num_workers} must be -1 (measure), 0 or positive.")
         require(0 <= self.unlabelled_share <= 1, f"data.unlabelled_share={self.unlabelled_share} must be in [0, 1].")
         require(
@@ -110,3 +116,8 @@ class DataConfig:
             f"(it is {self.windows_per_segment}).",
         )
         require(0 <= self.max_corrupt_share < 1, f"data.max_corrupt_share={self.max_corrupt_share} must lie in [0, 1).")
+
+    @property
+    def shifts(self) -> dict[str, int]:
+        """Camera -> pixels of random shift."""
+        return {"static": self.static_shift, "wrist": self.wrist_shift, **self.shift}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robovlms_jax.control import interface
+from robovlms_jax.control import robot as robots
 from robovlms_jax.envs.calvin import initial_states, tasks
 from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable.mechanics import bodies, physics
@@ -165,6 +166,7 @@ class PlayTables:
         kinds = sorted(set(names))
         self.name = f"playtable-{''.join(kinds)}"
         self.about: dict[str, str] = {}  # nothing beyond this repository
+        self.robot = robots.CALVIN
         self.size = len(names)
         self._which = np.array([kinds.index(name) for name in names], np.int32)
         self._neutral = [neutral_scene_obs(name) for name in names]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from robovlms_jax import schema
-from robovlms_jax.actions import normalize, statistics
+from robovlms_jax.actions import normalize, representations, statistics
 from robovlms_jax.control import robot as robots
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.policies.heads import discrete, lstm
@@ -118,6 +118,10 @@ class PolicyConfig:
     """What observations and actions are made of: dimensions by name, unit and kind, cameras, rate. The default stands
     for "as the dataset says": a run takes the dataset's, saves it, and compares it wherever the policy goes. Anything
     else must be what the dataset says. On the command line a JSON file (README, "Other robots")."""
+    representation: representations.Name = "robot"
+    """What is predicted, made of the robot's actions when data are read and turned back into them in control (see
+    `actions.representations`): robot (as recorded), relative, absolute, absolute_6d, velocity, tcp, tcp_upstream.
+    Bounds and action_scaling are about it. Needs the arm's pose in the robot's state."""
     cameras: tuple[str, ...] = ("wrist", "static")
     """Cameras in the order their tokens follow the prompt's first token (released RoboVLMs checkpoints: wrist, then
     static)."""
@@ -193,7 +197,12 @@ class PolicyConfig:
             require(getattr(self, field) >= 0, f"policy.{field}={getattr(self, field)} must be 0 (off) or positive.")
 
     def _require_bounds(self) -> None:
-        robot = self.robot
+        require(
+            self.representation == "robot" or not self.action_history.length,
+            f"policy.action_history looks back at the robot's own actions; with policy.representation="
+            f"{self.representation!r} the policy does not speak them. Set one of them to its default.",
+        )
+        robot = self.predicted
         require(
             len(robot.action) > 0, f"policy.robot {robot.name!r} has no action dimension; nothing can be predicted."
         )
@@ -208,6 +217,13 @@ class PolicyConfig:
             f"policy.action_low and policy.action_high need {count} numbers each, one per dimension {names} of robot "
             f"{robot.name!r}, low < high everywhere; got {self.action_low} and {self.action_high}. With "
             "policy.action_scaling=quantile they come from the training data.",
+        )
+        default = (self.action_low, self.action_high) == (PolicyConfig.action_low, PolicyConfig.action_high)
+        require(
+            self.representation not in ("absolute", "velocity") or self._waits_for_data or not default,
+            f"policy.representation={self.representation!r} is in metres and radians (per second), for which the "
+            "default of policy.action_low and policy.action_high means nothing; give them, or set "
+            "policy.action_scaling=quantile.",
         )
 
     def _require_state(self) -> None:
@@ -241,9 +257,16 @@ class PolicyConfig:
         return self.action_scaling != "bounds" and (self.action_low, self.action_high) == default
 
     @property
+    def predicted(self) -> robots.RobotSpec:
+        """The robot with the actions that heads predict. Raises ValueError where it has no such representation."""
+        if self.representation == "robot":
+            return self.robot
+        return representations.make(self.representation, self.robot).robot
+
+    @property
     def action_dim(self) -> int:
         """A: numbers of one action."""
-        return len(self.robot.action)
+        return len(self.predicted.action)
 
     @property
     def all_sensors(self) -> tuple[Sensor, ...]:
@@ -261,7 +284,7 @@ class PolicyConfig:
                 "policy.with_statistics (training does) before the policy is used."
             )
         std = self.action_std or None
-        bounds = (self.action_low, self.action_high, self.robot.binary)
+        bounds = (self.action_low, self.action_high, self.predicted.binary)
         return normalize.Normalizer(*bounds, mean=self.action_mean, std=std, mu=self.action_mu)
 
     def with_bins(self, actions: np.ndarray) -> PolicyConfig:
@@ -269,7 +292,7 @@ class PolicyConfig:
         if not isinstance(self.head, discrete.DiscreteHeadConfig):
             return self
         return dataclasses.replace(
-            self, head=self.head.with_actions(self.normalizer.normalize(actions), self.robot.binary)
+            self, head=self.head.with_actions(self.normalizer.normalize(actions), self.predicted.binary)
         )
 
     def with_statistics(self, action: Mapping[str, Any]) -> PolicyConfig:
@@ -280,7 +303,7 @@ class PolicyConfig:
         Raises:
           ValueError: outliers decide the bounds (mean_std); see `statistics.require_bounds`.
         """
-        scaled = list(self.robot.scaled)
+        scaled = list(self.predicted.scaled)
         if self.action_scaling == "bounds":
             return self
         if self.action_scaling == "quantile":
@@ -288,7 +311,7 @@ class PolicyConfig:
         else:
             mean, std = (np.array(action[name], np.float64)[scaled] for name in ("mean", "std"))
             low, high = mean - self.action_num_std * std, mean + self.action_num_std * std
-            statistics.require_bounds(action, low, high, self.robot)
+            statistics.require_bounds(action, low, high, self.predicted)
         still = high - low < 1e-6
         low, high = np.where(still, low - 0.5, low), np.where(still, high + 0.5, high)
         return dataclasses.replace(self, action_low=tuple(low.tolist()), action_high=tuple(high.tolist()))

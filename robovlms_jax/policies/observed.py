@@ -10,6 +10,7 @@ import numpy as np
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.inputs import images as pictures
 from robovlms_jax.policies.config import PolicyConfig
+from robovlms_jax.policies.sensors import robot_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +19,12 @@ class Seen:
 
     images: camera -> uint8[height, width, 3].
     sensors: name -> what `Sensor.observe` returns, of every sensor that the policy has; None: no reading.
+    state: float32[P], the robot's state, for policies whose actions depend on where the arm is (representation).
     """
 
     images: Mapping[str, np.ndarray]
     sensors: Mapping[str, np.ndarray | None]
+    state: np.ndarray | None = None
 
 
 def check(observation: Observation, config: PolicyConfig, slot: int) -> Seen:
@@ -34,9 +37,19 @@ def check(observation: Observation, config: PolicyConfig, slot: int) -> Seen:
         return Seen(
             {camera: _image(observation, camera, config.cameras) for camera in config.cameras},
             {sensor.name: sensor.observe(observation) for sensor in config.all_sensors},
+            None if config.representation == "robot" else _state(observation, config),
         )
     except ValueError as error:
         raise ValueError(f"slot {slot}: {error}") from error
+
+
+def _state(observation: Observation, config: PolicyConfig) -> np.ndarray:
+    if observation.proprio is None and "proprio" not in observation.sensors:
+        raise ValueError(
+            f"observation.proprio is None; policy.representation={config.representation!r} turns actions into the "
+            "robot's own by the arm's pose."
+        )
+    return robot_state.RobotState(robot_state.ProprioConfig(), config.robot.state).observe(observation)
 
 
 def _image(observation: Observation, camera: str, cameras: Sequence[str]) -> np.ndarray:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from robovlms_jax.actions import representations
 from robovlms_jax.control.interface import ActionChunk, Observation
 from robovlms_jax.policies import episodes, objective, observed
 from robovlms_jax.policies.sensors import control
@@ -127,7 +128,16 @@ class BatchedVLAPolicy:
             seen = {slot: observed.check(x, self.model.config, slot) for slot, x in zip(slots, observations)}
             for slot in slots:
                 self._episodes.enter(slot)
-            return [ActionChunk(actions) for actions in self._advance(seen)] if slots else []
+            if not slots:
+                return []
+            return [ActionChunk(self._own(x, actions)) for x, actions in zip(seen.values(), self._advance(seen))]
+
+    def _own(self, seen: observed.Seen, actions: np.ndarray) -> np.ndarray:
+        """Predicted actions as the robot's own."""
+        representation = self.model.config.representation
+        if representation == "robot":
+            return actions
+        return representations.make(representation, self.robot).decode(actions, seen.state)
 
     def _advance(self, seen: Mapping[int, observed.Seen]) -> list[np.ndarray]:
         """float32[C, A] of each slot that saw something, in their order."""

@@ -79,7 +79,7 @@ class VLA(nn.Module):
             window=config.head_window,
             chunk=config.chunk,
             action_dim=config.action_dim,
-            binary=config.robot.binary,
+            binary=config.predicted.binary,
             feature_dim=self.vlm.text.vocab_size if config.readout == "token" else self.vlm.width,
             num_queries=self.num_tokens if config.readout == "token" else config.num_queries,
             kernel=kernel,

@@ -25,6 +25,7 @@ from robovlms_jax.playtable.config import DemonstrationConfig
 from robovlms_jax.playtable.env import PlayTables
 from robovlms_jax.policies.serving import BatchedVLAPolicy, EncodeText
 from robovlms_jax.policies.vla import VLA
+from robovlms_jax.runs import robots
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import seals
 from robovlms_jax.training.state import TrainState
@@ -70,6 +71,7 @@ class ClosedLoop:
         self._tables = PlayTables(
             rollouts.scene, size, image_sizes=dict(zip(("static", "wrist"), rollouts.image_size, strict=True))
         )
+        robots.require_same(config.policy, self._tables.robot, f"{self._tables.name} is driven as")
         self._policy: BatchedVLAPolicy | None = None
 
     def numbers(self, state: TrainState) -> dict[str, float]:

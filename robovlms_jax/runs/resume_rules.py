@@ -63,6 +63,7 @@ RULES = (
         ),
         "what the head predicts is scaled by it into what a robot is sent",
     ),
+    Rule("refused", ("policy.representation",), "it is what the head predicts"),
     Rule("free", ("policy.robot.name",), "what the robot is called"),
     Rule(
         "refused",
@@ -103,7 +104,11 @@ RULES = (
     Rule("free", ("data.num_threads", "data.num_workers", "data.prefetch"), "the same batches, read otherwise"),
     Rule("free", ("data.check_actions", "data.max_corrupt_share"), "when to stop, not what to learn"),
     Rule("stage", ("data.conventions",), "it says in which units data are"),
-    Rule("said", ("data.static_shift", "data.wrist_shift", "data.augment.*"), "pictures are augmented otherwise"),
+    Rule(
+        "said",
+        ("data.static_shift", "data.wrist_shift", "data.shift*", "data.augment.*"),
+        "pictures are augmented otherwise",
+    ),
     Rule(
         "order",
         (

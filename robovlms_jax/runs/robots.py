@@ -23,8 +23,25 @@ def as_recorded(policy: PolicyConfig, dataset: base.Dataset) -> PolicyConfig:
                 "robot %s: actions %s, cameras %s", dataset.robot.name, describe(dataset.robot), list(dataset.cameras)
             )
         return dataclasses.replace(policy, robot=dataset.robot)
-    require_same(policy.robot, dataset.robot, f"{dataset.name} was recorded by", policy.cameras)
+    require_same(policy, dataset.robot, f"{dataset.name} was recorded by")
     return policy
+
+
+def say_differences(earlier: PolicyConfig, policy: PolicyConfig, origin: str) -> list[str]:
+    """Log, and return, what was another robot's in the run that parameters are taken from: pre-training may be.
+
+    Args:
+      origin: of the parameters, for the log.
+    """
+    if earlier.robot == robot.CALVIN:  # a checkpoint older than descriptions says that of every robot
+        return []
+    listed = robot.differences(earlier.robot, policy.robot)
+    if listed:
+        logger.warning(
+            "%s was trained for robot %s, this run is for %s:\n  %s",
+            *(origin, earlier.robot.name, policy.robot.name, "\n  ".join(listed)),
+        )
+    return listed
 
 
 def describe(spec: robot.RobotSpec) -> str:
@@ -32,17 +49,19 @@ def describe(spec: robot.RobotSpec) -> str:
     return ", ".join(f"{d.name} {d.kind}{f' ({d.unit})' if d.unit else ''}" for d in spec.action)
 
 
-def require_same(expected: robot.RobotSpec, found: robot.RobotSpec, where: str, cameras: tuple[str, ...]) -> None:
-    """Raise ValueError that lists everything that differs between the policy's robot and the one it meets.
+def require_same(policy: PolicyConfig, found: robot.RobotSpec, where: str) -> None:
+    """Raise ValueError that lists everything that differs between the policy's robot and the one it meets, of what the
+    policy uses: cameras it looks through, actions, and the state where it is told.
 
     Args:
       where: how the sentence about the other robot begins, such as "PlayTable is driven by".
-      cameras: those the policy looks through; others may be missing.
     """
-    seen = tuple(camera for camera in expected.cameras if camera.name in cameras)
-    if not found.cameras:  # whoever describes none sends what it is asked for
-        seen = ()
-    listed = robot.differences(dataclasses.replace(expected, cameras=seen), found)
+    # Whoever describes no camera sends those that are asked for.
+    cameras = tuple(camera for camera in policy.robot.cameras if camera.name in policy.cameras) if found.cameras else ()
+    expected = dataclasses.replace(policy.robot, cameras=cameras)
+    if not policy.proprio.enabled and policy.representation == "robot":
+        expected, found = (dataclasses.replace(spec, state=()) for spec in (expected, found))
+    listed = robot.differences(expected, found)
     if listed:
         raise ValueError(
             f"{where} another robot ({found.name}) than the policy is for ({expected.name}):\n  "

@@ -14,14 +14,14 @@ from jax.sharding import Mesh
 
 from robovlms_jax.actions import statistics
 from robovlms_jax.data import base as datasets
-from robovlms_jax.data import excerpts, language, mixing, opening, samples, sensors
+from robovlms_jax.data import excerpts, language, mixing, opening, represented, samples, sensors
 from robovlms_jax.data import statistics as data_statistics
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import DistributedConfig
 from robovlms_jax.policies import objective
 from robovlms_jax.policies.serving import EncodeText
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.runs import build, chaining, closed_loop, resuming, robots, steps, validation
+from robovlms_jax.runs import build, chaining, closed_loop, load, resuming, robots, steps, validation
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import stages, state
 
@@ -75,12 +75,17 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
     config = dataclasses.replace(config, distributed=DistributedConfig())  # differs between processes, done with
     opened = {"training": opening.open_split(config.data, "training"), "validation": validation.open_split(config.data)}
     config = dataclasses.replace(config, policy=robots.as_recorded(config.policy, opened["training"]))
+    opened = {
+        split: None if x is None else represented.represented(x, config.policy.representation)
+        for split, x in opened.items()
+    }
     variation = language.read(config.data.paraphrases) if config.data.vary_language else None
     sentences = language.every(opened["training"].episodes, variation)
     instructions = [*sentences, *validation.sentences(opened["validation"]), *_asked(config)]
     if point:
         backbone = chaining.backbone_of(config.backbone, point, instructions)
     elif config.train.init_from:
+        robots.say_differences(load.load_config(config.train.init_from).policy, config.policy, config.train.init_from)
         backbone = chaining.open_backbone(config.backbone, config.train.init_from)
     else:
         backbone = build.open_backbone(config.backbone, instructions)

@@ -22,14 +22,13 @@ logger = logging.getLogger(__name__)
 
 def make_loss(config: ExperimentConfig, model: VLA, stage: stages.Stage | None = None) -> objective.LossBySource:
     """What a configuration's policy is trained by in a stage. Raises ValueError: its weights are of unknown tasks."""
-    shifts = {"static": config.data.static_shift, "wrist": config.data.wrist_shift}
     tasks = registry.make(config.policy)
     if stage is not None:
         try:
             tasks = base.reweigh(tasks, stage.weights)
         except ValueError as error:
             raise ValueError(f"train.stages, stage {stage.name!r}: {error}") from None
-    return objective.robot(model, tasks=tasks, shifts=shifts, augment=config.data.augment)
+    return objective.robot(model, tasks=tasks, shifts=config.data.shifts, augment=config.data.augment)
 
 
 def make_step(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from robovlms_jax.control.interface import Observation
-from robovlms_jax.data import base, excerpts, language, loading, opening, samples
+from robovlms_jax.data import base, excerpts, language, loading, opening, represented, samples
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.evaluation import offline
 from robovlms_jax.evaluation.report import offline as offline_report
@@ -88,7 +88,7 @@ class Evaluator:
     ):
         self._model, self._mesh, self._config, self._source, self._encode = model, mesh, config, source, encode
         self._step = step.make_eval_step(objective.RobotLoss(model).predict, mesh)
-        self._robot, units = config.policy.robot, source.dataset.action_units
+        self._robot, units = config.policy.predicted, source.dataset.action_units
         self._units = units if len(units) == len(self._robot.scaled) else offline.units_of(self._robot)
 
     def numbers(self, state: TrainState) -> dict[str, float]:
@@ -168,16 +168,18 @@ class Evaluator:
         params = meshes.whole(state.params, self._mesh)
         if jax.process_index() != 0:
             return []
-        policy = VLAPolicy(self._model, params, self._encode)
-        curves = []
+        policy, config = VLAPolicy(self._model, params, self._encode), self._config.policy
+        dataset, curves = represented.own(self._source.dataset), []
+        units = self._units if dataset is self._source.dataset else offline.units_of(config.robot)
         for episode in episodes[:: math.ceil(len(episodes) / count)]:
-            recorded = excerpts.episode_arrays(
-                self._source.dataset, episode, self._model.config.cameras, self._source.sensors
-            )
+            recorded = excerpts.episode_arrays(dataset, episode, config.cameras, self._source.sensors)
+            states: Sequence[np.ndarray | None] = [None] * len(recorded.actions)
+            if config.representation != "robot":
+                states = list(dataset.proprio(np.arange(episode.start, episode.end)))
             policy.reset(episode.instruction)
-            predicted = [policy.act(_observation(recorded, t)).actions[0] for t in range(len(recorded.actions))]
-            actions = (np.stack(predicted), recorded.actions)
-            curves.append(offline_report.EpisodeCurves(episode.instruction, *actions, self._units, self._robot))
+            seen = (_observation(recorded, t, state) for t, state in enumerate(states))
+            actions = (np.stack([policy.act(observation).actions[0] for observation in seen]), recorded.actions)
+            curves.append(offline_report.EpisodeCurves(episode.instruction, *actions, units, config.robot))
         return curves
 
     def _batches(self, num_batches: int) -> Iterator[Batch]:
@@ -195,8 +197,8 @@ class Evaluator:
             batches.close()
 
 
-def _observation(recorded: excerpts.EpisodeArrays, t: int) -> Observation:
+def _observation(recorded: excerpts.EpisodeArrays, t: int, state: np.ndarray | None) -> Observation:
     """What a robot would have reported at step `t` of a recorded episode."""
     readings = {name: values[t] for name, (values, present) in recorded.sensors.items() if present[t]}
     images = {camera: x[t] for camera, x in recorded.images.items()}
-    return Observation(images, executed=recorded.actions[max(t - 1, 0) : t], sensors=readings)
+    return Observation(images, state, executed=recorded.actions[max(t - 1, 0) : t], sensors=readings)

@@ -109,7 +109,7 @@ ROWS: tuple[Row, ...] = (
         Take("x_mean", "policy.action_mean", float, 0, "with regular_action"),
         Take("x_std", "policy.action_std", lambda x: x + 1e-6, 1, "with regular_action; upstream adds 1e-6"),
     ),
-    Must("tcp_rel", (False,)),
+    Take("tcp_rel", "policy.representation", {False: "robot", True: "tcp_upstream"}, False),
     # Losses
     Must("train_setup.predict_action", (True,)),
     Must("train_setup.predict_forward", (False,), _MISSING),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import logging
 
 import numpy as np
@@ -251,3 +252,31 @@ def test_images_of_several_sizes_are_refused_with_the_setting_that_helps(tmp_pat
     assert dataset.images(range(3 * T, 4 * T), ["static"])["static"].shape == (T, 20, 20, 3)
     with pytest.raises(ValueError, match=r"the image is \(24, 24, 3\), expected \(16, 16, 3\).*--data.image_size"):
         frame_index.decode_image(picture(size=24, form="JPEG"), np.empty((16, 16, 3), np.uint8))
+
+
+def test_a_dataset_of_any_robot_is_read_number_by_number(tmp_path):
+    cameras = {
+        "steps/observation/top": (Field("", "image", "uint8", (16, 16, 3)), lambda e: [picture(e)] * 8),
+        "steps/observation/image": None,
+        "steps/action": numbers(3, lambda e: np.c_[np.full(8, 0.2), np.arange(8) > 3, np.full(8, -1.0)]),
+        "steps/observation/joints": numbers(2),
+    }
+    action = [
+        {"name": "forward", "kind": "velocity", "quantity": "base", "unit": "m/s"},
+        {"name": "claw", "kind": "binary", "quantity": "gripper", "low": 0, "high": 1, "open_at": "low"},
+        {"name": "elbow", "quantity": "joint", "unit": "rad"},
+    ]
+    robot = {"action": action, "state": [{"name": "a"}, {"name": "b"}], "rate_hz": 10}
+    described = {"robot": robot, "state": ["observation/joints"], "cameras": {"top": "top"}}
+    (tmp_path / "mine.json").write_text(json.dumps({"mixture": {"mine": 1}, "datasets": {"mine": described}}))
+    entry = mixtures.resolve(str(tmp_path / "mine.json")).datasets["mine"]
+    dataset = open_written(tmp_path / "mine" / "1.0.0", cameras, given=entry)
+    assert dataset.cameras == ("top",) and dataset.robot.binary == (1,) and dataset.robot.rate_hz == 10
+    np.testing.assert_allclose(dataset.actions([0, 5])[:, 1], [1, -1])  # open where it is low
+    np.testing.assert_allclose(dataset.actions([8])[0], [0, -1, -1])  # after the end: stopped, the rest as it was
+    np.testing.assert_allclose(dataset.proprio([0]), [[0.01, 0.01]])
+    assert dataset.statistics.mask == (True, False, True)
+    described["robot"] = {"action": action[:2]}
+    (tmp_path / "mine.json").write_text(json.dumps({"mixture": {"mine": 1}, "datasets": {"mine": described}}))
+    with pytest.raises(ValueError, match="the expressions of its numbers must both be given"):
+        mixtures.resolve(str(tmp_path / "mine.json"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from robovlms_jax.control import execution
+from robovlms_jax.control import execution, robot
 from robovlms_jax.control.execution import Execution, select
 from robovlms_jax.control.interface import ActionChunk, Observation
 
@@ -172,3 +174,12 @@ def test_separate_policies_have_slots_from_0_on(slots):
     for call in (lambda: policy.reset(slots, ["go"] * len(slots)), lambda: policy.act([LOOK] * len(slots), slots)):
         with pytest.raises(ValueError, match="slot"):
             call()
+
+
+def test_every_binary_gripper_of_a_robot_votes_and_nothing_else_does():
+    gripper = dataclasses.replace(robot.GRIPPER, name="other")
+    spec = robot.RobotSpec("two", action=(robot.GRIPPER, robot.Dimension("elbow", "rad", quantity="joint"), gripper))
+    mode, past = Execution("ensemble", decay=0.0), ()
+    for values in ([1, 0.1, -1], [1, 0.2, 1], [-1, 0.6, 1]):
+        actions, past = select(mode, past, np.repeat(np.float32([values]), 4, axis=0), spec)
+    np.testing.assert_allclose(actions[0], [1, 0.3, 1], rtol=1e-6)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from robovlms_jax.control import robot
 from robovlms_jax.evaluation import offline
 from robovlms_jax.evaluation.report import offline as report
 
@@ -138,3 +139,21 @@ def test_action_panels_show_real_units_and_all_seven_dimensions():
     np.testing.assert_allclose(recorded.get_ydata(), np.rad2deg(curves.recorded[:, 4] * 0.05))
     np.testing.assert_allclose(predicted.get_ydata(), np.rad2deg(curves.predicted[:, 4] * 0.05))
     assert "open the drawer" in figure.get_suptitle()
+
+
+def test_a_report_of_another_robot_names_its_dimensions_in_their_units(tmp_path):
+    joint = robot.Dimension("elbow", "rad", quantity="joint")
+    speed = robot.Dimension("forward", "m/s", "velocity", "base")
+    spec = robot.RobotSpec("mine", action=(robot.GRIPPER, joint, speed, robot.Dimension("lift")))
+    recorded = np.random.default_rng(0).uniform(-1, 1, (2, 3, 4, 4))
+    units = offline.units_of(spec)
+    sums = offline.measure(recorded * 0.5, recorded, np.ones((2, 3, 4), bool), units, spec)
+    curves = report.EpisodeCurves("go", recorded[0, :, 0], recorded[1, :, 0], units, spec)
+    sensitivity = offline.Sensitivity(float("nan"), float("nan"), 0.5, 0.25)
+    text = write(tmp_path, sums=sums, episodes=[curves], sensitivity=sensitivity, robot=spec).read_text()
+    for expected in ("| elbow (°) |", "| forward (mm/s) |", "| lift |", "Gripper: ", "instruction change them."):
+        assert expected in text
+    summary = offline.summarize(offline.over_chunk(sums), spec)
+    expected = 0.5 * np.abs(recorded[..., 1]).mean()
+    assert offline.by_name(summary, spec)["mae/elbow"] == pytest.approx(expected)
+    assert np.isnan(summary.translation_m) and "translation_m" not in offline.scalars(summary)
