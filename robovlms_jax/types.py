@@ -56,7 +56,7 @@ class Batch:
     window_mask: bool[B, K], True = the window counts (a segment at the end of an episode may carry fewer than K).
     episode: int32[B], index of the episode in the dataset, for error messages.
     corrupt: int32[B], index of an episode that could not be read and was replaced by `episode`; -1 = none.
-    future: camera -> uint8[B, F, height, width, 3], the F frames after frame G - 1, for policies that learn to foresee
+    future: camera -> uint8[B, F, height, width, 3], the F frames after frame G - 1, for policies that learn to predict
       them; beyond the episode's end its last frame repeats.
     future_mask: bool[B, F], True = a frame of its own.
     sentence: float32[B, E], the instruction's CLIP embedding, for policies that learn to stay near it.

@@ -82,13 +82,7 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
     variation = language.read(config.data.paraphrases) if config.data.vary_language else None
     sentences = language.every(opened["training"].episodes, variation)
     instructions = [*sentences, *validation.sentences(opened["validation"]), *_asked(config)]
-    if point:
-        backbone = chaining.backbone_of(config.backbone, point, instructions)
-    elif config.train.init_from:
-        robots.say_differences(load.load_config(config.train.init_from).policy, config.policy, config.train.init_from)
-        backbone = chaining.open_backbone(config.backbone, config.train.init_from)
-    else:
-        backbone = build.open_backbone(config.backbone, instructions)
+    backbone = _open_backbone(config, point, instructions)
     length = config.data.text_length or backbone.longest(instructions)
 
     def encode(instruction: str) -> tuple[np.ndarray, np.ndarray]:
@@ -130,6 +124,16 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
         num_params=build.count(shapes),
         point=point,
     )
+
+
+def _open_backbone(config: ExperimentConfig, point: resuming.Point | None, instructions: list[str]) -> build.Backbone:
+    """From where the run goes on or begins: a checkpoint, another run, or published weights."""
+    if point:
+        return chaining.backbone_of(config.backbone, point, instructions)
+    if config.train.init_from:
+        robots.say_differences(load.load_config(config.train.init_from).policy, config.policy, config.train.init_from)
+        return chaining.open_backbone(config.backbone, config.train.init_from)
+    return build.open_backbone(config.backbone, instructions)
 
 
 def _asked(config: ExperimentConfig) -> list[str]:

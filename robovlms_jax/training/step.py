@@ -137,21 +137,8 @@ def make_train_step(
             "learning_rate": schedule(state.step - state.skipped - state.begun),
         }
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        good = finite & ~state.halted
-        trainable, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old),
-            (optax.apply_updates(state.trainable, updates), opt_state),
-            (state.trainable, state.opt_state),
-        )
-        metrics["nonfinite"] = 1.0 - finite
-        state = state.replace(
-            step=state.step + (1 if skip_nonfinite else good.astype(jnp.int32)),
-            skipped=state.skipped + (~finite if skip_nonfinite else 0),
-            halted=state.halted if skip_nonfinite else ~good,
-            trainable=trainable,
-            opt_state=opt_state,
-        )
-        return state, metrics
+        new = (optax.apply_updates(state.trainable, updates), opt_state)
+        return _advance(state, new, finite, skip_nonfinite), metrics | {"nonfinite": 1.0 - finite}
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         with meshes.constrained(mesh):
@@ -164,6 +151,22 @@ def make_train_step(
         out_shardings=(shardings, meshes.replicated(mesh)),
         donate_argnums=0,
         compiler_options=cpu.options("small_kernels"),
+    )
+
+
+def _advance(state: TrainState, new: tuple[Any, Any], finite: jax.Array, skip_nonfinite: bool) -> TrainState:
+    """The state after a step that would make `new` of trainable parameters and optimizer; a batch that is not finite
+    changes neither."""
+    good = finite & ~state.halted
+    trainable, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old), new, (state.trainable, state.opt_state)
+    )
+    return state.replace(
+        step=state.step + (1 if skip_nonfinite else good.astype(jnp.int32)),
+        skipped=state.skipped + (~finite if skip_nonfinite else 0),
+        halted=state.halted if skip_nonfinite else ~good,
+        trainable=trainable,
+        opt_state=opt_state,
     )
 
 
