@@ -146,6 +146,24 @@ def test_guard_notices(module: str, line: str):
     assert len(violations(module, line, read_table())) == 1
 
 
+def test_files_and_functions_fit_what_a_reader_holds_in_mind():
+    # docs/style.md, section 14: a file below 400 lines, a function below 60, at most eight arguments.
+    long = []
+    for module, path in library_files().items():
+        source = path.read_text()
+        if source.count("\n") > 400:
+            long.append(f"{module} has {source.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines, given = node.end_lineno - node.lineno + 1, node.args
+                names = [
+                    a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs) if a.arg not in ("self", "cls")
+                ]
+                if lines > 60 or len(names) > 8:
+                    long.append(f"{module}.{node.name} has {lines} lines and {len(names)} arguments")
+    assert not long, long
+
+
 def test_no_utils():
     # A helper lives with its first user and moves when a second room needs it.
     folders = (PACKAGE, "experiments", "benchmarks", "tests")

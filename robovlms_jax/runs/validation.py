@@ -76,7 +76,7 @@ class Unevaluated:
         """report.md and report.json with what was not measured on the split (first process only)."""
         if jax.process_index() == 0:
             offline_report.write_report(
-                output, title=title, facts=facts, sums=None, closing=closing, closed_loop=closed_loop
+                output, offline_report.Compared(), title=title, facts=facts, closing=closing, closed_loop=closed_loop
             )
 
 
@@ -116,16 +116,9 @@ class Evaluator:
         sensitivity = self._language(state)
         curves = self._curves(state)
         if jax.process_index() == 0:
+            found = offline_report.Compared(sums, sensitivity, curves, self._robot)
             offline_report.write_report(
-                output,
-                title=title,
-                facts=facts,
-                sums=sums,
-                sensitivity=sensitivity,
-                episodes=curves,
-                closing=closing,
-                closed_loop=closed_loop,
-                robot=self._robot,
+                output, found, title=title, facts=facts, closing=closing, closed_loop=closed_loop
             )
 
     def _measure(self, state: TrainState) -> tuple[offline.Sums, dict[str, float]]:

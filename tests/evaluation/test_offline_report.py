@@ -43,7 +43,9 @@ def write(directory, **changes):
         "episodes": [make_curves(), make_curves(1, 1)],
         "closing": "    python -m experiments.calvin_abcd --data.root DIR",
     }
-    return report.write_report(directory, **(arguments | changes))
+    arguments |= changes
+    found = {name: arguments.pop(name) for name in ("sums", "sensitivity", "episodes", "robot") if name in arguments}
+    return report.write_report(directory, report.Compared(**found), **arguments)
 
 
 def test_a_report_without_a_validation_split_says_so(tmp_path):

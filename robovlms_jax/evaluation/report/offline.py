@@ -87,52 +87,52 @@ class EpisodeCurves:
     robot: RobotSpec = CALVIN
 
 
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """What was found on the validation split.
+
+    sums: of predicted and recorded actions; None: there is no split, and the report says so.
+    sensitivity: the language probe; None leaves it out. episodes: to draw. robot: whose actions these are.
+    """
+
+    sums: offline.Sums | None = None
+    sensitivity: offline.Sensitivity | None = None
+    episodes: Sequence[EpisodeCurves] = ()
+    robot: RobotSpec = CALVIN
+
+
 def write_report(
     directory: str | pathlib.Path,
+    found: Compared,
     *,
     title: str,
     facts: Mapping[str, Any],
-    sums: offline.Sums | None,
     closing: str,
-    sensitivity: offline.Sensitivity | None = None,
-    episodes: Sequence[EpisodeCurves] = (),
     closed_loop: str = "",
-    robot: RobotSpec = CALVIN,
 ) -> pathlib.Path:
     """Write report.md, report.json and PNGs.
 
     Args:
       directory: the run's; its metrics.jsonl holds the loss curves.
       facts: what the run was, in the order to print: preset, device, parameters, steps, seconds, ...
-      sums: of the validation split; None: there is none, and the report says so.
-      sensitivity: the language probe; None leaves it out.
       closing: Markdown of the last section, "The real thing".
       closed_loop: Markdown of the section "Closed loop"; empty leaves it out.
-      robot: whose actions `sums` are of.
     Returns:
       Path of report.md.
     """
     directory = pathlib.Path(directory)
     curves = {name: curve for name, curve in read_metrics(directory / "metrics.jsonl").items() if "loss" in name}
     chunk = overall = None
-    pictures = {}
-    if sums is not None:
-        chunk, overall = (offline.summarize(x, robot) for x in (sums, offline.over_chunk(sums)))
-        pictures["errors.png"] = draw_errors(chunk, robot)
-    if curves:
-        pictures["loss.png"] = draw_curves(curves)
-    for index, episode in enumerate(episodes):
-        pictures[f"actions_{index}.png"] = draw_actions(episode)
-    for name, figure in pictures.items():
-        figure.savefig(directory / name, dpi=tables.DPI)
-
+    if found.sums is not None:
+        chunk, overall = (offline.summarize(x, found.robot) for x in (found.sums, offline.over_chunk(found.sums)))
+    _save_pictures(directory, curves, chunk, found)
     record = {
         "title": title,
         "facts": dict(facts),
         "losses": {name: {"first": values[0], "last": values[-1]} for name, (_, values) in curves.items()},
         "overall": None if overall is None else overall._asdict(),
         "chunk": None if chunk is None else chunk._asdict(),
-        "language_sensitivity": None if sensitivity is None else sensitivity._asdict(),
+        "language_sensitivity": None if found.sensitivity is None else found.sensitivity._asdict(),
     }
     tables.write_json(directory / "report.json", record)
     sections = [f"# {title}", tables.markdown(["run", ""], [[name, _fact(value)] for name, value in facts.items()])]
@@ -140,15 +140,29 @@ def write_report(
         sections += ["## Closed loop", closed_loop]
     if curves:
         sections += ["## Loss", _loss_table(curves), "![loss over steps](loss.png)"]
-    sections += ["## Predicted against recorded actions", *_comparison(overall, robot)]
-    if sensitivity is not None:
-        sections += ["## Language sensitivity", _sensitivity_text(sensitivity, robot)]
-    if episodes:
-        sections += ["## Episodes", *(f"![{e.instruction}](actions_{i}.png)" for i, e in enumerate(episodes))]
+    sections += ["## Predicted against recorded actions", *_comparison(overall, found.robot)]
+    if found.sensitivity is not None:
+        sections += ["## Language sensitivity", _sensitivity_text(found.sensitivity, found.robot)]
+    if found.episodes:
+        sections += ["## Episodes", *(f"![{e.instruction}](actions_{i}.png)" for i, e in enumerate(found.episodes))]
     sections += ["## The real thing", closing.strip("\n")]
     path = directory / "report.md"
     path.write_text(tables.join(sections), encoding="utf-8")
     return path
+
+
+def _save_pictures(
+    directory: pathlib.Path, curves: Mapping[str, Any], chunk: offline.Summary | None, found: Compared
+) -> None:
+    pictures = {}
+    if chunk is not None:
+        pictures["errors.png"] = draw_errors(chunk, found.robot)
+    if curves:
+        pictures["loss.png"] = draw_curves(curves)
+    for index, episode in enumerate(found.episodes):
+        pictures[f"actions_{index}.png"] = draw_actions(episode)
+    for name, figure in pictures.items():
+        figure.savefig(directory / name, dpi=tables.DPI)
 
 
 def _comparison(overall: offline.Summary | None, robot: RobotSpec) -> list[str]:
