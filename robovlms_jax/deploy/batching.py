@@ -18,6 +18,10 @@ from robovlms_jax.control.interface import ActionChunk, Observation
 log = logging.getLogger(__name__)
 
 
+RECENT_S = 1.0
+"""A robot that has asked within this may ask again."""
+
+
 class ServedPolicy(Protocol):
     """What is served: a `BatchedPolicy` that can also be told of episodes that are over."""
 
@@ -52,7 +56,7 @@ class Release:
 class InferenceThread:
     """The one thread that calls the policy.
 
-    max_batch: steps of one call. max_wait_s: how long the first of them waits for others; with one client, none waits.
+    max_batch: steps of one call. max_wait_s: how long the first of them waits for other robots that are at work.
     on_batch: told the size and the seconds of every call.
     """
 
@@ -70,8 +74,8 @@ class InferenceThread:
         self._on_batch = on_batch
         self._queue: queue.Queue[Request | Release | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
-        self.active = 0
-        """Slots that are in use: nothing waits for more steps than there are."""
+        self._asked: dict[int, float] = {}
+        """When each slot asked last: nobody waits for a robot that has not asked for a while."""
 
     def start(self) -> None:
         self._thread.start()
@@ -83,11 +87,13 @@ class InferenceThread:
 
     def submit(self, slot: int, observation: Observation, instruction: str | None) -> concurrent.futures.Future:
         answer: concurrent.futures.Future = concurrent.futures.Future()
+        self._asked[slot] = time.monotonic()
         self._queue.put(Request(slot, observation, instruction, answer))
         return answer
 
     def release(self, slot: int, done: Callable[[], None]) -> None:
         """Ends a slot's episode after what was asked for it; `done` is called in the inference thread."""
+        self._asked.pop(slot, None)
         self._queue.put(Release(slot, done))
 
     @property
@@ -109,7 +115,9 @@ class InferenceThread:
         if isinstance(first, Release):
             return [], [first]
         batch, deadline = [first], time.monotonic() + self._max_wait_s
-        while len(batch) < min(self._max_batch, max(self.active, 1)):
+        recent = time.monotonic() - RECENT_S
+        expected = sum(asked > recent for asked in list(self._asked.values()))
+        while len(batch) < min(self._max_batch, expected):
             try:
                 item = self._queue.get(timeout=max(deadline - time.monotonic(), 0))
             except queue.Empty:

@@ -182,7 +182,6 @@ class PolicyServer:
             return
         session = Session(socket, self._free.pop())
         self._sessions.add(session)
-        self._inference.active = len(self._sessions)
         self.metrics.add("connections_total")
         self.metrics.set("connections", len(self._sessions))
         loop = asyncio.get_running_loop()
@@ -193,7 +192,6 @@ class PolicyServer:
                 await self._speak_openpi(session)
         finally:
             self._sessions.discard(session)
-            self._inference.active = len(self._sessions)
             self.metrics.set("connections", len(self._sessions))
             # the slot is free when the inference thread is done with it
             freed = functools.partial(loop.call_soon_threadsafe, self._free.append, session.slot)

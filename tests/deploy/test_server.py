@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import shutil
-import socket
 import ssl
 import subprocess
 import time
@@ -21,7 +19,7 @@ from robovlms_jax.deploy import codec
 from robovlms_jax.deploy.client import Client, ClientConfig, ServerError
 from robovlms_jax.deploy.config import ServerConfig
 from robovlms_jax.deploy.messages import Reader
-from robovlms_jax.deploy.server import PolicyServer
+from robovlms_jax.deploy.server import PolicyServer, Session
 from tests.deploy.served import Counting, message, observation, serving, steps, url
 
 pytest.importorskip("websockets", reason="the server needs the extra `serve`")
@@ -85,6 +83,18 @@ def test_clients_share_calls_of_one_thread_and_have_their_own_histories():
         assert found == [list(range(1, 6 + number)) for number in range(3)]
         assert len(policy.threads) == 1 and max(policy.batches) >= 2
         wait_until(lambda: not policy.steps)  # nothing is kept of clients that have gone
+
+
+def test_a_robot_at_work_does_not_wait_for_one_that_is_only_connected():
+    with (
+        serving(Counting(slots=2), max_wait_s=2.0) as server,
+        connect(url(server)) as line,
+        connect(url(server)) as idle,
+    ):
+        read(line), read(idle)
+        started = time.monotonic()
+        ask(line), ask(line)
+        assert time.monotonic() - started < 1.5
 
 
 def wait_until(condition):
@@ -273,20 +283,25 @@ def test_a_conversation_as_vla_evals_harness_has_it():
 
 
 def test_a_client_that_does_not_read_its_answers_is_dropped():
-    with serving(Counting(slots=1), send_timeout_s=0.2) as server:
-        line = socket.create_connection(("127.0.0.1", server.port))
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1000)
-        line.sendall(
-            b"GET /vla-eval HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-        )
-        text = b"x" * 100
-        frame = b"\x82" + bytes([0x80 | len(text)]) + b"\0\0\0\0" + text  # each is answered with an error
-        with contextlib.suppress(OSError):
-            for _ in range(200_000):
-                line.sendall(frame)
-        wait_until(lambda: server.metrics.text().count("robovlms_connections 0\n"))
-        line.close()
+    class Full:
+        """A connection whose buffers are full."""
+
+        aborted = False
+
+        async def send(self, message):
+            await asyncio.sleep(10)
+
+        @property
+        def transport(self):
+            return self
+
+        def abort(self):
+            self.aborted = True
+
+    full = Full()
+    server = PolicyServer(Counting(), CALVIN, Reader(("static",)), 4, ServerConfig(send_timeout_s=0.05))
+    assert not asyncio.run(server._send(Session(full, 0), b"answer"))
+    assert full.aborted
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
