@@ -6,16 +6,19 @@ import dataclasses
 import logging
 import pathlib
 import sys
+import types
 
 import pytest
 
 from experiments import evaluate
 from robovlms_jax.control.execution import Execution
+from robovlms_jax.control.robot import CALVIN
 from robovlms_jax.envs.calvin import adapter as calvin
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.evaluation import chains, filing
 from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Trial, TrialResult
+from robovlms_jax.policies.config import PolicyConfig
 
 
 @pytest.fixture
@@ -63,7 +66,8 @@ def test_the_official_protocol_is_the_whole_benchmark_and_says_so(checkout, monk
         return chains.Evaluation(setup | {"simulator": {"calvin_env": "797142c"}}, (result,))
 
     monkeypatch.setattr(evaluate.chains, "evaluate", evaluated)
-    monkeypatch.setattr(evaluate, "load_batched_policy", lambda checkpoint, slots: None)
+    policy = types.SimpleNamespace(model=types.SimpleNamespace(config=PolicyConfig()))
+    monkeypatch.setattr(evaluate, "load_batched_policy", lambda checkpoint, slots: policy)
     monkeypatch.setattr(evaluate.checkpoints, "locate", pathlib.Path)
     monkeypatch.setattr(evaluate.seals, "identity", lambda directory: evaluate.seals.Identity(3, "abc"))
     monkeypatch.setattr(evaluate.calvin, "calvin_env", lambda root, **kwargs: LineEnv())
@@ -168,3 +172,14 @@ def test_a_report_without_simulator_or_protocol_says_nothing_of_them():
     result = TrialResult(0, ("a",), ("a",), (True,), (3,), {"scene": "D"})
     setup = {"env": "playtable-D", "policy": "p", "execution": "chunk"}
     assert rollout_report._conditions(rollout_report.rows([chains.Evaluation(setup, (result,))])) == []
+
+
+def test_a_policy_of_another_robot_is_refused_by_the_simulator_with_what_differs(monkeypatch, tmp_path):
+    arm = tuple(dataclasses.replace(d, unit=d.unit.split()[1]) for d in CALVIN.action[:6])
+    metres = dataclasses.replace(CALVIN, name="metres", rate_hz=5.0, action=(*arm, CALVIN.action[6]))
+    policy = types.SimpleNamespace(model=types.SimpleNamespace(config=PolicyConfig(robot=metres)))
+    monkeypatch.setattr(evaluate, "load_batched_policy", lambda checkpoint, slots: policy)
+    monkeypatch.setattr(evaluate.checkpoints, "locate", pathlib.Path)
+    monkeypatch.setattr(evaluate.seals, "identity", lambda directory: evaluate.seals.Identity(3, "abc"))
+    with pytest.raises(ValueError, match=r"env playtable is driven as another robot .*\n.*30 Hz(.*\n.*){2}'0.02 m'"):
+        evaluate.evaluate(config(env="playtable", output=str(tmp_path / "out")))

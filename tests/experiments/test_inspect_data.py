@@ -180,7 +180,7 @@ def test_a_file_says_what_the_numbers_of_a_lerobot_dataset_mean(tmp_path, toy_le
     page, refusals = inspect_data.main(
         inspect_data.Args(str(root), out=str(tmp_path / "out"), conventions=str(conventions))
     )
-    assert not refusals and "action, state: 7 and 0 numbers" in (page.parent / "summary.md").read_text()
+    assert not refusals and "action, state: 7 and 8 numbers" in (page.parent / "summary.md").read_text()
 
 
 def test_a_damaged_picture_is_a_problem_and_the_page_is_made(calvin, tmp_path):
