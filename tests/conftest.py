@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import importlib.metadata
+import logging
 import os
 import pathlib
 import shutil
@@ -54,6 +55,15 @@ def golden(shared_data: pathlib.Path):
         return out
 
     return load
+
+
+@pytest.fixture(autouse=True)
+def same_log_level():
+    """Programs that a test runs set up logging; what the next one hears must not depend on it."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
 
 
 @pytest.fixture
