@@ -98,12 +98,6 @@ def unstandardize(actions: Array, mean: ArrayLike, std: ArrayLike, binary: Seque
     return _scaled(actions, actions * std + mean, binary)
 
 
-def binarize_gripper(gripper: Array) -> Array:
-    """Gripper logits, or commands in [-1, 1], as decisions: exactly +1 (open) where > 0, else -1. Same dtype."""
-    xp = gripper.__array_namespace__()
-    return xp.where(gripper > 0, 1, -1).astype(gripper.dtype)
-
-
 def _is_scaled(actions: Array, binary: Sequence[int]) -> np.ndarray:
     """bool[A]."""
     return ~np.isin(np.arange(actions.shape[-1]), binary)

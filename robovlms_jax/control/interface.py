@@ -26,14 +26,14 @@ class Observation:
     executed: float[n, A], the actions executed since the previous observation, for policies that look back at them;
       None says that it was the first of the chunk they predicted then.
     sensors: name -> reading of a sensor that the policy names in `policy.sensors`, of the shape its configuration says:
-      what was read since the previous observation. A sensor that is silent has no entry (or NaN only), and the policy
-      goes on without it. "proprio" may stand here instead.
+      what was read since the previous observation. A sensor that is silent has no entry, None or NaN only, and the
+      policy goes on without it. "proprio" may stand here instead.
     """
 
     images: Mapping[str, np.ndarray]
     proprio: np.ndarray | None = None
     executed: np.ndarray | None = None
-    sensors: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    sensors: Mapping[str, np.ndarray | None] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -49,6 +50,7 @@ class Dimension:
     open_at: Literal["high", "low", ""] = ""
 
     def __post_init__(self):
+        _require_text("dimension", self, "name", "unit", "frame")
         for field, values in (("kind", get_args(Kind)), ("quantity", get_args(Quantity))):
             if getattr(self, field) not in values:
                 raise ValueError(
@@ -56,6 +58,9 @@ class Dimension:
                 )
         if self.open_at not in ("high", "low", ""):
             raise ValueError(f"dimension {self.name!r}: open_at={self.open_at!r}; expected 'high', 'low' or ''.")
+        for field in ("low", "high"):
+            if not _is_number(getattr(self, field)):
+                raise ValueError(f"dimension {self.name!r}: {field}={getattr(self, field)!r}; expected a number.")
         if not self.low < self.high:  # NaN is refused, too
             raise ValueError(f"dimension {self.name!r}: low={self.low} must be below high={self.high}.")
         scale, _ = self.measure
@@ -87,6 +92,13 @@ class Camera:
     height: int = 0
     width: int = 0
 
+    def __post_init__(self):
+        _require_text("camera", self, "name")
+        for field in ("height", "width"):
+            size = getattr(self, field)
+            if not _is_number(size) or size < 0 or size != int(size):
+                raise ValueError(f"camera {self.name!r}: {field}={size!r}; expected pixels, a whole number; 0: any.")
+
 
 @dataclasses.dataclass(frozen=True)
 class RobotSpec:
@@ -108,8 +120,9 @@ class RobotSpec:
         return from_json(content, where)
 
     def __post_init__(self):
-        if not (math.isfinite(self.rate_hz) and self.rate_hz >= 0):
-            raise ValueError(f"robot {self.name!r}: rate_hz={self.rate_hz} must be a number of 0 or more.")
+        _require_text("robot", self, "name")
+        if not (_is_number(self.rate_hz) and math.isfinite(self.rate_hz) and self.rate_hz >= 0):
+            raise ValueError(f"robot {self.name!r}: rate_hz={self.rate_hz!r} must be a number of 0 or more.")
         for what, parts in (("camera", self.cameras), ("action", self.action), ("state", self.state)):
             names = [part.name for part in parts]
             twice = sorted({name for name in names if names.count(name) > 1})
@@ -176,21 +189,51 @@ def rest(dimensions: Sequence[Dimension], action: np.ndarray) -> np.ndarray:
 
 def from_json(content: Mapping[str, Any], where: str = "robot") -> RobotSpec:
     """Inverse of `RobotSpec.to_json`. Raises ValueError naming `where` and the field."""
+    content = _object(content, RobotSpec, where)
+    parts = {"camera": ("cameras", Camera), "action": ("action", Dimension), "state": ("state", Dimension)}
+    values = {"name": content["name"], "rate_hz": content.get("rate_hz", 0.0)}
+    for what, (field, kind) in parts.items():
+        listed = content.get(field, ())
+        if not isinstance(listed, Sequence) or isinstance(listed, str):
+            raise ValueError(f"{where} describes no robot: {field}={listed!r}; expected a list of objects.")
+        parsed = []
+        for index, part in enumerate(listed):
+            place = f"{where}: {field}[{index}]"
+            described = _object(part, kind, place)
+            try:
+                parsed.append(kind(**described))
+            except ValueError as error:
+                raise ValueError(f"{place} describes no {what}: {error}") from error
+        values[field] = tuple(parsed)
     try:
-        unknown = sorted(set(content) - {field.name for field in dataclasses.fields(RobotSpec)})
-        if unknown:
-            raise ValueError(f"unknown fields {unknown}")
-        parts = {part: tuple(map(_dimension, content.get(part, ()))) for part in ("action", "state")}
-        cameras = tuple(Camera(**camera) for camera in content.get("cameras", ()))
-        return RobotSpec(content["name"], float(content.get("rate_hz", 0.0)), cameras, **parts)
-    except KeyError as error:
-        raise ValueError(f"{where}: {error} is missing.") from error
-    except (TypeError, ValueError, AttributeError) as error:
+        return RobotSpec(**values)
+    except ValueError as error:
         raise ValueError(f"{where} describes no robot: {error}") from error
 
 
-def _dimension(content: Mapping[str, Any]) -> Dimension:
-    return Dimension(**{key: value for key, value in content.items() if value is not None})
+def _object(content: Any, kind: type, where: str) -> dict[str, Any]:
+    """The fields of a JSON object that are not null; refuses what is none, fields that `kind` has not, no name."""
+    fields = [field.name for field in dataclasses.fields(kind)]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where} holds a {type(content).__name__}, {content!r:.60}; expected an object of {fields}.")
+    unknown = sorted(set(content) - set(fields))
+    if unknown:
+        raise ValueError(f"{where} has unknown fields {unknown}; known: {fields}.")
+    known = {key: value for key, value in content.items() if value is not None}
+    if "name" not in known:
+        raise ValueError(f"{where}: 'name' is missing.")
+    return known
+
+
+def _require_text(what: str, part: Any, *fields: str) -> None:
+    for field in fields:
+        value = getattr(part, field)
+        if not isinstance(value, str):
+            raise ValueError(f"{what} {part.name!r}: {field}={value!r} is a {type(value).__name__}; expected text.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def differences(expected: RobotSpec, found: RobotSpec) -> list[str]:

@@ -93,7 +93,8 @@ class _Conversation:
             message["observation/state"] = np.asarray(observation.proprio, np.float32)
         if observation.executed is not None:
             message["executed"] = np.asarray(observation.executed, np.float32)
-        message |= {f"observation/sensors/{name}": np.asarray(x, np.float32) for name, x in observation.sensors.items()}
+        readings = {name: value for name, value in observation.sensors.items() if value is not None}
+        message |= {f"observation/sensors/{name}": np.asarray(x, np.float32) for name, x in readings.items()}
         return codec.pack(message)
 
     def answered(self, message: bytes | str, sent_s: float) -> ActionChunk:

@@ -42,15 +42,18 @@ class Reading:
         """n readings as a policy takes them.
 
         Args:
-          values: numbers[n, ...] with the shape of a reading, or flat.
+          values: numbers[n, ...] with the shape of a reading, axes of length 1 aside, or flat. A vector may be stored
+            with more axes (the cells of a tactile array).
         Returns:
           float32[n, *shape]; bool[n], which of them there are: a reading that is NaN everywhere is none, and zero here;
           bool[n], which cannot be used: they have values that are not finite, and there is no `no_return`.
         Raises:
-          ValueError: readings of another size.
+          ValueError: readings of another size, or with their axes in another order (a picture on its side).
         """
         values = np.asarray(values, np.float32)
+        found = values.shape[1:]
         values = self._sized(values.reshape(len(values), -1))
+        self._check_axes(found)
         flat = values.reshape(len(values), -1)
         present = ~np.isnan(flat).all(axis=1)
         finite = np.isfinite(values)
@@ -59,6 +62,15 @@ class Reading:
             values, bad = np.where(finite, values, np.float32(self.no_return)), np.zeros_like(bad)
         values = np.where(present.reshape(-1, *[1] * len(self.shape)), values, np.float32(0))
         return values, present, bad
+
+    def _check_axes(self, found: tuple[int, ...]) -> None:
+        """A picture on its side has the right size, and so have rows that were stored as columns."""
+        skip = int(self.any_rows)
+        wrong, expected = ([size for size in sizes[skip:] if size != 1] for sizes in (found, self.shape))
+        is_flat = len(found) < 2 or (not skip and min(len(wrong), len(expected)) < 2)
+        if not is_flat and wrong != expected:
+            rows = ", any number of rows" if skip else ""
+            raise ValueError(f"its shape is {list(found)}; expected {list(self.shape)}{rows}, or all in one axis.")
 
     def _sized(self, values: np.ndarray) -> np.ndarray:
         """float32[n, numbers] -> float32[n, *shape]."""

@@ -117,7 +117,7 @@ class Cache:
 
 def attend(
     q: jax.Array,
-    sides: Sequence[tuple[jax.Array, jax.Array]],
+    kv_blocks: Sequence[tuple[jax.Array, jax.Array]],
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
     softcap: float | None = None,
@@ -129,21 +129,22 @@ def attend(
     by the weights' total at the end, when they are small (as in FlashAttention, arXiv:2205.14135).
 
     Args:
-      q: float[B, S, N, H], scaled. sides: keys and values float[B, K, T_i, H]; N / K neighbouring heads share a key.
+      q: float[B, S, N, H], scaled.
+      kv_blocks: keys and values float[B, K, T_i, H]; N / K neighbouring heads share a key.
       mask: bool[B, S, T], T the sum of all T_i. bias: float32[B or 1, N, S or 1, T].
       drop: dropout of weights float[B, K, N / K, S, T_i].
     Returns:
       float[B, S, N, H] in the type of q.
     """
-    shape, kv_heads = q.shape, sides[0][0].shape[1]
+    shape, kv_heads = q.shape, kv_blocks[0][0].shape[1]
     q = jnp.swapaxes(q, 1, 2).reshape(shape[0], kv_heads, shape[2] // kv_heads, shape[1], shape[3])
-    splits = np.cumsum([keys.shape[2] for keys, _ in sides])[:-1]
+    splits = np.cumsum([keys.shape[2] for keys, _ in kv_blocks])[:-1]
     # Products in the order that the sums are wanted in: einsum would hand them over transposed.
     scores = [
         jax.lax.dot_general(
             q, keys.astype(q.dtype), (((4,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
         )
-        for keys, _ in sides
+        for keys, _ in kv_blocks
     ]
     if softcap is not None:
         scores = [softcap * jnp.tanh(x / softcap) for x in scores]
@@ -158,7 +159,7 @@ def attend(
     total = functools.reduce(jnp.add, (x.sum(-1, keepdims=True) for x in weights))
     sums = (
         jax.lax.dot_general(drop(x).astype(q.dtype), values.astype(q.dtype), (((4,), (2,)), ((0, 1), (0, 1))))
-        for x, (_, values) in zip(weights, sides)
+        for x, (_, values) in zip(weights, kv_blocks)
     )
     y = (functools.reduce(jnp.add, sums) / total).astype(q.dtype)
     return jnp.moveaxis(y, 3, 1).reshape(shape)
@@ -233,8 +234,8 @@ class Attention(nn.Module):
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         if cache is not None:
             k, v = k.astype(cache[0].dtype), v.astype(cache[1].dtype)
-        sides = [(k, v)] if cache is None else [cache, (k, v)]
-        y = attend(q, sides, mask, bias, self.softcap, nn.Dropout(self.dropout, deterministic=deterministic))
+        kv_blocks = [(k, v)] if cache is None else [cache, (k, v)]
+        y = attend(q, kv_blocks, mask, bias, self.softcap, nn.Dropout(self.dropout, deterministic=deterministic))
 
         if self.inner_norm_epsilon is not None:
             norm = LayerNorm(self.inner_norm_epsilon, name="inner_norm")

@@ -14,7 +14,7 @@ from robovlms_jax.policies.sensors import robot_state
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class Checked:
     """One slot's observation.
 
     images: camera -> uint8[height, width, 3].
@@ -27,14 +27,17 @@ class Seen:
     state: np.ndarray | None = None
 
 
-def check(observation: Observation, config: PolicyConfig, slot: int) -> Seen:
+def check(observation: Observation, config: PolicyConfig, slot: int) -> Checked:
     """The parts that a policy takes. Raises ValueError that names the slot, the part, what was expected and found."""
     try:
         if not isinstance(observation, Observation):
             raise ValueError(f"the observation is a {type(observation).__name__}; expected interface.Observation.")
         if not isinstance(observation.images, Mapping):
             raise ValueError(f"observation.images is a {type(observation.images).__name__}; expected camera -> image.")
-        return Seen(
+        if not isinstance(observation.sensors, Mapping):
+            kind = type(observation.sensors).__name__
+            raise ValueError(f"observation.sensors is a {kind}; expected name -> reading, {{}} where there is none.")
+        return Checked(
             {camera: _image(observation, camera, config.cameras) for camera in config.cameras},
             {sensor.name: sensor.observe(observation) for sensor in config.all_sensors},
             None if config.representation == "robot" else _state(observation, config),
@@ -76,7 +79,7 @@ class Pictures:
         self.changes: list[str] = []
         """Why shapes are not what they were before the last `put`."""
 
-    def put(self, seen: Mapping[int, Seen]) -> dict[str, np.ndarray]:
+    def put(self, seen: Mapping[int, Checked]) -> dict[str, np.ndarray]:
         """Slot -> observation; camera -> uint8[slots, height, width, 3]. Rows of other slots mean nothing."""
         self.changes = []
         for camera in self._cameras:

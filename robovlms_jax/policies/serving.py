@@ -132,14 +132,14 @@ class BatchedVLAPolicy:
                 return []
             return [ActionChunk(self._own(x, actions)) for x, actions in zip(seen.values(), self._advance(seen))]
 
-    def _own(self, seen: observed.Seen, actions: np.ndarray) -> np.ndarray:
+    def _own(self, seen: observed.Checked, actions: np.ndarray) -> np.ndarray:
         """Predicted actions as the robot's own."""
         representation = self.model.config.representation
         if representation == "robot":
             return actions
         return representations.make(representation, self.robot).decode(actions, seen.state)
 
-    def _advance(self, seen: Mapping[int, observed.Seen]) -> list[np.ndarray]:
+    def _advance(self, seen: Mapping[int, observed.Checked]) -> list[np.ndarray]:
         """float32[C, A] of each slot that saw something, in their order."""
         images = self._pictures.put(seen)
         for slot, x in seen.items():

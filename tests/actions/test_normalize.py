@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -56,14 +55,6 @@ def test_numpy_and_jax_agree(x, bounds):
         traced = jax.jit(lambda x, function=function: function(x, *bounds, (6,)))(x)
         assert isinstance(traced, jax.Array)
         np.testing.assert_allclose(traced, function(x, *bounds, (6,)), atol=2e-6)
-    np.testing.assert_array_equal(normalize.binarize_gripper(jnp.asarray(x)), normalize.binarize_gripper(x))
-
-
-def test_binarized_gripper_is_exactly_open_or_closed():
-    gripper = np.array([-3.0, -1.0, -1e-30, 0.0, 1e-30, 1.0], np.float32)
-    binary = normalize.binarize_gripper(gripper)
-    assert binary.dtype == np.float32
-    assert binary.tolist() == [-1, -1, -1, -1, 1, 1]
 
 
 def test_bounds_of_the_wrong_length_are_named():

@@ -75,7 +75,17 @@ def test_every_difference_that_changes_a_meaning_is_listed():
         (lambda: robot.from_json({"name": "r", "joints": []}, "robot.json"), "robot.json.*joints"),
         (lambda: robot.from_json({"action": []}, "robot.json"), "robot.json.*name"),
         (lambda: robot.from_json({"name": "r", "action": [{"nam": "x"}]}, "robot.json"), "robot.json.*nam"),
-        (lambda: robot.from_json({"name": "r", "action": 3}, "robot.json"), "robot.json"),
+        (lambda: robot.from_json({"name": "r", "action": 3}, "robot.json"), "robot.json.*action=3.*list"),
+        (lambda: robot.from_json([1, 2], "robot.json"), "robot.json holds a list.*expected an object"),
+        (lambda: robot.from_json("robot", "robot.json"), "robot.json holds a str.*expected an object"),
+        (lambda: robot.from_json({"name": 3}, "robot.json"), "robot.json.*name=3 is a int; expected text"),
+        (lambda: robot.from_json({"name": "r", "rate_hz": "fast"}, "robot.json"), "robot.json.*rate_hz='fast'"),
+        (lambda: robot.from_json({"name": "r", "action": {"name": "x"}}, "robot.json"), "action=.*expected a list"),
+        (lambda: robot.from_json({"name": "r", "cameras": ["front"]}, "robot.json"), r"cameras\[0\] holds a str"),
+        (lambda: robot.from_json({"name": "r", "action": [{"name": "x", "low": "a"}]}), r"action\[0\].*low='a'"),
+        (lambda: robot.from_json({"name": "r", "state": [{"name": "x", "unit": 3}]}), r"state\[0\].*unit=3"),
+        (lambda: robot.Camera("front", height=-1), "height=-1; expected pixels"),
+        (lambda: robot.Camera("front", width="64"), "width='64'; expected pixels"),
     ],
 )
 def test_what_is_no_robot_is_refused_by_name(make, message):

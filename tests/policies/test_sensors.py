@@ -15,7 +15,7 @@ import pytest
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.nn.linear import Kernel
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.policies import objective, serving
+from robovlms_jax.policies import objective, observed, serving
 from robovlms_jax.policies.config import PolicyConfig, ProprioConfig
 from robovlms_jax.policies.heads import mlp
 from robovlms_jax.policies.sensors import audio, base, depth, imu, lidar, pointcloud, vector
@@ -220,6 +220,29 @@ def test_control_reads_what_training_reads_and_a_silent_sensor_is_the_dropped_on
         policy.act(Observation(images, sensors={"torque": np.array([0, 0, np.inf, 0, 0])}))
 
 
+def test_a_sensor_without_an_entry_and_one_that_is_none_are_silent_alike():
+    for sensor in SENSORS:
+        assert sensor.observe(Observation({}, sensors={sensor.name: None})) is None
+        assert sensor.observe(Observation({})) is None
+    with pytest.raises(ValueError, match=r"slot 2: observation\.sensors is a NoneType; expected name -> reading"):
+        observed.check(Observation({}, sensors=None), PolicyConfig(sensors=SENSORS), 2)
+
+
+@pytest.mark.parametrize(
+    ("sensor", "shape"),
+    [
+        (depth.DepthConfig(height=8, width=4, patch_size=4), (4, 8)),
+        (imu.ImuConfig(samples=2), (6, 2)),
+        (pointcloud.PointCloudConfig(num_points=12), (3, 12)),
+    ],
+)
+def test_readings_whose_axes_are_swapped_are_refused_and_flat_ones_are_not(sensor, shape):
+    with pytest.raises(ValueError, match=rf"its shape is \[{shape[0]}, {shape[1]}\]; expected"):
+        sensor.observe(Observation({}, sensors={sensor.name: np.ones(shape, np.float32)}))
+    for right in (np.ones(shape[::-1]), np.ones(shape[::-1]).ravel(), np.ones((*shape[::-1], 1))[..., 0]):
+        assert sensor.observe(Observation({}, sensors={sensor.name: right})).shape == sensor.reading.shape
+
+
 def test_dropout_masks_whole_frames_and_masked_tokens_are_zero():
     sensor = dataclasses.replace(SENSORS[0], dropout=0.5)
     module, values = base.build(sensor, 8, Kernel()), np.ones((1, 60, 5), np.float32)
@@ -256,6 +279,7 @@ def _inputs(model):
     [
         (lambda: vector.VectorConfig(size=3, scale=(1.0,)), r"policy\.sensors\.vector\.scale has 1 numbers"),
         (lambda: vector.VectorConfig("proprio"), "settings of their own"),
+        (lambda: vector.VectorConfig("query"), "'query' is taken by other tokens"),
         (lambda: vector.VectorConfig("a b"), "letters, digits and underscores"),
         (lambda: vector.VectorConfig(dropout=1.0), r"policy\.sensors\.vector\.dropout=1\.0 must lie"),
         (lambda: vector.VectorConfig(size="7"), r"policy\.sensors\.size='7' is a str; expected int"),

@@ -21,6 +21,9 @@ from robovlms_jax.inputs.sensors import Reading
 from robovlms_jax.nn.linear import Dense, Kernel
 from robovlms_jax.schema import require
 
+RESERVED = ("bos", "image", "text", "query")
+"""Runs of a sequence that readouts and losses look up by name (`backbones.sequence`)."""
+
 
 class Sensor:
     """A policy's side of a sensor in NumPy: what its readings are, and how control keeps them between steps.
@@ -42,9 +45,9 @@ class Sensor:
 
     def observe(self, observation: Observation) -> np.ndarray | None:
         """float32[*shape], the reading in an observation; None where there is none. Raises ValueError."""
-        if self.name not in observation.sensors:
+        value, expected = observation.sensors.get(self.name), list(self.reading.shape)
+        if value is None:
             return None
-        value, expected = observation.sensors[self.name], list(self.reading.shape)
         try:
             values, present, bad = self.reading.convert(np.asarray(value, np.float32)[None])
         except (TypeError, ValueError) as error:
@@ -89,6 +92,11 @@ class SensorConfig(schema.Tagged, Sensor):
             self.name.isidentifier() and self.name not in ("proprio", "action_history"),
             f"policy.sensors: the name {self.name!r} must consist of letters, digits and underscores, and be neither "
             "'proprio' nor 'action_history', which have settings of their own.",
+        )
+        require(
+            self.name not in RESERVED,
+            f"policy.sensors: the name {self.name!r} is taken by other tokens of the sequence, {list(RESERVED)}; "
+            "choose another, and set `field` where a dataset calls it so.",
         )
         require(0 <= self.dropout < 1, f"{self.path}.dropout={self.dropout} must lie in [0, 1).")
         self.require_positive("hidden_size")
