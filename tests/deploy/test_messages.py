@@ -96,7 +96,9 @@ def test_readings_of_sensors_come_over_the_line_and_silent_ones_do_not():
     conversation = client._Conversation()
     conversation.instruction = "open"
     cloud = np.full((5, 3), np.nan)
-    seen = Observation({"static": PICTURE, "wrist": PICTURE}, np.zeros(7), sensors={"torque": [1, 2], "cloud": cloud})
+    seen = Observation(
+        {"static": PICTURE, "wrist": PICTURE}, np.zeros(7), sensors={"torque": [1, 2], "cloud": cloud, "imu": None}
+    )
     step = reader.read(codec.unpack(conversation.request(seen), codec.Bounds()))
     assert set(step.observation.sensors) == {"torque", "cloud"}
     np.testing.assert_array_equal(step.observation.sensors["torque"], np.float32([1, 2]))
