@@ -19,7 +19,7 @@ from robovlms_jax.weights import rules
 
 @dataclasses.dataclass(frozen=True)
 class LatentConnectorConfig:
-    """Learned latents gather what the image has to say."""
+    """Pools image features into a fixed number of learned latents."""
 
     num_latents: int = 64
     """P, tokens per image."""

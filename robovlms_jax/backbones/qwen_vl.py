@@ -23,7 +23,7 @@ from robovlms_jax.weights import rules
 
 @dataclasses.dataclass(frozen=True)
 class ResamplerConfig:
-    """Learned queries gather what the image has to say."""
+    """Pools image features into a fixed number of tokens by learned queries."""
 
     num_queries: int = 256
     """P, tokens per image."""

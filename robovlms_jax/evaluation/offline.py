@@ -203,7 +203,7 @@ def _mean_of(values: np.ndarray, robot: RobotSpec, unit: str) -> np.ndarray:
 
 
 def _mean(values: np.ndarray) -> float:
-    """nan of nothing."""
+    """The mean; NaN of an empty array."""
     return float(values.mean()) if values.size else float("nan")
 
 

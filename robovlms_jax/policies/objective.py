@@ -173,7 +173,7 @@ def _targets(model: VLA, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """
     steps = model.history.steps
     mask = histories.windows(batch.action_mask, model.config.chunk)  # the chunk of frame g starts at its own action
-    # A padding step has features of nothing; it is not asked for actions.
+    # Features of a padding step mean nothing; its actions are left out of the loss.
     mask &= batch.inputs.step_mask[..., None]
     return steps(_chunks(model, batch)), steps(mask) & batch.window_mask.reshape(-1, 1, 1)
 

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 _SENTENCES = 64  # embedded at a time
 
-RESAMPLER = rules.Fresh(r"^resampler/", "resamplers are born with the run")
+RESAMPLER = rules.Initialised(r"^resampler/", "resamplers are initialised by the run, not loaded")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +235,7 @@ def abstract_params(model: VLA, mesh: Mesh) -> tuple[Any, Any]:
 
 def spare_params(model: VLA, shapes: Any) -> dict[str, tuple[int, ...]]:
     """What the whole backbone has and this policy has not, such as the head for words of a policy that says none.
-    Published checkpoints hold it all the same.
+    Published checkpoints contain it anyway.
 
     Args:
       shapes: of the policy's parameters, from `abstract_params`.

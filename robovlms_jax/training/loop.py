@@ -11,7 +11,7 @@ import jax
 
 
 class LoaderError(RuntimeError):
-    """What reads batches is gone."""
+    """The data loader's workers died."""
 
 
 @dataclasses.dataclass

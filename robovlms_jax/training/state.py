@@ -18,7 +18,7 @@ from robovlms_jax.training import trainable
 @flax.struct.dataclass
 class TrainState:
     """step: int32[], batches learned from or skipped; skipped: int32[], those whose loss or gradient was not finite;
-    begun: int32[], updates that were made before this optimizer state was born (in earlier stages); halted: bool[],
+    begun: int32[], updates made before this optimizer state was initialised (in earlier stages); halted: bool[],
     True = after a batch that was not finite, where none may be skipped, nothing changes any more (never saved);
     trainable, frozen: flat dicts path -> array; rng: uint32[2], never advanced, folded with step."""
 

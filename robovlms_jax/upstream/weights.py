@@ -176,19 +176,19 @@ def allow(
             filled |= {rule.table} if heads else set()
         elif isinstance(rule, rules.Ignore):
             known |= {name for name in names.values() if re.fullmatch(rule.source, name)}
-    born = [rule.target for rule in table if isinstance(rule, rules.Fresh)]
+    initialised = [rule.target for rule in table if isinstance(rule, rules.Initialised)]
     absent = [
         path
         for path in parameters
         if path not in filled
-        and not any(re.search(pattern, path) for pattern in born)
+        and not any(re.search(pattern, path) for pattern in initialised)
         and any(re.search(pattern, path) for pattern in missing)
     ]
     left = [
         name for name in tensors if names[name] not in known and any(re.search(pattern, name) for pattern in unused)
     ]
     extra = (
-        *(rules.Fresh(f"^{re.escape(path)}$", "absent from the checkpoint, allowed") for path in absent),
+        *(rules.Initialised(f"^{re.escape(path)}$", "absent from the checkpoint, allowed") for path in absent),
         *(rules.Ignore(re.escape(names[name]), "left over, allowed") for name in left),
     )
     return (*table, *extra), absent, left

@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from robovlms_jax.weights import tying
-from robovlms_jax.weights.rules import Fresh, Ignore, Rearrange, Rule, Rules, Tied, canonical
+from robovlms_jax.weights.rules import Ignore, Initialised, Rearrange, Rule, Rules, Tied, canonical
 from robovlms_jax.weights.sources import Source
 
 _HEAD = "/head/kernel"
@@ -43,7 +43,7 @@ def load_params(
       shardings: the same tree of jax.sharding.Sharding.
       spare: see `plan`.
     Returns:
-      Nested dict of jax.Array: `shapes` without the parameters that are `Fresh` by the rules.
+      Nested dict of jax.Array: `shapes` without the parameters that are `Initialised` by the rules.
     Raises:
       ValueError: source, rules and parameters do not fit together; lists everything that is wrong.
     """
@@ -76,7 +76,7 @@ def plan(
       spare: path -> shape of parameters that the rules know and nobody asks for. Their tensors may be there, and have
         to fit if they are; they are not read.
     Returns:
-      path -> recipe for every parameter that is not `Fresh`.
+      path -> recipe for every parameter that is not `Initialised`.
     Raises:
       ValueError: lists everything that is wrong.
     """
@@ -84,7 +84,7 @@ def plan(
     filled, used = _assign(rules, tensors, {**(spare or {}), **parameters}, problems)
     recipes = {}
     for path, shape in parameters.items():
-        if any(isinstance(rule, Fresh) and re.search(rule.target, path) for rule in rules):
+        if any(isinstance(rule, Initialised) and re.search(rule.target, path) for rule in rules):
             continue
         rule = used.get(path) or next((r for r in rules if isinstance(r, Rule) and r.target == path), None)
         if rule is None:

@@ -83,7 +83,7 @@ class Ignore:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fresh:
+class Initialised:
     """Parameters no source tensor fills; they keep their own initialisation and are left out of what is loaded."""
 
     target: str
@@ -100,9 +100,10 @@ class Rename:
     replacement: str
 
 
-Rules = tuple[Rule | Tied | Ignore | Fresh | Rename, ...]
+AnyRule = Rule | Tied | Ignore | Initialised | Rename
+Rules = tuple[AnyRule, ...]
 
-LORA = Fresh(r"/lora_[ab]$", "adapters are born with the run")
+LORA = Initialised(r"/lora_[ab]$", "LoRA adapters are initialised by the run, not loaded")
 
 _PART = re.compile(r"(\d+)/(\d+)")
 _WRAPPERS = re.compile(r"^(module\.|model\.|backbone\.|_forward_module\.|_orig_mod\.)+")
@@ -126,7 +127,7 @@ def canonical(rules: Rules, name: str) -> str:
     return name
 
 
-def prefixed(rules: Iterable[Rule | Tied | Ignore | Fresh | Rename], *, source: str = "", target: str = "") -> Rules:
+def prefixed(rules: Iterable[AnyRule], *, source: str = "", target: str = "") -> Rules:
     """The same rules for tensors whose names begin with `source` and parameters whose paths begin with `target`.
 
     `prefixed(config.rules, target="backbone/")` maps a backbone's checkpoint into a policy's tree.

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from robovlms_jax.weights import convert, sources
-from robovlms_jax.weights.rules import Fresh, Ignore, Rule, linear
+from robovlms_jax.weights.rules import Ignore, Initialised, Rule, linear
 from tests.processes import run_python
 
 RULES = (
@@ -19,7 +19,7 @@ RULES = (
     Rule("blocks.{layer}.q.weight", "layers/q/kernel", "(n h) d -> d n h"),
     *linear("out", "out"),
     Ignore(r"head\.weight", "tied"),
-    Fresh(r"/lora_[ab]$", "born with the run"),
+    Initialised(r"/lora_[ab]$", "initialised by the run"),
 )
 LAYERS, N, H, D = 12, 3, 2, 4  # more than ten layers, so that order is by number and not by letter
 

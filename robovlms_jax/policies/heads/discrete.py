@@ -1,4 +1,4 @@
-"""Actions as words: cross-entropy on vocabulary tokens (upstream `DiscreteDecoder`; RT-2, Brohan et al. 2023)."""
+"""Actions as vocabulary tokens, learned by cross-entropy (upstream `DiscreteDecoder`; RT-2, Brohan et al. 2023)."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class FlowHead(nn.Module):
         layer = functools.partial(Layer, config.num_heads, config.hidden_size, self.kernel)
         self.layers = [layer(name=f"layer_{i}") for i in range(config.num_layers)]
         self.final_norm = LayerNorm(1e-5)
-        zero = nn.initializers.zeros_init()  # the first velocity is none, as large as no guess at all
+        zero = nn.initializers.zeros_init()  # initial velocity 0: the first loss is that of predicting 0
         self.out = Dense(self.action_dim, ("embed", None), kernel_init=zero, kernel=self.kernel)
 
     def __call__(self, features: jax.Array, step_mask: jax.Array) -> FlowPrediction:

@@ -28,8 +28,8 @@ RESERVED = ("bos", "image", "text", "query")
 class Sensor:
     """A policy's side of a sensor in NumPy: what its readings are, and how control keeps them between steps.
 
-    name: the sensor's, unique in a policy. kind: its registered name. dropout: share of training frames that are not
-    told. can_miss: whether an observation may lack it. scope: name of its parameters' subtree.
+    name: the sensor's, unique in a policy. kind: its registered name. dropout: share of training frames without
+    its reading. can_miss: whether an observation may lack it. scope: name of its parameters' subtree.
     """
 
     name: str

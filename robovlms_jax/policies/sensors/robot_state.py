@@ -38,8 +38,8 @@ class ProprioConfig:
     scale: tuple[float, ...] = (0.25, 0.25, 0.1, 0.5, 0.5, 0.5)
     """What one unit of each centred number is."""
     dropout: float = 0.0
-    """Share of training frames that are not told. Where the hand is on its way to something betrays where that is, so a
-    policy that is always told can learn the demonstrations without looking."""
+    """Probability of dropping the state token of a training frame. The hand's pose often gives the goal away; without
+    dropout a policy can learn the demonstrations without looking at the images."""
 
     @property
     def is_default(self) -> bool:
@@ -102,8 +102,8 @@ class ActionHistoryConfig:
     length: int = 0
     """How many; each is a token. 0: off."""
     dropout: float = 0.0
-    """Share of training frames that are not told: what was done is a strong hint at what comes next, and a policy that
-    trusts it alone repeats itself."""
+    """Probability of dropping the past actions of a training frame: they are a strong hint at the next action, and a
+    policy that trusts them alone repeats itself."""
 
     def __post_init__(self):
         require(self.length >= 0, f"policy.action_history.length={self.length} must be 0 (off) or positive.")
@@ -178,7 +178,7 @@ class ProprioToken(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """float[B, G, P] (see `inputs.proprio`) -> float32[B, G, 1, D] and bool[B, G, 1], all True.
 
-        The token of a frame that is not told, or has no state (False in `mask` bool[B, G]), is the last layer's bias.
+        The token of a dropped frame, or of one without state (False in `mask` bool[B, G]), is the last layer's bias.
         """
         numbers, decisions = _columns(self.sensor.state)
         parts = []
