@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -100,8 +100,7 @@ class Rename:
     replacement: str
 
 
-AnyRule = Rule | Tied | Ignore | Initialised | Rename
-Rules = tuple[AnyRule, ...]
+Rules = tuple[Rule | Tied | Ignore | Initialised | Rename, ...]
 
 LORA = Initialised(r"/lora_[ab]$", "LoRA adapters are initialised by the run, not loaded")
 
@@ -127,7 +126,7 @@ def canonical(rules: Rules, name: str) -> str:
     return name
 
 
-def prefixed(rules: Iterable[AnyRule], *, source: str = "", target: str = "") -> Rules:
+def prefixed(rules: Rules, *, source: str = "", target: str = "") -> Rules:
     """The same rules for tensors whose names begin with `source` and parameters whose paths begin with `target`.
 
     `prefixed(config.rules, target="backbone/")` maps a backbone's checkpoint into a policy's tree.

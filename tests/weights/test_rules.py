@@ -147,7 +147,7 @@ def test_renames_admit_other_spellings_after_wrappers_are_stripped():
 
 
 def test_prefixes_move_sources_and_targets():
-    moved = prefixed([Rule("a.{layer}.w", "a/w", "o i -> i o"), Ignore(r"b\d", "why")], source="x.y.", target="p/")
+    moved = prefixed((Rule("a.{layer}.w", "a/w", "o i -> i o"), Ignore(r"b\d", "why")), source="x.y.", target="p/")
     assert moved == (Rule("x.y.a.{layer}.w", "p/a/w", "o i -> i o"), Ignore(r"x\.y\.b\d", "why"))
 
 
