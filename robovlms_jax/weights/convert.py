@@ -14,7 +14,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from robovlms_jax.weights import tying
-from robovlms_jax.weights.rules import Ignore, Initialised, Rearrange, Rule, Rules, Tied, canonical
+from robovlms_jax.weights.rearrange import Rearrange
+from robovlms_jax.weights.rules import Ignore, Initialised, Rule, Rules, Tied, canonical
 from robovlms_jax.weights.sources import Source
 
 _HEAD = "/head/kernel"

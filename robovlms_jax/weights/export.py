@@ -11,7 +11,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from robovlms_jax.weights.rules import Rearrange, Rule, Rules
+from robovlms_jax.weights.rearrange import Rearrange
+from robovlms_jax.weights.rules import Rule, Rules
 from robovlms_jax.weights.sources import INDEX, SINGLE
 
 

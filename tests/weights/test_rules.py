@@ -8,7 +8,8 @@ import einops
 import numpy as np
 import pytest
 
-from robovlms_jax.weights.rules import Ignore, Rearrange, Rename, Rule, canonical, normalize, prefixed
+from robovlms_jax.weights.rearrange import Rearrange
+from robovlms_jax.weights.rules import Ignore, Rename, Rule, canonical, normalize, prefixed
 
 CASES = {
     "o i -> i o": ((6, 4), {}),
