@@ -9,8 +9,8 @@ NEWEST_PYTHON ?= python3.12
 BIN := .venv/bin
 
 # What meets other packages' interfaces and takes minutes at most.
-VERSION_TESTS := tests/actions tests/data tests/inputs tests/nn tests/parallel tests/policies tests/training tests/test_config.py \
-	tests/test_environments.py tests/test_imports.py tests/experiments/test_plan.py
+VERSION_TESTS := tests/actions tests/data tests/inputs tests/nn tests/parallel tests/policies tests/training tests/test_cli.py \
+	tests/runs/test_config.py tests/test_environments.py tests/test_imports.py tests/experiments/test_plan.py
 
 .PHONY: run test test-slow test-oldest test-newest lint clean always
 

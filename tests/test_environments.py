@@ -84,6 +84,15 @@ def test_oldest_takes_the_bounds_and_newest_drops_them():
     assert not [line for line in newest if line.startswith("torch")]
 
 
+def test_every_file_that_the_makefile_names_exists():
+    text = re.sub(r"(?m)^#.*|\$\(BIN\)/|\.venv[\w$*-]*/", "", (ROOT / "Makefile").read_text())
+    words = re.findall(r"(?:tests|experiments|benchmarks|docs)/[\w./-]+|[\w-]+\.(?:py|cfg|txt|toml)\b", text)
+    assert {"tests/data", "setup.cfg"} <= set(words)
+    modules = [name.replace(".", "/") + ".py" for name in re.findall(r"python -m (experiments\.\w+)", text)]
+    missing = [name for name in (*words, *modules) if not (ROOT / name).exists()]
+    assert not missing
+
+
 @pytest.mark.parametrize("line", ["jax", "jax<1", "jax>=0.7,<1", "jax==0.7"])
 def test_a_requirement_without_a_plain_lower_bound_is_refused(line):
     with pytest.raises(ValueError, match="not of the form name>=version"):
