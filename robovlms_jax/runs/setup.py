@@ -63,6 +63,14 @@ class Setup:
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * self.config.train.accumulation
         return stages.rows(stage, self.config.segments_per_batch, ways)
 
+    def batch_shapes(self, stage: stages.Stage) -> dict[str, Any]:
+        """Source -> shapes of each of the stage's batches, over all hosts."""
+        shapes = {}
+        for source, size in self.rows(stage).items():
+            row = self.sources[source].evaluation_batch(np.array([samples.PADDING]))  # nothing is read
+            shapes[source] = jax.tree.map(lambda x, size=size: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), row)
+        return shapes
+
 
 def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Setup:
     """Open everything a run needs and check that it fits together. Raises what the parts raise; compiles nothing.
@@ -111,7 +119,7 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
     stages.check(planned, flatten_dict(shapes, sep="/"), [objective.ROBOT])
     for stage in planned:
         steps.make_loss(config, model, stage)  # raises what a stage's weights have wrong
-    return Setup(
+    setup = Setup(
         config=config,
         train=training,
         validation=validation_split,
@@ -124,6 +132,10 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
         num_params=build.count(shapes),
         point=point,
     )
+    for stage in planned[setup.first :]:
+        loss, batch = steps.make_loss(config, model, stage), setup.batch_shapes(stage)
+        stages.require_reached(stage, loss, flatten_dict(shapes, sep="/"), batch, several=len(planned) > 1)
+    return setup
 
 
 def _open_backbone(config: ExperimentConfig, point: resuming.Point | None, instructions: list[str]) -> build.Backbone:
@@ -243,10 +255,7 @@ def require_memory(setup: Setup) -> None:
     """Say how much memory the run will take. Raises ValueError where its devices say that they have far less."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # CPUs say nothing
     for stage, abstract in list(zip(setup.stages, setup.abstracts, strict=True))[setup.first :]:
-        batch = {}
-        for source, size in setup.rows(stage).items():
-            row = setup.sources[source].evaluation_batch(np.array([samples.PADDING]))  # nothing is read
-            batch[source] = jax.tree.map(lambda x, size=size: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), row)
+        batch = setup.batch_shapes(stage)
         estimate = steps.memory_of(setup.config, setup.model, abstract, batch, stage)
         where = f", stage {stage.name}" if len(setup.stages) > 1 else ""
         logger.info("memory on each device%s, estimated: %s", where, estimate)

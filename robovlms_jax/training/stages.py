@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from robovlms_jax.training import optimizer as optimizers
@@ -71,17 +72,34 @@ def check(stages: Sequence[Stage], paths: Collection[str], sources: Collection[s
       ValueError: names the stage, what is wrong and what there is.
     """
     for stage in stages:
-        try:
+        with _naming(stage, several=len(stages) > 1):
             trainable.split(dict.fromkeys(paths), stage.trainable)
-        except ValueError as error:
-            raise ValueError(
-                f"train.stages, stage {stage.name!r}: {error}" if len(stages) > 1 else str(error)
-            ) from None
         unknown = sorted(set(stage.sources) - set(sources))
         if unknown:
             raise ValueError(
                 f"train.stages, stage {stage.name!r}: sources names {unknown}; this run has data of {sorted(sources)}."
             )
+
+
+def require_reached(
+    stage: Stage, loss: Callable[..., tuple[Any, Any]], params: Mapping[str, Any], batch: Any, *, several: bool
+) -> None:
+    """Refuse a stage with patterns by which nothing would learn (`trainable.require_reached`).
+
+    Args:
+      several: whether the run has other stages, so that the error names this one.
+    """
+    with _naming(stage, several=several):
+        trainable.require_reached(loss, params, batch, stage.trainable)
+
+
+@contextlib.contextmanager
+def _naming(stage: Stage, *, several: bool) -> Iterator[None]:
+    """Errors name the stage where there are several."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"train.stages, stage {stage.name!r}: {error}" if several else str(error)) from None
 
 
 def rows(stage: Stage, total: int, multiple: int = 1) -> dict[str, int]:

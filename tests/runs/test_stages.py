@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from robovlms_jax.runs import run
+from robovlms_jax.runs import setup as setups
 from robovlms_jax.training import items
 from robovlms_jax.training.config import OptimizerConfig, StageConfig
 from tests.experiments.test_calvin_abcd import params_of, small
@@ -64,3 +65,12 @@ def test_a_run_stopped_in_any_stage_goes_on_bit_for_bit(uninterrupted, tmp_path,
         shutil.rmtree(output / "checkpoints" / str(later))
     train(output, **{"train.stages": TWO, "train.checkpoint_every": 9, "train.resume": True})
     assert_same(output, uninterrupted)
+
+
+def test_a_stage_that_trains_only_what_none_of_its_tasks_needs_is_refused_before_anything_is_compiled(tmp_path):
+    idle = StageConfig(steps=1, name="later", trainable=("^auxiliary/",), weights={"forward": 0.0})
+    changes = {"policy.auxiliary.forward.loss_weight": 1.0, "train.stages": (*TWO, idle)}
+    with pytest.raises(ValueError, match=r"stage 'later': .*no active task depends on.*'\^auxiliary/' \(auxiliary/for"):
+        train(tmp_path, **changes)
+    learns = dataclasses.replace(idle, weights={})
+    setups.prepare(small(tmp_path, **QUICK, **changes | {"train.stages": (*TWO, learns)}))
