@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
@@ -53,6 +55,9 @@ def read(config: type[Config] | Config, *, description: str | None = None, argv:
     Switches, fields that are true or false, are understood in every usual spelling: `--data.success_only`,
     `--data.success_only True`, `--data.success_only=no`, `--no-data.success_only`, `--data.no-success-only`.
 
+    A part with a registered kind, or a list of parts, is given whole: as JSON, in a JSON file, or by names of kinds
+    (`--policy.head flow`, `--policy.sensors imu,lidar`, `--train.stages stages.json`); only with an instance.
+
     Args:
       config: dataclass, or one of its instances, whose values are then the defaults.
       description: for --help; None: the class's docstring.
@@ -60,8 +65,10 @@ def read(config: type[Config] | Config, *, description: str | None = None, argv:
     Returns:
       An instance. Wrong flags or values end the process with status 2 and a message naming the nearest flag.
     """
-    start = {"f": config} if isinstance(config, type) else {"f": type(config), "default": config}
     arguments = _spell_switches(sys.argv[1:] if argv is None else argv, switches(config))
+    if not isinstance(config, type):
+        config, description = _take_whole(config, arguments), f"{description or ''}{_whole_help(config)}" or None
+    start = {"f": config} if isinstance(config, type) else {"f": type(config), "default": config}
     with _FILES:
         return tyro.cli(**start, args=arguments, description=description, config=(tyro.conf.AvoidSubcommands,))
 
@@ -109,6 +116,114 @@ def parse(
     )
     text = f"{description}\n\n{listed}"
     return name, read(start, description=text, argv=arguments)
+
+
+def wholes(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> type of every field that is given whole: a part with a registered kind, or a tuple of parts."""
+    found = {}
+    for name, hint in schema.hints(type(config)).items():
+        value = getattr(config, name)
+        if _kinds(hint) or schema.item_of(hint):
+            found[prefix + name] = hint
+        if dataclasses.is_dataclass(value) and not hasattr(value, "to_json"):
+            found |= wholes(value, f"{prefix}{name}.")
+    return found
+
+
+def _kinds(hint: Any) -> list[str]:
+    """Registered names of what the type stands for; [] where it has none."""
+    part = schema.item_of(hint) or hint
+    return part.kinds() if isinstance(part, type) and issubclass(part, schema.Tagged) else []
+
+
+def _whole_help(config: Any) -> str:
+    lines = []
+    for path, hint in wholes(config).items():
+        kinds = f", or names of kinds alone ({', '.join(_kinds(hint))})" if _kinds(hint) else ""
+        lines.append(f"--{path} JSON{' list' if schema.item_of(hint) else ''} | FILE.json{kinds}")
+    return "\n\nGiven whole, fields left out having their defaults:\n\n" + "\n\n".join(lines) if lines else ""
+
+
+def _take_whole(config: Any, arguments: list[str]) -> Any:
+    """The configuration with what the arguments give whole, which is taken out of them. Not checked as a whole yet:
+    other flags may belong to it."""
+    for path, hint in wholes(config).items():
+        kind = _take(arguments, f"--{path}.kind") if _kinds(hint) and not schema.item_of(hint) else None
+        text = _take(arguments, f"--{path}")
+        text = kind if text is None else text
+        if text is not None:
+            try:
+                config = _put(config, path.split("."), _whole(path, hint, text))
+            except (ValueError, OSError) as error:
+                sys.exit(_fail(f"--{path}: {error}"))
+        if schema.item_of(hint) and not _get(config, path):
+            inner = _belongs(config, path, schema.item_of(hint), arguments)
+            if inner:
+                sys.exit(
+                    _fail(f"{inner} is a setting of a part of {path}, which is given whole: {_example(path, hint)}")
+                )
+    return config
+
+
+def _belongs(config: Any, path: str, part: type, arguments: Sequence[str]) -> str | None:
+    """The first flag that is about a part of the tuple at `path`, which has none: by its path, or by a name that only
+    such a part has, such as `--train.sources`."""
+    own = {field.name for field in dataclasses.fields(part)} - _names(config)
+    for argument in arguments:
+        flag = argument.partition("=")[0].replace("-", "_")
+        if flag.startswith(f"__{path}.") or (flag.startswith("__") and flag.rpartition(".")[2].lstrip("_") in own):
+            return argument.partition("=")[0]
+    return None
+
+
+def _names(config: Any) -> set[str]:
+    """Names of all fields, at any depth."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return set(values).union(*(_names(value) for value in values.values() if dataclasses.is_dataclass(value)))
+
+
+def _example(path: str, hint: Any) -> str:
+    part = schema.item_of(hint)
+    first = {"kind": _kinds(hint)[0]} if _kinds(hint) else {}
+    needed = [x.name for x in dataclasses.fields(part) if {x.default, x.default_factory} == {dataclasses.MISSING}]
+    first |= dict.fromkeys(needed, "...")
+    return f"--{path} '{json.dumps([first])}', or --{path} FILE.json with such a list."
+
+
+def _whole(path: str, hint: Any, text: str) -> Any:
+    """A field's value from a command line's word: JSON, a file of it, or names of kinds. Raises ValueError, OSError."""
+    if text.endswith(".json"):
+        value = json_files.read(pathlib.Path(text))
+    elif _kinds(hint) and re.fullmatch(r"\w+(,\w+)*", text):
+        value = text.split(",") if schema.item_of(hint) else text
+    else:
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{text!r} is neither JSON ({error}) nor FILE.json") from error
+    if not isinstance(value, list if schema.item_of(hint) else str | dict):
+        raise ValueError(f"{text!r} is no JSON {'list' if schema.item_of(hint) else 'object'}.")
+    if isinstance(value, list) and _kinds(hint):
+        value = [{"kind": part} if isinstance(part, str) else part for part in value]
+    elif isinstance(value, str):
+        value = {"kind": value}
+    return schema.from_plain(hint, value, path)
+
+
+def _get(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _put(config: Any, names: Sequence[str], value: Any) -> Any:
+    """A copy with one field replaced; its own checks wait for `read`, which builds it again from all flags."""
+    head, *rest = names
+    copy = object.__new__(type(config))
+    for field in dataclasses.fields(config):
+        object.__setattr__(copy, field.name, getattr(config, field.name))
+    object.__setattr__(copy, head, _put(getattr(config, head), rest, value) if rest else value)
+    return copy
 
 
 def switches(config: type | Any, prefix: str = "") -> frozenset[str]:

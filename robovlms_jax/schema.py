@@ -119,7 +119,7 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any
     known = hints(cls)
     kwargs = {}
     for name, value in values.items():
-        kwargs[name] = _from_plain(known.get(name), value, f"{path}.{name}")
+        kwargs[name] = from_plain(known.get(name), value, f"{path}.{name}")
     check(cls, kwargs, path)
     return cls(**kwargs)
 
@@ -131,8 +131,9 @@ def item_of(hint: Any) -> type | None:
     return arguments[0] if several and dataclasses.is_dataclass(arguments[0]) else None
 
 
-def _from_plain(hint: Any, value: Any, path: str) -> Any:
-    """A field's value from plain JSON values, where the field's type has fields of its own."""
+def from_plain(hint: Any, value: Any, path: str) -> Any:
+    """A field's value from plain JSON values, where the field's type `hint` has fields of its own; others as they are.
+    Raises as `from_dict`."""
     if hasattr(hint, "from_json"):
         return value if isinstance(value, hint) else hint.from_json(value, path)
     if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and dataclasses.is_dataclass(hint):

@@ -7,9 +7,10 @@ import json
 
 import pytest
 
-from robovlms_jax import cli
+from robovlms_jax import cli, schema
 from robovlms_jax.control import robot
 from robovlms_jax.policies.config import PolicyConfig, ProprioConfig
+from robovlms_jax.policies.heads import flow
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import from_dict, to_dict
 
@@ -144,3 +145,75 @@ def test_a_robot_that_no_file_describes_is_refused_with_the_field(tmp_path, caps
         with pytest.raises(SystemExit):
             cli.read(ExperimentConfig, argv=["--policy.robot", str(tmp_path / name)])
         assert message in capsys.readouterr().err
+
+
+def leaves(config, prefix=""):
+    """(dotted name, value) of every field that has no fields of its own."""
+    for name in schema.hints(type(config)):
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value) and not hasattr(value, "to_json"):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def test_every_setting_of_a_run_is_a_flag(capsys):
+    argv, expected = [], ExperimentConfig()
+    for path, value in leaves(expected):
+        if isinstance(value, dict):
+            words = [str(x) for item in value.items() for x in item]
+        elif path in cli.wholes(expected):
+            words = [json.dumps([])]
+        elif isinstance(value, robot.RobotSpec):
+            continue  # a file: test_a_robot_comes_from_a_json_file_and_shifts_by_camera
+        else:
+            words = [str(x) for x in value] if isinstance(value, tuple) else [str(value)]
+        argv += [f"--{path}", *words]
+    try:
+        assert read(*argv) == expected
+    except SystemExit:
+        raise AssertionError(capsys.readouterr().out) from None
+
+
+def read(*argv):
+    return cli.parse({"small": ExperimentConfig()}, "small", description="", argv=argv)[1]
+
+
+def test_sensors_stages_and_heads_are_given_whole_by_names_json_or_file(tmp_path):
+    config = read("--policy.sensors", "imu,lidar", "--policy.head.kind=flow", "--policy.head.num-steps", "3")
+    assert [sensor.kind for sensor in config.policy.sensors] == ["imu", "lidar"]
+    assert config.policy.head == flow.FlowHeadConfig(num_steps=3)
+    stages = [{"steps": 3, "sources": {"robot": 1.0}}, {"steps": 4, "name": "late", "weights": {"actions": 2.0}}]
+    (tmp_path / "stages.json").write_text(json.dumps(stages))
+    for given in (json.dumps(stages), str(tmp_path / "stages.json")):
+        more = ("--train.stages.0.steps", "5", "--policy.sensors", '["depth", {"kind": "imu", "name": "hip"}]')
+        made = read(
+            "--train.stages", given, *by_number, "--policy.sensors", '["depth", {"kind": "imu", "name": "hip"}]'
+        )
+        assert to_dict(made)["train"]["stages"][1]["weights"] == {"actions": 2.0}
+        assert made.train.stages[0].steps == 5
+        assert [(sensor.kind, sensor.name) for sensor in made.policy.sensors] == [("depth", "depth"), ("imu", "hip")]
+    # A head and what goes with it are checked together, in any order.
+    both = read("--policy.head", "discrete", "--policy.readout", "token", "--policy.history", "interleaved")
+    assert (both.policy.head.kind_of(type(both.policy.head)), both.policy.readout) == ("discrete", "token")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--policy.sensors", "sonar"), "--policy.sensors: no sensor 'sonar'; registered: ['audio',"),
+        (("--policy.sensors", '{"kind": "imu"}'), """--policy.sensors: '{"kind": "imu"}' is no JSON list"""),
+        (("--policy.sensors", '[{"kind": "imu", "dropout": 2}]'), "policy.sensors.imu.dropout=2 must lie in"),
+        (("--policy.sensors.imu.dropout", "0"), "policy.sensors.imu.dropout is a setting of a part of policy.sensors"),
+        (("--train.stages", '[{"stepss": 3}]'), "train.stages[0] has no field 'stepss'; did you mean 'steps'?"),
+        (("--train.stages", "[3"), "--train.stages: '[3' is neither JSON"),
+        (("--train.stages", "nowhere.json"), "nowhere.json"),
+        (("--train.sources", "x"), "--train.sources is a setting of a part of train.stages"),
+        (("--policy.head", "mlpp"), "--policy.head: "),
+    ],
+)
+def test_what_cannot_be_given_so_is_answered_with_a_sentence(argv, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        read(*argv)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

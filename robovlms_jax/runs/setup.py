@@ -112,13 +112,24 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
             policy = policy.with_state(excerpts.state_sample(opened["training"], 1_000))
         config = dataclasses.replace(config, policy=policy)
     config = build.with_action_ids(config, backbone.tokenizer)
+    return _planned(config, training, validation_split, backbone, encode, point)
+
+
+def _planned(
+    config: ExperimentConfig,
+    training: samples.SegmentSource,
+    validation_split: samples.SegmentSource | None,
+    backbone: build.Backbone,
+    encode: EncodeText,
+    point: resuming.Point | None,
+) -> Setup:
+    """The setup of a resolved configuration and opened data, its stages checked against the model."""
     mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
     model = build.make_model(config, backbone.vlm)
     shapes, shardings = build.abstract_params(model, mesh)
     planned = stages.plan(config.train, config.optimizer)
     stages.check(planned, flatten_dict(shapes, sep="/"), [objective.ROBOT])
-    for stage in planned:
-        steps.make_loss(config, model, stage)  # raises what a stage's weights have wrong
+    losses = [steps.make_loss(config, model, stage) for stage in planned]  # raises what a stage's weights have wrong
     setup = Setup(
         config=config,
         train=training,
@@ -132,9 +143,10 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
         num_params=build.count(shapes),
         point=point,
     )
-    for stage in planned[setup.first :]:
-        loss, batch = steps.make_loss(config, model, stage), setup.batch_shapes(stage)
-        stages.require_reached(stage, loss, flatten_dict(shapes, sep="/"), batch, several=len(planned) > 1)
+    for stage, loss in list(zip(planned, losses, strict=True))[setup.first :]:
+        stages.require_reached(
+            stage, loss, flatten_dict(shapes, sep="/"), setup.batch_shapes(stage), several=len(planned) > 1
+        )
     return setup
 
 
