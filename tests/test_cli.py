@@ -187,9 +187,7 @@ def test_sensors_stages_and_heads_are_given_whole_by_names_json_or_file(tmp_path
     (tmp_path / "stages.json").write_text(json.dumps(stages))
     for given in (json.dumps(stages), str(tmp_path / "stages.json")):
         more = ("--train.stages.0.steps", "5", "--policy.sensors", '["depth", {"kind": "imu", "name": "hip"}]')
-        made = read(
-            "--train.stages", given, *by_number, "--policy.sensors", '["depth", {"kind": "imu", "name": "hip"}]'
-        )
+        made = read("--train.stages", given, *more)
         assert to_dict(made)["train"]["stages"][1]["weights"] == {"actions": 2.0}
         assert made.train.stages[0].steps == 5
         assert [(sensor.kind, sensor.name) for sensor in made.policy.sensors] == [("depth", "depth"), ("imu", "hip")]
