@@ -130,7 +130,7 @@ class ClosedLoop:
         return rollout_report.section(evaluation, output.relative_to(self._run).as_posix(), strips=strips.exists())
 
     def _acting(self, state: TrainState) -> BatchedVLAPolicy:
-        params = meshes.whole(state.params, self._mesh)
+        params = meshes.whole(state.served, self._mesh)
         if self._policy is None:
             self._policy = BatchedVLAPolicy(self._model, params, self._encode, slots=self._tables.size)
         self._policy.params = params  # the compiled step is kept

@@ -136,7 +136,13 @@ RULES = (
         "these are other demonstrations",
     ),
     # How it is trained.
-    Rule("said", ("optimizer.*",), "the optimizer goes on otherwise, with the moments that it has"),
+    Rule(
+        "said",
+        ("optimizer.*",),
+        "the optimizer goes on otherwise, with the moments that it has",
+        but=("optimizer.name",),
+    ),
+    Rule("stage", ("optimizer.name",), "its state has another form"),
     Rule("said", ("train.steps",), "the schedule may end elsewhere; never before the checkpoint's own step"),
     Rule("free", ("train.epochs",), "it becomes train.steps"),
     Rule("said", ("train.accumulation", "train.on_nonfinite", "train.max_skipped"), "steps are made otherwise"),

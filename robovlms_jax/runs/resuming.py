@@ -203,13 +203,16 @@ def restore(
     checkpointer: checkpoints.Checkpointer, point: Point, abstract: TrainState, settings: OptimizerConfig
 ) -> TrainState:
     """The state that a run goes on from, in the shapes and shardings of `abstract` (`state.abstract`): parameters are
-    made nowhere before. Gradients may be clipped from now on, or no more, as the stage's `settings` say."""
+    made nowhere before. Gradients may be clipped, or parameters averaged, from now on or no more, as the stage's
+    `settings` say."""
     before = stages.plan(point.config.train, point.config.optimizer)[point.stage].optimizer
-    clipped, clips = (bool(x.clip_norm) for x in (before, settings))
-    there = abstract.replace(opt_state=optimizer.rewrap(abstract.opt_state, clipped=clips, clips=clipped))
-    restored, _ = checkpointer.restore(there)
+
+    def rewrapped(state: TrainState, before: OptimizerConfig, now: OptimizerConfig) -> TrainState:
+        return state.replace(opt_state=optimizer.rewrap(state.opt_state, state.trainable, before=before, now=now))
+
+    restored, _ = checkpointer.restore(rewrapped(abstract, settings, before))
     logger.info("resumed after step %d", int(restored.step))
-    return restored.replace(opt_state=optimizer.rewrap(restored.opt_state, clipped=clipped, clips=clips))
+    return rewrapped(restored, before, settings)
 
 
 def compare_statistics(policy: PolicyConfig, action: Mapping[str, Any], actions: np.ndarray) -> list[str]:

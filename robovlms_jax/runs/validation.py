@@ -158,7 +158,7 @@ class Evaluator:
         episodes = self._source.dataset.episodes
         if count == 0:
             return []
-        params = meshes.whole(state.params, self._mesh)
+        params = meshes.whole(state.served, self._mesh)
         if jax.process_index() != 0:
             return []
         policy, config = VLAPolicy(self._model, params, self._encode), self._config.policy

@@ -2,7 +2,8 @@
 Orbax.
 
     <run>/checkpoints/<step>/params    nested parameters
-                             train     optimizer state and PRNG
+                             train     optimizer state and PRNG; the parameters themselves where `params` are
+                               their moving average
                              data      JSON: position in the data stream and its fingerprint, batches skipped
                              serving   JSON: full config and the backbone's small files (config.json, tokenizer,
                                preprocessing)
@@ -86,8 +87,8 @@ class Checkpointer:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
-                    train=ocp.args.StandardSave({"opt_state": state.opt_state, "rng": state.rng}),
+                    params=ocp.args.StandardSave(state.served),
+                    train=ocp.args.StandardSave(_train_item(state)),
                     data=ocp.args.JsonSave({**data, "skipped": int(state.skipped), "begun": int(state.begun)}),
                     serving=ocp.args.JsonSave(self._serving),
                 ),
@@ -137,7 +138,7 @@ class Checkpointer:
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardRestore(abstract.params),
-                    train=ocp.args.StandardRestore({"opt_state": abstract.opt_state, "rng": abstract.rng}),
+                    train=ocp.args.StandardRestore(_train_item(abstract)),
                     data=ocp.args.JsonRestore(),
                 ),
             )
@@ -147,7 +148,7 @@ class Checkpointer:
             skipped=jax.device_put(jax.numpy.int32(out.data.get("skipped", 0)), state.skipped.sharding),
             begun=jax.device_put(jax.numpy.int32(out.data.get("begun", 0)), state.begun.sharding),
             halted=jax.device_put(jax.numpy.bool_(False), state.halted.sharding),
-            trainable={path: flat[path] for path in state.trainable},
+            trainable=out.train.get("trainable") or {path: flat[path] for path in state.trainable},
             frozen={path: flat[path] for path in state.frozen},
             opt_state=out.train["opt_state"],
             rng=out.train["rng"],
@@ -177,11 +178,7 @@ class Checkpointer:
     def restore_best(self, state: TrainState) -> TrainState:
         """`state` with the parameters kept in best/."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.params)
-        flat = flatten_dict(items.read_params(locate(self._manager.directory.parent), abstract), sep="/")
-        return state.replace(
-            trainable={path: flat[path] for path in state.trainable},
-            frozen={path: flat[path] for path in state.frozen},
-        )
+        return state.serving(items.read_params(locate(self._manager.directory.parent), abstract))
 
     def offer_best(self, state: TrainState, data: Mapping[str, Any], score: float) -> bool:
         """Keep this step in best/ if no earlier one scored higher (of equals the later). Returns whether it is kept.
@@ -220,6 +217,11 @@ class Checkpointer:
         """Wait for what is being written. Raises UnwrittenError, unless it was raised before."""
         with contextlib.suppress(Exception) if self._failed else self._written():
             self._manager.close()
+
+
+def _train_item(state: TrainState) -> dict[str, Any]:
+    item = {"opt_state": state.opt_state, "rng": state.rng}
+    return item | {"trainable": state.trainable} if state.averages else item
 
 
 def _seal_new(folder: pathlib.Path) -> None:

@@ -13,25 +13,46 @@ from robovlms_jax.schema import require
 @dataclasses.dataclass(frozen=True)
 @schema.checked("optimizer")
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
+    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
+    """adamw: as upstream and the paper. adafactor: no first moment and second moments by row and column, for memory.
+    lion: signs, with learning rates three to ten times smaller. muon: matrices of layers orthogonalised, the rest by
+    AdamW, at AdamW's learning rates."""
     learning_rate: float = 2e-5
     weight_decay: float = 0.0
     """Decoupled, on every trainable parameter, as upstream does."""
     beta1: float = 0.9
     beta2: float = 0.999
+    """Of Adam's moments, and of Lion's (whose authors have 0.99)."""
     epsilon: float = 1e-8
-    schedule: Literal["constant", "cosine", "step"] = "constant"
-    """After warm-up: constant; cosine down to min_scale at train.steps; or multiplied by step_factor every step_every
-    steps."""
+    """Of AdamW."""
+    schedule: Literal["constant", "cosine", "step", "rsqrt", "warmup_stable_decay"] = "constant"
+    """After warm-up: constant; cosine down to min_scale at train.steps; multiplied by step_factor every step_every
+    steps; with the inverse square root of steps, counted from rsqrt_steps; or constant, and linear down to min_scale in
+    the last decay_share of all steps."""
     warmup_steps: int = 0
     """Linear warm-up from 0; the first update then has learning rate 0, as upstream's has."""
     warmup_epochs: float = 0.0
     """The same in passes over the training windows; added to warmup_steps when the run starts."""
     min_scale: float = 0.0
-    """Cosine: final learning rate as a share of learning_rate."""
+    """Cosine, warmup_stable_decay: final learning rate as a share of learning_rate."""
     step_every: int = 10_000
     step_factor: float = 0.1
+    rsqrt_steps: int = 10_000
+    decay_share: float = 0.2
+    rates: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Regular expression -> factor of the learning rate of parameters in whose path it is found; the first counts. Such
+    as {"^head/": 10} for a new head, or {"lora_b$": 16}, which is LoRA+ (Hayou et al. 2024, arXiv:2402.12354)."""
+    layer_decay: float = 1.0
+    """Below 1: each layer of a tower has this share of the rate of the layer above it; what comes before the first
+    layer is one deeper."""
+    last_layers: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Regular expression -> n: of the stacked layers in whose path it is found only the last n train, such as
+    {"^backbone/text/": 4}. The others keep optimizer state and are differentiated through all the same."""
+    ema: float = 0.0
+    """Above 0: a moving average of the trained parameters, ema = ema * average + (1 - ema) * parameters after every
+    update, is what is evaluated, saved as the policy and served."""
     clip_norm: float = 1.0
     """Global gradient norm is clipped to this; 0 turns clipping off (what upstream's configs really ran with)."""
 
@@ -42,6 +63,21 @@ class OptimizerConfig:
         require(self.clip_norm >= 0, f"optimizer.clip_norm={self.clip_norm} must be 0 (off) or positive.")
         require(self.step_every >= 1, f"optimizer.step_every={self.step_every} must be at least 1.")
         require(0 <= self.min_scale <= 1, f"optimizer.min_scale={self.min_scale} must lie in [0, 1].")
+        require(self.rsqrt_steps >= 1, f"optimizer.rsqrt_steps={self.rsqrt_steps} must be at least 1.")
+        require(0 < self.decay_share <= 1, f"optimizer.decay_share={self.decay_share} must lie in (0, 1].")
+        require(0 < self.layer_decay <= 1, f"optimizer.layer_decay={self.layer_decay} must lie in (0, 1].")
+        require(0 <= self.ema < 1, f"optimizer.ema={self.ema} must lie in [0, 1).")
+        for field in ("rates", "last_layers"):
+            values = getattr(self, field)
+            wrong = {pattern: x for pattern, x in values.items() if not x > 0}
+            require(not wrong, f"optimizer.{field} has {wrong}; expected patterns with numbers above 0.")
+            if values:
+                _require_patterns(tuple(values), f"optimizer.{field}")
+        betas = (self.beta1, self.beta2) == (OptimizerConfig.beta1, OptimizerConfig.beta2)
+        require(
+            self.name != "adafactor" or betas,
+            f"optimizer.beta1={self.beta1}, optimizer.beta2={self.beta2}: adafactor has neither; leave them out.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.training import trainable
+from robovlms_jax.training.optimizer import AveragedState
 
 
 @flax.struct.dataclass
@@ -33,8 +34,26 @@ class TrainState:
 
     @property
     def params(self) -> dict[str, Any]:
-        """The parameters as the nested dict that models apply."""
+        """The parameters as the nested dict that models apply in training."""
         return unflatten_dict({**self.frozen, **self.trainable}, sep="/")
+
+    @property
+    def averages(self) -> bool:
+        """Whether a moving average of the parameters is kept (optimizer.ema)."""
+        return isinstance(self.opt_state, AveragedState)
+
+    @property
+    def served(self) -> dict[str, Any]:
+        """What is evaluated and served: the parameters, or their moving average where one is kept."""
+        chosen = self.opt_state.ema if self.averages else self.trainable
+        return unflatten_dict({**self.frozen, **chosen}, sep="/")
+
+    def serving(self, params: dict[str, Any]) -> TrainState:
+        """The same with other parameters (nested) to evaluate and serve."""
+        flat = flatten_dict(params, sep="/")
+        chosen = {path: flat[path] for path in self.trainable}
+        state = self.replace(trainable=chosen, frozen={path: flat[path] for path in self.frozen})
+        return state.replace(opt_state=self.opt_state._replace(ema=chosen)) if self.averages else state
 
 
 def create(
@@ -99,12 +118,15 @@ def abstract(
     )
 
 
-def opt_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of the optimizer's state: moments lie where their parameters lie, counters everywhere."""
-    return optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, params),
-        shardings,
-        transform_non_params=lambda _: meshes.replicated(mesh),
-    )
+def opt_shardings(
+    optimizer: optax.GradientTransformation, params: dict[str, Any], shardings: dict[str, Any], mesh: Mesh
+) -> Any:
+    """Shardings of the optimizer's state: what is kept per parameter lies where it lies; counters, and sums over some
+    of its axes, everywhere."""
+
+    def place(keys: tuple[Any, ...], leaf: Any) -> Any:
+        path = next((key.key for key in reversed(keys) if isinstance(key, jax.tree_util.DictKey)), None)
+        same = path in params and params[path].shape == leaf.shape
+        return shardings[path] if same else meshes.replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))

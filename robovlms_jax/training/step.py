@@ -175,6 +175,6 @@ def make_eval_step(predict: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[
 
     def eval_step(state: TrainState, batch: Any):
         with meshes.constrained(mesh):
-            return predict(state.params, batch)
+            return predict(state.served, batch)
 
     return jax.jit(eval_step, out_shardings=meshes.replicated(mesh))

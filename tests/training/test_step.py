@@ -113,20 +113,6 @@ def test_pattern_without_a_match_is_an_error():
         trainable.split({"head/arm/kernel": 0, "backbone/text/embed": 1}, ["^heads/", "backbone"])
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
-def test_schedules(schedule):
-    # Warm-up first: upstream's first update has rate 0. Then the schedule's closed form.
-    config = OptimizerConfig(
-        learning_rate=2.0, warmup_steps=4, schedule=schedule, min_scale=0.1, step_every=10, step_factor=0.5
-    )
-    rate = optimizers.learning_rate(config, 24)
-    np.testing.assert_allclose([rate(step) for step in (0, 1, 2)], [0.0, 0.5, 1.0], rtol=1e-6)
-    expected = {"constant": [2.0, 2.0, 2.0], "cosine": [2.0, 2 * (0.1 + 0.9 * 0.5), 0.2], "step": [2.0, 1.0, 0.5]}[
-        schedule
-    ]
-    np.testing.assert_allclose([rate(step) for step in (4, 14, 24)], expected, rtol=1e-6)
-
-
 def test_clipping_is_on_only_when_asked():
     grads, params = {"x": np.full(4, 100.0, np.float32)}, {"x": np.zeros(4, np.float32)}
     norms = []
