@@ -91,7 +91,12 @@ class VLMConfig:
     lora_rank: int = 0
     """> 0 adds low-rank adapters to every matrix."""
     lora_alpha: float = 16.0
-    """Adapters are scaled by lora_alpha / lora_rank."""
+    """Scale of adapters, as lora_kind says."""
+    lora_kind: Literal["lora", "rslora", "dora"] = "lora"
+    """lora: adapters are scaled by lora_alpha / lora_rank. rslora: by lora_alpha / sqrt(lora_rank), for ranks of 64 and
+    more. dora: as lora, and the length of each output channel is learned apart."""
+    lora_dropout: float = 0.0
+    """Share of the adapters' inputs that is dropped in training."""
 
     @property
     def width(self) -> int:
@@ -104,7 +109,7 @@ class VLMConfig:
     @property
     def lora(self) -> Lora:
         """Adapters as the blocks take them."""
-        return Lora(self.lora_rank, self.lora_alpha)
+        return Lora(self.lora_rank, self.lora_alpha, self.lora_kind, self.lora_dropout)
 
     @property
     def kernel(self) -> Kernel:

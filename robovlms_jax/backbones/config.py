@@ -38,10 +38,16 @@ class BackboneConfig:
     lora_rank: int = 0
     """> 0 adds low-rank adapters to every matrix of the backbone; set train.trainable to train only them."""
     lora_alpha: float = 16.0
-    """Adapters are scaled by lora_alpha / lora_rank."""
+    """Scale of adapters, as lora_kind says."""
+    lora_kind: Literal["lora", "rslora", "dora"] = "lora"
+    """lora: adapters are scaled by lora_alpha / lora_rank. rslora: by lora_alpha / sqrt(lora_rank), for ranks of 64 and
+    more. dora: as lora, and the length of each output channel is learned apart."""
+    lora_dropout: float = 0.0
+    """Share of the adapters' inputs that is dropped in training."""
 
     def __post_init__(self):
         for field in ("lora_rank", "resampler_latents"):
             require(getattr(self, field) >= 0, f"backbone.{field}={getattr(self, field)} must be 0 (off) or positive.")
+        require(0 <= self.lora_dropout < 1, f"backbone.lora_dropout={self.lora_dropout} must lie in [0, 1).")
         for field in ("resampler_depth", "resampler_heads"):
             require(getattr(self, field) >= 1, f"backbone.{field}={getattr(self, field)} must be at least 1.")

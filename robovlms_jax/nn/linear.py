@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,15 +15,23 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): kernel + alpha / rank * lora_a @ lora_b. rank 0: none."""
+    """Low-rank adapters: kernel + scale * lora_a @ lora_b. rank 0: none.
+
+    kind: lora: scale = alpha / rank (Hu et al. 2021, arXiv:2106.09685). rslora: alpha / sqrt(rank), which keeps large
+      ranks learning (Kalajdzievski 2023, arXiv:2312.03732). dora: as lora, and each output channel has a length of its
+      own (Liu et al. 2024, arXiv:2402.09353): `lora_m` times the kernel's own, whatever the adapters add.
+    dropout: share of the adapters' inputs that is dropped in training.
+    """
 
     rank: int = 0
     alpha: float = 16.0
+    kind: Literal["lora", "rslora", "dora"] = "lora"
+    dropout: float = 0.0
 
     @property
     def scale(self) -> float:
         """Factor of lora_a @ lora_b."""
-        return self.alpha / self.rank
+        return self.alpha / (self.rank**0.5 if self.kind == "rslora" else self.rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Kernel:
 
     def matrix(
         self,
-        param: Callable,
+        module: nn.Module,
         shape: tuple[int, ...],
         axes: tuple[str | None, ...],
         init: nn.initializers.Initializer,
@@ -55,18 +63,18 @@ class Kernel:
     ) -> Matrix:
         """Make the parameters of a matrix in the calling module, or find them there.
 
-        They are `name`, and where they apply `scale`, `lora_a` (contracted axes, R) and `lora_b` (R, added axes), which
-        share the prefix of `name` ("input_kernel": "input_scale").
+        They are `name`, and where they apply `scale`, `lora_a` (contracted axes, R), `lora_b` (R, added axes) and
+        `lora_m` (added axes), which share the prefix of `name` ("input_kernel": "input_scale").
 
         Args:
-          param: the module's own method.
+          module: the calling one.
           axes: logical name of each axis; None is never split over devices.
           channels: the axes that multiplying adds to the output; the last ones, unless there are no adapters.
         """
         prefix, split, lora = name[: name.rfind("_") + 1], min(channels), self.lora
 
         def make(name: str, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
-            return param(name, nn.with_logical_partitioning(init, axes), shape)
+            return module.param(name, nn.with_logical_partitioning(init, axes), shape)
 
         if self.storage == "int8":
             values = make(name, _zeros_int8, shape, axes)
@@ -85,11 +93,41 @@ class Kernel:
         a = make(f"{prefix}lora_a", init, (*shape[:split], lora.rank), (*axes[:split], "lora"))
         # Zero, so that training starts from the model without adapters.
         b = make(f"{prefix}lora_b", nn.initializers.zeros_init(), (lora.rank, *shape[split:]), ("lora", *axes[split:]))
-        return Matrix(values, scale, channels, (a, b), lora.scale)
+        ones = nn.initializers.ones_init()
+        gain = make(f"{prefix}lora_m", ones, shape[split:], axes[split:]) if lora.kind == "dora" else None
+        key = module.make_rng("dropout") if lora.dropout and module.has_rng("dropout") else None
+        return Matrix(values, scale, channels, Adapters(a, b, lora.scale, gain, lora.dropout, key))
 
 
 def _zeros_int8(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.zeros(shape, jnp.int8)
+
+
+class Adapters(NamedTuple):
+    """What stands beside a matrix (see `Lora`). gain: `lora_m`, or None. key: of dropout; None: nothing is dropped."""
+
+    a: jax.Array
+    b: jax.Array
+    scale: float
+    gain: jax.Array | None = None
+    dropout: float = 0.0
+    key: jax.Array | None = None
+
+    def dropped(self, x: jax.Array) -> jax.Array:
+        """The adapters' inputs, some of them 0 in training and the others larger by as much."""
+        if self.key is None:
+            return x
+        keep = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
+        return jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+
+    def lengths(self, kernel: jax.Array) -> jax.Array:
+        """What each output channel is multiplied by, for its length to be `gain` times that of `kernel`. Only `gain`
+        has a gradient, as DoRA's authors have it."""
+        contracted = tuple(range(self.a.ndim - 1))
+        kernel = kernel.astype(jnp.float32)
+        adapted = kernel + self.scale * jnp.tensordot(self.a, self.b, axes=1).astype(jnp.float32)
+        before, after = (jnp.sqrt(jnp.sum(x * x, axis=contracted)) for x in (kernel, adapted))
+        return self.gain * jax.lax.stop_gradient(before / jnp.maximum(after, 1e-12))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +135,12 @@ class Matrix:
     """Parameters of one matrix, ready to be multiplied by; made by `Kernel.matrix`.
 
     values: float or int8. scale: float32, of size 1 along contracted axes, or None. channels: the other axes.
-    adapters: lora_a, lora_b; their product counts `adapter_scale` times.
     """
 
     values: jax.Array
     scale: jax.Array | None
     channels: tuple[int, ...]
-    adapters: tuple[jax.Array, jax.Array] | None = None
-    adapter_scale: float = 1.0
+    adapters: Adapters | None = None
 
     def einsum(self, equation: str, x: jax.Array, dtype: Any = None) -> jax.Array:
         """einsum(equation, x, matrix), computed in the type of `x`; the result has this type or `dtype`.
@@ -119,12 +155,15 @@ class Matrix:
             y = jnp.einsum(equation, x, matrix, preferred_element_type=jnp.float32)
             y = (y * self.scale.reshape([self.scale.shape[axis] for axis in self.channels])).astype(dtype or x.dtype)
         if self.adapters is not None:
-            a, b = (adapter.astype(x.dtype) for adapter in self.adapters)
+            a, b = (adapter.astype(x.dtype) for adapter in self.adapters[:2])
             inputs, letters, outputs = re.split(",|->", equation)
             split = min(self.channels)
             kept = "".join(letter for letter in inputs if letter in outputs)
-            low = jnp.einsum(f"{inputs},{letters[:split]}R->{kept}R", x, a)
-            y += self.adapter_scale * jnp.einsum(f"{kept}R,R{letters[split:]}->{outputs}", low, b)
+            low = jnp.einsum(f"{inputs},{letters[:split]}R->{kept}R", self.adapters.dropped(x), a)
+            y += self.adapters.scale * jnp.einsum(f"{kept}R,R{letters[split:]}->{outputs}", low, b)
+            if self.adapters.gain is not None:
+                kernel = self.values if self.scale is None else self.values * self.scale
+                y = (y * self.adapters.lengths(kernel)).astype(y.dtype)
         return y
 
     def rows(self, ids: jax.Array) -> jax.Array:
@@ -156,7 +195,7 @@ class Einsum(nn.Module):
             )
         contracted, added = tuple(range(split)), tuple(range(split, len(letters)))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=contracted, out_axis=added)
-        y = self.kernel.matrix(self.param, self.shape, self.axes, init, channels=added).einsum(self.equation, x)
+        y = self.kernel.matrix(self, self.shape, self.axes, init, channels=added).einsum(self.equation, x)
         return y + _bias(self.param, self.shape[split:], self.axes[split:], x) if self.use_bias else y
 
 
@@ -174,7 +213,7 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """float[..., D] -> float[..., features]."""
         shape = (x.shape[-1], self.features)
-        matrix = self.kernel.matrix(self.param, shape, self.axes, self.kernel_init, channels=(1,))
+        matrix = self.kernel.matrix(self, shape, self.axes, self.kernel_init, channels=(1,))
         y = matrix.einsum("...D,DF->...F", x)
         return y + _bias(self.param, shape[1:], self.axes[1:], x) if self.use_bias else y
 
@@ -193,7 +232,7 @@ class Embed(nn.Module):
     def setup(self):
         plain = dataclasses.replace(self.kernel, lora=Lora())
         init, shape = nn.initializers.normal(self.width**-0.5), (self.vocab_size, self.width)
-        self.matrix = plain.matrix(self.param, shape, ("vocab", "embed"), init, channels=(0,), name="table")
+        self.matrix = plain.matrix(self, shape, ("vocab", "embed"), init, channels=(0,), name="table")
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """int32[...] -> float32[..., D]. An id outside the table gives NaN."""
@@ -205,11 +244,11 @@ class Embed(nn.Module):
 
 
 def merge_lora(params: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
-    """The same network without adapters: every lora_a, lora_b is multiplied out into the kernel beside it.
+    """The same network without adapters: they are multiplied out into the kernels beside them.
 
     Args:
       params: nested dict of parameters, layers stacked or not.
-      lora: what the modules were built with; `alpha` is not stored in the parameters.
+      lora: what the modules were built with; its scale is not stored in the parameters.
     Raises:
       ValueError: a kernel is int8, which the product does not fit into: merge first, quantise afterwards.
     """
@@ -221,8 +260,14 @@ def merge_lora(params: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
                 f"{prefix}kernel {list(kernel.shape)} is {kernel.dtype}: adapters are merged into float kernels; "
                 "merge before quantising."
             )
-        product = functools.partial(jnp.tensordot, axes=1)
-        if a.ndim + b.ndim - 2 > kernel.ndim:  # besides R, all three share the axis of stacked layers
-            product = jax.vmap(product)
-        merged[f"{prefix}kernel"] = kernel + lora.scale * product(a, b)
+        gain = merged.pop(f"{prefix}lora_m", None)
+        merge = functools.partial(_merged, scale=lora.scale)
+        if a.ndim + b.ndim - 2 > kernel.ndim:  # besides R, all share the axis of stacked layers
+            merge = jax.vmap(merge)
+        merged[f"{prefix}kernel"] = merge(kernel, a, b, gain)
     return merged
+
+
+def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, gain: jax.Array | None, *, scale: float) -> jax.Array:
+    merged = kernel + scale * jnp.tensordot(a, b, axes=1)
+    return merged if gain is None else merged * Adapters(a, b, scale, gain).lengths(kernel)

@@ -139,7 +139,12 @@ class PolicyConfig:
     """> 0 adds low-rank adapters to every matrix of the head and of the sensors, robot state and past actions included,
     for what train.init_from brings; those of the backbone are backbone.lora_rank."""
     lora_alpha: float = 16.0
-    """Adapters are scaled by lora_alpha / lora_rank."""
+    """Scale of adapters, as lora_kind says."""
+    lora_kind: Literal["lora", "rslora", "dora"] = "lora"
+    """lora: adapters are scaled by lora_alpha / lora_rank. rslora: by lora_alpha / sqrt(lora_rank), for ranks of 64 and
+    more. dora: as lora, and the length of each output channel is learned apart."""
+    lora_dropout: float = 0.0
+    """Share of the adapters' inputs that is dropped in training."""
     action_scaling: Literal["bounds", "quantile", "mean_std"] = "bounds"
     """Where action_low and action_high come from. bounds: as given below. quantile: the 1 % and 99 % quantiles of the
     training split's actions. mean_std: their mean, minus and plus action_num_std standard deviations. The latter two
@@ -161,6 +166,7 @@ class PolicyConfig:
         for field in ("num_queries", "window", "chunk"):
             require(getattr(self, field) >= 1, f"policy.{field}={getattr(self, field)} must be at least 1.")
         require(self.lora_rank >= 0, f"policy.lora_rank={self.lora_rank} must be 0 (off) or positive.")
+        require(0 <= self.lora_dropout < 1, f"policy.lora_dropout={self.lora_dropout} must lie in [0, 1).")
         require(
             self.lora_rank == 0 or not isinstance(self.head, discrete.DiscreteHeadConfig),
             f"policy.lora_rank={self.lora_rank}: a discrete head has no matrices; its logits are the language model's, "

@@ -63,7 +63,7 @@ class VLA(nn.Module):
         width = self.vlm.width
         self.backbone = backbones.build(self.vlm)
         self.readout = readout.LearnedQueries(self.num_queries, self.vlm.width) if self.num_queries else None
-        kernel = Kernel(lora=Lora(config.lora_rank, config.lora_alpha))
+        kernel = Kernel(lora=Lora(config.lora_rank, config.lora_alpha, config.lora_kind, config.lora_dropout))
         sensor = {sensor.name: sensor for sensor in config.all_sensors}
         self.proprio = self.action_history = None
         if "proprio" in sensor:

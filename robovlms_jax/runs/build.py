@@ -144,6 +144,8 @@ def with_settings(config: BackboneConfig, published: backbones.VLMConfig) -> bac
         remat=config.remat,
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
+        lora_kind=config.lora_kind,
+        lora_dropout=config.lora_dropout,
         attention=config.attention,
     )
 

@@ -45,6 +45,7 @@ RULES = (
         "refused",
         ("backbone.name", "backbone.attention", "backbone.resampler_*", "backbone.lora_*"),
         "it is the architecture that the parameters belong to",
+        but=("backbone.lora_dropout",),
     ),
     Rule(
         "refused",
@@ -54,7 +55,9 @@ RULES = (
             *("policy.proprio.enabled", "policy.proprio.center", "policy.proprio.scale", "policy.lora_*"),
         ),
         "the parameters were learned with it and mean something else without",
+        but=("policy.lora_dropout",),
     ),
+    Rule("said", ("*.lora_dropout",), "adapters are trained with another dropout"),
     Rule(
         "refused",
         (

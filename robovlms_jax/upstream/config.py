@@ -187,7 +187,8 @@ def _trainable(keys: Keys) -> tuple[str, ...]:
         keys.only(key, None)
     if keys.get("train_setup.lora_enable", False):
         parts["backbone/vision/"] = False  # frozen again, with all that adapters stand in for
-        return ("lora_", policy, *(f"^{part}" for part, trains in parts.items() if trains))
+        biases = ("^backbone/(?!vision/).*bias$",) if keys.get("train_setup.lora_bias", "none") == "all" else ()
+        return ("lora_", *biases, policy, *(f"^{part}" for part, trains in parts.items() if trains))
     if keys.get("train_setup.freeze_backbone", False):
         return (policy, *(f"^{part}" for part, trains in parts.items() if trains))
     frozen = [part for part, trains in parts.items() if not trains]

@@ -75,8 +75,8 @@ ROWS: tuple[Row, ...] = (
         ("train_setup.lora_enable", True),
         Take("train_setup.lora_r", "backbone.lora_rank"),
         Take("train_setup.lora_alpha", "backbone.lora_alpha", float),
-        Must("train_setup.lora_dropout", (0, 0.0), " with lora_enable"),
-        Must("train_setup.lora_bias", ("none",), " with lora_enable"),
+        Take("train_setup.lora_dropout", "backbone.lora_dropout", float),
+        Must("train_setup.lora_bias", ("none", "all"), " or all with lora_enable: train.trainable"),
     ),
     # The policy's structure
     Take("window_size", "policy.window"),

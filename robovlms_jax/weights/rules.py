@@ -100,7 +100,7 @@ class Rename:
 
 Rules = tuple[Rule | Tied | Ignore | Initialised | Rename, ...]
 
-LORA = Initialised(r"/lora_[ab]$", "LoRA adapters are initialised by the run, not loaded")
+LORA = Initialised(r"/lora_[abm]$", "LoRA adapters are initialised by the run, not loaded")
 
 _WRAPPERS = re.compile(r"^(module\.|model\.|backbone\.|_forward_module\.|_orig_mod\.)+")
 

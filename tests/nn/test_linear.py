@@ -46,19 +46,75 @@ def test_einsum_with_bias_and_adapter_is_one_matrix_product(exact_matmul, equati
     np.testing.assert_allclose(jax.jit(plain.apply)({"params": merged}, x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_merging_adapters_of_stacked_layers_merges_each_layer():
+@pytest.mark.parametrize("equation", CASES)
+@pytest.mark.parametrize("kind", ["rslora", "dora"])
+def test_kinds_of_adapters_are_their_formulas_and_merge_into_one_matrix(exact_matmul, equation, kind):
+    inputs, shape, axes = CASES[equation]
+    lora = Lora(rank=2, alpha=6.0, kind=kind)
+    module = Einsum(equation, shape, axes, kernel=Kernel(lora=lora))
+    x = np.random.default_rng(1).normal(size=inputs).astype(np.float32)
+    params = random_like(nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x)["params"]))
+    kernel = params["kernel"] + 6.0 / (2 if kind == "dora" else 2**0.5) * np.tensordot(
+        params["lora_a"], params["lora_b"], 1
+    )
+    merged = np.asarray(merge_lora(params, lora)["kernel"])
+    if kind == "dora":
+        axis = tuple(range(params["lora_a"].ndim - 1))
+        length = np.linalg.norm(params["kernel"].reshape(-1, *shape[len(axis) :]), axis=0)
+        kernel *= params["lora_m"] * length / np.linalg.norm(kernel.reshape(-1, *shape[len(axis) :]), axis=0)
+        # The published property: each output channel is as long as its learned magnitude.
+        lengths = np.linalg.norm(merged.reshape(-1, *shape[len(axis) :]), axis=0)
+        np.testing.assert_allclose(lengths, np.abs(params["lora_m"]) * length, rtol=1e-5)
+    np.testing.assert_allclose(merged, kernel, rtol=1e-4, atol=1e-5)
+    expected = np.einsum(equation, x, kernel)
+    np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dora_learns_lengths_apart_and_does_not_differentiate_through_the_norm():
+    lora = Lora(rank=2, alpha=2.0, kind="dora")
+    module = Einsum("BSD,DF->BSF", (5, 7), ("embed", "mlp"), kernel=Kernel(lora=lora))
+    x = jax.random.normal(jax.random.key(1), (2, 3, 5))
+    params = random_like(nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x)["params"]))
+    grads = jax.grad(lambda p: module.apply({"params": p}, x).sum())(params)
+    adapted = params["kernel"] + lora.scale * params["lora_a"] @ params["lora_b"]
+    factor = np.linalg.norm(params["kernel"], axis=0) / np.linalg.norm(adapted, axis=0)
+    summed = np.asarray(x).sum((0, 1))
+    np.testing.assert_allclose(grads["lora_m"], summed @ adapted * factor, rtol=1e-4)
+    expected = lora.scale * np.outer(summed @ params["lora_a"], params["lora_m"] * factor)
+    np.testing.assert_allclose(grads["lora_b"], expected, rtol=1e-4)
+
+
+def test_adapters_drop_inputs_in_training_alone_and_the_matrix_sees_all_of_them():
+    lora = Lora(rank=2, alpha=2.0, dropout=0.25)
+    module = Einsum("BSD,DF->BSF", (64, 7), ("embed", "mlp"), kernel=Kernel(lora=lora))
+    x = jnp.ones((2, 300, 64))
+    params = random_like(nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x)["params"]))
+    control = module.apply({"params": params}, x)
+    trained = module.apply({"params": params}, x, rngs={"dropout": jax.random.key(2)})
+    assert not np.allclose(trained, control)
+    spread = np.abs(np.asarray(trained - control)).mean()
+    np.testing.assert_allclose(trained.mean((0, 1)), control.mean((0, 1)), atol=0.2 * spread)  # unbiased
+    silent = params | {"lora_b": np.zeros_like(params["lora_b"])}
+    keys = {"dropout": jax.random.key(2)}
+    np.testing.assert_array_equal(module.apply({"params": silent}, x, rngs=keys), module.apply({"params": silent}, x))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_merging_adapters_of_stacked_layers_merges_each_layer(kind):
     params = random_like(
         {"kernel": np.zeros((3, 5, 4, 6)), "lora_a": np.zeros((3, 5, 2)), "lora_b": np.zeros((3, 2, 4, 6))}
+        | ({"lora_m": np.zeros((3, 4, 6))} if kind == "dora" else {})
     )
-    lora = Lora(rank=2, alpha=6.0)
+    lora = Lora(rank=2, alpha=6.0, kind=kind)
     merged = merge_lora(params, lora)["kernel"]
     for layer in range(3):
         one = merge_lora(jax.tree.map(lambda x, layer=layer: x[layer], params), lora)["kernel"]
         np.testing.assert_allclose(merged[layer], one, rtol=1e-5, atol=1e-5)
 
 
-def test_adapters_start_as_no_change_and_still_learn():
-    module = Einsum("BSD,DF->BSF", (5, 7), ("embed", "mlp"), kernel=Kernel(lora=Lora(rank=2)))
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_adapters_start_as_no_change_and_still_learn(kind):
+    module = Einsum("BSD,DF->BSF", (5, 7), ("embed", "mlp"), kernel=Kernel(lora=Lora(rank=2, kind=kind)))
     x = jax.random.normal(jax.random.key(1), (2, 3, 5))
     params = nn.unbox(module.init(jax.random.key(0), x)["params"])
     np.testing.assert_array_equal(module.apply({"params": params}, x), x @ params["kernel"])
@@ -113,16 +169,18 @@ def test_an_int8_kernel_is_its_numbers_times_the_scale_of_their_output_channel(e
     np.testing.assert_allclose(half.astype(np.float32), expected, rtol=2**-7, atol=2**-7 * np.abs(bias).max())
 
 
-def test_an_int8_kernel_with_adapters_adds_their_product(exact_matmul):
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_int8_kernel_with_adapters_adds_their_product(exact_matmul, kind):
     equation = "BSD,DNH->BSNH"
     inputs, shape, axes = CASES[equation]
-    lora = Lora(rank=2, alpha=6.0)
+    lora = Lora(rank=2, alpha=6.0, kind=kind)
     x = np.random.default_rng(1).normal(size=inputs).astype(np.float32)
     int8, plain = (Einsum(equation, shape, axes, kernel=Kernel(storage, lora)) for storage in ("int8", "float"))
     shapes = nn.unbox(jax.eval_shape(int8.init, jax.random.key(0), x)["params"])
-    params = random_like({name: shapes[name] for name in ("scale", "lora_a", "lora_b")})
+    adapters = [name for name in shapes if name.startswith("lora_")]
+    params = random_like({name: shapes[name] for name in ("scale", *adapters)})
     params["kernel"] = np.random.default_rng(2).integers(-127, 128, shape).astype(np.int8)
-    whole = {name: params[name] for name in ("lora_a", "lora_b")} | {"kernel": params["kernel"] * params["scale"]}
+    whole = {name: params[name] for name in adapters} | {"kernel": params["kernel"] * params["scale"]}
     expected = plain.apply({"params": whole}, x)
     np.testing.assert_allclose(int8.apply({"params": params}, x), expected, rtol=1e-5, atol=1e-4)
 

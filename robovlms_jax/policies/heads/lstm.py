@@ -44,7 +44,7 @@ class LSTMLayer(nn.Module):
 
         def matrix(name: str, rows: int, axis: str) -> Matrix:
             shape, axes = (rows, 4, hidden), (axis, "gates", "hidden")
-            return self.kernel.matrix(self.param, shape, axes, uniform, channels=(1, 2), name=name)
+            return self.kernel.matrix(self, shape, axes, uniform, channels=(1, 2), name=name)
 
         def bias(name: str) -> jax.Array:
             init = nn.with_logical_partitioning(uniform, ("gates", "hidden"))
