@@ -100,6 +100,7 @@ def pack(
     if source.statistics is not None:  # a format that knows what its numbers mean; CALVIN's are understood
         plan |= {"action_units": list(source.action_units), "statistics": source.statistics.to_json()}
         plan["robot"] = source.robot.to_json()
+    plan = json.loads(json.dumps(plan))  # as it is read again: lists, no tuples
     encode = functools.partial(encode_image, codec, quality)
     with _explained(directory):
         if not _claim(directory, plan):

@@ -14,8 +14,8 @@ from robovlms_jax.driving.scenarios import MAX_BOXES, ROBOT_RADIUS, Layout
 SPEED_M_S = 0.4
 MARGIN_M = 0.26
 """Gap that is kept to a box while passing it."""
-AHEAD_M = 0.3
-PUSHED_BELOW_M = 0.2
+AHEAD_M = 0.25
+PUSHED_BELOW_M = 0.3
 STOP_M = 0.09
 """Gap to the cup's stand at which it stops."""
 TURN_GAIN, TURN_RAD_S = 1.6, 1.2

@@ -22,7 +22,7 @@ ARRIVED_M = 0.15
 ARRIVED_M_S = 0.2
 
 ROBOT = dataclasses.replace(
-    limits.MOBILE, name="driving base", rate_hz=1 / PERIOD_S, cameras=(Camera("front", 96, 96),)
+    limits.MOBILE, name="driving base", rate_hz=1 / PERIOD_S, cameras=(Camera("front", 60, 96),)
 )
 """Commands as ROS's geometry_msgs/Twist, state from odometry: x, y (m) and heading (rad) since the start."""
 

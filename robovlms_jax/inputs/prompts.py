@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,15 +12,23 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
+_SAID: set[str] = set()
+"""Unknown letters that the log has named."""
+
 
 def format_prompt(template: str, instruction: str) -> str:
     """The stripped instruction inside a backbone's template, say "<grounding>An image of a robot {instruction}".
+
+    In Unicode's composed form (NFC): decomposed Hangul or accents, as macOS' file names have them, look the same and
+    would be other tokens.
 
     Raises ValueError when the template has no {instruction}.
     """
     if "{instruction}" not in template:
         raise ValueError(f"prompt template {template!r} has no {{instruction}}; the policy would never see what to do.")
-    return template.replace("{instruction}", instruction.strip())
+    return template.replace("{instruction}", unicodedata.normalize("NFC", instruction.strip()))
 
 
 def encode(
@@ -32,10 +42,12 @@ def encode(
       text_ids: int32[length]; padding holds the pad id, or 0 where the tokenizer has none.
       text_mask: bool[length], True = real token.
     Raises:
-      ValueError: the prompt has more than `length` tokens. Nothing is cut off: half a sentence can mean the opposite.
+      ValueError: the prompt has more than `length` tokens (nothing is cut off: half a sentence can mean the opposite),
+        or the tokenizer does not know the instruction's letters (`require_known`).
     """
     prompt = format_prompt(template, instruction)
     ids = tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"]
+    require_known(tokenizer, instruction, ids)
     if len(ids) > length:
         raise ValueError(
             f"the prompt {prompt!r} has {len(ids)} tokens but data.text_length is {length}; "
@@ -45,6 +57,33 @@ def encode(
     padded = np.full(length, tokenizer.pad_token_id or 0, np.int32)
     padded[: len(ids)] = ids
     return padded, mask
+
+
+def require_known(tokenizer: PreTrainedTokenizerBase, instruction: str, ids: Sequence[int]) -> None:
+    """Refuse an instruction in a script that the tokenizer does not know: its words would all be the same unknown
+    token, and two instructions one. Odd letters in a known script are named once in the log.
+
+    Args:
+      ids: of the prompt that holds the instruction.
+    Raises:
+      ValueError: more than a quarter of the instruction's letters are unknown; names some and the way out.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown not in ids:
+        return
+    letters = [letter for letter in unicodedata.normalize("NFC", instruction) if letter.isalpha()]
+    known = {x: unknown not in tokenizer(x, add_special_tokens=False)["input_ids"] for x in set(letters)}
+    lost = [letter for letter in letters if not known[letter]]
+    named = " ".join(dict.fromkeys(lost)) or "(signs)"
+    if len(lost) > len(letters) / 4:
+        raise ValueError(
+            f"the tokenizer does not know {len(lost)} of the {len(letters)} letters of the instruction {instruction!r}, "
+            f"such as {named[:40]}: other instructions would be the same tokens. Take a backbone that reads this script "
+            "(for Korean: PaliGemma, Qwen, or any whose tokenizer falls back to bytes), or translate the instruction."
+        )
+    if named not in _SAID:
+        _SAID.add(named)
+        logger.warning("the tokenizer does not know %s of %r; the rest is read", named, instruction)
 
 
 MAX_TOKENS = 256

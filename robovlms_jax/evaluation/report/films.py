@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from robovlms_jax.control import robot as robots
-from robovlms_jax.evaluation.report import tables
+from robovlms_jax.evaluation.report import fonts, tables
 from robovlms_jax.evaluation.rollout import Recording
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFont import FreeTypeFont
 
 _PANEL = 240
 _MARGIN = 12
@@ -85,7 +86,7 @@ def draw_frame(recording: Recording, index: int) -> Image:
 
     top = _PANEL + 2 * _MARGIN
     total = len(recording.trial.tasks)
-    draw.text((_MARGIN, top), _fit(frame.instruction, width - 2 * _MARGIN, 17), "black", ImageFont.load_default(17))
+    draw.text((_MARGIN, top), *_fit(frame.instruction, width - 2 * _MARGIN, 17))
     status, color = f"task {frame.task + 1} of {total}, step {frame.step}", "#555555"
     if index == len(recording.frames) - 1:
         success = recording.result.success[-1]
@@ -106,12 +107,12 @@ def draw_strips(recordings: Sequence[Recording], *, frames: int = 5) -> Image:
     width = _MARGIN + frames * (panel + 4)
     canvas = Image.new("RGB", (width + _MARGIN, len(recordings) * (panel + head + 6) + _MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
-    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    small = ImageFont.load_default(12)
     for row, recording in enumerate(recordings):
         top = 6 + row * (panel + head + 6)
         success = recording.result.success[-1]
         outcome = f"{'solved' if success else 'failed'} after {recording.result.steps[-1]} steps, {recording.env}"
-        draw.text((_MARGIN, top), _fit(recording.frames[-1].instruction, width - 220, 15), "black", font)
+        draw.text((_MARGIN, top), *_fit(recording.frames[-1].instruction, width - 220, 15))
         draw.text((width, top + 3), outcome, tables.BLUE if success else tables.RED, small, anchor="ra")
         for column, index in enumerate(np.linspace(0, len(recording.frames) - 1, frames).round().astype(int)):
             pixels = next(iter(recording.frames[index].observation.images.values()))
@@ -139,16 +140,14 @@ def _draw_action(
         draw.text((centre, bottom + 2), name, "#555555", font, anchor="ma")
 
 
-def _fit(text: str, width: int, size: int) -> str:
-    """The text, cut with an ellipsis if it is longer than `width` pixels."""
-    from PIL import ImageFont
-
-    font = ImageFont.load_default(size)
+def _fit(text: str, width: int, size: int) -> tuple[str, str, FreeTypeFont]:
+    """The text, cut with an ellipsis if it is longer than `width` pixels, its colour and the font to draw it with."""
+    text, font = fonts.with_font(text, size)
     if font.getlength(text) <= width:
-        return text
+        return text, "black", font
     while text and font.getlength(text + "...") > width:
         text = text[:-1]
-    return text + "..."
+    return text + "...", "black", font
 
 
 def link(path: pathlib.Path) -> str:

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from robovlms_jax import json_lines
 from robovlms_jax.control.robot import CALVIN, RobotSpec
 from robovlms_jax.evaluation import offline
-from robovlms_jax.evaluation.report import tables
+from robovlms_jax.evaluation.report import fonts, tables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -273,7 +273,11 @@ def draw_actions(episode: EpisodeCurves) -> Figure:
     for panel in (*panels.values(), *grippers):
         panel.set_xlim(0, max(len(steps) - 1, 1))
         _tidy(panel)
-    figure.suptitle("\n".join(textwrap.wrap(f"“{episode.instruction}”", 90)), fontsize=13)
+    sentence, font = fonts.with_font(episode.instruction, 13)
+    title = figure.suptitle("\n".join(textwrap.wrap(f"“{sentence}”", 90)), fontsize=13)
+    if sentence == episode.instruction and fonts.korean_in(sentence):
+        title.set_font(pathlib.Path(font.path))
+        title.set_fontsize(13)
     figure.align_ylabels(list(panels.values()))
     (list(panels.values()) or grippers)[-1].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     return figure
