@@ -118,7 +118,11 @@ def test_neither_files_nor_rooms_import_in_circles():
 
 def test_the_table_keeps_what_the_page_promises():
     table = read_table()
-    assert [room for room, row in table.items() if "data" in row.imports] == ["playtable.recording", "driving.recording", "runs"]
+    assert [room for room, row in table.items() if "data" in row.imports] == [
+        "playtable.recording",
+        "driving.recording",
+        "runs",
+    ]
     assert table["training"].imports.isdisjoint({"evaluation", "envs", "deploy", "runs"})
     assert [room for room, row in table.items() if "runs" in row.imports] == ["load"]
     assert table["control"] == Room(frozenset(), frozenset({"numpy"}))

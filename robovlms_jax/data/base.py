@@ -39,7 +39,7 @@ class Episode:
     """One annotated span of frames.
 
     start, end: ids of the first and last frame, both inclusive. Frame `end` is recorded but never learned from.
-    instruction: what the robot was told, one English sentence.
+    instruction: what the robot was told, one sentence.
     task: the dataset's task id, such as "open_drawer".
     rewordings: other sentences that mean the same.
     """

@@ -42,7 +42,9 @@ def act(layout: Layout, state: world.State, drive: str = "holonomic") -> np.ndar
         forward, sideways, turn = speed * np.maximum(np.cos(error), 0.0) ** 2, np.zeros_like(speed), 1.8 * error
     else:  # it looks half where it drives and half at the cup, so that the camera keeps both
         forward, sideways = speed * np.cos(error), speed * np.sin(error)
-        turn = _difference(direction + to_cup / np.maximum(np.linalg.norm(to_cup, axis=1, keepdims=True), 1e-9), heading)
+        turn = _difference(
+            direction + to_cup / np.maximum(np.linalg.norm(to_cup, axis=1, keepdims=True), 1e-9), heading
+        )
     # beside the cup there is nothing left to turn to
     turn = np.where(near, 0.0, np.clip(TURN_GAIN * turn, -TURN_RAD_S, TURN_RAD_S))
     return np.stack([forward, sideways, turn], axis=1)

@@ -130,5 +130,3 @@ def arrived(layout: Layout, state: State) -> np.ndarray:
 def succeeded(layout: Layout, state: State) -> np.ndarray:
     """bool[N]."""
     return arrived(layout, state) & as_told(layout, state)
-
-

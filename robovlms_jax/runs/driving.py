@@ -79,11 +79,18 @@ def evaluate(policy: BatchedPolicy, config: DrivesConfig, output: pathlib.Path, 
         for held_out in (False, True):
             rooms = env.Drives(min(config.rooms, config.trials), safety=safety)
             asked = trials(config, held_out=held_out)
-            folder = filing.place(output, f"{rooms.name}-{asked[0].labels['phrasing'].replace(' ', '_')}", _key(settings))
+            folder = filing.place(
+                output, f"{rooms.name}-{asked[0].labels['phrasing'].replace(' ', '_')}", _key(settings)
+            )
             results = chains.evaluate(policy, rooms, asked, folder, settings).results
             found.append(Drives(layer, str(asked[0].labels["phrasing"]), results))
             success, free = found[-1].rates()
-            logger.info("%s, %s words: %s succeed, %s without collision", layer, found[-1].phrasing, *map(_rate, (success, free)))
+            logger.info(
+                "%s, %s words: %s succeed, %s without collision",
+                layer,
+                found[-1].phrasing,
+                *map(_rate, (success, free)),
+            )
     return found
 
 
@@ -121,12 +128,22 @@ def section(found: Sequence[Drives], films: Sequence[pathlib.Path], run: pathlib
     )
     for path in films:
         relative = path.relative_to(run)
-        parts.append(f"![drives, one per row]({relative.as_posix()})" if path.stem == "strips" else film_files.link(relative))
+        parts.append(
+            f"![drives, one per row]({relative.as_posix()})" if path.stem == "strips" else film_files.link(relative)
+        )
     return "\n\n".join(parts) + "\n"
 
 
 def _overview(found: Sequence[Drives]) -> str:
-    head = ["driven", "words", "drives", "success", "weighted by difficulty", "without collision", "stopped by the layer"]
+    head = [
+        "driven",
+        "words",
+        "drives",
+        "success",
+        "weighted by difficulty",
+        "without collision",
+        "stopped by the layer",
+    ]
     body = []
     for drives in found:
         success, free = drives.rates()

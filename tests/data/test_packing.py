@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 
 from robovlms_jax.data import base, calvin, frame_index, packed, packing, spool
+from robovlms_jax.driving import recording
+from robovlms_jax.driving.config import RecordingConfig
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SPANS = [(100, 112), (105, 120), (130, 139)]
@@ -443,3 +445,13 @@ def test_spooled_frames_come_back_packed(tmp_path):
     assert np.abs(decoded - images["static"]).max() < 8
     frames.delete()
     assert not (tmp_path / "raw").exists()
+
+
+def test_a_packed_dataset_of_another_robot_is_packed_again_without_a_quarrel(tmp_path):
+    """Its description is compared with the one in meta.json, where tuples have become lists."""
+    made = recording.drive(RecordingConfig(episodes=1), range(1))
+    source = recording.Frames("one drive", made, 1)
+    first = packing.pack(source, tmp_path / "drives", frame_ids=source.frame_ids[:6])
+    assert (
+        packing.pack(source, tmp_path / "drives", frame_ids=source.frame_ids[:6]).robot == first.robot == source.robot
+    )

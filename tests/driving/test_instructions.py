@@ -14,7 +14,12 @@ NAMES = list(scenarios.SCENARIOS)
 
 def test_the_documents_sentences_come_first_and_no_sentence_means_two_things():
     assert instructions.wordings("1box_vert_left")[0] == "박스를 왼쪽으로 돌아서 컵까지 가세요"
-    every = [(sentence, name) for name in NAMES for held in (0, 1) for sentence in instructions.wordings(name, held_out=bool(held))]
+    every = [
+        (sentence, name)
+        for name in NAMES
+        for held in (0, 1)
+        for sentence in instructions.wordings(name, held_out=bool(held))
+    ]
     assert len(dict(every)) == len(every)
     assert all(unicodedata.is_normalized("NFC", sentence) for sentence, _ in every)
 
