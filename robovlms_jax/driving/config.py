@@ -36,8 +36,8 @@ class RecordingConfig:
 @dataclasses.dataclass(frozen=True)
 @schema.checked("drives")
 class DrivesConfig:
-    """Closed loop after training: every scenario in new rooms, asked in words of training and in held-out ones, bare and
-    through the deployment's safety layer."""
+    """Closed loop after training: every scenario in new rooms, asked in words of training and in held-out ones, bare
+    and through the deployment's safety layer."""
 
     trials: int = 240
     """Of each table; scenarios take turns. 0: no drives."""

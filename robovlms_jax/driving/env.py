@@ -19,16 +19,16 @@ Drive = Literal["holonomic", "differential"]
 class Drives:
     """Rooms driven side by side, a `vector.VectorEnv`.
 
-    Infos: `succeeded`, `arrived`, `as_told`, `collided` (bool), `clearance_m`, `scenario`, `pose` float64[3] (room), and
-    `partial`, what reports average.
+    Infos: `succeeded`, `arrived`, `as_told`, `collided` (bool), `clearance_m`, `scenario`, `pose` float64[3] (room),
+    and `partial`, what reports average.
 
     Args:
       size: number of rooms.
       drive: what the base can do (`world.step`).
       views: pictures beside "front", for people: "view" (the camera's, large) and "map".
       safety: None, or what happens on a collision risk (`Limits.on_collision_risk`): every command then goes through
-        a `SafetyLayer` with the documents' limits (0.5 m/s, 0.1 m to boxes and walls, stop enabled), which is told where
-        the boxes are. Its workspace is the room: the documents' box of 0.5 m is an arm's.
+        a `SafetyLayer` with the documents' limits (0.5 m/s, 0.1 m to boxes and walls, stop enabled), which is told
+        where the boxes are. Its workspace is the room: the documents' box of 0.5 m is an arm's.
     """
 
     def __init__(

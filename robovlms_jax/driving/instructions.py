@@ -1,8 +1,8 @@
 """What people say to the mobile base in Korean: a sentence per scenario from the design documents, and other wordings.
 
 A wording is who (the boxes), which way, what to do and where to, put together; training and held-out wordings share the
-words for left and right and nothing else has to be known: held-out ones have other verbs, endings and particles, another
-order, and spaces in other places. People leave spaces out and put them in: `mistyped` does both.
+words for left and right and nothing else has to be known: held-out ones have other verbs, endings and particles,
+another order, and spaces in other places. People leave spaces out and put them in: `mistyped` does both.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The eight navigation scenarios of the mobile robot's design documents, as layouts of a room.
 
 An id is number of boxes x orientation x side. The robot starts at one end of the room, a cup stands at the other, and
-boxes stand in between: `vert` boxes stand upright (narrow, tall), `hori` boxes lie (wide, low). How each is to be passed
-follows from the id:
+boxes stand in between: `vert` boxes stand upright (narrow, tall), `hori` boxes lie (wide, low). How each is to be
+passed follows from the id:
 
 - one box: on the side that is named;
 - two upright boxes, "the left path between them": past the near one on its left, through the gap between the two, and

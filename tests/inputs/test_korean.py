@@ -1,7 +1,7 @@
 """Korean instructions through the kinds of tokenizers that the backbones have.
 
-Published vocabularies are too large for a repository, so each kind is made small: what keeps Hangul whole or loses it is
-the kind (bytes, byte fallback, pieces alone), not the size.
+Published vocabularies are too large for a repository, so each kind is made small: what keeps Hangul whole or loses it
+is the kind (bytes, byte fallback, pieces alone), not the size.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def fallback(byte_fallback=True):
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
-    letters = sorted(set("".join(ENGLISH)) - {" "}) + ["▁"]
+    letters = [*sorted(set("".join(ENGLISH)) - {" "}), "▁"]
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256 if byte_fallback else 0)), *letters]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     made = Tokenizer(

@@ -21,9 +21,15 @@ _KOREAN = (
 """Files of fonts with Hangul, as Linux, Windows and macOS bring them; Pillow looks in the system's folders."""
 
 _FIRST_SYLLABLE, _LAST_SYLLABLE = 0xAC00, 0xD7A3
-_LEADS = "g kk n d tt r m b pp s ss - j jj ch k t p h".split()
-_VOWELS = "a ae ya yae eo e yeo ye o wa wae oe yo u wo we wi yu eu ui i".split()
-_TAILS = "- k k k n n n t l k m l l l p l m p p t t ng t t k t p t".split()
+_LEADS = ("g", "kk", "n", "d", "tt", "r", "m", "b", "pp", "s", "ss", "", "j", "jj", "ch", "k", "t", "p", "h")
+_VOWELS = (
+    *("a", "ae", "ya", "yae", "eo", "e", "yeo", "ye", "o", "wa", "wae", "oe"),
+    *("yo", "u", "wo", "we", "wi", "yu", "eu", "ui", "i"),
+)
+_TAILS = (
+    *("", "k", "k", "k", "n", "n", "n", "t", "l", "k", "m", "l", "l", "l"),
+    *("p", "l", "m", "p", "p", "t", "t", "ng", "t", "t", "k", "t", "p", "t"),
+)
 
 
 def with_font(text: str, size: int) -> tuple[str, FreeTypeFont]:
@@ -62,7 +68,7 @@ def _syllable(letter: str) -> str:
         return letter
     lead, rest = divmod(ord(letter) - _FIRST_SYLLABLE, len(_VOWELS) * len(_TAILS))
     vowel, tail = divmod(rest, len(_TAILS))
-    return (_LEADS[lead] + _VOWELS[vowel] + _TAILS[tail]).replace("-", "")
+    return _LEADS[lead] + _VOWELS[vowel] + _TAILS[tail]
 
 
 def korean_in(text: str) -> bool:
