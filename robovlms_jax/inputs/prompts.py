@@ -77,9 +77,10 @@ def require_known(tokenizer: PreTrainedTokenizerBase, instruction: str, ids: Seq
     named = " ".join(dict.fromkeys(lost)) or "(signs)"
     if len(lost) > len(letters) / 4:
         raise ValueError(
-            f"the tokenizer does not know {len(lost)} of the {len(letters)} letters of the instruction {instruction!r}, such "
-            f"as {named[:40]}: other instructions would be the same tokens. Take a backbone that reads this "
-            "script (for Korean: PaliGemma, Qwen, or any whose tokenizer falls back to bytes), or translate the instruction."
+            f"the tokenizer does not know {len(lost)} of the {len(letters)} letters of the instruction "
+            f"{instruction!r}, such as {named[:40]}: other instructions would be the same tokens. Take a backbone that "
+            "reads this script (for Korean: PaliGemma, Qwen, or any whose tokenizer falls back to bytes), or translate "
+            "the instruction."
         )
     if named not in _SAID:
         _SAID.add(named)
