@@ -48,6 +48,17 @@ class ActionChunk:
     actions: np.ndarray
 
 
+class EpisodesFailed(ValueError):
+    """A batched call in which some episodes ended with an error and the others took their step.
+
+    failed: slot -> what is wrong; these have no episode any more. chunks: slot -> the answer of every other one.
+    """
+
+    def __init__(self, failed: Mapping[int, str], chunks: Mapping[int, ActionChunk]):
+        self.failed, self.chunks = dict(failed), dict(chunks)
+        super().__init__("; ".join(f"slot {slot}: {text}" for slot, text in self.failed.items()))
+
+
 @runtime_checkable
 class Policy(Protocol):
     """Anything that turns observations into actions."""

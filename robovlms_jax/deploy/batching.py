@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from robovlms_jax.control.interface import ActionChunk, Observation
+from robovlms_jax.control.interface import ActionChunk, EpisodesFailed, Observation
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +142,12 @@ class InferenceThread:
             return
         try:
             chunks = self._act(ready)
+        except EpisodesFailed as error:  # the others have taken their step
+            for request in ready:
+                if request.slot in error.chunks:
+                    request.answer.set_result(np.asarray(error.chunks[request.slot].actions))
+                else:
+                    request.answer.set_exception(ValueError(error.failed[request.slot]))
         except Exception as error:
             # One bad observation must not fail the others. A call that was refused changed nothing; after one that
             # failed, episodes are gone, and each client is told.

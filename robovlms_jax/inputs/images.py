@@ -95,6 +95,8 @@ def resize(images: jax.Array, size: int, interpolation: Interpolation = "bicubic
     """
     if images.dtype != jnp.uint8 or images.ndim < 3 or images.shape[-1] != 3:
         raise ValueError(f"expected uint8[..., height, width, 3] as stored; got {images.dtype}{list(images.shape)}.")
+    if images.shape[-3:-1] == (size, size):
+        return images
     # Like Pillow: columns first, and rounded in between. One joint float pass (jax.image.resize) is up to 12 levels off
     # on robot frames, because overshoot at edges is then clipped once instead of twice.
     columns = functools.partial(_resize_axis, axis=-2, size=size, interpolation=interpolation)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from robovlms_jax.actions import representations
-from robovlms_jax.control.interface import ActionChunk, Observation
+from robovlms_jax.control.interface import ActionChunk, EpisodesFailed, Observation
 from robovlms_jax.policies import episodes, objective, observed
 from robovlms_jax.policies.sensors import control
 from robovlms_jax.policies.vla import VLA
@@ -63,7 +63,8 @@ class BatchedVLAPolicy:
     The step is compiled for the pictures' shapes and the length that prompts are padded to, the longest of the episodes
     under way; a new compilation is logged with its reason. Calls from several threads wait for each other, and one
     thread acts in an episode (see `episodes.Episodes`). A call that is refused changes nothing, except that slots to be
-    reset are left without an episode, as all slots are after a step that failed.
+    reset are left without an episode, as all slots are after a step that failed as a whole. Actions that are not finite
+    end the episode they are of, and no other.
     """
 
     def __init__(self, model: VLA, params: Any, encode_text: EncodeText, slots: int):
@@ -120,7 +121,8 @@ class BatchedVLAPolicy:
         """Advance the given slots by one step each.
 
         Raises:
-          ValueError: an observation that cannot be used, a number that is no slot, actions that are not finite.
+          ValueError: an observation that cannot be used, a number that is no slot.
+          EpisodesFailed: actions that are not finite. Their episodes have ended; it holds the other slots' actions.
           RuntimeError: a slot without an episode, or with another thread's.
         """
         with self._lock:
@@ -130,7 +132,15 @@ class BatchedVLAPolicy:
                 self._episodes.enter(slot)
             if not slots:
                 return []
-            return [ActionChunk(self._own(x, actions)) for x, actions in zip(seen.values(), self._advance(seen))]
+            actions = self._advance(seen)
+            bad = {slot: _not_finite(actions[slot]) for slot in seen if not np.isfinite(actions[slot]).all()}
+            chunks = {slot: ActionChunk(self._own(x, actions[slot])) for slot, x in seen.items() if slot not in bad}
+            for slot in chunks:
+                self._planned[slot] = actions[slot][:1]
+            if bad:
+                self._episodes.end(bad)
+                raise EpisodesFailed(bad, chunks)
+            return [chunks[slot] for slot in slots]
 
     def _own(self, seen: observed.Checked, actions: np.ndarray) -> np.ndarray:
         """Predicted actions as the robot's own."""
@@ -139,8 +149,8 @@ class BatchedVLAPolicy:
             return actions
         return representations.make(representation, self.robot).decode(actions, seen.state)
 
-    def _advance(self, seen: Mapping[int, observed.Checked]) -> list[np.ndarray]:
-        """float32[C, A] of each slot that saw something, in their order."""
+    def _advance(self, seen: Mapping[int, observed.Checked]) -> dict[int, np.ndarray]:
+        """Slot -> float32[C, A], of each that saw something."""
         images = self._pictures.put(seen)
         for slot, x in seen.items():
             self._remember(slot, x.sensors)
@@ -156,17 +166,7 @@ class BatchedVLAPolicy:
         except BaseException:  # what was kept has been given away to the step
             self._forget()
             raise
-        bad = [slot for slot in seen if not np.isfinite(actions[slot]).all()]
-        if bad:
-            self._episodes.end(seen)
-            raise ValueError(
-                f"the policy's actions are not finite in slot {', '.join(map(str, bad))}: {actions[bad[0]].tolist()}. "
-                "Either its parameters are not, or it decoded a word that is no action (set policy.head.constrained). "
-                f"The episodes of this call have ended; reset slots {list(seen)}."
-            )
-        for slot in seen:
-            self._planned[slot] = actions[slot, :1]
-        return [actions[slot] for slot in seen]
+        return {slot: actions[slot] for slot in seen}
 
     def _text_of(self, slot: int, instruction: str) -> tuple[np.ndarray, np.ndarray]:
         """The instruction as int32[T] and bool[T]."""
@@ -230,6 +230,14 @@ class BatchedVLAPolicy:
         """After a failure that may have lost what is kept: no slot has an episode."""
         self._episodes.end(range(self.slots))
         self._carry = None
+
+
+def _not_finite(actions: np.ndarray) -> str:
+    """What an episode ends with."""
+    return (
+        f"the policy's actions are not finite: {actions.tolist()}. Either its parameters are not, or it decoded a word "
+        "that is no action (set policy.head.constrained). The episode has ended; reset the slot."
+    )
 
 
 class VLAPolicy:

@@ -39,7 +39,7 @@ def load_policy(
     Raises:
       FileNotFoundError, ValueError: no or another model's checkpoint; says what was looked for.
     """
-    return VLAPolicy(*_open(path, policy, weights))
+    return VLAPolicy(*open_model(path, policy, weights))
 
 
 def load_batched_policy(
@@ -50,7 +50,7 @@ def load_batched_policy(
 ) -> BatchedVLAPolicy:
     """The same for `slots` robots or simulators at once; what one of them sends or is asked changes nothing for the
     others."""
-    return BatchedVLAPolicy(*_open(path, policy, weights), slots=slots)
+    return BatchedVLAPolicy(*open_model(path, policy, weights), slots=slots)
 
 
 def load_config(path: str | pathlib.Path) -> ExperimentConfig:
@@ -74,9 +74,16 @@ def open_backbone(settings: BackboneConfig, directory: pathlib.Path, assets: Map
     return build.backbone_from_assets(settings, assets, origin=f"{directory / 'serving'}, assets")
 
 
-def _open(
-    path: str | pathlib.Path, policy: Mapping[str, Any] | None, weights: Weights | None
+def open_model(
+    path: str | pathlib.Path,
+    policy: Mapping[str, Any] | None = None,
+    weights: Weights | None = None,
+    dtype: str | None = None,
 ) -> tuple[VLA, Any, EncodeText]:
+    """The model of a checkpoint, its parameters and what encodes its instructions. Arguments as for `load_policy`.
+
+    dtype: the type to compute in, "float32" or "bfloat16"; None: as it was trained.
+    """
     if weights not in (None, *get_args(Weights)):
         raise ValueError(f"weights={weights!r} is none of {list(get_args(Weights))}; None is the backbone's own type.")
     directory = checkpoints.locate(path)
@@ -85,6 +92,8 @@ def _open(
         values = _merge(schema.to_dict(experiment.policy), policy)
         changed = schema.from_dict(PolicyConfig, values, "policy")
         experiment = dataclasses.replace(experiment, policy=changed)
+    if dtype:
+        experiment = dataclasses.replace(experiment, backbone=dataclasses.replace(experiment.backbone, dtype=dtype))
     backbone = open_backbone(experiment.backbone, directory, assets)
     model = build.make_model(experiment, backbone.vlm)
     mesh = meshes.make_mesh((1, 1, 1), jax.local_devices()[:1])

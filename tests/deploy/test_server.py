@@ -14,8 +14,10 @@ import urllib.request
 import numpy as np
 import pytest
 
+from robovlms_jax.control.interface import EpisodesFailed
 from robovlms_jax.control.robot import CALVIN
 from robovlms_jax.deploy import codec
+from robovlms_jax.deploy.batching import InferenceThread
 from robovlms_jax.deploy.client import Client, ClientConfig, ServerError
 from robovlms_jax.deploy.config import ServerConfig
 from robovlms_jax.deploy.messages import Reader
@@ -145,6 +147,30 @@ def test_actions_that_are_none_never_leave(bad):
         policy.bad = bad
         line.send(codec.pack(message()))
         assert isinstance(line.recv(5), str)
+
+
+def test_an_episode_that_fails_within_a_batch_fails_alone():
+    class Failing(Counting):
+        def act(self, observations, slots):
+            chunks = dict(zip(slots, super().act(observations, slots)))
+            bad = {slot: "its actions are not finite" for slot in slots if self.instructions[slot] == "fail"}
+            if not bad:
+                return list(chunks.values())
+            self.release(bad)
+            raise EpisodesFailed(bad, {slot: chunk for slot, chunk in chunks.items() if slot not in bad})
+
+    policy = Failing()
+    thread = InferenceThread(policy, max_wait_s=0.1)
+    asked = [thread.submit(slot, observation(), text) for slot, text in enumerate(["go on", "fail"])]
+    thread.start()
+    assert asked[0].result(10)[0, 1] == np.float32(0.01)
+    with pytest.raises(ValueError, match="its actions are not finite"):
+        asked[1].result(10)
+    assert thread.submit(0, observation(), None).result(10)[0, 1] == np.float32(0.02)  # one step each, not two
+    with pytest.raises(RuntimeError, match="no episode"):
+        thread.submit(1, observation(), None).result(10)
+    thread.stop(5)
+    assert policy.batches[0] == 2
 
 
 def test_actions_out_of_bounds_are_clipped_and_it_is_said():

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from robovlms_jax.control.interface import Observation
+from robovlms_jax.control.interface import EpisodesFailed, Observation
 from robovlms_jax.policies import serving
 from robovlms_jax.policies.config import ActionHistoryConfig, ProprioConfig
 from robovlms_jax.policies.sensors import base as sensors
@@ -217,11 +217,36 @@ def test_an_episode_is_acted_in_by_one_thread(policy):
     in_a_thread(policy.act, [look(0)], [0])  # one thread resets, another acts
 
 
+def test_actions_that_are_not_finite_end_their_own_episode_and_no_other(policy, monkeypatch):
+    def run(poisoned):
+        policy.reset([0, 1], ["open", "close"])
+        found = [policy.act([look(0), look(1)], [0, 1])[1].actions]
+        with monkeypatch.context() as patch:
+            step = policy._step
+
+            def bad(*arguments):
+                actions, carry = step(*arguments)
+                return actions.at[0, 0, 0].set(np.nan), carry
+
+            if poisoned:
+                patch.setattr(policy, "_step", bad)
+                with pytest.raises(EpisodesFailed, match=r"slot 0: .*not finite") as error:
+                    policy.act([look(2), look(3)], [0, 1])
+                assert list(error.value.failed) == [0]
+                found.append(error.value.chunks[1].actions)
+            else:
+                found.append(policy.act([look(2), look(3)], [0, 1])[1].actions)
+        found.append(policy.act([look(4)], [1])[0].actions)
+        return found
+
+    np.testing.assert_array_equal(run(poisoned=True), run(poisoned=False))
+
+
 def test_a_step_that_fails_ends_the_episodes_and_the_policy_goes_on(policy, served, monkeypatch):
     policy.reset([0, 1], ["open", "close"])
     expected = policy.act([look(0)], [0])[0].actions
     monkeypatch.setattr(policy, "params", jax.tree.map(lambda x: x * np.nan, served[1]))
-    with pytest.raises(ValueError, match=r"not finite in slot 0, 1: .*reset slots \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"slot 0: .*not finite: .*reset the slot.*slot 1: .*not finite"):
         policy.act([look(0), look(0)], [0, 1])
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="slot 0 has no episode"):

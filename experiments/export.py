@@ -1,0 +1,186 @@
+"""One control step of a checkpoint as a program that runs without this package.
+
+    python -m experiments.export --checkpoint runs/sample --to stablehlo --instructions "open the drawer"
+
+Writes program.json (inputs, outputs, robot, the instructions' tokens), tensors.safetensors (the carry that an episode
+begins with; for stablehlo the weights, too), backbone/ (tokenizer and config.json) and the program: program.stablehlo,
+program.onnx or program.tflite. docs/serving.md shows how each is run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import pathlib
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.export
+import jax.extend.core
+import safetensors.flax
+
+from robovlms_jax import cli
+from robovlms_jax.runs import program, saved
+from robovlms_jax.training import checkpoints
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """What to export, and as what."""
+
+    checkpoint: str
+    """Run directory or one of its checkpoints/<step> folders."""
+    out: str
+    """A new or empty folder."""
+    to: Literal["stablehlo", "onnx", "litert"] = "stablehlo"
+    """stablehlo: jax.export's, weights in a file of their own, needs JAX where it runs. onnx, litert: weights inside,
+    computed in float32, run by onnxruntime or by LiteRT; not for histories that keep tokens (interleaved, video)."""
+    weights: Literal["float32", "bfloat16", "int8"] | None = None
+    """How the backbone's parameters are kept; None: in the type that it computes in."""
+    instructions: tuple[str, ...] = ()
+    """Sentences whose tokens program.json holds, so that no tokenizer is needed where it runs."""
+    platforms: tuple[str, ...] = ("cpu", "cuda")
+    """Of a stablehlo program: cpu, cuda, rocm, tpu."""
+
+
+def write_stablehlo(step: program.Program, folder: pathlib.Path, config: ExportConfig) -> dict[str, Any]:
+    """program.stablehlo: weights, carry and observation are its arguments."""
+    _require("flatbuffers", "export")
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _arguments(step, weights=True)]
+    exported = jax.export.export(jax.jit(step.step), platforms=config.platforms)(*shapes)
+    (folder / "program.stablehlo").write_bytes(exported.serialize())
+    return {
+        "platforms": list(exported.platforms),
+        "calling_convention_version": exported.calling_convention_version,
+        "jax": jax.__version__,
+    }
+
+
+def write_onnx(step: program.Program, folder: pathlib.Path, config: ExportConfig) -> dict[str, Any]:
+    """program.onnx, and program.onnx.data beside it where the weights are large. Raises ValueError for an operation
+    that has no translation."""
+    jax2onnx = _require("jax2onnx", "onnx")
+    arguments = _arguments(step, weights=False)
+    # Traced before: jax2onnx replaces functions of jax.numpy while it traces, not all of them with their arguments.
+    closed = jax.make_jaxpr(step.frozen)(*arguments)
+    try:
+        jax2onnx.to_onnx(
+            jax.extend.core.jaxpr_as_fun(closed),
+            [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments],
+            model_name="control_step",
+            input_names=[*step.carry, *step.observed],
+            output_names=[f"next_{name}" if name in step.carry else name for name in step.results],
+            return_mode="file",
+            output_path=str(folder / "program.onnx"),
+        )
+    except NotImplementedError as error:
+        raise ValueError(
+            f"jax2onnx cannot express this policy in ONNX ({error}); export it with --to stablehlo."
+        ) from error
+    return {"opset": 23, "prefix_of_carry_outputs": "next_"}
+
+
+def write_litert(step: program.Program, folder: pathlib.Path, config: ExportConfig) -> dict[str, Any]:
+    """program.tflite with the signature `step`, by way of a TensorFlow SavedModel."""
+    tf = _require("tensorflow", "litert")
+    from jax.experimental import jax2tf
+
+    closed = jax.make_jaxpr(step.frozen)(*_arguments(step, weights=False))
+    converted = jax2tf.convert(jax.extend.core.jaxpr_as_fun(closed))
+    names = [*step.carry, *step.observed]
+    specs = {
+        name: tf.TensorSpec(x.shape, x.dtype, name=name) for name, x in zip(names, _arguments(step, weights=False))
+    }
+
+    def call(**arguments):
+        results = converted(*(arguments[name] for name in names))
+        return {f"next_{name}" if name in step.carry else name: x for name, x in zip(step.results, results)}
+
+    module = tf.Module()
+    module.step = tf.function(call, autograph=False).get_concrete_function(**specs)
+    with tempfile.TemporaryDirectory() as scratch:
+        tf.saved_model.save(module, scratch, signatures={"step": module.step})
+        converter = tf.lite.TFLiteConverter.from_saved_model(scratch, signature_keys=["step"])
+        (folder / "program.tflite").write_bytes(converter.convert())
+    return {"signature": "step", "prefix_of_carry_outputs": "next_", "tensorflow": tf.__version__}
+
+
+WRITERS: dict[str, tuple[str, Callable[..., dict[str, Any]]]] = {
+    "stablehlo": ("program.stablehlo", write_stablehlo),
+    "onnx": ("program.onnx", write_onnx),
+    "litert": ("program.tflite", write_litert),
+}
+
+
+def export(config: ExportConfig) -> pathlib.Path:
+    """Writes the folder and returns it. Raises ValueError, FileNotFoundError, ImportError with what to do."""
+    folder = pathlib.Path(config.out)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"out={folder} is not empty; name a new folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    apart = config.to == "stablehlo"
+    step = program.make(config.checkpoint, config.weights, config.instructions, None if apart else "float32")
+    history = step.model.config.history
+    if not apart and history in ("interleaved", "video"):
+        # jax2onnx knows no such scatter; LiteRT converts it and fails while it runs.
+        raise ValueError(
+            f"a policy that keeps tokens (history {history!r}) has no form in {config.to}: --to stablehlo."
+        )
+    description = step.describe(config.instructions, weights=apart)
+    if description["actions"]["representation"] != "robot":
+        log.warning("the program's actions are %s, not the robot's own", description["actions"]["representation"])
+    file, write = WRITERS[config.to]
+    details = write(step, folder, config)
+    tensors = {**(step.weights if apart else {}), **{name: jax.numpy.asarray(x) for name, x in step.carry.items()}}
+    safetensors.flax.save_file(tensors, folder / "tensors.safetensors")
+    description |= {
+        "program": {"file": file, "kind": config.to, **details},
+        "tensors": "tensors.safetensors",
+        "weights": config.weights or str(step.model.vlm.dtype),
+        "checkpoint": str(config.checkpoint),
+    }
+    for name, text in saved.read_checkpoint(checkpoints.locate(config.checkpoint))[1].items():
+        path = folder / "backbone" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    # Last, so that a folder with a description is whole.
+    (folder / "program.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return folder
+
+
+def _arguments(step: program.Program, *, weights: bool) -> list[Any]:
+    return [*(step.weights.values() if weights else ()), *step.carry.values(), *step.observed.values()]
+
+
+def _require(module: str, extra: str) -> Any:
+    """An optional package. Raises ImportError that says what to install."""
+    try:
+        return __import__(module)
+    except ImportError as error:
+        raise ImportError(
+            f"this needs the package {module} ({error}): pip install -e .[{extra}], for onnx and litert in an "
+            "environment of their own."
+        ) from error
+
+
+def main() -> None:
+    """Errors of the user end the process with a message and status 1."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    config = cli.read(ExportConfig, description=__doc__)
+    try:
+        folder = export(config)
+    except (ValueError, FileNotFoundError, ImportError, OSError) as error:
+        sys.exit(f"error: {error}")
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder}: {config.to}, {size / 2**20:.1f} MiB, {', '.join(sorted(x.name for x in folder.iterdir()))}")
+
+
+if __name__ == "__main__":
+    main()
