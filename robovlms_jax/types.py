@@ -74,6 +74,31 @@ class Batch:
 
 
 @flax.struct.dataclass
+class Pairs:
+    """Pictures with text about them, to learn answers from.
+
+    images: uint8[B, N, size, size, 3]; a sample with fewer than N pictures has black ones that no slot refers to.
+    text_ids: int32[B, S], right-padded; 0 where a picture's token stands.
+    image_slots: int32[B, S], which of the pictures' tokens stands there, counted over all of the sample's pictures; -1:
+      text.
+    text_mask: bool[B, S], True = real token.
+    answer_slots: int32[B, A], slots of the tokens that are to be said, each from all that comes before it.
+    answer_mask: bool[B, A], True = there is one.
+    episode: int32[B], number of the sample, called as `Batch` calls it, for error messages.
+    corrupt: int32[B], number of a sample that could not be read and was replaced by `episode`; -1 = none.
+    """
+
+    images: Array
+    text_ids: Array
+    image_slots: Array
+    text_mask: Array
+    answer_slots: Array
+    answer_mask: Array
+    episode: Array
+    corrupt: Array
+
+
+@flax.struct.dataclass
 class Tokens:
     """A sequence on its way into a decoder.
 

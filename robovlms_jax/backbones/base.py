@@ -189,6 +189,51 @@ class VLM(nn.Module):
         tail = 0 if attend == "prefix" else c.tail
         return sequence.layout([*prompt, *runs], sequence.Order(tail, count_padding, queries_last))
 
+    def embed_conversation(
+        self,
+        images: jax.Array,
+        text_ids: jax.Array,
+        image_slots: jax.Array,
+        text_mask: jax.Array,
+        prompt_mask: jax.Array,
+        *,
+        deterministic: bool = True,
+    ) -> Tokens:
+        """One sequence per sample, with pictures wherever `image_slots` has them: a run "text" of S slots.
+
+        Args:
+          images: float[B, N, size, size, 3], prepared as `config.image` says.
+          text_ids, image_slots, text_mask: as in `types.Pairs`.
+          prompt_mask: bool[B, S], True = before the first answer; with `prefix` these see each other.
+        """
+        c = self.config
+        run = self._image_run(
+            {number: images[:, number] for number in range(images.shape[1])},
+            None,
+            len(images),
+            "causal",
+            deterministic=deterministic,
+        )
+        is_image = image_slots >= 0
+        seen = jnp.take_along_axis(run.embeds, jnp.maximum(image_slots, 0)[..., None], axis=1)
+        embeds = jnp.where(is_image[..., None], seen, self.text.embed(text_ids).astype(c.dtype))
+        positions = jnp.cumsum(text_mask, axis=1) - 1
+        places = positions[..., None]  # what position encodings read
+        if run.grid is not None:
+            # Patches have a row and a column each, counted from where their picture begins.
+            size = run.length // images.shape[1]
+            grid, advance = self._image_grid(1)
+            within = jnp.where(is_image, image_slots % size, 0)
+            step = jnp.where(is_image, jnp.where(within == size - 1, advance, 0), text_mask)
+            first = jnp.cumsum(step, axis=1) - step
+            places = first[..., None] + jnp.where(is_image[..., None], jnp.asarray(grid)[within], 0)
+        if c.attention == "prefix":
+            last = jnp.max(jnp.where(prompt_mask & text_mask, positions, 0), axis=1, keepdims=True)
+            positions = jnp.where(prompt_mask, last, positions)
+        offsets = None if run.grid is None and c.attention == "causal" else places - positions[..., None]
+        positions, layout = positions.astype(jnp.int32), (("text", text_ids.shape[1]),)
+        return Tokens(embeds, text_mask, positions, layout, offsets=offsets)
+
     def _image_run(
         self,
         images: Mapping[str, jax.Array],

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from robovlms_jax import schema
+from robovlms_jax.data.vl.config import VLConfig
 from robovlms_jax.inputs.config import AugmentConfig
 from robovlms_jax.schema import require
 
@@ -78,6 +79,7 @@ class DataConfig:
     """The same for cameras by name, such as --data.shift cam_high 10 cam_left_wrist 4; goes before the two above.
     Cameras that are nowhere named are not shifted."""
     augment: AugmentConfig = AugmentConfig()
+    vl: VLConfig = VLConfig()
     num_threads: int = 8
     """Threads that read and decode, in each worker."""
     num_workers: int = 0

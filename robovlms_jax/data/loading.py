@@ -14,19 +14,19 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import jax
 import numpy as np
 from absl import flags
 
-from robovlms_jax import types
 from robovlms_jax.data import order
-from robovlms_jax.data.samples import PADDING, SegmentSource
+from robovlms_jax.data.samples import PADDING
 
 
 def train_batches(
-    source: SegmentSource,
+    source: order.Source,
     *,
     segments_per_batch: int,
     seed: int,
@@ -35,7 +35,7 @@ def train_batches(
     num_threads: int = 8,
     prefetch: int = 16,
     num_workers: int = 0,
-) -> grain.DatasetIterator[types.Batch]:
+) -> grain.DatasetIterator[Any]:
     """Endless shuffled batches with NumPy leaves and leading axis segments_per_batch / number of processes.
 
     Every epoch is a new permutation of all segments; of a mixture, of each dataset's segments, and every batch has
@@ -66,14 +66,14 @@ def train_batches(
 
 
 def evaluation_batches(
-    source: SegmentSource,
+    source: order.Source,
     *,
     segments_per_batch: int,
     num_batches: int = 0,
     process: tuple[int, int] = (0, 1),
     num_threads: int = 8,
     prefetch: int = 16,
-) -> grain.DatasetIterator[types.Batch]:
+) -> grain.DatasetIterator[Any]:
     """The first `num_batches` batches (0: all) of a fixed permutation of the segments, so that few cover many episodes.
 
     Each segment comes once. The last batch is filled up with rows whose `window_mask` and `action_mask` are False, so
@@ -88,7 +88,7 @@ def evaluation_batches(
 
 
 def choose_workers(
-    make: Callable[[int], grain.DatasetIterator[types.Batch]],
+    make: Callable[[int], grain.DatasetIterator[Any]],
     windows_per_batch: int,
     *,
     candidates: Sequence[int] | None = None,
@@ -115,7 +115,7 @@ def choose_workers(
     return best, rates
 
 
-def measure(batches: Iterator[types.Batch], windows_per_batch: int, seconds: float) -> float:
+def measure(batches: Iterator[Any], windows_per_batch: int, seconds: float) -> float:
     """Windows per second that a fresh iterator delivers to a consumer that does nothing, start-up left out.
 
     Takes about `seconds`, or as long as two batches take.
@@ -137,11 +137,11 @@ def _start_worker(index: int, count: int) -> None:
 
 
 def _read_drawn(
-    read: Callable[[np.ndarray, np.ndarray], types.Batch], rows: slice, drawn: tuple[np.ndarray, np.ndarray]
-) -> types.Batch:
+    read: Callable[[np.ndarray, np.ndarray], Any], rows: slice, drawn: tuple[np.ndarray, np.ndarray]
+) -> Any:
     numbers, draws = drawn
     return read(numbers[rows], draws[rows])
 
 
-def _read_rows(read: Callable[[np.ndarray], types.Batch], rows: slice, indices: np.ndarray) -> types.Batch:
+def _read_rows(read: Callable[[np.ndarray], Any], rows: slice, indices: np.ndarray) -> Any:
     return read(indices[rows])

@@ -5,60 +5,68 @@ Everything here works on integers: shuffling is global, and the data's position 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
 
-from robovlms_jax.data import samples
+
+class Part(NamedTuple):
+    """Consecutive samples of a source that are drawn in an order of their own.
+
+    count: how many. weight: relative rate at which they are drawn.
+    """
+
+    count: int
+    weight: float
 
 
-def endless(source: samples.SegmentSource, seed: int) -> grain.MapDataset[int]:
-    """Endless segment numbers. Of a mixture, each dataset's come in an order of its own, mixed by weight."""
-    groups = source.dataset.groups
-    if not groups:
+class Source(Protocol):
+    """What can be drawn from at random: `samples.SegmentSource`, `vl.samples.PairSource`. Picklable."""
+
+    def __len__(self) -> int: ...
+
+    def parts(self) -> Sequence[Part]:
+        """Of a mixture, its parts in order; empty: all samples are drawn alike."""
+        ...
+
+    def content(self) -> dict[str, Any]:
+        """What, with the order, determines its batches, as JSON values."""
+        ...
+
+    def describe(self, index: int) -> str:
+        """What a batch calls `episode` or `corrupt`, in words."""
+        ...
+
+    def training_batch(self, indices: np.ndarray, draws: np.ndarray) -> Any:
+        """Samples int[B] as one batch; `draws` uint32[B] makes random choices."""
+        ...
+
+    def evaluation_batch(self, indices: np.ndarray) -> Any:
+        """The same without random choices; the number -1 becomes a row that counts nowhere."""
+        ...
+
+
+def endless(source: Source, seed: int) -> grain.MapDataset[int]:
+    """Endless numbers of samples. Of a mixture, each part's come in an order of its own, mixed by weight."""
+    parts = source.parts()
+    if not parts:
         return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    counts, windows = source.segments.groups([group.num_episodes for group in groups])
-    ends = np.cumsum(counts)
-    parts, weights = [], []
-    for number, group in enumerate(groups):
-        if counts[number] == 0:
-            raise ValueError(
-                f"{source.dataset.name}: no episode of {group.name} is long enough for policy.window="
-                f"{source.segments.window}; leave it out of the mixture or shorten the window."
-            )
-        numbers = grain.MapDataset.range(int(ends[number] - counts[number]), int(ends[number]))
-        parts.append(numbers.seed((seed + number) % 2**32).shuffle().repeat())
-        # Weights are of windows; segments are drawn, and those of short episodes carry fewer windows.
-        weights.append(group.weight * counts[number] / windows[number])
-    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+    ends = np.cumsum([part.count for part in parts])
+    mixed = []
+    for number, part in enumerate(parts):
+        numbers = grain.MapDataset.range(int(ends[number] - part.count), int(ends[number]))
+        mixed.append(numbers.seed((seed + number) % 2**32).shuffle().repeat())
+    return mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, [part.weight for part in parts])
 
 
-def order_fingerprint(source: samples.SegmentSource, *, segments_per_batch: int, seed: int) -> dict[str, Any]:
+def order_fingerprint(source: Source, *, segments_per_batch: int, seed: int) -> dict[str, Any]:
     """What, together with the step, determines every coming batch, as JSON values.
 
     The same on any number of processes, and for either layout of a dataset.
     """
-    episodes = source.dataset.episodes
-    digest = hashlib.sha256(repr([(e.start, e.end, e.instruction, e.task) for e in episodes]).encode())
-    more: dict[str, Any] = {}
-    if source.dataset.groups:
-        more["mixture"] = {group.name: [group.num_episodes, group.weight] for group in source.dataset.groups}
-    if source.num_sentences != len({episode.instruction for episode in episodes}):
-        more["sentences"] = source.num_sentences
-    if source.segments.left_pad:
-        more["left_pad"] = True
-    return {
-        **more,
-        "episodes": f"{len(source.dataset.episodes)} with sha256 {digest.hexdigest()[:16]}",
-        "window": source.segments.window,
-        "chunk": source.segments.chunk,
-        "windows_per_segment": source.segments.windows_per_segment,
-        "segments_per_batch": segments_per_batch,
-        "seed": seed,
-    }
+    return {**source.content(), "segments_per_batch": segments_per_batch, "seed": seed}
 
 
 def require_same_order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from robovlms_jax import types
-from robovlms_jax.data import base, language, segments, sensors
+from robovlms_jax.data import base, language, order, segments, sensors
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +112,46 @@ class SegmentSource(Sequence[types.Batch]):
     def num_sentences(self) -> int:
         """Distinct sentences that training may see."""
         return len(self._text_ids)
+
+    def parts(self) -> list[order.Part]:
+        """Segments of each dataset of a mixture; see `order.Source`. Raises ValueError: one has none."""
+        groups = self.dataset.groups
+        counts, windows = self.segments.groups([group.num_episodes for group in groups])
+        for group, count in zip(groups, counts, strict=True):
+            if count == 0:
+                raise ValueError(
+                    f"{self.dataset.name}: no episode of {group.name} is long enough for policy.window="
+                    f"{self.segments.window}; leave it out of the mixture or shorten the window."
+                )
+        # Weights are of windows; segments are drawn, and those of short episodes carry fewer windows.
+        return [
+            order.Part(int(count), group.weight * count / own)
+            for group, count, own in zip(groups, counts, windows, strict=True)
+        ]
+
+    def content(self) -> dict[str, Any]:
+        """What, with the order, determines its batches, as JSON values; the same for either layout of a dataset."""
+        episodes = self.dataset.episodes
+        digest = hashlib.sha256(repr([(e.start, e.end, e.instruction, e.task) for e in episodes]).encode())
+        more: dict[str, Any] = {}
+        if self.dataset.groups:
+            more["mixture"] = {group.name: [group.num_episodes, group.weight] for group in self.dataset.groups}
+        if self.num_sentences != len({episode.instruction for episode in episodes}):
+            more["sentences"] = self.num_sentences
+        if self.segments.left_pad:
+            more["left_pad"] = True
+        return {
+            **more,
+            "episodes": f"{len(episodes)} with sha256 {digest.hexdigest()[:16]}",
+            "window": self.segments.window,
+            "chunk": self.segments.chunk,
+            "windows_per_segment": self.segments.windows_per_segment,
+        }
+
+    def describe(self, index: int) -> str:
+        """An episode, by its number."""
+        episode = self.dataset.episodes[index]
+        return f"{self.dataset.name} episode {index} ({episode.task}, frames {episode.start} to {episode.end})"
 
     def __getitem__(self, index: int) -> types.Batch:
         """Segment `index`. Raises CorruptFrameError when one of its frames cannot be used."""

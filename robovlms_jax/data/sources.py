@@ -6,8 +6,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from robovlms_jax import types
-from robovlms_jax.data import loading, order, samples
+from robovlms_jax.data import loading, order
 
 ROBOT = "robot"
 """The source that every run has."""
@@ -22,7 +21,7 @@ class SourceBatches:
     def __iter__(self) -> SourceBatches:
         return self
 
-    def __next__(self) -> dict[str, types.Batch]:
+    def __next__(self) -> dict[str, Any]:
         return {source: next(batches) for source, batches in self._iterators.items()}
 
     def close(self) -> None:
@@ -32,7 +31,7 @@ class SourceBatches:
 
 
 def train_batches(
-    sources: Mapping[str, samples.SegmentSource],
+    sources: Mapping[str, order.Source],
     rows: Mapping[str, int],
     *,
     seed: int,
@@ -60,9 +59,7 @@ def train_batches(
     )
 
 
-def fingerprints(
-    sources: Mapping[str, samples.SegmentSource], rows: Mapping[str, int], seed: int
-) -> dict[str, dict[str, Any]]:
+def fingerprints(sources: Mapping[str, order.Source], rows: Mapping[str, int], seed: int) -> dict[str, dict[str, Any]]:
     """Source -> `order.order_fingerprint`, of what `train_batches` draws with the same arguments."""
     return {
         source: order.order_fingerprint(sources[source], segments_per_batch=count, seed=_seed_of(source, seed))

@@ -72,17 +72,24 @@ class AuxiliaryConfig:
     caption_weight: float = 0.0
     """> 0: on. Weighs the language model's cross-entropy on the prompt given the images, so that it stays a language
     model."""
+    vl_weight: float = 0.0
+    """> 0: answers to questions about pictures are learned, from the sources of data.vl; weighs their cross-entropy.
+    StarVLA's value is 0.1."""
 
     def __post_init__(self):
-        require(
-            self.caption_weight >= 0,
-            f"policy.auxiliary.caption_weight={self.caption_weight} must be 0 (off) or positive.",
-        )
+        for field in ("caption_weight", "vl_weight"):
+            weight = getattr(self, field)
+            require(weight >= 0, f"policy.auxiliary.{field}={weight} must be 0 (off) or positive.")
 
     @property
     def enabled(self) -> bool:
         """Whether any of them is on."""
-        return self.forward.loss_weight > 0 or self.clip.weights != "" or self.caption_weight > 0
+        return self.forward.loss_weight > 0 or self.clip.weights != "" or self.speaks
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the language model goes on saying words, so that it needs its head for them."""
+        return self.caption_weight > 0 or self.vl_weight > 0
 
     @property
     def future_frames(self) -> int:
@@ -135,6 +142,10 @@ class PolicyConfig:
     sensors: tuple[SensorConfig, ...] = ()
     """Further sensors, as tokens between the prompt and the action queries, in this order."""
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
+    insulate: bool = False
+    """Knowledge insulation (Driess et al. 2025, arXiv:2505.23705): losses on a robot's data leave the backbone's
+    parameters alone, which answers to questions (auxiliary.vl_weight) or captions then teach. Action queries, sensors
+    and heads learn as before, and what is predicted is the same."""
     lora_rank: int = 0
     """> 0 adds low-rank adapters to every matrix of the head and of the sensors, robot state and past actions included,
     for what train.init_from brings; those of the backbone are backbone.lora_rank."""
@@ -171,6 +182,11 @@ class PolicyConfig:
             self.lora_rank == 0 or not isinstance(self.head, discrete.DiscreteHeadConfig),
             f"policy.lora_rank={self.lora_rank}: a discrete head has no matrices; its logits are the language model's, "
             "so set backbone.lora_rank.",
+        )
+        require(
+            not self.insulate or self.readout != "token",
+            "policy.insulate keeps the actions' loss from the backbone; with policy.readout='token' the language model "
+            "itself predicts them. Use another readout.",
         )
         require(self.reencode_every >= 0, f"policy.reencode_every={self.reencode_every} must be 0 (never) or positive.")
         self._require_product()

@@ -128,8 +128,17 @@ class RobotLoss:
         image_key, dropout = (None, None) if key is None else jax.random.split(key)
         batch = _prepared(self.model, batch, key=image_key, shifts=self.shifts, augment=self.augment)
         count = mask.sum().astype(jnp.float32) if count is None else count
-        bound, outputs = _forward(self.model, params, batch, dropout)
-        return self._sum(bound, outputs, base.Example(batch, actions, mask, count))
+        example = base.Example(batch, actions, mask, count)
+        if not self.model.config.insulate:
+            return self._sum(*_forward(self.model, params, batch, dropout), example)
+        spoken = tuple(task for task in self._tasks if task.name == "caption")
+        acted = tuple(task for task in self._tasks if task.name != "caption")
+        total, metrics = jnp.float32(0.0), {}
+        for tasks, own in ((acted, insulated(params)), (spoken, params)):
+            if tasks:
+                value, found = self._sum(*_forward(self.model, own, batch, dropout), example, tasks)
+                total, metrics = total + value, {**metrics, **found}
+        return total, {**metrics, "loss": total}
 
     def predict(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, Metrics]:
         """Evaluation: predicted and recorded actions in dataset units, which entries count, and the metrics' sums.
@@ -148,16 +157,28 @@ class RobotLoss:
         recorded = self.model.history.steps(histories.windows(batch.actions, config.chunk))
         return predicted, recorded, mask, metrics | {"count": mask.sum().astype(jnp.float32)}
 
-    def _sum(self, bound: VLA, outputs: Outputs, example: base.Example) -> tuple[jax.Array, Metrics]:
-        tasks = registry.make(self.model.config) if self.tasks is None else self.tasks
+    @property
+    def _tasks(self) -> tuple[base.Task, ...]:
+        return registry.make(self.model.config) if self.tasks is None else self.tasks
+
+    def _sum(
+        self, bound: VLA, outputs: Outputs, example: base.Example, tasks: tuple[base.Task, ...] | None = None
+    ) -> tuple[jax.Array, Metrics]:
+        """The tasks' weighted sum; None: all of them."""
         parts, metrics = [], {}
-        for task in tasks:
+        for task in self._tasks if tasks is None else tasks:
             value, found = task(bound, outputs, example)
             parts.append(value if task.weight == 1 else task.weight * value)
             metrics |= found
         first, *rest = parts
         loss = first + sum(rest) if rest else first
         return loss, {**metrics, "loss": loss}
+
+
+def insulated(params: Any) -> Any:
+    """The same parameters, the backbone's without a gradient. What runs through the backbone still has one, so that
+    action queries and sensors learn what to put in."""
+    return {**params, "backbone": jax.lax.stop_gradient(params["backbone"])}
 
 
 def robot(model: VLA, **settings: Any) -> LossBySource:

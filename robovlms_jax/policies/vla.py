@@ -175,6 +175,8 @@ class VLA(nn.Module):
         outputs = self.train_outputs(inputs, deterministic, actions)
         if self.is_initializing():
             self.auxiliary(outputs.features[:, -1])
+            if self.config.auxiliary.speaks:
+                self.backbone.logits(outputs.hidden)
         return outputs.prediction
 
     def train_outputs(self, inputs: Inputs, deterministic: bool = True, actions: jax.Array | None = None) -> Outputs:

@@ -87,6 +87,7 @@ RULES = (
         "training goes on with another dropout",
     ),
     Rule("stage", ("policy.auxiliary.*",), "it is a loss of its own, some with parameters of their own"),
+    Rule("stage", ("policy.insulate",), "it decides what teaches the backbone"),
     Rule(
         "said",
         tuple(f"policy.head.{name}" for name in ("arm_loss", "huber_delta", "gripper_loss_weight", "dropout")),
@@ -122,6 +123,9 @@ RULES = (
         "other batches follow than would have",
     ),
     Rule("stage", ("data.text_length",), "all prompts are padded to it"),
+    Rule("free", ("data.vl.paths", "data.vl.images"), "where pictures and texts lie; their content is compared"),
+    Rule("free", ("data.vl.validation",), "what is asked in validation, not learned"),
+    Rule("order", ("data.vl.turns", "data.vl.length", "data.vl.leave_out_long"), "other batches follow"),
     Rule(
         "stage",
         ("data.dataset", "data.image_size", "data.reference", "data.statistics"),
@@ -150,6 +154,7 @@ RULES = (
     Rule("free", ("train.epochs",), "it becomes train.steps"),
     Rule("said", ("train.accumulation", "train.on_nonfinite", "train.max_skipped"), "steps are made otherwise"),
     Rule("stage", ("train.trainable", "train.stages"), "the optimizer has moments of other parameters"),
+    Rule("order", ("train.sources",), "other batches follow than would have"),
     Rule("free", ("train.resume", "train.init_from", "train.allow_new_order"), "how this start was asked for"),
     Rule("free", ("train.output", "train.compilation_cache"), "where things lie"),
     Rule(

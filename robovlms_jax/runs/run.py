@@ -17,7 +17,7 @@ from robovlms_jax.data import base as datasets
 from robovlms_jax.data import loading, sources
 from robovlms_jax.parallel import cpu, distributed
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.runs import build, chaining, closed_loop, resuming, steps, validation
+from robovlms_jax.runs import build, chaining, closed_loop, questions, resuming, steps, validation
 from robovlms_jax.runs import setup as setups
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import to_dict
@@ -138,15 +138,16 @@ def _train(setup: setups.Setup, report: Report, output: pathlib.Path, interrupts
     provenance.write_record(output, report.name, to_dict(config))
     writer = metrics.open_writers(config.train.wandb_project, to_dict(config), output, int(train_state.step))
     evaluator = validation.evaluator(setup.model, setup.mesh, config, setup.validation, setup.encode)
+    examiner = questions.Examiner(setup.model, setup.mesh, config, setup.questions.validation)
     tables = _closed_loop(setup, output)
     services = hooks.Services(
         train=config.train,
         checkpointer=checkpointer,
         position=lambda step: {"next_step": step},
         writer=writer,
-        describe=lambda source, index: _describe(setup.sources[source].dataset, index),
+        describe=lambda source, index: setup.sources[source].describe(index),
         max_corrupt_share=config.data.max_corrupt_share,
-        evaluate=evaluator.numbers,
+        evaluate=lambda state: {**evaluator.numbers(state), **examiner.numbers(state)},
         roll_out=tables.numbers if tables else None,
         roll_out_every=config.rollouts.every,
         select_best=config.rollouts.select == "best",
@@ -162,6 +163,9 @@ def _train(setup: setups.Setup, report: Report, output: pathlib.Path, interrupts
             section = tables.report(*_chosen(train_state, checkpointer, config)) if tables else ""
             facts = setups.facts(report.name, setup) | {"seconds": round(time.perf_counter() - report.begin, 1)}
             facts["time in the training loop"] = str(services.goodput)
+            learned = examiner.numbers(train_state)
+            write(learned)
+            facts |= {name.replace("_", " of ", 1): round(value, 4) for name, value in learned.items()}
             data = "PlayTable" if config.demonstrations.episodes else report.title
             evaluator.report(train_state, write, output, f"{data}: {report.name}", facts, report.closing, section)
     return finished
@@ -287,8 +291,3 @@ def _require_order(setup: setups.Setup) -> None:
         if not setup.config.train.allow_new_order:
             raise
         logger.warning("with train.allow_new_order: %s", str(error).partition(". ")[0])
-
-
-def _describe(dataset: datasets.Dataset, index: int) -> str:
-    episode = dataset.episodes[index]
-    return f"{dataset.name} episode {index} ({episode.task}, frames {episode.start} to {episode.end})"

@@ -14,14 +14,14 @@ from jax.sharding import Mesh
 
 from robovlms_jax.actions import statistics
 from robovlms_jax.data import base as datasets
-from robovlms_jax.data import excerpts, language, mixing, opening, represented, samples, sensors
+from robovlms_jax.data import excerpts, language, mixing, opening, order, represented, samples, sensors
 from robovlms_jax.data import statistics as data_statistics
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import DistributedConfig
 from robovlms_jax.policies import objective
 from robovlms_jax.policies.serving import EncodeText
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.runs import build, chaining, closed_loop, load, resuming, robots, steps, validation
+from robovlms_jax.runs import build, chaining, closed_loop, load, questions, resuming, robots, steps, validation
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import stages, state
 
@@ -45,6 +45,8 @@ class Setup:
     abstracts: tuple[state.TrainState, ...]
     """Shapes and shardings of what each stage trains."""
     num_params: int
+    questions: questions.Sources
+    """About pictures, where data.vl names any."""
     point: resuming.Point | None = None
     """Where a resumed run goes on."""
 
@@ -54,9 +56,9 @@ class Setup:
         return self.point.stage if self.point else 0
 
     @property
-    def sources(self) -> dict[str, samples.SegmentSource]:
+    def sources(self) -> dict[str, order.Source]:
         """What batches are drawn from, by name."""
-        return {objective.ROBOT: self.train}
+        return {objective.ROBOT: self.train, **self.questions.training}
 
     def rows(self, stage: stages.Stage) -> dict[str, int]:
         """Source -> segments of each of the stage's batches, over all hosts."""
@@ -90,7 +92,8 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
     variation = language.read(config.data.paraphrases) if config.data.vary_language else None
     sentences = language.every(opened["training"].episodes, variation)
     instructions = [*sentences, *validation.sentences(opened["validation"]), *_asked(config)]
-    backbone = _open_backbone(config, point, instructions)
+    collections = questions.open_collections(config)
+    backbone = _open_backbone(config, point, [*instructions, *collections.texts])
     length = config.data.text_length or backbone.longest(instructions)
 
     def encode(instruction: str) -> tuple[np.ndarray, np.ndarray]:
@@ -100,25 +103,37 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
     training = source_of(config, opened["training"], encode, variation, embed)
     held_out = opened["validation"]
     validation_split = None if held_out is None else source_of(config, held_out, encode, embed_sentence=embed)
-    actions, values = training_actions(config, opened["training"])
+    config = _resolved(config, point, training, length)
+    config = build.with_action_ids(config, backbone.tokenizer)
+    asked = questions.sources_of(config, collections, backbone)
+    return _planned(config, training, validation_split, asked, backbone, encode, point)
+
+
+def _resolved(
+    config: ExperimentConfig, point: resuming.Point | None, source: samples.SegmentSource, length: int
+) -> ExperimentConfig:
+    """With everything filled in that depends on the training data; of a resumed run, compared with them.
+
+    length: tokens that fit every prompt.
+    """
+    actions, values = training_actions(config, source.dataset)
     if point:
         resuming.compare_statistics(config.policy, values, actions)
-        config = config.resolve(training.num_windows, length)
+        config = config.resolve(source.num_windows, length)
         resuming.require_steps(point, config)
-    else:
-        config = config.resolve(training.num_windows, length, values)
-        policy = config.policy.with_bins(actions)
-        if policy.proprio.enabled and policy.proprio.is_default:
-            policy = policy.with_state(excerpts.state_sample(opened["training"], 1_000))
-        config = dataclasses.replace(config, policy=policy)
-    config = build.with_action_ids(config, backbone.tokenizer)
-    return _planned(config, training, validation_split, backbone, encode, point)
+        return config
+    config = config.resolve(source.num_windows, length, values)
+    policy = config.policy.with_bins(actions)
+    if policy.proprio.enabled and policy.proprio.is_default:
+        policy = policy.with_state(excerpts.state_sample(source.dataset, 1_000))
+    return dataclasses.replace(config, policy=policy)
 
 
 def _planned(
     config: ExperimentConfig,
     training: samples.SegmentSource,
     validation_split: samples.SegmentSource | None,
+    asked: questions.Sources,
     backbone: build.Backbone,
     encode: EncodeText,
     point: resuming.Point | None,
@@ -128,7 +143,8 @@ def _planned(
     model = build.make_model(config, backbone.vlm)
     shapes, shardings = build.abstract_params(model, mesh)
     planned = stages.plan(config.train, config.optimizer)
-    stages.check(planned, flatten_dict(shapes, sep="/"), [objective.ROBOT])
+    stages.check(planned, flatten_dict(shapes, sep="/"), [objective.ROBOT, *config.data.vl.paths])
+    questions.check(planned, config, flatten_dict(shapes, sep="/"))
     losses = [steps.make_loss(config, model, stage) for stage in planned]  # raises what a stage's weights have wrong
     setup = Setup(
         config=config,
@@ -141,6 +157,7 @@ def _planned(
         stages=planned,
         abstracts=tuple(state.abstract(shapes, shardings, x.trainable, x.tx, mesh) for x in planned),
         num_params=build.count(shapes),
+        questions=asked,
         point=point,
     )
     for stage, loss in list(zip(planned, losses, strict=True))[setup.first :]:

@@ -9,9 +9,10 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from robovlms_jax.policies import objective
+from robovlms_jax.policies import answers, objective
 from robovlms_jax.policies.tasks import base, registry
 from robovlms_jax.policies.vla import VLA
+from robovlms_jax.runs import questions
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import memory, stages, step
 from robovlms_jax.training.memory import Estimate, readable
@@ -21,14 +22,19 @@ logger = logging.getLogger(__name__)
 
 
 def make_loss(config: ExperimentConfig, model: VLA, stage: stages.Stage | None = None) -> objective.LossBySource:
-    """What a configuration's policy is trained by in a stage. Raises ValueError: its weights are of unknown tasks."""
-    tasks = registry.make(config.policy)
+    """What a configuration's policy is trained by in a stage, source by source. Raises ValueError: its weights are of
+    unknown tasks, or leave nothing to learn."""
+    tasks, spoken = registry.make(config.policy), questions.losses(config, model, stage)
     if stage is not None:
+        known = (answers.NAME,) if config.data.vl.paths else ()
         try:
-            tasks = base.reweigh(tasks, stage.weights)
+            if not stage.sources.get(objective.ROBOT):
+                return objective.LossBySource(spoken)
+            tasks = base.reweigh(tasks, {name: x for name, x in stage.weights.items() if name not in known})
         except ValueError as error:
             raise ValueError(f"train.stages, stage {stage.name!r}: {error}") from None
-    return objective.robot(model, tasks=tasks, shifts=config.data.shifts, augment=config.data.augment)
+    robot = objective.RobotLoss(model, tasks=tasks, shifts=config.data.shifts, augment=config.data.augment)
+    return objective.LossBySource({objective.ROBOT: robot, **spoken})
 
 
 def make_step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 from robovlms_jax import schema
@@ -94,8 +95,8 @@ class StageConfig:
     optimizer: OptimizerConfig | None = None
     """None: as `optimizer.*`. Its schedule begins with the stage, and so do its moments."""
     weights: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Task -> weight of its loss in this stage, 0: off. Tasks that are not named keep theirs (actions: 1, forward, clip
-    and caption: as policy.auxiliary says)."""
+    """Task -> weight of its loss in this stage, 0: off. Tasks that are not named keep theirs (actions: 1; forward,
+    clip, caption and vl: as policy.auxiliary says)."""
     sources: dict[str, float] = dataclasses.field(default_factory=lambda: {"robot": 1.0})
     """Source of data -> its share of every batch, relative to the others."""
 
@@ -103,10 +104,8 @@ class StageConfig:
         name = f"train.stages: {f'stage {self.name!r}' if self.name else 'a stage'}"
         require(self.steps >= 1, f"{name} has steps={self.steps}; it must make at least 1.")
         _require_patterns(self.trainable, f"{name}: trainable")
-        for field in ("weights", "sources"):
-            wrong = {key: x for key, x in getattr(self, field).items() if not schema.fits(x, float) or x < 0}
-            require(not wrong, f"{name}: {field} has {wrong}; expected names with numbers that are not negative.")
-        require(any(self.sources.values()), f"{name}: sources={self.sources} has no share above 0, so no data.")
+        _require_shares(self.weights, f"{name}: weights")
+        _require_sources(self.sources, f"{name}: sources")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +140,12 @@ class TrainConfig:
     trainable: tuple[str, ...] = (".*",)
     """Regular expressions searched in parameter paths such as backbone/text/layers/attn/q/kernel; what matches none
     is frozen."""
+    sources: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Source of data -> its share of every batch, relative to the others: `robot` and the names in data.vl.paths. Such
+    as --train.sources robot 4 questions 1. Empty: the robot's demonstrations alone."""
     stages: tuple[StageConfig, ...] = ()
-    """Stages of training, one after the other, in place of `steps` and `trainable`; their steps add up to the run's.
-    Empty: one, made of these and `optimizer.*`."""
+    """Stages of training, one after the other, in place of `steps`, `trainable` and `sources`; their steps add up to
+    the run's. Empty: one, made of these and `optimizer.*`."""
     seed: int = 0
     """Initialisation, data order, augmentation and dropout."""
     log_every: int = 10
@@ -172,12 +174,23 @@ class TrainConfig:
         require(self.eval_every >= 0, f"train.eval_every={self.eval_every} must be 0 (only at the end) or positive.")
         require(self.output != "", "train.output must name a directory.")
         _require_patterns(self.trainable, "train.trainable")
+        _require_sources(self.sources or {"robot": 1.0}, "train.sources")
         require(
             not (self.stages and self.epochs),
             f"train.epochs={self.epochs} and train.stages both say how long training is; a stage names its steps.",
         )
         names = [stage.name for stage in self.stages if stage.name]
         require(len(set(names)) == len(names), f"train.stages has two stages of one name: {names}.")
+
+
+def _require_shares(shares: Mapping[str, float], name: str) -> None:
+    wrong = {key: x for key, x in shares.items() if not schema.fits(x, float) or x < 0}
+    require(not wrong, f"{name} has {wrong}; expected names with numbers that are not negative.")
+
+
+def _require_sources(shares: Mapping[str, float], name: str) -> None:
+    _require_shares(shares, name)
+    require(any(shares.values()), f"{name}={dict(shares)} has no share above 0, so no data.")
 
 
 def _require_patterns(patterns: tuple[str, ...], name: str) -> None:

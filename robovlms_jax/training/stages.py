@@ -52,7 +52,8 @@ class Stage:
 def plan(train: TrainConfig, optimizer: OptimizerConfig) -> tuple[Stage, ...]:
     """The stages of a run; without train.stages one, which is all of train.* and optimizer.*."""
     if not train.stages:
-        return (Stage(0, "train", 0, train.steps, train.trainable, optimizer, {}, {"robot": 1.0}, train.seed),)
+        sources = train.sources or {"robot": 1.0}
+        return (Stage(0, "train", 0, train.steps, train.trainable, optimizer, {}, sources, train.seed),)
     out, begin = [], 0
     for index, asked in enumerate(train.stages):
         settings = {field: getattr(asked, field) for field in ("steps", "trainable", "weights", "sources")}
@@ -76,8 +77,10 @@ def check(stages: Sequence[Stage], paths: Collection[str], sources: Collection[s
             trainable.split(dict.fromkeys(paths), stage.trainable)
         unknown = sorted(set(stage.sources) - set(sources))
         if unknown:
+            named = f"train.stages, stage {stage.name!r}: sources" if stage.name != "train" else "train.sources"
             raise ValueError(
-                f"train.stages, stage {stage.name!r}: sources names {unknown}; this run has data of {sorted(sources)}."
+                f"{named} names {unknown}; this run has data of {sorted(sources)}. Pictures with text are named in "
+                "data.vl.paths."
             )
 
 

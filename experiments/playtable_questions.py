@@ -1,0 +1,20 @@
+"""Pictures of PlayTable with questions whose answers are right by construction, in LLaVA's format.
+
+python -m experiments.playtable_questions                                             # the bundled set, anew
+python -m experiments.playtable_questions --out runs/questions --pictures 2000 --random_tables 397
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from robovlms_jax import cli
+from robovlms_jax.playtable import questions
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    settings = cli.read(questions.Settings, description=__doc__)
+    counts = questions.write(settings)
+    logging.info("%(pictures)d pictures with %(questions)d questions", counts)
+    logging.info("they are in %s", settings.out)

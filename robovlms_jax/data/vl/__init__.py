@@ -1,0 +1,1 @@
+"""Pictures with text about them (LLaVA, WebDataset, COCO), as batches beside a robot's."""

@@ -1,0 +1,59 @@
+"""Captions in COCO's format: `images` with `id` and `file_name`, `annotations` with `image_id` and `caption`."""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from robovlms_jax.data.vl import base
+from robovlms_jax.inputs.conversations import MARK, Turn
+
+QUESTION = f"{MARK}\nDescribe the picture in one sentence."
+"""What captions without a question answer."""
+
+
+class CocoCaptions(base.Pairs):
+    """A sample for each picture with captions, of which one is drawn whenever it comes.
+
+    Args:
+      values: the file's content. path: the file. images: folder of the pictures; None: the file's own.
+    Raises:
+      FileNotFoundError: pictures are missing. ValueError: a caption is of a picture that is not listed, or nothing is
+        captioned.
+    """
+
+    def __init__(self, values: Mapping[str, Any], path: pathlib.Path, images: pathlib.Path | None = None):
+        self.name, self._folder = str(path), base.Folder(path.parent if images is None else images)
+        try:
+            files = {image["id"]: image["file_name"] for image in values["images"]}
+            captions = [(note["image_id"], note["caption"]) for note in values["annotations"] if "caption" in note]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: an entry lacks {error}; expected images with id and file_name, annotations with image_id and "
+                "caption."
+            ) from None
+        strangers = sorted({str(image) for image, _ in captions if image not in files})
+        if strangers:
+            raise ValueError(f"{path}: captions of pictures that `images` does not list: {', '.join(strangers[:3])}.")
+        per_file = collections.defaultdict(list)
+        for image, caption in captions:
+            if caption.strip():
+                per_file[files[image]].append((Turn(QUESTION, caption.strip()),))
+        self._samples = [base.Sample((file,), tuple(choices)) for file, choices in per_file.items()]
+        missing = self._folder.missing(per_file)
+        hint = f"They are looked for in {self._folder.root}; name another folder with --data.vl.images."
+        base.require_pictures(self.name, missing, len(per_file), hint)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def sample(self, index: int) -> base.Sample:
+        return self._samples[index]
+
+    def picture(self, name: str) -> bytes:
+        return self._folder.read(name)
+
+    def describe(self, index: int) -> str:
+        return f"{self.name}, captions of {self._samples[index].pictures[0]}"

@@ -1,0 +1,50 @@
+"""A path -> the collection of pictures and texts behind it, by what it holds."""
+
+from __future__ import annotations
+
+import pathlib
+
+from robovlms_jax import json_files
+from robovlms_jax.data.vl import base, coco, llava, webdataset
+from robovlms_jax.data.vl.config import VLConfig
+
+
+def open_all(config: VLConfig, paths: dict[str, str]) -> dict[str, base.Pairs]:
+    """Name -> collection, of config.paths or config.validation. Raises as `open_pairs`, naming the source."""
+    found = {}
+    for name, path in paths.items():
+        try:
+            whole = open_pairs(path, config.images.get(name))
+            found[name] = base.EachTurn(whole) if config.turns == "each" else whole
+        except (ValueError, OSError) as error:
+            raise type(error)(f"source {name!r}: {error}") from None
+    return found
+
+
+def open_pairs(path: str, images: str | None = None) -> base.Pairs:
+    """Open a file or shards.
+
+    Args:
+      images: folder that the pictures' paths begin in; None: the file's own.
+    Raises:
+      FileNotFoundError: it, or pictures, are missing. ValueError: it is of no known kind, means nothing, or is empty.
+    """
+    folder = None if images is None else pathlib.Path(images)
+    place = pathlib.Path(path)
+    if path.endswith(".tar") or place.is_dir():
+        pairs: base.Pairs = webdataset.WebDataset(path)
+    elif not place.is_file():
+        raise FileNotFoundError(f"no file {path}; expected *.json, *.jsonl, *.tar or a folder of tar shards.")
+    elif place.suffix == ".jsonl":
+        pairs = llava.LlavaPairs(place, folder)
+    elif place.suffix == ".json":
+        values = json_files.read(place)
+        if isinstance(values, dict) and "annotations" in values:
+            pairs = coco.CocoCaptions(values, place, folder)
+        else:
+            pairs = llava.LlavaPairs(place, folder)
+    else:
+        raise ValueError(f"{path}: expected *.json, *.jsonl, *.tar or a folder of tar shards.")
+    if len(pairs) == 0:
+        raise ValueError(f"{path} holds no sample, so this source would run dry at its first batch.")
+    return pairs

@@ -1,0 +1,202 @@
+"""Pictures and text about them as the token ids that a backbone's family was taught on: its chat template, its places
+for pictures, its box tokens, and which tokens are answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from robovlms_jax.inputs import boxes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MARK = "<image>"
+"""Where a picture stands in a question, as LLaVA's files write it; a line break after it belongs to it."""
+_MARKS = re.compile(r"<image>\n?")
+_PLACE = "\ue000"  # one picture, in text on its way to the tokenizer: a character that Unicode leaves to us
+
+
+class Turn(NamedTuple):
+    """A question, with `MARK` for every picture that is shown with it, and its answer."""
+
+    question: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """How a family writes conversations. {images}: all pictures together; without it each stands where its mark is.
+
+    start: before the first turn. question: with {question} in it. answer: with {answer} in it. end: what the model
+    says when an answer is over, learned with it; empty: the tokenizer's end-of-text token. between: before every turn
+    but the first. image: around a picture, with {image} in it. boxes: how boxes are written.
+    """
+
+    question: str
+    answer: str = " {answer}"
+    end: str = ""
+    start: str = ""
+    between: str = ""
+    image: str = "{image}"
+    boxes: boxes.Style = "fractions"
+
+
+_CHATML = Chat(
+    start="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+    question="<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
+    answer="{answer}",
+    end="<|im_end|>",
+    between="\n",
+)
+PLAIN = Chat(start="{images}", question="Question: {question} Answer:", between="\n")
+"""For families without a template of their own."""
+
+CHATS: dict[str, Chat] = {
+    # microsoft/kosmos-2-patch14-224, model card: "<grounding> Question: ... Answer:".
+    "kosmos-2": Chat(
+        start="<s>{images}<grounding>",
+        question=" Question: {question} Answer:",
+        end="</s>",
+        image="<image>{image}</image>",
+        boxes="kosmos-2",
+    ),
+    # google/paligemma-3b: pictures, <bos>, the prefix, a line break, then the suffix.
+    "paligemma": Chat(
+        start="{images}<bos>", question="answer en {question}\n", answer="{answer}", end="<eos>", boxes="paligemma"
+    ),
+    # llava-hf/llava-1.5-7b-hf: Vicuna's template.
+    "llava": Chat(
+        start="<s>A chat between a curious human and an artificial intelligence assistant. The assistant gives "
+        "helpful, detailed, and polite answers to the human's questions. ",
+        question="USER: {question} ASSISTANT:",
+        end="</s>",
+        image="{image}\n",
+    ),
+    "llava_mpt": dataclasses.replace(
+        _CHATML,
+        start="<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. The assistant gives "
+        "helpful and honest answers.<|im_end|>\n",
+        image="{image}\n",
+    ),
+    # vikhyatk/moondream2.
+    "moondream1": Chat(start="<|endoftext|>{images}", question="\n\nQuestion: {question}\n\nAnswer:"),
+    # Qwen/Qwen-VL-Chat; the tokens around a picture are the backbone's own image_start and image_end.
+    "qwen": dataclasses.replace(_CHATML, image="Picture: {image}\n", boxes="qwen-vl"),
+    "qwen2_5_vl": _CHATML,
+    # HuggingFaceTB/SmolVLM2: one picture, not split into tiles.
+    "smolvlm": Chat(
+        start="<|im_start|>",
+        question="User:{question}<end_of_utterance>\nAssistant:",
+        end="<end_of_utterance>",
+        between="\n",
+        image="<fake_token_around_image><global-img>{image}<fake_token_around_image>",
+    ),
+    # deepseek-ai/deepseek-vl-1.3b-chat.
+    "deepseek_vl": Chat(
+        start="<\uff5cbegin▁of▁sentence\uff5c>You are a helpful language and vision assistant. You are able to "
+        "understand the visual content that the user provides, and assist the user with a variety of tasks using "
+        "natural language.\n\n",
+        question="User: {question}\n\nAssistant:",
+        end="<\uff5cend▁of▁sentence\uff5c>",
+    ),
+    # unum-cloud/uform-gen2-qwen-500m.
+    "vlm": _CHATML,
+}
+"""Family, by the name its config.json has -> its template."""
+
+
+class Encoded(NamedTuple):
+    """A conversation of n tokens.
+
+    ids: int32[n]; 0 where a picture's token stands. image: int32[n], number of the token among all pictures' tokens, -1
+    for text. answer: bool[n], True = the model has to say it.
+    """
+
+    ids: np.ndarray
+    image: np.ndarray
+    answer: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Conversations -> tokens of one backbone. Picklable, so that worker processes can read.
+
+    chat: its family's template. image_tokens: P, tokens of a picture, those around it included that are the backbone's.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    chat: Chat
+    image_tokens: int
+
+    def __call__(self, turns: Sequence[Turn], pictures: int) -> Encoded:
+        """Raises ValueError: marks and pictures are not equally many, an empty answer, or a box that means nothing."""
+        stretches = _stretches(*_text(self.chat, self._end, turns, pictures))
+        ids, image, answer, shown = [], [], [], 0
+        for text, spans in stretches:
+            if text == _PLACE:
+                ids += [0] * self.image_tokens
+                image += range(shown, shown + self.image_tokens)
+                answer += [False] * self.image_tokens
+                shown += self.image_tokens
+                continue
+            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            ids += found["input_ids"]
+            image += [-1] * len(found["input_ids"])
+            answer += [
+                end > start and any(start < last and end > first for first, last in spans)
+                for start, end in found["offset_mapping"]
+            ]
+        return Encoded(np.array(ids, np.int32), np.array(image, np.int32), np.array(answer, bool))
+
+    @property
+    def _end(self) -> str:
+        end = self.chat.end or self.tokenizer.eos_token
+        if not end:
+            raise ValueError("the tokenizer has no end-of-text token, so an answer would have no end to learn.")
+        return end
+
+
+def _text(chat: Chat, end: str, turns: Sequence[Turn], pictures: int) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation in the family's words, `_PLACE` for each picture, and where answers begin and end in it."""
+    marks = sum(len(_MARKS.findall(turn.question)) for turn in turns)
+    if marks != pictures:
+        raise ValueError(f"{marks} marks {MARK} for {pictures} pictures; each picture needs one, in a question.")
+    place = chat.image.replace("{image}", _PLACE)
+    together = "{images}" in chat.start
+    text, spans = chat.start.replace("{images}", place * pictures), []
+    for number, turn in enumerate(turns):
+        if not turn.answer.strip():
+            raise ValueError(f"the question {turn.question!r} has no answer.")
+        question, answer = (boxes.written(part.strip(), chat.boxes) for part in turn)
+        question = _MARKS.sub("" if together else place, question)
+        text += (chat.between if number else "") + chat.question.replace("{question}", question)
+        begin = len(text)
+        text += chat.answer.replace("{answer}", answer) + end
+        spans.append((begin, len(text)))
+    return text, spans
+
+
+def _stretches(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, list[tuple[int, int]]]]:
+    """Text between pictures, and pictures, in order; of each the answers' places counted from its own beginning."""
+    out, at = [], 0
+    for part in re.split(f"({_PLACE})", text):
+        if part:
+            inside = [(begin - at, end - at) for begin, end in spans if begin < at + len(part) and end > at]
+            out.append((part, inside))
+        at += len(part)
+    return out
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase, model_type: str, image_tokens: int) -> Encoder:
+    """The encoder of a family. Raises ValueError: its tokenizer cannot say which characters a token is made of."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer of {model_type} does not tell which characters a token stands for, so answers cannot be "
+            "marked; save it as tokenizer.json (transformers' AutoTokenizer with use_fast=True)."
+        )
+    return Encoder(tokenizer, CHATS.get(model_type, PLAIN), image_tokens)

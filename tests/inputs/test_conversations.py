@@ -1,0 +1,103 @@
+"""Chat templates, answers' tokens, and boxes as each family writes them."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robovlms_jax.backbones import registry
+from robovlms_jax.inputs import boxes, conversations, tokenizers
+from robovlms_jax.inputs.conversations import Turn
+
+BOX = "<ref>the red block</ref><box>(250,500),(500,1000)</box>"
+TURNS = (Turn("<image>\nWhere is it?", "on the left"), Turn("What colour?", "red"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    tokenizers.make_twin_tokenizer(["where is it on the left", "what colour red"], 400, directory)
+    return tokenizers.load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("model_type", sorted({registry.get(name).model_type for name in registry.names()}))
+def test_every_family_has_a_template_in_which_answers_alone_are_learned(tokenizer, model_type):
+    assert model_type in conversations.CHATS
+    found = conversations.encoder(tokenizer, model_type, 4)(TURNS, 1)
+    said = tokenizer.decode(found.ids[found.answer])
+    end = conversations.CHATS[model_type].end or tokenizer.eos_token
+    assert re.sub(r"\s+", "", said) == re.sub(r"\s+", "", f"on the left{end}red{end}")
+    assert np.flatnonzero(found.image >= 0).tolist() == list(
+        range(np.argmax(found.image >= 0), np.argmax(found.image >= 0) + 4)
+    )
+    rest = tokenizer.decode(found.ids[~found.answer & (found.image < 0)])
+    assert "Where is it?" in rest and "What colour?" in rest and "<image>\n" not in rest
+
+
+def test_kosmos_sees_its_own_order(tokenizer):
+    found = conversations.encoder(tokenizer, "kosmos-2", 2)(TURNS[:1], 1)
+    text = tokenizer.decode(np.where(found.image >= 0, tokenizer.pad_token_id, found.ids))
+    assert text == "<s><image><pad><pad></image><grounding> Question: Where is it? Answer: on the left</s>"
+
+
+def test_pictures_stand_where_their_marks_are(tokenizer):
+    turn = Turn("<image>\n<image>\nSame?", "no")
+    found = conversations.encoder(tokenizer, "qwen", 2)((turn,), 2)
+    assert found.image[found.image >= 0].tolist() == [0, 1, 2, 3]
+    gaps = np.diff(np.flatnonzero(found.image >= 0))
+    assert gaps[0] == 1 and gaps[1] > 1 and gaps[2] == 1  # words between the pictures
+
+
+@pytest.mark.parametrize(
+    ("turns", "pictures", "message"),
+    [
+        (TURNS, 2, "1 marks <image> for 2 pictures"),
+        ((Turn("What?", " "),), 0, "has no answer"),
+        ((Turn("What?", "<box>(1,2)</box>"),), 0, "cannot be read"),
+        ((Turn("What?", "<box>(500,2),(400,9)</box>"),), 0, "upper left"),
+    ],
+)
+def test_conversations_that_mean_nothing_are_refused(tokenizer, turns, pictures, message):
+    with pytest.raises(ValueError, match=message):
+        conversations.encoder(tokenizer, "kosmos-2", 2)(turns, pictures)
+
+
+@pytest.mark.parametrize(
+    ("style", "expected"),
+    [
+        # 8 and 16 of 32 columns, 16 and 32 of 32 rows: the last cells are one before the end.
+        ("kosmos-2", "<phrase>the red block</phrase><object><patch_index_0520><patch_index_1007></object>"),
+        ("paligemma", "<loc0512><loc0256><loc1023><loc0512> the red block"),
+        ("qwen-vl", BOX),
+        ("fractions", "the red block [0.250, 0.500, 0.500, 1.000]"),
+    ],
+)
+def test_boxes_are_written_as_each_family_does(style, expected):
+    assert boxes.written(f"See {BOX}.", style) == f"See {expected}."
+
+
+@pytest.mark.slow
+def test_kosmos_boxes_are_those_of_transformers():
+    processing = pytest.importorskip("transformers.models.kosmos2.processing_kosmos2")
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        (left, right), (top, bottom) = (sorted(rng.choice(1001, 2, replace=False).tolist()) for _ in range(2))
+        expected = processing.coordinate_to_patch_index([x / 1000 for x in (left, top, right, bottom)], 32)
+        found = boxes.written(f"<box>({left},{top}),({right},{bottom})</box>", "kosmos-2")
+        assert tuple(map(int, re.findall(r"_(\d{4})>", found))) == tuple(expected)
+
+
+@given(st.lists(st.integers(0, 1000), min_size=4, max_size=4))
+def test_every_box_is_inside_the_grid_or_refused(corners):
+    text = "<box>({},{}),({},{})</box>".format(*corners)
+    for style, bins in (("kosmos-2", 1024), ("paligemma", 1024)):
+        try:
+            found = boxes.written(text, style)
+        except ValueError:
+            assert corners[0] >= corners[2] or corners[1] >= corners[3]
+        else:
+            assert all(0 <= int(number) < bins for number in re.findall(r"(\d{4})>", found))

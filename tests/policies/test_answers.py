@@ -1,0 +1,208 @@
+"""Answers to questions about pictures as a loss, and a backbone kept from the actions' loss."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.linen import unbox
+from flax.traverse_util import flatten_dict
+
+from robovlms_jax.backbones import base as backbones
+from robovlms_jax.backbones import registry
+from robovlms_jax.policies import answers, objective
+from robovlms_jax.policies.config import AuxiliaryConfig, PolicyConfig
+from robovlms_jax.runs import questions
+from robovlms_jax.types import Pairs
+from tests import toy
+
+SPEAKING = toy.make_model(auxiliary=AuxiliaryConfig(vl_weight=0.1))
+ROBOT = toy.make_batch(np.random.default_rng(0))
+
+
+def make_pairs(vlm, *, slots: int = 14, pictures: int = 2, batch: int = 2) -> Pairs:
+    """Samples with a picture each (the second has two), and answers of two and three tokens at the end."""
+    rng, tokens = np.random.default_rng(1), questions.image_tokens(vlm)
+    slots += pictures * tokens
+    image = np.full((batch, slots), -1, np.int32)
+    image[0, 1 : 1 + tokens] = np.arange(tokens)
+    image[1, 2 : 2 + 2 * tokens] = np.arange(2 * tokens)
+    lengths = np.array([tokens + 9, slots])
+    said = lengths[:, None] - np.array([[2, 1, 1], [3, 2, 1]])
+    return Pairs(
+        images=rng.integers(0, 256, (batch, pictures, 20, 20, 3), dtype=np.uint8),
+        text_ids=np.where(image < 0, rng.integers(4, 100, (batch, slots)), 0).astype(np.int32),
+        image_slots=image,
+        text_mask=np.arange(slots) < lengths[:, None],
+        answer_slots=said.astype(np.int32),
+        answer_mask=np.array([[True, True, False], [True, True, True]]),
+        episode=np.arange(batch, dtype=np.int32),
+        corrupt=np.full(batch, -1, np.int32),
+    )
+
+
+@pytest.fixture(scope="module")
+def params():
+    return toy.random_params(SPEAKING, ROBOT)
+
+
+@pytest.fixture(scope="module")
+def predicted(params):
+    """Jitted: batch -> sums."""
+    return jax.jit(lambda batch: answers.AnswerLoss(SPEAKING).predict(params, batch))
+
+
+def changed(batch: Pairs, row: int, slot: int) -> Pairs:
+    ids = batch.text_ids.copy()
+    ids[row, slot] = ids[row, slot] + 1
+    return batch.replace(text_ids=ids)
+
+
+def test_answers_are_the_cross_entropy_of_their_tokens_given_all_before(params, predicted):
+    batch = make_pairs(SPEAKING.vlm)
+    vlm = backbones.build(SPEAKING.vlm)
+    own = {"params": params["backbone"]}
+    pictures = objective.images.preprocess(jnp.asarray(batch.images), SPEAKING.vlm.image)
+
+    def logits(row: int, length: int) -> np.ndarray:
+        """Of one sample without its padding, its tokens put together by hand."""
+        seen = vlm.apply(own, {i: pictures[row : row + 1, i] for i in range(2)}, method="encode_images")[0]
+        words = vlm.apply(own, batch.text_ids[row, :length], method="embed_ids")
+        image = batch.image_slots[row, :length]
+        embeds = jnp.where((image >= 0)[:, None], seen[jnp.maximum(image, 0)], words)[None]
+        places = jnp.arange(length)[None]
+        decode = backbones.Tokens(embeds, jnp.ones((1, length), bool), places, (("text", length),))
+        return vlm.apply(own, vlm.apply(own, decode, method="decode")[0], method="logits")[0]
+
+    total = 0.0
+    for row in range(2):
+        length = int(batch.text_mask[row].sum())
+        log_p = jax.nn.log_softmax(jax.jit(logits, static_argnums=(0, 1))(row, length))
+        slots = batch.answer_slots[row][batch.answer_mask[row]]
+        total -= sum(float(log_p[slot - 1, batch.text_ids[row, slot]]) for slot in slots)
+    found = predicted(batch)
+    np.testing.assert_allclose(found["loss"], total, rtol=1e-4)
+    assert found["tokens"] == 5 and found["answers"] == 2
+
+
+def test_a_question_counts_only_as_what_an_answer_is_said_after(predicted):
+    batch = make_pairs(SPEAKING.vlm)
+    loss, last = predicted(batch)["loss"], int(batch.answer_slots[1, 2])
+    assert predicted(changed(batch, 0, 8 + questions.image_tokens(SPEAKING.vlm) - 3))["loss"] != loss  # a question
+    padded = changed(batch, 0, last)  # padding of the shorter one
+    assert predicted(padded)["loss"] == loss
+    black = batch.replace(images=np.where(np.arange(2)[None, :, None, None, None] == 1, 0, batch.images))
+    alone = batch.replace(answer_mask=batch.answer_mask & np.array([[True], [False]]))
+    without = black.replace(answer_mask=alone.answer_mask)
+    assert predicted(alone)["loss"] == predicted(without)["loss"]  # the first sample refers to one picture
+
+
+def test_answers_are_right_when_their_last_token_is(predicted):
+    batch = make_pairs(SPEAKING.vlm)
+    for _ in range(6):  # say what the model would say, token after token
+        found = predicted(batch)
+        if found["right"] == 2:
+            break
+        batch = _greedy(batch, predicted)
+    assert found["right"] == 2 and found["answers"] == 2
+    assert predicted(changed(batch, 1, int(batch.answer_slots[1, 2])))["right"] == 1
+
+
+def _greedy(batch: Pairs, predicted) -> Pairs:
+    """With every answer's first wrong token replaced by the likeliest one, found by trying all."""
+    for row in range(2):
+        for number in range(int(batch.answer_mask[row].sum())):
+            only = np.zeros_like(batch.answer_mask)
+            only[row, number] = True
+            asked = batch.replace(answer_mask=only)
+            if predicted(asked)["right"] == 1:
+                continue
+            for token in range(128):
+                ids = batch.text_ids.copy()
+                ids[row, batch.answer_slots[row, number]] = token
+                if predicted(asked.replace(text_ids=ids))["right"] == 1:
+                    batch = batch.replace(text_ids=ids)
+                    break
+    return batch
+
+
+FAMILIES = sorted({registry.get(name).model_type: name for name in reversed(registry.names())}.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_learns_answers_from_pictures(name, attention):
+    vlm = dataclasses.replace(registry.get(name).tiny(), attention=attention)
+    model = dataclasses.replace(toy.make_model(auxiliary=AuxiliaryConfig(vl_weight=0.1)), vlm=vlm)
+    batch = make_pairs(vlm)
+    params = unbox(jax.jit(model.init)(jax.random.key(0), toy.example(model, ROBOT))["params"])
+    loss = answers.AnswerLoss(model)
+    grads = flatten_dict(jax.jit(jax.grad(lambda p: loss(p, batch)[0]))(params), sep="/")
+    for part in ("backbone/vision/", "backbone/connector/", "backbone/text/"):
+        assert any(np.abs(x).max() > 0 for path, x in grads.items() if path.startswith(part)), part
+    assert all(np.abs(x).max() == 0 for path, x in grads.items() if not path.startswith("backbone/"))
+
+
+def test_patches_have_their_rows_and_columns_where_a_family_counts_them():
+    # One picture right at the front: places as `VLM.embed` gives them for the same tokens.
+    vlm = registry.get("qwen2.5-vl-3b").tiny()
+    model, tokens = backbones.build(vlm), questions.image_tokens(vlm)
+    pixels = np.random.default_rng(0).normal(size=(1, vlm.image.size, vlm.image.size, 3)).astype(np.float32)
+    ids = np.arange(5, 10)[None].astype(np.int32)
+    slots = np.concatenate([np.arange(tokens), np.full(5, -1)])[None].astype(np.int32)
+    held = np.concatenate([np.zeros((1, tokens), np.int32), ids], axis=1)
+
+    def both(key):
+        params = model.init(key, {"a": pixels}, ids, ids > 0)
+        first = model.apply(params, {"a": pixels}, ids, ids > 0, method="embed")
+        every = np.ones(held.shape, bool)
+        second = model.apply(params, pixels[:, None], held, slots, every, every, method="embed_conversation")
+        return [(x.embeds, x.positions[..., None] + x.offsets) for x in (first, second)]
+
+    (first, places), (second, others) = jax.jit(both)(jax.random.key(0))
+    np.testing.assert_array_equal(places, others)
+    np.testing.assert_allclose(first, second, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Knowledge insulation
+
+
+def test_insulation_leaves_the_forward_pass_and_the_backbone_as_they_are(params):
+    plain = objective.RobotLoss(toy.make_model())
+    insulated = objective.RobotLoss(toy.make_model(insulate=True))
+
+    def of(loss_fn):
+        (_, metrics), grads = jax.jit(jax.value_and_grad(lambda p: loss_fn(p, ROBOT), has_aux=True))(params)
+        return metrics, {path: np.asarray(x) for path, x in flatten_dict(grads, sep="/").items()}
+
+    (metrics, grads), (expected, free) = of(insulated), of(plain)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
+    for path, x in grads.items():
+        if path.startswith("backbone/"):
+            assert not x.any(), path
+        else:  # queries and head learn as they did
+            np.testing.assert_allclose(x, free[path], rtol=1e-4, atol=1e-6, err_msg=path)
+    assert any(free[path].any() for path in free if path.startswith("backbone/"))
+    assert grads["readout/queries"].any()
+
+
+def test_captions_and_answers_go_on_teaching_an_insulated_backbone(params):
+    model = toy.make_model(insulate=True, auxiliary=AuxiliaryConfig(caption_weight=0.2, vl_weight=0.1))
+    loss_fn = objective.LossBySource({"robot": objective.RobotLoss(model), "questions": answers.AnswerLoss(model, 0.1)})
+    batches = {"robot": ROBOT, "questions": make_pairs(model.vlm)}
+    grads, metrics = jax.jit(jax.grad(lambda p: loss_fn(p, batches), has_aux=True))(params)
+    assert np.abs(grads["backbone"]["text"]["embed"]["table"]).max() > 0
+    expected = metrics["loss_robot"] + 0.1 * metrics["loss_questions"]
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert {"loss_caption", "token_accuracy_questions"} <= set(metrics)
+
+
+def test_insulation_of_a_policy_whose_actions_are_words_is_refused():
+    with pytest.raises(ValueError, match=r"policy\.insulate .*readout='token'"):
+        toy.make_product("one_step", "token", "discrete", insulate=True)
+    assert PolicyConfig(insulate=True).insulate
