@@ -152,6 +152,7 @@ OTHERS = {
     "paligemma2_lstm": ("paligemma2-3b-224", {}),
     "llava_lstm": ("llava-1.5-7b", {}),
     "qwen2_5_vl_lstm": ("qwen2.5-vl-3b", {}),
+    "qwen3_vl_lstm": ("qwen3-vl-2b", {}),
     "smolvlm_lstm": ("smolvlm2-500m", {}),
 }
 

@@ -112,6 +112,8 @@ class Tokens:
     private: names of runs whose tokens only their own frame's private runs may attend to; static.
     offsets: int32[B, S, 1 or 3]; position encodings read `positions + offsets`. Tokens that all see each other share a
       position, and patches may have places in time, height and width. None: zero.
+    deep: float[B, S, n, D], added behind each of the decoder's first n layers (DeepStack); zero where a token has
+      nothing to add. None: no token has.
     """
 
     embeds: Array
@@ -120,6 +122,7 @@ class Tokens:
     layout: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False, default=())
     group: Array | None = None
     offsets: Array | None = None
+    deep: Array | None = None
     private: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
     def slot(self, name: str) -> slice:

@@ -31,7 +31,7 @@ class VisionConfig(Protocol):
     image_size: int
 
     def build(self, kernel: Kernel, remat: bool) -> nn.Module:
-        """Module: float[B, size, size, 3] -> float[B, P', vision width]."""
+        """Module: float[B, size, size, 3] -> float[B, P', vision width], or what else the family's connector reads."""
 
     def tiny(self) -> VisionConfig:
         """A shrunken twin for tests."""
@@ -41,7 +41,8 @@ class ConnectorConfig(Protocol):
     """A frozen dataclass that makes the module between vision tower and decoder."""
 
     def build(self, text: DecoderConfig, kernel: Kernel) -> nn.Module:
-        """Module: (float[B, P', vision width], deterministic=...) -> float[B, P, D]."""
+        """Module: (what the tower gives, deterministic=...) -> float[B, P, D], or a pair of that and
+        float[B, P, n, D], what the tokens add behind the decoder's first n layers (DeepStack)."""
 
     def tiny(self) -> ConnectorConfig:
         """A shrunken twin for tests."""
@@ -247,7 +248,9 @@ class VLM(nn.Module):
         c = self.config
         if not images:
             return sequence.Run(jnp.zeros((batch, 0, c.width), c.dtype), jnp.ones((batch, 0), bool), "image", "image")
-        x = self.encode_images(images, deterministic=deterministic).reshape(batch, len(images), -1, c.width)
+        encoded = self.encode_images(images, deterministic=deterministic)
+        x, deep = encoded if isinstance(encoded, tuple) else (encoded, None)
+        x = x.reshape(batch, len(images), -1, c.width)
 
         def around(ids: tuple[int, ...]) -> jax.Array:
             embeds = self.text.embed(jnp.asarray(ids, jnp.int32)).astype(x.dtype)
@@ -255,12 +258,16 @@ class VLM(nn.Module):
 
         if c.image_start or c.image_end:
             x = jnp.concatenate([around(c.image_start), x, around(c.image_end)], axis=2)
+        if deep is not None:
+            deep = deep.reshape(batch, len(images), -1, *deep.shape[2:])
+            widths = [(0, 0), (0, 0), (len(c.image_start), len(c.image_end)), (0, 0), (0, 0)]
+            deep = jnp.pad(deep, widths).reshape(batch, -1, *deep.shape[3:])
         there = jnp.ones((batch, len(images)), bool) if image_mask is None else image_mask
         mask = jnp.repeat(there, x.shape[2], axis=1)
         grid, advance = None, 0
         if c.image_grid is not None and c.resampler is None:
             grid, advance = self._image_grid(len(images))
-        return sequence.Run(x.reshape(batch, -1, c.width), mask, "image", "image", attend, grid, advance)
+        return sequence.Run(x.reshape(batch, -1, c.width), mask, "image", "image", attend, grid, advance, deep)
 
     def _image_grid(self, cameras: int) -> tuple[tuple[tuple[int, ...], ...], int]:
         """Time, height, width of image tokens, counted from the first: [P * cameras][3]; and places they take."""
@@ -275,13 +282,24 @@ class VLM(nn.Module):
                 at += count
         return tuple(map(tuple, np.concatenate(runs).tolist())), at
 
-    def encode_images(self, images: Mapping[str, jax.Array], *, deterministic: bool = True) -> jax.Array:
-        """camera -> float[B, size, size, 3] to float[B, P * cameras, D], cameras in the order given."""
+    def encode_images(
+        self, images: Mapping[str, jax.Array], *, deterministic: bool = True
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """camera -> float[B, size, size, 3] to float[B, P * cameras, D], cameras in the order given; and with DeepStack
+        what they add behind the decoder's first n layers, float[B, P * cameras, n, D]."""
         # Beside each other in the batch, so that the vision tower runs once and samples stay on their devices.
         pixels = jnp.stack(list(images.values()), axis=1).astype(self.config.dtype)
         batch, cameras = pixels.shape[:2]
         features = self.vision(pixels.reshape(batch * cameras, *pixels.shape[2:]))
         tokens = self.connector(features, deterministic=deterministic)
+        if isinstance(tokens, tuple):
+            tokens, deep = tokens
+            if self.config.resampler is not None:
+                raise ValueError(
+                    f"backbone.resampler_latents={self.config.resampler.num_latents} mixes the tokens of an image, but "
+                    f"{self.config.model_type} adds features to each of them inside the decoder; set it to 0."
+                )
+            return tokens.reshape(batch, -1, self.config.width), deep.reshape(batch, -1, *deep.shape[2:])
         if self.config.resampler is not None:
             tokens = self.resampler(tokens)
         return tokens.reshape(batch, -1, self.config.width)
@@ -297,6 +315,7 @@ class VLM(nn.Module):
             cache,
             group=tokens.group,
             offsets=tokens.offsets,
+            deep=tokens.deep,
             deterministic=deterministic,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from robovlms_jax.nn.decoder import DecoderConfig
 from robovlms_jax.nn.linear import Dense, Kernel
 from robovlms_jax.nn.mlp import ACTIVATIONS
+from robovlms_jax.nn.norms import NormKind, make_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +34,24 @@ class LinearConnectorConfig:
 class MLPConnectorConfig:
     """Two matrices, biased, with an activation between."""
 
-    mlp_dim: int | None = None
-    """Width between them; None = the decoder's."""
+    mlp_dim: int | Literal["gathered"] | None = None
+    """Width between them; None = the decoder's; gathered: that of what the first reads."""
     activation: str = "gelu"
     views: int = 1
     """Copies of the features side by side, where the model was made for those of several crops (MoonDream2)."""
+    shuffle: int = 1
+    """Squares of shuffle x shuffle neighbouring patches become one token first, as in `LinearConnectorConfig`."""
+    norm: NormKind | None = None
+    """A norm before all that."""
+    norm_gathered: bool = False
+    """The norm is on the squares instead of the patches."""
+    norm_epsilon: float = 1e-6
 
     def build(self, text: DecoderConfig, kernel: Kernel) -> nn.Module:
         return MLPConnector(self, text, kernel)
 
     def tiny(self) -> MLPConnectorConfig:
-        return self if self.mlp_dim is None else dataclasses.replace(self, mlp_dim=20)
+        return dataclasses.replace(self, mlp_dim=20) if isinstance(self.mlp_dim, int) else self
 
 
 class LinearConnector(nn.Module):
@@ -62,7 +71,7 @@ class LinearConnector(nn.Module):
 
 
 class MLPConnector(nn.Module):
-    """out(activation(hidden(x)))."""
+    """out(activation(hidden(x))), x what the patches are gathered to."""
 
     config: MLPConnectorConfig
     text: DecoderConfig
@@ -70,11 +79,18 @@ class MLPConnector(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """float[B, P, vision width] -> float[B, P, D]."""
-        x = jnp.concatenate([features] * self.config.views, axis=-1)
-        axes, width = (None, "embed"), self.config.mlp_dim or self.text.width
+        """float[B, P', vision width] -> float[B, P' / shuffle^2, D]."""
+        c, x = self.config, features
+        if c.norm_gathered:
+            x = gather_squares(x, c.shuffle)
+        if c.norm is not None:
+            x = make_norm(c.norm, c.norm_epsilon, name="norm")(x)
+        if not c.norm_gathered:
+            x = gather_squares(x, c.shuffle)
+        x = jnp.concatenate([x] * c.views, axis=-1)
+        axes, width = (None, "embed"), x.shape[-1] if c.mlp_dim == "gathered" else c.mlp_dim or self.text.width
         x = Dense(width, axes, kernel=self.kernel, name="hidden")(x)
-        return Dense(self.text.width, axes, kernel=self.kernel, name="out")(ACTIVATIONS[self.config.activation](x))
+        return Dense(self.text.width, axes, kernel=self.kernel, name="out")(ACTIVATIONS[c.activation](x))
 
 
 def gather_squares(x: jax.Array, side: int) -> jax.Array:

@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robovlms_jax.backbones import base, hf_config, registry, sections
-from robovlms_jax.backbones.connectors import gather_squares
+from robovlms_jax.backbones import base, connectors, hf_config, registry, sections
 from robovlms_jax.nn.attention import Attention
-from robovlms_jax.nn.decoder import DecoderConfig
-from robovlms_jax.nn.linear import Dense, Einsum, Kernel
+from robovlms_jax.nn.linear import Kernel
 from robovlms_jax.nn.mlp import MLP
 from robovlms_jax.nn.norms import RMSNorm
-from robovlms_jax.nn.positions import Rotary
+from robovlms_jax.nn.positions import Rotary, grid_rotary
 from robovlms_jax.nn.stack import scan_layers
+from robovlms_jax.nn.vit import embed_patches
 from robovlms_jax.weights import rules
 
 EPSILON = 1e-6  # of all norms of the vision tower
@@ -98,20 +97,12 @@ class WindowViT(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """float[B, size, size, 3] -> float[B, P, D]."""
         c = self.config
-        x = images.reshape(-1, c.side, c.patch_size, c.side, c.patch_size, 3)
-        shape, axes = (c.frames, c.patch_size, c.patch_size, 3, c.width), (None, "patch", None, None, "embed")
-        x = jnp.broadcast_to(x[:, None], (x.shape[0], c.frames, *x.shape[1:]))
-        x = Einsum("BTUXVYC,TXYCD->BUVD", shape, axes, kernel=self.kernel.as_float(), name="patch")(x)
-        x = x.reshape(x.shape[0], c.side**2, c.width)
-
+        x = embed_patches(images, c, self.kernel, use_bias=False)
         rows, columns = np.indices((c.side, c.side)).reshape(2, -1)
         cells = c.window_size // c.patch_size
         window = rows // cells * c.side + columns // cells
         near = jnp.asarray(window[:, None] == window)[None]
-        quarter = c.width // c.num_heads // 4  # frequencies of either coordinate
-        frequency = 10_000.0 ** -(np.arange(quarter) / quarter)
-        angle = np.concatenate([rows[:, None] * frequency, columns[:, None] * frequency], 1)[None].astype(np.float32)
-        rotary = jnp.cos(angle), jnp.sin(angle)
+        rotary = grid_rotary(c.side, c.width // c.num_heads)
 
         def step(block, x, is_full):
             return block(x, jnp.where(is_full, True, near), rotary), None
@@ -119,35 +110,6 @@ class WindowViT(nn.Module):
         is_full = jnp.asarray([layer in c.full_layers for layer in range(c.depth)])
         block = Block(c, self.kernel, name="layers")
         return scan_layers(step, block, x, is_full, length=c.depth, remat=self.remat)[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class MergerConfig:
-    """Neighbouring patches side by side, then two matrices."""
-
-    merge: int = 2
-
-    def build(self, text: DecoderConfig, kernel: Kernel) -> nn.Module:
-        return Merger(self, text, kernel)
-
-    def tiny(self) -> MergerConfig:
-        return self
-
-
-class Merger(nn.Module):
-    """out(gelu(hidden(squares of normed patches)))."""
-
-    config: MergerConfig
-    text: DecoderConfig
-    kernel: Kernel = Kernel()
-
-    @nn.compact
-    def __call__(self, features: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """float[B, P', vision width] -> float[B, P' / merge^2, D]."""
-        x = gather_squares(RMSNorm(EPSILON, name="norm")(features), self.config.merge)
-        x = Dense(x.shape[-1], (None, "embed"), kernel=self.kernel, name="hidden")(x)
-        x = jax.nn.gelu(x, approximate=False)
-        return Dense(self.text.width, (None, "embed"), kernel=self.kernel, name="out")(x)
 
 
 VISION = hf_config.Section(
@@ -175,28 +137,24 @@ TEXT = hf_config.Section(
     },
     {"use_sliding_window": False},
 )
-BLOCK = "model.visual.blocks.{layer}"
+NAMES, BLOCK = ("gate", "up", "down"), "model.visual.blocks.{layer}"
 
 
-def make_rules(*, tied: bool) -> rules.Rules:
-    """Weights as published, and as transformers 5 names them."""
-    visual = rules.linear("model.visual.merger.mlp.0", "connector/hidden")
-    for name in ("gate", "up", "down"):
-        visual += rules.linear(f"{BLOCK}.mlp.{name}_proj", f"vision/layers/mlp/{name}")
-    return (
-        rules.Rename(r"^(layers|embed_tokens|norm)\.", r"language_model.\1."),
-        rules.Rule("model.visual.patch_embed.proj.weight", "vision/patch/kernel", "o c t h w -> t h w c o"),
-        *rules.rms_norm(f"{BLOCK}.norm1", "vision/layers/attn_norm"),
-        *rules.fused_qkv(f"{BLOCK}.attn.qkv.weight", f"{BLOCK}.attn.qkv.bias", "vision/layers/attn"),
-        *rules.linear(f"{BLOCK}.attn.proj", "vision/layers/attn/o", "d (n h) -> n h d"),
-        *rules.rms_norm(f"{BLOCK}.norm2", "vision/layers/mlp_norm"),
-        *visual,
-        *rules.rms_norm("model.visual.merger.ln_q", "connector/norm"),
-        *rules.linear("model.visual.merger.mlp.2", "connector/out"),
-        *rules.llama("model.language_model", "text", bias="qkv"),
-        *rules.head("lm_head", "text", tied=tied),
-        rules.LORA,
-    )
+RULES = (
+    rules.Rename(r"^(layers|embed_tokens|norm)\.", r"language_model.\1."),
+    rules.Rule("model.visual.patch_embed.proj.weight", "vision/patch/kernel", "o c t h w -> t h w c o"),
+    *rules.rms_norm(f"{BLOCK}.norm1", "vision/layers/attn_norm"),
+    *rules.fused_qkv(f"{BLOCK}.attn.qkv.weight", f"{BLOCK}.attn.qkv.bias", "vision/layers/attn"),
+    *rules.linear(f"{BLOCK}.attn.proj", "vision/layers/attn/o", "d (n h) -> n h d"),
+    *rules.rms_norm(f"{BLOCK}.norm2", "vision/layers/mlp_norm"),
+    *rules.linear("model.visual.merger.mlp.0", "connector/hidden"),
+    *(row for name in NAMES for row in rules.linear(f"{BLOCK}.mlp.{name}_proj", f"vision/layers/mlp/{name}")),
+    *rules.rms_norm("model.visual.merger.ln_q", "connector/norm"),
+    *rules.linear("model.visual.merger.mlp.2", "connector/out"),
+    *rules.llama("model.language_model", "text", bias="qkv"),
+    *rules.head("lm_head", "text", tied=False),
+    rules.LORA,
+)
 
 
 QWEN = dataclasses.replace(sections.QWEN2_7B, rope_theta=1e6, mrope_sections=(16, 24, 24))
@@ -207,37 +165,40 @@ def read(values: Mapping[str, Any]) -> base.VLMConfig:
     part = values.get("text_config") or values
     vision = VISION.read(values, WindowViTConfig())
     text = sections.read_text({**values, "text_config": part}, TEXT, QWEN)
-    start = values.get("vision_start_token_id", 151_652)
     return base.VLMConfig(
         model_type="qwen2_5_vl",
         vision=vision,
         text=text,
-        connector=MergerConfig(vision.merge),
+        connector=connectors.MLPConnectorConfig("gathered", shuffle=vision.merge, norm="rms"),
         image=sections.clip_image(vision.image_size),
-        prompt="{instruction}",
-        lead=0,
-        tail=0,
-        image_start=(start,),
-        image_end=(values.get("vision_end_token_id", start + 1),),
-        image_grid=vision.grid,
-        bos_id=151_643,
-        eos_id=151_645,
-        pad_id=151_643,
-        rules=make_rules(tied=text.head == "tied"),
+        rules=RULES,
+        **sequence_fields(values, vision.grid),
     )
+
+
+def sequence_fields(values: Mapping[str, Any], grid: tuple[int, int]) -> dict[str, Any]:
+    """Fields of VLMConfig that say how Qwen's models since 2.5 put images and text together."""
+    start = values.get("vision_start_token_id", 151_652)
+    around = {"image_start": (start,), "image_end": (values.get("vision_end_token_id", start + 1),)}
+    ids = {"bos_id": 151_643, "eos_id": 151_645, "pad_id": 151_643}
+    return {"prompt": "{instruction}", "lead": 0, "tail": 0, "image_grid": grid} | around | ids
+
+
+def write_sequence_fields(config: base.VLMConfig) -> dict[str, Any]:
+    """The entries of config.json that `sequence_fields` reads."""
+    return {"vision_start_token_id": config.image_start[0], "vision_end_token_id": config.image_end[0]}
 
 
 def write(config: base.VLMConfig) -> dict[str, Any]:
     """Configuration -> config.json."""
     text = TEXT.write(config.text)
     text["rope_parameters"]["rope_type"] = "default"
-    return {
+    parts = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "text_config": text,
         "vision_config": VISION.write(config.vision) | {"out_hidden_size": config.width},
-        "vision_start_token_id": config.image_start[0],
-        "vision_end_token_id": config.image_end[0],
-    } | sections.write_head(config.text)
+    }
+    return parts | write_sequence_fields(config) | sections.write_head(config.text)
 
 
 def published(width: int, depth: int, mlp_dim: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:

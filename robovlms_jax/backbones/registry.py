@@ -56,7 +56,12 @@ def get(name: str) -> VLMConfig:
     """The published configuration of a registered backbone. Raises ValueError listing the known names."""
     if name not in _MODELS:
         raise ValueError(f"no backbone {name!r}; registered: {names()}.")
-    return _MODELS[name]()
+    return _with_head(_MODELS[name]())
+
+
+def _with_head(config: VLMConfig) -> VLMConfig:
+    """With rules for a head that is tied to the token table or not, as the decoder has it."""
+    return dataclasses.replace(config, rules=rules.with_head(config.rules, tied=config.text.head == "tied"))
 
 
 def from_hf_config(values: Mapping[str, Any]) -> VLMConfig:
@@ -72,8 +77,7 @@ def from_hf_config(values: Mapping[str, Any]) -> VLMConfig:
     for key in ("text_config", "vision_config", "visual"):
         if not isinstance(values.get(key) or {}, Mapping):
             raise ValueError(f"{key}={values[key]!r}; expected an object of settings.")
-    config = _FAMILIES[model_type][0](values)
-    return dataclasses.replace(config, rules=rules.with_head(config.rules, tied=config.text.head == "tied"))
+    return _with_head(_FAMILIES[model_type][0](values))
 
 
 def to_hf_config(config: VLMConfig) -> dict[str, Any]:

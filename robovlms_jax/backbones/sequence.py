@@ -29,6 +29,7 @@ class Run:
     grid: int[n, coordinates], the place of each token counted from the run's first, where position encodings read
       several coordinates (time, height, width of patches). None: token i is at (i, i, ...).
     advance: by how much what follows a run with a grid is moved on.
+    deep: float[B, n, layers, D], what the tokens add behind the decoder's first layers; None: nothing.
     """
 
     embeds: jax.Array
@@ -38,6 +39,7 @@ class Run:
     attend: Literal["causal", "prefix", "private"] = flax.struct.field(pytree_node=False, default="causal")
     grid: tuple[tuple[int, ...], ...] | None = flax.struct.field(pytree_node=False, default=None)
     advance: int = flax.struct.field(pytree_node=False, default=0)
+    deep: jax.Array | None = None
 
     @property
     def length(self) -> int:
@@ -95,9 +97,14 @@ def layout(runs: Sequence[Run], order: Order = Order()) -> Tokens:
         offsets = (positions - shared)[..., None] + (0 if offsets is None else offsets)
         positions = shared
     embeds = jnp.concatenate([run.embeds for run in runs], axis=1)
+    deep = None
+    if any(run.deep is not None for run in runs):
+        shape, dtype = next((run.deep.shape[2:], run.deep.dtype) for run in runs if run.deep is not None)
+        parts = [jnp.zeros((*run.mask.shape, *shape), dtype) if run.deep is None else run.deep for run in runs]
+        deep = jnp.concatenate(parts, axis=1)
     named = tuple((run.name, run.length) for run in runs)
     private = tuple(run.name for run in runs if run.attend == "private")
-    return Tokens(embeds, frame.mask, positions, named, offsets=offsets, private=private)
+    return Tokens(embeds, frame.mask, positions, named, offsets=offsets, deep=deep, private=private)
 
 
 class _Frame(NamedTuple):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robovlms_jax.nn.linear import Einsum, Kernel
-from robovlms_jax.nn.norms import LayerNorm
+from robovlms_jax.nn.norms import LayerNorm, NormKind, make_norm
 from robovlms_jax.nn.positions import Rotary, rotate
 
 
@@ -172,6 +172,7 @@ class Attention(nn.Module):
     (grouped-query, Ainslie et al. 2023). `inner_norm_epsilon` puts a LayerNorm over all heads before the output
     projection (sub-LN, arXiv:2210.06423). `softcap` bends scores into (-softcap, softcap) before they are masked
     (Gemma 2, arXiv:2408.00118).
+    `head_norm`, a kind of norm and its epsilon, is put on the channels of every query and key head (Qwen 3, Gemma 3).
     """
 
     num_heads: int
@@ -184,6 +185,7 @@ class Attention(nn.Module):
     """Queries are multiplied by it; None = head_dim ** -0.5."""
     softcap: float | None = None
     inner_norm_epsilon: float | None = None
+    head_norm: tuple[NormKind, float] | None = None
     dropout: float = 0.0
     kernel: Kernel = Kernel()
 
@@ -225,8 +227,10 @@ class Attention(nn.Module):
             shape, axes = (inputs.shape[-1], count, size), ("embed", axis, "head_dim")
             return Einsum("BSD,DNH->BSNH", shape, axes, use_bias=self.use_bias, kernel=self.kernel, name=name)(inputs)
 
-        q = project("q", x, heads, "heads") * (size**-0.5 if self.scale is None else self.scale)
-        k = project("k", context, kv_heads, kv_axis)
+        q, k = project("q", x, heads, "heads"), project("k", context, kv_heads, kv_axis)
+        if self.head_norm is not None:
+            q, k = (make_norm(*self.head_norm, name=f"{name}_norm")(y) for name, y in (("q", q), ("k", k)))
+        q *= size**-0.5 if self.scale is None else self.scale
         v = project("v", context if values is None else values, kv_heads, kv_axis)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)

@@ -1,8 +1,9 @@
-"""Language decoder: one pre-norm stack for Magneto (KOSMOS-2), Llama, Qwen, Gemma 1 and 2, Phi and MPT."""
+"""Language decoder: one pre-norm stack for Magneto (KOSMOS-2), Llama, Qwen, Gemma, Phi and MPT."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -14,7 +15,7 @@ from robovlms_jax.nn.attention import Attention, Cache, causal_mask
 from robovlms_jax.nn.linear import Einsum, Embed, Kernel
 from robovlms_jax.nn.mlp import ACTIVATIONS, MLP
 from robovlms_jax.nn.norms import NORMS, NormKind, make_norm
-from robovlms_jax.nn.positions import alibi_slopes, rotary, sinusoid
+from robovlms_jax.nn.positions import Rotary, alibi_slopes, rotary, sinusoid
 from robovlms_jax.nn.stack import scan_layers
 
 
@@ -48,6 +49,10 @@ class DecoderConfig:
     """Share of each head's channels that is turned."""
     mrope_sections: tuple[int, ...] = ()
     """Frequencies per coordinate (time, height, width) where tokens have several (M-RoPE); empty: one coordinate."""
+    mrope_interleaved: bool = False
+    """The coordinates take turns from one frequency to the next (Qwen3-VL), instead of one block each."""
+    qk_norm: bool = False
+    """Every head's queries and keys are normed, in the decoder's kind (Qwen 3, Gemma 3)."""
     query_scalar: int | None = None
     """Queries are multiplied by its power -0.5; None = H."""
     softcap: float | None = None
@@ -55,7 +60,13 @@ class DecoderConfig:
     logit_softcap: float | None = None
     """Bound of the logits (Gemma 2)."""
     sliding_window: int | None = None
-    """Every other layer, from the first, sees only this many tokens back (Gemma 2)."""
+    """Sliding layers see only this many tokens back (Gemma 2 and 3)."""
+    sliding_period: int = 2
+    """With a sliding window: every so many-th layer sees everything, the others slide."""
+    local_rope_theta: float | None = None
+    """`rope_theta` of sliding layers, whose places are not scaled; None: as in the others."""
+    rope_factor: float = 1.0
+    """Rotary embeddings read places divided by it (linear scaling)."""
     head: Literal["tied", "linear", "linear_bias"] = "linear"
     """How logits are made: with the token table, or with a matrix (and bias) of their own."""
     norm_in_head: bool = False
@@ -113,9 +124,9 @@ class DecoderConfig:
         if self.query_scalar is not None:
             small["query_scalar"] = 16
         if self.sliding_window is not None:
-            small["sliding_window"] = 8
+            small |= {"sliding_window": 8, "sliding_period": min(self.sliding_period, 3)}
         if self.mrope_sections:
-            small["mrope_sections"] = (1, 1, 2)
+            small["mrope_sections"] = (1, 1, 2) if self.own_head_dim is None else (1, 2, 3)
         return dataclasses.replace(self, **small)
 
 
@@ -149,6 +160,7 @@ class Block(nn.Module):
             scale=(c.query_scalar or c.head_dim) ** -0.5,
             softcap=c.softcap,
             inner_norm_epsilon=inner,
+            head_norm=(c.norm, c.norm_epsilon) if c.qk_norm else None,
             dropout=c.attention_dropout,
             kernel=self.kernel,
             name="attn",
@@ -165,6 +177,12 @@ class Block(nn.Module):
         x = x + drop(norm("attn_out_norm")(y) if c.residual == "sandwich" else y)
         y = mlp(norm("mlp_norm")(x))
         return x + drop(norm("mlp_out_norm")(y) if c.residual == "sandwich" else y), new
+
+
+def _of_layer(deep: jax.Array, number: jax.Array) -> jax.Array:
+    """float[B, S, n, D], int32[] -> float[B, S, D]: what is added behind layer `number`; zero from layer n on."""
+    added = jax.lax.dynamic_index_in_dim(deep, jnp.minimum(number, deep.shape[2] - 1), axis=2, keepdims=False)
+    return jnp.where(number < deep.shape[2], added, 0)
 
 
 class Decoder(nn.Module):
@@ -195,6 +213,7 @@ class Decoder(nn.Module):
         *,
         group: jax.Array | None = None,
         offsets: jax.Array | None = None,
+        deep: jax.Array | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, Cache | None]:
         """Decode, behind what is in the cache where there is one.
@@ -205,6 +224,7 @@ class Decoder(nn.Module):
           group: int32[B, S] as in `types.Tokens`; only without a cache.
           offsets: int32[B, S, A]; position encodings read `positions + offsets`. A = 1, or 3 with M-RoPE. None: as at
             the last token in the cache, zero without one.
+          deep: float[B, S, n, D], added to the stream behind each of the first n layers (DeepStack, arXiv:2406.04334).
         Returns:
           float[B, S, D] after the final norm (before it with `norm_in_head`), and with a cache the same of these tokens
           alone, S slots to be appended to it or put where the caller wants them.
@@ -214,35 +234,52 @@ class Decoder(nn.Module):
             offsets = 0 if cache is None else cache.last_offset()[:, None, None]
         places = jnp.broadcast_to(positions[..., None] + offsets, (*positions.shape, len(c.mrope_sections) or 1))
         x = self._enter(embeds, places[..., 0], deterministic=deterministic)
-        angles = None
-        if c.positions == "rotary":
-            angles = rotary(places, c.rotary_channels, c.rope_theta, c.mrope_sections)
-
-        keys, key_places, key_mask = positions, places[..., 0], mask
-        if cache is not None:
-            assert group is None, "a cache keeps no groups: decode private tokens apart and drop them afterwards"
-            keys = jnp.concatenate([cache.positions, keys], axis=1)
-            key_places = jnp.concatenate([cache.places, key_places], axis=1)
-            key_mask = jnp.concatenate([cache.mask, key_mask], axis=1)
-        everywhere = causal_mask(positions, keys, key_mask, group)
-        nearby = everywhere
-        if c.sliding_window is not None:
-            near = places[:, :, None, 0] - key_places[:, None, :] < c.sliding_window
-            nearby = everywhere & (near | (positions[:, :, None] == keys[:, None, :]))
+        near, everywhere, key_places = self._visible(positions, places[..., 0], mask, cache, group)
+        local, angles = self._angles(places)
         bias = None
         if c.positions == "alibi":  # counted from the first token instead of from the query: softmax sees no difference
             bias = alibi_slopes(c.num_heads)[:, None, None] * key_places[:, None, None, :].astype(jnp.float32)
 
         def step(block, x, layer):
-            is_sliding, layer = layer
-            attend = everywhere if c.sliding_window is None else jnp.where(is_sliding, nearby, everywhere)
-            return block(x, mask=attend, bias=bias, rotary=angles, cache=layer, deterministic=deterministic)
+            number, kept = layer
+            attend, turn = everywhere, angles
+            if c.sliding_window is not None:
+                is_sliding = (number + 1) % c.sliding_period != 0
+                attend, turn = jax.tree.map(functools.partial(jnp.where, is_sliding), (near, local), (attend, turn))
+            x, new = block(x, mask=attend, bias=bias, rotary=turn, cache=kept, deterministic=deterministic)
+            return x if deep is None else x + _of_layer(deep, number).astype(x.dtype), new
 
-        is_sliding, kept = jnp.arange(c.depth) % 2 == 0, None if cache is None else (cache.key, cache.value)
-        x, new = scan_layers(step, self.layers, x, (is_sliding, kept), length=c.depth, remat=self.remat)
+        number, kept = jnp.arange(c.depth), None if cache is None else (cache.key, cache.value)
+        x, new = scan_layers(step, self.layers, x, (number, kept), length=c.depth, remat=self.remat)
         if new is not None:
             new = Cache(*new, positions, mask, places[..., 0], jnp.int32(positions.shape[1]))
         return x if c.norm_in_head else self.final_norm(x), new
+
+    def _visible(
+        self, positions: jax.Array, places: jax.Array, mask: jax.Array, cache: Cache | None, group: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Who may attend whom in sliding layers and in the others, bool[B, S, T]; and int32[B, T], places of the keys,
+        those in the cache first."""
+        keys, key_places, key_mask = positions, places, mask
+        if cache is not None:
+            assert group is None, "a cache keeps no groups: decode private tokens apart and drop them afterwards"
+            keys = jnp.concatenate([cache.positions, keys], axis=1)
+            key_places = jnp.concatenate([cache.places, key_places], axis=1)
+            key_mask = jnp.concatenate([cache.mask, key_mask], axis=1)
+        everywhere = near = causal_mask(positions, keys, key_mask, group)
+        if self.config.sliding_window is not None:
+            near = places[:, :, None] - key_places[:, None, :] < self.config.sliding_window
+            near = everywhere & (near | (positions[:, :, None] == keys[:, None, :]))
+        return near, everywhere, key_places
+
+    def _angles(self, places: jax.Array) -> tuple[Rotary | None, Rotary | None]:
+        """What turns queries and keys in sliding layers, and in the others."""
+        c = self.config
+        if c.positions != "rotary":
+            return None, None
+        turn = functools.partial(rotary, channels=c.rotary_channels, sections=c.mrope_sections)
+        far = turn(places / c.rope_factor, theta=c.rope_theta, interleaved=c.mrope_interleaved)
+        return (far if c.local_rope_theta is None else turn(places, theta=c.local_rope_theta)), far
 
     def _enter(self, embeds: jax.Array, places: jax.Array, *, deterministic: bool) -> jax.Array:
         """Embeddings as the first layer reads them: scaled, with sinusoids, dropped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,17 +30,39 @@ Rotary = tuple[jax.Array, jax.Array]
 """Cosine and sine, float32[B, S, R / 2] (or without B), of the angles that turn R channels of every head."""
 
 
-def rotary(places: jax.Array, channels: int, theta: float, sections: tuple[int, ...] = ()) -> Rotary:
+def rotary(
+    places: jax.Array, channels: int, theta: float, sections: tuple[int, ...] = (), *, interleaved: bool = False
+) -> Rotary:
     """Angles of rotary embeddings (Su et al. 2021, arXiv:2104.09864), frequencies theta^(-2 i / channels).
 
     Args:
       places: int32[B, S, A], coordinates of every token: A = 1, or one per section.
       channels: R, how many channels of a head are turned; even.
       sections: how many neighbouring frequencies follow each coordinate (M-RoPE, arXiv:2409.12191); empty: all the one.
+      interleaved: the coordinates take turns from one frequency to the next, for as long as each has any left; what
+        then remains follows the first (Qwen3-VL, arXiv:2511.21631).
     """
     frequency = theta ** (-np.arange(0, channels, 2) / channels)
-    axis = np.repeat(np.arange(len(sections)), sections) if sections else np.zeros(channels // 2, np.int32)
+    axis = np.zeros(channels // 2, np.int32)
+    if interleaved:
+        for coordinate, count in enumerate(sections[1:], 1):
+            axis[coordinate : len(sections) * count : len(sections)] = coordinate
+    elif sections:
+        axis = np.repeat(np.arange(len(sections)), sections)
     angle = places[..., axis].astype(jnp.float32) * frequency.astype(np.float32)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def grid_rotary(side: int, channels: int) -> Rotary:
+    """Angles of side x side patches, row by row: a quarter of `channels` follows the row, a quarter the column.
+
+    Returns:
+      float32[1, side * side, channels / 2] each.
+    """
+    quarter = channels // 4
+    frequency = 10_000.0 ** -(np.arange(quarter) / quarter)
+    rows, columns = np.indices((side, side)).reshape(2, -1, 1)
+    angle = np.concatenate([rows * frequency, columns * frequency], 1)[None].astype(np.float32)
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -65,12 +88,15 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     return slopes.astype(np.float32)
 
 
-def resize_positions(table: jax.Array, side: int, *, scale: float | None = None) -> jax.Array:
-    """A square table of positions for another grid, bicubic as torch's `interpolate` (a = -0.75, edges clamped).
+def resize_positions(
+    table: jax.Array, side: int, *, scale: float | None = None, method: Literal["bicubic", "bilinear"] = "bicubic"
+) -> jax.Array:
+    """A square table of positions for another grid, as torch's `interpolate` has it.
 
     Args:
       table: float[P * P, D], row by row.
       side: of the wanted grid; equal to the table's: nothing changes.
+      method: bicubic with a = -0.75 and edges clamped; or bilinear between corners that stay where they are.
       scale: wanted over stored size where the sampling points are to follow it instead of side / P.
     Returns:
       float[side * side, D].
@@ -80,7 +106,11 @@ def resize_positions(table: jax.Array, side: int, *, scale: float | None = None)
         raise ValueError(f"a table of {table.shape[0]} positions is not square.")
     if stored == side:
         return table
-    weights = _bicubic_weights(stored, side, scale or side / stored)
+    if method == "bilinear":
+        place = np.linspace(0, stored - 1, side)[:, None]
+        weights = np.maximum(1 - np.abs(place - np.arange(stored)), 0).astype(np.float32)
+    else:
+        weights = _bicubic_weights(stored, side, scale or side / stored)
     x = table.reshape(stored, stored, -1)
     return jnp.einsum("up,vq,pqd->uvd", weights, weights, x.astype(jnp.float32)).reshape(side * side, -1)
 

@@ -1,9 +1,9 @@
-"""Vision transformer: one pre-norm tower for CLIP, SigLIP, Qwen-VL's and UForm's."""
+"""Vision transformer: one pre-norm tower for CLIP, SigLIP, Qwen-VL's, UForm's and Qwen3-VL's."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Protocol
 
 import chex
 import flax.linen as nn
@@ -14,8 +14,17 @@ from robovlms_jax.nn.attention import Attention
 from robovlms_jax.nn.linear import Einsum, Kernel
 from robovlms_jax.nn.mlp import ACTIVATIONS, MLP
 from robovlms_jax.nn.norms import LayerNorm
-from robovlms_jax.nn.positions import resize_positions
+from robovlms_jax.nn.positions import Rotary, grid_rotary, resize_positions
 from robovlms_jax.nn.stack import scan_layers
+
+
+class PatchedConfig(Protocol):
+    """What `embed_patches` asks of a tower: patches along an edge, their pixels, their frames, channels."""
+
+    side: int
+    patch_size: int
+    frames: int
+    width: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +58,14 @@ class ViTConfig:
     """Side of the stored position table where it is not the image's; it is resized at every pass."""
     position_offset: float = 0.0
     """Sampling points of that resize follow (side + offset) / stored side, DINO's way, unless 0."""
+    position_resize: Literal["bicubic", "bilinear"] = "bicubic"
+    """Kernel of that resize."""
+    grid_rotary: bool = False
+    """Attention turns queries and keys by the rows and columns of their patches."""
+    frames: int = 1
+    """Frames of a patch, where the tower was made for films; a picture is shown as often."""
+    taps: tuple[int, ...] = ()
+    """Layers whose features are given out beside the last one's (DeepStack, arXiv:2406.04334)."""
 
     def __post_init__(self):
         if self.position_side == self.image_size // self.patch_size:
@@ -82,6 +99,22 @@ class ViTConfig:
         return dataclasses.replace(self, **small)
 
 
+def embed_patches(images: jax.Array, config: PatchedConfig, kernel: Kernel, *, use_bias: bool) -> jax.Array:
+    """float[B, size, size, 3] -> float[B, side * side, D], in a matrix named `patch` of the calling module.
+
+    A convolution whose stride is its size is a matrix product.
+    """
+    c, patch = config, config.patch_size
+    seen = c.side * patch
+    x = images[:, :seen, :seen].reshape(-1, c.side, patch, c.side, patch, 3)
+    shape, axes, equation = (patch, patch, 3, c.width), ("patch", None, None, "embed"), "BUXVYC,XYCD->BUVD"
+    if c.frames > 1:
+        shape, axes, equation = (c.frames, *shape), (None, *axes), "BTUXVYC,TXYCD->BUVD"
+        x = jnp.broadcast_to(x[:, None], (len(x), c.frames, *x.shape[1:]))
+    x = Einsum(equation, shape, axes, use_bias=use_bias, kernel=kernel.as_float(), name="patch")(x)
+    return x.reshape(-1, c.side**2, c.width)
+
+
 class Block(nn.Module):
     """Pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -89,7 +122,7 @@ class Block(nn.Module):
     kernel: Kernel = Kernel()
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, rotary: Rotary | None = None) -> jax.Array:
         """float[B, P, D] -> float[B, P, D]."""
         c = self.config
 
@@ -100,7 +133,7 @@ class Block(nn.Module):
             return y * self.param(name, init, (c.width,)).astype(y.dtype)
 
         attention = Attention(c.num_heads, c.width // c.num_heads, kernel=self.kernel, name="attn")
-        x = x + scaled("attn_scale", attention(LayerNorm(c.norm_epsilon, name="attn_norm")(x))[0])
+        x = x + scaled("attn_scale", attention(LayerNorm(c.norm_epsilon, name="attn_norm")(x), rotary=rotary)[0])
         mlp = MLP(c.mlp_dim, c.activation, kernel=self.kernel, name="mlp")
         return x + scaled("mlp_scale", mlp(LayerNorm(c.norm_epsilon, name="mlp_norm")(x)))
 
@@ -114,28 +147,30 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """float[B, size, size, 3] -> float[B, P, D]: class token if kept, then patches row by row. The type stays."""
+        """float[B, size, size, 3] -> float[B, P, D]: class token if kept, then patches row by row. The type stays.
+
+        With taps float[1 + taps, B, P, D], the last layer's features first.
+        """
         c = self.config
         chex.assert_shape(images, (None, c.image_size, c.image_size, 3))
-        seen = c.side * c.patch_size
-        x = images[:, :seen, :seen].reshape(-1, c.side, c.patch_size, c.side, c.patch_size, 3)
-        # A convolution whose stride is its size is a matrix product.
-        shape, axes = (c.patch_size, c.patch_size, 3, c.width), ("patch", None, None, "embed")
-        x = Einsum(
-            "BUXVYC,XYCD->BUVD", shape, axes, use_bias=c.patch_bias, kernel=self.kernel.as_float(), name="patch"
-        )(x)
-        x = self._place(x.reshape(-1, c.side**2, c.width))
+        x = self._place(embed_patches(images, c, self.kernel, use_bias=c.patch_bias))
+        rotary = grid_rotary(c.side, c.width // c.num_heads) if c.grid_rotary else None
         if c.pre_norm:
             x = LayerNorm(c.norm_epsilon, name="pre_norm")(x)
 
         block = Block(c, self.kernel, name="layers")
-        x, _ = scan_layers(
-            lambda block, x, _: (block(x), None), block, x, length=c.depth, unused=c.unused_layers, remat=self.remat
-        )
+
+        def step(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array | None]:
+            x = block(x, rotary)
+            return x, x if c.taps else None
+
+        x, every = scan_layers(step, block, x, length=c.depth, unused=c.unused_layers, remat=self.remat)
         if c.post_norm:
             normed = LayerNorm(c.norm_epsilon, name="post_norm")(x)
             x = x if c.unused_layers else normed
-        return x[:, 1:] if c.cls == "drop" else x
+        if c.taps:
+            x = jnp.concatenate([x[None], every[jnp.asarray(c.taps)]])
+        return x[..., 1:, :] if c.cls == "drop" else x
 
     def _place(self, x: jax.Array) -> jax.Array:
         """Patches float[B, P, D] with their positions, after the class token."""
@@ -147,7 +182,8 @@ class ViT(nn.Module):
         table = self.param("positions", table, (rows, c.width))
         if c.position_side is not None:
             scale = (c.side + c.position_offset) / c.position_side
-            table = jnp.concatenate([table[:before], resize_positions(table[before:], c.side, scale=scale)])
+            patches = resize_positions(table[before:], c.side, scale=scale, method=c.position_resize)
+            table = jnp.concatenate([table[:before], patches])
         table = table.astype(x.dtype)
         x = x + table[before:]
         if c.cls == "none":

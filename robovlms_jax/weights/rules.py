@@ -253,12 +253,15 @@ def _hugging_face_vit(source: str, target: str) -> Rules:
     )
 
 
-def llama(source: str, target: str, *, bias: str = "none", norms: Mapping[str, str] = LLAMA_NORMS) -> Rules:
+def llama(
+    source: str, target: str, *, bias: str = "none", norms: Mapping[str, str] = LLAMA_NORMS, qk_norm: bool = False
+) -> Rules:
     """Hugging Face's Llama, Qwen 2 and Gemma decoders, without the head -> Decoder.
 
     Args:
       bias: which attention projections have one, as DecoderConfig.attention_bias says it.
       norms: name in the layer -> ours.
+      qk_norm: as DecoderConfig has it.
     """
     layer, here = f"{source}.layers.{{layer}}", f"{target}/layers"
     rows = (
@@ -269,7 +272,8 @@ def llama(source: str, target: str, *, bias: str = "none", norms: Mapping[str, s
     )
     for name in ("gate", "up", "down"):
         rows += linear(f"{layer}.mlp.{name}_proj", f"{here}/mlp/{name}", use_bias=False)
-    for theirs, ours in norms.items():
+    own = {f"self_attn.{name}_norm": f"attn/{name}_norm" for name in "qk"} if qk_norm else {}
+    for theirs, ours in (dict(norms) | own).items():
         rows += rms_norm(f"{layer}.{theirs}", f"{here}/{ours}")
     return rows
 

@@ -25,6 +25,7 @@ TORCH: dict[str, Callable[[base.VLMConfig], torch.nn.Module]] = {
     "smolvlm": lambda config: hugging_face(config, image_token_id=IMAGE),
     "deepseek_vl": lambda config: hugging_face(config, image_token_id=IMAGE),
     "qwen2_5_vl": lambda config: hugging_face(config, image_token_id=IMAGE, video_token_id=101),
+    "qwen3_vl": lambda config: hugging_face(config, image_token_id=IMAGE, video_token_id=101),
     "llava_mpt": composed.LlavaMpt,
     "moondream1": composed.Moondream,
     "qwen": composed.QwenVL,
@@ -40,6 +41,7 @@ COMPARED = (
     "smolvlm2-500m",
     "deepseek-vl-1.3b",
     "qwen2.5-vl-3b",
+    "qwen3-vl-4b",
     "llava-mpt-7b",
     "moondream2",
     "moondream2-2024-03",
@@ -55,9 +57,9 @@ def torch_model(config: base.VLMConfig) -> torch.nn.Module:
 
 
 def tiny(name: str) -> base.VLMConfig:
-    """The tiny twin that is compared; images of an even number of patches where they are gathered in squares."""
+    """The tiny twin that is compared; images of an even number of patches and a rest where that is allowed."""
     config = registry.get(name).tiny()
-    if getattr(config.connector, "shuffle", 1) > 1:
+    if getattr(config.vision, "is_ragged", False):
         config = config.resized(dataclasses.replace(config.vision, image_size=59))  # 4 x 4 patches and 3 pixels more
     if config.model_type == "llava_mpt":  # transformers' MPT has this ratio only
         config = dataclasses.replace(config, text=dataclasses.replace(config.text, mlp_dim=4 * config.width))
@@ -80,17 +82,18 @@ def forward(
         arguments["image_embeds_position_mask"] = ids == IMAGE
     if config.model_type == "smolvlm":
         arguments["pixel_values"] = pixels
-    if config.model_type == "qwen2_5_vl":
-        arguments |= flat_patches(pixels.flatten(0, 1)) | {"mm_token_type_ids": (ids == IMAGE).int()}
+    if config.model_type in ("qwen2_5_vl", "qwen3_vl"):
+        patches = flat_patches(pixels.flatten(0, 1), config.vision.patch_size)
+        arguments |= patches | {"mm_token_type_ids": (ids == IMAGE).int()}
     out = model(input_ids=ids, **arguments, **more, output_hidden_states=True, use_cache=False)
     return out.logits, out.hidden_states[-1]
 
 
-def flat_patches(images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Qwen2.5-VL's patches: two by two beside each other, each of them channels, two frames, rows, columns."""
-    side = images.shape[-1] // 14
-    x = images.reshape(len(images), 3, side // 2, 2, 14, side // 2, 2, 14).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    x = x[..., None, :, :].expand(*x.shape[:6], 2, 14, 14).reshape(-1, 3 * 2 * 14 * 14)
+def flat_patches(images: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
+    """Qwen-VL 2.5's and 3's patches: two by two beside each other, each of them channels, two frames, rows, columns."""
+    side = images.shape[-1] // size
+    x = images.reshape(len(images), 3, side // 2, 2, size, side // 2, 2, size).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    x = x[..., None, :, :].expand(*x.shape[:6], 2, size, size).reshape(-1, 3 * 2 * size * size)
     return {"pixel_values": x, "image_grid_thw": torch.tensor([[1, side, side]] * len(images))}
 
 

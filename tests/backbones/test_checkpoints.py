@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from robovlms_jax.backbones import base, registry, sections
 from robovlms_jax.runs import build
 from robovlms_jax.weights import convert, export, sources
-from tests.backbones import families
+from tests.backbones import families, test_registry
 from tests.backbones.oracle import abstract, from_torch, randomize
 
-NATIVE = ("paligemma-3b-224", "paligemma2-3b-224", "llava-1.5-7b", "smolvlm2-500m", "deepseek-vl-1.3b", "qwen2.5-vl-3b")
-"""Families that transformers saves and opens."""
+NATIVE = set(families.COMPARED) - test_registry.REMOTE_CODE - {"kosmos-2"}
+"""Families that transformers saves and opens; KOSMOS-2 has a file of its own."""
 
 
 def load(config, *directories):
@@ -131,7 +131,7 @@ def test_transformers_keeps_the_same_head(tmp_path, name):
         ({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}, "tied"),
     ],
 )
-@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "smolvlm", "deepseek_vl"])
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "qwen3_vl", "smolvlm", "deepseek_vl"])
 def test_the_flag_is_read_wherever_it_stands_and_a_disagreement_is_told(caplog, model_type, flags, head):
     sections._say_once.cache_clear()
     config = registry.from_hf_config({"model_type": model_type} | flags)
@@ -193,6 +193,8 @@ def test_weights_tell_moondreams_projector_and_revision():
         ({"model_type": "llava_mpt", "attn_config": {"alibi": False}}, "attn_config.alibi=False is not supported"),
         ({"model_type": "vlm", "text_decoder_name_or_path": "a/llama"}, "'a/llama' is not supported"),
         ({"model_type": "qwen2_5_vl", "vision_config": {"image_size": 225}}, "no multiple of 28"),
+        ({"model_type": "qwen3_vl", "vision_config": {"image_size": 240}}, "no multiple of 32"),
+        ({"model_type": "qwen3_vl", "vision_config": {"deepstack_visual_indexes": [8, 27]}}, "some of the 27 layers"),
         ({"model_type": "paligemma", "vision_config": {"image_size": 225, "patch_size": 14}}, "no multiple of"),
     ],
 )

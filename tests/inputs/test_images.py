@@ -285,6 +285,11 @@ PROCESSORS = {
     "CLIPImageProcessor": {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}},  # LLaVA
     "SiglipImageProcessor": {"size": {"height": 56, "width": 56}},  # PaliGemma
     "Qwen2VLImageProcessor": {"min_pixels": 56 * 56, "max_pixels": 56 * 56, "patch_size": 14, "merge_size": 2},
+    "Qwen2VLImageProcessorFast": {  # Qwen3-VL
+        "size": {"shortest_edge": 64 * 64, "longest_edge": 64 * 64},
+        "patch_size": 16,
+        "merge_size": 2,
+    },
 }
 
 
@@ -301,10 +306,10 @@ def test_square_frames_are_prepared_as_transformers_processors_do(tmp_path, kind
     frames = make_frames(84, 84)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     theirs = processor(images=list(frames), return_tensors="pt")["pixel_values"]
-    spec = images.read_image_spec(tmp_path, 56)
+    spec = images.read_image_spec(tmp_path, 4 * fields.get("patch_size", 14))
     ours = np.asarray(images.preprocess(jnp.asarray(frames), spec)).transpose(0, 3, 1, 2)
     if kind.startswith("Qwen"):
-        ours = flat_patches(torch.tensor(ours))["pixel_values"].numpy()
+        ours = flat_patches(torch.tensor(ours), fields["patch_size"])["pixel_values"].numpy()
     level = 1 / (255 * max(CLIP.std))
     assert np.abs(ours - theirs.numpy()).max() < 1.01 * level
 
