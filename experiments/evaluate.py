@@ -34,7 +34,7 @@ from robovlms_jax.evaluation.rollout import Films, Recording, SuccessCriterion, 
 from robovlms_jax.load import load_batched_policy
 from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable.env import PlayTables
-from robovlms_jax.runs import robots
+from robovlms_jax.runs import load, robots
 from robovlms_jax.training import checkpoints, seals
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,8 @@ class EvaluateConfig:
     (playtable)."""
     films: int = 2
     """Rollouts to film."""
+    weights: load.Weights | None = None
+    """How the backbone's parameters are kept, such as int8; None: in the type that it computes in."""
     image_size: tuple[int, int] = (200, 84)
     """Pixels of playtable's static and wrist camera; what the training data had."""
     calvin_root: str = ""
@@ -173,7 +175,7 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
         "%s: %d trials, execution %s, phrasing %s; results go to %s",
         *(config.env, len(trials), config.execution.label, trials[0].labels.get("phrasing", "the task's own"), output),
     )
-    policy = load_batched_policy(directory, slots=config.processes)
+    policy = load_batched_policy(directory, slots=config.processes, weights=config.weights)
     if config.env != "simpler":  # SimplerEnv scales what it is sent by quantiles, whatever its units are
         robots.require_same(policy.model.config, CALVIN, f"env {config.env} is driven as")
 
@@ -199,12 +201,16 @@ def _folder_name(config: EvaluateConfig) -> str:
     name = f"{config.env}-{config.scene if config.env != 'simpler' else config.simpler_task}"
     name += ("-single" if config.tasks else "") + ("-fresh" if config.fresh_process else "")
     name += "-official" if config.protocol == "official" else ""
-    words = "-held_out" if config.held_out else ""
+    words = ("-held_out" if config.held_out else "") + (f"-{config.weights}" if config.weights else "")
     return f"{name}-{config.execution.label.replace(' ', '_')}{words}"
 
 
-_ASIDE = ("checkpoint", "output", "chains", "processes", "films", "calvin_root", "calvin_split", "simulator_python")
-"""Fields that results do not depend on, or not by their text: who is asked how often, and where things lie."""
+_ASIDE = (
+    *("checkpoint", "output", "chains", "processes", "films"),
+    *("calvin_root", "calvin_split", "simulator_python", "weights"),
+)
+"""Fields that results do not depend on, or not by their text (who is asked how often, and where things lie), and what
+results that were stored earlier do not name."""
 
 
 def _conditions(config: EvaluateConfig, trials: list[Trial], checkpoint: str) -> dict[str, Any]:
@@ -212,6 +218,8 @@ def _conditions(config: EvaluateConfig, trials: list[Trial], checkpoint: str) ->
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in _ASIDE}
     if config.calvin_split:
         asked["calvin_split"] = pathlib.Path(config.calvin_split).name  # its stored cameras
+    if config.weights:
+        asked["weights"] = config.weights
     if config.simpler_statistics:
         asked["simpler_statistics"] = np.stack(simpler.read_quantiles(config.simpler_statistics)).tolist()
     labels = {name: value for name, value in trials[0].labels.items() if name != "scene"}

@@ -2,6 +2,7 @@
 
 python -m experiments.plan --backbone paligemma-3b-224 --mesh.fsdp 8 --train.batch_size 128
 python -m experiments.plan --preset kosmos_lstm_lora --compile     # also XLA's own plan, compiled for CPUs: minutes
+python -m experiments.plan --preset paligemma_lstm --control_on orin-nx-16      # a control step there: memory, latency
 
 Every preset of every experiment and every field can be given as to a training run; no dataset or weights are opened.
 """
@@ -30,7 +31,7 @@ from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.policies.sensors import base as sensors
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.runs import build, steps
+from robovlms_jax.runs import build, edge, steps
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import memory, optimizer, state
 from robovlms_jax.types import Batch, Inputs
@@ -53,6 +54,8 @@ class PlanConfig(ExperimentConfig):
     compile: bool = False
     """Also compile the step, for as many pretended CPUs, and say what XLA plans. A GPU's or TPU's compiler plans
     otherwise; on a CPU bfloat16 products are computed in float32, which takes more."""
+    control_on: str = ""
+    """Plan a control step on this computer instead of training: orin-nx-16, agx-orin-64 or thor-t5000."""
     out: str = ""
     """Also write the result to this file, as JSON."""
 
@@ -63,6 +66,9 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     config.validate(math.prod(sizes))
     vlm = build.with_settings(config.backbone, registry.get(config.backbone.name))
     config = dataclasses.replace(config, policy=_without_data(config.policy, vlm.text.vocab_size))
+    if config.control_on:
+        control = edge.plan(config, vlm, config.control_on, config.data.text_length or TEXT_LENGTH)
+        return {"backbone": config.backbone.name, "control": control}
     model = build.make_model(config, vlm)
     robot = describe_batch(config)
     batch = {objective.ROBOT: robot}
@@ -153,8 +159,28 @@ def compile_step(
     return memory.of_program(compiled) | {"seconds_to_compile": round(time.perf_counter() - begin, 1)}
 
 
+def show_control(backbone: str, control: dict[str, Any]) -> str:
+    """A control step's plan as a table to read."""
+    lines = [
+        f"{backbone}: a control step on {control['computer']} ({control['memory'] / 1e9:g} GB), prompts of "
+        f"{control['text_length']} tokens",
+        control["source"],
+    ]
+    for weights, found in control["weights"].items():
+        sizes = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in found["bytes"].items())
+        lines += [f"weights in {weights}: {sizes}", f"  cannot be faster than {found['floor_ms']:.1f} ms:"]
+        lines += [
+            f"  {name:<10}{stage['flops'] / 1e9:>9.1f} GFLOP {stage['bytes'] / 1e9:>6.2f} GB "
+            f"{stage['floor_ms']:>7.1f} ms, bound by {stage['bound']}"
+            for name, stage in found["stages"].items()
+        ]
+    return "\n".join(lines)
+
+
 def show(result: dict[str, Any]) -> str:
     """The result as a table to read."""
+    if "control" in result:
+        return show_control(result["backbone"], result["control"])
     mesh = " x ".join(f"{name} {size}" for name, size in result["mesh"].items())
     lines = [
         f"{result['backbone']}: {result['parameters']:,} parameters, {result['trainable_parameters']:,} trainable",

@@ -102,6 +102,11 @@ def of_program(compiled: jax.stages.Compiled) -> dict[str, int]:
     return out | {"peak": out["arguments"] + out["results"] - out["donated"] + out["temporaries"]}
 
 
+def alive(traced: core.ClosedJaxpr) -> int:
+    """Most bytes alive at a time in any traced program, its arguments and results apart."""
+    return math.ceil(_peak(traced.jaxpr, {}, free_results=True))
+
+
 def _activations(traced: core.ClosedJaxpr, state: TrainState) -> int:
     """Most bytes alive at a time, apart from arguments and from results (the gradients)."""
     # What has a parameter's shape (its type cast for a product, part of its gradient) lies as the parameter does.

@@ -67,7 +67,7 @@ def test_the_official_protocol_is_the_whole_benchmark_and_says_so(checkout, monk
 
     monkeypatch.setattr(evaluate.chains, "evaluate", evaluated)
     policy = types.SimpleNamespace(model=types.SimpleNamespace(config=PolicyConfig()))
-    monkeypatch.setattr(evaluate, "load_batched_policy", lambda checkpoint, slots: policy)
+    monkeypatch.setattr(evaluate, "load_batched_policy", lambda checkpoint, slots, weights: policy)
     monkeypatch.setattr(evaluate.checkpoints, "locate", pathlib.Path)
     monkeypatch.setattr(evaluate.seals, "identity", lambda directory: evaluate.seals.Identity(3, "abc"))
     monkeypatch.setattr(evaluate.calvin, "calvin_env", lambda root, **kwargs: LineEnv())
@@ -138,7 +138,7 @@ def test_setups_that_differ_have_directories_of_their_own(checkout, tmp_path):
     with pytest.raises(ValueError, match="fresh_process is for env calvin"):
         config(env="playtable", fresh_process=True)
     setups = [{}, {"fresh_process": True}, {"protocol": "official"}, {"held_out": True}, {"scene": "B"}, {"egl": True}]
-    setups += [{"max_steps": 9}, {"calvin_split": "debug"}, {"env": "playtable"}]
+    setups += [{"weights": "int8"}, {"max_steps": 9}, {"calvin_split": "debug"}, {"env": "playtable"}]
     setups += [{"env": "playtable", "image_size": (64, 32)}, {"env": "playtable", "train_scenes": ("D",)}]
     setups += [{"env": "playtable", "tasks": ("open_drawer",)}, {"execution": Execution("ensemble", decay=0.1)}]
     trial = Trial(0, {}, ("open_drawer",), ("open it",), {"phrasing": "training"})
@@ -178,7 +178,7 @@ def test_a_policy_of_another_robot_is_refused_by_the_simulator_with_what_differs
     arm = tuple(dataclasses.replace(d, unit=d.unit.split()[1]) for d in CALVIN.action[:6])
     metres = dataclasses.replace(CALVIN, name="metres", rate_hz=5.0, action=(*arm, CALVIN.action[6]))
     policy = types.SimpleNamespace(model=types.SimpleNamespace(config=PolicyConfig(robot=metres)))
-    monkeypatch.setattr(evaluate, "load_batched_policy", lambda checkpoint, slots: policy)
+    monkeypatch.setattr(evaluate, "load_batched_policy", lambda checkpoint, slots, weights: policy)
     monkeypatch.setattr(evaluate.checkpoints, "locate", pathlib.Path)
     monkeypatch.setattr(evaluate.seals, "identity", lambda directory: evaluate.seals.Identity(3, "abc"))
     with pytest.raises(ValueError, match=r"env playtable is driven as another robot .*\n.*30 Hz(.*\n.*){2}'0.02 m'"):

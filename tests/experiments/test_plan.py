@@ -180,3 +180,33 @@ def test_what_does_not_fit_is_refused_with_the_nearest_that_does():
     assert plan.plan(cli.override(config, **{"memory_gib": tight, "train.accumulation": 2}))
     with pytest.raises(ValueError, match=r"Neither train.accumulation nor backbone.remat"):
         plan.plan(cli.override(config, memory_gib=1e-4))
+
+
+def test_kosmos_2_and_paligemma_in_int8_fit_into_12_gigabytes_with_the_floor_that_arithmetic_gives():
+    # Orin NX computes bfloat16 products for longer than it reads weights, so int8 weights make nothing faster there; on
+    # Thor it is the other way round.
+    found = {}
+    for preset, computer in (
+        ("kosmos_lstm", "orin-nx-16"),
+        ("paligemma_lstm", "orin-nx-16"),
+        ("kosmos_lstm", "thor-t5000"),
+    ):
+        control = plan.plan(dataclasses.replace(plan.presets()[preset], control_on=computer))["control"]
+        found[preset, computer] = control["weights"]
+    for weights in found.values():
+        int8, half = weights["int8"]["bytes"], weights["bfloat16"]["bytes"]
+        assert int8["total"] < 12e9
+        assert 0.5 < int8["weights"] / half["weights"] < 0.54  # scales, norms, and the head in float32
+    orin, thor = found["kosmos_lstm", "orin-nx-16"], found["kosmos_lstm", "thor-t5000"]
+    assert orin["int8"]["floor_ms"] == pytest.approx(orin["bfloat16"]["floor_ms"])
+    assert thor["int8"]["floor_ms"] < 0.6 * thor["bfloat16"]["floor_ms"]
+    # CLIP ViT-L/14 on two pictures of 257 tokens: 24 layers of width 1024 and 4096, scores over all pairs of tokens.
+    tokens, width, wide = 257, 1024, 4096
+    layer = 2 * tokens * (4 * width**2 + 2 * width * wide) + 4 * tokens**2 * width
+    patches = 2 * 256 * 14 * 14 * 3 * width
+    assert orin["int8"]["stages"]["vision"]["flops"] == 2 * (24 * layer + patches)
+
+
+def test_a_computer_that_is_not_known_is_refused_with_those_that_are():
+    with pytest.raises(ValueError, match="control_on='jetson'; known computers: orin-nx-16, agx-orin-64, thor-t5000"):
+        plan.plan(dataclasses.replace(plan.presets()["kosmos_lstm"], control_on="jetson"))
