@@ -26,6 +26,7 @@ from flax.traverse_util import flatten_dict
 from robovlms_jax import cli as command_line
 from robovlms_jax import upstream
 from robovlms_jax.backbones import registry
+from robovlms_jax.control import robot
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.data import statistics
 from robovlms_jax.inputs import tokenizers
@@ -37,7 +38,7 @@ from robovlms_jax.runs import build, load
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import to_dict
 from robovlms_jax.training import checkpoints
-from robovlms_jax.weights import convert, quantize, rules, sources
+from robovlms_jax.weights import convert, quantize, rearrange, rules, sources
 
 REPORT = "conversion.json"
 INSTRUCTION = "open the drawer"
@@ -64,7 +65,7 @@ class ConvertConfig:
     statistics: str = ""
     """Policies of OpenVLADataset: JSON with the action quantiles of the dataset it shall act in, as OpenVLA and
     RoboVLMs publish them; the policy then acts in that dataset's units. Empty: it acts in the quantiles' units,
-    [-1, 1], which is what experiments.evaluate --env simpler expects."""
+    [-1, 1], which experiments.evaluate --env simpler scales by --simpler_statistics."""
     allow_missing: tuple[str, ...] = ()
     """Regular expressions of parameter paths that the checkpoint may lack; they keep random values."""
     allow_unused: tuple[str, ...] = ()
@@ -128,6 +129,10 @@ def _bounded(config: ConvertConfig, experiment: ExperimentConfig) -> PolicyConfi
             raise ValueError("--statistics is of policies trained on OpenVLADataset; this one has bounds of its own.")
         return policy
     share = 0.65 if experiment.data.compat_second_norm else 1.0
+    units = () if config.statistics else ("1", "1")
+    if policy.representation == "robot":
+        own = robot.end_effector("OpenVLADataset", *units, state=policy.robot.state)
+        policy = dataclasses.replace(policy, robot=own)
     if not config.statistics:
         bounds = {"action_low": (-share,) * 6, "action_high": (share,) * 6}
         return dataclasses.replace(policy, action_scaling="bounds", **bounds)
@@ -195,7 +200,7 @@ def _largest_difference(table: rules.Rules, source: sources.Source, params: Any)
                 continue
             ours = np.asarray(flat[rule.target] if layer is None else flat[rule.target][layer])
             theirs = source.read(name, (slice(None),) * len(shape)).astype(np.float32)
-            expected = rules.Rearrange.parse(rule.pattern, ours.ndim).forward(
+            expected = rearrange.Rearrange.parse(rule.pattern, ours.ndim).forward(
                 lambda cut, theirs=theirs: theirs[cut], ours.shape, (slice(None),) * ours.ndim
             )
             worst = max(worst, float(np.abs(ours.astype(np.float32) - expected).max(initial=0.0)))

@@ -31,9 +31,9 @@ from robovlms_jax.evaluation import chains, filing
 from robovlms_jax.evaluation.report import films as film_files
 from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Films, Recording, SuccessCriterion, Trial
-from robovlms_jax.load import load_batched_policy
 from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable.env import PlayTables
+from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.runs import load, robots
 from robovlms_jax.training import checkpoints, seals
 
@@ -91,7 +91,8 @@ class EvaluateConfig:
     simpler_task: str = "widowx_spoon_on_towel"
     """Task of SimplerEnv."""
     simpler_statistics: str = ""
-    """JSON with the training data's action quantiles q01 and q99, as OpenVLA and RoboVLMs publish them."""
+    """JSON with the training data's action quantiles q01 and q99, as OpenVLA and RoboVLMs publish them, for policies
+    that act in units of these. Empty: the policy acts in metres and radians, as those that were trained here do."""
 
     def __post_init__(self):
         for field in ("chains", "films"):
@@ -104,10 +105,6 @@ class EvaluateConfig:
             raise ValueError(f"tasks has unknown {unknown}; known: {', '.join(calvin_tasks.TASKS)}.")
         if self.env == "calvin" and not self.calvin_root:
             raise ValueError("env calvin needs calvin_root, a checkout of mees/calvin_env (see docs/calvin.md).")
-        if self.env == "simpler" and not self.simpler_statistics:
-            raise ValueError(
-                "env simpler needs simpler_statistics, the JSON with the training data's action quantiles."
-            )
         for field in dataclasses.fields(self):
             owner = ONLY_FOR.get(field.name, self.env)
             if self.env != owner and getattr(self, field.name) != field.default:
@@ -175,9 +172,8 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
         "%s: %d trials, execution %s, phrasing %s; results go to %s",
         *(config.env, len(trials), config.execution.label, trials[0].labels.get("phrasing", "the task's own"), output),
     )
-    policy = load_batched_policy(directory, slots=config.processes, weights=config.weights)
-    if config.env != "simpler":  # SimplerEnv scales what it is sent by quantiles, whatever its units are
-        robots.require_same(policy.model.config, CALVIN, f"env {config.env} is driven as")
+    policy = load.load_batched_policy(directory, slots=config.processes, weights=config.weights)
+    _require_robot(config, policy.model.config, load.load_config(directory).data.dataset)
 
     def keep(recording: Recording) -> None:
         film_files.write_film(recording, output / f"film_{recording.trial.index:04d}")
@@ -195,6 +191,27 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
         )
     title = f"{evaluation.setup['env']}, closed loop"
     return rollout_report.write_report(output, [evaluation], title=title, films=sorted(output.glob("film_*")))
+
+
+def _require_robot(config: EvaluateConfig, policy: PolicyConfig, dataset: str) -> None:
+    """Raise ValueError where the simulator is another robot than the policy's; lists what differs.
+
+    Args:
+      dataset: data.dataset of the training.
+    """
+    if config.env != "simpler":
+        robots.require_same(policy, CALVIN, f"env {config.env} is driven as")
+    elif policy.robot == CALVIN and dataset != "calvin":  # a checkpoint older than descriptions says CALVIN's
+        in_quantiles = policy.action_scaling == "bounds"  # converted ones; others took their bounds from data in metres
+        if in_quantiles != bool(config.simpler_statistics):
+            acts = "units of its training data's quantiles; pass" if in_quantiles else "metres and radians; leave out"
+            raise ValueError(f"the checkpoint, which describes no robot, acts in {acts} simpler_statistics.")
+        log.warning("the checkpoint describes no robot; that it is %s's is not checked", config.simpler_task)
+    else:
+        scaled = bool(config.simpler_statistics)
+        found = simpler.robot(config.simpler_task, scaled=scaled)
+        how = "with" if scaled else "without"
+        robots.require_same(policy, found, f"env simpler {how} simpler_statistics is driven as")
 
 
 def _folder_name(config: EvaluateConfig) -> str:
@@ -282,7 +299,8 @@ def _envs(config: EvaluateConfig) -> Iterator[vector.VectorEnv]:
                     fresh_process=config.fresh_process,
                 )
             else:
-                low, high = simpler.read_quantiles(config.simpler_statistics)
+                given = config.simpler_statistics
+                low, high = simpler.read_quantiles(given) if given else simpler.METRES
                 worker = simpler.simpler_env(config.simpler_task, low=low, high=high, python=config.simulator_python)
             stack.callback(worker.close)
             workers.append(worker)

@@ -265,6 +265,20 @@ def _dimension_differences(part: str, expected: Sequence[Dimension], found: Sequ
     return listed
 
 
+def end_effector(
+    name: str,
+    position_unit: str = "m",
+    rotation_unit: str = "rad",
+    *,
+    rate_hz: float = 0.0,
+    cameras: tuple[str, ...] = (),
+    state: tuple[Dimension, ...] = (),
+) -> RobotSpec:
+    """An arm that is sent motions of its hand, xyz and Euler xyz in axes that nobody names, and a binary gripper."""
+    motion = _pose("delta", "", position_unit, rotation_unit, math.inf)
+    return RobotSpec(name, rate_hz, tuple(map(Camera, cameras)), (*motion, GRIPPER), state)
+
+
 def _pose(kind: Kind, frame: str, position_unit: str, rotation_unit: str, bound: float) -> tuple[Dimension, ...]:
     """xyz and Euler xyz, bounded by +-`bound`."""
     xyz = tuple(Dimension(n, position_unit, kind, "position", frame, -bound, bound) for n in ("x", "y", "z"))

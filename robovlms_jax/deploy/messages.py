@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from robovlms_jax.control.interface import Observation
 from robovlms_jax.control.robot import RobotSpec
 from robovlms_jax.deploy.limits import unit_scale
 
+log = logging.getLogger(__name__)
+
 IMAGE_KEYS = {
     "static": ("observation/image", "observation/exterior_image_1_left", "rgb_static", "agentview", "primary"),
     "wrist": ("observation/wrist_image", "observation/wrist_image_left", "rgb_gripper"),
@@ -20,6 +23,8 @@ IMAGE_KEYS = {
 `images`."""
 
 STATE_KEYS = ("observation/state", "state", "states")
+MAX_UNKNOWN = 20
+"""Names of sensors that are remembered as unknown; a client could send others for ever."""
 MAX_STATE = 256
 LARGEST = 1e6
 """No robot's state or action is larger, in any unit; what is overflows in a network and would spoil a batch."""
@@ -46,6 +51,8 @@ class Reader:
     max_pixels: int = 4_000_000
     state: bool = False
     sensors: Mapping[str, tuple[int | None, ...]] = dataclasses.field(default_factory=dict)
+    _unknown: set[str] = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)
+    """Names of sensors that clients sent and nobody reads; each is said once."""
 
     def keys(self) -> list[str]:
         """Names of what a client sends, for metadata and messages."""
@@ -114,9 +121,16 @@ class Reader:
 
     def _sensors(self, message: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Readings float32; NaN and infinity have a meaning of their own there."""
-        found = {}
+        found, prefix = {}, "observation/sensors/"
+        sent = {key.removeprefix(prefix) for key in message if isinstance(key, str) and key.startswith(prefix)}
+        for name in sorted(sent - set(self.sensors) - self._unknown)[: MAX_UNKNOWN - len(self._unknown)]:
+            self._unknown.add(name)
+            log.warning(
+                "a client sends %r, which this policy does not read; it reads %s",
+                *(f"{prefix}{name[:60]}", [prefix + name for name in self.sensors]),
+            )
         for name, shape in self.sensors.items():
-            value = message.get(f"observation/sensors/{name}")
+            value = message.get(f"{prefix}{name}")
             if value is None:
                 continue
             array = isinstance(value, np.ndarray) and value.dtype.kind in "iuf"

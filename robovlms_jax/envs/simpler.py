@@ -2,7 +2,8 @@
 
 simpler_env is imported when an environment is built; it needs SAPIEN and a Vulkan driver. Its own action is in metres,
 an axis-angle vector and a gripper command whose meaning differs between the two robots; this adapter takes the
-project's action (normalised, Euler angles, gripper +1 open or -1 closed) and converts.
+project's action (Euler angles, gripper +1 open or -1 closed) and converts. `robot` describes it, for the two kinds of
+policies that there are: those that act in metres and radians, and those that act in quantiles of their training data.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from robovlms_jax import json_files
 from robovlms_jax.actions import rotations
+from robovlms_jax.control import robot as robots
 from robovlms_jax.control.interface import ACTION_DIM, Observation
 from robovlms_jax.envs import process
 
@@ -70,6 +72,19 @@ def find_task(name: str) -> SimplerTask:
     return TASKS[name]
 
 
+METRES: tuple[tuple[float, ...], tuple[float, ...]] = ((-1.0,) * ARM_DIM, (1.0,) * ARM_DIM)
+"""`low` and `high` with which an action means metres and radians as it is."""
+
+
+def robot(task: str, *, scaled: bool) -> robots.RobotSpec:
+    """What a task is driven as. scaled: by quantiles of the training data, so that an action has no unit; else in
+    metres and radians."""
+    find_task(task)
+    name, rate_hz = ("WidowX", 5.0) if task.startswith("widowx") else ("Google robot", 3.0)
+    units = ("1", "1") if scaled else ("m", "rad")
+    return robots.end_effector(f"SimplerEnv's {name}", *units, rate_hz=rate_hz, cameras=("static",))
+
+
 def simpler_env(
     task: str,
     *,
@@ -95,7 +110,7 @@ class SimplerEnv:
     Args:
       task: a name of `TASKS`.
       low, high: float[6], the 1 % and 99 % quantiles of the training data's arm actions (m, rad), which -1 and +1 of
-        an action stand for; see `read_quantiles`.
+        an action stand for; see `read_quantiles`. `METRES` where actions are in m and rad already.
       gripper: fixed: commands take effect at once, a change of mind is never lost. upstream: as RoboVLMs' published
         numbers were made, see `UpstreamWidowXGripper` and `UpstreamGoogleGripper`.
     Raises:

@@ -128,8 +128,9 @@ class BatchedVLAPolicy:
         with self._lock:
             slots = self._episodes.check(slots, observations, "observations")
             seen = {slot: observed.check(x, self.model.config, slot) for slot, x in zip(slots, observations)}
-            for slot in slots:
+            for slot, observation in zip(slots, observations):
                 self._episodes.enter(slot)
+                self._readings.notice(slot, observation.sensors)
             if not slots:
                 return []
             actions = self._advance(seen)

@@ -271,7 +271,12 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
 
     Raises:
       FileNotFoundError: nothing there is a checkpoint, or a complete one; says what was looked for and what is there.
+      ValueError: an empty path, which would be the working directory, or something that is no path.
     """
+    if not isinstance(path, str | os.PathLike) or not str(path).strip():
+        raise ValueError(
+            f"checkpoint={path!r} names no path; pass a run directory or one of its {FOLDER}/<step> folders."
+        )
     path = pathlib.Path(path).expanduser().resolve()
     if not path.is_dir():
         raise FileNotFoundError(

@@ -103,8 +103,10 @@ def open_source(path: str | pathlib.Path) -> Source:
     Raises:
       FileNotFoundError: nothing there, or a shard is missing.
       ValueError: a file is truncated or corrupt, wants to run code, or the index and its shards disagree; the weights
-        are quantised, or a LoRA adapter lies beside them.
+        are quantised, or a LoRA adapter lies beside them; the path is empty, which would be the working directory.
     """
+    if not str(path).strip():
+        raise ValueError(f"the place of the weights, {str(path)!r}, is empty; name a file or a directory.")
     path = pathlib.Path(path)
     if path.is_file():
         return _open_files([path], str(path))

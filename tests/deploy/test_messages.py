@@ -111,3 +111,16 @@ def test_readings_of_sensors_come_over_the_line_and_silent_ones_do_not():
     ):
         with pytest.raises(ValueError, match=what):
             reader.read(WHOLE | {f"observation/sensors/{name}": x for name, x in wrong.items()})
+
+
+def test_a_sensor_that_nobody_reads_is_said_once_however_many_a_client_sends(caplog):
+    reader = messages.Reader(("static", "wrist"), sensors={"torque": (5,)})
+    for _ in range(2):
+        step = reader.read(WHOLE | {"observation/sensors/torqe": np.zeros(5), "observation/sensors/torque": np.ones(5)})
+    assert set(step.observation.sensors) == {"torque"}
+    assert [record.getMessage() for record in caplog.records] == [
+        "a client sends 'observation/sensors/torqe', which this policy does not read; it reads "
+        "['observation/sensors/torque']"
+    ]
+    reader.read(WHOLE | {f"observation/sensors/{i}": np.zeros(1) for i in range(100)})
+    assert len(caplog.records) == messages.MAX_UNKNOWN

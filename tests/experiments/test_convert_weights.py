@@ -170,7 +170,13 @@ def test_policies_of_rlds_data_act_in_quantiles_or_with_statistics_in_the_datase
     config = ConvertConfig("x.pt", str(tmp_path / "bridge.json"), "to", backbone=str(release.backbone))
     plain = convert_weights._experiment(config).policy
     assert (set(plain.action_low), set(plain.action_high)) == ({-0.65}, {0.65})
+    assert {dimension.unit for dimension in plain.robot.action} == {"1"}
     given = dataclasses.replace(config, statistics=str(tmp_path / "bridge_statistics.json"))
+    assert [dimension.unit for dimension in convert_weights._experiment(given).policy.robot.action] == [
+        *["m"] * 3,
+        *["rad"] * 3,
+        "1",
+    ]
     predicted = np.linspace(-1, 1, 7)
     low, high = np.float64(numbers["q01"])[:6], np.float64(numbers["q99"])[:6]
     expected = 0.5 * (plain.normalizer.unnormalize(predicted)[:6] + 1) * (high - low) + low

@@ -11,14 +11,17 @@ import types
 import pytest
 
 from experiments import evaluate
+from robovlms_jax.control import robot
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.control.robot import CALVIN
+from robovlms_jax.data.registry import oxe
 from robovlms_jax.envs.calvin import adapter as calvin
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.evaluation import chains, filing
 from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Trial, TrialResult
 from robovlms_jax.policies.config import PolicyConfig
+from robovlms_jax.runs.config import ExperimentConfig
 
 
 @pytest.fixture
@@ -67,7 +70,8 @@ def test_the_official_protocol_is_the_whole_benchmark_and_says_so(checkout, monk
 
     monkeypatch.setattr(evaluate.chains, "evaluate", evaluated)
     policy = types.SimpleNamespace(model=types.SimpleNamespace(config=PolicyConfig()))
-    monkeypatch.setattr(evaluate, "load_batched_policy", lambda checkpoint, slots, weights: policy)
+    monkeypatch.setattr(evaluate.load, "load_batched_policy", lambda checkpoint, slots, weights: policy)
+    monkeypatch.setattr(evaluate.load, "load_config", lambda checkpoint: ExperimentConfig())
     monkeypatch.setattr(evaluate.checkpoints, "locate", pathlib.Path)
     monkeypatch.setattr(evaluate.seals, "identity", lambda directory: evaluate.seals.Identity(3, "abc"))
     monkeypatch.setattr(evaluate.calvin, "calvin_env", lambda root, **kwargs: LineEnv())
@@ -174,12 +178,54 @@ def test_a_report_without_simulator_or_protocol_says_nothing_of_them():
     assert rollout_report._conditions(rollout_report.rows([chains.Evaluation(setup, (result,))])) == []
 
 
+WIDOWX = PolicyConfig(robot=oxe.ENTRIES["bridge_orig"].robot, cameras=("static",))
+GOOGLE = oxe.ENTRIES["fractal20220817_data"].robot
+IN_QUANTILES = PolicyConfig(robot=robot.end_effector("OpenVLADataset", "1", "1"), cameras=("static",))
+
+
 def test_a_policy_of_another_robot_is_refused_by_the_simulator_with_what_differs(monkeypatch, tmp_path):
     arm = tuple(dataclasses.replace(d, unit=d.unit.split()[1]) for d in CALVIN.action[:6])
     metres = dataclasses.replace(CALVIN, name="metres", rate_hz=5.0, action=(*arm, CALVIN.action[6]))
     policy = types.SimpleNamespace(model=types.SimpleNamespace(config=PolicyConfig(robot=metres)))
-    monkeypatch.setattr(evaluate, "load_batched_policy", lambda checkpoint, slots, weights: policy)
+    monkeypatch.setattr(evaluate.load, "load_batched_policy", lambda checkpoint, slots, weights: policy)
+    monkeypatch.setattr(evaluate.load, "load_config", lambda checkpoint: ExperimentConfig())
     monkeypatch.setattr(evaluate.checkpoints, "locate", pathlib.Path)
     monkeypatch.setattr(evaluate.seals, "identity", lambda directory: evaluate.seals.Identity(3, "abc"))
     with pytest.raises(ValueError, match=r"env playtable is driven as another robot .*\n.*30 Hz(.*\n.*){2}'0.02 m'"):
         evaluate.evaluate(config(env="playtable", output=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize(
+    ("policy", "statistics", "message"),
+    [
+        (
+            PolicyConfig(),
+            "q.json",
+            r"another robot \(SimplerEnv's WidowX\).*calvin\):\n(.*\n)*.*rate is 5 Hz, expected 30",
+        ),
+        (WIDOWX, "q.json", r"with simpler_statistics is driven as another(.*\n)+.*'x': unit is '1', expected 'm'"),
+        (IN_QUANTILES, "", r"without simpler_statistics is driven(.*\n)+.*'x': unit is 'm', expected '1'"),
+        (dataclasses.replace(WIDOWX, cameras=("secondary",)), "", r"cameras \['secondary'\] are missing"),
+        (dataclasses.replace(WIDOWX, robot=GOOGLE), "", "rate is 5 Hz, expected 3 Hz"),
+    ],
+)
+def test_a_policy_of_another_robot_is_refused_by_simplerenv_with_what_differs(policy, statistics, message):
+    dataset = "calvin" if policy.robot == CALVIN else "bridge"
+    with pytest.raises(ValueError, match=message):
+        evaluate._require_robot(config(env="simpler", simpler_statistics=statistics), policy, dataset)
+
+
+@pytest.mark.parametrize(("policy", "statistics"), [(WIDOWX, ""), (IN_QUANTILES, "q.json")])
+def test_simplerenv_takes_metres_as_they_are_and_quantiles_with_their_statistics(policy, statistics):
+    evaluate._require_robot(config(env="simpler", simpler_statistics=statistics), policy, "bridge")
+
+
+def test_an_old_checkpoint_that_describes_no_robot_says_by_its_scaling_what_simplerenv_needs(caplog):
+    converted, trained = PolicyConfig(), PolicyConfig(action_scaling="quantile")
+    for policy, statistics in ((converted, "q.json"), (trained, "")):
+        evaluate._require_robot(config(env="simpler", simpler_statistics=statistics), policy, "bridge")
+        assert "describes no robot" in caplog.text
+    with pytest.raises(ValueError, match="quantiles; pass simpler_statistics"):
+        evaluate._require_robot(config(env="simpler"), converted, "bridge")
+    with pytest.raises(ValueError, match="metres and radians; leave out simpler_statistics"):
+        evaluate._require_robot(config(env="simpler", simpler_statistics="q.json"), trained, "bridge")

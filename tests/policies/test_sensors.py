@@ -214,6 +214,10 @@ def test_control_reads_what_training_reads_and_a_silent_sensor_is_the_dropped_on
         quiet.append(policy.act(Observation(images, sensors=without)).actions)
     np.testing.assert_array_equal(*quiet)
     assert not np.array_equal(quiet[0], policy.act(Observation(images, sensors=seen)).actions)
+    policy.act(Observation(images, sensors=seen | {"torqe": seen["torque"]}))
+    policy.act(Observation(images, sensors=seen | {"torqe": seen["torque"]}))
+    unread = [record.getMessage() for record in caplog.records if "does not read" in record.getMessage()]
+    assert len(unread) == 1 and "'torqe', which this policy does not read" in unread[0] and "'torque'?" in unread[0]
     with pytest.raises(ValueError, match=r"slot 0: observation.sensors\['depth'\].*12 numbers per frame; expected 64"):
         policy.act(Observation(images, sensors={"depth": np.zeros((3, 4))}))
     with pytest.raises(ValueError, match=r"observation.sensors\['torque'\] has values that are not finite"):

@@ -116,6 +116,15 @@ def test_no_complete_checkpoint_is_said(tmp_path):
     assert seal.exists(), "the only one there is must stay where it is"
 
 
+@pytest.mark.parametrize("path", ["", " ", None, 3])
+def test_what_names_no_path_is_refused_and_not_looked_for_in_the_working_directory(path, tmp_path, monkeypatch):
+    write_steps(tmp_path, 1)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"checkpoint={path!r} names no path; pass a run directory"):
+        checkpoints.locate(path)
+    assert checkpoints.locate(".").name == "1"
+
+
 KILLED = """
 import os, pathlib, sys
 from robovlms_jax.training import checkpoints

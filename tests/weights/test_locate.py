@@ -156,3 +156,10 @@ def test_pointers_of_git_lfs_are_called_so(tmp_path, name):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
     with pytest.raises(ValueError, match=rf"{name} is a pointer of Git LFS, not the weights; run `git lfs pull`"):
         sources.open_source(tmp_path)
+
+
+def test_an_empty_place_is_not_the_working_directory(tmp_path, monkeypatch):
+    write(tmp_path, "single", 1.0)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the place of the weights, '', is empty"):
+        sources.open_source("")

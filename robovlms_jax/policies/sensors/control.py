@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -23,11 +24,24 @@ class Readings:
         self.fields = base.blank(self._sensors, slots, 1)
         self._starting = np.ones(slots, bool)
         self._reported: set[tuple[int, str]] = set()
+        self._unknown: set[str] = set()
 
     def reset(self, slot: int) -> None:
         """A new episode: what was read before is forgotten with its first step."""
         self._starting[slot] = True
         self._reported -= {reported for reported in self._reported if reported[0] == slot}
+
+    def notice(self, slot: int, names: Iterable[str]) -> None:
+        """Say once of every name in an observation's sensors that the policy does not read it."""
+        known = sorted({sensor.name for sensor in self._sensors} | {"proprio"})  # the state may stand here, too
+        for name in sorted(set(map(str, names)) - set(known) - self._unknown):
+            self._unknown.add(name)
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            log.warning(
+                "slot %d: observation.sensors has %r, which this policy does not read; it reads %s%s",
+                *(slot, name, known, hint),
+            )
 
     def put(self, slot: int, seen: Mapping[str, np.ndarray | None]) -> None:
         """Let one observation's readings in, as `Sensor.observe` returns them; missing ones are said once."""
