@@ -17,7 +17,7 @@ class RecordingConfig:
     """Of the training split, recorded to data.root before the run unless they are there. 0: nothing is recorded."""
     validation_episodes: int = 40
     """Of the validation split, in rooms of their own."""
-    wordings: int = 12
+    wordings: int = 24
     """Sentences of each episode; a training sample has one of them (data.vary_language)."""
     disturbance: float = 0.3
     """Share of the 0.4 s spans in which the base is pushed off course, by up to 0.35 m/s and 0.9 rad/s. The recorded

@@ -15,6 +15,9 @@ from robovlms_jax.driving import camera, scenarios, world
 
 Drive = Literal["holonomic", "differential"]
 
+TO_CUP_M = 0.05
+"""By how much nearer to the cup's stand than to boxes the safety layer lets the base."""
+
 
 class Drives:
     """Rooms driven side by side, a `vector.VectorEnv`.
@@ -173,12 +176,16 @@ def make_layer(on_collision_risk: Literal["stop", "slow"] = "stop") -> SafetyLay
 
 
 def obstacles_of(layout: scenarios.Layout) -> tuple[geometry.Obstacle, ...]:
-    """The boxes of one room, for the safety layer. The cup is where the base is to go, and is left out."""
-    return tuple(
+    """The boxes of one room, for the safety layer, and the cup's stand: that is where the base is to go, so it is declared
+    smaller than it is."""
+    x, y = layout.cup[0]
+    stand = geometry.ball("cup", (x, y, 0.0), scenarios.CUP_RADIUS - TO_CUP_M)
+    boxes = tuple(
         geometry.Box(f"box {i + 1}", (box[0], box[1], 0.0), (box[2], box[3], box[4]))
         for i, box in enumerate(layout.boxes[0])
         if layout.present[0, i]
     )
+    return (*boxes, stand)
 
 
 def _checked(action: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ MARGIN_M = 0.26
 """Gap that is kept to a box while passing it."""
 AHEAD_M = 0.25
 PUSHED_BELOW_M = 0.3
-STOP_M = 0.09
+STOP_M = 0.13
 """Gap to the cup's stand at which it stops."""
 TURN_GAIN, TURN_RAD_S = 1.6, 1.2
 

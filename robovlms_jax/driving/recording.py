@@ -18,6 +18,8 @@ PARAPHRASES = "paraphrases.json"
 _SPAN, _PUSH = 4, np.array([0.35, 0.35, 0.9])
 _CALM_M = 0.4
 """Gap to the cup below which nobody pushes."""
+_NOISY = 0.5
+"""Share of the wordings that have a meaningless word too many, or one too few."""
 _STILL = 4
 """Frames after arriving, so that a policy learns to stay."""
 _IN_PROCESSES = 5000
@@ -130,5 +132,5 @@ class Frames:
 def _sentences(drive: Drive, count: int) -> tuple[str, str, tuple[str, ...]]:
     """Instruction, task and rewordings of an episode: the first is the documents' sentence."""
     first = instructions.CANONICAL[drive.scenario]
-    others = [instructions.ask(drive.scenario, drive.seed * 1000 + i) for i in range(count - 1)]
+    others = [instructions.ask(drive.scenario, drive.seed * 1000 + i, noisy_share=_NOISY) for i in range(count - 1)]
     return first, drive.scenario, tuple(dict.fromkeys(others))

@@ -17,7 +17,7 @@ from robovlms_jax.driving.scenarios import CUP_RADIUS, ROBOT_RADIUS, ROOM, Layou
 
 PERIOD_S = 0.1
 ACCELERATION_M_S2, TURN_ACCELERATION_RAD_S2 = 1.0, 4.0
-ARRIVED_M = 0.15
+ARRIVED_M = 0.2
 """Gap between base and stand at which it has arrived, if it is slow enough."""
 ARRIVED_M_S = 0.2
 
