@@ -176,8 +176,8 @@ def make_layer(on_collision_risk: Literal["stop", "slow"] = "stop") -> SafetyLay
 
 
 def obstacles_of(layout: scenarios.Layout) -> tuple[geometry.Obstacle, ...]:
-    """The boxes of one room, for the safety layer, and the cup's stand: that is where the base is to go, so it is declared
-    smaller than it is."""
+    """The boxes of one room and the cup's stand, for the safety layer. The stand is where the base is to go, so it is
+    declared smaller than it is."""
     x, y = layout.cup[0]
     stand = geometry.ball("cup", (x, y, 0.0), scenarios.CUP_RADIUS - TO_CUP_M)
     boxes = tuple(

@@ -1,9 +1,9 @@
 """What people say to the mobile base in Korean: a sentence per scenario from the design documents, and other wordings.
 
-A wording is who (the boxes), which way, what to do and where to, put together; training and held-out wordings share the
-words for left and right, boxes and cup: held-out ones have other verbs, endings and particles, another order, and spaces
-in other places. People leave spaces out and put them in (`mistyped`). They also use words that no list has: `noisy` puts
-meaningless ones in and leaves others out, so that a small language model learns which words to go by.
+A wording is who (the boxes), which way, what to do and where to, put together; training and held-out wordings share
+the words for left and right, boxes and cup: held-out ones have other verbs, endings and particles, another order, and
+spaces in other places. People leave spaces out and put them in (`mistyped`). They also use words that no list has:
+`noisy` puts meaningless ones in and leaves others out, so that a small language model learns which words to go by.
 """
 
 from __future__ import annotations

@@ -53,3 +53,21 @@ def test_asking_is_drawn_from_the_seed():
     assert asked == [instructions.ask("2box_hori_left", seed) for seed in range(200)]
     plain = set(instructions.wordings("2box_hori_left"))
     assert len(set(asked)) > 100 and 0.1 < np.mean([x not in plain for x in asked]) < 0.4
+
+
+def test_noise_adds_or_drops_one_word_and_never_the_side():
+    rng = np.random.default_rng(0)
+    sentence = instructions.CANONICAL["2box_vert_left"]
+    lengths = set()
+    for _ in range(60):
+        heard = instructions.noisy(sentence, rng)
+        lengths.add(len(heard.split(" ")) - len(sentence.split(" ")))
+        assert "왼쪽" in heard and heard != sentence
+    assert lengths == {-1, 1}
+
+
+def test_held_out_wordings_have_words_that_training_never_has():
+    for name in NAMES:
+        words = {word for sentence in instructions.wordings(name) for word in sentence.split(" ")}
+        for sentence in instructions.wordings(name, held_out=True):
+            assert len([word for word in sentence.split(" ") if word not in words]) >= 2, sentence

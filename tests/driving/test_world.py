@@ -93,5 +93,5 @@ def test_odometry_begins_at_zero_and_measures_in_the_frame_of_the_start():
     layout = scenarios.draw("1box_vert_left", 4)._replace(start=np.array([[0.2, 0.1, 1.0]]))
     state = world.reset(layout)
     np.testing.assert_array_equal(world.odometry(layout, state), np.zeros((1, 3), np.float32))
-    moved = state._replace(pose=[*state.pose, [0.3 * np.cos(1.0), 0.3 * np.sin(1.0), 0.5]])
+    moved = state._replace(pose=state.pose + np.array([0.3 * np.cos(1.0), 0.3 * np.sin(1.0), 0.5]))
     np.testing.assert_allclose(world.odometry(layout, moved), [[0.3, 0.0, 0.5]], atol=1e-6)

@@ -57,7 +57,8 @@ def test_a_policy_that_drives_into_boxes_collides_bare_and_never_behind_the_safe
 def test_rooms_of_drives_are_none_of_a_recordings():
     seeds = {trial.start["seed"] for trial in driving.trials(DrivesConfig(trials=4000), held_out=False)}
     config = RecordingConfig()
-    assert min(seeds) > 10**7 + config.validation_episodes and max(seeds) < 10**8
+    lowest, highest = min(seeds), max(seeds)
+    assert lowest > 10**7 + config.validation_episodes and highest < 10**8
 
 
 def test_a_second_evaluation_reads_the_first_ones_results(run):
