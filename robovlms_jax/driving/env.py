@@ -51,9 +51,10 @@ class Drives:
         self.about: dict[str, str] = {}  # nothing beyond this repository
         self.robot, self.size = world.ROBOT, size
         self._drive, self._views, self._safety = drive, tuple(views), safety
-        self._layouts = [scenarios.draw("1box_vert_left", 0)] * size
+        self.layouts = [scenarios.draw("1box_vert_left", 0)] * size
+        """Of each room (N = 1)."""
         self._names = ["1box_vert_left"] * size
-        self._states = [world.reset(layout) for layout in self._layouts]
+        self._states = [world.reset(layout) for layout in self.layouts]
         self._trails: list[list[np.ndarray]] = [[] for _ in range(size)]
         self._layers: list[SafetyLayer | None] = [None] * size
         self._changed = np.zeros((size, 2), int)
@@ -62,7 +63,7 @@ class Drives:
     def reset(self, slots: Sequence[int], starts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Put rooms into the state that {"scenario": id, "seed": whole number} names."""
         for slot, start in zip(slots, starts, strict=True):
-            self._layouts[slot] = layout = scenarios.draw(**start)
+            self.layouts[slot] = layout = scenarios.draw(**start)
             self._names[slot] = start["scenario"]
             self._states[slot], self._trails[slot] = world.reset(layout), []
             self._layers[slot] = make_layer(self._safety) if self._safety else None
@@ -72,7 +73,7 @@ class Drives:
     def step(self, slots: Sequence[int], actions: np.ndarray) -> list[dict[str, Any]]:
         """One command float[3] in each of the slots, for 0.1 s: m/s, m/s, rad/s."""
         commands = np.stack([_checked(action) for action in actions])
-        layout = scenarios.stack([self._layouts[slot] for slot in slots])
+        layout = scenarios.stack([self.layouts[slot] for slot in slots])
         state = world.State(*(np.concatenate(parts) for parts in zip(*(self._states[slot] for slot in slots))))
         if self._safety:
             commands = np.stack([self._filtered(slot, command) for slot, command in zip(slots, commands)])
@@ -91,10 +92,10 @@ class Drives:
 
     def restart(self, slot: int) -> None:
         """Back to the start; a room cannot break."""
-        self._states[slot] = world.reset(self._layouts[slot])
+        self._states[slot] = world.reset(self.layouts[slot])
 
     def _info(self, slot: int) -> dict[str, Any]:
-        layout, state = self._layouts[slot], self._states[slot]
+        layout, state = self.layouts[slot], self._states[slot]
         changed, ticks = self._changed[slot]
         found = {
             "succeeded": bool(world.succeeded(layout, state)[0]),
@@ -118,7 +119,7 @@ class Drives:
         }
 
     def _look(self, slot: int) -> interface.Observation:
-        layout, pose = self._layouts[slot], self._states[slot].pose[0]
+        layout, pose = self.layouts[slot], self._states[slot].pose[0]
         images = {}
         if "view" in self._views:
             images["view"] = camera.render(layout, pose, (180, 288), smooth=2)
@@ -129,7 +130,7 @@ class Drives:
 
     def _filtered(self, slot: int, command: np.ndarray) -> np.ndarray:
         layer = self._layers[slot]
-        decision = layer.check(command, Measured(self._states[slot].pose[0], obstacles_of(self._layouts[slot])))
+        decision = layer.check(command, Measured(self._states[slot].pose[0], obstacles_of(self.layouts[slot])))
         reasons = {event.stage for event in decision.events}
         self._changed[slot] += (bool(reasons & {"collision", "workspace", "latch"}), 1)
         return decision.action
@@ -152,6 +153,11 @@ class Driving:
 
     def observe(self) -> interface.Observation:
         return self._drives.observe([0])[0]
+
+    @property
+    def layout(self) -> scenarios.Layout:
+        """The room (N = 1)."""
+        return self._drives.layouts[0]
 
     @property
     def info(self) -> Mapping[str, Any]:

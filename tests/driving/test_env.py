@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
+import re
+
 import numpy as np
 import pytest
 
@@ -19,7 +22,7 @@ def expert_drive(rooms, starts, steps=150):
         going = [slot for slot in slots if not infos[slot]["succeeded"]]
         if not going:
             break
-        actions = np.concatenate([expert.act(rooms._layouts[slot], rooms._states[slot]) for slot in going])
+        actions = np.concatenate([expert.act(rooms.layouts[slot], rooms._states[slot]) for slot in going])
         for slot, info in zip(going, rooms.step(going, actions)):
             infos[slot] = info
     return infos
@@ -82,3 +85,9 @@ def test_full_speed_at_a_box_ends_in_a_collision_without_the_layer_and_before_it
     assert info["clearance_m"] > 0.09
     assert info["partial"]["stopped by safety"] == (risk == "stop")
     assert safe.name == f"driving-safe-{risk}"
+
+
+def test_the_example_of_the_navigation_page_runs_as_it_stands_there():
+    page = (pathlib.Path(__file__).resolve().parents[2] / "docs/navigation.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(code, "docs/navigation.md", "exec"), {})
