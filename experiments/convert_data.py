@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -59,6 +59,9 @@ class Args:
     """RLDS: the dataset's name. Empty: calvin_ and the name of its directory."""
     file_format: Literal["tfrecord", "array_record"] = "tfrecord"
     """RLDS: how records are stored."""
+    sensors: tuple[str, ...] = ()
+    """Further numeric fields to carry over, for policy.sensors, such as depth_static or observation.effort. In RLDS
+    they stand under observation/, and a dataset's description names them (data/README.md)."""
     quality: int = 95
     """Of JPEG, 4:4:4. Images that are encoded already are copied as they are."""
     workers: int = os.cpu_count() or 1
@@ -76,19 +79,30 @@ def main(args: Args) -> None:
             source = lerobot.open_dataset(
                 args.root, split, conventions=args.conventions, max_left_out_share=args.max_left_out_share
             )
-            pack_lerobot(source, args.out / split, quality=args.quality, workers=args.workers)
+            stored = packing.WithSensors(source, args.sensors)
+            pack_lerobot(stored, args.out / split, quality=args.quality, workers=args.workers)
         return
     name = args.name or "calvin_" + re.sub(r"[^a-z0-9]+", "_", args.root.resolve().name.lower())
     opened = calvin.open_splits(args.root, functools.partial(calvin.open_dataset, args.root))
     splits = {
-        {"training": "train", "validation": "val"}[split]: calvin_episodes(dataset, args.quality)
+        {"training": "train", "validation": "val"}[split]: calvin_episodes(dataset, args.quality, args.sensors)
         for split, dataset in opened.items()
     }
-    target = rlds_writer.write(args.out, name, CALVIN_FIELDS, splits, file_format=args.file_format)
+    first = next(iter(opened.values()))
+    fields = (*CALVIN_FIELDS, *(_sensor_field(first, sensor) for sensor in args.sensors))
+    target = rlds_writer.write(args.out, name, fields, splits, file_format=args.file_format)
     logger.info("%s: %d episodes", target, sum(len(dataset.episodes) for dataset in opened.values()))
 
 
-def calvin_episodes(dataset: base.Dataset, quality: int) -> Iterator[Mapping[str, rlds_writer.Values]]:
+def _sensor_field(dataset: base.Dataset, name: str) -> Field:
+    """As records store a further field. Raises ValueError with the names that there are."""
+    shape = dataset.array(name, [dataset.episodes[0].start]).shape[1:]
+    return Field(f"steps/observation/{name}", "tensor", "float32", shape)
+
+
+def calvin_episodes(
+    dataset: base.Dataset, quality: int, sensors: Sequence[str] = ()
+) -> Iterator[Mapping[str, rlds_writer.Values]]:
     """The annotated spans of a CALVIN split, one after the other, as episodes of `CALVIN_FIELDS`.
 
     A span's last frame, which CALVIN's annotation includes and training never learns from, is left out: every step that
@@ -117,6 +131,7 @@ def calvin_episodes(dataset: base.Dataset, quality: int) -> Iterator[Mapping[str
             "steps/observation/scene_obs": dataset.scene_obs(ids),
             "steps/observation/frame_id": ids,
             "episode_metadata/task": [episode.task.encode()],
+            **{f"steps/observation/{name}": dataset.array(name, ids) for name in sensors},
         }
 
 
@@ -131,7 +146,7 @@ def _encoded(dataset: base.Dataset, ids: np.ndarray, camera: str, quality: int) 
 
 
 def pack_lerobot(
-    source: lerobot.LeRobotDataset, directory: pathlib.Path, *, quality: int = 95, workers: int = 1
+    source: packing.FrameSource, directory: pathlib.Path, *, quality: int = 95, workers: int = 1
 ) -> packed.PackedDataset:
     """Write a LeRobotDataset as a packed one; may be stopped and repeated. Raises as `packing.pack`."""
     ids = [np.arange(episode.start, episode.end + 1) for episode in source.episodes]

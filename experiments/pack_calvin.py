@@ -33,6 +33,9 @@ class Args:
     """Also store the frames that no annotation covers; training does not read them."""
     annotation_folder: str = "lang_annotations"
     """Folder under each split with auto_lang_ann.npy."""
+    sensors: tuple[str, ...] = ()
+    """Further numeric arrays of the frames to store, for policy.sensors: depth_static, depth_tactile, ... A depth
+    picture of 200 x 200 pixels takes 160 kB."""
     workers: int = os.cpu_count() or 1
     """Processes."""
     skip_corrupt: bool = False
@@ -43,11 +46,12 @@ def main(args: Args) -> None:
     """Pack every split found. Raises ValueError, OSError or RuntimeError with the way out (see `packing.pack`)."""
     open_one = functools.partial(calvin.open_npz, args.root, annotation_folder=args.annotation_folder)
     for split, source in calvin.open_splits(args.root, open_one).items():
+        stored = packing.WithSensors(source, args.sensors)
         spans = np.array([(episode.start, episode.end) for episode in source.episodes])
         if args.all_frames:
             spans = np.concatenate([spans, source.sessions()])
         dataset = packing.pack(
-            source,
+            stored,
             args.out / split,
             frame_ids=source.frames_within(spans),
             codec=args.codec,

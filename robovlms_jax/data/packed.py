@@ -5,7 +5,7 @@
   annotations.json      [{start, end, instruction, task}, ...]
   shard_00000.bin ...   images of up to 4096 frames each; the cameras of a frame lie side by side
   index/*.npy           a row per frame, sorted by frame id: frame_id, file_id, offset and length per camera, and the
-                        numeric fields as float32
+                        numeric fields as float32, those of further sensors included (meta.json: sensors)
 and the source's small files about sessions and scenes, copied as they are.
 """
 
@@ -80,7 +80,10 @@ class PackedDataset(base.Dataset):
     def array(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:
         if name not in self._arrays:
             raise ValueError(f"{self.name} stores no {name!r}; it has {sorted(self._arrays)}.")
-        return base.require_finite(self._arrays[name][self._rows(frame_ids)], frame_ids, name, self.name)
+        values = self._arrays[name][self._rows(frame_ids)]
+        if name in self.meta.get("sensors", ()):  # NaN and infinity have a meaning there
+            return values
+        return base.require_finite(values, frame_ids, name, self.name)
 
     def encoded(self, frame_ids: Sequence[int], camera: str) -> list[bytes]:
         """The images as they are stored, JPEG or PNG. Raises as `images` does."""

@@ -41,7 +41,7 @@ Encode = Callable[[np.ndarray, str], bytes]
 
 
 class FrameSource(Protocol):
-    """What `pack` reads from; `calvin.NpzDataset` is one. Picklable."""
+    """What `pack` reads from; `calvin.NpzDataset` is one, `WithSensors` makes one with more fields. Picklable."""
 
     name: str
     episodes: tuple[base.Episode, ...]
@@ -53,6 +53,22 @@ class FrameSource(Protocol):
 
     def frame(self, frame_id: int) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
         """(camera -> uint8[height, width, 3], field -> float32[d]) of one frame. Raises CorruptFrameError."""
+
+
+class WithSensors:
+    """A dataset as a `FrameSource` whose frames also have further fields of it, such as depth_static, by name."""
+
+    def __init__(self, source: FrameSource, sensors: Sequence[str]):
+        self.name, self.episodes, self.image_sizes = source.name, source.episodes, source.image_sizes
+        self.robot, self.action_units, self.statistics = source.robot, source.action_units, source.statistics
+        self._source, self.sensors = source, tuple(name for name in sensors if name not in source.arrays)
+        self.arrays = (*source.arrays, *self.sensors)
+        for name in self.sensors:
+            source.array(name, [self.episodes[0].start])  # raises ValueError with the names that there are
+
+    def frame(self, frame_id: int) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
+        images, arrays = self._source.frame(frame_id)
+        return images, {**arrays, **{name: self._source.array(name, [frame_id])[0] for name in self.sensors}}
 
 
 def pack(
@@ -87,20 +103,7 @@ def pack(
     """
     directory = pathlib.Path(directory)
     frame_ids = np.asarray(frame_ids, np.int64)
-    plan = {
-        "version": packed.VERSION,
-        "codec": codec,
-        "quality": quality if codec == "jpeg" else None,
-        "image_sizes": {camera: list(size) for camera, size in source.image_sizes.items()},
-        "arrays": list(source.arrays),
-        "frames_sha256": hashlib.sha256(frame_ids.tobytes()).hexdigest(),
-        "frames_per_shard": FRAMES_PER_SHARD,
-        "skip_corrupt": skip_corrupt,
-    }
-    if source.statistics is not None:  # a format that knows what its numbers mean; CALVIN's are understood
-        plan |= {"action_units": list(source.action_units), "statistics": source.statistics.to_json()}
-        plan["robot"] = source.robot.to_json()
-    plan = json.loads(json.dumps(plan))  # as it is read again: lists, no tuples
+    plan = _plan(source, frame_ids, codec, quality, skip_corrupt)
     encode = functools.partial(encode_image, codec, quality)
     with _explained(directory):
         if not _claim(directory, plan):
@@ -113,6 +116,28 @@ def pack(
         for leftover in [*directory.glob("shard_*.npz"), directory / packed.PARTIAL_META]:
             leftover.unlink(missing_ok=True)
     return dataset
+
+
+def _plan(source: FrameSource, frame_ids: np.ndarray, codec: Codec, quality: int, skip_corrupt: bool) -> dict[str, Any]:
+    """What a directory's meta.json says of its content; shards of another plan are of no use."""
+    further = list(getattr(source, "sensors", ()))
+    plan = {
+        "version": packed.VERSION,
+        "codec": codec,
+        "quality": quality if codec == "jpeg" else None,
+        "image_sizes": {camera: list(size) for camera, size in source.image_sizes.items()},
+        "arrays": list(source.arrays),
+        "frames_sha256": hashlib.sha256(frame_ids.tobytes()).hexdigest(),
+        "frames_per_shard": FRAMES_PER_SHARD,
+        "skip_corrupt": skip_corrupt,
+    }
+    if further:
+        plan["sensors"] = further
+    if source.statistics is not None:  # a format that knows what its numbers mean; CALVIN's are understood
+        plan |= {"action_units": list(source.action_units), "statistics": source.statistics.to_json()}
+        plan["robot"] = source.robot.to_json()
+    plan = json.loads(json.dumps(plan))  # as it is read again: lists, no tuples
+    return plan
 
 
 def verify(dataset: packed.PackedDataset, source: FrameSource) -> None:
@@ -133,11 +158,16 @@ def verify(dataset: packed.PackedDataset, source: FrameSource) -> None:
         wrong = [
             camera for camera in images if not _faithful(decoded[camera][0], images[camera], dataset.meta["codec"])
         ]
-        wrong += [name for name in arrays if not np.array_equal(dataset.array(name, [frame_id])[0], arrays[name])]
+        wrong += [name for name in arrays if not _same(dataset.array(name, [frame_id])[0], arrays[name])]
         if wrong:
             raise RuntimeError(
                 f"{dataset.directory}: {wrong} of frame {frame_id} are not those of {source.name}; {again}"
             )
+
+
+def _same(stored: np.ndarray, values: np.ndarray) -> bool:
+    """Equal; NaN, which stands for a missing value in readings of sensors, equals itself."""
+    return np.array_equal(stored, np.asarray(values, np.float32), equal_nan=True)
 
 
 def _claim(directory: pathlib.Path, plan: Mapping[str, Any]) -> bool:

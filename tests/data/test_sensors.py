@@ -11,7 +11,21 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from robovlms_jax.data import base, calvin, excerpts, lerobot, mixing, rlds, samples, sensors, statistics
+from experiments import convert_data, pack_calvin
+from robovlms_jax.data import (
+    base,
+    calvin,
+    excerpts,
+    lerobot,
+    mixing,
+    packed,
+    packing,
+    rlds,
+    samples,
+    sensors,
+    statistics,
+)
+from robovlms_jax.data.registry.entry import Entry
 from robovlms_jax.inputs.sensors import Reading
 from tests.data import toy_rlds
 from tests.data.test_rlds import TOY
@@ -150,6 +164,35 @@ def test_every_numeric_feature_of_a_lerobot_dataset_is_read_by_name(tmp_path):
             np.testing.assert_allclose(dataset.array(name, ids), expected, rtol=1e-6)
     with pytest.raises(ValueError, match=r"stores no 'effort'; it has \['rel_actions'.*'observation.state'"):
         dataset.array("effort", [0])
+
+
+def test_sensors_survive_packing_and_conversion_missing_values_included(write_calvin, tmp_path):
+    torque = {frame: np.full(5, np.nan) if frame == 12 else np.arange(5.0) + frame for frame in range(10, 20)}
+    change = {frame: {"torque": values} for frame, values in torque.items()}
+    (root,) = {write_calvin([(10, 19)], split=split, change=change) for split in ("training", "validation")}
+    ids, expected = np.arange(10, 20), np.float32(list(torque.values()))
+    pack_calvin.main(pack_calvin.Args(root, tmp_path / "packed", sensors=("torque",), workers=1))
+    stored = calvin.open_dataset(tmp_path / "packed", "training")
+    np.testing.assert_array_equal(stored.array("torque", ids), expected)
+    values, present = sensors.make(Reading("torque", "vector", "torque", (5,))).read(stored, ids)
+    assert present.tolist() == [frame != 12 for frame in range(10, 20)] and values[1].tolist() == expected[1].tolist()
+    with pytest.raises(ValueError, match=r"stores no 'torqe'; its frames have .*'torque'"):
+        packing.WithSensors(calvin.open_npz(root, "training"), ["torqe"])
+
+    convert_data.main(convert_data.Args("calvin", tmp_path / "packed", tmp_path, "arm", sensors=("torque",)))
+    entry = Entry("arm", wrist="wrist_image", sensors={"torque": "observation/torque"})
+    read = rlds.open_dataset(tmp_path, entry, "training", options=rlds.Options(workers=1))
+    np.testing.assert_array_equal(read.array("torque", np.arange(9)), expected[:9])
+
+
+def test_a_lerobot_datasets_sensors_survive_packing(tmp_path):
+    toy = pytest.importorskip("tests.data.toy_lerobot")
+    root = toy.write(tmp_path / "arm", names=["x", "y", "z", "roll", "pitch", "yaw", "gripper"], files=[(0, 1), (2, 3)])
+    arguments = convert_data.Args("lerobot", root, tmp_path / "packed", sensors=("observation.state",), workers=1)
+    convert_data.main(arguments)
+    stored, source = packed.PackedDataset(tmp_path / "packed" / "training"), lerobot.open_dataset(root, "training")
+    ids = stored.frame_ids
+    np.testing.assert_array_equal(*(x.array("observation.state", ids) for x in (stored, source)))
 
 
 def test_every_numeric_array_of_calvins_frames_is_read_by_name(write_calvin):
