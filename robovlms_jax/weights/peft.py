@@ -1,0 +1,323 @@
+"""Adapters in the files of Hugging Face's PEFT (adapter_config.json, adapter_model.safetensors), out and in.
+
+PEFT names a matrix by its module in transformers 5, stores A as [r, inputs] and B as [outputs, r] (of a convolution
+A as [r, C, x, y] and B as [outputs, r, 1, 1]), and DoRA's magnitude as lengths of output channels; ours is a factor of
+the kernel's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+from robovlms_jax import json_files
+from robovlms_jax.nn.linear import Lora
+from robovlms_jax.weights import rules as rules_of
+from robovlms_jax.weights import sources
+from robovlms_jax.weights.rearrange import Rearrange
+from robovlms_jax.weights.rules import Rule, Rules
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+_MODULES = (
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^vision_tower\.vision_model\.", "model.vision_tower."),
+    (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+)
+"""From the published names of `rules.HUB_NAMES` families to modules of transformers 5."""
+
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>A|B|magnitude_vector)(?:\.default)?(?:\.weight)?"
+)
+
+_PLAIN = {
+    "bias": "none",
+    "modules_to_save": None,
+    "fan_in_fan_out": False,
+    "layer_replication": None,
+    "use_qalora": False,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "lora_bias": False,
+}
+"""Settings of PEFT that change what is computed, with the only value that our adapters have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How one kernel's adapters are laid out in torch. parts: how many kernels share the tensor."""
+
+    rule: Rule
+    down: Rearrange
+    up: Rearrange
+    lengths: Rearrange
+
+    @classmethod
+    def of(cls, rule: Rule, kernel_ndim: int, contracted: int) -> _Layout | None:
+        """None where torch has no module of outputs by inputs there, so that PEFT has no adapter for it.
+
+        kernel_ndim: axes of one layer's kernel, of which the first `contracted` meet the inputs.
+        """
+        whole = Rearrange.parse(rule.pattern, kernel_ndim)
+        inputs, outputs = whole.target[:contracted], whole.target[contracted:]
+        first, *rest = whole.source
+        if not rule.source.endswith(".weight") or {axis for group in rest for axis in group} != set(inputs):
+            return None
+        ones = tuple(() for _ in rest[1:])  # of a convolution's B
+        return cls(
+            rule,
+            Rearrange((("R",), *rest), (*inputs, "R")),
+            Rearrange((first, ("R",), *ones), ("R", *outputs)),
+            Rearrange((first,), outputs),
+        )
+
+
+def export(
+    params: Mapping[str, Any], rules: Rules, lora: Lora, directory: str | pathlib.Path, base_model: str = ""
+) -> None:
+    """Write the adapters of a backbone as a directory that `peft.PeftModel.from_pretrained(model, directory)` opens.
+
+    Kernels that share a tensor (a fused projection of queries, keys and values) become one adapter of their ranks'
+    sum.
+
+    Args:
+      params: of the backbone, nested, adapters included.
+      rules: those its weights are loaded by. lora: as the modules were built.
+      base_model: where the base's weights are, for whoever opens the directory.
+    Raises:
+      ValueError: there are no adapters, or some that PEFT has no place for; names them.
+      FileExistsError: the directory holds an adapter.
+    """
+    flat, directory = flatten_dict(params, sep="/"), pathlib.Path(directory)
+    layouts = _layouts(flat, rules)
+    if not any(path.endswith("lora_a") for path in flat):
+        raise ValueError("there are no adapters (lora_a) in the parameters; was it trained with backbone.lora_rank?")
+    unknown = sorted(path for path in flat if path.endswith("lora_a") and path not in layouts)
+    if unknown:
+        raise ValueError(
+            f"PEFT has no adapters for {unknown}: in torch they are no modules of their own. Merge the adapters and "
+            "export the whole model."
+        )
+    if (directory / CONFIG).exists():
+        raise FileExistsError(f"{directory} holds an adapter already; export to an empty directory.")
+    by_tensor: dict[str, list[str]] = {}
+    for path, layout in sorted(layouts.items(), key=lambda item: item[1].rule.part):
+        by_tensor.setdefault(layout.rule.source, []).append(path)
+    tensors, modules, fused = {}, [], {}
+    for _, paths in sorted(by_tensor.items()):
+        layers = flat[paths[0]].shape[0] if layouts[paths[0]].rule.is_stacked else None
+        for layer in [None] if layers is None else range(layers):
+            module = _module(layouts[paths[0]].rule.name(layer), rules)
+            modules.append(module)
+            if len(paths) > 1:
+                fused[module] = len(paths)
+            for name, value in _tensors(flat, [layouts[path] for path in paths], layer, lora).items():
+                tensors[f"base_model.model.{module}.{name}"] = np.ascontiguousarray(value, np.float32)
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_settings(lora, modules, fused, base_model), indent=2)
+    (directory / CONFIG).write_text(text + "\n")
+    save_file(tensors, directory / TENSORS, metadata={"format": "pt"})
+
+
+def load(
+    directory: str | pathlib.Path, params: Mapping[str, Any], rules: Rules, lora: Lora
+) -> dict[str, jax.Array | np.ndarray]:
+    """Adapters of a PEFT directory as our parameters: path -> float32 array. Matrices for which it has none are left
+    out; their own adapters add nothing at first.
+
+    Args:
+      params: of the backbone: nested arrays, or shapes where no adapter is a DoRA. lora: as the modules were built;
+        smaller ranks are filled up with zeros, another scale goes into B.
+    Raises:
+      FileNotFoundError, ValueError: no adapter there, of another kind or a larger rank, or of another model; names the
+        setting or the module, what was expected, and the flags that fit.
+    """
+    directory = pathlib.Path(directory).expanduser()
+    settings = json_files.read_object(directory / CONFIG, "PEFT's settings")
+    _require_kind(directory, settings, lora)
+    flat = flatten_dict(params, sep="/")
+    layouts = _layouts(flat, rules)
+    found: dict[str, dict[int | None, dict[str, np.ndarray]]] = {}
+    unknown = []
+    file = sources.SafetensorsSource([directory / TENSORS], str(directory / TENSORS))
+    for key, shape in file.shapes.items():
+        value = file.read(key, (slice(None),) * len(shape))
+        match = _KEY.fullmatch(key)
+        name = rules_of.canonical(rules, f"{match['module']}.weight") if match else ""
+        places = [(path, layout.rule.match(name)) for path, layout in layouts.items()]
+        paths = [(path, layer) for path, (fits, layer) in places if fits]
+        if not paths:
+            unknown.append(key)
+        for path, layer in paths:
+            values = found.setdefault(path, {}).setdefault(layer, {"module": match["module"]})
+            values[match["part"]] = value.astype(np.float32)
+    if unknown or not found:
+        raise ValueError(
+            f"{directory / TENSORS} is not an adapter of this backbone: it has no matrices for {sorted(unknown)[:4]} "
+            f"({len(unknown)} of them); it has, for example, {sorted(x.rule.source for x in layouts.values())[:2]}. Is "
+            f"it one of {settings.get('base_model_name_or_path') or 'another model'}?"
+        )
+    out = {}
+    for path, layers in found.items():
+        out |= _joined(path, layers, layouts[path], flat, (settings, lora))
+    return out
+
+
+def _layouts(flat: Mapping[str, Any], rules: Rules) -> dict[str, _Layout]:
+    """Path of each lora_a that PEFT has a place for -> its layout."""
+    found = {}
+    for rule in rules:
+        path = re.sub(r"kernel$", "lora_a", rule.target) if isinstance(rule, Rule) else ""
+        if path.endswith("lora_a") and path in flat and path not in found:
+            stack = int(rule.is_stacked)
+            contracted = len(flat[path].shape) - 1 - stack
+            added = len(flat[path[:-1] + "b"].shape) - 1 - stack
+            found[path] = _Layout.of(rule, contracted + added, contracted)
+    return {path: layout for path, layout in found.items() if layout is not None}
+
+
+def _module(tensor: str, rules: Rules) -> str:
+    name = tensor.removesuffix(".weight") + "."
+    if set(rules_of.HUB_NAMES) <= set(rules):
+        for pattern, replacement in _MODULES:
+            name = re.sub(pattern, replacement, name)
+    return name.removesuffix(".")
+
+
+def _tensors(flat: Mapping[str, Any], layouts: list[_Layout], layer: int | None, lora: Lora) -> dict[str, np.ndarray]:
+    """What PEFT stores for one module, of the kernels that share its tensor."""
+
+    def of(layout: _Layout, name: str) -> np.ndarray:
+        value = flat[re.sub(r"kernel$", name, layout.rule.target)]
+        return np.asarray(value if layer is None else value[layer], np.float32)
+
+    downs, ups, lengths = [], [], []
+    for layout in layouts:
+        downs.append(layout.down.backward(of(layout, "lora_a")))
+        up = of(layout, "lora_b")
+        ups.append(
+            layout.up.backward(*(up if other is layout else np.zeros_like(of(other, "lora_b")) for other in layouts))
+        )
+        if lora.kind == "dora":
+            kernel, contracted = of(layout, "kernel"), of(layout, "lora_a").ndim - 1
+            lengths.append(
+                of(layout, "lora_m") * np.linalg.norm(kernel.reshape(-1, *kernel.shape[contracted:]), axis=0)
+            )
+    out = {"lora_A.weight": np.concatenate(downs), "lora_B.weight": np.concatenate(ups, axis=1)}
+    if lengths:
+        length = layouts[0].lengths.backward(*lengths)
+        spatial = ups[0].ndim - 2  # of a convolution, whose lengths are [1, outputs, 1, 1]
+        out["lora_magnitude_vector"] = length.reshape(1, -1, *[1] * spatial) if spatial else length
+    return out
+
+
+def _settings(lora: Lora, modules: list[str], fused: Mapping[str, int], base_model: str) -> dict[str, Any]:
+    more = math.sqrt if lora.kind == "rslora" else float  # so that alpha / r, or alpha / sqrt(r), stays
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_model,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.kind == "rslora",
+        "use_dora": lora.kind == "dora",
+        "target_modules": modules,
+        "rank_pattern": {re.escape(module): lora.rank * parts for module, parts in fused.items()},
+        "alpha_pattern": {re.escape(module): lora.alpha * more(parts) for module, parts in fused.items()},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def _require_kind(directory: pathlib.Path, settings: Mapping[str, Any], lora: Lora) -> None:
+    kind = "dora" if settings.get("use_dora") else "rslora" if settings.get("use_rslora") else "lora"
+    if settings.get("peft_type") != "LORA" or (settings.get("use_dora") and settings.get("use_rslora")):
+        raise ValueError(
+            f"{directory / CONFIG}: peft_type={settings.get('peft_type')!r}, use_dora={settings.get('use_dora')}, "
+            f"use_rslora={settings.get('use_rslora')}; LORA, with one of the two at most, is read here."
+        )
+    other = {key: settings[key] for key, value in _PLAIN.items() if settings.get(key, value) not in (value, None, [])}
+    if other:
+        raise ValueError(
+            f"{directory / CONFIG} has {other}; adapters with { ({k: _PLAIN[k] for k in other}) } are read here."
+        )
+    rank = max(settings.get("r", 8), *(settings.get("rank_pattern") or {0: 0}).values())
+    if lora.rank < rank or lora.kind != kind:
+        raise ValueError(
+            f"{directory} holds adapters of kind {kind!r} and rank {rank}; the backbone is to have kind {lora.kind!r} "
+            f"and rank {lora.rank}. Pass --backbone.lora_rank {max(rank, lora.rank)} --backbone.lora_kind {kind}."
+        )
+
+
+def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    """PEFT's factor of B A: the first pattern that the end of a module's name has, else lora_alpha."""
+    patterns = (settings.get("alpha_pattern") or {}).items()
+    own = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", module))
+    return next(own, settings.get("lora_alpha", 8)) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _joined(
+    path: str,
+    layers: Mapping[int | None, Mapping[str, Any]],
+    layout: _Layout,
+    flat: Mapping[str, Any],
+    origin: tuple[Mapping[str, Any], Lora],
+) -> dict[str, Any]:
+    """lora_a, lora_b and lora_m of one kernel from its layers. origin: PEFT's settings, and how ours are built."""
+    prefix, stacked, (settings, lora) = path.removesuffix("a"), layout.rule.is_stacked, origin
+    expected = list(range(flat[path].shape[0])) if stacked else [None]
+    if sorted(layers, key=str) != sorted(expected, key=str):
+        raise ValueError(
+            f"the adapter has {layout.rule.source} in layers {sorted(layers)}, the backbone in {expected[0]} to "
+            f"{expected[-1]}; it was made for some layers only, or for a model of another depth."
+        )
+    out: dict[str, list[np.ndarray]] = {}
+    for layer in expected:
+        values = layers[layer]
+        module, names = values["module"], ["A", "B"] + ["magnitude_vector"] * (lora.kind == "dora")
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise ValueError(f"the adapter's {module} has no lora_{missing[0]}; the file is incomplete.")
+        rank = values["A"].shape[0]
+        up = values["B"] * (_scale(settings, module, rank) / lora.scale)
+        pairs = [("a", layout.down, values["A"]), ("b", layout.up, up)]
+        for name, rearrange, value in pairs:
+            shape = list(flat[prefix + name].shape[int(stacked) :])
+            shape[0 if name == "b" else -1] = rank
+            if rearrange.source_shape(tuple(shape)) != value.shape:
+                raise ValueError(
+                    f"the adapter's {module} has lora_{name.upper()} {list(value.shape)}; the backbone's matrix wants "
+                    f"{list(rearrange.source_shape(tuple(shape)))}. It is one of another model."
+                )
+            mine = rearrange.forward(lambda cut, value=value: value[cut], tuple(shape), (slice(None),) * len(shape))
+            room = [
+                (0, lora.rank - rank if size == rank and axis == (0 if name == "b" else len(shape) - 1) else 0)
+                for axis, size in enumerate(shape)
+            ]
+            out.setdefault(prefix + name, []).append(np.pad(mine, room))
+        if lora.kind == "dora":
+            out.setdefault(prefix + "m", []).append(_gain(values["magnitude_vector"], layout, flat, path, layer))
+    return {name: np.stack(values) if stacked else values[0] for name, values in out.items()}
+
+
+def _gain(value: np.ndarray, layout: _Layout, flat: Mapping[str, Any], path: str, layer: int | None) -> np.ndarray:
+    """DoRA's magnitude of one layer as a factor of the kernel's own channel lengths."""
+    kernel = flat[path.removesuffix("lora_a") + "kernel"]
+    kernel = kernel if layer is None else kernel[layer]
+    shape = kernel.shape[flat[path].ndim - 1 - int(layer is not None) :]
+    magnitude = layout.lengths.forward(lambda cut: value.reshape(-1)[cut], shape, (slice(None),) * len(shape))
+    return magnitude / np.asarray(jnp.linalg.norm(jnp.reshape(kernel, (-1, *shape)).astype(jnp.float32), axis=0))
