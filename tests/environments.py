@@ -3,8 +3,8 @@
 python tests/environments.py oldest     # every lower bound of setup.cfg as exactly that version
 python tests/environments.py newest     # the same packages without a version, for `pip install --upgrade`
 
-setup.cfg is the only list. Both print the packages and the extra `test` (with `train` in it) without torch: it is an
-oracle of gigabytes, and the tests that need it are skipped where it is missing.
+setup.cfg is the only list. Both print the packages and the extra `test` (with `train` in it) without torch and what
+brings it: it is an oracle of gigabytes, and the tests that need it are skipped where it is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from typing import NamedTuple
 
 SETUP = pathlib.Path(__file__).resolve().parents[1] / "setup.cfg"
-LEFT_OUT = {"torch"}
+LEFT_OUT = {"torch", "peft"}  # which brings torch
 
 
 class Requirement(NamedTuple):

@@ -44,10 +44,17 @@ class BackboneConfig:
     more. dora: as lora, and the length of each output channel is learned apart."""
     lora_dropout: float = 0.0
     """Share of the adapters' inputs that is dropped in training."""
+    adapter: str = ""
+    """Adapters that training starts from, as PEFT stores them: a directory with adapter_config.json, or
+    hf://OWNER/NAME. lora_rank must be theirs or larger, lora_kind theirs. Empty: new ones."""
 
     def __post_init__(self):
         for field in ("lora_rank", "resampler_latents"):
             require(getattr(self, field) >= 0, f"backbone.{field}={getattr(self, field)} must be 0 (off) or positive.")
+        require(
+            not self.adapter or self.lora_rank > 0,
+            f"backbone.adapter={self.adapter!r} needs backbone.lora_rank: its adapter_config.json says r.",
+        )
         require(0 <= self.lora_dropout < 1, f"backbone.lora_dropout={self.lora_dropout} must lie in [0, 1).")
         for field in ("resampler_depth", "resampler_heads"):
             require(getattr(self, field) >= 1, f"backbone.{field}={getattr(self, field)} must be at least 1.")

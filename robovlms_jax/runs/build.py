@@ -30,7 +30,7 @@ from robovlms_jax.policies.serving import EncodeText
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.types import Inputs
-from robovlms_jax.weights import convert, rules, sources, tying
+from robovlms_jax.weights import convert, peft, rules, sources, tying
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,13 +46,14 @@ RESAMPLER = rules.Initialised(r"^resampler/", "resamplers are initialised by the
 class Backbone:
     """A backbone's architecture, its tokenizer, and the small files both came from (they travel inside checkpoints).
 
-    directories: where its weights are; none = random parameters.
+    directories: where its weights are; none = random parameters. adapter: where its adapters are; None = new ones.
     """
 
     vlm: backbones.VLMConfig
     tokenizer: PreTrainedTokenizerBase
     assets: Mapping[str, str]
     directories: tuple[pathlib.Path, ...] = ()
+    adapter: pathlib.Path | None = None
 
     def encoder(self, length: int) -> EncodeText:
         """Instruction -> (int32[T], bool[T]) with T = `length`, or more as a longer prompt needs it; one that is far
@@ -83,9 +84,10 @@ def open_backbone(config: BackboneConfig, sentences: Iterable[str]) -> Backbone:
     Raises:
       ValueError, FileNotFoundError: unknown name, or a directory without what is needed; names it.
     """
+    adapter = tokenizers.resolve_weights(config.adapter) if config.adapter else None
     if config.weights:
         directories = tuple(map(tokenizers.resolve_weights, tokenizers.split_weights(config.weights)))
-        backbone = dataclasses.replace(_open(config, directories[0]), directories=directories)
+        backbone = dataclasses.replace(_open(config, directories[0]), directories=directories, adapter=adapter)
         return fit_weights(backbone, sources.open_sources(directories))
     vlm = registry.get(config.name)
     logger.info(
@@ -94,7 +96,7 @@ def open_backbone(config: BackboneConfig, sentences: Iterable[str]) -> Backbone:
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory)
         write_files(vlm, [prompts.format_prompt(vlm.prompt, sentence) for sentence in sentences], path)
-        return _open(config, path)
+        return dataclasses.replace(_open(config, path), adapter=adapter)
 
 
 def write_files(vlm: backbones.VLMConfig, texts: Iterable[str], directory: pathlib.Path) -> None:
@@ -253,8 +255,8 @@ def spare_params(model: VLA, shapes: Any) -> dict[str, tuple[int, ...]]:
 
 
 def init_params(model: VLA, mesh: Mesh, seed: int, backbone: Backbone | None = None) -> Any:
-    """Parameters in their shardings. The backbone's come from `backbone.directories` if it has any, tensor by tensor;
-    the rest is random.
+    """Parameters in their shardings. The backbone's come from `backbone.directories` if it has any, tensor by tensor,
+    and its adapters from `backbone.adapter`; the rest is random.
 
     Random values of the loaded parameters are never made: the compiler drops what is not asked for.
     """
@@ -265,7 +267,15 @@ def init_params(model: VLA, mesh: Mesh, seed: int, backbone: Backbone | None = N
         wanted, places, spare = shapes["backbone"], shardings["backbone"], spare_params(model, shapes)
         params = convert.load_params(model.vlm.rules, source, wanted, places, spare=spare)
         loaded = {f"backbone/{path}": x for path, x in flatten_dict(params, sep="/").items()}
-    return fill_params(model, mesh, seed, loaded)
+    params = fill_params(model, mesh, seed, loaded)
+    if backbone is None or backbone.adapter is None:
+        return params
+    vlm, flat = model.vlm, flatten_dict(params, sep="/")
+    adapters = peft.load(backbone.adapter, params["backbone"], vlm.rules, vlm.lora)
+    for path, x in adapters.items():
+        flat[f"backbone/{path}"] = jax.device_put(x, flat[f"backbone/{path}"].sharding)
+    logger.info("adapters of %d matrices from %s", sum(path.endswith("lora_a") for path in adapters), backbone.adapter)
+    return unflatten_dict(flat, sep="/")
 
 
 def fill_params(model: VLA, mesh: Mesh, seed: int, loaded: Mapping[str, jax.Array]) -> Any:

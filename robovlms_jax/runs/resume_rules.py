@@ -38,7 +38,11 @@ class Rule:
 
 RULES = (
     # What is trained.
-    Rule("kept", ("backbone.weights",), "parameters, tokenizer and preprocessing come from the checkpoint"),
+    Rule(
+        "kept",
+        ("backbone.weights", "backbone.adapter"),
+        "parameters, tokenizer and preprocessing come from the checkpoint",
+    ),
     Rule("said", ("backbone.dtype",), "numbers are computed in another precision"),
     Rule("free", ("backbone.remat",), "the same numbers with less memory"),
     Rule(

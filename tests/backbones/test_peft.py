@@ -15,7 +15,7 @@ from robovlms_jax.weights import peft as adapters
 from tests.backbones import families
 from tests.backbones.oracle import abstract, from_torch, randomize
 
-peft = pytest.importorskip("peft", reason="peft is a test dependency")
+peft = pytest.importorskip("peft", reason="not in environments without torch")
 
 FAMILIES = ("kosmos-2", "llava-1.5-7b", "qwen2.5-vl-3b")
 """Names as published, names that transformers 5 changed, convolutions over three axes."""
