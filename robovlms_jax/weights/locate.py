@@ -38,9 +38,9 @@ def find(directory: pathlib.Path) -> pathlib.Path | None:
     if adapter and (directory / "adapter_config.json").is_file():
         beside = f" beside {chosen.name}, which it changes" if chosen else ""
         raise ValueError(
-            f"{directory} holds a LoRA adapter ({adapter[0]}){beside}. Pass its directory as backbone.adapter, or merge "
-            "it first (peft: merge_and_unload().save_pretrained(NEW_DIR)); to use the model without, move the adapter's "
-            "files away."
+            f"{directory} holds a LoRA adapter ({adapter[0]}){beside}. Merge it first (peft: "
+            "merge_and_unload().save_pretrained(NEW_DIR)), or move the adapter's files to a folder of their own, which "
+            "backbone.adapter may name."
         )
     return chosen
 
