@@ -3,6 +3,8 @@
 python -m experiments.cotrain                              # questions, then demonstrations and questions together
 python -m experiments.cotrain --preset vl                  # the bundled questions alone
 python -m experiments.cotrain --preset robot --train.init_from runs/vl        # plain fine-tuning of what came out
+python -m experiments.cotrain --preset three_stages        # questions, the robot, then the robot among other robots
+python -m experiments.cotrain --preset paper_order         # questions, other robots, then the robot alone
 
 The demonstrations are PlayTable's, recorded at the first start; `experiments.playtable_questions` makes more questions
 than the bundled ones. Presets are those of `experiments.calvin_abcd` with `data.vl`, `train.sources` and `train.stages`
@@ -14,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from experiments import calvin_abcd
+from experiments import bridge, calvin_abcd
 from robovlms_jax import cli, upstream
 from robovlms_jax.data.vl.config import VLConfig
 from robovlms_jax.runs import run
@@ -50,6 +52,12 @@ LOOK = StageConfig(steps=1500, name="vl", trainable=("^backbone/",), optimizer=V
 """Vision-language pre-training: the backbone alone, questions alone."""
 ROBOT = StageConfig(steps=2300, name="robot")
 TOGETHER = StageConfig(steps=2300, name="together", sources=BOTH)
+AMONG = StageConfig(steps=1000, name="cross-embodiment", sources={"robot": 1.0, "bridge": 1.0, "questions": 0.5})
+"""Cross-embodiment: the bundled piece of BridgeData V2 beside PlayTable, every robot with a head of its own."""
+OTHERS = {
+    "data.others.roots": {"bridge": str(bridge.SAMPLE)},
+    "data.others.datasets": {"bridge": "bridge"},
+}
 
 PRESETS = {
     "vl": preset("vl", **{"train.stages": (LOOK,), "rollouts.trials": 0, "evaluation.episodes": 0}),
@@ -58,6 +66,8 @@ PRESETS = {
     "insulated": preset("insulated", **{"train.sources": BOTH, "policy.insulate": True}),
     "vl_robot": preset("vl_robot", **{"train.stages": (LOOK, ROBOT)}),
     "vl_together": preset("vl_together", **{"train.stages": (LOOK, TOGETHER)}),
+    "three_stages": preset("three_stages", **OTHERS, **{"train.stages": (LOOK, ROBOT, AMONG)}),
+    "paper_order": preset("paper_order", **OTHERS, **{"train.stages": (LOOK, AMONG, ROBOT)}),
 }
 
 if __name__ == "__main__":

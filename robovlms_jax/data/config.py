@@ -13,6 +13,23 @@ from robovlms_jax.schema import require
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("data.others")
+class OthersConfig:
+    """Demonstrations of other robots, as sources beside the policy's own; train.sources and stages say their shares.
+    Each is normalised by its own statistics, and its actions may have other dimensions (policy.other_heads)."""
+
+    roots: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Name of one's own -> directory, as data.root."""
+    datasets: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Name -> kind, as data.dataset; calvin where it is not named."""
+
+    def __post_init__(self):
+        unknown = sorted(set(self.datasets) - set(self.roots))
+        require(not unknown, f"data.others.datasets names {unknown}; data.others.roots has {sorted(self.roots)}.")
+        require("robot" not in self.roots, "data.others.roots: `robot` is the name of the policy's own demonstrations.")
+
+
+@dataclasses.dataclass(frozen=True)
 @schema.checked("data")
 class DataConfig:
     """Episodes on disk and how they become batches."""
@@ -80,6 +97,7 @@ class DataConfig:
     Cameras that are nowhere named are not shifted."""
     augment: AugmentConfig = AugmentConfig()
     vl: VLConfig = VLConfig()
+    others: OthersConfig = OthersConfig()
     num_threads: int = 8
     """Threads that read and decode, in each worker."""
     num_workers: int = 0
@@ -108,6 +126,8 @@ class DataConfig:
             self.dataset == "lerobot" or not self.conventions,
             f"data.conventions describes a LeRobotDataset; data.dataset is {self.dataset!r}.",
         )
+        both = sorted(set(self.vl.paths) & set(self.others.roots))
+        require(not both, f"data.vl.paths and data.others.roots both have {both}; a source needs a name of its own.")
         require(self.dataset != "", "data.dataset must name a format, dataset, mixture or file.")
         require(
             self.vary_language or not self.paraphrases, "data.paraphrases needs --data.vary_language to have an effect."

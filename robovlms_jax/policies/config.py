@@ -11,8 +11,9 @@ import numpy as np
 from robovlms_jax import schema
 from robovlms_jax.actions import normalize, representations, statistics
 from robovlms_jax.control import robot as robots
+from robovlms_jax.policies import embodiments
 from robovlms_jax.policies.heads import base as heads
-from robovlms_jax.policies.heads import discrete, lstm
+from robovlms_jax.policies.heads import continuous, discrete, lstm
 from robovlms_jax.policies.sensors.base import Sensor, SensorConfig
 from robovlms_jax.policies.sensors.robot_state import ActionHistoryConfig, PastActions, ProprioConfig, RobotState
 from robovlms_jax.schema import require
@@ -146,6 +147,13 @@ class PolicyConfig:
     """Knowledge insulation (Driess et al. 2025, arXiv:2505.23705): losses on a robot's data leave the backbone's
     parameters alone, which answers to questions (auxiliary.vl_weight) or captions then teach. Action queries, sensors
     and heads learn as before, and what is predicted is the same."""
+    other_heads: Literal["own", "shared"] = "own"
+    """Heads of other robots (data.others). own: one each. shared: one for all, whose outputs are the dimensions of all
+    robots by name; each robot is taught by those it has."""
+    others: tuple[embodiments.OtherRobotConfig, ...] = ()
+    """The other robots; filled in when a run starts, and saved with its checkpoints."""
+    shared: embodiments.SharedActions = embodiments.SharedActions()
+    """What a shared head's outputs are; filled in when a run starts."""
     lora_rank: int = 0
     """> 0 adds low-rank adapters to every matrix of the head and of the sensors, robot state and past actions included,
     for what train.init_from brings; those of the backbone are backbone.lora_rank."""
@@ -182,6 +190,11 @@ class PolicyConfig:
             self.lora_rank == 0 or not isinstance(self.head, discrete.DiscreteHeadConfig),
             f"policy.lora_rank={self.lora_rank}: a discrete head has no matrices; its logits are the language model's, "
             "so set backbone.lora_rank.",
+        )
+        require(
+            self.other_heads == "own" or isinstance(self.head, continuous.ContinuousHeadConfig),
+            f"policy.other_heads='shared' needs a head that regresses actions; {heads.kind_of(type(self.head))!r} does "
+            "not. Use policy.other_heads='own'.",
         )
         require(
             not self.insulate or self.readout != "token",

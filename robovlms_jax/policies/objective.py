@@ -153,7 +153,7 @@ class RobotLoss:
         prepared = _prepared(self.model, batch)
         bound, outputs = _forward(self.model, params, prepared, None)
         _, metrics = self._sum(bound, outputs, base.Example(prepared, actions, mask, jnp.float32(1.0)))
-        predicted = config.normalizer.unnormalize(bound.head.actions(outputs.prediction))
+        predicted = config.normalizer.unnormalize(bound.outputs.actions(outputs.prediction))
         recorded = self.model.history.steps(histories.windows(batch.actions, config.chunk))
         return predicted, recorded, mask, metrics | {"count": mask.sum().astype(jnp.float32)}
 

@@ -78,8 +78,8 @@ class VLA(nn.Module):
             config.head,
             window=config.head_window,
             chunk=config.chunk,
-            action_dim=config.action_dim,
-            binary=config.predicted.binary,
+            action_dim=len(config.shared.names) or config.action_dim,
+            binary=config.shared.binary if config.shared.names else config.predicted.binary,
             feature_dim=self.vlm.text.vocab_size if config.readout == "token" else self.vlm.width,
             num_queries=self.num_tokens if config.readout == "token" else config.num_queries,
             kernel=kernel,
@@ -194,7 +194,12 @@ class VLA(nn.Module):
     def _predict(self, features: jax.Array, inputs: Inputs) -> Any:
         mask = self.history.steps(inputs.step_mask)
         chex.assert_equal_shape_prefix([features, mask], 2)
-        return self.head(features, mask)
+        return self._own(self.head(features, mask))
+
+    def _own(self, prediction: Any) -> Any:
+        """Of a head that robots share, what is this one's."""
+        shared = self.config.shared
+        return shared.cut(prediction, self.config.predicted) if shared.names else prediction
 
     def step(self, inputs: Inputs, carry: Carry, active: jax.Array | None = None) -> tuple[jax.Array, Carry]:
         """One control step. Inputs with G = 1 -> (actions float[B, C, A] in [-1, 1], new carry).
@@ -214,7 +219,15 @@ class VLA(nn.Module):
             features = self._read(context.hidden, context.tokens)
         head = carry.head if context.renewed is None else self.head.renew(carry.head, *context.renewed)
         prediction, head = self.head.step(features, head)
-        return self.head.actions(prediction), Carry(where(active, head, carry.head), state)
+        return self.outputs.actions(self._own(prediction)), Carry(where(active, head, carry.head), state)
+
+    @property
+    def outputs(self) -> Any:
+        """The head as far as this robot is concerned: makes losses and actions of what `__call__` predicts."""
+        config = self.config
+        if not config.shared.names:
+            return self.head
+        return self.head.clone(parent=None, action_dim=config.action_dim, binary=config.predicted.binary)
 
     def init_carry(self, batch: int, params: Any = None, text_length: int = 0) -> Carry:
         """The carry before the first step of an episode.

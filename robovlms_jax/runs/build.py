@@ -7,6 +7,7 @@ import json
 import logging
 import pathlib
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from robovlms_jax.inputs import images, prompts, tokenizers
 from robovlms_jax.nn import perceiver
 from robovlms_jax.parallel import cpu
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies import embodiments
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.policies.sensors import base as sensors
 from robovlms_jax.policies.serving import EncodeText
@@ -311,4 +313,10 @@ def _init(model: VLA, key: jax.Array) -> Any:
         step_mask=np.ones((1, window), bool),
         **sensors.blank(model.config.all_sensors, 1, window),
     )
-    return model.init(key, inputs)["params"]
+    params = model.init(key, inputs)["params"]
+    for other in model.config.others:
+        view = VLA(embodiments.view(model.config, other.name), model.vlm)
+        made = _init(view, jax.random.fold_in(key, zlib.crc32(other.name.encode())))
+        own = embodiments.own_parameters(model.config, made)
+        params = {**params, embodiments.scope(other.name): own} if own else params
+    return params

@@ -13,6 +13,7 @@ from robovlms_jax import schema
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.inputs import tokenizers
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies import embodiments
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.serving import BatchedVLAPolicy, EncodeText, VLAPolicy
 from robovlms_jax.policies.vla import VLA
@@ -25,7 +26,10 @@ Weights = Literal["float32", "bfloat16", "int8"]
 
 
 def load_policy(
-    path: str | pathlib.Path, policy: Mapping[str, Any] | None = None, weights: Weights | None = None
+    path: str | pathlib.Path,
+    policy: Mapping[str, Any] | None = None,
+    weights: Weights | None = None,
+    robot: str = "",
 ) -> VLAPolicy:
     """A policy for one robot, on this process's first device.
 
@@ -36,10 +40,11 @@ def load_policy(
         {"head": {"num_steps": 4}}.
       weights: how the backbone's parameters are kept in memory; None: in the type it computes in. int8: its matrices
         with a scale per output channel, a quarter of float32 (see `weights.quantize`); adapters stay beside them.
+      robot: one of the other robots that it was trained on (`policy.others`); empty: its own.
     Raises:
       FileNotFoundError, ValueError: no or another model's checkpoint; says what was looked for.
     """
-    return VLAPolicy(*open_model(path, policy, weights))
+    return VLAPolicy(*open_model(path, policy, weights, robot=robot))
 
 
 def load_batched_policy(
@@ -79,6 +84,7 @@ def open_model(
     policy: Mapping[str, Any] | None = None,
     weights: Weights | None = None,
     dtype: str | None = None,
+    robot: str = "",
 ) -> tuple[VLA, Any, EncodeText]:
     """The model of a checkpoint, its parameters and what encodes its instructions. Arguments as for `load_policy`.
 
@@ -108,6 +114,9 @@ def open_model(
         model = build.make_model(experiment, dataclasses.replace(backbone.vlm, storage="int8"))
         shapes, shardings = build.abstract_params(model, mesh)
         params = quantize.quantize(params, _abstract(shapes, jax.tree.map(lambda x: x.dtype, shapes), shardings))
+    if robot:
+        params = embodiments.parameters(model.config, params, robot)
+        model = VLA(embodiments.view(model.config, robot), model.vlm)
     return model, params, backbone.encoder(experiment.data.text_length)
 
 

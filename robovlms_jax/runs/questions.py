@@ -151,9 +151,7 @@ class Examiner:
         return found
 
 
-def losses(config: ExperimentConfig, model: VLA, stage: stages.Stage | None) -> dict[str, objective.SourceLoss]:
-    """Name -> the loss on its batches, of the sources that have a share in the stage."""
-    if stage is None:
-        return {}
+def losses(config: ExperimentConfig, model: VLA, stage: stages.Stage) -> dict[str, objective.SourceLoss]:
+    """Name -> the loss on its batches, of the collections that have a share in the stage."""
     weight = stage.weights.get(answers.NAME, config.policy.auxiliary.vl_weight)
     return {name: answers.AnswerLoss(model, weight) for name in config.data.vl.paths if stage.sources.get(name)}

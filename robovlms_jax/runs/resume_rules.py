@@ -91,6 +91,11 @@ RULES = (
         "training goes on with another dropout",
     ),
     Rule("stage", ("policy.auxiliary.*",), "it is a loss of its own, some with parameters of their own"),
+    Rule(
+        "refused",
+        ("policy.other_heads", "policy.others", "policy.shared.*"),
+        "the parameters belong to these robots' heads, and their actions are scaled by it",
+    ),
     Rule("stage", ("policy.insulate",), "it decides what teaches the backbone"),
     Rule(
         "said",
@@ -127,6 +132,8 @@ RULES = (
         "other batches follow than would have",
     ),
     Rule("stage", ("data.text_length",), "all prompts are padded to it"),
+    Rule("free", ("data.others.roots",), "where data lie; their content is compared"),
+    Rule("stage", ("data.others.datasets",), "these are other data"),
     Rule("free", ("data.vl.paths", "data.vl.images"), "where pictures and texts lie; their content is compared"),
     Rule("free", ("data.vl.validation",), "what is asked in validation, not learned"),
     Rule("order", ("data.vl.turns", "data.vl.length", "data.vl.leave_out_long"), "other batches follow"),

@@ -170,6 +170,8 @@ def _fill(saved: ExperimentConfig, config: ExperimentConfig) -> ExperimentConfig
         told = {"center": theirs.proprio.center, "scale": theirs.proprio.scale}
         policy = dataclasses.replace(policy, proprio=dataclasses.replace(policy.proprio, **told))
     policy = dataclasses.replace(policy, **_bounds_of(policy, theirs))
+    if not policy.others:  # left to the data
+        policy = dataclasses.replace(policy, others=theirs.others, shared=theirs.shared)
     if isinstance(policy.head, DiscreteHeadConfig) and isinstance(theirs.head, DiscreteHeadConfig):
         edges, end = policy.head.quantile_edges, policy.head.vocab_end
         if policy.head.binning == "quantile" and policy.head.num_bins == theirs.head.num_bins:

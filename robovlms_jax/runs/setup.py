@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,10 +18,22 @@ from robovlms_jax.data import excerpts, language, mixing, opening, order, repres
 from robovlms_jax.data import statistics as data_statistics
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import DistributedConfig
+from robovlms_jax.policies import embodiments as views
 from robovlms_jax.policies import objective
 from robovlms_jax.policies.serving import EncodeText
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.runs import build, chaining, closed_loop, load, questions, resuming, robots, steps, validation
+from robovlms_jax.runs import (
+    build,
+    chaining,
+    closed_loop,
+    embodiments,
+    load,
+    questions,
+    resuming,
+    robots,
+    steps,
+    validation,
+)
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import stages, state
 
@@ -47,6 +59,8 @@ class Setup:
     num_params: int
     questions: questions.Sources
     """About pictures, where data.vl names any."""
+    others: Mapping[str, samples.SegmentSource]
+    """Demonstrations of other robots, where data.others names any."""
     point: resuming.Point | None = None
     """Where a resumed run goes on."""
 
@@ -58,7 +72,7 @@ class Setup:
     @property
     def sources(self) -> dict[str, order.Source]:
         """What batches are drawn from, by name."""
-        return {objective.ROBOT: self.train, **self.questions.training}
+        return {objective.ROBOT: self.train, **self.others, **self.questions.training}
 
     def rows(self, stage: stages.Stage) -> dict[str, int]:
         """Source -> segments of each of the stage's batches, over all hosts."""
@@ -90,7 +104,12 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
         for split, x in opened.items()
     }
     variation = language.read(config.data.paraphrases) if config.data.vary_language else None
-    sentences = language.every(opened["training"].episodes, variation)
+    others = embodiments.open_datasets(config)
+    sentences = [
+        text
+        for dataset in (opened["training"], *others.values())
+        for text in language.every(dataset.episodes, variation)
+    ]
     instructions = [*sentences, *validation.sentences(opened["validation"]), *_asked(config)]
     collections = questions.open_collections(config)
     backbone = _open_backbone(config, point, [*instructions, *collections.texts])
@@ -103,10 +122,11 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
     training = source_of(config, opened["training"], encode, variation, embed)
     held_out = opened["validation"]
     validation_split = None if held_out is None else source_of(config, held_out, encode, embed_sentence=embed)
-    config = _resolved(config, point, training, length)
+    config = embodiments.with_others(_resolved(config, point, training, length), others, training_actions)
     config = build.with_action_ids(config, backbone.tokenizer)
     asked = questions.sources_of(config, collections, backbone)
-    return _planned(config, training, validation_split, asked, backbone, encode, point)
+    beside = {name: _of_other(config, name, dataset, encode, variation) for name, dataset in others.items()}
+    return _planned(config, _Data(training, validation_split, asked, beside), backbone, encode, point)
 
 
 def _resolved(
@@ -129,11 +149,18 @@ def _resolved(
     return dataclasses.replace(config, policy=policy)
 
 
+class _Data(NamedTuple):
+    """Everything that batches are made of."""
+
+    training: samples.SegmentSource
+    validation: samples.SegmentSource | None
+    questions: questions.Sources
+    others: dict[str, samples.SegmentSource]
+
+
 def _planned(
     config: ExperimentConfig,
-    training: samples.SegmentSource,
-    validation_split: samples.SegmentSource | None,
-    asked: questions.Sources,
+    data: _Data,
     backbone: build.Backbone,
     encode: EncodeText,
     point: resuming.Point | None,
@@ -143,13 +170,13 @@ def _planned(
     model = build.make_model(config, backbone.vlm)
     shapes, shardings = build.abstract_params(model, mesh)
     planned = stages.plan(config.train, config.optimizer)
-    stages.check(planned, flatten_dict(shapes, sep="/"), [objective.ROBOT, *config.data.vl.paths])
+    stages.check(planned, flatten_dict(shapes, sep="/"), [objective.ROBOT, *data.others, *config.data.vl.paths])
     questions.check(planned, config, flatten_dict(shapes, sep="/"))
     losses = [steps.make_loss(config, model, stage) for stage in planned]  # raises what a stage's weights have wrong
     setup = Setup(
         config=config,
-        train=training,
-        validation=validation_split,
+        train=data.training,
+        validation=data.validation,
         backbone=backbone,
         encode=encode,
         model=model,
@@ -157,7 +184,8 @@ def _planned(
         stages=planned,
         abstracts=tuple(state.abstract(shapes, shardings, x.trainable, x.tx, mesh) for x in planned),
         num_params=build.count(shapes),
-        questions=asked,
+        questions=data.questions,
+        others=data.others,
         point=point,
     )
     for stage, loss in list(zip(planned, losses, strict=True))[setup.first :]:
@@ -165,6 +193,18 @@ def _planned(
             stage, loss, flatten_dict(shapes, sep="/"), setup.batch_shapes(stage), several=len(planned) > 1
         )
     return setup
+
+
+def _of_other(
+    config: ExperimentConfig,
+    name: str,
+    dataset: datasets.Dataset,
+    encode: EncodeText,
+    variation: language.Variation | None,
+) -> samples.SegmentSource:
+    """Another robot's demonstrations as its view of the policy reads them."""
+    policy, data = views.view(config.policy, name), embodiments.data_of(config.data, name)
+    return source_of(dataclasses.replace(config, policy=policy, data=data), dataset, encode, variation)
 
 
 def _open_backbone(config: ExperimentConfig, point: resuming.Point | None, instructions: list[str]) -> build.Backbone:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from robovlms_jax.policies import answers, objective
+from robovlms_jax.policies import answers, embodiments, objective
 from robovlms_jax.policies.tasks import base, registry
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs import questions
@@ -24,17 +24,27 @@ logger = logging.getLogger(__name__)
 def make_loss(config: ExperimentConfig, model: VLA, stage: stages.Stage | None = None) -> objective.LossBySource:
     """What a configuration's policy is trained by in a stage, source by source. Raises ValueError: its weights are of
     unknown tasks, or leave nothing to learn."""
-    tasks, spoken = registry.make(config.policy), questions.losses(config, model, stage)
-    if stage is not None:
+    stage = stage or stages.plan(config.train, config.optimizer)[0]
+    changes = {"shifts": config.data.shifts, "augment": config.data.augment}
+    losses: dict[str, objective.SourceLoss] = {}
+    if stage.sources.get(objective.ROBOT):
         known = (answers.NAME,) if config.data.vl.paths else ()
         try:
-            if not stage.sources.get(objective.ROBOT):
-                return objective.LossBySource(spoken)
-            tasks = base.reweigh(tasks, {name: x for name, x in stage.weights.items() if name not in known})
+            weights = {name: x for name, x in stage.weights.items() if name not in known}
+            tasks = base.reweigh(registry.make(config.policy), weights)
         except ValueError as error:
             raise ValueError(f"train.stages, stage {stage.name!r}: {error}") from None
-    robot = objective.RobotLoss(model, tasks=tasks, shifts=config.data.shifts, augment=config.data.augment)
-    return objective.LossBySource({objective.ROBOT: robot, **spoken})
+        losses[objective.ROBOT] = objective.RobotLoss(model, tasks=tasks, **changes)
+    for other in config.policy.others:
+        if stage.sources.get(other.name):
+            losses[other.name] = _of_other(model, other.name, changes)
+    return objective.LossBySource({**losses, **questions.losses(config, model, stage)})
+
+
+def _of_other(model: VLA, name: str, changes: Mapping[str, Any]) -> embodiments.OtherRobotLoss:
+    """The loss on another robot's demonstrations."""
+    seen = VLA(embodiments.view(model.config, name), model.vlm)
+    return embodiments.OtherRobotLoss(model.config, name, objective.RobotLoss(seen, **changes))
 
 
 def make_step(

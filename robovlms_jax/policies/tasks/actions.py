@@ -18,4 +18,4 @@ class ActionTask:
     name: str = "actions"
 
     def __call__(self, model: VLA, outputs: Outputs, example: base.Example) -> tuple[jax.Array, base.Metrics]:
-        return model.head.loss(outputs.prediction, example.actions, example.mask, example.count)
+        return model.outputs.loss(outputs.prediction, example.actions, example.mask, example.count)
