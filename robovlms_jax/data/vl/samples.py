@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from robovlms_jax import types
+from robovlms_jax.data import frame_index
 from robovlms_jax.data.vl import base
 from robovlms_jax.inputs import conversations, images
 from robovlms_jax.inputs.conversations import Turn
@@ -21,6 +20,7 @@ logger = logging.getLogger(__name__)
 PADDING = -1
 """Sample number that stands for an empty row."""
 _MAX_REPLACEMENTS = 16
+_KEPT = 50_000  # conversations whose tokens stay in memory, about a kilobyte each; more are encoded again when read
 _MULTIPLE = 8  # of tokens in a sequence: sequences of nearly one length share a compiled program
 
 
@@ -55,6 +55,7 @@ class PairSource(Sequence[types.Pairs]):
     ):
         self.pairs, self._encode, self._image = pairs, encode, image
         self._content = hashlib.sha256()
+        self._encoded: dict[int, list[conversations.Encoded]] = {}
         sizes = [self._sizes(index) for index in range(len(pairs))]
         kept = [index for index, size in enumerate(sizes) if not length or size.tokens <= length]
         long = len(sizes) - len(kept)
@@ -113,7 +114,7 @@ class PairSource(Sequence[types.Pairs]):
                 try:
                     self._fill(out, row, candidate, draw)
                     break
-                except (OSError, ValueError) as error:
+                except (OSError, ValueError, SyntaxError) as error:
                     out.corrupt[row] = index
                     self._report(f"a sample was replaced by another: {self.describe(candidate)}: {error}")
                     if number == _MAX_REPLACEMENTS:
@@ -129,7 +130,7 @@ class PairSource(Sequence[types.Pairs]):
                 continue
             try:
                 self._fill(out, row, index, 0)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, SyntaxError) as error:
                 out.corrupt[row] = index
                 out.answer_mask[row] = False
                 self._report(f"left out of the evaluation: {self.describe(index)}: {error}")
@@ -142,6 +143,8 @@ class PairSource(Sequence[types.Pairs]):
             found = [self._encode(turns, len(sample.pictures)) for turns in sample.choices]
         except ValueError as error:
             raise ValueError(f"{self.pairs.describe(index)}: {error}") from None
+        if len(self.pairs) <= _KEPT:
+            self._encoded[index] = found
         tokens, answers = max(len(x.ids) for x in found), max(int(x.answer.sum()) for x in found)
         return _Shape(len(sample.pictures), tokens, answers)
 
@@ -162,21 +165,29 @@ class PairSource(Sequence[types.Pairs]):
         return out
 
     def _fill(self, out: types.Pairs, row: int, index: int, draw: int) -> None:
-        sample = self.pairs.sample(int(self._kept[index]))
-        turns: tuple[Turn, ...] = sample.choices[draw % len(sample.choices)]
-        for number, name in enumerate(sample.pictures):
-            out.images[row, number] = self._picture(name)
-        encoded = self._encode(turns, len(sample.pictures))
+        number = int(self._kept[index])
+        sample = self.pairs.sample(number)
+        choice = draw % len(sample.choices)
+        for place, name in enumerate(sample.pictures):
+            self._show(name, out.images[row, place])
+        known = self._encoded.get(number)
+        encoded = known[choice] if known else self._encode(sample.choices[choice], len(sample.pictures))
         count, slots = len(encoded.ids), np.flatnonzero(encoded.answer)
         out.text_ids[row, :count], out.image_slots[row, :count] = encoded.ids, encoded.image
         out.text_mask[row, :count], out.text_mask[row, count:] = True, False
         out.answer_slots[row, : len(slots)], out.answer_mask[row, : len(slots)] = slots, True
         out.episode[row] = index
 
-    def _picture(self, name: str) -> np.ndarray:
-        with Image.open(io.BytesIO(self.pairs.picture(name))) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-        return images.resize_on_host(pixels, self._image.size, self._image.interpolation)
+    def _show(self, name: str, out: np.ndarray) -> None:
+        """Decode a picture into uint8[size, size, 3]."""
+        data = self.pairs.picture(name)
+        size = frame_index.image_size(data)
+        if size == out.shape[:2]:
+            frame_index.decode_image(data, out)
+            return
+        stored = np.empty((*size, 3), np.uint8)
+        frame_index.decode_image(data, stored)
+        out[:] = images.resize_on_host(stored, self._image.size, self._image.interpolation)
 
     def _report(self, message: str) -> None:
         if message not in self._reported:
