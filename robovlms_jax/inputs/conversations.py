@@ -88,6 +88,7 @@ CHATS: dict[str, Chat] = {
     # Qwen/Qwen-VL-Chat; the tokens around a picture are the backbone's own image_start and image_end.
     "qwen": dataclasses.replace(_CHATML, image="Picture: {image}\n", boxes="qwen-vl"),
     "qwen2_5_vl": _CHATML,
+    "qwen3_vl": dataclasses.replace(_CHATML, start=""),
     # HuggingFaceTB/SmolVLM2: one picture, not split into tiles.
     "smolvlm": Chat(
         start="<|im_start|>",
