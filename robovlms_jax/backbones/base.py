@@ -215,9 +215,13 @@ class VLM(nn.Module):
             "causal",
             deterministic=deterministic,
         )
-        is_image = image_slots >= 0
-        seen = jnp.take_along_axis(run.embeds, jnp.maximum(image_slots, 0)[..., None], axis=1)
+        is_image, chosen = image_slots >= 0, jnp.maximum(image_slots, 0)
+        seen = jnp.take_along_axis(run.embeds, chosen[..., None], axis=1)
         embeds = jnp.where(is_image[..., None], seen, self.text.embed(text_ids).astype(c.dtype))
+        deep = None
+        if run.deep is not None:
+            deep = jnp.take_along_axis(run.deep, chosen[..., None, None], axis=1)
+            deep = jnp.where(is_image[..., None, None], deep, 0)
         positions = jnp.cumsum(text_mask, axis=1) - 1
         places = positions[..., None]  # what position encodings read
         if run.grid is not None:
@@ -233,7 +237,7 @@ class VLM(nn.Module):
             positions = jnp.where(prompt_mask, last, positions)
         offsets = None if run.grid is None and c.attention == "causal" else places - positions[..., None]
         positions, layout = positions.astype(jnp.int32), (("text", text_ids.shape[1]),)
-        return Tokens(embeds, text_mask, positions, layout, offsets=offsets)
+        return Tokens(embeds, text_mask, positions, layout, offsets=offsets, deep=deep)
 
     def _image_run(
         self,

@@ -89,7 +89,8 @@ def image_tokens(vlm: backbones.VLMConfig) -> int:
         variables = model.init(jax.random.key(0), {"camera": image}, ids, ids > -1)
         return model.apply(variables, {"camera": image}, method="encode_images")
 
-    return jax.eval_shape(tokens, shape).shape[1] + len(vlm.image_start) + len(vlm.image_end)
+    encoded = jax.tree.leaves(jax.eval_shape(tokens, shape))[0]  # with DeepStack there is more, of as many tokens
+    return encoded.shape[1] + len(vlm.image_start) + len(vlm.image_end)
 
 
 def check(planned: Sequence[stages.Stage], config: ExperimentConfig, paths: Collection[str]) -> None:

@@ -129,6 +129,7 @@ def _greedy(batch: Pairs, predicted) -> Pairs:
     return batch
 
 
+QWEN3 = next(name for name in registry.names() if name.startswith("qwen3"))
 FAMILIES = sorted({registry.get(name).model_type: name for name in reversed(registry.names())}.values())
 
 
@@ -147,9 +148,10 @@ def test_every_family_learns_answers_from_pictures(name, attention):
     assert all(np.abs(x).max() == 0 for path, x in grads.items() if not path.startswith("backbone/"))
 
 
-def test_patches_have_their_rows_and_columns_where_a_family_counts_them():
+@pytest.mark.parametrize("name", ["qwen2.5-vl-3b", QWEN3])
+def test_patches_have_their_rows_and_columns_where_a_family_counts_them(name):
     # One picture right at the front: places as `VLM.embed` gives them for the same tokens.
-    vlm = registry.get("qwen2.5-vl-3b").tiny()
+    vlm = registry.get(name).tiny()
     model, tokens = backbones.build(vlm), questions.image_tokens(vlm)
     pixels = np.random.default_rng(0).normal(size=(1, vlm.image.size, vlm.image.size, 3)).astype(np.float32)
     ids = np.arange(5, 10)[None].astype(np.int32)
@@ -161,11 +163,12 @@ def test_patches_have_their_rows_and_columns_where_a_family_counts_them():
         first = model.apply(params, {"a": pixels}, ids, ids > 0, method="embed")
         every = np.ones(held.shape, bool)
         second = model.apply(params, pixels[:, None], held, slots, every, every, method="embed_conversation")
-        return [(x.embeds, x.positions[..., None] + x.offsets) for x in (first, second)]
+        return [(x.positions[..., None] + x.offsets, x.embeds, x.deep) for x in (first, second)]
 
-    (first, places), (second, others) = jax.jit(both)(jax.random.key(0))
+    (places, *first), (others, *second) = jax.jit(both)(jax.random.key(0))
     np.testing.assert_array_equal(places, others)
-    np.testing.assert_allclose(first, second, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first, second)
+    assert (first[1] is not None) == (name == QWEN3)  # DeepStack's features come along
 
 
 # ---------------------------------------------------------------------------------------------------------------------
