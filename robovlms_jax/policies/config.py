@@ -128,7 +128,8 @@ class PolicyConfig:
     else must be what the dataset says. On the command line a JSON file (README, "Other robots")."""
     representation: representations.Name = "robot"
     """What is predicted, made of the robot's actions when data are read and turned back into them in control (see
-    `actions.representations`): robot (as recorded), relative, absolute, absolute_6d, velocity, tcp, tcp_upstream.
+    `actions.representations`): robot (as recorded), relative, absolute, absolute_6d, absolute_quaternion,
+    absolute_axis_angle, velocity, tcp, tcp_upstream.
     Bounds and action_scaling are about it. Needs the arm's pose in the robot's state."""
     cameras: tuple[str, ...] = ("wrist", "static")
     """Cameras in the order their tokens follow the prompt's first token (released RoboVLMs checkpoints: wrist, then
@@ -255,7 +256,9 @@ class PolicyConfig:
         )
         default = (self.action_low, self.action_high) == (PolicyConfig.action_low, PolicyConfig.action_high)
         require(
-            self.representation not in ("absolute", "velocity") or self._waits_for_data or not default,
+            self.representation not in ("absolute", "absolute_axis_angle", "velocity")
+            or self._waits_for_data
+            or not default,
             f"policy.representation={self.representation!r} is in metres and radians (per second), for which the "
             "default of policy.action_low and policy.action_high means nothing; give them, or set "
             "policy.action_scaling=quantile.",

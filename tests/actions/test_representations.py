@@ -84,6 +84,130 @@ def test_a_robot_that_is_sent_poses_may_be_taught_motions(seed):
     assert {d.kind for d in representations.make("relative", sent).robot.action[1:]} == {"delta"}
 
 
+FORMS = {"euler_xyz": "rad", "quaternion_xyzw": "1", "axis_angle": "rad", "rotation_6d": ""}
+
+
+def hand(side: str, kind: str, form: str, unit: float = 1.0) -> tuple[robot.Dimension, ...]:
+    """xyz and rotation of an arm; `unit` is what 1.0 is of metres and of radians."""
+    turned = FORMS[form] if unit == 1 or FORMS[form] != "rad" else f"{unit} rad"
+    xyz = tuple(robot.Dimension(f"{side}{name}", f"{unit} m", kind, "position") for name in "xyz")
+    names = [f"{side}r{i}" for i in range(robot.GROUP_SIZES[form])]
+    return xyz + tuple(robot.Dimension(name, turned, kind, form) for name in names)
+
+
+def numbers(xyz, turns, form: str, unit: float = 1.0) -> np.ndarray:
+    """float[n, 3 + size] as `hand` describes them, from SciPy's rotations."""
+    matrices = turns.as_matrix()
+    made = {
+        "euler_xyz": lambda: turns.as_euler("xyz") / unit,
+        "quaternion_xyzw": turns.as_quat,
+        "axis_angle": lambda: turns.as_rotvec() / unit,
+        "rotation_6d": lambda: np.concatenate([matrices[..., 0], matrices[..., 1]], axis=1),
+    }
+    return np.concatenate([xyz / unit, made[form]()], axis=1)
+
+
+def turns_of(values, form: str, unit: float = 1.0) -> Rotation:
+    """Inverse of `numbers` for the rotation's columns."""
+    if form == "euler_xyz":
+        return Rotation.from_euler("xyz", values * unit)
+    if form == "axis_angle":
+        return Rotation.from_rotvec(values * unit)
+    return Rotation.from_quat(values) if form == "quaternion_xyzw" else Rotation.from_matrix(rotations.from_6d(values))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(
+        [name for name in NAMES if name != "tcp_upstream"] + ["absolute_quaternion", "absolute_axis_angle"]
+    ),
+    st.lists(st.tuples(st.sampled_from(list(FORMS)), st.sampled_from(list(FORMS))), min_size=1, max_size=2),
+    st.sampled_from(["absolute", "delta"]),
+    seeds,
+)
+def test_one_or_two_arms_of_any_rotation_come_back_each_by_its_own_dimensions(name, forms, kind, seed):
+    # Two arms stand in another order in the state, a gripper stands between their actions, and their forms may differ.
+    rng, steps, unit = np.random.default_rng(seed), 4, 0.5 if kind == "delta" else 1.0
+    sides = ("left_", "right_")[: len(forms)]
+    action, state, own, states, xyzs, targets = [], [], [], [], [], []
+    for side, (sent, told) in zip(sides, forms, strict=True):
+        xyz = rng.uniform(-1, 1, (steps + 1, 3))
+        euler = rng.uniform(-1, 1, (steps + 1, 3)).cumsum(axis=0) * 0.3  # away from where Euler angles jump
+        turns = Rotation.from_euler("xyz", euler)
+        if kind == "absolute":
+            own.append(numbers(xyz[1:], turns[1:], sent))
+        elif sent == "euler_xyz":
+            own.append(np.concatenate([np.diff(xyz, axis=0), np.diff(euler, axis=0)], axis=1) / unit)
+        else:
+            own.append(numbers(np.diff(xyz, axis=0), turns[1:] * turns[:-1].inv(), sent, unit))
+        action.append(hand(side, kind, sent, unit))
+        states.append(numbers(xyz[:-1], turns[:-1], told))
+        state.append(hand(side, "absolute", told))
+        xyzs.append(xyz[1:])
+        targets.append(turns[1:])
+    grip = np.sign(rng.normal(size=(steps, 1)))
+    spec = robot.RobotSpec(
+        "arms", 5.0, (), (*action[0], robot.GRIPPER, *(d for x in action[1:] for d in x)), sum(state[::-1], ())
+    )
+    recorded = np.concatenate([own[0], grip, *own[1:]], axis=1)
+    seen = np.concatenate(states[::-1], axis=1)
+    made = representations.make(name, spec)
+    encoded = made.encode(recorded, seen)
+    assert encoded.shape == (steps, len(made.robot.action)) and made.robot.binary == (made.robot.grippers[0],)
+    np.testing.assert_array_equal(encoded[:, made.robot.binary[0]], grip[:, 0])
+    found, at = made.decode(encoded, seen[0]), 0
+    for index, (sent, _) in enumerate(forms):
+        end = at + own[index].shape[1]
+        np.testing.assert_allclose(found[:, at : at + 3], own[index][:, :3], atol=1e-4)
+        turned = (turns_of(x[:, at + 3 : end], sent, unit) for x in (found, recorded))
+        assert np.abs((next(turned) * next(turned).inv()).magnitude()).max() < 1e-4
+        at = end + 1
+    if name.startswith("absolute"):  # where the hands go to, whatever the robot is sent
+        form = made.robot.action[3].quantity
+        size = robot.GROUP_SIZES[form]
+        for index, first in enumerate((0, 3 + size + 1)[: len(forms)]):
+            np.testing.assert_allclose(encoded[:, first : first + 3], xyzs[index], atol=1e-5)
+            error = turns_of(encoded[:, first + 3 : first + 3 + size], form) * targets[index].inv()
+            assert error.magnitude().max() < 1e-4
+
+
+def test_a_tools_motion_is_the_same_whatever_the_rotation_is_declared_as():
+    # Turned a quarter about z, the tool's x is the world's y.
+    start, turn = Rotation.from_euler("z", 90, degrees=True), Rotation.from_rotvec([[0.3, 0, 0]])
+    after = start * turn
+    for form in ("quaternion_xyzw", "axis_angle", "rotation_6d"):
+        spec = robot.RobotSpec("arm", 5.0, (), hand("", "absolute", form), hand("", "absolute", form))
+        at = numbers(np.zeros((1, 3)), Rotation.concatenate([start]), form)
+        values = representations.make("tcp", spec).encode(numbers(np.array([[0, 0.1, 0]]), after, form), at)
+        np.testing.assert_allclose(values, [[0.1, 0, 0, 0.3, 0, 0]], atol=1e-6)
+        world = representations.make("velocity", spec).encode(numbers(np.array([[0, 0.1, 0]]), after, form), at)
+        np.testing.assert_allclose(world, [[0, 0.5, 0, 0, 1.5, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("action", "state", "message"),
+    [
+        ((("", "axis_angle"),), (), r"has \['an arm'\] in the action and \[\] in the state"),
+        ((("left_", "axis_angle"), ("right_", "axis_angle")), (("left_", "axis_angle"),), r"the same arms"),
+        ((("a", "axis_angle"), ("b", "axis_angle")), (), r"2 positions of \[''\] and 2 rotations"),
+        ((("", "quaternion_xyzw"),), (("", "euler_xyz"),), "tcp_upstream' is about Euler angles; .*quaternion_xyzw"),
+    ],
+)
+def test_arms_that_cannot_be_told_apart_or_do_not_fit_are_refused(action, state, message):
+    action, state = (sum((hand(side, "absolute", form) for side, form in arms), ()) for arms in (action, state))
+    with pytest.raises(ValueError, match=message):
+        representations.make("tcp_upstream", robot.RobotSpec("arms", 5.0, (), action, state))
+
+
+def test_degrees_and_motions_along_the_tools_own_axes_are_refused():
+    degrees = [dataclasses.replace(d, unit="deg") if d.quantity == "euler_xyz" else d for d in robot.CALVIN.state]
+    with pytest.raises(ValueError, match=r"needs the arm's state in m and rad; robot 'calvin' has .*'deg'"):
+        representations.make("absolute", dataclasses.replace(robot.CALVIN, state=tuple(degrees)))
+    tool = tuple(dataclasses.replace(d, frame="tcp") for d in robot.CALVIN.action)
+    with pytest.raises(ValueError, match="sent motions in the tool's frame"):
+        representations.make("absolute", dataclasses.replace(robot.CALVIN, action=tool))
+
+
 @given(seeds)
 def test_six_numbers_turn_into_the_rotation_they_came_from_even_when_they_are_scaled(seed):
     rng = np.random.default_rng(seed)
@@ -94,7 +218,7 @@ def test_six_numbers_turn_into_the_rotation_they_came_from_even_when_they_are_sc
 
 def test_a_robot_without_an_arm_is_told_what_it_lacks():
     base = robot.RobotSpec("base", 10.0, (), (robot.Dimension("v", "m/s", "velocity", "base"),))
-    with pytest.raises(ValueError, match=r"needs one arm: .*robot 'base' has 0 and 0"):
+    with pytest.raises(ValueError, match=r"needs the same arms .*robot 'base' has \[\] in the action"):
         representations.make("tcp", base)
     with pytest.raises(ValueError, match="rate_hz=0"):
         representations.make("velocity", dataclasses.replace(robot.CALVIN, rate_hz=0.0))
