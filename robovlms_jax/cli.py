@@ -166,20 +166,25 @@ def _take_whole(config: Any, arguments: list[str]) -> Any:
 
 
 def _belongs(config: Any, path: str, part: type, arguments: Sequence[str]) -> str | None:
-    """The first flag that is about a part of the tuple at `path`, which has none: by its path, or by a name that only
-    such a part has, such as `--train.sources`."""
-    own = {field.name for field in dataclasses.fields(part)} - _names(config)
+    """The first flag that is about a part of the tuple at `path`, which has none: by its path, or because no such flag
+    exists where the tuple stands, or anywhere, and a part has such a field (`--train.sources`)."""
+    fields, known = {field.name for field in dataclasses.fields(part)}, _paths(config)
+    elsewhere = {name.rpartition(".")[2] for name in known}
     for argument in arguments:
         flag = argument.partition("=")[0].replace("-", "_")
-        if flag.startswith(f"__{path}.") or (flag.startswith("__") and flag.rpartition(".")[2].lstrip("_") in own):
+        full = flag.removeprefix("__")
+        room, _, name = full.rpartition(".")
+        misplaced = full not in known and name in fields and (room == path.rpartition(".")[0] or name not in elsewhere)
+        if flag.startswith("__") and (full.startswith(f"{path}.") or misplaced):
             return argument.partition("=")[0]
     return None
 
 
-def _names(config: Any) -> set[str]:
-    """Names of all fields, at any depth."""
+def _paths(config: Any, prefix: str = "") -> set[str]:
+    """Dotted names of all fields, at any depth."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return set(values).union(*(_names(value) for value in values.values() if dataclasses.is_dataclass(value)))
+    inner = (_paths(x, f"{prefix}{name}.") for name, x in values.items() if dataclasses.is_dataclass(x))
+    return {prefix + name for name in values}.union(*inner)
 
 
 def _example(path: str, hint: Any) -> str:
