@@ -1,0 +1,165 @@
+"""The operator's form, with PlayTable as the robot and somebody who types what is written here."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import trial
+from robovlms_jax.control.interface import ActionChunk, Observation
+from robovlms_jax.control.robot import CALVIN
+from robovlms_jax.evaluation import blind
+from robovlms_jax.playtable.env import PlayTable
+
+for package in ("av", "pyarrow"):
+    pytest.importorskip(package, reason="recordings need the extra `lerobot`")
+
+
+class Moving:
+    """Moves along x by its own step; the hand is open."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def reset(self, instruction):
+        self.instruction = instruction
+
+    def act(self, observation):
+        return ActionChunk(np.tile(np.float32([self.step, 0, 0, 0, 0, 0, 1]), (2, 1)))
+
+
+class Broken(Moving):
+    def act(self, observation):
+        raise ValueError("no camera")
+
+
+def typed(*answers):
+    """An operator; a second after the last answer the power fails."""
+    left = list(answers)
+
+    def ask(question):
+        if not left:
+            raise SystemExit("power failure")
+        return left.pop(0)
+
+    return ask
+
+
+class Toy:
+    """A robot without a world; PlayTable compiles for longer than all these tests run."""
+
+    def reset(self):
+        self.state = np.zeros(7, np.float32)
+
+    def observe(self):
+        images = {"static": np.full((32, 32, 3), 90, np.uint8), "wrist": np.full((16, 15, 3), 30, np.uint8)}
+        return Observation(images, self.state)
+
+    def step(self, action):
+        self.state = self.state + action
+
+
+@pytest.fixture(params=["toy", pytest.param("playtable", marks=pytest.mark.slow)], scope="module")
+def robot(request):
+    return Toy() if request.param == "toy" else PlayTable(image_sizes={"static": 32, "wrist": 16})
+
+
+def session(out, robot, answers, said=None, policies=None, **changes):
+    config = trial.TrialConfig(
+        **{
+            **{"checkpoints": ("a", "b"), "out": str(out), "instructions": ("open the drawer",), "max_steps": 3},
+            **{"settings": ("seen",), "rollouts": 2, **changes},
+        }
+    )
+    say = [].append if said is None else said.append
+    policies = policies or (Moving(0.5), Moving(-0.5))
+    return trial.Session(config, robot, policies, CALVIN, ask=typed(*answers), say=say)
+
+
+def test_a_session_goes_on_after_a_power_failure_and_its_recording_opens(tmp_path, robot):
+    from robovlms_jax.data.lerobot import dataset
+
+    said = []
+    with pytest.raises(SystemExit):  # in the second rollout, before its answer
+        session(tmp_path, robot, ["maybe", "g", "y", "fine", "g"], said).run()
+    assert any("'maybe' is none of g, q" in line for line in said)
+    assert not any(word in line for line in said for word in (" a,", " b,", "policy 0", "policy 1"))
+    # Void once, then: no, yes, and goodbye before the last one.
+    assert not session(tmp_path, robot, ["g", "v", "g", "n", "", "g", "y", "", "q"], said).run()
+    stopped = session(tmp_path, robot, ["g", "n", ""])
+    assert [x.number for x in stopped.left] == [3] and "1 of 4 rollouts are left" in stopped.report()
+    assert stopped.run()
+
+    answers = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+    assert [(x["rollout"], x["episode"], x["success"]) for x in answers] == [
+        (0, 0, True),
+        (1, 1, False),
+        (2, 2, True),
+        (3, 3, False),
+    ]
+    assert all("policy" not in answer for answer in answers)
+    found = dataset.open_dataset(tmp_path / "dataset", "training", success_only=False)
+    assert [(x.end - x.start, x.instruction) for x in found.episodes] == [(3, "open the drawer")] * len(found.episodes)
+    moved = [found.actions([span.start])[0][0] for span in found.episodes]
+    order = [(0.5, -0.5)[x.policy] for x in stopped.rollouts]
+    np.testing.assert_allclose(moved, order[: len(moved)])
+    assert found.images([0], ["static"])["static"].shape == (1, 32, 32, 3)
+    assert len(dataset.open_dataset(tmp_path / "dataset", "training").episodes) < len(found.episodes)
+    assert "both solved 0" in stopped.report() and "| seen | " in stopped.report()
+    with pytest.raises(ValueError, match=r"another session's \(max_steps: 3 there, 9 now\); name another --out"):
+        session(tmp_path, robot, [], max_steps=9)
+
+
+def test_a_rollout_that_breaks_off_does_not_count_and_is_asked_again(tmp_path, robot):
+    said = []
+    assert not session(tmp_path, robot, ["g", "q"], said, policies=(Broken(0), Broken(0))).run()
+    assert any("broke off: no camera" in line for line in said)
+    assert not (tmp_path / "trials.jsonl").exists()
+
+
+def test_every_policy_acts_once_on_every_scene_in_an_order_that_says_nothing():
+    rollouts = blind.schedule(["a", "b"], ["c", "d"], list(blind.SETTINGS), 5, 2, seed=3)
+    assert len(rollouts) == 5 * 5 * 2 * 2
+    scenes = {}
+    for rollout in rollouts:
+        scenes.setdefault(rollout.scene, []).append(rollout)
+    assert all(
+        {x.policy for x in pair} == {0, 1} and pair[0].instruction == pair[1].instruction for pair in scenes.values()
+    )
+    first = [pair[0].policy for pair in scenes.values()]
+    assert 0.2 < np.mean(first) < 0.8
+    assert {x.instruction for x in rollouts if x.setting == "instruction"} == {"c", "d"}
+    assert rollouts == blind.schedule(["a", "b"], ["c", "d"], list(blind.SETTINGS), 5, 2, seed=3)
+
+
+def test_pairs_are_compared_by_the_scenes_that_tell_them_apart():
+    rollouts = blind.schedule(["a"], [], ["seen"], 8, 2, seed=0)
+    # The first policy solves all scenes, the second none but one.
+    success = {x.number: x.policy == 0 or x.scene == 7 for x in rollouts}
+    found = blind.compare(rollouts, success, 0, 1)
+    assert (found.both, found.first, found.second, found.neither) == (1, 7, 0, 0)
+    assert found.p == pytest.approx(2 * 0.5**7)
+    assert blind.rates(rollouts, success)["seen", 1].successes == 1
+    assert blind.compare(rollouts, {}, 0, 1).p == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": ("sunny",)}, "expected some of seen"),
+        ({"settings": ("instruction",)}, "reworded has 0 sentences for 1 tasks"),
+        ({"instructions": (" ",)}, "no empty sentence"),
+        ({"rollouts": 0}, "rollouts=0"),
+    ],
+)
+def test_a_plan_that_is_none_is_named(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        session(tmp_path, None, [], **change)
+
+
+@pytest.mark.parametrize("name", ["nothing", "json:nothing", "no_such_module:f"])
+def test_a_robot_that_cannot_be_opened_is_named(name):
+    with pytest.raises(ValueError, match=f"robot='{name}'"):
+        trial.open_robot(name)
