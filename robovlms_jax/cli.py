@@ -167,7 +167,7 @@ def _take_whole(config: Any, arguments: list[str]) -> Any:
 
 def _belongs(config: Any, path: str, part: type, arguments: Sequence[str]) -> str | None:
     """The first flag that is about a part of the tuple at `path`, which has none: by its path, or because no such flag
-    exists where the tuple stands, or anywhere, and a part has such a field (`--train.sources`)."""
+    exists where the tuple stands, or anywhere, and a part has such a field (`--train.weights`)."""
     fields, known = {field.name for field in dataclasses.fields(part)}, _paths(config)
     elsewhere = {name.rpartition(".")[2] for name in known}
     for argument in arguments:

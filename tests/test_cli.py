@@ -206,7 +206,7 @@ def test_sensors_stages_and_heads_are_given_whole_by_names_json_or_file(tmp_path
         (("--train.stages", '[{"stepss": 3}]'), "train.stages[0] has no field 'stepss'; did you mean 'steps'?"),
         (("--train.stages", "[3"), "--train.stages: '[3' is neither JSON"),
         (("--train.stages", "nowhere.json"), "nowhere.json"),
-        (("--train.sources", "x"), "--train.sources is a setting of a part of train.stages"),
+        (("--train.weights", "x"), "--train.weights is a setting of a part of train.stages"),
         (("--policy.head", "mlpp"), "--policy.head: "),
     ],
 )
