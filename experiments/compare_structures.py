@@ -33,7 +33,7 @@ from robovlms_jax.evaluation.report import tables
 from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable.config import DemonstrationConfig
 from robovlms_jax.policies.heads import base as heads
-from robovlms_jax.runs import closed_loop, run
+from robovlms_jax.runs import closed_loop, logs, run
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import checkpoints, guards
 
@@ -350,11 +350,7 @@ def main() -> None:
         for cell in cells(config):
             print(cell.name, *(f"[{execution.label}]" for execution in cell.executions))
         return
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
-    )
-    for noisy in ("absl", "orbax", "grain", "jax._src"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    logs.to_stderr(libraries=logging.ERROR)
     cpu.keep_freed_memory()
     try:
         path = compare(config)

@@ -34,7 +34,7 @@ from robovlms_jax.evaluation.rollout import Films, Recording, SuccessCriterion, 
 from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable.env import PlayTables
 from robovlms_jax.policies.config import PolicyConfig
-from robovlms_jax.runs import load, robots
+from robovlms_jax.runs import load, logs, robots
 from robovlms_jax.training import checkpoints, seals
 
 log = logging.getLogger(__name__)
@@ -308,13 +308,7 @@ def _envs(config: EvaluateConfig) -> Iterator[vector.VectorEnv]:
 
 
 def main() -> None:
-    # force: a library that was imported may have given the root logger a handler, and basicConfig then does nothing
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
-    )
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    for noisy in ("orbax", "jax._src", "httpx"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logs.to_stderr(absl=logging.ERROR)
     config = cli.read(EvaluateConfig, description=__doc__)
     cpu.keep_freed_memory()
     try:

@@ -23,7 +23,7 @@ from robovlms_jax.driving.config import DrivesConfig, RecordingConfig
 from robovlms_jax.evaluation.config import EvaluationConfig
 from robovlms_jax.policies.config import PolicyConfig, ProprioConfig
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
-from robovlms_jax.runs import driving, load, run
+from robovlms_jax.runs import driving, load, logs, run
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import checkpoints, seals
 from robovlms_jax.training.config import OptimizerConfig, TrainConfig
@@ -82,7 +82,7 @@ published weights pass --backbone.weights (PaliGemma and Qwen read Korean; KOSMO
 def main(argv: Sequence[str] | None = None) -> None:
     """Record, train, drive, report. Errors of the user end the process with a message and status 1."""
     name, config = cli.parse(PRESETS, "navigation", description=__doc__, argv=argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logs.to_stderr()
     output = pathlib.Path(config.train.output)
     try:
         if not config.train.resume:

@@ -24,6 +24,7 @@ from robovlms_jax.deploy import messages, server
 from robovlms_jax.deploy.config import ServerConfig
 from robovlms_jax.load import load_batched_policy
 from robovlms_jax.policies.serving import BatchedVLAPolicy
+from robovlms_jax.runs import logs
 from robovlms_jax.runs.load import load_config
 
 log = logging.getLogger(__name__)
@@ -103,12 +104,7 @@ def build(config: ServeConfig) -> server.PolicyServer:
 
 
 def main() -> None:
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
-    )
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    for noisy in ("orbax", "jax._src", "httpx"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logs.to_stderr(absl=logging.ERROR)
     config = cli.read(ServeConfig, description=__doc__)
     try:
         policy_server = build(config)

@@ -17,7 +17,7 @@ from robovlms_jax.data import base as datasets
 from robovlms_jax.data import loading, sources
 from robovlms_jax.parallel import cpu, distributed
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.runs import build, chaining, closed_loop, questions, resuming, steps, validation
+from robovlms_jax.runs import build, chaining, closed_loop, logs, questions, resuming, steps, validation
 from robovlms_jax.runs import setup as setups
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import to_dict
@@ -50,13 +50,7 @@ def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: 
     the experiment's, for the report, which ends with `closing`.
 
     Errors of the user end the process with a message and status 1."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
-    )
-    for noisy in ("absl", "orbax", "grain", "jax._src", "httpx"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    # Orbax logs every error that it raises, too, several times and with all frames.
-    logging.getLogger("absl").addFilter(lambda record: record.exc_info is None)
+    logs.to_stderr()
     cpu.keep_freed_memory()
     try:
         with distributed.joined(**vars(config.distributed)):
