@@ -119,6 +119,7 @@ class Scene:
     """Obstacles as arrays, to be measured against many positions of a tool at once."""
 
     def __init__(self, obstacles: tuple[Obstacle, ...]):
+        self._obstacles = obstacles
         kept = [obstacle for obstacle in obstacles if not obstacle.touchable]
         capsules = [x for x in kept if isinstance(x, Capsule)]
         boxes = [x for x in kept if isinstance(x, Box)]
@@ -128,6 +129,11 @@ class Scene:
         self._radii = np.array([x.radius for x in capsules], np.float64)
         self._centers = np.array([x.center for x in boxes], np.float64).reshape(-1, 3)
         self._halves = np.array([x.half for x in boxes], np.float64).reshape(-1, 3)
+        self._balls = bool((self._starts == self._ends).all())
+
+    def of(self, obstacles: tuple[Obstacle, ...]) -> Scene:
+        """The scene of these obstacles: this one where they are the very same."""
+        return self if obstacles is self._obstacles else Scene(obstacles)
 
     def clearance(self, positions: np.ndarray, tool: tuple[Capsule, ...]) -> np.ndarray:
         """Distance between surfaces, negative where they overlap capsules.
@@ -142,7 +148,10 @@ class Scene:
         for part in tool:
             p, q = at + np.asarray(part.start), at + np.asarray(part.end)
             found = []
-            if len(self._starts):
+            if len(self._starts) and self._balls and part.start == part.end:
+                gap = p - self._starts  # between points, ten times as fast as between segments
+                found.append(np.sqrt(_dot(gap, gap)) - self._radii)
+            elif len(self._starts):
                 found.append(segment_distance(p, q, self._starts, self._ends) - self._radii)
             if len(self._centers):
                 found.append(segment_box_distance(p, q, self._centers, self._halves))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -165,6 +165,7 @@ class MotionFilter:
             name: np.array([(getattr(g, name) * period_s**power) ** 2 for g in groups]) * (1 + ROUNDING)
             for name, power in powers.items()
         }
+        self._square_limits = np.stack([self._squares[name] for name in powers])[:, None, None]
         self._low = np.full(columns, -np.inf) if low is None else np.asarray(low, np.float64)
         self._high = np.full(columns, np.inf) if high is None else np.asarray(high, np.float64)
         self._bounded = bool(np.isfinite(self._low).any() or np.isfinite(self._high).any())
@@ -179,25 +180,22 @@ class MotionFilter:
     def _sums(self, velocities: np.ndarray, positions: np.ndarray) -> np.ndarray:
         return positions[:, None] + np.cumsum(velocities, axis=1) * self.period_s
 
-    def step(self, positions: np.ndarray, wanted: np.ndarray, otherwise: np.ndarray | None = None) -> Filtered:
+    def step(
+        self, positions: np.ndarray, wanted: np.ndarray, otherwise: Callable[[], np.ndarray] | None = None
+    ) -> Filtered:
         """One tick.
 
         Args:
           positions: float[B, D], where the robots are (columns without bounds may hold anything finite).
           wanted: float[B, D], finite velocities.
-          otherwise: float[B, D], what is asked for, in whole or in part, where `wanted` cannot be; None: the same.
+          otherwise: float[B, D], what is asked for, in whole or in part, where `wanted` cannot be; called only then.
+            None: the same.
         """
         within = self._within_one_step(wanted)
-        requests = [(within, *attempt) for attempt in WHOLE]
-        second = within
-        if otherwise is not None:
-            second = self._within_one_step(otherwise)
-            requests += [(second, *attempt) for attempt in WHOLE]
-        requests += [(second, *attempt) for attempt in PARTS]
         plan, share = self.plan.copy(), np.zeros(self.robots)
         bound, blocked = np.zeros((2, self.robots), bool)
         rows = np.arange(self.robots)
-        for request, part, stretch in requests:
+        for request, part, stretch in self._attempts(within, otherwise):
             mixed = self._with_stop(request, rows, stretch)
             if part != 1:
                 mixed = part * mixed + (1 - part) * self.plan[rows]
@@ -213,6 +211,16 @@ class MotionFilter:
                 break
         self.plan = plan
         return Filtered(self._send(), within, share, bound, blocked)
+
+    def _attempts(
+        self, within: np.ndarray, otherwise: Callable[[], np.ndarray] | None
+    ) -> Iterator[tuple[np.ndarray, float, float]]:
+        """Requests float[B, D], shares and stretches, in the order in which they are tried."""
+        yield from ((within, *attempt) for attempt in WHOLE)
+        if otherwise is not None:
+            within = self._within_one_step(otherwise())
+            yield from ((within, *attempt) for attempt in WHOLE)
+        yield from ((within, *attempt) for attempt in PARTS)
 
     def brake(self) -> np.ndarray:
         """float[B, D]: the next velocities of the stopping plans."""
@@ -274,13 +282,14 @@ class MotionFilter:
 
     def _moves_well(self, plans: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """bool[M]: speed, acceleration and jerk are within limits at every tick until rest."""
-        good = (self._lengths(plans) <= self._squares["speed"]).all(axis=(1, 2))
-        ends = np.zeros((len(rows), 2, plans.shape[-1]))
-        start = self.velocity[rows, None]
-        changes = np.diff(np.concatenate([start, plans, ends], axis=1), axis=1)
-        good &= (self._lengths(changes) <= self._squares["acceleration"]).all(axis=(1, 2))
-        changes = np.concatenate([self.change[rows, None], changes], axis=1)
-        return good & (self._lengths(np.diff(changes, axis=1)) <= self._squares["jerk"]).all(axis=(1, 2))
+        size = len(rows), 1, plans.shape[-1]
+        rest = np.zeros(size)
+        start = self.velocity[rows].reshape(size)
+        velocities = np.concatenate([start, plans, rest, rest], axis=1)
+        changes = velocities[:, 1:] - velocities[:, :-1]
+        before = np.concatenate([self.change[rows].reshape(size), changes[:, :-1]], axis=1)
+        lengths = self._lengths(np.stack([velocities[:, 1:], changes, changes - before]))
+        return (lengths <= self._square_limits).all(axis=(0, 2, 3))
 
     def _stays(self, plans: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """bool[M] twice: the plan stays within bounds; it keeps clear of obstacles."""

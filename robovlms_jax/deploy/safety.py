@@ -121,7 +121,7 @@ class SafetyLayer:
             return self._stopped(events)
         numbers, asked = wanted
         velocity = self._joints_together(np.clip(asked, -1e6, 1e6))
-        result = self._filter.step(self._target[None], velocity[None], self._gentle(velocity)[None])
+        result = self._filter.step(self._target[None], velocity[None], lambda: self._gentle(velocity)[None])
         if result.blocked[0] and self.limits.on_collision_risk == "stop":
             self.latch.trip("collision_risk: the request would bring the robot nearer to an obstacle than allowed")
             events.append(self._event("collision", self.latch.reason, velocity, result.velocity[0]))
@@ -173,7 +173,8 @@ class SafetyLayer:
         position = np.asarray(measured.position, np.float64)
         if self._target is None or self._layout.base:
             self._target = np.where(np.isfinite(position), position, 0.0)
-        self._scene, self._body = geometry.Scene(measured.obstacles), geometry.Scene(measured.body)
+        self._scene = self._scene.of(measured.obstacles)
+        self._body = self._body.of(measured.body)
         lag = self._does_not_follow(position)
         if lag:
             # frozen here once: to go on to a target that a blocked arm did not reach would be a leap when it comes free
@@ -350,13 +351,13 @@ class SafetyLayer:
         """bool[M]: nearer to an obstacle than allowed, and nearer than the robot is now."""
         bad = np.zeros(len(path), bool)
         for place, here in zip(self._places(path), self._places(self._target[None, None])):
-            whole = np.concatenate([np.broadcast_to(here, (len(place), 1, 3)), place], axis=1)
+            whole = np.concatenate([np.repeat(here, len(place), axis=0), place], axis=1)
+            steps = whole[:, 1:] - whole[:, :-1]
             # between two ticks it may be half a step nearer
-            halves = np.linalg.norm(np.diff(whole, axis=1), axis=-1)[..., None] / 2
+            halves = np.sqrt(np.einsum("mnd,mnd->mn", steps, steps))[..., None] / 2
             for scene, least in self._kept_from():
-                clear = scene.clearance(place, self._tool) - halves
-                now = scene.clearance(here, self._tool)
-                bad |= (clear < np.minimum(least, now)).any(axis=(1, 2))
+                clear = scene.clearance(whole, self._tool)
+                bad |= (clear[:, 1:] - halves < np.minimum(least, clear[:, :1])).any(axis=(1, 2))
         return bad
 
     def _kept_from(self) -> list[tuple[geometry.Scene, float]]:
