@@ -26,8 +26,11 @@ class AugmentConfig:
     """The same for the distance to grey. Upstream: 0.2."""
     hue: float = 0.0
     """Turn colours by up to this share of the colour circle. Upstream: 0.05."""
+    erase_area: float = 0.0
+    """Cover a rectangle of up to this share of the image, one and a half times as wide as high to the reverse, with its
+    mean colour (Zhong et al. 2017, arXiv:1708.04896)."""
 
     def __post_init__(self):
         require(0 <= self.crop_area <= 1, f"data.augment.crop_area={self.crop_area} must lie in [0, 1].")
-        for field in ("brightness", "contrast", "saturation", "hue"):
+        for field in ("brightness", "contrast", "saturation", "hue", "erase_area"):
             require(0 <= getattr(self, field) <= 1, f"data.augment.{field}={getattr(self, field)} must lie in [0, 1].")

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import pathlib
 from typing import Any, Literal
 
@@ -146,14 +147,15 @@ def augment(key: jax.Array, images: jax.Array, amount: AugmentConfig) -> jax.Arr
     """Crop and colour changes, drawn once per segment: what differs between its frames still only moved in the world.
 
     In this order, as upstream's RLDS loader has it: random resized crop (square, bilinear), brightness, contrast (about
-    the segment's mean colour), saturation (about each pixel's grey), hue (a turn about the grey axis). No mirroring.
+    the segment's mean colour), saturation (about each pixel's grey), hue (a turn about the grey axis), and at last an
+    erased rectangle. No mirroring.
 
     Args:
       images: [B, G, height, width, 3] in 0 ... 255, any dtype. Give every camera its own key.
     Returns:
       float32 of the same shape in 0 ... 255; `images` itself when nothing is turned on.
     """
-    if not any((amount.crop_area, amount.brightness, amount.contrast, amount.saturation, amount.hue)):
+    if amount == AugmentConfig():
         return images
     batch, _, height, width, _ = images.shape
     keys = jax.random.split(key, 6)
@@ -180,7 +182,26 @@ def augment(key: jax.Array, images: jax.Array, amount: AugmentConfig) -> jax.Arr
         x = grey + (x - grey) * draw(keys[4], 1 - amount.saturation, 1 + amount.saturation)
     if amount.hue:
         x = _turn_hue(x, draw(keys[5], -amount.hue, amount.hue))
+    if amount.erase_area:
+        x = _erase(jax.random.fold_in(key, len(keys)), x, amount.erase_area)
     return jnp.clip(x, 0, 255)
+
+
+def _erase(key: jax.Array, images: jax.Array, area: float) -> jax.Array:
+    """One rectangle per segment, of up to `area` of the image, in the segment's mean colour."""
+    batch, _, height, width, _ = images.shape
+    size_key, ratio_key, corner_key = jax.random.split(key, 3)
+    share = jax.random.uniform(size_key, (batch, 1), maxval=area)
+    ratio = jnp.exp(jax.random.uniform(ratio_key, (batch, 1), minval=-1, maxval=1) * math.log(1.5))
+    sides = jnp.minimum(jnp.concatenate([jnp.sqrt(share * ratio), jnp.sqrt(share / ratio)], axis=1), 1.0)
+    first = jax.random.uniform(corner_key, (batch, 2)) * (1 - sides)
+
+    def inside(axis: int, count: int) -> jax.Array:
+        at = (jnp.arange(count) + 0.5) / count
+        return (at >= first[:, axis, None]) & (at < first[:, axis, None] + sides[:, axis, None])
+
+    covered = inside(0, height)[:, None, :, None, None] & inside(1, width)[:, None, None, :, None]
+    return jnp.where(covered, images.mean(axis=(1, 2, 3), keepdims=True), images)
 
 
 _LUMA = (0.299, 0.587, 0.114)  # grey of RGB, ITU-R BT.601

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import logging
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -16,7 +19,9 @@ from robovlms_jax.control.interface import Observation
 from robovlms_jax.data import base, excerpts, language, loading, opening, represented, samples
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.evaluation import offline
+from robovlms_jax.evaluation.report import films
 from robovlms_jax.evaluation.report import offline as offline_report
+from robovlms_jax.inputs.config import AugmentConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import objective
 from robovlms_jax.policies.serving import EncodeText, VLAPolicy
@@ -25,6 +30,9 @@ from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import step
 from robovlms_jax.training.state import TrainState
 from robovlms_jax.types import Batch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +124,7 @@ class Evaluator:
         sensitivity = self._language(state)
         curves = self._curves(state)
         if jax.process_index() == 0:
-            found = offline_report.Compared(sums, sensitivity, curves, self._robot)
+            found = offline_report.Compared(sums, sensitivity, curves, self._robot, self._augmented())
             offline_report.write_report(
                 output, found, title=title, facts=facts, closing=closing, closed_loop=closed_loop
             )
@@ -174,6 +182,23 @@ class Evaluator:
             actions = (np.stack([policy.act(observation).actions[0] for observation in seen]), recorded.actions)
             curves.append(offline_report.EpisodeCurves(episode.instruction, *actions, units, config.robot))
         return curves
+
+    def _augmented(self, count: int = 5) -> Image | None:
+        """First frames of a batch as stored and as training would change them; None where it changes nothing."""
+        data, cameras = self._config.data, self._config.policy.cameras
+        if data.augment == AugmentConfig() and not any(data.shifts.get(camera) for camera in cameras):
+            return None
+        found = list(itertools.islice(self._batches(1), 1))
+        if not found:
+            return None
+        stored = {camera: np.asarray(found[0].inputs.images[camera][:count, :1]) for camera in cameras}
+        spec = dataclasses.replace(self._model.vlm.image, mean=(0.0,) * 3, std=(1.0,) * 3)  # stays within 0 ... 1
+        prepare = functools.partial(objective.prepare, spec=spec, cameras=cameras)
+        changed = jax.jit(lambda x, key: prepare(x, key=key, shifts=data.shifts, augment=data.augment).images)(
+            found[0].inputs.replace(images=stored), jax.random.key(0)
+        )
+        pairs = {camera: (stored[camera][:, 0], np.asarray(255 * changed[camera][:, 0])) for camera in cameras}
+        return films.draw_pairs({camera: (x, y.round().astype(np.uint8)) for camera, (x, y) in pairs.items()})
 
     def _batches(self, num_batches: int) -> Iterator[Batch]:
         batches = loading.evaluation_batches(

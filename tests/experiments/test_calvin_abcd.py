@@ -15,6 +15,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import calvin_abcd
 from robovlms_jax import cli
@@ -82,6 +83,10 @@ def test_a_run_leaves_everything_needed(finished):
     assert json.loads((finished / "config.json").read_text())["data"]["text_length"] > 0
     report = (finished / "report.md").read_text()
     assert "--data.root" in report and "--backbone.weights" in report
+    # The sample's training shifts its pictures: what it sees differs from what is stored, and is no black square.
+    pixels = np.asarray(Image.open(finished / "augmented.png").convert("RGB"))
+    stored, seen = pixels[32:200, 12:180], pixels[204:372, 12:180]
+    assert "augmented.png" in report and seen.std() > 10 and np.any(stored != seen)
     assert sorted(metrics_of(finished)) == list(range(1, 11))
 
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from robovlms_jax.inputs import images
+from robovlms_jax.inputs.config import AugmentConfig
 
 PIL_FILTERS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC, "lanczos": Image.LANCZOS}
 CLIP = images.ImageSpec(224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -222,51 +223,57 @@ def test_unusable_image_settings_are_named(tmp_path):
         images.read_image_spec(tmp_path)
 
 
-@dataclasses.dataclass(frozen=True)
-class Amount:
-    crop_area: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-
-
 def frames_of_two_segments() -> np.ndarray:
     """Each segment's frames are alike, so that a difference after augmentation would be one between frames."""
     rng = np.random.default_rng(0)
     return np.repeat(rng.integers(30, 220, (2, 1, 16, 16, 3), np.uint8), 3, axis=1)
 
 
-@pytest.mark.parametrize("name", ["crop_area", "brightness", "contrast", "saturation", "hue"])
+@pytest.mark.parametrize("name", ["crop_area", "brightness", "contrast", "saturation", "hue", "erase_area"])
 def test_augmentation_is_constant_within_a_segment_and_differs_between_them(name):
     x = frames_of_two_segments()
-    out = jax.jit(lambda key: images.augment(key, x, Amount(**{name: 0.3})))(jax.random.key(0))
+    out = jax.jit(lambda key: images.augment(key, x, AugmentConfig(**{name: 0.3})))(jax.random.key(0))
     assert out.shape == x.shape and out.min() >= 0 and out.max() <= 255
     for segment in out:
         np.testing.assert_array_equal(segment[0], segment[1])
         np.testing.assert_array_equal(segment[0], segment[2])
     assert np.abs(out[0] - x[0]).max() > 1 and np.abs(out[1] - x[1]).max() > 1
     same = np.broadcast_to(x[:1], x.shape)
-    out = np.asarray(images.augment(jax.random.key(0), same, Amount(**{name: 0.3})))
+    out = np.asarray(images.augment(jax.random.key(0), same, AugmentConfig(**{name: 0.3})))
     assert np.abs(out[0] - out[1]).max() > 1
 
 
 def test_no_augmentation_changes_nothing():
     x = frames_of_two_segments()
-    assert images.augment(jax.random.key(0), x, Amount()) is x
+    assert images.augment(jax.random.key(0), x, AugmentConfig()) is x
+
+
+def test_erasing_covers_one_rectangle_of_at_most_the_area_with_the_mean_colour():
+    x = np.random.default_rng(0).integers(0, 256, (40, 2, 20, 30, 3)).astype(np.float32)
+    out = np.asarray(images.augment(jax.random.key(0), x, AugmentConfig(erase_area=0.25)))
+    areas = []
+    for before, after in zip(x, out):
+        changed = (before != after).any(axis=(0, 3))
+        rows, columns = (np.flatnonzero(changed.any(axis=axis)) for axis in (1, 0))
+        areas.append(changed.mean())
+        if changed.any():
+            assert changed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+            mean = np.broadcast_to(before.mean(axis=(0, 1, 2)), (2, changed.sum(), 3))
+            np.testing.assert_allclose(after[:, changed], mean, rtol=1e-4)
+    assert max(areas) < 0.3 and max(areas) > 0.15 and np.mean(areas) > 0.06  # pixels are rounded to
 
 
 def test_colour_changes_are_what_they_say():
     x = jnp.asarray(frames_of_two_segments(), jnp.float32) / 4 + 96  # far from the limits, so that nothing is clipped
     grey = jnp.array([0.299, 0.587, 0.114])
-    bright = images.augment(jax.random.key(1), x, Amount(brightness=0.1)) - x
+    bright = images.augment(jax.random.key(1), x, AugmentConfig(brightness=0.1)) - x
     np.testing.assert_allclose(bright, np.broadcast_to(bright[:, :1, :1, :1, :1], x.shape), atol=1e-3)
     assert np.abs(bright).max() <= 25.5
-    contrast = images.augment(jax.random.key(1), x, Amount(contrast=0.3))
+    contrast = images.augment(jax.random.key(1), x, AugmentConfig(contrast=0.3))
     np.testing.assert_allclose(contrast.mean(axis=(1, 2, 3)), x.mean(axis=(1, 2, 3)), rtol=1e-5)
-    pale = images.augment(jax.random.key(1), x, Amount(saturation=0.3))
+    pale = images.augment(jax.random.key(1), x, AugmentConfig(saturation=0.3))
     np.testing.assert_allclose(pale @ grey, x @ grey, rtol=1e-4)
-    turned = images.augment(jax.random.key(1), x, Amount(hue=0.1))
+    turned = images.augment(jax.random.key(1), x, AugmentConfig(hue=0.1))
     np.testing.assert_allclose(turned.sum(-1), x.sum(-1), rtol=1e-4)  # along the grey axis nothing moves
     np.testing.assert_allclose(jnp.square(turned).sum(-1), jnp.square(x).sum(-1), rtol=1e-4)
 
@@ -274,7 +281,7 @@ def test_colour_changes_are_what_they_say():
 def test_a_crop_shows_a_part_of_the_image_at_full_size():
     # On a ramp every crop is a ramp again, less steep by the crop's side.
     ramp = np.broadcast_to(np.arange(32, dtype=np.float32)[None, None, None, :, None] * 4, (8, 1, 32, 32, 3))
-    out = np.asarray(images.augment(jax.random.key(3), ramp, Amount(crop_area=0.5)))[:, 0, 16, 4:28, 0]
+    out = np.asarray(images.augment(jax.random.key(3), ramp, AugmentConfig(crop_area=0.5)))[:, 0, 16, 4:28, 0]
     steps = np.diff(out, axis=1)
     np.testing.assert_allclose(steps, np.broadcast_to(steps[:, :1], steps.shape), atol=1e-2)
     sides = steps[:, 0] / 4

@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,6 +118,29 @@ def draw_strips(recordings: Sequence[Recording], *, frames: int = 5) -> Image:
             pixels = next(iter(recording.frames[index].observation.images.values()))
             image = Image.fromarray(np.asarray(pixels)).resize((panel, panel), Image.Resampling.BICUBIC)
             canvas.paste(image, (_MARGIN + column * (panel + 4), top + head))
+    return canvas
+
+
+def draw_pairs(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Image:
+    """Pictures as stored (above) and as training sees them (below), a row of pairs per camera.
+
+    Args:
+      pairs: camera -> (uint8[n, height, width, 3], uint8[n, size, size, 3]).
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    panel, head = 168, 26
+    columns = max(len(stored) for stored, _ in pairs.values())
+    height = len(pairs) * (2 * (panel + 4) + head) + _MARGIN
+    canvas = Image.new("RGB", (2 * _MARGIN + columns * (panel + 4), height), "white")
+    for row, (camera, both) in enumerate(pairs.items()):
+        top = 6 + row * (2 * (panel + 4) + head)
+        text = f"{camera}: as stored, and as training sees it"
+        ImageDraw.Draw(canvas).text((_MARGIN, top), text, "black", ImageFont.load_default(14))
+        for line, pictures in enumerate(both):
+            for column, pixels in enumerate(pictures):
+                image = Image.fromarray(np.asarray(pixels)).resize((panel, panel), Image.Resampling.BICUBIC)
+                canvas.paste(image, (_MARGIN + column * (panel + 4), top + head + line * (panel + 4)))
     return canvas
 
 

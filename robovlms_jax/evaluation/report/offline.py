@@ -24,6 +24,7 @@ from robovlms_jax.evaluation.report import fonts, tables
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 # People read millimetres and degrees; everything else here is in metres and radians.
 _READABLE = {"m": (1000.0, "mm"), "rad": (180 / math.pi, "°"), "m/s": (1000.0, "mm/s"), "rad/s": (180 / math.pi, "°/s")}
@@ -93,12 +94,14 @@ class Compared:
 
     sums: of predicted and recorded actions; None: there is no split, and the report says so.
     sensitivity: the language probe; None leaves it out. episodes: to draw. robot: whose actions these are.
+    augmented: pictures as training sees them (`films.draw_pairs`); None where it changes none.
     """
 
     sums: offline.Sums | None = None
     sensitivity: offline.Sensitivity | None = None
     episodes: Sequence[EpisodeCurves] = ()
     robot: RobotSpec = CALVIN
+    augmented: Image | None = None
 
 
 def write_report(
@@ -145,6 +148,9 @@ def write_report(
         sections += ["## Language sensitivity", _sensitivity_text(found.sensitivity, found.robot)]
     if found.episodes:
         sections += ["## Episodes", *(f"![{e.instruction}](actions_{i}.png)" for i, e in enumerate(found.episodes))]
+    if found.augmented is not None:
+        found.augmented.save(directory / "augmented.png")
+        sections += ["## Pictures in training", "![as stored, and as training sees them](augmented.png)"]
     sections += ["## The real thing", closing.strip("\n")]
     path = directory / "report.md"
     path.write_text(tables.join(sections), encoding="utf-8")
