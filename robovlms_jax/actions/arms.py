@@ -140,12 +140,12 @@ class Arm:
             if self.name == "velocity":
                 return move * self.own.rate_hz
             return move / self._units if self._tool is None else self._tool.from_world(move / self._units, pose)
-        rotation, asked = self._matrix(pose), self._matrix(target)
+        rotation, goal = self._matrix(pose), self._matrix(target)
         back = rotation.swapaxes(1, 2)
         if self.name == "tcp":
-            move, turn = (back @ move[..., None])[..., 0], back @ asked
+            move, turn = (back @ move[..., None])[..., 0], back @ goal
         else:
-            turn = asked @ back
+            turn = goal @ back
         move = np.concatenate([move, from_matrix(turn, "axis_angle")], axis=1)
         return move * self.own.rate_hz if self.name == "velocity" else move / self._units
 

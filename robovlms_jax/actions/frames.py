@@ -40,8 +40,8 @@ class ToolFrame:
         """World-frame relative actions float[..., 7] at poses float[..., >= 6] -> tool frame, same shape."""
         xp = actions.__array_namespace__()
         rotation = rotations.from_euler(pose[..., 3:6], self.order)
-        asked = rotations.from_euler(pose[..., 3:6] + self.unit * actions[..., 3:6], self.order)
-        turn = xp.swapaxes(rotation, -1, -2) @ asked
+        target = rotations.from_euler(pose[..., 3:6] + self.unit * actions[..., 3:6], self.order)
+        turn = xp.swapaxes(rotation, -1, -2) @ target
         turn = xp.swapaxes(turn, -1, -2) if self.inverted else turn
         move = xp.swapaxes(rotation, -1, -2) @ actions[..., :3, None]
         turn = rotations.to_euler(turn, self.order) / self.unit
@@ -53,9 +53,9 @@ class ToolFrame:
         rotation = rotations.from_euler(pose[..., 3:6], self.order)
         turn = rotations.from_euler(self.unit * actions[..., 3:6], self.order)
         turn = xp.swapaxes(turn, -1, -2) if self.inverted else turn
-        asked = rotations.to_euler(rotation @ turn, self.order)
+        target = rotations.to_euler(rotation @ turn, self.order)
         move = rotation @ actions[..., :3, None]
-        turn = rotations.wrap(asked - pose[..., 3:6]) / self.unit
+        turn = rotations.wrap(target - pose[..., 3:6]) / self.unit
         return xp.concat([move[..., 0], turn, actions[..., 6:]], axis=-1)
 
 

@@ -101,8 +101,8 @@ def lint(
                 findings.append(Finding(names[i], message, by_quantiles))
     findings += _too_far(smallest, largest, units, robot)
     for i in robot.binary:
-        told = (commands, widths) if len(robot.binary) == 1 else (None, None)
-        findings += _lint_gripper(names[i], float(smallest[i]), float(largest[i]), *told)
+        recorded = (commands, widths) if len(robot.binary) == 1 else (None, None)
+        findings += _lint_gripper(names[i], float(smallest[i]), float(largest[i]), *recorded)
     return findings
 
 

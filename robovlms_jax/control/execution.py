@@ -155,11 +155,11 @@ class ExecutedBatch:
                     raise RuntimeError(
                         f"slot {slot} has no episode: act() before reset(instruction), or its reset failed."
                     )
-            told = [
+            reported = [
                 dataclasses.replace(observation, executed=self._executed[slot])
                 for slot, observation in zip(slots, observations, strict=True)
             ]
-            for slot, chunk in zip(slots, self._policy.act(told, slots), strict=True):
+            for slot, chunk in zip(slots, self._policy.act(reported, slots), strict=True):
                 self._executed[slot], self._past[slot] = select(
                     self._execution, self._past[slot], chunk.actions, self.robot
                 )

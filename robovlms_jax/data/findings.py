@@ -158,10 +158,10 @@ def _columns(found: inspection.Inspection) -> Iterator[Finding]:
             said.setdefault((finding.message, finding.refused), []).append(finding.dimension)
     for (message, refused), names in said.items():
         yield Finding("problem" if refused else "look", f"action {', '.join(names)}", f"{message}.")
-    told = {name for names in said.values() for name in names}
-    fine = not told
+    named = {name for names in said.values() for name in names}
+    fine = not named
     for part, columns in (("action", found.actions), ("state", found.states)):
-        rest = [column for column in columns if part != "action" or column.dimension.name not in told]
+        rest = [column for column in columns if part != "action" or column.dimension.name not in named]
         for level, check, message in _CHECKS:
             told_of = [(column.dimension.name, text) for column in rest if (text := check(column))]
             if told_of:

@@ -28,18 +28,6 @@ class Source(Protocol):
         """One slice of one tensor, in its stored type; nothing else is read."""
 
 
-class ArraySource:
-    """Tensors already in memory."""
-
-    def __init__(self, arrays: Mapping[str, np.ndarray], name: str = "arrays"):
-        self.name = name
-        self.shapes = {key: tuple(value.shape) for key, value in arrays.items()}
-        self._arrays = arrays
-
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return np.asarray(self._arrays[name][index])
-
-
 class SafetensorsSource:
     """One or more safetensors files. Opening reads only their headers; tensors are memory-mapped."""
 

@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from robovlms_jax.backbones import base, registry
-from robovlms_jax.weights import convert, sources
+from robovlms_jax.weights import convert
+from tests.weights.array_source import ArraySource
 
 BATCH, TEXT = 2, 7
 IMAGE = 100
@@ -62,7 +63,7 @@ def from_torch(config: base.VLMConfig, state: dict[str, torch.Tensor]) -> Any:
     """Parameters, or anything else that has a value per torch parameter, by the rules of the backbone."""
     shapes = abstract(config)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    source = sources.ArraySource({name: value.detach().numpy() for name, value in state.items()})
+    source = ArraySource({name: value.detach().numpy() for name, value in state.items()})
     return convert.load_params(config.rules, source, shapes, jax.tree.map(lambda _: device, shapes))
 
 

@@ -17,6 +17,7 @@ from robovlms_jax.runs import build
 from robovlms_jax.weights import convert, export, sources
 from tests.backbones import families, test_registry
 from tests.backbones.oracle import abstract, from_torch, randomize
+from tests.weights.array_source import ArraySource
 
 NATIVE = set(families.COMPARED) - test_registry.REMOTE_CODE - {"kosmos-2"}
 """Families that transformers saves and opens; KOSMOS-2 has a file of its own."""
@@ -86,7 +87,7 @@ def test_a_head_of_its_own_is_kept_and_a_tied_one_found_under_either_name(model,
     table = next(key for key in state if key.endswith(("embed_tokens.weight", "wte.weight")))
     head = next(key for key in state if key.endswith("lm_head.weight"))
     own = {key: value.detach().numpy() for key, value in state.items()} | {head: state[table].numpy() + 0.25}
-    source = sources.ArraySource(own, "here")
+    source = ArraySource(own, "here")
 
     found = opened(tied, source)
     assert found == untied and "Both are kept, as transformers does" in caplog.text
@@ -98,7 +99,7 @@ def test_a_head_of_its_own_is_kept_and_a_tied_one_found_under_either_name(model,
 
     for left_out in (head, table):
         same = {key: state[table] if key in (head, table) else value for key, value in state.items() if key != left_out}
-        arrays = sources.ArraySource({key: value.detach().numpy() for key, value in same.items()})
+        arrays = ArraySource({key: value.detach().numpy() for key, value in same.items()})
         assert opened(tied, arrays) == tied
         np.testing.assert_array_equal(from_torch(tied, same)["text"]["embed"]["table"], own[table])
 

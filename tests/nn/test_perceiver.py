@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from robovlms_jax.nn.perceiver import Perceiver, PerceiverConfig
-from robovlms_jax.weights import convert, rules, sources
+from robovlms_jax.weights import convert, rules
+from tests.weights.array_source import ArraySource
 
 torch = pytest.importorskip("torch")
 
@@ -64,7 +65,7 @@ def test_numbers_and_names_are_those_of_published_resamplers(exact_matmul):
     device = SingleDeviceSharding(jax.devices()[0])
     params = convert.load_params(
         rules.perceiver("r", "r"),
-        sources.ArraySource(in_upstreams_names(module), "toy"),
+        ArraySource(in_upstreams_names(module), "toy"),
         {"r": shapes},
         {"r": jax.tree.map(lambda _: device, shapes)},
     )["r"]

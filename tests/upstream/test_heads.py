@@ -11,7 +11,8 @@ from flax.linen import unbox
 
 from robovlms_jax.policies.heads import attention, base, gpt, lstm, mlp
 from robovlms_jax.upstream import weights as rows
-from robovlms_jax.weights import convert, sources
+from robovlms_jax.weights import convert
+from tests.weights.array_source import ArraySource
 
 torch = pytest.importorskip("torch")
 
@@ -81,7 +82,7 @@ def test_a_head_gives_upstreams_numbers(kind, latent, exact_matmul):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = convert.load_params(
         rows.HEADS[type(config)]("act_head", "head", config),
-        sources.ArraySource(theirs.checkpoint()),
+        ArraySource(theirs.checkpoint()),
         shapes,
         jax.tree.map(lambda _: device, shapes),
     )
@@ -94,7 +95,7 @@ def test_a_head_gives_upstreams_numbers(kind, latent, exact_matmul):
 
 def test_one_stored_action_token_serves_all_queries():
     stored = {"model.action_token": np.arange(D, dtype=np.float32), "model.other": np.zeros(3, np.float32)}
-    source = rows.UpstreamSource(sources.ArraySource(stored), num_queries=3)
+    source = rows.UpstreamSource(ArraySource(stored), num_queries=3)
     assert source.shapes == {"model.action_token": (3 * D,), "model.other": (3,)}
     np.testing.assert_array_equal(
         source.read("model.action_token", (slice(D - 1, D + 2),)), np.float32([D - 1, 0, 1]), strict=True

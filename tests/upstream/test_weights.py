@@ -21,7 +21,8 @@ from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
 from robovlms_jax.runs import build
 from robovlms_jax.types import Inputs
-from robovlms_jax.weights import convert, sources
+from robovlms_jax.weights import convert
+from tests.weights.array_source import ArraySource
 
 W, C = 8, 10
 
@@ -37,7 +38,7 @@ def policy(golden, shared_data):
     assert {f"model.{key}" for key in state} >= set(meta["checkpoint_keys"])
     state = {f"model.{key}": x for key, x in state.items()}  # as a trained checkpoint spells them
     shapes, shardings = build.abstract_params(model, meshes.make_mesh((1, 1, 1), jax.devices()[:1]))
-    params = convert.load_params(upstream.policy_rules(model), sources.ArraySource(state), shapes, shardings)
+    params = convert.load_params(upstream.policy_rules(model), ArraySource(state), shapes, shardings)
     return model, params, golden("kosmos/post_lstm.npz")
 
 

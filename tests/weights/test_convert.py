@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from robovlms_jax.weights import convert, sources
+from robovlms_jax.weights import convert
 from robovlms_jax.weights.rules import Ignore, Initialised, Rule, linear
 from tests.processes import run_python
+from tests.weights.array_source import ArraySource
 
 RULES = (
     Rule("embed.weight", "embed/table"),
@@ -45,9 +46,7 @@ def make_shapes():
 def load(tensors, rules=RULES, shapes=None):
     shapes = shapes or make_shapes()
     device = SingleDeviceSharding(jax.devices()[0])
-    return convert.load_params(
-        rules, sources.ArraySource(tensors, "toy"), shapes, jax.tree.map(lambda _: device, shapes)
-    )
+    return convert.load_params(rules, ArraySource(tensors, "toy"), shapes, jax.tree.map(lambda _: device, shapes))
 
 
 def test_parameters_hold_every_layer_in_its_place_and_leave_out_what_is_fresh():

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from robovlms_jax.weights import sources
+from tests.weights.array_source import ArraySource
 
 TENSORS = {
     "a": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -50,7 +51,7 @@ def test_a_file_a_directory_shards_and_arrays_are_the_same_source(tmp_path):
         sources.open_source(tmp_path / "whole" / "model.safetensors"),
         sources.open_source(tmp_path / "whole"),
         sources.open_source(str(tmp_path / "shards")),
-        sources.ArraySource(TENSORS),
+        ArraySource(TENSORS),
     ):
         found = everything(source)
         assert set(found) == set(TENSORS)

@@ -7,7 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from robovlms_jax.weights import convert, rules, sources, tying
+from robovlms_jax.weights import convert, rules, tying
+from tests.weights.array_source import ArraySource
 
 TABLE = np.arange(12, dtype=np.float32).reshape(4, 3)
 TIED = (rules.Rule("embed.weight", "text/embed/table"), *rules.head("lm_head", "text", tied=True))
@@ -18,7 +19,7 @@ def load(table: rules.Rules, arrays: dict[str, np.ndarray]):
     if table is not TIED:
         wanted["text"]["head"] = {"kernel": jax.ShapeDtypeStruct((3, 4), np.float32)}
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    source = sources.ArraySource(arrays, "here")
+    source = ArraySource(arrays, "here")
     return convert.load_params(table, source, wanted, jax.tree.map(lambda _: place, wanted))
 
 

@@ -59,14 +59,14 @@ class LeRobotDataset(base.Dataset):
         usable = _successful(info, rows, paired, flag, notes) if success_only else paired
         chosen, counted = splits.choose(info, [episode.number for episode in usable], split, notes)
         steps = _standardize(self._entry, rows, paired, notes, self.name)
-        told = _Sentences(tasks, unlabelled_share, unlabelled_instruction)
-        self.episodes = _spans(steps, rows, chosen, told)
-        if told.left_out:
-            notes.guess(f"left out {told.left_out} of {told.total} episodes without instruction.")
+        sentences = _Sentences(tasks, unlabelled_share, unlabelled_instruction)
+        self.episodes = _spans(steps, rows, chosen, sentences)
+        if sentences.left_out:
+            notes.guess(f"left out {sentences.left_out} of {sentences.total} episodes without instruction.")
         if not self.episodes:
             raise ValueError(
                 f"{self.root} has no episode for {split}: {len(listed)} recorded, {len(chosen)} of this split, "
-                f"{told.left_out} without instruction (data.unlabelled_share)."
+                f"{sentences.left_out} without instruction (data.unlabelled_share)."
             )
         self._actions, self._states = steps.actions, steps.states
         self._starts = steps.starts
@@ -291,10 +291,10 @@ class _Sentences:
         return ()
 
 
-def _spans(steps: _Steps, rows: tables.Rows, chosen: set[int], told: _Sentences) -> tuple[base.Episode, ...]:
+def _spans(steps: _Steps, rows: tables.Rows, chosen: set[int], instructions: _Sentences) -> tuple[base.Episode, ...]:
     """Where the task changes, another episode begins; its first frame is the end of the one before."""
     found = []
-    first_of = told.first_of()
+    first_of = instructions.first_of()
     for start, end in zip(steps.starts.tolist(), [*steps.starts[1:].tolist(), len(steps.rows)], strict=True):
         number = int(steps.number[start])
         if number not in chosen:
@@ -303,7 +303,7 @@ def _spans(steps: _Steps, rows: tables.Rows, chosen: set[int], told: _Sentences)
         same = np.array([first_of[number] for number in task.tolist()])
         begins = np.flatnonzero(np.append(True, same[1:] != same[:-1]))
         for first, last in zip(begins.tolist(), [*begins[1:].tolist(), len(task)], strict=True):
-            if sentences := told.of(int(task[first]), number):
+            if sentences := instructions.of(int(task[first]), number):
                 found.append(base.Episode(start + first, start + last, sentences[0], "lerobot", sentences[1:]))
     return tuple(found)
 

@@ -179,12 +179,12 @@ class Encoder(nn.Module):
         """float[B, past + G, *shape] and bool[B, past + G], True = there is a reading -> tokens float32[B, G, n, D] and
         their mask bool[B, G, n]."""
         past = self.config.reading.past
-        told = mask[:, past:]
+        present = mask[:, past:]
         if self.config.dropout and not deterministic:
-            told &= jax.random.bernoulli(self.make_rng("dropout"), 1 - self.config.dropout, told.shape)
+            present &= jax.random.bernoulli(self.make_rng("dropout"), 1 - self.config.dropout, present.shape)
         tokens = self.encode(windows(values.astype(jnp.float32), past + 1))
-        told = jnp.broadcast_to(told[..., None], tokens.shape[:3])
-        return jnp.where(told[..., None], tokens, 0), told
+        present = jnp.broadcast_to(present[..., None], tokens.shape[:3])
+        return jnp.where(present[..., None], tokens, 0), present
 
     def encode(self, values: jax.Array) -> jax.Array:
         """Readings of every frame, oldest first, float32[B, G, past + 1, *shape] -> tokens float32[B, G, n, D]."""

@@ -197,8 +197,8 @@ class ProprioToken(nn.Module):
         init = nn.initializers.normal((2 * self.width) ** -0.5 * self.width**-0.5)
         state = jnp.concatenate(parts, axis=-1)
         if self.sensor.dropout and not deterministic:
-            told = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.sensor.dropout, (*state.shape[:2], 1))
-            state = jnp.where(told, state, 0)
+            present = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.sensor.dropout, (*state.shape[:2], 1))
+            state = jnp.where(present, state, 0)
         if mask is not None:
             state = jnp.where(mask[..., None], state, 0)
         fused = Dense(self.width, ("embed", None), kernel_init=init, kernel=self.kernel, name="fuse")(state)
@@ -234,8 +234,8 @@ class ActionHistory(nn.Module):
         x = Dense(self.width, ("embed", None), kernel_init=init, kernel=self.kernel, name="out")(x)
         x, known = windows(x, length), windows(known, length)
         if self.sensor.dropout and not deterministic:
-            told = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.sensor.dropout, (*x.shape[:2], 1, 1))
-            known &= told
+            present = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.sensor.dropout, (*x.shape[:2], 1, 1))
+            known &= present
         age = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), (None, "embed"))
         tokens = jnp.where(known, x, 0) + self.param("age", age, (length, self.width))
         return tokens, jnp.ones(tokens.shape[:3], bool)
