@@ -67,7 +67,7 @@ SMALL = NavigationConfig(
     ),
     optimizer=OptimizerConfig(learning_rate=6e-4, weight_decay=0.01, schedule="cosine", warmup_steps=100),
     train=TrainConfig(
-        output="runs/navigation", steps=9000, batch_size=64, log_every=200, eval_every=0, checkpoint_every=3000
+        output="runs/navigation", steps=6000, batch_size=64, log_every=200, eval_every=0, checkpoint_every=2000
     ),
     evaluation=EvaluationConfig(batches=10, episodes=2),
 )
