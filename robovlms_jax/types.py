@@ -12,7 +12,7 @@ Masks are boolean and say what True means. Attention masks are True = may attend
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import flax.struct
 import jax
@@ -99,6 +99,26 @@ class Pairs:
 
 
 @flax.struct.dataclass
+class Media:
+    """What stands beside a sequence, for its layers to attend to: pictures (Flamingo), an encoder's states.
+
+    embeds: float[B, M, E], E of their own width; None where `keys` says it all.
+    mask: bool[B, M], True = real.
+    number: int32[B, M], from 1 on: a token attends to the media of the number it has in `Tokens.sees`.
+    keys: keys and values float[layers, B, K, M, H] each, as an earlier call made them of `embeds`; None before.
+    """
+
+    embeds: Array | None
+    mask: Array
+    number: Array
+    keys: tuple[Array, Array] | None = None
+
+    def may_attend(self, sees: Array) -> Array:
+        """int32[B, S] -> bool[B, S, M], True = may attend."""
+        return (sees[:, :, None] == self.number[:, None, :]) & self.mask[:, None, :]
+
+
+@flax.struct.dataclass
 class Tokens:
     """A sequence on its way into a decoder.
 
@@ -114,6 +134,8 @@ class Tokens:
       position, and patches may have places in time, height and width. None: zero.
     deep: float[B, S, n, D], added behind each of the decoder's first n layers (DeepStack); zero where a token has
       nothing to add. None: no token has.
+    media: what stands beside the sequence, or None.
+    sees: int32[B, S], the number of the media that a token attends to, 0: none. None: there are no media.
     """
 
     embeds: Array
@@ -124,6 +146,8 @@ class Tokens:
     offsets: Array | None = None
     deep: Array | None = None
     private: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+    media: Media | None = None
+    sees: Array | None = None
 
     def slot(self, name: str) -> slice:
         """The slots of one named run; static, so a readout is a slice."""
@@ -138,5 +162,10 @@ class Tokens:
         """The same tokens in fewer slots: the named run, which must be the last one, is left out."""
         run, length = self.layout[-1]
         assert run == name, f"{name!r} is not the last run of {self.layout}"
-        rest = jax.tree.map(lambda x: x[:, :-length], self)
+        rest = self.map_slots(lambda x: x[:, :-length])
         return rest.replace(layout=self.layout[:-1], private=tuple(x for x in self.private if x != name))
+
+    def map_slots(self, function: Callable[..., Array], *others: Tokens) -> Tokens:
+        """function(array, the others' arrays...) on everything that has slots: all but the media."""
+        tokens = [x.replace(media=None) for x in (self, *others)]
+        return jax.tree.map(function, *tokens).replace(media=self.media)

@@ -2,6 +2,7 @@
 
 from robovlms_jax.backbones import (
     deepseek_vl,
+    flamingo,
     kosmos2,
     llava,
     llava_mpt,
@@ -16,6 +17,7 @@ from robovlms_jax.backbones import (
 
 __all__ = [
     "deepseek_vl",
+    "flamingo",
     "kosmos2",
     "llava",
     "llava_mpt",

@@ -104,6 +104,11 @@ class VLMConfig:
         """D, the width of embeddings and hidden states."""
         return self.text.width
 
+    @property
+    def beside(self) -> bool:
+        """Images stand beside the sequence, as media that the decoder's layers attend to."""
+        return self.text.gated is not None
+
     storage: Literal["float", "int8"] = "float"
     """Of matrices and token table; int8 is for serving and for training adapters alone."""
 
@@ -248,13 +253,17 @@ class VLM(nn.Module):
         *,
         deterministic: bool,
     ) -> sequence.Run:
-        """Tokens of all cameras, each image between `image_start` and `image_end`: P * cameras slots."""
+        """Tokens of all cameras, each image between `image_start` and `image_end`: P * cameras slots, or as many beside
+        the sequence."""
         c = self.config
         if not images:
-            return sequence.Run(jnp.zeros((batch, 0, c.width), c.dtype), jnp.ones((batch, 0), bool), "image", "image")
+            empty = jnp.zeros((batch, 0, c.width), c.dtype)
+            if c.beside:  # attention needs something to look at, masked or not
+                empty = jnp.zeros((batch, 1, c.vision.width), c.dtype)
+            return sequence.Run(empty, jnp.zeros(empty.shape[:2], bool), "image", "image", beside=c.beside)
         encoded = self.encode_images(images, deterministic=deterministic)
         x, deep = encoded if isinstance(encoded, tuple) else (encoded, None)
-        x = x.reshape(batch, len(images), -1, c.width)
+        x = x.reshape(batch, len(images), -1, x.shape[-1])
 
         def around(ids: tuple[int, ...]) -> jax.Array:
             embeds = self.text.embed(jnp.asarray(ids, jnp.int32)).astype(x.dtype)
@@ -271,7 +280,8 @@ class VLM(nn.Module):
         grid, advance = None, 0
         if c.image_grid is not None and c.resampler is None:
             grid, advance = self._image_grid(len(images))
-        return sequence.Run(x.reshape(batch, -1, c.width), mask, "image", "image", attend, grid, advance, deep)
+        x, more = x.reshape(batch, -1, x.shape[-1]), {"deep": deep, "beside": c.beside}
+        return sequence.Run(x, mask, "image", "image", attend, grid, advance, **more)
 
     def _image_grid(self, cameras: int) -> tuple[tuple[tuple[int, ...], ...], int]:
         """Time, height, width of image tokens, counted from the first: [P * cameras][3]; and places they take."""
@@ -290,7 +300,8 @@ class VLM(nn.Module):
         self, images: Mapping[str, jax.Array], *, deterministic: bool = True
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """camera -> float[B, size, size, 3] to float[B, P * cameras, D], cameras in the order given; and with DeepStack
-        what they add behind the decoder's first n layers, float[B, P * cameras, n, D]."""
+        what they add behind the decoder's first n layers, float[B, P * cameras, n, D]. What stands beside the sequence
+        has the connector's own width."""
         # Beside each other in the batch, so that the vision tower runs once and samples stay on their devices.
         pixels = jnp.stack(list(images.values()), axis=1).astype(self.config.dtype)
         batch, cameras = pixels.shape[:2]
@@ -306,22 +317,13 @@ class VLM(nn.Module):
             return tokens.reshape(batch, -1, self.config.width), deep.reshape(batch, -1, *deep.shape[2:])
         if self.config.resampler is not None:
             tokens = self.resampler(tokens)
-        return tokens.reshape(batch, -1, self.config.width)
+        return tokens.reshape(batch, -1, tokens.shape[-1])
 
     def decode(
         self, tokens: Tokens, cache: Cache | None = None, *, deterministic: bool = True
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states float[B, S, D], and where a cache is given the same of these tokens, to be appended."""
-        return self.text(
-            tokens.embeds,
-            tokens.mask,
-            tokens.positions,
-            cache,
-            group=tokens.group,
-            offsets=tokens.offsets,
-            deep=tokens.deep,
-            deterministic=deterministic,
-        )
+        return self.text(tokens, cache, deterministic=deterministic)
 
     def embed_ids(self, ids: jax.Array) -> jax.Array:
         """int32[...] -> float[..., D], token embeddings as `decode` takes them."""

@@ -37,20 +37,32 @@ TEXT = hf_config.Section(
         "mm_use_im_start_end": False,
     },
 )
-LAYER = "transformer.blocks.{layer}"
+
+
+def text_rules(source: str) -> rules.Rules:
+    """MPT's tensors, whose names begin with `source` -> Decoder."""
+    layer = f"{source}transformer.blocks.{{layer}}"
+    return (
+        rules.Rule(f"{source}transformer.wte.weight", "text/embed/table"),
+        *rules.fused_qkv(f"{layer}.attn.Wqkv.weight", None, "text/layers/attn"),
+        *rules.linear(f"{layer}.attn.out_proj", "text/layers/attn/o", "d (n h) -> n h d", use_bias=False),
+        *rules.rms_norm(f"{layer}.norm_1", "text/layers/attn_norm"),
+        *rules.rms_norm(f"{layer}.norm_2", "text/layers/mlp_norm"),
+        *rules.linear(f"{layer}.ffn.up_proj", "text/layers/mlp/up", use_bias=False),
+        *rules.linear(f"{layer}.ffn.down_proj", "text/layers/mlp/down", use_bias=False),
+        *rules.rms_norm(f"{source}transformer.norm_f", "text/final_norm"),
+        *rules.head(f"{source}lm_head", "text", tied=True),
+    )
+
+
+CLIP_TEXT = rules.Ignore(
+    r"text_model\..*|text_projection\.weight|visual_projection\.weight|logit_scale", "CLIP's text side"
+)
 RULES = (
     *rules.clip_vision("vision_model", "vision"),
     *rules.linear("transformer.mm_projector", "connector/dense"),
-    rules.Rule("transformer.wte.weight", "text/embed/table"),
-    *rules.fused_qkv(f"{LAYER}.attn.Wqkv.weight", None, "text/layers/attn"),
-    *rules.linear(f"{LAYER}.attn.out_proj", "text/layers/attn/o", "d (n h) -> n h d", use_bias=False),
-    *rules.rms_norm(f"{LAYER}.norm_1", "text/layers/attn_norm"),
-    *rules.rms_norm(f"{LAYER}.norm_2", "text/layers/mlp_norm"),
-    *rules.linear(f"{LAYER}.ffn.up_proj", "text/layers/mlp/up", use_bias=False),
-    *rules.linear(f"{LAYER}.ffn.down_proj", "text/layers/mlp/down", use_bias=False),
-    *rules.rms_norm("transformer.norm_f", "text/final_norm"),
-    *rules.head("lm_head", "text", tied=True),
-    rules.Ignore(r"text_model\..*|text_projection\.weight|visual_projection\.weight|logit_scale", "CLIP's text side"),
+    *text_rules(""),
+    CLIP_TEXT,
     rules.LORA,
 )
 

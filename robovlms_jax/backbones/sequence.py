@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robovlms_jax.types import Tokens
+from robovlms_jax.types import Media, Tokens
 
 
 @flax.struct.dataclass
@@ -30,6 +30,8 @@ class Run:
       several coordinates (time, height, width of patches). None: token i is at (i, i, ...).
     advance: by how much what follows a run with a grid is moved on.
     deep: float[B, n, layers, D], what the tokens add behind the decoder's first layers; None: nothing.
+    beside: it takes neither slots nor places; the tokens of the runs that follow, up to the next one beside, attend to
+      it through layers of their own. Its width is its own.
     """
 
     embeds: jax.Array
@@ -40,11 +42,12 @@ class Run:
     grid: tuple[tuple[int, ...], ...] | None = flax.struct.field(pytree_node=False, default=None)
     advance: int = flax.struct.field(pytree_node=False, default=0)
     deep: jax.Array | None = None
+    beside: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def length(self) -> int:
         """n, its slots."""
-        return self.embeds.shape[1]
+        return 0 if self.beside else self.embeds.shape[1]
 
 
 def query(embeds: jax.Array, batch: int, *, attend: Literal["causal", "private"] = "causal") -> Run:
@@ -76,8 +79,13 @@ def layout(runs: Sequence[Run], order: Order = Order()) -> Tokens:
     stays so for a padded one.
 
     Returns:
-      Tokens whose `layout` has the runs' names; `private` names those that attend privately.
+      Tokens whose `layout` has the runs' names; `private` names those that attend privately. Runs beside the sequence
+      become its media, numbered from 1 on, and have no slots.
     """
+    media, sees = _media(runs)
+    nothing = next(run.embeds[:, :0] for run in runs if not run.beside)
+    # Of what is beside only the place in the order remains.
+    runs = [run.replace(embeds=nothing, mask=run.mask[:, :0]) if run.beside else run for run in runs]
     frame = _Frame.of(runs, order)
     lengths = [run.length for run in runs]
     positions = frame.places(lengths, [np.arange(length) for length in lengths])
@@ -104,7 +112,30 @@ def layout(runs: Sequence[Run], order: Order = Order()) -> Tokens:
         deep = jnp.concatenate(parts, axis=1)
     named = tuple((run.name, run.length) for run in runs)
     private = tuple(run.name for run in runs if run.attend == "private")
-    return Tokens(embeds, frame.mask, positions, named, offsets=offsets, deep=deep, private=private)
+    return Tokens(
+        embeds,
+        frame.mask,
+        positions,
+        named,
+        offsets=offsets,
+        deep=deep,
+        private=private,
+        media=media,
+        sees=sees,
+    )
+
+
+def _media(runs: Sequence[Run]) -> tuple[Media | None, jax.Array | None]:
+    """The runs beside the sequence, and int32[B, S], which of them each slot attends to: the last one before it."""
+    beside = [run for run in runs if run.beside]
+    if not beside:
+        return None, None
+    numbers = [jnp.full(run.mask.shape, number, jnp.int32) for number, run in enumerate(beside, 1)]
+    parts = [[run.embeds for run in beside], [run.mask for run in beside], numbers]
+    before = np.cumsum([run.beside for run in runs])
+    sees = np.repeat(before, [run.length for run in runs]).astype(np.int32)
+    batch = len(beside[0].mask)
+    return Media(*(jnp.concatenate(x, axis=1) for x in parts)), jnp.broadcast_to(sees, (batch, len(sees)))
 
 
 class _Frame(NamedTuple):

@@ -15,6 +15,7 @@ import numpy as np
 from robovlms_jax.nn.linear import Einsum, Kernel
 from robovlms_jax.nn.norms import LayerNorm, NormKind, make_norm
 from robovlms_jax.nn.positions import Rotary, rotate
+from robovlms_jax.types import Media
 
 
 def causal_mask(
@@ -44,6 +45,7 @@ class Cache:
     positions: int32[B, T]. mask: bool[B, T], True = real token; unwritten slots are False.
     places: int32[B, T], where position encodings put the tokens (`positions` unless the tokens say otherwise).
     length: int32[], slots written. Appending more than T slots in all overwrites the last ones: make T the longest use.
+    media: what tokens to come attend to beside the sequence, as keys and values; None: nothing, or it comes with them.
     """
 
     key: jax.Array
@@ -52,6 +54,7 @@ class Cache:
     mask: jax.Array
     places: jax.Array
     length: jax.Array
+    media: Media | None = None
 
     @classmethod
     def create(cls, layers: int, batch: int, length: int, heads: int, head_dim: int, dtype: jnp.dtype) -> Cache:
@@ -69,12 +72,13 @@ class Cache:
         return jnp.where(self.mask.any(1), offset, 0)
 
     def append(self, new: Cache) -> Cache:
-        """With all slots of `new` behind those written."""
+        """With all slots of `new` behind those written, and its media where it has any."""
         if new.mask.shape[1] > self.mask.shape[1]:
             raise ValueError(
                 f"{new.mask.shape[1]} tokens do not fit a cache of {self.mask.shape[1]} slots; make it longer."
             )
-        return self.put(new, self.length).replace(length=self.length + new.mask.shape[1])
+        media = self.media if new.media is None else new.media
+        return self.put(new, self.length).replace(length=self.length + new.mask.shape[1], media=media)
 
     def put(self, new: Cache, start: jax.Array) -> Cache:
         """With the slots of `new` in place of those from `start` on, int32[] or int32[B]; `length` stays."""
@@ -186,6 +190,8 @@ class Attention(nn.Module):
     softcap: float | None = None
     inner_norm_epsilon: float | None = None
     head_norm: tuple[NormKind, float] | None = None
+    norm_all_heads: bool = False
+    """`head_norm` goes over the channels of all heads at once, before they are split (MPT-1B)."""
     dropout: float = 0.0
     kernel: Kernel = Kernel()
 
@@ -200,6 +206,7 @@ class Attention(nn.Module):
         bias: jax.Array | None = None,
         rotary: Rotary | None = None,
         cache: tuple[jax.Array, jax.Array] | None = None,
+        keys: tuple[jax.Array, jax.Array] | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Attend from `x` to `context`.
@@ -214,9 +221,13 @@ class Attention(nn.Module):
           rotary: angles of the tokens of `x`; turns queries and keys, for attention within `x`.
           cache: this layer's keys and values float[B, K, T, H] from earlier calls, to be attended to beside the new
             ones; `mask` and `bias` speak about its T slots and then about the S new ones.
+          keys: keys and values float[B, K, T, H] that an earlier call made of the same `context`, which then is not
+            looked at.
         Returns:
-          float[B, S, D] and, with a cache, the new keys and values float[B, K, S, H] in its type.
+          float[B, S, D] and, with a cache or a context, the new keys and values float[B, K, S or T, H], in the type of
+          the cache.
         """
+        is_cross = context is not None
         context = x if context is None else context
         heads, size, width = self.num_heads, self.head_dim, x.shape[-1]
         kv_heads = self.num_kv_heads or heads
@@ -227,15 +238,22 @@ class Attention(nn.Module):
             shape, axes = (inputs.shape[-1], count, size), ("embed", axis, "head_dim")
             return Einsum("BSD,DNH->BSNH", shape, axes, use_bias=self.use_bias, kernel=self.kernel, name=name)(inputs)
 
-        q, k = project("q", x, heads, "heads"), project("k", context, kv_heads, kv_axis)
-        if self.head_norm is not None:
-            q, k = (make_norm(*self.head_norm, name=f"{name}_norm")(y) for name, y in (("q", q), ("k", k)))
-        q *= size**-0.5 if self.scale is None else self.scale
-        v = project("v", context if values is None else values, kv_heads, kv_axis)
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        chex.assert_equal_shape([k, v])
-        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+        def normed(name: str, y: jax.Array) -> jax.Array:
+            if self.head_norm is None:
+                return y
+            norm = make_norm(*self.head_norm, name=name)
+            return norm(y.reshape(*y.shape[:2], -1)).reshape(y.shape) if self.norm_all_heads else norm(y)
+
+        q = normed("q_norm", project("q", x, heads, "heads")) * (size**-0.5 if self.scale is None else self.scale)
+        q = q if rotary is None else rotate(q, rotary)
+        if keys is None:
+            k = normed("k_norm", project("k", context, kv_heads, kv_axis))
+            v = project("v", context if values is None else values, kv_heads, kv_axis)
+            k = k if rotary is None else rotate(k, rotary)
+            chex.assert_equal_shape([k, v])
+            k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+        else:
+            k, v = keys
         if cache is not None:
             k, v = k.astype(cache[0].dtype), v.astype(cache[1].dtype)
         kv_blocks = [(k, v)] if cache is None else [cache, (k, v)]
@@ -247,4 +265,4 @@ class Attention(nn.Module):
         shape, axes = (heads, size, width), ("heads", "head_dim", "embed")
         use_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
         y = Einsum("BSNH,NHD->BSD", shape, axes, use_bias=use_bias, kernel=self.kernel, name="o")(y)
-        return y, None if cache is None else (k, v)
+        return y, (k, v) if is_cross or cache is not None else None

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from robovlms_jax.nn.attention import Attention, Cache, causal_mask
+from robovlms_jax.nn.gated import GatedConfig, GatedCrossAttention
 from robovlms_jax.nn.linear import Einsum, Embed, Kernel
 from robovlms_jax.nn.mlp import ACTIVATIONS, MLP
 from robovlms_jax.nn.norms import NORMS, NormKind, make_norm
 from robovlms_jax.nn.positions import Rotary, alibi_slopes, rotary, sinusoid
-from robovlms_jax.nn.stack import scan_layers
+from robovlms_jax.nn.stack import Step, scan_groups, scan_layers
+from robovlms_jax.types import Media, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,8 @@ class DecoderConfig:
     """The coordinates take turns from one frequency to the next (Qwen3-VL), instead of one block each."""
     qk_norm: bool = False
     """Every head's queries and keys are normed, in the decoder's kind (Qwen 3, Gemma 3)."""
+    norm_all_heads: bool = False
+    """That norm goes over all heads' queries at once, and over all heads' keys (MPT-1B)."""
     query_scalar: int | None = None
     """Queries are multiplied by its power -0.5; None = H."""
     softcap: float | None = None
@@ -73,6 +77,8 @@ class DecoderConfig:
     """The final norm belongs to the logits, and hidden states are those before it (MoonDream2's published code)."""
     embed_scale: bool = False
     """Multiply embeddings (of text, images and queries alike) by sqrt(width)."""
+    gated: GatedConfig | None = None
+    """Layers between the decoder's that attend to the media beside the sequence (Flamingo)."""
     dropout: float = 0.0
     """On embeddings and on what attention and MLP add to the residual stream."""
     attention_dropout: float = 0.0
@@ -94,6 +100,8 @@ class DecoderConfig:
             raise ValueError(f"text norm {self.norm!r} is unknown; known: {list(NORMS)}.")
         if self.positions == "rotary" and (self.rotary_channels % 2 or self.rotary_channels < 2):
             raise ValueError(f"rotary_fraction={self.rotary_fraction} of head_dim={self.head_dim} must be even.")
+        if self.gated is not None and self.depth % self.gated.every:
+            raise ValueError(f"text depth={self.depth} must be a multiple of gated every={self.gated.every}.")
         if self.mrope_sections and 2 * sum(self.mrope_sections) != self.rotary_channels:
             raise ValueError(
                 f"mrope_sections={self.mrope_sections} must add up to {self.rotary_channels // 2}, half of head_dim."
@@ -127,6 +135,8 @@ class DecoderConfig:
             small |= {"sliding_window": 8, "sliding_period": min(self.sliding_period, 3)}
         if self.mrope_sections:
             small["mrope_sections"] = (1, 1, 2) if self.own_head_dim is None else (1, 2, 3)
+        if self.gated is not None:
+            small |= {"gated": self.gated.tiny(), "depth": 2 * self.gated.every}
         return dataclasses.replace(self, **small)
 
 
@@ -161,6 +171,7 @@ class Block(nn.Module):
             softcap=c.softcap,
             inner_norm_epsilon=inner,
             head_norm=(c.norm, c.norm_epsilon) if c.qk_norm else None,
+            norm_all_heads=c.norm_all_heads,
             dropout=c.attention_dropout,
             kernel=self.kernel,
             name="attn",
@@ -199,42 +210,33 @@ class Decoder(nn.Module):
         )  # unscaled and without positions; those are added when decoding
         self.embed_drop = nn.Dropout(1 - (1 - c.dropout) ** 2)  # KOSMOS-2's published code drops them twice
         self.layers = Block(c, self.kernel)
+        if c.gated is not None:
+            self.cross_layers = GatedCrossAttention(c.gated, self.kernel)
         self.final_norm = make_norm(c.norm, c.norm_epsilon)
         if c.head != "tied":
             shape, axes, bias = (c.width, c.vocab_size), ("embed", "vocab"), c.head == "linear_bias"
             self.head = Einsum("...D,DV->...V", shape, axes, use_bias=bias, kernel=self.kernel)
 
     def __call__(
-        self,
-        embeds: jax.Array,
-        mask: jax.Array,
-        positions: jax.Array,
-        cache: Cache | None = None,
-        *,
-        group: jax.Array | None = None,
-        offsets: jax.Array | None = None,
-        deep: jax.Array | None = None,
-        deterministic: bool = True,
+        self, tokens: Tokens, cache: Cache | None = None, *, deterministic: bool = True
     ) -> tuple[jax.Array, Cache | None]:
         """Decode, behind what is in the cache where there is one.
 
         Args:
-          embeds: float[B, S, D] as `embed` gives them; its type is the type of computation.
-          mask: bool[B, S], True = real token. positions: int32[B, S], 0-based place among the real tokens.
-          group: int32[B, S] as in `types.Tokens`; only without a cache.
-          offsets: int32[B, S, A]; position encodings read `positions + offsets`. A = 1, or 3 with M-RoPE. None: as at
-            the last token in the cache, zero without one.
-          deep: float[B, S, n, D], added to the stream behind each of the first n layers (DeepStack, arXiv:2406.04334).
+          tokens: embeds as `embed` gives them, their type is the type of computation; a `group` only without a cache.
+            Without `offsets` they are those of the last token in the cache, zero without one. Without `media` the
+            cache's are attended to, if it has any.
         Returns:
           float[B, S, D] after the final norm (before it with `norm_in_head`), and with a cache the same of these tokens
-          alone, S slots to be appended to it or put where the caller wants them.
+          alone, S slots to be appended to it or put where the caller wants them, and their own media.
         """
-        c = self.config
+        c, mask, positions = self.config, tokens.mask, tokens.positions
+        offsets = tokens.offsets
         if offsets is None:
             offsets = 0 if cache is None else cache.last_offset()[:, None, None]
         places = jnp.broadcast_to(positions[..., None] + offsets, (*positions.shape, len(c.mrope_sections) or 1))
-        x = self._enter(embeds, places[..., 0], deterministic=deterministic)
-        near, everywhere, key_places = self._visible(positions, places[..., 0], mask, cache, group)
+        x = self._enter(tokens.embeds, places[..., 0], deterministic=deterministic)
+        near, everywhere, key_places = self._visible(positions, places[..., 0], mask, cache, tokens.group)
         local, angles = self._angles(places)
         bias = None
         if c.positions == "alibi":  # counted from the first token instead of from the query: softmax sees no difference
@@ -247,12 +249,12 @@ class Decoder(nn.Module):
                 is_sliding = (number + 1) % c.sliding_period != 0
                 attend, turn = jax.tree.map(functools.partial(jnp.where, is_sliding), (near, local), (attend, turn))
             x, new = block(x, mask=attend, bias=bias, rotary=turn, cache=kept, deterministic=deterministic)
-            return x if deep is None else x + _of_layer(deep, number).astype(x.dtype), new
+            return x if tokens.deep is None else x + _of_layer(tokens.deep, number).astype(x.dtype), new
 
         number, kept = jnp.arange(c.depth), None if cache is None else (cache.key, cache.value)
-        x, new = scan_layers(step, self.layers, x, (number, kept), length=c.depth, remat=self.remat)
+        x, new, media = self._layers(step, x, (number, kept), tokens, None if cache is None else cache.media)
         if new is not None:
-            new = Cache(*new, positions, mask, places[..., 0], jnp.int32(positions.shape[1]))
+            new = Cache(*new, positions, mask, places[..., 0], jnp.int32(positions.shape[1]), media)
         return x if c.norm_in_head else self.final_norm(x), new
 
     def _visible(
@@ -280,6 +282,24 @@ class Decoder(nn.Module):
         turn = functools.partial(rotary, channels=c.rotary_channels, sections=c.mrope_sections)
         far = turn(places / c.rope_factor, theta=c.rope_theta, interleaved=c.mrope_interleaved)
         return (far if c.local_rope_theta is None else turn(places, theta=c.local_rope_theta)), far
+
+    def _layers(
+        self, step: Step, x: jax.Array, layers: Any, tokens: Tokens, known: Media | None
+    ) -> tuple[jax.Array, Any, Media | None]:
+        """All layers: float[B, S, D], what `step` gives of each, and the tokens' own media as keys and values.
+
+        known: media of an earlier call, which tokens without their own attend to.
+        """
+        c, media = self.config, known if tokens.media is None else tokens.media
+        if c.gated is None:
+            return *scan_layers(step, self.layers, x, layers, length=c.depth, remat=self.remat), None
+        if media is None:
+            raise ValueError("this decoder attends to media, and has got none: `Tokens.media`, or those of a cache.")
+        may = media.may_attend(tokens.sees)
+        steps = step, lambda block, x, keys: block(x, media.embeds, keys, may)
+        sizes = {"length": c.depth, "every": c.gated.every, "remat": self.remat}
+        x, (new, keys) = scan_groups(steps, (self.layers, self.cross_layers), x, (layers, media.keys), **sizes)
+        return x, new, None if tokens.media is None else media.replace(embeds=None, keys=keys)
 
     def _enter(self, embeds: jax.Array, places: jax.Array, *, deterministic: bool) -> jax.Array:
         """Embeddings as the first layer reads them: scaled, with sinusoids, dropped."""

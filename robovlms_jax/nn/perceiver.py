@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -35,6 +36,14 @@ class PerceiverConfig:
                 raise ValueError(f"perceiver {field}={getattr(self, field)} must be at least 1.")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"perceiver activation {self.activation!r} is unknown; known: {sorted(ACTIVATIONS)}.")
+
+    def build(self, text: Any, kernel: Kernel) -> Perceiver:
+        """As a backbone's connector (Flamingo's): its tokens keep the vision tower's width, whatever the decoder."""
+        return Perceiver(self, kernel)
+
+    def tiny(self) -> PerceiverConfig:
+        """A shrunken twin for tests."""
+        return dataclasses.replace(self, num_latents=3, depth=2, num_heads=2, head_dim=10, mlp_ratio=2)
 
 
 class PerceiverLayer(nn.Module):
@@ -79,8 +88,8 @@ class Perceiver(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """float[B, P, D] -> float[B, Q, D], Q = `num_latents`. The type stays."""
+    def __call__(self, tokens: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """float[B, P, D] -> float[B, Q, D], Q = `num_latents`. The type stays. Nothing in it is random."""
         c, width = self.config, tokens.shape[-1]
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("queries", "embed"))
         latents = self.param("latents", init, (c.num_latents, width)).astype(tokens.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 UNROLLED = 4
 """Up to so many layers are compiled one by one. What a scan keeps for the backward pass is copied into stacks and out
@@ -54,3 +55,62 @@ def scan_layers(
 
     applied = nn.map_variables(lambda *args: scan(*args, length - unused), "params", trans_in_fn=first)
     return applied(block, x, layers)
+
+
+Step = Callable[[nn.Module, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def scan_groups(
+    steps: tuple[Step, Step],
+    blocks: tuple[nn.Module, nn.Module],
+    x: jax.Array,
+    layers: tuple[Any, Any],
+    *,
+    length: int,
+    every: int,
+    remat: bool,
+) -> tuple[jax.Array, tuple[Any, Any]]:
+    """`scan_layers` with a layer of a second kind before every `every`-th of the first; both kinds keep their stacks.
+
+    Args:
+      steps, blocks, layers: of the `length` layers, and of the length / every between them; see `scan_layers`.
+    """
+    groups = length // every
+    if length % every:
+        raise ValueError(f"{length} layers are no multiple of {every}, after which one of another kind follows.")
+    if blocks[0].is_initializing():  # makes the same parameters; what comes out is not looked at
+        x, more = scan_layers(steps[1], blocks[1], x, layers[1], length=groups, remat=remat)
+        x, new = scan_layers(steps[0], blocks[0], x, layers[0], length=length, remat=remat)
+        return x, (new, more)
+
+    def apply(step: Step, block: nn.Module, params: Any, x: jax.Array, layer: Any, key: Any) -> tuple[jax.Array, Any]:
+        rngs = {} if key is None else {"dropout": key}
+        x = nn.with_logical_constraint(x, ("batch", *[None] * (x.ndim - 1)))  # as in `scan_layers`
+        return nn.apply(lambda module: step(module, x, layer), block.clone(parent=None, name=None))(params, rngs=rngs)
+
+    def group(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
+        (params, layer), (between, kept), keys = inputs
+        new = []
+        for i in range(every):
+            if i == every - 1:
+                x, more = apply(steps[1], blocks[1], between, x, kept, None if keys is None else keys[every])
+            one, one_layer = jax.tree.map(lambda leaf, i=i: leaf[i], (params, layer))
+            x, found = apply(steps[0], blocks[0], one, x, one_layer, None if keys is None else keys[i])
+            new.append(found)
+        return x, (jax.tree.map(lambda *leaves: jnp.stack(leaves), *new), more)
+
+    def regroup(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.reshape(groups, every, *leaf.shape[1:]), tree)
+
+    if remat:
+        group = jax.checkpoint(
+            group, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        )
+    keys = None
+    if blocks[0].has_rng("dropout"):
+        keys = jax.random.split(blocks[0].make_rng("dropout"), (groups, every + 1))
+    params, between = ({"params": block.variables["params"]} for block in blocks)
+    inputs = (regroup((params, layers[0])), (between, layers[1]), keys)
+    unroll = groups if length <= UNROLLED and not remat else 1
+    x, (new, more) = jax.lax.scan(group, x, inputs, length=groups, unroll=unroll)
+    return x, (jax.tree.map(lambda leaf: leaf.reshape(length, *leaf.shape[2:]), new), more)

@@ -38,10 +38,12 @@ def generate(
         cache, logits = state
         words = vlm.embed_ids(choose(logits))  # [B, 1, D]
         positions = (context.action_position + place)[:, None]
-        token = Tokens(words, jnp.ones_like(positions, bool), positions, layout=(("query", 1),))
+        token = Tokens(words, jnp.ones_like(positions, bool), positions, layout=(("query", 1),), sees=sees)
         hidden, new = vlm.decode(token, cache)
         return (cache.append(new), vlm.logits(hidden)), logits[:, 0]
 
+    # What the end of the prompt attends to beside the sequence.
+    sees = None if context.tokens.sees is None else context.tokens.sees.max(1, keepdims=True)
     hidden = readout.last_of_prompt(context.hidden, context.tokens, context.action_position[:, None])
     state = (context.cache, vlm.logits(hidden))
     # The last token is chosen but not read again.

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from robovlms_jax.weights import tying
 from robovlms_jax.weights.rearrange import Rearrange
-from robovlms_jax.weights.rules import Ignore, Initialised, Rule, Rules, Tied, canonical
+from robovlms_jax.weights.rules import Fallback, Ignore, Initialised, Rule, Rules, Tied, canonical, normalize
 from robovlms_jax.weights.sources import Source
 
 _HEAD = "/head/kernel"
@@ -113,6 +113,7 @@ def _assign(
     filled: dict[tuple[str, int | None], str] = {}
     used: dict[str, Rule] = {}
     for tensor, found in _heads_last(rules, tensors).items():
+        is_fallback = _is_fallback(rules, tensor)
         matches = _matches(rules, canonical(rules, tensor))
         if not _is_whole(matches):
             kind = "tensors that several rules match" if matches else "tensors that no rule matches"
@@ -126,6 +127,8 @@ def _assign(
                 if (rule.target, None) in filled and list(found) == _source_shape(rule, parameters[rule.target]):
                     continue
             path = rule.target
+            if is_fallback and (path, layer) in filled:
+                continue
             if path not in parameters:
                 problems.add("tensors of parameters the model does not have", tensor, f"{list(found)}, for {path}")
                 continue
@@ -145,10 +148,18 @@ def _assign(
 
 
 def _heads_last(rules: Rules, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The same tensors, in an order in which a tied head comes when its token table, if stored, has its place."""
+    """The same tensors, in an order in which a tied head comes when its token table, if stored, has its place, and
+    those that only fill what others leave empty come after those."""
     rows = [rule for rule in rules if isinstance(rule, Tied)]
-    last = [name for name in tensors if any(rule.match(canonical(rules, name)) for rule in rows)]
-    return {name: shape for name, shape in tensors.items() if name not in last} | {name: tensors[name] for name in last}
+
+    def turn(name: str) -> tuple[bool, bool]:
+        return any(rule.match(canonical(rules, name)) for rule in rows), _is_fallback(rules, name)
+
+    return {name: tensors[name] for name in sorted(tensors, key=turn)}  # a stable order
+
+
+def _is_fallback(rules: Rules, tensor: str) -> bool:
+    return any(isinstance(rule, Fallback) and rule.match(normalize(tensor)) for rule in rules)
 
 
 def _is_whole(matches: list[tuple[Rule | Tied | Ignore, int | None]]) -> bool:

@@ -27,6 +27,8 @@ class Rule:
     An axis "1/3" takes the second of three equal parts: rules of all parts share a tensor ("(0/3 n h) d -> d n h" for
     the queries of a fused projection).
     """
+    every: int = 1
+    """The i-th of a stack has number (i + 1) * every - 1 in the tensor's name: every 2nd layer has 1, 3, 5, ..."""
 
     @property
     def is_stacked(self) -> bool:
@@ -44,11 +46,14 @@ class Rule:
         found = _source_regex(normalize(self.source)).fullmatch(name)
         if found is None:
             return False, None
-        return True, int(found["layer"]) if self.is_stacked else None
+        if not self.is_stacked:
+            return True, None
+        layer, rest = divmod(int(found["layer"]) + 1, self.every)
+        return (False, None) if rest else (True, layer - 1)
 
     def name(self, layer: int | None) -> str:
         """The tensor name of a layer: inverse of `match`."""
-        return self.source if layer is None else self.source.replace("{layer}", str(layer))
+        return self.source if layer is None else self.source.replace("{layer}", str((layer + 1) * self.every - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +86,20 @@ class Ignore:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fallback:
+    """Source tensors that count only where no other tensor fills their place: a second copy of some, or what another
+    checkpoint was trained on from."""
+
+    source: str
+    """Regular expression the whole normalised name matches, before it is renamed."""
+    reason: str
+
+    def match(self, name: str) -> bool:
+        """Whether a normalised tensor name is one of them."""
+        return re.fullmatch(self.source, name) is not None
+
+
+@dataclasses.dataclass(frozen=True)
 class Initialised:
     """Parameters no source tensor fills; they keep their own initialisation and are left out of what is loaded."""
 
@@ -98,7 +117,7 @@ class Rename:
     replacement: str
 
 
-Rules = tuple[Rule | Tied | Ignore | Initialised | Rename, ...]
+Rules = tuple[Rule | Tied | Ignore | Fallback | Initialised | Rename, ...]
 
 LORA = Initialised(r"/lora_[abm]$", "LoRA adapters are initialised by the run, not loaded")
 
@@ -131,11 +150,11 @@ def prefixed(rules: Rules, *, source: str = "", target: str = "") -> Rules:
 
     def move(rule):
         if isinstance(rule, Rule):
-            return Rule(source + rule.source, target + rule.target, rule.pattern)
+            return dataclasses.replace(rule, source=source + rule.source, target=target + rule.target)
         if isinstance(rule, Tied):
             return Tied(source + rule.source, target + rule.table, target + rule.head)
-        if isinstance(rule, Ignore):
-            return Ignore(re.escape(source) + rule.source, rule.reason)
+        if isinstance(rule, Ignore | Fallback):
+            return dataclasses.replace(rule, source=re.escape(source) + rule.source)
         return rule
 
     return tuple(move(rule) for rule in rules)

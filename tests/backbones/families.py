@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from robovlms_jax.backbones import base, registry
 from robovlms_jax.runs import build
 from robovlms_jax.weights import sources
-from tests.backbones import composed
+from tests.backbones import composed, composed_flamingo
 from tests.backbones.oracle import IMAGE, from_torch, hugging_face, randomize
 
 TORCH: dict[str, Callable[[base.VLMConfig], torch.nn.Module]] = {
@@ -30,6 +30,7 @@ TORCH: dict[str, Callable[[base.VLMConfig], torch.nn.Module]] = {
     "moondream1": composed.Moondream,
     "qwen": composed.QwenVL,
     "vlm": composed.UForm,
+    "flamingo": composed_flamingo.Flamingo,
 }
 """model_type -> the torch model of a configuration."""
 
@@ -47,6 +48,9 @@ COMPARED = (
     "moondream2-2024-03",
     "qwen-vl",
     "uform-gen2-qwen-500m",
+    "flamingo-mpt-1b",
+    "flamingo-neox-3b",
+    "flamingo-mpt-7b",
 )
 """Registered names, one of each form, whose tiny twins are compared."""
 
@@ -61,7 +65,7 @@ def tiny(name: str) -> base.VLMConfig:
     config = registry.get(name).tiny()
     if getattr(config.vision, "is_ragged", False):
         config = config.resized(dataclasses.replace(config.vision, image_size=59))  # 4 x 4 patches and 3 pixels more
-    if config.model_type == "llava_mpt":  # transformers' MPT has this ratio only
+    if config.text.positions == "alibi":  # transformers' MPT has this ratio only
         config = dataclasses.replace(config, text=dataclasses.replace(config.text, mlp_dim=4 * config.width))
     return config
 

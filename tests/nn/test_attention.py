@@ -62,9 +62,11 @@ def test_equals_attention_written_out_head_by_head(exact_matmul, x, kv_heads, in
     module = Attention(N, H, num_kv_heads=kv_heads, inner_norm_epsilon=inner_norm)
     params = init(module, x, context)
     assert params["params"]["k"]["kernel"].shape == (9, kv_heads, H)
-    y, cache = apply(module, params, x, context, mask=jnp.asarray(mask))
+    y, keys = apply(module, params, x, context, mask=jnp.asarray(mask))
     np.testing.assert_allclose(y, naive(params, x, context, mask, kv_heads), rtol=1e-4, atol=1e-4)
-    assert cache is None
+    again, new = apply(module, params, x, mask=jnp.asarray(mask), keys=keys)  # what was made of the context is enough
+    np.testing.assert_array_equal(again, y)
+    assert new is None
 
 
 def test_biases_are_optional(x):

@@ -15,6 +15,7 @@ from robovlms_jax.nn import decoder, stack, vit
 from robovlms_jax.nn.attention import causal_mask
 from robovlms_jax.nn.norms import LayerNorm
 from robovlms_jax.nn.positions import sinusoid
+from robovlms_jax.types import Tokens
 
 TEXT = decoder.DecoderConfig(
     width=16,
@@ -55,8 +56,7 @@ def make_text(config: decoder.DecoderConfig = TEXT, remat: bool = False):
     module = decoder.Decoder(config, remat=remat)
     embeds = jax.random.normal(jax.random.key(0), (B, S, config.width))
     positions = jnp.broadcast_to(jnp.arange(S), (B, S))
-    args = (embeds, jnp.ones((B, S), bool), positions)
-    return module, args
+    return module, (Tokens(embeds, jnp.ones((B, S), bool), positions),)
 
 
 def random_params(module, *args):
@@ -66,9 +66,10 @@ def random_params(module, *args):
 
 
 def test_scanned_decoder_equals_its_layers_one_after_another(exact_matmul):
-    module, (embeds, mask, positions) = make_text()
-    params = random_params(module, embeds, mask, positions)
-    found, _ = jax.jit(module.apply)({"params": params}, embeds, mask, positions)
+    module, (tokens,) = make_text()
+    embeds, mask, positions = tokens.embeds, tokens.mask, tokens.positions
+    params = random_params(module, tokens)
+    found, _ = jax.jit(module.apply)({"params": params}, tokens)
     x = embeds * np.sqrt(16) + sinusoid(positions, 16)
     attend = causal_mask(positions, positions, mask)
     arguments = {"mask": attend, "bias": None, "rotary": None, "cache": None, "deterministic": True}
@@ -135,8 +136,9 @@ def test_remat_recomputes_what_it_does_not_store():
 def test_dropout_draws_anew_for_attention_and_mlp():
     # Output biases alone: attention adds 0 or 2, the MLP 0 or 200.
     config = dataclasses.replace(TEXT, attention_dropout=0.0)
-    module, (embeds, mask, positions) = make_text(config)
-    block = jax.tree.map(lambda p: jnp.zeros_like(p[0]), random_params(module, embeds, mask, positions)["layers"])
+    module, (tokens,) = make_text(config)
+    embeds, mask, positions = tokens.embeds, tokens.mask, tokens.positions
+    block = jax.tree.map(lambda p: jnp.zeros_like(p[0]), random_params(module, tokens)["layers"])
     block["attn"]["o"]["bias"] += 1
     block["mlp"]["down"]["bias"] += 100
     attend = causal_mask(positions, positions, mask)
@@ -149,11 +151,11 @@ def test_dropout_draws_anew_for_attention_and_mlp():
 def test_embeddings_are_dropped_twice_like_the_published_code_does():
     module, _ = make_text()
     embeds = jnp.full((B, 64, 16), 1000.0)  # sinusoids are nothing beside it
-    mask, positions = jnp.ones((B, 64), bool), jnp.broadcast_to(jnp.arange(64), (B, 64))
-    params = jax.tree.map(jnp.zeros_like, random_params(module, embeds, mask, positions))
+    tokens = Tokens(embeds, jnp.ones((B, 64), bool), jnp.broadcast_to(jnp.arange(64), (B, 64)))
+    params = jax.tree.map(jnp.zeros_like, random_params(module, tokens))
     params["final_norm"]["scale"] += 1  # dropped entries lie below the mean, kept ones above
     rngs = {"dropout": jax.random.key(0)}
-    hidden, _ = module.apply({"params": params}, embeds, mask, positions, deterministic=False, rngs=rngs)
+    hidden, _ = module.apply({"params": params}, tokens, deterministic=False, rngs=rngs)
     assert abs((hidden <= 0).mean() - 0.75) < 0.04
 
 

@@ -111,7 +111,7 @@ class TokenWindow:
             gap = jnp.zeros((*x.shape[:2], max(extra, 0), *x.shape[3:]), x.dtype)
             return jnp.concatenate([x[:, :, : text.stop + min(extra, 0)], gap, x[:, :, text.stop :]], axis=2)
 
-        return self.replace(tokens=jax.tree.map(resize, old).replace(layout=new.layout))
+        return self.replace(tokens=old.map_slots(resize).replace(layout=new.layout))
 
     @property
     def window(self) -> int:
@@ -160,10 +160,18 @@ def concatenate(tokens: Tokens, step_mask: jax.Array) -> Tokens:
     Args:
       tokens: leaves [N, W, S, ...], positions counted within each frame.
       step_mask: bool[N, W]; tokens of other frames are masked, and take no place.
+    Returns:
+      The same leaves. A frame's tokens attend to its own media alone, which get numbers that no other frame has.
     """
     counts = jnp.where(step_mask, num_positions(tokens), 0)
     offsets = jnp.cumsum(counts, axis=1) - counts
-    return tokens.replace(positions=tokens.positions + offsets[..., None], mask=tokens.mask & step_mask[..., None])
+    tokens = tokens.replace(positions=tokens.positions + offsets[..., None], mask=tokens.mask & step_mask[..., None])
+    if tokens.media is None:
+        return tokens
+    media, count = tokens.media, tokens.media.number.max(-1)
+    before = (jnp.cumsum(count, axis=1) - count)[..., None]
+    media = media.replace(number=media.number + before, mask=media.mask & step_mask[..., None])
+    return tokens.replace(media=media, sees=jnp.where(tokens.sees > 0, tokens.sees + before, 0))
 
 
 def num_positions(tokens: Tokens) -> jax.Array:

@@ -24,7 +24,7 @@ from robovlms_jax.backbones import base as backbones
 from robovlms_jax.nn.attention import Cache
 from robovlms_jax.policies.histories import base
 from robovlms_jax.policies.readout import Read
-from robovlms_jax.types import Tokens
+from robovlms_jax.types import Media, Tokens
 
 
 @flax.struct.dataclass
@@ -117,7 +117,7 @@ class Interleaved:
     def append(self, vlm: backbones.VLM, read: Read, tokens: Tokens, state: State, active: jax.Array) -> base.Context:
         start = tokens.positions[:, tokens.slot("query").start] if self.num_tokens else None
         tokens = self._prompt(tokens)
-        hidden, placed, ring = self._append_to_ring(vlm, tokens, state.ring, active)
+        hidden, placed, ring, media = self._append_to_ring(vlm, tokens, state.ring, active)
         context = base.Context(hidden, placed, State(ring, None), start)
         if state.recent is not None:
             recent = state.recent.push(tokens)
@@ -137,12 +137,14 @@ class Interleaved:
         if start is None:
             return context
         first = context.tokens.positions[:, 0] - tokens.positions[:, 0]  # of the frame in its context
-        return context._replace(action_position=start + first, cache=context.state.ring.cache)
+        # Keys of a frame's media are the same in any context; earlier frames' are not attended to any more.
+        cache = context.state.ring.cache.replace(media=media)
+        return context._replace(action_position=start + first, cache=cache)
 
     def _append_to_ring(
         self, vlm: backbones.VLM, tokens: Tokens, ring: RingCache, active: jax.Array
-    ) -> tuple[jax.Array, Tokens, RingCache]:
-        """The frame's hidden states, its tokens in their places, and the ring in which it takes the oldest's."""
+    ) -> tuple[jax.Array, Tokens, RingCache, Media | None]:
+        """The frame's hidden states, its tokens in their places, the ring in which it takes the oldest's, its media."""
         slots, old = ring.slots, ring.cache
         leaving = ring.oldest * slots  # first slot of the oldest frame
         is_leaving = jnp.arange(old.mask.shape[1]) // slots == ring.oldest[:, None]
@@ -156,7 +158,7 @@ class Interleaved:
             "position": ring.position + base.num_positions(tokens),
         }
         small = {name: base.where(active, value, getattr(ring, name)) for name, value in advanced.items()}
-        return hidden, placed, ring.replace(cache=cache, **small)
+        return hidden, placed, ring.replace(cache=cache, **small), new.media
 
     def _reencode(
         self, vlm: backbones.VLM, read: Read, context: base.Context, recent: base.TokenWindow, due: jax.Array
@@ -167,7 +169,8 @@ class Interleaved:
         nothing = vlm.init_cache(len(due), 0)
         hidden, new = vlm.decode(jax.tree.map(lambda x: base.merge(x, 1), frames), nothing)
         hidden = hidden.reshape(*frames.mask.shape, -1)
-        newest = jax.tree.map(lambda x: x[:, -1], frames)
+        own = frames.replace(media=recent.tokens.media, sees=recent.tokens.sees)  # numbered as in a frame alone
+        newest = jax.tree.map(lambda x: x[:, -1], own)
         first = jnp.int32(0)
         cache = old.put(new.select(due, old.take(first, new.mask.shape[1])), first)
         ring = ring.replace(

@@ -1,4 +1,4 @@
-"""The images of all a window's frames stand in one prompt: history `video`."""
+"""The images of all a window's frames stand in one prompt, or beside it: history `video`."""
 
 from __future__ import annotations
 
@@ -31,9 +31,12 @@ class Video:
     def to_sequences(self, tokens: Tokens, step_mask: jax.Array) -> Tokens:
         frames = base.window_frames(tokens, len(step_mask), self.window)
         mask = base.merge(base.windows(step_mask, self.window), 0)
+        newest = jax.tree.map(lambda x: x[:, -1], frames)
+        if tokens.media is not None:  # all frames' stand beside the newest frame's prompt
+            media = frames.media.replace(mask=frames.media.mask & mask[..., None])
+            return newest.replace(media=jax.tree.map(lambda x: base.merge(x, 1), media))
         image = tokens.slot("image")
         length = (image.stop - image.start) // self.cameras  # of one camera's tokens in one frame
-        newest = jax.tree.map(lambda x: x[:, -1], frames)
         earlier = mask.sum(1, keepdims=True) - mask[:, -1:]  # real frames before the newest
         first = newest.positions[:, image][:, :1]
 
