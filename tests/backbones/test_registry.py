@@ -45,6 +45,9 @@ PUBLISHED = {
     "smolvlm2-500m": (489, 507_482_304),
     "smolvlm2-2.2b": (657, 2_246_784_880),
     "deepseek-vl-1.3b": (612, 1_962_640_384),
+    "flamingo-mpt-1b": (919, 2_558_640_176),
+    "flamingo-neox-3b": (1024, 4_039_805_984),
+    "flamingo-mpt-7b": (743, 8_131_299_344),
 }
 """Tensors of the torch model (tied matrices stored once more, what other parts of a joint checkpoint add left out), and
 parameters. Qwen-VL's are those of its published index: 853 names, total_size / 2."""
@@ -90,7 +93,7 @@ def test_every_parameter_names_its_axes_and_the_mesh_rules_know_them(name, rank)
         assert len(leaf.names) == leaf.value.ndim, path
         assert set(leaf.names) - {None} <= known, path
         assert leaf.value.dtype == jnp.float32, path
-        assert ("layers" in leaf.names) == ("/layers/" in path), path
+        assert ("layers" in leaf.names) == ("layers/" in path), path
 
 
 @published
@@ -109,6 +112,7 @@ def test_rules_cover_the_full_size_checkpoint_and_its_parameters(name):
 
 
 REMOTE_CODE = {"llava-mpt-7b", "moondream2", "moondream2-2024-03", "qwen-vl", "uform-gen2-qwen-500m"}
+REMOTE_CODE |= {name for name in PUBLISHED if name.startswith(("flamingo-", "otter-"))}
 """Published models whose classes are not in transformers."""
 
 

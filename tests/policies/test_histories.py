@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from robovlms_jax.backbones import registry
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.nn import attention
 from robovlms_jax.policies import objective, serving
@@ -99,6 +100,32 @@ def test_control_steps_equal_the_window(product, batch):
         assert np.abs(acted[1:, :, :6] - acted[:-1, :, :6]).max() > 1e-3
     for t in range(STEPS):
         np.testing.assert_allclose(acted[t], expected(model, params, batch, t, acted[t]), atol=2e-5, err_msg=str(t))
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        ("interleaved", "token", "discrete"),
+        pytest.param(("interleaved", "action_query", "mlp"), marks=pytest.mark.slow),
+        pytest.param(("video", "token", "discrete"), marks=pytest.mark.slow),
+        pytest.param(("video", "action_query", "mlp"), marks=pytest.mark.slow),
+        pytest.param(("one_step", "token", "discrete"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
+def test_pictures_beside_the_sequence_are_seen_in_control_as_in_the_window(product, batch):
+    # Keys of the media are kept while action tokens are decoded; a frame attends to its own pictures, or, in a video,
+    # to those of all frames of the window.
+    model = with_flamingo(toy.make_product(*product, chunk=1))
+    params = toy.random_params(model, batch)
+    acted = drive(model, params, batch)
+    for t in range(STEPS):
+        np.testing.assert_allclose(acted[t], expected(model, params, batch, t, acted[t]), atol=2e-5, err_msg=str(t))
+
+
+def with_flamingo(model):
+    """The same policy on a Flamingo whose layers take turns."""
+    return dataclasses.replace(model, vlm=registry.get("flamingo-neox-3b").tiny())
 
 
 @pytest.mark.parametrize("every", [0, 2])
