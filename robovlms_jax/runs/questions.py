@@ -68,6 +68,11 @@ def sources_of(config: ExperimentConfig, collections: Collections, backbone: bui
     if not collections.training:
         return Sources({}, {})
     vlm = backbone.vlm
+    if vlm.beside:
+        raise ValueError(
+            f"data.vl.paths has {sorted(config.data.vl.paths)}, whose pictures stand among their words; those of a "
+            f"{vlm.model_type} stand beside them. Choose another backbone, or leave data.vl.paths empty."
+        )
     encode = conversations.encoder(backbone.tokenizer, vlm.model_type, image_tokens(vlm))
     if vlm.model_type not in conversations.CHATS:
         logger.warning("no chat template of %s is known: questions are asked as Question: ... Answer:", vlm.model_type)
