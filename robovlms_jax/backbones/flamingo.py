@@ -253,7 +253,7 @@ def write(config: base.VLMConfig) -> dict[str, Any]:
     if language.ratio:
         text[language.ratio] = config.text.mlp_dim / config.width
     return sections.write_head(config.text) | {
-        "architectures": ["FlamingoForConditionalGeneration"],
+        "architectures": [f"{config.model_type.capitalize()}ForConditionalGeneration"],
         "cross_attn_every_n_layers": config.text.gated.every,
         "text_config": text,
         "vision_config": llava.VISION.write(config.vision),

@@ -199,21 +199,21 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        context: jax.Array | None = None,
+        context: jax.Array | tuple[jax.Array, jax.Array] | None = None,
         *,
         values: jax.Array | None = None,
         mask: jax.Array | None = None,
         bias: jax.Array | None = None,
         rotary: Rotary | None = None,
         cache: tuple[jax.Array, jax.Array] | None = None,
-        keys: tuple[jax.Array, jax.Array] | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Attend from `x` to `context`.
 
         Args:
           x: float[B, S, D].
-          context: float[B, T, any width]; None = `x`.
+          context: float[B, T, any width]; or keys and values float[B, K, T, H] that an earlier call made of it; None =
+            `x`.
           values: what values are projected from, same shape as `context`; None = `context`.
           mask: bool[B, S, T], True = may attend; None = all. A row without any True averages all values: finite, and
             meaningless.
@@ -221,39 +221,19 @@ class Attention(nn.Module):
           rotary: angles of the tokens of `x`; turns queries and keys, for attention within `x`.
           cache: this layer's keys and values float[B, K, T, H] from earlier calls, to be attended to beside the new
             ones; `mask` and `bias` speak about its T slots and then about the S new ones.
-          keys: keys and values float[B, K, T, H] that an earlier call made of the same `context`, which then is not
-            looked at.
         Returns:
           float[B, S, D] and, with a cache or a context, the new keys and values float[B, K, S or T, H], in the type of
           the cache.
         """
-        is_cross = context is not None
-        context = x if context is None else context
         heads, size, width = self.num_heads, self.head_dim, x.shape[-1]
-        kv_heads = self.num_kv_heads or heads
-        # Few key/value heads stay whole on every device; as many as query heads are split like them.
-        kv_axis = "heads" if kv_heads == heads else "kv_heads"
-
-        def project(name: str, inputs: jax.Array, count: int, axis: str) -> jax.Array:
-            shape, axes = (inputs.shape[-1], count, size), ("embed", axis, "head_dim")
-            return Einsum("BSD,DNH->BSNH", shape, axes, use_bias=self.use_bias, kernel=self.kernel, name=name)(inputs)
-
-        def normed(name: str, y: jax.Array) -> jax.Array:
-            if self.head_norm is None:
-                return y
-            norm = make_norm(*self.head_norm, name=name)
-            return norm(y.reshape(*y.shape[:2], -1)).reshape(y.shape) if self.norm_all_heads else norm(y)
-
-        q = normed("q_norm", project("q", x, heads, "heads")) * (size**-0.5 if self.scale is None else self.scale)
-        q = q if rotary is None else rotate(q, rotary)
-        if keys is None:
-            k = normed("k_norm", project("k", context, kv_heads, kv_axis))
-            v = project("v", context if values is None else values, kv_heads, kv_axis)
-            k = k if rotary is None else rotate(k, rotary)
+        q = self._project("q", x, rotary) * (size**-0.5 if self.scale is None else self.scale)
+        if isinstance(context, tuple):
+            k, v = context
+        else:
+            source = x if context is None else context
+            k, v = self._project("k", source, rotary), self._project("v", source if values is None else values)
             chex.assert_equal_shape([k, v])
             k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        else:
-            k, v = keys
         if cache is not None:
             k, v = k.astype(cache[0].dtype), v.astype(cache[1].dtype)
         kv_blocks = [(k, v)] if cache is None else [cache, (k, v)]
@@ -265,4 +245,18 @@ class Attention(nn.Module):
         shape, axes = (heads, size, width), ("heads", "head_dim", "embed")
         use_bias = self.use_bias if self.use_output_bias is None else self.use_output_bias
         y = Einsum("BSNH,NHD->BSD", shape, axes, use_bias=use_bias, kernel=self.kernel, name="o")(y)
-        return y, (k, v) if is_cross or cache is not None else None
+        is_new = cache is not None or not (context is None or isinstance(context, tuple))
+        return y, (k, v) if is_new else None
+
+    def _project(self, name: str, x: jax.Array, rotary: Rotary | None = None) -> jax.Array:
+        """Queries, keys ("k") or values of float[B, S, any width], normed and turned: float[B, S, N or K, H]."""
+        heads, axis = self.num_heads, "heads"
+        if name != "q" and self.num_kv_heads not in (None, heads):
+            # Few key/value heads stay whole on every device; as many as query heads are split like them.
+            heads, axis = self.num_kv_heads, "kv_heads"
+        shape, axes = (x.shape[-1], heads, self.head_dim), ("embed", axis, "head_dim")
+        y = Einsum("BSD,DNH->BSNH", shape, axes, use_bias=self.use_bias, kernel=self.kernel, name=name)(x)
+        if self.head_norm is not None and name != "v":
+            norm = make_norm(*self.head_norm, name=f"{name}_norm")
+            y = norm(y.reshape(*y.shape[:2], -1)).reshape(y.shape) if self.norm_all_heads else norm(y)
+        return y if rotary is None else rotate(y, rotary)

@@ -62,7 +62,7 @@ class GatedCrossAttention(nn.Module):
             return jnp.tanh(self.param(name, init, (1,))).astype(x.dtype)
 
         attention = Attention(c.num_heads, c.head_dim, use_bias=False, kernel=self.kernel, name="attn")
-        y, new = attention(LayerNorm(c.norm_epsilon, name="attn_norm")(x), media, mask=mask, keys=keys)
+        y, new = attention(LayerNorm(c.norm_epsilon, name="attn_norm")(x), media if keys is None else keys, mask=mask)
         x = x + gate("attn_gate") * jnp.where(mask.any(-1, keepdims=True), y, 0)
         mlp = MLP(c.mlp_ratio * x.shape[-1], c.activation, use_bias=False, kernel=self.kernel, name="mlp")
         return x + gate("mlp_gate") * mlp(LayerNorm(c.norm_epsilon, name="mlp_norm")(x)), new

@@ -31,6 +31,7 @@ TORCH: dict[str, Callable[[base.VLMConfig], torch.nn.Module]] = {
     "qwen": composed.QwenVL,
     "vlm": composed.UForm,
     "flamingo": composed_flamingo.Flamingo,
+    "otter": composed_flamingo.Flamingo,
 }
 """model_type -> the torch model of a configuration."""
 
@@ -50,7 +51,8 @@ COMPARED = (
     "uform-gen2-qwen-500m",
     "flamingo-mpt-1b",
     "flamingo-neox-3b",
-    "flamingo-mpt-7b",
+    "otter-mpt-7b",
+    "otter-llama-7b",
 )
 """Registered names, one of each form, whose tiny twins are compared."""
 

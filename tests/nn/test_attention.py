@@ -64,7 +64,7 @@ def test_equals_attention_written_out_head_by_head(exact_matmul, x, kv_heads, in
     assert params["params"]["k"]["kernel"].shape == (9, kv_heads, H)
     y, keys = apply(module, params, x, context, mask=jnp.asarray(mask))
     np.testing.assert_allclose(y, naive(params, x, context, mask, kv_heads), rtol=1e-4, atol=1e-4)
-    again, new = apply(module, params, x, mask=jnp.asarray(mask), keys=keys)  # what was made of the context is enough
+    again, new = apply(module, params, x, keys, mask=jnp.asarray(mask))  # what was made of the context is enough
     np.testing.assert_array_equal(again, y)
     assert new is None
 

@@ -45,19 +45,27 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "queries_last": {"history": "policy_head", "head": LSTM, "window": W, "compat_queries_last": True, **EXTRAS},
 }
 
+FAMILIES = (
+    *("deepseek_vl", "kosmos-2", "llava", "llava_mpt", "moondream1", "paligemma"),
+    *("qwen", "qwen2_5_vl", "smolvlm", "vlm"),
+)
+RELEASED = [name for name in registry.names() if registry.get(name).model_type in FAMILIES]
+"""Backbones whose layouts release 0.1 wrote down."""
+
 COPIES = ("counts_padding", "queries_last")
 """Structures that copy how upstream's training batches are padded."""
 
 
 def variants() -> Iterator[tuple[str, backbones.VLMConfig, tuple[str, ...]]]:
-    """Backbones of every family, shrunken, and the structures they are laid out in: all for the first of its form."""
+    """Backbones of every family of release 0.1, shrunken, and the structures they are laid out in: all for the first of
+    its form."""
     families, forms = set(), set()
     paligemma, qwen = registry.get("paligemma-3b-224"), registry.get("qwen2.5-vl-3b")
     prefix = {
         "paligemma prefix": dataclasses.replace(paligemma, attention="prefix"),
         "qwen2.5-vl prefix": dataclasses.replace(qwen, attention="prefix"),
     }
-    for name, config in ({name: registry.get(name) for name in registry.names()} | prefix).items():
+    for name, config in ({name: registry.get(name) for name in RELEASED} | prefix).items():
         form = (config.lead, config.tail, bool(config.image_start), config.image_grid is None, config.attention)
         if form in forms or name in ("deepseek-vl-1.3b", "uform-gen2-qwen-500m", "qwen-vl"):
             # Their lead, tail and image marks are seen by two structures as well as by all.
