@@ -148,7 +148,9 @@ OTHERS = {
     "qwen_vl_lstm": ("qwen-vl", {"frozen": "vision|connector"}),
     "moondream_lstm": ("moondream2", {"resampler_latents": 64}),
     "uform_lstm": ("uform-gen2-qwen-500m", {"readout": "pool"}),
+    "flamingo_lstm": ("flamingo-mpt-1b", {"frozen": "vision|text/(layers|final_norm)", "readout": "pool"}),
     # Not among upstream's.
+    "otter_lstm": ("otter-mpt-7b", {"frozen": "vision|text/(layers|final_norm)"}),
     "paligemma2_lstm": ("paligemma2-3b-224", {}),
     "llava_lstm": ("llava-1.5-7b", {}),
     "qwen2_5_vl_lstm": ("qwen2.5-vl-3b", {}),

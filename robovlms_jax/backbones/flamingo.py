@@ -246,6 +246,11 @@ RESAMPLER = hf_config.Section(
 )
 
 
+def read_decoder(values: Mapping[str, Any], every: int) -> base.VLMConfig:
+    """The config.json of the decoder alone -> the OpenFlamingo that was made of it."""
+    return read({"text_config": values, "cross_attn_every_n_layers": every})
+
+
 def write(config: base.VLMConfig) -> dict[str, Any]:
     """Configuration -> config.json, with two parts of our own for sizes that the published code has as constants."""
     language = LANGUAGES[kind(config.text)]
@@ -280,3 +285,6 @@ registry.register("flamingo-neox-3b")(
 registry.register("flamingo-mpt-7b")(
     functools.partial(read, {"text_config": {"model_type": "mpt"}, "cross_attn_every_n_layers": 4})
 )
+for decoder, layers in (("mosaic_gpt", 1), ("gpt_neox", 2), ("mpt", 4)):
+    # The directory of weights that comes first has the config.json, and OpenFlamingo publishes none of its own.
+    registry.register_family(decoder, functools.partial(read_decoder, every=layers), write, fit)

@@ -60,6 +60,11 @@ class VLA(nn.Module):
 
     def setup(self):
         config = self.config
+        if self.vlm.beside and config.readout == "pool" and config.pool == "vision":
+            raise ValueError(
+                f"policy.pool='vision' reads the pictures' own hidden states; those of a {self.vlm.model_type} stand "
+                "beside the sequence and have none. Set policy.pool to text or all."
+            )
         width = self.vlm.width
         self.backbone = backbones.build(self.vlm)
         self.readout = readout.LearnedQueries(self.num_queries, self.vlm.width) if self.num_queries else None

@@ -76,7 +76,13 @@ def test_presets_build_their_backbone_and_train_what_they_say(preset):
     shapes, _ = build.abstract_params(model, meshes.make_mesh((1, 1, 1), jax.devices()[:1]))
     assert build.count(shapes["backbone"]) > 4e8
     trained, frozen = trainable.split(flatten_dict(shapes, sep="/"), config.train.trainable)
-    expected = {"qwen_vl_lstm": ("backbone/vision", "backbone/connector"), "llava_mpt_lstm": ("backbone/text/embed",)}
+    between = ("backbone/vision", "backbone/text/layers", "backbone/text/final_norm")
+    expected = {
+        "qwen_vl_lstm": ("backbone/vision", "backbone/connector"),
+        "llava_mpt_lstm": ("backbone/text/embed",),
+        "flamingo_lstm": between,
+        "otter_lstm": between,
+    }
     assert bool(frozen) == (preset in expected)
     assert all(path.startswith(expected[preset]) for path in frozen)
     assert any(path.startswith("head/") for path in trained)

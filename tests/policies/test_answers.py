@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from robovlms_jax.backbones import registry
 from robovlms_jax.policies import answers, objective
 from robovlms_jax.policies.config import AuxiliaryConfig, PolicyConfig
 from robovlms_jax.runs import questions
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.types import Pairs
 from tests import toy
 
@@ -130,7 +132,9 @@ def _greedy(batch: Pairs, predicted) -> Pairs:
 
 
 QWEN3 = next(name for name in registry.names() if name.startswith("qwen3"))
-FAMILIES = sorted({registry.get(name).model_type: name for name in reversed(registry.names())}.values())
+FAMILIES = sorted(
+    {c.model_type: name for name in reversed(registry.names()) if not (c := registry.get(name)).beside}.values()
+)
 
 
 @pytest.mark.slow
@@ -169,6 +173,15 @@ def test_patches_have_their_rows_and_columns_where_a_family_counts_them(name):
     np.testing.assert_array_equal(places, others)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first, second)
     assert (first[1] is not None) == (name == QWEN3)  # DeepStack's features come along
+
+
+def test_pictures_beside_the_text_are_no_part_of_a_conversation():
+    backbone = types.SimpleNamespace(vlm=registry.get("flamingo-mpt-1b").tiny())
+    config = ExperimentConfig()
+    vl = dataclasses.replace(config.data.vl, paths={"vqa": "/data/vqa"})
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, vl=vl))
+    with pytest.raises(ValueError, match=r"data.vl.paths has \['vqa'\].*those of a flamingo stand beside them"):
+        questions.sources_of(config, questions.Collections({"vqa": None}, {}), backbone)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
