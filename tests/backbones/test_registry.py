@@ -48,6 +48,8 @@ PUBLISHED = {
     "flamingo-mpt-1b": (919, 2_558_640_176),
     "flamingo-neox-3b": (1024, 4_039_805_984),
     "flamingo-mpt-7b": (743, 8_131_299_344),
+    "otter-mpt-7b": (743, 8_131_299_344),
+    "otter-llama-7b": (839, 8_220_428_304),
 }
 """Tensors of the torch model (tied matrices stored once more, what other parts of a joint checkpoint add left out), and
 parameters. Qwen-VL's are those of its published index: 853 names, total_size / 2."""
