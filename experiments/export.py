@@ -24,6 +24,8 @@ import jax.extend.core
 import safetensors.flax
 
 from robovlms_jax import cli
+from robovlms_jax.policies.heads import flow, gpt, lstm
+from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs import program, saved
 from robovlms_jax.training import checkpoints
 
@@ -40,7 +42,7 @@ class ExportConfig:
     """A new or empty folder."""
     to: Literal["stablehlo", "onnx", "litert"] = "stablehlo"
     """stablehlo: jax.export's, weights in a file of their own, needs JAX where it runs. onnx, litert: weights inside,
-    computed in float32, run by onnxruntime or by LiteRT; not for histories that keep tokens (interleaved, video)."""
+    computed in float32, run by onnxruntime or by LiteRT; not for every policy (see `require_form`)."""
     weights: Literal["float32", "bfloat16", "int8"] | None = None
     """How the backbone's parameters are kept; None: in the type that it computes in."""
     instructions: tuple[str, ...] = ()
@@ -126,12 +128,7 @@ def export(config: ExportConfig) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     apart = config.to == "stablehlo"
     step = program.make(config.checkpoint, config.weights, config.instructions, None if apart else "float32")
-    history = step.model.config.history
-    if not apart and history in ("interleaved", "video"):
-        # jax2onnx knows no such scatter; LiteRT converts it and fails while it runs.
-        raise ValueError(
-            f"a policy that keeps tokens (history {history!r}) has no form in {config.to}: --to stablehlo."
-        )
+    require_form(step.model, config.to)
     description = step.describe(config.instructions, weights=apart)
     if description["actions"]["representation"] != "robot":
         log.warning("the program's actions are %s, not the robot's own", description["actions"]["representation"])
@@ -152,6 +149,21 @@ def export(config: ExportConfig) -> pathlib.Path:
     # Last, so that a folder with a description is whole.
     (folder / "program.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder
+
+
+def require_form(model: VLA, to: str) -> None:
+    """Raises ValueError for a policy that was seen to fail in this form, at conversion or, worse, where it runs."""
+    policy, found = model.config, []
+    if to == "stablehlo":
+        return
+    if policy.history in ("interleaved", "video"):
+        found.append(f"history={policy.history}, which keeps tokens")
+    if isinstance(policy.head, flow.FlowHeadConfig):
+        found.append("a flow head, which draws noise")
+    elif to == "litert" and not isinstance(policy.head, lstm.LSTMHeadConfig | gpt.GPTHeadConfig):
+        found.append(f"a head other than lstm and gpt ({type(policy.head).__name__})")
+    if found:
+        raise ValueError(f"a policy with {' and '.join(found)} has no form in {to}: export it with --to stablehlo.")
 
 
 def _arguments(step: program.Program, *, weights: bool) -> list[Any]:

@@ -15,6 +15,7 @@ from experiments import export
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.load import load_policy
 from robovlms_jax.runs import program
+from tests.toy import make_product
 
 FOREIGN = pathlib.Path(__file__).with_name("foreign.py")
 RELEASE = pathlib.Path(__file__).parents[1] / "compatibility" / "release_0_1"
@@ -87,11 +88,21 @@ def test_other_run_times_compute_the_same_actions(name, to, weights, tmp_path):
     np.testing.assert_allclose(found, live(name, weights=weights), atol=1e-4)
 
 
-@pytest.mark.parametrize("to", ["onnx", "litert"])
-def test_a_history_of_tokens_is_refused_with_the_way_out(to, tmp_path):
-    config = export.ExportConfig(str(RELEASE / "interleaved_discrete"), str(tmp_path / "out"), to=to)
-    with pytest.raises(ValueError, match=rf"'interleaved'.* no form in {to}: --to stablehlo"):
-        export.export(config)
+@pytest.mark.parametrize(
+    ("product", "to", "what"),
+    [
+        (("interleaved", "action_query", "mlp"), "onnx", "history=interleaved"),
+        (("interleaved", "action_query", "mlp"), "litert", "history=interleaved"),
+        (("policy_head", "action_query", "flow"), "onnx", "a flow head"),
+        (("one_step", "action_query", "flow"), "litert", "a flow head"),
+        (("one_step", "token", "discrete"), "litert", "a head other than lstm and gpt"),
+    ],
+)
+def test_a_policy_without_a_form_is_refused_with_the_way_out(product, to, what):
+    model = make_product(*product)
+    with pytest.raises(ValueError, match=rf"{what}.* has no form in {to}: export it with --to stablehlo"):
+        export.require_form(model, to)
+    export.require_form(model, "stablehlo")
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch):

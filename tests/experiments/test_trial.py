@@ -100,6 +100,10 @@ def test_a_session_goes_on_after_a_power_failure_and_its_recording_opens(tmp_pat
         (3, 3, False),
     ]
     assert all("policy" not in answer for answer in answers)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    index = json.loads(parquet.read_schema(tmp_path / "dataset/meta/tasks.parquet").metadata[b"pandas"])
+    assert index["index_columns"] == ["task"]  # LeRobot 0.4.4's own reader needs it, and the columns' types
+    assert {column["field_name"] for column in index["columns"]} == {"task", "task_index"}
     found = dataset.open_dataset(tmp_path / "dataset", "training", success_only=False)
     assert [(x.end - x.start, x.instruction) for x in found.episodes] == [(3, "open the drawer")] * len(found.episodes)
     moved = [found.actions([span.start])[0][0] for span in found.episodes]

@@ -92,8 +92,14 @@ class Writer:
 
     def _describe(self, first: Step, tasks: list[str]) -> None:
         self._save(EPISODES, {name: [row[name] for row in self._episodes] for name in self._episodes[0]})
-        index = {"index_columns": ["task"], "column_indexes": [], "columns": [], "pandas_version": "2.0.0"}
-        known = {b"pandas": json.dumps(index).encode()}  # LeRobot looks tasks up by the table's index
+        # LeRobot looks tasks up by the table's index, which pandas finds by this.
+        kinds = {"task_index": ("int64", "int64"), "task": ("unicode", "object")}
+        described = [
+            {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": numpy, "metadata": None}
+            for name, (kind, numpy) in kinds.items()
+        ]
+        index = {"index_columns": ["task"], "column_indexes": [], "columns": described, "pandas_version": "2.0.0"}
+        known = {b"pandas": json.dumps(index).encode()}
         self._save(TASKS, {"task_index": np.arange(len(tasks)), "task": tasks}, known)
         frames, robot = self._episodes[-1]["dataset_to_index"], self._robot
         atomic.write_json(
