@@ -17,7 +17,7 @@ import dataclasses
 import pathlib
 
 from experiments import bridge, calvin_abcd
-from robovlms_jax import cli, upstream
+from robovlms_jax import cli
 from robovlms_jax.data.vl.config import VLConfig
 from robovlms_jax.runs import run
 from robovlms_jax.runs.config import ExperimentConfig
@@ -70,7 +70,10 @@ PRESETS = {
     "paper_order": preset("paper_order", **OTHERS, **{"train.stages": (LOOK, AMONG, ROBOT)}),
 }
 
+CLOSING = """\
+What each preset teaches, and what was measured: docs/strategies.md. A backbone of full size:
+
+    python -m experiments.cotrain --backbone.name kosmos-2 --backbone.weights hf://microsoft/kosmos-2-patch14-224"""
+
 if __name__ == "__main__":
-    run.run(
-        *cli.parse(PRESETS, "vl_together", description=__doc__, read_json=upstream.load_experiment), title="PlayTable"
-    )
+    run.run(*cli.parse(PRESETS, "vl_together", description=__doc__), title="PlayTable", closing=CLOSING)

@@ -184,6 +184,16 @@ def test_pictures_beside_the_text_are_no_part_of_a_conversation():
         questions.sources_of(config, questions.Collections({"vqa": None}, {}), backbone)
 
 
+@pytest.mark.parametrize("weights", [{"vl_weight": 0.1}, {"caption_weight": 0.1}])
+def test_whoever_says_words_has_a_head_for_them_where_it_is_not_the_token_table(weights):
+    vlm = registry.get("llava-1.5-7b").tiny()
+    model = dataclasses.replace(toy.make_model(auxiliary=AuxiliaryConfig(**weights)), vlm=vlm)
+    prepare = jax.eval_shape(lambda x: objective.prepare(x, vlm.image, model.config.cameras), ROBOT.inputs)
+    params = unbox(jax.eval_shape(lambda x: model.init(jax.random.key(0), x)["params"], prepare))
+    assert "head" in params["backbone"]["text"]
+    jax.eval_shape(lambda p: objective.RobotLoss(model)(p, ROBOT), params)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Knowledge insulation
 
