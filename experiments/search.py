@@ -1,0 +1,88 @@
+"""Search for settings: runs of one experiment with other values of some of its fields, ranked.
+
+    python -m experiments.search --start sample --space optimizer.learning_rate=1e-3,3e-4 --seeds 3
+    python -m experiments.search --preset grid --start kosmos_lstm       # the grid of the design documents
+    python -m experiments.search --start sample --sampler tpe --trials 30 --space optimizer.learning_rate=1e-5:1e-2:log
+
+Start the same command several times, here or on machines that share the folder, to work on it in parallel
+(`sbatch --array=1-8 --wrap "python -m experiments.search ..."`); start it again to go on where it stopped. A trial that
+fails is recorded with its last words, and the search goes on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+import signal
+import sys
+
+from robovlms_jax import cli
+from robovlms_jax.runs import logs
+from robovlms_jax.search import report, space, workers
+from robovlms_jax.search.config import SearchConfig
+
+PRESETS = {
+    "default": SearchConfig(),
+    "grid": SearchConfig(
+        start="kosmos_lstm",
+        space=(
+            "optimizer.learning_rate=1e-4,2e-5,1e-5",
+            "optimizer.weight_decay=0,0.1",
+            "train.batch_size=128,256,512",
+            "optimizer.warmup_epochs=0.25,0.5",
+        ),
+        out="searches/grid",
+    ),
+}
+"""grid: learning rate, weight decay, batch size and warm-up as the project's design documents list them."""
+
+
+def main(argv: list[str] | None = None) -> pathlib.Path:
+    """Works on the search and writes its report; returns the report's path."""
+    logs.to_stderr()
+    _, config = cli.parse(PRESETS, "default", description=__doc__, argv=argv)
+    _require_settings(config)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end: the run saves, the trial stays open
+    try:
+        if not config.report:
+            workers.work(config)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+    path = report.write(config)
+    print(f"report: {path}")
+    return path
+
+
+def _require_settings(config: SearchConfig) -> None:
+    """Every combination of values is a configuration, or it is said which field is wrong, before anything runs."""
+    try:
+        presets = importlib.import_module(f"experiments.{config.experiment}").PRESETS
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"search.experiment={config.experiment!r} is no experiment with presets ({error}).") from None
+    if config.start not in presets:
+        raise ValueError(f"search.start={config.start!r} is no preset of {config.experiment}: {sorted(presets)}.")
+    fixed = space.fixed(config.fixed)
+    fields = space.read(config.space)
+    names = {field.name for field in fields}
+    if names & set(fixed):
+        raise ValueError(f"search.fixed and search.space both set {sorted(names & set(fixed))}; a field does one.")
+    own = {"train.output", "train.seed", "train.resume"} & (names | set(fixed))
+    if own:
+        raise ValueError(
+            f"{sorted(own)} are set by the search for every trial (search.out, search.seeds); leave them out."
+        )
+    values = [field.values if isinstance(field, space.Values) else _ends(field) for field in fields]
+    for row in range(max(map(len, values), default=0)):  # every value once, whatever stands beside it
+        setting = {field.name: some[min(row, len(some) - 1)] for field, some in zip(fields, values)}
+        cli.read(presets[config.start], argv=space.flags(fixed | setting))
+
+
+def _ends(field: space.Range) -> tuple[str, str]:
+    return tuple(str(int(x)) if field.whole else repr(x) for x in (field.low, field.high))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")

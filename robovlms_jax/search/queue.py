@@ -1,0 +1,130 @@
+"""Trials as directories that several processes, on several machines, take one by one from a shared file system.
+
+<out>/trials/0007/trial.json    what it is, and how it ended
+                  claim.json    who works on it, touched every few seconds
+                  run/          the run's own directory
+                  log.txt       what it said
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from robovlms_jax import json_files
+from robovlms_jax.search.space import Setting
+
+BEAT = 10.0
+"""Seconds between signs of life of whoever works on a trial."""
+SILENCE = 120.0
+"""Seconds after which a worker that gave none is taken for dead, and its trial goes on elsewhere."""
+
+Status = Literal["open", "done", "failed", "pruned"]
+
+
+@dataclasses.dataclass
+class Trial:
+    """One run of a search.
+
+    number: of its directory. setting, seed: what it is run with. status: open: not ended yet. value: the objective's
+    last value. reason: why it failed. seconds: it took, over all its starts.
+    """
+
+    number: int
+    setting: Setting
+    seed: int
+    status: Status = "open"
+    value: float | None = None
+    reason: str = ""
+    seconds: float = 0.0
+
+
+def folder(out: pathlib.Path, number: int) -> pathlib.Path:
+    """Directory of a trial."""
+    return out / "trials" / f"{number:04d}"
+
+
+def write(out: pathlib.Path, trial: Trial) -> None:
+    """Its trial.json, whole or not at all."""
+    path = folder(out, trial.number) / "trial.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(f".{os.getpid()}.tmp")
+    new.write_text(json.dumps(dataclasses.asdict(trial), indent=2) + "\n")
+    new.replace(path)
+
+
+def read(out: pathlib.Path) -> list[Trial]:
+    """All trials, by number. Raises ValueError naming a damaged file."""
+    found = []
+    for path in sorted((out / "trials").glob("*/trial.json")):
+        values = json_files.read_object(path, "a trial")
+        try:
+            found.append(Trial(**values))
+        except TypeError as error:
+            raise ValueError(f"{path} is not a trial ({error}); delete its directory to run it again.") from error
+    return found
+
+
+@contextlib.contextmanager
+def claimed(out: pathlib.Path, number: int) -> Iterator[bool]:
+    """Whether the trial is ours for the time of the block; False: somebody else works on it."""
+    path = folder(out, number) / "claim.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not _take(path):
+        yield False
+        return
+    stop = threading.Event()
+    beat = threading.Thread(target=_beat, args=(path, stop), daemon=True)
+    beat.start()
+    try:
+        yield True
+    finally:
+        stop.set()
+        beat.join()
+        path.unlink(missing_ok=True)
+
+
+def _take(path: pathlib.Path) -> bool:
+    who: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
+    for _ in range(2):
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            if not _is_dead(path):
+                return False
+            # Only one of those who see a dead claim renames it; the others find it gone and lose the race to create.
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(path.with_suffix(f".dead.{os.getpid()}"))
+                path.with_suffix(f".dead.{os.getpid()}").unlink()
+            continue
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(who, file)
+        return True
+    return False
+
+
+def _is_dead(path: pathlib.Path) -> bool:
+    try:
+        silent = time.time() - path.stat().st_mtime
+        who = json.loads(path.read_text())
+        if who["host"] == socket.gethostname():
+            return not pathlib.Path(f"/proc/{who['pid']}").exists() if os.path.isdir("/proc") else silent > SILENCE
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError, TypeError):
+        pass  # being written, or its writer died of a full disk
+    return silent > SILENCE
+
+
+def _beat(path: pathlib.Path, stop: threading.Event) -> None:
+    while not stop.wait(BEAT):
+        with contextlib.suppress(OSError):
+            path.touch()

@@ -1,0 +1,144 @@
+"""What a search found: settings from best to worst, with intervals over seeds, and which differences are noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from robovlms_jax.evaluation.report import tables
+from robovlms_jax.search import queue, space
+from robovlms_jax.search.config import SearchConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+    """A setting, the objective of each of its seeds, and how it compares with the best one.
+
+    half_width: of the 95 % interval of the mean over seeds (Student's t), NaN with one seed. difference, noise: of the
+    best setting's mean to this one's, paired by seed where both have the same seeds (Welch's otherwise), and whether
+    its 95 % interval holds 0; None where it cannot be told.
+    """
+
+    setting: space.Setting
+    values: tuple[float, ...]
+    half_width: float
+    difference: float
+    noise: bool | None
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+
+def rank(trials: Sequence[queue.Trial], direction: str) -> list[Ranked]:
+    """Settings whose trials are done, the best first."""
+    grouped: dict[tuple, dict[int, float]] = {}
+    for trial in trials:
+        if trial.status == "done":
+            grouped.setdefault(tuple(trial.setting.items()), {})[trial.seed] = trial.value
+    sign = 1 if direction == "minimize" else -1
+    ordered = sorted(grouped.items(), key=lambda item: sign * float(np.mean(list(item[1].values()))))
+    out = []
+    for setting, seeds in ordered:
+        best, values = ordered[0][1], tuple(seeds.values())
+        out.append(Ranked(dict(setting), values, _half_width(values), *_compared(best, seeds)))
+    return out
+
+
+def _half_width(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return math.nan
+    from scipy import stats  # takes most of a second to import
+
+    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def _compared(best: dict[int, float], other: dict[int, float]) -> tuple[float, bool | None]:
+    difference = float(np.mean(list(other.values())) - np.mean(list(best.values())))
+    if best is other or min(len(best), len(other)) < 2:
+        return difference, None
+    from scipy import stats
+
+    if set(best) == set(other):
+        apart = np.array([other[seed] - best[seed] for seed in best])
+        if not np.any(apart - apart[0]):  # no spread: the test divides by it
+            return difference, not apart[0]
+        low, high = stats.ttest_1samp(apart, 0).confidence_interval()
+    else:
+        test = stats.ttest_ind(list(other.values()), list(best.values()), equal_var=False)
+        low, high = test.confidence_interval()
+    return difference, bool(low <= 0 <= high)
+
+
+def write(config: SearchConfig) -> pathlib.Path:
+    """report.md, report.json and search.png in the search's directory; returns the first."""
+    out = pathlib.Path(config.out)
+    trials = queue.read(out)
+    ranked = rank(trials, config.direction)
+    names = sorted({name for trial in trials for name in trial.setting})
+    better = "lower" if config.direction == "minimize" else "higher"
+    sections = [f"# Search: {config.experiment}, {config.start}", f"`{config.objective}`, {better} is better."]
+    ended = [trial.status for trial in trials]
+    counts = [f"{ended.count(status)} {status}" for status in ("done", "open", "failed", "pruned")]
+    sections.append(f"Trials: {', '.join(counts)}.")
+    if ranked:
+        sections += [_table(ranked, names), _verdict(ranked)]
+        _draw(ranked, names, config.objective).savefig(out / "search.png", dpi=tables.DPI)
+        sections.append("![the objective by setting, a dot per run](search.png)")
+    failed = [[str(trial.number), _text(trial.setting), trial.reason] for trial in trials if trial.status == "failed"]
+    if failed:
+        sections += ["## Failed", tables.markdown(["trial", "setting", "reason"], failed, text_columns=3)]
+    record = {"settings": [dataclasses.asdict(x) for x in ranked], "trials": [dataclasses.asdict(x) for x in trials]}
+    tables.write_json(out / "report.json", record)
+    path = out / "report.md"
+    path.write_text(tables.join(sections), encoding="utf-8")
+    return path
+
+
+def _table(ranked: Sequence[Ranked], names: Sequence[str]) -> str:
+    rows = []
+    for x in ranked:
+        spread = "" if math.isnan(x.half_width) else f" ± {tables.significant(x.half_width)}"
+        verdict = "best" if x is ranked[0] else {None: "one run: unknown", True: "noise", False: "real"}[x.noise]
+        numbers = (f"{tables.significant(x.mean)}{spread}", tables.significant(x.difference))
+        rows.append([*(x.setting.get(name, "") for name in names), str(len(x.values)), *numbers, verdict])
+    head = [*names, "runs", "mean (95 %)", "from the best", "difference"]
+    return tables.markdown(head, rows, text_columns=len(names))
+
+
+def _verdict(ranked: Sequence[Ranked]) -> str:
+    if len(ranked[0].values) < 2:
+        return (
+            "Every setting was run once, so nothing here tells a better setting from a luckier run: repeat the first "
+            "few with `--seeds 3` or more."
+        )
+    equal = [x for x in ranked[1:] if x.noise]
+    if not equal:
+        return "The best setting differs from every other by more than runs of one setting differ (95 %, by setting)."
+    return (
+        f"{len(equal)} of the {len(ranked) - 1} others cannot be told from the best by these runs: the 95 % interval "
+        "of the difference over seeds holds 0. Of twenty equal settings one is expected to look different."
+    )
+
+
+def _text(setting: space.Setting) -> str:
+    return ", ".join(f"{name}={value}" for name, value in setting.items())
+
+
+def _draw(ranked: Sequence[Ranked], names: Sequence[str], objective: str):
+    shown = ranked[:30]
+    figure = tables.figure(8, 1.2 + 0.32 * len(shown), layout="constrained")
+    axes = figure.subplots()
+    for place, x in enumerate(shown):
+        axes.plot(x.values, [place] * len(x.values), "o", color=tables.BLUE, alpha=0.5)
+        axes.errorbar(x.mean, place, xerr=None if math.isnan(x.half_width) else x.half_width, fmt="|", color="black")
+    short = {name: name.rpartition(".")[2] for name in names}
+    axes.set_yticks(range(len(shown)), [", ".join(f"{short[n]} {v}" for n, v in x.setting.items()) for x in shown])
+    axes.invert_yaxis()
+    axes.set_xlabel(objective)
+    tables.tidy(axes)
+    return figure

@@ -1,0 +1,120 @@
+"""One trial: the experiment's own command in a process of its own, stopped and resumed as any run is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from robovlms_jax.search import queue, space
+from robovlms_jax.search.config import SearchConfig
+
+logger = logging.getLogger(__name__)
+
+POLL = 1.0
+"""Seconds between looks at a running trial."""
+GRACE = 600.0
+"""Seconds that a trial has to save after it was asked to stop."""
+
+Look = Callable[[int, float], bool]
+"""(step, the objective's value there) -> whether the trial shall go on."""
+
+
+def command(config: SearchConfig, trial: queue.Trial, run: pathlib.Path) -> list[str]:
+    """What is started: the experiment's module with the trial's flags."""
+    settings = space.fixed(config.fixed) | trial.setting
+    words = [sys.executable, "-m", f"experiments.{config.experiment}", "--preset", config.start]
+    words += [*space.flags(settings), "--train.seed", str(trial.seed), "--train.output", str(run)]
+    has = any(path.name.isdigit() for path in (run / "checkpoints").glob("*"))
+    return [*words, "--train.resume"] if has else words
+
+
+def run(config: SearchConfig, trial: queue.Trial, look: Look = lambda step, value: True) -> queue.Trial:
+    """Start the trial or go on with it, until it ends. What became of it is written, and returned; it is still open
+    when something else stopped the run.
+
+    KeyboardInterrupt ends the run as a signal ends any: it saves, and the trial stays open.
+    """
+    out = pathlib.Path(config.out)
+    folder = queue.folder(out, trial.number)
+    begin, pruned = time.monotonic(), False
+    with (folder / "log.txt").open("ab") as log:
+        # In a session of its own: Ctrl-C reaches this process alone, which asks the run to save.
+        process = subprocess.Popen(
+            command(config, trial, folder / "run"), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            seen = -1
+            while process.poll() is None:
+                time.sleep(POLL)
+                for step, value in objective(folder / "run", config.objective):
+                    if step > seen and not pruned:
+                        seen = step
+                        pruned = not look(step, value)
+                        if pruned:
+                            process.send_signal(signal.SIGTERM)
+        except BaseException:
+            _stop(process)
+            raise
+    trial = dataclasses.replace(trial, seconds=trial.seconds + time.monotonic() - begin)
+    values = objective(folder / "run", config.objective)
+    if pruned:
+        trial = dataclasses.replace(trial, status="pruned", value=values[-1][1])
+    elif process.returncode == 0 and _finished(folder / "run"):
+        trial = _judged(trial, values, config.objective)
+    elif process.returncode != 0:
+        trial = dataclasses.replace(trial, status="failed", reason=_last_line(folder / "log.txt"))
+    queue.write(out, trial)
+    return trial
+
+
+def objective(run: pathlib.Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) of every line of the run's metrics.jsonl that has `name`; an unfinished line is left out."""
+    found = []
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict) and isinstance(values.get(name), (int, float)):
+            found.append((int(values["step"]), float(values[name])))
+    return found
+
+
+def _judged(trial: queue.Trial, values: list[tuple[int, float]], name: str) -> queue.Trial:
+    if not values:
+        reason = f"its metrics.jsonl never says {name!r}"
+        return dataclasses.replace(trial, status="failed", reason=reason)
+    value = values[-1][1]
+    if not math.isfinite(value):
+        return dataclasses.replace(trial, status="failed", reason=f"{name} is {value} at its end")
+    return dataclasses.replace(trial, status="done", value=value)
+
+
+def _finished(run: pathlib.Path) -> bool:
+    return (run / "report.md").is_file()
+
+
+def _stop(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def _last_line(path: pathlib.Path) -> str:
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith("error:") or "Error" in line]
+    return (said or lines or ["it said nothing"])[-1][:300]

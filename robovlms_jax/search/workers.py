@@ -1,0 +1,160 @@
+"""What a process of a search does: it takes trials from the queue until none is left."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from robovlms_jax import json_files
+from robovlms_jax.search import queue, space, trials
+from robovlms_jax.search.config import SearchConfig
+
+if TYPE_CHECKING:
+    import optuna
+
+logger = logging.getLogger(__name__)
+
+_SHARED = ("experiment", "start", "fixed", "space", "objective", "direction", "seeds", "sampler", "prune")
+"""What all processes of a search must agree on."""
+
+
+def work(config: SearchConfig) -> None:
+    """Run trials until all have ended or are somebody else's.
+
+    Raises:
+      ValueError: the settings do not fit the search that is in `out` already; names what differs.
+      ImportError: Optuna is needed and missing.
+    """
+    fields = space.read(config.space)
+    if not fields:
+        raise ValueError("search.space is empty: name at least one field that varies.")
+    _agree(config)
+    if config.sampler == "grid":
+        _work_through(config, space.grid(fields))
+    else:
+        _ask(config, fields)
+
+
+def _agree(config: SearchConfig) -> None:
+    path = pathlib.Path(config.out) / "search.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ours = {name: getattr(config, name) for name in _SHARED}
+    ours = json.loads(json.dumps(ours))
+    if path.exists():
+        difference = json_files.differences(json_files.read_object(path, "a search's settings"), ours)
+        if difference:
+            raise ValueError(f"{path.parent} holds another search: {difference}. Choose another --out.")
+        return
+    new = path.with_suffix(f".{id(config)}.tmp")
+    new.write_text(json.dumps(ours, indent=2) + "\n")
+    new.replace(path)
+
+
+def _work_through(config: SearchConfig, settings: list[space.Setting]) -> None:
+    """All settings with all seeds, the seeds of a setting far apart: the first seed of each comes first."""
+    out = pathlib.Path(config.out)
+    number = 0
+    for seed in range(config.seeds):
+        for setting in settings:
+            _take(config, out, queue.Trial(number, setting, seed))
+            number += 1
+
+
+def _take(config: SearchConfig, out: pathlib.Path, trial: queue.Trial, look: trials.Look | None = None) -> queue.Trial:
+    """Run a trial unless it has ended or another process runs it; as it is afterwards. KeyboardInterrupt when the run
+    was stopped."""
+    with queue.claimed(out, trial.number) as ours:
+        if not ours:
+            return trial
+        path = queue.folder(out, trial.number) / "trial.json"
+        if path.exists():
+            trial = queue.Trial(**json_files.read_object(path, "a trial"))
+        if trial.status != "open":
+            return trial
+        queue.write(out, trial)
+        logger.info("trial %d: %s, seed %d", trial.number, trial.setting, trial.seed)
+        trial = trials.run(config, trial, look) if look else trials.run(config, trial)
+        if trial.status == "open":
+            raise KeyboardInterrupt
+        said = trial.reason if trial.status == "failed" else f"{config.objective} {trial.value:.5g}"
+        logger.info("trial %d: %s, %s (%.0f s)", trial.number, trial.status, said, trial.seconds)
+        return trial
+
+
+def _ask(config: SearchConfig, fields: list[space.Values | space.Range]) -> None:
+    """Settings that Optuna proposes after what was seen so far."""
+    study, out = _study(config), pathlib.Path(config.out)
+    optuna = _optuna()
+    states = optuna.trial.TrialState
+    for frozen in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
+        # Of a process that was stopped or died: the trial keeps its number and goes on; a live one keeps its claim.
+        _finish(config, study, optuna.trial.Trial(study, frozen._trial_id), fields, out)
+    while len(study.get_trials(deepcopy=False)) < config.trials:
+        _finish(config, study, study.ask(), fields, out)
+
+
+def _finish(config: SearchConfig, study: optuna.Study, asked: Any, fields: list[Any], out: pathlib.Path) -> None:
+    states = _optuna().trial.TrialState
+    setting = {field.name: _suggest(asked, field) for field in fields}
+
+    def look(step: int, value: float) -> bool:
+        asked.report(value, step)
+        return not (config.prune and asked.should_prune())
+
+    values = []
+    for seed in range(config.seeds):
+        trial = queue.Trial(asked.number * config.seeds + seed, setting, seed)
+        ended = _take(config, out, trial, look if config.seeds == 1 else None)
+        if ended.status == "open":
+            return  # somebody else's
+        if ended.status == "failed":
+            study.tell(asked.number, state=states.FAIL, skip_if_finished=True)
+            return
+        if ended.status == "pruned":
+            study.tell(asked.number, state=states.PRUNED, skip_if_finished=True)
+            return
+        values.append(ended.value)
+    study.tell(asked.number, sum(values) / len(values), skip_if_finished=True)
+
+
+def _suggest(asked: Any, field: space.Values | space.Range) -> str:
+    if isinstance(field, space.Values):
+        return asked.suggest_categorical(field.name, field.values)
+    if field.whole:
+        return str(asked.suggest_int(field.name, int(field.low), int(field.high)))
+    return repr(asked.suggest_float(field.name, field.low, field.high, log=field.log))
+
+
+def _study(config: SearchConfig) -> optuna.Study:
+    optuna = _optuna()
+    out = pathlib.Path(config.out)
+    storage: Any = config.storage
+    if not storage:
+        from optuna.storages.journal import JournalFileBackend
+
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(out / "optuna.log")))
+    samplers = {
+        "random": optuna.samplers.RandomSampler,
+        # Processes that search side by side shall not propose what others are trying.
+        "tpe": lambda: optuna.samplers.TPESampler(constant_liar=True),
+        "gp": optuna.samplers.GPSampler,
+    }
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(
+        study_name=out.name,
+        storage=storage,
+        sampler=samplers[config.sampler](),
+        pruner=optuna.pruners.SuccessiveHalvingPruner() if config.prune else optuna.pruners.NopPruner(),
+        direction=config.direction,
+        load_if_exists=True,
+    )
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError("a sampler other than grid is Optuna's: pip install robovlms_jax[search]") from error
+    return optuna
