@@ -82,7 +82,7 @@ def layout(runs: Sequence[Run], order: Order = Order()) -> Tokens:
       Tokens whose `layout` has the runs' names; `private` names those that attend privately. Runs beside the sequence
       become its media, numbered from 1 on, and have no slots.
     """
-    media, sees = _media(runs)
+    beside = [run for run in runs if run.beside]
     nothing = next(run.embeds[:, :0] for run in runs if not run.beside)
     # Of what is beside only the place in the order remains.
     runs = [run.replace(embeds=nothing, mask=run.mask[:, :0]) if run.beside else run for run in runs]
@@ -120,22 +120,18 @@ def layout(runs: Sequence[Run], order: Order = Order()) -> Tokens:
         offsets=offsets,
         deep=deep,
         private=private,
-        media=media,
-        sees=sees,
+        media=_media(beside),
+        sees=frame.sees() if beside else None,
     )
 
 
-def _media(runs: Sequence[Run]) -> tuple[Media | None, jax.Array | None]:
-    """The runs beside the sequence, and int32[B, S], which of them each slot attends to: the last one before it."""
-    beside = [run for run in runs if run.beside]
+def _media(beside: Sequence[Run]) -> Media | None:
+    """The runs beside the sequence, numbered from 1 on; None where there are none."""
     if not beside:
-        return None, None
+        return None
     numbers = [jnp.full(run.mask.shape, number, jnp.int32) for number, run in enumerate(beside, 1)]
-    parts = [[run.embeds for run in beside], [run.mask for run in beside], numbers]
-    before = np.cumsum([run.beside for run in runs])
-    sees = np.repeat(before, [run.length for run in runs]).astype(np.int32)
-    batch = len(beside[0].mask)
-    return Media(*(jnp.concatenate(x, axis=1) for x in parts)), jnp.broadcast_to(sees, (batch, len(sees)))
+    parts = [run.embeds for run in beside], [run.mask for run in beside], numbers
+    return Media(*(jnp.concatenate(x, axis=1) for x in parts))
 
 
 class _Frame(NamedTuple):
@@ -165,6 +161,18 @@ class _Frame(NamedTuple):
         after = [number >= int(n) if run.kind == "image" else tail for run, n in zip(runs, before, strict=True)]
         mask = jnp.concatenate([run.mask for run in runs], axis=1)
         return cls(runs, mask, jnp.ones_like(text) if order.count_padding else text, after)
+
+    def sees(self) -> jax.Array:
+        """int32[B, S]: how many of the runs beside the sequence come before a token; some are."""
+        text = sum(after.astype(jnp.int32) for run, after in zip(self.runs, self.after, strict=True) if run.beside)
+        parts, start = [], 0
+        for run, count in zip(self.runs, np.cumsum([run.beside for run in self.runs]), strict=True):
+            if run.kind == "text":
+                parts.append(text[:, start : start + run.length])
+                start += run.length
+            else:
+                parts.append(jnp.full(run.mask.shape, count, jnp.int32))
+        return jnp.concatenate(parts, axis=1)
 
     def places(self, sizes: Sequence[int], steps: Sequence[np.ndarray]) -> jax.Array:
         """int32[B, S].

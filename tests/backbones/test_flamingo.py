@@ -53,6 +53,14 @@ def test_a_step_attends_to_its_own_pictures_as_in_open_flamingo(lead):
     np.testing.assert_array_equal(found, open_flamingos(np.tile(marks, W), W) & slots[:, None])
 
 
+def test_a_token_before_the_picture_is_before_it_whichever_side_is_padded():
+    prompt = [run.replace(mask=run.mask[:1], embeds=run.embeds[:1]) for run in runs(1, 3)]
+    mask = jnp.asarray([[False, False, True, True]])  # the first real token is the one before the picture
+    prompt[0], prompt[2] = prompt[0].replace(mask=mask[:, :1]), prompt[2].replace(mask=mask[:, 1:])
+    tokens = sequence.layout(prompt)
+    assert tokens.sees[0, 2:].tolist() == [0, 1, 1]
+
+
 def test_a_video_sees_all_its_real_frames_and_steps_before_the_episode_are_nobodys():
     tokens, real = sequence.layout(runs(0, 3)), jnp.asarray([[False, True, True]])
     video = Video(W, cameras=1).to_sequences(tokens, real)
