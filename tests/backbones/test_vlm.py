@@ -160,14 +160,16 @@ def cached_equals_at_once(twin):
     def take(x):
         return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), 1)
 
-    ordered = jax.tree.map(take, tokens)
+    ordered = tokens.map_slots(take)
     model, params = base.build(twin.config), {"params": twin.params}
     step = tokens.mask.shape[1] // 2 if twin.config.attention == "causal" else int(tokens.mask.sum(1).min()) - 2
     cache = model.apply(params, 2, 2 * step + 3, method="init_cache")
     decode = jax.jit(lambda tokens, cache: model.apply(params, tokens, cache, method="decode"))
     found = []
     for start in (0, step):
-        hidden, new = decode(jax.tree.map(lambda x, start=start: x[:, start : start + step], ordered), cache)
+        part = ordered.map_slots(lambda x, start=start: x[:, start : start + step])
+        # What stands beside the sequence is in the cache from the first step on.
+        hidden, new = decode(part if start == 0 else part.replace(media=None), cache)
         cache = cache.append(new)
         found.append(hidden)
     found = jnp.concatenate(found, 1)
@@ -210,10 +212,10 @@ def test_adapters_reach_every_matrix_begin_as_nothing_and_can_be_merged(twin):
     shapes = flatten_dict(abstract(config), sep="/")
     kernels = {path.rpartition("/")[0] for path in shapes if path.endswith("/kernel")}
     assert kernels == {path.rpartition("/")[0] for path in shapes if path.endswith("/lora_a")}
-    heads, head_dim = config.text.num_heads, config.text.head_dim
-    assert shapes["text/layers/attn/q/lora_a"].shape == (3, 32, 4)
-    assert shapes["text/layers/attn/q/lora_b"].shape == (3, 4, heads, head_dim)
-    assert shapes["text/layers/attn/o/lora_a"].shape == (3, heads, head_dim, 4)
+    depth, heads, head_dim = config.text.depth, config.text.num_heads, config.text.head_dim
+    assert shapes["text/layers/attn/q/lora_a"].shape == (depth, 32, 4)
+    assert shapes["text/layers/attn/q/lora_b"].shape == (depth, 4, heads, head_dim)
+    assert shapes["text/layers/attn/o/lora_a"].shape == (depth, heads, head_dim, 4)
 
     images, ids, mask = example(twin.config)
     plain = query_features(twin, images, ids, mask)
