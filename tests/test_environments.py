@@ -20,8 +20,9 @@ MODULES = {
     "pillow": "PIL",
     "pyyaml": "yaml",
 }
-# Imported by an option that asks for it in its error message; no package of ours.
-ASKED_FOR = {"wandb", "simpler_env", "calvin_env", "omegaconf"}
+# Imported by an option that asks for it in its error message, or by what another program imports (vla_eval's harness);
+# no package of ours.
+ASKED_FOR = {"wandb", "simpler_env", "calvin_env", "omegaconf", "vla_eval"}
 
 
 def module_of(requirement: environments.Requirement) -> str:
