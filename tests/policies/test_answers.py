@@ -132,7 +132,8 @@ def _greedy(batch: Pairs, predicted) -> Pairs:
 
 
 QWEN3 = next(name for name in registry.names() if name.startswith("qwen3"))
-FAMILIES = sorted(
+AMONG = [name for name in reversed(registry.names()) if not registry.get(name).beside]
+FAMILIES = sorted({registry.get(name).model_type: name for name in AMONG}.values())
     {c.model_type: name for name in reversed(registry.names()) if not (c := registry.get(name)).beside}.values()
 )
 
@@ -217,6 +218,7 @@ def test_insulation_leaves_the_forward_pass_and_the_backbone_as_they_are(params)
     assert grads["readout/queries"].any()
 
 
+@pytest.mark.slow
 def test_captions_and_answers_go_on_teaching_an_insulated_backbone(params):
     model = toy.make_model(insulate=True, auxiliary=AuxiliaryConfig(caption_weight=0.2, vl_weight=0.1))
     loss_fn = objective.LossBySource({"robot": objective.RobotLoss(model), "questions": answers.AnswerLoss(model, 0.1)})

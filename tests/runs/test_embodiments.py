@@ -87,7 +87,11 @@ def test_every_robot_has_a_head_and_statistics_of_its_own(among):
     shapes = setup.abstracts[0].trainable
     assert shapes["robot_lifter/head/arm/layer_1/kernel"].shape[-1] == 2 * setup.config.policy.chunk
     assert shapes["head/arm/layer_1/kernel"].shape[-1] == 6 * setup.config.policy.chunk
-    grads = gradients(setup)
+
+
+@pytest.mark.slow
+def test_every_robot_teaches_its_own_head_and_the_common_backbone(among):
+    grads = gradients(setups.prepare(among()))
     for name, own, foreign in (("robot", "head/", "robot_lifter/"), ("lifter", "robot_lifter/head/", "head/")):
         assert moved(grads[name], own) and not moved(grads[name], foreign), name
         assert moved(grads[name], "backbone/vision/") and moved(grads[name], "readout/"), name
