@@ -132,8 +132,7 @@ def _greedy(batch: Pairs, predicted) -> Pairs:
 
 
 QWEN3 = next(name for name in registry.names() if name.startswith("qwen3"))
-AMONG = [name for name in reversed(registry.names()) if not registry.get(name).beside]
-FAMILIES = sorted({registry.get(name).model_type: name for name in AMONG}.values())
+FAMILIES = sorted(
     {c.model_type: name for name in reversed(registry.names()) if not (c := registry.get(name)).beside}.values()
 )
 
