@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,6 +69,7 @@ def neox_rules(source: str) -> rules.Rules:
         *rules.linear(f"{layer}.mlp.dense_h_to_4h", f"{here}/mlp/up"),
         *rules.linear(f"{layer}.mlp.dense_4h_to_h", f"{here}/mlp/down"),
         *rules.layer_norm(f"{source}gpt_neox.final_layer_norm", "text/final_norm"),
+        rules.Rename(rf"^{re.escape(source)}lm_head\.", f"{source}embed_out."),  # transformers 5
         *rules.head(f"{source}embed_out", "text", tied=False),
         rules.Ignore(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)", "constants"),
     )
