@@ -84,8 +84,8 @@ def test_a_head_of_its_own_is_kept_and_a_tied_one_found_under_either_name(model,
     assert [x.text.head for x in (tied, untied)] == ["tied", "linear"]
     assert config in (tied, untied) and registry.from_hf_config(registry.to_hf_config(tied)) == tied
     state = families.published(torch_model, dict(torch_model.state_dict()))
-    table = next(key for key in state if key.endswith(("embed_tokens.weight", "wte.weight")))
-    head = next(key for key in state if key.endswith("lm_head.weight"))
+    table = next(key for key in state if key.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight")))
+    head = next(key for key in state if key.endswith(("lm_head.weight", "embed_out.weight")))
     own = {key: value.detach().numpy() for key, value in state.items()} | {head: state[table].numpy() + 0.25}
     source = ArraySource(own, "here")
 
