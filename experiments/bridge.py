@@ -81,7 +81,7 @@ For the real thing, pass the dataset and the published weights (any preset's fie
     python -m experiments.bridge --preset kosmos_lstm \\
         --data.root data/bridge --backbone.weights hf://microsoft/kosmos-2-patch14-224
 
-How to get Bridge: data/README.md. `--help` explains every field."""
+How to get Bridge: data/README.md. `--help-all` explains every field."""
 
 
 def default_preset(arguments: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """One control step of a checkpoint as a program that runs without this package.
 
-    python -m experiments.export --checkpoint runs/sample --to stablehlo --instructions "open the drawer"
+    python -m experiments.export --checkpoint runs/sample --out exported --to stablehlo --instructions "open the drawer"
 
 Writes program.json (inputs, outputs, robot, the instructions' tokens), tensors.safetensors (the carry that an episode
 begins with; for stablehlo the weights, too), backbone/ (tokenizer and config.json) and the program: program.stablehlo,

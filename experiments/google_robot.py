@@ -40,7 +40,7 @@ The sample preset shows Bridge episodes: no episode of the Google robot may be b
     python -m experiments.google_robot --preset kosmos_lstm \\
         --data.root data/oxe --backbone.weights hf://microsoft/kosmos-2-patch14-224
 
-How to get fractal20220817_data: data/README.md. `--help` explains every field."""
+How to get fractal20220817_data: data/README.md. `--help-all` explains every field."""
 
 if __name__ == "__main__":
     parsed = cli.parse(PRESETS, bridge.default_preset, description=__doc__, read_json=upstream.load_experiment)

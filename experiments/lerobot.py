@@ -115,7 +115,7 @@ For the real thing, pass your recording and published weights (any preset's fiel
     python -m experiments.lerobot --preset aloha --data.root DIR --backbone.name kosmos-2 \\
         --backbone.weights hf://microsoft/kosmos-2-patch14-224 --train.steps 20000
 
-How to say what a robot's numbers are: data/README.md. `--help` explains every field."""
+How to say what a robot's numbers are: data/README.md. `--help-all` explains every field."""
 
 
 def with_data(name: str, config: ExperimentConfig) -> ExperimentConfig:

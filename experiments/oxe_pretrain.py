@@ -46,7 +46,7 @@ For the real thing, get the datasets of the mixture, or list those you have in a
     python -m experiments.oxe_pretrain --preset kosmos_lstm \\
         --data.root data/oxe --backbone.weights hf://microsoft/kosmos-2-patch14-224
 
-`--help` explains every field."""
+`--help-all` explains every field."""
 
 if __name__ == "__main__":
     parsed = cli.parse(PRESETS, bridge.default_preset, description=__doc__, read_json=upstream.load_experiment)

@@ -1,6 +1,6 @@
 """Policies on a real robot, compared blind: a form in the terminal for the operator.
 
-    python -m experiments.trial --checkpoints runs/a runs/b --robot my_robot:connect --out trials/monday \
+    python -m experiments.trial --checkpoints runs/a runs/b --robot my_robot:connect --out trials/monday \\
         --instructions "open the drawer" --reworded "pull the drawer out"
 
 The operator arranges each scene, starts, and says whether it was solved; which checkpoint acted is not told before the

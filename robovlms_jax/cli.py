@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from robovlms_jax import json_files, schema
+from robovlms_jax import cli_help, json_files, schema
 
 Config = TypeVar("Config")
 
@@ -55,6 +55,8 @@ def read(config: type[Config] | Config, *, description: str | None = None, argv:
     Switches, fields that are true or false, are understood in every usual spelling: `--data.success_only`,
     `--data.success_only True`, `--data.success_only=no`, `--no-data.success_only`, `--data.no-success-only`.
 
+    `--help-all` is `--help` here; see `parse`.
+
     A part with a registered kind, or a list of parts, is given whole: as JSON, in a JSON file, or by names of kinds
     (`--policy.head flow`, `--policy.sensors imu,lidar`, `--train.stages stages.json`); only with an instance.
 
@@ -66,6 +68,7 @@ def read(config: type[Config] | Config, *, description: str | None = None, argv:
       An instance. Wrong flags or values end the process with status 2 and a message naming the nearest flag.
     """
     arguments = _spell_switches(sys.argv[1:] if argv is None else argv, switches(config))
+    arguments = ["--help" if argument in ("--help-all", "--help_all") else argument for argument in arguments]
     if not isinstance(config, type):
         config, description = _take_whole(config, arguments), f"{description or ''}{_whole_help(config)}" or None
     start = {"f": config} if isinstance(config, type) else {"f": type(config), "default": config}
@@ -86,6 +89,7 @@ def parse(
 
     Args:
       presets: name -> configuration.
+        Where their class has USUAL, dotted names of fields, --help shows those alone and --help-all every field.
       default: the preset without --preset, or a function of the arguments that names it.
       read_json: upstream's JSON file -> configuration; None: the program has no --upstream_json.
       argv: arguments without the program's name; None reads the command line.
@@ -110,6 +114,10 @@ def parse(
             hint = f"; did you mean {near[0]!r}?" if near else "."
             sys.exit(_fail(f"unknown preset {name!r}{hint} Presets: {', '.join(presets)}."))
         start = presets[name]
+    usual = getattr(type(start), "USUAL", ())
+    if usual and {"--help", "-h"} & set(arguments):
+        print(cli_help.short_help(cli_help.program_name(sys.argv[0]), description, (name, list(presets)), start, usual))
+        sys.exit(0)
     or_json = "" if read_json is None else ", or --upstream_json FILE, one of RoboVLMs' own configurations"
     listed = (
         f"--preset NAME, one of: {', '.join(presets)}{or_json} (here: {name}); shown defaults are those of this start."

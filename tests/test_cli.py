@@ -215,3 +215,19 @@ def test_what_cannot_be_given_so_is_answered_with_a_sentence(argv, message, caps
         read(*argv)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_help_fits_one_screen_and_help_all_has_every_field(capsys):
+    presets = {"one": ExperimentConfig(), "two": ExperimentConfig()}
+    with pytest.raises(SystemExit) as end:
+        cli.parse(presets, "one", description="What it does.\n\nMore of it.", argv=["--help", "--preset", "two"])
+    short = capsys.readouterr().out
+    assert end.value.code == 0 and "What it does." in short and "More of it" not in short and "preset two" in short
+    lines = short.splitlines()
+    assert len(lines) < 45 and max(map(len, lines)) <= 110
+    for path in ExperimentConfig.USUAL:  # each says what it is, not its name alone
+        (line,) = [line for line in lines if line.split()[:1] == [f"--{path}"]]
+        assert len(line.split()) > 3, line
+    with pytest.raises(SystemExit):
+        cli.parse(presets, "one", description="What it does.", argv=["--help-all"])
+    assert "--mesh.tensor" in capsys.readouterr().out and "--mesh.tensor" not in short

@@ -10,6 +10,7 @@ import logging
 import pathlib
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -29,20 +30,21 @@ PROGRAMS = sorted(
     for path in (ROOT / folder).glob("*.py")
     if "__main__" in path.read_text() and "cli" in path.read_text()
 )
-COMMAND = re.compile(r"python -m ((?:experiments|benchmarks)\.\w+)((?:[^\n`'\"#;|&)\\]|\\\n)*)")
+COMMAND = re.compile(r"python -m ((?:experiments|benchmarks)\.\w+)((?:\"[^\"\n]*\"|[^\n`'\"#;|&)\\]|\\\n)*)")
 MAKE = re.compile(r"make run ARGS=\"([^\"\n]*)\"")
 FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*(?:\.[a-zA-Z][\w-]*)*")
 
 OTHERS = {
     "git, uv": "--porcelain --untracked-files --recurse-submodules --recursive --init --python",
     "pip, ruff, tensorboard": "--fix --check --logdir",
-    "sbatch, srun": "--nodes --ntasks-per-node --gpus-per-node --gpus-per-task --gpu-bind --cpus-per-task --signal "
+    "sbatch, srun": "--array --wrap --nodes --ntasks-per-node --gpus-per-node --gpus-per-task --gpu-bind --cpus-per-task --signal "
     "--requeue --open-mode --time --job-name",
     "gcloud, xpk": "--zone --worker --command --version --accelerator-type --cluster --docker-image --tpu-type "
     "--workload",
     "XLA": "--xla_cpu_use_fusion_emitters --xla_cpu_parallel_codegen_split_count "
     "--xla_force_host_platform_device_count",
-    "ours, in a text about any": "--help --flag",
+    "vla-eval": "--no-docker",
+    "ours, in a text about any": "--help --help-all --flag --FIELD",
 }
 """Flags of other programs."""
 
@@ -79,7 +81,7 @@ def commands() -> dict[tuple[str, tuple[str, ...]], str]:
             rest = re.sub(r"\\\n\s*", " ", rest)
             rest = re.split(r"\s{3,}| -->|, |: |\.(?:\s|$)", rest)[0]  # where the sentence goes on
             # A script's variable stands for flags of its own.
-            words = [word for word in rest.split() if not re.fullmatch(r"\$\{?RESUME\}?", word)]
+            words = [word for word in shlex.split(rest) if not re.fullmatch(r"\$\{?RESUME\}?", word)]
             arguments = words if words and words[0].startswith("--") else []  # else: "`python -m X` says how ..."
             found.setdefault((program, tuple(arguments)), where)
     return found

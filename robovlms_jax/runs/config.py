@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from robovlms_jax import schema
 from robovlms_jax.backbones.config import BackboneConfig
@@ -25,6 +25,15 @@ from robovlms_jax.training.config import OptimizerConfig, TrainConfig
 @schema.checked("")
 class ExperimentConfig:
     """Everything a run depends on. Saved beside its checkpoints, enough to serve them."""
+
+    USUAL: ClassVar[tuple[str, ...]] = (
+        *("data.root", "data.dataset", "data.windows_per_segment", "backbone.name", "backbone.weights"),
+        *("backbone.dtype", "backbone.remat", "backbone.lora_rank", "policy.history", "policy.head", "policy.cameras"),
+        *("policy.window", "policy.chunk", "optimizer.learning_rate", "optimizer.schedule", "train.steps"),
+        *("train.batch_size", "train.accumulation", "train.trainable", "train.output", "train.resume"),
+        *("train.init_from", "mesh.fsdp", "rollouts.trials"),
+    )
+    """What --help shows."""
 
     backbone: BackboneConfig = BackboneConfig()
     policy: PolicyConfig = PolicyConfig()

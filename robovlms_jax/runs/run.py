@@ -42,7 +42,7 @@ For the real thing, pass the dataset and the published weights (any preset's fie
     python -m experiments.calvin_abcd --preset kosmos_lstm \\
         --data.root data/task_ABCD_D --backbone.weights hf://microsoft/kosmos-2-patch14-224
 
-How to get and pack CALVIN: data/README.md. `--help` explains every field."""
+How to get and pack CALVIN: data/README.md. `--help-all` explains every field."""
 
 
 def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: str = REAL_THING) -> None:

@@ -21,6 +21,7 @@ class OptimizerConfig:
     lion: signs, with learning rates three to ten times smaller. muon: matrices of layers orthogonalised, the rest by
     AdamW, at AdamW's learning rates."""
     learning_rate: float = 2e-5
+    """The largest, at the end of warm-up."""
     weight_decay: float = 0.0
     """Decoupled, on every trainable parameter, as upstream does."""
     beta1: float = 0.9

@@ -149,7 +149,7 @@ def test_mistakes_end_with_status_2_and_a_hint(argv, message, capsys):
 
 def test_help_reads_like_documentation(capsys):
     with pytest.raises(SystemExit):
-        parse("--help")
+        parse("--help-all")
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--data.windows-per-segment" in text
     assert "windows that share one run of W + K - 1 frames" in text

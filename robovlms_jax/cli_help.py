@@ -1,0 +1,95 @@
+"""Help of one screen: the fields that are turned most, instead of all of them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import os
+import re
+import shutil
+import textwrap
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from robovlms_jax import schema
+
+_WIDEST = 110
+
+
+def short_help(
+    program: str, description: str, start: tuple[str, Sequence[str]], config: Any, usual: Sequence[str]
+) -> str:
+    """Text for --help.
+
+    Args:
+      program: how it is started, "python -m experiments.calvin_abcd".
+      description: its first paragraph is shown.
+      start: name of the preset whose values are shown, and those of all presets.
+      config: the preset. usual: dotted fields to show.
+    """
+    width = min(shutil.get_terminal_size((_WIDEST, 24)).columns, _WIDEST)
+    name, presets = start
+    wrapped = functools.partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+    values = {path: _value(config, path) for path in usual}
+    column = max(map(len, usual)) + 4
+    lines = [
+        f"usage: {program} [--preset NAME] [--FIELD VALUE ...]",
+        "",
+        wrapped(" ".join(description.strip().split("\n\n")[0].split())),
+        "",
+        wrapped(f"presets: {', '.join(presets)}", subsequent_indent="  "),
+        "",
+        f"Fields that are turned most, with the values of preset {name}:",
+    ]
+    for path in usual:
+        value = textwrap.shorten(values[path], 24, placeholder="...")
+        text = f"  --{path}".ljust(column) + f" {value:<24} {document(config, path)}"
+        lines.append(text if len(text) <= width else text[: width - 3] + "...")
+    return "\n".join([*lines, "", "All fields, each with what it does: --help-all."])
+
+
+def program_name(argv0: str) -> str:
+    """How the running program is started: "python -m experiments.bridge" for its file in that folder."""
+    folder, file = os.path.split(os.path.abspath(argv0))
+    module = f"{os.path.basename(folder)}.{file.removesuffix('.py')}"
+    return f"python -m {module}" if os.path.basename(folder) == "experiments" else file
+
+
+def document(config: Any, path: str) -> str:
+    """What a field takes where that is one of some names, else the first sentence under it in its class."""
+    *rooms, name = path.split(".")
+    for room in rooms:
+        config = getattr(config, room)
+    hint = schema.hints(type(config))[name]
+    if isinstance(hint, type) and issubclass(hint, schema.Tagged):
+        return "one of " + ", ".join(hint.kinds())
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    text = " ".join(_documents(type(config)).get(name, "").split())
+    return re.split(r"\. ", text)[0].rstrip(".")
+
+
+@functools.cache
+def _documents(cls: type) -> dict[str, str]:
+    """Field -> the text under it, base classes included."""
+    found: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        for field, after in zip(node.body, node.body[1:]):
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(field, ast.AnnAssign) and is_text:
+                found[field.target.id] = str(after.value.value)
+    return found
+
+
+def _value(config: Any, path: str) -> str:
+    for name in path.split("."):
+        config = getattr(config, name)
+    if isinstance(config, schema.Tagged):
+        return config.kind_of(type(config))
+    if isinstance(config, tuple):
+        return " ".join(map(str, config)) or "()"
+    return str(config) if config != "" else '""'
