@@ -37,8 +37,8 @@ FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*(?:\.[a-zA-Z][\w-]*)*")
 OTHERS = {
     "git, uv": "--porcelain --untracked-files --recurse-submodules --recursive --init --python",
     "pip, ruff, tensorboard": "--fix --check --logdir",
-    "sbatch, srun": "--array --wrap --nodes --ntasks-per-node --gpus-per-node --gpus-per-task --gpu-bind --cpus-per-task "
-    "--signal --requeue --open-mode --time --job-name",
+    "sbatch, srun": "--array --wrap --nodes --ntasks-per-node --gpus-per-node --gpus-per-task --gpu-bind "
+    "--cpus-per-task --signal --requeue --open-mode --time --job-name",
     "gcloud, xpk": "--zone --worker --command --version --accelerator-type --cluster --docker-image --tpu-type "
     "--workload",
     "XLA": "--xla_cpu_use_fusion_emitters --xla_cpu_parallel_codegen_split_count "
