@@ -6,7 +6,7 @@ Prints JSON. What is measured:
              parameter, as a share of the largest value; two cameras, prompts of two lengths padded on the right
   coverage   tensors of the full-size torch model (on its meta device) that the rules bring to their place, and
              parameters that they fill; strict, so a hole is an error
-  size       parameters, tokens that an image adds to the sequence, bytes of parameters in bfloat16 (serving) and of
+  size       parameters, tokens that an image adds to the sequence or has beside it, bytes of parameters in bfloat16 (serving) and of
              float32 parameters, gradients and AdamW's moments (training everything); arithmetic, without activations
 
 It needs the test dependencies (torch, transformers) and tests/.
@@ -81,10 +81,11 @@ def static(name: str) -> dict[str, float | str]:
     images, ids, mask = oracle.example(config, cameras=("static",))
     run = lambda p: base.build(config).apply({"params": p}, images, ids, mask, method="embed")  # noqa: E731
     tokens = jax.eval_shape(run, oracle.abstract(config))
+    slots = tokens.slot("image").stop - tokens.slot("image").start
     return {
         "family": config.model_type,
         "image_size": config.image.size,
-        "tokens_per_image": tokens.slot("image").stop - tokens.slot("image").start,
+        "tokens_per_image": slots if tokens.media is None else f"{tokens.media.mask.shape[1]} beside",
         "parameters": count,
         "tensors": len(used),
         "tensors_ignored": len(tensors) - len(used),
