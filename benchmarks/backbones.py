@@ -6,8 +6,9 @@ Prints JSON. What is measured:
              parameter, as a share of the largest value; two cameras, prompts of two lengths padded on the right
   coverage   tensors of the full-size torch model (on its meta device) that the rules bring to their place, and
              parameters that they fill; strict, so a hole is an error
-  size       parameters, tokens that an image adds to the sequence or has beside it, bytes of parameters in bfloat16 (serving) and of
-             float32 parameters, gradients and AdamW's moments (training everything); arithmetic, without activations
+  size       parameters, tokens that an image adds to the sequence or has beside it, bytes of parameters in bfloat16
+             (serving) and of float32 parameters, gradients and AdamW's moments (training everything); arithmetic,
+             without activations
 
 It needs the test dependencies (torch, transformers) and tests/.
 """
