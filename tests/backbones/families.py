@@ -56,6 +56,9 @@ COMPARED = (
 )
 """Registered names, one of each form, whose tiny twins are compared."""
 
+SAME_ARITHMETIC = ("otter-mpt-7b", "otter-llama-7b")
+"""Those of them whose parts are compared in others, too; in the slow tests alone."""
+
 
 def torch_model(config: base.VLMConfig) -> torch.nn.Module:
     """The torch model of a configuration, as its family makes it."""

@@ -62,7 +62,12 @@ def _run(config, params, images, ids, mask, weight):
     return out, grads
 
 
-@pytest.fixture(scope="module", params=families.COMPARED)
+ORDINARY = [
+    pytest.param(name, marks=pytest.mark.slow if name in families.SAME_ARITHMETIC else ()) for name in families.COMPARED
+]
+
+
+@pytest.fixture(scope="module", params=ORDINARY)
 def pair(request) -> Pair:
     config = families.tiny(request.param)
     return make_pair(config)
