@@ -75,8 +75,12 @@ def warm_up(policy: BatchedVLAPolicy, robot: robots.RobotSpec, config: ServeConf
     state = np.zeros(len(policy.robot.state), np.float32) if policy.robot.state else None
     slots = list(range(policy.slots))
     policy.reset(slots, ["move"] * policy.slots)
+    seen = [Observation(images, state)] * policy.slots
     for _ in range(2):
-        policy.act([Observation(images, state)] * policy.slots, slots)
+        chunks = policy.act(seen, slots)
+    if policy.takes_plan:  # a step of its own
+        left = [dataclasses.replace(x, committed=chunk.actions) for x, chunk in zip(seen, chunks, strict=True)]
+        policy.act(left, slots)
     policy.release(slots)
 
 
@@ -90,7 +94,7 @@ def build(config: ServeConfig) -> server.PolicyServer:
     readings = {sensor.name: sensor.reading for sensor in settings.sensors}
     shapes = {name: (None, *x.shape[1:]) if x.any_rows else x.shape for name, x in readings.items()}
     needs_state = settings.proprio.enabled or settings.representation != "robot"
-    reader = messages.Reader(tuple(settings.cameras), state=needs_state, sensors=shapes)
+    reader = messages.Reader(tuple(settings.cameras), state=needs_state, sensors=shapes, committed=policy.takes_plan)
     return server.PolicyServer(
         policy,
         settings.robot,

@@ -28,12 +28,17 @@ class Observation:
     sensors: name -> reading of a sensor that the policy names in `policy.sensors`, of the shape its configuration says:
       what was read since the previous observation. A sensor that is silent has no entry, None or NaN only, and the
       policy goes on without it. "proprio" may stand here instead.
+    committed: float[n, A], what is left of the chunk before, row i for the i-th tick after this observation, for
+      policies that go on from it (real-time chunking); None: nothing. delay: how many of these rows are executed before
+      the answer comes.
     """
 
     images: Mapping[str, np.ndarray]
     proprio: np.ndarray | None = None
     executed: np.ndarray | None = None
     sensors: Mapping[str, np.ndarray | None] = dataclasses.field(default_factory=dict)
+    committed: np.ndarray | None = None
+    delay: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +48,17 @@ class ActionChunk:
     actions: float32[C, A]; columns as the robot's spec names them, in its units, binary grippers exactly +1 (open) or
       -1 (closed). CALVIN: columns 0:3 translation and 3:6 Euler rotation, relative, 1.0 = 0.02 m and 0.05 rad, world
       frame, column 6 the gripper.
+    uncertainty: float32[C], how unsure the policy is of each action, in no unit and of no meaning before it is compared
+      with others of the same policy; None: it does not say.
+    interval: float32[C, A], half the width of the interval around each number that holds the demonstrated action with
+      probability `coverage`, the whole action's numbers at once; 0 for binary grippers. In the robot's units; None
+      before calibration.
     """
 
     actions: np.ndarray
+    uncertainty: np.ndarray | None = None
+    interval: np.ndarray | None = None
+    coverage: float | None = None
 
 
 class EpisodesFailed(ValueError):

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 import numbers
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -179,6 +180,23 @@ def groups(dimensions: Sequence[Dimension]) -> list[tuple[int, ...]]:
         if dimension.kind != "binary":
             found.setdefault((dimension.quantity, dimension.kind, dimension.unit), []).append(column)
     return [tuple(columns) for columns in found.values()]
+
+
+_UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001, "rad": 1.0, "deg": math.pi / 180}
+
+
+def unit_scale(dimension: Dimension) -> float:
+    """How many m or rad (per second, for velocities) 1.0 of a dimension is. Raises ValueError for a unit it does not
+    know: metres mean nothing for it."""
+    match = re.fullmatch(r"(?:([0-9.eE+-]+) )?([a-z]+)(/s)?", dimension.unit)
+    rate = dimension.kind == "velocity"
+    if match is None or match[2] not in _UNITS or bool(match[3]) != rate:
+        expected = "m/s, rad/s or deg/s" if rate else "m, rad, deg or such as '0.02 m'"
+        raise ValueError(
+            f"dimension {dimension.name!r} has unit {dimension.unit!r}; expected {expected}. Give the robot's "
+            "description its units."
+        )
+    return float(match[1] or 1) * _UNITS[match[2]]
 
 
 def rest(dimensions: Sequence[Dimension], action: np.ndarray) -> np.ndarray:

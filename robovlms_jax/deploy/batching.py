@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
-
 from robovlms_jax.control.interface import ActionChunk, EpisodesFailed, Observation
 
 log = logging.getLogger(__name__)
@@ -42,7 +40,7 @@ class Request:
     observation: Observation
     instruction: str | None
     answer: concurrent.futures.Future
-    """Of float32[C, A]."""
+    """Of an `ActionChunk`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +143,7 @@ class InferenceThread:
         except EpisodesFailed as error:  # the others have taken their step
             for request in ready:
                 if request.slot in error.chunks:
-                    request.answer.set_result(np.asarray(error.chunks[request.slot].actions))
+                    request.answer.set_result(error.chunks[request.slot])
                 else:
                     request.answer.set_exception(ValueError(error.failed[request.slot]))
         except Exception as error:
@@ -177,7 +175,6 @@ class InferenceThread:
             return False
         return True
 
-    def _act(self, requests: list[Request]) -> list[np.ndarray]:
+    def _act(self, requests: list[Request]) -> list[ActionChunk]:
         observations = [request.observation for request in requests]
-        chunks = self._policy.act(observations, [request.slot for request in requests])
-        return [np.asarray(chunk.actions) for chunk in chunks]
+        return list(self._policy.act(observations, [request.slot for request in requests]))

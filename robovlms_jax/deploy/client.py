@@ -93,6 +93,9 @@ class _Conversation:
             message["observation/state"] = np.asarray(observation.proprio, np.float32)
         if observation.executed is not None:
             message["executed"] = np.asarray(observation.executed, np.float32)
+        if observation.committed is not None:
+            message["committed"] = np.asarray(observation.committed, np.float32)
+            message["delay"] = int(observation.delay)
         readings = {name: value for name, value in observation.sensors.items() if value is not None}
         message |= {f"observation/sensors/{name}": np.asarray(x, np.float32) for name, x in readings.items()}
         return codec.pack(message)
@@ -110,10 +113,11 @@ class _Conversation:
             raise ServerError(f"the answer has actions {found}; expected [horizon, {dim}].")
         if actions.dtype.kind != "f" or not np.isfinite(actions).all():
             raise ServerError("the answer has actions that are not finite.")
+        chunk = ActionChunk(actions.astype(np.float32), *_confidence(content, actions.shape))
         self.last_reply = {key: value for key, value in content.items() if key != "actions"}
         self._set_clock(content.get("server_timing"), sent_s, came_s)
         self.begin = False
-        return ActionChunk(actions.astype(np.float32))
+        return chunk
 
     def _set_clock(self, timing: Any, sent_s: float, came_s: float) -> None:
         if not isinstance(timing, dict) or not all(isinstance(timing.get(k), float) for k in ("received_s", "sent_s")):
@@ -132,6 +136,22 @@ class _Conversation:
             return codec.unpack(message, BOUNDS)
         except ValueError as error:
             raise ServerError(f"the server's message cannot be read: {error}") from error
+
+
+def _confidence(content: dict[str, Any], shape: tuple[int, int]) -> tuple[Any, Any, float | None]:
+    """Uncertainty, interval and coverage, None where the answer has none. Raises ServerError for what cannot be."""
+    found = []
+    for name, expected in (("uncertainty", shape[:1]), ("interval", shape)):
+        value = content.get(name)
+        if value is not None:
+            numbers = isinstance(value, np.ndarray) and value.shape == expected and value.dtype.kind == "f"
+            if not numbers or np.isnan(value).any():
+                raise ServerError(f"the answer's {name} is {str(value)[:60]}; expected numbers {list(expected)}.")
+        found.append(value)
+    coverage = content.get("coverage")
+    if coverage is not None and not isinstance(coverage, float):
+        raise ServerError(f"the answer's coverage is {str(coverage)[:60]!r}; expected a number.")
+    return found[0], found[1], coverage
 
 
 class _Client:

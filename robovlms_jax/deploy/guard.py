@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from robovlms_jax.control.asynchronous import ActionQueue, AsyncConfig
 from robovlms_jax.deploy.safety import Decision, Measured, SafetyLayer
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ class Guard:
     a tick the robot is braked, and after `Limits.missing_ticks` of them the stop is latched.
 
     Args:
+      queue: which row is for which tick; None: the newest chunk's. It is of the layer's robot.
       measure, send: of the robot; called in the guard's thread only, and an exception in either latches the stop.
       on_decision: told of every decision, in the guard's thread.
     """
@@ -34,16 +36,14 @@ class Guard:
         measure: Callable[[], Measured],
         send: Callable[[np.ndarray], None],
         *,
+        queue: ActionQueue | None = None,
         on_decision: Callable[[Decision], None] = lambda decision: None,
     ):
         self._layer, self._measure, self._send, self._on_decision = layer, measure, send, on_decision
         self._lock = threading.Condition()
-        self._rows: dict[int, np.ndarray] = {}
-        self._from = -1
+        self.queue = ActionQueue(AsyncConfig("switch"), layer.spec) if queue is None else queue
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="guard", daemon=True)
-        self.now = 0
-        """The tick that comes next."""
         self.state = "run"
         self.counts: collections.Counter[str] = collections.Counter()
         """Ticks, and stages of the layer's events."""
@@ -56,31 +56,34 @@ class Guard:
         """Brakes the robot to rest, then ends the thread."""
         with self._lock:
             self._stopping = True
-            self._rows = {}
+            self.queue.clear()
         self._thread.join()
+
+    @property
+    def now(self) -> int:
+        """The tick that comes next."""
+        return self.queue.now
 
     @property
     def remaining(self) -> int:
         """Ticks from now on that have a row."""
-        with self._lock:
-            return len(self._rows)
+        return self.queue.remaining
 
     def offer(self, actions: Any, observed: int) -> bool:
         """A chunk float[C, A], predicted from the observation at tick `observed`; it is copied. False: nothing of it is
         used, for it is older than the present one, wholly late, or from the future."""
-        rows = np.array(actions)
-        with self._lock:
-            if observed <= self._from or observed > self.now or observed + len(rows) <= self.now:
+        return self.took(self.queue.offer(actions, observed))
+
+    def took(self, used: bool) -> bool:
+        """Count a chunk of which nothing is `used`."""
+        if not used:
+            with self._lock:
                 self.counts["chunks refused"] += 1
-                return False
-            self._from = observed
-            self._rows = {observed + i: row for i, row in enumerate(rows) if observed + i >= self.now}
-            return True
+        return used
 
     def clear(self) -> None:
         """Forget the present chunk: the robot is braked."""
-        with self._lock:
-            self._rows = {}
+        self.queue.clear()
 
     def wait(self) -> None:
         """Until the next tick is over."""
@@ -89,10 +92,7 @@ class Guard:
 
     def tick(self) -> Decision:
         """One tick; the thread calls it."""
-        with self._lock:
-            row, tick = self._rows.pop(self.now, None), self.now
-            age_s = (tick - self._from) * self._layer.period_s
-            self.now += 1
+        tick, row = self.queue.now, self.queue.take()
         try:
             measured = self._measure()
         except Exception as error:
@@ -100,7 +100,7 @@ class Guard:
             measured = Measured(np.full(1, np.nan))
             self._layer.stop(f"measuring failed: {type(error).__name__}: {error}")
         if row is not None:
-            decision = self._layer.check(row, measured, age_s)
+            decision = self._layer.check(row.action, measured, (tick - row.observed) * self._layer.period_s)
         else:
             decision = self._layer.brake(measured) if self._stopping else self._layer.missing(measured)
         try:

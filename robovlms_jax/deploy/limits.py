@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from typing import Literal
 
 import numpy as np
 
-from robovlms_jax.control.robot import Dimension, RobotSpec
+from robovlms_jax.control.robot import Dimension, RobotSpec, unit_scale
 from robovlms_jax.deploy.motion import Group
 
 Bounds = tuple[tuple[float, float], ...]
@@ -88,22 +87,6 @@ MOBILE = RobotSpec(
     ),
 )
 """A wheeled base as ROS's geometry_msgs/Twist commands it: x forward, y left, turns counter-clockwise positive."""
-
-_UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001, "rad": 1.0, "deg": math.pi / 180}
-
-
-def unit_scale(dimension: Dimension) -> float:
-    """How many m or rad (per second, for velocities) 1.0 of the action is. Raises ValueError for a unit it does not
-    know: a limit in metres means nothing for it."""
-    match = re.fullmatch(r"(?:([0-9.eE+-]+) )?([a-z]+)(/s)?", dimension.unit)
-    rate = dimension.kind == "velocity"
-    if match is None or match[2] not in _UNITS or bool(match[3]) != rate:
-        expected = "m/s, rad/s or deg/s" if rate else "m, rad, deg or such as '0.02 m'"
-        raise ValueError(
-            f"action dimension {dimension.name!r} has unit {dimension.unit!r}; its limits need {expected}. Give the "
-            "robot's description its units."
-        )
-    return float(match[1] or 1) * _UNITS[match[2]]
 
 
 @dataclasses.dataclass(frozen=True)

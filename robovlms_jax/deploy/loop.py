@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from robovlms_jax.control.asynchronous import ActionQueue, AsyncConfig, Scheduler
 from robovlms_jax.control.interface import Observation, Policy
 from robovlms_jax.deploy.guard import Guard
 from robovlms_jax.deploy.safety import Measured, SafetyLayer
@@ -25,39 +26,59 @@ class Robot(Protocol):
     def send(self, action: np.ndarray) -> None: ...
 
 
+SWITCH = AsyncConfig("switch")
+
+
 def run(
     robot: Robot,
     policy: Policy,
     layer: SafetyLayer,
-    instruction: str,
+    instruction: str | Callable[[], str],
     *,
     done: Callable[[Guard], bool],
-    ask_below: int = 0,
+    asynchronous: AsyncConfig = SWITCH,
 ) -> Guard:
     """Drives the robot until `done` or a latched stop, and brakes it to rest.
 
     Args:
-      policy: such as `client.Client`. What it raises is logged, and the robot is braked meanwhile.
-      layer: `Limits.missing_ticks` must outlast an answer of the policy that `ask_below` does not cover.
+      policy: such as `client.Client`. What it raises is logged, and the robot goes on with what is left of its chunk,
+        then is braked.
+      layer: `Limits.missing_ticks` must outlast an answer of the policy that what is left does not cover.
+      instruction: or what says which one holds now; the actions for an older one are executed until there are new ones.
       done: asked between predictions; `Guard.now` counts ticks.
-      ask_below: the policy is asked when no more than so many rows of its chunk are left. 0: when it is used up; the
-        robot then waits for each answer.
+      asynchronous: when the policy is asked, and how its answers follow each other. `robot.observe` must take less than
+        a tick where that looks at pictures.
     Returns:
-      The guard, whose `counts` say what happened.
+      The guard, whose `counts` say what happened; why the policy was asked is "asked: REASON".
     """
-    policy.reset(instruction)
-    with Guard(layer, robot.measure, robot.send) as guard:
+    current = instruction if callable(instruction) else lambda: instruction
+    told = current()
+    policy.reset(told)
+    with Guard(layer, robot.measure, robot.send, queue=ActionQueue(asynchronous, layer.spec)) as guard:
+        scheduler = Scheduler(asynchronous, layer.spec, guard.queue)
         while not done(guard) and guard.state == "run":
-            if guard.remaining > ask_below:
+            if current() != told:
+                told = current()
+                policy.reset(told)
+                scheduler.change_instruction()
+            observation = robot.observe() if asynchronous.looks else None
+            if not (reason := scheduler.due(observation)):
                 guard.wait()
                 continue
-            observed = guard.now
+            if asynchronous.seam == "wait":
+                guard.clear()
+            scheduler.ask(reason)
             try:
-                chunk = policy.act(robot.observe())
+                chunk = policy.act(scheduler.see(robot.observe() if observation is None else observation))
             except (OSError, RuntimeError, ValueError) as error:  # TimeoutError is an OSError
                 log.warning("no action: %s", error)
                 guard.counts["failed predictions"] += 1
+                scheduler.failed()
                 guard.wait()
                 continue
-            guard.offer(chunk.actions, observed)
+            if current() == told:
+                guard.took(scheduler.answer(chunk))
+            else:  # it answers what is asked no more
+                scheduler.failed()
+    guard.counts.update({f"asked: {reason}": count for reason, count in scheduler.counts.items()})
     return guard

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from robovlms_jax.control.interface import Observation
-from robovlms_jax.control.robot import RobotSpec
-from robovlms_jax.deploy.limits import unit_scale
+from robovlms_jax.control.interface import ActionChunk, Observation
+from robovlms_jax.control.robot import RobotSpec, unit_scale
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +43,15 @@ class Reader:
     """What a policy needs to see.
 
     cameras: all are required. max_pixels: of one picture. state: whether the state is required. sensors: name -> shape
-    of a reading, None where a length may be any; all may be silent.
+    of a reading, None where a length may be any; all may be silent. committed: whether the policy goes on from what is
+    left of its last chunk.
     """
 
     cameras: tuple[str, ...]
     max_pixels: int = 4_000_000
     state: bool = False
     sensors: Mapping[str, tuple[int | None, ...]] = dataclasses.field(default_factory=dict)
+    committed: bool = False
     _unknown: set[str] = dataclasses.field(default_factory=set, init=False, repr=False, compare=False)
     """Names of sensors that clients sent and nobody reads; each is said once."""
 
@@ -58,7 +59,8 @@ class Reader:
         """Names of what a client sends, for metadata and messages."""
         images = [_first_key(camera) for camera in self.cameras]
         sensors = [f"observation/sensors/{name}" for name in self.sensors]
-        return [*images, *([STATE_KEYS[0]] if self.state else []), *sensors, "prompt"]
+        ahead = ["committed", "delay"] if self.committed else []
+        return [*images, *([STATE_KEYS[0]] if self.state else []), *sensors, *ahead, "prompt"]
 
     def read(self, message: Any, *, prompt: str = "prompt", restart: str = "reset") -> Step:
         """An observation's map. Raises ValueError that names the field, what was expected and what was found."""
@@ -76,8 +78,20 @@ class Reader:
         executed = message.get("executed")
         if executed is not None:
             executed = _numbers(executed, "executed", 2)
-        sensors = self._sensors(message)
-        return Step(Observation(images, self._state(message), executed, sensors), instruction, bool(again))
+        seen = Observation(images, self._state(message), executed, self._sensors(message), *self._committed(message))
+        return Step(seen, instruction, bool(again))
+
+    def _committed(self, message: Mapping[str, Any]) -> tuple[np.ndarray | None, int]:
+        """What is left of the last chunk, and how many of its actions are executed before the answer."""
+        left, delay = message.get("committed"), message.get("delay", 0)
+        if left is None:
+            return None, 0
+        if not self.committed:
+            raise ValueError("'committed': this policy does not go on from what is left of its last chunk; send none.")
+        left = _numbers(left, "committed", 2)
+        if type(delay) is not int or not 0 <= delay <= len(left):
+            raise ValueError(f"'delay' is {str(delay)[:60]!r}; expected a whole number 0 ... {len(left)}.")
+        return left, delay
 
     def _image(self, message: Mapping[str, Any], camera: str) -> np.ndarray:
         names = (f"observation/{camera}", f"observation/{camera}_image", *IMAGE_KEYS.get(camera, ()))
@@ -183,6 +197,24 @@ def within_bounds(actions: Any, spec: RobotSpec, horizon: int) -> tuple[np.ndarr
     clipped = np.clip(actions, low, high)
     outside = np.flatnonzero((np.abs(clipped - actions) > 1e-6).any(axis=0))
     return clipped, [spec.action[column].name for column in outside]
+
+
+def confidence(chunk: ActionChunk, spec: RobotSpec, horizon: int) -> dict[str, Any]:
+    """What an answer says beside its actions of how far to trust them; what the policy does not say is left out.
+
+    Infinite half widths (a calibration with too few episodes) are sent as such. Raises ValueError for a wrong shape or
+    numbers that are none.
+    """
+    shapes = {"uncertainty": (horizon,), "interval": (horizon, len(spec.action))}
+    found: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        if (value := getattr(chunk, name)) is not None:
+            found[name] = np.asarray(value, np.float32)
+            if found[name].shape != shape or np.isnan(found[name]).any():
+                raise ValueError(f"the policy's {name} is {list(found[name].shape)}; expected numbers {list(shape)}.")
+    if chunk.coverage is not None and "interval" in found:
+        found["coverage"] = float(chunk.coverage)
+    return found
 
 
 def in_si_units(actions: np.ndarray, spec: RobotSpec) -> np.ndarray:

@@ -143,6 +143,7 @@ class PolicyServer:
             "cameras": list(self._reader.cameras),
             "observation_keys": self._reader.keys(),
             "keeps_history": True,
+            "goes_on_from_committed": self._reader.committed,
             "new_episode": "a new connection, another prompt, or reset: true in an observation",
         }
 
@@ -236,7 +237,7 @@ class PolicyServer:
                 if isinstance(message, str):
                     raise ValueError("the message is text; expected a binary msgpack map.")
                 content = codec.unpack(message, self._bounds, self._decode_image)
-                actions, clipped, infer_ms = await self._step(session, self._reader.read(content))
+                actions, beside, infer_ms = await self._step(session, self._reader.read(content))
             except Exception as error:
                 self._failed(error)
                 if await self._send(session, f"{type(error).__name__}: {error}"):
@@ -245,9 +246,7 @@ class PolicyServer:
             timing = {"infer_ms": (time.perf_counter() - started) * 1000, "received_s": received_s}
             if previous_ms is not None:
                 timing["prev_total_ms"] = previous_ms
-            reply = {"actions": actions, "policy_timing": {"infer_ms": infer_ms}, "server_timing": timing}
-            if clipped:
-                reply["clipped"] = clipped
+            reply = {"actions": actions, "policy_timing": {"infer_ms": infer_ms}, "server_timing": timing, **beside}
             timing["sent_s"] = time.time()
             if not await self._send(session, codec.pack(reply)):
                 return
@@ -302,23 +301,25 @@ class PolicyServer:
             session.queued = list(messages.in_si_units(actions[: self._executed], self.robot))
         return "action", {"actions": session.queued.pop(0)}
 
-    async def _step(self, session: Session, step: messages.Step) -> tuple[np.ndarray, list[str], float]:
-        """Actions float32[C, A], names of dimensions that were clipped, and the milliseconds of the model."""
+    async def _step(self, session: Session, step: messages.Step) -> tuple[np.ndarray, dict[str, Any], float]:
+        """Actions float32[C, A], what else the answer says of them, and the milliseconds of the model."""
         begins = step.restart or step.instruction != session.instruction
         # until it is answered there is no episode: a failed one must not go on as if nothing had happened
         session.instruction, session.queued = None, []
         started = time.perf_counter()
         answer = self._inference.submit(session.slot, step.observation, step.instruction if begins else None)
         try:
-            actions = await asyncio.wait_for(asyncio.wrap_future(answer), self.config.request_timeout_s)
+            chunk = await asyncio.wait_for(asyncio.wrap_future(answer), self.config.request_timeout_s)
         except TimeoutError:
             raise TimeoutError(f"the policy did not answer in {self.config.request_timeout_s:g} s.") from None
         infer_ms = (time.perf_counter() - started) * 1000
-        actions, clipped = messages.within_bounds(actions, self.robot, self.horizon)
+        actions, clipped = messages.within_bounds(chunk.actions, self.robot, self.horizon)
+        beside = messages.confidence(chunk, self.robot, self.horizon)
         if clipped:
             self.metrics.add("clipped_actions_total")
+            beside["clipped"] = clipped
         session.instruction = step.instruction
-        return actions, clipped, infer_ms
+        return actions, beside, infer_ms
 
     def _failed(self, error: Exception) -> None:
         expected = isinstance(error, ValueError | RuntimeError | TimeoutError)

@@ -56,8 +56,11 @@ class SharedActions:
         own = self.columns(robot)
         numbers = np.array([scaled.index(column) for column in own if column in scaled], int)
         decisions = np.array([self.binary.index(column) for column in own if column in self.binary], int)
+        log_scale = prediction.log_scale
         return prediction.replace(
-            arm=prediction.arm[..., numbers], gripper_logit=prediction.gripper_logit[..., decisions]
+            arm=prediction.arm[..., numbers],
+            gripper_logit=prediction.gripper_logit[..., decisions],
+            log_scale=None if log_scale is None else log_scale[..., numbers],
         )
 
 

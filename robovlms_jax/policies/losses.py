@@ -38,6 +38,11 @@ def squared_error(prediction: jax.Array, target: jax.Array, _: float = 0.0) -> j
     return jnp.square(prediction - target)
 
 
+def gaussian(mean: jax.Array, log_scale: jax.Array, target: jax.Array) -> jax.Array:
+    """Negative log-likelihood of `target` per entry, log s + (target - mean)^2 / (2 s^2), without log(2 pi) / 2."""
+    return log_scale + 0.5 * jnp.square((target - mean) * jnp.exp(-log_scale))
+
+
 REGRESSION: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
     "huber": huber,
     "smooth_l1": smooth_l1,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from robovlms_jax.inputs import images
 from robovlms_jax.inputs.config import AugmentConfig
+from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.policies.histories import base as histories
 from robovlms_jax.policies.tasks import base, registry
 from robovlms_jax.policies.vla import VLA, Outputs
@@ -156,6 +157,16 @@ class RobotLoss:
         predicted = config.normalizer.unnormalize(bound.outputs.actions(outputs.prediction))
         recorded = self.model.history.steps(histories.windows(batch.actions, config.chunk))
         return predicted, recorded, mask, metrics | {"count": mask.sum().astype(jnp.float32)}
+
+    def confidence(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, heads.Spread | None]:
+        """What is compared to calibrate a policy: predicted and recorded actions float32[B * K, C, A] of each window's
+        newest step, normalised; which of them count, bool[B * K, C]; and the head's spread. Tokens of an autoregressive
+        policy are predicted as in `predict`.
+        """
+        actions, mask = _targets(self.model, batch)
+        bound, outputs = _forward(self.model, params, _prepared(self.model, batch), None)
+        predicted, spread = bound.outputs.actions(outputs.prediction), bound.spread(outputs.prediction)
+        return jax.tree.map(lambda x: x[:, -1], (predicted, actions, mask, spread))
 
     @property
     def _tasks(self) -> tuple[base.Task, ...]:

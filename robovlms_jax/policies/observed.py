@@ -20,11 +20,20 @@ class Checked:
     images: camera -> uint8[height, width, 3].
     sensors: name -> what `Sensor.observe` returns, of every sensor that the policy has; None: no reading.
     state: float32[P], the robot's state, for policies whose actions depend on where the arm is (representation).
+    committed: float32[n, A], what is left of the last chunk, and how many of its rows are executed meanwhile.
     """
 
     images: Mapping[str, np.ndarray]
     sensors: Mapping[str, np.ndarray | None]
     state: np.ndarray | None = None
+    committed: np.ndarray | None = None
+    delay: int = 0
+
+
+def takes_plan(config: PolicyConfig) -> bool:
+    """Whether a policy goes on from what is left of its last chunk: with a flow head, and actions that mean the same
+    whenever they are predicted."""
+    return hasattr(config.head, "guidance") and config.representation == "robot"
 
 
 def check(observation: Observation, config: PolicyConfig, slot: int) -> Checked:
@@ -41,9 +50,32 @@ def check(observation: Observation, config: PolicyConfig, slot: int) -> Checked:
             {camera: _image(observation, camera, config.cameras) for camera in config.cameras},
             {sensor.name: sensor.observe(observation) for sensor in config.all_sensors},
             None if config.representation == "robot" else _state(observation, config),
+            *_committed(observation, config),
         )
     except ValueError as error:
         raise ValueError(f"slot {slot}: {error}") from error
+
+
+def _committed(observation: Observation, config: PolicyConfig) -> tuple[np.ndarray | None, int]:
+    if observation.committed is None:
+        return None, 0
+    if not takes_plan(config):
+        raise ValueError(
+            f"observation.committed asks a policy to go on from its last chunk; this one (head "
+            f"{type(config.head).__name__}, representation {config.representation!r}) cannot. Leave asynchronous.tell "
+            "off."
+        )
+    left, width = np.asarray(observation.committed), len(config.robot.action)
+    if left.ndim != 2 or left.shape[1] != width or not np.isfinite(left).all():
+        raise ValueError(f"observation.committed is {left.dtype}{list(left.shape)}; expected finite float[n, {width}].")
+    known, delay = min(len(left), config.chunk), observation.delay
+    most = config.head.max_delay if config.head.guidance == "prefix" else known
+    if not isinstance(delay, int | np.integer) or not 0 <= delay <= min(known, most):
+        raise ValueError(
+            f"observation.delay is {delay!r}; expected a whole number 0 ... {min(known, most)}: at most the "
+            f"{known} actions that are left" + (f" and policy.head.max_delay={most}." if most < known else ".")
+        )
+    return left.astype(np.float32), int(delay)
 
 
 def _state(observation: Observation, config: PolicyConfig) -> np.ndarray:

@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from robovlms_jax.actions import representations
 from robovlms_jax.control.interface import ActionChunk, EpisodesFailed, Observation
-from robovlms_jax.policies import episodes, objective, observed
+from robovlms_jax.policies import chunking, confidence, episodes, objective, observed
+from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.policies.sensors import control
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.types import Inputs
@@ -49,12 +50,28 @@ def control_step(
     Returns:
       float32[B, C, A] in dataset units (binary grippers exactly -1 or 1), and the new carry.
     """
+    actions, _, carry = confident_step(model, params, carry, images, text_ids, text_mask, active, extras)
+    return actions, carry
+
+
+def confident_step(
+    model: VLA,
+    params: Any,
+    carry: Any,
+    images: Mapping[str, jax.Array],
+    text_ids: jax.Array,
+    text_mask: jax.Array,
+    active: jax.Array,
+    extras: Mapping[str, jax.Array] | None = None,
+    plan: heads.Plan | None = None,
+) -> tuple[jax.Array, heads.Spread | None, Any]:
+    """`control_step`, and between its results how uncertain the actions are; plan as `VLA.control` takes it."""
     steps = jnp.ones((text_ids.shape[0], 1), bool)
     images = {camera: x[:, None] for camera, x in images.items()}
     inputs = Inputs(images, text_ids, text_mask, steps, **(extras or {}))
     inputs = objective.prepare(inputs, model.vlm.image, model.config.cameras)
-    actions, carry = model.apply({"params": params}, inputs, carry, active, method="step")
-    return model.config.normalizer.unnormalize(actions), carry
+    actions, spread, carry = model.apply({"params": params}, inputs, carry, active, plan, method="control")
+    return model.config.normalizer.unnormalize(actions), spread, carry
 
 
 class BatchedVLAPolicy:
@@ -67,16 +84,23 @@ class BatchedVLAPolicy:
     end the episode they are of, and no other.
     """
 
-    def __init__(self, model: VLA, params: Any, encode_text: EncodeText, slots: int):
+    def __init__(
+        self,
+        model: VLA,
+        params: Any,
+        encode_text: EncodeText,
+        slots: int,
+        calibration: confidence.Calibration | None = None,
+    ):
         if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
             raise ValueError(f"slots={slots!r}: expected how many episodes to serve, at least 1.")
         self.model, self.params, self.slots, self.robot = model, params, slots, model.config.robot
-        self._encode = encode_text
+        self.encode_text, self._calibration = encode_text, calibration
         # The carry always lies where the parameters lie: were it placed anew by the first call, the second would
         # compile again.
         place = jax.tree.leaves(params)[0].sharding
         place = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
-        self._step = jax.jit(functools.partial(control_step, model), donate_argnums=1, out_shardings=place)
+        self._step = jax.jit(functools.partial(confident_step, model), donate_argnums=1, out_shardings=place)
         fresh = model.init_head_carry(1)
         self._reset = jax.jit(
             lambda carry, slot: model.reset_slot(carry, slot, fresh), donate_argnums=0, out_shardings=place
@@ -133,15 +157,34 @@ class BatchedVLAPolicy:
                 self._readings.notice(slot, observation.sensors)
             if not slots:
                 return []
-            actions = self._advance(seen)
+            actions, spreads = self._advance(seen)
             bad = {slot: _not_finite(actions[slot]) for slot in seen if not np.isfinite(actions[slot]).all()}
-            chunks = {slot: ActionChunk(self._own(x, actions[slot])) for slot, x in seen.items() if slot not in bad}
+            chunks = {
+                slot: ActionChunk(self._own(x, actions[slot]), *self._confidence(actions[slot], spreads[slot]))
+                for slot, x in seen.items()
+                if slot not in bad
+            }
             for slot in chunks:
                 self._planned[slot] = actions[slot][:1]
             if bad:
                 self._episodes.end(bad)
                 raise EpisodesFailed(bad, chunks)
             return [chunks[slot] for slot in slots]
+
+    @property
+    def takes_plan(self) -> bool:
+        """Whether it goes on from what is left of its last chunk (`Observation.committed`)."""
+        return observed.takes_plan(self.model.config)
+
+    def _confidence(self, actions: np.ndarray, spread: heads.Spread | None) -> tuple[Any, Any, Any]:
+        """Uncertainty, interval and coverage of a chunk; None where there is none."""
+        uncertainty = None if spread is None else spread.uncertainty
+        config, calibration = self.model.config, self._calibration
+        # Of another representation the bounds are no bounds of the robot's own actions.
+        if calibration is None or config.representation != "robot":
+            return uncertainty, None, None
+        interval = calibration.interval(actions, None if spread is None else spread.scale, config.normalizer)
+        return uncertainty, interval, calibration.coverage
 
     def _own(self, seen: observed.Checked, actions: np.ndarray) -> np.ndarray:
         """Predicted actions as the robot's own."""
@@ -150,24 +193,45 @@ class BatchedVLAPolicy:
             return actions
         return representations.make(representation, self.robot).decode(actions, seen.state)
 
-    def _advance(self, seen: Mapping[int, observed.Checked]) -> dict[int, np.ndarray]:
-        """Slot -> float32[C, A], of each that saw something."""
+    def _advance(
+        self, seen: Mapping[int, observed.Checked]
+    ) -> tuple[dict[int, np.ndarray], dict[int, heads.Spread | None]]:
+        """Slot -> float32[C, A], and how uncertain it is, of each that saw something."""
         images = self._pictures.put(seen)
         for slot, x in seen.items():
             self._remember(slot, x.sensors)
         ids, mask = self._padded_text()
         active = np.zeros(self.slots, bool)
         active[list(seen)] = True
-        self._announce(images, self._pictures.changes)
+        plan = self._plan(seen)
+        self._announce(images, self._pictures.changes, plan is not None)
         try:
-            actions, self._carry = self._step(
-                self.params, self._carry, images, ids, mask, active, self._readings.fields
+            actions, spread, self._carry = self._step(
+                self.params, self._carry, images, ids, mask, active, self._readings.fields, plan
             )
-            actions = np.asarray(actions)
+            actions, spread = jax.device_get((actions, spread))
         except BaseException:  # what was kept has been given away to the step
             self._forget()
             raise
-        return {slot: actions[slot] for slot in seen}
+        spreads = {slot: jax.tree.map(lambda x, slot=slot: x[slot], spread) for slot in seen}
+        return {slot: actions[slot] for slot in seen}, spreads
+
+    def _plan(self, seen: Mapping[int, observed.Checked]) -> heads.Plan | None:
+        """What is left of the slots' last chunks; None where there is nothing, which is another compiled step."""
+        if all(x.committed is None for x in seen.values()):
+            return None
+        config = self.model.config
+        plan = heads.Plan(
+            np.zeros((self.slots, config.chunk, config.action_dim), np.float32),
+            np.zeros((self.slots, config.chunk), np.float32),
+            np.zeros(self.slots, np.int32),
+        )
+        for slot, x in seen.items():
+            if x.committed is not None:
+                left = config.normalizer.normalize(x.committed[: config.chunk])
+                plan.actions[slot, : len(left)], plan.delay[slot] = left, x.delay
+                plan.weights[slot] = chunking.weights(config.chunk, x.delay, len(left), config.head.guidance_schedule)
+        return plan
 
     def _text_of(self, slot: int, instruction: str) -> tuple[np.ndarray, np.ndarray]:
         """The instruction as int32[T] and bool[T]."""
@@ -175,7 +239,7 @@ class BatchedVLAPolicy:
             found = "empty" if isinstance(instruction, str) else f"{instruction!r}, a {type(instruction).__name__}"
             raise ValueError(f"slot {slot}: the instruction is {found}; say what the robot should do.")
         try:
-            ids, mask = self._encode(instruction)
+            ids, mask = self.encode_text(instruction)
         except ValueError as error:
             raise ValueError(f"slot {slot}: {error}") from error
         return np.asarray(ids, np.int32), np.asarray(mask, bool)
@@ -209,9 +273,9 @@ class BatchedVLAPolicy:
             ids[slot, : len(text.ids)], mask[slot, : len(text.mask)] = text.ids, text.mask
         return ids, mask
 
-    def _announce(self, images: Mapping[str, np.ndarray], changes: Sequence[str]) -> None:
+    def _announce(self, images: Mapping[str, np.ndarray], changes: Sequence[str], planned: bool) -> None:
         """Log that the coming step is compiled, and why, when it is."""
-        shapes = (self._text_length, *(x.shape for x in images.values()))
+        shapes = (self._text_length, planned, *(x.shape for x in images.values()))
         if shapes in self._compiled:
             return
         sizes = ", ".join(f"{camera} {x.shape[1]}x{x.shape[2]}" for camera, x in images.items())
@@ -223,6 +287,8 @@ class BatchedVLAPolicy:
             if all(shapes[0] != known[0] for known in self._compiled):
                 longest = max((x for x in self._episodes if x is not None), key=lambda x: len(x.ids))
                 reasons.append(f"the longest instruction is now {longest.instruction[:60]!r}")
+            if planned and not any(known[1] for known in self._compiled):
+                reasons.append("for the first time an observation says what is left of the last chunk")
             why = "; ".join(reasons) or "pictures and prompts of these sizes have not met before"
             log.warning("%s: %s. This call takes longer; later ones do not", what, why)
         self._compiled.add(shapes)
@@ -245,8 +311,11 @@ class VLAPolicy:
     """`interface.Policy` for one robot: `reset(instruction)`, then `act(observation)` at every control step. Messages
     call the robot slot 0."""
 
-    def __init__(self, model: VLA, params: Any, encode_text: EncodeText):
-        self._batched, self.robot = BatchedVLAPolicy(model, params, encode_text, slots=1), model.config.robot
+    def __init__(
+        self, model: VLA, params: Any, encode_text: EncodeText, calibration: confidence.Calibration | None = None
+    ):
+        self._batched = BatchedVLAPolicy(model, params, encode_text, slots=1, calibration=calibration)
+        self.robot = model.config.robot
 
     def reset(self, instruction: str) -> None:
         self._batched.reset([0], [instruction])

@@ -212,6 +212,16 @@ class VLA(nn.Module):
         Args:
           active: bool[B]; where False the carry stays as it is (the actions there mean nothing). None: all.
         """
+        actions, _, carry = self.control(inputs, carry, active)
+        return actions, carry
+
+    def control(
+        self, inputs: Inputs, carry: Carry, active: jax.Array | None = None, plan: heads.Plan | None = None
+    ) -> tuple[jax.Array, heads.Spread | None, Carry]:
+        """`step` with how uncertain the actions are (None: the head does not say).
+
+        plan: what is left of the chunks before, for heads that go on from it (`takes_plan`); None: nothing.
+        """
         if active is None:
             active = jnp.ones(len(inputs.step_mask), bool)
         tokens, history = self.embed(inputs, control=True), self.history
@@ -224,7 +234,13 @@ class VLA(nn.Module):
             features = self._read(context.hidden, context.tokens)
         head = carry.head if context.renewed is None else self.head.renew(carry.head, *context.renewed)
         prediction, head = self.head.step(features, head)
-        return self.outputs.actions(self._own(prediction)), Carry(where(active, head, carry.head), state)
+        prediction = self._own(prediction)
+        actions = self.outputs.actions(prediction) if plan is None else self.outputs.actions(prediction, plan)
+        return actions, self.spread(prediction), Carry(where(active, head, carry.head), state)
+
+    def spread(self, prediction: Any) -> heads.Spread | None:
+        """How uncertain a prediction of the head is; None where the head does not say."""
+        return self.outputs.spread(prediction) if hasattr(self.head, "spread") else None
 
     @property
     def outputs(self) -> Any:

@@ -44,7 +44,9 @@ def load_policy(
     Raises:
       FileNotFoundError, ValueError: no or another model's checkpoint; says what was looked for.
     """
-    return VLAPolicy(*open_model(path, policy, weights, robot=robot))
+    # What was calibrated is its own robot's.
+    calibration = None if robot else saved.read_calibration(checkpoints.locate(path))
+    return VLAPolicy(*open_model(path, policy, weights, robot=robot), calibration=calibration)
 
 
 def load_batched_policy(
@@ -55,7 +57,8 @@ def load_batched_policy(
 ) -> BatchedVLAPolicy:
     """The same for `slots` robots or simulators at once; what one of them sends or is asked changes nothing for the
     others."""
-    return BatchedVLAPolicy(*open_model(path, policy, weights), slots=slots)
+    opened = open_model(path, policy, weights)
+    return BatchedVLAPolicy(*opened, slots=slots, calibration=saved.read_calibration(checkpoints.locate(path)))
 
 
 def load_config(path: str | pathlib.Path) -> ExperimentConfig:

@@ -102,7 +102,16 @@ RULES = (
         tuple(f"policy.head.{name}" for name in ("arm_loss", "huber_delta", "gripper_loss_weight", "dropout")),
         "training goes on with another loss",
     ),
-    Rule("free", ("policy.head.num_steps", "policy.head.seed", "policy.head.constrained"), "only control reads it"),
+    Rule("said", ("policy.head.max_delay",), "training goes on with other simulated delays"),
+    Rule("refused", ("policy.head.spread",), "it has parameters of its own in most heads"),
+    Rule(
+        "free",
+        (
+            *("policy.head.num_steps", "policy.head.seed", "policy.head.constrained", "policy.head.num_samples"),
+            *("policy.head.guidance", "policy.head.guidance_limit", "policy.head.guidance_schedule"),
+        ),
+        "only control reads it",
+    ),
     Rule(
         "refused",
         (

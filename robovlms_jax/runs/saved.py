@@ -1,13 +1,22 @@
-"""The configuration that a checkpoint was trained with."""
+"""The configuration that a checkpoint was trained with, and what was found out about it later."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
+from robovlms_jax import json_files
+from robovlms_jax.policies.confidence import Calibration
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import from_dict
 from robovlms_jax.training.items import read_serving
+
+CALIBRATION = "calibration.json"
+"""Beside the parts of a step directory; not under its seal, for it comes later."""
 
 NEEDED = {
     "backbone": ("name", "dtype", "lora_rank", "lora_alpha"),
@@ -41,3 +50,25 @@ def read_checkpoint(directory: pathlib.Path) -> tuple[ExperimentConfig, dict[str
         return from_dict(ExperimentConfig, saved), serving["assets"]
     except ValueError as error:
         raise ValueError(f"{path}: {error} It was edited, or written by a newer version.") from None
+
+
+def read_calibration(directory: pathlib.Path) -> Calibration | None:
+    """The calibration of a step directory; None where there is none. Raises ValueError for one that cannot be read."""
+    path = directory / CALIBRATION
+    if not path.is_file():
+        return None
+    values = json_files.read_object(path, "a calibration")
+    try:
+        quantiles = tuple(math.inf if x is None else float(x) for x in values["quantiles"])
+        return Calibration(quantiles, float(values["coverage"]), int(values["episodes"]), bool(values["scaled"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no calibration: {error!r}. Run experiments.calibrate again.") from error
+
+
+def write_calibration(directory: pathlib.Path, calibration: Calibration, facts: dict[str, Any]) -> pathlib.Path:
+    """Beside the checkpoint; infinite quantiles are null."""
+    path = directory / CALIBRATION
+    values = dataclasses.asdict(calibration) | facts
+    values["quantiles"] = [None if math.isinf(x) else x for x in calibration.quantiles]
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return path

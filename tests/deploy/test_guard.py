@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from robovlms_jax.control.asynchronous import AsyncConfig
 from robovlms_jax.control.interface import ActionChunk, Observation
 from robovlms_jax.deploy.guard import Guard
 from robovlms_jax.deploy.limits import MOBILE, Limits
@@ -17,6 +18,7 @@ from robovlms_jax.deploy.mobile import base_path
 from robovlms_jax.deploy.safety import Measured, SafetyLayer
 
 SLOW = np.array([0.005, 0, 0])
+ASK_EARLY = AsyncConfig("switch", ask_below=5)
 
 
 class Base:
@@ -123,7 +125,7 @@ class Remote:
 def test_the_loop_executes_chunks_beside_inference_and_outlives_a_failed_prediction():
     base, policy = Base(), Remote()
     layer = SafetyLayer(MOBILE, Limits())
-    guard = run(base, policy, layer, "forward", done=lambda guard: guard.now >= 40, ask_below=5)
+    guard = run(base, policy, layer, "forward", done=lambda guard: guard.now >= 40, asynchronous=ASK_EARLY)
     assert policy.instruction == "forward" and policy.calls >= 4
     assert guard.counts["failed predictions"] == 1 and guard.counts["ticks"] >= 40
     assert layer.latch.state == "run" and base.place[0] > 0

@@ -81,6 +81,43 @@ class WindowCarry:
         return self.replace(buffer=jnp.where(due[:, None, None, None], before, self.buffer))
 
 
+@flax.struct.dataclass
+class Plan:
+    """What is left of the chunks before, for N new ones (real-time chunking).
+
+    actions: float32[N, C, A], normalised; row i is what would be executed at the new chunk's step i. weights:
+      float32[N, C], how much each step is to be kept, 0 where nothing is planned. delay: int32[N], how many steps are
+      executed before the new chunk can be.
+    """
+
+    actions: jax.Array
+    weights: jax.Array
+    delay: jax.Array
+
+    def given(self, chunk: int) -> jax.Array:
+        """bool[N, C, 1], True = executed meanwhile."""
+        return (jnp.arange(chunk) < self.delay[:, None])[..., None]
+
+
+@flax.struct.dataclass
+class Spread:
+    """How uncertain predicted actions are; raw, of no meaning before calibration.
+
+    scale: float32[..., C, A], of numbers a standard deviation in normalised units, of binary grippers the probability
+      that the other decision is right. uncertainty: float32[..., C], one number per action, in no unit; what it is of
+      is the head's choice, the mean of `scale` unless that says otherwise.
+    """
+
+    scale: jax.Array
+    uncertainty: jax.Array
+
+    @classmethod
+    def of(cls, scale: jax.Array, binary: tuple[int, ...]) -> Spread:
+        """With the mean over the numbers as uncertainty, over the grippers where an action is nothing else."""
+        numbers = [column for column in range(scale.shape[-1]) if column not in binary] or list(binary)
+        return cls(scale, scale[..., np.array(numbers)].mean(-1))
+
+
 class Memoryless:
     """The carry of heads that remember nothing between steps."""
 
@@ -111,7 +148,11 @@ class ActionHead(Protocol):
         """
 
     def actions(self, prediction: Any) -> jax.Array:
-        """float[..., C, A]: exactly -1 or 1 in the columns `binary`, others in [-1, 1]."""
+        """float[..., C, A]: exactly -1 or 1 in the columns `binary`, others in [-1, 1]. A head that can go on from
+        actions that are executed meanwhile takes a `Plan` beside it, and says so by an attribute `takes_plan`."""
+
+    def spread(self, prediction: Any) -> Spread | None:
+        """How uncertain the actions are; None where the head's configuration does not ask for it."""
 
     def init_carry(self, batch: int) -> Any:
         """The carry before the first step of an episode."""

@@ -33,6 +33,10 @@ class ContinuousHeadConfig(base.HeadConfig):
     huber_delta: float = 1.0
     gripper_loss_weight: float = 0.01
     """loss = arm + gripper_loss_weight * BCE(binary grippers)."""
+    spread: bool = False
+    """A third MLP says how far off each number may be: the standard deviation of a Gaussian around the prediction, by
+    its negative log-likelihood. Nothing but that MLP learns from it, so actions are learned as without it (but for
+    optimizer.clip_norm, which sees its gradient, too)."""
 
     def __post_init__(self):
         if self.arm_loss not in losses.REGRESSION:
@@ -62,6 +66,12 @@ class ContinuousPrediction:
 
     arm: jax.Array
     gripper_logit: jax.Array
+    log_scale: jax.Array | None = None
+    """float32[..., C, numbers], logarithm of the standard deviation of `arm`; None: not asked for."""
+
+
+LOG_SCALE = (-5.0, 2.0)
+"""What it is kept in, as in soft actor-critic (Haarnoja et al. 2018, arXiv:1801.01290)."""
 
 
 class Trunk(nn.Module):
@@ -127,6 +137,8 @@ class ContinuousHead(nn.Module):
         trunk = self.config.trunk
         self.arm = Trunk((*trunk, self.chunk * numbers), self.kernel) if numbers else None
         self.gripper = Trunk((*trunk, self.chunk * decisions), self.kernel) if decisions else None
+        uncertain = self.config.spread and numbers
+        self.scale = Trunk((*trunk, self.chunk * numbers), self.kernel) if uncertain else None
 
     @property
     def scaled(self) -> tuple[int, ...]:
@@ -150,6 +162,10 @@ class ContinuousHead(nn.Module):
             errors = losses.REGRESSION[config.arm_loss](prediction.arm, target, config.huber_delta)
             metrics["loss_arm"] = losses.masked_mean(errors, mask, count)
             parts.append(metrics["loss_arm"])
+        if prediction.log_scale is not None:
+            likelihood = losses.gaussian(jax.lax.stop_gradient(prediction.arm), prediction.log_scale, target)
+            metrics["loss_spread"] = losses.masked_mean(likelihood, mask, count)
+            parts.append(metrics["loss_spread"])
         if self.binary:
             logits, is_open = prediction.gripper_logit, actions[..., np.array(self.binary)] > 0
             metrics["loss_gripper"] = losses.masked_mean(losses.binary_cross_entropy(logits, is_open), mask, count)
@@ -162,6 +178,13 @@ class ContinuousHead(nn.Module):
     def actions(self, prediction: ContinuousPrediction) -> jax.Array:
         gripper = jnp.where(prediction.gripper_logit > 0, 1.0, -1.0)
         return jnp.concatenate([prediction.arm, gripper], axis=-1)[..., np.argsort((*self.scaled, *self.binary))]
+
+    def spread(self, prediction: ContinuousPrediction) -> base.Spread | None:
+        if prediction.log_scale is None:
+            return None
+        wrong = jax.nn.sigmoid(-jnp.abs(prediction.gripper_logit))
+        scale = jnp.concatenate([jnp.exp(prediction.log_scale), wrong], axis=-1)
+        return base.Spread.of(scale[..., np.argsort((*self.scaled, *self.binary))], self.binary)
 
     def init_carry(self, batch: int) -> base.WindowCarry | tuple:
         if not self.remembers:
@@ -190,7 +213,10 @@ class ContinuousHead(nn.Module):
         none = jnp.zeros((*shape, 0), hidden.dtype)
         arm = jnp.tanh(self.arm(hidden)).reshape(*shape, len(self.scaled)) if self.scaled else none
         gripper = self.gripper(hidden).reshape(*shape, len(self.binary)) if self.binary else none
-        return ContinuousPrediction(arm, gripper)
+        log_scale = None
+        if self.scale is not None:
+            log_scale = jnp.clip(self.scale(jax.lax.stop_gradient(hidden)), *LOG_SCALE).reshape(arm.shape)
+        return ContinuousPrediction(arm, gripper, log_scale)
 
 
 def step_positions(mask: jax.Array) -> jax.Array:

@@ -43,6 +43,8 @@ class DiscreteHeadConfig(base.HeadConfig):
     constrained: bool = True
     """Decode action ids only. Otherwise any word may win; one that is no action id makes its action NaN, which `act`
     refuses to hand out."""
+    spread: bool = False
+    """Report how uncertain actions are, from the distribution over action ids."""
 
     @property
     def bins(self) -> discretize.Bins:
@@ -149,6 +151,26 @@ class DiscreteHead(base.Memoryless, nn.Module):
         values = self._values(ids)
         values = base.decide(values, self.binary)
         return jnp.where(discretize.is_action_id(ids, self.vocab_end, self.config.num_bins), values, jnp.nan)
+
+    def spread(self, prediction: TokenPrediction) -> base.Spread | None:
+        """Of the distribution over bins: its standard deviation, of grippers the probability of the other half; the
+        uncertainty is the mean entropy of an action's tokens over that of the uniform distribution."""
+        if not self.config.spread:
+            return None
+        first = self.vocab_end - self.config.num_bins
+        logits = prediction.logits[..., first : self.vocab_end]
+        share = jax.nn.softmax(logits, axis=-1)
+        ids = jnp.broadcast_to(
+            first + jnp.arange(self.config.num_bins)[:, None], (self.config.num_bins, self.action_dim)
+        )
+        values = self._values(ids).T  # [A, bins]
+        mean = (share * values).sum(-1)
+        deviation = jnp.sqrt((share * jnp.square(values - mean[..., None])).sum(-1))
+        is_open = (share * (values > 0)).sum(-1)
+        binary = np.isin(np.arange(self.action_dim), self.binary)
+        scale = jnp.where(binary, jnp.minimum(is_open, 1 - is_open), deviation)
+        entropy = -(share * jax.nn.log_softmax(logits, axis=-1)).sum(-1).mean(-1) / np.log(self.config.num_bins)
+        return base.Spread(scale, entropy)
 
     def step(self, features: jax.Array, carry: tuple) -> tuple[TokenPrediction, tuple]:
         return self(features, None), carry

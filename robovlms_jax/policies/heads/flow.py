@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Literal
 
 import flax.linen as nn
 import flax.struct
@@ -37,13 +38,50 @@ class FlowHeadConfig(base.HeadConfig):
     seed: int = 0
     """Of the noise that acting starts from: the same at every step, so that the policy is a function of what it sees
     and consecutive chunks follow the same one of several possible ways."""
+    max_delay: int = 0
+    """Training draws a delay of 0 ... max_delay actions for every chunk; those first actions enter as recorded, with
+    time 1, and the loss is on the others (arXiv:2512.05964). So the policy learns to go on from actions that are
+    executed while it thinks. 0: every action is predicted."""
+    guidance: Literal["vjp", "identity", "prefix"] = "vjp"
+    """How a chunk goes on from what is left of the one before, where an observation brings that (real-time chunking).
+    vjp: integration is drawn towards it, through the network's derivative (arXiv:2506.07339). identity: the derivative
+    is taken for 1, which costs nothing. prefix: the actions executed meanwhile are given, as in training with
+    max_delay."""
+    guidance_limit: float = 5.0
+    """Largest weight of the guidance (beta of arXiv:2506.07339)."""
+    guidance_schedule: Literal["exp", "linear"] = "exp"
+    """How its weight falls from the actions that are certain to those that need not be kept."""
+    num_samples: int = 0
+    """Further chunks drawn from other noise at each step, whose spread is the confidence; 0: none is reported."""
 
     def __post_init__(self):
         require_positive(self, "hidden_size", "num_layers", "num_heads", "num_steps")
+        if self.guidance not in ("vjp", "identity", "prefix") or self.guidance_schedule not in ("exp", "linear"):
+            raise ValueError(
+                f"policy.head.guidance={self.guidance!r} must be vjp, identity or prefix, and guidance_schedule="
+                f"{self.guidance_schedule!r} exp or linear."
+            )
+        if self.max_delay < 0 or (self.guidance == "prefix" and not self.max_delay):
+            raise ValueError(
+                f"policy.head.max_delay={self.max_delay} must be 0 or more, and above 0 for guidance=prefix: the "
+                "policy has to be trained with it."
+            )
+        if not self.guidance_limit > 0:
+            raise ValueError(f"policy.head.guidance_limit={self.guidance_limit} must be above 0.")
+        if self.num_samples < 0 or self.num_samples == 1:
+            raise ValueError(f"policy.head.num_samples={self.num_samples} must be 0, or 2 and more to have a spread.")
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
                 f"policy.head.hidden_size={self.hidden_size} must be even and divide over num_heads={self.num_heads}."
             )
+
+
+def guidance_weight(time: jax.Array, limit: float) -> jax.Array:
+    """How strongly a velocity is corrected at float[] `time`: (1 - t) / (t r2), r2 = (1 - t)^2 / (t^2 + (1 - t)^2), at
+    most `limit`."""
+    rest = jnp.maximum(1 - time, 1e-6)
+    weight = (time**2 + rest**2) / jnp.maximum(time * rest, 1e-6)
+    return jnp.minimum(weight, limit)
 
 
 @flax.struct.dataclass
@@ -114,8 +152,15 @@ class FlowHead(nn.Module):
     num_queries: int
     kernel: Kernel = Kernel()
 
+    takes_plan = True
+
     def setup(self):
         config = self.config
+        if config.max_delay >= self.chunk:
+            raise ValueError(
+                f"policy.head.max_delay={config.max_delay} must be below policy.chunk={self.chunk}: something has to "
+                "be left to predict."
+            )
         normal = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("position", "embed"))
         self.context = dense(config.hidden_size, self.kernel)
         self.context_norm = LayerNorm(1e-5)
@@ -144,28 +189,88 @@ class FlowHead(nn.Module):
         time_key, noise_key = jax.random.split(key)
         target = actions.reshape(-1, *actions.shape[-2:])
         time = jax.random.uniform(time_key, target.shape[:1])
+        weights = jnp.ones(())
+        if self.config.max_delay and self.has_rng("dropout"):
+            delays = jax.random.randint(jax.random.fold_in(key, 2), time.shape, 0, self.config.max_delay + 1)
+            given = jnp.arange(self.chunk) < delays[:, None]
+            time = jnp.where(given, 1.0, time[:, None])
+            # A chunk counts as much as without a delay: the mean over the actions that are predicted.
+            weights = jnp.where(given, 0.0, self.chunk / (self.chunk - delays[:, None]))[..., None]
         # A masked action may hold anything, and the network sees the whole chunk.
         target = jnp.where(mask.reshape(-1, self.chunk)[..., None], target, 0.0)
         noise = jax.random.normal(noise_key, target.shape)
-        position = time[:, None, None]
+        position = time.reshape(len(target), -1, 1)
         velocity = self._velocity(prediction.condition, (1 - position) * noise + position * target, time)
-        errors = losses.squared_error(velocity, target - noise).reshape(actions.shape)
+        errors = (weights * losses.squared_error(velocity, target - noise)).reshape(actions.shape)
         loss = losses.masked_mean(errors, mask, count)
         return loss, {"loss": loss, **base.by_kind("loss", errors, self.binary, mask, count)}
 
-    def actions(self, prediction: FlowPrediction) -> jax.Array:
-        """Integrate from noise; numbers are clipped to [-1, 1], binary grippers decided."""
+    def actions(self, prediction: FlowPrediction, plan: base.Plan | None = None) -> jax.Array:
+        """Integrate from noise; numbers are clipped to [-1, 1], binary grippers decided.
+
+        plan: what is left of the chunk before, [N * S, ...] leaves; None: nothing.
+        """
         size = int(np.prod(prediction.shape))
+        x = self._integrate(prediction.condition, self._noise(size), plan)
+        x = x.reshape(*prediction.shape, self.chunk, self.action_dim)
+        return base.decide(jnp.clip(x, -1, 1), self.binary)
+
+    def spread(self, prediction: FlowPrediction) -> base.Spread | None:
+        """Of `num_samples` chunks from other noise: the standard deviation of numbers; of grippers, the share that
+        decides otherwise than most."""
+        count = self.config.num_samples
+        if not count:
+            return None
+        # A sample is to the network what another step of the window is.
+        mask = jnp.repeat(prediction.condition.mask, count, axis=1)
+        shape = (*prediction.shape, count, self.chunk, self.action_dim)
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(self.config.seed), 1), shape[-3:])
+        noise = jnp.broadcast_to(noise, shape).reshape(-1, *shape[-2:])
+        x = self._integrate(prediction.condition.replace(mask=mask), noise, None).reshape(shape)
+        is_open = (x > 0).mean(-3)
+        scale = jnp.where(
+            np.isin(np.arange(self.action_dim), self.binary),
+            jnp.minimum(is_open, 1 - is_open),
+            jnp.clip(x, -1, 1).std(-3),
+        )
+        return base.Spread.of(scale, self.binary)
+
+    def _integrate(self, condition: Condition, noise: jax.Array, plan: base.Plan | None) -> jax.Array:
+        """Follow the velocity from `noise` float32[N * S, C, A] at time 0 to time 1."""
         step = 1.0 / self.config.num_steps
 
         def euler(head: FlowHead, x: jax.Array, time: jax.Array) -> tuple[jax.Array, None]:
-            return x + step * head._velocity(prediction.condition, x, jnp.full(size, time)), None
+            return x + step * head._guided(condition, x, time, plan), None
 
         times = jnp.arange(self.config.num_steps) * step
-        loop = nn.scan(euler, variable_broadcast="params", split_rngs={"params": False})
-        x, _ = loop(self, self._noise(size), times)
-        x = x.reshape(*prediction.shape, self.chunk, self.action_dim)
-        return base.decide(jnp.clip(x, -1, 1), self.binary)
+        x, _ = nn.scan(euler, variable_broadcast="params", split_rngs={"params": False})(self, noise, times)
+        if plan is not None and self.config.guidance == "prefix":
+            x = jnp.where(plan.given(self.chunk), plan.actions, x)
+        return x
+
+    def _guided(self, condition: Condition, x: jax.Array, time: jax.Array, plan: base.Plan | None) -> jax.Array:
+        """The velocity at float32[] `time`, drawn towards the plan (arXiv:2506.07339, equations 2 to 4)."""
+        times = jnp.full(len(x), time)
+        if plan is None:
+            return self._velocity(condition, x, times)
+        if self.config.guidance == "prefix":
+            given = plan.given(self.chunk)
+            velocity = self._velocity(
+                condition, jnp.where(given, plan.actions, x), jnp.where(given[..., 0], 1.0, times[:, None])
+            )
+            return jnp.where(given, 0.0, velocity)
+
+        def arrival(head: FlowHead, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            velocity = head._velocity(condition, x, times)
+            return x + (1 - time) * velocity, velocity
+
+        if self.config.guidance == "vjp":
+            end, pull, velocity = nn.vjp(arrival, self, x, has_aux=True, vjp_variables=False)
+            correction = pull(plan.weights[..., None] * (plan.actions - end))[-1]
+        else:
+            end, velocity = arrival(self, x)
+            correction = plan.weights[..., None] * (plan.actions - end)
+        return velocity + guidance_weight(time, self.config.guidance_limit) * correction
 
     def init_carry(self, batch: int) -> base.WindowCarry:
         return base.WindowCarry.create(batch, self.window, self.num_queries, self.feature_dim)
@@ -195,12 +300,14 @@ class FlowHead(nn.Module):
         return Condition(jnp.stack(keys), jnp.stack(values), seen)
 
     def _velocity(self, condition: Condition, x: jax.Array, time: jax.Array) -> jax.Array:
-        """Chunks on their way float32[N * S, C, A], times float32[N * S] in [0, 1] -> float32[N * S, C, A]."""
+        """Chunks on their way float32[N * S, C, A], times in [0, 1], float32[N * S] or, where actions have their own,
+        [N * S, C] -> float32[N * S, C, A]."""
         half = self.config.hidden_size // 2
+        time = time.reshape(len(x), -1)
         # Frequencies from one turn over the whole way to a thousand.
-        angle = 2 * np.pi * time[:, None] * jnp.logspace(0, 3, half, dtype=jnp.float32)
+        angle = 2 * np.pi * time[..., None] * jnp.logspace(0, 3, half, dtype=jnp.float32)
         waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-        x = self.action_in(x) + self.chunk_table + self.time_in(waves)[:, None]
+        x = self.action_in(x) + self.chunk_table + self.time_in(waves)
         for index, layer in enumerate(self.layers):
             x = layer(x, condition.key[index], condition.value[index], condition.mask)
         return self.out(self.final_norm(x))

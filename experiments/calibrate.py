@@ -1,0 +1,87 @@
+"""Calibrate a checkpoint on its validation split: intervals that hold what would be demonstrated, 9 times out of 10.
+
+    python -m experiments.calibrate --checkpoint runs/playtable_fixtures
+
+calibration.json is written beside the checkpoint's parts; from then on its actions carry intervals, also through the
+server. docs/serving.md says what they promise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+
+from robovlms_jax import cli
+from robovlms_jax.policies.serving import BatchedVLAPolicy
+from robovlms_jax.runs import calibrating, saved
+from robovlms_jax.runs.load import load_batched_policy, load_config
+from robovlms_jax.training import checkpoints, seals
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrateConfig:
+    """What to calibrate, on what."""
+
+    checkpoint: str
+    """Run directory or one of its checkpoints/<step> folders."""
+    root: str = ""
+    """Where the dataset lies now; empty: where it lay in training."""
+    coverage: float = 0.9
+    """How many actions the intervals are to hold, as a share."""
+    share: float = 0.5
+    """Of the validation episodes, for calibration; the others measure the coverage."""
+    num_samples: int = 0
+    """Flow heads: chunks drawn for the spread (`policy.head.num_samples`); serve with the same. 0: as saved."""
+    splits: int = 200
+    """Further random splits to measure the coverage on."""
+    seed: int = 0
+
+    def __post_init__(self):
+        if not (0 < self.coverage < 1 and 0 < self.share < 1):
+            raise ValueError(f"coverage={self.coverage} and share={self.share} must lie between 0 and 1.")
+        if self.splits < 1 or self.num_samples < 0:
+            raise ValueError(f"splits={self.splits} must be at least 1, num_samples={self.num_samples} not negative.")
+
+
+def calibrate(config: CalibrateConfig) -> str:
+    """Writes the calibration and returns what to print."""
+    directory, experiment = checkpoints.locate(config.checkpoint), load_config(config.checkpoint)
+    if config.root:
+        experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, root=config.root))
+    changes = {"head": {"num_samples": config.num_samples}} if config.num_samples else None
+    policy: BatchedVLAPolicy = load_batched_policy(directory, slots=1, policy=changes)
+    experiment = dataclasses.replace(experiment, policy=policy.model.config)
+    compared = calibrating.compare(experiment, policy.model, policy.params, policy.encode_text)
+    calibration, measured = calibrating.calibrate(
+        compared, config.coverage, share=config.share, splits=config.splits, seed=config.seed
+    )
+    facts = {"checkpoint": seals.identity(directory).label, "measured": dataclasses.asdict(measured)}
+    path = saved.write_calibration(directory, calibration, facts)
+    lines = [
+        f"{path}: {calibration.coverage:.0%} intervals from {calibration.episodes} episodes, measured on "
+        f"{measured.episodes} others, each counting as one",
+        "step of the chunk: coverage +- standard error; mean and deviation over "
+        f"{measured.splits} random splits; quantile of the score",
+    ]
+    rows = zip(
+        measured.share, measured.error, measured.repeated, measured.deviation, calibration.quantiles, strict=True
+    )
+    for step, (share, error, mean, deviation, quantile) in enumerate(rows):
+        lines.append(f"{step:3d}  {share:.3f} +- {error:.3f}  {mean:.3f} +- {deviation:.3f}  {quantile:.3g}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    config = cli.read(CalibrateConfig, description=__doc__)
+    try:
+        print(calibrate(config))
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
