@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,8 +22,10 @@ from typing import Any, Literal
 import numpy as np
 
 from robovlms_jax import cli
+from robovlms_jax.control.asynchronous import AsyncConfig
+from robovlms_jax.control.delayed import AsynchronousBatch
 from robovlms_jax.control.execution import Execution
-from robovlms_jax.control.robot import CALVIN
+from robovlms_jax.control.robot import CALVIN, RobotSpec
 from robovlms_jax.envs import simpler, vector
 from robovlms_jax.envs.calvin import adapter as calvin
 from robovlms_jax.envs.calvin import task_chains
@@ -62,6 +65,11 @@ class EvaluateConfig:
     max_steps: int = 360
     """Control steps per task of a chain."""
     execution: Execution = Execution()
+    asynchronous: AsyncConfig = AsyncConfig()
+    """With a latency: when the policy is asked and how its late answers follow each other, in place of `execution`."""
+    latency_ms: float = -1.0
+    """How late every answer of the policy comes, on the simulator's clock; below 0: there is no such clock, simulator
+    and policy wait for each other, and `asynchronous` is not read."""
     scene: Literal["A", "B", "C", "D"] = "D"
     """Table to evaluate on (playtable, and calvin without a split)."""
     train_scenes: tuple[str, ...] = ()
@@ -100,6 +108,10 @@ class EvaluateConfig:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative.")
         if self.processes < 1:
             raise ValueError(f"processes={self.processes} must be at least 1.")
+        if self.latency_ms >= 0 and self.execution != Execution():
+            raise ValueError("execution and latency_ms exclude each other: with a latency, `asynchronous` says it all.")
+        if self.latency_ms < 0 and self.asynchronous != AsyncConfig():
+            raise ValueError("asynchronous is read with latency_ms of 0 or more alone; set it.")
         unknown = sorted(set(self.tasks) - set(calvin_tasks.TASKS))
         if unknown:
             raise ValueError(f"tasks has unknown {unknown}; known: {', '.join(calvin_tasks.TASKS)}.")
@@ -134,6 +146,7 @@ def _require_official(config: EvaluateConfig) -> None:
         "scene": ("D",),
         "max_steps": (defaults["max_steps"],),
         "chains": (defaults["chains"], 0, 1000),
+        "latency_ms": (defaults["latency_ms"],),
         "execution": (defaults["execution"], OFFICIAL["execution"]),
     }
     for name, values in allowed.items():
@@ -169,8 +182,15 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
     else:
         output = filing.place(checkpoints.run_of(directory) / "rollouts", name, conditions)
     log.info(
-        "%s: %d trials, execution %s, phrasing %s; results go to %s",
-        *(config.env, len(trials), config.execution.label, trials[0].labels.get("phrasing", "the task's own"), output),
+        "%s: %d trials, execution %s%s, phrasing %s; results go to %s",
+        *(
+            config.env,
+            len(trials),
+            config.execution.label,
+            _late(config),
+            trials[0].labels.get("phrasing", "the task's own"),
+            output,
+        ),
     )
     policy = load.load_batched_policy(directory, slots=config.processes, weights=config.weights)
     _require_robot(config, policy.model.config, load.load_config(directory).data.dataset)
@@ -179,16 +199,24 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
         film_files.write_film(recording, output / f"film_{recording.trial.index:04d}")
 
     with _envs(config) as envs:
+        driven = policy
+        if config.latency_ms >= 0:
+            driven = AsynchronousBatch(policy, config.asynchronous, _latency_ticks(config, policy.robot))
         evaluation = chains.evaluate(
-            policy,
+            driven,
             envs,
             trials,
             output,
             chains.Settings(
-                f"{config.checkpoint}, {conditions['checkpoint']}", config.execution, criterion, conditions
+                f"{config.checkpoint}, {conditions['checkpoint']}{_late(config)}",
+                config.execution,
+                criterion,
+                conditions,
             ),
             films=Films([trial.index for trial in trials[: config.films]], keep),
         )
+        if config.latency_ms >= 0:
+            log.info("asynchronous control: %s", dict(driven.counts))
     title = f"{evaluation.setup['env']}, closed loop"
     return rollout_report.write_report(output, [evaluation], title=title, films=sorted(output.glob("film_*")))
 
@@ -214,11 +242,25 @@ def _require_robot(config: EvaluateConfig, policy: PolicyConfig, dataset: str) -
         robots.require_same(policy, found, f"env simpler {how} simpler_statistics is driven as")
 
 
+def _late(config: EvaluateConfig) -> str:
+    """For reports and the log."""
+    return "" if config.latency_ms < 0 else f", answers {config.latency_ms:g} ms late, seam {config.asynchronous.seam}"
+
+
+def _latency_ticks(config: EvaluateConfig, robot: RobotSpec) -> int:
+    """Raises ValueError for a robot whose rate is not known."""
+    if not robot.rate_hz:
+        raise ValueError(f"latency_ms needs the robot's rate, which {robot.name!r} does not say.")
+    return math.ceil(config.latency_ms / 1000 * robot.rate_hz - 1e-9)
+
+
 def _folder_name(config: EvaluateConfig) -> str:
     name = f"{config.env}-{config.scene if config.env != 'simpler' else config.simpler_task}"
     name += ("-single" if config.tasks else "") + ("-fresh" if config.fresh_process else "")
     name += "-official" if config.protocol == "official" else ""
     words = ("-held_out" if config.held_out else "") + (f"-{config.weights}" if config.weights else "")
+    if config.latency_ms >= 0:
+        return f"{name}-{config.asynchronous.seam}-{config.latency_ms:g}ms{words}"
     return f"{name}-{config.execution.label.replace(' ', '_')}{words}"
 
 
@@ -233,6 +275,8 @@ results that were stored earlier do not name."""
 def _conditions(config: EvaluateConfig, trials: list[Trial], checkpoint: str) -> dict[str, Any]:
     """Everything that results depend on, as JSON values."""
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in _ASIDE}
+    if config.latency_ms < 0:  # as results of versions that had no latency
+        del asked["latency_ms"], asked["asynchronous"]
     if config.calvin_split:
         asked["calvin_split"] = pathlib.Path(config.calvin_split).name  # its stored cameras
     if config.weights:

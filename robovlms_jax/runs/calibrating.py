@@ -83,9 +83,7 @@ def calibrate(
     rng, episodes = np.random.default_rng(seed), np.unique(compared.episode)
     count = round(share * len(episodes))
     if not 0 < count < len(episodes):
-        raise ValueError(
-            f"share={share} of {len(episodes)} validation episodes leaves nothing to calibrate or to test."
-        )
+        raise ValueError(f"share={share} of {len(episodes)} validation episodes leaves none to calibrate or to test.")
     rows = [np.flatnonzero(compared.episode == episode) for episode in episodes]
     results = []
     for _ in range(splits + 1):

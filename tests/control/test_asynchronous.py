@@ -212,7 +212,7 @@ def test_noise_of_single_pixels_is_no_change():
 
 def test_events_keep_their_interval_and_only_one_question_is_under_way():
     config = AsyncConfig("switch", picture_change=0.01, min_interval=3)
-    _, policy, batch = drive(config, 2, 12, lambda tick: look(20 * (tick % 2)))
+    _, policy, _ = drive(config, 2, 12, lambda tick: look(20 * (tick % 2)))
     assert policy.calls <= 12 / 3 + 1
     scheduler = Scheduler(config, PLAIN)
     scheduler.ask(scheduler.due())

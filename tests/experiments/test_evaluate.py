@@ -12,6 +12,8 @@ import pytest
 
 from experiments import evaluate
 from robovlms_jax.control import robot
+from robovlms_jax.control.asynchronous import AsyncConfig
+from robovlms_jax.control.delayed import AsynchronousBatch
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.control.robot import CALVIN
 from robovlms_jax.data.registry import oxe
@@ -229,3 +231,38 @@ def test_an_old_checkpoint_that_describes_no_robot_says_by_its_scaling_what_simp
         evaluate._require_robot(config(env="simpler"), converted, "bridge")
     with pytest.raises(ValueError, match="metres and radians; leave out simpler_statistics"):
         evaluate._require_robot(config(env="simpler", simpler_statistics="q.json"), trained, "bridge")
+
+
+def test_late_answers_are_driven_as_asked_and_results_without_them_keep_their_place(monkeypatch, tmp_path):
+    handed = {}
+
+    def evaluated(policy, envs, trials, directory, settings, films):
+        handed.update(policy=policy, settings=settings)
+        result = TrialResult(0, trials[0].tasks, trials[0].instructions, (False,), (9,), trials[0].labels)
+        return chains.Evaluation({"env": "line", "policy": "p", "execution": "chunk"}, (result,))
+
+    monkeypatch.setattr(evaluate.chains, "evaluate", evaluated)
+    policy = types.SimpleNamespace(model=types.SimpleNamespace(config=PolicyConfig()), robot=CALVIN)
+    monkeypatch.setattr(evaluate.load, "load_batched_policy", lambda checkpoint, slots, weights: policy)
+    monkeypatch.setattr(evaluate.load, "load_config", lambda checkpoint: ExperimentConfig())
+    monkeypatch.setattr(evaluate.checkpoints, "locate", pathlib.Path)
+    monkeypatch.setattr(evaluate.seals, "identity", lambda directory: evaluate.seals.Identity(3, "abc"))
+    monkeypatch.setattr(evaluate.calvin, "calvin_env", lambda root, **kwargs: LineEnv())
+    blend = AsyncConfig("blend", ask_below=2)
+    late = config(chains=1, latency_ms=100, asynchronous=blend, output=str(tmp_path))
+    evaluate.evaluate(late)
+    assert isinstance(handed["policy"], AsynchronousBatch) and handed["policy"].robot == CALVIN
+    assert handed["policy"]._latency == 3 and handed["policy"]._config == blend  # 30 Hz
+    assert "100 ms late, seam blend" in handed["settings"].policy_name
+    assert handed["settings"].conditions["protocol"]["asynchronous"]["ask_below"] == 2
+    assert "blend-100ms" in evaluate._folder_name(late)
+    evaluate.evaluate(config(chains=1, output=str(tmp_path)))
+    assert handed["policy"] is policy
+    assert not {"latency_ms", "asynchronous"} & set(handed["settings"].conditions["protocol"])
+
+
+def test_late_answers_and_execution_modes_exclude_each_other():
+    with pytest.raises(ValueError, match="execution and latency_ms exclude"):
+        config(latency_ms=0, execution=Execution("first"))
+    with pytest.raises(ValueError, match="asynchronous is read with latency_ms"):
+        config(asynchronous=AsyncConfig("switch"))

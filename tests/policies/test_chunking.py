@@ -150,7 +150,7 @@ def test_evaluation_simulates_no_delay():
 
 
 def test_a_delay_as_long_as_the_chunk_is_refused():
-    with pytest.raises(ValueError, match="max_delay=5 must be below policy.chunk=5"):
+    with pytest.raises(ValueError, match=r"max_delay=5 must be below policy\.chunk=5"):
         toy.random_params(model_with(max_delay=toy.C), toy.make_batch(np.random.default_rng(0), window=1))
 
 
@@ -181,5 +181,5 @@ def test_other_heads_say_that_they_cannot_go_on():
     policy = serving.VLAPolicy(model, toy.random_params(model, batch), lambda _: text)
     policy.reset("open the drawer")
     images = {camera: x[0, 0] for camera, x in batch.inputs.images.items()}
-    with pytest.raises(ValueError, match="MLPHeadConfig.*cannot"):
+    with pytest.raises(ValueError, match=r"MLPHeadConfig.*cannot"):
         policy.act(Observation(images, committed=np.zeros((2, 7)), delay=1))
