@@ -50,7 +50,7 @@ def control_step(
     Returns:
       float32[B, C, A] in dataset units (binary grippers exactly -1 or 1), and the new carry.
     """
-    actions, _, carry = confident_step(model, params, carry, images, text_ids, text_mask, active, extras)
+    actions, _, carry = confident_step(model, params, carry, images, (text_ids, text_mask), active, extras)
     return actions, carry
 
 
@@ -59,16 +59,16 @@ def confident_step(
     params: Any,
     carry: Any,
     images: Mapping[str, jax.Array],
-    text_ids: jax.Array,
-    text_mask: jax.Array,
+    text: tuple[jax.Array, jax.Array],
     active: jax.Array,
     extras: Mapping[str, jax.Array] | None = None,
     plan: heads.Plan | None = None,
 ) -> tuple[jax.Array, heads.Spread | None, Any]:
-    """`control_step`, and between its results how uncertain the actions are; plan as `VLA.control` takes it."""
-    steps = jnp.ones((text_ids.shape[0], 1), bool)
+    """`control_step`, and between its results how uncertain the actions are; text: ids and mask, plan: as
+    `VLA.control` takes it."""
+    steps = jnp.ones((len(text[0]), 1), bool)
     images = {camera: x[:, None] for camera, x in images.items()}
-    inputs = Inputs(images, text_ids, text_mask, steps, **(extras or {}))
+    inputs = Inputs(images, *text, steps, **(extras or {}))
     inputs = objective.prepare(inputs, model.vlm.image, model.config.cameras)
     actions, spread, carry = model.apply({"params": params}, inputs, carry, active, plan, method="control")
     return model.config.normalizer.unnormalize(actions), spread, carry
@@ -207,7 +207,7 @@ class BatchedVLAPolicy:
         self._announce(images, self._pictures.changes, plan is not None)
         try:
             actions, spread, self._carry = self._step(
-                self.params, self._carry, images, ids, mask, active, self._readings.fields, plan
+                self.params, self._carry, images, (ids, mask), active, self._readings.fields, plan
             )
             actions, spread = jax.device_get((actions, spread))
         except BaseException:  # what was kept has been given away to the step

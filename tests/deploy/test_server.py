@@ -163,10 +163,10 @@ def test_an_episode_that_fails_within_a_batch_fails_alone():
     thread = InferenceThread(policy, max_wait_s=0.1)
     asked = [thread.submit(slot, observation(), text) for slot, text in enumerate(["go on", "fail"])]
     thread.start()
-    assert asked[0].result(10)[0, 1] == np.float32(0.01)
+    assert asked[0].result(10).actions[0, 1] == np.float32(0.01)
     with pytest.raises(ValueError, match="its actions are not finite"):
         asked[1].result(10)
-    assert thread.submit(0, observation(), None).result(10)[0, 1] == np.float32(0.02)  # one step each, not two
+    assert thread.submit(0, observation(), None).result(10).actions[0, 1] == np.float32(0.02)  # one step each, not two
     with pytest.raises(RuntimeError, match="no episode"):
         thread.submit(1, observation(), None).result(10)
     thread.stop(5)
