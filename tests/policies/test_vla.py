@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from robovlms_jax.backbones import registry
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.policies import objective, serving, vla
 from robovlms_jax.types import Batch
@@ -72,6 +73,16 @@ def test_windows_that_share_images_are_decoded_apart(exact_matmul, product):
     # The same for histories whose sequences are windows: they share a frame's images, and nothing that is said of it.
     batch = make_batch(np.random.default_rng(0), batch=1, windows=2, mask_tail=4)
     model = toy.make_product(*product, chunk=C)
+    params = toy.random_params(model, batch)
+    apart = concatenate([window_of(batch, k) for k in range(2)])
+    np.testing.assert_allclose(loss_of(model, params, batch)[0], loss_of(model, params, apart)[0], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("product", [("interleaved", "token", "discrete"), ("video", "action_query", "mlp")])
+def test_windows_that_share_pictures_beside_the_sequence_are_decoded_apart(exact_matmul, product):
+    batch = make_batch(np.random.default_rng(0), batch=1, windows=2, mask_tail=4)
+    model = dataclasses.replace(toy.make_product(*product, chunk=C), vlm=registry.get("flamingo-neox-3b").tiny())
     params = toy.random_params(model, batch)
     apart = concatenate([window_of(batch, k) for k in range(2)])
     np.testing.assert_allclose(loss_of(model, params, batch)[0], loss_of(model, params, apart)[0], rtol=1e-5)
