@@ -14,7 +14,9 @@ from optax import contrib
 from robovlms_jax.training.config import OptimizerConfig
 
 Params = Mapping[str, jax.Array]
-"""Flat: path -> array. Layers of one tower are stacked, with "/layers/" in their path."""
+"""Flat: path -> array. Layers of one tower are stacked, with "/layers/" in their path, or "/cross_layers/"."""
+
+_STACK = re.compile(r"^(?P<tower>.*?)/\w*layers/")
 
 
 class AveragedState(NamedTuple):
@@ -123,7 +125,7 @@ _OPTIMIZERS: dict[str, Callable[[OptimizerConfig, optax.Schedule], optax.Gradien
 def matrix_axes(path: str, ndim: int) -> contrib.MuonDimensionNumbers | None:
     """Which axes of a parameter a matrix contracts and which it adds; None: it is no matrix of a layer (embeddings,
     convolutions, norms, biases, adapters), which Muon leaves to Adam (Jordan et al. 2024)."""
-    first = int("/layers/" in path)
+    first = int(_STACK.match(path) is not None)
     if not path.endswith("kernel") or ndim - first not in (2, 3):
         return None
     axes = tuple(range(first, ndim))
@@ -166,8 +168,11 @@ def part_rates(params: Params, config: OptimizerConfig) -> dict[str, jax.Array |
     Raises:
       ValueError: a pattern is found in no trainable parameter, or `layer_decay` meets no layers.
     """
-    layers = {path.split("/layers/")[0]: x.shape[0] for path, x in params.items() if "/layers/" in path}
-    for field, paths in (("rates", params), ("last_layers", [p for p in params if "/layers/" in p])):
+    stacked = {path: match["tower"] for path in params if (match := _STACK.match(path))}
+    layers: dict[str, int] = {}
+    for path, tower in stacked.items():
+        layers[tower] = max(layers.get(tower, 0), params[path].shape[0])
+    for field, paths in (("rates", params), ("last_layers", stacked)):
         for pattern in getattr(config, field):
             if not any(re.search(pattern, path) for path in paths):
                 raise ValueError(
@@ -187,9 +192,11 @@ def _part_rate(
     path: str, shape: tuple[int, ...], layers: Mapping[str, int], config: OptimizerConfig
 ) -> jax.Array | float:
     rate = next((factor for pattern, factor in config.rates.items() if re.search(pattern, path)), 1.0)
-    if "/layers/" in path:
-        above = jnp.arange(shape[0] - 1, -1, -1)
-        trained = min((n for pattern, n in config.last_layers.items() if re.search(pattern, path)), default=shape[0])
+    if match := _STACK.match(path):
+        depth = layers[match["tower"]]
+        # Layers that stand between every few of the tower's (cross_layers) are as deep as those beside them.
+        above = jnp.arange(shape[0] - 1, -1, -1) * (depth // shape[0])
+        trained = min((n for pattern, n in config.last_layers.items() if re.search(pattern, path)), default=depth)
         return rate * config.layer_decay**above * (above < trained)
     tower = next((tower for tower in layers if path.startswith(f"{tower}/")), None)
     if tower is None or re.match(r"(final_norm|post_norm|lm_head|head)\b", path[len(tower) + 1 :]):

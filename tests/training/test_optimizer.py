@@ -96,6 +96,14 @@ def test_layer_decay_and_rates_multiply_the_update_of_each_part():
         np.testing.assert_allclose(got[path], plain[path] * factor, rtol=1e-6)
 
 
+def test_layers_between_a_towers_own_are_as_deep_as_those_beside_them():
+    params = {"text/layers/up/kernel": np.ones((4, 3, 3)), "text/cross_layers/q/kernel": np.ones((2, 3, 3))}
+    rates = optimizers.part_rates(params, OptimizerConfig(layer_decay=0.5, last_layers={"text": 3}))
+    np.testing.assert_allclose(rates["text/layers/up/kernel"], [0, 0.25, 0.5, 1])
+    np.testing.assert_allclose(rates["text/cross_layers/q/kernel"], [0.25, 1])
+    assert optimizers.matrix_axes("text/cross_layers/q/kernel", 3) == optimizers.matrix_axes("text/layers/q/kernel", 3)
+
+
 def test_only_the_last_layers_move_and_only_their_gradient_is_clipped():
     params = {path: TOWER[path] for path in ("backbone/text/layers/mlp/up/kernel",)}
     config = OptimizerConfig(name="lion", learning_rate=1.0, last_layers={"/text/": 1}, weight_decay=0.1)
