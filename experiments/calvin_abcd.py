@@ -155,6 +155,10 @@ OTHERS = {
     "llava_lstm": ("llava-1.5-7b", {}),
     "qwen2_5_vl_lstm": ("qwen2.5-vl-3b", {}),
     "qwen3_vl_lstm": ("qwen3-vl-2b", {}),
+    "gemma3_lstm": ("gemma-3-4b", {}),
+    "internvl3_lstm": ("internvl3-1b", {}),
+    "idefics3_lstm": ("idefics3-8b-llama3", {}),
+    "blip2_lstm": ("blip2-opt-2.7b", {}),
     "smolvlm_lstm": ("smolvlm2-500m", {}),
 }
 

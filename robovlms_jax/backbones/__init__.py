@@ -1,8 +1,12 @@
 """Importing the package registers every backbone."""
 
 from robovlms_jax.backbones import (
+    blip2,
     deepseek_vl,
     flamingo,
+    gemma3,
+    idefics3,
+    internvl,
     kosmos2,
     llava,
     llava_mpt,
@@ -17,8 +21,12 @@ from robovlms_jax.backbones import (
 )
 
 __all__ = [
+    "blip2",
     "deepseek_vl",
     "flamingo",
+    "gemma3",
+    "idefics3",
+    "internvl",
     "kosmos2",
     "llava",
     "llava_mpt",

@@ -80,6 +80,8 @@ class VLMConfig:
     """Token ids after each image."""
     image_grid: tuple[int, int] | None = None
     """Rows and columns of an image's tokens, where the decoder reads them (M-RoPE)."""
+    image_block: bool = False
+    """The tokens of an image see each other in both directions (Gemma 3); `image_start` comes before them."""
     attention: Literal["causal", "prefix"] = "causal"
     """prefix: images and text see each other in both directions, and queries follow the whole prompt (PaliGemma's own
     training); causal: upstream's way for every backbone."""
@@ -280,8 +282,15 @@ class VLM(nn.Module):
         grid, advance = None, 0
         if c.image_grid is not None and c.resampler is None:
             grid, advance = self._image_grid(len(images))
-        x, more = x.reshape(batch, -1, x.shape[-1]), {"deep": deep, "beside": c.beside}
+        order = self._image_order(x.shape[2], len(images)) if c.image_block and attend == "causal" else None
+        x, more = x.reshape(batch, -1, x.shape[-1]), {"order": order, "deep": deep, "beside": c.beside}
         return sequence.Run(x, mask, "image", "image", attend, grid, advance, **more)
+
+    def _image_order(self, length: int, cameras: int) -> tuple[int, ...]:
+        """`sequence.Run.order` of images of `length` tokens each, what is around them included."""
+        first, last = len(self.config.image_start), length - len(self.config.image_end) - 1
+        one = np.r_[np.arange(first), np.full(last + 1 - first, last), np.arange(last + 1, length)]
+        return tuple((np.arange(cameras)[:, None] * length + one).reshape(-1).tolist())
 
     def _image_grid(self, cameras: int) -> tuple[tuple[tuple[int, ...], ...], int]:
         """Time, height, width of image tokens, counted from the first: [P * cameras][3]; and places they take."""

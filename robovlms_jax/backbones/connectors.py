@@ -54,6 +54,22 @@ class MLPConnectorConfig:
         return dataclasses.replace(self, mlp_dim=20) if isinstance(self.mlp_dim, int) else self
 
 
+@dataclasses.dataclass(frozen=True)
+class PoolConnectorConfig:
+    """Means of neighbouring patches, a norm, one matrix (Gemma 3)."""
+
+    tokens: int = 256
+    """P, tokens per image: a square number."""
+    norm: NormKind = "rms_plus_one"
+    norm_epsilon: float = 1e-6
+
+    def build(self, text: DecoderConfig, kernel: Kernel) -> nn.Module:
+        return PoolConnector(self, text, kernel)
+
+    def tiny(self) -> PoolConnectorConfig:
+        return dataclasses.replace(self, tokens=4)
+
+
 class LinearConnector(nn.Module):
     """Matrix, after gathering neighbouring patches. The decoder's scale of embeddings is divided out beforehand."""
 
@@ -66,8 +82,7 @@ class LinearConnector(nn.Module):
         """float[B, P', vision width] -> float[B, P' / shuffle^2, D]."""
         x = gather_squares(features, self.config.shuffle)
         x = Dense(self.text.width, (None, "embed"), self.config.use_bias, kernel=self.kernel, name="dense")(x)
-        # PaliGemma's features enter the decoder as they are, while all embeddings are scaled there.
-        return x * self.text.width**-0.5 if self.text.embed_scale else x
+        return _unscaled(x, self.text)
 
 
 class MLPConnector(nn.Module):
@@ -91,6 +106,29 @@ class MLPConnector(nn.Module):
         axes, width = (None, "embed"), x.shape[-1] if c.mlp_dim == "gathered" else c.mlp_dim or self.text.width
         x = Dense(width, axes, kernel=self.kernel, name="hidden")(x)
         return Dense(self.text.width, axes, kernel=self.kernel, name="out")(ACTIVATIONS[c.activation](x))
+
+
+class PoolConnector(nn.Module):
+    """Mean, norm, matrix. The decoder's scale of embeddings is divided out beforehand."""
+
+    config: PoolConnectorConfig
+    text: DecoderConfig
+    kernel: Kernel = Kernel()
+
+    @nn.compact
+    def __call__(self, features: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """float[B, P', vision width] -> float[B, P, D]."""
+        c, (batch, patches, width) = self.config, features.shape
+        side = int((patches / c.tokens) ** 0.5)
+        x = gather_squares(features, side).reshape(batch, -1, side * side, width).mean(2)
+        x = make_norm(c.norm, c.norm_epsilon, name="norm")(x)
+        x = Dense(self.text.width, (None, "embed"), use_bias=False, kernel=self.kernel, name="dense")(x)
+        return _unscaled(x, self.text)
+
+
+def _unscaled(x: jax.Array, text: DecoderConfig) -> jax.Array:
+    """Gemma's image features enter the decoder as they are, while all embeddings are scaled there."""
+    return x * text.width**-0.5 if text.embed_scale else x
 
 
 def gather_squares(x: jax.Array, side: int) -> jax.Array:

@@ -189,15 +189,10 @@ def make_rules(language: Language, every: int, *, is_otter: bool = False) -> rul
         rules.Ignore(r"vision_encoder\.vision_model\.post_layernorm\..*", "of CLIP's class token, which is not used"),
         llava_mpt.CLIP_TEXT,
         *resampler,
-        *gated_rows(gated, every),
+        *rules.every(gated, every, every - 1),
         *language.rules(LANGUAGE),
         rules.LORA,
     )
-
-
-def gated_rows(table: rules.Rules, every: int) -> rules.Rules:
-    """The rows of layers that only every n-th decoder layer has; they keep its number."""
-    return tuple(dataclasses.replace(row, every=every) for row in table)
 
 
 def _otter_resampler(name: str) -> str:

@@ -98,9 +98,22 @@ GEMMA2_9B = GEMMA2_2B | {
     "num_hidden_layers": 42,
     "num_key_value_heads": 8,
 }
+GEMMA2_27B = GEMMA2_2B | {
+    "hidden_size": 4608,
+    "intermediate_size": 36_864,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 46,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "query_pre_attn_scalar": 144,
+}
 
 registry.register_family("paligemma", read, write)
 registry.register("paligemma-3b-224")(functools.partial(read, published(224, GEMMA_2B)))
 registry.register("paligemma-3b-448")(functools.partial(read, published(448, GEMMA_2B)))
 registry.register("paligemma2-3b-224")(functools.partial(read, published(224, GEMMA2_2B)))
 registry.register("paligemma2-10b-224")(functools.partial(read, published(224, GEMMA2_9B)))
+registry.register("paligemma2-3b-mix-224")(functools.partial(read, published(224, GEMMA2_2B)))
+registry.register("paligemma2-3b-mix-448")(functools.partial(read, published(448, GEMMA2_2B)))
+registry.register("paligemma2-10b-mix-448")(functools.partial(read, published(448, GEMMA2_9B)))
+registry.register("paligemma2-28b-mix-448")(functools.partial(read, published(448, GEMMA2_27B)))

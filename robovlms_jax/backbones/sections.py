@@ -158,7 +158,7 @@ def read_text(values: Mapping[str, Any], section: hf_config.Section, default: De
     part = section.part(values)
     rope = part.get("rope_parameters") or part.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "mrope"):
+    if kind not in ("default", "mrope", "dynamic"):  # dynamic: only beyond max_position_embeddings, some 30 000 tokens
         raise ValueError(f"{section.prefix}rope_scaling of type {kind!r} is not supported; this model has none.")
     return with_head(section.read(values, default), values)
 

@@ -29,6 +29,9 @@ class Run:
     grid: int[n, coordinates], the place of each token counted from the run's first, where position encodings read
       several coordinates (time, height, width of patches). None: token i is at (i, i, ...).
     advance: by how much what follows a run with a grid is moved on.
+    order: int[n], beginning with 0: the order in which tokens see each other, counted from the run's first; those of
+      equal numbers do in both directions (the patches of one image). Encodings go on to tell them apart. None: one
+      after the other. Prefix runs have none.
     deep: float[B, n, layers, D], what the tokens add behind the decoder's first layers; None: nothing.
     beside: it takes neither slots nor places; the tokens of the runs that follow, up to the next one beside, attend to
       it through layers of their own. Its width is its own.
@@ -41,6 +44,7 @@ class Run:
     attend: Literal["causal", "prefix", "private"] = flax.struct.field(pytree_node=False, default="causal")
     grid: tuple[tuple[int, ...], ...] | None = flax.struct.field(pytree_node=False, default=None)
     advance: int = flax.struct.field(pytree_node=False, default=0)
+    order: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
     deep: jax.Array | None = None
     beside: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -88,8 +92,12 @@ def layout(runs: Sequence[Run], order: Order = Order()) -> Tokens:
     runs = [run.replace(embeds=nothing, mask=run.mask[:, :0]) if run.beside else run for run in runs]
     frame = _Frame.of(runs, order)
     lengths = [run.length for run in runs]
-    positions = frame.places(lengths, [np.arange(length) for length in lengths])
+    steps = [np.arange(length) for length in lengths]
+    orders = [step if run.order is None else np.array(run.order) for run, step in zip(runs, steps, strict=True)]
+    positions = frame.places(lengths, orders)
     offsets = None
+    if any(run.order is not None for run in runs):
+        offsets = (frame.places(lengths, steps) - positions)[..., None]
     if any(run.grid for run in runs):
         # Every patch has its row and column; what follows goes on after the larger of them.
         sizes = [run.advance if run.grid else run.length for run in runs]

@@ -22,29 +22,31 @@ RULES = (
 )
 
 
-def read(values: Mapping[str, Any]) -> base.VLMConfig:
-    """config.json -> configuration."""
+SMOLLM = {
+    "model_type": "smolvlm",
+    "prompt": "<|im_start|>{instruction}<end_of_utterance>",
+    "special_tokens": False,
+    "bos_id": 1,
+    "eos_id": 49_279,
+    "pad_id": 2,
+}
+
+
+def read(values: Mapping[str, Any], **fields: Any) -> base.VLMConfig:
+    """config.json -> configuration; `fields` of VLMConfig are what a relative has in place of SMOLLM."""
     size = sections.SIGLIP.read(values, SIGLIP).image_size
-    return sections.read_siglip_llama(
-        values,
-        SIGLIP,
-        model_type="smolvlm",
-        connector=LinearConnectorConfig(use_bias=False, shuffle=values.get("scale_factor", 2)),
-        image=sections.half_image(size, "lanczos"),  # one picture, not split into tiles
-        prompt="<|im_start|>{instruction}<end_of_utterance>",
-        special_tokens=False,
-        tail=0,
-        bos_id=1,
-        eos_id=49_279,
-        pad_id=2,
-        rules=RULES,
-    )
+    connector = LinearConnectorConfig(use_bias=False, shuffle=values.get("scale_factor", 2))
+    image = sections.half_image(size, "lanczos")  # one picture, not split into tiles
+    fields = SMOLLM | fields | {"connector": connector, "image": image, "tail": 0, "rules": RULES}
+    return sections.read_siglip_llama(values, SIGLIP, **fields)
 
 
-def write(config: base.VLMConfig) -> dict[str, Any]:
+def write(
+    config: base.VLMConfig, architecture: str = "SmolVLMForConditionalGeneration", image_token_id: int = 49_190
+) -> dict[str, Any]:
     """Configuration -> config.json."""
-    more = {"image_token_id": 49_190, "scale_factor": config.connector.shuffle}
-    return sections.write_siglip_llama(config, "SmolVLMForConditionalGeneration", **more)
+    more = {"image_token_id": image_token_id, "scale_factor": config.connector.shuffle}
+    return sections.write_siglip_llama(config, architecture, **more)
 
 
 def published(scale_factor: int, vision: Mapping[str, Any], **text: Any) -> dict[str, Any]:

@@ -45,7 +45,9 @@ class DecoderConfig:
     """The MLP has a gate."""
     attention_bias: Literal["none", "qkv", "all"] = "none"
     mlp_bias: bool = False
-    positions: Literal["rotary", "alibi", "sinusoid"] = "rotary"
+    positions: Literal["rotary", "alibi", "sinusoid", "learned"] = "rotary"
+    max_positions: int = 0
+    """Of learned positions: how many there are; tokens beyond become NaN."""
     rope_theta: float = 10_000.0
     rotary_fraction: float = 1.0
     """Share of each head's channels that is turned."""
@@ -67,6 +69,8 @@ class DecoderConfig:
     """Sliding layers see only this many tokens back (Gemma 2 and 3)."""
     sliding_period: int = 2
     """With a sliding window: every so many-th layer sees everything, the others slide."""
+    window_over_blocks: bool = True
+    """Tokens that see each other in both directions do so in sliding layers, too, however far apart (PaliGemma 2)."""
     local_rope_theta: float | None = None
     """`rope_theta` of sliding layers, whose places are not scaled; None: as in the others."""
     rope_factor: float = 1.0
@@ -133,6 +137,8 @@ class DecoderConfig:
             small["query_scalar"] = 16
         if self.sliding_window is not None:
             small |= {"sliding_window": 8, "sliding_period": min(self.sliding_period, 3)}
+        if self.max_positions:
+            small["max_positions"] = 300
         if self.mrope_sections:
             small["mrope_sections"] = (1, 1, 2) if self.own_head_dim is None else (1, 2, 3)
         if self.gated is not None:
@@ -213,6 +219,9 @@ class Decoder(nn.Module):
         if c.gated is not None:
             self.cross_layers = GatedCrossAttention(c.gated, self.kernel)
         self.final_norm = make_norm(c.norm, c.norm_epsilon)
+        if c.positions == "learned":  # the first two rows are for padding (fairseq, OPT)
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("position", "embed"))
+            self.positions = self.param("positions", init, (c.max_positions + 2, c.width))
         if c.head != "tied":
             shape, axes, bias = (c.width, c.vocab_size), ("embed", "vocab"), c.head == "linear_bias"
             self.head = Einsum("...D,DV->...V", shape, axes, use_bias=bias, kernel=self.kernel)
@@ -271,7 +280,9 @@ class Decoder(nn.Module):
         everywhere = near = causal_mask(positions, keys, key_mask, group)
         if self.config.sliding_window is not None:
             near = places[:, :, None] - key_places[:, None, :] < self.config.sliding_window
-            near = everywhere & (near | (positions[:, :, None] == keys[:, None, :]))
+            if self.config.window_over_blocks:
+                near |= positions[:, :, None] == keys[:, None, :]
+            near &= everywhere
         return near, everywhere, key_places
 
     def _angles(self, places: jax.Array) -> tuple[Rotary | None, Rotary | None]:
@@ -302,12 +313,14 @@ class Decoder(nn.Module):
         return x, new, None if tokens.media is None else media.replace(embeds=None, keys=keys)
 
     def _enter(self, embeds: jax.Array, places: jax.Array, *, deterministic: bool) -> jax.Array:
-        """Embeddings as the first layer reads them: scaled, with sinusoids, dropped."""
+        """Embeddings as the first layer reads them: scaled, with positions where these are added, dropped."""
         c = self.config
         # Sum in float32: in bfloat16 the sinusoids would vanish beside the scaled embeddings.
         x = embeds.astype(jnp.float32) * (math.sqrt(c.width) if c.embed_scale else 1.0)
         if c.positions == "sinusoid":
             x += sinusoid(places, c.width)
+        if c.positions == "learned":
+            x += jnp.take(self.positions, places + 2, axis=0)
         return self.embed_drop(x.astype(embeds.dtype), deterministic=deterministic)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": _gelu_tanh,
     "gelu_new": _gelu_tanh,
     "quick_gelu": quick_gelu,
+    "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
 """By the names Hugging Face configs use."""

@@ -27,8 +27,9 @@ class Rule:
     An axis "1/3" takes the second of three equal parts: rules of all parts share a tensor ("(0/3 n h) d -> d n h" for
     the queries of a fused projection).
     """
-    every: int = 1
-    """The i-th of a stack has number (i + 1) * every - 1 in the tensor's name: every 2nd layer has 1, 3, 5, ..."""
+    first: int = 0
+    stride: int = 1
+    """Row i of the parameter is layer first + stride * i, where layers of one stack differ in turns."""
 
     @property
     def is_stacked(self) -> bool:
@@ -42,18 +43,16 @@ class Rule:
         return (int(found[1]), int(found[2])) if found else (0, 1)
 
     def match(self, name: str) -> tuple[bool, int | None]:
-        """Whether a normalised tensor name belongs to this rule, and its layer."""
+        """Whether a normalised tensor name belongs to this rule, and its row of the parameter."""
         found = _source_regex(normalize(self.source)).fullmatch(name)
-        if found is None:
-            return False, None
-        if not self.is_stacked:
-            return True, None
-        layer, rest = divmod(int(found["layer"]) + 1, self.every)
-        return (False, None) if rest else (True, layer - 1)
+        if found is None or not self.is_stacked:
+            return found is not None, None
+        row, rest = divmod(int(found["layer"]) - self.first, self.stride)
+        return (False, None) if rest or row < 0 else (True, row)
 
     def name(self, layer: int | None) -> str:
-        """The tensor name of a layer: inverse of `match`."""
-        return self.source if layer is None else self.source.replace("{layer}", str((layer + 1) * self.every - 1))
+        """The tensor name of a row: inverse of `match`."""
+        return self.source if layer is None else self.source.replace("{layer}", str(self.first + self.stride * layer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +184,11 @@ def linear(
     """torch.nn.Linear (weight [out, in]) -> Einsum."""
     rows = (Rule(f"{source}.weight", f"{target}/kernel", kernel),)
     return (*rows, Rule(f"{source}.bias", f"{target}/bias", bias)) if use_bias else rows
+
+
+def every(table: Rules, stride: int, first: int) -> Rules:
+    """The same rules, of layers first, first + stride, ... alone."""
+    return tuple(dataclasses.replace(row, first=first, stride=stride) for row in table)
 
 
 def layer_norm(source: str, target: str) -> Rules:

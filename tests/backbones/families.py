@@ -24,6 +24,10 @@ TORCH: dict[str, Callable[[base.VLMConfig], torch.nn.Module]] = {
     "llava": lambda config: hugging_face(config, image_token_index=IMAGE),
     "smolvlm": lambda config: hugging_face(config, image_token_id=IMAGE),
     "deepseek_vl": lambda config: hugging_face(config, image_token_id=IMAGE),
+    "blip-2": lambda config: hugging_face(config, image_token_index=IMAGE),
+    "gemma3": lambda config: hugging_face(config, image_token_index=IMAGE),
+    "idefics3": lambda config: hugging_face(config, image_token_id=IMAGE),
+    "internvl": lambda config: hugging_face(config, image_token_id=IMAGE),
     "qwen2_5_vl": lambda config: hugging_face(config, image_token_id=IMAGE, video_token_id=101),
     "qwen3_vl": lambda config: hugging_face(config, image_token_id=IMAGE, video_token_id=101),
     "llava_mpt": composed.LlavaMpt,
@@ -44,6 +48,10 @@ COMPARED = (
     "deepseek-vl-1.3b",
     "qwen2.5-vl-3b",
     "qwen3-vl-4b",
+    "gemma-3-4b",
+    "internvl3-1b",
+    "blip2-opt-2.7b",
+    "idefics3-8b-llama3",
     "llava-mpt-7b",
     "moondream2",
     "moondream2-2024-03",
@@ -70,6 +78,8 @@ def tiny(name: str) -> base.VLMConfig:
     config = registry.get(name).tiny()
     if getattr(config.vision, "is_ragged", False):
         config = config.resized(dataclasses.replace(config.vision, image_size=59))  # 4 x 4 patches and 3 pixels more
+    if config.model_type in ("gemma3", "internvl"):  # 4 x 4 patches, 2 x 2 tokens
+        config = config.resized(dataclasses.replace(config.vision, image_size=56))
     if config.text.positions == "alibi":  # transformers' MPT has this ratio only
         config = dataclasses.replace(config, text=dataclasses.replace(config.text, mlp_dim=4 * config.width))
     return config
@@ -89,13 +99,16 @@ def forward(
     arguments = {"attention_mask": torch.from_numpy(mask).long(), "pixel_values": pixels.flatten(0, 1)}
     if config.model_type == "kosmos-2":
         arguments["image_embeds_position_mask"] = ids == IMAGE
-    if config.model_type == "smolvlm":
+    if config.model_type == "gemma3":
+        arguments["token_type_ids"] = (ids == IMAGE).int()
+    if config.model_type in ("smolvlm", "idefics3"):
         arguments["pixel_values"] = pixels
     if config.model_type in ("qwen2_5_vl", "qwen3_vl"):
         patches = flat_patches(pixels.flatten(0, 1), config.vision.patch_size)
         arguments |= patches | {"mm_token_type_ids": (ids == IMAGE).int()}
     out = model(input_ids=ids, **arguments, **more, output_hidden_states=True, use_cache=False)
-    return out.logits, out.hidden_states[-1]
+    out_of_decoder = out.language_model_outputs if config.model_type == "blip-2" else out
+    return out.logits, out_of_decoder.hidden_states[-1]
 
 
 def flat_patches(images: torch.Tensor, size: int) -> dict[str, torch.Tensor]:

@@ -194,6 +194,11 @@ def test_weights_tell_moondreams_projector_and_revision():
         ({"model_type": "llava_mpt", "attn_config": {"alibi": False}}, "attn_config.alibi=False is not supported"),
         ({"model_type": "vlm", "text_decoder_name_or_path": "a/llama"}, "'a/llama' is not supported"),
         ({"model_type": "qwen2_5_vl", "vision_config": {"image_size": 225}}, "no multiple of 28"),
+        (
+            {"model_type": "gemma3", "text_config": {"rope_scaling": {"rope_type": "yarn"}}},
+            "type 'yarn' is not supported",
+        ),
+        ({"model_type": "gemma3", "text_config": {"layer_types": ["full_attention"]}}, "every 6th layer alone"),
         ({"model_type": "qwen3_vl", "vision_config": {"image_size": 240}}, "no multiple of 32"),
         ({"model_type": "qwen3_vl", "vision_config": {"deepstack_visual_indexes": [8, 27]}}, "some of the 27 layers"),
         ({"model_type": "paligemma", "vision_config": {"image_size": 225, "patch_size": 14}}, "no multiple of"),

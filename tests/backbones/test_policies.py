@@ -66,6 +66,23 @@ def test_rows_and_columns_of_patches_reach_the_loss(structure):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
+def test_the_patches_of_an_image_see_each_other_in_a_video_and_keep_their_places():
+    model = make("gemma-3-4b", ("video", "action_query", "mlp"))
+    batch = toy.make_batch(np.random.default_rng(0), window=model.config.window, windows=2, chunk=2)
+    params, size = toy.random_params(model, batch), model.vlm.image.size
+    images = {camera: np.zeros((*x.shape[:2], size, size, 3), np.float32) for camera, x in batch.inputs.images.items()}
+    inputs = batch.inputs.replace(images=images)
+    tokens = jax.jit(lambda p: model.apply({"params": p}, inputs, method="embed"))(params)
+    video = model.history.to_sequences(tokens, np.ones_like(inputs.step_mask))
+    positions, image = np.asarray(video.positions)[0], video.slot("image")
+    length = len(positions[image]) // (len(model.config.cameras) * model.config.window)
+    for first in range(image.start, image.stop, length):  # start of image, patches, end of image
+        assert len(set(positions[first + 1 : first + length - 1])) == 1
+        assert positions[first] < positions[first + 1] < positions[first + length - 1]
+    places = (positions + np.asarray(video.offsets)[0, :, 0])[np.asarray(video.mask)[0]]
+    assert sorted(places) == list(range(len(places)))
+
+
 @pytest.mark.parametrize("preset", calvin_abcd.OTHERS)
 def test_presets_build_their_backbone_and_train_what_they_say(preset):
     config = calvin_abcd.PRESETS[preset]

@@ -292,6 +292,8 @@ PROCESSORS = {
     "CLIPImageProcessor": {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}},  # LLaVA
     "SiglipImageProcessor": {"size": {"height": 56, "width": 56}},  # PaliGemma
     "Qwen2VLImageProcessor": {"min_pixels": 56 * 56, "max_pixels": 56 * 56, "patch_size": 14, "merge_size": 2},
+    "GotOcr2ImageProcessor": {"size": {"height": 56, "width": 56}},  # InternVL
+    "Gemma3ImageProcessor": {"size": {"height": 56, "width": 56}, "resample": 2},
     "Qwen2VLImageProcessorFast": {  # Qwen3-VL
         "size": {"shortest_edge": 64 * 64, "longest_edge": 64 * 64},
         "patch_size": 16,
@@ -308,7 +310,7 @@ def test_square_frames_are_prepared_as_transformers_processors_do(tmp_path, kind
     from tests.backbones.families import flat_patches
 
     statistics = {"image_mean": list(CLIP.mean), "image_std": list(CLIP.std), "resample": 3}
-    fields = {"image_processor_type": kind, **PROCESSORS[kind], **statistics}
+    fields = {"image_processor_type": kind, **statistics, **PROCESSORS[kind]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
     frames = make_frames(84, 84)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)

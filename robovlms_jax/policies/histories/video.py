@@ -46,7 +46,10 @@ class Video:
             return x.reshape(len(x), -1, *x.shape[4:])
 
         real = all_images(frames.mask & mask[..., None])
-        places = first + jnp.cumsum(real, axis=1) - 1
+        # The patches of an image may share a position, that of its last one.
+        shared = frames.positions - frames.positions[:, :, image.start, None]
+        shared -= jnp.arange(tokens.mask.shape[1]) - image.start
+        places = first + jnp.cumsum(real, axis=1) - 1 + all_images(shared)
         after = newest.positions > first
         positions = newest.positions + jnp.where(after, earlier * self.cameras * length, 0)
 
