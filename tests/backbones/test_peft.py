@@ -87,8 +87,10 @@ def test_what_peft_writes_is_read_with_a_smaller_rank_and_another_scale_too(tmp_
     assert_close(merged(ours, config.lora), flatten_dict(expected, sep="/"))
 
 
-@pytest.mark.parametrize("name", ["moondream2", "llava-mpt-7b", "smolvlm2-500m"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("moondream2", "lora"), ("moondream2", "dora"), ("llava-mpt-7b", "rslora"), ("smolvlm2-500m", "lora")],
+)
 def test_every_tensor_with_its_adapter_is_the_merged_one_and_the_way_back_is_the_same(tmp_path, name, kind):
     # Fused projections become one adapter of three ranks: fails where a part meets another's rows.
     config, _, params = with_adapters(name, kind)

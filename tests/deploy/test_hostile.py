@@ -18,8 +18,8 @@ def _quiet():
     logging.disable(logging.NOTSET)
 
 
-def test_a_few_hundred_bad_messages_do_no_harm():
-    hostile.attack(400)
+def test_a_hundred_bad_messages_do_no_harm():
+    hostile.attack(150)
 
 
 @pytest.mark.slow

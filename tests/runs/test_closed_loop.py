@@ -30,7 +30,6 @@ RECORD = {
     ("changes", "message"),
     [
         ({"env": "calvin"}, "calvin_root"),
-        ({"env": "simpler"}, "simpler_statistics"),
         ({"processes": 0}, "processes=0"),
         ({"chains": -1}, "chains=-1"),
         ({"tasks": ("fly",)}, "unknown"),
