@@ -38,7 +38,9 @@ def _from_file(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.P
         try:
             return kind.from_json(json_files.read(pathlib.Path(words[0])), words[0])
         except OSError as error:
-            raise ValueError(f"cannot be read: {error}") from error
+            sys.exit(_fail(f"{words[0]} cannot be read: {error}"))
+        except ValueError as error:  # in one line, as for other flags, and not in the library's box
+            sys.exit(_fail(str(error)))
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,

@@ -1,8 +1,8 @@
 """Relative actions in the world's frame and in the tool's. Pure functions on NumPy or jax arrays.
 
-An action is float[..., 7]: translation, Euler rotation, gripper. A pose is float[..., 6 or more], of which the first
-six numbers are the tool centre point's xyz (m) and Euler xyz (rad) in the world, as `robot_obs` begins. The gripper
-passes through everything untouched.
+An action is float[..., 6 or more]: translation, Euler rotation, and what passes through untouched (a gripper). A pose
+is float[..., 6 or more], of which the first six numbers are the tool centre point's xyz (m) and Euler xyz (rad) in the
+world, as CALVIN's `robot_obs` begins.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ToolFrame:
     """Rotation as the Euler angles of R'^T R, the turn back."""
 
     def from_world(self, actions: Array, pose: Array) -> Array:
-        """World-frame relative actions float[..., 7] at poses float[..., >= 6] -> tool frame, same shape."""
+        """World-frame relative actions float[..., >= 6] at poses float[..., >= 6] -> tool frame, same shape."""
         xp = actions.__array_namespace__()
         rotation = rotations.from_euler(pose[..., 3:6], self.order)
         target = rotations.from_euler(pose[..., 3:6] + self.unit * actions[..., 3:6], self.order)

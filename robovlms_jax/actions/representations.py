@@ -56,8 +56,13 @@ class Representation:
         return dataclasses.replace(self.own, action=tuple(d for part in made for d in part))
 
     def encode(self, actions: np.ndarray, states: np.ndarray) -> np.ndarray:
-        """Own actions float[n, A] at states float[n, P] -> float32[n, A'] in the representation."""
+        """Own actions float[n, A] at states float[n, P] -> float32[n, A'] in the representation; NaN where a rotation
+        is none, such as a quaternion of zeros."""
         actions = np.asarray(actions, np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):  # what is no rotation becomes NaN
+            return self._encode(actions, states)
+
+    def _encode(self, actions: np.ndarray, states: np.ndarray) -> np.ndarray:
         parts = {column: actions[:, column : column + 1] for column in range(actions.shape[1])}
         for arm in self.arms:
             pose = arm.pose(states)
@@ -68,8 +73,11 @@ class Representation:
 
     def decode(self, chunk: np.ndarray, state: np.ndarray) -> np.ndarray:
         """A predicted chunk float[C, A'] at the state float[P] -> own actions float32[C, A]. Motions are clipped to the
-        robot's bounds, and the next action begins where the clipped one leads to."""
-        chunk = np.asarray(chunk, np.float64)
+        robot's bounds, and the next action begins where the clipped one leads to. NaN as in `encode`."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self._decode(np.asarray(chunk, np.float64), state)
+
+    def _decode(self, chunk: np.ndarray, state: np.ndarray) -> np.ndarray:
         places = self._places()
         poses = [arm.pose(np.asarray(state)[None]) for arm in self.arms]
         own = np.zeros((len(chunk), len(self.own.action)))
@@ -110,17 +118,30 @@ def make(name: Name, own: robots.RobotSpec) -> Representation:
         kinds = {own.action[column].kind for column in (*part.position, *part.rotation)}
         if kinds not in ({"delta"}, {"absolute"}):
             raise ValueError(f"{what} needs the arm's motions, or its poses; robot {own.name!r} has {sorted(kinds)}.")
-        framed = sorted({own.action[column].frame for column in part.position} & {"tcp"})
-        if framed and kinds == {"delta"}:
-            raise ValueError(
-                f"{what}: robot {own.name!r} is sent motions in the tool's frame; only robot can be named."
-            )
+        _require_one_frame(own, part, state[side], what)
         if name == "tcp_upstream" and part.form != "euler_xyz":
             raise ValueError(f"{what} is about Euler angles; robot {own.name!r} turns by {part.form}. Set tcp.")
         made.append(arms.Arm(name, own, part, state[side]))
     if name == "velocity" and not own.rate_hz:
         raise ValueError(f"policy.representation='velocity' needs the robot's rate; {own.name!r} has rate_hz=0.")
     return Representation(name, own, tuple(made))
+
+
+def _require_one_frame(own: robots.RobotSpec, action: arms.Part, state: arms.Part, what: str) -> None:
+    """Poses and motions are added up, so they must be given in one frame, which is not the tool's; an unknown one
+    agrees with every other."""
+    found = {
+        f"{where} {kind}": {dimensions[column].frame for column in columns}
+        for where, dimensions, part in (("action", own.action, action), ("state", own.state, state))
+        for kind, columns in (("position", part.position), ("rotation", part.rotation))
+    }
+    known = set().union(*found.values()) - {""}
+    if len(known) > 1 or "tcp" in known:
+        said = {name: sorted(frames) for name, frames in found.items()}
+        raise ValueError(
+            f"{what} needs the arm's action and state in one frame, not in the tool's; robot {own.name!r} has {said}. "
+            "Set policy.representation=robot, or convert the data."
+        )
 
 
 def _parts(

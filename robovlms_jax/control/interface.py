@@ -94,7 +94,8 @@ class Env(Protocol):
         """Put robot and scene into the given state (float[15], float[24] as CALVIN defines them) or the neutral one."""
 
     def step(self, action: np.ndarray) -> None:
-        """Execute one action float[7]; raises ValueError on a wrong shape or a value that is not finite."""
+        """Execute one action float[A], the robot's own; raises ValueError on a wrong shape or a value that is not
+        finite."""
 
     def observe(self) -> Observation:
         """Render the cameras and read the robot."""

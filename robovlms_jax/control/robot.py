@@ -97,7 +97,7 @@ class Camera:
         _require_text("camera", self, "name")
         for field in ("height", "width"):
             size = getattr(self, field)
-            if not _is_number(size) or size < 0 or size != int(size):
+            if not _is_number(size) or not math.isfinite(size) or size < 0 or size != int(size):
                 raise ValueError(f"camera {self.name!r}: {field}={size!r}; expected pixels, a whole number; 0: any.")
 
 
@@ -244,6 +244,8 @@ def _object(content: Any, kind: type, where: str) -> dict[str, Any]:
 
 
 def _require_text(what: str, part: Any, *fields: str) -> None:
+    if part.name == "":
+        raise ValueError(f"{what}: name is empty; it is what messages, flags and files call it by.")
     for field in fields:
         value = getattr(part, field)
         if not isinstance(value, str):
@@ -258,6 +260,7 @@ def differences(expected: RobotSpec, found: RobotSpec) -> list[str]:
     """What differs in a way that changes what numbers or pictures mean, a sentence each; [] when nothing does.
 
     Unknown units, frames and rates and unbounded dimensions agree with everything; names of the robots may differ.
+    Units are compared by what they measure ("1 m" is "m"), bounds in these.
     """
     listed = []
     missing = [name for name in expected.camera_names if name not in found.camera_names]
@@ -276,10 +279,17 @@ def _dimension_differences(part: str, expected: Sequence[Dimension], found: Sequ
         return [f"{part} has {len(found)} dimensions {names}, expected {len(expected)}: {[d.name for d in expected]}"]
     listed = []
     for column, (left, right) in enumerate(zip(expected, found, strict=True)):
+        where = f"{part}[{column}] {left.name!r}"
         for field in ("name", "unit", "kind", "quantity", "frame", "open_at"):
             want, got = getattr(left, field), getattr(right, field)
-            if want != got and want not in ("", "other") and got not in ("", "other"):
-                listed.append(f"{part}[{column}] {left.name!r}: {field} is {got!r}, expected {want!r}")
+            same = left.measure == right.measure if field == "unit" else want == got
+            if not same and want not in ("", "other") and got not in ("", "other"):
+                listed.append(f"{where}: {field} is {got!r}, expected {want!r}")
+        for bound in ("low", "high"):
+            want, got = (getattr(x, bound) * x.measure[0] for x in (left, right))
+            if math.isfinite(want) and math.isfinite(got) and not math.isclose(want, got, rel_tol=1e-3, abs_tol=1e-9):
+                got, want = getattr(right, bound), getattr(left, bound)
+                listed.append(f"{where}: {bound} is {got:g}, expected {want:g}")
     return listed
 
 

@@ -37,7 +37,9 @@ class RepresentedDataset(base.Dataset):
         return self.actions(frame_ids) if name == "rel_actions" else self.own.array(name, frame_ids)
 
     def actions(self, frame_ids: Sequence[int]) -> np.ndarray:
-        return self._representation.encode(self.own.actions(frame_ids), self.own.proprio(frame_ids))
+        """As everywhere. Raises CorruptFrameError for a frame whose rotation is none (a quaternion of zeros)."""
+        actions = self._representation.encode(self.own.actions(frame_ids), self.own.proprio(frame_ids))
+        return base.require_finite(actions, frame_ids, f"actions that are {self._name}", self.name)
 
     def proprio(self, frame_ids: Sequence[int]) -> np.ndarray:
         return self.own.proprio(frame_ids)

@@ -119,7 +119,7 @@ class PolicyConfig:
     """W: observed steps looked back over, the current one included."""
     reencode_every: int = 1
     """History interleaved, control only: once the window slides, decode all of it again every this many steps. 1 is
-    exact; 0 never does and costs one frame per step (see `policies.stream` for what is approximate then)."""
+    exact; 0 never does and costs one frame per step (what is approximate then: `policies/histories/interleaved.py`)."""
     chunk: int = 10
     """C: future actions predicted at every step, beginning with the current one."""
     robot: robots.RobotSpec = robots.CALVIN

@@ -158,10 +158,11 @@ class BatchedVLAPolicy:
             if not slots:
                 return []
             actions, spreads = self._advance(seen)
-            bad = {slot: _not_finite(actions[slot]) for slot in seen if not np.isfinite(actions[slot]).all()}
+            own = {slot: self._own(x, actions[slot]) for slot, x in seen.items()}
+            bad = {slot: _not_finite(own[slot]) for slot in seen if not np.isfinite(own[slot]).all()}
             chunks = {
-                slot: ActionChunk(self._own(x, actions[slot]), *self._confidence(actions[slot], spreads[slot]))
-                for slot, x in seen.items()
+                slot: ActionChunk(own[slot], *self._confidence(actions[slot], spreads[slot]))
+                for slot in seen
                 if slot not in bad
             }
             for slot in chunks:

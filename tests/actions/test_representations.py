@@ -204,7 +204,7 @@ def test_degrees_and_motions_along_the_tools_own_axes_are_refused():
     with pytest.raises(ValueError, match=r"needs the arm's state in m and rad; robot 'calvin' has .*'deg'"):
         representations.make("absolute", dataclasses.replace(robot.CALVIN, state=tuple(degrees)))
     tool = tuple(dataclasses.replace(d, frame="tcp") for d in robot.CALVIN.action)
-    with pytest.raises(ValueError, match="sent motions in the tool's frame"):
+    with pytest.raises(ValueError, match=r"in one frame, not in the tool's.*'tcp'"):
         representations.make("absolute", dataclasses.replace(robot.CALVIN, action=tool))
 
 
@@ -222,3 +222,41 @@ def test_a_robot_without_an_arm_is_told_what_it_lacks():
         representations.make("tcp", base)
     with pytest.raises(ValueError, match="rate_hz=0"):
         representations.make("velocity", dataclasses.replace(robot.CALVIN, rate_hz=0.0))
+
+
+@pytest.mark.parametrize(
+    ("action", "state", "message"),
+    [
+        (("base", "base"), ("world", "world"), r"'action position': \['base'\].*'state position': \['world'\]"),
+        (("world", "tcp"), ("world", "world"), r"'action rotation': \['tcp'\]"),
+        (("tcp", "tcp"), ("tcp", "tcp"), "not in the tool's"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["absolute", "delta"])
+def test_poses_and_motions_of_other_frames_are_not_added_up(action, state, message, kind):
+    def dimensions(frames, kind):
+        return tuple(
+            robot.Dimension(name, unit, kind, quantity, frame)
+            for quantity, unit, frame in zip(("position", "axis_angle"), ("m", "rad"), frames)
+            for name in (f"{quantity}_{i}" for i in range(3))
+        )
+
+    spec = robot.RobotSpec("arm", 5.0, (), dimensions(action, kind), dimensions(state, "absolute"))
+    with pytest.raises(ValueError, match=message):
+        representations.make("relative", spec)
+    unknown = robot.RobotSpec("arm", 5.0, (), dimensions(("", ""), kind), dimensions(("base", "base"), "absolute"))
+    assert representations.make("relative", unknown)
+
+
+@pytest.mark.parametrize(("form", "size"), [("quaternion_xyzw", 4), ("rotation_6d", 6)])
+def test_what_is_no_rotation_becomes_nan_and_nothing_else(form, size):
+    def arm(kind):
+        xyz = [robot.Dimension(f"x{i}", "m", kind, "position") for i in range(3)]
+        return (*xyz, *(robot.Dimension(f"r{i}", "1", kind, form) for i in range(size)))
+
+    made = representations.make("relative", robot.RobotSpec("arm", 5.0, (), arm("absolute"), arm("absolute")))
+    good = np.concatenate([np.zeros(3), np.eye(1, size)[0] if size == 4 else [1, 0, 0, 0, 1, 0]])
+    states = np.stack([good, np.zeros(3 + size), good])
+    encoded = made.encode(np.stack([good] * 3), states)
+    assert np.isfinite(encoded[[0, 2]]).all() and np.isnan(encoded[1]).any()
+    assert np.isfinite(made.decode(encoded[:1], good)).all() and np.isnan(made.decode(encoded[:1], states[1])).any()

@@ -58,6 +58,14 @@ def test_every_difference_that_changes_a_meaning_is_listed():
         "'rad'",
     ]
     assert "2 dimensions" in robot.differences(robot.CALVIN, so100)[-2]
+
+    # Bounds and units by what they measure: a gripper of 0 to 100 is not one of 0 to 1, "1 m" is "m".
+    def ends(low, high, unit):
+        return dataclasses.replace(so100, action=joints("pan", "lift", low=low, high=high, unit=unit))
+
+    assert len(robot.differences(ends(0, 1, "1"), ends(0, 100, "1"))) == 2
+    assert robot.differences(ends(0, 1, "m"), ends(0, 1, "1 m")) == []
+    assert robot.differences(ends(0, 1, "m"), ends(0, math.inf, "m")) == []
     # What is unknown contradicts nothing.
     unknown = dataclasses.replace(so100, rate_hz=0.0, action=joints("pan", "lift", unit=""))
     assert robot.differences(so100, unknown) == []
@@ -86,6 +94,10 @@ def test_every_difference_that_changes_a_meaning_is_listed():
         (lambda: robot.from_json({"name": "r", "state": [{"name": "x", "unit": 3}]}), r"state\[0\].*unit=3"),
         (lambda: robot.Camera("front", height=-1), "height=-1; expected pixels"),
         (lambda: robot.Camera("front", width="64"), "width='64'; expected pixels"),
+        (lambda: robot.Camera("front", width=math.inf), "width=inf; expected pixels"),
+        (lambda: robot.Camera(""), "camera: name is empty"),
+        (lambda: robot.RobotSpec(""), "robot: name is empty"),
+        (lambda: robot.from_json({"name": "r", "action": [{"name": ""}]}), r"action\[0\].*name is empty"),
     ],
 )
 def test_what_is_no_robot_is_refused_by_name(make, message):

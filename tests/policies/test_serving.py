@@ -225,8 +225,8 @@ def test_actions_that_are_not_finite_end_their_own_episode_and_no_other(policy, 
             step = policy._step
 
             def bad(*arguments):
-                actions, carry = step(*arguments)
-                return actions.at[0, 0, 0].set(np.nan), carry
+                actions, *rest = step(*arguments)
+                return actions.at[0, 0, 0].set(np.nan), *rest
 
             if poisoned:
                 patch.setattr(policy, "_step", bad)
