@@ -59,9 +59,6 @@ class ToolFrame:
         return xp.concat([move[..., 0], turn, actions[..., 6:]], axis=-1)
 
 
-TOOL = ToolFrame()
-"""The exact conversion."""
-
 UPSTREAM_TOOL = ToolFrame(unit=0.01, order="intrinsic", inverted=True)
 """RoboVLMs' `tcp_rel`: rotations as if infinitesimal, CALVIN's angles read in the other order, and the turn back
 instead of the turn. Its way back to the world cannot run there; here it inverts what `from_world` does."""

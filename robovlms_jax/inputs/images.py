@@ -80,11 +80,6 @@ class ImageSpec:
             raise ValueError(f"ImageSpec.interpolation={self.interpolation!r} is none of {list(_FILTERS)}.")
 
 
-def preprocess(images: jax.Array, spec: ImageSpec, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """Resize and normalise: uint8[..., height, width, 3] -> dtype[..., size, size, 3], cast from float32 at the end."""
-    return normalize(resize(images, spec.size, spec.interpolation), spec.mean, spec.std).astype(dtype)
-
-
 def resize(images: jax.Array, size: int, interpolation: Interpolation = "bicubic") -> jax.Array:
     """Scale to size x size, whatever the aspect ratio, antialiased; bit for bit what Pillow's `Image.resize`
     gives for columns, then for rows (its own order, but for pictures that are much higher than wide).

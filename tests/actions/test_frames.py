@@ -19,7 +19,7 @@ poses = hnp.arrays(np.float64, (3, 15), elements=st.floats(-1, 1)).map(
 )
 
 
-@pytest.mark.parametrize("frame", [frames.TOOL, frames.UPSTREAM_TOOL])
+@pytest.mark.parametrize("frame", [frames.ToolFrame(), frames.UPSTREAM_TOOL])
 @settings(max_examples=40, deadline=None)
 @given(world=actions, pose=poses)
 def test_tool_frame_both_ways(frame, world, pose):
@@ -33,7 +33,7 @@ def test_tool_frame_both_ways(frame, world, pose):
 @given(actions, poses)
 def test_tool_frame_means_the_same_motion(world, pose):
     # The pose that follows, computed without the module: R' = R * turn, p' = p + R * move.
-    tool = frames.TOOL.from_world(world, pose)
+    tool = frames.ToolFrame().from_world(world, pose)
     rotation = Rotation.from_euler("xyz", pose[:, 3:6])
     asked = Rotation.from_euler("xyz", pose[:, 3:6] + 0.05 * world[:, 3:6])
     turned = rotation * Rotation.from_euler("xyz", 0.05 * tool[:, 3:6])
@@ -58,7 +58,7 @@ def test_numpy_and_jax_agree():
     world, pose = (rng.uniform(-1, 1, (4, n)).astype(np.float32) for n in (7, 15))
 
     def there(world, pose):
-        return frames.TOOL.from_world(frames.TOOL.to_world(world, pose), pose)
+        return frames.ToolFrame().from_world(frames.ToolFrame().to_world(world, pose), pose)
 
     np.testing.assert_allclose(jax.jit(there)(world, pose), there(world, pose), atol=1e-4)
     np.testing.assert_allclose(rotations.wrap(pose), pose)

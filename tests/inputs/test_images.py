@@ -11,6 +11,13 @@ from robovlms_jax.inputs import images
 from robovlms_jax.inputs.config import AugmentConfig
 
 PIL_FILTERS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC, "lanczos": Image.LANCZOS}
+
+
+def preprocess(pixels, spec, dtype=jnp.float32):
+    """As `objective.prepare` does it in a program: resized, then normalised."""
+    return images.normalize(images.resize(pixels, spec.size, spec.interpolation), spec.mean, spec.std).astype(dtype)
+
+
 CLIP = images.ImageSpec(224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
@@ -64,12 +71,12 @@ def test_resize_refuses_what_is_not_stored_uint8():
 
 def test_preprocess_is_upstreams_formula_in_any_leading_shape():
     frames = make_frames(84, 84).reshape(1, 3, 84, 84, 3)
-    out = images.preprocess(frames, CLIP)
+    out = preprocess(frames, CLIP)
     assert out.shape == (1, 3, 224, 224, 3)
     assert out.dtype == jnp.float32
     resized = np.asarray(Image.fromarray(frames[0, 1]).resize((224, 224), Image.BICUBIC))
     np.testing.assert_allclose(out[0, 1], (resized / 255.0 - CLIP.mean) / CLIP.std, atol=2e-6)
-    half = images.preprocess(frames, CLIP, jnp.bfloat16)
+    half = preprocess(frames, CLIP, jnp.bfloat16)
     np.testing.assert_array_equal(half, out.astype(jnp.bfloat16))
 
 
@@ -80,7 +87,7 @@ def test_preprocess_equals_upstreams_own_images(golden, shared_data):
         start = batch["episode_lookup"][window]
         for camera, name in (("rgb_static", "rgb"), ("rgb_gripper", "hand_rgb")):
             files = [shared_data / f"golden/calvin_tiny/training/episode_{start + i:07d}.npz" for i in range(8)]
-            ours = images.preprocess(np.stack([np.load(file)[camera] for file in files]), spec)
+            ours = preprocess(np.stack([np.load(file)[camera] for file in files]), spec)
             np.testing.assert_allclose(ours, batch[f"{name}_{window}"].transpose(0, 2, 3, 1), atol=2e-6)
 
 
@@ -316,7 +323,7 @@ def test_square_frames_are_prepared_as_transformers_processors_do(tmp_path, kind
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     theirs = processor(images=list(frames), return_tensors="pt")["pixel_values"]
     spec = images.read_image_spec(tmp_path, 4 * fields.get("patch_size", 14))
-    ours = np.asarray(images.preprocess(jnp.asarray(frames), spec)).transpose(0, 3, 1, 2)
+    ours = np.asarray(preprocess(jnp.asarray(frames), spec)).transpose(0, 3, 1, 2)
     if kind.startswith("Qwen"):
         ours = flat_patches(torch.tensor(ours), fields["patch_size"])["pixel_values"].numpy()
     level = 1 / (255 * max(CLIP.std))

@@ -67,7 +67,8 @@ def test_answers_are_the_cross_entropy_of_their_tokens_given_all_before(params, 
     batch = make_pairs(SPEAKING.vlm)
     vlm = backbones.build(SPEAKING.vlm)
     own = {"params": params["backbone"]}
-    pictures = objective.images.preprocess(jnp.asarray(batch.images), SPEAKING.vlm.image)
+    spec, images = SPEAKING.vlm.image, objective.images
+    pictures = images.normalize(images.resize(jnp.asarray(batch.images), spec.size), spec.mean, spec.std)
 
     def logits(row: int, length: int) -> np.ndarray:
         """Of one sample without its padding, its tokens put together by hand."""
