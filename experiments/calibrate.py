@@ -1,18 +1,23 @@
 """Calibrate a checkpoint on its validation split: intervals that hold what would be demonstrated, 9 times out of 10.
 
     python -m experiments.calibrate --checkpoint runs/playtable_fixtures
+    python -m experiments.calibrate --checkpoint runs/playtable_fixtures --rollouts runs/playtable_fixtures/rollouts/...
 
 calibration.json is written beside the checkpoint's parts; from then on its actions carry intervals, also through the
-server. docs/serving.md says what they promise.
+server. With `rollouts` nothing is calibrated for serving: it measures whether uncertainty tells failed trials from
+successful ones, and writes detection.json there. docs/serving.md says what either promises.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import pathlib
 import sys
 
 from robovlms_jax import cli
+from robovlms_jax.data import atomic
+from robovlms_jax.evaluation import chains, detection
 from robovlms_jax.policies.serving import BatchedVLAPolicy
 from robovlms_jax.runs import calibrating, saved
 from robovlms_jax.runs.load import load_batched_policy, load_config
@@ -29,14 +34,17 @@ class CalibrateConfig:
     """Run directory or one of its checkpoints/<step> folders."""
     root: str = ""
     """Where the dataset lies now; empty: where it lay in training."""
+    rollouts: str = ""
+    """A folder with results-*.jsonl of experiments.evaluate on this checkpoint: measure failure detection instead."""
     coverage: float = 0.9
-    """How many actions the intervals are to hold, as a share."""
+    """How many actions the intervals are to hold, as a share; with rollouts, how many successful trials are to end
+    without an alarm."""
     share: float = 0.5
-    """Of the validation episodes, for calibration; the others measure the coverage."""
+    """Of the validation episodes (or rollouts), for calibration; the others measure the coverage."""
     num_samples: int = 0
     """Flow heads: chunks drawn for the spread (`policy.head.num_samples`); serve with the same. 0: as saved."""
     splits: int = 200
-    """Further random splits to measure the coverage on."""
+    """Further random splits to measure the coverage (or alarms) on."""
     seed: int = 0
 
     def __post_init__(self):
@@ -44,6 +52,10 @@ class CalibrateConfig:
             raise ValueError(f"coverage={self.coverage} and share={self.share} must lie between 0 and 1.")
         if self.splits < 1 or self.num_samples < 0:
             raise ValueError(f"splits={self.splits} must be at least 1, num_samples={self.num_samples} not negative.")
+        if self.rollouts and (self.root or self.num_samples):
+            raise ValueError(
+                "root and num_samples are not read with rollouts, whose uncertainty is stored; leave them."
+            )
 
 
 def calibrate(config: CalibrateConfig) -> str:
@@ -74,11 +86,34 @@ def calibrate(config: CalibrateConfig) -> str:
     return "\n".join(lines)
 
 
+def detect(config: CalibrateConfig) -> str:
+    """Measures failure detection on stored rollouts, writes detection.json there and returns what to print."""
+    label = seals.identity(checkpoints.locate(config.checkpoint)).label
+    evaluation = chains.load(config.rollouts)
+    found = evaluation.setup.get("checkpoint")
+    if found != label:
+        raise ValueError(
+            f"{config.rollouts} has results of checkpoint {found}, and {config.checkpoint} is {label}; give the folder "
+            "of its own rollouts."
+        )
+    try:
+        trials = detection.episodes(evaluation.results)
+        measured = detection.measure(
+            trials, config.coverage, share=config.share, splits=config.splits, seed=config.seed
+        )
+    except ValueError as error:
+        raise ValueError(f"{config.rollouts}: {error}") from error
+    facts = {"setup": dict(evaluation.setup), "results": len(evaluation.results), "trials": len(trials)}
+    path = pathlib.Path(config.rollouts) / "detection.json"
+    atomic.write_json(path, facts | {"share": config.share, "seed": config.seed} | dataclasses.asdict(measured))
+    return f"{path}\n{detection.table(measured)}"
+
+
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     config = cli.read(CalibrateConfig, description=__doc__)
     try:
-        print(calibrate(config))
+        print(detect(config) if config.rollouts else calibrate(config))
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 

@@ -85,7 +85,8 @@ class AsyncConfig:
 
 
 class Row(NamedTuple):
-    """One action float[A]; the tick of the observation it came from, and how uncertain the policy was of it."""
+    """One action float[A]; the tick of the observation it came from, and how uncertain the policy was of it, nan where
+    it did not say."""
 
     action: np.ndarray
     observed: int
@@ -135,7 +136,7 @@ class ActionQueue:
           uncertainty: float[C] or None.
         """
         new = np.array(actions)
-        doubt = np.zeros(len(new)) if uncertainty is None else np.asarray(uncertainty, float)
+        doubt = np.full(len(new), np.nan) if uncertainty is None else np.asarray(uncertainty, float)
         with self._lock:
             if starts is None:
                 starts = self.now if self.config.seam == "wait" else observed

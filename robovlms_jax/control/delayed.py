@@ -52,15 +52,17 @@ class AsynchronousBatch:
             for slot, chunk in zip(asked, self._policy.act(list(asked.values()), list(asked)), strict=True):
                 episode = self._episodes[slot]
                 episode.coming = (episode.scheduler.queue.now + self._latency, chunk)
-        return [ActionChunk(self._ahead(self._episodes[slot])) for slot in slots]
+        return [self._ahead(self._episodes[slot]) for slot in slots]
 
-    def _ahead(self, episode: _Episode) -> np.ndarray:
-        """Actions until the next tick at which somebody has to look."""
+    def _ahead(self, episode: _Episode) -> ActionChunk:
+        """Actions until the next tick at which somebody has to look; holding still is as uncertain as nan says."""
         actions: list[np.ndarray] = []
+        doubts: list[float] = []
         while True:
             episode.land()
             if actions and (self._config.looks or episode.scheduler.due()):
-                return np.stack(actions)
+                unsaid = np.isnan(doubts).all()
+                return ActionChunk(np.stack(actions), None if unsaid else np.array(doubts, np.float32))
             waits = self._config.seam == "wait" and episode.coming is not None
             row = episode.scheduler.queue.take() if not waits else episode.wait()
             if row is None:
@@ -73,6 +75,7 @@ class AsynchronousBatch:
             episode.executed.append(action)
             episode.latest = action
             actions.append(action)
+            doubts.append(np.nan if row is None else row.uncertainty)
 
 
 @dataclasses.dataclass

@@ -61,7 +61,7 @@ def select(
     Args:
       past: () at the start of an episode, then the previous call's second result.
       chunk: float[C, A], for the coming C steps.
-      robot: whose actions they are; its binary grippers vote, everything else is averaged.
+      robot: whose actions they are; its binary grippers vote, everything else is averaged, further columns too.
     Returns:
       float[n, A] to execute before the next request, n >= 1, and the new past.
     """
@@ -88,6 +88,22 @@ def robot_of(policy: object) -> robots.RobotSpec:
 def _none(robot: robots.RobotSpec) -> np.ndarray:
     """No action, float32[0, A]."""
     return np.zeros((0, len(robot.action)), np.float32)
+
+
+def _rows(chunk: ActionChunk) -> np.ndarray:
+    """Actions, with how uncertain each is as a further column where the policy says so: what is done to an action,
+    selected or averaged, is done to that too."""
+    if chunk.uncertainty is None:
+        return chunk.actions
+    return np.column_stack([chunk.actions, np.asarray(chunk.uncertainty, np.asarray(chunk.actions).dtype)])
+
+
+def _chunk(rows: np.ndarray, robot: robots.RobotSpec) -> ActionChunk:
+    """The reverse of `_rows`."""
+    count = len(robot.action)
+    if np.ndim(rows) != 2 or rows.shape[1] != count + 1:
+        return ActionChunk(rows)
+    return ActionChunk(rows[:, :count], rows[:, count])
 
 
 class BatchedPolicy(Protocol):
@@ -125,9 +141,10 @@ class Executed:
             if self._executed is None:
                 raise RuntimeError("there is no episode: act() before reset(instruction), or the reset failed.")
             observation = dataclasses.replace(observation, executed=self._executed)
-            chunk = self._policy.act(observation).actions
-            self._executed, self._past = select(self._execution, self._past, chunk, self.robot)
-            return ActionChunk(self._executed)
+            rows, self._past = select(self._execution, self._past, _rows(self._policy.act(observation)), self.robot)
+            chunk = _chunk(rows, self.robot)
+            self._executed = chunk.actions
+            return chunk
 
 
 class ExecutedBatch:
@@ -159,11 +176,12 @@ class ExecutedBatch:
                 dataclasses.replace(observation, executed=self._executed[slot])
                 for slot, observation in zip(slots, observations, strict=True)
             ]
+            chosen = []
             for slot, chunk in zip(slots, self._policy.act(reported, slots), strict=True):
-                self._executed[slot], self._past[slot] = select(
-                    self._execution, self._past[slot], chunk.actions, self.robot
-                )
-            return [ActionChunk(self._executed[slot]) for slot in slots]
+                rows, self._past[slot] = select(self._execution, self._past[slot], _rows(chunk), self.robot)
+                chosen.append(_chunk(rows, self.robot))
+                self._executed[slot] = chosen[-1].actions
+            return chosen
 
 
 class Separate:

@@ -282,7 +282,9 @@ def _append(path: pathlib.Path, setup: Mapping[str, Any], results: Iterator[Tria
 
 
 def _from_json(row: Mapping[str, Any]) -> TrialResult:
-    values = {field.name: row[field.name] for field in dataclasses.fields(TrialResult)}
+    older = {"uncertainty": ()}
+    values = {field.name: (older | row)[field.name] for field in dataclasses.fields(TrialResult)}
+    values["uncertainty"] = tuple(map(tuple, values["uncertainty"]))
     return TrialResult(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from robovlms_jax.control import robot as robots
 from robovlms_jax.control.execution import BatchedPolicy, robot_of
-from robovlms_jax.control.interface import Observation
+from robovlms_jax.control.interface import ActionChunk, Observation
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.envs.vector import EnvError, Info, VectorEnv
 
@@ -76,6 +76,9 @@ class TrialResult:
     """Last `info["partial"]` of environments that grade parts of a task."""
     restarts: int = 0
     """How often the environment broke before the trial came to an end."""
+    uncertainty: tuple[tuple[float | None, ...], ...] = ()
+    """`ActionChunk.uncertainty` of each action executed, for each attempted task; None where none was said, () where
+    none was all along, and in results of versions that did not keep it."""
 
     @property
     def score(self) -> int:
@@ -164,11 +167,13 @@ class _Run:
     unheard: bool = False
     """The policy has not been told the instruction yet."""
     over: bool = False
-    actions: collections.deque[np.ndarray] = dataclasses.field(default_factory=collections.deque)
-    """Still to be executed before the policy is asked again."""
+    actions: collections.deque[tuple[np.ndarray, float | None]] = dataclasses.field(default_factory=collections.deque)
+    """Still to be executed before the policy is asked again, and how uncertain each is."""
     step: int = 0
     success: list[bool] = dataclasses.field(default_factory=list)
     steps: list[int] = dataclasses.field(default_factory=list)
+    doubts: list[list[float | None]] = dataclasses.field(default_factory=list)
+    """For each task begun, how uncertain each executed action was."""
     film: list[Frame] = dataclasses.field(default_factory=list)
 
     @property
@@ -188,6 +193,7 @@ class _Run:
 
     def begin_task(self, info: Info) -> None:
         self.step, self.info, self.start_info = 0, info, info
+        self.doubts.append([])
         self.follow(info.get("instruction", self.trial.instructions[self.position]))
 
     def advance(self, info: Info, completed: Collection[str], criterion: SuccessCriterion) -> None:
@@ -208,9 +214,17 @@ class _Run:
     def result(self) -> TrialResult:
         trial = self.trial
         partial = {name: float(value) for name, value in self.info.get("partial", {}).items()}
-        success, steps = tuple(self.success), tuple(self.steps)
+        said = any(doubt is not None for doubts in self.doubts for doubt in doubts)
         return TrialResult(
-            trial.index, trial.tasks, trial.instructions, success, steps, trial.labels, partial, self.restarts
+            trial.index,
+            trial.tasks,
+            trial.instructions,
+            tuple(self.success),
+            tuple(self.steps),
+            trial.labels,
+            partial,
+            self.restarts,
+            tuple(map(tuple, self.doubts)) if said else (),
         )
 
 
@@ -254,19 +268,22 @@ class _Loop:
                 error.add_note(f"The policy failed at {'; '.join(self.runs[slot].where() for slot in asking[:3])}.")
                 raise
             for slot, chunk in zip(asking, chunks, strict=True):
-                self.runs[slot].actions.extend(_checked(chunk.actions, self.runs[slot].where(), robot_of(self.policy)))
+                actions = _checked(chunk.actions, self.runs[slot].where(), robot_of(self.policy))
+                self.runs[slot].actions.extend(zip(actions, _doubts(chunk, self.runs[slot].where()), strict=True))
         for slot in filmed:
             if slot in seen:
                 run = self.runs[slot]
-                run.film.append(Frame(seen[slot], run.actions[0], run.instruction, run.position, run.step))
+                run.film.append(Frame(seen[slot], run.actions[0][0], run.instruction, run.position, run.step))
 
     def step(self) -> list[tuple[_Run, Observation | None]]:
         """One control step everywhere; returns the trials that ended, those filmed with a last look."""
         slots = list(self.runs)
         if not slots:
             return []
-        actions = np.stack([self.runs[slot].actions.popleft() for slot in slots])
-        infos = self._sound(slots, self.envs.step(slots, actions))
+        actions, doubts = zip(*[self.runs[slot].actions.popleft() for slot in slots], strict=True)
+        for slot, doubt in zip(slots, doubts, strict=True):
+            self.runs[slot].doubts[-1].append(doubt)
+        infos = self._sound(slots, self.envs.step(slots, np.stack(actions)))
         completed = self.criterion.completed([self.runs[slot].start_info for slot in infos], list(infos.values()))
         for (slot, info), names in zip(infos.items(), completed, strict=True):
             self.runs[slot].advance(info, names, self.criterion)
@@ -320,6 +337,20 @@ def _checked(actions: np.ndarray, where: str, robot: robots.RobotSpec) -> np.nda
                 "exactly -1 (close) or 1 (open); binarise them first."
             )
     return actions
+
+
+def _doubts(chunk: ActionChunk, where: str) -> list[float | None]:
+    """How uncertain each action of a chunk is, to five digits; None where the policy does not say (nan)."""
+    if chunk.uncertainty is None:
+        return [None] * len(chunk.actions)
+    doubts = np.asarray(chunk.uncertainty, float)
+    if doubts.shape != (len(chunk.actions),) or np.isinf(doubts).any():
+        infinite = " and an infinite value" if np.isinf(doubts).any() else ""
+        raise ValueError(
+            f"{where}: the policy's uncertainty has shape {doubts.shape}{infinite}, expected a finite number for each "
+            f"of its {len(chunk.actions)} actions. Check the policy's head."
+        )
+    return [None if np.isnan(doubt) else float(f"{doubt:.5g}") for doubt in doubts]
 
 
 def _recording(env: str, run: _Run, last_look: Observation | None, every: int, robot: robots.RobotSpec) -> Recording:

@@ -260,3 +260,14 @@ def test_acting_without_an_episode_is_refused():
         batch.act([look()], [0])
     with pytest.raises(ValueError, match="latency"):
         AsynchronousBatch(Policy(), AsyncConfig(), -1)
+
+
+def test_late_answers_keep_how_uncertain_each_action_is_and_holding_still_says_nothing():
+    driven = AsynchronousBatch(Policy(np.arange(C) / 10.0), AsyncConfig("wait"), 2)
+    driven.reset([0], ["go"])
+    found = driven.act([look()], [0])[0]
+    np.testing.assert_allclose(found.uncertainty[:5], [np.nan, np.nan, 0.0, 0.1, 0.2], rtol=1e-6)
+    assert len(found.uncertainty) == len(found.actions)
+    unsaid = AsynchronousBatch(Policy(), AsyncConfig("wait"), 2)
+    unsaid.reset([0], ["go"])
+    assert unsaid.act([look()], [0])[0].uncertainty is None
