@@ -13,7 +13,7 @@ beaten. NumPy only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from robovlms_jax.evaluation.rollout import TrialResult
 from robovlms_jax.evaluation.rollout_metrics import Estimate, Rate
 from robovlms_jax.policies import confidence
 
-_RESAMPLES = 2000
+_RESAMPLES = 1000
 
 
 def _maximum(values: np.ndarray) -> np.ndarray:
@@ -54,10 +54,11 @@ is the baseline that knows nothing of the policy."""
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """One trial: uncertainty float[T] of each executed action, nan where none was said; and how it ended."""
+    """One trial: uncertainty float[T] of each executed action, nan where none was said; how it ended, and at what."""
 
     uncertainty: np.ndarray
     failed: bool
+    task: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +112,20 @@ def auroc(failed: np.ndarray, succeeded: np.ndarray) -> float:
     return float(np.mean(below) / len(succeeded))
 
 
-def auroc_interval(failed: np.ndarray, succeeded: np.ndarray, seed: int = 0) -> Estimate:
-    """`auroc` and its 95 % interval, by resampling failed and successful trials apart."""
-    value, rng = auroc(failed, succeeded), np.random.default_rng(seed)
-    draws = [auroc(rng.choice(failed, len(failed)), rng.choice(succeeded, len(succeeded))) for _ in range(_RESAMPLES)]
-    return Estimate(value, *map(float, np.percentile(draws, (2.5, 97.5))))
+def auroc_interval(groups: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0) -> Estimate:
+    """`auroc` over pairs of the same group (failed, succeeded), and its 95 % interval: failed and successful trials of
+    each group are resampled apart. Raises ValueError where no group has both."""
+    groups = [(failed, succeeded) for failed, succeeded in groups if len(failed) and len(succeeded)]
+    if not groups:
+        raise ValueError("no group has failed and successful trials, so there is nothing to tell apart.")
+    pairs, rng = [len(failed) * len(succeeded) for failed, succeeded in groups], np.random.default_rng(seed)
+
+    def area(draw: Callable[[np.ndarray], np.ndarray]) -> float:
+        areas = [auroc(draw(failed), draw(succeeded)) for failed, succeeded in groups]
+        return float(np.average(areas, weights=pairs))
+
+    draws = [area(lambda scores: rng.choice(scores, len(scores))) for _ in range(_RESAMPLES)]
+    return Estimate(area(lambda scores: scores), *map(float, np.percentile(draws, (2.5, 97.5))))
 
 
 def episodes(results: Sequence[TrialResult]) -> list[Episode]:
@@ -132,7 +142,7 @@ def episodes(results: Sequence[TrialResult]) -> list[Episode]:
                 "or policy.head.num_samples of flow heads), or the trial was run by a version that did not keep it."
             )
         key = (result.tasks[0], result.instructions[0], result.uncertainty[0])
-        found[key] = Episode(np.array(result.uncertainty[0], float), not result.success[0])
+        found[key] = Episode(np.array(result.uncertainty[0], float), not result.success[0], result.tasks[0])
     return list(found.values())
 
 
@@ -141,12 +151,14 @@ class Detected:
     """How one score did on trials that its threshold was not made of.
 
     auroc: name of a moment -> among the trials still running then; None: no trial failed, or none succeeded. "end" is
-    over all trials at their ends, where length tells. time: share of a failed trial gone by at its alarm, mean over
+    over all trials at their ends, where length tells. within: the same over pairs of one task, whose difficulty then
+    tells nothing. time: share of a failed trial gone by at its alarm, mean over
     those detected; None: there was no alarm in any. repeated: mean over random splits of the rates of true and false
     alarms; None: no split had such trials.
     """
 
     auroc: dict[str, Estimate | None]
+    within: dict[str, Estimate | None]
     true_alarms: Rate
     false_alarms: Rate
     time: Estimate | None
@@ -179,23 +191,24 @@ def measure(trials: Sequence[Episode], coverage: float, *, share: float, splits:
     rng = np.random.default_rng(seed)
     calibration, test = _split(trials, share, rng)
     lengths = [len(trial.uncertainty) for trial in calibration if not trial.failed]
-    moments = {f"step {int(step)}": int(step) for step in np.percentile(lengths, (25, 50, 75))}
+    moments: dict[str, int | None] = {f"step {int(step)}": int(step) for step in np.percentile(lengths, (25, 50, 75))}
+    moments["end"] = None
     others = [_split(trials, share, rng) for _ in range(splits)]
     scores = {}
     for name, score in SCORES.items():
         rates = [_alarms(*split, score, coverage) for split in others]
         alarms = _alarms(calibration, test, score, coverage)
         times = np.array([alarm / length for alarm, length, failed in alarms if failed and alarm])
-        auc = {moment: _auroc_at(test, score, step) for moment, step in moments.items()}
         scores[name] = Detected(
-            auc | {"end": _auroc_at(test, score, None)},
+            {moment: _auroc_at(test, score, step, within=False) for moment, step in moments.items()},
+            {moment: _auroc_at(test, score, step, within=True) for moment, step in moments.items()},
             _rate(alarms, True),
             _rate(alarms, False),
             _mean_interval(times, seed) if len(times) else None,
             (_mean_rate(rates, True), _mean_rate(rates, False)),
         )
-    at = {moment: sum(len(x.uncertainty) >= step for x in test) for moment, step in moments.items()}
-    return Measured(coverage, len(lengths), len(test), sum(x.failed for x in test), at | {"end": len(test)}, scores)
+    at = {moment: sum(len(x.uncertainty) >= (step or 0) for x in test) for moment, step in moments.items()}
+    return Measured(coverage, len(lengths), len(test), sum(x.failed for x in test), at, scores)
 
 
 def _split(trials: Sequence[Episode], share: float, rng: np.random.Generator) -> tuple[list[Episode], list[Episode]]:
@@ -231,12 +244,16 @@ def _mean_rate(splits: Sequence[Sequence[tuple[int, int, bool]]], failed: bool) 
     return float(np.mean(rates)) if rates else None
 
 
-def _auroc_at(test: Sequence[Episode], score: Callable, step: int | None) -> Estimate | None:
-    """Among trials that still run at `step`, by their score then; None: all, at their ends."""
-    running = [trial for trial in test if step is None or len(trial.uncertainty) >= step]
-    values = np.array([score(trial.uncertainty)[-1 if step is None else step - 1] for trial in running])
-    failed = np.array([trial.failed for trial in running], bool)
-    return auroc_interval(values[failed], values[~failed]) if 0 < failed.sum() < len(failed) else None
+def _auroc_at(test: Sequence[Episode], score: Callable, step: int | None, *, within: bool) -> Estimate | None:
+    """Among trials that still run at `step`, by their score then; step None: all, at their ends. within: over pairs of
+    one task. None: there is no pair."""
+    groups: dict[str, tuple[list[float], list[float]]] = {}
+    for trial in test:
+        if step is None or len(trial.uncertainty) >= step:
+            kinds = groups.setdefault(trial.task if within else "", ([], []))
+            kinds[not trial.failed].append(score(trial.uncertainty)[-1 if step is None else step - 1])
+    pairs = [(np.array(failed), np.array(succeeded)) for failed, succeeded in groups.values() if failed and succeeded]
+    return auroc_interval(pairs) if pairs else None
 
 
 def _mean_interval(values: np.ndarray, seed: int) -> Estimate:
@@ -254,19 +271,26 @@ def table(measured: Measured) -> str:
     if not measured.failed or not good:
         which = "No trial of the test failed" if not measured.failed else "All trials of the test failed"
         lines.append(f"{which}: there is nothing to tell apart, and AUROC is not defined.")
-    moments = [f"AUROC {moment} ({count} trials)" for moment, count in measured.at.items()]
-    heads = ["score so far", *moments, "failures alarmed", "successes alarmed", "time of alarm", "over random splits"]
-    lines += ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for name, found in measured.scores.items():
-        rates = [
-            f"{rate.value:.2f} ({rate.interval[0]:.2f} to {rate.interval[1]:.2f})" if rate.attempts else "none"
-            for rate in (found.true_alarms, found.false_alarms)
-        ]
-        cells = [name, *map(_shown, found.auroc.values()), *rates, _shown(found.time)]
-        means = ", ".join("none" if mean is None else f"{mean:.2f}" for mean in found.repeated)
-        lines.append("| " + " | ".join([*cells, means]) + " |")
+    moments = [f"{moment} ({count} trials)" for moment, count in measured.at.items()]
+    lines += _rows("AUROC", moments, {name: found.auroc.values() for name, found in measured.scores.items()})
+    within = {name: found.within.values() for name, found in measured.scores.items()}
+    lines += _rows("AUROC within tasks", moments, within)
+    heads = ["failures alarmed", "successes alarmed", "share of the trial gone by", "the rates over random splits"]
+    lines += _rows("alarms", heads, {name: _alarm_cells(found) for name, found in measured.scores.items()})
     return "\n".join(lines)
 
 
-def _shown(estimate: Estimate | None) -> str:
+def _rows(title: str, heads: Sequence[str], cells: Mapping[str, Iterable[Any]]) -> list[str]:
+    head = ["", f"| {title} | " + " | ".join(heads) + " |", "|" + "---|" * (len(heads) + 1)]
+    return head + [f"| {name} | " + " | ".join(map(_shown, row)) + " |" for name, row in cells.items()]
+
+
+def _alarm_cells(found: Detected) -> list[Any]:
+    rates = [Estimate(x.value, *x.interval) if x.attempts else None for x in (found.true_alarms, found.false_alarms)]
+    return [*rates, found.time, ", ".join("none" if mean is None else f"{mean:.2f}" for mean in found.repeated)]
+
+
+def _shown(estimate: Estimate | str | None) -> str:
+    if isinstance(estimate, str):
+        return estimate
     return "none" if estimate is None else f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"

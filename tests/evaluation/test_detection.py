@@ -70,11 +70,18 @@ def test_auroc_of_one_kind_is_refused_by_the_name_of_the_other():
 
 def test_the_interval_of_auroc_is_as_wide_as_the_numbers_of_trials_allow():
     rng, failed, succeeded = np.random.default_rng(0), 50, 200
-    found = detection.auroc_interval(rng.normal(1, 1, failed), rng.normal(0, 1, succeeded))
+    found = detection.auroc_interval([(rng.normal(1, 1, failed), rng.normal(0, 1, succeeded))])
     area, squared = found.value, found.value**2  # Hanley and McNeil 1982
     one, other = area / (2 - area) - squared, 2 * squared / (1 + area) - squared
     variance = (area * (1 - area) + (failed - 1) * one + (succeeded - 1) * other) / (failed * succeeded)
     assert found.high - found.low == pytest.approx(2 * 1.96 * math.sqrt(variance), rel=0.25)
+
+
+def test_within_tasks_only_trials_of_one_task_are_compared():
+    hard, easy, all_won = (np.array([5.0]), np.array([6.0, 4.0])), (np.array([2.0]), np.array([1.0])), ([], [1.0])
+    assert detection.auroc_interval([hard, easy, all_won]).value == pytest.approx((0.5 * 2 + 1.0) / 3)
+    with pytest.raises(ValueError, match="no group has failed and successful"):
+        detection.auroc_interval([all_won])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,6 +209,7 @@ def test_the_command_measures_stored_rollouts_of_its_checkpoint_alone(tmp_path, 
     text = calibrate.detect(calibrate.CalibrateConfig("run", rollouts=str(tmp_path / "own"), splits=3))
     stored = json.loads((tmp_path / "own" / "detection.json").read_text())
     assert stored["scores"]["mean"]["auroc"]["end"]["value"] == 1.0 and "| mean | " in text
+    assert stored["scores"]["mean"]["within"]["end"]["value"] == 1.0
     rolled_out(tmp_path / "other", {"checkpoint": "another"})
     with pytest.raises(ValueError, match="has results of checkpoint another"):
         calibrate.detect(calibrate.CalibrateConfig("run", rollouts=str(tmp_path / "other")))
