@@ -5,8 +5,8 @@
 
 The operator arranges each scene, starts, and says whether it was solved; which checkpoint acted is not told before the
 end. Five rollouts of every task in every setting (Li et al. 2024). Video and actions go to OUT/dataset, a
-LeRobotDataset v3, answers to OUT/trials.jsonl; the same command goes on where it was stopped, by q, Ctrl-C or a power
-failure.
+LeRobotDataset v3, answers to OUT/trials.jsonl, rollouts that did not count, with the reason, to OUT/voids.jsonl; the
+same command goes on where it was stopped, by q, Ctrl-C or a power failure.
 
 `--robot MODULE:FUNCTION` names a function without arguments that returns a `Robot`; `playtable` is the simulated one.
 """
@@ -18,6 +18,7 @@ import importlib
 import logging
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -74,6 +75,36 @@ class TrialConfig:
     seed: int = 0
     """Of the order in which checkpoints act."""
 
+    def __post_init__(self) -> None:
+        if not self.checkpoints:
+            raise ValueError("checkpoints is empty; name the checkpoints to compare, one at least.")
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps={self.max_steps}: a rollout needs 1 control step at least.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A line of trials.jsonl.
+
+    rollout: its number in the session. episode: of the recording. steps: how many were executed.
+    """
+
+    rollout: int
+    episode: int
+    success: bool
+    steps: int
+    setting: str
+    instruction: str
+    remark: str
+
+    def __post_init__(self) -> None:
+        """Raises TypeError for a value of another type: a text "no" would count as a success."""
+        kinds = {"int": int, "bool": bool, "str": str}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not kinds[str(field.type)]:
+                raise TypeError(f"{field.name} is {value!r}, not of type {field.type}")
+
 
 class Stop(Exception):
     """The operator wants to go on another time."""
@@ -83,15 +114,24 @@ def open_robot(name: str) -> Robot:
     """Raises ValueError that says what was expected."""
     if name == "playtable":
         return PlayTable()
-    module, colon, function = name.partition(":")
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise ValueError(f"robot={name!r}: expected MODULE:FUNCTION, or playtable.")
     try:
-        return getattr(importlib.import_module(module), function)() if colon else _refuse(name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"robot={name!r} cannot be imported: {error}.") from error
-
-
-def _refuse(name: str) -> Any:
-    raise ValueError(f"robot={name!r}: expected MODULE:FUNCTION, or playtable.")
+        make = getattr(importlib.import_module(module), function)
+    except Exception as error:  # a module runs whatever it likes while it is imported
+        raise ValueError(f"robot={name!r} cannot be imported: {type(error).__name__}: {error}.") from error
+    try:
+        robot = make()
+    except Exception as error:
+        raise ValueError(
+            f"robot={name!r}: expected a function without arguments that returns a robot; called, it raised "
+            f"{type(error).__name__}: {error}."
+        ) from error
+    missing = [method for method in ("reset", "observe", "step") if not callable(getattr(robot, method, None))]
+    if missing:
+        raise ValueError(f"robot={name!r} returned {type(robot).__name__}, which has no {', '.join(missing)}().")
+    return robot
 
 
 class Session:
@@ -120,13 +160,29 @@ class Session:
         self._root = pathlib.Path(config.out)
         self._root.mkdir(parents=True, exist_ok=True)
         self._require_same_plan()
-        self.answers: list[dict[str, Any]] = json_lines.read(
+        self._dataset = writing.Writer(self._root / "dataset", spec)
+        self.answers: list[Answer] = []
+        json_lines.read(
             self._root / "trials.jsonl",
-            lambda number, line: {"rollout": int(line["rollout"]), "success": bool(line["success"]), **line},
+            self._take,
             expected="an operator's answer",
-            remedy="Remove the line; its rollout is asked for again.",
+            remedy="Remove the line; its rollout is asked for again, and what was recorded of it stays.",
         )
-        self._dataset = writing.Writer(self._root / "dataset", spec, keep=len(self.answers))
+        spare = self._dataset.episodes - len(self.answers)
+        if spare:
+            log.warning("%s holds %d recorded rollouts without an answer; they stay.", self._root / "dataset", spare)
+
+    def _take(self, number: int, line: dict[str, Any]) -> None:
+        """A line of trials.jsonl becomes an answer. Raises ValueError, TypeError for one that cannot be."""
+        answer = Answer(**line)
+        if not 0 <= answer.rollout < len(self.rollouts):
+            raise ValueError(f"rollout {answer.rollout} is none of this session's 0 to {len(self.rollouts) - 1}")
+        if not 0 <= answer.episode < self._dataset.episodes:
+            raise ValueError(f"episode {answer.episode} is none of the {self._dataset.episodes} that dataset/ holds")
+        for name in ("rollout", "episode"):
+            if getattr(answer, name) in {getattr(known, name) for known in self.answers}:
+                raise ValueError(f"an earlier line has {name} {getattr(answer, name)}, too")
+        self.answers.append(answer)
 
     def _require_same_plan(self) -> None:
         """The session that the folder holds is this one. Raises ValueError naming what differs."""
@@ -146,7 +202,7 @@ class Session:
     @property
     def left(self) -> list[blind.Rollout]:
         """Rollouts without an answer, in order."""
-        done = {answer["rollout"] for answer in self.answers}
+        done = {answer.rollout for answer in self.answers}
         return [rollout for rollout in self.rollouts if rollout.number not in done]
 
     def run(self) -> bool:
@@ -175,20 +231,27 @@ class Session:
             return False
         answer = self._choose("Solved? y: yes, n: no, v: void (a fault of the robot or the scene), q: stop", "ynv")
         if answer == "v":
-            return False
+            return self._void(rollout, "by the operator")
         remark = self._ask("Remark (Enter: none): ").strip()
         success = answer == "y"
-        episode = self._dataset.add(steps, rollout.instruction, success)
-        line = {
-            **{"rollout": rollout.number, "episode": episode, "success": success, "steps": len(steps)},
-            **{"setting": rollout.setting, "instruction": rollout.instruction, "remark": remark},
-        }
-        json_lines.append(self._root / "trials.jsonl", line)
-        self.answers.append(line)
+        try:
+            episode = self._dataset.add(steps, rollout.instruction, success)
+        except (ValueError, KeyError, TypeError) as error:
+            return self._void(rollout, f"It cannot be recorded: {type(error).__name__}: {error}", traceback.format_exc())
+        found = Answer(rollout.number, episode, success, len(steps), rollout.setting, rollout.instruction, remark)
+        json_lines.append(self._root / "trials.jsonl", dataclasses.asdict(found))
+        self.answers.append(found)
         return True
 
+    def _void(self, rollout: blind.Rollout, reason: str, details: str = "") -> bool:
+        """False: the rollout does not count. Why is said, and kept in voids.jsonl."""
+        self._say(reason)
+        line = {"rollout": rollout.number, "reason": reason, "traceback": details}
+        json_lines.append(self._root / "voids.jsonl", line)
+        return False
+
     def _act(self, rollout: blind.Rollout) -> list[writing.Step]:
-        """What was seen and done, up to the last step or Ctrl-C."""
+        """What was seen and done, up to the last step or Ctrl-C; nothing where robot or policy failed."""
         policy, steps, limit = self._policies[rollout.policy], [], self._config.max_steps
         try:
             self._robot.reset()
@@ -202,8 +265,8 @@ class Session:
                 steps.append(writing.Step(dict(seen.images), self._state(seen), action))
         except KeyboardInterrupt:
             self._say("ended by Ctrl-C")
-        except (ValueError, RuntimeError, OSError) as error:
-            self._say(f"The rollout broke off: {error}")
+        except Exception as error:  # whatever a robot's driver raises
+            self._void(rollout, f"The rollout broke off: {type(error).__name__}: {error}", traceback.format_exc())
             return []
         return steps
 
@@ -226,7 +289,7 @@ class Session:
     def report(self) -> str:
         """Markdown. Who is who is told only once every rollout has an answer."""
         names = self._labels if not self.left else [f"policy {index + 1}" for index in range(len(self._labels))]
-        success = {answer["rollout"]: answer["success"] for answer in self.answers}
+        success = {answer.rollout: answer.success for answer in self.answers}
         if self.left:
             return f"{len(self.left)} of {len(self.rollouts)} rollouts are left; the report comes when all are done.\n"
         found = blind.rates(self.rollouts, success)

@@ -116,11 +116,90 @@ def test_a_session_goes_on_after_a_power_failure_and_its_recording_opens(tmp_pat
         session(tmp_path, robot, [], max_steps=9)
 
 
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_a_rollout_that_breaks_off_does_not_count_and_is_asked_again(tmp_path, robot):
     said = []
     assert not session(tmp_path, robot, ["g", "q"], said, policies=(Broken(0), Broken(0))).run()
-    assert any("broke off: no camera" in line for line in said)
+    assert any("broke off: ValueError: no camera" in line for line in said)
     assert not (tmp_path / "trials.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", [TypeError, KeyError, AttributeError, AssertionError, ZeroDivisionError])
+def test_whatever_a_robot_raises_makes_the_rollout_void_and_is_kept(kind, tmp_path):
+    class Failing(Toy):
+        fails = True
+
+        def step(self, action):
+            if self.fails:
+                self.fails = False
+                raise kind("the bus is silent")
+            super().step(action)
+
+    assert not session(tmp_path, Failing(), ["g", "g", "v", "g", "y", "", "q"]).run()
+    failed, void = lines(tmp_path / "voids.jsonl")
+    assert failed["rollout"] == 0 and kind.__name__ in failed["reason"] and "the bus is silent" in failed["traceback"]
+    assert void == {"rollout": 0, "reason": "by the operator", "traceback": ""}
+    assert [line["rollout"] for line in lines(tmp_path / "trials.jsonl")] == [0]
+
+
+def test_a_rollout_that_cannot_be_recorded_is_void(tmp_path):
+    class Blinking(Toy):
+        def step(self, action):
+            super().step(action)
+            self.observe = lambda: Observation({"wrist": np.zeros((16, 15, 3), np.uint8)}, self.state)
+
+    assert not session(tmp_path, Blinking(), ["g", "y", "", "q"]).run()
+    assert "cannot be recorded: KeyError: 'static'" in lines(tmp_path / "voids.jsonl")[0]["reason"]
+    assert not (tmp_path / "trials.jsonl").exists()
+
+
+def test_a_damaged_answer_is_asked_again_and_no_recording_is_written_over(tmp_path, caplog):
+    from robovlms_jax.data.lerobot import dataset
+
+    policies, path = (Moving(0.5), Moving(0.25)), tmp_path / "trials.jsonl"
+    assert not session(tmp_path, Toy(), [*["g", "y", ""] * 3, "q"], policies=policies).run()
+    kept = path.read_text().splitlines()
+    path.write_text("\n".join([kept[0], kept[1][:20], kept[2], ""]))
+    with pytest.raises(ValueError, match=r"trials\.jsonl, line 2 .*Remove the line; its rollout is asked for again"):
+        session(tmp_path, Toy(), [])
+    path.write_text("\n".join([kept[0], kept[2], ""]))
+    again = session(tmp_path, Toy(), ["g", "n", "", "q"], policies=policies)
+    assert [rollout.number for rollout in again.left] == [1, 3]
+    assert "holds 1 recorded rollouts without an answer" in caplog.text
+    again.run()
+    assert [(line["rollout"], line["episode"]) for line in lines(path)] == [(0, 0), (2, 2), (1, 3)]
+    found = dataset.open_dataset(tmp_path / "dataset", "training", success_only=False)
+    moved = [float(found.actions([span.start])[0][0]) for span in found.episodes]
+    expected = [(0.5, 0.25)[again.rollouts[number].policy] for number in (0, 1, 2, 1)]
+    assert moved == expected[: len(moved)] and len(moved) >= 3
+    # The last line removed as well: what was recorded of its rollout stays, too.
+    path.write_text(path.read_text().rsplit("\n", 2)[0] + "\n")
+    session(tmp_path, Toy(), ["g", "n", "", "q"], policies=policies).run()
+    assert lines(path)[-1]["episode"] == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"success": "no"}, "success is 'no', not of type bool"),
+        ({"success": 1}, "success is 1, not of type bool"),
+        ({"rollout": True}, "rollout is True, not of type int"),
+        ({"rollout": 77}, "rollout 77 is none of this session's 0 to 3"),
+        ({"episode": 9}, "episode 9 is none of the 2"),
+        ({"rollout": 0}, "an earlier line has rollout 0, too"),
+        ({"episode": 0}, "an earlier line has episode 0, too"),
+        ({"operator": "me"}, "operator"),
+    ],
+)
+def test_an_answer_that_no_operator_gave_is_refused(change, message, tmp_path):
+    session(tmp_path, Toy(), [*["g", "y", ""] * 2, "q"]).run()
+    first, second = lines(tmp_path / "trials.jsonl")
+    (tmp_path / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (first, second | change)))
+    with pytest.raises(ValueError, match=rf"line 2 is not an operator's answer .*{message}.*Remove the line"):
+        session(tmp_path, Toy(), [])
 
 
 def test_every_policy_acts_once_on_every_scene_in_an_order_that_says_nothing():
@@ -156,6 +235,8 @@ def test_pairs_are_compared_by_the_scenes_that_tell_them_apart():
         ({"settings": ("instruction",)}, "reworded has 0 sentences for 1 tasks"),
         ({"instructions": (" ",)}, "no empty sentence"),
         ({"rollouts": 0}, "rollouts=0"),
+        ({"max_steps": 0}, "max_steps=0: a rollout needs 1 control step at least"),
+        ({"checkpoints": ()}, "checkpoints is empty"),
     ],
 )
 def test_a_plan_that_is_none_is_named(change, message, tmp_path):
@@ -163,7 +244,20 @@ def test_a_plan_that_is_none_is_named(change, message, tmp_path):
         session(tmp_path, None, [], **change)
 
 
-@pytest.mark.parametrize("name", ["nothing", "json:nothing", "no_such_module:f"])
-def test_a_robot_that_cannot_be_opened_is_named(name):
-    with pytest.raises(ValueError, match=f"robot='{name}'"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing", "expected MODULE:FUNCTION, or playtable"),
+        ("", "expected MODULE:FUNCTION, or playtable"),
+        (":f", "expected MODULE:FUNCTION, or playtable"),
+        ("json:", "expected MODULE:FUNCTION, or playtable"),
+        ("json:nothing", "cannot be imported: AttributeError"),
+        ("no_such_module:f", "cannot be imported: ModuleNotFoundError"),
+        (".json:f", "cannot be imported: TypeError"),
+        ("json:loads", "a function without arguments that returns a robot; called, it raised TypeError"),
+        ("builtins:dict", r"returned dict, which has no reset, observe, step\(\)"),
+    ],
+)
+def test_a_robot_that_cannot_be_opened_is_named(name, message):
+    with pytest.raises(ValueError, match=f"robot='{name}'.*{message}"):
         trial.open_robot(name)

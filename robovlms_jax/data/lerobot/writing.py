@@ -29,17 +29,16 @@ class Step:
 
 
 class Writer:
-    """Appends episodes to a dataset, a new one or one that this class began.
+    """Appends episodes to a dataset, a new one or one that this class began; none is ever written over.
 
     Args:
       root: its folder.
       robot: names, units and rate of its numbers, which go to info.json and to the conventions that our reader knows.
-      keep: episodes that an existing dataset goes on with; those after them, of an interrupted session, are forgotten.
     Raises:
-      ValueError: a robot without a rate, or fewer than `keep` episodes. ImportError naming the extra.
+      ValueError: a robot without a rate. ImportError naming the extra.
     """
 
-    def __init__(self, root: pathlib.Path, robot: RobotSpec, keep: int = 0):
+    def __init__(self, root: pathlib.Path, robot: RobotSpec):
         self._parquet, self._arrow = meta.library("pyarrow.parquet"), meta.library("pyarrow")
         self._av = meta.library("av")
         if not robot.rate_hz > 0:
@@ -47,9 +46,11 @@ class Writer:
         self._root, self._robot = root, robot
         path = root / EPISODES
         self._episodes: list[dict[str, Any]] = self._parquet.read_table(path).to_pylist() if path.exists() else []
-        if len(self._episodes) < keep:
-            raise ValueError(f"{path} has {len(self._episodes)} episodes; the session has {keep}. It is another's.")
-        del self._episodes[keep:]
+
+    @property
+    def episodes(self) -> int:
+        """How many the dataset holds."""
+        return len(self._episodes)
 
     def add(self, steps: Sequence[Step], instruction: str, success: bool) -> int:
         """Writes an episode and returns its number. Raises ValueError for one without steps."""
