@@ -237,7 +237,8 @@ class Session:
         try:
             episode = self._dataset.add(steps, rollout.instruction, success)
         except (ValueError, KeyError, TypeError) as error:
-            return self._void(rollout, f"It cannot be recorded: {type(error).__name__}: {error}", traceback.format_exc())
+            reason = f"It cannot be recorded: {type(error).__name__}: {error}"
+            return self._void(rollout, reason, traceback.format_exc())
         found = Answer(rollout.number, episode, success, len(steps), rollout.setting, rollout.instruction, remark)
         json_lines.append(self._root / "trials.jsonl", dataclasses.asdict(found))
         self.answers.append(found)
