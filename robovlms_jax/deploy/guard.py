@@ -22,7 +22,8 @@ class Guard:
 
     A chunk belongs to the tick whose observation it was predicted from: its row i is for the i-th tick after that one.
     So rows that came too late are never executed, and a newer chunk takes the place of an older one. Without a row for
-    a tick the robot is braked, and after `Limits.missing_ticks` of them the stop is latched.
+    a tick the robot is braked, and after `Limits.missing_ticks` of them the stop is latched; before the first row
+    nothing is missing yet. Whatever fails in a tick latches the stop, and the robot is braked all the same.
 
     Args:
       queue: which row is for which tick; None: the newest chunk's. It is of the layer's robot.
@@ -42,7 +43,7 @@ class Guard:
         self._layer, self._measure, self._send, self._on_decision = layer, measure, send, on_decision
         self._lock = threading.Condition()
         self.queue = ActionQueue(AsyncConfig("switch"), layer.spec) if queue is None else queue
-        self._stopping = False
+        self._stopping = self._begun = False
         self._thread = threading.Thread(target=self._run, name="guard", daemon=True)
         self.state = "run"
         self.counts: collections.Counter[str] = collections.Counter()
@@ -99,12 +100,15 @@ class Guard:
             log.exception("the robot could not be measured")
             measured = Measured(np.full(1, np.nan))
             self._layer.stop(f"measuring failed: {type(error).__name__}: {error}")
-        if row is not None:
-            decision = self._layer.check(row.action, measured, (tick - row.observed) * self._layer.period_s)
-        else:
-            decision = self._layer.brake(measured) if self._stopping else self._layer.missing(measured)
         try:
-            self._send(decision.action)
+            decision = self._decide(tick, row, measured)
+        except Exception as error:
+            log.exception("the tick could not be checked")
+            self._layer.stop(f"checking failed: {type(error).__name__}: {error}")
+            decision = self._layer.brake_blind()
+        try:
+            if np.isfinite(decision.action).all():  # else a gripper was never told anything: the robot is left alone
+                self._send(decision.action)
         except Exception as error:
             log.exception("the action could not be sent")
             self._layer.stop(f"sending failed: {type(error).__name__}: {error}")
@@ -113,8 +117,18 @@ class Guard:
             self.counts.update({event.stage for event in decision.events})
             self.state = decision.state
             self._lock.notify_all()
-        self._on_decision(decision)
+        try:
+            self._on_decision(decision)
+        except Exception:  # whoever only looks on must not stop the ticks
+            log.exception("on_decision failed")
         return decision
+
+    def _decide(self, tick: int, row: Any, measured: Measured) -> Decision:
+        if row is not None:
+            self._begun = True
+            return self._layer.check(row.action, measured, (tick - row.observed) * self._layer.period_s)
+        waits = self._stopping or not self._begun
+        return self._layer.brake(measured) if waits else self._layer.missing(measured)
 
     def _run(self) -> None:
         due = time.monotonic()

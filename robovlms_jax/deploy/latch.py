@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pathlib
 import threading
 import time
 from typing import Literal
+
+log = logging.getLogger(__name__)
 
 State = Literal["run", "stopping", "hold", "ready"]
 """run: requests are followed. stopping: the robot is being braked. hold: it stands, latched. ready: a person has reset
@@ -38,16 +41,22 @@ class Latch:
             return f"the stop's file {self._file.name} cannot be read ({type(error).__name__}), so it counts as a stop"
 
     def trip(self, reason: str) -> None:
-        """Stop. The first reason stays; a stop while `ready` latches again."""
+        """Stop. The first reason stays; a stop while `ready` latches again. A file that cannot be written is logged."""
         with self._lock:
             if self.state in ("stopping", "hold"):
                 return
             self.state, self.reason, self.since_s = "stopping", reason, time.time()
-            if self._file is not None:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                partial = self._file.with_name(self._file.name + ".partial")
-                partial.write_text(json.dumps({"reason": reason, "time": self.since_s}))
-                os.replace(partial, self._file)
+            try:
+                self._store()
+            except OSError as error:  # a full disk must not keep the robot from being braked
+                log.error("the stop is not kept over a restart: %s cannot be written (%s)", self._file, error)
+
+    def _store(self) -> None:
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._file.with_name(self._file.name + ".partial")
+            partial.write_text(json.dumps({"reason": self.reason, "time": self.since_s}))
+            os.replace(partial, self._file)
 
     def at_rest(self) -> None:
         with self._lock:
@@ -73,14 +82,15 @@ class Latch:
             self.state = "ready"
 
     def start(self, operator: str) -> None:
-        """A person lets the robot move again. Raises RuntimeError without a reset before, ValueError as `reset`."""
+        """A person lets the robot move again. Raises RuntimeError without a reset before, ValueError as `reset`,
+        OSError where the stop's file cannot be removed."""
         with self._lock:
             _require_operator(operator)
             if self.state != "ready":
                 raise RuntimeError(f"start by {operator}: the state is {self.state!r}; reset the stop first.")
-            self.state, self.reason = "run", ""
             if self._file is not None:
                 self._file.unlink(missing_ok=True)
+            self.state, self.reason = "run", ""
 
 
 def _require_operator(operator: object) -> None:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Literal
 
 import numpy as np
 
 from robovlms_jax.control.robot import Dimension, RobotSpec, unit_scale
 from robovlms_jax.deploy.motion import Group
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
 
 Bounds = tuple[tuple[float, float], ...]
 
@@ -43,6 +50,8 @@ class Limits:
     following_error_m: float = 0.05
     """Furthest that an arm's tool may be from where it was sent; more (a blocked arm) latches a stop. A base is sent
     velocities and has none."""
+    following_error_rad: float = 0.2
+    """The same for joints and the tool's angles, of robots that are sent places."""
     gripper_force_n: float = math.inf
     """Above it, grippers open or stay as they are."""
     observation_age_s: float = 0.3
@@ -56,16 +65,25 @@ class Limits:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, float | int) and not value >= 0:
-                raise ValueError(f"limits: {field.name}={value} must be a number of 0 or more.")
+            if field.name in ("workspace_m", "joint_bounds_rad", "on_collision_risk", "category"):
+                continue
+            finite = field.name == "gripper_force_n" or (is_number(value) and math.isfinite(value))
+            if not (is_number(value) and finite and value >= 0):
+                raise ValueError(f"limits: {field.name}={value!r} must be a finite number of 0 or more.")
+        if self.missing_ticks != int(self.missing_ticks) or self.missing_ticks < 1:
+            raise ValueError(f"limits: missing_ticks={self.missing_ticks!r} must be a whole number of 1 or more.")
         if self.on_collision_risk not in ("stop", "slow"):
             raise ValueError(f"limits: on_collision_risk={self.on_collision_risk!r}; expected 'stop' or 'slow'.")
         if self.category not in (0, 1, 2):
             raise ValueError(f"limits: category={self.category!r}; expected 0, 1 or 2 (IEC 60204-1).")
-        if self.workspace_m is not None and len(self.workspace_m) != 3:
-            raise ValueError(f"limits: workspace_m={self.workspace_m}; expected (low, high) for x, y and z, or None.")
-        for name in ("workspace_m", "joint_bounds_rad"):
-            for low, high in getattr(self, name) or ():
+        for name, what in (("workspace_m", "x, y and z"), ("joint_bounds_rad", "every joint")):
+            pairs = getattr(self, name)
+            if pairs is None:
+                continue
+            shaped = isinstance(pairs, tuple | list) and all(isinstance(p, tuple | list) and len(p) == 2 for p in pairs)
+            if not shaped or not all(is_number(x) for p in pairs for x in p) or (what[0] == "x" and len(pairs) != 3):
+                raise ValueError(f"limits: {name}={pairs!r}; expected (low, high) for {what}, or None.")
+            for low, high in pairs:
                 if not low < high:
                     raise ValueError(f"limits: {name} has {low} ... {high}; the first must be below the second.")
 

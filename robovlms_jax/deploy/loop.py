@@ -43,7 +43,8 @@ def run(
     Args:
       policy: such as `client.Client`. What it raises is logged, and the robot goes on with what is left of its chunk,
         then is braked.
-      layer: `Limits.missing_ticks` must outlast an answer of the policy that what is left does not cover.
+      layer: `Limits.missing_ticks` must outlast an answer of the policy that what is left does not cover; for the first
+        answer it waits.
       instruction: or what says which one holds now; the actions for an older one are executed until there are new ones.
       done: asked between predictions; `Guard.now` counts ticks.
       asynchronous: when the policy is asked, and how its answers follow each other. `robot.observe` must take less than
@@ -70,8 +71,8 @@ def run(
             scheduler.ask(reason)
             try:
                 chunk = policy.act(scheduler.see(robot.observe() if observation is None else observation))
-            except (OSError, RuntimeError, ValueError) as error:  # TimeoutError is an OSError
-                log.warning("no action: %s", error)
+            except Exception as error:  # lost lines have errors of their own kinds; the guard brakes in any case
+                log.warning("no action: %s: %s", type(error).__name__, error)
                 guard.counts["failed predictions"] += 1
                 scheduler.failed()
                 guard.wait()

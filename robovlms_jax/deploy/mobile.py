@@ -17,6 +17,8 @@ from typing import Literal
 
 import numpy as np
 
+from robovlms_jax.deploy.limits import is_number
+
 ARM_DIM, BASE_DIM = 7, 3
 
 
@@ -49,10 +51,10 @@ class BaseMapping:
                 raise ValueError(f"base mapping: {field}={getattr(self, field)!r}; expected one of {values}.")
         for field in ("linear_m_s", "angular_rad_s", "speed_m_s", "turn_rad_s"):
             value = getattr(self, field)
-            if not (np.isfinite(value) and value > 0):
-                raise ValueError(f"base mapping: {field}={value} must be a finite number above 0.")
-        if not np.isfinite(self.turn_per_lateral):
-            raise ValueError(f"base mapping: turn_per_lateral={self.turn_per_lateral} must be finite.")
+            if not (is_number(value) and np.isfinite(value) and value > 0):
+                raise ValueError(f"base mapping: {field}={value!r} must be a finite number above 0.")
+        if not (is_number(self.turn_per_lateral) and np.isfinite(self.turn_per_lateral)):
+            raise ValueError(f"base mapping: turn_per_lateral={self.turn_per_lateral!r} must be a finite number.")
 
 
 def base_from_arm(actions: np.ndarray, mapping: BaseMapping) -> np.ndarray:

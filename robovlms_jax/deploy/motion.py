@@ -232,8 +232,8 @@ class MotionFilter:
 
     @property
     def at_rest(self) -> np.ndarray:
-        """bool[B]"""
-        return ~(self.velocity.any(axis=-1) | self.plan.any(axis=(1, 2)))
+        """bool[B]; a tick after the last motion, so that what follows may be followed within the limit of jerk."""
+        return ~(self.velocity.any(axis=-1) | self.change.any(axis=-1) | self.plan.any(axis=(1, 2)))
 
     def _send(self) -> np.ndarray:
         sent = self.plan[:, 0].copy()

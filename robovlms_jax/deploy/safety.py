@@ -12,56 +12,16 @@ means.
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from typing import Any
 
 import numpy as np
 
 from robovlms_jax.control.robot import RobotSpec
-from robovlms_jax.deploy import geometry, mobile, motion
-from robovlms_jax.deploy.latch import Latch, State
-from robovlms_jax.deploy.limits import Limits, layout
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """What the robot knows of itself and its surroundings at a tick.
-
-    position: float[D], one per action dimension that is no gripper, in their order: a tool's x, y, z (m) and angles
-      (rad), joints (rad); of a base x, y (m) and heading (rad) of its odometry. NaN where it is unknown and unbounded.
-    obstacles: in the frame of `position`. body: the robot's own links that the tool could meet, in the same frame.
-    age_s: how old all this is.
-    """
-
-    position: np.ndarray
-    obstacles: tuple[geometry.Obstacle, ...] = ()
-    body: tuple[geometry.Capsule, ...] = ()
-    gripper_force_n: float = 0.0
-    age_s: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """What the layer changed or noticed. stage: which check. before, after: of the action, lists of numbers."""
-
-    tick: int
-    stage: str
-    reason: str
-    before: tuple[float, ...] = ()
-    after: tuple[float, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Decision:
-    """action: float64[A], to send. stop: None, or {"action": "STOP", "reason": ..., "safe_action": float64[A]}.
-    remove_power: ask the drives' own safety function to remove power (stop categories 0 and 1)."""
-
-    action: np.ndarray
-    events: tuple[Event, ...]
-    state: State
-    stop: dict[str, Any] | None = None
-    remove_power: bool = False
+from robovlms_jax.deploy import geometry, mobile, motion, signals
+from robovlms_jax.deploy.latch import Latch
+from robovlms_jax.deploy.limits import Limits, is_number, layout
+from robovlms_jax.deploy.signals import Decision, Event, Measured
 
 
 class SafetyLayer:
@@ -103,6 +63,8 @@ class SafetyLayer:
         self._scene = self._body = geometry.Scene(())
         self._target: np.ndarray | None = None
         """float[D]: where the robot was sent; of a base, where it was measured."""
+        self._measured: np.ndarray | None = None
+        """float[D]: where it was measured last."""
         self._grippers = np.array([np.nan] * len(self._layout.grippers))
         self._cause = ""
 
@@ -114,12 +76,14 @@ class SafetyLayer:
         wanted = self._read(action)
         if isinstance(wanted, str):
             self.latch.trip(wanted)
-        elif not 0 <= action_age_s <= self.limits.action_age_s:  # NaN is refused, too
-            return self._miss(f"stale_action: {action_age_s:g} s old, at most {self.limits.action_age_s:g} s")
+        elif not (is_number(action_age_s) and 0 <= action_age_s <= self.limits.action_age_s):  # NaN is refused, too
+            return self._miss(f"stale_action: {action_age_s} s old, at most {self.limits.action_age_s:g} s")
         self._missing = 0
         if self.latch.state != "run" or not usable:
             return self._stopped(events)
         numbers, asked = wanted
+        if np.isnan(self._grippers).any():  # from now on the arm may move, and its grippers are told something
+            events += self._grip(numbers, measured)
         velocity = self._joints_together(np.clip(asked, -1e6, 1e6))
         result = self._filter.step(self._target[None], velocity[None], lambda: self._gentle(velocity)[None])
         if result.blocked[0] and self.limits.on_collision_risk == "stop":
@@ -145,6 +109,11 @@ class SafetyLayer:
         self._observe(measured)
         return self._stopped([])
 
+    def brake_blind(self) -> Decision:
+        """As `brake`, where nothing is known of where the robot is."""
+        self._tick += 1
+        return self._stopped([])
+
     def stop(self, reason: str) -> None:
         """Latch a stop; the next ticks brake."""
         self.latch.trip(reason)
@@ -153,11 +122,18 @@ class SafetyLayer:
         """A person lifts the stop (see `Latch.reset`); then `start`. Refused while what was measured last would trip it
         again."""
         self.latch.reset(operator, self._cause)
-        self._filter.rest()
-        self._missing = 0
+        self._begin_where_it_is()
 
     def start(self, operator: str) -> None:
+        """The robot may move again, from where it was measured last: it may have been moved, or have sunk."""
         self.latch.start(operator)
+        self._begin_where_it_is()
+
+    def _begin_where_it_is(self) -> None:
+        self._filter.rest()
+        self._missing = 0
+        if self._measured is not None and self._target is not None:
+            self._target = np.where(np.isfinite(self._measured), self._measured, self._target)
 
     @property
     def at_rest(self) -> bool:
@@ -170,22 +146,28 @@ class SafetyLayer:
         if self._cause:
             self.latch.trip(self._cause)
             return False
-        position = np.asarray(measured.position, np.float64)
+        self._measured = position = np.asarray(measured.position, np.float64)
+        if measured.grippers is not None:
+            told = np.isfinite(self._grippers)
+            self._grippers = np.where(told, self._grippers, np.asarray(measured.grippers, np.float64))
         if self._target is None or self._layout.base:
             self._target = np.where(np.isfinite(position), position, 0.0)
         self._scene = self._scene.of(measured.obstacles)
         self._body = self._body.of(measured.body)
         lag = self._does_not_follow(position)
-        if lag:
+        if lag and self.latch.state != "ready":
             # frozen here once: to go on to a target that a blocked arm did not reach would be a leap when it comes free
             self._target = np.where(np.isfinite(position), position, self._target)
             self._filter.rest()
-        self._cause = self._too_near(position) or lag
+        self._cause = self._too_near(position) or (lag if self.latch.state == "run" else "")
         if self._cause:
             self.latch.trip(self._cause)
         return True
 
     def _wrong_measurement(self, measured: Measured) -> str:
+        wrong = signals.wrong_types(measured, len(self._layout.grippers))
+        if wrong:
+            return f"wrong_measurement: {wrong}"
         size = len(self._layout.order)
         try:
             position = np.asarray(measured.position, np.float64)
@@ -226,6 +208,14 @@ class SafetyLayer:
             error = np.linalg.norm(self._target[list(tool)] - position[list(tool)])
             if error > self.limits.following_error_m:
                 return f"following_error: the tool is {error:.3f} m from where it was sent; is the arm blocked?"
+        for column, kind in enumerate(self._layout.kinds):
+            if kind == "absolute" and not any(column in tool for tool in self._layout.tools):
+                error = position[column] - self._target[column]
+                if self._layout.angles[column]:
+                    error = (error + np.pi) % (2 * np.pi) - np.pi
+                if abs(error) > self.limits.following_error_rad:
+                    name = self.spec.action[self._layout.order[column]].name
+                    return f"following_error: {name} is {error:.3f} rad from where it was sent; is the arm blocked?"
         return ""
 
     def _read(self, action: Any) -> tuple[np.ndarray, np.ndarray] | str:
@@ -294,7 +284,7 @@ class SafetyLayer:
         return events
 
     def _miss(self, reason: str) -> Decision:
-        self._missing += 1
+        self._missing += self.latch.state == "run"  # who has reset a stop needs time to start the robot
         events = [Event(self._tick, "watchdog", reason)]
         if self._missing >= self.limits.missing_ticks:
             self.latch.trip(f"{reason}, {self._missing} ticks in a row")
@@ -334,8 +324,7 @@ class SafetyLayer:
             kind = self._layout.kinds[i]
             value = {"absolute": target[i], "delta": velocity[i] * self.period_s, "velocity": velocity[i]}[kind]
             action[column] = value / self._layout.scale[i]
-        held = np.where(np.isfinite(self._grippers), self._grippers, 0.0)
-        action[list(self._layout.grippers)] = held
+        action[list(self._layout.grippers)] = self._grippers
         return action
 
     def _event(self, stage: str, reason: str, before: np.ndarray, after: np.ndarray) -> Event:

@@ -11,6 +11,7 @@ import pytest
 
 from robovlms_jax.control.asynchronous import AsyncConfig
 from robovlms_jax.control.interface import ActionChunk, Observation
+from robovlms_jax.control.robot import Dimension, RobotSpec
 from robovlms_jax.deploy.guard import Guard
 from robovlms_jax.deploy.limits import MOBILE, Limits
 from robovlms_jax.deploy.loop import run
@@ -130,3 +131,72 @@ def test_the_loop_executes_chunks_beside_inference_and_outlives_a_failed_predict
     assert guard.counts["failed predictions"] == 1 and guard.counts["ticks"] >= 40
     assert layer.latch.state == "run" and base.place[0] > 0
     assert not base.sent[-1].any()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [None, Measured(np.zeros(3), age_s=None), Measured(np.zeros(3), obstacles=None), Measured(np.full(3, np.nan))],
+    ids=["none", "age", "obstacles", "nan"],
+)
+@pytest.mark.parametrize("writable", [True, False])
+def test_whatever_a_robots_code_measures_and_the_disk_does_the_robot_is_braked(tmp_path, wrong, writable):
+    (tmp_path / "file").touch()
+    base = Base()
+    layer = SafetyLayer(MOBILE, Limits(), latch_file=tmp_path / ("stop.json" if writable else "file/stop.json"))
+    guard = Guard(layer, lambda: wrong if len(base.sent) > 20 else base.measure(), base.send)
+    guard.offer(rows(*[0.3] * 200), observed=0)
+    for _ in range(80):
+        guard.tick()
+    assert max(np.abs(base.sent[20])) > 0.1 and not np.any(base.sent[-1])
+    assert guard.state == "hold" and (tmp_path / "stop.json").exists() == writable
+
+
+def test_a_layer_that_fails_and_an_onlooker_that_fails_leave_the_ticks_going(monkeypatch):
+    base, layer, _ = guarded()
+    guard = Guard(layer, base.measure, base.send, on_decision=lambda decision: 1 / 0)
+    guard.offer(rows(*[0.3] * 200), observed=0)
+    for _ in range(20):
+        guard.tick()
+    assert guard.state == "run"
+    monkeypatch.setattr(layer, "check", lambda *_: 1 / 0)
+    for _ in range(60):
+        guard.tick()
+    assert guard.state == "hold" and not np.any(base.sent[-1]) and "checking failed" in layer.latch.reason
+
+
+def test_the_loop_waits_for_its_first_answer_and_outlives_errors_of_any_kind():
+    class Lost(Exception):
+        pass
+
+    class Late:
+        asked = 0
+
+        def reset(self, instruction):
+            pass
+
+        def act(self, observation):
+            self.asked += 1
+            if self.asked > 1:
+                raise Lost("the line is gone")
+            time.sleep(0.3)  # longer than missing_ticks
+            return ActionChunk(rows(*[0.1] * 40).astype(np.float32))
+
+    base, layer, _ = guarded()
+    guard = run(base, Late(), layer, "go", done=lambda guard: guard.now > 100)
+    assert np.array(base.sent).max() > 0.01 and guard.counts["failed predictions"] >= 1
+    assert guard.state == "hold" and "missing_action" in layer.latch.reason  # once it drove, silence stops it
+
+
+def test_a_gripper_that_nobody_told_anything_is_left_alone_until_the_first_action():
+    gripper = Dimension("gripper", "m", "continuous", "gripper", low=0.02, high=0.08, open_at="low")
+    xyz = [Dimension(name, "m", "delta", "position") for name in "xyz"]
+    sent = []
+    layer = SafetyLayer(RobotSpec("arm", 50.0, action=(*xyz, gripper)), Limits())
+    guard = Guard(layer, lambda: Measured(np.array([0, 0, 0.1])), sent.append)
+    guard.tick(), guard.tick()
+    assert sent == []
+    guard.offer(np.array([[0.001, 0, 0, 0.05]]), observed=guard.now)
+    guard.tick(), guard.tick()
+    assert [action[3] for action in sent] == [0.05] * len(sent) and sent
+    measured = SafetyLayer(layer.spec, Limits()).brake(Measured(np.array([0, 0, 0.1]), grippers=np.array([0.07])))
+    assert measured.action[3] == 0.07

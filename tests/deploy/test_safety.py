@@ -311,3 +311,79 @@ def test_what_the_layer_sends_keeps_every_limit_whatever_the_policy_says(spec):
         place, before, change = after, velocity, velocity - before
         assert (place >= layer._layout.low - 1e-9).all() and (place <= layer._layout.high + 1e-9).all()
     assert decision.stop is None
+
+
+def test_after_a_stop_the_robot_begins_where_it_is_and_not_where_it_was_sent():
+    # Power was off, the arm sank: a leap back to the old target would follow without the measurement at start.
+    yaw = [Dimension(name, "rad", "absolute", "euler_xyz") for name in ("roll", "pitch", "yaw")]
+    tool = RobotSpec("tool", 50.0, (), (*(Dimension(name, "m", "absolute", "position") for name in "xyz"), *yaw))
+    for spec, begin, sunk in (
+        (JOINTS, np.zeros(2), np.array([0.5, 0.4])),
+        (tool, np.array([0, 0, 0.1, 0, 0, 0]), np.array([0, 0, 0.1, 0, 0, 2.0])),
+    ):
+        layer, scale = SafetyLayer(spec, Limits(category=0)), np.ones(len(spec.action))
+        if spec is JOINTS:
+            scale[1] = np.pi / 180
+
+        def ask(place, spec=spec, layer=layer, scale=scale):
+            action = np.zeros(len(spec.action))
+            action[: len(place)] = place / scale[: len(place)]
+            return layer.check(action, Measured(place))
+
+        for _ in range(3):
+            ask(begin)
+        layer.stop("test")
+        ask(begin), ask(begin), ask(sunk)
+        layer.reset("anna")
+        layer.start("anna")
+        decision = ask(sunk)
+        assert decision.state == "run"
+        np.testing.assert_allclose(decision.action[: len(sunk)] * scale[: len(sunk)], sunk, atol=1e-9)
+
+
+def test_joints_that_do_not_go_where_they_are_sent_stop():
+    layer = SafetyLayer(JOINTS, Limits())
+    for _ in range(200):
+        decision = layer.check(np.array([0.9, 0, 0]), Measured(np.zeros(2)))
+    assert decision.state == "hold" and "following_error: shoulder" in decision.stop["reason"]
+
+
+def test_who_has_reset_a_stop_has_time_to_start_the_robot():
+    layer = SafetyLayer(MOBILE, Limits())
+    layer.stop("test")
+    for _ in range(3):
+        layer.missing(REST)
+    layer.reset("anna")
+    for _ in range(100):
+        layer.missing(REST)
+    layer.start("anna")
+    assert layer.check(np.zeros(3), REST).state == "run"
+
+
+def test_a_start_in_the_very_tick_of_standing_keeps_the_limit_of_jerk():
+    layer, speeds = SafetyLayer(MOBILE, OPEN), []
+
+    def tick():
+        speeds.append(layer.check(np.array([0.5, 0, 0]), REST).action[0])
+        return layer.latch.state
+
+    [tick() for _ in range(60)]
+    layer.stop("test")
+    while tick() != "hold":
+        pass
+    layer.reset("anna")
+    layer.start("anna")
+    [tick() for _ in range(5)]
+    assert np.abs(np.diff(speeds, n=2)).max() / 0.02**2 <= 10.0 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"speed_m_s": "fast"}, {"missing_ticks": 0.5}, {"missing_ticks": 0}, {"clearance_m": np.inf}),
+        *({"workspace_m": (1, 2, 3)}, {"workspace_m": "abc"}, {"joint_bounds_rad": ((0, "a"),)}, {"jerk_m_s3": None}),
+    ],
+)
+def test_limits_of_the_wrong_kind_are_refused_by_name(change):
+    with pytest.raises(ValueError, match=rf"limits: {next(iter(change))}="):
+        Limits(**change)
