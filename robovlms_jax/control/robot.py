@@ -260,7 +260,7 @@ def differences(expected: RobotSpec, found: RobotSpec) -> list[str]:
     """What differs in a way that changes what numbers or pictures mean, a sentence each; [] when nothing does.
 
     Unknown units, frames and rates and unbounded dimensions agree with everything; names of the robots may differ.
-    Units are compared by what they measure ("1 m" is "m"), bounds in these.
+    Units are compared by what they measure ("1 m" is "m"), bounds where these are the same.
     """
     listed = []
     missing = [name for name in expected.camera_names if name not in found.camera_names]
@@ -285,10 +285,11 @@ def _dimension_differences(part: str, expected: Sequence[Dimension], found: Sequ
             same = left.measure == right.measure if field == "unit" else want == got
             if not same and want not in ("", "other") and got not in ("", "other"):
                 listed.append(f"{where}: {field} is {got!r}, expected {want!r}")
+        if left.measure != right.measure:
+            continue  # numbers of another unit are not to be compared, and the unit is said
         for bound in ("low", "high"):
-            want, got = (getattr(x, bound) * x.measure[0] for x in (left, right))
+            want, got = getattr(left, bound), getattr(right, bound)
             if math.isfinite(want) and math.isfinite(got) and not math.isclose(want, got, rel_tol=1e-3, abs_tol=1e-9):
-                got, want = getattr(right, bound), getattr(left, bound)
                 listed.append(f"{where}: {bound} is {got:g}, expected {want:g}")
     return listed
 
