@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -121,17 +122,35 @@ WRITERS: dict[str, tuple[str, Callable[..., dict[str, Any]]]] = {
 
 
 def export(config: ExportConfig) -> pathlib.Path:
-    """Writes the folder and returns it. Raises ValueError, FileNotFoundError, ImportError with what to do."""
+    """Writes the folder and returns it. What fails leaves nothing behind.
+
+    Raises ValueError, FileNotFoundError, ImportError with what to do.
+    """
     folder = pathlib.Path(config.out)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"out={folder} is not empty; name a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    existed = folder.exists()
+    if existed and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"out={folder} is not an empty folder; name a new one.")
     apart = config.to == "stablehlo"
     step = program.make(config.checkpoint, config.weights, config.instructions, None if apart else "float32")
     require_form(step.model, config.to)
     description = step.describe(config.instructions, weights=apart)
     if description["actions"]["representation"] != "robot":
         log.warning("the program's actions are %s, not the robot's own", description["actions"]["representation"])
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _write(step, folder, config, description)
+    except BaseException:
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not existed:
+            folder.rmdir()
+        raise
+    return folder
+
+
+def _write(step: program.Program, folder: pathlib.Path, config: ExportConfig, description: dict[str, Any]) -> None:
+    """All files of an export, into an empty folder."""
+    apart = config.to == "stablehlo"
     file, write = WRITERS[config.to]
     details = write(step, folder, config)
     tensors = {**(step.weights if apart else {}), **{name: jax.numpy.asarray(x) for name, x in step.carry.items()}}
@@ -148,7 +167,6 @@ def export(config: ExportConfig) -> pathlib.Path:
         path.write_text(text, encoding="utf-8")
     # Last, so that a folder with a description is whole.
     (folder / "program.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return folder
 
 
 def require_form(model: VLA, to: str) -> None:

@@ -64,7 +64,7 @@ def test_a_python_without_this_project_computes_the_same_actions_from_stablehlo(
     assert {entry["what"] for entry in about["inputs"]} == set(about["what"])
     assert about["actions"]["shape"] == [1, 4, 7]
     assert (tmp_path / "out" / "backbone" / "config.json").exists()
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="not an empty folder"):
         export.export(export.ExportConfig(str(RELEASE / "policy_head_lstm"), str(tmp_path / "out")))
 
 
@@ -110,6 +110,30 @@ def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch
     config = export.ExportConfig(str(RELEASE / "policy_head_lstm"), str(tmp_path / "out"), to="onnx")
     with pytest.raises(ImportError, match=r"jax2onnx .*pip install -e \.\[onnx\]"):
         export.export(config)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [ValueError("no translation"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_export_that_fails_leaves_nothing_behind(error, begun, tmp_path, monkeypatch):
+    def write(step, folder, config):
+        (folder / "program.onnx").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setitem(export.WRITERS, "onnx", ("program.onnx", write))
+    if begun:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(type(error)):
+        export.export(export.ExportConfig(str(RELEASE / "policy_head_lstm"), str(tmp_path / "out"), to="onnx"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"] * begun
+
+
+@pytest.mark.parametrize("to", ["onnx", "litert"])
+def test_a_refused_export_makes_no_folder(to, tmp_path):
+    config = export.ExportConfig(str(RELEASE / "interleaved_discrete"), str(tmp_path / "new" / "out"), to=to)
+    with pytest.raises(ValueError, match="has no form"):
+        export.export(config)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_carry_that_comes_out_goes_in_again():
