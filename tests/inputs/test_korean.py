@@ -31,13 +31,14 @@ ENGLISH = ["open the drawer", "move the slider to the left", "An image of a robo
 
 KINDS = {
     "kosmos-2": "pieces",
-    "llava": "fallback",
-    "paligemma": "fallback",
     "qwen": "ranks",
-    **dict.fromkeys(("deepseek_vl", "llava_mpt", "moondream1", "qwen2_5_vl", "qwen3_vl", "smolvlm", "vlm"), "bytes"),
+    **dict.fromkeys(("gemma3", "llava", "otter", "paligemma"), "fallback"),
+    **dict.fromkeys(("blip-2", "deepseek_vl", "flamingo", "idefics3", "internvl", "llava_mpt"), "bytes"),
+    **dict.fromkeys(("moondream1", "qwen2_5_vl", "qwen3_vl", "smolvlm", "vlm"), "bytes"),
 }
 """Family -> kind of its published tokenizer: bytes (byte-level BPE), ranks (the same, as Qwen's file), fallback
-(SentencePiece whose unknown letters become bytes), pieces (SentencePiece without that: unknown letters are <unk>)."""
+(SentencePiece whose unknown letters become bytes), pieces (SentencePiece without that: unknown letters are <unk>). Otter's
+is that of its LLaMA form; its MPT form has bytes."""
 
 
 def byte_level():
