@@ -37,8 +37,8 @@ KINDS = {
     **dict.fromkeys(("moondream1", "qwen2_5_vl", "qwen3_vl", "smolvlm", "vlm"), "bytes"),
 }
 """Family -> kind of its published tokenizer: bytes (byte-level BPE), ranks (the same, as Qwen's file), fallback
-(SentencePiece whose unknown letters become bytes), pieces (SentencePiece without that: unknown letters are <unk>). Otter's
-is that of its LLaMA form; its MPT form has bytes."""
+(SentencePiece whose unknown letters become bytes), pieces (SentencePiece without that: unknown letters are <unk>).
+Otter's is that of its LLaMA form; its MPT form has bytes."""
 
 
 def byte_level():

@@ -71,8 +71,10 @@ def variants() -> Iterator[tuple[str, backbones.VLMConfig, tuple[str, ...]]]:
             # Their lead, tail and image marks are seen by two structures as well as by all.
             if form not in forms or config.model_type not in families:
                 yield name, config.tiny(), ("queries_last", "video_extras")
-        elif config.attention == "prefix":  # release 0.1 lost the prefix where it copied upstream's padding
-            yield name, config.tiny(), tuple(name for name in STRUCTURES if name not in COPIES)
+        elif config.attention == "prefix":
+            # Release 0.1 lost the prefix where it copied upstream's padding; with a video ExperimentConfig refuses it.
+            meant = tuple(name for name in STRUCTURES if name not in COPIES and not name.startswith("video"))
+            yield name, config.tiny(), meant
         else:
             yield name, config.tiny(), tuple(STRUCTURES)
         families.add(config.model_type)
