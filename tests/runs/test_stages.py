@@ -56,7 +56,14 @@ def test_a_checkpoint_knows_its_stage_and_step_within_it(uninterrupted):
     assert found[2]["order"]["robot"]["seed"] != found[3]["order"]["robot"]["seed"]
 
 
-@pytest.mark.parametrize("step", [1, 2, 4], ids=["in the first stage", "between stages", "in the second stage"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(1, marks=pytest.mark.slow, id="in the first stage"),
+        pytest.param(2, marks=pytest.mark.slow, id="between stages"),
+        pytest.param(4, id="in the second stage"),  # the hardest: parameters, moments and order of the second
+    ],
+)
 def test_a_run_stopped_in_any_stage_goes_on_bit_for_bit(uninterrupted, tmp_path, step):
     # Fails if a stage's optimizer, its data or the split of parameters is not the one that the checkpoint was made in.
     output = tmp_path / "resumed"
