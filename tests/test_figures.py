@@ -1,0 +1,88 @@
+"""Figures in the documents against the result files that they name."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def result(name):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def page(name):
+    """The text, with any white space a single space."""
+    return " ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split())
+
+
+def test_every_result_file_is_named_by_a_document():
+    text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
+    assert [path.name for path in RESULTS.iterdir() if not re.search(rf"\b{path.name}\b", text)] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_result_file_that_a_document_names_is_there(path):
+    named = re.findall(r"results/([\w-]+(?:\.json)?)", path.read_text(encoding="utf-8"))
+    assert [name for name in named if not (RESULTS / name).exists()] == []
+
+
+def share(rate):
+    low, high = rate["wilson_95_percent"]
+    return f"{rate['percent']:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def test_the_tables_of_the_navigation_page_are_those_of_its_run():
+    found, text = result("navigation_cpu"), page("navigation.md")
+    names = {"bare": "bare", "safety layer, stops": "safety layer that stops", "safety layer, slows down": "slows down"}
+    rows = found["drives"]
+    for row in rows:
+        line = f"| {row['words']} | {share(row['success'])} | {share(row['without_collision'])} |"
+        stopped = row.get("stopped_by_the_layer", "")
+        assert re.search(rf"{names[row['driven']]}[^|]*{re.escape(line)} {stopped}", text), row
+    training, held_out = (row["scenarios"] for row in rows[:2])
+    for name in training:
+        cells = [f"{row[name]['success']}, {row[name]['collisions']}" for row in (training, held_out)]
+        assert f"| `{name}` | {cells[0]} | {cells[1]} |" in text
+    assert f"{found['facts']['parameters']:,}".replace(",", " ") in text
+    assert f"{found['recording']['training']['drives']} recorded drives" in text
+    assert "no collision in 960 drives" in text
+    assert sum(row["without_collision"]["count"] for row in rows if row["driven"] != "bare") == 960
+
+
+def test_the_int8_table_is_that_of_its_runs():
+    found, trials, text = result("int8_cpu"), result("int8_trials_cpu"), page("serving.md")
+    sizes = [f"{found['bytes'][name]:,}".replace(",", " ") for name in ("before", "int8")]
+    assert f"| bytes of parameters | {sizes[0]} | {sizes[1]} |" in text
+    far, turned = ([found[unit][name] for name in ("mean", "p95")] for unit in ("millimetres", "degrees"))
+    assert "{:.2f} and {:.2f} mm, {:.3f} and {:.3f} degrees, no gripper flips".format(*far, *turned) in text
+    assert f"cosine {found['cosine']}" in text and found["gripper_flips"] == 0
+    before, after = (trials[name]["success"] for name in ("before", "int8"))
+    assert f"| {sum(before)} (71.7 %, 63-79) | {sum(after)} (69.2 %, 60-77) |" in text
+    pairs = list(zip(before, after, strict=True))
+    assert [pairs.count(pair) for pair in ((1, 1), (1, 0), (0, 1))] == list(trials["pairs"].values()) == [83, 3, 0]
+
+
+def test_the_figures_of_serving_and_of_bad_input_are_those_of_their_runs():
+    found, text = result("serving_cpu"), page("serving.md")
+    server, checks = found["server"], found["safety"]
+    assert f"{server['p50_ms']:.2f} ms in the median and {server['p99_ms']:.2f} ms at the 99th percentile" in text
+    for obstacles, words in (("no obstacle", "without obstacles"), ("8 obstacles", "with eight")):
+        medians = [checks[f"{robot}, {obstacles}"]["p50_ms"] for robot in ("base", "arm")]
+        assert all(abs(x - y) < 0.006 for x, y in zip(medians, reversed(medians)))
+        assert f"{min(medians):.2f} ms {words}" in text
+    first, second = result("bad_input_cpu")["runs"]
+    for number in (
+        first["connections_let_in"],
+        first["connections_refused"],
+        second["connections_let_in"],
+        second["observations_answered_with_an_error"],
+    ):
+        assert f"{number:,}".replace(",", " ") in text
+    assert all(f"{run['megabytes_more']} MB more" in text for run in (first, second))
