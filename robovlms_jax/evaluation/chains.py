@@ -285,6 +285,8 @@ def _from_json(row: Mapping[str, Any]) -> TrialResult:
     older = {"uncertainty": ()}
     values = {field.name: (older | row)[field.name] for field in dataclasses.fields(TrialResult)}
     values["uncertainty"] = tuple(map(tuple, values["uncertainty"]))
+    if type(values["index"]) is not int or any(type(solved) is not bool for solved in values["success"]):
+        raise TypeError(f"index={values['index']!r}, success={values['success']!r}: expected int and list of bool")
     return TrialResult(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
 
 

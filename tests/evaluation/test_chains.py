@@ -153,6 +153,16 @@ def test_a_damaged_line_is_named(tmp_path):
         evaluate(tmp_path)
 
 
+@pytest.mark.parametrize("change", [{"success": ["no"]}, {"success": [1]}, {"index": "3"}, {"index": True}])
+def test_a_result_of_the_wrong_type_is_not_counted(change, tmp_path):
+    evaluate(tmp_path)
+    path = tmp_path / "results-000.jsonl"
+    first, second, *others = path.read_text().splitlines()
+    path.write_text("\n".join([first, json.dumps(json.loads(second) | change), *others, ""]))
+    with pytest.raises(ValueError, match=r"results-000\.jsonl, line 2 is not a result .*expected int and list of bool"):
+        evaluate(tmp_path)
+
+
 def test_processes_share_the_trials_and_their_files_add_up(tmp_path):
     whole = evaluate(tmp_path / "whole")
     for index in range(3):
