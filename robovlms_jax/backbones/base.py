@@ -239,10 +239,15 @@ class VLM(nn.Module):
             step = jnp.where(is_image, jnp.where(within == size - 1, advance, 0), text_mask)
             first = jnp.cumsum(step, axis=1) - step
             places = first[..., None] + jnp.where(is_image[..., None], jnp.asarray(grid)[within], 0)
+        if c.image_block and c.attention == "causal":  # the tokens of a picture see each other, as in `embed`
+            size = run.length // images.shape[1]
+            order = np.asarray(self._image_order(size, 1)) - np.arange(size)
+            positions += jnp.where(is_image, jnp.asarray(order)[image_slots % size], 0)
         if c.attention == "prefix":
             last = jnp.max(jnp.where(prompt_mask & text_mask, positions, 0), axis=1, keepdims=True)
             positions = jnp.where(prompt_mask, last, positions)
-        offsets = None if run.grid is None and c.attention == "causal" else places - positions[..., None]
+        counted = run.grid is None and c.attention == "causal" and not c.image_block  # one after the other
+        offsets = None if counted else places - positions[..., None]
         positions, layout = positions.astype(jnp.int32), (("text", text_ids.shape[1]),)
         return Tokens(embeds, text_mask, positions, layout, offsets=offsets, deep=deep)
 

@@ -217,3 +217,27 @@ def test_prefix_attention_is_paligemmas_own(name):
             causal = families.forward(config, model, line, *arguments)[1][0]
         assert relative_error(in_order(hidden, tokens, row), expected) < TOLERANCE
         assert relative_error(causal, expected) > 1e-3
+
+
+def test_pictures_in_a_conversation_are_blocks_as_gemmas_own():
+    config = families.tiny("gemma-3-4b")
+    pair, around = make_pair(config), len(config.image_start) + len(config.image_end)
+    images, *_ = prompts(config, "right")
+    images, patches = images[:1], config.connector.tokens
+    seen = [*config.image_start, *[IMAGE] * patches, *config.image_end]
+    line = np.asarray([2, 5, *seen, 6, 7, 8, *seen, 9, 4])[None]
+    slots = np.full(line.shape, -1)
+    slots[0, 2:][: len(seen)], slots[0, 5 + len(seen) :][: len(seen)] = np.split(np.arange(2 * (patches + around)), 2)
+    padded = [np.pad(x, ((0, 0), (0, 3)), constant_values=value) for x, value in ((line, 0), (slots, -1))]
+    mask = np.arange(padded[0].shape[1])[None] < line.shape[1]
+
+    @jax.jit
+    def ours(params):
+        model = base.build(config)
+        ids = jnp.where(padded[1] >= 0, 0, padded[0])  # as `types.Pairs` has them
+        tokens = model.apply({"params": params}, images, ids, padded[1], mask, mask, method="embed_conversation")
+        return model.apply({"params": params}, tokens, method="decode")[0]
+
+    with torch.no_grad():
+        expected = families.forward(config, pair.twin.torch_model, line, images, np.ones_like(line))[1][0]
+    assert relative_error(ours(pair.twin.params)[0, : line.shape[1]], expected) < TOLERANCE
