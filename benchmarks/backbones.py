@@ -28,7 +28,7 @@ from benchmarks import machine
 from robovlms_jax import cli
 from robovlms_jax.backbones import base, registry
 from robovlms_jax.weights import convert
-from tests.backbones import families, oracle, test_parity, test_registry
+from tests.backbones import families, oracle, test_encoder_decoder, test_parity, test_registry
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs" / "backbones.md"
 BEGIN, END = "<!-- table: python -m benchmarks.backbones --docs -->", "<!-- end of table -->"
@@ -66,7 +66,9 @@ def main(args: Args) -> None:
 def twin_of(name: str) -> str:
     """The backbone whose tiny twin is that of `name`, too."""
     config = families.tiny(name)
-    return next((other for other in families.COMPARED if families.tiny(other) == config), name)
+    return next(
+        (other for other in (*families.COMPARED, *families.ENCODER_DECODER) if families.tiny(other) == config), name
+    )
 
 
 def static(name: str) -> dict[str, float | str]:
@@ -97,12 +99,13 @@ def static(name: str) -> dict[str, float | str]:
 
 
 def parity(name: str) -> dict[str, float]:
-    """Errors of the tiny twin, as tests/backbones/test_parity.py measures them."""
+    """Errors of the tiny twin, as tests/backbones/test_parity.py, or test_encoder_decoder.py, measures them."""
     with jax.default_matmul_precision("highest"):
-        pair = test_parity.make_pair(families.tiny(name))
+        compare = test_parity if registry.get(name).encoder is None else test_encoder_decoder
+        pair = compare.make_pair(families.tiny(name))
         return {
-            "logits_error": test_parity.logits_error(pair, "right"),
-            "gradient_error": test_parity.gradient_error(pair),
+            "logits_error": compare.logits_error(pair, "right"),
+            "gradient_error": compare.gradient_error(pair),
         }
 
 

@@ -159,6 +159,7 @@ OTHERS = {
     "internvl3_lstm": ("internvl3-1b", {}),
     "idefics3_lstm": ("idefics3-8b-llama3", {}),
     "blip2_lstm": ("blip2-opt-2.7b", {}),
+    "florence2_lstm": ("florence-2-large", {}),
     "smolvlm_lstm": ("smolvlm2-500m", {}),
 }
 

@@ -89,6 +89,11 @@ class VLMConfig:
     """Type of activations and matrix products; parameters, norms and softmax stay float32."""
     remat: bool = False
     """Recompute layer activations in the backward pass."""
+    encoder: DecoderConfig | None = None
+    """Reads images and text in both directions, as an encoder-decoder's first half does; its states stand beside the
+    decoder's sequence, which begins with `start_id`. Token table and head are the decoder's."""
+    start_id: int = 0
+    """With an encoder: the token that the decoder's sequence begins with."""
     resampler: PerceiverConfig | None = None
     """Put behind the connector, per image: a fixed number of tokens, learned by attention, whatever comes out of it."""
     lora_rank: int = 0
@@ -101,6 +106,15 @@ class VLMConfig:
     lora_dropout: float = 0.0
     """Share of the adapters' inputs that is dropped in training."""
 
+    def __post_init__(self):
+        if self.encoder is not None and self.attention == "prefix":
+            raise ValueError(
+                f"backbone.attention='prefix' means nothing in a {self.model_type}: its encoder reads images and text "
+                "in both directions as it is. Leave it at 'causal'."
+            )
+        if (self.encoder is not None) != self.text.cross:
+            raise ValueError("an encoder needs a decoder with text.cross=True, which needs an encoder.")
+
     @property
     def width(self) -> int:
         """D, the width of embeddings and hidden states."""
@@ -108,8 +122,9 @@ class VLMConfig:
 
     @property
     def beside(self) -> bool:
-        """Images stand beside the sequence, as media that the decoder's layers attend to."""
-        return self.text.gated is not None
+        """Images stand beside the sequence, as media that the decoder's layers attend to: as they are, or in what an
+        encoder makes of them and the prompt."""
+        return self.text.gated is not None or self.encoder is not None
 
     storage: Literal["float", "int8"] = "float"
     """Of matrices and token table; int8 is for serving and for training adapters alone."""
@@ -131,6 +146,7 @@ class VLMConfig:
         return dataclasses.replace(
             self.resized(self.vision.tiny()),
             text=text,
+            encoder=None if self.encoder is None else dataclasses.replace(self.encoder.tiny(), depth=2),
             connector=self.connector.tiny(),
             image_start=start,
             image_end=end,
@@ -144,7 +160,8 @@ class VLMConfig:
 
 
 class VLM(nn.Module):
-    """Images, text and action queries in, hidden states out. Parameters: `vision/`, `connector/`, `text/`."""
+    """Images, text and action queries in, hidden states out. Parameters: `vision/`, `connector/`, `text/`, and
+    where there is one `encoder/`."""
 
     config: VLMConfig
 
@@ -153,6 +170,8 @@ class VLM(nn.Module):
         self.vision = c.vision.build(c.kernel, c.remat)
         self.connector = c.connector.build(c.text, c.kernel)
         self.text = Decoder(c.text, c.kernel, c.remat)
+        if c.encoder is not None:
+            self.encoder = Decoder(c.encoder, c.kernel, c.remat)
         if c.resampler is not None:
             self.resampler = Perceiver(c.resampler, c.kernel, c.remat)
 
@@ -182,11 +201,12 @@ class VLM(nn.Module):
           count_padding, queries_last: as upstream's training batches have it, see `sequence.Order`.
         Returns:
           Tokens in runs "bos", "image", "text", then those given; P slots per camera, what is around an image included.
+          With an encoder "text" is the decoder's first token alone, and all of the prompt stands beside the sequence.
         """
         c = self.config
         chex.assert_shape(text_mask, text_ids.shape)
         text = self.text.embed(text_ids).astype(c.dtype)
-        attend = "prefix" if c.attention == "prefix" else "causal"
+        attend = "prefix" if c.attention == "prefix" or c.encoder is not None else "causal"
 
         def text_run(name: str, part: slice) -> sequence.Run:
             return sequence.Run(text[:, part], text_mask[:, part], name, "text", attend)
@@ -194,8 +214,22 @@ class VLM(nn.Module):
         image = self._image_run(images, image_mask, len(text), attend, deterministic=deterministic)
         prompt = [text_run("bos", slice(0, c.lead)), image, text_run("text", slice(c.lead, None))]
         runs = [run.replace(embeds=run.embeds.astype(c.dtype)) for run in runs]
+        if c.encoder is not None:
+            prompt = self._encode(prompt, deterministic=deterministic)
         tail = 0 if attend == "prefix" else c.tail
         return sequence.layout([*prompt, *runs], sequence.Order(tail, count_padding, queries_last))
+
+    def _encode(self, prompt: Sequence[sequence.Run], *, deterministic: bool) -> list[sequence.Run]:
+        """What the decoder reads in place of images and text: the encoder's states beside it, and its first token."""
+        tokens = sequence.layout(prompt)
+        states, _ = self.encoder(tokens, deterministic=deterministic)
+        start = self.embed_ids(jnp.full((len(states), 1), self.config.start_id, jnp.int32))
+        real = jnp.ones((len(states), 1), bool)
+        return [
+            sequence.Run(states, tokens.mask, "image", "image", beside=True),
+            sequence.Run(start[:, :0], real[:, :0], "bos", "text"),
+            sequence.Run(start, real, "text", "text"),
+        ]
 
     def embed_conversation(
         self,
@@ -262,12 +296,12 @@ class VLM(nn.Module):
     ) -> sequence.Run:
         """Tokens of all cameras, each image between `image_start` and `image_end`: P * cameras slots, or as many beside
         the sequence."""
-        c = self.config
+        c, beside = self.config, self.config.text.gated is not None
         if not images:
             empty = jnp.zeros((batch, 0, c.width), c.dtype)
-            if c.beside:  # attention needs something to look at, masked or not
+            if beside:  # attention needs something to look at, masked or not
                 empty = jnp.zeros((batch, 1, c.vision.width), c.dtype)
-            return sequence.Run(empty, jnp.zeros(empty.shape[:2], bool), "image", "image", beside=c.beside)
+            return sequence.Run(empty, jnp.zeros(empty.shape[:2], bool), "image", "image", attend, beside=beside)
         encoded = self.encode_images(images, deterministic=deterministic)
         x, deep = encoded if isinstance(encoded, tuple) else (encoded, None)
         x = x.reshape(batch, len(images), -1, x.shape[-1])
@@ -288,7 +322,7 @@ class VLM(nn.Module):
         if c.image_grid is not None and c.resampler is None:
             grid, advance = self._image_grid(len(images))
         order = self._image_order(x.shape[2], len(images)) if c.image_block and attend == "causal" else None
-        x, more = x.reshape(batch, -1, x.shape[-1]), {"order": order, "deep": deep, "beside": c.beside}
+        x, more = x.reshape(batch, -1, x.shape[-1]), {"order": order, "deep": deep, "beside": beside}
         return sequence.Run(x, mask, "image", "image", attend, grid, advance, **more)
 
     def _image_order(self, length: int, cameras: int) -> tuple[int, ...]:

@@ -1,10 +1,11 @@
-"""Language decoder: one pre-norm stack for Magneto (KOSMOS-2), Llama, Qwen, Gemma, Phi and MPT."""
+"""Language decoder: one stack for Magneto (KOSMOS-2), Llama, Qwen, Gemma, Phi, MPT, OPT and BART."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -37,8 +38,15 @@ class DecoderConfig:
     own_head_dim: int | None = None
     """H where it is not width / num_heads."""
     norm: NormKind = "rms"
-    residual: Literal["sequential", "sandwich", "parallel"] = "sequential"
-    """sandwich: a second norm on what attention and MLP add (Gemma 2); parallel: both read one norm (Phi)."""
+    residual: Literal["sequential", "sandwich", "parallel", "post"] = "sequential"
+    """sandwich: a second norm on what attention and MLP add (Gemma 2); parallel: both read one norm (Phi); post: norms
+    come after the sums (BART)."""
+    cross: bool = False
+    """Every layer attends to the media beside the sequence, between its attention and its MLP (encoder-decoders)."""
+    embed_norm: bool = False
+    """A norm on embeddings and positions, before the first layer."""
+    final_norm: bool = True
+    """A norm behind the last layer."""
     sub_norm: bool = False
     """LayerNorms inside attention and MLP, before their output projections (Magneto, arXiv:2210.06423)."""
     is_gated: bool = True
@@ -104,6 +112,10 @@ class DecoderConfig:
             raise ValueError(f"text norm {self.norm!r} is unknown; known: {list(NORMS)}.")
         if self.positions == "rotary" and (self.rotary_channels % 2 or self.rotary_channels < 2):
             raise ValueError(f"rotary_fraction={self.rotary_fraction} of head_dim={self.head_dim} must be even.")
+        if self.cross and (self.gated is not None or self.residual == "parallel"):
+            raise ValueError(
+                "text cross=True attends to media in every layer; gated must be None, residual not parallel."
+            )
         if self.gated is not None and self.depth % self.gated.every:
             raise ValueError(f"text depth={self.depth} must be a multiple of gated every={self.gated.every}.")
         if self.mrope_sections and 2 * sum(self.mrope_sections) != self.rotary_channels:
@@ -161,39 +173,62 @@ class Block(nn.Module):
         bias: jax.Array | None,
         rotary: tuple | None,
         cache: tuple | None,
+        media: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+        sees: jax.Array | None = None,
         deterministic: bool,
     ):
-        """float[B, S, D] -> float[B, S, D] and the new keys and values; other arguments are those of `Attention`."""
+        """float[B, S, D] -> float[B, S, D] and the new keys and values; other arguments are those of `Attention`.
+
+        With `cross`, media: float[B, M, E], or keys and values of an earlier call; sees: bool[B, S, M], True = may
+        attend, and who may attend to nothing adds nothing. What is returned is then a pair: new keys and values of the
+        tokens, and of the media.
+        """
         c = self.config
         drop = nn.Dropout(c.dropout, deterministic=deterministic)
         inner = c.norm_epsilon if c.sub_norm else None
-        attention = Attention(
-            c.num_heads,
-            c.head_dim,
+        attention = self._attention(
+            "attn",
             c.kv_heads,
-            use_bias=c.attention_bias != "none",
-            use_output_bias=c.attention_bias == "all",
-            scale=(c.query_scalar or c.head_dim) ** -0.5,
             softcap=c.softcap,
             inner_norm_epsilon=inner,
             head_norm=(c.norm, c.norm_epsilon) if c.qk_norm else None,
             norm_all_heads=c.norm_all_heads,
-            dropout=c.attention_dropout,
-            kernel=self.kernel,
-            name="attn",
         )
         mlp = MLP(c.mlp_dim, c.activation, inner, c.is_gated, c.mlp_bias, kernel=self.kernel, name="mlp")
+        attend = functools.partial(
+            attention, mask=mask, bias=bias, rotary=rotary, cache=cache, deterministic=deterministic
+        )
 
         def norm(name: str) -> nn.Module:
             return make_norm(c.norm, c.norm_epsilon, name=name)
 
-        normed = norm("attn_norm")(x)
-        y, new = attention(normed, mask=mask, bias=bias, rotary=rotary, cache=cache, deterministic=deterministic)
+        def add(name: str, part: Callable, x: jax.Array) -> tuple[jax.Array, Any]:
+            y, new = part(x if c.residual == "post" else norm(f"{name}_norm")(x))
+            x = x + drop(norm(f"{name}_out_norm")(y) if c.residual == "sandwich" else y)
+            return norm(f"{name}_norm")(x) if c.residual == "post" else x, new
+
         if c.residual == "parallel":
+            normed = norm("attn_norm")(x)
+            y, new = attend(normed)
             return x + drop(y) + drop(mlp(normed)), new
-        x = x + drop(norm("attn_out_norm")(y) if c.residual == "sandwich" else y)
-        y = mlp(norm("mlp_norm")(x))
-        return x + drop(norm("mlp_out_norm")(y) if c.residual == "sandwich" else y), new
+        x, new = add("attn", attend, x)
+        if c.cross:
+            cross = self._attention("cross")
+
+            def look(x: jax.Array) -> tuple[jax.Array, Any]:
+                y, new = cross(x, media, mask=sees, deterministic=deterministic)
+                return jnp.where(sees.any(-1, keepdims=True), y, 0), new
+
+            x, keys = add("cross", look, x)
+            new = new, keys
+        return add("mlp", lambda x: (mlp(x), None), x)[0], new
+
+    def _attention(self, name: str, kv_heads: int | None = None, **more: Any) -> Attention:
+        """What the layer's attentions have in common."""
+        c = self.config
+        biases = {"use_bias": c.attention_bias != "none", "use_output_bias": c.attention_bias == "all"}
+        more |= biases | {"scale": (c.query_scalar or c.head_dim) ** -0.5, "dropout": c.attention_dropout}
+        return Attention(c.num_heads, c.head_dim, kv_heads, **more, kernel=self.kernel, name=name)
 
 
 def _of_layer(deep: jax.Array, number: jax.Array) -> jax.Array:
@@ -214,11 +249,14 @@ class Decoder(nn.Module):
         self.embed = Embed(
             c.vocab_size, c.width, self.kernel
         )  # unscaled and without positions; those are added when decoding
-        self.embed_drop = nn.Dropout(1 - (1 - c.dropout) ** 2)  # KOSMOS-2's published code drops them twice
+        # KOSMOS-2's published code drops them twice.
+        self.embed_drop = nn.Dropout(c.dropout if c.embed_norm else 1 - (1 - c.dropout) ** 2)
         self.layers = Block(c, self.kernel)
         if c.gated is not None:
             self.cross_layers = GatedCrossAttention(c.gated, self.kernel)
-        self.final_norm = make_norm(c.norm, c.norm_epsilon)
+        self.final_norm = make_norm(c.norm, c.norm_epsilon) if c.final_norm else lambda x: x
+        if c.embed_norm:
+            self.embed_norm = make_norm(c.norm, c.norm_epsilon)
         if c.positions == "learned":  # the first two rows are for padding (fairseq, OPT)
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("position", "embed"))
             self.positions = self.param("positions", init, (c.max_positions + 2, c.width))
@@ -302,11 +340,20 @@ class Decoder(nn.Module):
         known: media of an earlier call, which tokens without their own attend to.
         """
         c, media = self.config, known if tokens.media is None else tokens.media
-        if c.gated is None:
+        if c.gated is None and not c.cross:
             return *scan_layers(step, self.layers, x, layers, length=c.depth, remat=self.remat), None
         if media is None:
             raise ValueError("this decoder attends to media, and has got none: `Tokens.media`, or those of a cache.")
         may = media.may_attend(tokens.sees)
+        if c.cross:
+
+            def look(block: nn.Module, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+                layer, keys = layer
+                seeing = functools.partial(block, media=media.embeds if keys is None else keys, sees=may)
+                return step(seeing, x, layer)
+
+            x, (new, keys) = scan_layers(look, self.layers, x, (layers, media.keys), length=c.depth, remat=self.remat)
+            return x, new, None if tokens.media is None else media.replace(embeds=None, keys=keys)
         steps = step, lambda block, x, keys: block(x, media.embeds, keys, may)
         sizes = {"length": c.depth, "every": c.gated.every, "remat": self.remat}
         x, (new, keys) = scan_groups(steps, (self.layers, self.cross_layers), x, (layers, media.keys), **sizes)
@@ -321,6 +368,8 @@ class Decoder(nn.Module):
             x += sinusoid(places, c.width)
         if c.positions == "learned":
             x += jnp.take(self.positions, places + 2, axis=0)
+        if c.embed_norm:
+            x = self.embed_norm(x)
         return self.embed_drop(x.astype(embeds.dtype), deterministic=deterministic)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

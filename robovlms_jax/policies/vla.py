@@ -65,6 +65,16 @@ class VLA(nn.Module):
                 f"policy.pool='vision' reads the pictures' own hidden states; those of a {self.vlm.model_type} stand "
                 "beside the sequence and have none. Set policy.pool to text or all."
             )
+        if self.vlm.encoder is not None and config.readout == "pool" and config.pool == "text":
+            raise ValueError(
+                f"policy.pool='text' reads the prompt's own hidden states; a {self.vlm.model_type} reads the prompt in "
+                "its encoder, and its decoder has none. Set policy.pool=all, or policy.readout=action_query."
+            )
+        if self.vlm.encoder is not None and config.auxiliary.caption_weight:
+            raise ValueError(
+                "policy.auxiliary.caption_weight asks for each word of the prompt from those before it; the encoder "
+                f"of a {self.vlm.model_type} sees all of them at once. Set it to 0."
+            )
         width = self.vlm.width
         self.backbone = backbones.build(self.vlm)
         self.readout = readout.LearnedQueries(self.num_queries, self.vlm.width) if self.num_queries else None

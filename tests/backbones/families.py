@@ -30,6 +30,7 @@ TORCH: dict[str, Callable[[base.VLMConfig], torch.nn.Module]] = {
     "internvl": lambda config: hugging_face(config, image_token_id=IMAGE),
     "qwen2_5_vl": lambda config: hugging_face(config, image_token_id=IMAGE, video_token_id=101),
     "qwen3_vl": lambda config: hugging_face(config, image_token_id=IMAGE, video_token_id=101),
+    "florence2": lambda config: hugging_face(config, image_token_id=IMAGE),
     "llava_mpt": composed.LlavaMpt,
     "moondream1": composed.Moondream,
     "qwen": composed.QwenVL,
@@ -63,6 +64,9 @@ COMPARED = (
     "otter-llama-7b",
 )
 """Registered names, one of each form, whose tiny twins are compared."""
+
+ENCODER_DECODER = ("florence-2-base",)
+"""The same of those with an encoder, whose sequences are two: compared in test_encoder_decoder.py."""
 
 SAME_ARITHMETIC = ("otter-mpt-7b", "otter-llama-7b")
 """Those of them whose parts are compared in others, too; in the slow tests alone."""

@@ -58,6 +58,8 @@ PUBLISHED = {
     "smolvlm2-2.2b": (657, 2_246_784_880),
     "idefics3-8b-llama3": (729, 8_462_086_384),
     "deepseek-vl-1.3b": (612, 1_962_640_384),
+    "florence-2-base": (668, 231_414_016),
+    "florence-2-large": (920, 776_465_408),
     "flamingo-mpt-1b": (919, 2_558_640_176),
     "flamingo-neox-3b": (1024, 4_039_805_984),
     "flamingo-mpt-7b": (743, 8_131_299_344),

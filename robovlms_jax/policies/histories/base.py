@@ -103,7 +103,8 @@ class TokenWindow:
         return self.replace(count=self.count.at[slot].set(0))
 
     def fit(self, fresh: TokenWindow) -> TokenWindow:
-        """Frames get masked slots where their text ends, or lose masked ones."""
+        """Frames get masked slots where their text ends, or lose masked ones; so do media, in which a prompt comes last
+        where an encoder has read it."""
         old, new = self.tokens, fresh.tokens
         text, extra = old.slot("text"), new.mask.shape[2] - old.mask.shape[2]
 
@@ -111,7 +112,16 @@ class TokenWindow:
             gap = jnp.zeros((*x.shape[:2], max(extra, 0), *x.shape[3:]), x.dtype)
             return jnp.concatenate([x[:, :, : text.stop + min(extra, 0)], gap, x[:, :, text.stop :]], axis=2)
 
-        return self.replace(tokens=old.map_slots(resize).replace(layout=new.layout))
+        media = None
+        if old.media is not None:
+            more = new.media.mask.shape[2] - old.media.mask.shape[2]
+
+            def resize_media(x: jax.Array) -> jax.Array:  # [B, W, M, ...]
+                gap = [(0, 0), (0, 0), (0, max(more, 0))] + [(0, 0)] * (x.ndim - 3)
+                return jnp.pad(x[:, :, : new.media.mask.shape[2]], gap)
+
+            media = jax.tree.map(resize_media, old.media)
+        return self.replace(tokens=old.map_slots(resize).replace(layout=new.layout, media=media))
 
     @property
     def window(self) -> int:

@@ -1,0 +1,191 @@
+"""Florence-2 against transformers: its encoder reads pictures and prompt, its decoder the action queries."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax.traverse_util import flatten_dict
+
+from robovlms_jax.backbones import base, registry, sequence
+from robovlms_jax.inputs import images as images_module
+from robovlms_jax.policies.config import AuxiliaryConfig
+from robovlms_jax.policies.histories.base import TokenWindow
+from tests import toy
+from tests.backbones import families
+from tests.backbones.oracle import IMAGE, TEXT, Twin, example, from_torch, randomize, relative_error
+
+pytestmark = pytest.mark.usefixtures("exact_matmul")
+NAME = families.ENCODER_DECODER[0]
+QUERIES = np.asarray([41, 7])
+"""Token ids whose embeddings are the queries, so that a torch model can be given them as text."""
+CAMERAS = ("wrist", "static")
+
+
+def make_pair(config: base.VLMConfig) -> Twin:
+    model = randomize(families.torch_model(config))
+    return Twin(config, model, from_torch(config, dict(model.state_dict())))
+
+
+@pytest.fixture(scope="module")
+def twin() -> Twin:
+    return make_pair(families.tiny(NAME))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(config, params, images, ids, mask, weight):
+    """(tokens, hidden, logits), gradients of sum(logits * weight)."""
+
+    def total(params):
+        model = base.build(config)
+        ordered = {camera: images[camera] for camera in CAMERAS}
+        queries = [sequence.query(params["text"]["embed"]["table"][QUERIES], len(ids))]
+        tokens = model.apply({"params": params}, ordered, ids, mask, queries, method="embed")
+        hidden, _ = model.apply({"params": params}, tokens, method="decode")
+        logits = model.apply({"params": params}, hidden, method="logits")
+        return (logits * weight).sum(), (tokens, hidden, logits)
+
+    (_, out), grads = jax.value_and_grad(total, has_aux=True)(params)
+    return out, grads
+
+
+def weight_of(config) -> np.ndarray:
+    return np.random.default_rng(2).normal(size=(2, 1 + len(QUERIES), config.text.vocab_size)).astype(np.float32)
+
+
+def theirs(twin: Twin):
+    """transformers' output, prompts padded on the right: BART counts places from the left edge, padding or not."""
+    config = twin.config
+    images, ids, mask = example(config, CAMERAS)
+    patches = len(CAMERAS) * (config.vision.side**2 + 1)
+    full = np.concatenate([np.full((len(ids), patches), IMAGE), ids], axis=1)
+    real = np.concatenate([np.ones((len(ids), patches), int), mask], axis=1)
+    pixels = torch.from_numpy(np.stack([images[c] for c in CAMERAS], 1).transpose(0, 1, 4, 2, 3).copy()).flatten(0, 1)
+    return twin.torch_model(
+        input_ids=torch.from_numpy(full).long(),
+        attention_mask=torch.from_numpy(real).long(),
+        pixel_values=pixels,
+        decoder_input_ids=torch.from_numpy(np.tile(np.r_[config.start_id, QUERIES], (len(ids), 1))).long(),
+        use_cache=False,
+        output_hidden_states=True,
+    )
+
+
+def logits_error(twin: Twin, side: str) -> float:
+    """Of logits, the decoder's hidden states and the encoder's, prompts padded on one side in ours."""
+    images, ids, mask = example(twin.config, CAMERAS)
+    lengths = mask.sum(1)
+    if side == "left":
+        ids, mask = (np.stack([np.roll(row, TEXT - n) for row, n in zip(x, lengths)]) for x in (ids, mask))
+    (tokens, hidden, logits), _ = run(twin.config, twin.params, images, ids, mask, weight_of(twin.config))
+    with torch.no_grad():
+        out = theirs(twin)
+    errors = [relative_error(logits, out.logits), relative_error(hidden, out.decoder_hidden_states[-1])]
+    for row, length in enumerate(lengths):
+        states = np.asarray(tokens.media.embeds[row])[np.asarray(tokens.media.mask[row])]
+        errors.append(relative_error(states, out.encoder_last_hidden_state[row][: len(states)]))
+        assert len(states) == tokens.media.mask.shape[1] - TEXT + length
+    return max(errors)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padded_prompts(twin, side):
+    assert logits_error(twin, side) < 1e-5
+
+
+def gradient_error(twin: Twin) -> float:
+    """Largest error of any parameter's gradient, as a share of its largest entry."""
+    config, model = twin.config, twin.torch_model
+    images, ids, mask = example(config, CAMERAS)
+    weight = weight_of(config)
+    model.zero_grad()
+    (theirs(twin).logits * torch.from_numpy(weight)).sum().backward()
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    expected = flatten_dict(from_torch(config, grads), sep="/")
+    found = flatten_dict(run(config, twin.params, images, ids, mask, weight)[1], sep="/")
+    scale = max(float(jnp.abs(x).max()) for x in expected.values())
+    assert set(found) == set(expected)
+    errors = {}
+    for path, value in expected.items():
+        # Key biases shift all scores of a row alike: their true gradient is zero, and only noise could be compared.
+        floor = 0.1 * scale if path.endswith("k/bias") else 1e-3 * scale
+        errors[path] = float(jnp.abs(found[path] - value).max()) / max(float(jnp.abs(value).max()), floor)
+    return max(errors.values())
+
+
+def test_gradients_of_every_parameter(twin):
+    assert gradient_error(twin) < 3e-5
+
+
+@pytest.mark.slow
+def test_bfloat16_stays_close(twin):
+    images, ids, mask = example(twin.config, CAMERAS)
+    weight = weight_of(twin.config)
+    config = dataclasses.replace(twin.config, dtype="bfloat16")
+    (_, found, _), grads = run(config, twin.params, images, ids, mask, weight)
+    (_, expected, _), _ = run(twin.config, twin.params, images, ids, mask, weight)
+    assert found.dtype == jnp.bfloat16 and all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
+    assert relative_error(found, expected) < 0.05
+
+
+def test_pictures_are_prepared_as_the_published_processor_does(tmp_path):
+    edges = {"height": 768, "width": 768}
+    mean, std = (registry.get(NAME).image.mean, registry.get(NAME).image.std)
+    make = transformers.CLIPImageProcessorPil
+    processor = make(size=edges, do_center_crop=False, image_mean=list(mean), image_std=list(std), resample=3)
+    processor.save_pretrained(tmp_path)
+    spec = images_module.read_image_spec(tmp_path)
+    assert spec == registry.get(NAME).image
+    frame = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8).repeat(5, 0).repeat(5, 1)
+    expected = processor(frame, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    levels = (expected * np.asarray(std) + np.asarray(mean)) * 255
+    assert (
+        np.abs(images_module.resize_on_host(frame, spec.size, spec.interpolation).astype(float) - levels).max() < 1.01
+    )
+
+
+def test_a_longer_prompt_gives_earlier_frames_masked_states(twin):
+    images, ids, mask = example(twin.config, lengths=(5, 4))
+    vlm, params = base.build(twin.config), {"params": twin.params}
+
+    def window(length: int) -> TokenWindow:
+        tokens = vlm.apply(params, images, ids[:, :length], mask[:, :length], method="embed")
+        return TokenWindow(jax.tree.map(lambda x: x[:, None], tokens), jnp.int32([1, 1]))
+
+    short, long = window(5), window(7)
+    for old, new in ((short, long), (long, short)):
+        fitted = old.fit(new)
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.shape, y.shape), fitted, new)
+        np.testing.assert_array_equal(fitted.tokens.media.mask, new.tokens.media.mask)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"readout": "pool", "pool": "text"}, r"policy.pool='text' reads the prompt's own hidden states"),
+        ({"readout": "pool", "pool": "vision"}, r"policy.pool='vision' reads the pictures' own hidden states"),
+        ({"auxiliary": AuxiliaryConfig(caption_weight=0.1)}, r"caption_weight asks for each word"),
+    ],
+)
+def test_what_means_nothing_beside_an_encoder_is_refused(changes, message):
+    model = toy.make_product("one_step", "action_query", "mlp")
+    model = dataclasses.replace(
+        model, config=dataclasses.replace(model.config, **changes), vlm=registry.get(NAME).tiny()
+    )
+    with pytest.raises(ValueError, match=message):
+        toy.random_params(model, toy.make_batch(np.random.default_rng(0), window=1, windows=1, chunk=2))
+
+
+def test_prefix_attention_and_places_the_model_lacks_are_refused():
+    config = registry.get(NAME).tiny()
+    with pytest.raises(ValueError, match=r"attention='prefix' means nothing in a florence2"):
+        dataclasses.replace(config, attention="prefix")
+    values = registry.to_hf_config(registry.get(NAME))
+    with pytest.raises(ValueError, match=r"vision_config.projection_dim=7 is not supported"):
+        registry.from_hf_config(values | {"vision_config": values["vision_config"] | {"projection_dim": 7}})
