@@ -85,10 +85,12 @@ def static(name: str) -> dict[str, float | str]:
     run = lambda p: base.build(config).apply({"params": p}, images, ids, mask, method="embed")  # noqa: E731
     tokens = jax.eval_shape(run, oracle.abstract(config))
     slots = tokens.slot("image").stop - tokens.slot("image").start
+    if tokens.media is not None:  # the prompt is beside, too, where an encoder has read it
+        slots = f"{tokens.media.mask.shape[1] - (0 if config.encoder is None else ids.shape[1])} beside"
     return {
         "family": config.model_type,
         "image_size": config.image.size,
-        "tokens_per_image": slots if tokens.media is None else f"{tokens.media.mask.shape[1]} beside",
+        "tokens_per_image": slots,
         "parameters": count,
         "tensors": len(used),
         "tensors_ignored": len(tensors) - len(used),

@@ -222,6 +222,12 @@ class VLM(nn.Module):
     def _encode(self, prompt: Sequence[sequence.Run], *, deterministic: bool) -> list[sequence.Run]:
         """What the decoder reads in place of images and text: the encoder's states beside it, and its first token."""
         tokens = sequence.layout(prompt)
+        length, limit = tokens.mask.shape[1], self.config.encoder.max_positions
+        if self.config.encoder.positions == "learned" and length > limit:
+            raise ValueError(
+                f"pictures and prompt take {length} places, and the encoder of this {self.config.model_type} has "
+                f"learned {limit}. Give it fewer cameras, set backbone.resampler_latents (64, say), or take a larger model."
+            )
         states, _ = self.encoder(tokens, deterministic=deterministic)
         start = self.embed_ids(jnp.full((len(states), 1), self.config.start_id, jnp.int32))
         real = jnp.ones((len(states), 1), bool)

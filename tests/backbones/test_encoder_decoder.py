@@ -182,6 +182,15 @@ def test_what_means_nothing_beside_an_encoder_is_refused(changes, message):
         toy.random_params(model, toy.make_batch(np.random.default_rng(0), window=1, windows=1, chunk=2))
 
 
+def test_more_pictures_than_the_encoder_has_places_for_are_refused(twin):
+    config = dataclasses.replace(twin.config, encoder=dataclasses.replace(twin.config.encoder, max_positions=16))
+    images, ids, mask = example(config, CAMERAS)  # 2 x 5 tokens and a prompt of 7
+    with pytest.raises(ValueError, match=r"take 17 places, and the encoder of this florence2 has learned 16"):
+        jax.eval_shape(
+            lambda p: base.build(config).apply({"params": p}, images, ids, mask, method="embed"), twin.params
+        )
+
+
 def test_prefix_attention_and_places_the_model_lacks_are_refused():
     config = registry.get(NAME).tiny()
     with pytest.raises(ValueError, match=r"attention='prefix' means nothing in a florence2"):

@@ -83,7 +83,8 @@ def test_every_family_has_a_published_model_to_compare_with():
 @every
 def test_full_size_shapes(name):
     config = registry.get(name)
-    images, ids, mask = example(config)
+    cameras = ("static",) if config.encoder is not None else ("wrist", "static")  # base has no places for two
+    images, ids, mask = example(config, cameras)
     model = base.build(config)
     params = {"params": abstract(config)}
     queries = [sequence.query(jnp.zeros((Q, config.width)), BATCH)]
