@@ -90,8 +90,7 @@ class VLMConfig:
     remat: bool = False
     """Recompute layer activations in the backward pass."""
     encoder: DecoderConfig | None = None
-    """Reads images and text in both directions, as an encoder-decoder's first half does; its states stand beside the
-    decoder's sequence, which begins with `start_id`. Token table and head are the decoder's."""
+    """Reads images and text in both directions. Its states stand beside the decoder's sequence."""
     start_id: int = 0
     """With an encoder: the token that the decoder's sequence begins with."""
     resampler: PerceiverConfig | None = None
@@ -122,8 +121,7 @@ class VLMConfig:
 
     @property
     def beside(self) -> bool:
-        """Images stand beside the sequence, as media that the decoder's layers attend to: as they are, or in what an
-        encoder makes of them and the prompt."""
+        """Images stand beside the sequence, for the decoder's layers to attend to: as they are, or as encoded."""
         return self.text.gated is not None or self.encoder is not None
 
     storage: Literal["float", "int8"] = "float"
@@ -226,11 +224,10 @@ class VLM(nn.Module):
         if self.config.encoder.positions == "learned" and length > limit:
             raise ValueError(
                 f"pictures and prompt take {length} places, and the encoder of this {self.config.model_type} has "
-                f"learned {limit}. Give it fewer cameras, set backbone.resampler_latents (64, say), or take a larger model."
+                f"learned {limit}. Take fewer cameras, backbone.resampler_latents (64, say), or a larger model."
             )
         states, _ = self.encoder(tokens, deterministic=deterministic)
-        start = self.embed_ids(jnp.full((len(states), 1), self.config.start_id, jnp.int32))
-        real = jnp.ones((len(states), 1), bool)
+        start, real = self.embed_ids(jnp.full((len(states), 1), self.config.start_id)), jnp.ones((len(states), 1), bool)
         return [
             sequence.Run(states, tokens.mask, "image", "image", beside=True),
             sequence.Run(start[:, :0], real[:, :0], "bos", "text"),
