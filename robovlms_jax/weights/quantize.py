@@ -22,7 +22,7 @@ STORAGE: tuple[tuple[str, str], ...] = (
     (r"/(kernel|table)$", "matrix"),
     (r"/(lora_m|attn_gate|mlp_gate)$", "kept"),
     (r"/(bias|lora_[ab])$", "cast"),
-    (r"/(positions|cls|latents|queries|attn_scale|mlp_scale)$", "cast"),
+    (r"/(positions|rows|columns|taps|cls|latents|queries|attn_scale|mlp_scale)$", "cast"),
 )
 """Pattern of a parameter's path -> how it is stored; the first that is found in the path counts.
 

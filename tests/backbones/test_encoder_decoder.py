@@ -17,6 +17,7 @@ from robovlms_jax.backbones import base, registry, sequence
 from robovlms_jax.inputs import images as images_module
 from robovlms_jax.policies.config import AuxiliaryConfig
 from robovlms_jax.policies.histories.base import TokenWindow
+from robovlms_jax.weights import quantize
 from tests import toy
 from tests.backbones import families
 from tests.backbones.oracle import IMAGE, TEXT, Twin, example, from_torch, randomize, relative_error
@@ -198,3 +199,9 @@ def test_prefix_attention_and_places_the_model_lacks_are_refused():
     values = registry.to_hf_config(registry.get(NAME))
     with pytest.raises(ValueError, match=r"vision_config.projection_dim=7 is not supported"):
         registry.from_hf_config(values | {"vision_config": values["vision_config"] | {"projection_dim": 7}})
+
+
+def test_every_parameter_of_the_tower_and_both_halves_has_a_place_when_serving(twin):
+    kinds = {path: quantize.stored_as(f"backbone/{path}") for path in flatten_dict(twin.params, sep="/")}
+    assert kinds["vision/stage0/layers/windows/nearby/taps"] == kinds["connector/rows"] == "cast"
+    assert kinds["encoder/layers/mlp/up/kernel"] == kinds["text/layers/cross/q/kernel"] == "matrix"
