@@ -33,6 +33,7 @@ _RESAMPLE = {  # what transformers' classes do where a file does not say
     "qwen2vl": 3,
     "qwen2_5_vl": 3,
     "deepseekvl": 3,
+    "janus": 3,
     "gemma3": 2,
     "gotocr2": 3,
     "smolvlm": 1,

@@ -201,6 +201,17 @@ def rms_norm(source: str, target: str) -> Rules:
     return (Rule(f"{source}.weight", f"{target}/scale"),)
 
 
+def renamed(table: Rules, names: Mapping[str, str]) -> Rules:
+    """The rules of a relative whose checkpoints have other parts of names: here -> there, in rules' sources alone."""
+
+    def there(source: str) -> str:
+        return functools.reduce(lambda name, here: name.replace(here, names[here]), names, source)
+
+    return tuple(
+        dataclasses.replace(rule, source=there(rule.source)) if isinstance(rule, Rule) else rule for rule in table
+    )
+
+
 def attention(source: str, target: str, *, bias: str = "all", out: str = "out_proj") -> Rules:
     """Separate q, k, v and output projections, heads merged into one axis -> Attention.
 

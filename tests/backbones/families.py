@@ -18,6 +18,14 @@ from robovlms_jax.weights import sources
 from tests.backbones import composed, composed_flamingo
 from tests.backbones.oracle import IMAGE, from_torch, hugging_face, randomize
 
+
+def janus(config: base.VLMConfig) -> torch.nn.Module:
+    """transformers' Janus; a twin's unused part that draws pictures is small."""
+    small = {"base_channels": 32, "channel_multiplier": [1], "latent_channels": 32, "num_embeddings": 16}
+    small |= dict.fromkeys(("embed_dim", "projection_dim", "image_token_embed_dim"), 8)
+    return hugging_face(config, image_token_id=IMAGE, vq_config=small if config.width < 100 else {})
+
+
 TORCH: dict[str, Callable[[base.VLMConfig], torch.nn.Module]] = {
     "kosmos-2": hugging_face,
     "paligemma": lambda config: hugging_face(config, image_token_index=IMAGE),
@@ -28,6 +36,7 @@ TORCH: dict[str, Callable[[base.VLMConfig], torch.nn.Module]] = {
     "gemma3": lambda config: hugging_face(config, image_token_index=IMAGE),
     "idefics3": lambda config: hugging_face(config, image_token_id=IMAGE),
     "internvl": lambda config: hugging_face(config, image_token_id=IMAGE),
+    "janus": janus,
     "qwen2_5_vl": lambda config: hugging_face(config, image_token_id=IMAGE, video_token_id=101),
     "qwen3_vl": lambda config: hugging_face(config, image_token_id=IMAGE, video_token_id=101),
     "florence2": lambda config: hugging_face(config, image_token_id=IMAGE),
@@ -53,6 +62,7 @@ COMPARED = (
     "internvl3-1b",
     "blip2-opt-2.7b",
     "idefics3-8b-llama3",
+    "janus-pro-1b",
     "llava-mpt-7b",
     "moondream2",
     "moondream2-2024-03",

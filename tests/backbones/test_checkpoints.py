@@ -61,10 +61,12 @@ def test_every_spelling_and_type_and_the_way_back(model, tmp_path):
     if name not in NATIVE:
         return
     opened, info = type(torch_model).from_pretrained(tmp_path / "export", output_loading_info=True)
+    drawing = {key for key in info["missing_keys"] if key.startswith(("model.vqmodel.", "model.generation_"))}  # Janus'
     constants = {key for key in info["missing_keys"] if key.endswith(".pos_idx_to_embed")}  # compared below
-    assert not (info["missing_keys"] - constants or info["unexpected_keys"] or info["mismatched_keys"]), info
+    assert not (info["missing_keys"] - constants - drawing or info["unexpected_keys"] or info["mismatched_keys"]), info
     expected = torch_model.state_dict()
-    assert all(torch.equal(value, expected[key]) for key, value in opened.state_dict().items())
+    kept = opened.state_dict().keys() - drawing
+    assert all(torch.equal(opened.state_dict()[key], expected[key]) for key in kept)
     torch_model.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
     assert_equal(load(registry.from_directory(tmp_path / "saved"), tmp_path / "saved"), params)
 

@@ -300,6 +300,7 @@ PROCESSORS = {
     "SiglipImageProcessor": {"size": {"height": 56, "width": 56}},  # PaliGemma
     "Qwen2VLImageProcessor": {"min_pixels": 56 * 56, "max_pixels": 56 * 56, "patch_size": 14, "merge_size": 2},
     "GotOcr2ImageProcessor": {"size": {"height": 56, "width": 56}},  # InternVL
+    "JanusImageProcessor": {"size": {"height": 56, "width": 56}},
     "Gemma3ImageProcessor": {"size": {"height": 56, "width": 56}, "resample": 2},
     "Qwen2VLImageProcessorFast": {  # Qwen3-VL
         "size": {"shortest_edge": 64 * 64, "longest_edge": 64 * 64},
