@@ -12,6 +12,7 @@ import asyncio
 import dataclasses
 import io
 import logging
+import socket
 import sys
 
 import numpy as np
@@ -21,7 +22,7 @@ from robovlms_jax import cli
 from robovlms_jax.control import robot as robots
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.deploy import messages, server
-from robovlms_jax.deploy.config import ServerConfig
+from robovlms_jax.deploy.config import ServerConfig, tls_context
 from robovlms_jax.load import load_batched_policy
 from robovlms_jax.policies.serving import BatchedVLAPolicy
 from robovlms_jax.runs import logs
@@ -84,8 +85,27 @@ def warm_up(policy: BatchedVLAPolicy, robot: robots.RobotSpec, config: ServeConf
     policy.release(slots)
 
 
+def require_address(config: ServerConfig) -> None:
+    """What would be found out only after loading and compiling: a bad token file or certificate, a port that is taken.
+
+    Raises ValueError, OSError that say what to change.
+    """
+    config.secret()
+    tls_context(config)
+    try:
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        socket.create_server((config.host, config.port), family=family).close()
+    except OSError as error:
+        raise OSError(
+            f"nobody can listen at {config.host}:{config.port} ({error.strerror or error}); choose another "
+            "--server.port (0: any that is free), or end what listens there."
+        ) from error
+
+
 def build(config: ServeConfig) -> server.PolicyServer:
-    """Loads and warms up; raises ValueError, FileNotFoundError for a checkpoint that is none."""
+    """Loads and warms up; raises ValueError, FileNotFoundError for a checkpoint that is none, OSError for an address
+    that is taken."""
+    require_address(config.server)
     experiment = load_config(config.checkpoint)
     settings = experiment.policy
     policy = load_batched_policy(config.checkpoint, slots=config.slots)

@@ -11,9 +11,12 @@ connection it comes on is closed. What a robot does without an answer is not dec
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
+import socket
 import ssl
+import struct
 import time
 from typing import Any
 
@@ -21,6 +24,7 @@ import numpy as np
 
 from robovlms_jax.control.interface import ActionChunk, Observation
 from robovlms_jax.deploy import codec
+from robovlms_jax.deploy.limits import is_number
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +52,17 @@ class ClientConfig:
     ssl: ssl.SSLContext | None = None
 
     def __post_init__(self):
-        if not (self.connect_timeout_s > 0 and self.timeout_s > 0 and self.reconnects >= 0):
+        given = (self.connect_timeout_s, self.timeout_s, self.reconnects)
+        if not all(is_number(x) for x in given) or not (min(given[:2]) > 0 and self.reconnects >= 0):
             raise ValueError(
-                f"connect_timeout_s={self.connect_timeout_s} and timeout_s={self.timeout_s} must be above 0, "
-                f"reconnects={self.reconnects} 0 or more."
+                f"connect_timeout_s={self.connect_timeout_s!r} and timeout_s={self.timeout_s!r} must be numbers above "
+                f"0, reconnects={self.reconnects!r} 0 or more."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """How the server's clock stands to ours, from the exchange with the shortest round trip so far.
+    """How the server's clock stands to ours, from the exchange with the shortest round trip since a clock was set.
 
     offset_s: server's time minus ours; off by at most half of round_trip_s, which leaves out the time of the answer.
     """
@@ -126,8 +131,14 @@ class _Conversation:
         round_trip = (came_s - sent_s) - (answered_s - received_s)
         if round_trip < 0:  # a clock was set meanwhile
             self.clock = None
-        elif self.clock is None or round_trip <= self.clock.round_trip_s:
-            self.clock = Clock(((received_s - sent_s) + (answered_s - came_s)) / 2, round_trip)
+            return
+        found, known = Clock(((received_s - sent_s) + (answered_s - came_s)) / 2, round_trip), self.clock
+        # Two exchanges that contradict each other: one of the clocks was set, and the newer one says how they stand.
+        jumped = (
+            known is not None and abs(found.offset_s - known.offset_s) > (found.round_trip_s + known.round_trip_s) / 2
+        )
+        if known is None or jumped or round_trip <= known.round_trip_s:
+            self.clock = found
 
     def _read(self, message: bytes | str) -> Any:
         if isinstance(message, str):
@@ -205,6 +216,12 @@ def _transient() -> tuple[type[Exception], ...]:
     return (OSError, ConnectionClosed, InvalidMessage, EOFError)
 
 
+def _limit_sending(line: socket.socket, seconds: float) -> None:
+    """Let `send` end after so many seconds, with a lost line; receiving goes on in another thread, without limit."""
+    whole, part = divmod(seconds, 1)
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(whole), int(part * 1e6)))
+
+
 def _refusal(error: Exception) -> Exception | None:
     """Not None: trying again would not help."""
     from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -239,8 +256,10 @@ class Client(_Client):
         deadline, pause, last = time.monotonic() + self.config.connect_timeout_s, 0.1, "no answer"
         self.close()
         while (left := deadline - time.monotonic()) > 0:
+            line = None
             try:
                 line = connect(self._url, open_timeout=left, **self._options()).__enter__()
+                _limit_sending(line.socket, self.config.timeout_s)
                 self.conversation.greeted(line.recv(max(deadline - time.monotonic(), 0.001)))
                 self._line = line
                 return
@@ -248,6 +267,10 @@ class Client(_Client):
                 if (refusal := _refusal(error)) is not None:
                     raise refusal from error
                 last = str(error) or type(error).__name__
+            finally:
+                if line is not None and self._line is None:  # its slot at the server is free again
+                    line.close_timeout = 0.2
+                    line.close()
             time.sleep(max(min(pause, deadline - time.monotonic()), 0))
             pause = min(pause * 2, 2.0)
         raise self._too_late(f"no policy server answered ({last})", self.config.connect_timeout_s)
@@ -267,17 +290,20 @@ class Client(_Client):
         for attempt in range(self.config.reconnects + 1):
             if self._line is None:
                 self.connect()
+            begun = time.monotonic()
             try:
                 sent_s = time.time()
                 self._line.send(self.conversation.request(observation))
                 return self.conversation.answered(self._line.recv(self.config.timeout_s), sent_s)
-            except TimeoutError as error:
+            except _transient() as error:  # TimeoutError is an OSError
+                # What could not be sent in time ends as a lost line.
+                late = isinstance(error, TimeoutError) or time.monotonic() - begun >= self.config.timeout_s
+                with contextlib.suppress(OSError):
+                    self._line.socket.shutdown(socket.SHUT_RDWR)  # saying goodbye would wait once more
                 self.close()
                 self._lost(error)
-                raise self._too_late("no answer", self.config.timeout_s) from error
-            except _transient() as error:
-                self.close()
-                self._lost(error)
+                if late:
+                    raise self._too_late("no answer", self.config.timeout_s) from error
                 if attempt == self.config.reconnects:
                     raise
             except ServerError:
@@ -307,6 +333,7 @@ class AsyncClient(_Client):
         deadline, pause, last = time.monotonic() + self.config.connect_timeout_s, 0.1, "no answer"
         await self.close()
         while (left := deadline - time.monotonic()) > 0:
+            line = None
             try:
                 async with asyncio.timeout(left):
                     line = await connect(self._url, open_timeout=left, **self._options()).__aenter__()
@@ -317,6 +344,9 @@ class AsyncClient(_Client):
                 if (refusal := _refusal(error)) is not None:
                     raise refusal from error
                 last = str(error) or type(error).__name__
+            finally:
+                if line is not None and self._line is None:
+                    line.transport.abort()
             await asyncio.sleep(max(min(pause, deadline - time.monotonic()), 0))
             pause = min(pause * 2, 2.0)
         raise self._too_late(f"no policy server answered ({last})", self.config.connect_timeout_s)
@@ -341,6 +371,7 @@ class AsyncClient(_Client):
                     await self._line.send(self.conversation.request(observation))
                     return self.conversation.answered(await self._line.recv(), sent_s)
             except TimeoutError as error:
+                self._line.transport.abort()  # saying goodbye would wait for what could not be sent
                 await self.close()
                 self._lost(error)
                 raise self._too_late("no answer", self.config.timeout_s) from error

@@ -26,6 +26,10 @@ class Bounds:
     message_bytes: int = 64 * 2**20
     items: int = 4096
     """Entries of a list or map."""
+    items_in_all: int = 65_536
+    """Entries of all of them together, each of which counts as one itself."""
+    pictures: int = 16
+    """Compressed pictures, each of which may become many more bytes than it has."""
     text: int = 4096
     """Characters of a text."""
 
@@ -72,13 +76,30 @@ def unpack(message: bytes, bounds: Bounds, decode_image: DecodeImage | None = No
     """
     import msgpack
 
+    left = {"entries": bounds.items_in_all, "compressed pictures": bounds.pictures}
+
+    def count(what: str, number: int) -> None:
+        left[what] -= number
+        if left[what] < 0:
+            most = {"entries": bounds.items_in_all, "compressed pictures": bounds.pictures}[what]
+            raise ValueError(f"it has more than {most} {what}.")
+
+    def decode(data: bytes) -> np.ndarray:
+        count("compressed pictures", 1)
+        return decode_image(data)
+
+    def listed(entries: list) -> list:
+        count("entries", 1 + len(entries))
+        return entries
+
     def hook(entry: dict) -> Any:
+        count("entries", 1 + len(entry))
         for tag, read in (("__ndarray__", _array), ("__npgeneric__", _scalar)):
             if tag.encode() in entry:
                 return read({key.decode(): x for key, x in entry.items() if isinstance(key, bytes)})
             if tag in entry:
                 return read(entry)
-        return _image(entry, decode_image) if "__image__" in entry else entry
+        return _image(entry, decode if decode_image else None) if "__image__" in entry else entry
 
     if len(message) > bounds.message_bytes:
         raise ValueError(f"the message has {len(message)} bytes; at most {bounds.message_bytes} are read.")
@@ -86,6 +107,7 @@ def unpack(message: bytes, bounds: Bounds, decode_image: DecodeImage | None = No
         return msgpack.unpackb(
             message,
             object_hook=hook,
+            list_hook=listed,
             raw=False,
             strict_map_key=True,
             max_map_len=bounds.items,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
 import time
 
 import numpy as np
 import pytest
 
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.deploy import client as clients
 from robovlms_jax.deploy import codec
 from robovlms_jax.deploy.client import Client, ClientConfig, ServerError
@@ -104,3 +107,98 @@ def test_a_servers_error_reaches_our_client():
         robot.reset("open")
         with pytest.raises(ServerError, match="there is no 'wrist' picture"):
             robot.act(observation())
+
+
+def test_a_clock_that_jumps_without_a_trace_in_the_round_trip_is_measured_anew(monkeypatch):
+    conversation = clients._Conversation()
+
+    def exchange(offset, round_trip):
+        monkeypatch.setattr(clients.time, "time", lambda: 10 + round_trip)
+        timing = {"received_s": 10 + round_trip / 2 + offset, "sent_s": 10 + round_trip / 2 + offset}
+        conversation._set_clock(timing, 10.0, 10.0 + round_trip)
+        return conversation.clock.offset_s
+
+    assert exchange(0.0, 0.002) == pytest.approx(0)
+    assert exchange(3600.0, 0.0023) == pytest.approx(3600)  # a longer round trip, but the two contradict each other
+    assert exchange(3600.0001, 0.5) == pytest.approx(3600)  # a slower one that agrees says less
+
+
+def silent_server(reads):
+    """A websocket server that shakes hands and, with `reads`, says who it is, and then reads nothing more; without, it
+    says nothing and counts connections that are closed."""
+    from websockets.server import ServerProtocol
+
+    listening = socket.create_server(("127.0.0.1", 0))
+    closed = []
+
+    def one(line):
+        protocol = ServerProtocol()
+        while not (events := protocol.events_received()):
+            protocol.receive_data(line.recv(4096))
+        protocol.send_response(protocol.accept(events[0]))
+        if reads:  # greets like a policy server
+            protocol.send_binary(codec.pack({"action_dim": 7}))
+        for data in protocol.data_to_send():
+            line.sendall(data)
+        while reads == 0 and line.recv(4096):
+            pass
+        closed.append(line)
+        if reads:
+            threading.Event().wait(3)
+        line.close()
+
+    def run():
+        while True:
+            try:
+                line, _ = listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=one, args=(line,), daemon=True).start()
+
+    threading.Thread(target=run, daemon=True).start()
+    return listening, closed, f"ws://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("kind", ["blocking", "async"])
+def test_a_call_ends_in_time_although_the_server_reads_nothing_more(kind):
+    listening, _, address = silent_server(reads=1)
+    config = ClientConfig(timeout_s=0.3, connect_timeout_s=2, reconnects=0)
+    large = Observation({"static": np.zeros((4000, 4000, 3), np.uint8)})
+    begin = time.monotonic()
+    with listening:
+        if kind == "blocking":
+            robot = Client(address, config)
+            robot.connect()
+            robot.reset("go")
+            with pytest.raises(TimeoutError, match="no answer within"):
+                robot.act(large)
+        else:
+
+            async def drive():
+                robot = clients.AsyncClient(address, config)
+                await robot.connect()
+                await robot.reset("go")
+                with pytest.raises(TimeoutError, match="no answer within"):
+                    await robot.act(large)
+
+            asyncio.run(drive())
+    assert time.monotonic() - begin < 2.5
+
+
+@pytest.mark.parametrize("kind", ["blocking", "async"])
+def test_a_connection_that_is_not_greeted_is_closed_and_holds_no_slot(kind):
+    listening, closed, address = silent_server(reads=0)
+    config = ClientConfig(connect_timeout_s=0.4)
+
+    def connect():
+        if kind == "blocking":
+            Client(address, config).connect()
+        else:
+            asyncio.run(clients.AsyncClient(address, config).connect())
+
+    with listening, pytest.raises(TimeoutError):
+        connect()
+    deadline = time.monotonic() + 2
+    while not closed and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert closed

@@ -104,3 +104,22 @@ def test_damaged_messages_raise_nothing_but_value_errors(noise, cut, middle):
     for damaged in (noise, whole[:cut], whole[:cut] + middle + whole[cut + len(middle) :]):
         with contextlib.suppress(ValueError):
             codec.unpack(damaged, BOUNDS)
+
+
+def test_many_small_things_are_bounded_together():
+    # Each list and map was bounded alone: 8 MiB of empty maps took seconds, 100 small PNG files a gigabyte.
+    whole = codec.Bounds(items_in_all=100, pictures=2)
+    with pytest.raises(ValueError, match="more than 100 entries"):
+        codec.unpack(msgpack.packb([[{} for _ in range(20)] for _ in range(20)]), whole)
+    codec.unpack(msgpack.packb([[{} for _ in range(5)] for _ in range(5)]), whole)
+    decoded = []
+
+    def decode(data):
+        decoded.append(data)
+        return np.zeros((1, 1, 3), np.uint8)
+
+    picture = {"__image__": True, "format": "png", "data": b"x"}
+    codec.unpack(msgpack.packb([picture] * 2), whole, decode)
+    with pytest.raises(ValueError, match="more than 2 compressed pictures"):
+        codec.unpack(msgpack.packb([picture] * 50), whole, decode)
+    assert len(decoded) == 4

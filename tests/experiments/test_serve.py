@@ -6,6 +6,7 @@ import io
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from PIL import Image
 from experiments import serve
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.deploy.client import Client
+from robovlms_jax.deploy.config import ServerConfig
 from robovlms_jax.load import load_policy
 
 CHECKPOINT = pathlib.Path(__file__).parents[1] / "compatibility" / "release_0_1" / "policy_head_lstm"
@@ -70,3 +72,13 @@ def test_a_checkpoint_is_served_until_sigterm_and_answers_as_without_a_server():
     finally:
         process.kill()
         process.stderr.close()
+
+
+def test_what_is_wrong_with_the_address_is_found_before_anything_is_loaded(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = ServerConfig(port=taken.getsockname()[1])
+        with pytest.raises(OSError, match=r"nobody can listen at 127.0.0.1:\d+ .*--server.port"):
+            serve.build(serve.ServeConfig(checkpoint="nowhere", server=config))
+    (tmp_path / "token").touch()
+    with pytest.raises(ValueError, match="is empty; expected one line with the token"):
+        serve.build(serve.ServeConfig("nowhere", server=ServerConfig(port=0, token_file=str(tmp_path / "token"))))
