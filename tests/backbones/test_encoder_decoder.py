@@ -120,6 +120,7 @@ def gradient_error(twin: Twin) -> float:
     return max(errors.values())
 
 
+@pytest.mark.slow
 def test_gradients_of_every_parameter(twin):
     assert gradient_error(twin) < 3e-5
 

@@ -76,6 +76,7 @@ def test_tokens_without_pictures_are_told_so():
         jax.eval_shape(lambda p: base.build(config).apply({"params": p}, tokens, method="decode"), abstract(config))
 
 
+@pytest.mark.slow
 def test_a_masked_picture_adds_nothing(exact_matmul):
     config = registry.get("flamingo-mpt-1b").tiny()
     images, ids, mask = example(config)

@@ -310,6 +310,7 @@ def test_unreadable_episodes_are_replaced_counted_and_named(damaged, tmp_path, c
     assert "episode 0 (" in caplog.text
 
 
+@pytest.mark.slow
 def test_too_many_unreadable_episodes_stop_the_run(damaged, tmp_path):
     changes = {"data.root": str(damaged), "data.max_corrupt_share": 0.0, "train.steps": 200}
     with pytest.raises(guards.CorruptDataError, match=r"more than data.max_corrupt_share=0.0.*episode 0"):

@@ -152,6 +152,7 @@ def test_what_the_chains_ask_for_is_possible(scene, starts):
                 assert ok == asked, (task, condition)
 
 
+@pytest.mark.slow
 def test_a_held_block_is_put_down_before_another_task(scene):
     start = reset(scene, *initial_states.initial_state(task_chains.official_chains()[0].condition))
     lift = jax.jit(perform)(scene, start, number("lift_blue_block_table"), jax.random.key(0))
@@ -162,6 +163,7 @@ def test_a_held_block_is_put_down_before_another_task(scene):
     assert then.state.held == -1
 
 
+@pytest.mark.slow
 def test_random_starts_stand_firmly(stacked_scenes):
     scenes = jax.tree.map(lambda leaf: leaf[np.arange(64) % 4], stacked_scenes)
     robot, table = jax.jit(jax.vmap(random_starts.sample))(scenes, jax.random.split(jax.random.key(3), 64))

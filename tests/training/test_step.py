@@ -59,6 +59,7 @@ def run_steps(
     return losses, state
 
 
+@pytest.mark.slow
 def test_accumulated_step_equals_whole_step(exact_matmul):
     # Masks differ between micro-batches, so a mean of micro-batch means would fail here.
     whole, state = run_steps(accumulation=1)
