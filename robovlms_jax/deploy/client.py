@@ -4,8 +4,9 @@
         policy.reset("open the drawer")
         chunk = policy.act(observation)
 
-Every call ends within its time-out, with an answer or an exception; an answer that comes later is thrown away, for the
-connection it comes on is closed. What a robot does without an answer is not decided here: see `loop` and `safety`.
+Every call ends within its time-out, with an answer or an exception (a line that was lost may be made anew once more,
+within connect_timeout_s); an answer that comes later is thrown away, for the connection it comes on is closed. What a
+robot does without an answer is not decided here: see `loop` and `safety`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import dataclasses
 import logging
 import socket
 import ssl
-import struct
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -216,10 +218,21 @@ def _transient() -> tuple[type[Exception], ...]:
     return (OSError, ConnectionClosed, InvalidMessage, EOFError)
 
 
-def _limit_sending(line: socket.socket, seconds: float) -> None:
-    """Let `send` end after so many seconds, with a lost line; receiving goes on in another thread, without limit."""
-    whole, part = divmod(seconds, 1)
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(whole), int(part * 1e6)))
+@contextlib.contextmanager
+def _cut_after(line: socket.socket, seconds: float) -> Iterator[None]:
+    """Cut the line if the block takes longer: sending waits for as long as the server reads, however little."""
+
+    def cut() -> None:
+        with contextlib.suppress(OSError):
+            line.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _refusal(error: Exception) -> Exception | None:
@@ -259,7 +272,6 @@ class Client(_Client):
             line = None
             try:
                 line = connect(self._url, open_timeout=left, **self._options()).__enter__()
-                _limit_sending(line.socket, self.config.timeout_s)
                 self.conversation.greeted(line.recv(max(deadline - time.monotonic(), 0.001)))
                 self._line = line
                 return
@@ -292,9 +304,11 @@ class Client(_Client):
                 self.connect()
             begun = time.monotonic()
             try:
-                sent_s = time.time()
-                self._line.send(self.conversation.request(observation))
-                return self.conversation.answered(self._line.recv(self.config.timeout_s), sent_s)
+                with _cut_after(self._line.socket, self.config.timeout_s):
+                    sent_s = time.time()
+                    self._line.send(self.conversation.request(observation))
+                    left = begun + self.config.timeout_s - time.monotonic()
+                    return self.conversation.answered(self._line.recv(max(left, 0.001)), sent_s)
             except _transient() as error:  # TimeoutError is an OSError
                 # What could not be sent in time ends as a lost line.
                 late = isinstance(error, TimeoutError) or time.monotonic() - begun >= self.config.timeout_s

@@ -30,6 +30,8 @@ class Bounds:
     """Entries of all of them together, each of which counts as one itself."""
     pictures: int = 16
     """Compressed pictures, each of which may become many more bytes than it has."""
+    pixels: int = 16_000_000
+    """Of all compressed pictures together."""
     text: int = 4096
     """Characters of a text."""
 
@@ -76,17 +78,19 @@ def unpack(message: bytes, bounds: Bounds, decode_image: DecodeImage | None = No
     """
     import msgpack
 
-    left = {"entries": bounds.items_in_all, "compressed pictures": bounds.pictures}
+    most = {"entries": bounds.items_in_all, "compressed pictures": bounds.pictures, "pixels in them": bounds.pixels}
+    left = dict(most)
 
     def count(what: str, number: int) -> None:
         left[what] -= number
         if left[what] < 0:
-            most = {"entries": bounds.items_in_all, "compressed pictures": bounds.pictures}[what]
-            raise ValueError(f"it has more than {most} {what}.")
+            raise ValueError(f"it has more than {most[what]} {what}.")
 
     def decode(data: bytes) -> np.ndarray:
         count("compressed pictures", 1)
-        return decode_image(data)
+        picture = decode_image(data)
+        count("pixels in them", picture.shape[0] * picture.shape[1])
+        return picture
 
     def listed(entries: list) -> list:
         count("entries", 1 + len(entries))

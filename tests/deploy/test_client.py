@@ -143,8 +143,10 @@ def silent_server(reads):
         while reads == 0 and line.recv(4096):
             pass
         closed.append(line)
-        if reads:
-            threading.Event().wait(3)
+        for _ in range(20):
+            if reads == 2:  # a little, again and again
+                line.recv(65536)
+            threading.Event().wait(0.15)
         line.close()
 
     def run():
@@ -159,9 +161,10 @@ def silent_server(reads):
     return listening, closed, f"ws://127.0.0.1:{listening.getsockname()[1]}"
 
 
+@pytest.mark.parametrize("reads", [1, 2], ids=["nothing", "a little"])
 @pytest.mark.parametrize("kind", ["blocking", "async"])
-def test_a_call_ends_in_time_although_the_server_reads_nothing_more(kind):
-    listening, _, address = silent_server(reads=1)
+def test_a_call_ends_in_time_although_the_server_hardly_reads(kind, reads):
+    listening, _, address = silent_server(reads)
     config = ClientConfig(timeout_s=0.3, connect_timeout_s=2, reconnects=0)
     large = Observation({"static": np.zeros((4000, 4000, 3), np.uint8)})
     begin = time.monotonic()
@@ -182,7 +185,7 @@ def test_a_call_ends_in_time_although_the_server_reads_nothing_more(kind):
                     await robot.act(large)
 
             asyncio.run(drive())
-    assert time.monotonic() - begin < 2.5
+    assert time.monotonic() - begin < 2
 
 
 @pytest.mark.parametrize("kind", ["blocking", "async"])

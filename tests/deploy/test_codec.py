@@ -123,3 +123,6 @@ def test_many_small_things_are_bounded_together():
     with pytest.raises(ValueError, match="more than 2 compressed pictures"):
         codec.unpack(msgpack.packb([picture] * 50), whole, decode)
     assert len(decoded) == 4
+    large = codec.Bounds(pixels=3)
+    with pytest.raises(ValueError, match="more than 3 pixels in them"):
+        codec.unpack(msgpack.packb([picture] * 2), large, lambda data: np.zeros((2, 1, 3), np.uint8))
