@@ -18,8 +18,8 @@ def _quiet():
     logging.disable(logging.NOTSET)
 
 
-def test_a_hundred_bad_messages_do_no_harm():
-    hostile.attack(100)
+def test_some_bad_messages_do_no_harm():
+    hostile.attack(40)
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ class Still:
         pass
 
 
+@pytest.mark.slow
 def test_actions_in_metres_and_radians_move_the_arm_as_far():
     table = PlayTableBenchmark(["open_drawer"], image_size=(32, 32), episodes=2, max_steps=3)
 
