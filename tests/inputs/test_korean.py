@@ -33,8 +33,8 @@ KINDS = {
     "kosmos-2": "pieces",
     "qwen": "ranks",
     **dict.fromkeys(("gemma3", "llava", "otter", "paligemma"), "fallback"),
-    **dict.fromkeys(("blip-2", "deepseek_vl", "flamingo", "idefics3", "internvl", "llava_mpt"), "bytes"),
-    **dict.fromkeys(("moondream1", "qwen2_5_vl", "qwen3_vl", "smolvlm", "vlm"), "bytes"),
+    **dict.fromkeys(("blip-2", "deepseek_vl", "flamingo", "florence2", "idefics3", "internvl"), "bytes"),
+    **dict.fromkeys(("janus", "llava_mpt", "moondream1", "qwen2_5_vl", "qwen3_vl", "smolvlm", "vlm"), "bytes"),
 }
 """Family -> kind of its published tokenizer: bytes (byte-level BPE), ranks (the same, as Qwen's file), fallback
 (SentencePiece whose unknown letters become bytes), pieces (SentencePiece without that: unknown letters are <unk>).
