@@ -16,6 +16,7 @@ ORDINARY = {
     ("one_step", "pool", "mlp"),
     ("interleaved", "token", "discrete"),
     ("interleaved", "action_query", "flow"),
+    ("policy_head", "pool", "lstm"),
     ("policy_head", "action_query", "gpt"),
     ("video", "action_query", "attention"),
 }
