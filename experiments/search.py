@@ -11,6 +11,7 @@ fails is recorded with its last words, and the search goes on.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import pathlib
 import signal
@@ -60,7 +61,9 @@ def _require_settings(config: SearchConfig) -> None:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"search.experiment={config.experiment!r} is no experiment with presets ({error}).") from None
     if config.start not in presets:
-        raise ValueError(f"search.start={config.start!r} is no preset of {config.experiment}: {sorted(presets)}.")
+        near = difflib.get_close_matches(config.start, presets, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"search.start={config.start!r} is no preset of {config.experiment}{hint} {sorted(presets)}")
     fixed = space.fixed(config.fixed)
     fields = space.read(config.space)
     names = {field.name for field in fields}
