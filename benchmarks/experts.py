@@ -11,9 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import logging
 import pathlib
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -42,6 +40,7 @@ from robovlms_jax.playtable.scene import (
     Scene,
     stack_scenes,
 )
+from robovlms_jax.runs import logs
 
 AIM_RATE, AIM_LENGTH = 0.95, 4.7
 """Success per task from random starts, and tasks in a row of the 1000 chains."""
@@ -413,5 +412,5 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logs.to_stderr()
     main(cli.read(Args))

@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from benchmarks import machine
 from experiments import calvin_abcd
 from robovlms_jax import cli
-from robovlms_jax.runs import run
+from robovlms_jax.runs import logs, run
 from robovlms_jax.training import checkpoints, seals
 
 logger = logging.getLogger(__name__)
@@ -345,6 +345,6 @@ def main(args: Args, argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     # force: libraries imported above may have set up logging already
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
+    logs.to_stderr()
     logging.getLogger("absl").setLevel(logging.WARNING)
     main(cli.read(Args), sys.argv[1:])

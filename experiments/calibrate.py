@@ -19,7 +19,7 @@ from robovlms_jax import cli
 from robovlms_jax.data import atomic
 from robovlms_jax.evaluation import chains, detection
 from robovlms_jax.policies.serving import BatchedVLAPolicy
-from robovlms_jax.runs import calibrating, saved
+from robovlms_jax.runs import calibrating, logs, saved
 from robovlms_jax.runs.load import load_batched_policy, load_config
 from robovlms_jax.training import checkpoints, seals
 
@@ -110,7 +110,7 @@ def detect(config: CalibrateConfig) -> str:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logs.to_stderr(level=logging.WARNING)
     config = cli.read(CalibrateConfig, description=__doc__)
     try:
         print(detect(config) if config.rollouts else calibrate(config))

@@ -22,6 +22,7 @@ import tqdm
 from robovlms_jax import cli
 from robovlms_jax.data import base, calvin, lerobot, packed, packing, rlds_writer
 from robovlms_jax.data.features import Field
+from robovlms_jax.runs import logs
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def pack_lerobot(
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logs.to_stderr()
     try:
         main(cli.read(Args))
     except (ValueError, OSError, ImportError, RuntimeError) as error:

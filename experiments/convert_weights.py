@@ -34,7 +34,7 @@ from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.config import AuxiliaryConfig, PolicyConfig
 from robovlms_jax.policies.serving import BatchedVLAPolicy
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.runs import build, load
+from robovlms_jax.runs import build, load, logs
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import to_dict
 from robovlms_jax.training import checkpoints
@@ -254,7 +254,7 @@ def _describe(report: Mapping[str, Any], target: pathlib.Path) -> str:
 
 def cli(argv: list[str] | None = None) -> None:
     """Command line; errors of the user end the process with a message and status 1."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logs.to_stderr(level=logging.WARNING)
     config = command_line.read(ConvertConfig, description=__doc__, argv=argv)
     try:
         main(config)

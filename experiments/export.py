@@ -27,7 +27,7 @@ import safetensors.flax
 from robovlms_jax import cli
 from robovlms_jax.policies.heads import flow, gpt, lstm
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.runs import program, saved
+from robovlms_jax.runs import logs, program, saved
 from robovlms_jax.training import checkpoints
 
 log = logging.getLogger(__name__)
@@ -201,8 +201,7 @@ def _require(module: str, extra: str) -> Any:
 
 def main() -> None:
     """Errors of the user end the process with a message and status 1."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logs.to_stderr(absl=logging.ERROR)
     config = cli.read(ExportConfig, description=__doc__)
     try:
         folder = export(config)

@@ -25,6 +25,7 @@ from experiments import inspection_page
 from robovlms_jax import cli
 from robovlms_jax.data import base, calvin, findings, inspection, lerobot, packed, rlds, storage
 from robovlms_jax.data.registry import mixtures
+from robovlms_jax.runs import logs
 
 logger = logging.getLogger(__name__)
 
@@ -298,7 +299,7 @@ def main(args: Args) -> tuple[pathlib.Path, list[str]]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logs.to_stderr()
     arguments = cli.read(Args, description=__doc__)
     try:
         _, refusals = main(arguments)

@@ -13,6 +13,7 @@ import numpy as np
 
 from robovlms_jax import cli
 from robovlms_jax.data import calvin, packing
+from robovlms_jax.runs import logs
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logs.to_stderr()
     try:
         main(cli.read(Args))
     except (ValueError, OSError, RuntimeError) as error:

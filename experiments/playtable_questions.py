@@ -7,13 +7,13 @@ python -m experiments.playtable_questions --out runs/questions --pictures 2000 -
 from __future__ import annotations
 
 import logging
-import sys
 
 from robovlms_jax import cli
 from robovlms_jax.playtable import questions
+from robovlms_jax.runs import logs
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logs.to_stderr()
     settings = cli.read(questions.Settings, description=__doc__)
     counts = questions.write(settings)
     logging.info("%(pictures)d pictures with %(questions)d questions", counts)

@@ -14,10 +14,11 @@ import sys
 
 from robovlms_jax import cli
 from robovlms_jax.playtable import recording
+from robovlms_jax.runs import logs
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    logs.to_stderr()
     config = cli.read(recording.RecordConfig, description=__doc__)
     try:
         counts = recording.record(config)

@@ -34,6 +34,7 @@ from robovlms_jax.evaluation import blind
 from robovlms_jax.inputs import proprio
 from robovlms_jax.load import load_config, load_policy
 from robovlms_jax.playtable.env import PlayTable
+from robovlms_jax.runs import logs
 from robovlms_jax.training import checkpoints, seals
 
 log = logging.getLogger(__name__)
@@ -314,7 +315,7 @@ class Session:
 
 def main() -> None:
     """Errors of the user end the process with a message and status 1."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logs.to_stderr(level=logging.WARNING)
     config = cli.read(TrialConfig, description=__doc__)
     try:
         specs = [load_config(path).policy.robot for path in config.checkpoints]

@@ -11,7 +11,7 @@ import pathlib
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 
 @functools.lru_cache
@@ -67,23 +67,61 @@ def require(condition: bool, message: str) -> None:
 class Tagged:
     """Base of configurations that stand in a field of their base class and are kept with their registered name.
 
-    A subclass says how names and classes belong together.
+    Each base has a registry of its own, `class HeadConfig(schema.Tagged, noun="head")`; concrete classes join it with
+    what they configure, `@HeadConfig.register("lstm", LSTMHeadConfig)`.
     """
+
+    _noun: ClassVar[str]
+    _registry: ClassVar[dict[str, tuple[type, Any]]]
+
+    def __init_subclass__(cls, noun: str = "", **more: Any):
+        """noun: what a new base calls one of its kind, for messages. Concrete classes leave it out."""
+        super().__init_subclass__(**more)
+        if noun:
+            cls._noun, cls._registry = noun, {}
+
+    @classmethod
+    def register(cls, kind: str, config_type: type) -> Callable[[type], type]:
+        """Class decorator for what `config_type` configures. Raises ValueError where the name is taken."""
+
+        def decorate(built: type) -> type:
+            if kind in cls._registry:
+                raise ValueError(f"{cls._noun} {kind!r} is registered already, by {cls._registry[kind][1].__name__}.")
+            cls._registry[kind] = (config_type, built)
+            return built
+
+        return decorate
 
     @classmethod
     def kinds(cls) -> list[str]:
         """All registered names."""
-        raise NotImplementedError
+        return sorted(cls._registry)
 
     @classmethod
     def kind_of(cls, config_type: type) -> str:
-        """Registered name of a class."""
-        raise NotImplementedError
+        """Registered name of a class. Raises ValueError listing the known names."""
+        for kind, (known, _) in cls._registry.items():
+            if known is config_type:
+                return kind
+        raise ValueError(f"{config_type.__name__} belongs to no registered {cls._noun}; registered: {cls.kinds()}.")
 
     @classmethod
     def config_of(cls, kind: str) -> type:
-        """Class of a registered name. Raises ValueError listing the known ones."""
-        raise NotImplementedError
+        """Class of a registered name. Raises ValueError listing the known names."""
+        return cls._entry(kind)[0]
+
+    @classmethod
+    def built_by(cls, kind: str) -> Any:
+        """What the configurations of a registered name configure. Raises as `config_of`."""
+        return cls._entry(kind)[1]
+
+    @classmethod
+    def _entry(cls, kind: str) -> tuple[type, Any]:
+        if kind not in cls._registry:
+            raise ValueError(
+                f"no {cls._noun} {kind!r}; registered: {cls.kinds()}. Import the file that registers it first."
+            )
+        return cls._registry[kind]
 
 
 def to_dict(config: Any) -> dict[str, Any]:

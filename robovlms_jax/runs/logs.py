@@ -9,11 +9,12 @@ LIBRARIES = ("absl", "orbax", "grain", "jax._src", "httpx")
 """Whose own progress says nothing to whoever started the program."""
 
 
-def to_stderr(*, absl: int = logging.WARNING, libraries: int = logging.WARNING) -> None:
-    """INFO with the time of day, and of other libraries what is at least of the given levels."""
+def to_stderr(level: int = logging.INFO, *, absl: int = logging.WARNING, libraries: int = logging.WARNING) -> None:
+    """Messages of at least `level` with the time of day, and of other libraries what is at least of the levels given
+    for them."""
     # force: a library that was imported may have given the root logger a handler, and basicConfig then does nothing
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
+        level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
     )
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(libraries)

@@ -8,13 +8,13 @@ import logging
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 
 from robovlms_jax.data import base as datasets
 from robovlms_jax.data import loading, sources
+from robovlms_jax.evaluation.report import offline as offline_report
 from robovlms_jax.parallel import cpu, distributed
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.runs import build, chaining, closed_loop, logs, questions, resuming, steps, validation
@@ -150,18 +150,18 @@ def _train(setup: setups.Setup, report: Report, output: pathlib.Path, interrupts
         train_state, finished = _train_stages(setup, train_state, services)
         finished = finished and not interrupts.asked  # it may come while the last step is saved
         if finished:
-
-            def write(values: Mapping[str, float]) -> None:
-                writer.write(config.train.steps, {f"validation/{key}": value for key, value in values.items()})
-
             section = tables.report(*_chosen(train_state, checkpointer, config)) if tables else ""
             facts = setups.facts(report.name, setup) | {"seconds": round(time.perf_counter() - report.begin, 1)}
             facts["time in the training loop"] = str(services.goodput)
             learned = examiner.numbers(train_state)
-            write(learned)
             facts |= {name.replace("_", " of ", 1): round(value, 4) for name, value in learned.items()}
-            data = "PlayTable" if config.demonstrations.episodes else report.title
-            evaluator.report(train_state, write, output, f"{data}: {report.name}", facts, report.closing, section)
+            numbers, found = evaluator.compare(train_state)
+            writer.write(config.train.steps, {f"validation/{key}": value for key, value in (learned | numbers).items()})
+            if jax.process_index() == 0:
+                title = f"{'PlayTable' if config.demonstrations.episodes else report.title}: {report.name}"
+                offline_report.write_report(
+                    output, found, title=title, facts=facts, closing=report.closing, closed_loop=section
+                )
     return finished
 
 

@@ -1,4 +1,5 @@
-"""Evaluation on the validation split, without a simulator: numbers for the logs, and the report at the end of a run."""
+"""Evaluation on the validation split, without a simulator: numbers for the logs, and what the report at the end of a
+run compares."""
 
 from __future__ import annotations
 
@@ -7,9 +8,8 @@ import functools
 import itertools
 import logging
 import math
-import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -65,27 +65,15 @@ def evaluator(
 
 
 class Unevaluated:
-    """In place of an `Evaluator` where no validation episode is annotated: no numbers, and a report that says so."""
+    """In place of an `Evaluator` where no validation episode is annotated: no numbers, and nothing to compare."""
 
     def numbers(self, state: TrainState) -> dict[str, float]:
         """None."""
         return {}
 
-    def report(
-        self,
-        state: TrainState,
-        write: Callable[[dict[str, float]], None],
-        output: pathlib.Path,
-        title: str,
-        facts: Mapping[str, Any],
-        closing: str,
-        closed_loop: str = "",
-    ) -> None:
-        """report.md and report.json with what was not measured on the split (first process only)."""
-        if jax.process_index() == 0:
-            offline_report.write_report(
-                output, offline_report.Compared(), title=title, facts=facts, closing=closing, closed_loop=closed_loop
-            )
+    def compare(self, state: TrainState) -> tuple[dict[str, float], offline_report.Compared]:
+        """As `Evaluator.compare`: no numbers, and a comparison of which the report says that there is none."""
+        return {}, offline_report.Compared()
 
 
 class Evaluator:
@@ -108,26 +96,13 @@ class Evaluator:
         summary = offline.summarize(offline.over_chunk(sums), self._robot)
         return offline.scalars(summary) | offline.by_name(summary, self._robot)
 
-    def report(
-        self,
-        state: TrainState,
-        write: Callable[[dict[str, float]], None],
-        output: pathlib.Path,
-        title: str,
-        facts: Mapping[str, Any],
-        closing: str,
-        closed_loop: str = "",
-    ) -> None:
-        """Numbers through `write(values)`, then report.md, report.json and figures (first process only)."""
+    def compare(self, state: TrainState) -> tuple[dict[str, float], offline_report.Compared]:
+        """The numbers, and what the report at the end of a run shows of the split. Every process has to call it."""
         sums, losses = self._measure(state)
-        write(losses | self._named(sums))
-        sensitivity = self._language(state)
-        curves = self._curves(state)
-        if jax.process_index() == 0:
-            found = offline_report.Compared(sums, sensitivity, curves, self._robot, self._augmented())
-            offline_report.write_report(
-                output, found, title=title, facts=facts, closing=closing, closed_loop=closed_loop
-            )
+        sensitivity, curves = self._language(state), self._curves(state)
+        augmented = self._augmented() if jax.process_index() == 0 else None
+        found = offline_report.Compared(sums, sensitivity, curves, self._robot, augmented)
+        return losses | self._named(sums), found
 
     def _measure(self, state: TrainState) -> tuple[offline.Sums, dict[str, float]]:
         parts: list[offline.Sums] = []

@@ -18,7 +18,6 @@ ORDER = (SINGLE, INDEX, TORCH_SINGLE, TORCH_INDEX)
 _WEIGHTS = re.compile(
     r".*\.(safetensors|safetensors\.index(\.\w+)?\.json|gguf|h5|msgpack)|pytorch_model.*\.bin(\.index\.json)?"
 )
-_CONSOLIDATED = re.compile(r"consolidated.*\.(safetensors|pth)")
 _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 _VARIANT = re.compile(r"(model|pytorch_model)\.([\w-]+)\.(safetensors|bin)")
 

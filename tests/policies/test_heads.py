@@ -12,7 +12,9 @@ from flax.linen import unbox
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from robovlms_jax.policies import losses
+from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads import base, discrete, flow, gpt, mlp
+from robovlms_jax.policies.sensors import base as sensors
 from tests.toy import HEADS
 
 W, C, D, Q, A, V = 4, 3, 24, 2, 7, 40
@@ -44,6 +46,19 @@ def params_of(kind: str):
 
 def test_toy_has_every_head():
     assert set(HEADS) == set(base.kinds())
+
+
+@pytest.mark.parametrize(("registry", "noun", "taken"), [(base, "head", "lstm"), (sensors, "sensor", "lidar")])
+def test_heads_and_sensors_have_names_of_their_own_and_each_name_once(registry, noun, taken):
+    with pytest.raises(ValueError, match=f"{noun} '{taken}' is registered already, by "):
+        registry.register(taken, mlp.MLPHeadConfig)(flow.FlowHead)
+    assert not set(base.HeadConfig.kinds()) & set(sensors.SensorConfig.kinds())
+    other = "lidar" if noun == "head" else "lstm"
+    config = base.HeadConfig if noun == "head" else sensors.SensorConfig
+    with pytest.raises(ValueError, match=f"no {noun} '{other}'; registered: "):
+        config.config_of(other)
+    with pytest.raises(ValueError, match=f"PolicyConfig belongs to no registered {noun}; registered: "):
+        config.kind_of(PolicyConfig)
 
 
 @pytest.mark.parametrize("kind", HEADS)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import pathlib
 
 from robovlms_jax.runs import logs
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_a_program_says_its_own_progress_and_of_libraries_only_warnings_without_tracebacks(monkeypatch, capsys):
@@ -23,3 +26,14 @@ def test_a_program_says_its_own_progress_and_of_libraries_only_warnings_without_
     logging.getLogger("absl").error("raised, too", exc_info=ValueError("x"))
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(" ")[2] for line in said] == ["ours", "a warning"]
+    logs.to_stderr(level=logging.WARNING)
+    logging.getLogger("robovlms_jax").info("not worth a line")
+    logging.getLogger("robovlms_jax").warning("a warning of ours")
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(" ")[2] for line in said] == ["a warning of ours"]
+
+
+def test_no_program_sets_up_a_log_of_its_own():
+    files = [file for room in ("robovlms_jax", "experiments", "benchmarks") for file in (ROOT / room).rglob("*.py")]
+    setting_up = [str(file.relative_to(ROOT)) for file in files if "logging.basicConfig(" in file.read_text()]
+    assert setting_up == ["robovlms_jax/runs/logs.py"]

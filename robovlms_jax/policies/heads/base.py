@@ -25,25 +25,13 @@ READOUTS = ("action_query", "pool", "token")
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadConfig(schema.Tagged):
+class HeadConfig(schema.Tagged, noun="head"):
     """Base of all head configurations; its concrete type chooses the head."""
 
     histories: ClassVar[tuple[str, ...]] = HISTORIES
     """Histories that the head makes sense with."""
     readouts: ClassVar[tuple[str, ...]] = ("action_query", "pool")
     """Readouts that the head makes sense with."""
-
-    @classmethod
-    def kinds(cls) -> list[str]:
-        return kinds()
-
-    @classmethod
-    def kind_of(cls, config_type: type) -> str:
-        return kind_of(config_type)
-
-    @classmethod
-    def config_of(cls, kind: str) -> type[HeadConfig]:
-        return config_of(kind)
 
 
 @flax.struct.dataclass
@@ -188,33 +176,25 @@ def decide(values: jax.Array, binary: tuple[int, ...]) -> jax.Array:
     return jnp.where(is_binary, jnp.where(values > 0, 1.0, -1.0), values)
 
 
-_REGISTRY: dict[str, tuple[type[HeadConfig], Callable[..., ActionHead]]] = {}
-
-
-def register(kind: str, config_type: type[HeadConfig]) -> Callable:
+def register(kind: str, config_type: type[HeadConfig]) -> Callable[[type], type]:
     """Class decorator: `@register("lstm", LSTMHeadConfig)` on the Flax module makes the head available to every
     experiment."""
-
-    def decorate(module: type) -> type:
-        if kind in _REGISTRY:
-            raise ValueError(f"head {kind!r} is registered already, by {_REGISTRY[kind][1].__name__}.")
-        _REGISTRY[kind] = (config_type, module)
-        return module
-
-    return decorate
+    return HeadConfig.register(kind, config_type)
 
 
 def kinds() -> list[str]:
     """Names of all registered heads."""
-    return sorted(_REGISTRY)
+    return HeadConfig.kinds()
 
 
 def kind_of(config_type: type[HeadConfig]) -> str:
     """Registered name of a config class."""
-    for kind, (known, _) in _REGISTRY.items():
-        if known is config_type:
-            return kind
-    raise ValueError(f"{config_type.__name__} belongs to no registered head; registered: {kinds()}.")
+    return HeadConfig.kind_of(config_type)
+
+
+def config_of(kind: str) -> type[HeadConfig]:
+    """Config class of a registered head."""
+    return HeadConfig.config_of(kind)
 
 
 class Product(NamedTuple):
@@ -236,13 +216,6 @@ def products() -> tuple[Product, ...]:
     )
 
 
-def config_of(kind: str) -> type[HeadConfig]:
-    """Config class of a registered head."""
-    if kind not in _REGISTRY:
-        raise ValueError(f"no head {kind!r}; registered: {kinds()}. Import the file that registers it first.")
-    return _REGISTRY[kind][0]
-
-
 def build(
     config: HeadConfig, *, kernel: Kernel | None = None, name: str | None = None, **sizes: int | tuple[int, ...]
 ) -> Any:
@@ -254,7 +227,7 @@ def build(
     Raises ValueError where the head's matrices cannot be stored so.
     """
     kind = kind_of(type(config))
-    module = _REGISTRY[kind][1]
+    module = HeadConfig.built_by(kind)
     stored = {} if kernel in (None, Kernel()) else {"kernel": kernel}
     if stored and "kernel" not in {field.name for field in dataclasses.fields(module)}:
         raise ValueError(

@@ -69,7 +69,7 @@ class Sensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class SensorConfig(schema.Tagged, Sensor):
+class SensorConfig(schema.Tagged, Sensor, noun="sensor"):
     """One sensor of `policy.sensors`; its concrete type is the kind of sensor."""
 
     can_miss: ClassVar[bool] = True
@@ -123,43 +123,16 @@ class SensorConfig(schema.Tagged, Sensor):
         """A `Reading` of this sensor's name, kind and field."""
         return Reading(self.name, self.kind, self.field or self.name, shape, **more)
 
-    @classmethod
-    def kinds(cls) -> list[str]:
-        return sorted(_REGISTRY)
 
-    @classmethod
-    def kind_of(cls, config_type: type) -> str:
-        for kind, (known, _) in _REGISTRY.items():
-            if known is config_type:
-                return kind
-        raise ValueError(f"{config_type.__name__} belongs to no registered sensor; registered: {cls.kinds()}.")
-
-    @classmethod
-    def config_of(cls, kind: str) -> type[SensorConfig]:
-        if kind not in _REGISTRY:
-            raise ValueError(f"no sensor {kind!r}; registered: {cls.kinds()}. Import the file that registers it first.")
-        return _REGISTRY[kind][0]
-
-
-_REGISTRY: dict[str, tuple[type[SensorConfig], Callable[..., nn.Module]]] = {}
-
-
-def register(kind: str, config_type: type[SensorConfig]) -> Callable:
+def register(kind: str, config_type: type[SensorConfig]) -> Callable[[type], type]:
     """Class decorator: `@register("lidar", LidarConfig)` on the Flax module makes the sensor available to every
     policy."""
-
-    def decorate(module: type) -> type:
-        if kind in _REGISTRY:
-            raise ValueError(f"sensor {kind!r} is registered already, by {_REGISTRY[kind][1].__name__}.")
-        _REGISTRY[kind] = (config_type, module)
-        return module
-
-    return decorate
+    return SensorConfig.register(kind, config_type)
 
 
 def build(config: SensorConfig, width: int, kernel: Kernel, name: str | None = None) -> nn.Module:
     """The Flax module for a sensor's configuration. width: D of its tokens. kernel: how its matrices are stored."""
-    return _REGISTRY[config.kind][1](config, width, kernel, name=name)
+    return SensorConfig.built_by(config.kind)(config, width, kernel, name=name)
 
 
 class Encoder(nn.Module):
