@@ -344,7 +344,5 @@ def main(args: Args, argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    # force: libraries imported above may have set up logging already
     logs.to_stderr()
-    logging.getLogger("absl").setLevel(logging.WARNING)
     main(cli.read(Args), sys.argv[1:])

@@ -82,6 +82,43 @@ def library_files() -> dict[str, pathlib.Path]:
     return files
 
 
+def read_layout() -> dict[str, set[str]]:
+    """The drawing in docs/style.md: folder -> names of the Python files that are named there, without `.py`.
+
+    Folders are rooms of the library, "" for files beside them, and the folders beside the library.
+    """
+    block = re.search(r"^## 2\. The house\n```\n(.*?)^```", (ROOT / "docs" / "style.md").read_text(), re.M | re.S)[1]
+    texts: dict[str, str] = {}
+    outer = folder = ""
+    for line in block.splitlines():
+        if top := re.match(r"(\w+)/", line):
+            outer = folder = top[1]
+        elif outer == PACKAGE and (inner := re.match(r"  (\w+)(/?)", line)):
+            folder = inner[1] if inner[2] else ""
+        texts[folder] = texts.get(folder, "") + line + "\n"
+    named = {folder: re.findall(r"(\w+)\.py\b|\{([\w,\s]+)\}\.py\b", text) for folder, text in texts.items()}
+    return {
+        folder: {name for pair in pairs for name in re.findall(r"\w+", ",".join(pair))}
+        for folder, pairs in named.items()
+    }
+
+
+def test_the_layout_names_every_file_and_only_files_that_exist():
+    # Every package has its __init__.py, every room its config.py.
+    layout, files = read_layout(), {}
+    for path in [path for top in (PACKAGE, "experiments", "benchmarks") for path in (ROOT / top).rglob("*.py")]:
+        top, *inside = path.relative_to(ROOT).parts
+        room = top if top != PACKAGE else inside[0] if len(inside) > 1 else ""
+        files.setdefault(room, set()).add(path.stem)
+    for room, there in files.items():
+        missing = there - {"__init__", "config"} - layout[room]
+        assert not missing, (
+            f"docs/style.md, section 2, does not say what these files of {room or PACKAGE} are: {missing}"
+        )
+        gone = layout[room] - set().union(*files.values())
+        assert not gone, f"docs/style.md, section 2, names files under {room or PACKAGE} that are nowhere: {gone}"
+
+
 def test_directions():
     table = read_table()
     files = library_files()
