@@ -18,7 +18,7 @@ from robovlms_jax.backbones import kosmos2, registry
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.nn import stack
-from robovlms_jax.nn.decoder import DecoderConfig
+from robovlms_jax.nn.decoder_config import DecoderConfig
 from robovlms_jax.nn.vit import ViTConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import MeshConfig

@@ -70,7 +70,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         control = edge.plan(config, vlm, config.control_on, config.data.text_length or TEXT_LENGTH)
         return {"backbone": config.backbone.name, "control": control}
     model = build.make_model(config, vlm)
-    robot = describe_batch(config)
+    robot = describe_batch(config, vlm.text_shape(config.data.text_length or TEXT_LENGTH))
     batch = {objective.ROBOT: robot}
     begin = time.perf_counter()
     if config.compile:
@@ -110,12 +110,12 @@ def named_devices(mesh: MeshConfig) -> int:
     return math.prod(size for size in (mesh.data, mesh.fsdp, mesh.tensor) if size != -1)
 
 
-def describe_batch(config: ExperimentConfig) -> Batch:
-    """Shapes of one batch over all devices, where the dataset is not at hand to tell."""
+def describe_batch(config: ExperimentConfig, text: tuple[int, ...]) -> Batch:
+    """Shapes of one batch over all devices, where the dataset is not at hand to tell. text: of one prompt."""
     policy, segments = config.policy, config.segments_per_batch
     frames = policy.window + config.data.windows_per_segment - 1
     steps, future = frames + policy.chunk - 1, policy.auxiliary.future_frames
-    text, side = config.data.text_length or TEXT_LENGTH, config.data.image_size
+    side = config.data.image_size
 
     def images(count: int) -> dict[str, jax.ShapeDtypeStruct]:
         known = {camera.name: (camera.height, camera.width) for camera in policy.robot.cameras if camera.height}
@@ -128,8 +128,8 @@ def describe_batch(config: ExperimentConfig) -> Batch:
     return Batch(
         inputs=Inputs(
             images=images(frames),
-            text_ids=leaf(np.int32, text),
-            text_mask=leaf(np.bool_, text),
+            text_ids=leaf(np.int32, *text),
+            text_mask=leaf(np.bool_, *text),
             step_mask=leaf(np.bool_, frames),
             **jax.tree.map(lambda x: leaf(x.dtype, *x.shape[1:]), sensors.blank(policy.all_sensors, 1, frames)),
         ),

@@ -26,8 +26,9 @@ class Inputs:
     """What a policy may see of a segment.
 
     images: camera -> uint8[B, G, height, width, 3] as stored, or float[B, G, size, size, 3] once preprocessed.
-    text_ids: int32[B, T], the prompt with its special tokens, right-padded.
-    text_mask: bool[B, T], True = real token.
+    text_ids: int32[B, T], the prompt with its special tokens, right-padded; int32[B, T, 2] where the connector reads
+      the instruction, too (InstructBLIP): [..., 1] are the tokens of its own tokenizer.
+    text_mask: bool of the same shape, True = real token.
     step_mask: bool[B, G], True = real step (False = padding before an episode begins).
     image_mask: camera -> bool[B, G], True = there is an image (False: it is black); None where every frame has all.
     sensors: name -> float32[B, P + G, ...], readings of the sensors that the policy has, raw; P are as many readings
@@ -84,6 +85,8 @@ class Pairs:
     text_mask: bool[B, S], True = real token.
     answer_slots: int32[B, A], slots of the tokens that are to be said, each from all that comes before it.
     answer_mask: bool[B, A], True = there is one.
+    question_ids: int32[B, U], the first question in tokens of the connector's own tokenizer, right-padded; None where
+      the connector reads none. question_mask: bool[B, U], True = real token.
     episode: int32[B], number of the sample, called as `Batch` calls it, for error messages.
     corrupt: int32[B], number of a sample that could not be read and was replaced by `episode`; -1 = none.
     """
@@ -96,6 +99,8 @@ class Pairs:
     answer_mask: Array
     episode: Array
     corrupt: Array
+    question_ids: Array | None = None
+    question_mask: Array | None = None
 
 
 @flax.struct.dataclass

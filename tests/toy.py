@@ -70,6 +70,15 @@ def make_batch(
     )
 
 
+def as_read(vlm, batch: Batch) -> Batch:
+    """The batch with what the connector reads beside the prompts, where it has a tokenizer of its own."""
+    if not vlm.connector_tokenizer:
+        return batch
+    inputs = batch.inputs
+    ids, mask = np.stack([inputs.text_ids, inputs.text_ids[:, ::-1]], -1), np.stack([inputs.text_mask] * 2, -1)
+    return batch.replace(inputs=inputs.replace(text_ids=ids, text_mask=mask))
+
+
 def example(model: vla.VLA, batch: Batch) -> Inputs:
     """The batch's inputs as the model takes them."""
     prepare = jax.jit(lambda inputs: objective.prepare(inputs, model.vlm.image, model.config.cameras))
@@ -121,6 +130,7 @@ def random_params(model: vla.VLA, batch: Batch):
 def assert_learns_and_acts(model: vla.VLA, *, steps: int, learning_rate: float, left: float) -> None:
     """One batch is learned until a share `left` of the loss is left, and two control steps give legal actions."""
     batch = make_batch(np.random.default_rng(0), window=model.config.window, windows=2, chunk=2)
+    batch = as_read(model.vlm, batch)
     params = random_params(model, batch)
     losses = overfit(model, params, batch, steps=steps, learning_rate=learning_rate)
     assert np.isfinite(losses).all()

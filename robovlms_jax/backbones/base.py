@@ -1,11 +1,9 @@
-"""Vision tower + connector + language decoder = VLM, its configuration, and the registry of published models."""
+"""Vision tower + connector + language decoder = VLM; its configuration is in vlm_config.py."""
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import chex
 import flax.linen as nn
@@ -14,147 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from robovlms_jax.backbones import sequence
-from robovlms_jax.inputs.images import ImageSpec
+from robovlms_jax.backbones.vlm_config import ConnectorConfig, VisionConfig, VLMConfig
 from robovlms_jax.nn.attention import Cache
-from robovlms_jax.nn.decoder import Decoder, DecoderConfig
-from robovlms_jax.nn.linear import Kernel, Lora
-from robovlms_jax.nn.perceiver import Perceiver, PerceiverConfig
+from robovlms_jax.nn.decoder import Decoder
+from robovlms_jax.nn.perceiver import Perceiver
 from robovlms_jax.types import Tokens
-from robovlms_jax.weights.rules import Rules
 
-logger = logging.getLogger(__name__)
-
-
-class VisionConfig(Protocol):
-    """A frozen dataclass that makes a vision tower; `nn.vit.ViTConfig` is one."""
-
-    image_size: int
-
-    def build(self, kernel: Kernel, remat: bool) -> nn.Module:
-        """Module: float[B, size, size, 3] -> float[B, P', vision width], or what else the family's connector reads."""
-
-    def tiny(self) -> VisionConfig:
-        """A shrunken twin for tests."""
-
-
-class ConnectorConfig(Protocol):
-    """A frozen dataclass that makes the module between vision tower and decoder."""
-
-    def build(self, text: DecoderConfig, kernel: Kernel) -> nn.Module:
-        """Module: (what the tower gives, deterministic=...) -> float[B, P, D], or a pair of that and
-        float[B, P, n, D], what the tokens add behind the decoder's first n layers (DeepStack)."""
-
-    def tiny(self) -> ConnectorConfig:
-        """A shrunken twin for tests."""
-
-
-@dataclasses.dataclass(frozen=True)
-class VLMConfig:
-    """Everything a vision-language model is, weights apart."""
-
-    model_type: str
-    """Family, by the name its config.json has."""
-    vision: VisionConfig
-    text: DecoderConfig
-    connector: ConnectorConfig
-    image: ImageSpec
-    """How frames are prepared for the vision tower."""
-    prompt: str
-    """Text around the instruction, with {instruction} in it."""
-    bos_id: int
-    """The tokenizer's begin-of-text token."""
-    eos_id: int
-    """The tokenizer's end-of-text token."""
-    pad_id: int
-    rules: Rules = dataclasses.field(repr=False)
-    """How published checkpoints become parameters."""
-    special_tokens: bool = True
-    """The tokenizer adds its special tokens to the prompt."""
-    lead: Literal[0, 1] = 1
-    """Tokens of the prompt before the images."""
-    tail: Literal[0, 1] = 1
-    """Tokens of the prompt after the action queries."""
-    image_start: tuple[int, ...] = ()
-    """Token ids before each image."""
-    image_end: tuple[int, ...] = ()
-    """Token ids after each image."""
-    image_grid: tuple[int, int] | None = None
-    """Rows and columns of an image's tokens, where the decoder reads them (M-RoPE)."""
-    image_block: bool = False
-    """The tokens of an image see each other in both directions (Gemma 3); `image_start` comes before them."""
-    attention: Literal["causal", "prefix"] = "causal"
-    """prefix: images and text see each other in both directions, and queries follow the whole prompt (PaliGemma's own
-    training); causal: upstream's way for every backbone."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations and matrix products; parameters, norms and softmax stay float32."""
-    remat: bool = False
-    """Recompute layer activations in the backward pass."""
-    encoder: DecoderConfig | None = None
-    """Reads images and text in both directions. Its states stand beside the decoder's sequence."""
-    start_id: int = 0
-    """With an encoder: the token that the decoder's sequence begins with."""
-    resampler: PerceiverConfig | None = None
-    """Put behind the connector, per image: a fixed number of tokens, learned by attention, whatever comes out of it."""
-    lora_rank: int = 0
-    """> 0 adds low-rank adapters to every matrix."""
-    lora_alpha: float = 16.0
-    """Scale of adapters, as lora_kind says."""
-    lora_kind: Literal["lora", "rslora", "dora"] = "lora"
-    """lora: adapters are scaled by lora_alpha / lora_rank. rslora: by lora_alpha / sqrt(lora_rank), for ranks of 64 and
-    more. dora: as lora, and the length of each output channel is learned apart."""
-    lora_dropout: float = 0.0
-    """Share of the adapters' inputs that is dropped in training."""
-
-    def __post_init__(self):
-        if self.encoder is not None and self.attention == "prefix":
-            raise ValueError(
-                f"backbone.attention='prefix' means nothing in a {self.model_type}: its encoder reads images and text "
-                "in both directions as it is. Leave it at 'causal'."
-            )
-        if (self.encoder is not None) != self.text.cross:
-            raise ValueError("an encoder needs a decoder with text.cross=True, which needs an encoder.")
-
-    @property
-    def width(self) -> int:
-        """D, the width of embeddings and hidden states."""
-        return self.text.width
-
-    @property
-    def beside(self) -> bool:
-        """Images stand beside the sequence, for the decoder's layers to attend to: as they are, or as encoded."""
-        return self.text.gated is not None or self.encoder is not None
-
-    storage: Literal["float", "int8"] = "float"
-    """Of matrices and token table; int8 is for serving and for training adapters alone."""
-
-    @property
-    def lora(self) -> Lora:
-        """Adapters as the blocks take them."""
-        return Lora(self.lora_rank, self.lora_alpha, self.lora_kind, self.lora_dropout)
-
-    @property
-    def kernel(self) -> Kernel:
-        """How matrices are stored, as the blocks take it."""
-        return Kernel(self.storage, self.lora)
-
-    def tiny(self) -> VLMConfig:
-        """A shrunken twin: the same architecture, small enough for a test."""
-        text = self.text.tiny()
-        start, end = (tuple(i % (text.vocab_size - 39) for i in ids) for ids in (self.image_start, self.image_end))
-        return dataclasses.replace(
-            self.resized(self.vision.tiny()),
-            text=text,
-            encoder=None if self.encoder is None else dataclasses.replace(self.encoder.tiny(), depth=2),
-            connector=self.connector.tiny(),
-            image_start=start,
-            image_end=end,
-        )
-
-    def resized(self, vision: VisionConfig) -> VLMConfig:
-        """With another vision tower, and images and image grid of its size."""
-        grid = None if self.image_grid is None else vision.grid
-        image = dataclasses.replace(self.image, size=vision.image_size)
-        return dataclasses.replace(self, vision=vision, image=image, image_grid=grid)
+__all__ = ["VLM", "ConnectorConfig", "VLMConfig", "VisionConfig", "build"]
 
 
 class VLM(nn.Module):
@@ -193,7 +57,8 @@ class VLM(nn.Module):
         Args:
           images: camera -> float[B, size, size, 3], prepared as `config.image` says; their tokens follow in this order.
             (jit sorts the keys of its dict arguments: order the cameras inside.)
-          text_ids: int32[B, T], special tokens included, padded on the right. text_mask: bool[B, T], True = real token.
+          text_ids: int32[B, T], special tokens included, padded on the right; with a `connector_tokenizer`
+            int32[B, T, 2], see `types.Inputs`. text_mask: bool of the same shape, True = real token.
           runs: sensors and queries, float[B, n, D] each.
           image_mask: bool[B, cameras], True = there is an image; tokens of others are masked and keep their places.
           count_padding, queries_last: as upstream's training batches have it, see `sequence.Order`.
@@ -203,13 +68,18 @@ class VLM(nn.Module):
         """
         c = self.config
         chex.assert_shape(text_mask, text_ids.shape)
+        chex.assert_rank(text_ids, 1 + len(c.text_shape(1)))
+        question = None
+        if c.connector_tokenizer:
+            question = text_ids[..., 1], text_mask[..., 1]
+            text_ids, text_mask = text_ids[..., 0], text_mask[..., 0]
         text = self.text.embed(text_ids).astype(c.dtype)
         attend = "prefix" if c.attention == "prefix" or c.encoder is not None else "causal"
 
         def text_run(name: str, part: slice) -> sequence.Run:
             return sequence.Run(text[:, part], text_mask[:, part], name, "text", attend)
 
-        image = self._image_run(images, image_mask, len(text), attend, deterministic=deterministic)
+        image = self._image_run(images, image_mask, len(text), attend, question, deterministic=deterministic)
         prompt = [text_run("bos", slice(0, c.lead)), image, text_run("text", slice(c.lead, None))]
         runs = [run.replace(embeds=run.embeds.astype(c.dtype)) for run in runs]
         if c.encoder is not None:
@@ -241,6 +111,7 @@ class VLM(nn.Module):
         image_slots: jax.Array,
         text_mask: jax.Array,
         prompt_mask: jax.Array,
+        question: tuple[jax.Array, jax.Array] | None = None,
         *,
         deterministic: bool = True,
     ) -> Tokens:
@@ -250,6 +121,7 @@ class VLM(nn.Module):
           images: float[B, N, size, size, 3], prepared as `config.image` says.
           text_ids, image_slots, text_mask: as in `types.Pairs`.
           prompt_mask: bool[B, S], True = before the first answer; with `prefix` these see each other.
+          question: what the connector reads, ids int32[B, U] and mask bool[B, U], where it has a tokenizer of its own.
         """
         c = self.config
         run = self._image_run(
@@ -257,6 +129,7 @@ class VLM(nn.Module):
             None,
             len(images),
             "causal",
+            question,
             deterministic=deterministic,
         )
         is_image, chosen = image_slots >= 0, jnp.maximum(image_slots, 0)
@@ -294,6 +167,7 @@ class VLM(nn.Module):
         image_mask: jax.Array | None,
         batch: int,
         attend: Literal["causal", "prefix"],
+        question: tuple[jax.Array, jax.Array] | None,
         *,
         deterministic: bool,
     ) -> sequence.Run:
@@ -305,7 +179,7 @@ class VLM(nn.Module):
             if beside:  # attention needs something to look at, masked or not
                 empty = jnp.zeros((batch, 1, c.vision.width), c.dtype)
             return sequence.Run(empty, jnp.zeros(empty.shape[:2], bool), "image", "image", attend, beside=beside)
-        encoded = self.encode_images(images, deterministic=deterministic)
+        encoded = self.encode_images(images, question, deterministic=deterministic)
         x, deep = encoded if isinstance(encoded, tuple) else (encoded, None)
         x = x.reshape(batch, len(images), -1, x.shape[-1])
 
@@ -348,16 +222,28 @@ class VLM(nn.Module):
         return tuple(map(tuple, np.concatenate(runs).tolist())), at
 
     def encode_images(
-        self, images: Mapping[str, jax.Array], *, deterministic: bool = True
+        self,
+        images: Mapping[str, jax.Array],
+        question: tuple[jax.Array, jax.Array] | None = None,
+        *,
+        deterministic: bool = True,
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """camera -> float[B, size, size, 3] to float[B, P * cameras, D], cameras in the order given; and with DeepStack
         what they add behind the decoder's first n layers, float[B, P * cameras, n, D]. What stands beside the sequence
-        has the connector's own width."""
+        has the connector's own width. question: as in `embed_conversation`."""
         # Beside each other in the batch, so that the vision tower runs once and samples stay on their devices.
         pixels = jnp.stack(list(images.values()), axis=1).astype(self.config.dtype)
         batch, cameras = pixels.shape[:2]
         features = self.vision(pixels.reshape(batch * cameras, *pixels.shape[2:]))
-        tokens = self.connector(features, deterministic=deterministic)
+        asked = {}
+        if self.config.connector_tokenizer:
+            if question is None:
+                raise ValueError(
+                    f"the connector of a {self.config.model_type} reads the instruction, too, and has got none: pass "
+                    f"what its {self.config.connector_tokenizer} makes of it."
+                )
+            asked["question"] = tuple(jnp.repeat(x, cameras, axis=0) for x in question)  # of each picture the same
+        tokens = self.connector(features, deterministic=deterministic, **asked)
         if isinstance(tokens, tuple):
             tokens, deep = tokens
             if self.config.resampler is not None:

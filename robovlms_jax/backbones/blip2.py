@@ -1,4 +1,4 @@
-"""BLIP-2 with OPT: EVA-CLIP's ViT-g at 224 pixels, the Q-Former, OPT. Li et al. 2023, arXiv:2301.12597."""
+"""BLIP-2 (Li et al. 2023, arXiv:2301.12597): EVA-CLIP's ViT-g at 224 pixels, the Q-Former; OPT, Llama or FLAN-T5."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from robovlms_jax.backbones import base, hf_config, qformer, registry, sections
-from robovlms_jax.nn.decoder import DecoderConfig
+from robovlms_jax.backbones import base, hf_config, qformer, registry, sections, t5
+from robovlms_jax.nn.decoder_config import DecoderConfig
 from robovlms_jax.nn.vit import ViTConfig
 from robovlms_jax.weights import rules
 
@@ -47,7 +47,7 @@ TEXT = hf_config.Section(
 )
 BLOCK, OPT = "vision_model.encoder.layers.{layer}", "language_model.model.decoder"
 LAYER = f"{OPT}.layers.{{layer}}"
-RULES = (
+TOWER_RULES = (
     rules.Rule("vision_model.embeddings.class_embedding", "vision/cls", "1 1 d -> d"),
     rules.Rule("vision_model.embeddings.position_embedding", "vision/positions", "1 p d -> p d"),
     *rules.linear("vision_model.embeddings.patch_embedding", "vision/patch", "o c h w -> h w c o"),
@@ -58,7 +58,9 @@ RULES = (
     *rules.linear(f"{BLOCK}.mlp.fc1", "vision/layers/mlp/up"),
     *rules.linear(f"{BLOCK}.mlp.fc2", "vision/layers/mlp/down"),
     *rules.layer_norm("vision_model.post_layernorm", "vision/post_norm"),
-    *qformer.make_rules("query_tokens", "qformer", "language_projection", "connector"),
+)
+FORMER_RULES = qformer.make_rules("query_tokens", "qformer", "language_projection", "connector")
+OPT_RULES = (
     rules.Rule(f"{OPT}.embed_tokens.weight", "text/embed/table"),
     rules.Rule(f"{OPT}.embed_positions.weight", "text/positions"),
     *rules.layer_norm(f"{LAYER}.self_attn_layer_norm", "text/layers/attn_norm"),
@@ -68,7 +70,10 @@ RULES = (
     *rules.linear(f"{LAYER}.fc2", "text/layers/mlp/down"),
     *rules.layer_norm(f"{OPT}.final_layer_norm", "text/final_norm"),
     *rules.head("language_model.lm_head", "text", tied=True),
-    rules.LORA,
+)
+LLAMA_RULES = (
+    *rules.llama("language_model.model", "text"),
+    *rules.head("language_model.lm_head", "text", tied=False),
 )
 EVA_G = ViTConfig(  # Blip2VisionConfig()
     image_size=224,
@@ -99,37 +104,56 @@ OPT_125M = DecoderConfig(  # OPTConfig()
 )
 
 
-def read(values: Mapping[str, Any]) -> base.VLMConfig:
-    """config.json -> configuration."""
-    vision, text = VISION.read(values, EVA_G), TEXT.read(values, OPT_125M)
+def _language(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of VLMConfig that the language model decides."""
+    kind = (values.get("text_config") or {}).get("model_type", "opt")
+    if kind == "t5":
+        text, encoder = t5.read(values)
+        own = t5.make_rules("language_model", is_gated=text.is_gated)
+        return {"text": text, "encoder": encoder, "bos_id": 1, "eos_id": 1, "pad_id": 0, "rules": own}
+    if kind == "llama":
+        text = sections.read_text(values, sections.LLAMA, sections.LLAMA_7B)
+        return {"text": text, "bos_id": 1, "eos_id": 2, "pad_id": 2, "rules": LLAMA_RULES}
+    text = TEXT.read(values, OPT_125M)
     projected = (values.get("text_config") or {}).get("word_embed_proj_dim") or text.width
     if projected != text.width:
         raise ValueError(f"text_config.word_embed_proj_dim={projected} is not supported; this model has {text.width}.")
+    return {"text": sections.with_head(text, values), "bos_id": 2, "eos_id": 2, "pad_id": 1, "rules": OPT_RULES}
+
+
+def read(values: Mapping[str, Any]) -> base.VLMConfig:
+    """config.json -> configuration."""
+    vision = VISION.read(values, EVA_G)
     former = QFORMER.read(values, qformer.QFormerConfig())
-    return base.VLMConfig(
+    config = base.VLMConfig(
         model_type="blip-2",
         vision=vision,
-        text=sections.with_head(text, values),
         connector=dataclasses.replace(former, num_queries=values.get("num_query_tokens", former.num_queries)),
         image=sections.clip_image(vision.image_size),
         prompt="{instruction}",
         lead=0,
         tail=0,
-        bos_id=2,
-        eos_id=2,
-        pad_id=1,
-        rules=RULES,
+        **_language(values),
     )
+    config = dataclasses.replace(config, rules=(*TOWER_RULES, *FORMER_RULES, *config.rules, rules.LORA))
+    return config if config.encoder is None else t5.IDS.read(values, config)
 
 
 def write(config: base.VLMConfig) -> dict[str, Any]:
     """Configuration -> config.json."""
+    image_token = 50_265
+    if config.encoder is not None:
+        image_token, text = 32_100, t5.write(config.text, config.encoder) | t5.IDS.write(config)
+    elif config.text.positions == "learned":
+        text = TEXT.write(config.text) | {"word_embed_proj_dim": config.width}
+    else:
+        image_token, text = 32_000, sections.LLAMA.write(config.text)
     return {
         "architectures": ["Blip2ForConditionalGeneration"],
-        "image_token_index": 50_265,
+        "image_token_index": image_token,
         "num_query_tokens": config.connector.num_queries,
         "qformer_config": QFORMER.write(config.connector) | {"encoder_hidden_size": config.vision.width},
-        "text_config": TEXT.write(config.text) | {"word_embed_proj_dim": config.width},
+        "text_config": text,
         "vision_config": VISION.write(config.vision),
     } | sections.write_head(config.text)
 
@@ -140,6 +164,16 @@ def published(width: int, heads: int) -> dict[str, Any]:
     return {"text_config": text | {"model_type": "opt", "vocab_size": 50_304}}
 
 
+FLAN_T5_XL = {
+    "model_type": "t5",
+    "d_model": 2048,
+    "d_ff": 5120,
+    "num_layers": 24,
+    "num_heads": 32,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
 registry.register_family("blip-2", read, write)
 registry.register("blip2-opt-2.7b")(functools.partial(read, published(2560, 32)))
 registry.register("blip2-opt-6.7b")(functools.partial(read, published(4096, 32)))
+registry.register("blip2-flan-t5-xl")(functools.partial(read, {"text_config": FLAN_T5_XL}))

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from robovlms_jax.nn.decoder import DecoderConfig
+from robovlms_jax.nn.decoder_config import DecoderConfig
 from robovlms_jax.nn.linear import Dense, Kernel
 from robovlms_jax.nn.mlp import ACTIVATIONS
 from robovlms_jax.nn.norms import NormKind, make_norm

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from robovlms_jax.backbones import base, hf_config, llava, llava_mpt, registry, sections
-from robovlms_jax.nn.decoder import DecoderConfig
+from robovlms_jax.nn.decoder_config import DecoderConfig
 from robovlms_jax.nn.gated import GatedConfig
 from robovlms_jax.nn.perceiver import PerceiverConfig
 from robovlms_jax.weights import rules

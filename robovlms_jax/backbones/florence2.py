@@ -19,7 +19,7 @@ import numpy as np
 from robovlms_jax.backbones import base, hf_config, registry, sections
 from robovlms_jax.inputs.images import ImageSpec
 from robovlms_jax.nn.davit import DaViTConfig
-from robovlms_jax.nn.decoder import DecoderConfig
+from robovlms_jax.nn.decoder_config import DecoderConfig
 from robovlms_jax.nn.linear import Dense, Kernel
 from robovlms_jax.nn.norms import LayerNorm
 from robovlms_jax.weights import rules

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from robovlms_jax.backbones import base, hf_config, registry, sections
 from robovlms_jax.nn.attention import Attention
-from robovlms_jax.nn.decoder import DecoderConfig
+from robovlms_jax.nn.decoder_config import DecoderConfig
 from robovlms_jax.nn.linear import Dense, Kernel
 from robovlms_jax.weights import rules
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from robovlms_jax.backbones import base, hf_config, llava, registry, sections
 from robovlms_jax.backbones.connectors import LinearConnectorConfig
-from robovlms_jax.nn.decoder import DecoderConfig
+from robovlms_jax.nn.decoder_config import DecoderConfig
 from robovlms_jax.weights import rules
 
 MPT_7B = DecoderConfig(

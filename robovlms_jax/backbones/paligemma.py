@@ -8,7 +8,7 @@ from typing import Any
 
 from robovlms_jax.backbones import base, registry, sections
 from robovlms_jax.backbones.connectors import LinearConnectorConfig
-from robovlms_jax.nn.decoder import DecoderConfig
+from robovlms_jax.nn.decoder_config import DecoderConfig
 from robovlms_jax.weights import rules
 
 GEMMA = sections.text("gemma", attention_bias=False)

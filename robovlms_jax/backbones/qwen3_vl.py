@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from robovlms_jax.backbones import base, hf_config, qwen2_5_vl, registry, sections
 from robovlms_jax.backbones.connectors import MLPConnector, MLPConnectorConfig
-from robovlms_jax.nn.decoder import DecoderConfig
+from robovlms_jax.nn.decoder_config import DecoderConfig
 from robovlms_jax.nn.linear import Kernel
 from robovlms_jax.nn.vit import ViTConfig
 from robovlms_jax.weights import rules

@@ -13,7 +13,7 @@ from typing import Any
 
 from robovlms_jax.backbones import base, hf_config
 from robovlms_jax.inputs.images import ImageSpec
-from robovlms_jax.nn.decoder import DecoderConfig
+from robovlms_jax.nn.decoder_config import DecoderConfig
 from robovlms_jax.nn.vit import ViTConfig
 
 logger = logging.getLogger(__name__)

@@ -115,12 +115,14 @@ class Encoded(NamedTuple):
     """A conversation of n tokens.
 
     ids: int32[n]; 0 where a picture's token stands. image: int32[n], number of the token among all pictures' tokens, -1
-    for text. answer: bool[n], True = the model has to say it.
+    for text. answer: bool[n], True = the model has to say it. question: int32[u], the first question in tokens of the
+    connector's own tokenizer; empty where it has none.
     """
 
     ids: np.ndarray
     image: np.ndarray
     answer: np.ndarray
+    question: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +130,14 @@ class Encoder:
     """Conversations -> tokens of one backbone. Picklable, so that worker processes can read.
 
     chat: its family's template. image_tokens: P, tokens of a picture, those around it included that are the backbone's.
+    connector_tokenizer: of a connector that reads the question, too (InstructBLIP): the first one alone, because what
+      it makes of the pictures stands before every answer.
     """
 
     tokenizer: PreTrainedTokenizerBase
     chat: Chat
     image_tokens: int
+    connector_tokenizer: PreTrainedTokenizerBase | None = None
 
     def __call__(self, turns: Sequence[Turn], pictures: int) -> Encoded:
         """Raises ValueError: marks and pictures are not equally many, an empty answer, or a box that means nothing."""
@@ -152,7 +157,11 @@ class Encoder:
                 end > start and any(start < last and end > first for first, last in spans)
                 for start, end in found["offset_mapping"]
             ]
-        return Encoded(np.array(ids, np.int32), np.array(image, np.int32), np.array(answer, bool))
+        question = []
+        if self.connector_tokenizer is not None:
+            question = self.connector_tokenizer(_MARKS.sub("", turns[0].question).strip())["input_ids"]
+        lists = ((ids, np.int32), (image, np.int32), (answer, bool), (question, np.int32))
+        return Encoded(*(np.array(values, dtype) for values, dtype in lists))
 
     @property
     def _end(self) -> str:
@@ -193,11 +202,16 @@ def _stretches(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, list[
     return out
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase, model_type: str, image_tokens: int) -> Encoder:
+def encoder(
+    tokenizer: PreTrainedTokenizerBase,
+    model_type: str,
+    image_tokens: int,
+    connector_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Encoder:
     """The encoder of a family. Raises ValueError: its tokenizer cannot say which characters a token is made of."""
     if not tokenizer.is_fast:
         raise ValueError(
             f"the tokenizer of {model_type} does not tell which characters a token stands for, so answers cannot be "
             "marked; save it as tokenizer.json (transformers' AutoTokenizer with use_fast=True)."
         )
-    return Encoder(tokenizer, CHATS.get(model_type, PLAIN), image_tokens)
+    return Encoder(tokenizer, CHATS.get(model_type, PLAIN), image_tokens, connector_tokenizer)

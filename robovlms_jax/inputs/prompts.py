@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+BARE = "{instruction}"
+"""Template of who reads the instruction and nothing else."""
+
 _SAID: set[str] = set()
 """Unknown letters that the log has named."""
 

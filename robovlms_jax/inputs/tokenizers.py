@@ -39,17 +39,24 @@ TOKENIZER_FILES = (
 )
 """Any one of these makes a directory a tokenizer directory."""
 
-ASSET_FILES = (
+CONNECTOR_TOKENIZER = "qformer_tokenizer"
+"""Directory of a second tokenizer beside the first: what InstructBLIP's Q-Former reads the instruction with."""
+
+_TOKENIZER_ASSETS = (
     *TOKENIZER_FILES,
     "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+)
+ASSET_FILES = (
+    *_TOKENIZER_ASSETS,
     "preprocessor_config.json",
     "processor_config.json",
     "config.json",
+    *(f"{CONNECTOR_TOKENIZER}/{name}" for name in _TOKENIZER_ASSETS),
 )
-"""Everything but weights that rebuilding tokenizer, preprocessing and architecture needs."""
+"""Everything but weights that rebuilding tokenizers, preprocessing and architecture needs."""
 
 _MARK = b"\xef\xbb\xbf"  # a byte-order mark, which editors on Windows put in front of UTF-8
 
@@ -97,7 +104,7 @@ def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
 @contextlib.contextmanager
 def _without_marks(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """The directory, or while the context lasts a copy of its small files without byte-order marks, if any has one."""
-    files = [directory / name for name in ASSET_FILES if (directory / name).is_file()]
+    files = [directory / name for name in ASSET_FILES if "/" not in name and (directory / name).is_file()]
     contents = {path.name: path.read_bytes() for path in files if not _is_binary(path.name)}
     if not any(content.startswith(_MARK) for content in contents.values()):
         yield directory
@@ -337,8 +344,8 @@ def write_assets(assets: Mapping[str, str], directory: str | pathlib.Path) -> No
     if unknown:
         raise ValueError(f"assets hold {unknown}; known files are {list(ASSET_FILES)}.")
     directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     for name, content in assets.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(base64.b64decode(content) if _is_binary(name) else content.encode("utf-8"))
 
 

@@ -88,6 +88,25 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     return slopes.astype(np.float32)
 
 
+def relative_buckets(distance: jax.Array, buckets: int, limit: int, *, both: bool) -> jax.Array:
+    """Bucket of each signed distance int32[...], key's place less query's (Raffel et al. 2019, arXiv:1910.10683): int32
+    of the same shape.
+
+    With `both`, keys that come later have the second half of the buckets; without, they all have bucket 0. Of a
+    direction's n buckets the first n / 2 are of one distance each, the others grow by a constant factor, and all
+    distances from `limit` on share the last.
+    """
+    first = 0
+    if both:
+        buckets //= 2
+        first = jnp.where(distance > 0, buckets, 0)
+    distance = jnp.abs(distance) if both else jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    share = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / np.log(limit / exact)
+    far = jnp.minimum(exact + (share * (buckets - exact)).astype(jnp.int32), buckets - 1)
+    return first + jnp.where(distance < exact, distance, far)
+
+
 def resize_positions(
     table: jax.Array, side: int, *, scale: float | None = None, method: Literal["bicubic", "bilinear"] = "bicubic"
 ) -> jax.Array:

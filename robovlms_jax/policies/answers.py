@@ -64,6 +64,7 @@ class AnswerLoss:
             batch.image_slots,
             batch.text_mask,
             jnp.arange(batch.text_ids.shape[1]) < first,
+            None if batch.question_ids is None else (batch.question_ids, batch.question_mask),
             deterministic=key is None,
         )
         hidden, _ = bound.backbone.decode(tokens, deterministic=key is None)

@@ -24,8 +24,8 @@ from robovlms_jax.types import Inputs
 log = logging.getLogger(__name__)
 
 EncodeText = Callable[[str], tuple[np.ndarray, np.ndarray]]
-"""Instruction -> (int32[T], bool[T]), padded on the right. Raises ValueError for one that is far too long, see
-`inputs.prompts.served_length`."""
+"""Instruction -> (int32[T], bool[T]), padded on the right; or [T, 2] each, as `types.Inputs` has them. Raises
+ValueError for one that is far too long, see `inputs.prompts.served_length`."""
 
 
 def control_step(
@@ -43,7 +43,7 @@ def control_step(
     Args:
       carry: `model.init_carry(B, ...)` or the previous step's result.
       images: camera -> uint8[B, height, width, 3].
-      text_ids, text_mask: int32[B, T], bool[B, T].
+      text_ids, text_mask: int32[B, T], bool[B, T], or as `types.Inputs` has them.
       extras: what a policy takes beside images and text, fields of `Inputs` for one frame (see
         `sensors.base.blank`).
       active: bool[B]; where False the carry stays as it is (the actions there mean nothing).
@@ -235,7 +235,7 @@ class BatchedVLAPolicy:
         return plan
 
     def _text_of(self, slot: int, instruction: str) -> tuple[np.ndarray, np.ndarray]:
-        """The instruction as int32[T] and bool[T]."""
+        """The instruction as `encode_text` has it."""
         if not isinstance(instruction, str) or not instruction.strip():
             found = "empty" if isinstance(instruction, str) else f"{instruction!r}, a {type(instruction).__name__}"
             raise ValueError(f"slot {slot}: the instruction is {found}; say what the robot should do.")
@@ -265,8 +265,8 @@ class BatchedVLAPolicy:
 
     def _padded_text(self) -> tuple[np.ndarray, np.ndarray]:
         known = [episode for episode in self._episodes if episode is not None]
-        ids = np.zeros((self.slots, self._text_length), np.int32)
-        mask = np.zeros((self.slots, self._text_length), bool)
+        shape = (self.slots, *self.model.vlm.text_shape(self._text_length))
+        ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
         for slot, episode in enumerate(self._episodes):
             # A slot without an episode borrows a text: its result is discarded, but rows without any real token make
             # NaN.

@@ -75,6 +75,11 @@ class VLA(nn.Module):
                 "policy.auxiliary.caption_weight asks for each word of the prompt from those before it; the encoder "
                 f"of a {self.vlm.model_type} sees all of them at once. Set it to 0."
             )
+        if self.vlm.connector_tokenizer and config.auxiliary.caption_weight:
+            raise ValueError(
+                "policy.auxiliary.caption_weight asks for each word of the prompt from those before it; the connector "
+                f"of a {self.vlm.model_type} reads all of them, and the image's tokens come first. Set it to 0."
+            )
         width = self.vlm.width
         self.backbone = backbones.build(self.vlm)
         self.readout = readout.LearnedQueries(self.num_queries, self.vlm.width) if self.num_queries else None
@@ -296,8 +301,8 @@ class VLA(nn.Module):
         size = self.vlm.image.size
         inputs = Inputs(
             images={camera: jnp.zeros((batch, 1, size, size, 3)) for camera in self.config.cameras},
-            text_ids=jnp.zeros((batch, text_length), jnp.int32),
-            text_mask=jnp.ones((batch, text_length), bool),
+            text_ids=jnp.zeros((batch, *self.vlm.text_shape(text_length)), jnp.int32),
+            text_mask=jnp.ones((batch, *self.vlm.text_shape(text_length)), bool),
             step_mask=jnp.ones((batch, 1), bool),
             **sensors.blank(self.config.all_sensors, batch, 1),
         )

@@ -49,6 +49,7 @@ class Backbone:
     """A backbone's architecture, its tokenizer, and the small files both came from (they travel inside checkpoints).
 
     directories: where its weights are; none = random parameters. adapter: where its adapters are; None = new ones.
+    connector_tokenizer: makes of the instruction what the connector reads; None: it reads nothing.
     """
 
     vlm: backbones.VLMConfig
@@ -56,6 +57,7 @@ class Backbone:
     assets: Mapping[str, str]
     directories: tuple[pathlib.Path, ...] = ()
     adapter: pathlib.Path | None = None
+    connector_tokenizer: PreTrainedTokenizerBase | None = None
 
     def encoder(self, length: int) -> EncodeText:
         """Instruction -> (int32[T], bool[T]) with T = `length`, or more as a longer prompt needs it; one that is far
@@ -68,14 +70,23 @@ class Backbone:
         return encode
 
     def encode(self, instruction: str, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """The instruction in this backbone's prompt; see `inputs.prompts.encode`."""
+        """The instruction in this backbone's prompt; see `inputs.prompts.encode`. With a `connector_tokenizer`
+        int32[T, 2] and bool[T, 2]: beside it the instruction as the connector reads it."""
         vlm = self.vlm
-        return prompts.encode(self.tokenizer, vlm.prompt, instruction, length, special_tokens=vlm.special_tokens)
+        text = prompts.encode(self.tokenizer, vlm.prompt, instruction, length, special_tokens=vlm.special_tokens)
+        if self.connector_tokenizer is None:
+            return text
+        own = prompts.encode(self.connector_tokenizer, prompts.BARE, instruction, length)
+        ids, mask = (np.stack(parts, axis=-1) for parts in zip(text, own, strict=True))
+        return ids, mask
 
     def longest(self, instructions: Iterable[str], multiple: int = 8) -> int:
         """The `length` that fits all instructions; see `inputs.prompts.longest`."""
-        vlm = self.vlm
-        return prompts.longest(self.tokenizer, vlm.prompt, instructions, multiple, special_tokens=vlm.special_tokens)
+        vlm, instructions = self.vlm, list(instructions)
+        found = prompts.longest(self.tokenizer, vlm.prompt, instructions, multiple, special_tokens=vlm.special_tokens)
+        if self.connector_tokenizer is None:
+            return found
+        return max(found, prompts.longest(self.connector_tokenizer, prompts.BARE, instructions, multiple))
 
 
 def open_backbone(config: BackboneConfig, sentences: Iterable[str]) -> Backbone:
@@ -106,7 +117,10 @@ def write_files(vlm: backbones.VLMConfig, texts: Iterable[str], directory: pathl
     from `texts`."""
     (directory / "config.json").write_text(json.dumps(registry.to_hf_config(vlm), indent=2))
     images.write_image_spec(vlm.image, directory)
+    texts = list(texts)
     tokenizers.make_twin_tokenizer(texts, vlm.text.vocab_size, directory)
+    if vlm.connector_tokenizer:
+        tokenizers.make_twin_tokenizer(texts, vlm.connector.vocab_size, directory / vlm.connector_tokenizer)
 
 
 def backbone_from_assets(
@@ -128,14 +142,20 @@ def backbone_from_assets(
 
 def _open(config: BackboneConfig, directory: pathlib.Path) -> Backbone:
     vlm = with_settings(config, registry.from_directory(directory))
+    tokenizer, own = _tokenizer(directory, vlm.text.vocab_size), None
+    if vlm.connector_tokenizer:
+        own = _tokenizer(directory / vlm.connector_tokenizer, vlm.connector.vocab_size)
+    return Backbone(vlm, tokenizer, tokenizers.read_assets(directory), connector_tokenizer=own)
+
+
+def _tokenizer(directory: pathlib.Path, vocab_size: int) -> PreTrainedTokenizerBase:
     tokenizer = tokenizers.load_tokenizer(directory)
-    if len(tokenizer) > vlm.text.vocab_size:
+    if len(tokenizer) > vocab_size:
         raise ValueError(
-            f"{directory}: the tokenizer has {len(tokenizer)} tokens but the model's vocabulary is "
-            f"{vlm.text.vocab_size}; "
+            f"{directory}: the tokenizer has {len(tokenizer)} tokens but the model's vocabulary is {vocab_size}; "
             "tokenizer and config.json belong to different models."
         )
-    return Backbone(vlm, tokenizer, tokenizers.read_assets(directory))
+    return tokenizer
 
 
 def with_settings(config: BackboneConfig, published: backbones.VLMConfig) -> backbones.VLMConfig:
@@ -248,7 +268,7 @@ def spare_params(model: VLA, shapes: Any) -> dict[str, tuple[int, ...]]:
     Returns:
       path below "backbone/" -> shape.
     """
-    size, ids = model.vlm.image.size, np.zeros((1, 8), np.int32)
+    size, ids = model.vlm.image.size, np.zeros((1, *model.vlm.text_shape(8)), np.int32)
     images = {camera: np.zeros((1, size, size, 3), np.float32) for camera in model.config.cameras}
     vlm = backbones.build(model.vlm)
     whole = meshes.unbox(jax.eval_shape(vlm.init, jax.random.key(0), images, ids, np.ones_like(ids, bool)))["params"]
@@ -308,8 +328,8 @@ def _init(model: VLA, key: jax.Array) -> Any:
     window, size = model.config.window, model.vlm.image.size
     inputs = Inputs(
         images={camera: np.zeros((1, window, size, size, 3), np.float32) for camera in model.config.cameras},
-        text_ids=np.zeros((1, 8), np.int32),
-        text_mask=np.ones((1, 8), bool),
+        text_ids=np.zeros((1, *model.vlm.text_shape(8)), np.int32),
+        text_mask=np.ones((1, *model.vlm.text_shape(8)), bool),
         step_mask=np.ones((1, window), bool),
         **sensors.blank(model.config.all_sensors, 1, window),
     )

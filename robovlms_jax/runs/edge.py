@@ -129,7 +129,7 @@ def _arguments(model: VLA, text_length: int) -> list[Any]:
     carry = jax.eval_shape(lambda params: model.init_carry(1, params, text_length), params)
     size = model.vlm.image.size
     images = {camera: leaf((1, size, size, 3), np.uint8) for camera in model.config.cameras}
-    text = leaf((1, text_length), np.int32), leaf((1, text_length), np.bool_)
+    text = [leaf((1, *model.vlm.text_shape(text_length)), dtype) for dtype in (np.int32, np.bool_)]
     extras = jax.tree.map(lambda x: leaf(x.shape, x.dtype), sensors.blank(model.config.all_sensors, 1, 1))
     return [params, carry, images, *text, leaf((1,), np.bool_), extras]
 

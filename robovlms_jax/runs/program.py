@@ -28,7 +28,8 @@ VERSION = 1
 EXPLAINED = {
     "image": "RGB; resized to this size whatever its aspect ratio, columns first, then rows, each rounded to uint8 "
     "(Pillow: image.resize((size, image.height), FILTER).resize((size, size), FILTER))",
-    "text_ids": "the prompt's tokens, padded on the right; see `instructions`",
+    "text_ids": "the prompt's tokens, padded on the right; see `instructions`. With a last axis of two: the language "
+    "model's tokens, and those that the connector's own tokenizer makes of the instruction",
     "text_mask": "True: a real token",
     "sensor": "the reading of this step, and where the second axis is longer those of the steps before it, newest "
     "last; before an episode's first step its first reading; all in the dataset's units, not normalised",
@@ -136,7 +137,8 @@ def make(
     leaves, tree = jax.tree.flatten(model.init_carry(1, params, length))
     size = model.vlm.image.size
     observed = {f"image_{camera}": np.zeros((1, size, size, 3), np.uint8) for camera in model.config.cameras}
-    observed |= {"text_ids": np.zeros((1, length), np.int32), "text_mask": np.zeros((1, length), bool)}
+    text = (1, *model.vlm.text_shape(length))
+    observed |= {"text_ids": np.zeros(text, np.int32), "text_mask": np.zeros(text, bool)}
     for field, values in sensors.blank(model.config.all_sensors, 1, 1).items():
         observed |= {_name(field, name): x for name, x in values.items()}
     return Program(
@@ -162,8 +164,5 @@ def _kind(name: str) -> str:
 
 def _tokens(encode: serving.EncodeText, instruction: str, length: int) -> dict[str, list]:
     ids, mask = encode(instruction)
-    more = length - len(ids)
-    return {
-        "text_ids": np.pad(ids, (0, more)).tolist(),
-        "text_mask": np.pad(mask, (0, more)).tolist(),
-    }
+    more = [(0, length - len(ids))] + [(0, 0)] * (ids.ndim - 1)
+    return {"text_ids": np.pad(ids, more).tolist(), "text_mask": np.pad(mask, more).tolist()}

@@ -73,7 +73,7 @@ def sources_of(config: ExperimentConfig, collections: Collections, backbone: bui
             f"data.vl.paths has {sorted(config.data.vl.paths)}, whose pictures stand among their words; those of a "
             f"{vlm.model_type} stand beside them. Choose another backbone, or leave data.vl.paths empty."
         )
-    encode = conversations.encoder(backbone.tokenizer, vlm.model_type, image_tokens(vlm))
+    encode = conversations.encoder(backbone.tokenizer, vlm.model_type, image_tokens(vlm), backbone.connector_tokenizer)
     if vlm.model_type not in conversations.CHATS:
         logger.warning("no chat template of %s is known: questions are asked as Question: ... Answer:", vlm.model_type)
 
@@ -88,11 +88,12 @@ def image_tokens(vlm: backbones.VLMConfig) -> int:
     """Tokens of one picture, those around it that the backbone adds included."""
     model, size = backbones.build(vlm), vlm.image.size
     shape = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    ids = jnp.zeros((1, 1), jnp.int32)
+    ids = jnp.zeros((1, *vlm.text_shape(1)), jnp.int32)
 
     def tokens(image: jax.Array) -> Any:
         variables = model.init(jax.random.key(0), {"camera": image}, ids, ids > -1)
-        return model.apply(variables, {"camera": image}, method="encode_images")
+        question = (ids[..., 1], ids[..., 1] > -1) if vlm.connector_tokenizer else None
+        return model.apply(variables, {"camera": image}, question, method="encode_images")
 
     encoded = jax.tree.leaves(jax.eval_shape(tokens, shape))[0]  # with DeepStack there is more, of as many tokens
     return encoded.shape[1] + len(vlm.image_start) + len(vlm.image_end)

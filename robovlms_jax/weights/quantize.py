@@ -20,7 +20,7 @@ STORAGE: tuple[tuple[str, str], ...] = (
     (r"norm[^/]*/(scale|bias)$", "kept"),
     (r"/patch/kernel$", "cast"),
     (r"/(kernel|table)$", "matrix"),
-    (r"/(lora_m|attn_gate|mlp_gate)$", "kept"),
+    (r"/(lora_m|attn_gate|mlp_gate|relative)$", "kept"),
     (r"/(bias|lora_[ab])$", "cast"),
     (r"/(positions|rows|columns|taps|cls|latents|queries|attn_scale|mlp_scale)$", "cast"),
 )

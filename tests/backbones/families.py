@@ -16,7 +16,7 @@ from robovlms_jax.backbones import base, registry
 from robovlms_jax.runs import build
 from robovlms_jax.weights import sources
 from tests.backbones import composed, composed_flamingo
-from tests.backbones.oracle import IMAGE, from_torch, hugging_face, randomize
+from tests.backbones.oracle import IMAGE, from_torch, hugging_face, question, randomize
 
 
 def janus(config: base.VLMConfig) -> torch.nn.Module:
@@ -26,13 +26,23 @@ def janus(config: base.VLMConfig) -> torch.nn.Module:
     return hugging_face(config, image_token_id=IMAGE, vq_config=small if config.width < 100 else {})
 
 
+def with_language(config: base.VLMConfig) -> torch.nn.Module:
+    """transformers' BLIP-2 or InstructBLIP. Its T5 begins with a tied head, and takes another one from a file."""
+    model = hugging_face(config, image_token_index=IMAGE)
+    if config.encoder is not None and config.text.head == "linear":
+        head = model.language_model.lm_head
+        head.weight = torch.nn.Parameter(head.weight.clone())
+    return model
+
+
 TORCH: dict[str, Callable[[base.VLMConfig], torch.nn.Module]] = {
     "kosmos-2": hugging_face,
     "paligemma": lambda config: hugging_face(config, image_token_index=IMAGE),
     "llava": lambda config: hugging_face(config, image_token_index=IMAGE),
     "smolvlm": lambda config: hugging_face(config, image_token_id=IMAGE),
     "deepseek_vl": lambda config: hugging_face(config, image_token_id=IMAGE),
-    "blip-2": lambda config: hugging_face(config, image_token_index=IMAGE),
+    "blip-2": with_language,
+    "instructblip": with_language,
     "gemma3": lambda config: hugging_face(config, image_token_index=IMAGE),
     "idefics3": lambda config: hugging_face(config, image_token_id=IMAGE),
     "internvl": lambda config: hugging_face(config, image_token_id=IMAGE),
@@ -61,6 +71,7 @@ COMPARED = (
     "gemma-3-4b",
     "internvl3-1b",
     "blip2-opt-2.7b",
+    "instructblip-vicuna-7b",
     "idefics3-8b-llama3",
     "janus-pro-1b",
     "llava-mpt-7b",
@@ -75,7 +86,13 @@ COMPARED = (
 )
 """Registered names, one of each form, whose tiny twins are compared."""
 
-ENCODER_DECODER = ("florence-2-base",)
+FORMS = {
+    f"{config.model_type}{'-encoder' if config.encoder is not None else ''}": name
+    for name, config in ((name, registry.get(name)) for name in reversed(registry.names()))
+}
+"""Family, those of an encoder and those without one apart -> a registered name."""
+
+ENCODER_DECODER = ("florence-2-base", "blip2-flan-t5-xl", "instructblip-flan-t5-xl")
 """The same of those with an encoder, whose sequences are two: compared in test_encoder_decoder.py."""
 
 SAME_ARITHMETIC = ("otter-mpt-7b", "otter-llama-7b")
@@ -120,9 +137,18 @@ def forward(
     if config.model_type in ("qwen2_5_vl", "qwen3_vl"):
         patches = flat_patches(pixels.flatten(0, 1), config.vision.patch_size)
         arguments |= patches | {"mm_token_type_ids": (ids == IMAGE).int()}
+    arguments |= torch_question(config, len(ids), images.shape[1])
     out = model(input_ids=ids, **arguments, **more, output_hidden_states=True, use_cache=False)
-    out_of_decoder = out.language_model_outputs if config.model_type == "blip-2" else out
+    out_of_decoder = out.language_model_outputs if config.model_type in ("blip-2", "instructblip") else out
     return out.logits, out_of_decoder.hidden_states[-1]
+
+
+def torch_question(config: base.VLMConfig, batch: int, cameras: int) -> dict[str, torch.Tensor]:
+    """What transformers' InstructBLIP is told beside the prompt, for every picture."""
+    if not config.connector_tokenizer:
+        return {}
+    ids, mask = (torch.from_numpy(np.repeat(x, cameras, axis=0)).long() for x in question(config, batch))
+    return {"qformer_input_ids": ids, "qformer_attention_mask": mask}
 
 
 def flat_patches(images: torch.Tensor, size: int) -> dict[str, torch.Tensor]:

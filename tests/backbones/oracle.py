@@ -79,7 +79,8 @@ def boxed(config: base.VLMConfig) -> Any:
 
 @functools.lru_cache
 def _boxed(config: base.VLMConfig) -> Any:
-    inputs = example(config, cameras=("static",))
+    images, *text = example(config, cameras=("static",))
+    inputs = images, *as_read(config, *text)
     return jax.eval_shape(lambda: base.build(config).init(jax.random.key(0), *inputs))["params"]
 
 
@@ -94,6 +95,23 @@ def example(config: base.VLMConfig, cameras: tuple[str, ...] = ("wrist", "static
     ids[:, 0] = ends[0]
     ids[np.arange(BATCH), np.asarray(lengths) - 1] = ends[1]
     return images, np.where(mask, ids, ends[2]).astype(np.int32), mask
+
+
+def question(config: base.VLMConfig, batch: int = BATCH, side: str = "right") -> tuple[np.ndarray, np.ndarray]:
+    """What a connector with a tokenizer of its own reads: int32[B, T], bool[B, T], unlike the prompt in its lengths."""
+    ids = np.random.default_rng(5).integers(1, config.connector.vocab_size, (batch, TEXT)).astype(np.int32)
+    mask = np.arange(TEXT) < np.resize([4, 6], batch)[:, None]
+    if side == "left":
+        ids, mask = (np.stack([np.roll(row, TEXT - n) for row, n in zip(x, mask.sum(1))]) for x in (ids, mask))
+    return ids, mask
+
+
+def as_read(config: base.VLMConfig, ids: np.ndarray, mask: np.ndarray, side: str = "right"):
+    """Prompts as `VLM.embed` takes them: as they are, or with what the connector reads beside them."""
+    if not config.connector_tokenizer:
+        return ids, mask
+    beside = (x[:, : ids.shape[1]] for x in question(config, len(ids), side))
+    return tuple(np.stack(parts, axis=-1) for parts in zip((ids, mask), beside))
 
 
 def relative_error(found: Any, expected: Any) -> float:

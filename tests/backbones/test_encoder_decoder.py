@@ -1,4 +1,4 @@
-"""Florence-2 against transformers: its encoder reads pictures and prompt, its decoder the action queries."""
+"""Encoder-decoders against transformers: the encoder reads pictures and prompt, the decoder the action queries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from robovlms_jax.policies.histories.base import TokenWindow
 from robovlms_jax.weights import quantize
 from tests import toy
 from tests.backbones import families
-from tests.backbones.oracle import IMAGE, TEXT, Twin, example, from_torch, randomize, relative_error
+from tests.backbones.oracle import IMAGE, TEXT, Twin, as_read, example, from_torch, randomize, relative_error
 
 pytestmark = pytest.mark.usefixtures("exact_matmul")
 NAME = families.ENCODER_DECODER[0]
@@ -37,6 +37,11 @@ def make_pair(config: base.VLMConfig) -> Twin:
 @pytest.fixture(scope="module")
 def twin() -> Twin:
     return make_pair(families.tiny(NAME))
+
+
+@pytest.fixture(scope="module", params=families.ENCODER_DECODER)
+def each(request, twin) -> Twin:
+    return twin if request.param == NAME else make_pair(families.tiny(request.param))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -64,18 +69,22 @@ def theirs(twin: Twin):
     """transformers' output, prompts padded on the right: BART counts places from the left edge, padding or not."""
     config = twin.config
     images, ids, mask = example(config, CAMERAS)
-    patches = len(CAMERAS) * (config.vision.side**2 + 1)
+    one = getattr(config.connector, "num_queries", None) or config.vision.side**2 + 1
+    patches = len(CAMERAS) * one
     full = np.concatenate([np.full((len(ids), patches), IMAGE), ids], axis=1)
     real = np.concatenate([np.ones((len(ids), patches), int), mask], axis=1)
     pixels = torch.from_numpy(np.stack([images[c] for c in CAMERAS], 1).transpose(0, 1, 4, 2, 3).copy()).flatten(0, 1)
-    return twin.torch_model(
+    out = twin.torch_model(
         input_ids=torch.from_numpy(full).long(),
         attention_mask=torch.from_numpy(real).long(),
         pixel_values=pixels,
         decoder_input_ids=torch.from_numpy(np.tile(np.r_[config.start_id, QUERIES], (len(ids), 1))).long(),
+        **families.torch_question(config, len(ids), len(CAMERAS)),
         use_cache=False,
         output_hidden_states=True,
     )
+    inner = getattr(out, "language_model_outputs", out)
+    return out.logits, inner.decoder_hidden_states[-1], inner.encoder_last_hidden_state
 
 
 def logits_error(twin: Twin, side: str) -> float:
@@ -84,20 +93,21 @@ def logits_error(twin: Twin, side: str) -> float:
     lengths = mask.sum(1)
     if side == "left":
         ids, mask = (np.stack([np.roll(row, TEXT - n) for row, n in zip(x, lengths)]) for x in (ids, mask))
-    (tokens, hidden, logits), _ = run(twin.config, twin.params, images, ids, mask, weight_of(twin.config))
+    text = as_read(twin.config, ids, mask, side)
+    (tokens, hidden, logits), _ = run(twin.config, twin.params, images, *text, weight_of(twin.config))
     with torch.no_grad():
-        out = theirs(twin)
-    errors = [relative_error(logits, out.logits), relative_error(hidden, out.decoder_hidden_states[-1])]
+        expected, last, encoded = theirs(twin)
+    errors = [relative_error(logits, expected), relative_error(hidden, last)]
     for row, length in enumerate(lengths):
         states = np.asarray(tokens.media.embeds[row])[np.asarray(tokens.media.mask[row])]
-        errors.append(relative_error(states, out.encoder_last_hidden_state[row][: len(states)]))
+        errors.append(relative_error(states, encoded[row][: len(states)]))
         assert len(states) == tokens.media.mask.shape[1] - TEXT + length
     return max(errors)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_padded_prompts(twin, side):
-    assert logits_error(twin, side) < 1e-5
+def test_padded_prompts(each, side):
+    assert logits_error(each, side) < 1e-5
 
 
 def gradient_error(twin: Twin) -> float:
@@ -106,10 +116,10 @@ def gradient_error(twin: Twin) -> float:
     images, ids, mask = example(config, CAMERAS)
     weight = weight_of(config)
     model.zero_grad()
-    (theirs(twin).logits * torch.from_numpy(weight)).sum().backward()
+    (theirs(twin)[0] * torch.from_numpy(weight)).sum().backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
     expected = flatten_dict(from_torch(config, grads), sep="/")
-    found = flatten_dict(run(config, twin.params, images, ids, mask, weight)[1], sep="/")
+    found = flatten_dict(run(config, twin.params, images, *as_read(config, ids, mask), weight)[1], sep="/")
     scale = max(float(jnp.abs(x).max()) for x in expected.values())
     assert set(found) == set(expected)
     errors = {}
@@ -121,17 +131,17 @@ def gradient_error(twin: Twin) -> float:
 
 
 @pytest.mark.slow
-def test_gradients_of_every_parameter(twin):
-    assert gradient_error(twin) < 3e-5
+def test_gradients_of_every_parameter(each):
+    assert gradient_error(each) < 3e-5
 
 
 @pytest.mark.slow
-def test_bfloat16_stays_close(twin):
-    images, ids, mask = example(twin.config, CAMERAS)
-    weight = weight_of(twin.config)
-    config = dataclasses.replace(twin.config, dtype="bfloat16")
-    (_, found, _), grads = run(config, twin.params, images, ids, mask, weight)
-    (_, expected, _), _ = run(twin.config, twin.params, images, ids, mask, weight)
+def test_bfloat16_stays_close(each):
+    images, *text = example(each.config, CAMERAS)
+    text, weight = as_read(each.config, *text), weight_of(each.config)
+    config = dataclasses.replace(each.config, dtype="bfloat16")
+    (_, found, _), grads = run(config, each.params, images, *text, weight)
+    (_, expected, _), _ = run(each.config, each.params, images, *text, weight)
     assert found.dtype == jnp.bfloat16 and all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
     assert relative_error(found, expected) < 0.05
 

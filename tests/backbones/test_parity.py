@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from robovlms_jax.backbones import base, sequence
 from tests.backbones import families
-from tests.backbones.oracle import IMAGE, TEXT, Twin, example, from_torch, randomize, relative_error
+from tests.backbones.oracle import IMAGE, TEXT, Twin, as_read, example, from_torch, randomize, relative_error
 
 pytestmark = pytest.mark.usefixtures("exact_matmul")
 TOLERANCE = 1e-5  # relative to the largest value; 1e-4 is promised
@@ -35,10 +35,11 @@ class Pair:
         images, *_ = example(config, CAMERAS)
         if weight is None:
             weight = np.zeros((len(ids), self.slots(config), config.text.vocab_size), np.float32)
-        return _run(config, self.twin.params, images, ids, mask, weight)
+        return _run(config, self.twin.params, images, *as_read(config, ids, mask), weight)
 
     def slots(self, config) -> int:
         images, ids, mask = example(config, CAMERAS)
+        ids, mask = as_read(config, ids, mask)
         tokens = jax.eval_shape(lambda p: embed(config, p, images, ids, mask), self.twin.params)
         return tokens.mask.shape[1]
 

@@ -19,8 +19,8 @@ from robovlms_jax.runs import build
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import trainable
 from tests import toy
+from tests.backbones import families
 
-FAMILIES = {registry.get(name).model_type: name for name in reversed(registry.names())}
 STRUCTURES = (
     ("one_step", "action_query", "mlp"),
     ("one_step", "token", "discrete"),
@@ -38,11 +38,12 @@ def make(name: str, structure: tuple[str, str, str]):
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids="-".join)
-@pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.mark.parametrize("name", families.FORMS.values(), ids=families.FORMS.keys())
 def test_every_structure_traces_on_every_backbone(name, structure):
     assert structure in heads.products()
     model = make(name, structure)
     batch = toy.make_batch(np.random.default_rng(0), window=model.config.window, windows=2, chunk=2)
+    batch = toy.as_read(model.vlm, batch)
     params = toy.random_params(model, batch)
     loss, _ = jax.eval_shape(lambda p: objective.RobotLoss(model)(p, batch), params)
     assert loss.shape == ()
@@ -50,7 +51,7 @@ def test_every_structure_traces_on_every_backbone(name, structure):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("structure", STRUCTURES, ids="-".join)
-@pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.mark.parametrize("name", families.FORMS.values(), ids=families.FORMS.keys())
 def test_every_structure_learns_and_acts_on_every_backbone(name, structure):
     toy.assert_learns_and_acts(make(name, structure), steps=20, learning_rate=3e-3, left=0.9)
 

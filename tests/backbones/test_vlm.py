@@ -14,11 +14,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from robovlms_jax.backbones import base, registry, sequence
 from robovlms_jax.nn.linear import merge_lora
 from robovlms_jax.types import Tokens
-from tests.backbones.oracle import Twin, abstract, example, relative_error
+from tests.backbones import families
+from tests.backbones.oracle import Twin, abstract, as_read, example, relative_error
 
 pytestmark = pytest.mark.usefixtures("exact_matmul")
 P = 6  # tokens per image of KOSMOS-2's twin
-FAMILIES = {registry.get(name).model_type: name for name in reversed(registry.names())}
 CAMERAS = ("wrist", "static")
 
 
@@ -31,7 +31,7 @@ def make_twin(name: str, **text) -> Twin:
     )
 
 
-@pytest.fixture(scope="module", params=FAMILIES.values())
+@pytest.fixture(scope="module", params=families.FORMS.values())
 def twin(request) -> Twin:
     return make_twin(request.param)
 
@@ -56,7 +56,7 @@ def queries_of(twin) -> jnp.ndarray:
 
 def run(twin, images, ids, mask) -> tuple[Tokens, jax.Array]:
     """Tokens with two queries, and their hidden states: one compiled program for most tests of a family."""
-    return _run(twin.config, twin.params, images, ids, mask, queries_of(twin))
+    return _run(twin.config, twin.params, images, *as_read(twin.config, ids, mask), queries_of(twin))
 
 
 def query_features(twin, images, ids, mask) -> np.ndarray:

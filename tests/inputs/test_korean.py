@@ -32,13 +32,14 @@ ENGLISH = ["open the drawer", "move the slider to the left", "An image of a robo
 KINDS = {
     "kosmos-2": "pieces",
     "qwen": "ranks",
-    **dict.fromkeys(("gemma3", "llava", "otter", "paligemma"), "fallback"),
+    **dict.fromkeys(("gemma3", "instructblip", "llava", "otter", "paligemma"), "fallback"),
     **dict.fromkeys(("blip-2", "deepseek_vl", "flamingo", "florence2", "idefics3", "internvl"), "bytes"),
     **dict.fromkeys(("janus", "llava_mpt", "moondream1", "qwen2_5_vl", "qwen3_vl", "smolvlm", "vlm"), "bytes"),
 }
 """Family -> kind of its published tokenizer: bytes (byte-level BPE), ranks (the same, as Qwen's file), fallback
 (SentencePiece whose unknown letters become bytes), pieces (SentencePiece without that: unknown letters are <unk>).
-Otter's is that of its LLaMA form; its MPT form has bytes."""
+Otter's is that of its LLaMA form; its MPT form has bytes. InstructBLIP's that of Vicuna, BLIP-2's that of OPT; with
+FLAN-T5 both have pieces."""
 
 
 def byte_level():

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robovlms_jax.nn import decoder, stack, vit
+from robovlms_jax.nn import decoder, decoder_config, stack, vit
 from robovlms_jax.nn.attention import causal_mask
 from robovlms_jax.nn.norms import LayerNorm
 from robovlms_jax.nn.positions import sinusoid
 from robovlms_jax.types import Tokens
 
-TEXT = decoder.DecoderConfig(
+TEXT = decoder_config.DecoderConfig(
     width=16,
     depth=3,
     mlp_dim=24,
@@ -52,7 +52,7 @@ VISION = vit.ViTConfig(
 B, S = 2, 5
 
 
-def make_text(config: decoder.DecoderConfig = TEXT, remat: bool = False):
+def make_text(config: decoder_config.DecoderConfig = TEXT, remat: bool = False):
     module = decoder.Decoder(config, remat=remat)
     embeds = jax.random.normal(jax.random.key(0), (B, S, config.width))
     positions = jnp.broadcast_to(jnp.arange(S), (B, S))

@@ -34,6 +34,8 @@ def make_pairs(vlm, *, slots: int = 14, pictures: int = 2, batch: int = 2) -> Pa
     image[1, 2 : 2 + 2 * tokens] = np.arange(2 * tokens)
     lengths = np.array([tokens + 9, slots])
     said = lengths[:, None] - np.array([[2, 1, 1], [3, 2, 1]])
+    question = {"question_ids": np.arange(5, 5 + 3 * batch, dtype=np.int32).reshape(batch, 3)}
+    question["question_mask"] = np.arange(3) < np.resize([2, 3], batch)[:, None]
     return Pairs(
         images=rng.integers(0, 256, (batch, pictures, 20, 20, 3), dtype=np.uint8),
         text_ids=np.where(image < 0, rng.integers(4, 100, (batch, slots)), 0).astype(np.int32),
@@ -43,6 +45,7 @@ def make_pairs(vlm, *, slots: int = 14, pictures: int = 2, batch: int = 2) -> Pa
         answer_mask=np.array([[True, True, False], [True, True, True]]),
         episode=np.arange(batch, dtype=np.int32),
         corrupt=np.full(batch, -1, np.int32),
+        **(question if vlm.connector_tokenizer else {}),
     )
 
 
@@ -145,7 +148,7 @@ def test_every_family_learns_answers_from_pictures(name, attention):
     vlm = dataclasses.replace(registry.get(name).tiny(), attention=attention)
     model = dataclasses.replace(toy.make_model(auxiliary=AuxiliaryConfig(vl_weight=0.1)), vlm=vlm)
     batch = make_pairs(vlm)
-    params = unbox(jax.jit(model.init)(jax.random.key(0), toy.example(model, ROBOT))["params"])
+    params = unbox(jax.jit(model.init)(jax.random.key(0), toy.example(model, toy.as_read(vlm, ROBOT)))["params"])
     loss = answers.AnswerLoss(model)
     grads = flatten_dict(jax.jit(jax.grad(lambda p: loss(p, batch)[0]))(params), sep="/")
     for part in ("backbone/vision/", "backbone/connector/", "backbone/text/"):

@@ -25,11 +25,12 @@ _MULTIPLE = 8  # of tokens in a sequence: sequences of nearly one length share a
 
 
 class _Shape(NamedTuple):
-    """Of every row. pictures: N. tokens: S. answers: A."""
+    """Of every row. pictures: N. tokens: S. answers: A. question: U, 0: the connector reads none."""
 
     pictures: int
     tokens: int
     answers: int
+    question: int
 
 
 class PairSource(Sequence[types.Pairs]):
@@ -72,9 +73,9 @@ class PairSource(Sequence[types.Pairs]):
         if not kept:
             raise ValueError(f"{pairs.name}: nothing to learn from is left, so this source would run dry.")
         self._kept = np.array(kept)
-        pictures, tokens, answers = (max(sizes[index][part] for index in kept) for part in range(3))
+        pictures, tokens, answers, question = (max(sizes[index][part] for index in kept) for part in range(4))
         tokens = length or -(-tokens // _MULTIPLE) * _MULTIPLE
-        self.shape = _Shape(max(pictures, 1), tokens, answers)
+        self.shape = _Shape(max(pictures, 1), tokens, answers, -(-question // _MULTIPLE) * _MULTIPLE)
         self._reported: set[str] = set()
 
     def __len__(self) -> int:
@@ -146,10 +147,10 @@ class PairSource(Sequence[types.Pairs]):
         if len(self.pairs) <= _KEPT:
             self._encoded[index] = found
         tokens, answers = max(len(x.ids) for x in found), max(int(x.answer.sum()) for x in found)
-        return _Shape(len(sample.pictures), tokens, answers)
+        return _Shape(len(sample.pictures), tokens, answers, max(len(x.question) for x in found))
 
     def _allocate(self, size: int) -> types.Pairs:
-        pictures, tokens, answers = self.shape
+        pictures, tokens, answers, question = self.shape
         side = self._image.size
         out = types.Pairs(
             images=np.zeros((size, pictures, side, side, 3), np.uint8),
@@ -160,6 +161,8 @@ class PairSource(Sequence[types.Pairs]):
             answer_mask=np.zeros((size, answers), bool),
             episode=np.zeros(size, np.int32),
             corrupt=np.full(size, -1, np.int32),
+            question_ids=np.zeros((size, question), np.int32) if question else None,
+            question_mask=np.zeros((size, question), bool) if question else None,
         )
         out.text_mask[:, 0] = True  # no computation meets an empty sequence
         return out
@@ -175,6 +178,10 @@ class PairSource(Sequence[types.Pairs]):
         count, slots = len(encoded.ids), np.flatnonzero(encoded.answer)
         out.text_ids[row, :count], out.image_slots[row, :count] = encoded.ids, encoded.image
         out.text_mask[row, :count], out.text_mask[row, count:] = True, False
+        if out.question_ids is not None:
+            real = np.arange(self.shape.question) < len(encoded.question)
+            out.question_mask[row] = real
+            out.question_ids[row, real] = encoded.question
         out.answer_slots[row, : len(slots)], out.answer_mask[row, : len(slots)] = slots, True
         out.episode[row] = index
 

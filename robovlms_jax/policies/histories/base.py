@@ -157,7 +157,8 @@ def frames(inputs: Inputs) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
     """All frames of all segments, side by side.
 
     Returns:
-      images camera -> float[B * G, size, size, 3], text_ids int32[B * G, T], text_mask bool[B * G, T].
+      images camera -> float[B * G, size, size, 3], text_ids int32[B * G, T], text_mask bool[B * G, T] or as
+      `types.Inputs` has them.
     """
     steps = inputs.step_mask.shape[1]
     images = {camera: merge(x, 0) for camera, x in inputs.images.items()}
