@@ -69,7 +69,9 @@ def test_every_spelling_and_type_and_the_way_back(model, tmp_path):
     assert all(torch.equal(opened.state_dict()[key], expected[key]) for key in kept)
     torch_model.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
     saved = registry.from_directory(tmp_path / "saved")
-    if config.text.positions == "relative":  # transformers 5 notes of every T5 that it is tied; `build.fit_weights` looks
+    if (
+        config.text.positions == "relative"
+    ):  # transformers 5 notes of every T5 that it is tied; `build.fit_weights` looks
         saved = registry.untied(saved)
     assert_equal(load(saved, tmp_path / "saved"), params)
 
