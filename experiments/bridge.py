@@ -10,12 +10,10 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from experiments import calvin_abcd
-from robovlms_jax import cli, upstream
+from experiments import calvin_abcd, launch
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.evaluation.config import EvaluationConfig
 from robovlms_jax.inputs.config import AugmentConfig
-from robovlms_jax.runs import run
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training.config import TrainConfig
 
@@ -79,19 +77,15 @@ REAL_THING = """\
 For the real thing, pass the dataset and the published weights (any preset's field can be overridden the same way):
 
     python -m experiments.bridge --preset kosmos_lstm \\
-        --data.root data/bridge --backbone.weights hf://microsoft/kosmos-2-patch14-224
+        --data.root data/bridge_dataset --backbone.weights hf://microsoft/kosmos-2-patch14-224
 
 How to get Bridge: data/README.md. `--help-all` explains every field."""
 
 
 def default_preset(arguments: Sequence[str]) -> str:
-    """`sample`, unless weights or a dataset of one's own are named: then the real size is meant."""
-    return "kosmos_lstm" if calvin_abcd.default_preset(arguments) == "kosmos_lstm" else "sample"
+    """`sample`; see `calvin_abcd.default_preset` for weights or a dataset of one's own."""
+    return calvin_abcd.chosen_by_data(arguments, small="sample", default="sample")
 
 
 if __name__ == "__main__":
-    run.run(
-        *cli.parse(PRESETS, default_preset, description=__doc__, read_json=upstream.load_experiment),
-        title="Bridge",
-        closing=REAL_THING,
-    )
+    launch.main(PRESETS, default_preset, description=__doc__, title="Bridge", closing=REAL_THING)

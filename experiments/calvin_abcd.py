@@ -1,6 +1,6 @@
 """CALVIN ABCD -> D: train a VLA on demonstrations, roll it out or evaluate it offline, write a report.
 
-python -m experiments.calvin_abcd                   # PlayTable, the embedded simulator: record, train, roll out; 9 min
+python -m experiments.calvin_abcd                   # PlayTable, the embedded simulator: record, train, roll out
 python -m experiments.calvin_abcd --preset sample   # a bundled piece of CALVIN, offline evaluation
 python -m experiments.calvin_abcd --preset kosmos_lstm --data.root data/task_ABCD_D --backbone.weights DIR
 """
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Sequence
 
-from robovlms_jax import cli, upstream
+from experiments import launch
+from robovlms_jax import cli
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.data.config import DataConfig
@@ -19,7 +21,6 @@ from robovlms_jax.evaluation.config import EvaluationConfig, RolloutConfig
 from robovlms_jax.playtable.config import DemonstrationConfig
 from robovlms_jax.policies.config import PolicyConfig, ProprioConfig
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
-from robovlms_jax.runs import run
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training.config import OptimizerConfig, TrainConfig
 
@@ -199,10 +200,27 @@ PRESETS = {
 
 
 def default_preset(arguments: Sequence[str]) -> str:
-    """`playtable_fixtures`, unless weights or a dataset of one's own are named: then the real size is meant."""
-    own = any(cli.names_flag(arguments, flag) for flag in ("data.root", "backbone.weights"))
-    return "kosmos_lstm" if own else "playtable_fixtures"
+    """`playtable_fixtures`; `kosmos_lstm` with weights of one's own, for which the real size is meant.
+
+    A dataset of one's own alone ends the process: it does not say which model shall learn from it, and the difference
+    is a factor of three thousand in parameters.
+    """
+    return chosen_by_data(arguments, small="sample", default="playtable_fixtures")
+
+
+def chosen_by_data(arguments: Sequence[str], *, small: str, default: str) -> str:
+    """See `default_preset`. small: the preset for a dataset of one's own on a CPU."""
+    if cli.names_flag(arguments, "backbone.weights"):
+        return "kosmos_lstm"
+    if cli.names_flag(arguments, "data.root") and not {"--help", "-h"} & set(arguments):
+        sys.exit(
+            f"error: --data.root names a dataset, and no --preset says which model shall learn from it. Choose one: "
+            f"--preset {small} (half a million parameters, for a CPU), or --preset kosmos_lstm with --backbone.weights "
+            "hf://microsoft/kosmos-2-patch14-224 (1.7 billion, for GPUs or TPUs; python -m experiments.plan says how "
+            "much memory each device needs). --help lists all presets."
+        )
+    return default
 
 
 if __name__ == "__main__":
-    run.run(*cli.parse(PRESETS, default_preset, description=__doc__, read_json=upstream.load_experiment))
+    launch.main(PRESETS, default_preset, description=__doc__)

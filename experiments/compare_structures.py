@@ -59,7 +59,7 @@ _HEAD_SIZE = {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "trunk": (256
 class CompareConfig:
     """Which cells, on what data, with what budget."""
 
-    output: str = "runs/structures"
+    out: str = "runs/structures"
     data: str = calvin_abcd.FIXTURES.data.root
     """Directory of the demonstrations, recorded if they are not there; the main job's default run has the same ones."""
     demonstrations: DemonstrationConfig = calvin_abcd.FIXTURES.demonstrations
@@ -139,7 +139,7 @@ def compare(config: CompareConfig) -> pathlib.Path:
     Raises:
       ValueError: the output directory has results of another budget or other data.
     """
-    output = pathlib.Path(config.output)
+    output = pathlib.Path(config.out)
     grid = cells(config)
     _require_same_budget(output, config)
     if config.demonstrations.episodes:
@@ -249,7 +249,7 @@ def _roll_out(config: CompareConfig, directory: pathlib.Path, execution: Executi
     report = evaluate.evaluate(
         evaluate.EvaluateConfig(
             checkpoint=str(directory / "run"),
-            output=str(output),
+            out=str(output),
             env="playtable",
             scene=config.demonstrations.validation_scene,
             tasks=config.tasks,
@@ -274,7 +274,7 @@ def _roll_out(config: CompareConfig, directory: pathlib.Path, execution: Executi
 
 def _require_same_budget(output: pathlib.Path, config: CompareConfig) -> None:
     """Cells can only stand in one table if all but the structure is the same."""
-    grid = {"output", "structures", "windows", "chunks", "executions", "full", "list"}
+    grid = {"out", "structures", "windows", "chunks", "executions", "full", "list"}
     budget = {name: value for name, value in dataclasses.asdict(config).items() if name not in grid}
     budget = json.loads(json.dumps(budget))
     path = output / "budget.json"
@@ -285,7 +285,7 @@ def _require_same_budget(output: pathlib.Path, config: CompareConfig) -> None:
     theirs = json.loads(path.read_text())
     changes = json_files.differences(theirs, budget, budget)
     if changes:
-        raise ValueError(f"{output} has cells of another budget ({changes}); choose another output.")
+        raise ValueError(f"{output} has cells of another budget ({changes}); choose another --out.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -157,6 +157,6 @@ def pack_lerobot(
 if __name__ == "__main__":
     logs.to_stderr()
     try:
-        main(cli.read(Args))
+        main(cli.read(Args, description=__doc__))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")

@@ -1,7 +1,7 @@
 """Turn a checkpoint that RoboVLMs trained into a directory that `load_policy` opens.
 
     python -m experiments.convert_weights --from kosmos_ph_calvin_abcd.pt --config kosmos_ph_calvin_abcd.json \\
-        --backbone hf://microsoft/kosmos-2-patch14-224 --to policies/kosmos_ph_calvin_abcd
+        --backbone hf://microsoft/kosmos-2-patch14-224 --out policies/kosmos_ph_calvin_abcd
 
 The directory is complete: configuration, tokenizer, image settings and parameters. A report says which tensor became
 which parameter, and how far the written policy is from the checkpoint.
@@ -54,7 +54,7 @@ class ConvertConfig:
     .ckpt folder that Lightning writes with DeepSpeed."""
     config: str
     """The JSON it was trained with, as upstream publishes or writes it."""
-    to: str
+    out: str
     """Directory to write; load_policy opens it."""
     backbone: str = ""
     """Where the backbone's config.json, tokenizer and image processor are: a directory or hf://OWNER/NAME. Weights are
@@ -74,9 +74,9 @@ class ConvertConfig:
 
 def main(config: ConvertConfig) -> dict[str, Any]:
     """Convert, check, report; returns the report. Raises ValueError or OSError with what to do about it."""
-    target = pathlib.Path(config.to).expanduser()
+    target = pathlib.Path(config.out).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is not an empty directory; choose another --to.")
+        raise FileExistsError(f"{target} is not an empty directory; choose another --out.")
     experiment = _experiment(config)
     source = upstream.open_checkpoint(config.source, experiment.policy.num_queries)
     files = tokenizers.resolve_weights(experiment.backbone.weights, tensors=False)

@@ -16,10 +16,9 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from experiments import bridge, calvin_abcd
+from experiments import bridge, calvin_abcd, launch
 from robovlms_jax import cli
 from robovlms_jax.data.vl.config import VLConfig
-from robovlms_jax.runs import run
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training.config import OptimizerConfig, StageConfig
 
@@ -76,4 +75,4 @@ What each preset teaches, and what was measured: docs/strategies.md. A backbone 
     python -m experiments.cotrain --backbone.name kosmos-2 --backbone.weights hf://microsoft/kosmos-2-patch14-224"""
 
 if __name__ == "__main__":
-    run.run(*cli.parse(PRESETS, "vl_together", description=__doc__), title="PlayTable", closing=CLOSING)
+    launch.main(PRESETS, "vl_together", description=__doc__, upstream_json=False, title="PlayTable", closing=CLOSING)

@@ -1,10 +1,11 @@
 """Roll a trained policy out in a simulator: CALVIN's chains of five tasks, or a SimplerEnv task.
 
-    python -m experiments.evaluate --checkpoint runs/sample --env playtable --chains 20
+    python -m experiments.evaluate --checkpoint runs/playtable_fixtures --chains 160
     python -m experiments.evaluate --checkpoint runs/kosmos_lstm --env calvin --calvin_root calvin --protocol official
 
-Results are kept trial by trial in the output directory: the same command goes on where it was stopped. The report is
-rollouts.md there.
+On playtable, what the run's own rollouts were is asked again unless flags say otherwise: tasks, scene, picture sizes,
+execution and steps come from the checkpoint. Results are kept trial by trial in the output directory: the same command
+goes on where it was stopped. The report is rollouts.md there.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class EvaluateConfig:
     """Run directory or one of its checkpoints/<step> folders."""
     env: Literal["playtable", "calvin", "simpler"] = "playtable"
     """playtable: the embedded simulator (its numbers are not CALVIN's). calvin: a checkout of the real one."""
-    output: str = ""
+    out: str = ""
     """Where results go. Empty: rollouts/ of the run, or of a checkpoint that was copied alone; there a folder for every
     checkpoint (its step and a fingerprint of its content) and in it one for every setup."""
     protocol: Literal["custom", "official"] = "custom"
@@ -177,8 +178,8 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
     trials, criterion = _trials(config)
     conditions = _conditions(config, trials, seals.identity(directory).label)
     name = _folder_name(config)
-    if config.output:
-        output = filing.choose(pathlib.Path(config.output), name, conditions)
+    if config.out:
+        output = filing.choose(pathlib.Path(config.out), name, conditions)
     else:
         output = filing.place(checkpoints.run_of(directory) / "rollouts", name, conditions)
     log.info(
@@ -265,7 +266,7 @@ def _folder_name(config: EvaluateConfig) -> str:
 
 
 _ASIDE = (
-    *("checkpoint", "output", "chains", "processes", "films"),
+    *("checkpoint", "out", "chains", "processes", "films"),
     *("calvin_root", "calvin_split", "simulator_python", "weights"),
 )
 """Fields that results do not depend on, or not by their text (who is asked how often, and where things lie), and what
@@ -351,11 +352,56 @@ def _envs(config: EvaluateConfig) -> Iterator[vector.VectorEnv]:
         yield vector.EnvPool(workers)
 
 
+def of_checkpoint(arguments: Sequence[str]) -> EvaluateConfig | type[EvaluateConfig]:
+    """The settings that a command line starts from: those of the run's own rollouts, where the checkpoint that it names
+    had any and they are for the env that it names; else the defaults.
+
+    Raises FileNotFoundError, ValueError: there is no such checkpoint, or it cannot be read.
+    """
+    checkpoint = cli.value_of(arguments, "checkpoint")
+    if checkpoint is None or {"--help", "-h"} & set(arguments):
+        return EvaluateConfig
+    start = EvaluateConfig(checkpoint)
+    if (cli.value_of(arguments, "env") or start.env) != "playtable":
+        return EvaluateConfig
+    run = load.load_config(checkpoint)
+    if not run.rollouts.trials:
+        return start
+    names = ("tasks", "scene", "max_steps", "image_size", "execution")
+    if cli.value_of(arguments, "latency_ms") is not None:
+        names = tuple(name for name in names if name != "execution")  # `asynchronous` says it
+    own = {name: getattr(run.rollouts, name) for name in names}
+    own["processes"] = min(run.rollouts.tables, run.rollouts.trials)
+    if run.demonstrations.episodes:
+        own["train_scenes"] = run.demonstrations.scenes
+    return dataclasses.replace(start, **own)
+
+
+def _say_taken(config: EvaluateConfig, start: EvaluateConfig | type[EvaluateConfig]) -> None:
+    """One line in the log on what the checkpoint decided."""
+    if isinstance(start, type):
+        return
+    defaults = EvaluateConfig(config.checkpoint)
+    taken = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if getattr(defaults, field.name) != value == getattr(start, field.name):
+            words = value.label if isinstance(value, Execution) else " ".join(map(str, np.atleast_1d(value)))
+            taken.append(f"{field.name} {words}")
+    if taken:
+        log.info("as in the run's own rollouts: %s", ", ".join(taken))
+
+
 def main() -> None:
     logs.to_stderr(absl=logging.ERROR)
-    config = cli.read(EvaluateConfig, description=__doc__)
+    try:
+        start = of_checkpoint(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    config = cli.read(start, description=__doc__)
     cpu.keep_freed_memory()
     try:
+        _say_taken(config, start)
         if config.protocol == "official":
             _require_official_flags(config, sys.argv[1:])
         report = evaluate(config)

@@ -1,7 +1,7 @@
 """Give a policy's vision-language model back: a directory that transformers opens, or its adapters for PEFT.
 
-    python -m experiments.export_backbone --checkpoint runs/mine --to exported            # from_pretrained("exported")
-    python -m experiments.export_backbone --checkpoint runs/mine --to adapters --adapters # PeftModel.from_pretrained
+    python -m experiments.export_backbone --checkpoint runs/mine --out exported            # from_pretrained("exported")
+    python -m experiments.export_backbone --checkpoint runs/mine --out adapters --adapters # PeftModel.from_pretrained
 
 The first merges adapters into the matrices and copies tokenizer and image settings beside them. What a robot's policy
 adds (head, action query, sensors) is no part of either.
@@ -31,7 +31,7 @@ class ExportBackboneConfig:
 
     checkpoint: str
     """Run directory or one of its checkpoints/<step> folders."""
-    to: str
+    out: str
     """Directory to write; new or empty."""
     adapters: bool = False
     """Only the low-rank adapters, as PEFT stores them, instead of the whole model."""
@@ -42,9 +42,9 @@ class ExportBackboneConfig:
 
 def main(config: ExportBackboneConfig) -> pathlib.Path:
     """Writes the directory and returns it. Raises ValueError, FileNotFoundError, FileExistsError with what to do."""
-    target = pathlib.Path(config.to).expanduser()
+    target = pathlib.Path(config.out).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is not an empty directory; choose another --to.")
+        raise FileExistsError(f"{target} is not an empty directory; choose another --out.")
     experiment, assets = saved.read_checkpoint(checkpoints.locate(config.checkpoint))
     model, params, _ = load.open_model(config.checkpoint, weights="float32")
     base = config.base or experiment.backbone.weights

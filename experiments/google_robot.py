@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments import bridge
-from robovlms_jax import cli, upstream
-from robovlms_jax.runs import run
+from experiments import bridge, launch
 
 # As on Bridge but for the warm-up, by upstream's released configuration.
 KOSMOS = dataclasses.replace(
@@ -43,5 +41,4 @@ The sample preset shows Bridge episodes: no episode of the Google robot may be b
 How to get fractal20220817_data: data/README.md. `--help-all` explains every field."""
 
 if __name__ == "__main__":
-    parsed = cli.parse(PRESETS, bridge.default_preset, description=__doc__, read_json=upstream.load_experiment)
-    run.run(*parsed, title="Google robot", closing=REAL_THING)
+    launch.main(PRESETS, bridge.default_preset, description=__doc__, title="Google robot", closing=REAL_THING)

@@ -19,13 +19,10 @@ from robovlms_jax import cli
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.control.robot import Camera, Dimension, RobotSpec
-from robovlms_jax.data import opening
 from robovlms_jax.data.config import DataConfig
-from robovlms_jax.data.lerobot import synthetic
 from robovlms_jax.evaluation.config import EvaluationConfig
 from robovlms_jax.policies.config import PolicyConfig, ProprioConfig
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
-from robovlms_jax.runs import load, run
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training.config import OptimizerConfig, TrainConfig
 
@@ -124,6 +121,8 @@ def with_data(name: str, config: ExperimentConfig) -> ExperimentConfig:
         return config
     root = MADE_UP / name
     if not (root / "meta" / "info.json").exists():
+        from robovlms_jax.data.lerobot import synthetic
+
         logger.info("made-up episodes of %s go to %s", name, root)
         synthetic.write(root, ROBOTS[name])
     return dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(root)))
@@ -131,6 +130,9 @@ def with_data(name: str, config: ExperimentConfig) -> ExperimentConfig:
 
 def show(config: ExperimentConfig) -> None:
     """One control step of the trained policy, on the first frame of the validation split."""
+    from robovlms_jax.data import opening
+    from robovlms_jax.runs import load
+
     dataset = opening.open_split(config.data, "validation")
     policy, first = load.load_policy(config.train.output), dataset.episodes[0]
     images = {camera: x[0] for camera, x in dataset.images([first.start], config.policy.cameras).items()}
@@ -145,6 +147,8 @@ def show(config: ExperimentConfig) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, report, and act once. Errors of the user end the process with a message and status 1."""
     name, config = cli.parse(PRESETS, "so100", description=__doc__, argv=argv)
+    from robovlms_jax.runs import run  # takes longer than all that --help needs, as below
+
     config = with_data(name, config)
     run.run(name, config, title="LeRobot", closing=REAL_THING)
     show(config)

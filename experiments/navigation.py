@@ -18,14 +18,13 @@ from collections.abc import Sequence
 from robovlms_jax import cli
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.data.config import DataConfig
-from robovlms_jax.driving import recording, world
+from robovlms_jax.driving import world
 from robovlms_jax.driving.config import DrivesConfig, RecordingConfig
 from robovlms_jax.evaluation.config import EvaluationConfig
 from robovlms_jax.policies.config import PolicyConfig, ProprioConfig
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
-from robovlms_jax.runs import driving, load, logs, run
+from robovlms_jax.runs import logs
 from robovlms_jax.runs.config import ExperimentConfig
-from robovlms_jax.training import checkpoints, seals
 from robovlms_jax.training.config import OptimizerConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -82,6 +81,9 @@ published weights pass --backbone.weights (PaliGemma and Qwen read Korean; KOSMO
 def main(argv: Sequence[str] | None = None) -> None:
     """Record, train, drive, report. Errors of the user end the process with a message and status 1."""
     name, config = cli.parse(PRESETS, "navigation", description=__doc__, argv=argv)
+    from robovlms_jax.runs import driving, run  # takes longer than all that --help needs, as below
+    from robovlms_jax.training import checkpoints
+
     logs.to_stderr()
     output = pathlib.Path(config.train.output)
     try:
@@ -98,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def worded(config: NavigationConfig) -> NavigationConfig:
     """With the recording's own wordings where other ones are not named: the built-in templates are English."""
+    from robovlms_jax.driving import recording
+
     path = pathlib.Path(config.data.root) / recording.PARAPHRASES
     if not config.data.vary_language or config.data.paraphrases or not path.exists():
         return config
@@ -106,6 +110,9 @@ def worded(config: NavigationConfig) -> NavigationConfig:
 
 def drive(config: DrivesConfig, output: pathlib.Path) -> None:
     """Drive the run's policy and add what came of it to the run's report."""
+    from robovlms_jax.runs import driving, load
+    from robovlms_jax.training import checkpoints, seals
+
     policy = load.load_batched_policy(output, config.rooms)
     identity = seals.identity(checkpoints.locate(output)).label
     found = driving.evaluate(policy, config, output / "drives", identity)

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments import bridge
-from robovlms_jax import cli, upstream
+from experiments import bridge, launch
 from robovlms_jax.data.config import DataConfig
-from robovlms_jax.runs import run
 
 KOSMOS = dataclasses.replace(
     bridge.KOSMOS,
@@ -49,5 +47,4 @@ For the real thing, get the datasets of the mixture, or list those you have in a
 `--help-all` explains every field."""
 
 if __name__ == "__main__":
-    parsed = cli.parse(PRESETS, bridge.default_preset, description=__doc__, read_json=upstream.load_experiment)
-    run.run(*parsed, title="Open X-Embodiment", closing=REAL_THING)
+    launch.main(PRESETS, bridge.default_preset, description=__doc__, title="Open X-Embodiment", closing=REAL_THING)

@@ -75,6 +75,6 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     logs.to_stderr()
     try:
-        main(cli.read(Args))
+        main(cli.read(Args, description=__doc__))
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")

@@ -20,6 +20,10 @@ Config = TypeVar("Config")
 ALIASES = {"--resume": "--train.resume", "--init_from": "--train.init_from", "--backbone": "--backbone.name"}
 """Short spellings of flags that are typed by hand."""
 
+OUTPUT, OLD_OUTPUTS = "out", ("output", "to")
+"""The flag that says where results go is --out in every program (of a training run it stands for --train.output); what
+some programs called it before is still understood, and answered with the name."""
+
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 """What may follow a switch, in upper or lower case."""
 
@@ -69,13 +73,36 @@ def read(config: type[Config] | Config, *, description: str | None = None, argv:
     Returns:
       An instance. Wrong flags or values end the process with status 2 and a message naming the nearest flag.
     """
-    arguments = _spell_switches(sys.argv[1:] if argv is None else argv, switches(config))
+    arguments = _with_output(sys.argv[1:] if argv is None else argv, config)
+    arguments = _spell_switches(arguments, switches(config))
     arguments = ["--help" if argument in ("--help-all", "--help_all") else argument for argument in arguments]
+    description = description and cli_help.with_examples_apart(description)
     if not isinstance(config, type):
         config, description = _take_whole(config, arguments), f"{description or ''}{_whole_help(config)}" or None
     start = {"f": config} if isinstance(config, type) else {"f": type(config), "default": config}
+    options = {"prog": cli_help.program_name(sys.argv[0]), "config": (tyro.conf.AvoidSubcommands,)}
     with _FILES:
-        return tyro.cli(**start, args=arguments, description=description, config=(tyro.conf.AvoidSubcommands,))
+        return tyro.cli(**start, args=arguments, description=description, **options)
+
+
+def _with_output(arguments: Sequence[str], config: Any) -> list[str]:
+    """The arguments with the flag for results as this program's field is called."""
+    fields = {field.name for field in dataclasses.fields(config)}
+    of_a_run = OUTPUT not in fields and "train" in fields
+    target = "train.output" if of_a_run else OUTPUT
+    if target not in fields and not of_a_run:
+        return list(arguments)
+    old = [name for name in OLD_OUTPUTS if name not in fields and not (of_a_run and name == "to")]
+    out = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if of_a_run and flag in (f"--{name}" for name in (OUTPUT, "output")):
+            argument = f"--{target}{equals}{value}"
+        elif flag in (f"--{name}" for name in old):
+            print(f"note: {flag} is called --{OUTPUT} now, as in every program.", file=sys.stderr)
+            argument = f"--{OUTPUT}{equals}{value}"
+        out.append(argument)
+    return out
 
 
 def parse(
@@ -318,6 +345,11 @@ def _fail(message: str) -> int:
 def names_flag(arguments: Sequence[str], flag: str) -> bool:
     """Whether `flag` (with dots, underscores) is among the arguments in either spelling."""
     return any(argument.split("=")[0].replace("-", "_").lstrip("_") == flag for argument in arguments)
+
+
+def value_of(arguments: Sequence[str], flag: str) -> str | None:
+    """The word that follows `flag`, in either spelling, among the arguments; None without it or without a word."""
+    return _take([*arguments, ""], f"--{flag}") or None
 
 
 def override(config: Config, **changes: object) -> Config:

@@ -34,12 +34,16 @@ def short_help(
     name, presets = start
     wrapped = functools.partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
     values = {path: _value(config, path) for path in usual}
+    summary, *others = with_examples_apart(description).split("\n\n")
+    examples = [line[2:] for part in others for line in part.splitlines() if line.startswith("    ")]
+    examples += [""] if examples else []
     column = max(map(len, usual)) + 4
     lines = [
         f"usage: {program} [--preset NAME] [--FIELD VALUE ...]",
         "",
-        wrapped(" ".join(description.strip().split("\n\n")[0].split())),
+        wrapped(" ".join(summary.split())),
         "",
+        *examples,
         wrapped(f"presets: {', '.join(presets)}", subsequent_indent="  "),
         "",
         f"Fields that are turned most, with the values of preset {name}:",
@@ -49,6 +53,25 @@ def short_help(
         text = f"  --{path}".ljust(column) + f" {value:<24} {document(config, path)}"
         lines.append(text if len(text) <= width else text[: width - 3] + "...")
     return "\n".join([*lines, "", "All fields, each with what it does: --help-all."])
+
+
+_EXAMPLE = re.compile(r"(?:(.*\S) {3,}| *)(python -m .*)")
+
+
+def with_examples_apart(text: str) -> str:
+    """A description in which every example, "python -m ...", stands indented on lines of its own: the library that
+    fills paragraphs leaves indented lines alone."""
+    lines: list[str] = []
+    for line in text.strip().splitlines():
+        goes_on = bool(lines) and lines[-1].startswith("    ") and lines[-1].endswith("\\")
+        example = _EXAMPLE.fullmatch(line)
+        if goes_on:
+            lines.append(f"        {line.strip()}")
+        elif example:
+            lines += [*filter(None, [example[1]]), f"    {example[2]}"]
+        else:
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def program_name(argv0: str) -> str:

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from robovlms_jax import cli, schema
+from robovlms_jax import cli, cli_help, schema
 from robovlms_jax.control import robot
 from robovlms_jax.policies.config import PolicyConfig, ProprioConfig
 from robovlms_jax.policies.heads import flow
@@ -72,6 +72,29 @@ def test_a_wrong_command_line_ends_with_a_message_that_names_the_flag(arguments,
     assert end.value.code == 2
     out = capsys.readouterr()
     assert message in out.out + out.err
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A program that writes something."""
+
+    out: str = ""
+
+
+def test_results_go_to_out_in_every_program_and_old_names_are_answered_with_it(capsys):
+    assert cli.read(Written, argv=["--out", "a"]).out == "a" and not capsys.readouterr().err
+    for old in ("--output", "--to"):
+        assert cli.read(Written, argv=[old, "a"]).out == cli.read(Written, argv=[f"{old}=a"]).out == "a"
+        assert f"{old} is called --out now" in capsys.readouterr().err
+    for name in ("--out", "--output", "--train.output"):
+        assert cli.read(ExperimentConfig(), argv=[name, "a"]).train.output == "a"
+
+
+def test_every_example_of_a_description_stands_on_a_line_of_its_own():
+    text = "What it does.   python -m x --a 1\n\npython -m y --b   # why\npython -m z \\\n    --c\n\nMore."
+    apart = cli_help.with_examples_apart(text).splitlines()
+    assert apart[:2] == ["What it does.", "    python -m x --a 1"]
+    assert apart[3:6] == ["    python -m y --b   # why", "    python -m z \\", "        --c"] and apart[-1] == "More."
 
 
 def test_short_spellings_take_values_and_dashes():

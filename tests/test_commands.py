@@ -20,6 +20,7 @@ import tyro
 from experiments import calvin_abcd
 from robovlms_jax import cli, schema, upstream
 from robovlms_jax.policies.heads import base as heads
+from robovlms_jax.runs import load
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = ("*.md", "docs/*.md", "data/README.md", "data/*/README.md", "benchmarks/README.md")
@@ -28,7 +29,7 @@ PROGRAMS = sorted(
     f"{folder}.{path.stem}"
     for folder in ("experiments", "benchmarks")
     for path in (ROOT / folder).glob("*.py")
-    if "__main__" in path.read_text() and "cli" in path.read_text()
+    if "__main__" in path.read_text() and re.search(r"\bcli\b|\blaunch\.main", path.read_text())
 )
 COMMAND = re.compile(r"python -m ((?:experiments|benchmarks)\.\w+)((?:\"[^\"\n]*\"|[^\n`'\"#;|&)\\]|\\\n)*)")
 MAKE = re.compile(r"make run ARGS=\"([^\"\n]*)\"")
@@ -38,7 +39,7 @@ OTHERS = {
     "git, uv": "--porcelain --untracked-files --recurse-submodules --recursive --init --python",
     "pip, ruff, tensorboard": "--fix --check --logdir",
     "sbatch, srun": "--array --wrap --nodes --ntasks-per-node --gpus-per-node --gpus-per-task --gpu-bind "
-    "--cpus-per-task --signal --requeue --open-mode --time --job-name",
+    "--output --cpus-per-task --signal --requeue --open-mode --time --job-name",
     "gcloud, xpk": "--zone --worker --command --version --accelerator-type --cluster --docker-image --tpu-type "
     "--workload",
     "XLA": "--xla_cpu_use_fusion_emitters --xla_cpu_parallel_codegen_split_count "
@@ -91,6 +92,7 @@ def commands() -> dict[tuple[str, tuple[str, ...]], str]:
 def launch(monkeypatch):
     """(program, its arguments, instead of `tyro.cli`) -> what that returns; nothing else of the program runs."""
     monkeypatch.setattr(upstream, "load_experiment", lambda path: calvin_abcd.PRESETS["kosmos_lstm"])
+    monkeypatch.setattr(load, "load_config", lambda path: calvin_abcd.FIXTURES)  # no checkpoint is there
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
     def run(program: str, arguments: Sequence[str], read: Callable[..., object]) -> object:

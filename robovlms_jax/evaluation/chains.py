@@ -14,12 +14,12 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from robovlms_jax import json_files, json_lines
+from robovlms_jax import bars, json_files, json_lines
 from robovlms_jax.control.execution import BatchedPolicy, ExecutedBatch, Execution
 from robovlms_jax.envs import simpler
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
@@ -28,8 +28,6 @@ from robovlms_jax.evaluation import rollout
 from robovlms_jax.evaluation.rollout import Films, SuccessCriterion, Trial, TrialResult
 
 log = logging.getLogger(__name__)
-
-_LOG_EVERY_S = 30.0
 
 
 def chain_trials(
@@ -182,24 +180,25 @@ def evaluate(
         log.info("%s has %d results; %d trials to go in this process", directory, len(done), len(mine))
 
     executed = ExecutedBatch(policy, settings.execution)
-    results = rollout.run(executed, envs, mine, settings.criterion, films=films)
-    _log_progress(_append(directory / f"results-{share.index:03d}.jsonl", setup, results), envs.name, len(mine))
+    if mine:
+        begin, scores = time.monotonic(), []
+        with bars.Bar(len(mine), "trial", "compiling simulator and policy", desc=envs.name) as bar:
+
+            def watch(step: int) -> None:
+                so_far = f", {np.mean(scores):.2f} tasks in a row so far" if scores else ""
+                bar.say(f"control step {step}{so_far}")
+
+            results = rollout.run(executed, envs, mine, settings.criterion, films=films, watch=watch)
+            for result in _append(directory / f"results-{share.index:03d}.jsonl", setup, results):
+                scores.append(result.score)
+                bar.update()
+        log.info(
+            "%s: %d trials in %d s, %.2f tasks in a row",
+            *(envs.name, len(scores), time.monotonic() - begin, np.mean(scores)),
+        )
     wanted = {trial.index for trial in trials}
     everything = load(directory)
     return dataclasses.replace(everything, results=tuple(r for r in everything.results if r.index in wanted))
-
-
-def _log_progress(results: Iterable[TrialResult], name: str, total: int) -> None:
-    scores: list[int] = []
-    begin = said = time.monotonic()
-    for result in results:
-        scores.append(result.score)
-        if len(scores) in (1, total) or time.monotonic() - said > _LOG_EVERY_S:
-            said, mean = time.monotonic(), sum(scores) / len(scores)
-            log.info(
-                "%s: %d of %d trials in %d s, %.2f tasks in a row so far",
-                *(name, len(scores), total, said - begin, mean),
-            )
 
 
 def load(directory: str | os.PathLike) -> Evaluation:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -132,12 +133,14 @@ def run(
     *,
     max_restarts: int = 3,
     films: Films | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> Iterator[TrialResult]:
     """Run trials, as many at a time as there are environments.
 
     Args:
       policy: every action it returns is executed; see `execution.ExecutedBatch` for execution modes.
       max_restarts: a trial whose environment breaks more often than this ends the run.
+      watch: called after every control step with how many there were.
     Yields:
       results in the order in which trials end.
     Raises:
@@ -146,10 +149,15 @@ def run(
     """
     loop = _Loop(policy, envs, criterion or SuccessCriterion(), max_restarts, films)
     loop.queue.extend(_Run(trial) for trial in trials)
-    while loop.queue or loop.runs:
+    for step in itertools.count(1):
+        if not (loop.queue or loop.runs):
+            break
         loop.fill()
         loop.plan()
-        for done, last_look in loop.step():
+        ended = loop.step()
+        if watch is not None:
+            watch(step)
+        for done, last_look in ended:
             if films is not None and done.film:
                 films.keep(_recording(envs.name, done, last_look, films.every, robot_of(policy)))
             yield done.result()

@@ -10,7 +10,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -133,17 +133,21 @@ class Tables:
         self._every, self._scenes = every, scenes
         self._tasks = config.tasks or tuple(tasks.TASKS)
         self._waiting = collections.deque(numbers)
+        self.watch: Callable[[int], None] = lambda steps: None
+        """Called after every block with the control steps that the busy tables have made together."""
 
     def __iter__(self) -> Iterator[_Chain]:
         busy = {table: chain for table in range(self.config.tables) if (chain := self._begin()) is not None}
         states = self._reset(busy, busy)
-        running = None
+        running, made = None, 0
         fresh = dict(busy)
         while busy:
             if fresh:
                 scenes = self._scenes_of(busy)
                 running = self._plan(scenes, states, fresh, running)
             states, running, steps = _advance(scenes, states, running, self._kicks(busy))
+            made += BLOCK * len(busy)
+            self.watch(made)
             fresh, ended, picks = {}, [], {}
             for table, chain in list(busy.items()):
                 pick = self._book(chain, jax.tree.map(lambda x, t=table: x[:, t], steps))

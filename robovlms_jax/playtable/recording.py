@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import tqdm
 
-from robovlms_jax import json_files, json_lines
+from robovlms_jax import bars, json_files, json_lines
 from robovlms_jax.data import base, calvin, packing, spool
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.playtable import demonstrations
@@ -103,7 +102,9 @@ def _record_split(
     frames.discard(writer.num_frames)  # of a chain that was being written when a call before was stopped
     done = len(writer.numbers)
     try:
-        with tqdm.tqdm(total=len(tables.numbers) + done, initial=done, unit="chain", desc=split) as bar:
+        total = len(tables.numbers) + done
+        with bars.Bar(total, "chain", "compiling the simulator", initial=done, desc=split) as bar:
+            tables.watch = lambda steps: bar.say(f"{steps} steps simulated")
             for number, segments, attempted in demonstrations.rendered(tables, renderer):
                 writer.write(number, segments, attempted, frames)
                 bar.update()

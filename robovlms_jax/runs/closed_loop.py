@@ -82,6 +82,7 @@ class ClosedLoop:
             distributed.barrier("rollouts")
             return {"score": distributed.from_first(0.0)}
         executed = ExecutedBatch(acting, self._config.execution)
+        logger.info("%d rollouts on %s", len(self._trials), self._tables.name)
         results = list(rollout.run(executed, self._tables, self._trials, self._criterion))
         summary = rollout_metrics.summarize(results)
         distributed.barrier("rollouts")

@@ -153,6 +153,7 @@ def _train(setup: setups.Setup, report: Report, output: pathlib.Path, interrupts
             section = tables.report(*_chosen(train_state, checkpointer, config)) if tables else ""
             facts = setups.facts(report.name, setup) | {"seconds": round(time.perf_counter() - report.begin, 1)}
             facts["time in the training loop"] = str(services.goodput)
+            logger.info("writing the report: errors on the validation split, whole episodes, pictures")
             learned = examiner.numbers(train_state)
             facts |= {name.replace("_", " of ", 1): round(value, 4) for name, value in learned.items()}
             numbers, found = evaluator.compare(train_state)
@@ -193,12 +194,14 @@ def _train_stage(
     config, mesh, start = setup.config, setup.mesh, int(train_state.step)
     order = sources.fingerprints(setup.sources, setup.rows(stage), stage.seed)
     train_step = steps.make_step(config, setup.model, train_state, mesh, stage)
+    logger.info("reading ahead, to see how fast batches come")
     setup, rate = _loader_rate(setup, stage, start)
     services = dataclasses.replace(
         services,
         loader_rate=rate,
         position=lambda step: {"next_step": step, "order": order, "stage": stage.position(step)},
     )
+    logger.info("compiling the training step; large models take minutes, step %d follows", start + 1)
     schedule = loop.Schedule(stage.end, setup.stages[-1].end, config.train.log_every, config.train.checkpoint_every)
     with contextlib.closing(_batches(setup, stage, start)) as batches:
         return loop.fit(
@@ -266,6 +269,7 @@ def _loader_rate(setup: setups.Setup, stage: stages.Stage, start: int) -> tuple[
 def _begin(setup: setups.Setup) -> state.TrainState:
     """The state before the first step."""
     config = setup.config
+    logger.info("%s", "reading backbone.weights" if config.backbone.weights else "making the first parameters")
     params = build.init_params(setup.model, setup.mesh, config.train.seed, setup.backbone)
     if config.train.init_from:
         params = chaining.take_over(params, config.train.init_from)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -38,6 +39,9 @@ from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import stages, state
 
 logger = logging.getLogger(__name__)
+
+LARGE = 100_000_000
+"""Parameters of a model that nobody means to train from random numbers without being told so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,20 +313,37 @@ def announce(name: str, setup: Setup) -> None:
         *(name, jax.device_count(), jax.devices()[0].device_kind, dict(setup.mesh.shape)),
         *(f"{setup.num_params:,}", f"{build.count(setup.abstracts[setup.first].trainable):,}", config.backbone.dtype),
     )
+    if not config.backbone.weights and not config.train.init_from and not setup.point and setup.num_params > LARGE:
+        logger.warning(
+            "backbone.weights is empty: all %.1f billion parameters start from random numbers, from which "
+            "demonstrations alone teach little. Pass --backbone.weights, such as "
+            "hf://microsoft/kosmos-2-patch14-224 for kosmos-2.",
+            setup.num_params / 1e9,
+        )
     if setup.train.dataset.groups:
         groups = setup.train.dataset.groups
         windows = setup.train.segments.groups([group.num_episodes for group in groups])[1]
         logger.info("mixture:\n%s", mixing.shares(groups, windows.tolist()))
     logger.info(
-        "%d training and %d validation windows; %d steps of %d windows in %d segments",
+        "%d training and %d validation windows; %d steps of %d windows, which share %d runs of frames (segments)",
         *(setup.train.num_windows, setup.validation.num_windows if setup.validation else 0),
         *(config.train.steps, config.train.batch_size, config.segments_per_batch),
     )
 
 
+def _memory_limit() -> int | None:
+    """Bytes that each device of this process may use: as it says, of CPUs their share of the machine's memory; None
+    where neither is known."""
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None and device.platform == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+    return limit
+
+
 def require_memory(setup: Setup) -> None:
     """Say how much memory the run will take. Raises ValueError where its devices say that they have far less."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # CPUs say nothing
+    limit = _memory_limit()
     for stage, abstract in list(zip(setup.stages, setup.abstracts, strict=True))[setup.first :]:
         batch = setup.batch_shapes(stage)
         estimate = steps.memory_of(setup.config, setup.model, abstract, batch, stage)

@@ -39,7 +39,7 @@ class Clock(Hook):
     def finish(self, step: int, stopped: bool) -> None:
         if not stopped and step == self._schedule.end:
             self._writer.write(step, {f"goodput/{phase}": share for phase, share in self._goodput.shares().items()})
-        logger.info("time: %s", self._goodput)
+        logger.info("time in the training loop: %s", self._goodput)
 
 
 class Log(Hook):
@@ -112,7 +112,7 @@ class Speed:
         else:
             eta = datetime.timedelta(seconds=round((self._steps - step) / rate))
             logger.info(
-                "step %d/%d  loss %.4f  %.2f steps/s  %.0f windows/s  data wait %.0f%%  goodput %.0f%%  eta %s",
+                "step %d/%d  loss %.4f  %.2f steps/s  %.0f windows/s  waits for data %.0f%%  computes %.0f%%  eta %s",
                 *(step, self._steps, loss, rate, rate * self.batch_size, 100 * values["data_wait_share"]),
                 *(100 * values["goodput"], eta),
             )

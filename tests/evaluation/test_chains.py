@@ -7,10 +7,12 @@ import io
 import json
 import math
 import pathlib
+import sys
 
 import numpy as np
 import pytest
 
+from robovlms_jax import bars
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.envs import simpler
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
@@ -103,11 +105,18 @@ def test_results_say_which_simulator_they_come_from_and_are_not_mixed(tmp_path):
         evaluate(tmp_path, TRIALS[:3], env)
 
 
-def test_progress_is_said_from_the_first_trial_on(tmp_path, caplog):
+def test_a_bar_stands_from_the_first_second_on_and_moves_before_a_trial_ends(tmp_path, caplog, capsys, monkeypatch):
     caplog.set_level("INFO")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(bars, "EVERY_S", (0.0, 0.0))
     evaluate(tmp_path, TRIALS[:4])
-    said = [record.getMessage() for record in caplog.records if "tasks in a row" in record.getMessage()]
-    assert [text.split(" in ")[0] for text in said] == ["Line: 1 of 4 trials", "Line: 4 of 4 trials"]
+    shown = [line.strip() for line in capsys.readouterr().err.split("\r") if line.strip()]
+    assert "0/4" in shown[0]
+    assert any("compiling" in line and "0/4" in line for line in shown)
+    assert any("control step 1" in line and "0/4" in line for line in shown)
+    assert any("3/4" in line and "tasks in a row so far" in line for line in shown)
+    (said,) = [record.getMessage() for record in caplog.records if "tasks in a row" in record.getMessage()]
+    assert said.startswith("Line: 4 trials in ")
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path):

@@ -58,9 +58,11 @@ def test_one_evaluation_gives_tables_pictures_and_files(tmp_path):
     assert row["environment"] == "Line"
     assert row["policy"] == "toy checkpoint"
     assert row["trials"] == "6"
-    assert row["1"].startswith("100.0 % (")
+    assert row["1 in a row"].startswith("100.0 % (")
     assert row["Avg. Len."].startswith("2.00 (2.00 to 2.00)")
     assert {line[0] for line in per_task[2:]} == {"Line"}
+    for column in ("1 ... 2 in a row", "Avg. Len.", "Steps per success", "Restarts", "Execution", "Phrasing"):
+        assert f"{column}: " in text  # what the columns mean stands below them
     for name in ("in_a_row.png", "per_task.png"):
         assert f"({name})" in text
         assert min(Image.open(tmp_path / name).size) > 100

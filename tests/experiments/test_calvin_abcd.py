@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import calvin_abcd
+from experiments import bridge, calvin_abcd
 from robovlms_jax import cli
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.data import opening
@@ -391,8 +391,12 @@ def test_presets_are_what_the_table_says():
     assert (paper.learning_rate, paper.weight_decay) == (1e-4, 0.01)
 
 
-def test_own_data_means_the_real_preset():
+def test_own_data_alone_are_asked_for_a_preset_and_own_weights_mean_the_real_one():
     assert calvin_abcd.default_preset([]) == "playtable_fixtures"
     assert calvin_abcd.default_preset(["--train.steps", "3"]) == "playtable_fixtures"
-    assert calvin_abcd.default_preset(["--data.root", "x"]) == "kosmos_lstm"
+    assert calvin_abcd.default_preset(["--data.root", "x", "--help"]) == "playtable_fixtures"
+    assert calvin_abcd.default_preset(["--data.root", "x", "--backbone.weights", "y"]) == "kosmos_lstm"
+    for choose in (calvin_abcd.default_preset, bridge.default_preset):  # never 1.7 billion random numbers
+        with pytest.raises(SystemExit, match=r"--preset sample .*or --preset kosmos_lstm with --backbone\.weights"):
+            choose(["--data.root", "x"])
     assert calvin_abcd.default_preset(["--backbone.weights=x"]) == "kosmos_lstm"

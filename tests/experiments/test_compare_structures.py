@@ -76,7 +76,7 @@ def test_every_cell_is_a_configuration_that_fits_together():
 
 def test_finished_cells_are_not_run_again_and_more_may_follow(tmp_path, asked):
     names = ("one_step-action_query-mlp", "policy_head-action_query-gpt")
-    config = compare_structures.CompareConfig(output=str(tmp_path), structures=names, windows=(4,), steps=5, trials=1)
+    config = compare_structures.CompareConfig(out=str(tmp_path), structures=names, windows=(4,), steps=5, trials=1)
     text = compare_structures.compare(config).read_text()
     first = "one_step-action_query-mlp-window1-chunk5"
     assert asked == [
@@ -97,7 +97,7 @@ def test_finished_cells_are_not_run_again_and_more_may_follow(tmp_path, asked):
     assert asked == [("record", 800, "data/playtable_fixtures")]  # which finds that all is there
     asked.clear()
     more = compare_structures.CompareConfig(
-        output=str(tmp_path),
+        out=str(tmp_path),
         structures=names[:1],
         chunks=(1, 5),
         executions=("first", "chunk", "ensemble"),
@@ -108,7 +108,7 @@ def test_finished_cells_are_not_run_again_and_more_may_follow(tmp_path, asked):
     new = "one_step-action_query-mlp-window1-chunk1"
     assert asked[1:] == [("train", new), ("roll out", new, "first"), ("roll out", first, "ensemble 0.01")]
     with pytest.raises(ValueError, match=r"another budget \(steps: 5 there, 6 here\)"):
-        compare_structures.compare(compare_structures.CompareConfig(output=str(tmp_path), steps=6, trials=1))
+        compare_structures.compare(compare_structures.CompareConfig(out=str(tmp_path), steps=6, trials=1))
 
 
 def test_impossible_comparisons_are_refused():

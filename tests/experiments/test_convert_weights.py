@@ -84,7 +84,7 @@ def test_a_head_for_words_stays_behind_where_actions_are_no_words(tmp_path):
 
 
 def run(release, target, **changes) -> dict:
-    config = {"source": str(release.checkpoint), "config": str(release.json), "to": str(target)} | changes
+    config = {"source": str(release.checkpoint), "config": str(release.json), "out": str(target)} | changes
     return convert_weights.main(ConvertConfig(**config))
 
 

@@ -10,7 +10,8 @@ import types
 
 import pytest
 
-from experiments import evaluate
+from experiments import calvin_abcd, evaluate
+from robovlms_jax import cli
 from robovlms_jax.control import robot
 from robovlms_jax.control.asynchronous import AsyncConfig
 from robovlms_jax.control.delayed import AsynchronousBatch
@@ -23,6 +24,7 @@ from robovlms_jax.evaluation import chains, filing
 from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Trial, TrialResult
 from robovlms_jax.policies.config import PolicyConfig
+from robovlms_jax.runs import load
 from robovlms_jax.runs.config import ExperimentConfig
 
 
@@ -77,7 +79,7 @@ def test_the_official_protocol_is_the_whole_benchmark_and_says_so(checkout, monk
     monkeypatch.setattr(evaluate.checkpoints, "locate", pathlib.Path)
     monkeypatch.setattr(evaluate.seals, "identity", lambda directory: evaluate.seals.Identity(3, "abc"))
     monkeypatch.setattr(evaluate.calvin, "calvin_env", lambda root, **kwargs: LineEnv())
-    report = evaluate.evaluate(config(calvin_root=checkout, protocol="official", output=str(tmp_path / "out")))
+    report = evaluate.evaluate(config(calvin_root=checkout, protocol="official", out=str(tmp_path / "out")))
     assert len(asked["trials"]) == 1000
     assert asked["settings"].execution == Execution("first")
     assert asked["settings"].criterion.max_steps == 360
@@ -161,7 +163,7 @@ def test_setups_that_differ_have_directories_of_their_own(checkout, tmp_path):
     ]
     assert len(set(places)) == len(places)
     # Where things lie, and how many are asked for, makes no other results.
-    same = [{}, {"chains": 3}, {"processes": 7}, {"films": 0}, {"calvin_root": "/elsewhere"}, {"output": "x"}]
+    same = [{}, {"chains": 3}, {"processes": 7}, {"films": 0}, {"calvin_root": "/elsewhere"}, {"out": "x"}]
     assert len({place(**changes) for changes in same}) == 1
 
 
@@ -169,9 +171,30 @@ def test_main_says_where_the_report_is_even_if_a_library_took_the_root_logger(mo
     monkeypatch.setattr(logging.root, "handlers", [logging.NullHandler()])
     monkeypatch.setattr(logging.root, "level", logging.WARNING)
     monkeypatch.setattr(sys, "argv", ["evaluate", "--checkpoint", "run"])
+    monkeypatch.setattr(evaluate, "of_checkpoint", lambda arguments: evaluate.EvaluateConfig)
     monkeypatch.setattr(evaluate, "evaluate", lambda config: pathlib.Path("out/rollouts.md"))
     evaluate.main()
     assert "report: out/rollouts.md" in capsys.readouterr().err
+
+
+def test_what_is_not_said_comes_from_the_rollouts_of_the_checkpoints_run(monkeypatch, caplog):
+    monkeypatch.setattr(load, "load_config", lambda path: calvin_abcd.PRESETS["playtable_fixtures"])
+
+    def read(*arguments):
+        start = evaluate.of_checkpoint(["--checkpoint", "run", *arguments])
+        config = cli.read(start, argv=["--checkpoint", "run", *arguments])
+        evaluate._say_taken(config, start)
+        return config
+
+    caplog.set_level("INFO")
+    config = read("--chains", "3", "--execution.horizon", "2")
+    assert config.tasks == calvin_abcd.FIXTURE_TASKS and config.image_size == (96, 64) and config.max_steps == 160
+    assert config.execution == Execution("receding", horizon=2) and config.processes == 40
+    assert config.train_scenes == ("A", "B", "C") and config.chains == 3
+    assert "image_size 96 64" in caplog.text and "execution" not in caplog.text  # what was typed is no news
+    assert read("--latency_ms", "100").execution == Execution()
+    assert read("--tasks", "--image_size", "40", "30").tasks == ()
+    assert read("--env", "simpler").image_size == evaluate.EvaluateConfig("run").image_size  # another robot's
 
 
 def test_a_report_without_simulator_or_protocol_says_nothing_of_them():
@@ -194,7 +217,7 @@ def test_a_policy_of_another_robot_is_refused_by_the_simulator_with_what_differs
     monkeypatch.setattr(evaluate.checkpoints, "locate", pathlib.Path)
     monkeypatch.setattr(evaluate.seals, "identity", lambda directory: evaluate.seals.Identity(3, "abc"))
     with pytest.raises(ValueError, match=r"env playtable is driven as another robot .*\n.*30 Hz(.*\n.*){2}'0.02 m'"):
-        evaluate.evaluate(config(env="playtable", output=str(tmp_path / "out")))
+        evaluate.evaluate(config(env="playtable", out=str(tmp_path / "out")))
 
 
 @pytest.mark.parametrize(
@@ -249,14 +272,14 @@ def test_late_answers_are_driven_as_asked_and_results_without_them_keep_their_pl
     monkeypatch.setattr(evaluate.seals, "identity", lambda directory: evaluate.seals.Identity(3, "abc"))
     monkeypatch.setattr(evaluate.calvin, "calvin_env", lambda root, **kwargs: LineEnv())
     blend = AsyncConfig("blend", ask_below=2)
-    late = config(chains=1, latency_ms=100, asynchronous=blend, output=str(tmp_path))
+    late = config(chains=1, latency_ms=100, asynchronous=blend, out=str(tmp_path))
     evaluate.evaluate(late)
     assert isinstance(handed["policy"], AsynchronousBatch) and handed["policy"].robot == CALVIN
     assert handed["policy"]._latency == 3 and handed["policy"]._config == blend  # 30 Hz
     assert "100 ms late, seam blend" in handed["settings"].policy_name
     assert handed["settings"].conditions["protocol"]["asynchronous"]["ask_below"] == 2
     assert "blend-100ms" in evaluate._folder_name(late)
-    evaluate.evaluate(config(chains=1, output=str(tmp_path)))
+    evaluate.evaluate(config(chains=1, out=str(tmp_path)))
     assert handed["policy"] is policy
     assert not {"latency_ms", "asynchronous"} & set(handed["settings"].conditions["protocol"])
 

@@ -32,6 +32,22 @@ _MOTION = ("delta", "velocity")
 _COLORS = (tables.BLUE, tables.YELLOW, tables.GREEN, tables.RED)
 
 
+_OPEN_LOOP = (
+    "Open loop: at every recorded frame the policy predicts, and its prediction is compared with what the demonstrator "
+    "did next; nothing that it predicts is executed, so mistakes do not add up. A small error here does not say that "
+    "tasks succeed."
+)
+_OPEN_LOOP_EPISODES = (
+    "The first action of every predicted chunk over the recorded one, frame by frame. The pictures are those of the "
+    "recording all along: the robot goes where the demonstrator went."
+)
+_PHASES = (
+    "Time in the training loop: step is computing (its share is called goodput in the log), data is waiting for "
+    "batches, compile is making programs, checkpoint and evaluation are what their names say. A window is one training "
+    "sample: the frames the policy looks back over, and the chunk of actions that it predicts."
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Axis:
     """A dimension that is no binary gripper, as people read it.
@@ -139,15 +155,21 @@ def write_report(
     }
     tables.write_json(directory / "report.json", record)
     sections = [f"# {title}", tables.markdown(["run", ""], [[name, _fact(value)] for name, value in facts.items()])]
+    if "time in the training loop" in facts:
+        sections.append(_PHASES)
     if closed_loop:
         sections += ["## Closed loop", closed_loop]
     if curves:
         sections += ["## Loss", _loss_table(curves), "![loss over steps](loss.png)"]
-    sections += ["## Predicted against recorded actions", *_comparison(overall, found.robot)]
+    sections += ["## Open loop: predicted against recorded actions", *_comparison(overall, found.robot)]
     if found.sensitivity is not None:
         sections += ["## Language sensitivity", _sensitivity_text(found.sensitivity, found.robot)]
     if found.episodes:
-        sections += ["## Episodes", *(f"![{e.instruction}](actions_{i}.png)" for i, e in enumerate(found.episodes))]
+        sections += [
+            "## Open loop along whole episodes",
+            _OPEN_LOOP_EPISODES,
+            *(f"![{e.instruction}](actions_{i}.png)" for i, e in enumerate(found.episodes)),
+        ]
     if found.augmented is not None:
         found.augmented.save(directory / "augmented.png")
         sections += ["## Pictures in training", "![as stored, and as training sees them](augmented.png)"]
@@ -175,7 +197,7 @@ def _comparison(overall: offline.Summary | None, robot: RobotSpec) -> list[str]:
     if overall is None:
         return ["The validation split has no annotated episode: nothing was compared."]
     return [
-        f"Validation split, {int(overall.count):,} actions.",
+        f"{_OPEN_LOOP} Validation split, {int(overall.count):,} actions.",
         *([_error_table(overall, robot)] if robot.scaled else []),
         *([_gripper_text(overall)] if robot.binary else []),
         "![error at every chunk position](errors.png)",
@@ -203,18 +225,21 @@ def draw_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     for name, curve in curves.items():
         split, _, metric = name.rpartition("/")
         panels.setdefault(metric, {})[split or metric] = curve
-    figure = tables.figure(4.2 * len(panels), 3.4, layout="constrained")
+    figure = tables.figure(4.2 * len(panels), 3.7, layout="constrained")
     for axes, (metric, splits) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for color, (split, (steps, values)) in zip(itertools.cycle(tables.COLORS), splits.items(), strict=False):
             if len(steps) > 20:
-                axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
-                axes.plot(steps, _smooth(values), color=color, linewidth=2, label=split)
+                axes.plot(steps, values, color=color, alpha=0.25, linewidth=1, label=f"{split}, as logged")
+                axes.plot(steps, _smooth(values), color=color, linewidth=2, label=f"{split}, smoothed")
             else:
-                axes.plot(steps, values, color=color, marker="o", markersize=4, linewidth=1.5, label=split)
+                line = "-" if len(steps) > 1 else ""
+                axes.plot(
+                    steps, values, color=color, marker="o", markersize=4, linewidth=1.5, linestyle=line, label=split
+                )
         axes.set(title=metric.replace("_", " "), xlabel="step")
         axes.set_ylim(bottom=0)
-        if len(splits) > 1:
-            axes.legend(frameon=False)
+        # below the panel, where no curve can be
+        axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))
         _tidy(axes)
     return figure
 
@@ -224,7 +249,7 @@ def draw_errors(chunk: offline.Summary, robot: RobotSpec = CALVIN) -> Figure:
     axes, ahead = axes_of(robot), np.arange(len(chunk.count))
     groups = groups_of(axes)
     count = len(groups) + bool(robot.binary)
-    figure = tables.figure(4.2 * count, 3.6, layout="constrained")
+    figure = tables.figure(4.2 * count, 4.0, layout="constrained")
     panels = list(figure.subplots(1, count, squeeze=False)[0])
     baseline = {"color": tables.GRAY, "linestyle": "--", "linewidth": 1}
     for panel, places in zip(panels, groups, strict=False):
@@ -235,18 +260,18 @@ def draw_errors(chunk: offline.Summary, robot: RobotSpec = CALVIN) -> Figure:
             if robot.action[axis.column].kind in _MOTION:  # of places, no motion is no prediction
                 panel.plot(ahead, still, color=color, linestyle="--", linewidth=1)
         if any(robot.action[axes[place].column].kind in _MOTION for place in places):
-            panel.plot([], [], **baseline, label="no motion")
+            panel.plot([], [], **baseline, label="dashed: no motion")
         unit = axes[places[0]].unit
         panel.set(title=f"{axes[places[0]].title} error{f' ({unit})' if unit else ''}", xlabel="steps ahead")
         panel.set_ylim(bottom=0)
     if robot.binary:
         gripper = panels[-1]
-        gripper.plot(ahead, chunk.gripper_accuracy, color=tables.RED, marker="o", markersize=4, label="accuracy")
+        gripper.plot(ahead, chunk.gripper_accuracy, color=tables.RED, marker="o", markersize=4, label="right")
         gripper.plot(ahead, chunk.gripper_f1, color=tables.BLUE, marker="s", markersize=4, label="F1 of closed")
-        gripper.plot(ahead, chunk.gripper_majority, **baseline, label="always the commoner")
-        gripper.set(title="gripper", xlabel="steps ahead", ylim=(0, 1.05))
-    for panel in panels:
-        panel.legend(frameon=False, fontsize=8, ncols=2)
+        gripper.plot(ahead, chunk.gripper_majority, **baseline, label="dashed: commoner state")
+        gripper.set(title="gripper: share of right decisions", xlabel="steps ahead", ylim=(0, 1.05))
+    for panel in panels:  # below the panel, where no curve can be
+        panel.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))
         _tidy(panel)
     return figure
 
@@ -280,7 +305,7 @@ def draw_actions(episode: EpisodeCurves) -> Figure:
         panel.set_xlim(0, max(len(steps) - 1, 1))
         _tidy(panel)
     sentence, font = fonts.with_font(episode.instruction, 13)
-    title = figure.suptitle("\n".join(textwrap.wrap(f"“{sentence}”", 90)), fontsize=13)
+    title = figure.suptitle("\n".join(textwrap.wrap(f"open loop: “{sentence}”", 90)), fontsize=13)
     if sentence == episode.instruction and fonts.korean_in(sentence):
         title.set_font(pathlib.Path(font.path))
         title.set_fontsize(13)

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LABELS = ("scene", "phrasing")
+_STRIPS = (
+    "The pictures are what the policy sees. Its static camera stands where CALVIN's does, and the upper edge of the "
+    "picture cuts both lamps: the LED is on the left, green when on, the light bulb on the right, yellow when on."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +88,7 @@ def write_report(
     sections = [
         f"# {title}",
         _chain_table(table),
+        _words(table),
         *_conditions(table),
         "In brackets: 95 % confidence intervals (Wilson for rates, bootstrap over trials for Avg. Len.).",
         "![share of trials with 1, 2, ... tasks solved in a row](in_a_row.png)",
@@ -118,6 +123,7 @@ def section(evaluation: chains.Evaluation, folder: str, *, strips: bool) -> str:
     table = rows([evaluation])
     parts = [
         _chain_table(table),
+        _words(table),
         *_conditions(table),
         _task_table(table),
         "In brackets: 95 % confidence intervals. Numbers of one environment say nothing about another.",
@@ -125,6 +131,8 @@ def section(evaluation: chains.Evaluation, folder: str, *, strips: bool) -> str:
     ]
     if strips:
         parts.append(f"![rollouts, one per row, time to the right]({folder}/strips.png)")
+        if str(evaluation.setup["env"]).startswith("playtable"):
+            parts.append(_STRIPS)
     parts.append(f"Films and details: [rollouts.md]({folder}/rollouts.md).")
     return "\n\n".join(parts)
 
@@ -136,7 +144,9 @@ def section(evaluation: chains.Evaluation, folder: str, *, strips: bool) -> str:
 def _chain_table(table: Sequence[Row]) -> str:
     length = max(len(row.summary.in_a_row) for row in table)
     head = ["environment", "policy", "execution", "scene", "phrasing", "trials"]
-    head += [str(count) for count in range(1, length + 1)] + ["Avg. Len.", "steps per success", "restarts"]
+    # Of trials of one task the average length is the success again.
+    head += [f"{count} in a row" for count in range(1, length + 1)] + ["Avg. Len."] if length > 1 else ["success"]
+    head += ["steps per success", "restarts"]
     body = []
     for row in table:
         s = row.summary
@@ -146,12 +156,29 @@ def _chain_table(table: Sequence[Row]) -> str:
                 *row.key,
                 str(s.trials),
                 *rates,
-                _estimate(s.average_length),
+                *([_estimate(s.average_length)] if length > 1 else []),
                 tables.decimals(s.steps_per_success),
                 str(s.restarts),
             ]
         )
     return tables.markdown(head, body, text_columns=5)
+
+
+def _words(table: Sequence[Row]) -> str:
+    """What the columns of `_chain_table` mean."""
+    length = max(len(row.summary.in_a_row) for row in table)
+    measure = (
+        f"1 ... {length} in a row: share of trials whose first 1 ... {length} tasks were all solved; Avg. Len.: how "
+        "many tasks in a row were solved on average, CALVIN's measure."
+        if length > 1
+        else "Success: share of trials whose task was solved."
+    )
+    return (
+        f"{measure} Execution: how much of each predicted chunk of actions is carried out before the policy is asked "
+        "again (first: one action, receding 5: five). Phrasing: asked in wordings of the training data, or in held-out "
+        "ones. Steps per success: control steps that solved tasks took. Restarts: how often a simulator broke down and "
+        "its trial was begun again."
+    )
 
 
 def _conditions(table: Sequence[Row]) -> list[str]:
@@ -286,7 +313,13 @@ def draw_in_a_row(table: Sequence[Row]) -> Figure:
     axes.set_xticks(range(1, max(len(row.summary.in_a_row) for row in table) + 1))
     axes.set(xlabel="tasks solved in a row", ylabel="share of trials", ylim=(0, 1.03), title=_title(table))
     tables.tidy(axes)
-    axes.legend(frameon=False, fontsize=8, title="Avg. Len.", loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        title="tasks in a row, on average (Avg. Len.)",
+        loc="upper left",
+        bbox_to_anchor=(1, 1),
+    )
     return figure
 
 
