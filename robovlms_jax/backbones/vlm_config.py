@@ -9,7 +9,7 @@ import flax.linen as nn
 
 from robovlms_jax.inputs.images import ImageSpec
 from robovlms_jax.nn.decoder_config import DecoderConfig
-from robovlms_jax.nn.linear import Kernel, Lora
+from robovlms_jax.nn.linear import Kernel, Lora, Storage
 from robovlms_jax.nn.perceiver import PerceiverConfig
 from robovlms_jax.weights.rules import Rules
 
@@ -117,8 +117,8 @@ class VLMConfig:
         """Images stand beside the sequence, for the decoder's layers to attend to: as they are, or as encoded."""
         return self.text.gated is not None or self.encoder is not None
 
-    storage: Literal["float", "int8"] = "float"
-    """Of matrices and token table; int8 is for serving and for training adapters alone."""
+    storage: Storage = "float"
+    """Of matrices and token table; int8 is for serving and for training adapters alone, w8a8 for serving."""
 
     def text_shape(self, length: int) -> tuple[int, ...]:
         """Of prompts of `length` tokens: (length,), or (length, 2) where the connector has tokens of its own."""

@@ -13,6 +13,10 @@ import jax
 import jax.numpy as jnp
 
 
+Storage = Literal["float", "int8", "w8a8"]
+"""See `Kernel`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Lora:
     """Low-rank adapters: kernel + scale * lora_a @ lora_b. rank 0: none.
@@ -42,9 +46,12 @@ class Kernel:
     int8: whole numbers, and beside them `scale`, one float32 per output channel: matrix = int8 * scale. Initialised as
       zeros; the values come from `weights.quantize`. They have no gradient, adapters do (Dettmers et al. 2023,
       arXiv:2305.14314).
+    w8a8: stored as int8, and what they are multiplied by is rounded to int8, too, at every product: each token has a
+      scale of its own, its largest value / 127 (dynamic, per token; Yao et al. 2022, arXiv:2206.01861). Sums are
+      int32. For control alone: rounding has no gradient.
     """
 
-    storage: Literal["float", "int8"] = "float"
+    storage: Storage = "float"
     lora: Lora = Lora()
 
     def as_float(self) -> Kernel:
@@ -76,7 +83,7 @@ class Kernel:
         def make(name: str, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
             return module.param(name, nn.with_logical_partitioning(init, axes), shape)
 
-        if self.storage == "int8":
+        if self.storage != "float":
             values = make(name, _zeros_int8, shape, axes)
             # 1 along contracted axes: the matrix is the product, and what was contracted is seen from the shapes.
             kept = [axis in channels for axis in range(len(shape))]
@@ -85,8 +92,9 @@ class Kernel:
             scale = make(f"{prefix}scale", nn.initializers.ones_init(), sizes, names)
         else:
             values, scale = make(name, init, shape, axes), None
+        rounds = self.storage == "w8a8"
         if lora.rank == 0:
-            return Matrix(values, scale, channels)
+            return Matrix(values, scale, channels, rounds=rounds)
         init = nn.initializers.variance_scaling(
             1.0, "fan_in", "truncated_normal", in_axis=tuple(range(split)), out_axis=-1
         )
@@ -96,7 +104,7 @@ class Kernel:
         ones = nn.initializers.ones_init()
         gain = make(f"{prefix}lora_m", ones, shape[split:], axes[split:]) if lora.kind == "dora" else None
         key = module.make_rng("dropout") if lora.dropout and module.has_rng("dropout") else None
-        return Matrix(values, scale, channels, Adapters(a, b, lora.scale, gain, lora.dropout, key))
+        return Matrix(values, scale, channels, Adapters(a, b, lora.scale, gain, lora.dropout, key), rounds)
 
 
 def _zeros_int8(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -135,24 +143,30 @@ class Matrix:
     """Parameters of one matrix, ready to be multiplied by; made by `Kernel.matrix`.
 
     values: float or int8. scale: float32, of size 1 along contracted axes, or None. channels: the other axes.
+    rounds: what is multiplied is rounded to int8 before (w8a8); adapters see it unrounded.
     """
 
     values: jax.Array
     scale: jax.Array | None
     channels: tuple[int, ...]
     adapters: Adapters | None = None
+    rounds: bool = False
 
     def einsum(self, equation: str, x: jax.Array, dtype: Any = None) -> jax.Array:
         """einsum(equation, x, matrix), computed in the type of `x`; the result has this type or `dtype`.
 
         The output ends in the axes that the matrix adds, in its order. Letter R is the adapters'.
         """
-        matrix = self.values.astype(x.dtype)  # int8 fits into every floating type without rounding
         if self.scale is None:
-            y = jnp.einsum(equation, x, matrix, preferred_element_type=dtype)
+            y = jnp.einsum(equation, x, self.values.astype(x.dtype), preferred_element_type=dtype)
         else:
             # After the product, where there are fewest numbers to scale; XLA fuses the cast into what reads the matrix.
-            y = jnp.einsum(equation, x, matrix, preferred_element_type=jnp.float32)
+            # int8 fits into every floating type without rounding.
+            y = (
+                self._einsum_int8(equation, x)
+                if self.rounds
+                else jnp.einsum(equation, x, self.values.astype(x.dtype), preferred_element_type=jnp.float32)
+            )
             y = (y * self.scale.reshape([self.scale.shape[axis] for axis in self.channels])).astype(dtype or x.dtype)
         if self.adapters is not None:
             a, b = (adapter.astype(x.dtype) for adapter in self.adapters[:2])
@@ -166,10 +180,32 @@ class Matrix:
                 y = (y * self.adapters.lengths(kernel)).astype(y.dtype)
         return y
 
+    def _einsum_int8(self, equation: str, x: jax.Array) -> jax.Array:
+        """float32: the product of int8 tokens and the int8 matrix, summed in int32, times the tokens' scales."""
+        inputs, letters, _ = re.split(",|->", equation)
+        split = min(self.channels)
+        # Contracted axes, counted from the right behind an ellipsis.
+        axes = tuple(inputs.index(letter) - (len(inputs) if "..." in inputs else 0) for letter in letters[:split])
+        rounded, scale = quantize_tokens(x, axes)
+        y = jnp.einsum(equation, rounded, self.values, preferred_element_type=jnp.int32)
+        kept = jnp.squeeze(scale, axes)
+        return y.astype(jnp.float32) * kept.reshape(*kept.shape, *[1] * len(self.channels))
+
     def rows(self, ids: jax.Array) -> jax.Array:
         """matrix[ids] along the first axis, which has a scale each: int32[...] -> float[..., D]; NaN outside."""
         rows = jnp.take(self.values, ids, axis=0)
         return rows if self.scale is None else rows * jnp.take(self.scale, ids, axis=0)
+
+
+def quantize_tokens(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """float[...] -> int8[...] and float32 scales, of size 1 along `axes`, along which the largest value is 127.
+
+    x = int8 * scale, at most scale / 2 away from what it was; tokens of zeros stay zeros, tokens that are not finite
+    have a scale that is not, so that their products are not finite either.
+    """
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(x).max(axes, keepdims=True) / 127, jnp.finfo(jnp.float32).tiny)
+    return jnp.round(x / scale).astype(jnp.int8), scale
 
 
 class Einsum(nn.Module):

@@ -22,7 +22,8 @@ from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import checkpoints, items
 from robovlms_jax.weights import quantize
 
-Weights = Literal["float32", "bfloat16", "int8"]
+Weights = Literal["float32", "bfloat16", "int8", "w8a8"]
+_ROUNDED = ("int8", "w8a8")
 
 
 def load_policy(
@@ -40,6 +41,7 @@ def load_policy(
         {"head": {"num_steps": 4}}.
       weights: how the backbone's parameters are kept in memory; None: in the type it computes in. int8: its matrices
         with a scale per output channel, a quarter of float32 (see `weights.quantize`); adapters stay beside them.
+        w8a8: the same, and what they multiply is rounded to int8 at every step (see `nn.linear.Kernel`).
       robot: one of the other robots that it was trained on (`policy.others`); empty: its own.
     Raises:
       FileNotFoundError, ValueError: no or another model's checkpoint; says what was looked for.
@@ -108,13 +110,13 @@ def open_model(
     mesh = meshes.make_mesh((1, 1, 1), jax.local_devices()[:1])
     shapes, shardings = build.abstract_params(model, mesh)
     dtype = experiment.backbone.dtype
-    if weights == "int8":  # rounded once, from all the digits there are
+    if weights in _ROUNDED:  # rounded once, from all the digits there are
         types = quantize.stored_types(shapes, dtype, matrices="float32")
     else:
         types = quantize.stored_types(shapes, weights or dtype)
     params = items.read_params(directory, _abstract(shapes, types, shardings))
-    if weights == "int8":
-        model = build.make_model(experiment, dataclasses.replace(backbone.vlm, storage="int8"))
+    if weights in _ROUNDED:
+        model = build.make_model(experiment, dataclasses.replace(backbone.vlm, storage=weights))
         shapes, shardings = build.abstract_params(model, mesh)
         params = quantize.quantize(params, _abstract(shapes, jax.tree.map(lambda x: x.dtype, shapes), shardings))
     if robot:

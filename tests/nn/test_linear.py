@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
-from robovlms_jax.nn.linear import Dense, Einsum, Embed, Kernel, Lora, merge_lora
+from robovlms_jax.nn.linear import Dense, Einsum, Embed, Kernel, Lora, merge_lora, quantize_tokens
 
 CASES = {
     "BSD,DF->BSF": ((2, 3, 5), (5, 7), ("embed", "mlp")),
@@ -206,3 +209,58 @@ def test_an_int8_token_table_is_its_rows_times_their_scales(exact_matmul):
     x = rng.integers(-8, 8, (2, 4)).astype(np.float32)
     np.testing.assert_array_equal(module.apply(params, x, method="logits"), x @ (table * scale).T.astype(np.float32))
     assert np.isnan(module.apply(params, jnp.asarray([11]))).all()
+
+
+@pytest.mark.parametrize("equation", [*CASES, "...D,DF->...F"])
+def test_a_w8a8_kernel_multiplies_rounded_tokens_in_whole_numbers(exact_matmul, equation):
+    # Every token's largest value is 127 times a power of two, and the others are whole multiples of it: rounding
+    # changes nothing, so that the float product is met exactly whichever axes are a token's.
+    inputs, shape, axes = CASES.get(equation, CASES["BSD,DF->BSF"])
+    module, rng = Einsum(equation, shape, axes, kernel=Kernel("w8a8")), np.random.default_rng(0)
+    params = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), np.zeros(inputs, np.float32))["params"])
+    letters, outputs = equation.split(",")[0].replace("...", "BS"), equation.split("->")[1].replace("...", "BS")
+    contracted = tuple(axis for axis, letter in enumerate(letters) if letter not in outputs)
+    x = rng.integers(-126, 127, inputs)
+    first = tuple(slice(None) if axis not in contracted else 0 for axis in range(x.ndim))
+    x[first] = 127
+    kept = tuple(size if axis not in contracted else 1 for axis, size in enumerate(inputs))
+    x = (x * 2.0 ** rng.integers(-5, 5, kept)).astype(np.float32)
+    values = rng.integers(-127, 128, shape).astype(np.int8)
+    scale = 2.0 ** rng.integers(-6, 3, params["scale"].shape).astype(np.float32)
+    found = jax.jit(module.apply)({"params": {"kernel": values, "scale": scale}}, x)
+    np.testing.assert_array_equal(found, np.einsum(equation, x, values * scale))
+
+
+def test_one_large_channel_costs_its_own_token_and_no_other():
+    # The known trap: a token's largest value takes the bits of all its channels.
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 64)).astype(np.float32)
+    x[1, 0] = 100.0
+    rounded, scale = quantize_tokens(jnp.asarray(x), (1,))
+    error = np.linalg.norm((rounded * scale - x)[:, 1:], axis=1) / np.linalg.norm(x[:, 1:], axis=1)
+    assert error[0] < 0.01 and 0.1 < error[1] < 0.4
+    plain, _ = quantize_tokens(jnp.asarray(x[:1]), (1,))
+    np.testing.assert_array_equal(rounded[:1], plain)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hnp.arrays(
+        np.float32,
+        hnp.array_shapes(min_dims=2, max_dims=3, max_side=6),
+        elements=st.floats(-(2.0**60), 2.0**60, width=32),
+    )
+)
+def test_rounded_tokens_err_by_at_most_half_their_scale(x):
+    with jax.disable_jit():
+        rounded, scale = (np.asarray(a, np.float64) for a in quantize_tokens(jnp.asarray(x), (-1,)))
+    assert (np.abs(x - rounded * scale) <= scale / 2 * (1 + 1e-4) + 1e-36).all()  # smaller tokens may be flushed to 0
+
+
+def test_tokens_that_are_not_finite_do_not_become_numbers():
+    module = Dense(3, (None, None), use_bias=False, kernel=Kernel("w8a8"))
+    params = {"kernel": np.ones((4, 3), np.int8), "scale": np.ones((1, 3), np.float32)}
+    x = np.ones((3, 4), np.float32)
+    x[1, 2], x[2, 2] = np.nan, np.inf
+    found = np.isfinite(module.apply({"params": params}, x))
+    assert found[0].all() and not found[1:].any()
