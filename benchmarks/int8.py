@@ -1,25 +1,39 @@
-"""What int8 weights change in a trained PlayTable policy: bytes, and actions on the same observations.
+"""What int8 changes in a trained PlayTable policy: bytes, actions on the same observations, time of a step.
 
     python -m benchmarks.int8 --checkpoint runs/playtable_fixtures --image_size 96 64
 
-Both policies see every picture of trials that the first one plays; JSON. Success before and after:
-`experiments.evaluate`, once as it is and once with `--weights int8`.
+int8: weights alone; w8a8: what they multiply, too. All policies see every picture of trials that the first one plays;
+JSON. `layers` says of every matrix what rounding its inputs costs: the relative error of its output (the float product
+of the same int8 matrix is the true one) and how far the largest number of a token stands out (over their root mean
+square), which is what takes the bits of the others. Success before and after: `experiments.evaluate`, with
+`--weights int8` or `w8a8` and without.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import pathlib
+import re
+import time
+from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine
 from experiments import calvin_abcd
 from robovlms_jax import cli
 from robovlms_jax.evaluation import chains
+from robovlms_jax.nn import linear
 from robovlms_jax.playtable.env import PlayTable
+from robovlms_jax.policies.serving import VLAPolicy
 from robovlms_jax.runs import load
+
+STORED = ("int8", "w8a8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,36 +52,110 @@ class Args:
     """Write the JSON here, too."""
 
 
+class Layers:
+    """Listens to the products of a w8a8 policy while it is traced, and to their numbers while it runs."""
+
+    def __init__(self):
+        self._sums: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(4))
+
+    def listen(self, next_fun: Any, args: tuple, kwargs: dict, context: Any) -> Any:
+        """For `nn.intercept_methods`."""
+        y, module = next_fun(*args, **kwargs), context.module
+        if (
+            isinstance(module, linear.Einsum | linear.Dense)
+            and context.method_name == "__call__"
+            and module.kernel.storage == "w8a8"
+        ):
+            equation = getattr(module, "equation", "...D,DF->...F")
+            parameters = module.variables["params"]
+            matrix = parameters["kernel"] * parameters["scale"]
+            exact = jnp.einsum(equation, args[0].astype(jnp.float32), matrix) + parameters.get("bias", 0.0)
+            inputs, letters, outputs = re.split(",|->", equation)
+            axes = tuple(inputs.index(x) - len(inputs) for x in letters if x not in outputs)
+            tokens = args[0].astype(jnp.float32)
+            peak = jnp.abs(tokens).max(axes) / (jnp.sqrt(jnp.square(tokens).mean(axes)) + 1e-30)
+            found = jnp.stack([jnp.square(y - exact).sum(), jnp.square(exact).sum(), peak.mean(), peak.max()])
+            jax.debug.callback(functools.partial(self._add, "/".join(module.path)), found)
+        return y
+
+    def _add(self, name: str, found: Any) -> None:
+        error, size, peak, most = np.asarray(found, np.float64)
+        sums = self._sums[name]
+        sums += error, size, peak, 0
+        sums[3] = max(sums[3], most)
+        self._sums[f"{name} calls"][0] += 1
+
+    def report(self) -> dict[str, dict[str, float]]:
+        """Path of a matrix, layers of one stack together -> what rounding its inputs costs."""
+        return {
+            name: {
+                "relative_error": float(np.sqrt(sums[0] / sums[1])),
+                "largest_over_rms_mean": float(sums[2] / self._sums[f"{name} calls"][0]),
+                "largest_over_rms_max": float(sums[3]),
+            }
+            for name, sums in sorted(self._sums.items())
+            if not name.endswith(" calls")
+        }
+
+
 def measure(args: Args) -> dict:
-    """Bytes, and the differences of actions: per step and chunk, millimetres and degrees of CALVIN's scales."""
-    plain, stored = (load.load_policy(args.checkpoint, weights=weights) for weights in (None, "int8"))
+    """Bytes, milliseconds, and the differences of actions, in millimetres and degrees of CALVIN's scales."""
+    plain = load.load_policy(args.checkpoint)
+    policies = {weights: load.load_policy(args.checkpoint, weights=weights) for weights in STORED}
+    listened = load.load_policy(args.checkpoint, weights="w8a8")
+    layers, acted, pictures = Layers(), collections.defaultdict(list), []
     env = PlayTable(image_sizes=dict(zip(("static", "wrist"), args.image_size, strict=True)))
     chosen = chains.single_tasks(calvin_abcd.FIXTURE_TASKS, args.trials)
-    pairs = []
     for trial in chains.chain_trials(chosen, scene="D"):
         env.reset(**trial.start)
-        for policy in (plain, stored):
+        for policy in (plain, listened, *policies.values()):
             policy.reset(trial.instructions[0])
         for _ in range(args.steps):
             seen = env.observe()
+            pictures.append(seen)
             actions = plain.act(seen).actions
-            pairs.append((actions, stored.act(seen).actions))
+            acted["before"].append(actions)
+            for weights, policy in policies.items():
+                acted[weights].append(policy.act(seen).actions)
+            with nn.intercept_methods(layers.listen):
+                listened.act(seen)
             env.step(actions[0])
-    before, after = (np.stack(x) for x in zip(*pairs))  # [N, C, 7]
-    move = np.linalg.norm((after - before)[..., :3], axis=-1) * 20
-    turn = np.degrees(np.linalg.norm((after - before)[..., 3:6], axis=-1) * 0.05)
-    flat = [x[..., :6].reshape(len(x), -1) for x in (before, after)]
-    norms = np.linalg.norm(flat[0], axis=1) * np.linalg.norm(flat[1], axis=1)
-    size = [sum(x.nbytes for x in jax.tree.leaves(policy._batched.params)) for policy in (plain, stored)]
+    jax.effects_barrier()
+    every = {"before": plain, **policies}
     return {
-        "observations": len(before),
-        "bytes": {"before": size[0], "int8": size[1]},
-        "millimetres": {"mean": float(move.mean()), "p95": float(np.quantile(move, 0.95)), "max": float(move.max())},
-        "degrees": {"mean": float(turn.mean()), "p95": float(np.quantile(turn, 0.95)), "max": float(turn.max())},
-        "gripper_flips": float((before[..., 6] != after[..., 6]).mean()),
-        "cosine": float(((flat[0] * flat[1]).sum(1) / norms).mean()),
+        "observations": len(pictures),
+        "bytes": {name: sum(x.nbytes for x in jax.tree.leaves(x._batched.params)) for name, x in every.items()},
+        "actions": {weights: differences(acted["before"], acted[weights]) for weights in STORED},
+        "step_ms": step_times(every, pictures),
+        "layers": layers.report(),
         "machine": machine.describe(),
     }
+
+
+def differences(before: list[np.ndarray], after: list[np.ndarray]) -> dict[str, Any]:
+    """Two lists of chunks float[C, 7]."""
+    first, second = np.stack(before), np.stack(after)
+    move = np.linalg.norm((second - first)[..., :3], axis=-1) * 20
+    turn = np.degrees(np.linalg.norm((second - first)[..., 3:6], axis=-1) * 0.05)
+    flat = [x[..., :6].reshape(len(x), -1) for x in (first, second)]
+    norms = np.linalg.norm(flat[0], axis=1) * np.linalg.norm(flat[1], axis=1)
+    return {
+        "millimetres": {"mean": float(move.mean()), "p95": float(np.quantile(move, 0.95)), "max": float(move.max())},
+        "degrees": {"mean": float(turn.mean()), "p95": float(np.quantile(turn, 0.95)), "max": float(turn.max())},
+        "gripper_flips": float((first[..., 6] != second[..., 6]).mean()),
+        "cosine": float(((flat[0] * flat[1]).sum(1) / norms).mean()),
+    }
+
+
+def step_times(policies: dict[str, VLAPolicy], pictures: list[Any]) -> dict[str, dict[str, float]]:
+    """Milliseconds of `act`, the policies taking turns at every picture, so that all see the same load."""
+    found = {name: [] for name in policies}
+    for seen in pictures:
+        for name, policy in policies.items():
+            started = time.perf_counter()
+            policy.act(seen)
+            found[name].append(1000 * (time.perf_counter() - started))
+    return {name: {"p50": float(np.median(x)), "p95": float(np.quantile(x, 0.95))} for name, x in found.items()}
 
 
 if __name__ == "__main__":

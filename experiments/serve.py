@@ -14,19 +14,22 @@ import io
 import logging
 import socket
 import sys
+import time
 
+import jax
 import numpy as np
 from PIL import Image
 
 from robovlms_jax import cli
 from robovlms_jax.control import robot as robots
-from robovlms_jax.control.interface import Observation
 from robovlms_jax.deploy import messages, server
 from robovlms_jax.deploy.config import ServerConfig, tls_context
+from robovlms_jax.deploy.metrics import Metrics
+from robovlms_jax.inputs import prompts
 from robovlms_jax.load import load_batched_policy
 from robovlms_jax.policies.serving import BatchedVLAPolicy
 from robovlms_jax.runs import logs
-from robovlms_jax.runs.load import load_config
+from robovlms_jax.runs.load import Weights, load_config
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +44,15 @@ class ServeConfig:
     """Robots at once; one compiled step serves them all."""
     server: ServerConfig = ServerConfig()
     image_size: tuple[int, ...] = ()
-    """Height and width of the pictures that robots send, for the warm-up: the step is compiled for them. Empty: the
-    robot's own sizes where they are known, else the model's."""
+    """Height and width of the pictures that robots send: the step is compiled for them, and for pictures that were
+    resized to the model's size before, as those of other sizes are. Empty: the robot's own sizes where they are known,
+    else the model's."""
+    prompt_lengths: tuple[int, ...] = ()
+    """Tokens that prompts are padded to; the step is compiled for each, and longer prompts are refused. Empty: the
+    longest of training, and twice that."""
+    weights: Weights | None = None
+    """How the backbone's parameters are kept, and w8a8 what they multiply (docs/serving.md); None: in the type that it
+    computes in."""
     executed: int = 1
     """Actions of a chunk that vla-eval's clients are given before the policy is asked again."""
 
@@ -51,6 +61,8 @@ class ServeConfig:
             raise ValueError(f"slots={self.slots} must be at least 1.")
         if len(self.image_size) not in (0, 2) or any(size < 1 for size in self.image_size):
             raise ValueError(f"image_size={self.image_size}: expected height and width, or nothing.")
+        if any(length < 1 for length in self.prompt_lengths):
+            raise ValueError(f"prompt_lengths={self.prompt_lengths}: expected numbers of tokens of 1 or more.")
 
 
 def decode_image(data: bytes, max_pixels: int) -> np.ndarray:
@@ -65,24 +77,25 @@ def decode_image(data: bytes, max_pixels: int) -> np.ndarray:
 
 
 def warm_up(policy: BatchedVLAPolicy, robot: robots.RobotSpec, config: ServeConfig) -> None:
-    """Compiles the step, in every slot's place, with pictures of the size that will come."""
-    cameras = policy.model.config.cameras
+    """Compiles all that robots can ask for, see `BatchedVLAPolicy.warm_up`."""
     own = {camera.name: (camera.height, camera.width) for camera in robot.cameras if camera.height and camera.width}
     model_size = (policy.model.vlm.image.size,) * 2
-    images = {}
-    for camera in cameras:
-        height, width = config.image_size or own.get(camera, model_size)
-        images[camera] = np.zeros((height, width, 3), np.uint8)
-    state = np.zeros(len(policy.robot.state), np.float32) if policy.robot.state else None
-    slots = list(range(policy.slots))
-    policy.reset(slots, ["move"] * policy.slots)
-    seen = [Observation(images, state)] * policy.slots
-    for _ in range(2):
-        chunks = policy.act(seen, slots)
-    if policy.takes_plan:  # a step of its own
-        left = [dataclasses.replace(x, committed=chunk.actions) for x, chunk in zip(seen, chunks, strict=True)]
-        policy.act(left, slots)
-    policy.release(slots)
+    sizes = {camera: config.image_size or own.get(camera, model_size) for camera in policy.model.config.cameras}
+    log.info("warming up %d slots: prompts of %s tokens, pictures %s", policy.slots, policy.prompt_lengths, sizes)
+    started = time.monotonic()
+    policy.warm_up(sizes)
+    log.info("warmed up in %.1f s", time.monotonic() - started)
+
+
+def count_compilations(metrics: Metrics) -> None:
+    """From now on, all of this process: after the warm-up there should be none, for robots wait meanwhile."""
+
+    def listen(event: str, seconds: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            metrics.add("compilations_total")
+            metrics.add("compilation_seconds_total", seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 def require_address(config: ServerConfig) -> None:
@@ -108,14 +121,14 @@ def build(config: ServeConfig) -> server.PolicyServer:
     require_address(config.server)
     experiment = load_config(config.checkpoint)
     settings = experiment.policy
-    policy = load_batched_policy(config.checkpoint, slots=config.slots)
-    log.info("warming up %d slots", config.slots)
-    warm_up(policy, settings.robot, config)
+    usual = max(experiment.data.text_length, 8)
+    lengths = config.prompt_lengths or tuple(sorted({usual, min(2 * usual, max(prompts.MAX_TOKENS, usual))}))
+    policy = load_batched_policy(config.checkpoint, config.slots, weights=config.weights, prompt_lengths=lengths)
     readings = {sensor.name: sensor.reading for sensor in settings.sensors}
     shapes = {name: (None, *x.shape[1:]) if x.any_rows else x.shape for name, x in readings.items()}
     needs_state = settings.proprio.enabled or settings.representation != "robot"
     reader = messages.Reader(tuple(settings.cameras), state=needs_state, sensors=shapes, committed=policy.takes_plan)
-    return server.PolicyServer(
+    served = server.PolicyServer(
         policy,
         settings.robot,
         reader,
@@ -125,6 +138,9 @@ def build(config: ServeConfig) -> server.PolicyServer:
         decode_image=lambda data: decode_image(data, config.server.max_picture_pixels),
         executed=config.executed,
     )
+    count_compilations(served.metrics)
+    warm_up(policy, settings.robot, config)
+    return served
 
 
 def main() -> None:

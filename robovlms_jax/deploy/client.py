@@ -13,209 +13,182 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import logging
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from robovlms_jax.control.interface import ActionChunk, Observation
-from robovlms_jax.deploy import codec
-from robovlms_jax.deploy.limits import is_number
+from robovlms_jax.deploy import conversation
+from robovlms_jax.deploy.conversation import Ask, ClientConfig, Clock, Close, Open, Pause, ServerError, Steps
 
-log = logging.getLogger(__name__)
+__all__ = ["AsyncClient", "Client", "ClientConfig", "Clock", "ServerError"]
 
-BOUNDS = codec.Bounds()
-
-
-class ServerError(RuntimeError):
-    """The server answered with an error; the episode is over. Its text says what was wrong."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ClientConfig:
-    """How patient a client is.
-
-    connect_timeout_s: for everything until the server's first message, retries included; refused connections are tried
-      again, with pauses that double from 0.1 to 2 s.
-    timeout_s: for an answer. reconnects: how often one `act` connects anew where the connection was lost before the
-      answer came; the episode then begins anew at the server, which is logged.
-    """
-
-    token: str = ""
-    connect_timeout_s: float = 30.0
-    timeout_s: float = 5.0
-    reconnects: int = 1
-    ssl: ssl.SSLContext | None = None
-
-    def __post_init__(self):
-        given = (self.connect_timeout_s, self.timeout_s, self.reconnects)
-        if not all(is_number(x) for x in given) or not (min(given[:2]) > 0 and self.reconnects >= 0):
-            raise ValueError(
-                f"connect_timeout_s={self.connect_timeout_s!r} and timeout_s={self.timeout_s!r} must be numbers above "
-                f"0, reconnects={self.reconnects!r} 0 or more."
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Clock:
-    """How the server's clock stands to ours, from the exchange with the shortest round trip since a clock was set.
-
-    offset_s: server's time minus ours; off by at most half of round_trip_s, which leaves out the time of the answer.
-    """
-
-    offset_s: float
-    round_trip_s: float
-
-
-class _Conversation:
-    """What is said, without the line it is said on."""
-
-    def __init__(self):
-        self.metadata: dict[str, Any] = {}
-        self.instruction: str | None = None
-        self.begin = True
-        """The next observation begins an episode."""
-        self.clock: Clock | None = None
-        self.last_reply: dict[str, Any] = {}
-        """The last answer without its actions: timings, and `clipped`, names of dimensions that were out of bounds."""
-
-    def greeted(self, message: bytes | str) -> None:
-        content = self._read(message)
-        if not isinstance(content, dict) or "action_dim" not in content:
-            raise ServerError(f"the server's first message is none of a policy server: {str(content)[:200]}")
-        self.metadata, self.begin = content, True
-
-    def request(self, observation: Observation) -> bytes:
-        if self.instruction is None:
-            raise RuntimeError("there is no episode: act() before reset(instruction).")
-        message: dict[str, Any] = {"prompt": self.instruction, "reset": self.begin}
-        message |= {f"observation/{camera}": np.asarray(image) for camera, image in observation.images.items()}
-        if observation.proprio is not None:
-            message["observation/state"] = np.asarray(observation.proprio, np.float32)
-        if observation.executed is not None:
-            message["executed"] = np.asarray(observation.executed, np.float32)
-        if observation.committed is not None:
-            message["committed"] = np.asarray(observation.committed, np.float32)
-            message["delay"] = int(observation.delay)
-        readings = {name: value for name, value in observation.sensors.items() if value is not None}
-        message |= {f"observation/sensors/{name}": np.asarray(x, np.float32) for name, x in readings.items()}
-        return codec.pack(message)
-
-    def answered(self, message: bytes | str, sent_s: float) -> ActionChunk:
-        """sent_s: our clock when the request went out."""
-        came_s = time.time()
-        if isinstance(message, str):
-            raise ServerError(message)
-        content = self._read(message)
-        actions = content.get("actions") if isinstance(content, dict) else None
-        dim = self.metadata["action_dim"]
-        if not isinstance(actions, np.ndarray) or actions.ndim != 2 or actions.shape[1] != dim or not len(actions):
-            found = list(actions.shape) if isinstance(actions, np.ndarray) else type(actions).__name__
-            raise ServerError(f"the answer has actions {found}; expected [horizon, {dim}].")
-        if actions.dtype.kind != "f" or not np.isfinite(actions).all():
-            raise ServerError("the answer has actions that are not finite.")
-        chunk = ActionChunk(actions.astype(np.float32), *_confidence(content, actions.shape))
-        self.last_reply = {key: value for key, value in content.items() if key != "actions"}
-        self._set_clock(content.get("server_timing"), sent_s, came_s)
-        self.begin = False
-        return chunk
-
-    def _set_clock(self, timing: Any, sent_s: float, came_s: float) -> None:
-        if not isinstance(timing, dict) or not all(isinstance(timing.get(k), float) for k in ("received_s", "sent_s")):
-            return
-        received_s, answered_s = timing["received_s"], timing["sent_s"]
-        round_trip = (came_s - sent_s) - (answered_s - received_s)
-        if round_trip < 0:  # a clock was set meanwhile
-            self.clock = None
-            return
-        found, known = Clock(((received_s - sent_s) + (answered_s - came_s)) / 2, round_trip), self.clock
-        # Two exchanges that contradict each other: one of the clocks was set, and the newer one says how they stand.
-        jumped = (
-            known is not None and abs(found.offset_s - known.offset_s) > (found.round_trip_s + known.round_trip_s) / 2
-        )
-        if known is None or jumped or round_trip <= known.round_trip_s:
-            self.clock = found
-
-    def _read(self, message: bytes | str) -> Any:
-        if isinstance(message, str):
-            raise ServerError(message)
-        try:
-            return codec.unpack(message, BOUNDS)
-        except ValueError as error:
-            raise ServerError(f"the server's message cannot be read: {error}") from error
-
-
-def _confidence(content: dict[str, Any], shape: tuple[int, int]) -> tuple[Any, Any, float | None]:
-    """Uncertainty, interval and coverage, None where the answer has none. Raises ServerError for what cannot be."""
-    found = []
-    for name, expected in (("uncertainty", shape[:1]), ("interval", shape)):
-        value = content.get(name)
-        if value is not None:
-            numbers = isinstance(value, np.ndarray) and value.shape == expected and value.dtype.kind == "f"
-            if not numbers or np.isnan(value).any():
-                raise ServerError(f"the answer's {name} is {str(value)[:60]}; expected numbers {list(expected)}.")
-        found.append(value)
-    coverage = content.get("coverage")
-    if coverage is not None and not isinstance(coverage, float):
-        raise ServerError(f"the answer's coverage is {str(coverage)[:60]!r}; expected a number.")
-    return found[0], found[1], coverage
+GOODBYE_S = 0.2
+"""How long a closed line waits for the server's goodbye."""
 
 
 class _Client:
-    """What both clients share."""
+    """What both clients share: all but waiting."""
 
-    def __init__(self, url: str, config: ClientConfig):
-        if not url.startswith(("ws://", "wss://")):
-            raise ValueError(f"url={url!r}: expected ws://HOST:PORT or wss://HOST:PORT.")
-        self._url, self.config, self._line = url, config, None
-        self.conversation = _Conversation()
-        self.episodes_lost = 0
-        """How often the connection was lost within an episode."""
+    def __init__(self, url: str, config: ClientConfig | None = None):
+        self._course, self._line = conversation.Course(url, config or ClientConfig()), None
+
+    @property
+    def config(self) -> ClientConfig:
+        return self._course.config
 
     @property
     def metadata(self) -> dict[str, Any]:
         """What the server says of its policy; {} before the first connection."""
-        return self.conversation.metadata
+        return self._course.conversation.metadata
 
     @property
     def clock(self) -> Clock | None:
-        return self.conversation.clock
+        return self._course.conversation.clock
 
-    def _options(self) -> dict[str, Any]:
+    @property
+    def last_reply(self) -> dict[str, Any]:
+        """The last answer without its actions: timings, and `clipped`, names of dimensions that were out of bounds."""
+        return self._course.conversation.last_reply
+
+    @property
+    def episodes_lost(self) -> int:
+        """How often the connection was lost within an episode."""
+        return self._course.episodes_lost
+
+    def _options(self, seconds: float) -> dict[str, Any]:
         token = self.config.token
         return {
             "compression": None,
-            "max_size": BOUNDS.message_bytes,
+            "max_size": conversation.BOUNDS.message_bytes,
             "proxy": None,
             "additional_headers": {"Authorization": f"Bearer {token}"} if token else None,
             "ssl": self.config.ssl,
+            "open_timeout": seconds,
         }
 
-    def _set_instruction(self, instruction: str) -> None:
-        if not isinstance(instruction, str) or not instruction.strip():
-            raise ValueError(f"the instruction is {instruction!r}; say what the robot should do.")
-        self.conversation.instruction, self.conversation.begin = instruction, True
 
-    def _lost(self, error: Exception) -> None:
-        if not self.conversation.begin:
-            self.episodes_lost += 1
-            log.warning("%s: the connection was lost (%s); the episode begins anew there.", self._url, error)
+class Client(_Client):
+    """`interface.Policy` that waits for its answers. For one thread."""
 
-    def _too_late(self, what: str, seconds: float) -> TimeoutError:
-        return TimeoutError(f"{self._url}: {what} within {seconds:g} s.")
+    def __enter__(self) -> Client:
+        self.connect()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def connect(self) -> None:
+        """Raises TimeoutError where no server answers in time, ServerError where it refuses."""
+        self._run(self._course.connect())
+
+    def close(self) -> None:
+        self._run(self._course.close())
+
+    def reset(self, instruction: str) -> None:
+        """The next observation begins an episode."""
+        self._course.reset(instruction)
+
+    def act(self, observation: Observation) -> ActionChunk:
+        """Raises TimeoutError, ServerError, or OSError and websockets' ConnectionClosed for a line that stays lost."""
+        return self._run(self._course.act(observation))
+
+    def _run(self, steps: Steps) -> Any:
+        """Does what the steps say until they return."""
+        go_on, came = steps.send, None
+        while True:
+            try:
+                step = go_on(came)
+            except StopIteration as end:
+                return end.value
+            try:
+                go_on, came = steps.send, self._do(step)
+            except BaseException as error:  # Ctrl-C, too: the line is closed before it goes on
+                go_on, came = steps.throw, error
+
+    def _do(self, step: Open | Ask | Close | Pause) -> bytes | str | None:
+        from websockets.sync.client import connect
+
+        if isinstance(step, Open):
+            deadline = time.monotonic() + step.seconds
+            self._line = connect(self._course.url, **self._options(step.seconds)).__enter__()
+            return self._line.recv(max(deadline - time.monotonic(), 0.001))
+        if isinstance(step, Ask):
+            deadline = time.monotonic() + step.seconds
+            with _cut_after(self._line.socket, step.seconds):
+                self._line.send(step.message)
+                return self._line.recv(max(deadline - time.monotonic(), 0.001))
+        if isinstance(step, Pause):
+            time.sleep(step.seconds)
+        elif self._line is not None:
+            line, self._line = self._line, None
+            if not step.goodbye:
+                with contextlib.suppress(OSError):
+                    line.socket.shutdown(socket.SHUT_RDWR)
+            line.close_timeout = GOODBYE_S
+            line.close()
+        return None
 
 
-def _transient() -> tuple[type[Exception], ...]:
-    """What a connection that may come to stand later fails with."""
-    from websockets.exceptions import ConnectionClosed, InvalidMessage
+class AsyncClient(_Client):
+    """The same for an event loop."""
 
-    return (OSError, ConnectionClosed, InvalidMessage, EOFError)
+    async def __aenter__(self) -> AsyncClient:
+        await self.connect()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def connect(self) -> None:
+        """As `Client.connect`."""
+        await self._run(self._course.connect())
+
+    async def close(self) -> None:
+        await self._run(self._course.close())
+
+    async def reset(self, instruction: str) -> None:
+        """As `Client.reset`."""
+        self._course.reset(instruction)
+
+    async def act(self, observation: Observation) -> ActionChunk:
+        """As `Client.act`."""
+        return await self._run(self._course.act(observation))
+
+    async def _run(self, steps: Steps) -> Any:
+        go_on, came = steps.send, None
+        while True:
+            try:
+                step = go_on(came)
+            except StopIteration as end:
+                return end.value
+            try:
+                go_on, came = steps.send, await self._do(step)
+            except BaseException as error:  # a cancelled task, too: the line is closed before it goes on
+                go_on, came = steps.throw, error
+
+    async def _do(self, step: Open | Ask | Close | Pause) -> bytes | str | None:
+        from websockets.asyncio.client import connect
+
+        if isinstance(step, Open):
+            async with asyncio.timeout(step.seconds):
+                self._line = await connect(self._course.url, **self._options(step.seconds)).__aenter__()
+                return await self._line.recv()
+        if isinstance(step, Ask):
+            async with asyncio.timeout(step.seconds):
+                await self._line.send(step.message)
+                return await self._line.recv()
+        if isinstance(step, Pause):
+            await asyncio.sleep(step.seconds)
+        elif self._line is not None:
+            line, self._line = self._line, None
+            if not step.goodbye:
+                line.transport.abort()
+            line.close_timeout = GOODBYE_S
+            await line.close()
+        return None
 
 
 @contextlib.contextmanager
@@ -233,168 +206,3 @@ def _cut_after(line: socket.socket, seconds: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def _refusal(error: Exception) -> Exception | None:
-    """Not None: trying again would not help."""
-    from websockets.exceptions import ConnectionClosed, InvalidStatus
-
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return ServerError(f"the server's certificate is not trusted: {error}")
-    if isinstance(error, InvalidStatus) and error.response.status_code != 503:
-        return ServerError(f"the server refuses the connection with {error.response.status_code}: {error}")
-    if isinstance(error, ConnectionClosed) and error.rcvd is not None and error.rcvd.code not in (1001, 1013):
-        return ServerError(f"the server closed the connection: {error.rcvd.reason or error.rcvd.code}")
-    return None
-
-
-class Client(_Client):
-    """`interface.Policy` that waits for its answers. For one thread."""
-
-    def __init__(self, url: str, config: ClientConfig = ClientConfig()):
-        super().__init__(url, config)
-
-    def __enter__(self) -> Client:
-        self.connect()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def connect(self) -> None:
-        """Raises TimeoutError where no server answers in time, ServerError where it refuses."""
-        from websockets.exceptions import InvalidStatus
-        from websockets.sync.client import connect
-
-        deadline, pause, last = time.monotonic() + self.config.connect_timeout_s, 0.1, "no answer"
-        self.close()
-        while (left := deadline - time.monotonic()) > 0:
-            line = None
-            try:
-                line = connect(self._url, open_timeout=left, **self._options()).__enter__()
-                self.conversation.greeted(line.recv(max(deadline - time.monotonic(), 0.001)))
-                self._line = line
-                return
-            except (*_transient(), InvalidStatus, TimeoutError) as error:
-                if (refusal := _refusal(error)) is not None:
-                    raise refusal from error
-                last = str(error) or type(error).__name__
-            finally:
-                if line is not None and self._line is None:  # its slot at the server is free again
-                    line.close_timeout = 0.2
-                    line.close()
-            time.sleep(max(min(pause, deadline - time.monotonic()), 0))
-            pause = min(pause * 2, 2.0)
-        raise self._too_late(f"no policy server answered ({last})", self.config.connect_timeout_s)
-
-    def close(self) -> None:
-        if self._line is not None:
-            line, self._line = self._line, None
-            line.close_timeout = 0.2
-            line.close()
-
-    def reset(self, instruction: str) -> None:
-        """The next observation begins an episode."""
-        self._set_instruction(instruction)
-
-    def act(self, observation: Observation) -> ActionChunk:
-        """Raises TimeoutError, ServerError, or OSError and websockets' ConnectionClosed for a line that stays lost."""
-        for attempt in range(self.config.reconnects + 1):
-            if self._line is None:
-                self.connect()
-            begun = time.monotonic()
-            try:
-                with _cut_after(self._line.socket, self.config.timeout_s):
-                    sent_s = time.time()
-                    self._line.send(self.conversation.request(observation))
-                    left = begun + self.config.timeout_s - time.monotonic()
-                    return self.conversation.answered(self._line.recv(max(left, 0.001)), sent_s)
-            except _transient() as error:  # TimeoutError is an OSError
-                # What could not be sent in time ends as a lost line.
-                late = isinstance(error, TimeoutError) or time.monotonic() - begun >= self.config.timeout_s
-                with contextlib.suppress(OSError):
-                    self._line.socket.shutdown(socket.SHUT_RDWR)  # saying goodbye would wait once more
-                self.close()
-                self._lost(error)
-                if late:
-                    raise self._too_late("no answer", self.config.timeout_s) from error
-                if attempt == self.config.reconnects:
-                    raise
-            except ServerError:
-                self.close()
-                raise
-        raise AssertionError("unreachable")
-
-
-class AsyncClient(_Client):
-    """The same for an event loop."""
-
-    def __init__(self, url: str, config: ClientConfig = ClientConfig()):
-        super().__init__(url, config)
-
-    async def __aenter__(self) -> AsyncClient:
-        await self.connect()
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.close()
-
-    async def connect(self) -> None:
-        """As `Client.connect`."""
-        from websockets.asyncio.client import connect
-        from websockets.exceptions import InvalidStatus
-
-        deadline, pause, last = time.monotonic() + self.config.connect_timeout_s, 0.1, "no answer"
-        await self.close()
-        while (left := deadline - time.monotonic()) > 0:
-            line = None
-            try:
-                async with asyncio.timeout(left):
-                    line = await connect(self._url, open_timeout=left, **self._options()).__aenter__()
-                    self.conversation.greeted(await line.recv())
-                self._line = line
-                return
-            except (*_transient(), InvalidStatus, TimeoutError) as error:
-                if (refusal := _refusal(error)) is not None:
-                    raise refusal from error
-                last = str(error) or type(error).__name__
-            finally:
-                if line is not None and self._line is None:
-                    line.transport.abort()
-            await asyncio.sleep(max(min(pause, deadline - time.monotonic()), 0))
-            pause = min(pause * 2, 2.0)
-        raise self._too_late(f"no policy server answered ({last})", self.config.connect_timeout_s)
-
-    async def close(self) -> None:
-        if self._line is not None:
-            line, self._line = self._line, None
-            line.close_timeout = 0.2
-            await line.close()
-
-    async def reset(self, instruction: str) -> None:
-        self._set_instruction(instruction)
-
-    async def act(self, observation: Observation) -> ActionChunk:
-        """As `Client.act`."""
-        for attempt in range(self.config.reconnects + 1):
-            if self._line is None:
-                await self.connect()
-            try:
-                async with asyncio.timeout(self.config.timeout_s):
-                    sent_s = time.time()
-                    await self._line.send(self.conversation.request(observation))
-                    return self.conversation.answered(await self._line.recv(), sent_s)
-            except TimeoutError as error:
-                self._line.transport.abort()  # saying goodbye would wait for what could not be sent
-                await self.close()
-                self._lost(error)
-                raise self._too_late("no answer", self.config.timeout_s) from error
-            except _transient() as error:
-                await self.close()
-                self._lost(error)
-                if attempt == self.config.reconnects:
-                    raise
-            except ServerError:
-                await self.close()
-                raise
-        raise AssertionError("unreachable")

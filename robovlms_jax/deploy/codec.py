@@ -7,6 +7,7 @@ written. No message is ever unpickled, and none makes more than it has bytes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,18 @@ KINDS = "biufSU"
 
 DecodeImage = Callable[[bytes], np.ndarray]
 """A PNG or JPEG file -> uint8[height, width, channels]. Raises ValueError."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compressed:
+    """A picture of a message that nobody has decoded yet: decoding takes a thousand times as long as unpacking, so that
+    only pictures that a policy looks at are.
+
+    pixels: -> uint8[height, width, channels]. Raises ValueError for a file that is none, or where the message's bounds
+      are passed.
+    """
+
+    pixels: Callable[[], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +83,10 @@ def _packable(dtype: np.dtype) -> str:
 
 def unpack(message: bytes, bounds: Bounds, decode_image: DecodeImage | None = None) -> Any:
     """What a message holds; arrays are copies, so they can be written to and do not keep the message alive.
+    vla-eval's compressed pictures are `Compressed`.
 
     Args:
-      decode_image: for vla-eval's compressed pictures; None: they are refused.
+      decode_image: for those; None: reading one raises.
     Raises:
       ValueError: says what is wrong with it and where.
     """
@@ -86,8 +100,9 @@ def unpack(message: bytes, bounds: Bounds, decode_image: DecodeImage | None = No
         if left[what] < 0:
             raise ValueError(f"it has more than {most[what]} {what}.")
 
-    def decode(data: bytes) -> np.ndarray:
-        count("compressed pictures", 1)
+    def decode(kind: str, data: bytes) -> np.ndarray:
+        if decode_image is None or kind not in ("png", "jpeg"):
+            raise ValueError(f"a picture of format {kind[:20]!r} is not read here; send it as uint8.")
         picture = decode_image(data)
         count("pixels in them", picture.shape[0] * picture.shape[1])
         return picture
@@ -103,7 +118,14 @@ def unpack(message: bytes, bounds: Bounds, decode_image: DecodeImage | None = No
                 return read({key.decode(): x for key, x in entry.items() if isinstance(key, bytes)})
             if tag in entry:
                 return read(entry)
-        return _image(entry, decode if decode_image else None) if "__image__" in entry else entry
+        if "__image__" not in entry:
+            return entry
+        if entry.get("format") == "raw":
+            return _array(entry)
+        count("compressed pictures", 1)
+        if not isinstance(entry.get("data"), bytes):
+            raise ValueError("a picture's data are no bytes.")
+        return Compressed(functools.partial(decode, str(entry.get("format")), entry["data"]))
 
     if len(message) > bounds.message_bytes:
         raise ValueError(f"the message has {len(message)} bytes; at most {bounds.message_bytes} are read.")
@@ -170,13 +192,3 @@ def _dtype(entry: Mapping[str, Any]) -> np.dtype:
     if dtype.kind not in KINDS or dtype.hasobject or dtype.subdtype is not None:
         raise ValueError(f"an array's dtype is {name!r}; expected numbers, truth values or text.")
     return dtype
-
-
-def _image(entry: Mapping[str, Any], decode_image: DecodeImage | None) -> np.ndarray:
-    if entry.get("format") == "raw":
-        return _array(entry)
-    if decode_image is None or entry.get("format") not in ("png", "jpeg"):
-        raise ValueError(f"a picture of format {str(entry.get('format'))[:20]!r} is not read here; send it as uint8.")
-    if not isinstance(entry.get("data"), bytes):
-        raise ValueError("a picture's data are no bytes.")
-    return decode_image(entry["data"])

@@ -27,6 +27,8 @@ class ServerConfig:
     """Steps of one call of the policy; 0: as many as there are slots."""
     max_wait_s: float = 0.002
     """How long a step waits for those of other robots to share a call."""
+    reading_threads: int = 2
+    """Threads that unpack large messages and decode compressed pictures, beside the one that runs the policy."""
     max_message_bytes: int = 64 * 2**20
     max_picture_pixels: int = 4_000_000
     request_timeout_s: float = 60.0
@@ -43,7 +45,7 @@ class ServerConfig:
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative.")
         positive = ("max_message_bytes", "max_picture_pixels", "request_timeout_s", "send_timeout_s", "drain_timeout_s")
-        for field in positive:
+        for field in (*positive, "reading_threads"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field}={getattr(self, field)} must be above 0.")
         if not 0 <= self.port < 65536:
@@ -64,13 +66,20 @@ class ServerConfig:
 
 
 def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
-    """None without a certificate. Raises ValueError for one that is none."""
+    """None without a certificate. Raises ValueError that names the file which cannot be used."""
     if not config.certificate:
         return None
+    for name in ("certificate", "key"):
+        file = getattr(config, name)
+        if file and not pathlib.Path(file).is_file():
+            raise ValueError(f"{name} {file!r} is no file; expected a PEM file.")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_cert_chain(config.certificate, config.key or None)
     except (OSError, ssl.SSLError) as error:
-        raise ValueError(f"certificate {config.certificate!r} cannot be used for TLS: {error}") from error
+        files = f"certificate {config.certificate!r}" + (f" with key {config.key!r}" if config.key else "")
+        raise ValueError(
+            f"{files} cannot be used for TLS ({error}): expected PEM files of a certificate and of its private key."
+        ) from error
     return context

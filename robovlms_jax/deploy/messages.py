@@ -11,6 +11,7 @@ import numpy as np
 
 from robovlms_jax.control.interface import ActionChunk, Observation
 from robovlms_jax.control.robot import RobotSpec, unit_scale
+from robovlms_jax.deploy import codec
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,18 @@ class Reader:
         return [*images, *([STATE_KEYS[0]] if self.state else []), *sensors, *ahead, "prompt"]
 
     def read(self, message: Any, *, prompt: str = "prompt", restart: str = "reset") -> Step:
-        """An observation's map. Raises ValueError that names the field, what was expected and what was found."""
+        """An observation's map. Raises ValueError that names the field, what was expected and what was found.
+        Compressed pictures of other cameras are not decoded."""
+        instruction, again = self.begins(message, prompt=prompt, restart=restart)
+        images = {camera: self._image(message, camera) for camera in self.cameras}
+        executed = message.get("executed")
+        if executed is not None:
+            executed = _numbers(executed, "executed", 2)
+        seen = Observation(images, self._state(message), executed, self._sensors(message), *self._committed(message))
+        return Step(seen, instruction, again)
+
+    def begins(self, message: Any, *, prompt: str = "prompt", restart: str = "reset") -> tuple[str, bool]:
+        """The instruction, and whether an episode is asked to begin; raises as `read`, which looks at the rest, too."""
         if not isinstance(message, dict):
             raise ValueError(f"the message is a {type(message).__name__}; expected a map with {self.keys()}.")
         instruction = message.get(prompt)
@@ -74,12 +86,7 @@ class Reader:
         again = message.get(restart, False)
         if not isinstance(again, bool | np.bool_):
             raise ValueError(f"{restart!r} is {str(again)[:60]!r}; expected true or false.")
-        images = {camera: self._image(message, camera) for camera in self.cameras}
-        executed = message.get("executed")
-        if executed is not None:
-            executed = _numbers(executed, "executed", 2)
-        seen = Observation(images, self._state(message), executed, self._sensors(message), *self._committed(message))
-        return Step(seen, instruction, bool(again))
+        return instruction, bool(again)
 
     def _committed(self, message: Mapping[str, Any]) -> tuple[np.ndarray | None, int]:
         """What is left of the last chunk, and how many of its actions are executed before the answer."""
@@ -107,6 +114,11 @@ class Reader:
         )
 
     def _pixels(self, value: Any, name: str) -> np.ndarray:
+        if isinstance(value, codec.Compressed):
+            try:
+                value = value.pixels()
+            except ValueError as error:
+                raise ValueError(f"picture {name!r}: {error}") from error
         if not isinstance(value, np.ndarray) or value.ndim != 3 or value.dtype.kind not in "uf":
             found = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
             raise ValueError(f"picture {name!r} is {found}; expected uint8[height, width, 3].")

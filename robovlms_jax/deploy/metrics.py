@@ -13,6 +13,8 @@ _HELP = {
     "errors_total": ("counter", "Observations that were answered with an error, by kind."),
     "clipped_actions_total": ("counter", "Answers in which actions were outside the robot's bounds."),
     "batched_steps_total": ("counter", "Steps in all calls of the policy."),
+    "compilations_total": ("counter", "Programs that were compiled; more after the start: robots wait meanwhile."),
+    "compilation_seconds_total": ("counter", "Seconds of those compilations."),
     "connections": ("gauge", "Connections now."),
     "ready": ("gauge", "1 while requests are served, 0 while the server stops."),
     "inference_seconds": ("histogram", "Seconds of a call of the policy."),

@@ -9,6 +9,7 @@ imported where they are used.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import functools
 import hmac
@@ -81,6 +82,7 @@ class PolicyServer:
         self._reader = dataclasses.replace(reader, max_pixels=config.max_picture_pixels)
         self._bounds = codec.Bounds(message_bytes=config.max_message_bytes)
         self._decode_image, self._executed = decode_image, executed
+        self._readers = concurrent.futures.ThreadPoolExecutor(config.reading_threads, "reading")
         self._inference = InferenceThread(
             policy, max_batch=config.max_batch, max_wait_s=config.max_wait_s, on_batch=self._count_batch
         )
@@ -131,7 +133,8 @@ class PolicyServer:
         while self._sessions and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         self._server.close(close_connections=True)
-        await asyncio.to_thread(self._inference.stop, 5.0)
+        await asyncio.get_running_loop().run_in_executor(self._readers, self._inference.stop, 5.0)
+        self._readers.shutdown(wait=False, cancel_futures=True)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -238,8 +241,8 @@ class PolicyServer:
             try:
                 if isinstance(message, str):
                     raise ValueError("the message is text; expected a binary msgpack map.")
-                content = await self._unpack(message)
-                actions, beside, infer_ms = await self._step(session, self._reader.read(content))
+                step = await self._apart(message, lambda message=message: self._reader.read(self._unpack(message)))
+                actions, beside, infer_ms = await self._step(session, step)
             except Exception as error:
                 self._failed(error)
                 if await self._send(session, f"{type(error).__name__}: {error}"):
@@ -260,7 +263,7 @@ class PolicyServer:
             session.busy, started, sequence = True, time.perf_counter(), 0
             try:
                 kind, payload, sequence = await self._envelope(message)
-                answer = await self._vla_eval_answer(session, kind, payload)
+                answer = await self._vla_eval_answer(session, kind, payload, message)
                 if kind == "observation":
                     self._answered(session, time.perf_counter() - started)
                 late = False
@@ -276,16 +279,20 @@ class PolicyServer:
                 await session.socket.close(1011, "the policy did not answer in time")
                 return
 
-    async def _unpack(self, message: bytes) -> Any:
-        """A large message, or one with compressed pictures, is read in a thread: other robots do not wait for it."""
+    def _unpack(self, message: bytes) -> Any:
+        return codec.unpack(message, self._bounds, self._decode_image)
+
+    async def _apart(self, message: bytes, read: Callable[[], Any]) -> Any:
+        """read(), in a thread where the message is large or has compressed pictures: other robots do not wait for it.
+        A connection has one message under way, so no more than there are slots wait for a thread."""
         if len(message) <= SMALL and b"__image__" not in message:
-            return codec.unpack(message, self._bounds, self._decode_image)
-        return await asyncio.to_thread(codec.unpack, message, self._bounds, self._decode_image)
+            return read()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, read)
 
     async def _envelope(self, message: bytes | str) -> tuple[str, dict, int]:
         if isinstance(message, str):
             raise ValueError("the message is text; expected a binary msgpack map.")
-        content = await self._unpack(message)
+        content = await self._apart(message, lambda: self._unpack(message))
         if not isinstance(content, dict) or not {"type", "payload", "seq", "timestamp"} <= set(content):
             raise ValueError("expected a map with type, payload, seq and timestamp.")
         kind, payload, sequence = content["type"], content["payload"], content["seq"]
@@ -293,7 +300,9 @@ class PolicyServer:
             raise ValueError("type must be text, payload a map and seq a whole number.")
         return kind, payload, sequence
 
-    async def _vla_eval_answer(self, session: Session, kind: str, payload: dict) -> tuple[str, dict] | None:
+    async def _vla_eval_answer(
+        self, session: Session, kind: str, payload: dict, message: bytes
+    ) -> tuple[str, dict] | None:
         if kind == "hello":
             session.benchmark = str(payload.get("benchmark", ""))[:200]
             wanted = {"send_wrist_image": "wrist" in self._reader.cameras, "send_state": self._reader.state}
@@ -307,8 +316,11 @@ class PolicyServer:
         states = payload.get("states")
         if "calvin" in session.benchmark.lower() and isinstance(states, np.ndarray) and states.shape == (8,):
             payload = {**payload, "states": messages.calvin_state(states)}
-        step = self._reader.read(payload, prompt="task_description", restart="episode_restart")
-        if step.restart or step.instruction != session.instruction or not session.queued:
+        names = {"prompt": "task_description", "restart": "episode_restart"}
+        instruction, restart = self._reader.begins(payload, **names)
+        # Of an observation that the policy is not asked about nothing else is read.
+        if restart or instruction != session.instruction or not session.queued:
+            step = await self._apart(message, lambda: self._reader.read(payload, **names))
             actions, _, _ = await self._step(session, step)
             session.queued = list(messages.in_si_units(actions[: self._executed], self.robot))
         return "action", {"actions": session.queued.pop(0)}

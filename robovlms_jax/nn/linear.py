@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-
 Storage = Literal["float", "int8", "w8a8"]
 """See `Kernel`."""
 

@@ -100,9 +100,10 @@ def _image(observation: Observation, camera: str, cameras: Sequence[str]) -> np.
 class Pictures:
     """The pictures of all slots, as one array per camera.
 
-    While all slots send one size, pictures are batched as they are and resized on the device. As soon as a second size
-    comes, each is resized to the model's before it is batched, and so it stays: a slot's pictures never depend on what
-    the others send, and a camera has two shapes in a policy's life at most.
+    While all slots send one size per camera, pictures are batched as they are and resized on the device. As soon as a
+    camera's second size comes, all cameras' are resized to the model's before they are batched, and so it stays: a
+    slot's pictures never depend on what the others send, and a policy's pictures have two sets of shapes in its life at
+    most.
     """
 
     def __init__(self, cameras: Sequence[str], slots: int, spec: pictures.ImageSpec):
@@ -111,11 +112,26 @@ class Pictures:
         self.changes: list[str] = []
         """Why shapes are not what they were before the last `put`."""
 
+    @property
+    def model_sizes(self) -> dict[str, tuple[int, int]]:
+        """Camera -> height and width of what the model sees."""
+        return dict.fromkeys(self._cameras, (self._spec.size, self._spec.size))
+
+    def settle(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Pictures are batched in these sizes, camera -> height and width, until another comes."""
+        self._arrays = {camera: np.zeros((self._slots, *sizes[camera], 3), np.uint8) for camera in self._cameras}
+
     def put(self, seen: Mapping[int, Checked]) -> dict[str, np.ndarray]:
         """Slot -> observation; camera -> uint8[slots, height, width, 3]. Rows of other slots mean nothing."""
         self.changes = []
-        for camera in self._cameras:
-            array = self._room(camera, {slot: x.images[camera].shape[:2] for slot, x in seen.items()})
+        if not self._arrays:
+            first = next(iter(seen.values()))
+            self.settle({camera: first.images[camera].shape[:2] for camera in self._cameras})
+        sizes = {camera: array.shape[1:3] for camera, array in self._arrays.items()}
+        if sizes != self.model_sizes and (other := self._other(seen, sizes)):
+            self.changes.append(other)
+            self.settle(self.model_sizes)
+        for camera, array in self._arrays.items():
             for slot, x in seen.items():
                 image = x.images[camera]
                 if image.shape != array.shape[1:]:
@@ -123,21 +139,17 @@ class Pictures:
                 array[slot] = image
         return dict(self._arrays)
 
-    def _room(self, camera: str, sizes: Mapping[int, tuple[int, int]]) -> np.ndarray:
-        """The camera's array, made anew where its pictures' shape has to change."""
-        model = (self._spec.size, self._spec.size)
-        array = self._arrays.get(camera)
-        now = next(iter(sizes.values())) if array is None else array.shape[1:3]
-        other = next((slot for slot, size in sizes.items() if size != now), None)
-        if other is not None and now != model:
-            self.changes.append(
-                f"slot {other}'s {camera} picture is {_text(sizes[other])} and others were {_text(now)}, so from "
-                f"now on each is resized to {_text(model)} before they are batched"
-            )
-            now, array = model, None
-        if array is None:
-            array = self._arrays[camera] = np.zeros((self._slots, *now, 3), np.uint8)
-        return array
+    def _other(self, seen: Mapping[int, Checked], sizes: Mapping[str, tuple[int, int]]) -> str:
+        """What is of another size than `sizes` say, in words; "" if nothing is."""
+        for slot, x in seen.items():
+            for camera, size in sizes.items():
+                if x.images[camera].shape[:2] != size:
+                    return (
+                        f"slot {slot}'s {camera} picture is {_text(x.images[camera].shape)} and others were "
+                        f"{_text(size)}, so from now on each is resized to {self._spec.size}x{self._spec.size} before "
+                        "they are batched"
+                    )
+        return ""
 
 
 def _text(size: Sequence[int]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -78,10 +80,12 @@ class BatchedVLAPolicy:
     """`slots` episodes served by one compiled step. Slots are independent; any subset may be asked at a time.
 
     The step is compiled for the pictures' shapes and the length that prompts are padded to, the longest of the episodes
-    under way; a new compilation is logged with its reason. Calls from several threads wait for each other, and one
-    thread acts in an episode (see `episodes.Episodes`). A call that is refused changes nothing, except that slots to be
-    reset are left without an episode, as all slots are after a step that failed as a whole. Actions that are not finite
-    end the episode they are of, and no other.
+    under way; a new compilation is logged with its reason. With `prompt_lengths` (tokens), prompts are padded to the
+    shortest of these that fits and longer ones are refused, so that after `warm_up` nothing is compiled.
+
+    Calls from several threads wait for each other, and one thread acts in an episode (see `episodes.Episodes`). A call
+    that is refused changes nothing, except that slots to be reset are left without an episode, as all slots are after a
+    step that failed as a whole. Actions that are not finite end the episode they are of, and no other.
     """
 
     def __init__(
@@ -91,11 +95,13 @@ class BatchedVLAPolicy:
         encode_text: EncodeText,
         slots: int,
         calibration: confidence.Calibration | None = None,
+        prompt_lengths: Sequence[int] = (),
     ):
         if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
             raise ValueError(f"slots={slots!r}: expected how many episodes to serve, at least 1.")
         self.model, self.params, self.slots, self.robot = model, params, slots, model.config.robot
         self.encode_text, self._calibration = encode_text, calibration
+        self.prompt_lengths = tuple(sorted(prompt_lengths))
         # The carry always lies where the parameters lie: were it placed anew by the first call, the second would
         # compile again.
         place = jax.tree.leaves(params)[0].sharding
@@ -123,17 +129,54 @@ class BatchedVLAPolicy:
             self._episodes.end(slots)
             slots = self._episodes.check(slots, instructions, "instructions")
             texts = [self._text_of(slot, instruction) for slot, instruction in zip(slots, instructions)]
-            for slot, instruction, text in zip(slots, instructions, texts):
-                self._episodes.begin(slot, instruction, *text)
-            try:
-                self._fit_text()
-                for slot in slots:
-                    self._carry = self._reset(self._carry, slot)
-                    self._readings.reset(slot)
-                    self._planned[slot] = np.nan
-            except BaseException:
-                self._forget()
-                raise
+            self._begin(slots, instructions, texts)
+
+    def _begin(self, slots: Sequence[int], instructions: Sequence[str], texts: Sequence[Any]) -> None:
+        """New episodes; texts: ids and mask of each."""
+        for slot, instruction, text in zip(slots, instructions, texts):
+            self._episodes.begin(slot, instruction, *text)
+        try:
+            self._fit_text()
+            for slot in slots:
+                self._carry = self._reset(self._carry, slot)
+                self._readings.reset(slot)
+                self._planned[slot] = np.nan
+        except BaseException:
+            self._forget()
+            raise
+
+    def warm_up(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Compile all that control can meet: prompts of every length of `prompt_lengths`, in any order, with pictures of
+        these sizes (camera -> height, width) and with what others are resized to, the model's.
+
+        All episodes end. Raises ValueError without `prompt_lengths`: there is no end to the lengths of prompts.
+        """
+        if not self.prompt_lengths:
+            raise ValueError("warm_up needs prompt_lengths, the lengths that prompts are padded to.")
+        texts = [(np.zeros(length, np.int32), np.ones(length, bool)) for length in self.prompt_lengths]
+        slots, words = list(range(self.slots)), ["warm-up"] * self.slots
+        with self._lock:
+            # Those of these sizes last: they are what the first robot is expected to send.
+            for chosen in [self._pictures.model_sizes, dict(sizes)]:
+                self._pictures.settle(chosen)
+                for text in texts:
+                    self._begin(slots, words, [text] * self.slots)
+                    self._act_blindly(chosen, len(text[0]))
+            for first, then in itertools.permutations(texts, 2):
+                self._begin(slots, words, [first] * self.slots)
+                self._begin(slots, words, [then] * self.slots)
+            self._episodes.end(slots)
+
+    def _act_blindly(self, sizes: Mapping[str, tuple[int, int]], text_length: int) -> None:
+        """A step of each kind, in all slots, with black pictures."""
+        images = {camera: np.zeros((*sizes[camera], 3), np.uint8) for camera in self.model.config.cameras}
+        seen = Observation(images, np.zeros(len(self.robot.state), np.float32) if self.robot.state else None)
+        shapes = [(self.slots, *image.shape) for image in images.values()]
+        self._compiled |= {(text_length, planned, *shapes) for planned in (False, True)[: 1 + self.takes_plan]}
+        slots = list(range(self.slots))
+        chunks = self.act([seen] * self.slots, slots)
+        if self.takes_plan:  # a step of its own
+            self.act([dataclasses.replace(seen, committed=chunk.actions) for chunk in chunks], slots)
 
     def release(self, slots: Sequence[int]) -> None:
         """Episodes that are over: acting there is an error until the next reset, and their instructions count no more
@@ -243,7 +286,19 @@ class BatchedVLAPolicy:
             ids, mask = self.encode_text(instruction)
         except ValueError as error:
             raise ValueError(f"slot {slot}: {error}") from error
-        return np.asarray(ids, np.int32), np.asarray(mask, bool)
+        ids, mask = np.asarray(ids, np.int32), np.asarray(mask, bool)
+        if not self.prompt_lengths:
+            return ids, mask
+        tokens = int(mask.sum())  # padding is on the right
+        length = next((length for length in self.prompt_lengths if length >= tokens), 0)
+        if not length:
+            raise ValueError(
+                f"slot {slot}: the prompt of {instruction[:60]!r} has {tokens} tokens, and this policy is ready for "
+                f"prompts of {list(self.prompt_lengths)}. Shorten the instruction, or serve with longer prompt_lengths."
+            )
+        padded, real = np.zeros(length, np.int32), np.arange(length) < tokens
+        padded[:tokens] = ids[:tokens]
+        return padded, real
 
     def _fit_text(self) -> None:
         """Prompts are padded to the longest one of the episodes under way; what is kept between steps follows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -56,11 +56,13 @@ def load_batched_policy(
     slots: int,
     policy: Mapping[str, Any] | None = None,
     weights: Weights | None = None,
+    prompt_lengths: Sequence[int] = (),
 ) -> BatchedVLAPolicy:
     """The same for `slots` robots or simulators at once; what one of them sends or is asked changes nothing for the
-    others."""
+    others. prompt_lengths: see `BatchedVLAPolicy`."""
     opened = open_model(path, policy, weights)
-    return BatchedVLAPolicy(*opened, slots=slots, calibration=saved.read_calibration(checkpoints.locate(path)))
+    calibration = saved.read_calibration(checkpoints.locate(path))
+    return BatchedVLAPolicy(*opened, slots=slots, calibration=calibration, prompt_lengths=prompt_lengths)
 
 
 def load_config(path: str | pathlib.Path) -> ExperimentConfig:

@@ -13,6 +13,7 @@ import pytest
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.deploy import client as clients
 from robovlms_jax.deploy import codec
+from robovlms_jax.deploy import conversation as conversations
 from robovlms_jax.deploy.client import Client, ClientConfig, ServerError
 from tests.deploy.served import Counting, observation, serving, steps, url
 
@@ -20,13 +21,13 @@ pytest.importorskip("websockets", reason="the server needs the extra `serve`")
 
 
 def test_a_clock_that_is_set_meanwhile_is_measured_anew(monkeypatch):
-    conversation = clients._Conversation()
+    conversation = conversations.Conversation()
     conversation.metadata = {"action_dim": 7}
 
     def exchange(sent_s, received_s, answered_s, came_s):
         timing = {"received_s": received_s, "sent_s": answered_s}
         reply = codec.pack({"actions": np.zeros((4, 7), np.float32), "server_timing": timing})
-        monkeypatch.setattr(clients.time, "time", lambda: came_s)
+        monkeypatch.setattr(conversations.time, "time", lambda: came_s)
         conversation.answered(reply, sent_s)
         return conversation.clock
 
@@ -110,10 +111,10 @@ def test_a_servers_error_reaches_our_client():
 
 
 def test_a_clock_that_jumps_without_a_trace_in_the_round_trip_is_measured_anew(monkeypatch):
-    conversation = clients._Conversation()
+    conversation = conversations.Conversation()
 
     def exchange(offset, round_trip):
-        monkeypatch.setattr(clients.time, "time", lambda: 10 + round_trip)
+        monkeypatch.setattr(conversations.time, "time", lambda: 10 + round_trip)
         timing = {"received_s": 10 + round_trip / 2 + offset, "sent_s": 10 + round_trip / 2 + offset}
         conversation._set_clock(timing, 10.0, 10.0 + round_trip)
         return conversation.clock.offset_s

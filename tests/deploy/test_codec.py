@@ -83,7 +83,7 @@ def entry(**changes):
         (b"\x91" * 5000 + b"\xc0", "cannot be read|no msgpack"),
         (b"\xdf\xff\xff\xff\xff", "cannot be read|no msgpack"),
         (msgpack.packb(msgpack.ExtType(1, b"x")), "cannot be read"),
-        (msgpack.packb({"x": {"__image__": True, "format": "png", "data": b""}}), "is not read here"),
+        (msgpack.packb({"x": {"__image__": True, "format": "png", "data": "text"}}), "data are no bytes"),
     ],
 )
 def test_a_hostile_message_is_refused_and_says_why(content, what):
@@ -112,17 +112,20 @@ def test_many_small_things_are_bounded_together():
     with pytest.raises(ValueError, match="more than 100 entries"):
         codec.unpack(msgpack.packb([[{} for _ in range(20)] for _ in range(20)]), whole)
     codec.unpack(msgpack.packb([[{} for _ in range(5)] for _ in range(5)]), whole)
-    decoded = []
-
-    def decode(data):
-        decoded.append(data)
-        return np.zeros((1, 1, 3), np.uint8)
-
     picture = {"__image__": True, "format": "png", "data": b"x"}
-    codec.unpack(msgpack.packb([picture] * 2), whole, decode)
+    codec.unpack(msgpack.packb([picture] * 2), whole)
     with pytest.raises(ValueError, match="more than 2 compressed pictures"):
-        codec.unpack(msgpack.packb([picture] * 50), whole, decode)
-    assert len(decoded) == 4
+        codec.unpack(msgpack.packb([picture] * 50), whole)
     large = codec.Bounds(pixels=3)
+    first, second = codec.unpack(msgpack.packb([picture] * 2), large, lambda data: np.zeros((2, 1, 3), np.uint8))
+    assert first.pixels().shape == (2, 1, 3)
     with pytest.raises(ValueError, match="more than 3 pixels in them"):
-        codec.unpack(msgpack.packb([picture] * 2), large, lambda data: np.zeros((2, 1, 3), np.uint8))
+        second.pixels()
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", 3])
+def test_a_compressed_picture_that_cannot_be_decoded_is_refused_by_who_reads_it(kind):
+    message = msgpack.packb({"x": {"__image__": True, "format": kind, "data": b"x"}})
+    read = codec.unpack(message, BOUNDS, None if kind == "png" else lambda data: np.zeros((1, 1, 3), np.uint8))
+    with pytest.raises(ValueError, match=f"format '{kind}' is not read here"):
+        read["x"].pixels()

@@ -13,6 +13,7 @@ from robovlms_jax.control.interface import ActionChunk, Observation
 from robovlms_jax.control.robot import CALVIN
 from robovlms_jax.deploy import client as clients
 from robovlms_jax.deploy import codec, messages
+from robovlms_jax.deploy import conversation as conversations
 from robovlms_jax.deploy.client import Client
 from robovlms_jax.deploy.limits import MOBILE, Limits
 from robovlms_jax.deploy.loop import run
@@ -55,7 +56,7 @@ def test_confidence_travels_with_every_action():
     "wrong", [{"uncertainty": DOUBT[:1]}, {"interval": WIDTH * np.nan}, {"coverage": "much"}, {"uncertainty": "low"}]
 )
 def test_an_answer_with_impossible_confidence_is_refused(wrong):
-    conversation = clients._Conversation()
+    conversation = conversations.Conversation()
     conversation.metadata = {"action_dim": 7}
     with pytest.raises(clients.ServerError, match=next(iter(wrong))):
         conversation.answered(codec.pack({"actions": np.zeros((HORIZON, 7), np.float32), **wrong}), 0.0)
@@ -63,9 +64,9 @@ def test_an_answer_with_impossible_confidence_is_refused(wrong):
 
 def test_what_is_left_of_a_chunk_travels_to_policies_that_go_on_from_it():
     seen = Observation({"static": picture()}, committed=np.ones((3, 7)), delay=2)
-    conversation = clients._Conversation()
+    conversation = conversations.Conversation()
     conversation.instruction = "go"
-    message = codec.unpack(conversation.request(seen), clients.BOUNDS)
+    message = codec.unpack(conversation.request(seen), conversations.BOUNDS)
     reader = messages.Reader(("static",), committed=True)
     step = reader.read(message)
     np.testing.assert_array_equal(step.observation.committed, np.ones((3, 7)))

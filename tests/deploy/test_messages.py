@@ -9,7 +9,7 @@ import pytest
 
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.control.robot import CALVIN
-from robovlms_jax.deploy import client, codec, messages
+from robovlms_jax.deploy import codec, conversation, messages
 
 READER = messages.Reader(("static", "wrist"), max_pixels=10_000, state=True)
 PICTURE = np.full((6, 8, 3), 7, np.uint8)
@@ -93,13 +93,13 @@ def test_actions_for_vla_eval_are_metres_and_radians():
 def test_readings_of_sensors_come_over_the_line_and_silent_ones_do_not():
     reader = dataclasses.replace(READER, sensors={"torque": (2,), "cloud": (None, 3), "imu": (4, 6)})
     assert "observation/sensors/torque" in set(reader.keys())
-    conversation = client._Conversation()
-    conversation.instruction = "open"
+    talk = conversation.Conversation()
+    talk.instruction = "open"
     cloud = np.full((5, 3), np.nan)
     seen = Observation(
         {"static": PICTURE, "wrist": PICTURE}, np.zeros(7), sensors={"torque": [1, 2], "cloud": cloud, "imu": None}
     )
-    step = reader.read(codec.unpack(conversation.request(seen), codec.Bounds()))
+    step = reader.read(codec.unpack(talk.request(seen), codec.Bounds()))
     assert set(step.observation.sensors) == {"torque", "cloud"}
     np.testing.assert_array_equal(step.observation.sensors["torque"], np.float32([1, 2]))
     np.testing.assert_array_equal(step.observation.sensors["cloud"], cloud)

@@ -7,6 +7,7 @@ import concurrent.futures
 import shutil
 import ssl
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -179,7 +180,7 @@ def test_actions_out_of_bounds_are_clipped_and_it_is_said():
     with serving(policy) as server, Client(url(server)) as robot:
         robot.reset("open")
         assert robot.act(observation()).actions.max() == 1
-        assert robot.conversation.last_reply["clipped"][:2] == ["x", "y"]
+        assert robot.last_reply["clipped"][:2] == ["x", "y"]
 
 
 def test_health_and_metrics_answer_while_the_model_runs():
@@ -308,6 +309,65 @@ def test_a_conversation_as_vla_evals_harness_has_it():
         assert act(14) == 1  # the connection stays; the episode begins anew
 
 
+def test_vla_evals_connection_is_closed_after_an_answer_that_takes_too_long():
+    with (
+        serving(Counting(delay_s=0.5), request_timeout_s=0.1) as server,
+        connect(url(server, "/vla-eval")) as line,
+    ):
+        seen = {"images": {"static": message()["observation/image"]}, "task_description": "push"}
+        line.send(envelope("observation", seen, 3))
+        error = read(line)
+        assert (error["type"], error["seq"]) == ("error", 3) and "did not answer in 0.1 s" in error["payload"]["error"]
+        with pytest.raises(ConnectionClosed, match=r"1011.*did not answer in time"):
+            line.recv(5)
+
+
+def test_only_pictures_that_the_policy_looks_at_are_decoded():
+    decoded = []
+
+    def decode(data):
+        decoded.append(data)
+        return message()["observation/image"]
+
+    def picture(data):
+        return {"__image__": True, "format": "png", "data": data}
+
+    images = {"static": picture(b"static"), "wrist": picture(b"wrist"), "depth": picture(b"\0" * 100_000)}
+    with (
+        serving(Counting(), executed=2, decode_image=decode) as server,
+        connect(url(server)) as openpi,
+        connect(url(server, "/vla-eval")) as harness,
+    ):
+        read(openpi)
+        assert steps(ask(openpi, images=images, **{"observation/image": picture(b"image")})) == 1
+        assert decoded == [b"image"]
+        for seq in range(3):  # the second is answered from the chunk: nothing of it is looked at
+            harness.send(envelope("observation", {"images": images, "task_description": "push"}, seq))
+            assert read(harness)["type"] == "action"
+        assert decoded[1:] == [b"static", b"static"]
+
+
+def test_messages_are_read_in_threads_of_the_servers_own_and_not_in_more():
+    names, room = set(), threading.Barrier(2, timeout=5)
+
+    def decode(data):
+        names.add(threading.current_thread().name)
+        room.wait()
+        return message()["observation/image"]
+
+    picture = {"__image__": True, "format": "png", "data": b"x"}
+    with serving(Counting(slots=4), decode_image=decode, reading_threads=2) as server:
+
+        def robot(number):
+            with connect(url(server)) as line:
+                read(line)
+                return steps(ask(line, **{"observation/image": picture}))
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(robot, range(4))) == [1] * 4
+    assert {name.rpartition("_")[0] for name in names} == {"reading"} and len(names) == 2
+
+
 def test_a_client_that_does_not_read_its_answers_is_dropped():
     class Full:
         """A connection whose buffers are full."""
@@ -356,7 +416,14 @@ def test_tls_and_a_client_that_trusts_the_certificate(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"token_file": "x", "token": "x"}, {"port": -1}, {"max_wait_s": -1.0}, {"send_timeout_s": 0.0}, {"key": "x"}],
+    [
+        {"token_file": "x", "token": "x"},
+        {"port": -1},
+        {"max_wait_s": -1.0},
+        {"send_timeout_s": 0.0},
+        {"key": "x"},
+        {"reading_threads": 0},
+    ],
 )
 def test_settings_that_are_none_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):

@@ -82,3 +82,12 @@ def test_what_is_wrong_with_the_address_is_found_before_anything_is_loaded(tmp_p
     (tmp_path / "token").touch()
     with pytest.raises(ValueError, match="is empty; expected one line with the token"):
         serve.build(serve.ServeConfig("nowhere", server=ServerConfig(port=0, token_file=str(tmp_path / "token"))))
+    for name in ("certificate", "key"):
+        files = {"certificate": str(tmp_path / "token"), name: str(tmp_path / "nowhere.pem")}
+        with pytest.raises(ValueError, match=f"{name} '.*nowhere.pem' is no file"):
+            serve.build(serve.ServeConfig("nowhere", server=ServerConfig(port=0, **files)))
+    (tmp_path / "bad.pem").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    (tmp_path / "key.pem").write_text("no key")
+    bad = {"certificate": str(tmp_path / "bad.pem"), "key": str(tmp_path / "key.pem")}
+    with pytest.raises(ValueError, match=r"certificate '.*bad.pem' with key '.*key.pem' cannot be used for TLS"):
+        serve.build(serve.ServeConfig("nowhere", server=ServerConfig(port=0, **bad)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,11 +37,13 @@ def encode(instruction):
 @pytest.fixture(scope="module")
 def served():
     model = toy.make_model(**CONFIG)
+    return model, toy.random_params(model, blank_batch(model))
+
+
+def blank_batch(model):
     batch = toy.make_batch(np.random.default_rng(0))
-    batch = batch.replace(
-        inputs=batch.inputs.replace(**sensors.blank(model.config.all_sensors, *batch.inputs.step_mask.shape))
-    )
-    return model, toy.random_params(model, batch)
+    blank = sensors.blank(model.config.all_sensors, *batch.inputs.step_mask.shape)
+    return batch.replace(inputs=batch.inputs.replace(**blank))
 
 
 @pytest.fixture(scope="module")
@@ -266,3 +269,43 @@ def test_a_step_that_fails_ends_the_episodes_and_the_policy_goes_on(policy, serv
 def test_a_number_of_slots_that_cannot_be_served_is_refused(policy, slots):
     with pytest.raises(ValueError, match="expected how many episodes to serve"):
         serving.BatchedVLAPolicy(policy.model, policy.params, None, slots)
+
+
+@pytest.mark.parametrize("history", ["policy_head", pytest.param("interleaved", marks=pytest.mark.slow)])
+def test_after_the_warm_up_no_prompt_and_no_picture_compiles_anything(served, caplog, history):
+    model, params = served
+    if history != "policy_head":
+        model = dataclasses.replace(
+            model, config=dataclasses.replace(model.config, history=history, head=toy.HEADS["mlp"])
+        )
+        params = toy.random_params(model, blank_batch(model))
+    policy = serving.BatchedVLAPolicy(model, params, encode, slots=2, prompt_lengths=(LONG, 6))
+    policy.warm_up({"static": (20, 20), "wrist": (12, 12)})
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    with caplog.at_level(logging.INFO, logger=serving.__name__):
+        policy.reset([0], ["open"])
+        policy.act([look(0)], [0])
+        policy.reset([1], ["open the drawer"])  # longer, beside an episode that goes on
+        policy.act([look(1), look(2)], [0, 1])
+        policy.act([look(1, static=(30, 26))], [1])  # and another size
+        policy.release([1])
+        policy.reset([1], ["close"])
+        policy.act([look(1), look(2, wrist=(9, 9))], [0, 1])
+    assert compiled == [] and not caplog.records
+    with pytest.raises(ValueError, match=r"slot 0: .* 17 tokens; at most 16"):
+        policy.reset([0], ["x" * 17])
+
+
+def test_prompts_are_padded_to_the_shortest_of_the_lengths_and_longer_ones_are_refused(served):
+    policy = serving.BatchedVLAPolicy(*served, encode, slots=1, prompt_lengths=(12, 6))
+    for instruction, length in (("open", 6), ("pull it", 12)):
+        ids, mask = policy._text_of(0, instruction)
+        assert (len(ids), mask.sum()) == (length, len(instruction))
+        np.testing.assert_array_equal(ids[mask], encode(instruction)[0][: len(instruction)])
+    with pytest.raises(ValueError, match=r"'open the drawer' has 15 tokens, .* prompts of \[6, 12\]\. Shorten"):
+        policy.reset([0], ["open the drawer"])
+    with pytest.raises(ValueError, match="warm_up needs prompt_lengths"):
+        serving.BatchedVLAPolicy(*served, encode, slots=1).warm_up({})

@@ -116,7 +116,7 @@ def test_weights_are_kept_in_the_type_that_is_asked_for(written):
     assert types(None) == types("float32") == ["float32"] * 3
     assert types("bfloat16") == ["bfloat16", "float32", "float32"]
     assert types("int8") == ["int8", "float32", "float32"]
-    with pytest.raises(ValueError, match=r"weights='int4' is none of \['float32', 'bfloat16', 'int8'\]"):
+    with pytest.raises(ValueError, match=r"weights='int4' is none of \['float32', 'bfloat16', 'int8', 'w8a8'\]"):
         load.load_policy(written, weights="int4")
 
 
