@@ -92,27 +92,14 @@ def unpack(message: bytes, bounds: Bounds, decode_image: DecodeImage | None = No
     """
     import msgpack
 
-    most = {"entries": bounds.items_in_all, "compressed pictures": bounds.pictures, "pixels in them": bounds.pixels}
-    left = dict(most)
-
-    def count(what: str, number: int) -> None:
-        left[what] -= number
-        if left[what] < 0:
-            raise ValueError(f"it has more than {most[what]} {what}.")
-
-    def decode(kind: str, data: bytes) -> np.ndarray:
-        if decode_image is None or kind not in ("png", "jpeg"):
-            raise ValueError(f"a picture of format {kind[:20]!r} is not read here; send it as uint8.")
-        picture = decode_image(data)
-        count("pixels in them", picture.shape[0] * picture.shape[1])
-        return picture
+    left = _Left(bounds, decode_image)
 
     def listed(entries: list) -> list:
-        count("entries", 1 + len(entries))
+        left.count("entries", 1 + len(entries))
         return entries
 
     def hook(entry: dict) -> Any:
-        count("entries", 1 + len(entry))
+        left.count("entries", 1 + len(entry))
         for tag, read in (("__ndarray__", _array), ("__npgeneric__", _scalar)):
             if tag.encode() in entry:
                 return read({key.decode(): x for key, x in entry.items() if isinstance(key, bytes)})
@@ -122,10 +109,10 @@ def unpack(message: bytes, bounds: Bounds, decode_image: DecodeImage | None = No
             return entry
         if entry.get("format") == "raw":
             return _array(entry)
-        count("compressed pictures", 1)
+        left.count("compressed pictures", 1)
         if not isinstance(entry.get("data"), bytes):
             raise ValueError("a picture's data are no bytes.")
-        return Compressed(functools.partial(decode, str(entry.get("format")), entry["data"]))
+        return Compressed(functools.partial(left.decode, str(entry.get("format")), entry["data"]))
 
     if len(message) > bounds.message_bytes:
         raise ValueError(f"the message has {len(message)} bytes; at most {bounds.message_bytes} are read.")
@@ -146,6 +133,31 @@ def unpack(message: bytes, bounds: Bounds, decode_image: DecodeImage | None = No
         raise ValueError(f"the message cannot be read: {str(error) or type(error).__name__}") from error
     except Exception as error:  # msgpack raises several kinds for what is cut off, too deep or of an unknown type
         raise ValueError(f"the message is no msgpack map: {type(error).__name__} {error}".strip()) from error
+
+
+class _Left:
+    """How much of what is bounded together a message may still have."""
+
+    def __init__(self, bounds: Bounds, decode_image: DecodeImage | None):
+        self._most = {
+            "entries": bounds.items_in_all,
+            "compressed pictures": bounds.pictures,
+            "pixels in them": bounds.pixels,
+        }
+        self._left, self._decode_image = dict(self._most), decode_image
+
+    def count(self, what: str, number: int) -> None:
+        self._left[what] -= number
+        if self._left[what] < 0:
+            raise ValueError(f"it has more than {self._most[what]} {what}.")
+
+    def decode(self, kind: str, data: bytes) -> np.ndarray:
+        """A compressed picture's pixels."""
+        if self._decode_image is None or kind not in ("png", "jpeg"):
+            raise ValueError(f"a picture of format {kind[:20]!r} is not read here; send it as uint8.")
+        picture = self._decode_image(data)
+        self.count("pixels in them", picture.shape[0] * picture.shape[1])
+        return picture
 
 
 def _array(entry: Mapping[str, Any]) -> np.ndarray:

@@ -146,8 +146,8 @@ class BatchedVLAPolicy:
             raise
 
     def warm_up(self, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Compile all that control can meet: prompts of every length of `prompt_lengths`, in any order, with pictures of
-        these sizes (camera -> height, width) and with what others are resized to, the model's.
+        """Compile all that control can meet: prompts of every `prompt_lengths`, in any order, and pictures of
+        these sizes (camera -> height, width) and of the one that others are resized to.
 
         All episodes end. Raises ValueError without `prompt_lengths`: there is no end to the lengths of prompts.
         """

@@ -85,18 +85,22 @@ def test_control_may_choose_settings_that_change_no_parameter(written):
 
 def test_a_policy_served_in_int8_acts_nearly_as_it_was_trained_to():
     # Within 0.003 where actions reach 0.65: half a step of 255 over the whole range.
+    # With rounded activations twice as far: they and the matrices are rounded about equally.
     plain, stored = load.load_policy(RELEASE), load.load_policy(RELEASE, weights="int8")
+    rounded = load.load_policy(RELEASE, weights="w8a8")
     rng, images = np.random.default_rng(0), {"static": (200, 200, 3), "wrist": (84, 84, 3)}
-    for policy in (plain, stored):
+    for policy in (plain, stored, rounded):
         policy.reset("pick up the red block")
     for _ in range(3):
         state = np.append(rng.normal(size=14), 1.0).astype(np.float32)
         seen = Observation({camera: rng.integers(0, 256, size, np.uint8) for camera, size in images.items()}, state)
-        expected, found = plain.act(seen).actions, stored.act(seen).actions
+        expected, found, both = (policy.act(seen).actions for policy in (plain, stored, rounded))
         assert 0 < np.abs(found - expected).max() < 3e-3
+        assert 0 < np.abs(both - expected).max() < 6e-3 and np.abs(both - found).max() > 0
         assert np.abs(expected[:, :6]).max() > 0.1
 
     before, after = (flatten_dict(policy._batched.params, sep="/") for policy in (plain, stored))
+    jax.tree.map(np.testing.assert_array_equal, rounded._batched.params, stored._batched.params)
     matrices = {path for path, x in after.items() if x.dtype == jnp.int8}
     assert {"backbone/text/layers/attn/q/kernel", "backbone/text/embed/table"} < matrices
     for path, x in before.items():
