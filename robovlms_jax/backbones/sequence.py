@@ -79,7 +79,7 @@ def layout(runs: Sequence[Run], order: Order = Order()) -> Tokens:
     """Put runs behind each other and give every token its place.
 
     Slots follow the order of `runs`. Positions do, too, but for the text's tail: sensors and queries are read right
-    before it. Seen through positions that is upstream's [bos][images][text][queries][eos] for a single prompt, and it
+    before it. Seen through positions that is upstream's `[bos][images][text][queries][eos]` for a single prompt, and it
     stays so for a padded one.
 
     Returns:
