@@ -1,5 +1,6 @@
 # make run   installs into .venv and runs the main job on the embedded simulator
 # make test  installs into .venv and passes the tests
+# make docs  builds the documentation into site/, which opens from disk
 # make test-oldest, make test-newest   a part of the tests with the lower bounds of setup.cfg, and with the newest of
 #            everything, each in an environment of its own; without torch
 # Only Python 3.11+ and git are needed. Packages are installed again only when their lists change.
@@ -12,7 +13,7 @@ BIN := .venv/bin
 VERSION_TESTS := tests/actions tests/data tests/inputs tests/nn tests/parallel tests/policies tests/training tests/test_cli.py \
 	tests/runs/test_config.py tests/test_environments.py tests/test_imports.py tests/experiments/test_plan.py
 
-.PHONY: run test test-slow test-oldest test-newest lint clean always
+.PHONY: run test docs test-slow test-oldest test-newest lint clean always
 
 run: .venv/run
 	$(BIN)/python -m experiments.calvin_abcd $(ARGS)
@@ -22,6 +23,9 @@ test: .venv/test lint
 
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+docs: .venv/test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 test-oldest: .venv-oldest/ready
 test-newest: .venv-newest/ready

@@ -23,7 +23,7 @@ from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.runs import load
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGES = ("*.md", "docs/*.md", "data/README.md", "data/*/README.md", "benchmarks/README.md")
+PAGES = ("*.md", "docs/**/*.md", "data/README.md", "data/*/README.md", "benchmarks/README.md")
 SOURCES = ("robovlms_jax", "experiments", "benchmarks")
 PROGRAMS = sorted(
     f"{folder}.{path.stem}"
