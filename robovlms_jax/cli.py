@@ -81,8 +81,13 @@ def read(config: type[Config] | Config, *, description: str | None = None, argv:
         config, description = _take_whole(config, arguments), f"{description or ''}{_whole_help(config)}" or None
     start = {"f": config} if isinstance(config, type) else {"f": type(config), "default": config}
     options = {"prog": cli_help.program_name(sys.argv[0]), "config": (tyro.conf.AvoidSubcommands,)}
-    with _FILES:
-        return tyro.cli(**start, args=arguments, description=description, **options)
+    try:
+        with _FILES:
+            return tyro.cli(**start, args=arguments, description=description, **options)
+    except SystemExit as end:
+        if end.code == 2 and isinstance(config, type):  # where a flag is missing, the library suggests none
+            print(*cli_help.suggestions(arguments, config), sep="\n", file=sys.stderr)
+        raise
 
 
 def _with_output(arguments: Sequence[str], config: Any) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import functools
 import inspect
 import os
@@ -11,12 +12,15 @@ import re
 import shutil
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from robovlms_jax import schema
 
 _WIDEST = 110
+
+started_as = ""
+"""How the entry point started the running program ("robovlms train bridge"); empty: it was started by itself."""
 
 
 def short_help(
@@ -75,10 +79,35 @@ def with_examples_apart(text: str) -> str:
 
 
 def program_name(argv0: str) -> str:
-    """How the running program is started: "python -m experiments.bridge" for its file in that folder."""
+    """How the running program is started: "python -m experiments.bridge" for its file in that folder, or as the entry
+    point was called."""
+    if started_as:
+        return started_as
     folder, file = os.path.split(os.path.abspath(argv0))
     module = f"{os.path.basename(folder)}.{file.removesuffix('.py')}"
     return f"python -m {module}" if os.path.basename(folder) == "experiments" else file
+
+
+def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, type) of every field of a dataclass, or of an instance, that has no fields of its own or is given
+    whole."""
+    for name, hint in schema.hints(config if isinstance(config, type) else type(config)).items():
+        value = getattr(config, name, None)
+        inner = value if dataclasses.is_dataclass(value) else hint
+        whole = isinstance(hint, type) and issubclass(hint, schema.Tagged)
+        if dataclasses.is_dataclass(inner) and not whole and not hasattr(inner, "to_json"):
+            yield from fields(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name, hint
+
+
+def suggestions(arguments: Sequence[str], config: Any) -> list[str]:
+    """A line for every argument that is no flag of the settings, with the nearest flag that is."""
+    known = [f"--{name}" for name, _ in fields(config)]
+    given = [argument.partition("=")[0].replace("-", "_").replace("__", "--", 1) for argument in arguments]
+    unknown = [flag for flag in given if flag.startswith("--") and flag not in [*known, "--help"]]
+    near = {flag: difflib.get_close_matches(flag, known, n=1) for flag in unknown}
+    return [f"{flag} is no flag of this program; did you mean {names[0]}?" for flag, names in near.items() if names]
 
 
 def document(config: Any, path: str) -> str:

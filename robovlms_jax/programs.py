@@ -1,0 +1,69 @@
+"""The programs of `experiments`, by the commands of the one entry point that start them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import NamedTuple
+
+NAME = "robovlms"
+PACKAGE = "experiments"
+
+
+class Program(NamedTuple):
+    """module: of `experiments`. settings: where, in it, its settings are: a class, presets by name, or a function that
+    returns these; for shell completion. about: one line."""
+
+    module: str
+    settings: str
+    about: str
+
+
+COMMANDS: Mapping[str, Mapping[str, Program]] = {
+    "demo": {"": Program("demo", "DemoConfig", "a robot that obeys in the browser")},
+    "record": {
+        "": Program(
+            "record_playtable", "recording.RecordConfig", "demonstrations by experts in the embedded simulator"
+        ),
+        "questions": Program("playtable_questions", "questions.Settings", "pictures of it with questions and answers"),
+    },
+    "inspect": {"": Program("inspect_data", "Args", "one page about a dataset, before training")},
+    "convert": {
+        "": Program("convert_data", "Args", "a dataset into another format"),
+        "calvin": Program("pack_calvin", "Args", "CALVIN, packed for fast reading"),
+        "weights": Program("convert_weights", "ConvertConfig", "a checkpoint that RoboVLMs released"),
+    },
+    "plan": {"": Program("plan", "presets", "memory per device, without the devices")},
+    "train": {
+        "": Program("calvin_abcd", "PRESETS", "a policy on CALVIN or the embedded simulator; record, train, report"),
+        "bridge": Program("bridge", "PRESETS", "on BridgeData V2"),
+        "google": Program("google_robot", "PRESETS", "on the Google robot's data"),
+        "oxe": Program("oxe_pretrain", "PRESETS", "on a mixture of Open X-Embodiment"),
+        "lerobot": Program("lerobot", "PRESETS", "on a LeRobotDataset of any robot"),
+        "navigation": Program("navigation", "PRESETS", "a mobile base that understands Korean"),
+        "cotrain": Program("cotrain", "PRESETS", "with questions about pictures, in stages"),
+    },
+    "search": {"": Program("search", "PRESETS", "settings tried and ranked")},
+    "compare": {"": Program("compare_structures", "CompareConfig", "every structure of a policy, one table")},
+    "evaluate": {"": Program("evaluate", "EvaluateConfig", "a checkpoint in a simulator, with intervals")},
+    "calibrate": {"": Program("calibrate", "CalibrateConfig", "intervals around a checkpoint's actions")},
+    "serve": {"": Program("serve", "ServeConfig", "a checkpoint to robots on other computers")},
+    "trial": {"": Program("trial", "TrialConfig", "policies on a real robot, compared blind")},
+    "export": {
+        "": Program("export", "ExportConfig", "a control step as StableHLO, ONNX or LiteRT"),
+        "backbone": Program("export_backbone", "ExportBackboneConfig", "a policy's VLM for transformers, or PEFT"),
+    },
+}
+"""Command -> the word after it ("" for none) -> program. Those whose module is not there are left out everywhere."""
+
+COMPLETION = "completion"
+SHELLS = ("bash", "zsh", "fish")
+
+
+def present() -> dict[str, dict[str, Program]]:
+    """COMMANDS with the programs that there are."""
+    found = {
+        command: {word: p for word, p in programs.items() if importlib.util.find_spec(f"{PACKAGE}.{p.module}")}
+        for command, programs in COMMANDS.items()
+    }
+    return {command: programs for command, programs in found.items() if programs}

@@ -1,0 +1,121 @@
+"""`robovlms COMMAND`: every command starts its program, and shells complete what the configurations say."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from robovlms_jax import cli_help, commands, completion, programs
+from tests.processes import run_python
+
+
+def test_help_lists_every_command_and_imports_neither_jax_nor_numpy():
+    code = (
+        "import sys; from robovlms_jax import commands; commands.main(['--help']); "
+        "loaded = {'jax', 'numpy', 'tyro'} & set(sys.modules); assert not loaded, loaded"
+    )
+    shown = run_python("-c", code)
+    for command in (
+        "record",
+        "inspect",
+        "convert",
+        "plan",
+        "train",
+        "search",
+        "compare",
+        "evaluate",
+        "serve",
+        "export",
+    ):
+        assert f"\n  {command} " in shown
+
+
+def test_help_of_training_imports_nothing_that_only_trains():
+    code = (
+        "import runpy, sys; sys.argv = ['x', '--help']\n"
+        "try: runpy.run_module('experiments.calvin_abcd', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end: assert not end.code\n"
+        "loaded = {'grain', 'orbax', 'matplotlib', 'transformers'} & set(sys.modules); assert not loaded, loaded"
+    )
+    assert "--train.steps" in run_python("-c", code)
+
+
+def test_a_command_runs_its_program_as_if_it_had_been_started_itself(monkeypatch):
+    begun = []
+    monkeypatch.setattr(cli_help, "started_as", "")
+    monkeypatch.setattr(sys, "argv", ["robovlms"])
+    monkeypatch.setattr(runpy, "run_module", lambda name, **options: begun.append((name, options, sys.argv[1:])))
+    commands.main(["train", "bridge", "--preset", "sample"])
+    commands.main(["evaluate", "--checkpoint", "run"])
+    as_main = {"run_name": "__main__", "alter_sys": True}
+    assert begun[0] == ("experiments.bridge", as_main, ["--preset", "sample"])
+    assert begun[1] == ("experiments.evaluate", as_main, ["--checkpoint", "run"])
+    assert cli_help.program_name("whatever") == "robovlms evaluate"
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["train", "brigde"], "unknown word after train 'brigde'; did you mean 'bridge'?"),
+        (["completion", "bsah"], "unknown shell 'bsah'; did you mean 'bash'?"),
+        (["completion"], "name a shell: bash, zsh, fish."),
+        (["serve", "runs/sample"], "unknown word after serve 'runs/sample'"),
+    ],
+)
+def test_what_is_misspelt_is_answered_with_the_nearest(typed, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        commands.main(typed)
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_every_program_is_there_and_completes_its_own_flags():
+    for words in programs.present().values():
+        for program in words.values():
+            flags = completion.flags_of(program)
+            assert "--help" in flags and len(flags) > 4, program
+    flags = completion.flags_of(programs.COMMANDS["train"][""])
+    assert "sample" in flags["--preset"] and "lstm" in flags["--policy.head"] and "float32" in flags["--backbone.dtype"]
+
+
+PART = {
+    "train": {"": programs.COMMANDS["train"][""], "bridge": programs.COMMANDS["train"]["bridge"]},
+    "plan": programs.COMMANDS["plan"],
+}
+
+
+def completed(shell, script, words):
+    last = len(words) - 1
+    line = f"COMP_WORDS=({' '.join(words)}); [ -n \"{words[-1]}\" ] || COMP_WORDS[{last}]=''; COMP_CWORD={last}"
+    done = subprocess.run(
+        [shell, "-c", f'{script}\n{line}\n_robovlms\nprintf "%s\\n" "${{COMPREPLY[@]}}"'],
+        capture_output=True,
+        text=True,
+    )
+    assert not done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+def test_bash_completes_commands_words_flags_presets_and_choices():
+    script = completion.script("bash", PART)
+    assert completed("bash", script, ["robovlms", "tr"]) == ["train"]
+    assert completed("bash", script, ["robovlms", "train", "bri"]) == ["bridge"]
+    assert completed("bash", script, ["robovlms", "train", "--train.st"]) == ["--train.steps", "--train.stages"]
+    assert completed("bash", script, ["robovlms", "train", "--preset", "kosmos_lstm_l"]) == ["kosmos_lstm_lora"]
+    assert completed("bash", script, ["robovlms", "train", "bridge", "--preset", "sa"]) == ["sample"]
+    assert completed("bash", script, ["robovlms", "train", "bridge", "--policy.history", "in"]) == ["interleaved"]
+
+
+def test_zsh_and_fish_have_the_same_words():
+    assert completion.script("zsh", PART).startswith("autoload -U +X bashcompinit")
+    fish = completion.script("fish", PART)
+    assert "complete -c robovlms -n __fish_use_subcommand -f -a 'train plan completion'" in fish
+    assert "-l policy.history -x -a 'one_step interleaved" in fish
+    for shell, script in (("zsh", completion.script("zsh", PART)), ("fish", fish)):
+        if shutil.which(shell):
+            assert subprocess.run([shell, "-n"], input=script, text=True, check=False).returncode == 0
