@@ -64,7 +64,8 @@ class VLM(nn.Module):
           count_padding, queries_last: as upstream's training batches have it, see `sequence.Order`.
         Returns:
           Tokens in runs "bos", "image", "text", then those given; P slots per camera, what is around an image included.
-          With an encoder "text" is the decoder's first token alone, and all of the prompt stands beside the sequence.
+          With an encoder "text" is the decoder's first token alone, and all of the prompt stands beside the sequence;
+          with `states="encoder"` it stands in the sequence, and sees itself in both directions.
         """
         c = self.config
         chex.assert_shape(text_mask, text_ids.shape)
@@ -82,7 +83,7 @@ class VLM(nn.Module):
         image = self._image_run(images, image_mask, len(text), attend, question, deterministic=deterministic)
         prompt = [text_run("bos", slice(0, c.lead)), image, text_run("text", slice(c.lead, None))]
         runs = [run.replace(embeds=run.embeds.astype(c.dtype)) for run in runs]
-        if c.encoder is not None:
+        if c.encodes:
             prompt = self._encode(prompt, deterministic=deterministic)
         tail = 0 if attend == "prefix" else c.tail
         return sequence.layout([*prompt, *runs], sequence.Order(tail, count_padding, queries_last))
@@ -90,12 +91,7 @@ class VLM(nn.Module):
     def _encode(self, prompt: Sequence[sequence.Run], *, deterministic: bool) -> list[sequence.Run]:
         """What the decoder reads in place of images and text: the encoder's states beside it, and its first token."""
         tokens = sequence.layout(prompt)
-        length, limit = tokens.mask.shape[1], self.config.encoder.max_positions
-        if self.config.encoder.positions == "learned" and length > limit:
-            raise ValueError(
-                f"pictures and prompt take {length} places, and the encoder of this {self.config.model_type} has "
-                f"learned {limit}. Take fewer cameras, backbone.resampler_latents (64, say), or a larger model."
-            )
+        self._require_places(tokens.mask.shape[1])
         states, _ = self.encoder(tokens, deterministic=deterministic)
         start, real = self.embed_ids(jnp.full((len(states), 1), self.config.start_id)), jnp.ones((len(states), 1), bool)
         return [
@@ -103,6 +99,15 @@ class VLM(nn.Module):
             sequence.Run(start[:, :0], real[:, :0], "bos", "text"),
             sequence.Run(start, real, "text", "text"),
         ]
+
+    def _require_places(self, length: int) -> None:
+        """Raises ValueError where the encoder has learned fewer positions than it is to read."""
+        limit = self.config.encoder.max_positions
+        if self.config.encoder.positions == "learned" and length > limit:
+            raise ValueError(
+                f"pictures and prompt take {length} places, and the encoder of this {self.config.model_type} has "
+                f"learned {limit}. Take fewer cameras, backbone.resampler_latents (64, say), or a larger model."
+            )
 
     def embed_conversation(
         self,
@@ -260,7 +265,14 @@ class VLM(nn.Module):
         self, tokens: Tokens, cache: Cache | None = None, *, deterministic: bool = True
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states float[B, S, D], and where a cache is given the same of these tokens, to be appended."""
-        return self.text(tokens, cache, deterministic=deterministic)
+        if self.config.states == "encoder":
+            self._require_places(tokens.mask.shape[1] + (0 if cache is None else cache.mask.shape[1]))
+        return self._stack(tokens, cache, deterministic=deterministic)
+
+    @property
+    def _stack(self) -> Decoder:
+        """What turns a sequence into hidden states."""
+        return self.encoder if self.config.states == "encoder" else self.text
 
     def embed_ids(self, ids: jax.Array) -> jax.Array:
         """int32[...] -> float[..., D], token embeddings as `decode` takes them."""
@@ -272,7 +284,7 @@ class VLM(nn.Module):
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `length` tokens."""
-        return self.text.init_cache(batch, length, jnp.dtype(self.config.dtype))
+        return self._stack.init_cache(batch, length, jnp.dtype(self.config.dtype))
 
     def __call__(self, images: Mapping[str, jax.Array], text_ids: jax.Array, text_mask: jax.Array) -> jax.Array:
         """Logits float32[B, S, V] of a plain prompt; touches every parameter, so `init` makes them all."""

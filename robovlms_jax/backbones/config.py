@@ -24,6 +24,10 @@ class BackboneConfig:
     attention: Literal["causal", "prefix"] = "causal"
     """causal: RoboVLMs' way for every backbone. prefix: images and prompt see each other in both directions, and action
     queries follow the whole prompt, as PaliGemma was trained."""
+    states: Literal["decoder", "encoder"] = "decoder"
+    """Of models with an encoder and a decoder, where actions are read. decoder: from the decoder's queries, to which
+    all states of the encoder are known. encoder: from the encoder's own states, be it of queries that follow images and
+    prompt or of what policy.pool takes; the decoder's layers are left out."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products. Parameters, norms, softmax and losses stay float32."""
     remat: bool = False

@@ -84,6 +84,9 @@ class VLMConfig:
     connector_tokenizer: str = ""
     """Where the connector reads the instruction, too: the directory, beside the tokenizer's files, of the tokenizer
     that makes its tokens. Empty: it does not."""
+    states: Literal["decoder", "encoder"] = "decoder"
+    """With an encoder: whose hidden states `decode` gives. encoder: it reads sensors and queries, too, behind images
+    and prompt, and the decoder's layers are left out."""
     start_id: int = 0
     """With an encoder: the token that the decoder's sequence begins with."""
     resampler: PerceiverConfig | None = None
@@ -99,6 +102,10 @@ class VLMConfig:
     """Share of the adapters' inputs that is dropped in training."""
 
     def __post_init__(self):
+        if self.states == "encoder" and self.encoder is None:
+            raise ValueError(
+                f"backbone.states='encoder': a {self.model_type} has a decoder alone. Leave it at 'decoder'."
+            )
         if self.encoder is not None and self.attention == "prefix":
             raise ValueError(
                 f"backbone.attention='prefix' means nothing in a {self.model_type}: its encoder reads images and text "
@@ -115,7 +122,12 @@ class VLMConfig:
     @property
     def beside(self) -> bool:
         """Images stand beside the sequence, for the decoder's layers to attend to: as they are, or as encoded."""
-        return self.text.gated is not None or self.encoder is not None
+        return self.text.gated is not None or self.encodes
+
+    @property
+    def encodes(self) -> bool:
+        """An encoder's states of images and text stand beside the decoder's sequence."""
+        return self.encoder is not None and self.states == "decoder"
 
     storage: Storage = "float"
     """Of matrices and token table; int8 is for serving and for training adapters alone, w8a8 for serving."""

@@ -65,10 +65,16 @@ class VLA(nn.Module):
                 f"policy.pool='vision' reads the pictures' own hidden states; those of a {self.vlm.model_type} stand "
                 "beside the sequence and have none. Set policy.pool to text or all."
             )
-        if self.vlm.encoder is not None and config.readout == "pool" and config.pool == "text":
+        if self.vlm.encodes and config.readout == "pool" and config.pool == "text":
             raise ValueError(
                 f"policy.pool='text' reads the prompt's own hidden states; a {self.vlm.model_type} reads the prompt in "
                 "its encoder, and its decoder has none. Set policy.pool=all, or policy.readout=action_query."
+            )
+        if self.vlm.states == "encoder" and (config.readout == "token" or config.history == "video"):
+            raise ValueError(
+                f"backbone.states='encoder' with policy.readout={config.readout!r}, policy.history={config.history!r}: "
+                "words are said by the decoder, and the pictures of a video are put into its prompt. Set "
+                "backbone.states=decoder."
             )
         if self.vlm.encoder is not None and config.auxiliary.caption_weight:
             raise ValueError(

@@ -171,6 +171,7 @@ def with_settings(config: BackboneConfig, published: backbones.VLMConfig) -> bac
         lora_kind=config.lora_kind,
         lora_dropout=config.lora_dropout,
         attention=config.attention,
+        states=config.states,
     )
 
 
@@ -270,7 +271,7 @@ def spare_params(model: VLA, shapes: Any) -> dict[str, tuple[int, ...]]:
     """
     size, ids = model.vlm.image.size, np.zeros((1, *model.vlm.text_shape(8)), np.int32)
     images = {camera: np.zeros((1, size, size, 3), np.float32) for camera in model.config.cameras}
-    vlm = backbones.build(model.vlm)
+    vlm = backbones.build(dataclasses.replace(model.vlm, states="decoder"))
     whole = meshes.unbox(jax.eval_shape(vlm.init, jax.random.key(0), images, ids, np.ones_like(ids, bool)))["params"]
     used = flatten_dict(shapes["backbone"], sep="/")
     return {path: x.shape for path, x in flatten_dict(whole, sep="/").items() if path not in used}

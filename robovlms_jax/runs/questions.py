@@ -68,7 +68,7 @@ def sources_of(config: ExperimentConfig, collections: Collections, backbone: bui
     if not collections.training:
         return Sources({}, {})
     vlm = backbone.vlm
-    if vlm.beside:
+    if vlm.beside or vlm.encoder is not None:
         raise ValueError(
             f"data.vl.paths has {sorted(config.data.vl.paths)}, whose pictures stand among their words; those of a "
             f"{vlm.model_type} stand beside them. Choose another backbone, or leave data.vl.paths empty."

@@ -47,7 +47,7 @@ RULES = (
     Rule("free", ("backbone.remat",), "the same numbers with less memory"),
     Rule(
         "refused",
-        ("backbone.name", "backbone.attention", "backbone.resampler_*", "backbone.lora_*"),
+        ("backbone.name", "backbone.attention", "backbone.states", "backbone.resampler_*", "backbone.lora_*"),
         "it is the architecture that the parameters belong to",
         but=("backbone.lora_dropout",),
     ),

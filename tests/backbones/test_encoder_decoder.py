@@ -15,8 +15,10 @@ from flax.traverse_util import flatten_dict
 
 from robovlms_jax.backbones import base, registry, sequence
 from robovlms_jax.inputs import images as images_module
+from robovlms_jax.policies import objective
 from robovlms_jax.policies.config import AuxiliaryConfig
 from robovlms_jax.policies.histories.base import TokenWindow
+from robovlms_jax.runs import build
 from robovlms_jax.weights import quantize
 from tests import toy
 from tests.backbones import families
@@ -175,6 +177,69 @@ def test_a_longer_prompt_gives_earlier_frames_masked_states(twin):
         fitted = old.fit(new)
         jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.shape, y.shape), fitted, new)
         np.testing.assert_array_equal(fitted.tokens.media.mask, new.tokens.media.mask)
+
+
+def test_the_encoders_own_states_are_the_published_ones_and_queries_behind_them_change_none(each):
+    config = dataclasses.replace(each.config, states="encoder")
+    images, ids, mask = example(config, CAMERAS)
+
+    @jax.jit
+    def ours(params):
+        model, ordered = base.build(config), {camera: images[camera] for camera in CAMERAS}
+        queries = [sequence.query(params["text"]["embed"]["table"][QUERIES], len(ids))]
+        tokens = model.apply({"params": params}, ordered, *as_read(config, ids, mask), queries, method="embed")
+        return tokens, model.apply({"params": params}, tokens, method="decode")[0]
+
+    tokens, hidden = ours(each.params)
+    with torch.no_grad():
+        *_, expected = theirs(each)
+    prompt = slice(0, tokens.slot("text").stop)
+    assert tokens.media is None and tokens.slot("query").start == prompt.stop
+    for row in range(len(ids)):
+        states = np.asarray(hidden[row, prompt])[np.asarray(tokens.mask[row, prompt])]
+        assert relative_error(states, expected[row][: len(states)]) < 1e-5
+
+
+@pytest.mark.parametrize("name", families.ENCODER_DECODER[:2])
+@pytest.mark.parametrize("structure", [("interleaved", "action_query", "mlp"), ("policy_head", "pool", "gpt")])
+def test_policies_read_the_encoders_states_and_have_no_decoder_layers(structure, name):
+    model = dataclasses.replace(
+        toy.make_product(*structure), vlm=dataclasses.replace(registry.get(name).tiny(), states="encoder")
+    )
+    batch = toy.make_batch(np.random.default_rng(0), window=model.config.window, windows=2, chunk=2)
+    params = toy.random_params(model, batch)
+    assert "layers" in params["backbone"]["encoder"] and "layers" not in params["backbone"]["text"]
+    assert jax.eval_shape(lambda p: objective.RobotLoss(model)(p, batch)[0], params).shape == ()
+    layers = [path for path in build.spare_params(model, params) if path.startswith("text/layers/")]
+    assert layers  # a published file's decoder is known, and left out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families.ENCODER_DECODER[:2])
+@pytest.mark.parametrize(
+    "structure",
+    [("one_step", "action_query", "mlp"), ("interleaved", "action_query", "mlp"), ("policy_head", "pool", "gpt")],
+)
+def test_policies_learn_from_the_encoders_states_and_act(structure, name):
+    model = dataclasses.replace(
+        toy.make_product(*structure), vlm=dataclasses.replace(registry.get(name).tiny(), states="encoder")
+    )
+    toy.assert_learns_and_acts(model, steps=20, learning_rate=3e-3, left=0.9)
+
+
+@pytest.mark.parametrize(
+    ("history", "readout", "head"), [("video", "action_query", "mlp"), ("one_step", "token", "discrete")]
+)
+def test_what_needs_the_decoder_is_refused_where_the_encoders_states_are_read(history, readout, head):
+    model = toy.make_product(history, readout, head)
+    model = dataclasses.replace(model, vlm=dataclasses.replace(registry.get(NAME).tiny(), states="encoder"))
+    batch = toy.make_batch(np.random.default_rng(0), window=model.config.window, windows=1, chunk=2)
+    with pytest.raises(
+        ValueError, match=r"backbone.states='encoder' with policy.readout=.*Set backbone.states=decoder"
+    ):
+        toy.random_params(model, batch)
+    with pytest.raises(ValueError, match=r"backbone.states='encoder': a kosmos-2 has a decoder alone"):
+        dataclasses.replace(registry.get("kosmos-2"), states="encoder")
 
 
 @pytest.mark.parametrize(
