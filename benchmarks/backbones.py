@@ -82,6 +82,7 @@ def static(name: str) -> dict[str, float | str]:
     used = {tensor for recipe in recipes.values() for tensor in recipe.tensors}
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     images, ids, mask = oracle.example(config, cameras=("static",))
+    ids, mask = oracle.as_read(config, ids, mask)
     run = lambda p: base.build(config).apply({"params": p}, images, ids, mask, method="embed")  # noqa: E731
     tokens = jax.eval_shape(run, oracle.abstract(config))
     slots = tokens.slot("image").stop - tokens.slot("image").start

@@ -160,6 +160,10 @@ OTHERS = {
     "internvl3_lstm": ("internvl3-1b", {}),
     "idefics3_lstm": ("idefics3-8b-llama3", {}),
     "blip2_lstm": ("blip2-opt-2.7b", {}),
+    "blip2_t5_lstm": ("blip2-flan-t5-xl", {}),
+    "instructblip_lstm": ("instructblip-vicuna-7b", {}),
+    "instructblip_t5_lstm": ("instructblip-flan-t5-xl", {}),
+    "janus_lstm": ("janus-pro-1b", {}),
     "florence2_lstm": ("florence-2-large", {}),
     "smolvlm_lstm": ("smolvlm2-500m", {}),
 }
