@@ -11,12 +11,11 @@ fails is recorded with its last words, and the search goes on.
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import pathlib
 import signal
 import sys
 
+from experiments import protocols
 from robovlms_jax import cli
 from robovlms_jax.runs import logs
 from robovlms_jax.search import report, space, workers
@@ -56,14 +55,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
 
 def _require_settings(config: SearchConfig) -> None:
     """Every combination of values is a configuration, or it is said which field is wrong, before anything runs."""
-    try:
-        presets = importlib.import_module(f"experiments.{config.experiment}").PRESETS
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"search.experiment={config.experiment!r} is no experiment with presets ({error}).") from None
-    if config.start not in presets:
-        near = difflib.get_close_matches(config.start, presets, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"search.start={config.start!r} is no preset of {config.experiment}{hint} {sorted(presets)}")
+    start = protocols.preset(config.experiment, config.start, (), "search")
     fixed = space.fixed(config.fixed)
     fields = space.read(config.space)
     names = {field.name for field in fields}
@@ -77,7 +69,7 @@ def _require_settings(config: SearchConfig) -> None:
     values = [field.values if isinstance(field, space.Values) else _ends(field) for field in fields]
     for row in range(max(map(len, values), default=0)):  # every value once, whatever stands beside it
         setting = {field.name: some[min(row, len(some) - 1)] for field, some in zip(fields, values)}
-        cli.read(presets[config.start], argv=space.flags(fixed | setting))
+        cli.read(start, argv=space.flags(fixed | setting))
 
 
 def _ends(field: space.Range) -> tuple[str, str]:

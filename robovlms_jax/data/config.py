@@ -30,6 +30,41 @@ class OthersConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("data.further")
+class FurtherConfig:
+    """More demonstrations by the same robot, as sources with shares of their own (train.sources and stages say them):
+    a memory of earlier tasks, a new table. Actions and state are scaled as those of data.root."""
+
+    lists: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Name of one's own -> file of episodes, as data.episode_list."""
+    roots: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Name -> directory, as data.root; where it is not named, data.root itself. A name that has no list here has all
+    episodes."""
+    align: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Name -> weight of a loss that keeps the pictures' tokens of that source and of the robot's demonstrations alike:
+    the distance of their means and of their covariances (policies/alignment.py)."""
+    unlabelled: tuple[str, ...] = ()
+    """Sources whose actions are not learned: their pictures alone are seen, by `align`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all these sources."""
+        return tuple(dict.fromkeys((*self.roots, *self.lists)))
+
+    def __post_init__(self):
+        require("robot" not in self.names, "data.further: `robot` is the name of data.root's own demonstrations.")
+        for field in ("align", "unlabelled"):
+            unknown = sorted(set(getattr(self, field)) - set(self.names))
+            require(not unknown, f"data.further.{field} names {unknown}; further sources are {sorted(self.names)}.")
+        wrong = {name: x for name, x in self.align.items() if not x > 0}
+        require(not wrong, f"data.further.align has {wrong}; expected weights above 0.")
+        idle = sorted(set(self.unlabelled) - set(self.align))
+        require(
+            not idle, f"data.further.unlabelled has {idle}, from which nothing is learned without a weight in align."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 @schema.checked("data")
 class DataConfig:
     """Episodes on disk and how they become batches."""
@@ -98,6 +133,7 @@ class DataConfig:
     augment: AugmentConfig = AugmentConfig()
     vl: VLConfig = VLConfig()
     others: OthersConfig = OthersConfig()
+    further: FurtherConfig = FurtherConfig()
     num_threads: int = 8
     """Threads that read and decode, in each worker."""
     num_workers: int = 0
@@ -126,8 +162,13 @@ class DataConfig:
             self.dataset == "lerobot" or not self.conventions,
             f"data.conventions describes a LeRobotDataset; data.dataset is {self.dataset!r}.",
         )
-        both = sorted(set(self.vl.paths) & set(self.others.roots))
-        require(not both, f"data.vl.paths and data.others.roots both have {both}; a source needs a name of its own.")
+        named = [*self.vl.paths, *self.others.roots, *self.further.names]
+        both = sorted({name for name in named if named.count(name) > 1})
+        require(
+            not both,
+            f"data.vl.paths, data.others.roots and data.further have {both} more than once; a source needs a name of "
+            "its own.",
+        )
         require(self.dataset != "", "data.dataset must name a format, dataset, mixture or file.")
         require(
             self.vary_language or not self.paraphrases, "data.paraphrases needs --data.vary_language to have an effect."

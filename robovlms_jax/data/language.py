@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
 from robovlms_jax import json_files
 from robovlms_jax.data import base
 
@@ -34,6 +36,19 @@ class Variation:
         said = (episode.instruction, *episode.rewordings, *self.sentences.get(episode.instruction, ()))
         filled = (t.replace("{instruction}", sentence) for sentence in said for t in self.templates)
         return tuple(dict.fromkeys((*said, *filled)))
+
+
+def numbered(episodes: Iterable[base.Episode], variation: Variation | None) -> tuple[list[str], list[np.ndarray]]:
+    """All sentences, each once, and of each episode which of them it may be told, the recorded one first."""
+    rows: dict[str, int] = {}
+    known: dict[tuple[str, ...], np.ndarray] = {}  # episodes with the same sentences share an array
+    per_episode = []
+    for episode in episodes:
+        said = (episode.instruction,) if variation is None else variation.of(episode)
+        if said not in known:
+            known[said] = np.array([rows.setdefault(sentence, len(rows)) for sentence in said])
+        per_episode.append(known[said])
+    return list(rows), per_episode
 
 
 def every(episodes: Iterable[base.Episode], variation: Variation | None) -> list[str]:

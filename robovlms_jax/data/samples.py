@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from robovlms_jax import types
-from robovlms_jax.data import base, language, order, segments, sensors
+from robovlms_jax.data import base, language, mirror, order, segments, sensors
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ class SegmentSource(Sequence[types.Batch]):
         sensors: Sequence[sensors.Readings] = (),
         embed_sentence: Callable[[str], np.ndarray] | None = None,
         variation: language.Variation | None = None,
+        mirrored: mirror.Mirror | None = None,
     ):
         self.dataset = dataset
         self.cameras, self.sensors = tuple(cameras), tuple(sensors)
@@ -93,7 +94,11 @@ class SegmentSource(Sequence[types.Batch]):
         dataset.allocate(0, self.cameras)  # an unknown camera or sensor is an error now, not in the first batch
         for sensor in self.sensors:
             sensor.require(dataset)
-        self._text_ids, self._text_mask, self._text_rows = _encode_all(dataset.episodes, encode_text, variation)
+        self._mirror = mirrored
+        sentences, self._text_rows = language.numbered(dataset.episodes, variation)
+        said = sentences if mirrored is None else [*sentences, *map(mirror.words, sentences)]
+        self._text_ids, self._text_mask = _encode_all(said, encode_text)
+        self._unmirrored, self._said = len(sentences), said
         self._group_ends = np.cumsum(self.segments.groups([g.num_episodes for g in dataset.groups])[0])
         self._sentences = None
         if embed_sentence is not None:
@@ -111,7 +116,7 @@ class SegmentSource(Sequence[types.Batch]):
     @property
     def num_sentences(self) -> int:
         """Distinct sentences that training may see."""
-        return len(self._text_ids)
+        return self._unmirrored
 
     def parts(self) -> list[order.Part]:
         """Segments of each dataset of a mixture; see `order.Source`. Raises ValueError: one has none."""
@@ -140,6 +145,8 @@ class SegmentSource(Sequence[types.Batch]):
             more["sentences"] = self.num_sentences
         if self.segments.left_pad:
             more["left_pad"] = True
+        if self._mirror is not None:
+            more["mirrored"] = self._mirror.share
         return {
             **more,
             "episodes": f"{len(episodes)} with sha256 {digest.hexdigest()[:16]}",
@@ -237,9 +244,9 @@ class SegmentSource(Sequence[types.Batch]):
         out.actions[:] = _each_once(self.dataset.actions, segment.step_ids)
         self._fill_frames(out.inputs, segment)
         self._fill_extras(out, segment)
-        choices = [self._text_rows[episode] for episode in segment.episode.tolist()]
-        draws_or_first = np.zeros(len(indices), np.int64) if draws is None else draws
-        text = [rows[draw % len(rows)] for rows, draw in zip(choices, draws_or_first.tolist(), strict=True)]
+        text, turned = self._drawn(segment.episode, draws)
+        if turned.any():
+            self._turn(out, np.flatnonzero(turned))
         out.inputs.text_ids[:], out.inputs.text_mask[:] = self._text_ids[text], self._text_mask[text]
         out.inputs.step_mask[:] = segment.seen_mask
         out.action_mask[:] = segment.step_mask
@@ -247,6 +254,31 @@ class SegmentSource(Sequence[types.Batch]):
             self._end_at_goals(out, segment, draws)
         out.window_mask[:] = segment.window_mask
         out.episode[:] = segment.episode
+
+    def _drawn(self, episodes: np.ndarray, draws: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Rows int[n] of the sentences of samples of these episodes, and which samples are mirrored."""
+        choices = [self._text_rows[episode] for episode in episodes.tolist()]
+        turned = np.zeros(len(choices), bool)
+        if draws is None:
+            return np.array([rows[0] for rows in choices]), turned
+        text = np.array([rows[draw % len(rows)] for rows, draw in zip(choices, draws.tolist(), strict=True)])
+        if self._mirror is not None:
+            turned = self._mirror.chosen(draws)
+        return text + self._unmirrored * turned, turned
+
+    def sentences(self, indices: np.ndarray, draws: np.ndarray | None = None) -> list[str]:
+        """What the samples int[n] are told: in training with these random numbers uint32[n], or in evaluation."""
+        text, _ = self._drawn(self.segments.episodes_of(indices), draws)
+        return [self._said[row] for row in text.tolist()]
+
+    def _turn(self, out: types.Batch, rows: np.ndarray) -> None:
+        """Mirror samples int[n] of a batch: pictures, actions and what is told of the robot."""
+        for pictures in (*out.inputs.images.values(), *(out.future or {}).values()):
+            pictures[rows] = pictures[rows, ..., ::-1, :]
+        out.actions[rows] *= self._mirror.action
+        for name, signs in (("proprio", self._mirror.state), ("action_history", self._mirror.action)):
+            if name in out.inputs.sensors:
+                out.inputs.sensors[name][rows] *= signs
 
     def _fill_frames(self, inputs: types.Inputs, segment: segments.Segment) -> None:
         """The images. Steps outside the episode repeat its first or last frame, read once."""
@@ -355,21 +387,11 @@ def _each_once(read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray) -> np.
     return read(distinct)[places.reshape(ids.shape)]
 
 
-def _encode_all(
-    episodes: Sequence[base.Episode], encode_text: EncodeText, variation: language.Variation | None
-) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """(ids int32[sentences, T], mask bool[sentences, T], rows of each episode's sentences, the recorded one first)."""
-    rows: dict[str, int] = {}
-    known: dict[tuple[str, ...], np.ndarray] = {}  # episodes with the same sentences share an array
-    per_episode = []
-    for episode in episodes:
-        said = (episode.instruction,) if variation is None else variation.of(episode)
-        if said not in known:
-            known[said] = np.array([rows.setdefault(sentence, len(rows)) for sentence in said])
-        per_episode.append(known[said])
-    encoded = [encode_text(sentence) for sentence in rows]
-    lengths = {len(ids): sentence for sentence, (ids, _) in zip(rows, encoded, strict=True)}
+def _encode_all(sentences: Sequence[str], encode_text: EncodeText) -> tuple[np.ndarray, np.ndarray]:
+    """ids int32[sentences, T], mask bool[sentences, T]."""
+    encoded = [encode_text(sentence) for sentence in sentences]
+    lengths = {len(ids): sentence for sentence, (ids, _) in zip(sentences, encoded, strict=True)}
     if len(lengths) > 1:
         raise ValueError(f"encode_text must pad every prompt to one length; lengths and an example of each: {lengths}.")
     ids, masks = zip(*encoded, strict=True)
-    return np.stack(ids).astype(np.int32), np.stack(masks).astype(bool), per_episode
+    return np.stack(ids).astype(np.int32), np.stack(masks).astype(bool)

@@ -146,14 +146,14 @@ def augment(key: jax.Array, images: jax.Array, amount: AugmentConfig) -> jax.Arr
 
     In this order, as upstream's RLDS loader has it: random resized crop (square, bilinear), brightness, contrast (about
     the segment's mean colour), saturation (about each pixel's grey), hue (a turn about the grey axis), and at last an
-    erased rectangle. No mirroring.
+    erased rectangle. Mirroring is not among them: it concerns actions and words, too (`data.mirror`).
 
     Args:
       images: [B, G, height, width, 3] in 0 ... 255, any dtype. Give every camera its own key.
     Returns:
       float32 of the same shape in 0 ... 255; `images` itself when nothing is turned on.
     """
-    if amount == AugmentConfig():
+    if amount.of_pictures == AugmentConfig():
         return images
     batch, _, height, width, _ = images.shape
     keys = jax.random.split(key, 6)

@@ -65,13 +65,19 @@ class SourceLoss(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LossBySource:
-    """The loss on batches of several sources, a dictionary of one batch each: the sum of theirs."""
+    """The loss on batches of several sources, a dictionary of one batch each: the sum of theirs.
+
+    between: name -> a loss on the batches of several sources at once, whose `count` and arguments are as `SourceLoss`
+      has them, with the whole dictionary in place of one batch.
+    """
 
     losses: Mapping[str, SourceLoss]
+    between: Mapping[str, SourceLoss] = dataclasses.field(default_factory=dict)
 
     def count(self, batches: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Source -> entries that count."""
-        return {source: loss.count(batches[source]) for source, loss in self.losses.items()}
+        """Source, or name of a loss between sources -> entries that count."""
+        counts = {source: loss.count(batches[source]) for source, loss in self.losses.items()}
+        return counts | {name: loss.count(batches) for name, loss in self.between.items()}
 
     def __call__(
         self,
@@ -94,6 +100,10 @@ class LossBySource:
             elif len(self.losses) > 1:
                 found = {**found, f"loss_{source}": found["loss"]}
             total, metrics = (value if total is None else total + value), {**metrics, **found}
+        for index, (name, loss) in enumerate(self.between.items(), start=len(self.losses)):
+            own = None if key is None else jax.random.fold_in(key, index)
+            value, found = loss(params, batches, own, None if count is None else count[name])
+            total, metrics = total + value, {**metrics, **found}
         return total, {**metrics, "loss": total}
 
 

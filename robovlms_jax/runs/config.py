@@ -77,6 +77,13 @@ class ExperimentConfig:
                 "data.compat_second_norm repeats the scaling by quantiles: set policy.action_scaling=quantile (it is "
                 f"{self.policy.action_scaling})."
             )
+        if any(x.ewc for x in (self.optimizer, *(s.optimizer for s in self.train.stages if s.optimizer))) and (
+            self.train.stages or not self.train.init_from
+        ):
+            raise ValueError(
+                "optimizer.ewc holds parameters where another run left them: set train.init_from to that run, and "
+                "leave train.stages empty (a later stage would hold them where the one before it ended)."
+            )
         data, fsdp, _ = self.mesh_sizes(num_devices)
         step = data * fsdp * self.train.accumulation
         if self.segments_per_batch % step:

@@ -23,6 +23,7 @@ from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import to_dict
 from robovlms_jax.training import (
     checkpoints,
+    consolidation,
     directory,
     guards,
     hooks,
@@ -131,7 +132,7 @@ def _train(setup: setups.Setup, report: Report, output: pathlib.Path, interrupts
         train_state = _begin(setup)
     provenance.write_record(output, report.name, to_dict(config))
     writer = metrics.open_writers(config.train.wandb_project, to_dict(config), output, int(train_state.step))
-    evaluator = validation.evaluator(setup.model, setup.mesh, config, setup.validation, setup.encode)
+    evaluator = validation.evaluator(setup.model, setup.mesh, config, setup.validation, setup.encode, setup.train)
     examiner = questions.Examiner(setup.model, setup.mesh, config, setup.questions.validation)
     tables = _closed_loop(setup, output)
     services = hooks.Services(
@@ -276,7 +277,11 @@ def _begin(setup: setups.Setup) -> state.TrainState:
     distributed.barrier("parameters")  # reading and compiling take processes differently long; what follows meets them
     stage = setup.stages[0]
     # The state owns the arrays now and its step donates them.
-    return state.create(params, stage.trainable, stage.tx, config.train.seed, setup.mesh)
+    begun = state.create(params, stage.trainable, stage.tx, config.train.seed, setup.mesh)
+    if not stage.optimizer.ewc:
+        return begun
+    fisher = consolidation.read(checkpoints.run_of(checkpoints.locate(config.train.init_from)))
+    return begun.replace(opt_state=consolidation.with_fisher(begun.opt_state, fisher))
 
 
 def _require_order(setup: setups.Setup) -> None:

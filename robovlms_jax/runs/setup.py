@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from robovlms_jax.actions import statistics
 from robovlms_jax.data import base as datasets
-from robovlms_jax.data import excerpts, language, mixing, opening, order, represented, samples, sensors
+from robovlms_jax.data import excerpts, language, mirror, mixing, opening, order, represented, samples, sensors
 from robovlms_jax.data import statistics as data_statistics
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import DistributedConfig
@@ -28,6 +28,7 @@ from robovlms_jax.runs import (
     chaining,
     closed_loop,
     embodiments,
+    further,
     load,
     questions,
     resuming,
@@ -36,7 +37,7 @@ from robovlms_jax.runs import (
     validation,
 )
 from robovlms_jax.runs.config import ExperimentConfig
-from robovlms_jax.training import stages, state
+from robovlms_jax.training import checkpoints, consolidation, stages, state
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Setup:
     questions: questions.Sources
     """About pictures, where data.vl names any."""
     others: Mapping[str, samples.SegmentSource]
-    """Demonstrations of other robots, where data.others names any."""
+    """Demonstrations of other robots and further ones, where data.others and data.further name any."""
     point: resuming.Point | None = None
     """Where a resumed run goes on."""
 
@@ -100,6 +101,8 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
       point: where a resumed run goes on; whatever gives its parameters a meaning comes from there.
     """
     config.validate(jax.device_count())
+    if config.optimizer.ewc and point is None:
+        consolidation.path_of(checkpoints.run_of(checkpoints.locate(config.train.init_from)))
     config = dataclasses.replace(config, distributed=DistributedConfig())  # differs between processes, done with
     opened = {"training": opening.open_split(config.data, "training"), "validation": validation.open_split(config.data)}
     config = dataclasses.replace(config, policy=robots.as_recorded(config.policy, opened["training"]))
@@ -108,12 +111,14 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
         for split, x in opened.items()
     }
     variation = language.read(config.data.paraphrases) if config.data.vary_language else None
-    others = embodiments.open_datasets(config)
+    others, more = embodiments.open_datasets(config), further.open_datasets(config)
     sentences = [
         text
-        for dataset in (opened["training"], *others.values())
+        for dataset in (opened["training"], *others.values(), *more.values())
         for text in language.every(dataset.episodes, variation)
     ]
+    if config.data.augment.mirror:
+        sentences += [mirror.words(text) for text in sentences]
     instructions = [*sentences, *validation.sentences(opened["validation"]), *_asked(config)]
     collections = questions.open_collections(config)
     backbone = _open_backbone(config, point, [*instructions, *collections.texts])
@@ -123,13 +128,16 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
         return backbone.encode(instruction, length)
 
     embed = _sentence_embeddings(config, instructions)
-    training = source_of(config, opened["training"], encode, variation, embed)
+    training = source_of(config, opened["training"], encode, variation, embed, mirrored=True)
     held_out = opened["validation"]
     validation_split = None if held_out is None else source_of(config, held_out, encode, embed_sentence=embed)
     config = embodiments.with_others(_resolved(config, point, training, length), others, training_actions)
     config = build.with_action_ids(config, backbone.tokenizer)
     asked = questions.sources_of(config, collections, backbone)
     beside = {name: _of_other(config, name, dataset, encode, variation) for name, dataset in others.items()}
+    beside |= {
+        name: source_of(config, dataset, encode, variation, embed, mirrored=True) for name, dataset in more.items()
+    }
     return _planned(config, _Data(training, validation_split, asked, beside), backbone, encode, point)
 
 
@@ -208,7 +216,7 @@ def _of_other(
 ) -> samples.SegmentSource:
     """Another robot's demonstrations as its view of the policy reads them."""
     policy, data = views.view(config.policy, name), embodiments.data_of(config.data, name)
-    return source_of(dataclasses.replace(config, policy=policy, data=data), dataset, encode, variation)
+    return source_of(dataclasses.replace(config, policy=policy, data=data), dataset, encode, variation, mirrored=True)
 
 
 def _open_backbone(config: ExperimentConfig, point: resuming.Point | None, instructions: list[str]) -> build.Backbone:
@@ -243,6 +251,8 @@ def training_actions(
             _check_actions(config, part.dataset, part.statistics.action, *excerpts.action_sample(part.dataset, 1_000))
     else:
         _check_actions(config, dataset, values, actions, openings)
+    if config.data.augment.mirror:
+        values = _mirror(config, dataset).statistics(values)
     return actions, values
 
 
@@ -286,7 +296,10 @@ def source_of(
     encode: EncodeText,
     variation: language.Variation | None = None,
     embed_sentence: Callable[[str], np.ndarray] | None = None,
+    *,
+    mirrored: bool = False,
 ) -> samples.SegmentSource:
+    """The dataset's samples as the configuration asks for them; mirrored: as many as it says are, for training."""
     cut = samples.Cut(
         window=config.policy.window,
         chunk=config.policy.chunk,
@@ -303,7 +316,24 @@ def source_of(
         sensors=[sensors.make(sensor.reading) for sensor in config.policy.all_sensors],
         embed_sentence=embed_sentence,
         variation=variation,
+        mirrored=_mirror(config, dataset) if mirrored and config.data.augment.mirror else None,
     )
+
+
+def _mirror(config: ExperimentConfig, dataset: datasets.Dataset) -> mirror.Mirror:
+    """Raises ValueError: samples have something of which no mirror image is known."""
+    policy, augment = config.policy, config.data.augment
+    unknown = {
+        "policy.sensors": [sensor.name for sensor in policy.sensors],
+        "policy.representation": [policy.representation] if policy.representation != "robot" else [],
+        "policy.auxiliary.clip.weights": [policy.auxiliary.clip.weights] if policy.auxiliary.clip.weights else [],
+    }
+    found = {field: values for field, values in unknown.items() if values}
+    if found:
+        raise ValueError(
+            f"data.augment.mirror={augment.mirror}: of {found} no mirror image is known. Leave it at 0, or those out."
+        )
+    return mirror.of_robot(dataset.robot, augment.mirror, augment.mirror_axis, uses_state=policy.proprio.enabled)
 
 
 def announce(name: str, setup: Setup) -> None:

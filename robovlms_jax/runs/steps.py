@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from robovlms_jax.policies import answers, embodiments, objective
 from robovlms_jax.policies.tasks import base, registry
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.runs import questions
+from robovlms_jax.runs import further, questions
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import memory, stages, step
 from robovlms_jax.training.memory import Estimate, readable
@@ -27,18 +27,21 @@ def make_loss(config: ExperimentConfig, model: VLA, stage: stages.Stage | None =
     stage = stage or stages.plan(config.train, config.optimizer)[0]
     changes = {"shifts": config.data.shifts, "augment": config.data.augment}
     losses: dict[str, objective.SourceLoss] = {}
-    if stage.sources.get(objective.ROBOT):
+    tasks = None
+    if any(stage.sources.get(name) for name in (objective.ROBOT, *config.data.further.names)):
         known = (answers.NAME,) if config.data.vl.paths else ()
         try:
             weights = {name: x for name, x in stage.weights.items() if name not in known}
             tasks = base.reweigh(registry.make(config.policy), weights)
         except ValueError as error:
             raise ValueError(f"train.stages, stage {stage.name!r}: {error}") from None
+    if stage.sources.get(objective.ROBOT):
         losses[objective.ROBOT] = objective.RobotLoss(model, tasks=tasks, **changes)
     for other in config.policy.others:
         if stage.sources.get(other.name):
             losses[other.name] = _of_other(model, other.name, changes)
-    return objective.LossBySource({**losses, **questions.losses(config, model, stage)})
+    more, between = further.losses(config, stage, objective.RobotLoss(model, tasks=tasks, **changes))
+    return objective.LossBySource({**losses, **more, **questions.losses(config, model, stage)}, between)
 
 
 def _of_other(model: VLA, name: str, changes: Mapping[str, Any]) -> embodiments.OtherRobotLoss:

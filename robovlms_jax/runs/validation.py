@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -58,10 +57,15 @@ def sentences(split: base.Dataset | None) -> list[str]:
 
 
 def evaluator(
-    model: VLA, mesh: Mesh, config: ExperimentConfig, source: samples.SegmentSource | None, encode: EncodeText
+    model: VLA,
+    mesh: Mesh,
+    config: ExperimentConfig,
+    source: samples.SegmentSource | None,
+    encode: EncodeText,
+    training: samples.SegmentSource | None = None,
 ) -> Evaluator | Unevaluated:
-    """What evaluates on the split, if there is one."""
-    return Unevaluated() if source is None else Evaluator(model, mesh, config, source, encode)
+    """What evaluates on the split, if there is one; `training` is drawn in the report as it is changed, if given."""
+    return Unevaluated() if source is None else Evaluator(model, mesh, config, source, encode, training)
 
 
 class Unevaluated:
@@ -80,9 +84,16 @@ class Evaluator:
     """Holds what does not change between evaluations: the split and the compiled step."""
 
     def __init__(
-        self, model: VLA, mesh: Mesh, config: ExperimentConfig, source: samples.SegmentSource, encode: EncodeText
+        self,
+        model: VLA,
+        mesh: Mesh,
+        config: ExperimentConfig,
+        source: samples.SegmentSource,
+        encode: EncodeText,
+        training: samples.SegmentSource | None = None,
     ):
         self._model, self._mesh, self._config, self._source, self._encode = model, mesh, config, source, encode
+        self._training = training
         self._step = step.make_eval_step(objective.RobotLoss(model).predict, mesh)
         self._robot, units = config.policy.predicted, source.dataset.action_units
         self._units = units if len(units) == len(self._robot.scaled) else offline.units_of(self._robot)
@@ -159,21 +170,23 @@ class Evaluator:
         return curves
 
     def _augmented(self, count: int = 5) -> Image | None:
-        """First frames of a batch as stored and as training would change them; None where it changes nothing."""
-        data, cameras = self._config.data, self._config.policy.cameras
-        if data.augment == AugmentConfig() and not any(data.shifts.get(camera) for camera in cameras):
+        """Samples as stored and as training changes them, with their sentences; None where it changes nothing."""
+        data, cameras, source = self._config.data, self._config.policy.cameras, self._training
+        changes = data.augment != AugmentConfig() or any(data.shifts.get(camera) for camera in cameras)
+        if source is None or not (changes or data.vary_language):
             return None
-        found = list(itertools.islice(self._batches(1), 1))
-        if not found:
-            return None
-        stored = {camera: np.asarray(found[0].inputs.images[camera][:count, :1]) for camera in cameras}
+        chosen = np.linspace(0, len(source) - 1, count).astype(np.int64)
+        draws = np.random.default_rng(self._config.train.seed).integers(2**32, size=count, dtype=np.uint32)
+        batches = (source.evaluation_batch(chosen), source.training_batch(chosen, draws))
+        stored, drawn = ({camera: x.inputs.images[camera][:, :1] for camera in cameras} for x in batches)
         spec = dataclasses.replace(self._model.vlm.image, mean=(0.0,) * 3, std=(1.0,) * 3)  # stays within 0 ... 1
         prepare = functools.partial(objective.prepare, spec=spec, cameras=cameras)
         changed = jax.jit(lambda x, key: prepare(x, key=key, shifts=data.shifts, augment=data.augment).images)(
-            found[0].inputs.replace(images=stored), jax.random.key(0)
+            batches[1].inputs.replace(images=drawn), jax.random.key(0)
         )
         pairs = {camera: (stored[camera][:, 0], np.asarray(255 * changed[camera][:, 0])) for camera in cameras}
-        return films.draw_pairs({camera: (x, y.round().astype(np.uint8)) for camera, (x, y) in pairs.items()})
+        said = list(zip(source.sentences(chosen), source.sentences(chosen, draws), strict=True))
+        return films.draw_pairs({camera: (x, y.round().astype(np.uint8)) for camera, (x, y) in pairs.items()}, said)
 
     def _batches(self, num_batches: int) -> Iterator[Batch]:
         batches = loading.evaluation_batches(

@@ -16,7 +16,7 @@ import pathlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from robovlms_jax import json_files
@@ -50,6 +50,22 @@ class Trial:
 def folder(out: pathlib.Path, number: int) -> pathlib.Path:
     """Directory of a trial."""
     return out / "trials" / f"{number:04d}"
+
+
+def agree(out: pathlib.Path, name: str, settings: Mapping[str, Any]) -> None:
+    """Keep `settings` in the file `name` of `out`, or compare them with those that are there: all processes, and all
+    later calls, must have the same. Raises ValueError that names what differs."""
+    path = out / name
+    out.mkdir(parents=True, exist_ok=True)
+    ours = json.loads(json.dumps(settings))
+    if not path.exists():
+        new = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+        new.write_text(json.dumps(ours, indent=2) + "\n")
+        new.replace(path)
+        return
+    difference = json_files.differences(json_files.read_object(path, "a search's settings"), ours)
+    if difference:
+        raise ValueError(f"{out} holds results of other settings: {difference}. Choose another --out.")
 
 
 def write(out: pathlib.Path, trial: Trial) -> None:

@@ -45,11 +45,12 @@ def rank(trials: Sequence[queue.Trial], direction: str) -> list[Ranked]:
     out = []
     for setting, seeds in ordered:
         best, values = ordered[0][1], tuple(seeds.values())
-        out.append(Ranked(dict(setting), values, _half_width(values), *_compared(best, seeds)))
+        out.append(Ranked(dict(setting), values, half_width_of(values), *_compared(best, seeds)))
     return out
 
 
-def _half_width(values: Sequence[float]) -> float:
+def half_width_of(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of the mean, by Student's t; NaN for one value."""
     if len(values) < 2:
         return math.nan
     from scipy import stats  # takes most of a second to import
@@ -78,25 +79,33 @@ def write(config: SearchConfig) -> pathlib.Path:
     """report.md, report.json and search.png in the search's directory; returns the first."""
     out = pathlib.Path(config.out)
     trials = queue.read(out)
-    ranked = rank(trials, config.direction)
-    names = sorted({name for trial in trials for name in trial.setting})
     better = "lower" if config.direction == "minimize" else "higher"
     sections = [f"# Search: {config.experiment}, {config.start}", f"`{config.objective}`, {better} is better."]
+    sections += ranking(out, trials, config.objective, config.direction)
+    path = out / "report.md"
+    path.write_text(tables.join(sections), encoding="utf-8")
+    return path
+
+
+def ranking(out: pathlib.Path, trials: Sequence[queue.Trial], objective: str, direction: str) -> list[str]:
+    """Paragraphs of a report: how trials ended, settings from best to worst, which differences are noise, and what
+    failed. Writes report.json and search.png to `out`."""
+    ranked = rank(trials, direction)
+    names = list(dict.fromkeys(name for trial in trials for name in trial.setting))
+    sections = []
     ended = [trial.status for trial in trials]
     counts = [f"{ended.count(status)} {status}" for status in ("done", "open", "failed", "pruned")]
     sections.append(f"Trials: {', '.join(counts)}.")
     if ranked:
         sections += [_table(ranked, names), _verdict(ranked)]
-        _draw(ranked, names, config.objective).savefig(out / "search.png", dpi=tables.DPI)
+        _draw(ranked, names, objective).savefig(out / "search.png", dpi=tables.DPI)
         sections.append("![the objective by setting, a dot per run](search.png)")
     failed = [[str(trial.number), _text(trial.setting), trial.reason] for trial in trials if trial.status == "failed"]
     if failed:
         sections += ["## Failed", tables.markdown(["trial", "setting", "reason"], failed, text_columns=3)]
     record = {"settings": [dataclasses.asdict(x) for x in ranked], "trials": [dataclasses.asdict(x) for x in trials]}
     tables.write_json(out / "report.json", record)
-    path = out / "report.md"
-    path.write_text(tables.join(sections), encoding="utf-8")
-    return path
+    return sections
 
 
 def _table(ranked: Sequence[Ranked], names: Sequence[str]) -> str:

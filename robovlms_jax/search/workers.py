@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -30,26 +29,12 @@ def work(config: SearchConfig) -> None:
     fields = space.read(config.space)
     if not fields:
         raise ValueError("search.space is empty: name at least one field that varies.")
-    _agree(config)
+    out = pathlib.Path(config.out)
+    queue.agree(out, "search.json", {name: getattr(config, name) for name in _SHARED})
     if config.sampler == "grid":
         _work_through(config, space.grid(fields))
     else:
         _ask(config, fields)
-
-
-def _agree(config: SearchConfig) -> None:
-    path = pathlib.Path(config.out) / "search.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ours = {name: getattr(config, name) for name in _SHARED}
-    ours = json.loads(json.dumps(ours))
-    if path.exists():
-        difference = json_files.differences(json_files.read_object(path, "a search's settings"), ours)
-        if difference:
-            raise ValueError(f"{path.parent} holds another search: {difference}. Choose another --out.")
-        return
-    new = path.with_suffix(f".{id(config)}.tmp")
-    new.write_text(json.dumps(ours, indent=2) + "\n")
-    new.replace(path)
 
 
 def _work_through(config: SearchConfig, settings: list[space.Setting]) -> None:

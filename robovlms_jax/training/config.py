@@ -55,6 +55,9 @@ class OptimizerConfig:
     ema: float = 0.0
     """Above 0: a moving average of the trained parameters, ema = ema * average + (1 - ema) * parameters after every
     update, is what is evaluated, saved as the policy and served."""
+    ewc: float = 0.0
+    """Above 0: parameters are held where they begin by this times their Fisher information in what train.init_from's
+    run learned (training/consolidation.py), which lies in its fisher.npz."""
     clip_norm: float = 1.0
     """Global gradient norm is clipped to this; 0 turns clipping off (what upstream's configs really ran with)."""
 
@@ -68,6 +71,7 @@ class OptimizerConfig:
         require(self.rsqrt_steps >= 1, f"optimizer.rsqrt_steps={self.rsqrt_steps} must be at least 1.")
         require(0 < self.decay_share <= 1, f"optimizer.decay_share={self.decay_share} must lie in (0, 1].")
         require(0 < self.layer_decay <= 1, f"optimizer.layer_decay={self.layer_decay} must lie in (0, 1].")
+        require(self.ewc >= 0, f"optimizer.ewc={self.ewc} must be 0 (off) or positive.")
         require(0 <= self.ema < 1, f"optimizer.ema={self.ema} must lie in [0, 1).")
         for field in ("rates", "last_layers"):
             values = getattr(self, field)

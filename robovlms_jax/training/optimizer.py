@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from robovlms_jax.training import consolidation
 from robovlms_jax.training.config import OptimizerConfig
 
 Params = Mapping[str, jax.Array]
@@ -62,6 +63,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx)
     if config.rates or config.layer_decay != 1 or config.last_layers:
         tx = _by_part(tx, config)
+    if config.ewc:
+        tx = consolidation.held(tx, config.ewc)
     return _averaged(tx, config.ema) if config.ema else tx
 
 
@@ -73,8 +76,11 @@ def rewrap(opt_state: Any, params: Any, *, before: OptimizerConfig, now: Optimiz
         return x if isinstance(x, jax.ShapeDtypeStruct) else jnp.copy(x)
 
     inner, ema = (opt_state.optimizer, opt_state.ema) if before.ema else (opt_state, None)
+    around = inner if now.ewc else None  # there before, too: it may not be switched
+    inner = inner.optimizer if now.ewc else inner
     if bool(before.clip_norm) != bool(now.clip_norm):
         inner = (optax.EmptyState(), inner) if now.clip_norm else inner[1]
+    inner = inner if around is None else around._replace(optimizer=inner)
     if not now.ema:
         return inner
     return AveragedState(inner, jax.tree.map(copy, params) if ema is None else ema)

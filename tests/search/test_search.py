@@ -129,7 +129,7 @@ def test_the_claim_of_a_dead_process_is_taken_over_and_a_living_ones_is_not(tmp_
 
 def test_another_search_in_the_same_folder_is_refused_by_what_differs(tmp_path):
     workers.work(settings(tmp_path, space=("rate=0.1",)))
-    with pytest.raises(ValueError, match=r"holds another search: .*rate=0.1.*Choose another --out"):
+    with pytest.raises(ValueError, match=r"holds results of other settings: .*rate=0.1.*Choose another --out"):
         workers.work(settings(tmp_path, space=("rate=0.2",)))
 
 

@@ -121,18 +121,21 @@ def draw_strips(recordings: Sequence[Recording], *, frames: int = 5) -> Image:
     return canvas
 
 
-def draw_pairs(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Image:
-    """Pictures as stored (above) and as training sees them (below), a row of pairs per camera.
+def draw_pairs(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], said: Sequence[tuple[str, str]] = ()) -> Image:
+    """Pictures as stored (above) and as training sees them (below), a row of pairs per camera; then a line per column
+    with its sentence, as stored and, where it is another, as training has it.
 
     Args:
       pairs: camera -> (uint8[n, height, width, 3], uint8[n, size, size, 3]).
+      said: the n sentences, as stored and in training.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     panel, head = 168, 26
     columns = max(len(stored) for stored, _ in pairs.values())
-    height = len(pairs) * (2 * (panel + 4) + head) + _MARGIN
-    canvas = Image.new("RGB", (2 * _MARGIN + columns * (panel + 4), height), "white")
+    below = len(pairs) * (2 * (panel + 4) + head)
+    width = columns * (panel + 4)
+    canvas = Image.new("RGB", (2 * _MARGIN + width, below + 20 * len(said) + _MARGIN), "white")
     for row, (camera, both) in enumerate(pairs.items()):
         top = 6 + row * (2 * (panel + 4) + head)
         text = f"{camera}: as stored, and as training sees it"
@@ -141,6 +144,10 @@ def draw_pairs(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Image:
             for column, pixels in enumerate(pictures):
                 image = Image.fromarray(np.asarray(pixels)).resize((panel, panel), Image.Resampling.BICUBIC)
                 canvas.paste(image, (_MARGIN + column * (panel + 4), top + head + line * (panel + 4)))
+    for number, (stored, told) in enumerate(said):
+        text = f"{number + 1}: {stored}" + ("" if told == stored else f"   in training: {told}")
+        text, color, font = _fit(text, width, 14)
+        ImageDraw.Draw(canvas).text((_MARGIN, below + 6 + 20 * number), text, color, font)
     return canvas
 
 

@@ -1,0 +1,191 @@
+"""A new table, camera or arm: does a policy work where it was not taught, and what helps it to?
+
+    python -m experiments.adapt                        # PlayTable: taught on tables A to C, asked on table D
+    python -m experiments.adapt --preset quick         # two ways, one seed: minutes
+    python -m experiments.adapt --start kosmos_lstm --fixed data.root=data/playtable \\
+        --target data/task_D_D --recorded False        # PlayTable to the real CALVIN
+
+The source's demonstrations are learned in every way; of the target there are many pictures without actions, or a few
+demonstrations. Success is counted on the target. Each trial is an ordinary run in OUT/trials: the same command goes on
+where it was stopped, and several processes share the work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from experiments import protocols
+from experiments.few_shot import SMALL
+from robovlms_jax import cli, schema
+from robovlms_jax.evaluation.report import tables
+from robovlms_jax.inputs.config import AugmentConfig
+from robovlms_jax.runs import load
+from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.schema import require
+from robovlms_jax.search import queue, report
+from robovlms_jax.strategies import protocol, support
+
+Way = Literal["source", "augmented", "aligned", "mixed", "tuned", "target"]
+STRONG = AugmentConfig(crop_area=0.9, brightness=0.2, contrast=0.4, saturation=0.4, hue=0.2)
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("adapt")
+class AdaptConfig:
+    """Source, target, and the ways from one to the other."""
+
+    experiment: str = "calvin_abcd"
+    """Module of `experiments` whose preset is begun with."""
+    start: str = "playtable_fixtures"
+    """Its preset: model, the source's data, and rollouts on the target."""
+    fixed: tuple[str, ...] = ()
+    """Fields of it set otherwise, "train.batch_size=32"."""
+    out: str = "searches/adapt"
+    """Directory of trials and report."""
+    target: str = "data/playtable_target"
+    """The target's demonstrations, in the layout of the source's."""
+    recorded: bool = True
+    """Record them on PlayTable, if they are not there: as many as of the source, on the table of the preset's
+    validation, other ones than those."""
+    ways: tuple[Way, ...] = ("source", "augmented", "aligned", "mixed", "tuned")
+    """source: its demonstrations alone. augmented: with crops and strong changes of colour. aligned: the target's
+    pictures beside them, without actions, whose tokens' means and covariances are kept like the source's. mixed: half
+    of every batch from a few demonstrations of the target. tuned: the same few, learned alone after those. target:
+    the few alone."""
+    demonstrations: int = 5
+    """mixed, tuned, target: of each task on the target; 0: all there are."""
+    seeds: int = 3
+    """Of parameters, order of batches and the draw of those demonstrations."""
+    steps: int = 1500
+    """Optimizer steps."""
+    tuning: int = 300
+    """tuned: steps on the target's, after those of `source`."""
+    align: float = 1.0
+    """aligned: weight of the distance (data.further.align)."""
+    report: bool = False
+    """Only write the report of what is there."""
+
+    def __post_init__(self):
+        for field in ("seeds", "steps", "tuning"):
+            require(getattr(self, field) >= 1, f"adapt.{field}={getattr(self, field)} must be at least 1.")
+        require(bool(self.ways), "adapt.ways is empty; name at least one.")
+        require("tuned" not in self.ways or "source" in self.ways, "adapt.ways: `tuned` begins with `source`; add it.")
+        require(self.align > 0, f"adapt.align={self.align} must be positive; leave `aligned` out instead.")
+        require(self.demonstrations >= 0, f"adapt.demonstrations={self.demonstrations} must be 0 (all) or more.")
+
+
+THREE_TABLES = tuple(field for field in SMALL if not field.startswith(("data.root", "demonstrations.random_scenes")))
+"""Tables A to C alone: among hundreds of random ones a policy has met the target's like already."""
+PLAYTABLE = AdaptConfig(fixed=("data.root=data/playtable_abc", "demonstrations.random_scenes=0", *THREE_TABLES))
+PRESETS = {
+    "playtable": PLAYTABLE,
+    "quick": dataclasses.replace(
+        PLAYTABLE, out="searches/adapt_quick", ways=("source", "mixed"), seeds=1, steps=300, tuning=100
+    ),
+}
+
+
+def jobs(config: AdaptConfig) -> list[protocol.Job]:
+    """Every way with every seed."""
+    start = protocols.preset(config.experiment, config.start, config.fixed, "adapt")
+    protocols.demonstrations(start)
+    available = protocols.demonstrations(_target(config, start))
+    judge = protocol.rollouts if start.rollouts.trials else protocol.loss
+    found: list[protocol.Job] = []
+    for seed in range(config.seeds):
+        first = len(found)
+        for way in sorted(config.ways, key=lambda way: way != "source"):  # others may begin with it
+            few = ""
+            if way in ("mixed", "tuned", "target"):
+                drawn = support.draw(available, sorted(available), config.demonstrations, seed)
+                few = support.write(pathlib.Path(config.out) / "support" / f"{seed}.json", drawn)
+            trained = _Way(config, start, way, seed, few)
+            found.append(protocol.Job({"way": way}, seed, trained, judge, first if way == "tuned" else None))
+    return found
+
+
+def _target(config: AdaptConfig, start: ExperimentConfig) -> ExperimentConfig:
+    """The preset with the target's demonstrations in place of the source's."""
+    changes: dict[str, Any] = {"data.root": config.target}
+    if config.recorded:
+        scene = start.demonstrations.validation_scene
+        require(
+            start.demonstrations.episodes > 0,
+            "adapt.recorded: the preset records no demonstrations; name the target's in adapt.target, with "
+            "--recorded False.",
+        )
+        changes |= {
+            "demonstrations.scenes": (scene,),
+            "demonstrations.random_scenes": 0,
+            "demonstrations.validation_episodes": 1,
+            "demonstrations.seed": start.demonstrations.seed + 1000,
+        }
+    else:
+        changes["demonstrations.episodes"] = 0
+    return cli.override(start, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """Run directory that it begins with -> a trial's configuration."""
+
+    config: AdaptConfig
+    start: ExperimentConfig
+    way: str
+    seed: int
+    few: str
+
+    def __call__(self, base: pathlib.Path | None) -> ExperimentConfig:
+        config, steps = self.config, self.config.tuning if self.way == "tuned" else self.config.steps
+        changes: dict[str, Any] = {
+            "train.steps": steps,
+            "train.seed": self.seed,
+            "optimizer.warmup_steps": min(self.start.optimizer.warmup_steps, steps // 10),
+        }
+        beside = {"train.sources": {"robot": 1.0, "target": 1.0}, "data.further.roots": {"target": config.target}}
+        if self.way == "augmented":
+            changes["data.augment"] = STRONG
+        if self.way == "aligned":
+            changes |= beside
+            changes |= {"data.further.align": {"target": config.align}, "data.further.unlabelled": ("target",)}
+        if self.way == "mixed":
+            changes |= beside | {"data.further.lists": {"target": self.few}}
+        if self.way in ("tuned", "target"):
+            target = _target(config, self.start)
+            changes |= {"data.root": config.target, "data.episode_list": self.few}
+            changes["demonstrations"] = target.demonstrations
+        if base is not None:
+            changes |= {"train.init_from": str(base), "policy": load.load_config(base).policy}
+        return cli.override(self.start, **changes)
+
+
+def work(config: AdaptConfig) -> pathlib.Path:
+    """Run what is missing and write the report; returns its path."""
+    listed, out = jobs(config), pathlib.Path(config.out)
+    trials = queue.read(out) if config.report else protocol.work(out, listed, protocols.settings_of(config))
+    return write_report(config, trials)
+
+
+def write_report(config: AdaptConfig, trials: Sequence[queue.Trial]) -> pathlib.Path:
+    """report.md, report.json and the picture in the protocol's directory."""
+    out = pathlib.Path(config.out)
+    start = protocols.preset(config.experiment, config.start, config.fixed, "adapt")
+    objective, direction = ("success", "maximize") if start.rollouts.trials else ("validation/loss", "minimize")
+    where = f"table {start.rollouts.scene}" if start.rollouts.trials else "the validation split"
+    sections = [
+        f"# Another domain: {config.experiment}, {config.start}",
+        f"{config.steps} steps on {start.data.root}; {objective} on {where}. Of the target ({config.target}): pictures "
+        f"without actions where aligned, {config.demonstrations or 'all'} demonstrations per task where mixed, tuned "
+        "or alone.",
+        *report.ranking(out, trials, objective, direction),
+    ]
+    path = out / "report.md"
+    path.write_text(tables.join(sections), encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    protocols.main(work, PRESETS, "playtable", __doc__)

@@ -1,0 +1,114 @@
+"""The three protocols as a user runs them, as small as they get; and what they refuse before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from experiments import adapt, calvin_abcd, continual, few_shot, search
+from robovlms_jax.load import load_config
+from robovlms_jax.search import queue
+from robovlms_jax.strategies import lifelong, protocol
+
+TINY = (
+    *("policy.window=4", "policy.head.hidden_size=32", "policy.head.trunk=32", "data.windows_per_segment=2"),
+    *("train.batch_size=4", "train.log_every=1", "train.eval_every=0", "evaluation.batches=1", "evaluation.episodes=0"),
+)
+SAMPLE = {"start": "sample", "fixed": TINY}
+
+
+def test_every_trial_of_few_shot_begins_as_it_should(tmp_path):
+    task = "turn_on_led"
+    config = few_shot.FewShotConfig(**SAMPLE, out=str(tmp_path), tasks=(task,), demonstrations=(1,), draws=2, rank=4)
+    jobs = few_shot.jobs(dataclasses.replace(config, base=str(tmp_path), methods=("scratch",), statistics="own"))
+    made = [job.config(None) for job in jobs]
+    assert [(x.train.seed, x.train.init_from, x.train.steps) for x in made] == [(0, "", 300), (1, "", 300)]
+    drawn = [json.loads(pathlib.Path(x.data.episode_list).read_text()) for x in made]
+    assert [list(x) for x in drawn] == [[task], [task]] and all(len(x[task]) == 1 for x in drawn)
+    first, *others = few_shot.jobs(config)
+    assert not first.compared and first.config(None).data.exclude_tasks == (task,)
+    assert len(others) == 6 and all(job.after == 0 for job in others)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: few_shot.FewShotConfig(tasks=()), "no task is left to train one"),
+        (lambda: few_shot.FewShotConfig(demonstrations=(-1,)), "0 .all. or more"),
+        (lambda: few_shot.jobs(few_shot.FewShotConfig(start="sampel")), "few_shot.start='sampel' .* mean 'sample'"),
+        (lambda: few_shot.jobs(few_shot.FewShotConfig(**SAMPLE, tasks=("turn_on_lef",))), "did you mean"),
+        (lambda: continual.ContinualConfig(groups=("a",)), "forgetting needs two"),
+        (lambda: continual.ContinualConfig(groups=("a+b", "b")), r"has \['b'\] more than once"),
+        (lambda: continual.ContinualConfig(steps=100, looks=3), "steps=100 is no multiple of continual.looks=3"),
+        (lambda: continual.jobs(continual.ContinualConfig(**SAMPLE)), "'sample' has no rollouts"),
+        (lambda: adapt.AdaptConfig(ways=("tuned",)), "`tuned` begins with `source`"),
+        (lambda: adapt.jobs(adapt.AdaptConfig(**SAMPLE)), "records no demonstrations; name the target's"),
+    ],
+)
+def test_what_a_protocol_cannot_do_is_said_before_anything_runs(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_ways_to_another_domain_are_what_they_are_called(tmp_path):
+    config = adapt.AdaptConfig(
+        **SAMPLE, out=str(tmp_path), target=calvin_abcd.SAMPLE.as_posix(), recorded=False, seeds=1, demonstrations=1
+    )
+    jobs = {job.setting["way"]: job for job in adapt.jobs(config)}
+    made = {way: job.config(None) for way, job in jobs.items() if job.after is None}
+    assert jobs["tuned"].after == 0 and next(iter(jobs)) == "source"
+    assert made["source"].train.sources == {} and made["augmented"].data.augment == adapt.STRONG
+    assert made["aligned"].data.further.unlabelled == ("target",) and not made["aligned"].data.further.lists
+    assert made["mixed"].data.further.lists and not made["mixed"].data.further.align
+
+
+def test_a_sequence_of_tasks_is_put_together_from_its_runs(tmp_path, monkeypatch):
+    config = continual.ContinualConfig(
+        groups=("open_drawer", "turn_on_led", "turn_off_led"), methods=("sequential", "adapters"), seeds=1
+    )
+    monkeypatch.setattr(continual.protocols, "demonstrations", lambda start: {task: [(0, 9)] for task in config.tasks})
+    jobs = continual.jobs(dataclasses.replace(config, out=str(tmp_path)))
+    assert [(job.setting["method"], job.after) for job in jobs] == [
+        *(("first", None), ("sequential", 0), ("sequential", 1), ("adapters", 0), ("adapters", 0)),
+    ]
+    rows = [[0.8, 0.1, 0.0], [0.5, 0.6, 0.2], [0.3, 0.4, 0.9], [0.0, 0.7, 0.0], [0.0, 0.0, 1.0]]
+    results = [{"row": row, "curve": [0.5, 0.7]} for row in rows]
+    monkeypatch.setattr(continual.protocol, "result", lambda out, number: json.loads(json.dumps(results[number])))
+    trials = [queue.Trial(number, dict(job.setting), 0, "done", 0.0) for number, job in enumerate(jobs)]
+    found = continual.sequences(config, jobs, trials)
+    curves, matrix = found["sequential", 0]
+    assert [curve[0] for curve in curves] == [0.0, 0.1, 0.2]
+    assert lifelong.measures(curves, matrix).backward == pytest.approx(((0.3 + 0.5) / 2 + 0.2) / 2)
+    curves, matrix = found["adapters", 0]
+    assert [curve[0] for curve in curves] == [0.0, 0.1, 0.0] and matrix[2] == [0.8, 0.7, 1.0]
+    assert lifelong.measures(curves, matrix).backward == pytest.approx(0)
+    path = continual.write_report(dataclasses.replace(config, out=str(tmp_path)), jobs, trials)
+    assert "| adapters | 1 |" in path.read_text() and (tmp_path / "continual.png").exists()
+
+
+def test_a_search_and_a_protocol_name_a_wrong_preset_alike():
+    with pytest.raises(ValueError, match=r"search\.start='sampel' is no preset of calvin_abcd; did you mean 'sample'"):
+        search.main(["--start", "sampel", "--space", "train.seed=1,2"])
+
+
+@pytest.mark.slow
+def test_few_demonstrations_end_to_end(tmp_path):
+    config = few_shot.FewShotConfig(
+        **SAMPLE,
+        out=str(tmp_path),
+        tasks=("turn_on_led",),
+        demonstrations=(1,),
+        methods=("full", "lora", "head", "scratch"),
+        draws=1,
+        base_steps=2,
+        steps=2,
+        rank=4,
+    )
+    text = few_shot.work(config).read_text()
+    assert "Trials: 4 done" in text and (tmp_path / "few_shot.png").exists()
+    base, lora = (load_config(protocol.run_of(tmp_path, number)) for number in (0, 2))
+    assert lora.backbone.lora_rank == 4 and lora.policy.proprio == base.policy.proprio
+    assert few_shot.work(config).read_text() == text  # nothing is run again
