@@ -113,7 +113,8 @@ def _language(values: Mapping[str, Any]) -> dict[str, Any]:
         return {"text": text, "encoder": encoder, "bos_id": 1, "eos_id": 1, "pad_id": 0, "rules": own}
     if kind == "llama":
         text = sections.read_text(values, sections.LLAMA, sections.LLAMA_7B)
-        return {"text": text, "bos_id": 1, "eos_id": 2, "pad_id": 2, "rules": LLAMA_RULES}
+        # InstructBLIP's tokenizer begins with </s>, and has [PAD] as one token more.
+        return {"text": text, "bos_id": 2, "eos_id": 2, "pad_id": 32_000, "rules": LLAMA_RULES}
     text = TEXT.read(values, OPT_125M)
     projected = (values.get("text_config") or {}).get("word_embed_proj_dim") or text.width
     if projected != text.width:
@@ -171,6 +172,7 @@ FLAN_T5_XL = {
     "num_layers": 24,
     "num_heads": 32,
     "feed_forward_proj": "gated-gelu",
+    "dense_act_fn": "gelu",  # exact, unlike FLAN-T5's own
     "tie_word_embeddings": False,
 }
 registry.register_family("blip-2", read, write)

@@ -186,6 +186,7 @@ def make_rules(language: Language, every: int, *, is_otter: bool = False) -> rul
         rules.Fallback(r"lang_encoder\.(old_decoder_blocks|gated_cross_attn_layers)\..*", "the same layers once more"),
         rules.Fallback(r"(?!lang_encoder\.|vision|perceiver\.).*", "the decoder that training began from"),
         *clip,
+        *rules.open_clip_vision("vision_encoder", "vision"),  # as OpenFlamingo's own files have it
         rules.Ignore(r"vision_encoder\.vision_model\.post_layernorm\..*", "of CLIP's class token, which is not used"),
         llava_mpt.CLIP_TEXT,
         *resampler,

@@ -6,6 +6,7 @@ from robovlms_jax.weights import rules
 UNUSED = rules.Ignore(r"(vqmodel|generation_\w+)\..*", "draws pictures; no part of the language model")
 NAMES = {"out_proj": "projection_layer", "aligner.linear1": "aligner.fc1", "aligner.linear2": "aligner.hidden_layers.0"}
 RULES = (UNUSED, *rules.renamed(deepseek_vl.RULES, NAMES))
+OWN = {"rules": RULES, "pad_id": 100_002}
 VISION = sections.vision(use_qk_norm=False, attention_bias=True, depth=2)
 ENDS = {"image_start": 100_016, "image_end": 100_593}  # entries of our own; the tokenizer's <begin_of_image>, ...
 
@@ -14,7 +15,7 @@ def read(values: dict) -> base.VLMConfig:  # the width inside the tower's MLPs i
     tower = deepseek_vl.SIGLIP_L | {"hidden_act": "gelu", "mlp_ratio": 4.0} | (values.get("vision_config") or {})
     tower["intermediate_size"] = round(tower["hidden_size"] * tower["mlp_ratio"])
     values = {**values, "vision_config": tower}
-    fields = {end: (values.get(f"{end}_token_id", token),) for end, token in ENDS.items()} | {"rules": RULES}
+    fields = {end: (values.get(f"{end}_token_id", token),) for end, token in ENDS.items()} | OWN
     return deepseek_vl.read(values, VISION.read(values, sections.SIGLIP_B), model_type="janus", **fields)
 
 

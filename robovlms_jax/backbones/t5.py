@@ -54,9 +54,11 @@ IDS = hf_config.Section(
 def read(values: Mapping[str, Any]) -> tuple[DecoderConfig, DecoderConfig]:
     """`text_config` -> decoder and encoder. What is dropped inside of MLPs and behind the last norms is not."""
     part = ENCODER.part(values)
-    *gated, activation = part.get("feed_forward_proj", "relu").split("-")
-    # transformers' T5 means the approximation where it is gated.
-    form = {"is_gated": bool(gated), "activation": "gelu_new" if gated and activation == "gelu" else activation}
+    projection = part.get("feed_forward_proj", "relu")
+    *gated, activation = projection.split("-")
+    # transformers' T5 means the approximation by gated-gelu, unless `dense_act_fn` says otherwise: BLIP's FLAN-T5 does.
+    activation = part.get("dense_act_fn") or ("gelu_new" if projection == "gated-gelu" else activation)
+    form = {"is_gated": bool(gated), "activation": activation}
     # Version 1.1 and FLAN say that the head is not tied, and mean by it that nothing is scaled, either; transformers 5
     # notes the second under a name of its own.
     tied = part.get("tie_word_embeddings", True)
@@ -69,11 +71,10 @@ def read(values: Mapping[str, Any]) -> tuple[DecoderConfig, DecoderConfig]:
 
 def write(text: DecoderConfig, encoder: DecoderConfig) -> dict[str, Any]:
     """The part of config.json that `read` takes."""
-    activation = "gelu" if text.is_gated and text.activation == "gelu_new" else text.activation
     return (
         ENCODER.write(encoder)
         | {"num_decoder_layers": text.depth}
-        | {"feed_forward_proj": f"gated-{activation}" if text.is_gated else activation}
+        | {"feed_forward_proj": f"{'gated-' * text.is_gated}{text.activation}", "dense_act_fn": text.activation}
         | {"tie_word_embeddings": text.head == "tied", "scale_decoder_outputs": text.head_scale}
     )
 

@@ -105,6 +105,15 @@ CHATS: dict[str, Chat] = {
         question="User: {question}\n\nAssistant:",
         end="<\uff5cend▁of▁sentence\uff5c>",
     ),
+    # deepseek-community/Janus-Pro: the template that transformers' conversion script writes, with its system prompt.
+    "janus": Chat(
+        start="<\uff5cbegin▁of▁sentence\uff5c>You are a helpful language and vision assistant. You are able to "
+        "understand the visual content that the user provides, and assist the user with a variety of tasks using "
+        "natural language.\n\n",
+        question="<|User|>: {question}\n\n<|Assistant|>:",
+        end="<\uff5cend▁of▁sentence\uff5c>",
+        image="{image}\n",
+    ),
     # unum-cloud/uform-gen2-qwen-500m.
     "vlm": _CHATML,
 }

@@ -262,6 +262,24 @@ def clip_vision(source: str, target: str) -> Rules:
     )
 
 
+def open_clip_vision(source: str, target: str) -> Rules:
+    """open_clip's vision transformer of CLIP, without what it makes of the class token -> ViT."""
+    layer, here = f"{source}.transformer.resblocks.{{layer}}", f"{target}/layers"
+    return (
+        Rule(f"{source}.class_embedding", f"{target}/cls"),
+        Rule(f"{source}.positional_embedding", f"{target}/positions"),
+        Rule(f"{source}.conv1.weight", f"{target}/patch/kernel", "o c h w -> h w c o"),
+        *layer_norm(f"{source}.ln_pre", f"{target}/pre_norm"),
+        *fused_qkv(f"{layer}.attn.in_proj_weight", f"{layer}.attn.in_proj_bias", f"{here}/attn"),
+        *linear(f"{layer}.attn.out_proj", f"{here}/attn/o", "d (n h) -> n h d"),
+        *layer_norm(f"{layer}.ln_1", f"{here}/attn_norm"),
+        *layer_norm(f"{layer}.ln_2", f"{here}/mlp_norm"),
+        *linear(f"{layer}.mlp.c_fc", f"{here}/mlp/up"),
+        *linear(f"{layer}.mlp.c_proj", f"{here}/mlp/down"),
+        Ignore(rf"{re.escape(source)}\.(ln_post\.(weight|bias)|proj)", "of CLIP's class token"),
+    )
+
+
 def siglip_vision(source: str, target: str) -> Rules:
     """Hugging Face SigLIP's vision transformer, without its pooling head -> ViT."""
     return (

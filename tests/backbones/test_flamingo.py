@@ -151,3 +151,34 @@ def test_layers_that_a_file_holds_three_times_are_read_once(name):
             whole[key.replace("embed_out", "lm_head")] = value  # transformers 5 calls GPT-NeoX's head so
     for path, value in flatten_dict(from_torch(config, whole), sep="/").items():
         np.testing.assert_array_equal(value, flatten_dict(expected, sep="/")[path], err_msg=path)
+
+
+def test_a_tower_in_open_clips_names_is_the_same_tower(exact_matmul):
+    # As in OpenFlamingo's own files: queries, keys and values in one tensor, what CLIP makes of its class token beside.
+    config = families.tiny("flamingo-mpt-1b")
+    model = randomize(families.torch_model(config))
+    state = families.published(model, dict(model.state_dict()))
+    there, here = "vision_encoder.vision_model.", "vision_encoder."
+    names = {"embeddings.class_embedding": "class_embedding", "embeddings.patch_embedding.weight": "conv1.weight"}
+    names |= {"embeddings.position_embedding.weight": "positional_embedding"}
+    parts = {"self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2"}
+    parts |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "encoder.layers": "transformer.resblocks"}
+    parts |= {"pre_layrnorm": "ln_pre", "post_layernorm": "ln_post"}
+    spelled = {f"{here}proj": torch.zeros(config.vision.width, 3)}
+    for name, value in state.items():
+        if not name.startswith(there):
+            spelled[name] = value
+            continue
+        inner = names.get(name.removeprefix(there), name.removeprefix(there))
+        for old, new in parts.items():
+            inner = inner.replace(old, new)
+        layer, fused, kind = inner.partition(".self_attn.q_proj.")
+        if fused:
+            group = [state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            spelled[f"{here}{layer}.attn.in_proj_{kind}"] = torch.cat(group)
+        elif ".self_attn.k_proj." not in inner and ".self_attn.v_proj." not in inner:
+            spelled[here + inner] = value
+    assert not any("self_attn" in name or "layers" in name for name in spelled if name.startswith(here))
+    expected = flatten_dict(from_torch(config, state), sep="/")
+    for path, value in flatten_dict(from_torch(config, spelled), sep="/").items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)

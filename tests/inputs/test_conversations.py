@@ -47,6 +47,17 @@ def test_kosmos_sees_its_own_order(tokenizer):
     assert text == "<s><image><pad><pad></image><grounding> Question: Where is it? Answer: on the left</s>"
 
 
+def test_janus_is_asked_as_its_published_template_asks():
+    text, spans = conversations._text(conversations.CHATS["janus"], "END", TURNS, 1)
+    system, _, rest = text.partition("natural language.\n\n")
+    assert system.startswith("<\uff5cbegin▁of▁sentence\uff5c>You are a helpful language and vision assistant.")
+    assert rest == (
+        f"<|User|>: {conversations._PLACE}\nWhere is it?\n\n<|Assistant|>: on the leftEND"
+        "<|User|>: What colour?\n\n<|Assistant|>: redEND"
+    )
+    assert [text[begin:end] for begin, end in spans] == [" on the leftEND", " redEND"]
+
+
 def test_pictures_stand_where_their_marks_are(tokenizer):
     turn = Turn("<image>\n<image>\nSame?", "no")
     found = conversations.encoder(tokenizer, "qwen", 2)((turn,), 2)
