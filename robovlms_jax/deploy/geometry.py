@@ -132,8 +132,9 @@ class Scene:
         self._balls = bool((self._starts == self._ends).all())
 
     def of(self, obstacles: tuple[Obstacle, ...]) -> Scene:
-        """The scene of these obstacles: this one where they are the very same."""
-        return self if obstacles is self._obstacles else Scene(obstacles)
+        """The scene of these obstacles: this one where they are the very same tuple. A list may hold others by now."""
+        same = obstacles is self._obstacles and isinstance(obstacles, tuple)
+        return self if same else Scene(obstacles)
 
     def clearance(self, positions: np.ndarray, tool: tuple[Capsule, ...]) -> np.ndarray:
         """Distance between surfaces, negative where they overlap capsules.
@@ -143,10 +144,10 @@ class Scene:
         Returns:
           float[..., obstacles], the least over the tool's capsules; in the order of `names`.
         """
-        least = np.full((*positions.shape[:-1], len(self.names)), np.inf)
+        least = None
         at = positions[..., None, :]
         for part in tool:
-            p, q = at + np.asarray(part.start), at + np.asarray(part.end)
+            p, q = at + part.start, at + part.end
             found = []
             if len(self._starts) and self._balls and part.start == part.end:
                 gap = p - self._starts  # between points, ten times as fast as between segments
@@ -156,5 +157,6 @@ class Scene:
             if len(self._centers):
                 found.append(segment_box_distance(p, q, self._centers, self._halves))
             if found:
-                least = np.minimum(least, np.concatenate(found, axis=-1) - part.radius)
-        return least
+                clear = (found[0] if len(found) == 1 else np.concatenate(found, axis=-1)) - part.radius
+                least = clear if least is None else np.minimum(least, clear)
+        return np.full((*positions.shape[:-1], len(self.names)), np.inf) if least is None else least

@@ -157,8 +157,16 @@ class MotionFilter:
         self.groups, self.period_s, self.robots = tuple(groups), period_s, robots
         self._starts = np.cumsum([0, *(len(group.columns) for group in groups)])[:-1]
         self._of_group = np.repeat(np.arange(len(groups)), [len(group.columns) for group in groups])
-        self._stops = [stops(g.speed, g.acceleration, g.jerk, period_s) for g in groups]
-        self.length = max(len(x.capacity) - 1 for x in self._stops)
+        tables = [stops(g.speed, g.acceleration, g.jerk, period_s) for g in groups]
+        self._longest = np.array([len(x.capacity) - 1 for x in tables])
+        self.length = int(self._longest.max())
+        # All groups' tables as one, so that a stop of all of them is a few calls of NumPy. float[groups, N + 1, N]
+        self._speed_parts, self._change_parts = (
+            np.stack([_padded(getattr(x, name), (self.length + 1, self.length), 0.0) for x in tables])
+            for name in ("speed_part", "change_part")
+        )
+        self._capacities = np.stack([_padded(x.capacity, (self.length + 1,), np.inf) for x in tables])
+        self._ramps = np.array([g.jerk * period_s**2 for g in groups])
         # as changes from tick to tick
         powers = {"speed": 0, "acceleration": 1, "jerk": 2}
         self._squares = {
@@ -178,7 +186,7 @@ class MotionFilter:
         """float[B, N, D]: velocities of the coming ticks if nothing is asked for; then rest."""
 
     def _sums(self, velocities: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        return positions[:, None] + np.cumsum(velocities, axis=1) * self.period_s
+        return positions[:, None] + velocities.cumsum(axis=1) * self.period_s
 
     def step(
         self, positions: np.ndarray, wanted: np.ndarray, otherwise: Callable[[], np.ndarray] | None = None
@@ -192,7 +200,7 @@ class MotionFilter:
             None: the same.
         """
         within = self._within_one_step(wanted)
-        plan, share = self.plan.copy(), np.zeros(self.robots)
+        plan, share = self.plan, np.zeros(self.robots)
         bound, blocked = np.zeros((2, self.robots), bool)
         rows = np.arange(self.robots)
         for request, part, stretch in self._attempts(within, otherwise):
@@ -201,16 +209,26 @@ class MotionFilter:
                 mixed = part * mixed + (1 - part) * self.plan[rows]
             good = self._moves_well(mixed, rows)
             if self._bounded or self._outside is not None:
-                within_bounds, clear = self._stays(mixed[good], positions[rows[good]], rows[good])
-                bound[rows[good][~within_bounds]] = True
-                blocked[rows[good][~clear]] = True
-                good[good] = within_bounds & clear
+                tried, plans = (rows, mixed) if good.all() else (rows[good], mixed[good])
+                within_bounds, clear = self._stays(plans, positions[self._all_or(tried)], tried)
+                if not (within_bounds.all() and clear.all()):
+                    bound[tried[~within_bounds]] = True
+                    blocked[tried[~clear]] = True
+                    good[good] = within_bounds & clear
+            if len(rows) == self.robots and good.all():  # as almost always: nothing has to be picked out
+                plan, share[:] = mixed, part
+                break
+            plan = plan.copy()
             plan[rows[good]], share[rows[good]] = mixed[good], part
             rows = rows[~good]
             if not len(rows):
                 break
         self.plan = plan
         return Filtered(self._send(), within, share, bound, blocked)
+
+    def _all_or(self, rows: np.ndarray) -> np.ndarray | slice:
+        """To index robots with: of all of them, what is indexed is not copied."""
+        return slice(None) if len(rows) == self.robots else rows
 
     def _attempts(
         self, within: np.ndarray, otherwise: Callable[[], np.ndarray] | None
@@ -233,12 +251,15 @@ class MotionFilter:
     @property
     def at_rest(self) -> np.ndarray:
         """bool[B]; a tick after the last motion, so that what follows may be followed within the limit of jerk."""
-        return ~(self.velocity.any(axis=-1) | self.change.any(axis=-1) | self.plan.any(axis=(1, 2)))
+        moves = self.velocity.any(axis=-1)
+        return ~moves if moves.all() else ~(moves | self.change.any(axis=-1) | self.plan.any(axis=(1, 2)))
 
     def _send(self) -> np.ndarray:
         sent = self.plan[:, 0].copy()
         self.change, self.velocity = sent - self.velocity, sent
-        self.plan = np.concatenate([self.plan[:, 1:], np.zeros_like(self.plan[:, :1])], axis=1)
+        coming = np.zeros_like(self.plan)
+        coming[:, :-1] = self.plan[:, 1:]
+        self.plan = coming
         return sent.copy()
 
     def _within_one_step(self, wanted: np.ndarray) -> np.ndarray:
@@ -246,50 +267,48 @@ class MotionFilter:
         within them already comes back bit for bit."""
         x = wanted
         for name, base in (("speed", 0), ("acceleration", self.velocity), ("jerk", self.velocity + self.change)):
-            squares = self._lengths(x - base)
-            limits = self._squares[name]
+            gap, limits = x - base, self._squares[name]
+            squares = self._lengths(gap)
             over = squares > limits
             if over.any():
-                with np.errstate(divide="ignore", invalid="ignore"):
-                    scale = np.where(over, np.sqrt(limits / squares) * (1 - ROUNDING), 1.0)
-                scaled = base + (x - base) * scale[..., self._of_group]
+                with np.errstate(divide="ignore", invalid="ignore"):  # of those that are not over
+                    scale = np.sqrt(limits / squares) * (1 - ROUNDING)
+                    scaled = base + gap * scale[..., self._of_group]
                 x = np.where(over[..., self._of_group], scaled, x)
         return x
 
     def _lengths(self, x: np.ndarray) -> np.ndarray:
         """Squared lengths of the groups' vectors: float[..., D] -> float[..., groups]."""
-        return np.add.reduceat(x * x, self._starts, axis=-1)
+        return np.add.reduceat(np.square(x), self._starts, axis=-1)
 
     def _with_stop(self, wanted: np.ndarray, rows: np.ndarray, stretch: float) -> np.ndarray:
         """float[M, N, D]: the velocity, then a smooth stop."""
-        velocity = wanted[rows]
-        change = velocity - self.velocity[rows]
-        asked = np.zeros((len(rows), self.length, velocity.shape[-1]))
-        speeds, changes = np.sqrt(self._lengths(velocity)), np.sqrt(self._lengths(change))
-        for g, (group, table) in enumerate(zip(self.groups, self._stops)):
-            # an acceleration has to be taken back before the stop begins, which adds speed and takes time
-            ramp = changes[:, g] / (group.jerk * self.period_s**2)
-            effective = speeds[:, g] + 0.5 * changes[:, g] * ramp
-            rest = np.searchsorted(table.capacity, effective) + np.ceil(ramp)
-            rest = np.minimum(np.ceil(rest * stretch).astype(int), len(table.capacity) - 1)
-            columns = slice(group.columns[0], group.columns[-1] + 1)
-            asked[:, : table.speed_part.shape[1], columns] = (
-                table.speed_part[rest][..., None] * velocity[:, None, columns]
-                + table.change_part[rest][..., None] * change[:, None, columns]
-            )
+        chosen = self._all_or(rows)
+        velocity = wanted[chosen]
+        change = velocity - self.velocity[chosen]
+        speeds, changes = np.sqrt(self._lengths(np.stack([velocity, change])))  # [M, groups]
+        # an acceleration has to be taken back before the stop begins, which adds speed and takes time
+        ramp = changes / self._ramps
+        effective = speeds + 0.5 * changes * ramp
+        # the first row of its group's table whose capacity is not below
+        rest = (self._capacities < effective[..., None]).sum(axis=-1) + np.ceil(ramp)
+        rest = np.minimum(np.ceil(rest * stretch).astype(int), self._longest)[:, self._of_group]
+        parts = self._speed_parts[self._of_group, rest], self._change_parts[self._of_group, rest]  # [M, D, N]
+        asked = (parts[0] * velocity[..., None] + parts[1] * change[..., None]).swapaxes(1, 2)
         asked[:, 0] = velocity  # exactly
         return asked
 
     def _moves_well(self, plans: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """bool[M]: speed, acceleration and jerk are within limits at every tick until rest."""
-        size = len(rows), 1, plans.shape[-1]
-        rest = np.zeros(size)
-        start = self.velocity[rows].reshape(size)
-        velocities = np.concatenate([start, plans, rest, rest], axis=1)
-        changes = velocities[:, 1:] - velocities[:, :-1]
-        before = np.concatenate([self.change[rows].reshape(size), changes[:, :-1]], axis=1)
-        lengths = self._lengths(np.stack([velocities[:, 1:], changes, changes - before]))
-        return (lengths <= self._square_limits).all(axis=(0, 2, 3))
+        size, length, columns = plans.shape
+        velocities, changes = np.zeros((2, size, length + 3, columns))  # two ticks of rest behind the plan
+        chosen = self._all_or(rows)
+        velocities[:, 0], velocities[:, 1:-2], changes[:, 0] = self.velocity[chosen], plans, self.change[chosen]
+        np.subtract(velocities[:, 1:], velocities[:, :-1], out=changes[:, 1:])
+        found = np.empty((3, size, length + 2, columns))
+        found[0], found[1] = velocities[:, 1:], changes[:, 1:]
+        np.subtract(changes[:, 1:], changes[:, :-1], out=found[2])
+        return (self._lengths(found) <= self._square_limits).all(axis=(0, 2, 3))
 
     def _stays(self, plans: np.ndarray, positions: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """bool[M] twice: the plan stays within bounds; it keeps clear of obstacles."""
@@ -301,6 +320,13 @@ class MotionFilter:
         if self._outside is not None and len(rows):
             clear = ~self._outside(path, plans, rows)
         return within, clear
+
+
+def _padded(table: np.ndarray, shape: tuple[int, ...], value: float) -> np.ndarray:
+    """float[shape]: the table, with `value` behind its ends."""
+    padded = np.full(shape, value)
+    padded[tuple(slice(size) for size in table.shape)] = table
+    return padded
 
 
 def slowed_near_bounds(

@@ -12,6 +12,7 @@ means.
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from typing import Any
 
@@ -67,6 +68,11 @@ class SafetyLayer:
         """float[D]: where it was measured last."""
         self._grippers = np.array([np.nan] * len(self._layout.grippers))
         self._cause = ""
+        self._order = np.array(self._layout.order)
+        self._absolute, self._delta = (
+            np.array([x == kind for x in self._layout.kinds]) for kind in ("absolute", "delta")
+        )
+        self._needed = {near: self._needed_positions(*near) for near in itertools.product((False, True), repeat=2)}
 
     def check(self, action: Any, measured: Measured, action_age_s: float = 0.0) -> Decision:
         """One tick: what to send instead of `action`, float[A] in the units of the robot's description."""
@@ -84,13 +90,13 @@ class SafetyLayer:
         numbers, asked = wanted
         if np.isnan(self._grippers).any():  # from now on the arm may move, and its grippers are told something
             events += self._grip(numbers, measured)
-        velocity = self._joints_together(np.clip(asked, -1e6, 1e6))
+        velocity = self._joints_together(np.minimum(np.maximum(asked, -1e6), 1e6))
         result = self._filter.step(self._target[None], velocity[None], lambda: self._gentle(velocity)[None])
         if result.blocked[0] and self.limits.on_collision_risk == "stop":
             self.latch.trip("collision_risk: the request would bring the robot nearer to an obstacle than allowed")
             events.append(self._event("collision", self.latch.reason, velocity, result.velocity[0]))
             return self._finish(result.velocity[0], events)
-        as_asked = np.array_equal(result.velocity[0], asked)
+        as_asked = bool((result.velocity[0] == asked).all())
         if not as_asked:
             stage, reason = _what_limited(result, asked)
             events.append(self._event(stage, reason, asked, result.velocity[0]))
@@ -175,12 +181,7 @@ class SafetyLayer:
             return f"wrong_measurement: position is a {type(measured.position).__name__}, no array of numbers"
         if position.shape != (size,):
             return f"wrong_measurement: position has shape {list(position.shape)}, expected [{size}]"
-        needed = np.isfinite(self._layout.low) | np.isfinite(self._layout.high)
-        needed |= np.array([kind == "absolute" for kind in self._layout.kinds])
-        if self._layout.base:
-            needed[:] = needed.any() or bool(measured.obstacles)
-        for tool in self._layout.tools:
-            needed[list(tool)] |= bool(measured.obstacles or measured.body)
+        needed = self._needed[bool(measured.obstacles), bool(measured.body)]
         if (measured.obstacles or measured.body) and not self._layout.base and not self._layout.tools:
             return (
                 "wrong_measurement: obstacles were given, but this robot is commanded by joints, and where its tool is "
@@ -194,6 +195,16 @@ class SafetyLayer:
             return "not_finite: the measured gripper force is not"
         return ""
 
+    def _needed_positions(self, obstacles: bool, body: bool) -> np.ndarray:
+        """bool[D]: which measured positions must be known where there are obstacles, or the robot's own body."""
+        needed = np.isfinite(self._layout.low) | np.isfinite(self._layout.high)
+        needed |= np.array([kind == "absolute" for kind in self._layout.kinds])
+        if self._layout.base:
+            needed[:] = needed.any() or obstacles
+        for tool in self._layout.tools:
+            needed[list(tool)] |= obstacles or body
+        return needed
+
     def _too_near(self, position: np.ndarray) -> str:
         for place in self._places(position[None, None]):
             for scene, least in self._kept_from():
@@ -205,7 +216,8 @@ class SafetyLayer:
 
     def _does_not_follow(self, position: np.ndarray) -> str:
         for tool in self._layout.tools:
-            error = np.linalg.norm(self._target[list(tool)] - position[list(tool)])
+            away = self._target[tool[0] : tool[-1] + 1] - position[tool[0] : tool[-1] + 1]
+            error = np.sqrt(away.dot(away))
             if error > self.limits.following_error_m:
                 return f"following_error: the tool is {error:.3f} m from where it was sent; is the arm blocked?"
         for column, kind in enumerate(self._layout.kinds):
@@ -234,18 +246,13 @@ class SafetyLayer:
             return "not_finite: the action is not"
         if self._target is None:
             return numbers, np.zeros(len(self._layout.order))
-        moving = numbers[list(self._layout.order)] * self._layout.scale
-        velocity = moving.copy()
-        for column, kind in enumerate(self._layout.kinds):
-            if kind == "absolute":
-                change = moving[column] - self._target[column]
-                if self._layout.angles[column]:
-                    change = (change + np.pi) % (2 * np.pi) - np.pi
-                with np.errstate(over="ignore"):  # 1e308 m are infinitely far
-                    velocity[column] = change / self.period_s
-            elif kind == "delta":
-                with np.errstate(over="ignore"):
-                    velocity[column] = moving[column] / self.period_s
+        moving = numbers[self._order] * self._layout.scale
+        change = np.where(self._absolute, moving - self._target, moving)
+        turns = self._absolute & self._layout.angles
+        if turns.any():
+            change[turns] = (change[turns] + np.pi) % (2 * np.pi) - np.pi
+        with np.errstate(over="ignore"):  # 1e308 m are infinitely far
+            velocity = np.where(self._absolute | self._delta, change / self.period_s, moving)
         return numbers, velocity
 
     def _joints_together(self, velocity: np.ndarray) -> np.ndarray:
@@ -271,7 +278,7 @@ class SafetyLayer:
         events = []
         for i, column in enumerate(self._layout.grippers):
             dimension, before = self.spec.action[column], numbers[column]
-            after = float(np.clip(before, dimension.low, dimension.high))
+            after = float(min(max(before, dimension.low), dimension.high))
             last = self._grippers[i]
             if measured.gripper_force_n > self.limits.gripper_force_n and np.isfinite(last):
                 opens = {"high": after > last, "low": after < last, "": False}[dimension.open_at]
@@ -298,7 +305,7 @@ class SafetyLayer:
 
     def _finish(self, velocity: np.ndarray, events: list[Event], asked: np.ndarray | None = None) -> Decision:
         """asked: float[A], the action where the layer leaves it as it is."""
-        if self.at_rest:
+        if self.latch.state == "stopping" and self.at_rest:
             self.latch.at_rest()
         if self._target is not None and not self._layout.base:
             self._target = self._target + velocity * self.period_s
@@ -320,10 +327,8 @@ class SafetyLayer:
         """float[A] of a velocity float[D] that has just been taken over into the target."""
         action = np.zeros(len(self.spec.action))
         target = np.zeros_like(velocity) if self._target is None else self._target
-        for i, column in enumerate(self._layout.order):
-            kind = self._layout.kinds[i]
-            value = {"absolute": target[i], "delta": velocity[i] * self.period_s, "velocity": velocity[i]}[kind]
-            action[column] = value / self._layout.scale[i]
+        value = np.where(self._delta, velocity * self.period_s, velocity)
+        action[self._order] = np.where(self._absolute, target, value) / self._layout.scale
         action[list(self._layout.grippers)] = self._grippers
         return action
 
@@ -334,13 +339,14 @@ class SafetyLayer:
         """float[M, N, D] -> where each tool is, or the base, float[M, N, 3]."""
         if self._layout.base:
             return [np.concatenate([path[..., :2], np.zeros_like(path[..., :1])], axis=-1)]
-        return [path[..., list(tool)] for tool in self._layout.tools]
+        return [path[..., tool[0] : tool[-1] + 1] for tool in self._layout.tools]
 
     def _outside(self, path: np.ndarray, plans: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """bool[M]: nearer to an obstacle than allowed, and nearer than the robot is now."""
         bad = np.zeros(len(path), bool)
         for place, here in zip(self._places(path), self._places(self._target[None, None])):
-            whole = np.concatenate([np.repeat(here, len(place), axis=0), place], axis=1)
+            whole = np.empty((len(place), place.shape[1] + 1, 3))
+            whole[:, :1], whole[:, 1:] = here, place
             steps = whole[:, 1:] - whole[:, :-1]
             # between two ticks it may be half a step nearer
             halves = np.sqrt(np.einsum("mnd,mnd->mn", steps, steps))[..., None] / 2
@@ -365,6 +371,6 @@ def _what_limited(result: motion.Filtered, velocity: np.ndarray) -> tuple[str, s
         return "workspace", "the request, and a stop after it, would leave the workspace or pass a joint's limit"
     if result.blocked[0]:
         return "collision", "the request, and a stop after it, would come too near to an obstacle"
-    if not np.array_equal(result.within[0], velocity):  # the motion's own limits
+    if not (result.within[0] == velocity).all():  # the motion's own limits
         return "speed", "speed, acceleration or jerk above its limit"
     return "speed", "no stop within the limits of acceleration and jerk would follow"

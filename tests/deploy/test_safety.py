@@ -130,6 +130,15 @@ def test_a_request_towards_an_obstacle_stops_or_slows_down_as_chosen():
     assert places[-1, 0] > 0.245  # slowed down, it comes as near as it may
 
 
+def test_obstacles_in_a_list_that_is_changed_in_place_are_those_of_now():
+    layer = SafetyLayer(MOBILE, Limits())
+    obstacles = [geometry.ball("cup", (3.0, 0, 0), 0.05)]
+    measured = Measured(np.zeros(3), obstacles=obstacles)
+    assert layer.check(np.zeros(3), measured).state == "run"
+    obstacles[0] = geometry.ball("cup", (0.1, 0, 0), 0.05)
+    assert "collision_risk" in layer.check(np.zeros(3), measured).stop["reason"]
+
+
 def test_an_obstacle_that_may_be_touched_is_passed_through():
     block = geometry.ball("block", (0.2, 0, 0), 0.05, touchable=True)
     _, places = drive(SafetyLayer(MOBILE, Limits()), [np.array([0.3, 0, 0])] * 100, obstacles=(block,))
