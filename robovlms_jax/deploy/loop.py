@@ -10,6 +10,7 @@ import numpy as np
 
 from robovlms_jax.control.asynchronous import ActionQueue, AsyncConfig, Scheduler
 from robovlms_jax.control.interface import Observation, Policy
+from robovlms_jax.deploy import mobile
 from robovlms_jax.deploy.guard import Guard
 from robovlms_jax.deploy.safety import Measured, SafetyLayer
 
@@ -37,6 +38,7 @@ def run(
     *,
     done: Callable[[Guard], bool],
     asynchronous: AsyncConfig = SWITCH,
+    base: mobile.BaseMapping | None = None,
 ) -> Guard:
     """Drives the robot until `done` or a latched stop, and brakes it to rest.
 
@@ -49,9 +51,13 @@ def run(
       done: asked between predictions; `Guard.now` counts ticks.
       asynchronous: when the policy is asked, and how its answers follow each other. `robot.observe` must take less than
         a tick where that looks at pictures.
+      base: how a policy of an arm drives a base, which `layer` is for; None: the policy's actions are the robot's.
     Returns:
       The guard, whose `counts` say what happened; why the policy was asked is "asked: REASON".
+    Raises:
+      ValueError: a base mapping for a robot that is none.
     """
+    policy = policy if base is None else mobile.OnBase(policy, base, layer.spec)
     current = instruction if callable(instruction) else lambda: instruction
     told = current()
     policy.reset(told)

@@ -7,7 +7,8 @@ An action is x, y, z, roll, pitch, yaw, gripper. Two mappings, chosen by name:
   forward; and it is not linear, so what it maps cannot be recovered.
 - `planar`, the one to use: linear_x = x, linear_y = y, angular_z = yaw. Linear, and `arm_from_base` undoes it.
 
-A policy with three action dimensions needs neither.
+A policy with three action dimensions needs neither. `OnBase` is a policy of an arm as one of a base, and
+`loop.run(..., base=BaseMapping())` drives by it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import Literal
 
 import numpy as np
 
-from robovlms_jax.deploy.limits import is_number
+from robovlms_jax.control.interface import ActionChunk, Observation, Policy
+from robovlms_jax.control.robot import RobotSpec
+from robovlms_jax.deploy.limits import MOBILE, is_number
 
 ARM_DIM, BASE_DIM = 7, 3
 
@@ -102,6 +105,38 @@ def arm_from_base(velocities: np.ndarray, mapping: BaseMapping) -> np.ndarray:
     actions[..., [0, 1]] = velocities[..., :2] / mapping.linear_m_s
     actions[..., 5] = velocities[..., 2] / mapping.angular_rad_s
     return actions
+
+
+class OnBase:
+    """A policy of an arm (seven numbers) as a policy of a base (three).
+
+    What a chunk says of its uncertainty stays; intervals are of the arm's numbers and are left out. What the base
+    executed is not told to the policy, which then takes it that what it planned was done. Raises ValueError for a robot
+    that is no base.
+    """
+
+    def __init__(self, policy: Policy, mapping: BaseMapping, robot: RobotSpec = MOBILE):
+        if len(robot.action) != BASE_DIM:
+            raise ValueError(
+                f"base mapping: robot {robot.name!r} has {len(robot.action)} action dimensions; a mapping gives the "
+                f"{BASE_DIM} of a base, as limits.MOBILE has them."
+            )
+        self._policy, self._mapping = policy, mapping
+
+    def reset(self, instruction: str) -> None:
+        self._policy.reset(instruction)
+
+    def act(self, observation: Observation) -> ActionChunk:
+        """Raises what the policy and `base_from_arm` raise, and ValueError for an observation that asks the policy to
+        go on from its last chunk: what is left of it are a base's numbers."""
+        if observation.committed is not None:
+            raise ValueError(
+                "observation.committed is a base's velocities, which a policy of an arm cannot go on from: leave "
+                "asynchronous.tell off with a base mapping."
+            )
+        chunk = self._policy.act(dataclasses.replace(observation, executed=None))
+        actions = base_from_arm(chunk.actions, self._mapping).astype(np.float32)
+        return ActionChunk(actions, uncertainty=chunk.uncertainty)
 
 
 def base_path(velocities: np.ndarray, positions: np.ndarray, period_s: float) -> np.ndarray:

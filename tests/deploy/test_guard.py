@@ -11,11 +11,11 @@ import pytest
 
 from robovlms_jax.control.asynchronous import AsyncConfig
 from robovlms_jax.control.interface import ActionChunk, Observation
-from robovlms_jax.control.robot import Dimension, RobotSpec
+from robovlms_jax.control.robot import CALVIN, Dimension, RobotSpec
 from robovlms_jax.deploy.guard import Guard
 from robovlms_jax.deploy.limits import MOBILE, Limits
 from robovlms_jax.deploy.loop import run
-from robovlms_jax.deploy.mobile import base_path
+from robovlms_jax.deploy.mobile import BaseMapping, OnBase, base_path
 from robovlms_jax.deploy.safety import Measured, SafetyLayer
 
 SLOW = np.array([0.005, 0, 0])
@@ -131,6 +131,49 @@ def test_the_loop_executes_chunks_beside_inference_and_outlives_a_failed_predict
     assert guard.counts["failed predictions"] == 1 and guard.counts["ticks"] >= 40
     assert layer.latch.state == "run" and base.place[0] > 0
     assert not base.sent[-1].any()
+
+
+class Arm:
+    """A policy of an arm, that turns and goes back and to the left."""
+
+    def __init__(self):
+        self.executed = []
+
+    def reset(self, instruction): ...
+
+    def act(self, observation):
+        self.executed.append(observation.executed)
+        action = np.array([-0.02, 0.01, 0.5, 0.1, 0.1, 0.02, 1.0], np.float32)
+        return ActionChunk(np.tile(action, (10, 1)), np.ones(10), np.ones((10, 7)), 0.9)
+
+
+def test_the_loop_drives_a_base_with_a_policy_of_an_arm():
+    base, mapping = Base(), BaseMapping(drive="differential", lateral="turn")
+    layer = SafetyLayer(MOBILE, Limits())
+    run(base, Arm(), layer, "go", done=lambda guard: guard.now >= 15, asynchronous=ASK_EARLY, base=mapping)
+    fastest = min(base.sent, key=lambda action: action[0])
+    # asked for are -0.01 m/s, and 0.02 * 1.5 of the yaw and 0.005 * 2 rad/s of what goes to the side; how the layer
+    # begins and ends a motion keeps their ratio
+    assert fastest[0] <= -0.008 and fastest[1] == 0
+    np.testing.assert_allclose(fastest[2] / fastest[0], 0.04 / -0.01, rtol=0.05)
+    assert base.place[0] < 0 < base.place[2]
+
+
+def test_a_policy_of_an_arm_on_a_base_says_what_still_holds_and_hears_nothing_in_a_bases_numbers():
+    policy = Arm()
+    on_base = OnBase(policy, BaseMapping())
+    on_base.reset("go")
+    chunk = on_base.act(Observation({}, executed=np.zeros((1, 3))))
+    assert chunk.actions.shape == (10, 3) and chunk.uncertainty.shape == (10,) and chunk.interval is None
+    assert policy.executed == [None]
+    with pytest.raises(ValueError, match=r"leave asynchronous\.tell off"):
+        on_base.act(Observation({}, committed=np.zeros((2, 3))))
+
+
+def test_a_base_mapping_for_an_arm_is_refused():
+    layer = SafetyLayer(CALVIN, Limits())
+    with pytest.raises(ValueError, match=r"robot 'calvin' has 7 action dimensions; a mapping gives the 3 of a base"):
+        run(Base(), Arm(), layer, "go", done=lambda guard: True, base=BaseMapping())
 
 
 @pytest.mark.parametrize(
