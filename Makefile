@@ -1,9 +1,4 @@
-# make run   installs into .venv and runs the main job on the embedded simulator
-# make test  installs into .venv and passes the tests
-# make docs  builds the documentation into site/, which opens from disk
-# make test-oldest, make test-newest   a part of the tests with the lower bounds of setup.cfg, and with the newest of
-#            everything, each in an environment of its own; without torch
-# Only Python 3.11+ and git are needed. Packages are installed again only when their lists change.
+# `make help` lists what there is to make. Only Python 3.11+ and git are needed. Packages are installed again only when their lists change.
 PYTHON ?= python3
 OLDEST_PYTHON ?= python3.11
 NEWEST_PYTHON ?= python3.12
@@ -13,30 +8,39 @@ BIN := .venv/bin
 VERSION_TESTS := tests/actions tests/data tests/inputs tests/nn tests/parallel tests/policies tests/training tests/test_cli.py \
 	tests/runs/test_config.py tests/test_environments.py tests/test_imports.py tests/experiments/test_plan.py
 
-.PHONY: run test docs test-slow test-oldest test-newest lint clean always
+.PHONY: run test docs test-slow test-oldest test-newest lint types hooks clean always help
 
-run: .venv/run
+run: .venv/run  ## the main job: records in the embedded simulator, trains, rolls out; about nine minutes on two cores
 	$(BIN)/python -m experiments.calvin_abcd $(ARGS)
 
-test: .venv/test lint
+test: .venv/test lint  ## lint and all tests but the slow ones; about ten minutes on two cores
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: .venv/test
+test-slow: .venv/test  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-docs: .venv/test
+docs: .venv/test  ## the documentation in site/, which opens from disk
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
-test-oldest: .venv-oldest/ready
-test-newest: .venv-newest/ready
+test-oldest: .venv-oldest/ready  ## a part of the tests with the lower bounds of setup.cfg, without torch
+test-newest: .venv-newest/ready  ## the same with the newest of everything
 test-oldest test-newest: test-%:
 	.venv-$*/bin/python -m pytest $(VERSION_TESTS) $(ARGS)
 	rm -rf .venv-$*/run
 	.venv-$*/bin/python -m experiments.calvin_abcd --preset sample --train.steps 20 --train.output .venv-$*/run
 
-lint: .venv/test
+lint: .venv/test  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/dev  ## mypy on what users import (pyproject.toml); most of a minute the first time
+	$(BIN)/python -m mypy
+
+hooks: .venv/dev  ## what pre-commit checks before a commit, on every file; `pre-commit install` does it at each commit
+	$(BIN)/pre-commit run --all-files
+
+help:  ## this list
+	@awk -F':.*  ## ' '/^[a-z-]+:.*  ## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12")'
@@ -51,6 +55,10 @@ lint: .venv/test
 	$(BIN)/python -m pip install --quiet -c requirements.txt -e .[test]
 	touch $@
 
+.venv/dev: .venv/test
+	$(BIN)/python -m pip install --quiet -c requirements.txt -e .[dev]
+	touch $@
+
 # Made from nothing, so that no package of the last time stays: the oldest when setup.cfg changes, the newest every time.
 .venv-oldest/ready .venv-newest/ready: .venv-%/ready: setup.cfg tests/environments.py
 	rm -rf .venv-$*
@@ -63,5 +71,5 @@ lint: .venv/test
 .venv-newest/ready: always
 always:
 
-clean:
+clean:  ## away with the environments and runs/
 	rm -rf .venv .venv-oldest .venv-newest runs

@@ -12,6 +12,7 @@ Masks are boolean and say what True means. Attention masks are True = may attend
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import flax.struct
@@ -168,9 +169,9 @@ class Tokens:
         run, length = self.layout[-1]
         assert run == name, f"{name!r} is not the last run of {self.layout}"
         rest = self.map_slots(lambda x: x[:, :-length])
-        return rest.replace(layout=self.layout[:-1], private=tuple(x for x in self.private if x != name))
+        return dataclasses.replace(rest, layout=self.layout[:-1], private=tuple(x for x in self.private if x != name))
 
     def map_slots(self, function: Callable[..., Array], *others: Tokens) -> Tokens:
         """function(array, the others' arrays...) on everything that has slots: all but the media."""
-        tokens = [x.replace(media=None) for x in (self, *others)]
+        tokens = [dataclasses.replace(x, media=None) for x in (self, *others)]
         return jax.tree.map(function, *tokens).replace(media=self.media)

@@ -172,7 +172,7 @@ class ActionQueue:
     def left(self) -> np.ndarray:
         """float[n, A]: rows from now on, as far as they follow each other."""
         with self._lock:
-            rows = []
+            rows: list[np.ndarray] = []
             while (row := self._rows.get(self.now + len(rows))) is not None:
                 rows.append(row.action)
             return np.array(rows) if rows else np.zeros((0, len(self.robot.action)), np.float32)

@@ -64,7 +64,9 @@ class AsynchronousBatch:
                 unsaid = np.isnan(doubts).all()
                 return ActionChunk(np.stack(actions), None if unsaid else np.array(doubts, np.float32))
             waits = self._config.seam == "wait" and episode.coming is not None
-            row = episode.scheduler.queue.take() if not waits else episode.wait()
+            row = None if waits else episode.scheduler.queue.take()
+            if waits:
+                episode.wait()
             if row is None:
                 self.counts["held"] += 1
                 action = robots.rest(self.robot.action, episode.last(self.robot))

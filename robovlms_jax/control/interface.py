@@ -107,7 +107,7 @@ class Env(Protocol):
 
 def is_slot(slot: object, size: int) -> bool:
     """Whether it numbers one of `size` slots: a whole number from 0 on. -1 is no slot, nor is True."""
-    return isinstance(slot, numbers.Integral) and not isinstance(slot, bool) and 0 <= slot < size
+    return isinstance(slot, numbers.Integral) and not isinstance(slot, bool) and 0 <= int(slot) < size
 
 
 def check_slots(slots: Sequence[int], size: int) -> list[int]:

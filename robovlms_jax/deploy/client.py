@@ -16,7 +16,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from robovlms_jax.control.interface import ActionChunk, Observation
@@ -33,7 +33,8 @@ class _Client:
     """What both clients share: all but waiting."""
 
     def __init__(self, url: str, config: ClientConfig | None = None):
-        self._course, self._line = conversation.Course(url, config or ClientConfig()), None
+        self._course = conversation.Course(url, config or ClientConfig())
+        self._line: Any = None  # websockets' connection, of threads or of an event loop
 
     @property
     def config(self) -> ClientConfig:
@@ -97,7 +98,8 @@ class Client(_Client):
 
     def _run(self, steps: Steps) -> Any:
         """Does what the steps say until they return."""
-        go_on, came = steps.send, None
+        go_on: Callable[[Any], Open | Ask | Close | Pause] = steps.send
+        came: Any = None
         while True:
             try:
                 step = go_on(came)
@@ -158,7 +160,8 @@ class AsyncClient(_Client):
         return await self._run(self._course.act(observation))
 
     async def _run(self, steps: Steps) -> Any:
-        go_on, came = steps.send, None
+        go_on: Callable[[Any], Open | Ask | Close | Pause] = steps.send
+        came: Any = None
         while True:
             try:
                 step = go_on(came)

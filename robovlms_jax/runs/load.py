@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 
@@ -90,7 +90,7 @@ def open_model(
     path: str | pathlib.Path,
     policy: Mapping[str, Any] | None = None,
     weights: Weights | None = None,
-    dtype: str | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
     robot: str = "",
 ) -> tuple[VLA, Any, EncodeText]:
     """The model of a checkpoint, its parameters and what encodes its instructions. Arguments as for `load_policy`.
@@ -118,7 +118,8 @@ def open_model(
         types = quantize.stored_types(shapes, weights or dtype)
     params = items.read_params(directory, _abstract(shapes, types, shardings))
     if weights in _ROUNDED:
-        model = build.make_model(experiment, dataclasses.replace(backbone.vlm, storage=weights))
+        storage = cast(Literal["int8", "w8a8"], weights)
+        model = build.make_model(experiment, dataclasses.replace(backbone.vlm, storage=storage))
         shapes, shardings = build.abstract_params(model, mesh)
         params = quantize.quantize(params, _abstract(shapes, jax.tree.map(lambda x: x.dtype, shapes), shardings))
     if robot:

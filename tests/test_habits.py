@@ -1,0 +1,43 @@
+"""What looks after the repository itself: make's targets, hooks before a commit, types, templates of issues."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.test_imports import ROOT
+
+
+def test_make_help_lists_every_target_with_a_line_about_it():
+    shown = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = dict(re.fullmatch(r"make (\S+) +(\S.*)", line).groups() for line in shown.splitlines())
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert set(listed) == set(phony.split()) - {"always"}
+
+
+def test_hooks_use_the_versions_that_the_project_is_tested_with():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    pins = set((ROOT / "requirements.txt").read_text().split())
+    assert {pin for hook in hooks for pin in hook["additional_dependencies"]} <= pins
+    assert {hook["id"] for hook in hooks} == {"ruff", "ruff-format", "typos", "nbstripout"}
+
+
+def test_forms_for_issues_can_be_read_and_ask_for_what_is_needed():
+    folder = ROOT / ".github" / "ISSUE_TEMPLATE"
+    bug = yaml.safe_load((folder / "bug.yml").read_text())
+    needed = {part["id"] for part in bug["body"] if part.get("validations", {}).get("required")}
+    assert needed == {"what", "command", "versions"}
+    assert yaml.safe_load((folder / "feature.yml").read_text())["body"]
+    assert "emergency stop" in (ROOT / "SECURITY.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="pip install -e .[dev]")
+def test_what_users_import_has_types_that_fit():
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
