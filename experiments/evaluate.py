@@ -196,7 +196,10 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
     policy = load.load_batched_policy(directory, slots=config.processes, weights=config.weights)
     _require_robot(config, policy.model.config, load.load_config(directory).data.dataset)
 
+    recordings: list[Recording] = []
+
     def keep(recording: Recording) -> None:
+        recordings.append(recording)
         film_files.write_film(recording, output / f"film_{recording.trial.index:04d}")
 
     with _envs(config) as envs:
@@ -219,7 +222,8 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
         if config.latency_ms >= 0:
             log.info("asynchronous control: %s", dict(driven.counts))
     title = f"{evaluation.setup['env']}, closed loop"
-    return rollout_report.write_report(output, [evaluation], title=title, films=sorted(output.glob("film_*")))
+    films = sorted(output.glob("film_*"))
+    return rollout_report.write_report(output, [evaluation], title=title, films=films, recordings=recordings)
 
 
 def _require_robot(config: EvaluateConfig, policy: PolicyConfig, dataset: str) -> None:

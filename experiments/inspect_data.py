@@ -49,7 +49,7 @@ class Args:
     pictures: int = 300
     """Pictures of each camera that are decoded and compared."""
     episodes: int = 4
-    """Episodes whose first and last pictures are shown."""
+    """Episodes to look through on the page: pictures and numbers under one cursor."""
     conventions: str = ""
     """LeRobot: a file that says what the numbers mean, in place of <root>/meta/robovlms.json."""
     index_dir: str = ""

@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from robovlms_jax.control import robot as robots
 from robovlms_jax.data import findings, inspection, pairing
+from robovlms_jax.evaluation.report import page, player
 
 if TYPE_CHECKING:
     from experiments.inspect_data import Result
 
-_PICTURE = 320
-"""Widest picture on the page, in pixels."""
 _SENTENCES = 12
 _LABELS = {"problem": ("problem", "problems"), "look": ("worth a look", "worth a look"), "fine": ("fine", "fine")}
 
 _STYLE = """
-:root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --text: #1d2430; --soft: #667085; --line: #e3e7ee;
-  --blue: #00798c; --band: #00798c22; --problem: #c8324a; --look: #b7791f; --fine: #3f8f63; }
-@media (prefers-color-scheme: dark) { :root { --back: #12161c; --card: #1b212b; --text: #e6eaf0; --soft: #98a2b3;
-  --line: #2d3542; --blue: #3fb6c8; --band: #3fb6c82e; --problem: #ff6b81; --look: #f0b955; --fine: #74c69d; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 64px; }
-h1 { font-size: 28px; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 18px; margin: 0 0 12px; }
-h3 { font-size: 14px; margin: 20px 0 6px; }
-p { margin: 6px 0; } .soft { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 18px 20px;
-  margin-top: 16px; }
 .chips { display: flex; flex-wrap: wrap; gap: 8px; margin: 14px 0 0; }
 .chip { border-radius: 99px; padding: 3px 12px; font-weight: 600; font-size: 14px; border: 1.5px solid; }
 .problem { color: var(--problem); border-color: var(--problem); }
@@ -47,22 +30,12 @@ ul.findings li { border-left: 4px solid; padding: 2px 0 2px 12px; overflow-wrap:
 ul.findings span { color: var(--text); } ul.findings b { margin-right: 6px; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 12px 20px; margin: 0; }
 dt { color: var(--soft); font-size: 13px; } dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; min-width: 50%; font-variant-numeric: tabular-nums; }
-th { text-align: right; color: var(--soft); font-weight: 500; font-size: 13px; }
-td { text-align: right; border-top: 1px solid var(--line); } th, td { padding: 5px 16px 5px 0; white-space: nowrap; }
-th:first-child, td:first-child, th.left, td.left { text-align: left; }
-svg { display: block; max-width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 11px; }
 .bar { fill: var(--blue); } .band { fill: var(--band); }
 .axis { stroke: var(--line); } .mark { stroke: var(--look); stroke-width: 1.5; }
 ol.sentences { list-style: none; margin: 0; padding: 0; display: grid; gap: 6px; }
 ol.sentences li { position: relative; padding: 3px 8px; border-radius: 6px; overflow: hidden; overflow-wrap: anywhere; }
 ol.sentences i { position: absolute; inset: 0 auto 0 0; background: var(--band); border-radius: 6px; }
 ol.sentences span { position: relative; } ol.sentences b { float: right; position: relative; margin-left: 12px; }
-.film { border-top: 1px solid var(--line); padding: 14px 0 4px; } .film:first-of-type { border-top: 0; padding-top: 0; }
-.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 240px)); gap: 10px; margin-top: 8px; }
-figure { margin: 0; } figure img { display: block; width: 100%; border-radius: 6px; }
-figcaption { color: var(--soft); font-size: 12px; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; margin: 0; }
 """
 
 
@@ -90,12 +63,7 @@ def render(title: str, results: Sequence[Result], missing: Sequence[str] = ()) -
     absent = "".join(f'<li class="problem"><b>not found</b><span>{_text(message)}</span></li>' for message in missing)
     body = f'<section><ul class="findings">{absent}</ul></section>' if missing else ""
     body += "".join(_dataset(result) for result in results)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}: dataset</title><style>{_STYLE}</style></head>\n"
-        f"<body><main>{body}</main></body></html>\n"
-    )
+    return page.document(f"{title}: dataset", body, style=_STYLE + player.STYLE, script=player.SCRIPT)
 
 
 def _dataset(result: Result) -> str:
@@ -107,7 +75,7 @@ def _dataset(result: Result) -> str:
     )
     sections = [
         ("What to know first", _findings(result.findings)),
-        ("First and last frames", _films(found)),
+        ("Episodes", _episodes(found)),
         (
             "The dataset",
             "<dl>"
@@ -144,34 +112,24 @@ def _findings(listed: Sequence[findings.Finding]) -> str:
     return f'<ul class="findings">{items}</ul>'
 
 
-def _films(found: inspection.Inspection) -> str:
-    parts = []
+def _episodes(found: inspection.Inspection) -> str:
+    dimensions = {
+        part: tuple(column.dimension for column in columns)
+        for part, columns in (("action", found.actions), ("state", found.states))
+    }
+    episodes = []
     for shown in found.shown:
-        figures = "".join(
-            _figure(image, f"{camera}, {when} ({frame})")
-            for camera, pair in shown.pictures.items()
-            for image, when, frame in zip(pair, ("first", "last"), shown.frames, strict=True)
-        )
-        parts.append(f'<div class="film"><b>{_text(shown.instruction)}</b><div class="strip">{figures}</div></div>')
-    return "".join(parts)
-
-
-def _figure(image: np.ndarray | None, caption: str) -> str:
-    if image is None:
-        return f"<figure><p>no picture</p><figcaption>{_text(caption)}</figcaption></figure>"
-    picture = f'<img alt="{_text(caption)}" src="{_data_uri(image)}">'
-    return f"<figure>{picture}<figcaption>{_text(caption)}</figcaption></figure>"
-
-
-def _data_uri(image: np.ndarray) -> str:
-    """A JPEG of at most `_PICTURE` pixels in width; small pictures are enlarged, so that they can be seen."""
-    picture = Image.fromarray(image)
-    scale = min(_PICTURE / picture.width, 3.0)
-    size = (round(picture.width * scale), max(round(picture.height * scale), 1))
-    picture = picture.resize(size, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        panels = []
+        for part, values in (("action", shown.actions), ("state", shown.states)):
+            if values is not None and values.shape[1] == len(dimensions[part]):
+                panels += player.panels_of(values, dimensions[part], part)
+        missing = sum(picture is None for taken in shown.pictures.values() for picture in taken)
+        title = f"{shown.instruction or '(blank)'} (frame {shown.first} on)"
+        outcome = f"{findings.counted(missing, 'picture')} cannot be read" if missing else ""
+        rate = found.robot.rate_hz or 20.0
+        episodes.append(player.Episode(title, shown.pictures, shown.steps, panels, outcome, not missing, rate))
+    note = '<p class="soft">Bounds of the robot are dashed. Pictures are a few of each episode, numbers all.</p>'
+    return player.render(episodes) + note if episodes else ""
 
 
 def _lengths(name: str, split: inspection.Split) -> str:

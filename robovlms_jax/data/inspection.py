@@ -21,6 +21,8 @@ from robovlms_jax.data import base, pairing, sampling
 from robovlms_jax.data import sentences as texts
 
 BINS = 40
+_PICTURES = 24
+"""Of each camera and episode that is shown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +113,19 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """First and last frame of an episode, for people to look at.
+    """An episode for people to look through.
 
-    pictures: camera -> (first, last), each uint8[height, width, 3], or None where it cannot be read.
+    first: id of its first frame. steps: int[n], those that pictures are kept of, the first and the last among them.
+    pictures: camera -> uint8[height, width, 3] of each of `steps`, or None where it cannot be read.
+    actions, states: float64[T, d] of all its steps, NaN where a frame cannot be read; None where there are none.
     """
 
     instruction: str
-    frames: tuple[int, int]
-    pictures: Mapping[str, tuple[np.ndarray | None, np.ndarray | None]]
+    first: int
+    steps: np.ndarray
+    pictures: Mapping[str, tuple[np.ndarray | None, ...]]
+    actions: np.ndarray | None
+    states: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +202,7 @@ def inspect(splits: Mapping[str, base.Dataset], budget: Budget = Budget()) -> In
         cameras=cameras,
         same_pictures=same,
         unreadable=unreadable,
-        shown=_shown(dataset, budget.shown),
+        shown=_shown(dataset, spec, budget.shown),
     )
 
 
@@ -358,14 +365,18 @@ def sentences(episodes: Sequence[base.Episode]) -> Instructions:
     )
 
 
-def _shown(dataset: base.Dataset, count: int) -> tuple[Shown, ...]:
+def _shown(dataset: base.Dataset, spec: robots.RobotSpec, count: int) -> tuple[Shown, ...]:
     usable = [episode for episode in dataset.episodes if episode.end > episode.start]
     places = np.unique(np.linspace(0, len(usable) - 1, min(count, len(usable))).round().astype(int)) if count else []
     shown = []
     for episode in (usable[place] for place in places):
-        frames = (episode.start, episode.end - 1)
+        ids = np.arange(episode.start, episode.end)
+        steps = np.unique(np.linspace(0, len(ids) - 1, min(len(ids), _PICTURES)).round().astype(int))
         pictures = {
-            camera: tuple(pairing.picture(dataset, frame, camera)[0] for frame in frames) for camera in dataset.cameras
+            camera: tuple(pairing.picture(dataset, int(frame), camera)[0] for frame in ids[steps])
+            for camera in dataset.cameras
         }
-        shown.append(Shown(episode.instruction, frames, pictures))
+        numbers = (sampling.read_numbers(dataset.actions, [ids], "actions", {}), _states(dataset, spec, [ids], {})[0])
+        actions, states = (None if found is None else found[0] for found in numbers)
+        shown.append(Shown(episode.instruction, episode.start, steps, pictures, actions, states))
     return tuple(shown)

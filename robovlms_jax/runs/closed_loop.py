@@ -124,7 +124,9 @@ class ClosedLoop:
         for recording in films:
             film_files.write_film(recording, output / f"film_{recording.trial.index:04d}")
         title = f"{evaluation.setup['env']}, closed loop"
-        rollout_report.write_report(output, [evaluation], title=title, films=sorted(output.glob("film_*")))
+        rollout_report.write_report(
+            output, [evaluation], title=title, films=sorted(output.glob("film_*")), recordings=films
+        )
         strips = output / "strips.png"
         if films:
             film_files.draw_strips(films).save(strips)

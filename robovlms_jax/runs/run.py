@@ -105,7 +105,7 @@ def _run(
         checkpoints.require_free(output, resume=config.train.resume)  # another run may have ended there meanwhile
         finished = _train(setup, Report(name, title, closing, begin), output, interrupts)
     if finished and jax.process_index() == 0:
-        logger.info("report: %s\n\n%s\n", output / "report.md", closing)
+        logger.info("report: %s (the same as text: report.md)\n\n%s\n", output / "report.html", closing)
     return output
 
 

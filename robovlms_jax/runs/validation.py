@@ -18,7 +18,7 @@ from robovlms_jax.control.interface import Observation
 from robovlms_jax.data import base, excerpts, language, loading, opening, represented, samples
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.evaluation import offline
-from robovlms_jax.evaluation.report import films
+from robovlms_jax.evaluation.report import films, player
 from robovlms_jax.evaluation.report import offline as offline_report
 from robovlms_jax.inputs.config import AugmentConfig
 from robovlms_jax.parallel import mesh as meshes
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
+
+_PICTURES = 32
+"""Of each camera and episode on the report's page."""
 
 
 def open_split(config: DataConfig) -> base.Dataset | None:
@@ -165,8 +168,14 @@ class Evaluator:
                 states = list(dataset.proprio(np.arange(episode.start, episode.end)))
             policy.reset(episode.instruction)
             seen = (_observation(recorded, t, state) for t, state in enumerate(states))
-            actions = (np.stack([policy.act(observation).actions[0] for observation in seen]), recorded.actions)
-            curves.append(offline_report.EpisodeCurves(episode.instruction, *actions, units, config.robot))
+            predicted = np.stack([policy.act(observation).actions[0] for observation in seen])
+            at = player.thinned(len(recorded.actions), _PICTURES)
+            pictures = {camera: x[at] for camera, x in recorded.images.items()}
+            curves.append(
+                offline_report.EpisodeCurves(
+                    episode.instruction, predicted, recorded.actions, units, config.robot, pictures, at
+                )
+            )
         return curves
 
     def _augmented(self, count: int = 5) -> Image | None:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -56,6 +57,17 @@ def test_a_report_without_a_validation_split_says_so(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["overall"] is None
 
 
+def test_the_page_has_every_section_and_the_episodes_with_what_was_seen(tmp_path):
+    write_metrics(tmp_path)
+    curves = make_curves()
+    seen = {"pictures": {"static": np.zeros((2, 8, 8, 3), np.uint8)}, "at": [0, len(curves.recorded) - 1]}
+    write(tmp_path, episodes=[dataclasses.replace(curves, **seen), make_curves(1, 1)])
+    text = (tmp_path / "report.html").read_text()
+    assert "Language sensitivity" in text and "data:image/png;base64," in text
+    assert text.count('<div class="player">') == 1  # the other has no pictures
+    assert "x (mm)" in text and "recorded" in text
+
+
 def test_report_holds_text_numbers_and_pictures(tmp_path):
     write_metrics(tmp_path)
     text = write(tmp_path).read_text()
@@ -103,7 +115,12 @@ def test_json_is_strict_and_complete(tmp_path):
 
 def test_report_works_with_the_least(tmp_path):
     text = write(tmp_path, sums=make_sums(1), sensitivity=None, episodes=[]).read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["errors.png", "report.json", "report.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "errors.png",
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
     assert "## Loss" not in text
     assert "Language sensitivity" not in text
 

@@ -142,6 +142,13 @@ def test_a_film_shows_every_frame_and_is_linked(recording, tmp_path):
     assert f"(films/{path.name})" in text
 
 
+def test_rollouts_are_looked_through_on_a_page(recording, tmp_path):
+    rollout_report.write_report(tmp_path, [evaluation(0.5)], recordings=[recording])
+    text = (tmp_path / "rollouts.html").read_text()
+    assert text.count('<div class="player">') == 1
+    assert f"trial {recording.trial.index}" in text and f"after {recording.result.steps[-1]} steps" in text
+
+
 def test_a_long_film_skips_frames(recording, tmp_path, monkeypatch):
     monkeypatch.setattr(film_files.importlib.util, "find_spec", lambda name: None)  # a GIF in any case
     path = film_files.write_film(recording, tmp_path / "short", max_frames=5)

@@ -46,7 +46,7 @@ class Links(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.links += [value for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -65,7 +65,9 @@ def test_the_page_of_calvin_stands_alone_and_is_the_same_every_time(calvin, tmp_
     assert page == again
     links = Links()
     links.feed(page)
-    assert not links.open and len(links.links) == 16  # four episodes, two cameras, first and last
+    assert (
+        not links.open and len(links.links) == 8
+    )  # four episodes, two cameras; the other pictures are data of the player
     assert all(link.startswith("data:image/jpeg;base64,") for link in links.links)
     assert "http" not in page and "url(" not in page and "@import" not in page
     assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
@@ -82,7 +84,7 @@ def test_a_sentence_cannot_change_the_page(calvin, tmp_path):
     episodes[0]["instruction"] = "<script>alert('x')</script> & more"
     path.write_text(json.dumps(episodes))
     page, _ = look(calvin, tmp_path)
-    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "<script>alert" not in page and "&lt;script&gt;" in page
 
 
 @pytest.mark.parametrize("below", ["", "bridge_dataset", "bridge_dataset/1.0.0"])
@@ -90,7 +92,7 @@ def test_an_rlds_dataset_is_found_at_and_above_its_directory(bridge, tmp_path, b
     page, summary = look(bridge / below, tmp_path)
     assert "# bridge_dataset" in summary and "RLDS, described by the registry" in summary
     assert "training: 14 episodes" in summary and "validation: 4 episodes" in summary
-    assert page.count("data:image/jpeg") == 8
+    assert page.count('<div class="player">') == 4 and page.count("<img") == 4
 
 
 def test_an_unknown_rlds_dataset_is_read_by_common_names(tmp_path):
@@ -192,7 +194,7 @@ def test_a_damaged_picture_is_a_problem_and_the_page_is_made(calvin, tmp_path):
     page, summary = look(calvin, tmp_path)
     problems = re.search(r"## Problems \((\d)\)\n\n(.*)\n", summary)
     assert problems[1] == "1" and re.search(r"camera\*\*: 1 of 60 pictures cannot be decoded", problems[2])
-    assert "no picture" in page
+    assert "1 picture cannot be read" in page
 
 
 def test_what_the_reader_leaves_out_is_on_the_page(tmp_path):

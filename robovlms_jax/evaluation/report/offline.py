@@ -19,15 +19,14 @@ from numpy.typing import ArrayLike
 from robovlms_jax import json_lines
 from robovlms_jax.control.robot import CALVIN, RobotSpec
 from robovlms_jax.evaluation import offline
-from robovlms_jax.evaluation.report import fonts, tables
+from robovlms_jax.evaluation.report import axes as axis_files
+from robovlms_jax.evaluation.report import fonts, player, tables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-# People read millimetres and degrees; everything else here is in metres and radians.
-_READABLE = {"m": (1000.0, "mm"), "rad": (180 / math.pi, "°"), "m/s": (1000.0, "mm/s"), "rad/s": (180 / math.pi, "°/s")}
 _MOTION = ("delta", "velocity")
 _COLORS = (tables.BLUE, tables.YELLOW, tables.GREEN, tables.RED)
 
@@ -49,52 +48,13 @@ _PHASES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Axis:
-    """A dimension that is no binary gripper, as people read it.
-
-    column: of the action. factor: makes `unit` of the robot's own ("mm" of metres).
-    """
-
-    column: int
-    name: str
-    factor: float
-    unit: str
-    title: str
-    """What it is one of: "translation", "rotation", "joint"."""
-
-    @property
-    def label(self) -> str:
-        return f"{self.name} ({self.unit})" if self.unit else self.name
-
-
-def axes_of(robot: RobotSpec) -> list[Axis]:
-    """One for each number of `offline.Summary.mae`."""
-    titles = {"position": "translation", "euler_xyz": "rotation", "axis_angle": "rotation", "base": "base motion"}
-    made = []
-    for column in robot.scaled:
-        dimension = robot.action[column]
-        unit = dimension.measure[1]
-        factor, readable = _READABLE.get(unit, (1.0, "" if unit == "1" else unit))
-        title = titles.get(dimension.quantity, dimension.quantity.replace("_", " "))
-        made.append(Axis(column, dimension.name, factor, readable, title))
-    return made
-
-
-def groups_of(axes: Sequence[Axis], most: int = 8) -> list[list[int]]:
-    """Places of axes that share a panel: one title and unit, `most` at a time."""
-    found: dict[tuple[str, str], list[int]] = {}
-    for place, axis in enumerate(axes):
-        found.setdefault((axis.title, axis.unit), []).append(place)
-    return [places[i : i + most] for places in found.values() for i in range(0, len(places), most)]
-
-
-@dataclasses.dataclass(frozen=True)
 class EpisodeCurves:
     """One episode for a picture.
 
     instruction: shown above the picture.
     predicted, recorded: float[T, A] in dataset units: at every step, the action predicted for it and the recorded one.
     units: float[D], metres and radians per dataset unit.
+    pictures: camera -> uint8[n, height, width, 3], what was seen at the steps `at` int[n].
     """
 
     instruction: str
@@ -102,6 +62,8 @@ class EpisodeCurves:
     recorded: np.ndarray
     units: ArrayLike
     robot: RobotSpec = CALVIN
+    pictures: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    at: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +91,7 @@ def write_report(
     closing: str,
     closed_loop: str = "",
 ) -> pathlib.Path:
-    """Write report.md, report.json and PNGs.
+    """Write report.md, report.json, PNGs, and report.html: all of it in one page, with the episodes to look through.
 
     Args:
       directory: the run's; its metrics.jsonl holds the loss curves.
@@ -176,7 +138,22 @@ def write_report(
     sections += ["## The real thing", closing.strip("\n")]
     path = directory / "report.md"
     path.write_text(tables.join(sections), encoding="utf-8")
+    episodes = [_playable(episode) for episode in found.episodes if len(episode.at)]
+    player.write(directory / "report.html", title, tables.join(sections), "Open loop, to look through", episodes)
     return path
+
+
+def _playable(episode: EpisodeCurves) -> player.Episode:
+    scale, panels = np.asarray(episode.units), []
+    for place, axis in enumerate(axis_files.axes_of(episode.robot)):
+        factor = scale[place] * axis.factor
+        pair = {"recorded": episode.recorded, "predicted": episode.predicted}
+        panels.append(player.Panel(axis.label, {name: x[:, axis.column] * factor for name, x in pair.items()}))
+    for column in episode.robot.binary:
+        name = episode.robot.action[column].name
+        lines = {"recorded": episode.recorded[:, column], "predicted": episode.predicted[:, column]}
+        panels.append(player.Panel(f"{name} (1 open, -1 closed)", lines))
+    return player.Episode(episode.instruction, episode.pictures, episode.at, panels)
 
 
 def _save_pictures(
@@ -246,8 +223,8 @@ def draw_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
 
 def draw_errors(chunk: offline.Summary, robot: RobotSpec = CALVIN) -> Figure:
     """Mean absolute error and gripper decisions at every chunk position; dashed: the trivial predictions to beat."""
-    axes, ahead = axes_of(robot), np.arange(len(chunk.count))
-    groups = groups_of(axes)
+    axes, ahead = axis_files.axes_of(robot), np.arange(len(chunk.count))
+    groups = axis_files.groups_of(axes)
     count = len(groups) + bool(robot.binary)
     figure = tables.figure(4.2 * count, 4.0, layout="constrained")
     panels = list(figure.subplots(1, count, squeeze=False)[0])
@@ -278,8 +255,8 @@ def draw_errors(chunk: offline.Summary, robot: RobotSpec = CALVIN) -> Figure:
 
 def draw_actions(episode: EpisodeCurves) -> Figure:
     """A panel per dimension, predicted over recorded: a column per kind of number, below them the binary grippers."""
-    robot, axes = episode.robot, axes_of(episode.robot)
-    columns = groups_of(axes)
+    robot, axes = episode.robot, axis_files.axes_of(episode.robot)
+    columns = axis_files.groups_of(axes)
     rows = max((len(places) for places in columns), default=0)
     figure = tables.figure(5 * max(len(columns), 1), 1.4 + 2.05 * rows + 0.65 * len(robot.binary), layout="constrained")
     heights = (*(1,) * rows, *(0.5,) * len(robot.binary))
@@ -322,7 +299,7 @@ def _finish(
     scale: np.ndarray,
 ) -> None:
     """Labels, and one scale per column of motions: half a dataset unit or more, or a still axis would look lively."""
-    robot, axes = episode.robot, axes_of(episode.robot)
+    robot, axes = episode.robot, axis_files.axes_of(episode.robot)
     for places in columns:
         kind, side = robot.action[axes[places[0]].column].kind, [panels[place] for place in places]
         for place, panel in zip(places, side, strict=True):
@@ -359,7 +336,7 @@ def _loss_table(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
 
 
 def _error_table(overall: offline.Summary, robot: RobotSpec) -> str:
-    axes = axes_of(robot)
+    axes = axis_files.axes_of(robot)
     factors = np.array([axis.factor for axis in axes])
     columns = [x * factors for x in (overall.mae, overall.mae_still, overall.rmse, overall.rmse_mean)]
     rows = [[axis.label, *(tables.significant(column[i]) for column in columns)] for i, axis in enumerate(axes)]

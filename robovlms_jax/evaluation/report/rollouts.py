@@ -17,13 +17,16 @@ import numpy as np
 
 from robovlms_jax.evaluation import chains, rollout_metrics
 from robovlms_jax.evaluation.report import films as film_files
-from robovlms_jax.evaluation.report import tables
+from robovlms_jax.evaluation.report import player, tables
+from robovlms_jax.evaluation.rollout import Recording
 from robovlms_jax.evaluation.rollout_metrics import Estimate, Rate, Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LABELS = ("scene", "phrasing")
+_PICTURES = 40
+"""Of each camera and rollout on the page."""
 _STRIPS = (
     "The pictures are what the policy sees. Its static camera stands where CALVIN's does, and the upper edge of the "
     "picture cuts both lamps: the LED is on the left, green when on, the light bulb on the right, yellow when on."
@@ -68,12 +71,14 @@ def write_report(
     *,
     title: str = "Closed loop",
     films: Sequence[pathlib.Path] = (),
+    recordings: Sequence[Recording] = (),
 ) -> pathlib.Path:
-    """Write rollouts.md, rollouts.json, upstream's result files and PNGs.
+    """Write rollouts.md, rollouts.json, upstream's result files, PNGs, and rollouts.html: all of it in one page.
 
     Args:
       evaluations: one or more, e.g. one per execution mode, wording or scene; they become rows of the same tables.
       films: files that `films.write_film` made inside `directory`, shown in the report.
+      recordings: trials to look through on the page, failures first, in place of their films.
     Returns:
       Path of rollouts.md.
     """
@@ -112,7 +117,26 @@ def write_report(
         tables.write_json(directory / name, chains.upstream_results(evaluation.results))
     path = directory / "rollouts.md"
     path.write_text(tables.join(sections), encoding="utf-8")
+    text = tables.join(sections)
+    if recordings:  # in place of their films
+        text = text.split("## Rollouts\n")[0]
+    shown = [_playable(recording) for recording in recordings]
+    player.write(directory / "rollouts.html", title, text, "Rollouts to look through, failures first", shown)
     return path
+
+
+def _playable(recording: Recording) -> player.Episode:
+    """Filmed frames are the episode's steps."""
+    kept = player.thinned(len(recording.frames), _PICTURES)
+    cameras = recording.frames[0].observation.images
+    pictures = {name: [recording.frames[i].observation.images.get(name) for i in kept] for name in cameras}
+    actions = np.stack([frame.action for frame in recording.frames])
+    solved = bool(recording.result.success[-1])
+    tasks = dict.fromkeys(frame.instruction for frame in recording.frames)
+    outcome = f"{'solved' if solved else 'failed'} after {recording.result.steps[-1]} steps"
+    title = f"{', then '.join(tasks)} (trial {recording.trial.index}; every {recording.every} control steps)"
+    panels = player.panels_of(actions, recording.robot.action, "action")
+    return player.Episode(title, pictures, kept, panels, outcome, solved, 10.0)
 
 
 def section(evaluation: chains.Evaluation, folder: str, *, strips: bool) -> str:
