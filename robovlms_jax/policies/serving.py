@@ -153,7 +153,8 @@ class BatchedVLAPolicy:
         """
         if not self.prompt_lengths:
             raise ValueError("warm_up needs prompt_lengths, the lengths that prompts are padded to.")
-        texts = [(np.zeros(length, np.int32), np.ones(length, bool)) for length in self.prompt_lengths]
+        shapes = [self.model.vlm.text_shape(length) for length in self.prompt_lengths]
+        texts = [(np.zeros(shape, np.int32), np.ones(shape, bool)) for shape in shapes]
         slots, words = list(range(self.slots)), ["warm-up"] * self.slots
         with self._lock:
             # Those of these sizes last: they are what the first robot is expected to send.
@@ -289,16 +290,15 @@ class BatchedVLAPolicy:
         ids, mask = np.asarray(ids, np.int32), np.asarray(mask, bool)
         if not self.prompt_lengths:
             return ids, mask
-        tokens = int(mask.sum())  # padding is on the right
+        tokens = int(mask.reshape(len(mask), -1).any(axis=1).sum())  # padding is on the right
         length = next((length for length in self.prompt_lengths if length >= tokens), 0)
         if not length:
             raise ValueError(
                 f"slot {slot}: the prompt of {instruction[:60]!r} has {tokens} tokens, and this policy is ready for "
                 f"prompts of {list(self.prompt_lengths)}. Shorten the instruction, or serve with longer prompt_lengths."
             )
-        padded, real = np.zeros(length, np.int32), np.arange(length) < tokens
-        padded[:tokens] = ids[:tokens]
-        return padded, real
+        more = [(0, length - tokens), *[(0, 0)] * (ids.ndim - 1)]
+        return np.pad(ids[:tokens], more), np.pad(mask[:tokens], more)
 
     def _fit_text(self) -> None:
         """Prompts are padded to the longest one of the episodes under way; what is kept between steps follows."""

@@ -90,12 +90,12 @@ def test_an_episodes_instruction_reaches_the_q_former_and_is_encoded_once(backbo
         ids[1, 1] = 5 if instruction == "open" else 250  # the prompts themselves are the same
         return ids, mask
 
-    policy = serving.VLAPolicy(model, params, encode)
+    policy = serving.BatchedVLAPolicy(model, params, encode, slots=1, prompt_lengths=(4, 16))
     frame = {camera: x[0, 0] for camera, x in batch.inputs.images.items()}
     acted = {}
     for instruction in ("open", "close"):
-        policy.reset(instruction)
-        acted[instruction] = [policy.act(serving.Observation(frame)).actions for _ in range(2)]
+        policy.reset([0], [instruction])
+        acted[instruction] = [policy.act([serving.Observation(frame)], [0])[0].actions for _ in range(2)]
     assert asked == ["open", "close"]
     assert np.abs(acted["open"][0] - acted["close"][0]).max() > 1e-6
 
