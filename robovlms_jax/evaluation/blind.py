@@ -94,13 +94,17 @@ def rates(rollouts: Iterable[Rollout], success: Mapping[int, bool]) -> dict[tupl
 
 def compare(rollouts: Iterable[Rollout], success: Mapping[int, bool], first: int, second: int) -> Comparison:
     """Two policies on the scenes where both have a result."""
-    from scipy import stats  # takes most of a second to import
-
     scenes: dict[int, dict[int, bool]] = {}
     for rollout in rollouts:
         if rollout.number in success:
             scenes.setdefault(rollout.scene, {})[rollout.policy] = success[rollout.number]
-    pairs = [(found[first], found[second]) for found in scenes.values() if {first, second} <= set(found)]
+    return paired([(found[first], found[second]) for found in scenes.values() if {first, second} <= set(found)])
+
+
+def paired(pairs: Sequence[tuple[bool, bool]]) -> Comparison:
+    """Successes of the first and the second policy, scene by scene."""
+    from scipy import stats  # takes most of a second to import
+
     ones, others = pairs.count((True, False)), pairs.count((False, True))
     p = stats.binomtest(ones, ones + others).pvalue if ones + others else 1.0
     return Comparison(pairs.count((True, True)), ones, others, pairs.count((False, False)), float(p))

@@ -245,6 +245,15 @@ class VLA(nn.Module):
         """
         if active is None:
             active = jnp.ones(len(inputs.step_mask), bool)
+        features, context = self.perceive(inputs, carry, active)
+        prediction, head = self.predict(features, context.head)
+        actions = self.outputs.actions(prediction) if plan is None else self.outputs.actions(prediction, plan)
+        return actions, self.spread(prediction), Carry(where(active, head, carry.head), context.history)
+
+    def perceive(self, inputs: Inputs, carry: Carry, active: jax.Array) -> tuple[jax.Array, Carry]:
+        """The half of a control step before the head: features float[B, Q, D] of the newest frame (of tokens decoded
+        one after the other, logits [B, C * A, V]), and what the head and the next step go on from. Arguments as for
+        `step`."""
         tokens, history = self.embed(inputs, control=True), self.history
         context = history.append(self.backbone, self.read, tokens, carry.history, active)
         state = context.state
@@ -252,12 +261,17 @@ class VLA(nn.Module):
             features, cache = decoding.generate(self.backbone, self.head.choose, context, self.num_tokens)
             state = history.reclaim(state, cache)
         else:
-            features = self._read(context.hidden, context.tokens)
+            features = self.read(context.hidden, context.tokens)
         head = carry.head if context.renewed is None else self.head.renew(carry.head, *context.renewed)
-        prediction, head = self.head.step(features, head)
-        prediction = self._own(prediction)
-        actions = self.outputs.actions(prediction) if plan is None else self.outputs.actions(prediction, plan)
-        return actions, self.spread(prediction), Carry(where(active, head, carry.head), state)
+        return features, Carry(head, state)
+
+    def predict(self, features: jax.Array, carry: Any) -> tuple[Any, Any]:
+        """The half after it: features as `perceive` gives them and the head's carry -> the head's prediction, leaves
+        [B, C, ...], and its new carry."""
+        if self.config.readout == "token" and not self.config.is_autoregressive:
+            features = self.backbone.logits(features)
+        prediction, carry = self.head.step(features, carry)
+        return self._own(prediction), carry
 
     def spread(self, prediction: Any) -> heads.Spread | None:
         """How uncertain a prediction of the head is; None where the head does not say."""

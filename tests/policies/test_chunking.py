@@ -56,7 +56,7 @@ class Known(flow.FlowHead):
 class Straight(Known):
     """Velocity straight towards `goal`, which is where the guided path may not end."""
 
-    def _velocity(self, condition, x, time):
+    def velocity(self, condition, x, time):
         time = time.reshape(len(x), -1)[..., None]
         return (goal() - x) / jnp.maximum(1 - time, 1e-3)
 
@@ -96,7 +96,7 @@ def test_guidance_draws_steps_towards_the_plan_as_far_as_they_weigh():
 class Gaussian(Known):
     """The true velocity where actions are normal with mean `goal` and deviation 0.3: known in closed form."""
 
-    def _velocity(self, condition, x, time):
+    def velocity(self, condition, x, time):
         t = time.reshape(len(x), -1)[..., None]
         variance = (1 - t) ** 2 + (0.3 * t) ** 2
         return goal() + (0.09 * t - (1 - t)) / variance * (x - t * goal())
@@ -123,7 +123,7 @@ def model_with(**changes):
 class Follows(Known):
     """Velocity -x, and at every action its own time."""
 
-    def _velocity(self, condition, x, time):
+    def velocity(self, condition, x, time):
         assert time.shape in (x.shape[:1], x.shape[:2])
         return -x
 

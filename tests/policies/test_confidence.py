@@ -149,7 +149,7 @@ def test_the_flows_spread_is_that_of_its_samples_and_changes_no_action():
         def setup(self):
             pass
 
-        def _velocity(self, condition, x, time):
+        def velocity(self, condition, x, time):
             return -x / (2 - time.reshape(len(x), -1)[..., None])
 
     config = flow.FlowHeadConfig(hidden_size=8, num_heads=2, num_steps=50, num_samples=4000)

@@ -246,7 +246,7 @@ def test_flow_follows_a_straight_path_to_its_end(num_steps):
         def setup(self):
             pass
 
-        def _velocity(self, condition, x, time):
+        def velocity(self, condition, x, time):
             return (goal - x) / (1 - time[:, None, None])
 
     config = flow.FlowHeadConfig(hidden_size=16, num_heads=2, num_steps=num_steps)

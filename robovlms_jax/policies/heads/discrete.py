@@ -138,7 +138,7 @@ class DiscreteHead(base.Memoryless, nn.Module):
         loss = losses.masked_mean(losses.token_cross_entropy(prediction.logits, ids), mask, count)
         chosen = self.choose(prediction.logits)
         right = (chosen == ids).astype(jnp.float32)
-        distance = jnp.abs(self._values(chosen) - self._values(ids))
+        distance = jnp.abs(self.values(chosen) - self.values(ids))
         return loss, {
             "loss": loss,
             **base.by_kind("acc", right, self.binary, mask, count),
@@ -148,7 +148,7 @@ class DiscreteHead(base.Memoryless, nn.Module):
     def actions(self, prediction: TokenPrediction) -> jax.Array:
         """NaN wherever an unconstrained choice is no action id."""
         ids = self.choose(prediction.logits)
-        values = self._values(ids)
+        values = self.values(ids)
         values = base.decide(values, self.binary)
         return jnp.where(discretize.is_action_id(ids, self.vocab_end, self.config.num_bins), values, jnp.nan)
 
@@ -163,7 +163,7 @@ class DiscreteHead(base.Memoryless, nn.Module):
         ids = jnp.broadcast_to(
             first + jnp.arange(self.config.num_bins)[:, None], (self.config.num_bins, self.action_dim)
         )
-        values = self._values(ids).T  # [A, bins]
+        values = self.values(ids).T  # [A, bins]
         mean = (share * values).sum(-1)
         deviation = jnp.sqrt((share * jnp.square(values - mean[..., None])).sum(-1))
         is_open = (share * (values > 0)).sum(-1)
@@ -175,5 +175,6 @@ class DiscreteHead(base.Memoryless, nn.Module):
     def step(self, features: jax.Array, carry: tuple) -> tuple[TokenPrediction, tuple]:
         return self(features, None), carry
 
-    def _values(self, ids: jax.Array) -> jax.Array:
+    def values(self, ids: jax.Array) -> jax.Array:
+        """Token ids int32[..., A] -> the middles of their bins, float32[..., A]."""
         return discretize.undiscretize(discretize.from_ids(ids, self.vocab_end), self.config.bins)

@@ -179,7 +179,7 @@ class FlowHead(nn.Module):
         batch, steps = step_mask.shape
         prediction = FlowPrediction(self._condition(features, step_mask), (batch, steps))
         if self.is_initializing():  # nothing else in here touches the network's parameters
-            self._velocity(prediction.condition, self._noise(batch * steps), jnp.zeros(batch * steps))
+            self.velocity(prediction.condition, self.noise(batch * steps), jnp.zeros(batch * steps))
         return prediction
 
     def loss(self, prediction: FlowPrediction, actions: jax.Array, mask: jax.Array, count: jax.Array):
@@ -200,7 +200,7 @@ class FlowHead(nn.Module):
         target = jnp.where(mask.reshape(-1, self.chunk)[..., None], target, 0.0)
         noise = jax.random.normal(noise_key, target.shape)
         position = time.reshape(len(target), -1, 1)
-        velocity = self._velocity(prediction.condition, (1 - position) * noise + position * target, time)
+        velocity = self.velocity(prediction.condition, (1 - position) * noise + position * target, time)
         errors = (weights * losses.squared_error(velocity, target - noise)).reshape(actions.shape)
         loss = losses.masked_mean(errors, mask, count)
         return loss, {"loss": loss, **base.by_kind("loss", errors, self.binary, mask, count)}
@@ -211,7 +211,7 @@ class FlowHead(nn.Module):
         plan: what is left of the chunk before, [N * S, ...] leaves; None: nothing.
         """
         size = int(np.prod(prediction.shape))
-        x = self._integrate(prediction.condition, self._noise(size), plan)
+        x = self._integrate(prediction.condition, self.noise(size), plan)
         x = x.reshape(*prediction.shape, self.chunk, self.action_dim)
         return base.decide(jnp.clip(x, -1, 1), self.binary)
 
@@ -252,16 +252,16 @@ class FlowHead(nn.Module):
         """The velocity at float32[] `time`, drawn towards the plan (arXiv:2506.07339, equations 2 to 4)."""
         times = jnp.full(len(x), time)
         if plan is None:
-            return self._velocity(condition, x, times)
+            return self.velocity(condition, x, times)
         if self.config.guidance == "prefix":
             given = plan.given(self.chunk)
-            velocity = self._velocity(
+            velocity = self.velocity(
                 condition, jnp.where(given, plan.actions, x), jnp.where(given[..., 0], 1.0, times[:, None])
             )
             return jnp.where(given, 0.0, velocity)
 
         def arrival(head: FlowHead, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            velocity = head._velocity(condition, x, times)
+            velocity = head.velocity(condition, x, times)
             return x + (1 - time) * velocity, velocity
 
         if self.config.guidance == "vjp":
@@ -283,7 +283,7 @@ class FlowHead(nn.Module):
         condition = self._condition(carry.buffer, carry.mask)
         return FlowPrediction(condition.replace(mask=condition.mask[:, -1:]), (len(features),)), carry
 
-    def _noise(self, size: int) -> jax.Array:
+    def noise(self, size: int) -> jax.Array:
         """The same float32[C, A] for every one of `size` chunks."""
         noise = jax.random.normal(jax.random.key(self.config.seed), (self.chunk, self.action_dim))
         return jnp.broadcast_to(noise, (size, *noise.shape))
@@ -299,7 +299,7 @@ class FlowHead(nn.Module):
         seen = (number[:, None] >= jnp.repeat(number, queries)) & jnp.repeat(step_mask, queries, axis=1)[:, None]
         return Condition(jnp.stack(keys), jnp.stack(values), seen)
 
-    def _velocity(self, condition: Condition, x: jax.Array, time: jax.Array) -> jax.Array:
+    def velocity(self, condition: Condition, x: jax.Array, time: jax.Array) -> jax.Array:
         """Chunks on their way float32[N * S, C, A], times in [0, 1], float32[N * S] or, where actions have their own,
         [N * S, C] -> float32[N * S, C, A]."""
         half = self.config.hidden_size // 2

@@ -1,0 +1,193 @@
+"""One iteration of reinforcement learning: try things out on many tables, judge what came of it, update.
+
+An iteration depends on parameters, its number and a seed alone: all tables begin anew. So a run that was stopped goes
+on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from robovlms_jax.parallel import cpu
+from robovlms_jax.playtable import env
+from robovlms_jax.policies.histories.base import where
+from robovlms_jax.policies.vla import VLA, Carry
+from robovlms_jax.rl import behaviours, estimates, objective, rollouts
+from robovlms_jax.rl import tables as playing
+from robovlms_jax.rl.config import BehaviourConfig, UpdateConfig
+from robovlms_jax.schema import require
+from robovlms_jax.training import step as steps
+from robovlms_jax.training.stages import Stage
+from robovlms_jax.training.state import create
+from robovlms_jax.types import Inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """tables: side by side. decisions: of every table in one iteration. play: how tables are played; for ppo one trial
+    follows the other, with a last look at those that were cut off, for grpo each table plays one."""
+
+    behaviour: BehaviourConfig
+    update: UpdateConfig
+    tables: int
+    decisions: int
+    image_sizes: tuple[tuple[str, int], ...]
+    actions: int
+    max_steps: int
+
+    @property
+    def play(self) -> playing.Play:
+        ppo = self.update.method == "ppo"
+        return playing.Play(self.image_sizes, self.actions, self.max_steps, again=ppo, look_at_end=ppo)
+
+
+class _Kept(NamedTuple):
+    """Of one decision of B tables: what was known before it, what was drawn, how probable, and the value, [B, ...]."""
+
+    view: objective.View
+    drawn: Any
+    log_prob: jax.Array
+    value: jax.Array
+
+
+class Reinforcement:
+    """Rollouts and updates of one policy, compiled once.
+
+    Args:
+      params: the policy's, nested; they are copied.
+      stage: trainable patterns and optimizer; patterns see the policy's paths and those under `rl/`.
+      mesh: updates are split over it; tables are played on its first device.
+    Raises:
+      ValueError: what the policy, the patterns or the settings do not allow; says so.
+    """
+
+    def __init__(self, model: VLA, params: Mapping[str, Any], settings: Settings, stage: Stage, mesh: Mesh, seed: int):
+        rollouts.require_playable(model.config)
+        total, parts = settings.tables * settings.decisions, settings.update.minibatches
+        require(
+            total % parts == 0,
+            f"tables={settings.tables} x decisions={settings.decisions} do not divide into "
+            f"update.minibatches={parts}; change one of them.",
+        )
+        self.model, self.settings, self.mesh, self.seed = model, settings, mesh, seed
+        behaviour = behaviours.make(model.config, settings.behaviour)
+        self.learner = objective.Learner(model, behaviour, settings.update.value_widths)
+        extra = self.learner.extra_params(jax.random.fold_in(jax.random.key(seed), 1))
+        whole = jax.tree.map(jnp.array, {**params, objective.SCOPE: extra})
+        self.state = create(whole, stage.trainable, stage.tx, seed, mesh)
+        self.reference = {path: jnp.copy(x) for path, x in self.state.trainable.items()}
+        self.head_only = all(path.startswith(("head/", f"{objective.SCOPE}/")) for path in self.state.trainable)
+        require(
+            self.head_only or model.config.history in ("one_step", "policy_head"),
+            f"policy.history={model.config.history!r} keeps tokens between steps, which are not stored for updates of "
+            "the backbone; train the head alone (trainable '^head/'), or use history one_step or policy_head.",
+        )
+        self.loss = objective.DecisionLoss(self.learner, objective.tasks_of(settings.update))
+        self._update = steps.make_train_step(self.loss, stage.tx, stage.learning_rate, self.state, mesh)
+        self._collect = jax.jit(self._collected, compiler_options=cpu.options(env.step_kind(settings.tables)))
+        self._part = jax.jit(lambda decisions, rows: jax.tree.map(lambda x: x[rows], decisions))
+
+    def iterate(self, world: playing.World, number: int) -> tuple[objective.Decisions, dict[str, float]]:
+        """Try things out in a world and learn from it; `self.state` moves on. number: of the iteration.
+
+        Returns the decisions, and numbers about them and the updates.
+        """
+        collect_key, order_key = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), number + 2))
+        decisions, numbers = self._collect(self.state.params, self.reference, world, collect_key)
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(order_key)).tolist())
+        update, sums, made = self.settings.update, {}, 0
+        for _ in range(update.epochs):
+            for rows in np.split(rng.permutation(len(decisions.mask)), update.minibatches):
+                self.state, metrics = self._update(self.state, self._part(decisions, rows))
+                made += 1
+                found = {name: float(x) for name, x in metrics.items()}
+                sums = {name: sums.get(name, 0.0) + x for name, x in found.items()}
+                if update.divergence_stop and found["moved"] > update.divergence_stop:
+                    break
+            else:
+                continue
+            break
+        values = {name: float(x) for name, x in numbers.items()} | {name: x / made for name, x in sums.items()}
+        return decisions, values | {"updates": made}
+
+    def policy(self) -> dict[str, Any]:
+        """The policy's own parameters, nested."""
+        return {name: x for name, x in self.state.served.items() if name != objective.SCOPE}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # One jitted program
+
+    def _collected(
+        self, params: Any, reference: Mapping[str, jax.Array], world: playing.World, key: jax.Array
+    ) -> tuple[objective.Decisions, dict[str, jax.Array]]:
+        settings = self.settings
+        game = rollouts.begin(self.model, params, world, settings.tables, key)
+        count = settings.decisions
+        # One more than is learned from, for what the last ones led to.
+        _, (outcome, kept) = rollouts.play(self.model, self._act, settings.play, count + 1, params, world, game)
+        used, kept_used = jax.tree.map(lambda x: x[:count], (outcome, kept))
+        advantage, target = self._judged(world, used, kept.value)
+        mask = objective.mask_of(used.steps, settings.actions)
+
+        def flat(tree: Any) -> Any:
+            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+        view, drawn = flat((kept_used.view, kept_used.drawn))
+        frozen = flatten_dict(params, sep="/")
+        before = unflatten_dict({**frozen, **reference}, sep="/")
+        known = self.learner.reconsider(before, view, drawn, settings.actions).log_prob
+        decisions = objective.Decisions(
+            view, drawn, *flat((mask, kept_used.log_prob)), known, *flat((kept_used.value, advantage, target))
+        )
+        if settings.update.method == "ppo":
+            counts = decisions.counts
+            decisions = decisions.replace(advantage=estimates.standardised(decisions.advantage, counts) * counts)
+        else:  # where all trials of a group ended alike there is nothing to learn
+            decisions = decisions.replace(mask=decisions.mask & (decisions.advantage != 0)[:, None])
+            counts = decisions.counts
+        ended = used.over.sum()
+        difference, levels = objective.by_level(decisions.log_prob - known, decisions.mask, self.settings.update.level)
+        divergence = objective.mean_of(estimates.divergence(difference, jnp.zeros_like(difference)), levels)
+        numbers = {
+            "success": used.success.sum() / jnp.maximum(ended, 1),
+            "trials": ended,
+            "env_steps": outcome.steps.sum(),
+            "explained": estimates.explained_variance(decisions.value, decisions.target, counts),
+            "from_reference": (divergence * counts).sum() / jnp.maximum(counts.sum(), 1),
+        }
+        return decisions, numbers
+
+    def _act(
+        self, params: Any, seen: Inputs, carry: Carry, active: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Carry, _Kept]:
+        learner = self.learner
+        features, context = learner.perceive(params, seen, carry, active)
+        actions, drawn, head = learner.head(params, features, context.head, key)
+        log_prob, _ = learner.log_prob(params, features, context.head, drawn)
+        known = (None, features, context.head) if self.head_only else (seen, None, carry)
+        kept = _Kept(
+            objective.View(*known), drawn, log_prob[:, : self.settings.actions], learner.value(params, features)
+        )
+        after = Carry(where(active, head, carry.head), context.history)
+        return self.model.config.normalizer.unnormalize(actions), after, kept
+
+    def _judged(self, world: playing.World, outcome: playing.Outcome, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Advantages and targets of values, float32[T, B] each; values float32[T + 1, B]."""
+        update, rewards = self.settings.update, outcome.success.astype(jnp.float32)
+        if update.method == "grpo":
+            groups = world.group[jnp.maximum(outcome.trial[0], 0)]
+            advantage = estimates.group_advantages(rewards.sum(0), groups, self.settings.tables)
+            return jnp.broadcast_to(advantage, rewards.shape), jnp.zeros_like(rewards)
+        cut = outcome.over | outcome.looked | (outcome.trial < 0)
+        advantage = estimates.advantages(
+            rewards, values, outcome.success, cut, discount=update.discount, trace=update.trace
+        )
+        return advantage, advantage + values[:-1]

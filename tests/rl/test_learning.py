@@ -1,0 +1,136 @@
+"""A policy's decisions are decided again as they were, and an iteration learns from them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.policies.config import ProprioConfig
+from robovlms_jax.policies.heads import discrete
+from robovlms_jax.policies.vla import VLA
+from robovlms_jax.rl import behaviours, learning, objective, starts
+from robovlms_jax.rl import tables as playing
+from robovlms_jax.rl.config import BehaviourConfig, UpdateConfig
+from robovlms_jax.training import checkpoints, stages
+from robovlms_jax.training.config import OptimizerConfig, TrainConfig
+from tests import toy
+from tests.rl.test_rollouts import SIZES, encode
+
+HEADS = {
+    "lstm": {"history": "policy_head", "window": 2},
+    "flow": {"history": "policy_head", "window": 2, "head": toy.HEADS["flow"]},
+    "mlp": {"history": "interleaved", "window": 2, "head": toy.HEADS["mlp"]},
+    "discrete": {
+        "history": "one_step",
+        "window": 1,
+        "readout": "token",
+        "head": discrete.DiscreteHeadConfig(num_bins=32, decoding="parallel"),
+    },
+}
+
+
+def policy(head: str) -> tuple[VLA, dict]:
+    """A small one with random parameters that sees the robot's state."""
+    model = toy.make_model(chunk=3, proprio=ProprioConfig(enabled=True), **HEADS[head])
+    window = model.config.window
+    batch = toy.make_batch(np.random.default_rng(0), window=window, windows=1, chunk=3)
+    sensors = {"proprio": np.zeros((2, window, 7), np.float32)}
+    batch = batch.replace(inputs=batch.inputs.replace(sensors=sensors))
+    return model, toy.random_params(model, batch)
+
+
+def learner(head: str, *, patterns: tuple[str, ...], seed: int = 0, **update) -> learning.Reinforcement:
+    model, params = policy(head)
+    settings = learning.Settings(
+        BehaviourConfig(), UpdateConfig(minibatches=2, **update), 2, 4, tuple(SIZES.items()), 2, 4
+    )
+    train = TrainConfig(steps=8, trainable=patterns)
+    (stage,) = stages.plan(train, OptimizerConfig(learning_rate=1e-3))
+    mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
+    return learning.Reinforcement(model, params, settings, stage, mesh, seed)
+
+
+def world(groups: tuple[int, ...] = (0, 0)) -> playing.World:
+    trials = starts.draw(("open_drawer", "turn_on_led"), ("A", "D"), 4, seed=0, spread=0.1)
+    return playing.make_world(trials, encode, SIZES["static"]).take(np.arange(len(groups)), np.array(groups))
+
+
+@pytest.mark.parametrize(
+    "head", ["lstm", *(pytest.param(head, marks=pytest.mark.slow) for head in ("flow", "mlp", "discrete"))]
+)
+def test_a_decision_is_as_probable_when_it_is_reconsidered(head):
+    """The ratio of the first minibatch is 1: what was drawn, from what was known then, by another program."""
+    model, params = policy(head)
+    own = objective.Learner(model, behaviours.make(model.config, BehaviourConfig()), (8,))
+    params = {**params, "rl": own.extra_params(jax.random.key(0))}
+    batch = toy.make_batch(np.random.default_rng(1), window=1, windows=1, chunk=3)
+    seen = batch.inputs.replace(sensors={"proprio": np.ones((2, 1, 7), np.float32)})
+    carry = model.init_carry(2, params, seen.text_ids.shape[1])
+
+    @jax.jit
+    def decide(params, seen, carry):
+        features, context = own.perceive(params, seen, carry, jnp.ones(2, bool))
+        actions, drawn, _ = own.head(params, features, context.head, jax.random.key(3))
+        log_prob, _ = own.log_prob(params, features, context.head, drawn)
+        return actions, drawn, log_prob, (features, context.head), own.value(params, features)
+
+    actions, drawn, log_prob, (features, head_carry), value = decide(params, seen, carry)
+    assert np.abs(actions).max() <= 1
+    assert set(np.unique(actions[..., 6])) <= {-1.0, 1.0}
+    views = [objective.View(None, features, head_carry)]
+    if head != "mlp":  # of interleaved frames the history's state has no leading axis of decisions
+        views.append(objective.View(seen, None, carry))
+    for view in views:
+        again = jax.jit(own.reconsider, static_argnums=3)(params, view, drawn, 2)
+        assert np.abs(np.exp(again.log_prob - log_prob[:, :2]) - 1).max() < 1e-3
+        np.testing.assert_allclose(again.value, value, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_iteration_learns_with_a_first_ratio_of_one_and_goes_on_to_the_bit_after_a_stop(tmp_path):
+    """Two iterations of PPO in one go, and one, a checkpoint, and the other: the same parameters."""
+    whole = learner("lstm", patterns=("^head/", "^rl/"), divergence_stop=0.0)
+    decisions, numbers = whole.iterate(world(), 0)
+    assert decisions.mask.any() and numbers["updates"] == 2
+    assert abs(numbers["ratio"] - 1) < 0.05
+    first = whole.loss(
+        learner("lstm", patterns=("^head/", "^rl/")).state.params, decisions, None, whole.loss.count(decisions)
+    )[1]
+    assert abs(float(first["ratio"]) - 1) < 1e-3 and abs(float(first["moved"])) < 1e-4
+    saver = checkpoints.Checkpointer(tmp_path, keep=1, serving={"config": {}, "assets": {}})
+    saver.save(whole.state, {})
+    saver.wait()
+    whole.iterate(world(), 1)
+    again = learner("lstm", patterns=("^head/", "^rl/"), divergence_stop=0.0)
+    again.state, _ = saver.restore(again.state)
+    saver.close()
+    again.iterate(world(), 1)
+    assert int(whole.state.step) == int(again.state.step) == 4
+    for path, x in whole.state.trainable.items():
+        np.testing.assert_array_equal(x, again.state.trainable[path], err_msg=path)
+    moved = max(float(jnp.abs(x - whole.reference[path]).max()) for path, x in whole.state.trainable.items())
+    assert moved > 1e-4
+    assert set(whole.policy()) == {"backbone", "head", "proprio", "readout"}
+
+
+@pytest.mark.slow
+def test_a_backbone_learns_from_stored_pictures_and_groups_without_a_winner_teach_nothing():
+    grpo = learner("lstm", patterns=("^head/", "^backbone/connector/", "^rl/behaviour/"), method="grpo")
+    decisions, _ = grpo.iterate(world(), 0)
+    assert decisions.view.seen.images["static"].dtype == jnp.uint8
+    assert not decisions.mask.any()  # nobody succeeds in four steps
+    for path, x in grpo.state.trainable.items():
+        np.testing.assert_array_equal(x, grpo.reference[path], err_msg=path)
+    with_value = decisions.replace(
+        mask=jnp.ones_like(decisions.mask), advantage=jnp.linspace(-1, 1, len(decisions.advantage))
+    )
+    gradient = jax.grad(lambda p: grpo.loss(p, with_value, None, grpo.loss.count(with_value))[0])(grpo.state.params)
+    assert float(jnp.abs(jax.tree.leaves(gradient["backbone"]["connector"])[0]).max()) > 0
+
+
+def test_a_backbone_that_keeps_tokens_is_not_trained():
+    with pytest.raises(ValueError, match="train the head alone"):
+        learner("mlp", patterns=("^backbone/connector/",))
