@@ -1,0 +1,93 @@
+"""Rewards learned from noisy answers, and what needs no reward."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from robovlms_jax.rl import behaviours, objective, preferences
+from tests.rl.test_objective import Bandit, decisions, start, tried
+
+
+def test_the_loss_of_an_answer_is_that_of_the_worked_example():
+    np.testing.assert_allclose(preferences.preference_loss(2.0, 1.0, 1.0, 0.0), 0.31326, atol=1e-5)
+    np.testing.assert_allclose(preferences.preference_loss(2.0, 1.0, 1.0, 0.1), 0.34538, atol=1e-5)
+    np.testing.assert_allclose(preferences.preference_loss(1.0, 1.0, 0.5, 0.0), np.log(2), rtol=1e-5)
+
+
+def reaching(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Segments float32[N, 8, 9] of a hand (3), a goal (3) and the way it goes (3), and how much nearer it comes."""
+    hand, goal = rng.uniform(-1, 1, (2, count, 3))
+    share = rng.uniform(-0.1, 0.2, (count, 1))
+    frames, progress = [], 0.0
+    for _ in range(8):
+        move = share * (goal - hand) + rng.normal(0, 0.03, (count, 3))
+        frames.append(np.concatenate([hand, goal, move], axis=1))
+        progress += np.linalg.norm(goal - hand, axis=1) - np.linalg.norm(goal - hand - move, axis=1)
+        hand = hand + move
+    return np.stack(frames, axis=1).astype(np.float32), progress
+
+
+def answered(rng: np.random.Generator, count: int, noise: float) -> tuple[preferences.Pairs, np.ndarray]:
+    """Pairs, a share of whose answers is turned round, and what is true."""
+    (first, a), (second, b) = reaching(rng, count), reaching(rng, count)
+    better = a > b
+    turned = rng.uniform(size=count) < noise
+    return preferences.Pairs(*(jnp.asarray(x) for x in (first, second, (better ^ turned).astype(np.float32)))), better
+
+
+def test_rewards_from_answers_of_which_a_tenth_is_wrong_agree_with_85_percent_of_new_ones():
+    """And they order segments as the progress that nobody told them about does."""
+    rng = np.random.default_rng(0)
+    pairs, _ = answered(rng, 1200, 0.1)
+    model, numbers = preferences.fit(pairs, preferences.RewardConfig(steps=400, widths=(64, 64)))
+    fresh, true = answered(rng, 1000, 0.1)
+    clean = fresh.replace(first_better=jnp.asarray(true, jnp.float32))
+    assert preferences.accuracy(model, clean) >= 0.85
+    assert numbers["accuracy"] >= 0.75  # a tenth of these answers cannot be given
+    frames, progress = reaching(rng, 500)
+    assert stats.spearmanr(model(frames).sum(-1), progress).statistic > 0.8
+    every = model.members(jnp.concatenate([pairs.first, pairs.second]))
+    np.testing.assert_allclose(every.mean((1, 2)), 0, atol=0.1)
+    np.testing.assert_allclose(every.std((1, 2)), 1, atol=0.1)
+    doubt = preferences.disagreement(model, pairs.first, pairs.second)
+    margin = jnp.abs((model(pairs.first) - model(pairs.second)).sum(-1))
+    assert stats.spearmanr(doubt, margin).statistic < -0.3  # members differ where the answer is close
+
+
+def test_segments_of_unequal_length_are_not_compared():
+    pairs = preferences.Pairs(jnp.zeros((4, 3, 2)), jnp.zeros((4, 5, 2)), jnp.zeros(4))
+    with pytest.raises(ValueError, match="equal length"):
+        preferences.fit(pairs, preferences.RewardConfig())
+    with pytest.raises(ValueError, match="too few"):
+        preferences.fit(dataclasses.replace(pairs, second=pairs.first).take(slice(2)), preferences.RewardConfig())
+
+
+def test_dpo_moves_towards_the_better_of_two_chunks():
+    params = start()
+    actions = jnp.array([-0.3, -0.8, -0.4, -0.6])[:, None, None]  # better, worse, better, worse; the mean is -0.5
+    known = Bandit().reconsider(params, None, behaviours.Chosen(actions), 1).log_prob
+    batch = decisions(actions, known, jnp.zeros(4))
+    loss = objective.DecisionLoss(Bandit(), (preferences.PreferenceTask(),))
+    (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, None, loss.count(batch))
+    np.testing.assert_allclose(value, np.log(2), rtol=1e-5)
+    # -sigmoid(0) beta ((a+ - mean) - (a- - mean)) / std^2, averaged over both pairs
+    np.testing.assert_allclose(gradient["head"]["mean"], -0.5 * 0.1 * np.mean([0.5, 0.2]) / 0.2**2, rtol=1e-4)
+    moved = {**params, "head": {"mean": jnp.float32(-0.4)}}
+    assert loss(moved, batch, None, 4.0)[1]["preferred"] == 1
+
+
+def test_cloning_weighs_what_turned_out_well_and_bounds_the_weight():
+    params = start()
+    actions, log_prob = tried(params, jax.random.key(0), 3)
+    batch = decisions(actions, log_prob, jnp.array([0.0, 1.0, 50.0]))
+    loss = objective.DecisionLoss(Bandit(), (preferences.WeightedCloningTask(),))
+    value, metrics = loss(params, batch, None, loss.count(batch))
+    weights = np.array([1, np.e, 20])
+    np.testing.assert_allclose(value, -(weights * np.asarray(log_prob)[:, 0, 0]).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["share"], weights.mean(), rtol=1e-5)
