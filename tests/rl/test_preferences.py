@@ -45,7 +45,7 @@ def test_rewards_from_answers_of_which_a_tenth_is_wrong_agree_with_85_percent_of
     """And they order segments as the progress that nobody told them about does."""
     rng = np.random.default_rng(0)
     pairs, _ = answered(rng, 1200, 0.1)
-    model, numbers = preferences.fit(pairs, preferences.RewardConfig(steps=400, widths=(64, 64)))
+    model, numbers = preferences.fit(pairs, preferences.RewardConfig(members=2, steps=250, widths=(64, 64)))
     fresh, true = answered(rng, 1000, 0.1)
     clean = fresh.replace(first_better=jnp.asarray(true, jnp.float32))
     assert preferences.accuracy(model, clean) >= 0.85
