@@ -64,7 +64,7 @@ def require_playable(config: PolicyConfig) -> None:
 
 def begin(model: VLA, params: Any, world: playing.World, tables: int, key: jax.Array) -> Game:
     """Before the first decision of B tables."""
-    carry = model.init_carry(tables, params, world.text_ids.shape[-1])
+    carry = model.init_carry(tables, params, world.text_ids.shape[2])
     return Game(playing.begin(world, tables), carry, key)
 
 

@@ -153,8 +153,9 @@ def make_world(trials: Sequence[Trial], encode: EncodeText, static_size: int) ->
     texts = {text: encode(text) for text in dict.fromkeys(text for trial in trials for text in trial.instructions)}
     most, longest = max(len(trial.tasks) for trial in trials), max(len(ids) for ids, _ in texts.values())
     numbers = np.zeros((len(trials), most), np.int32)
-    ids = np.zeros((len(trials), most, longest), np.int32)
-    mask = np.zeros((len(trials), most, longest), bool)
+    pairs = next(iter(texts.values()))[0].shape[1:]  # of models that read the prompt twice
+    ids = np.zeros((len(trials), most, longest, *pairs), np.int32)
+    mask = np.zeros((len(trials), most, longest, *pairs), bool)
     for row, trial in enumerate(trials):
         for place in range(most):
             own = min(place, len(trial.tasks) - 1)  # behind the last task it is repeated, and never played
