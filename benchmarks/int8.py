@@ -5,7 +5,7 @@
 int8: weights alone; w8a8: what they multiply, too. All policies see every picture of trials that the first one plays;
 JSON. `layers` says of every matrix what rounding its inputs costs: the relative error of its output (the float product
 of the same int8 matrix is the true one) and how far the largest number of a token stands out (over their root mean
-square), which is what takes the bits of the others. Success before and after: `experiments.evaluate`, with
+square), which is what takes the bits of the others; `outliers`, what a channel that stands out would cost. Success before and after: `experiments.evaluate`, with
 `--weights int8` or `w8a8` and without.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import pathlib
 import re
 import time
@@ -23,17 +24,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from benchmarks import machine
 from experiments import calvin_abcd
 from robovlms_jax import cli
+from robovlms_jax.control.interface import Observation
 from robovlms_jax.evaluation import chains
 from robovlms_jax.nn import linear
+from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.playtable.env import PlayTable
 from robovlms_jax.policies.serving import VLAPolicy
-from robovlms_jax.runs import load
+from robovlms_jax.runs import build, load
+from robovlms_jax.weights import quantize
 
 STORED = ("int8", "w8a8")
+OUTLIERS = (10, 100)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,34 +108,70 @@ def measure(args: Args) -> dict:
     """Bytes, milliseconds, and the differences of actions, in millimetres and degrees of CALVIN's scales."""
     plain = load.load_policy(args.checkpoint)
     policies = {weights: load.load_policy(args.checkpoint, weights=weights) for weights in STORED}
-    listened = load.load_policy(args.checkpoint, weights="w8a8")
-    layers, acted, pictures = Layers(), collections.defaultdict(list), []
-    env = PlayTable(image_sizes=dict(zip(("static", "wrist"), args.image_size, strict=True)))
-    chosen = chains.single_tasks(calvin_abcd.FIXTURE_TASKS, args.trials)
-    for trial in chains.chain_trials(chosen, scene="D"):
-        env.reset(**trial.start)
-        for policy in (plain, listened, *policies.values()):
-            policy.reset(trial.instructions[0])
-        for _ in range(args.steps):
-            seen = env.observe()
-            pictures.append(seen)
-            actions = plain.act(seen).actions
-            acted["before"].append(actions)
-            for weights, policy in policies.items():
-                acted[weights].append(policy.act(seen).actions)
-            with nn.intercept_methods(layers.listen):
-                listened.act(seen)
-            env.step(actions[0])
-    jax.effects_barrier()
+    episodes = play(plain, args)
+    before, layers = replay(plain, episodes), Layers()
+    with nn.intercept_methods(layers.listen):
+        replay(load.load_policy(args.checkpoint, weights="w8a8"), episodes)
+        jax.effects_barrier()
     every = {"before": plain, **policies}
     return {
-        "observations": len(pictures),
+        "observations": len(before),
         "bytes": {name: sum(x.nbytes for x in jax.tree.leaves(x._batched.params)) for name, x in every.items()},
-        "actions": {weights: differences(acted["before"], acted[weights]) for weights in STORED},
-        "step_ms": step_times(every, pictures),
+        "actions": {weights: differences(before, replay(policy, episodes)) for weights, policy in policies.items()},
+        "outliers": {
+            str(factor): {
+                weights: differences(before, replay(with_outliers(args.checkpoint, factor, weights), episodes))
+                for weights in STORED
+            }
+            for factor in OUTLIERS
+        },
+        "step_ms": step_times(every, [seen for _, pictures in episodes for seen in pictures]),
         "layers": layers.report(),
         "machine": machine.describe(),
     }
+
+
+def play(policy: VLAPolicy, args: Args) -> list[tuple[str, list[Observation]]]:
+    """Instructions, and what a policy sees while it follows them."""
+    env = PlayTable(image_sizes=dict(zip(("static", "wrist"), args.image_size, strict=True)))
+    episodes = []
+    for trial in chains.chain_trials(chains.single_tasks(calvin_abcd.FIXTURE_TASKS, args.trials), scene="D"):
+        env.reset(**trial.start)
+        policy.reset(trial.instructions[0])
+        episodes.append((trial.instructions[0], []))
+        for _ in range(args.steps):
+            seen = env.observe()
+            episodes[-1][1].append(seen)
+            env.step(policy.act(seen).actions[0])
+    return episodes
+
+
+def replay(policy: VLAPolicy, episodes: list[tuple[str, list[Observation]]]) -> list[np.ndarray]:
+    """A policy's chunks float[C, 7] for what another saw."""
+    chunks = []
+    for instruction, pictures in episodes:
+        policy.reset(instruction)
+        chunks += [policy.act(seen).actions for seen in pictures]
+    return chunks
+
+
+def with_outliers(checkpoint: str, factor: float, weights: str) -> VLAPolicy:
+    """The same policy, stored as `weights`, in which one channel of what every layer's matrices read is `factor` times
+    as large and the matrices' rows for it as much smaller: in floating point nothing changes. Large towers have such
+    channels by themselves (Dettmers et al. 2022, arXiv:2208.07339)."""
+    model, params, encode = load.open_model(checkpoint)
+    flat = flatten_dict(params, sep="/")
+    for tower, (norm, names) in itertools.product(
+        ("text", "vision"), (("attn_norm", ("attn/q", "attn/k", "attn/v")), ("mlp_norm", ("mlp/up",)))
+    ):
+        place = f"backbone/{tower}/layers/"
+        for path in (f"{place}{norm}/scale", f"{place}{norm}/bias"):
+            flat[path] = flat[path].at[:, 0].multiply(factor)
+        for name in names:
+            flat[f"{place}{name}/kernel"] = flat[f"{place}{name}/kernel"].at[:, 0].divide(factor)
+    stored = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, storage=weights))
+    shapes, _ = build.abstract_params(stored, meshes.make_mesh((1, 1, 1), jax.local_devices()[:1]))
+    return VLAPolicy(stored, quantize.quantize(unflatten_dict(flat, sep="/"), shapes), encode)
 
 
 def differences(before: list[np.ndarray], after: list[np.ndarray]) -> dict[str, Any]:

@@ -168,7 +168,8 @@ def show_control(backbone: str, control: dict[str, Any]) -> str:
     ]
     for weights, found in control["weights"].items():
         sizes = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in found["bytes"].items())
-        lines += [f"weights in {weights}: {sizes}", f"  cannot be faster than {found['floor_ms']:.1f} ms:"]
+        what = "weights and activations in int8" if weights == "w8a8" else f"weights in {weights}"
+        lines += [f"{what}: {sizes}", f"  cannot be faster than {found['floor_ms']:.1f} ms:"]
         lines += [
             f"  {name:<10}{stage['flops'] / 1e9:>9.1f} GFLOP {stage['bytes'] / 1e9:>6.2f} GB "
             f"{stage['floor_ms']:>7.1f} ms, bound by {stage['bound']}"

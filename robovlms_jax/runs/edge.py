@@ -2,7 +2,8 @@
 
 The floor is the roofline (Williams et al. 2009) of each stage, one after the other: the larger of its matrix products
 over the peak of the type they are computed in, and its weights over the memory's bandwidth (activations are taken to
-stay in caches). Programs reach about half of it; what a particular one reaches has to be measured there.
+stay in caches). Products of int8 with int8 are counted at twice bfloat16's rate, as Orin's data sheets give it; Thor's
+gives it for FP8. Programs reach about half of it; what a particular one reaches has to be measured there.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def plan(config: ExperimentConfig, vlm: backbones.VLMConfig, computer: str, text
         raise ValueError(f"control_on={computer!r}; known computers: {', '.join(COMPUTERS)}.")
     machine = COMPUTERS[computer]
     kinds = {}
-    for weights in ("bfloat16", "int8"):
-        vlm = dataclasses.replace(vlm, dtype="bfloat16", storage="int8" if weights == "int8" else "float")
+    for weights in ("bfloat16", "int8", "w8a8"):
+        vlm = dataclasses.replace(vlm, dtype="bfloat16", storage="float" if weights == "bfloat16" else weights)
         kinds[weights] = _step(build.make_model(config, vlm), machine, text_length)
     return {"computer": computer, **dataclasses.asdict(machine), "text_length": text_length, "weights": kinds}
 
@@ -92,16 +93,17 @@ def plan(config: ExperimentConfig, vlm: backbones.VLMConfig, computer: str, text
 def _step(model: VLA, machine: Computer, text_length: int) -> dict[str, Any]:
     arguments = _arguments(model, text_length)
     traced = jax.make_jaxpr(lambda *x: serving.control_step(model, *x))(*arguments)
-    flops = dict.fromkeys(STAGES, 0.0)
-    for stage, count in _products(traced.jaxpr, "", 1):
+    flops, seconds = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
+    for stage, count, rate in _products(traced.jaxpr, "", 1):
         flops[stage] += count
+        seconds[stage] += count / (rate * machine.flops)
     read = _weights_read(arguments[0], tied=model.config.readout == "token")
     stages = {
         stage: {
             "flops": flops[stage],
             "bytes": read[stage],
-            "floor_ms": 1e3 * max(flops[stage] / machine.flops, read[stage] / machine.bandwidth),
-            "bound": "compute" if flops[stage] / machine.flops > read[stage] / machine.bandwidth else "memory",
+            "floor_ms": 1e3 * max(seconds[stage], read[stage] / machine.bandwidth),
+            "bound": "compute" if seconds[stage] > read[stage] / machine.bandwidth else "memory",
         }
         for stage in STAGES
     }
@@ -155,18 +157,23 @@ def _stage(path: str) -> str:
     return next((stage for stage in ("connector", "vision", "text") if stage in names), "connector")
 
 
-def _products(jaxpr: core.Jaxpr, names: str, times: int) -> Iterator[tuple[str, float]]:
-    """(stage, FLOPs) of every matrix product and convolution. A loop of unknown length counts once; of branches the
-    one with most."""
+INT8_RATE = 2.0
+"""Products of int8 per product of bfloat16."""
+
+
+def _products(jaxpr: core.Jaxpr, names: str, times: int) -> Iterator[tuple[str, float, float]]:
+    """(stage, FLOPs, rate) of every matrix product and convolution. A loop of unknown length counts once; of branches
+    the one with most. rate: how many times as fast as in bfloat16."""
     for equation in jaxpr.eqns:
         here = f"{names}/{equation.source_info.name_stack}"
         count = _flops(equation)
         if count:
-            yield _stage(here), times * count
+            whole = all(x.aval.dtype == np.int8 for x in equation.invars[:2])
+            yield _stage(here), times * count, INT8_RATE if whole else 1.0
         turns = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
         inner = [list(_products(body, here, turns)) for body in _bodies(equation.params)]
         if equation.primitive.name == "cond":
-            inner = [max(inner, key=lambda branch: sum(count for _, count in branch))]
+            inner = [max(inner, key=lambda branch: sum(count for _, count, _ in branch))]
         for part in inner:
             yield from part
 
