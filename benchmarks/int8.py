@@ -5,8 +5,8 @@
 int8: weights alone; w8a8: what they multiply, too. All policies see every picture of trials that the first one plays;
 JSON. `layers` says of every matrix what rounding its inputs costs: the relative error of its output (the float product
 of the same int8 matrix is the true one) and how far the largest number of a token stands out (over their root mean
-square), which is what takes the bits of the others; `outliers`, what a channel that stands out would cost. Success before and after: `experiments.evaluate`, with
-`--weights int8` or `w8a8` and without.
+square), which is what takes the bits of the others; `outliers`, what a channel that stands out would cost. Success
+before and after: `experiments.evaluate`, with `--weights int8` or `w8a8` and without.
 """
 
 from __future__ import annotations

@@ -2,16 +2,20 @@
 
 server: round trip of our client, over the loop-back device, to a server in a process of its own whose policy answers at
 once: what a real policy's step takes longer when it is served. safety: `SafetyLayer.check` on random requests.
+`--soak_s 180` instead: clients at full rate for so long, and the memory of the server's process meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import dataclasses
 import multiprocessing
+import os
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +43,10 @@ class Args:
     """Of each kind."""
     image_size: tuple[int, int] = (200, 84)
     """Pixels of static and wrist camera."""
+    soak_s: float = 0.0
+    """Seconds of a soak instead of the rest; 0: none."""
+    clients: int = 3
+    """Of a soak."""
     out: pathlib.Path | None = None
     """Write the JSON here, too."""
 
@@ -46,7 +54,10 @@ class Args:
 class AtOnce:
     """A policy that computes nothing."""
 
-    slots, horizon = 1, 10
+    horizon = 10
+
+    def __init__(self, slots: int = 1):
+        self.slots = slots
 
     def reset(self, slots: Sequence[int], instructions: Sequence[str]) -> None: ...
 
@@ -56,28 +67,65 @@ class AtOnce:
         return [ActionChunk(np.ones((self.horizon, len(CALVIN.action)), np.float32)) for _ in slots]
 
 
-def serve(port: multiprocessing.queues.Queue) -> None:
+def serve(port: multiprocessing.queues.Queue, slots: int) -> None:
     """A server's process; tells its port."""
-    served = server.PolicyServer(AtOnce(), CALVIN, Reader(("static", "wrist")), AtOnce.horizon, ServerConfig(port=0))
+    served = server.PolicyServer(
+        AtOnce(slots), CALVIN, Reader(("static", "wrist")), AtOnce.horizon, ServerConfig(port=0)
+    )
     asyncio.run(server.serve(served, lambda: port.put(served.port)))
+
+
+@contextlib.contextmanager
+def serving(slots: int) -> Iterator[tuple[str, int]]:
+    """Address and process number of a server."""
+    spawn = multiprocessing.get_context("spawn")
+    port = spawn.Queue()
+    process = spawn.Process(target=serve, args=(port, slots), daemon=True)
+    process.start()
+    try:
+        yield f"ws://127.0.0.1:{port.get(timeout=60)}", process.pid
+    finally:
+        process.terminate()
+        process.join(10)
+
+
+def observation(args: Args) -> Observation:
+    rng = np.random.default_rng(0)
+    sizes = dict(zip(("static", "wrist"), args.image_size, strict=True))
+    images = {name: rng.integers(0, 256, (size, size, 3), np.uint8) for name, size in sizes.items()}
+    return Observation(images, np.zeros(7, np.float32))
 
 
 def measure_server(args: Args) -> dict[str, float]:
     """Milliseconds of a round trip."""
-    spawn = multiprocessing.get_context("spawn")
-    port = spawn.Queue()
-    process = spawn.Process(target=serve, args=(port,), daemon=True)
-    process.start()
-    rng = np.random.default_rng(0)
-    sizes = dict(zip(("static", "wrist"), args.image_size, strict=True))
-    images = {name: rng.integers(0, 256, (size, size, 3), np.uint8) for name, size in sizes.items()}
-    try:
-        with Client(f"ws://127.0.0.1:{port.get(timeout=60)}") as client:
-            client.reset("push the button")
-            return timed(lambda: client.act(Observation(images, np.zeros(7, np.float32))), args.steps)
-    finally:
-        process.terminate()
-        process.join(10)
+    seen = observation(args)
+    with serving(1) as (address, _), Client(address) as client:
+        client.reset("push the button")
+        return timed(lambda: client.act(seen), args.steps)
+
+
+def soak(args: Args) -> dict[str, Any]:
+    """Answers, and the server's memory (resident, Linux) ten times on the way, in MB; the first after a tenth."""
+    seen, answers, memory = observation(args), [0] * args.clients, []
+    with serving(args.clients) as (address, process):
+        until = time.monotonic() + args.soak_s
+
+        def robot(number: int) -> None:
+            with Client(address) as client:
+                client.reset("push the button")
+                while time.monotonic() < until:
+                    client.act(seen)
+                    answers[number] += 1
+
+        with concurrent.futures.ThreadPoolExecutor(args.clients) as pool:
+            robots = [pool.submit(robot, number) for number in range(args.clients)]
+            for _ in range(10):
+                time.sleep(max(args.soak_s / 10 - 0.01, 0))
+                pages = int(pathlib.Path(f"/proc/{process}/statm").read_text().split()[1])
+                memory.append(round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1))
+            for robot_done in robots:
+                robot_done.result()
+    return {"seconds": args.soak_s, "clients": args.clients, "answers": sum(answers), "server_mb": memory}
 
 
 def measure_safety(args: Args, spec: Any, obstacles: int) -> dict[str, float]:
@@ -123,6 +171,9 @@ def timed(step: Callable[[], object], steps: int) -> dict[str, float]:
 
 def main() -> None:
     args = cli.read(Args, description=__doc__)
+    if args.soak_s:
+        machine.report({"soak": soak(args), "machine": machine.describe()}, args.out)
+        return
     result = {
         "server": measure_server(args),
         "safety": {
