@@ -86,3 +86,13 @@ def test_the_figures_of_serving_and_of_bad_input_are_those_of_their_runs():
     ):
         assert f"{number:,}".replace(",", " ") in text
     assert all(f"{run['megabytes_more']} MB more" in text for run in (first, second))
+
+
+def test_the_memory_of_adapters_beside_eight_bits_is_that_of_its_plans():
+    found, text = result("int8_base_plan"), page("strategies.md")
+    lora, qlora = (found[f"kosmos_lstm_{name}"]["bytes_per_device"] for name in ("lora", "qlora"))
+    size = {name: f"{x / 2**30:.1f}" for name, x in found["kosmos_lstm"]["bytes_per_device"].items()}
+    for name, words in (("parameters", "of parameters"), ("total", "in all")):
+        assert f"{qlora[name] / 2**30:.1f} instead of {lora[name] / 2**30:.1f} GiB {words}" in text
+    assert f"full training: {size['total']} GiB" in text
+    assert qlora["activations"] == lora["activations"] and f"{lora['activations'] / 2**30:.1f} GiB in both" in text

@@ -39,6 +39,9 @@ class BackboneConfig:
     """Its layers."""
     resampler_heads: int = 8
     """Its attention heads, of 64 channels each."""
+    storage: Literal["float", "int8"] = "float"
+    """int8: matrices are rounded to eight bits with a scale per output channel when the run begins, and stay as they
+    are; adapters beside them learn (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, who have four bits)."""
     lora_rank: int = 0
     """> 0 adds low-rank adapters to every matrix of the backbone; set train.trainable to train only them."""
     lora_alpha: float = 16.0
@@ -55,6 +58,10 @@ class BackboneConfig:
     def __post_init__(self):
         for field in ("lora_rank", "resampler_latents"):
             require(getattr(self, field) >= 0, f"backbone.{field}={getattr(self, field)} must be 0 (off) or positive.")
+        require(
+            self.storage == "float" or self.lora_rank > 0,
+            "backbone.storage=int8 has matrices that cannot learn; set backbone.lora_rank, such as 32, for adapters.",
+        )
         require(
             not self.adapter or self.lora_rank > 0,
             f"backbone.adapter={self.adapter!r} needs backbone.lora_rank: its adapter_config.json says r.",

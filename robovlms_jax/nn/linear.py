@@ -160,11 +160,13 @@ class Matrix:
             y = jnp.einsum(equation, x, self.values.astype(x.dtype), preferred_element_type=dtype)
         else:
             # After the product, where there are fewest numbers to scale; XLA fuses the cast into what reads the matrix.
-            # int8 fits into every floating type without rounding.
+            # int8 fits into every floating type without rounding. What adapters are trained beside is kept for the
+            # backward pass, so it is rounded once more there to the type of the activations, at half the memory.
+            whole = jnp.float32 if self.adapters is None else x.dtype
             y = (
                 self._einsum_int8(equation, x)
                 if self.rounds
-                else jnp.einsum(equation, x, self.values.astype(x.dtype), preferred_element_type=jnp.float32)
+                else jnp.einsum(equation, x, self.values.astype(x.dtype), preferred_element_type=whole)
             )
             y = (y * self.scale.reshape([self.scale.shape[axis] for axis in self.channels])).astype(dtype or x.dtype)
         if self.adapters is not None:

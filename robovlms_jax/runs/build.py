@@ -8,7 +8,7 @@ import logging
 import pathlib
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -31,8 +31,9 @@ from robovlms_jax.policies.sensors import base as sensors
 from robovlms_jax.policies.serving import EncodeText
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.training import trainable
 from robovlms_jax.types import Inputs
-from robovlms_jax.weights import convert, peft, rules, sources, tying
+from robovlms_jax.weights import convert, peft, quantize, rules, sources, tying
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -166,6 +167,7 @@ def with_settings(config: BackboneConfig, published: backbones.VLMConfig) -> bac
         rules=published.rules if config.resampler_latents == 0 else (*published.rules, RESAMPLER),
         dtype=config.dtype,
         remat=config.remat,
+        storage=config.storage,
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_kind=config.lora_kind,
@@ -281,8 +283,10 @@ def init_params(model: VLA, mesh: Mesh, seed: int, backbone: Backbone | None = N
     """Parameters in their shardings. The backbone's come from `backbone.directories` if it has any, tensor by tensor,
     and its adapters from `backbone.adapter`; the rest is random.
 
-    Random values of the loaded parameters are never made: the compiler drops what is not asked for.
+    Random values of the loaded parameters are never made: the compiler drops what is not asked for. Matrices that are
+    kept in int8 are in floating point here, with room for both once; see `rounded`.
     """
+    model = in_float(model)
     shapes, shardings = abstract_params(model, mesh)
     loaded: dict[str, jax.Array] = {}
     if backbone is not None and backbone.directories:
@@ -299,6 +303,32 @@ def init_params(model: VLA, mesh: Mesh, seed: int, backbone: Backbone | None = N
         flat[f"backbone/{path}"] = jax.device_put(x, flat[f"backbone/{path}"].sharding)
     logger.info("adapters of %d matrices from %s", sum(path.endswith("lora_a") for path in adapters), backbone.adapter)
     return unflatten_dict(flat, sep="/")
+
+
+def in_float(model: VLA) -> VLA:
+    """The same policy with its backbone's matrices in floating point."""
+    return dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, storage="float"))
+
+
+def rounded(model: VLA, mesh: Mesh, params: Any) -> Any:
+    """Parameters of `in_float(model)` as the model keeps them."""
+    if model.vlm.storage == "float":
+        return params
+    shapes, shardings = abstract_params(model, mesh)
+    places = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
+    return quantize.quantize(params, places)
+
+
+def require_floats(shapes: Any, patterns: Sequence[str], stage: str) -> None:
+    """Raise ValueError where a stage of training shall train what is kept in int8."""
+    flat = flatten_dict(shapes, sep="/")
+    kept = {path for path, x in flat.items() if x.dtype == np.int8}
+    wrong = sorted((kept | {quantize.scale_of(path) for path in kept}) & set(trainable.split(flat, patterns)[0]))
+    if wrong:
+        raise ValueError(
+            f"stage {stage!r} trains {wrong[0]} and {len(wrong) - 1} others that backbone.storage=int8 keeps as they "
+            "are. Set trainable to lora_ ^head/ ^readout/, or the storage to float."
+        )
 
 
 def fill_params(model: VLA, mesh: Mesh, seed: int, loaded: Mapping[str, jax.Array]) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from robovlms_jax.backbones import registry
@@ -15,6 +16,7 @@ from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.inputs import prompts, tokenizers
 from robovlms_jax.runs import build, load, resuming
 from robovlms_jax.training import checkpoints, items
+from robovlms_jax.weights import quantize
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,8 @@ def take_over(params: Any, path: str) -> Any:
     """`params` with every parameter that the checkpoint has in the same shape; the others are listed in the log.
 
     Args:
-      params: nested arrays in their shardings.
+      params: nested arrays in their shardings, all in floating point. Matrices that the checkpoint has in int8 become
+        float.
     Raises:
       ValueError: nothing fits.
     """
@@ -69,7 +72,14 @@ def take_over(params: Any, path: str) -> Any:
             f"train.init_from={str(path)!r}: no parameter of {directory} fits this model; it holds "
             f"{sorted(found)[:3]} ... Was it trained with another backbone?"
         )
-    loaded = items.read_some(directory, {name: current[name] for name in fitting})
+    wanted: dict[str, Any] = {name: current[name] for name in fitting}
+    scales = {name: quantize.scale_of(name) for name in fitting if _in_int8(name, found)}
+    for name, scale in scales.items():
+        whole = jax.sharding.NamedSharding(current[name].sharding.mesh, jax.sharding.PartitionSpec())
+        wanted[scale] = jax.ShapeDtypeStruct(found.pop(scale), "float32", sharding=whole)
+    loaded = items.read_some(directory, wanted)
+    for name, scale in scales.items():
+        loaded[name] = jax.device_put(loaded[name] * loaded.pop(scale), current[name].sharding)
     kept = sum(current[name].size for name in fitting)
     total = sum(x.size for x in current.values())
     lines = [
@@ -83,3 +93,8 @@ def take_over(params: Any, path: str) -> Any:
         shown = lines[:40] + [f"... and {len(lines) - 40} more"] * (len(lines) > 40)
         logger.info("what does not fit starts anew:\n  %s", "\n  ".join(shown))
     return unflatten_dict({**current, **loaded}, sep="/")
+
+
+def _in_int8(name: str, found: Collection[str]) -> bool:
+    """Whether a checkpoint of these parameters has this one in int8, with its scale beside it."""
+    return name.startswith("backbone/") and quantize.stored_as(name) == "matrix" and quantize.scale_of(name) in found

@@ -40,7 +40,8 @@ def load_policy(
       policy: fields of `PolicyConfig` that control may choose anew, such as {"reencode_every": 0} or
         {"head": {"num_steps": 4}}.
       weights: how the backbone's parameters are kept in memory; None: in the type it computes in. int8: its matrices
-        with a scale per output channel, a quarter of float32 (see `weights.quantize`); adapters stay beside them.
+        with a scale per output channel, a quarter of float32 (see `weights.quantize`); adapters stay beside them. A
+        policy that was trained on int8 (backbone.storage) keeps it where nothing else is asked for.
         w8a8: the same, and what they multiply is rounded to int8 at every step (see `nn.linear.Kernel`).
       robot: one of the other robots that it was trained on (`policy.others`); empty: its own.
     Raises:
@@ -111,13 +112,20 @@ def open_model(
     model = build.make_model(experiment, backbone.vlm)
     mesh = meshes.make_mesh((1, 1, 1), jax.local_devices()[:1])
     shapes, shardings = build.abstract_params(model, mesh)
-    dtype = experiment.backbone.dtype
-    if weights in _ROUNDED:  # rounded once, from all the digits there are
+    dtype, trained = experiment.backbone.dtype, backbone.vlm.storage
+    if trained == "int8":
+        types = jax.tree.map(lambda x: x.dtype, shapes)
+    elif weights in _ROUNDED:  # rounded once, from all the digits there are
         types = quantize.stored_types(shapes, dtype, matrices="float32")
     else:
         types = quantize.stored_types(shapes, weights or dtype)
     params = items.read_params(directory, _abstract(shapes, types, shardings))
-    if weights in _ROUNDED:
+    if trained == "int8" and weights in ("float32", "bfloat16"):
+        model, params = build.in_float(model), quantize.dequantize(params)
+        params = jax.tree.map(lambda x, kind: x.astype(kind), params, quantize.stored_types(params, weights))
+    elif weights in _ROUNDED and weights != trained:
+        if trained == "int8":
+            params = quantize.dequantize(params)
         storage = cast(Literal["int8", "w8a8"], weights)
         model = build.make_model(experiment, dataclasses.replace(backbone.vlm, storage=storage))
         shapes, shardings = build.abstract_params(model, mesh)

@@ -47,7 +47,14 @@ RULES = (
     Rule("free", ("backbone.remat",), "the same numbers with less memory"),
     Rule(
         "refused",
-        ("backbone.name", "backbone.attention", "backbone.states", "backbone.resampler_*", "backbone.lora_*"),
+        (
+            "backbone.name",
+            "backbone.attention",
+            "backbone.states",
+            "backbone.resampler_*",
+            "backbone.storage",
+            "backbone.lora_*",
+        ),
         "it is the architecture that the parameters belong to",
         but=("backbone.lora_dropout",),
     ),

@@ -6,7 +6,8 @@ import dataclasses
 import logging
 
 from robovlms_jax.control import robot
-from robovlms_jax.data import base
+from robovlms_jax.data import base, mirror
+from robovlms_jax.inputs.config import AugmentConfig
 from robovlms_jax.policies.config import PolicyConfig
 
 logger = logging.getLogger(__name__)
@@ -68,3 +69,19 @@ def require_same(policy: PolicyConfig, found: robot.RobotSpec, where: str) -> No
             + "\n  ".join(listed)
             + "\nUse what belongs together, or correct the wrong description (policy.robot, meta/robovlms.json)."
         )
+
+
+def mirror_of(policy: PolicyConfig, augment: AugmentConfig, spec: robot.RobotSpec) -> mirror.Mirror:
+    """How training samples of a robot are mirrored (data.augment.mirror). Raises ValueError: they have something of
+    which no mirror image is known."""
+    unknown = {
+        "policy.sensors": [sensor.name for sensor in policy.sensors],
+        "policy.representation": [policy.representation] if policy.representation != "robot" else [],
+        "policy.auxiliary.clip.weights": [policy.auxiliary.clip.weights] if policy.auxiliary.clip.weights else [],
+    }
+    found = {field: values for field, values in unknown.items() if values}
+    if found:
+        raise ValueError(
+            f"data.augment.mirror={augment.mirror}: of {found} no mirror image is known. Leave it at 0, or those out."
+        )
+    return mirror.of_robot(spec, augment.mirror, augment.mirror_axis, uses_state=policy.proprio.enabled)

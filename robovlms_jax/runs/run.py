@@ -274,6 +274,7 @@ def _begin(setup: setups.Setup) -> state.TrainState:
     params = build.init_params(setup.model, setup.mesh, config.train.seed, setup.backbone)
     if config.train.init_from:
         params = chaining.take_over(params, config.train.init_from)
+    params = build.rounded(setup.model, setup.mesh, params)
     distributed.barrier("parameters")  # reading and compiling take processes differently long; what follows meets them
     stage = setup.stages[0]
     # The state owns the arrays now and its step donates them.

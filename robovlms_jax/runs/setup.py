@@ -184,6 +184,8 @@ def _planned(
     planned = stages.plan(config.train, config.optimizer)
     stages.check(planned, flatten_dict(shapes, sep="/"), [objective.ROBOT, *data.others, *config.data.vl.paths])
     questions.check(planned, config, flatten_dict(shapes, sep="/"))
+    for stage in planned:
+        build.require_floats(shapes, stage.trainable, stage.name)
     losses = [steps.make_loss(config, model, stage) for stage in planned]  # raises what a stage's weights have wrong
     setup = Setup(
         config=config,
@@ -252,7 +254,7 @@ def training_actions(
     else:
         _check_actions(config, dataset, values, actions, openings)
     if config.data.augment.mirror:
-        values = _mirror(config, dataset).statistics(values)
+        values = robots.mirror_of(config.policy, config.data.augment, dataset.robot).statistics(values)
     return actions, values
 
 
@@ -300,6 +302,7 @@ def source_of(
     mirrored: bool = False,
 ) -> samples.SegmentSource:
     """The dataset's samples as the configuration asks for them; mirrored: as many as it says are, for training."""
+    augment = config.data.augment
     cut = samples.Cut(
         window=config.policy.window,
         chunk=config.policy.chunk,
@@ -316,24 +319,8 @@ def source_of(
         sensors=[sensors.make(sensor.reading) for sensor in config.policy.all_sensors],
         embed_sentence=embed_sentence,
         variation=variation,
-        mirrored=_mirror(config, dataset) if mirrored and config.data.augment.mirror else None,
+        mirrored=robots.mirror_of(config.policy, augment, dataset.robot) if mirrored and augment.mirror else None,
     )
-
-
-def _mirror(config: ExperimentConfig, dataset: datasets.Dataset) -> mirror.Mirror:
-    """Raises ValueError: samples have something of which no mirror image is known."""
-    policy, augment = config.policy, config.data.augment
-    unknown = {
-        "policy.sensors": [sensor.name for sensor in policy.sensors],
-        "policy.representation": [policy.representation] if policy.representation != "robot" else [],
-        "policy.auxiliary.clip.weights": [policy.auxiliary.clip.weights] if policy.auxiliary.clip.weights else [],
-    }
-    found = {field: values for field, values in unknown.items() if values}
-    if found:
-        raise ValueError(
-            f"data.augment.mirror={augment.mirror}: of {found} no mirror image is known. Leave it at 0, or those out."
-        )
-    return mirror.of_robot(dataset.robot, augment.mirror, augment.mirror_axis, uses_state=policy.proprio.enabled)
 
 
 def announce(name: str, setup: Setup) -> None:

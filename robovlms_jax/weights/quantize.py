@@ -23,6 +23,7 @@ STORAGE: tuple[tuple[str, str], ...] = (
     (r"/(lora_m|attn_gate|mlp_gate|relative)$", "kept"),
     (r"/(bias|lora_[ab])$", "cast"),
     (r"/(positions|rows|columns|taps|cls|latents|queries|attn_scale|mlp_scale)$", "cast"),
+    (r"[/_]scale$", "kept"),  # of a matrix in int8
 )
 """Pattern of a parameter's path -> how it is stored; the first that is found in the path counts.
 
@@ -66,7 +67,7 @@ def quantize(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, 
     """
     flat, wanted = flatten_dict(params, sep="/"), flatten_dict(shapes, sep="/")
     matrices = {path for path, x in wanted.items() if x.dtype == jnp.int8}
-    scales = {path: _scale_of(path) for path in matrices}
+    scales = {path: scale_of(path) for path in matrices}
     problems = [
         f"{path}: the table says {stored_as(path)!r}, the model {'int8' if path in matrices else 'float'}"
         for path in sorted(set(flat) & set(wanted))
@@ -98,7 +99,15 @@ def quantize_matrix(matrix: jax.Array, contracted: tuple[int, ...]) -> tuple[jax
     return jnp.round(matrix / scale).astype(jnp.int8), scale
 
 
-def _scale_of(path: str) -> str:
+def dequantize(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The same policy with its int8 matrices in float32, and without their scales; the other parameters as they are."""
+    flat = flatten_dict(params, sep="/")
+    for path in [path for path, x in flat.items() if x.dtype == jnp.int8]:
+        flat[path] = flat[path] * flat.pop(scale_of(path))
+    return unflatten_dict(flat, sep="/")
+
+
+def scale_of(path: str) -> str:
     """Where `nn.linear.Kernel` puts the scale of a matrix: "q/kernel" -> "q/scale", "input_kernel" -> "input_scale"."""
     parent, slash, name = path.rpartition("/")
     return f"{parent}{slash}{name[: name.rfind('_') + 1]}scale"

@@ -202,3 +202,17 @@ def test_adapters_of_recurrent_matrices_merge():
 def test_a_discrete_head_says_that_it_has_no_matrices_for_adapters():
     with pytest.raises(ValueError, match=r"policy.lora_rank=2.*backbone.lora_rank"):
         toy.make_product("interleaved", "token", "discrete", lora_rank=2)
+
+
+def test_what_int8_stands_for_is_float_again_and_is_rounded_to_the_same(policy):
+    _, _, params, _, stored = policy
+    plain = quantize.dequantize(stored)
+    assert {x.dtype for x in jax.tree.leaves(plain)} == {jnp.dtype("float32")}
+    assert jax.tree.structure(plain) == jax.tree.structure(params)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)
+    again = flatten_dict(quantize.quantize(plain, shapes), sep="/")
+    for path, x in flatten_dict(stored, sep="/").items():
+        if x.dtype == jnp.int8:
+            np.testing.assert_array_equal(again[path], x, err_msg=path)
+        else:
+            np.testing.assert_allclose(again[path], x, rtol=1e-6, err_msg=path)
