@@ -38,6 +38,7 @@ from robovlms_jax.runs import (
 )
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import checkpoints, consolidation, stages, state
+from robovlms_jax.weights import peft
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +182,8 @@ def _planned(
     mesh = meshes.make_mesh(config.mesh_sizes(jax.device_count()))
     model = build.make_model(config, backbone.vlm)
     shapes, shardings = build.abstract_params(model, mesh)
+    if backbone.adapter is not None:
+        peft.require_fits(backbone.adapter, shapes["backbone"], backbone.vlm.rules, backbone.vlm.lora)
     planned = stages.plan(config.train, config.optimizer)
     stages.check(planned, flatten_dict(shapes, sep="/"), [objective.ROBOT, *data.others, *config.data.vl.paths])
     questions.check(planned, config, flatten_dict(shapes, sep="/"))

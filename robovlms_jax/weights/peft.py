@@ -144,35 +144,51 @@ def load(
       FileNotFoundError, ValueError: no adapter there, of another kind or a larger rank, or of another model; names the
         setting or the module, what was expected, and the flags that fit.
     """
-    directory = pathlib.Path(directory).expanduser()
-    settings = json_files.read_object(directory / CONFIG, "PEFT's settings")
-    _require_kind(directory, settings, lora)
     flat = flatten_dict(params, sep="/")
-    layouts = _layouts(flat, rules)
+    settings, layouts, file, places = _opened(pathlib.Path(directory).expanduser(), flat, rules, lora)
     found: dict[str, dict[int | None, dict[str, np.ndarray]]] = {}
-    unknown = []
-    file = sources.SafetensorsSource([directory / TENSORS], str(directory / TENSORS))
-    for key, shape in file.shapes.items():
-        value = file.read(key, (slice(None),) * len(shape))
-        match = _KEY.fullmatch(key)
-        name = rules_of.canonical(rules, f"{match['module']}.weight") if match else ""
-        places = [(path, layout.rule.match(name)) for path, layout in layouts.items()]
-        paths = [(path, layer) for path, (fits, layer) in places if fits]
-        if not paths:
-            unknown.append(key)
+    for key, paths in places.items():
+        value, match = file.read(key, (slice(None),) * len(file.shapes[key])), _KEY.fullmatch(key)
         for path, layer in paths:
             values = found.setdefault(path, {}).setdefault(layer, {"module": match["module"]})
             values[match["part"]] = value.astype(np.float32)
+    out = {}
+    for path, layers in found.items():
+        out |= _joined(path, layers, layouts[path], flat, (settings, lora))
+    return out
+
+
+def require_fits(directory: str | pathlib.Path, shapes: Mapping[str, Any], rules: Rules, lora: Lora) -> None:
+    """Raise what `load` does about an adapter of another kind or another model; no tensor is read.
+
+    Args:
+      shapes: of the backbone's parameters, nested.
+    """
+    _opened(pathlib.Path(directory).expanduser(), flatten_dict(shapes, sep="/"), rules, lora)
+
+
+def _opened(
+    directory: pathlib.Path, flat: Mapping[str, Any], rules: Rules, lora: Lora
+) -> tuple[dict[str, Any], dict[str, _Layout], sources.SafetensorsSource, dict[str, list[tuple[str, int | None]]]]:
+    """An adapter's settings, layouts by path, its file, and of each tensor there the paths and layers it belongs to."""
+    settings = json_files.read_object(directory / CONFIG, "PEFT's settings")
+    _require_kind(directory, settings, lora)
+    layouts = _layouts(flat, rules)
+    file = sources.SafetensorsSource([directory / TENSORS], str(directory / TENSORS))
+    found: dict[str, list[tuple[str, int | None]]] = {}
+    for key in file.shapes:
+        match = _KEY.fullmatch(key)
+        name = rules_of.canonical(rules, f"{match['module']}.weight") if match else ""
+        places = [(path, layout.rule.match(name)) for path, layout in layouts.items()]
+        found[key] = [(path, layer) for path, (fits, layer) in places if fits]
+    unknown = [key for key, paths in found.items() if not paths]
     if unknown or not found:
         raise ValueError(
             f"{directory / TENSORS} is not an adapter of this backbone: it has no matrices for {sorted(unknown)[:4]} "
             f"({len(unknown)} of them); it has, for example, {sorted(x.rule.source for x in layouts.values())[:2]}. Is "
             f"it one of {settings.get('base_model_name_or_path') or 'another model'}?"
         )
-    out = {}
-    for path, layers in found.items():
-        out |= _joined(path, layers, layouts[path], flat, (settings, lora))
-    return out
+    return settings, layouts, file, found
 
 
 def _layouts(flat: Mapping[str, Any], rules: Rules) -> dict[str, _Layout]:

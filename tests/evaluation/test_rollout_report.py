@@ -191,3 +191,13 @@ def test_section_and_strips_of_a_run(tmp_path):
     assert one.width == two.width
     assert two.height > one.height
     assert len(np.unique(np.asarray(two).reshape(-1, 3), axis=0)) > 4  # something is drawn
+
+
+def test_sentences_stand_below_the_pictures_and_what_training_is_told_beside_them():
+    stored, seen = np.zeros((2, 8, 8, 3), np.uint8), np.full((2, 6, 6, 3), 200, np.uint8)
+    plain = film_files.draw_pairs({"static": (stored, seen)})
+    told = film_files.draw_pairs({"static": (stored, seen)}, [("go left", "go right"), ("stop", "stop")])
+    assert told.size == (plain.size[0], plain.size[1] + 40)
+    lines = np.asarray(told)[-46:].min(axis=-1)  # two lines of text, the first longer
+    first, second = (np.flatnonzero((part < 128).any(axis=0)) for part in (lines[:20], lines[20:40]))
+    assert 0 < second.max() < first.max()

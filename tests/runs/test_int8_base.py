@@ -1,4 +1,5 @@
-"""Adapters trained beside matrices in eight bits (QLoRA): what a run begins with, keeps, saves and serves."""
+"""Adapters trained beside matrices in eight bits (QLoRA): what a run begins with, keeps, saves and serves; adapters
+of another model."""
 
 from __future__ import annotations
 
@@ -7,12 +8,14 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from experiments import calvin_abcd, plan
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.runs import load, run
 from robovlms_jax.runs import setup as setups
+from robovlms_jax.weights import peft
+from tests.backbones.test_peft import with_adapters
 from tests.experiments.test_calvin_abcd import small
 from tests.runs.test_stages import QUICK
 
@@ -67,3 +70,11 @@ def test_adapters_are_trained_beside_a_policy_in_int8_and_it_goes_on_as_float(tm
     later = flat(run.train("sample", small(tmp_path / "later", **floats, **{"train.steps": 1})))
     for path in kept:
         np.testing.assert_allclose(later[path], plain[path], rtol=1e-6, err_msg=path)
+
+
+def test_an_adapter_of_another_model_is_refused_before_any_parameter_is_made(tmp_path):
+    config, _, params = with_adapters("llava-1.5-7b", "lora")
+    peft.export(unflatten_dict(params, sep="/"), config.rules, config.lora, tmp_path)
+    changes = {"backbone.lora_rank": config.lora_rank, "backbone.lora_alpha": config.lora_alpha}
+    with pytest.raises(ValueError, match="is not an adapter of this backbone: it has no matrices for"):
+        setups.prepare(small(tmp_path / "run", **QUICK, **changes, **{"backbone.adapter": str(tmp_path)}))
