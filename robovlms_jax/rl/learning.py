@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from robovlms_jax.parallel import cpu
+from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.playtable import env
 from robovlms_jax.policies.histories.base import where
 from robovlms_jax.policies.vla import VLA, Carry
@@ -81,7 +82,9 @@ class Reinforcement:
         behaviour = behaviours.make(model.config, settings.behaviour)
         self.learner = objective.Learner(model, behaviour, settings.update.value_widths)
         extra = self.learner.extra_params(jax.random.fold_in(jax.random.key(seed), 1))
-        whole = jax.tree.map(jnp.array, {**params, objective.SCOPE: extra})
+        # Placed as the updates leave them: otherwise the second iteration would compile everything again.
+        extra = jax.device_put(extra, meshes.replicated(mesh))
+        whole = jax.tree.map(jnp.copy, {**params, objective.SCOPE: extra})
         self.state = create(whole, stage.trainable, stage.tx, seed, mesh)
         self.reference = {path: jnp.copy(x) for path, x in self.state.trainable.items()}
         self.head_only = all(path.startswith(("head/", f"{objective.SCOPE}/")) for path in self.state.trainable)

@@ -18,6 +18,7 @@ from robovlms_jax.control.execution import Execution
 from robovlms_jax.evaluation.rollout import SuccessCriterion, Trial, TrialResult
 from robovlms_jax.inputs import proprio
 from robovlms_jax.parallel import cpu
+from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.playtable import env
 from robovlms_jax.policies import objective, serving
 from robovlms_jax.policies.config import PolicyConfig
@@ -157,15 +158,18 @@ class Player:
             playing.executed(execution or Execution(), model.config.chunk),
             criterion.max_steps,
         )
-        options = cpu.options(env.step_kind(tables))
+        # Everything lies where it began: placed anew by the first call, the second would compile again.
+        self._place = meshes.replicated(meshes.make_mesh((1, 1, 1), jax.local_devices()[:1]))
+        placed = functools.partial(jax.jit, out_shardings=self._place)
         run = functools.partial(play, model, greedy(model), self._how, _AT_ONCE)
-        self._run = jax.jit(run, donate_argnums=2, compiler_options=options)
+        self._run = placed(run, donate_argnums=2, compiler_options=cpu.options(env.step_kind(tables)))
         first = functools.partial(begin, model, tables=tables, key=jax.random.key(0))
-        self._begin = jax.jit(first, compiler_options=cpu.options("tiny_run_once"))
+        self._begin = placed(first, compiler_options=cpu.options("tiny_run_once"))
 
     def results(self, params: Any, trials: Sequence[Trial]) -> Iterator[TrialResult]:
         """Results in the order in which trials end."""
         world = playing.make_world(trials, self._encode, dict(self._how.image_sizes)["static"])
+        world = jax.device_put(world, self._place)
         game = self._begin(params, world)
         books: dict[int, tuple[list[bool], list[int]]] = {}
         ended = 0

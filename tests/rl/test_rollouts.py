@@ -122,6 +122,7 @@ def test_a_scripted_policy_has_the_same_results_on_the_device_as_in_the_host_loo
     criterion, execution = rollout.SuccessCriterion(max_steps=60), Execution("receding", horizon=4)
     device = rollouts.Player(model, encode, 2, SIZES, execution, criterion)
     found = {result.index: result for result in device.results({}, asked)}
+    assert device._run._cache_size() == 1  # compiled once, although tables were looked at several times
     host = rollout.run(ExecutedBatch(Pressing(), execution), PlayTables("D", 2, image_sizes=SIZES), asked, criterion)
     expected = {result.index: result for result in host}
     assert found == expected

@@ -1,0 +1,128 @@
+"""What a run of reinforcement measures, draws and refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+
+import numpy as np
+import pytest
+
+from experiments import reinforce
+from robovlms_jax.envs.calvin import tasks
+from robovlms_jax.evaluation import blind
+from robovlms_jax.rl import starts
+from robovlms_jax.rl.config import BehaviourConfig, UpdateConfig
+from robovlms_jax.runs import reinforcing
+
+CONFIG = reinforcing.ReinforceConfig(checkpoint="x", tasks=("open_drawer", "turn_on_led"), trials=6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unseen_scene": "A"}, "unseen_scene='A' is one of"),
+        ({"tables": 12, "update": UpdateConfig(method="grpo")}, "tables=12 is no multiple of reinforce.group=8"),
+        ({"others": ("open_drawer",)}, "others names .'open_drawer'."),
+        ({"iterations": 0}, "iterations=0"),
+    ],
+)
+def test_impossible_runs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def test_impossible_behaviours_are_refused():
+    for changes in (
+        {"spread": (0.0,)},
+        {"correlation": 1.0},
+        {"temperature": 0.0},
+        {"floor": 0.0},
+        {"flow_noise": 0.0},
+    ):
+        with pytest.raises(ValueError, match=f"behaviour.{next(iter(changes))}"):
+            BehaviourConfig(**changes)
+
+
+def test_every_measurement_but_the_first_changes_one_thing():
+    found = reinforcing.measurements(dataclasses.replace(CONFIG, others=("close_drawer",)))
+    assert list(found) == ["trained", "unseen_table", "unseen_phrasing", "unseen_start", "other_tasks"]
+    known = found["trained"]
+    assert {trial.labels["scene"] for trial in known} == {"A"}
+    assert {trial.labels["scene"] for trial in found["unseen_table"]} == {"D"}
+    assert [trial.tasks for trial in found["unseen_table"]] == [trial.tasks for trial in known]
+    assert [trial.instructions for trial in found["unseen_table"]] == [trial.instructions for trial in known]
+    for trial, same in zip(found["unseen_phrasing"], known, strict=True):
+        np.testing.assert_array_equal(trial.start["scene_obs"], same.start["scene_obs"])
+        assert trial.instructions[0] in tasks.TASKS[trial.tasks[0]].held_out
+        assert trial.instructions != same.instructions
+    hands = np.stack([trial.start["robot_obs"][:3] for trial in found["unseen_start"]])
+    assert (hands.std(0) > 0.005).all()
+    assert {trial.tasks for trial in found["other_tasks"]} == {("close_drawer",)}
+
+
+def test_starts_are_a_function_of_their_seed_and_tasks_and_tables_take_turns():
+    first, again, other = (
+        starts.draw(("open_drawer", "turn_on_led"), ("A", "B"), 8, seed, spread=0.2) for seed in (0, 0, 1)
+    )
+    assert [(t.tasks[0], t.labels["scene"]) for t in first[:5]] == [
+        *(("open_drawer", "A"), ("turn_on_led", "A"), ("open_drawer", "B"), ("turn_on_led", "B"), ("open_drawer", "A")),
+    ]
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a.start["robot_obs"], b.start["robot_obs"])
+    assert any((a.start["robot_obs"] != b.start["robot_obs"]).any() for a, b in zip(first, other, strict=True))
+    with pytest.raises(ValueError, match=r"unknown \['fly'\]"):
+        starts.draw(("fly",), ("A",), 1, 0)
+    with pytest.raises(ValueError, match=r"\['stack_block'\] are possible in no initial state"):
+        starts.draw(("stack_block",), ("A",), 1, 0)
+
+
+class Pool:
+    """Of ten trials; remembers what was taken."""
+
+    trials = 10
+
+    def take(self, rows, group):
+        return rows.tolist(), group.tolist()
+
+
+def test_an_iteration_draws_the_same_trials_whenever_it_is_reached():
+    config = dataclasses.replace(CONFIG, tables=4)
+    run = reinforcing.worlds(config, Pool(), 0)
+    three = [next(run) for _ in range(3)]
+    assert next(reinforcing.worlds(config, Pool(), 2)) == three[2] != three[1]
+    assert sorted(three[0][0]) == list(range(10))
+
+
+def test_trials_of_a_group_begin_in_the_same_state():
+    config = dataclasses.replace(CONFIG, tables=6, group=3, update=UpdateConfig(method="grpo"))
+    rows, group = next(reinforcing.worlds(config, Pool(), 0))
+    assert group == [0, 0, 0, 1, 1, 1]
+    assert rows[:3] == [rows[0]] * 3 and rows[3:] == [rows[3]] * 3 and rows[0] != rows[3]
+
+
+def test_a_stopped_run_goes_on_with_its_own_settings_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(reinforcing.seals, "identity", lambda path: types.SimpleNamespace(label="step_1-abc"))
+    reinforcing._settle(CONFIG, tmp_path)
+    with pytest.raises(ValueError, match="pass --resume"):
+        reinforcing._settle(CONFIG, tmp_path)
+    longer = dataclasses.replace(CONFIG, resume=True, iterations=99)
+    reinforcing._settle(longer, tmp_path)
+    with pytest.raises(ValueError, match=r"other settings .*seed"):
+        reinforcing._settle(dataclasses.replace(longer, seed=1), tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="holds a policy already"):
+        reinforcing._settle(longer, tmp_path)
+    assert json.loads((tmp_path / "reinforce.json").read_text())["identity"] == "step_1-abc"
+
+
+def test_the_presets_are_complete():
+    assert reinforce.PRESETS["grpo"].update.method == "grpo"
+    assert all(not pattern.startswith("^rl/value") for pattern in reinforce.PRESETS["grpo"].trainable)
+
+
+def test_pairs_are_compared_by_what_only_one_policy_did():
+    found = blind.paired([(True, True)] * 3 + [(False, True)] * 8 + [(True, False)] + [(False, False)] * 2)
+    assert (found.both, found.first, found.second, found.neither) == (3, 1, 8, 2)
+    np.testing.assert_allclose(found.p, 2 * (1 + 9) / 2**9)
