@@ -1,7 +1,7 @@
 """Improve a PlayTable policy by trying: PPO or GRPO in the embedded simulator, on the device.
 
     python -m experiments.reinforce --checkpoint runs/playtable_fixtures
-    python -m experiments.reinforce --preset grpo --checkpoint runs/playtable_fixtures --output runs/grpo
+    python -m experiments.reinforce --preset grpo --checkpoint runs/playtable_fixtures --out runs/grpo
 
 The output is a run directory like any other: experiments.evaluate and experiments.serve take it. report.md there says
 how often the policy succeeds before and after on the same trials: as trained, on an unseen table, in unseen words, from
@@ -26,7 +26,7 @@ BASE = reinforcing.ReinforceConfig()
 PRESETS = {
     "ppo": BASE,
     "grpo": dataclasses.replace(
-        BASE, output="runs/reinforce_grpo", update=UpdateConfig(method="grpo"), trainable=("^head/", "^rl/behaviour/")
+        BASE, out="runs/reinforce_grpo", update=UpdateConfig(method="grpo"), trainable=("^head/", "^rl/behaviour/")
     ),
 }
 

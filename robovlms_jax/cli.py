@@ -131,7 +131,8 @@ def parse(
       (name of preset or file, configuration). Wrong flags or values end the process with status 2 and a message naming
       the nearest flag.
     """
-    arguments = [_unabbreviated(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    fields = _paths(next(iter(presets.values())))
+    arguments = [_unabbreviated(argument, fields) for argument in (sys.argv[1:] if argv is None else argv)]
     name = _take(arguments, "--preset")
     file = None if read_json is None else _take(arguments, "--upstream_json")
     if name is not None and file is not None:
@@ -316,14 +317,15 @@ def _switch(flag: str, known: Collection[str]) -> tuple[str | None, bool]:
     return next((spelling for spelling in spellings if spelling[0] in known), (None, False))
 
 
-def _unabbreviated(argument: str) -> str:
-    """`--resume=True`, `--no-resume` and `--init-from` as the flags that ALIASES has for them."""
+def _unabbreviated(argument: str, fields: Collection[str]) -> str:
+    """`--resume=True`, `--no-resume` and `--init-from` as the flags that ALIASES has for them, where the program has a
+    field of that name."""
     flag, equals, value = argument.partition("=")
     if not flag.startswith("--"):
         return argument
     negated = flag.startswith("--no-")
     short = "--" + flag.removeprefix("--no-" if negated else "--").replace("-", "_")
-    if short not in ALIASES:
+    if ALIASES.get(short, "").removeprefix("--") not in fields:
         return argument
     return ("--no-" if negated else "--") + ALIASES[short].removeprefix("--") + equals + value
 

@@ -254,3 +254,14 @@ def test_help_fits_one_screen_and_help_all_has_every_field(capsys):
     with pytest.raises(SystemExit):
         cli.parse(presets, "one", description="What it does.", argv=["--help-all"])
     assert "--mesh.tensor" in capsys.readouterr().out and "--mesh.tensor" not in short
+
+
+def test_a_program_with_a_field_of_its_own_keeps_the_name_that_is_short_for_another_elsewhere():
+    """`--resume` is `--train.resume` in training, and itself where there is no train."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Own:
+        resume: bool = False
+
+    _, found = cli.parse({"own": Own()}, "own", description="", argv=["--resume"])
+    assert found.resume

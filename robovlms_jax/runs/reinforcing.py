@@ -44,10 +44,10 @@ class ReinforceConfig:
 
     checkpoint: str = ""
     """The policy to begin with: a run directory or one of its checkpoints/<step> folders."""
-    output: str = "runs/reinforce"
+    out: str = "runs/reinforce"
     """Where the improved policy goes, as a checkpoint like any other, with the report and what a stopped run needs."""
     resume: bool = False
-    """Go on with the run in `output`."""
+    """Go on with the run in `out`."""
     tasks: tuple[str, ...] = ()
     """Tasks to improve; empty: those of the checkpoint's demonstrations."""
     others: tuple[str, ...] = ()
@@ -113,7 +113,7 @@ class _Position:
 def run(config: ReinforceConfig) -> pathlib.Path:
     """The whole run; returns its report. Raises ValueError, OSError that say what is wrong, KeyboardInterrupt."""
     require(config.checkpoint != "", "reinforce.checkpoint is empty; name the policy to begin with.")
-    output = pathlib.Path(config.output)
+    output = pathlib.Path(config.out)
     directory.require_writable(output)
     model, params, encode = load.open_model(config.checkpoint, weights="float32")
     experiment, assets = saved.read_checkpoint(checkpoints.locate(config.checkpoint))
@@ -159,10 +159,10 @@ def _settle(config: ReinforceConfig, output: pathlib.Path) -> None:
     }
     require(
         not (output / checkpoints.FOLDER).exists(),
-        f"{output} holds a policy already; choose another reinforce.output.",
+        f"{output} holds a policy already; choose another reinforce.out.",
     )
     if not config.resume:
-        require(not path.exists(), f"{path} is there: pass --resume to go on with that run, or another --output.")
+        require(not path.exists(), f"{path} is there: pass --resume to go on with that run, or another --out.")
         output.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
         return
@@ -170,7 +170,7 @@ def _settle(config: ReinforceConfig, output: pathlib.Path) -> None:
     differing = json_files.differences(before, now, sorted({*before, *now} - set(_MAY_CHANGE)))
     require(
         not differing,
-        f"{output} was begun with other settings ({differing}); leave them as they were, or choose another --output.",
+        f"{output} was begun with other settings ({differing}); leave them as they were, or choose another --out.",
     )
 
 
@@ -277,7 +277,7 @@ def _learn(
             worlds(config, pool, done["iteration"]),
             step,
             schedule=schedule,
-            hooks=[stopping.StopSignal(), _Say(config.iterations), saving],
+            hooks=[_Stop(), _Say(config.iterations), saving],
         )
     return finished
 
@@ -293,6 +293,13 @@ class _Clock:
         steps = self.done["env_steps"] + int(env_steps)
         self.done = {"iteration": iteration, "env_steps": steps, "seconds": round(seconds, 2)}
         return {"env_steps": steps, "seconds": self.done["seconds"]}
+
+
+class _Stop(stopping.StopSignal):
+    """As in training, but the program has the last word: its flag has another name."""
+
+    def finish(self, step: int, stopped: bool) -> None:
+        pass
 
 
 class _Say(loop.Hook):
