@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from robovlms_jax import cli
+from robovlms_jax import cli, hub
 from robovlms_jax.control.asynchronous import AsyncConfig
 from robovlms_jax.control.delayed import AsynchronousBatch
 from robovlms_jax.control.execution import Execution
@@ -181,7 +181,10 @@ def evaluate(config: EvaluateConfig) -> pathlib.Path:
     if config.out:
         output = filing.choose(pathlib.Path(config.out), name, conditions)
     else:
-        output = filing.place(checkpoints.run_of(directory) / "rollouts", name, conditions)
+        run = checkpoints.run_of(directory)
+        if hub.is_name(config.checkpoint):  # the hub's cache is no place for results
+            run = pathlib.Path("runs") / hub.parse(config.checkpoint)[0].replace("/", "_")
+        output = filing.place(run / "rollouts", name, conditions)
     log.info(
         "%s: %d trials, execution %s%s, phrasing %s; results go to %s",
         *(

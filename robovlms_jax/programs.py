@@ -48,6 +48,8 @@ COMMANDS: Mapping[str, Mapping[str, Program]] = {
     "evaluate": {"": Program("evaluate", "EvaluateConfig", "a checkpoint in a simulator, with intervals")},
     "calibrate": {"": Program("calibrate", "CalibrateConfig", "intervals around a checkpoint's actions")},
     "serve": {"": Program("serve", "ServeConfig", "a checkpoint to robots on other computers")},
+    "push": {"": Program("push", "PushConfig", "a policy to the Hugging Face hub, with a card")},
+    "pull": {"": Program("pull", "PullConfig", "a policy from there")},
     "trial": {"": Program("trial", "TrialConfig", "policies on a real robot, compared blind")},
     "export": {
         "": Program("export", "ExportConfig", "a control step as StableHLO, ONNX or LiteRT"),

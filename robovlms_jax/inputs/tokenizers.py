@@ -13,17 +13,15 @@ import itertools
 import json
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from robovlms_jax import json_files
+from robovlms_jax import hub, json_files
 from robovlms_jax.weights import locate, quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HUB = "hf://"
-"""Prefix of a path that names a repository on the Hugging Face hub: hf://OWNER/NAME or hf://OWNER/NAME@REVISION."""
 
 RANKS = "qwen.tiktoken"
 """Qwen-VL's tokenizer: a line per token, base64 and its rank."""
@@ -241,7 +239,9 @@ def split_weights(text: str) -> list[str]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
-        raise ValueError(f"weights {text!r} hold an empty part; expected directories or {HUB}OWNER/NAME, with commas.")
+        raise ValueError(
+            f"weights {text!r} hold an empty part; expected directories or {hub.PREFIX}OWNER/NAME, with commas."
+        )
     ways = [way for way in _joined(text.split(",")) if all(_is_place(part) for part in way)]
     if len(ways) > 1:
         raise ValueError(
@@ -261,7 +261,7 @@ def _joined(parts: list[str]) -> Iterator[list[str]]:
 
 
 def _is_place(path: str) -> bool:
-    if path.startswith(HUB):
+    if path.startswith(hub.PREFIX):
         return "," not in path
     return pathlib.Path(path).expanduser().is_dir()
 
@@ -275,34 +275,23 @@ def resolve_weights(path: str | pathlib.Path, *, tensors: bool = True) -> pathli
       FileNotFoundError: there is no such directory, or it can neither be downloaded nor found in the cache.
       ValueError: a name that is none of a repository, or its weights are quantised.
     """
-    if not str(path).startswith(HUB):
+    if not hub.is_name(path):
         directory = pathlib.Path(path).expanduser()
         if not directory.is_dir():
             hint = "; a file's directory is expected, with config.json and tokenizer" if directory.is_file() else ""
-            raise FileNotFoundError(f"no directory {directory}; expected one, or {HUB}OWNER/NAME to download it{hint}.")
+            raise FileNotFoundError(
+                f"no directory {directory}; expected one, or {hub.PREFIX}OWNER/NAME to download it{hint}."
+            )
         return directory
 
-    import huggingface_hub
-
-    repository, at, revision = str(path).removeprefix(HUB).partition("@")
-    if repository.count("/") > 1 or (at and not revision):
-        raise ValueError(
-            f"{path} is no repository; expected {HUB}OWNER/NAME or {HUB}OWNER/NAME@REVISION (a branch, tag or commit). "
-            "A folder inside a repository is not read: download it, and pass its directory."
-        )
-    fetch = functools.partial(huggingface_hub.snapshot_download, repository, revision=revision or None)
-    try:
-        return _download(str(path), fetch, tensors=tensors)
-    except (OSError, huggingface_hub.errors.HFValidationError) as error:  # no network, repository, access; bad name
-        raise FileNotFoundError(
-            f"cannot download {path}: {error}\nWithout network, copy it by other means and pass its directory."
-        ) from error
+    hub.parse(path)
+    return _download(str(path), tensors=tensors)
 
 
-def _download(name: str, fetch: Callable[..., str | pathlib.Path], *, tensors: bool) -> pathlib.Path:
+def _download(name: str, *, tensors: bool) -> pathlib.Path:
     """The small files of a repository, then the first of its sets of weights that is there: many repositories hold the
     same weights again in other formats."""
-    directory = pathlib.Path(fetch(allow_patterns=["*.json", "*.txt", "*.model", RANKS]))
+    directory = hub.snapshot(name, ["*.json", "*.txt", "*.model", RANKS])
     if not tensors:
         return directory
     config = directory / "config.json"
@@ -312,9 +301,9 @@ def _download(name: str, fetch: Callable[..., str | pathlib.Path], *, tensors: b
         except ValueError as error:  # said before gigabytes are downloaded
             raise ValueError(f"{name}: {error}") from error
     for index, single in ((locate.INDEX, locate.SINGLE), (locate.TORCH_INDEX, locate.TORCH_SINGLE)):
-        fetch(allow_patterns=[single])
+        hub.snapshot(name, [single])
         if not (directory / single).is_file() and (directory / index).is_file():
-            fetch(allow_patterns=sorted(set(locate.weight_map(directory / index).values())))
+            hub.snapshot(name, sorted(set(locate.weight_map(directory / index).values())))
         if (directory / single).is_file() or (directory / index).is_file():
             break
     return directory

@@ -35,8 +35,8 @@ def load_policy(
     """A policy for one robot, on this process's first device.
 
     Args:
-      path: a run directory (its newest checkpoint is taken) or one of its checkpoints/<step> folders; nothing else is
-        needed.
+      path: a run directory (its newest checkpoint is taken), one of its checkpoints/<step> folders, or hf://OWNER/NAME
+        to download a shared one (`runs.sharing`); nothing else is needed.
       policy: fields of `PolicyConfig` that control may choose anew, such as {"reencode_every": 0} or
         {"head": {"num_steps": 4}}.
       weights: how the backbone's parameters are kept in memory; None: in the type it computes in. int8: its matrices

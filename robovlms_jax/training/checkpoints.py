@@ -32,6 +32,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict
 
+from robovlms_jax import hub
 from robovlms_jax.parallel import distributed
 from robovlms_jax.training import items, seals
 from robovlms_jax.training.state import TrainState
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 BEST = "best"
 DAMAGED = "damaged"
+SHARED = (f"{FOLDER}/*", "README.md")
+"""Patterns of the files of a policy on the hub (`runs.sharing`)."""
 
 read_params = items.read_params
 
@@ -265,7 +268,7 @@ def _link(source: str, target: str) -> None:
 
 def locate(path: str | pathlib.Path) -> pathlib.Path:
     """A step directory for `path`: a run directory (its best checkpoint where it keeps one, else its newest complete
-    one), its checkpoints folder (the newest complete one), or a step directory itself.
+    one), its checkpoints folder (the newest complete one), or a step directory itself. hf://OWNER/NAME is downloaded.
 
     Damaged ones are named in the log and passed over.
 
@@ -277,6 +280,8 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
         raise ValueError(
             f"checkpoint={path!r} names no path; pass a run directory or one of its {FOLDER}/<step> folders."
         )
+    if hub.is_name(path):
+        path = hub.snapshot(path, SHARED)
     path = pathlib.Path(path).expanduser().resolve()
     if not path.is_dir():
         raise FileNotFoundError(

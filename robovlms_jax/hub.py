@@ -1,0 +1,59 @@
+"""Paths that name a repository on the Hugging Face hub: hf://OWNER/NAME, or hf://OWNER/NAME@REVISION (a branch, tag or
+commit). Whoever writes one asks for the download; it goes to Hugging Face's own cache and happens once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+PREFIX = "hf://"
+
+
+def is_name(path: object) -> bool:
+    """Whether a path is one of these."""
+    return isinstance(path, str | os.PathLike) and str(path).startswith(PREFIX)
+
+
+def parse(path: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """(OWNER/NAME, revision). Raises ValueError where it names none."""
+    repository, at, revision = str(path).removeprefix(PREFIX).partition("@")
+    if repository.count("/") > 1 or (at and not revision):
+        raise ValueError(
+            f"{path} is no repository; expected {PREFIX}OWNER/NAME or {PREFIX}OWNER/NAME@REVISION (a branch, tag or "
+            "commit). A folder inside a repository is not read: download it, and pass its directory."
+        )
+    return repository, revision or None
+
+
+def snapshot(path: str | os.PathLike[str], patterns: Sequence[str], target: str | None = None) -> pathlib.Path:
+    """The directory that holds a repository's files of some patterns, downloaded where they are not there yet.
+
+    Args:
+      target: a directory for them instead of the cache.
+    Raises:
+      ValueError: no name of a repository. FileNotFoundError: it can neither be downloaded nor found in the cache.
+    """
+    import huggingface_hub
+
+    repository, revision = parse(path)
+    options = {} if target is None else {"local_dir": target}
+    with errors(path):
+        found = huggingface_hub.snapshot_download(
+            repository, revision=revision, allow_patterns=list(patterns), **options
+        )
+    return pathlib.Path(found)
+
+
+@contextlib.contextmanager
+def errors(path: object, doing: str = "download") -> Iterator[None]:
+    """Errors of the hub's library as FileNotFoundError with what to do instead."""
+    import huggingface_hub
+
+    try:
+        yield
+    except (OSError, huggingface_hub.errors.HFValidationError) as error:  # no network, repository, access; bad name
+        raise FileNotFoundError(
+            f"cannot {doing} {path}: {error}\nWithout network, copy it by other means and pass its directory."
+        ) from error
