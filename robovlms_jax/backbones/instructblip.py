@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from robovlms_jax.backbones import base, blip2, hf_config, qformer, registry
+from robovlms_jax.backbones import base, blip2, hf_config, qformer, registry, sections
 from robovlms_jax.inputs import tokenizers
 
 QFORMER = hf_config.Section(
@@ -42,12 +42,7 @@ def write(config: base.VLMConfig) -> dict[str, Any]:
 
 FORMER = {"vocab_size": 30_523}  # BERT's words and [DEC]
 VICUNA_7B = {"model_type": "llama", "vocab_size": 32_001}
-VICUNA_13B = VICUNA_7B | {
-    "hidden_size": 5120,
-    "intermediate_size": 13_824,
-    "num_attention_heads": 40,
-    "num_hidden_layers": 40,
-}
+VICUNA_13B = VICUNA_7B | sections.LLAMA_13B
 LANGUAGES = {"vicuna-7b": VICUNA_7B, "vicuna-13b": VICUNA_13B, "flan-t5-xl": blip2.FLAN_T5_XL}
 
 registry.register_family("instructblip", read, write)

@@ -63,12 +63,7 @@ def write(config: base.VLMConfig) -> dict[str, Any]:
 
 
 VICUNA_7B = {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 32_064}
-VICUNA_13B = VICUNA_7B | {
-    "hidden_size": 5120,
-    "intermediate_size": 13_824,
-    "num_attention_heads": 40,
-    "num_hidden_layers": 40,
-}
+VICUNA_13B = VICUNA_7B | sections.LLAMA_13B
 CLIP_336 = {"image_size": 336}
 
 registry.register_family("llava", read, write)

@@ -197,6 +197,8 @@ def _say_once(message: str) -> None:
 
 
 LLAMA = text("llama", attention_bias=False, mlp_bias=False)
+LLAMA_13B = {"hidden_size": 5120, "intermediate_size": 13_824, "num_attention_heads": 40, "num_hidden_layers": 40}
+"""What `text_config` says of the next larger Llama, whose defaults are those of 7 billion parameters."""
 IDS = hf_config.Section("", {"bos_id": ("bos_token_id",), "eos_id": ("eos_token_id",), "pad_id": ("pad_token_id",)})
 SIGLIP = vision(vision_use_head=False)
 
