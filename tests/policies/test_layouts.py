@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -120,24 +121,39 @@ def caught(tokens_per_image: int) -> Iterator[None]:
         backbones.VLM.decode, backbones.VLM.encode_images = decode, encode
 
 
+@functools.lru_cache
+def tokens_per_image(vlm: backbones.VLMConfig) -> int:
+    """Number of tokens that one picture becomes."""
+    image = {"static": jnp.zeros((1, vlm.image.size, vlm.image.size, 3))}
+    run = functools.partial(backbones.build(vlm).init_with_output, method="encode_images")
+    return jax.eval_shape(lambda: run(jax.random.key(0), image))[0].shape[1]
+
+
 def layout_of(vlm: backbones.VLMConfig, changes: dict[str, Any]) -> dict[str, np.ndarray]:
     """What the decoder is told about places: int32 arrays by name."""
     config = PolicyConfig(**{"chunk": 2, **changes})
     model = vla.VLA(config, vlm)
     given = inputs(config, vlm.image.size)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), given))["params"]
-    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     actions = jnp.zeros((B, G, config.chunk, 7)) if config.is_autoregressive else None
-    image = {"static": given.images["static"][:, 0]}
-    variables = {"params": params["backbone"]}
-    pictures = jax.eval_shape(lambda: backbones.build(vlm).apply(variables, image, method="encode_images"))
-    with caught(pictures.shape[1]), pytest.raises(Decoded) as stopped:
-        model.apply({"params": params}, given, actions=actions)
-    (tokens,) = stopped.value.args
-    found = {"positions": tokens.positions, "mask": tokens.mask, "offsets": tokens.offsets, "group": tokens.group}
-    names = [name if name in ("bos", "image", "text", "query") else "extra" for name, _ in tokens.layout]
+    with caught(tokens_per_image(vlm)):
+        # Only what stands before the decoder has parameters here: neither towers nor the head are traced.
+        embed = functools.partial(model.init, jax.random.key(0), given, actions=actions, method="embed")
+        params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(embed))
+        runs = []
+
+        @jax.jit
+        def places() -> dict[str, jax.Array | None]:
+            with pytest.raises(Decoded) as stopped:
+                model.apply(params, given, actions=actions)
+            (tokens,) = stopped.value.args
+            runs.extend(tokens.layout)
+            found = {"positions": tokens.positions, "mask": tokens.mask, "offsets": tokens.offsets}
+            return found | {"group": tokens.group}
+
+        found = places()
+    names = [name if name in ("bos", "image", "text", "query") else "extra" for name, _ in runs]
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}  # all extra tokens were one run
-    slots = np.concatenate([np.full(n, number[name]) for name, (_, n) in zip(names, tokens.layout, strict=True)])
+    slots = np.concatenate([np.full(n, number[name]) for name, (_, n) in zip(names, runs, strict=True)])
     return {"runs": slots, **{name: np.asarray(value) for name, value in found.items() if value is not None}}
 
 
