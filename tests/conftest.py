@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib.metadata
 import logging
 import os
@@ -26,7 +27,17 @@ import jax
 import numpy as np
 import pytest
 
+# Tracing makes small objects by the million, few of them in circles. Python's default, a look at them every 700 new
+# ones and at all of them every 70 000, costs a seventh of the tests' time (docs/log.md, 2026-11-26).
+gc.set_threshold(20_000, 10, 10)
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays until the end: the collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

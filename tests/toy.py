@@ -112,10 +112,14 @@ def curves(model: vla.VLA, params, batch: Batch, *, steps: int, learning_rate: f
     return jax.device_get(run(params))
 
 
+def param_shapes(model: vla.VLA, batch: Batch):
+    """Shapes and types of the parameters that `init` makes."""
+    prepare = functools.partial(objective.prepare, spec=model.vlm.image, cameras=model.config.cameras)
+    return unbox(jax.eval_shape(lambda inputs: model.init(jax.random.key(0), prepare(inputs)), batch.inputs))["params"]
+
+
 def random_params(model: vla.VLA, batch: Batch):
     """Parameters as large as `init` makes them, without compiling it."""
-    prepare = functools.partial(objective.prepare, spec=model.vlm.image, cameras=model.config.cameras)
-    shapes = unbox(jax.eval_shape(lambda inputs: model.init(jax.random.key(0), prepare(inputs)), batch.inputs))
     rng = np.random.default_rng(0)
 
     def make(path, leaf):
@@ -124,7 +128,7 @@ def random_params(model: vla.VLA, batch: Batch):
             return np.full(leaf.shape, name == "scale", np.float32)
         return (rng.normal(size=leaf.shape) * max(fan_in, 1) ** -0.5).astype(np.float32)
 
-    return jax.device_put(jax.tree_util.tree_map_with_path(make, shapes["params"]))
+    return jax.device_put(jax.tree_util.tree_map_with_path(make, param_shapes(model, batch)))
 
 
 def assert_learns_and_acts(model: vla.VLA, *, steps: int, learning_rate: float, left: float) -> None:

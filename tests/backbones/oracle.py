@@ -20,6 +20,9 @@ BATCH, TEXT = 2, 7
 IMAGE = 100
 """Id of the placeholder that torch models replace by image features; prompts have smaller ids."""
 
+DISTINCT = list({dataclasses.replace(registry.get(name).tiny(), rules=()): name for name in registry.names()}.values())
+"""One model of each kind: those whose tiny twins are equal differ in sizes alone."""
+
 
 @dataclasses.dataclass
 class Twin:

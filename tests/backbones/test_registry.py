@@ -20,7 +20,7 @@ from robovlms_jax.nn.attention import Cache
 from robovlms_jax.parallel.rules import RULES
 from robovlms_jax.weights import convert
 from tests.backbones import families
-from tests.backbones.oracle import BATCH, abstract, as_read, boxed, example
+from tests.backbones.oracle import BATCH, DISTINCT, abstract, as_read, boxed, example
 
 Q = 3
 PUBLISHED = {
@@ -85,7 +85,7 @@ def test_every_family_has_a_published_model_to_compare_with():
     assert set(registry.names()) - set(PUBLISHED) == {"kosmos-2-twin", "kosmos-2-mini"}
 
 
-@every
+@pytest.mark.parametrize("name", DISTINCT)
 def test_full_size_shapes(name):
     config = registry.get(name)
     cameras = ("static",) if config.encoder is not None else ("wrist", "static")  # base has no places for two
@@ -109,7 +109,7 @@ def test_full_size_shapes(name):
     assert cache.mask.shape == (BATCH, slots)
 
 
-@every
+@pytest.mark.parametrize("name", DISTINCT)
 @pytest.mark.parametrize("rank", [0, 4])
 def test_every_parameter_names_its_axes_and_the_mesh_rules_know_them(name, rank):
     known = {axis for axis, _ in RULES}
