@@ -48,11 +48,20 @@ def abstract_params(init: Callable[[], Any], mesh: Mesh) -> tuple[Any, Any]:
     Args:
       init: () -> parameters whose leaves carry logical axis names.
     Returns:
-      (jax.ShapeDtypeStruct tree, NamedSharding tree), both without the axis-name boxes. An axis that does not divide
-      over its
-      mesh axis stays whole.
+      as `placed`.
     """
-    boxed = jax.eval_shape(init)
+    return placed(jax.eval_shape(init), mesh)
+
+
+def placed(boxed: Any, mesh: Mesh) -> tuple[Any, Any]:
+    """Where parameters lie on a mesh.
+
+    Args:
+      boxed: jax.ShapeDtypeStruct tree whose leaves carry logical axis names.
+    Returns:
+      (jax.ShapeDtypeStruct tree, NamedSharding tree), both without the axis-name boxes. An axis that does not divide
+      over its mesh axis stays whole. Raises ValueError where an axis has no rule.
+    """
     names = {name for name, _ in RULES}
     for path, spec in jax.tree_util.tree_leaves_with_path(
         nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec)

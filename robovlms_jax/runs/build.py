@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -259,7 +260,13 @@ def make_model(config: ExperimentConfig, vlm: backbones.VLMConfig) -> VLA:
 
 def abstract_params(model: VLA, mesh: Mesh) -> tuple[Any, Any]:
     """Shapes and shardings of the model's parameters, without making them."""
-    return meshes.abstract_params(lambda: _init(model, jax.random.key(0)), mesh)
+    return meshes.placed(_shapes(model), mesh)
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(model: VLA) -> Any:
+    """Shapes with logical axis names. Kept: a run asks for them four times, and `_init` is slow to trace."""
+    return jax.eval_shape(lambda: _init(model, jax.random.key(0)))
 
 
 def spare_params(model: VLA, shapes: Any) -> dict[str, tuple[int, ...]]:

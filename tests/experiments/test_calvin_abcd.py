@@ -286,10 +286,11 @@ def damaged(tmp_path) -> pathlib.Path:
     return root
 
 
-def test_unreadable_episodes_are_replaced_counted_and_named(damaged, tmp_path, caplog):
+def test_unreadable_episodes_are_replaced_counted_and_named(damaged, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(run.validation, "evaluator", lambda *_: run.validation.Unevaluated())
     output = run.train(
         "sample",
-        small(tmp_path / "run", **{"data.root": str(damaged), "data.max_corrupt_share": 0.5, "evaluation.episodes": 0}),
+        small(tmp_path / "run", **{"data.root": str(damaged), "data.max_corrupt_share": 0.5}),
     )
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     count = max(line.get("train/corrupt_segments", 0) for line in lines)
