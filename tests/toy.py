@@ -86,7 +86,17 @@ def example(model: vla.VLA, batch: Batch) -> Inputs:
 
 
 def init(model: vla.VLA, batch: Batch):
-    params = unbox(jax.jit(model.init)(jax.random.key(0), example(model, batch))["params"])
+    """Parameters as `init` makes them, but for the queries. The same for batches of the same shapes."""
+    leaves, tree = jax.tree.flatten(batch.inputs)
+    params = _init(model, tree, tuple((x.shape, str(x.dtype)) for x in leaves))
+    return jax.tree.map(lambda x: x, params)  # dicts of the caller's own
+
+
+@functools.lru_cache
+def _init(model: vla.VLA, tree, leaves):
+    inputs = jax.tree.unflatten(tree, [np.zeros(shape, dtype) for shape, dtype in leaves])
+    prepare = functools.partial(objective.prepare, spec=model.vlm.image, cameras=model.config.cameras)
+    params = unbox(jax.jit(lambda key: model.init(key, prepare(inputs))["params"])(jax.random.key(0)))
     # Queries start at zero; random ones exercise their path.
     if "readout" in params:
         params["readout"]["queries"] = jax.random.normal(jax.random.key(1), params["readout"]["queries"].shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,7 +108,7 @@ def test_empty_mask_gives_zero_loss_and_finite_gradients():
     # Upstream's mean over nothing is NaN and poisons the run.
     head = make_head()
     x, steps = np.ones((1, W, 1, D), np.float32), np.ones((1, W), bool)
-    params = unbox(head.init(jax.random.key(0), x, steps))
+    params = unbox(jax.jit(head.init)(jax.random.key(0), x, steps))
 
     def loss(params):
         mask = jnp.zeros((1, W, C), bool)
@@ -114,7 +116,7 @@ def test_empty_mask_gives_zero_loss_and_finite_gradients():
             head.apply(params, x, steps), jnp.full((1, W, C, 7), jnp.inf), mask, mask.sum().astype(jnp.float32)
         )[0]
 
-    value, grads = jax.value_and_grad(loss)(params)
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert value == 0
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
 
@@ -150,12 +152,13 @@ def test_step_repeated_equals_the_last_step_of_each_window(queries, exact_matmul
     config = lstm.LSTMHeadConfig(hidden_size=HIDDEN, num_layers=2, trunk=(12,))
     head = base.build(config, window=4, chunk=3, action_dim=7, binary=(6,), feature_dim=D, num_queries=queries)
     x = np.random.default_rng(1).normal(size=(2, 9, queries, D)).astype(np.float32)
-    params = head.init(jax.random.key(0), x[:, :4], np.ones((2, 4), bool))
+    params = jax.jit(head.init)(jax.random.key(0), x[:, :4], np.ones((2, 4), bool))
+    step, window = jax.jit(functools.partial(head.apply, method="step")), jax.jit(head.apply)
     carry = head.init_carry(2)
     for t in range(9):
-        prediction, carry = head.apply(params, x[:, t], carry, method="step")
+        prediction, carry = step(params, x[:, t], carry)
         seen = x[:, max(0, t - 3) : t + 1]
-        whole = head.apply(params, seen, np.ones(seen.shape[:2], bool))
+        whole = window(params, seen, np.ones(seen.shape[:2], bool))
         np.testing.assert_allclose(prediction.arm, whole.arm[:, -1], atol=1e-6)
         np.testing.assert_allclose(head.actions(prediction), head.actions(whole)[:, -1], atol=1e-6)
 

@@ -34,16 +34,21 @@ def test_any_mixture_of_numbers_and_grippers_is_predicted_in_its_own_columns(kin
     action_dim, binary = MIXTURES[mixture]
     head, features = make(kind, action_dim, binary)
     steps = jnp.ones((2, W), bool)
-    params = head.init(jax.random.key(1), features, steps)
-    prediction, scope = head.apply(params, features, steps), {"params": params.get("params", {})}
-    actions = head.apply(scope, prediction, method="actions")
+
+    @jax.jit
+    def run(key):
+        params = head.init(key, features, steps)
+        prediction, scope = head.apply(params, features, steps), {"params": params.get("params", {})}
+        actions = head.apply(scope, prediction, method="actions")
+        target = jnp.where(np.isin(np.arange(action_dim), binary), 1.0, 0.3) * jnp.ones(actions.shape)
+        mask, count = jnp.ones(actions.shape[:-1], bool), jnp.float32(np.prod(actions.shape[:-1]))
+        return actions, *head.apply(scope, prediction, target, mask, count, method="loss")
+
+    actions, loss, metrics = run(jax.random.key(1))
     assert actions.shape == (2, W, C, action_dim)
     numbers = [column for column in range(action_dim) if column not in binary]
     assert set(np.unique(actions[..., list(binary)])) <= {-1.0, 1.0}
     assert numbers == [] or len(np.unique(actions[..., numbers])) > 2
-    target = jnp.where(np.isin(np.arange(action_dim), binary), 1.0, 0.3) * jnp.ones(actions.shape)
-    mask, count = jnp.ones(actions.shape[:-1], bool), jnp.float32(np.prod(actions.shape[:-1]))
-    loss, metrics = head.apply(scope, prediction, target, mask, count, method="loss")
     assert np.isfinite(loss)
     assert any("arm" in name for name in metrics) == bool(numbers)
     assert any("gripper" in name for name in metrics) == bool(binary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,13 @@ from tests import toy
 from tests.toy import B, C, K, W, init, make_batch, make_model
 
 
+@functools.lru_cache
+def compiled(model):
+    return jax.jit(objective.RobotLoss(model))
+
+
 def loss_of(model, params, batch):
-    return jax.jit(objective.RobotLoss(model))(params, batch)
+    return compiled(model)(params, batch)
 
 
 def window_of(batch: Batch, k: int) -> Batch:

@@ -36,8 +36,8 @@ STRUCTURES = {
 def run_steps(
     sizes=(1, 1, 1), *, steps=2, accumulation=1, patterns=(".*",), batch=8, structure="policy_head", lora_rank=0
 ):
-    """Losses and final state of a few steps on a fixed batch, without dropout (its masks depend on how a batch is
-    split)."""
+    """Losses, final state and compiled program of a few steps on a fixed batch, without dropout (its masks depend on
+    how a batch is split)."""
     model = make_model() if structure == "policy_head" else make_product(*STRUCTURES[structure])
     model = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, lora_rank=lora_rank))
     text = dataclasses.replace(model.vlm.text, dropout=0.0, attention_dropout=0.0)
@@ -52,18 +52,18 @@ def run_steps(
     shape = {} if structure == "policy_head" else shape
     tail = min(3, model.config.chunk)
     data = meshes.put_batch(make_batch(np.random.default_rng(0), batch=batch, mask_tail=tail, **shape), mesh)
-    losses = []
+    losses, program = [], run.lower(state, data).compile()
     for _ in range(steps):
-        state, metrics = run(state, data)
+        state, metrics = program(state, data)
         losses.append({name: float(x) for name, x in metrics.items()})
-    return losses, state
+    return losses, state, program
 
 
 @pytest.mark.slow
 def test_accumulated_step_equals_whole_step(exact_matmul):
     # Masks differ between micro-batches, so a mean of micro-batch means would fail here.
-    whole, state = run_steps(accumulation=1)
-    parts, accumulated = run_steps(accumulation=4)
+    whole, state, _ = run_steps(accumulation=1)
+    parts, accumulated, _ = run_steps(accumulation=4)
     for a, b in zip(whole, parts):
         for name in a:
             np.testing.assert_allclose(b[name], a[name], rtol=1e-4, err_msg=name)
@@ -72,11 +72,10 @@ def test_accumulated_step_equals_whole_step(exact_matmul):
 
 
 def test_frozen_parameters_stay_and_have_no_optimizer_state():
-    _, before = run_steps(steps=0, patterns=("^head/", "^readout/"))
-    before = {path: np.asarray(x) for path, x in before.frozen.items()}
-    _, after = run_steps(steps=2, patterns=("^head/", "^readout/"))
+    _, after, _ = run_steps(steps=2, patterns=("^head/", "^readout/"))
     assert after.frozen and all(path.startswith("backbone/") for path in after.frozen)
-    for path, x in before.items():
+    before = build.init_params(make_model(), meshes.make_mesh((1, 1, 1), jax.devices()[:1]), seed=0)
+    for path, x in flatten_dict({"backbone": before["backbone"]}, sep="/").items():
         np.testing.assert_array_equal(after.frozen[path], x)
     moments = [x for x in jax.tree.leaves(after.opt_state) if x.ndim > 0]
     assert sum(x.size for x in moments) == 2 * sum(x.size for x in after.trainable.values())
@@ -134,27 +133,51 @@ def test_every_parameter_names_axes_that_the_rules_know():
     assert len({name for name, _ in rules.RULES}) == len(rules.RULES)
 
 
-FAKE_DEVICES = """
-import json, sys, jax, numpy as np
+FAKE_DEVICES = r"""
+import json, re, sys, jax, numpy as np
 jax.config.update("jax_default_matmul_precision", "highest")
 from tests.training.test_step import run_steps
+
+def reduced(program):
+    # Numbers that devices add up, within loops of the program and after them.
+    text, sums = program.as_text(), {"loops": 0, "after": 0}
+    bodies = set(re.findall(r"body=%?([\w.-]+)", text))
+    for name, body in re.findall(r"^(?:ENTRY )?%?([\w.-]+) [^\n]*{\n(.*?)^}", text, re.M | re.S):
+        shapes = re.findall(r"f32\[([\d,]*)\]", " ".join(re.findall(r"= (.*?) all-reduce(?:-start)?\(", body)))
+        sums["loops" if name in bodies else "after"] += sum(
+            int(np.prod([int(size) for size in shape.split(",") if size])) for shape in shapes)
+    return sums
+
 out = {}
 cases, settings = json.loads(sys.argv[1])
 for sizes in cases:
-    losses, state = run_steps(tuple(sizes), accumulation=sizes[0] if sizes[0] == 2 else 1, **settings)
+    losses, state, program = run_steps(tuple(sizes), accumulation=sizes[0] if sizes[0] == 2 else 1, **settings)
     arrays = state.trainable | state.frozen
     out[str(sizes)] = {"losses": [x["loss"] for x in losses],
                        "sums": {p: float(np.abs(np.asarray(x)).sum()) for p, x in arrays.items()},
-                       "split": sum(not x.is_fully_replicated for x in arrays.values())}
+                       "split": sum(not x.is_fully_replicated for x in arrays.values()),
+                       "parameters": sum(x.size for x in state.trainable.values()),
+                       "reduced": reduced(program)}
 print(json.dumps(out))
 """
 MESHES = ([8, 1, 1], [2, 1, 1], [1, 8, 1], [2, 2, 2], [1, 2, 4])
 
 
-def require_equal_on_meshes(*cases, **settings):
+def on_meshes(*cases, **settings):
+    """Mesh -> what the same two steps are on it, of one device and of eight (fake) ones."""
+    given = json.dumps([[[1, 1, 1], *cases], settings])
+    return json.loads(run_python("-c", FAKE_DEVICES, given, JAX_NUM_CPU_DEVICES="8").splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def meshes_of_two():
+    # Both accumulate: fails where whole copies do not add their gradients up, or add them once too often.
+    return on_meshes([2, 2, 2], [2, 1, 1])
+
+
+def require_equal_on_meshes(out, *cases):
     """The same two steps give one device's losses and parameters on eight (fake) devices."""
-    asked = json.dumps([[[1, 1, 1], *cases], settings])
-    out = json.loads(run_python("-c", FAKE_DEVICES, asked, JAX_NUM_CPU_DEVICES="8").splitlines()[-1])
+    out = dict(out)
     reference = out.pop(str([1, 1, 1]))
     assert reference["split"] == 0 and len(out) == len(cases)
     for sizes, result in out.items():
@@ -170,56 +193,29 @@ def require_equal_on_meshes(*cases, **settings):
             assert result["split"] > 10, f"{sizes} splits hardly any parameter"
 
 
-def test_sharded_step_equals_one_device():
-    # One program for any mesh: losses and updated parameters of the same two steps on eight (fake) devices. Both
-    # accumulate: fails where whole copies do not add their gradients up, or add them once too often.
-    require_equal_on_meshes([2, 2, 2], [2, 1, 1])
+def test_sharded_step_equals_one_device(meshes_of_two):
+    # One program for any mesh: losses and updated parameters of the same two steps.
+    require_equal_on_meshes(meshes_of_two, [2, 2, 2], [2, 1, 1])
+
+
+def test_copies_add_their_gradients_up_once_per_update(meshes_of_two):
+    # Left to itself the compiler adds them up in every micro-batch: all parameters, within the loop.
+    out = meshes_of_two[str([2, 1, 1])]
+    assert out["reduced"]["loops"] == 0
+    assert out["parameters"] <= out["reduced"]["after"] < 1.01 * out["parameters"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [x for x in MESHES if x[0] != 2])
 def test_sharded_step_equals_one_device_on_other_meshes(sizes):
-    require_equal_on_meshes(sizes)
-
-
-REDUCTIONS = r"""
-import jax, json, re, numpy as np
-from robovlms_jax.runs import build
-from robovlms_jax.training.config import OptimizerConfig
-from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.policies import objective
-from robovlms_jax.training import optimizer, state, step
-from tests.toy import make_batch, make_model
-model, batch, reduced = make_model(), make_batch(np.random.default_rng(0), batch=8), {}
-mesh, tx = meshes.make_mesh((2, 1, 1)), optimizer.make_optimizer(OptimizerConfig(), 10)
-abstract = state.abstract(*build.abstract_params(model, mesh), (".*",), tx, mesh)
-shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=meshes.batched(mesh)), batch)
-run = step.make_train_step(objective.RobotLoss(model), tx, lambda step: 0.1, abstract, mesh, accumulation=4)
-program = run.lower(abstract, shapes).compile().as_text()
-bodies = set(re.findall(r"body=%?([\w.-]+)", program))
-for name, text in re.findall(r"^(?:ENTRY )?%?([\w.-]+) [^\n]*{\n(.*?)^}", program, re.M | re.S):
-    floats = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
-    sizes = [re.findall(r"f32\[([\d,]*)\]", x) for x in floats]
-    entries = sum(int(np.prod([int(d) for d in s.split(",") if d])) for x in sizes for s in x)
-    key = "loops" if name in bodies else "after"
-    reduced[key] = reduced.get(key, 0) + entries
-parameters = sum(x.size for x in jax.tree.leaves(abstract.trainable))
-print(json.dumps(reduced | {"parameters": parameters}))
-"""
-
-
-def test_copies_add_their_gradients_up_once_per_update():
-    # Left to itself the compiler adds them up in every micro-batch: all parameters, within the loop.
-    out = json.loads(run_python("-c", REDUCTIONS, JAX_NUM_CPU_DEVICES="2").splitlines()[-1])
-    assert out["loops"] == 0
-    assert out["parameters"] <= out["after"] < 1.01 * out["parameters"]
+    require_equal_on_meshes(on_meshes(sizes), sizes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("structure", [name for name in STRUCTURES if name != "policy_head"])
 def test_every_structure_is_the_same_on_any_mesh(structure):
     # Fails where a history's reshapes mix samples of different devices, or a masked mean is taken per device.
-    require_equal_on_meshes(*MESHES, structure=structure)
+    require_equal_on_meshes(on_meshes(*MESHES, structure=structure), *MESHES)
 
 
 @pytest.mark.slow
@@ -233,7 +229,7 @@ def test_every_structure_is_the_same_on_any_mesh(structure):
 )
 def test_partly_frozen_models_are_the_same_on_any_mesh(settings):
     # Fails if a frozen parameter changes or an adapter's gradient misses a device's samples.
-    require_equal_on_meshes(*MESHES, **settings)
+    require_equal_on_meshes(on_meshes(*MESHES, **settings), *MESHES)
 
 
 BOTH_SPLITS = """
