@@ -146,38 +146,52 @@ def test_killed_while_saving(tmp_path):
 
 
 FULL = """
-import pathlib, sys, time
+import json, pathlib, sys, time
 from robovlms_jax.training import checkpoints
 from tests.training import test_checkpoints as tests, test_metrics
-run, way = pathlib.Path(sys.argv[1]), sys.argv[2]
-saver = checkpoints.Checkpointer(run, keep=1, serving={"config": {}})
-saver.save(tests.at_step(tests.small_state(), 1), {"next_step": 1})
-saver.wait()
-test_metrics.limit_files(100)
-saver.save(tests.at_step(tests.small_state(), 2), {"next_step": 2})
-try:
-    if way == "look":
-        for _ in range(300):  # as the loop does at every log
-            saver.check()
-            time.sleep(0.1)
-    elif way == "save":
-        saver.save(tests.at_step(tests.small_state(), 3), {"next_step": 3})
-    else:
-        saver.wait()
-    print("went on as if nothing had happened")
-except checkpoints.UnwrittenError as error:
-    print(error)
-saver.close()
+
+def fill(run, way):
+    saver = checkpoints.Checkpointer(run, keep=1, serving={"config": {}})
+    saver.save(tests.at_step(tests.small_state(), 1), {"next_step": 1})
+    saver.wait()
+    test_metrics.limit_files(100)
+    saver.save(tests.at_step(tests.small_state(), 2), {"next_step": 2})
+    try:
+        if way == "look":
+            for _ in range(300):  # as the loop does at every log
+                saver.check()
+                time.sleep(0.1)
+        elif way == "save":
+            saver.save(tests.at_step(tests.small_state(), 3), {"next_step": 3})
+        else:
+            saver.wait()
+        return "went on as if nothing had happened"
+    except checkpoints.UnwrittenError as error:
+        return str(error)
+    finally:
+        saver.close()
+        test_metrics.limit_files(-1)
+
+root = pathlib.Path(sys.argv[1])
+print(json.dumps({way: fill(root / way, way) for way in sys.argv[2:]}))
 """
+WAYS = ("look", "save", "wait")
 
 
-@pytest.mark.parametrize("way", ["look", "save", "wait"])
-def test_a_disk_that_is_full_is_named_and_costs_no_older_checkpoint(tmp_path, way):
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A folder of runs whose disk was full at their second checkpoint, and what was said, by when it was noticed."""
+    root = tmp_path_factory.mktemp("full")
+    return root, json.loads(run_python("-c", FULL, root, *WAYS).splitlines()[-1])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_disk_that_is_full_is_named_and_costs_no_older_checkpoint(full, way):
     # keep=1: the old one must not go before the new one is complete.
-    said = run_python("-c", FULL, tmp_path, way)
+    run, said = full[0] / way, full[1][way]
     assert "the checkpoint of step 2 could not be written to" in said and "File too large" in said
     assert "That of step 1 is complete: go on from there with --train.resume" in said
-    assert restore(tmp_path) == (1, 1.0)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]  # what was begun is cleared away
-    write_steps(tmp_path, 2)
-    assert restore(tmp_path) == (2, 2.0)
+    assert restore(run) == (1, 1.0)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]  # what was begun is cleared away
+    write_steps(run, 2)
+    assert restore(run) == (2, 2.0)

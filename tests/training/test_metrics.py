@@ -42,9 +42,10 @@ def test_tensorboard_has_every_number_at_once(tmp_path):
 
 
 def limit_files(size: int) -> None:
-    """No file of this process may grow beyond `size` bytes: as a full disk, but for everyone who may run tests."""
+    """No file of this process may grow beyond `size` bytes: as a full disk, but for everyone who may run tests.
+    -1: files may grow again."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 FULL = """

@@ -34,7 +34,7 @@ MATRICES = hnp.arrays(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(MATRICES, st.integers(0, 3))
 def test_rounding_errs_by_at_most_half_a_scale_and_uses_all_bits(matrix, axis):
     axis %= matrix.ndim
