@@ -29,7 +29,7 @@ import pytest
 
 # Tracing makes small objects by the million, few of them in circles. Python's default, a look at them every 700 new
 # ones and at all of them every 70 000, costs a seventh of the tests' time (docs/log.md, 2026-11-26).
-gc.set_threshold(20_000, 10, 10)
+gc.set_threshold(100_000, 10, 10)
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 

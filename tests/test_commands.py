@@ -54,9 +54,14 @@ class Parsed(Exception):
     """A program got as far as its settings: they are this exception's argument."""
 
 
-def texts() -> Iterator[tuple[str, str]]:
+@functools.cache
+def texts() -> tuple[tuple[str, str], ...]:
     """(file, text) of every page, and of every string in the sources, with X for what a message fills in. A string of
     one word is no text: it is an argument of some program that we start."""
+    return tuple(_texts())
+
+
+def _texts() -> Iterator[tuple[str, str]]:
     for page in sorted({path for pattern in PAGES for path in ROOT.glob(pattern)}):
         yield str(page.relative_to(ROOT)), page.read_text()
     for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")):
@@ -72,6 +77,7 @@ def texts() -> Iterator[tuple[str, str]]:
                 yield f"{path.relative_to(ROOT)}:{node.lineno}", text
 
 
+@functools.cache
 def commands() -> dict[tuple[str, tuple[str, ...]], str]:
     """(program, its arguments) -> the first file that says so."""
     found = {}
