@@ -233,7 +233,7 @@ class Scheduler:
         self.queue = ActionQueue(config, robot) if queue is None else queue
         self.counts: collections.Counter[str] = collections.Counter()
         self._delays: collections.deque[int] = collections.deque(maxlen=config.delays)
-        self._asked: int | None = None
+        self._requested: int | None = None
         """Tick of the question under way."""
         self._last: int | None = None
         self._seen: tuple[dict[str, np.ndarray], np.ndarray | None] | None = None
@@ -247,7 +247,7 @@ class Scheduler:
 
     @property
     def under_way(self) -> bool:
-        return self._asked is not None
+        return self._requested is not None
 
     def due(self, observation: Observation | None = None) -> str:
         """Why the policy is to be asked now; "" when it is not. observation: for configurations that look."""
@@ -286,7 +286,7 @@ class Scheduler:
     def ask(self, reason: str) -> None:
         """The policy is being asked, about an observation of the coming tick."""
         self.counts[reason] += 1
-        self._asked = self._last = self.queue.now
+        self._requested = self._last = self.queue.now
         self._expected, self.new_instruction = self.expected_delay, False
         self._left = self.queue.left()
 
@@ -307,22 +307,22 @@ class Scheduler:
 
     def answer(self, chunk: ActionChunk) -> bool:
         """The answer to the question under way. False: it was of no use (see `ActionQueue.offer`)."""
-        if self._asked is None:
+        if self._requested is None:
             raise RuntimeError("there is no question under way: ask() before answer().")
-        asked, self._asked = self._asked, None
-        self._delays.append(self.queue.now - asked)
-        starts = asked + self._expected if self.config.roll_forward else None
+        requested, self._requested = self._requested, None
+        self._delays.append(self.queue.now - requested)
+        starts = requested + self._expected if self.config.roll_forward else None
         return self.queue.offer(
-            chunk.actions, asked, starts=starts, frozen=self._expected, uncertainty=chunk.uncertainty
+            chunk.actions, requested, starts=starts, frozen=self._expected, uncertainty=chunk.uncertainty
         )
 
     def failed(self) -> None:
         """There will be no answer: it is asked again at the next occasion."""
-        self._asked = None
+        self._requested = None
 
     def change_instruction(self) -> None:
         """What was left for the old instruction is executed until the first answer for the new one."""
-        self._asked, self.new_instruction = None, True
+        self._requested, self.new_instruction = None, True
 
 
 def _thumbnails(observation: Observation) -> dict[str, np.ndarray]:

@@ -38,7 +38,7 @@ class AsynchronousBatch:
         for slot in slots:
             if slot not in self._episodes:
                 raise RuntimeError(f"slot {slot} has no episode: act() before reset(instruction), or its reset failed.")
-        asked: dict[int, Observation] = {}
+        requests: dict[int, Observation] = {}
         for slot, observation in zip(slots, observations, strict=True):
             episode = self._episodes[slot]
             episode.land()
@@ -46,10 +46,10 @@ class AsynchronousBatch:
                 self.counts[reason] += 1
                 executed = np.array(episode.executed).reshape(-1, len(self.robot.action))
                 episode.scheduler.ask(reason)
-                asked[slot] = dataclasses.replace(episode.scheduler.see(observation), executed=executed)
+                requests[slot] = dataclasses.replace(episode.scheduler.see(observation), executed=executed)
                 episode.executed = []
-        if asked:
-            for slot, chunk in zip(asked, self._policy.act(list(asked.values()), list(asked)), strict=True):
+        if requests:
+            for slot, chunk in zip(requests, self._policy.act(list(requests.values()), list(requests)), strict=True):
                 episode = self._episodes[slot]
                 episode.coming = (episode.scheduler.queue.now + self._latency, chunk)
         return [self._ahead(self._episodes[slot]) for slot in slots]

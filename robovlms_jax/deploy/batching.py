@@ -72,7 +72,7 @@ class InferenceThread:
         self._on_batch = on_batch
         self._queue: queue.Queue[Request | Release | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
-        self._asked: dict[int, float] = {}
+        self._last_request: dict[int, float] = {}
         """When each slot asked last: nobody waits for a robot that has not asked for a while."""
 
     def start(self) -> None:
@@ -85,13 +85,13 @@ class InferenceThread:
 
     def submit(self, slot: int, observation: Observation, instruction: str | None) -> concurrent.futures.Future:
         answer: concurrent.futures.Future = concurrent.futures.Future()
-        self._asked[slot] = time.monotonic()
+        self._last_request[slot] = time.monotonic()
         self._queue.put(Request(slot, observation, instruction, answer))
         return answer
 
     def release(self, slot: int, done: Callable[[], None]) -> None:
         """Ends a slot's episode after what was asked for it; `done` is called in the inference thread."""
-        self._asked.pop(slot, None)
+        self._last_request.pop(slot, None)
         self._queue.put(Release(slot, done))
 
     @property
@@ -114,7 +114,7 @@ class InferenceThread:
             return [], [first]
         batch, deadline = [first], time.monotonic() + self._max_wait_s
         recent = time.monotonic() - RECENT_S
-        expected = sum(asked > recent for asked in list(self._asked.values()))
+        expected = sum(last > recent for last in list(self._last_request.values()))
         while len(batch) < min(self._max_batch, expected):
             try:
                 item = self._queue.get(timeout=max(deadline - time.monotonic(), 0))

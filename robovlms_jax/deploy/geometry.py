@@ -120,9 +120,9 @@ class Scene:
 
     def __init__(self, obstacles: tuple[Obstacle, ...]):
         self._obstacles = obstacles
-        kept = [obstacle for obstacle in obstacles if not obstacle.touchable]
-        capsules = [x for x in kept if isinstance(x, Capsule)]
-        boxes = [x for x in kept if isinstance(x, Box)]
+        avoided = [obstacle for obstacle in obstacles if not obstacle.touchable]
+        capsules = [x for x in avoided if isinstance(x, Capsule)]
+        boxes = [x for x in avoided if isinstance(x, Box)]
         self.names = [x.name for x in (*capsules, *boxes)]
         self._starts = np.array([x.start for x in capsules], np.float64).reshape(-1, 3)
         self._ends = np.array([x.end for x in capsules], np.float64).reshape(-1, 3)

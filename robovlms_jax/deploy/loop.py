@@ -59,14 +59,14 @@ def run(
     """
     policy = policy if base is None else mobile.OnBase(policy, base, layer.spec)
     current = instruction if callable(instruction) else lambda: instruction
-    told = current()
-    policy.reset(told)
+    active = current()
+    policy.reset(active)
     with Guard(layer, robot.measure, robot.send, queue=ActionQueue(asynchronous, layer.spec)) as guard:
         scheduler = Scheduler(asynchronous, layer.spec, guard.queue)
         while not done(guard) and guard.state == "run":
-            if current() != told:
-                told = current()
-                policy.reset(told)
+            if current() != active:
+                active = current()
+                policy.reset(active)
                 scheduler.change_instruction()
             observation = robot.observe() if asynchronous.looks else None
             if not (reason := scheduler.due(observation)):
@@ -83,7 +83,7 @@ def run(
                 scheduler.failed()
                 guard.wait()
                 continue
-            if current() == told:
+            if current() == active:
                 guard.took(scheduler.answer(chunk))
             else:  # it answers what is asked no more
                 scheduler.failed()

@@ -154,8 +154,8 @@ class SafetyLayer:
             return False
         self._measured = position = np.asarray(measured.position, np.float64)
         if measured.grippers is not None:
-            told = np.isfinite(self._grippers)
-            self._grippers = np.where(told, self._grippers, np.asarray(measured.grippers, np.float64))
+            known = np.isfinite(self._grippers)
+            self._grippers = np.where(known, self._grippers, np.asarray(measured.grippers, np.float64))
         if self._target is None or self._layout.base:
             self._target = np.where(np.isfinite(position), position, 0.0)
         self._scene = self._scene.of(measured.obstacles)

@@ -174,8 +174,8 @@ def make_layer(on_collision_risk: Literal["stop", "slow"] = "stop") -> SafetyLay
     """A safety layer for the base in its room. The least distance is the documents' 0.1 m, beyond the base's own
     radius."""
     (x0, x1), (y0, y1) = scenarios.ROOM
-    kept = scenarios.ROBOT_RADIUS + 0.02
-    room = ((x0 + kept, x1 - kept), (y0 + kept, y1 - kept), (0.0, 0.3))
+    clearance = scenarios.ROBOT_RADIUS + 0.02
+    room = ((x0 + clearance, x1 - clearance), (y0 + clearance, y1 - clearance), (0.0, 0.3))
     limits = Limits(workspace_m=room, on_collision_risk=on_collision_risk)
     body = geometry.ball("base", (0.0, 0.0, 0.0), scenarios.ROBOT_RADIUS)
     return SafetyLayer(world.ROBOT, limits, tool=(body,))

@@ -69,8 +69,8 @@ def record(config: RecordingConfig, root: str | os.PathLike[str], workers: int |
 def drive(config: RecordingConfig, seeds: range) -> list[Drive]:
     """The expert in one room per seed, scenarios taking turns, all at once; those that end well."""
     names = list(scenarios.SCENARIOS)
-    asked = [names[i % len(names)] for i in range(len(seeds))]
-    layouts = [scenarios.draw(name, seed) for name, seed in zip(asked, seeds, strict=True)]
+    rooms = [names[i % len(names)] for i in range(len(seeds))]
+    layouts = [scenarios.draw(name, seed) for name, seed in zip(rooms, seeds, strict=True)]
     layout = scenarios.stack(layouts)
     state, rng = world.reset(layout), np.random.default_rng(seeds.start)
     poses, odometry, actions, arrived = [], [], [], []
@@ -90,7 +90,7 @@ def drive(config: RecordingConfig, seeds: range) -> list[Drive]:
     length = np.minimum(arrived.argmax(axis=0) + 1 + _STILL, config.max_steps)
     columns = [np.stack(part, axis=1) for part in (poses, odometry, actions)]
     return [
-        Drive(layouts[i], asked[i], seed, *(part[i, : length[i]] for part in columns))
+        Drive(layouts[i], rooms[i], seed, *(part[i, : length[i]] for part in columns))
         for i, seed in enumerate(seeds)
         if arrived[:, i].any() and good[i]
     ]

@@ -251,11 +251,11 @@ class UpstreamWidowXGripper:
     """Opens only at the second step in a row that asks for it; so the first step of an episode is always closed."""
 
     def reset(self) -> None:
-        self._asked = 0
+        self._open_steps = 0
 
     def __call__(self, is_open: bool) -> float:
-        self._asked = self._asked + 1 if is_open else 0
-        return 1.0 if self._asked >= 2 else -1.0
+        self._open_steps = self._open_steps + 1 if is_open else 0
+        return 1.0 if self._open_steps >= 2 else -1.0
 
 
 class GoogleGripper:

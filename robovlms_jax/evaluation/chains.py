@@ -290,9 +290,9 @@ def _from_json(row: Mapping[str, Any]) -> TrialResult:
 
 
 def _check_same(trial: Trial, result: TrialResult, directory: pathlib.Path) -> None:
-    asked = (trial.tasks, trial.instructions, dict(trial.labels))
+    expected = (trial.tasks, trial.instructions, dict(trial.labels))
     stored = (result.tasks, result.instructions, dict(result.labels))
-    for name, here, there in zip(("tasks", "instructions", "labels"), asked, stored):
+    for name, here, there in zip(("tasks", "instructions", "labels"), expected, stored):
         if here != there:
             raise ValueError(
                 f"{directory} has a result for trial {trial.index} with other {name}: {there} there, {here} here; use "

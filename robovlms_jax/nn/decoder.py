@@ -155,16 +155,16 @@ class Decoder(nn.Module):
         bias = self._bias(places[..., 0], key_places)
 
         def step(block, x, layer):
-            number, kept = layer
+            number, cached = layer
             attend, turn = everywhere, angles
             if c.sliding_window is not None:
                 is_sliding = (number + 1) % c.sliding_period != 0
                 attend, turn = jax.tree.map(functools.partial(jnp.where, is_sliding), (near, local), (attend, turn))
-            x, new = block(x, mask=attend, bias=bias, rotary=turn, cache=kept, deterministic=deterministic)
+            x, new = block(x, mask=attend, bias=bias, rotary=turn, cache=cached, deterministic=deterministic)
             return x if tokens.deep is None else x + _of_layer(tokens.deep, number).astype(x.dtype), new
 
-        number, kept = jnp.arange(c.depth), None if cache is None else (cache.key, cache.value)
-        x, new, media = self._layers(step, x, (number, kept), tokens, None if cache is None else cache.media)
+        number, cached = jnp.arange(c.depth), None if cache is None else (cache.key, cache.value)
+        x, new, media = self._layers(step, x, (number, cached), tokens, None if cache is None else cache.media)
         if new is not None:
             new = Cache(*new, positions, mask, places[..., 0], jnp.int32(positions.shape[1]), media)
         return x if c.norm_in_head else self.final_norm(x), new

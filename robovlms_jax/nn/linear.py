@@ -85,9 +85,9 @@ class Kernel:
         if self.storage != "float":
             values = make(name, _zeros_int8, shape, axes)
             # 1 along contracted axes: the matrix is the product, and what was contracted is seen from the shapes.
-            kept = [axis in channels for axis in range(len(shape))]
-            sizes = tuple(size if keep else 1 for size, keep in zip(shape, kept))
-            names = tuple(axis if keep else None for axis, keep in zip(axes, kept))
+            is_channel = [axis in channels for axis in range(len(shape))]
+            sizes = tuple(size if keep else 1 for size, keep in zip(shape, is_channel))
+            names = tuple(axis if keep else None for axis, keep in zip(axes, is_channel))
             scale = make(f"{prefix}scale", nn.initializers.ones_init(), sizes, names)
         else:
             values, scale = make(name, init, shape, axes), None
@@ -173,9 +173,9 @@ class Matrix:
             a, b = (adapter.astype(x.dtype) for adapter in self.adapters[:2])
             inputs, letters, outputs = re.split(",|->", equation)
             split = min(self.channels)
-            kept = "".join(letter for letter in inputs if letter in outputs)
-            low = jnp.einsum(f"{inputs},{letters[:split]}R->{kept}R", self.adapters.dropped(x), a)
-            y += self.adapters.scale * jnp.einsum(f"{kept}R,R{letters[split:]}->{outputs}", low, b)
+            shared = "".join(letter for letter in inputs if letter in outputs)
+            low = jnp.einsum(f"{inputs},{letters[:split]}R->{shared}R", self.adapters.dropped(x), a)
+            y += self.adapters.scale * jnp.einsum(f"{shared}R,R{letters[split:]}->{outputs}", low, b)
             if self.adapters.gain is not None:
                 kernel = self.values if self.scale is None else self.values * self.scale
                 y = (y * self.adapters.lengths(kernel)).astype(y.dtype)

@@ -89,11 +89,11 @@ def scan_groups(
         return nn.apply(lambda module: step(module, x, layer), block.clone(parent=None, name=None))(params, rngs=rngs)
 
     def group(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
-        (params, layer), (between, kept), keys = inputs
+        (params, layer), (between, cached), keys = inputs
         new = []
         for i in range(every):
             if i == every - 1:
-                x, more = apply(steps[1], blocks[1], between, x, kept, None if keys is None else keys[every])
+                x, more = apply(steps[1], blocks[1], between, x, cached, None if keys is None else keys[every])
             one, one_layer = jax.tree.map(lambda leaf, i=i: leaf[i], (params, layer))
             x, found = apply(steps[0], blocks[0], one, x, one_layer, None if keys is None else keys[i])
             new.append(found)

@@ -46,9 +46,14 @@ class AnswerLoss:
         """Sums over the batch, float32[] each: `loss` and `tokens`; `right` and `answers`, samples whose answers are
         right to the last token, as greedy decoding would say them, out of how many."""
         errors, right = self._said(params, batch, None)
-        asked = batch.answer_mask.any(axis=1)
-        correct = asked & (right | ~batch.answer_mask).all(axis=1)
-        sums = {"loss": errors.sum(), "tokens": batch.answer_mask.sum(), "right": correct.sum(), "answers": asked.sum()}
+        answered = batch.answer_mask.any(axis=1)
+        correct = answered & (right | ~batch.answer_mask).all(axis=1)
+        sums = {
+            "loss": errors.sum(),
+            "tokens": batch.answer_mask.sum(),
+            "right": correct.sum(),
+            "answers": answered.sum(),
+        }
         return {name: x.astype(jnp.float32) for name, x in sums.items()}
 
     def _said(self, params: Any, batch: Pairs, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:

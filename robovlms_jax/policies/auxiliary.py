@@ -129,8 +129,8 @@ def caption_errors(
     before = jnp.concatenate([hidden[:, first : first + 1], hidden[:, text.start : text.stop - 1]], axis=1)
     ids, real = text_ids[:, -length:], text_mask[:, -length:]
     number = jnp.cumsum(real, axis=1)
-    asked = real & (number < number[:, -1:])
+    compared = real & (number < number[:, -1:])
     if image.stop == 0:  # pictures stand beside the prompt, and nothing comes before its first token
-        asked &= number > 1
+        compared &= number > 1
     errors = optax.losses.softmax_cross_entropy_with_integer_labels(logits(before).astype(jnp.float32), ids)
-    return jnp.where(asked, errors, 0).sum(1) / jnp.maximum(asked.sum(1), 1)
+    return jnp.where(compared, errors, 0).sum(1) / jnp.maximum(compared.sum(1), 1)

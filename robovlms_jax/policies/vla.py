@@ -179,8 +179,8 @@ class VLA(nn.Module):
             values, mask = inputs.sensors[name], inputs.sensor_mask.get(name)
             if name == "action_history":
                 values = self.config.normalizer.normalize(values)
-            embeds, told = encoders[name](values, mask, deterministic=deterministic)
-            runs.append(sequence.Run(merge(embeds, 0), merge(told, 0), name, "sensor"))
+            embeds, present = encoders[name](values, mask, deterministic=deterministic)
+            runs.append(sequence.Run(merge(embeds, 0), merge(present, 0), name, "sensor"))
         return runs
 
     def _decode(self, inputs: Inputs, deterministic: bool, actions: jax.Array | None) -> tuple[jax.Array, Tokens]:

@@ -104,16 +104,16 @@ def film(policy: BatchedPolicy, config: DrivesConfig, output: pathlib.Path) -> l
     count = min(config.films, config.trials)
     if not count:
         return []
-    kept: list[rollout.Recording] = []
+    recordings: list[rollout.Recording] = []
     rooms = env.Drives(min(count, config.rooms), views=("view", "map"))
     executed = chains.ExecutedBatch(policy, Execution("receding", horizon=config.horizon))
     criterion = rollout.SuccessCriterion(config.max_steps, env.completed_in_each)
     asked = trials(config, held_out=True)[:count]
-    wanted = rollout.Films(range(count), kept.append, every=2)
+    wanted = rollout.Films(range(count), recordings.append, every=2)
     list(rollout.run(executed, rooms, asked, criterion, films=wanted))
-    kept.sort(key=lambda recording: recording.trial.index)
-    files = [film_files.write_film(x, output / f"{x.trial.index}_{x.trial.tasks[0]}") for x in kept]
-    film_files.draw_strips(kept).save(output / "strips.png")
+    recordings.sort(key=lambda recording: recording.trial.index)
+    files = [film_files.write_film(x, output / f"{x.trial.index}_{x.trial.tasks[0]}") for x in recordings]
+    film_files.draw_strips(recordings).save(output / "strips.png")
     return [*files, output / "strips.png"]
 
 

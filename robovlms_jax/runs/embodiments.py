@@ -86,14 +86,14 @@ def _measured(
     )
     of_source = dataclasses.replace(config, policy=measured, data=data_of(config.data, name))
     measured = measured.with_statistics(statistics(of_source, dataset)[1])
-    told: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     numbers = [i for i, dimension in enumerate(dataset.robot.state) if dimension.kind != "binary"]
     if config.policy.proprio.enabled and numbers:
         states = np.asarray(excerpts.state_sample(dataset, 1_000), np.float64)[:, numbers]
         scale = np.where(states.std(axis=0) < 1e-6, 1.0, states.std(axis=0))
-        told = {"state_center": tuple(states.mean(axis=0).tolist()), "state_scale": tuple(scale.tolist())}
+        state = {"state_center": tuple(states.mean(axis=0).tolist()), "state_scale": tuple(scale.tolist())}
     bounds = {"action_low": measured.action_low, "action_high": measured.action_high}
-    return embodiments.OtherRobotConfig(name, dataset.robot, cameras, **bounds, **told)
+    return embodiments.OtherRobotConfig(name, dataset.robot, cameras, **bounds, **state)
 
 
 def _require_known(policy: PolicyConfig, found: tuple[embodiments.OtherRobotConfig, ...]) -> None:

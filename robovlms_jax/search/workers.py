@@ -104,12 +104,12 @@ def _finish(config: SearchConfig, study: optuna.Study, asked: Any, fields: list[
     study.tell(asked.number, sum(values) / len(values), skip_if_finished=True)
 
 
-def _suggest(asked: Any, field: space.Values | space.Range) -> str:
+def _suggest(trial: Any, field: space.Values | space.Range) -> str:
     if isinstance(field, space.Values):
-        return asked.suggest_categorical(field.name, field.values)
+        return trial.suggest_categorical(field.name, field.values)
     if field.whole:
-        return str(asked.suggest_int(field.name, int(field.low), int(field.high)))
-    return repr(asked.suggest_float(field.name, field.low, field.high, log=field.log))
+        return str(trial.suggest_int(field.name, int(field.low), int(field.high)))
+    return repr(trial.suggest_float(field.name, field.low, field.high, log=field.log))
 
 
 def _study(config: SearchConfig) -> optuna.Study:

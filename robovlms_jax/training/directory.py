@@ -96,6 +96,6 @@ def _processor() -> str:
     uses instructions that another may lack; JAX's own key tells accelerators apart, but not CPUs."""
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        told = sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))})
-        return f"{platform.machine()}-{hashlib.sha256(repr(told).encode()).hexdigest()[:12]}"
+        features = sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))})
+        return f"{platform.machine()}-{hashlib.sha256(repr(features).encode()).hexdigest()[:12]}"
     return platform.machine()

@@ -89,8 +89,8 @@ class Rollouts(Hook):
             values = self.roll_out(step.state)
             self.writer.write(step.number, {f"rollouts/{name}": value for name, value in values.items()})
             if self.best is not None:
-                kept = self.best.offer_best(step, values["score"])
-                logger.info("rollouts score %.3f%s", values["score"], ", the best so far" if kept else "")
+                is_best = self.best.offer_best(step, values["score"])
+                logger.info("rollouts score %.3f%s", values["score"], ", the best so far" if is_best else "")
 
 
 @dataclasses.dataclass(frozen=True)

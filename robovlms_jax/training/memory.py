@@ -226,11 +226,11 @@ def _peak(
     for index, operation in enumerate(operations):
         for value in operation.reads:
             last.update((id(x), index) for x in behind.get(id(value), ()))
-    kept = {id(x): x for value in results for x in behind.get(id(value), ())}
-    last.update((name, len(operations)) for name in kept)
+    returned = {id(x): x for value in results for x in behind.get(id(value), ())}
+    last.update((name, len(operations)) for name in returned)
 
     def size(value: _Value) -> float:
-        if (free_results and id(value) in kept) or not hasattr(value.aval, "shape"):
+        if (free_results and id(value) in returned) or not hasattr(value.aval, "shape"):
             return 0
         share = shards.get(tuple(value.aval.shape), 1.0)
         return share * math.prod(value.aval.shape) * getattr(value.aval.dtype, "itemsize", 4)

@@ -36,12 +36,12 @@ class JsonLines:
     """
 
     def __init__(self, path: pathlib.Path, start_step: int = 0):
-        kept = []
+        earlier = []
         if start_step:
             rows = json_lines.read(path, lambda _, row: (row["step"], row), expected="a step", skip_damaged=True)
-            kept = [row for step, row in rows if step <= start_step]
+            earlier = [row for step, row in rows if step <= start_step]
         new = path.with_suffix(".tmp")  # a full disk must not cost what is there
-        new.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        new.write_text("".join(json.dumps(row) + "\n" for row in earlier))
         new.replace(path)
         self._path = path
 

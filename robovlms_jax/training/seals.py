@@ -111,8 +111,10 @@ def identity(directory: pathlib.Path) -> Identity:
         files = _files(directory, ("params", "serving"))
         names = [path.relative_to(directory).as_posix() for path in files]
         known = dict(zip(names, _checksums(files), strict=True))
-    told = sorted((name, checksum) for name, checksum in known.items() if name.split("/")[0] in ("params", "serving"))
-    return Identity(_step(directory), hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12])
+    identifying = sorted(
+        (name, checksum) for name, checksum in known.items() if name.split("/")[0] in ("params", "serving")
+    )
+    return Identity(_step(directory), hashlib.sha256(json.dumps(identifying).encode()).hexdigest()[:12])
 
 
 def _step(directory: pathlib.Path) -> int:

@@ -55,11 +55,11 @@ def plan(train: TrainConfig, optimizer: OptimizerConfig) -> tuple[Stage, ...]:
         sources = train.sources or {"robot": 1.0}
         return (Stage(0, "train", 0, train.steps, train.trainable, optimizer, {}, sources, train.seed),)
     out, begin = [], 0
-    for index, asked in enumerate(train.stages):
-        settings = {field: getattr(asked, field) for field in ("steps", "trainable", "weights", "sources")}
-        settings |= {"optimizer": asked.optimizer or optimizer, "seed": (train.seed + SEED_STEP * index) % 2**32}
-        out.append(Stage(index=index, name=asked.name or str(index + 1), begin=begin, **settings))
-        begin += asked.steps
+    for index, configured in enumerate(train.stages):
+        settings = {field: getattr(configured, field) for field in ("steps", "trainable", "weights", "sources")}
+        settings |= {"optimizer": configured.optimizer or optimizer, "seed": (train.seed + SEED_STEP * index) % 2**32}
+        out.append(Stage(index=index, name=configured.name or str(index + 1), begin=begin, **settings))
+        begin += configured.steps
     return tuple(out)
 
 

@@ -59,8 +59,10 @@ def require_reached(
     partial = {pattern: paths for pattern, paths in matches.items() if len(paths) < len(params)}
     if not partial:  # some parameter is always reached
         return
-    asked = set().union(*partial.values())
-    reached = _reached(loss, {p: params[p] for p in asked}, {p: x for p, x in params.items() if p not in asked}, batch)
+    trained = set().union(*partial.values())
+    reached = _reached(
+        loss, {p: params[p] for p in trained}, {p: x for p, x in params.items() if p not in trained}, batch
+    )
     idle = {pattern: sorted(paths) for pattern, paths in partial.items() if not paths & reached}
     if idle:
         listed = ", ".join(f"{pattern!r} ({paths[0]}{', ...' if paths[1:] else ''})" for pattern, paths in idle.items())

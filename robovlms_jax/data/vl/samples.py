@@ -58,8 +58,8 @@ class PairSource(Sequence[types.Pairs]):
         self._content = hashlib.sha256()
         self._encoded: dict[int, list[conversations.Encoded]] = {}
         sizes = [self._sizes(index) for index in range(len(pairs))]
-        kept = [index for index, size in enumerate(sizes) if not length or size.tokens <= length]
-        long = len(sizes) - len(kept)
+        usable = [index for index, size in enumerate(sizes) if not length or size.tokens <= length]
+        long = len(sizes) - len(usable)
         if long and not leave_out_long:
             worst = max(range(len(sizes)), key=lambda index: sizes[index].tokens)
             raise ValueError(
@@ -70,16 +70,16 @@ class PairSource(Sequence[types.Pairs]):
             )
         if long:
             logger.warning("%s: %d of %d conversations are left out, too long", pairs.name, long, len(sizes))
-        if not kept:
+        if not usable:
             raise ValueError(f"{pairs.name}: nothing to learn from is left, so this source would run dry.")
-        self._kept = np.array(kept)
-        pictures, tokens, answers, question = (max(sizes[index][part] for index in kept) for part in range(4))
+        self._usable = np.array(usable)
+        pictures, tokens, answers, question = (max(sizes[index][part] for index in usable) for part in range(4))
         tokens = length or -(-tokens // _MULTIPLE) * _MULTIPLE
         self.shape = _Shape(max(pictures, 1), tokens, answers, -(-question // _MULTIPLE) * _MULTIPLE)
         self._reported: set[str] = set()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._usable)
 
     def __getitem__(self, index: int) -> types.Pairs:
         """Sample `index` as a batch of one. Raises OSError or ValueError where it cannot be read."""
@@ -100,7 +100,7 @@ class PairSource(Sequence[types.Pairs]):
 
     def describe(self, index: int) -> str:
         """A sample, by the number that batches have for it."""
-        return self.pairs.describe(int(self._kept[index]))
+        return self.pairs.describe(int(self._usable[index]))
 
     def training_batch(self, indices: np.ndarray, draws: np.ndarray) -> types.Pairs:
         """Samples int[B] as one batch. One that cannot be read is replaced by another and reported in `corrupt`.
@@ -168,7 +168,7 @@ class PairSource(Sequence[types.Pairs]):
         return out
 
     def _fill(self, out: types.Pairs, row: int, index: int, draw: int) -> None:
-        number = int(self._kept[index])
+        number = int(self._usable[index])
         sample = self.pairs.sample(number)
         choice = draw % len(sample.choices)
         for place, name in enumerate(sample.pictures):

@@ -12,12 +12,12 @@ from robovlms_jax.policies.tasks.forward import ForwardTask
 
 def make(config: PolicyConfig) -> tuple[Task, ...]:
     """The actions, and what `policy.auxiliary` switches on."""
-    asked = config.auxiliary
+    auxiliary = config.auxiliary
     tasks: list[Task] = [ActionTask()]
-    if asked.forward.loss_weight:
-        tasks.append(ForwardTask(asked.forward.loss_weight))
-    if asked.clip.weights:
-        tasks.append(ClipTask(asked.clip.loss_weight))
-    if asked.caption_weight:
-        tasks.append(CaptionTask(asked.caption_weight))
+    if auxiliary.forward.loss_weight:
+        tasks.append(ForwardTask(auxiliary.forward.loss_weight))
+    if auxiliary.clip.weights:
+        tasks.append(ClipTask(auxiliary.clip.loss_weight))
+    if auxiliary.caption_weight:
+        tasks.append(CaptionTask(auxiliary.caption_weight))
     return tuple(tasks)
