@@ -217,24 +217,33 @@ def measure(
     program = machine.Program.of(compile_step(model, params, slots, observations[0]), 1)
     flops = workload.control_flops(model, slots=slots)
     floor = ceiling.floor(flops, program.io_bytes)
-    median = statistics.median(seconds)
+    return (
+        latencies(seconds)
+        | {
+            "first_step_seconds": first,
+            "compiles_after_first_step": compiled,
+            "flops": flops,
+            "flops_loops_once": workload.control_flops(model, slots=slots, loops_once=True),
+            "xla_flops_loops_once": program.flops,
+            "io_bytes": program.io_bytes,
+            "roofline_floor_seconds": floor,
+            "times_roofline_floor": statistics.median(seconds) / floor,
+            "program_peak_bytes": program.peak_bytes,
+        }
+        | ({} if beside is None else compare(seconds[WARM_UP:], alone[WARM_UP:]))
+    )
+
+
+def latencies(seconds: list[float]) -> dict[str, float]:
+    """How long steps took, and whether later ones took longer than early ones."""
     early, late = seconds[WARM_UP : WARM_UP + SPAN], seconds[-SPAN:]
     return {
-        "median_seconds": median,
+        "median_seconds": statistics.median(seconds),
         "p95_seconds": float(np.percentile(seconds, 95)),
         "p99_seconds": float(np.percentile(seconds, 99)),
-        "first_step_seconds": first,
-        "compiles_after_first_step": compiled,
         "late_over_early_mean": statistics.mean(late) / statistics.mean(early),
         "late_over_early_fastest": min(late) / min(early),
-        "flops": flops,
-        "flops_loops_once": workload.control_flops(model, slots=slots, loops_once=True),
-        "xla_flops_loops_once": program.flops,
-        "io_bytes": program.io_bytes,
-        "roofline_floor_seconds": floor,
-        "times_roofline_floor": median / floor,
-        "program_peak_bytes": program.peak_bytes,
-    } | ({} if beside is None else compare(seconds[WARM_UP:], alone[WARM_UP:]))
+    }
 
 
 def compare(seconds: list[float], alone: list[float]) -> dict[str, float]:

@@ -25,6 +25,20 @@ def colour(frame: int, camera: str) -> np.ndarray:
     return np.array([(37 * frame) % 200 + 20, (91 * frame) % 180 + 30, 60 if camera == "top" else 190], np.uint8)
 
 
+def write_video(path: pathlib.Path, camera: str, length: int) -> None:
+    path.parent.mkdir(parents=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=FPS)
+        stream.width, stream.height, stream.gop_size = 64, 48, 4
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 4_000_000
+        for frame in range(length):
+            pixels = np.broadcast_to(colour(frame, camera), (48, 64, 3))
+            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
 def write(root: pathlib.Path, **info_changes) -> pathlib.Path:
     import pyarrow.parquet as parquet
 
@@ -80,18 +94,7 @@ def write(root: pathlib.Path, **info_changes) -> pathlib.Path:
         key = f"observation.images.{camera}"
         episodes |= {f"videos/{key}/chunk_index": [0] * 3, f"videos/{key}/file_index": [0] * 3}
         episodes[f"videos/{key}/from_timestamp"] = (first[:-1] / FPS).tolist()
-        path = root / f"videos/{key}/chunk-000/file-000.mp4"
-        path.parent.mkdir(parents=True)
-        with av.open(str(path), "w") as container:
-            stream = container.add_stream("mpeg4", rate=FPS)
-            stream.width, stream.height, stream.gop_size = 64, 48, 4
-            stream.pix_fmt, stream.bit_rate = "yuv420p", 4_000_000
-            for frame in range(total):
-                pixels = np.broadcast_to(colour(frame, camera), (48, 64, 3))
-                for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")):
-                    container.mux(packet)
-            for packet in stream.encode():
-                container.mux(packet)
+        write_video(root / f"videos/{key}/chunk-000/file-000.mp4", camera, total)
     parquet.write_table(pa.table(episodes), root / "meta/episodes/chunk-000/file-000.parquet")
     return root
 

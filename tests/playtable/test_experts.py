@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import expert_trials, simulator
 from benchmarks import experts as experts_benchmark
-from benchmarks import simulator
 from benchmarks import starts as random_starts
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
 from robovlms_jax.evaluation import rollout_metrics
@@ -65,7 +65,7 @@ def number(task: str) -> int:
 
 
 def perform_chains(chains):
-    return experts_benchmark.run(experts_benchmark.chain_trials(chains, "D"), plans.MAX_STEPS, tables=64, seed=0)
+    return experts_benchmark.run(expert_trials.chain_trials(chains, "D"), plans.MAX_STEPS, tables=64, seed=0)
 
 
 def covering_chains():
@@ -189,7 +189,7 @@ def test_the_benchmark_reports(tmp_path, capsys):
 def test_a_lift_comes_before_what_begins_with_a_block_in_the_hand(tmp_path, capsys):
     names, out, table = ("stack_block", "turn_on_led"), tmp_path / "experts.json", tmp_path / "experts.md"
     args = experts_benchmark.Args(trials=4, chains=0, tasks=names, out=out, markdown=table, max_steps=120)
-    trials = experts_benchmark.random_trials(names, args.scenes, args.trials, args.seed)
+    trials = expert_trials.random_trials(names, args.scenes, args.trials, args.seed)
     assert [trial.scene for trial in trials] == 2 * [0, 1, 2, 3]
     for trial, name in zip(trials, 4 * names[:1] + 4 * names[1:]):
         *lead, last = (plans.TASKS[i] for i in trial.tasks)
