@@ -74,10 +74,10 @@ def _read(folder: pathlib.Path) -> Iterator[Recording]:
         )
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def optimised():
-    """Here the programs run for longer than they compile, elsewhere not: a setting that stayed made tests of other
-    folders, in the same process, take up to nine times as long."""
+    """For modules whose programs run for longer than they compile, elsewhere they do not: a setting that stayed made
+    tests of other folders, in the same process, take up to nine times as long."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield
