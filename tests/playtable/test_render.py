@@ -15,8 +15,6 @@ from robovlms_jax.playtable.pictures import cameras, render
 from robovlms_jax.playtable.scene import make_scene
 from tests.playtable.conftest import reset
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 backdrop = jax.jit(render.backdrop, static_argnums=1)
 picture = jax.jit(render.render, static_argnums=(2, 3), static_argnames="tiled")
 SIZE = 96
