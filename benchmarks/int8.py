@@ -110,8 +110,9 @@ def measure(args: Args) -> dict:
     policies = {weights: load.load_policy(args.checkpoint, weights=weights) for weights in STORED}
     episodes = play(plain, args)
     before, layers = replay(plain, episodes), Layers()
+    listened = load.load_policy(args.checkpoint, weights="w8a8")
     with nn.intercept_methods(layers.listen):
-        replay(load.load_policy(args.checkpoint, weights="w8a8"), episodes)
+        replay(listened, episodes)
         jax.effects_barrier()
     every = {"before": plain, **policies}
     return {

@@ -27,7 +27,7 @@ import safetensors.flax
 from robovlms_jax import cli
 from robovlms_jax.policies.heads import flow, gpt, lstm
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.runs import logs, program, saved
+from robovlms_jax.runs import load, logs, program, saved
 from robovlms_jax.training import checkpoints
 
 log = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ class ExportConfig:
     to: Literal["stablehlo", "onnx", "litert"] = "stablehlo"
     """stablehlo: jax.export's, weights in a file of their own, needs JAX where it runs. onnx, litert: weights inside,
     computed in float32, run by onnxruntime or by LiteRT; not for every policy (see `require_form`)."""
-    weights: Literal["float32", "bfloat16", "int8"] | None = None
-    """How the backbone's parameters are kept; None: in the type that it computes in."""
+    weights: load.Weights | None = None
+    """How the backbone's parameters are kept, and w8a8 what they multiply; None: in the type that it computes in."""
     instructions: tuple[str, ...] = ()
     """Sentences whose tokens program.json holds, so that no tokenizer is needed where it runs."""
     platforms: tuple[str, ...] = ("cpu", "cuda")
@@ -174,6 +174,8 @@ def require_form(model: VLA, to: str) -> None:
     policy, found = model.config, []
     if to == "stablehlo":
         return
+    if model.vlm.storage == "w8a8":
+        found.append("activations in int8 (weights=w8a8)")
     if policy.history in ("interleaved", "video"):
         found.append(f"history={policy.history}, which keeps tokens")
     if isinstance(policy.head, flow.FlowHeadConfig):

@@ -184,9 +184,9 @@ class Matrix:
     def _einsum_int8(self, equation: str, x: jax.Array) -> jax.Array:
         """float32: the product of int8 tokens and the int8 matrix, summed in int32, times the tokens' scales."""
         inputs, letters, _ = re.split(",|->", equation)
-        split = min(self.channels)
-        # Contracted axes, counted from the right behind an ellipsis.
-        axes = tuple(inputs.index(letter) - (len(inputs) if "..." in inputs else 0) for letter in letters[:split])
+        contracted = [letter for axis, letter in enumerate(letters) if axis not in self.channels]
+        # Counted from the right where an ellipsis stands before them.
+        axes = tuple(inputs.index(letter) - (len(inputs) if "..." in inputs else 0) for letter in contracted)
         rounded, scale = quantize_tokens(x, axes)
         y = jnp.einsum(equation, rounded, self.values, preferred_element_type=jnp.int32)
         kept = jnp.squeeze(scale, axes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -69,9 +70,10 @@ def test_a_python_without_this_project_computes_the_same_actions_from_stablehlo(
 
 
 @pytest.mark.slow
-def test_a_history_of_tokens_in_bytes_goes_through_stablehlo_as_it_is(tmp_path):
-    found = exported(tmp_path, "interleaved_discrete", weights="int8")
-    np.testing.assert_array_equal(found, live("interleaved_discrete", weights="int8"))
+@pytest.mark.parametrize("weights", ["int8", "w8a8"])
+def test_a_history_of_tokens_in_bytes_goes_through_stablehlo_as_it_is(tmp_path, weights):
+    found = exported(tmp_path, "interleaved_discrete", weights=weights)
+    np.testing.assert_array_equal(found, live("interleaved_discrete", weights=weights))
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,15 @@ def test_other_run_times_compute_the_same_actions(name, to, weights, tmp_path):
 def test_a_policy_without_a_form_is_refused_with_the_way_out(product, to, what):
     model = make_product(*product)
     with pytest.raises(ValueError, match=rf"{what}.* has no form in {to}: export it with --to stablehlo"):
+        export.require_form(model, to)
+    export.require_form(model, "stablehlo")
+
+
+@pytest.mark.parametrize("to", ["onnx", "litert"])
+def test_activations_in_int8_have_a_form_in_stablehlo_alone(to):
+    model = make_product("policy_head", "action_query", "lstm")
+    model = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, storage="w8a8"))
+    with pytest.raises(ValueError, match=rf"activations in int8 \(weights=w8a8\) has no form in {to}: export it with"):
         export.require_form(model, to)
     export.require_form(model, "stablehlo")
 

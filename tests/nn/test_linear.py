@@ -264,3 +264,13 @@ def test_tokens_that_are_not_finite_do_not_become_numbers():
     x[1, 2], x[2, 2] = np.nan, np.inf
     found = np.isfinite(module.apply({"params": params}, x))
     assert found[0].all() and not found[1:].any()
+
+
+def test_a_w8a8_token_table_looks_up_as_int8_does_and_rounds_what_its_logits_are_made_of(exact_matmul):
+    rng = np.random.default_rng(0)
+    table, scale = rng.integers(-127, 128, (11, 4)).astype(np.int8), 2.0 ** rng.integers(-4, 2, (11, 1))
+    params = {"params": {"table": table, "scale": scale.astype(np.float32)}}
+    module = Embed(11, 4, Kernel("w8a8"))
+    np.testing.assert_array_equal(module.apply(params, np.array([[3, 10]])), (table * scale)[[[3, 10]]])
+    x = np.array([[127, -3, 0, 60], [-254, 2, 4, 100]], np.float32)  # whole multiples of the largest / 127
+    np.testing.assert_array_equal(module.apply(params, x, method="logits"), x @ (table * scale).T.astype(np.float32))
