@@ -60,32 +60,52 @@ def test_the_int8_table_is_that_of_its_runs():
     found, trials, text = result("int8_cpu"), result("int8_trials_cpu"), page("serving.md")
     sizes = [f"{found['bytes'][name]:,}".replace(",", " ") for name in ("before", "int8")]
     assert f"| bytes of parameters | {sizes[0]} | {sizes[1]} |" in text
-    far, turned = ([found[unit][name] for name in ("mean", "p95")] for unit in ("millimetres", "degrees"))
-    assert "{:.2f} and {:.2f} mm, {:.3f} and {:.3f} degrees, no gripper flips".format(*far, *turned) in text
-    assert f"cosine {found['cosine']}" in text and found["gripper_flips"] == 0
-    before, after = (trials[name]["success"] for name in ("before", "int8"))
-    assert f"| {sum(before)} (71.7 %, 63-79) | {sum(after)} (69.2 %, 60-77) |" in text
-    pairs = list(zip(before, after, strict=True))
-    assert [pairs.count(pair) for pair in ((1, 1), (1, 0), (0, 1))] == list(trials["pairs"].values()) == [83, 3, 0]
+    for weights in ("int8", "w8a8"):
+        actions = found["actions"][weights]
+        far, turned = ([actions[unit][name] for name in ("mean", "p95")] for unit in ("millimetres", "degrees"))
+        assert "{:.2f} and {:.2f} mm, {:.3f} and {:.3f} degrees, cosine".format(*far, *turned) in text
+        assert f"cosine {actions['cosine']:.4f}" in text and actions["gripper_flips"] == 0
+    errors = [
+        [found["outliers"][factor][way]["millimetres"]["mean"] for factor in ("10", "100")] for way in ("w8a8", "int8")
+    ]
+    assert (
+        "w8a8 errs by {:.2f} and {:.2f} mm in the mean, int8 weights by {:.2f} and {:.2f}".format(
+            *errors[0], *errors[1]
+        )
+        in text
+    )
+    times = [found["step_ms"][name]["p50"] for name in ("before", "int8", "w8a8")]
+    assert "{:.1f} ms as it is, {:.1f} ms in int8 and {:.1f} ms in w8a8".format(*times) in text
+    before, int8, w8a8 = (trials[name]["success"] for name in ("before", "int8", "w8a8"))
+    assert f"| {sum(before)} (71.7 %, 63-79) | {sum(int8)} (69.2 %, 60-77) | {sum(w8a8)} (70.0 %, 61-77) |" in text
+    for name, after, counts in (("int8", int8, [83, 3, 0]), ("w8a8", w8a8, [83, 3, 1])):
+        pairs = list(zip(before, after, strict=True))
+        assert [pairs.count(pair) for pair in ((1, 1), (1, 0), (0, 1))] == counts
+        assert list(trials["pairs"][name].values())[:3] == counts
 
 
 def test_the_figures_of_serving_and_of_bad_input_are_those_of_their_runs():
     found, text = result("serving_cpu"), page("serving.md")
-    server, checks = found["server"], found["safety"]
+    server = found["server"]
     assert f"{server['p50_ms']:.2f} ms in the median and {server['p99_ms']:.2f} ms at the 99th percentile" in text
+    checks, soak = result("safety_cpu")["p50_ms"], result("soak_cpu")["soak"]
     for obstacles, words in (("no obstacle", "without obstacles"), ("8 obstacles", "with eight")):
-        medians = [checks[f"{robot}, {obstacles}"]["p50_ms"] for robot in ("base", "arm")]
-        assert all(abs(x - y) < 0.006 for x, y in zip(medians, reversed(medians)))
-        assert f"{min(medians):.2f} ms {words}" in text
-    first, second = result("bad_input_cpu")["runs"]
+        arm, base = (checks["after"][f"{robot}, {obstacles}"] for robot in ("arm", "base"))
+        assert f"{arm:.2f} to {base:.2f} ms {words}" in text
+    before = [checks["before"][f"arm, {obstacles}"] for obstacles in ("no obstacle", "8 obstacles")]
+    assert "it took {:.2f} and {:.2f} ".format(*before) in text
+    assert f"{soak['answers']:,} answers".replace(",", " ") in text
+    assert f"between {min(soak['server_mb']):.1f} and {max(soak['server_mb']):.1f} MB" in text
+    first, second, third = result("bad_input_cpu")["runs"]
     for number in (
         first["connections_let_in"],
         first["connections_refused"],
         second["connections_let_in"],
         second["observations_answered_with_an_error"],
+        third["bad_messages"],
     ):
         assert f"{number:,}".replace(",", " ") in text
-    assert all(f"{run['megabytes_more']} MB more" in text for run in (first, second))
+    assert all(f"{run['megabytes_more']} MB more" in text for run in (first, second, third))
 
 
 def test_the_memory_of_adapters_beside_eight_bits_is_that_of_its_plans():
