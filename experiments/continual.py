@@ -216,7 +216,7 @@ class _Step:
         written = evaluate.evaluate(
             evaluate.EvaluateConfig(
                 checkpoint=str(checkpoint),
-                output=str(output or checkpoint / "all_tasks"),
+                out=str(output or checkpoint / "all_tasks"),
                 scene=rollouts.scene,
                 tasks=tasks,
                 chains=rollouts.trials * len(self.config.groups),

@@ -89,6 +89,18 @@ def test_a_sequence_of_tasks_is_put_together_from_its_runs(tmp_path, monkeypatch
     assert "| adapters | 1 |" in path.read_text() and (tmp_path / "continual.png").exists()
 
 
+def test_every_group_is_asked_as_often_and_as_its_tasks_were_in_training(tmp_path, monkeypatch):
+    config = continual.ContinualConfig(groups=("open_drawer+close_drawer", "turn_on_led"))
+    start, asked = calvin_abcd.FIXTURES, []
+    monkeypatch.setattr(continual.evaluate, "evaluate", lambda settings: asked.append(settings) or tmp_path / "x.md")
+    rates = {"open_drawer": 0.5, "close_drawer": 1.0, "turn_on_led": 0.25}
+    monkeypatch.setattr(continual.protocol, "success", lambda directory: {"tasks": rates})
+    step = continual._Step(config, start, {}, "sequential", 0, 0)
+    assert step._asked(tmp_path / "run") == [0.75, 0.25]
+    assert asked[0].tasks == tuple(rates) and asked[0].chains == 2 * start.rollouts.trials
+    assert asked[0].execution == start.rollouts.execution and asked[0].max_steps == start.rollouts.max_steps
+
+
 def test_a_search_and_a_protocol_name_a_wrong_preset_alike():
     with pytest.raises(ValueError, match=r"search\.start='sampel' is no preset of calvin_abcd; did you mean 'sample'"):
         search.main(["--start", "sampel", "--space", "train.seed=1,2"])
