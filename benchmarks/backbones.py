@@ -25,7 +25,7 @@ import torch
 from flax.traverse_util import flatten_dict
 
 from benchmarks import machine
-from robovlms_jax import cli
+from robovlms_jax import cli, json_files
 from robovlms_jax.backbones import base, registry
 from robovlms_jax.weights import convert
 from tests.backbones import families, oracle, test_encoder_decoder, test_parity, test_registry
@@ -45,7 +45,8 @@ class Args:
     docs: bool = False
     """Write the table into docs/backbones.md."""
     out: pathlib.Path | None = None
-    """Also write the JSON to this file."""
+    """Also write the JSON to this file. Backbones that it holds and `names` does not keep their rows, each with the
+    revision it was measured at."""
 
 
 def main(args: Args) -> None:
@@ -58,9 +59,20 @@ def main(args: Args) -> None:
             if twin not in measured:
                 measured[twin] = parity(twin)
             row |= measured[twin]
+    rows = with_earlier(rows, args.out)
     if args.docs:
         write_table(rows)
     machine.report({"backbones": rows}, args.out)
+
+
+def with_earlier(rows: dict[str, dict], out: pathlib.Path | None) -> dict[str, dict]:
+    """Rows just measured and, of other backbones, those that `out` holds; in the order of `test_registry.PUBLISHED`."""
+    rows = {name: row | {"git_revision": machine.describe()["git_revision"]} for name, row in rows.items()}
+    if out is None or not out.is_file():
+        return rows
+    held = json_files.read_object(out, "results of an earlier run")
+    known = {name: {"git_revision": held["machine"]["git_revision"]} | row for name, row in held["backbones"].items()}
+    return {name: (known | rows)[name] for name in test_registry.PUBLISHED if name in known | rows}
 
 
 def twin_of(name: str) -> str:

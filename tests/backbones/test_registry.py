@@ -246,3 +246,19 @@ def test_directory_brings_its_own_image_statistics_which_must_fit(tmp_path):
     images_module.write_image_spec(dataclasses.replace(own, size=30), tmp_path)
     with pytest.raises(ValueError, match=r"makes 30 pixels but config\.json says the vision tower reads 28"):
         registry.from_directory(tmp_path)
+
+
+def test_a_partial_table_keeps_the_rows_of_other_backbones_and_says_of_which_revision(tmp_path):
+    from benchmarks import backbones  # imports this module
+
+    path = tmp_path / "results.json"
+    held = {
+        "machine": {"git_revision": "old"},
+        "backbones": {"qwen-vl": {"parameters": 1}, "kosmos-2": {"parameters": 2}},
+    }
+    path.write_text(json.dumps(held))
+    rows = backbones.with_earlier({"qwen-vl": {"parameters": 3}}, path)
+    assert list(rows) == ["kosmos-2", "qwen-vl"]  # in the order of PUBLISHED
+    assert rows["kosmos-2"] == {"parameters": 2, "git_revision": "old"}
+    assert rows["qwen-vl"]["parameters"] == 3 and rows["qwen-vl"]["git_revision"] != "old"
+    assert list(backbones.with_earlier({"qwen-vl": {}}, None)) == ["qwen-vl"]
