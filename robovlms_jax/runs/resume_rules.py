@@ -110,11 +110,13 @@ RULES = (
         "training goes on with another loss",
     ),
     Rule("said", ("policy.head.max_delay",), "training goes on with other simulated delays"),
+    Rule("said", ("policy.head.draws", "policy.head.time_power"), "training goes on with other times and noises"),
     Rule("refused", ("policy.head.spread",), "it has parameters of its own in most heads"),
     Rule(
         "free",
         (
             *("policy.head.num_steps", "policy.head.seed", "policy.head.constrained", "policy.head.num_samples"),
+            "policy.head.temperature",
             *("policy.head.guidance", "policy.head.guidance_limit", "policy.head.guidance_schedule"),
         ),
         "only control reads it",
@@ -124,7 +126,7 @@ RULES = (
         (
             *(f"policy.head.{name}" for name in ("kind", "trunk", "hidden_size", "num_layers", "num_heads")),
             *(f"policy.head.{name}" for name in ("num_bins", "low", "high", "binning", "quantile_edges")),
-            *(f"policy.head.{name}" for name in ("vocab_end", "decoding")),
+            *(f"policy.head.{name}" for name in ("vocab_end", "decoding", "time_turns", "data_std")),
         ),
         "it is the head that the parameters belong to, or what its outputs mean",
     ),

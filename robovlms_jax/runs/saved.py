@@ -11,6 +11,7 @@ from typing import Any
 
 from robovlms_jax import json_files
 from robovlms_jax.policies.confidence import Calibration
+from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import from_dict
 from robovlms_jax.training.items import read_serving
@@ -47,9 +48,21 @@ def read_checkpoint(directory: pathlib.Path) -> tuple[ExperimentConfig, dict[str
                 "with: copy the checkpoint again, or write down the value that it was trained with."
             )
     try:
-        return from_dict(ExperimentConfig, saved), serving["assets"]
+        return from_dict(ExperimentConfig, _as_meant(saved)), serving["assets"]
     except ValueError as error:
         raise ValueError(f"{path}: {error} It was edited, or written by a newer version.") from None
+
+
+def _as_meant(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With what a head computed before there was a field for it, where the field's default is something else. A head is
+    saved with all of its fields, so one that is not there was unknown."""
+    policy = saved["policy"]
+    head = policy["head"] if isinstance(policy, Mapping) else None
+    kind = head.get("kind") if isinstance(head, Mapping) else None
+    if kind not in heads.kinds():  # refused, with the path, by who reads it
+        return saved
+    earlier = heads.config_of(kind).EARLIER
+    return {**saved, "policy": {**policy, "head": {**earlier, **head}}}
 
 
 def read_calibration(directory: pathlib.Path) -> Calibration | None:

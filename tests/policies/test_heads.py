@@ -257,6 +257,94 @@ def test_flow_follows_a_straight_path_to_its_end(num_steps):
     np.testing.assert_array_equal(actions[..., -1], np.broadcast_to(np.sign(goal[:, -1]), (2, 3, C)))
 
 
+def small_flow(**fields) -> flow.FlowHead:
+    config = flow.FlowHeadConfig(hidden_size=32, num_layers=1, num_heads=2, **fields)
+    sizes = {"window": 1, "chunk": 8, "action_dim": A, "binary": (6,), "feature_dim": D, "num_queries": 1}
+    return base.build(config, **sizes)
+
+
+def fresh_velocity(head: flow.FlowHead, noise: jax.Array, time: jax.Array) -> jax.Array:
+    """What a head that has learned nothing tells actions and times apart by: its velocity, but for the last matrix,
+    which begins at zero."""
+    x = jnp.zeros((1, 1, 1, D))
+    params = unbox(head.init(jax.random.key(0), x, jnp.ones((1, 1), bool)))["params"]
+    params["out"] = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params["out"])
+    bound = head.bind({"params": params})
+    condition = bound._condition(x, jnp.ones((1, 1), bool))
+    condition = condition.replace(mask=jnp.repeat(condition.mask, len(noise), axis=1))
+    return bound.velocity(condition, noise, time)
+
+
+def test_a_new_flow_head_tells_the_actions_of_a_chunk_apart():
+    # Tables of places as small as a language model's drown in the noise that they are added to.
+    head = small_flow()
+    noise = jax.random.normal(jax.random.key(2), (200, 8, A))
+    velocity = fresh_velocity(head, noise, jnp.full(200, 0.5))
+    by_place = velocity.mean(0).std(0).mean()
+    assert by_place > 0.3 * velocity.std(), (by_place, velocity.std())
+
+
+def test_neighbouring_times_are_alike_to_a_flow_head_and_distant_ones_are_not():
+    noise = jnp.broadcast_to(jax.random.normal(jax.random.key(2), (8, A)), (100, 8, A))
+    times = jnp.linspace(0, 1, 100)
+    velocity = fresh_velocity(small_flow(), noise, times)
+    near = jnp.abs(velocity[1:] - velocity[:-1]).mean()
+    far = jnp.abs(velocity[50:] - velocity[:50]).mean()
+    assert near < 0.2 * far, (near, far)
+    old = fresh_velocity(small_flow(time_turns=flow.FlowHeadConfig.EARLIER["time_turns"]), noise, times)
+    assert jnp.abs(old[1:] - old[:-1]).mean() > 0.5 * jnp.abs(old[50:] - old[:50]).mean()
+
+
+def test_a_flow_head_that_has_learned_nothing_leads_from_noise_to_actions_of_the_datas_size():
+    # What follows from the noise alone is computed, not learned: a network that says 0 is right to the least squares.
+    head = small_flow(data_std=0.4, num_steps=200)
+    x = jnp.zeros((1, 1, 1, D))
+    params = unbox(head.init(jax.random.key(0), x, jnp.ones((1, 1), bool)))
+    bound = head.bind(params)
+    condition = bound._condition(x, jnp.ones((1, 1), bool))
+    condition = condition.replace(mask=jnp.repeat(condition.mask, 500, axis=1))
+    noise = jax.random.normal(jax.random.key(2), (500, 8, A))
+    np.testing.assert_allclose(bound._integrate(condition, noise, None), 0.4 * noise, atol=0.02)
+    actions = 0.4 * jax.random.normal(jax.random.key(3), (1, 500, 8, A))
+    mask = jnp.ones((1, 500, 8), bool)
+    loss, _ = bound.loss(flow.FlowPrediction(condition, (1, 500)), actions, mask, jnp.float32(4000))
+    np.testing.assert_allclose(loss, 1, atol=0.03)  # at every time of unit variance
+
+
+def test_temperature_0_starts_a_flow_in_the_middle():
+    head = small_flow(temperature=0.0)
+    x = jnp.zeros((1, 1, 1, D))
+    params = unbox(head.init(jax.random.key(0), x, jnp.ones((1, 1), bool)))
+    bound = head.bind(params)
+    assert (bound.actions(bound(x, jnp.ones((1, 1), bool)))[..., :-1] == 0).all()
+
+
+def test_several_draws_are_the_mean_of_single_ones_and_near_the_noise_by_time_power(exact_matmul):
+    # A head whose velocity is its time: the loss then says which times were drawn, and for which chunk.
+    seen = []
+
+    class Told(flow.FlowHead):
+        def setup(self):
+            pass
+
+        def velocity(self, condition, x, time):
+            seen.append((condition.mask.shape, time))
+            return jnp.zeros_like(x)
+
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (4000, 1, 2, 3)).astype(np.float32)
+    mask = np.ones((4000, 1, 2), bool)
+    config = flow.FlowHeadConfig(hidden_size=8, num_heads=2, draws=3, time_power=2.0, data_std=0.0)
+    head = Told(config, window=1, chunk=2, action_dim=3, binary=(), feature_dim=4, num_queries=1)
+    head = head.bind({}, rngs={"dropout": jax.random.key(0)})
+    condition = flow.Condition(jnp.zeros(()), jnp.zeros(()), jnp.ones((4000, 1, 1), bool))
+    value, _ = head.loss(flow.FlowPrediction(condition, (4000, 1)), actions, mask, jnp.float32(8000))
+    (shape, time), variance = seen[0], 1 + np.square(actions).mean()
+    assert shape == (4000, 3, 1) and time.shape == (12000,)
+    np.testing.assert_allclose(value, variance, rtol=0.02)
+    np.testing.assert_allclose(np.quantile(time, [0.25, 0.5, 0.75]), 1 - np.sqrt([0.75, 0.5, 0.25]), atol=0.02)
+
+
 @pytest.mark.parametrize("kind", ["mlp", "lstm", "gpt", "attention", "flow"])
 def test_impossible_sizes_are_named(kind):
     config_type = type(HEADS[kind])

@@ -193,6 +193,15 @@ def test_what_a_checkpoint_says_wrongly_is_named(step, path, value, message):
         load.load_config(step)
 
 
+def test_a_flow_checkpoint_from_before_a_field_computes_what_it_was_trained_to(step):
+    now = load.load_config(step).policy.head
+    rewrite(step, put("config.policy.head.time_turns", None))
+    rewrite(step, put("config.policy.head.data_std", None))
+    then = load.load_config(step).policy.head
+    assert (then.time_turns, then.data_std) == ((1.0, 1000.0), 0.0) != (now.time_turns, now.data_std)
+    assert dataclasses.replace(then, time_turns=now.time_turns, data_std=now.data_std) == now
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

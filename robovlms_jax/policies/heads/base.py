@@ -32,6 +32,8 @@ class HeadConfig(schema.Tagged, noun="head"):
     """Histories that the head makes sense with."""
     readouts: ClassVar[tuple[str, ...]] = ("action_query", "pool")
     """Readouts that the head makes sense with."""
+    EARLIER: ClassVar[Mapping[str, Any]] = {}
+    """Field -> what the head did in checkpoints from before there was the field, where that is not its default."""
 
 
 @flax.struct.dataclass

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -38,6 +39,21 @@ class FlowHeadConfig(base.HeadConfig):
     seed: int = 0
     """Of the noise that acting starts from: the same at every step, so that the policy is a function of what it sees
     and consecutive chunks follow the same one of several possible ways."""
+    draws: int = 1
+    """Noises and times that training draws for every chunk. What the chunk is predicted from is computed once for all
+    of them, so further ones cost the head alone; the gradient that reaches the backbone has less noise."""
+    time_power: float = 1.0
+    """Training draws the times 1 - u^(1 / time_power), u uniform. Above 1 there are more of those near the noise, where
+    actions have to be found in what is observed; near time 1 they can be read from the input. 1.5 is what Black et al.
+    2024 have."""
+    data_std: float = 0.4
+    """Standard deviation of normalised actions, about. With it the network predicts the part of the velocity that does
+    not follow from its input, scaled to unit variance at all times, and all times count alike in the loss (Karras et
+    al. 2022, arXiv:2206.00364, section 5, for straight paths). 0: it predicts the velocity, and has to learn to copy
+    the noise before it learns anything of actions."""
+    time_turns: tuple[float, float] = (0.1, 5.0)
+    """Lowest and highest frequency of the sines that tell the network the time, in turns over the whole way. Sines of
+    many turns look like noise to it: two neighbouring times have nothing in common."""
     max_delay: int = 0
     """Training draws a delay of 0 ... max_delay actions for every chunk; those first actions enter as recorded, with
     time 1, and the loss is on the others (arXiv:2512.05964). So the policy learns to go on from actions that are
@@ -51,11 +67,16 @@ class FlowHeadConfig(base.HeadConfig):
     """Largest weight of the guidance (beta of arXiv:2506.07339)."""
     guidance_schedule: Literal["exp", "linear"] = "exp"
     """How its weight falls from the actions that are certain to those that need not be kept."""
+    temperature: float = 1.0
+    """Scale of the noise that acting starts from. 0 starts in the middle: the chunk that a policy holds for likely,
+    where 1 is one sample of those it holds for possible. May be changed after training."""
     num_samples: int = 0
     """Further chunks drawn from other noise at each step, whose spread is the confidence; 0: none is reported."""
 
+    EARLIER: ClassVar[Mapping[str, Any]] = {"time_turns": (1.0, 1000.0), "data_std": 0.0}
+
     def __post_init__(self):
-        require_positive(self, "hidden_size", "num_layers", "num_heads", "num_steps")
+        require_positive(self, "hidden_size", "num_layers", "num_heads", "num_steps", "draws")
         if self.guidance not in ("vjp", "identity", "prefix") or self.guidance_schedule not in ("exp", "linear"):
             raise ValueError(
                 f"policy.head.guidance={self.guidance!r} must be vjp, identity or prefix, and guidance_schedule="
@@ -66,6 +87,14 @@ class FlowHeadConfig(base.HeadConfig):
                 f"policy.head.max_delay={self.max_delay} must be 0 or more, and above 0 for guidance=prefix: the "
                 "policy has to be trained with it."
             )
+        if not self.time_power > 0:
+            raise ValueError(f"policy.head.time_power={self.time_power} must be above 0; 1 draws all times alike.")
+        if self.data_std < 0 or self.temperature < 0:
+            raise ValueError(
+                f"policy.head.data_std={self.data_std} and temperature={self.temperature} must not be negative."
+            )
+        if not 0 < self.time_turns[0] < self.time_turns[1]:
+            raise ValueError(f"policy.head.time_turns={self.time_turns} must be two rising numbers above 0.")
         if not self.guidance_limit > 0:
             raise ValueError(f"policy.head.guidance_limit={self.guidance_limit} must be above 0.")
         if self.num_samples < 0 or self.num_samples == 1:
@@ -82,6 +111,13 @@ def guidance_weight(time: jax.Array, limit: float) -> jax.Array:
     rest = jnp.maximum(1 - time, 1e-6)
     weight = (time**2 + rest**2) / jnp.maximum(time * rest, 1e-6)
     return jnp.minimum(weight, limit)
+
+
+def _scales(time: jax.Array, std: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of x(t) = (1 - t) noise + t actions, with actions of deviation `std`: the factor by which the velocity follows
+    from x in the mean (least squares), the deviation of what is left of it then, and the deviation of x."""
+    variance = jnp.square(1 - time) + jnp.square(time * std)
+    return (time * std**2 - (1 - time)) / variance, std / jnp.sqrt(variance), jnp.sqrt(variance)
 
 
 @flax.struct.dataclass
@@ -161,7 +197,9 @@ class FlowHead(nn.Module):
                 f"policy.head.max_delay={config.max_delay} must be below policy.chunk={self.chunk}: something has to "
                 "be left to predict."
             )
-        normal = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("position", "embed"))
+        # As large as what they are added to, which is noise at the input: with the 0.02 of language models it took all
+        # of a short training before actions of a chunk differed from each other.
+        normal = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("position", "embed"))
         self.context = dense(config.hidden_size, self.kernel)
         self.context_norm = LayerNorm(1e-5)
         self.step_table = self.param("steps", normal, (self.window, config.hidden_size))
@@ -172,7 +210,7 @@ class FlowHead(nn.Module):
         layer = functools.partial(Layer, config.num_heads, config.hidden_size, self.kernel)
         self.layers = [layer(name=f"layer_{i}") for i in range(config.num_layers)]
         self.final_norm = LayerNorm(1e-5)
-        zero = nn.initializers.zeros_init()  # initial velocity 0: the first loss is that of predicting 0
+        zero = nn.initializers.zeros_init()  # the first loss is that of actions that are always 0
         self.out = Dense(self.action_dim, ("embed", None), kernel_init=zero, kernel=self.kernel)
 
     def __call__(self, features: jax.Array, step_mask: jax.Array) -> FlowPrediction:
@@ -183,25 +221,34 @@ class FlowHead(nn.Module):
         return prediction
 
     def loss(self, prediction: FlowPrediction, actions: jax.Array, mask: jax.Array, count: jax.Array):
-        """Squared error of the velocity at one random time and noise per chunk; fixed ones where there is no
+        """Squared error of the velocity at `draws` random times and noises per chunk; one fixed draw where there is no
         "dropout" key, so that evaluations compare."""
-        key = self.make_rng("dropout") if self.has_rng("dropout") else jax.random.key(self.config.seed)
+        config, trains = self.config, self.has_rng("dropout")
+        key = self.make_rng("dropout") if trains else jax.random.key(config.seed)
+        draws = config.draws if trains else 1
         time_key, noise_key = jax.random.split(key)
-        target = actions.reshape(-1, *actions.shape[-2:])
+        # A masked action may hold anything, and the network sees the whole chunk.
+        target = jnp.where(mask[..., None], actions, 0.0).reshape(-1, *actions.shape[-2:])
+        # A draw is to the network what another step of the window is.
+        target = jnp.repeat(target, draws, axis=0)
+        condition = prediction.condition.replace(mask=jnp.repeat(prediction.condition.mask, draws, axis=1))
         time = jax.random.uniform(time_key, target.shape[:1])
+        if config.time_power != 1:
+            time = 1 - time ** (1 / config.time_power)
         weights = jnp.ones(())
-        if self.config.max_delay and self.has_rng("dropout"):
-            delays = jax.random.randint(jax.random.fold_in(key, 2), time.shape, 0, self.config.max_delay + 1)
+        if config.max_delay and trains:
+            delays = jax.random.randint(jax.random.fold_in(key, 2), time.shape, 0, config.max_delay + 1)
             given = jnp.arange(self.chunk) < delays[:, None]
             time = jnp.where(given, 1.0, time[:, None])
             # A chunk counts as much as without a delay: the mean over the actions that are predicted.
             weights = jnp.where(given, 0.0, self.chunk / (self.chunk - delays[:, None]))[..., None]
-        # A masked action may hold anything, and the network sees the whole chunk.
-        target = jnp.where(mask.reshape(-1, self.chunk)[..., None], target, 0.0)
         noise = jax.random.normal(noise_key, target.shape)
         position = time.reshape(len(target), -1, 1)
-        velocity = self.velocity(prediction.condition, (1 - position) * noise + position * target, time)
-        errors = (weights * losses.squared_error(velocity, target - noise)).reshape(actions.shape)
+        velocity = self.velocity(condition, (1 - position) * noise + position * target, time)
+        if config.data_std:
+            weights = weights / _scales(position, config.data_std)[1] ** 2
+        errors = weights * losses.squared_error(velocity, target - noise)
+        errors = errors.reshape(-1, draws, *errors.shape[1:]).mean(1).reshape(actions.shape)
         loss = losses.masked_mean(errors, mask, count)
         return loss, {"loss": loss, **base.by_kind("loss", errors, self.binary, mask, count)}
 
@@ -284,8 +331,8 @@ class FlowHead(nn.Module):
         return FlowPrediction(condition.replace(mask=condition.mask[:, -1:]), (len(features),)), carry
 
     def noise(self, size: int) -> jax.Array:
-        """The same float32[C, A] for every one of `size` chunks."""
-        noise = jax.random.normal(jax.random.key(self.config.seed), (self.chunk, self.action_dim))
+        """What acting starts from: the same float32[C, A] for every one of `size` chunks."""
+        noise = self.config.temperature * jax.random.normal(jax.random.key(self.config.seed), (self.chunk, self.action_dim))
         return jnp.broadcast_to(noise, (size, *noise.shape))
 
     def _condition(self, features: jax.Array, step_mask: jax.Array) -> Condition:
@@ -302,10 +349,18 @@ class FlowHead(nn.Module):
     def velocity(self, condition: Condition, x: jax.Array, time: jax.Array) -> jax.Array:
         """Chunks on their way float32[N * S, C, A], times in [0, 1], float32[N * S] or, where actions have their own,
         [N * S, C] -> float32[N * S, C, A]."""
+        std = self.config.data_std
+        if not std:
+            return self._network(condition, x, time)
+        known, rest, size = _scales(time.reshape(len(x), -1, 1), std)
+        return known * x + rest * self._network(condition, x / size, time)
+
+    def _network(self, condition: Condition, x: jax.Array, time: jax.Array) -> jax.Array:
+        """As `velocity`: its part that does not follow from `x` where there is a `data_std`, else all of it."""
         half = self.config.hidden_size // 2
         time = time.reshape(len(x), -1)
-        # Frequencies from one turn over the whole way to a thousand.
-        angle = 2 * np.pi * time[..., None] * jnp.logspace(0, 3, half, dtype=jnp.float32)
+        low, high = np.log10(self.config.time_turns)
+        angle = 2 * np.pi * time[..., None] * jnp.logspace(low, high, half, dtype=jnp.float32)
         waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
         x = self.action_in(x) + self.chunk_table + self.time_in(waves)
         for index, layer in enumerate(self.layers):
