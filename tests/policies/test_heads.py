@@ -267,12 +267,12 @@ def fresh_velocity(head: flow.FlowHead, noise: jax.Array, time: jax.Array) -> ja
     """What a head that has learned nothing tells actions and times apart by: its velocity, but for the last matrix,
     which begins at zero."""
     x = jnp.zeros((1, 1, 1, D))
-    params = unbox(head.init(jax.random.key(0), x, jnp.ones((1, 1), bool)))["params"]
+    params = unbox(jax.jit(head.init)(jax.random.key(0), x, jnp.ones((1, 1), bool)))["params"]
     params["out"] = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params["out"])
     bound = head.bind({"params": params})
-    condition = bound._condition(x, jnp.ones((1, 1), bool))
+    condition = jax.jit(bound._condition)(x, jnp.ones((1, 1), bool))
     condition = condition.replace(mask=jnp.repeat(condition.mask, len(noise), axis=1))
-    return bound.velocity(condition, noise, time)
+    return jax.jit(bound.velocity)(condition, noise, time)
 
 
 def test_a_new_flow_head_tells_the_actions_of_a_chunk_apart():
@@ -299,24 +299,27 @@ def test_a_flow_head_that_has_learned_nothing_leads_from_noise_to_actions_of_the
     # What follows from the noise alone is computed, not learned: a network that says 0 is right to the least squares.
     head = small_flow(data_std=0.4, num_steps=200)
     x = jnp.zeros((1, 1, 1, D))
-    params = unbox(head.init(jax.random.key(0), x, jnp.ones((1, 1), bool)))
+    params = unbox(jax.jit(head.init)(jax.random.key(0), x, jnp.ones((1, 1), bool)))
     bound = head.bind(params)
-    condition = bound._condition(x, jnp.ones((1, 1), bool))
+    condition = jax.jit(bound._condition)(x, jnp.ones((1, 1), bool))
     condition = condition.replace(mask=jnp.repeat(condition.mask, 500, axis=1))
     noise = jax.random.normal(jax.random.key(2), (500, 8, A))
-    np.testing.assert_allclose(bound._integrate(condition, noise, None), 0.4 * noise, atol=0.02)
+    integrate = jax.jit(lambda noise: bound._integrate(condition, noise, None))
+    np.testing.assert_allclose(integrate(noise), 0.4 * noise, atol=0.02)
     actions = 0.4 * jax.random.normal(jax.random.key(3), (1, 500, 8, A))
     mask = jnp.ones((1, 500, 8), bool)
-    loss, _ = bound.loss(flow.FlowPrediction(condition, (1, 500)), actions, mask, jnp.float32(4000))
+    prediction = flow.FlowPrediction(condition, (1, 500))
+    loss = jax.jit(lambda actions: bound.loss(prediction, actions, mask, jnp.float32(4000))[0])(actions)
     np.testing.assert_allclose(loss, 1, atol=0.03)  # at every time of unit variance
 
 
 def test_temperature_0_starts_a_flow_in_the_middle():
     head = small_flow(temperature=0.0)
     x = jnp.zeros((1, 1, 1, D))
-    params = unbox(head.init(jax.random.key(0), x, jnp.ones((1, 1), bool)))
+    params = unbox(jax.jit(head.init)(jax.random.key(0), x, jnp.ones((1, 1), bool)))
     bound = head.bind(params)
-    assert (bound.actions(bound(x, jnp.ones((1, 1), bool)))[..., :-1] == 0).all()
+    actions = jax.jit(lambda x: bound.actions(bound(x, jnp.ones((1, 1), bool))))(x)
+    assert (actions[..., :-1] == 0).all()
 
 
 def test_several_draws_are_the_mean_of_single_ones_and_near_the_noise_by_time_power(exact_matmul):

@@ -332,7 +332,9 @@ class FlowHead(nn.Module):
 
     def noise(self, size: int) -> jax.Array:
         """What acting starts from: the same float32[C, A] for every one of `size` chunks."""
-        noise = self.config.temperature * jax.random.normal(jax.random.key(self.config.seed), (self.chunk, self.action_dim))
+        noise = self.config.temperature * jax.random.normal(
+            jax.random.key(self.config.seed), (self.chunk, self.action_dim)
+        )
         return jnp.broadcast_to(noise, (size, *noise.shape))
 
     def _condition(self, features: jax.Array, step_mask: jax.Array) -> Condition:
