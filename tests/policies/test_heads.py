@@ -308,9 +308,13 @@ def test_a_flow_head_that_has_learned_nothing_leads_from_noise_to_actions_of_the
     np.testing.assert_allclose(integrate(noise), 0.4 * noise, atol=0.02)
     actions = 0.4 * jax.random.normal(jax.random.key(3), (1, 500, 8, A))
     mask = jnp.ones((1, 500, 8), bool)
-    prediction = flow.FlowPrediction(condition, (1, 500))
-    loss = jax.jit(lambda actions: bound.loss(prediction, actions, mask, jnp.float32(4000))[0])(actions)
-    np.testing.assert_allclose(loss, 1, atol=0.03)  # at every time of unit variance
+
+    def loss(params, condition, actions):
+        return head.bind(params).loss(flow.FlowPrediction(condition, (1, 500)), actions, mask, jnp.float32(4000))[0]
+
+    np.testing.assert_allclose(
+        jax.jit(loss)(params, condition, actions), 1, atol=0.03
+    )  # at every time of unit variance
 
 
 def test_temperature_0_starts_a_flow_in_the_middle():

@@ -246,7 +246,7 @@ class FlowHead(nn.Module):
         position = time.reshape(len(target), -1, 1)
         velocity = self.velocity(condition, (1 - position) * noise + position * target, time)
         if config.data_std:
-            weights = weights / _scales(position, config.data_std)[1] ** 2
+            weights = weights * jnp.square(_scales(position, config.data_std)[2] / config.data_std)
         errors = weights * losses.squared_error(velocity, target - noise)
         errors = errors.reshape(-1, draws, *errors.shape[1:]).mean(1).reshape(actions.shape)
         loss = losses.masked_mean(errors, mask, count)
