@@ -8,7 +8,7 @@ BIN := .venv/bin
 VERSION_TESTS := tests/actions tests/data tests/inputs tests/nn tests/parallel tests/policies tests/training tests/test_cli.py \
 	tests/runs/test_config.py tests/test_environments.py tests/test_imports.py tests/experiments/test_plan.py
 
-.PHONY: run test docs test-slow test-oldest test-newest lint types hooks clean always help
+.PHONY: run test docs test-slow test-oldest test-newest lint types hooks wheel-test clean always help
 
 run: .venv/run  ## the main job: records in the embedded simulator, trains, rolls out; about nine minutes on two cores
 	$(BIN)/python -m experiments.calvin_abcd $(ARGS)
@@ -38,6 +38,9 @@ types: .venv/dev  ## mypy on what users import (pyproject.toml); most of a minut
 
 hooks: .venv/dev  ## what pre-commit checks before a commit, on every file; `pre-commit install` does it at each commit
 	$(BIN)/pre-commit run --all-files
+
+wheel-test: .venv/pip  ## the release: a wheel is built and installed into empty environments, for a robot and to train
+	$(BIN)/python tests/wheel.py .venv-wheel
 
 help:  ## this list
 	@awk -F':.*  ## ' '/^[a-z-]+:.*  ## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,4 +75,4 @@ help:  ## this list
 always:
 
 clean:  ## away with the environments and runs/
-	rm -rf .venv .venv-oldest .venv-newest runs
+	rm -rf .venv .venv-oldest .venv-newest .venv-wheel runs

@@ -36,6 +36,20 @@ def test_forms_for_issues_can_be_read_and_ask_for_what_is_needed():
     assert "emergency stop" in (ROOT / "SECURITY.md").read_text()
 
 
+def test_the_version_is_the_same_wherever_it_stands():
+    (version,) = re.findall(r"^version = (\S+)$", (ROOT / "setup.cfg").read_text(), flags=re.MULTILINE)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## (\S+) \((\S+)\)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert (version, str(citation["date-released"])) == newest.groups()
+    assert citation["version"] == version and citation["cff-version"] == "1.2.0"
+
+
+@pytest.mark.slow
+def test_a_wheel_is_built_and_runs_in_empty_environments(tmp_path):
+    done = subprocess.run([sys.executable, "tests/wheel.py", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="pip install -e .[dev]")
 def test_what_users_import_has_types_that_fit():
