@@ -7,6 +7,7 @@ it, and so neither jax nor the rest of the library, is imported before the comma
 from __future__ import annotations
 
 import difflib
+import importlib
 import runpy
 import sys
 from collections.abc import Sequence
@@ -74,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    try:
+        importlib.import_module(programs.PACKAGE)
+    except ImportError as error:  # installed for a robot, without jax
+        sys.exit(f"error: {error}")
     cli_help.started_as = called
     sys.argv = [called, *rest]
     runpy.run_module(f"{programs.PACKAGE}.{program.module}", run_name="__main__", alter_sys=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -67,9 +68,12 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def present() -> dict[str, dict[str, Program]]:
-    """COMMANDS with the programs that there are."""
+    """COMMANDS with the programs that there are. Nothing is imported: without jax, `experiments` refuses to be."""
+    package = importlib.util.find_spec(PACKAGE)
+    folders = [] if package is None else package.submodule_search_locations or []
+    modules = {path.stem for folder in folders for path in pathlib.Path(folder).glob("*.py")}
     found = {
-        command: {word: p for word, p in programs.items() if importlib.util.find_spec(f"{PACKAGE}.{p.module}")}
-        for command, programs in COMMANDS.items()
+        command: {word: program for word, program in words.items() if program.module in modules}
+        for command, words in COMMANDS.items()
     }
-    return {command: programs for command, programs in found.items() if programs}
+    return {command: words for command, words in found.items() if words}

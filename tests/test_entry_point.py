@@ -35,6 +35,20 @@ def test_help_lists_every_command_and_imports_neither_jax_nor_numpy():
         assert f"\n  {command} " in shown
 
 
+def test_without_jax_help_is_there_and_a_command_says_what_to_install():
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from robovlms_jax import commands; commands.main(sys.argv[1:])"
+    )
+
+    def start(*arguments):  # -S: no installed packages at all
+        command = [sys.executable, "-S", "-c", code, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert "evaluate" in start("--help").stdout
+    done = start("evaluate", "--checkpoint", "run")
+    assert done.returncode == 1 and done.stderr.startswith("error: experiments need JAX") and "[train]" in done.stderr
+
+
 def test_help_of_training_imports_nothing_that_only_trains():
     code = (
         "import runpy, sys; sys.argv = ['x', '--help']\n"
