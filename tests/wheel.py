@@ -9,6 +9,7 @@ In the second, with the extra `train`: a checkpoint's way is opened, a program r
 from __future__ import annotations
 
 import pathlib
+import shutil
 import subprocess
 import sys
 import venv
@@ -36,6 +37,7 @@ def environment(folder: pathlib.Path, wheel: pathlib.Path, extra: str) -> pathli
 
 def main(folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # what was removed since would be packed
     for old in folder.glob("*.whl"):
         old.unlink()
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT, cwd=folder)
