@@ -8,7 +8,10 @@ BIN := .venv/bin
 VERSION_TESTS := tests/actions tests/data tests/inputs tests/nn tests/parallel tests/policies tests/training tests/test_cli.py \
 	tests/runs/test_config.py tests/test_environments.py tests/test_imports.py tests/experiments/test_plan.py
 
-.PHONY: run test docs test-slow test-oldest test-newest lint types hooks wheel-test clean always help
+.PHONY: demo run test docs test-slow test-oldest test-newest lint types hooks wheel-test clean always help
+
+demo: .venv/demo  ## a robot that obeys sentences, in the browser; nothing is trained
+	$(BIN)/python -m experiments.demo $(ARGS)
 
 run: .venv/run  ## the main job: records in the embedded simulator, trains, rolls out; about nine minutes on two cores
 	$(BIN)/python -m experiments.calvin_abcd $(ARGS)
@@ -52,6 +55,10 @@ help:  ## this list
 
 .venv/run: .venv/pip setup.cfg requirements.txt
 	$(BIN)/python -m pip install --quiet -c requirements.txt -e .[train]
+	touch $@
+
+.venv/demo: .venv/pip setup.cfg requirements.txt
+	$(BIN)/python -m pip install --quiet -c requirements.txt -e .[serve]
 	touch $@
 
 .venv/test: .venv/pip setup.cfg requirements.txt

@@ -1,0 +1,72 @@
+"""A checkpoint made small, to pass on: what only training needs is left out, parameters are stored in 16 bits.
+
+    python -m experiments.bundle --checkpoint runs/playtable_fixtures --to policies/playtable_fixtures
+
+What is written opens, serves and evaluates like any checkpoint; only resuming needs the original. IEEE's 16-bit
+floating point keeps 11 binary digits of each parameter (bfloat16 keeps 8); parameters beyond its range are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+import shutil
+import sys
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from robovlms_jax import cli
+from robovlms_jax.runs import logs, saved
+from robovlms_jax.runs.load import open_model
+from robovlms_jax.training import checkpoints, items
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class BundleConfig:
+    """What to make small, and where to write it."""
+
+    checkpoint: str
+    """Run directory or one of its checkpoints/<step> folders."""
+    to: str
+    """Directory to write: a checkpoint like any other."""
+
+
+def halve(params: object) -> object:
+    """The same tree in float16. Raises ValueError that names a parameter beyond its range."""
+    largest = float(np.finfo(np.float16).max)
+    for path, value in flatten_dict(params, sep="/").items():
+        if not np.isfinite(value).all() or np.abs(value).max(initial=0) > largest:
+            raise ValueError(f"parameter {path} has values beyond {largest:g} or not finite.")
+    return jax.tree.map(lambda x: np.asarray(x, np.float16), params)
+
+
+def bundle(config: BundleConfig) -> pathlib.Path:
+    """Returns the step directory. Raises FileNotFoundError, ValueError, FileExistsError that say what to change."""
+    source = checkpoints.locate(config.checkpoint)
+    serving = items.read_serving(source)
+    _, params, _ = open_model(source, weights="float32", dtype="float32")
+    params = jax.device_get(params)
+    target = checkpoints.write_policy(config.to, halve(params), serving)
+    if (source / saved.CALIBRATION).is_file():
+        shutil.copy2(source / saved.CALIBRATION, target)
+    return target
+
+
+def main() -> None:
+    logs.to_stderr(absl=logging.ERROR)
+    config = cli.read(BundleConfig, description=__doc__)
+    try:
+        target = bundle(config)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        sys.exit(f"error: {error}")
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    log.info("%s: %.2f MB", target, size / 1e6)
+
+
+if __name__ == "__main__":
+    main()

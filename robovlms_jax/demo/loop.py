@@ -1,0 +1,199 @@
+"""Two threads: one that controls, in time, and one that draws what the first one leaves behind.
+
+Control never waits for a picture, an encoder or a socket. What is to be drawn lies in one place, and the newest takes
+the place of what was not fetched; nothing is drawn while nobody is ready to see it.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import queue
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import simplejpeg
+
+from robovlms_jax.demo.stage import Snapshot, Stage
+from robovlms_jax.demo.world import Painter, World
+
+log = logging.getLogger(__name__)
+
+SPEEDS = (1.0, 0.5, 0.25, 0.1)
+"""How fast the demonstration's time may go."""
+
+Command = Callable[[Stage], Any]
+
+_QUALITY = 88
+
+
+class Message(NamedTuple):
+    """A snapshot as it is sent. number: of its pictures. whole: see `pack`; bare: without the pictures, for who has
+    them already."""
+
+    number: int
+    whole: bytes
+    bare: bytes
+
+
+class ControlLoop:
+    """Calls `Stage.tick` 30 times a second, times the speed of slow motion, in a thread of its own.
+
+    Args:
+      seen: given every snapshot; must return at once.
+    """
+
+    def __init__(self, stage: Stage, seen: Callable[[Snapshot], None]):
+        self._stage, self._seen = stage, seen
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._wake, self._stopping, self._speed = threading.Event(), False, 1.0
+        self._begun: collections.deque[float] = collections.deque(maxlen=61)
+        self._late: collections.deque[float] = collections.deque(maxlen=300)
+        self._work: collections.deque[float] = collections.deque(maxlen=300)
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        self._stopping = True
+        self._wake.set()
+        self._thread.join(timeout_s)
+
+    def do(self, command: Command) -> None:
+        """Between two ticks, soon."""
+        self._commands.put(command)
+        self._wake.set()
+
+    def set_speed(self, speed: float) -> None:
+        """Raises ValueError for one that is none of SPEEDS."""
+        if speed not in SPEEDS:
+            raise ValueError(f"speed {speed!r} is none of {list(SPEEDS)}.")
+        self._speed = speed
+        self._wake.set()
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """speed: as set. ticks_per_s: over the last 60 ticks. late_ms, work_ms: 99th percentiles of the last 300, how
+        late they began and how long they took."""
+        begun = list(self._begun)
+        rate = (len(begun) - 1) / (begun[-1] - begun[0]) if len(begun) > 1 else 0.0
+        found = {"speed": self._speed, "ticks_per_s": round(rate, 1)}
+        for name, times in (("late_ms", self._late), ("work_ms", self._work)):
+            known = list(times)
+            found[name] = round(1000 * float(np.percentile(known, 99)), 1) if known else 0.0
+        return found
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        while not self._stopping:
+            self._obey()
+            now = time.monotonic()
+            if now < due:
+                self._wake.wait(due - now)
+                self._wake.clear()
+                continue
+            self._late.append(now - due)
+            self._begun.append(now)
+            self._seen(self._stage.tick())
+            period = 1 / (World.rate_hz * self._speed)
+            self._work.append(time.monotonic() - now)
+            # A tick that came too late is not made up for: time then goes slower, and the page says so.
+            due = max(due + period, time.monotonic() - period)
+
+    def _obey(self) -> None:
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                command(self._stage)
+            except Exception:  # one bad command must not end control
+                log.exception("a command failed")
+
+
+class Camera:
+    """Draws the newest snapshot for everybody, in a thread of its own.
+
+    Args:
+      sizes: camera -> px.
+      deliver: given each finished message; called in this thread.
+      numbers: what else the facts say, asked for at each message.
+    """
+
+    def __init__(
+        self, sizes: Mapping[str, int], deliver: Callable[[Message], None], numbers: Callable[[], Mapping[str, Any]]
+    ):
+        self._painter, self._deliver, self._numbers = Painter(sizes), deliver, numbers
+        self._newest: Snapshot | None = None
+        self._changed, self._wanted, self._stopping = threading.Event(), threading.Event(), False
+        self._drawn: tuple[Any, dict[str, bytes]] = (None, {})
+        self._number, self._draw_s = 0, 0.0
+        self._thread = threading.Thread(target=self._run, name="camera", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        self._stopping = True
+        self._changed.set()
+        self._wanted.set()
+        self._thread.join(timeout_s)
+
+    def see(self, snapshot: Snapshot) -> None:
+        """The newest one; called by the control loop, returns at once."""
+        self._newest = snapshot
+        self._changed.set()
+
+    def want(self) -> None:
+        """Somebody is ready for a picture."""
+        self._wanted.set()
+
+    def _run(self) -> None:
+        while True:
+            self._wanted.wait()
+            self._changed.wait()
+            if self._stopping:
+                return
+            self._wanted.clear()
+            self._changed.clear()
+            try:
+                self._deliver(self._message(self._newest))
+            except Exception:  # control goes on without pictures
+                log.exception("a picture could not be drawn")
+
+    def _message(self, snapshot: Snapshot) -> Message:
+        started = time.monotonic()
+        if self._drawn[0] is not snapshot.moment.state:
+            pictures = {name: _encoded(self._painter.draw(snapshot.moment, name)) for name in self._painter.sizes}
+            self._drawn, self._number = (snapshot.moment.state, pictures), self._number + 1
+            self._draw_s = time.monotonic() - started
+        facts = {**snapshot.facts, **self._numbers(), "draw_ms": round(1000 * self._draw_s, 1)}
+        return Message(self._number, pack(facts, self._drawn[1]), pack(facts, {}))
+
+
+def _encoded(picture: np.ndarray) -> bytes:
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=_QUALITY, colorspace="RGB")
+
+
+def pack(facts: Mapping[str, Any], pictures: Mapping[str, bytes]) -> bytes:
+    """uint32 (little-endian) length of the JSON, the JSON, and the JPEG files, whose names and lengths are in it under
+    "pictures"."""
+    names = [[name, len(data)] for name, data in pictures.items()]
+    text = json.dumps({**facts, "pictures": names}, separators=(",", ":")).encode()
+    return b"".join((struct.pack("<I", len(text)), text, *pictures.values()))
+
+
+def unpack(message: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The reverse of `pack`."""
+    (length,) = struct.unpack_from("<I", message)
+    facts, at, pictures = json.loads(message[4 : 4 + length]), 4 + length, {}
+    for name, size in facts.pop("pictures"):
+        pictures[name], at = message[at : at + size], at + size
+    return facts, pictures

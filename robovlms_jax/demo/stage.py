@@ -1,0 +1,357 @@
+"""What happens at every tick: a sentence obeyed through the safety layer, a stop that stays, the way back to the start.
+
+No threads, no clocks, no sockets: `Stage.tick` is one control step of 1/30 s, and everything else is called between two
+of them. `loop` calls it in time, `server` says what people want.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from robovlms_jax.control.execution import Executed, Execution
+from robovlms_jax.control.interface import ActionChunk, Observation, Policy
+from robovlms_jax.control.robot import CALVIN
+from robovlms_jax.demo import homing
+from robovlms_jax.demo.sentences import Match, Sentences, clean
+from robovlms_jax.demo.world import Frozen, Start, World, project
+from robovlms_jax.deploy.limits import Limits
+from robovlms_jax.deploy.safety import SafetyLayer
+from robovlms_jax.deploy.signals import Event, Measured
+from robovlms_jax.envs.calvin import tasks
+
+log = logging.getLogger(__name__)
+
+Phase = Literal["waiting", "acting", "returning"]
+
+SPEEDS_M_S = (0.8, 0.25, 0.1)
+"""Speed limits of the tool that people may choose. 0.8: more than the simulated arm can do. 0.25: what ISO 10218-1
+calls reduced speed, for people who stand beside a robot."""
+
+LIMITS = Limits(
+    speed_m_s=SPEEDS_M_S[0],
+    # Of Franka Emika's Panda in Cartesian space, as its maker states them.
+    acceleration_m_s2=13.0,
+    jerk_m_s3=6500.0,
+    turn_rad_s=2.5,
+    turn_acceleration_rad_s2=25.0,
+    turn_jerk_rad_s3=12500.0,
+    workspace_m=((-0.5, 0.5), (-0.6, 0.3), (0.3, 0.9)),
+    # Relative actions add up: a policy that pushes against what does not move sends the hand ever further into it, and
+    # may find its way out. The workspace ends that, not a stop.
+    following_error_m=1.0,
+    following_error_rad=1.0,
+)
+"""Above the table, and as quick as the real arm may be; what the twin asks for is hardly ever changed."""
+
+TRAIL = 90
+"""Ticks of the hand's path that are kept to be drawn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What was asked: the words, what they were taken for, and the scene when it began."""
+
+    typed: str
+    match: Match
+    before: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A tick as the page shows it. facts: JSON values. moment: to be drawn."""
+
+    tick: int
+    moment: Frozen
+    facts: dict[str, Any]
+
+
+class _Remembering:
+    """The policy, and the whole of its last chunk, of which only a part is executed."""
+
+    def __init__(self, policy: Policy):
+        self._policy, self.robot = policy, CALVIN
+        self.chunk: ActionChunk | None = None
+
+    def reset(self, instruction: str) -> None:
+        self.chunk = None
+        self._policy.reset(instruction)
+
+    def act(self, observation: Observation) -> ActionChunk:
+        self.chunk = self._policy.act(observation)
+        return self.chunk
+
+
+class Stage:
+    """The table, the policy and the safety layer. Calls come from one thread.
+
+    Args:
+      sentences: what the policy was trained on.
+      execution: how much of a chunk is executed.
+      max_steps: control steps after which a task counts as failed.
+      scenes: where to begin, and what "next scene" shows.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        policy: Policy,
+        sentences: Sentences,
+        scenes: Iterator[Start],
+        *,
+        execution: Execution,
+        max_steps: int,
+    ):
+        self.world, self.sentences, self._scenes = world, sentences, scenes
+        self._seen = _Remembering(policy)
+        self._policy, self._max_steps = Executed(self._seen, execution), max_steps
+        self.tick_number, self.interventions = 0, 0
+        self.phase: Phase = "waiting"
+        self.task: Task | None = None
+        self._waiting: Task | None = None
+        """Begins when the hand is back."""
+        self._speed_m_s, self._layer = SPEEDS_M_S[0], self._new_layer(SPEEDS_M_S[0])
+        self._intervention: Event | None = None
+        self._said: collections.deque[dict[str, Any]] = collections.deque(maxlen=12)
+        self._count = 0
+        self.score = [0, 0]
+        """Tasks done, and tasks that ended."""
+        self._start = next(scenes)
+        self._begin_scene()
+
+    # What people do -----------------------------------------------------------------------------------------------
+
+    def instruct(self, text: object) -> bool:
+        """Whether it is obeyed; what became of it is said on the page either way."""
+        typed = clean(text)
+        match = self.sentences.nearest(typed)
+        if not typed:
+            self._say("problem", "That was empty. Say what the robot should do.")
+        elif not match.understood:
+            self._say("problem", f"“{typed}”: I know nothing like that. Nearest: “{match.sentence}”. Nothing moves.")
+        elif self._layer.latch.state != "run":
+            self._say("problem", f"“{typed}”: the robot is stopped. Release the stop first.")
+        elif match.task not in self.world.possible([match.task]):
+            self._say("problem", f"“{match.sentence}” cannot be done now: it is so already, or out of reach.")
+        else:
+            if match.similarity < 1:
+                self._say("note", f"“{typed}” → nearest known sentence: “{match.sentence}” ({match.similarity:.0%}).")
+            self._waiting = Task(typed, match, {})
+            if self.phase == "waiting" and homing.is_home(self.world.robot_obs):
+                self._begin_task()
+            else:
+                self._go_home()
+            return True
+        return False
+
+    def stop(self, who: str) -> None:
+        """Latches a stop: brakes, forgets the task, and obeys nobody until `release`."""
+        if self._layer.latch.state in ("run", "ready"):
+            self._layer.stop(f"stop pressed by {who}")
+            self._end_task()
+            self._say("stop", f"Stopped by {who}. Nothing moves until somebody releases the stop.")
+
+    def release(self, who: str) -> None:
+        """A person lifts the stop. Nothing moves by that alone: it takes a new sentence."""
+        try:
+            self._layer.reset(who)
+            self._layer.start(who)
+        except RuntimeError as error:
+            self._say("problem", f"The stop stays: {error}")
+            return
+        self._say("note", f"Stop released by {who}. The robot waits for a sentence.")
+
+    def hold(self, reason: str) -> None:
+        """Brakes and forgets the task, without a latched stop."""
+        if self.task or self._waiting:
+            self._end_task()
+            self._say("note", reason)
+
+    def reset(self) -> None:
+        """The same scene from its beginning. A latched stop stays."""
+        self._begin_scene()
+        self._say("note", "The scene begins again.")
+
+    def next_scene(self) -> None:
+        """Another table and another state of it. A latched stop stays."""
+        self._start = next(self._scenes)
+        self._begin_scene()
+        self._say("note", f"Next scene, on table {self._start.table}.")
+
+    def limit_speed(self, metres_per_second: float) -> None:
+        """Raises ValueError for a speed that is none of SPEEDS_M_S."""
+        if metres_per_second not in SPEEDS_M_S:
+            raise ValueError(f"speed limit {metres_per_second!r} m/s is none of {list(SPEEDS_M_S)}.")
+        self._speed_m_s = metres_per_second
+        self._layer = self._new_layer(metres_per_second)
+        self._say("note", f"Speed limit: {metres_per_second:g} m/s.")
+
+    # What happens by itself ---------------------------------------------------------------------------------------
+
+    def tick(self) -> Snapshot:
+        """One control step."""
+        self.tick_number += 1
+        measured = Measured(self.world.robot_obs[:6], grippers=self.world.robot_obs[14:15])
+        action = self._wanted() if self._layer.latch.state == "run" else None
+        decision = self._layer.brake(measured) if action is None else self._layer.check(action, measured)
+        for event in decision.events:
+            if event.stage != "latch":
+                self.interventions, self._intervention = self.interventions + 1, event
+        if action is not None or not self._rests:
+            self.world.step(decision.action)
+            self._path.append(self.world.robot_obs[:3])
+        self._rests = action is None and self._layer.at_rest and self._quiet_ticks() > CALVIN.rate_hz
+        if decision.stop and (self.task or self._waiting):  # the layer itself stopped
+            self._say("stop", f"Stopped by the safety layer: {self._layer.latch.reason}.")
+            self._end_task()
+        if self.task and self.phase == "acting":
+            self._judge()
+        return Snapshot(self.tick_number, self.world.frozen, self._facts(decision.action))
+
+    def _quiet_ticks(self) -> int:
+        self._quiet = self._quiet + 1 if self.phase == "waiting" else 0
+        return self._quiet
+
+    def _wanted(self) -> np.ndarray | None:
+        """The action that is asked for now; None: to stand still."""
+        if self.phase == "returning":
+            action = self._homing.action(self.world.robot_obs, self.world.target)
+            if action is not None:
+                return action
+            self.phase = "waiting"
+            if self._waiting:
+                self._begin_task()
+        return self._predicted() if self.phase == "acting" else None
+
+    def _predicted(self) -> np.ndarray | None:
+        if not self._queue:
+            try:
+                chunk = self._policy.act(self.world.observe())
+            except Exception as error:  # a policy fails in its own ways; the robot must come to rest in any case
+                log.exception("the policy failed")
+                self._layer.stop(f"the policy failed: {error}")
+                return None
+            self._queue.extend(chunk.actions)
+            self._plan_from, self._row = self.world.target[:3].copy(), -1
+        self._steps, self._row = self._steps + 1, self._row + 1
+        return np.asarray(self._queue.popleft(), np.float64)
+
+    def _judge(self) -> None:
+        done = self.task.match.task in tasks.completed_tasks(self.task.before, self.world.info)
+        if not done and self._steps < self._max_steps:
+            return
+        seconds = self._steps / CALVIN.rate_hz
+        self.score = [self.score[0] + done, self.score[1] + 1]
+        words = f"Done in {seconds:.1f} s" if done else f"Not done after {seconds:.1f} s, gave up"
+        self._say("done" if done else "failed", f"{words}: “{self.task.match.sentence}”.")
+        self._go_home()
+
+    def _begin_task(self) -> None:
+        self.task, self._waiting = dataclasses.replace(self._waiting, before=dict(self.world.info)), None
+        self._forget_plan()
+        self._policy.reset(self.task.match.sentence)
+        self.phase = "acting"
+
+    def _go_home(self) -> None:
+        """Back to where tasks begin, for that is where the policy has seen them begin."""
+        self.task, self.phase = None, "returning"
+        self._forget_plan()
+        self._homing = homing.Homing(self.world.robot_obs)
+
+    def _end_task(self) -> None:
+        self.task, self._waiting, self.phase = None, None, "waiting"
+        self._forget_plan()
+
+    def _begin_scene(self) -> None:
+        self.world.reset(self._start)
+        self._layer = self._new_layer(self._speed_m_s)
+        self._path: collections.deque[np.ndarray] = collections.deque(maxlen=TRAIL)
+        self._quiet, self._rests = 0, False
+        self._known_possible: list[str] = []
+        self._end_task()
+
+    def _forget_plan(self) -> None:
+        self._queue: collections.deque[np.ndarray] = collections.deque()
+        self._steps, self._seen.chunk = 0, None
+        self._plan_from, self._row = np.zeros(3), 0
+        """Where the drawn path begins, and which of its actions was executed last."""
+
+    def _new_layer(self, metres_per_second: float) -> SafetyLayer:
+        """A layer that begins where the robot is; a stop that is latched stays latched."""
+        layer = SafetyLayer(CALVIN, dataclasses.replace(LIMITS, speed_m_s=metres_per_second))
+        before = getattr(self, "_layer", None)
+        if before is not None and before.latch.state != "run":
+            layer.stop(before.latch.reason)
+        return layer
+
+    # What the page shows ------------------------------------------------------------------------------------------
+
+    def _say(self, kind: str, text: str) -> None:
+        self._count += 1
+        self._said.append({"number": self._count, "kind": kind, "text": text})
+
+    def _facts(self, action: np.ndarray) -> dict[str, Any]:
+        event, latch = self._intervention, self._layer.latch
+        return {
+            "tick": self.tick_number,
+            "table": self._start.table,
+            "phase": self.phase if latch.state == "run" else "stopped",
+            "latch": latch.state,
+            "reason": latch.reason,
+            "typed": self.task.typed if self.task else "",
+            "instruction": self.task.match.sentence if self.task else "",
+            "task": self.task.match.task if self.task else "",
+            "steps": self._steps,
+            "max_steps": self._max_steps,
+            "score": list(self.score),
+            "said": list(self._said),
+            "possible": self._possible(),
+            "action": [round(float(x), 3) for x in action],
+            "chunk": self._drawn_chunk(),
+            "trail": _rounded(project(np.array(self._path))) if self._path else [],
+            "confidence": self._confidence(),
+            "interventions": self.interventions,
+            "intervention": None if event is None else {"tick": event.tick, "stage": event.stage, "why": event.reason},
+            "speed_limit": self._speed_m_s,
+        }
+
+    def _possible(self) -> list[str]:
+        if not self._known_possible or self.tick_number % 10 == 0:
+            self._known_possible = self.world.possible(list(self.sentences.known))
+        return self._known_possible
+
+    def _drawn_chunk(self) -> list[list[float]]:
+        """The predicted path in the static picture, [right, down, 1 if the gripper is open] for each action."""
+        chunk = self._seen.chunk
+        if chunk is None:
+            return []
+        scale = CALVIN.action[0].measure[0]
+        path = self._plan_from + np.cumsum(chunk.actions[:, :3], axis=0) * scale
+        return _rounded(np.column_stack([project(np.vstack([self._plan_from, path])), _opens(chunk.actions)]))
+
+    def _confidence(self) -> dict[str, Any] | None:
+        """How sure the policy is of the action being executed, as far as it says: `within_mm` in `coverage` of all
+        cases where it was calibrated, else the bare `uncertainty`."""
+        chunk = self._seen.chunk
+        if chunk is None or chunk.uncertainty is None:
+            return None
+        row = min(self._row, len(chunk.actions) - 1)
+        found: dict[str, Any] = {"uncertainty": round(float(chunk.uncertainty[row]), 4)}
+        if chunk.interval is not None and np.isfinite(chunk.interval[row, :3]).all():
+            millimetres = 1000 * CALVIN.action[0].measure[0] * chunk.interval[row, :3].max()
+            found |= {"within_mm": round(float(millimetres), 1), "coverage": chunk.coverage}
+        return found
+
+
+def _rounded(points: np.ndarray) -> list[list[float]]:
+    return [[round(float(x), 4) for x in point] for point in points]
+
+
+def _opens(actions: np.ndarray) -> np.ndarray:
+    """float[C + 1]: is the gripper open at each point of the drawn path, whose first point is where it begins?"""
+    return np.concatenate([actions[:1, 6], actions[:, 6]]) > 0

@@ -1,0 +1,215 @@
+"""The table of the demonstration: PlayTable alone, one step at a time, with what a page wants to know beside it.
+
+`PlayTable` renders eight pictures for one, since evaluation fills them; here a picture is a program of its own. States
+are never changed in place, so that another thread draws one (`Painter`) while the next is being made.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from robovlms_jax.control.interface import Observation
+from robovlms_jax.envs.calvin import task_chains, tasks
+from robovlms_jax.playtable import env
+from robovlms_jax.playtable.mechanics import bodies
+from robovlms_jax.playtable.pictures import cameras, render
+from robovlms_jax.playtable.scene import JOINTS, SLIDER, initial_obs, make_scene
+from robovlms_jax.types import Array
+
+TABLES = ("D", "A", "B", "C")
+"""In the order they are shown; training leaves D out."""
+_ROOM_M = {"slider": 0.15, "drawer": 0.12}
+"""How far a mechanism must still be able to move for its task to be possible: `envs.calvin.tasks` asks for as much."""
+
+
+class Start(NamedTuple):
+    """How a scene begins. table: "A" to "D". condition: see `task_chains.Condition`."""
+
+    table: str
+    condition: task_chains.Condition
+
+
+def starts(names: Sequence[str], seed: int) -> Iterator[Start]:
+    """Scenes without end, tables taking turns, in each of which at least one of the tasks `names` is possible."""
+    rng = np.random.default_rng(seed)
+    conditions = [c for c in task_chains.initial_conditions() if any(task_chains.successors(c, x) for x in names)]
+    while True:
+        for table in TABLES:
+            yield Start(table, conditions[rng.integers(len(conditions))])
+
+
+class Frozen(NamedTuple):
+    """A moment, to be drawn by whoever wants to. table: which; state: see `bodies.State`."""
+
+    table: str
+    state: bodies.State
+
+
+@functools.partial(jax.jit, static_argnames=("camera", "size"))
+def _picture(scene: Any, state: bodies.State, camera: str, size: int, backdrop: Any) -> Array:
+    return render.render(scene, state, camera, size, backdrop, tiled=jax.default_backend() == "cpu")
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _backdrop(scene: Any, size: int) -> Any:
+    return render.backdrop(scene, size)
+
+
+class Painter:
+    """Pictures of moments. sizes: camera -> px. Several threads may draw."""
+
+    def __init__(self, sizes: Mapping[str, int]):
+        self.sizes = dict(sizes)
+
+    def draw(self, moment: Frozen, camera: str) -> np.ndarray:
+        """uint8[size, size, 3]."""
+        backdrop = _kept_backdrop(moment.table, self.sizes["static"])
+        return np.asarray(_picture(_scene(moment.table), moment.state, camera, self.sizes[camera], backdrop))
+
+
+@functools.cache
+def _scene(table: str) -> Any:
+    return make_scene(table)
+
+
+@functools.cache
+def _kept_backdrop(table: str, size: int) -> Any:
+    return _backdrop(_scene(table), size)
+
+
+class World:
+    """One table and the robot at it.
+
+    Args:
+      image_sizes: camera -> px of the pictures that the policy sees.
+    """
+
+    rate_hz = 30.0
+
+    def __init__(self, image_sizes: Mapping[str, int]):
+        self._painter = Painter(image_sizes)
+        self.reset(Start(TABLES[0], task_chains.initial_conditions()[0]))
+
+    def reset(self, start: Start) -> None:
+        robot, table = (obs[None] for obs in initial_obs(start.condition, start.table))
+        self.table, self._scenes = start.table, jax.tree.map(lambda x: x[None], _scene(start.table))
+        self._take(env.reset_batch(self._scenes, robot, table))
+
+    def step(self, action: np.ndarray) -> None:
+        """1/30 s of a relative action float[7]; see `PlayTable.step`."""
+        self._take(env.step_batch(self._scenes, self._states, np.asarray(action, np.float32)[None]))
+
+    def observe(self) -> Observation:
+        """As `PlayTable.observe`."""
+        moment = self.frozen
+        return Observation({name: self._painter.draw(moment, name) for name in self._painter.sizes}, self.robot_obs)
+
+    @property
+    def frozen(self) -> Frozen:
+        return Frozen(self.table, self._state)
+
+    @property
+    def robot_obs(self) -> np.ndarray:
+        """float32[15], see `physics.robot_obs`."""
+        return self.info["robot_obs"]
+
+    @property
+    def target(self) -> np.ndarray:
+        """float32[6]: where the hand was sent, m and Euler rad; the hand follows a few steps behind."""
+        return np.concatenate([self._state.target_position, self._state.target_euler])
+
+    def _take(self, states: bodies.State) -> None:
+        self._states = states
+        found = jax.device_get(env.info_batch(self._scenes, states))
+        self.info = {key: values[0] for key, values in found.items()}
+        self._state = jax.tree.map(lambda x: x[0], jax.device_get(states))
+
+    def possible(self, names: Sequence[str]) -> list[str]:
+        """Those of the tasks that can be done as the table stands now."""
+        return [name for name in names if self._is_possible(name)]
+
+    def _is_possible(self, name: str) -> bool:
+        joints = dict(zip(JOINTS, self._state.mechanisms.tolist(), strict=True))
+        reach = dict(zip(JOINTS, _scene(self.table).joint_range.tolist(), strict=True))
+        left = {joint: reach[joint] - joints[joint] for joint in joints}
+        moved = {
+            "move_slider_left": left["slider"] > _ROOM_M["slider"],
+            "move_slider_right": joints["slider"] > _ROOM_M["slider"],
+            "open_drawer": left["drawer"] > _ROOM_M["drawer"],
+            "close_drawer": joints["drawer"] > _ROOM_M["drawer"],
+        }
+        return moved[name] if name in moved else len(task_chains.successors(self._condition(), name)) == 1
+
+    def _condition(self) -> task_chains.Condition:
+        """The table in the words of `task_chains`; a block that stands on another is "stacked_top"."""
+        info, reach = self.info, _scene(self.table).joint_range
+        condition: dict[str, Any] = {
+            "led": int(info["led"]),
+            "lightbulb": int(info["lightbulb"]),
+            "slider": "left" if info["slider"] > reach[SLIDER] / 2 else "right",
+            "drawer": "open" if info["drawer"] > _ROOM_M["drawer"] else "closed",
+        }
+        middle = float(np.mean(_scene(self.table).anchors.shelf))
+        bodies_touched = dict(zip(tasks.BODIES, np.asarray(info["contacts"]).T, strict=True))
+        for row, color in enumerate(tasks.BLOCKS, start=1):
+            on = {body: bool(touched[row]) for body, touched in bodies_touched.items()}
+            others = any(on[f"{other}_block"] for other in tasks.BLOCKS)
+            x, _, z = info["block_position"][row - 1]
+            lowest = not any(on[body] for body in ("base", "drawer", "shelf"))
+            if on["robot"] and lowest and not others:
+                place = "grasped"
+            elif others:
+                place = "stacked_top" if z > np.sort(info["block_position"][:, 2])[0] + 0.02 else "stacked_bottom"
+            elif on["shelf"]:
+                place = "slider_left" if x < middle else "slider_right"
+            else:
+                place = "drawer" if on["drawer"] else "table"
+            condition[f"{color}_block"] = place
+        condition["grasped"] = int("grasped" in condition.values())
+        return condition
+
+
+def project(points: np.ndarray) -> np.ndarray:
+    """World points float[N, 3], m -> where the static camera sees them, float[N, 2]: right and down, from 0 to 1."""
+    eye, axes, focal = _static_camera()
+    seen = (points - eye) @ axes
+    return seen[:, :2] / seen[:, 2:] * focal + 0.5
+
+
+@functools.cache
+def _static_camera() -> tuple[np.ndarray, np.ndarray, float]:
+    camera = cameras.camera(None, "static")
+    return np.asarray(camera.eye), np.asarray(camera.rotation), float(cameras.focal(camera, 1))
+
+
+def per_metre() -> float:
+    """How long a metre at the table is in the static camera's picture, as a share of its width."""
+    eye, axes, focal = _static_camera()
+    return float(focal / ((np.array([0.0, 0.0, 0.45]) - eye) @ axes[:, 2]))
+
+
+def warm_up(image_sizes: Mapping[str, int], view_sizes: Mapping[str, int]) -> Iterator[tuple[str, Any]]:
+    """(what, a function that compiles it) of everything that is drawn or stepped; they may run in several threads."""
+    start = Start(TABLES[0], task_chains.initial_conditions()[0])
+
+    def simulator() -> None:
+        World(image_sizes).step(np.array([0, 0, 0, 0, 0, 0, 1.0]))
+
+    yield "the simulator's step", simulator
+    scene = jax.tree.map(lambda x: x[None], make_scene(start.table))
+    for sizes, whose in ((image_sizes, "the policy's"), (view_sizes, "the page's")):
+        painter = Painter(sizes)
+        for camera in sizes:
+
+            def draw(painter: Painter = painter, camera: str = camera) -> None:
+                states = env.reset_batch(scene, *(obs[None] for obs in initial_obs(start.condition, start.table)))
+                state = jax.tree.map(lambda x: x[0], jax.device_get(states))
+                for table in TABLES:
+                    painter.draw(Frozen(table, state), camera)
+
+            yield f"{whose} picture of the {camera} camera", draw
