@@ -57,7 +57,7 @@ class DemoConfig:
 
 
 def describe(config: DemoConfig) -> show.ShowConfig:
-    """What is to be shown of the checkpoint. Raises ValueError, FileNotFoundError for one that cannot drive PlayTable."""
+    """What is to be shown. Raises ValueError, FileNotFoundError for a checkpoint that cannot drive PlayTable."""
     path = pathlib.Path(config.checkpoint) if config.checkpoint else twin.DIRECTORY
     trained = load_config(path)
     require_same(trained.policy, robots.CALVIN, "PlayTable is driven as")

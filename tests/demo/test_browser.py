@@ -1,0 +1,87 @@
+"""The page in headless Chromium, with the real table and twin behind it. Needs a browser, and a minute or two."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from tests.demo.browser import browser, find
+
+pytest.importorskip("websockets", reason="the page needs the extra `serve`")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find() is None, reason="no Chromium is installed")]
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@contextlib.contextmanager
+def demonstration():
+    """The page's address; ends with Ctrl-C, which must be the end of it."""
+    command = [sys.executable, "-m", "experiments.demo", "--port", "0"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=lambda: [lines.put(line) for line in process.stderr], daemon=True).start()
+    try:
+        while not (found := re.search(r"http://localhost:\d+/", lines.get(timeout=60))):
+            pass
+        yield found[0]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+
+
+def test_one_looks_types_stops_releases_and_a_second_one_watches(tmp_path):
+    with demonstration() as url, browser(tmp_path / "first") as page:
+        page.size(1280, 900)
+        page.open(url)
+        page.wait("document.body.dataset.state === 'live' && facts !== null", 300)
+        page.wait("times.length >= 10 && document.querySelectorAll('#chips button').length > 0", 60)
+        assert page.ask("document.querySelector('#role').textContent") == "You control"
+
+        page.ask("document.querySelector('#text').focus()")
+        typed = 'turn  off "the" <b>green</b> light ä'
+        page.type(typed)
+        page.key(" ", "Space", " ")  # in a text field, a space
+        assert page.ask("document.querySelector('#text').value") == typed + " "
+        page.ask("document.querySelector('#text').value = ''")
+
+        page.ask("document.querySelector('#chips button').click()")
+        page.wait("facts.phase === 'acting' && facts.steps > 6", 60)
+        page.wait("times.length >= 10", 60)
+        colours = "new Set(draw.static.getImageData(0, 0, 600, 600).data).size"
+        assert page.ask(colours) > 50 and page.ask("draw.wrist.getImageData(0, 0, 9, 9).data.length") == 324
+        assert page.ask("$('overlay').getContext('2d').getImageData(0, 0, 1200, 1200).data.some(x => x)")
+        page.screenshot(tmp_path / "acting.png")
+
+        page.key(" ", "Space", " ")
+        page.wait("facts.phase === 'stopped' && facts.latch === 'hold' && !$('banner').hidden", 20)
+        assert page.ask("$('send').disabled && !$('release').hidden")
+        page.screenshot(tmp_path / "stopped.png")
+        page.ask("$('release').click()")
+        page.wait("facts.phase === 'waiting' && $('banner').hidden", 20)
+
+        with browser(tmp_path / "second") as other:
+            other.size(390, 844, phone=True)
+            other.open(url)
+            other.wait("facts !== null && role.number === 2", 60)
+            assert other.ask("$('send').disabled && !$('stop').disabled && !$('take').hidden")
+            assert other.ask("document.documentElement.scrollWidth") <= 390
+            other.ask("$('take').click()")
+            page.wait("!$('give').hidden", 10)
+            page.ask("$('give').click()")
+            other.wait("role.controls && !$('send').disabled", 10)
+            other.screenshot(tmp_path / "phone.png")
+            assert other.complaints == []
+        page.wait("!role.controls && role.free || role.visitors === 1", 10)
+        assert page.complaints == []
