@@ -56,6 +56,7 @@ COMMANDS: Mapping[str, Mapping[str, Program]] = {
     "push": {"": Program("push", "PushConfig", "a policy to the Hugging Face hub, with a card")},
     "pull": {"": Program("pull", "PullConfig", "a policy from there")},
     "trial": {"": Program("trial", "TrialConfig", "policies on a real robot, compared blind")},
+    "bundle": {"": Program("bundle", "BundleConfig", "a checkpoint made small, to pass on")},
     "export": {
         "": Program("export", "ExportConfig", "a control step as StableHLO, ONNX or LiteRT"),
         "backbone": Program("export_backbone", "ExportBackboneConfig", "a policy's VLM for transformers, or PEFT"),

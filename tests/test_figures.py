@@ -116,3 +116,22 @@ def test_the_memory_of_adapters_beside_eight_bits_is_that_of_its_plans():
         assert f"{qlora[name] / 2**30:.1f} instead of {lora[name] / 2**30:.1f} GiB {words}" in text
     assert f"full training: {size['total']} GiB" in text
     assert qlora["activations"] == lora["activations"] and f"{lora['activations'] / 2**30:.1f} GiB in both" in text
+
+
+def test_the_table_of_the_demonstrations_twin_is_that_of_its_runs():
+    found = result("demo_cpu")
+    text = " ".join((ROOT / "robovlms_jax/demo/twin/README.md").read_text(encoding="utf-8").split())
+    trained, stored = found["as_trained"], found["as_stored"]
+    for task, before in trained["success"].items():
+        after = stored["success"][task]
+        assert f"| {task} | {before.count('1')} of {len(before)} | {after.count('1')} of {len(after)} |" in text
+    for rate in (trained, stored):
+        low, high = rate["wilson_95_percent"]
+        assert (
+            f"{rate['count']} of {rate['of']}, {rate['count'] / rate['of']:.1%}".replace("%", " %").replace(
+                ".0 %", " %"
+            )
+            in text
+            and f"({low:.0f} to {high:.0f})" in text
+        )
+    assert f"Of the same 200 trials, {found['alike']} end alike" in text
