@@ -9,13 +9,17 @@ Needs pip install -e .[serve]. docs/demo.md says what the page shows, and who ma
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
+import os
 import pathlib
 import secrets
 import signal
 import sys
+import threading
 import webbrowser
+from collections.abc import Callable
 
 from robovlms_jax import cli
 from robovlms_jax.control import robot as robots
@@ -79,8 +83,11 @@ def address(config: DemoConfig, token: str, port: int) -> str:
     return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
 
 
-async def run(config: DemoConfig, shown: show.ShowConfig) -> None:
-    """Until SIGINT or SIGTERM. Raises OSError where nobody can listen, and what loading the policy raises."""
+async def run(config: DemoConfig, shown: show.ShowConfig) -> bool:
+    """Until SIGINT or SIGTERM. Raises OSError where nobody can listen, and what loading the policy raises.
+
+    Returns whether everything has ended; else programs are still being compiled, and nobody needs them.
+    """
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
@@ -93,7 +100,7 @@ async def run(config: DemoConfig, shown: show.ShowConfig) -> None:
     if config.open_browser:
         webbrowser.open(url)
     path = config.checkpoint or twin.DIRECTORY
-    preparing = asyncio.ensure_future(asyncio.to_thread(playing.prepare, shown, lambda: load_policy(path)))
+    preparing = beside(lambda: playing.prepare(shown, lambda: load_policy(path)))
     stopping = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait((preparing, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -102,18 +109,43 @@ async def run(config: DemoConfig, shown: show.ShowConfig) -> None:
             log.info("the robot is ready")
             await stopping
         log.info("ending")
+        return preparing.done()
     finally:
         await playing.server.stop()
         playing.close()
+
+
+def beside(work: Callable[[], None]) -> asyncio.Future:
+    """Runs it in a thread that does not keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future = loop.create_future()
+
+    def settle(error: BaseException | None) -> None:
+        if not done.done():
+            done.set_result(None) if error is None else done.set_exception(error)
+
+    def run_it() -> None:
+        error = None
+        try:
+            work()
+        except BaseException as caught:  # told where it is waited for
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+            loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=run_it, name="prepare", daemon=True).start()
+    return done
 
 
 def main() -> None:
     logs.to_stderr(absl=logging.ERROR)
     config = cli.read(DemoConfig, description=__doc__)
     try:
-        asyncio.run(run(config, describe(config)))
+        ended = asyncio.run(run(config, describe(config)))
     except (ValueError, FileNotFoundError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
+    if not ended:
+        os._exit(0)  # a compilation cannot be stopped, and Python would wait for it
 
 
 if __name__ == "__main__":
