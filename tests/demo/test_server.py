@@ -86,7 +86,8 @@ def running(**options):
     try:
         yield it
     finally:
-        it.loop.call_soon_threadsafe(it.end.set)
+        with contextlib.suppress(RuntimeError):  # the test has ended it, and the loop is closed
+            it.loop.call_soon_threadsafe(it.end.set)
         thread.join(10)
         assert not thread.is_alive()
 
