@@ -49,6 +49,7 @@ class Visitor:
     socket: Any
     ready: bool = True
     pictures: int = -1
+    seen: Message | None = None
     sent_s: float = 0.0
     round_trip_ms: float = 0.0
     acknowledged: int = 0
@@ -243,7 +244,7 @@ class DemoServer:
             message = self._newest
             if not visitor.ready or message is None:
                 continue
-            visitor.ready, visitor.sent_s = False, time.monotonic()
+            visitor.ready, visitor.sent_s, visitor.seen = False, time.monotonic(), message
             new, visitor.pictures = message.number != visitor.pictures, message.number
             await self._send(visitor, message.whole if new else message.bare)
 
@@ -266,6 +267,8 @@ class DemoServer:
         if kind == "ack":
             visitor.ready, visitor.round_trip_ms = True, round(1000 * (now - visitor.sent_s), 1)
             visitor.acknowledged += 1
+            if self._newest is not visitor.seen:
+                visitor.fresh.set()
             if visitor.acknowledged % ACKS_PER_REPORT == 0:
                 self._tell_role(visitor)
             self._want()
