@@ -110,7 +110,7 @@ def detect(config: CalibrateConfig) -> str:
 
 
 def main() -> None:
-    logs.to_stderr(level=logging.WARNING)
+    logs.to_stderr()
     config = cli.read(CalibrateConfig, description=__doc__)
     try:
         print(detect(config) if config.rollouts else calibrate(config))

@@ -40,6 +40,8 @@ from robovlms_jax.schema import to_dict
 from robovlms_jax.training import checkpoints
 from robovlms_jax.weights import convert, quantize, rearrange, rules, sources
 
+logger = logging.getLogger(__name__)
+
 REPORT = "conversion.json"
 INSTRUCTION = "open the drawer"
 """What the self-check asks the policy to do."""
@@ -87,9 +89,11 @@ def main(config: ConvertConfig) -> dict[str, Any]:
 
     params, table, report = _convert(config, model, source, experiment.backbone.dtype)
     policy = BatchedVLAPolicy(model, params, backbone.encoder(0), slots=1)
+    logger.info("compiling a control step, to compare what is written with what was read")
     before = _act(policy)
     serving = {"config": to_dict(experiment), "assets": dict(backbone.assets)}
     checkpoints.write_policy(target, params, serving)
+    logger.info("reading what was written")
     del params, policy.params  # they are read again now; two copies of a large model need not lie in memory
 
     opened = load.load_batched_policy(target, slots=1)
@@ -254,7 +258,7 @@ def _describe(report: Mapping[str, Any], target: pathlib.Path) -> str:
 
 def cli(argv: list[str] | None = None) -> None:
     """Command line; errors of the user end the process with a message and status 1."""
-    logs.to_stderr(level=logging.WARNING)
+    logs.to_stderr()
     config = command_line.read(ConvertConfig, description=__doc__, argv=argv)
     try:
         main(config)

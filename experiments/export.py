@@ -131,6 +131,7 @@ def export(config: ExportConfig) -> pathlib.Path:
     if existed and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"out={folder} is not an empty folder; name a new one.")
     apart = config.to == "stablehlo"
+    log.info("reading %s and tracing its control step", config.checkpoint)
     step = program.make(config.checkpoint, config.weights, config.instructions, None if apart else "float32")
     require_form(step.model, config.to)
     description = step.describe(config.instructions, weights=apart)
@@ -138,6 +139,7 @@ def export(config: ExportConfig) -> pathlib.Path:
         log.warning("the program's actions are %s, not the robot's own", description["actions"]["representation"])
     folder.mkdir(parents=True, exist_ok=True)
     try:
+        log.info("writing %s as %s", folder, config.to)
         _write(step, folder, config, description)
     except BaseException:
         for path in folder.iterdir():

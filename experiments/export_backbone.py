@@ -10,6 +10,7 @@ adds (head, action query, sensors) is no part of either.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pathlib
 import sys
 
@@ -20,9 +21,11 @@ from robovlms_jax import cli
 from robovlms_jax.backbones import registry
 from robovlms_jax.inputs import tokenizers
 from robovlms_jax.nn.linear import merge_lora
-from robovlms_jax.runs import build, load, saved
+from robovlms_jax.runs import build, load, logs, saved
 from robovlms_jax.training import checkpoints
 from robovlms_jax.weights import convert, export, peft, sources
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,9 @@ def main(config: ExportBackboneConfig) -> pathlib.Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not an empty directory; choose another --out.")
     experiment, assets = saved.read_checkpoint(checkpoints.locate(config.checkpoint))
+    logger.info("reading %s", config.checkpoint)
     model, params, _ = load.open_model(config.checkpoint, weights="float32")
+    logger.info("writing %s", target)
     base = config.base or experiment.backbone.weights
     vlm, params = model.vlm, params["backbone"]
     if config.adapters:
@@ -95,6 +100,7 @@ def _complete(params: dict, spare: dict[str, tuple[int, ...]], rules: tuple, bas
 
 
 if __name__ == "__main__":
+    logs.to_stderr()
     try:
         main(cli.read(ExportBackboneConfig, description=__doc__))
     except (ValueError, OSError) as error:

@@ -220,6 +220,7 @@ def main() -> None:
     # No accelerator is asked for, or needed.
     jax.config.update("jax_platforms", "cpu")
     if config.compile:
+        print("compiling for CPUs, which takes minutes for large models", file=sys.stderr)
         jax.config.update("jax_num_cpu_devices", config.devices or named_devices(config.mesh))
     try:
         result = plan(config)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import tqdm
 
 from robovlms_jax.data import loading, opening, represented
 from robovlms_jax.policies import confidence, objective
@@ -62,7 +63,7 @@ def compare(config: ExperimentConfig, model: VLA, params: Any, encode: Any) -> C
     batches = loading.evaluation_batches(
         source, segments_per_batch=config.segments_per_batch, num_batches=0, num_threads=config.data.num_threads
     )
-    for batch in batches:
+    for batch in tqdm.tqdm(batches, desc="predicting the validation split", unit="batch", delay=2):
         predicted, recorded, mask, spread = jax.device_get(program(params, batch))
         scores = confidence.scores(predicted, recorded, None if spread is None else spread.scale, columns)
         there = mask.any(-1)

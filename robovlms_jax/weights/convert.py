@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+import tqdm
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from robovlms_jax.weights import tying
@@ -54,8 +55,9 @@ def load_params(
     untied = tying.difference(rules, source)
     if untied is not None:
         raise ValueError(f"{source.name}: {untied}. {tying.REMEDY}")
+    shown = tqdm.tqdm(recipes.items(), desc=f"reading {source.name}", unit="parameter", delay=2)
     return unflatten_dict(
-        {path: _load(recipe, source, flat[path], flat_shardings[path]) for path, recipe in recipes.items()}, sep="/"
+        {path: _load(recipe, source, flat[path], flat_shardings[path]) for path, recipe in shown}, sep="/"
     )
 
 

@@ -114,7 +114,7 @@ def test_a_bar_stands_from_the_first_second_on_and_moves_before_a_trial_ends(tmp
     assert "0/4" in shown[0]
     assert any("compiling" in line and "0/4" in line for line in shown)
     assert any("control step 1" in line and "0/4" in line for line in shown)
-    assert any("3/4" in line and "tasks in a row so far" in line for line in shown)
+    assert any("3/4" in line and "tasks solved" in line for line in shown)
     (said,) = [record.getMessage() for record in caplog.records if "tasks in a row" in record.getMessage()]
     assert said.startswith("Line: 4 trials in ")
 
