@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict
 from robovlms_jax import cli
 from robovlms_jax.runs import logs, saved
 from robovlms_jax.runs.load import open_model
-from robovlms_jax.training import checkpoints, items
+from robovlms_jax.training import checkpoints, items, seals
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,13 @@ def halve(params: object) -> object:
     return jax.tree.map(lambda x: np.asarray(x, np.float16), params)
 
 
+def forget_places(step: pathlib.Path) -> None:
+    """Orbax notes in a step directory where it was written, which is nobody's business elsewhere."""
+    for note in step.glob("*/commit_success.txt"):
+        note.write_text("Checkpoint commit was successful.", encoding="utf-8")
+    seals.seal(step)
+
+
 def bundle(config: BundleConfig) -> pathlib.Path:
     """Returns the step directory. Raises FileNotFoundError, ValueError, FileExistsError that say what to change."""
     source = checkpoints.locate(config.checkpoint)
@@ -52,6 +59,7 @@ def bundle(config: BundleConfig) -> pathlib.Path:
     _, params, _ = open_model(source, weights="float32", dtype="float32")
     params = jax.device_get(params)
     target = checkpoints.write_policy(config.to, halve(params), serving)
+    forget_places(target)
     if (source / saved.CALIBRATION).is_file():
         shutil.copy2(source / saved.CALIBRATION, target)
     return target

@@ -48,6 +48,8 @@ def test_the_twin_knows_the_defaults_tasks_and_names_nothing_of_where_it_was_mad
     shown = demo.describe(demo.DemoConfig())
     assert tuple(shown.tasks) == FIXTURE_TASKS and dict(shown.image_sizes) == {"static": 96, "wrist": 64}
     serving = items.read_serving(checkpoints.locate(twin.DIRECTORY))
+    notes = [path.read_text() for path in twin.DIRECTORY.rglob("commit_success.txt")]
+    assert len(notes) == 2 and not any("/" in note for note in notes)
     for room, name in (("data", "root"), ("train", "output"), ("backbone", "weights")):
         assert not pathlib.PurePath(serving["config"][room].get(name) or "").is_absolute()
 
@@ -63,6 +65,7 @@ def test_what_is_beyond_the_range_of_16_bits_is_not_bundled():
 @pytest.mark.slow
 def test_a_bundle_opens_like_the_checkpoint_it_was_made_of(tmp_path):
     made = bundle.bundle(bundle.BundleConfig(str(twin.DIRECTORY), str(tmp_path / "small")))
+    assert not [path for path in made.rglob("*") if path.is_file() and str(tmp_path).encode() in path.read_bytes()]
     before, after = (flatten_dict(load_policy(x)._batched.params, sep="/") for x in (twin.DIRECTORY, made))
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[path], after[path]) for path in before)
