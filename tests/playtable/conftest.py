@@ -74,12 +74,14 @@ def _read(folder: pathlib.Path) -> Iterator[Recording]:
         )
 
 
-@pytest.fixture(scope="module")
-def optimised():
-    """For modules whose programs run for longer than they compile, elsewhere they do not: a setting that stayed made
-    tests of other folders, in the same process, take up to nine times as long."""
+@pytest.fixture(scope="module", autouse=True)
+def optimised(request):
+    """Where slow tests run, programs run for longer than they compile, elsewhere they do not. A setting that stayed
+    made tests of other folders, in the same process, take up to nine times as long."""
+    here = [item for item in request.session.items if item.path == request.path]
     before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", False)
+    if any(item.get_closest_marker("slow") for item in here):
+        jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from robovlms_jax.playtable import demonstrations, env, scene
 from robovlms_jax.playtable.config import DemonstrationConfig
-
-pytestmark = pytest.mark.usefixtures("optimised")
 
 
 def test_a_chain_begins_on_its_own_table():

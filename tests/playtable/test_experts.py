@@ -19,8 +19,6 @@ from robovlms_jax.playtable.mechanics import bodies, contacts, physics, pushing
 from robovlms_jax.playtable.scene import SCENES, stack_scenes
 from tests.playtable.conftest import reset, reset_all
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 FIXTURES = (
     "open_drawer",
     "close_drawer",

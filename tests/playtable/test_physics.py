@@ -15,8 +15,6 @@ from robovlms_jax.playtable.mechanics import contacts, physics, pushing
 from robovlms_jax.playtable.scene import BUTTON, DRAWER, SCENES, SLIDER, SWITCH, make_scene
 from tests.playtable.conftest import action, depths, info, reset, reset_all, step
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 RED, BLUE, PINK = range(3)
 
 

@@ -10,8 +10,6 @@ import pytest
 from robovlms_jax.data import calvin, spool
 from robovlms_jax.playtable import demonstrations, recording
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 
 def fake_chains(tables, renderer):
     """Chain k has k % 3 segments of 3 frames; every number in it says which chain and frame it is."""
