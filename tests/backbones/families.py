@@ -95,7 +95,7 @@ FORMS = {
 ENCODER_DECODER = ("florence-2-base", "blip2-flan-t5-xl", "instructblip-flan-t5-xl")
 """The same of those with an encoder, whose sequences are two: compared in test_encoder_decoder.py."""
 
-SAME_ARITHMETIC = ("otter-mpt-7b", "otter-llama-7b")
+SAME_ARITHMETIC = ("otter-mpt-7b", "otter-llama-7b", "instructblip-flan-t5-xl")
 """Those of them whose parts are compared in others, too; in the slow tests alone."""
 
 

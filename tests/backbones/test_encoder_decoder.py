@@ -41,7 +41,13 @@ def twin() -> Twin:
     return make_pair(families.tiny(NAME))
 
 
-@pytest.fixture(scope="module", params=families.ENCODER_DECODER)
+ORDINARY = [
+    pytest.param(name, marks=pytest.mark.slow if name in families.SAME_ARITHMETIC else ())
+    for name in families.ENCODER_DECODER
+]
+
+
+@pytest.fixture(scope="module", params=ORDINARY)
 def each(request, twin) -> Twin:
     return twin if request.param == NAME else make_pair(families.tiny(request.param))
 
