@@ -1,6 +1,6 @@
 """A checkpoint made small, to pass on: what only training needs is left out, parameters are stored in 16 bits.
 
-    python -m experiments.bundle --checkpoint runs/playtable_fixtures --to policies/playtable_fixtures
+    python -m experiments.bundle --checkpoint runs/playtable_fixtures --out policies/playtable_fixtures
 
 What is written opens, serves and evaluates like any checkpoint; only resuming needs the original. IEEE's 16-bit
 floating point keeps 11 binary digits of each parameter (bfloat16 keeps 8); parameters beyond its range are refused.
@@ -32,7 +32,7 @@ class BundleConfig:
 
     checkpoint: str
     """Run directory or one of its checkpoints/<step> folders."""
-    to: str
+    out: str
     """Directory to write: a checkpoint like any other."""
 
 
@@ -58,7 +58,7 @@ def bundle(config: BundleConfig) -> pathlib.Path:
     serving = items.read_serving(source)
     _, params, _ = open_model(source, weights="float32", dtype="float32")
     params = jax.device_get(params)
-    target = checkpoints.write_policy(config.to, halve(params), serving)
+    target = checkpoints.write_policy(config.out, halve(params), serving)
     forget_places(target)
     if (source / saved.CALIBRATION).is_file():
         shutil.copy2(source / saved.CALIBRATION, target)

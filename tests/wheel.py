@@ -57,7 +57,10 @@ def main(folder: pathlib.Path) -> None:
         "from robovlms_jax.data.registry import mixtures\n"
         "from robovlms_jax.envs.calvin import task_chains\n"
         "from robovlms_jax.load import load_policy\n"
-        "assert len(task_chains.official_chains()) == 1000"
+        "from robovlms_jax.demo import twin\n"
+        "from robovlms_jax.training import checkpoints\n"
+        "assert len(task_chains.official_chains()) == 1000\n"
+        "assert checkpoints.locate(twin.DIRECTORY), 'every file of the trained twin is there'"
     )
     run(train / "python", "-c", data_files, cwd=folder)
     assert "--train.steps" in run(train / "robovlms", "train", "--help", cwd=folder)
