@@ -206,7 +206,7 @@ class Stage:
             self.world.step(decision.action)
             self._path.append(self.world.robot_obs[:3])
         self._rests = action is None and self._layer.at_rest and self._quiet_ticks() > CALVIN.rate_hz
-        if decision.stop and (self.task or self._waiting):  # the layer itself stopped
+        if decision.stop and self.phase != "waiting":  # the layer itself stopped
             self._say("stop", f"Stopped by the safety layer: {self._layer.latch.reason}.")
             self._end_task()
         if self.task and self.phase == "acting":

@@ -78,6 +78,19 @@ def test_a_stop_stays_until_it_is_released_and_release_moves_nothing():
     assert stage.instruct("turn on the green light") and play(stage, 2)["phase"] == "acting"
 
 
+def test_a_stop_on_the_way_home_ends_that_way():
+    stage, world, _ = make_stage()
+    stage.instruct("turn on the green light")
+    while play(stage, 1)["phase"] != "returning":
+        assert stage.tick_number < 60
+    play(stage, 12)
+    stage._layer.stop("the layer's own reason")
+    assert "the layer's own reason" in texts(play(stage, 10))[-1]
+    stage.release("Ann")
+    here = world.robot_obs[:6].copy()
+    assert play(stage, 30)["phase"] == "waiting" and np.array_equal(world.robot_obs[:6], here)
+
+
 def test_a_new_sentence_ends_the_old_one_and_begins_at_home():
     stage, world, policy = make_stage()
     stage.instruct("turn on the green light")
