@@ -42,10 +42,10 @@ class FlowHeadConfig(base.HeadConfig):
     draws: int = 1
     """Noises and times that training draws for every chunk. What the chunk is predicted from is computed once for all
     of them, so further ones cost the head alone; the gradient that reaches the backbone has less noise."""
-    time_power: float = 1.0
+    time_power: float = 1.5
     """Training draws the times 1 - u^(1 / time_power), u uniform. Above 1 there are more of those near the noise, where
-    actions have to be found in what is observed; near time 1 they can be read from the input. 1.5 is what Black et al.
-    2024 have."""
+    actions have to be found in what is observed; near time 1 they can be read from the input. 1.5 is as in Black et al.
+    2024."""
     data_std: float = 0.4
     """Standard deviation of normalised actions, about. With it the network predicts the part of the velocity that does
     not follow from its input, scaled to unit variance at all times, and all times count alike in the loss (Karras et
@@ -73,7 +73,7 @@ class FlowHeadConfig(base.HeadConfig):
     num_samples: int = 0
     """Further chunks drawn from other noise at each step, whose spread is the confidence; 0: none is reported."""
 
-    EARLIER: ClassVar[Mapping[str, Any]] = {"time_turns": (1.0, 1000.0), "data_std": 0.0}
+    EARLIER: ClassVar[Mapping[str, Any]] = {"time_turns": (1.0, 1000.0), "data_std": 0.0, "time_power": 1.0}
 
     def __post_init__(self):
         require_positive(self, "hidden_size", "num_layers", "num_heads", "num_steps", "draws")
