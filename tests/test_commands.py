@@ -45,6 +45,7 @@ OTHERS = {
     "XLA": "--xla_cpu_use_fusion_emitters --xla_cpu_parallel_codegen_split_count "
     "--xla_force_host_platform_device_count",
     "vla-eval": "--no-docker",
+    "pytest": "--durations --dist",
     "ours, in a text about any": "--help --help-all --flag --FIELD",
 }
 """Flags of other programs."""

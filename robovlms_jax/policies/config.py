@@ -125,7 +125,7 @@ class PolicyConfig:
     robot: robots.RobotSpec = robots.CALVIN
     """What observations and actions are made of: dimensions by name, unit and kind, cameras, rate. The default stands
     for "as the dataset says": a run takes the dataset's, saves it, and compares it wherever the policy goes. Anything
-    else must be what the dataset says. On the command line a JSON file (README, "Other robots")."""
+    else must be what the dataset says. On the command line a JSON file (docs/guide.md, "Other robots")."""
     representation: representations.Name = "robot"
     """What is predicted, made of the robot's actions when data are read and turned back into them in control (see
     `actions.representations`): robot (as recorded), relative, absolute, absolute_6d, absolute_quaternion,
