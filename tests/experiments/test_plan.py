@@ -70,7 +70,7 @@ def test_the_planned_batch_is_the_one_that_is_loaded(changes):
     batch = source.evaluation_batch(np.arange(config.segments_per_batch))
     found, planned = (
         {jax.tree_util.keystr(path): (x.shape, x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (batch, plan.describe_batch(config))
+        for tree in (batch, plan.describe_batch(config, (6,)))
     )
     assert found == planned
 
