@@ -148,6 +148,7 @@ class ActionQueue:
                 for i in range(len(new))
                 if starts + i >= self.now
             }
+            self._rows |= {tick: row for tick, row in old.items() if tick < starts}  # until the new chunk begins
             if self.config.seam == "freeze":
                 self._rows |= {tick: row for tick, row in old.items() if tick < observed + frozen}
             return True

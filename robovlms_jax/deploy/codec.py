@@ -16,6 +16,9 @@ import numpy as np
 KINDS = "biufSU"
 """Kinds of NumPy types that may come: numbers, truth values and text."""
 
+TEXT = 4096
+"""Characters of the longest text, in an array or not: a tokenizer takes seconds for millions of them."""
+
 DecodeImage = Callable[[bytes], np.ndarray]
 """A PNG or JPEG file -> uint8[height, width, channels]. Raises ValueError."""
 
@@ -45,7 +48,7 @@ class Bounds:
     """Compressed pictures, each of which may become many more bytes than it has."""
     pixels: int = 16_000_000
     """Of all compressed pictures together."""
-    text: int = 4096
+    text: int = TEXT
     """Characters of a text."""
 
 
@@ -112,7 +115,7 @@ def unpack(message: bytes, bounds: Bounds, decode_image: DecodeImage | None = No
         left.count("compressed pictures", 1)
         if not isinstance(entry.get("data"), bytes):
             raise ValueError("a picture's data are no bytes.")
-        return Compressed(functools.partial(left.decode, str(entry.get("format")), entry["data"]))
+        return Compressed(functools.partial(left.decode, brief(entry.get("format"), 20), entry["data"]))
 
     if len(message) > bounds.message_bytes:
         raise ValueError(f"the message has {len(message)} bytes; at most {bounds.message_bytes} are read.")
@@ -160,10 +163,26 @@ class _Left:
         return picture
 
 
+def brief(value: Any, length: int) -> str:
+    """The first characters of what a message has where something else was expected. Texts and bytes are cut before they
+    are written out: str() of all that a message may hold takes a second, in which other robots would wait."""
+    if isinstance(value, str | bytes):
+        return str(value[:length])[:length]
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"[:length]
+    if isinstance(value, list):
+        inner = (
+            x if isinstance(x, int | float) else brief(x, 20) if isinstance(x, str | bytes) else type(x).__name__
+            for x in value[:20]
+        )
+        return f"[{', '.join(map(str, inner))}{', ...' if len(value) > 20 else ''}]"[:length]
+    return type(value).__name__ if isinstance(value, dict | Compressed) else str(value)[:length]
+
+
 def _array(entry: Mapping[str, Any]) -> np.ndarray:
     dtype, shape, data = _dtype(entry), entry.get("shape"), entry.get("data")
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**31 for n in shape) or len(shape) > 8:
-        raise ValueError(f"an array's shape is {str(shape)[:80]}; expected up to eight whole numbers of 0 or more.")
+        raise ValueError(f"an array's shape is {brief(shape, 80)}; expected up to eight whole numbers of 0 or more.")
     if not isinstance(data, bytes):
         raise ValueError(f"an array's data are a {type(data).__name__}, expected bytes.")
     expected = dtype.itemsize
@@ -186,11 +205,13 @@ def _scalar(entry: Mapping[str, Any]) -> Any:
     dtype, data = _dtype(entry), entry.get("data")
     if not isinstance(data, bool | int | float | str | bytes):
         raise ValueError(f"a scalar's data are a {type(data).__name__}.")
+    if dtype.kind in "SU" and not isinstance(data, str | bytes):  # NumPy makes a number as many bytes
+        raise ValueError(f"a scalar {dtype} has a {type(data).__name__} as its data, expected text.")
     try:
         with np.errstate(over="ignore"):  # 1e300 is infinite in float32
             return dtype.type(data)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{str(data)[:40]!r} is no {dtype}: {error}") from error
+        raise ValueError(f"{brief(data, 40)!r} is no {dtype}: {error}") from error
 
 
 def _dtype(entry: Mapping[str, Any]) -> np.dtype:
@@ -200,7 +221,9 @@ def _dtype(entry: Mapping[str, Any]) -> np.dtype:
             raise TypeError("expected a text such as '<f4'")
         dtype = np.dtype(name)
     except (TypeError, ValueError, SyntaxError) as error:
-        raise ValueError(f"an array's dtype is {str(name)[:40]!r}: {error}") from error
+        raise ValueError(f"an array's dtype is {brief(name, 40)!r}: {error}") from error
     if dtype.kind not in KINDS or dtype.hasobject or dtype.subdtype is not None:
         raise ValueError(f"an array's dtype is {name!r}; expected numbers, truth values or text.")
+    if dtype.kind in "SU" and dtype.itemsize > 4 * TEXT:
+        raise ValueError(f"an array's dtype is {name!r}; a text has at most {TEXT} characters.")
     return dtype

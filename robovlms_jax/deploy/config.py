@@ -7,6 +7,16 @@ import pathlib
 import ssl
 
 
+def require_token(token: object) -> str:
+    """A token that a header of HTTP can carry, or "". Raises ValueError, which does not repeat it."""
+    if not isinstance(token, str) or not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError(
+            "token: expected printable ASCII characters without spaces, found others (a line break at its end, where "
+            "it was read from a file?)."
+        )
+    return token
+
+
 @dataclasses.dataclass(frozen=True)
 class ServerConfig:
     """Where and how to serve."""
@@ -56,13 +66,13 @@ class ServerConfig:
             raise ValueError("key is given without a certificate; TLS needs both.")
 
     def secret(self) -> str:
-        """The token, "" for none. Raises ValueError for a file that has none, OSError for one that is not there."""
+        """The token, "" for none. Raises ValueError for a file that has none, or one that no header can carry, OSError for one that is not there."""
         if not self.token_file:
-            return self.token
+            return require_token(self.token)
         token = pathlib.Path(self.token_file).read_text().strip()
         if not token:
             raise ValueError(f"token_file {self.token_file!r} is empty; expected one line with the token.")
-        return token
+        return require_token(token)
 
 
 def tls_context(config: ServerConfig) -> ssl.SSLContext | None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from robovlms_jax.control.interface import ActionChunk, Observation
 from robovlms_jax.deploy import codec
+from robovlms_jax.deploy.config import require_token
 from robovlms_jax.deploy.limits import is_number
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class ClientConfig:
     ssl: ssl.SSLContext | None = None
 
     def __post_init__(self):
+        require_token(self.token)
         given = (self.connect_timeout_s, self.timeout_s, self.reconnects)
         if not all(is_number(x) for x in given) or not (min(given[:2]) > 0 and self.reconnects >= 0):
             raise ValueError(
@@ -112,7 +114,7 @@ class Conversation:
     def greeted(self, message: bytes | str) -> None:
         content = self._read(message)
         if not isinstance(content, dict) or "action_dim" not in content:
-            raise ServerError(f"the server's first message is none of a policy server: {str(content)[:200]}")
+            raise ServerError(f"the server's first message is none of a policy server: {codec.brief(content, 200)}")
         self.metadata, self.begin = content, True
 
     def request(self, observation: Observation) -> bytes:
@@ -239,12 +241,17 @@ class Course:
             except ServerError:
                 yield from self.close()
                 raise
+            except BaseException as error:  # Ctrl-C, a cancelled task: on this line the next answer would be an old one
+                yield from self.close(goodbye=False)
+                self._lost(error)
+                raise
         raise AssertionError("unreachable")
 
-    def _lost(self, error: Exception) -> None:
+    def _lost(self, error: BaseException) -> None:
         if not self.conversation.begin:
             self.episodes_lost += 1
-            log.warning("%s: the connection was lost (%s); the episode begins anew there.", self.url, error)
+            why = str(error) or type(error).__name__
+            log.warning("%s: the connection was lost (%s); the episode begins anew there.", self.url, why)
 
     def _too_late(self, what: str, seconds: float) -> TimeoutError:
         return TimeoutError(f"{self.url}: {what} within {seconds:g} s.")
@@ -258,11 +265,13 @@ def _confidence(content: dict[str, Any], shape: tuple[int, int]) -> tuple[Any, A
         if value is not None:
             numbers = isinstance(value, np.ndarray) and value.shape == expected and value.dtype.kind == "f"
             if not numbers or np.isnan(value).any():
-                raise ServerError(f"the answer's {name} is {str(value)[:60]}; expected numbers {list(expected)}.")
+                raise ServerError(
+                    f"the answer's {name} is {codec.brief(value, 60)}; expected numbers {list(expected)}."
+                )
         found.append(value)
     coverage = content.get("coverage")
     if coverage is not None and not isinstance(coverage, float):
-        raise ServerError(f"the answer's coverage is {str(coverage)[:60]!r}; expected a number.")
+        raise ServerError(f"the answer's coverage is {codec.brief(coverage, 60)!r}; expected a number.")
     return found[0], found[1], coverage
 
 

@@ -25,8 +25,8 @@ class Capsule:
     touchable: bool = False
 
     def __post_init__(self):
-        _check(self.name, "start", self.start)
-        _check(self.name, "end", self.end)
+        for field in ("start", "end"):
+            object.__setattr__(self, field, _point(self.name, field, getattr(self, field)))
         if not (np.isfinite(self.radius) and self.radius >= 0):
             raise ValueError(f"capsule {self.name!r}: radius={self.radius} must be a finite number of 0 or more.")
 
@@ -41,8 +41,8 @@ class Box:
     touchable: bool = False
 
     def __post_init__(self):
-        _check(self.name, "center", self.center)
-        _check(self.name, "half", self.half)
+        for field in ("center", "half"):
+            object.__setattr__(self, field, _point(self.name, field, getattr(self, field)))
         if min(self.half) < 0:
             raise ValueError(f"box {self.name!r}: half={self.half} must not be negative.")
 
@@ -54,13 +54,15 @@ def ball(name: str, center: tuple[float, float, float], radius: float, touchable
     return Capsule(name, center, center, radius, touchable)
 
 
-def _check(name: str, field: str, values: object) -> None:
+def _point(name: str, field: str, values: object) -> tuple[float, float, float]:
+    """Three finite numbers of any array or list, copied: whoever changes it later makes a new obstacle."""
     try:
         found = np.asarray(values, np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"obstacle {name!r}: {field}={values!r} is no point: {error}") from error
     if found.shape != (3,) or not np.isfinite(found).all():
         raise ValueError(f"obstacle {name!r}: {field}={values!r}; expected three finite numbers in metres.")
+    return tuple(found.tolist())
 
 
 def segment_distance(p1: np.ndarray, q1: np.ndarray, p2: np.ndarray, q2: np.ndarray) -> np.ndarray:

@@ -92,24 +92,24 @@ class Guard:
             self._lock.wait(timeout=1.0)
 
     def tick(self) -> Decision:
-        """One tick; the thread calls it."""
+        """One tick; the thread calls it. BaseException is caught: a driver's sys.exit() would end the thread unseen."""
         tick, row = self.queue.now, self.queue.take()
         try:
             measured = self._measure()
-        except Exception as error:
+        except BaseException as error:
             log.exception("the robot could not be measured")
             measured = Measured(np.full(1, np.nan))
             self._layer.stop(f"measuring failed: {type(error).__name__}: {error}")
         try:
             decision = self._decide(tick, row, measured)
-        except Exception as error:
+        except BaseException as error:
             log.exception("the tick could not be checked")
             self._layer.stop(f"checking failed: {type(error).__name__}: {error}")
             decision = self._layer.brake_blind()
         try:
             if np.isfinite(decision.action).all():  # else a gripper was never told anything: the robot is left alone
                 self._send(decision.action)
-        except Exception as error:
+        except BaseException as error:
             log.exception("the action could not be sent")
             self._layer.stop(f"sending failed: {type(error).__name__}: {error}")
         with self._lock:
@@ -119,7 +119,7 @@ class Guard:
             self._lock.notify_all()
         try:
             self._on_decision(decision)
-        except Exception:  # whoever only looks on must not stop the ticks
+        except BaseException:  # whoever only looks on must not stop the ticks
             log.exception("on_decision failed")
         return decision
 

@@ -82,10 +82,10 @@ class Reader:
         if isinstance(instruction, np.ndarray) and instruction.dtype.kind in "SU" and instruction.size == 1:
             instruction = str(instruction.reshape(())[()])
         if not isinstance(instruction, str) or not instruction.strip():
-            raise ValueError(f"{prompt!r} is {str(instruction)[:60]!r}; say what the robot should do.")
+            raise ValueError(f"{prompt!r} is {codec.brief(instruction, 60)!r}; say what the robot should do.")
         again = message.get(restart, False)
         if not isinstance(again, bool | np.bool_):
-            raise ValueError(f"{restart!r} is {str(again)[:60]!r}; expected true or false.")
+            raise ValueError(f"{restart!r} is {codec.brief(again, 60)!r}; expected true or false.")
         return instruction, bool(again)
 
     def _committed(self, message: Mapping[str, Any]) -> tuple[np.ndarray | None, int]:
@@ -97,7 +97,7 @@ class Reader:
             raise ValueError("'committed': this policy does not go on from what is left of its last chunk; send none.")
         left = _numbers(left, "committed", 2)
         if type(delay) is not int or not 0 <= delay <= len(left):
-            raise ValueError(f"'delay' is {str(delay)[:60]!r}; expected a whole number 0 ... {len(left)}.")
+            raise ValueError(f"'delay' is {codec.brief(delay, 60)!r}; expected a whole number 0 ... {len(left)}.")
         return left, delay
 
     def _image(self, message: Mapping[str, Any], camera: str) -> np.ndarray:
@@ -108,7 +108,7 @@ class Reader:
         for place, name in places:
             if name in place:
                 return self._pixels(place[name], str(name))
-        found = sorted(str(key)[:40] for key in (*message, *inner))[:20]
+        found = sorted(codec.brief(key, 40) for key in (*message, *inner))[:20]
         raise ValueError(
             f"there is no {camera!r} picture: expected {_first_key(camera)!r} or images[{camera!r}]; found {found}."
         )

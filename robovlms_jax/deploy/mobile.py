@@ -20,7 +20,7 @@ import numpy as np
 
 from robovlms_jax.control.interface import ActionChunk, Observation, Policy
 from robovlms_jax.control.robot import RobotSpec
-from robovlms_jax.deploy.limits import MOBILE, is_number
+from robovlms_jax.deploy.limits import BASE, MOBILE, is_number
 
 ARM_DIM, BASE_DIM = 7, 3
 
@@ -116,10 +116,10 @@ class OnBase:
     """
 
     def __init__(self, policy: Policy, mapping: BaseMapping, robot: RobotSpec = MOBILE):
-        if len(robot.action) != BASE_DIM:
+        if robot.action_names != BASE:
             raise ValueError(
-                f"base mapping: robot {robot.name!r} has {len(robot.action)} action dimensions; a mapping gives the "
-                f"{BASE_DIM} of a base, as limits.MOBILE has them."
+                f"base mapping: robot {robot.name!r} has the {len(robot.action)} action dimensions "
+                f"{list(robot.action_names)}; a mapping gives those of a base, {list(BASE)}, as limits.MOBILE has them."
             )
         self._policy, self._mapping = policy, mapping
 

@@ -24,6 +24,9 @@ from robovlms_jax.deploy.latch import Latch
 from robovlms_jax.deploy.limits import Limits, is_number, layout
 from robovlms_jax.deploy.signals import Decision, Event, Measured
 
+GRIPPER_SLACK = 0.01
+"""Share of a gripper's range by which its measured command may be outside, for rounding; more is another unit."""
+
 
 class SafetyLayer:
     """Safety of one robot. Calls come from one thread.
@@ -51,7 +54,7 @@ class SafetyLayer:
         self.period_s = 1 / spec.rate_hz if period_s is None else period_s
         self.latch = Latch(latch_file)
         self._layout = layout(spec, limits)
-        self._tool = tool or (geometry.ball("tool", (0.0, 0.0, 0.0), 0.0),)
+        self._tool = tuple(tool) or (geometry.ball("tool", (0.0, 0.0, 0.0), 0.0),)
         self._filter = motion.MotionFilter(
             self._layout.groups,
             self.period_s,
@@ -67,6 +70,12 @@ class SafetyLayer:
         self._measured: np.ndarray | None = None
         """float[D]: where it was measured last."""
         self._grippers = np.array([np.nan] * len(self._layout.grippers))
+        self._gripper_bounds = (
+            np.array([(spec.action[i].low, spec.action[i].high) for i in self._layout.grippers], np.float64)
+            .reshape(-1, 2)
+            .T
+        )
+        """float[2, G]: lowest and highest commands."""
         self._cause = ""
         self._order = np.array(self._layout.order)
         self._absolute, self._delta = (
@@ -154,8 +163,9 @@ class SafetyLayer:
             return False
         self._measured = position = np.asarray(measured.position, np.float64)
         if measured.grippers is not None:
-            known = np.isfinite(self._grippers)
-            self._grippers = np.where(known, self._grippers, np.asarray(measured.grippers, np.float64))
+            found = np.asarray(measured.grippers, np.float64)
+            told = np.isfinite(self._grippers)
+            self._grippers = np.where(told, self._grippers, np.clip(found, *self._gripper_bounds))
         if self._target is None or self._layout.base:
             self._target = np.where(np.isfinite(position), position, 0.0)
         self._scene = self._scene.of(measured.obstacles)
@@ -193,6 +203,19 @@ class SafetyLayer:
             return f"stale_observation: {measured.age_s:g} s old, at most {self.limits.observation_age_s:g} s"
         if not np.isfinite(measured.gripper_force_n):
             return "not_finite: the measured gripper force is not"
+        return "" if measured.grippers is None else self._wrong_grippers(np.asarray(measured.grippers, np.float64))
+
+    def _wrong_grippers(self, found: np.ndarray) -> str:
+        """What is wrong with the measured commands of grippers that were told nothing yet, for they are sent on."""
+        if np.isinf(found).any():
+            return "not_finite: the measured grippers are not"
+        low, high = self._gripper_bounds
+        far = np.maximum(low - found, found - high) > GRIPPER_SLACK * (high - low)
+        for i in np.flatnonzero(far & ~np.isfinite(self._grippers)):
+            name = self.spec.action[self._layout.grippers[i]].name
+            return (
+                f"wrong_measurement: gripper {name!r} is at {found[i]:g}, outside its bounds {low[i]:g} ... {high[i]:g}"
+            )
         return ""
 
     def _needed_positions(self, obstacles: bool, body: bool) -> np.ndarray:

@@ -269,6 +269,7 @@ class PolicyServer:
                 late = False
             except Exception as error:
                 self._failed(error)
+                session.instruction, session.queued = None, []  # it may have been what begins an episode
                 answer, late = ("error", {"error": f"{type(error).__name__}: {error}"}), isinstance(error, TimeoutError)
             session.busy = False
             if answer is not None:
@@ -304,7 +305,7 @@ class PolicyServer:
         self, session: Session, kind: str, payload: dict, message: bytes
     ) -> tuple[str, dict] | None:
         if kind == "hello":
-            session.benchmark = str(payload.get("benchmark", ""))[:200]
+            session.benchmark = codec.brief(payload.get("benchmark", ""), 200)
             wanted = {"send_wrist_image": "wrist" in self._reader.cameras, "send_state": self._reader.state}
             hello = {"harness_version": "0.8.0", "protocol_version": 1, "model_server": self.name, "capabilities": {}}
             return "hello", {**hello, "observation_params": wanted}

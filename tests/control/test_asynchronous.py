@@ -168,6 +168,17 @@ def test_the_state_is_rolled_forward_and_the_answer_begins_there():
     assert done[at - 1] == 106  # row 0 of the new chunk follows the last of those
 
 
+@pytest.mark.parametrize("seam", ["switch", "blend", "freeze"])
+def test_an_answer_that_comes_earlier_than_expected_leaves_the_old_rows_until_it_begins(seam):
+    queue = ActionQueue(AsyncConfig(seam, roll_forward=True), PLAIN)
+    queue.offer(np.zeros((20, len(PLAIN.action))), 0)
+    queue.take()
+    queue.offer(np.ones((20, len(PLAIN.action))), 1, starts=4, frozen=3)
+    taken = [queue.take() for _ in range(8)]
+    assert None not in taken and all(row.action[0] == 0 for row in taken[:3])
+    assert taken[-1].action[0] == 1
+
+
 def test_rolling_forward_sums_what_calvins_actions_move():
     state = np.array([0.1, 0.2, 0.3, 3.1, 0.0, -3.1, 1.0])
     actions = np.tile([0.5, 0, -1, 1, 0, 0, -1], (2, 1))

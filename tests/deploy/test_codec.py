@@ -129,3 +129,29 @@ def test_a_compressed_picture_that_cannot_be_decoded_is_refused_by_who_reads_it(
     read = codec.unpack(message, BOUNDS, None if kind == "png" else lambda data: np.zeros((1, 1, 3), np.uint8))
     with pytest.raises(ValueError, match=f"format '{kind}' is not read here"):
         read["x"].pixels()
+
+
+@pytest.mark.parametrize("data", [5, 10**10, True, 2.5])
+def test_a_text_that_is_a_number_is_refused_and_makes_no_bytes(data):
+    """NumPy's bytes_(10**10) is ten gigabytes of zeros, from a message of thirty."""
+    with pytest.raises(ValueError, match="expected text"):
+        codec.unpack(msgpack.packb({"__npgeneric__": True, "data": data, "dtype": "S1"}), BOUNDS)
+
+
+def test_a_text_in_an_array_is_no_longer_than_one_outside():
+    assert codec.unpack(codec.pack(np.array("가" * 4096)), BOUNDS).item() == "가" * 4096
+    for text in (np.array("가" * 4097), np.array(b"a" * 20_000)):
+        with pytest.raises(ValueError, match="at most 4096 characters"):
+            codec.unpack(codec.pack(text), BOUNDS)
+
+
+def test_what_a_message_has_is_quoted_without_being_written_out_whole():
+    class Written(bytes):
+        def __str__(self):
+            raise AssertionError("all of it is written out")
+
+    assert codec.brief(Written(b"a" * 100), 10) == "b'aaaaaaaa"
+    assert codec.brief([1, -2, b"x" * 100, [3]], 80).startswith("[1, -2, b'xxx")
+    assert codec.brief({"a": b"x" * 100}, 80) == "dict"
+    assert codec.brief(np.zeros((2, 3)), 80) == "float64[2, 3]"
+    assert codec.brief(True, 80) == "True"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import pytest
 
@@ -85,6 +87,17 @@ def test_who_is_stopped_while_connecting_leaves_no_line(course):
     assert steps.throw(KeyboardInterrupt()) == CUT
     with pytest.raises(KeyboardInterrupt):
         steps.send(None)
+
+
+@pytest.mark.parametrize("stopped_by", [KeyboardInterrupt(), asyncio.CancelledError(), RuntimeError("two threads")])
+def test_who_is_stopped_while_waiting_for_an_answer_never_takes_it_for_the_next_one(course, stopped_by):
+    follow(course.act(SEEN), HELLO, ANSWER)
+    steps = course.act(SEEN)
+    assert isinstance(next(steps), Ask) and steps.throw(stopped_by) == CUT
+    with pytest.raises(type(stopped_by)):
+        steps.send(None)
+    assert not course.connected and course.episodes_lost == 1
+    assert follow(course.act(SEEN), HELLO, ANSWER)[0] == ["close", "open", "ask"]
 
 
 def test_pauses_double_and_end_with_the_time_for_connecting(course):

@@ -65,3 +65,13 @@ def test_what_may_be_touched_is_kept_at_no_distance():
 def test_a_capsule_without_a_sensible_radius_is_refused_by_name(radius):
     with pytest.raises(ValueError, match="capsule 'link 4': radius"):
         geometry.ball("link 4", (0, 0, 0), radius)
+
+
+def test_an_obstacle_made_of_an_array_stays_where_it_was_made():
+    center = np.array([1.0, 0.0, 0.0])
+    cup, box = geometry.ball("cup", center, 0.1), geometry.Box("box", center, [0.1, 0.1, 0.1])
+    center[0] = 9.0
+    assert cup.start == cup.end == box.center == (1.0, 0.0, 0.0) and box.half == (0.1, 0.1, 0.1)
+    assert geometry.Scene((cup, box)).clearance(
+        np.zeros(3), (geometry.ball("tool", np.zeros(3), 0.1),)
+    ) == pytest.approx(0.8)

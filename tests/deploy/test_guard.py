@@ -84,18 +84,19 @@ def test_a_policy_that_never_answers_is_stopped_by_the_guards_thread():
     assert not base.sent[-1].any() and max(action[0] for action in base.sent) > 0.05
 
 
+@pytest.mark.parametrize("error", [OSError, SystemExit])
 @pytest.mark.parametrize("part", ["measure", "send"])
-def test_a_robot_that_cannot_be_measured_or_commanded_latches_a_stop(part):
+def test_a_robot_that_cannot_be_measured_or_commanded_latches_a_stop(part, error):
     base, layer, _ = guarded()
 
     def broken(*args):
-        raise OSError("cable")
+        raise error("cable")
 
     calls = {"measure": base.measure, "send": base.send} | {part: broken}
     guard = Guard(layer, calls["measure"], calls["send"])
     guard.offer(rows(0.001, 0.001), observed=0)
     guard.tick(), guard.tick()
-    assert "failed: OSError: cable" in layer.latch.reason
+    assert f"failed: {error.__name__}: cable" in layer.latch.reason
 
 
 def test_leaving_brakes_to_rest():
@@ -172,8 +173,11 @@ def test_a_policy_of_an_arm_on_a_base_says_what_still_holds_and_hears_nothing_in
 
 def test_a_base_mapping_for_an_arm_is_refused():
     layer = SafetyLayer(CALVIN, Limits())
-    with pytest.raises(ValueError, match=r"robot 'calvin' has 7 action dimensions; a mapping gives the 3 of a base"):
+    with pytest.raises(ValueError, match=r"robot 'calvin' has the 7 action dimensions \['x'.*those of a base"):
         run(Base(), Arm(), layer, "go", done=lambda guard: True, base=BaseMapping())
+    joints = tuple(Dimension(name, "rad", "absolute", "joint", "base", -1.0, 1.0) for name in ("j1", "j2", "j3"))
+    with pytest.raises(ValueError, match=r"'three joints' has the 3 action dimensions \['j1', 'j2', 'j3'\]"):
+        OnBase(Arm(), BaseMapping(), RobotSpec("three joints", 10.0, action=joints, state=()))
 
 
 @pytest.mark.parametrize(

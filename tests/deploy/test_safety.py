@@ -396,3 +396,15 @@ def test_a_start_in_the_very_tick_of_standing_keeps_the_limit_of_jerk():
 def test_limits_of_the_wrong_kind_are_refused_by_name(change):
     with pytest.raises(ValueError, match=rf"limits: {next(iter(change))}="):
         Limits(**change)
+
+
+@pytest.mark.parametrize(
+    ("at", "reason"), [(np.inf, "not_finite"), (200.0, "wrong_measurement: gripper 'gripper' is at 200")]
+)
+def test_a_gripper_measured_in_another_unit_is_not_sent_on(at, reason):
+    layer = SafetyLayer(CALVIN, Limits(workspace_m=None), 1 / 30)
+    decision = layer.brake(Measured(np.zeros(6), grippers=[at]))
+    assert decision.stop["reason"].startswith(reason) and np.isnan(decision.action[6])
+    layer = SafetyLayer(CALVIN, Limits(workspace_m=None), 1 / 30)
+    assert layer.brake(Measured(np.zeros(6), grippers=[1.001])).action[6] == 1.0
+    assert layer.check(np.zeros(7), Measured(np.zeros(6), grippers=[200.0])).stop is None  # it was told one since

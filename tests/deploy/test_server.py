@@ -225,6 +225,14 @@ def test_the_token_may_stand_in_a_file_and_an_empty_one_is_refused(tmp_path):
         ServerConfig(token_file=str(file)).secret()
 
 
+@pytest.mark.parametrize("token", ["SECRET\n", "SE CRET", "비밀", None])
+def test_a_token_that_no_header_can_carry_is_refused_and_not_repeated(token):
+    for made in (lambda: ServerConfig(token=token or "é").secret(), lambda: ClientConfig(token=token)):
+        with pytest.raises(ValueError, match="token: expected printable ASCII") as raised:
+            made()
+        assert "CRET" not in str(raised.value)
+
+
 def test_web_pages_do_not_get_in():
     with serving(Counting()) as server, pytest.raises(InvalidStatus, match="403"):
         connect(url(server), origin="http://example.com")
@@ -307,6 +315,23 @@ def test_a_conversation_as_vla_evals_harness_has_it():
         error = read(line)
         assert (error["type"], error["seq"]) == ("error", 13) and "task_description" in error["payload"]["error"]
         assert act(14) == 1  # the connection stays; the episode begins anew
+
+
+def test_after_an_observation_of_vla_evals_that_failed_nothing_of_the_old_episode_is_left():
+    with serving(Counting(), executed=2) as server, connect(url(server, "/vla-eval")) as line:
+        seen = {"images": {"static": message()["observation/image"]}, "task_description": "push"}
+        for sequence, what, step in ((1, {}, 1), (2, {}, 1), (3, {}, 2), (4, {"images": {}}, None), (5, {}, 1)):
+            restart = {"episode_restart": True} if step is None else {}  # it is lost with its observation
+            line.send(envelope("observation", seen | what | restart, sequence))
+            answer = read(line)
+            found = None if answer["type"] == "error" else float(answer["payload"]["actions"][1]) / 0.02 * 100
+            assert found == (step if step is None else pytest.approx(step))
+
+
+def test_a_long_text_where_none_is_expected_keeps_nobody_waiting():
+    with serving(Counting(), executed=2) as server, connect(url(server, "/vla-eval")) as line:
+        line.send(envelope("observation", {"task_description": b"\xff" * 4_000_000}, 1))
+        assert len(read(line)["payload"]["error"]) < 200
 
 
 def test_vla_evals_connection_is_closed_after_an_answer_that_takes_too_long():
