@@ -66,7 +66,8 @@ class ServerConfig:
             raise ValueError("key is given without a certificate; TLS needs both.")
 
     def secret(self) -> str:
-        """The token, "" for none. Raises ValueError for a file that has none, or one that no header can carry, OSError for one that is not there."""
+        """The token, "" for none. Raises ValueError for a file that has none, or one that no header can carry,
+        OSError for one that is not there."""
         if not self.token_file:
             return require_token(self.token)
         token = pathlib.Path(self.token_file).read_text().strip()
