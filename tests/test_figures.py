@@ -140,3 +140,23 @@ def test_the_table_of_the_demonstrations_twin_is_that_of_its_runs():
     assert f"{played['count']} of {played['of']} tasks, 77.5 % ({low:.0f} to {high:.0f})" in demo
     changed = played["steps_changed_by_the_layer"].values()
     assert f"changed {sum(changed)} of {played['steps']} steps, {max(changed)} of them" in demo
+
+
+def test_the_tables_of_reinforcement_are_those_of_its_runs():
+    found, text = result("reinforce_cpu"), page("reinforcement.md")
+    for name, run in found["runs"].items():
+        cells = []
+        for measured in run["results"].values():
+            before, after = (measured[when]["successes"] for when in ("before", "after"))
+            attempts, pair = measured["before"]["attempts"], measured["paired"]
+            assert pair["both"] + pair["first"] == before and pair["both"] + pair["second"] == after
+            assert attempts == 96
+            cells.append(f"{100 * before / attempts:.1f} → {100 * after / attempts:.1f}")
+        last = run["curve"][-1]
+        row = f"| {name} | {' | '.join(cells)} | {last['env_steps'] / 1000:.1f} | {last['seconds']:.0f} |"
+        assert row in text, row
+    rollouts = result("rollouts_cpu")["tables"]["16"]
+    rates = "{:.1f} decisions/s in one program against {:.1f} in the host's loop".format(
+        rollouts["device_decisions_per_s"], rollouts["host_decisions_per_s"]
+    )
+    assert rates in text and f"**{rollouts['ratio']:.1f} times" in text

@@ -121,14 +121,9 @@ def run(config: ReinforceConfig) -> pathlib.Path:
     with directory.claim(output), stopping.Interrupts() as interrupts:
         _settle(config, output)
         directory.keep_programs("auto")
-        player = rollouts.Player(
-            model,
-            encode,
-            config.tables,
-            dict(zip(("static", "wrist"), config.image_size, strict=True)),
-            Execution("receding", horizon=config.horizon),
-            SuccessCriterion(max_steps=config.max_steps),
-        )
+        sizes = dict(zip(("static", "wrist"), config.image_size, strict=True))
+        how = Execution("receding", horizon=config.horizon), SuccessCriterion(max_steps=config.max_steps)
+        player = rollouts.Player(model, encode, config.tables, sizes, *how)
         questions = measurements(config)
         before = _before(output, player, params, questions)
         learner = _learner(config, model, params)
@@ -177,19 +172,21 @@ def _settle(config: ReinforceConfig, output: pathlib.Path) -> None:
 def measurements(config: ReinforceConfig) -> dict[str, list[Trial]]:
     """Name -> the trials that are played before and after. Each but the first changes one thing: the table, the words,
     where hand and blocks begin."""
-    seen = config.scenes[0]
+    seen = config.scenes
 
-    def resting(names: Sequence[str], scene: str, *, held_out: bool = False) -> list[Trial]:
-        chosen = chains.single_tasks(names, config.trials)
-        return chains.chain_trials(chosen, scene=scene, train_scenes=config.scenes, held_out=held_out)
+    def resting(names: Sequence[str], scenes: Sequence[str], *, held_out: bool = False) -> list[Trial]:
+        """Tables take turns, each for all tasks once."""
+        found = []
+        for chain in chains.single_tasks(names, config.trials):
+            scene = scenes[chain.index // len(names) % len(scenes)]
+            found += chains.chain_trials([chain], scene=scene, train_scenes=config.scenes, held_out=held_out)
+        return found
 
     found = {
         "trained": resting(config.tasks, seen),
-        "unseen_table": resting(config.tasks, config.unseen_scene),
+        "unseen_table": resting(config.tasks, (config.unseen_scene,)),
         "unseen_phrasing": resting(config.tasks, seen, held_out=True),
-        "unseen_start": starts.draw(
-            config.tasks, (seen,), config.trials, config.seed + 2**31, spread=config.start_spread
-        ),
+        "unseen_start": starts.draw(config.tasks, seen, config.trials, 2**31, spread=config.start_spread),
     }
     return found | ({"other_tasks": resting(config.others, seen)} if config.others else {})
 
@@ -328,6 +325,33 @@ class _Saving(loop.Hook):
         self._checkpointer.wait()
 
 
+def compared(before: Sequence[bool], after: Sequence[TrialResult]) -> dict[str, Any]:
+    """What the same trials of single tasks say about two policies, as JSON values. per_task and per_table: name ->
+    successes before, after, and trials."""
+    now = [result.success == (True,) for result in after]
+    parts: dict[str, dict[str, list[tuple[bool, bool]]]] = {"per_task": {}, "per_table": {}}
+    for result, pair in zip(after, zip(before, now, strict=True), strict=True):
+        parts["per_task"].setdefault(result.tasks[0], []).append(pair)
+        parts["per_table"].setdefault(str(result.labels["scene"]), []).append(pair)
+    counted = {
+        kind: {name: [*np.sum(pairs, axis=0).tolist(), len(pairs)] for name, pairs in sorted(each.items())}
+        for kind, each in parts.items()
+    }
+    rates = {name: rollout_metrics.Rate(sum(x), len(x)) for name, x in (("before", before), ("after", now))}
+    paired = blind.paired(list(zip(before, now, strict=True)))
+    return {name: dataclasses.asdict(x) for name, x in {**rates, "paired": paired}.items()} | counted
+
+
+def _row(name: str, found: Mapping[str, Any]) -> str:
+    """Of the report's table."""
+    cells = []
+    for when in ("before", "after"):
+        rate = rollout_metrics.Rate(**found[when])
+        cells.append(f"{rate.value:.1%} ({rate.interval[0]:.1%} to {rate.interval[1]:.1%})")
+    pair, count = found["paired"], found["before"]["attempts"]
+    return f"| {name} | {count} | {cells[0]} | {cells[1]} | {pair['second']} / {pair['first']} | {pair['p']:.2g} |"
+
+
 def _report(
     config: ReinforceConfig,
     output: pathlib.Path,
@@ -336,24 +360,7 @@ def _report(
     learner: learning.Reinforcement,
 ) -> pathlib.Path:
     """report.md and results.json."""
-    rows, results = [], {}
-    for name, found in after.items():
-        then, now = before[name], [result.success == (True,) for result in found]
-        pair = blind.paired(list(zip(then, now, strict=True)))
-        rates = [rollout_metrics.Rate(sum(x), len(x)) for x in (then, now)]
-        cells = [f"{rate.value:.1%} ({rate.interval[0]:.1%} to {rate.interval[1]:.1%})" for rate in rates]
-        rows.append(
-            f"| {name} | {len(found)} | {cells[0]} | {cells[1]} | {pair.second} / {pair.first} | {pair.p:.2g} |"
-        )
-        tasks: dict[str, list[list[bool]]] = {}
-        for result, was, done in zip(found, then, now, strict=True):
-            tasks.setdefault(result.tasks[0], []).append([was, done])
-        results[name] = {
-            "before": dataclasses.asdict(rates[0]),
-            "after": dataclasses.asdict(rates[1]),
-            "paired": dataclasses.asdict(pair),
-            "per_task": {task: [*np.sum(pairs, axis=0).tolist(), len(pairs)] for task, pairs in sorted(tasks.items())},
-        }
+    results = {name: compared(before[name], found) for name, found in after.items()}
     curve = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     (output / "results.json").write_text(
         json.dumps({"settings": schema.to_dict(config), "results": results, "curve": curve}, indent=2) + "\n"
@@ -371,7 +378,7 @@ def _report(
         "",
         "| measured | trials | before | after | gained / lost | p |",
         "|---|---|---|---|---|---|",
-        *rows,
+        *(_row(name, found) for name, found in results.items()),
         "",
         "Success while learning, with chance in the actions (metrics.jsonl has all of it):",
         "",

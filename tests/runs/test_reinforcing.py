@@ -11,7 +11,7 @@ import pytest
 
 from experiments import reinforce
 from robovlms_jax.envs.calvin import tasks
-from robovlms_jax.evaluation import blind
+from robovlms_jax.evaluation import blind, rollout
 from robovlms_jax.rl import starts
 from robovlms_jax.rl.config import BehaviourConfig, UpdateConfig
 from robovlms_jax.runs import reinforcing
@@ -49,7 +49,7 @@ def test_every_measurement_but_the_first_changes_one_thing():
     found = reinforcing.measurements(dataclasses.replace(CONFIG, others=("close_drawer",)))
     assert list(found) == ["trained", "unseen_table", "unseen_phrasing", "unseen_start", "other_tasks"]
     known = found["trained"]
-    assert {trial.labels["scene"] for trial in known} == {"A"}
+    assert [trial.labels["scene"] for trial in known] == ["A", "A", "B", "B", "C", "C"]
     assert {trial.labels["scene"] for trial in found["unseen_table"]} == {"D"}
     assert [trial.tasks for trial in found["unseen_table"]] == [trial.tasks for trial in known]
     assert [trial.instructions for trial in found["unseen_table"]] == [trial.instructions for trial in known]
@@ -120,6 +120,19 @@ def test_a_stopped_run_goes_on_with_its_own_settings_alone(tmp_path, monkeypatch
 def test_the_presets_are_complete():
     assert reinforce.PRESETS["grpo"].update.method == "grpo"
     assert all(not pattern.startswith("^rl/value") for pattern in reinforce.PRESETS["grpo"].trainable)
+
+
+def test_results_are_told_apart_by_task_and_table():
+    after = [
+        rollout.TrialResult(i, (task,), ("",), (done,), (9,), {"scene": scene})
+        for i, (task, scene, done) in enumerate([("a", "A", True), ("b", "A", False), ("a", "B", True)])
+    ]
+    found = reinforcing.compared([False, True, True], after)
+    assert found["before"] == {"successes": 2, "attempts": 3} == found["after"]
+    assert found["per_task"] == {"a": [1, 2, 2], "b": [1, 0, 1]}
+    assert found["per_table"] == {"A": [1, 1, 2], "B": [1, 1, 1]}
+    assert (found["paired"]["first"], found["paired"]["second"]) == (1, 1)
+    assert reinforcing._row("x", found).startswith("| x | 3 | 66.7% (")
 
 
 def test_pairs_are_compared_by_what_only_one_policy_did():
