@@ -68,8 +68,9 @@ class ContinualConfig:
     """Rollouts at equal distances while a group is learned, beside those before it."""
     memory: int = 2
     """replay: demonstrations kept of each earlier task."""
-    ewc: float = 1e4
-    """ewc: the weight of the term (optimizer.ewc)."""
+    ewc: float = 1e8
+    """ewc: the weight of the term (optimizer.ewc). Which one is right depends on the scale of losses and on the
+    optimizer; this one was not searched for."""
     samples: int = 256
     """ewc: segments by which the Fisher information is measured."""
     rank: int = 32

@@ -110,10 +110,10 @@ def test_a_run_held_by_the_information_of_the_one_before_moves_less_and_goes_on_
         after = params_of(done)
         return after, sum(float(np.square(after[path] - start[path]).sum()) for path in start)
 
-    free, held = moved("free", 0.0)[1], moved("held", 1e6)[1]
+    free, held = moved("free", 0.0)[1], moved("held", 1e12)[1]
     assert held < 0.8 * free
-    whole, _ = moved("whole", 1e6, **{"train.checkpoint_every": 3})
+    whole, _ = moved("whole", 1e12, **{"train.checkpoint_every": 3})
     shutil.rmtree(tmp_path / "whole" / "checkpoints" / "6")
-    again, _ = moved("whole", 1e6, **{"train.checkpoint_every": 3, "train.resume": True})
+    again, _ = moved("whole", 1e12, **{"train.checkpoint_every": 3, "train.resume": True})
     for path, x in whole.items():
         np.testing.assert_array_equal(x, again[path], err_msg=path)
