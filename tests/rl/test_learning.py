@@ -130,6 +130,7 @@ def test_a_backbone_learns_from_stored_pictures_and_groups_without_a_winner_teac
     assert float(jnp.abs(jax.tree.leaves(gradient["backbone"]["connector"])[0]).max()) > 0
 
 
+@pytest.mark.slow
 def test_a_backbone_that_keeps_tokens_is_not_trained():
     with pytest.raises(ValueError, match="train the head alone"):
         learner("mlp", patterns=("^backbone/connector/",))

@@ -60,6 +60,7 @@ def test_a_table_without_a_trial_stands_still():
     assert not plain.looked.any()
 
 
+@pytest.mark.slow
 def test_a_table_takes_the_next_trial_when_its_time_is_up_after_a_last_look_if_that_is_asked_for():
     """Two tables, three trials of three steps, chunks of two: 2 + 1 steps, a look, then the next trial."""
     world = world_of(trials(("open_drawer",), 3))
