@@ -122,7 +122,13 @@ def build(config: ServeConfig) -> server.PolicyServer:
     experiment = load_config(config.checkpoint)
     settings = experiment.policy
     usual = max(experiment.data.text_length, 8)
-    lengths = config.prompt_lengths or tuple(sorted({usual, min(2 * usual, max(prompts.MAX_TOKENS, usual))}))
+    most = max(prompts.MAX_TOKENS, usual)
+    if config.prompt_lengths and max(config.prompt_lengths) > most:
+        raise ValueError(
+            f"prompt_lengths={list(config.prompt_lengths)}: no prompt of more than {most} tokens is served (training's "
+            f"longest has {usual}); give lengths up to {most}."
+        )
+    lengths = config.prompt_lengths or tuple(sorted({usual, min(2 * usual, most)}))
     policy = load_batched_policy(config.checkpoint, config.slots, weights=config.weights, prompt_lengths=lengths)
     readings = {sensor.name: sensor.reading for sensor in settings.sensors}
     shapes = {name: (None, *x.shape[1:]) if x.any_rows else x.shape for name, x in readings.items()}

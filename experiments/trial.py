@@ -262,9 +262,11 @@ class Session:
             while len(steps) < limit:
                 seen = self._robot.observe()
                 chunk = chunk or list(policy.act(seen).actions)
-                action = np.asarray(chunk.pop(0), np.float32)
-                self._robot.step(action)
-                steps.append(writing.Step(dict(seen.images), self._state(seen), action))
+                # copies, made before the step: drivers reuse their buffers, and some scale an action in place
+                images = {camera: np.array(image) for camera, image in seen.images.items()}
+                state, action = np.array(self._state(seen)), np.array(chunk.pop(0), np.float32)
+                self._robot.step(action.copy())
+                steps.append(writing.Step(images, state, action))
         except KeyboardInterrupt:
             self._say("ended by Ctrl-C")
         except Exception as error:  # whatever a robot's driver raises

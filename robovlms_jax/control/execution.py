@@ -143,7 +143,7 @@ class Executed:
             observation = dataclasses.replace(observation, executed=self._executed)
             rows, self._past = select(self._execution, self._past, _rows(self._policy.act(observation)), self.robot)
             chunk = _chunk(rows, self.robot)
-            self._executed = chunk.actions
+            self._executed = np.array(chunk.actions)  # a robot's driver may scale what it is sent in place
             return chunk
 
 
@@ -180,7 +180,7 @@ class ExecutedBatch:
             for slot, chunk in zip(slots, self._policy.act(reported, slots), strict=True):
                 rows, self._past[slot] = select(self._execution, self._past[slot], _rows(chunk), self.robot)
                 chosen.append(_chunk(rows, self.robot))
-                self._executed[slot] = chosen[-1].actions
+                self._executed[slot] = np.array(chosen[-1].actions)
             return chosen
 
 

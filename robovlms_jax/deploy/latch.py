@@ -78,7 +78,10 @@ class Latch:
             if self.state != "hold":
                 raise RuntimeError(f"reset by {operator}: the state is {self.state!r}; only a robot on hold is reset.")
             if cause:
-                raise RuntimeError(f"reset by {operator} is refused, for the cause is still there: {cause}.")
+                raise RuntimeError(
+                    f"reset by {operator} is refused, for the cause is still there: {cause}. What was measured last "
+                    "counts: once it is gone, measure again (SafetyLayer.brake)."
+                )
             self.state = "ready"
 
     def start(self, operator: str) -> None:

@@ -124,9 +124,8 @@ class PolicyServer:
 
     async def drain(self) -> None:
         """Answers what runs, lets nobody in any more, closes with 1001 and ends the inference thread."""
-        self._draining = True
+        self._draining = True  # from now on `_http` answers 503; who asks for /healthz must be able to hear it
         self.metrics.set("ready", 0)
-        self._server.close(close_connections=False)
         idle = [session.socket.close(1001, "the server stops") for session in self._sessions if not session.busy]
         await asyncio.gather(*idle)
         deadline = time.monotonic() + self.config.drain_timeout_s
@@ -260,22 +259,21 @@ class PolicyServer:
 
     async def _speak_vla_eval(self, session: Session) -> None:
         while (message := await self._receive(session)) is not None:
-            session.busy, started, sequence = True, time.perf_counter(), 0
+            session.busy, started, sequence, late = True, time.perf_counter(), 0, False
             try:
                 kind, payload, sequence = await self._envelope(message)
                 answer = await self._vla_eval_answer(session, kind, payload, message)
-                if kind == "observation":
-                    self._answered(session, time.perf_counter() - started)
-                late = False
             except Exception as error:
                 self._failed(error)
                 session.instruction, session.queued = None, []  # it may have been what begins an episode
                 answer, late = ("error", {"error": f"{type(error).__name__}: {error}"}), isinstance(error, TimeoutError)
-            session.busy = False
             if answer is not None:
                 frame = dict(zip(("type", "payload"), answer), seq=sequence, timestamp=time.time())
                 if not await self._send(session, codec.pack(frame, text_keys=True)):
                     return
+                if answer[0] == "action":
+                    self._answered(session, time.perf_counter() - started)
+            session.busy = False
             if late:
                 await session.socket.close(1011, "the policy did not answer in time")
                 return

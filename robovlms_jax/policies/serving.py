@@ -286,7 +286,8 @@ class BatchedVLAPolicy:
         try:
             ids, mask = self.encode_text(instruction)
         except ValueError as error:
-            raise ValueError(f"slot {slot}: {error}") from error
+            ready = f" This policy is ready for prompts of {list(self.prompt_lengths)}." if self.prompt_lengths else ""
+            raise ValueError(f"slot {slot}: {error}{ready}") from error
         ids, mask = np.asarray(ids, np.int32), np.asarray(mask, bool)
         if not self.prompt_lengths:
             return ids, mask

@@ -58,6 +58,9 @@ def strange_value(rng):
             lambda: raw | {b"dtype": rng.choice(["O", "V12", "<c8", "<m8[s]", "f4,f4", "(3,)f4", "<U0", "é", 3])},
             lambda: raw | {b"data": "text"},
             lambda: {b"__npgeneric__": True, b"data": 1e300, b"dtype": "<f2"},
+            lambda: {b"__npgeneric__": True, b"data": 10**10, b"dtype": rng.choice(["S1", "<U1"])},
+            lambda: np.array("가" * 9000),
+            lambda: b"\xff" * 40_000,
             lambda: {"__image__": True, "format": "png", "data": b"\x89PNG\r\n\x1a\n", "shape": [4, 4, 3]},
             lambda: {"__ndarray__": True},
         ]

@@ -267,6 +267,29 @@ def test_stopping_answers_what_runs_and_closes_with_1001():
                 line.recv(5)
 
 
+def test_while_the_server_stops_health_is_answered_with_503_and_nobody_is_let_in():
+    found = []
+
+    def ask(server):
+        time.sleep(0.2)
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(url(server, "/healthz", "http"), timeout=5)
+        with pytest.raises(InvalidStatus) as refused:
+            connect(url(server)).__enter__()
+        found.extend((error.value.code, refused.value.response.status_code))
+
+    with Lines() as hold:
+        with serving(Counting(delay_s=0.8)) as server:
+            busy = hold(url(server, "/vla-eval"))
+            seen = {"images": {"static": message()["observation/image"]}, "task_description": "push"}
+            busy.send(envelope("observation", seen, 3))
+            time.sleep(0.1)
+            thread = threading.Thread(target=ask, args=(server,))
+            thread.start()
+        thread.join()
+        assert found == [503, 503] and read(busy)["type"] == "action"
+
+
 class Lines:
     """Connections that are closed at the end."""
 

@@ -91,3 +91,8 @@ def test_what_is_wrong_with_the_address_is_found_before_anything_is_loaded(tmp_p
     bad = {"certificate": str(tmp_path / "bad.pem"), "key": str(tmp_path / "key.pem")}
     with pytest.raises(ValueError, match=r"certificate '.*bad.pem' with key '.*key.pem' cannot be used for TLS"):
         serve.build(serve.ServeConfig("nowhere", server=ServerConfig(port=0, **bad)))
+
+
+def test_prompts_longer_than_any_that_is_served_are_not_prepared_for():
+    with pytest.raises(ValueError, match=r"prompt_lengths=\[8, 512\]: no prompt of more than 256 tokens is served"):
+        serve.build(serve.ServeConfig(str(CHECKPOINT), prompt_lengths=(8, 512), server=ServerConfig(port=0)))

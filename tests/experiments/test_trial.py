@@ -145,6 +145,29 @@ def test_whatever_a_robot_raises_makes_the_rollout_void_and_is_kept(kind, tmp_pa
     assert [line["rollout"] for line in lines(tmp_path / "trials.jsonl")] == [0]
 
 
+def test_a_robot_that_reuses_its_buffers_and_scales_actions_in_place_is_recorded_as_it_was(tmp_path):
+    class Reusing:
+        def __init__(self):
+            self.picture, self.proprio = np.zeros((8, 8, 3), np.uint8), np.zeros(7, np.float32)
+
+        def reset(self):
+            self.picture[:], self.proprio[:] = 0, 0
+
+        def observe(self):
+            return Observation({"static": self.picture, "wrist": self.picture}, self.proprio)
+
+        def step(self, action):
+            self.picture += 50
+            self.proprio += 1
+            action *= 1000
+
+    one = session(tmp_path, Reusing(), [])
+    steps = one._act(one.rollouts[0])
+    assert [int(step.images["static"][0, 0, 0]) for step in steps[:3]] == [0, 50, 100]
+    assert [float(step.state[0]) for step in steps[:3]] == [0, 1, 2]
+    assert all(abs(step.action).max() < 10 for step in steps)
+
+
 def test_a_rollout_that_cannot_be_recorded_is_void(tmp_path):
     class Blinking(Toy):
         def step(self, action):

@@ -307,5 +307,7 @@ def test_prompts_are_padded_to_the_shortest_of_the_lengths_and_longer_ones_are_r
         np.testing.assert_array_equal(ids[mask], encode(instruction)[0][: len(instruction)])
     with pytest.raises(ValueError, match=r"'open the drawer' has 15 tokens, .* prompts of \[6, 12\]\. Shorten"):
         policy.reset([0], ["open the drawer"])
+    with pytest.raises(ValueError, match=r"17 tokens; .* This policy is ready for prompts of \[6, 12\]"):
+        policy.reset([0], ["x" * 17])
     with pytest.raises(ValueError, match="warm_up needs prompt_lengths"):
         serving.BatchedVLAPolicy(*served, encode, slots=1).warm_up({})
