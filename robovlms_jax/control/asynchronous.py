@@ -226,11 +226,14 @@ class Scheduler:
     """One episode: when the policy is asked, what it is told, and where its answer goes.
 
     `due`, then `ask` and `see`, then `answer` or `failed`; at most one question is under way. counts: how often
-    the policy was asked, by reason.
+    the policy was asked, by reason. Raises ValueError for `roll_forward` and a robot whose actions move no number
+    of its state.
     """
 
     def __init__(self, config: AsyncConfig, robot: robots.RobotSpec, queue: ActionQueue | None = None):
         self.config, self.robot = config, robot
+        if config.roll_forward:  # refused now, and not at every question
+            roll_forward(np.zeros(len(robot.state)), np.zeros((0, len(robot.action))), robot)
         self.queue = ActionQueue(config, robot) if queue is None else queue
         self.counts: collections.Counter[str] = collections.Counter()
         self._delays: collections.deque[int] = collections.deque(maxlen=config.delays)

@@ -101,8 +101,14 @@ class InferenceThread:
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
             batch, after = self._gather(item)
-            if batch:
-                self._answer(batch)
+            try:
+                if batch:
+                    self._answer(batch)
+            except BaseException:  # this thread is the only one that answers: whatever is wrong, it goes on
+                log.exception("a batch of %d steps could not be answered", len(batch))
+            for request in batch:
+                if not request.answer.done():
+                    request.answer.set_exception(RuntimeError("the policy gave no answer; the server's log says more."))
             for item in after:
                 if item is None:
                     return
@@ -130,7 +136,10 @@ class InferenceThread:
             self._policy.release([item.slot])
         except Exception:
             log.exception("slot %d could not be released", item.slot)
-        item.done()
+        try:
+            item.done()
+        except RuntimeError:  # the event loop is over, and nobody will ask for the slot
+            log.debug("slot %d is free after the end", item.slot)
 
     def _answer(self, batch: list[Request]) -> None:
         batch = [request for request in batch if request.answer.set_running_or_notify_cancel()]

@@ -144,9 +144,11 @@ class Conversation:
         if not isinstance(actions, np.ndarray) or actions.ndim != 2 or actions.shape[1] != dim or not len(actions):
             found = list(actions.shape) if isinstance(actions, np.ndarray) else type(actions).__name__
             raise ServerError(f"the answer has actions {found}; expected [horizon, {dim}].")
+        with np.errstate(over="ignore"):  # 1e300 is infinite in float32
+            actions = actions.astype(np.float32) if actions.dtype.kind == "f" else actions
         if actions.dtype.kind != "f" or not np.isfinite(actions).all():
             raise ServerError("the answer has actions that are not finite.")
-        chunk = ActionChunk(actions.astype(np.float32), *_confidence(content, actions.shape))
+        chunk = ActionChunk(actions, *_confidence(content, actions.shape))
         self.last_reply = {key: value for key, value in content.items() if key != "actions"}
         self._set_clock(content.get("server_timing"), sent_s, came_s)
         self.begin = False

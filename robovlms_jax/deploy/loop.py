@@ -55,14 +55,15 @@ def run(
     Returns:
       The guard, whose `counts` say what happened; why the policy was asked is "asked: REASON".
     Raises:
-      ValueError: a base mapping for a robot that is none.
+      ValueError: a base mapping for a robot that is none, or with `tell` or `roll_forward`; what `asynchronous` asks
+        for and the robot's description does not allow.
     """
-    policy = policy if base is None else mobile.OnBase(policy, base, layer.spec)
+    policy = policy if base is None else _on_base(policy, base, layer, asynchronous)
     current = instruction if callable(instruction) else lambda: instruction
     active = current()
+    scheduler = Scheduler(asynchronous, layer.spec, ActionQueue(asynchronous, layer.spec))
     policy.reset(active)
-    with Guard(layer, robot.measure, robot.send, queue=ActionQueue(asynchronous, layer.spec)) as guard:
-        scheduler = Scheduler(asynchronous, layer.spec, guard.queue)
+    with Guard(layer, robot.measure, robot.send, queue=scheduler.queue) as guard:
         while not done(guard) and guard.state == "run":
             if current() != active:
                 active = current()
@@ -89,3 +90,13 @@ def run(
                 scheduler.failed()
     guard.counts.update({f"asked: {reason}": count for reason, count in scheduler.counts.items()})
     return guard
+
+
+def _on_base(policy: Policy, base: mobile.BaseMapping, layer: SafetyLayer, asynchronous: AsyncConfig) -> mobile.OnBase:
+    """A policy of an arm for the layer's base."""
+    if asynchronous.tell or asynchronous.roll_forward:
+        raise ValueError(
+            "asynchronous.tell and roll_forward show a policy the robot's own actions, and with a base mapping it has "
+            "others: leave both off."
+        )
+    return mobile.OnBase(policy, base, layer.spec)

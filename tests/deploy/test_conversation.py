@@ -81,6 +81,12 @@ def test_a_servers_error_closes_the_line_with_a_goodbye(course):
     assert done == ["ask", "close"] and isinstance(error, ServerError)
 
 
+@pytest.mark.parametrize("number", [np.nan, -np.inf, 1e300])
+def test_actions_that_are_not_finite_in_float32_are_no_answer(course, number):
+    done, error = follow(course.act(SEEN), HELLO, codec.pack({"actions": np.full((3, 2), number)}))
+    assert done[-1] == "close" and isinstance(error, ServerError) and "not finite" in str(error)
+
+
 def test_who_is_stopped_while_connecting_leaves_no_line(course):
     steps = course.connect()
     assert isinstance(next(steps), Close) and isinstance(steps.send(None), Open)

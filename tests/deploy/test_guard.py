@@ -171,6 +171,34 @@ def test_a_policy_of_an_arm_on_a_base_says_what_still_holds_and_hears_nothing_in
         on_base.act(Observation({}, committed=np.zeros((2, 3))))
 
 
+@pytest.mark.parametrize("base", [BaseMapping(), None])
+def test_what_a_base_cannot_be_shown_is_refused_before_it_moves(base):
+    drive = Base()
+    layer = SafetyLayer(MOBILE, Limits())
+    with pytest.raises(ValueError, match=r"asynchronous\..*roll_forward"):
+        run(
+            drive,
+            Arm(),
+            layer,
+            "go",
+            done=lambda guard: True,
+            base=base,
+            asynchronous=AsyncConfig("freeze", roll_forward=True),
+        )
+    if base is not None:
+        with pytest.raises(ValueError, match=r"asynchronous\.tell"):
+            run(
+                drive,
+                Arm(),
+                layer,
+                "go",
+                done=lambda guard: True,
+                base=base,
+                asynchronous=AsyncConfig("freeze", tell=True),
+            )
+    assert not drive.sent
+
+
 def test_a_base_mapping_for_an_arm_is_refused():
     layer = SafetyLayer(CALVIN, Limits())
     with pytest.raises(ValueError, match=r"robot 'calvin' has the 7 action dimensions \['x'.*those of a base"):

@@ -174,6 +174,28 @@ def test_an_episode_that_fails_within_a_batch_fails_alone():
     assert policy.batches[0] == 2
 
 
+@pytest.mark.parametrize("wrong", ["exits", "too few answers", "failures of other slots"])
+def test_whatever_a_policy_does_the_thread_that_answers_goes_on(wrong):
+    class Odd(Counting):
+        def act(self, observations, slots):
+            good = super().act(observations, slots)
+            if self.steps[slots[0]] > 1:
+                return good
+            if wrong == "exits":
+                raise SystemExit(1)
+            if wrong == "failures of other slots":
+                raise EpisodesFailed({99: "not finite"}, {})
+            return []
+
+    policy = Odd()
+    inference = InferenceThread(policy)
+    inference.start()
+    with pytest.raises(RuntimeError, match="gave no answer"):
+        inference.submit(0, observation(), "push").result(5)
+    assert steps({"actions": inference.submit(0, observation(), None).result(5).actions}) == 2
+    inference.stop(5)
+
+
 def test_actions_out_of_bounds_are_clipped_and_it_is_said():
     policy = Counting()
     policy.bad = np.full((4, 7), 2.0)
