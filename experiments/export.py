@@ -33,6 +33,9 @@ from robovlms_jax.training import checkpoints
 log = logging.getLogger(__name__)
 
 
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
     """What to export, and as what."""
@@ -50,6 +53,10 @@ class ExportConfig:
     """Sentences whose tokens program.json holds, so that no tokenizer is needed where it runs."""
     platforms: tuple[str, ...] = ("cpu", "cuda")
     """Of a stablehlo program: cpu, cuda, rocm, tpu."""
+
+    def __post_init__(self):
+        if not self.platforms or not set(self.platforms) <= set(PLATFORMS):
+            raise ValueError(f"platforms={list(self.platforms)}: expected one or more of {list(PLATFORMS)}.")
 
 
 def write_stablehlo(step: program.Program, folder: pathlib.Path, config: ExportConfig) -> dict[str, Any]:

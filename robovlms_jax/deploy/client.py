@@ -1,6 +1,6 @@
 """The robot's side of the server: a policy like any other, on another computer. NumPy, websockets and msgpack; no JAX.
 
-    with Client("ws://gpu-box:8000", token="...") as policy:
+    with Client("ws://gpu-box:8000", ClientConfig(token="...")) as policy:
         policy.reset("open the drawer")
         chunk = policy.act(observation)
 

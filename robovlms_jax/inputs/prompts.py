@@ -19,6 +19,8 @@ BARE = "{instruction}"
 
 _SAID: set[str] = set()
 """Unknown letters that the log has named."""
+MOST_SAID = 100
+"""Clients of a server could send others for ever; what is unknown beside these is read all the same, and not named."""
 
 
 def format_prompt(template: str, instruction: str) -> str:
@@ -85,7 +87,8 @@ def require_known(tokenizer: PreTrainedTokenizerBase, instruction: str, ids: Seq
             "reads this script (for Korean: PaliGemma, Qwen, or any whose tokenizer falls back to bytes), or translate "
             "the instruction."
         )
-    if named not in _SAID:
+    named = named[:200]
+    if named not in _SAID and len(_SAID) < MOST_SAID:
         _SAID.add(named)
         logger.warning("the tokenizer does not know %s of %r; the rest is read", named, instruction)
 

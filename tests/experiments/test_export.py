@@ -139,6 +139,12 @@ def test_an_export_that_fails_leaves_nothing_behind(error, begun, tmp_path, monk
     assert [path.name for path in tmp_path.rglob("*")] == ["out"] * begun
 
 
+@pytest.mark.parametrize("platforms", [("gpu",), ("cpu", "CUDA"), ()])
+def test_platforms_that_are_none_are_refused_before_anything_is_read(platforms):
+    with pytest.raises(ValueError, match=r"platforms=.*one or more of \['cpu', 'cuda', 'rocm', 'tpu'\]"):
+        export.ExportConfig("nowhere", "out", platforms=platforms)
+
+
 @pytest.mark.parametrize("to", ["onnx", "litert"])
 def test_a_refused_export_makes_no_folder(to, tmp_path):
     config = export.ExportConfig(str(RELEASE / "interleaved_discrete"), str(tmp_path / "new" / "out"), to=to)

@@ -146,6 +146,14 @@ def test_an_odd_letter_in_a_known_script_is_said_once_and_read(made, caplog):
     ]
 
 
+def test_odd_letters_that_a_server_is_sent_for_ever_are_not_remembered_for_ever(made, monkeypatch):
+    monkeypatch.setattr(prompts, "_SAID", set())
+    monkeypatch.setattr(prompts, "MOST_SAID", 2)
+    for letter in "ßøåþ":
+        encoded(made["pieces"], f"open the drawer {letter}")
+    assert len(prompts._SAID) == 2
+
+
 @pytest.mark.parametrize("kind", ["bytes", "fallback", "ranks", "twin"])
 def test_decomposed_hangul_is_the_same_instruction(made, kind):
     for sentence in SENTENCES[:5]:
