@@ -28,7 +28,10 @@ class Guard:
     Args:
       queue: which row is for which tick; None: the newest chunk's. It is of the layer's robot.
       measure, send: of the robot; called in the guard's thread only, and an exception in either latches the stop.
-      on_decision: told of every decision, in the guard's thread.
+      on_decision: told of every decision, in the guard's thread; the one way by which stop categories 0 and 1 ask for
+        power to be removed (`Decision.remove_power`).
+    Raises:
+      ValueError: one of these categories without it.
     """
 
     def __init__(
@@ -38,8 +41,13 @@ class Guard:
         send: Callable[[np.ndarray], None],
         *,
         queue: ActionQueue | None = None,
-        on_decision: Callable[[Decision], None] = lambda decision: None,
+        on_decision: Callable[[Decision], None] | None = None,
     ):
+        if on_decision is None and layer.limits.category < 2:
+            raise ValueError(
+                f"limits: category={layer.limits.category} asks for power to be removed, and nobody hears it: give "
+                "on_decision, which acts on decision.remove_power, or choose category 2."
+            )
         self._layer, self._measure, self._send, self._on_decision = layer, measure, send, on_decision
         self._lock = threading.Condition()
         self.queue = ActionQueue(AsyncConfig("switch"), layer.spec) if queue is None else queue
@@ -118,7 +126,8 @@ class Guard:
             self.state = decision.state
             self._lock.notify_all()
         try:
-            self._on_decision(decision)
+            if self._on_decision is not None:
+                self._on_decision(decision)
         except BaseException:  # whoever only looks on must not stop the ticks
             log.exception("on_decision failed")
         return decision

@@ -12,7 +12,7 @@ from robovlms_jax.control.asynchronous import ActionQueue, AsyncConfig, Schedule
 from robovlms_jax.control.interface import Observation, Policy
 from robovlms_jax.deploy import mobile
 from robovlms_jax.deploy.guard import Guard
-from robovlms_jax.deploy.safety import Measured, SafetyLayer
+from robovlms_jax.deploy.safety import Decision, Measured, SafetyLayer
 
 log = logging.getLogger(__name__)
 
@@ -39,31 +39,31 @@ def run(
     done: Callable[[Guard], bool],
     asynchronous: AsyncConfig = SWITCH,
     base: mobile.BaseMapping | None = None,
+    on_decision: Callable[[Decision], None] | None = None,
 ) -> Guard:
     """Drives the robot until `done` or a latched stop, and brakes it to rest.
 
     Args:
-      policy: such as `client.Client`. What it raises is logged, and the robot goes on with what is left of its chunk,
-        then is braked.
-      layer: `Limits.missing_ticks` must outlast an answer of the policy that what is left does not cover; for the first
-        answer it waits.
+      policy: such as `client.Client`. What it raises is logged, and the robot goes on with the rest of its chunk, then
+        is braked.
+      layer: `Limits.missing_ticks` must outlast an answer that the rest does not cover; for the first one it waits.
       instruction: or what says which one holds now; the actions for an older one are executed until there are new ones.
       done: asked between predictions; `Guard.now` counts ticks.
-      asynchronous: when the policy is asked, and how its answers follow each other. `robot.observe` must take less than
-        a tick where that looks at pictures.
+      asynchronous: when the policy is asked. `robot.observe` must take less than a tick where that looks at pictures.
       base: how a policy of an arm drives a base, which `layer` is for; None: the policy's actions are the robot's.
+      on_decision: see `Guard`.
     Returns:
       The guard, whose `counts` say what happened; why the policy was asked is "asked: REASON".
     Raises:
-      ValueError: a base mapping for a robot that is none, or with `tell` or `roll_forward`; what `asynchronous` asks
-        for and the robot's description does not allow.
+      ValueError: a base mapping for a robot that is none, or with `tell` or `roll_forward`; what the robot's
+        description or a missing `on_decision` does not allow.
     """
     policy = policy if base is None else _on_base(policy, base, layer, asynchronous)
     current = instruction if callable(instruction) else lambda: instruction
     active = current()
     scheduler = Scheduler(asynchronous, layer.spec, ActionQueue(asynchronous, layer.spec))
     policy.reset(active)
-    with Guard(layer, robot.measure, robot.send, queue=scheduler.queue) as guard:
+    with Guard(layer, robot.measure, robot.send, queue=scheduler.queue, on_decision=on_decision) as guard:
         while not done(guard) and guard.state == "run":
             if current() != active:
                 active = current()

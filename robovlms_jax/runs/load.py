@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast, get_args
@@ -13,7 +14,7 @@ from robovlms_jax import schema
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.inputs import tokenizers
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.policies import embodiments
+from robovlms_jax.policies import confidence, embodiments
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.serving import BatchedVLAPolicy, EncodeText, VLAPolicy
 from robovlms_jax.policies.vla import VLA
@@ -21,6 +22,8 @@ from robovlms_jax.runs import build, saved
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import checkpoints, items
 from robovlms_jax.weights import quantize
+
+log = logging.getLogger(__name__)
 
 Weights = Literal["float32", "bfloat16", "int8", "w8a8"]
 _ROUNDED = ("int8", "w8a8")
@@ -48,7 +51,7 @@ def load_policy(
       FileNotFoundError, ValueError: no or another model's checkpoint; says what was looked for.
     """
     # What was calibrated is its own robot's.
-    calibration = None if robot else saved.read_calibration(checkpoints.locate(path))
+    calibration = None if robot else _calibration(path, weights)
     return VLAPolicy(*open_model(path, policy, weights, robot=robot), calibration=calibration)
 
 
@@ -62,8 +65,19 @@ def load_batched_policy(
     """The same for `slots` robots or simulators at once; what one of them sends or is asked changes nothing for the
     others. prompt_lengths: see `BatchedVLAPolicy`."""
     opened = open_model(path, policy, weights)
-    calibration = saved.read_calibration(checkpoints.locate(path))
+    calibration = _calibration(path, weights)
     return BatchedVLAPolicy(*opened, slots=slots, calibration=calibration, prompt_lengths=prompt_lengths)
+
+
+def _calibration(path: str | pathlib.Path, weights: Weights | None) -> confidence.Calibration | None:
+    """How the checkpoint was calibrated; weights that were rounded only afterwards are not in that, which is logged."""
+    calibration = saved.read_calibration(checkpoints.locate(path))
+    if calibration is not None and weights in _ROUNDED and load_config(path).backbone.storage != weights:
+        log.warning(
+            "%s: its intervals of %.0f %% were calibrated without weights=%s, with which they were not measured",
+            *(path, 100 * calibration.coverage, weights),
+        )
+    return calibration
 
 
 def load_config(path: str | pathlib.Path) -> ExperimentConfig:

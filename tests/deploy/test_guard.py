@@ -134,6 +134,22 @@ def test_the_loop_executes_chunks_beside_inference_and_outlives_a_failed_predict
     assert not base.sent[-1].any()
 
 
+@pytest.mark.parametrize("category", [0, 1])
+def test_a_stop_that_asks_for_power_to_be_removed_is_heard_or_refused(category):
+    base, asked = Base(), []
+    layer = SafetyLayer(MOBILE, Limits(category=category))
+    with pytest.raises(ValueError, match=f"category={category} asks for power to be removed, and nobody hears it"):
+        run(base, Remote(), layer, "forward", done=lambda guard: True)
+
+    def done(guard):
+        if guard.now > 5:
+            layer.stop("a person at the fence")
+        return False
+
+    run(base, Remote(), layer, "forward", done=done, on_decision=lambda decision: asked.append(decision.remove_power))
+    assert not asked[0] and asked[-1] and not base.sent[-1].any()
+
+
 class Arm:
     """A policy of an arm, that turns and goes back and to the left."""
 

@@ -111,6 +111,15 @@ def test_a_policy_served_in_int8_acts_nearly_as_it_was_trained_to():
     assert sum(x.nbytes for x in before.values()) - sum(x.nbytes for x in after.values()) == saved
 
 
+def test_intervals_of_weights_that_are_rounded_after_the_calibration_are_said_to_be_unmeasured(monkeypatch, caplog):
+    monkeypatch.setattr(
+        load.saved, "read_calibration", lambda directory: load.confidence.Calibration((1.0,), 0.9, 10, False)
+    )
+    assert load._calibration(RELEASE, None).coverage == 0.9 and not caplog.records
+    load._calibration(RELEASE, "w8a8")
+    assert "intervals of 90 % were calibrated without weights=w8a8" in caplog.text
+
+
 def test_weights_are_kept_in_the_type_that_is_asked_for(written):
     def types(weights):
         params = flatten_dict(load.load_policy(written, weights=weights)._batched.params, sep="/")
