@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from robovlms_jax import json_files
+from robovlms_jax.data import atomic
 from robovlms_jax.policies.confidence import Calibration
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.runs.config import ExperimentConfig
@@ -83,5 +83,5 @@ def write_calibration(directory: pathlib.Path, calibration: Calibration, facts: 
     path = directory / CALIBRATION
     values = dataclasses.asdict(calibration) | facts
     values["quantiles"] = [None if math.isinf(x) else x for x in calibration.quantiles]
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    atomic.write_json(path, values)  # a robot may be loading the checkpoint meanwhile, and half a file is refused
     return path

@@ -49,6 +49,19 @@ def test_too_few_episodes_give_no_interval_and_none_to_test_is_an_error():
         calibrating.calibrate(episodes(1), 0.9)
 
 
+def test_a_calibration_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    before = Calibration((1.5,), 0.9, 30, scaled=True)
+    saved.write_calibration(tmp_path, before, {})
+
+    def killed(*args):
+        raise OSError("power failure")
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(OSError, match="power"):
+        saved.write_calibration(tmp_path, Calibration((2.5,), 0.8, 3, scaled=False), {})
+    assert saved.read_calibration(tmp_path) == before
+
+
 def test_a_calibration_comes_back_as_it_was_written(tmp_path):
     calibration = Calibration((1.5, math.inf), 0.9, 30, scaled=True)
     saved.write_calibration(tmp_path, calibration, {"measured": {}})
