@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robovlms_jax.backbones import base, hf_config, registry, sections
+from robovlms_jax.backbones import base, hf_config, registry, sections, t5
 from robovlms_jax.inputs.images import ImageSpec
 from robovlms_jax.nn.davit import DaViTConfig
 from robovlms_jax.nn.decoder_config import DecoderConfig
@@ -146,8 +146,9 @@ def make_rules(stages: int) -> rules.Rules:
         *rules.linear(f"{projector}.image_projection", "connector/dense", use_bias=False),
         *rules.layer_norm(f"{projector}.image_proj_norm", "connector/norm"),
         rules.Ignore(rf"{projector}\.visual_temporal_embed\..*", "constant sinusoids"),
-        rules.Rule("language_model.shared.weight", "text/embed/table"),
-        rules.Ignore(r"language_model\.(en|de)coder\.embed_tokens\.weight", "the token table, stored once more"),
+        *rules.shared(
+            "language_model.shared.weight", [f"language_model.{half}.embed_tokens.weight" for half in t5.HALVES]
+        ),
         *bart_rules("language_model.encoder", "encoder", cross=False),
         *bart_rules("language_model.decoder", "text", cross=True),
         *rules.head("lm_head", "text", tied=True),

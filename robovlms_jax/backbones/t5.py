@@ -29,6 +29,7 @@ SMALL = DecoderConfig(  # T5Config()
     dropout=0.1,
     attention_dropout=0.1,
 )
+HALVES = "encoder", "decoder"
 FIELDS = {
     "width": ("d_model",),
     "mlp_dim": ("d_ff",),
@@ -82,8 +83,7 @@ def write(text: DecoderConfig, encoder: DecoderConfig) -> dict[str, Any]:
 def make_rules(source: str, *, is_gated: bool) -> rules.Rules:
     """transformers' T5 -> `text/` and `encoder/`."""
     return (
-        rules.Rule(f"{source}.shared.weight", "text/embed/table"),
-        rules.Ignore(rf"{source}\.(en|de)coder\.embed_tokens\.weight", "the token table, stored once more"),
+        *rules.shared(f"{source}.shared.weight", [f"{source}.{half}.embed_tokens.weight" for half in HALVES]),
         rules.Ignore(
             rf"{source}\.decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
             "transformers before 4 stored one that was never read",

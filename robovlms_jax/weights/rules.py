@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from robovlms_jax.weights import rearrange
 
@@ -57,17 +57,17 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Tied:
-    """A head that is the token table stored once more: equal to it, or stored in its place."""
+    """A head, or another copy, that is the token table stored once more: equal to it, or stored in its place."""
 
     source: str
     """Tensor name, as in `Rule`."""
     table: str
     """Path of the token table."""
-    head: str
-    """Path of the kernel that it would be in a model that ties nothing."""
+    head: str = ""
+    """Path of the kernel that it would be in a model that ties nothing. Empty: the model has no place for another."""
 
     def match(self, name: str) -> bool:
-        """Whether a normalised tensor name is this head."""
+        """Whether a normalised tensor name is this copy."""
         return name == normalize(self.source)
 
 
@@ -151,7 +151,8 @@ def prefixed(rules: Rules, *, source: str = "", target: str = "") -> Rules:
         if isinstance(rule, Rule):
             return dataclasses.replace(rule, source=source + rule.source, target=target + rule.target)
         if isinstance(rule, Tied):
-            return Tied(source + rule.source, target + rule.table, target + rule.head)
+            head = target + rule.head if rule.head else ""
+            return Tied(source + rule.source, target + rule.table, head)
         if isinstance(rule, Ignore | Fallback):
             return dataclasses.replace(rule, source=re.escape(source) + rule.source)
         return rule
@@ -330,6 +331,11 @@ def llama(
     return rows
 
 
+def shared(table: str, copies: Sequence[str]) -> Rules:
+    """One token table of an encoder and a decoder, of which files may hold copies: names of tensors."""
+    return (Rule(table, "text/embed/table"), *(Tied(copy, "text/embed/table") for copy in copies))
+
+
 def head(source: str, target: str, *, tied: bool) -> Rules:
     """The matrix that makes logits: a parameter of its own, or the token table stored once more."""
     if tied:
@@ -343,7 +349,7 @@ def with_head(table: Rules, *, tied: bool) -> Rules:
     for row in table:
         if tied and isinstance(row, Rule) and row.target.endswith("/head/kernel"):
             rows += head(row.source.removesuffix(".weight"), row.target.removesuffix("/head/kernel"), tied=True)
-        elif not tied and isinstance(row, Tied):
+        elif not tied and isinstance(row, Tied) and row.head:
             rows += head(row.source.removesuffix(".weight"), row.head.removesuffix("/head/kernel"), tied=False)
         else:
             rows += (row,)

@@ -1,4 +1,4 @@
-"""Token table and head that a checkpoint stores twice: are they one matrix?"""
+"""Token table, head and other copies that a checkpoint stores twice: are they one matrix?"""
 
 from __future__ import annotations
 
@@ -22,23 +22,39 @@ def difference(rules: Rules, source: Source) -> str | None:
 
     None where they are equal number by number, or one of them is not stored, or has another shape (which
     `convert.plan` reports). Reads both, a block of rows at a time.
+
+    Raises ValueError for another copy of the table that differs, such as an encoder's: the model has no place for two.
     """
+    untied = None
     for row in rules:
         if not isinstance(row, Tied):
             continue
-        rule = next(rule for rule in rules if isinstance(rule, Rule) and rule.target == row.table)
-        heads = [name for name in source.shapes if row.match(canonical(rules, name))]
-        tables = [name for name in source.shapes if rule.match(canonical(rules, name))[0]]
-        for head, table in itertools.product(heads, tables):
-            if source.shapes[head] != source.shapes[table]:
+        copies = [name for name in source.shapes if row.match(canonical(rules, name))]
+        for copy, table in itertools.product(copies, _stored(rules, row.table, source)):
+            if source.shapes[copy] != source.shapes[table]:
                 continue
-            largest, count = _largest_difference(source, head, table)
-            if count:
-                return (
-                    f"config.json ties the head to the token table, but {head} and {table} are both stored and differ, "
-                    f"by up to {largest:.3g} and in {count} of {math.prod(source.shapes[head])} numbers"
+            largest, count = _largest_difference(source, copy, table)
+            if not count:
+                continue
+            how = (
+                f"{copy} and {table} are both stored and differ, by up to {largest:.3g} and in {count} of "
+                f"{math.prod(source.shapes[copy])} numbers"
+            )
+            if not row.head:
+                raise ValueError(
+                    f"{source.name}: {how}; encoder and decoder of this model read one token table. Delete "
+                    f"{copy} to use {table} for both."
                 )
-    return None
+            untied = untied or f"config.json ties the head to the token table, but {how}"
+    return untied
+
+
+def _stored(rules: Rules, table: str, source: Source) -> list[str]:
+    """The tensor of a token table, or where it is not there the first of those that are stored in its place."""
+    rule = next(rule for rule in rules if isinstance(rule, Rule) and rule.target == table)
+    found = [name for name in source.shapes if rule.match(canonical(rules, name))[0]]
+    copies = [row for row in rules if isinstance(row, Tied) and row.table == table]
+    return found or [name for row in copies for name in source.shapes if row.match(canonical(rules, name))][:1]
 
 
 def _largest_difference(source: Source, first: str, second: str) -> tuple[float, int]:

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from robovlms_jax.backbones import registry
 from robovlms_jax.weights import convert, rules, tying
 from tests.weights.array_source import ArraySource
 
@@ -16,7 +17,7 @@ TIED = (rules.Rule("embed.weight", "text/embed/table"), *rules.head("lm_head", "
 
 def load(table: rules.Rules, arrays: dict[str, np.ndarray]):
     wanted = {"text": {"embed": {"table": jax.ShapeDtypeStruct((4, 3), np.float32)}}}
-    if table is not TIED:
+    if any(isinstance(row, rules.Rule) and row.target == "text/head/kernel" for row in table):
         wanted["text"]["head"] = {"kernel": jax.ShapeDtypeStruct((3, 4), np.float32)}
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     source = ArraySource(arrays, "here")
@@ -41,6 +42,29 @@ def test_a_head_that_differs_from_its_table_is_refused_with_the_largest_differen
     np.testing.assert_array_equal(found["embed"]["table"], TABLE)
     np.testing.assert_array_equal(found["head"]["kernel"], other.T)
     assert rules.with_head(untied, tied=True) == TIED
+
+
+SHARED = rules.shared("shared.weight", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("kept", [(0,), (1,), (0, 1, 2), (1, 2)])
+def test_a_table_shared_by_encoder_and_decoder_is_read_under_any_of_its_names(kept):
+    names = [[row.source for row in SHARED][number] for number in kept]
+    np.testing.assert_array_equal(load(SHARED, dict.fromkeys(names, TABLE))["text"]["embed"]["table"], TABLE)
+    if len(names) > 1:
+        with pytest.raises(ValueError, match=rf"{names[-1]} and {names[0]} .*differ.*read one token table. Delete"):
+            load(SHARED, dict.fromkeys(names, TABLE) | {names[-1]: TABLE + 1})
+
+
+@pytest.mark.parametrize("name", ["florence-2-base", "blip2-flan-t5-xl"])
+def test_no_encoder_decoder_drops_a_second_token_table_unseen(name):
+    table = registry.get(name).rules
+    copies = [row for row in table if isinstance(row, rules.Tied) and not row.head]
+    assert [row.source.split(".")[1] for row in copies] == ["encoder", "decoder"]
+    assert all(row in rules.with_head(table, tied=False) for row in copies)  # whatever the head does
+    assert rules.prefixed(tuple(copies), source="a.", target="b/")[0] == rules.Tied(
+        "a.language_model.encoder.embed_tokens.weight", "b/text/embed/table"
+    )
 
 
 def test_a_tied_head_of_another_shape_is_reported():
