@@ -189,6 +189,12 @@ class VLM(nn.Module):
         x = x.reshape(batch, len(images), -1, x.shape[-1])
 
         def around(ids: tuple[int, ...]) -> jax.Array:
+            if ids and max(ids) >= c.text.vocab_size:  # jax would look up NaN
+                raise ValueError(
+                    f"images stand between the tokens {[*c.image_start]} and {[*c.image_end]} of a {c.model_type}, and "
+                    f"its vocabulary has {c.text.vocab_size} ids. Name those of its tokenizer in config.json: "
+                    "image_start_token_id, boi_token_index or vision_start_token_id, as the family calls it."
+                )
             embeds = self.text.embed(jnp.asarray(ids, jnp.int32)).astype(x.dtype)
             return jnp.broadcast_to(embeds, (*x.shape[:2], len(ids), c.width))
 

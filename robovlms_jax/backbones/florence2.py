@@ -138,19 +138,17 @@ def bart_rules(source: str, target: str, *, cross: bool) -> rules.Rules:
 
 def make_rules(stages: int) -> rules.Rules:
     """How published tensors become parameters, of a tower of so many stages."""
-    projector = "multi_modal_projector"
+    projector, language = "model.multi_modal_projector", "model.language_model"
     return (
-        *tower_rules("vision_tower", "vision", stages),
+        *tower_rules("model.vision_tower", "vision", stages),
         rules.Rule(f"{projector}.image_position_embed.row_embeddings.weight", "connector/rows"),
         rules.Rule(f"{projector}.image_position_embed.column_embeddings.weight", "connector/columns"),
         *rules.linear(f"{projector}.image_projection", "connector/dense", use_bias=False),
         *rules.layer_norm(f"{projector}.image_proj_norm", "connector/norm"),
-        rules.Ignore(rf"{projector}\.visual_temporal_embed\..*", "constant sinusoids"),
-        *rules.shared(
-            "language_model.shared.weight", [f"language_model.{half}.embed_tokens.weight" for half in t5.HALVES]
-        ),
-        *bart_rules("language_model.encoder", "encoder", cross=False),
-        *bart_rules("language_model.decoder", "text", cross=True),
+        rules.Ignore(r"multi_modal_projector\.visual_temporal_embed\..*", "constant sinusoids"),
+        *rules.shared(f"{language}.shared.weight", [f"{language}.{half}.embed_tokens.weight" for half in t5.HALVES]),
+        *bart_rules(f"{language}.encoder", "encoder", cross=False),
+        *bart_rules(f"{language}.decoder", "text", cross=True),
         *rules.head("lm_head", "text", tied=True),
         rules.LORA,
     )

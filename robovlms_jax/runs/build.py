@@ -146,7 +146,13 @@ def _open(config: BackboneConfig, directory: pathlib.Path) -> Backbone:
     vlm = with_settings(config, registry.from_directory(directory))
     tokenizer, own = _tokenizer(directory, vlm.text.vocab_size), None
     if vlm.connector_tokenizer:
-        own = _tokenizer(directory / vlm.connector_tokenizer, vlm.connector.vocab_size)
+        second = directory / vlm.connector_tokenizer
+        if not second.is_dir():
+            raise FileNotFoundError(
+                f"{second} is missing: the connector of a {vlm.model_type} reads the instruction with a tokenizer of "
+                f"its own. Copy the folder {vlm.connector_tokenizer} of the published model beside config.json."
+            )
+        own = _tokenizer(second, vlm.connector.vocab_size)
     return Backbone(vlm, tokenizer, tokenizers.read_assets(directory), connector_tokenizer=own)
 
 

@@ -33,7 +33,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _MODULES = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^vision_tower\.vision_model\.", "model.vision_tower."),
+    (r"^vision_tower\.(vision_model\.)?", "model.vision_tower."),
     (r"^multi_modal_projector\.", "model.multi_modal_projector."),
 )
 """From the published names of `rules.HUB_NAMES` families to modules of transformers 5."""
@@ -112,9 +112,10 @@ def export(
         )
     if (directory / CONFIG).exists():
         raise FileExistsError(f"{directory} holds an adapter already; export to an empty directory.")
-    by_tensor: dict[str, list[str]] = {}
+    by_tensor: dict[tuple[str, int], list[str]] = {}
     for path, layout in sorted(layouts.items(), key=lambda item: item[1].rule.part):
-        by_tensor.setdefault(layout.rule.source, []).append(path)
+        # Layers that differ in turns share names, but no tensors: they begin at different numbers.
+        by_tensor.setdefault((layout.rule.source, layout.rule.first), []).append(path)
     tensors, modules, fused = {}, [], {}
     for _, paths in sorted(by_tensor.items()):
         layers = flat[paths[0]].shape[0] if layouts[paths[0]].rule.is_stacked else None
@@ -206,7 +207,7 @@ def _layouts(flat: Mapping[str, Any], rules: Rules) -> dict[str, _Layout]:
 
 def _module(tensor: str, rules: Rules) -> str:
     name = tensor.removesuffix(".weight") + "."
-    if set(rules_of.HUB_NAMES) <= set(rules):
+    if rules_of.HUB_NAMES[0] in rules:
         for pattern, replacement in _MODULES:
             name = re.sub(pattern, replacement, name)
     return name.removesuffix(".")

@@ -17,8 +17,10 @@ from tests.backbones.oracle import abstract, from_torch, randomize
 
 peft = pytest.importorskip("peft", reason="not in environments without torch")
 
-FAMILIES = ("kosmos-2", "llava-1.5-7b", "qwen2.5-vl-3b")
-"""Names as published, names that transformers 5 changed, convolutions over three axes."""
+FAMILIES = ("kosmos-2", "llava-1.5-7b", "qwen2.5-vl-3b", "florence-2-base", "internvl3-1b", "instructblip-flan-t5-xl")
+"""Names as published, names that transformers 5 changed, convolutions over three axes, names below `model.`, a tower
+without a level of names, layers that differ in turns."""
+SLOW = ("florence-2-base",)
 KINDS = ("lora", "rslora", "dora")
 
 
@@ -46,7 +48,12 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [*((name, "lora") for name in FAMILIES), ("kosmos-2", "rslora"), ("llava-1.5-7b", "dora")]
+    ("name", "kind"),
+    [
+        *(pytest.param(name, "lora", marks=pytest.mark.slow if name in SLOW else ()) for name in FAMILIES),
+        ("kosmos-2", "rslora"),
+        ("llava-1.5-7b", "dora"),
+    ],
 )
 def test_peft_opens_what_is_exported_and_computes_the_same_matrices(tmp_path, name, kind):
     config, torch_model, params = with_adapters(name, kind)

@@ -50,6 +50,14 @@ def _run(config, params, images, ids, mask, queries):
     return tokens, model.apply({"params": params}, tokens, method="decode")[0]
 
 
+@pytest.mark.parametrize("name", ["internvl3-1b", "janus-pro-1b", "gemma-3-4b"])
+def test_tokens_around_images_that_the_vocabulary_lacks_are_named_and_no_nan(name):
+    config = dataclasses.replace(registry.get(name).tiny(), image_end=(151_666,))
+    images, *text = example(config)
+    with pytest.raises(ValueError, match=r"\[151666\] of a \w+, and its vocabulary has 128 ids. Name those of its tok"):
+        jax.eval_shape(lambda: base.build(config).init(jax.random.key(0), images, *text))
+
+
 def queries_of(twin) -> jnp.ndarray:
     return jnp.asarray(np.random.default_rng(4).normal(size=(2, twin.config.width)) * 0.1, jnp.float32)
 
