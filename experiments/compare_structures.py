@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
-from experiments import calvin_abcd, evaluate
+from experiments import calvin_abcd, evaluate, evaluation_settings
 from robovlms_jax import cli, json_files
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.envs.calvin import tasks
@@ -247,7 +247,7 @@ def _train(cell: Cell, config: CompareConfig, directory: pathlib.Path) -> dict[s
 def _roll_out(config: CompareConfig, directory: pathlib.Path, execution: Execution) -> dict[str, Any]:
     output = directory / "rollouts" / execution.label.replace(" ", "_")
     report = evaluate.evaluate(
-        evaluate.EvaluateConfig(
+        evaluation_settings.EvaluateConfig(
             checkpoint=str(directory / "run"),
             out=str(output),
             env="playtable",

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments import evaluate, protocols
+from experiments import evaluate, evaluation_settings, protocols
 from experiments.few_shot import METHODS as PARTS
 from experiments.few_shot import SMALL
 from robovlms_jax import cli, schema
@@ -215,7 +215,7 @@ class _Step:
         """Success on each group, all tasks alike often."""
         rollouts, tasks = self.start.rollouts, tuple(self.config.tasks)
         written = evaluate.evaluate(
-            evaluate.EvaluateConfig(
+            evaluation_settings.EvaluateConfig(
                 checkpoint=str(checkpoint),
                 out=str(output or checkpoint / "all_tasks"),
                 scene=rollouts.scene,

@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from experiments import calvin_abcd, evaluate
+from experiments import calvin_abcd, evaluate, evaluation_settings
 from robovlms_jax import cli
 from robovlms_jax.control import robot
 from robovlms_jax.control.asynchronous import AsyncConfig
@@ -37,8 +37,10 @@ def checkout(tmp_path) -> str:
     return str(tmp_path / "calvin")
 
 
-def config(**changes) -> evaluate.EvaluateConfig:
-    return evaluate.EvaluateConfig(checkpoint="run", **{"env": "calvin", "calvin_root": "nowhere", **changes})
+def config(**changes) -> evaluation_settings.EvaluateConfig:
+    return evaluation_settings.EvaluateConfig(
+        checkpoint="run", **{"env": "calvin", "calvin_root": "nowhere", **changes}
+    )
 
 
 def test_calvin_is_asked_the_benchmarks_own_sentences(checkout):
@@ -58,7 +60,9 @@ def test_other_wordings_are_asked_only_on_request_or_with_a_warning(checkout, ca
     without, _ = evaluate._trials(config(chains=1))
     assert without[0].labels["phrasing"] == "training"
     assert "calvin_root nowhere has no validation sentences" in caplog.text
-    playtable, _ = evaluate._trials(evaluate.EvaluateConfig(checkpoint="run", calvin_root=checkout, chains=1))
+    playtable, _ = evaluate._trials(
+        evaluation_settings.EvaluateConfig(checkpoint="run", calvin_root=checkout, chains=1)
+    )
     assert playtable[0].labels["phrasing"] == "training"
 
 
@@ -84,10 +88,10 @@ def test_the_official_protocol_is_the_whole_benchmark_and_says_so(checkout, monk
     assert asked["settings"].execution == Execution("first")
     assert asked["settings"].criterion.max_steps == 360
     assert {trial.labels["phrasing"] for trial in asked["trials"]} == {"benchmark"}
-    assert {trial.labels["protocol"] for trial in asked["trials"]} == {evaluate.OFFICIAL_LABEL}
+    assert {trial.labels["protocol"] for trial in asked["trials"]} == {evaluation_settings.OFFICIAL_LABEL}
     text = report.read_text()
     assert "Simulator of CALVIN: calvin_env 797142c." in text
-    assert f"Protocol: {evaluate.OFFICIAL_LABEL}." in text
+    assert f"Protocol: {evaluation_settings.OFFICIAL_LABEL}." in text
     assert "benchmark" in text
 
 
@@ -171,7 +175,7 @@ def test_main_says_where_the_report_is_even_if_a_library_took_the_root_logger(mo
     monkeypatch.setattr(logging.root, "handlers", [logging.NullHandler()])
     monkeypatch.setattr(logging.root, "level", logging.WARNING)
     monkeypatch.setattr(sys, "argv", ["evaluate", "--checkpoint", "run"])
-    monkeypatch.setattr(evaluate, "of_checkpoint", lambda arguments: evaluate.EvaluateConfig)
+    monkeypatch.setattr(evaluation_settings, "of_checkpoint", lambda arguments: evaluation_settings.EvaluateConfig)
     monkeypatch.setattr(evaluate, "evaluate", lambda config: pathlib.Path("out/rollouts.md"))
     evaluate.main()
     assert "report: out/rollouts.md" in capsys.readouterr().err
@@ -181,9 +185,9 @@ def test_what_is_not_said_comes_from_the_rollouts_of_the_checkpoints_run(monkeyp
     monkeypatch.setattr(load, "load_config", lambda path: calvin_abcd.PRESETS["playtable_fixtures"])
 
     def read(*arguments):
-        start = evaluate.of_checkpoint(["--checkpoint", "run", *arguments])
+        start = evaluation_settings.of_checkpoint(["--checkpoint", "run", *arguments])
         config = cli.read(start, argv=["--checkpoint", "run", *arguments])
-        evaluate._say_taken(config, start)
+        evaluation_settings.say_taken(config, start)
         return config
 
     caplog.set_level("INFO")
@@ -194,7 +198,9 @@ def test_what_is_not_said_comes_from_the_rollouts_of_the_checkpoints_run(monkeyp
     assert "image_size 96 64" in caplog.text and "execution" not in caplog.text  # what was typed is no news
     assert read("--latency_ms", "100").execution == Execution()
     assert read("--tasks", "--image_size", "40", "30").tasks == ()
-    assert read("--env", "simpler").image_size == evaluate.EvaluateConfig("run").image_size  # another robot's
+    assert (
+        read("--env", "simpler").image_size == evaluation_settings.EvaluateConfig("run").image_size
+    )  # another robot's
 
 
 def test_a_report_without_simulator_or_protocol_says_nothing_of_them():

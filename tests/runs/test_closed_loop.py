@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import calvin_abcd, evaluate
+from experiments import calvin_abcd, evaluate, evaluation_settings
 from robovlms_jax import cli
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.data import calvin
@@ -37,7 +37,7 @@ RECORD = {
 )
 def test_impossible_evaluations_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        evaluate.EvaluateConfig(checkpoint="x", **changes)
+        evaluation_settings.EvaluateConfig(checkpoint="x", **changes)
 
 
 def test_impossible_recordings_are_refused(tmp_path):
@@ -78,7 +78,7 @@ def test_recorded_demonstrations_train_a_policy_that_rolls_out(tmp_path):
         **{"data.root": str(data), "train.output": str(tmp_path / "run"), "train.steps": 3, "evaluation.episodes": 0},
     )
     checkpoint = run.train("sample", small)
-    rollout = evaluate.EvaluateConfig(
+    rollout = evaluation_settings.EvaluateConfig(
         checkpoint=str(checkpoint), chains=3, max_steps=12, films=1, image_size=(48, 32), execution=Execution("first")
     )
     report = evaluate.evaluate(rollout)
