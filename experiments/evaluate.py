@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import evaluation_settings as settings
+from experiments import evaluation_settings
 from robovlms_jax import cli, hub
 from robovlms_jax.control.delayed import AsynchronousBatch
 from robovlms_jax.control.robot import CALVIN, RobotSpec
@@ -42,10 +42,10 @@ from robovlms_jax.training import checkpoints, seals
 log = logging.getLogger(__name__)
 
 
-def evaluate(config: settings.EvaluateConfig) -> pathlib.Path:
+def evaluate(config: evaluation_settings.EvaluateConfig) -> pathlib.Path:
     """Run the evaluation and write its report; returns the report's path."""
     if config.protocol == "official":
-        config = dataclasses.replace(config, **settings.OFFICIAL)
+        config = dataclasses.replace(config, **evaluation_settings.OFFICIAL)
     directory = checkpoints.locate(config.checkpoint)
     trials, criterion = _trials(config)
     conditions = _conditions(config, trials, seals.identity(directory).label)
@@ -101,7 +101,7 @@ def evaluate(config: settings.EvaluateConfig) -> pathlib.Path:
     return rollout_report.write_report(output, [evaluation], title=title, films=films, recordings=recordings)
 
 
-def _require_robot(config: settings.EvaluateConfig, policy: PolicyConfig, dataset: str) -> None:
+def _require_robot(config: evaluation_settings.EvaluateConfig, policy: PolicyConfig, dataset: str) -> None:
     """Raise ValueError where the simulator is another robot than the policy's; lists what differs.
 
     Args:
@@ -122,19 +122,19 @@ def _require_robot(config: settings.EvaluateConfig, policy: PolicyConfig, datase
         robots.require_same(policy, found, f"env simpler {how} simpler_statistics is driven as")
 
 
-def _late(config: settings.EvaluateConfig) -> str:
+def _late(config: evaluation_settings.EvaluateConfig) -> str:
     """For reports and the log."""
     return "" if config.latency_ms < 0 else f", answers {config.latency_ms:g} ms late, seam {config.asynchronous.seam}"
 
 
-def _latency_ticks(config: settings.EvaluateConfig, robot: RobotSpec) -> int:
+def _latency_ticks(config: evaluation_settings.EvaluateConfig, robot: RobotSpec) -> int:
     """Raises ValueError for a robot whose rate is not known."""
     if not robot.rate_hz:
         raise ValueError(f"latency_ms needs the robot's rate, which {robot.name!r} does not say.")
     return math.ceil(config.latency_ms / 1000 * robot.rate_hz - 1e-9)
 
 
-def _folder_name(config: settings.EvaluateConfig) -> str:
+def _folder_name(config: evaluation_settings.EvaluateConfig) -> str:
     name = f"{config.env}-{config.scene if config.env != 'simpler' else config.simpler_task}"
     name += ("-single" if config.tasks else "") + ("-fresh" if config.fresh_process else "")
     name += "-official" if config.protocol == "official" else ""
@@ -152,7 +152,7 @@ _ASIDE = (
 results that were stored earlier do not name."""
 
 
-def _conditions(config: settings.EvaluateConfig, trials: list[Trial], checkpoint: str) -> dict[str, Any]:
+def _conditions(config: evaluation_settings.EvaluateConfig, trials: list[Trial], checkpoint: str) -> dict[str, Any]:
     """Everything that results depend on, as JSON values."""
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in _ASIDE}
     if config.latency_ms < 0:  # as results of versions that had no latency
@@ -166,12 +166,12 @@ def _conditions(config: settings.EvaluateConfig, trials: list[Trial], checkpoint
     labels = {name: value for name, value in trials[0].labels.items() if name != "scene"}
     return json.loads(
         json.dumps(
-            {"checkpoint": checkpoint, "image_size": settings.pop("image_size"), "protocol": asked, "asked": labels}
+            {"checkpoint": checkpoint, "image_size": asked.pop("image_size"), "protocol": asked, "asked": labels}
         )
     )
 
 
-def _trials(config: settings.EvaluateConfig) -> tuple[list[Trial], SuccessCriterion]:
+def _trials(config: evaluation_settings.EvaluateConfig) -> tuple[list[Trial], SuccessCriterion]:
     if config.env == "simpler":
         criterion = chains.simpler_criterion(config.simpler_task)
         return chains.simpler_trials(config.simpler_task, config.chains or None), criterion
@@ -184,14 +184,16 @@ def _trials(config: settings.EvaluateConfig) -> tuple[list[Trial], SuccessCriter
         sentences=_benchmark_sentences(config),
     )
     if config.protocol == "official":
-        trials = [dataclasses.replace(t, labels={**t.labels, "protocol": settings.OFFICIAL_LABEL}) for t in trials]
+        trials = [
+            dataclasses.replace(t, labels={**t.labels, "protocol": evaluation_settings.OFFICIAL_LABEL}) for t in trials
+        ]
     # CALVIN's released checker differs from the written rules in one task; published numbers were judged by it.
     judge = {"completed": calvin.completed_in_each} if config.env == "calvin" else {}
     return trials, SuccessCriterion(max_steps=config.max_steps, **judge)
 
 
-def _benchmark_sentences(config: settings.EvaluateConfig) -> dict[str, str] | None:
-    """CALVIN's own validation sentences, where they are to be settings. Raises FileNotFoundError, ValueError."""
+def _benchmark_sentences(config: evaluation_settings.EvaluateConfig) -> dict[str, str] | None:
+    """CALVIN's own validation sentences, where they are to be asked. Raises FileNotFoundError, ValueError."""
     if config.env != "calvin" or config.held_out:
         return None
     if config.protocol == "official" or calvin.has_validation_instructions(config.calvin_root):
@@ -205,7 +207,7 @@ def _benchmark_sentences(config: settings.EvaluateConfig) -> dict[str, str] | No
 
 
 @contextlib.contextmanager
-def _envs(config: settings.EvaluateConfig) -> Iterator[vector.VectorEnv]:
+def _envs(config: evaluation_settings.EvaluateConfig) -> Iterator[vector.VectorEnv]:
     if config.env == "playtable":
         static, wrist = config.image_size
         yield PlayTables(config.scene, config.processes, image_sizes={"static": static, "wrist": wrist})
@@ -234,15 +236,15 @@ def _envs(config: settings.EvaluateConfig) -> Iterator[vector.VectorEnv]:
 def main() -> None:
     logs.to_stderr(absl=logging.ERROR)
     try:
-        start = settings.of_checkpoint(sys.argv[1:])
+        start = evaluation_settings.of_checkpoint(sys.argv[1:])
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     config = cli.read(start, description=__doc__)
     cpu.keep_freed_memory()
     try:
-        settings.say_taken(config, start)
+        evaluation_settings.say_taken(config, start)
         if config.protocol == "official":
-            settings.require_official_flags(config, sys.argv[1:])
+            evaluation_settings.require_official_flags(config, sys.argv[1:])
         report = evaluate(config)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -38,12 +38,12 @@ def asked(monkeypatch):
         return done
 
     def roll_out(config):
-        log.append(("roll out", pathlib.Path(config.output).parts[-3], config.execution.label))
+        log.append(("roll out", pathlib.Path(config.out).parts[-3], config.execution.label))
         result = TrialResult(0, ("open_drawer",), ("open it",), (config.execution.mode == "chunk",), (9,))
         setup = {"env": "playtable-D", "policy": "p", "execution": "e", "max_steps": 1, "stop_at_success": True}
-        pathlib.Path(config.output).mkdir(parents=True)
-        list(chains._append(pathlib.Path(config.output) / "results-000.jsonl", setup, iter([result])))
-        return pathlib.Path(config.output) / "rollouts.md"
+        pathlib.Path(config.out).mkdir(parents=True)
+        list(chains._append(pathlib.Path(config.out) / "results-000.jsonl", setup, iter([result])))
+        return pathlib.Path(config.out) / "rollouts.md"
 
     monkeypatch.setattr(recording, "record", record)
     monkeypatch.setattr(run, "train", train)

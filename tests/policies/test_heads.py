@@ -306,7 +306,7 @@ def test_a_flow_head_that_has_learned_nothing_leads_from_noise_to_actions_of_the
     noise = jax.random.normal(jax.random.key(2), (500, 8, A))
     integrate = jax.jit(lambda noise: bound._integrate(condition, noise, None))
     np.testing.assert_allclose(integrate(noise), 0.4 * noise, atol=0.02)
-    actions = 0.4 * jax.random.normal(jax.random.key(3), (1, 500, 8, A))
+    actions = 0.4 * jax.random.normal(jax.random.key(4), (1, 500, 8, A))
     mask = jnp.ones((1, 500, 8), bool)
 
     def loss(params, condition, actions):

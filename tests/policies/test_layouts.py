@@ -110,7 +110,7 @@ def caught(tokens_per_image: int) -> Iterator[None]:
     def stop(self, tokens, *_, **__):
         raise Decoded(tokens)
 
-    def blank(self, images, *, deterministic=True):
+    def blank(self, images, *_, **__):
         batch = len(next(iter(images.values())))
         return jnp.zeros((batch, tokens_per_image * len(images), self.config.width))
 
