@@ -50,7 +50,9 @@ COMMANDS: Mapping[str, Mapping[str, Program]] = {
     },
     "search": {"": Program("search", "PRESETS", "settings tried and ranked")},
     "compare": {"": Program("compare_structures", "CompareConfig", "every structure of a policy, one table")},
-    "evaluate": {"": Program("evaluate", "EvaluateConfig", "a checkpoint in a simulator, with intervals")},
+    "evaluate": {
+        "": Program("evaluate", "evaluation_settings.EvaluateConfig", "a checkpoint in a simulator, with intervals")
+    },
     "calibrate": {"": Program("calibrate", "CalibrateConfig", "intervals around a checkpoint's actions")},
     "serve": {"": Program("serve", "ServeConfig", "a checkpoint to robots on other computers")},
     "push": {"": Program("push", "PushConfig", "a policy to the Hugging Face hub, with a card")},
