@@ -113,7 +113,7 @@ def logits_error(twin: Twin, side: str) -> float:
     return max(errors)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("side", [pytest.param("right", marks=pytest.mark.slow), "left"])
 def test_padded_prompts(each, side):
     assert logits_error(each, side) < 1e-5
 

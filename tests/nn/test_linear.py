@@ -243,7 +243,7 @@ def test_one_large_channel_costs_its_own_token_and_no_other():
     np.testing.assert_array_equal(rounded[:1], plain)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     hnp.arrays(
         np.float32,
