@@ -285,7 +285,7 @@ def rollout(scenes, states, actions):
     return jax.lax.scan(one, states, actions)[1]
 
 
-@pytest.mark.parametrize(("tables", "steps"), [(32, 60), pytest.param(100, 100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("tables", "steps"), [(32, 100), pytest.param(100, 100, marks=pytest.mark.slow)])
 def test_random_steps_keep_the_laws(stacked_scenes, tables, steps):
     rng = np.random.default_rng(0)
     scenes = jax.tree.map(lambda leaf: leaf[np.arange(tables) % 4], stacked_scenes)
