@@ -69,8 +69,8 @@ def run(
                 active = current()
                 policy.reset(active)
                 scheduler.change_instruction()
-            observation = robot.observe() if asynchronous.looks else None
-            if not (reason := scheduler.due(observation)):
+            observation = _look(robot, guard) if asynchronous.looks else None
+            if (asynchronous.looks and observation is None) or not (reason := scheduler.due(observation)):
                 guard.wait()
                 continue
             if asynchronous.seam == "wait":
@@ -90,6 +90,16 @@ def run(
                 scheduler.failed()
     guard.counts.update({f"asked: {reason}": count for reason, count in scheduler.counts.items()})
     return guard
+
+
+def _look(robot: Robot, guard: Guard) -> Observation | None:
+    """What the robot sees; None where it cannot say: the guard goes on with what is left of the chunk, then brakes."""
+    try:
+        return robot.observe()
+    except Exception as error:  # drivers have errors of their own kinds
+        log.warning("no observation: %s: %s", type(error).__name__, error)
+        guard.counts["failed observations"] += 1
+        return None
 
 
 def _on_base(policy: Policy, base: mobile.BaseMapping, layer: SafetyLayer, asynchronous: AsyncConfig) -> mobile.OnBase:

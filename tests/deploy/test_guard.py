@@ -291,3 +291,24 @@ def test_a_gripper_that_nobody_told_anything_is_left_alone_until_the_first_actio
     assert [action[3] for action in sent] == [0.05] * len(sent) and sent
     measured = SafetyLayer(layer.spec, Limits()).brake(Measured(np.array([0, 0, 0.1]), grippers=np.array([0.07])))
     assert measured.action[3] == 0.07
+
+
+def test_a_camera_that_fails_while_pictures_are_watched_ends_no_drive():
+    # Fails if an error of `observe` leaves the loop: the robot would then stand still for good after one lost picture.
+    class Blinking(Base):
+        looked = 0
+
+        def observe(self):
+            self.looked += 1
+            if self.looked < 3:
+                raise OSError("no picture")
+            return super().observe()
+
+    drive = Blinking()
+    watching = AsyncConfig("switch", picture_change=0.1)
+    layer = SafetyLayer(MOBILE, Limits(missing_ticks=100))
+    guard = run(
+        drive, Arm(), layer, "go", done=lambda guard: drive.looked > 5, base=BaseMapping(), asynchronous=watching
+    )
+    assert guard.counts["failed observations"] == 2
+    assert sum(guard.counts[name] for name in guard.counts if name.startswith("asked: ")) >= 1
