@@ -63,6 +63,7 @@ PRESETS = {
     "robot": preset("robot"),
     "together": preset("together", **{"train.sources": BOTH}),
     "insulated": preset("insulated", **{"train.sources": BOTH, "policy.insulate": True}),
+    "among": preset("among", **OTHERS, **{"train.sources": {"robot": 1.0, "bridge": 1.0}}),
     "vl_robot": preset("vl_robot", **{"train.stages": (LOOK, ROBOT)}),
     "vl_together": preset("vl_together", **{"train.stages": (LOOK, TOGETHER)}),
     "three_stages": preset("three_stages", **OTHERS, **{"train.stages": (LOOK, ROBOT, AMONG)}),

@@ -86,11 +86,16 @@ def record(config: RecordConfig) -> dict[str, int]:
         for split, scenes, episodes, seed, held_out in plan:
             writer = _Writer(_directory(out, split), _settings(config, split), held_out=held_out)
             missing = sorted(set(range(episodes)) - writer.numbers)
+            kind = _SpooledFrames if config.pack else _NpzFrames
             if missing:
-                frames = (_SpooledFrames if config.pack else _NpzFrames)(out / split, config)
+                frames = kind(out / split, config)
                 numbers = [names.index(name) for name in scenes]
                 tables = demonstrations.Tables(config, renderer.scenes, numbers, seed, missing)
                 _record_split(writer, frames, split, tables, renderer)
+            elif writer.num_frames and kind.unfinished(out / split, writer):  # stopped after the last chain
+                frames = kind(out / split, config)
+                frames.discard(writer.num_frames)
+                frames.finish(writer)
             for name, count in writer.counts().items():
                 counts[name] += count
     return counts
@@ -217,6 +222,10 @@ class _Frames(Protocol):
     def finish(self, writer: _Writer) -> None:
         """Write what describes the frames."""
 
+    @staticmethod
+    def unfinished(directory: pathlib.Path, writer: _Writer) -> bool:
+        """Whether that is still to be done for the chains that are there."""
+
     def abandon(self, writer: _Writer) -> None:
         """Leave behind what can be used of an unfinished recording."""
 
@@ -250,6 +259,11 @@ class _NpzFrames:
     def abandon(self, writer: _Writer) -> None:
         self.finish(writer)
 
+    @staticmethod
+    def unfinished(directory: pathlib.Path, writer: _Writer) -> bool:
+        lengths = directory / "ep_lens.npy"  # written last
+        return not lengths.exists() or int(np.load(lengths).sum()) != writer.num_frames
+
     def finish(self, writer: _Writer) -> None:
         _require_success(writer, self._directory)
         episodes = writer.episodes()
@@ -276,7 +290,11 @@ class _SpooledFrames:
         sizes = {camera: (size, size) for camera, size in zip(("static", "wrist"), config.image_size, strict=True)}
         widths = {name: calvin.ARRAY_SIZES[name] for name in ("rel_actions", "actions", "robot_obs", "scene_obs")}
         self._directory = directory
-        self._spool = spool.Spool(directory.with_name(f"{directory.name}.raw"), sizes, widths)
+        self._spool = spool.Spool(self._raw(directory), sizes, widths)
+
+    @staticmethod
+    def _raw(directory: pathlib.Path) -> pathlib.Path:
+        return directory.with_name(f"{directory.name}.raw")
 
     def discard(self, first: int) -> None:
         self._spool.truncate(first)
@@ -286,6 +304,10 @@ class _SpooledFrames:
 
     def abandon(self, writer: _Writer) -> None:
         pass  # the file of raw frames stays
+
+    @staticmethod
+    def unfinished(directory: pathlib.Path, writer: _Writer) -> bool:
+        return _SpooledFrames._raw(directory).exists()  # deleted when all is packed
 
     def finish(self, writer: _Writer) -> None:
         _require_success(writer, self._directory)

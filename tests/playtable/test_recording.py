@@ -119,6 +119,26 @@ def test_directories_that_cannot_be_used_are_refused(tmp_path):
         recording.record(config(begun))
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_recording_that_was_stopped_after_its_last_chain_is_finished_by_the_same_command(tmp_path, monkeypatch, pack):
+    settings = {"pack": pack, "image_size": (8, 8)}
+    counts = recording.record(config(tmp_path / "whole", **settings))
+    owner, name = (recording.packing, "pack") if pack else (np, "save")
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            recording.record(config(tmp_path / "parts", **settings))
+    assert recording.record(config(tmp_path / "parts", **settings)) == counts
+    for split in ("training", "validation"):
+        whole, parts = (calvin.open_dataset(tmp_path / name, split) for name in ("whole", "parts"))
+        assert whole.episodes == parts.episodes
+    assert not list(tmp_path.rglob("*.raw"))
+
+
 def test_a_killed_packed_recording_goes_on(tmp_path, monkeypatch):
     counts = recording.record(config(tmp_path / "whole", pack=True, image_size=(8, 8)))
     real, count = spool.Spool.add, iter(range(1, 10**6))
