@@ -49,7 +49,10 @@ COMMANDS: Mapping[str, Mapping[str, Program]] = {
         "adapt": Program("adapt", "PRESETS", "to a new table, camera or arm"),
     },
     "search": {"": Program("search", "PRESETS", "settings tried and ranked")},
-    "compare": {"": Program("compare_structures", "CompareConfig", "every structure of a policy, one table")},
+    "compare": {
+        "": Program("compare_structures", "CompareConfig", "every structure of a policy, one table"),
+        "policies": Program("compare_policies", "PRESETS", "heads, chunks, windows, data: success, latency, memory"),
+    },
     "evaluate": {
         "": Program("evaluate", "evaluation_settings.EvaluateConfig", "a checkpoint in a simulator, with intervals")
     },

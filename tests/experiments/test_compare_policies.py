@@ -1,0 +1,113 @@
+"""Policies that differ in one thing: what is trained for each, and the table that comes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from experiments import compare_policies as compare
+from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
+from robovlms_jax.runs import cost
+from robovlms_jax.search import queue
+
+Variant = compare.Variant
+
+
+def test_variants_differ_in_what_they_name_and_in_nothing_else():
+    config = compare.PRESETS["chunks"]
+    made = [job.config(None) for job in compare.jobs(dataclasses.replace(config, seeds=1))]
+    assert [(x.policy.chunk, x.rollouts.execution.horizon) for x in made] == [(1, 1), (5, 5), (10, 5), (20, 5)]
+    plain = [
+        dataclasses.replace(
+            x,
+            policy=dataclasses.replace(x.policy, chunk=1),
+            rollouts=dataclasses.replace(x.rollouts, execution=made[0].rollouts.execution),
+        )
+        for x in made
+    ]
+    assert all(x == plain[0] for x in plain) and plain[0].train.steps == 800
+
+
+def test_a_variant_begins_where_another_one_of_its_seed_ended():
+    jobs = compare.jobs(dataclasses.replace(compare.PRESETS["pretraining"], seeds=2))
+    assert [(job.setting["variant"], job.seed, job.after, job.compared) for job in jobs] == [
+        *(("questions", 0, None, False), ("none", 0, None, True), ("questions first", 0, 0, True)),
+        *(("questions", 1, None, False), ("none", 1, None, True), ("questions first", 1, 3, True)),
+    ]
+    first, later = jobs[0].config(None), jobs[5].config(pathlib.Path("runs/x"))
+    assert first.rollouts.trials == 0 and first.train.stages[0].steps == 1000
+    assert (later.train.init_from, later.train.seed, later.train.steps) == ("runs/x", 1, 800)
+    assert later.data.vl.paths and not later.train.stages
+
+
+def test_a_variants_demonstrations_are_drawn_anew_for_every_seed(tmp_path, monkeypatch):
+    spans = {"open_drawer": [(n, n + 9) for n in range(0, 90, 10)]}
+    monkeypatch.setattr(compare.protocols, "demonstrations", lambda start: spans)
+    config = compare.ComparePoliciesConfig((Variant("few", demonstrations=2),), seeds=2, out=str(tmp_path))
+    lists = [job.config(None).data.episode_list for job in compare.jobs(config)]
+    drawn = [json.loads(pathlib.Path(path).read_text())["open_drawer"] for path in lists]
+    assert drawn[0] != drawn[1] and all(len(x) == 2 for x in drawn)
+
+
+def test_what_counts_more_is_set_last():
+    config = compare.ComparePoliciesConfig((Variant("a", ("train.steps=5",)),), fixed=("train.steps=4",))
+    assert compare.jobs(config)[0].config(None).train.steps == 5
+    more = dataclasses.replace(config, more=("train.steps=6",))
+    assert compare.jobs(more)[0].config(None).train.steps == 6
+
+
+def test_the_compared_words_are_256_64_and_32_bins_and_ids_that_no_sentence_has():
+    made = [v for v in compare.PRESETS["discrete"].variants]
+    heads = [compare._start(compare.PRESETS["discrete"], variant).policy.head for variant in made]
+    assert all(isinstance(head, DiscreteHeadConfig) for head in heads)
+    assert [(head.num_bins, head.vocab_end) for head in heads] == [(256, 0), (64, 0), (32, 0), (64, 512)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"variants": ()}, "variants is empty"),
+        ({"variants": (Variant("a"), Variant("a"))}, r"has \['a'\] more than once"),
+        ({"variants": (Variant("a", after="b"), Variant("b"))}, r"'a' begins with 'b', which is none of .*: \[\]"),
+        ({"variants": (Variant("a", compared=False),)}, "none that is compared"),
+        ({"variants": (Variant("a"),), "seeds": 0}, "seeds=0 must be at least 1"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        compare.ComparePoliciesConfig(**settings)
+
+
+def test_a_variant_without_rollouts_is_named_before_anything_runs():
+    config = compare.ComparePoliciesConfig((Variant("a", ("rollouts.trials=0",)),))
+    with pytest.raises(ValueError, match="'a' has no rollouts to be compared by"):
+        compare.jobs(config)
+
+
+def test_the_table_has_means_over_seeds_and_what_a_control_step_costs(tmp_path):
+    config = compare.ComparePoliciesConfig((Variant("a"), Variant("b")), seeds=2, out=str(tmp_path))
+    jobs = compare.jobs(config)
+    values, trials = [0.5, 0.25, 0.75, 0.25], []
+    for number, job in enumerate(jobs):
+        result = {"value": values[number], "trials": 4, "tasks": {"open_drawer": values[number]}, "error_mm": 3.0}
+        if job.seed == 0:
+            result |= {"milliseconds": 2.0, "parameters": 10, "head_parameters": 4, "step_bytes": 2**20}
+        folder = queue.folder(tmp_path, number)
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(result))
+        trials.append(queue.Trial(number, dict(job.setting), job.seed, "done", values[number]))
+    text = compare.write_report(config, jobs, trials).read_text()
+    assert "| a | 2 | 0.62 ± 1.59 | 3.0 | 2.0 | 1.0 | 4 |" in text
+    row = json.loads((tmp_path / "policies.json").read_text())["rows"][1]
+    assert row["success"] == [0.25, 0.25] and row["half_width"] == 0 and row["tasks"] == {"open_drawer": 0.25}
+
+
+@pytest.mark.slow
+def test_a_control_step_of_the_bundled_twin_is_measured():
+    twin = pathlib.Path(compare.__file__).parents[1] / "robovlms_jax" / "demo" / "twin"
+    found = cost.measure(twin, (96, 64), steps=3)
+    assert found["parameters"] == 488_518 and 0 < found["head_parameters"] < 488_518
+    assert found["step_bytes"] > 4 * found["parameters"] and found["milliseconds"] > 0
