@@ -103,7 +103,7 @@ def _words(bins: int, **fields: Any) -> tuple[str, ...]:
     return ("policy.history=one_step", "policy.readout=token", head)
 
 
-BUDGET = ("train.steps=800", "train.batch_size=32", "rollouts.trials=80", "rollouts.max_steps=80", "rollouts.films=0")
+BUDGET = ("train.steps=800", "train.batch_size=32", "rollouts.trials=40", "rollouts.max_steps=80", "rollouts.films=0")
 """A third of the default's steps, of half its windows: minutes for each run on a CPU."""
 _HEADS = (
     Variant("mlp", ("policy.history=one_step", _head("mlp", hidden_size=128, trunk=[256, 128]))),

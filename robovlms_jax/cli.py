@@ -8,6 +8,7 @@ import json
 import pathlib
 import re
 import sys
+import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -70,15 +71,15 @@ def read(config: type[Config] | Config, *, description: str | None = None, argv:
       config: dataclass, or one of its instances, whose values are then the defaults.
       description: for --help; None: the class's docstring.
       argv: arguments without the program's name; None reads the command line.
-    Returns:
-      An instance. Wrong flags or values end the process with status 2 and a message naming the nearest flag.
+    Returns: an instance. Wrong flags or values end the process with status 2 and a message naming the nearest flag.
     """
     arguments = _with_output(sys.argv[1:] if argv is None else argv, config)
     arguments = _spell_switches(arguments, switches(config))
     arguments = ["--help" if argument in ("--help-all", "--help_all") else argument for argument in arguments]
     description = description and cli_help.with_examples_apart(description)
     if not isinstance(config, type):
-        config, description = _take_whole(config, arguments), f"{description or ''}{_whole_help(config)}" or None
+        description = f"{description or ''}{_whole_help(config)}" or None
+        config = _with_keys(_take_whole(config, arguments), arguments)
     start = {"f": config} if isinstance(config, type) else {"f": type(config), "default": config}
     options = {"prog": cli_help.program_name(sys.argv[0]), "config": (tyro.conf.AvoidSubcommands,)}
     try:
@@ -127,9 +128,8 @@ def parse(
       default: the preset without --preset, or a function of the arguments that names it.
       read_json: upstream's JSON file -> configuration; None: the program has no --upstream_json.
       argv: arguments without the program's name; None reads the command line.
-    Returns:
-      (name of preset or file, configuration). Wrong flags or values end the process with status 2 and a message naming
-      the nearest flag.
+    Returns: (name of preset or file, configuration). Wrong flags or values end the process with status 2 and a message
+      naming the nearest flag.
     """
     fields = _paths(next(iter(presets.values())))
     arguments = [_unabbreviated(argument, fields) for argument in (sys.argv[1:] if argv is None else argv)]
@@ -205,6 +205,22 @@ def _take_whole(config: Any, arguments: list[str]) -> Any:
                 sys.exit(
                     _fail(f"{inner} is a setting of a part of {path}, which is given whole: {_example(path, hint)}")
                 )
+    return config
+
+
+def _with_keys(config: Any, arguments: Sequence[str], prefix: str = "") -> Any:
+    """With every key that arguments give a mapping, of which the library knows those of the start alone: `--a.sources
+    robot 4 web 1` is instead of them, `--a.sources.web 1` beside them."""
+    flags = {argument.partition("=")[0] for argument in arguments}
+    for name, hint in schema.hints(type(config)).items():
+        value, path = getattr(config, name), f"{prefix}{name}"
+        if dataclasses.is_dataclass(value) and not hasattr(value, "to_json"):
+            config = _put(config, [name], _with_keys(value, arguments, f"{path}."))
+        elif typing.get_origin(hint) in (dict, Mapping):
+            spellings = (f"--{path}", f"--{path.replace('_', '-')}")
+            new = [flag[len(path) + 3 :] for flag in flags if flag.startswith(tuple(f"{x}." for x in spellings))]
+            blank = {key: typing.get_args(hint)[1]() for key in sorted(new)}
+            config = _put(config, [name], blank | (dict(value) if flags.isdisjoint(spellings) else {}))
     return config
 
 

@@ -220,6 +220,19 @@ def test_sensors_stages_and_heads_are_given_whole_by_names_json_or_file(tmp_path
 
 
 @pytest.mark.parametrize(
+    ("argv", "sources"),
+    [
+        (["--train.sources", "robot", "4", "web", "1"], {"robot": 4.0, "web": 1.0}),
+        (["--train.sources.web", "1", "--train.sources.robot=2"], {"robot": 2.0, "questions": 1.0, "web": 1.0}),
+        (["--train.steps", "3"], {"robot": 3.0, "questions": 1.0}),
+    ],
+)
+def test_a_mapping_takes_keys_that_its_preset_has_not(argv, sources):
+    start = cli.override(ExperimentConfig(), **{"train.sources": {"robot": 3.0, "questions": 1.0}})
+    assert cli.read(start, argv=argv).train.sources == sources
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (("--policy.sensors", "sonar"), "--policy.sensors: no sensor 'sonar'; registered: ['audio',"),

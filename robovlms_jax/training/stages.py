@@ -98,11 +98,12 @@ def require_reached(
 
 @contextlib.contextmanager
 def _naming(stage: Stage, *, several: bool) -> Iterator[None]:
-    """Errors name the stage where there are several."""
+    """Errors name the stage where there are several, or the one that train.stages has."""
+    named = several or stage.name != "train"
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"train.stages, stage {stage.name!r}: {error}" if several else str(error)) from None
+        raise ValueError(f"train.stages, stage {stage.name!r}: {error}" if named else str(error)) from None
 
 
 def rows(stage: Stage, total: int, multiple: int = 1) -> dict[str, int]:

@@ -23,7 +23,8 @@ def split(params: dict[str, Leaf], patterns: Sequence[str]) -> tuple[dict[str, L
     """
     idle = [pattern for pattern in patterns if not any(re.search(pattern, path) for path in params)]
     if idle:
-        hints = [f"{pattern!r} (near: {_nearest(pattern, params)})" for pattern in idle]
+        near = {pattern: _nearest(pattern, params) for pattern in idle}
+        hints = [f"{pattern!r}" + (f" (near: {found})" if found else "") for pattern, found in near.items()]
         raise ValueError(
             f"train.trainable has patterns that match no parameter: {', '.join(hints)}. "
             f"Paths begin with {sorted({path.split('/')[0] for path in params})}, for example {next(iter(params))}."
