@@ -27,7 +27,7 @@ import numpy as np
 from experiments import protocols
 from robovlms_jax import cli, json_files, schema
 from robovlms_jax.evaluation.report import tables
-from robovlms_jax.runs import cost, load
+from robovlms_jax.runs import cost
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
 from robovlms_jax.search import queue, report

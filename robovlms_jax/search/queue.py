@@ -27,6 +27,9 @@ BEAT = 10.0
 SILENCE = 120.0
 """Seconds after which a worker that gave none is taken for dead, and its trial goes on elsewhere."""
 
+REASON = 600
+"""Characters of what a failed trial said that its record and the report keep."""
+
 Status = Literal["open", "done", "failed", "pruned"]
 
 

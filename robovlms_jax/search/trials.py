@@ -10,6 +10,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 
@@ -117,4 +118,4 @@ def _stop(process: subprocess.Popen) -> None:
 def _last_line(path: pathlib.Path) -> str:
     lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("error:") or "Error" in line]
-    return (said or lines or ["it said nothing"])[-1][:300]
+    return textwrap.shorten((said or lines or ["it said nothing"])[-1], queue.REASON, placeholder=" ...")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -113,7 +114,9 @@ def _run(out: pathlib.Path, trial: queue.Trial, job: Job) -> queue.Trial:
         try:
             run.train(name, dataclasses.replace(config, train=train))
         except guards.DivergedError as error:
-            return dataclasses.replace(trial, status="failed", reason=str(error)[:300])
+            return dataclasses.replace(
+                trial, status="failed", reason=textwrap.shorten(str(error), queue.REASON, placeholder=" ...")
+            )
     found = job.judge(directory)
     jax.clear_caches()  # the programs of all runs do not fit into memory together
     tables.write_json(queue.folder(out, trial.number) / "result.json", found)

@@ -60,8 +60,8 @@ def test_what_counts_more_is_set_last():
 
 
 def test_the_compared_words_are_256_64_and_32_bins_and_ids_that_no_sentence_has():
-    made = [v for v in compare.PRESETS["discrete"].variants]
-    heads = [compare._start(compare.PRESETS["discrete"], variant).policy.head for variant in made]
+    config = compare.PRESETS["discrete"]
+    heads = [compare._start(config, variant).policy.head for variant in config.variants]
     assert all(isinstance(head, DiscreteHeadConfig) for head in heads)
     assert [(head.num_bins, head.vocab_end) for head in heads] == [(256, 0), (64, 0), (32, 0), (64, 512)]
 
