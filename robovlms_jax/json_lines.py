@@ -52,11 +52,13 @@ def read(
     return found
 
 
-def append(path: pathlib.Path, value: Any) -> None:
-    """Add a line; when this returns it is in the file, though not yet safe from a power failure.
+def append(path: pathlib.Path, value: Any, *, durable: bool = False) -> None:
+    """Add a line; when this returns it is in the file, and if `durable` safe from a power failure, which takes some
+    milliseconds.
 
     Raises OSError (a full disk); what was written of the line by then is removed again.
     """
+    new = durable and not path.exists()
     data = json.dumps(value).encode() + b"\n"
     with path.open("ab+", buffering=0) as file:
         end = _end_of_lines(file)
@@ -64,10 +66,24 @@ def append(path: pathlib.Path, value: Any) -> None:
         try:
             while data:
                 data = data[file.write(data) :]
+            if durable:
+                os.fsync(file.fileno())
         except OSError:
             with contextlib.suppress(OSError):
                 file.truncate(end)
             raise
+    if new:
+        _settle(path.parent)
+
+
+def _settle(directory: pathlib.Path) -> None:
+    """The directory's entry of a new file is safe from a power failure, too, where the system can do that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _end_of_lines(file: IO[bytes]) -> int:

@@ -48,6 +48,7 @@ COMMANDS: Mapping[str, Mapping[str, Program]] = {
         "continual": Program("continual", "PRESETS", "task after task, and what is forgotten"),
         "adapt": Program("adapt", "PRESETS", "to a new table, camera or arm"),
     },
+    "label": {"": Program("label", "LabelConfig", "which of two clips is better, asked on a local page")},
     "search": {"": Program("search", "PRESETS", "settings tried and ranked")},
     "compare": {
         "": Program("compare_structures", "CompareConfig", "every structure of a policy, one table"),

@@ -7,10 +7,8 @@ the place of what was not fetched; nothing is drawn while nobody is ready to see
 from __future__ import annotations
 
 import collections
-import json
 import logging
 import queue
-import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +19,7 @@ import simplejpeg
 
 from robovlms_jax.demo.stage import Snapshot, Stage
 from robovlms_jax.demo.world import Painter, World
+from robovlms_jax.web.messages import pack
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +32,8 @@ _QUALITY = 88
 
 
 class Message(NamedTuple):
-    """A snapshot as it is sent. number: of its pictures. whole: see `pack`; bare: without the pictures, for who has
-    them already."""
+    """A snapshot as it is sent. number: of its pictures. whole: see `web.messages`; bare: without the pictures, for
+    who has them already."""
 
     number: int
     whole: bytes
@@ -180,20 +179,3 @@ class Camera:
 
 def _encoded(picture: np.ndarray) -> bytes:
     return simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=_QUALITY, colorspace="RGB")
-
-
-def pack(facts: Mapping[str, Any], pictures: Mapping[str, bytes]) -> bytes:
-    """uint32 (little-endian) length of the JSON, the JSON, and the JPEG files, whose names and lengths are in it under
-    "pictures"."""
-    names = [[name, len(data)] for name, data in pictures.items()]
-    text = json.dumps({**facts, "pictures": names}, separators=(",", ":")).encode()
-    return b"".join((struct.pack("<I", len(text)), text, *pictures.values()))
-
-
-def unpack(message: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The reverse of `pack`."""
-    (length,) = struct.unpack_from("<I", message)
-    facts, at, pictures = json.loads(message[4 : 4 + length]), 4 + length, {}
-    for name, size in facts.pop("pictures"):
-        pictures[name], at = message[at : at + size], at + size
-    return facts, pictures

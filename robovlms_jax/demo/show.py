@@ -14,12 +14,12 @@ import numpy as np
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.control.interface import Policy
 from robovlms_jax.demo import world as worlds
-from robovlms_jax.demo.access import Access
 from robovlms_jax.demo.loop import SPEEDS, Camera, ControlLoop
 from robovlms_jax.demo.sentences import Sentences
 from robovlms_jax.demo.server import DemoServer
 from robovlms_jax.demo.stage import SPEEDS_M_S, Stage
 from robovlms_jax.envs.calvin import tasks
+from robovlms_jax.web.access import Access
 
 log = logging.getLogger(__name__)
 

@@ -71,6 +71,7 @@ class Play:
     actions: executed of every predicted chunk.
     max_steps: control steps that a task may take.
     again: after the last trial follows the first; otherwise a table without a trial stands still.
+    keep_states: outcomes have the states that every action led to.
     look_at_end: a table whose time is up is looked at once more, and nothing is executed, before it takes the next
       trial: what a value function needs to see of a trial that was cut off, not ended.
     """
@@ -79,6 +80,7 @@ class Play:
     actions: int = 5
     max_steps: int = 160
     again: bool = False
+    keep_states: bool = False
     look_at_end: bool = False
 
     def __post_init__(self):
@@ -125,6 +127,7 @@ class Outcome:
     trial, position: int32, what it was a part of; trial -1: of nothing. step: int32, control steps of the task before
     it. steps: int32, control steps executed. success: bool, it did the task. over: bool, the task is over, done or not.
     looked: bool, nothing was to be executed: the last look at a task whose time was up.
+    states: after each of the actions, leaves [B, E, ...], the first `steps` of them are of the task; None: not kept.
     """
 
     trial: jax.Array
@@ -134,6 +137,7 @@ class Outcome:
     success: jax.Array
     over: jax.Array
     looked: jax.Array
+    states: bodies.State | None = None
 
 
 def make_world(trials: Sequence[Trial], encode: EncodeText, static_size: int) -> World:
@@ -218,7 +222,7 @@ def execute(world: World, play: Play, tables: Tables, actions: jax.Array) -> tup
     takes what comes next."""
     scenes, task = scenes_of(world, tables.trial), world.tasks[jnp.maximum(tables.trial, 0), tables.position]
 
-    def step(carry: tuple, action: jax.Array) -> tuple[tuple, None]:
+    def step(carry: tuple, action: jax.Array) -> tuple[tuple, bodies.State | None]:
         states, success, over, steps = carry
         moves = ~over
         moved = env.choose(moves, jax.vmap(physics.step)(scenes, states, action), states)
@@ -227,15 +231,18 @@ def execute(world: World, play: Play, tables: Tables, actions: jax.Array) -> tup
         steps = steps + moves
         success = success | (moves & done)
         over = over | success | (tables.step + steps >= play.max_steps)
-        return (moved, success, over, steps), None
+        return (moved, success, over, steps), moved if play.keep_states else None
 
     idle = (tables.trial < 0) | tables.closing
     zeros = jnp.zeros(len(idle), jnp.int32)
     chosen = jnp.moveaxis(actions[:, : play.actions], 1, 0)
-    (states, success, over, steps), _ = jax.lax.scan(step, (tables.states, jnp.zeros_like(idle), idle, zeros), chosen)
+    (states, success, over, steps), path = jax.lax.scan(
+        step, (tables.states, jnp.zeros_like(idle), idle, zeros), chosen
+    )
     looked = tables.closing & (tables.trial >= 0)
     ended = over & ~idle
-    outcome = Outcome(tables.trial, tables.position, tables.step, steps, success, ended, looked)
+    path = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), path)
+    outcome = Outcome(tables.trial, tables.position, tables.step, steps, success, ended, looked, path)
     cut = ended & ~success if play.look_at_end else jnp.zeros_like(ended)
     after = tables.replace(states=states, step=tables.step + steps, closing=cut, fresh=jnp.zeros_like(ended))
     return _go_on(world, play, after, success, (ended & ~cut) | looked), outcome

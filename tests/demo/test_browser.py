@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import pathlib
-import queue
-import re
-import signal
-import subprocess
-import sys
-import threading
-
 import pytest
 
-from tests.demo.browser import browser, find
+from tests.web.browser import browser, find, program
 
 pytest.importorskip("websockets", reason="the page needs the extra `serve`")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find() is None, reason="no Chromium is installed")]
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-
-@contextlib.contextmanager
 def demonstration():
     """The page's address; ends with Ctrl-C, which must be the end of it."""
-    command = [sys.executable, "-m", "experiments.demo", "--port", "0"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    lines: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=lambda: [lines.put(line) for line in process.stderr], daemon=True).start()
-    try:
-        while not (found := re.search(r"http://localhost:\d+/", lines.get(timeout=60))):
-            pass
-        yield found[0]
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
-    finally:
-        process.kill()
+    return program("experiments.demo")
 
 
 def test_one_looks_types_stops_releases_and_a_second_one_watches(tmp_path):

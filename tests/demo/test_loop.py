@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from robovlms_jax.demo import loop as loops
-from robovlms_jax.demo.loop import Camera, ControlLoop, unpack
+from robovlms_jax.demo.loop import Camera, ControlLoop
+from robovlms_jax.web.messages import unpack
 from tests.demo.fakes import make_stage
 
 

@@ -3,105 +3,59 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import re
-import threading
 import time
-import urllib.error
-import urllib.request
 
 import pytest
 
 from robovlms_jax.demo import server as servers
-from robovlms_jax.demo.access import LIVE, Access, page_headers
-from robovlms_jax.demo.loop import Message, pack, unpack
+from robovlms_jax.demo.loop import Message
 from robovlms_jax.demo.server import DemoServer
 from robovlms_jax.demo.show import PAGE
+from robovlms_jax.web import server as pages
+from robovlms_jax.web.access import LIVE, Access, page_headers
+from robovlms_jax.web.messages import pack, unpack
+from tests.web.visiting import Serving, ended, eventually, say, serving, told
 
 pytest.importorskip("websockets", reason="the page needs the extra `serve`")
 
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import connect
 
 HELLO = {"about": "a test"}
 
 
-class Running:
-    """A server on any free port in a thread of its own, and what it was told. open: whether it is ready."""
+class Running(Serving):
+    """A demonstration, and what it was told. open: whether it is ready."""
 
     def __init__(self, token="", opened=True):
         self.commands, self.left, self.wanted = [], 0, 0
-        self._ready, self._token, self._opened = threading.Event(), token, opened
+        self._opened = opened
+        super().__init__(
+            lambda: DemoServer(Access(token=token), "<script>1</script>page", self.command, self.gone, self.want)
+        )
 
     def command(self, kind, content, who):
         if kind == "bad":
             raise ValueError("there is no command 'bad'.")
         self.commands.append((kind, content.get("text"), who))
 
-    async def run(self):
-        def gone():
-            self.left += 1
+    def gone(self):
+        self.left += 1
 
-        def want():
-            self.wanted += 1
+    def want(self):
+        self.wanted += 1
 
-        self.server = DemoServer(Access(token=self._token), "<script>1</script>page", self.command, gone, want)
-        await self.server.start(0)
-        self.loop, self.end = asyncio.get_running_loop(), asyncio.Event()
+    def begun(self):
         if self._opened:
             self.server.open(HELLO)
-        self._ready.set()
-        await self.end.wait()
-        await self.server.stop()
 
     def deliver(self, number, size=10):
         whole = pack({"tick": number}, {"static": b"x" * size})
         self.server.deliver(Message(number, whole, pack({"tick": number}, {})))
 
-    def connect(self, origin=True, path=LIVE, host=None):
-        here = f"127.0.0.1:{self.server.port}"
-        headers = {"Host": host} if host else {}
-        return connect(
-            f"ws://{here}{path}", origin=f"http://{here}" if origin is True else origin, additional_headers=headers
-        )
 
-    def get(self, path="/", host=None):
-        request = urllib.request.Request(f"http://127.0.0.1:{self.server.port}{path}")
-        if host:
-            request.add_header("Host", host)
-        try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
-                return answer.status, answer.read().decode(), answer.headers
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode(), error.headers
-
-
-@contextlib.contextmanager
 def running(**options):
-    it = Running(**options)
-    thread = threading.Thread(target=lambda: asyncio.run(it.run()), daemon=True)
-    thread.start()
-    assert it._ready.wait(10)
-    try:
-        yield it
-    finally:
-        with contextlib.suppress(RuntimeError):  # the test has ended it, and the loop is closed
-            it.loop.call_soon_threadsafe(it.end.set)
-        thread.join(10)
-        assert not thread.is_alive()
-
-
-def told(line, kind, **values):
-    """The next message of a kind, with these values; others are passed over."""
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        message = line.recv(5)
-        if isinstance(message, str):
-            content = json.loads(message)
-            if content["type"] == kind and all(content[name] == value for name, value in values.items()):
-                return content
-    raise AssertionError(f"no {kind} with {values}")
+    return serving(Running(**options))
 
 
 def picture(line, timeout=5):
@@ -109,25 +63,6 @@ def picture(line, timeout=5):
     while isinstance(message := line.recv(timeout), str):
         pass
     return unpack(message)
-
-
-def say(line, kind, **more):
-    line.send(json.dumps({"type": kind, **more}))
-
-
-def ended(line):
-    """The code with which the connection is closed."""
-    with contextlib.suppress(ConnectionClosed):
-        while True:
-            line.recv(5)
-    return line.close_code
-
-
-def eventually(condition):
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_the_page_is_one_file_that_loads_nothing_from_elsewhere():
@@ -262,13 +197,13 @@ def test_what_is_no_command_ends_the_connection(message):
 
 def test_a_flood_of_messages_ends_the_connection():
     with running() as it, it.connect() as line:
-        for _ in range(servers.MAX_MESSAGES_PER_S + 1):
+        for _ in range(pages.MAX_MESSAGES_PER_S + 1):
             say(line, "ack")
         assert ended(line) == 1008
 
 
 def test_more_visitors_than_there_is_room_for_are_sent_away(monkeypatch):
-    monkeypatch.setattr(servers, "MAX_VISITORS", 1)
+    monkeypatch.setattr(pages, "MAX_VISITORS", 1)
     with running() as it, it.connect() as line:
         told(line, "you")
         with it.connect() as other, pytest.raises(ConnectionClosed) as closed:

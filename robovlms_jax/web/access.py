@@ -1,4 +1,4 @@
-"""Who may open the page: the rules that keep other web pages, and other people, from driving the robot.
+"""Who may open a page of this project: the rules that keep other web pages, and other people, from using it.
 
 A browser lets any page it shows open a websocket to this machine. So the page's origin must be the host it was asked
 for at, and without a token that host must be a name of this machine, which a foreign name that is made to point here
@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import hmac
 import re
+import secrets
 import urllib.parse
 
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
@@ -26,6 +27,17 @@ class Access:
     host: str = "127.0.0.1"
     token: str = ""
 
+    @classmethod
+    def at(cls, host: str, token: str = "") -> Access:
+        """With a random token where none is given and others than this machine can reach it."""
+        here = host in ("127.0.0.1", "::1", "localhost")
+        return cls(host, token or ("" if here else secrets.token_urlsafe(16)))
+
+    def address(self, port: int) -> str:
+        """What people open, the token included."""
+        name = "localhost" if self.host in ("127.0.0.1", "::1", "0.0.0.0", "::") else self.host
+        return f"http://{name}:{port}/" + (f"?token={self.token}" if self.token else "")
+
     def refusal(self, path: str, host: str | None, origin: str | None) -> tuple[int, str] | None:
         """Why a request is not answered, as an HTTP status and a sentence; None: it is.
 
@@ -39,7 +51,7 @@ class Access:
         if not self.token and name not in (*LOCAL, _bracketed(self.host)):
             return 403, f"This page is served at {LOCAL[0]} only, not at {name[:80]}."
         if origin is not None and _origin_host(origin) != host.lower():
-            return 403, "Another web page may not drive this robot."
+            return 403, "Another web page may not use this one."
         parts = urllib.parse.urlsplit(path)
         given = urllib.parse.parse_qs(parts.query).get("token", [""])
         if self.token and not hmac.compare_digest(given[0].encode(), self.token.encode()):

@@ -6,9 +6,15 @@ import base64
 import contextlib
 import itertools
 import json
+import os
 import pathlib
+import queue
+import re
 import shutil
+import signal
 import subprocess
+import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -115,3 +121,26 @@ def browser(profile: pathlib.Path) -> Iterator[Page]:
     finally:
         process.terminate()
         process.wait(20)
+
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@contextlib.contextmanager
+def program(module: str, *arguments: str, end: signal.Signals = signal.SIGINT) -> Iterator[str]:
+    """A program of this project that serves a page: the page's address. Ended by `end`; of Ctrl-C that must be the
+    end of it."""
+    command = [sys.executable, "-m", module, "--port", "0", *arguments]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=lambda: [lines.put(line) for line in process.stderr], daemon=True).start()
+    try:
+        while not (found := re.search(r"http://localhost:\d+/", lines.get(timeout=60))):
+            pass
+        yield found[0]
+        process.send_signal(end)
+        assert process.wait(20) == (0 if end == signal.SIGINT else -end)
+    finally:
+        process.kill()

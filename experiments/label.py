@@ -1,0 +1,137 @@
+"""Which of two clips is better? A local page asks a person, and stores the answers that rewards are learned from.
+
+    python -m experiments.label --out runs/labels                                # the trained twin's rollouts
+    python -m experiments.label --checkpoint runs/playtable_fixtures --out runs/labels
+    python -m experiments.label --rollouts runs/labels --reward runs/reward --out runs/more_labels
+
+Both clips are of the same task. Answer with the buttons or the arrow keys. The same command goes on where answering was
+stopped. Needs pip install -e .[serve]. docs/reinforcement.md says what becomes of the answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import pathlib
+import sys
+
+from robovlms_jax import cli
+from robovlms_jax.demo import twin
+from robovlms_jax.labeling import answers, asking, server
+from robovlms_jax.rl import rewards, segments
+from robovlms_jax.runs import logs, trying
+from robovlms_jax.schema import require
+from robovlms_jax.web import running
+from robovlms_jax.web.access import Access
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelConfig(running.PageConfig):
+    """What to ask about, and where."""
+
+    out: str = "runs/labels"
+    """Where answers.jsonl is, and rollouts.npz where they are made here."""
+    rollouts: str = ""
+    """Recorded rollouts, or a folder with some (rollouts.npz); empty: those in `out`, made by the checkpoint where
+    there are none."""
+    checkpoint: str = ""
+    """A policy that drives PlayTable, whose rollouts are asked about: a run directory or one of its checkpoints/<step>
+    folders; empty: the trained twin that comes with this package."""
+    record: trying.TryingConfig = trying.TryingConfig()
+    """How rollouts are made."""
+    reward: str = ""
+    """A learned reward (experiments.reward): pairs that its members disagree about are asked first; empty: pairs are
+    drawn at random."""
+    pairs: int = 500
+    """Questions altogether, those of earlier calls included."""
+    steps: int = 50
+    """Control steps of a clip, 30 a second."""
+    every: int = 5
+    """Control steps of a frame of the reward's; the same in the reinforcement (its horizon)."""
+    picture_size: int = 300
+    """Pixels of the fixed camera's clips; the hand camera's have half of it."""
+    seed: int = 0
+    """Of the pairs."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field in ("pairs", "steps", "every"):
+            require(getattr(self, field) >= 1, f"{field}={getattr(self, field)} must be at least 1.")
+        require(self.steps % self.every == 0, f"steps={self.steps} is no multiple of every={self.every}.")
+        require(100 <= self.picture_size <= 600, f"picture_size={self.picture_size} must be 100 ... 600 pixels.")
+
+
+SHOWN_EVERY = 2
+"""Control steps between two pictures of a clip."""
+
+
+def prepare(config: LabelConfig, page: server.LabelServer) -> None:
+    """Everything before the first question. Raises ValueError, OSError that say what is wrong."""
+    out = pathlib.Path(config.out)
+    path = pathlib.Path(config.rollouts) if config.rollouts else out
+    if not config.rollouts and not (out / segments.FILE).exists():
+        page.prepare("Rollouts are being made, which takes some minutes")
+        trying.record(config.checkpoint or twin.DIRECTORY, config.record).save(out / segments.FILE)
+    found = segments.load(path)
+    about = {"rollouts": segments.identity(path), "steps": config.steps, "every": config.every}
+    given = answers.Answers(out / answers.FILE, about)
+    page.prepare("Pairs are being chosen")
+    learned = rewards.load(config.reward) if config.reward else None
+    require(
+        learned is None or learned.every == config.every,
+        f"{config.reward} reads frames of {learned and learned.every} control steps; give that as --every.",
+    )
+    each = found.segments(config.steps, config.steps // 2)
+    wanted = config.pairs + len(given.given)  # as many may be drawn that were answered before
+    chosen = asking.draw(
+        *(found, each, wanted, config.seed, learned and learned.model), steps=config.steps, every=config.every
+    )
+    fresh = [pair for pair in chosen if pair.key not in given.asked][: max(config.pairs - len(given.given), 0)]
+    sizes = {"static": config.picture_size, "wrist": config.picture_size // 2}
+
+    def show(pair: answers.Pair) -> tuple[dict, dict]:
+        clips = {
+            f"{side}_{camera}": clip
+            for side, segment in pair._asdict().items()
+            for camera, clip in segments.pictures(found, segment, config.steps, SHOWN_EVERY, sizes).items()
+        }
+        return {"instruction": found.instructions[pair.left.rollout], "rate_hz": 30 / SHOWN_EVERY}, clips
+
+    if fresh:
+        page.prepare("The first pair is being drawn")
+        show(fresh[0])  # compiles
+    page.open(server.Work(given, fresh, show))
+    log.info("%d answers so far, %d questions left", len(given.given), len(fresh))
+
+
+async def run(config: LabelConfig) -> bool:
+    """Until SIGINT or SIGTERM; see `running.serve`."""
+    access = Access.at(config.host, config.token)
+    page = server.LabelServer(access, server.PAGE.read_text(encoding="utf-8"))
+    return await running.serve(
+        page,
+        access,
+        config.port,
+        lambda: prepare(config, page),
+        ready=f"answers go to {pathlib.Path(config.out) / answers.FILE}",
+        open_browser=config.open_browser,
+    )
+
+
+def main() -> None:
+    logs.to_stderr()
+    config = cli.read(LabelConfig, description=__doc__)
+    try:
+        ended = asyncio.run(run(config))
+    except (ValueError, FileNotFoundError, ImportError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if not ended:
+        os._exit(0)  # a compilation cannot be stopped, and Python would wait for it
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""A learned reward as a directory: arrays, and what they are of."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import zipfile
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from robovlms_jax.rl.preferences import RewardModel
+from robovlms_jax.rl.progress import NAMES
+from robovlms_jax.schema import require
+
+ARRAYS, ABOUT = "reward.npz", "reward.json"
+VERSION = 1
+"""Of what frames are (`progress.frame`) and of the files."""
+
+
+class Saved(NamedTuple):
+    """every: control steps of a frame. about: what it was learned from and how well, JSON values."""
+
+    model: RewardModel
+    every: int
+    about: dict[str, Any]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks that answers were about; of others it says nothing."""
+        return tuple(self.about["tasks"])
+
+
+def save(directory: pathlib.Path, saved: Saved) -> None:
+    """Write both files, the arrays first. Raises FileExistsError where there is a reward already."""
+    if (directory / ABOUT).exists():
+        raise FileExistsError(f"{directory} holds a reward already; choose another --out, or delete it.")
+    directory.mkdir(parents=True, exist_ok=True)
+    fields = {name: np.asarray(getattr(saved.model, name)) for name in ("center", "scale", "offset", "spread")}
+    params = {f"params/{path}": np.asarray(x) for path, x in flatten_dict(saved.model.params, sep="/").items()}
+    partial = directory / f"{ARRAYS}.tmp"
+    with partial.open("wb") as file:
+        np.savez(file, **fields, **params)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(directory / ARRAYS)
+    about = {"version": VERSION, "widths": list(saved.model.widths), "every": saved.every, "about": saved.about}
+    partial = directory / f"{ABOUT}.tmp"
+    partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    partial.replace(directory / ABOUT)
+
+
+def load(directory: str | pathlib.Path) -> Saved:
+    """Raises FileNotFoundError, ValueError that name the file."""
+    directory = pathlib.Path(directory)
+    for name in (ABOUT, ARRAYS):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory / name} is not there: no reward (experiments.reward).")
+    try:
+        about = json.loads((directory / ABOUT).read_text(encoding="utf-8"))
+        require(about["version"] == VERSION, f"version {about['version']}, expected {VERSION}; learn it again")
+        with np.load(directory / ARRAYS) as file:
+            arrays = {name: jnp.asarray(file[name]) for name in file.files}
+        params = {name.removeprefix("params/"): x for name, x in arrays.items() if name.startswith("params/")}
+        own = {field.name: arrays[field.name] for field in dataclasses.fields(RewardModel) if field.name in arrays}
+        model = RewardModel(params=unflatten_dict(params, sep="/"), **own, widths=tuple(about["widths"]))
+        found = Saved(model, int(about["every"]), dict(about["about"]))
+        require(set(found.tasks) <= set(NAMES), f"tasks {found.tasks}")
+    except (KeyError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{directory} holds no reward that can be read ({type(error).__name__}: {error}).") from error
+    return found

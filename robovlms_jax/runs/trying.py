@@ -1,0 +1,69 @@
+"""Rollouts of a checkpoint that are recorded to be compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+
+from robovlms_jax import schema
+from robovlms_jax.rl import segments, starts
+from robovlms_jax.rl.config import BehaviourConfig
+from robovlms_jax.runs import load
+from robovlms_jax.schema import require
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("record")
+class TryingConfig:
+    """Which rollouts of a policy."""
+
+    tasks: tuple[str, ...] = ()
+    """Empty: those of the checkpoint's demonstrations."""
+    scenes: tuple[str, ...] = ("A", "B", "C")
+    """Tables, which take turns."""
+    count: int = 96
+    """Rollouts."""
+    spread: float = 0.25
+    """Metres by which the hand is moved at the beginning, at most."""
+    max_steps: int = 160
+    """Control steps of a rollout."""
+    horizon: int = 5
+    """Actions executed of every predicted chunk."""
+    image_size: tuple[int, int] = (96, 64)
+    """Pixels of static and wrist camera; what the policy was trained with."""
+    tables: int = 16
+    """Side by side."""
+    behaviour: BehaviourConfig = BehaviourConfig(spread=(0.2,))
+    """How the policy tries things out: rollouts must differ to be compared."""
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in ("count", "max_steps", "horizon", "tables"):
+            require(getattr(self, field) >= 1, f"record.{field}={getattr(self, field)} must be at least 1.")
+
+
+def record(checkpoint: str | pathlib.Path, config: TryingConfig) -> segments.Rollouts:
+    """Make them. checkpoint: a run directory or one of its checkpoints/<step> folders.
+
+    Raises ValueError, FileNotFoundError that say what is wrong with the checkpoint or the tasks.
+    """
+    model, params, encode = load.open_model(checkpoint, weights="float32")
+    trained = load.load_config(checkpoint)
+    names = config.tasks or trained.demonstrations.tasks
+    require(
+        len(names) > 0, "record.tasks is empty, and the checkpoint's demonstrations name none; name the tasks to try."
+    )
+    trials = starts.draw(names, config.scenes, config.count, config.seed, spread=config.spread)
+    how = segments.Trying(
+        config.behaviour,
+        min(config.tables, config.count),
+        tuple(zip(("static", "wrist"), config.image_size, strict=True)),
+        min(config.horizon, model.config.chunk),
+        config.max_steps,
+    )
+    found = segments.roll_out(model, params, encode, trials, how, config.seed)
+    log.info("%d rollouts, %d succeeded", len(found), found.success.sum())
+    return found
