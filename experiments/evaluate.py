@@ -77,7 +77,7 @@ def evaluate(config: evaluation_settings.EvaluateConfig) -> pathlib.Path:
         recordings.append(recording)
         film_files.write_film(recording, output / f"film_{recording.trial.index:04d}")
 
-    with _envs(config) as envs:
+    with environments(config) as envs:
         driven = policy
         if config.latency_ms >= 0:
             driven = AsynchronousBatch(policy, config.asynchronous, _latency_ticks(config, policy.robot))
@@ -181,7 +181,7 @@ def _trials(config: evaluation_settings.EvaluateConfig) -> tuple[list[Trial], Su
         scene=config.scene,
         train_scenes=config.train_scenes,
         held_out=config.held_out,
-        sentences=_benchmark_sentences(config),
+        sentences=benchmark_sentences(config),
     )
     if config.protocol == "official":
         trials = [
@@ -192,7 +192,7 @@ def _trials(config: evaluation_settings.EvaluateConfig) -> tuple[list[Trial], Su
     return trials, SuccessCriterion(max_steps=config.max_steps, **judge)
 
 
-def _benchmark_sentences(config: evaluation_settings.EvaluateConfig) -> dict[str, str] | None:
+def benchmark_sentences(config: evaluation_settings.EvaluateConfig) -> dict[str, str] | None:
     """CALVIN's own validation sentences, where they are to be asked. Raises FileNotFoundError, ValueError."""
     if config.env != "calvin" or config.held_out:
         return None
@@ -207,7 +207,8 @@ def _benchmark_sentences(config: evaluation_settings.EvaluateConfig) -> dict[str
 
 
 @contextlib.contextmanager
-def _envs(config: evaluation_settings.EvaluateConfig) -> Iterator[vector.VectorEnv]:
+def environments(config: evaluation_settings.EvaluateConfig) -> Iterator[vector.VectorEnv]:
+    """The simulators, `config.processes` of them; closed at the end."""
     if config.env == "playtable":
         static, wrist = config.image_size
         yield PlayTables(config.scene, config.processes, image_sizes={"static": static, "wrist": wrist})

@@ -14,8 +14,10 @@ import numpy as np
 
 from robovlms_jax.control import interface
 from robovlms_jax.control import robot as robots
+from robovlms_jax.envs import looks
 from robovlms_jax.envs.calvin import initial_states, tasks
 from robovlms_jax.parallel import cpu
+from robovlms_jax.playtable import appearance
 from robovlms_jax.playtable.mechanics import bodies, physics
 from robovlms_jax.playtable.pictures import cameras, render, tiles
 from robovlms_jax.playtable.scene import Scene, neutral_scene_obs, stack_scenes
@@ -151,6 +153,8 @@ class PlayTables:
       scenes: "A" to "D", one name for all tables or one per table.
       size: number of tables; may be left out when `scenes` names one per table.
       image_sizes: px of the square pictures of each camera.
+      known_looks: ways the table may look; a trial names one of them (`reset`), and has the first if it names none.
+        Needs one scene for all tables.
     """
 
     def __init__(
@@ -159,6 +163,7 @@ class PlayTables:
         size: int | None = None,
         *,
         image_sizes: Mapping[str, int] | None = None,
+        known_looks: Sequence[looks.Look] = (),
     ):
         names = [scenes] * (1 if size is None else size) if isinstance(scenes, str) else list(scenes)
         if not names or (size is not None and len(names) != size):
@@ -168,9 +173,12 @@ class PlayTables:
         self.about: dict[str, str] = {}  # nothing beyond this repository
         self.robot = robots.CALVIN
         self.size = len(names)
+        if known_looks and len(kinds) > 1:
+            raise ValueError(f"known_looks are of one scene, and scenes names {len(kinds)}: {', '.join(kinds)}.")
+        self._looks = tuple(known_looks)
         self._which = np.array([kinds.index(name) for name in names], np.int32)
         self._neutral = [neutral_scene_obs(name) for name in names]
-        self._kinds = stack_scenes(kinds)
+        self._kinds = _stacked([appearance.looking(kinds[0], look) for look in known_looks] or None, kinds)
         self._scenes = pick(self._kinds, self._which)
         self._image_sizes = _checked_sizes(image_sizes)
         self._states = reset_batch(
@@ -188,10 +196,15 @@ class PlayTables:
         return self._states
 
     def reset(self, slots: Sequence[int], starts: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray]]:
-        """Put tables into given states; keyword arguments as for `PlayTable.reset`."""
+        """Put tables into given states: keyword arguments of `PlayTable.reset`, and `look`, one of `known_looks`."""
         robot, scene = np.zeros((self.size, ROBOT_OBS_DIM)), np.zeros((self.size, SCENE_OBS_DIM))
         for slot, start in zip(slots, starts, strict=True):
-            robot[slot], scene[slot] = _checked_start(**start, neutral_scene_obs=self._neutral[slot])
+            state = {name: value for name, value in start.items() if name != "look"}
+            robot[slot], scene[slot] = _checked_start(**state, neutral_scene_obs=self._neutral[slot])
+            if self._looks or "look" in start:
+                self._which[slot] = self._number_of(start.get("look"))
+        if self._looks:
+            self._scenes = pick(self._kinds, self._which)
         self._update(slots, reset_batch(self._scenes, robot, scene))
         return self.infos(slots)
 
@@ -224,6 +237,12 @@ class PlayTables:
     def restart(self, slot: int) -> None:
         """Back to the neutral state; a table cannot break."""
         self.reset([slot], [{}])
+
+    def _number_of(self, look: looks.Look | None) -> int:
+        """Place among the known looks; of none, the first."""
+        if look is not None and look not in self._looks:
+            raise ValueError(f"the look {look} is none of the {len(self._looks)} that these tables were made with.")
+        return 0 if look is None else self._looks.index(look)
 
     def _update(self, slots: Sequence[int], states: bodies.State) -> None:
         chosen = np.zeros(self.size, bool)
@@ -260,6 +279,11 @@ class PlayTable:
     def info(self) -> Mapping[str, Any]:
         """`tasks.SceneInfo`, plus `robot_obs` float32[15] and `scene_obs` float32[24]."""
         return self._tables.infos([0])[0]
+
+
+def _stacked(dressed: Sequence[Scene] | None, names: Sequence[str]) -> Scene:
+    """Scenes with a leading axis: those with looks, or the plain ones of these names."""
+    return stack_scenes(names) if dressed is None else jax.tree.map(lambda *rows: jnp.asarray(np.stack(rows)), *dressed)
 
 
 def _checked_sizes(sizes: Mapping[str, int] | None) -> Mapping[str, int]:

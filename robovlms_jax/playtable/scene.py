@@ -65,6 +65,7 @@ class Scene:
     box_color: float32[N, 3], albedo of `table` in [0, 1].
     grain: float32[64, 64], brightness of the wood, 1 on average; repeats.
     anchors: places that experts need.
+    appearance: how it looks where it is not as usual; None: as usual.
     """
 
     table: Boxes
@@ -75,6 +76,25 @@ class Scene:
     box_color: Array
     grain: Array
     anchors: Anchors
+    appearance: Appearance | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Appearance:
+    """Light, camera and things that are drawn only; see `envs.looks`.
+
+    light: float32[3], unit vector towards the light. tint: float32[3], factor of all colours, by channel.
+    static_eye: float32[3], m; static_axes: float32[3, 3], see `cameras.Camera`. things: K boxes; things_color:
+    float32[K, 3].
+    """
+
+    light: Array
+    tint: Array
+    static_eye: Array
+    static_axes: Array
+    things: Boxes
+    things_color: Array
 
 
 @jax.tree_util.register_dataclass
@@ -110,16 +130,17 @@ class _Layout(NamedTuple):
     grain: tuple[float, float, float]
 
 
+_BLOCKS_X_M = {name: layout.table_x_m for name, layout in initial_states.SCENES.items()}
 # fmt: off
 _LAYOUTS: Mapping[str, _Layout] = {
     # panels: right edge of the left and left edge of the right cabinet part, measured in frames of the real scenes
-    "A": _Layout(-0.28, 0.30, -0.10, 0.28, 0.10, (-0.336, 0.175), (-0.10, 0.35), ("middle", "big", "small"),
+    "A": _Layout(-0.28, 0.30, -0.10, 0.28, 0.10, (-0.336, 0.175), _BLOCKS_X_M["A"], ("middle", "big", "small"),
                  (131, 77, 50), (125, 72, 47), (2.0, 0.10, 0.7)),
-    "B": _Layout(0.28, -0.32, 0.09, 0.30, 0.18, (-0.18, 0.365), (-0.28, 0.16), ("small", "big", "middle"),
+    "B": _Layout(0.28, -0.32, 0.09, 0.30, 0.18, (-0.18, 0.365), _BLOCKS_X_M["B"], ("small", "big", "middle"),
                  (247, 198, 139), (240, 190, 132), (6.0, 0.05, 0.3)),
-    "C": _Layout(-0.12, -0.32, 0.06, 0.24, 0.10, (-0.18, 0.335), (0.00, 0.35), ("big", "small", "middle"),
+    "C": _Layout(-0.12, -0.32, 0.06, 0.24, 0.10, (-0.18, 0.335), _BLOCKS_X_M["C"], ("big", "small", "middle"),
                  (158, 107, 64), (125, 72, 47), (4.0, 0.10, 0.4)),
-    "D": _Layout(-0.12, 0.30, -0.10, 0.28, 0.18, (-0.336, 0.175), (0.00, 0.35), ("middle", "small", "big"),
+    "D": _Layout(-0.12, 0.30, -0.10, 0.28, 0.18, (-0.336, 0.175), _BLOCKS_X_M["D"], ("middle", "small", "big"),
                  (150, 110, 72), (150, 110, 72), (1.0, 0.16, 2.0)),
 }
 # fmt: on
@@ -266,15 +287,15 @@ def make_scene(name: str) -> Scene:
     """The table "A", "B", "C" or "D", or "random-N", drawn from the seed N: a cabinet like that of A, B or C, moved by
     up to 2 cm, button and drawer anywhere in their ranges, sizes of blocks exchanged, other colours.
     """
-    return jax.tree.map(jnp.asarray, _draw_up(name))
+    return jax.tree.map(jnp.asarray, draw_up(name))
 
 
 def stack_scenes(names: Sequence[str]) -> Scene:
     """`make_scene` of each, with a leading axis."""
-    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *map(_draw_up, names))
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *map(draw_up, names))
 
 
-def _draw_up(name: str) -> Scene:
+def draw_up(name: str) -> Scene:
     """`make_scene` in NumPy."""
     at, table, _, _ = _variant(name)
     parts = _parts(at)
@@ -288,22 +309,27 @@ def _draw_up(name: str) -> Scene:
         block_half=np.array([[_LENGTH_M[size] / 2, 0.02, 0.02] for size in at.sizes]),
         block_slot=np.array([initial_states.SCENES[table].block_order.index(color) for color in BLOCKS], np.int32),
         box_color=np.array([colors[part.material] for part in parts]) / 255,
-        grain=_wood(*at.grain),
+        grain=wood_grain(*at.grain),
         anchors=Anchors(
             slider_handle=front + [at.slider + 0.14, 0, 0] + 0.11 * LEAN + 0.0585 * OUTWARD,
             drawer_handle=np.array([at.drawer, -0.25, 0.36]),
             button_top=np.array([at.button, -0.12, 0.4864]),
             switch_handle=front + [at.switch, 0, 0] + 0.08 * LEAN + 0.047 * OUTWARD,
             shelf=np.array([[at.panels[0], at.slider - 0.013], [at.slider + 0.013, at.panels[1]]]),
-            area=np.array([at.area, (-0.15, -0.03)]),
+            area=np.array([at.area, initial_states.TABLE_Y_M]),
         ),
     )
+    return in_single_precision(scene)
+
+
+def in_single_precision(scene: Scene) -> Scene:
+    """NumPy: float32, and int32 where numbers are whole."""
     return jax.tree.map(lambda x: np.asarray(x, np.int32 if x.dtype == np.int32 else np.float32), scene)
 
 
 def neutral_scene_obs(name: str) -> np.ndarray:
     """float64[24]: everything closed and off, the blocks in a row on the table."""
-    (low, high), y = _draw_up(name).anchors.area
+    (low, high), y = draw_up(name).anchors.area
     obs = np.zeros(24)
     for i in range(3):
         x = low + (high - low) * (0.2 + 0.3 * i)
@@ -311,7 +337,7 @@ def neutral_scene_obs(name: str) -> np.ndarray:
     return obs
 
 
-def _wood(frequency: float, contrast: float, waviness: float, size: int = 64) -> np.ndarray:
+def wood_grain(frequency: float, contrast: float, waviness: float, size: int = 64) -> np.ndarray:
     """float[size, size], seamless grain along the first axis: `frequency` rings, each bent by `waviness` of a ring."""
     generator = np.random.default_rng(0)
     along, across = np.meshgrid(*[np.linspace(0, 2 * np.pi, size, endpoint=False)] * 2, indexing="ij")

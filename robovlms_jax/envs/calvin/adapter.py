@@ -20,8 +20,8 @@ from unittest import mock
 import numpy as np
 
 from robovlms_jax.control.interface import ACTION_DIM, Observation
-from robovlms_jax.envs import process
-from robovlms_jax.envs.calvin import initial_states, tasks, version
+from robovlms_jax.envs import looks, process
+from robovlms_jax.envs.calvin import dressing, initial_states, tasks, version
 
 Actions = Literal["relative", "absolute"]
 
@@ -113,12 +113,24 @@ class CalvinEnv:
         # step and reset of the simulator render all its cameras; without cameras they cost nothing, see `observe`
         self._cameras, self._env.cameras = self._env.cameras, []
         self._columns: dict[tuple[int, int], int] | None = None
+        self._dressing: dressing.Dressing | None = None
 
-    def reset(self, robot_obs: np.ndarray | None = None, scene_obs: np.ndarray | None = None) -> None:
-        """Go to the given state (blocks in the scene's own order) or to the neutral one with random blocks."""
+    def reset(
+        self,
+        robot_obs: np.ndarray | None = None,
+        scene_obs: np.ndarray | None = None,
+        look: looks.Look | None = None,
+    ) -> None:
+        """Go to the given state (blocks in the scene's own order) or to the neutral one with random blocks.
+
+        look: how the table looks until the next reset; None: as usual.
+        """
         for name, value, size in (("robot_obs", robot_obs, ROBOT_OBS_DIM), ("scene_obs", scene_obs, SCENE_OBS_DIM)):
             if value is not None and np.shape(value) != (size,):
                 raise ValueError(f"{name} has shape {np.shape(value)}, expected ({size},).")
+        if look is not None or self._dressing is not None:
+            self._dressing = self._dressing or dressing.Dressing(self._env, self._cameras)
+            self._dressing.wear(look or looks.Look())
         self._env.reset(robot_obs=robot_obs, scene_obs=scene_obs)
 
     def step(self, action: np.ndarray) -> None:

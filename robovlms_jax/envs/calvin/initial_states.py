@@ -36,6 +36,8 @@ class SceneLayout:
         (0.229995412, -0.11999514, 0.45999001),
     )
     """xyz of the two places for blocks on the table."""
+    table_x_m: tuple[float, float] = (0.0, 0.35)
+    """Where blocks lie on the table in training data, range of x; that of y is `TABLE_Y_M` in every scene."""
 
     def __post_init__(self):
         if sorted(self.block_order) != sorted(BLOCKS):
@@ -45,17 +47,23 @@ class SceneLayout:
 # D is published. The evaluation has no official initial states in A, B and C: blocks stand where D's do relative to the
 # shelf, and on the table where nothing else stands (B has button and lever on the other sides: its spots are mirrored).
 SCENES: Mapping[str, SceneLayout] = {
-    "A": SceneLayout(("pink", "blue", "red")),
+    "A": SceneLayout(("pink", "blue", "red"), table_x_m=(-0.10, 0.35)),
     "B": SceneLayout(
         ("red", "blue", "pink"),
         slider_left_m=0.30,
         shelf_x_m=(-0.05, 0.26),
         table_spots_m=((-0.05, -0.12, 0.45999), (-0.23, -0.12, 0.45999)),
+        table_x_m=(-0.28, 0.16),
     ),
     "C": SceneLayout(("blue", "red", "pink"), slider_left_m=0.24, shelf_x_m=(-0.08, 0.23)),
     "D": SceneLayout(("red", "blue", "pink")),
 }
 
+TABLE_Y_M = (-0.15, -0.03)
+"""Where blocks lie on the table in training data, range of y: as calvin_env's `surfaces`, and x in C and D, too. In
+A and B calvin_env lets blocks lie further out, too, where PlayTable has its button."""
+_APART_M = 0.1  # between the middles of two blocks, the longest of which measures 0.08
+_SHELF_SHIFT_M = 0.04
 _SHELF_YZ_M = (0.0924044687, 0.460990009)
 _DRAWER_OPEN_M = 0.22
 _SWITCH_ON_M = 0.088
@@ -93,6 +101,28 @@ def initial_state(condition: task_chains.Condition, scene: str = "D") -> tuple[n
         start = 6 + 6 * layout.block_order.index(color)
         scene_obs[start : start + 6] = *position, 0.0, 0.0, yaw
     return INITIAL_ROBOT_OBS.copy(), scene_obs
+
+
+def resampled(condition: task_chains.Condition, scene: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """`initial_state` with every block anew where training data have blocks: on the table anywhere in its range and
+    turned any way, in the shelf up to 4 cm to either side. The published states have two spots on the table.
+    """
+    robot_obs, scene_obs = initial_state(condition, scene)
+    layout, placed = SCENES[scene], []
+    for color in BLOCKS:
+        start = 6 + 6 * layout.block_order.index(color)
+        if condition[f"{color}_block"] != "table":
+            scene_obs[start] += rng.uniform(-_SHELF_SHIFT_M, _SHELF_SHIFT_M)
+            scene_obs[start + 5] = rng.uniform(np.pi / 2 - np.pi / 8, np.pi / 2 + np.pi / 8)
+            continue
+        while True:
+            spot = np.array([rng.uniform(*layout.table_x_m), rng.uniform(*TABLE_Y_M)])
+            if all(np.linalg.norm(spot - other) > _APART_M for other in placed):
+                break
+        placed.append(spot)
+        scene_obs[start : start + 2] = spot
+        scene_obs[start + 5] = rng.uniform(-np.pi, np.pi)
+    return robot_obs, scene_obs
 
 
 def condition_seed(condition: task_chains.Condition) -> int:

@@ -9,11 +9,12 @@ import numpy as np
 
 from robovlms_jax.control import interface
 from robovlms_jax.playtable.mechanics import bodies
+from robovlms_jax.playtable.scene import Appearance
 from robovlms_jax.types import Array
 
 SIZES = {"static": 200, "wrist": 84}
 """CALVIN's picture sizes, px."""
-_STATIC_EYE, _STATIC_TARGET = np.array([2.871, -2.167, 2.555]), np.array([-0.026, -0.030, 0.392])
+STATIC_EYE_M, STATIC_TARGET_M = np.array([2.871, -2.167, 2.555]), np.array([-0.026, -0.030, 0.392])
 _STATIC_UP = np.array([0.404, 0.226, 0.886])
 _WRIST_EYE_M = np.array([-0.1, 0.0, -0.142], np.float32)  # frame of the tool centre point
 _WRIST_TILT_RAD = 0.2708
@@ -29,15 +30,22 @@ class Camera(NamedTuple):
     view: float
 
 
-def camera(state: bodies.State | None, name: str) -> Camera:
-    """The camera "static" or "wrist"; the static one needs no state."""
+def axes_towards(eye: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """`Camera.rotation` of the static camera, moved to `eye` and looking at `target`, float64[3] in m."""
+    forward = target - eye
+    forward /= np.linalg.norm(forward)
+    right = np.cross(forward, _STATIC_UP)
+    right /= np.linalg.norm(right)
+    return np.stack([right, np.cross(forward, right), forward], axis=1)
+
+
+def camera(state: bodies.State | None, name: str, appearance: Appearance | None = None) -> Camera:
+    """The camera "static" or "wrist"; the static one needs no state. appearance: where it stands, if not as usual."""
+    if name == "static" and appearance is not None:
+        return Camera(appearance.static_eye, appearance.static_axes, _VIEW_RAD[name])
     if name == "static":
-        forward = _STATIC_TARGET - _STATIC_EYE
-        forward /= np.linalg.norm(forward)
-        right = np.cross(forward, _STATIC_UP)
-        right /= np.linalg.norm(right)
-        axes = np.stack([right, np.cross(forward, right), forward], axis=1)
-        return Camera(jnp.asarray(_STATIC_EYE, jnp.float32), jnp.asarray(axes, jnp.float32), _VIEW_RAD[name])
+        axes = axes_towards(STATIC_EYE_M, STATIC_TARGET_M)
+        return Camera(jnp.asarray(STATIC_EYE_M, jnp.float32), jnp.asarray(axes, jnp.float32), _VIEW_RAD[name])
     if name == "wrist":
         c, s = np.cos(_WRIST_TILT_RAD), np.sin(_WRIST_TILT_RAD)
         axes = jnp.array([[0.0, -c, s], [1.0, 0.0, 0.0], [0.0, s, c]], jnp.float32)

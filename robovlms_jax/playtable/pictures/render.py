@@ -18,7 +18,7 @@ from robovlms_jax.types import Array
 
 def backdrop(scene: Scene, size: int) -> tiles.Backdrop:
     """Traced once per scene and size, handed to every `render` of the static camera."""
-    return _look(scene, cameras.camera(None, "static"), tiles.Tiles.of(size), solids.fixed(scene))
+    return _look(scene, cameras.camera(None, "static", scene.appearance), tiles.Tiles.of(size), solids.fixed(scene))
 
 
 def render(
@@ -30,13 +30,14 @@ def render(
       backdrop: of this scene and, for the static camera, of this size.
       tiled: work on the tiles that each solid meets; fast on a CPU one picture at a time, slow under `vmap`.
     """
-    view, cut, things = cameras.camera(state, camera), tiles.Tiles.of(size), solids.moving(scene, state)
+    view, cut = cameras.camera(state, camera, scene.appearance), tiles.Tiles.of(size)
+    things = solids.moving(scene, state)
     canvas = backdrop
     if camera == "wrist":  # nothing is known beforehand
         things = solids.Things(*(solids.concatenate(*pair) for pair in zip(solids.fixed(scene), things)))
         if not tiled:
             return cut.picture(_look(scene, view, cut, things).color)
-        canvas = _empty(view, cut)
+        canvas = _empty(scene, view, cut)
     if tiled:
         return cut.picture(tiles.paint(scene, things, view, cut, canvas))
     directions, origin, known = tiles.rays_of(view, cut), tuple(view.eye), canvas.depth.reshape(-1)
@@ -45,17 +46,17 @@ def render(
     return cut.picture(jnp.where(index < 0, canvas.color.reshape(-1), color))
 
 
-def _empty(view: cameras.Camera, cut: tiles.Tiles) -> tiles.Backdrop:
+def _empty(scene: Scene, view: cameras.Camera, cut: tiles.Tiles) -> tiles.Backdrop:
     """The floor alone."""
-    depth, floor = shading.floor(tuple(view.eye), tiles.rays_of(view, cut))
-    return tiles.Backdrop(*(plane.reshape(cut.count**2, -1) for plane in (depth, shading.packed([floor] * 3))))
+    planes = shading.floor(scene, tuple(view.eye), tiles.rays_of(view, cut))
+    return tiles.Backdrop(*(plane.reshape(cut.count**2, -1) for plane in planes))
 
 
 def _look(scene: Scene, view: cameras.Camera, cut: tiles.Tiles, things: solids.Things) -> tiles.Backdrop:
     """Trace everything that there is, and the floor."""
     origin, directions = tuple(view.eye), tiles.rays_of(view, cut)
-    depth, floor = shading.floor(origin, directions)
+    depth, floor = shading.floor(scene, origin, directions)
     depth, index = rays.trace(things, origin, directions, depth)
     color = shading.packed(shading.shade(scene, things, origin, directions, depth, index))
-    color = jnp.where(index < 0, shading.packed([floor] * 3), color)
+    color = jnp.where(index < 0, floor, color)
     return tiles.Backdrop(*(plane.reshape(cut.count**2, -1) for plane in (depth, color)))

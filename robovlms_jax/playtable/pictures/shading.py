@@ -18,6 +18,11 @@ _GRAIN_PER_M, _GRAIN_CELLS = 150.0, 64
 _FAR_M = 50.0
 
 
+def light_of(scene: Scene) -> Array | np.ndarray:
+    """float32[3], unit vector towards the light."""
+    return LIGHT if scene.appearance is None else scene.appearance.light
+
+
 def grain(scene: Scene, wood: Array, p: rays.Vector, n: rays.Vector) -> Array:
     """Brightness of wood at local surface points: grain runs along x of a box (along y on its ends)."""
     along = jnp.where(jnp.abs(n[0]) > 0.5, p[1], p[0])
@@ -50,19 +55,22 @@ def shade(
     p = [sum(rotation[3 * j + i] * shifted[j] for j in range(3)) for i in range(3)]
     box, capsule, cylinder = (normal(p, half) for normal in rays.NORMALS)
     n = [jnp.where(kind == 0, b, jnp.where(kind == 1, c, y)) for b, c, y in zip(box, capsule, cylinder)]
-    light = sum(sum(rotation[3 * j + i] * n[i] for i in range(3)) * LIGHT[j] for j in range(3))
+    towards = light_of(scene)
+    light = sum(sum(rotation[3 * j + i] * n[i] for i in range(3)) * towards[j] for j in range(3))
     light = jnp.maximum(light, 0.0)
     grained = grain(scene, wood.astype(jnp.int32), p, n)
     brightness = (AMBIENT + DIFFUSE * light) * jnp.where(wood == solids.PLAIN, 1.0, grained)
     return [channel * brightness for channel in color]
 
 
-def floor(origin: rays.Vector, direction: rays.Vector) -> tuple[Array, Array]:
-    """The chequered floor z = 0: distance [P] and brightness [P]; far away it fades into an even grey."""
+def floor(scene: Scene, origin: rays.Vector, direction: rays.Vector) -> tuple[Array, Array]:
+    """The chequered floor z = 0: distance [P] and packed colours uint32[P]; it ends far away in an even grey."""
     depth = jnp.where(direction[2] < 0, -origin[2] / jnp.minimum(direction[2], -1e-6), _FAR_M)
     x, y = origin[0] + depth * direction[0], origin[1] + depth * direction[1]
     odd = (jnp.floor(x / _CHECK_M) + jnp.floor(y / _CHECK_M)).astype(jnp.int32) % 2
-    return jnp.minimum(depth, _FAR_M), jnp.where(odd == 1, _FLOOR_COLORS[1], _FLOOR_COLORS[0])
+    grey = jnp.where(odd == 1, _FLOOR_COLORS[1], _FLOOR_COLORS[0])
+    channels = [grey] * 3 if scene.appearance is None else [grey * factor for factor in scene.appearance.tint]
+    return jnp.minimum(depth, _FAR_M), packed(channels)
 
 
 def packed(channels: list[Array]) -> Array:

@@ -58,10 +58,14 @@ _WOOD = np.where(np.isin(BOX_MATERIAL, ["wood", "front", "pedestal"]), 7 * np.ar
 
 
 def fixed(scene: Scene) -> Things:
-    """What never moves: table, cabinet, the button's pedestal."""
+    """What never moves: table, cabinet, the button's pedestal, things of a look."""
     half = scene.table.half[_PEDESTAL] * np.array([1.2, 1.2, 1.0])  # the box inside the disc
     pedestal = _along(scene.table.center[_PEDESTAL], half, scene.box_color[_PEDESTAL], int(_WOOD[_PEDESTAL]))
-    return Things(_table_solids(scene, scene.table, scene.box_color, _FIXED), _nothing(), pedestal)
+    boxes = _table_solids(scene, scene.table, scene.box_color, _FIXED)
+    if scene.appearance is not None:
+        color = scene.appearance.things_color
+        boxes = concatenate(boxes, Solids(scene.appearance.things, color, np.full(len(color), PLAIN)))
+    return _tinted(scene, Things(boxes, _nothing(), pedestal))
 
 
 def moving(scene: Scene, state: bodies.State) -> Things:
@@ -75,11 +79,20 @@ def moving(scene: Scene, state: bodies.State) -> Things:
     lamp = _along(table.center[_BULB] + np.array([0, 0, 0.003], np.float32), np.array([0.033, 0.033, 0.0]), bulb_color)
     knob = _along(table.center[_BUTTON], table.half[_BUTTON] * np.array([1.05, 1.05, 1.0]), scene.box_color[_BUTTON])
     arm, joints = _arm(state)
-    return Things(
+    things = Things(
         concatenate(_table_solids(scene, table, colors, _MOVING), blocks, _hand(state)),
         concatenate(lamp, arm),
         concatenate(knob, joints),
     )
+    return _tinted(scene, things)
+
+
+def _tinted(scene: Scene, things: Things) -> Things:
+    """In the colours that the scene's light gives them."""
+    if scene.appearance is None:
+        return things
+    tint = scene.appearance.tint
+    return Things(*(dataclasses.replace(some, color=some.color * tint) for some in things))
 
 
 def _table_solids(scene: Scene, table: Boxes, colors: Array, index: np.ndarray) -> Solids:

@@ -70,7 +70,8 @@ class Backdrop:
 def paint(scene: Scene, things: solids.Things, camera: cameras.Camera, tiles: Tiles, canvas: Backdrop) -> Array:
     """Draw solids over `canvas`, each on its own tiles only: packed colours uint32[tiles, pixels]."""
     kinds = [k for k, some in enumerate(things) if len(some.color)]
-    drawn = {k: _drawn(things[k], camera, tiles, caps=rays.HITS[k] is rays.hit_capsule) for k in kinds}
+    light = shading.light_of(scene)
+    drawn = {k: _drawn(things[k], camera, tiles, light, caps=rays.HITS[k] is rays.hit_capsule) for k in kinds}
     right, down = (jnp.asarray(steps / cameras.focal(camera, tiles.size)) for steps in tiles.pixels())
 
     def one_tile(args):
@@ -122,7 +123,8 @@ def _draw(
     return jax.lax.switch(case, branches, found, right, down, carry)
 
 
-def _drawn(some: solids.Solids, camera: cameras.Camera, tiles: Tiles, *, caps: bool) -> _Drawn:
+def _drawn(some: solids.Solids, camera: cameras.Camera, tiles: Tiles, towards: Array, *, caps: bool) -> _Drawn:
+    """towards: float[3], the light."""
     boxes, count = some.boxes, len(some.color)
     top, bottom, left, right = _screen_boxes(boxes, boxes.half[:, 0] if caps else 0.0, camera, tiles).T
     row, column = np.divmod(np.arange(tiles.count**2)[:, None], tiles.count)
@@ -131,7 +133,7 @@ def _drawn(some: solids.Solids, camera: cameras.Camera, tiles: Tiles, *, caps: b
     chosen = meets[:, None] & (place[:, None] == np.arange(count)[:, None])  # [tiles, place, K]
     eye = ((camera.eye - boxes.center)[:, :, None] * boxes.rotation).sum(1)
     axes = (boxes.rotation[:, :, :, None] * camera.rotation[None, :, None, :]).sum(1).reshape(count, 9)
-    light = (boxes.rotation * jnp.asarray(shading.LIGHT)[:, None]).sum(1)
+    light = (boxes.rotation * jnp.asarray(towards)[:, None]).sum(1)
     wood = jnp.asarray(some.wood, jnp.float32)[:, None]
     table = jnp.concatenate([eye, axes, light, boxes.half, some.color, wood], axis=1)
     return _Drawn(table, (chosen * np.arange(count)).sum(-1), meets.sum(1))
