@@ -152,7 +152,7 @@ def compare(config: CompareConfig, typed: Sequence[str] = OWN) -> pathlib.Path:
                     envs.reset([0], [trials[0].start])
                     pictures[name] = envs.observe([0])[0].images["static"]
                 if acting is None:
-                    acting = load.load_batched_policy(policy.directory, config.processes, weights=policy.weights)
+                    acting = load.load_batched_policy(policy.directory, simulators.size, weights=policy.weights)
                     acting.encode_text = conditions.silenced(acting.encode_text)
                 log.info("%s, condition %s: %d trials", policy.name, name, len(trials))
                 folder = out / "results" / policy.label / name
@@ -245,6 +245,7 @@ class _Simulators(contextlib.ExitStack):
     def __init__(self, config: CompareConfig):
         super().__init__()
         self._config, self._made = config, {}
+        self.size = min(config.processes, config.trials)
 
     def of(self, condition: str, questions: conditions.Questions) -> vector.VectorEnv:
         config = self._config
@@ -253,11 +254,11 @@ class _Simulators(contextlib.ExitStack):
             sizes: Mapping[str, int] = dict(zip(("static", "wrist"), config.image_size, strict=True))
             if config.env == "playtable":
                 known = questions.looks(kind) if kind else ()
-                tables = PlayTables(config.scene, config.processes, image_sizes=sizes, known_looks=known)
+                tables = PlayTables(config.scene, self.size, image_sizes=sizes, known_looks=known)
                 self._made[kind] = tables
             else:
-                asked = ("env", "scene", "processes", "calvin_root", "simulator_python")
-                shared = {name: getattr(config, name) for name in asked}
+                asked = ("env", "scene", "calvin_root", "simulator_python")
+                shared = {name: getattr(config, name) for name in asked} | {"processes": self.size}
                 settings = evaluation_settings.EvaluateConfig(config.checkpoints[0], **shared)
                 self._made[kind] = self.enter_context(evaluate.environments(settings))
         return self._made[kind]

@@ -44,7 +44,7 @@ class Difference:
     with Tango's interval. length: the same of the mean number of tasks in a row. discordant: share of trials that only
     one of them solved. smallest: difference that so many trials find with 80 %, at this share of discordant trials.
     needed: trials that would find a difference as large as the one found with 80 %; None: there is none, or too small a
-    one for 200 000 trials.
+    one for 20 000 trials.
     """
 
     condition: str

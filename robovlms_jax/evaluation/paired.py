@@ -6,6 +6,7 @@ Trials are paired (same initial state, same sentence), so what counts are the tr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ from robovlms_jax.evaluation import blind
 from robovlms_jax.evaluation.rollout_metrics import Estimate, Rate
 
 _RESAMPLES = 10_000
-_MOST_TRIALS = 200_000
+_MOST_TRIALS = 20_000
 
 
 def difference(pairs: Sequence[tuple[bool, bool]], confidence: float = 0.95) -> Estimate:
@@ -93,17 +94,25 @@ def power(trials: int, first: float, second: float, alpha: float = 0.05) -> floa
     spread = 10 + 9 * math.sqrt(trials * discordant * (1 - discordant))  # beyond it lies less than 1e-15
     middle = trials * discordant
     counts = np.arange(max(int(middle - spread), 0), min(int(middle + spread) + 1, trials) + 1)
-    # Largest number of the rarer kind at which the test still rejects, -1 where none does.
-    limit = stats.binom.ppf(alpha / 2, counts, 0.5)
-    limit = np.where(stats.binom.cdf(limit, counts, 0.5) > alpha / 2, limit - 1, limit)
+    limit = _limits(alpha, 1024 << max(int(counts[-1]).bit_length() - 10, 0))[counts]
     share = first / discordant
     rejects = stats.binom.cdf(limit, counts, share) + stats.binom.cdf(limit, counts, 1 - share)
     return float(stats.binom.pmf(counts, trials, discordant) @ np.where(limit < 0, 0.0, np.minimum(rejects, 1.0)))
 
 
+@functools.lru_cache(maxsize=8)
+def _limits(alpha: float, size: int) -> np.ndarray:
+    """For 0, 1, ... discordant trials, the largest number of the rarer kind at which the test rejects; -1: at none."""
+    from scipy import stats
+
+    counts = np.arange(size)
+    limit = stats.binom.ppf(alpha / 2, counts, 0.5)
+    return np.where(stats.binom.cdf(limit, counts, 0.5) > alpha / 2, limit - 1, limit)
+
+
 def trials_needed(claimed: float, discordant: float, wanted: float = 0.8, alpha: float = 0.05) -> int | None:
     """Fewest trials with which McNemar's exact test finds a difference with probability `wanted`; None: more than
-    200 000.
+    20 000.
 
     Args:
       claimed: difference of the two success rates. discordant: share of trials that only one of the two solves, at
@@ -116,7 +125,8 @@ def trials_needed(claimed: float, discordant: float, wanted: float = 0.8, alpha:
     def enough(trials: int) -> bool:
         return power(trials, first, second, alpha) >= wanted
 
-    # Close by doubling and halving; power goes up in small saw teeth, so the exact first one is looked for from there.
+    # Close by doubling and halving; power goes up in saw teeth, about as long as the square root of the number and
+    # lower and lower, so the first one is looked for from a little below.
     high = 4
     while not enough(high):
         high *= 2
@@ -126,16 +136,16 @@ def trials_needed(claimed: float, discordant: float, wanted: float = 0.8, alpha:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
-    return next(trials for trials in range(max(int(0.9 * high), 1), high + 1) if enough(trials))
+    return next(trials for trials in range(max(high - min(6 * math.isqrt(high), 200), 1), high + 1) if enough(trials))
 
 
 def smallest_difference(trials: int, discordant: float, wanted: float = 0.8, alpha: float = 0.05) -> float | None:
     """Smallest difference of two success rates that so many trials find with probability `wanted`, to 0.001; None: not
     even the largest that there can be."""
-    steps = np.arange(1, round(1000 * discordant) + 1) / 1000
+    steps = np.arange(1, int(1000 * discordant + 1e-9) + 1) / 1000
 
     def enough(claimed: float) -> bool:
-        return power(trials, (discordant + claimed) / 2, (discordant - claimed) / 2, alpha) >= wanted
+        return power(trials, (discordant + claimed) / 2, max(discordant - claimed, 0.0) / 2, alpha) >= wanted
 
     if not len(steps) or not enough(steps[-1]):
         return None

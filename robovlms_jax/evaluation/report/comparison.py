@@ -157,12 +157,12 @@ def _power_part(differs: Sequence[Difference]) -> list[str]:
         [
             *(f"`{each.condition}`", each.first, each.second, f"at least {each.at_least}", str(each.trials)),
             *(tables.percent(each.discordant), _points(each.smallest)),
-            "no difference found" if not each.rate.value else str(each.needed or "more than 200 000"),
+            "no difference found" if not each.rate.value else str(each.needed or "more than 20 000"),
         ]
         for each in differs
     ]
     share = max(each.discordant for each in differs)
-    price = ", ".join(f"{_points(claim)}: {needed or 'more than 200 000'}" for claim, needed in comparison.price(share))
+    price = ", ".join(f"{_points(claim)}: {needed or 'more than 20 000'}" for claim, needed in comparison.price(share))
     return [
         "## How many trials a claim needs",
         tables.markdown(head, body, text_columns=4),
