@@ -51,7 +51,8 @@ COMMANDS: Mapping[str, Mapping[str, Program]] = {
     "label": {"": Program("label", "LabelConfig", "which of two clips is better, asked on a local page")},
     "search": {"": Program("search", "PRESETS", "settings tried and ranked")},
     "compare": {
-        "": Program("compare_structures", "CompareConfig", "every structure of a policy, one table"),
+        "": Program("compare", "CompareConfig", "checkpoints on the same trials, and what their numbers could hide"),
+        "structures": Program("compare_structures", "CompareConfig", "every structure of a policy, one table"),
         "policies": Program("compare_policies", "PRESETS", "heads, chunks, windows, data: success, latency, memory"),
     },
     "evaluate": {

@@ -1,4 +1,4 @@
-"""A table that looks otherwise (`envs.looks`): arrays of the same shapes for every look, so that one program draws all."""
+"""A table that looks otherwise (`envs.looks`): arrays of the same shapes for every look, drawn by one program."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_blocks_are_placed_anew_where_training_has_them_and_apart(scene):
                 spread.append(x)
             else:
                 assert abs(x - old[0]) <= 0.04 and y == old[1]
-        for one, other in zip(placed, placed[1:]):
+        for one, other in itertools.pairwise(placed):
             assert np.hypot(*np.subtract(one, other)) > 0.1
     assert np.ptp(spread) > 0.7 * np.ptp(layout.table_x_m)
 
