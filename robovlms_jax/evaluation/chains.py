@@ -44,16 +44,20 @@ def chain_trials(
       chains: a selection of `task_chains.official_chains()`; None: all 1000.
       scene: table the chains are run on; must be the one the environments were built with.
       train_scenes: scenes the policy was trained on, to tell seen from unseen; empty: unknown.
-      held_out: ask in wording that training data never use; otherwise in the wording of training. Chains take turns
-        through the phrasings of a task.
+      held_out: ask in wording that training data never use; otherwise in the wording of training. The
+        trials that ask a task take turns through its phrasings.
       sentences: task -> the one sentence to ask with instead, those of `adapter.validation_instructions`; results
         state the phrasing "benchmark".
     """
     trials = []
+    asked: collections.Counter[str] = collections.Counter()
     for chain in task_chains.official_chains() if chains is None else chains:
         robot_obs, scene_obs = initial_states.initial_state(chain.condition, scene)
         if sentences is None:
-            instructions = [tasks.instruction(task, held_out=held_out, variant=chain.index) for task in chain.tasks]
+            # By how often a task was asked, not by the chain's number: where tasks take turns, the numbers of one task
+            # have a common factor with the count of its phrasings, and some are never asked.
+            instructions = [tasks.instruction(task, held_out=held_out, variant=asked[task]) for task in chain.tasks]
+            asked.update(chain.tasks)
         else:
             instructions = [sentences[task] for task in chain.tasks]
         labels = {

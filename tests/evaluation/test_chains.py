@@ -324,6 +324,14 @@ def test_no_success_leaves_the_step_count_undefined():
         summarize([])
 
 
+def test_every_phrasing_of_a_task_is_asked_whatever_tasks_take_turns():
+    names = ("open_drawer", "close_drawer", "turn_on_led", "move_slider_right")  # four tasks, six phrasings each
+    asked = {name: set() for name in names}
+    for each in chains.chain_trials(chains.single_tasks(names, 24)):
+        asked[each.tasks[0]].add(each.instructions[0])
+    assert asked == {name: set(tasks.TASKS[name].phrasings) for name in names}
+
+
 def test_single_tasks_start_where_they_are_possible():
     names = ("open_drawer", "turn_off_led", "push_red_block_left")
     drawn = chains.single_tasks(names, 7)

@@ -43,7 +43,9 @@ def slide_door(case: Case, to_left: Array, use: Array | bool) -> list[Step]:
     side = jnp.where(to_left, 1.0, -1.0)
     holds = case.state.held >= 0
     gap = side * (0.021 + cases.PAIR_M + jnp.where(holds, case.state.width / 2, 0.0))
-    begin = x - now + gap + side * (0.025 + 0.008 * case.noise[0])
+    # Going right, the hand turns round beyond the handle: who turns too early must still be past it.
+    clear = jnp.where(to_left, 0.025, 0.055)
+    begin = x - now + gap + side * (clear + 0.008 * case.noise[0])
     end = x - jnp.where(to_left, travel + 0.012, -0.012) + gap
     down = cases.angles(cases.DOWN_RAD[2] + 0.05 * case.noise[1])
     y, z = y - 0.036, z - 0.04 + 0.008 * case.noise[2]
@@ -82,7 +84,8 @@ def lightbulb(case: Case) -> list[Step]:
     front, _, out = rotations.from_euler(angles).T
     below, above = bar - front * (0.021 + cases.FINGER_M + 0.012), bar - out * (0.021 + cases.TIP_M + 0.012)
     start, into = jnp.where(on, below, above), jnp.where(on, front, out)
-    start = start.at[1].add(jnp.where(on, 0.0, 0.008))
+    # Deep behind the bar, for the same reason: who turns early must still come down on it, not before it.
+    start = start.at[1].add(jnp.where(on, 0.0, 0.03))
     touch = start + 0.016 * into
     end = touch + lean * jnp.where(on, 0.108 - at, -0.02 - at)
     return [
