@@ -62,7 +62,7 @@ FIXTURES = ExperimentConfig(
     optimizer=OptimizerConfig(learning_rate=4e-4, weight_decay=0.01, schedule="cosine", warmup_steps=100),
     train=TrainConfig(
         output="runs/playtable_fixtures",
-        steps=2300,
+        steps=4600,
         batch_size=64,
         log_every=100,
         eval_every=0,
@@ -70,10 +70,10 @@ FIXTURES = ExperimentConfig(
     ),
     evaluation=EvaluationConfig(batches=10, episodes=2),
     demonstrations=DemonstrationConfig(
-        episodes=800,
+        episodes=1600,
         validation_episodes=40,
         tasks=FIXTURE_TASKS,
-        random_scenes=797,
+        random_scenes=1597,
         chain_length=1,
         max_steps=160,
         disturbance=0.25,
@@ -82,7 +82,7 @@ FIXTURES = ExperimentConfig(
         tables=40,  # as many as roll out, so that they run the same compiled programs
     ),
     rollouts=RolloutConfig(
-        trials=40,
+        trials=200,
         tasks=FIXTURE_TASKS,
         max_steps=160,
         execution=Execution("receding", horizon=5),

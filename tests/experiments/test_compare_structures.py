@@ -80,7 +80,7 @@ def test_finished_cells_are_not_run_again_and_more_may_follow(tmp_path, asked):
     text = compare_structures.compare(config).read_text()
     first = "one_step-action_query-mlp-window1-chunk5"
     assert asked == [
-        ("record", 800, "data/playtable_fixtures"),
+        ("record", 1600, "data/playtable_fixtures"),
         ("train", first),
         ("roll out", first, "first"),
         ("roll out", first, "receding 2"),
@@ -94,7 +94,7 @@ def test_finished_cells_are_not_run_again_and_more_may_follow(tmp_path, asked):
     assert (tmp_path / "structures.png").stat().st_size > 1000
     asked.clear()
     assert compare_structures.compare(config).read_text() == text
-    assert asked == [("record", 800, "data/playtable_fixtures")]  # which finds that all is there
+    assert asked == [("record", 1600, "data/playtable_fixtures")]  # which finds that all is there
     asked.clear()
     more = compare_structures.CompareConfig(
         out=str(tmp_path),
