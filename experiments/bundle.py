@@ -31,7 +31,7 @@ class BundleConfig:
     """What to make small, and where to write it."""
 
     checkpoint: str
-    """Run directory or one of its checkpoints/<step> folders."""
+    """Run directory, one of its checkpoints/<step> folders, or hf://OWNER/NAME."""
     out: str
     """Directory to write: a checkpoint like any other."""
 

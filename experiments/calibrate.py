@@ -15,7 +15,7 @@ import logging
 import pathlib
 import sys
 
-from robovlms_jax import cli
+from robovlms_jax import cli, hub
 from robovlms_jax.data import atomic
 from robovlms_jax.evaluation import chains, detection
 from robovlms_jax.policies.serving import BatchedVLAPolicy
@@ -31,7 +31,7 @@ class CalibrateConfig:
     """What to calibrate, on what."""
 
     checkpoint: str
-    """Run directory or one of its checkpoints/<step> folders."""
+    """Run directory, one of its checkpoints/<step> folders, or hf://OWNER/NAME."""
     root: str = ""
     """Where the dataset lies now; empty: where it lay in training."""
     rollouts: str = ""
@@ -60,6 +60,12 @@ class CalibrateConfig:
 
 def calibrate(config: CalibrateConfig) -> str:
     """Writes the calibration and returns what to print."""
+    if hub.is_name(config.checkpoint):  # its cache is no place for results, and another revision would be without it
+        raise ValueError(
+            f"checkpoint={config.checkpoint}: a calibration is written beside the checkpoint, and Hugging Face's cache "
+            f"is no place for it. Fetch the policy first: python -m experiments.pull --name "
+            f"{hub.as_written(config.checkpoint).removeprefix(hub.PREFIX)} --out runs/mine"
+        )
     directory, experiment = checkpoints.locate(config.checkpoint), load_config(config.checkpoint)
     if config.root:
         experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, root=config.root))

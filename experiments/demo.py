@@ -15,13 +15,14 @@ import os
 import pathlib
 import sys
 
-from robovlms_jax import cli
+from robovlms_jax import cli, hub
 from robovlms_jax.control import robot as robots
 from robovlms_jax.demo import show, twin
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.runs import logs
 from robovlms_jax.runs.load import load_config, load_policy
 from robovlms_jax.runs.robots import require_same
+from robovlms_jax.training import checkpoints
 from robovlms_jax.web import running
 from robovlms_jax.web.access import Access
 
@@ -31,8 +32,8 @@ class DemoConfig(running.PageConfig):
     """What to show, and where."""
 
     checkpoint: str = ""
-    """Run directory or one of its checkpoints/<step> folders, of a policy that drives PlayTable; empty: the trained
-    twin that comes with this package."""
+    """Run directory, one of its checkpoints/<step> folders, or hf://OWNER/NAME, of a policy that drives PlayTable;
+    empty: the trained twin that comes with this package."""
     picture_size: int = 600
     """Pixels of the fixed camera's picture on the page; the hand camera's has half of it."""
     seed: int = 0
@@ -44,13 +45,17 @@ class DemoConfig(running.PageConfig):
             raise ValueError(f"picture_size={self.picture_size} must be 100 ... 1200 pixels.")
 
 
-def describe(config: DemoConfig) -> show.ShowConfig:
-    """What is to be shown. Raises ValueError, FileNotFoundError for a checkpoint that cannot drive PlayTable."""
-    path = pathlib.Path(config.checkpoint) if config.checkpoint else twin.DIRECTORY
-    trained = load_config(path)
+def describe(config: DemoConfig, directory: pathlib.Path) -> show.ShowConfig:
+    """What is to be shown of the step directory that the checkpoint is.
+
+    Raises ValueError, FileNotFoundError for one that cannot drive PlayTable.
+    """
+    trained = load_config(directory)
     require_same(trained.policy, robots.CALVIN, "PlayTable is driven as")
     names = trained.rollouts.tasks or trained.demonstrations.tasks or tuple(tasks.TASKS)
-    whose = f"The policy in {path.name}" if config.checkpoint else "The trained twin that comes with this repository"
+    whose = "The trained twin that comes with this repository"
+    if config.checkpoint:
+        whose = f"The policy {_name(config.checkpoint)}"
     return show.ShowConfig(
         about=f"PlayTable, a simulated table. {whose} ({trained.backbone.name}, {len(names)} tasks).",
         tasks=names,
@@ -62,17 +67,21 @@ def describe(config: DemoConfig) -> show.ShowConfig:
     )
 
 
-async def run(config: DemoConfig, shown: show.ShowConfig) -> bool:
+def _name(checkpoint: str) -> str:
+    """As the page calls it: of a path on this machine, visitors see the last part alone."""
+    return checkpoint if hub.is_name(checkpoint) else f"in {pathlib.Path(checkpoint).resolve().name}"
+
+
+async def run(config: DemoConfig, directory: pathlib.Path, shown: show.ShowConfig) -> bool:
     """Until SIGINT or SIGTERM; see `running.serve`. Raises what loading the policy raises, too."""
     access = Access.at(config.host, config.token)
     playing = show.Show(access)
-    path = config.checkpoint or twin.DIRECTORY
     try:
         return await running.serve(
             playing.server,
             access,
             config.port,
-            lambda: playing.prepare(shown, lambda: load_policy(path)),
+            lambda: playing.prepare(shown, lambda: load_policy(directory)),
             ready="the robot is ready",
             open_browser=config.open_browser,
         )
@@ -84,7 +93,8 @@ def main() -> None:
     logs.to_stderr(absl=logging.ERROR)
     config = cli.read(DemoConfig, description=__doc__)
     try:
-        ended = asyncio.run(run(config, describe(config)))
+        directory = checkpoints.locate(config.checkpoint or twin.DIRECTORY)
+        ended = asyncio.run(run(config, directory, describe(config, directory)))
     except (ValueError, FileNotFoundError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
     if not ended:

@@ -24,7 +24,7 @@ class EvaluateConfig:
     """What to roll out, where, and how often."""
 
     checkpoint: str
-    """Run directory or one of its checkpoints/<step> folders."""
+    """Run directory, one of its checkpoints/<step> folders, or hf://OWNER/NAME."""
     env: Literal["playtable", "calvin", "simpler"] = "playtable"
     """playtable: the embedded simulator (its numbers are not CALVIN's). calvin: a checkout of the real one."""
     out: str = ""

@@ -41,7 +41,7 @@ class ExportConfig:
     """What to export, and as what."""
 
     checkpoint: str
-    """Run directory or one of its checkpoints/<step> folders."""
+    """Run directory, one of its checkpoints/<step> folders, or hf://OWNER/NAME."""
     out: str
     """A new or empty folder."""
     to: Literal["stablehlo", "onnx", "litert"] = "stablehlo"

@@ -33,7 +33,7 @@ class ExportBackboneConfig:
     """What to export, and where to."""
 
     checkpoint: str
-    """Run directory or one of its checkpoints/<step> folders."""
+    """Run directory, one of its checkpoints/<step> folders, or hf://OWNER/NAME."""
     out: str
     """Directory to write; new or empty."""
     adapters: bool = False

@@ -39,8 +39,8 @@ class LabelConfig(running.PageConfig):
     """Recorded rollouts, or a folder with some (rollouts.npz); empty: those in `out`, made by the checkpoint where
     there are none."""
     checkpoint: str = ""
-    """A policy that drives PlayTable, whose rollouts are asked about: a run directory or one of its checkpoints/<step>
-    folders; empty: the trained twin that comes with this package."""
+    """A policy that drives PlayTable, whose rollouts are asked about: a run directory, one of its checkpoints/<step>
+    folders, or hf://OWNER/NAME; empty: the trained twin that comes with this package."""
     record: trying.TryingConfig = trying.TryingConfig()
     """How rollouts are made."""
     reward: str = ""

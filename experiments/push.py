@@ -20,7 +20,7 @@ class PushConfig:
     """What to share, and under which name."""
 
     checkpoint: str
-    """Run directory or one of its checkpoints/<step> folders."""
+    """Run directory, one of its checkpoints/<step> folders, or hf://OWNER/NAME."""
     repository: str
     """OWNER/NAME on the hub; made where there is none. The checkpoint that it held is replaced (the hub keeps its
     history)."""

@@ -39,7 +39,7 @@ class ServeConfig:
     """What to serve, and where."""
 
     checkpoint: str
-    """Run directory or one of its checkpoints/<step> folders."""
+    """Run directory, one of its checkpoints/<step> folders, or hf://OWNER/NAME."""
     slots: int = 4
     """Robots at once; one compiled step serves them all."""
     server: ServerConfig = ServerConfig()

@@ -57,7 +57,7 @@ class TrialConfig:
     """What is compared, and how often."""
 
     checkpoints: tuple[str, ...]
-    """Run directories or checkpoints/<step> folders."""
+    """Run directories, checkpoints/<step> folders, or hf://OWNER/NAME."""
     out: str
     """Folder of the session."""
     instructions: tuple[str, ...]

@@ -11,14 +11,22 @@ from collections.abc import Iterator, Sequence
 PREFIX = "hf://"
 
 
+def as_written(path: str | os.PathLike[str]) -> str:
+    """A path's text. A name that went through pathlib, which makes one slash of two, has both again."""
+    text, one = str(path), PREFIX.removesuffix("/")
+    lost = isinstance(path, pathlib.PurePath) and text.startswith(one) and not text.startswith(PREFIX)
+    return PREFIX + text.removeprefix(one) if lost else text
+
+
 def is_name(path: object) -> bool:
     """Whether a path is one of these."""
-    return isinstance(path, str | os.PathLike) and str(path).startswith(PREFIX)
+    return isinstance(path, str | os.PathLike) and as_written(path).startswith(PREFIX)
 
 
 def parse(path: str | os.PathLike[str]) -> tuple[str, str | None]:
     """(OWNER/NAME, revision). Raises ValueError where it names none."""
-    repository, at, revision = str(path).removeprefix(PREFIX).partition("@")
+    path = as_written(path)
+    repository, at, revision = path.removeprefix(PREFIX).partition("@")
     if repository.count("/") > 1 or (at and not revision):
         raise ValueError(
             f"{path} is no repository; expected {PREFIX}OWNER/NAME or {PREFIX}OWNER/NAME@REVISION (a branch, tag or "
@@ -39,7 +47,7 @@ def snapshot(path: str | os.PathLike[str], patterns: Sequence[str], target: str 
 
     repository, revision = parse(path)
     options = {} if target is None else {"local_dir": target}
-    with errors(path):
+    with errors(as_written(path)):
         found = huggingface_hub.snapshot_download(
             repository, revision=revision, allow_patterns=list(patterns), **options
         )

@@ -285,7 +285,7 @@ def resolve_weights(path: str | pathlib.Path, *, tensors: bool = True) -> pathli
         return directory
 
     hub.parse(path)
-    return _download(str(path), tensors=tensors)
+    return _download(hub.as_written(path), tensors=tensors)
 
 
 def _download(name: str, *, tensors: bool) -> pathlib.Path:

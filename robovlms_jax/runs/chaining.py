@@ -88,7 +88,7 @@ def take_over(params: Any, path: str) -> Any:
         if name not in fitting
     ]
     lines += [f"{name}: {found[name]}, which this model lacks" for name in sorted(set(found) - set(current))]
-    logger.info("train.init_from %s: %.1f %% of %s parameters", pathlib.Path(path), 100 * kept / total, f"{total:,}")
+    logger.info("train.init_from %s: %.1f %% of %s parameters", path, 100 * kept / total, f"{total:,}")
     if lines:
         shown = lines[:40] + [f"... and {len(lines) - 40} more"] * (len(lines) > 40)
         logger.info("what does not fit starts anew:\n  %s", "\n  ".join(shown))

@@ -43,7 +43,7 @@ class ReinforceConfig:
     """What to improve, on what, and how."""
 
     checkpoint: str = ""
-    """The policy to begin with: a run directory or one of its checkpoints/<step> folders."""
+    """The policy to begin with: a run directory, one of its checkpoints/<step> folders, or hf://OWNER/NAME."""
     out: str = "runs/reinforce"
     """Where the improved policy goes, as a checkpoint like any other, with the report and what a stopped run needs."""
     resume: bool = False

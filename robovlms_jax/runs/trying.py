@@ -46,7 +46,7 @@ class TryingConfig:
 
 
 def record(checkpoint: str | pathlib.Path, config: TryingConfig) -> segments.Rollouts:
-    """Make them. checkpoint: a run directory or one of its checkpoints/<step> folders.
+    """Make them. checkpoint: a run directory, one of its checkpoints/<step> folders, or hf://OWNER/NAME.
 
     Raises ValueError, FileNotFoundError that say what is wrong with the checkpoint or the tasks.
     """

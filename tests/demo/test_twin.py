@@ -5,7 +5,10 @@ from __future__ import annotations
 import collections
 import configparser
 import pathlib
+import shutil
+import sys
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from robovlms_jax.demo.world import Start, World
 from robovlms_jax.evaluation import chains
 from robovlms_jax.load import load_policy
 from robovlms_jax.training import checkpoints, items, seals
+from tests.fake_hub import FakeHub
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -45,13 +49,25 @@ def test_the_twin_is_installed_with_the_package():
 
 
 def test_the_twin_knows_the_defaults_tasks_and_names_nothing_of_where_it_was_made():
-    shown = demo.describe(demo.DemoConfig())
+    shown = demo.describe(demo.DemoConfig(), checkpoints.locate(twin.DIRECTORY))
     assert tuple(shown.tasks) == FIXTURE_TASKS and dict(shown.image_sizes) == {"static": 96, "wrist": 64}
     serving = items.read_serving(checkpoints.locate(twin.DIRECTORY))
     notes = [path.read_text() for path in twin.DIRECTORY.rglob("commit_success.txt")]
     assert len(notes) == 2 and not any("/" in note for note in notes)
     for room, name in (("data", "root"), ("train", "output"), ("backbone", "weights")):
         assert not pathlib.PurePath(serving["config"][room].get(name) or "").is_absolute()
+
+
+def test_a_shared_policy_is_shown_under_its_name_and_an_own_one_under_its_last_folder(tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path / "hub")
+    shutil.copytree(twin.DIRECTORY, tmp_path / "hub" / "me" / "table")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    for checkpoint, name in (("hf://me/table", "hf://me/table"), (str(twin.DIRECTORY), "in twin")):
+        shown = demo.describe(demo.DemoConfig(checkpoint=checkpoint), checkpoints.locate(checkpoint))
+        assert shown.about.startswith(f"PlayTable, a simulated table. The policy {name} (kosmos-2")
+    monkeypatch.setattr(sys, "argv", ["demo", "--checkpoint", "hf://me/nothing"])
+    with pytest.raises(SystemExit, match="error: cannot download hf://me/nothing"):
+        demo.main()
 
 
 def test_what_is_beyond_the_range_of_16_bits_is_not_bundled():
@@ -76,7 +92,7 @@ def test_a_bundle_opens_like_the_checkpoint_it_was_made_of(tmp_path):
 @pytest.mark.slow
 def test_the_twin_solves_known_starts_on_a_table_it_never_saw():
     # The first sixteen trials of the run's own report, through the page's stage: safety layer, way home and all.
-    shown = demo.describe(demo.DemoConfig())
+    shown = demo.describe(demo.DemoConfig(), checkpoints.locate(twin.DIRECTORY))
     trials = chains.single_tasks(FIXTURE_TASKS, 16)
     scenes = iter([Start("D", trial.condition) for trial in trials] + [Start("D", trials[0].condition)])
     stage = Stage(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from experiments import calibrate
 from robovlms_jax import hub
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.control.interface import Observation
@@ -21,47 +22,10 @@ from robovlms_jax.runs import build, model_card, sharing
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import to_dict
 from robovlms_jax.training import checkpoints, seals
+from tests.fake_hub import FakeHub
 from tests.toy import make_batch, random_params
 
 WORDS = model_card.Words("apache-2.0", data="Recorded in our kitchen.", limits="Never tried with gloves.")
-
-
-class FakeHub:
-    """The hub's repositories as directories: what `HfApi` and `snapshot_download` are asked here."""
-
-    def __init__(self, root: pathlib.Path):
-        self.root, self.commits, self.private = root, [], {}
-
-    def create_repo(self, name, *, private, exist_ok, repo_type):
-        assert exist_ok and repo_type == "model"
-        self.private.setdefault(name, private)
-        (self.root / name).mkdir(parents=True, exist_ok=True)
-
-    def list_repo_files(self, name):
-        folder = self.root / name
-        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-
-    def create_commit(self, name, operations, *, commit_message):
-        self.commits.append(commit_message)
-        for operation in operations:
-            path = self.root / name / operation.path_in_repo
-            if isinstance(operation, huggingface_hub.CommitOperationDelete):
-                path.unlink()
-            else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with operation.as_file() as file:
-                    path.write_bytes(file.read())
-
-    def snapshot_download(self, name, *, revision, allow_patterns, local_dir=None):
-        if not (self.root / name).is_dir():
-            raise huggingface_hub.errors.LocalEntryNotFoundError(f"no repository {name}")
-        assert revision is None
-        kept = huggingface_hub.utils.filter_repo_objects(self.list_repo_files(name), allow_patterns=allow_patterns)
-        target = pathlib.Path(local_dir or self.root / "cache" / name)
-        for file in kept:
-            (target / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.root / name / file, target / file)
-        return str(target)
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +137,19 @@ def test_a_repository_that_is_not_there_is_named_with_what_to_do(fake):
     assert hub.parse("hf://a/b@main") == ("a/b", "main")
     with pytest.raises(ValueError, match="is no repository; expected hf://OWNER/NAME"):
         load_policy("hf://a/b/c")
+
+
+def test_a_name_that_went_through_pathlib_is_the_same_name(run, fake):
+    sharing.push(str(run), "me/kitchen", WORDS, api=fake)
+    name = pathlib.Path("hf://me/kitchen")  # hf:/me/kitchen
+    assert hub.is_name(name) and hub.parse(name) == ("me/kitchen", None)
+    assert load_config(name) == load_config(run)
+    assert not hub.is_name("hf:/me/kitchen") and not hub.is_name(pathlib.Path("hf:me"))
+    with pytest.raises(FileNotFoundError, match="cannot download hf://me/nothing: "):
+        load_config(pathlib.Path("hf://me/nothing"))
+
+
+def test_a_calibration_is_not_written_into_the_hubs_cache(run, fake):
+    sharing.push(str(run), "me/kitchen", WORDS, api=fake)
+    with pytest.raises(ValueError, match=r"Fetch the policy first: python -m experiments.pull --name me/kitchen --out"):
+        calibrate.calibrate(calibrate.CalibrateConfig("hf://me/kitchen"))
