@@ -26,6 +26,9 @@ COMMANDS: Mapping[str, Mapping[str, Program]] = {
         "": Program(
             "record_playtable", "recording.RecordConfig", "demonstrations by experts in the embedded simulator"
         ),
+        "calvin": Program(
+            "record_calvin", "recording.RealRecordConfig", "the same experts in the real CALVIN simulator"
+        ),
         "questions": Program("playtable_questions", "questions.Settings", "pictures of it with questions and answers"),
     },
     "inspect": {"": Program("inspect_data", "Args", "one page about a dataset, before training")},

@@ -157,6 +157,7 @@ def test_the_table_keeps_what_the_page_promises():
     table = read_table()
     assert [room for room, row in table.items() if "data" in row.imports] == [
         "playtable.recording",
+        "playtable.splits",
         "driving.recording",
         "runs",
     ]

@@ -104,6 +104,7 @@ class Anchors:
 
     shelf: float32[2, 2], x range (m) of free space in the left and in the right half of the shelf.
     area: float32[2, 2], x range and y range (m) of the part of the table top where blocks start.
+    switch_half: float32[], half the length of the lever's bar, m.
     """
 
     slider_handle: Array
@@ -112,6 +113,7 @@ class Anchors:
     switch_handle: Array
     shelf: Array
     area: Array
+    switch_half: Array
 
 
 class _Layout(NamedTuple):
@@ -147,6 +149,7 @@ _LAYOUTS: Mapping[str, _Layout] = {
 SCENES = tuple(_LAYOUTS)
 RANDOM = "random-"
 """Names of random tables begin so; see `make_scene`."""
+_LEVER_HALF_M = 0.078
 _BUTTON_M = {"A": (-0.30, -0.06), "B": (0.05, 0.30)}  # x of a random table's button, where no block starts
 
 _LENGTH_M = {"small": 0.04, "middle": 0.056, "big": 0.08}
@@ -208,7 +211,7 @@ def _parts(at: _Layout) -> list[_Part]:
         _span("drawer", "handle", (drawer - 0.125, drawer - 0.098), (-0.235, -0.181), (0.345, 0.375)),
         _span("drawer", "handle", (drawer + 0.098, drawer + 0.125), (-0.235, -0.181), (0.345, 0.375)),
         _span("button", "black", (at.button - 0.03, at.button + 0.03), (-0.15, -0.09), (0.455, 0.4864)),
-        _lean("switch", "handle", (lever - 0.078, lever + 0.078), (0.065, 0.095), (0.032, 0.062)),
+        _lean("switch", "handle", (lever - _LEVER_HALF_M, lever + _LEVER_HALF_M), (0.065, 0.095), (0.032, 0.062)),
         _lean("switch", "handle", (lever - 0.060, lever - 0.040), (0.072, 0.088), (0.0, 0.032)),
         _lean("switch", "handle", (lever + 0.040, lever + 0.060), (0.072, 0.088), (0.0, 0.032)),
         _span("led", "lamp", (at.button - 0.08, at.button + 0.08), (0.142, 0.192), (0.655, 0.667)),
@@ -317,6 +320,7 @@ def draw_up(name: str) -> Scene:
             switch_handle=front + [at.switch, 0, 0] + 0.08 * LEAN + 0.047 * OUTWARD,
             shelf=np.array([[at.panels[0], at.slider - 0.013], [at.slider + 0.013, at.panels[1]]]),
             area=np.array([at.area, initial_states.TABLE_Y_M]),
+            switch_half=np.array(_LEVER_HALF_M),
         ),
     )
     return in_single_precision(scene)

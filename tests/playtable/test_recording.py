@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from robovlms_jax.data import calvin, spool
-from robovlms_jax.playtable import demonstrations, recording
+from robovlms_jax.playtable import demonstrations, recording, splits
 
 
 def fake_chains(tables, renderer):
@@ -123,7 +123,7 @@ def test_directories_that_cannot_be_used_are_refused(tmp_path):
 def test_a_recording_that_was_stopped_after_its_last_chain_is_finished_by_the_same_command(tmp_path, monkeypatch, pack):
     settings = {"pack": pack, "image_size": (8, 8)}
     counts = recording.record(config(tmp_path / "whole", **settings))
-    owner, name = (recording.packing, "pack") if pack else (np, "save")
+    owner, name = (splits.packing, "pack") if pack else (np, "save")
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt

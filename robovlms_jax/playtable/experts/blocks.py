@@ -209,8 +209,9 @@ def push_into_drawer(case: Case) -> list[Step]:
     moved = cases.at(x + side * (shift - reach - cases.PAIR_M), y, z)
     off = moved - side * cases.at(0.02, 0.0, 0.0)
     x = x + side * shift
+    z = z - 0.004
     behind = cases.at(x, y + cases.reach_along(case, 1) + jnp.where(aside, 0.01, 0.0) + cases.FINGER_M + 0.02, z)
-    end = behind.at[1].set(-0.155)
+    end = behind.at[1].set(-0.185)
     back = end.at[1].add(0.04)
     sideways, down = (
         cases.angles(cases.DOWN_RAD[2], cases.lean(beside[0])),

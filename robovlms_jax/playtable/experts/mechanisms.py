@@ -76,7 +76,8 @@ def lightbulb(case: Case) -> list[Step]:
     lean = jnp.asarray(LEAN, jnp.float32)
     handle = case.scene.anchors.switch_handle
     far = handle[0] > 0  # at the right end of the table only a hand that leans back reaches the lever, at its near end
-    x = jnp.where(far, -0.045, 0.0) + 0.025 * case.noise[0]
+    half = case.scene.anchors.switch_half
+    x = jnp.where(far, 0.033 - half, 0.0) + 0.32 * half * case.noise[0]
     bar = handle + lean * at + cases.at(x, 0.0, 0.0)
     yaw = jnp.where(far, 1.3, cases.DOWN_RAD[2]) + 0.05 * case.noise[1]
     angles = cases.angles(yaw, jnp.where(on, _LEVER_TILT_RAD, -0.5))

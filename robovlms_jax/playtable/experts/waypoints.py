@@ -7,16 +7,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from robovlms_jax.actions import frames
+from robovlms_jax.envs.calvin import walking
 from robovlms_jax.playtable.mechanics import bodies
 from robovlms_jax.types import Array
 
 NUM_WAYPOINTS = 20
 """K of every plan."""
-OPEN, CLOSED = 1.0, -1.0
+OPEN, CLOSED = walking.OPEN, walking.CLOSED
 """Gripper commands."""
-_PATIENCE = 12  # steps to wait for a hand that does not get to where it was sent
-_NEAR_M = 0.006
 
 
 @jax.tree_util.register_dataclass
@@ -51,15 +49,6 @@ def begin() -> Progress:
 
 def act(plan: Plan, progress: Progress, state: bodies.State) -> tuple[Array, Progress]:
     """The next action float32[7] (column 6 exactly +1 or -1) and the progress after it."""
-    k = progress.waypoint
-    shift = plan.position[k] - state.target_position
-    turn = jnp.mod(plan.euler[k] - state.target_euler + jnp.pi, 2 * jnp.pi) - jnp.pi
-    step = jnp.concatenate([shift / frames.TRANSLATION_M, turn / frames.ROTATION_RAD])
-    step = step * jnp.minimum(1.0, plan.speed[k] / jnp.maximum(jnp.abs(step).max(), 1e-6))
-    action = jnp.append(step, plan.gripper[k])
-    there = jnp.abs(jnp.concatenate([shift, turn])).max() < 2e-3
-    near = jnp.linalg.norm(plan.position[k] - state.position) < _NEAR_M
-    waited = jnp.where(there, progress.waited + 1, 0)
-    go_on = there & (waited >= plan.wait[k]) & (near | (plan.wait[k] == 0) | (waited >= _PATIENCE))
-    waypoint = jnp.where(go_on, jnp.minimum(k + 1, NUM_WAYPOINTS - 1), k)
-    return action, Progress(waypoint, jnp.where(go_on, 0, waited))
+    target = state.target_position, state.target_euler
+    action, waypoint, waited = walking.act(plan, progress.waypoint, progress.waited, target, state.position, jnp)
+    return action, Progress(waypoint, waited)

@@ -1,0 +1,36 @@
+"""Record scripted demonstrations in the real CALVIN simulator, in CALVIN's on-disk layout, ready to train on.
+
+    python -m experiments.record_calvin --calvin_root calvin --out data/calvin_scripted --episodes 2000
+
+The experts are PlayTable's; where handles, button and lever are, how far they go and how large the blocks are is read
+from the scene's own files. An episode is a chain of tasks, each done in the state the one before it left; every task
+that CALVIN's checker calls done is an annotated segment, and only these are rendered. A recording that was stopped
+(killed, full disk) goes on when the same command is given again. docs/calvin.md says what the simulator needs.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from robovlms_jax import cli
+from robovlms_jax.envs import vector
+from robovlms_jax.playtable.real import recording
+from robovlms_jax.runs import logs
+
+
+def main() -> None:
+    logs.to_stderr()
+    config = cli.read(recording.RealRecordConfig, description=__doc__)
+    try:
+        counts = recording.record(config)
+    except (ValueError, OSError, RuntimeError, ImportError, vector.EnvError) as error:
+        sys.exit(f"error: {error}")
+    logging.info(
+        "recorded %(recorded)d of %(attempted)d demonstrations, %(frames)d frames, in %(out)s",
+        counts | {"out": config.out},
+    )
+
+
+if __name__ == "__main__":
+    main()

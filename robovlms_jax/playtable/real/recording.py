@@ -1,0 +1,306 @@
+"""Demonstrations by scripted experts in the real CALVIN simulator, in CALVIN's on-disk layout.
+
+Tasks are played without pictures; only what the checker calls done is rendered, from the states that were kept. Each
+simulator is a process of its own, so that all cores work. A recording that was stopped goes on when it is asked for
+again; a chain that is played once more need not be the same to the last bit, as docs/calvin.md says of the simulator.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import pathlib
+import queue
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from robovlms_jax import bars
+from robovlms_jax.envs import process
+from robovlms_jax.envs.calvin import adapter, initial_states, stage, task_chains, tasks, version
+from robovlms_jax.playtable import demonstrations, splits
+from robovlms_jax.playtable.real import experts, geometry
+from robovlms_jax.schema import require
+from robovlms_jax.training.directory import claim
+
+log = logging.getLogger(__name__)
+
+IMAGE_SIZE = (200, 84)
+"""Pixels of static and wrist camera, those of calvin_env's configuration."""
+_TRIES = 3  # simulator processes that may die in one chain
+_TIMEOUT_S = 600.0  # longest task, rendering included, on a busy machine
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RealRecordConfig:
+    """Demonstrations of what, on which tables of the real simulator, and where they go."""
+
+    calvin_root: str
+    """Checkout of mees/calvin or mees/calvin_env (docs/calvin.md)."""
+    out: str
+    """Directory to make; gets training/ and validation/."""
+    episodes: int = 2000
+    """Training chains."""
+    validation_episodes: int = 100
+    """Validation chains."""
+    tasks: tuple[str, ...] = ()
+    """Task ids to demonstrate; empty: all 34."""
+    scenes: tuple[str, ...] = ("A", "B", "C")
+    """Tables of the training split, "A" to "D"; chains take turns."""
+    validation_scene: str = "D"
+    """Table of the validation split."""
+    chain_length: int = 5
+    """Tasks per chain; a chain ends early when no task of the list is possible or the expert fails."""
+    max_steps: int = 200
+    """Control steps an expert may take for one task."""
+    disturbance: float = 0.0
+    """Share of the thirds of a second in which the hand is pushed off course, as on PlayTable."""
+    start_spread: float = 0.0
+    """Metres by which the hand is moved from CALVIN's resting pose before a chain begins, at most: so far along x, a
+    quarter as far along y and z."""
+    pack: bool = False
+    """Write the packed layout, which trains faster (data/README.md), instead of one npz per frame."""
+    processes: int = 2
+    """Chains played and rendered at the same time."""
+    simulator_python: str = sys.executable
+    """Interpreter for the simulator's processes, if this one lacks its packages."""
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in ("episodes", "validation_episodes", "chain_length", "max_steps", "processes"):
+            require(getattr(self, field) >= 1, f"{field}={getattr(self, field)} must be at least 1.")
+        require(0 <= self.disturbance <= 1, f"disturbance={self.disturbance} must lie in [0, 1].")
+        require(0 <= self.start_spread <= 0.3, f"start_spread={self.start_spread} must lie in [0, 0.3] metres.")
+        require(bool(self.scenes), "scenes is empty; name at least one table.")
+        unknown = sorted(set(self.tasks) - set(tasks.TASKS))
+        require(not unknown, f"tasks has unknown {unknown}; known: {', '.join(tasks.TASKS)}.")
+        unknown = sorted({*self.scenes, self.validation_scene} - set(initial_states.SCENES))
+        require(not unknown, f"unknown scenes {unknown}; known: {', '.join(initial_states.SCENES)}.")
+        require(
+            bool(self.conditions),
+            f"tasks: none of {', '.join(self.tasks)} is possible in an initial state; add tasks that lead to it.",
+        )
+
+    @property
+    def conditions(self) -> list[task_chains.Condition]:
+        """The symbolic scenes that chains begin in: those in which a task of the list is possible."""
+        every = task_chains.initial_conditions()
+        return [condition for condition in every if possible(self.tasks, condition)]
+
+
+def possible(names: Sequence[str], condition: task_chains.Condition) -> list[str]:
+    """Which of the tasks (none: of all 34) can be asked for in a symbolic scene."""
+    return [name for name in names or tasks.TASKS if len(task_chains.successors(condition, name)) == 1]
+
+
+def record(config: RealRecordConfig) -> dict[str, int]:
+    """Write both splits. Returns demonstrations attempted, recorded and frames.
+
+    Raises:
+      FileNotFoundError, ImportError: no checkout, or a package of the simulator is missing.
+      FileExistsError: `out` holds something else than a recording.
+      ValueError: `out` holds a recording with other settings, or another process is recording there.
+      OSError: `out` cannot be written, or the disk is full; what was recorded so far stays.
+      EnvError: a simulator's process died again and again.
+    """
+    out = pathlib.Path(config.out)
+    plan = (
+        ("training", config.scenes, config.episodes, config.seed, False),
+        ("validation", (config.validation_scene,), config.validation_episodes, config.seed + 1, True),
+    )
+    splits.require_ours(out)
+    counts = {"attempted": 0, "recorded": 0, "frames": 0}
+    with claim(out), stages(config, [*config.scenes, config.validation_scene]) as every:
+        for split, scenes, episodes, seed, held_out in plan:
+            journal = splits.Journal(splits.directory(out, split), _settings(config, split), held_out=held_out)
+            missing = sorted(set(range(episodes)) - journal.numbers)
+            kind = splits.SpooledFrames if config.pack else splits.NpzFrames
+            if missing:
+                frames = kind(out / split, IMAGE_SIZE)
+                done = len(journal.numbers)
+                with bars.Bar(done + len(missing), "chain", "starting simulators", initial=done, desc=split) as bar:
+                    splits.write(journal, frames, every.chains(scenes, seed, missing), bar, split)
+            elif kind.unfinished(out / split, journal):
+                splits.finish(journal, kind(out / split, IMAGE_SIZE))
+            for name, count in journal.counts().items():
+                counts[name] += count
+    return counts
+
+
+def _settings(config: RealRecordConfig, split: str) -> dict[str, Any]:
+    """What has to be the same for a recording to be continued. How long it is may change, unless it is packed."""
+    skipped = {"out", "processes", "episodes", "validation_episodes", "calvin_root", "simulator_python"}
+    skipped.add("validation_scene" if split == "training" else "scenes")
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in skipped}
+    values["simulator"] = version.commit(adapter.find_checkout(config.calvin_root))
+    if config.pack:
+        values["episodes"] = config.episodes if split == "training" else config.validation_episodes
+    return json.loads(json.dumps(values))
+
+
+@contextlib.contextmanager
+def stages(config: RealRecordConfig, scenes: Sequence[str]) -> Iterator[Stages]:
+    """The simulators that a recording needs; their processes end with the block."""
+    found = {scene: geometry.read(config.calvin_root, scene) for scene in dict.fromkeys(scenes)}
+    every = Stages(config, found, functools.partial(_start, config))
+    try:
+        yield every
+    finally:
+        every.close()
+
+
+def _start(config: RealRecordConfig, scene: str) -> process.ProcessEnv:
+    env = process.ProcessEnv(
+        "robovlms_jax.envs.calvin.stage:Stage",
+        {"calvin_root": config.calvin_root, "scene": scene},
+        python=config.simulator_python,
+        timeout_s=_TIMEOUT_S,
+    )
+    version.warn(adapter.find_checkout(config.calvin_root), env.about)
+    return env
+
+
+class Stages:
+    """Simulators on which experts play chains side by side.
+
+    Args:
+      geometries: by scene. start: makes the simulator of a scene (a `ProcessEnv` of `stage.Stage`).
+    """
+
+    def __init__(
+        self,
+        config: RealRecordConfig,
+        geometries: Mapping[str, geometry.Geometry],
+        start: Callable[[str], process.ProcessEnv],
+    ):
+        self.config, self._geometries, self._start = config, geometries, start
+        self._conditions = config.conditions
+        self._free: queue.SimpleQueue[dict[str, process.ProcessEnv]] = queue.SimpleQueue()
+        self._every: list[dict[str, process.ProcessEnv]] = [{} for _ in range(config.processes)]
+        for own in self._every:
+            self._free.put(own)
+
+    def close(self) -> None:
+        """End all processes."""
+        for own in self._every:
+            for env in own.values():
+                env.close()
+
+    def chains(
+        self, scenes: Sequence[str], seed: int, numbers: Sequence[int]
+    ) -> Iterator[tuple[int, list[demonstrations.Segment], int]]:
+        """Of each chain, in the order of `numbers`: its number, its segments, and how many tasks were attempted."""
+
+        def play(number: int) -> tuple[int, list[demonstrations.Segment], int]:
+            scene = scenes[number % len(scenes)]
+            return number, *self.with_stage(
+                scene, lambda env: self._chain(env, scene, np.random.default_rng([seed, number]))
+            )
+
+        yield from self.side_by_side(play, numbers)
+
+    def side_by_side(self, play: Callable[[int], Any], numbers: Sequence[int]) -> Iterator[Any]:
+        """`play(number)` of every number, in their order, as many at a time as there are simulators."""
+        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+        with concurrent.futures.ThreadPoolExecutor(self.config.processes) as pool:
+            try:
+                for number in numbers:
+                    waiting.append(pool.submit(play, number))
+                    if len(waiting) > 2 * self.config.processes:  # what waits to be written takes memory
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def with_stage(self, scene: str, use: Callable[[process.ProcessEnv], Any]) -> Any:
+        """`use` on a free simulator of a scene; once more on a new one where its process dies."""
+        own = self._free.get()
+        try:
+            for attempt in range(_TRIES):
+                try:
+                    if scene not in own:
+                        own[scene] = self._start(scene)
+                    return use(own[scene])
+                except process.EnvError as error:
+                    log.warning("scene %s: the simulator broke and is started again: %s", scene, error)
+                    if env := own.pop(scene, None):
+                        env.close()
+                    if attempt + 1 == _TRIES:
+                        raise
+        finally:
+            self._free.put(own)
+
+    def attempt(
+        self,
+        env: process.ProcessEnv,
+        scene: str,
+        situation: Mapping[str, Any],
+        task: str,
+        rng: np.random.Generator,
+        *,
+        hold: int = demonstrations.HOLD_STEPS,
+    ) -> tuple[stage.Played, Mapping[str, Any]]:
+        """One task from a situation; what was played, `hold` steps after its end included, and the situation then."""
+        route = experts.plan(self._geometries[scene], situation, task, int(rng.integers(2**31)))
+        kicks = _kicks(self.config.disturbance, self.config.max_steps + hold, rng)
+        return ask(env, "play", task, route, kicks, self.config.max_steps, hold)
+
+    def _chain(
+        self, env: process.ProcessEnv, scene: str, rng: np.random.Generator
+    ) -> tuple[list[demonstrations.Segment], int]:
+        condition = self._conditions[rng.integers(len(self._conditions))]
+        offset = self.config.start_spread * np.array([1.0, 0.25, 0.25]) * rng.uniform(-1.0, 1.0, size=3)
+        situation = ask(env, "begin", *initial_states.initial_state(condition, scene), offset)
+        segments: list[demonstrations.Segment] = []
+        attempted = 0
+        while attempted < self.config.chain_length:
+            names = possible(self.config.tasks, condition)
+            if not names:
+                break
+            task, attempted = names[rng.integers(len(names))], attempted + 1
+            played, situation = self.attempt(env, scene, situation, task, rng)
+            if not played.done:
+                break
+            condition = task_chains.successors(condition, task)[0]
+            segments.append(demonstrations.Segment(task, {}, _arrays(played, self.config)))
+            segments[-1].arrays["bodies"] = played.bodies
+        return [_rendered(env, segment) for segment in segments], attempted
+
+
+def ask(env: process.ProcessEnv, method: str, *args: Any) -> Any:
+    """A method of `stage.Stage` in its process."""
+    env.send(method, *args)
+    return env.receive()
+
+
+def _rendered(env: process.ProcessEnv, segment: demonstrations.Segment) -> demonstrations.Segment:
+    arrays = dict(segment.arrays)
+    return demonstrations.Segment(segment.task, ask(env, "render", arrays.pop("bodies")), arrays)
+
+
+def _arrays(played: stage.Played, config: RealRecordConfig) -> dict[str, np.ndarray]:
+    """CALVIN's fields of a demonstration, float64[T, d]."""
+    return {
+        "rel_actions": played.wanted,
+        "actions": played.targets,
+        "robot_obs": played.robot_obs,
+        "scene_obs": played.scene_obs,
+    }
+
+
+def _kicks(share: float, steps: int, rng: np.random.Generator) -> np.ndarray:
+    """float64[M, 7], as PlayTable's: what is added to actions at the beginning of each third of a second."""
+    count = -(-steps // stage.KICK_EVERY)
+    directions, sizes = rng.normal(size=(count, 6)), rng.uniform(0.0, demonstrations.KICK, size=(count, 1))
+    kicked = rng.uniform(size=(count, 1)) < share
+    kicks = kicked * sizes * directions / np.linalg.norm(directions, axis=-1, keepdims=True)
+    return np.concatenate([kicks, np.zeros((count, 1))], axis=-1)

@@ -1,0 +1,248 @@
+"""One split of a recording on disk: its journal, and its frames in CALVIN's layout or packed.
+
+Whatever plays the chains, `write` takes them as they end. A recording that was stopped (killed, full disk) goes on
+after the last line of its journal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from robovlms_jax import bars, json_files, json_lines
+from robovlms_jax.data import base, calvin, packing, spool
+from robovlms_jax.envs.calvin import tasks
+from robovlms_jax.playtable import demonstrations
+from robovlms_jax.training.directory import LOCK, OWNER
+
+_JOURNAL = "recording.jsonl"
+_CHAIN = ("number", "frames", "attempted", "segments")
+"""Fields of a chain's line in the journal."""
+PACK_FRAMES = 20_000
+"""Fewer are packed by one process: more of them first import everything (two: 32 000 frames in 18 instead of 20 s,
+16 000 in 12 instead of 11; two threads of one x86 core)."""
+
+
+def directory(out: pathlib.Path, split: str) -> pathlib.Path:
+    """Where a split's journal is: beside the frames, so that it does not disturb the packed layout's directory."""
+    return out / "journal" / split
+
+
+def require_ours(out: pathlib.Path) -> None:
+    """A new or empty directory, or a recording that was begun there."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; choose a new directory.")
+    if (
+        out.exists()
+        and any(path.name not in (LOCK, OWNER) for path in out.iterdir())
+        and not (directory(out, "training") / _JOURNAL).exists()
+    ):
+        raise FileExistsError(f"{out} is not empty and holds no recording to go on with; choose a new directory.")
+
+
+def write(
+    journal: Journal,
+    frames: Frames,
+    chains: Iterable[tuple[int, Sequence[demonstrations.Segment], int]],
+    bar: bars.Bar,
+    split: str,
+) -> None:
+    """Write chains as they come: number, segments, tasks attempted; then what describes the frames.
+
+    Raises:
+      OSError: the disk is full or cannot be written; the chains before stay.
+    """
+    frames.discard(journal.num_frames)  # of a chain that was being written when a call before was stopped
+    try:
+        for number, segments, attempted in chains:
+            journal.write(number, segments, attempted, frames)
+            bar.update()
+        frames.finish(journal)
+    except OSError as error:
+        frames.discard(journal.num_frames)  # which also makes room
+        with contextlib.suppress(OSError, RuntimeError):
+            frames.abandon(journal)
+        raise OSError(
+            f"{error}. {journal.out} keeps the {len(journal.numbers)} chains of {split} recorded so far; make room, "
+            "and the same command goes on from there."
+        ) from error
+
+
+def finish(journal: Journal, frames: Frames) -> None:
+    """What is left to do for a recording that was stopped after its last chain."""
+    frames.discard(journal.num_frames)
+    frames.finish(journal)
+
+
+class Journal:
+    """One split's journal: a line per finished chain. What describes the frames is made from it, so whenever
+    recording stops, it can go on after the last line.
+
+    Raises:
+      ValueError: the journal was begun with other settings, or is damaged.
+    """
+
+    def __init__(self, directory: pathlib.Path, settings: Mapping[str, Any], *, held_out: bool):
+        directory.mkdir(parents=True, exist_ok=True)
+        self._journal, self._held_out = directory / _JOURNAL, held_out
+        rows = json_lines.read(
+            self._journal,
+            lambda number, row: row["settings"] if number == 1 else {name: row[name] for name in _CHAIN},
+            expected="a recorded chain",
+            remedy="The journal is damaged; record into a new directory.",
+        )
+        if not rows:
+            json_lines.append(self._journal, {"settings": settings})
+            rows = [settings]
+        differing = json_files.differences(rows[0], settings)
+        if differing:
+            raise ValueError(
+                f"{directory} was begun with other settings ({differing}); use a new directory, or delete it."
+            )
+        self.out = directory.parents[1]
+        self.chains: list[dict[str, Any]] = rows[1:]
+
+    @property
+    def numbers(self) -> set[int]:
+        """Of the finished chains."""
+        return {chain["number"] for chain in self.chains}
+
+    @property
+    def num_frames(self) -> int:
+        return sum(chain["frames"] for chain in self.chains)
+
+    def episodes(self) -> list[base.Episode]:
+        rows = [segment for chain in self.chains for segment in chain["segments"]]
+        return [base.Episode(*row["span"], row["text"], row["task"]) for row in rows]
+
+    def counts(self) -> dict[str, int]:
+        attempted = sum(chain["attempted"] for chain in self.chains)
+        return {"attempted": attempted, "recorded": len(self.episodes()), "frames": self.num_frames}
+
+    def write(self, number: int, segments: Sequence[demonstrations.Segment], attempted: int, frames: Frames) -> None:
+        """One chain's segments, one session: first its frames, then its line."""
+        frame, written = self.num_frames, []
+        texts = sum(len(chain["segments"]) for chain in self.chains)
+        for segment in segments:
+            frames.save(frame, segment)
+            last = frame + len(segment.arrays["rel_actions"]) - 1
+            text = tasks.instruction(segment.task, held_out=self._held_out, variant=texts + len(written))
+            written.append({"span": [frame, last], "task": segment.task, "text": text})
+            frame = last + 1
+        row = {"number": number, "frames": frame - self.num_frames, "attempted": attempted, "segments": written}
+        json_lines.append(self._journal, row)
+        self.chains.append(row)
+
+
+class Frames(Protocol):
+    """Where frames go until they are all there."""
+
+    def discard(self, first: int) -> None:
+        """Forget frames from number `first` on."""
+
+    def save(self, first: int, segment: demonstrations.Segment) -> None:
+        """Write the frames of a segment; the first has number `first`."""
+
+    def finish(self, journal: Journal) -> None:
+        """Write what describes the frames."""
+
+    @staticmethod
+    def unfinished(directory: pathlib.Path, journal: Journal) -> bool:
+        """Whether that is still to be done for the chains that are there."""
+
+    def abandon(self, journal: Journal) -> None:
+        """Leave behind what can be used of an unfinished recording."""
+
+
+def _require_success(journal: Journal, directory: pathlib.Path) -> None:
+    if not journal.num_frames:
+        raise RuntimeError(f"{directory}: no demonstration succeeded; raise max_steps or choose other tasks.")
+
+
+class NpzFrames:
+    """CALVIN's layout: one npz per frame, spans of sessions, language annotations."""
+
+    def __init__(self, directory: pathlib.Path, image_size: tuple[int, int]):
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+
+    def discard(self, first: int) -> None:
+        for path in self._directory.glob("episode_*.npz"):
+            if int(path.stem.removeprefix("episode_")) >= first:
+                path.unlink()
+
+    def save(self, first: int, segment: demonstrations.Segment) -> None:
+        for t in range(len(segment.arrays["rel_actions"])):
+            np.savez(
+                self._directory / f"episode_{first + t:07d}.npz",
+                rgb_static=segment.images["static"][t],
+                rgb_gripper=segment.images["wrist"][t],
+                **{name: x[t] for name, x in segment.arrays.items()},
+            )
+
+    def abandon(self, journal: Journal) -> None:
+        self.finish(journal)
+
+    @staticmethod
+    def unfinished(directory: pathlib.Path, journal: Journal) -> bool:
+        lengths = directory / "ep_lens.npy"  # written last
+        done = int(np.load(lengths).sum()) if lengths.exists() else 0
+        return done != journal.num_frames
+
+    def finish(self, journal: Journal) -> None:
+        _require_success(journal, self._directory)
+        episodes = journal.episodes()
+        annotations = {
+            "language": {
+                "ann": [episode.instruction for episode in episodes],
+                "task": [episode.task for episode in episodes],
+                "emb": np.zeros((len(episodes), 1, 384), np.float32),
+            },
+            "info": {"episodes": [], "indx": [(episode.start, episode.end) for episode in episodes]},
+        }
+        lengths = np.array([chain["frames"] for chain in journal.chains if chain["frames"]])
+        ends = np.cumsum(lengths)
+        (self._directory / "lang_annotations").mkdir(exist_ok=True)
+        np.save(self._directory / "lang_annotations" / "auto_lang_ann.npy", annotations, allow_pickle=True)
+        np.save(self._directory / "ep_start_end_ids.npy", np.stack([ends - lengths, ends - 1], axis=1))
+        np.save(self._directory / "ep_lens.npy", lengths)
+
+
+class SpooledFrames:
+    """The packed layout, by way of one file of raw frames."""
+
+    def __init__(self, directory: pathlib.Path, image_size: tuple[int, int]):
+        sizes = {camera: (size, size) for camera, size in zip(("static", "wrist"), image_size, strict=True)}
+        widths = {name: calvin.ARRAY_SIZES[name] for name in ("rel_actions", "actions", "robot_obs", "scene_obs")}
+        self._directory = directory
+        self._spool = spool.Spool(self._raw(directory), sizes, widths)
+
+    @staticmethod
+    def _raw(directory: pathlib.Path) -> pathlib.Path:
+        return directory.with_name(f"{directory.name}.raw")
+
+    def discard(self, first: int) -> None:
+        self._spool.truncate(first)
+
+    def save(self, first: int, segment: demonstrations.Segment) -> None:
+        self._spool.add(segment.images, segment.arrays)
+
+    def abandon(self, journal: Journal) -> None:
+        pass  # the file of raw frames stays
+
+    @staticmethod
+    def unfinished(directory: pathlib.Path, journal: Journal) -> bool:
+        return journal.num_frames > 0 and SpooledFrames._raw(directory).exists()  # deleted when all is packed
+
+    def finish(self, journal: Journal) -> None:
+        _require_success(journal, self._directory)
+        self._spool.episodes = tuple(journal.episodes())
+        numbers = np.arange(self._spool.num_frames)
+        workers = (os.cpu_count() or 1) if len(numbers) > PACK_FRAMES else 1
+        packing.pack(self._spool, self._directory, frame_ids=numbers, workers=workers)
+        self._spool.delete()
