@@ -204,9 +204,10 @@ def test_a_simulator_that_dies_is_started_again_and_one_that_keeps_dying_ends_th
         healthy(env, method, *args)
 
     asked = config(checkout, tmp_path / "recorded", processes=1, scenes=("A",))
-    with monkeypatch.context() as patch, pytest.raises(process.EnvError, match="died during play"):
+    with monkeypatch.context() as patch:
         patch.setattr(fake_stage.FakeProcess, "send", send)
-        recording.record(asked)
+        with pytest.raises(process.EnvError, match="died during play"):
+            recording.record(asked)
     journal = tmp_path / "recorded" / "journal" / "training" / "recording.jsonl"
     assert len(journal.read_text().splitlines()) == 2 and len(fake) >= 4  # the settings, and the first chain
     assert recording.record(asked)["recorded"] == 6

@@ -77,7 +77,7 @@ class FakeStage(stage.Stage):
     """A `stage.Stage` on it."""
 
     def __init__(self):
-        self._env, self._absolute = Simulator(), False
+        self._env, self._absolute, self._dressing = Simulator(), False, None
         self._cameras = ["both"]
         self.name, self.about = "CALVIN (made up)", {}
 
