@@ -31,6 +31,7 @@ from robovlms_jax.envs.calvin import adapter as calvin
 from robovlms_jax.envs.calvin import task_chains
 from robovlms_jax.evaluation import chains, filing
 from robovlms_jax.evaluation.report import films as film_files
+from robovlms_jax.evaluation.report import rerun_file
 from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Films, Recording, SuccessCriterion, Trial
 from robovlms_jax.parallel import cpu
@@ -46,6 +47,7 @@ def evaluate(config: evaluation_settings.EvaluateConfig) -> pathlib.Path:
     """Run the evaluation and write its report; returns the report's path."""
     if config.protocol == "official":
         config = dataclasses.replace(config, **evaluation_settings.OFFICIAL)
+    rerun_file.check(config.rrd)
     directory = checkpoints.locate(config.checkpoint)
     trials, criterion = _trials(config)
     conditions = _conditions(config, trials, seals.identity(directory).label)
@@ -98,7 +100,9 @@ def evaluate(config: evaluation_settings.EvaluateConfig) -> pathlib.Path:
             log.info("asynchronous control: %s", dict(driven.counts))
     title = f"{evaluation.setup['env']}, closed loop"
     films = sorted(output.glob("film_*"))
-    return rollout_report.write_report(output, [evaluation], title=title, films=films, recordings=recordings)
+    return rollout_report.write_report(
+        output, [evaluation], title=title, films=films, recordings=recordings, rrd=config.rrd
+    )
 
 
 def _require_robot(config: evaluation_settings.EvaluateConfig, policy: PolicyConfig, dataset: str) -> None:
@@ -145,7 +149,7 @@ def _folder_name(config: evaluation_settings.EvaluateConfig) -> str:
 
 
 _ASIDE = (
-    *("checkpoint", "out", "chains", "processes", "films"),
+    *("checkpoint", "out", "chains", "processes", "films", "rrd"),
     *("calvin_root", "calvin_split", "simulator_python", "weights"),
 )
 """Fields that results do not depend on, or not by their text (who is asked how often, and where things lie), and what

@@ -58,6 +58,8 @@ class EvaluateConfig:
     (playtable)."""
     films: int = 2
     """Rollouts to film."""
+    rrd: str = ""
+    """A file such as rollouts.rrd: what is filmed, for the Rerun viewer (`pip install robovlms_jax[rerun]`)."""
     weights: load.Weights | None = None
     """How the backbone's parameters are kept, such as int8; None: in the type that it computes in."""
     image_size: tuple[int, int] = (200, 84)
@@ -82,6 +84,8 @@ class EvaluateConfig:
         for field in ("chains", "films"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative.")
+        if self.rrd and not self.films:
+            raise ValueError("rrd holds what is filmed; set films above 0.")
         if self.processes < 1:
             raise ValueError(f"processes={self.processes} must be at least 1.")
         if self.latency_ms >= 0 and self.execution != Execution():

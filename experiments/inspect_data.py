@@ -25,6 +25,7 @@ from experiments import inspection_page
 from robovlms_jax import cli
 from robovlms_jax.data import base, calvin, findings, inspection, lerobot, packed, rlds, storage
 from robovlms_jax.data.registry import mixtures
+from robovlms_jax.evaluation.report import rerun_file
 from robovlms_jax.runs import logs
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class Args:
     """Pictures of each camera that are decoded and compared."""
     episodes: int = 4
     """Episodes to look through on the page: pictures and numbers under one cursor."""
+    rrd: str = ""
+    """A file such as episodes.rrd: the same episodes for the Rerun viewer (`pip install robovlms_jax[rerun]`)."""
     conventions: str = ""
     """LeRobot: a file that says what the numbers mean, in place of <root>/meta/robovlms.json."""
     index_dir: str = ""
@@ -277,6 +280,7 @@ def main(args: Args) -> tuple[pathlib.Path, list[str]]:
     """Write the page and the summary, and print the summary. Returns the page's path, and why training would refuse
     what is on it. Raises as `look` does."""
     budget = inspection.Budget(args.frames, args.pictures, args.episodes)
+    rerun_file.check(args.rrd)
     listed = sources(args)
     results, missing = [], []
     for source in listed:
@@ -294,6 +298,9 @@ def main(args: Args) -> tuple[pathlib.Path, list[str]]:
     text = "\n".join([*(f"**Not found**: {message}\n" for message in missing), *map(summary, results)])
     (directory / "summary.md").write_text(text, encoding="utf-8")
     print(text)
+    if args.rrd:
+        shown = [episode for result in results for episode in inspection_page.episodes(result)]
+        print(f"{rerun_file.write(args.rrd, label, shown)} opens in the Rerun viewer: rerun {args.rrd}")
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB) opens in any browser; {directory / 'summary.md'} is this text.")
     return page, [f"training would refuse {r.source.name}: {r.refusal}" for r in results if r.refusal]
 

@@ -75,7 +75,7 @@ def _dataset(result: Result) -> str:
     )
     sections = [
         ("What to know first", _findings(result.findings)),
-        ("Episodes", _episodes(found)),
+        ("Episodes", _shown(result)),
         (
             "The dataset",
             "<dl>"
@@ -112,12 +112,20 @@ def _findings(listed: Sequence[findings.Finding]) -> str:
     return f'<ul class="findings">{items}</ul>'
 
 
-def _episodes(found: inspection.Inspection) -> str:
+def _shown(result: Result) -> str:
+    note = '<p class="soft">Bounds of the robot are dashed. Pictures are a few of each episode, numbers all.</p>'
+    found = episodes(result)
+    return player.render(found) + note if found else ""
+
+
+def episodes(result: Result) -> list[player.Episode]:
+    """Those that can be looked through."""
+    found = result.inspection
     dimensions = {
         part: tuple(column.dimension for column in columns)
         for part, columns in (("action", found.actions), ("state", found.states))
     }
-    episodes = []
+    made = []
     for shown in found.shown:
         panels = []
         for part, values in (("action", shown.actions), ("state", shown.states)):
@@ -127,9 +135,8 @@ def _episodes(found: inspection.Inspection) -> str:
         title = f"{shown.instruction or '(blank)'} (frame {shown.first} on)"
         outcome = f"{findings.counted(missing, 'picture')} cannot be read" if missing else ""
         rate = found.robot.rate_hz or 20.0
-        episodes.append(player.Episode(title, shown.pictures, shown.steps, panels, outcome, not missing, rate))
-    note = '<p class="soft">Bounds of the robot are dashed. Pictures are a few of each episode, numbers all.</p>'
-    return player.render(episodes) + note if episodes else ""
+        made.append(player.Episode(title, shown.pictures, shown.steps, panels, outcome, not missing, rate))
+    return made
 
 
 def _lengths(name: str, split: inspection.Split) -> str:

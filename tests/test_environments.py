@@ -19,6 +19,7 @@ MODULES = {
     "orbax-checkpoint": "orbax",
     "pillow": "PIL",
     "pyyaml": "yaml",
+    "rerun-sdk": "rerun",
 }
 # Imported by an option that asks for it in its error message, or by what another program imports (vla_eval's harness);
 # no package of ours.

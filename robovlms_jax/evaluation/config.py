@@ -44,6 +44,8 @@ class RolloutConfig:
     """Tables side by side."""
     films: int = 2
     """Rollouts filmed for the report."""
+    rrd: bool = False
+    """Write what is filmed to rollouts.rrd, too, for the Rerun viewer (`pip install robovlms_jax[rerun]`)."""
     every: int = 0
     """Steps between rollouts during training; 0: only at the end."""
     select: Literal["last", "best"] = "last"
@@ -55,6 +57,7 @@ class RolloutConfig:
             require(getattr(self, field) >= 0, f"rollouts.{field}={getattr(self, field)} must not be negative.")
         for field in ("max_steps", "tables"):
             require(getattr(self, field) >= 1, f"rollouts.{field}={getattr(self, field)} must be at least 1.")
+        require(not self.rrd or self.films > 0, "rollouts.rrd holds what is filmed; set rollouts.films above 0.")
         require(
             self.select == "last" or self.trials > 0,
             "rollouts.select=best needs rollouts to choose by; set rollouts.trials (and rollouts.every).",

@@ -16,6 +16,7 @@ from robovlms_jax.envs.calvin import task_chains
 from robovlms_jax.evaluation import chains, filing, rollout, rollout_metrics
 from robovlms_jax.evaluation.config import RolloutConfig
 from robovlms_jax.evaluation.report import films as film_files
+from robovlms_jax.evaluation.report import rerun_file
 from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Films, Recording, SuccessCriterion, Trial
 from robovlms_jax.parallel import distributed
@@ -62,6 +63,8 @@ class ClosedLoop:
 
     def __init__(self, model: VLA, mesh: Mesh, config: ExperimentConfig, encode: EncodeText, output: pathlib.Path):
         rollouts = config.rollouts
+        if rollouts.rrd:
+            rerun_file.require()  # not after hours of training
         self._model, self._mesh, self._config, self._encode = model, mesh, rollouts, encode
         self._run = output
         scenes = config.demonstrations.scenes if config.demonstrations.episodes else ()
@@ -125,7 +128,12 @@ class ClosedLoop:
             film_files.write_film(recording, output / f"film_{recording.trial.index:04d}")
         title = f"{evaluation.setup['env']}, closed loop"
         rollout_report.write_report(
-            output, [evaluation], title=title, films=sorted(output.glob("film_*")), recordings=films
+            output,
+            [evaluation],
+            title=title,
+            films=sorted(output.glob("film_*")),
+            recordings=films,
+            rrd=output / "rollouts.rrd" if self._config.rrd else "",
         )
         strips = output / "strips.png"
         if films:

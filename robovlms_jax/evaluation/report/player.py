@@ -99,7 +99,7 @@ class Episode:
     """One episode. pictures: camera -> uint8[height, width, 3] or None where it cannot be read, one for each of `at`.
 
     at: int[n], the steps that the pictures were taken at. outcome: such as "solved"; good: whether that is good news.
-    rate: steps per second when played.
+    rate: steps per second when played. success: whether the task was solved, where that is known.
     """
 
     title: str
@@ -109,6 +109,7 @@ class Episode:
     outcome: str = ""
     good: bool = True
     rate: float = 20.0
+    success: bool | None = None
 
     @property
     def steps(self) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from robovlms_jax.evaluation import chains, rollout_metrics
 from robovlms_jax.evaluation.report import films as film_files
-from robovlms_jax.evaluation.report import player, tables
+from robovlms_jax.evaluation.report import player, rerun_file, tables
 from robovlms_jax.evaluation.rollout import Recording
 from robovlms_jax.evaluation.rollout_metrics import Estimate, Rate, Summary
 
@@ -72,6 +72,7 @@ def write_report(
     title: str = "Closed loop",
     films: Sequence[pathlib.Path] = (),
     recordings: Sequence[Recording] = (),
+    rrd: str | pathlib.Path = "",
 ) -> pathlib.Path:
     """Write rollouts.md, rollouts.json, upstream's result files, PNGs, and rollouts.html: all of it in one page.
 
@@ -79,6 +80,7 @@ def write_report(
       evaluations: one or more, e.g. one per execution mode, wording or scene; they become rows of the same tables.
       films: files that `films.write_film` made inside `directory`, shown in the report.
       recordings: trials to look through on the page, failures first, in place of their films.
+      rrd: a file for the Rerun viewer with every frame of the recordings; empty: none.
     Returns:
       Path of rollouts.md.
     """
@@ -115,19 +117,19 @@ def write_report(
     for index, evaluation in enumerate(evaluations):
         name = "results_upstream.json" if len(evaluations) == 1 else f"results_upstream_{index}.json"
         tables.write_json(directory / name, chains.upstream_results(evaluation.results))
-    path = directory / "rollouts.md"
-    path.write_text(tables.join(sections), encoding="utf-8")
-    text = tables.join(sections)
-    if recordings:  # in place of their films
-        text = text.split("## Rollouts\n")[0]
-    shown = [_playable(recording) for recording in recordings]
+    path, text = directory / "rollouts.md", tables.join(sections)
+    path.write_text(text, encoding="utf-8")
+    text = text.split("## Rollouts\n")[0] if recordings else text  # recordings stand in place of their films
+    shown = [_playable(recording, _PICTURES) for recording in recordings]
     player.write(directory / "rollouts.html", title, text, "Rollouts to look through, failures first", shown)
+    if rrd:
+        rerun_file.write(rrd, title, [_playable(recording, len(recording.frames)) for recording in recordings])
     return path
 
 
-def _playable(recording: Recording) -> player.Episode:
-    """Filmed frames are the episode's steps."""
-    kept = player.thinned(len(recording.frames), _PICTURES)
+def _playable(recording: Recording, most: int) -> player.Episode:
+    """Filmed frames are the episode's steps; `most` of each camera's pictures are kept."""
+    kept = player.thinned(len(recording.frames), most)
     cameras = recording.frames[0].observation.images
     pictures = {name: [recording.frames[i].observation.images.get(name) for i in kept] for name in cameras}
     actions = np.stack([frame.action for frame in recording.frames])
@@ -136,7 +138,11 @@ def _playable(recording: Recording) -> player.Episode:
     outcome = f"{'solved' if solved else 'failed'} after {recording.result.steps[-1]} steps"
     title = f"{', then '.join(tasks)} (trial {recording.trial.index}; every {recording.every} control steps)"
     panels = player.panels_of(actions, recording.robot.action, "action")
-    return player.Episode(title, pictures, kept, panels, outcome, solved, 10.0)
+    states = [frame.observation.proprio for frame in recording.frames]
+    if all(state is not None and np.shape(state) == (len(recording.robot.state),) for state in states):
+        panels += player.panels_of(np.stack(states), recording.robot.state, "state")
+    rate = (recording.robot.rate_hz or 30.0) / recording.every
+    return player.Episode(title, pictures, kept, panels, outcome, solved, rate, success=solved)
 
 
 def section(evaluation: chains.Evaluation, folder: str, *, strips: bool) -> str:
