@@ -45,6 +45,7 @@ COMMANDS: Mapping[str, Mapping[str, Program]] = {
         "oxe": Program("oxe_pretrain", "PRESETS", "on a mixture of Open X-Embodiment"),
         "lerobot": Program("lerobot", "PRESETS", "on a LeRobotDataset of any robot"),
         "navigation": Program("navigation", "PRESETS", "a mobile base that understands Korean"),
+        "gym": Program("gym", "PRESETS", "a task of any Gymnasium environment; record, train, try"),
         "cotrain": Program("cotrain", "PRESETS", "with questions about pictures, in stages"),
         "reinforce": Program("reinforce", "PRESETS", "a policy improved by trying, PPO or GRPO"),
         "few_shot": Program("few_shot", "PRESETS", "new tasks from few demonstrations"),

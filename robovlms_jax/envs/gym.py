@@ -209,8 +209,8 @@ def _make(layout: Layout) -> Any:
         import gymnasium
     except ImportError as error:
         raise ImportError(
-            f"Gymnasium is not installed for {sys.executable}: pip install 'robovlms_jax[gym]', and the package that has "
-            f"{layout.id}."
+            f"Gymnasium is not installed for {sys.executable}: pip install 'robovlms_jax[gym]', and the package "
+            f"that has {layout.id}."
         ) from error
     try:
         options = json.loads(layout.options)
@@ -270,8 +270,8 @@ def _check_observation(layout: Layout, robot: RobotSpec, seen: Observation) -> N
         image = seen.images[camera.name]
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
-                f"camera {camera.name!r} of {layout.id} gives {image.dtype}{list(image.shape)}, expected uint8 pictures "
-                "[height, width, 3]."
+                f"camera {camera.name!r} of {layout.id} gives {image.dtype}{list(image.shape)}, expected uint8 "
+                "pictures [height, width, 3]."
             )
         for what, wanted, found in zip(("height", "width"), (camera.height, camera.width), image.shape):
             if wanted not in (0, found):

@@ -11,6 +11,6 @@ _GAIN, _FASTEST = 6.0, 0.6  # slower than the arm could, so that a reach has abo
 
 
 def fetch_reach(seen: Mapping[str, np.ndarray]) -> np.ndarray:
-    """FetchReach of gymnasium-robotics: to the goal. float64[4]: xyz, where 1.0 is 0.05 m, and a blocked gripper."""
+    """FetchReach of gymnasium-robotics: to the goal. float64[4]: xyz, of which 1.0 is 0.05 m, and a blocked gripper."""
     gap = np.asarray(seen["desired_goal"]) - np.asarray(seen["achieved_goal"])
     return np.append(np.clip(_GAIN * gap, -_FASTEST, _FASTEST), 0.0)

@@ -1,4 +1,4 @@
-"""Around a run in a Gymnasium environment: demonstrations by an expert before it, the policy's own episodes after it."""
+"""A run in a Gymnasium environment: an expert's demonstrations before it, the policy's own episodes after it."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class RecordingConfig:
     """Of the training split; those that fail are left out. 0: nothing is recorded."""
     validation_episodes: int = 20
     noise: float = 0.0
-    """Spread of what is added to executed actions, as a share of their range. Recorded is what the expert wanted, so that
-    a policy sees how to come back (Laskey et al. 2017, arXiv:1703.09327)."""
+    """Spread of what is added to executed actions, as a share of their range. Recorded is what the expert wanted, so
+    that a policy sees how to come back (Laskey et al. 2017, arXiv:1703.09327)."""
     max_steps: int = 50
     hold: int = 2
     """Frames after success, so that a policy learns to stay."""
@@ -246,8 +246,8 @@ def evaluate(
     relative = folder.relative_to(output).as_posix()
     logger.info("%s: %d of %d episodes succeed", layout.id, success.successes, success.attempts)
     return (
-        f"{HEADING}\n\n{layout.id}, execution {config.execution.label}, at most {config.max_steps} steps, seeds that no "
-        f"recording has: **{success.successes} of {success.attempts} episodes succeed**, {100 * success.value:.1f} % "
-        f"({100 * low:.0f} to {100 * high:.0f}), after {row.summary.steps_per_success:.1f} steps on average. Episodes to "
-        f"look through: [rollouts.html]({relative}/rollouts.html).\n"
+        f"{HEADING}\n\n{layout.id}, execution {config.execution.label}, at most {config.max_steps} steps, seeds "
+        f"that no recording has: **{success.successes} of {success.attempts} episodes succeed**, {100 * success.value:.1f} % "
+        f"({100 * low:.0f} to {100 * high:.0f}), after {row.summary.steps_per_success:.1f} steps on average. Episodes "
+        f"to look through: [rollouts.html]({relative}/rollouts.html).\n"
     )
