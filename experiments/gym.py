@@ -2,10 +2,9 @@
 
 python -m experiments.gym                                          # FetchReach of gymnasium-robotics, on a laptop
 python -m experiments.gym --train.resume                           # episodes and report of a finished run again
-python -m experiments.gym --layout MY_LAYOUT.json --policy.robot MY_ROBOT.json --recording.expert my_module:expert
 
-An environment is described by a layout (which observation is what; envs/gym.py) and a robot (what its numbers mean):
-docs/how_to/gymnasium.md.
+Another environment is described by a layout (which observation is what; envs/gym.py) and a robot (what its numbers
+mean), JSON files for --layout and --policy.robot, and an expert for --recording.expert: docs/how_to/gymnasium.md.
 """
 
 from __future__ import annotations
