@@ -20,7 +20,7 @@ import numpy as np
 import tqdm
 
 from robovlms_jax import cli
-from robovlms_jax.data import base, calvin, lerobot, packed, packing, rlds_writer
+from robovlms_jax.data import base, calvin, lerobot, libero_hdf5, packed, packing, rlds_writer
 from robovlms_jax.data.features import Field
 from robovlms_jax.runs import logs
 
@@ -50,8 +50,8 @@ CALVIN_FIELDS = (
 class Args:
     """Convert a dataset to another layout."""
 
-    source: Literal["calvin", "lerobot"]
-    """calvin, as published or packed, becomes an RLDS dataset; lerobot (v3) becomes a packed one."""
+    source: Literal["calvin", "lerobot", "libero_hdf5"]
+    """calvin, as published or packed, becomes an RLDS dataset; lerobot (v3) and libero_hdf5 become packed ones."""
     root: pathlib.Path
     """The dataset to read."""
     out: pathlib.Path
@@ -68,18 +68,22 @@ class Args:
     workers: int = os.cpu_count() or 1
     """Packed: processes."""
     conventions: str = ""
-    """LeRobot: JSON file that says what the numbers mean (data/README.md). Empty: meta/robovlms.json of the dataset."""
+    """LeRobot: JSON file that says what the numbers mean (data/README.md), or `libero`. Empty: the dataset's own
+    meta/robovlms.json."""
     max_left_out_share: float = 0.1
     """LeRobot: share of the episodes that may be left out because parts of them are missing or disagree."""
 
 
 def main(args: Args) -> None:
     """Convert. Raises ValueError, OSError, ImportError or RuntimeError with the way out."""
-    if args.source == "lerobot":
+    if args.source in ("lerobot", "libero_hdf5"):
         for split in ("training", "validation"):
-            source = lerobot.open_dataset(
-                args.root, split, conventions=args.conventions, max_left_out_share=args.max_left_out_share
-            )
+            if args.source == "lerobot":
+                source: packing.FrameSource = lerobot.open_dataset(
+                    args.root, split, conventions=args.conventions, max_left_out_share=args.max_left_out_share
+                )
+            else:
+                source = libero_hdf5.LiberoDataset(args.root, split)
             stored = packing.WithSensors(source, args.sensors)
             pack_lerobot(stored, args.out / split, quality=args.quality, workers=args.workers)
         return

@@ -43,6 +43,7 @@ COMMANDS: Mapping[str, Mapping[str, Program]] = {
         "bridge": Program("bridge", "PRESETS", "on BridgeData V2"),
         "google": Program("google_robot", "PRESETS", "on the Google robot's data"),
         "oxe": Program("oxe_pretrain", "PRESETS", "on a mixture of Open X-Embodiment"),
+        "libero": Program("libero", "PRESETS", "on LIBERO's demonstrations, in RLDS, LeRobot or HDF5"),
         "lerobot": Program("lerobot", "PRESETS", "on a LeRobotDataset of any robot"),
         "navigation": Program("navigation", "PRESETS", "a mobile base that understands Korean"),
         "gym": Program("gym", "PRESETS", "a task of any Gymnasium environment; record, train, try"),

@@ -70,8 +70,9 @@ class DataConfig:
     """Episodes on disk and how they become batches."""
 
     dataset: str = "calvin"
-    """calvin; lerobot (LeRobotDataset v3); a dataset or mixture of the RLDS registry (bridge, rt_1, oxe_magic_soup,
-    oxe_magic_soup_plus, ...); or a YAML or JSON file with a mixture of one's own (data/README.md)."""
+    """calvin; lerobot (LeRobotDataset v3); libero_hdf5 (LIBERO's own files); a dataset or mixture of the RLDS registry
+    (bridge, rt_1, libero_goal_no_noops, oxe_magic_soup, oxe_magic_soup_plus, ...); or a YAML or JSON file with a
+    mixture of one's own (data/README.md)."""
     root: str = ""
     """calvin: directory that holds `training` and `validation`, in CALVIN's own layout or packed by `python -m
     experiments.pack_calvin`. Others: the dataset's directory, or the one that holds all datasets of a mixture; may be
@@ -87,8 +88,8 @@ class DataConfig:
     statistics: str = ""
     """JSON file of action statistics in OpenVLA's layout, used instead of those of the data itself."""
     conventions: str = ""
-    """LeRobot: JSON file that says what the numbers mean (data/README.md). Empty: meta/robovlms.json of the dataset,
-    where it has one."""
+    """LeRobot: JSON file that says what the numbers mean (data/README.md), or `libero`. Empty: meta/robovlms.json of
+    the dataset, where it has one."""
     max_left_out_share: float = 0.1
     """LeRobot: share of the episodes that may be left out because their parts disagree or are missing."""
     unlabelled_share: float = 0.0

@@ -1,4 +1,4 @@
-"""Open whatever `data.dataset` and `data.root` name: CALVIN, a dataset in RLDS or LeRobot format, or a mixture."""
+"""Open whatever `data.dataset` and `data.root` name: CALVIN, a dataset in RLDS, LeRobot or LIBERO's form, a mixture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Literal
 
-from robovlms_jax.data import base, calvin, lerobot, mixing, notices, rlds, statistics
+from robovlms_jax.data import base, calvin, lerobot, libero_hdf5, mixing, notices, rlds, statistics
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.data.registry import mixtures
 
@@ -43,8 +43,10 @@ def open_split(settings: DataConfig, split: Split) -> base.Dataset:
         chosen = {"episode_list": settings.episode_list, "exclude_tasks": settings.exclude_tasks}
     if settings.dataset == "calvin":
         return calvin.open_dataset(settings.root, split, annotation_folder=settings.annotation_folder, **chosen)
-    if settings.dataset == "lerobot":
-        dataset: base.Dataset = lerobot.open_dataset(
+    if settings.dataset == "libero_hdf5":
+        dataset: base.Dataset = libero_hdf5.LiberoDataset(settings.root, split)
+    elif settings.dataset == "lerobot":
+        dataset = lerobot.open_dataset(
             settings.root,
             split,
             image_size=_size(settings),
@@ -65,7 +67,7 @@ def open_split(settings: DataConfig, split: Split) -> base.Dataset:
 
 def _say_what_is_not_read(settings: DataConfig) -> None:
     """Log, once, settings that were given and that this format has no use for."""
-    form = settings.dataset if settings.dataset in ("calvin", "lerobot") else "rlds"
+    form = settings.dataset if settings.dataset in ("calvin", "lerobot", "libero_hdf5") else "rlds"
     usual = {field.name: field.default for field in dataclasses.fields(DataConfig)}
     for name, forms in READ_BY.items():
         if form not in forms and getattr(settings, name) != usual[name]:

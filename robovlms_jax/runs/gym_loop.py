@@ -247,8 +247,8 @@ def evaluate(
     logger.info("%s: %d of %d episodes succeed", layout.id, success.successes, success.attempts)
     outcome = f"{success.successes} of {success.attempts} episodes succeed"
     return (
-        f"{HEADING}\n\n{layout.id}, execution {config.execution.label}, at most {config.max_steps} steps, seeds that no "
-        f"recording has: **{outcome}**, {100 * success.value:.1f} % ({100 * low:.0f} to {100 * high:.0f}), after "
+        f"{HEADING}\n\n{layout.id}, execution {config.execution.label}, at most {config.max_steps} steps, seeds that "
+        f"no recording has: **{outcome}**, {100 * success.value:.1f} % ({100 * low:.0f} to {100 * high:.0f}), after "
         f"{row.summary.steps_per_success:.1f} steps on average. Episodes to look through: "
         f"[rollouts.html]({relative}/rollouts.html).\n"
     )

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_args
 
 from robovlms_jax import json_files
@@ -19,7 +19,7 @@ from robovlms_jax.control import robot
 from robovlms_jax.data.lerobot import any_robot, meta, names, spans
 from robovlms_jax.data.lerobot import cameras as pictures
 from robovlms_jax.data.registry import entry as entries
-from robovlms_jax.data.registry import robot_entry
+from robovlms_jax.data.registry import libero, robot_entry
 
 CONVENTIONS = "meta/robovlms.json"
 
@@ -33,6 +33,9 @@ _FIELDS: Mapping[str, str] = {
     "state": _TEXTS,
     "state_encoding": f"one of {', '.join(get_args(entries.StateEncoding))}",
     "robot": "a robot's description",
+    "units": "six numbers above 0",
+    "rotation": "euler_xyz or axis_angle",
+    "frame": "world, base or tcp",
     "control_hz": "a number of 0 or more",
     "skip_first": "a whole number of 0 or more",
     "drop_still": "true or false",
@@ -42,6 +45,9 @@ _FIELDS: Mapping[str, str] = {
 
 SUCCESS = ("next.success", "success", "is_success", "is_episode_successful", "episode_success")
 """Features that may tell failures. Recorders fill some of them with false throughout, so none is believed unasked."""
+
+NAMED: Mapping[str, Callable[[Collection[str]], dict[str, Any]]] = {"libero": libero.lerobot_conventions}
+"""Conventions that need no file: name -> a function of the features' names."""
 
 _END_EFFECTOR = ("arm", "gripper", "static", "secondary", "wrist", "state", "state_encoding")
 """Fields that describe an end effector and the cameras that it is trained with."""
@@ -65,10 +71,13 @@ def read(info: meta.Info, conventions: str | os.PathLike[str], notes: meta.Notes
     """Raises ValueError naming file, field, what was found and what to write.
 
     Args:
-      conventions: file that replaces <root>/meta/robovlms.json; "" = that one, where it exists.
+      conventions: file that replaces <root>/meta/robovlms.json, or a name of `NAMED`; "" = that one, where it exists.
     """
     path = pathlib.Path(conventions) if conventions else info.root / CONVENTIONS
-    given = _read_conventions(path) if conventions or path.exists() else {}
+    if str(conventions) in NAMED:
+        given = NAMED[str(conventions)](info.features)
+    else:
+        given = _read_conventions(path) if conventions or path.exists() else {}
     if "robot" in given:
         return _of(info, any_robot.described(info, given, path), path)
     if not set(given) & set(_END_EFFECTOR) and (found := any_robot.by_names(info, notes)):
@@ -144,6 +153,9 @@ def _read_conventions(path: pathlib.Path) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
+_CHOICES = {"rotation": ("euler_xyz", "axis_angle"), "frame": ("world", "base", "tcp")}
+
+
 def _fits(name: str, value: Any) -> bool:
     expected = _FIELDS[name]
     if name == "robot":
@@ -154,6 +166,11 @@ def _fits(name: str, value: Any) -> bool:
         return isinstance(value, str)
     if name == "state_encoding":
         return value in get_args(entries.StateEncoding)
+    if name in _CHOICES:
+        return value in _CHOICES[name]
+    if name == "units":
+        numbers = isinstance(value, list) and all(type(x) in (int, float) and x > 0 for x in value)
+        return numbers and len(value) == 6
     if name == "drop_still":
         return isinstance(value, bool)
     whole = int if name == "skip_first" else int | float
