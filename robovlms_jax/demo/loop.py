@@ -113,8 +113,9 @@ class ControlLoop:
                 return
             try:
                 command(self._stage)
-            except Exception:  # one bad command must not end control
+            except Exception as error:  # one bad command must not end control
                 log.exception("a command failed")
+                self._stage.failed(error)
 
 
 class Camera:
@@ -133,7 +134,7 @@ class Camera:
         self._newest: Snapshot | None = None
         self._changed, self._wanted, self._stopping = threading.Event(), threading.Event(), False
         self._drawn: tuple[Any, dict[str, bytes]] = (None, {})
-        self._number, self._draw_s = 0, 0.0
+        self._number, self._draw_s, self._undrawn = 0, 0.0, ""
         self._thread = threading.Thread(target=self._run, name="camera", daemon=True)
 
     def start(self) -> None:
@@ -165,15 +166,22 @@ class Camera:
             try:
                 self._deliver(self._message(self._newest))
             except Exception:  # control goes on without pictures
-                log.exception("a picture could not be drawn")
+                log.exception("a snapshot could not be delivered")
 
     def _message(self, snapshot: Snapshot) -> Message:
-        started = time.monotonic()
+        started, undrawn = time.monotonic(), ""
         if self._drawn[0] is not snapshot.moment.state:
-            pictures = {name: _encoded(self._painter.draw(snapshot.moment, name)) for name in self._painter.sizes}
-            self._drawn, self._number = (snapshot.moment.state, pictures), self._number + 1
-            self._draw_s = time.monotonic() - started
-        facts = {**snapshot.facts, **self._numbers(), "draw_ms": round(1000 * self._draw_s, 1)}
+            try:
+                pictures = {name: _encoded(self._painter.draw(snapshot.moment, name)) for name in self._painter.sizes}
+            except Exception as error:  # the page must say so, and go on showing what is true
+                undrawn = f"{type(error).__name__}: {error}"
+                if undrawn != self._undrawn:  # not thirty times a second
+                    log.exception("a picture could not be drawn")
+            else:
+                self._drawn, self._number = (snapshot.moment.state, pictures), self._number + 1
+                self._draw_s = time.monotonic() - started
+            self._undrawn = undrawn
+        facts = {**snapshot.facts, **self._numbers(), "draw_ms": round(1000 * self._draw_s, 1), "undrawn": undrawn}
         return Message(self._number, pack(facts, self._drawn[1]), pack(facts, {}))
 
 

@@ -121,8 +121,11 @@ class Stage:
         self._count = 0
         self.score = [0, 0]
         """Tasks done, and tasks that ended."""
+        self.broken = ""
+        """Why no step is made until the scene begins again: the error of the one that failed."""
         self._start = next(scenes)
         self._begin_scene()
+        self._last = Snapshot(0, world.frozen, self._facts(np.zeros(len(CALVIN.action))))
 
     # What people do -----------------------------------------------------------------------------------------------
 
@@ -135,7 +138,8 @@ class Stage:
         elif not match.understood:
             self._say("problem", f"“{typed}”: I know nothing like that. Nearest: “{match.sentence}”. Nothing moves.")
         elif self._layer.latch.state != "run":
-            self._say("problem", f"“{typed}”: the robot is stopped. Release the stop first.")
+            first = "Begin the scene again" if self.broken else "Release the stop"
+            self._say("problem", f"“{typed}”: the robot is stopped. {first} first.")
         elif match.task not in self.world.possible([match.task]):
             self._say("problem", f"“{match.sentence}” cannot be done now: it is so already, or out of reach.")
         else:
@@ -158,6 +162,9 @@ class Stage:
 
     def release(self, who: str) -> None:
         """A person lifts the stop. Nothing moves by that alone: it takes a new sentence."""
+        if self.broken:
+            self._say("problem", "The stop stays: a control step failed. Begin the scene again first.")
+            return
         try:
             self._layer.reset(who)
             self._layer.start(who)
@@ -194,8 +201,36 @@ class Stage:
     # What happens by itself ---------------------------------------------------------------------------------------
 
     def tick(self) -> Snapshot:
-        """One control step."""
+        """One control step. One that fails stops the robot until the scene begins again; that is said, not raised."""
         self.tick_number += 1
+        if not self.broken:
+            try:
+                self._last = self._step()
+                return self._last
+            except Exception as error:  # whatever a world, a policy or a mistake of ours raises
+                log.exception("a control step failed")
+                self._break(f"{type(error).__name__}: {error}")
+        return self._still()
+
+    def failed(self, error: Exception) -> None:
+        """What people asked for raised this; they are told."""
+        self._say("problem", f"That failed, and was not done: {type(error).__name__}: {error}.")
+
+    def _break(self, why: str) -> None:
+        self.broken = why
+        self._layer.stop(f"a control step failed ({why})")
+        self._end_task()
+        self._say("stop", f"Stopped: a control step failed ({why}). Begin the scene again, then release the stop.")
+
+    def _still(self) -> Snapshot:
+        """The last good step's picture, and that nothing moves."""
+        latch = self._layer.latch
+        nothing = {"typed": "", "instruction": "", "task": "", "steps": 0, "chunk": [], "confidence": None}
+        facts = self._last.facts | nothing | {"tick": self.tick_number, "phase": "stopped", "said": list(self._said)}
+        facts |= {"latch": latch.state, "reason": latch.reason, "broken": self.broken}
+        return Snapshot(self.tick_number, self._last.moment, facts)
+
+    def _step(self) -> Snapshot:
         measured = Measured(self.world.robot_obs[:6], grippers=self.world.robot_obs[14:15])
         action = self._wanted() if self._layer.latch.state == "run" else None
         decision = self._layer.brake(measured) if action is None else self._layer.check(action, measured)
@@ -274,6 +309,7 @@ class Stage:
         self._quiet, self._rests = 0, False
         self._known_possible: list[str] = []
         self._end_task()
+        self.broken = ""
 
     def _forget_plan(self) -> None:
         self._queue: collections.deque[np.ndarray] = collections.deque()
@@ -303,6 +339,7 @@ class Stage:
             "phase": self.phase if latch.state == "run" else "stopped",
             "latch": latch.state,
             "reason": latch.reason,
+            "broken": "",
             "typed": self.task.typed if self.task else "",
             "instruction": self.task.match.sentence if self.task else "",
             "task": self.task.match.task if self.task else "",

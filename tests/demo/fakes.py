@@ -21,11 +21,15 @@ class FakeWorld:
     """The hand goes where it is sent. The LED changes when the hand has come 10 cm down; the drawer is open already."""
 
     table = "D"
+    bad = None
+    """What `step` raises, once set."""
 
     def reset(self, start):
         self.robot_obs, self.led, self.steps, self.observed = INITIAL_ROBOT_OBS.astype(np.float32), 0, [], 0
 
     def step(self, action):
+        if self.bad:
+            raise self.bad
         self.robot_obs = self.robot_obs.copy()
         self.robot_obs[:3] += 0.02 * action[:3]
         self.robot_obs[3:6] += 0.05 * action[3:6]

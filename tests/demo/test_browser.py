@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from robovlms_jax.control.execution import Execution
+from robovlms_jax.demo import loop as loops
+from robovlms_jax.demo import show
+from robovlms_jax.web.access import Access
+from tests.demo.fakes import TASKS, make_stage
 from tests.web.browser import browser, find, program
+from tests.web.visiting import Serving, serving
 
 pytest.importorskip("websockets", reason="the page needs the extra `serve`")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find() is None, reason="no Chromium is installed")]
@@ -59,3 +66,40 @@ def test_one_looks_types_stops_releases_and_a_second_one_watches(tmp_path):
             assert other.complaints == []
         page.wait("!role.controls && role.free || role.visitors === 1", 10)
         assert page.complaints == []
+
+
+class Shown(Serving):
+    """The page of a stage without physics or policy."""
+
+    def __init__(self, stage):
+        self.show = show.Show(Access())
+        self._stage = stage
+        super().__init__(lambda: self.show.server)
+
+    def begun(self):
+        sizes = {"static": 100, "wrist": 50}
+        self.show._begin(self._stage, show.ShowConfig("a test", TASKS, sizes, sizes, Execution(), 60))
+
+
+def test_a_control_step_that_fails_is_on_the_page_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(loops.Painter, "draw", lambda self, moment, camera: np.zeros((50, 50, 3), np.uint8))
+    stage, world, _ = make_stage()
+    with serving(Shown(stage)) as shown, browser(tmp_path / "page") as page:
+        try:
+            page.size(1280, 900)
+            page.open(f"http://127.0.0.1:{shown.server.port}/")
+            page.wait("document.body.dataset.state === 'live' && facts !== null && role.controls", 60)
+            world.bad = ValueError("the arm is nowhere")
+            page.ask("say_to_robot('turn on the green light')")
+            page.wait("facts.broken && !$('banner').hidden", 20)
+            assert "the arm is nowhere" in page.ask("$('banner').textContent")
+            assert page.ask("$('release').hidden && $('send').disabled && $('reset').className === 'main'")
+            page.screenshot(tmp_path / "broken.png")
+            world.bad = None
+            page.ask("$('reset').click()")
+            page.wait("!facts.broken && facts.latch === 'hold' && !$('release').disabled", 20)
+            page.ask("$('release').click()")
+            page.wait("facts.phase === 'waiting' && $('banner').hidden && $('reset').className === ''", 20)
+            assert page.complaints == []
+        finally:
+            shown.show.close()

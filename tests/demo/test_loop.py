@@ -109,3 +109,51 @@ def test_a_command_that_fails_ends_neither_control_nor_the_others():
         wait_for(lambda: stage.score == [1, 1])
     finally:
         control.stop()
+
+
+def test_a_control_step_that_fails_reaches_the_page_and_the_scene_can_begin_again():
+    stage, world, _ = make_stage()
+    seen = []
+    control = ControlLoop(stage, seen.append)
+    control.start()
+    try:
+        wait_for(lambda: seen)
+        world.bad = KeyError("led")
+        control.do(lambda stage: stage.instruct("turn on the green light"))
+        wait_for(lambda: seen[-1].facts["broken"] == "KeyError: 'led'")
+        count = len(seen)
+        wait_for(lambda: len(seen) > count + 3)  # the page goes on
+        world.bad = None
+        control.do(lambda stage: stage.reset())
+        wait_for(lambda: seen[-1].facts["latch"] == "hold" and not seen[-1].facts["broken"])
+        control.do(lambda stage: 1 / 0)
+        wait_for(lambda: "That failed, and was not done: ZeroDivisionError" in seen[-1].facts["said"][-1]["text"])
+    finally:
+        control.stop()
+
+
+def test_a_picture_that_cannot_be_drawn_is_said_and_does_not_keep_the_facts_from_the_page(monkeypatch, caplog):
+    def draw(self, moment, camera):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(loops.Painter, "draw", draw)
+    stage, _, _ = make_stage()
+    messages = []
+    camera = Camera({"static": 8}, messages.append, lambda: {})
+    camera.start()
+    try:
+        for count in (1, 2):
+            camera.see(stage.tick())
+            camera.want()
+            wait_for(lambda n=count: len(messages) == n)
+            facts, pictures = unpack(messages[-1].whole)
+            assert facts["undrawn"] == "MemoryError: no room" and facts["tick"] == count and not pictures
+        monkeypatch.setattr(loops.Painter, "draw", lambda self, moment, camera: np.zeros((8, 8, 3), np.uint8))
+        camera.see(stage.tick())
+        camera.want()
+        wait_for(lambda: len(messages) == 3)
+        facts, pictures = unpack(messages[-1].whole)
+        assert facts["undrawn"] == "" and set(pictures) == {"static"}
+    finally:
+        camera.stop()
+    assert caplog.text.count("a picture could not be drawn") == 1

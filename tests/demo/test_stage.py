@@ -145,3 +145,37 @@ def test_a_robot_at_rest_is_not_simulated():
     before = len(world.steps)
     play(stage, 3)
     assert len(world.steps) == before + 3
+
+
+@pytest.mark.parametrize("way_out", ["reset", "next_scene"])
+def test_a_control_step_that_fails_stops_the_robot_says_so_and_ends_when_the_scene_begins_again(way_out):
+    stage, world, _ = make_stage()
+    stage.instruct("turn on the green light")
+    before = play(stage, 3)
+    world.bad = ValueError("the arm is nowhere")
+    facts = play(stage, 1)
+    made = len(world.steps)
+    assert facts["phase"] == "stopped" and facts["broken"] == "ValueError: the arm is nowhere"
+    assert facts["task"] == "" and facts["chunk"] == [] and facts.keys() == before.keys()
+    assert "Begin the scene again, then release the stop" in texts(facts)[-1]
+    world.bad = None
+    stage.release("Ann")
+    assert not stage.instruct("turn on the green light")
+    facts = play(stage, 30)  # nobody can make it move, and it is said once
+    assert len(world.steps) == made and facts["broken"] and facts["tick"] == 34
+    assert sum("a control step failed (" in text for text in texts(facts)) == 1
+    assert "Begin the scene again first" in texts(facts)[-1]
+    getattr(stage, way_out)()
+    facts = play(stage, 10)
+    assert facts["broken"] == "" and facts["latch"] == "hold"  # the stop stays until a person releases it
+    stage.release("Ann")
+    assert stage.instruct("turn on the green light")
+    assert play(stage, 1)["phase"] == "acting" and world.steps
+
+
+def test_a_step_that_fails_again_after_the_scene_began_again_stops_again():
+    stage, world, _ = make_stage()
+    world.bad = RuntimeError("broken for good")
+    for _ in range(2):
+        assert play(stage, 2)["broken"] == "RuntimeError: broken for good"
+        stage.reset()
