@@ -50,7 +50,7 @@ class Args:
 def main(args: Args) -> None:
     """Print the result as JSON. Raises RuntimeError where there are no such options."""
     cpu.keep_freed_memory()
-    if cpu.options("small_kernels") is None:
+    if cpu.options("small_kernels", cpu.default_platform()) is None:
         raise RuntimeError("nothing to compare: this needs a CPU and an XLA that knows the options of parallel.cpu.")
     result: dict[str, Any] = {"training_step": _training(args)}
     result["tables_step"] = {str(count): _tables(args, count) for count in args.tables}
@@ -83,7 +83,7 @@ def _compared(
     """Seconds per call of program(state, *rest) -> (state, anything), and to compile it, of both ways."""
     compiled, states, found = {}, {}, {}
     lowered = program.lower(start, *rest)
-    for way, chosen in (("by itself", None), ("with options", cpu.options(kind))):
+    for way, chosen in (("by itself", None), ("with options", cpu.options(kind, "cpu"))):
         begin = time.perf_counter()
         compiled[way] = lowered.compile(compiler_options=chosen)
         found[way] = {"compile_seconds": time.perf_counter() - begin, "seconds": []}

@@ -100,7 +100,7 @@ def measure(count: int, args: Args) -> dict[str, Any]:
         def advance_and_look(carry, sizes=sizes, backdrops=backdrops):
             carry = advance(carry[:2])
             looks = (
-                env.render_batch(scenes, which, carry[0], camera, size, backdrops)
+                env.render_batch(scenes, which, carry[0], camera, size, backdrops, jax.default_backend())
                 for camera, size in zip(("static", "wrist"), sizes)
             )
             return (*carry, *looks)

@@ -15,6 +15,7 @@ import numpy as np
 
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.envs.calvin import task_chains, tasks
+from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable import env
 from robovlms_jax.playtable.mechanics import bodies
 from robovlms_jax.playtable.pictures import cameras, render
@@ -50,9 +51,9 @@ class Frozen(NamedTuple):
     state: bodies.State
 
 
-@functools.partial(jax.jit, static_argnames=("camera", "size"))
-def _picture(scene: Any, state: bodies.State, camera: str, size: int, backdrop: Any) -> Array:
-    return render.render(scene, state, camera, size, backdrop, tiled=jax.default_backend() == "cpu")
+@functools.partial(jax.jit, static_argnames=("camera", "size", "tiled"))
+def _picture(scene: Any, state: bodies.State, camera: str, size: int, backdrop: Any, tiled: bool) -> Array:
+    return render.render(scene, state, camera, size, backdrop, tiled=tiled)
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -69,7 +70,8 @@ class Painter:
     def draw(self, moment: Frozen, camera: str) -> np.ndarray:
         """uint8[size, size, 3]."""
         backdrop = _kept_backdrop(moment.table, self.sizes["static"])
-        return np.asarray(_picture(_scene(moment.table), moment.state, camera, self.sizes[camera], backdrop))
+        tiled = cpu.default_platform() == "cpu"
+        return np.asarray(_picture(_scene(moment.table), moment.state, camera, self.sizes[camera], backdrop, tiled))
 
 
 @functools.cache

@@ -41,34 +41,49 @@ OPTIONS: Mapping[Kind, Mapping[str, Any]] = {
 }
 
 
-def options(kind: Kind) -> dict[str, Any] | None:
+def options(kind: Kind, platform: str) -> dict[str, Any] | None:
     """`compiler_options` for `jax.jit`: of `OPTIONS`, those that the installed XLA has. None elsewhere than on CPUs, or
-    if it has none of them. Starts JAX's devices."""
-    return known(OPTIONS[kind])
+    if it has none of them. Starts JAX's devices.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu", of the devices that the program is for (`mesh.platform`). They need not be those
+        of the machine that compiles it.
+    """
+    return known(OPTIONS[kind], platform)
 
 
-def known(wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+def known(wanted: Mapping[str, Any], platform: str) -> dict[str, Any] | None:
     """As `options`, of any compiler options."""
-    if jax.default_backend() != "cpu":
+    if platform != "cpu":
         return None
     return {name: value for name, value in wanted.items() if _is_known(name, value)} or None
 
 
+def default_platform() -> str:
+    """Where a program without a mesh runs: on `jax.default_device`, or else on the first device. Starts JAX's
+    devices."""
+    chosen = jax.config.jax_default_device
+    if chosen is None:
+        return jax.local_devices()[0].platform
+    return chosen if isinstance(chosen, str) else chosen.platform
+
+
 def jit(function: Callable[..., Any], kind: Kind) -> Callable[..., Any]:
-    """`jax.jit` with `options(kind)`, asked for when the function is first called, so that importing it starts no
-    device. What it makes cannot be called inside another `jit`."""
-    compiled = functools.cache(lambda: jax.jit(function, compiler_options=options(kind)))
+    """`jax.jit` with `options(kind, default_platform())`, asked for when the function is called, so that importing it
+    starts no device. What it makes cannot be called inside another `jit`."""
+    compiled = functools.cache(lambda platform: jax.jit(function, compiler_options=options(kind, platform)))
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        return compiled()(*args)
+        return compiled(default_platform())(*args)
 
     return call
 
 
 @functools.cache
 def _is_known(name: str, value: Any) -> bool:
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
+    # On a CPU, whatever else the machine has.
+    with contextlib.suppress(jax.errors.JaxRuntimeError), jax.default_device(jax.local_devices(backend="cpu")[0]):
         jax.jit(lambda x: x + 1, compiler_options={name: value})(0)
         return True
     return False

@@ -26,6 +26,11 @@ def make_mesh(sizes: tuple[int, int, int], devices: list[jax.Device] | None = No
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def platform(mesh: Mesh) -> str:
+    """ "cpu", "gpu" or "tpu": what programs on the mesh are compiled for, which need not be what this machine has."""
+    return mesh.devices.flat[0].platform
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """One whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -39,8 +39,8 @@ class _Rendering(NamedTuple):
     threads: int
 
 
-def _rendering() -> _Rendering:
-    if jax.default_backend() == "cpu":
+def _rendering(platform: str) -> _Rendering:
+    if platform == "cpu":
         # One picture stays in the cache; by eights, little is rendered for nothing and every core has some.
         return _Rendering(tiled=True, pixels=None, batch=8, threads=os.cpu_count() or 1)
     return _Rendering(tiled=False, pixels=2**24, batch=None, threads=1)  # a few gigabytes
@@ -94,12 +94,19 @@ def backdrops(scenes: Scene, size: int) -> tiles.Backdrop:
     return jax.vmap(lambda scene: render.backdrop(scene, size))(scenes)
 
 
-@functools.partial(jax.jit, static_argnames=("camera", "size"))
+@functools.partial(jax.jit, static_argnames=("camera", "size", "platform"))
 def render_batch(
-    scenes: Scene, which: Array, states: bodies.State, camera: str, size: int, backdrops: tiles.Backdrop
+    scenes: Scene,
+    which: Array,
+    states: bodies.State,
+    camera: str,
+    size: int,
+    backdrops: tiles.Backdrop,
+    platform: str,
 ) -> Array:
-    """uint8[B, size, size, 3]: the pictures of camera "static" or "wrist" of B tables."""
-    way = _rendering()
+    """uint8[B, size, size, 3]: the pictures of camera "static" or "wrist" of B tables. platform: where they are made,
+    "cpu", "gpu" or "tpu"; by another's way they are the same, and slower."""
+    way = _rendering(platform)
 
     def one(args):
         i, state = args
@@ -118,7 +125,8 @@ def pictures(
       which: int[n], NumPy.
       sizes: camera -> px.
     """
-    count, way = len(which), _rendering()
+    count, platform = len(which), cpu.default_platform()
+    way = _rendering(platform)
     batch = way.batch or 2 ** (count - 1).bit_length()
     rows = np.minimum(np.arange(-(-count // batch) * batch), count - 1).reshape(-1, batch)  # the last one repeats
     if way.batch:  # views, whose rows are picked at once
@@ -129,7 +137,8 @@ def pictures(
         kinds = np.resize(kinds, 4 ** max(int(np.ceil(np.log2(len(kinds)) / 2)), 1))
         seen = (pick(scenes, kinds), own.astype(np.int32), pick(states, rows))
         known = pick(backdrops, kinds)
-        return {camera: np.asarray(render_batch(*seen, camera, size, known)) for camera, size in sizes.items()}
+        looks = {camera: render_batch(*seen, camera, size, known, platform) for camera, size in sizes.items()}
+        return jax.tree.map(np.asarray, looks)
 
     with concurrent.futures.ThreadPoolExecutor(way.threads) as pool:
         parts = list(pool.map(look, rows))

@@ -95,7 +95,10 @@ class Reinforcement:
         )
         self.loss = objective.DecisionLoss(self.learner, objective.tasks_of(settings.update))
         self._update = steps.make_train_step(self.loss, stage.tx, stage.learning_rate, self.state, mesh)
-        self._collect = jax.jit(self._collected, compiler_options=cpu.options(env.step_kind(settings.tables)))
+        platform = meshes.platform(mesh)
+        self._play = dataclasses.replace(settings.play, platform=platform)
+        options = cpu.options(env.step_kind(settings.tables), platform)
+        self._collect = jax.jit(self._collected, compiler_options=options)
         self._part = jax.jit(lambda decisions, rows: jax.tree.map(lambda x: x[rows], decisions))
 
     def iterate(self, world: playing.World, number: int) -> tuple[objective.Decisions, dict[str, float]]:
@@ -135,7 +138,7 @@ class Reinforcement:
         game = rollouts.begin(self.model, params, world, settings.tables, key)
         count = settings.decisions
         # One more than is learned from, for what the last ones led to.
-        _, (outcome, kept) = rollouts.play(self.model, self._act, settings.play, count + 1, params, world, game)
+        _, (outcome, kept) = rollouts.play(self.model, self._act, self._play, count + 1, params, world, game)
         used, kept_used = jax.tree.map(lambda x: x[:count], (outcome, kept))
         advantage, target = self._judged(world, used, kept.value)
         mask = objective.mask_of(used.steps, settings.actions)

@@ -153,18 +153,22 @@ class Player:
             "tables on the device judge by CALVIN's rules and stop at success; use the host's loop for others.",
         )
         self._encode = encode
+        mesh = meshes.make_mesh((1, 1, 1), jax.local_devices()[:1])
         self._how = playing.Play(
             tuple(sorted(image_sizes.items())),
             playing.executed(execution or Execution(), model.config.chunk),
             criterion.max_steps,
+            platform=meshes.platform(mesh),
         )
         # Everything lies where it began: placed anew by the first call, the second would compile again.
-        self._place = meshes.replicated(meshes.make_mesh((1, 1, 1), jax.local_devices()[:1]))
+        self._place = meshes.replicated(mesh)
         placed = functools.partial(jax.jit, out_shardings=self._place)
         run = functools.partial(play, model, greedy(model), self._how, _AT_ONCE)
-        self._run = placed(run, donate_argnums=2, compiler_options=cpu.options(env.step_kind(tables)))
+        self._run = placed(
+            run, donate_argnums=2, compiler_options=cpu.options(env.step_kind(tables), self._how.platform)
+        )
         first = functools.partial(begin, model, tables=tables, key=jax.random.key(0))
-        self._begin = placed(first, compiler_options=cpu.options("tiny_run_once"))
+        self._begin = placed(first, compiler_options=cpu.options("tiny_run_once", self._how.platform))
 
     def results(self, params: Any, trials: Sequence[Trial]) -> Iterator[TrialResult]:
         """Results in the order in which trials end."""

@@ -74,6 +74,7 @@ class Play:
     keep_states: outcomes have the states that every action led to.
     look_at_end: a table whose time is up is looked at once more, and nothing is executed, before it takes the next
       trial: what a value function needs to see of a trial that was cut off, not ended.
+    platform: "cpu", "gpu" or "tpu", of the devices that play; pictures are made as is quickest there.
     """
 
     image_sizes: tuple[tuple[str, int], ...] = (("static", 200), ("wrist", 84))
@@ -82,6 +83,7 @@ class Play:
     again: bool = False
     keep_states: bool = False
     look_at_end: bool = False
+    platform: str = "cpu"
 
     def __post_init__(self):
         require(self.actions >= 1, f"actions={self.actions} must be at least 1.")
@@ -209,8 +211,9 @@ def info(world: World, trial: jax.Array, states: bodies.State) -> tasks.SceneInf
 def look(world: World, play: Play, tables: Tables) -> tuple[Mapping[str, jax.Array], jax.Array, tuple[Any, Any]]:
     """camera -> uint8[B, px, px, 3], robot_obs float32[B, 15], and the prompts int32[B, T], bool[B, T]."""
     trial = jnp.maximum(tables.trial, 0)
+    seen = (world.scenes, world.scene[trial], tables.states)
     images = {
-        camera: env.render_batch(world.scenes, world.scene[trial], tables.states, camera, size, world.backdrops)
+        camera: env.render_batch(*seen, camera, size, world.backdrops, play.platform)
         for camera, size in play.image_sizes
     }
     text = world.text_ids[trial, tables.position], world.text_mask[trial, tables.position]

@@ -358,7 +358,7 @@ def fill_params(model: VLA, mesh: Mesh, seed: int, loaded: Mapping[str, jax.Arra
     # Runs once, and on a CPU a program that was not optimised is compiled 5 to 7 s sooner, but runs about 0.08 s longer
     # for a million parameters (0.5 and 4 million; two threads of one x86 core).
     small = sum(np.prod(shape.shape) for path, shape in flatten_dict(shapes, sep="/").items() if path in places) < 5e7
-    quickly = cpu.options("run_once") if small else None
+    quickly = cpu.options("run_once", meshes.platform(mesh)) if small else None
     made = jax.jit(rest, out_shardings=places, compiler_options=quickly)(jax.random.key(seed))
     return unflatten_dict({**loaded, **made}, sep="/")
 

@@ -150,7 +150,7 @@ def make_train_step(
         in_shardings=(shardings, meshes.batched(mesh)),
         out_shardings=(shardings, meshes.replicated(mesh)),
         donate_argnums=0,
-        compiler_options=cpu.options("small_kernels"),
+        compiler_options=cpu.options("small_kernels", meshes.platform(mesh)),
     )
 
 

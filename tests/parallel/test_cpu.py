@@ -4,30 +4,56 @@ from __future__ import annotations
 
 import platform
 
+import jax
 import pytest
 
 from robovlms_jax.parallel import cpu
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.training import step
 from tests.processes import run_python
+from tests.test_imports import ROOT
 
 NEVER_HEARD_OF = {"xla_cpu_no_such_option": True}
 
 
 def test_what_xla_does_not_know_is_left_out():
     # jit itself refuses a program for the sake of one unknown option. Fails if one is passed on, or takes others along.
-    assert cpu.known({**NEVER_HEARD_OF, **cpu.OPTIONS["run_once"]}) == cpu.OPTIONS["run_once"]
-    assert cpu.known(NEVER_HEARD_OF) is None
+    assert cpu.known({**NEVER_HEARD_OF, **cpu.OPTIONS["run_once"]}, "cpu") == cpu.OPTIONS["run_once"]
+    assert cpu.known(NEVER_HEARD_OF, "cpu") is None
 
 
 def test_a_kernel_library_by_another_name_is_no_error():
     # The name of the value may change, too. Fails if only names of options are tried.
     (name,) = cpu.OPTIONS["small_kernels"]
-    assert cpu.known({name: "LIBRARY_FUSION_TYPE_NO_SUCH"}) is None
+    assert cpu.known({name: "LIBRARY_FUSION_TYPE_NO_SUCH"}, "cpu") is None
 
 
-def test_only_cpus_have_them(monkeypatch):
-    # GPUs' and TPUs' compilers must not be told about CPUs. Fails if the platform is not asked.
-    monkeypatch.setattr(cpu.jax, "default_backend", lambda: "gpu")
-    assert cpu.options("small_kernels") is None
+def test_only_cpus_have_them():
+    # GPUs' and TPUs' compilers must not be told about CPUs, whatever compiles. Fails if the platform is not asked.
+    assert cpu.options("small_kernels", "gpu") is None and cpu.options("small_kernels", "tpu") is None
+
+
+def test_a_step_is_made_for_the_devices_of_its_mesh_and_not_for_the_machine_that_compiles(monkeypatch):
+    # Fails if a program for a TPU, made on a CPU, gets options that its compiler refuses (or the other way round).
+    asked = []
+    monkeypatch.setattr(cpu, "options", lambda kind, platform: asked.append(platform))
+    monkeypatch.setattr(meshes, "platform", lambda mesh: "tpu")
+    mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
+    step.make_train_step(None, None, None, {"weight": jax.numpy.zeros(1)}, mesh)  # only the program's options are made
+    assert asked == ["tpu"]
+
+
+def test_a_program_without_a_mesh_runs_where_jax_puts_it():
+    # Fails if whatever device comes first is taken for it.
+    assert cpu.default_platform() == "cpu"
+    with jax.default_device("tpu"):
+        assert cpu.default_platform() == "tpu"
+
+
+def test_nothing_that_makes_a_program_asks_the_machine_that_compiles():
+    # Where there is a mesh, its devices say it (mesh.platform); where there is none, cpu.default_platform does.
+    asking = [path for path in (ROOT / "robovlms_jax").rglob("*.py") if "default_backend" in path.read_text()]
+    assert asking == []
 
 
 FAULTS = """

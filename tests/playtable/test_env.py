@@ -143,7 +143,7 @@ def test_pictures_are_of_the_right_tables():
     backdrops, sizes = env.backdrops(scenes, 32), {"static": 32, "wrist": 24}
     found = env.pictures(scenes, which, states, sizes, backdrops)
     for camera, size in sizes.items():
-        expected = env.render_batch(scenes, which, states, camera, size, backdrops)
+        expected = env.render_batch(scenes, which, states, camera, size, backdrops, "cpu")
         np.testing.assert_array_equal(found[camera], expected)
         assert len({image.tobytes() for image in found[camera]}) == 11
 
@@ -158,7 +158,7 @@ def test_batches_mix_scenes():
     own = env.pick(scenes, which)
     states = env.reset_batch(own, robot, scene_obs)
     states = env.step_batch(own, states, np.stack([action()] * 8))
-    images = env.render_batch(scenes, which, states, "static", 32, env.backdrops(scenes, 32))
+    images = env.render_batch(scenes, which, states, "static", 32, env.backdrops(scenes, 32), "cpu")
     assert images.shape == (8, 32, 32, 3)
     np.testing.assert_array_equal(images[:4], images[4:])
     assert np.abs(images[0].astype(int) - images[1]).mean() > 5
@@ -176,7 +176,7 @@ condition = task_chains.official_chains()[0].condition
 robot, scene = (np.tile(x, (2, 1)) for x in initial_states.initial_state(condition, "D"))
 actions = np.array([[0.3, -0.2, -0.5, 0.1, 0.0, 0.4, 1.0], [-0.5, 0.4, -0.7, 0.0, 0.2, 0.0, -1.0]], np.float32)
 from robovlms_jax.parallel import cpu
-if cpu.options("tiny_kernels") == cpu.options("small_kernels"):
+if cpu.options("tiny_kernels", "cpu") == cpu.options("small_kernels", "cpu"):
     raise SystemExit  # this XLA has one code generator only
 ends = []
 for step in env._STEPS.values():
