@@ -174,14 +174,15 @@ def roll_out(
     rollouts.require_playable(model.config)
     behaviour = behaviours.make(model.config, how.behaviour)
     act = by_chance(objective.Learner(model, behaviour, ()))
-    play = playing.Play(how.image_sizes, how.actions, how.max_steps, keep_states=True)
-    place = meshes.replicated(meshes.make_mesh((1, 1, 1), jax.local_devices()[:1]))
+    mesh = meshes.make_mesh((1, 1, 1), jax.local_devices()[:1])
+    platform, place = meshes.platform(mesh), meshes.replicated(mesh)
+    play = playing.Play(how.image_sizes, how.actions, how.max_steps, keep_states=True, platform=platform)
     params = jax.device_put({**params, objective.SCOPE: {"behaviour": behaviour.parameters()}}, place)
     world = jax.device_put(playing.make_world(trials, encode, dict(how.image_sizes)["static"]), place)
     run = jax.jit(
         functools.partial(rollouts.play, model, act, play, _AT_ONCE),
         out_shardings=place,
-        compiler_options=cpu.options(env.step_kind(how.tables)),
+        compiler_options=cpu.options(env.step_kind(how.tables), platform),
     )
     game = jax.device_put(rollouts.begin(model, params, world, how.tables, jax.random.key(seed)), place)
     first = jax.device_get(world.states)
