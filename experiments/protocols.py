@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from robovlms_jax import cli
+from robovlms_jax import cli, programs
 from robovlms_jax.data import opening
 from robovlms_jax.parallel import cpu
 from robovlms_jax.runs import closed_loop, logs
@@ -31,7 +31,11 @@ def preset(experiment: str, start: str, fixed: Sequence[str], owner: str) -> Exp
     try:
         presets = importlib.import_module(f"experiments.{experiment}").PRESETS
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{owner}.experiment={experiment!r} is no experiment with presets ({error}).") from None
+        known = {program.module: program for words in programs.present().values() for program in words.values()}
+        known = [module for module, program in known.items() if program.settings == "PRESETS"]
+        near = difflib.get_close_matches(experiment, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f". There are: {', '.join(known)}."
+        raise ValueError(f"{owner}.experiment={experiment!r} is no experiment with presets ({error}){hint}") from None
     if start not in presets:
         near = difflib.get_close_matches(start, presets, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import pathlib
 import re
@@ -145,8 +144,7 @@ def parse(
     else:
         name = name or (default if isinstance(default, str) else default(arguments))
         if name not in presets:
-            near = difflib.get_close_matches(name, presets, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            hint = cli_help.nearest(name, presets)
             sys.exit(_fail(f"unknown preset {name!r}{hint} Presets: {', '.join(presets)}."))
         start = presets[name]
     usual = getattr(type(start), "USUAL", ())
@@ -158,7 +156,10 @@ def parse(
         f"--preset NAME, one of: {', '.join(presets)}{or_json} (here: {name}); shown defaults are those of this start."
     )
     text = f"{description}\n\n{listed}"
-    return name, read(start, description=text, argv=arguments)
+    own = [short for short, long in ALIASES.items() if long.removeprefix("--") in fields]
+    own += ["--preset", "--help_all", *([] if read_json is None else ["--upstream_json"])]
+    with cli_help.suggesting(arguments, start, own):
+        return name, read(start, description=text, argv=arguments)
 
 
 def wholes(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -10,9 +11,10 @@ import inspect
 import os
 import re
 import shutil
+import sys
 import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from robovlms_jax import schema
@@ -101,13 +103,34 @@ def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, hint
 
 
-def suggestions(arguments: Sequence[str], config: Any) -> list[str]:
-    """A line for every argument that is no flag of the settings, with the nearest flag that is."""
-    known = [f"--{name}" for name, _ in fields(config)]
+def suggestions(arguments: Sequence[str], config: Any, others: Sequence[str] = ()) -> list[str]:
+    """A line for every argument that is no flag of the settings, nor one of `others`, with the nearest flag that is."""
+    known = [f"--{name}" for name, _ in fields(config)] + list(others)
     given = [argument.partition("=")[0].replace("-", "_").replace("__", "--", 1) for argument in arguments]
     unknown = [flag for flag in given if flag.startswith("--") and flag not in [*known, "--help"]]
     near = {flag: difflib.get_close_matches(flag, known, n=1) for flag in unknown}
     return [f"{flag} is no flag of this program; did you mean {names[0]}?" for flag, names in near.items() if names]
+
+
+@contextlib.contextmanager
+def suggesting(arguments: Sequence[str], config: Any, own: Sequence[str]) -> Iterator[None]:
+    """Where arguments are refused, names flags of the program that the library has never heard of (`own`), since they
+    are taken out of the arguments before it reads them."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code == 2:
+            ends = tuple(f" {flag}?" for flag in own)
+            for line in suggestions(arguments, config, own):
+                if line.endswith(ends):
+                    print(line, file=sys.stderr)
+        raise
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """How a message goes on after a name that is not known."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def document(config: Any, path: str) -> str:

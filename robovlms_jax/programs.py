@@ -71,7 +71,6 @@ COMMANDS: Mapping[str, Mapping[str, Program]] = {
     "bundle": {"": Program("bundle", "BundleConfig", "a checkpoint made small, to pass on")},
     "export": {
         "": Program("export", "ExportConfig", "a control step as StableHLO, ONNX or LiteRT"),
-        "bundle": Program("bundle", "BundleConfig", "all that a small computer needs, in a folder"),
         "backbone": Program("export_backbone", "ExportBackboneConfig", "a policy's VLM for transformers, or PEFT"),
     },
 }

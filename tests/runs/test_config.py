@@ -135,6 +135,9 @@ def test_a_file_of_upstreams_is_a_starting_point_like_a_preset(capsys):
     [
         (["--preset", "larg"], "did you mean 'large'"),
         (["--preset"], "--preset needs a value"),
+        (["--presett", "large"], "--presett is no flag of this program; did you mean --preset?"),
+        (["--prest=large"], "--prest is no flag of this program; did you mean --preset?"),
+        (["--resum"], "--resum is no flag of this program; did you mean --resume?"),
         (["--train.batchsize", "4"], "--train.batch-size"),
         (["--train.steps", "-1"], "train.steps=-1"),
     ],

@@ -8,7 +8,8 @@ import pathlib
 
 import pytest
 
-from experiments import adapt, calvin_abcd, continual, few_shot, search
+from experiments import adapt, calvin_abcd, compare_policies, continual, few_shot, reinforce, search
+from robovlms_jax import cli
 from robovlms_jax.load import load_config
 from robovlms_jax.search import queue
 from robovlms_jax.strategies import lifelong, protocol
@@ -104,6 +105,16 @@ def test_every_group_is_asked_as_often_and_as_its_tasks_were_in_training(tmp_pat
 def test_a_search_and_a_protocol_name_a_wrong_preset_alike():
     with pytest.raises(ValueError, match=r"search\.start='sampel' is no preset of calvin_abcd; did you mean 'sample'"):
         search.main(["--start", "sampel", "--space", "train.seed=1,2"])
+    with pytest.raises(ValueError, match=r"few_shot\.experiment='calvin_abdc' .*; did you mean 'calvin_abcd'"):
+        few_shot.jobs(few_shot.FewShotConfig(experiment="calvin_abdc"))
+
+
+@pytest.mark.parametrize("program", [few_shot, continual, adapt, search, reinforce, compare_policies])
+def test_a_misspelt_preset_flag_is_answered_with_the_flag(program, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.parse(program.PRESETS, next(iter(program.PRESETS)), description="x", argv=["--presett", "quick"])
+    assert end.value.code == 2
+    assert "--presett is no flag of this program; did you mean --preset?" in capsys.readouterr().err
 
 
 @pytest.mark.slow
