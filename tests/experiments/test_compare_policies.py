@@ -9,7 +9,6 @@ import pathlib
 import pytest
 
 from experiments import compare_policies as compare
-from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.runs import cost
 from robovlms_jax.search import queue
 
@@ -28,7 +27,7 @@ def test_variants_differ_in_what_they_name_and_in_nothing_else():
         )
         for x in made
     ]
-    assert all(x == plain[0] for x in plain) and plain[0].train.steps == 800
+    assert all(x == plain[0] for x in plain) and plain[0].train.steps == 600
 
 
 def test_a_variant_begins_where_another_one_of_its_seed_ended():
@@ -38,8 +37,8 @@ def test_a_variant_begins_where_another_one_of_its_seed_ended():
         *(("questions", 1, None, False), ("none", 1, None, True), ("questions first", 1, 3, True)),
     ]
     first, later = jobs[0].config(None), jobs[5].config(pathlib.Path("runs/x"))
-    assert first.rollouts.trials == 0 and first.train.stages[0].steps == 1000
-    assert (later.train.init_from, later.train.seed, later.train.steps) == ("runs/x", 1, 800)
+    assert first.rollouts.trials == 0 and first.train.stages[0].steps == 600
+    assert (later.train.init_from, later.train.seed, later.train.steps) == ("runs/x", 1, 600)
     assert later.data.vl.paths and not later.train.stages
 
 
@@ -59,11 +58,17 @@ def test_what_counts_more_is_set_last():
     assert compare.jobs(more)[0].config(None).train.steps == 6
 
 
-def test_the_compared_words_are_256_64_and_32_bins_and_ids_that_no_sentence_has():
+def test_the_compared_words_differ_in_bins_ids_decoding_and_rate():
     config = compare.PRESETS["discrete"]
-    heads = [compare._start(config, variant).policy.head for variant in config.variants]
-    assert all(isinstance(head, DiscreteHeadConfig) for head in heads)
-    assert [(head.num_bins, head.vocab_end) for head in heads] == [(256, 0), (64, 0), (32, 0), (64, 512)]
+    starts = [compare._start(config, variant) for variant in config.variants]
+    found = [
+        (x.policy.head.num_bins, x.policy.head.vocab_end, x.policy.head.decoding, x.optimizer.learning_rate)
+        for x in starts
+    ]
+    one_by_one, parallel = "autoregressive", "parallel"
+    assert found[:3] == [(bins, 0, one_by_one, 4e-4) for bins in (256, 64, 32)]
+    assert found[3:6] == [(64, 512, one_by_one, 4e-4), (64, 0, parallel, 4e-4), (64, 0, one_by_one, 2e-3)]
+    assert found[6:] == [(bins, 0, parallel, 2e-3) for bins in (256, 64, 32)]
 
 
 @pytest.mark.parametrize(
