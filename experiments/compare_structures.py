@@ -51,8 +51,10 @@ PAPER = (
 )
 """What the paper compares (Li et al. 2024, arXiv:2412.14058, section 4)."""
 
-# Every head at the size of the backbone's twin; fields a head does not have are left out.
+# Every head at the size of the backbone's twin; fields a head does not have are left out. One after the other, words
+# are mostly copied from the action before them, and so small a twin looks at no picture for the first one.
 _HEAD_SIZE = {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "trunk": (256, 128), "dropout": 0.0}
+_HEAD_SIZE |= {"num_bins": 64, "decoding": "parallel"}
 # Head -> factor of learning_rate: at that of the heads that regress, words learn only how frequent each of them is.
 _FASTER = {"discrete": 5.0}
 

@@ -160,3 +160,20 @@ def test_the_tables_of_reinforcement_are_those_of_its_runs():
         rollouts["device_decisions_per_s"], rollouts["host_decisions_per_s"]
     )
     assert rates in text and f"**{rollouts['ratio']:.1f} times" in text
+
+
+def test_the_table_of_actions_as_words_is_that_of_its_runs():
+    found, text = result("discrete_cpu"), page("concepts/structures.md")
+    for run in found["runs"]:
+        rate = {0.0004: "4e-4", 0.002: "2e-3"}[run["rate"]]
+        assert f"| {run['words']} | {rate} | {run['steps']} | {run['successes']} |" in text
+    loop = found["open_loop"]
+    first, copied, parallel = (row["training"] for row in loop["rows"])
+    own, recorded = (f"{first[words][0]:.1f}" for words in ("own", "recorded"))
+    assert f"the same errors, {own} and {recorded} mm in the first action" in text
+    assert f"standing still errs by {loop['standing still']['training'][0]:.1f}" in text
+    assert f"the first action errs by {parallel['own'][0]:.1f} mm" in text
+    assert f"the second to fifth action err by {copied['recorded'][1]:.1f} mm, from the policy's own by" in text
+    assert f"{copied['own'][1]:.1f}, the first by {copied['own'][0]:.1f}" in text
+    median, likely = loop["median_of_the_distribution"]["validation"], loop["rows"][2]["validation"]["own"]
+    assert f"({median[0]:.1f} against {likely[0]:.1f} mm on held-out windows)" in text

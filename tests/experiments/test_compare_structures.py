@@ -74,11 +74,12 @@ def test_every_cell_is_a_configuration_that_fits_together():
         assert heads.kind_of(type(experiment.policy.head)) == cell.structure.head
 
 
-def test_actions_as_words_are_taught_at_five_times_the_rate_of_the_other_heads():
+def test_actions_as_words_are_decoded_at_once_and_taught_at_five_times_the_rate_of_the_other_heads():
     config = compare_structures.CompareConfig(learning_rate=1e-4)
     made = [compare_structures.experiment(cell, config, pathlib.Path("x")) for cell in compare_structures.cells(config)]
     rates = {x.policy.readout: x.optimizer.learning_rate for x in made}
     assert rates == {"action_query": pytest.approx(1e-4), "token": pytest.approx(5e-4)}
+    assert [x.policy.head.decoding for x in made if x.policy.readout == "token"] == ["parallel"]
 
 
 def test_finished_cells_are_not_run_again_and_more_may_follow(tmp_path, asked):
