@@ -71,7 +71,8 @@ def record(config: RecordConfig) -> dict[str, int]:
     with claim(out):
         renderer = demonstrations.Renderer(names, config.image_size)
         for split, scenes, episodes, seed, held_out in plan:
-            journal = splits.Journal(splits.directory(out, split), _settings(config, split), held_out=held_out)
+            sentences = splits.own_sentences(held_out=held_out)
+            journal = splits.Journal(splits.directory(out, split), _settings(config, split), sentences)
             missing = sorted(set(range(episodes)) - journal.numbers)
             kind = splits.SpooledFrames if config.pack else splits.NpzFrames
             if missing:

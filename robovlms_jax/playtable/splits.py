@@ -73,6 +73,11 @@ def write(
         ) from error
 
 
+def own_sentences(*, held_out: bool) -> dict[str, tuple[str, ...]]:
+    """This project's phrasings by task, those for training or those that it never uses."""
+    return {name: task.held_out if held_out else task.phrasings for name, task in tasks.TASKS.items()}
+
+
 def finish(journal: Journal, frames: Frames) -> None:
     """What is left to do for a recording that was stopped after its last chain."""
     frames.discard(journal.num_frames)
@@ -83,13 +88,15 @@ class Journal:
     """One split's journal: a line per finished chain. What describes the frames is made from it, so whenever
     recording stops, it can go on after the last line.
 
+    Args:
+      sentences: task -> what its segments are annotated with, taking turns.
     Raises:
       ValueError: the journal was begun with other settings, or is damaged.
     """
 
-    def __init__(self, directory: pathlib.Path, settings: Mapping[str, Any], *, held_out: bool):
+    def __init__(self, directory: pathlib.Path, settings: Mapping[str, Any], sentences: Mapping[str, Sequence[str]]):
         directory.mkdir(parents=True, exist_ok=True)
-        self._journal, self._held_out = directory / _JOURNAL, held_out
+        self._journal, self._sentences = directory / _JOURNAL, sentences
         rows = json_lines.read(
             self._journal,
             lambda number, row: row["settings"] if number == 1 else {name: row[name] for name in _CHAIN},
@@ -131,7 +138,8 @@ class Journal:
         for segment in segments:
             frames.save(frame, segment)
             last = frame + len(segment.arrays["rel_actions"]) - 1
-            text = tasks.instruction(segment.task, held_out=self._held_out, variant=texts + len(written))
+            choices = self._sentences[segment.task]
+            text = choices[(texts + len(written)) % len(choices)]
             written.append({"span": [frame, last], "task": segment.task, "text": text})
             frame = last + 1
         row = {"number": number, "frames": frame - self.num_frames, "attempted": attempted, "segments": written}

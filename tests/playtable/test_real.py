@@ -174,6 +174,19 @@ def test_a_recording_is_read_and_packed_as_calvins_own_data_are(checkout, fake, 
     assert [e.instruction for e in packed.episodes] == [e.instruction for e in dataset.episodes]
 
 
+def test_demonstrations_are_annotated_in_calvins_own_sentences_where_the_checkout_has_them(checkout, fake, tmp_path):
+    folder = checkout / "calvin_models" / "conf" / "annotations"
+    folder.mkdir(parents=True)
+    for name, words in (("new_playtable", "[do {0}, now do {0}]"), ("new_playtable_validation", "[please {0}]")):
+        (folder / f"{name}.yaml").write_text("\n".join(f"{task}: {words.format(task)}" for task in tasks.TASKS))
+    recording.record(config(checkout, tmp_path / "recorded"))
+    texts = {
+        split: {episode.instruction for episode in calvin.open_dataset(tmp_path / "recorded", split).episodes}
+        for split in ("training", "validation")
+    }
+    assert texts == {"training": {"do open_drawer", "now do open_drawer"}, "validation": {"please open_drawer"}}
+
+
 def test_a_stopped_recording_goes_on_and_other_settings_are_refused(checkout, fake, tmp_path, monkeypatch):
     out, rendered = tmp_path / "recorded", recording._rendered
     calls = iter(range(100))

@@ -228,7 +228,7 @@ def find_checkout(calvin_root: str) -> pathlib.Path:
 
 def has_validation_instructions(calvin_root: str) -> bool:
     """Whether `validation_instructions` has something to read: github.com/mees/calvin, or calvin_env alone?"""
-    return _validation_file(calvin_root).is_file()
+    return (_annotations(calvin_root) / _VALIDATION).is_file()
 
 
 def validation_instructions(calvin_root: str) -> dict[str, str]:
@@ -237,11 +237,27 @@ def validation_instructions(calvin_root: str) -> dict[str, str]:
     Raises:
       FileNotFoundError: a checkout without them. ValueError: a file that is not tasks with sentences.
     """
-    path = _validation_file(calvin_root)
+    return {task: found[0] for task, found in _sentences(_annotations(calvin_root) / _VALIDATION).items()}
+
+
+def training_instructions(calvin_root: str) -> dict[str, tuple[str, ...]]:
+    """The sentences per task that annotate CALVIN's training data, from the same checkout; errors as there."""
+    return _sentences(_annotations(calvin_root) / "new_playtable.yaml")
+
+
+_VALIDATION = "new_playtable_validation.yaml"
+
+
+def _annotations(calvin_root: str) -> pathlib.Path:
+    return pathlib.Path(calvin_root).expanduser() / "calvin_models" / "conf" / "annotations"
+
+
+def _sentences(path: pathlib.Path) -> dict[str, tuple[str, ...]]:
+    """Task -> its sentences, at least one."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} not found: CALVIN's validation sentences come with github.com/mees/calvin, not with calvin_env. "
-            "Point calvin_root there, or evaluate with this project's own phrasings."
+            f"{path} not found: CALVIN's sentences come with github.com/mees/calvin, not with calvin_env. "
+            "Point calvin_root there, or use this project's own phrasings."
         )
     _require_packages("yaml")
     import yaml
@@ -260,15 +276,10 @@ def validation_instructions(calvin_root: str) -> dict[str, str]:
     sentences = {}
     for task in tasks.TASKS:
         found = content[task] if isinstance(content[task], list) else [content[task]]
-        if not found or not isinstance(found[0], str) or not found[0].strip():
-            raise ValueError(f"{path}: {task} has {content[task]!r}, expected a list that begins with a sentence.")
-        sentences[task] = found[0].strip()
+        if not found or not all(isinstance(text, str) and text.strip() for text in found):
+            raise ValueError(f"{path}: {task} has {content[task]!r}, expected a list of sentences.")
+        sentences[task] = tuple(text.strip() for text in found)
     return sentences
-
-
-def _validation_file(calvin_root: str) -> pathlib.Path:
-    folder = pathlib.Path(calvin_root).expanduser() / "calvin_models" / "conf" / "annotations"
-    return folder / "new_playtable_validation.yaml"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -119,7 +119,8 @@ def record(config: RealRecordConfig) -> dict[str, int]:
     counts = {"attempted": 0, "recorded": 0, "frames": 0}
     with claim(out), stages(config, [*config.scenes, config.validation_scene]) as every:
         for split, scenes, episodes, seed, held_out in plan:
-            journal = splits.Journal(splits.directory(out, split), _settings(config, split), held_out=held_out)
+            sentences = _sentences(config.calvin_root, held_out=held_out)
+            journal = splits.Journal(splits.directory(out, split), _settings(config, split), sentences)
             missing = sorted(set(range(episodes)) - journal.numbers)
             kind = splits.SpooledFrames if config.pack else splits.NpzFrames
             if missing:
@@ -134,12 +135,27 @@ def record(config: RealRecordConfig) -> dict[str, int]:
     return counts
 
 
+def _sentences(calvin_root: str, *, held_out: bool) -> Mapping[str, Sequence[str]]:
+    """CALVIN's own annotations where the checkout has them: its training sentences; held out: its validation ones."""
+    if not adapter.has_validation_instructions(calvin_root):
+        log.warning(
+            "calvin_root %s has no sentences of CALVIN (they come with github.com/mees/calvin): demonstrations are "
+            "annotated in this project's own %s wordings.",
+            *(calvin_root, "held-out" if held_out else "training"),
+        )
+        return splits.own_sentences(held_out=held_out)
+    if held_out:
+        return {task: (text,) for task, text in adapter.validation_instructions(calvin_root).items()}
+    return adapter.training_instructions(calvin_root)
+
+
 def _settings(config: RealRecordConfig, split: str) -> dict[str, Any]:
     """What has to be the same for a recording to be continued. How long it is may change, unless it is packed."""
     skipped = {"out", "processes", "episodes", "validation_episodes", "calvin_root", "simulator_python"}
     skipped.add("validation_scene" if split == "training" else "scenes")
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in skipped}
     values["simulator"] = version.commit(adapter.find_checkout(config.calvin_root))
+    values["sentences"] = "calvin" if adapter.has_validation_instructions(config.calvin_root) else "own"
     if config.pack:
         values["episodes"] = config.episodes if split == "training" else config.validation_episodes
     return json.loads(json.dumps(values))

@@ -362,11 +362,15 @@ def test_validation_sentences_come_from_the_checkout(tmp_path):
     assert calvin.validation_instructions(str(tmp_path))["stack_block"] == "stack_block now"
     for cell in ("[]", "[3]", "null", '[""]', "{a: b}"):
         write(path, "\n".join(f"{task}: {cell if task == 'stack_block' else '[x]'}" for task in tasks.TASKS))
-        with pytest.raises(ValueError, match=r"stack_block has .*, expected a list that begins with a sentence"):
+        with pytest.raises(ValueError, match=r"stack_block has .*, expected a list of sentences"):
             calvin.validation_instructions(str(tmp_path))
     write(path, "- stack")
     with pytest.raises(ValueError, match="holds list, expected `task"):
         calvin.validation_instructions(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"new_playtable\.yaml not found"):
+        calvin.training_instructions(str(tmp_path))
+    write(path.with_name("new_playtable.yaml"), "\n".join(f"{task}: ['{task} a', '{task} b ']" for task in tasks.TASKS))
+    assert calvin.training_instructions(str(tmp_path))["stack_block"] == ("stack_block a", "stack_block b")
     write(path, "stack_block: [stack]")
     with pytest.raises(ValueError, match=r"lacks a sentence for 33 of the 34 tasks, e\.g\. close_drawer"):
         calvin.validation_instructions(str(tmp_path))
