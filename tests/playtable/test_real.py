@@ -226,6 +226,30 @@ def test_a_simulator_that_dies_is_started_again_and_one_that_keeps_dying_ends_th
     assert recording.record(asked)["recorded"] == 6
 
 
+def test_a_task_is_planned_again_while_a_block_still_moves(checkout, fake, tmp_path, monkeypatch):
+    planned = []
+    far = experts.plan(None, None, "open_drawer", 0)
+
+    def plan(geometry, situation, task, seed):
+        planned.append(situation["block_velocity"][0, 0])
+        return far
+
+    monkeypatch.setattr(experts, "plan", plan)
+    asked = config(checkout, tmp_path, scenes=("D",), processes=1)
+    with recording.stages(asked, ["D"]) as every:
+        now = every.with_stage("D", lambda env: fake_begin(env, falling=1))
+        played, _ = every.with_stage(
+            "D", lambda env: every.attempt(env, "D", now, "open_drawer", np.random.default_rng(0))
+        )
+    assert planned == [1.0, 0.0] and played.done  # fell at first, lay still the second time
+    assert len(played.wanted) == len(played.bodies) == played.steps > 12
+
+
+def fake_begin(env, *, falling):
+    now = recording.ask(env, "begin", fake_stage.ROBOT_OBS, fake_stage.SCENE_OBS, np.zeros(3))
+    return {**now, "block_velocity": np.full((3, 6), float(falling))}
+
+
 def test_settings_that_cannot_work_are_refused(checkout, tmp_path):
     for changes, message in (
         ({"scenes": ("A", "E")}, "unknown scenes \\['E'\\]"),

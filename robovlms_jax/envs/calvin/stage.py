@@ -37,6 +37,13 @@ class Played(NamedTuple):
     bodies: np.ndarray
     steps: int
 
+    @classmethod
+    def join(cls, parts: Sequence[Played]) -> Played:
+        """One task that took several plans."""
+        columns = ("wanted", "targets", "robot_obs", "scene_obs", "bodies")
+        joined = (np.concatenate([getattr(part, column) for part in parts]) for column in columns)
+        return cls(parts[-1].done, *joined, sum(part.steps for part in parts))
+
 
 class Stage(adapter.CalvinEnv):
     """`adapter.CalvinEnv`, and plans played on it."""
@@ -58,7 +65,13 @@ class Stage(adapter.CalvinEnv):
         return {**self.info, **target}
 
     def play(
-        self, task: str, plan: Sequence[np.ndarray], kicks: np.ndarray, max_steps: int, hold: int
+        self,
+        task: str,
+        plan: Sequence[np.ndarray],
+        kicks: np.ndarray,
+        max_steps: int,
+        hold: int,
+        start: tasks.SceneInfo | None = None,
     ) -> tuple[Played, Mapping[str, Any]]:
         """Play a task's plan until the checker calls it done, and `hold` steps more.
 
@@ -66,11 +79,12 @@ class Stage(adapter.CalvinEnv):
           plan: the fields of `walking.Plan`. kicks: float[M, 7], added to the actions of the first KICK_STEPS of every
             KICK_EVERY steps; the expert's wish, without it, is what is kept.
           max_steps: until the task is done. hold: to go on after that.
+          start: `info` when the task began, if that was before this plan.
         Returns:
           what was played, and the `situation` after it.
         """
         route = walking.Plan(*(np.asarray(field) for field in plan))
-        number, start = list(tasks.TASKS).index(task), self.info
+        number, start = list(tasks.TASKS).index(task), start or self.info
         waypoint = waited = idle = 0
         done_at, rows = None, []
         for step in range(max_steps + hold):

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 IMAGE_SIZE = (200, 84)
 """Pixels of static and wrist camera, those of calvin_env's configuration."""
+_AT_REST, _LOOKS, _LOOK_AGAIN = 0.05, 3, 12
+"""m/s below which a block rests; how often the experts plan a task at most, and the steps until they do so again."""
 _TRIES = 3  # simulator processes that may die in one chain
 _TIMEOUT_S = 600.0  # longest task, rendering included, on a busy machine
 
@@ -265,10 +267,24 @@ class Stages:
         *,
         hold: int = demonstrations.HOLD_STEPS,
     ) -> tuple[stage.Played, Mapping[str, Any]]:
-        """One task from a situation; what was played, `hold` steps after its end included, and the situation then."""
-        route = experts.plan(self._geometries[scene], situation, task, int(rng.integers(2**31)))
-        kicks = _kicks(self.config.disturbance, self.config.max_steps + hold, rng)
-        return ask(env, "play", task, route, kicks, self.config.max_steps, hold)
+        """One task from a situation; what was played, `hold` steps after its end included, and the situation then.
+
+        Where a block still moves, the plan is made again a little later: the hand rises meanwhile.
+        """
+        limit, start = self.config.max_steps, situation
+        kicks = _kicks(self.config.disturbance, limit + hold, rng)
+        parts: list[stage.Played] = []
+        for look in range(_LOOKS):
+            moving = np.abs(situation["block_velocity"][:, :3]).max() > _AT_REST
+            last = not moving or look + 1 == _LOOKS
+            route = experts.plan(self._geometries[scene], situation, task, int(rng.integers(2**31)))
+            left = max(limit - sum(part.steps for part in parts), 1)
+            steps = left if last else min(_LOOK_AGAIN, left)
+            played, situation = ask(env, "play", task, route, kicks, steps, hold, start)
+            parts.append(played)
+            if last or played.done:
+                break
+        return stage.Played.join(parts), situation
 
     def _chain(
         self, env: process.ProcessEnv, scene: str, rng: np.random.Generator
