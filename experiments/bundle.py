@@ -55,9 +55,11 @@ def forget_places(step: pathlib.Path) -> None:
 def bundle(config: BundleConfig) -> pathlib.Path:
     """Returns the step directory. Raises FileNotFoundError, ValueError, FileExistsError that say what to change."""
     source = checkpoints.locate(config.checkpoint)
+    log.info("reading %s", source)
     serving = items.read_serving(source)
     _, params, _ = open_model(source, weights="float32", dtype="float32")
     params = jax.device_get(params)
+    log.info("writing %s", config.out)
     target = checkpoints.write_policy(config.out, halve(params), serving)
     forget_places(target)
     if (source / saved.CALIBRATION).is_file():

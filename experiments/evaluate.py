@@ -98,8 +98,8 @@ def evaluate(config: evaluation_settings.EvaluateConfig) -> pathlib.Path:
         )
         if config.latency_ms >= 0:
             log.info("asynchronous control: %s", dict(driven.counts))
-    title = f"{evaluation.setup['env']}, closed loop"
-    films = sorted(output.glob("film_*"))
+    films, title = sorted(output.glob("film_*")), f"{evaluation.setup['env']}, closed loop"
+    log.info("writing the report")
     return rollout_report.write_report(
         output, [evaluation], title=title, films=films, recordings=recordings, rrd=config.rrd
     )

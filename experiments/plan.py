@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from experiments import bridge, calvin_abcd, google_robot, oxe_pretrain
-from robovlms_jax import cli, upstream
+from robovlms_jax import bars, cli, upstream
 from robovlms_jax.backbones import registry
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import MeshConfig
@@ -155,7 +155,8 @@ def compile_step(
     split = meshes.batched(mesh)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
     begin = time.perf_counter()
-    compiled = steps.make_step(config, model, train_state, mesh).lower(train_state, batch).compile()
+    with bars.waiting("compiling for CPUs, which takes minutes for large models"):
+        compiled = steps.make_step(config, model, train_state, mesh).lower(train_state, batch).compile()
     return memory.of_program(compiled) | {"seconds_to_compile": round(time.perf_counter() - begin, 1)}
 
 
@@ -220,7 +221,6 @@ def main() -> None:
     # No accelerator is asked for, or needed.
     jax.config.update("jax_platforms", "cpu")
     if config.compile:
-        print("compiling for CPUs, which takes minutes for large models", file=sys.stderr)
         jax.config.update("jax_num_cpu_devices", config.devices or named_devices(config.mesh))
     try:
         result = plan(config)

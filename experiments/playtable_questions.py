@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 
-from robovlms_jax import cli
+from robovlms_jax import bars, cli
 from robovlms_jax.playtable import questions
 from robovlms_jax.runs import logs
 
 if __name__ == "__main__":
     logs.to_stderr()
     settings = cli.read(questions.Settings, description=__doc__)
-    counts = questions.write(settings)
+    with bars.waiting("drawing pictures"):
+        counts = questions.write(settings)
     logging.info("%(pictures)d pictures with %(questions)d questions", counts)
     logging.info("they are in %s", settings.out)

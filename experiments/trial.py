@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from robovlms_jax import cli, json_files, json_lines
+from robovlms_jax import bars, cli, json_files, json_lines
 from robovlms_jax.control.execution import Executed, Execution
 from robovlms_jax.control.interface import Observation, Policy
 from robovlms_jax.control.robot import RobotSpec
@@ -154,6 +154,7 @@ class Session:
     ):
         self._config, self._robot, self._spec, self._ask, self._say = config, robot, spec, ask, say
         self._policies = [Executed(policy, config.execution) for policy in policies]
+        self._compiled = False
         self._labels = list(labels) or list(config.checkpoints)
         self.rollouts = blind.schedule(
             config.instructions, config.reworded, config.settings, config.rollouts, len(policies), config.seed
@@ -257,6 +258,7 @@ class Session:
         policy, steps, limit = self._policies[rollout.policy], [], self._config.max_steps
         try:
             self._robot.reset()
+            self._compile(rollout.instruction)
             policy.reset(rollout.instruction)
             chunk: list[np.ndarray] = []
             while len(steps) < limit:
@@ -273,6 +275,17 @@ class Session:
             self._void(rollout, f"The rollout broke off: {type(error).__name__}: {error}", traceback.format_exc())
             return []
         return steps
+
+    def _compile(self, instruction: str) -> None:
+        """Every policy acts once before the first rollout, and nothing of it is executed: a policy that compiles in the
+        middle of the session would leave the robot waiting, and tell the operator that another one acts."""
+        if not self._compiled:
+            seen = self._robot.observe()
+            with bars.waiting("compiling the policies, which takes up to minutes; the robot stands still"):
+                for policy in self._policies:
+                    policy.reset(instruction)
+                    policy.act(seen)
+            self._compiled = True
 
     def _state(self, seen: Observation) -> np.ndarray:
         """float32[P], what is recorded of the robot's state. Raises ValueError where there is none."""
@@ -324,7 +337,8 @@ def main() -> None:
         if any(spec != specs[0] for spec in specs):
             raise ValueError("the checkpoints drive different robots; compare those of one.")
         labels = [f"{path}, {seals.identity(checkpoints.locate(path)).label}" for path in config.checkpoints]
-        policies = [load_policy(path) for path in config.checkpoints]
+        with bars.waiting("reading the checkpoints"):
+            policies = [load_policy(path) for path in config.checkpoints]
         session = Session(config, open_robot(config.robot), policies, specs[0], labels=labels)
         if session.run():
             (pathlib.Path(config.out) / "report.md").write_text(session.report(), encoding="utf-8")

@@ -78,9 +78,9 @@ def record(config: RecordConfig) -> dict[str, int]:
             if missing:
                 frames = kind(out / split, config.image_size)
                 numbers = [names.index(name) for name in scenes]
-                tables = demonstrations.Tables(config, renderer.scenes, numbers, seed, missing)
                 done = len(journal.numbers)
                 with bars.Bar(done + len(missing), "chain", "compiling the simulator", initial=done, desc=split) as bar:
+                    tables = demonstrations.Tables(config, renderer.scenes, numbers, seed, missing)
                     tables.watch = lambda steps, bar=bar: bar.say(f"{steps} steps simulated")
                     splits.write(journal, frames, demonstrations.rendered(tables, renderer), bar, split)
             elif kind.unfinished(out / split, journal):

@@ -14,6 +14,7 @@ import textwrap
 import time
 from collections.abc import Callable
 
+from robovlms_jax import bars
 from robovlms_jax.search import queue, space
 from robovlms_jax.search.config import SearchConfig
 
@@ -46,7 +47,7 @@ def run(config: SearchConfig, trial: queue.Trial, look: Look = lambda step, valu
     out = pathlib.Path(config.out)
     folder = queue.folder(out, trial.number)
     begin, pruned = time.monotonic(), False
-    with (folder / "log.txt").open("ab") as log:
+    with (folder / "log.txt").open("ab") as log, bars.waiting(f"trial {trial.number}") as bar:
         # In a session of its own: Ctrl-C reaches this process alone, which asks the run to save.
         process = subprocess.Popen(
             command(config, trial, folder / "run"), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -55,6 +56,7 @@ def run(config: SearchConfig, trial: queue.Trial, look: Look = lambda step, valu
             seen = -1
             while process.poll() is None:
                 time.sleep(POLL)
+                bar.say(_newest(folder / "run") or "starting")
                 for step, value in objective(folder / "run", config.objective):
                     if step > seen and not pruned:
                         seen = step
@@ -74,6 +76,12 @@ def run(config: SearchConfig, trial: queue.Trial, look: Look = lambda step, valu
         trial = dataclasses.replace(trial, status="failed", reason=_last_line(folder / "log.txt"))
     queue.write(out, trial)
     return trial
+
+
+def _newest(run: pathlib.Path) -> str:
+    """The last step and loss that the run's metrics.jsonl has; "" where there is none yet."""
+    losses = objective(run, "train/loss")
+    return f"step {losses[-1][0]}, loss {losses[-1][1]:.4g}" if losses else ""
 
 
 def objective(run: pathlib.Path, name: str) -> list[tuple[int, float]]:

@@ -284,3 +284,23 @@ def test_a_plan_that_is_none_is_named(change, message, tmp_path):
 def test_a_robot_that_cannot_be_opened_is_named(name, message):
     with pytest.raises(ValueError, match=f"robot='{name}'.*{message}"):
         trial.open_robot(name)
+
+
+def test_every_policy_acts_once_before_the_first_rollout_and_nothing_of_that_is_executed(tmp_path):
+    class Counting(Moving):
+        asked = 0
+
+        def act(self, observation):
+            self.asked += 1
+            return super().act(observation)
+
+    class Resting(Toy):
+        steps = 0
+
+        def step(self, action):
+            self.steps += 1
+            super().step(action)
+
+    robot, policies = Resting(), (Counting(0.5), Counting(-0.5))
+    assert not session(tmp_path, robot, ["g", "y", "", "q"], policies=policies, max_steps=1).run()
+    assert sorted(policy.asked for policy in policies) == [1, 2] and robot.steps == 1

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import search
+from robovlms_jax import bars
 from robovlms_jax.search import queue, report, space, trials, workers
 from robovlms_jax.search.config import SearchConfig
 
@@ -217,3 +218,10 @@ def test_differences_are_judged_by_seed_and_one_run_tells_nothing():
     assert ranked[0].half_width == pytest.approx(4.302653 * 1.0 / 3**0.5, rel=1e-5)  # t of 2 degrees of freedom
     assert [x.setting["rate"] for x in report.rank(make({"a": [1.0], "b": [2.0]}), "maximize")] == ["b", "a"]
     assert report.rank(make({"a": [1.0], "b": [2.0]}), "minimize")[1].noise is None
+
+
+def test_whoever_waits_for_a_trial_sees_its_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bars, "EVERY_S", (0.0, 0.0))
+    workers.work(settings(tmp_path, space=("rate=0.1",), fixed=("pace=0.1",)))
+    shown = capsys.readouterr().err.split("\r")
+    assert any(line.startswith("trial 0: 00:0") and ", step 2, loss 9" in line for line in shown), shown
