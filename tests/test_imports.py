@@ -220,13 +220,15 @@ for name in sys.argv[1:]:
     importlib.import_module(name)
 more = {"jax", "msgpack", "websockets", "PIL", "scipy"} & set(sys.modules)
 assert not more, f"importing {sys.argv[1:]} loads {sorted(more)}"
+print(len(sys.argv) - 1, "imported")
 """
 
 
 def test_importing_what_runs_on_a_robots_computer_needs_numpy_alone():
     # msgpack and websockets are imported by the functions that talk to somebody.
     rooms = ("control", "deploy")
-    run_python("-c", NUMPY_ALONE, *(f"{PACKAGE}.{name}" for name in library_files() if name.startswith(rooms)))
+    modules = [f"{PACKAGE}.{name}" for name in library_files() if name.startswith(rooms)]
+    assert run_python("-c", NUMPY_ALONE, *modules) == f"{len(modules)} imported\n"
 
 
 IMPORT_EVERYTHING = """
@@ -235,6 +237,7 @@ for name in sys.argv[1:]:
     importlib.import_module(name)
     heavy = {"torch", "tensorflow", "tensorflow_datasets", "transformers"} & set(sys.modules)
     assert not heavy, f"importing {name} loads {sorted(heavy)}"
+print(len(sys.argv) - 1, "imported")
 """
 
 
@@ -242,4 +245,5 @@ def test_importing_the_library_and_the_experiments_is_light():
     # No such platform: whatever starts a device while it is imported raises.
     modules = [f"{PACKAGE}.{module}" if module else PACKAGE for module in library_files()]
     modules += [f"experiments.{path.stem}" for path in (ROOT / "experiments").glob("*.py")]
-    run_python("-c", IMPORT_EVERYTHING, *modules, JAX_PLATFORMS="none")
+    said = run_python("-c", IMPORT_EVERYTHING, *modules, JAX_PLATFORMS="none")
+    assert said == f"{len(modules)} imported\n"  # and nothing is printed

@@ -158,7 +158,7 @@ def test_queries_see_images_and_text_but_not_what_ends_the_prompt(twin):
         assert relative_error(query_features(twin, moved, ids, mask), before) > 1e-5
 
 
-def cached_equals_at_once(twin):
+def assert_cached_equals_at_once(twin):
     images, ids, mask = example(twin.config, lengths=(7, 5))
     tokens, expected = run(twin, images, ids, mask)
     # By position, so that nothing is decoded before what it attends to: eos lies in an earlier slot than the queries.
@@ -188,7 +188,7 @@ def cached_equals_at_once(twin):
 
 
 def test_cached_decoding_equals_decoding_at_once(twin):
-    cached_equals_at_once(twin)
+    assert_cached_equals_at_once(twin)
 
 
 def test_dropout_acts_only_when_asked_and_reaches_images_and_text(kosmos_twin):

@@ -44,7 +44,7 @@ def train(source: samples.SegmentSource, count: int, **options) -> list[types.Ba
     return take(loading.train_batches(source, **options), count)
 
 
-def same(a: types.Batch, b: types.Batch) -> None:
+def assert_same(a: types.Batch, b: types.Batch) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -190,8 +190,8 @@ def test_a_batch_is_its_segments_side_by_side(dataset, windows_per_segment):
     )
     order = np.random.default_rng(0).permutation(len(source))
     alone = jax.tree.map(lambda *leaves: np.stack(leaves), *[source[index] for index in order.tolist()])
-    same(source.training_batch(order, np.zeros(len(order), np.uint32)), alone)
-    same(source.evaluation_batch(order), alone)
+    assert_same(source.training_batch(order, np.zeros(len(order), np.uint32)), alone)
+    assert_same(source.evaluation_batch(order), alone)
 
 
 def test_no_frame_is_read_twice_or_ahead(dataset, monkeypatch):
@@ -239,7 +239,7 @@ def test_every_epoch_sees_every_window_once_in_a_new_order(dataset):
 def test_the_seed_alone_decides_the_order(dataset):
     source = make_source(dataset)
     first = join(train(source, 4))
-    same(first, join(train(source, 4, num_threads=5, prefetch=1)))
+    assert_same(first, join(train(source, 4, num_threads=5, prefetch=1)))
     assert not np.array_equal(first.actions, join(train(source, 4, seed=4)).actions)
 
 
@@ -249,7 +249,7 @@ def test_global_batches_do_not_depend_on_the_number_of_processes(dataset, proces
     parts = [train(source, 5, process=(index, processes)) for index in range(processes)]
     for whole, *shares in zip(train(source, 5), *parts, strict=True):
         assert all(len(share.episode) == 4 // processes for share in shares)
-        same(whole, join(shares))
+        assert_same(whole, join(shares))
 
 
 @pytest.mark.parametrize("step", [1, 7])
@@ -257,7 +257,7 @@ def test_starting_at_a_step_continues_exactly(dataset, step):
     source = make_source(dataset)
     whole = train(source, step + 3)
     for a, b in zip(whole[step:], train(source, 3, start_step=step), strict=True):
-        same(a, b)
+        assert_same(a, b)
 
 
 def test_a_batch_larger_than_an_epoch_is_filled_from_the_next(dataset):
@@ -287,7 +287,7 @@ def test_evaluation_sees_everything_once_and_pads_the_last_batch(dataset, proces
     assert all(len(part) == 2 for part in parts)
     whole = [join(list(shares)) for shares in zip(*parts, strict=True)]
     for a, b in zip(whole, evaluate(source), strict=True):
-        same(a, b)
+        assert_same(a, b)
     found = sorted(window for batch in whole for window in windows_of(batch))
     every = sorted(window for sample in source for window in windows_of(jax.tree.map(lambda x: x[None], sample)))
     assert found == every

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from robovlms_jax.data import base, calvin
-from tests.data.test_loading import SPANS, evaluate, join, make_source, same, train
+from tests.data.test_loading import SPANS, assert_same, evaluate, join, make_source, train
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_an_unreadable_segment_is_replaced_reported_and_named(corrupt, caplog):
     assert np.isfinite(batch.actions).all()
     assert batch.window_mask.any(axis=1).all()
     assert caplog.text.count("episode_0000112.npz") == 1  # however often it is met
-    same(batch, join(train(source, 3, num_threads=4)))
+    assert_same(batch, join(train(source, 3, num_threads=4)))
 
 
 def test_a_replacement_leaves_the_other_rows_alone(corrupt, write_calvin):
@@ -35,7 +35,7 @@ def test_a_replacement_leaves_the_other_rows_alone(corrupt, write_calvin):
     good = replaced.corrupt < 0
     assert (whole.corrupt < 0).all()
     np.testing.assert_array_equal(whole.episode[~good], replaced.corrupt[~good])
-    same(jax.tree.map(lambda x: x[good], whole), jax.tree.map(lambda x: x[good], replaced))
+    assert_same(jax.tree.map(lambda x: x[good], whole), jax.tree.map(lambda x: x[good], replaced))
 
 
 def test_nothing_readable_stops_with_the_reason(write_calvin):

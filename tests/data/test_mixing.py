@@ -33,7 +33,7 @@ def train(source, count, **options):
     return take(loading.train_batches(source, **options), count)
 
 
-def same(a, b):
+def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -149,7 +149,7 @@ def test_a_mixture_resumes_exactly_and_on_any_number_of_hosts(root, step):
     whole = train(source, step + 3)
     parts = [train(source, 3, start_step=step, process=(index, 2)) for index in (0, 1)]
     for expected, *shares in zip(whole[step:], *parts, strict=True):
-        same(expected, jax.tree.map(lambda *leaves: np.concatenate(leaves), *shares))
+        assert_same(expected, jax.tree.map(lambda *leaves: np.concatenate(leaves), *shares))
 
 
 def check_workers(root, counts):
@@ -158,9 +158,9 @@ def check_workers(root, counts):
     expected = train(source, 5)
     for count in counts:
         for a, b in zip(expected, train(source, 5, num_workers=count), strict=True):
-            same(a, b)
+            assert_same(a, b)
         (resumed,) = train(source, 1, num_workers=count, start_step=4)
-        same(expected[4], resumed)
+        assert_same(expected[4], resumed)
 
 
 def test_worker_processes_read_the_same_batches(root):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from robovlms_jax.data import calvin, order, packing
-from tests.data.test_loading import SPANS, make_source, same, train
+from tests.data.test_loading import SPANS, assert_same, make_source, train
 
 
 def test_the_fingerprint_accepts_the_same_data_in_either_layout(write_calvin, tmp_path):
@@ -18,7 +18,7 @@ def test_the_fingerprint_accepts_the_same_data_in_either_layout(write_calvin, tm
     saved, current = (order.order_fingerprint(source, segments_per_batch=4, seed=1) for source in sources)
     order.require_same_order(json.loads(json.dumps(saved)), current)
     for a, b in zip(*(train(source, 3) for source in sources), strict=True):
-        same(a, b)
+        assert_same(a, b)
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,7 @@ def test_pages_are_told_that_the_demonstration_ends():
         told(line, "you")
         it.loop.call_soon_threadsafe(it.end.set)
         told(line, "ended")
+        assert ended(line) == 1001  # going away, which a browser does not take for an error
 
 
 def test_a_port_that_is_taken_is_named_with_the_way_out():

@@ -19,7 +19,9 @@ def _quiet():
 
 
 def test_some_bad_messages_do_no_harm():
-    hostile.attack(40)
+    said = []
+    hostile.attack(40, report=said.append)  # asserts that a good robot beside them is served
+    assert int(said[-1].split(" bad messages")[0]) >= 40
 
 
 @pytest.mark.slow

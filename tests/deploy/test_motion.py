@@ -51,7 +51,7 @@ def adversarial(rng, steps, robots, columns):
     return np.select([kinds == k for k in range(4)], [noise, flips * 3.0, push, spikes], 0.0)
 
 
-def no_limit_is_exceeded(groups, steps, robots, seed):
+def assert_no_limit_is_exceeded(groups, steps, robots, seed):
     rng = np.random.default_rng(seed)
     columns = 3 * len(groups)
     low, high = LOW[:columns], HIGH[:columns]
@@ -64,13 +64,13 @@ def no_limit_is_exceeded(groups, steps, robots, seed):
 
 def test_no_limit_is_exceeded_in_a_million_adversarial_steps():
     for seed in range(5):
-        no_limit_is_exceeded((motion.Group("translation", (0, 1, 2), 0.5, 2.0, 20.0),), 100, 2000, seed)
+        assert_no_limit_is_exceeded((motion.Group("translation", (0, 1, 2), 0.5, 2.0, 20.0),), 100, 2000, seed)
 
 
 @pytest.mark.slow
 def test_no_limit_is_exceeded_in_ten_million_adversarial_steps_of_arms_that_also_turn():
     for seed in range(100, 120):
-        no_limit_is_exceeded(ARM, 200, 2500, seed)
+        assert_no_limit_is_exceeded(ARM, 200, 2500, seed)
 
 
 @settings(max_examples=20, deadline=None)

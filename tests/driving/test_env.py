@@ -90,4 +90,5 @@ def test_full_speed_at_a_box_ends_in_a_collision_without_the_layer_and_before_it
 def test_the_example_of_the_navigation_page_runs_as_it_stands_there():
     page = (pathlib.Path(__file__).resolve().parents[2] / "docs/navigation.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    exec(compile(code, "docs/navigation.md", "exec"), {})
+    exec(compile(code, "docs/navigation.md", "exec"), names := {})
+    assert names["decision"].events  # driven straight at the box, the layer had to do something

@@ -249,6 +249,10 @@ def test_a_policy_of_another_robot_is_refused_by_simplerenv_with_what_differs(po
 @pytest.mark.parametrize(("policy", "statistics"), [(WIDOWX, ""), (IN_QUANTILES, "q.json")])
 def test_simplerenv_takes_metres_as_they_are_and_quantiles_with_their_statistics(policy, statistics):
     evaluate._require_robot(config(env="simpler", simpler_statistics=statistics), policy, "bridge")
+    with pytest.raises(ValueError, match="is driven"):  # and not the other way round
+        evaluate._require_robot(
+            config(env="simpler", simpler_statistics="" if statistics else "q.json"), policy, "bridge"
+        )
 
 
 def test_an_old_checkpoint_that_describes_no_robot_says_by_its_scaling_what_simplerenv_needs(caplog):

@@ -177,7 +177,8 @@ robot, scene = (np.tile(x, (2, 1)) for x in initial_states.initial_state(conditi
 actions = np.array([[0.3, -0.2, -0.5, 0.1, 0.0, 0.4, 1.0], [-0.5, 0.4, -0.7, 0.0, 0.2, 0.0, -1.0]], np.float32)
 from robovlms_jax.parallel import cpu
 if cpu.options("tiny_kernels", "cpu") == cpu.options("small_kernels", "cpu"):
-    raise SystemExit  # this XLA has one code generator only
+    print("one code generator")  # of this XLA
+    raise SystemExit
 ends = []
 for step in env._STEPS.values():
     states = env.reset_batch(scenes, robot, scene)
@@ -185,10 +186,12 @@ for step in env._STEPS.values():
         states = step(scenes, states, actions)
     ends.append(jax.device_get(states))
 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *ends)
+print("alike")
 """
 
 
 @pytest.mark.slow
 def test_both_code_generators_step_alike():
     # Of their own, because tests compile with the older one throughout.
-    run_python("-c", STEPS, XLA_FLAGS="", JAX_DISABLE_MOST_OPTIMIZATIONS="0")
+    said = run_python("-c", STEPS, XLA_FLAGS="", JAX_DISABLE_MOST_OPTIMIZATIONS="0")
+    assert said in ("alike\n", "one code generator\n")

@@ -175,7 +175,7 @@ def meshes_of_two():
     return on_meshes([2, 2, 2], [2, 1, 1])
 
 
-def require_equal_on_meshes(out, *cases):
+def assert_equal_on_meshes(out, *cases):
     """The same two steps give one device's losses and parameters on eight (fake) devices."""
     out = dict(out)
     reference = out.pop(str([1, 1, 1]))
@@ -195,7 +195,7 @@ def require_equal_on_meshes(out, *cases):
 
 def test_sharded_step_equals_one_device(meshes_of_two):
     # One program for any mesh: losses and updated parameters of the same two steps.
-    require_equal_on_meshes(meshes_of_two, [2, 2, 2], [2, 1, 1])
+    assert_equal_on_meshes(meshes_of_two, [2, 2, 2], [2, 1, 1])
 
 
 def test_copies_add_their_gradients_up_once_per_update(meshes_of_two):
@@ -208,14 +208,14 @@ def test_copies_add_their_gradients_up_once_per_update(meshes_of_two):
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [x for x in MESHES if x[0] != 2])
 def test_sharded_step_equals_one_device_on_other_meshes(sizes):
-    require_equal_on_meshes(on_meshes(sizes), sizes)
+    assert_equal_on_meshes(on_meshes(sizes), sizes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("structure", [name for name in STRUCTURES if name != "policy_head"])
 def test_every_structure_is_the_same_on_any_mesh(structure):
     # Fails where a history's reshapes mix samples of different devices, or a masked mean is taken per device.
-    require_equal_on_meshes(on_meshes(*MESHES, structure=structure), *MESHES)
+    assert_equal_on_meshes(on_meshes(*MESHES, structure=structure), *MESHES)
 
 
 @pytest.mark.slow
@@ -229,7 +229,7 @@ def test_every_structure_is_the_same_on_any_mesh(structure):
 )
 def test_partly_frozen_models_are_the_same_on_any_mesh(settings):
     # Fails if a frozen parameter changes or an adapter's gradient misses a device's samples.
-    require_equal_on_meshes(on_meshes(*MESHES, **settings), *MESHES)
+    assert_equal_on_meshes(on_meshes(*MESHES, **settings), *MESHES)
 
 
 BOTH_SPLITS = """

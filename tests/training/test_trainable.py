@@ -39,3 +39,5 @@ def test_a_pattern_of_parameters_that_no_task_depends_on_is_refused_by_name(patt
 @pytest.mark.parametrize("patterns", [(".*",), ("^head/", "attn"), ("^(head|auxiliary)/",), ("head/out/kernel",)])
 def test_a_pattern_by_which_something_learns_is_accepted(patterns):
     trainable.require_reached(loss, PARAMS, BATCH, patterns)
+    with pytest.raises(ValueError, match="'bias'"):  # one beside it by which nothing does is not excused
+        trainable.require_reached(loss, PARAMS, BATCH, (*patterns, "bias"))

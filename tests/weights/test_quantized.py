@@ -31,6 +31,8 @@ def test_a_quantised_config_is_refused_with_its_method_and_what_to_take(values, 
 @pytest.mark.parametrize("values", [{}, {"quantization_config": None}, {"quantization_config": {}, "text_config": {}}])
 def test_configs_that_quantise_nothing_pass(values):
     quantized.require_float_config(values)
+    with pytest.raises(ValueError, match="MLX"):  # and the same with something that does, do not
+        quantized.require_float_config(values | {"quantization": {"bits": 4}})
 
 
 @pytest.mark.parametrize(
