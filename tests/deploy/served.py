@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import threading
 import time
+import urllib.request
 
 import numpy as np
 
 from robovlms_jax.control.interface import ActionChunk, Observation
 from robovlms_jax.control.robot import CALVIN
+from robovlms_jax.deploy import codec
 from robovlms_jax.deploy.config import ServerConfig
 from robovlms_jax.deploy.messages import Reader
 from robovlms_jax.deploy.server import PolicyServer
@@ -103,3 +105,49 @@ def url(server, path="", scheme="ws"):
 def steps(reply):
     """Which step of its episode an answer is: `{"actions": float[C, 7]}`."""
     return round(float(reply["actions"][0, 1]) * 100)
+
+
+def read(line):
+    return codec.unpack(line.recv(5), codec.Bounds())
+
+
+def ask(line, **more):
+    line.send(codec.pack(message(**more)))
+    return read(line)
+
+
+def get(server, path, token=None):
+    request = urllib.request.Request(url(server, path, "http"))
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        return answer.status, answer.read().decode()
+
+
+class Lines:
+    """Connections that are closed at the end."""
+
+    def __enter__(self):
+        self._lines = []
+        return self._open
+
+    def _open(self, address):
+        from websockets.sync.client import connect
+
+        self._lines.append(connect(address).__enter__())
+        return self._lines[-1]
+
+    def __exit__(self, *error):
+        for line in self._lines:
+            line.close()
+
+
+def envelope(kind, payload, seq=0):
+    return codec.pack({"type": kind, "payload": payload, "seq": seq, "timestamp": 0.0}, text_keys=True)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
