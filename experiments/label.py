@@ -72,12 +72,13 @@ SHOWN_EVERY = 2
 def prepare(config: LabelConfig, page: server.LabelServer) -> None:
     """Everything before the first question. Raises ValueError, OSError that say what is wrong."""
     out = pathlib.Path(config.out)
-    path = pathlib.Path(config.rollouts) if config.rollouts else out
-    if not config.rollouts and not (out / segments.FILE).exists():
+    if config.rollouts:
+        _keep(pathlib.Path(config.rollouts), out / segments.FILE)
+    elif not (out / segments.FILE).exists():
         page.prepare("Rollouts are being made, which takes some minutes")
         trying.record(config.checkpoint or twin.DIRECTORY, config.record).save(out / segments.FILE)
-    found = segments.load(path)
-    about = {"rollouts": segments.identity(path), "steps": config.steps, "every": config.every}
+    found = segments.load(out)
+    about = {"rollouts": segments.identity(out), "steps": config.steps, "every": config.every}
     given = answers.Answers(out / answers.FILE, about)
     page.prepare("Pairs are being chosen")
     learned = rewards.load(config.reward) if config.reward else None
@@ -106,6 +107,16 @@ def prepare(config: LabelConfig, page: server.LabelServer) -> None:
         show(fresh[0])  # compiles
     page.open(server.Work(given, fresh, show))
     log.info("%d answers so far, %d questions left", len(given.given), len(fresh))
+
+
+def _keep(given: pathlib.Path, own: pathlib.Path) -> None:
+    """Recorded rollouts beside the answers about them. Raises ValueError where others are there."""
+    if not own.exists():
+        segments.load(given).save(own)
+    require(
+        segments.same(segments.load(given), segments.load(own)),
+        f"{own} has other rollouts than {given}; leave --rollouts out to go on with those, or choose another --out.",
+    )
 
 
 async def run(config: LabelConfig) -> bool:

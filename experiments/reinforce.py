@@ -2,6 +2,7 @@
 
     python -m experiments.reinforce --checkpoint runs/playtable_fixtures
     python -m experiments.reinforce --preset grpo --checkpoint runs/playtable_fixtures --out runs/grpo
+    python -m experiments.reinforce --preset preferences --checkpoint runs/playtable_fixtures --reward runs/reward
 
 The output is a run directory like any other: experiments.evaluate and experiments.serve take it. report.md there says
 how often the policy succeeds before and after on the same trials: as trained, on an unseen table, in unseen words, from
@@ -27,6 +28,12 @@ PRESETS = {
     "ppo": BASE,
     "grpo": dataclasses.replace(
         BASE, out="runs/reinforce_grpo", update=UpdateConfig(method="grpo"), trainable=("^head/", "^rl/behaviour/")
+    ),
+    "preferences": dataclasses.replace(
+        BASE,
+        out="runs/reinforce_preferences",
+        reward="runs/reward",
+        update=dataclasses.replace(BASE.update, divergence_weight=0.05),
     ),
 }
 

@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, Mapping[str, Program]] = {
         "calvin": Program(
             "record_calvin", "recording.RealRecordConfig", "the same experts in the real CALVIN simulator"
         ),
+        "corrections": Program("correct", "correcting.CorrectionConfig", "experts take over where a policy has got to"),
         "questions": Program("playtable_questions", "questions.Settings", "pictures of it with questions and answers"),
     },
     "inspect": {"": Program("inspect_data", "Args", "one page about a dataset, before training")},
@@ -54,6 +55,7 @@ COMMANDS: Mapping[str, Mapping[str, Program]] = {
         "adapt": Program("adapt", "PRESETS", "to a new table, camera or arm"),
     },
     "label": {"": Program("label", "LabelConfig", "which of two clips is better, asked on a local page")},
+    "reward": {"": Program("reward", "rewarding.RewardRunConfig", "a reward learned from such answers")},
     "search": {"": Program("search", "PRESETS", "settings tried and ranked")},
     "compare": {
         "": Program("compare", "CompareConfig", "checkpoints on the same trials, and what their numbers could hide"),

@@ -46,10 +46,10 @@ def draw(
     )
     drawn: dict[frozenset[Segment], Pair] = {}
     wanted = count * (1 if reward is None else CANDIDATES)
-    for _ in range(20 * wanted):  # draws of a pair that is there already are lost
+    for turn in range(20 * wanted + 100):  # a draw of a pair that is there already is lost, and the next task's turn
         if len(drawn) == wanted:
             break
-        rows = list(by_task.values())[len(drawn) % len(by_task)]
+        rows = list(by_task.values())[turn % len(by_task)]
         left, right = (rows[i] for i in rng.choice(len(rows), 2, replace=False))
         if left.rollout != right.rollout:
             drawn.setdefault(frozenset((left, right)), Pair(left, right))

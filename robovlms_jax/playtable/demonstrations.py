@@ -10,7 +10,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,12 +45,12 @@ class Segment(NamedTuple):
     arrays: Mapping[str, np.ndarray]
 
 
-def rendered(tables: Tables, renderer: Renderer) -> Iterator[tuple[int, list[Segment], int]]:
+def rendered(tables: Iterable[Chain], renderer: Renderer) -> Iterator[tuple[int, list[Segment], int]]:
     """Of each chain, in the order in which they end: its number, its segments, and how many tasks were attempted.
 
     Pictures are made beside the simulation, which alone does not keep all cores busy.
     """
-    ended: list[_Chain] = []
+    ended: list[Chain] = []
     looking: concurrent.futures.Future | None = None
     with concurrent.futures.ThreadPoolExecutor(1) as beside:
         for chain in tables:
@@ -75,7 +75,7 @@ class Scenes:
         return jax.device_get(stack_scenes(self.names))
 
 
-class _Steps(NamedTuple):
+class Steps(NamedTuple):
     """What is recorded of some steps: the states before them, `robot_obs` and `scene_obs` there, what the experts
     wanted, and whether their tasks are done after them."""
 
@@ -86,11 +86,11 @@ class _Steps(NamedTuple):
     done: Any
 
 
-class _Demo(NamedTuple):
+class Demo(NamedTuple):
     """One successful demonstration, not rendered yet. NumPy, leading axis T."""
 
     task: str
-    steps: _Steps
+    steps: Steps
 
     @property
     def length(self) -> int:
@@ -98,7 +98,7 @@ class _Demo(NamedTuple):
 
 
 @dataclasses.dataclass
-class _Chain:
+class Chain:
     """What one table is busy with."""
 
     number: int
@@ -114,8 +114,8 @@ class _Chain:
     """Recorded steps of the task under way."""
     done_at: int | None = None
     """The step of the task under way after which the checker called it done."""
-    demos: list[_Demo] = dataclasses.field(default_factory=list)
-    blocks: list[_Steps] = dataclasses.field(default_factory=list)
+    demos: list[Demo] = dataclasses.field(default_factory=list)
+    blocks: list[Steps] = dataclasses.field(default_factory=list)
     """Of the task under way."""
 
 
@@ -136,7 +136,7 @@ class Tables:
         self.watch: Callable[[int], None] = lambda steps: None
         """Called after every block with the control steps that the busy tables have made together."""
 
-    def __iter__(self) -> Iterator[_Chain]:
+    def __iter__(self) -> Iterator[Chain]:
         busy = {table: chain for table in range(self.config.tables) if (chain := self._begin()) is not None}
         states = self._reset(busy, busy)
         running, made = None, 0
@@ -145,7 +145,7 @@ class Tables:
             if fresh:
                 scenes = self._scenes_of(busy)
                 running = self._plan(scenes, states, fresh, running)
-            states, running, steps = _advance(scenes, states, running, self._kicks(busy))
+            states, running, steps = advance(scenes, states, running, self._kicks(busy))
             made += BLOCK * len(busy)
             self.watch(made)
             fresh, ended, picks = {}, [], {}
@@ -169,12 +169,12 @@ class Tables:
                 states = env.choose(_mask(started, self.config.tables), self._reset(busy, started), states)
             yield from ended
 
-    def _scenes_of(self, busy: Mapping[int, _Chain]) -> Scene:
+    def _scenes_of(self, busy: Mapping[int, Chain]) -> Scene:
         """One per table."""
         which = np.array([busy[t].scene if t in busy else 0 for t in range(self.config.tables)])
         return jax.device_put(env.pick(self._every.stacked, which))
 
-    def _kicks(self, busy: Mapping[int, _Chain]) -> np.ndarray:
+    def _kicks(self, busy: Mapping[int, Chain]) -> np.ndarray:
         """float32[tables, 7]: what is added to the experts' actions at the beginning of this block."""
         kicks = np.zeros((self.config.tables, 7), np.float32)
         for table, chain in busy.items():
@@ -183,7 +183,7 @@ class Tables:
                 kicks[table, :6] = size * direction / np.linalg.norm(direction)
         return kicks
 
-    def _begin(self) -> _Chain | None:
+    def _begin(self) -> Chain | None:
         """The next chain with a first task; None when all have been begun."""
         while self._waiting:
             number = self._waiting.popleft()
@@ -191,12 +191,12 @@ class Tables:
             conditions = task_chains.initial_conditions()
             scene = self._scenes[number % len(self._scenes)]
             offset = self.config.start_spread * np.array([1.0, 0.25, 0.25]) * rng.uniform(-1.0, 1.0, size=3)
-            chain = _Chain(number, scene, rng, conditions[rng.integers(len(conditions))], offset)
+            chain = Chain(number, scene, rng, conditions[rng.integers(len(conditions))], offset)
             if self._choose(chain):
                 return chain
         return None
 
-    def _choose(self, chain: _Chain) -> bool:
+    def _choose(self, chain: Chain) -> bool:
         """Draw the chain's next task; False when it is complete or no task of the list is possible."""
         names = self._tasks if chain.attempted < self.config.chain_length else ()
         possible = [name for name in names if len(task_chains.successors(chain.condition, name)) == 1]
@@ -207,7 +207,7 @@ class Tables:
         chain.steps, chain.done_at, chain.blocks = 0, None, []
         return True
 
-    def _reset(self, busy: Mapping[int, _Chain], fresh: Mapping[int, _Chain]) -> bodies.State:
+    def _reset(self, busy: Mapping[int, Chain], fresh: Mapping[int, Chain]) -> bodies.State:
         starts = [np.zeros((self.config.tables, size), np.float32) for size in (env.ROBOT_OBS_DIM, env.SCENE_OBS_DIM)]
         for table in range(self.config.tables):
             chain = fresh.get(table) or busy.get(table) or next(iter(fresh.values()))
@@ -216,14 +216,14 @@ class Tables:
             starts[0][table, :3] += chain.offset
         return env.reset_batch(self._scenes_of(busy), *starts)
 
-    def _plan(self, scenes: Scene, states: Any, fresh: Mapping[int, _Chain], running: Any) -> Any:
+    def _plan(self, scenes: Scene, states: Any, fresh: Mapping[int, Chain], running: Any) -> Any:
         numbers, seeds = np.zeros(self.config.tables, np.int32), np.zeros(self.config.tables, np.uint32)
         for table, chain in fresh.items():
             numbers[table], seeds[table] = plans.TASKS.index(chain.task), chain.rng.integers(2**31)
-        new = _begin_tasks(scenes, states, numbers, seeds)
+        new = begin_tasks(scenes, states, numbers, seeds)
         return new if running is None else env.choose(_mask(fresh, self.config.tables), new, running)
 
-    def _book(self, chain: _Chain, steps: _Steps) -> int | None:
+    def _book(self, chain: Chain, steps: Steps) -> int | None:
         """Add a block to the chain's task. Returns the step of the block after which the task is over, None = goes on.
 
         A task that was not done leaves `chain.task` empty: the chain ends.
@@ -241,7 +241,7 @@ class Tables:
         if chain.steps < length:
             return None
         steps = jax.tree.map(lambda *parts: np.concatenate(parts)[:length], *chain.blocks)
-        chain.demos.append(_Demo(chain.task, steps))
+        chain.demos.append(Demo(chain.task, steps))
         chain.condition = task_chains.successors(chain.condition, chain.task)[0]
         return length - before
 
@@ -269,7 +269,7 @@ class _Task(NamedTuple):
 
 
 @functools.partial(cpu.jit, kind="tiny_run_once")  # compiled in 3.4 instead of 9 s
-def _begin_tasks(scenes: Scene, states: Any, numbers: Any, seeds: Any) -> _Task:
+def begin_tasks(scenes: Scene, states: Any, numbers: Any, seeds: Any) -> _Task:
     def one(scene, state, number, seed):
         plan = plans.plan(scene, state, number, jax.random.key(seed))
         return _Task(number, plan, waypoints.begin(), physics.info(scene, state))
@@ -297,7 +297,7 @@ def _judge(scenes: Scene, states: Any, running: _Task) -> Any:
     )
 
 
-def _advance(scenes: Scene, states: Any, running: _Task, kicks: np.ndarray) -> tuple[Any, _Task, _Steps]:
+def advance(scenes: Scene, states: Any, running: _Task, kicks: np.ndarray) -> tuple[Any, _Task, Steps]:
     """BLOCK expert steps on every table; leaves of the steps are NumPy [BLOCK, tables, ...].
 
     `kicks` float32[tables, 7] disturb the first KICK_STEPS of them; what is recorded is the action the expert wanted.
@@ -308,7 +308,7 @@ def _advance(scenes: Scene, states: Any, running: _Task, kicks: np.ndarray) -> t
         kicked = kicks if number < KICK_STEPS else np.zeros_like(kicks)
         wanted, running, actions, obs = _decide(scenes, states, running, kicked)
         after = env.step_batch(scenes, states, actions)
-        steps.append(_Steps(states, *obs, wanted, _judge(scenes, after, running)))
+        steps.append(Steps(states, *obs, wanted, _judge(scenes, after, running)))
         states = after
     return states, running, jax.tree.map(lambda *parts: np.stack(parts), *jax.device_get(steps))
 
@@ -324,7 +324,7 @@ class Renderer:
     def _backdrops(self) -> tiles.Backdrop:
         return jax.device_get(env.backdrops(self.scenes.stacked, self._sizes["static"]))
 
-    def segments(self, chains: list[_Chain]) -> list[tuple[int, list[Segment], int]]:
+    def segments(self, chains: list[Chain]) -> list[tuple[int, list[Segment], int]]:
         """Render all demonstrations of some chains together; what `rendered` yields of them."""
         demos = [(chain, demo) for chain in chains for demo in chain.demos]
         seen = iter(self._look(demos)) if demos else iter(())
@@ -333,7 +333,7 @@ class Renderer:
             for chain in chains
         ]
 
-    def _look(self, demos: list[tuple[_Chain, _Demo]]) -> Iterator[dict[str, np.ndarray]]:
+    def _look(self, demos: list[tuple[Chain, Demo]]) -> Iterator[dict[str, np.ndarray]]:
         """Both pictures of each demonstration's states."""
         lengths = [demo.length for _, demo in demos]
         which = np.repeat([chain.scene for chain, _ in demos], lengths)
@@ -342,7 +342,7 @@ class Renderer:
         for end, length in zip(np.cumsum(lengths), lengths, strict=True):
             yield {camera: pictures[end - length : end] for camera, pictures in images.items()}
 
-    def _segment(self, demo: _Demo, images: dict[str, np.ndarray]) -> Segment:
+    def _segment(self, demo: Demo, images: dict[str, np.ndarray]) -> Segment:
         robot, scene = (obs.astype(np.float64) for obs in (demo.steps.robot_obs, demo.steps.scene_obs))
         relative = demo.steps.actions.astype(np.float64)
         scaled = relative * np.array([*[frames.TRANSLATION_M] * 3, *[frames.ROTATION_RAD] * 3, 1.0])

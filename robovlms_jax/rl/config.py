@@ -65,6 +65,9 @@ class UpdateConfig:
     """Where the value's Huber loss becomes linear."""
     value_widths: tuple[int, ...] = (512, 128)
     """Hidden layers of the value function, on the hidden state of the first action query."""
+    reward_scale: float = 0.1
+    """A learned reward has a spread of 1 per decision; times this. Doing the task, where nothing is learned, is worth
+    1."""
     entropy_weight: float = 0.0
     divergence_weight: float = 0.0
     """Weight of the divergence from the policy that learning began with. Large for learned rewards (0.01 to 0.1)."""
@@ -76,7 +79,7 @@ class UpdateConfig:
         require(0 <= self.trace <= 1, f"update.trace={self.trace} must lie in [0, 1].")
         for field in ("epochs", "minibatches"):
             require(getattr(self, field) >= 1, f"update.{field}={getattr(self, field)} must be at least 1.")
-        for field in ("clip_low", "clip_high", "value_delta"):
+        for field in ("clip_low", "clip_high", "value_delta", "reward_scale"):
             require(getattr(self, field) > 0, f"update.{field}={getattr(self, field)} must be positive.")
         for field in (
             *("dual_clip", "value_weight", "value_clip", "entropy_weight", "divergence_weight", "divergence_stop"),

@@ -21,9 +21,10 @@ from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.playtable import env
 from robovlms_jax.policies.histories.base import where
 from robovlms_jax.policies.vla import VLA, Carry
-from robovlms_jax.rl import behaviours, estimates, objective, rollouts
+from robovlms_jax.rl import behaviours, estimates, objective, progress, rollouts
 from robovlms_jax.rl import tables as playing
 from robovlms_jax.rl.config import BehaviourConfig, UpdateConfig
+from robovlms_jax.rl.preferences import RewardModel
 from robovlms_jax.schema import require
 from robovlms_jax.training import step as steps
 from robovlms_jax.training.stages import Stage
@@ -66,11 +67,22 @@ class Reinforcement:
       params: the policy's, nested; they are copied.
       stage: trainable patterns and optimizer; patterns see the policy's paths and those under `rl/`.
       mesh: updates are split over it; tables are played on its first device.
+      reward: learned, of frames of `settings.actions` control steps (`progress.frame`); None: 1 where a decision does
+        the task.
     Raises:
       ValueError: what the policy, the patterns or the settings do not allow; says so.
     """
 
-    def __init__(self, model: VLA, params: Mapping[str, Any], settings: Settings, stage: Stage, mesh: Mesh, seed: int):
+    def __init__(
+        self,
+        model: VLA,
+        params: Mapping[str, Any],
+        settings: Settings,
+        stage: Stage,
+        mesh: Mesh,
+        seed: int,
+        reward: RewardModel | None = None,
+    ):
         rollouts.require_playable(model.config)
         total, parts = settings.tables * settings.decisions, settings.update.minibatches
         require(
@@ -78,7 +90,7 @@ class Reinforcement:
             f"tables={settings.tables} x decisions={settings.decisions} do not divide into "
             f"update.minibatches={parts}; change one of them.",
         )
-        self.model, self.settings, self.mesh, self.seed = model, settings, mesh, seed
+        self.model, self.settings, self.mesh, self.seed, self.reward = model, settings, mesh, seed, reward
         behaviour = behaviours.make(model.config, settings.behaviour)
         self.learner = objective.Learner(model, behaviour, settings.update.value_widths)
         extra = self.learner.extra_params(jax.random.fold_in(jax.random.key(seed), 1))
@@ -96,7 +108,7 @@ class Reinforcement:
         self.loss = objective.DecisionLoss(self.learner, objective.tasks_of(settings.update))
         self._update = steps.make_train_step(self.loss, stage.tx, stage.learning_rate, self.state, mesh)
         platform = meshes.platform(mesh)
-        self._play = dataclasses.replace(settings.play, platform=platform)
+        self._play = dataclasses.replace(settings.play, platform=platform, keep_states=reward is not None)
         options = cpu.options(env.step_kind(settings.tables), platform)
         self._collect = jax.jit(self._collected, compiler_options=options)
         self._part = jax.jit(lambda decisions, rows: jax.tree.map(lambda x: x[rows], decisions))
@@ -140,7 +152,8 @@ class Reinforcement:
         # One more than is learned from, for what the last ones led to.
         _, (outcome, kept) = rollouts.play(self.model, self._act, self._play, count + 1, params, world, game)
         used, kept_used = jax.tree.map(lambda x: x[:count], (outcome, kept))
-        advantage, target = self._judged(world, used, kept.value)
+        rewards = self._rewards(world, used)
+        advantage, target = self._judged(world, used, rewards, kept.value)
         mask = objective.mask_of(used.steps, settings.actions)
 
         def flat(tree: Any) -> Any:
@@ -166,6 +179,7 @@ class Reinforcement:
             "success": used.success.sum() / jnp.maximum(ended, 1),
             "trials": ended,
             "env_steps": outcome.steps.sum(),
+            "reward": rewards.sum() / jnp.maximum((used.steps > 0).sum(), 1),
             "explained": estimates.explained_variance(decisions.value, decisions.target, counts),
             "from_reference": (divergence * counts).sum() / jnp.maximum(counts.sum(), 1),
         }
@@ -185,9 +199,22 @@ class Reinforcement:
         after = Carry(where(active, head, carry.head), context.history)
         return self.model.config.normalizer.unnormalize(actions), after, kept
 
-    def _judged(self, world: playing.World, outcome: playing.Outcome, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Advantages and targets of values, float32[T, B] each; values float32[T + 1, B]."""
-        update, rewards = self.settings.update, outcome.success.astype(jnp.float32)
+    def _rewards(self, world: playing.World, outcome: playing.Outcome) -> jax.Array:
+        """float32[T, B], of each decision."""
+        if self.reward is None:
+            return outcome.success.astype(jnp.float32)
+        scenes = env.pick(progress.lean(world.scenes), world.scene[jnp.maximum(outcome.trial, 0)])
+        numbers = jax.vmap(jax.vmap(progress.numbers))
+        before, after = (numbers(scenes, jax.tree.map(lambda x, at=at: x[:, :, at], outcome.states)) for at in (0, -1))
+        task = world.tasks[jnp.maximum(outcome.trial, 0), outcome.position]
+        learned = self.reward(progress.frame(before, after, task)) * self.settings.update.reward_scale
+        return jnp.where(outcome.steps > 0, learned, 0.0)
+
+    def _judged(
+        self, world: playing.World, outcome: playing.Outcome, rewards: jax.Array, values: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Advantages and targets of values, float32[T, B] each; rewards float32[T, B], values float32[T + 1, B]."""
+        update = self.settings.update
         if update.method == "grpo":
             groups = world.group[jnp.maximum(outcome.trial[0], 0)]
             advantage = estimates.group_advantages(rewards.sum(0), groups, self.settings.tables)

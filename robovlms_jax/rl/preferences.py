@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from robovlms_jax import schema
 from robovlms_jax.nn.linear import Dense
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.rl.objective import Decisions, Reconsidered, by_level, mean_of
@@ -49,31 +50,48 @@ def preference_loss(first: jax.Array, second: jax.Array, first_better: jax.Array
 
 
 class Reward(nn.Module):
-    """One member: float32[..., F] -> float32[...], the reward of a frame."""
+    """One member: float32[..., F] -> float32[...], the reward of a frame.
+
+    choices: see `RewardConfig`.
+    """
 
     widths: tuple[int, ...]
+    choices: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        chosen = 0.0
+        if self.choices:
+            own = Dense(self.choices, (None, None), name="own")(x[..., : -self.choices])
+            chosen = (own * x[..., -self.choices :]).sum(-1)
+            if not self.widths:
+                return chosen
         for layer, width in enumerate(self.widths):
             x = jax.nn.gelu(Dense(width, (None, "hidden"), name=f"layer_{layer}")(x))
-        return Dense(1, ("hidden", None), name="out")(x)[..., 0]
+        return chosen + Dense(1, ("hidden", None), name="out")(x)[..., 0]
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("reward")
 class RewardConfig:
-    """members: of the ensemble, each on pairs drawn with replacement. noise: share of answers that are taken for
-    random. decay: weight decay, so that many parameters do not learn few answers by heart. held_out: share of the pairs
-    that measure and do not teach."""
+    """How rewards are learned from answers."""
 
     members: int = 3
+    """Of the ensemble, each on pairs drawn with replacement."""
     widths: tuple[int, ...] = (128, 128)
+    """Hidden layers of each."""
+    choices: int = 0
+    """The last so many numbers of a frame say which task it is (1 at one of them, 0 elsewhere), and each task has a
+    linear reward of its own, beside the hidden layers if there are any; 0: hidden layers alone."""
     noise: float = 0.1
+    """Share of answers that are taken for random."""
     learning_rate: float = 1e-3
     decay: float = 1e-2
+    """Weight decay, so that many parameters do not learn few answers by heart."""
     steps: int = 500
     batch: int = 128
     held_out: float = 0.2
+    """Share of the pairs that measure and do not teach."""
     seed: int = 0
 
     def __post_init__(self):
@@ -97,11 +115,12 @@ class RewardModel:
     offset: jax.Array
     spread: jax.Array
     widths: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    choices: int = flax.struct.field(pytree_node=False, default=0)
 
     def members(self, frames: jax.Array) -> jax.Array:
         """float32[..., F] -> float32[M, ...], mean 0 and standard deviation 1 over what was learned from."""
         x = (frames - self.center) / self.scale
-        raw = jax.vmap(lambda params: Reward(self.widths).apply({"params": params}, x))(self.params)
+        raw = jax.vmap(lambda params: Reward(self.widths, self.choices).apply({"params": params}, x))(self.params)
         shape = (-1, *[1] * (raw.ndim - 1))
         return (raw - self.offset.reshape(shape)) / self.spread.reshape(shape)
 
@@ -110,9 +129,11 @@ class RewardModel:
         return self.members(frames).mean(0)
 
 
-def fit(pairs: Pairs, config: RewardConfig) -> tuple[RewardModel, dict[str, float]]:
+def fit(pairs: Pairs, config: RewardConfig, held: Pairs | None = None) -> tuple[RewardModel, dict[str, float]]:
     """Learn rewards from answers.
 
+    Args:
+      held: pairs that measure; None: a share of the pairs, at random.
     Returns:
       The ensemble, and `accuracy` (share of held-out answers, ties left out, that its mean gives), `loss` and
       `loss_held_out` (means over the members; far apart: raise `decay`).
@@ -124,15 +145,16 @@ def fit(pairs: Pairs, config: RewardConfig) -> tuple[RewardModel, dict[str, floa
         f"pairs are {pairs.first.shape} and {pairs.second.shape}; expected [pairs, frames, numbers], of equal length: "
         "a constant reward per frame would otherwise prefer the longer one.",
     )
+    pairs = jax.tree.map(jnp.asarray, pairs)
     rng = np.random.default_rng(config.seed)
-    order = rng.permutation(len(pairs.first_better))
-    held = int(len(order) * config.held_out)
-    require(0 < held < len(order), f"{len(order)} pairs are too few to hold out a share of {config.held_out}.")
-    kept, teaching = pairs.take(order[:held]), pairs.take(order[held:])
+    held, teaching = _part(pairs, config.held_out, rng) if held is None else (held, pairs)
     frames = jnp.concatenate([teaching.first, teaching.second]).reshape(-1, pairs.first.shape[-1])
-    center, scale = frames.mean(0), jnp.maximum(frames.std(0), 1e-6)
-    rows = rng.integers(len(order) - held, size=(config.members, len(order) - held))  # each member's own pairs
-    module = Reward(config.widths)
+    numbers_of = jnp.arange(frames.shape[-1]) < frames.shape[-1] - config.choices
+    center = jnp.where(numbers_of, frames.mean(0), 0.0)
+    scale = jnp.where(numbers_of, jnp.maximum(frames.std(0), 1e-6), 1.0)
+    count = len(teaching.first_better)
+    rows = rng.integers(count, size=(config.members, count))  # each member's own pairs
+    module = Reward(config.widths, config.choices)
     tx = optax.adamw(config.learning_rate, weight_decay=config.decay)
 
     def loss(params: Any, own: Pairs) -> jax.Array:
@@ -159,19 +181,29 @@ def fit(pairs: Pairs, config: RewardConfig) -> tuple[RewardModel, dict[str, floa
         learn(jax.random.fold_in(jax.random.key(config.seed), i), jnp.asarray(own)) for i, own in enumerate(rows)
     ]
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params for params, _ in learned))
-    raw = RewardModel(params, center, scale, jnp.zeros(config.members), jnp.ones(config.members), config.widths)
+    raw = RewardModel(
+        params, center, scale, jnp.zeros(config.members), jnp.ones(config.members), config.widths, config.choices
+    )
     rewards = raw.members(frames)
     model = raw.replace(offset=rewards.mean(1), spread=jnp.maximum(rewards.std(1), 1e-6))
-    losses = [float(value) for _, value in learned]
-    held_losses = [float(loss(member, kept)) for member, _ in learned]
-    numbers = {"loss": float(np.mean(losses)), "loss_held_out": float(np.mean(held_losses))}
-    return model, {"accuracy": accuracy(model, kept), **numbers}
+    losses = [(float(value), float(loss(member, held))) for member, value in learned]
+    numbers = dict(zip(("loss", "loss_held_out"), np.mean(losses, axis=0).tolist(), strict=True))
+    return model, {"accuracy": accuracy(model, held), **numbers}
+
+
+def _part(pairs: Pairs, share: float, rng: np.random.Generator) -> tuple[Pairs, Pairs]:
+    """A share of the pairs, at random, and the others."""
+    order = rng.permutation(len(pairs.first_better))
+    count = int(len(order) * share)
+    require(0 < count < len(order), f"{len(order)} pairs are too few to hold out a share of {share}.")
+    return pairs.take(order[:count]), pairs.take(order[count:])
 
 
 def accuracy(model: RewardModel, pairs: Pairs) -> float:
-    """Share of answers that the model gives, ties left out."""
+    """Share of answers that the model gives, ties left out. Raises ValueError where there is none but ties."""
     better = model(pairs.first).sum(-1) > model(pairs.second).sum(-1)
     clear = np.asarray(pairs.first_better) != 0.5
+    require(clear.any(), f"none of {len(clear)} pairs that measure has a clear answer; give more answers.")
     return float((np.asarray(better) == (np.asarray(pairs.first_better) > 0.5))[clear].mean())
 
 

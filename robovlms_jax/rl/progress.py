@@ -29,6 +29,8 @@ MOVES = {
     "turn_off_led": (BUTTON, 1),
 }
 """Tasks that move a mechanism by its handle: which, and which way."""
+_AWAY = 7
+"""Distances among `numbers`."""
 _REACH_M = 0.3
 """So much nearer to the handle is worth as much as moving the mechanism all its way."""
 _DONE = 2.0
@@ -45,17 +47,20 @@ def handles(scene: Scene, state: bodies.State) -> jax.Array:
 
 
 def numbers(scene: Scene, state: bodies.State) -> jax.Array:
-    """float32[37] of a moment: all handles and blocks as seen from the hand and how far off they are (m), fingers,
-    lamps, mechanisms (m)."""
+    """float32[19] of a moment: how far the hand is from the four handles and three blocks (m), mechanisms (m), heights
+    of the blocks (m), fingers, lamps."""
     things = jnp.concatenate([handles(scene, state), state.block_position]) - state.position
-    rest = jnp.stack([state.width, state.command, state.led, bodies.bulb(state), state.held >= 0])
-    return jnp.concatenate([things.reshape(-1), jnp.linalg.norm(things, axis=1), rest, state.mechanisms])
+    rest = jnp.stack([state.width, state.command, state.held >= 0, state.led, bodies.bulb(state)])
+    return jnp.concatenate([jnp.linalg.norm(things, axis=1), state.mechanisms, state.block_position[:, 2], rest])
 
 
 def frame(before: jax.Array, after: jax.Array, task: jax.Array) -> jax.Array:
-    """float32[..., F] of a decision, F = 108: `numbers` before it, how they changed, and int32[...] the task's number
-    in `NAMES`. Segments of several such frames are what answers are about."""
-    return jnp.concatenate([before, after - before, jax.nn.one_hot(task, len(NAMES))], axis=-1)
+    """float32[..., F] of a decision, F = 60: the seven distances before it, how all `numbers` changed, and int32[...]
+    the task's number in `NAMES`. Segments of several such frames are what answers are about.
+
+    Where things are on the table is left out: with it, rewards learned rollouts by heart (docs/log.md).
+    """
+    return jnp.concatenate([before[..., :_AWAY], after - before, jax.nn.one_hot(task, len(NAMES))], axis=-1)
 
 
 def frames(found: Rollouts, segments: Sequence[Segment], steps: int, every: int) -> np.ndarray:
@@ -69,7 +74,7 @@ def frames(found: Rollouts, segments: Sequence[Segment], steps: int, every: int)
 
 
 def _every(found: Rollouts) -> np.ndarray:
-    """`numbers` of all states, float32[states, 37]."""
+    """`numbers` of all states, float32[states, 19]."""
     which = np.repeat([found.kinds.index(name) for name in found.scenes], np.diff(found.offsets))
     scenes = _lean(found.kinds)
     parts, size = [], 4096
@@ -79,11 +84,14 @@ def _every(found: Rollouts) -> np.ndarray:
     return np.concatenate(parts)[: len(which)]
 
 
+def lean(scenes: Scene) -> Scene:
+    """Tables, leading axis K, without the grain of their wood, which is most of them and says nothing here."""
+    return dataclasses.replace(scenes, grain=np.zeros((len(scenes.grain), 1, 1), np.float32))
+
+
 @functools.lru_cache(4)
 def _lean(kinds: tuple[str, ...]) -> Scene:
-    """The tables without the grain of their wood, which is most of them and says nothing here."""
-    scenes = jax.device_get(stack_scenes(kinds))
-    return dataclasses.replace(scenes, grain=np.zeros((len(kinds), 1, 1), np.float32))
+    return lean(jax.device_get(stack_scenes(kinds)))
 
 
 _numbers = jax.jit(jax.vmap(numbers))
@@ -107,9 +115,8 @@ def advance(found: Rollouts, segments: Sequence[Segment], steps: int) -> np.ndar
         joint, way = MOVES[found.tasks[segment.rollout]]
         first = found.offsets[segment.rollout] + segment.start
         ends = known[[first, first + steps]].astype(np.float64)
-        away = np.linalg.norm(ends[:, 3 * joint : 3 * joint + 3], axis=1)
-        reach = _REACHES[joint]
-        moved = way * (ends[1, -4 + joint] - ends[0, -4 + joint]) / reach
+        away, at = ends[:, joint], ends[:, _AWAY + joint]
+        moved = way * (at[1] - at[0]) / _REACHES[joint]
         done = found.success[segment.rollout] and segment.start + steps == found.steps(segment.rollout)
         worth.append((away[0] - away[1]) / _REACH_M + moved + _DONE * done)
     return np.array(worth)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -48,10 +49,21 @@ def save(directory: pathlib.Path, saved: Saved) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(directory / ARRAYS)
-    about = {"version": VERSION, "widths": list(saved.model.widths), "every": saved.every, "about": saved.about}
+    about = {
+        "version": VERSION,
+        "widths": list(saved.model.widths),
+        "choices": saved.model.choices,
+        "every": saved.every,
+        "about": saved.about,
+    }
     partial = directory / f"{ABOUT}.tmp"
     partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     partial.replace(directory / ABOUT)
+
+
+def identity(directory: str | pathlib.Path) -> str:
+    """Checksum of a reward's arrays. Raises OSError."""
+    return hashlib.sha256((pathlib.Path(directory) / ARRAYS).read_bytes()).hexdigest()[:16]
 
 
 def load(directory: str | pathlib.Path) -> Saved:
@@ -67,7 +79,9 @@ def load(directory: str | pathlib.Path) -> Saved:
             arrays = {name: jnp.asarray(file[name]) for name in file.files}
         params = {name.removeprefix("params/"): x for name, x in arrays.items() if name.startswith("params/")}
         own = {field.name: arrays[field.name] for field in dataclasses.fields(RewardModel) if field.name in arrays}
-        model = RewardModel(params=unflatten_dict(params, sep="/"), **own, widths=tuple(about["widths"]))
+        model = RewardModel(
+            params=unflatten_dict(params, sep="/"), **own, widths=tuple(about["widths"]), choices=about["choices"]
+        )
         found = Saved(model, int(about["every"]), dict(about["about"]))
         require(set(found.tasks) <= set(NAMES), f"tasks {found.tasks}")
     except (KeyError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:

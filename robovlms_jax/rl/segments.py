@@ -130,6 +130,13 @@ def load(path: str | pathlib.Path) -> Rollouts:
     return read
 
 
+def same(first: Rollouts, second: Rollouts) -> bool:
+    """Whether two are of the same rollouts."""
+    kept = [(each.tasks, each.scenes, each.offsets.tolist()) for each in (first, second)]
+    leaves = zip(jax.tree.leaves(first.states), jax.tree.leaves(second.states), strict=True)
+    return kept[0] == kept[1] and all(np.array_equal(a, b) for a, b in leaves)
+
+
 def identity(path: str | pathlib.Path) -> str:
     """Checksum of a file of rollouts: answers about segments mean nothing without it."""
     return hashlib.sha256(locate(path).read_bytes()).hexdigest()[:16]
@@ -209,7 +216,7 @@ def _pieces(outcome: playing.Outcome) -> Iterator[tuple[int, bodies.State, bool,
     """(trial, the states that a decision led to, whether that was its end, in success) in the order of time."""
     for decision, table in np.argwhere(outcome.steps > 0):
         count = outcome.steps[decision, table]
-        path = jax.tree.map(lambda x, at=(decision, table), n=count: x[at][:n], outcome.states)
+        path = jax.tree.map(lambda x, at=(decision, table), n=count: x[at][1 : n + 1], outcome.states)
         over, done = (bool(x[decision, table]) for x in (outcome.over, outcome.success))
         yield int(outcome.trial[decision, table]), path, over, done
 

@@ -71,7 +71,7 @@ class Play:
     actions: executed of every predicted chunk.
     max_steps: control steps that a task may take.
     again: after the last trial follows the first; otherwise a table without a trial stands still.
-    keep_states: outcomes have the states that every action led to.
+    keep_states: outcomes have the states before and after every action.
     look_at_end: a table whose time is up is looked at once more, and nothing is executed, before it takes the next
       trial: what a value function needs to see of a trial that was cut off, not ended.
     platform: "cpu", "gpu" or "tpu", of the devices that play; pictures are made as is quickest there.
@@ -129,7 +129,8 @@ class Outcome:
     trial, position: int32, what it was a part of; trial -1: of nothing. step: int32, control steps of the task before
     it. steps: int32, control steps executed. success: bool, it did the task. over: bool, the task is over, done or not.
     looked: bool, nothing was to be executed: the last look at a task whose time was up.
-    states: after each of the actions, leaves [B, E, ...], the first `steps` of them are of the task; None: not kept.
+    states: before the first and after each of the actions, leaves [B, E + 1, ...]; from `steps` on the last repeats.
+      None: not kept.
     """
 
     trial: jax.Array
@@ -244,7 +245,10 @@ def execute(world: World, play: Play, tables: Tables, actions: jax.Array) -> tup
     )
     looked = tables.closing & (tables.trial >= 0)
     ended = over & ~idle
-    path = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), path)
+    if play.keep_states:
+        path = jax.tree.map(
+            lambda first, then: jnp.concatenate([first[:, None], jnp.moveaxis(then, 0, 1)], axis=1), tables.states, path
+        )
     outcome = Outcome(tables.trial, tables.position, tables.step, steps, success, ended, looked, path)
     cut = ended & ~success if play.look_at_end else jnp.zeros_like(ended)
     after = tables.replace(states=states, step=tables.step + steps, closing=cut, fresh=jnp.zeros_like(ended))

@@ -18,13 +18,14 @@ import numpy as np
 
 from robovlms_jax import json_files, schema
 from robovlms_jax.control.execution import Execution
-from robovlms_jax.evaluation import blind, chains, rollout_metrics
+from robovlms_jax.evaluation import chains
 from robovlms_jax.evaluation.rollout import SuccessCriterion, Trial, TrialResult
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.rl import learning, rollouts, starts
+from robovlms_jax.rl import learning, rewards, rollouts, starts
 from robovlms_jax.rl import tables as playing
 from robovlms_jax.rl.config import BehaviourConfig, UpdateConfig
-from robovlms_jax.runs import load, saved
+from robovlms_jax.rl.preferences import RewardModel
+from robovlms_jax.runs import load, reinforced, saved
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
 from robovlms_jax.training import checkpoints, directory, loop, metrics, provenance, seals, stages, stopping
@@ -78,6 +79,9 @@ class ReinforceConfig:
     head alone is cheap: features are kept, and the backbone is not asked again. "lora_" trains adapters."""
     behaviour: BehaviourConfig = BehaviourConfig()
     update: UpdateConfig = UpdateConfig()
+    reward: str = ""
+    """A learned reward (experiments.reward) in place of the task checker's, which then only ends trials and measures;
+    empty: the checker's. Weigh the divergence with it (--preset preferences)."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, rates={"^rl/value/": 10.0}, clip_norm=1.0)
     trials: int = 200
     """Of each measurement."""
@@ -118,6 +122,7 @@ def run(config: ReinforceConfig) -> pathlib.Path:
     model, params, encode = load.open_model(config.checkpoint, weights="float32")
     experiment, assets = saved.read_checkpoint(checkpoints.locate(config.checkpoint))
     config = _resolved(config, experiment)
+    reward = _reward(config, model.config.chunk)
     with directory.claim(output), stopping.Interrupts() as interrupts:
         _settle(config, output)
         directory.keep_programs("auto")
@@ -126,7 +131,7 @@ def run(config: ReinforceConfig) -> pathlib.Path:
         player = rollouts.Player(model, encode, config.tables, sizes, *how)
         questions = measurements(config)
         before = _before(output, player, params, questions)
-        learner = _learner(config, model, params)
+        learner = _learner(config, model, params, reward)
         serving = {"config": schema.to_dict(experiment), "assets": dict(assets)}
         finished = _learn(config, output, learner, encode, serving)
         if not finished or interrupts.asked:
@@ -134,7 +139,8 @@ def run(config: ReinforceConfig) -> pathlib.Path:
         policy = learner.policy()
         after = {name: _measure(player, policy, trials) for name, trials in questions.items()}
         checkpoints.write_policy(output, policy, serving)
-        return _report(config, output, before, after, learner)
+        count = sum(x.size for x in learner.state.trainable.values())
+        return reinforced.report(config.checkpoint, schema.to_dict(config), output, before, after, count)
 
 
 def _resolved(config: ReinforceConfig, experiment: ExperimentConfig) -> ReinforceConfig:
@@ -152,6 +158,8 @@ def _settle(config: ReinforceConfig, output: pathlib.Path) -> None:
     now = json.loads(json.dumps(schema.to_dict(config))) | {
         "identity": seals.identity(pathlib.Path(config.checkpoint)).label
     }
+    if config.reward:
+        now["reward_identity"] = rewards.identity(config.reward)
     require(
         not (output / checkpoints.FOLDER).exists(),
         f"{output} holds a policy already; choose another reinforce.out.",
@@ -211,7 +219,29 @@ def _before(
     return known
 
 
-def _learner(config: ReinforceConfig, model: Any, params: Any) -> learning.Reinforcement:
+def _reward(config: ReinforceConfig, chunk: int) -> RewardModel | None:
+    """The learned one, if there is one, which must be about these tasks and decisions."""
+    if not config.reward:
+        return None
+    saved_reward = rewards.load(config.reward)
+    unknown = sorted(set(config.tasks) - set(saved_reward.tasks))
+    require(
+        not unknown,
+        f"{config.reward} was learned from answers about {list(saved_reward.tasks)}, not about {unknown}; leave these "
+        "out of --tasks, or answer questions about them.",
+    )
+    actions = min(config.horizon, chunk)
+    require(
+        saved_reward.every == actions,
+        f"{config.reward} reads frames of {saved_reward.every} control steps, and a decision has {actions}; pass "
+        f"--horizon {saved_reward.every}.",
+    )
+    return saved_reward.model
+
+
+def _learner(
+    config: ReinforceConfig, model: Any, params: Any, reward: RewardModel | None = None
+) -> learning.Reinforcement:
     settings = learning.Settings(
         config.behaviour,
         config.update,
@@ -224,7 +254,7 @@ def _learner(config: ReinforceConfig, model: Any, params: Any) -> learning.Reinf
     updates = config.iterations * config.update.epochs * config.update.minibatches
     (stage,) = stages.plan(TrainConfig(steps=updates, trainable=config.trainable), config.optimizer)
     mesh = meshes.make_mesh((1, 1, 1), jax.local_devices()[:1])
-    return learning.Reinforcement(model, params, settings, stage, mesh, config.seed)
+    return learning.Reinforcement(model, params, settings, stage, mesh, config.seed, reward)
 
 
 def worlds(config: ReinforceConfig, pool: playing.World, begin: int) -> Iterator[playing.World]:
@@ -306,7 +336,7 @@ class _Say(loop.Hook):
         self._iterations = iterations
 
     def after(self, step: loop.Step, metrics: Mapping[str, Any]) -> None:
-        names = ("success", "trials", "env_steps", "seconds", "ratio", "moved", "from_reference", "explained")
+        names = ("success", "reward", "trials", "env_steps", "seconds", "ratio", "moved", "from_reference", "explained")
         said = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
         log.info("iteration %d of %d: %s", step.number, self._iterations, said)
 
@@ -323,72 +353,3 @@ class _Saving(loop.Hook):
 
     def finish(self, step: int, stopped: bool) -> None:
         self._checkpointer.wait()
-
-
-def compared(before: Sequence[bool], after: Sequence[TrialResult]) -> dict[str, Any]:
-    """What the same trials of single tasks say about two policies, as JSON values. per_task and per_table: name ->
-    successes before, after, and trials."""
-    now = [result.success == (True,) for result in after]
-    parts: dict[str, dict[str, list[tuple[bool, bool]]]] = {"per_task": {}, "per_table": {}}
-    for result, pair in zip(after, zip(before, now, strict=True), strict=True):
-        parts["per_task"].setdefault(result.tasks[0], []).append(pair)
-        parts["per_table"].setdefault(str(result.labels["scene"]), []).append(pair)
-    counted = {
-        kind: {name: [*np.sum(pairs, axis=0).tolist(), len(pairs)] for name, pairs in sorted(each.items())}
-        for kind, each in parts.items()
-    }
-    rates = {name: rollout_metrics.Rate(sum(x), len(x)) for name, x in (("before", before), ("after", now))}
-    paired = blind.paired(list(zip(before, now, strict=True)))
-    return {name: dataclasses.asdict(x) for name, x in {**rates, "paired": paired}.items()} | counted
-
-
-def _row(name: str, found: Mapping[str, Any]) -> str:
-    """Of the report's table."""
-    cells = []
-    for when in ("before", "after"):
-        rate = rollout_metrics.Rate(**found[when])
-        cells.append(f"{rate.value:.1%} ({rate.interval[0]:.1%} to {rate.interval[1]:.1%})")
-    pair, count = found["paired"], found["before"]["attempts"]
-    return f"| {name} | {count} | {cells[0]} | {cells[1]} | {pair['second']} / {pair['first']} | {pair['p']:.2g} |"
-
-
-def _report(
-    config: ReinforceConfig,
-    output: pathlib.Path,
-    before: Mapping[str, list[bool]],
-    after: Mapping[str, list[TrialResult]],
-    learner: learning.Reinforcement,
-) -> pathlib.Path:
-    """report.md and results.json."""
-    results = {name: compared(before[name], found) for name, found in after.items()}
-    curve = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    (output / "results.json").write_text(
-        json.dumps({"settings": schema.to_dict(config), "results": results, "curve": curve}, indent=2) + "\n"
-    )
-    last = curve[-1]
-    text = [
-        f"# PlayTable: {config.update.method} from {config.checkpoint}",
-        "",
-        f"{last['step']} iterations, {last['env_steps']} control steps, {last['seconds']:.0f} s of learning; trained: "
-        f"{sum(x.size for x in learner.state.trainable.values()):,} parameters ({', '.join(config.trainable)}). "
-        f"Divergence from the first policy at the end: {last['from_reference']:.3g}.",
-        "",
-        "Success with 95 % Wilson intervals, without chance in the actions; the same trials before and after. Gained "
-        "and lost: trials that only one of both did, with the p of an exact two-sided McNemar test.",
-        "",
-        "| measured | trials | before | after | gained / lost | p |",
-        "|---|---|---|---|---|---|",
-        *(_row(name, found) for name, found in results.items()),
-        "",
-        "Success while learning, with chance in the actions (metrics.jsonl has all of it):",
-        "",
-        "| iteration | control steps | seconds | success | divergence |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {x['step']} | {x['env_steps']} | {x['seconds']:.0f} | {x['success']:.1%} | {x['from_reference']:.3g} |"
-            for x in curve[:: max(len(curve) // 20, 1)]
-        ),
-    ]
-    path = output / "report.md"
-    path.write_text("\n".join(text) + "\n", encoding="utf-8")
-    return path

@@ -29,6 +29,12 @@ def test_there_are_no_more_pairs_than_there_are():
         asking.draw(rollouts((5, 5), ("open_drawer", "close_drawer")), found.segments(5, 5), 1, 0, **HOW)
 
 
+def test_a_task_with_few_pairs_does_not_hold_up_the_others():
+    found = rollouts((5, 5, 20, 20), ("open_drawer",) * 2 + ("turn_on_led",) * 2)
+    pairs = asking.draw(found, found.segments(5, 5), 9, 0, **HOW)
+    assert [found.tasks[pair.left.rollout] for pair in pairs].count("open_drawer") == 1 and len(pairs) == 9
+
+
 def test_a_reward_has_those_asked_first_about_which_its_members_disagree(monkeypatch):
     found = rollouts()
     monkeypatch.setattr(progress, "frames", lambda found, parts, steps, every: np.array([x.start for x in parts]))

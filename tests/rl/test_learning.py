@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,3 +136,14 @@ def test_a_backbone_learns_from_stored_pictures_and_groups_without_a_winner_teac
 def test_a_backbone_that_keeps_tokens_is_not_trained():
     with pytest.raises(ValueError, match="train the head alone"):
         learner("mlp", patterns=("^backbone/connector/",))
+
+
+@pytest.mark.slow
+def test_a_learned_reward_is_paid_for_what_every_decision_did(monkeypatch):
+    """A reward that is the distance to the drawer: what is paid is its mean after the decisions that were executed."""
+    own = learner("lstm", patterns=("^head/", "^rl/"), reward_scale=0.5)
+    own.reward = lambda frames: frames[..., 1] + frames[..., 7 + 1]  # how far the hand is from the drawer's handle
+    own.settings = dataclasses.replace(own.settings, actions=2)
+    decisions, numbers = own.iterate(world(), 0)
+    assert decisions.counts.sum() > 0
+    assert 0.1 < numbers["reward"] < 0.3  # half of some 40 cm

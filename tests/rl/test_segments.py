@@ -65,8 +65,8 @@ def test_a_simulated_person_prefers_what_comes_nearer_moves_the_drawer_and_opens
     turned = progress.answers(np.ones(4000), np.zeros(4000), 0.1, rng)
     np.testing.assert_allclose(turned.mean(), 0.9, atol=0.02)
     read = progress.frames(found, [Segment(2, 0)], 4, 2)
-    assert read.shape == (1, 2, 108)
-    np.testing.assert_allclose(read[0, :, 36 - 3 + DRAWER + 37], 0.08, atol=1e-6)  # how far the drawer moved in each
+    assert read.shape == (1, 2, 60)
+    np.testing.assert_allclose(read[0, :, 7 + 7 + DRAWER], 0.08, atol=1e-6)  # how far the drawer moved in each
 
 
 def test_tasks_that_the_simulated_person_cannot_judge_are_named():

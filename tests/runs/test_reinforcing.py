@@ -14,7 +14,7 @@ from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.evaluation import blind, rollout
 from robovlms_jax.rl import starts
 from robovlms_jax.rl.config import BehaviourConfig, UpdateConfig
-from robovlms_jax.runs import reinforcing
+from robovlms_jax.runs import reinforced, reinforcing
 
 CONFIG = reinforcing.ReinforceConfig(checkpoint="x", tasks=("open_drawer", "turn_on_led"), trials=6)
 
@@ -127,12 +127,12 @@ def test_results_are_told_apart_by_task_and_table():
         rollout.TrialResult(i, (task,), ("",), (done,), (9,), {"scene": scene})
         for i, (task, scene, done) in enumerate([("a", "A", True), ("b", "A", False), ("a", "B", True)])
     ]
-    found = reinforcing.compared([False, True, True], after)
+    found = reinforced.compared([False, True, True], after)
     assert found["before"] == {"successes": 2, "attempts": 3} == found["after"]
     assert found["per_task"] == {"a": [1, 2, 2], "b": [1, 0, 1]}
     assert found["per_table"] == {"A": [1, 1, 2], "B": [1, 1, 1]}
     assert (found["paired"]["first"], found["paired"]["second"]) == (1, 1)
-    assert reinforcing._row("x", found).startswith("| x | 3 | 66.7% (")
+    assert reinforced._row("x", found).startswith("| x | 3 | 66.7% (")
 
 
 def test_pairs_are_compared_by_what_only_one_policy_did():

@@ -1,0 +1,102 @@
+"""Corrections: an expert takes over where a policy has got to, recorded as demonstrations that training reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from robovlms_jax import bars, schema
+from robovlms_jax.playtable import demonstrations, splits, takeovers
+from robovlms_jax.rl import segments
+from robovlms_jax.rl.config import BehaviourConfig
+from robovlms_jax.runs import trying
+from robovlms_jax.schema import require
+from robovlms_jax.training import checkpoints, seals
+from robovlms_jax.training.directory import claim
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("correct")
+class CorrectionConfig:
+    """Whose states are corrected, and how often."""
+
+    checkpoint: str = ""
+    """A policy that drives PlayTable: a run directory or one of its checkpoints/<step> folders."""
+    out: str = "data/corrections"
+    """Directory to make: a training split as demonstrations have it (data.further.roots)."""
+    record: trying.TryingConfig = trying.TryingConfig(count=400, behaviour=BehaviourConfig(spread=(0.05,)))
+    """The policy's rollouts."""
+    takeovers: int = 2
+    """Of each rollout, at control steps that are drawn."""
+    max_steps: int = 160
+    """Control steps that an expert may take."""
+    pack: bool = True
+    """Write the packed layout (data/README.md) instead of one npz per frame."""
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in ("takeovers", "max_steps"):
+            require(getattr(self, field) >= 1, f"correct.{field}={getattr(self, field)} must be at least 1.")
+
+
+def record(config: CorrectionConfig) -> dict[str, int]:
+    """Roll the policy out, take over, write what experts did. A call that was stopped goes on.
+
+    Returns takeovers attempted, recorded, and frames.
+    Raises:
+      ValueError, OSError: as `trying.record` and `playtable.recording.record`.
+    """
+    require(config.checkpoint != "", "correct.checkpoint is empty; name the policy whose states are corrected.")
+    out = pathlib.Path(config.out)
+    settings = json.loads(json.dumps(schema.to_dict(config)))
+    settings = {name: value for name, value in settings.items() if name not in ("out", "checkpoint")}
+    settings["identity"] = seals.identity(checkpoints.locate(config.checkpoint)).label
+    path = splits.directory(out, "training") / segments.FILE
+
+    def tables() -> tuple[takeovers.Takeovers, demonstrations.Renderer]:
+        if not path.exists():
+            trying.record(config.checkpoint, config.record).save(path)
+        found = segments.load(path)
+        renderer = demonstrations.Renderer(found.kinds, config.record.image_size)
+        played = takeovers.Takeovers(
+            renderer.scenes,
+            cases(found, config.takeovers, config.seed),
+            tables=config.record.tables,
+            max_steps=config.max_steps,
+            seed=config.seed,
+        )
+        return played, renderer
+
+    splits.require_ours(out)
+    with claim(out):
+        sentences = splits.own_sentences(held_out=False)
+        journal = splits.Journal(path.parent, settings, sentences)
+        missing = sorted(set(range(config.record.count * config.takeovers)) - journal.numbers)
+        kind = splits.SpooledFrames if config.pack else splits.NpzFrames
+        if missing:
+            frames, done = kind(out / "training", config.record.image_size), len(journal.numbers)
+            with bars.Bar(done + len(missing), "takeover", "compiling the simulator", initial=done) as bar:
+                played, renderer = tables()
+                played.numbers = missing
+                played.watch = lambda steps: bar.say(f"{steps} steps simulated")
+                splits.write(journal, frames, demonstrations.rendered(played, renderer), bar, "training")
+        elif kind.unfinished(out / "training", journal):
+            splits.finish(journal, kind(out / "training", config.record.image_size))
+        return journal.counts()
+
+
+def cases(found: segments.Rollouts, takeovers_each: int, seed: int) -> list[takeovers.Case]:
+    """So many of every rollout, at steps that are drawn without the last, after which it was over."""
+    out = []
+    for number in range(len(found)):
+        rng = np.random.default_rng([seed, number])
+        first = int(found.offsets[number])
+        for step in rng.integers(found.steps(number), size=takeovers_each).tolist():
+            at: list[Any] = [jax.tree.map(lambda x, i=i: x[i], found.states) for i in (first + step, first)]
+            out.append(takeovers.Case(found.kinds.index(found.scenes[number]), found.tasks[number], *at))
+    return out

@@ -1,0 +1,59 @@
+"""Experts take over where a policy has got to; what they do is a demonstration like any other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from robovlms_jax.data import packed
+from robovlms_jax.demo import twin
+from robovlms_jax.playtable.scene import DRAWER
+from robovlms_jax.rl import segments
+from robovlms_jax.runs import correcting, trying
+from tests.labeling.made_up import rollouts
+
+
+def test_takeovers_are_drawn_from_all_steps_but_the_last_and_keep_where_the_task_began():
+    found = rollouts((12, 7), ("open_drawer", "turn_on_led"))
+    cases = correcting.cases(found, 40, 0)
+    assert [case.task for case in cases] == ["open_drawer"] * 40 + ["turn_on_led"] * 40
+    assert [case.scene for case in cases] == [0] * 40 + [1] * 40
+    steps = np.array([case.state.position[0] for case in cases]) / 0.01  # these hands move 1 cm a step
+    assert steps[:40].round().astype(int).min() == 0 and steps[:40].round().astype(int).max() == 11
+    assert steps[40:].round().astype(int).max() == 6
+    assert all(case.begin.position[0] == 0 for case in cases)
+    assert [case.state.position[0] for case in cases] == [c.state.position[0] for c in correcting.cases(found, 40, 0)]
+
+
+def test_a_correction_without_a_policy_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"correct\.checkpoint is empty"):
+        correcting.record(correcting.CorrectionConfig(out=str(tmp_path / "out")))
+    with pytest.raises(ValueError, match=r"correct\.takeovers=0"):
+        correcting.CorrectionConfig(takeovers=0)
+
+
+@pytest.mark.slow
+def test_experts_finish_what_the_policy_began_and_a_stopped_recording_goes_on(tmp_path):
+    how = trying.TryingConfig(tasks=("open_drawer",), count=3, tables=3, max_steps=40)
+    config = correcting.CorrectionConfig(checkpoint=str(twin.DIRECTORY), out=str(tmp_path / "out"), record=how)
+    counts = correcting.record(config)
+    assert counts["attempted"] == 6 and counts["recorded"] >= 4
+    found = segments.load(tmp_path / "out" / "journal" / "training")
+    data = packed.PackedDataset(tmp_path / "out" / "training")
+    rows = [json.loads(line) for line in (tmp_path / "out/journal/training/recording.jsonl").read_text().splitlines()]
+    done = [row["number"] for row in rows[1:] if row["segments"]]
+    cases = correcting.cases(found, 2, 0)
+    for number, episode in zip(done, data.episodes, strict=True):
+        assert episode.task == "open_drawer"
+        first, last = (data.array("scene_obs", [i])[0][DRAWER] for i in (episode.start, episode.end))
+        assert last - cases[number].begin.mechanisms[DRAWER] > 0.1  # it is open in the end
+        np.testing.assert_allclose(first, cases[number].state.mechanisms[DRAWER], atol=1e-6)
+        hand = data.array("robot_obs", [episode.start])[0][:3]
+        np.testing.assert_allclose(hand, cases[number].state.position, atol=1e-5)  # where the policy was
+    assert correcting.record(config) == counts  # it is there already
+    other = dataclasses.replace(config, seed=1)
+    with pytest.raises(ValueError, match="begun with other settings"):
+        correcting.record(other)

@@ -1,0 +1,102 @@
+"""A reward from a person's answers or a simulated one's, as a directory; what cannot be learned from is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from robovlms_jax.labeling import asking
+from robovlms_jax.labeling.answers import FILE, Answers, Pair
+from robovlms_jax.rl import preferences, progress, rewards, segments
+from robovlms_jax.rl.segments import Segment
+from robovlms_jax.runs import reinforcing, rewarding
+from tests.labeling.made_up import rollouts
+
+FIT = preferences.RewardConfig(members=2, widths=(4,), steps=3, batch=8, held_out=0.3)
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    """A folder with ten rollouts and seven answers, one of them "cannot say"."""
+    folder = tmp_path_factory.mktemp("labels")
+    rollouts((10,) * 10, ("open_drawer", "turn_on_led") * 5).save(folder / segments.FILE)
+    about = {"rollouts": segments.identity(folder), "steps": 4, "every": 2}
+    kept = Answers(folder / FILE, about)
+    for number, answer in enumerate(("left", "skip", "right", "equal", "left", "left", "right")):
+        kept.add(Pair(Segment(0, number), Segment(2, 1)), answer)
+    return folder
+
+
+def config(labels, **changes):
+    return rewarding.RewardRunConfig(labels=str(labels), fit=FIT, steps=4, every=2, **changes)
+
+
+def test_a_persons_answers_become_a_directory_that_gives_the_same_rewards(labels, tmp_path, monkeypatch):
+    pairs, every, names = rewarding._answered(segments.load(labels), config(labels))
+    np.testing.assert_array_equal(pairs.first_better, [1, 0, 0.5, 1, 1, 0])  # "cannot say" is left out
+    assert (every, names, pairs.first.shape) == (2, ["open_drawer"], (6, 2, 60))
+    params = {"out": {"kernel": np.ones((60, 1), np.float32)}}
+    model = preferences.RewardModel(params, *(np.full(3, i, np.float32) for i in range(4)), (4,))
+    monkeypatch.setattr(preferences, "fit", lambda *how: (model, {"accuracy": 0.5}))
+    out, numbers = rewarding.learn(config(labels, out=str(tmp_path / "reward")))
+    assert numbers == {"accuracy": 0.5}
+    found = rewards.load(out)
+    assert found.tasks == ("open_drawer",) and found.every == 2 and "6 answers of a person" in found.about["source"]
+    jax.tree.map(np.testing.assert_array_equal, found.model, model)
+    with pytest.raises(ValueError, match="holds a reward already"):
+        rewarding.learn(config(labels, out=str(out)))
+    before = rewards.identity(out)
+    (out / rewards.ARRAYS).write_bytes(b"x")
+    assert rewards.identity(out) != before
+    with pytest.raises(ValueError, match="no reward that can be read"):
+        rewards.load(out)
+
+
+def test_a_simulated_person_is_measured_on_rollouts_that_taught_nothing(labels, monkeypatch):
+    found, draw, drawn = segments.load(labels), asking.draw, []
+
+    def watched(found, rows, *how, **more):
+        drawn.append(rows)
+        return draw(found, rows, *how, **more)
+
+    monkeypatch.setattr(asking, "draw", watched)
+    teaching, noisy, true = rewarding._simulated(found, config(labels, simulated=20))
+    assert len(teaching.first_better) > len(noisy.first_better) == len(true.first_better) > 0
+    np.testing.assert_array_equal(noisy.first, true.first)
+    taught, measured = ({x.rollout for x in rows} for rows in drawn)
+    assert len(measured) == 3 and not taught & measured
+
+
+def test_answers_about_other_rollouts_or_none_are_refused(labels, tmp_path):
+    rollouts((9,) * 4).save(tmp_path / segments.FILE)
+    with pytest.raises(ValueError, match="has no answers; give some"):
+        rewarding.learn(config(tmp_path, out=str(tmp_path / "out")))
+    (tmp_path / FILE).write_bytes((labels / FILE).read_bytes())
+    with pytest.raises(ValueError, match="is about other rollouts"):
+        rewarding.learn(config(tmp_path, out=str(tmp_path / "out")))
+    with pytest.raises(FileNotFoundError, match=r"experiments\.label"):
+        rewarding.learn(config(tmp_path / "nothing"))
+
+
+def test_a_reward_about_other_tasks_or_decisions_is_refused_by_the_reinforcement(labels, monkeypatch):
+    saved = types.SimpleNamespace(tasks=("open_drawer",), every=5, model="model")
+    monkeypatch.setattr(rewards, "load", lambda path: saved)
+    asked = reinforcing.ReinforceConfig(checkpoint="x", tasks=("open_drawer",), reward="r")
+    assert reinforcing._reward(asked, 10) == "model"
+    assert reinforcing._reward(dataclasses.replace(asked, reward=""), 10) is None
+    with pytest.raises(ValueError, match=r"not about \['turn_on_led'\]"):
+        reinforcing._reward(dataclasses.replace(asked, tasks=("open_drawer", "turn_on_led")), 10)
+    with pytest.raises(ValueError, match="pass --horizon 5"):
+        reinforcing._reward(dataclasses.replace(asked, horizon=4), 10)
+
+
+def test_a_frame_is_what_was_before_what_changed_and_which_task_it_is():
+    before, after = np.arange(19.0, dtype=np.float32), np.full(19, 2.0, np.float32)
+    read = np.asarray(progress.frame(before, after, np.int32(3)))
+    np.testing.assert_array_equal(read[:7], before[:7])
+    np.testing.assert_array_equal(read[7:26], after - before)
+    assert read[26 + 3] == 1 == read[26:].sum()
