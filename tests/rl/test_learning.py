@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +42,7 @@ def policy(head: str) -> tuple[VLA, dict]:
     return model, toy.random_params(model, batch)
 
 
-def learner(head: str, *, patterns: tuple[str, ...], seed: int = 0, **update) -> learning.Reinforcement:
+def learner(head: str, *, patterns: tuple[str, ...], seed: int = 0, reward=None, **update) -> learning.Reinforcement:
     model, params = policy(head)
     settings = learning.Settings(
         BehaviourConfig(), UpdateConfig(minibatches=2, **update), 2, 4, tuple(SIZES.items()), 2, 4
@@ -52,7 +50,7 @@ def learner(head: str, *, patterns: tuple[str, ...], seed: int = 0, **update) ->
     train = TrainConfig(steps=8, trainable=patterns)
     (stage,) = stages.plan(train, OptimizerConfig(learning_rate=1e-3))
     mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
-    return learning.Reinforcement(model, params, settings, stage, mesh, seed)
+    return learning.Reinforcement(model, params, settings, stage, mesh, seed, reward)
 
 
 def world(groups: tuple[int, ...] = (0, 0)) -> playing.World:
@@ -139,11 +137,13 @@ def test_a_backbone_that_keeps_tokens_is_not_trained():
 
 
 @pytest.mark.slow
-def test_a_learned_reward_is_paid_for_what_every_decision_did(monkeypatch):
+def test_a_learned_reward_is_paid_for_what_every_decision_did():
     """A reward that is the distance to the drawer: what is paid is its mean after the decisions that were executed."""
-    own = learner("lstm", patterns=("^head/", "^rl/"), reward_scale=0.5)
-    own.reward = lambda frames: frames[..., 1] + frames[..., 7 + 1]  # how far the hand is from the drawer's handle
-    own.settings = dataclasses.replace(own.settings, actions=2)
+
+    def far(frames):
+        return frames[..., 1] + frames[..., 7 + 1]  # before, and how that changed
+
+    own = learner("lstm", patterns=("^head/", "^rl/"), reward=far, reward_scale=0.5)
     decisions, numbers = own.iterate(world(), 0)
     assert decisions.counts.sum() > 0
     assert 0.1 < numbers["reward"] < 0.3  # half of some 40 cm
