@@ -17,7 +17,7 @@ import os
 import pathlib
 import sys
 
-from robovlms_jax import cli
+from robovlms_jax import bars, cli
 from robovlms_jax.demo import twin
 from robovlms_jax.labeling import answers, asking, server
 from robovlms_jax.rl import rewards, segments
@@ -76,7 +76,8 @@ def prepare(config: LabelConfig, page: server.LabelServer) -> None:
         _keep(pathlib.Path(config.rollouts), out / segments.FILE)
     elif not (out / segments.FILE).exists():
         page.prepare("Rollouts are being made, which takes some minutes")
-        trying.record(config.checkpoint or twin.DIRECTORY, config.record).save(out / segments.FILE)
+        with bars.waiting(f"making {config.record.count} rollouts"):
+            trying.record(config.checkpoint or twin.DIRECTORY, config.record).save(out / segments.FILE)
     found = segments.load(out)
     about = {"rollouts": segments.identity(out), "steps": config.steps, "every": config.every}
     given = answers.Answers(out / answers.FILE, about)
@@ -104,7 +105,8 @@ def prepare(config: LabelConfig, page: server.LabelServer) -> None:
 
     if fresh:
         page.prepare("The first pair is being drawn")
-        show(fresh[0])  # compiles
+        with bars.waiting("compiling what draws the pairs"):
+            show(fresh[0])
     page.open(server.Work(given, fresh, show))
     log.info("%d answers so far, %d questions left", len(given.given), len(fresh))
 

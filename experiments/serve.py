@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from robovlms_jax import cli
+from robovlms_jax import bars, cli
 from robovlms_jax.control import robot as robots
 from robovlms_jax.deploy import messages, server
 from robovlms_jax.deploy.config import ServerConfig, tls_context
@@ -83,7 +83,8 @@ def warm_up(policy: BatchedVLAPolicy, robot: robots.RobotSpec, config: ServeConf
     sizes = {camera: config.image_size or own.get(camera, model_size) for camera in policy.model.config.cameras}
     log.info("warming up %d slots: prompts of %s tokens, pictures %s", policy.slots, policy.prompt_lengths, sizes)
     started = time.monotonic()
-    policy.warm_up(sizes)
+    with bars.waiting("compiling, which takes up to minutes for large models"):
+        policy.warm_up(sizes)
     log.info("warmed up in %.1f s", time.monotonic() - started)
 
 
