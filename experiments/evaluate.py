@@ -17,7 +17,7 @@ import logging
 import math
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,11 @@ from robovlms_jax.evaluation import chains, filing
 from robovlms_jax.evaluation.report import films as film_files
 from robovlms_jax.evaluation.report import rerun_file
 from robovlms_jax.evaluation.report import rollouts as rollout_report
-from robovlms_jax.evaluation.rollout import Films, Recording, SuccessCriterion, Trial
+from robovlms_jax.evaluation.rollout import Films, Recording, SuccessCriterion, Trial, TrialResult
 from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable.env import PlayTables
 from robovlms_jax.policies.config import PolicyConfig
+from robovlms_jax.rl import rollouts
 from robovlms_jax.runs import load, logs, robots
 from robovlms_jax.training import checkpoints, seals
 
@@ -51,14 +52,7 @@ def evaluate(config: evaluation_settings.EvaluateConfig) -> pathlib.Path:
     directory = checkpoints.locate(config.checkpoint)
     trials, criterion = _trials(config)
     conditions = _conditions(config, trials, seals.identity(directory).label)
-    name = _folder_name(config)
-    if config.out:
-        output = filing.choose(pathlib.Path(config.out), name, conditions)
-    else:
-        run = checkpoints.run_of(directory)
-        if hub.is_name(config.checkpoint):  # the hub's cache is no place for results
-            run = pathlib.Path("runs") / hub.parse(config.checkpoint)[0].replace("/", "_")
-        output = filing.place(run / "rollouts", name, conditions)
+    output = _output(config, directory, conditions)
     log.info(
         "%s: %d trials, execution %s%s, phrasing %s; results go to %s",
         *(
@@ -95,6 +89,7 @@ def evaluate(config: evaluation_settings.EvaluateConfig) -> pathlib.Path:
                 conditions,
             ),
             films=Films([trial.index for trial in trials[: config.films]], keep),
+            play=_player(config, directory, criterion) if config.on_device else None,
         )
         if config.latency_ms >= 0:
             log.info("asynchronous control: %s", dict(driven.counts))
@@ -103,6 +98,29 @@ def evaluate(config: evaluation_settings.EvaluateConfig) -> pathlib.Path:
     return rollout_report.write_report(
         output, [evaluation], title=title, films=films, recordings=recordings, rrd=config.rrd
     )
+
+
+def _output(
+    config: evaluation_settings.EvaluateConfig, directory: pathlib.Path, conditions: dict[str, Any]
+) -> pathlib.Path:
+    """Where the results go."""
+    name = _folder_name(config)
+    if config.out:
+        return filing.choose(pathlib.Path(config.out), name, conditions)
+    run = checkpoints.run_of(directory)
+    if hub.is_name(config.checkpoint):  # the hub's cache is no place for results
+        run = pathlib.Path("runs") / hub.parse(config.checkpoint)[0].replace("/", "_")
+    return filing.place(run / "rollouts", name, conditions)
+
+
+def _player(
+    config: evaluation_settings.EvaluateConfig, directory: pathlib.Path, criterion: SuccessCriterion
+) -> Callable[[Sequence[Trial]], Iterator[TrialResult]]:
+    """Plays trials in one program. Raises ValueError for a policy or an execution that only the host's loop has."""
+    model, params, encode = load.open_model(directory, weights=config.weights)
+    sizes = dict(zip(("static", "wrist"), config.image_size, strict=True))
+    player = rollouts.Player(model, encode, config.processes, sizes, config.execution, criterion)
+    return lambda trials: player.results(params, trials)
 
 
 def _require_robot(config: evaluation_settings.EvaluateConfig, policy: PolicyConfig, dataset: str) -> None:
@@ -149,7 +167,7 @@ def _folder_name(config: evaluation_settings.EvaluateConfig) -> str:
 
 
 _ASIDE = (
-    *("checkpoint", "out", "chains", "processes", "films", "rrd"),
+    *("checkpoint", "out", "chains", "processes", "films", "rrd", "on_device"),
     *("calvin_root", "calvin_split", "simulator_python", "weights"),
 )
 """Fields that results do not depend on, or not by their text (who is asked how often, and where things lie), and what

@@ -58,6 +58,9 @@ class EvaluateConfig:
     (playtable)."""
     films: int = 2
     """Rollouts to film."""
+    on_device: bool = False
+    """Policy, tables and checker in one program (playtable): the same results, without films. Worth its compilation
+    where many trials are played, most of all on an accelerator."""
     rrd: str = ""
     """A file such as rollouts.rrd: what is filmed, for the Rerun viewer (`pip install robovlms_jax[rerun]`)."""
     weights: load.Weights | None = None
@@ -92,6 +95,8 @@ class EvaluateConfig:
             raise ValueError("execution and latency_ms exclude each other: with a latency, `asynchronous` says it all.")
         if self.latency_ms < 0 and self.asynchronous != AsyncConfig():
             raise ValueError("asynchronous is read with latency_ms of 0 or more alone; set it.")
+        if self.on_device and (self.films or self.latency_ms >= 0):
+            raise ValueError("on_device films nothing and knows no latency: pass --films 0 and no latency_ms.")
         unknown = sorted(set(self.tasks) - set(calvin_tasks.TASKS))
         if unknown:
             raise ValueError(f"tasks has unknown {unknown}; known: {', '.join(calvin_tasks.TASKS)}.")
@@ -107,7 +112,7 @@ class EvaluateConfig:
 
 ONLY_FOR = {
     **dict.fromkeys(("calvin_split", "egl", "fresh_process"), "calvin"),
-    "image_size": "playtable",
+    **dict.fromkeys(("image_size", "on_device"), "playtable"),
     "simpler_statistics": "simpler",
 }
 """Field -> the one env that reads it."""

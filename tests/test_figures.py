@@ -160,6 +160,11 @@ def test_the_tables_of_reinforcement_are_those_of_its_runs():
         rollouts["device_decisions_per_s"], rollouts["host_decisions_per_s"]
     )
     assert rates in text and f"**{rollouts['ratio']:.1f} times" in text
+    quiet = result("rollouts_quiet_cpu")["tables"]["16"]
+    one, two = (round(quiet[f"{name}_decisions_per_s"]) for name in ("device", "host"))
+    assert f"it is {one} against {two}, {quiet['ratio']:.1f} times" in text
+    true = [f"{100 * seed['accuracy_true']:.1f}" for seed in result("reward_cpu")["seeds"].values()]
+    assert f"{true[0]}, {true[1]} and {true[2]} % of the true answers" in text
 
 
 def test_the_table_of_actions_as_words_is_that_of_its_runs():

@@ -14,7 +14,7 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -159,6 +159,7 @@ def evaluate(
     *,
     share: Share = Share(),
     films: Films | None = None,
+    play: Callable[[Sequence[Trial]], Iterable[TrialResult]] | None = None,
 ) -> Evaluation:
     """Run those of `trials` that `directory` has no result of yet, and return what it has then.
 
@@ -166,6 +167,8 @@ def evaluate(
       trials: all trials of the evaluation, the same in every process.
       directory: one per environment, `settings` and set of trials; made if missing.
       share: which of them this process runs.
+      play: plays trials by itself, with the results that this loop would have; then neither policy nor films are asked
+        for.
     Raises:
       ValueError: the directory holds results of other settings or other trials, or a damaged file.
       See also `rollout.run`; what was finished before an error is kept.
@@ -191,7 +194,10 @@ def evaluate(
             def watch(step: int) -> None:
                 bar.say(f"control step {step}, {sum(scores)} tasks solved")  # no rate: what fails ends later
 
-            results = rollout.run(executed, envs, mine, settings.criterion, films=films, watch=watch)
+            if play is None:
+                results = rollout.run(executed, envs, mine, settings.criterion, films=films, watch=watch)
+            else:
+                results = iter(play(mine))
             for result in _append(directory / f"results-{share.index:03d}.jsonl", setup, results):
                 scores.append(result.score)
                 bar.update()

@@ -18,6 +18,7 @@ from robovlms_jax.control.delayed import AsynchronousBatch
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.control.robot import CALVIN
 from robovlms_jax.data.registry import oxe
+from robovlms_jax.demo import twin
 from robovlms_jax.envs.calvin import adapter as calvin
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.evaluation import chains, filing
@@ -69,7 +70,7 @@ def test_other_wordings_are_asked_only_on_request_or_with_a_warning(checkout, ca
 def test_the_official_protocol_is_the_whole_benchmark_and_says_so(checkout, monkeypatch, tmp_path):
     asked = {}
 
-    def evaluated(policy, envs, trials, directory, settings, films):
+    def evaluated(policy, envs, trials, directory, settings, films, play):
         asked.update(settings=settings, trials=trials)
         trial = trials[0]
         result = TrialResult(trial.index, trial.tasks, trial.instructions, (False,), (360,), trial.labels)
@@ -134,11 +135,31 @@ def test_flags_that_contradict_the_official_protocol_are_refused_even_at_their_d
         ({"env": "playtable", "calvin_split": "debug"}, "calvin"),
         ({"env": "playtable", "simpler_statistics": "x.json"}, "simpler"),
         ({"image_size": (64, 32)}, "playtable"),
+        ({"on_device": True, "films": 0}, "playtable"),
     ],
 )
 def test_a_field_that_the_environment_does_not_read_is_refused(changes, owner):
     with pytest.raises(ValueError, match=f"is for env {owner}"):
         config(**changes)
+
+
+def test_what_one_program_cannot_do_is_refused():
+    for changes in ({}, {"films": 0, "latency_ms": 10.0}):
+        with pytest.raises(ValueError, match="on_device films nothing and knows no latency: pass --films 0"):
+            config(env="playtable", calvin_root="", on_device=True, **changes)
+
+
+@pytest.mark.slow
+def test_one_program_on_the_device_has_the_results_of_the_hosts_loop(tmp_path):
+    asked = {"tasks": ("open_drawer", "turn_on_led"), "chains": 6, "processes": 3, "image_size": (96, 64), "films": 0}
+    found = []
+    for on_device in (False, True):
+        out = tmp_path / str(on_device)
+        how = config(env="playtable", calvin_root="", on_device=on_device, out=str(out), max_steps=80, **asked)
+        how = dataclasses.replace(how, checkpoint=str(twin.DIRECTORY), execution=Execution("receding", horizon=5))
+        results = chains.load(evaluate.evaluate(how).parent).results
+        found.append([(x.index, x.success, x.steps) for x in results])
+    assert found[0] == found[1] and len(found[0]) == 6
 
 
 def test_the_official_protocol_needs_the_sentences():
@@ -269,7 +290,7 @@ def test_an_old_checkpoint_that_describes_no_robot_says_by_its_scaling_what_simp
 def test_late_answers_are_driven_as_asked_and_results_without_them_keep_their_place(monkeypatch, tmp_path):
     handed = {}
 
-    def evaluated(policy, envs, trials, directory, settings, films):
+    def evaluated(policy, envs, trials, directory, settings, films, play):
         handed.update(policy=policy, settings=settings)
         result = TrialResult(0, trials[0].tasks, trials[0].instructions, (False,), (9,), trials[0].labels)
         return chains.Evaluation({"env": "line", "policy": "p", "execution": "chunk"}, (result,))
