@@ -26,9 +26,11 @@ TRIALS = [trial(index, 1, 2 + index % 9, scene="line") for index in range(12)]
 
 
 def evaluate(directory, trials=TRIALS, env=None, **changes):
-    share = changes.pop("share", chains.Share())
+    share, play = changes.pop("share", chains.Share()), changes.pop("play", None)
     settings = chains.Settings(**{"policy_name": "toy", "criterion": CRITERION, **changes})
-    return chains.evaluate(LinePolicy(), EnvPool([env or LineEnv()]), trials, directory, settings, share=share)
+    return chains.evaluate(
+        LinePolicy(), EnvPool([env or LineEnv()]), trials, directory, settings, share=share, play=play
+    )
 
 
 def result(index: int, score: int, length: int = 5, steps: int = 10) -> TrialResult:
@@ -190,6 +192,20 @@ def test_a_trial_that_two_processes_ran_counts_once(tmp_path):
     whole = evaluate(tmp_path)
     (tmp_path / "results-001.jsonl").write_text((tmp_path / "results-000.jsonl").read_text())
     assert chains.load(tmp_path) == whole
+
+
+def test_whoever_plays_by_itself_is_given_the_trials_that_are_left_and_its_results_are_stored(tmp_path):
+    known = evaluate(tmp_path, trials=TRIALS[:4]).results
+    asked = []
+
+    def play(trials):
+        asked.extend(trial.index for trial in trials)
+        for each in trials:
+            yield TrialResult(each.index, each.tasks, each.instructions, (False,), (3,), each.labels)
+
+    found = evaluate(tmp_path, play=play).results
+    assert asked == list(range(4, 12)) and found[:4] == known
+    assert [x.steps for x in found[4:]] == [(3,)] * 8
 
 
 def test_more_trials_can_be_added_and_fewer_be_asked_for(tmp_path):
