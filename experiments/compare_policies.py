@@ -27,7 +27,7 @@ import numpy as np
 from experiments import protocols
 from robovlms_jax import cli, json_files, schema
 from robovlms_jax.evaluation.report import tables
-from robovlms_jax.runs import cost
+from robovlms_jax.runs import cost, load
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
 from robovlms_jax.search import queue, report
@@ -110,7 +110,7 @@ BUDGET = (
     *("train.steps=600", "train.batch_size=32", "policy.chunk=5"),
     *("rollouts.trials=40", "rollouts.max_steps=80", "rollouts.films=0"),
 )
-"""A quarter of the default's steps, of half its windows, and half its chunk: a minute for a run on a CPU."""
+"""An eighth of the default's steps, of half its windows, and half its chunk: a minute for a run on a CPU."""
 _HEADS = (
     Variant("mlp", ("policy.history=one_step", _head("mlp", hidden_size=128, trunk=[256, 128]))),
     *(
@@ -139,7 +139,7 @@ PRESETS = {
         out="searches/windows",
     ),
     "data": ComparePoliciesConfig(
-        (Variant("0.1x", demonstrations=10), Variant("1x", demonstrations=100), Variant("5x", demonstrations=480)),
+        (Variant("0.1x", demonstrations=9), Variant("1x", demonstrations=88), Variant("5x", demonstrations=440)),
         fixed=(
             *BUDGET,
             *("data.root=data/playtable_4000", "demonstrations.episodes=4000", "demonstrations.random_scenes=3997"),
@@ -250,7 +250,7 @@ class _Judged:
         found = protocol.rollouts(run)
         error = json_files.read_object(run / "report.json", "a run's report").get("overall", {}).get("translation_m")
         found["error_mm"] = None if error is None else 1000 * error
-        return found | (cost.measure(run, self.sizes) if self.costed else {})
+        return found | (cost.measure(load.load_batched_policy(run, 1), self.sizes) if self.costed else {})
 
 
 def work(config: ComparePoliciesConfig) -> pathlib.Path:

@@ -182,3 +182,23 @@ def test_the_table_of_actions_as_words_is_that_of_its_runs():
     assert f"{copied['own'][1]:.1f}, the first by {copied['own'][0]:.1f}" in text
     median, likely = loop["median_of_the_distribution"]["validation"], loop["rows"][2]["validation"]["own"]
     assert f"({median[0]:.1f} against {likely[0]:.1f} mm on held-out windows)" in text
+
+
+def mean_and_interval(found):
+    return f"{found['mean']:.2f} ± {found['half_width']:.2f}"
+
+
+def test_the_tables_of_few_demonstrations_task_after_task_and_another_table_are_those_of_their_runs():
+    found, text = result("strategies_cpu"), page("strategies.md")
+    few, continual, adapt = (found[name] for name in ("few_shot", "continual", "adapt"))
+    for row in few["rows"]:
+        assert f"| {row['demonstrations']} | {row['method']} | {mean_and_interval(row)} |" in text
+        assert sum(row["success"]) / len(row["success"]) == pytest.approx(row["mean"], abs=1e-3)
+    for row in continual["rows"]:
+        measures = " | ".join(mean_and_interval(row[name]) for name in ("forward", "backward", "area"))
+        after = " | ".join(f"{x:.2f}" for x in row["after"][1])
+        assert f"| {row['method']} | {measures} | {after} |" in text
+    for row in adapt["rows"]:
+        seeds = ", ".join(f"{x:.2f}" for x in row["success"])
+        assert f"| {row['way']} | {seeds} | {mean_and_interval(row)} |" in text
+    assert all(row["noise"] for row in [*few["differences"], *adapt["differences"]])

@@ -1,9 +1,8 @@
-"""What a control step of a finished run costs on this machine: milliseconds, parameters, memory."""
+"""What a policy's control step costs on this machine: milliseconds, parameters, memory."""
 
 from __future__ import annotations
 
 import functools
-import pathlib
 import statistics
 import time
 from collections.abc import Mapping
@@ -14,22 +13,19 @@ import numpy as np
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.policies import serving
 from robovlms_jax.policies.sensors import base as sensors
-from robovlms_jax.runs import load
 from robovlms_jax.training import memory
 
 
-def measure(checkpoint: str | pathlib.Path, sizes: tuple[int, int], steps: int = 50) -> dict[str, float]:
-    """Ask a policy for one robot `steps` times, with pictures of noise.
+def measure(policy: serving.BatchedVLAPolicy, sizes: tuple[int, int], steps: int = 50) -> dict[str, float]:
+    """Ask a policy of one slot `steps` times, with pictures of noise.
 
     Args:
-      checkpoint: run directory or checkpoint.
       sizes: pixels of the first camera's and the second's square pictures, in the order of `policy.robot.cameras`.
     Returns:
       "milliseconds": the median of a control step, NumPy pictures in and actions out, compilation apart; "parameters"
       and "head_parameters": how many there are; "step_bytes": what XLA plans to hold at a time while a step runs, the
       parameters included.
     """
-    policy = load.load_batched_policy(checkpoint, 1)
     cameras, rng = [camera.name for camera in policy.robot.cameras], np.random.default_rng(0)
     pictures = dict(zip(cameras, sizes, strict=True))
     images = {name: rng.integers(0, 256, (size, size, 3), np.uint8) for name, size in pictures.items()}

@@ -9,7 +9,7 @@ import pathlib
 import pytest
 
 from experiments import compare_policies as compare
-from robovlms_jax.runs import cost
+from robovlms_jax.runs import cost, load
 from robovlms_jax.search import queue
 
 Variant = compare.Variant
@@ -113,6 +113,6 @@ def test_the_table_has_means_over_seeds_and_what_a_control_step_costs(tmp_path):
 @pytest.mark.slow
 def test_a_control_step_of_the_bundled_twin_is_measured():
     twin = pathlib.Path(compare.__file__).parents[1] / "robovlms_jax" / "demo" / "twin"
-    found = cost.measure(twin, (96, 64), steps=3)
+    found = cost.measure(load.load_batched_policy(twin, 1), (96, 64), steps=3)
     assert found["parameters"] == 488_518 and 0 < found["head_parameters"] < 488_518
     assert found["step_bytes"] > 4 * found["parameters"] and found["milliseconds"] > 0
