@@ -172,6 +172,9 @@ def test_the_table_of_actions_as_words_is_that_of_its_runs():
     for run in found["runs"]:
         rate = {0.0004: "4e-4", 0.002: "2e-3"}[run["rate"]]
         assert f"| {run['words']} | {rate} | {run['steps']} | {run['successes']} |" in text
+    seeds = found["three_seeds"]
+    each = "{}, {} and {} of 40 trials each".format(*seeds["success"])
+    assert f"{each}, so {mean_and_interval(seeds)}" in text
     loop = found["open_loop"]
     first, copied, parallel = (row["training"] for row in loop["rows"])
     own, recorded = (f"{first[words][0]:.1f}" for words in ("own", "recorded"))
