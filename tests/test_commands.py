@@ -37,7 +37,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*(?:\.[a-zA-Z][\w-]*)*")
 
 OTHERS = {
     "git, uv": "--porcelain --untracked-files --recurse-submodules --recursive --init --python",
-    "pip, pytest, ruff, tensorboard": "--fix --check --logdir --durations --dist",
+    "pip, pytest, ruff, tensorboard": "--no-deps --fix --check --logdir --durations --dist",
     "sbatch, srun": "--array --wrap --nodes --ntasks-per-node --gpus-per-node --gpus-per-task --gpu-bind "
     "--output --cpus-per-task --signal --requeue --open-mode --time --job-name",
     "gcloud, xpk": "--zone --worker --command --version --accelerator-type --cluster --docker-image --tpu-type "

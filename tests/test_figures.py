@@ -205,3 +205,40 @@ def test_the_tables_of_few_demonstrations_task_after_task_and_another_table_are_
         seeds = ", ".join(f"{x:.2f}" for x in row["success"])
         assert f"| {row['way']} | {seeds} | {mean_and_interval(row)} |" in text
     assert all(row["noise"] for row in [*few["differences"], *adapt["differences"]])
+
+
+def test_the_table_of_compared_checkpoints_is_that_of_its_run():
+    found, text = result("compare_cpu"), page("comparing.md")
+    first, second = found["policies"]
+    rows = {(row["policy"], row["condition"]): row for row in found["conditions"]}
+    only = {row["condition"]: row["counts"] for row in found["differences"]}
+
+    def solved(row):
+        rate = row["in_a_row"][0]
+        low, high = rate["interval"]
+        return f"{100 * rate['value']:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+    for _, condition in list(rows)[: len(rows) : 2]:
+        row, change = rows[first, condition], rows[first, condition]["change"]
+        cells = [solved(row), "" if change is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(
+            *(100 * change[end] for end in ("value", "low", "high")))]  # fmt: skip
+        counts = only.get(condition)
+        cells += [
+            solved(rows[second, condition]),
+            f"{counts['first']} / {counts['second']}" if counts else "not tested",
+        ]
+        line = f"| `{condition}` | {' | '.join(cells)} |".replace("|  |", "| |")
+        assert line in text, line
+    usual = next(row for row in found["differences"] if row["condition"] == "usual")
+    shown = "{:+.1f} points ({:+.1f} to {:+.1f})".format(
+        *(100 * usual["rate"][end] for end in ("value", "low", "high"))
+    )
+    assert shown in text and f"p = {usual['counts']['p']:g}" in text
+    assert f"flatters it by {100 * found['selection']['optimism']:.1f} point" in text
+
+
+def test_the_figures_of_simplerenv_are_those_of_its_run():
+    found, text = result("simpler_cpu"), page("how_to/simpler.md")
+    for who in ("scripted", "random"):
+        assert f"| {found[who]['solved']} of {found['layouts']} |" in text
+    assert f"{found['seconds_per_step']['scripted']:.3f} s" in text

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from robovlms_jax.actions import rotations
+from robovlms_jax.actions import namespaces, rotations
 
 if TYPE_CHECKING:
     from robovlms_jax.types import Array
@@ -38,25 +38,25 @@ class ToolFrame:
 
     def from_world(self, actions: Array, pose: Array) -> Array:
         """World-frame relative actions float[..., >= 6] at poses float[..., >= 6] -> tool frame, same shape."""
-        xp = actions.__array_namespace__()
+        xp = namespaces.of(actions)
         rotation = rotations.from_euler(pose[..., 3:6], self.order)
         target = rotations.from_euler(pose[..., 3:6] + self.unit * actions[..., 3:6], self.order)
         turn = xp.swapaxes(rotation, -1, -2) @ target
         turn = xp.swapaxes(turn, -1, -2) if self.inverted else turn
         move = xp.swapaxes(rotation, -1, -2) @ actions[..., :3, None]
         turn = rotations.to_euler(turn, self.order) / self.unit
-        return xp.concat([move[..., 0], turn, actions[..., 6:]], axis=-1)
+        return xp.concatenate([move[..., 0], turn, actions[..., 6:]], axis=-1)
 
     def to_world(self, actions: Array, pose: Array) -> Array:
         """Inverse of `from_world`."""
-        xp = actions.__array_namespace__()
+        xp = namespaces.of(actions)
         rotation = rotations.from_euler(pose[..., 3:6], self.order)
         turn = rotations.from_euler(self.unit * actions[..., 3:6], self.order)
         turn = xp.swapaxes(turn, -1, -2) if self.inverted else turn
         target = rotations.to_euler(rotation @ turn, self.order)
         move = rotation @ actions[..., :3, None]
         turn = rotations.wrap(target - pose[..., 3:6]) / self.unit
-        return xp.concat([move[..., 0], turn, actions[..., 6:]], axis=-1)
+        return xp.concatenate([move[..., 0], turn, actions[..., 6:]], axis=-1)
 
 
 UPSTREAM_TOOL = ToolFrame(unit=0.01, order="intrinsic", inverted=True)

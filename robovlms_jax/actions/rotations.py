@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
+from robovlms_jax.actions import namespaces
+
 if TYPE_CHECKING:
     from robovlms_jax.types import Array
 
@@ -19,7 +21,7 @@ ROS). intrinsic: about the body's own x, then y, then z, R = Rx Ry Rz (pytorch3d
 
 def from_euler(angles: Array, order: Order = "fixed") -> Array:
     """Euler angles float[..., 3] -> rotation matrices float[..., 3, 3]."""
-    xp = angles.__array_namespace__()
+    xp = namespaces.of(angles)
     if order == "intrinsic":  # the transpose of the fixed rotation by the opposite angles
         return xp.swapaxes(from_euler(-angles), -1, -2)
     (cx, cy, cz), (sx, sy, sz) = (xp.moveaxis(f(angles), -1, 0) for f in (xp.cos, xp.sin))
@@ -36,7 +38,7 @@ def to_euler(rotation: Array, order: Order = "fixed") -> Array:
 
     At the ends of that range x and z turn about one axis, and only their sum or difference means something.
     """
-    r, xp = rotation, rotation.__array_namespace__()
+    r, xp = rotation, namespaces.of(rotation)
     if order == "intrinsic":
         return -to_euler(xp.swapaxes(r, -1, -2))
     y = xp.arctan2(-r[..., 2, 0], xp.hypot(r[..., 2, 1], r[..., 2, 2]))
@@ -46,7 +48,7 @@ def to_euler(rotation: Array, order: Order = "fixed") -> Array:
 
 def from_axis_angle(vector: Array) -> Array:
     """Rotation about `vector` float[..., 3] by its length (Rodrigues)."""
-    xp = vector.__array_namespace__()
+    xp = namespaces.of(vector)
     angle_sq = xp.sum(vector**2, axis=-1)[..., None, None]
     angle = xp.sqrt(xp.maximum(angle_sq, 1e-12))
     x, y, z = xp.moveaxis(vector, -1, 0)
@@ -60,7 +62,7 @@ def from_axis_angle(vector: Array) -> Array:
 
 def to_axis_angle(rotation: Array) -> Array:
     """Rotation matrices -> vectors float[..., 3] of length in [0, pi]; at pi either direction is right."""
-    xp = rotation.__array_namespace__()
+    xp = namespaces.of(rotation)
     q = to_quaternion(rotation)
     q = xp.where(q[..., 3:] < 0, -q, q)  # of the two quaternions the one that turns the short way
     length = xp.sqrt(xp.sum(q[..., :3] ** 2, axis=-1, keepdims=True))
@@ -71,7 +73,7 @@ def to_axis_angle(rotation: Array) -> Array:
 
 def from_quaternion(quaternion: Array) -> Array:
     """Quaternions float[..., 4], of any length but 0 -> rotation matrices."""
-    xp = quaternion.__array_namespace__()
+    xp = namespaces.of(quaternion)
     unit = quaternion / xp.sqrt(xp.sum(quaternion**2, axis=-1, keepdims=True))
     x, y, z, w = xp.moveaxis(unit, -1, 0)
     rows = (
@@ -84,7 +86,7 @@ def from_quaternion(quaternion: Array) -> Array:
 
 def to_quaternion(rotation: Array) -> Array:
     """Rotation matrices -> unit quaternions float[..., 4], stable everywhere; the sign is arbitrary."""
-    r, xp = rotation, rotation.__array_namespace__()
+    r, xp = rotation, namespaces.of(rotation)
     d = xp.stack([r[..., 0, 0], r[..., 1, 1], r[..., 2, 2]], axis=-1)
 
     def off(i: int, j: int, sign: int) -> Array:
@@ -110,21 +112,21 @@ def to_quaternion(rotation: Array) -> Array:
 def from_6d(values: Array) -> Array:
     """Two columns float[..., 6] of a rotation matrix, of any length and not quite at right angles -> the matrices (Zhou
     et al. 2019, arXiv:1812.07035)."""
-    xp = values.__array_namespace__()
+    xp = namespaces.of(values)
     first, second = values[..., :3], values[..., 3:]
     first = first / xp.sqrt(xp.sum(first**2, axis=-1, keepdims=True))
     second = second - xp.sum(first * second, axis=-1, keepdims=True) * first
     second = second / xp.sqrt(xp.sum(second**2, axis=-1, keepdims=True))
-    return xp.stack([first, second, xp.linalg.cross(first, second)], axis=-1)
+    return xp.stack([first, second, xp.cross(first, second)], axis=-1)
 
 
 def to_6d(rotation: Array) -> Array:
     """Rotation matrices -> their first two columns float[..., 6]."""
-    xp = rotation.__array_namespace__()
-    return xp.concat([rotation[..., 0], rotation[..., 1]], axis=-1)
+    xp = namespaces.of(rotation)
+    return xp.concatenate([rotation[..., 0], rotation[..., 1]], axis=-1)
 
 
 def wrap(angles: Array) -> Array:
     """The same angles in [-pi, pi]; what lies there already is unchanged."""
-    xp = angles.__array_namespace__()
+    xp = namespaces.of(angles)
     return angles - 2 * math.pi * xp.round(angles / (2 * math.pi))

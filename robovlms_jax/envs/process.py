@@ -9,8 +9,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import importlib
+import importlib.util
+import io
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -160,6 +163,24 @@ class ProcessEnv:
         raise EnvError(f"{self._factory}: {what} ({state}). Its last output:\n{last_words or '(none)'}")
 
 
+class _Unpickler(pickle.Unpickler):
+    """Reads arrays that NumPy 2 pickled: they name modules `numpy._core...`, which older NumPy has as `numpy.core`.
+
+    Simulators may need such a NumPy; SimplerEnv asks for 1.24. The names are not registered as modules: compiled
+    packages take `numpy._core` for NumPy 2.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("numpy._core") and importlib.util.find_spec("numpy._core") is None:
+            module = module.replace("numpy._core", "numpy.core", 1)
+        return super().find_class(module, name)
+
+
+def read(pipe: connection.Connection) -> Any:
+    """The next object of a pipe. Raises EOFError: the other end is closed."""
+    return _Unpickler(io.BytesIO(pipe.recv_bytes())).load()
+
+
 def _serve(pipe: connection.Connection) -> None:
     """The child: build the environment, then answer until the pipe closes."""
 
@@ -179,11 +200,11 @@ def _serve(pipe: connection.Connection) -> None:
         return env[0].name, dict(getattr(env[0], "about", {}))
 
     env: list[Any] = []
-    factory, kwargs = pipe.recv()
+    factory, kwargs = read(pipe)
     answer(_CALLERS_MISTAKES, build)
     while True:
         try:
-            method, args, kwargs = pipe.recv()
+            method, args, kwargs = read(pipe)
         except EOFError:  # the parent is gone or done
             return
         answer((ValueError,), vector.perform, env[0], method, *args, **kwargs)

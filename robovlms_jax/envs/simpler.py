@@ -8,11 +8,14 @@ policies that there are: those that act in metres and radians, and those that ac
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
+import pathlib
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -114,7 +117,9 @@ class SimplerEnv:
       gripper: fixed: commands take effect at once, a change of mind is never lost. upstream: as RoboVLMs' published
         numbers were made, see `UpstreamWidowXGripper` and `UpstreamGoogleGripper`.
     Raises:
-      ImportError: simpler_env is not installed.
+      ImportError: simpler_env is not installed. FileNotFoundError: its scanned table is not there.
+
+    `about` says which versions of its packages numbers depend on.
     """
 
     def __init__(
@@ -130,6 +135,8 @@ class SimplerEnv:
         self._task, self.name = task, f"SimplerEnv ({task})"
         # passed again because the package's own default is a tuple by mistake
         self._env = _import_simpler().make(task, obs_mode="rgbd")
+        _require_stage(self._env.unwrapped, self._robot)
+        self.about = _versions()
         self._pixels: np.ndarray | None = None
         self._info: dict[str, Any] = {}
 
@@ -306,6 +313,31 @@ _GRIPPERS: Mapping[tuple[str, str], type] = {
 }
 
 
+_STAGES = {"widowx": "bridge_table_1_v1", "google_robot": "google_pick_coke_can_1_v4"}
+"""Of a task that names none."""
+
+
+def _require_stage(world: Any, robot: str) -> None:
+    """SAPIEN only logs that a scan cannot be loaded, and goes on without a table, through whose place objects fall."""
+    root, name = getattr(world, "scene_root", None), getattr(world, "scene_name", None)
+    if root is None or "dummy" in (name or ""):
+        return
+    path = pathlib.Path(root) / "stages" / f"{name or _STAGES[robot]}.glb"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"SimplerEnv's scanned scene {path} is missing, and without it there is no table. Fetch the scans "
+            "that ManiSkill2_real2sim keeps in its data folder (docs/how_to/simpler.md)."
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("sapien", "mani_skill2_real2sim", "simpler_env", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def _import_simpler() -> Any:
     try:
         import simpler_env as package
@@ -313,6 +345,6 @@ def _import_simpler() -> Any:
         raise ImportError(
             f"SimplerEnv is not usable from {sys.executable} ({error}). Install it from its repository: "
             "`git clone --recurse-submodules https://github.com/simpler-env/SimplerEnv`, then `pip install -e "
-            "SimplerEnv/ManiSkill2_real2sim -e SimplerEnv`. It needs SAPIEN and a Vulkan driver (GPU, or recent Mesa)."
+            "SimplerEnv/ManiSkill2_real2sim -e SimplerEnv`. It needs SAPIEN and Vulkan (docs/how_to/simpler.md)."
         ) from error
     return package

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pathlib
+import pickle
 import time
 
 import numpy as np
 import pytest
 
+from robovlms_jax.actions import rotations
+from robovlms_jax.envs import process
 from robovlms_jax.envs.process import ProcessEnv
 from robovlms_jax.envs.vector import EnvError, EnvPool
 from tests.envs.toy_env import Toy
@@ -135,6 +140,39 @@ def test_a_pool_of_environments_without_processes(here):
     assert fine["count"] == 3
     with pytest.raises(ValueError, match="bad action"):
         pool.step([0], action(6)[None])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_arrays_of_numpy_2_are_read_where_numpy_is_older(monkeypatch):
+    """SimplerEnv asks for NumPy 1.24, which has `numpy.core` only."""
+    sent = {"action": np.arange(7.0), "scalar": np.float32(2), "part": np.ones((2, 3))[:, ::2], "text": "open it"}
+    asked = []
+
+    def older(name):
+        asked.append(name)
+
+    monkeypatch.setattr(process.importlib.util, "find_spec", older)
+    read = process._Unpickler(io.BytesIO(pickle.dumps(sent))).load()
+    assert set(asked) == {"numpy._core"}
+    for name, value in sent.items():
+        np.testing.assert_array_equal(read[name], value)
+    assert process._Unpickler(io.BytesIO(b"")).find_class("numpy._core.multiarray", "scalar").__module__  # found there
+
+
+def test_what_runs_beside_a_simulator_takes_arrays_of_numpy_1():
+    """They do not know `__array_namespace__`."""
+
+    class Older(np.ndarray):
+        @property
+        def __array_namespace__(self):
+            raise AttributeError("not before NumPy 2")
+
+    angles = np.array([0.1, -0.2, 0.3])
+    found = rotations.to_axis_angle(rotations.from_euler(angles.view(Older)))
+    np.testing.assert_allclose(found, rotations.to_axis_angle(rotations.from_euler(angles)))
+    package = pathlib.Path(process.__file__).parents[1]
+    beside = [*(package / "envs").rglob("*.py"), package / "actions/rotations.py", package / "actions/frames.py"]
+    assert [path.name for path in beside if "__array_namespace__" in path.read_text()] == []
 
 
 def test_a_pool_has_one_name():

@@ -62,6 +62,27 @@ def make(monkeypatch):
     return build
 
 
+def test_a_missing_table_is_named_since_sapien_only_logs_it(monkeypatch, tmp_path):
+    class Scanned(World):
+        stage_name = None
+
+        def __init__(self, task, obs_mode):
+            super().__init__(task, obs_mode)
+            self.unwrapped.scene_root, self.unwrapped.scene_name = tmp_path, self.stage_name
+
+    monkeypatch.setattr(simpler, "_import_simpler", lambda: types.SimpleNamespace(make=Scanned))
+    bounds = {"low": LOW, "high": HIGH}
+    with pytest.raises(FileNotFoundError, match=r"bridge_table_1_v1.glb is missing, and without it there is no table"):
+        simpler.SimplerEnv("widowx_stack_cube", **bounds)
+    with pytest.raises(FileNotFoundError, match=r"google_pick_coke_can_1_v4.glb is missing"):
+        simpler.SimplerEnv("google_robot_pick_coke_can", **bounds)
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "bridge_table_1_v1.glb").touch()
+    assert "numpy" in simpler.SimplerEnv("widowx_stack_cube", **bounds).about
+    Scanned.stage_name = "dummy_tabletop"  # drawn by the package itself
+    simpler.SimplerEnv("google_robot_pick_coke_can", **bounds)
+
+
 def act(*arm: float, gripper: float = 1.0) -> np.ndarray:
     return np.array([*arm, *[0.0] * (6 - len(arm)), gripper])
 

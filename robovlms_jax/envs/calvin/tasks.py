@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from robovlms_jax.actions import rotations
+from robovlms_jax.actions import namespaces, rotations
 from robovlms_jax.envs.calvin import phrasings
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def conditions(start: SceneInfo, now: SceneInfo, *, as_released: bool = False) -
     Returns:
       bool[..., 34] in the order of `TASKS`.
     """
-    xp = now["contacts"].__array_namespace__()
+    xp = namespaces.of(now["contacts"])
     before, touching = xp.asarray(start["contacts"]), xp.asarray(now["contacts"])
     block_before, block_now = before[..., _BLOCKS, :], touching[..., _BLOCKS, :]  # [..., 3, 13]
     things_before, things_now = block_before[..., 1:], block_now[..., 1:]  # without the robot
