@@ -8,7 +8,7 @@ BIN := .venv/bin
 VERSION_TESTS := tests/actions tests/data tests/inputs tests/nn tests/parallel tests/policies tests/training tests/test_cli.py \
 	tests/runs/test_config.py tests/test_environments.py tests/test_imports.py tests/experiments/test_plan.py
 
-.PHONY: demo run test docs test-slow test-oldest test-newest lint types hooks wheel-test clean always help
+.PHONY: demo run test docs test-slow test-plans test-oldest test-newest lint types hooks wheel-test clean always help
 
 demo: .venv/demo  ## a robot that obeys sentences, in the browser; nothing is trained
 	$(BIN)/python -m experiments.demo $(ARGS)
@@ -21,6 +21,9 @@ test: .venv/test lint  ## lint and all tests but the slow ones; about eight minu
 
 test-slow: .venv/test  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-plans: .venv-plans/ready  ## a small model compiled for a TPU and a GPU that need not be here; 0.4 GB of compilers
+	.venv-plans/bin/python -m pytest -m slow -n 0 tests/experiments/test_targets_compiled.py $(ARGS)
 
 docs: .venv/test  ## the documentation in site/, which opens from disk
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
@@ -69,6 +72,13 @@ help:  ## this list
 	$(BIN)/python -m pip install --quiet -c requirements.txt -e .[dev]
 	touch $@
 
+# Apart from .venv: with these compilers installed JAX takes the machine for one that may have accelerators.
+.venv-plans/ready: setup.cfg requirements.txt
+	rm -rf .venv-plans
+	$(PYTHON) -m venv .venv-plans
+	.venv-plans/bin/python -m pip install --quiet -c requirements.txt -e .[test,plan-tpu,plan-gpu]
+	touch $@
+
 # Made from nothing, so that no package of the last time stays: the oldest when setup.cfg changes, the newest every time.
 .venv-oldest/ready .venv-newest/ready: .venv-%/ready: setup.cfg tests/environments.py
 	rm -rf .venv-$*
@@ -82,4 +92,4 @@ help:  ## this list
 always:
 
 clean:  ## away with the environments and runs/
-	rm -rf .venv .venv-oldest .venv-newest .venv-wheel runs
+	rm -rf .venv .venv-plans .venv-oldest .venv-newest .venv-wheel runs

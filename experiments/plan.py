@@ -1,8 +1,9 @@
-"""How much memory a training run would take on each device, without having the devices.
+"""How much memory and time a training run would take on each device, without having the devices.
 
 python -m experiments.plan --backbone paligemma-3b-224 --mesh.fsdp 8 --train.batch_size 128
 python -m experiments.plan --preset kosmos_lstm_lora --compile     # also XLA's own plan, compiled for CPUs: minutes
 python -m experiments.plan --preset paligemma_lstm --control_on orin-nx-16      # a control step there: memory, latency
+python -m experiments.plan --preset kosmos_lstm --target v5p:2x2x2 --mesh.fsdp 8   # compiled for it: all that is known
 
 Every preset of every experiment and every field can be given as to a training run; no dataset or weights are opened.
 """
@@ -15,7 +16,7 @@ import math
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -25,13 +26,14 @@ from experiments import bridge, calvin_abcd, google_robot, oxe_pretrain
 from robovlms_jax import bars, cli, upstream
 from robovlms_jax.backbones import registry
 from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.parallel import targets
 from robovlms_jax.parallel.config import MeshConfig
 from robovlms_jax.policies import objective
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.policies.sensors import base as sensors
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.runs import build, edge, steps
+from robovlms_jax.runs import build, compiled, edge, steps
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import memory, optimizer, state
 from robovlms_jax.types import Batch, Inputs
@@ -54,6 +56,14 @@ class PlanConfig(ExperimentConfig):
     compile: bool = False
     """Also compile the step, for as many pretended CPUs, and say what XLA plans. A GPU's or TPU's compiler plans
     otherwise; on a CPU bfloat16 products are computed in float32, which takes more."""
+    target: str = ""
+    """Compile for these accelerators, which need not be here: v5p:2x2x2 (also v4, v5e, v6e; 2xv5p:2x2x2: two slices),
+    h100:8 or a100:8x4 (cards x hosts; also h200, b200). Needs the extra plan-tpu or plan-gpu, and minutes for large
+    models."""
+    programs: tuple[Literal["training", "control"], ...] = ("training", "control")
+    """What is compiled for `target`."""
+    compiled: str = "runs/plans"
+    """Folder that keeps what compilers said about programs for targets, so that none is compiled twice. Empty: none."""
     control_on: str = ""
     """Plan a control step on this computer instead of training: orin-nx-16, agx-orin-64 or thor-t5000."""
     out: str = ""
@@ -61,8 +71,18 @@ class PlanConfig(ExperimentConfig):
 
 
 def plan(config: PlanConfig) -> dict[str, Any]:
-    """Estimate as plain JSON values, bytes on one device. Raises ValueError where the configuration cannot be."""
-    sizes = config.mesh_sizes(config.devices or named_devices(config.mesh))
+    """Estimate as plain JSON values, bytes on one device.
+
+    Raises:
+      ValueError: the configuration cannot be, or no such target.
+      ModuleNotFoundError: the target's compiler is not installed.
+    """
+    target = targets.parse(config.target) if config.target else None
+    if target and (config.compile or config.control_on):
+        raise ValueError("target compiles for accelerators, compile for CPUs, control_on estimates: give one of them.")
+    if target and config.devices not in (0, target.count):
+        raise ValueError(f"devices={config.devices}, but target={config.target} has {target.count}: leave devices out.")
+    sizes = config.mesh_sizes(config.devices or (target.count if target else named_devices(config.mesh)))
     config.validate(math.prod(sizes))
     vlm = build.with_settings(config.backbone, registry.get(config.backbone.name))
     config = dataclasses.replace(config, policy=_without_data(config.policy, vlm.text.vocab_size))
@@ -73,6 +93,8 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     robot = describe_batch(config, vlm.text_shape(config.data.text_length or TEXT_LENGTH))
     batch = {objective.ROBOT: robot}
     begin = time.perf_counter()
+    if target:
+        return compile_for(target, config, model, batch, sizes)
     if config.compile:
         mesh = meshes.make_mesh(sizes)
     else:
@@ -95,6 +117,30 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "seconds_to_estimate": round(time.perf_counter() - begin, 2),
     }
     return result | ({"xla": compile_step(config, model, abstract, batch, mesh)} if config.compile else {})
+
+
+def compile_for(
+    target: targets.Target, config: PlanConfig, model: VLA, batch: dict[str, Batch], sizes: tuple[int, int, int]
+) -> dict[str, Any]:
+    """What `target`'s compiler makes of the training step and the control step; see `runs.compiled`."""
+    mesh = meshes.make_mesh(sizes, targets.devices(target))
+    place = compiled.Place(target, mesh, pathlib.Path(config.compiled) if config.compiled else None)
+    plans: dict[str, Any] = {}
+    if "training" in config.programs:
+        plans["training"] = compiled.training(place, config, model, batch)
+    if "control" in config.programs:
+        plans["control"] = compiled.control(place, config, model.vlm, config.data.text_length or TEXT_LENGTH)
+    return {
+        "target": target.name,
+        "backbone": config.backbone.name,
+        "mesh": dict(zip(meshes.AXES, sizes, strict=True)),
+        "windows_per_step": config.train.batch_size,
+        "windows_per_segment": config.data.windows_per_segment,
+        "accumulation": config.train.accumulation,
+        "remat": model.vlm.remat,
+        "chip": {name: x for name, x in dataclasses.asdict(target.figures).items() if name != "description"},
+        "plans": plans,
+    }
 
 
 def _without_data(policy: PolicyConfig, vocabulary: int) -> PolicyConfig:
@@ -181,6 +227,8 @@ def show_control(backbone: str, control: dict[str, Any]) -> str:
 
 def show(result: dict[str, Any]) -> str:
     """The result as a table to read."""
+    if "target" in result:
+        return compiled.show(targets.parse(result["target"]), result["mesh"], result["plans"])
     if "control" in result:
         return show_control(result["backbone"], result["control"])
     mesh = " x ".join(f"{name} {size}" for name, size in result["mesh"].items())
@@ -224,7 +272,7 @@ def main() -> None:
         jax.config.update("jax_num_cpu_devices", config.devices or named_devices(config.mesh))
     try:
         result = plan(config)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     print(show(result))
     if config.out:

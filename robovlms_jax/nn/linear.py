@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 Storage = Literal["float", "int8", "w8a8"]
 """See `Kernel`."""
@@ -194,8 +196,41 @@ class Matrix:
 
     def rows(self, ids: jax.Array) -> jax.Array:
         """matrix[ids] along the first axis, which has a scale each: int32[...] -> float[..., D]; NaN outside."""
+        within, split = _looked_up_within(ids.shape, self.values.shape)
+        ids = within(ids)
         rows = jnp.take(self.values, ids, axis=0)
-        return rows if self.scale is None else rows * jnp.take(self.scale, ids, axis=0)
+        rows = rows if self.scale is None else rows * jnp.take(self.scale, ids, axis=0)
+        return split(rows)
+
+
+def _looked_up_within(ids: tuple[int, ...], table: tuple[int, ...]) -> tuple[Callable, Callable]:
+    """How a look-up in a table [V, D] that is split over devices stays among those that split it: functions for the ids
+    before it and for the rows behind it.
+
+    Devices that hold parts of D for each other exchange their ids, look up their part for all of them, and exchange the
+    parts for whole rows of their own. The gradient goes the same way back, every device adds it to its own part of
+    the table, and the parts are added over the copies of the table. Left to itself, XLA may send the rows' gradients of
+    all copies to every device: traffic that grows with the number of devices.
+    """
+    batch, embed = (_mesh_axes(name) for name in ("batch", "embed"))
+    sizes = jax.sharding.get_abstract_mesh().shape
+    ways = [math.prod(sizes.get(axis, 1) for axis in axes) for axes in (batch, embed)]
+    if len(ids) < 2 or not batch or ids[0] % ways[0] or table[-1] % ways[1]:
+        return lambda x: x, lambda x: x
+    copies, rest = tuple(axis for axis in batch if axis not in embed), [None] * (len(ids) - 1)
+    place = jax.lax.with_sharding_constraint
+
+    def split(rows: jax.Array) -> jax.Array:
+        rows = place(rows, PartitionSpec(copies, *rest, embed))
+        return place(rows, PartitionSpec(batch, *rest, None))
+
+    return lambda x: place(x, PartitionSpec(copies, *rest)), split
+
+
+def _mesh_axes(name: str) -> tuple[str, ...]:
+    """Mesh axes of a logical one by the rules under which a program is traced; none outside of a mesh."""
+    axes = dict(nn.get_logical_axis_rules()).get(name) or ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def quantize_tokens(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from robovlms_jax.parallel.rules import RULES
@@ -22,8 +23,29 @@ def unbox(tree: Any) -> Any:
 
 
 def make_mesh(sizes: tuple[int, int, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """Mesh with axes data, fsdp, tensor. Auto axes: the compiler propagates shardings, arrays may be mixed freely."""
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    """Mesh with axes data, fsdp, tensor. Auto axes: the compiler propagates shardings, arrays may be mixed freely.
+
+    Of several slices of a TPU (which only a slower network joins), each holds whole copies of the model: `data` goes
+    across them.
+
+    Raises:
+      ValueError: `data` does not divide over the slices.
+    """
+    devices = jax.devices() if devices is None else devices
+    # GPUs have a slice_index, too: that of the host, across which fsdp may go.
+    tpus = [device for device in devices if device.platform == "tpu"]
+    slices = len({getattr(device, "slice_index", 0) for device in tpus})
+    if slices <= 1:
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    data, fsdp, tensor = sizes
+    if data % slices:
+        raise ValueError(
+            f"mesh.data={data} does not divide over {slices} slices, each of which has to hold whole copies of the "
+            "model; make it a multiple, or leave it to be found (-1)."
+        )
+    within = (data // slices, fsdp, tensor)
+    arranged = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def platform(mesh: Mesh) -> str:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jax.extend import core
 from jax.sharding import AbstractMesh, AxisType
 
 from robovlms_jax.backbones import base as backbones
@@ -26,6 +25,7 @@ from robovlms_jax.policies.sensors import base as sensors
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs import build
 from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.training import flops as flops_of
 from robovlms_jax.training import memory
 from robovlms_jax.weights import quantize
 
@@ -91,13 +91,14 @@ def plan(config: ExperimentConfig, vlm: backbones.VLMConfig, computer: str, text
 
 
 def _step(model: VLA, machine: Computer, text_length: int) -> dict[str, Any]:
-    arguments = _arguments(model, text_length)
-    traced = jax.make_jaxpr(lambda *x: serving.control_step(model, *x))(*arguments)
+    given = arguments(model, text_length)
+    traced = jax.make_jaxpr(lambda *x: serving.control_step(model, *x))(*given)
     flops, seconds = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0.0)
-    for stage, count, rate in _products(traced.jaxpr, "", 1):
+    for names, count, whole in flops_of.products(traced.jaxpr):
+        stage, rate = _stage(names), INT8_RATE if whole else 1.0
         flops[stage] += count
         seconds[stage] += count / (rate * machine.flops)
-    read = _weights_read(arguments[0], tied=model.config.readout == "token")
+    read = _weights_read(given[0], tied=model.config.readout == "token")
     stages = {
         stage: {
             "flops": flops[stage],
@@ -108,8 +109,8 @@ def _step(model: VLA, machine: Computer, text_length: int) -> dict[str, Any]:
         for stage in STAGES
     }
     sizes = {
-        "weights": _bytes(arguments[0]),
-        "carry": _bytes(arguments[1]),
+        "weights": _bytes(given[0]),
+        "carry": _bytes(given[1]),
         "activations": memory.alive(traced),
     }
     total = sum(sizes.values())
@@ -120,7 +121,7 @@ def _step(model: VLA, machine: Computer, text_length: int) -> dict[str, Any]:
     }
 
 
-def _arguments(model: VLA, text_length: int) -> list[Any]:
+def arguments(model: VLA, text_length: int) -> list[Any]:
     """Shapes of what `serving.control_step` takes after the model."""
     leaf = jax.ShapeDtypeStruct
     mesh = AbstractMesh((1, 1, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 3)
@@ -159,41 +160,3 @@ def _stage(path: str) -> str:
 
 INT8_RATE = 2.0
 """Products of int8 per product of bfloat16."""
-
-
-def _products(jaxpr: core.Jaxpr, names: str, times: int) -> Iterator[tuple[str, float, float]]:
-    """(stage, FLOPs, rate) of every matrix product and convolution. A loop of unknown length counts once; of branches
-    the one with most. rate: how many times as fast as in bfloat16."""
-    for equation in jaxpr.eqns:
-        here = f"{names}/{equation.source_info.name_stack}"
-        count = _flops(equation)
-        if count:
-            whole = all(x.aval.dtype == np.int8 for x in equation.invars[:2])
-            yield _stage(here), times * count, INT8_RATE if whole else 1.0
-        turns = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
-        inner = [list(_products(body, here, turns)) for body in _bodies(equation.params)]
-        if equation.primitive.name == "cond":
-            inner = [max(inner, key=lambda branch: sum(count for _, count, _ in branch))]
-        for part in inner:
-            yield from part
-
-
-def _bodies(params: Mapping[str, Any]) -> Iterator[core.Jaxpr]:
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            item = getattr(item, "jaxpr", item)
-            if isinstance(item, core.Jaxpr):
-                yield item
-
-
-def _flops(equation: Any) -> float:
-    name = equation.primitive.name
-    if name not in ("dot_general", "conv_general_dilated"):
-        return 0.0
-    left, right = (x.aval.shape for x in equation.invars[:2])
-    out = math.prod(equation.outvars[0].aval.shape)
-    if name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        return 2.0 * out * math.prod(left[axis] for axis in contracted)
-    channels = right[equation.params["dimension_numbers"].rhs_spec[0]]
-    return 2.0 * out * math.prod(right) / channels

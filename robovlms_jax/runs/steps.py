@@ -113,7 +113,7 @@ def require_room(
         logger.warning("%s; it may run out of memory.", text)
         return found
     ways = []  # the first that fits with each choice of remat
-    for words, estimate in _smaller(config, model, state, batch):
+    for words, estimate in smaller(config, model, state, batch):
         if estimate.total <= limit and not any(("remat" in words) == ("remat" in other) for other, _ in ways):
             ways.append((words, estimate))
     if ways:
@@ -125,7 +125,7 @@ def require_room(
     )
 
 
-def _smaller(
+def smaller(
     config: ExperimentConfig, model: VLA, state: TrainState, batch: Mapping[str, Any]
 ) -> Iterator[tuple[str, Estimate]]:
     """The same update in less memory: ("--flag value ...", estimate), least change first; traced one by one."""

@@ -216,3 +216,17 @@ def test_kosmos_2_and_paligemma_in_int8_fit_into_12_gigabytes_with_the_floor_tha
 def test_a_computer_that_is_not_known_is_refused_with_those_that_are():
     with pytest.raises(ValueError, match="control_on='jetson'; known computers: orin-nx-16, agx-orin-64, thor-t5000"):
         plan.plan(dataclasses.replace(plan.presets()["kosmos_lstm"], control_on="jetson"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": "v5q:2x2"}, r"no figures of 'v5q'"),
+        ({"target": "h100:8", "devices": 4}, r"devices=4, but target=h100:8 has 8: leave devices out"),
+        ({"target": "h100:8", "compile": True}, r"give one of them"),
+        ({"target": "h100:8", "mesh.fsdp": 3}, r"3"),
+    ],
+)
+def test_a_target_that_cannot_be_is_refused_before_anything_is_compiled(changes, message):
+    with pytest.raises(ValueError, match=message):
+        plan.plan(cli.override(TWIN, **changes))

@@ -1,0 +1,70 @@
+"""Accelerators described: what can be asked for, and what is said where it cannot."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.parallel import targets
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "platform"),
+    [("v5p:2x2x2", 8, "tpu"), ("2xv5p:2x2x2", 16, "tpu"), ("v5e:4x4", 16, "tpu"), ("h100:8", 8, "gpu"),
+     ("a100:8x4", 32, "gpu")],
+)  # fmt: skip
+def test_a_target_says_how_many_devices_of_what_it_has(name, count, platform):
+    target = targets.parse(name)
+    assert (target.count, target.platform) == (count, platform)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("h100", r"has not the form v5p:2x2x2"),
+        ("v7:2x2", r"no figures of 'v7'; known are v4, v5e, v5p, v6e, a100, h100, h200, b200"),
+        ("v5p:4x4", r"a v5p is given as 3 numbers of chips, such as 2x2x2, not '4x4'"),
+        ("v5e:0x4", r"a v5e is given as 2 numbers of chips"),
+        ("h100:8x2x2", r"a h100 is given as cards \(x hosts\)"),
+        ("4xa100:8", r"several hosts of GPUs are written a100:8x4"),
+    ],
+)
+def test_a_misspelt_target_is_refused_with_what_there_is(name, message):
+    with pytest.raises(ValueError, match=message):
+        targets.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "extra"), [("v5e:2x2", "libtpu", "plan-tpu"), ("h100:8", "jax_plugins.xla_cuda12", "plan-gpu")]
+)
+def test_a_compiler_that_is_not_installed_is_named_with_what_installs_it(monkeypatch, name, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not there
+    with pytest.raises(ModuleNotFoundError, match=rf"needs a compiler for .PUs .*pip install -e \.\[{extra}\]"):
+        targets.devices(targets.parse(name))
+
+
+def test_a_gpu_is_described_as_its_compiler_asks():
+    text = targets.describe(targets.CHIPS["h100"])
+    for line in ("core_count: 132", "memory_bandwidth: 3350000000000", "cuda_compute_capability { major: 9 minor: 0 }"):
+        assert line in text
+
+
+def test_a_collective_takes_as_long_as_its_slowest_link():
+    # Cards of one host by NVLink, hosts by the network; rings along two axes of a torus are twice as fast as along one.
+    host = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    h100, v5p = targets.parse("h100:2x2"), targets.parse("v5p:2x2x1")
+    assert targets.seconds(h100, [(0, 1), (2, 3)], host, 450e9) == pytest.approx(1)
+    assert targets.seconds(h100, [(0, 2)], host, 50e9) == pytest.approx(1)
+    torus = [(0, 0, 0, 0), (0, 0, 1, 0), (0, 1, 0, 0), (0, 1, 1, 0), (1, 0, 0, 0)]
+    assert targets.seconds(v5p, [(0, 1)], torus, 180e9) == pytest.approx(1)
+    assert targets.seconds(v5p, [(0, 1, 2, 3)], torus, 180e9) == pytest.approx(0.5)
+    assert targets.seconds(v5p, [(0, 4)], torus, 6.25e9) == pytest.approx(1)
+
+
+def test_slices_hold_whole_copies_of_the_model():
+    devices = [types.SimpleNamespace(platform="tpu", slice_index=number // 2, id=number) for number in range(4)]
+    with pytest.raises(ValueError, match=r"mesh.data=1 does not divide over 2 slices"):
+        meshes.make_mesh((1, 4, 1), devices)
