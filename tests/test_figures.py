@@ -242,3 +242,12 @@ def test_the_figures_of_simplerenv_are_those_of_its_run():
     for who in ("scripted", "random"):
         assert f"| {found[who]['solved']} of {found['layouts']} |" in text
     assert f"{found['seconds_per_step']['scripted']:.3f} s" in text
+
+
+def test_the_figures_of_the_gymnasium_page_are_those_of_its_runs():
+    found, text = result("fetch_reach_cpu"), page("how_to/gymnasium.md")
+    assert "in {}, {} and {} of {} episodes".format(*found["success"], found["episodes"]) in text
+    assert f"{found['demonstrations']['frames']} frames" in text
+    for who, shown in (("policy", "errs by {:.1f} to {:.1f} mm"), ("no_motion", "errs by {:.1f} to {:.1f}")):
+        errors = found["open_loop_mm"][who]
+        assert shown.format(min(errors), max(errors)) in text
