@@ -118,6 +118,14 @@ def test_the_memory_of_adapters_beside_eight_bits_is_that_of_its_plans():
     assert qlora["activations"] == lora["activations"] and f"{lora['activations'] / 2**30:.1f} GiB in both" in text
 
 
+def test_the_success_of_the_default_is_that_of_its_runs():
+    found, text = result("default_cpu"), " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    counts = [sum(marks.count("1") for marks in run["success"].values()) for run in found["runs"].values()]
+    assert sum(counts) == found["count"] and len(counts) == 3
+    assert f"{found['count'] / found['of']:.1%} ({found['count']} of {found['of']} trials".replace("%", " %") in text
+    assert "three seeds: {}, {} and {} %".format(*(f"{100 * count / 200:.1f}" for count in counts)) in text
+
+
 def test_the_table_of_the_demonstrations_twin_is_that_of_its_runs():
     found = result("demo_cpu")
     text = " ".join((ROOT / "robovlms_jax/demo/twin/README.md").read_text(encoding="utf-8").split())
