@@ -102,7 +102,7 @@ CALVIN_FIXTURES = dataclasses.replace(
         root="data/calvin_fixtures",
         augment=AugmentConfig(brightness=0.15, contrast=0.2, saturation=0.3, hue=0.03),
     ),
-    train=dataclasses.replace(FIXTURES.train, output="runs/calvin_fixtures", steps=3000),
+    train=dataclasses.replace(FIXTURES.train, output="runs/calvin_fixtures_cpu", steps=3000),
     demonstrations=DemonstrationConfig(),
     rollouts=RolloutConfig(),
 )
