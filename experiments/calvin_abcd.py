@@ -16,7 +16,7 @@ from experiments import launch
 from robovlms_jax import cli
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.control.execution import Execution
-from robovlms_jax.data.config import DataConfig
+from robovlms_jax.data.config import DataConfig, FurtherConfig
 from robovlms_jax.evaluation.config import EvaluationConfig, RolloutConfig
 from robovlms_jax.inputs.config import AugmentConfig
 from robovlms_jax.playtable.config import DemonstrationConfig
@@ -93,16 +93,20 @@ FIXTURES = ExperimentConfig(
     ),
 )
 
-# The same policy for the real simulator: learned from what `record_calvin` recorded there on tables A to C, tried by
-# `evaluate` on D (docs/calvin.md). Colours are changed at random, because three tables have three kinds of wood alone.
+# The same policy for the real simulator: half of every batch is what `record_calvin` recorded there on tables A to C,
+# half the default's own demonstrations, whose tables are all different. `evaluate` tries it on D (docs/calvin.md).
+# Colours are changed at random, because three tables have three kinds of wood alone.
 CALVIN_FIXTURES = dataclasses.replace(
     FIXTURES,
     data=dataclasses.replace(
         FIXTURES.data,
         root="data/calvin_fixtures",
+        further=FurtherConfig(roots={"playtable": FIXTURES.data.root}),
         augment=AugmentConfig(brightness=0.15, contrast=0.2, saturation=0.3, hue=0.03),
     ),
-    train=dataclasses.replace(FIXTURES.train, output="runs/calvin_fixtures_cpu", steps=3000),
+    train=dataclasses.replace(
+        FIXTURES.train, output="runs/calvin_fixtures_cpu", steps=2000, sources={"robot": 1.0, "playtable": 1.0}
+    ),
     demonstrations=DemonstrationConfig(),
     rollouts=RolloutConfig(),
 )

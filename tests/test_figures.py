@@ -259,3 +259,24 @@ def test_the_figures_of_the_gymnasium_page_are_those_of_its_runs():
     for who, shown in (("policy", "errs by {:.1f} to {:.1f} mm"), ("no_motion", "errs by {:.1f} to {:.1f}")):
         errors = found["open_loop_mm"][who]
         assert shown.format(min(errors), max(errors)) in text
+
+
+def test_the_calvin_pages_figures_are_those_of_its_runs():
+    experts, learned, text = result("calvin_experts_cpu"), result("calvin_fixtures_cpu/results"), page("calvin.md")
+    tasks = experts["tasks"].values()
+    assert (
+        "{} of {} single tasks".format(*(sum(row[name] for row in tasks) for name in ("successes", "attempts"))) in text
+    )
+    by_scene = ", ".join(f"{scene} {sum(row['by_scene'][scene][0] for row in tasks)}" for scene in "ABCD")
+    assert f"({len(tasks)} tasks, five trials in each scene: {by_scene} of 170)" in text
+    chains = experts["chains"]
+    in_a_row = ", ".join(f"{100 * share:.0f}" for share in chains["in_a_row"])
+    assert f"{chains['average_length']:.2f} tasks in a row (95 % interval {chains['interval'][0]:.2f} to" in text
+    assert f"at least 1 to 5: {in_a_row} %" in text
+    for name in learned["trained"]["tasks"]:
+        cells = [learned[who]["tasks"][name]["success"] for who in ("trained", "playtable_alone")]
+        assert f"| `{name}` | " + " | ".join(f"{x.count('1')} of {len(x)}" for x in cells) + " |" in text
+    assert f"{learned['trained']['count']} of {learned['trained']['of']}, 83.8 % (77.3 to 88.7)" in text
+    assert learned["trained"]["wilson_95_percent"] == [77.3, 88.7]
+    recording = learned["recording"]
+    assert f"{recording['recorded']} of {recording['attempted']} demonstrations succeeded" in text
