@@ -1,8 +1,9 @@
-"""A training step or a control step as a compiler makes it for a described target, and the time it cannot be under.
+"""A training step or a control step as a compiler makes it for a described target, and about what time it takes at best.
 
-The floor is the roofline (Williams et al. 2009) with a third roof: matrix products over the chip's peak, traffic of its
+That is the roofline (Williams et al. 2009) with a third roof: matrix products over the chip's peak, traffic of its
 main memory over its bandwidth, and collectives over the links they go along. The step takes as long as the largest of
-the three if everything else is hidden behind it, and as their sum if nothing is.
+the three if everything else is hidden behind it, and as their sum if nothing is. Traffic is a model
+(`parallel.program_costs`): what a cache still holds is read faster.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def planned(target: str, data: int, fsdp: int, programs: tuple[str, ...] = ("tra
 
 
 def held(collectives: list[dict]) -> dict[tuple, float]:
-    """(kind, axes, type) -> bytes that a device sends, summed over the program, in units of a ring's factor."""
+    """(kind, axes, type) -> bytes that a device sends, summed over the program."""
     found: dict[tuple, float] = {}
     for x in collectives:
         key = (x["kind"], tuple(x["axes"]), x["dtype"])
@@ -53,11 +53,12 @@ def test_a_training_and_a_control_step_are_compiled_for_what_is_not_here(target)
 
 
 def test_no_collective_of_a_device_grows_with_the_copies_of_the_model():
-    # 16 and 64 chips, groups of four that split the model. A ring of 16 sends 15/16, one of four 3/4: 1.25 times.
+    # 16 and 64 chips, groups of four that split the model. A ring of 16 sends 15/16 of an array, one of four 3/4, which
+    # is 1.25 times; what is sent to every copy of the model would be four times and more.
     few, many = (
         held(planned(target, data, 4)["training"]["collectives"]) for target, data in (("v5e:4x4", 4), ("v5e:8x8", 16))
     )
-    assert sum(many.values()) < 1.1 * sum(few.values())
+    assert sum(many.values()) < 1.3 * sum(few.values())
     for key, sent in many.items():
         if "data" in key[1]:
             assert key[0] in ("all-reduce", "reduce-scatter", "all-gather")
