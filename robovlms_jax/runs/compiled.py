@@ -1,4 +1,4 @@
-"""A training step or a control step as a compiler makes it for a described target, and about what time it takes at best.
+"""A training step or a control step as a compiler makes it for a described target, and about what it takes at best.
 
 That is the roofline (Williams et al. 2009) with a third roof: matrix products over the chip's peak, traffic of its
 main memory over its bandwidth, and collectives over the links they go along. The step takes as long as the largest of
