@@ -15,6 +15,7 @@ import os
 import pathlib
 import sys
 
+import experiments
 from robovlms_jax import cli, hub
 from robovlms_jax.control import robot as robots
 from robovlms_jax.demo import show, twin
@@ -93,6 +94,7 @@ def main() -> None:
     logs.to_stderr(absl=logging.ERROR)
     config = cli.read(DemoConfig, description=__doc__)
     try:
+        experiments.need("serve", "websockets")
         directory = checkpoints.locate(config.checkpoint or twin.DIRECTORY)
         ended = asyncio.run(run(config, directory, describe(config, directory)))
     except (ValueError, FileNotFoundError, ImportError, OSError) as error:

@@ -17,6 +17,7 @@ import os
 import pathlib
 import sys
 
+import experiments
 from robovlms_jax import bars, cli
 from robovlms_jax.demo import twin
 from robovlms_jax.labeling import answers, asking, server
@@ -139,6 +140,7 @@ def main() -> None:
     logs.to_stderr()
     config = cli.read(LabelConfig, description=__doc__)
     try:
+        experiments.need("serve", "websockets")
         ended = asyncio.run(run(config))
     except (ValueError, FileNotFoundError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import logging
 import pathlib
@@ -11,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from robovlms_jax import cli, programs
+from robovlms_jax import cli, cli_help, programs
 from robovlms_jax.data import opening
 from robovlms_jax.parallel import cpu
 from robovlms_jax.runs import closed_loop, logs
@@ -33,12 +32,12 @@ def preset(experiment: str, start: str, fixed: Sequence[str], owner: str) -> Exp
     except (ImportError, AttributeError) as error:
         known = {program.module: program for words in programs.present().values() for program in words.values()}
         known = [module for module, program in known.items() if program.settings == "PRESETS"]
-        near = difflib.get_close_matches(experiment, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f". There are: {', '.join(known)}."
-        raise ValueError(f"{owner}.experiment={experiment!r} is no experiment with presets ({error}){hint}") from None
+        raise ValueError(
+            f"{owner}.experiment={experiment!r} is no experiment with presets ({error})"
+            f"{cli_help.nearest(experiment, known)} There are: {', '.join(known)}."
+        ) from None
     if start not in presets:
-        near = difflib.get_close_matches(start, presets, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        hint = cli_help.nearest(start, presets)
         raise ValueError(f"{owner}.start={start!r} is no preset of {experiment}{hint} {sorted(presets)}")
     return cli.read(presets[start], argv=space.flags(space.fixed(fixed)))
 

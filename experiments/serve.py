@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+import experiments
 from robovlms_jax import bars, cli
 from robovlms_jax.control import robot as robots
 from robovlms_jax.deploy import messages, server
@@ -154,6 +155,7 @@ def main() -> None:
     logs.to_stderr(absl=logging.ERROR)
     config = cli.read(ServeConfig, description=__doc__)
     try:
+        experiments.need("serve", "websockets", "msgpack")
         policy_server = build(config)
         scheme = "wss" if config.server.certificate else "ws"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 import shutil
 import subprocess
@@ -9,7 +10,9 @@ import sys
 
 import pytest
 
+from experiments import demo, label, serve
 from robovlms_jax import cli_help, commands, completion, programs
+from robovlms_jax.runs import logs
 from tests.processes import run_python
 from tests.test_imports import ROOT
 
@@ -140,3 +143,13 @@ def test_zsh_and_fish_have_the_same_words():
     for shell, script in (("zsh", completion.script("zsh", PART)), ("fish", fish)):
         if shutil.which(shell):
             assert subprocess.run([shell, "-n"], input=script, text=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("program", [demo, label, serve], ids=lambda program: program.__name__)
+def test_a_program_without_its_packages_names_them_before_it_loads_anything(program, monkeypatch, tmp_path):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "websockets" else found(name))
+    monkeypatch.setattr(sys, "argv", ["x", "--checkpoint", str(tmp_path)])  # an empty directory, refused later
+    monkeypatch.setattr(logs, "to_stderr", lambda **_: None)
+    with pytest.raises(SystemExit, match=r"error: this program needs websockets: pip install -e \.\[serve\]"):
+        program.main()
