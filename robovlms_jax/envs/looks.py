@@ -1,7 +1,7 @@
 """How a simulator's table may look otherwise than in training: camera, light, surfaces, things nobody asks for.
 
 A `Look` is plain data that goes with a trial's start (`Env.reset(..., look=...)`), so that every policy meets the same.
-Which parts a simulator can change is its own to say (`PLAYTABLE`, `CALVIN`).
+PlayTable can change every part, the real CALVIN all but those of `WHY_NOT`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import numpy as np
 Triple = tuple[float, float, float]
 
 KINDS = ("distractors", "camera", "lighting", "texture")
-PLAYTABLE = KINDS
-CALVIN = ("distractors", "camera", "texture")
 WHY_NOT = {"lighting": "calvin_env's cameras ask PyBullet for pictures under its fixed light and take no other"}
 """Kind -> why CALVIN's adapter does not offer it."""
 

@@ -48,9 +48,7 @@ CONDITIONS: Mapping[str, Condition] = {
 
 def offered(env: str) -> dict[str, str]:
     """Condition -> "" where a simulator, "playtable" or "calvin", has it, else why it does not."""
-    missing = (
-        {} if env == "playtable" else {kind: looks.WHY_NOT[kind] for kind in looks.KINDS if kind not in looks.CALVIN}
-    )
+    missing = {} if env == "playtable" else looks.WHY_NOT
     return {name: missing.get(name, "") for name in CONDITIONS}
 
 

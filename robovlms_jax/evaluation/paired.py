@@ -12,10 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from robovlms_jax.evaluation import blind
+from robovlms_jax.evaluation import blind, rollout_metrics
 from robovlms_jax.evaluation.rollout_metrics import Estimate, Rate
 
-_RESAMPLES = 10_000
 _MOST_TRIALS = 20_000
 
 
@@ -62,10 +61,8 @@ def mean_difference(first: Sequence[float], second: Sequence[float], seed: int =
     differences = np.subtract(first, second).astype(float)
     if not len(differences):
         raise ValueError("no trials that both policies ran; nothing can be compared.")
-    values, counts = np.unique(differences, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(differences), counts / len(differences), size=_RESAMPLES)
-    low, high = np.percentile(drawn @ values / len(differences), [2.5, 97.5])
-    return Estimate(float(differences.mean()), float(low), float(high))
+    means = rollout_metrics.bootstrap_means(*np.unique(differences, return_counts=True), seed)
+    return Estimate(float(differences.mean()), *rollout_metrics.percentiles(means))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -129,9 +126,9 @@ def trials_needed(claimed: float, discordant: float, wanted: float = 0.8, alpha:
     # lower and lower, so the first one is looked for from a little below.
     high = 4
     while not enough(high):
-        high *= 2
-        if high > _MOST_TRIALS:
+        if high == _MOST_TRIALS:
             return None
+        high = min(2 * high, _MOST_TRIALS)
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2

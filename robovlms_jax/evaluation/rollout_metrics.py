@@ -79,12 +79,12 @@ def summarize(results: Sequence[TrialResult]) -> Summary:
             outcomes.setdefault(task, []).append((success, steps))
     steps = {task: [count for success, count in pairs if success] for task, pairs in outcomes.items()}
     every = [count for counts in steps.values() for count in counts]
-    means = _bootstrap_means(scores, length, seed=0)
+    means = _score_means(scores, length, seed=0)
     names = sorted({name for result in results for name in result.partial})
     return Summary(
         trials=len(results),
         in_a_row=tuple(Rate(int((scores >= count).sum()), len(results)) for count in range(1, length + 1)),
-        average_length=Estimate(float(scores.mean()), *_percentiles(means)),
+        average_length=Estimate(float(scores.mean()), *percentiles(means)),
         attempts=Rate(len(every), sum(map(len, outcomes.values()))),
         per_task={task: Rate(len(steps[task]), len(pairs)) for task, pairs in sorted(outcomes.items())},
         steps_per_success=float(np.mean(every)) if every else math.nan,
@@ -98,17 +98,23 @@ def generalisation_gap(seen: Sequence[TrialResult], unseen: Sequence[TrialResult
     """Average length on seen minus on unseen conditions; positive = worse on unseen. Bootstrap interval over both."""
     scores = [np.array([result.score for result in results]) for results in (seen, unseen)]
     length = max(len(result.tasks) for result in (*seen, *unseen))
-    differences = _bootstrap_means(scores[0], length, seed=0) - _bootstrap_means(scores[1], length, seed=1)
-    return Estimate(float(scores[0].mean() - scores[1].mean()), *_percentiles(differences))
+    differences = _score_means(scores[0], length, seed=0) - _score_means(scores[1], length, seed=1)
+    return Estimate(float(scores[0].mean() - scores[1].mean()), *percentiles(differences))
 
 
-def _bootstrap_means(scores: np.ndarray, length: int, seed: int) -> np.ndarray:
-    """float[_RESAMPLES], means of resampled trials. Scores are small integers: their counts are what is resampled."""
-    shares = np.bincount(scores, minlength=length + 1) / len(scores)
-    counts = np.random.default_rng(seed).multinomial(len(scores), shares, size=_RESAMPLES)
-    return counts @ np.arange(length + 1) / len(scores)
+def bootstrap_means(values: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
+    """float[_RESAMPLES], means of resampled trials. Trials have few different values [K], each of them as often as
+    `counts` int[K] says: the counts are what is resampled."""
+    total = counts.sum()
+    return np.random.default_rng(seed).multinomial(total, counts / total, size=_RESAMPLES) @ values / total
 
 
-def _percentiles(values: np.ndarray) -> tuple[float, float]:
+def _score_means(scores: np.ndarray, length: int, seed: int) -> np.ndarray:
+    """`bootstrap_means` of tasks in a row, int[trials] in 0 to `length`."""
+    return bootstrap_means(np.arange(length + 1), np.bincount(scores, minlength=length + 1), seed)
+
+
+def percentiles(values: np.ndarray) -> tuple[float, float]:
+    """Ends of the 95 % interval that bootstrapped means give."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)

@@ -86,6 +86,11 @@ def test_a_claim_that_no_number_of_trials_supports_is_said():
         paired.trials_needed(0.3, 0.2)
 
 
+def test_a_claim_is_priced_up_to_the_number_of_trials_that_is_named():
+    """Above 16 384, the last power of two that the search doubles to."""
+    assert 16_384 < paired.trials_needed(0.0094, 0.2) <= 20_000
+
+
 def test_the_smallest_difference_is_where_power_reaches_its_aim():
     found = paired.smallest_difference(100, 0.2)
     assert paired.power(100, (0.2 + found) / 2, (0.2 - found) / 2) >= 0.8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from robovlms_jax.evaluation import comparison, conditions
 from robovlms_jax.evaluation.comparison import Difference, Entry, Standing
 from robovlms_jax.evaluation.paired import Selection
 from robovlms_jax.evaluation.report import page, tables
-from robovlms_jax.evaluation.rollout_metrics import Estimate, Rate
+from robovlms_jax.evaluation.rollout_metrics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,7 +73,7 @@ def write_report(
     (directory / "comparison.md").write_text(text, encoding="utf-8")
     tables.write_json(directory / "comparison.json", _record(title, entries, stands, differs, chosen, left_out))
     path = directory / "comparison.html"
-    path.write_text(page.document(html.unescape(title), page.from_markdown(text, directory)), encoding="utf-8")
+    path.write_text(page.document(title, page.from_markdown(text, directory)), encoding="utf-8")
     return path
 
 
@@ -105,8 +104,8 @@ def _verdict(differs: Sequence[Difference], stands: Sequence[Standing]) -> str:
             worst = max(unasked, key=lambda stand: stand.summary.in_a_row[0].value)
             name = worst.condition
             lines.append(
-                f"- {policy}: solved {_rate(base.summary.in_a_row[0])} as asked, {_rate(worst.summary.in_a_row[0])} in "
-                f"the most successful ablation of language (`{name}`)."
+                f"- {policy}: solved {tables.rate(base.summary.in_a_row[0])} as asked, "
+                f"{tables.rate(worst.summary.in_a_row[0])} in the most successful ablation of language (`{name}`)."
             )
     return "\n".join(lines)
 
@@ -118,8 +117,8 @@ def _condition_part(stands: Sequence[Standing], left_out: Mapping[str, str]) -> 
     body = []
     for stand in stands:
         s = stand.summary
-        cells = [f"`{stand.condition}`", stand.policy, str(s.trials), _rate(s.in_a_row[0])]
-        cells += [_rate(s.in_a_row[-1]), _estimate(s.average_length)] if length > 1 else []
+        cells = [f"`{stand.condition}`", stand.policy, str(s.trials), tables.rate(s.in_a_row[0])]
+        cells += [tables.rate(s.in_a_row[-1]), tables.estimate(s.average_length)] if length > 1 else []
         body.append([*cells, "" if stand.change is None else _signed(stand.change)])
     asked = dict.fromkeys(stand.condition for stand in stands)
     meanings = [f"- `{name}`: {conditions.CONDITIONS[name].about}." for name in asked]
@@ -179,7 +178,7 @@ def _selection_part(chosen: Selection, entries: Sequence[Entry]) -> list[str]:
         f"The best under `{conditions.USUAL}` is **{entries[chosen.chosen].name}** with {chosen.naive:.3f} tasks in a "
         "row. That number is flattered, because it was chosen for being high.",
         f"Chosen on one random half of the trials ({entries[chosen.chosen_on_half].name}), the other half says "
-        f"**{_estimate(chosen.half, 3)}**: this can be reported.",
+        f"**{tables.estimate(chosen.half, 3)}**: this can be reported.",
         f"Over 2000 random halves, the chosen one has {chosen.honest:.3f} where it was not chosen, and "
         f"{chosen.optimism:+.3f} more where it was: the bias of choosing by half of the trials. By all of them it is "
         f"smaller, about 0.7 times as large. Chosen: {picked}.",
@@ -190,7 +189,7 @@ def _task_table(stands: Sequence[Standing]) -> str:
     usual = [stand for stand in stands if stand.condition == conditions.USUAL] or list(stands[:1])
     names = sorted({name for stand in usual for name in stand.summary.per_task})
     body = [
-        [f"`{name}`", *(_rate(s.summary.per_task[name]) if name in s.summary.per_task else "" for s in usual)]
+        [f"`{name}`", *(tables.rate(s.summary.per_task[name]) if name in s.summary.per_task else "" for s in usual)]
         for name in names
     ]
     return tables.markdown(["task", *(stand.policy for stand in usual)], body)
@@ -210,9 +209,9 @@ def _record(
         "conditions": [
             {
                 **{"policy": stand.policy, "condition": stand.condition, "trials": stand.summary.trials},
-                "in_a_row": [_rate_json(rate) for rate in stand.summary.in_a_row],
+                "in_a_row": [tables.rate_record(rate) for rate in stand.summary.in_a_row],
                 "average_length": dataclasses.asdict(stand.summary.average_length),
-                "per_task": {name: _rate_json(rate) for name, rate in stand.summary.per_task.items()},
+                "per_task": {name: tables.rate_record(rate) for name, rate in stand.summary.per_task.items()},
                 "change": None if stand.change is None else dataclasses.asdict(stand.change),
             }
             for stand in stands
@@ -225,25 +224,12 @@ def _record(
     }
 
 
-def _rate_json(rate: Rate) -> dict[str, Any]:
-    return {**dataclasses.asdict(rate), "value": rate.value, "interval": rate.interval}
-
-
-def _rate(rate: Rate) -> str:
-    low, high = rate.interval
-    return f"{100 * rate.value:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
-
-
 def _rate_difference(estimate: Estimate) -> str:
     return f"{100 * estimate.value:+.1f} points ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
 
 
 def _signed(estimate: Estimate) -> str:
     return f"{estimate.value:+.2f} ({estimate.low:+.2f} to {estimate.high:+.2f})"
-
-
-def _estimate(estimate: Estimate, digits: int = 2) -> str:
-    return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
 
 
 def _points(share: float | None) -> str:

@@ -180,13 +180,13 @@ def _chain_table(table: Sequence[Row]) -> str:
     body = []
     for row in table:
         s = row.summary
-        rates = [_rate(rate) for rate in s.in_a_row] + [""] * (length - len(s.in_a_row))
+        rates = [tables.rate(rate) for rate in s.in_a_row] + [""] * (length - len(s.in_a_row))
         body.append(
             [
                 *row.key,
                 str(s.trials),
                 *rates,
-                *([_estimate(s.average_length)] if length > 1 else []),
+                *([tables.estimate(s.average_length)] if length > 1 else []),
                 tables.decimals(s.steps_per_success),
                 str(s.restarts),
             ]
@@ -231,7 +231,7 @@ def _task_table(table: Sequence[Row]) -> str:
         body = []
         for name, rate in row.summary.per_task.items():
             steps = tables.decimals(row.summary.steps_per_task.get(name, math.nan))
-            body.append([row.key[0], name, _rate(rate), str(rate.attempts), steps])
+            body.append([row.key[0], name, tables.rate(rate), str(rate.attempts), steps])
         return tables.markdown(head, body, text_columns=2)
     head = ["task", *(" / ".join(part for part in row.key if part) for row in table)]
     body = []
@@ -297,28 +297,17 @@ _WORDING_SEEN = {"training": True, "held out": False}
 def _gap_table(gaps: Sequence[Gap]) -> str:
     head = ["environment", "policy", "execution", "shifted factor", "seen", "unseen", "held fixed", "gap"]
     body = [
-        [g.environments, g.policy, g.execution, g.kind, g.seen, g.unseen, g.elsewhere, _estimate(g.gap)] for g in gaps
+        [g.environments, g.policy, g.execution, g.kind, g.seen, g.unseen, g.elsewhere, tables.estimate(g.gap)]
+        for g in gaps
     ]
     return tables.markdown(head, body, text_columns=7)
 
 
-def _rate(rate: Rate) -> str:
-    low, high = rate.interval
-    return f"{100 * rate.value:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
-
-
-def _estimate(estimate: Estimate) -> str:
-    return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
-
-
 def _summary_json(summary: Summary) -> dict[str, Any]:
-    def rate(value: Rate) -> dict[str, Any]:
-        return {**dataclasses.asdict(value), "value": value.value, "interval": value.interval}
-
     return dataclasses.asdict(summary) | {
-        "in_a_row": [rate(value) for value in summary.in_a_row],
-        "attempts": rate(summary.attempts),
-        "per_task": {task: rate(value) for task, value in summary.per_task.items()},
+        "in_a_row": [tables.rate_record(rate) for rate in summary.in_a_row],
+        "attempts": tables.rate_record(summary.attempts),
+        "per_task": {task: tables.rate_record(rate) for task, rate in summary.per_task.items()},
     }
 
 

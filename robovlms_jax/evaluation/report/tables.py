@@ -5,6 +5,7 @@ matplotlib is imported when a picture is drawn, and drawn to files only, so no d
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -16,6 +17,8 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from robovlms_jax.evaluation.rollout_metrics import Estimate, Rate
 
 COLORS = BLUE, RED, YELLOW, GREEN, GRAY, PURPLE = "#00798c", "#d1495b", "#edae49", "#66a182", "#8d99ae", "#5f4b8b"
 BLACK = "#2b2b2b"
@@ -47,6 +50,22 @@ def decimals(value: float, digits: int = 1) -> str:
 
 def percent(share: float) -> str:
     return "n/a" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def rate(value: Rate) -> str:
+    """In percent, with its interval."""
+    low, high = value.interval
+    return f"{100 * value.value:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def estimate(value: Estimate, digits: int = 2) -> str:
+    """With its interval."""
+    return f"{value.value:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
+
+
+def rate_record(rate: Rate) -> dict[str, Any]:
+    """For `write_json`."""
+    return {**dataclasses.asdict(rate), "value": rate.value, "interval": rate.interval}
 
 
 def write_json(path: pathlib.Path, record: Any) -> None:
