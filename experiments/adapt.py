@@ -164,9 +164,7 @@ class _Way:
 
 def work(config: AdaptConfig) -> pathlib.Path:
     """Run what is missing and write the report; returns its path."""
-    listed, out = jobs(config), pathlib.Path(config.out)
-    trials = queue.read(out) if config.report else protocol.work(out, listed, protocols.settings_of(config))
-    return write_report(config, trials)
+    return write_report(config, protocols.trials(config, jobs(config)))
 
 
 def write_report(config: AdaptConfig, trials: Sequence[queue.Trial]) -> pathlib.Path:

@@ -36,7 +36,6 @@ from robovlms_jax.envs.calvin import tasks as calvin_tasks
 from robovlms_jax.evaluation import chains, comparison, conditions
 from robovlms_jax.evaluation.report import comparison as comparison_report
 from robovlms_jax.evaluation.rollout import SuccessCriterion
-from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable import appearance
 from robovlms_jax.playtable.env import PlayTables
 from robovlms_jax.runs import load, logs, robots
@@ -302,16 +301,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     config = cli.read(start, description=__doc__)
-    cpu.keep_freed_memory()
     typed = [n for n in OWN if cli.names_flag(arguments, n) or any(a.startswith(f"--{n}.") for a in arguments)]
-    try:
-        report = compare(config, typed + (["tasks"] if config.ask_chains else []))
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        log.warning("stopped by Ctrl-C; finished trials are kept, and the same command goes on with the others.")
-        sys.exit(130)
-    log.info("report: %s", report)
+    evaluate.reported(lambda: compare(config, typed + (["tasks"] if config.ask_chains else [])))
 
 
 if __name__ == "__main__":

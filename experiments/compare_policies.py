@@ -255,9 +255,8 @@ class _Judged:
 
 def work(config: ComparePoliciesConfig) -> pathlib.Path:
     """Run what is missing and write the report; returns its path."""
-    listed, out = jobs(config), pathlib.Path(config.out)
-    trials = queue.read(out) if config.report else protocol.work(out, listed, protocols.settings_of(config))
-    return write_report(config, listed, trials)
+    listed = jobs(config)
+    return write_report(config, listed, protocols.trials(config, listed))
 
 
 def write_report(

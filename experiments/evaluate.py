@@ -37,6 +37,7 @@ from robovlms_jax.evaluation.rollout import Films, Recording, SuccessCriterion, 
 from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable.env import PlayTables
 from robovlms_jax.policies.config import PolicyConfig
+from robovlms_jax.policies.serving import BatchedVLAPolicy
 from robovlms_jax.rl import rollouts
 from robovlms_jax.runs import load, logs, robots
 from robovlms_jax.training import checkpoints, seals
@@ -89,7 +90,7 @@ def evaluate(config: evaluation_settings.EvaluateConfig) -> pathlib.Path:
                 conditions,
             ),
             films=Films([trial.index for trial in trials[: config.films]], keep),
-            play=_player(config, directory, criterion) if config.on_device else None,
+            play=_player(config, policy, criterion) if config.on_device else None,
         )
         if config.latency_ms >= 0:
             log.info("asynchronous control: %s", dict(driven.counts))
@@ -114,13 +115,12 @@ def _output(
 
 
 def _player(
-    config: evaluation_settings.EvaluateConfig, directory: pathlib.Path, criterion: SuccessCriterion
+    config: evaluation_settings.EvaluateConfig, policy: BatchedVLAPolicy, criterion: SuccessCriterion
 ) -> Callable[[Sequence[Trial]], Iterator[TrialResult]]:
     """Plays trials in one program. Raises ValueError for a policy or an execution that only the host's loop has."""
-    model, params, encode = load.open_model(directory, weights=config.weights)
     sizes = dict(zip(("static", "wrist"), config.image_size, strict=True))
-    player = rollouts.Player(model, encode, config.processes, sizes, config.execution, criterion)
-    return lambda trials: player.results(params, trials)
+    player = rollouts.Player(policy.model, policy.encode_text, config.processes, sizes, config.execution, criterion)
+    return lambda trials: player.results(policy.params, trials)
 
 
 def _require_robot(config: evaluation_settings.EvaluateConfig, policy: PolicyConfig, dataset: str) -> None:
@@ -263,12 +263,21 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     config = cli.read(start, description=__doc__)
-    cpu.keep_freed_memory()
-    try:
+
+    def work() -> pathlib.Path:
         evaluation_settings.say_taken(config, start)
         if config.protocol == "official":
             evaluation_settings.require_official_flags(config, sys.argv[1:])
-        report = evaluate(config)
+        return evaluate(config)
+
+    reported(work)
+
+
+def reported(work: Callable[[], pathlib.Path]) -> None:
+    """Run trials and log where their report is. What the user can mend, and Ctrl-C, end the process with a message."""
+    cpu.keep_freed_memory()
+    try:
+        report = work()
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -15,8 +15,8 @@ from robovlms_jax.data import opening
 from robovlms_jax.parallel import cpu
 from robovlms_jax.runs import closed_loop, logs
 from robovlms_jax.runs.config import ExperimentConfig
-from robovlms_jax.search import space
-from robovlms_jax.strategies import support
+from robovlms_jax.search import queue, space
+from robovlms_jax.strategies import protocol, support
 from robovlms_jax.training import stopping
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,12 @@ def demonstrations(config: ExperimentConfig) -> dict[str, list[tuple[int, int]]]
 def settings_of(config: Any, *aside: str) -> dict[str, Any]:
     """What results depend on, as JSON values: all fields but where they lie."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "report", *aside)}
+
+
+def trials(config: Any, jobs: Sequence[protocol.Job]) -> list[queue.Trial]:
+    """Run the jobs that `config.out` has no result of, none where `config.report` is set; those that there are then."""
+    out = pathlib.Path(config.out)
+    return queue.read(out) if config.report else protocol.work(out, jobs, settings_of(config))
 
 
 def main(work: Callable[[Any], pathlib.Path], presets: Mapping[str, Any], default: str, description: str) -> None:

@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import socket
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,7 @@ BEAT = 10.0
 SILENCE = 120.0
 """Seconds after which a worker that gave none is taken for dead, and its trial goes on elsewhere."""
 
-REASON = 600
+_REASON = 600
 """Characters of what a failed trial said that its record and the report keep."""
 
 Status = Literal["open", "done", "failed", "pruned"]
@@ -48,6 +49,11 @@ class Trial:
     value: float | None = None
     reason: str = ""
     seconds: float = 0.0
+
+
+def reason(text: str) -> str:
+    """What a failed trial said, as its record keeps it."""
+    return textwrap.shorten(text, _REASON, placeholder=" ...")
 
 
 def folder(out: pathlib.Path, number: int) -> pathlib.Path:

@@ -10,7 +10,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 
@@ -126,4 +125,4 @@ def _stop(process: subprocess.Popen) -> None:
 def _last_line(path: pathlib.Path) -> str:
     lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("error:") or "Error" in line]
-    return textwrap.shorten((said or lines or ["it said nothing"])[-1], queue.REASON, placeholder=" ...")
+    return queue.reason((said or lines or ["it said nothing"])[-1])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
-import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -114,9 +113,7 @@ def _run(out: pathlib.Path, trial: queue.Trial, job: Job) -> queue.Trial:
         try:
             run.train(name, dataclasses.replace(config, train=train))
         except guards.DivergedError as error:
-            return dataclasses.replace(
-                trial, status="failed", reason=textwrap.shorten(str(error), queue.REASON, placeholder=" ...")
-            )
+            return dataclasses.replace(trial, status="failed", reason=queue.reason(str(error)))
     found = job.judge(directory)
     jax.clear_caches()  # the programs of all runs do not fit into memory together
     tables.write_json(queue.folder(out, trial.number) / "result.json", found)
