@@ -8,10 +8,8 @@ Needs pip install -e .[serve]. docs/demo.md says what the page shows, and who ma
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
-import os
 import pathlib
 import sys
 
@@ -96,11 +94,9 @@ def main() -> None:
     try:
         experiments.need("serve", "websockets")
         directory = checkpoints.locate(config.checkpoint or twin.DIRECTORY)
-        ended = asyncio.run(run(config, directory, describe(config, directory)))
+        running.run(run(config, directory, describe(config, directory)))
     except (ValueError, FileNotFoundError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
-    if not ended:
-        os._exit(0)  # a compilation cannot be stopped, and Python would wait for it
 
 
 if __name__ == "__main__":

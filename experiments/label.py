@@ -10,10 +10,8 @@ stopped. Needs pip install -e .[serve]. docs/reinforcement.md says what becomes 
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
-import os
 import pathlib
 import sys
 
@@ -88,12 +86,11 @@ def prepare(config: LabelConfig, page: server.LabelServer) -> None:
         learned is None or learned.every == config.every,
         f"{config.reward} reads frames of {learned and learned.every} control steps; give that as --every.",
     )
-    each = found.segments(config.steps, config.steps // 2)
+    each = found.segments(config.steps, max(config.steps // 2, 1))
     wanted = config.pairs + len(given.given)  # as many may be drawn that were answered before
-    chosen = asking.draw(
-        *(found, each, wanted, config.seed, learned and learned.model), steps=config.steps, every=config.every
-    )
-    fresh = [pair for pair in chosen if pair.key not in given.asked][: max(config.pairs - len(given.given), 0)]
+    reward, how = learned and learned.model, {"steps": config.steps, "every": config.every}
+    chosen, asked = asking.draw(found, each, wanted, config.seed, reward, **how), given.asked
+    fresh = [pair for pair in chosen if pair.key not in asked][: max(config.pairs - len(given.given), 0)]
     sizes = {"static": config.picture_size, "wrist": config.picture_size // 2}
 
     def show(pair: answers.Pair) -> tuple[dict, dict]:
@@ -114,10 +111,12 @@ def prepare(config: LabelConfig, page: server.LabelServer) -> None:
 
 def _keep(given: pathlib.Path, own: pathlib.Path) -> None:
     """Recorded rollouts beside the answers about them. Raises ValueError where others are there."""
+    found = segments.load(given)
     if not own.exists():
-        segments.load(given).save(own)
+        found.save(own)
+        return
     require(
-        segments.same(segments.load(given), segments.load(own)),
+        segments.same(found, segments.load(own)),
         f"{own} has other rollouts than {given}; leave --rollouts out to go on with those, or choose another --out.",
     )
 
@@ -141,11 +140,9 @@ def main() -> None:
     config = cli.read(LabelConfig, description=__doc__)
     try:
         experiments.need("serve", "websockets")
-        ended = asyncio.run(run(config))
+        running.run(run(config))
     except (ValueError, FileNotFoundError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
-    if not ended:
-        os._exit(0)  # a compilation cannot be stopped, and Python would wait for it
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import simplejpeg
 
 from robovlms_jax.demo.stage import Snapshot, Stage
 from robovlms_jax.demo.world import Painter, World
-from robovlms_jax.web.messages import pack
+from robovlms_jax.web.messages import jpeg, pack
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +26,6 @@ SPEEDS = (1.0, 0.5, 0.25, 0.1)
 """How fast the demonstration's time may go."""
 
 Command = Callable[[Stage], Any]
-
-_QUALITY = 88
 
 
 class Message(NamedTuple):
@@ -172,7 +169,7 @@ class Camera:
         started, undrawn = time.monotonic(), ""
         if self._drawn[0] is not snapshot.moment.state:
             try:
-                pictures = {name: _encoded(self._painter.draw(snapshot.moment, name)) for name in self._painter.sizes}
+                pictures = {name: jpeg(self._painter.draw(snapshot.moment, name)) for name in self._painter.sizes}
             except Exception as error:  # the page must say so, and go on showing what is true
                 undrawn = f"{type(error).__name__}: {error}"
                 if undrawn != self._undrawn:  # not thirty times a second
@@ -183,7 +180,3 @@ class Camera:
             self._undrawn = undrawn
         facts = {**snapshot.facts, **self._numbers(), "draw_ms": round(1000 * self._draw_s, 1), "undrawn": undrawn}
         return Message(self._number, pack(facts, self._drawn[1]), pack(facts, {}))
-
-
-def _encoded(picture: np.ndarray) -> bytes:
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=_QUALITY, colorspace="RGB")

@@ -74,7 +74,6 @@ class DemoServer(server.PageServer):
         self._on_command, self._on_left, self._want = on_command, on_left, want
         self._controller: Visitor | None = None
         self._hello: dict[str, Any] | None = None
-        self._preparing = "Starting"
         self._newest: Message | None = None
 
     @property
@@ -82,10 +81,6 @@ class DemoServer(server.PageServer):
         return self._hello is not None
 
     # Called by other threads --------------------------------------------------------------------------------------
-
-    def prepare(self, what: str) -> None:
-        """What is being made ready, for pages that are open already."""
-        self._call(self._set_preparing, what)
 
     def open(self, hello: Mapping[str, Any]) -> None:
         """The demonstration runs from now on."""
@@ -96,10 +91,6 @@ class DemoServer(server.PageServer):
         self._call(self._set_newest, message)
 
     # In the event loop --------------------------------------------------------------------------------------------
-
-    def _set_preparing(self, what: str) -> None:
-        self._preparing = what
-        self._tell_all({"type": "preparing", "what": what})
 
     def _set_hello(self, hello: dict[str, Any]) -> None:
         self._hello = hello
@@ -113,8 +104,7 @@ class DemoServer(server.PageServer):
     async def _entered(self, visitor: Visitor) -> None:
         if self._controller is None:
             self._controller = visitor
-        first = {"type": "hello", **self._hello} if self._hello else {"type": "preparing", "what": self._preparing}
-        await self._tell(visitor, first)
+        await self._tell(visitor, {"type": "hello", **self._hello} if self._hello else self._preparation)
         self._tell_roles()
         visitor.feeder = asyncio.ensure_future(self._feed(visitor))
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import simplejpeg
 
 from robovlms_jax.labeling.answers import Answers, Pair
 from robovlms_jax.web import messages, server
@@ -28,7 +27,6 @@ from robovlms_jax.web.access import Access
 log = logging.getLogger(__name__)
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
-_QUALITY = 88
 
 Show = Callable[[Pair], tuple[Mapping[str, Any], Mapping[str, np.ndarray]]]
 """What is said of a pair, JSON values, and its clips: (left or right)_(camera) -> uint8[frames, size, size, 3]."""
@@ -58,7 +56,6 @@ class LabelServer(server.PageServer):
     def __init__(self, access: Access, page: str):
         super().__init__(access, page)
         self._work: Work | None = None
-        self._preparing = "Starting"
         self._waiting: collections.deque[Pair] = collections.deque()
         self._total, self._numbered = 0, 0
         self._kept: dict[Pair, bytes] = {}
@@ -69,19 +66,11 @@ class LabelServer(server.PageServer):
 
     # Called by other threads --------------------------------------------------------------------------------------
 
-    def prepare(self, what: str) -> None:
-        """What is being made ready, for pages that are open already."""
-        self._call(self._set_preparing, what)
-
     def open(self, work: Work) -> None:
         """Questions are asked from now on."""
         self._call(self._begin, work)
 
     # In the event loop --------------------------------------------------------------------------------------------
-
-    def _set_preparing(self, what: str) -> None:
-        self._preparing = what
-        self._tell_all({"type": "preparing", "what": what})
 
     def _begin(self, work: Work) -> None:
         asked = work.answers.asked
@@ -92,7 +81,7 @@ class LabelServer(server.PageServer):
 
     async def _entered(self, visitor: Visitor) -> None:
         if self._work is None:
-            await self._tell(visitor, {"type": "preparing", "what": self._preparing})
+            await self._tell(visitor, self._preparation)
         else:
             self._ask(visitor)
 
@@ -132,7 +121,9 @@ class LabelServer(server.PageServer):
 
     def _drawn(self, pair: Pair) -> tuple[Mapping[str, Any], dict[str, bytes]]:
         said, clips = self._work.show(pair)
-        pictures = {f"{name}_{i}": _encoded(picture) for name, clip in clips.items() for i, picture in enumerate(clip)}
+        pictures = {
+            f"{name}_{i}": messages.jpeg(picture) for name, clip in clips.items() for i, picture in enumerate(clip)
+        }
         return said, pictures
 
     def _said(self, visitor: Visitor, kind: str, content: Mapping[str, Any]) -> None:
@@ -158,7 +149,3 @@ class LabelServer(server.PageServer):
 def _report(task: asyncio.Future) -> None:
     if not task.cancelled() and task.exception() is not None:
         log.error("a pair could not be shown", exc_info=task.exception())
-
-
-def _encoded(picture: np.ndarray) -> bytes:
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=_QUALITY, colorspace="RGB")

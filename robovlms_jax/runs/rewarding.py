@@ -101,7 +101,7 @@ def _simulated(
     order = rng.permutation(len(found))
     share = int(len(found) * config.fit.held_out)
     held = set(order[:share].tolist())
-    every = found.segments(config.steps, config.steps // 2)
+    every = found.segments(config.steps, max(config.steps // 2, 1))
     parts = []
     for rows, count in (
         ([x for x in every if x.rollout not in held], config.simulated),

@@ -30,12 +30,11 @@ class Access:
     @classmethod
     def at(cls, host: str, token: str = "") -> Access:
         """With a random token where none is given and others than this machine can reach it."""
-        here = host in ("127.0.0.1", "::1", "localhost")
-        return cls(host, token or ("" if here else secrets.token_urlsafe(16)))
+        return cls(host, token or ("" if _bracketed(host) in LOCAL else secrets.token_urlsafe(16)))
 
     def address(self, port: int) -> str:
         """What people open, the token included."""
-        name = "localhost" if self.host in ("127.0.0.1", "::1", "0.0.0.0", "::") else self.host
+        name = LOCAL[0] if self.host in ("127.0.0.1", "::1", "0.0.0.0", "::") else _bracketed(self.host)
         return f"http://{name}:{port}/" + (f"?token={self.token}" if self.token else "")
 
     def refusal(self, path: str, host: str | None, origin: str | None) -> tuple[int, str] | None:

@@ -7,6 +7,11 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import simplejpeg
+
+_QUALITY = 88
+
 
 def pack(facts: Mapping[str, Any], pictures: Mapping[str, bytes]) -> bytes:
     """uint32 (little-endian) length of the JSON, the JSON, and the JPEG files, whose names and lengths are in it under
@@ -14,6 +19,11 @@ def pack(facts: Mapping[str, Any], pictures: Mapping[str, bytes]) -> bytes:
     names = [[name, len(data)] for name, data in pictures.items()]
     text = json.dumps({**facts, "pictures": names}, separators=(",", ":")).encode()
     return b"".join((struct.pack("<I", len(text)), text, *pictures.values()))
+
+
+def jpeg(picture: np.ndarray) -> bytes:
+    """uint8[height, width, 3] as a JPEG file."""
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=_QUALITY, colorspace="RGB")
 
 
 def unpack(message: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:

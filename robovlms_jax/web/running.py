@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 import signal
 import threading
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from robovlms_jax.web.access import Access
 from robovlms_jax.web.server import PageServer
@@ -34,6 +36,12 @@ class PageConfig:
     def __post_init__(self):
         if not 0 <= self.port < 65536:
             raise ValueError(f"port={self.port} must be 0 ... 65535.")
+
+
+def run(page: Coroutine[Any, Any, bool]) -> None:
+    """Runs it until its end (see `serve`), and then does not wait for what is still being prepared."""
+    if not asyncio.run(page):
+        os._exit(0)  # a compilation cannot be stopped, and Python would wait for it
 
 
 async def serve(

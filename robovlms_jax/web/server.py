@@ -54,6 +54,7 @@ class PageServer:
         self._access, self._page, self._headers = access, page.encode(), page_headers(page)
         self._visitors: dict[int, Any] = {}
         self._last_number = 0
+        self._preparing = "Starting"
         self._server: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -77,6 +78,19 @@ class PageServer:
         raise NotImplementedError
 
     # --------------------------------------------------------------------------------------------------------------
+
+    def prepare(self, what: str) -> None:
+        """What is being made ready, for pages that are open already; called by other threads."""
+        self._call(self._set_preparing, what)
+
+    def _set_preparing(self, what: str) -> None:
+        self._preparing = what
+        self._tell_all(self._preparation)
+
+    @property
+    def _preparation(self) -> dict[str, str]:
+        """What a page is told before there is more to say."""
+        return {"type": "preparing", "what": self._preparing}
 
     @property
     def port(self) -> int:

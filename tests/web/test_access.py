@@ -1,0 +1,11 @@
+"""The address that people are told to open."""
+
+from __future__ import annotations
+
+from robovlms_jax.web.access import Access
+
+
+def test_other_hosts_get_a_token_and_an_address_that_a_browser_opens():
+    assert Access.at("127.0.0.1").address(8000) == Access.at("LOCALHOST").address(8000) == "http://localhost:8000/"
+    assert Access.at("::1").token == "" != Access.at("0.0.0.0").token
+    assert Access.at("fe80::1", "t").address(80) == "http://[fe80::1]:80/?token=t"
