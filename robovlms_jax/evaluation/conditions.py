@@ -6,6 +6,7 @@ Trial i of a condition belongs to trial i of the usual one: same tasks, and the 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -131,7 +132,7 @@ def _other_task(asked: Questions, trials: list[Trial], seed: int) -> list[Trial]
     known = sorted({name for chain in asked.chains for name in chain.tasks})
     if len(known) < 2:
         raise ValueError(f"condition other_task: only {known[0]} is asked; ask more tasks, or leave the condition out.")
-    found = []
+    found, spoken = [], collections.Counter()
     for trial, chain in zip(trials, asked.chains, strict=True):
         rng, condition, said = np.random.default_rng([seed, chain.index]), chain.condition, []
         for name in chain.tasks:
@@ -139,8 +140,9 @@ def _other_task(asked: Questions, trials: list[Trial], seed: int) -> list[Trial]
             possible = [other for other in others if len(task_chains.successors(condition, other)) == 1] or others
             other = possible[rng.integers(len(possible))]
             sentence = (
-                tasks.instruction(other, variant=chain.index) if asked.sentences is None else asked.sentences[other]
+                tasks.instruction(other, variant=spoken[other]) if asked.sentences is None else asked.sentences[other]
             )
+            spoken[other] += 1
             said.append(sentence)
             condition = task_chains.successors(condition, name)[0]
         found.append(_saying(trial, said, "another task's"))

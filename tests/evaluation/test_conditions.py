@@ -56,6 +56,15 @@ def test_sentences_that_cannot_be_exchanged_are_refused_by_name():
         questions(6).trials("noise")
 
 
+def test_another_tasks_sentence_is_said_in_all_its_phrasings():
+    said = collections.Counter(
+        words
+        for trial in questions(48, ("open_drawer", "close_drawer")).trials("other_task")
+        for words in trial.instructions
+    )
+    assert set(said) == {words for name in ("open_drawer", "close_drawer") for words in tasks.TASKS[name].phrasings}
+
+
 def test_another_tasks_sentence_could_be_obeyed_where_it_is_said():
     asked = questions(16, FIXTURES)
     for chain, trial in zip(asked.chains, asked.trials("other_task")):

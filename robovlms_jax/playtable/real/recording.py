@@ -303,7 +303,7 @@ class Stages:
             if not played.done:
                 break
             condition = task_chains.successors(condition, task)[0]
-            segments.append(demonstrations.Segment(task, {}, _arrays(played, self.config)))
+            segments.append(demonstrations.Segment(task, {}, _arrays(played)))
             segments[-1].arrays["bodies"] = played.bodies
         return [_rendered(env, segment) for segment in segments], attempted
 
@@ -319,7 +319,7 @@ def _rendered(env: process.ProcessEnv, segment: demonstrations.Segment) -> demon
     return demonstrations.Segment(segment.task, ask(env, "render", arrays.pop("bodies")), arrays)
 
 
-def _arrays(played: stage.Played, config: RealRecordConfig) -> dict[str, np.ndarray]:
+def _arrays(played: stage.Played) -> dict[str, np.ndarray]:
     """CALVIN's fields of a demonstration, float64[T, d]."""
     return {
         "rel_actions": played.wanted,
