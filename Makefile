@@ -13,7 +13,7 @@ VERSION_TESTS := tests/actions tests/data tests/inputs tests/nn tests/parallel t
 demo: .venv/demo  ## a robot that obeys sentences, in the browser; nothing is trained
 	$(BIN)/python -m experiments.demo $(ARGS)
 
-run: .venv/run  ## the main job: records in the embedded simulator, trains, rolls out; about nine minutes on two cores
+run: .venv/run  ## the main job: records in the embedded simulator, trains, rolls out; about six minutes on two cores
 	$(BIN)/python -m experiments.calvin_abcd $(ARGS)
 
 test: .venv/test lint  ## lint and all tests but the slow ones; about eight minutes on two cores

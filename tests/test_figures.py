@@ -124,6 +124,9 @@ def test_the_success_of_the_default_is_that_of_its_runs():
     assert sum(counts) == found["count"] and len(counts) == 3
     assert f"{found['count'] / found['of']:.1%} ({found['count']} of {found['of']} trials".replace("%", " %") in text
     assert "three seeds: {}, {} and {} %".format(*(f"{100 * count / 200:.1f}" for count in counts)) in text
+    fresh = found["fresh_clone"]
+    minutes, seconds = divmod(fresh["seconds"]["make run"], 60)
+    assert f"{minutes} min {seconds} s" in text and f"({fresh['count']} of {fresh['of']} that time)" in text
 
 
 def test_the_table_of_the_demonstrations_twin_is_that_of_its_runs():
