@@ -42,7 +42,7 @@ def held(sizes: tuple[int, int, int]) -> dict[tuple, int]:
     return found
 
 
-def the_same_traffic() -> None:
+def assert_the_same_traffic() -> None:
     # Left to itself XLA gathered the gradients of all prompts on every device: 32 KiB here with four devices, 64 with
     # eight, 252 MB of PaliGemma's on 64 chips.
     four, eight = held((2, 2, 1)), held((4, 2, 1))
@@ -52,7 +52,7 @@ def the_same_traffic() -> None:
     assert eight["all-reduce", ("data",), "f32"] == WORDS * WIDTH // 2 * 4
 
 
-def the_same_gradient(sizes: tuple[int, int, int]) -> None:
+def assert_the_same_gradient(sizes: tuple[int, int, int]) -> None:
     _, gradient, (shapes, ids, weights) = lookup(sizes)
     rng = np.random.default_rng(0)
     words = rng.integers(0, WORDS, ids.shape, np.int32)
@@ -64,7 +64,7 @@ def the_same_gradient(sizes: tuple[int, int, int]) -> None:
     np.testing.assert_allclose(gradient(params, words, factors)["params"]["table"], expected, atol=1e-5)
 
 
-def the_same_rows() -> None:
+def assert_the_same_rows() -> None:
     mesh, embed = meshes.make_mesh((2, 2, 1), jax.devices()[:4]), linear.Embed(16, 6)
     ids = np.arange(15, dtype=np.int32).reshape(3, 5)
     params = embed.init(jax.random.key(0), ids)
@@ -78,14 +78,15 @@ def the_same_rows() -> None:
 
 
 def test_the_gradient_of_a_lookup_costs_a_device_the_same_however_many_copies_of_the_model_there_are():
-    run_python("-c", "from tests.parallel import test_collectives as t; t.the_same_traffic()", JAX_NUM_CPU_DEVICES="8")
+    code = "from tests.parallel import test_collectives as t; t.assert_the_same_traffic()"
+    run_python("-c", code, JAX_NUM_CPU_DEVICES="8")
 
 
 def test_a_split_lookup_has_the_rows_and_the_gradient_of_a_whole_one():
     code = """
     from tests.parallel import test_collectives as t
-    t.the_same_rows()
+    t.assert_the_same_rows()
     for sizes in ((2, 2, 2), (8, 1, 1), (1, 8, 1)):
-        t.the_same_gradient(sizes)
+        t.assert_the_same_gradient(sizes)
     """
     run_python("-c", inspect.cleandoc(code), JAX_NUM_CPU_DEVICES="8")
