@@ -40,8 +40,11 @@ class Chip:
     description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-_TPU = "Google Cloud's TPU documentation; links and network: Austin et al. 2025, How to Scale Your Model"
-_GPU = "NVIDIA's data sheet; network: the NICs of a DGX, one per GPU; description: openxla/xla, target_config/specs"
+# Google's pages give a chip's links together, both directions: 400 (v5e), 1200 (v5p) and 800 GB/s (v6e) over 4, 6 and 4
+# ports; what leaves along one axis, two ports, is a quarter, a sixth and a quarter of it. For v4 they say nothing: its
+# link is the book's, whose figures for the others are a tenth lower. v6e's memory was 1640 GB/s there, later 1600.
+_TPU = "docs.cloud.google.com/tpu/docs; v4's link, networks: Austin et al. 2025, How to Scale Your Model"
+_GPU = "NVIDIA's data sheet; network: a DGX's NICs, one per GPU; memory, description: openxla/xla, target_config/specs"
 
 
 def _description(cores: int, fpus: int, clock: float, cache: int, shared: int, capability: tuple[int, int]) -> dict:
@@ -49,10 +52,10 @@ def _description(cores: int, fpus: int, clock: float, cache: int, shared: int, c
 
 
 CHIPS: Mapping[str, Chip] = {
-    "v4": Chip("TPU v4", 30.75 * GIB, 1228e9, 275e12, 90e9, 6.25e9, _TPU, 3),
-    "v5e": Chip("TPU v5 lite", 15.75 * GIB, 819e9, 197e12, 90e9, 3.125e9, _TPU, 2),
-    "v5p": Chip("TPU v5", 94.75 * GIB, 2765e9, 459e12, 180e9, 6.25e9, _TPU, 3),
-    "v6e": Chip("TPU v6 lite", 31.25 * GIB, 1640e9, 918e12, 180e9, 12.5e9, _TPU, 2),
+    "v4": Chip("TPU v4", 30.75 * GIB, 1200e9, 275e12, 90e9, 6.25e9, _TPU, 3),
+    "v5e": Chip("TPU v5 lite", 15.75 * GIB, 819e9, 197e12, 100e9, 3.125e9, _TPU, 2),
+    "v5p": Chip("TPU v5", 95.74 * GIB, 2765e9, 459e12, 200e9, 6.25e9, _TPU, 3),
+    "v6e": Chip("TPU v6 lite", 31.25 * GIB, 1640e9, 918e12, 200e9, 12.5e9, _TPU, 2),
     "a100": Chip(
         "NVIDIA A100-SXM4-80GB", 85.1e9, 2039e9, 312e12, 300e9, 25e9, _GPU,
         description=_description(108, 64, 1.41, 41943040, 167936, (8, 0)),
@@ -130,14 +133,12 @@ def devices(target: Target) -> list[jax.Device]:
       ValueError: the compiler knows no such slice.
     """
     try:
-        found = _tpu(target) if target.platform == "tpu" else _gpu(target)
-    except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
-        if target.platform == "tpu":
-            _require("libtpu", target, "plan-tpu")
-        else:
-            _require("jax_plugins.xla_cuda12", target, "plan-gpu")
+        return _tpu(target) if target.platform == "tpu" else _gpu(target)
+    except jax.errors.JaxRuntimeError as error:
+        # Other failures (a library that does not load, one that another process holds) are not about the target.
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
         raise ValueError(f"target={target.name!r}: the compiler knows no such devices: {error}") from None
-    return found
 
 
 def _require(module: str, target: Target, extra: str) -> None:
@@ -210,6 +211,9 @@ def describe(chip: Chip) -> str:
 def seconds(target: Target, groups: Sequence[Sequence[int]], places: Sequence[tuple[int, ...]], sent: float) -> float:
     """Below which a collective cannot end, in which each device sends `sent` bytes.
 
+    Of a group of N devices on H hosts or slices, (H - 1) / (N - 1) of it has to cross the network: hosts exchange
+    once what their devices share out among themselves.
+
     Args:
       groups: positions of devices that exchange with each other.
       places: per position, where the device is: slice and coordinates of a TPU, host and card of a GPU (`places`).
@@ -217,10 +221,10 @@ def seconds(target: Target, groups: Sequence[Sequence[int]], places: Sequence[tu
     chip, slowest = target.figures, 0.0
     for group in groups:
         where = [places[device] for device in group]
-        differing = [len(set(axis)) > 1 for axis in zip(*where, strict=True)]
-        rings = sum(differing[1:]) if chip.axes else 1  # along every axis of the torus that the group spans
-        rate = chip.network if differing[0] else chip.link * max(rings, 1)  # network: between slices or hosts
-        slowest = max(slowest, sent / rate)
+        hosts, *along = (len(set(axis)) for axis in zip(*where, strict=True))
+        rings = sum(size > 1 for size in along) if chip.axes else 1  # along every axis of the torus that it spans
+        across = (hosts - 1) / (len(group) - 1)
+        slowest = max(slowest, sent * across / chip.network, sent * (1 - across) / (chip.link * max(rings, 1)))
     return slowest
 
 
