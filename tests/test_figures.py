@@ -148,7 +148,8 @@ def test_the_table_of_the_demonstrations_twin_is_that_of_its_runs():
     assert f"Of the same 200 trials, {found['alike']} end alike" in text
     played, demo = found["as_the_page_plays"], page("demo.md")
     low, high = played["wilson_95_percent"]
-    assert f"{played['count']} of {played['of']} tasks, 77.5 % ({low:.0f} to {high:.0f})" in demo
+    rate = f"{100 * played['count'] / played['of']:.1f} %"
+    assert f"{played['count']} of {played['of']} tasks, {rate} ({low:.0f} to {high:.0f})" in demo
     changed = played["steps_changed_by_the_layer"].values()
     assert f"changed {sum(changed)} of {played['steps']} steps, {max(changed)} of them" in demo
 
