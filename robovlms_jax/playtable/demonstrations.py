@@ -210,7 +210,8 @@ class Tables:
     def _reset(self, busy: Mapping[int, Chain], fresh: Mapping[int, Chain]) -> bodies.State:
         starts = [np.zeros((self.config.tables, size), np.float32) for size in (env.ROBOT_OBS_DIM, env.SCENE_OBS_DIM)]
         for table in range(self.config.tables):
-            chain = fresh.get(table) or busy.get(table) or next(iter(fresh.values()))
+            # the others' states are not taken: in the middle of a chain a scene need not be one to begin in
+            chain = fresh.get(table) or next(iter(fresh.values()))
             for rows, obs in zip(starts, initial_obs(chain.condition, self._every.names[chain.scene]), strict=True):
                 rows[table] = obs
             starts[0][table, :3] += chain.offset

@@ -21,3 +21,13 @@ def test_a_chain_begins_on_its_own_table():
         asked = scene.initial_obs(chain.condition, names[chain.scene])[1]
         np.testing.assert_allclose(row[[0, 1, 3, 5]], asked[[0, 1, 3, 5]], atol=1e-5)
         np.testing.assert_allclose(row[6:].reshape(3, 6)[:, :2], asked[6:].reshape(3, 6)[:, :2], atol=0.02)
+
+
+def test_a_table_begins_its_chain_while_another_holds_a_block():
+    # No chain begins so; a recording of several tasks in a row comes there after its first lift.
+    tables = demonstrations.Tables(DemonstrationConfig(tables=2), demonstrations.Scenes(("A", "B")), [0, 1], 0, [0, 1])
+    begins, holds = tables._begin(), tables._begin()
+    holds.condition = holds.condition | {"pink_block": "grasped", "grasped": 1}
+    states = tables._reset({0: begins, 1: holds}, {0: begins})
+    found = np.asarray(env.info_batch(tables._scenes_of({0: begins, 1: holds}), states)["scene_obs"])[0]
+    np.testing.assert_allclose(found[:2], scene.initial_obs(begins.condition, "A")[1][:2], atol=1e-5)
