@@ -64,17 +64,19 @@ def assert_the_same_gradient(sizes: tuple[int, int, int]) -> None:
     np.testing.assert_allclose(gradient(params, words, factors)["params"]["table"], expected, atol=1e-5)
 
 
-def assert_the_same_rows() -> None:
-    mesh, embed = meshes.make_mesh((2, 2, 1), jax.devices()[:4]), linear.Embed(16, 6)
-    ids = np.arange(15, dtype=np.int32).reshape(3, 5)
-    params = embed.init(jax.random.key(0), ids)
+def assert_the_same_rows(ids: tuple[int, ...], width: int, *, splits: bool) -> None:
+    """On two copies of two halves of a table. splits: whether the look-up says where its ids and rows lie."""
+    mesh, embed = meshes.make_mesh((2, 2, 1), jax.devices()[:4]), linear.Embed(16, width)
+    words = np.arange(np.prod(ids), dtype=np.int32).reshape(ids) % 16
+    params = meshes.unbox(embed.init(jax.random.key(0), words))
 
-    def look(params, ids):
+    def look(params, words):
         with meshes.constrained(mesh):
-            return embed.apply(params, ids)
+            return embed.apply(params, words)
 
-    table = meshes.unbox(params)["params"]["table"]
-    np.testing.assert_array_equal(jax.jit(look)(params, ids), table[ids])
+    look = jax.jit(look)
+    np.testing.assert_array_equal(look(params, words), params["params"]["table"][words])
+    assert ("sharding_constraint" in str(jax.make_jaxpr(look)(params, words))) == splits, (ids, width)
 
 
 def test_the_gradient_of_a_lookup_costs_a_device_the_same_however_many_copies_of_the_model_there_are():
@@ -82,10 +84,13 @@ def test_the_gradient_of_a_lookup_costs_a_device_the_same_however_many_copies_of
     run_python("-c", code, JAX_NUM_CPU_DEVICES="8")
 
 
-def test_a_split_lookup_has_the_rows_and_the_gradient_of_a_whole_one():
+def test_a_split_lookup_has_the_rows_and_the_gradient_of_a_whole_one_and_what_does_not_divide_is_not_split():
     code = """
     from tests.parallel import test_collectives as t
-    t.assert_the_same_rows()
+    t.assert_the_same_rows((4, 5), 6, splits=True)
+    t.assert_the_same_rows((3, 5), 6, splits=False)  # three prompts on four devices
+    t.assert_the_same_rows((4, 5), 7, splits=False)  # two halves of seven columns
+    t.assert_the_same_rows((4,), 6, splits=False)  # words of no prompt
     for sizes in ((2, 2, 2), (8, 1, 1), (1, 8, 1)):
         t.assert_the_same_gradient(sizes)
     """
