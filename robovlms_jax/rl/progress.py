@@ -99,7 +99,7 @@ _numbers = jax.jit(jax.vmap(numbers))
 
 def advance(found: Rollouts, segments: Sequence[Segment], steps: int) -> np.ndarray:
     """float64[N]: what a segment did for its task, in the eyes of a simulated person: how much nearer the hand came to
-    the handle, how far the mechanism moved, and whether the task was done.
+    the handle, how far the mechanism moved of what it can at this table, and whether the task was done.
 
     Raises:
       ValueError: a task that is none of `MOVES`.
@@ -111,19 +111,16 @@ def advance(found: Rollouts, segments: Sequence[Segment], steps: int) -> np.ndar
         f"have {unknown}, too. Ask a person (experiments.label), or leave them out.",
     )
     known, worth = _every(found), []
+    ranges = dict(zip(found.kinds, np.asarray(_lean(found.kinds).joint_range, np.float64)))  # m, of each table's joints
     for segment in segments:
         joint, way = MOVES[found.tasks[segment.rollout]]
         first = found.offsets[segment.rollout] + segment.start
         ends = known[[first, first + steps]].astype(np.float64)
         away, at = ends[:, joint], ends[:, _AWAY + joint]
-        moved = way * (at[1] - at[0]) / _REACHES[joint]
+        moved = way * (at[1] - at[0]) / ranges[found.scenes[segment.rollout]][joint]
         done = found.success[segment.rollout] and segment.start + steps == found.steps(segment.rollout)
         worth.append((away[0] - away[1]) / _REACH_M + moved + _DONE * done)
     return np.array(worth)
-
-
-_REACHES = {SLIDER: 0.28, DRAWER: 0.22, BUTTON: 0.02, SWITCH: 0.088}
-"""m: about how far each mechanism moves."""
 
 
 def answers(first: np.ndarray, second: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 
 from robovlms_jax.demo import twin
 from robovlms_jax.envs.calvin import tasks
-from robovlms_jax.playtable.scene import DRAWER, make_scene
+from robovlms_jax.playtable.scene import DRAWER, SLIDER, make_scene
 from robovlms_jax.rl import progress, segments
 from robovlms_jax.rl.segments import Rollouts, Segment
 from robovlms_jax.runs import trying
@@ -67,6 +67,23 @@ def test_a_simulated_person_prefers_what_comes_nearer_moves_the_drawer_and_opens
     read = progress.frames(found, [Segment(2, 0)], 4, 2)
     assert read.shape == (1, 2, 60)
     np.testing.assert_allclose(read[0, :, 7 + 7 + DRAWER], 0.08, atol=1e-6)  # how far the drawer moved in each
+
+
+@pytest.mark.parametrize("tables", [("A", "C"), ("random-1", "A")])
+def test_a_simulated_person_finds_half_of_a_doors_way_worth_as_much_on_every_table(tables):
+    """The hand goes with the handle, so that only the door counts."""
+    moved, paths, ranges = np.zeros((12, 4)), [], [float(make_scene(name).joint_range[SLIDER]) for name in tables]
+    assert ranges[0] != ranges[1]
+    for number, (name, way) in enumerate(zip(tables, ranges)):
+        moved[6 * number :][:6, SLIDER] = np.linspace(0, way / 2, 6)
+        scene = make_scene(name)
+        paths.append(scene.anchors.slider_handle + moved[6 * number :][:6, SLIDER, None] * scene.joint_axis[SLIDER])
+    found = Rollouts(
+        tables, ("move_slider_left",) * 2, ("x",) * 2, np.zeros(2, bool), np.array([0, 6, 12]),
+        states(np.concatenate(paths), moved),
+    )  # fmt: skip
+    worth = progress.advance(found, [Segment(0, 0), Segment(1, 0)], 5)
+    np.testing.assert_allclose(worth, [0.5, 0.5], atol=1e-5)
 
 
 def test_tasks_that_the_simulated_person_cannot_judge_are_named():
