@@ -1,7 +1,7 @@
 """The table of the demonstration: PlayTable alone, one step at a time, with what a page wants to know beside it.
 
-`PlayTable` renders eight pictures for one, since evaluation fills them; here a picture is a program of its own. States
-are never changed in place, so that another thread draws one (`Painter`) while the next is being made.
+`PlayTable` picks its table out of many; here a picture is a program of its own, which takes less than half as long.
+States are never changed in place, so that another thread draws one (`Painter`) while the next is being made.
 """
 
 from __future__ import annotations

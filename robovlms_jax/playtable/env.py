@@ -30,7 +30,8 @@ class _Rendering(NamedTuple):
     """How pictures are made on one kind of processor.
 
     tiled: see `render.render`. pixels: about as many are traced at a time, a picture at least; None: one picture at a
-    time. batch: pictures made by one call; None: all of them, rounded up to a power of two. threads: calls at a time.
+    time, and only those that are wanted. batch: room for pictures in one call; None: for all of them, rounded up to a
+    power of two. threads: calls at a time.
     """
 
     tiled: bool
@@ -41,7 +42,7 @@ class _Rendering(NamedTuple):
 
 def _rendering(platform: str) -> _Rendering:
     if platform == "cpu":
-        # One picture stays in the cache; by eights, little is rendered for nothing and every core has some.
+        # What one picture needs stays in the cache. A program with room for eight makes any smaller number as well.
         return _Rendering(tiled=True, pixels=None, batch=8, threads=os.cpu_count() or 1)
     return _Rendering(tiled=False, pixels=2**24, batch=None, threads=1)  # a few gigabytes
 
@@ -103,17 +104,29 @@ def render_batch(
     size: int,
     backdrops: tiles.Backdrop,
     platform: str,
+    count: Array | int | None = None,
 ) -> Array:
-    """uint8[B, size, size, 3]: the pictures of camera "static" or "wrist" of B tables. platform: where they are made,
-    "cpu", "gpu" or "tpu"; by another's way they are the same, and slower."""
+    """uint8[B, size, size, 3]: the pictures of camera "static" or "wrist" of B tables.
+
+    Args:
+      platform: where they are made, "cpu", "gpu" or "tpu"; by another's way they are the same, and slower.
+      count: how many are wanted, the first ones; None: all. On CPUs the others are left black and cost nothing.
+    """
     way = _rendering(platform)
 
     def one(args):
         i, state = args
         return render.render(pick(scenes, i), state, camera, size, pick(backdrops, i), tiled=way.tiled)
 
-    together = None if way.pixels is None else max(way.pixels // size**2, 1)
-    return jax.lax.map(one, (which, states), batch_size=together)
+    if way.pixels is not None:
+        return jax.lax.map(one, (which, states), batch_size=max(way.pixels // size**2, 1))
+
+    def add(i, found):
+        return jax.lax.dynamic_update_index_in_dim(found, one(pick((which, states), i)), i, 0)
+
+    return jax.lax.fori_loop(
+        0, len(which) if count is None else count, add, jnp.zeros((len(which), size, size, 3), jnp.uint8)
+    )
 
 
 def pictures(
@@ -128,21 +141,25 @@ def pictures(
     count, platform = len(which), cpu.default_platform()
     way = _rendering(platform)
     batch = way.batch or 2 ** (count - 1).bit_length()
-    rows = np.minimum(np.arange(-(-count // batch) * batch), count - 1).reshape(-1, batch)  # the last one repeats
+    calls = max(-(-count // batch), min(count, way.threads))  # every core has some
     if way.batch:  # views, whose rows are picked at once
         scenes, states, backdrops = jax.device_get((scenes, states, backdrops))
 
     def look(rows: np.ndarray) -> dict[str, np.ndarray]:
+        wanted, rows = len(rows), np.pad(rows, (0, batch - len(rows)), mode="edge")
         kinds, own = np.unique(which[rows], return_inverse=True)
         kinds = np.resize(kinds, 4 ** max(int(np.ceil(np.log2(len(kinds)) / 2)), 1))
         seen = (pick(scenes, kinds), own.astype(np.int32), pick(states, rows))
         known = pick(backdrops, kinds)
-        looks = {camera: render_batch(*seen, camera, size, known, platform) for camera, size in sizes.items()}
-        return jax.tree.map(np.asarray, looks)
+        looks = {camera: render_batch(*seen, camera, size, known, platform, wanted) for camera, size in sizes.items()}
+        return {camera: np.asarray(made)[:wanted] for camera, made in looks.items()}
 
+    shares = np.array_split(np.arange(count), calls)
+    if calls == 1:  # a thread takes longer to start than a picture to make
+        return look(shares[0])
     with concurrent.futures.ThreadPoolExecutor(way.threads) as pool:
-        parts = list(pool.map(look, rows))
-    return {camera: np.concatenate([part[camera] for part in parts])[:count] for camera in sizes}
+        parts = list(pool.map(look, shares))
+    return {camera: np.concatenate([part[camera] for part in parts]) for camera in sizes}
 
 
 @jax.jit
@@ -230,7 +247,7 @@ class PlayTables:
         if not len(slots):
             return []
         rows = np.asarray(slots)
-        states = pick(self._states, rows)
+        states = pick(jax.device_get(self._states), rows)  # NumPy's rows; JAX takes 5 ms to pick those of every leaf
         images = pictures(self._kinds, self._which[rows], states, self._image_sizes, self._backdrops)
         return [
             interface.Observation({camera: pictures[i] for camera, pictures in images.items()}, info["robot_obs"])

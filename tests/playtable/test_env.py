@@ -135,7 +135,7 @@ def test_the_others_stand_still(tables):
 
 
 def test_pictures_are_of_the_right_tables():
-    """Eleven tables of three scenes: two calls of eight on a CPU, the second filled up; each picture as if alone."""
+    """Eleven tables of three scenes: calls with room for eight on a CPU, none full; each picture as if alone."""
     scenes, which = stack_scenes("ABD"), np.array([2, 0, 1, 1, 2, 0, 0, 2, 1, 0, 2])
     robot = np.tile(initial_states.INITIAL_ROBOT_OBS, (11, 1))
     robot[:, 0] += np.linspace(-0.1, 0.1, 11)
@@ -143,9 +143,25 @@ def test_pictures_are_of_the_right_tables():
     backdrops, sizes = env.backdrops(scenes, 32), {"static": 32, "wrist": 24}
     found = env.pictures(scenes, which, states, sizes, backdrops)
     for camera, size in sizes.items():
-        expected = env.render_batch(scenes, which, states, camera, size, backdrops, "cpu")
+        expected = env.render_batch(scenes, which, states, camera, size, backdrops, "cpu", 11)
         np.testing.assert_array_equal(found[camera], expected)
         assert len({image.tobytes() for image in found[camera]}) == 11
+        few = env.render_batch(scenes, which, states, camera, size, backdrops, "cpu", 2)
+        np.testing.assert_array_equal(few[:2], expected[:2])
+        assert not few[2:].any()  # nothing is drawn for nobody
+
+
+def test_a_single_table_draws_one_picture_of_each_camera(monkeypatch):
+    table, wanted = env.PlayTable("A", image_sizes={"static": 32, "wrist": 24}), []
+
+    def count(scenes, which, states, camera, size, backdrops, platform, count):
+        wanted.append((camera, len(which), count))
+        return np.zeros((len(which), size, size, 3), np.uint8)
+
+    monkeypatch.setattr(env, "render_batch", count)
+    monkeypatch.setattr(env.cpu, "default_platform", lambda: "cpu")
+    table.observe()
+    assert wanted == [("static", 8, 1), ("wrist", 8, 1)]
 
 
 @pytest.mark.slow
