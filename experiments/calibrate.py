@@ -15,8 +15,7 @@ import logging
 import pathlib
 import sys
 
-from robovlms_jax import cli, hub
-from robovlms_jax.data import atomic
+from robovlms_jax import atomic, cli, hub
 from robovlms_jax.evaluation import chains, detection
 from robovlms_jax.policies.serving import BatchedVLAPolicy
 from robovlms_jax.runs import calibrating, logs, saved

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 
 from experiments import calvin_abcd, evaluate, evaluation_settings
-from robovlms_jax import cli, json_files
+from robovlms_jax import atomic, cli, json_files
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.evaluation import chains, rollout_metrics
@@ -157,7 +157,7 @@ def compare(config: CompareConfig) -> pathlib.Path:
             if not (directory / _file(execution)).exists():
                 row = trained if "failed" in trained else trained | _roll_out(config, directory, execution)
                 row |= {"execution": execution.label}
-                (directory / _file(execution)).write_text(json.dumps(row, indent=1) + "\n")
+                atomic.write_text(directory / _file(execution), json.dumps(row, indent=1) + "\n")
         jax.clear_caches()  # a grid's programs do not fit into memory together
         write_report(output)
     return write_report(output)
@@ -173,7 +173,7 @@ def write_report(output: pathlib.Path) -> pathlib.Path:
     if any("failed" not in row for row in rows):
         draw(rows).savefig(output / "structures.png", dpi=tables.DPI, bbox_inches="tight")
     path = output / "structures.md"
-    path.write_text(_markdown(rows, budget))
+    atomic.write_text(path, _markdown(rows, budget))
     return path
 
 
@@ -247,7 +247,7 @@ def _train(cell: Cell, config: CompareConfig, directory: pathlib.Path) -> dict[s
         known["parameters"] = report["facts"]["parameters"]
         known["seconds"] = time.perf_counter() - begin
         known["validation"] = {name: value for name, value in report["overall"].items() if name != "count"}
-    path.write_text(json.dumps(known, indent=1) + "\n")
+    atomic.write_text(path, json.dumps(known, indent=1) + "\n")
     return known
 
 
@@ -287,7 +287,7 @@ def _require_same_budget(output: pathlib.Path, config: CompareConfig) -> None:
     path = output / "budget.json"
     if not path.exists():
         output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(budget, indent=1) + "\n")
+        atomic.write_text(path, json.dumps(budget, indent=1) + "\n")
         return
     theirs = json.loads(path.read_text())
     changes = json_files.differences(theirs, budget, budget)

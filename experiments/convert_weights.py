@@ -23,8 +23,8 @@ import numpy as np
 import tyro
 from flax.traverse_util import flatten_dict
 
+from robovlms_jax import atomic, upstream
 from robovlms_jax import cli as command_line
-from robovlms_jax import upstream
 from robovlms_jax.backbones import registry
 from robovlms_jax.control import robot
 from robovlms_jax.control.interface import Observation
@@ -105,7 +105,7 @@ def main(config: ConvertConfig) -> dict[str, Any]:
         "difference_actions": float(np.abs(_act(policy) - before).max()),
         "first_action": before[0, 0].tolist(),
     }
-    (target / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    atomic.write_text(target / REPORT, json.dumps(report, indent=2) + "\n")
     print(_describe(report, target))
     return report
 

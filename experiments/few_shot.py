@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from experiments import protocols
-from robovlms_jax import cli, json_files, schema
+from robovlms_jax import atomic, cli, json_files, schema
 from robovlms_jax.evaluation.report import tables
 from robovlms_jax.runs import load
 from robovlms_jax.runs.config import ExperimentConfig
@@ -193,7 +193,7 @@ def write_report(config: FewShotConfig, listed: Sequence[protocol.Job], trials: 
         _draw(compared, objective).savefig(out / "few_shot.png", dpi=tables.DPI)
         sections.append("![by number of demonstrations](few_shot.png)")
     path = out / "report.md"
-    path.write_text(tables.join(sections), encoding="utf-8")
+    atomic.write_text(path, tables.join(sections))
     return path
 
 

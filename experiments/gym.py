@@ -17,7 +17,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from robovlms_jax import cli
+from robovlms_jax import atomic, cli
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.control.robot import Camera, Dimension, RobotSpec
 from robovlms_jax.data.config import DataConfig
@@ -145,7 +145,7 @@ def try_out(config: GymConfig, output: pathlib.Path) -> None:
     section = gym_loop.evaluate(policy, config.layout, config.policy.robot, config.trials, output, identity)
     report = output / "report.md"
     before = report.read_text().partition(gym_loop.HEADING)[0].rstrip()
-    report.write_text(f"{before}\n\n{section}")
+    atomic.write_text(report, f"{before}\n\n{section}")
     logger.info("report: %s", report)
 
 

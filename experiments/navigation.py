@@ -15,7 +15,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from robovlms_jax import cli
+from robovlms_jax import atomic, cli
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.driving import world
@@ -120,7 +120,7 @@ def drive(config: DrivesConfig, output: pathlib.Path) -> None:
     text = driving.section(found, films, output)
     report = output / "report.md"
     before = report.read_text().partition("## Drives")[0].rstrip()
-    report.write_text(f"{before}\n\n{text}")
+    atomic.write_text(report, f"{before}\n\n{text}")
     logger.info("report: %s", report)
 
 

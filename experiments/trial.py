@@ -24,11 +24,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from robovlms_jax import bars, cli, json_files, json_lines
+from robovlms_jax import atomic, bars, cli, json_files, json_lines
 from robovlms_jax.control.execution import Executed, Execution
 from robovlms_jax.control.interface import Observation, Policy
 from robovlms_jax.control.robot import RobotSpec
-from robovlms_jax.data import atomic
 from robovlms_jax.data.lerobot import writing
 from robovlms_jax.evaluation import blind
 from robovlms_jax.inputs import proprio
@@ -341,7 +340,7 @@ def main() -> None:
             policies = [load_policy(path) for path in config.checkpoints]
         session = Session(config, open_robot(config.robot), policies, specs[0], labels=labels)
         if session.run():
-            (pathlib.Path(config.out) / "report.md").write_text(session.report(), encoding="utf-8")
+            atomic.write_text(pathlib.Path(config.out) / "report.md", session.report())
         print(session.report())
     except (ValueError, FileNotFoundError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -22,9 +22,9 @@ import simplejpeg
 import tqdm
 from PIL import Image
 
-from robovlms_jax import json_files
+from robovlms_jax import atomic, json_files
 from robovlms_jax.control import robot as robots
-from robovlms_jax.data import atomic, base, frame_index, packed, statistics
+from robovlms_jax.data import base, frame_index, packed, statistics
 from robovlms_jax.data import workers as processes
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from robovlms_jax.data import atomic, features, records
+from robovlms_jax import atomic
+from robovlms_jax.data import features, records
 
 _CLASSES = {
     "image": "tensorflow_datasets.core.features.image_feature.Image",

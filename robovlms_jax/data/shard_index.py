@@ -31,8 +31,8 @@ import google_crc32c
 import numpy as np
 import tqdm
 
-from robovlms_jax import json_files
-from robovlms_jax.data import atomic, features, records, shard_columns, splits
+from robovlms_jax import atomic, json_files
+from robovlms_jax.data import features, records, shard_columns, splits
 from robovlms_jax.data import storage as storages
 from robovlms_jax.data import workers as processes
 

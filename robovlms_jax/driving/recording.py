@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from robovlms_jax.data import atomic, base, packing, statistics
+from robovlms_jax import atomic
+from robovlms_jax.data import base, packing, statistics
 from robovlms_jax.driving import camera, expert, instructions, scenarios, world
 from robovlms_jax.driving.config import RecordingConfig
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from robovlms_jax import json_files
+from robovlms_jax import atomic, json_files
 from robovlms_jax.inputs.config import AugmentConfig
 
 logger = logging.getLogger(__name__)
@@ -321,8 +321,7 @@ def write_image_spec(spec: ImageSpec, directory: str | pathlib.Path) -> None:
         "image_std": list(spec.std),
         "do_convert_rgb": True,
     }
-    path = pathlib.Path(directory) / "preprocessor_config.json"
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    atomic.write_text(pathlib.Path(directory) / "preprocessor_config.json", json.dumps(fields, indent=2) + "\n")
 
 
 def _resize_axis(

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from robovlms_jax import atomic
 from robovlms_jax.envs.calvin import task_chains
 from robovlms_jax.playtable import env
 from robovlms_jax.playtable.scene import BLOCKS, RANDOM, initial_obs, stack_scenes
@@ -61,11 +62,11 @@ def write(settings: Settings) -> dict[str, int]:
         ("train", names, settings.pictures, settings.seed),
         ("validation", (settings.validation_table,), settings.validation_pictures, settings.seed + 1),
     ):
-        with (out / f"{split}.jsonl").open("w") as file:
+        with atomic.replacing(out / f"{split}.jsonl") as file:
             for index, (picture, turns) in enumerate(_examples(tables, number, settings.image_size, seed)):
                 name = f"{PICTURES}/{split}_{index:05d}.jpg"
                 (out / name).write_bytes(picture)
-                file.write(json.dumps(_entry(f"{split}_{index}", name, turns)) + "\n")
+                file.write(json.dumps(_entry(f"{split}_{index}", name, turns)).encode() + b"\n")
                 counts["pictures"] += 1
                 counts["questions"] += len(turns)
     return counts

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from robovlms_jax import bars, json_files, json_lines
+from robovlms_jax import atomic, bars, json_files, json_lines
 from robovlms_jax.data import base, calvin, packing, spool
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.playtable import demonstrations
@@ -216,9 +216,13 @@ class NpzFrames:
         lengths = np.array([chain["frames"] for chain in journal.chains if chain["frames"]])
         ends = np.cumsum(lengths)
         (self._directory / "lang_annotations").mkdir(exist_ok=True)
-        np.save(self._directory / "lang_annotations" / "auto_lang_ann.npy", annotations, allow_pickle=True)
-        np.save(self._directory / "ep_start_end_ids.npy", np.stack([ends - lengths, ends - 1], axis=1))
-        np.save(self._directory / "ep_lens.npy", lengths)
+        for name, array in (
+            ("lang_annotations/auto_lang_ann.npy", np.array(annotations)),
+            ("ep_start_end_ids.npy", np.stack([ends - lengths, ends - 1], axis=1)),
+            ("ep_lens.npy", lengths),
+        ):
+            with atomic.replacing(self._directory / name) as file:
+                np.save(file, array)
 
 
 class SpooledFrames:

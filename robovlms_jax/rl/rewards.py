@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import zipfile
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from robovlms_jax import atomic
 from robovlms_jax.rl.preferences import RewardModel
 from robovlms_jax.rl.progress import NAMES
 from robovlms_jax.schema import require
@@ -43,12 +43,8 @@ def save(directory: pathlib.Path, saved: Saved) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     fields = {name: np.asarray(getattr(saved.model, name)) for name in ("center", "scale", "offset", "spread")}
     params = {f"params/{path}": np.asarray(x) for path, x in flatten_dict(saved.model.params, sep="/").items()}
-    partial = directory / f"{ARRAYS}.tmp"
-    with partial.open("wb") as file:
+    with atomic.replacing(directory / ARRAYS, durable=True) as file:
         np.savez(file, **fields, **params)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(directory / ARRAYS)
     about = {
         "version": VERSION,
         "widths": list(saved.model.widths),
@@ -56,9 +52,7 @@ def save(directory: pathlib.Path, saved: Saved) -> None:
         "every": saved.every,
         "about": saved.about,
     }
-    partial = directory / f"{ABOUT}.tmp"
-    partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    partial.replace(directory / ABOUT)
+    atomic.write_text(directory / ABOUT, json.dumps(about, indent=2) + "\n", durable=True)
 
 
 def identity(directory: str | pathlib.Path) -> str:

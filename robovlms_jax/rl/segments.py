@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import os
 import pathlib
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from robovlms_jax import atomic
 from robovlms_jax.evaluation.rollout import Trial
 from robovlms_jax.parallel import cpu
 from robovlms_jax.parallel import mesh as meshes
@@ -91,12 +91,8 @@ class Rollouts:
         path.parent.mkdir(parents=True, exist_ok=True)
         leaves = {f"state_{field.name}": getattr(self.states, field.name) for field in dataclasses.fields(self.states)}
         texts = {name: np.array(getattr(self, name)) for name in _TEXTS}
-        partial = path.with_name(f"{path.name}.tmp")
-        with partial.open("wb") as file:
+        with atomic.replacing(path, durable=True) as file:
             np.savez_compressed(file, version=_VERSION, success=self.success, offsets=self.offsets, **texts, **leaves)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
 
 
 def locate(path: str | pathlib.Path) -> pathlib.Path:

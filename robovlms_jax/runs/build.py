@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from robovlms_jax import json_files
+from robovlms_jax import atomic, json_files
 from robovlms_jax.actions import discretize
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.backbones import clip_text, registry
@@ -117,7 +117,7 @@ def open_backbone(config: BackboneConfig, sentences: Iterable[str]) -> Backbone:
 def write_files(vlm: backbones.VLMConfig, texts: Iterable[str], directory: pathlib.Path) -> None:
     """What a published directory holds beside weights: config.json, image preprocessing, and a tokenizer, here one made
     from `texts`."""
-    (directory / "config.json").write_text(json.dumps(registry.to_hf_config(vlm), indent=2))
+    atomic.write_text(directory / "config.json", json.dumps(registry.to_hf_config(vlm), indent=2))
     images.write_image_spec(vlm.image, directory)
     texts = list(texts)
     tokenizers.make_twin_tokenizer(texts, vlm.text.vocab_size, directory)

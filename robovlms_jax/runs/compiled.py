@@ -22,8 +22,8 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from robovlms_jax import atomic
 from robovlms_jax.backbones.base import VLMConfig
-from robovlms_jax.data import atomic
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel import program_costs, targets
 from robovlms_jax.parallel.config import MeshConfig

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from robovlms_jax import json_files, schema
+from robovlms_jax import atomic, json_files, schema
 from robovlms_jax.control.execution import BatchedPolicy, Execution
 from robovlms_jax.control.robot import RobotSpec
-from robovlms_jax.data import atomic, base, packed, packing, statistics
+from robovlms_jax.data import base, packed, packing, statistics
 from robovlms_jax.envs import gym, vector
 from robovlms_jax.evaluation import chains, filing, rollout
 from robovlms_jax.evaluation.report import films as film_files

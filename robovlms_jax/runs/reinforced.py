@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from robovlms_jax import atomic
 from robovlms_jax.evaluation import blind, rollout_metrics
 from robovlms_jax.evaluation.rollout import TrialResult
 
@@ -58,9 +59,8 @@ def report(
     """
     results = {name: compared(before[name], found) for name, found in after.items()}
     curve = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    (output / "results.json").write_text(
-        json.dumps({"settings": settings, "results": results, "curve": curve}, indent=2) + "\n"
-    )
+    record = {"settings": settings, "results": results, "curve": curve}
+    atomic.write_text(output / "results.json", json.dumps(record, indent=2) + "\n")
     last = curve[-1]
     text = [
         f"# PlayTable: {settings['update']['method']} from {checkpoint}",
@@ -87,5 +87,5 @@ def report(
         ),
     ]
     path = output / "report.md"
-    path.write_text("\n".join(text) + "\n", encoding="utf-8")
+    atomic.write_text(path, "\n".join(text) + "\n")
     return path

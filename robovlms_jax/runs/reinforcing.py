@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from robovlms_jax import json_files, schema
+from robovlms_jax import atomic, json_files, schema
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.evaluation import chains
 from robovlms_jax.evaluation.rollout import SuccessCriterion, Trial, TrialResult
@@ -167,7 +167,7 @@ def _settle(config: ReinforceConfig, output: pathlib.Path) -> None:
     if not config.resume:
         require(not path.exists(), f"{path} is there: pass --resume to go on with that run, or another --out.")
         output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        atomic.write_text(path, json.dumps(now, indent=2) + "\n")
         return
     before = json_files.read_object(path, "settings of a reinforcement")
     differing = json_files.differences(before, now, sorted({*before, *now} - set(_MAY_CHANGE)))
@@ -215,7 +215,7 @@ def _before(
             known[name] = [result.success == (True,) for result in _measure(player, params, trials)]
             took = time.perf_counter() - begin
             log.info("before, %s: %d of %d succeed (%d s)", name, sum(known[name]), len(trials), took)
-            path.write_text(json.dumps(known) + "\n", encoding="utf-8")
+            atomic.write_text(path, json.dumps(known) + "\n")
     return known
 
 

@@ -8,8 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from robovlms_jax import json_files
-from robovlms_jax.data import atomic
+from robovlms_jax import atomic, json_files
 from robovlms_jax.policies.confidence import Calibration
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.runs.config import ExperimentConfig

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from robovlms_jax import json_files
+from robovlms_jax import atomic, json_files
 from robovlms_jax.search.space import Setting
 
 BEAT = 10.0
@@ -68,9 +68,7 @@ def agree(out: pathlib.Path, name: str, settings: Mapping[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     ours = json.loads(json.dumps(settings))
     if not path.exists():
-        new = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
-        new.write_text(json.dumps(ours, indent=2) + "\n")
-        new.replace(path)
+        atomic.write_text(path, json.dumps(ours, indent=2) + "\n")
         return
     difference = json_files.differences(json_files.read_object(path, "a search's settings"), ours)
     if difference:
@@ -81,9 +79,7 @@ def write(out: pathlib.Path, trial: Trial) -> None:
     """Its trial.json, whole or not at all."""
     path = folder(out, trial.number) / "trial.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(f".{os.getpid()}.tmp")
-    new.write_text(json.dumps(dataclasses.asdict(trial), indent=2) + "\n")
-    new.replace(path)
+    atomic.write_text(path, json.dumps(dataclasses.asdict(trial), indent=2) + "\n")
 
 
 def read(out: pathlib.Path) -> list[Trial]:

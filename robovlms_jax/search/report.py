@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from robovlms_jax import atomic
 from robovlms_jax.evaluation.report import tables
 from robovlms_jax.search import queue, space
 from robovlms_jax.search.config import SearchConfig
@@ -83,7 +84,7 @@ def write(config: SearchConfig) -> pathlib.Path:
     sections = [f"# Search: {config.experiment}, {config.start}", f"`{config.objective}`, {better} is better."]
     sections += ranking(out, trials, config.objective, config.direction)
     path = out / "report.md"
-    path.write_text(tables.join(sections), encoding="utf-8")
+    atomic.write_text(path, tables.join(sections))
     return path
 
 

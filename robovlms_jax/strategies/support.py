@@ -10,6 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
+from robovlms_jax import atomic
+
 Support = Mapping[str, Sequence[tuple[int, int]]]
 """Task -> first and last frame of each of its demonstrations."""
 
@@ -58,5 +60,6 @@ def draw(available: Support, tasks: Sequence[str], count: int, seed: int) -> dic
 def write(path: pathlib.Path, support: Support) -> str:
     """The file of a draw, for data.episode_list; returns its path as text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({task: [list(span) for span in spans] for task, spans in support.items()}) + "\n")
+    text = json.dumps({task: [list(span) for span in spans] for task, spans in support.items()})
+    atomic.write_text(path, text + "\n")
     return str(path)

@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from robovlms_jax import hub
+from robovlms_jax import atomic, hub
 from robovlms_jax.parallel import distributed
 from robovlms_jax.training import items, seals
 from robovlms_jax.training.state import TrainState
@@ -207,7 +207,7 @@ class Checkpointer:
         old = [path for path in pathlib.Path(best).iterdir() if path.name.isdigit() and int(path.name) != step]
         shutil.rmtree(new.with_suffix(""), ignore_errors=True)
         new.rename(new.with_suffix(""))
-        (new.parent / "score.json").write_text(json.dumps({"step": step, "score": score}) + "\n")
+        atomic.write_text(new.parent / "score.json", json.dumps({"step": step, "score": score}) + "\n")
         for path in old:
             shutil.rmtree(path)
 

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from robovlms_jax import atomic
+
 FILE = "fisher.npz"
 """In a run's directory: path -> float32 array as the parameter."""
 
@@ -81,9 +83,8 @@ def read(run: pathlib.Path) -> dict[str, np.ndarray]:
 
 def write(run: pathlib.Path, fisher: Mapping[str, np.ndarray]) -> None:
     """The file, whole or not at all."""
-    new = run / f"new_{FILE}"
-    np.savez(new, **fisher)
-    new.replace(run / FILE)
+    with atomic.replacing(run / FILE) as file:
+        np.savez(file, **fisher)
 
 
 def added(earlier: Mapping[str, np.ndarray], new: Mapping[str, np.ndarray], decay: float) -> dict[str, np.ndarray]:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import filelock
 import jax
 
+from robovlms_jax import atomic
+
 LOCK, OWNER = ".lock", "writer.json"
 PROGRAMS_BYTES = 8 * 2**30
 """Most that the ordinary cache of compiled programs may hold; those not used for longest make room."""
@@ -61,7 +63,7 @@ def claim(output: pathlib.Path) -> Iterator[None]:
             "pid": os.getpid(),
             "since": datetime.datetime.now().isoformat("T", "seconds"),
         }
-        (output / OWNER).write_text(json.dumps(owner))
+        atomic.write_text(output / OWNER, json.dumps(owner))
         yield
     finally:
         (output / OWNER).unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import pathlib
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from robovlms_jax import json_lines
 from robovlms_jax.parallel import distributed
 from robovlms_jax.training.config import TrainConfig
 from robovlms_jax.training.loop import Hook, Step
@@ -142,8 +142,7 @@ class NonfiniteGuard(Hook):
         line = {"step": made.step, "episodes": episodes if len(episodes) > 1 else next(iter(episodes.values()), [])}
         line |= {"names": names, "values": {name: str(x) for name, x in bad.items()}}  # JSON has no word for them
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        json_lines.append(self._path, line)
         logger.warning("%s; the batch is left out, its episodes are in %s", self._words, self._path)
 
     def _error(self, saved: int) -> DivergedError:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import jax
 
-from robovlms_jax import json_lines
+from robovlms_jax import atomic, json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +40,7 @@ class JsonLines:
         if start_step:
             rows = json_lines.read(path, lambda _, row: (row["step"], row), expected="a step", skip_damaged=True)
             earlier = [row for step, row in rows if step <= start_step]
-        new = path.with_suffix(".tmp")  # a full disk must not cost what is there
-        new.write_text("".join(json.dumps(row) + "\n" for row in earlier))
-        new.replace(path)
+        atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in earlier))
         self._path = path
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -102,7 +100,7 @@ class WandB:
                 f"train.wandb_project={project!r}: wandb could not start ({error}). Log in (wandb login), set "
                 "WANDB_MODE=offline, or leave the project out."
             ) from error
-        path.write_text(json.dumps({"project": project, "id": self._run.id}) + "\n")
+        atomic.write_text(path, json.dumps({"project": project, "id": self._run.id}) + "\n")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from robovlms_jax import atomic
+
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -34,8 +36,8 @@ def write_record(output: pathlib.Path, name: str, config: Mapping[str, Any]) -> 
     if jax.process_index() != 0:
         return
     output.mkdir(parents=True, exist_ok=True)
-    (output / "config.json").write_text(json.dumps({"preset": name, **config}, indent=2) + "\n")
-    (output / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    atomic.write_text(output / "config.json", json.dumps({"preset": name, **config}, indent=2) + "\n")
+    atomic.write_text(output / "environment.json", json.dumps(environment(), indent=2) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import google_crc32c
 
+from robovlms_jax import atomic
+
 SEAL = "seal.json"
 ITEMS = ("params", "train", "data", "serving")
 """Parts of a step directory."""
@@ -54,8 +56,7 @@ def seal(directory: pathlib.Path) -> None:
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "crc32c": checksum}
         for path, checksum in zip(files, _checksums(files), strict=True)
     }
-    (directory / SEAL).write_text(json.dumps(entries))
-    _sync(directory / SEAL)
+    atomic.write_text(directory / SEAL, json.dumps(entries), durable=True)
     _sync(directory)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
+from robovlms_jax import atomic
 from robovlms_jax.weights.rearrange import Rearrange
 from robovlms_jax.weights.rules import Rule, Rules
 from robovlms_jax.weights.sources import INDEX, SINGLE
@@ -50,7 +51,7 @@ def export(
     shards = _shards(sizes, max_shard_bytes)
 
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
+    atomic.write_text(directory / "config.json", json.dumps(config_json, indent=2) + "\n")
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -61,10 +62,11 @@ def export(
             rearrange = Rearrange.parse(by_target[paths[0]].pattern, parts[0].ndim)
             arrays[name] = np.ascontiguousarray(rearrange.backward(*parts))
             weight_map[name] = file
-        save_file(arrays, directory / file, metadata={"format": "pt"})
+        with atomic.becoming(directory / file) as temporary:
+            save_file(arrays, temporary, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(x.nbytes for x in flat.values())}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        atomic.write_text(directory / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _by_target(flat: Mapping[str, Any], rules: Rules) -> dict[str, Rule]:

@@ -21,7 +21,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from robovlms_jax import json_files
+from robovlms_jax import atomic, json_files
 from robovlms_jax.nn.linear import Lora
 from robovlms_jax.weights import rules as rules_of
 from robovlms_jax.weights import sources
@@ -128,8 +128,9 @@ def export(
                 tensors[f"base_model.model.{module}.{name}"] = np.ascontiguousarray(value, np.float32)
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_settings(lora, modules, fused, base_model), indent=2)
-    (directory / CONFIG).write_text(text + "\n")
-    save_file(tensors, directory / TENSORS, metadata={"format": "pt"})
+    atomic.write_text(directory / CONFIG, text + "\n")
+    with atomic.becoming(directory / TENSORS) as file:
+        save_file(tensors, file, metadata={"format": "pt"})
 
 
 def load(

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from robovlms_jax import atomic
 from robovlms_jax.control.robot import RobotSpec
-from robovlms_jax.data import atomic
 from robovlms_jax.data.lerobot import meaning, meta
 
 DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"

@@ -11,7 +11,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from robovlms_jax.data import atomic
+from robovlms_jax import atomic
 
 VERSION = 3
 """Of the arrays; others are made again."""

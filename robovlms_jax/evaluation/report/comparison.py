@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from robovlms_jax import atomic
 from robovlms_jax.evaluation import comparison, conditions
 from robovlms_jax.evaluation.comparison import Difference, Entry, Standing
 from robovlms_jax.evaluation.paired import Selection
@@ -70,10 +71,10 @@ def write_report(
         sections += _selection_part(chosen, entries)
     sections += ["## Per task, usual condition", _task_table(stands)]
     text = tables.join([section for section in sections if section])
-    (directory / "comparison.md").write_text(text, encoding="utf-8")
+    atomic.write_text(directory / "comparison.md", text)
     tables.write_json(directory / "comparison.json", _record(title, entries, stands, differs, chosen, left_out))
     path = directory / "comparison.html"
-    path.write_text(page.document(title, page.from_markdown(text, directory)), encoding="utf-8")
+    atomic.write_text(path, page.document(title, page.from_markdown(text, directory)))
     return path
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from robovlms_jax import json_lines
+from robovlms_jax import atomic, json_lines
 from robovlms_jax.control.robot import CALVIN, RobotSpec
 from robovlms_jax.evaluation import offline
 from robovlms_jax.evaluation.report import axes as axis_files
@@ -137,7 +137,7 @@ def write_report(
         sections += ["## Pictures in training", "![as stored, and as training sees them](augmented.png)"]
     sections += ["## The real thing", closing.strip("\n")]
     path = directory / "report.md"
-    path.write_text(tables.join(sections), encoding="utf-8")
+    atomic.write_text(path, tables.join(sections))
     episodes = [_playable(episode) for episode in found.episodes if len(episode.at)]
     player.write(directory / "report.html", title, tables.join(sections), "Open loop, to look through", episodes)
     return path

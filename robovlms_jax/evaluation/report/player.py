@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from robovlms_jax import atomic
 from robovlms_jax.control import robot as robots
 from robovlms_jax.evaluation.report import page, tables
 
@@ -145,7 +146,7 @@ def write(path: pathlib.Path, title: str, text: str, heading: str, episodes: Seq
     body = page.from_markdown(text, path.parent)
     if episodes:
         body += f"<section><h2>{html.escape(heading)}</h2>{render(episodes)}</section>"
-    path.write_text(page.document(title, body, style=STYLE, script=SCRIPT), encoding="utf-8")
+    atomic.write_text(path, page.document(title, body, style=STYLE, script=SCRIPT))
 
 
 def render(episodes: Sequence[Episode]) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from robovlms_jax import atomic
 from robovlms_jax.evaluation import chains, rollout_metrics
 from robovlms_jax.evaluation.report import films as film_files
 from robovlms_jax.evaluation.report import player, rerun_file, tables
@@ -118,7 +119,7 @@ def write_report(
         name = "results_upstream.json" if len(evaluations) == 1 else f"results_upstream_{index}.json"
         tables.write_json(directory / name, chains.upstream_results(evaluation.results))
     path, text = directory / "rollouts.md", tables.join(sections)
-    path.write_text(text, encoding="utf-8")
+    atomic.write_text(path, text)
     text = text.split("## Rollouts\n")[0] if recordings else text  # recordings stand in place of their films
     shown = [_playable(recording, _PICTURES) for recording in recordings]
     player.write(directory / "rollouts.html", title, text, "Rollouts to look through, failures first", shown)

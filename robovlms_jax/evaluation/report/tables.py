@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from robovlms_jax import atomic
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -70,7 +72,7 @@ def rate_record(rate: Rate) -> dict[str, Any]:
 
 def write_json(path: pathlib.Path, record: Any) -> None:
     """Write JSON; arrays become lists, numbers that are not finite null."""
-    path.write_text(json.dumps(_plain(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    atomic.write_text(path, json.dumps(_plain(record), indent=1, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
