@@ -88,8 +88,10 @@ def _launcher(environ: Mapping[str, str]) -> str | None:
 
 def _detect(environ: Mapping[str, str], platforms: str) -> Plan | None:
     hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
-    # Elsewhere than on GKE the metadata server knows the hosts, unless it is not to be asked.
-    if "tpu" in platforms.split(",") and ("," in hosts or not (hosts or "TPU_SKIP_MDS_QUERY" in environ)):
+    # Elsewhere than on GKE the metadata server knows the hosts, unless it is not to be asked. `hosts` are those of one
+    # slice: of several slices, each may have one alone.
+    several = "," in hosts or int(environ.get("MEGASCALE_NUM_SLICES") or 1) > 1
+    if "tpu" in platforms.split(",") and (several or not (hosts or "TPU_SKIP_MDS_QUERY" in environ)):
         return Plan("Cloud TPU")
     launcher = _launcher(environ)
     if launcher is None or int(environ[LAUNCHERS[launcher][0]]) == 1:

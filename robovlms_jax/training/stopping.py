@@ -46,8 +46,9 @@ class StopSignal(Hook):
     def after(self, step: Step, metrics: Mapping[str, jax.Array]) -> None:
         if jax.process_count() > 1 and not step.log:
             return  # asking the others takes them all to the same step
-        self._came = int(distributed.of_all(self._came).max())
-        step.stop = step.stop or self._came != 0
+        came = int(distributed.of_all(self._came).max())
+        if came:  # one that comes while the others are asked stays noted, and is told at the next step
+            self._came, step.stop = came, True
 
     def finish(self, step: int, stopped: bool) -> None:
         if stopped and self._came:

@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
 STEP = {**SLURM, "SLURM_STEP_NODELIST": "node[1-2]"}
 RANKS = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}
+SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "a"}
 ADDRESS = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911"}
 
 
@@ -42,6 +43,7 @@ def planned(coordinator="auto", num_processes=None, process_id=None, environ=Non
         ({"platforms": "tpu,cpu"}, Plan("Cloud TPU")),
         ({"platforms": "tpu,cpu", "environ": {"TPU_WORKER_HOSTNAMES": "a,b"}}, Plan("Cloud TPU")),
         ({"platforms": "tpu,cpu", "environ": {"TPU_WORKER_HOSTNAMES": "localhost"}}, None),
+        ({"platforms": "tpu,cpu", "environ": {"TPU_WORKER_HOSTNAMES": "a"} | SLICES}, Plan("Cloud TPU")),
         ({"platforms": "tpu,cpu", "environ": {"TPU_SKIP_MDS_QUERY": "1"}}, None),
         ({"coordinator": "a:1", "num_processes": 2, "process_id": 0}, Plan("flags", "a:1", 2, 0)),
         ({"coordinator": "a:1", "environ": RANKS}, Plan("Open MPI", "a:1", 4, 1)),

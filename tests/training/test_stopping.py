@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import signal
 
+import numpy as np
 import pytest
 
 from robovlms_jax import cli
+from robovlms_jax.parallel import distributed
 from robovlms_jax.runs import run
 from robovlms_jax.runs.config import ExperimentConfig
-from robovlms_jax.training import stopping
+from robovlms_jax.training import loop, stopping
 from tests.processes import run_python
 from tests.training import test_loop
 from tests.training.test_checkpoints import write_steps
@@ -29,6 +31,23 @@ def test_ctrl_c_during_training_saves_as_sigterm_does(tmp_path, caplog):
 def test_sigterm_is_called_by_its_name(tmp_path, caplog):
     test_loop.fit(tmp_path, terminated=6)
     assert "stopped by SIGTERM after step 6; saved" in caplog.text and "Ctrl-C" not in caplog.text
+
+
+def test_a_signal_that_comes_while_the_other_processes_are_asked_is_not_lost(monkeypatch):
+    # Most of a step may be spent waiting for the others there; a scheduler sends its signal once.
+    def asked(value):
+        if not told:
+            told.append(True)
+            signal.raise_signal(signal.SIGTERM)
+        return np.array([value, 0])
+
+    told = []
+    monkeypatch.setattr(distributed, "of_all", asked)
+    first, second = (loop.Step(number, None, None, log=True, save=False, last=False) for number in (1, 2))
+    with stopping.StopSignal() as hook:
+        hook.after(first, {})
+        hook.after(second, {})
+    assert (first.stop, second.stop) == (False, True)
 
 
 def test_ctrl_c_before_or_after_training_interrupts():

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# One process of a training run, started by every launcher of this folder: goes on where the run stopped, and tells the
+# launcher by its exit status whether to start it again.
+#
+#   launch/train.sh RUN experiments.calvin_abcd --preset kosmos_lstm --mesh.fsdp 8 ...
+#
+# RUN is the run directory (the program's --train.output), one that all processes see.
+#
+# Exit status:
+#   0    the run is finished, its report is written
+#   75   it was stopped, or hung, before that: start it again (EX_TEMPFAIL of sysexits.h)
+#   else a mistake that the next start would make, too
+set -euo pipefail
+[ $# -ge 2 ] || { echo "usage: $0 RUN experiments.PROGRAM [FLAGS]" >&2; exit 64; }
+run=$1 program=$2
+shift 2
+
+mkdir -p "$run"
+resume=()
+# While a checkpoint is written its name has an ending; only whole ones are plain numbers.
+shopt -s extglob nullglob
+saved=("$run"/checkpoints/+([0-9]))
+if [ ${#saved[@]} -gt 0 ]; then resume=(--train.resume); fi
+
+# A report that is older than this file is an earlier part's. On the run's own disk, so that one clock decides.
+begun=$(mktemp "$run/.begun.XXXXXX")
+trap 'rm -f "$begun"' EXIT
+
+"${PYTHON:-python}" -m "$program" "$@" --train.output "$run" "${resume[@]}" &
+child=$!
+# In a container this shell is process 1 and alone gets the signal. A signal also ends `wait`: hence the loop, and the
+# last one, which returns the status that bash has kept.
+trap 'kill -TERM "$child" 2>/dev/null || true' TERM
+trap 'kill -INT "$child" 2>/dev/null || true' INT
+while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+status=0
+wait "$child" || status=$?
+
+if [ "$status" -eq 143 ]; then status=75; fi # SIGTERM before the first step: nothing was lost
+if [ "$status" -eq 0 ] && ! [ "$run/report.md" -nt "$begun" ]; then
+    echo "$0: $run is saved and not finished; the same command goes on" >&2
+    status=75
+fi
+exit "$status"
