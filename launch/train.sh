@@ -8,7 +8,7 @@
 #
 # Exit status:
 #   0    the run is finished, its report is written
-#   75   it was stopped, or hung, before that: start it again (EX_TEMPFAIL of sysexits.h)
+#   75   it was stopped, hung or lost other processes before that: start it again (EX_TEMPFAIL of sysexits.h)
 #   else a mistake that the next start would make, too
 set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: $0 RUN experiments.PROGRAM [FLAGS]" >&2; exit 64; }
@@ -36,7 +36,8 @@ while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
 status=0
 wait "$child" || status=$?
 
-if [ "$status" -eq 143 ]; then status=75; fi # SIGTERM before the first step: nothing was lost
+# 143, SIGTERM before the first step: nothing was lost. 134, SIGABRT: JAX ends a process that hears no more from others.
+if [ "$status" -eq 143 ] || [ "$status" -eq 134 ]; then status=75; fi
 if [ "$status" -eq 0 ] && ! [ "$run/report.md" -nt "$begun" ]; then
     echo "$0: $run is saved and not finished; the same command goes on" >&2
     status=75

@@ -26,6 +26,12 @@ LAUNCHERS = {
 
 _TELLS_ADDRESS = {"SLURM": "SLURM_STEP_NODELIST", "Open MPI": "OMPI_MCA_orte_hnp_uri"}  # what jax derives it from
 
+AGAIN = 75
+"""Exit status (EX_TEMPFAIL of sysexits.h) of a process that ends for no fault of its own: what started it may start it
+again (launch/)."""
+
+_OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT")  # errors of devices that the next start would meet, too
+
 _LEAVE_TOGETHER_S = 10  # how long a process that failed waits for the others to fail in the same way
 _FOREVER_S = 7 * 24 * 3600  # barriers at which others wait while one works; a dead peer ends them much earlier
 
@@ -120,7 +126,8 @@ def joined(
 
     Enter it before anything touches a device. All leave together: at its end each waits for the others. One that fails
     ends its peers: it waits 10 s for them to fail likewise (a mistake in the configuration is everybody's), then goes
-    without them, and their next exchange fails, or `peer_timeout_s` after its last sign of life they are ended.
+    without them, and their next exchange fails, or `peer_timeout_s` after its last sign of life they are ended. A
+    process whose exchange failed ends with the status `AGAIN`.
 
     Raises:
       ValueError: see `plan`.
@@ -161,10 +168,11 @@ def _leave_together(error: BaseException) -> None:
         _meet("failed", _LEAVE_TOGETHER_S)
     except Exception:  # of jaxlib's own making; whatever it is, the others are not coming
         expected = isinstance(error, ValueError | OSError)
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and not any(fault in str(error) for fault in _OWN_FAULTS)
         logger.error("process %d fails: %s", jax.process_index(), error, exc_info=None if expected else error)
         logging.shutdown()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(AGAIN if lost else 1)
 
 
 def barrier(name: str) -> None:

@@ -194,7 +194,7 @@ RULES = (
         "free",
         (
             *("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints"),
-            *("train.profile", "train.wandb_project", "evaluation.*", "rollouts.*"),
+            *("train.profile", "train.hang_timeout_s", "train.wandb_project", "evaluation.*", "rollouts.*"),
         ),
         "what is looked at and kept, not what is learned",
     ),

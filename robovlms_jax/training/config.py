@@ -163,6 +163,9 @@ class TrainConfig:
     profile: int = 0
     """Steps to trace with JAX's profiler, from the third one on; the trace lies in the run's tensorboard directory, for
     TensorBoard's profile plugin (`pip install tensorboard-plugin-profile`) or ui.perfetto.dev. 0: none."""
+    hang_timeout_s: int = 1800
+    """A process that makes no step for this many seconds ends with an error, the stacks of its threads and status 75;
+    time in evaluations does not count. 0: it waits for ever."""
     compilation_cache: str = "auto"
     """Directory of compiled programs, so that the next start need not compile them again. auto: the one that
     JAX_COMPILATION_CACHE_DIR names, else ~/.cache/robovlms_jax/xla/<type of processor>, of at most 8 GiB. Empty:
@@ -174,6 +177,7 @@ class TrainConfig:
         for field in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, field) >= 1, f"train.{field}={getattr(self, field)} must be at least 1.")
         require(self.max_skipped >= 0, f"train.max_skipped={self.max_skipped} must not be negative.")
+        require(self.hang_timeout_s >= 0, f"train.hang_timeout_s={self.hang_timeout_s} must be 0 (never) or positive.")
         require(self.profile >= 0, f"train.profile={self.profile} must be 0 (off) or positive.")
         require(self.epochs >= 0, f"train.epochs={self.epochs} must be 0 (use train.steps) or positive.")
         require(self.eval_every >= 0, f"train.eval_every={self.eval_every} must be 0 (only at the end) or positive.")

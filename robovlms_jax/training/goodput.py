@@ -50,6 +50,11 @@ class Goodput:
         finally:
             self._turn(before)
 
+    @property
+    def phase(self) -> str:
+        """The phase whose time it is now."""
+        return self._phase
+
     def seconds(self) -> dict[str, float]:
         """Phase -> seconds so far."""
         if self._open:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from robovlms_jax.training import progress, stopping
+from robovlms_jax.training import progress, stopping, watching
 from robovlms_jax.training.checkpoints import Checkpointer
 from robovlms_jax.training.config import TrainConfig
 from robovlms_jax.training.goodput import Goodput
@@ -128,6 +128,7 @@ class Services:
         compare_at = start + 2 * train.log_every
         hooks = [
             progress.Clock(self.goodput, self.writer, schedule),
+            watching.Watchdog(train.hang_timeout_s, self.goodput),
             progress.Profiler(train, start),
             corrupt,
             stopping.StopSignal(),
@@ -136,6 +137,9 @@ class Services:
             checkpoints,
             Evaluation(self.evaluate, train.eval_every, self.writer, self.goodput),
         ]
+        # Processes on CPUs often share their cores, so that one or the other is always slower.
+        if jax.process_count() > 1 and jax.local_devices()[0].platform != "cpu":
+            hooks.append(watching.Stragglers(watching.device_probe))
         if self.roll_out is not None:
             best = checkpoints if self.select_best else None
             hooks.append(Rollouts(self.roll_out, self.roll_out_every, best, self.writer, self.goodput))
