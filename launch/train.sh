@@ -11,16 +11,16 @@
 #   75   it was stopped, hung or lost other processes before that: start it again (EX_TEMPFAIL of sysexits.h)
 #   else a mistake that the next start would make, too
 set -euo pipefail
-[ $# -ge 2 ] || { echo "usage: $0 RUN experiments.PROGRAM [FLAGS]" >&2; exit 64; }
+[ $# -ge 2 ] || { echo "usage: $0 RUN PROGRAM [FLAGS]" >&2; exit 64; }
 run=$1 program=$2
 shift 2
 
 mkdir -p "$run"
 resume=()
 # While a checkpoint is written its name has an ending; only whole ones are plain numbers.
-shopt -s extglob nullglob
-saved=("$run"/checkpoints/+([0-9]))
-if [ ${#saved[@]} -gt 0 ]; then resume=(--train.resume); fi
+for saved in "$run"/checkpoints/*; do
+    if [[ ${saved##*/} =~ ^[0-9]+$ ]]; then resume=(--train.resume); fi
+done
 
 # A report that is older than this file is an earlier part's. On the run's own disk, so that one clock decides.
 begun=$(mktemp "$run/.begun.XXXXXX")

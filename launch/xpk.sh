@@ -12,7 +12,7 @@
 # those to restart on, XPK's job fails for good; 75 is "stopped or hung, start again" (launch/train.sh). A workload that
 # lost a slice for good: delete it and start again with fewer SLICES, on the same run directory.
 set -euo pipefail
-[ $# -ge 2 ] || { echo "usage: $0 RUN experiments.PROGRAM [FLAGS]" >&2; exit 64; }
+[ $# -ge 2 ] || { echo "usage: $0 RUN PROGRAM [FLAGS]" >&2; exit 64; }
 options=()
 if [ -n "${STORAGE:-}" ]; then options+=(--storage "$STORAGE"); fi
 read -ra more <<<"${XPK_FLAGS:-}"

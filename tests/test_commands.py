@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import tyro
+import yaml
 
 from experiments import calvin_abcd
 from robovlms_jax import cli, schema, upstream
@@ -24,6 +25,7 @@ from robovlms_jax.runs import load
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = ("*.md", "docs/**/*.md", "data/README.md", "data/*/README.md", "benchmarks/README.md")
+LAUNCHERS = ("launch/*.*", "launch/docker/*")
 SOURCES = ("robovlms_jax", "experiments", "benchmarks")
 PROGRAMS = sorted(
     f"{folder}.{path.stem}"
@@ -32,16 +34,24 @@ PROGRAMS = sorted(
     if "__main__" in path.read_text() and re.search(r"\bcli\b|\blaunch\.main", path.read_text())
 )
 COMMAND = re.compile(r"python -m ((?:experiments|benchmarks)\.\w+)((?:\"[^\"\n]*\"|[^\n`'\"#;|&)\\]|\\\n)*)")
+LAUNCH = re.compile(
+    r"launch/[\w.]+ (?:train )?\S+ (experiments\.\w+)((?:\"[^\"\n]*\"|[^\n`'\"#;|&)\\]|\\\n)*)"
+)  # launch/FILE RUN PROGRAM FLAGS
 MAKE = re.compile(r"make run ARGS=\"([^\"\n]*)\"")
 FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*(?:\.[a-zA-Z][\w-]*)*")
 
 OTHERS = {
     "git, uv": "--porcelain --untracked-files --recurse-submodules --recursive --init --python",
-    "pip, pytest, ruff, tensorboard": "--no-deps --fix --check --logdir --durations --dist",
-    "sbatch, srun": "--array --wrap --nodes --ntasks-per-node --gpus-per-node --gpus-per-task --gpu-bind "
-    "--output --cpus-per-task --signal --requeue --open-mode --time --job-name",
-    "gcloud, xpk": "--zone --worker --command --version --accelerator-type --cluster --docker-image --tpu-type "
-    "--workload",
+    "pip, pytest, ruff, tensorboard": "--no-deps --fix --check --logdir --durations --dist --no-cache-dir --quiet",
+    "sbatch, srun": "--array --wrap --nodes --ntasks --ntasks-per-node --gpus-per-node --gpus-per-task --gpu-bind "
+    "--output --cpus-per-task --signal --requeue --open-mode --time --job-name --kill-on-bad-exit --parsable",
+    "pyxis": "--container-image --container-mounts --container-workdir",
+    "gcloud": "--zone --worker --command --accelerator-type --runtime-version --node-id --node-count --node-prefix "
+    "--spot --format --force --quiet",
+    "xpk": "--cluster --workload --tpu-type --num-slices --docker-image --max-restarts --restart-on-exit-codes "
+    "--termination-grace-period-seconds --storage --command --dry-run --spot",
+    "docker": "--privileged",
+    "ray": "--address --min-nodes --num-cpus --num-gpus",
     "XLA": "--xla_cpu_use_fusion_emitters --xla_cpu_parallel_codegen_split_count "
     "--xla_force_host_platform_device_count",
     "vla-eval": "--no-docker",
@@ -65,6 +75,13 @@ def texts() -> tuple[tuple[str, str], ...]:
 def _texts() -> Iterator[tuple[str, str]]:
     for page in sorted({path for pattern in PAGES for path in ROOT.glob(pattern)}):
         yield str(page.relative_to(ROOT)), page.read_text()
+    for file in sorted({path for pattern in LAUNCHERS for path in ROOT.glob(pattern) if path.is_file()}):
+        # As in a page: what stands in comments goes on without the sign.
+        yield str(file.relative_to(ROOT)), re.sub(r"(?m)^# ?", "", file.read_text())
+        if file.suffix == ".yaml":
+            yield from (
+                (str(file.relative_to(ROOT)), " ".join(words)) for words in _listed(yaml.safe_load(file.read_text()))
+            )
     for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")):
         tree = ast.parse(path.read_text())
         inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
@@ -78,18 +95,29 @@ def _texts() -> Iterator[tuple[str, str]]:
                 yield f"{path.relative_to(ROOT)}:{node.lineno}", text
 
 
+def _listed(value: object) -> Iterator[list[str]]:
+    """Every `command` of a Kubernetes object: a list of words."""
+    if isinstance(value, dict):
+        if isinstance(value.get("command"), list):
+            yield value["command"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from _listed(part)
+
+
 @functools.cache
 def commands() -> dict[tuple[str, tuple[str, ...]], str]:
     """(program, its arguments) -> the first file that says so."""
     found = {}
     for where, text in texts():
         lines = [(match[1], match[2]) for match in COMMAND.finditer(text)]
+        lines += [(match[1], match[2]) for match in LAUNCH.finditer(text)]
         lines += [("experiments.calvin_abcd", match[1]) for match in MAKE.finditer(text)]
         for program, rest in lines:
             rest = re.sub(r"\\\n\s*", " ", rest)
-            rest = re.split(r"\s{3,}| -->|, |: |\.(?:\s|$)", rest)[0]  # where the sentence goes on
-            # A script's variable stands for flags of its own.
-            words = [word for word in shlex.split(rest) if not re.fullmatch(r"\$\{?RESUME\}?", word)]
+            rest = re.split(r"\s{3,}| -->|, |: | \.{3}|\.(?:\s|$)", rest)[0]  # where the sentence goes on
+            words = shlex.split(rest)
             arguments = words if words and words[0].startswith("--") else []  # else: "`python -m X` says how ..."
             found.setdefault((program, tuple(arguments)), where)
     return found
