@@ -1,6 +1,6 @@
 """What int8 changes in a trained PlayTable policy: bytes, actions on the same observations, time of a step.
 
-    python -m benchmarks.int8 --checkpoint runs/playtable_fixtures --image_size 96 64
+    python -m benchmarks.int8 --checkpoint runs/playtable_fixtures
 
 int8: weights alone; w8a8: what they multiply, too. All policies see every picture of trials that the first one plays;
 JSON. `layers` says of every matrix what rounding its inputs costs: the relative error of its output (the float product
@@ -35,7 +35,7 @@ from robovlms_jax.nn import linear
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.playtable.env import PlayTable
 from robovlms_jax.policies.serving import VLAPolicy
-from robovlms_jax.runs import build, load
+from robovlms_jax.runs import build, load, played
 from robovlms_jax.weights import quantize
 
 STORED = ("int8", "w8a8")
@@ -48,8 +48,8 @@ class Args:
 
     checkpoint: str
     """Run directory or one of its checkpoints/<step> folders."""
-    image_size: tuple[int, int] = (200, 84)
-    """Pixels of static and wrist camera."""
+    image_size: tuple[int, ...] = ()
+    """Pixels of static and wrist camera; empty: what the policy was trained with."""
     trials: int = 8
     """Single tasks, taking turns."""
     steps: int = 20
@@ -134,7 +134,8 @@ def measure(args: Args) -> dict:
 
 def play(policy: VLAPolicy, args: Args) -> list[tuple[str, list[Observation]]]:
     """Instructions, and what a policy sees while it follows them."""
-    env = PlayTable(image_sizes=dict(zip(("static", "wrist"), args.image_size, strict=True)))
+    sizes = args.image_size or played.of(load.load_config(args.checkpoint)).image_size
+    env = PlayTable(image_sizes=dict(zip(("static", "wrist"), sizes, strict=True)))
     episodes = []
     for trial in chains.chain_trials(chains.single_tasks(calvin_abcd.FIXTURE_TASKS, args.trials), scene="D"):
         env.reset(**trial.start)

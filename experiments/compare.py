@@ -38,7 +38,7 @@ from robovlms_jax.evaluation.report import comparison as comparison_report
 from robovlms_jax.evaluation.rollout import SuccessCriterion
 from robovlms_jax.playtable import appearance
 from robovlms_jax.playtable.env import PlayTables
-from robovlms_jax.runs import load, logs, robots
+from robovlms_jax.runs import load, logs, played, robots
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import checkpoints, seals
 
@@ -48,7 +48,7 @@ STORED = "stored"
 """Of `weights`: the type that the checkpoint computes in."""
 
 OWN = ("tasks", "scene", "max_steps", "image_size", "execution")
-"""Settings that a checkpoint's own rollouts decide."""
+"""Settings that a checkpoint's own run decides (`played.Played.asking`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,10 +192,10 @@ def _require_alike(policies: Sequence[_Policy], typed: Sequence[str]) -> None:
             other.settings.policy, first.settings.policy.robot, f"{other.directory} does not go with {first.directory}:"
         )
         for field in OWN:
-            here, there = (getattr(p.settings.rollouts, field) for p in (first, other))
+            here, there = (played.of(p.settings).asking()[field] for p in (first, other))
             if here != there and field not in typed:
                 raise ValueError(
-                    f"the checkpoints' own rollouts differ in {field}: {first.directory} has {_say(here)}, "
+                    f"the checkpoints' own runs differ in {field}: {first.directory} has {_say(here)}, "
                     f"{other.directory} has {_say(there)}. Compare those of one kind, or say --{field} for all of them."
                 )
 
@@ -264,23 +264,23 @@ class _Simulators(contextlib.ExitStack):
 
 
 def of_checkpoints(arguments: Sequence[str]) -> CompareConfig | type[CompareConfig]:
-    """The settings that a command line starts from: those of the first checkpoint's own rollouts, if it had any.
+    """The settings that a command line starts from: what the first checkpoint's run says.
 
     Raises FileNotFoundError, ValueError: it cannot be read.
     """
     paths = list(_words_after(arguments, "checkpoints"))
     if not paths or {"--help", "-h"} & set(arguments):
         return CompareConfig
-    own = load.load_config(paths[0]).rollouts
+    run = load.load_config(paths[0])
     start = CompareConfig(tuple(paths))
-    if not own.trials:
-        return start
-    names = tuple(n for n in OWN if n != "tasks" or not cli.names_flag(arguments, "ask_chains"))
-    chosen = {name: getattr(own, name) for name in names}
-    if (cli.value_of(arguments, "env") or start.env) == "playtable":
-        chosen["processes"] = min(own.tables, own.trials)
-    else:
-        chosen = {name: value for name, value in chosen.items() if name != "image_size"} | {"processes": 2}
+    chosen = played.of(run).asking()
+    if cli.names_flag(arguments, "ask_chains"):
+        del chosen["tasks"]
+    if (cli.value_of(arguments, "env") or start.env) != "playtable":
+        chosen["processes"] = 2
+        del chosen["image_size"]
+    elif run.rollouts.trials:
+        chosen["processes"] = min(run.rollouts.tables, run.rollouts.trials)
     return dataclasses.replace(start, **chosen)
 
 

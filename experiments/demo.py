@@ -18,7 +18,7 @@ from robovlms_jax import cli, hub
 from robovlms_jax.control import robot as robots
 from robovlms_jax.demo import show, twin
 from robovlms_jax.envs.calvin import tasks
-from robovlms_jax.runs import logs
+from robovlms_jax.runs import logs, played
 from robovlms_jax.runs.load import load_config, load_policy
 from robovlms_jax.runs.robots import require_same
 from robovlms_jax.training import checkpoints
@@ -51,17 +51,18 @@ def describe(config: DemoConfig, directory: pathlib.Path) -> show.ShowConfig:
     """
     trained = load_config(directory)
     require_same(trained.policy, robots.CALVIN, "PlayTable is driven as")
-    names = trained.rollouts.tasks or trained.demonstrations.tasks or tuple(tasks.TASKS)
+    own = played.of(trained)
+    names = own.tasks or tuple(tasks.TASKS)
     whose = "The trained twin that comes with this repository"
     if config.checkpoint:
         whose = f"The policy {_name(config.checkpoint)}"
     return show.ShowConfig(
         about=f"PlayTable, a simulated table. {whose} ({trained.backbone.name}, {len(names)} tasks).",
         tasks=names,
-        image_sizes=dict(zip(("static", "wrist"), trained.rollouts.image_size, strict=True)),
+        image_sizes=dict(zip(("static", "wrist"), own.image_size, strict=True)),
         view_sizes={"static": config.picture_size, "wrist": config.picture_size // 2},
-        execution=trained.rollouts.execution,
-        max_steps=trained.rollouts.max_steps,
+        execution=own.execution,
+        max_steps=own.max_steps,
         seed=config.seed,
     )
 

@@ -14,7 +14,7 @@ from robovlms_jax import cli
 from robovlms_jax.control.asynchronous import AsyncConfig
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.envs.calvin import tasks as calvin_tasks
-from robovlms_jax.runs import load
+from robovlms_jax.runs import load, played
 
 log = logging.getLogger(__name__)
 
@@ -155,8 +155,8 @@ def _contradicts(name: str, value: Any) -> ValueError:
 
 
 def of_checkpoint(arguments: Sequence[str]) -> EvaluateConfig | type[EvaluateConfig]:
-    """The settings that a command line starts from: those of the run's own rollouts, where the checkpoint that it names
-    had any and they are for the env that it names; else the defaults.
+    """The settings that a command line starts from: what the run of the checkpoint that it names says of PlayTable, if
+    that is the env; else the defaults.
 
     Raises FileNotFoundError, ValueError: there is no such checkpoint, or it cannot be read.
     """
@@ -167,13 +167,11 @@ def of_checkpoint(arguments: Sequence[str]) -> EvaluateConfig | type[EvaluateCon
     if (cli.value_of(arguments, "env") or start.env) != "playtable":
         return EvaluateConfig
     run = load.load_config(checkpoint)
-    if not run.rollouts.trials:
-        return start
-    names = ("tasks", "scene", "max_steps", "image_size", "execution")
+    own = played.of(run).asking()
     if cli.value_of(arguments, "latency_ms") is not None:
-        names = tuple(name for name in names if name != "execution")  # `asynchronous` says it
-    own = {name: getattr(run.rollouts, name) for name in names}
-    own["processes"] = min(run.rollouts.tables, run.rollouts.trials)
+        del own["execution"]  # `asynchronous` says it
+    if run.rollouts.trials:
+        own["processes"] = min(run.rollouts.tables, run.rollouts.trials)
     if run.demonstrations.episodes:
         own["train_scenes"] = run.demonstrations.scenes
     return dataclasses.replace(start, **own)
@@ -191,4 +189,4 @@ def say_taken(config: EvaluateConfig, start: EvaluateConfig | type[EvaluateConfi
             words = value.label if isinstance(value, Execution) else " ".join(map(str, np.atleast_1d(value)))
             taken.append(f"{field.name} {words}")
     if taken:
-        log.info("as in the run's own rollouts: %s", ", ".join(taken))
+        log.info("as in the checkpoint's run: %s", ", ".join(taken))

@@ -29,7 +29,8 @@ from robovlms_jax.deploy.metrics import Metrics
 from robovlms_jax.inputs import prompts
 from robovlms_jax.load import load_batched_policy
 from robovlms_jax.policies.serving import BatchedVLAPolicy
-from robovlms_jax.runs import logs
+from robovlms_jax.runs import logs, played
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.runs.load import Weights, load_config
 
 log = logging.getLogger(__name__)
@@ -54,12 +55,15 @@ class ServeConfig:
     weights: Weights | None = None
     """How the backbone's parameters are kept, and w8a8 what they multiply (docs/serving.md); None: in the type that it
     computes in."""
-    executed: int = 1
-    """Actions of a chunk that vla-eval's clients are given before the policy is asked again."""
+    executed: int = 0
+    """Actions of a chunk that vla-eval's clients are given before the policy is asked again; 0: as many as in the run's
+    own rollouts, one where it had none."""
 
     def __post_init__(self):
         if self.slots < 1:
             raise ValueError(f"slots={self.slots} must be at least 1.")
+        if self.executed < 0:
+            raise ValueError(f"executed={self.executed} must not be negative.")
         if len(self.image_size) not in (0, 2) or any(size < 1 for size in self.image_size):
             raise ValueError(f"image_size={self.image_size}: expected height and width, or nothing.")
         if any(length < 1 for length in self.prompt_lengths):
@@ -117,6 +121,11 @@ def require_address(config: ServerConfig) -> None:
         ) from error
 
 
+def executed_of_a_chunk(config: ServeConfig, experiment: ExperimentConfig) -> int:
+    """What vla-eval's clients are given, see `ServeConfig.executed`."""
+    return config.executed or (played.of(experiment).horizon if experiment.rollouts.trials else 1)
+
+
 def build(config: ServeConfig) -> server.PolicyServer:
     """Loads and warms up; raises ValueError, FileNotFoundError for a checkpoint that is none, OSError for an address
     that is taken."""
@@ -144,7 +153,7 @@ def build(config: ServeConfig) -> server.PolicyServer:
         config.server,
         name=f"{experiment.backbone.name}, {settings.history}, {config.checkpoint}",
         decode_image=lambda data: decode_image(data, config.server.max_picture_pixels),
-        executed=config.executed,
+        executed=executed_of_a_chunk(config, experiment),
     )
     count_compilations(served.metrics)
     warm_up(policy, settings.robot, config)

@@ -45,6 +45,10 @@ class Execution:
         if self.horizon < 1:
             raise ValueError(f"execution horizon={self.horizon} must be at least 1.")
 
+    def executed(self, chunk: int) -> int:
+        """Actions that are executed of a chunk of so many before there is another."""
+        return {"first": 1, "ensemble": 1, "chunk": chunk, "receding": min(self.horizon, chunk)}[self.mode]
+
     @property
     def label(self) -> str:
         """Short name for tables, e.g. "receding 5"."""
@@ -66,7 +70,7 @@ def select(
       float[n, A] to execute before the next request, n >= 1, and the new past.
     """
     if execution.mode != "ensemble":
-        count = {"first": 1, "chunk": len(chunk), "receding": execution.horizon}[execution.mode]
+        count = execution.executed(len(chunk))
         if not execution.every_frame:
             return chunk[:count], ()
         plan = past[0] if past else chunk[:count]

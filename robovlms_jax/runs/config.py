@@ -84,6 +84,12 @@ class ExperimentConfig:
                 "optimizer.ewc holds parameters where another run left them: set train.init_from to that run, and "
                 "leave train.stages empty (a later stage would hold them where the one before it ended)."
             )
+        shown, asked = self.demonstrations, self.rollouts
+        if shown.episodes and asked.trials and shown.image_size != asked.image_size:
+            raise ValueError(
+                f"rollouts.image_size={asked.image_size} is not demonstrations.image_size={shown.image_size}: the "
+                "policy would be asked with other pictures than it learned from. Set both to the same pixels."
+            )
         data, fsdp, _ = self.mesh_sizes(num_devices)
         step = data * fsdp * self.train.accumulation
         if self.segments_per_batch % step:

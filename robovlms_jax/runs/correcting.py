@@ -14,7 +14,7 @@ from robovlms_jax import bars, schema
 from robovlms_jax.playtable import demonstrations, splits, takeovers
 from robovlms_jax.rl import segments
 from robovlms_jax.rl.config import BehaviourConfig
-from robovlms_jax.runs import trying
+from robovlms_jax.runs import load, played, trying
 from robovlms_jax.schema import require
 from robovlms_jax.training import checkpoints, seals
 from robovlms_jax.training.directory import claim
@@ -33,15 +33,15 @@ class CorrectionConfig:
     """The policy's rollouts."""
     takeovers: int = 2
     """Of each rollout, at control steps that are drawn."""
-    max_steps: int = 160
-    """Control steps that an expert may take."""
+    max_steps: int = 0
+    """Control steps that an expert may take; 0: as in the checkpoint's own rollouts or demonstrations."""
     pack: bool = True
     """Write the packed layout (data/README.md) instead of one npz per frame."""
     seed: int = 0
 
     def __post_init__(self):
-        for field in ("takeovers", "max_steps"):
-            require(getattr(self, field) >= 1, f"correct.{field}={getattr(self, field)} must be at least 1.")
+        require(self.takeovers >= 1, f"correct.takeovers={self.takeovers} must be at least 1.")
+        require(self.max_steps >= 0, f"correct.max_steps={self.max_steps} must not be negative.")
 
 
 def record(config: CorrectionConfig) -> dict[str, int]:
@@ -52,6 +52,9 @@ def record(config: CorrectionConfig) -> dict[str, int]:
       ValueError, OSError: as `trying.record` and `playtable.recording.record`.
     """
     require(config.checkpoint != "", "correct.checkpoint is empty; name the policy whose states are corrected.")
+    trained = load.load_config(config.checkpoint)
+    config = played.filled(config, trained, ("max_steps",))
+    config = dataclasses.replace(config, record=trying.resolved(config.record, trained))
     out = pathlib.Path(config.out)
     settings = json.loads(json.dumps(schema.to_dict(config)))
     settings = {name: value for name, value in settings.items() if name not in ("out", "checkpoint")}
@@ -63,14 +66,14 @@ def record(config: CorrectionConfig) -> dict[str, int]:
             trying.record(config.checkpoint, config.record).save(path)
         found = segments.load(path)
         renderer = demonstrations.Renderer(found.kinds, config.record.image_size)
-        played = takeovers.Takeovers(
+        taken = takeovers.Takeovers(
             renderer.scenes,
             cases(found, config.takeovers, config.seed),
             tables=config.record.tables,
             max_steps=config.max_steps,
             seed=config.seed,
         )
-        return played, renderer
+        return taken, renderer
 
     splits.require_ours(out)
     with claim(out):
@@ -81,10 +84,10 @@ def record(config: CorrectionConfig) -> dict[str, int]:
         if missing:
             frames, done = kind(out / "training", config.record.image_size), len(journal.numbers)
             with bars.Bar(done + len(missing), "takeover", "compiling the simulator", initial=done) as bar:
-                played, renderer = tables()
-                played.numbers = missing
-                played.watch = lambda steps: bar.say(f"{steps} steps simulated")
-                splits.write(journal, frames, demonstrations.rendered(played, renderer), bar, "training")
+                taken, renderer = tables()
+                taken.numbers = missing
+                taken.watch = lambda steps: bar.say(f"{steps} steps simulated")
+                splits.write(journal, frames, demonstrations.rendered(taken, renderer), bar, "training")
         elif kind.unfinished(out / "training", journal):
             splits.finish(journal, kind(out / "training", config.record.image_size))
         return journal.counts()

@@ -25,7 +25,7 @@ from robovlms_jax.rl import learning, rewards, rollouts, starts
 from robovlms_jax.rl import tables as playing
 from robovlms_jax.rl.config import BehaviourConfig, UpdateConfig
 from robovlms_jax.rl.preferences import RewardModel
-from robovlms_jax.runs import load, reinforced, saved
+from robovlms_jax.runs import load, played, reinforced, saved
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
 from robovlms_jax.training import checkpoints, directory, loop, metrics, provenance, seals, stages, stopping
@@ -50,23 +50,23 @@ class ReinforceConfig:
     resume: bool = False
     """Go on with the run in `out`."""
     tasks: tuple[str, ...] = ()
-    """Tasks to improve; empty: those of the checkpoint's demonstrations."""
+    """Tasks to improve; empty: those of the checkpoint's own rollouts or demonstrations."""
     others: tuple[str, ...] = ()
     """Tasks that are not trained and measured all the same: whether they suffer."""
-    scenes: tuple[str, ...] = ("A", "B", "C")
-    """Tables to learn on."""
-    unseen_scene: str = "D"
-    """Table that is measured and not learned on."""
+    scenes: tuple[str, ...] = ()
+    """Tables to learn on; empty: those that the checkpoint learned on."""
+    unseen_scene: str = ""
+    """Table that is measured and not learned on; empty: that of the checkpoint's own rollouts."""
     pool: int = 256
     """Starts that trials are drawn from."""
     start_spread: float = 0.25
     """Metres by which the hand is moved at a trial's beginning, at most (`demonstrations.start_spread`)."""
-    max_steps: int = 160
-    """Control steps of a trial."""
-    horizon: int = 5
-    """Actions executed of every predicted chunk."""
-    image_size: tuple[int, int] = (96, 64)
-    """Pixels of static and wrist camera; what the policy was trained with."""
+    max_steps: int = 0
+    """Control steps of a trial; 0: as in the checkpoint's own rollouts or demonstrations."""
+    horizon: int = 0
+    """Actions executed of every predicted chunk; 0: as in the checkpoint's own rollouts."""
+    image_size: tuple[int, ...] = ()
+    """Pixels of static and wrist camera; empty: what the policy was trained with."""
     iterations: int = 50
     tables: int = 32
     """Side by side while learning and measuring."""
@@ -90,8 +90,14 @@ class ReinforceConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for field in ("pool", "max_steps", "horizon", "iterations", "tables", "decisions", "group", "trials"):
+        for field in ("pool", "iterations", "tables", "decisions", "group", "trials"):
             require(getattr(self, field) >= 1, f"reinforce.{field}={getattr(self, field)} must be at least 1.")
+        for field in ("max_steps", "horizon"):
+            require(getattr(self, field) >= 0, f"reinforce.{field}={getattr(self, field)} must not be negative.")
+        require(
+            len(self.image_size) in (0, 2),
+            f"reinforce.image_size={self.image_size}: expected pixels of static and wrist camera, or nothing.",
+        )
         require(self.checkpoint_every >= 1, f"reinforce.checkpoint_every={self.checkpoint_every} must be at least 1.")
         require(
             self.update.method == "ppo" or self.tables % self.group == 0,
@@ -102,7 +108,7 @@ class ReinforceConfig:
             f"reinforce.others names {sorted(set(self.tasks) & set(self.others))}, which reinforce.tasks trains.",
         )
         require(
-            self.unseen_scene not in self.scenes,
+            not self.unseen_scene or self.unseen_scene not in self.scenes,
             f"reinforce.unseen_scene={self.unseen_scene!r} is one of reinforce.scenes={self.scenes}; name another.",
         )
 
@@ -144,12 +150,16 @@ def run(config: ReinforceConfig) -> pathlib.Path:
 
 
 def _resolved(config: ReinforceConfig, experiment: ExperimentConfig) -> ReinforceConfig:
-    tasks = config.tasks or experiment.demonstrations.tasks
+    """With what the checkpoint knows where `config` leaves it open. Raises ValueError."""
+    asked = dataclasses.replace(config, checkpoint=str(checkpoints.locate(config.checkpoint)))
+    names = ("tasks", "scenes", "unseen_scene", "max_steps", "horizon", "image_size")
+    found = played.filled(asked, experiment, names)
     require(
-        len(tasks) > 0,
-        "reinforce.tasks is empty, and the checkpoint's demonstrations name none; name the tasks to improve.",
+        len(found.tasks) > 0,
+        "reinforce.tasks is empty, and the checkpoint's rollouts and demonstrations name none; name the tasks to "
+        "improve.",
     )
-    return dataclasses.replace(config, tasks=tuple(tasks), checkpoint=str(checkpoints.locate(config.checkpoint)))
+    return found
 
 
 def _settle(config: ReinforceConfig, output: pathlib.Path) -> None:

@@ -9,7 +9,8 @@ import pathlib
 from robovlms_jax import schema
 from robovlms_jax.rl import segments, starts
 from robovlms_jax.rl.config import BehaviourConfig
-from robovlms_jax.runs import load
+from robovlms_jax.runs import load, played
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
 
 log = logging.getLogger(__name__)
@@ -21,19 +22,19 @@ class TryingConfig:
     """Which rollouts of a policy."""
 
     tasks: tuple[str, ...] = ()
-    """Empty: those of the checkpoint's demonstrations."""
-    scenes: tuple[str, ...] = ("A", "B", "C")
-    """Tables, which take turns."""
+    """Empty: those of the checkpoint's own rollouts or demonstrations."""
+    scenes: tuple[str, ...] = ()
+    """Tables, which take turns; empty: those that the checkpoint learned on."""
     count: int = 96
     """Rollouts."""
     spread: float = 0.25
     """Metres by which the hand is moved at the beginning, at most."""
-    max_steps: int = 160
-    """Control steps of a rollout."""
-    horizon: int = 5
-    """Actions executed of every predicted chunk."""
-    image_size: tuple[int, int] = (96, 64)
-    """Pixels of static and wrist camera; what the policy was trained with."""
+    max_steps: int = 0
+    """Control steps of a rollout; 0: as in the checkpoint's own rollouts or demonstrations."""
+    horizon: int = 0
+    """Actions executed of every predicted chunk; 0: as in the checkpoint's own rollouts."""
+    image_size: tuple[int, ...] = ()
+    """Pixels of static and wrist camera; empty: what the policy was trained with."""
     tables: int = 16
     """Side by side."""
     behaviour: BehaviourConfig = BehaviourConfig(spread=(0.2,))
@@ -41,8 +42,24 @@ class TryingConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for field in ("count", "max_steps", "horizon", "tables"):
+        for field in ("count", "tables"):
             require(getattr(self, field) >= 1, f"record.{field}={getattr(self, field)} must be at least 1.")
+        for field in ("max_steps", "horizon"):
+            require(getattr(self, field) >= 0, f"record.{field}={getattr(self, field)} must not be negative.")
+        require(
+            len(self.image_size) in (0, 2),
+            f"record.image_size={self.image_size}: expected pixels of the static and of the wrist camera, or nothing.",
+        )
+
+
+def resolved(config: TryingConfig, experiment: ExperimentConfig) -> TryingConfig:
+    """With what the checkpoint of this configuration knows where `config` leaves it open. Raises ValueError."""
+    config = played.filled(config, experiment, ("tasks", "scenes", "max_steps", "horizon", "image_size"))
+    require(
+        len(config.tasks) > 0,
+        "record.tasks is empty, and the checkpoint's rollouts and demonstrations name none; name the tasks to try.",
+    )
+    return config
 
 
 def record(checkpoint: str | pathlib.Path, config: TryingConfig) -> segments.Rollouts:
@@ -51,12 +68,8 @@ def record(checkpoint: str | pathlib.Path, config: TryingConfig) -> segments.Rol
     Raises ValueError, FileNotFoundError that say what is wrong with the checkpoint or the tasks.
     """
     model, params, encode = load.open_model(checkpoint, weights="float32")
-    trained = load.load_config(checkpoint)
-    names = config.tasks or trained.demonstrations.tasks
-    require(
-        len(names) > 0, "record.tasks is empty, and the checkpoint's demonstrations name none; name the tasks to try."
-    )
-    trials = starts.draw(names, config.scenes, config.count, config.seed, spread=config.spread)
+    config = resolved(config, load.load_config(checkpoint))
+    trials = starts.draw(config.tasks, config.scenes, config.count, config.seed, spread=config.spread)
     how = segments.Trying(
         config.behaviour,
         min(config.tables, config.count),

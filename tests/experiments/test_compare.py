@@ -25,7 +25,7 @@ FIXTURES = ("open_drawer", "close_drawer", "turn_on_led", "turn_off_led")
 
 def policy(name, **changes) -> compare._Policy:
     settings = ExperimentConfig()
-    rollouts = dataclasses.replace(settings.rollouts, **changes)
+    rollouts = dataclasses.replace(settings.rollouts, trials=1, **changes)
     settings = dataclasses.replace(settings, rollouts=rollouts)
     return compare._Policy(name, name, pathlib.Path(name), None, settings)
 

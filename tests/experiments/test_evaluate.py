@@ -22,6 +22,7 @@ from robovlms_jax.demo import twin
 from robovlms_jax.envs.calvin import adapter as calvin
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.evaluation import chains, filing
+from robovlms_jax.evaluation.config import RolloutConfig
 from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Trial, TrialResult
 from robovlms_jax.policies.config import PolicyConfig
@@ -219,6 +220,10 @@ def test_what_is_not_said_comes_from_the_rollouts_of_the_checkpoints_run(monkeyp
     assert "image_size 96 64" in caplog.text and "execution" not in caplog.text  # what was typed is no news
     assert read("--latency_ms", "100").execution == Execution()
     assert read("--tasks", "--image_size", "40", "30").tasks == ()
+    shown = calvin_abcd.PRESETS["playtable_fixtures"]
+    monkeypatch.setattr(load, "load_config", lambda path: dataclasses.replace(shown, rollouts=RolloutConfig()))
+    config = read()  # no rollouts: what it learned from is known all the same
+    assert config.image_size == (96, 64) and config.tasks == calvin_abcd.FIXTURE_TASKS and config.max_steps == 160
     assert (
         read("--env", "simpler").image_size == evaluation_settings.EvaluateConfig("run").image_size
     )  # another robot's

@@ -16,7 +16,9 @@ from robovlms_jax.rl import starts
 from robovlms_jax.rl.config import BehaviourConfig, UpdateConfig
 from robovlms_jax.runs import reinforced, reinforcing
 
-CONFIG = reinforcing.ReinforceConfig(checkpoint="x", tasks=("open_drawer", "turn_on_led"), trials=6)
+CONFIG = reinforcing.ReinforceConfig(
+    checkpoint="x", tasks=("open_drawer", "turn_on_led"), scenes=("A", "B", "C"), unseen_scene="D", trials=6
+)
 
 
 @pytest.mark.parametrize(
