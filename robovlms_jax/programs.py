@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, Mapping[str, Program]] = {
             "record_calvin", "recording.RealRecordConfig", "the same experts in the real CALVIN simulator"
         ),
         "corrections": Program("correct", "correcting.CorrectionConfig", "experts take over where a policy has got to"),
+        "teaching": Program("teach", "TeachConfig", "a person on a local page takes over from a policy"),
         "questions": Program("playtable_questions", "questions.Settings", "pictures of it with questions and answers"),
     },
     "inspect": {"": Program("inspect_data", "Args", "one page about a dataset, before training")},

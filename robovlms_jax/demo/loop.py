@@ -12,11 +12,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from robovlms_jax.demo.stage import Snapshot, Stage
+from robovlms_jax.demo.stage import Snapshot
 from robovlms_jax.demo.world import Painter, World
 from robovlms_jax.web.messages import jpeg, pack
 
@@ -25,7 +25,19 @@ log = logging.getLogger(__name__)
 SPEEDS = (1.0, 0.5, 0.25, 0.1)
 """How fast the demonstration's time may go."""
 
-Command = Callable[[Stage], Any]
+
+class Steps(Protocol):
+    """What happens in time, such as a `stage.Stage`."""
+
+    def tick(self) -> Snapshot:
+        """One control step."""
+
+    def failed(self, error: Exception) -> None:
+        """A command raised this; people are told."""
+
+
+Command = Callable[[Any], Any]
+"""Given the `Steps`."""
 
 
 class Message(NamedTuple):
@@ -38,13 +50,13 @@ class Message(NamedTuple):
 
 
 class ControlLoop:
-    """Calls `Stage.tick` 30 times a second, times the speed of slow motion, in a thread of its own.
+    """Calls `Steps.tick` 30 times a second, times the speed of slow motion, in a thread of its own.
 
     Args:
       seen: given every snapshot; must return at once.
     """
 
-    def __init__(self, stage: Stage, seen: Callable[[Snapshot], None]):
+    def __init__(self, stage: Steps, seen: Callable[[Snapshot], None]):
         self._stage, self._seen = stage, seen
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._wake, self._stopping, self._speed = threading.Event(), False, 1.0

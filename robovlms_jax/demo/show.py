@@ -1,27 +1,20 @@
-"""The demonstration put together: what is compiled before it, its threads, and what each command of the page does."""
+"""The demonstration put together: what is compiled before it, and what each command of the page does."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import logging
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.control.interface import Policy
 from robovlms_jax.demo import world as worlds
-from robovlms_jax.demo.loop import SPEEDS, Camera, ControlLoop
+from robovlms_jax.demo.live import Live, number
 from robovlms_jax.demo.sentences import Sentences
-from robovlms_jax.demo.server import DemoServer
 from robovlms_jax.demo.stage import SPEEDS_M_S, Stage
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.web.access import Access
-
-log = logging.getLogger(__name__)
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
 
@@ -47,31 +40,20 @@ class ShowConfig:
         return Sentences({name: tasks.TASKS[name].phrasings for name in self.tasks})
 
 
-class Show:
-    """A page that is there at once, and behind it, once it is compiled, the table."""
+class Show(Live):
+    """The page of the demonstration."""
 
     def __init__(self, access: Access):
-        page = PAGE.read_text(encoding="utf-8")
-        self.server = DemoServer(access, page, self._command, self._left, self._want)
-        self._control: ControlLoop | None = None
-        self._camera: Camera | None = None
+        super().__init__(access, PAGE.read_text(encoding="utf-8"))
 
     def prepare(self, config: ShowConfig, load: Callable[[], Policy]) -> None:
-        """Compiles everything, in two threads, and begins. Called beside the event loop; takes up to a minute.
+        """Compiles everything, and begins. Called beside the event loop; takes up to a minute.
 
         load: loads the policy.
         """
-        work = [("the policy", lambda: _loaded(load(), config))]
-        work += list(worlds.warm_up(config.image_sizes, config.view_sizes))
-        self.server.prepare(f"Compiling: 0 of {len(work)}")
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            running = {pool.submit(function): name for name, function in work}
-            for count, done in enumerate(concurrent.futures.as_completed(running), start=1):
-                log.info("ready: %s (%d of %d)", running[done], count, len(work))
-                self.server.prepare(f"Compiling: {count} of {len(work)}")
-                if running[done] == "the policy":
-                    policy = done.result()
-                done.result()
+        texts = [text for known in config.sentences.known.values() for text in known]
+        work = [("the policy", lambda: warmed(load(), texts, config.image_sizes))]
+        policy, *_ = self._compile([*work, *worlds.warm_up(config.image_sizes, config.view_sizes)])
         stage = Stage(
             worlds.World(config.image_sizes),
             policy,
@@ -80,34 +62,17 @@ class Show:
             execution=config.execution,
             max_steps=config.max_steps,
         )
-        self._begin(stage, config)
+        self.show(stage, config)
 
-    def _begin(self, stage: Stage, config: ShowConfig) -> None:
-        self._control = ControlLoop(stage, lambda snapshot: self._camera.see(snapshot))
-        self._camera = Camera(config.view_sizes, self.server.deliver, lambda: self._control.numbers)
-        self._camera.start()
-        self._control.start()
-        self.server.open(
-            {
-                "about": config.about,
-                "sentences": {name: list(texts) for name, texts in config.sentences.known.items()},
-                "speeds": list(SPEEDS),
-                "limits": list(SPEEDS_M_S),
-                "per_metre": worlds.per_metre(),
-                "rate_hz": worlds.World.rate_hz,
-            }
-        )
-        self._want()
-
-    def close(self) -> None:
-        """Ends the threads; the server is stopped by whoever started it."""
-        for part in (self._control, self._camera):
-            if part is not None:
-                part.stop()
-
-    def _want(self) -> None:
-        if self._camera is not None:
-            self._camera.want()
+    def show(self, stage: Stage, config: ShowConfig) -> None:
+        """Time goes on from here."""
+        hello = {
+            "about": config.about,
+            "sentences": {name: list(texts) for name, texts in config.sentences.known.items()},
+            "limits": list(SPEEDS_M_S),
+            "per_metre": worlds.per_metre(),
+        }
+        self._begin(stage, config.view_sizes, hello)
 
     def _left(self) -> None:
         if self._control is not None:
@@ -116,9 +81,9 @@ class Show:
     def _command(self, kind: str, content: Mapping[str, Any], who: str) -> None:
         """One command of the page; raises ValueError for one that there is not."""
         if kind == "speed":
-            self._control.set_speed(_number(content, "value"))
+            self._control.set_speed(number(content, "value"))
         elif kind == "limit":
-            value = _number(content, "value")
+            value = number(content, "value")
             if value not in SPEEDS_M_S:
                 raise ValueError(f"speed limit {value:g} m/s is none of {list(SPEEDS_M_S)}.")
             self._control.do(lambda stage: stage.limit_speed(value))
@@ -137,15 +102,8 @@ class Show:
             self._control.do(simple[kind])
 
 
-def _number(content: Mapping[str, Any], name: str) -> float:
-    value = content.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
-        raise ValueError(f"{name}={str(value)[:40]!r}: expected a number.")
-    return float(value)
-
-
-def _loaded(policy: Policy, config: ShowConfig) -> Policy:
-    """The policy, with its step compiled."""
-    policy.reset(max((text for texts in config.sentences.known.values() for text in texts), key=len))
-    policy.act(worlds.World(config.image_sizes).observe())
+def warmed(policy: Policy, sentences: Sequence[str], image_sizes: Mapping[str, int]) -> Policy:
+    """The policy, with its step compiled for the longest sentence. image_sizes: camera -> px of what it sees."""
+    policy.reset(max(sentences, key=len))
+    policy.act(worlds.World(image_sizes).observe())
     return policy

@@ -98,9 +98,12 @@ class World:
         self.reset(Start(TABLES[0], task_chains.initial_conditions()[0]))
 
     def reset(self, start: Start) -> None:
-        robot, table = (obs[None] for obs in initial_obs(start.condition, start.table))
-        self.table, self._scenes = start.table, jax.tree.map(lambda x: x[None], _scene(start.table))
-        self._take(env.reset_batch(self._scenes, robot, table))
+        self.put(start.table, *initial_obs(start.condition, start.table))
+
+    def put(self, table: str, robot_obs: np.ndarray, scene_obs: np.ndarray) -> None:
+        """The named table in a given state: float[15] and float[24], see `PlayTable.reset`."""
+        self.table, self._scenes = table, jax.tree.map(lambda x: x[None], _scene(table))
+        self._take(env.reset_batch(self._scenes, robot_obs[None], scene_obs[None]))
 
     def step(self, action: np.ndarray) -> None:
         """1/30 s of a relative action float[7]; see `PlayTable.step`."""

@@ -21,6 +21,9 @@ from robovlms_jax.playtable import demonstrations
 from robovlms_jax.training.directory import LOCK, OWNER
 
 _JOURNAL = "recording.jsonl"
+INTERVENTION = "intervention"
+"""Array float64[T, 1] of a segment in which a person took over from a policy: 1 where a frame's action is the person's.
+Frames in CALVIN's layout have it as a field."""
 _CHAIN = ("number", "frames", "attempted", "segments")
 """Fields of a chain's line in the journal."""
 PACK_FRAMES = 20_000
@@ -90,13 +93,21 @@ class Journal:
 
     Args:
       sentences: task -> what its segments are annotated with, taking turns.
+      durable: a chain that is written is safe from a power failure, too.
     Raises:
       ValueError: the journal was begun with other settings, or is damaged.
     """
 
-    def __init__(self, directory: pathlib.Path, settings: Mapping[str, Any], sentences: Mapping[str, Sequence[str]]):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        settings: Mapping[str, Any],
+        sentences: Mapping[str, Sequence[str]],
+        *,
+        durable: bool = False,
+    ):
         directory.mkdir(parents=True, exist_ok=True)
-        self._journal, self._sentences = directory / _JOURNAL, sentences
+        self._journal, self._sentences, self._durable = directory / _JOURNAL, sentences, durable
         rows = json_lines.read(
             self._journal,
             lambda number, row: row["settings"] if number == 1 else {name: row[name] for name in _CHAIN},
@@ -104,7 +115,7 @@ class Journal:
             remedy="The journal is damaged; record into a new directory.",
         )
         if not rows:
-            json_lines.append(self._journal, {"settings": settings})
+            json_lines.append(self._journal, {"settings": settings}, durable=durable)
             rows = [settings]
         differing = json_files.differences(rows[0], settings)
         if differing:
@@ -132,19 +143,30 @@ class Journal:
         return {"attempted": attempted, "recorded": len(self.episodes()), "frames": self.num_frames}
 
     def write(self, number: int, segments: Sequence[demonstrations.Segment], attempted: int, frames: Frames) -> None:
-        """One chain's segments, one session: first its frames, then its line."""
+        """One chain's segments, one session: first its frames, then its line. What is annotated, and so learned from,
+        is the whole of a segment, or the parts of it that its array `INTERVENTION` says a person did."""
         frame, written = self.num_frames, []
         texts = sum(len(chain["segments"]) for chain in self.chains)
         for segment in segments:
             frames.save(frame, segment)
-            last = frame + len(segment.arrays["rel_actions"]) - 1
             choices = self._sentences[segment.task]
-            text = choices[(texts + len(written)) % len(choices)]
-            written.append({"span": [frame, last], "task": segment.task, "text": text})
-            frame = last + 1
+            for first, last in _annotated(segment):
+                text = choices[(texts + len(written)) % len(choices)]
+                written.append({"span": [frame + first, frame + last], "task": segment.task, "text": text})
+            frame += len(segment.arrays["rel_actions"])
         row = {"number": number, "frames": frame - self.num_frames, "attempted": attempted, "segments": written}
-        json_lines.append(self._journal, row)
+        json_lines.append(self._journal, row, durable=self._durable)
         self.chains.append(row)
+
+
+def _annotated(segment: demonstrations.Segment) -> list[tuple[int, int]]:
+    """First and last frame of what is to be learned from: the last frame of a span is where it led to."""
+    length = len(segment.arrays["rel_actions"])
+    by_person = segment.arrays.get(INTERVENTION)
+    if by_person is None:
+        return [(0, length - 1)]
+    turns = np.flatnonzero(np.diff(by_person[:, 0] > 0.5, prepend=False, append=False)).reshape(-1, 2)
+    return [(int(first), min(int(end), length - 1)) for first, end in turns if first < length - 1]
 
 
 class Frames(Protocol):
@@ -173,11 +195,12 @@ def _require_success(journal: Journal, directory: pathlib.Path) -> None:
 
 
 class NpzFrames:
-    """CALVIN's layout: one npz per frame, spans of sessions, language annotations."""
+    """CALVIN's layout: one npz per frame, spans of sessions, language annotations. durable: frames that are saved are
+    safe from a power failure, too."""
 
-    def __init__(self, directory: pathlib.Path, image_size: tuple[int, int]):
+    def __init__(self, directory: pathlib.Path, image_size: tuple[int, int], *, durable: bool = False):
         directory.mkdir(parents=True, exist_ok=True)
-        self._directory = directory
+        self._directory, self._durable = directory, durable
 
     def discard(self, first: int) -> None:
         for path in self._directory.glob("episode_*.npz"):
@@ -186,12 +209,16 @@ class NpzFrames:
 
     def save(self, first: int, segment: demonstrations.Segment) -> None:
         for t in range(len(segment.arrays["rel_actions"])):
-            np.savez(
-                self._directory / f"episode_{first + t:07d}.npz",
-                rgb_static=segment.images["static"][t],
-                rgb_gripper=segment.images["wrist"][t],
-                **{name: x[t] for name, x in segment.arrays.items()},
-            )
+            with open(self._directory / f"episode_{first + t:07d}.npz", "wb") as file:
+                np.savez(
+                    file,
+                    rgb_static=segment.images["static"][t],
+                    rgb_gripper=segment.images["wrist"][t],
+                    **{name: x[t] for name, x in segment.arrays.items()},
+                )
+                if self._durable:
+                    file.flush()
+                    os.fsync(file.fileno())
 
     def abandon(self, journal: Journal) -> None:
         self.finish(journal)

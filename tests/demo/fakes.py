@@ -25,7 +25,11 @@ class FakeWorld:
     """What `step` raises, once set."""
 
     def reset(self, start):
-        self.robot_obs, self.led, self.steps, self.observed = INITIAL_ROBOT_OBS.astype(np.float32), 0, [], 0
+        self.put(start.table, INITIAL_ROBOT_OBS, np.zeros(24))
+
+    def put(self, table, robot_obs, scene_obs):
+        self.robot_obs, self.scene_obs = robot_obs.astype(np.float32), scene_obs.astype(np.float32)
+        self.led, self.steps, self.observed = 0, [], 0
 
     def step(self, action):
         if self.bad:
@@ -54,6 +58,7 @@ class FakeWorld:
             "block_velocity": np.zeros((3, 6), np.float32),
             "contacts": np.zeros((4, 13), bool),
             "robot_obs": self.robot_obs,
+            "scene_obs": self.scene_obs,
         }
 
     @property

@@ -78,7 +78,7 @@ class Shown(Serving):
 
     def begun(self):
         sizes = {"static": 100, "wrist": 50}
-        self.show._begin(self._stage, show.ShowConfig("a test", TASKS, sizes, sizes, Execution(), 60))
+        self.show.show(self._stage, show.ShowConfig("a test", TASKS, sizes, sizes, Execution(), 60))
 
 
 def test_a_control_step_that_fails_is_on_the_page_with_the_way_out(tmp_path, monkeypatch):
