@@ -165,7 +165,7 @@ def measure_load_weights(args: Args) -> dict[str, Any]:
         del tensors
         _write_index(pathlib.Path(directory), names)
         source = sources.open_source(directory)
-        return _loading(args, lambda: convert.load_params(tuple(rules), source, shapes, shardings))
+        return _loading(lambda: convert.load_params(tuple(rules), source, shapes, shardings))
 
 
 def measure_load_checkpoint(args: Args) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def measure_load_checkpoint(args: Args) -> dict[str, Any]:
         made = make()
         written = checkpoints.write_policy(directory, made, {})
         jax.tree.map(lambda x: x.delete(), made)
-        return _loading(args, lambda: checkpoints.read_params(written, abstract))
+        return _loading(lambda: checkpoints.read_params(written, abstract))
 
 
 def _synthetic(args: Args) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
@@ -196,7 +196,7 @@ def _write_index(directory: pathlib.Path, names: list[str]) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
 
 
-def _loading(args: Args, load: Any) -> dict[str, Any]:
+def _loading(load: Any) -> dict[str, Any]:
     peak = Peak()
     begin = time.perf_counter()
     with peak:

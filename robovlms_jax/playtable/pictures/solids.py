@@ -61,7 +61,7 @@ def fixed(scene: Scene) -> Things:
     """What never moves: table, cabinet, the button's pedestal, things of a look."""
     half = scene.table.half[_PEDESTAL] * np.array([1.2, 1.2, 1.0])  # the box inside the disc
     pedestal = _along(scene.table.center[_PEDESTAL], half, scene.box_color[_PEDESTAL], int(_WOOD[_PEDESTAL]))
-    boxes = _table_solids(scene, scene.table, scene.box_color, _FIXED)
+    boxes = _table_solids(scene.table, scene.box_color, _FIXED)
     if scene.appearance is not None:
         color = scene.appearance.things_color
         boxes = concatenate(boxes, Solids(scene.appearance.things, color, np.full(len(color), PLAIN)))
@@ -80,7 +80,7 @@ def moving(scene: Scene, state: bodies.State) -> Things:
     knob = _along(table.center[_BUTTON], table.half[_BUTTON] * np.array([1.05, 1.05, 1.0]), scene.box_color[_BUTTON])
     arm, joints = _arm(state)
     things = Things(
-        concatenate(_table_solids(scene, table, colors, _MOVING), blocks, _hand(state)),
+        concatenate(_table_solids(table, colors, _MOVING), blocks, _hand(state)),
         concatenate(lamp, arm),
         concatenate(knob, joints),
     )
@@ -95,7 +95,7 @@ def _tinted(scene: Scene, things: Things) -> Things:
     return Things(*(dataclasses.replace(some, color=some.color * tint) for some in things))
 
 
-def _table_solids(scene: Scene, table: Boxes, colors: Array, index: np.ndarray) -> Solids:
+def _table_solids(table: Boxes, colors: Array, index: np.ndarray) -> Solids:
     return Solids(jax.tree.map(lambda x: x[index], table), colors[index], _WOOD[index])
 
 
