@@ -21,11 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from benchmarks import machine
+from benchmarks import experts, machine
 from robovlms_jax import cli
 from robovlms_jax.envs import process
 from robovlms_jax.envs.calvin import adapter, initial_states, task_chains, tasks, version
-from robovlms_jax.evaluation import rollout_metrics
 from robovlms_jax.evaluation.rollout import TrialResult
 from robovlms_jax.playtable.real import recording
 from robovlms_jax.runs import logs
@@ -154,25 +153,15 @@ def main(args: Args) -> None:
 
 
 def _tasks(every: recording.Stages, args: Args) -> dict[str, Any]:
-    """Per task: attempts, successes, 95 % interval, mean steps of the successes, and successes by scene."""
     wanted = list(itertools.product(args.scenes, args.tasks, range(args.trials)))
     found = every.side_by_side(lambda i: single(every, *wanted[i][:2], i, args), range(len(wanted)))
-    outcomes = list(zip(wanted, tqdm.tqdm(found, total=len(wanted), unit="trial", mininterval=10)))
-    rows: dict[str, Any] = {}
-    for task in args.tasks:
-        mine = {scene: [r for (s, t, _), r in outcomes if (s, t) == (scene, task) and r] for scene in args.scenes}
-        results = [result for of_scene in mine.values() for result in of_scene]
-        rate = rollout_metrics.Rate(sum(done for done, _ in results), len(results))
-        steps = [steps for done, steps in results if done]
-        rows[task] = {
-            "successes": rate.successes,
-            "attempts": rate.attempts,
-            "rate": rate.value,
-            "interval": rate.interval,
-            "mean_steps": float(np.mean(steps)) if steps else None,
-            "by_scene": {scene: [sum(done for done, _ in of), len(of)] for scene, of in mine.items()},
-        }
-    return rows
+    outcomes = zip(wanted, tqdm.tqdm(found, total=len(wanted), unit="trial", mininterval=10))
+    results = [
+        TrialResult(i, (task,), (task,), (outcome[0],), (outcome[1],), {"scene": scene})
+        for i, ((scene, task, _), outcome) in enumerate(outcomes)
+        if outcome is not None
+    ]
+    return experts.summarize_tasks(args.tasks, args.scenes, results)
 
 
 def _chains(every: recording.Stages, args: Args) -> dict[str, Any]:
@@ -186,15 +175,7 @@ def _chains(every: recording.Stages, args: Args) -> dict[str, Any]:
         return TrialResult(i, chains[i].tasks, chains[i].tasks, done, steps, {})
 
     results = list(tqdm.tqdm(every.side_by_side(one, range(len(chains))), total=len(chains), mininterval=10))
-    summary = rollout_metrics.summarize(results)
-    return {
-        "chains": summary.trials,
-        "average_length": summary.average_length.value,
-        "interval": [summary.average_length.low, summary.average_length.high],
-        "in_a_row": [rate.value for rate in summary.in_a_row],
-        "tasks": {name: [rate.successes, rate.attempts] for name, rate in summary.per_task.items()},
-        "failed": {r.index: r.tasks[len(r.success) - 1] for r in results if not r.success[-1]},
-    }
+    return experts.summarize_chains(results)
 
 
 if __name__ == "__main__":

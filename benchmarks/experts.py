@@ -23,7 +23,7 @@ import tqdm
 
 from benchmarks import expert_trials, machine
 from robovlms_jax import cli
-from robovlms_jax.envs.calvin import task_chains, tasks
+from robovlms_jax.envs.calvin import task_chains, tasks, walking
 from robovlms_jax.evaluation import rollout_metrics
 from robovlms_jax.evaluation.rollout import TrialResult
 from robovlms_jax.playtable import env
@@ -79,7 +79,8 @@ def main(args: Args) -> None:
     result: dict[str, Any] = {}
     if args.trials:
         trials = expert_trials.random_trials(args.tasks, args.scenes, args.trials, args.seed)
-        result["tasks"] = summarize_tasks(args.tasks, trials, run(trials, args.max_steps, args.tables, args.seed))
+        results = run(trials, args.max_steps, args.tables, args.seed)
+        result["tasks"] = summarize_tasks(args.tasks, args.scenes, results)
     if args.chains:
         chains = task_chains.official_chains()[: args.chains]
         results = run(expert_trials.chain_trials(chains, args.chain_scene), args.max_steps, args.tables, args.seed)
@@ -105,7 +106,7 @@ class _Attempts:
     which: jax.Array
     state: bodies.State
     number: jax.Array
-    plan: waypoints.Plan
+    plan: walking.Plan
     progress: waypoints.Progress
     start: Any
     done: jax.Array
@@ -206,15 +207,12 @@ def _result(index: int, trial: expert_trials.Trial, outcome: Sequence[tuple[bool
 # What came of it
 
 
-def summarize_tasks(
-    names: Sequence[str], trials: Sequence[expert_trials.Trial], results: Sequence[TrialResult]
-) -> dict[str, Any]:
+def summarize_tasks(names: Sequence[str], scenes: Sequence[str], results: Sequence[TrialResult]) -> dict[str, Any]:
     """Per task: attempts, successes, 95 % interval, mean steps of the successes, and successes by scene."""
     rows: dict[str, Any] = {}
     for name in names:
         mine = [r for r in results if r.tasks[-1] == name and len(r.success) == len(r.tasks)]
         rate = rollout_metrics.Rate(sum(r.success[-1] for r in mine), len(mine))
-        scenes = sorted({SCENES[trial.scene] for trial in trials})
         by_scene = {scene: [r.success[-1] for r in mine if r.labels["scene"] == scene] for scene in scenes}
         steps = [r.steps[-1] for r in mine if r.success[-1]]
         rows[name] = {

@@ -23,6 +23,7 @@ import numpy as np
 
 from benchmarks import machine, starts
 from robovlms_jax import cli
+from robovlms_jax.envs.calvin import walking
 from robovlms_jax.playtable import env
 from robovlms_jax.playtable.experts import plans, waypoints
 from robovlms_jax.playtable.mechanics import bodies
@@ -111,7 +112,7 @@ def measure(count: int, args: Args) -> dict[str, Any]:
     return result
 
 
-def _experts(scenes: Any, which: jax.Array, states: bodies.State) -> tuple[waypoints.Plan, Callable]:
+def _experts(scenes: Any, which: jax.Array, states: bodies.State) -> tuple[walking.Plan, Callable]:
     shut, pull = (plans.TASKS.index(name) for name in ("close_drawer", "open_drawer"))
 
     def plan(i, state, key):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robovlms_jax.actions import frames
-from robovlms_jax.envs.calvin import task_chains, tasks
+from robovlms_jax.envs.calvin import task_chains, tasks, walking
 from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable import env
 from robovlms_jax.playtable.config import DemonstrationConfig
@@ -264,7 +264,7 @@ class _Task(NamedTuple):
     """What an expert on its way to a task carries from step to step."""
 
     number: Any
-    plan: waypoints.Plan
+    plan: walking.Plan
     progress: waypoints.Progress
     start: tasks.SceneInfo
 

@@ -7,6 +7,7 @@ asked for again.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -65,7 +66,7 @@ def record(config: RecordConfig) -> dict[str, int]:
         ("validation", (config.validation_scene,), config.validation_episodes, config.seed + 1, True),
     )
     splits.require_ours(out)
-    counts = {"attempted": 0, "recorded": 0, "frames": 0}
+    counts: collections.Counter[str] = collections.Counter()
     # Both splits have all tables, so that they run the same compiled programs.
     names = tuple(dict.fromkeys((*config.training_scenes, config.validation_scene)))
     with claim(out):
@@ -73,21 +74,16 @@ def record(config: RecordConfig) -> dict[str, int]:
         for split, scenes, episodes, seed, held_out in plan:
             sentences = splits.own_sentences(held_out=held_out)
             journal = splits.Journal(splits.directory(out, split), _settings(config, split), sentences)
-            missing = sorted(set(range(episodes)) - journal.numbers)
-            kind = splits.SpooledFrames if config.pack else splits.NpzFrames
-            if missing:
-                frames = kind(out / split, config.image_size)
-                numbers = [names.index(name) for name in scenes]
-                done = len(journal.numbers)
-                with bars.Bar(done + len(missing), "chain", "compiling the simulator", initial=done, desc=split) as bar:
-                    tables = demonstrations.Tables(config, renderer.scenes, numbers, seed, missing)
-                    tables.watch = lambda steps, bar=bar: bar.say(f"{steps} steps simulated")
-                    splits.write(journal, frames, demonstrations.rendered(tables, renderer), bar, split)
-            elif kind.unfinished(out / split, journal):
-                splits.finish(journal, kind(out / split, config.image_size))
-            for name, count in journal.counts().items():
-                counts[name] += count
-    return counts
+            kinds = [names.index(name) for name in scenes]
+
+            def play(numbers: list[int], bar: bars.Bar, kinds: list[int] = kinds, seed: int = seed) -> splits.Chains:
+                tables = demonstrations.Tables(config, renderer.scenes, kinds, seed, numbers)
+                tables.watch = lambda steps: bar.say(f"{steps} steps simulated")
+                return demonstrations.rendered(tables, renderer)
+
+            splits.record(journal, out / split, episodes, config.image_size, play, pack=config.pack)
+            counts.update(journal.counts())
+    return dict(counts)
 
 
 def _settings(config: RecordConfig, split: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One split of a recording on disk: its journal, and its frames in CALVIN's layout or packed.
 
-Whatever plays the chains, `write` takes them as they end. A recording that was stopped (killed, full disk) goes on
+Whatever plays the chains, `record` takes them as they end. A recording that was stopped (killed, full disk) goes on
 after the last line of its journal.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,18 +48,45 @@ def require_ours(out: pathlib.Path) -> None:
         raise FileExistsError(f"{out} is not empty and holds no recording to go on with; choose a new directory.")
 
 
-def write(
-    journal: Journal,
-    frames: Frames,
-    chains: Iterable[tuple[int, Sequence[demonstrations.Segment], int]],
-    bar: bars.Bar,
-    split: str,
-) -> None:
-    """Write chains as they come: number, segments, tasks attempted; then what describes the frames.
+Chains = Iterable[tuple[int, Sequence[demonstrations.Segment], int]]
+"""As they end: number, segments, tasks attempted."""
 
+
+def record(
+    journal: Journal,
+    directory: pathlib.Path,
+    count: int,
+    image_size: tuple[int, int],
+    play: Callable[[list[int], bars.Bar], Chains],
+    *,
+    pack: bool,
+    unit: str = "chain",
+    first: str = "compiling the simulator",
+) -> None:
+    """Record what is missing of `count` chains, or do what is left of a recording that was stopped after its last one.
+
+    Args:
+      directory: of the frames; its name is the split's. image_size: px of static and wrist camera.
+      play: plays the chains of these numbers; told what to say meanwhile by way of the bar.
+      pack: write the packed layout instead of one npz per frame. unit: what a chain is called. first: what the bar says
+        before there is any.
     Raises:
       OSError: the disk is full or cannot be written; the chains before stay.
     """
+    kind = SpooledFrames if pack else NpzFrames
+    missing, done = sorted(set(range(count)) - journal.numbers), len(journal.numbers)
+    if missing:
+        frames = kind(directory, image_size)
+        with bars.Bar(done + len(missing), unit, first, initial=done, desc=directory.name) as bar:
+            _write(journal, frames, play(missing, bar), bar, directory.name)
+    elif kind.unfinished(directory, journal):
+        frames = kind(directory, image_size)
+        frames.discard(journal.num_frames)
+        frames.finish(journal)
+
+
+def _write(journal: Journal, frames: Frames, chains: Chains, bar: bars.Bar, split: str) -> None:
+    """Chains as they come, then what describes the frames."""
     frames.discard(journal.num_frames)  # of a chain that was being written when a call before was stopped
     try:
         for number, segments, attempted in chains:
@@ -79,12 +106,6 @@ def write(
 def own_sentences(*, held_out: bool) -> dict[str, tuple[str, ...]]:
     """This project's phrasings by task, those for training or those that it never uses."""
     return {name: task.held_out if held_out else task.phrasings for name, task in tasks.TASKS.items()}
-
-
-def finish(journal: Journal, frames: Frames) -> None:
-    """What is left to do for a recording that was stopped after its last chain."""
-    frames.discard(journal.num_frames)
-    frames.finish(journal)
 
 
 class Journal:

@@ -61,7 +61,7 @@ def record(config: CorrectionConfig) -> dict[str, int]:
     settings["identity"] = seals.identity(checkpoints.locate(config.checkpoint)).label
     path = splits.directory(out, "training") / segments.FILE
 
-    def tables() -> tuple[takeovers.Takeovers, demonstrations.Renderer]:
+    def play(numbers: list[int], bar: bars.Bar) -> splits.Chains:
         if not path.exists():
             trying.record(config.checkpoint, config.record).save(path)
         found = segments.load(path)
@@ -73,23 +73,17 @@ def record(config: CorrectionConfig) -> dict[str, int]:
             max_steps=config.max_steps,
             seed=config.seed,
         )
-        return taken, renderer
+        taken.numbers = numbers
+        taken.watch = lambda steps: bar.say(f"{steps} steps simulated")
+        return demonstrations.rendered(taken, renderer)
 
     splits.require_ours(out)
     with claim(out):
         sentences = splits.own_sentences(held_out=False)
         journal = splits.Journal(path.parent, settings, sentences)
-        missing = sorted(set(range(config.record.count * config.takeovers)) - journal.numbers)
-        kind = splits.SpooledFrames if config.pack else splits.NpzFrames
-        if missing:
-            frames, done = kind(out / "training", config.record.image_size), len(journal.numbers)
-            with bars.Bar(done + len(missing), "takeover", "compiling the simulator", initial=done) as bar:
-                taken, renderer = tables()
-                taken.numbers = missing
-                taken.watch = lambda steps: bar.say(f"{steps} steps simulated")
-                splits.write(journal, frames, demonstrations.rendered(taken, renderer), bar, "training")
-        elif kind.unfinished(out / "training", journal):
-            splits.finish(journal, kind(out / "training", config.record.image_size))
+        count = config.record.count * config.takeovers
+        size = config.record.image_size
+        splits.record(journal, out / "training", count, size, play, pack=config.pack, unit="takeover")
         return journal.counts()
 
 

@@ -16,7 +16,7 @@ _NEAR_M = 0.006
 
 
 class Plan(NamedTuple):
-    """K waypoints for the tool centre point, visited in order; the last is held.
+    """K waypoints for the tool centre point, visited in order; the last is held. NumPy's arrays, or jax's on PlayTable.
 
     position: float[K, 3], m. euler: float[K, 3], rad. gripper: float[K], +1 open or -1 closed.
     wait: int[K], steps to stay before going on. speed: float[K], share of the largest action.

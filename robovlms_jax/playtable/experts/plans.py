@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from robovlms_jax.actions import rotations
-from robovlms_jax.envs.calvin import tasks
+from robovlms_jax.envs.calvin import tasks, walking
 from robovlms_jax.playtable.experts import blocks, cases, mechanisms, waypoints
 from robovlms_jax.playtable.experts.cases import Case, Step
 from robovlms_jax.playtable.mechanics import bodies
@@ -33,7 +33,7 @@ _TABLE_BOX = int(np.flatnonzero(np.isin(BOX_BODY, tasks.BODIES.index("base")))[0
 _PREFIX = 6  # waypoints of `_retreat`, which every plan begins with
 
 
-def plan(scene: Scene, state: bodies.State, task: Array, key: Array) -> waypoints.Plan:
+def plan(scene: Scene, state: bodies.State, task: Array, key: Array) -> walking.Plan:
     """Waypoints for task number `task` (int32[], index into `TASKS`) from the given state."""
     keys = jax.random.split(key, 3)
     noise = jax.random.uniform(keys[0], (6,), minval=-1.0, maxval=1.0)
@@ -52,7 +52,7 @@ def plan(scene: Scene, state: bodies.State, task: Array, key: Array) -> waypoint
     count = steps.use.sum()
     order = jnp.argsort(~steps.use, stable=True)[jnp.minimum(jnp.arange(waypoints.NUM_WAYPOINTS), count - 1)]
     position, euler, gripper, wait, slow, _ = jax.tree.map(lambda x: x[order], steps)
-    return waypoints.Plan(position, euler, gripper, wait, speed * slow)
+    return walking.Plan(position, euler, gripper, wait, speed * slow)
 
 
 def _stack(steps: list[Step]) -> Step:

@@ -1,4 +1,4 @@
-"""A plan as waypoints for the hand, and walking along it."""
+"""Walking along a plan of waypoints (`walking.Plan`) on PlayTable."""
 
 from __future__ import annotations
 
@@ -19,22 +19,6 @@ OPEN, CLOSED = walking.OPEN, walking.CLOSED
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """K waypoints for the tool centre point, visited in order; the last is held.
-
-    position: float32[K, 3], m. euler: float32[K, 3], rad. gripper: float32[K], +1 open or -1 closed.
-    wait: int32[K], steps to stay before going on. speed: float32[K], share of the largest action.
-    """
-
-    position: Array
-    euler: Array
-    gripper: Array
-    wait: Array
-    speed: Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Progress:
     """How far an expert is: waypoint int32[], steps spent at it int32[]."""
 
@@ -47,7 +31,7 @@ def begin() -> Progress:
     return Progress(jnp.int32(0), jnp.int32(0))
 
 
-def act(plan: Plan, progress: Progress, state: bodies.State) -> tuple[Array, Progress]:
+def act(plan: walking.Plan, progress: Progress, state: bodies.State) -> tuple[Array, Progress]:
     """The next action float32[7] (column 6 exactly +1 or -1) and the progress after it."""
     target = state.target_position, state.target_euler
     action, waypoint, waited = walking.act(plan, progress.waypoint, progress.waited, target, state.position, jnp)

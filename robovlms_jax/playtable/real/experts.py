@@ -24,8 +24,7 @@ _IN_HAND_M = (0.03, 0.04, 0.05)  # how far along the tool's axes the centre of a
 def plan(geometry: Geometry, situation: Mapping[str, Any], task: str, seed: int) -> tuple[np.ndarray, ...]:
     """The fields of `envs.calvin.walking.Plan` for a task, from where `Stage.situation` says that everything is."""
     state = state_of(geometry, situation)
-    found = jax.device_get(_plan(geometry, state, np.int32(plans.TASKS.index(task)), np.uint32(seed)))
-    return found.position, found.euler, found.gripper, found.wait, found.speed
+    return tuple(jax.device_get(_plan(geometry, state, np.int32(plans.TASKS.index(task)), np.uint32(seed))))
 
 
 @functools.partial(cpu.jit, kind="tiny_run_once")  # compiled in a third of the time

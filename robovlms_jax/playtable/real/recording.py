@@ -118,23 +118,22 @@ def record(config: RealRecordConfig) -> dict[str, int]:
         ("validation", (config.validation_scene,), config.validation_episodes, config.seed + 1, True),
     )
     splits.require_ours(out)
-    counts = {"attempted": 0, "recorded": 0, "frames": 0}
+    counts: collections.Counter[str] = collections.Counter()
     with claim(out), stages(config, [*config.scenes, config.validation_scene]) as every:
         for split, scenes, episodes, seed, held_out in plan:
             sentences = _sentences(config.calvin_root, held_out=held_out)
             journal = splits.Journal(splits.directory(out, split), _settings(config, split), sentences)
-            missing = sorted(set(range(episodes)) - journal.numbers)
-            kind = splits.SpooledFrames if config.pack else splits.NpzFrames
-            if missing:
-                frames = kind(out / split, IMAGE_SIZE)
-                done = len(journal.numbers)
-                with bars.Bar(done + len(missing), "chain", "starting simulators", initial=done, desc=split) as bar:
-                    splits.write(journal, frames, every.chains(scenes, seed, missing), bar, split)
-            elif kind.unfinished(out / split, journal):
-                splits.finish(journal, kind(out / split, IMAGE_SIZE))
-            for name, count in journal.counts().items():
-                counts[name] += count
-    return counts
+
+            def play(
+                numbers: list[int], bar: bars.Bar, scenes: Sequence[str] = scenes, seed: int = seed
+            ) -> splits.Chains:
+                return every.chains(scenes, seed, numbers)
+
+            splits.record(
+                journal, out / split, episodes, IMAGE_SIZE, play, pack=config.pack, first="starting simulators"
+            )
+            counts.update(journal.counts())
+    return dict(counts)
 
 
 def _sentences(calvin_root: str, *, held_out: bool) -> Mapping[str, Sequence[str]]:

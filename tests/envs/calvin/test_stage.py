@@ -89,7 +89,7 @@ def test_the_real_simulator_is_walked_on_by_the_rule_of_playtable(seed, waypoint
     action, then, spent = walking.act(route, waypoint, waited, target, hand)
     state = types.SimpleNamespace(target_position=target[0], target_euler=target[1], position=hand)
     in_jax, progress = waypoints.act(
-        waypoints.Plan(*(jnp.asarray(field) for field in route)),
+        walking.Plan(*(jnp.asarray(field) for field in route)),
         waypoints.Progress(jnp.int32(waypoint), jnp.int32(waited)),
         state,
     )
