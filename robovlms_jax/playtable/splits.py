@@ -80,9 +80,13 @@ def record(
         with bars.Bar(done + len(missing), unit, first, initial=done, desc=directory.name) as bar:
             _write(journal, frames, play(missing, bar), bar, directory.name)
     elif kind.unfinished(directory, journal):
-        frames = kind(directory, image_size)
-        frames.discard(journal.num_frames)
-        frames.finish(journal)
+        finish(journal, kind(directory, image_size))
+
+
+def finish(journal: Journal, frames: Frames) -> None:
+    """What is left to do for a recording that was stopped after its last chain."""
+    frames.discard(journal.num_frames)
+    frames.finish(journal)
 
 
 def _write(journal: Journal, frames: Frames, chains: Chains, bar: bars.Bar, split: str) -> None:

@@ -50,11 +50,11 @@ def stop_after(monkeypatch, calls, error):
     """The `calls`-th frame is written by half, then `error` comes."""
     real, count = np.savez, iter(range(1, 10**6))
 
-    def savez(path, **arrays):
+    def savez(file, **arrays):
         if next(count) == calls:
-            path.write_bytes(b"PK half a frame")
+            file.write(b"PK half a frame")
             raise error
-        real(path, **arrays)
+        real(file, **arrays)
 
     monkeypatch.setattr(np, "savez", savez)
 
