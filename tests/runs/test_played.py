@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from experiments import calvin_abcd, serve
+from experiments import calvin_abcd, serve, teach
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.evaluation.config import RolloutConfig
 from robovlms_jax.playtable.config import DemonstrationConfig
@@ -49,6 +49,10 @@ def test_what_a_checkpoint_knows_is_taken_from_it_unless_it_is_given(monkeypatch
     monkeypatch.setattr(reinforcing.checkpoints, "locate", lambda path: path)
     learned = reinforcing._resolved(reinforcing.ReinforceConfig(checkpoint="x", scenes=("B",)), experiment)
     assert (learned.unseen_scene, learned.scenes, learned.image_size, learned.horizon) == ("C", ("B",), (80, 40), 3)
+    taught = teach.resolved(teach.TeachConfig(scenes=("B",)), experiment)
+    assert (taught.tasks, taught.scenes, taught.max_steps) == (("turn_on_led",), ("B",), 70)
+    with pytest.raises(ValueError, match=r"tasks is empty"):
+        teach.resolved(teach.TeachConfig(), ExperimentConfig())
     with pytest.raises(ValueError, match=r"record\.tasks is empty"):
         trying.resolved(trying.TryingConfig(), ExperimentConfig())
 
