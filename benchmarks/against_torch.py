@@ -28,6 +28,7 @@ from benchmarks import machine, workload
 from robovlms_jax import cli
 from robovlms_jax.backbones import kosmos2, registry
 from robovlms_jax.control.interface import Observation
+from robovlms_jax.nn import stack
 from robovlms_jax.parallel import cpu
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import objective, serving
@@ -137,7 +138,7 @@ def ours(model: VLA, batch: Batch) -> dict[str, Section]:
 
     passed = jax.jit(predict)
     ids, mask = batch.inputs.text_ids[0], batch.inputs.text_mask[0]
-    policy = serving.VLAPolicy(model, params, lambda text: (ids, mask))
+    policy = serving.VLAPolicy(model, stack.parted(params), lambda text: (ids, mask))
     policy.reset("push the block")
     frames = _frames(batch)
     return {

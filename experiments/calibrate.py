@@ -17,6 +17,7 @@ import sys
 
 from robovlms_jax import atomic, cli, hub
 from robovlms_jax.evaluation import chains, detection
+from robovlms_jax.nn import stack
 from robovlms_jax.policies.serving import BatchedVLAPolicy
 from robovlms_jax.runs import calibrating, logs, saved
 from robovlms_jax.runs.load import load_batched_policy, load_config
@@ -71,7 +72,7 @@ def calibrate(config: CalibrateConfig) -> str:
     changes = {"head": {"num_samples": config.num_samples}} if config.num_samples else None
     policy: BatchedVLAPolicy = load_batched_policy(directory, slots=1, policy=changes)
     experiment = dataclasses.replace(experiment, policy=policy.model.config)
-    compared = calibrating.compare(experiment, policy.model, policy.params, policy.encode_text)
+    compared = calibrating.compare(experiment, policy.model, stack.joined(policy.params), policy.encode_text)
     calibration, measured = calibrating.calibrate(
         compared, config.coverage, share=config.share, splits=config.splits, seed=config.seed
     )

@@ -96,12 +96,11 @@ def main(config: ConvertConfig) -> dict[str, Any]:
     logger.info("reading what was written")
     del params, policy.params  # they are read again now; two copies of a large model need not lie in memory
 
-    opened = load.load_batched_policy(target, slots=1)
-    if opened.model != model:
-        raise ValueError(f"{target} opens as another model than was written: {opened.model} instead of {model}.")
-    policy.params = opened.params  # the step is compiled already
+    opened, policy.params, _ = load.open_model(target)  # the step is compiled already
+    if opened != model:
+        raise ValueError(f"{target} opens as another model than was written: {opened} instead of {model}.")
     report |= {
-        "difference_parameters": _largest_difference(table, source, opened.params),
+        "difference_parameters": _largest_difference(table, source, policy.params),
         "difference_actions": float(np.abs(_act(policy) - before).max()),
         "first_action": before[0, 0].tolist(),
     }

@@ -34,6 +34,7 @@ from robovlms_jax.evaluation.report import films as film_files
 from robovlms_jax.evaluation.report import rerun_file
 from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.evaluation.rollout import Films, Recording, SuccessCriterion, Trial, TrialResult
+from robovlms_jax.nn import stack
 from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable.env import PlayTables
 from robovlms_jax.policies.config import PolicyConfig
@@ -120,7 +121,8 @@ def _player(
     """Plays trials in one program. Raises ValueError for a policy or an execution that only the host's loop has."""
     sizes = dict(zip(("static", "wrist"), config.image_size, strict=True))
     player = rollouts.Player(policy.model, policy.encode_text, config.processes, sizes, config.execution, criterion)
-    return lambda trials: player.results(policy.params, trials)
+    params = stack.joined(policy.params)
+    return lambda trials: player.results(params, trials)
 
 
 def _require_robot(config: evaluation_settings.EvaluateConfig, policy: PolicyConfig, dataset: str) -> None:

@@ -1,17 +1,77 @@
-"""Layers as one compiled step: applied in a scan, their parameters stacked along a leading axis named `layers`."""
+"""Layers as one compiled step: applied in a scan, their parameters stacked along a leading axis named `layers`.
+
+A control step reads every weight once, and a loop over stacked weights copies each layer's out of the stack before it
+multiplies by them. So what is served lies layer by layer (`parted`), and its layers are compiled one by one
+(`unrolled`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 UNROLLED = 4
 """Up to so many layers are compiled one by one. What a scan keeps for the backward pass is copied into stacks and out
 again; that is a sixth of a small policy's training step, and four layers take no longer to compile than a scan."""
+
+
+STACKED = re.compile(r"^(?P<tower>.*?)/\w*layers/")
+"""Of paths ("/"-joined) of parameters that are stacked."""
+_ONE_BY_ONE = contextvars.ContextVar("one_by_one", default=False)
+
+
+@contextlib.contextmanager
+def unrolled() -> Iterator[None]:
+    """Layers that are traced inside are compiled one by one, however many; for programs without gradients, which have
+    nothing to rematerialise."""
+    token = _ONE_BY_ONE.set(True)
+    try:
+        yield
+    finally:
+        _ONE_BY_ONE.reset(token)
+
+
+def parted(params: Mapping[str, Any], *, take: bool = False) -> dict[str, Any]:
+    """Parameters (nested) with a tuple of arrays, one per layer, in place of each stack. Those that are parted stay so.
+
+    take: the stacks are deleted one after the other, so that no second copy of all of them is made; whoever else holds
+      them cannot use them any more.
+    """
+
+    def part(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return x
+        layers = tuple(jnp.unstack(x))
+        if take:
+            jax.block_until_ready(layers)
+            x.delete()
+        return layers
+
+    flat = flatten_dict(dict(params), sep="/")
+    return unflatten_dict({path: part(x) if STACKED.match(path) else x for path, x in flat.items()}, sep="/")
+
+
+def joined(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `parted`; what is not parted is left as it is. In a compiled program nothing is copied where
+    layers are taken out of the stack again one by one."""
+
+    def join(x: Any) -> Any:
+        return jnp.stack(x) if isinstance(x, tuple) else x
+
+    return jax.tree.map(join, dict(params), is_leaf=lambda x: isinstance(x, tuple))
+
+
+def _one_by_one(length: int, remat: bool) -> bool:
+    """Whether so many layers are compiled one by one."""
+    return _ONE_BY_ONE.get() or (length <= UNROLLED and not remat)  # remat needs the loop, see below
 
 
 def scan_layers(
@@ -33,7 +93,7 @@ def scan_layers(
         x = nn.with_logical_constraint(x, ("batch", *[None] * (x.ndim - 1)))
         return apply(block, x, layer)
 
-    if remat:
+    if remat and not _ONE_BY_ONE.get():
         # A scan is its own barrier against common-subexpression elimination, so the slower built-in one is not needed.
         step = nn.remat(step, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
 
@@ -43,7 +103,7 @@ def scan_layers(
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             length=length,
-            unroll=length if length <= UNROLLED and not remat else 1,  # remat needs the loop, see above
+            unroll=length if _one_by_one(length, remat) else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(block, x, layers)
 
@@ -102,7 +162,7 @@ def scan_groups(
     def regroup(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.reshape(groups, every, *leaf.shape[1:]), tree)
 
-    if remat:
+    if remat and not _ONE_BY_ONE.get():
         group = jax.checkpoint(
             group, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         )
@@ -111,6 +171,6 @@ def scan_groups(
         keys = jax.random.split(blocks[0].make_rng("dropout"), (groups, every + 1))
     params, between = ({"params": block.variables["params"]} for block in blocks)
     inputs = (regroup((params, layers[0])), (between, layers[1]), keys)
-    unroll = groups if length <= UNROLLED and not remat else 1
+    unroll = groups if _one_by_one(length, remat) else 1
     x, (new, more) = jax.lax.scan(group, x, inputs, length=groups, unroll=unroll)
     return x, (jax.tree.map(lambda leaf: leaf.reshape(length, *leaf.shape[2:]), new), more)

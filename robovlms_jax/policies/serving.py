@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from robovlms_jax.actions import representations
 from robovlms_jax.control.interface import ActionChunk, EpisodesFailed, Observation
+from robovlms_jax.nn import stack
 from robovlms_jax.policies import chunking, confidence, episodes, objective, observed
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.policies.sensors import control
@@ -43,6 +44,7 @@ def control_step(
     """One control step of B independent episodes; pure.
 
     Args:
+      params: nested; with layers apart (`nn.stack.parted`) for `served_step`.
       carry: `model.init_carry(B, ...)` or the previous step's result.
       images: camera -> uint8[B, height, width, 3].
       text_ids, text_mask: int32[B, T], bool[B, T], or as `types.Inputs` has them.
@@ -72,12 +74,21 @@ def confident_step(
     images = {camera: x[:, None] for camera, x in images.items()}
     inputs = Inputs(images, *text, steps, **(extras or {}))
     inputs = objective.prepare(inputs, model.vlm.image, model.config.cameras)
-    actions, spread, carry = model.apply({"params": params}, inputs, carry, active, plan, method="control")
+    params = {"params": stack.joined(params)}
+    actions, spread, carry = model.apply(params, inputs, carry, active, plan, method="control")
     return model.config.normalizer.unnormalize(actions), spread, carry
+
+
+def served_step(model: VLA, params: Any, *arguments: Any) -> tuple[jax.Array, heads.Spread | None, Any]:
+    """`confident_step` as it is compiled to be run again and again: layer by layer, so that parameters with layers
+    apart are read where they lie, and none is copied out of a stack in every step."""
+    with stack.unrolled():
+        return confident_step(model, params, *arguments)
 
 
 class BatchedVLAPolicy:
     """`slots` episodes served by one compiled step. Slots are independent; any subset may be asked at a time.
+    Parameters are as the model has them, or with layers apart (`nn.stack.parted`), as `runs.load` opens them.
 
     The step is compiled for the pictures' shapes and the length that prompts are padded to, the longest of the episodes
     under way; a new compilation is logged with its reason. With `prompt_lengths` (tokens), prompts are padded to the
@@ -106,7 +117,7 @@ class BatchedVLAPolicy:
         # compile again.
         place = jax.tree.leaves(params)[0].sharding
         place = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
-        self._step = jax.jit(functools.partial(confident_step, model), donate_argnums=1, out_shardings=place)
+        self._step = jax.jit(functools.partial(served_step, model), donate_argnums=1, out_shardings=place)
         fresh = model.init_head_carry(1)
         self._reset = jax.jit(
             lambda carry, slot: model.reset_slot(carry, slot, fresh), donate_argnums=0, out_shardings=place
@@ -306,7 +317,7 @@ class BatchedVLAPolicy:
         text_length = max(len(episode.ids) for episode in self._episodes if episode is not None)
         if self._carry is not None and text_length == self._text_length:
             return
-        carry = self.model.init_carry(self.slots, self.params, text_length)
+        carry = self.model.init_carry(self.slots, jax.eval_shape(stack.joined, self.params), text_length)
         if self._carry is not None:
             carry = self.model.fit_carry(self._carry, carry)
         # Copies: leaves that begin as one array would be donated twice.

@@ -9,6 +9,7 @@ the three if everything else is hidden behind it, and as their sum if nothing is
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -24,6 +25,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from robovlms_jax import atomic
 from robovlms_jax.backbones.base import VLMConfig
+from robovlms_jax.nn import stack
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel import program_costs, targets
 from robovlms_jax.parallel.config import MeshConfig
@@ -74,17 +76,17 @@ def training(place: Place, config: ExperimentConfig, model: VLA, batch: Mapping[
 
 
 def control(place: Place, config: ExperimentConfig, vlm: VLMConfig, text_length: int) -> dict[str, Any]:
-    """A control step of one robot on the first device, bfloat16 computation and weights; plain JSON values."""
+    """A control step of one robot on the first device as it is served, bfloat16 computation and weights; plain JSON
+    values."""
     one = Mesh(place.mesh.devices[:1, :1, :1], meshes.AXES, axis_types=(AxisType.Auto,) * 3)
     place, whole = dataclasses.replace(place, mesh=one), meshes.replicated(one)
     model = build.make_model(config, dataclasses.replace(vlm, dtype="bfloat16"))
+    params, carry, images, ids, mask, *rest = edge.arguments(model, text_length)
     given = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), edge.arguments(model, text_length)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+        [jax.eval_shape(stack.parted, params), carry, images, (ids, mask), *rest],
     )
-
-    def step(*arguments: Any) -> Any:
-        return serving.control_step(model, *arguments)
-
+    step = functools.partial(serving.served_step, model)
     traced = jax.jit(step, donate_argnums=1, out_shardings=whole).trace(*given)
     found = _compiled(place, traced.lower())
     needed = sum(count for _, count, _ in flops.products(traced.jaxpr.jaxpr))

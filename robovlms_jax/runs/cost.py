@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from robovlms_jax.control.interface import Observation
+from robovlms_jax.nn import stack
 from robovlms_jax.policies import serving
 from robovlms_jax.policies.sensors import base as sensors
 from robovlms_jax.training import memory
@@ -47,9 +48,9 @@ def measure(policy: serving.BatchedVLAPolicy, sizes: tuple[int, int], steps: int
 
 def _step_bytes(policy: serving.BatchedVLAPolicy, images: Mapping[str, np.ndarray]) -> int:
     ids, mask = (np.asarray(x)[None] for x in policy.encode_text("open the drawer"))
-    carry = policy.model.init_carry(1, policy.params, ids.shape[1])
+    carry = policy.model.init_carry(1, jax.eval_shape(stack.joined, policy.params), ids.shape[1])
     seen = {camera: images[camera][None] for camera in policy.model.config.cameras}
     extras = sensors.blank(policy.model.config.all_sensors, 1, 1)
-    program = jax.jit(functools.partial(serving.control_step, policy.model), donate_argnums=1)
-    lowered = program.lower(policy.params, carry, seen, ids, mask, np.ones(1, bool), extras)
+    program = jax.jit(functools.partial(serving.served_step, policy.model), donate_argnums=1)
+    lowered = program.lower(policy.params, carry, seen, (ids, mask), np.ones(1, bool), extras)
     return memory.of_program(lowered.compile())["peak"]

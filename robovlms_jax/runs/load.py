@@ -13,6 +13,7 @@ import jax
 from robovlms_jax import schema
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.inputs import tokenizers
+from robovlms_jax.nn import stack
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import confidence, embodiments
 from robovlms_jax.policies.config import PolicyConfig
@@ -52,7 +53,7 @@ def load_policy(
     """
     # What was calibrated is its own robot's.
     calibration = None if robot else _calibration(path, weights)
-    return VLAPolicy(*open_model(path, policy, weights, robot=robot), calibration=calibration)
+    return VLAPolicy(*_served(*open_model(path, policy, weights, robot=robot)), calibration=calibration)
 
 
 def load_batched_policy(
@@ -64,9 +65,14 @@ def load_batched_policy(
 ) -> BatchedVLAPolicy:
     """The same for `slots` robots or simulators at once; what one of them sends or is asked changes nothing for the
     others. prompt_lengths: see `BatchedVLAPolicy`."""
-    opened = open_model(path, policy, weights)
+    opened = _served(*open_model(path, policy, weights))
     calibration = _calibration(path, weights)
     return BatchedVLAPolicy(*opened, slots=slots, calibration=calibration, prompt_lengths=prompt_lengths)
+
+
+def _served(model: VLA, params: Any, encode: EncodeText) -> tuple[VLA, Any, EncodeText]:
+    """With layers apart, as control steps read them fastest (`nn.stack.parted`); those given are used up."""
+    return model, stack.parted(params, take=True), encode
 
 
 def _calibration(path: str | pathlib.Path, weights: Weights | None) -> confidence.Calibration | None:

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from robovlms_jax.nn.stack import STACKED
 from robovlms_jax.training import consolidation
 from robovlms_jax.training.config import OptimizerConfig
 
 Params = Mapping[str, jax.Array]
 """Flat: path -> array. Layers of one tower are stacked, with "/layers/" in their path, or "/cross_layers/"."""
-
-_STACK = re.compile(r"^(?P<tower>.*?)/\w*layers/")
 
 
 class AveragedState(NamedTuple):
@@ -131,7 +130,7 @@ _OPTIMIZERS: dict[str, Callable[[OptimizerConfig, optax.Schedule], optax.Gradien
 def matrix_axes(path: str, ndim: int) -> contrib.MuonDimensionNumbers | None:
     """Which axes of a parameter a matrix contracts and which it adds; None: it is no matrix of a layer (embeddings,
     convolutions, norms, biases, adapters), which Muon leaves to Adam (Jordan et al. 2024)."""
-    first = int(_STACK.match(path) is not None)
+    first = int(STACKED.match(path) is not None)
     if not path.endswith("kernel") or ndim - first not in (2, 3):
         return None
     axes = tuple(range(first, ndim))
@@ -174,7 +173,7 @@ def part_rates(params: Params, config: OptimizerConfig) -> dict[str, jax.Array |
     Raises:
       ValueError: a pattern is found in no trainable parameter, or `layer_decay` meets no layers.
     """
-    stacked = {path: match["tower"] for path in params if (match := _STACK.match(path))}
+    stacked = {path: match["tower"] for path in params if (match := STACKED.match(path))}
     layers: dict[str, int] = {}
     for path, tower in stacked.items():
         layers[tower] = max(layers.get(tower, 0), params[path].shape[0])
@@ -198,7 +197,7 @@ def _part_rate(
     path: str, shape: tuple[int, ...], layers: Mapping[str, int], config: OptimizerConfig
 ) -> jax.Array | float:
     rate = next((factor for pattern, factor in config.rates.items() if re.search(pattern, path)), 1.0)
-    if match := _STACK.match(path):
+    if match := STACKED.match(path):
         depth = layers[match["tower"]]
         # Layers that stand between every few of the tower's (cross_layers) are as deep as those beside them.
         above = jnp.arange(shape[0] - 1, -1, -1) * (depth // shape[0])

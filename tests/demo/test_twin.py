@@ -21,6 +21,7 @@ from robovlms_jax.demo.stage import Stage
 from robovlms_jax.demo.world import Start, World
 from robovlms_jax.evaluation import chains
 from robovlms_jax.load import load_policy
+from robovlms_jax.nn import stack
 from robovlms_jax.training import checkpoints, items, seals
 from tests.fake_hub import FakeHub
 
@@ -82,7 +83,9 @@ def test_what_is_beyond_the_range_of_16_bits_is_not_bundled():
 def test_a_bundle_opens_like_the_checkpoint_it_was_made_of(tmp_path):
     made = bundle.bundle(bundle.BundleConfig(str(twin.DIRECTORY), str(tmp_path / "small")))
     assert not [path for path in made.rglob("*") if path.is_file() and str(tmp_path).encode() in path.read_bytes()]
-    before, after = (flatten_dict(load_policy(x)._batched.params, sep="/") for x in (twin.DIRECTORY, made))
+    before, after = (
+        flatten_dict(stack.joined(load_policy(x)._batched.params), sep="/") for x in (twin.DIRECTORY, made)
+    )
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[path], after[path]) for path in before)
     with pytest.raises(FileExistsError, match="another directory"):

@@ -23,6 +23,7 @@ from robovlms_jax import cli
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.data import opening
 from robovlms_jax.load import load_config, load_policy
+from robovlms_jax.nn import stack
 from robovlms_jax.runs import run
 from robovlms_jax.runs import setup as setups
 from robovlms_jax.training import checkpoints, guards
@@ -58,8 +59,8 @@ def finished(tmp_path_factory) -> pathlib.Path:
 
 
 def params_of(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    policy = load_policy(directory)._batched
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(policy.params)}
+    params = stack.joined(load_policy(directory)._batched.params)
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def metrics_of(directory: pathlib.Path) -> dict[int, float]:

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.control.interface import Observation
+from robovlms_jax.nn import stack
 from robovlms_jax.policies import objective
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.runs import build, chaining, load
@@ -99,7 +100,7 @@ def test_a_policy_served_in_int8_acts_nearly_as_it_was_trained_to():
         assert 0 < np.abs(both - expected).max() < 6e-3 and np.abs(both - found).max() > 0
         assert np.abs(expected[:, :6]).max() > 0.1
 
-    before, after = (flatten_dict(policy._batched.params, sep="/") for policy in (plain, stored))
+    before, after = (flatten_dict(stack.joined(policy._batched.params), sep="/") for policy in (plain, stored))
     jax.tree.map(np.testing.assert_array_equal, rounded._batched.params, stored._batched.params)
     matrices = {path for path, x in after.items() if x.dtype == jnp.int8}
     assert {"backbone/text/layers/attn/q/kernel", "backbone/text/embed/table"} < matrices
@@ -122,7 +123,7 @@ def test_intervals_of_weights_that_are_rounded_after_the_calibration_are_said_to
 
 def test_weights_are_kept_in_the_type_that_is_asked_for(written):
     def types(weights):
-        params = flatten_dict(load.load_policy(written, weights=weights)._batched.params, sep="/")
+        params = flatten_dict(stack.joined(load.load_policy(written, weights=weights)._batched.params), sep="/")
         kernel, norm = "backbone/text/layers/attn/q/kernel", "backbone/text/final_norm/scale"
         return [str(params[path].dtype) for path in (kernel, norm, "head/action_in/kernel")]
 
