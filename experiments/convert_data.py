@@ -19,9 +19,11 @@ from typing import Literal
 import numpy as np
 import tqdm
 
+from experiments import spreading
 from robovlms_jax import cli
 from robovlms_jax.data import base, calvin, lerobot, libero_hdf5, packed, packing, rlds_writer
 from robovlms_jax.data.features import Field
+from robovlms_jax.parallel.config import RayConfig
 from robovlms_jax.runs import logs
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ class Args:
     they stand under observation/, and a dataset's description names them (data/README.md)."""
     quality: int = 95
     """Of JPEG, 4:4:4. Images that are encoded already are copied as they are."""
+    ray: RayConfig = RayConfig()
+    """Workers that share the shards, on machines that see the same files; `workers` then counts for nothing."""
     workers: int = os.cpu_count() or 1
     """Packed: processes."""
     conventions: str = ""
@@ -161,6 +165,8 @@ def pack_lerobot(
 if __name__ == "__main__":
     logs.to_stderr()
     try:
-        main(cli.read(Args, description=__doc__))
+        settings = cli.read(Args, description=__doc__)
+        with spreading.over_files(settings.ray):
+            main(settings)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")

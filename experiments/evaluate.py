@@ -2,10 +2,12 @@
 
     python -m experiments.evaluate --checkpoint runs/playtable_fixtures --chains 160
     python -m experiments.evaluate --checkpoint runs/kosmos_lstm --env calvin --calvin_root calvin --protocol official
+    python -m experiments.evaluate --checkpoint runs/kosmos_lstm --env calvin --calvin_root calvin --ray.workers 32
 
 On playtable, what the run's own rollouts were is asked again unless flags say otherwise: tasks, scene, picture sizes,
 execution and steps come from the checkpoint. Results are kept trial by trial in the output directory: the same command
-goes on where it was stopped. The report is rollouts.md there.
+goes on where it was stopped. The report is rollouts.md there. With --ray.workers the trials are played on the machines
+of a Ray cluster, each worker with a policy and `processes` simulators of its own (docs/clusters.md).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import numpy as np
 from experiments import evaluation_settings
 from robovlms_jax import cli, hub
 from robovlms_jax.control.delayed import AsynchronousBatch
+from robovlms_jax.control.execution import BatchedPolicy
 from robovlms_jax.control.robot import CALVIN, RobotSpec
 from robovlms_jax.envs import simpler, vector
 from robovlms_jax.envs.calvin import adapter as calvin
@@ -66,40 +69,53 @@ def evaluate(config: evaluation_settings.EvaluateConfig) -> pathlib.Path:
             output,
         ),
     )
-    policy = load.load_batched_policy(directory, slots=config.processes, weights=config.weights)
-    _require_robot(config, policy.model.config, load.load_config(directory).data.dataset)
-
+    saved = load.load_config(directory)
+    _require_robot(config, saved.policy, saved.data.dataset)
     recordings: list[Recording] = []
 
     def keep(recording: Recording) -> None:
         recordings.append(recording)
         film_files.write_film(recording, output / f"film_{recording.trial.index:04d}")
 
-    with environments(config) as envs:
-        driven = policy
-        if config.latency_ms >= 0:
-            driven = AsynchronousBatch(policy, config.asynchronous, _latency_ticks(config, policy.robot))
-        evaluation = chains.evaluate(
-            driven,
-            envs,
-            trials,
-            output,
-            chains.Settings(
-                f"{config.checkpoint}, {conditions['checkpoint']}{_late(config)}",
-                config.execution,
-                criterion,
-                conditions,
-            ),
-            films=Films([trial.index for trial in trials[: config.films]], keep),
-            play=_player(config, policy, criterion) if config.on_device else None,
-        )
-        if config.latency_ms >= 0:
-            log.info("asynchronous control: %s", dict(driven.counts))
-    films, title = sorted(output.glob("film_*")), f"{evaluation.setup['env']}, closed loop"
+    settings = chains.Settings(
+        f"{config.checkpoint}, {conditions['checkpoint']}{_late(config)}", config.execution, criterion, conditions
+    )
+    filmed = [trial.index for trial in trials[: config.films]]
+    if config.ray.workers:
+        from experiments import evaluation_workers  # which imports this module
+
+        with evaluation_workers.players(config, criterion, filmed, keep) as players:
+            evaluation = chains.evaluate(None, players.simulators, trials, output, settings, play=players.play)
+    else:
+        with acting(config, criterion) as (policy, envs, play):
+            films = Films(filmed, keep)
+            evaluation = chains.evaluate(policy, envs, trials, output, settings, films=films, play=play)
+            if isinstance(policy, AsynchronousBatch):
+                log.info("asynchronous control: %s", dict(policy.counts))
+    paths, title = sorted(output.glob("film_*")), f"{evaluation.setup['env']}, closed loop"
     log.info("writing the report")
     return rollout_report.write_report(
-        output, [evaluation], title=title, films=films, recordings=recordings, rrd=config.rrd
+        output, [evaluation], title=title, films=paths, recordings=recordings, rrd=config.rrd
     )
+
+
+Play = Callable[[Sequence[Trial]], Iterator[TrialResult]]
+
+
+@contextlib.contextmanager
+def acting(
+    config: evaluation_settings.EvaluateConfig, criterion: SuccessCriterion
+) -> Iterator[tuple[BatchedPolicy, vector.VectorEnv, Play | None]]:
+    """The policy as it is asked, its simulators, and what plays trials without either being asked (on_device)."""
+    policy = load.load_batched_policy(
+        checkpoints.locate(config.checkpoint), slots=config.processes, weights=config.weights
+    )
+    with environments(config) as envs:
+        if config.latency_ms >= 0:
+            late = AsynchronousBatch(policy, config.asynchronous, _latency_ticks(config, policy.robot))
+            yield late, envs, None
+        else:
+            yield policy, envs, _player(config, policy, criterion) if config.on_device else None
 
 
 def _output(
@@ -115,9 +131,7 @@ def _output(
     return filing.place(run / "rollouts", name, conditions)
 
 
-def _player(
-    config: evaluation_settings.EvaluateConfig, policy: BatchedVLAPolicy, criterion: SuccessCriterion
-) -> Callable[[Sequence[Trial]], Iterator[TrialResult]]:
+def _player(config: evaluation_settings.EvaluateConfig, policy: BatchedVLAPolicy, criterion: SuccessCriterion) -> Play:
     """Plays trials in one program. Raises ValueError for a policy or an execution that only the host's loop has."""
     sizes = dict(zip(("static", "wrist"), config.image_size, strict=True))
     player = rollouts.Player(policy.model, policy.encode_text, config.processes, sizes, config.execution, criterion)
@@ -169,7 +183,7 @@ def _folder_name(config: evaluation_settings.EvaluateConfig) -> str:
 
 
 _ASIDE = (
-    *("checkpoint", "out", "chains", "processes", "films", "rrd", "on_device"),
+    *("checkpoint", "out", "chains", "processes", "films", "rrd", "on_device", "ray"),
     *("calvin_root", "calvin_split", "simulator_python", "weights"),
 )
 """Fields that results do not depend on, or not by their text (who is asked how often, and where things lie), and what

@@ -14,6 +14,7 @@ from robovlms_jax import cli
 from robovlms_jax.control.asynchronous import AsyncConfig
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.envs.calvin import tasks as calvin_tasks
+from robovlms_jax.parallel.config import RayConfig
 from robovlms_jax.runs import load, played
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ class EvaluateConfig:
     on_device: bool = False
     """Policy, tables and checker in one program (playtable): the same results, without films. Worth its compilation
     where many trials are played, most of all on an accelerator."""
+    ray: RayConfig = RayConfig()
+    """Workers that share the trials, each with a policy and `processes` simulators of its own."""
     rrd: str = ""
     """A file such as rollouts.rrd: what is filmed, for the Rerun viewer (`pip install robovlms_jax[rerun]`)."""
     weights: load.Weights | None = None

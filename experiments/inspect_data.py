@@ -21,11 +21,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments import inspection_page
+from experiments import inspection_page, spreading
 from robovlms_jax import cli
 from robovlms_jax.data import base, calvin, findings, inspection, lerobot, packed, rlds, storage
 from robovlms_jax.data.registry import mixtures
 from robovlms_jax.evaluation.report import rerun_file
+from robovlms_jax.parallel.config import RayConfig
 from robovlms_jax.runs import logs
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ class Args:
     """A file such as episodes.rrd: the same episodes for the Rerun viewer (`pip install robovlms_jax[rerun]`)."""
     conventions: str = ""
     """LeRobot: a file that says what the numbers mean, in place of <root>/meta/robovlms.json."""
+    ray: RayConfig = RayConfig()
+    """RLDS: workers that index the shards, on machines that see the same files."""
     index_dir: str = ""
     """RLDS: where the index goes. Empty: beside the data, or in the user's cache."""
 
@@ -309,7 +312,8 @@ if __name__ == "__main__":
     logs.to_stderr()
     arguments = cli.read(Args, description=__doc__)
     try:
-        _, refusals = main(arguments)
+        with spreading.over_files(arguments.ray):
+            _, refusals = main(arguments)
     except (ValueError, OSError, ImportError) as problem:
         refusals = [str(problem)]
     for refusal in refusals:

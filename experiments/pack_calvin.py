@@ -11,8 +11,10 @@ import sys
 
 import numpy as np
 
+from experiments import spreading
 from robovlms_jax import cli
 from robovlms_jax.data import calvin, packing
+from robovlms_jax.parallel.config import RayConfig
 from robovlms_jax.runs import logs
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ class Args:
     sensors: tuple[str, ...] = ()
     """Further numeric arrays of the frames to store, for policy.sensors: depth_static, depth_tactile, ... A depth
     picture of 200 x 200 pixels takes 160 kB."""
+    ray: RayConfig = RayConfig()
+    """Workers that share the shards, on machines that see the same files; `workers` then counts for nothing."""
     workers: int = os.cpu_count() or 1
     """Processes."""
     skip_corrupt: bool = False
@@ -75,6 +79,8 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     logs.to_stderr()
     try:
-        main(cli.read(Args, description=__doc__))
-    except (ValueError, OSError, RuntimeError) as error:
+        settings = cli.read(Args, description=__doc__)
+        with spreading.over_files(settings.ray):
+            main(settings)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")

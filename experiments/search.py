@@ -5,18 +5,23 @@
     python -m experiments.search --start sample --sampler tpe --trials 30 --space optimizer.learning_rate=1e-5:1e-2:log
 
 Start the same command several times, here or on machines that share the folder, to work on it in parallel
-(`sbatch --array=1-8 --wrap "python -m experiments.search ..."`); start it again to go on where it stopped. A trial that
-fails is recorded with its last words, and the search goes on.
+(`sbatch --array=1-8 --wrap "python -m experiments.search ..."`), or let a Ray cluster do it (--ray.workers 8
+--ray.gpus 1); start it again to go on where it stopped. A trial that fails is recorded with its last words, and the
+search goes on.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import pathlib
 import signal
 import sys
 
 from experiments import protocols
 from robovlms_jax import cli
+from robovlms_jax.parallel import ray_workers
+from robovlms_jax.parallel.config import RayConfig
 from robovlms_jax.runs import logs
 from robovlms_jax.search import report, space, workers
 from robovlms_jax.search.config import SearchConfig
@@ -44,13 +49,21 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     _require_settings(config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end: the run saves, the trial stays open
     try:
-        if not config.report:
+        if config.ray.workers and not config.report:
+            ray_workers.everywhere(config.ray, functools.partial(_work, dataclasses.replace(config, ray=RayConfig())))
+        elif not config.report:
             workers.work(config)
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)
     path = report.write(config)
     print(f"report: {path}")
     return path
+
+
+def _work(config: SearchConfig) -> None:
+    """On a worker of a Ray cluster."""
+    logs.to_stderr()
+    workers.work(config)
 
 
 def _require_settings(config: SearchConfig) -> None:

@@ -35,8 +35,8 @@ PROGRAMS = sorted(
 )
 COMMAND = re.compile(r"python -m ((?:experiments|benchmarks)\.\w+)((?:\"[^\"\n]*\"|[^\n`'\"#;|&)\\]|\\\n)*)")
 LAUNCH = re.compile(
-    r"launch/[\w.]+ (?:train )?\S+ (experiments\.\w+)((?:\"[^\"\n]*\"|[^\n`'\"#;|&)\\]|\\\n)*)"
-)  # launch/FILE RUN PROGRAM FLAGS
+    r"launch/[\w.]+ (?:train )?(?:\S+ )?(experiments\.\w+)((?:\"[^\"\n]*\"|[^\n`'\"#;|&)\\]|\\\n)*)"
+)  # launch/FILE RUN PROGRAM FLAGS, or without RUN
 MAKE = re.compile(r"make run ARGS=\"([^\"\n]*)\"")
 FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*(?:\.[a-zA-Z][\w-]*)*")
 

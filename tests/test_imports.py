@@ -235,7 +235,7 @@ IMPORT_EVERYTHING = """
 import importlib, sys
 for name in sys.argv[1:]:
     importlib.import_module(name)
-    heavy = {"torch", "tensorflow", "tensorflow_datasets", "transformers"} & set(sys.modules)
+    heavy = {"torch", "tensorflow", "tensorflow_datasets", "transformers", "ray"} & set(sys.modules)
     assert not heavy, f"importing {name} loads {sorted(heavy)}"
 print(len(sys.argv) - 1, "imported")
 """

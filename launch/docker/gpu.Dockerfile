@@ -12,7 +12,7 @@ WORKDIR /opt/robovlms_jax
 COPY setup.cfg pyproject.toml requirements.txt README.md LICENSE ./
 RUN mkdir robovlms_jax experiments \
     && touch robovlms_jax/__init__.py experiments/__init__.py \
-    && pip install --no-cache-dir -c requirements.txt -e ".[gpu,remote]"
+    && pip install --no-cache-dir -c requirements.txt -e ".[gpu,remote,ray]"
 COPY . .
 # Fails the build if the package cannot be imported.
 RUN python -c "import robovlms_jax.runs.run, experiments.calvin_abcd"

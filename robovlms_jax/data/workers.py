@@ -1,9 +1,10 @@
-"""Long work over files, here or in processes, with progress that is counted while it is done."""
+"""Long work over files, here, in processes or elsewhere, with progress that is counted while it is done."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import contextvars
 import multiprocessing
 import os
 import threading
@@ -12,6 +13,22 @@ from typing import Any
 
 Advance = Callable[[int], Any]
 """Adds to what is done, in whatever unit the progress has: frames, bytes."""
+
+WorkThrough = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]], Advance], Iterator[tuple[int, Any]]]
+"""(work, jobs, advance) -> what `completed` yields."""
+
+_elsewhere: contextvars.ContextVar[WorkThrough | None] = contextvars.ContextVar("elsewhere", default=None)
+
+
+@contextlib.contextmanager
+def elsewhere(work_through: WorkThrough) -> Iterator[None]:
+    """In this block `completed` lets `work_through` do the jobs, such as machines of a cluster that see the same files;
+    its `workers` then count for nothing."""
+    token = _elsewhere.set(work_through)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
 
 
 def completed(
@@ -25,6 +42,10 @@ def completed(
     Args:
       work, jobs: picklable if there is more than one of both workers and jobs; `work` is sent once per process.
     """
+    work_through = _elsewhere.get()
+    if work_through is not None:
+        yield from work_through(work, jobs, advance)
+        return
     if workers == 1 or len(jobs) < 2:
         for position, job in enumerate(jobs):
             yield position, work(*job, advance)

@@ -151,7 +151,7 @@ class Evaluation:
 
 
 def evaluate(
-    policy: BatchedPolicy,
+    policy: BatchedPolicy | None,
     envs: VectorEnv,
     trials: Sequence[Trial],
     directory: str | os.PathLike,
@@ -167,8 +167,8 @@ def evaluate(
       trials: all trials of the evaluation, the same in every process.
       directory: one per environment, `settings` and set of trials; made if missing.
       share: which of them this process runs.
-      play: plays trials by itself, with the results that this loop would have; then neither policy nor films are asked
-        for.
+      play: plays trials by itself, with the results that this loop would have; then neither policy (None will do) nor
+        films are asked for, and of `envs` only the name and what they are about.
     Raises:
       ValueError: the directory holds results of other settings or other trials, or a damaged file.
       See also `rollout.run`; what was finished before an error is kept.
@@ -186,7 +186,6 @@ def evaluate(
     if done:
         log.info("%s has %d results; %d trials to go in this process", directory, len(done), len(mine))
 
-    executed = ExecutedBatch(policy, settings.execution)
     if mine:
         begin, scores = time.monotonic(), []
         with bars.Bar(len(mine), "trial", "compiling simulator and policy", desc=envs.name) as bar:
@@ -195,6 +194,7 @@ def evaluate(
                 bar.say(f"control step {step}, {sum(scores)} tasks solved")  # no rate: what fails ends later
 
             if play is None:
+                executed = ExecutedBatch(policy, settings.execution)
                 results = rollout.run(executed, envs, mine, settings.criterion, films=films, watch=watch)
             else:
                 results = iter(play(mine))

@@ -47,3 +47,27 @@ class DistributedConfig:
     def __post_init__(self):
         for field in ("start_timeout_s", "peer_timeout_s"):
             require(getattr(self, field) >= 1, f"distributed.{field}={getattr(self, field)} must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("ray")
+class RayConfig:
+    """Workers of a Ray cluster that share work which is no one program of all machines (`pip install -e .[ray]`)."""
+
+    workers: int = 0
+    """How many. 0: this process does it all, without Ray."""
+    address: str = ""
+    """HOST:PORT of the cluster. Empty: the one that RAY_ADDRESS names or that this machine is part of, else one made of
+    this machine for the time of the work. local: always the latter."""
+    cpus: float = 1.0
+    """Processors that each worker is given; the cluster starts no more workers on a machine than it has of them."""
+    gpus: float = 0.0
+    """GPUs that each worker is given, a part of one such as 0.25 too. 0: workers see none."""
+
+    def __post_init__(self):
+        require(self.workers >= 0, f"ray.workers={self.workers} must be 0 (without Ray) or positive.")
+        require(self.cpus > 0, f"ray.cpus={self.cpus} must be positive.")
+        require(self.gpus >= 0, f"ray.gpus={self.gpus} must not be negative.")
+        others = {"address": self.address != "", "cpus": self.cpus != 1.0, "gpus": self.gpus != 0.0}
+        named = [f"ray.{name}" for name, is_set in others.items() if is_set and not self.workers]
+        require(not named, f"{', '.join(named)} without ray.workers has no effect; say how many workers.")

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from robovlms_jax import schema
+from robovlms_jax.parallel.config import RayConfig
 from robovlms_jax.schema import require
 
 
@@ -42,6 +43,8 @@ class SearchConfig:
     prune: bool = False
     """With a sampler: end trials early that are worse than others were at the same step (asynchronous successive
     halving, Li et al. 2018, arXiv:1810.05934), by every value of the objective in their metrics.jsonl."""
+    ray: RayConfig = RayConfig()
+    """Workers that take trials from `out`, which their machines share."""
     report: bool = False
     """Only write the report of what is there."""
 

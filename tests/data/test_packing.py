@@ -18,9 +18,11 @@ import types
 import numpy as np
 import pytest
 
+from experiments import spreading
 from robovlms_jax.data import base, calvin, packed, packing, spool
 from robovlms_jax.driving import recording
 from robovlms_jax.driving.config import RecordingConfig
+from robovlms_jax.parallel.config import RayConfig
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SPANS = [(100, 112), (105, 120), (130, 139)]
@@ -378,3 +380,14 @@ def test_a_packed_dataset_of_another_robot_is_packed_again_without_a_quarrel(tmp
     assert (
         packing.pack(source, tmp_path / "drives", frame_ids=source.frame_ids[:6]).robot == first.robot == source.robot
     )
+
+
+@pytest.mark.slow
+def test_two_workers_of_a_ray_cluster_pack_what_one_process_packs(write_calvin, tmp_path, small_shards):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install -e .[ray]")
+    root = write_calvin(SPANS, frames=range(90, 150))
+    with spreading.over_files(RayConfig(workers=2, address="local")):
+        pack(root, tmp_path / "shared")
+    pack(root, tmp_path / "alone")
+    assert content(tmp_path / "shared") == content(tmp_path / "alone")
+    assert len(content(tmp_path / "alone")) > 4

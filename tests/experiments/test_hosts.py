@@ -115,6 +115,34 @@ def test_four_write_and_one_two_or_eight_devices_read(alone, tmp_path):
         assert seals.damage(again / "checkpoints" / "4") is None
 
 
+def drawn(notes: pathlib.Path, processes: int) -> dict[int, list[str]]:
+    """Step -> digests of the rows of its batch, joined over the processes."""
+    rows: dict[int, list[str]] = {}
+    for process in range(processes):
+        for line in notes.with_name(f"{notes.name}.{process}").read_text().splitlines():
+            noted = json.loads(line)
+            rows.setdefault(noted["step"], []).extend(noted["rows"])
+    return rows
+
+
+def test_fewer_processes_go_on_with_the_same_rows_in_the_same_order(tmp_path):
+    # Two processes of two devices each, then one process on another mesh from the same checkpoint: as a run that
+    # lost a slice goes on. Batches are equal to the last bit, losses up to the order of sums.
+    two, one, job = tmp_path / "two", tmp_path / "one", ("-m", "tests.experiments.noted", *RUN[2:])
+    common = {"job": job, "JAX_NUM_CPU_DEVICES": "2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    flags = ("--train.steps", "4", "--mesh.fsdp", "2")
+    before = finish(two, start(two, 2, *flags, NOTES=f"{two}.rows", **common))
+    shutil.copytree(two, one)
+    shutil.rmtree(one / "checkpoints" / "4")
+    flags = ("--train.steps", "4", "--mesh.tensor", "2", "--train.resume")
+    after = finish(one, start(one, 1, *flags, NOTES=f"{one}.rows", **common))
+    assert "resumed after step 2" in log(one, 0).read_text()
+    expected, found = drawn(tmp_path / "two.rows", 2), drawn(tmp_path / "one.rows", 1)
+    assert sorted(expected) == [1, 2, 3, 4] and found == {step: expected[step] for step in (3, 4)}
+    assert len({row for rows in expected.values() for row in rows}) == 4 * 8
+    assert_close(after, before)
+
+
 def test_two_close_the_loop_as_one(tmp_path):
     # The first process records and rolls out while the other waits; both train on the recording and agree on the best
     # state. Fails if both record, or one goes on before there is anything to read.

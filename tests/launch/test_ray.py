@@ -1,0 +1,61 @@
+"""An evaluation and a shared queue by Ray's own cluster of this machine. Needs `pip install -e .[ray]`."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import pathlib
+
+import pytest
+
+from experiments import evaluate, evaluation_settings
+from robovlms_jax.evaluation import chains
+from robovlms_jax.parallel import ray_workers
+from robovlms_jax.parallel.config import RayConfig
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TWO = RayConfig(workers=2, address="local")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install -e .[ray]"),
+]
+
+
+def test_an_evaluation_on_two_workers_has_the_results_of_one_process(tmp_path):
+    # Parts of two trials each, on two workers with two tables each: everything but the order of the lines is the same.
+    def asked(name: str, ray: RayConfig) -> chains.Evaluation:
+        config = evaluation_settings.EvaluateConfig(
+            str(ROOT / "robovlms_jax/demo/twin"), out=str(tmp_path / name), chains=7, max_steps=20, films=2, ray=ray
+        )
+        evaluate.evaluate(config)
+        return chains.load(tmp_path / name)
+
+    shared, alone = asked("shared", TWO), asked("alone", RayConfig())
+    assert shared == alone and [result.index for result in shared.results] == list(range(7))
+    films = [sorted(path.name for path in (tmp_path / name).glob("film_*")) for name in ("shared", "alone")]
+    assert films[0] == films[1] and len(films[0]) == 2
+    # The same command again, with trials missing, runs these alone; results of both starts add up.
+    stored = tmp_path / "shared" / "results-000.jsonl"
+    lines = stored.read_text().splitlines(keepends=True)
+    stored.write_text("".join(lines[:4]))
+    assert asked("shared", TWO) == alone
+    assert len(stored.read_text().splitlines()) == len(lines)
+
+
+def fail(folder: str) -> None:
+    raise ValueError(f"nothing in {folder}")
+
+
+def note(folder: str) -> None:
+    logging.getLogger(__name__).info("here")
+    pathlib.Path(folder, str(os.getpid())).touch()
+
+
+def test_every_worker_works_on_a_shared_queue_and_a_mistake_there_is_told_here(tmp_path):
+    ray_workers.everywhere(TWO, functools.partial(note, str(tmp_path)))
+    assert 1 <= len(list(tmp_path.iterdir())) <= 2 and str(os.getpid()) not in os.listdir(tmp_path)
+    with pytest.raises(ValueError, match="nothing in"):
+        ray_workers.everywhere(TWO, functools.partial(fail, str(tmp_path)))
