@@ -17,19 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from robovlms_jax.parallel import targets
 from robovlms_jax.training import provenance
-
-# Dense matrix products, as the vendor's data sheets state them: bfloat16 TFLOP/s, TF32 TFLOP/s (what JAX uses for
-# float32 there), GB/s of memory. A row counts when its name is part of the device's; the first such row wins.
-ACCELERATORS = {
-    "H200": (989.5, 494.7, 4800.0),
-    "H100 PCIe": (756.0, 378.0, 2000.0),
-    "H100 NVL": (835.0, 417.5, 3900.0),
-    "H100": (989.5, 494.7, 3350.0),
-    "A100 80GB PCIe": (312.0, 156.0, 1935.0),
-    "A100-SXM4-80GB": (312.0, 156.0, 2039.0),
-    "A100": (312.0, 156.0, 1555.0),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +47,11 @@ def ceiling(dtype: str, num_devices: int, *, peak_tflops: float = 0.0, bandwidth
     device = jax.devices()[0]
     # Fake CPU devices (--xla_force_host_platform_device_count) share one processor.
     count = 1 if device.platform == "cpu" else num_devices
-    row = next((row for name, row in ACCELERATORS.items() if name in device.device_kind), None)
-    if row is None:
+    published = targets.peaks(device.device_kind, dtype)
+    if published is None:
         flops, bandwidth, source = measure_matmul(dtype), measure_bandwidth(), "measured in this run"
     else:
-        flops, bandwidth = row[0 if dtype == "bfloat16" else 1] * 1e12, row[2] * 1e9
+        flops, bandwidth = published
         source = f"data sheet of {device.device_kind}"
     given = [name for name, value in (("peak", peak_tflops), ("bandwidth", bandwidth_gbs)) if value]
     source += f"; {' and '.join(given)} as given" if given else ""

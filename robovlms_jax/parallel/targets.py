@@ -75,6 +75,32 @@ CHIPS: Mapping[str, Chip] = {
 }  # fmt: skip
 """Name in a target -> figures."""
 
+# Dense bfloat16 FLOP/s and bytes/s by NVIDIA's data sheets. The first whose name is part of a device's counts, so the
+# cards of a family that differ come before the one that its short name means.
+_CARDS: Mapping[str, tuple[float, float]] = {
+    "H100 PCIe": (756e12, 2000e9),
+    "H100 NVL": (835e12, 3900e9),
+    "A100 80GB PCIe": (312e12, 1935e9),
+    "A100-SXM4-80GB": (CHIPS["a100"].flops, CHIPS["a100"].bandwidth),
+    "A100": (312e12, 1555e9),
+    **{name.upper(): (CHIPS[name].flops, CHIPS[name].bandwidth) for name in ("h100", "h200", "b200")},
+}
+
+
+def peaks(device_kind: str, dtype: str) -> tuple[float, float] | None:
+    """Published FLOP/s of matrix products in `dtype` and bytes/s of memory of a device; None: it is in no table here.
+
+    Args:
+      device_kind: `jax.Device.device_kind`.
+      dtype: bfloat16, or float32, which JAX multiplies as TF32 on GPUs (half as fast) and as bfloat16 on TPUs.
+    """
+    for chip in CHIPS.values():
+        if chip.axes and chip.kind == device_kind:
+            return chip.flops, chip.bandwidth
+    found = next((peak for name, peak in _CARDS.items() if name in device_kind), None)
+    return found and (found[0] * (1 if dtype == "bfloat16" else 0.5), found[1])
+
+
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     # Without the card nothing can be timed, so kernels are not chosen by timing them, and Triton's need that.
     "gpu": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False},

@@ -39,6 +39,25 @@ def test_a_misspelt_target_is_refused_with_what_there_is(name, message):
 
 
 @pytest.mark.parametrize(
+    ("kind", "dtype", "tflops", "gbs"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989, 3350),
+        ("NVIDIA H100 80GB HBM3", "float32", 494.5, 3350),
+        ("NVIDIA H100 PCIe", "bfloat16", 756, 2000),
+        ("NVIDIA H200", "bfloat16", 989, 4800),
+        ("NVIDIA A100-SXM4-80GB", "float32", 156, 2039),
+        ("NVIDIA A100-SXM4-40GB", "bfloat16", 312, 1555),
+        ("TPU v5 lite", "bfloat16", 197, 819),
+        ("TPU v5", "float32", 459, 2765),
+    ],
+)
+def test_a_devices_published_peaks_are_those_of_its_own_card(kind, dtype, tflops, gbs):
+    # Fails if a card is taken for another one of its family, such as an H100 of PCIe for one of SXM.
+    assert targets.peaks(kind, dtype) == (pytest.approx(tflops * 1e12), pytest.approx(gbs * 1e9))
+    assert targets.peaks("cpu", dtype) is targets.peaks("NVIDIA GeForce RTX 4090", dtype) is None
+
+
+@pytest.mark.parametrize(
     ("name", "module", "extra"), [("v5e:2x2", "libtpu", "plan-tpu"), ("h100:8", "jax_plugins.xla_cuda12", "plan-gpu")]
 )
 def test_a_compiler_that_is_not_installed_is_named_with_what_installs_it(monkeypatch, name, module, extra):
