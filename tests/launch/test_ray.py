@@ -10,12 +10,11 @@ import pathlib
 
 import pytest
 
-from experiments import evaluate, evaluation_settings
 from robovlms_jax.evaluation import chains
 from robovlms_jax.parallel import ray_workers
 from robovlms_jax.parallel.config import RayConfig
+from tests.processes import run_python
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 TWO = RayConfig(workers=2, address="local")
 
 pytestmark = [
@@ -26,14 +25,19 @@ pytestmark = [
 
 def test_an_evaluation_on_two_workers_has_the_results_of_one_process(tmp_path):
     # Parts of two trials each, on two workers with two tables each: everything but the order of the lines is the same.
-    def asked(name: str, ray: RayConfig) -> chains.Evaluation:
-        config = evaluation_settings.EvaluateConfig(
-            str(ROOT / "robovlms_jax/demo/twin"), out=str(tmp_path / name), chains=7, max_steps=20, films=2, ray=ray
+    def asked(name: str, *flags: str) -> chains.Evaluation:
+        run_python(
+            *("-m", "experiments.evaluate", "--checkpoint", "robovlms_jax/demo/twin", "--out", tmp_path / name),
+            *("--chains", "7", "--max_steps", "20", "--films", "2", "--processes", "2", *flags),
+            # Each program is compiled once for all processes.
+            JAX_COMPILATION_CACHE_DIR=str(tmp_path / "programs"),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            JAX_DISABLE_MOST_OPTIMIZATIONS="1",
         )
-        evaluate.evaluate(config)
         return chains.load(tmp_path / name)
 
-    shared, alone = asked("shared", TWO), asked("alone", RayConfig())
+    cluster = ("--ray.workers", "2", "--ray.address", "local")
+    alone, shared = asked("alone"), asked("shared", *cluster)
     assert shared == alone and [result.index for result in shared.results] == list(range(7))
     films = [sorted(path.name for path in (tmp_path / name).glob("film_*")) for name in ("shared", "alone")]
     assert films[0] == films[1] and len(films[0]) == 2
@@ -41,7 +45,7 @@ def test_an_evaluation_on_two_workers_has_the_results_of_one_process(tmp_path):
     stored = tmp_path / "shared" / "results-000.jsonl"
     lines = stored.read_text().splitlines(keepends=True)
     stored.write_text("".join(lines[:4]))
-    assert asked("shared", TWO) == alone
+    assert asked("shared", *cluster) == alone
     assert len(stored.read_text().splitlines()) == len(lines)
 
 
