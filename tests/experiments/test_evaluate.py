@@ -243,9 +243,9 @@ IN_QUANTILES = PolicyConfig(robot=robot.end_effector("OpenVLADataset", "1", "1")
 def test_a_policy_of_another_robot_is_refused_by_the_simulator_with_what_differs(monkeypatch, tmp_path):
     arm = tuple(dataclasses.replace(d, unit=d.unit.split()[1]) for d in CALVIN.action[:6])
     metres = dataclasses.replace(CALVIN, name="metres", rate_hz=5.0, action=(*arm, CALVIN.action[6]))
-    policy = types.SimpleNamespace(model=types.SimpleNamespace(config=PolicyConfig(robot=metres)))
-    monkeypatch.setattr(evaluate.load, "load_batched_policy", lambda checkpoint, slots, weights: policy)
-    monkeypatch.setattr(evaluate.load, "load_config", lambda checkpoint: ExperimentConfig())
+    saved = ExperimentConfig(policy=PolicyConfig(robot=metres))
+    monkeypatch.setattr(evaluate.load, "load_batched_policy", None)  # refused before parameters are read
+    monkeypatch.setattr(evaluate.load, "load_config", lambda checkpoint: saved)
     monkeypatch.setattr(evaluate.checkpoints, "locate", pathlib.Path)
     monkeypatch.setattr(evaluate.seals, "identity", lambda directory: evaluate.seals.Identity(3, "abc"))
     with pytest.raises(ValueError, match=r"env playtable is driven as another robot .*\n.*30 Hz(.*\n.*){2}'0.02 m'"):
