@@ -7,182 +7,36 @@
     python -m experiments.compare_policies --preset pretraining   # questions about pictures first, or not
     python -m experiments.compare_policies --preset embodiment    # before and after training among other robots
     python -m experiments.compare_policies --preset discrete      # actions as words: how many bins, and which ids
+    python -m experiments.compare_policies --preset training      # two new tasks: which parameters learn them
+    python -m experiments.compare_policies --preset recipes       # the same two: schedules, optimizers, averages
 
 A variant is a preset with some fields set otherwise, and may begin where another variant ended. Each trial is an
-ordinary run in OUT/trials: the same command goes on where it was stopped, and several processes share the work.
+ordinary run in OUT/trials: the same command goes on where it was stopped, and several processes share the work. What
+the comparisons are made of: comparison_settings.py.
 Structures are compared by `experiments.compare_structures`, single fields by `experiments.search`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments import protocols
-from robovlms_jax import cli, json_files, schema
-from robovlms_jax.evaluation.report import tables
+from experiments import comparison_settings, protocols
+from experiments.comparison_settings import ComparePoliciesConfig, Variant
+from robovlms_jax import cli, json_files
+from robovlms_jax.evaluation.report import offline, tables
 from robovlms_jax.runs import cost, load
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
 from robovlms_jax.search import queue, report
 from robovlms_jax.strategies import protocol, support
 
-
-@dataclasses.dataclass(frozen=True)
-@schema.checked("variant")
-class Variant:
-    """One row of the table."""
-
-    name: str
-    """In the table, and for `after`."""
-    fixed: tuple[str, ...] = ()
-    """Fields set otherwise, "policy.chunk=5"."""
-    start: str = ""
-    """The preset it begins with; empty: the comparison's."""
-    after: str = ""
-    """The variant whose policy it begins with, of the same seed; empty: parameters at random, or published weights."""
-    demonstrations: int = 0
-    """Of each task, drawn by the seed; 0: all there are."""
-    compared: bool = True
-    """False: only there for others to begin with; it is not rolled out."""
-
-    def __post_init__(self):
-        require(bool(self.name), "variant.name is empty; every variant has a name of its own.")
-        require(self.demonstrations >= 0, f"variant.demonstrations={self.demonstrations} must be 0 (all) or more.")
-
-
-@dataclasses.dataclass(frozen=True)
-@schema.checked("compare")
-class ComparePoliciesConfig:
-    """What is compared."""
-
-    variants: tuple[Variant, ...]
-    """In the order in which they are trained."""
-    experiment: str = "calvin_abcd"
-    """Module of `experiments` whose preset is begun with."""
-    start: str = "playtable_fixtures"
-    """Its preset: model, data and rollouts."""
-    fixed: tuple[str, ...] = ()
-    """Fields of it set otherwise in every variant, "train.steps=2300"."""
-    more: tuple[str, ...] = ()
-    """Further ones, which count more than `fixed` and a variant's own."""
-    seeds: int = 3
-    """Of parameters, order of batches and draws of demonstrations."""
-    out: str = "searches/compare"
-    """Directory of trials and report."""
-    report: bool = False
-    """Only write the report of what is there."""
-
-    def __post_init__(self):
-        require(self.seeds >= 1, f"compare.seeds={self.seeds} must be at least 1.")
-        names = [variant.name for variant in self.variants]
-        require(bool(names), "compare.variants is empty; name at least one.")
-        twice = sorted({name for name in names if names.count(name) > 1})
-        require(not twice, f"compare.variants has {twice} more than once.")
-        for place, variant in enumerate(self.variants):
-            require(
-                not variant.after or variant.after in names[:place],
-                f"compare.variants: {variant.name!r} begins with {variant.after!r}, which is none of those before it: "
-                f"{names[:place]}.",
-            )
-        require(any(variant.compared for variant in self.variants), "compare.variants has none that is compared.")
-
-
-def _head(kind: str, **fields: Any) -> str:
-    return "policy.head=" + json.dumps({"kind": kind, **fields}, separators=(",", ":"))
-
-
-def _words(bins: int, *further: str, **fields: Any) -> tuple[str, ...]:
-    head = _head("discrete", num_bins=bins, **fields)
-    return ("policy.history=one_step", "policy.readout=token", head, *further)
-
-
-WORDS_RATE = "optimizer.learning_rate=2e-3"
-"""Of policies whose actions are words: at the 4e-4 of the heads that regress they learn how frequent each word is, and
-nothing from pictures, for thousands of steps."""
-BUDGET = (
-    *("train.steps=600", "train.batch_size=32", "policy.chunk=5"),
-    *("rollouts.trials=40", "rollouts.max_steps=80", "rollouts.films=0"),
-)
-"""An eighth of the default's steps, of half its windows, and half its chunk: a minute for a run on a CPU."""
-_HEADS = (
-    Variant("mlp", ("policy.history=one_step", _head("mlp", hidden_size=128, trunk=[256, 128]))),
-    *(
-        Variant(f"lstm, {n} layers", (_head("lstm", hidden_size=128, num_layers=n, trunk=[256, 128]),))
-        for n in (2, 3, 4)
-    ),
-    *(
-        Variant(kind, (_head(kind, hidden_size=128, num_layers=2, num_heads=4, trunk=[256, 128], dropout=0.0),))
-        for kind in ("gpt", "attention")
-    ),
-    Variant("flow", (_head("flow", hidden_size=64, num_layers=2, num_heads=4, num_steps=5),)),
-    Variant("discrete", _words(64, WORDS_RATE, decoding="parallel")),
-)
-
-
-def _chunk(length: int) -> Variant:
-    return Variant(str(length), (f"policy.chunk={length}", f"rollouts.execution.horizon={min(length, 5)}"))
-
-
-PRESETS = {
-    "heads": ComparePoliciesConfig(_HEADS, fixed=BUDGET, out="searches/heads"),
-    "chunks": ComparePoliciesConfig(tuple(map(_chunk, (1, 5, 10, 20))), fixed=BUDGET, out="searches/chunks"),
-    "windows": ComparePoliciesConfig(
-        tuple(Variant(str(length), (f"policy.window={length}",)) for length in (1, 4, 8)),
-        fixed=(*BUDGET, "data.windows_per_segment=4"),  # windows that share frames: a fraction of the time
-        out="searches/windows",
-    ),
-    "data": ComparePoliciesConfig(
-        (Variant("0.1x", demonstrations=9), Variant("1x", demonstrations=88), Variant("5x", demonstrations=440)),
-        fixed=(
-            *BUDGET,
-            *("data.root=data/playtable_4000", "demonstrations.episodes=4000", "demonstrations.random_scenes=3997"),
-        ),
-        out="searches/data",
-    ),
-    "pretraining": ComparePoliciesConfig(
-        (
-            Variant("questions", ("train.stages.0.steps=600",), start="vl", compared=False),
-            Variant("none"),
-            Variant("questions first", after="questions"),
-        ),
-        experiment="cotrain",
-        start="robot",
-        fixed=BUDGET,
-        out="searches/pretraining",
-    ),
-    "embodiment": ComparePoliciesConfig(
-        (
-            Variant("before"),
-            Variant("after", after="before", start="among"),
-            Variant("longer on the robot alone", after="before"),
-        ),
-        experiment="cotrain",
-        start="robot",
-        fixed=BUDGET,
-        out="searches/embodiment",
-    ),
-    "discrete": ComparePoliciesConfig(
-        (
-            *(Variant(f"{bins} bins", _words(bins)) for bins in (256, 64, 32)),
-            Variant("64 bins, ids of no word", _words(64, vocab_end=512)),
-            Variant("64 bins, in parallel", _words(64, decoding="parallel")),
-            Variant("64 bins, rate 2e-3", _words(64, WORDS_RATE)),
-            *(
-                Variant(f"{bins} bins, in parallel, rate 2e-3", _words(bins, WORDS_RATE, decoding="parallel"))
-                for bins in (256, 64, 32)
-            ),
-        ),
-        fixed=BUDGET,
-        out="searches/discrete",
-    ),
-}
+PRESETS = comparison_settings.PRESETS
 
 
 def jobs(config: ComparePoliciesConfig) -> list[protocol.Job]:
@@ -227,13 +81,20 @@ class _Trained:
             "optimizer.warmup_steps": min(self.start.optimizer.warmup_steps, self.start.train.steps // 10),
         }
         if base is not None:
-            changes["train.init_from"] = str(base)
+            changes |= {"train.init_from": str(base), **_scales(base)}
         if self.variant.demonstrations:
             available = protocols.demonstrations(self.start)
             drawn = support.draw(available, sorted(available), self.variant.demonstrations, self.seed)
             path = pathlib.Path(self.config.out) / "support" / f"{self.variant.demonstrations}_{self.seed}.json"
             changes["data.episode_list"] = support.write(path, drawn)
         return cli.override(self.start, **changes)
+
+
+def _scales(base: pathlib.Path) -> dict[str, Any]:
+    """Those of actions and state that a run's parameters were learned with. Other data would give others."""
+    policy = load.load_config(base).policy
+    names = ("action_low", "action_high", "action_mean", "action_std", "action_mu", "proprio")
+    return {f"policy.{name}": getattr(policy, name) for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +111,16 @@ class _Judged:
         found = protocol.rollouts(run)
         error = json_files.read_object(run / "report.json", "a run's report").get("overall", {}).get("translation_m")
         found["error_mm"] = None if error is None else 1000 * error
+        found["answers"] = _answers(run)
         return found | (cost.measure(load.load_batched_policy(run, 1), self.sizes) if self.costed else {})
+
+
+def _answers(run: pathlib.Path) -> float | None:
+    """Share of the held-out questions about pictures that the finished run answers rightly, of all their sources; None
+    where none are asked."""
+    metrics = offline.read_metrics(run / "metrics.jsonl")
+    shares = [values[-1] for name, (_, values) in metrics.items() if name.startswith("validation/accuracy_")]
+    return float(np.mean(shares)) if shares else None
 
 
 def work(config: ComparePoliciesConfig) -> pathlib.Path:
@@ -270,9 +140,10 @@ def write_report(
     sections = [
         f"# Policies compared: {config.experiment}, {config.start}",
         f"{start.train.steps} steps of {start.train.batch_size} windows each. Success: {start.rollouts.trials} trials "
-        f"on table {start.rollouts.scene}, at most {start.rollouts.max_steps} control steps each; mean over seeds with "
-        "its interval of 95 % (Student's t). Open-loop error: of the next actions' positions, per step and axis, on "
-        "held-out demonstrations. Milliseconds, memory and parameters: of a control step of one robot, seed 0.",
+        f"on table {start.rollouts.scene}, at most {start.rollouts.max_steps} control steps each. Open-loop error: of "
+        "the next actions' positions, per step and axis, on held-out demonstrations. Answers: to held-out questions "
+        "about pictures. Means over seeds with intervals of 95 % (Student's t). Milliseconds, memory and parameters: "
+        "of a control step of one robot, seed 0.",
     ]
     if rows:
         sections.append(_table(rows))
@@ -285,7 +156,8 @@ def write_report(
 
 def rows_of(config: ComparePoliciesConfig, trials: Sequence[queue.Trial]) -> list[dict[str, Any]]:
     """A record per compared variant: "success" of each seed that is done, "mean", "half_width" of its interval (None
-    with one seed), "tasks", "error_mm", and what its control step costs."""
+    with one seed), "tasks"; "errors_mm" and "answers" of each seed, where there are any; and what its control step
+    costs."""
     found = []
     for variant in config.variants:
         done = [trial for trial in trials if trial.setting["variant"] == variant.name and trial.status == "done"]
@@ -294,7 +166,6 @@ def rows_of(config: ComparePoliciesConfig, trials: Sequence[queue.Trial]) -> lis
             continue
         values = [float(result["value"]) for result in results]
         half = report.half_width_of(values)
-        errors = [result["error_mm"] for result in results if result["error_mm"] is not None]
         names = results[0]["tasks"]
         costs = ("milliseconds", "parameters", "head_parameters", "step_bytes")
         found.append(
@@ -305,23 +176,41 @@ def rows_of(config: ComparePoliciesConfig, trials: Sequence[queue.Trial]) -> lis
                 "half_width": None if math.isnan(half) else half,
                 "trials": results[0]["trials"],
                 "tasks": {name: float(np.mean([result["tasks"][name] for result in results])) for name in names},
-                "error_mm": float(np.mean(errors)) if errors else None,
+                "errors_mm": _known(results, "error_mm"),
+                "answers": _known(results, "answers"),
                 **{name: results[0].get(name) for name in costs},
             }
         )
     return found
 
 
+def _known(results: Sequence[protocol.Result], name: str) -> list[float]:
+    return [float(result[name]) for result in results if result.get(name) is not None]
+
+
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    body = []
-    for row in rows:
-        success = f"{row['mean']:.2f}" + ("" if row["half_width"] is None else f" ± {row['half_width']:.2f}")
-        cells = [row["variant"], str(len(row["success"])), success, _number(row["error_mm"], 1)]
-        memory = None if row["step_bytes"] is None else row["step_bytes"] / 2**20
-        cells += [_number(row["milliseconds"], 1), _number(memory, 1), _number(row["head_parameters"], 0)]
-        body.append(cells)
-    head = ["variant", "seeds", "success", "open-loop error, mm", "control step, ms", "its memory, MiB"]
-    return tables.markdown([*head, "parameters of the head"], body)
+    """Columns that no row has anything for are left out."""
+    mib = 2**20
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "seeds": lambda row: str(len(row["success"])),
+        "success": lambda row: _interval(row["success"], 2),
+        "open-loop error, mm": lambda row: _interval(row["errors_mm"], 1),
+        "answers right": lambda row: _interval(row["answers"], 2),
+        "control step, ms": lambda row: _number(row["milliseconds"], 1),
+        "its memory, MiB": lambda row: _number(row["step_bytes"] and row["step_bytes"] / mib, 1),
+        "parameters of the head": lambda row: _number(row["head_parameters"], 0),
+    }
+    shown = {name: cell for name, cell in columns.items() if any(cell(row) for row in rows)}
+    body = [[row["variant"], *(cell(row) for cell in shown.values())] for row in rows]
+    return tables.markdown(["variant", *shown], body)
+
+
+def _interval(values: Sequence[float], digits: int) -> str:
+    """Mean and half of its interval of 95 %; the mean alone of one value, nothing of none."""
+    if not values:
+        return ""
+    half = report.half_width_of(values)
+    return _number(float(np.mean(values)), digits) + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -71,6 +71,8 @@ class ContinualConfig:
     ewc: float = 1e8
     """ewc: the weight of the term (optimizer.ewc). Which one is right depends on the scale of losses and on the
     optimizer; of 1e4, 1e6, 1e8 and 1e10 none kept and learned on PlayTable (docs/strategies.md)."""
+    ewc_floor: float = 0.0
+    """ewc: the least information that a parameter counts with, as a share of the mean (optimizer.ewc_floor)."""
     samples: int = 256
     """ewc: segments by which the Fisher information is measured."""
     rank: int = 32
@@ -89,6 +91,7 @@ class ContinualConfig:
         require(bool(self.methods), "continual.methods is empty; name at least one.")
         for field in ("ewc", "rate"):
             require(getattr(self, field) > 0, f"continual.{field}={getattr(self, field)} must be positive.")
+        require(self.ewc_floor >= 0, f"continual.ewc_floor={self.ewc_floor} must be 0 (none) or positive.")
         for field in ("first_steps", "steps"):
             require(
                 getattr(self, field) % self.looks == 0,
@@ -185,7 +188,7 @@ class _Step:
             changes["data.further.lists"] = {"memory": self._list("memory", earlier, config.memory)}
             changes["train.sources"] = {"robot": 1.0, "memory": 1.0}
         if self.method == "ewc":
-            changes["optimizer.ewc"] = config.ewc
+            changes |= {"optimizer.ewc": config.ewc, "optimizer.ewc_floor": config.ewc_floor}
         if self.method == "adapters":
             changes |= PARTS["lora"]
             changes |= {"backbone.lora_rank": config.rank, "backbone.lora_alpha": float(config.rank)}

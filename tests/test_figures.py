@@ -8,6 +8,8 @@ import re
 
 import pytest
 
+from robovlms_jax.search import report
+
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -217,6 +219,39 @@ def test_the_tables_of_few_demonstrations_task_after_task_and_another_table_are_
         seeds = ", ".join(f"{x:.2f}" for x in row["success"])
         assert f"| {row['way']} | {seeds} | {mean_and_interval(row)} |" in text
     assert all(row["noise"] for row in [*few["differences"], *adapt["differences"]])
+
+
+def from_the_best(row, best):
+    if row is best:
+        return "best"
+    apart = [one - other for one, other in zip(row["success"], best["success"], strict=True)]
+    mean, half = sum(apart) / len(apart), report.half_width_of(apart)
+    return f"{mean:+.2f} ± {half:.2f}" + (", noise" if abs(mean) <= half else "")
+
+
+def mean_of(values, digits):
+    return f"{sum(values) / len(values):.{digits}f} ± {report.half_width_of(values):.{digits}f}"
+
+
+def test_the_tables_of_compared_policies_are_those_of_their_runs():
+    text = page("structures.md") + page("strategies.md")
+    for comparison in result("policies_cpu")["comparisons"].values():
+        assert comparison["command"] in text
+        rows = comparison["rows"]
+        best = max(rows, key=lambda row: row["mean"])
+        for row in rows:
+            assert len(row["success"]) == 3 and sum(row["success"]) / 3 == pytest.approx(row["mean"], abs=1e-3)
+            cells = [row["variant"], ", ".join(f"{x:.2f}" for x in row["success"]), mean_of(row["success"], 2)]
+            cells += [from_the_best(row, best), mean_of(row["errors_mm"], 1)]
+            cells += [mean_of(row["answers"], 2)] if "answers" in row else []
+            assert f"| {' | '.join(cells)} |" in text, cells
+
+
+def test_the_table_of_what_heads_cost_is_that_of_its_measurement():
+    found, text = result("policies_cpu")["costs"], page("structures.md")
+    for name, cost in found["heads"].items():
+        cells = [f"{cost['milliseconds']:.2f}", f"{cost['step_bytes'] / 2**20:.1f}", f"{cost['head_parameters']:,}"]
+        assert f"| {name} | {' | '.join(cells)} |".replace(",", " ") in text, cells
 
 
 def test_the_table_of_compared_checkpoints_is_that_of_its_run():

@@ -282,6 +282,7 @@ def _begin(setup: setups.Setup) -> state.TrainState:
     if not stage.optimizer.ewc:
         return begun
     fisher = consolidation.read(checkpoints.run_of(checkpoints.locate(config.train.init_from)))
+    fisher = consolidation.floored(fisher, stage.optimizer.ewc_floor)
     return begun.replace(opt_state=consolidation.with_fisher(begun.opt_state, fisher))
 
 

@@ -58,6 +58,9 @@ class OptimizerConfig:
     ewc: float = 0.0
     """Above 0: parameters are held where they begin by this times their Fisher information in what train.init_from's
     run learned (training/consolidation.py), which lies in its fisher.npz."""
+    ewc_floor: float = 0.0
+    """With ewc: the least information that a parameter counts with, as a share of the mean of all. At 0, parameters
+    that earlier tasks never used move freely, and what they switch on is new to the tasks that were learned."""
     clip_norm: float = 1.0
     """Global gradient norm is clipped to this; 0 turns clipping off (what upstream's configs really ran with)."""
 
@@ -72,6 +75,11 @@ class OptimizerConfig:
         require(0 < self.decay_share <= 1, f"optimizer.decay_share={self.decay_share} must lie in (0, 1].")
         require(0 < self.layer_decay <= 1, f"optimizer.layer_decay={self.layer_decay} must lie in (0, 1].")
         require(self.ewc >= 0, f"optimizer.ewc={self.ewc} must be 0 (off) or positive.")
+        require(self.ewc_floor >= 0, f"optimizer.ewc_floor={self.ewc_floor} must be 0 (off) or positive.")
+        require(
+            self.ewc > 0 or not self.ewc_floor,
+            f"optimizer.ewc_floor={self.ewc_floor} has no effect while optimizer.ewc is 0.",
+        )
         require(0 <= self.ema < 1, f"optimizer.ema={self.ema} must lie in [0, 1).")
         for field in ("rates", "last_layers"):
             values = getattr(self, field)

@@ -64,6 +64,12 @@ def with_fisher(opt_state: Any, fisher: Mapping[str, np.ndarray]) -> Any:
     return opt_state._replace(fisher={**opt_state.fisher, **placed})
 
 
+def floored(fisher: Mapping[str, np.ndarray], share: float) -> dict[str, np.ndarray]:
+    """F with no number below `share` times the mean of all; 0 changes nothing."""
+    mean = sum(float(x.sum(dtype=np.float64)) for x in fisher.values()) / max(sum(x.size for x in fisher.values()), 1)
+    return {path: np.maximum(x, np.float32(share * mean)) for path, x in fisher.items()}
+
+
 def path_of(run: pathlib.Path) -> pathlib.Path:
     """The file of a run. Raises FileNotFoundError that says how it is made."""
     path = run / FILE

@@ -31,13 +31,20 @@ def test_variants_differ_in_what_they_name_and_in_nothing_else():
     assert all(x == plain[0] for x in plain) and plain[0].train.steps == 600
 
 
-def test_a_variant_begins_where_another_one_of_its_seed_ended():
+def test_a_variant_begins_where_another_one_of_its_seed_ended(monkeypatch):
     jobs = compare.jobs(dataclasses.replace(compare.PRESETS["pretraining"], seeds=2))
     assert [(job.setting["variant"], job.seed, job.after, job.compared) for job in jobs] == [
         *(("questions", 0, None, False), ("none", 0, None, True), ("questions first", 0, 0, True)),
-        *(("questions", 1, None, False), ("none", 1, None, True), ("questions first", 1, 3, True)),
+        *(("questions first and beside", 0, 0, True), ("the same, insulated", 0, 0, True)),
+        *(("questions", 1, None, False), ("none", 1, None, True), ("questions first", 1, 5, True)),
+        *(("questions first and beside", 1, 5, True), ("the same, insulated", 1, 5, True)),
     ]
-    first, later = jobs[0].config(None), jobs[5].config(pathlib.Path("runs/x"))
+    first = jobs[0].config(None)
+    proprio = dataclasses.replace(first.policy.proprio, center=(0.5,) * 6, scale=(2.0,) * 6)
+    policy = dataclasses.replace(first.policy, proprio=proprio, action_mu=3.0, chunk=7)
+    monkeypatch.setattr(compare.load, "load_config", lambda run: dataclasses.replace(first, policy=policy))
+    later = jobs[7].config(pathlib.Path("runs/x"))
+    assert (later.policy.proprio, later.policy.action_mu, later.policy.chunk) == (proprio, 3.0, 5)  # scales alone
     assert first.rollouts.trials == 0 and first.train.stages[0].steps == 600
     assert (later.train.init_from, later.train.seed, later.train.steps) == ("runs/x", 1, 600)
     assert later.data.vl.paths and not later.train.stages
@@ -70,6 +77,41 @@ def test_the_compared_words_differ_in_bins_ids_decoding_and_rate():
     assert found[:3] == [(bins, 0, one_by_one, 4e-4) for bins in (256, 64, 32)]
     assert found[3:6] == [(64, 512, one_by_one, 4e-4), (64, 0, parallel, 4e-4), (64, 0, one_by_one, 2e-3)]
     assert found[6:] == [(bins, 0, parallel, 2e-3) for bins in (256, 64, 32)]
+
+
+def test_the_ways_to_teach_new_tasks_are_what_they_are_called():
+    config = compare.PRESETS["training"]
+    variants = {variant.name: variant for variant in config.variants}
+    assert {variant.after for variant in config.variants if variant.compared} == {"six tasks"}
+
+    def made(name):
+        return compare._start(config, variants[name])
+
+    layer, plus, eight = map(made, ("language model's last layer, head", "LoRA+", "LoRA beside eight bits"))
+    assert layer.optimizer.last_layers == {"^backbone/text/": 1} and not any(
+        "vision" in x for x in layer.train.trainable
+    )
+    assert plus.optimizer.rates == {"lora_b$": 16} and plus.backbone.lora_rank and "^head/" in plus.train.trainable
+    assert eight.backbone.storage == "int8" and eight.train.trainable == plus.train.trainable
+    stages = made("head first, then the language model, then all").train.stages
+    assert [len(stage.trainable) for stage in stages] == [2, 3, 1] and stages[2].trainable == (".*",)
+    old = set(eight.data.exclude_tasks)
+    assert old.isdisjoint(eight.rollouts.tasks) and old | set(eight.rollouts.tasks) == set(eight.demonstrations.tasks)
+    assert made("six tasks").data.exclude_tasks == eight.rollouts.tasks
+
+
+def test_answers_are_those_of_the_last_validation(tmp_path):
+    assert compare._answers(tmp_path) is None
+    rows = [{"step": step, "validation/accuracy_questions": share} for step, share in ((1, 0.2), (5, 0.75))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare._answers(tmp_path) == 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", compare.PRESETS)
+def test_every_variant_of_every_comparison_is_a_configuration(name):
+    config = compare.PRESETS[name]
+    assert len(compare.jobs(config)) == config.seeds * len(config.variants)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +148,8 @@ def test_the_table_has_means_over_seeds_and_what_a_control_step_costs(tmp_path):
         (folder / "result.json").write_text(json.dumps(result))
         trials.append(queue.Trial(number, dict(job.setting), job.seed, "done", values[number]))
     text = compare.write_report(config, jobs, trials).read_text()
-    assert "| a | 2 | 0.62 ± 1.59 | 3.0 | 2.0 | 1.0 | 4 |" in text
+    assert "| a | 2 | 0.62 ± 1.59 | 3.0 ± 0.0 | 2.0 | 1.0 | 4 |" in text
+    assert "answers right" not in text  # of a comparison that asks none
     row = json.loads((tmp_path / "policies.json").read_text())["rows"][1]
     assert row["success"] == [0.25, 0.25] and row["half_width"] == 0 and row["tasks"] == {"open_drawer": 0.25}
 

@@ -110,8 +110,15 @@ def test_a_run_held_by_the_information_of_the_one_before_moves_less_and_goes_on_
         after = params_of(done)
         return after, sum(float(np.square(after[path] - start[path]).sum()) for path in start)
 
-    free, held = moved("free", 0.0)[1], moved("held", 1e12)[1]
+    free, (after, held) = moved("free", 0.0)[1], moved("held", 1e12)
     assert held < 0.8 * free
+    floored, _ = moved("floored", 1e12, **{"optimizer.ewc_floor": 0.1})
+    unknown = {path: x == 0 for path, x in measured.items()}
+    loose, tight = (
+        sum(float(np.square((x[path] - start[path])[mask]).sum()) for path, mask in unknown.items())
+        for x in (after, floored)
+    )
+    assert 0 < tight < 0.8 * loose
     whole, _ = moved("whole", 1e12, **{"train.checkpoint_every": 3})
     shutil.rmtree(tmp_path / "whole" / "checkpoints" / "6")
     again, _ = moved("whole", 1e12, **{"train.checkpoint_every": 3, "train.resume": True})

@@ -44,6 +44,17 @@ def test_what_was_not_measured_is_not_held_and_another_models_file_is_refused():
             consolidation.with_fisher(tx.init(PARAMS), other)
 
 
+def test_a_floor_holds_what_had_no_information_and_leaves_the_rest():
+    mean = (0.5 + 0.0 + 2.0) / 3
+    floored = consolidation.floored(FISHER, 0.3)
+    np.testing.assert_allclose(floored["head/a"], [0.5, 0.3 * mean], rtol=1e-6)
+    np.testing.assert_array_equal(floored["backbone/b"], FISHER["backbone/b"])
+    for path, x in consolidation.floored(FISHER, 0.0).items():
+        np.testing.assert_array_equal(x, FISHER[path])
+    with pytest.raises(ValueError, match=r"ewc_floor=0.3 has no effect while optimizer.ewc is 0"):
+        OptimizerConfig(ewc_floor=0.3)
+
+
 def test_clipping_is_switched_around_what_is_held():
     params = {"head/a": jnp.ones(2)}
     old, new = OptimizerConfig(ewc=1.0, clip_norm=0.0), OptimizerConfig(ewc=1.0, clip_norm=1.0, ema=0.5)
