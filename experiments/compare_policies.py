@@ -3,6 +3,7 @@
     python -m experiments.compare_policies                        # heads: success, latency, memory
     python -m experiments.compare_policies --preset chunks        # how many actions are predicted at a time
     python -m experiments.compare_policies --preset windows       # how many steps are looked back over
+    python -m experiments.compare_policies --preset structures    # where frames meet
     python -m experiments.compare_policies --preset data          # a tenth, all, and five times the demonstrations
     python -m experiments.compare_policies --preset pretraining   # questions about pictures first, or not
     python -m experiments.compare_policies --preset embodiment    # before and after training among other robots
@@ -13,7 +14,7 @@
 A variant is a preset with some fields set otherwise, and may begin where another variant ended. Each trial is an
 ordinary run in OUT/trials: the same command goes on where it was stopped, and several processes share the work. What
 the comparisons are made of: comparison_settings.py.
-Structures are compared by `experiments.compare_structures`, single fields by `experiments.search`.
+Every structure is compared by `experiments.compare_structures`, single fields by `experiments.search`.
 """
 
 from __future__ import annotations

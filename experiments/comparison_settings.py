@@ -90,8 +90,9 @@ BUDGET = (
 )
 """An eighth of the default's steps, of half its windows, half its chunk, and half its demonstrations: a minute for a
 run on one core."""
+_MLP = _head("mlp", hidden_size=128, trunk=[256, 128])
 _HEADS = (
-    Variant("mlp", ("policy.history=one_step", _head("mlp", hidden_size=128, trunk=[256, 128]))),
+    Variant("mlp", ("policy.history=one_step", _MLP)),
     *(
         Variant(f"lstm, {n} layers", (_head("lstm", hidden_size=128, num_layers=n, trunk=[256, 128]),))
         for n in (2, 3, 4)
@@ -176,6 +177,15 @@ PRESETS = {
         tuple(Variant(str(length), (f"policy.window={length}",)) for length in (1, 4, 8)),
         fixed=(*BUDGET, "data.windows_per_segment=4"),  # windows that share frames: a fraction of the time
         out="searches/windows",
+    ),
+    "structures": ComparePoliciesConfig(
+        (
+            Variant("one step, mlp", ("policy.history=one_step", _MLP)),
+            Variant("interleaved, mlp", ("policy.history=interleaved", "policy.window=4", _MLP)),
+            Variant("policy head, lstm", ("policy.window=4",)),
+        ),
+        fixed=(*BUDGET, "data.windows_per_segment=4"),
+        out="searches/structures",
     ),
     "data": ComparePoliciesConfig(
         (Variant("0.1x", demonstrations=9), Variant("1x", demonstrations=88), Variant("5x", demonstrations=440)),
