@@ -114,7 +114,7 @@ NEW = "open_drawer turn_on_led"
 OLD = "close_drawer move_slider_left move_slider_right turn_on_lightbulb turn_off_lightbulb turn_off_led"
 _BASE = Variant("six tasks", (f"data.exclude_tasks={NEW}",), compared=False)
 """A policy that `training` and `recipes` go on with: it has not seen the two tasks that they teach."""
-_FINE_TUNED = (*BUDGET, f"rollouts.tasks={NEW}", "rollouts.trials=80")
+_FINE_TUNED = (*BUDGET, f"rollouts.tasks={NEW}")
 
 
 def _taught(name: str, *fixed: str) -> Variant:
