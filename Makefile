@@ -25,7 +25,7 @@ test-slow: .venv/test  ## the tests that take minutes each
 test-plans: .venv-plans/ready  ## a small model compiled for a TPU and a GPU that need not be here; 0.4 GB of compilers
 	.venv-plans/bin/python -m pytest -m slow -n 0 tests/experiments/test_targets_compiled.py $(ARGS)
 
-docs: .venv/test  ## the documentation in site/, which opens from disk
+docs: .venv/docs  ## the documentation in site/, which opens from disk
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 test-oldest: .venv-oldest/ready  ## a part of the tests with the lower bounds of setup.cfg, without torch
@@ -35,9 +35,10 @@ test-oldest test-newest: test-%:
 	rm -rf .venv-$*/run
 	.venv-$*/bin/python -m experiments.calvin_abcd --preset sample --train.steps 20 --train.output .venv-$*/run
 
-lint: .venv/test  ## ruff
+lint: .venv/test  ## ruff, and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/typos
 
 types: .venv/dev  ## mypy on what users import (pyproject.toml); most of a minute the first time
 	$(BIN)/python -m mypy
@@ -62,6 +63,10 @@ help:  ## this list
 
 .venv/demo: .venv/pip setup.cfg requirements.txt
 	$(BIN)/python -m pip install --quiet -c requirements.txt -e .[serve]
+	touch $@
+
+.venv/docs: .venv/pip setup.cfg requirements.txt
+	$(BIN)/python -m pip install --quiet -c requirements.txt -e .[docs]
 	touch $@
 
 .venv/test: .venv/pip setup.cfg requirements.txt

@@ -41,7 +41,12 @@ PUBLIC = (
     *("robovlms_jax.evaluation.rollout", "robovlms_jax.evaluation.rollout_metrics"),
 )
 """Modules whose public names a user's own program meets."""
-LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+CODE = r"`[^`\n]+`"
+CODE_OR_LINK = re.compile(
+    rf"(?P<code>^```.*?^```[^\n]*$|{CODE})|(?P<picture>!?)\[(?P<text>(?:[^\]`]|{CODE})*)\]\((?P<target>[^)\s]+)\)",
+    flags=re.DOTALL | re.MULTILINE,
+)
+"""Code, in which nothing is a link, or a link, whose text may be code."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -62,7 +67,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     from_page = posixpath.dirname(page.file.src_uri) or "."
 
     def link(match: re.Match[str]) -> str:
-        picture, text, target = match.groups()
+        if match["code"]:
+            return match[0]
+        picture, text, target = match["picture"], match["text"], match["target"]
         if "://" in target or target.startswith(("#", "mailto:")):
             return match[0]
         path, hash_, anchor = target.partition("#")
@@ -74,9 +81,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return f"{picture}[{text}]({posixpath.relpath(name, from_page)}{hash_}{anchor})"
         return text
 
-    # Code is not text: nothing between fences or backticks is a link.
-    parts = re.split(r"(^```.*?^```[^\n]*$|`[^`\n]+`)", markdown, flags=re.DOTALL | re.MULTILINE)
-    return "".join(part if part.startswith("`") else LINK.sub(link, part) for part in parts)
+    return CODE_OR_LINK.sub(link, markdown)
 
 
 def commands() -> str:

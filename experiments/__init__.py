@@ -2,13 +2,13 @@
 
 import importlib.util
 
+from robovlms_jax import extras
+
 
 def need(extra: str, *modules: str) -> None:
     """Raises ImportError that names what is not installed of `modules`, and the extra of setup.cfg that brings it."""
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise ImportError(f"this program needs {' and '.join(missing)}: pip install -e .[{extra}]")
+    extras.need("this program", extra, *modules)
 
 
 if importlib.util.find_spec("jax") is None:
-    raise ImportError("experiments need JAX and what goes with it: pip install -e .[train] (or .[gpu], .[tpu])")
+    raise ImportError(f"experiments need JAX and what goes with it: {extras.install('train')} (or gpu, tpu for train)")

@@ -24,7 +24,7 @@ import jax.export
 import jax.extend.core
 import safetensors.flax
 
-from robovlms_jax import cli
+from robovlms_jax import cli, extras
 from robovlms_jax.policies.heads import flow, gpt, lstm
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs import load, logs, program, saved
@@ -205,7 +205,7 @@ def _require(module: str, extra: str) -> Any:
         return __import__(module)
     except ImportError as error:
         raise ImportError(
-            f"this needs the package {module} ({error}): pip install -e .[{extra}], for onnx and litert in an "
+            f"this needs the package {module} ({error}): {extras.install(extra)}, for onnx and litert in an "
             "environment of their own."
         ) from error
 

@@ -72,11 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(_completion(arguments[1:]))
             return
         called, program, rest = find(arguments)
+        importlib.import_module(programs.PACKAGE)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    try:
-        importlib.import_module(programs.PACKAGE)
     except ImportError as error:  # installed for a robot, without jax
         sys.exit(f"error: {error}")
     cli_help.started_as = called

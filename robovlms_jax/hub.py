@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 
 PREFIX = "hf://"
@@ -55,13 +56,23 @@ def snapshot(path: str | os.PathLike[str], patterns: Sequence[str], target: str 
 
 
 @contextlib.contextmanager
-def errors(path: object, doing: str = "download") -> Iterator[None]:
+def errors(
+    path: object,
+    doing: str = "download",
+    instead: str = "Without network, copy it by other means and pass its directory.",
+) -> Iterator[None]:
     """Errors of the hub's library as FileNotFoundError with what to do instead."""
-    import huggingface_hub
+    from huggingface_hub import errors as known
 
+    # No network, repository or access; a bad name. HTTPError is the base of the HTTP library's errors, whichever of
+    # httpx and httpx2 this version of the hub's library asks by; downloads come with OSError instead.
     try:
         yield
-    except (OSError, huggingface_hub.errors.HFValidationError) as error:  # no network, repository, access; bad name
-        raise FileNotFoundError(
-            f"cannot {doing} {path}: {error}\nWithout network, copy it by other means and pass its directory."
-        ) from error
+    except (OSError, known.HTTPError, known.HFValidationError) as error:
+        raise FileNotFoundError(f"cannot {doing} {path}: {error}\n{instead}") from error
+
+
+def hint(path: object) -> str:
+    """How a message goes on about a path where nothing is, if it could be a repository's name; else nothing."""
+    is_repository = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?", str(path))
+    return f" Of the Hugging Face hub? Then write {PREFIX}{path}." if is_repository else ""

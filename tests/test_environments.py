@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 from packaging.version import Version
 
+from robovlms_jax import extras
 from tests import environments
 from tests.test_imports import ROOT, imports_of
 
@@ -59,6 +61,39 @@ def test_without_jax_an_experiment_says_what_to_install():
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import experiments.plan"
     result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60)
     assert "pip install -e .[train]" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "from robovlms_jax.load import load_policy",
+        "import sys; sys.argv[1:] = ['completion', 'bash']; from robovlms_jax import commands; commands.main()",
+        "import sys; sys.argv[1:] = ['train']; from robovlms_jax import commands; commands.main()",
+    ],
+)
+def test_without_jax_every_way_in_names_the_extra_in_its_last_line(program):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {program}"
+    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60)
+    assert "pip install -e .[train]" in result.stderr.splitlines()[-1]
+
+
+def test_away_from_the_repository_an_extra_is_installed_by_the_packages_name(tmp_path, monkeypatch):
+    assert extras.install("gpu") == "pip install -e .[gpu]"
+    monkeypatch.setattr(extras, "__file__", str(tmp_path / "robovlms_jax" / "extras.py"))
+    assert extras.install("gpu") == 'pip install "robovlms_jax[gpu]"'
+
+
+def test_messages_leave_the_command_that_installs_an_extra_to_one_place():
+    written = [
+        f"{path.relative_to(ROOT)}: {node.value}"
+        for folder in ("robovlms_jax", "experiments")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.JoinedStr)
+        for node in node.values
+        if isinstance(node, ast.Constant) and re.search(r"pip install (-e|['\"]?robovlms)", str(node.value))
+    ]
+    assert [x for x in written if "extras.py" not in x] == []
 
 
 def test_the_tested_versions_cover_every_requirement_and_meet_its_bound():

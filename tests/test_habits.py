@@ -24,7 +24,19 @@ def test_hooks_use_the_versions_that_the_project_is_tested_with():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     pins = set((ROOT / "requirements.txt").read_text().split())
     assert {pin for hook in hooks for pin in hook["additional_dependencies"]} <= pins
-    assert {hook["id"] for hook in hooks} == {"ruff", "ruff-format", "typos", "nbstripout"}
+    assert {hook["id"] for hook in hooks} == {"ruff", "ruff-format", "typos", "nbstripout", "shellcheck", "hadolint"}
+
+
+def test_make_lint_checks_what_the_hooks_check_of_every_file():
+    (recipe,) = re.findall(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert all(f"$(BIN)/{command}" in recipe for command in ("ruff check", "ruff format --check", "typos"))
+
+
+def test_the_documentation_is_made_with_its_own_extra_alone():
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^docs: \.venv/docs ", makefile, flags=re.MULTILINE)
+    (recipe,) = re.findall(r"^\.venv/docs:.*\n((?:\t.*\n)+)", makefile, flags=re.MULTILINE)
+    assert "-e .[docs]" in recipe
 
 
 def test_forms_for_issues_can_be_read_and_ask_for_what_is_needed():

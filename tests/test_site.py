@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -15,17 +16,23 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def notebook_cells() -> list[str]:
-    """The notebook's programs, without the cell that fetches and installs."""
+    """The notebook's programs; the first goes to the repository."""
     cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
-    programs = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    assert "!pip install" in programs[0]
-    return programs[1:]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def run_in(folder: pathlib.Path, program: str, **environment: str) -> subprocess.CompletedProcess:
+    """A program as Jupyter would run it: the folder of the notebook is where imports look first."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "ROBOVLMS_REPOSITORY")}
+    command = [sys.executable, "-c", program]
+    env = kept | {"JAX_PLATFORMS": "cpu"} | environment
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> pathlib.Path:
     out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(out)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -64,15 +71,38 @@ def test_the_notebook_has_no_results_stored_and_its_programs_compile():
         compile(program, f"cell {number}", "exec")
 
 
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "docs"], ids=["root", "docs"])
+def test_the_notebooks_first_cell_finds_the_repository_from_where_jupyter_opens_it(folder):
+    program = notebook_cells()[0] + "\nimport robovlms_jax\nprint(os.getcwd(), robovlms_jax.__file__)"
+    done = run_in(folder, program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(ROOT), str(ROOT / "robovlms_jax" / "__init__.py")]
+
+
+def test_the_notebooks_first_cell_away_from_the_repository_asks_for_its_address_or_fetches_it(tmp_path):
+    done = run_in(tmp_path, notebook_cells()[0])
+    assert "write its address" in done.stderr.splitlines()[-1]
+    done = run_in(tmp_path, notebook_cells()[0], ROBOVLMS_REPOSITORY=str(tmp_path / "nothing.git"))
+    assert f"'{tmp_path / 'nothing.git'}'" in done.stderr.splitlines()[-1] and "clone" in done.stderr
+
+
+def test_links_whose_text_is_code_are_links_and_code_is_none():
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import site_hooks
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+    text = "[`table.py`](../robovlms_jax/table.py) [a](https://a.b) `x[0](1)`\n```\n[a](b.py)\n```\n"
+    page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="guide.md"))
+    files = types.SimpleNamespace(get_file_from_path=lambda name: None)
+    assert site_hooks.on_page_markdown(text, page, None, files) == text.replace(
+        "[`table.py`](../robovlms_jax/table.py)", "`table.py`"
+    )
+
+
 @pytest.mark.slow
 def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
     program = "\n".join(notebook_cells()).replace("runs/notebook", str(tmp_path / "run"))
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
+    done = run_in(ROOT / "docs", program)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "(10, 7)" in done.stdout

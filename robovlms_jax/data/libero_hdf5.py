@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from robovlms_jax import extras
 from robovlms_jax.control import robot as robots
 from robovlms_jax.data import base, notices, statistics
 from robovlms_jax.data.registry import libero
@@ -201,7 +202,7 @@ def _h5py() -> Any:
         import h5py
     except ImportError as error:
         raise ImportError(
-            "LIBERO's HDF5 files need h5py: pip install 'robovlms_jax[libero]'. The RLDS and LeRobot copies do not."
+            f"LIBERO's HDF5 files need h5py: {extras.install('libero')}. The RLDS and LeRobot copies do not."
         ) from error
     return h5py
 

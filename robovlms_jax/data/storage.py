@@ -17,6 +17,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from robovlms_jax import extras
+
 MAX_OPEN = 256
 """Files kept open per process; Open X-Embodiment has thousands of shards, and common limits are 1024 descriptors."""
 
@@ -186,7 +188,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         raise ValueError(
             f"{url} cannot be opened: {error}. Paths with a URL scheme need fsspec and the package of the scheme: "
-            "pip install -e .[remote]"
+            f"{extras.install('remote')}"
         ) from error
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from robovlms_jax import extras
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.control.robot import RobotSpec
 
@@ -209,7 +210,7 @@ def _make(layout: Layout) -> Any:
         import gymnasium
     except ImportError as error:
         raise ImportError(
-            f"Gymnasium is not installed for {sys.executable}: pip install 'robovlms_jax[gym]', and the package "
+            f"Gymnasium is not installed for {sys.executable}: {extras.install('gym')}, and the package "
             f"that has {layout.id}."
         ) from error
     try:

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from robovlms_jax import extras
+
 GIB = 2**30
 
 
@@ -173,7 +175,7 @@ def _require(module: str, target: Target, extra: str) -> None:
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             f"target={target.name!r} needs a compiler for {target.platform.upper()}s ({module}), which runs on any "
-            f"Linux machine: pip install -e .[{extra}]",
+            f"Linux machine: {extras.install(extra)}",
             name=module,
         ) from None
 

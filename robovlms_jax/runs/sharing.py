@@ -7,6 +7,7 @@ trained. Who may write is decided by the hub's own login (`hf auth login`, or HF
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import pathlib
@@ -14,7 +15,7 @@ import re
 from typing import Any
 
 from robovlms_jax import hub
-from robovlms_jax.runs import model_card, saved
+from robovlms_jax.runs import licences, model_card, saved
 from robovlms_jax.training import checkpoints, seals
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def push(
     step, text = prepare(checkpoint, repository, words)
     files = contents(step) | {"README.md": text.encode()}
     api = huggingface_hub.HfApi() if api is None else api
-    with hub.errors(repository, "upload to"):
+    with hub.errors(repository, "upload to", "Try again with network, logged in (hf auth login)."):
         api.create_repo(repository, private=private, exist_ok=True, repo_type="model")
         before = [name for name in api.list_repo_files(repository) if name.startswith(f"{checkpoints.FOLDER}/")]
         operations = [huggingface_hub.CommitOperationDelete(name) for name in before if name not in files]
@@ -72,10 +73,12 @@ def prepare(checkpoint: str, repository: str, words: model_card.Words) -> tuple[
     """The step directory that `push` would upload, whole by its checksums, and the card. Raises as `push` does."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ValueError(f"repository={repository!r} is no OWNER/NAME.")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", words.licence):
+    if words.licence not in licences.KNOWN:
+        near = difflib.get_close_matches(words.licence.lower(), licences.KNOWN, n=1)
         raise ValueError(
-            f"licence={words.licence!r} is no identifier such as apache-2.0, mit, cc-by-4.0, gemma or other; which one "
-            "is allowed depends on the backbone's weights and the data."
+            f"licence={words.licence!r} is no identifier of the hub such as apache-2.0, mit, cc-by-4.0, gemma or "
+            f"other{f'; did you mean {near[0]}?' if near else '.'} Which one is allowed depends on the "
+            "backbone's weights and the data."
         )
     step = checkpoints.locate(checkpoint)
     seals.verify(step, *SERVED)

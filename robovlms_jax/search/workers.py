@@ -6,7 +6,7 @@ import logging
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from robovlms_jax import json_files
+from robovlms_jax import extras, json_files
 from robovlms_jax.search import queue, space, trials
 from robovlms_jax.search.config import SearchConfig
 
@@ -141,5 +141,5 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise ImportError("a sampler other than grid is Optuna's: pip install robovlms_jax[search]") from error
+        raise ImportError(f"a sampler other than grid is Optuna's: {extras.install('search')}") from error
     return optuna

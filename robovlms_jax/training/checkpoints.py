@@ -282,11 +282,11 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
         )
     if hub.is_name(path):
         path = hub.snapshot(path, SHARED)
-    path = pathlib.Path(path).expanduser().resolve()
+    given, path = path, pathlib.Path(path).expanduser().resolve()
     if not path.is_dir():
         raise FileNotFoundError(
             f"checkpoint {path} is not a directory ({'a file' if path.exists() else 'nothing is there'}); pass a run "
-            f"directory or one of its {FOLDER}/<step> folders."
+            f"directory or one of its {FOLDER}/<step> folders.{hub.hint(given)}"
         )
     if (path / "params").is_dir():
         steps = [path]

@@ -117,7 +117,9 @@ def test_a_card_without_results_says_that_success_is_not_known(run, tmp_path):
 def test_names_licences_and_damaged_checkpoints_are_refused_before_anything_is_uploaded(run, fake, tmp_path):
     for repository, words, message in (
         ("kitchen", WORDS, "is no OWNER/NAME"),
-        ("me/kitchen", model_card.Words(""), "is no identifier such as apache-2.0"),
+        ("me/kitchen", model_card.Words(""), "is no identifier of the hub such as apache-2.0"),
+        ("me/kitchen", model_card.Words("nonsense"), "is no identifier of the hub"),
+        ("me/kitchen", model_card.Words("Apache 2.0"), "did you mean apache-2.0"),
     ):
         with pytest.raises(ValueError, match=message):
             sharing.push(str(run), repository, words, api=fake)
@@ -153,3 +155,21 @@ def test_a_calibration_is_not_written_into_the_hubs_cache(run, fake):
     sharing.push(str(run), "me/kitchen", WORDS, api=fake)
     with pytest.raises(ValueError, match=r"Fetch the policy first: python -m experiments.pull --name me/kitchen --out"):
         calibrate.calibrate(calibrate.CalibrateConfig("hf://me/kitchen"))
+
+
+def test_an_upload_without_network_says_so_in_one_sentence(run, fake, monkeypatch):
+    def refuse(*_, **__):
+        raise huggingface_hub.errors.HTTPError("name resolution failed")
+
+    monkeypatch.setattr(fake, "create_repo", refuse, raising=False)
+    with pytest.raises(FileNotFoundError, match="cannot upload to me/kitchen: name resolution failed\nTry again with"):
+        sharing.push(str(run), "me/kitchen", WORDS, api=fake)
+
+
+def test_a_name_of_the_hub_without_its_prefix_is_answered_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="Then write hf://me/kitchen@v1"):
+        load_policy("me/kitchen@v1")
+    with pytest.raises(FileNotFoundError) as error:
+        load_policy(tmp_path / "nothing")
+    assert "hf://" not in str(error.value)

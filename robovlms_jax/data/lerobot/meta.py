@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from robovlms_jax import json_files
+from robovlms_jax import extras, json_files
 from robovlms_jax.data import sentences, storage
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"LeRobot datasets need {name}: pip install -e .[lerobot]") from error
+        raise ImportError(f"LeRobot datasets need {name}: {extras.install('lerobot')}") from error
 
 
 def read_info(root: pathlib.Path) -> Info:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from robovlms_jax import extras
 from robovlms_jax.evaluation.report import player
 
 _QUALITY = 90
@@ -25,7 +26,7 @@ def require() -> Any:
         import rerun.blueprint
     except ImportError as error:
         raise ImportError(
-            f".rrd files need the package rerun-sdk ({error}): pip install -e .[rerun], or leave the option out."
+            f".rrd files need the package rerun-sdk ({error}): {extras.install('rerun')}, or leave the option out."
         ) from error
     return rerun
 
