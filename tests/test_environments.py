@@ -91,7 +91,7 @@ def test_messages_leave_the_command_that_installs_an_extra_to_one_place():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.JoinedStr)
         for node in node.values
-        if isinstance(node, ast.Constant) and re.search(r"pip install (-e|['\"]?robovlms)", str(node.value))
+        if isinstance(node, ast.Constant) and re.search(r"pip install (-e \.|['\"]?robovlms)", str(node.value))
     ]
     assert [x for x in written if "extras.py" not in x] == []
 
