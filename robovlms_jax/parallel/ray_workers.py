@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from robovlms_jax import extras
 from robovlms_jax.parallel.config import RayConfig
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def require() -> Any:
         import ray
     except ImportError as error:
         raise ImportError(
-            f"ray.workers of 1 or more needs the package ray ({error}): pip install -e .[ray] on every machine, or "
+            f"ray.workers of 1 or more needs the package ray ({error}): {extras.install('ray')} on every machine, or "
             "leave the option out."
         ) from error
     return ray
