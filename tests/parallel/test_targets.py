@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 
@@ -104,3 +105,28 @@ def test_slices_hold_whole_copies_of_the_model():
     devices = [types.SimpleNamespace(platform="tpu", slice_index=number // 2, id=number) for number in range(4)]
     with pytest.raises(ValueError, match=r"mesh.data=1 does not divide over 2 slices"):
         meshes.make_mesh((1, 4, 1), devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX asks a TPU's device about where it is."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    process_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+
+
+@pytest.mark.parametrize("slices", [1, 2, 3])
+def test_data_goes_across_slices_and_parameters_are_split_inside_one(slices):
+    # 2x4 chips each. A run that loses a slice has the same mesh with fewer copies. Fails if a copy's parts lie in two
+    # slices, whose exchange would then go through the data centre's network at every layer.
+    devices = [Chip(8 * s + i, s, (i % 2, i // 2, 0), 2 * s + i // 4) for s in range(slices) for i in range(8)]
+    mesh = meshes.make_mesh((2 * slices, 2, 2), devices)
+    assert dict(mesh.shape) == {"data": 2 * slices, "fsdp": 2, "tensor": 2}
+    homes = [{chip.slice_index for chip in copy.flat} for copy in mesh.devices]
+    assert homes == [{index} for index in range(slices) for _ in range(2)]
+    assert len({chip.id for chip in mesh.devices.flat}) == 8 * slices
