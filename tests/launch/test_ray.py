@@ -33,6 +33,7 @@ def test_an_evaluation_on_two_workers_has_the_results_of_one_process(tmp_path):
             JAX_COMPILATION_CACHE_DIR=str(tmp_path / "programs"),
             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
             JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+            RAY_worker_niceness="0",  # 15 otherwise: on a busy machine its workers hardly run
         )
         return chains.load(tmp_path / name)
 
@@ -60,6 +61,7 @@ def note(folder: str) -> None:
 
 def test_every_worker_works_on_a_shared_queue_and_a_mistake_there_is_told_here(tmp_path):
     ray_workers.everywhere(TWO, functools.partial(note, str(tmp_path)))
-    assert 1 <= len(list(tmp_path.iterdir())) <= 2 and str(os.getpid()) not in os.listdir(tmp_path)
+    noted = os.listdir(tmp_path)  # a worker that is quick may be handed both calls
+    assert noted and str(os.getpid()) not in noted
     with pytest.raises(ValueError, match="nothing in"):
         ray_workers.everywhere(TWO, functools.partial(fail, str(tmp_path)))
