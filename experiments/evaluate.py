@@ -32,11 +32,11 @@ from robovlms_jax.control.robot import CALVIN, RobotSpec
 from robovlms_jax.envs import simpler, vector
 from robovlms_jax.envs.calvin import adapter as calvin
 from robovlms_jax.envs.calvin import task_chains
-from robovlms_jax.evaluation import chains, filing
+from robovlms_jax.evaluation import chains, filing, filmed
 from robovlms_jax.evaluation.report import films as film_files
 from robovlms_jax.evaluation.report import rerun_file
 from robovlms_jax.evaluation.report import rollouts as rollout_report
-from robovlms_jax.evaluation.rollout import Films, Recording, SuccessCriterion, Trial, TrialResult
+from robovlms_jax.evaluation.rollout import SuccessCriterion, Trial, TrialResult
 from robovlms_jax.nn import stack
 from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable.env import PlayTables
@@ -47,6 +47,9 @@ from robovlms_jax.runs import load, logs, robots
 from robovlms_jax.training import checkpoints, seals
 
 log = logging.getLogger(__name__)
+
+CANDIDATES = 25
+"""First trials that are filmed to choose from, for each film: pictures of a slow simulator cost time."""
 
 
 def evaluate(config: evaluation_settings.EvaluateConfig) -> pathlib.Path:
@@ -71,27 +74,23 @@ def evaluate(config: evaluation_settings.EvaluateConfig) -> pathlib.Path:
     )
     saved = load.load_config(directory)
     _require_robot(config, saved.policy, saved.data.dataset)
-    recordings: list[Recording] = []
-
-    def keep(recording: Recording) -> None:
-        recordings.append(recording)
-        film_files.write_film(recording, output / f"film_{recording.trial.index:04d}")
-
     settings = chains.Settings(
         f"{config.checkpoint}, {conditions['checkpoint']}{_late(config)}", config.execution, criterion, conditions
     )
-    filmed = [trial.index for trial in trials[: config.films]]
+    kept = filmed.FailuresFirst(trials[: CANDIDATES * config.films], config.films)
     if config.ray.workers:
         from experiments import evaluation_workers  # which imports this module
 
-        with evaluation_workers.players(config, criterion, filmed, keep) as players:
+        with evaluation_workers.players(config, criterion, kept.films.trials, kept.films.keep) as players:
             evaluation = chains.evaluate(None, players.simulators, trials, output, settings, play=players.play)
     else:
         with acting(config, criterion) as (policy, envs, play):
-            films = Films(filmed, keep)
-            evaluation = chains.evaluate(policy, envs, trials, output, settings, films=films, play=play)
+            evaluation = chains.evaluate(policy, envs, trials, output, settings, films=kept.films, play=play)
             if isinstance(policy, AsynchronousBatch):
                 log.info("asynchronous control: %s", dict(policy.counts))
+    recordings = kept.recordings()
+    for recording in recordings:
+        film_files.write_film(recording, output / f"film_{recording.trial.index:04d}")
     paths, title = sorted(output.glob("film_*")), f"{evaluation.setup['env']}, closed loop"
     log.info("writing the report")
     return rollout_report.write_report(

@@ -58,7 +58,7 @@ class EvaluateConfig:
     """Environments side by side: one simulator process each (calvin, simpler), or tables in one jitted call
     (playtable)."""
     films: int = 2
-    """Rollouts to film."""
+    """Rollouts to film, failures first, of the first trials (25 for each film)."""
     on_device: bool = False
     """Policy, tables and checker in one program (playtable): the same results, without films. Worth its compilation
     where many trials are played, most of all on an accelerator."""

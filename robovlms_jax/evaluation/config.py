@@ -43,7 +43,7 @@ class RolloutConfig:
     tables: int = 16
     """Tables side by side."""
     films: int = 2
-    """Rollouts filmed for the report."""
+    """Rollouts filmed for the report, failures first."""
     rrd: bool = False
     """Write what is filmed to rollouts.rrd, too, for the Rerun viewer (`pip install robovlms_jax[rerun]`)."""
     every: int = 0

@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 
 from robovlms_jax.control.execution import ExecutedBatch
 from robovlms_jax.envs.calvin import task_chains
-from robovlms_jax.evaluation import chains, filing, rollout, rollout_metrics
+from robovlms_jax.evaluation import chains, filing, filmed, rollout, rollout_metrics
 from robovlms_jax.evaluation.config import RolloutConfig
 from robovlms_jax.evaluation.report import films as film_files
 from robovlms_jax.evaluation.report import rerun_file
 from robovlms_jax.evaluation.report import rollouts as rollout_report
-from robovlms_jax.evaluation.rollout import Films, Recording, SuccessCriterion, Trial
+from robovlms_jax.evaluation.rollout import SuccessCriterion, Trial
 from robovlms_jax.parallel import distributed
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.playtable import recording as recordings
@@ -112,18 +112,16 @@ class ClosedLoop:
         name = f"{self._tables.name}-{self._config.execution.label.replace(' ', '_')}"
         conditions["protocol"] |= dataclasses.asdict(self._config.execution) | {"max_steps": self._config.max_steps}
         output = filing.place(self._run / "rollouts", name, conditions)
-        films: list[Recording] = []
-        count = len(self._trials)
-        chosen = {self._trials[i * count // self._config.films].index for i in range(min(self._config.films, count))}
+        kept = filmed.FailuresFirst(self._trials, self._config.films)
         evaluation = chains.evaluate(
             acting,
             self._tables,
             self._trials,
             output,
             chains.Settings(f"{self._run}, {identity}", self._config.execution, self._criterion, conditions),
-            films=Films(chosen, films.append),
+            films=kept.films,
         )
-        films.sort(key=lambda recording: recording.trial.index)
+        films = kept.recordings()
         for recording in films:
             film_files.write_film(recording, output / f"film_{recording.trial.index:04d}")
         title = f"{evaluation.setup['env']}, closed loop"

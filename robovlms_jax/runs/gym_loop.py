@@ -17,7 +17,7 @@ from robovlms_jax.control.execution import BatchedPolicy, Execution
 from robovlms_jax.control.robot import RobotSpec
 from robovlms_jax.data import base, packed, packing, statistics
 from robovlms_jax.envs import gym, vector
-from robovlms_jax.evaluation import chains, filing, rollout
+from robovlms_jax.evaluation import chains, filing, filmed, rollout
 from robovlms_jax.evaluation.report import films as film_files
 from robovlms_jax.evaluation.report import rollouts as rollout_report
 from robovlms_jax.runs import robots
@@ -224,17 +224,17 @@ def evaluate(
     conditions = {"checkpoint": checkpoint, "protocol": schema.to_dict(config) | {"options": layout.options}}
     criterion = rollout.SuccessCriterion(config.max_steps, gym.completed_in_each)
     folder = filing.place(output / "rollouts", layout.id, conditions)
-    recordings: list[rollout.Recording] = []
+    kept = filmed.FailuresFirst(trials, config.films, every=1)
     envs = [gym.GymEnv(layout, robot) for _ in range(min(config.environments, config.count))]
     robots.require_same(policy.model.config, robot, f"{layout.id} is driven as")
     try:
         pool = vector.EnvPool(envs)
         settings = chains.Settings(checkpoint, config.execution, criterion, conditions)
-        films = rollout.Films(range(config.films), recordings.append, every=1)
-        found = chains.evaluate(policy, pool, trials, folder, settings, films=films)
+        found = chains.evaluate(policy, pool, trials, folder, settings, films=kept.films)
     finally:
         for env in envs:
             env.close()
+    recordings = kept.recordings()
     for recording in recordings:
         film_files.write_film(recording, folder / f"film_{recording.trial.index:04d}")
     rollout_report.write_report(

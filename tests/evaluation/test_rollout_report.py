@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_one_evaluation_gives_tables_pictures_and_files(tmp_path):
     assert row["trials"] == "6"
     assert row["1 in a row"].startswith("100.0 % (")
     assert row["Avg. Len."].startswith("2.00 (2.00 to 2.00)")
-    assert {line[0] for line in per_task[2:]} == {"Line"}
+    assert per_task[0][0] == "task on Line"
     for column in ("1 ... 2 in a row", "Avg. Len.", "Steps per success", "Restarts", "Execution", "Phrasing"):
         assert f"{column}: " in text  # what the columns mean stands below them
     for name in ("in_a_row.png", "per_task.png"):
@@ -182,10 +183,12 @@ def test_section_and_strips_of_a_run(tmp_path):
         chains.Settings("toy", criterion=CRITERION), films=Films([0, 1], recordings.append),
     )  # fmt: skip
     text = rollout_report.section(done, "rollouts", strips=True)
-    summary, per_task = tables(text)
-    assert summary[2][0] == per_task[2][0] == "Line"  # every table says where its numbers come from
+    assert text.startswith("**2.00 (2.00 to 2.00) of 2 tasks in a row** on Line, 2 trials.")  # the answer comes first
+    per_task, summary = tables(text)
+    assert summary[2] == ["environment", "Line"] and per_task[0][0] == "task on Line"  # where numbers come from
+    assert ["Avg. Len.", "2.00 (2.00 to 2.00)"] in summary and len(summary[0]) == 2  # as wide as a phone
     assert "(rollouts/strips.png)" in text
-    assert "(rollouts/rollouts.md)" in text
+    assert "(rollouts/rollouts.md)" in text and "(rollouts/rollouts.html)" in text
     assert "strips" not in rollout_report.section(done, "rollouts", strips=False)
     one, two = (film_files.draw_strips(recordings[:n], frames=4) for n in (1, 2))
     assert one.width == two.width
@@ -201,3 +204,12 @@ def test_sentences_stand_below_the_pictures_and_what_training_is_told_beside_the
     lines = np.asarray(told)[-46:].min(axis=-1)  # two lines of text, the first longer
     first, second = (np.flatnonzero((part < 128).any(axis=0)) for part in (lines[:20], lines[20:40]))
     assert 0 < second.max() < first.max()
+
+
+def test_words_of_tables_are_not_broken_by_letters_or_after_a_hyphen():
+    from robovlms_jax.evaluation.report import page
+
+    made = page.from_markdown("| on playtable-D | success |\n|---|---|\n| a-b | 96.0 % (80-99) |\n", pathlib.Path())
+    for word in ("playtable-D", "a-b", "(80-99)"):
+        assert f'<span class="whole">{word}</span>' in made
+    assert "td { white-space: normal; overflow-wrap: anywhere" not in page.STYLE

@@ -116,11 +116,10 @@ def write_report(
         "language_sensitivity": None if found.sensitivity is None else found.sensitivity._asdict(),
     }
     tables.write_json(directory / "report.json", record)
-    sections = [f"# {title}", tables.markdown(["run", ""], [[name, _fact(value)] for name, value in facts.items()])]
-    if "time in the training loop" in facts:
-        sections.append(_PHASES)
-    if closed_loop:
-        sections += ["## Closed loop", closed_loop]
+    run = [tables.markdown(["run", ""], [[name, _fact(value)] for name, value in facts.items()])]
+    run += [_PHASES] if "time in the training loop" in facts else []
+    # The answer comes first: how often it succeeds, where that was tried.
+    sections = [f"# {title}", *(["## Closed loop", closed_loop, "## The run"] if closed_loop else []), *run]
     if curves:
         sections += ["## Loss", _loss_table(curves), "![loss over steps](loss.png)"]
     sections += ["## Open loop: predicted against recorded actions", *_comparison(overall, found.robot)]

@@ -29,12 +29,19 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 th { text-align: right; color: var(--soft); font-weight: 500; font-size: 13px; }
 td { text-align: right; border-top: 1px solid var(--line); } th, td { padding: 5px 16px 5px 0; white-space: nowrap; }
 th:first-child, td:first-child, th.left, td.left { text-align: left; }
-.prose td { white-space: normal; overflow-wrap: anywhere; }
+.prose th, .prose td { white-space: normal; overflow-wrap: normal; vertical-align: baseline; }
+.prose .whole { white-space: nowrap; }
+.prose td:last-child, .prose th:last-child { padding-right: 0; }
 .prose img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
 .prose code { font-size: 13px; overflow-wrap: anywhere; } .prose pre { overflow-x: auto; font-size: 13px; }
+@media (max-width: 600px) { section { padding: 14px 12px; } .prose table { min-width: 100%; font-size: 13px; }
+  .prose th, .prose td { padding-right: 10px; } .prose th { font-size: 12px; } }
 svg { display: block; max-width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 11px; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; margin: 0; }
 """
+
+_SHORT = re.compile(r"(?<=[\s>])((?=\S{3,16}(?:[\s<]))[^\s<>]*\w-\w[^\s<>]*)(?=[\s<])")
+"""Short words of tables with a hyphen, (80-99) or playtable-D, after which browsers would break the line."""
 
 
 def document(title: str, body: str, *, style: str = "", script: str = "") -> str:
@@ -54,6 +61,7 @@ def from_markdown(text: str, directory: pathlib.Path) -> str:
 
     made = markdown.markdown(text, extensions=["tables", "fenced_code"])
     made = re.sub(r'(<img[^>]*? src=")([^":]+)(")', lambda match: _inlined(match, directory), made)
+    made = re.sub(r"<t[hd][^>]*>.*?</t[hd]>", lambda cell: _SHORT.sub(r'<span class="whole">\1</span>', cell[0]), made)
     made = made.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
     head, *parts = re.split(r"(?=<h2)", made)
     return f'<header class="prose">{head}</header>' + "".join(

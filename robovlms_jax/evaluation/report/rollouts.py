@@ -152,19 +152,21 @@ def section(evaluation: chains.Evaluation, folder: str, *, strips: bool) -> str:
     strips: whether `folder` also has strips.png (`films.draw_strips`).
     """
     table = rows([evaluation])
-    parts = [
-        _chain_table(table),
-        _words(table),
-        *_conditions(table),
+    parts = [_headline(row) for row in table]
+    if strips:
+        parts.append(f"![rollouts, one per row, failures first, time to the right]({folder}/strips.png)")
+        if str(evaluation.setup["env"]).startswith("playtable"):
+            parts.append(_STRIPS)
+    page = f"[rollouts.html]({folder}/rollouts.html)"
+    parts += [
+        f"Look through them step by step, failures first: {page}. As text: [rollouts.md]({folder}/rollouts.md).",
         _task_table(table),
         "In brackets: 95 % confidence intervals. Numbers of one environment say nothing about another.",
         f"![success per task]({folder}/per_task.png)",
+        tables.upright(_chain_table(table)) if len(table) == 1 else _chain_table(table),
+        _words(table),
+        *_conditions(table),
     ]
-    if strips:
-        parts.append(f"![rollouts, one per row, time to the right]({folder}/strips.png)")
-        if str(evaluation.setup["env"]).startswith("playtable"):
-            parts.append(_STRIPS)
-    parts.append(f"Films and details: [rollouts.md]({folder}/rollouts.md).")
     return "\n\n".join(parts)
 
 
@@ -193,6 +195,16 @@ def _chain_table(table: Sequence[Row]) -> str:
             ]
         )
     return tables.markdown(head, body, text_columns=5)
+
+
+def _headline(row: Row) -> str:
+    """The answer in one sentence: how often it succeeds, how sure that is, where, and among how many trials."""
+    s, kind = row.summary, ", ".join(part for part in row.key[3:] if part)
+    where = f"on {row.key[0]}" + (f" ({kind})" if kind else "")
+    if len(s.in_a_row) == 1:
+        rate = s.in_a_row[0]
+        return f"**{tables.rate(rate)} solved** {where}: {rate.successes} of {rate.attempts} trials."
+    return f"**{tables.estimate(s.average_length)} of {len(s.in_a_row)} tasks in a row** {where}, {s.trials} trials."
 
 
 def _words(table: Sequence[Row]) -> str:
@@ -228,12 +240,12 @@ def _task_table(table: Sequence[Row]) -> str:
     names = sorted({task for row in table for task in row.summary.per_task})
     if len(table) == 1:
         (row,) = table
-        head = ["environment", "task", "success", "of", "steps per success"]
+        head = [f"task on {row.key[0]}", "success", "of", "steps per success"]
         body = []
         for name, rate in row.summary.per_task.items():
             steps = tables.decimals(row.summary.steps_per_task.get(name, math.nan))
-            body.append([row.key[0], name, tables.rate(rate), str(rate.attempts), steps])
-        return tables.markdown(head, body, text_columns=2)
+            body.append([name, tables.rate(rate), str(rate.attempts), steps])
+        return tables.markdown(head, body)
     head = ["task", *(" / ".join(part for part in row.key if part) for row in table)]
     body = []
     for name in names:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,13 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (head, rule, *rows)
     )
+
+
+def upright(table: str) -> str:
+    """A Markdown table of one row from above to below: nine columns beside each other fit no phone."""
+    head, _, body = (re.split(r"(?<!\\) \| ", line[2:-2]) for line in table.splitlines())
+    rows = [f"| {what} | {value} |" for what, value in zip(head, body, strict=True)]
+    return "\n".join(["| what | value |", "| --- | --- |", *rows])
 
 
 def join(sections: Sequence[str]) -> str:
