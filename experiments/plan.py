@@ -58,8 +58,8 @@ class PlanConfig(ExperimentConfig):
     otherwise; on a CPU bfloat16 products are computed in float32, which takes more."""
     target: str = ""
     """Compile for these accelerators, which need not be here: v5p:2x2x2 (also v4, v5e, v6e; 2xv5p:2x2x2: two slices),
-    h100:8 or a100:8x4 (cards x hosts; also h200, b200). Needs the extra plan-tpu or plan-gpu, and minutes for large
-    models."""
+    h100:8 or a100:8x4 (cards x hosts; also h200, b200; orin:1, a Jetson). Needs the extra plan-tpu or plan-gpu, and
+    minutes for large models."""
     programs: tuple[Literal["training", "control"], ...] = ("training", "control")
     """What is compiled for `target`."""
     compiled: str = "runs/plans"

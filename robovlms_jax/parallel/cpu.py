@@ -56,7 +56,7 @@ def known(wanted: Mapping[str, Any], platform: str) -> dict[str, Any] | None:
     """As `options`, of any compiler options."""
     if platform != "cpu":
         return None
-    return {name: value for name, value in wanted.items() if _is_known(name, value)} or None
+    return {name: value for name, value in wanted.items() if is_known(name, value)} or None
 
 
 def default_platform() -> str:
@@ -81,8 +81,9 @@ def jit(function: Callable[..., Any], kind: Kind) -> Callable[..., Any]:
 
 
 @functools.cache
-def _is_known(name: str, value: Any) -> bool:
-    # On a CPU, whatever else the machine has.
+def is_known(name: str, value: Any) -> bool:
+    """Whether the installed XLA has a compiler option. Its options are one list for all devices; asked of the CPU's
+    compiler, whatever else the machine has."""
     with contextlib.suppress(jax.errors.JaxRuntimeError), jax.default_device(jax.local_devices(backend="cpu")[0]):
         jax.jit(lambda x: x + 1, compiler_options={name: value})(0)
         return True

@@ -47,6 +47,10 @@ class Chip:
 # link is the book's, whose figures for the others are a tenth lower. v6e's memory was 1640 GB/s there, later 1600.
 _TPU = "docs.cloud.google.com/tpu/docs; v4's link, networks: Austin et al. 2025, How to Scale Your Model"
 _GPU = "NVIDIA's data sheet; network: a DGX's NICs, one per GPU; memory, description: openxla/xla, target_config/specs"
+_ORIN = (
+    "NVIDIA, Jetson AGX Orin series data sheet and technical brief (64 GB, shared with the operating system): the GPU's "
+    "170 sparse int8 TOPS are 42.5 dense bfloat16 TFLOP/s; link, network: its 10 Gb/s Ethernet"
+)
 
 
 def _description(cores: int, fpus: int, clock: float, cache: int, shared: int, capability: tuple[int, int]) -> dict:
@@ -73,6 +77,10 @@ CHIPS: Mapping[str, Chip] = {
     "b200": Chip(
         "NVIDIA B200", 191.5e9, 7700e9, 2250e12, 900e9, 50e9, _GPU,
         description=_description(148, 128, 1.965, 132644864, 233472, (10, 0)),
+    ),
+    "orin": Chip(
+        "Orin", 64e9, 204.8e9, 42.5e12, 1.25e9, 1.25e9, _ORIN,
+        description=_description(16, 128, 1.3, 4194304, 167936, (8, 7)),
     ),
 }  # fmt: skip
 """Name in a target -> figures."""

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from robovlms_jax.actions import representations
 from robovlms_jax.control.interface import ActionChunk, EpisodesFailed, Observation
 from robovlms_jax.nn import stack
+from robovlms_jax.parallel import gpu
 from robovlms_jax.policies import chunking, confidence, episodes, objective, observed
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.policies.sensors import control
@@ -117,7 +118,12 @@ class BatchedVLAPolicy:
         # compile again.
         place = jax.tree.leaves(params)[0].sharding
         place = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
-        self._step = jax.jit(functools.partial(served_step, model), donate_argnums=1, out_shardings=place)
+        self._step = jax.jit(
+            functools.partial(served_step, model),
+            donate_argnums=1,
+            out_shardings=place,
+            compiler_options=gpu.served(next(iter(place.device_set)).platform),
+        )
         fresh = model.init_head_carry(1)
         self._reset = jax.jit(
             lambda carry, slot: model.reset_slot(carry, slot, fresh), donate_argnums=0, out_shardings=place

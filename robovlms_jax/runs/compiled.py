@@ -26,8 +26,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from robovlms_jax import atomic
 from robovlms_jax.backbones.base import VLMConfig
 from robovlms_jax.nn import stack
+from robovlms_jax.parallel import gpu, program_costs, targets
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.parallel import program_costs, targets
 from robovlms_jax.parallel.config import MeshConfig
 from robovlms_jax.policies import serving
 from robovlms_jax.policies.vla import VLA
@@ -88,7 +88,7 @@ def control(place: Place, config: ExperimentConfig, vlm: VLMConfig, text_length:
     )
     step = functools.partial(serving.served_step, model)
     traced = jax.jit(step, donate_argnums=1, out_shardings=whole).trace(*given)
-    found = _compiled(place, traced.lower())
+    found = _compiled(place, traced.lower(), gpu.served(place.target.platform))
     needed = sum(count for _, count, _ in flops.products(traced.jaxpr.jaxpr))
     result = _roofs(place, found, needed)
     weights = memory.bytes_per_device(given[0])
@@ -108,11 +108,11 @@ def _abstract(config: ExperimentConfig, model: VLA, mesh: Mesh | AbstractMesh) -
 # Compiling, once per program
 
 
-def _compiled(place: Place, lowered: jax.stages.Lowered) -> dict[str, Any]:
+def _compiled(place: Place, lowered: jax.stages.Lowered, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """bytes, costs and compiler's words of a program; kept by what it is, for whom and by which compiler. With the
-    target's figures, by which collectives are timed."""
+    target's figures, by which collectives are timed. own: compiler options that it has in earnest, too."""
     versions = {name: _version(name) for name in ("jaxlib", "libtpu", "jax-cuda12-pjrt")}
-    options = dict(targets.OPTIONS[place.target.platform])
+    options = {**targets.OPTIONS[place.target.platform], **(own or {})}
     said = json.dumps([place.target.name, dataclasses.asdict(place.target.figures), options, versions, _VERSION])
     key = hashlib.sha256(f"{said}\n{lowered.as_text()}".encode()).hexdigest()[:24]
     path = place.kept / f"{key}.json" if place.kept else None

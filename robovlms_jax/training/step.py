@@ -150,8 +150,18 @@ def make_train_step(
         in_shardings=(shardings, meshes.batched(mesh)),
         out_shardings=(shardings, meshes.replicated(mesh)),
         donate_argnums=0,
-        compiler_options=cpu.options("small_kernels", meshes.platform(mesh)),
+        compiler_options=cpu.options("small_kernels", meshes.platform(mesh)) if _is_small(state) else None,
     )
+
+
+_SMALL = 1e7
+"""Parameters. XLA's library of kernels slows a CPU's step of the twin (1 million) down by a quarter where it gets more
+than products, and one of 44 million by as much where it does not (docs/log.md, 2026-11-22 and 2026-11-26)."""
+
+
+def _is_small(state: TrainState) -> bool:
+    """Whether a CPU's step spends its time in many small arrays."""
+    return sum(x.size for x in (*state.trainable.values(), *state.frozen.values())) < _SMALL
 
 
 def _advance(state: TrainState, new: tuple[Any, Any], finite: jax.Array, skip_nonfinite: bool) -> TrainState:

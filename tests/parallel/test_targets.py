@@ -27,7 +27,7 @@ def test_a_target_says_how_many_devices_of_what_it_has(name, count, platform):
     ("name", "message"),
     [
         ("h100", r"has not the form v5p:2x2x2"),
-        ("v7:2x2", r"no figures of 'v7'; known are v4, v5e, v5p, v6e, a100, h100, h200, b200"),
+        ("v7:2x2", r"no figures of 'v7'; known are v4, v5e, v5p, v6e, a100, h100, h200, b200, orin"),
         ("v5p:4x4", r"a v5p is given as 3 numbers of chips, such as 2x2x2, not '4x4'"),
         ("v5e:0x4", r"a v5e is given as 2 numbers of chips"),
         ("h100:8x2x2", r"a h100 is given as cards \(x hosts\)"),
