@@ -319,3 +319,34 @@ def test_the_calvin_pages_figures_are_those_of_its_runs():
     assert learned["trained"]["wilson_95_percent"] == [77.3, 88.7]
     recording = learned["recording"]
     assert f"{recording['recorded']} of {recording['attempted']} demonstrations succeeded" in text
+
+
+def test_the_traffic_of_control_steps_is_that_of_their_plans():
+    found, text = result("plans/control_before_after"), page("clusters.md")
+    for target, name in (("h100:1", "H100"), ("orin:1", "AGX Orin")):
+        plan = result(f"plans/kosmos_lstm_{target.replace(':', '_')}_control")["plans"]["control"]
+        assert found["after"]["traffic"][target] == plan["traffic"]
+        before, after = (found[when]["traffic"][target] for when in ("before", "after"))
+        rate = plan["roofs_s"]["memory"] / after
+        assert f"| {name} | {before / 1e9:.2f} GB, {before * rate * 1e3:.3g} ms |" in text
+        floor, need = plan["bytes"]["parameters"] / 1e9, plan["needed_s"] * 1e3
+        assert f"{after / 1e9:.2f} GB, {after * rate * 1e3:.3g} ms | {floor:.2f} GB, {need:.3g} ms |" in text
+    causes = list(found["after_by_cause_h100"].values())
+    assert sum(causes) == found["after"]["traffic"]["h100:1"]
+    assert all(f"{cause / 1e9:.2f}" in text for cause in causes)
+    layers = found["training_h100_8_two_layers"]["per_layer_of_both_towers"]
+    assert f"{sum(layers.values()) / 1e9:.1f} GB for each pair of layers" in text
+
+
+def test_the_table_beside_pytorch_is_that_of_its_run():
+    found, text = result("against_torch_cpu"), (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert f"{found['parameters'] / 1e6:.1f} M parameters" in text
+    assert max(found["largest_difference"].values()) < 5e-6
+    for name, section in found["sections"].items():
+        ours, theirs = (section["median_seconds"][side] for side in ("ours", "torch"))
+        times = (
+            f"{1e3 * ours:.1f} ms | {1e3 * theirs:.1f} ms" if name == "control" else f"{ours:.3f} s | {theirs:.3f} s"
+        )
+        ratio, fastest = section["times_of_torch"], section["times_of_torch_fastest"]
+        row = next(line for line in text.splitlines() if f"| {times} |" in line)
+        assert f"{ratio:.2f}" in row and row.endswith(f"| {fastest:.2f} |")

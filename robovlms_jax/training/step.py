@@ -154,14 +154,15 @@ def make_train_step(
     )
 
 
-_SMALL = 1e7
-"""Parameters. XLA's library of kernels slows a CPU's step of the twin (1 million) down by a quarter where it gets more
-than products, and one of 44 million by as much where it does not (docs/log.md, 2026-11-22 and 2026-11-26)."""
+_SMALL = 3e7
+"""Numbers in a state; AdamW's has three per trained parameter. XLA's library of kernels makes a CPU's step of the twin
+(1 million parameters) a quarter slower where it gets more than products, and that of a model of 44 million a fifth
+slower where it does not (docs/log.md, 2026-11-22 and 2026-11-26)."""
 
 
-def _is_small(state: TrainState) -> bool:
+def _is_small(state: Any) -> bool:
     """Whether a CPU's step spends its time in many small arrays."""
-    return sum(x.size for x in (*state.trainable.values(), *state.frozen.values())) < _SMALL
+    return sum(x.size for x in jax.tree.leaves(state)) < _SMALL
 
 
 def _advance(state: TrainState, new: tuple[Any, Any], finite: jax.Array, skip_nonfinite: bool) -> TrainState:

@@ -41,6 +41,11 @@ def test_a_step_is_made_for_the_devices_of_its_mesh_and_not_for_the_machine_that
     mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
     step.make_train_step(None, None, None, {"weight": jax.numpy.zeros(1)}, mesh)  # only the program's options are made
     assert asked == ["tpu"]
+    # Programs that work on large arrays are compiled as XLA would by itself. Fails if the size is not asked.
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    large = {"weight": jax.ShapeDtypeStruct((10_000, 10_000), jax.numpy.float32, sharding=place)}
+    step.make_train_step(None, None, None, large, mesh)
+    assert asked == ["tpu"]
 
 
 def test_a_program_without_a_mesh_runs_where_jax_puts_it():
