@@ -48,8 +48,8 @@ class Chip:
 _TPU = "docs.cloud.google.com/tpu/docs; v4's link, networks: Austin et al. 2025, How to Scale Your Model"
 _GPU = "NVIDIA's data sheet; network: a DGX's NICs, one per GPU; memory, description: openxla/xla, target_config/specs"
 _ORIN = (
-    "NVIDIA, Jetson AGX Orin series data sheet and technical brief (64 GB, shared with the operating system): its GPU's "
-    "170 sparse int8 TOPS are 42.5 dense bfloat16 TFLOP/s; link, network: its 10 Gb/s Ethernet"
+    "NVIDIA, Jetson AGX Orin series data sheet and technical brief (64 GB, shared with the operating system): the "
+    "GPU's 170 sparse int8 TOPS are 42.5 dense bfloat16 TFLOP/s; link, network: its 10 Gb/s Ethernet"
 )
 
 
