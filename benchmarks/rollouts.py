@@ -46,27 +46,31 @@ class Args:
     """Actions executed per decision."""
     max_steps: int = 40
     """Control steps of every trial."""
+    devices: int = 1
+    """CPU devices that the tables of `device` are split over, each a program of its own; useful up to a core each."""
     repeats: int = 3
     """Measurements of either, in turns; the fastest counts, all are kept."""
     out: pathlib.Path | None = None
     """Also write the JSON to this file."""
 
     def __post_init__(self):
-        numbers = (*self.tables, *self.image_size, self.horizon, self.max_steps, self.repeats)
+        numbers = (*self.tables, *self.image_size, self.horizon, self.max_steps, self.devices, self.repeats)
         if not self.tables or min(numbers) < 1:
-            raise ValueError("tables, image_size, horizon, max_steps and repeats must be positive.")
+            raise ValueError("tables, image_size, horizon, max_steps, devices and repeats must be positive.")
 
 
 def main(args: Args) -> None:
     """Print the result as JSON."""
     cpu.keep_freed_memory()
+    if args.devices > 1:
+        jax.config.update("jax_num_cpu_devices", args.devices)
     model, params, encode = _policy(args.checkpoint)
     sizes = dict(zip(("static", "wrist"), args.image_size, strict=True))
     execution, criterion = Execution("receding", horizon=args.horizon), rollout.SuccessCriterion(args.max_steps)
     found: dict[str, Any] = {}
     for count in args.tables:
         trials = chains.chain_trials(chains.single_tasks(("lift_red_block_table",), count))
-        player = rollouts.Player(model, encode, count, sizes, execution, criterion)
+        player = rollouts.Player(model, encode, count, sizes, execution, criterion, jax.devices()[: args.devices])
         envs, policy = PlayTables("D", count, image_sizes=sizes), BatchedVLAPolicy(model, params, encode, slots=count)
         executed = ExecutedBatch(policy, execution)
         host = functools.partial(rollout.run, executed, envs, trials, criterion)

@@ -280,6 +280,8 @@ def main() -> None:
     config = cli.read(start, description=__doc__)
 
     def work() -> pathlib.Path:
+        if config.on_device:
+            cpu.device_per_core()
         evaluation_settings.say_taken(config, start)
         if config.protocol == "official":
             evaluation_settings.require_official_flags(config, sys.argv[1:])

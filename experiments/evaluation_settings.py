@@ -61,7 +61,7 @@ class EvaluateConfig:
     """Rollouts to film, failures first, of the first trials (25 for each film)."""
     on_device: bool = False
     """Policy, tables and checker in one program (playtable): the same results, without films. Worth its compilation
-    where many trials are played, most of all on an accelerator."""
+    where many trials are played, most of all on an accelerator. Tables are split over devices, of CPUs over cores."""
     ray: RayConfig = RayConfig()
     """Workers that share the trials, each with a policy and `processes` simulators of its own."""
     rrd: str = ""

@@ -177,6 +177,13 @@ def test_the_tables_of_reinforcement_are_those_of_its_runs():
     quiet = result("rollouts_quiet_cpu")["tables"]["16"]
     one, two = (round(quiet[f"{name}_decisions_per_s"]) for name in ("device", "host"))
     assert f"it is {one} against {two}, {quiet['ratio']:.1f} times" in text
+    devices = result("rollouts_devices_cpu")
+    rates = [round(row["best"]) for row in devices["decisions_per_s_of_16_tables"].values()]
+    for row in devices["decisions_per_s_of_16_tables"].values():
+        assert row["best"] == max(max(run) for run in row["all"])
+    assert all(f"| {rate} |" in text for rate in rates) and f"{rates[3] / rates[0]:.1f} times the loop" in text
+    before, after = devices["contacts"]["ms_per_step"]["1"]
+    assert f"{before / after:.1f} times faster ({before} to {after} ms a step" in text
     true = [f"{100 * seed['accuracy_true']:.1f}" for seed in result("reward_cpu")["seeds"].values()]
     assert f"{true[0]}, {true[1]} and {true[2]} % of the true answers" in text
 

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib.metadata
 import importlib.util
+import os
 import platform
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -111,6 +112,19 @@ def keep_freed_memory() -> bool:
     settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1))
     done = [mallopt(name, value) for name, value in settings]
     return all(done)
+
+
+def device_per_core() -> None:
+    """Let JAX have a CPU device for every core of this process. XLA runs the small operations of one program one after
+    the other, whatever cores there are; programs on several devices run side by side (`rl.rollouts.Player`).
+
+    Call it before JAX starts its devices. Nothing is done where JAX may have other devices than the CPU, or where their
+    number was set.
+    """
+    chosen = jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if _only_cpu() and not chosen:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", cores)
 
 
 def _only_cpu() -> bool:

@@ -4,6 +4,7 @@ trial; a `lax.scan` of that. Pictures are made once per decision. Evaluation and
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from robovlms_jax.control import robot as robots
 from robovlms_jax.control.execution import Execution
@@ -134,7 +136,11 @@ class Player:
     """A policy's rollouts on the device: the same trials and results as `evaluation.rollout.run`, in one program.
 
     Compiled for its number of tables, trials and the length of their prompts. Trials must be PlayTable's: their `start`
-    has robot_obs and scene_obs, their label "scene" names the table.
+    has robot_obs and scene_obs, their label "scene" names the table. Tables are split over devices, as many as divide
+    them; each device has its own share of the trials, so that none waits for another.
+
+    Args:
+      devices: None: those of this process.
     """
 
     def __init__(
@@ -145,6 +151,7 @@ class Player:
         image_sizes: dict[str, int],
         execution: Execution | None = None,
         criterion: SuccessCriterion | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ):
         criterion = criterion or SuccessCriterion()
         require_playable(model.config)
@@ -152,39 +159,74 @@ class Player:
             criterion.completed is SuccessCriterion.completed and criterion.stop_at_success,
             "tables on the device judge by CALVIN's rules and stop at success; use the host's loop for others.",
         )
+        found = jax.local_devices() if devices is None else list(devices)
+        self.shards = max(n for n in range(1, min(len(found), tables) + 1) if tables % n == 0)
+        mesh = meshes.make_mesh((self.shards, 1, 1), found[: self.shards])
         self._encode = encode
-        mesh = meshes.make_mesh((1, 1, 1), jax.local_devices()[:1])
         self._how = playing.Play(
             tuple(sorted(image_sizes.items())),
             playing.executed(execution or Execution(), model.config.chunk),
             criterion.max_steps,
             platform=meshes.platform(mesh),
         )
+        own = tables // self.shards
+        run = _on_each(mesh, functools.partial(play, model, greedy(model), self._how, _AT_ONCE), games=1)
+        kind, platform = env.step_kind(own), self._how.platform
+        self._run = jax.jit(run, donate_argnums=2, compiler_options=cpu.options(kind, platform))
+        first = _on_each(mesh, functools.partial(begin, model, tables=own, key=jax.random.key(0)), games=0)
+        self._begin = jax.jit(first, compiler_options=cpu.options("tiny_run_once", platform))
         # Everything lies where it began: placed anew by the first call, the second would compile again.
-        self._place = meshes.replicated(mesh)
-        placed = functools.partial(jax.jit, out_shardings=self._place)
-        run = functools.partial(play, model, greedy(model), self._how, _AT_ONCE)
-        self._run = placed(
-            run, donate_argnums=2, compiler_options=cpu.options(env.step_kind(tables), self._how.platform)
-        )
-        first = functools.partial(begin, model, tables=tables, key=jax.random.key(0))
-        self._begin = placed(first, compiler_options=cpu.options("tiny_run_once", self._how.platform))
+        self._whole, self._split = meshes.replicated(mesh), meshes.batched(mesh)
 
     def results(self, params: Any, trials: Sequence[Trial]) -> Iterator[TrialResult]:
         """Results in the order in which trials end."""
-        world = playing.make_world(trials, self._encode, dict(self._how.image_sizes)["static"])
-        world = jax.device_put(world, self._place)
+        world, numbers = self._shared_out(trials)
+        params = jax.device_put(params, self._whole)
         game = self._begin(params, world)
-        books: dict[int, tuple[list[bool], list[int]]] = {}
+        books: list[dict[int, tuple[list[bool], list[int]]]] = [{} for _ in numbers]
         ended = 0
         while ended < len(trials):
             game, (outcome, _) = self._run(params, world, game)
-            for number in _book(jax.device_get(outcome), books, trials):
-                ended += 1
-                trial, (success, steps) = trials[number], books.pop(number)
-                yield TrialResult(
-                    trial.index, trial.tasks, trial.instructions, tuple(success), tuple(steps), trial.labels
-                )
+            outcome = jax.device_get(outcome)
+            for shard, (own, book) in enumerate(zip(numbers, books, strict=True)):
+                part = jax.tree.map(lambda x, shard=shard: x[shard], outcome)
+                for number in _book(part, book, [trials[i] for i in [*own, *numbers[0][:1]]]):
+                    if number >= len(own):
+                        continue
+                    ended += 1
+                    trial, (success, steps) = trials[own[number]], book.pop(number)
+                    yield TrialResult(
+                        trial.index, trial.tasks, trial.instructions, tuple(success), tuple(steps), trial.labels
+                    )
+
+    def _shared_out(self, trials: Sequence[Trial]) -> tuple[playing.World, list[list[int]]]:
+        """The world, its trials split over the devices, and each device's trials by their numbers. Where they do not
+        divide, the last of some devices is another's first once more, whose result nobody counts."""
+        world = playing.make_world(trials, self._encode, dict(self._how.image_sizes)["static"])
+        numbers = [list(range(shard, len(trials), self.shards)) for shard in range(self.shards)]
+        each = len(numbers[0])
+        rows = np.array([[*own, *[0] * (each - len(own))] for own in numbers]).reshape(-1)
+        world = world.take(rows, np.zeros(len(rows)))
+        return jax.device_put(world, _by_field(self._split, self._whole)), numbers
+
+
+def _by_field(of_trials: Any, others: Any) -> playing.World:
+    """A world whose fields are the first of these where they have an axis of trials, the second elsewhere."""
+    names = [field.name for field in dataclasses.fields(playing.World)]
+    return playing.World(**{name: of_trials if name in playing.World.OF_TRIALS else others for name in names})
+
+
+def _on_each(mesh: Mesh, function: Callable[..., Any], games: int) -> Callable[..., Any]:
+    """`function(params, world, *games)` on every device, with its own share of the trials; games and what it returns
+    have a leading axis of devices."""
+    split = meshes.batched(mesh).spec
+
+    def local(params: Any, world: playing.World, *games: Any) -> Any:
+        found = function(params, world, *jax.tree.map(lambda x: x[0], games))
+        return jax.tree.map(lambda x: x[None], found)
+
+    inputs = (PartitionSpec(), _by_field(split, PartitionSpec()), *[split] * games)
+    return jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=split, check_vma=False)
 
 
 def _book(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -51,6 +51,9 @@ class World:
     text_mask: jax.Array
     group: jax.Array
 
+    OF_TRIALS: ClassVar = ("scene", "states", "tasks", "length", "text_ids", "text_mask", "group")
+    """Fields whose leading axis are the trials."""
+
     @property
     def trials(self) -> int:
         """N."""
@@ -58,8 +61,7 @@ class World:
 
     def take(self, rows: np.ndarray, group: np.ndarray) -> World:
         """The trials int[M] `rows` of these, in this order, with groups int[M]."""
-        fields = ("scene", "states", "tasks", "length", "text_ids", "text_mask")
-        chosen = {name: env.pick(getattr(self, name), rows) for name in fields}
+        chosen = {name: env.pick(getattr(self, name), rows) for name in self.OF_TRIALS if name != "group"}
         return self.replace(**chosen, group=jnp.asarray(group, jnp.int32))
 
 

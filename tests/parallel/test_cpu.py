@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 
 import jax
@@ -87,3 +88,16 @@ def test_heaps_of_threads_stay_where_there_may_be_accelerators():
     # Fails if the settings, measured on CPUs, are made for every run.
     code = "from robovlms_jax.parallel import cpu; print(cpu.keep_freed_memory())"
     assert run_python("-c", code, JAX_PLATFORMS="cuda,cpu").split() == ["False"]
+
+
+def test_a_device_per_core_is_asked_for_where_only_cpus_are_and_nobody_said_how_many():
+    show = "print(cpu.jax.config.jax_num_cpu_devices)"
+    code = f"from robovlms_jax.parallel import cpu; cpu.device_per_core(); {show}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    unsaid = jax.config.jax_num_cpu_devices
+    for environment, devices in (
+        ({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, cores),
+        ({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, unsaid),
+        ({"JAX_PLATFORMS": "cuda,cpu", "XLA_FLAGS": ""}, unsaid),
+    ):
+        assert run_python("-c", code, **environment).split() == [str(devices)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from robovlms_jax.policies import serving
 from robovlms_jax.policies.config import ActionHistoryConfig, ProprioConfig
 from robovlms_jax.rl import rollouts
 from robovlms_jax.rl import tables as playing
-from tests import toy
+from tests import processes, toy
 
 SIZES = {"static": 20, "wrist": 12}
 
@@ -128,6 +129,13 @@ def test_a_scripted_policy_has_the_same_results_on_the_device_as_in_the_host_loo
     expected = {result.index: result for result in host}
     assert found == expected
     assert {True, False} == {done for result in found.values() for done in result.success}
+
+
+@pytest.mark.slow
+def test_tables_that_are_split_over_devices_have_the_results_of_one():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    said = processes.run_python("-m", "tests.rl.on_devices", XLA_FLAGS=flags).split("\n")
+    assert said[:4] == ["1 5 1", "2 5 1", "True", "1"]
 
 
 @pytest.mark.slow
