@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from experiments import protocols
 from experiments.few_shot import SMALL
-from robovlms_jax import cli, schema
+from robovlms_jax import atomic, cli, schema
 from robovlms_jax.evaluation.report import tables
 from robovlms_jax.inputs.config import AugmentConfig
 from robovlms_jax.runs import load
@@ -181,7 +181,7 @@ def write_report(config: AdaptConfig, trials: Sequence[queue.Trial]) -> pathlib.
         *report.ranking(out, trials, objective, direction),
     ]
     path = out / "report.md"
-    path.write_text(tables.join(sections), encoding="utf-8")
+    atomic.write_text(path, tables.join(sections))
     return path
 
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from robovlms_jax import cli
+from robovlms_jax import atomic, cli
 from robovlms_jax.runs import logs, saved
 from robovlms_jax.runs.load import open_model
 from robovlms_jax.training import checkpoints, items, seals
@@ -53,18 +53,20 @@ def forget_places(step: pathlib.Path) -> None:
 
 
 def bundle(config: BundleConfig) -> pathlib.Path:
-    """Returns the step directory. Raises FileNotFoundError, ValueError, FileExistsError that say what to change."""
+    """Returns the step directory. Raises ValueError, OSError that say what to change."""
     source = checkpoints.locate(config.checkpoint)
     log.info("reading %s", source)
     serving = items.read_serving(source)
     _, params, _ = open_model(source, weights="float32", dtype="float32")
     params = jax.device_get(params)
     log.info("writing %s", config.out)
-    target = checkpoints.write_policy(config.out, halve(params), serving)
-    forget_places(target)
-    if (source / saved.CALIBRATION).is_file():
-        shutil.copy2(source / saved.CALIBRATION, target)
-    return target
+    out = pathlib.Path(config.out).expanduser().resolve()
+    with atomic.becoming_folder(out) as folder:
+        written = checkpoints.write_policy(folder, halve(params), serving)
+        forget_places(written)
+        if (source / saved.CALIBRATION).is_file():
+            shutil.copy2(source / saved.CALIBRATION, written)
+    return out / written.relative_to(folder)
 
 
 def main() -> None:
@@ -72,7 +74,7 @@ def main() -> None:
     config = cli.read(BundleConfig, description=__doc__)
     try:
         target = bundle(config)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     log.info("%s: %.2f MB", target, size / 1e6)

@@ -22,7 +22,7 @@ import numpy as np
 from experiments import evaluate, evaluation_settings, protocols
 from experiments.few_shot import METHODS as PARTS
 from experiments.few_shot import SMALL
-from robovlms_jax import cli, schema
+from robovlms_jax import atomic, cli, schema
 from robovlms_jax.evaluation.report import offline, tables
 from robovlms_jax.runs import fisher, load
 from robovlms_jax.runs.config import ExperimentConfig
@@ -300,7 +300,7 @@ def write_report(
     record = {f"{method}, seed {seed}": {"curves": c, "after": m} for (method, seed), (c, m) in found.items()}
     tables.write_json(out / "continual.json", record)
     path = out / "report.md"
-    path.write_text(tables.join(sections), encoding="utf-8")
+    atomic.write_text(path, tables.join(sections))
     return path
 
 

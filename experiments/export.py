@@ -24,7 +24,7 @@ import jax.export
 import jax.extend.core
 import safetensors.flax
 
-from robovlms_jax import cli, extras
+from robovlms_jax import atomic, cli, extras
 from robovlms_jax.policies.heads import flow, gpt, lstm
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs import load, logs, program, saved
@@ -64,7 +64,8 @@ def write_stablehlo(step: program.Program, folder: pathlib.Path, config: ExportC
     _require("flatbuffers", "export")
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _arguments(step, weights=True)]
     exported = jax.export.export(jax.jit(step.step), platforms=config.platforms)(*shapes)
-    (folder / "program.stablehlo").write_bytes(exported.serialize())
+    with atomic.replacing(folder / "program.stablehlo") as file:
+        file.write(exported.serialize())
     return {
         "platforms": list(exported.platforms),
         "calling_convention_version": exported.calling_convention_version,
@@ -117,7 +118,8 @@ def write_litert(step: program.Program, folder: pathlib.Path, config: ExportConf
     with tempfile.TemporaryDirectory() as scratch:
         tf.saved_model.save(module, scratch, signatures={"step": module.step})
         converter = tf.lite.TFLiteConverter.from_saved_model(scratch, signature_keys=["step"])
-        (folder / "program.tflite").write_bytes(converter.convert())
+        with atomic.replacing(folder / "program.tflite") as file:
+            file.write(converter.convert())
     return {"signature": "step", "prefix_of_carry_outputs": "next_", "tensorflow": tf.__version__}
 
 
@@ -173,9 +175,9 @@ def _write(step: program.Program, folder: pathlib.Path, config: ExportConfig, de
     for name, text in saved.read_checkpoint(checkpoints.locate(config.checkpoint))[1].items():
         path = folder / "backbone" / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        atomic.write_text(path, text)
     # Last, so that a folder with a description is whole.
-    (folder / "program.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    atomic.write_text(folder / "program.json", json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
 def require_form(model: VLA, to: str) -> None:

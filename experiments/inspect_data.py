@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments import inspection_page, spreading
-from robovlms_jax import cli
+from robovlms_jax import atomic, cli
 from robovlms_jax.data import base, calvin, findings, inspection, lerobot, packed, rlds, storage
 from robovlms_jax.data.registry import mixtures
 from robovlms_jax.evaluation.report import rerun_file
@@ -297,9 +297,9 @@ def main(args: Args) -> tuple[pathlib.Path, list[str]]:
     directory = pathlib.Path(args.out or pathlib.Path("runs") / f"inspect_{label}")
     directory.mkdir(parents=True, exist_ok=True)
     page = directory / "dataset.html"
-    page.write_text(inspection_page.render(label, results, missing), encoding="utf-8")
+    atomic.write_text(page, inspection_page.render(label, results, missing))
     text = "\n".join([*(f"**Not found**: {message}\n" for message in missing), *map(summary, results)])
-    (directory / "summary.md").write_text(text, encoding="utf-8")
+    atomic.write_text(directory / "summary.md", text)
     print(text)
     if args.rrd:
         shown = [episode for result in results for episode in inspection_page.episodes(result)]

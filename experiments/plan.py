@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from experiments import bridge, calvin_abcd, google_robot, oxe_pretrain
-from robovlms_jax import bars, cli, upstream
+from robovlms_jax import atomic, bars, cli, upstream
 from robovlms_jax.backbones import registry
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel import targets
@@ -272,11 +272,11 @@ def main() -> None:
         jax.config.update("jax_num_cpu_devices", config.devices or named_devices(config.mesh))
     try:
         result = plan(config)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     print(show(result))
     if config.out:
-        pathlib.Path(config.out).write_text(json.dumps(result, indent=2) + "\n")
+        atomic.write_text(pathlib.Path(config.out), json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

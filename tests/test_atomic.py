@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import pathlib
+import sys
 
 import numpy as np
 import pytest
 
+from experiments import bundle
 from robovlms_jax import atomic
 from robovlms_jax.evaluation.report import tables
 from robovlms_jax.search import queue
@@ -33,6 +35,33 @@ def test_what_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_path):
         temporary.write_bytes(b"half of the n")
         raise RuntimeError
     assert [x.name for x in tmp_path.iterdir()] == ["a.json"] and path.read_bytes() == b"new"
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    with contextlib.suppress(RuntimeError), atomic.becoming_folder(tmp_path / "new") as folder:
+        (folder / "half").write_text("of it")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with atomic.becoming_folder(tmp_path / "in" / "new") as folder:
+        (folder / "all").write_text("of it")
+    assert (tmp_path / "in" / "new" / "all").is_file() and len(list((tmp_path / "in").iterdir())) == 1
+    with pytest.raises(FileExistsError, match="not an empty folder"), atomic.becoming_folder(tmp_path / "in" / "new"):
+        pass
+
+
+def test_on_a_full_disk_a_bundle_is_not_there_and_the_program_ends_with_a_sentence(tmp_path, monkeypatch, capsys):
+    def half(run, params, serving):
+        (run / "checkpoints").mkdir()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(bundle.checkpoints, "locate", lambda path: tmp_path)
+    monkeypatch.setattr(bundle.items, "read_serving", lambda path: {})
+    monkeypatch.setattr(bundle, "open_model", lambda path, **_: (None, {"a": np.zeros(3)}, None))
+    monkeypatch.setattr(bundle.checkpoints, "write_policy", half)
+    monkeypatch.setattr(sys, "argv", ["bundle", "--checkpoint", "x", "--out", str(tmp_path / "small")])
+    with pytest.raises(SystemExit, match="error: No space left on device"):
+        bundle.main()
+    assert list(tmp_path.iterdir()) == []
 
 
 WRITERS = {

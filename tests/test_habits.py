@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.util
+import os
+import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -37,6 +41,33 @@ def test_the_documentation_is_made_with_its_own_extra_alone():
     assert re.search(r"^docs: \.venv/docs ", makefile, flags=re.MULTILINE)
     (recipe,) = re.findall(r"^\.venv/docs:.*\n((?:\t.*\n)+)", makefile, flags=re.MULTILINE)
     assert "-e .[docs]" in recipe
+
+
+def test_an_installation_that_follows_the_repository_adds_its_folder_to_the_path():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert setup["options"]["package_dir"].split() == ["=", "."]
+
+
+@pytest.mark.slow
+def test_programs_in_the_folder_above_the_clone_find_the_library(tmp_path):
+    clone, environment = tmp_path / "robovlms_jax", tmp_path / "environment"
+    shutil.copytree(ROOT / "robovlms_jax", clone / "robovlms_jax", ignore=shutil.ignore_patterns("twin", "__pycache__"))
+    shutil.copytree(ROOT / "experiments", clone / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    (tmp_path / "x.py").write_text("import robovlms_jax.programs\nprint(robovlms_jax.__file__)\n")
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    python = environment / "bin" / "python"
+    # Without network: what this environment has of setuptools builds the other one's package.
+    with_setuptools = dict(
+        os.environ, PYTHONPATH=str(pathlib.Path(importlib.util.find_spec("setuptools").origin).parents[1])
+    )
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "-e", "."]
+    subprocess.run(install, cwd=clone, check=True, env=with_setuptools)
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python, "x.py"], cwd=tmp_path, capture_output=True, text=True, env=alone)
+    assert done.stdout.strip() == str(clone / "robovlms_jax" / "__init__.py"), done.stderr
 
 
 def test_forms_for_issues_can_be_read_and_ask_for_what_is_needed():

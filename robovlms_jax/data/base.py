@@ -22,6 +22,8 @@ from robovlms_jax.control import robot as robots
 from robovlms_jax.data import statistics
 from robovlms_jax.inputs import proprio as states
 
+CALVIN_SIZES = {"rel_actions": 7, "actions": 7, "robot_obs": 15, "scene_obs": 24}
+"""Numbers of each of CALVIN's fields, in one frame."""
 CALVIN_UNITS = (frames.TRANSLATION_M,) * 3 + (frames.ROTATION_RAD,) * 3
 """Metres and radians per unit of CALVIN's relative actions."""
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Split = Literal["training", "validation"]
 
 IMAGE_KEYS = {"static": "rgb_static", "wrist": "rgb_gripper"}
-ARRAY_SIZES = {"rel_actions": 7, "actions": 7, "robot_obs": 15, "scene_obs": 24}
+ARRAY_SIZES = base.CALVIN_SIZES
 _PARSER_ATTEMPTS = 8
 SIDECARS = ("ep_start_end_ids.npy", "ep_lens.npy", "scene_info.npy", "statistics.yaml", ".hydra/merged_config.yaml")
 """Small files that simulators and other tools look for in a split."""

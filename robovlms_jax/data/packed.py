@@ -60,14 +60,14 @@ class PackedDataset(base.Dataset):
             if size != shard["size"]:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise ValueError(f"{path} {found}, expected {shard['size']} bytes; copy the packed dataset again.")
-        self.frame_ids = self._load("frame_id")
-        self._arrays = {name: self._load(name) for name in self.meta["arrays"]}
+        self.frame_ids = self._load("frame_id", ())
+        self._arrays = {name: self._load(name, self._form(name)) for name in self.meta["arrays"]}
         self._index = frame_index.FrameIndex(
             [self.directory / shard["file"] for shard in self.meta["shards"]],
             self.cameras,
-            self._load("file_id"),
-            self._load("offset"),
-            self._load("length"),
+            self._load("file_id", ()),
+            self._load("offset", (len(self.cameras),)),
+            self._load("length", (len(self.cameras),)),
         )
 
     def images(
@@ -107,16 +107,31 @@ class PackedDataset(base.Dataset):
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read: {error}; copy the packed dataset again.") from error
 
-    def _load(self, name: str) -> np.ndarray:
+    def _form(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a numeric field of one frame, as far as it is known: what the robot is told, and CALVIN's fields."""
+        if name == "rel_actions":
+            return (len(self.robot.action),)
+        is_calvins = "robot" not in self.meta and name in base.CALVIN_SIZES
+        return (base.CALVIN_SIZES[name],) if is_calvins else None
+
+    def _load(self, name: str, form: tuple[int, ...] | None) -> np.ndarray:
+        """A row of the shape `form` per frame; None: of any shape."""
         path = self.directory / "index" / f"{name}.npy"
         try:
             # Still mapped, but a plain array: the indexing of np.memmap is several times slower.
             array = np.asarray(np.load(path, mmap_mode="r"))
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path} cannot be read: {error}; copy the packed dataset again.") from error
-        if len(array) != self.meta["num_frames"]:
+        rows = self.meta["num_frames"]
+        if array.ndim == 0 or len(array) != rows:
             raise ValueError(
-                f"{path} has {len(array)} rows, expected {self.meta['num_frames']}; copy the packed dataset again."
+                f"{path} has {len(array) if array.ndim else 'no'} rows, expected {rows}; copy the packed dataset again."
+            )
+        wanted = (rows, *(array.shape[1:] if form is None else form))
+        if array.shape != wanted or array.dtype.kind not in "fiub":
+            raise ValueError(
+                f"{path}: {name} is {array.dtype}{list(array.shape)}, expected numbers {list(wanted)}, a row per "
+                "frame; pack or copy the dataset again."
             )
         return array
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 
 import numpy as np
 import pytest
 
-from robovlms_jax.data import base, calvin, frame_index, packing
+from robovlms_jax.data import base, calvin, frame_index, packed, packing
 from tests.data.test_packing import BOTH, REPOSITORY, SPANS, pack
 
 
@@ -86,3 +88,18 @@ def test_the_bundled_sample_is_what_was_recorded(shared_data):
         packing.verify(dataset, source)
         for name in calvin.ARRAY_SIZES:
             np.testing.assert_array_equal(dataset.array(name, source.frame_ids), source.array(name, source.frame_ids))
+
+
+@pytest.mark.parametrize(
+    ("field", "width"), [("rel_actions", 6), ("robot_obs", 3), ("offset", 1)], ids=["actions", "state", "images"]
+)
+def test_a_field_of_another_width_is_named_with_its_file_and_what_was_expected(field, width, tmp_path):
+    split = tmp_path / "training"
+    shutil.copytree(REPOSITORY / "data" / "calvin_sample" / "training", split)
+    path = split / "index" / f"{field}.npy"
+    values = np.load(path)
+    np.save(path, values[:, :width])
+    expected = [len(values), values.shape[1]]
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {field} is ")) as error:
+        packed.PackedDataset(split)
+    assert f"[{len(values)}, {width}], expected numbers {expected}" in str(error.value)
