@@ -16,7 +16,6 @@ import tyro
 from robovlms_jax import cli_help, json_files, schema
 
 Config = TypeVar("Config")
-
 ALIASES = {"--resume": "--train.resume", "--init_from": "--train.init_from", "--backbone": "--backbone.name"}
 """Short spellings of flags that are typed by hand."""
 
@@ -61,7 +60,7 @@ def read(config: type[Config] | Config, *, description: str | None = None, argv:
     Switches, fields that are true or false, are understood in every usual spelling: `--data.success_only`,
     `--data.success_only True`, `--data.success_only=no`, `--no-data.success_only`, `--data.no-success-only`.
 
-    `--help-all` is `--help` here; see `parse`.
+    `--help` shows one screen: fields that the class names in USUAL, or its own ones; `--help-all` shows every field.
 
     A part with a registered kind, or a list of parts, is given whole: as JSON, in a JSON file, or by names of kinds
     (`--policy.head flow`, `--policy.sensors imu,lidar`, `--train.stages stages.json`); only with an instance.
@@ -72,8 +71,10 @@ def read(config: type[Config] | Config, *, description: str | None = None, argv:
       argv: arguments without the program's name; None reads the command line.
     Returns: an instance. Wrong flags or values end the process with status 2 and a message naming the nearest flag.
     """
-    arguments = _with_output(sys.argv[1:] if argv is None else argv, config)
-    arguments = _spell_switches(arguments, switches(config))
+    given = sys.argv[1:] if argv is None else argv
+    if {"--help", "-h"} & set(given):
+        cli_help.show(description, config)
+    arguments = _spell_switches(_with_output(given, config), switches(config))
     arguments = ["--help" if argument in ("--help-all", "--help_all") else argument for argument in arguments]
     description = description and cli_help.with_examples_apart(description)
     if not isinstance(config, type):
@@ -83,7 +84,7 @@ def read(config: type[Config] | Config, *, description: str | None = None, argv:
     options = {"prog": cli_help.program_name(sys.argv[0]), "config": (tyro.conf.AvoidSubcommands,)}
     try:
         with _FILES:
-            return tyro.cli(**start, args=arguments, description=description, **options)
+            return tyro.cli(**start, args=arguments, description=description, use_underscores=True, **options)
     except SystemExit as end:
         if end.code == 2 and isinstance(config, type):  # where a flag is missing, the library suggests none
             print(*cli_help.suggestions(arguments, config), sep="\n", file=sys.stderr)
@@ -147,10 +148,8 @@ def parse(
             hint = cli_help.nearest(name, presets)
             sys.exit(_fail(f"unknown preset {name!r}{hint} Presets: {', '.join(presets)}."))
         start = presets[name]
-    usual = getattr(type(start), "USUAL", ())
-    if usual and {"--help", "-h"} & set(arguments):
-        print(cli_help.short_help(cli_help.program_name(sys.argv[0]), description, (name, list(presets)), start, usual))
-        sys.exit(0)
+    if {"--help", "-h"} & set(arguments):
+        cli_help.show(description, start, (name, list(presets)))
     or_json = "" if read_json is None else ", or --upstream_json FILE, one of RoboVLMs' own configurations"
     listed = (
         f"--preset NAME, one of: {', '.join(presets)}{or_json} (here: {name}); shown defaults are those of this start."

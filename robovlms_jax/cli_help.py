@@ -14,51 +14,90 @@ import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NoReturn
 
 from robovlms_jax import schema
 
-_WIDEST = 110
+_WIDEST, _LINES = 120, 45
+_VALUE, _EXAMPLES = 20, 8
+"""Columns for a value; lines for examples, and for names of presets."""
 
 started_as = ""
 """How the entry point started the running program ("robovlms train bridge"); empty: it was started by itself."""
 
 
+def show(description: str | None, config: Any, start: tuple[str, Sequence[str]] = ("", ())) -> NoReturn:
+    """Prints `short_help` of the running program, with the fields that the class names in USUAL, and ends it."""
+    text = description or _class(config).__doc__ or ""
+    print(short_help(program_name(sys.argv[0]), text, start, config, getattr(config, "USUAL", ())))
+    sys.exit(0)
+
+
 def short_help(
-    program: str, description: str, start: tuple[str, Sequence[str]], config: Any, usual: Sequence[str]
+    program: str, description: str, start: tuple[str, Sequence[str]], config: Any, usual: Sequence[str] = ()
 ) -> str:
-    """Text for --help.
+    """Text for --help: at most 45 lines of at most 120 columns.
 
     Args:
       program: how it is started, "python -m experiments.calvin_abcd".
-      description: its first paragraph is shown.
-      start: name of the preset whose values are shown, and those of all presets.
-      config: the preset. usual: dotted fields to show.
+      description: its first paragraph and its examples are shown.
+      start: name of the preset whose values are shown, and those of all presets; "" and () without presets.
+      config: a dataclass, or an instance, whose values are then the defaults.
+      usual: dotted fields to show; empty: those of `config` itself, in their order, as far as they fit.
     """
     width = min(shutil.get_terminal_size((_WIDEST, 24)).columns, _WIDEST)
     name, presets = start
-    wrapped = functools.partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
-    values = {path: _value(config, path) for path in usual}
+    wrapped = functools.partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
     summary, *others = with_examples_apart(description).split("\n\n")
-    examples = [line[2:] for part in others for line in part.splitlines() if line.startswith("    ")]
-    examples += [""] if examples else []
-    column = max(map(len, usual)) + 4
-    lines = [
-        f"usage: {program} [--preset NAME] [--FIELD VALUE ...]",
-        "",
-        wrapped(" ".join(summary.split())),
-        "",
-        *examples,
-        wrapped(f"presets: {', '.join(presets)}", subsequent_indent="  "),
-        "",
-        f"Fields that are turned most, with the values of preset {name}:",
-    ]
-    for path in usual:
-        value = textwrap.shorten(values[path], 24, placeholder="...")
-        text = f"  --{path}".ljust(column) + f" {value:<24} {document(config, path)}"
-        lines.append(text if len(text) <= width else text[: width - 3] + "...")
-    return "\n".join([*lines, "", "All fields, each with what it does: --help-all."])
+    examples = [line for part in others for line in part.splitlines() if line.startswith("    ")]
+    head = [f"usage: {program} {'[--preset NAME] ' if presets else ''}[--field VALUE ...]", ""]
+    head += [*wrapped(" ".join(summary.split())), ""]
+    head += [part for line in examples for part in _example_lines(line[2:], width)][:_EXAMPLES]
+    head += [""] if examples else []
+    head += wrapped(f"presets: {', '.join(presets)}", subsequent_indent="  ")[:_EXAMPLES] if presets else []
+    head += ["", f"Fields that are turned most, with the values of preset {name}:"] if presets else ["Fields:"]
+    every = [path for path, _ in fields(config)]
+    shown = list(usual) or [path for path in every if "." not in path] or every
+    room = _LINES - len(head) - 3
+    while True:
+        for seps in ((), ("; ", ": ", " ("), ("; ", ": ", " (", ", ")):
+            lines = [line for path in shown for line in _field_lines(config, path, shown, width, seps)]
+            if len(lines) <= room:
+                return "\n".join([*head, *lines, "", *_rest(set(every) - set(shown), wrapped)])
+        shown.pop()
+
+
+def _example_lines(example: str, width: int) -> list[str]:
+    """A command, broken where a shell allows it."""
+    lines = textwrap.wrap(
+        example, width - 2, subsequent_indent="      ", break_long_words=False, break_on_hyphens=False,
+        replace_whitespace=False, drop_whitespace=True,
+    )  # fmt: skip
+    lines[0] = "  " + lines[0].strip()
+    return [line + " \\" for line in lines[:-1]] + lines[-1:]
+
+
+def _field_lines(config: Any, path: str, shown: Sequence[str], width: int, seps: Sequence[str]) -> list[str]:
+    """`--field value what it is`, on as many lines as it takes. seps: where a text may end that fits on no one line."""
+    column = min(max(map(len, shown)) + 5, 40)
+    value = _value(config, path)
+    lead = f"  --{path}".ljust(column) + f" {value:<{_VALUE}} "
+    text, room = document(config, path), width - column - _VALUE - 2
+    if len(text) > room and seps and not text.startswith("one of "):
+        ends = [i for sep in seps if 12 < (i := text.rfind(sep, 0, room + len(sep))) <= room]
+        text = text[: ends[0]] if ends else text
+    indent = " " * (width - room)
+    lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
+    first = [lead + lines[0]] if len(lead) <= width - room else [lead.rstrip(), indent + lines[0]]
+    return [*(line.rstrip() for line in first), *(indent + line for line in lines[1:])]
+
+
+def _rest(others: Collection[str], wrapped: Callable[..., list[str]]) -> list[str]:
+    """What --help-all has besides."""
+    groups = sorted({f"--{path.partition('.')[0]}.*" if "." in path else f"--{path}" for path in others})
+    listed = textwrap.shorten(", ".join(groups), 100, placeholder=" ...")
+    return wrapped(f"All fields, each with all of its text: --help-all{f' (also {listed})' if groups else ''}.")[:2]
 
 
 _EXAMPLE = re.compile(r"(?:(.*\S) {3,}| *)(python -m .*)")
@@ -137,13 +176,13 @@ def document(config: Any, path: str) -> str:
     """What a field takes where that is one of some names, else the first sentence under it in its class."""
     *rooms, name = path.split(".")
     for room in rooms:
-        config = getattr(config, room)
-    hint = schema.hints(type(config))[name]
+        config = getattr(config, room, None) or schema.hints(_class(config))[room]
+    hint = schema.hints(_class(config))[name]
     if isinstance(hint, type) and issubclass(hint, schema.Tagged):
         return "one of " + ", ".join(hint.kinds())
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    text = " ".join(_documents(type(config)).get(name, "").split())
+    text = " ".join(_documents(_class(config)).get(name, "").split())
     return re.split(r"\. ", text)[0].rstrip(".")
 
 
@@ -160,11 +199,28 @@ def _documents(cls: type) -> dict[str, str]:
     return found
 
 
+def _class(config: Any) -> type:
+    return config if isinstance(config, type) else type(config)
+
+
 def _value(config: Any, path: str) -> str:
-    for name in path.split("."):
-        config = getattr(config, name)
-    if isinstance(config, schema.Tagged):
-        return config.kind_of(type(config))
-    if isinstance(config, tuple):
-        return " ".join(map(str, config)) or "()"
-    return str(config) if config != "" else '""'
+    """A field's value as text, "needed" where it has none; "..." stands for one that is too long for its column."""
+    *rooms, name = path.split(".")
+    for room in rooms:
+        config = getattr(config, room, None) or schema.hints(_class(config))[room]
+    if not hasattr(config, name):
+        field = next(x for x in dataclasses.fields(config) if x.name == name)
+        if field.default_factory is dataclasses.MISSING:
+            return "needed"
+        value = field.default_factory()
+    else:
+        value = getattr(config, name)
+    if isinstance(value, schema.Tagged):
+        return value.kind_of(type(value))
+    if isinstance(value, tuple):
+        text = " ".join(map(str, value)) or "()"
+    elif dataclasses.is_dataclass(value):
+        text = str(getattr(value, "name", "its own fields"))
+    else:
+        text = str(value) if value != "" else '""'
+    return text if len(text) <= _VALUE else "..."

@@ -39,8 +39,15 @@ def flags_of(program: programs.Program) -> Flags:
         found |= {"--help-all": (), "--preset": tuple(settings)}
     configs = settings.values() if isinstance(settings, Mapping) else [settings]
     for config in configs:
-        found |= {f"--{name}": _choices(hint) for name, hint in cli_help.fields(config)}
+        found |= {f"--{name}": _choices(hint) or _names(name) for name, hint in cli_help.fields(config)}
     return found
+
+
+def _names(field: str) -> tuple[str, ...]:
+    """Words for fields that take a name out of a registry."""
+    from robovlms_jax.backbones import registry
+
+    return tuple(registry.names()) if field == "backbone" or field.endswith("backbone.name") else ()
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
@@ -69,6 +76,9 @@ def _bash(words: Mapping[str, list[str]], known: Mapping[str, Flags], *, zsh: bo
     lines += [
         "  esac; fi; fi",
         '  COMPREPLY=($(compgen -W "$found" -- "$current"))',
+        "  # Flags are shown with underscores, and understood with hyphens, too.",
+        "  if [[ ${#COMPREPLY[@]} -eq 0 && $current == --* ]]; then current=${current#--}",
+        '    COMPREPLY=($(compgen -W "$found" -- "--${current//-/_}")); fi',
         "}",
         f"complete -o default -F _robovlms {programs.NAME}",
     ]

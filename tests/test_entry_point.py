@@ -97,6 +97,7 @@ def test_every_program_is_there_and_completes_its_own_flags():
             flags = completion.flags_of(program)
             assert "--help" in flags and len(flags) > 2, program
     flags = completion.flags_of(programs.COMMANDS["train"][""])
+    assert "kosmos-2" in flags["--backbone.name"]
     assert "sample" in flags["--preset"] and "lstm" in flags["--policy.head"] and "float32" in flags["--backbone.dtype"]
 
 
@@ -132,6 +133,8 @@ def test_bash_completes_commands_words_flags_presets_and_choices():
     assert completed("bash", script, ["robovlms", "train", "--train.st"]) == ["--train.steps", "--train.stages"]
     assert completed("bash", script, ["robovlms", "train", "--preset", "kosmos_lstm_l"]) == ["kosmos_lstm_lora"]
     assert completed("bash", script, ["robovlms", "train", "bridge", "--preset", "sa"]) == ["sample"]
+    assert completed("bash", script, ["robovlms", "train", "--train.batch-s"]) == ["--train.batch_size"]
+    assert "kosmos-2-twin" in completed("bash", script, ["robovlms", "train", "--backbone.name", "kosmos"])
     assert completed("bash", script, ["robovlms", "train", "bridge", "--policy.history", "in"]) == ["interleaved"]
 
 

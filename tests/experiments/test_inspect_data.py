@@ -232,7 +232,7 @@ def test_files_that_are_cut_end_with_status_2_and_one_sentence(calvin):
     path.write_text(path.read_text()[:100])
     code = (
         "import runpy, sys; sys.stderr = sys.stdout; sys.argv = ['inspect_data', '--root', sys.argv[1]];"
-        "runpy.run_module('experiments.inspect_data', run_name='__main__')"
+        "runpy.run_module('experiments.inspect_data', run_name='__main__', alter_sys=True)"
     )
     said = run_python("-c", code, calvin, status=2, JAX_PLATFORMS="cpu")
     assert "Traceback" not in said and re.search(r"\nerror: .*meta\.json cannot be read", said)
