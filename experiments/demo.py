@@ -22,7 +22,8 @@ from robovlms_jax.runs import logs, played
 from robovlms_jax.runs.load import load_config, load_policy
 from robovlms_jax.runs.robots import require_same
 from robovlms_jax.training import checkpoints
-from robovlms_jax.web import running
+from robovlms_jax.training import directory as directories
+from robovlms_jax.web import addresses, running
 from robovlms_jax.web.access import Access
 
 
@@ -72,12 +73,12 @@ def _name(checkpoint: str) -> str:
     return checkpoint if hub.is_name(checkpoint) else f"in {pathlib.Path(checkpoint).resolve().name}"
 
 
-async def run(config: DemoConfig, directory: pathlib.Path, shown: show.ShowConfig) -> bool:
+async def run(config: DemoConfig, directory: pathlib.Path, shown: show.ShowConfig) -> None:
     """Until SIGINT or SIGTERM; see `running.serve`. Raises what loading the policy raises, too."""
     access = Access.at(config.host, config.token)
     playing = show.Show(access)
     try:
-        return await running.serve(
+        await running.serve(
             playing.server,
             access,
             config.port,
@@ -94,6 +95,8 @@ def main() -> None:
     config = cli.read(DemoConfig, description=__doc__)
     try:
         experiments.need("serve", "websockets")
+        addresses.check(config.host, config.port)
+        directories.keep_programs("auto")
         directory = checkpoints.locate(config.checkpoint or twin.DIRECTORY)
         running.run(run(config, directory, describe(config, directory)))
     except (ValueError, FileNotFoundError, ImportError, OSError) as error:

@@ -22,7 +22,8 @@ from robovlms_jax.labeling import answers, asking, server
 from robovlms_jax.rl import rewards, segments
 from robovlms_jax.runs import logs, trying
 from robovlms_jax.schema import require
-from robovlms_jax.web import running
+from robovlms_jax.training import directory as directories
+from robovlms_jax.web import addresses, running
 from robovlms_jax.web.access import Access
 
 log = logging.getLogger(__name__)
@@ -121,11 +122,11 @@ def _keep(given: pathlib.Path, own: pathlib.Path) -> None:
     )
 
 
-async def run(config: LabelConfig) -> bool:
+async def run(config: LabelConfig) -> None:
     """Until SIGINT or SIGTERM; see `running.serve`."""
     access = Access.at(config.host, config.token)
     page = server.LabelServer(access, server.PAGE.read_text(encoding="utf-8"))
-    return await running.serve(
+    await running.serve(
         page,
         access,
         config.port,
@@ -140,6 +141,8 @@ def main() -> None:
     config = cli.read(LabelConfig, description=__doc__)
     try:
         experiments.need("serve", "websockets")
+        addresses.check(config.host, config.port)
+        directories.keep_programs("auto")
         running.run(run(config))
     except (ValueError, FileNotFoundError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -8,11 +8,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import io
 import logging
-import socket
 import sys
 import time
 
@@ -32,6 +30,7 @@ from robovlms_jax.policies.serving import BatchedVLAPolicy
 from robovlms_jax.runs import logs, played
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.runs.load import Weights, load_config
+from robovlms_jax.web import addresses, running
 
 log = logging.getLogger(__name__)
 
@@ -111,14 +110,7 @@ def require_address(config: ServerConfig) -> None:
     """
     config.secret()
     tls_context(config)
-    try:
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        socket.create_server((config.host, config.port), family=family).close()
-    except OSError as error:
-        raise OSError(
-            f"nobody can listen at {config.host}:{config.port} ({error.strerror or error}); choose another "
-            "--server.port (0: any that is free), or end what listens there."
-        ) from error
+    addresses.check(config.host, config.port, option="--server.")
 
 
 def executed_of_a_chunk(config: ServeConfig, experiment: ExperimentConfig) -> int:
@@ -171,7 +163,7 @@ def main() -> None:
         def announce() -> None:
             log.info("ready: %s://%s:%d", scheme, config.server.host, policy_server.port)
 
-        asyncio.run(server.serve(policy_server, announce))
+        running.run(server.serve(policy_server, announce))
     except (ValueError, FileNotFoundError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
 

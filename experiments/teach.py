@@ -30,7 +30,8 @@ from robovlms_jax.runs.robots import require_same
 from robovlms_jax.schema import require
 from robovlms_jax.teaching import keeping, lesson, show
 from robovlms_jax.training import checkpoints, seals
-from robovlms_jax.web import running
+from robovlms_jax.training import directory as directories
+from robovlms_jax.web import addresses, running
 from robovlms_jax.web.access import Access
 
 
@@ -95,7 +96,7 @@ def settings(config: TeachConfig, trained: ExperimentConfig, directory: pathlib.
     return json.loads(json.dumps(chosen)) | {"identity": seals.identity(directory).label}
 
 
-async def run(config: TeachConfig, directory: pathlib.Path) -> bool:
+async def run(config: TeachConfig, directory: pathlib.Path) -> None:
     """Until SIGINT or SIGTERM; see `running.serve`. Raises what loading the policy raises, too."""
     trained = load_config(directory)
     require_same(trained.policy, robots.CALVIN, "PlayTable is driven as")
@@ -116,7 +117,7 @@ async def run(config: TeachConfig, directory: pathlib.Path) -> bool:
         left = [exercise for exercise in every if exercise.number not in keeper.numbers]
         page = show.Teaching(access)
         try:
-            return await running.serve(
+            await running.serve(
                 page.server,
                 access,
                 config.port,
@@ -133,6 +134,8 @@ def main() -> None:
     config = cli.read(TeachConfig, description=__doc__)
     try:
         experiments.need("serve", "websockets")
+        addresses.check(config.host, config.port)
+        directories.keep_programs("auto")
         running.run(run(config, checkpoints.locate(config.checkpoint or twin.DIRECTORY)))
     except (ValueError, FileNotFoundError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")

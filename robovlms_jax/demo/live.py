@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from robovlms_jax.demo import world as worlds
 from robovlms_jax.demo.loop import SPEEDS, Camera, ControlLoop, Steps
@@ -41,14 +40,19 @@ class Live:
     def _compile(self, work: Iterable[tuple[str, Callable[[], Any]]]) -> list[Any]:
         """What the named functions return, in their order; they run in two threads."""
         work = list(work)
-        self.server.prepare(f"Compiling: 0 of {len(work)}")
+        left = [name for name, _ in work]
+        self._tell_progress(left, len(work))
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             running = {pool.submit(function): name for name, function in work}
             for count, done in enumerate(concurrent.futures.as_completed(running), start=1):
                 done.result()
                 log.info("ready: %s (%d of %d)", running[done], count, len(work))
-                self.server.prepare(f"Compiling: {count} of {len(work)}")
+                left.remove(running[done])
+                self._tell_progress(left, len(work))
             return [done.result() for done in running]
+
+    def _tell_progress(self, left: Sequence[str], of: int) -> None:
+        self.server.prepare(f"Compiling: {', '.join(left)}" if left else "Making the table", of - len(left), of)
 
     def _begin(self, steps: Steps, view_sizes: Mapping[str, int], hello: Mapping[str, Any]) -> None:
         """Time goes on from here, and pages are told `hello` and what speeds there are."""
@@ -73,6 +77,9 @@ class Live:
 def number(content: Mapping[str, Any], name: str) -> float:
     """A number of a page's command. Raises ValueError for what is none."""
     value = content.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
-        raise ValueError(f"{name}={str(value)[:40]!r}: expected a number.")
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer beyond what a float can hold
+        pass
+    raise ValueError(f"{name}={str(value)[:40]!r}: expected a number.")

@@ -139,7 +139,7 @@ class Camera:
     def __init__(
         self, sizes: Mapping[str, int], deliver: Callable[[Message], None], numbers: Callable[[], Mapping[str, Any]]
     ):
-        self._painter, self._deliver, self._numbers = Painter(sizes), deliver, numbers
+        self._painter, self._deliver, self._numbers = Painter(sizes, "people"), deliver, numbers
         self._newest: Snapshot | None = None
         self._changed, self._wanted, self._stopping = threading.Event(), threading.Event(), False
         self._drawn: tuple[Any, dict[str, bytes]] = (None, {})

@@ -106,7 +106,7 @@ class DemoServer(server.PageServer):
             self._controller = visitor
         await self._tell(visitor, {"type": "hello", **self._hello} if self._hello else self._preparation)
         self._tell_roles()
-        visitor.feeder = asyncio.ensure_future(self._feed(visitor))
+        visitor.feeder = self._start(self._feed(visitor))
 
     async def _feed(self, visitor: Visitor) -> None:
         """Sends the newest snapshot whenever the last one has been acknowledged."""

@@ -70,7 +70,6 @@ class Show(Live):
             "about": config.about,
             "sentences": {name: list(texts) for name, texts in config.sentences.known.items()},
             "limits": list(SPEEDS_M_S),
-            "per_metre": worlds.per_metre(),
         }
         self._begin(stage, config.view_sizes, hello)
 
@@ -89,7 +88,7 @@ class Show(Live):
             self._control.do(lambda stage: stage.limit_speed(value))
         elif kind == "instruct":
             text = content.get("text")
-            self._control.do(lambda stage: stage.instruct(text))
+            self._control.do(lambda stage: stage.instruct(text, who))
         else:
             simple: dict[str, Callable[[Stage], Any]] = {
                 "stop": lambda stage: stage.stop(who),

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from robovlms_jax.control.execution import Executed, Execution
-from robovlms_jax.control.interface import ActionChunk, Observation, Policy
+from robovlms_jax.control.interface import Policy
 from robovlms_jax.control.robot import CALVIN
-from robovlms_jax.demo import homing
-from robovlms_jax.demo.sentences import Match, Sentences, clean
+from robovlms_jax.demo import homing, plans
+from robovlms_jax.demo.sentences import Match, Reading, Sentences, clean
 from robovlms_jax.demo.world import Frozen, Start, World, project
 from robovlms_jax.deploy.limits import Limits
 from robovlms_jax.deploy.safety import SafetyLayer
@@ -71,22 +71,6 @@ class Snapshot:
     facts: dict[str, Any]
 
 
-class _Remembering:
-    """The policy, and the whole of its last chunk, of which only a part is executed."""
-
-    def __init__(self, policy: Policy):
-        self._policy, self.robot = policy, CALVIN
-        self.chunk: ActionChunk | None = None
-
-    def reset(self, instruction: str) -> None:
-        self.chunk = None
-        self._policy.reset(instruction)
-
-    def act(self, observation: Observation) -> ActionChunk:
-        self.chunk = self._policy.act(observation)
-        return self.chunk
-
-
 class Stage:
     """The table, the policy and the safety layer. Calls come from one thread.
 
@@ -108,7 +92,7 @@ class Stage:
         max_steps: int,
     ):
         self.world, self.sentences, self._scenes = world, sentences, scenes
-        self._seen = _Remembering(policy)
+        self._seen = plans.Remembering(policy)
         self._policy, self._max_steps = Executed(self._seen, execution), max_steps
         self.tick_number, self.interventions = 0, 0
         self.phase: Phase = "waiting"
@@ -119,6 +103,8 @@ class Stage:
         self._intervention: Event | None = None
         self._said: collections.deque[dict[str, Any]] = collections.deque(maxlen=12)
         self._count = 0
+        self._choices: list[str] = []
+        """Known sentences that are asked about; the next answer to a sentence takes their place."""
         self.score = [0, 0]
         """Tasks done, and tasks that ended."""
         self.broken = ""
@@ -129,29 +115,71 @@ class Stage:
 
     # What people do -----------------------------------------------------------------------------------------------
 
-    def instruct(self, text: object) -> bool:
-        """Whether it is obeyed; what became of it is said on the page either way."""
+    def instruct(self, text: object, who: str = "a visitor") -> bool:
+        """Whether it is obeyed; what became of it is said on the page either way. What asks for a stop stops."""
         typed = clean(text)
-        match = self.sentences.nearest(typed)
-        if not typed:
-            self._say("problem", "That was empty. Say what the robot should do.")
-        elif not match.understood:
-            self._say("problem", f"“{typed}”: I know nothing like that. Nearest: “{match.sentence}”. Nothing moves.")
+        reading = self.sentences.read(typed)
+        self._choices = []
+        if reading.kind == "stop":
+            self._stop_in_words(typed, who)
+        elif reading.kind == "refused":
+            self._say("problem", f"“{typed}”: {reading.why}. {self._stand_still()}")
+        elif not reading.understood:
+            self._ask(typed, reading)
         elif self._layer.latch.state != "run":
             first = "Begin the scene again" if self.broken else "Release the stop"
             self._say("problem", f"“{typed}”: the robot is stopped. {first} first.")
-        elif match.task not in self.world.possible([match.task]):
-            self._say("problem", f"“{match.sentence}” cannot be done now: it is so already, or out of reach.")
         else:
-            if match.similarity < 1:
-                self._say("note", f"“{typed}” → nearest known sentence: “{match.sentence}” ({match.similarity:.0%}).")
-            self._waiting = Task(typed, match, {})
-            if self.phase == "waiting" and homing.is_home(self.world.robot_obs):
-                self._begin_task()
-            else:
-                self._go_home()
-            return True
+            return self._take_on(typed, reading.matches[0], exact=reading.kind == "known")
         return False
+
+    def _take_on(self, typed: str, match: Match, *, exact: bool) -> bool:
+        words = f"“{typed}”" if exact else f"“{typed}”, understood as “{match.sentence}”"
+        if match.task not in self.world.possible([match.task]):
+            self._say("problem", f"{words}: cannot be done now, it is so already or out of reach. {self._goes_on()}")
+            return False
+        self._say("note", f"{words}: the robot begins.")
+        self._waiting = Task(typed, match, {})
+        if self.phase == "waiting" and homing.is_home(self.world.robot_obs):
+            self._begin_task()
+        else:
+            self._go_home()
+        return True
+
+    def _ask(self, typed: str, reading: Reading) -> None:
+        """What is not obeyed because it is not clear; the page has the choices as buttons."""
+        if reading.kind == "empty":
+            self._say("problem", f"That was empty. Say what the robot should do. {self._goes_on()}")
+        elif reading.kind == "unknown":
+            self._say("problem", f"“{typed}”: the robot knows nothing like that. {self._goes_on()}")
+        else:
+            self._choices = [match.sentence for match in reading.matches]
+            asked = "which of these is meant?" if len(self._choices) > 1 else "is this meant?"
+            self._say("question", f"“{typed}”: {asked} {self._goes_on()}")
+
+    def _stop_in_words(self, typed: str, who: str) -> None:
+        if self._layer.latch.state in ("run", "ready"):
+            self.stop(f"{who}, who typed “{typed}”")
+        else:
+            self._say("stop", f"“{typed}”: the robot is stopped already.")
+
+    def _goes_on(self) -> str:
+        """What the robot does about a sentence that it does not obey: what it did before."""
+        if self._layer.latch.state != "run":
+            return "The robot is stopped."
+        task = self._waiting or self.task
+        if task:
+            return f"It goes on with “{task.match.sentence}”."
+        return "It goes on back to where tasks begin." if self.phase == "returning" else "Nothing moves."
+
+    def _stand_still(self) -> str:
+        """Whoever forbids or asks something while the robot moves is not told that it goes on: it does not."""
+        task = self._waiting or self.task
+        moved = self.phase != "waiting" and self._layer.latch.state == "run"
+        self._end_task()
+        if not moved:
+            return "Nothing moves."
+        return f"The robot stands still; “{task.match.sentence}” has ended." if task else "The robot stands still."
 
     def stop(self, who: str) -> None:
         """Latches a stop: brakes, forgets the task, and obeys nobody until `release`."""
@@ -225,8 +253,9 @@ class Stage:
     def _still(self) -> Snapshot:
         """The last good step's picture, and that nothing moves."""
         latch = self._layer.latch
-        nothing = {"typed": "", "instruction": "", "task": "", "steps": 0, "chunk": [], "confidence": None}
+        nothing = {"typed": "", "instruction": "", "task": "", "steps": 0, "chunk": [], "uncertainty": None}
         facts = self._last.facts | nothing | {"tick": self.tick_number, "phase": "stopped", "said": list(self._said)}
+        facts |= {"choices": list(self._choices)}
         facts |= {"latch": latch.state, "reason": latch.reason, "broken": self.broken}
         return Snapshot(self.tick_number, self._last.moment, facts)
 
@@ -347,11 +376,12 @@ class Stage:
             "max_steps": self._max_steps,
             "score": list(self.score),
             "said": list(self._said),
+            "choices": list(self._choices),
             "possible": self._possible(),
             "action": [round(float(x), 3) for x in action],
-            "chunk": self._drawn_chunk(),
-            "trail": _rounded(project(np.array(self._path))) if self._path else [],
-            "confidence": self._confidence(),
+            "chunk": plans.path(self._plan_from, self._seen.chunk),
+            "trail": plans.rounded(project(np.array(self._path))) if self._path else [],
+            "uncertainty": plans.uncertainty(self._seen.chunk, self._row),
             "interventions": self.interventions,
             "intervention": None if event is None else {"tick": event.tick, "stage": event.stage, "why": event.reason},
             "speed_limit": self._speed_m_s,
@@ -361,34 +391,3 @@ class Stage:
         if not self._known_possible or self.tick_number % 10 == 0:
             self._known_possible = self.world.possible(list(self.sentences.known))
         return self._known_possible
-
-    def _drawn_chunk(self) -> list[list[float]]:
-        """The predicted path in the static picture, [right, down, 1 if the gripper is open] for each action."""
-        chunk = self._seen.chunk
-        if chunk is None:
-            return []
-        scale = CALVIN.action[0].measure[0]
-        path = self._plan_from + np.cumsum(chunk.actions[:, :3], axis=0) * scale
-        return _rounded(np.column_stack([project(np.vstack([self._plan_from, path])), _opens(chunk.actions)]))
-
-    def _confidence(self) -> dict[str, Any] | None:
-        """How sure the policy is of the action being executed, as far as it says: `within_mm` in `coverage` of all
-        cases where it was calibrated, else the bare `uncertainty`."""
-        chunk = self._seen.chunk
-        if chunk is None or chunk.uncertainty is None:
-            return None
-        row = min(self._row, len(chunk.actions) - 1)
-        found: dict[str, Any] = {"uncertainty": round(float(chunk.uncertainty[row]), 4)}
-        if chunk.interval is not None and np.isfinite(chunk.interval[row, :3]).all():
-            millimetres = 1000 * CALVIN.action[0].measure[0] * chunk.interval[row, :3].max()
-            found |= {"within_mm": round(float(millimetres), 1), "coverage": chunk.coverage}
-        return found
-
-
-def _rounded(points: np.ndarray) -> list[list[float]]:
-    return [[round(float(x), 4) for x in point] for point in points]
-
-
-def _opens(actions: np.ndarray) -> np.ndarray:
-    """float[C + 1]: is the gripper open at each point of the drawn path, whose first point is where it begins?"""
-    return np.concatenate([actions[:1, 6], actions[:, 6]]) > 0

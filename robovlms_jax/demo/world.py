@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -56,22 +56,28 @@ def _picture(scene: Any, state: bodies.State, camera: str, size: int, backdrop: 
     return render.render(scene, state, camera, size, backdrop, tiled=tiled)
 
 
-@functools.partial(jax.jit, static_argnames="size")
-def _backdrop(scene: Any, size: int) -> Any:
-    return render.backdrop(scene, size)
+@functools.partial(jax.jit, static_argnames=("size", "camera"))
+def _backdrop(scene: Any, size: int, camera: str) -> Any:
+    return render.backdrop(scene, size, camera)
 
 
 class Painter:
-    """Pictures of moments. sizes: camera -> px. Several threads may draw."""
+    """Pictures of moments. Several threads may draw.
 
-    def __init__(self, sizes: Mapping[str, int]):
-        self.sizes = dict(sizes)
+    Args:
+      sizes: camera -> px.
+      fixed: which fixed camera the one called "static" is, see `cameras.camera`.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], fixed: Literal["static", "people"] = "static"):
+        self.sizes, self._fixed = dict(sizes), fixed
 
     def draw(self, moment: Frozen, camera: str) -> np.ndarray:
         """uint8[size, size, 3]."""
-        backdrop = _kept_backdrop(moment.table, self.sizes["static"])
+        backdrop = _kept_backdrop(moment.table, self.sizes["static"], self._fixed)
         tiled = cpu.default_platform() == "cpu"
-        return np.asarray(_picture(_scene(moment.table), moment.state, camera, self.sizes[camera], backdrop, tiled))
+        eye = self._fixed if camera == "static" else camera
+        return np.asarray(_picture(_scene(moment.table), moment.state, eye, self.sizes[camera], backdrop, tiled))
 
 
 @functools.cache
@@ -80,8 +86,8 @@ def _scene(table: str) -> Any:
 
 
 @functools.cache
-def _kept_backdrop(table: str, size: int) -> Any:
-    return _backdrop(_scene(table), size)
+def _kept_backdrop(table: str, size: int, camera: str) -> Any:
+    return _backdrop(_scene(table), size, camera)
 
 
 class World:
@@ -180,22 +186,16 @@ class World:
 
 
 def project(points: np.ndarray) -> np.ndarray:
-    """World points float[N, 3], m -> where the static camera sees them, float[N, 2]: right and down, from 0 to 1."""
-    eye, axes, focal = _static_camera()
+    """World points float[N, 3], m -> where people's picture has them, float[N, 2]: right and down, from 0 to 1."""
+    eye, axes, focal = _people_camera()
     seen = (points - eye) @ axes
     return seen[:, :2] / seen[:, 2:] * focal + 0.5
 
 
 @functools.cache
-def _static_camera() -> tuple[np.ndarray, np.ndarray, float]:
-    camera = cameras.camera(None, "static")
+def _people_camera() -> tuple[np.ndarray, np.ndarray, float]:
+    camera = cameras.camera(None, "people")
     return np.asarray(camera.eye), np.asarray(camera.rotation), float(cameras.focal(camera, 1))
-
-
-def per_metre() -> float:
-    """How long a metre at the table is in the static camera's picture, as a share of its width."""
-    eye, axes, focal = _static_camera()
-    return float(focal / ((np.array([0.0, 0.0, 0.45]) - eye) @ axes[:, 2]))
 
 
 def warm_up(image_sizes: Mapping[str, int], view_sizes: Mapping[str, int]) -> Iterator[tuple[str, Any]]:
@@ -207,9 +207,8 @@ def warm_up(image_sizes: Mapping[str, int], view_sizes: Mapping[str, int]) -> It
 
     yield "the simulator's step", simulator
     scene = jax.tree.map(lambda x: x[None], make_scene(start.table))
-    for sizes, whose in ((image_sizes, "the policy's"), (view_sizes, "the page's")):
-        painter = Painter(sizes)
-        for camera in sizes:
+    for painter, whose in ((Painter(image_sizes), "the policy's"), (Painter(view_sizes, "people"), "the page's")):
+        for camera in painter.sizes:
 
             def draw(painter: Painter = painter, camera: str = camera) -> None:
                 states = env.reset_batch(scene, *(obs[None] for obs in initial_obs(start.condition, start.table)))

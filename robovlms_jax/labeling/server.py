@@ -101,8 +101,7 @@ class LabelServer(server.PageServer):
             return
         self._numbered += 1
         visitor.asked = (self._numbered, self._waiting.popleft())
-        task = asyncio.ensure_future(self._send_pair(visitor, *visitor.asked))
-        task.add_done_callback(_report)
+        self._start(self._send_pair(visitor, *visitor.asked)).add_done_callback(_report)
 
     async def _send_pair(self, visitor: Visitor, number: int, pair: Pair) -> None:
         clips = self._kept.pop(pair, None) or await asyncio.to_thread(self._drawn, pair)

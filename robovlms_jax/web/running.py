@@ -8,10 +8,11 @@ import dataclasses
 import logging
 import os
 import signal
+import sys
 import threading
 import webbrowser
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, NoReturn
 
 from robovlms_jax.web.access import Access
 from robovlms_jax.web.server import PageServer
@@ -38,10 +39,24 @@ class PageConfig:
             raise ValueError(f"port={self.port} must be 0 ... 65535.")
 
 
-def run(page: Coroutine[Any, Any, bool]) -> None:
-    """Runs it until its end (see `serve`), and then does not wait for what is still being prepared."""
-    if not asyncio.run(page):
-        os._exit(0)  # a compilation cannot be stopped, and Python would wait for it
+def run(work: Coroutine[Any, Any, Any]) -> NoReturn:
+    """Runs it until its end and then ends the process, with status 0. What it raises is raised.
+
+    Nothing is waited for but `work`, so that has to save what must be saved. Python would wait for threads that compile
+    or draw, which cannot be stopped, and JAX forgets its programs one by one at exit, which takes longer than ten
+    seconds on a busy machine.
+    """
+
+    async def whole() -> None:
+        await work
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                stream.flush()
+        os._exit(0)
+
+    asyncio.run(whole())
+    raise AssertionError("unreachable")
 
 
 async def serve(
@@ -52,14 +67,12 @@ async def serve(
     *,
     ready: str,
     open_browser: bool = False,
-) -> bool:
+) -> None:
     """Until SIGINT or SIGTERM. The page is there at once.
 
     Args:
       prepare: what takes its time; runs in a thread. What it raises ends the program.
       ready: logged when that is done.
-    Returns:
-      Whether everything has ended; else something is still being prepared, and nobody needs it.
     Raises:
       OSError: nobody can listen there.
     """
@@ -80,7 +93,6 @@ async def serve(
             log.info(ready)
             await stopping
         log.info("ending")
-        return preparing.done()
     finally:
         await server.stop()
 

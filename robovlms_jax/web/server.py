@@ -13,9 +13,10 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
+from robovlms_jax.web import addresses
 from robovlms_jax.web.access import LIVE, Access, page_headers
 
 MAX_VISITORS = 32
@@ -54,7 +55,10 @@ class PageServer:
         self._access, self._page, self._headers = access, page.encode(), page_headers(page)
         self._visitors: dict[int, Any] = {}
         self._last_number = 0
-        self._preparing = "Starting"
+        self._preparing: dict[str, Any] = {"what": "Starting", "done": 0, "of": 0}
+        self._begun_s = time.monotonic()
+        self._tasks: set[asyncio.Task] = set()
+        """All that run; the event loop itself would forget them."""
         self._server: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -79,18 +83,18 @@ class PageServer:
 
     # --------------------------------------------------------------------------------------------------------------
 
-    def prepare(self, what: str) -> None:
-        """What is being made ready, for pages that are open already; called by other threads."""
-        self._call(self._set_preparing, what)
+    def prepare(self, what: str, done: int = 0, of: int = 0) -> None:
+        """What is being made ready, for pages that are open already; called by other threads. of: parts, if counted."""
+        self._call(self._set_preparing, what, done, of)
 
-    def _set_preparing(self, what: str) -> None:
-        self._preparing = what
+    def _set_preparing(self, what: str, done: int, of: int) -> None:
+        self._preparing = {"what": what, "done": done, "of": of}
         self._tell_all(self._preparation)
 
     @property
-    def _preparation(self) -> dict[str, str]:
-        """What a page is told before there is more to say."""
-        return {"type": "preparing", "what": self._preparing}
+    def _preparation(self) -> dict[str, Any]:
+        """What a page is told before there is more to say. seconds: since the server was made."""
+        return {"type": "preparing", **self._preparing, "seconds": round(time.monotonic() - self._begun_s)}
 
     @property
     def port(self) -> int:
@@ -117,16 +121,24 @@ class PageServer:
                 server_header=None,
             )
         except OSError as error:
-            raise OSError(
-                f"nobody can listen at {self._access.host}:{port} ({error.strerror or error}). Choose another port "
-                f"with --port {port + 1 if port < 65535 else 8000} (0: any that is free), or end what listens there."
-            ) from error
+            raise OSError(addresses.why(error, self._access.host, port)) from error
 
     async def stop(self) -> None:
         """Tells every page that this is the end, and closes."""
         await asyncio.gather(*(self._tell(visitor, {"type": "ended"}) for visitor in list(self._visitors.values())))
         self._server.close(close_connections=True)
         await self._server.wait_closed()
+        running = list(self._tasks)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task:
+        """Runs it beside everything else; until the server's end at the latest."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _call(self, function: Callable[..., None], *values: Any) -> None:
         """In the event loop, soon; for other threads."""
@@ -138,16 +150,17 @@ class PageServer:
             self._tell_soon(visitor, content)
 
     def _tell_soon(self, visitor: Visitor, content: Mapping[str, Any]) -> None:
-        task = asyncio.ensure_future(self._tell(visitor, content))
-        task.add_done_callback(lambda done: done.exception())
+        self._start(self._tell(visitor, content))
 
     async def _tell(self, visitor: Visitor, content: Mapping[str, Any]) -> None:
         await self._send(visitor, json.dumps(content))
 
     async def _send(self, visitor: Visitor, message: bytes | str) -> None:
-        """A visitor who does not read is dropped."""
+        """A visitor who does not read is dropped; one who is gone already is told nothing."""
         from websockets.exceptions import ConnectionClosed
 
+        if visitor.socket.transport.is_closing():
+            return
         try:
             await asyncio.wait_for(visitor.socket.send(message), SEND_TIMEOUT_S)
         except TimeoutError:

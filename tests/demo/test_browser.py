@@ -103,3 +103,47 @@ def test_a_control_step_that_fails_is_on_the_page_with_the_way_out(tmp_path, mon
             assert page.complaints == []
         finally:
             shown.show.close()
+
+
+IN_SIGHT = "(x => x.width > 0 && x.top >= 0 && x.bottom <= innerHeight)($('reply').getBoundingClientRect())"
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1366, 768)])
+def test_the_answer_stands_beside_the_input_with_choices_and_a_lost_page_controls_nothing(
+    tmp_path, monkeypatch, width, height
+):
+    monkeypatch.setattr(loops.Painter, "draw", lambda self, moment, camera: np.zeros((50, 50, 3), np.uint8))
+    stage, _, _ = make_stage()
+    with browser(tmp_path / "page") as page:
+        page.size(width, height, phone=width < 500)
+        with serving(Shown(stage)) as shown:
+            try:
+                page.open(f"http://127.0.0.1:{shown.server.port}/")
+                page.wait("document.body.dataset.state === 'live' && facts !== null && role.controls", 60)
+                for typed, answer in (("make me a coffee", "knows nothing like that"), ("the green light", "which of")):
+                    page.ask("$('text').scrollIntoView({block: 'center'}); $('text').focus()")
+                    page.type(typed)
+                    page.key("Enter", "Enter", "\r")
+                    page.wait(
+                        f"$('reply').textContent.includes('“{typed}”') && $('reply').textContent.includes('{answer}')"
+                    )
+                    assert page.ask(IN_SIGHT)
+                page.screenshot(tmp_path / "asked.png")
+                assert page.ask("[...$('meant').children].map(x => x.textContent).join('|')") == (
+                    "turn on the green light|turn off the green light"
+                )
+                page.ask("$('meant').children[0].click()")
+                page.wait("facts.score[1] === 1 && $('meant').hidden", 30)
+                page.ask("$('text').focus()")
+                page.type("halt")
+                page.key("Enter", "Enter", "\r")
+                page.wait("facts.latch === 'hold' && !$('banner').hidden", 20)
+                assert page.ask("document.documentElement.scrollWidth <= innerWidth")
+                lines = "[...document.querySelectorAll('.choices label')].every(x => x.getClientRects().length === 1)"
+                assert page.ask(lines + " && new Set([...$('speeds').children].map(x => x.clientHeight)).size === 1")
+                assert page.complaints == []
+            finally:
+                shown.show.close()
+        page.wait("document.body.dataset.state === 'lost'", 20)
+        assert page.ask("$('stop').disabled && $('send').disabled && !$('role').className.includes('live')")
+        page.screenshot(tmp_path / "lost.png")

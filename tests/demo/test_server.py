@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
+import socket
+import struct
 import time
 
 import pytest
 
 from robovlms_jax.demo import server as servers
+from robovlms_jax.demo.live import number
 from robovlms_jax.demo.loop import Message
 from robovlms_jax.demo.server import DemoServer
 from robovlms_jax.demo.show import PAGE
+from robovlms_jax.web import addresses
 from robovlms_jax.web import server as pages
 from robovlms_jax.web.access import LIVE, Access, page_headers
 from robovlms_jax.web.messages import pack, unpack
@@ -109,8 +114,8 @@ def test_with_a_token_only_who_has_it_comes_in():
 def test_a_page_that_comes_early_is_told_what_is_being_prepared():
     with running(opened=False) as it, it.connect() as line:
         assert told(line, "preparing")["what"] == "Starting"
-        it.server.prepare("Compiling: 2 of 6")
-        assert told(line, "preparing")["what"] == "Compiling: 2 of 6"
+        it.server.prepare("Compiling: the policy", 5, 6)
+        assert told(line, "preparing", what="Compiling: the policy", done=5, of=6)["seconds"] >= 0
         say(line, "instruct", text="open the drawer")
         assert "not ready" in told(line, "refused")["why"]
         it.server.open(HELLO)
@@ -217,6 +222,42 @@ def test_pages_are_told_that_the_demonstration_ends():
         it.loop.call_soon_threadsafe(it.end.set)
         told(line, "ended")
         assert ended(line) == 1001  # going away, which a browser does not take for an error
+
+
+def test_visitors_who_leave_abruptly_leave_nothing_behind(caplog):
+    with running() as it:
+        lines = [it.connect() for _ in range(3)]
+        for line in lines:
+            told(line, "you")
+        for number, line in enumerate(lines):
+            line.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            line.socket.close()  # with a reset, no farewell
+            for _ in range(8):
+                it.deliver(number)
+                it.server.prepare("still told")
+        eventually(lambda: not it.server._visitors)
+        gc.collect()
+    assert not it.server._tasks
+    assert not [x for x in caplog.messages if "destroyed" in x or "socket.send()" in x]
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), True, None, "1", [1], float("nan"), float("inf")])
+def test_a_value_that_is_no_number_is_refused_and_says_which(value):
+    with pytest.raises(ValueError, match=r"^limit='.{1,40}': expected a number"):
+        number({"limit": value}, "limit")
+    assert number({"limit": 3}, "limit") == 3.0
+
+
+def test_an_address_is_checked_before_anything_is_loaded_and_the_advice_fits_the_fault():
+    with running() as it:
+        taken = it.server.port
+        with pytest.raises(OSError, match=rf"127.0.0.1:{taken} .* Choose another port with --port {taken + 1} "):
+            addresses.check("127.0.0.1", taken)
+    for foreign in ("203.0.113.7", "no.such.host.invalid"):
+        with pytest.raises(OSError, match=r"no such address\. Choose one of its own with --host: 127.0.0.1") as error:
+            addresses.check(foreign, 0)
+        assert "port" not in str(error.value)
+    addresses.check("127.0.0.1", 0)
 
 
 def test_a_port_that_is_taken_is_named_with_the_way_out():

@@ -15,10 +15,16 @@ from robovlms_jax.types import Array
 SIZES = {"static": 200, "wrist": 84}
 """CALVIN's picture sizes, px."""
 STATIC_EYE_M, STATIC_TARGET_M = np.array([2.871, -2.167, 2.555]), np.array([-0.026, -0.030, 0.392])
+_PEOPLE_TARGET_M = STATIC_TARGET_M + np.array([0.0, 0.0, 0.03])
+"""The static camera's picture for people is turned up and wider by so much that both lamps are whole in it."""
 _STATIC_UP = np.array([0.404, 0.226, 0.886])
 _WRIST_EYE_M = np.array([-0.1, 0.0, -0.142], np.float32)  # frame of the tool centre point
 _WRIST_TILT_RAD = 0.2708
-_VIEW_RAD = {"static": np.deg2rad(10.0), "wrist": np.deg2rad(75.0)}  # angle of view, both ways
+_VIEW_RAD = {
+    "static": np.deg2rad(10.0),
+    "people": np.deg2rad(11.5),
+    "wrist": np.deg2rad(75.0),
+}  # angle of view, both ways
 
 
 class Camera(NamedTuple):
@@ -40,11 +46,13 @@ def axes_towards(eye: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def camera(state: bodies.State | None, name: str, appearance: Appearance | None = None) -> Camera:
-    """The camera "static" or "wrist"; the static one needs no state. appearance: where it stands, if not as usual."""
+    """The camera "static", "wrist", or "people": where the static one usually stands, with more of the table in it,
+    which no policy sees. Only the one on the hand needs a state. appearance: where the static one stands, if not as
+    usual."""
     if name == "static" and appearance is not None:
         return Camera(appearance.static_eye, appearance.static_axes, _VIEW_RAD[name])
-    if name == "static":
-        axes = axes_towards(STATIC_EYE_M, STATIC_TARGET_M)
+    if name in ("static", "people"):
+        axes = axes_towards(STATIC_EYE_M, STATIC_TARGET_M if name == "static" else _PEOPLE_TARGET_M)
         return Camera(jnp.asarray(STATIC_EYE_M, jnp.float32), jnp.asarray(axes, jnp.float32), _VIEW_RAD[name])
     if name == "wrist":
         c, s = np.cos(_WRIST_TILT_RAD), np.sin(_WRIST_TILT_RAD)

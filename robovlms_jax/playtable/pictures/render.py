@@ -16,18 +16,18 @@ from robovlms_jax.playtable.scene import Scene
 from robovlms_jax.types import Array
 
 
-def backdrop(scene: Scene, size: int) -> tiles.Backdrop:
-    """Traced once per scene and size, handed to every `render` of the static camera."""
-    return _look(scene, cameras.camera(None, "static", scene.appearance), tiles.Tiles.of(size), solids.fixed(scene))
+def backdrop(scene: Scene, size: int, camera: str = "static") -> tiles.Backdrop:
+    """Traced once per scene and size, handed to every `render` of the same camera, "static" or "people"."""
+    return _look(scene, cameras.camera(None, camera, scene.appearance), tiles.Tiles.of(size), solids.fixed(scene))
 
 
 def render(
     scene: Scene, state: bodies.State, camera: str, size: int, backdrop: tiles.Backdrop, *, tiled: bool = True
 ) -> Array:
-    """uint8[size, size, 3], RGB: the picture of camera "static" or "wrist".
+    """uint8[size, size, 3], RGB: the picture of camera "static", "people" or "wrist".
 
     Args:
-      backdrop: of this scene and, for the static camera, of this size.
+      backdrop: of this scene and, but for the one on the hand, of this camera and size.
       tiled: work on the tiles that each solid meets; fast on a CPU one picture at a time, slow under `vmap`.
     """
     view, cut = cameras.camera(state, camera, scene.appearance), tiles.Tiles.of(size)
