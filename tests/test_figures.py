@@ -341,6 +341,9 @@ def test_the_traffic_of_control_steps_is_that_of_their_plans():
     causes = list(found["after_by_cause_h100"].values())
     assert sum(causes) == found["after"]["traffic"]["h100:1"]
     assert all(f"{cause / 1e9:.2f}" in text for cause in causes)
+    v5e = found["v5e_five_layers"]
+    moved, weights = v5e["traffic"], v5e["weights_without_the_words_table"]
+    assert f"{moved / 1e9:.3f} GB of traffic for {weights / 1e9:.3f} GB of weights, {moved / weights:.2f} times" in text
     layers = found["training_h100_8_two_layers"]["per_layer_of_both_towers"]
     assert f"{sum(layers.values()) / 1e9:.1f} GB for each pair of layers" in text
 

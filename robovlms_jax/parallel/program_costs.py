@@ -161,7 +161,7 @@ def _numbers(text: str) -> list[int]:
 _NO_TRAFFIC = """
     parameter constant iota tuple get-tuple-element bitcast while conditional call after-all opt-barrier domain
     partition-id replica-id copy-done async-start async-update async-done all-gather-done all-reduce-done
-    collective-permute-done reduce-scatter-done all-to-all-done send send-done recv recv-done"""
+    slice-done collective-permute-done reduce-scatter-done all-to-all-done send send-done recv recv-done"""
 _NOTHING = frozenset(_NO_TRAFFIC.split())
 _PARTS = ("dynamic-slice", "gather", "slice")
 
@@ -175,6 +175,9 @@ def _moved(x: hlo.Instruction, computation: hlo.Computation, program: hlo.Progra
         return _fusion(x, operands, program.computations[x.inner("calls")[0]])
     if x.opcode in _PARTS:
         return 2.0 * _main(x.result)
+    if x.opcode == "slice-start":  # its result holds the whole operand, and the part, mostly fetched onto the chip
+        part = x.result[1]
+        return float(_main([dataclasses.replace(part, space=operands[0].result[0].space)]) + _main([part]))
     if x.opcode == "dynamic-update-slice":
         return 2.0 * _main(operands[1].result)
     if x.opcode == "scatter":

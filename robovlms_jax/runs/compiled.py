@@ -127,7 +127,7 @@ def _compiled(place: Place, lowered: jax.stages.Lowered, own: Mapping[str, Any] 
     return found
 
 
-_VERSION = 2
+_VERSION = 3
 """Raised when what is kept of a program changes."""
 
 

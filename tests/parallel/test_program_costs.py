@@ -162,6 +162,17 @@ def test_memory_on_the_chip_is_no_traffic():
     assert program_costs.of_text(program(*lines), 1).bytes == 8 * 4
 
 
+@pytest.mark.parametrize(("where", "times"), [("", 2), ("S(1)", 1)])
+def test_a_part_that_is_fetched_ahead_is_read_alone(where, times):
+    # As a TPU's program fetches a matrix bit by bit. Fails if every part counts as the whole matrix.
+    lines = (
+        "  %matrix = f32[64]{0} parameter(0)",
+        f"  %begun = ((f32[64]{{0}}), f32[8]{{0:T(8){where}}}, s32[]{{:S(2)}}) slice-start(%matrix), slice={{[8:16]}}",
+        f"  ROOT %part = f32[8]{{0:T(8){where}}} slice-done(%begun)",
+    )
+    assert program_costs.of_text(program(*lines), 1).bytes == times * 8 * 4
+
+
 def test_a_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="expected XLA's HLO with a computation called ENTRY"):
         hlo.parse("module @jit_f {}")
