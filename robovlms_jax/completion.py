@@ -58,7 +58,9 @@ def _choices(hint: Any) -> tuple[str, ...]:
 
 
 def _bash(words: Mapping[str, list[str]], known: Mapping[str, Flags], *, zsh: bool) -> str:
-    lines = ["autoload -U +X bashcompinit && bashcompinit"] if zsh else []
+    # bashcompinit needs compdef, which is not there in a zsh that has not started its own completion yet.
+    start = "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -u }"
+    lines = [start, "autoload -U +X bashcompinit && bashcompinit"] if zsh else []
     lines += [
         "_robovlms() {",
         "  local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} key=${COMP_WORDS[1]} found=",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import runpy
 import shutil
 import subprocess
@@ -139,13 +140,43 @@ def test_bash_completes_commands_words_flags_presets_and_choices():
 
 
 def test_zsh_and_fish_have_the_same_words():
-    assert completion.script("zsh", PART).startswith("autoload -U +X bashcompinit")
+    assert "autoload -U +X bashcompinit" in completion.script("zsh", PART)
     fish = completion.script("fish", PART)
     assert "complete -c robovlms -n __fish_use_subcommand -f -a 'train plan completion'" in fish
     assert "-l policy.history -x -a 'one_step interleaved" in fish
     for shell, script in (("zsh", completion.script("zsh", PART)), ("fish", fish)):
         if shutil.which(shell):
             assert subprocess.run([shell, "-n"], input=script, text=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh here")
+def test_zsh_sources_its_script_whether_or_not_its_completion_was_started(tmp_path):
+    (tmp_path / "script").write_text(completion.script("zsh", PART))
+    for before in ("", "autoload -Uz compinit; compinit -u -D; "):
+        # bashcompinit calls functions with the options of sh: arrays begin at 0.
+        line = "COMP_WORDS=(robovlms train --train.batch-s); COMP_CWORD=2; _robovlms; print -l -- $COMPREPLY"
+        command = f"{before}source {tmp_path / 'script'} || exit 1; print $_comps[robovlms]; emulate sh -c '{line}'"
+        done = subprocess.run(
+            ["zsh", "-f", "-c", command], capture_output=True, text=True, env={**os.environ, "ZDOTDIR": str(tmp_path)}
+        )
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert done.stdout.split("\n")[:2] == ["_bash_complete -o default -F _robovlms", "--train.batch_size"]
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here")
+def test_fish_sources_its_script_and_completes_commands_flags_and_choices(tmp_path):
+    (tmp_path / "script").write_text(completion.script("fish", PART))
+    typed = ("robovlms tr", "robovlms train --train.batch", "robovlms train --backbone.name kosmos-2-t")
+    asked = "; ".join(f"complete -C '{line}'" for line in typed)
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", f"source {tmp_path / 'script'}; or exit 1; {asked}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XDG_CONFIG_HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.split()
+    assert {"train", "--train.batch_size", "kosmos-2-twin"} <= set(found) and "plan" not in found
 
 
 @pytest.mark.parametrize("program", [demo, label, serve], ids=lambda program: program.__name__)

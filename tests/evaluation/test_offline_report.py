@@ -154,6 +154,11 @@ def test_action_panels_show_real_units_and_all_seven_dimensions():
     figure = report.draw_actions(curves)
     labels = [axes.get_ylabel() for axes in figure.axes]
     assert labels == ["x (mm)", "y (mm)", "z (mm)", "roll (°)", "pitch (°)", "yaw (°)", "gripper"]
+    figure.draw_without_rendering()
+    heights = [axes.get_position().height for axes in figure.axes[:6]]
+    assert max(heights) - min(heights) < 0.01 and figure.legends  # the legend makes no hole between panels
+    tops = np.array([axes.get_position().y0 for axes in figure.axes[:3]])
+    assert np.ptp(np.diff(tops)) < 0.01
     predicted, recorded = figure.axes[4].lines[:2]
     np.testing.assert_allclose(recorded.get_ydata(), np.rad2deg(curves.recorded[:, 4] * 0.05))
     np.testing.assert_allclose(predicted.get_ydata(), np.rad2deg(curves.predicted[:, 4] * 0.05))

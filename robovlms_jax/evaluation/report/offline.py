@@ -286,7 +286,9 @@ def draw_actions(episode: EpisodeCurves) -> Figure:
         title.set_font(pathlib.Path(font.path))
         title.set_fontsize(13)
     figure.align_ylabels(list(panels.values()))
-    (list(panels.values()) or grippers)[-1].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    # Below all panels: above one of them, its row would stand lower in every column.
+    lines = (list(panels.values()) or grippers)[0].get_legend_handles_labels()
+    figure.legend(*lines, frameon=False, ncols=2, loc="outside lower right")
     return figure
 
 
