@@ -61,6 +61,11 @@ def _bash(words: Mapping[str, list[str]], known: Mapping[str, Flags], *, zsh: bo
     # bashcompinit needs compdef, which is not there in a zsh that has not started its own completion yet.
     start = "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -u }"
     lines = [start, "autoload -U +X bashcompinit && bashcompinit"] if zsh else []
+    # Flags are shown with underscores and understood with hyphens, too; zsh compares with the typed word by itself.
+    other_spelling = [
+        "  if [[ ${#COMPREPLY[@]} -eq 0 && $current == --* ]]; then current=${current#--}",
+        '    COMPREPLY=($(compgen -W "$found" -- "--${current//-/_}")); fi',
+    ]
     lines += [
         "_robovlms() {",
         "  local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} key=${COMP_WORDS[1]} found=",
@@ -78,9 +83,7 @@ def _bash(words: Mapping[str, list[str]], known: Mapping[str, Flags], *, zsh: bo
     lines += [
         "  esac; fi; fi",
         '  COMPREPLY=($(compgen -W "$found" -- "$current"))',
-        "  # Flags are shown with underscores, and understood with hyphens, too.",
-        "  if [[ ${#COMPREPLY[@]} -eq 0 && $current == --* ]]; then current=${current#--}",
-        '    COMPREPLY=($(compgen -W "$found" -- "--${current//-/_}")); fi',
+        *([] if zsh else other_spelling),
         "}",
         f"complete -o default -F _robovlms {programs.NAME}",
     ]
