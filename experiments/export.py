@@ -218,7 +218,7 @@ def main() -> None:
     config = cli.read(ExportConfig, description=__doc__)
     try:
         folder = export(config)
-    except (ValueError, FileNotFoundError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {config.to}, {size / 2**20:.1f} MiB, {', '.join(sorted(x.name for x in folder.iterdir()))}")

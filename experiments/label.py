@@ -144,7 +144,7 @@ def main() -> None:
         addresses.check(config.host, config.port)
         directories.keep_programs("auto")
         running.run(run(config))
-    except (ValueError, FileNotFoundError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

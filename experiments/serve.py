@@ -164,7 +164,7 @@ def main() -> None:
             log.info("ready: %s://%s:%d", scheme, config.server.host, policy_server.port)
 
         running.run(server.serve(policy_server, announce))
-    except (ValueError, FileNotFoundError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

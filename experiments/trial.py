@@ -342,7 +342,7 @@ def main() -> None:
         if session.run():
             atomic.write_text(pathlib.Path(config.out) / "report.md", session.report())
         print(session.report())
-    except (ValueError, FileNotFoundError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -16,7 +16,6 @@
 # docs.cloud.google.com/tpu/docs/jax-pods. DRY=1 only prints them. The program itself learns from the machines who else
 # there is (metadata server), so that the same command runs everywhere.
 set -euo pipefail
-: "${NAME:?}" "${ZONE:?}"
 SLICES=${SLICES:-1}
 
 gcloud_tpus() {
@@ -41,13 +40,21 @@ on_all() { # on every machine of every slice at once
 }
 
 case ${1:-} in
+create | state | setup | train | stop | delete) : "${NAME:?the name of the TPUs}" "${ZONE:?their zone}" ;;
+*)
+    sed -n '2,/^set /s/^# \{0,1\}//p' "$0" >&2
+    exit 64
+    ;;
+esac
+
+case $1 in
 create)
     nodes=(--node-id "$NAME-0")
     # Nodes of a prefix are called PREFIX-0, PREFIX-1, ... (API: MultisliceParams.nodeIdPrefix), and know each other.
     if [ "$SLICES" -gt 1 ]; then nodes=(--node-count "$SLICES" --node-prefix "$NAME"); fi
     if [ -n "${SPOT:-}" ]; then nodes+=(--spot); fi
     gcloud_tpus queued-resources create "$NAME" --zone "$ZONE" \
-        --accelerator-type "${TYPE:?}" --runtime-version "${VERSION:?}" "${nodes[@]}"
+        --accelerator-type "${TYPE:?such as v5litepod-64}" --runtime-version "${VERSION:?of the runtime, such as v2-alpha-tpuv5-lite}" "${nodes[@]}"
     ;;
 state) gcloud_tpus queued-resources describe "$NAME" --zone "$ZONE" --format 'value(state.state)' ;;
 setup)
@@ -62,8 +69,4 @@ train)
     ;;
 stop) on_all "pkill -TERM -f '[l]aunch/train.sh'" ;; # which passes it on; one process alone would do
 delete) gcloud_tpus queued-resources delete "$NAME" --zone "$ZONE" --force --quiet ;;
-*)
-    sed -n '2,/^#$/p' "$0" >&2
-    exit 64
-    ;;
 esac

@@ -26,12 +26,16 @@ done
 begun=$(mktemp "$run/.begun.XXXXXX")
 trap 'rm -f "$begun"' EXIT
 
-"${PYTHON:-python}" -m "$program" "$@" --train.output "$run" "${resume[@]}" &
+# In a container this shell is process 1 and alone gets the signal. One that comes before there is a child is passed on
+# when there is. A terminal's Ctrl-C reaches the child by itself, and a second one would end it unsaved.
+child='' came=''
+trap 'came=TERM; kill -TERM "$child" 2>/dev/null || true' TERM
+trap '[ -t 0 ] || { came=INT; kill -INT "$child" 2>/dev/null || true; }' INT
+# Without the inner trap bash lets a process in the background ignore Ctrl-C.
+(trap - INT && exec "${PYTHON:-python}" -m "$program" "$@" --train.output "$run" "${resume[@]}") &
 child=$!
-# In a container this shell is process 1 and alone gets the signal. A signal also ends `wait`: hence the loop, and the
-# last one, which returns the status that bash has kept.
-trap 'kill -TERM "$child" 2>/dev/null || true' TERM
-trap 'kill -INT "$child" 2>/dev/null || true' INT
+[ -z "$came" ] || kill -"$came" "$child" 2>/dev/null || true
+# A signal also ends `wait`: hence the loop, and the last one, which returns the status that bash has kept.
 while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
 status=0
 wait "$child" || status=$?

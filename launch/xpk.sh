@@ -16,7 +16,8 @@ set -euo pipefail
 options=()
 if [ -n "${STORAGE:-}" ]; then options+=(--storage "$STORAGE"); fi
 read -ra more <<<"${XPK_FLAGS:-}"
+# ${x[@]+...}: the bash of macOS (3.2) takes an empty array for an unset variable.
 # XPK passes a signal to the process of the command alone: it has to be the script itself.
 xpk workload create --cluster "${CLUSTER:?}" --workload "${NAME:?}" --tpu-type "${TYPE:?}" --num-slices "${SLICES:-1}" \
     --docker-image "${IMAGE:?}" --max-restarts 20 --restart-on-exit-codes 75 --termination-grace-period-seconds 600 \
-    "${options[@]}" "${more[@]}" --command "cd /opt/robovlms_jax && exec launch/train.sh$(printf ' %q' "$@")"
+    ${options[@]+"${options[@]}"} ${more[@]+"${more[@]}"} --command "cd /opt/robovlms_jax && exec launch/train.sh$(printf ' %q' "$@")"

@@ -30,6 +30,8 @@ SETTLE_STEPS = 8
 """Steps after a person has let go of everything: the hand arrives and the fingers close; then time stands still."""
 FORGOTTEN_TICKS = 15
 """So long what a person holds down counts without being said again."""
+LONGEST_STEPS = 9000
+"""Control steps of a trial, five minutes; more are not kept in memory, and nobody acts any more."""
 LEAD_M, LEAD_RAD = 0.04, 0.15
 """So far a person may send the hand ahead of where it is; what does not move stops the order, too."""
 
@@ -177,6 +179,8 @@ class Lesson:
         self._say("problem", f"That failed: {type(error).__name__}: {error}. Nothing moves; go on, or do it again.")
 
     def _step(self) -> None:
+        if len(self.steps) >= LONGEST_STEPS:
+            self.hold(f"The trial has had {LONGEST_STEPS} steps, and no more are kept. Do it again, or give up.")
         action = {"policy": self._predicted, "person": self._wanted}.get(self.phase, lambda: None)()
         if action is None:
             return

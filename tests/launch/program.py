@@ -1,7 +1,7 @@
 """What a training experiment is to its launcher, and no more: flags, processes that join each other, a checkpoint, a
 report at the end of the second part, signals.
 
-    python -m tests.launch.program --train.output RUN [--train.resume] [--wait] [--status N]
+    python -m tests.launch.program --train.output RUN [--train.resume] [--wait] [--count] [--status N]
 """
 
 from __future__ import annotations
@@ -25,6 +25,16 @@ def main(arguments: list[str]) -> int:
         (run / "waiting").touch()
         time.sleep(60)
         return 1
+    if "--count" in arguments:  # how often Ctrl-C comes
+        came: list[int] = []
+        signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+        (run / "waiting").touch()
+        deadline = time.monotonic() + 60
+        while not came and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        (run / "interrupts").write_text(str(len(came)))
+        return 130
     import jax  # not before it is needed: it takes longer than everything else here
 
     from robovlms_jax.parallel import distributed

@@ -69,3 +69,10 @@ def test_gcloud_is_asked_for_as_many_slices_as_are_used():
         assert begin == f"gcloud compute tpus tpu-vm ssh n-{slice_number} --zone z --worker all"
         unquoted = subprocess.run(["bash", "-c", f"printf %s {command}"], capture_output=True, text=True, check=True)
         assert unquoted.stdout.endswith(r"exec launch/train.sh /mnt/run experiments.calvin_abcd --data.root a\ b")
+
+
+def test_who_calls_a_launcher_wrongly_is_shown_all_its_commands():
+    done = subprocess.run(["bash", "launch/tpu_vm.sh", "crate"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 64
+    commands = ("create", "state", "setup", "train", "stop", "delete")
+    assert all(f"launch/tpu_vm.sh {command} " in f"{done.stderr} ".replace("\n", " \n") for command in commands)

@@ -19,8 +19,17 @@ AGAIN = 75
 """Status that asks a launcher to start the run again (EX_TEMPFAIL of sysexits.h)."""
 
 
-def start(script: str, run: pathlib.Path, *arguments: str, program: str = PROGRAM, tasks: int = 2, **environment: str):
-    """`launch/SCRIPT RUN PROGRAM ...` as a batch script of a job of two tasks."""
+def start(
+    script: str,
+    run: pathlib.Path,
+    *arguments: str,
+    program: str = PROGRAM,
+    tasks: int = 2,
+    terminal: int | None = None,
+    **environment: str,
+):
+    """`launch/SCRIPT RUN PROGRAM ...` as a batch script of a job of two tasks. terminal: file descriptor of one that it
+    is started from."""
     slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": str(tasks), "FAKE_SLURM": str(run.parent)}
     path = f"{ROOT / 'tests/launch/bin'}:{os.environ['PATH']}"
     known = {"PATH": path, "PYTHON": sys.executable, "JAX_COORDINATOR_PORT": str(free_port()), "JAX_PLATFORMS": "cpu"}
@@ -31,6 +40,7 @@ def start(script: str, run: pathlib.Path, *arguments: str, program: str = PROGRA
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=None if terminal is None else lambda: os.login_tty(terminal),
     )
 
 
@@ -62,6 +72,24 @@ def test_a_signal_before_the_end_asks_for_another_start(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert ended(process) == AGAIN
+
+
+@pytest.mark.parametrize("from_terminal", [True, False])
+def test_an_interrupt_reaches_the_run_once(tmp_path, from_terminal):
+    # A second one would end a run unsaved. A terminal tells the shell and the run, others the shell alone.
+    run, (keys, terminal) = tmp_path / "run", os.openpty()
+    process = start("train.sh", run, "--count", terminal=terminal if from_terminal else None)
+    while not (run / "waiting").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    if from_terminal:
+        os.write(keys, b"\x03")
+    else:
+        process.send_signal(signal.SIGINT)
+    assert ended(process) == 130
+    assert (run / "interrupts").read_text() == "1"
+    os.close(keys)
+    os.close(terminal)
 
 
 def test_a_mistake_is_not_started_again(tmp_path):

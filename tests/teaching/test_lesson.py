@@ -159,3 +159,16 @@ def test_a_trial_that_finds_no_room_is_not_counted_and_may_be_done_again():
     lesson.again()
     lesson.drive(DOWN)
     assert play(lesson, 13)["phase"] == "over" and len(shelf.trials) == 1
+
+
+def test_a_trial_does_not_grow_without_end(monkeypatch):
+    monkeypatch.setattr(lessons, "LONGEST_STEPS", 6)
+    lesson, world, _, shelf = make()
+    for _ in range(10):
+        lesson.drive(UP)
+        facts = play(lesson, 1)
+    assert (facts["phase"], len(world.steps)) == ("paused", 6)
+    assert facts["said"][-1]["text"].startswith("The trial has had 6 steps")
+    lesson.again()
+    lesson.drive(UP)
+    assert play(lesson, 1)["steps"] == 1 and not shelf.trials

@@ -71,7 +71,17 @@ def test_only_a_process_that_stays_slow_is_named_and_by_itself(monkeypatch, capl
         hook.after(made(number + 1), {})
         said.append(len(caplog.records))
     assert said == [0, 0, 0, 0, 0, 1, 1, 1]
-    assert "process 2 on " in caplog.text and "take 1.50 ms for what the median process's take 1.05 ms" in caplog.text
+    assert "process 2 on " in caplog.text and "take 1.50 ms for what the median process's take 1.00 ms" in caplog.text
+
+
+def test_of_two_processes_the_slower_one_is_named(monkeypatch, caplog):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(distributed, "of_all", lambda _: np.array([1.0, 1.4]) * 1e-3)
+    hook = watching.Stragglers(lambda: 0.0)
+    for number in range(watching.SUSTAINED):
+        hook.after(made(number + 1), {})
+    assert "process 1 on " in caplog.text
 
 
 def test_the_probe_times_every_device_of_the_process(monkeypatch):
