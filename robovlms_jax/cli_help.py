@@ -51,7 +51,7 @@ def short_help(
     wrapped = functools.partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
     summary, *others = with_examples_apart(description).split("\n\n")
     examples = [line for part in others for line in part.splitlines() if line.startswith("    ")]
-    head = [f"usage: {program} {'[--preset NAME] ' if presets else ''}[--field VALUE ...]", ""]
+    head = [f"usage: {program} {'[--preset NAME] ' if presets else ''}[--FIELD VALUE ...]", ""]
     head += [*wrapped(" ".join(summary.split())), ""]
     head += [part for line in examples for part in _example_lines(line[2:], width)][:_EXAMPLES]
     head += [""] if examples else []
@@ -79,7 +79,7 @@ def _example_lines(example: str, width: int) -> list[str]:
 
 
 def _field_lines(config: Any, path: str, shown: Sequence[str], width: int, seps: Sequence[str]) -> list[str]:
-    """`--field value what it is`, on as many lines as it takes. seps: where a text may end that fits on no one line."""
+    """A field, its value and what it is. seps: where a text may end that fits on no one line."""
     column = min(max(map(len, shown)) + 5, 40)
     value = _value(config, path)
     lead = f"  --{path}".ljust(column) + f" {value:<{_VALUE}} "
@@ -97,7 +97,8 @@ def _rest(others: Collection[str], wrapped: Callable[..., list[str]]) -> list[st
     """What --help-all has besides."""
     groups = sorted({f"--{path.partition('.')[0]}.*" if "." in path else f"--{path}" for path in others})
     listed = textwrap.shorten(", ".join(groups), 100, placeholder=" ...")
-    return wrapped(f"All fields, each with all of its text: --help-all{f' (also {listed})' if groups else ''}.")[:2]
+    also = f" (also {listed})" if groups else ""
+    return wrapped("All fields, each with all of its text: --help-all" + also + ".")[:2]
 
 
 _EXAMPLE = re.compile(r"(?:(.*\S) {3,}| *)(python -m .*)")
