@@ -215,7 +215,7 @@ def experiment(cell: Cell, config: CompareConfig, directory: pathlib.Path) -> Ex
         train=dataclasses.replace(
             default.train,
             output=str(directory / "run"),
-            resume=any((directory / "run" / checkpoints.FOLDER).glob("[0-9]*")),
+            resume=checkpoints.begun(directory / "run"),
             steps=config.steps,
             batch_size=config.batch_size,
             checkpoint_every=500,

@@ -13,7 +13,7 @@ from typing import Any
 from robovlms_jax import cli, cli_help, programs
 from robovlms_jax.data import opening
 from robovlms_jax.parallel import cpu
-from robovlms_jax.runs import closed_loop, logs
+from robovlms_jax.runs import closed_loop, logs, run
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.search import queue, space
 from robovlms_jax.strategies import protocol, support
@@ -69,6 +69,6 @@ def main(work: Callable[[Any], pathlib.Path], presets: Mapping[str, Any], defaul
     except KeyboardInterrupt:
         logger.warning("stopped; the same command goes on where it was")
         sys.exit(stopping.STATUS)
-    except (ValueError, OSError, ImportError) as error:
+    except run.ERRORS as error:
         sys.exit(f"error: {error}")
     print(f"report: {path}")

@@ -1,7 +1,9 @@
-"""What is worth saying once: guesses and their consequences, although a dataset is opened several times in a run."""
+"""How things are said about data: guesses and their consequences once, although a dataset is opened several times in a
+run, and errors with the source in which they happened."""
 
 from __future__ import annotations
 
+import json
 import logging
 
 _said: set[str] = set()
@@ -17,3 +19,10 @@ def once(logger: logging.Logger, message: str, level: int = logging.WARNING, *, 
     if said not in _said:
         _said.add(said)
         logger.log(level, "%s", message)
+
+
+def about(where: str, error: Exception) -> Exception:
+    """The error with `where` before its words, for whoever catches errors of its kind. A ValueError stands for those
+    that are made of more than words (what UTF-8 and JSON decoders raise)."""
+    kind = ValueError if isinstance(error, UnicodeError | json.JSONDecodeError) else type(error)
+    return kind(f"{where}: {error}")

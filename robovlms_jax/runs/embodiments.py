@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from robovlms_jax.data import base, excerpts, opening
+from robovlms_jax.data import base, excerpts, notices, opening
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.policies import embodiments
 from robovlms_jax.policies.config import PolicyConfig
@@ -29,7 +29,7 @@ def open_datasets(config: ExperimentConfig) -> dict[str, base.Dataset]:
         try:
             found[name] = opening.open_split(data_of(config.data, name), "training")
         except (ValueError, OSError) as error:
-            raise type(error)(f"source {name!r}: {error}") from None
+            raise notices.about(f"source {name!r}", error) from None
     return found
 
 

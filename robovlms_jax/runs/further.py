@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from robovlms_jax.data import base, opening, represented
+from robovlms_jax.data import base, notices, opening, represented
 from robovlms_jax.policies import alignment, objective
 from robovlms_jax.runs import robots
 from robovlms_jax.runs.config import ExperimentConfig
@@ -32,7 +32,7 @@ def open_datasets(config: ExperimentConfig) -> dict[str, base.Dataset]:
             opened = opening.open_split(data, "training")
             robots.require_same(config.policy, opened.robot, f"{opened.name} was recorded by")
         except (ValueError, OSError) as error:
-            raise type(error)(f"data.further, source {name!r}: {error}") from None
+            raise notices.about(f"data.further, source {name!r}", error) from None
         found[name] = represented.represented(opened, config.policy.representation)
     return found
 

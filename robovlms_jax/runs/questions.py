@@ -159,6 +159,13 @@ class Examiner:
 
 
 def losses(config: ExperimentConfig, model: VLA, stage: stages.Stage) -> dict[str, objective.SourceLoss]:
-    """Name -> the loss on its batches, of the collections that have a share in the stage."""
+    """Name -> the loss on its batches, of the collections that have a share in the stage. Raises ValueError: they have
+    one, and their weight is 0."""
     weight = stage.weights.get(answers.NAME, config.policy.auxiliary.vl_weight)
-    return {name: answers.AnswerLoss(model, weight) for name in config.data.vl.paths if stage.sources.get(name)}
+    asked = [name for name in config.data.vl.paths if stage.sources.get(name)]
+    if asked and not weight:
+        raise ValueError(
+            f"stage {stage.name!r}: {answers.NAME!r} has weight 0, so that the answers of {asked} would teach nothing. "
+            "Give it a weight, or leave these sources out of the stage."
+        )
+    return {name: answers.AnswerLoss(model, weight) for name in asked}

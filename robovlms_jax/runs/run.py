@@ -37,6 +37,18 @@ from robovlms_jax.training import (
 
 logger = logging.getLogger(__name__)
 
+ERRORS = (
+    ValueError,
+    OSError,
+    ImportError,
+    guards.CorruptDataError,
+    loop.LoaderError,
+    guards.DivergedError,
+    checkpoints.UnwrittenError,
+    datasets.CorruptFrameError,
+)
+"""What settings, data or a disk are the reason of, and words are enough for: a program that trains ends with these."""
+
 REAL_THING = """\
 For the real thing, pass the dataset and the published weights (any preset's field can be overridden the same way):
 
@@ -61,16 +73,7 @@ def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: 
     except KeyboardInterrupt:
         logger.warning("%s", stopping.words(pathlib.Path(config.train.output)))
         sys.exit(stopping.STATUS)
-    except (
-        ValueError,
-        OSError,
-        ImportError,
-        guards.CorruptDataError,
-        loop.LoaderError,
-        guards.DivergedError,
-        checkpoints.UnwrittenError,
-        datasets.CorruptFrameError,
-    ) as error:
+    except ERRORS as error:
         logger.debug("where it happened", exc_info=True)
         unnamed = isinstance(error, OSError) and error.errno is not None and error.filename is None
         sys.exit(f"error: {error}{f' (the run writes to {config.train.output})' if unnamed else ''}")
@@ -123,7 +126,9 @@ def _train(setup: setups.Setup, report: Report, output: pathlib.Path, interrupts
     """False: stopped by a signal before the last step."""
     config = setup.config
     serving = {"config": to_dict(config), "assets": dict(setup.backbone.assets)}
-    checkpointer = checkpoints.Checkpointer(output, keep=config.train.keep_checkpoints, serving=serving)
+    checkpointer = checkpoints.Checkpointer(
+        output, keep=config.train.keep_checkpoints, serving=serving, always=[stage.end for stage in setup.stages]
+    )
     if setup.point:
         _require_order(setup)
         stage, abstract = setup.stages[setup.first], setup.abstracts[setup.first]
@@ -177,11 +182,14 @@ def _train_stages(
             train_state = state.resplit(train_state, stage.trainable, stage.tx, setup.mesh)
         if int(train_state.step) == stage.end < setup.stages[-1].end:
             continue  # resumed where it had ended
+        rows = setup.rows(stage)
         if len(setup.stages) > 1:
             logger.info(
-                "stage %s: steps %d to %d, trains %s parameters, shares of data %s",
-                *(stage.name, stage.begin + 1, stage.end, f"{build.count(train_state.trainable):,}", stage.sources),
+                "stage %s: steps %d to %d, trains %s parameters",
+                *(stage.name, stage.begin + 1, stage.end, f"{build.count(train_state.trainable):,}"),
             )
+        if len(rows) > 1:  # whole segments, so not always in the proportion that was asked for
+            logger.info("every batch has segments of %s", ", ".join(f"{name} {n}" for name, n in rows.items()))
         train_state, finished = _train_stage(setup, stage, train_state, services)
         if not finished:
             break

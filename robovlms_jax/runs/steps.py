@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -27,27 +28,39 @@ def make_loss(config: ExperimentConfig, model: VLA, stage: stages.Stage | None =
     stage = stage or stages.plan(config.train, config.optimizer)[0]
     changes = {"shifts": config.data.shifts, "augment": config.data.augment}
     losses: dict[str, objective.SourceLoss] = {}
-    tasks = None
-    if any(stage.sources.get(name) for name in (objective.ROBOT, *config.data.further.names)):
-        known = (answers.NAME,) if config.data.vl.paths else ()
-        try:
-            weights = {name: x for name, x in stage.weights.items() if name not in known}
-            tasks = base.reweigh(registry.make(config.policy), weights)
-        except ValueError as error:
-            raise ValueError(f"train.stages, stage {stage.name!r}: {error}") from None
+    answering = (answers.NAME,) if config.data.vl.paths else ()
+    weights = {name: x for name, x in stage.weights.items() if name not in answering}
+    tasks = registry.make(config.policy)
+    with _naming(stage):
+        base.require_known(tasks, weights)
+        if any(stage.sources.get(name) for name in (objective.ROBOT, *config.data.further.names)):
+            tasks = base.reweigh(tasks, weights)
     if stage.sources.get(objective.ROBOT):
         losses[objective.ROBOT] = objective.RobotLoss(model, tasks=tasks, **changes)
     for other in config.policy.others:
         if stage.sources.get(other.name):
-            losses[other.name] = _of_other(model, other.name, changes)
+            with _naming(stage, f", source {other.name!r}"):
+                losses[other.name] = _of_other(model, other.name, weights, changes)
     more, between = further.losses(config, stage, objective.RobotLoss(model, tasks=tasks, **changes))
     return objective.LossBySource({**losses, **more, **questions.losses(config, model, stage)}, between)
 
 
-def _of_other(model: VLA, name: str, changes: Mapping[str, Any]) -> embodiments.OtherRobotLoss:
-    """The loss on another robot's demonstrations."""
+@contextlib.contextmanager
+def _naming(stage: stages.Stage, more: str = "") -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"train.stages, stage {stage.name!r}{more}: {error}") from None
+
+
+def _of_other(
+    model: VLA, name: str, weights: Mapping[str, float], changes: Mapping[str, Any]
+) -> embodiments.OtherRobotLoss:
+    """The loss on another robot's demonstrations, of those of the policy's tasks that its view has."""
     seen = VLA(embodiments.view(model.config, name), model.vlm)
-    return embodiments.OtherRobotLoss(model.config, name, objective.RobotLoss(seen, **changes))
+    tasks = registry.make(seen.config)
+    tasks = base.reweigh(tasks, {task.name: weights[task.name] for task in tasks if task.name in weights})
+    return embodiments.OtherRobotLoss(model.config, name, objective.RobotLoss(seen, tasks=tasks, **changes))
 
 
 def make_step(

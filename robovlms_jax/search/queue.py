@@ -114,7 +114,7 @@ def claimed(out: pathlib.Path, number: int) -> Iterator[bool]:
 
 
 def _take(path: pathlib.Path) -> bool:
-    who: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
+    who: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
     for _ in range(2):
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -136,13 +136,24 @@ def _is_dead(path: pathlib.Path) -> bool:
     try:
         silent = time.time() - path.stat().st_mtime
         who = json.loads(path.read_text())
-        if who["host"] == socket.gethostname():
-            return not pathlib.Path(f"/proc/{who['pid']}").exists() if os.path.isdir("/proc") else silent > SILENCE
+        if who["host"] == socket.gethostname() and os.path.isdir("/proc"):
+            started = _started(who["pid"])  # of another process with its number, such as after a restart of the machine
+            return not started or started != who.get("started", started)
     except FileNotFoundError:
         return False
     except (ValueError, KeyError, TypeError):
         pass  # being written, or its writer died of a full disk
     return silent > SILENCE
+
+
+def _started(pid: int) -> str:
+    """When a process of this machine began, in ticks since the machine did; "" where there is none, or it has ended and
+    only waits for its parent to notice."""
+    try:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
 
 
 def _beat(path: pathlib.Path, stop: threading.Event) -> None:

@@ -13,9 +13,12 @@ import sys
 import time
 from collections.abc import Callable
 
+import filelock
+
 from robovlms_jax import bars
 from robovlms_jax.search import queue, space
 from robovlms_jax.search.config import SearchConfig
+from robovlms_jax.training import directory
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,11 @@ def run(config: SearchConfig, trial: queue.Trial, look: Look = lambda step, valu
     out = pathlib.Path(config.out)
     folder = queue.folder(out, trial.number)
     begin, pruned = time.monotonic(), False
+    _wait_for_another(folder / "run")
+    if _finished(folder / "run"):
+        trial = _judged(trial, objective(folder / "run", config.objective), config.objective)
+        queue.write(out, trial)
+        return trial
     with (folder / "log.txt").open("ab") as log, bars.waiting(f"trial {trial.number}") as bar:
         # In a session of its own: Ctrl-C reaches this process alone, which asks the run to save.
         process = subprocess.Popen(
@@ -72,9 +80,29 @@ def run(config: SearchConfig, trial: queue.Trial, look: Look = lambda step, valu
     elif process.returncode == 0 and _finished(folder / "run"):
         trial = _judged(trial, values, config.objective)
     elif process.returncode != 0:
-        trial = dataclasses.replace(trial, status="failed", reason=_last_line(folder / "log.txt"))
+        killed = f"ended by {_signal(-process.returncode)}; " if process.returncode < 0 else ""
+        trial = dataclasses.replace(
+            trial, status="failed", reason=queue.reason(killed + _last_line(folder / "log.txt"))
+        )
     queue.write(out, trial)
     return trial
+
+
+def _wait_for_another(run: pathlib.Path) -> None:
+    """Until nobody writes to the run's directory. Whoever worked on the trial may have been killed, and left the run
+    that it had started at work: it goes on, and what it saves at its end is what comes next begins with."""
+    lock, said = filelock.FileLock(run / directory.LOCK), False
+    while run.is_dir():
+        try:
+            with lock.acquire(timeout=0):
+                return
+        except filelock.Timeout:
+            if not said:
+                logger.warning("%s is being written by a process that a search left behind; waiting for it", run)
+            said = True
+            time.sleep(POLL)
+        except OSError:
+            return  # the run says it better
 
 
 def _newest(run: pathlib.Path) -> str:
@@ -125,4 +153,12 @@ def _stop(process: subprocess.Popen) -> None:
 def _last_line(path: pathlib.Path) -> str:
     lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("error:") or "Error" in line]
-    return queue.reason((said or lines or ["it said nothing"])[-1])
+    return (said or lines or ["it said nothing"])[-1]
+
+
+def _signal(number: int) -> str:
+    """ "SIGKILL", which is what a machine without memory sends."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

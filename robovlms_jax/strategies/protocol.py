@@ -108,8 +108,7 @@ def _run(out: pathlib.Path, trial: queue.Trial, job: Job) -> queue.Trial:
     begin = time.monotonic()
     if not (directory / "report.md").exists():
         config = job.config(None if job.after is None else run_of(out, job.after))
-        resume = any((directory / checkpoints.FOLDER).glob("[0-9]*"))
-        train = dataclasses.replace(config.train, output=str(directory), resume=resume)
+        train = dataclasses.replace(config.train, output=str(directory), resume=checkpoints.begun(directory))
         try:
             run.train(name, dataclasses.replace(config, train=train))
         except guards.DivergedError as error:

@@ -31,6 +31,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict
+from orbax.checkpoint import checkpoint_managers as policies
 
 from robovlms_jax import atomic, hub
 from robovlms_jax.parallel import distributed
@@ -53,9 +54,12 @@ class UnwrittenError(RuntimeError):
 
 
 class Checkpointer:
-    """Writes and restores the checkpoints of one run directory."""
+    """Writes and restores the checkpoints of one run directory.
 
-    def __init__(self, run: str | pathlib.Path, *, keep: int, serving: Mapping[str, Any]):
+    keep: how many of the newest stay. always: steps whose checkpoints stay besides, such as the last ones of stages.
+    """
+
+    def __init__(self, run: str | pathlib.Path, *, keep: int, serving: Mapping[str, Any], always: Sequence[int] = ()):
         self._serving = dict(serving)
         self._begun: int | None = None  # the step of the newest `save`
         self._failed = False
@@ -64,7 +68,9 @@ class Checkpointer:
             folder,
             item_names=seals.ITEMS,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(keep), policies.CustomSteps(tuple(always))]
+                ),
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,  # of a run that was killed while it saved
                 # Called by the thread that saves, when all is written and before the step gets its name.
@@ -316,19 +322,26 @@ def run_of(directory: pathlib.Path) -> pathlib.Path:
     return directory.parent.parent if directory.parent.name in (FOLDER, BEST) else directory
 
 
+def begun(run: pathlib.Path) -> bool:
+    """Whether a run has a checkpoint to go on from. What a killed one was writing (<step>.orbax-checkpoint-tmp) is
+    none."""
+    folder = run / FOLDER
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 def require_free(run: pathlib.Path, *, resume: bool) -> None:
     """A run never writes into another's checkpoints by accident, and never silently starts anew.
 
     Raises ValueError: there are checkpoints without `resume`, or none with it."""
-    folder = run / FOLDER
-    has = folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    has = begun(run)
     if has and not resume:
         raise ValueError(
             f"{run} already holds checkpoints; pass --train.resume to go on with it or choose another --train.output."
         )
     if resume and not has:
         raise ValueError(
-            f"nothing to resume: {folder} holds no checkpoint; leave out --train.resume or correct --train.output."
+            f"nothing to resume: {run / FOLDER} holds no checkpoint; leave out --train.resume or correct "
+            "--train.output."
         )
 
 

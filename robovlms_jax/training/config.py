@@ -28,7 +28,7 @@ class OptimizerConfig:
     beta2: float = 0.999
     """Of Adam's moments, and of Lion's (whose authors have 0.99)."""
     epsilon: float = 1e-8
-    """Of AdamW."""
+    """Of AdamW, and of muon."""
     schedule: Literal["constant", "cosine", "step", "rsqrt", "warmup_stable_decay"] = "constant"
     """After warm-up: constant; cosine down to min_scale at train.steps; multiplied by step_factor every step_every
     steps; with the inverse square root of steps, counted from rsqrt_steps; or constant, and linear down to min_scale in
@@ -168,6 +168,7 @@ class TrainConfig:
     checkpoint_every: int = 2_000
     """Steps between checkpoints; one is always written at the end and on SIGTERM."""
     keep_checkpoints: int = 3
+    """Newest ones that stay; the last of every stage stays, too."""
     profile: int = 0
     """Steps to trace with JAX's profiler, from the third one on; the trace lies in the run's tensorboard directory, for
     TensorBoard's profile plugin (`pip install tensorboard-plugin-profile`) or ui.perfetto.dev. 0: none."""

@@ -107,6 +107,7 @@ def _muon(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransf
     return contrib.muon(
         rate,
         beta=0.95,
+        eps=config.epsilon,
         weight_decay=config.weight_decay,
         adam_b1=config.beta1,
         adam_b2=config.beta2,

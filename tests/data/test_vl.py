@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from robovlms_jax.data import sources
+from robovlms_jax.data import notices, sources
 from robovlms_jax.data.vl import base, opening, samples
 from robovlms_jax.data.vl.config import VLConfig
 from robovlms_jax.inputs import conversations, tokenizers
@@ -134,6 +134,13 @@ def test_tar_shards_are_read_at_random(folder, encode):
     assert len(opening.open_pairs(str(folder))) == 4
 
 
+def test_pictures_of_a_tars_sample_come_in_the_order_of_their_numbers(folder):
+    members = {f"7.{number}.png": png(number) for number in range(12)}
+    talk = entry(0, [], "<image>\n" * 12 + "How many?", "twelve")
+    path = tar(folder / "x.tar", members | {"7.json": json.dumps(talk).encode()})
+    assert opening.open_pairs(path).sample(0).pictures == tuple(members)
+
+
 BAD = {
     "a missing picture": ([entry(0, ["gone.png"], "<image>\nq", "a")], "1 of 1 pictures are missing, among them gone"),
     "marks": ([entry(0, ["a.png", "b.png"], "<image>\nq", "a")], "entry 1: 1 marks <image> in the questions for 2"),
@@ -149,6 +156,26 @@ def test_what_means_nothing_is_named(folder, case):
     entries, message = BAD[case]
     with pytest.raises((ValueError, OSError), match=message):
         opening.open_pairs(llava(folder, entries))
+
+
+def test_text_in_another_encoding_is_named_with_its_source_and_file(folder):
+    text = json.dumps(ENTRIES[0], ensure_ascii=False).replace("grey", "gr\xe4y").encode("latin-1")
+    (folder / "x.jsonl").write_bytes(json.dumps(ENTRIES[1]).encode() + b"\n" + text)
+    with pytest.raises(ValueError, match=r"source 'web': .*x\.jsonl, line 2 is no JSON in UTF-8"):
+        opening.open_all(VLConfig(paths={"web": "x"}), {"web": str(folder / "x.jsonl")})
+    path = tar(folder / "x.tar", {"1.jpg": png(1), "1.txt": b"gr\xe4y"})
+    with pytest.raises(ValueError, match=r"source 'web': .*x\.tar, sample '1': 1\.txt is no text in UTF-8"):
+        opening.open_all(VLConfig(paths={"web": "x"}), {"web": path})
+
+
+@pytest.mark.parametrize(
+    "fails", [lambda: b"\xff".decode(), lambda: json.loads("{"), lambda: pathlib.Path("/nowhere").read_text()]
+)
+def test_an_error_of_any_making_is_told_with_its_source(fails):
+    with pytest.raises((ValueError, OSError)) as caught:
+        fails()
+    found = notices.about("source 'web'", caught.value)
+    assert isinstance(found, ValueError | FileNotFoundError) and str(found).startswith("source 'web': ")
 
 
 def test_pictures_missing_from_a_tar_are_counted_and_named(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -87,6 +88,16 @@ def test_every_robot_has_a_head_and_statistics_of_its_own(among):
     shapes = setup.abstracts[0].trainable
     assert shapes["robot_lifter/head/arm/layer_1/kernel"].shape[-1] == 2 * setup.config.policy.chunk
     assert shapes["head/arm/layer_1/kernel"].shape[-1] == 6 * setup.config.policy.chunk
+
+
+def test_a_stages_weights_are_those_of_every_robots_tasks(among):
+    setup = setups.prepare(among())
+    half = dataclasses.replace(setup.stages[0], weights={"actions": 0.5})
+    losses = steps.make_loss(setup.config, setup.model, half).losses
+    assert [losses["robot"].tasks[0].weight, losses["lifter"].loss.tasks[0].weight] == [0.5, 0.5]
+    none = dataclasses.replace(half, weights={"actions": 0.0}, sources={"lifter": 1.0})
+    with pytest.raises(ValueError, match=r"stage 'train', source 'lifter': all tasks have weight 0"):
+        steps.make_loss(setup.config, setup.model, none)
 
 
 @pytest.mark.slow

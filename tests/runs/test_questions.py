@@ -123,6 +123,14 @@ BAD = {
         {"train.stages": (StageConfig(steps=1, weights={"vll": 1.0}),)},
         r"weights of \['vll'\], which this policy does not learn",
     ),
+    "an unknown task among questions alone": (
+        {"train.stages": (StageConfig(steps=1, weights={"actoins": 1.0}, sources={"questions": 1.0}),)},
+        r"stage '1': weights of \['actoins'\], which this policy does not learn",
+    ),
+    "answers without a weight": (
+        {"train.stages": (StageConfig(steps=1, name="look", weights={"vl": 0.0}, sources={"questions": 1.0}),)},
+        r"stage 'look': 'vl' has weight 0, so that the answers of \['questions'\] would teach nothing",
+    ),
     "more sources than rows": (
         {"train.sources": {"robot": 1.0, "questions": 1.0}, "train.batch_size": 2},
         "cannot be shared among",

@@ -20,6 +20,7 @@ from experiments import search
 from robovlms_jax import bars
 from robovlms_jax.search import queue, report, space, trials, workers
 from robovlms_jax.search.config import SearchConfig
+from robovlms_jax.training import directory
 
 SCRIPT = """
 import json, pathlib, sys, time
@@ -127,6 +128,52 @@ def test_the_claim_of_a_dead_process_is_taken_over_and_a_living_ones_is_not(tmp_
     os.utime(path, (time.time() - 2 * queue.SILENCE,) * 2)
     with queue.claimed(tmp_path, 0) as taken:
         assert taken
+
+
+def test_a_claim_is_dead_where_another_process_has_its_number_or_it_waits_to_be_reaped(tmp_path):
+    path = queue.folder(tmp_path, 0) / "claim.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": "1"}))
+    with queue.claimed(tmp_path, 0) as taken:  # such as after a restart of the machine
+        assert taken
+    unreaped = subprocess.Popen([sys.executable, "-c", "pass"], stdout=subprocess.PIPE)
+    unreaped.stdout.read()
+    while pathlib.Path(f"/proc/{unreaped.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    path.write_text(json.dumps({"host": socket.gethostname(), "pid": unreaped.pid}))
+    with queue.claimed(tmp_path, 0) as taken:
+        assert taken
+    unreaped.wait()
+
+
+def test_a_run_that_a_killed_search_left_at_work_is_waited_for_and_judged_not_started_again(tmp_path):
+    config = settings(tmp_path, space=("rate=0.1",))
+    run = queue.folder(tmp_path / "s", 0) / "run"
+    run.mkdir(parents=True)
+    left = threading.Event()
+
+    def at_work():
+        with directory.claim(run):
+            left.set()
+            time.sleep(0.2)
+            (run / "metrics.jsonl").write_text(json.dumps({"step": 3, "validation/loss": 0.5}))
+            (run / "report.md").write_text("done")
+
+    thread = threading.Thread(target=at_work)
+    thread.start()
+    left.wait()
+    workers.work(config)
+    thread.join()
+    (found,) = queue.read(tmp_path / "s")
+    assert (found.status, found.value) == ("done", 0.5) and not (run / "starts").exists()
+
+
+def test_a_trial_that_was_killed_is_recorded_with_the_signal(tmp_path, monkeypatch):
+    killed = "import os, signal; print('step 7', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    monkeypatch.setattr(trials, "command", lambda *_: [sys.executable, "-c", killed])
+    workers.work(settings(tmp_path, space=("rate=0.1",)))
+    (found,) = queue.read(tmp_path / "s")
+    assert (found.status, found.reason) == ("failed", "ended by SIGKILL; step 7")
 
 
 def test_another_search_in_the_same_folder_is_refused_by_what_differs(tmp_path):

@@ -8,11 +8,12 @@ import pathlib
 
 import pytest
 
-from experiments import adapt, calvin_abcd, compare_policies, continual, few_shot, reinforce, search
+from experiments import adapt, calvin_abcd, compare_policies, continual, few_shot, protocols, reinforce, search
 from robovlms_jax import cli
 from robovlms_jax.load import load_config
 from robovlms_jax.search import queue
 from robovlms_jax.strategies import lifelong, protocol
+from robovlms_jax.training import checkpoints
 
 TINY = (
     *("policy.window=4", "policy.head.hidden_size=32", "policy.head.trunk=32", "data.windows_per_segment=2"),
@@ -115,6 +116,16 @@ def test_a_misspelt_preset_flag_is_answered_with_the_flag(program, capsys):
         cli.parse(program.PRESETS, next(iter(program.PRESETS)), description="x", argv=["--presett", "quick"])
     assert end.value.code == 2
     assert "--presett is no flag of this program; did you mean --preset?" in capsys.readouterr().err
+
+
+def test_a_protocol_ends_with_the_words_of_what_stopped_it(monkeypatch):
+    def work(config):
+        raise checkpoints.UnwrittenError("the checkpoint of step 3 could not be written")
+
+    monkeypatch.setattr("sys.argv", ["few_shot"])
+    monkeypatch.setattr(protocols.logs, "to_stderr", lambda **_: None)
+    with pytest.raises(SystemExit, match="the checkpoint of step 3 could not be written"):
+        protocols.main(work, few_shot.PRESETS, "quick", "x")
 
 
 @pytest.mark.slow

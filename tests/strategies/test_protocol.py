@@ -72,6 +72,13 @@ def test_a_stopped_run_is_resumed_and_another_process_leaves_it_alone(tmp_path, 
     assert started[-1] == ("method stop", "", True)
 
 
+def test_a_run_that_was_killed_in_its_first_checkpoint_begins_again(tmp_path, started):
+    half = protocol.run_of(tmp_path, 0) / "checkpoints" / "150.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
+    (trial,) = protocol.work(tmp_path, [job("base", 1)], {})
+    assert trial.status == "done" and started == [("method base", "", False)]
+
+
 def test_results_of_other_settings_are_not_mixed(tmp_path, started):
     protocol.work(tmp_path, [job("a", 1)], {"steps": 1})
     with pytest.raises(ValueError, match="results of other settings: steps: 1 there, 2 here"):

@@ -47,6 +47,16 @@ def test_best_outlives_newer_and_is_what_the_run_stands_for(tmp_path):
     assert checkpoints.locate(tmp_path).name == "5"
 
 
+def test_the_last_checkpoints_of_stages_stay_beside_the_newest(tmp_path):
+    state = small_state()
+    saver = checkpoints.Checkpointer(tmp_path, keep=2, serving={"config": {}}, always=[2, 6])
+    for step in range(1, 7):
+        saver.save(at_step(state, step), {})
+    saver.wait()
+    saver.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()) == ["2", "5", "6"]
+
+
 def write_steps(run: pathlib.Path, *steps: int) -> None:
     state = small_state()
     saver = checkpoints.Checkpointer(run, keep=9, serving={"config": {}})

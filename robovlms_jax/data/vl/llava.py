@@ -107,10 +107,11 @@ def _entries(path: pathlib.Path) -> Any:
             raise ValueError(f"{path} holds a {type(found).__name__}; expected a list of conversations.")
         yield from found
         return
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number} is no JSON: {error}") from None
+            try:
+                text = line.decode("utf-8-sig")
+                if text.strip():
+                    yield json.loads(text)
+            except ValueError as error:  # UnicodeDecodeError is one
+                raise ValueError(f"{path}, line {number} is no JSON in UTF-8: {error}") from None

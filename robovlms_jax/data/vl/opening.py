@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 
 from robovlms_jax import json_files
+from robovlms_jax.data import notices
 from robovlms_jax.data.vl import base, coco, llava, webdataset
 from robovlms_jax.data.vl.config import VLConfig
 
@@ -17,7 +18,7 @@ def open_all(config: VLConfig, paths: dict[str, str]) -> dict[str, base.Pairs]:
             whole = open_pairs(path, config.images.get(name))
             found[name] = base.EachTurn(whole) if config.turns == "each" else whole
         except (ValueError, OSError) as error:
-            raise type(error)(f"source {name!r}: {error}") from None
+            raise notices.about(f"source {name!r}", error) from None
     return found
 
 

@@ -62,7 +62,7 @@ class WebDataset(base.Pairs):
         for number, path in enumerate(self._shards):
             for key, names in self._index(number, path).items():
                 texts = [f"{key}.{kind}" for kind in _TEXTS if kind in names]
-                pictures = tuple(f"{key}.{kind}" for kind in sorted(names) if kind.rpartition(".")[2] in _PICTURES)
+                pictures = tuple(f"{key}.{kind}" for kind in sorted(names, key=_number) if _is_picture(kind))
                 if not texts:
                     raise ValueError(f"{path}: sample {key!r} has {sorted(names)}, but no text: {key}.txt or .json.")
                 if not pictures:
@@ -114,7 +114,10 @@ class WebDataset(base.Pairs):
         return found
 
     def _sample(self, text: str, pictures: tuple[str, ...], where: str) -> base.Sample:
-        content = self.picture(text).decode("utf-8-sig")
+        try:
+            content = self.picture(text).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: {text} is no text in UTF-8: {error}") from None
         if text.endswith(".json"):
             try:
                 values = json.loads(content)
@@ -126,6 +129,16 @@ class WebDataset(base.Pairs):
         if not content.strip() or len(pictures) > 1:
             raise ValueError(f"{where}: expected `conversations`, or one picture with a caption that is not empty.")
         return base.Sample(pictures, ((Turn(coco.QUESTION, content.strip()),),))
+
+
+def _is_picture(kind: str) -> bool:
+    return kind.rpartition(".")[2] in _PICTURES
+
+
+def _number(kind: str) -> tuple[int, str]:
+    """Pictures in the order of their numbers, not of their letters: 2.jpg before 10.jpg."""
+    first = kind.partition(".")[0]
+    return (int(first) if first.isdecimal() else -1, kind)
 
 
 def _place(shard: int, member: tarfile.TarInfo) -> Member:

@@ -57,11 +57,8 @@ def mean_over_actions(errors: jax.Array, example: Example) -> jax.Array:
     return (errors * entries).sum() / example.count
 
 
-def reweigh(tasks: tuple[Task, ...], weights: Mapping[str, float]) -> tuple[Task, ...]:
-    """The tasks with the weights given by name; those of weight 0 are left out. Others stay as they are.
-
-    Raises ValueError: a name that is none of them, or nothing left to learn.
-    """
+def require_known(tasks: tuple[Task, ...], weights: Mapping[str, float]) -> None:
+    """Raise ValueError for a weight of what is none of the tasks."""
     known = [task.name for task in tasks]
     unknown = sorted(set(weights) - set(known))
     if unknown:
@@ -69,10 +66,18 @@ def reweigh(tasks: tuple[Task, ...], weights: Mapping[str, float]) -> tuple[Task
             f"weights of {unknown}, which this policy does not learn; it learns {known}. Switch a task on under "
             "policy.auxiliary, or leave its weight out."
         )
+
+
+def reweigh(tasks: tuple[Task, ...], weights: Mapping[str, float]) -> tuple[Task, ...]:
+    """The tasks with the weights given by name; those of weight 0 are left out. Others stay as they are.
+
+    Raises ValueError: a name that is none of them, or nothing left to learn.
+    """
+    require_known(tasks, weights)
     chosen = tuple(
         dataclasses.replace(task, weight=weights[task.name]) if task.name in weights else task for task in tasks
     )
     chosen = tuple(task for task in chosen if task.weight)
     if not chosen:
-        raise ValueError(f"all tasks have weight 0 ({known}), so nothing would be learned.")
+        raise ValueError(f"all tasks have weight 0 ({[task.name for task in tasks]}), so nothing would be learned.")
     return chosen
