@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import itertools
 import logging
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -38,13 +40,15 @@ def work(config: SearchConfig) -> None:
 
 
 def _work_through(config: SearchConfig, settings: list[space.Setting]) -> None:
-    """All settings with all seeds, the seeds of a setting far apart: the first seed of each comes first."""
+    """All settings with all seeds, the seeds of a setting far apart: the first seed of each comes first. Once more, as
+    long as something was done, for what others had begun and died of."""
     out = pathlib.Path(config.out)
-    number = 0
-    for seed in range(config.seeds):
-        for setting in settings:
-            _take(config, out, queue.Trial(number, setting, seed))
-            number += 1
+    pairs = itertools.product(range(config.seeds), settings)
+    asked = [queue.Trial(number, setting, seed) for number, (seed, setting) in enumerate(pairs)]
+    before = -1
+    while (ended := sum(trial.status != "open" for trial in asked)) != before:
+        before = ended
+        asked = [_take(config, out, trial) if trial.status == "open" else trial for trial in asked]
 
 
 def _take(config: SearchConfig, out: pathlib.Path, trial: queue.Trial, look: trials.Look | None = None) -> queue.Trial:
@@ -71,13 +75,21 @@ def _take(config: SearchConfig, out: pathlib.Path, trial: queue.Trial, look: tri
 def _ask(config: SearchConfig, fields: list[space.Values | space.Range]) -> None:
     """Settings that Optuna proposes after what was seen so far."""
     study, out = _study(config), pathlib.Path(config.out)
-    optuna = _optuna()
-    states = optuna.trial.TrialState
-    for frozen in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
-        # Of a process that was stopped or died: the trial keeps its number and goes on; a live one keeps its claim.
-        _finish(config, study, optuna.trial.Trial(study, frozen._trial_id), fields, out)
+    _finish_others(config, study, fields, out)
     while len(study.get_trials(deepcopy=False)) < config.trials:
         _finish(config, study, study.ask(), fields, out)
+    _finish_others(config, study, fields, out)
+
+
+def _finish_others(config: SearchConfig, study: optuna.Study, fields: list[Any], out: pathlib.Path) -> None:
+    """Go on with trials of processes that were stopped or died: each keeps its number; a live process keeps its
+    claim."""
+    optuna = _optuna()
+    for frozen in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        age = (datetime.datetime.now() - frozen.datetime_start).total_seconds()
+        if len(frozen.params) < len(fields) and age < queue.SILENCE:
+            continue  # somebody is choosing its values just now
+        _finish(config, study, optuna.trial.Trial(study, frozen._trial_id), fields, out)
 
 
 def _finish(config: SearchConfig, study: optuna.Study, asked: Any, fields: list[Any], out: pathlib.Path) -> None:

@@ -168,6 +168,20 @@ def test_a_run_that_a_killed_search_left_at_work_is_waited_for_and_judged_not_st
     assert (found.status, found.value) == ("done", 0.5) and not (run / "starts").exists()
 
 
+@pytest.mark.parametrize("sampler", ["grid", "random"])
+def test_what_another_process_had_begun_and_died_of_is_done_in_the_end(tmp_path, monkeypatch, sampler):
+    if sampler == "random":
+        pytest.importorskip("optuna", reason="not in environments without the extra search")
+    config = settings(tmp_path, space=("rate=0.1,0.2",), sampler=sampler, trials=2 * (sampler == "random"))
+    claim = queue.folder(tmp_path / "s", 0) / "claim.json"
+    claim.parent.mkdir(parents=True)
+    claim.write_text("{}")
+    lives = iter([True])  # when it is looked at first
+    monkeypatch.setattr(queue, "_is_dead", lambda path: not next(lives, False))
+    workers.work(config)
+    assert [x.status for x in queue.read(tmp_path / "s")] == ["done", "done"]
+
+
 def test_a_trial_that_was_killed_is_recorded_with_the_signal(tmp_path, monkeypatch):
     killed = "import os, signal; print('step 7', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     monkeypatch.setattr(trials, "command", lambda *_: [sys.executable, "-c", killed])
