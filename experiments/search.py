@@ -25,6 +25,7 @@ from robovlms_jax.parallel.config import RayConfig
 from robovlms_jax.runs import logs
 from robovlms_jax.search import report, space, workers
 from robovlms_jax.search.config import SearchConfig
+from robovlms_jax.training import stopping
 
 PRESETS = {
     "default": SearchConfig(),
@@ -43,10 +44,12 @@ PRESETS = {
 
 
 def main(argv: list[str] | None = None) -> pathlib.Path:
-    """Works on the search and writes its report; returns the report's path."""
+    """Works on the search and writes its report; returns the report's path. A search that a signal stopped ends the
+    process with `stopping.STATUS`, as any program here does."""
     logs.to_stderr()
     _, config = cli.parse(PRESETS, "default", description=__doc__, argv=argv)
     _require_settings(config)
+    stopped = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end: the run saves, the trial stays open
     try:
         if config.ray.workers and not config.report:
@@ -54,9 +57,12 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         elif not config.report:
             workers.work(config)
     except KeyboardInterrupt:
+        stopped = True
         print("stopped; the same command goes on where it was", file=sys.stderr)
     path = report.write(config)
     print(f"report: {path}")
+    if stopped:
+        sys.exit(stopping.STATUS)
     return path
 
 

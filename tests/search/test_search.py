@@ -20,7 +20,7 @@ from experiments import search
 from robovlms_jax import bars
 from robovlms_jax.search import queue, report, space, trials, workers
 from robovlms_jax.search.config import SearchConfig
-from robovlms_jax.training import directory
+from robovlms_jax.training import directory, stopping
 
 SCRIPT = """
 import json, pathlib, sys, time
@@ -97,6 +97,19 @@ def test_a_stopped_trial_stays_open_and_goes_on_with_the_next_start(tmp_path, mo
     assert not (queue.folder(tmp_path / "s", 0) / "claim.json").exists()
     workers.work(config)
     assert queue.read(tmp_path / "s")[0].status == "done"
+
+
+def test_a_stopped_search_ends_with_the_status_of_what_was_stopped_and_a_report(tmp_path, monkeypatch):
+    def stopped(config):
+        pathlib.Path(config.out).mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workers, "work", stopped)
+    monkeypatch.setattr(search.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(search.logs, "to_stderr", lambda: None)
+    with pytest.raises(SystemExit) as end:
+        search.main(["--start", "sample", "--space", "train.steps=1,2", "--out", str(tmp_path / "s")])
+    assert end.value.code == stopping.STATUS and (tmp_path / "s/report.md").exists()
 
 
 def test_a_real_trial_resumes_where_it_has_a_checkpoint(tmp_path, monkeypatch):
