@@ -271,7 +271,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_runs(tmp_path, ca
         search.main([*base[:2], "--start", "nothing", "--space", "train.steps=1"])
     with pytest.raises(SystemExit):
         search.main([*base, "--space", "optimizer.learning_rat=1e-3"])
-    assert "learning-rate" in capsys.readouterr().err
+    assert "learning_rate" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a grid needs values"):
         search.main([*base, "--space", "optimizer.learning_rate=1e-5:1e-3"])
     assert not list(pathlib.Path(tmp_path).glob("s/trials/*/run"))
