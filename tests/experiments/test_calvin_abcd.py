@@ -381,6 +381,26 @@ def test_presets_are_what_the_table_says():
     assert (paper.learning_rate, paper.weight_decay) == (1e-4, 0.01)
 
 
+def test_the_presets_for_the_real_simulator_begin_with_playtables_policies_and_never_see_its_table_d():
+    presets = calvin_abcd.PRESETS
+    playtable, calvin = presets["playtable_small"], presets["calvin_small"]
+    assert (
+        load_config(playtable.train.init_from).policy.readout == playtable.policy.readout
+    )  # the bundled twin is there
+    assert calvin.train.init_from == playtable.train.output
+    assert playtable.policy == calvin.policy == presets["playtable_fixtures"].policy  # so that parameters fit
+    assert playtable.demonstrations.tasks == playtable.rollouts.tasks == ()  # all 34, rolled out as chains
+    assert "D" not in playtable.demonstrations.scenes
+    for config in (presets["calvin_fixtures_cpu"], calvin):
+        assert set(config.train.sources) == {"robot", *config.data.further.names}
+        assert not config.demonstrations.episodes and not config.rollouts.trials  # `record_calvin` and `evaluate` do it
+    roots = calvin.data.further.roots
+    assert roots["fixtures"] == presets["calvin_fixtures_cpu"].data.root
+    assert roots["playtable"] == playtable.data.root
+    shares = calvin.train.sources
+    assert shares["playtable"] == sum(shares.values()) / 2  # half of every batch
+
+
 def test_own_data_alone_are_asked_for_a_preset_and_own_weights_mean_the_real_one():
     assert calvin_abcd.default_preset([]) == "playtable_fixtures"
     assert calvin_abcd.default_preset(["--train.steps", "3"]) == "playtable_fixtures"
