@@ -307,6 +307,31 @@ def test_the_figures_of_the_gymnasium_page_are_those_of_its_runs():
         assert shown.format(min(errors), max(errors)) in text
 
 
+def test_what_the_calvin_page_says_of_34_tasks_is_what_was_run():
+    found, text = result("calvin_small/results"), page("calvin.md")
+    rows = [found[name]["chains_on_d"] for name in ("playtable_small", "calvin_small")]
+    for row in rows:
+        solved = [int(digit) for digit in row["solved_in_each"]]
+        assert row["chains"] == len(solved)
+        assert row["average_length"]["value"] == pytest.approx(sum(solved) / len(solved), abs=5e-4)
+        counts = row["tasks_solved_of_asked"].values()
+        assert sum(solved) == sum(done for done, _ in counts) == row["fixtures"]["count"] + row["blocks"]["count"]
+        assert sum(asked for _, asked in counts) == row["fixtures"]["of"] + row["blocks"]["of"]
+    lengths = [(row["average_length"]["value"], *row["average_length"]["bootstrap_95_percent"]) for row in rows]
+    cells = [
+        ("chains played", [row["chains"] for row in rows]),
+        ("**tasks in a row**", ["{:.2f} ({:.2f} to {:.2f})".format(*values) for values in lengths]),
+        ("at least 1 to 5, %", [", ".join(f"{x:.1f}" for x in row["in_a_row_percent"]) for row in rows]),
+    ]
+    for name in ("fixtures", "blocks"):
+        shares = [f"{row[name]['count']} of {row[name]['of']}, {share(row[name])}" for row in rows]
+        cells.append((f"{name}, solved of asked", shares))
+    for name, (left, right) in cells:
+        assert f"| {name} | {left} | {right} |" in text
+    for recording in found["recording"].values():
+        assert "{recorded} of {attempted}".format(**recording) in text
+
+
 def test_the_calvin_pages_figures_are_those_of_its_runs():
     experts, learned, text = result("calvin_experts_cpu"), result("calvin_fixtures_cpu/results"), page("calvin.md")
     tasks = experts["tasks"].values()
