@@ -20,6 +20,10 @@ _CHUNKS = 4
 """Parts of the trials for each worker: a fast worker takes more of them than a slow one, and a lost one takes few."""
 
 
+_open = contextlib.ExitStack()
+"""What a worker keeps open as long as it lives; simulators end with their parent. What nobody refers to is closed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Simulators:
     """The workers' simulators, as far as results depend on what they are (`vector.VectorEnv`)."""
@@ -73,8 +77,7 @@ def _player(
 ) -> Callable[[Sequence[Trial]], Any]:
     """On a worker: trials -> their results and films; no trials -> what the simulators are."""
     logs.to_stderr(absl=logging.ERROR)
-    # Open as long as the worker lives; simulators end with their parent.
-    policy, envs, on_device = contextlib.ExitStack().enter_context(evaluate.acting(config, criterion))
+    policy, envs, on_device = _open.enter_context(evaluate.acting(config, criterion))
 
     def play(trials: Sequence[Trial]) -> Any:
         if not trials:

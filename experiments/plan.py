@@ -272,11 +272,11 @@ def main() -> None:
         jax.config.update("jax_num_cpu_devices", config.devices or named_devices(config.mesh))
     try:
         result = plan(config)
+        if config.out:
+            atomic.write_text(pathlib.Path(config.out), json.dumps(result, indent=2) + "\n")
     except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     print(show(result))
-    if config.out:
-        atomic.write_text(pathlib.Path(config.out), json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -59,9 +59,10 @@ create)
 state) gcloud_tpus queued-resources describe "$NAME" --zone "$ZONE" --format 'value(state.state)' ;;
 setup)
     repository=${2:?REPOSITORY} share=${3:?SERVER:/SHARE}
-    on_all "git clone $(printf %q "$repository") robovlms_jax && cd robovlms_jax && python3 -m venv .venv &&
-        .venv/bin/pip install --quiet -c requirements.txt -e '.[tpu]' &&
-        sudo mkdir -p /mnt/shared && sudo mount $(printf %q "$share") /mnt/shared"
+    # What is there already stays: a second call goes on where one failed.
+    on_all "{ [ -d robovlms_jax ] || git clone $(printf %q "$repository") robovlms_jax; } && cd robovlms_jax &&
+        python3 -m venv .venv && .venv/bin/pip install --quiet -c requirements.txt -e '.[tpu]' &&
+        sudo mkdir -p /mnt/shared && { mountpoint -q /mnt/shared || sudo mount $(printf %q "$share") /mnt/shared; }"
     ;;
 train)
     shift

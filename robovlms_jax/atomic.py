@@ -63,3 +63,13 @@ def write_text(path: pathlib.Path, text: str, *, durable: bool = False) -> None:
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Write `value` as JSON."""
     write_text(path, json.dumps(value, indent=1))
+
+
+def settle(directory: pathlib.Path) -> None:
+    """The directory's entries of new files are safe from a power failure, too, where the system can do that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

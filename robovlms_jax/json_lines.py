@@ -14,6 +14,8 @@ import pathlib
 from collections.abc import Callable
 from typing import IO, Any, TypeVar
 
+from robovlms_jax import atomic
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -73,17 +75,7 @@ def append(path: pathlib.Path, value: Any, *, durable: bool = False) -> None:
                 file.truncate(end)
             raise
     if new:
-        _settle(path.parent)
-
-
-def _settle(directory: pathlib.Path) -> None:
-    """The directory's entry of a new file is safe from a power failure, too, where the system can do that."""
-    with contextlib.suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        atomic.settle(path.parent)
 
 
 def _end_of_lines(file: IO[bytes]) -> int:

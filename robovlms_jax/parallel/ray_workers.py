@@ -1,5 +1,5 @@
-"""Work that is no one program of all machines, done in pieces by workers of a Ray cluster: trials in simulators, parts
-of a dataset, runs of a search.
+"""Work in parts that need nothing of each other, done by workers of a Ray cluster: trials in simulators, parts of a
+dataset, runs of a search.
 
 Ray (docs.ray.io; Moritz et al. 2018, arXiv:1712.05889) is an extra and is imported when a cluster is asked for. Every
 machine of the cluster needs this package and sees the same files under the same paths.
@@ -51,7 +51,15 @@ def joined(config: RayConfig) -> Iterator[Any]:
     else:
         size = {}
     ray.init(address=config.address or None, **size)
-    logger.info("%d workers of a Ray cluster of %d processors", config.workers, ray.cluster_resources().get("CPU", 0))
+    there = ray.cluster_resources()
+    logger.info("%d workers of a Ray cluster of %d processors", config.workers, there.get("CPU", 0))
+    for name, asked, kind in (("cpus", config.cpus, "CPU"), ("gpus", config.gpus, "GPU")):
+        if asked > there.get(kind, 0):
+            logger.warning(
+                "ray.%s=%g for each worker, and the whole cluster has %g so far: workers wait until a machine with so "
+                "many joins it. Ask for fewer, or end the program.",
+                *(name, asked, there.get(kind, 0)),
+            )
     try:
         yield ray
     finally:

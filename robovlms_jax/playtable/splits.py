@@ -244,6 +244,8 @@ class NpzFrames:
                 if self._durable:
                     file.flush()
                     os.fsync(file.fileno())
+        if self._durable:
+            atomic.settle(self._directory)
 
     def abandon(self, journal: Journal) -> None:
         self.finish(journal)

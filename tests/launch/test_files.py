@@ -64,7 +64,9 @@ def test_gcloud_is_asked_for_as_many_slices_as_are_used():
 
     (create,) = says("create")
     assert create.endswith("--accelerator-type v5litepod-64 --runtime-version v --node-count 2 --node-prefix n")
-    for slice_number, line in enumerate(says("train", "/mnt/run", "experiments.calvin_abcd", "--data.root", "a b")):
+    lines = says("train", "/mnt/run", "experiments.calvin_abcd", "--data.root", "a b")
+    assert len(lines) == 2
+    for slice_number, line in enumerate(lines):
         begin, _, command = line.partition(" --command ")
         assert begin == f"gcloud compute tpus tpu-vm ssh n-{slice_number} --zone z --worker all"
         unquoted = subprocess.run(["bash", "-c", f"printf %s {command}"], capture_output=True, text=True, check=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import gc
 import os
 import sys
 import types
@@ -121,6 +123,39 @@ def test_parts_of_an_evaluation_are_all_its_trials_and_fill_the_simulators(count
     parts = evaluation_workers.chunks(range(count), number, processes)
     assert [trial for part in parts for trial in part] == list(range(count))
     assert all(len(part) >= min(processes, count) for part in parts[:-1])
+
+
+def test_a_workers_simulators_stay_open_as_long_as_it_lives(monkeypatch):
+    closed = []
+
+    @contextlib.contextmanager
+    def acting(config, criterion):
+        try:
+            yield None, types.SimpleNamespace(name="calvin", about={}), None
+        finally:
+            closed.append(config)
+
+    monkeypatch.setattr(evaluation_workers.evaluate, "acting", acting)
+    play = evaluation_workers._player(None, None, ())
+    gc.collect()
+    assert play([]).name == "calvin" and not closed
+    evaluation_workers._open.close()
+
+
+def test_workers_that_no_machine_has_room_for_are_told_of(monkeypatch, caplog):
+    fake = types.SimpleNamespace(
+        init=lambda **_: None, shutdown=lambda: None, cluster_resources=lambda: {"CPU": 4.0, "memory": 1e9}
+    )
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    for config, words in (
+        (RayConfig(2, cpus=4), ""),
+        (RayConfig(2, gpus=1), "ray.gpus=1"),
+        (RayConfig(1, cpus=6), "ray.cpus=6"),
+    ):
+        caplog.clear()
+        with ray_workers.joined(config):
+            said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(said) == bool(words) and words in "".join(said)
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 
 import jax
 import numpy as np
@@ -109,3 +111,12 @@ def test_states_of_a_trial_are_put_together_for_the_pictures(tmp_path, monkeypat
     kept(tmp_path, (0, "phh"))
     ((chain, demo),) = seen
     assert chain.scene == 1 and {len(leaf) for leaf in jax.tree.leaves(demo.steps.states)} == {3}
+
+
+def test_frames_and_their_names_are_on_the_disk_before_a_trial_counts(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(stat.S_ISDIR(os.fstat(handle).st_mode)))
+    pictures = {camera: np.zeros((2, 4, 4, 3), np.uint8) for camera in ("static", "wrist")}
+    segment = demonstrations.Segment("turn_on_led", pictures, {"rel_actions": np.zeros((2, 7))})
+    splits.NpzFrames(tmp_path, (4, 4), durable=True).save(0, segment)
+    assert synced == [False, False, True]  # two files, then the directory
