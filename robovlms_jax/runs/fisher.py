@@ -25,11 +25,19 @@ def measure(run: pathlib.Path, samples: int, *, earlier: pathlib.Path | None = N
     Args:
       samples: segments, drawn without repetition; all where there are fewer.
       earlier: run whose file counts `decay` times beside the new one; None: nothing was learned before.
+    Raises:
+      ValueError: the run's last stage trained on no robot's data.
     """
     point = resuming.open_point(run)
     setup = setups.prepare(point.config, point)
     stage = setup.stages[-1]
-    loss = steps.make_loss(setup.config, setup.model, stage).losses[objective.ROBOT]
+    losses = steps.make_loss(setup.config, setup.model, stage).losses
+    if objective.ROBOT not in losses:
+        raise ValueError(
+            f"the last stage of {run} trained on {', '.join(sorted(losses))} alone; what matters for the robot is "
+            f"measured on a stage with {objective.ROBOT} among train.sources."
+        )
+    loss = losses[objective.ROBOT]
     _, params, _ = load.open_model(checkpoints.locate(run), dtype=setup.config.backbone.dtype)
     learned, frozen = trainable.split(flatten_dict(params, sep="/"), stage.trainable)
     count = min(samples, len(setup.train))

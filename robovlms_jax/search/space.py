@@ -43,7 +43,7 @@ def _read(text: str) -> Values | Range:
     name, equals, right = text.partition("=")
     if not equals or not name or not right:
         raise ValueError(f"search.space has {text!r}; expected FIELD=VALUE,VALUE or FIELD=LOW:HIGH[:log|:int].")
-    parts = right.split(":")
+    parts = [right] if "://" in right else right.split(":")  # hf://OWNER/NAME is a value
     if len(parts) == 1:
         values = tuple(right.split(","))
         if len(set(values)) < len(values) or "" in values:

@@ -51,7 +51,10 @@ class Access:
             return 403, f"This page is served at {LOCAL[0]} only, not at {name[:80]}."
         if origin is not None and _origin_host(origin) != host.lower():
             return 403, "Another web page may not use this one."
-        parts = urllib.parse.urlsplit(path)
+        try:
+            parts = urllib.parse.urlsplit(path)
+        except ValueError:
+            return 400, "The request's path is no address."
         given = urllib.parse.parse_qs(parts.query).get("token", [""])
         if self.token and not hmac.compare_digest(given[0].encode(), self.token.encode()):
             return 401, "The address lacks the token. Copy it whole from the terminal: it ends with ?token=..."
@@ -68,7 +71,10 @@ def _name(host: str) -> str:
 
 
 def _origin_host(origin: str) -> str:
-    parts = urllib.parse.urlsplit(origin.lower())
+    try:
+        parts = urllib.parse.urlsplit(origin.lower())
+    except ValueError:
+        return ""  # of no host
     return parts.netloc if parts.scheme in ("http", "https") else ""
 
 

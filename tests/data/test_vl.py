@@ -121,6 +121,13 @@ def test_captions_of_a_picture_are_drawn_one_at_a_time(folder, encode):
     assert [said(encode, batch, row) for row in range(4)] == ["grey</s>", "dull</s>"] * 2
 
 
+def test_a_caption_that_is_no_text_is_named(folder):
+    values = {"images": [{"id": 7, "file_name": "a.png"}], "annotations": [{"image_id": 7, "caption": None}]}
+    (folder / "captions.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"captions\.json: a caption is None; expected text"):
+        opening.open_pairs(str(folder / "captions.json"))
+
+
 def test_tar_shards_are_read_at_random(folder, encode):
     for shard in range(2):
         members = {f"{shard}7.jpg": png(10 + shard), f"{shard}7.txt": b"grey", f"{shard}8.0.png": png(20)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -125,3 +126,13 @@ def test_a_run_held_by_the_information_of_the_one_before_moves_less_and_goes_on_
     again, _ = moved("whole", 1e12, **{"train.checkpoint_every": 3, "train.resume": True})
     for path, x in whole.items():
         np.testing.assert_array_equal(x, again[path], err_msg=path)
+
+
+def test_information_of_a_stage_without_the_robot_is_refused_by_name(tmp_path, monkeypatch):
+    config = small(tmp_path / "run", **QUICK)
+    monkeypatch.setattr(fisher.resuming, "open_point", lambda run: types.SimpleNamespace(config=config))
+    setup = types.SimpleNamespace(config=config, model=None, stages=[None])
+    monkeypatch.setattr(fisher.setups, "prepare", lambda config, point: setup)
+    monkeypatch.setattr(fisher.steps, "make_loss", lambda *_: types.SimpleNamespace(losses={"questions": None}))
+    with pytest.raises(ValueError, match=r"last stage of .*run trained on questions alone; .*train\.sources"):
+        fisher.measure(tmp_path / "run", 4)

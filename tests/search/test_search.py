@@ -259,6 +259,11 @@ def test_a_space_that_says_nothing_is_named(text, message):
         space.read([text])
 
 
+def test_names_of_the_hub_are_values_and_no_ranges():
+    (field,) = space.read(["backbone.weights=hf://a/b,hf://c/d"])
+    assert field == space.Values("backbone.weights", ("hf://a/b", "hf://c/d"))
+
+
 def test_settings_that_cannot_work_are_refused_before_anything_runs(tmp_path, capsys):
     base = ["--out", str(tmp_path / "s"), "--start", "sample"]
     with pytest.raises(ValueError, match="more than once"):

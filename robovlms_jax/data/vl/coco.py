@@ -20,8 +20,8 @@ class CocoCaptions(base.Pairs):
     Args:
       values: the file's content. path: the file. images: folder of the pictures; None: the file's own.
     Raises:
-      FileNotFoundError: pictures are missing. ValueError: a caption is of a picture that is not listed, or nothing is
-        captioned.
+      FileNotFoundError: pictures are missing. ValueError: a caption is no text or of a picture that is not listed, or
+        nothing is captioned.
     """
 
     def __init__(self, values: Mapping[str, Any], path: pathlib.Path, images: pathlib.Path | None = None):
@@ -34,6 +34,9 @@ class CocoCaptions(base.Pairs):
                 f"{path}: an entry lacks {error}; expected images with id and file_name, annotations with image_id and "
                 "caption."
             ) from None
+        wrong = [caption for _, caption in captions if not isinstance(caption, str)]
+        if wrong:
+            raise ValueError(f"{path}: a caption is {wrong[0]!r:.60}; expected text.")
         strangers = sorted({str(image) for image, _ in captions if image not in files})
         if strangers:
             raise ValueError(f"{path}: captions of pictures that `images` does not list: {', '.join(strangers[:3])}.")
