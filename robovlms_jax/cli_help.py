@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from robovlms_jax import schema
 
-_WIDEST, _LINES = 120, 45
+_WIDEST, _NARROWEST, _LINES = 120, 72, 45
 _VALUE, _EXAMPLES = 20, 8
 """Columns for a value; lines for examples, and for names of presets."""
 
@@ -37,7 +37,8 @@ def show(description: str | None, config: Any, start: tuple[str, Sequence[str]] 
 def short_help(
     program: str, description: str, start: tuple[str, Sequence[str]], config: Any, usual: Sequence[str] = ()
 ) -> str:
-    """Text for --help: at most 45 lines of at most 120 columns.
+    """Text for --help: at most 45 lines where the terminal has 120 columns. A narrower one gets more lines, and no
+    field less.
 
     Args:
       program: how it is started, "python -m experiments.calvin_abcd".
@@ -46,7 +47,7 @@ def short_help(
       config: a dataclass, or an instance, whose values are then the defaults.
       usual: dotted fields to show; empty: those of `config` itself, in their order, as far as they fit.
     """
-    width = min(shutil.get_terminal_size((_WIDEST, 24)).columns, _WIDEST)
+    width = min(max(shutil.get_terminal_size((_WIDEST, 24)).columns, _NARROWEST), _WIDEST)
     name, presets = start
     wrapped = functools.partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
     summary, *others = with_examples_apart(description).split("\n\n")
@@ -63,7 +64,7 @@ def short_help(
     while True:
         for seps in ((), ("; ", ": ", " ("), ("; ", ": ", " (", ", ")):
             lines = [line for path in shown for line in _field_lines(config, path, shown, width, seps)]
-            if len(lines) <= room:
+            if len(lines) <= room or (usual and width < _WIDEST and ", " in seps):
                 return "\n".join([*head, *lines, "", *_rest(set(every) - set(shown), wrapped)])
         shown.pop()
 

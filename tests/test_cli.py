@@ -256,7 +256,18 @@ def test_what_cannot_be_given_so_is_answered_with_a_sentence(argv, message, caps
     assert message in capsys.readouterr().err
 
 
-def test_help_fits_one_screen_and_help_all_has_every_field(capsys):
+@pytest.mark.parametrize("columns", [40, 72, 80, 119])
+def test_a_narrow_terminal_gets_more_lines_and_no_field_less(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = cli_help.short_help("x", "What.", ("one", ["one"]), ExperimentConfig(), ExperimentConfig.USUAL)
+    assert [line.split()[0] for line in text.splitlines() if line.startswith("  --")] == [
+        f"--{path}" for path in ExperimentConfig.USUAL
+    ]
+    assert max(len(line) for line in text.splitlines() if len(line.split()) > 1) <= max(columns, 80)
+
+
+def test_help_fits_one_screen_and_help_all_has_every_field(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     presets = {"one": ExperimentConfig(), "two": ExperimentConfig()}
     with pytest.raises(SystemExit) as end:
         cli.parse(presets, "one", description="What it does.\n\nMore of it.", argv=["--help", "--preset", "two"])

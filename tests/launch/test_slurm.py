@@ -40,8 +40,14 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=None if terminal is None else lambda: os.login_tty(terminal),
+        preexec_fn=lambda: _begin(terminal),
     )
+
+
+def _begin(terminal: int | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, the tests among them, may ignore it
+    if terminal is not None:
+        os.login_tty(terminal)
 
 
 def ended(process: subprocess.Popen) -> int:

@@ -138,7 +138,7 @@ def test_a_file_of_upstreams_is_a_starting_point_like_a_preset(capsys):
         (["--presett", "large"], "--presett is no flag of this program; did you mean --preset?"),
         (["--prest=large"], "--prest is no flag of this program; did you mean --preset?"),
         (["--resum"], "--resum is no flag of this program; did you mean --resume?"),
-        (["--train.batchsize", "4"], "--train.batch-size"),
+        (["--train.batchsize", "4"], "--train.batch_size"),
         (["--train.steps", "-1"], "train.steps=-1"),
     ],
 )
@@ -154,7 +154,7 @@ def test_help_reads_like_documentation(capsys):
     with pytest.raises(SystemExit):
         parse("--help-all")
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "--data.windows-per-segment" in text
+    assert "--data.windows_per_segment" in text
     assert "windows that share one run of W + K - 1 frames" in text
 
 
