@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import bridge, calvin_abcd
+from experiments import calvin_abcd
 from robovlms_jax import cli
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.data import opening
@@ -370,43 +369,3 @@ def test_not_a_checkpoint(tmp_path):
         load_policy(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match="an empty directory"):
         load_policy(tmp_path)
-
-
-def test_presets_are_what_the_table_says():
-    for name, config in calvin_abcd.PRESETS.items():
-        config.validate(1)
-        assert dataclasses.replace(config).train.output == f"runs/{name}"
-    released, paper = calvin_abcd.PRESETS["kosmos_lstm"].optimizer, calvin_abcd.PRESETS["kosmos_lstm_paper"].optimizer
-    assert (released.learning_rate, released.weight_decay) == (2e-5, 0.0)
-    assert (paper.learning_rate, paper.weight_decay) == (1e-4, 0.01)
-
-
-def test_the_presets_for_the_real_simulator_begin_with_playtables_policies_and_never_see_its_table_d():
-    presets = calvin_abcd.PRESETS
-    playtable, calvin = presets["playtable_small"], presets["calvin_small"]
-    assert (
-        load_config(playtable.train.init_from).policy.readout == playtable.policy.readout
-    )  # the bundled twin is there
-    assert calvin.train.init_from == playtable.train.output
-    assert playtable.policy == calvin.policy == presets["playtable_fixtures"].policy  # so that parameters fit
-    assert playtable.demonstrations.tasks == playtable.rollouts.tasks == ()  # all 34, rolled out as chains
-    assert "D" not in playtable.demonstrations.scenes
-    for config in (presets["calvin_fixtures_cpu"], calvin):
-        assert set(config.train.sources) == {"robot", *config.data.further.names}
-        assert not config.demonstrations.episodes and not config.rollouts.trials  # `record_calvin` and `evaluate` do it
-    roots = calvin.data.further.roots
-    assert roots["fixtures"] == presets["calvin_fixtures_cpu"].data.root
-    assert roots["playtable"] == playtable.data.root
-    shares = calvin.train.sources
-    assert shares["playtable"] == sum(shares.values()) / 2  # half of every batch
-
-
-def test_own_data_alone_are_asked_for_a_preset_and_own_weights_mean_the_real_one():
-    assert calvin_abcd.default_preset([]) == "playtable_fixtures"
-    assert calvin_abcd.default_preset(["--train.steps", "3"]) == "playtable_fixtures"
-    assert calvin_abcd.default_preset(["--data.root", "x", "--help"]) == "playtable_fixtures"
-    assert calvin_abcd.default_preset(["--data.root", "x", "--backbone.weights", "y"]) == "kosmos_lstm"
-    for choose in (calvin_abcd.default_preset, bridge.default_preset):  # never 1.7 billion random numbers
-        with pytest.raises(SystemExit, match=r"--preset sample .*or --preset kosmos_lstm with --backbone\.weights"):
-            choose(["--data.root", "x"])
-    assert calvin_abcd.default_preset(["--backbone.weights=x"]) == "kosmos_lstm"
