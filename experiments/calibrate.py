@@ -72,7 +72,8 @@ def calibrate(config: CalibrateConfig) -> str:
     changes = {"head": {"num_samples": config.num_samples}} if config.num_samples else None
     policy: BatchedVLAPolicy = load_batched_policy(directory, slots=1, policy=changes)
     experiment = dataclasses.replace(experiment, policy=policy.model.config)
-    compared = calibrating.compare(experiment, policy.model, stack.joined(policy.params), policy.encode_text)
+    policy.params = stack.joined(policy.params)  # its own step is not asked here: one copy is enough
+    compared = calibrating.compare(experiment, policy.model, policy.params, policy.encode_text)
     calibration, measured = calibrating.calibrate(
         compared, config.coverage, share=config.share, splits=config.splits, seed=config.seed
     )

@@ -134,8 +134,8 @@ def _player(config: evaluation_settings.EvaluateConfig, policy: BatchedVLAPolicy
     """Plays trials in one program. Raises ValueError for a policy or an execution that only the host's loop has."""
     sizes = dict(zip(("static", "wrist"), config.image_size, strict=True))
     player = rollouts.Player(policy.model, policy.encode_text, config.processes, sizes, config.execution, criterion)
-    params = stack.joined(policy.params)
-    return lambda trials: player.results(params, trials)
+    policy.params = stack.joined(policy.params)  # its own step is not asked here: one copy is enough
+    return lambda trials: player.results(policy.params, trials)
 
 
 def _require_robot(config: evaluation_settings.EvaluateConfig, policy: PolicyConfig, dataset: str) -> None:
