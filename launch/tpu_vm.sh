@@ -6,6 +6,7 @@
 #   launch/tpu_vm.sh state                         # until it says ACTIVE
 #   launch/tpu_vm.sh setup REPOSITORY SERVER:/SHARE     # on every machine: the code, its packages, the shared folder
 #   launch/tpu_vm.sh train /mnt/shared/runs/kosmos_lstm experiments.calvin_abcd --preset kosmos_lstm --mesh.fsdp 8 ...
+#                                                  # goes on without this machine; the same words again show how far it is
 #   launch/tpu_vm.sh stop                          # all save and stop; `train` with the same words goes on
 #   launch/tpu_vm.sh delete
 #
@@ -66,7 +67,7 @@ setup)
     ;;
 train)
     shift
-    on_all "cd robovlms_jax && PYTHON=.venv/bin/python exec launch/train.sh$(printf ' %q' "$@")"
+    on_all "cd robovlms_jax && PYTHON=.venv/bin/python exec launch/detached.sh$(printf ' %q' "$@")"
     ;;
 stop) on_all "pkill -TERM -f '[l]aunch/train.sh'" ;; # which passes it on; one process alone would do
 delete) gcloud_tpus queued-resources delete "$NAME" --zone "$ZONE" --force --quiet ;;

@@ -114,7 +114,8 @@ def claimed(out: pathlib.Path, number: int) -> Iterator[bool]:
 
 
 def _take(path: pathlib.Path) -> bool:
-    who: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+    pid = os.getpid()
+    who = {"host": socket.gethostname(), "namespace": _namespace(), "pid": pid, "started": _started(pid)}
     for _ in range(2):
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -136,7 +137,9 @@ def _is_dead(path: pathlib.Path) -> bool:
     try:
         silent = time.time() - path.stat().st_mtime
         who = json.loads(path.read_text())
-        if who["host"] == socket.gethostname() and os.path.isdir("/proc"):
+        # Containers may share a host's name and not its process numbers.
+        here = who["host"] == socket.gethostname() and who.get("namespace", _namespace()) == _namespace()
+        if here and os.path.isdir("/proc"):
             started = _started(who["pid"])  # of another process with its number, such as after a restart of the machine
             return not started or started != who.get("started", started)
     except FileNotFoundError:
@@ -144,6 +147,14 @@ def _is_dead(path: pathlib.Path) -> bool:
     except (ValueError, KeyError, TypeError):
         pass  # being written, or its writer died of a full disk
     return silent > SILENCE
+
+
+def _namespace() -> str:
+    """Within which process numbers mean what they mean here; "" where a system does not say."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _started(pid: int) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import logging
 import pathlib
+import uuid
 from typing import TYPE_CHECKING, Any
 
 from robovlms_jax import extras, json_files
@@ -139,7 +141,7 @@ def _study(config: SearchConfig) -> optuna.Study:
         "gp": optuna.samplers.GPSampler,
     }
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(
+    study = optuna.create_study(
         study_name=out.name,
         storage=storage,
         sampler=samplers[config.sampler](),
@@ -147,6 +149,27 @@ def _study(config: SearchConfig) -> optuna.Study:
         direction=config.direction,
         load_if_exists=True,
     )
+    _require_ours(study, out, config.storage)
+    return study
+
+
+def _require_ours(study: optuna.Study, out: pathlib.Path, storage: str) -> None:
+    """Folders of one name, in different places, would answer for each other's trials in a storage that they share."""
+    mark = out / "study.txt"
+    new = out / f"study.{uuid.uuid4().hex}.tmp"
+    new.write_text(uuid.uuid4().hex)
+    with contextlib.suppress(FileExistsError):
+        mark.hardlink_to(new)  # whole, and the first of several processes' alone
+    new.unlink()
+    ours = mark.read_text()
+    theirs = study.user_attrs.get("search")
+    if theirs is None:
+        study.set_user_attr("search", ours)
+    elif theirs != ours:
+        raise ValueError(
+            f"{storage} has a study {study.study_name!r} by a search in another folder than {out.resolve()}; give "
+            "--out another last name, or this search a storage of its own."
+        )
 
 
 def _optuna() -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import pathlib
 import re
+import shutil
+import signal
 import subprocess
 
 import pytest
@@ -70,7 +73,32 @@ def test_gcloud_is_asked_for_as_many_slices_as_are_used():
         begin, _, command = line.partition(" --command ")
         assert begin == f"gcloud compute tpus tpu-vm ssh n-{slice_number} --zone z --worker all"
         unquoted = subprocess.run(["bash", "-c", f"printf %s {command}"], capture_output=True, text=True, check=True)
-        assert unquoted.stdout.endswith(r"exec launch/train.sh /mnt/run experiments.calvin_abcd --data.root a\ b")
+        assert unquoted.stdout.endswith(r"exec launch/detached.sh /mnt/run experiments.calvin_abcd --data.root a\ b")
+
+
+def test_a_run_outlives_the_connection_it_was_started_over_and_the_same_words_follow_it(tmp_path):
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    train = "#!/usr/bin/env bash\ntrap 'echo saved; exit 75' TERM\necho begun >&2\nwhile :; do sleep 0.05; done\n"
+    (tmp_path / "launch/train.sh").write_text(train)
+    words = ["bash", "launch/detached.sh", "/mnt/run", "experiments.calvin_abcd", "--data.root", "a b"]
+
+    def follow(command: list[str]) -> subprocess.Popen[str]:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert process.stdout.readline() == "begun\n"
+        return process
+
+    first = follow(words)
+    os.killpg(first.pid, signal.SIGHUP)  # the connection is lost
+    first.wait()
+    second = follow(words)
+    other = subprocess.run([*words, "--train.steps", "5"], cwd=tmp_path, capture_output=True, text=True)
+    assert other.returncode == 69 and r"another run works here: /mnt/run experiments.calvin_abcd" in other.stderr
+    for process in pathlib.Path("/proc").glob("[0-9]*"):  # as `launch/tpu_vm.sh stop` finds them
+        with contextlib.suppress(OSError):
+            called = b"launch/train.sh" in (process / "cmdline").read_bytes()
+            if called and os.readlink(process / "cwd") == str(tmp_path):
+                os.kill(int(process.name), signal.SIGTERM)
+    assert second.stdout.read() == "saved\n" and second.wait() == 75
 
 
 def test_who_calls_a_launcher_wrongly_is_shown_all_its_commands():

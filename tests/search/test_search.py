@@ -138,6 +138,9 @@ def test_the_claim_of_a_dead_process_is_taken_over_and_a_living_ones_is_not(tmp_
     path.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
     with queue.claimed(tmp_path, 0) as taken:
         assert not taken  # it gave a sign of life just now
+    path.write_text(json.dumps({"host": socket.gethostname(), "namespace": "another container's", "pid": 2**22 + 1}))
+    with queue.claimed(tmp_path, 0) as taken:
+        assert not taken  # its number says nothing here
     os.utime(path, (time.time() - 2 * queue.SILENCE,) * 2)
     with queue.claimed(tmp_path, 0) as taken:
         assert taken
@@ -218,6 +221,21 @@ def test_a_sampler_proposes_settings_and_goes_on_after_a_stop(tmp_path):
     workers.work(dataclasses.replace(config, trials=6))
     later = {x.number: x.setting for x in queue.read(tmp_path / "s")}
     assert len(later) == 6 and {number: later[number] for number in first} == first
+
+
+def test_folders_of_one_name_do_not_answer_for_each_other_in_one_storage(tmp_path):
+    pytest.importorskip("optuna", reason="not in environments without the extra search")
+    storage = f"sqlite:///{tmp_path}/studies.db"
+    one, other = (
+        settings(tmp_path, out=str(tmp_path / place / "s"), space=("rate=0.1,0.2",), sampler="random", trials=1)
+        for place in ("a", "b")
+    )
+    one, other = (dataclasses.replace(config, storage=storage) for config in (one, other))
+    workers.work(one)
+    workers.work(dataclasses.replace(one, trials=2))
+    with pytest.raises(ValueError, match=r"studies.db has a study 's' by a search in another folder than .*/b/s"):
+        workers.work(other)
+    assert [x.status for x in queue.read(tmp_path / "a/s")] == ["done", "done"]
 
 
 def test_pruning_ends_runs_that_are_worse_than_others_were(tmp_path, monkeypatch):
