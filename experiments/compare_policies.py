@@ -6,6 +6,9 @@
     python -m experiments.compare_policies --preset structures    # where frames meet
     python -m experiments.compare_policies --preset data          # a tenth, all, and five times the demonstrations
     python -m experiments.compare_policies --preset pretraining   # questions about pictures first, or not
+    python -m experiments.compare_policies --preset cotraining    # questions beside demonstrations: what is kept
+    python -m experiments.compare_policies --preset stages        # the order of questions, robot and other robots
+    python -m experiments.compare_policies --preset words         # each sentence as recorded, or varied
     python -m experiments.compare_policies --preset embodiment    # before and after training among other robots
     python -m experiments.compare_policies --preset discrete      # actions as words: how many bins, and which ids
     python -m experiments.compare_policies --preset training      # two new tasks: which parameters learn them
@@ -27,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import comparison_settings, protocols
+from experiments import comparison_settings, evaluate, evaluation_settings, protocols
 from experiments.comparison_settings import ComparePoliciesConfig, Variant
 from robovlms_jax import cli, json_files
 from robovlms_jax.evaluation.report import offline, tables
@@ -55,7 +58,8 @@ def jobs(config: ComparePoliciesConfig) -> list[protocol.Job]:
         for variant in config.variants:
             after = seed * len(places) + places[variant.after] if variant.after else None
             trained = _Trained(config, variant, starts[variant.name], seed)
-            judge = _Judged(variant.compared, seed == 0, starts[variant.name].rollouts.image_size)
+            sizes = starts[variant.name].rollouts.image_size
+            judge = _Judged(variant.compared, seed == 0, sizes, config.unseen)
             found.append(protocol.Job({"variant": variant.name}, seed, trained, judge, after, variant.compared))
     return found
 
@@ -100,19 +104,23 @@ def _scales(base: pathlib.Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Judged:
-    """Run directory -> what was found. costed: whether the control step is measured, which seeds do not change."""
+    """Run directory -> what was found. costed: whether the control step is measured, which seeds do not change.
+    unseen: whether wordings that training never uses are asked, too."""
 
     compared: bool
     costed: bool
     sizes: tuple[int, int]
+    unseen: bool
 
     def __call__(self, run: pathlib.Path) -> protocol.Result:
         if not self.compared:
-            return {"value": 0.0}
+            return {"value": 0.0, "answers": _answers(run)}
         found = protocol.rollouts(run)
         error = json_files.read_object(run / "report.json", "a run's report").get("overall", {}).get("translation_m")
         found["error_mm"] = None if error is None else 1000 * error
         found["answers"] = _answers(run)
+        if self.unseen:
+            found["unseen"] = _unseen(run)["value"]
         return found | (cost.measure(load.load_batched_policy(run, 1), self.sizes) if self.costed else {})
 
 
@@ -122,6 +130,13 @@ def _answers(run: pathlib.Path) -> float | None:
     metrics = offline.read_metrics(run / "metrics.jsonl")
     shares = [values[-1] for name, (_, values) in metrics.items() if name.startswith("validation/accuracy_")]
     return float(np.mean(shares)) if shares else None
+
+
+def _unseen(run: pathlib.Path) -> dict[str, Any]:
+    """Success in the trials that the run ended with, asked in wordings that training never uses."""
+    start = evaluation_settings.of_checkpoint(["--checkpoint", str(run)])
+    asked = {"chains": load.load_config(run).rollouts.trials, "held_out": True, "films": 0, "out": str(run.parent)}
+    return protocol.success(evaluate.evaluate(dataclasses.replace(start, **asked)).parent)
 
 
 def work(config: ComparePoliciesConfig) -> pathlib.Path:
@@ -136,15 +151,16 @@ def write_report(
     """report.md, report.json, policies.json and pictures in the comparison's directory."""
     out = pathlib.Path(config.out)
     compared = [trial for trial in trials if listed[trial.number].compared]
-    rows = rows_of(config, compared)
+    rows = rows_of(config, trials)
     start = _start(config, next(variant for variant in config.variants if variant.compared))
     sections = [
         f"# Policies compared: {config.experiment}, {config.start}",
         f"{start.train.steps} steps of {start.train.batch_size} windows each. Success: {start.rollouts.trials} trials "
         f"on table {start.rollouts.scene}, at most {start.rollouts.max_steps} control steps each. Open-loop error: of "
-        "the next actions' positions, per step and axis, on held-out demonstrations. Answers: to held-out questions "
-        "about pictures. Means over seeds with intervals of 95 % (Student's t). Milliseconds, memory and parameters: "
-        "of a control step of one robot, seed 0.",
+        "the next actions' positions, per step and axis, on held-out demonstrations. Unseen wordings: the same trials "
+        "in words that training never uses. Answers: to held-out questions about pictures, and before: of the policy "
+        "that was begun with. Means over seeds with intervals of 95 % (Student's t). Milliseconds, memory and "
+        "parameters: of a control step of one robot, seed 0.",
     ]
     if rows:
         sections.append(_table(rows))
@@ -157,13 +173,16 @@ def write_report(
 
 def rows_of(config: ComparePoliciesConfig, trials: Sequence[queue.Trial]) -> list[dict[str, Any]]:
     """A record per compared variant: "success" of each seed that is done, "mean", "half_width" of its interval (None
-    with one seed), "tasks"; "errors_mm" and "answers" of each seed, where there are any; and what its control step
-    costs."""
+    with one seed), "tasks"; "unseen" (success in wordings that training never uses), "errors_mm", "answers_before" (of
+    the variant that it begins with) and "answers" of each seed, where there are any; and what its control step costs.
+    """
     found = []
+    ended: dict[str, list[protocol.Result]] = {"": []}
     for variant in config.variants:
         done = [trial for trial in trials if trial.setting["variant"] == variant.name and trial.status == "done"]
         results = [protocol.result(pathlib.Path(config.out), trial.number) for trial in done]
-        if not results:
+        ended[variant.name] = results
+        if not (results and variant.compared):
             continue
         values = [float(result["value"]) for result in results]
         half = report.half_width_of(values)
@@ -177,7 +196,9 @@ def rows_of(config: ComparePoliciesConfig, trials: Sequence[queue.Trial]) -> lis
                 "half_width": None if math.isnan(half) else half,
                 "trials": results[0]["trials"],
                 "tasks": {name: float(np.mean([result["tasks"][name] for result in results])) for name in names},
+                "unseen": _known(results, "unseen"),
                 "errors_mm": _known(results, "error_mm"),
+                "answers_before": _known(ended[variant.after], "answers"),
                 "answers": _known(results, "answers"),
                 **{name: results[0].get(name) for name in costs},
             }
@@ -195,7 +216,9 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "seeds": lambda row: str(len(row["success"])),
         "success": lambda row: _interval(row["success"], 2),
+        "unseen wordings": lambda row: _interval(row["unseen"], 2),
         "open-loop error, mm": lambda row: _interval(row["errors_mm"], 1),
+        "answers right before": lambda row: _interval(row["answers_before"], 2),
         "answers right": lambda row: _interval(row["answers"], 2),
         "control step, ms": lambda row: _number(row["milliseconds"], 1),
         "its memory, MiB": lambda row: _number(row["step_bytes"] and row["step_bytes"] / mib, 1),

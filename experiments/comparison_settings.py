@@ -49,6 +49,8 @@ class ComparePoliciesConfig:
     """Fields of it set otherwise in every variant, "train.steps=2300"."""
     more: tuple[str, ...] = ()
     """Further ones, which count more than `fixed` and a variant's own."""
+    unseen: bool = False
+    """Ask as many trials again in wordings that training never uses."""
     seeds: int = 3
     """Of parameters, order of batches and draws of demonstrations."""
     out: str = "searches/compare"
@@ -170,6 +172,14 @@ _RECIPES = (
     _taught("colours and crops", *_COLOURS),
 )
 
+_BESIDE = ("train.sources=robot 4 questions 1", "train.batch_size=40")
+"""Eight questions beside the 32 windows of demonstrations that the policy without them has in every batch, too."""
+
+
+def _stages(*steps: int) -> tuple[str, ...]:
+    return tuple(f"train.stages.{place}.steps={number}" for place, number in enumerate(steps))
+
+
 PRESETS = {
     "heads": ComparePoliciesConfig(_HEADS, fixed=(*BUDGET, "rollouts.trials=80"), out="searches/heads"),
     "chunks": ComparePoliciesConfig(tuple(map(_chunk, (1, 5, 10, 20))), fixed=BUDGET, out="searches/chunks"),
@@ -200,13 +210,41 @@ PRESETS = {
             Variant("questions", ("train.stages.0.steps=600",), start="vl", compared=False),
             Variant("none"),
             Variant("questions first", after="questions"),
-            Variant("questions first and beside", after="questions", start="together"),
-            Variant("the same, insulated", after="questions", start="insulated"),
         ),
         experiment="cotrain",
         start="robot",
         fixed=BUDGET,
         out="searches/pretraining",
+    ),
+    "cotraining": ComparePoliciesConfig(
+        (
+            Variant("questions", ("train.batch_size=64",), start="vl", compared=False),
+            Variant("demonstrations alone", after="questions"),
+            Variant("together", _BESIDE, after="questions", start="together"),
+            Variant("insulated", _BESIDE, after="questions", start="insulated"),
+        ),
+        experiment="cotrain",
+        start="robot",
+        fixed=(*BUDGET, "rollouts.trials=80"),
+        unseen=True,
+        out="searches/cotraining",
+    ),
+    "stages": ComparePoliciesConfig(
+        (
+            Variant("questions, robot, robots together", _stages(300, 600, 600), start="three_stages"),
+            Variant("questions, robots together, robot", _stages(300, 600, 600), start="paper_order"),
+            Variant("questions, robot", _stages(300, 1200), start="vl_robot"),
+        ),
+        experiment="cotrain",
+        start="robot",
+        fixed=BUDGET,
+        out="searches/stages",
+    ),
+    "words": ComparePoliciesConfig(
+        (Variant("as recorded"), Variant("varied", ("data.vary_language=true",))),
+        fixed=(*BUDGET, "rollouts.trials=80"),
+        unseen=True,
+        out="searches/words",
     ),
     "embodiment": ComparePoliciesConfig(
         (

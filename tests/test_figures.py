@@ -250,7 +250,7 @@ def test_the_tables_of_compared_policies_are_those_of_their_runs():
             assert len(row["success"]) == 3 and sum(row["success"]) / 3 == pytest.approx(row["mean"], abs=1e-3)
             cells = [row["variant"], ", ".join(f"{x:.2f}" for x in row["success"]), mean_of(row["success"], 2)]
             cells += [from_the_best(row, best), mean_of(row["errors_mm"], 1)]
-            cells += [mean_of(row["answers"], 2)] if "answers" in row else []
+            cells += [mean_of(row[name], 2) for name in ("unseen", "answers_before", "answers") if name in row]
             assert f"| {' | '.join(cells)} |" in text, cells
 
 

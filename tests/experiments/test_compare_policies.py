@@ -32,22 +32,64 @@ def test_variants_differ_in_what_they_name_and_in_nothing_else():
 
 
 def test_a_variant_begins_where_another_one_of_its_seed_ended(monkeypatch):
-    jobs = compare.jobs(dataclasses.replace(compare.PRESETS["pretraining"], seeds=2))
+    jobs = compare.jobs(dataclasses.replace(compare.PRESETS["cotraining"], seeds=2))
     assert [(job.setting["variant"], job.seed, job.after, job.compared) for job in jobs] == [
-        *(("questions", 0, None, False), ("none", 0, None, True), ("questions first", 0, 0, True)),
-        *(("questions first and beside", 0, 0, True), ("the same, insulated", 0, 0, True)),
-        *(("questions", 1, None, False), ("none", 1, None, True), ("questions first", 1, 5, True)),
-        *(("questions first and beside", 1, 5, True), ("the same, insulated", 1, 5, True)),
+        (name, seed, after, after is not None)
+        for seed, first in ((0, 0), (1, 4))
+        for name, after in (
+            ("questions", None),
+            ("demonstrations alone", first),
+            ("together", first),
+            ("insulated", first),
+        )
     ]
     first = jobs[0].config(None)
     proprio = dataclasses.replace(first.policy.proprio, center=(0.5,) * 6, scale=(2.0,) * 6)
     policy = dataclasses.replace(first.policy, proprio=proprio, action_mu=3.0, chunk=7)
     monkeypatch.setattr(compare.load, "load_config", lambda run: dataclasses.replace(first, policy=policy))
-    later = jobs[7].config(pathlib.Path("runs/x"))
+    later = jobs[5].config(pathlib.Path("runs/x"))
     assert (later.policy.proprio, later.policy.action_mu, later.policy.chunk) == (proprio, 3.0, 5)  # scales alone
-    assert first.rollouts.trials == 0 and first.train.stages[0].steps == 600
+    assert first.rollouts.trials == 0 and first.train.stages[0].steps == 1500
     assert (later.train.init_from, later.train.seed, later.train.steps) == ("runs/x", 1, 600)
     assert later.data.vl.paths and not later.train.stages
+
+
+def test_questions_come_beside_as_many_demonstrations_as_the_policy_without_them_has():
+    config = compare.PRESETS["cotraining"]
+    alone, *beside = [compare._start(config, variant) for variant in config.variants[1:]]
+    for x in beside:
+        share = x.train.sources["robot"] / sum(x.train.sources.values())
+        assert x.train.batch_size * share == alone.train.batch_size and x.data.vl.paths
+    assert not alone.train.sources and [x.policy.insulate for x in beside] == [False, True]
+
+
+def test_orders_of_stages_are_compared_at_equal_numbers_of_steps():
+    config = compare.PRESETS["stages"]
+    made = [compare._start(config, variant).train.stages for variant in config.variants]
+    assert [[stage.name for stage in stages] for stages in made] == [
+        ["vl", "robot", "cross-embodiment"],
+        ["vl", "cross-embodiment", "robot"],
+        ["vl", "robot"],
+    ]
+    assert {sum(stage.steps for stage in stages) for stages in made} == {1500}
+
+
+def test_unseen_wordings_are_asked_of_the_same_trials_and_kept_out_of_the_runs_own_results(tmp_path, monkeypatch):
+    config, asked = compare.PRESETS["words"], []
+    started = compare._start(config, config.variants[1])
+    monkeypatch.setattr(compare.load, "load_config", lambda run: started)
+
+    def evaluated(settings):
+        asked.append(settings)
+        return pathlib.Path(settings.out) / "x" / "rollouts.md"
+
+    monkeypatch.setattr(compare.evaluate, "evaluate", evaluated)
+    monkeypatch.setattr(compare.protocol, "success", lambda folder: {"value": 0.25, "folder": folder})
+    found = compare._unseen(tmp_path / "run")
+    assert found == {"value": 0.25, "folder": tmp_path / "x"} and started.data.vary_language
+    ours = asked[0]
+    assert ours.held_out and (ours.chains, ours.tasks) == (80, started.rollouts.tasks)
+    assert (ours.scene, ours.max_steps, ours.execution) == ("D", 80, started.rollouts.execution)
 
 
 def test_a_variants_demonstrations_are_drawn_anew_for_every_seed(tmp_path, monkeypatch):
@@ -152,6 +194,21 @@ def test_the_table_has_means_over_seeds_and_what_a_control_step_costs(tmp_path):
     assert "answers right" not in text  # of a comparison that asks none
     row = json.loads((tmp_path / "policies.json").read_text())["rows"][1]
     assert row["success"] == [0.25, 0.25] and row["half_width"] == 0 and row["tasks"] == {"open_drawer": 0.25}
+
+
+def test_answers_before_are_those_of_the_policy_that_was_begun_with(tmp_path):
+    asking = (Variant("questions", compared=False), Variant("alone", after="questions"))
+    config = compare.ComparePoliciesConfig(asking, seeds=2, unseen=True, out=str(tmp_path))
+    trials = []
+    for number, answers in enumerate((0.5, 0.25, 0.75, 0.375)):
+        result = {"value": 0.5, "trials": 4, "tasks": {}, "unseen": 0.25, "answers": answers}
+        folder = queue.folder(tmp_path, number)
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(result))
+        trials.append(queue.Trial(number, {"variant": asking[number % 2].name}, number // 2, "done", 0.5))
+    (row,) = compare.rows_of(config, trials)
+    assert (row["answers_before"], row["answers"], row["unseen"]) == ([0.5, 0.75], [0.25, 0.375], [0.25, 0.25])
+    assert "| unseen wordings | answers right before | answers right |" in compare._table([row])
 
 
 @pytest.mark.slow
