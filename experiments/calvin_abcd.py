@@ -111,7 +111,7 @@ CALVIN_FIXTURES = dataclasses.replace(
         FIXTURES.train, output="runs/calvin_fixtures_cpu", steps=2000, sources={"robot": 1.0, "playtable": 1.0}
     ),
     demonstrations=DemonstrationConfig(),
-    rollouts=RolloutConfig(),
+    rollouts=RolloutConfig(execution=FIXTURES.rollouts.execution, max_steps=160),
 )
 
 # All 34 tasks, chains of five. First on PlayTable alone, from what the bundled twin knows of fixtures: demonstrations
@@ -154,6 +154,7 @@ CALVIN_SMALL = dataclasses.replace(
         sources={"robot": 1.0, "blocks": 1.0, "fixtures": 1.0, "playtable": 3.0},
         init_from=PLAYTABLE_SMALL.train.output,
     ),
+    rollouts=dataclasses.replace(CALVIN_FIXTURES.rollouts, max_steps=360),
 )
 
 # All 34 tasks, all four tables, chains of five: for one GPU. The checkpoint with the longest chains is kept.

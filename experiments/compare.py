@@ -134,7 +134,7 @@ def compare(config: CompareConfig, typed: Sequence[str] = OWN) -> pathlib.Path:
       typed: names of the settings `OWN` that somebody chose, and in which checkpoints may therefore differ.
     """
     policies = _policies(config)
-    _require_alike(policies, typed)
+    _require_alike(policies, typed, config.env)
     offered = conditions.offered(config.env)
     names = [name for name in config.conditions or offered if not offered[name]]
     questions, out = _questions(config), pathlib.Path(config.out)
@@ -183,16 +183,16 @@ def _policies(config: CompareConfig) -> list[_Policy]:
     return [dataclasses.replace(p, name=f"{p.name} ({p.label})") if p.name in twice else p for p in found]
 
 
-def _require_alike(policies: Sequence[_Policy], typed: Sequence[str]) -> None:
-    """Raises ValueError: a robot or a setting of the checkpoints' own rollouts differs; names both."""
+def _require_alike(policies: Sequence[_Policy], typed: Sequence[str], env: str = "playtable") -> None:
+    """Raises ValueError: a robot, or a setting of the own rollouts that `env` reads, differs; names both."""
     first = policies[0]
     for other in policies:
         robots.require_same(other.settings.policy, CALVIN, f"{other.directory}: this simulator is driven as")
         robots.require_same(
             other.settings.policy, first.settings.policy.robot, f"{other.directory} does not go with {first.directory}:"
         )
-        for field in OWN:
-            here, there = (played.of(p.settings).asking()[field] for p in (first, other))
+        for field in played.of(first.settings).asking(env):
+            here, there = (played.of(p.settings).asking(env)[field] for p in (first, other))
             if here != there and field not in typed:
                 raise ValueError(
                     f"the checkpoints' own runs differ in {field}: {first.directory} has {_say(here)}, "
@@ -273,12 +273,12 @@ def of_checkpoints(arguments: Sequence[str]) -> CompareConfig | type[CompareConf
         return CompareConfig
     run = load.load_config(paths[0])
     start = CompareConfig(tuple(paths))
-    chosen = played.of(run).asking()
+    env = cli.value_of(arguments, "env") or start.env
+    chosen = played.of(run).asking(env)
     if cli.names_flag(arguments, "ask_chains"):
         del chosen["tasks"]
-    if (cli.value_of(arguments, "env") or start.env) != "playtable":
+    if env != "playtable":
         chosen["processes"] = 2
-        del chosen["image_size"]
     elif run.rollouts.trials:
         chosen["processes"] = min(run.rollouts.tables, run.rollouts.trials)
     return dataclasses.replace(start, **chosen)

@@ -4,8 +4,9 @@
     python -m experiments.evaluate --checkpoint runs/kosmos_lstm --env calvin --calvin_root calvin --protocol official
     python -m experiments.evaluate --checkpoint runs/kosmos_lstm --env calvin --calvin_root calvin --ray.workers 32
 
-On playtable, what the run's own rollouts were is asked again unless flags say otherwise: tasks, scene, picture sizes,
-execution and steps come from the checkpoint. Results are kept trial by trial in the output directory: the same command
+What the run's own rollouts were is asked again unless flags say otherwise: tasks, scene, execution and steps come from
+the checkpoint, on playtable picture sizes, too; `--tasks` with nothing behind it asks chains. The official protocol
+decides all of it itself. Results are kept trial by trial in the output directory: the same command
 goes on where it was stopped. The report is rollouts.md there. With --ray.workers the trials are played on the machines
 of a Ray cluster, each worker with a policy and `processes` simulators of its own (docs/clusters.md).
 """

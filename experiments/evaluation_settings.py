@@ -158,8 +158,9 @@ def _contradicts(name: str, value: Any) -> ValueError:
 
 
 def of_checkpoint(arguments: Sequence[str]) -> EvaluateConfig | type[EvaluateConfig]:
-    """The settings that a command line starts from: what the run of the checkpoint that it names says of PlayTable, if
-    that is the env; else the defaults.
+    """The settings that a command line starts from: what the run of the checkpoint that it names says of its own
+    rollouts, in playtable and calvin; the defaults for another robot (simpler) and for the official protocol, which
+    says it all itself.
 
     Raises FileNotFoundError, ValueError: there is no such checkpoint, or it cannot be read.
     """
@@ -167,12 +168,15 @@ def of_checkpoint(arguments: Sequence[str]) -> EvaluateConfig | type[EvaluateCon
     if checkpoint is None or {"--help", "-h"} & set(arguments):
         return EvaluateConfig
     start = EvaluateConfig(checkpoint)
-    if (cli.value_of(arguments, "env") or start.env) != "playtable":
+    env = cli.value_of(arguments, "env") or start.env
+    if env not in ("playtable", "calvin") or cli.value_of(arguments, "protocol") == "official":
         return EvaluateConfig
     run = load.load_config(checkpoint)
-    own = played.of(run).asking()
+    own = played.of(run).asking(env)
     if cli.value_of(arguments, "latency_ms") is not None:
         del own["execution"]  # `asynchronous` says it
+    if env == "calvin":  # its tables are no PlayTable's, and its simulators are processes
+        return dataclasses.replace(start, **own)
     if run.rollouts.trials:
         own["processes"] = min(run.rollouts.tables, run.rollouts.trials)
     if run.demonstrations.episodes:

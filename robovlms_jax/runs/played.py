@@ -1,4 +1,4 @@
-"""How a run's policy plays PlayTable, as its configuration says: what programs that play a checkpoint begin with."""
+"""How a run's policy plays CALVIN's table, as its configuration says: what programs playing a checkpoint begin with."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ class Played(NamedTuple):
     execution: Execution
     horizon: int
 
-    def asking(self) -> dict[str, Any]:
-        """As `evaluate` and `compare` name what they ask."""
-        return {
+    def asking(self, env: str = "playtable") -> dict[str, Any]:
+        """As `evaluate` and `compare` name what they ask in a simulator. image_size is playtable's alone: the cameras
+        of the real one have sizes of their own."""
+        asked = {
             "tasks": self.asked,
             "scene": self.unseen_scene,
             "max_steps": self.max_steps,
             "image_size": self.image_size,
             "execution": self.execution,
         }
+        return asked if env == "playtable" else {name: x for name, x in asked.items() if name != "image_size"}
 
 
 def of(experiment: ExperimentConfig) -> Played:

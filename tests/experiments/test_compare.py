@@ -11,12 +11,13 @@ import types
 import numpy as np
 import pytest
 
-from experiments import compare
+from experiments import calvin_abcd, compare, evaluation_settings
 from robovlms_jax.control import robot
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.evaluation import chains, comparison, conditions
 from robovlms_jax.evaluation.rollout import TrialResult
 from robovlms_jax.policies.config import PolicyConfig
+from robovlms_jax.runs import load, played
 from robovlms_jax.runs.config import ExperimentConfig
 
 TWIN = "robovlms_jax/demo/twin"
@@ -84,6 +85,21 @@ def test_the_same_policy_twice_is_refused_and_settings_come_from_the_checkpoints
     assert compare.of_checkpoints(["--checkpoints", TWIN, "--ask_chains"]).tasks == ()
     found = compare._policies(compare.CompareConfig((TWIN, TWIN), weights=("stored", "int8")))
     assert [each.label.removeprefix(found[0].label) for each in found] == ["", "-int8"]
+
+
+def test_in_the_real_simulator_compare_asks_what_evaluate_asks(monkeypatch, tmp_path):
+    preset = calvin_abcd.PRESETS["playtable_fixtures"]
+    monkeypatch.setattr(load, "load_config", lambda path: preset)
+    real = ["--env", "calvin", "--calvin_root", "x"]
+    one = evaluation_settings.of_checkpoint(["--checkpoint", "run", *real])
+    many = compare.of_checkpoints(["--checkpoints", "run", *real])
+    for name in (*played.of(preset).asking("calvin"), "processes"):
+        assert getattr(many, name) == getattr(one, name), name
+    larger = dataclasses.replace(preset, rollouts=dataclasses.replace(preset.rollouts, image_size=(112, 84)))
+    pair = [compare._Policy(name, name, tmp_path / name, None, x) for name, x in (("a", preset), ("b", larger))]
+    compare._require_alike(pair, (), "calvin")  # pictures of the real one are what its cameras give
+    with pytest.raises(ValueError, match=r"differ in image_size: .*a has 96 64, .*b has 112 84"):
+        compare._require_alike(pair, ())
 
 
 class Tables:

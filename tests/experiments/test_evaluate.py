@@ -229,6 +229,31 @@ def test_what_is_not_said_comes_from_the_rollouts_of_the_checkpoints_run(monkeyp
     )  # another robot's
 
 
+def test_the_real_simulator_is_asked_as_the_runs_own_rollouts_were_and_the_official_protocol_asks_by_itself(
+    monkeypatch, caplog
+):
+    monkeypatch.setattr(load, "load_config", lambda path: calvin_abcd.PRESETS["playtable_fixtures"])
+    real = ["--checkpoint", "run", "--env", "calvin", "--calvin_root", "somewhere"]
+
+    def read(*arguments):
+        start = evaluation_settings.of_checkpoint([*real, *arguments])
+        config = cli.read(start, argv=[*real, *arguments])
+        evaluation_settings.say_taken(config, start)
+        return config
+
+    caplog.set_level("INFO")
+    config = read("--chains", "3")
+    assert config.execution == Execution("receding", horizon=5) and config.max_steps == 160 and config.chains == 3
+    assert config.tasks == calvin_abcd.FIXTURE_TASKS and config.env == "calvin" and config.calvin_root == "somewhere"
+    assert "execution receding 5" in caplog.text and "image_size" not in caplog.text
+    defaults = evaluation_settings.EvaluateConfig("run")
+    assert config.image_size == defaults.image_size and config.processes == defaults.processes
+    assert config.train_scenes == ()  # PlayTable's A is not the real A
+    assert read("--tasks", "--execution.mode", "first").execution == Execution("first", horizon=5)
+    official = read("--protocol", "official")
+    assert official.tasks == () and official.max_steps == 360 and official.execution == Execution()
+
+
 def test_a_report_without_simulator_or_protocol_says_nothing_of_them():
     result = TrialResult(0, ("a",), ("a",), (True,), (3,), {"scene": "D"})
     setup = {"env": "playtable-D", "policy": "p", "execution": "chunk"}
