@@ -225,7 +225,7 @@ PRESETS = {
         ),
         experiment="cotrain",
         start="robot",
-        fixed=(*BUDGET, "rollouts.trials=80"),
+        fixed=(*BUDGET, "rollouts.trials=80", "evaluation.batches=0"),  # all questions, whatever the batch
         unseen=True,
         out="searches/cotraining",
     ),
@@ -233,7 +233,6 @@ PRESETS = {
         (
             Variant("questions, robot, robots together", _stages(300, 600, 600), start="three_stages"),
             Variant("questions, robots together, robot", _stages(300, 600, 600), start="paper_order"),
-            Variant("questions, robot", _stages(300, 1200), start="vl_robot"),
         ),
         experiment="cotrain",
         start="robot",

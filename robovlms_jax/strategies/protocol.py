@@ -113,6 +113,8 @@ def _run(out: pathlib.Path, trial: queue.Trial, job: Job) -> queue.Trial:
             run.train(name, dataclasses.replace(config, train=train))
         except guards.DivergedError as error:
             return dataclasses.replace(trial, status="failed", reason=queue.reason(str(error)))
+        if not (directory / "report.md").exists():
+            raise KeyboardInterrupt  # SIGTERM ended the run, which is saved
     found = job.judge(directory)
     jax.clear_caches()  # the programs of all runs do not fit into memory together
     tables.write_json(queue.folder(out, trial.number) / "result.json", found)

@@ -18,7 +18,8 @@ from tests.experiments.test_calvin_abcd import SMALL
 
 @pytest.fixture
 def started(monkeypatch):
-    """Runs that are started: name, init_from and resume of each. A run's seed above 90 diverges, "stop" is stopped."""
+    """Runs that are started: name, init_from and resume of each. A run's seed above 90 diverges; "stop" is stopped
+    by Ctrl-C, "term" by SIGTERM."""
     seen = []
 
     def train(name, config):
@@ -29,6 +30,8 @@ def started(monkeypatch):
             raise guards.DivergedError("the loss of step 3 is not finite")
         if name == "method stop" and not config.train.resume:
             raise KeyboardInterrupt
+        if name == "method term" and not config.train.resume:
+            return
         (output / "value").write_text(str(0.1 * config.train.seed))
         (output / "report.md").write_text("done")
 
@@ -62,14 +65,15 @@ def test_a_run_that_diverges_is_recorded_with_those_that_would_begin_there_and_s
     assert trials[0].reason == "the loss of step 3 is not finite" and "trial 0 failed" in trials[1].reason
 
 
-def test_a_stopped_run_is_resumed_and_another_process_leaves_it_alone(tmp_path, started):
-    jobs = [job("stop", 1), job("other", 2)]
+@pytest.mark.parametrize("method", ["stop", "term"])
+def test_a_stopped_run_is_resumed_and_another_process_leaves_it_alone(tmp_path, started, method):
+    jobs = [job(method, 1), job("other", 2)]
     with pytest.raises(KeyboardInterrupt):
         protocol.work(tmp_path, jobs, {})
     with queue.claimed(tmp_path, 0):
         assert [trial.status for trial in protocol.work(tmp_path, jobs, {})] == ["open", "done"]
     assert [trial.status for trial in protocol.work(tmp_path, jobs, {})] == ["done", "done"]
-    assert started[-1] == ("method stop", "", True)
+    assert started[-1] == (f"method {method}", "", True)
 
 
 def test_a_run_that_was_killed_in_its_first_checkpoint_begins_again(tmp_path, started):
