@@ -9,21 +9,20 @@ Needs pip install -e .[serve]. docs/demo.md says what the page shows, and who ma
 from __future__ import annotations
 
 import dataclasses
-import logging
 import pathlib
-import sys
+from collections.abc import Coroutine
+from typing import Any
 
-import experiments
-from robovlms_jax import cli, hub
+from experiments import pages
+from robovlms_jax import hub
 from robovlms_jax.control import robot as robots
 from robovlms_jax.demo import show, twin
 from robovlms_jax.envs.calvin import tasks
-from robovlms_jax.runs import logs, played
+from robovlms_jax.runs import played
 from robovlms_jax.runs.load import load_config, load_policy
 from robovlms_jax.runs.robots import require_same
 from robovlms_jax.training import checkpoints
-from robovlms_jax.training import directory as directories
-from robovlms_jax.web import addresses, running
+from robovlms_jax.web import running
 from robovlms_jax.web.access import Access
 
 
@@ -90,17 +89,13 @@ async def run(config: DemoConfig, directory: pathlib.Path, shown: show.ShowConfi
         playing.close()
 
 
+def _work(config: DemoConfig) -> Coroutine[Any, Any, None]:
+    directory = checkpoints.locate(config.checkpoint or twin.DIRECTORY)
+    return run(config, directory, describe(config, directory))
+
+
 def main() -> None:
-    logs.to_stderr(absl=logging.ERROR)
-    config = cli.read(DemoConfig, description=__doc__)
-    try:
-        experiments.need("serve", "websockets")
-        addresses.check(config.host, config.port)
-        directories.keep_programs("auto")
-        directory = checkpoints.locate(config.checkpoint or twin.DIRECTORY)
-        running.run(run(config, directory, describe(config, directory)))
-    except (ValueError, FileNotFoundError, ImportError, OSError) as error:
-        sys.exit(f"error: {error}")
+    pages.main(DemoConfig, __doc__, _work)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
-import sys
 
-import experiments
-from robovlms_jax import bars, cli
+from experiments import pages
+from robovlms_jax import bars
 from robovlms_jax.demo import twin
 from robovlms_jax.labeling import answers, asking, server
 from robovlms_jax.rl import rewards, segments
-from robovlms_jax.runs import logs, trying
+from robovlms_jax.runs import trying
 from robovlms_jax.schema import require
-from robovlms_jax.training import directory as directories
-from robovlms_jax.web import addresses, running
+from robovlms_jax.web import pages as web_pages
+from robovlms_jax.web import running
 from robovlms_jax.web.access import Access
 
 log = logging.getLogger(__name__)
@@ -125,7 +124,7 @@ def _keep(given: pathlib.Path, own: pathlib.Path) -> None:
 async def run(config: LabelConfig) -> None:
     """Until SIGINT or SIGTERM; see `running.serve`."""
     access = Access.at(config.host, config.token)
-    page = server.LabelServer(access, server.PAGE.read_text(encoding="utf-8"))
+    page = server.LabelServer(access, web_pages.read(server.PAGE))
     await running.serve(
         page,
         access,
@@ -137,15 +136,7 @@ async def run(config: LabelConfig) -> None:
 
 
 def main() -> None:
-    logs.to_stderr()
-    config = cli.read(LabelConfig, description=__doc__)
-    try:
-        experiments.need("serve", "websockets")
-        addresses.check(config.host, config.port)
-        directories.keep_programs("auto")
-        running.run(run(config))
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"error: {error}")
+    pages.main(LabelConfig, __doc__, run)
 
 
 if __name__ == "__main__":

@@ -14,24 +14,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import sys
 from typing import Any
 
-import experiments
-from robovlms_jax import cli, hub
+from experiments import pages
+from robovlms_jax import hub
 from robovlms_jax.control import robot as robots
 from robovlms_jax.demo import twin
 from robovlms_jax.playtable.scene import check_name
 from robovlms_jax.rl import starts
-from robovlms_jax.runs import logs, played
+from robovlms_jax.runs import played
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.runs.load import load_config, load_policy
 from robovlms_jax.runs.robots import require_same
 from robovlms_jax.schema import require
 from robovlms_jax.teaching import keeping, lesson, show
 from robovlms_jax.training import checkpoints, seals
-from robovlms_jax.training import directory as directories
-from robovlms_jax.web import addresses, running
+from robovlms_jax.web import running
 from robovlms_jax.web.access import Access
 
 
@@ -130,15 +128,9 @@ async def run(config: TeachConfig, directory: pathlib.Path) -> None:
 
 
 def main() -> None:
-    logs.to_stderr()
-    config = cli.read(TeachConfig, description=__doc__)
-    try:
-        experiments.need("serve", "websockets")
-        addresses.check(config.host, config.port)
-        directories.keep_programs("auto")
-        running.run(run(config, checkpoints.locate(config.checkpoint or twin.DIRECTORY)))
-    except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"error: {error}")
+    pages.main(
+        TeachConfig, __doc__, lambda config: run(config, checkpoints.locate(config.checkpoint or twin.DIRECTORY))
+    )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 SPEEDS = (1.0, 0.5, 0.25, 0.1)
 """How fast the demonstration's time may go."""
+_FEWEST = 8
+"""Ticks from which their rate is said."""
 
 
 class Steps(Protocol):
@@ -83,15 +85,16 @@ class ControlLoop:
         if speed not in SPEEDS:
             raise ValueError(f"speed {speed!r} is none of {list(SPEEDS)}.")
         self._speed = speed
+        self._begun.clear()  # what was measured at another speed says nothing about this one
         self._wake.set()
 
     @property
-    def numbers(self) -> dict[str, float]:
-        """speed: as set. ticks_per_s: over the last 60 ticks. late_ms, work_ms: 99th percentiles of the last 300, how
-        late they began and how long they took."""
+    def numbers(self) -> dict[str, float | None]:
+        """speed: as set. ticks_per_s: over the last 60 ticks at this speed; None: too few. late_ms, work_ms: 99th
+        percentiles of the last 300, how late they began and how long they took."""
         begun = list(self._begun)
-        rate = (len(begun) - 1) / (begun[-1] - begun[0]) if len(begun) > 1 else 0.0
-        found = {"speed": self._speed, "ticks_per_s": round(rate, 1)}
+        rate = round((len(begun) - 1) / (begun[-1] - begun[0]), 1) if len(begun) > _FEWEST else None
+        found: dict[str, float | None] = {"speed": self._speed, "ticks_per_s": rate}
         for name, times in (("late_ms", self._late), ("work_ms", self._work)):
             known = list(times)
             found[name] = round(1000 * float(np.percentile(known, 99)), 1) if known else 0.0

@@ -182,7 +182,9 @@ class Sentences:
         if word in self._rarity or word in _FILLERS or word in _SAME:
             return word
         longer = [known for known in self._rarity if len(known) >= 4 and word.startswith(known)]
-        near = difflib.get_close_matches(word, [*self._rarity, *_FILLERS], n=1, cutoff=_SPELLING)
+        # "bright" and "flight" only end like known words; they are no slips of the keyboard.
+        alike = [known for known in self._rarity if not word.endswith(known)]
+        near = difflib.get_close_matches(word, [*alike, *_FILLERS], n=1, cutoff=_SPELLING)
         return max(longer, key=len) if longer else near[0] if near else word
 
     def _cosine(self, told: Iterable[str], counts: Mapping[str, int]) -> float:

@@ -14,6 +14,7 @@ from robovlms_jax.demo.live import Live, number
 from robovlms_jax.demo.sentences import Sentences
 from robovlms_jax.demo.stage import SPEEDS_M_S, Stage
 from robovlms_jax.envs.calvin import tasks
+from robovlms_jax.web import pages
 from robovlms_jax.web.access import Access
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
@@ -44,7 +45,7 @@ class Show(Live):
     """The page of the demonstration."""
 
     def __init__(self, access: Access):
-        super().__init__(access, PAGE.read_text(encoding="utf-8"))
+        super().__init__(access, pages.read(PAGE))
 
     def prepare(self, config: ShowConfig, load: Callable[[], Policy]) -> None:
         """Compiles everything, and begins. Called beside the event loop; takes up to a minute.

@@ -19,7 +19,7 @@ from robovlms_jax.control.interface import Policy
 from robovlms_jax.control.robot import CALVIN
 from robovlms_jax.demo import homing, plans
 from robovlms_jax.demo.sentences import Match, Reading, Sentences, clean
-from robovlms_jax.demo.world import Frozen, Start, World, project
+from robovlms_jax.demo.world import Frozen, Start, World, project, why_not
 from robovlms_jax.deploy.limits import Limits
 from robovlms_jax.deploy.safety import SafetyLayer
 from robovlms_jax.deploy.signals import Event, Measured
@@ -136,13 +136,14 @@ class Stage:
     def _take_on(self, typed: str, match: Match, *, exact: bool) -> bool:
         words = f"“{typed}”" if exact else f"“{typed}”, understood as “{match.sentence}”"
         if match.task not in self.world.possible([match.task]):
-            self._say("problem", f"{words}: cannot be done now, it is so already or out of reach. {self._goes_on()}")
+            self._say("problem", f"{words}: {why_not(match.task)}. {self._goes_on()}")
             return False
-        self._say("note", f"{words}: the robot begins.")
         self._waiting = Task(typed, match, {})
         if self.phase == "waiting" and homing.is_home(self.world.robot_obs):
+            self._say("note", f"{words}: the robot begins.")
             self._begin_task()
         else:
+            self._say("note", f"{words}: the robot first goes back to where tasks begin, then begins.")
             self._go_home()
         return True
 
@@ -362,6 +363,7 @@ class Stage:
 
     def _facts(self, action: np.ndarray) -> dict[str, Any]:
         event, latch = self._intervention, self._layer.latch
+        asked = self.task or self._waiting
         return {
             "tick": self.tick_number,
             "table": self._start.table,
@@ -369,9 +371,9 @@ class Stage:
             "latch": latch.state,
             "reason": latch.reason,
             "broken": "",
-            "typed": self.task.typed if self.task else "",
-            "instruction": self.task.match.sentence if self.task else "",
-            "task": self.task.match.task if self.task else "",
+            "typed": asked.typed if asked else "",
+            "instruction": asked.match.sentence if asked else "",
+            "task": asked.match.task if asked else "",
             "steps": self._steps,
             "max_steps": self._max_steps,
             "score": list(self.score),

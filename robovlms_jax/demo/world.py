@@ -35,10 +35,19 @@ class Start(NamedTuple):
     condition: task_chains.Condition
 
 
+EXAMPLE = "open_drawer"
+"""What people are told to try first: the first scene is one in which it can be done."""
+
+
 def starts(names: Sequence[str], seed: int) -> Iterator[Start]:
-    """Scenes without end, tables taking turns, in each of which at least one of the tasks `names` is possible."""
+    """Scenes without end, tables taking turns, in each of which at least one of the tasks `names` is possible; in the
+    first one EXAMPLE, where it is one of them."""
     rng = np.random.default_rng(seed)
     conditions = [c for c in task_chains.initial_conditions() if any(task_chains.successors(c, x) for x in names)]
+    first = [c for c in conditions if EXAMPLE in names and task_chains.successors(c, EXAMPLE)] or conditions
+    yield Start(TABLES[0], first[rng.integers(len(first))])
+    for table in TABLES[1:]:
+        yield Start(table, conditions[rng.integers(len(conditions))])
     while True:
         for table in TABLES:
             yield Start(table, conditions[rng.integers(len(conditions))])
@@ -195,6 +204,13 @@ class World:
             condition[f"{color}_block"] = place
         condition["grasped"] = int("grasped" in condition.values())
         return condition
+
+
+def why_not(name: str) -> str:
+    """Why a task that is not possible now is not."""
+    if name.startswith(("turn_on", "turn_off", "open", "close", "move_slider")):  # one thing in one of two states
+        return "that is so already"
+    return "that cannot be done as the blocks lie now"
 
 
 def project(points: np.ndarray) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -39,6 +39,15 @@ class VectorEnv(Protocol):
 
     def restart(self, slot: int) -> None:
         """Build a broken slot anew."""
+
+
+@runtime_checkable
+class Viewed(Protocol):
+    """A `VectorEnv` that also has a camera for people, which no policy sees."""
+
+    def views(self, slots: Sequence[int]) -> list[Callable[[], np.ndarray]]:
+        """For each of these slots, what draws it as it is now, uint8[height, width, 3], whenever it is called; making
+        these functions must cost next to nothing. They can be pickled."""
 
 
 class EnvPool:

@@ -20,7 +20,7 @@ from robovlms_jax.control import robot as robots
 from robovlms_jax.control.execution import BatchedPolicy, robot_of
 from robovlms_jax.control.interface import ActionChunk, Observation
 from robovlms_jax.envs.calvin import tasks
-from robovlms_jax.envs.vector import EnvError, Info, VectorEnv
+from robovlms_jax.envs.vector import EnvError, Info, VectorEnv, Viewed
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,10 @@ class TrialResult:
         return sum(self.success)
 
 
+_Look = tuple[Observation, Callable[[], np.ndarray] | None]
+"""What a policy would see, and what draws what people see."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Frame:
     """One filmed control step: what was seen, and the action that followed."""
@@ -97,6 +101,13 @@ class Frame:
     task: int
     """Position of the task in the trial."""
     step: int
+    view: Callable[[], np.ndarray] | None = None
+    """Draws what people are shown of the moment, where the environment has a camera for them (`vector.Viewed`)."""
+
+    @property
+    def shown(self) -> np.ndarray:
+        """What people are shown, uint8[height, width, 3]: the view, or else the policy's first camera."""
+        return np.asarray(self.view() if self.view else next(iter(self.observation.images.values())))
 
 
 @dataclasses.dataclass
@@ -278,12 +289,14 @@ class _Loop:
             for slot, chunk in zip(asking, chunks, strict=True):
                 actions = _checked(chunk.actions, self.runs[slot].where(), robot_of(self.policy))
                 self.runs[slot].actions.extend(zip(actions, _doubts(chunk, self.runs[slot].where()), strict=True))
+        views = self._views(filmed)
         for slot in filmed:
             if slot in seen:
                 run = self.runs[slot]
-                run.film.append(Frame(seen[slot], run.actions[0][0], run.instruction, run.position, run.step))
+                now = (run.instruction, run.position, run.step, views.get(slot))
+                run.film.append(Frame(seen[slot], run.actions[0][0], *now))
 
-    def step(self) -> list[tuple[_Run, Observation | None]]:
+    def step(self) -> list[tuple[_Run, _Look | None]]:
         """One control step everywhere; returns the trials that ended, those filmed with a last look."""
         slots = list(self.runs)
         if not slots:
@@ -299,8 +312,15 @@ class _Loop:
         filmed = [slot for slot in ended if self._filmed(slot)]
         looks = dict(zip(filmed, self.envs.observe(filmed))) if filmed else {}
         # the trial is over, so an environment that breaks at this last look only spoils the film
-        looks = {slot: None if isinstance(look, EnvError) else look for slot, look in looks.items()}
+        views = self._views(filmed)
+        looks = {slot: (look, views.get(slot)) for slot, look in looks.items() if not isinstance(look, EnvError)}
         return [(self.runs.pop(slot), looks.get(slot)) for slot in ended]
+
+    def _views(self, slots: Sequence[int]) -> dict[int, Callable[[], np.ndarray]]:
+        """What draws these slots for people; empty where the environment has no camera for them."""
+        if not slots or not isinstance(self.envs, Viewed):
+            return {}
+        return dict(zip(slots, self.envs.views(slots), strict=True))
 
     def _filmed(self, slot: int) -> bool:
         return self.films is not None and self.runs[slot].trial.index in self.films.trials
@@ -361,9 +381,10 @@ def _doubts(chunk: ActionChunk, where: str) -> list[float | None]:
     return [None if np.isnan(doubt) else float(f"{doubt:.5g}") for doubt in doubts]
 
 
-def _recording(env: str, run: _Run, last_look: Observation | None, every: int, robot: robots.RobotSpec) -> Recording:
+def _recording(env: str, run: _Run, last_look: _Look | None, every: int, robot: robots.RobotSpec) -> Recording:
     frames = run.film
     if last_look is not None:
-        final = dataclasses.replace(frames[-1], observation=last_look, task=len(run.steps) - 1, step=run.steps[-1])
-        frames = [*frames, final]
+        seen, view = last_look
+        now = {"observation": seen, "task": len(run.steps) - 1, "step": run.steps[-1], "view": view}
+        frames = [*frames, dataclasses.replace(frames[-1], **now)]
     return Recording(env, run.trial, every, frames, run.result(), robot)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -89,10 +89,10 @@ def info_batch(scenes: Scene, states: bodies.State) -> tasks.SceneInfo:
     return jax.vmap(one)(scenes, states)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def backdrops(scenes: Scene, size: int) -> tiles.Backdrop:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def backdrops(scenes: Scene, size: int, camera: str = "static") -> tiles.Backdrop:
     """`render.backdrop` of every scene, to be kept."""
-    return jax.vmap(lambda scene: render.backdrop(scene, size))(scenes)
+    return jax.vmap(lambda scene: render.backdrop(scene, size, camera))(scenes)
 
 
 @functools.partial(jax.jit, static_argnames=("camera", "size", "platform"))
@@ -106,7 +106,7 @@ def render_batch(
     platform: str,
     count: Array | int | None = None,
 ) -> Array:
-    """uint8[B, size, size, 3]: the pictures of camera "static" or "wrist" of B tables.
+    """uint8[B, size, size, 3]: the pictures of camera "static", "people" or "wrist" of B tables.
 
     Args:
       platform: where they are made, "cpu", "gpu" or "tpu"; by another's way they are the same, and slower.
@@ -169,7 +169,29 @@ def choose(chosen: Array, new: Any, old: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What evaluation sees
+# What evaluation sees, and what people see of it
+
+VIEW_PX = 240
+"""Side of the pictures that people are shown of a rollout."""
+
+
+class Onlooker:
+    """Draws what people see of a table that a policy acts on: the whole scene, both lamps in it (`cameras.camera`).
+
+    Nothing is compiled before the first picture. scenes: leading axis, one of each kind.
+    """
+
+    def __init__(self, scenes: Scene):
+        self._scenes = jax.device_get(scenes)
+
+    @functools.cached_property
+    def _backdrops(self) -> tiles.Backdrop:
+        return jax.device_get(backdrops(self._scenes, VIEW_PX, "people"))
+
+    def draw(self, kind: int, state: bodies.State) -> np.ndarray:
+        """uint8[VIEW_PX, VIEW_PX, 3] of one table. kind: which of the scenes it is; state: with a leading axis of 1."""
+        which = np.array([kind], np.int32)
+        return pictures(self._scenes, which, state, {"people": VIEW_PX}, self._backdrops)["people"][0]
 
 
 class PlayTables:
@@ -216,6 +238,10 @@ class PlayTables:
     def _backdrops(self) -> tiles.Backdrop:
         return backdrops(self._kinds, self._image_sizes["static"])
 
+    @functools.cached_property
+    def _onlooker(self) -> Onlooker:
+        return Onlooker(self._kinds)
+
     @property
     def states(self) -> bodies.State:
         """All tables' states, leading axis `size`."""
@@ -253,6 +279,12 @@ class PlayTables:
             interface.Observation({camera: pictures[i] for camera, pictures in images.items()}, info["robot_obs"])
             for i, info in enumerate(self.infos(slots))
         ]
+
+    def views(self, slots: Sequence[int]) -> list[Callable[[], np.ndarray]]:
+        """For each of these slots, what draws what people see of it as it is now; costs nothing until it is called."""
+        states, draw = jax.device_get(self._states), self._onlooker.draw
+        rows = [pick(states, np.array([slot])) for slot in slots]  # copies: the states go on
+        return [functools.partial(draw, int(self._which[slot]), row) for slot, row in zip(slots, rows, strict=True)]
 
     def infos(self, slots: Sequence[int]) -> list[dict[str, np.ndarray]]:
         """The scenes as the task conditions read them, plus `robot_obs` float32[15] and `scene_obs` float32[24]."""

@@ -218,14 +218,17 @@ def _pieces(outcome: playing.Outcome) -> Iterator[tuple[int, bodies.State, bool,
 
 
 def pictures(found: Rollouts, segment: Segment, steps: int, every: int, sizes: dict[str, int]) -> dict[str, np.ndarray]:
-    """camera -> uint8[steps / every + 1, size, size, 3]."""
+    """Camera "static" or "wrist" -> uint8[steps / every + 1, size, size, 3]. People look at them, so the fixed camera's
+    have the whole table in them (`cameras.camera`)."""
     states = found.states_of(segment, steps, every)
     scenes, backdrops = _look(found.kinds, sizes["static"])
     which = np.full(len(states.led), found.kinds.index(found.scenes[segment.rollout]), np.int32)
-    return env.pictures(scenes, which, states, sizes, backdrops)
+    names = {"static": "people"}
+    drawn = env.pictures(scenes, which, states, {names.get(x, x): size for x, size in sizes.items()}, backdrops)
+    return {camera: drawn[names.get(camera, camera)] for camera in sizes}
 
 
 @functools.lru_cache(4)
 def _look(kinds: tuple[str, ...], size: int) -> tuple[Any, Any]:
     scenes = jax.device_get(stack_scenes(kinds))
-    return scenes, jax.device_get(env.backdrops(scenes, size))
+    return scenes, jax.device_get(env.backdrops(scenes, size, "people"))

@@ -77,6 +77,10 @@ class ExperimentConfig:
                 "data.compat_second_norm repeats the scaling by quantiles: set policy.action_scaling=quantile (it is "
                 f"{self.policy.action_scaling})."
             )
+        self.optimizer.require_effects()
+        for number, stage in enumerate(self.train.stages):
+            if stage.optimizer is not None:
+                stage.optimizer.require_effects(f"train.stages[{number}].optimizer")
         if any(x.ewc for x in (self.optimizer, *(s.optimizer for s in self.train.stages if s.optimizer))) and (
             self.train.stages or not self.train.init_from
         ):

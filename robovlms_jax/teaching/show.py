@@ -16,6 +16,7 @@ from robovlms_jax.demo import world as worlds
 from robovlms_jax.demo.live import Live, number
 from robovlms_jax.teaching.keeping import Keeper
 from robovlms_jax.teaching.lesson import Exercise, Lesson
+from robovlms_jax.web import pages
 from robovlms_jax.web.access import Access
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
@@ -41,7 +42,7 @@ class Teaching(Live):
     """The page of a `lesson.Lesson`."""
 
     def __init__(self, access: Access):
-        super().__init__(access, PAGE.read_text(encoding="utf-8"))
+        super().__init__(access, pages.read(PAGE))
 
     def prepare(
         self, config: TeachingConfig, load: Callable[[], Policy], exercises: Sequence[Exercise], keeper: Keeper

@@ -40,9 +40,13 @@ class OptimizerConfig:
     min_scale: float = 0.0
     """Cosine, warmup_stable_decay: final learning rate as a share of learning_rate."""
     step_every: int = 10_000
+    """Step: steps between two falls of the learning rate."""
     step_factor: float = 0.1
+    """Step: what it is multiplied by."""
     rsqrt_steps: int = 10_000
+    """Rsqrt: steps after which it is 1 / sqrt(2) of the largest."""
     decay_share: float = 0.2
+    """Warmup_stable_decay: share of all steps in which it falls."""
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
     """Regular expression -> factor of the learning rate of parameters in whose path it is found; the first counts. Such
     as {"^head/": 10} for a new head, or {"lora_b$": 16}, which is LoRA+ (Hayou et al. 2024, arXiv:2402.12354)."""
@@ -92,6 +96,31 @@ class OptimizerConfig:
             self.name != "adafactor" or betas,
             f"optimizer.beta1={self.beta1}, optimizer.beta2={self.beta2}: adafactor has neither; leave them out.",
         )
+
+    def require_effects(self, where: str = "optimizer") -> None:
+        """Raises ValueError for fields that are set and that this schedule, or this optimizer, does not read. Not at
+        once, since runs of versions that did not ask have such settings, and their checkpoints go on loading."""
+        for chosen, readers in _READERS.items():
+            for field, values in readers.items():
+                given = getattr(self, field)
+                require(
+                    getattr(self, chosen) in values or given == getattr(OptimizerConfig, field),
+                    f"{where}.{field}={given} has no effect with {where}.{chosen}={getattr(self, chosen)}: it is read "
+                    f"with {' or '.join(values)}. Leave it out, or set {where}.{chosen}.",
+                )
+
+
+_READERS = {
+    "schedule": {
+        "min_scale": ("cosine", "warmup_stable_decay"),
+        "step_every": ("step",),
+        "step_factor": ("step",),
+        "rsqrt_steps": ("rsqrt",),
+        "decay_share": ("warmup_stable_decay",),
+    },
+    "name": {"epsilon": ("adamw", "muon")},
+}
+"""Choice -> field of `OptimizerConfig` -> the values of the choice with which it is read."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -40,14 +42,15 @@ def test_one_looks_types_stops_releases_and_a_second_one_watches(tmp_path):
         page.ask("document.querySelector('#chips button').click()")
         page.wait("facts.phase === 'acting' && facts.steps > 6", 60)
         page.wait("times.length >= 10", 60)
-        colours = "new Set(draw.static.getImageData(0, 0, 600, 600).data).size"
-        assert page.ask(colours) > 50 and page.ask("draw.wrist.getImageData(0, 0, 9, 9).data.length") == 324
+        colours = "new Set($('static').getContext('2d').getImageData(0, 0, 600, 600).data).size"
+        assert page.ask(colours) > 50
+        assert page.ask("$('wrist').getContext('2d').getImageData(0, 0, 9, 9).data.length") == 324
         assert page.ask("$('overlay').getContext('2d').getImageData(0, 0, 1200, 1200).data.some(x => x)")
         page.screenshot(tmp_path / "acting.png")
 
         page.key(" ", "Space", " ")
         page.wait("facts.phase === 'stopped' && facts.latch === 'hold' && !$('banner').hidden", 20)
-        assert page.ask("$('send').disabled && !$('release').hidden")
+        assert page.ask("$('dice').disabled && !$('release').hidden")
         page.screenshot(tmp_path / "stopped.png")
         page.ask("$('release').click()")
         page.wait("facts.phase === 'waiting' && $('banner').hidden", 20)
@@ -102,6 +105,33 @@ def test_a_control_step_that_fails_is_on_the_page_with_the_way_out(tmp_path, mon
             page.wait("facts.phase === 'waiting' && $('banner').hidden && $('reset').className === ''", 20)
             assert page.complaints == []
         finally:
+            shown.show.close()
+
+
+def test_a_page_that_hears_nothing_says_that_what_it_shows_is_old(tmp_path, monkeypatch):
+    monkeypatch.setattr(loops.Painter, "draw", lambda self, moment, camera: np.zeros((50, 50, 3), np.uint8))
+    stage, _, _ = make_stage()
+    held, tick = threading.Event(), stage.tick
+    held.set()
+    monkeypatch.setattr(stage, "tick", lambda: held.wait(60) and tick())
+    with serving(Shown(stage)) as shown, browser(tmp_path / "page") as page:
+        try:
+            page.open(f"http://127.0.0.1:{shown.server.port}/")
+            page.wait("document.body.dataset.state === 'live' && facts !== null && role.controls", 60)
+            page.ask("$('stop').click()")
+            page.wait("$('reply').textContent.startsWith('Stopped by you.')")
+            held.clear()
+            page.wait("document.body.dataset.state === 'silent' && !$('veil').hidden", 10)
+            assert page.ask("$('link').textContent") == "Silent" and "is old" in page.ask("$('veil').textContent")
+            held.set()
+            page.wait("document.body.dataset.state === 'live' && $('veil').hidden", 10)
+            held.clear()
+            page.wait("document.body.dataset.state === 'lost'", 20)  # a line that stays silent is opened anew
+            held.set()
+            page.wait("document.body.dataset.state === 'live' && $('veil').hidden && role.number === 2", 20)
+            assert page.complaints == []
+        finally:
+            held.set()
             shown.show.close()
 
 

@@ -93,6 +93,7 @@ def test_slow_motion_slows_time_but_no_command():
         started, first = time.monotonic(), stage.tick_number
         wait_for(lambda: stage.tick_number >= first + 3)
         assert time.monotonic() - started > 0.6
+        assert control.numbers["ticks_per_s"] is None  # so few say nothing, and those of another speed are forgotten
         with pytest.raises(ValueError, match="speed 7 is none of"):
             control.set_speed(7)
     finally:

@@ -112,6 +112,11 @@ def test_what_may_mean_several_things_or_names_none_is_asked_about(typed, choice
     assert reading.kind == "unclear" and {match.task for match in reading.matches} == choices
 
 
+@pytest.mark.parametrize("typed", ["make it bright", "be slight", "sit upright"])
+def test_words_that_only_end_like_known_ones_are_not_taken_for_them(typed):
+    assert EIGHT.read(typed).kind in ("unknown", "refused")
+
+
 @pytest.mark.parametrize(
     ("typed", "why"),
     [

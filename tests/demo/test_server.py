@@ -16,8 +16,8 @@ from robovlms_jax.demo.live import number
 from robovlms_jax.demo.loop import Message
 from robovlms_jax.demo.server import DemoServer
 from robovlms_jax.demo.show import PAGE
-from robovlms_jax.web import addresses
-from robovlms_jax.web import server as pages
+from robovlms_jax.web import addresses, pages
+from robovlms_jax.web import server as page_servers
 from robovlms_jax.web.access import LIVE, Access, page_headers
 from robovlms_jax.web.messages import pack, unpack
 from tests.web.visiting import Serving, ended, eventually, say, serving, told
@@ -71,12 +71,12 @@ def picture(line, timeout=5):
 
 
 def test_the_page_is_one_file_that_loads_nothing_from_elsewhere():
-    page = PAGE.read_text(encoding="utf-8")
+    page = pages.read(PAGE)
     assert "://" not in re.sub(r'"wss?://"', "", page)
     assert not re.search(r"(src|href)=\"(?!data:,)", page) and "@import" not in page and "innerHTML" not in page
     policy = page_headers(page)["Content-Security-Policy"]
     assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy
-    assert len(re.findall(r"'sha256-", policy)) == 2 and not re.search(r"\sstyle=|\son\w+=\"", page)
+    assert len(re.findall(r"'sha256-", policy)) == 3 and not re.search(r"\sstyle=|\son\w+=\"", page)
 
 
 def test_page_health_and_nothing_else_are_answered():
@@ -202,13 +202,13 @@ def test_what_is_no_command_ends_the_connection(message):
 
 def test_a_flood_of_messages_ends_the_connection():
     with running() as it, it.connect() as line:
-        for _ in range(pages.MAX_MESSAGES_PER_S + 1):
+        for _ in range(page_servers.MAX_MESSAGES_PER_S + 1):
             say(line, "ack")
         assert ended(line) == 1008
 
 
 def test_more_visitors_than_there_is_room_for_are_sent_away(monkeypatch):
-    monkeypatch.setattr(pages, "MAX_VISITORS", 1)
+    monkeypatch.setattr(page_servers, "MAX_VISITORS", 1)
     with running() as it, it.connect() as line:
         told(line, "you")
         with it.connect() as other, pytest.raises(ConnectionClosed) as closed:

@@ -48,8 +48,8 @@ def test_a_task_that_takes_too_long_is_given_up():
         ("make me a coffee", "“make me a coffee”: the robot knows nothing like that. Nothing moves."),
         ("what is the weather tomorrow", "that is a question"),
         ("do not turn on the green light", "that says what not to do, and the robot only knows what to do. Nothing"),
-        ("open the drawer", "“open the drawer”: cannot be done now"),
-        ("opn the drawr", "“opn the drawr”, understood as “open the drawer”: cannot be done now"),
+        ("open the drawer", "“open the drawer”: that is so already. Nothing moves."),
+        ("opn the drawr", "“opn the drawr”, understood as “open the drawer”: that is so already"),
         ("the light", "“the light”: which of these is meant? Nothing moves."),
     ],
 )
@@ -148,7 +148,10 @@ def test_a_new_sentence_ends_the_old_one_and_begins_at_home():
     stage.instruct("turn on the green light")
     play(stage, 8)
     stage.instruct("switch on the green light")
-    assert play(stage, 1)["phase"] == "returning" and policy.told == ["turn on the green light"]
+    facts = play(stage, 1)
+    assert facts["phase"] == "returning" and policy.told == ["turn on the green light"]
+    assert texts(facts)[-1].endswith("the robot first goes back to where tasks begin, then begins.")
+    assert facts["instruction"] == "switch on the green light"  # what waits is shown
     while play(stage, 1)["phase"] == "returning":
         assert stage.tick_number < 200
     assert policy.told[-1] == "switch on the green light" and world.robot_obs[2] > 0.5

@@ -170,6 +170,22 @@ def test_a_frame_shows_cameras_and_action(recording):
     assert (y_column.min(axis=1) > 180).all()
 
 
+def test_films_show_peoples_view_where_there_is_one():
+    class Viewed(EnvPool):
+        def views(self, slots):
+            return [lambda: np.full((6, 6, 3), 210, np.uint8) for _ in slots]
+
+    recordings = []
+    films = Films([0], recordings.append)
+    assert len(list(run(LinePolicy(), Viewed([LineEnv()]), [trial(0, 1, 4)], CRITERION, films=films))) == 1
+    (recording,) = recordings
+    assert all(frame.observation.images["static"].max() < 210 for frame in recording.frames)  # what the policy saw
+    for index in (0, len(recording.frames) - 1):
+        frame = np.asarray(film_files.draw_frame(recording, index))
+        assert (frame[20:240, 20:240] == 210).all() and frame[20:240, 270:480].mean() == pytest.approx(90, abs=1)
+    assert (np.asarray(film_files.draw_strips([recording]))[40:180, 20:160] == 210).all()
+
+
 def test_a_film_without_frames_is_refused(recording, tmp_path):
     recording.frames.clear()
     with pytest.raises(ValueError, match="trial 2 has no frames"):

@@ -11,6 +11,7 @@ import pytest
 from robovlms_jax.labeling.answers import Answers, Pair
 from robovlms_jax.labeling.server import PAGE, LabelServer, Work
 from robovlms_jax.rl.segments import Segment
+from robovlms_jax.web import pages
 from robovlms_jax.web.access import LIVE, Access, page_headers
 from robovlms_jax.web.messages import unpack
 from tests.web.visiting import Serving, say, serving, told
@@ -45,7 +46,7 @@ def asked(line):
 
 
 def test_the_page_is_one_file_that_loads_nothing_from_elsewhere():
-    page = PAGE.read_text(encoding="utf-8")
+    page = pages.read(PAGE)
     assert "://" not in re.sub(r'"wss?://"', "", page)
     assert not re.search(r"(src|href)=\"(?!data:,)", page) and "@import" not in page and "innerHTML" not in page
     assert "unsafe" not in page_headers(page)["Content-Security-Policy"]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from robovlms_jax.control import interface
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
 from robovlms_jax.playtable import env
 from robovlms_jax.playtable.pictures import cameras
-from robovlms_jax.playtable.scene import stack_scenes
+from robovlms_jax.playtable.scene import initial_obs, stack_scenes
 from tests.playtable.conftest import action
 from tests.processes import run_python
 
@@ -64,6 +66,22 @@ def test_nothing_is_rendered_before_someone_looks(monkeypatch):
     assert table.info["contacts"].shape == (4, 13)
     with pytest.raises(AssertionError, match="rendered"):
         table.observe()
+
+
+def test_a_view_for_people_has_both_lamps_whole_and_stays_of_its_moment(tables, monkeypatch):
+    monkeypatch.setattr(env, "VIEW_PX", 60)
+    lit = next(c for c in task_chains.initial_conditions() if c["led"] == c["lightbulb"] == 1)
+    tables.reset([1], [dict(zip(("robot_obs", "scene_obs"), initial_obs(lit, "D"), strict=True))])
+    (view,) = pickle.loads(pickle.dumps(tables.views([1])))
+    tables.reset([1], [{}])
+    picture = view().astype(int)
+    assert picture.shape == (60, 60, 3)
+    red, green, blue = np.moveaxis(picture, -1, 0)
+    led, bulb = (green > red + 60) & (green > blue + 60), (red > blue + 100) & (green > blue + 100)
+    for lamp in (led, bulb):
+        rows, columns = np.nonzero(lamp)
+        assert len(rows) > 4 and rows.min() > 0 and 0 < columns.min() <= columns.max() < 59
+    np.testing.assert_array_equal(view(), picture)
 
 
 def test_reset_without_a_state_is_neutral(table):

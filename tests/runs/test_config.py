@@ -17,7 +17,7 @@ from robovlms_jax.policies.heads import discrete
 from robovlms_jax.policies.heads.lstm import LSTMHeadConfig
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import from_dict, to_dict
-from robovlms_jax.training.config import TrainConfig
+from robovlms_jax.training.config import OptimizerConfig, StageConfig, TrainConfig
 
 SO100 = robot.RobotSpec("so100", 30.0, (robot.Camera("top"),), robot.CALVIN.action)
 
@@ -77,6 +77,30 @@ def test_batch_that_does_not_divide_names_one_that_does():
     )
     with pytest.raises(ValueError, match=r"9 segments .* try train.batch_size=32 or 64\."):
         config.validate(4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"min_scale": 0.1},
+            r"optimizer\.min_scale=0\.1 has no effect with optimizer\.schedule=constant: it is",
+        ),
+        ({"schedule": "rsqrt", "step_every": 9}, r"optimizer\.step_every=9 .* read with step\."),
+        ({"schedule": "cosine", "step_factor": 0.5}, r"optimizer\.step_factor=0\.5"),
+        ({"schedule": "step", "rsqrt_steps": 9}, r"optimizer\.rsqrt_steps=9"),
+        ({"schedule": "cosine", "decay_share": 0.5}, r"optimizer\.decay_share=0\.5"),
+        ({"name": "lion", "epsilon": 1e-6}, r"optimizer\.epsilon=1e-06 has no effect with optimizer\.name=lion"),
+    ],
+)
+def test_an_optimizers_setting_that_nothing_reads_is_refused_before_training_and_still_loads(settings, message):
+    optimizer = from_dict(OptimizerConfig, settings)  # as a checkpoint of before has it
+    with pytest.raises(ValueError, match=message):
+        ExperimentConfig(optimizer=optimizer).validate(1)
+    stage = StageConfig(2, optimizer=optimizer)
+    with pytest.raises(ValueError, match=r"train\.stages\[0\]\." + message.split(" has")[0]):
+        ExperimentConfig(train=TrainConfig(stages=(stage,))).validate(1)
+    ExperimentConfig(optimizer=OptimizerConfig(min_scale=0.0, step_every=10_000)).validate(1)  # the defaults, said
 
 
 def test_epochs_become_steps():

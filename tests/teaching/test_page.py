@@ -10,6 +10,7 @@ import pytest
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.demo import loop as loops
 from robovlms_jax.teaching import show
+from robovlms_jax.web import pages
 from robovlms_jax.web.access import LIVE, Access, page_headers
 from tests.teaching.test_lesson import make
 from tests.web.visiting import Serving, eventually, say, serving, told
@@ -41,11 +42,11 @@ def shown(monkeypatch):
 
 
 def test_the_page_is_one_file_that_loads_nothing_from_elsewhere():
-    page = show.PAGE.read_text(encoding="utf-8")
+    page = pages.read(show.PAGE)
     assert "://" not in re.sub(r'"wss?://"', "", page)
     assert not re.search(r"(src|href)=\"(?!data:,)", page) and "@import" not in page and "innerHTML" not in page
     policy = page_headers(page)["Content-Security-Policy"]
-    assert "unsafe" not in policy and len(re.findall(r"'sha256-", policy)) == 2
+    assert "unsafe" not in policy and len(re.findall(r"'sha256-", policy)) == 3
     assert not re.search(r"\sstyle=|\son\w+=\"", page)
 
 

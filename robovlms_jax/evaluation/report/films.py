@@ -50,9 +50,10 @@ def _write_gif(recording: Recording, keep: np.ndarray, path: pathlib.Path, fps: 
 
     # One palette for the whole film, so that colours do not flicker; from frames all over it, since lights come on
     # under way; and not by median cut, which loses small saturated things like blocks.
-    samples = np.vstack([draw_frame(recording, int(index)) for index in keep[:: max(len(keep) // 6, 1)]])
+    drawn = [draw_frame(recording, int(index)) for index in keep]
+    samples = np.vstack(drawn[:: max(len(keep) // 6, 1)])
     palette = Image.fromarray(samples).quantize(255, Image.Quantize.MAXCOVERAGE)
-    first, *rest = (draw_frame(recording, int(i)).quantize(palette=palette, dither=Image.Dither.NONE) for i in keep)
+    first, *rest = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in drawn)
     durations = [1000 // fps] * len(rest) + [1500]
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
     return path
@@ -70,11 +71,12 @@ def _write_mp4(recording: Recording, keep: np.ndarray, path: pathlib.Path, fps: 
 
 
 def draw_frame(recording: Recording, index: int) -> Image:
-    """One frame of a film: cameras side by side, below them the instruction, progress and the action."""
+    """One frame of a film: cameras side by side, below them the instruction, progress and the action. In place of the
+    first camera, what people are shown (`Frame.shown`)."""
     from PIL import Image, ImageDraw, ImageFont
 
     frame = recording.frames[index]
-    cameras = list(frame.observation.images.values())
+    cameras = [frame.shown, *list(frame.observation.images.values())[1:]]
     width = _MARGIN + (_PANEL + _MARGIN) * max(len(cameras), 2)
     canvas = Image.new("RGB", (width, _PANEL + 2 * _MARGIN + 112), "white")
     draw = ImageDraw.Draw(canvas)
@@ -100,7 +102,8 @@ def draw_frame(recording: Recording, index: int) -> Image:
 
 
 def draw_strips(recordings: Sequence[Recording], *, frames: int = 5) -> Image:
-    """One row per rollout: the first camera from the first frame to the last, under its instruction and outcome."""
+    """One row per rollout: what people are shown (`Frame.shown`) from its first frame to its last, under instruction
+    and outcome."""
     from PIL import Image, ImageDraw, ImageFont
 
     panel, head = 168, 26
@@ -115,8 +118,7 @@ def draw_strips(recordings: Sequence[Recording], *, frames: int = 5) -> Image:
         draw.text((_MARGIN, top), *_fit(recording.frames[-1].instruction, width - 220, 15))
         draw.text((width, top + 3), outcome, tables.BLUE if success else tables.RED, small, anchor="ra")
         for column, index in enumerate(np.linspace(0, len(recording.frames) - 1, frames).round().astype(int)):
-            pixels = next(iter(recording.frames[index].observation.images.values()))
-            image = Image.fromarray(np.asarray(pixels)).resize((panel, panel), Image.Resampling.BICUBIC)
+            image = Image.fromarray(recording.frames[index].shown).resize((panel, panel), Image.Resampling.BICUBIC)
             canvas.paste(image, (_MARGIN + column * (panel + 4), top + head))
     return canvas
 

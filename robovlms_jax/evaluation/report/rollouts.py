@@ -29,8 +29,9 @@ _LABELS = ("scene", "phrasing")
 _PICTURES = 40
 """Of each camera and rollout on the page."""
 _STRIPS = (
-    "The pictures are what the policy sees. Its static camera stands where CALVIN's does, and the upper edge of the "
-    "picture cuts both lamps: the LED is on the left, green when on, the light bulb on the right, yellow when on."
+    "The strips and films show the whole table, drawn for people. The policy's own static camera stands where CALVIN's "
+    "does and cuts both lamps at the upper edge: rollouts.html has its pictures. The LED is on the left, green if on, "
+    "the light bulb on the right, yellow if on."
 )
 
 
