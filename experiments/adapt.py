@@ -164,7 +164,7 @@ class _Way:
 
 def work(config: AdaptConfig) -> pathlib.Path:
     """Run what is missing and write the report; returns its path."""
-    return write_report(config, protocols.trials(config, jobs(config)))
+    return write_report(config, protocols.trials(config, lambda: jobs(config)))
 
 
 def write_report(config: AdaptConfig, trials: Sequence[queue.Trial]) -> pathlib.Path:

@@ -32,7 +32,7 @@ import numpy as np
 
 from experiments import comparison_settings, evaluate, evaluation_settings, protocols
 from experiments.comparison_settings import ComparePoliciesConfig, Variant
-from robovlms_jax import cli, json_files
+from robovlms_jax import atomic, cli, json_files
 from robovlms_jax.evaluation.report import offline, tables
 from robovlms_jax.runs import cost, load
 from robovlms_jax.runs.config import ExperimentConfig
@@ -141,16 +141,14 @@ def _unseen(run: pathlib.Path) -> dict[str, Any]:
 
 def work(config: ComparePoliciesConfig) -> pathlib.Path:
     """Run what is missing and write the report; returns its path."""
-    listed = jobs(config)
-    return write_report(config, listed, protocols.trials(config, listed))
+    return write_report(config, protocols.trials(config, lambda: jobs(config)))
 
 
-def write_report(
-    config: ComparePoliciesConfig, listed: Sequence[protocol.Job], trials: Sequence[queue.Trial]
-) -> pathlib.Path:
+def write_report(config: ComparePoliciesConfig, trials: Sequence[queue.Trial]) -> pathlib.Path:
     """report.md, report.json, policies.json and pictures in the comparison's directory."""
     out = pathlib.Path(config.out)
-    compared = [trial for trial in trials if listed[trial.number].compared]
+    shown = {variant.name for variant in config.variants if variant.compared}
+    compared = [trial for trial in trials if trial.setting["variant"] in shown]
     rows = rows_of(config, trials)
     start = _start(config, next(variant for variant in config.variants if variant.compared))
     sections = [
@@ -167,7 +165,7 @@ def write_report(
     tables.write_json(out / "policies.json", {"rows": rows})
     sections += ["## Which differences are noise", *report.ranking(out, compared, "success", "maximize")]
     path = out / "report.md"
-    path.write_text(tables.join(sections), encoding="utf-8")
+    atomic.write_text(path, tables.join(sections))
     return path
 
 

@@ -237,23 +237,20 @@ class _Step:
 
 def work(config: ContinualConfig) -> pathlib.Path:
     """Run what is missing and write the report; returns its path."""
-    listed = jobs(config)
-    return write_report(config, listed, protocols.trials(config, listed))
+    return write_report(config, protocols.trials(config, lambda: jobs(config)))
 
 
 def sequences(
-    config: ContinualConfig, listed: Sequence[protocol.Job], trials: Sequence[queue.Trial]
+    config: ContinualConfig, trials: Sequence[queue.Trial]
 ) -> dict[tuple[str, int], tuple[list[list[float]], list[list[float]]]]:
     """(method, seed) -> curves and matrix of `lifelong.measures`, of the sequences that are done."""
     out = pathlib.Path(config.out)
-    ended = {trial.number for trial in trials if trial.status == "done"}
     found = {}
     for method in config.methods:
         for seed in range(config.seeds):
-            numbers = [
-                n for n, job in enumerate(listed) if job.seed == seed and job.setting["method"] in ("first", method)
-            ]
-            if not ended.issuperset(numbers):
+            own = [x for x in trials if x.seed == seed and x.setting["method"] in ("first", method)]
+            numbers = [trial.number for trial in own if trial.status == "done"]
+            if len(numbers) < len(config.groups):
                 continue
             results = [protocol.result(out, number) for number in numbers]
             rows = [list(result["row"]) for result in results]
@@ -267,12 +264,10 @@ def sequences(
     return found
 
 
-def write_report(
-    config: ContinualConfig, listed: Sequence[protocol.Job], trials: Sequence[queue.Trial]
-) -> pathlib.Path:
+def write_report(config: ContinualConfig, trials: Sequence[queue.Trial]) -> pathlib.Path:
     """report.md, report.json and pictures in the protocol's directory."""
     out = pathlib.Path(config.out)
-    found = sequences(config, listed, trials)
+    found = sequences(config, trials)
     measured = {key: lifelong.measures(*value) for key, value in found.items()}
     sections = [
         f"# Task after task: {config.experiment}, {config.start}",

@@ -77,8 +77,7 @@ class ConvertConfig:
 def main(config: ConvertConfig) -> dict[str, Any]:
     """Convert, check, report; returns the report. Raises ValueError or OSError with what to do about it."""
     target = pathlib.Path(config.out).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is not an empty directory; choose another --out.")
+    atomic.require_free(target)
     experiment = _experiment(config)
     source = upstream.open_checkpoint(config.source, experiment.policy.num_queries)
     files = tokenizers.resolve_weights(experiment.backbone.weights, tensors=False)
@@ -92,19 +91,20 @@ def main(config: ConvertConfig) -> dict[str, Any]:
     logger.info("compiling a control step, to compare what is written with what was read")
     before = _act(policy)
     serving = {"config": to_dict(experiment), "assets": dict(backbone.assets)}
-    checkpoints.write_policy(target, params, serving)
-    logger.info("reading what was written")
-    del params, policy.params  # they are read again now; two copies of a large model need not lie in memory
+    with atomic.becoming_folder(target) as folder:
+        checkpoints.write_policy(folder, params, serving)
+        logger.info("reading what was written")
+        del params, policy.params  # they are read again now; two copies of a large model need not lie in memory
 
-    opened, policy.params, _ = load.open_model(target)  # the step is compiled already
-    if opened != model:
-        raise ValueError(f"{target} opens as another model than was written: {opened} instead of {model}.")
-    report |= {
-        "difference_parameters": _largest_difference(table, source, policy.params),
-        "difference_actions": float(np.abs(_act(policy) - before).max()),
-        "first_action": before[0, 0].tolist(),
-    }
-    atomic.write_text(target / REPORT, json.dumps(report, indent=2) + "\n")
+        opened, policy.params, _ = load.open_model(folder)  # the step is compiled already
+        if opened != model:
+            raise ValueError(f"{target} opens as another model than was written: {opened} instead of {model}.")
+        report |= {
+            "difference_parameters": _largest_difference(table, source, policy.params),
+            "difference_actions": float(np.abs(_act(policy) - before).max()),
+            "first_action": before[0, 0].tolist(),
+        }
+        atomic.write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
     print(_describe(report, target))
     return report
 

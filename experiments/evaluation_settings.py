@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from robovlms_jax import cli
+from robovlms_jax import cli, schema
 from robovlms_jax.control.asynchronous import AsyncConfig
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.envs.calvin import tasks as calvin_tasks
@@ -102,7 +102,8 @@ class EvaluateConfig:
             raise ValueError("on_device films nothing and knows no latency: pass --films 0 and no latency_ms.")
         unknown = sorted(set(self.tasks) - set(calvin_tasks.TASKS))
         if unknown:
-            raise ValueError(f"tasks has unknown {unknown}; known: {', '.join(calvin_tasks.TASKS)}.")
+            hint = schema.nearest(unknown[0], calvin_tasks.TASKS)
+            raise ValueError(f"tasks has unknown {unknown}{hint} Known: {', '.join(calvin_tasks.TASKS)}.")
         if self.env == "calvin" and not self.calvin_root:
             raise ValueError("env calvin needs calvin_root, a checkout of mees/calvin_env (see docs/calvin.md).")
         for field in dataclasses.fields(self):

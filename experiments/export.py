@@ -13,7 +13,6 @@ import dataclasses
 import json
 import logging
 import pathlib
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -133,12 +132,10 @@ WRITERS: dict[str, tuple[str, Callable[..., dict[str, Any]]]] = {
 def export(config: ExportConfig) -> pathlib.Path:
     """Writes the folder and returns it. What fails leaves nothing behind.
 
-    Raises ValueError, FileNotFoundError, ImportError with what to do.
+    Raises ValueError, FileNotFoundError, FileExistsError, ImportError with what to do.
     """
     folder = pathlib.Path(config.out)
-    existed = folder.exists()
-    if existed and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"out={folder} is not an empty folder; name a new one.")
+    atomic.require_free(folder)
     apart = config.to == "stablehlo"
     log.info("reading %s and tracing its control step", config.checkpoint)
     step = program.make(config.checkpoint, config.weights, config.instructions, None if apart else "float32")
@@ -146,16 +143,9 @@ def export(config: ExportConfig) -> pathlib.Path:
     description = step.describe(config.instructions, weights=apart)
     if description["actions"]["representation"] != "robot":
         log.warning("the program's actions are %s, not the robot's own", description["actions"]["representation"])
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        log.info("writing %s as %s", folder, config.to)
-        _write(step, folder, config, description)
-    except BaseException:
-        for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if not existed:
-            folder.rmdir()
-        raise
+    log.info("writing %s as %s", folder, config.to)
+    with atomic.becoming_folder(folder) as unfinished:
+        _write(step, unfinished, config, description)
     return folder
 
 

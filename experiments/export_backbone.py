@@ -17,7 +17,7 @@ import sys
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from robovlms_jax import cli
+from robovlms_jax import atomic, cli
 from robovlms_jax.backbones import registry
 from robovlms_jax.inputs import tokenizers
 from robovlms_jax.nn.linear import merge_lora
@@ -46,8 +46,7 @@ class ExportBackboneConfig:
 def main(config: ExportBackboneConfig) -> pathlib.Path:
     """Writes the directory and returns it. Raises ValueError, FileNotFoundError, FileExistsError with what to do."""
     target = pathlib.Path(config.out).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is not an empty directory; choose another --out.")
+    atomic.require_free(target)
     experiment, assets = saved.read_checkpoint(checkpoints.locate(config.checkpoint))
     logger.info("reading %s", config.checkpoint)
     model, params, _ = load.open_model(config.checkpoint, weights="float32")
@@ -55,7 +54,8 @@ def main(config: ExportBackboneConfig) -> pathlib.Path:
     base = config.base or experiment.backbone.weights
     vlm, params = model.vlm, params["backbone"]
     if config.adapters:
-        peft.export(params, vlm.rules, vlm.lora, target, base)
+        with atomic.becoming_folder(target) as folder:
+            peft.export(params, vlm.rules, vlm.lora, folder, base)
         print(f"{target}: adapters of rank {vlm.lora_rank}, for peft.PeftModel.from_pretrained(model, {str(target)!r})")
         return target
     if vlm.resampler is not None:
@@ -66,9 +66,11 @@ def main(config: ExportBackboneConfig) -> pathlib.Path:
     if vlm.lora_rank:
         params = merge_lora(params, vlm.lora)
     params = _complete(params, build.spare_params(model, {"backbone": params}), vlm.rules, base)
-    export.export(params, vlm.rules, target, registry.to_hf_config(vlm))
-    tokenizers.write_assets({name: text for name, text in assets.items() if name != "config.json"}, target)
-    architecture = registry.to_hf_config(vlm)["architectures"][0]
+    described = registry.to_hf_config(vlm)
+    with atomic.becoming_folder(target) as folder:
+        export.export(params, vlm.rules, folder, described)
+        tokenizers.write_assets({name: text for name, text in assets.items() if name != "config.json"}, folder)
+    architecture = described["architectures"][0]
     print(f"{target}: {build.count(params):,} parameters, for transformers.{architecture}.from_pretrained")
     return target
 

@@ -97,6 +97,8 @@ SMALL = (
     *("train.batch_size=32", "rollouts.films=0", "evaluation.batches=2", "evaluation.episodes=0"),
 )
 """A recording of 50 demonstrations per task, and smaller batches: minutes instead of an hour on a CPU."""
+BASE = "base"
+"""In place of a method: the run that others begin with."""
 PRESETS = {
     "playtable": FewShotConfig(fixed=SMALL),
     "quick": FewShotConfig(fixed=SMALL, out="searches/few_shot_quick", demonstrations=(5,), draws=2, steps=150),
@@ -123,7 +125,7 @@ def jobs(config: FewShotConfig) -> list[protocol.Job]:
                 **({"rollouts.tasks": tasks} if start.rollouts.trials else {}),
             },
         )
-        found.append(protocol.Job({"method": "base"}, 0, lambda _: others, judge, compared=False))
+        found.append(protocol.Job({"method": BASE}, 0, lambda _: others, judge, compared=False))
     for count in config.demonstrations:
         for method in config.methods:
             for draw in range(config.draws):
@@ -171,14 +173,13 @@ class _Learned:
 
 def work(config: FewShotConfig) -> pathlib.Path:
     """Run what is missing and write the report; returns its path."""
-    listed = jobs(config)
-    return write_report(config, listed, protocols.trials(config, listed))
+    return write_report(config, protocols.trials(config, lambda: jobs(config)))
 
 
-def write_report(config: FewShotConfig, listed: Sequence[protocol.Job], trials: Sequence[queue.Trial]) -> pathlib.Path:
+def write_report(config: FewShotConfig, trials: Sequence[queue.Trial]) -> pathlib.Path:
     """report.md, report.json and pictures in the protocol's directory."""
     out = pathlib.Path(config.out)
-    compared = [trial for trial in trials if listed[trial.number].compared]
+    compared = [trial for trial in trials if trial.setting["method"] != BASE]
     start = protocols.preset(config.experiment, config.start, config.fixed, "few_shot")
     objective, direction = ("success", "maximize") if start.rollouts.trials else ("validation/loss", "minimize")
     sections = [
@@ -186,8 +187,9 @@ def write_report(config: FewShotConfig, listed: Sequence[protocol.Job], trials: 
         f"New tasks: {', '.join(config.tasks) or 'all of the data'}. {config.steps} steps from the demonstrations of a "
         f"draw, {config.draws} draws. Scales of actions and state: {config.statistics}. Compared by {objective}.",
     ]
-    if trials and not listed[0].compared and trials[0].status == "done":
-        sections.append(f"Before any demonstration, the base: {objective} {trials[0].value:.3f}.")
+    for trial in trials:
+        if trial.setting["method"] == BASE and trial.status == "done":
+            sections.append(f"Before any demonstration, the base: {objective} {trial.value:.3f}.")
     sections += report.ranking(out, compared, objective, direction)
     if any(trial.status == "done" for trial in compared):
         _draw(compared, objective).savefig(out / "few_shot.png", dpi=tables.DPI)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from robovlms_jax import cli, cli_help, programs
+from robovlms_jax import cli, programs, schema
 from robovlms_jax.data import opening
 from robovlms_jax.parallel import cpu
 from robovlms_jax.runs import closed_loop, logs, run
@@ -34,10 +34,10 @@ def preset(experiment: str, start: str, fixed: Sequence[str], owner: str) -> Exp
         known = [module for module, program in known.items() if program.settings == "PRESETS"]
         raise ValueError(
             f"{owner}.experiment={experiment!r} is no experiment with presets ({error})"
-            f"{cli_help.nearest(experiment, known)} There are: {', '.join(known)}."
+            f"{schema.nearest(experiment, known)} There are: {', '.join(known)}."
         ) from None
     if start not in presets:
-        hint = cli_help.nearest(start, presets)
+        hint = schema.nearest(start, presets)
         raise ValueError(f"{owner}.start={start!r} is no preset of {experiment}{hint} {sorted(presets)}")
     return cli.read(presets[start], argv=space.flags(space.fixed(fixed)))
 
@@ -54,10 +54,14 @@ def settings_of(config: Any, *aside: str) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "report", *aside)}
 
 
-def trials(config: Any, jobs: Sequence[protocol.Job]) -> list[queue.Trial]:
-    """Run the jobs that `config.out` has no result of, none where `config.report` is set; those that there are then."""
+def trials(config: Any, jobs: Callable[[], Sequence[protocol.Job]]) -> list[queue.Trial]:
+    """Run the jobs that `config.out` has no result of; those that there are then.
+
+    With `config.report` none is run, and `jobs`, for which demonstrations may have to be recorded, is not asked.
+    Raises ValueError where there is nothing to report of.
+    """
     out = pathlib.Path(config.out)
-    return queue.read(out) if config.report else protocol.work(out, jobs, settings_of(config))
+    return queue.finished(out) if config.report else protocol.work(out, jobs(), settings_of(config))
 
 
 def main(work: Callable[[Any], pathlib.Path], presets: Mapping[str, Any], default: str, description: str) -> None:

@@ -23,7 +23,7 @@ from robovlms_jax import cli
 from robovlms_jax.parallel import ray_workers
 from robovlms_jax.parallel.config import RayConfig
 from robovlms_jax.runs import logs
-from robovlms_jax.search import report, space, workers
+from robovlms_jax.search import queue, report, space, workers
 from robovlms_jax.search.config import SearchConfig
 from robovlms_jax.training import stopping
 
@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     logs.to_stderr()
     _, config = cli.parse(PRESETS, "default", description=__doc__, argv=argv)
     _require_settings(config)
+    if config.report:
+        queue.finished(pathlib.Path(config.out))
     stopped = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end: the run saves, the trial stays open
     try:

@@ -23,14 +23,20 @@ def becoming(path: pathlib.Path) -> Iterator[pathlib.Path]:
         temporary.unlink(missing_ok=True)
 
 
+def require_free(path: pathlib.Path) -> None:
+    """Raises FileExistsError where `path` is something else than an empty folder; for those whose folder takes long to
+    be made, before they begin."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} is there already and not an empty folder; choose another.")
+
+
 @contextlib.contextmanager
 def becoming_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder beside `path` to be filled; on success it becomes `path`, on failure it is gone.
 
     Raises FileExistsError where `path` is something else than an empty folder.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} is there already and not an empty folder; choose another.")
+    require_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     temporary.mkdir()

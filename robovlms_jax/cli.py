@@ -145,11 +145,14 @@ def parse(
     else:
         name = name or (default if isinstance(default, str) else default(arguments))
         if name not in presets:
-            hint = cli_help.nearest(name, presets)
+            hint = schema.nearest(name, presets)
             sys.exit(_fail(f"unknown preset {name!r}{hint} Presets: {', '.join(presets)}."))
         start = presets[name]
     if {"--help", "-h"} & set(arguments):
         cli_help.show(description, start, (name, list(presets)))
+    if arguments and not arguments[0].startswith("-"):
+        hint = schema.nearest(f"--preset {arguments[0]}", [f"--preset {preset}" for preset in presets])
+        sys.exit(_fail(f"{arguments[0]!r} belongs to no flag{hint} Every setting is --FIELD VALUE; --help lists them."))
     or_json = "" if read_json is None else ", or --upstream_json FILE, one of RoboVLMs' own configurations"
     listed = (
         f"--preset NAME, one of: {', '.join(presets)}{or_json} (here: {name}); shown defaults are those of this start."

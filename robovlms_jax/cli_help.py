@@ -14,7 +14,7 @@ import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn
 
 from robovlms_jax import schema
@@ -54,7 +54,7 @@ def short_help(
     examples = [line for part in others for line in part.splitlines() if line.startswith("    ")]
     head = [f"usage: {program} {'[--preset NAME] ' if presets else ''}[--FIELD VALUE ...]", ""]
     head += [*wrapped(" ".join(summary.split())), ""]
-    head += [part for line in examples for part in _example_lines(line[2:], width)][:_EXAMPLES]
+    head += _shown_examples(examples, width)
     head += [""] if examples else []
     head += wrapped(f"presets: {', '.join(presets)}", subsequent_indent="  ")[:_EXAMPLES] if presets else []
     head += ["", f"Fields that are turned most, with the values of preset {name}:"] if presets else ["Fields:"]
@@ -69,14 +69,30 @@ def short_help(
         shown.pop()
 
 
+def _shown_examples(lines: Sequence[str], width: int) -> list[str]:
+    """As many whole examples as fit; lines: of `with_examples_apart`, an example's further ones indented by eight."""
+    shown: list[str] = []
+    for line in lines:
+        parts = _example_lines(line[2:], width)
+        goes_on = bool(shown) and shown[-1].endswith("\\")
+        if len(shown) + len(parts) > _EXAMPLES and not goes_on:
+            break
+        shown += parts
+    return shown
+
+
 def _example_lines(example: str, width: int) -> list[str]:
-    """A command, broken where a shell allows it."""
-    lines = textwrap.wrap(
-        example, width - 2, subsequent_indent="      ", break_long_words=False, break_on_hyphens=False,
-        replace_whitespace=False, drop_whitespace=True,
-    )  # fmt: skip
+    """A command, broken where a shell allows it: its comment, which cannot be, goes before it where both are too long
+    for a line."""
+    wrapped = functools.partial(textwrap.wrap, width=width - 2, break_long_words=False, break_on_hyphens=False)
+    command, _, comment = example.partition(" # ")
+    before = []
+    if comment and len(example) > width - 2:
+        before = wrapped(comment.strip(), initial_indent="  # ", subsequent_indent="  # ")
+        example = command.rstrip()
+    lines = wrapped(example, subsequent_indent="      ", replace_whitespace=False, drop_whitespace=True)
     lines[0] = "  " + lines[0].strip()
-    return [line + " \\" for line in lines[:-1]] + lines[-1:]
+    return [*before, *(line + " \\" for line in lines[:-1]), lines[-1]]
 
 
 def _field_lines(config: Any, path: str, shown: Sequence[str], width: int, seps: Sequence[str]) -> list[str]:
@@ -146,11 +162,12 @@ def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def suggestions(arguments: Sequence[str], config: Any, others: Sequence[str] = ()) -> list[str]:
     """A line for every argument that is no flag of the settings, nor one of `others`, with the nearest flag that is."""
-    known = [f"--{name}" for name, _ in fields(config)] + list(others)
+    known = [f"--{name}" for name, _ in fields(config)] + [*others, "--help"]
     given = [argument.partition("=")[0].replace("-", "_").replace("__", "--", 1) for argument in arguments]
-    unknown = [flag for flag in given if flag.startswith("--") and flag not in [*known, "--help"]]
+    unknown = [flag for flag in given if flag.startswith("--") and flag not in known]
     near = {flag: difflib.get_close_matches(flag, known, n=1) for flag in unknown}
-    return [f"{flag} is no flag of this program; did you mean {names[0]}?" for flag, names in near.items() if names]
+    spelled = {flag: names[0].replace("--help_all", "--help-all") for flag, names in near.items() if names}
+    return [f"{flag} is no flag of this program; did you mean {name}?" for flag, name in spelled.items()]
 
 
 @contextlib.contextmanager
@@ -161,17 +178,11 @@ def suggesting(arguments: Sequence[str], config: Any, own: Sequence[str]) -> Ite
         yield
     except SystemExit as end:
         if end.code == 2:
-            ends = tuple(f" {flag}?" for flag in own)
+            ends = tuple(f" {flag}?" for flag in (*own, "--help", "--help-all"))
             for line in suggestions(arguments, config, own):
                 if line.endswith(ends):
                     print(line, file=sys.stderr)
         raise
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """How a message goes on after a name that is not known."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def document(config: Any, path: str) -> str:

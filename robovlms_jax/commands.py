@@ -47,7 +47,10 @@ def find(arguments: Sequence[str]) -> tuple[str, programs.Program, list[str]]:
     if rest and not rest[0].startswith("-"):
         word, *rest = rest
         if word not in words:
-            raise ValueError(_unknown(f"word after {command}", word, [*filter(None, words), "--help"]))
+            message = _unknown(f"word after {command}", word, [*filter(None, words), "--help"])
+            if "" in words and words[""].settings == "PRESETS":
+                message += f" A preset goes with --preset: {programs.NAME} {command} --preset {word}."
+            raise ValueError(message)
         return f"{programs.NAME} {command} {word}", words[word], rest
     if "" not in words:
         raise ValueError(f"{command} needs one of these words: {', '.join(words)}.")
@@ -64,7 +67,9 @@ def _unknown(what: str, given: str, known: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what the arguments say. Wrong ones end the process with a message and status 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("--help", "-h", "help"):
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    if not arguments or arguments[0] in ("--help", "-h"):
         print(overview())
         return
     try:

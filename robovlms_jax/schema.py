@@ -10,7 +10,7 @@ import numbers
 import pathlib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 
@@ -33,13 +33,19 @@ def check(cls: type, values: Mapping[str, Any], path: str = "") -> None:
     for name, value in values.items():
         full = f"{path}.{name}" if path else name
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {sorted(known)}."
-            raise ValueError(f"{path or cls.__name__} has no field {name!r}{hint}")
+            hint = nearest(name, known)
+            listed = "" if hint.endswith("?") else f" Known: {sorted(known)}."
+            raise ValueError(f"{path or cls.__name__} has no field {name!r}{hint}{listed}")
         if not fits(value, known[name]):
             is_choice = typing.get_origin(known[name]) is Literal and isinstance(value, str)
             found = "is not" if is_choice else f"is a {type(value).__name__}; expected"
             raise ValueError(f"{full}={value!r} {found} {describe(known[name])}.")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """How a message goes on after a name that is not known: "; did you mean ...?", or a full stop."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def checked(path: str) -> Callable[[type], type]:

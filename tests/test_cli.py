@@ -100,6 +100,34 @@ def test_every_example_of_a_description_stands_on_a_line_of_its_own():
     assert apart[3:6] == ["    python -m y --b   # why", "    python -m z \\", "        --c"] and apart[-1] == "More."
 
 
+def test_a_comment_of_an_example_is_never_broken_by_a_backslash_and_no_example_is_cut_in_two():
+    long = "python -m x --alpha 1 --beta 2   # what it is for, in many words that do not fit beside it, nor below"
+    text = f"What.\n\n{long}\npython -m y   # short\n" + "python -m z --name value --other value --third value\n" * 9
+    with_width = cli_help._shown_examples(cli_help.with_examples_apart(text).splitlines()[2:], 72)
+    assert with_width[:3] == [
+        "  # what it is for, in many words that do not fit beside it, nor below",
+        "  python -m x --alpha 1 --beta 2",
+        "  python -m y   # short",
+    ]
+    assert not with_width[-1].endswith("\\") and len(with_width) <= 8
+    broken = cli_help._shown_examples(["    python -m x " + "--name value " * 9], 72)
+    assert [line.endswith(" \\") for line in broken] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["sampel"], "'sampel' belongs to no flag; did you mean '--preset sample'?"),
+        (["--hepl"], "--hepl is no flag of this program; did you mean --help?"),
+        (["--hepl-all"], "did you mean --help-all?"),
+    ],
+)
+def test_what_is_typed_without_its_flag_or_for_help_is_answered(argv, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.parse({"sample": ExperimentConfig(), "other": ExperimentConfig()}, "other", description="x", argv=argv)
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_short_spellings_take_values_and_dashes():
     presets = {"small": ExperimentConfig()}
 

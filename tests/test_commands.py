@@ -31,7 +31,7 @@ PROGRAMS = sorted(
     f"{folder}.{path.stem}"
     for folder in ("experiments", "benchmarks")
     for path in (ROOT / folder).glob("*.py")
-    if "__main__" in path.read_text() and re.search(r"\bcli\b|\blaunch\.main", path.read_text())
+    if "__main__" in path.read_text() and re.search(r"\bcli\b|\b(launch|pages)\.main", path.read_text())
 )
 COMMAND = re.compile(r"python -m ((?:experiments|benchmarks)\.\w+)((?:\"[^\"\n]*\"|[^\n`'\"#;|&)\\]|\\\n)*)")
 LAUNCH = re.compile(

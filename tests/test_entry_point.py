@@ -74,6 +74,8 @@ def test_a_command_runs_its_program_as_if_it_had_been_started_itself(monkeypatch
     assert begun[0] == ("experiments.bridge", as_main, ["--preset", "sample"])
     assert begun[1] == ("experiments.evaluate", as_main, ["--checkpoint", "run"])
     assert cli_help.program_name("whatever") == "robovlms evaluate"
+    commands.main(["help", "train", "bridge"])
+    assert begun[2] == ("experiments.bridge", as_main, ["--help"])
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,7 @@ def test_a_command_runs_its_program_as_if_it_had_been_started_itself(monkeypatch
     [
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (["train", "brigde"], "unknown word after train 'brigde'; did you mean 'bridge'?"),
+        (["train", "sampel"], "A preset goes with --preset: robovlms train --preset sampel."),
         (["completion", "bsah"], "unknown shell 'bsah'; did you mean 'bash'?"),
         (["completion"], "name a shell: bash, zsh, fish."),
         (["serve", "runs/sample"], "unknown word after serve 'runs/sample'"),

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from robovlms_jax import json_files
+from robovlms_jax import json_files, schema
 from robovlms_jax.backbones.base import VLMConfig
 from robovlms_jax.inputs.images import read_image_spec
 from robovlms_jax.weights import quantized, rules
@@ -55,7 +55,7 @@ def names() -> list[str]:
 def get(name: str) -> VLMConfig:
     """The published configuration of a registered backbone. Raises ValueError listing the known names."""
     if name not in _MODELS:
-        raise ValueError(f"no backbone {name!r}; registered: {names()}.")
+        raise ValueError(f"no backbone {name!r}{schema.nearest(name, names())} Registered: {', '.join(names())}.")
     return _with_head(_MODELS[name]())
 
 

@@ -22,6 +22,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from robovlms_jax import schema
+
 Side = Literal["left", "right"]
 
 ROOM = ((-0.8, 3.8), (-1.7, 1.7))
@@ -77,7 +79,7 @@ class Layout(NamedTuple):
 def find(name: str) -> Scenario:
     """Raises ValueError that lists the ids."""
     if name not in SCENARIOS:
-        raise ValueError(f"no scenario {name!r}; there are {', '.join(SCENARIOS)}.")
+        raise ValueError(f"no scenario {name!r}{schema.nearest(name, SCENARIOS)} There are {', '.join(SCENARIOS)}.")
     return SCENARIOS[name]
 
 

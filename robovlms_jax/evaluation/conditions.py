@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from robovlms_jax import schema
 from robovlms_jax.envs import looks
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
 from robovlms_jax.evaluation import chains
@@ -71,7 +72,8 @@ class Questions:
         Raises ValueError: an unknown condition, or one that these tasks do not allow.
         """
         if condition not in CONDITIONS:
-            raise ValueError(f"unknown condition {condition!r}; known: {', '.join(CONDITIONS)}.")
+            hint = schema.nearest(condition, CONDITIONS)
+            raise ValueError(f"unknown condition {condition!r}{hint} Known: {', '.join(CONDITIONS)}.")
         held_out = condition == "unseen"
         made = chains.chain_trials(
             self.chains, scene=self.scene, held_out=held_out, sentences=None if held_out else self.sentences

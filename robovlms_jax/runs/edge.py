@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, AxisType
 
+from robovlms_jax import schema
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import serving
@@ -81,7 +82,8 @@ def plan(config: ExperimentConfig, vlm: backbones.VLMConfig, computer: str, text
       ValueError: no such computer.
     """
     if computer not in COMPUTERS:
-        raise ValueError(f"control_on={computer!r}; known computers: {', '.join(COMPUTERS)}.")
+        hint = schema.nearest(computer, COMPUTERS)
+        raise ValueError(f"control_on={computer!r} is unknown{hint} Computers: {', '.join(COMPUTERS)}.")
     machine = COMPUTERS[computer]
     kinds = {}
     for weights in ("bfloat16", "int8", "w8a8"):

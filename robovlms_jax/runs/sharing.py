@@ -14,7 +14,7 @@ import pathlib
 import re
 from typing import Any
 
-from robovlms_jax import hub
+from robovlms_jax import atomic, hub
 from robovlms_jax.runs import licences, model_card, saved
 from robovlms_jax.training import checkpoints, seals
 
@@ -91,8 +91,8 @@ def pull(name: str, out: str) -> pathlib.Path:
 
     Raises ValueError, FileNotFoundError: no name of a repository, nothing there, no access; or `out` is not empty.
     """
-    target = pathlib.Path(out).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is not an empty directory; choose another --out.")
-    hub.snapshot(name if hub.is_name(name) else f"{hub.PREFIX}{name}", checkpoints.SHARED, str(target))
+    target = pathlib.Path(out).expanduser().resolve()
+    with atomic.becoming_folder(target) as folder:
+        hub.snapshot(name if hub.is_name(name) else f"{hub.PREFIX}{name}", checkpoints.SHARED, str(folder))
+        checkpoints.locate(folder)  # a repository that holds no policy leaves nothing behind
     return checkpoints.run_of(checkpoints.locate(target))

@@ -94,6 +94,17 @@ def read(out: pathlib.Path) -> list[Trial]:
     return found
 
 
+def finished(out: pathlib.Path) -> list[Trial]:
+    """As `read`, for a report of what is there. Raises ValueError where nothing is."""
+    trials = read(out)
+    if not trials:
+        raise ValueError(
+            f"{out} has no trials to report of. Name the directory that they were run in with --out, or leave "
+            "--report out to run them."
+        )
+    return trials
+
+
 @contextlib.contextmanager
 def claimed(out: pathlib.Path, number: int) -> Iterator[bool]:
     """Whether the trial is ours for the time of the block; False: somebody else works on it."""

@@ -173,7 +173,7 @@ def test_tiny_twin_has_the_full_models_parameters(name):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ValueError, match=r"no backbone 'kosmos-3'; registered: \[.*'kosmos-2'"):
+    with pytest.raises(ValueError, match=r"no backbone 'kosmos-3'; did you mean 'kosmos-2'\? Registered: .*kosmos-2"):
         registry.get("kosmos-3")
     with pytest.raises(ValueError, match=r"model_type 'bert' is unknown; known: \[.*'kosmos-2'"):
         registry.from_hf_config({"model_type": "bert"})

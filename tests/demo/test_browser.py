@@ -96,7 +96,7 @@ def test_a_control_step_that_fails_is_on_the_page_with_the_way_out(tmp_path, mon
             page.ask("say_to_robot('turn on the green light')")
             page.wait("facts.broken && !$('banner').hidden", 20)
             assert "the arm is nowhere" in page.ask("$('banner').textContent")
-            assert page.ask("$('release').hidden && $('send').disabled && $('reset').className === 'main'")
+            assert page.ask("$('release').hidden && $('dice').disabled && $('reset').className === 'main'")
             page.screenshot(tmp_path / "broken.png")
             world.bad = None
             page.ask("$('reset').click()")

@@ -188,7 +188,7 @@ def test_the_table_has_means_over_seeds_and_what_a_control_step_costs(tmp_path):
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps(result))
         trials.append(queue.Trial(number, dict(job.setting), job.seed, "done", values[number]))
-    text = compare.write_report(config, jobs, trials).read_text()
+    text = compare.write_report(config, trials).read_text()
     assert "| a | 2 | 0.62 ± 1.59 | 3.0 ± 0.0 | 2.0 | 1.0 | 4 |" in text
     assert "answers right" not in text  # of a comparison that asks none
     row = json.loads((tmp_path / "policies.json").read_text())["rows"][1]

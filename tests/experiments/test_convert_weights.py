@@ -148,8 +148,19 @@ def test_a_truncated_file_is_named(release, tmp_path):
         run(release, tmp_path / "out", source=str(tmp_path / "half.pt"))
 
 
+def test_a_conversion_that_ends_early_leaves_nothing_that_looks_like_a_policy(release, tmp_path, monkeypatch):
+    def cut_off(folder):
+        assert (folder / "checkpoints").is_dir() and not (tmp_path / "out").exists()
+        raise OSError("no space left")
+
+    monkeypatch.setattr(convert_weights.load, "open_model", cut_off)
+    with pytest.raises(OSError, match="no space left"):
+        run(release, tmp_path / "out")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
 def test_a_directory_with_something_in_it_is_not_written_to(release, converted):
-    with pytest.raises(FileExistsError, match="not an empty directory"):
+    with pytest.raises(FileExistsError, match="not an empty folder"):
         run(release, converted[0])
 
 

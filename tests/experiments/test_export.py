@@ -65,7 +65,7 @@ def test_a_python_without_this_project_computes_the_same_actions_from_stablehlo(
     assert {entry["what"] for entry in about["inputs"]} == set(about["what"])
     assert about["actions"]["shape"] == [1, 4, 7]
     assert (tmp_path / "out" / "backbone" / "config.json").exists()
-    with pytest.raises(ValueError, match="not an empty folder"):
+    with pytest.raises(FileExistsError, match="not an empty folder"):
         export.export(export.ExportConfig(str(RELEASE / "policy_head_lstm"), str(tmp_path / "out")))
 
 

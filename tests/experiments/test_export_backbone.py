@@ -76,11 +76,11 @@ def test_exported_adapters_are_what_another_run_begins_with(trained, tmp_path):
             np.testing.assert_allclose(again[path], x, rtol=1e-5, atol=1e-6, err_msg=path)
 
 
-def test_what_cannot_be_exported_is_said_before_anything_is_written(trained, tmp_path):
+def test_what_cannot_be_exported_is_said_and_what_fails_leaves_nothing_behind(trained, tmp_path, monkeypatch):
     root, experiment, _, params = trained
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(FileExistsError, match="not an empty directory"):
+    with pytest.raises(FileExistsError, match="not an empty folder"):
         export_backbone.main(export_backbone.ExportBackboneConfig(str(root / "run"), str(tmp_path / "full")))
     alone = dataclasses.replace(experiment, backbone=dataclasses.replace(experiment.backbone, weights=""))
     assets = dict(build.open_backbone(experiment.backbone, []).assets)
@@ -88,5 +88,10 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(trained, tmp
     with pytest.raises(ValueError, match=r"has no \['text/head/kernel'\].*--base"):
         export_backbone.main(export_backbone.ExportBackboneConfig(str(tmp_path / "run"), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(export_backbone.tokenizers, "write_assets", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            export_backbone.main(export_backbone.ExportBackboneConfig(str(root / "run"), str(tmp_path / "out")))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]  # whole or not at all
     with pytest.raises(ValueError, match=r"backbone.adapter='x' needs backbone.lora_rank"):
         BackboneConfig(adapter="x")

@@ -78,8 +78,22 @@ def test_what_comes_down_acts_as_what_went_up_and_training_state_stays_at_home(r
     assert load_config("hf://me/kitchen") == load_config(run)
     same = [seals.identity(checkpoints.locate(path)) for path in (run, pulled)]
     assert same[0] == same[1]  # results of the one are results of the other
-    with pytest.raises(FileExistsError, match="not an empty directory; choose another --out"):
+    with pytest.raises(FileExistsError, match="not an empty folder; choose another"):
         sharing.pull("me/kitchen", str(tmp_path / "pulled"))
+
+
+def test_a_pull_that_is_cut_off_leaves_nothing_that_looks_like_a_policy(run, fake, tmp_path, monkeypatch):
+    sharing.push(str(run), "me/kitchen", WORDS, api=fake)
+
+    def cut_off(*args, **options):
+        fake.snapshot_download(*args, **options)
+        assert not (tmp_path / "pulled").exists()  # whole or not at all
+        raise OSError("the line went dead")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cut_off)
+    with pytest.raises(FileNotFoundError, match="the line went dead"):
+        sharing.pull("me/kitchen", str(tmp_path / "pulled"))
+    assert not [path for path in tmp_path.iterdir() if "pulled" in path.name]
 
 
 def test_a_second_push_replaces_the_checkpoint_in_one_commit(run, fake, tmp_path):

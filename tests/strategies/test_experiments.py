@@ -80,14 +80,14 @@ def test_a_sequence_of_tasks_is_put_together_from_its_runs(tmp_path, monkeypatch
     results = [{"row": row, "curve": [0.5, 0.7]} for row in rows]
     monkeypatch.setattr(continual.protocol, "result", lambda out, number: json.loads(json.dumps(results[number])))
     trials = [queue.Trial(number, dict(job.setting), 0, "done", 0.0) for number, job in enumerate(jobs)]
-    found = continual.sequences(config, jobs, trials)
+    found = continual.sequences(config, trials)
     curves, matrix = found["sequential", 0]
     assert [curve[0] for curve in curves] == [0.0, 0.1, 0.2]
     assert lifelong.measures(curves, matrix).backward == pytest.approx(((0.3 + 0.5) / 2 + 0.2) / 2)
     curves, matrix = found["adapters", 0]
     assert [curve[0] for curve in curves] == [0.0, 0.1, 0.0] and matrix[2] == [0.8, 0.7, 1.0]
     assert lifelong.measures(curves, matrix).backward == pytest.approx(0)
-    path = continual.write_report(dataclasses.replace(config, out=str(tmp_path)), jobs, trials)
+    path = continual.write_report(dataclasses.replace(config, out=str(tmp_path)), trials)
     assert "| adapters | 1 |" in path.read_text() and (tmp_path / "continual.png").exists()
 
 
@@ -126,6 +126,31 @@ def test_a_protocol_ends_with_the_words_of_what_stopped_it(monkeypatch):
     monkeypatch.setattr(protocols.logs, "to_stderr", lambda **_: None)
     with pytest.raises(SystemExit, match="the checkpoint of step 3 could not be written"):
         protocols.main(work, few_shot.PRESETS, "quick", "x")
+
+
+@pytest.mark.parametrize("program", [few_shot, continual, adapt, compare_policies])
+def test_a_report_needs_no_demonstrations_and_refuses_a_directory_without_trials(program, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(protocols, "demonstrations", never)
+    config = dataclasses.replace(next(iter(program.PRESETS.values())), out=str(tmp_path / "wrong"), report=True)
+    with pytest.raises(ValueError, match=r"wrong has no trials to report of\. .* with --out"):
+        program.work(config)
+    assert not (tmp_path / "wrong").exists()
+    kinds = {few_shot: {"method": "full", "demonstrations": "2"}, adapt: {"way": "source"}}
+    kinds |= {continual: {"method": "first", "group": "a"}, compare_policies: {"variant": "other"}}
+    folder = queue.folder(tmp_path / "wrong", 0)
+    folder.mkdir(parents=True)
+    trial = queue.Trial(0, kinds[program], 0, "failed", reason="it broke")
+    (folder / "trial.json").write_text(json.dumps(dataclasses.asdict(trial)))
+    assert "Trials: " in program.work(config).read_text()
+
+
+def test_a_searchs_report_of_a_directory_without_trials_is_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"wrong has no trials to report of"):
+        search.main(["--start", "sample", "--space", "train.steps=1,2", "--report", "--out", str(tmp_path / "wrong")])
+    assert not (tmp_path / "wrong").exists()
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ JSON file adds one's own:
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import pathlib
 from collections.abc import Mapping
@@ -19,12 +18,14 @@ from typing import Any
 
 import yaml
 
-from robovlms_jax import json_files
+from robovlms_jax import json_files, schema
 from robovlms_jax.data.registry import libero, oxe, robot_entry
 from robovlms_jax.data.registry.entry import Entry
 
 ENTRIES: Mapping[str, Entry] = {**oxe.ENTRIES, **libero.ENTRIES}
 """All that are described, by name."""
+OTHERS = ("calvin", "lerobot", "libero_hdf5")
+"""What data.dataset may be besides, see `opening`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +53,11 @@ def resolve(name: str) -> Mixture:
     for entry in ENTRIES.values():
         if name in (entry.name, *entry.directories):
             return Mixture(name, {entry.name: 1.0}, {entry.name: entry})
-    known = [*mixtures, *ENTRIES]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = schema.nearest(name, [*mixtures, *ENTRIES, *OTHERS])
     raise ValueError(
-        f"data.dataset={name!r} is neither a mixture nor a dataset of the registry; {hint}Mixtures: "
-        f"{', '.join(mixtures)}; datasets: {', '.join(ENTRIES)}; or pass a YAML or JSON file (data/README.md)."
+        f"data.dataset={name!r} is neither a mixture nor a dataset of the registry{hint} Mixtures: "
+        f"{', '.join(mixtures)}; datasets: {', '.join(ENTRIES)}; other kinds: {', '.join(OTHERS)}; or pass a YAML or "
+        "JSON file (data/README.md)."
     )
 
 

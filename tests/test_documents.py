@@ -1,0 +1,71 @@
+"""Programs and files that stand in documents: they parse, name what exists, and run."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import pathlib
+import re
+
+import pytest
+
+from robovlms_jax.demo import twin
+from robovlms_jax.envs import gym
+from tests.processes import run_python
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "data/README.md"]
+
+
+def blocks(language: str) -> dict[str, str]:
+    """page:line -> a block of this language, without the indentation that it has in a list."""
+    found = {}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in re.finditer(rf"^( *)```{language}\n(.*?)^ *```$", text, flags=re.MULTILINE | re.DOTALL):
+            indent, body = match.groups()
+            where = f"{page.relative_to(ROOT)}:{text[: match.start()].count(chr(10)) + 2}"
+            found[where] = re.sub(rf"^{indent}", "", body, flags=re.MULTILINE)
+    return found
+
+
+def test_python_in_documents_parses_and_imports_what_exists():
+    seen = 0
+    for where, program in blocks("python").items():
+        for node in ast.walk(ast.parse(program, where)):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("robovlms_jax", "experiments"):
+                module = importlib.import_module(node.module)
+                for name in (alias.name for alias in node.names):
+                    seen += 1
+                    if not hasattr(module, name):
+                        importlib.import_module(f"{node.module}.{name}")
+    assert seen > 30
+
+
+def test_the_layout_of_an_environment_of_ones_own_is_one():
+    (text,) = (text for where, text in blocks("json").items() if where.startswith("docs/how_to/gymnasium.md"))
+    layout = gym.Layout.from_json(json.loads(text))
+    assert layout.id == "FetchPush-v4" and layout.cameras == {"front": "render:external_camera_0"}
+
+
+def program(page: str, beginning: str) -> str:
+    (found,) = (text for where, text in blocks("python").items() if where.startswith(f"{page}:") and beginning in text)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "beginning", "end"),
+    [
+        ("docs/guide.md", 'load_policy("runs/sample")', "assert chunk.actions.shape[1:] == (7,)"),
+        ("docs/tutorial.md", 'load_policy("runs/sample")', "assert chunk.actions.shape[1:] == (7,)"),
+        ("docs/guide.md", 'load_policy("policies/', "assert action.shape == (7,)"),
+        ("docs/how_to/share.md", 'load_policy("hf:', "policy.reset('open the drawer')"),
+        ("docs/playtable.md", "PlayTable(", "assert table.observe().images['wrist'].shape == (84, 84, 3)"),
+    ],
+)
+def test_programs_in_documents_run_with_the_trained_twin_in_place_of_their_policy(page, beginning, end):
+    text = re.sub(r'load_policy\("[^"]*"\)', f"load_policy({str(twin.DIRECTORY)!r})", program(page, beginning))
+    pictures = "static_rgb, wrist_rgb = np.zeros((200, 200, 3), np.uint8), np.zeros((84, 84, 3), np.uint8)"
+    run_python("-c", f"import numpy as np\n{pictures}\n{text}\n{end}")
