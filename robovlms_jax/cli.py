@@ -26,7 +26,6 @@ some programs called it before is still understood, and answered with the name."
 TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 """What may follow a switch, in upper or lower case."""
 
-
 _FILES = tyro.constructors.ConstructorRegistry()
 """What is read from a JSON file that the command line names: types with `from_json`, such as a robot's description."""
 
@@ -123,8 +122,7 @@ def parse(
     fields, e.g. `--train.batch_size 64`.
 
     Args:
-      presets: name -> configuration.
-        Where their class has USUAL, dotted names of fields, --help shows those alone and --help-all every field.
+      presets: name -> configuration, with USUAL as `read` has it.
       default: the preset without --preset, or a function of the arguments that names it.
       read_json: upstream's JSON file -> configuration; None: the program has no --upstream_json.
       argv: arguments without the program's name; None reads the command line.
@@ -152,14 +150,12 @@ def parse(
         cli_help.show(description, start, (name, list(presets)))
     if arguments and not arguments[0].startswith("-"):
         hint = schema.nearest(f"--preset {arguments[0]}", [f"--preset {preset}" for preset in presets])
-        sys.exit(_fail(f"{arguments[0]!r} belongs to no flag{hint} Every setting is --FIELD VALUE; --help lists them."))
+        sys.exit(_fail(f"{arguments[0]!r} belongs to no flag{hint} Settings are --FIELD VALUE."))
     or_json = "" if read_json is None else ", or --upstream_json FILE, one of RoboVLMs' own configurations"
-    listed = (
-        f"--preset NAME, one of: {', '.join(presets)}{or_json} (here: {name}); shown defaults are those of this start."
-    )
+    listed = f"--preset NAME, one of: {', '.join(presets)}{or_json} (here: {name}); shown defaults are of this start."
     text = f"{description}\n\n{listed}"
     own = [short for short, long in ALIASES.items() if long.removeprefix("--") in fields]
-    own += ["--preset", "--help_all", *([] if read_json is None else ["--upstream_json"])]
+    own += ["--preset", "--help_all", *(["--upstream_json"] if read_json else [])]
     with cli_help.suggesting(arguments, start, own):
         return name, read(start, description=text, argv=arguments)
 

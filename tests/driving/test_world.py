@@ -36,7 +36,7 @@ def test_left_and_right_of_a_kind_are_the_same_room():
         for field in ("boxes", "cup", "start", "look"):
             np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
         assert (one.signs != other.signs)[one.present].all()
-    with pytest.raises(ValueError, match="no scenario '3box'.* There are 1box_vert_left"):
+    with pytest.raises(ValueError, match=r"no scenario '3box'.* There are 1box_vert_left"):
         scenarios.draw("3box", 0)
 
 
