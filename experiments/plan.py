@@ -35,7 +35,7 @@ from robovlms_jax.policies.sensors import base as sensors
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs import build, compiled, edge, steps
 from robovlms_jax.runs.config import ExperimentConfig
-from robovlms_jax.training import memory, optimizer, state
+from robovlms_jax.training import memory, state
 from robovlms_jax.types import Batch, Inputs
 
 TEXT_LENGTH = 32
@@ -84,45 +84,57 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         raise ValueError(f"devices={config.devices}, but target={config.target} has {target.count}: leave devices out.")
     sizes = config.mesh_sizes(config.devices or (target.count if target else named_devices(config.mesh)))
     config.validate(math.prod(sizes))
-    vlm = build.with_settings(config.backbone, registry.get(config.backbone.name))
-    config = dataclasses.replace(config, policy=_without_data(config.policy, vlm.text.vocab_size))
-    if config.control_on:
-        control = edge.plan(config, vlm, config.control_on, config.data.text_length or TEXT_LENGTH)
-        return {"backbone": config.backbone.name, "control": control}
-    model = build.make_model(config, vlm)
-    robot = describe_batch(config, vlm.text_shape(config.data.text_length or TEXT_LENGTH))
-    batch = {objective.ROBOT: robot}
     begin = time.perf_counter()
+    subject = describe(config)
+    config, model, batch = subject.config, subject.model, subject.batch
+    text_length = config.data.text_length or TEXT_LENGTH
+    if config.control_on:
+        control = edge.plan(config, model.vlm, config.control_on, text_length)
+        return {"backbone": config.backbone.name, "control": control}
     if target:
-        return compile_for(target, config, model, batch, sizes)
+        return compile_for(target, subject, sizes)
     if config.compile:
         mesh = meshes.make_mesh(sizes)
     else:
         mesh = AbstractMesh(sizes, meshes.AXES, axis_types=(AxisType.Auto,) * 3)
-    shapes, shardings = build.abstract_params(model, mesh)
-    tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
-    abstract = state.abstract(shapes, shardings, config.train.trainable, tx, mesh)
+    abstract = compiled.abstract_state(config, model, mesh)
     estimate = steps.memory_of(config, model, abstract, batch)
     if config.memory_gib:
         steps.require_room(config, model, abstract, batch, int(config.memory_gib * 2**30), estimate)
     result = {
         "backbone": config.backbone.name,
         "mesh": dict(zip(meshes.AXES, sizes, strict=True)),
-        "parameters": build.count(shapes),
+        "parameters": build.count({**abstract.trainable, **abstract.frozen}),
         "trainable_parameters": build.count(abstract.trainable),
         "windows_per_step": config.train.batch_size,
         "segments_per_device": config.segments_per_batch // (sizes[0] * sizes[1] * config.train.accumulation),
-        "text_length": robot.inputs.text_ids.shape[1],
+        "text_length": text_length,
         "bytes_per_device": {**dataclasses.asdict(estimate), "total": estimate.total},
         "seconds_to_estimate": round(time.perf_counter() - begin, 2),
     }
     return result | ({"xla": compile_step(config, model, abstract, batch, mesh)} if config.compile else {})
 
 
-def compile_for(
-    target: targets.Target, config: PlanConfig, model: VLA, batch: dict[str, Batch], sizes: tuple[int, int, int]
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is planned: a configuration that needs no data, its model, and shapes of its batch over all devices."""
+
+    config: PlanConfig
+    model: VLA
+    batch: dict[str, Batch]
+
+
+def describe(config: PlanConfig) -> Subject:
+    """With stand-ins for what comes from a dataset, a tokenizer or weights."""
+    vlm = build.with_settings(config.backbone, registry.get(config.backbone.name))
+    config = dataclasses.replace(config, policy=_without_data(config.policy, vlm.text.vocab_size))
+    batch = describe_batch(config, vlm.text_shape(config.data.text_length or TEXT_LENGTH))
+    return Subject(config, build.make_model(config, vlm), {objective.ROBOT: batch})
+
+
+def compile_for(target: targets.Target, subject: Subject, sizes: tuple[int, int, int]) -> dict[str, Any]:
     """What `target`'s compiler makes of the training step and the control step; see `runs.compiled`."""
+    config, model, batch = subject.config, subject.model, subject.batch
     mesh = meshes.make_mesh(sizes, targets.devices(target))
     place = compiled.Place(target, mesh, pathlib.Path(config.compiled) if config.compiled else None)
     plans: dict[str, Any] = {}

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robovlms_jax.nn.attended import Dropout, attended
 from robovlms_jax.nn.linear import Einsum, Kernel
 from robovlms_jax.nn.norms import LayerNorm, NormKind, make_norm
 from robovlms_jax.nn.positions import Rotary, rotate
@@ -125,23 +126,28 @@ def attend(
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
     softcap: float | None = None,
-    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+    drop: Dropout | None = None,
 ) -> jax.Array:
     """Softmax attention over keys that lie in several arrays.
 
     They are never put into one, which would move all that is kept from earlier calls, in every layer. Sums are divided
-    by the weights' total at the end, when they are small (as in FlashAttention, arXiv:2205.14135).
+    by the weights' total at the end, when they are small (as in FlashAttention, arXiv:2205.14135). In sixteen bits
+    keys of one array have a gradient of their own, `nn.attended`.
 
     Args:
       q: float[B, S, N, H], scaled.
       kv_blocks: keys and values float[B, K, T_i, H]; N / K neighbouring heads share a key.
       mask: bool[B, S, T], T the sum of all T_i. bias: float32[B or 1, N, S or 1, T].
-      drop: dropout of weights float[B, K, N / K, S, T_i].
+      drop: dropout of weights; None: none.
     Returns:
       float[B, S, N, H] in the type of q.
     """
     shape, kv_heads = q.shape, kv_blocks[0][0].shape[1]
     q = jnp.swapaxes(q, 1, 2).reshape(shape[0], kv_heads, shape[2] // kv_heads, shape[1], shape[3])
+    plain = softcap is None and bias is None and len(kv_blocks) == 1
+    if plain and jnp.dtype(q.dtype).itemsize == 2:
+        keys, values = (x.astype(q.dtype) for x in kv_blocks[0])
+        return jnp.moveaxis(attended(q, keys, values, mask, drop), 3, 1).reshape(shape)
     splits = np.cumsum([keys.shape[2] for keys, _ in kv_blocks])[:-1]
     # Products in the order that the sums are wanted in: einsum would hand them over transposed.
     scores = [
@@ -161,8 +167,11 @@ def attend(
     largest = functools.reduce(jnp.maximum, (x.max(-1, keepdims=True) for x in scores if x.shape[-1]))
     weights = [jnp.exp(x - jax.lax.stop_gradient(largest)) for x in scores]
     total = functools.reduce(jnp.add, (x.sum(-1, keepdims=True) for x in weights))
+    if drop is not None:
+        keys = jax.random.split(drop.key, len(weights))
+        weights = [Dropout(drop.rate, key)(x) for x, key in zip(weights, keys)]
     sums = (
-        jax.lax.dot_general(drop(x).astype(q.dtype), values.astype(q.dtype), (((4,), (2,)), ((0, 1), (0, 1))))
+        jax.lax.dot_general(x.astype(q.dtype), values.astype(q.dtype), (((4,), (2,)), ((0, 1), (0, 1))))
         for x, (_, values) in zip(weights, kv_blocks)
     )
     y = (functools.reduce(jnp.add, sums) / total).astype(q.dtype)
@@ -237,7 +246,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = k.astype(cache[0].dtype), v.astype(cache[1].dtype)
         kv_blocks = [(k, v)] if cache is None else [cache, (k, v)]
-        y = attend(q, kv_blocks, mask, bias, self.softcap, nn.Dropout(self.dropout, deterministic=deterministic))
+        drop = Dropout(self.dropout, self.make_rng("dropout")) if self.dropout and not deterministic else None
+        y = attend(q, kv_blocks, mask, bias, self.softcap, drop)
 
         if self.inner_norm_epsilon is not None:
             norm = LayerNorm(self.inner_norm_epsilon, name="inner_norm")

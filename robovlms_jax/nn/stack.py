@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from robovlms_jax.nn import attended
+
 UNROLLED = 4
 """Up to so many layers are compiled one by one. What a scan keeps for the backward pass is copied into stacks and out
 again; that is a sixth of a small policy's training step, and four layers take no longer to compile than a scan."""
@@ -74,6 +76,13 @@ def _one_by_one(length: int, remat: bool) -> bool:
     return _ONE_BY_ONE.get() or (length <= UNROLLED and not remat)  # remat needs the loop, see below
 
 
+KEPT = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(attended.SAVED),
+)
+"""What rematerialisation does not compute again: products with parameters, and results of attention."""
+
+
 def scan_layers(
     step: Callable, block: nn.Module, x: jax.Array, layers: Any = None, *, length: int, unused: int = 0, remat: bool
 ) -> tuple[jax.Array, Any]:
@@ -83,7 +92,7 @@ def scan_layers(
       step: may close over anything all layers share (masks, flags).
       layers: pytree with a leading axis L that is handed to and collected from the layers (a cache), or None.
       unused: layers at the end that have parameters but are not applied.
-      remat: recompute activations in the backward pass and keep only the matrix products with parameters.
+      remat: recompute activations in the backward pass and keep only what `KEPT` says.
     """
     apply = step
 
@@ -95,7 +104,7 @@ def scan_layers(
 
     if remat and not _ONE_BY_ONE.get():
         # A scan is its own barrier against common-subexpression elimination, so the slower built-in one is not needed.
-        step = nn.remat(step, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        step = nn.remat(step, prevent_cse=False, policy=KEPT)
 
     def scan(block, x, layers, length):
         return nn.scan(
@@ -163,9 +172,7 @@ def scan_groups(
         return jax.tree.map(lambda leaf: leaf.reshape(groups, every, *leaf.shape[1:]), tree)
 
     if remat and not _ONE_BY_ONE.get():
-        group = jax.checkpoint(
-            group, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        )
+        group = jax.checkpoint(group, prevent_cse=False, policy=KEPT)
     keys = None
     if blocks[0].has_rng("dropout"):
         keys = jax.random.split(blocks[0].make_rng("dropout"), (groups, every + 1))

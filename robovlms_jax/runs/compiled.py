@@ -55,7 +55,7 @@ def training(place: Place, config: ExperimentConfig, model: VLA, batch: Mapping[
       batch: shapes of the whole batch, by source.
     """
     mesh = place.mesh
-    abstract = _abstract(config, model, mesh)
+    abstract = abstract_state(config, model, mesh)
     estimate = steps.memory_of(config, model, abstract, batch)
     split = meshes.batched(mesh)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
@@ -98,7 +98,8 @@ def control(place: Place, config: ExperimentConfig, vlm: VLMConfig, text_length:
     return result
 
 
-def _abstract(config: ExperimentConfig, model: VLA, mesh: Mesh | AbstractMesh) -> TrainState:
+def abstract_state(config: ExperimentConfig, model: VLA, mesh: Mesh | AbstractMesh) -> TrainState:
+    """The state of a run on the mesh, as shapes with shardings."""
     shapes, shardings = build.abstract_params(model, mesh)
     tx = optimizer.make_optimizer(config.optimizer, config.train.steps)
     return state.abstract(shapes, shardings, config.train.trainable, tx, mesh)
@@ -202,15 +203,15 @@ def _roofs(place: Place, found: Mapping[str, Any], needed: float) -> dict[str, A
 
 def _nearest(place: Place, config: ExperimentConfig, model: VLA, batch: Mapping[str, Any], ratio: float) -> str:
     """The least change with which the step fits, by the estimate times `ratio`, what the compiler took more; words."""
-    limit, sizes = place.target.figures.memory, place.mesh.devices.shape
+    limit, sizes, platform = place.target.figures.memory, place.mesh.devices.shape, place.target.platform
     for fsdp in [sizes[1] * 2**n for n in range(12) if place.mesh.size % (sizes[1] * 2**n * sizes[2]) == 0]:
         data = place.mesh.size // fsdp // sizes[2]
         mesh = AbstractMesh((data, fsdp, sizes[2]), meshes.AXES, axis_types=(AxisType.Auto,) * 3)
         changed = dataclasses.replace(config, mesh=MeshConfig(data, fsdp, sizes[2]))
-        abstract = _abstract(changed, model, mesh)
+        abstract = abstract_state(changed, model, mesh)
         flag = "" if fsdp == sizes[1] else f"--mesh.data {data} --mesh.fsdp {fsdp} "
-        whole = [("", steps.memory_of(changed, model, abstract, batch))] if flag else []
-        for words, estimate in [*whole, *steps.smaller(changed, model, abstract, batch)]:
+        whole = [("", steps.memory_of(changed, model, abstract, batch, platform=platform))] if flag else []
+        for words, estimate in [*whole, *steps.smaller(changed, model, abstract, batch, platform=platform)]:
             if estimate.total * ratio <= limit:
                 size = memory.readable(estimate.total * ratio)
                 return f"{flag}{words}".strip() + f" (about {size}, by the estimate times {ratio:.2f})"

@@ -10,6 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import answers, embodiments, objective
 from robovlms_jax.policies.tasks import base, registry
 from robovlms_jax.policies.vla import VLA
@@ -85,15 +86,22 @@ def memory_of(
     state: TrainState,
     batch: Mapping[str, Any],
     stage: stages.Stage | None = None,
+    *,
+    platform: str = "",
 ) -> Estimate:
-    """`estimate` of a configuration's step (`make_step`) on the mesh that `state` lies on."""
-    ways = state.step.sharding.mesh.shape
+    """`estimate` of a configuration's step (`make_step`) on the mesh that `state` lies on.
+
+    platform: of the devices, where the mesh is an abstract one; "": one without padding.
+    """
+    mesh = state.step.sharding.mesh
+    ways = mesh.shape
     return memory.estimate(
         make_loss(config, model, stage),
         state,
         batch,
         batch_ways=ways["data"] * ways["fsdp"],
         accumulation=config.train.accumulation,
+        platform=meshes.platform(mesh) if isinstance(mesh, Mesh) else platform,
     )
 
 
@@ -139,9 +147,10 @@ def require_room(
 
 
 def smaller(
-    config: ExperimentConfig, model: VLA, state: TrainState, batch: Mapping[str, Any]
+    config: ExperimentConfig, model: VLA, state: TrainState, batch: Mapping[str, Any], *, platform: str = ""
 ) -> Iterator[tuple[str, Estimate]]:
-    """The same update in less memory: ("--flag value ...", estimate), least change first; traced one by one."""
+    """The same update in less memory: ("--flag value ...", estimate), least change first; traced one by one.
+    platform: as `memory_of`."""
     ways = state.step.sharding.mesh.shape
     rows = config.segments_per_batch // (ways["data"] * ways["fsdp"])
     remat = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, remat=True))
@@ -152,5 +161,5 @@ def smaller(
                 continue
             train = dataclasses.replace(config.train, accumulation=parts)
             flag = f"--train.accumulation {parts}" if parts > config.train.accumulation else ""
-            estimate = memory_of(dataclasses.replace(config, train=train), changed, state, batch)
+            estimate = memory_of(dataclasses.replace(config, train=train), changed, state, batch, platform=platform)
             yield (flag + words).strip(), estimate

@@ -54,12 +54,48 @@ def readable(size: float) -> str:
     return f"{size:.4g} TiB"
 
 
-def bytes_per_device(tree: Any) -> int:
-    """Bytes of the shards that one device holds of arrays (or jax.ShapeDtypeStruct with shardings)."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def bytes_per_device(tree: Any, platform: str = "") -> int:
+    """Bytes of the shards that one device holds of arrays (or jax.ShapeDtypeStruct with shardings).
+
+    platform: "tpu": with the padding of its tiles.
+    """
+    return sum(_padded(x.sharding.shard_shape(x.shape), platform) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def estimate(loss_fn: step.Loss, state: TrainState, batch: Any, *, batch_ways: int, accumulation: int = 1) -> Estimate:
+@functools.cache
+def _padded(shape: tuple[int, ...], platform: str) -> int:
+    """Numbers of an array with padding.
+
+    A TPU's memory is laid out in tiles of 8 x 128 numbers, smaller ones where an axis is shorter than 8. Which two axes
+    lie along the tiles the compiler chooses; it was seen to choose those with which padding is least.
+    """
+    size = math.prod(shape)
+    if platform != "tpu" or not size:
+        return size
+    if len(shape) < 2:
+        return _up(size, _LANES)
+    short = [_up(n, min(_ROWS, 1 << (n - 1).bit_length())) / n for n in shape]
+    pairs = ((along, across) for along in range(len(shape)) for across in range(len(shape)) if along != across)
+    return round(size * min(_up(shape[along], _LANES) / shape[along] * short[across] for along, across in pairs))
+
+
+_ROWS, _LANES = 8, 128
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def estimate(
+    loss_fn: step.Loss,
+    state: TrainState,
+    batch: Any,
+    *,
+    batch_ways: int,
+    accumulation: int = 1,
+    platform: str = "",
+    traced: core.ClosedJaxpr | None = None,
+) -> Estimate:
     """Memory of `training.step.make_train_step` with the same arguments. Traces, compiles nothing.
 
     Args:
@@ -67,23 +103,33 @@ def estimate(loss_fn: step.Loss, state: TrainState, batch: Any, *, batch_ways: i
       batch: shapes of the whole batch, leading axis B; divides by batch_ways * accumulation.
       batch_ways: devices that the batch is split over, mesh.data * mesh.fsdp. Activations are counted as if mesh.tensor
         split none of them, which is too much where it is larger than 1.
+      platform: "tpu": arrays are padded to tiles; others have no padding.
+      traced: `trace` of the same arguments, where there is one already; it is the same for every mesh on which a device
+        has as many rows.
     """
+    if traced is None:
+        traced = trace(loss_fn, state, batch, ways=batch_ways * accumulation)
+    gradients = bytes_per_device(state.trainable, platform)
+    rows = jax.tree.leaves(_rows(batch, batch_ways))
+    return Estimate(
+        parameters=bytes_per_device((state.trainable, state.frozen), platform),
+        optimizer=bytes_per_device(state.opt_state, platform),
+        gradients=gradients * (1 if accumulation == 1 else 2),
+        activations=_activations(traced, state, platform),
+        batch=sum(_padded(x.shape, platform) * x.dtype.itemsize for x in rows),
+    )
 
-    def rows(ways: int) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // ways, *x.shape[1:]), x.dtype), batch)
 
-    key, micro = jax.eval_shape(lambda: jax.random.PRNGKey(0)), rows(batch_ways * accumulation)
-    traced = jax.make_jaxpr(functools.partial(step.gradients, loss_fn))(
+def trace(loss_fn: step.Loss, state: TrainState, batch: Any, *, ways: int) -> core.ClosedJaxpr:
+    """The gradient by one of `ways` equal parts of a batch, as traced."""
+    key, micro = jax.eval_shape(lambda: jax.random.PRNGKey(0)), _rows(batch, ways)
+    return jax.make_jaxpr(functools.partial(step.gradients, loss_fn))(
         state.trainable, state.frozen, micro, key, jax.eval_shape(loss_fn.count, micro)
     )
-    gradients = bytes_per_device(state.trainable)
-    return Estimate(
-        parameters=bytes_per_device((state.trainable, state.frozen)),
-        optimizer=bytes_per_device(state.opt_state),
-        gradients=gradients * (1 if accumulation == 1 else 2),
-        activations=_activations(traced, state),
-        batch=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(rows(batch_ways))),
-    )
+
+
+def _rows(batch: Any, ways: int) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // ways, *x.shape[1:]), x.dtype), batch)
 
 
 def of_program(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -104,17 +150,29 @@ def of_program(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 def alive(traced: core.ClosedJaxpr) -> int:
     """Most bytes alive at a time in any traced program, its arguments and results apart."""
-    return math.ceil(_peak(traced.jaxpr, {}, free_results=True))
+    return math.ceil(_peak(traced.jaxpr, _Lying(), free_results=True))
 
 
-def _activations(traced: core.ClosedJaxpr, state: TrainState) -> int:
+def _activations(traced: core.ClosedJaxpr, state: TrainState, platform: str) -> int:
     """Most bytes alive at a time, apart from arguments and from results (the gradients)."""
     # What has a parameter's shape (its type cast for a product, part of its gradient) lies as the parameter does.
     shards: dict[tuple[int, ...], float] = {}
     for x in (*state.trainable.values(), *state.frozen.values()):
         share = math.prod(x.sharding.shard_shape(x.shape)) / max(math.prod(x.shape), 1)
         shards[x.shape] = max(share, shards.get(x.shape, 0.0))
-    return math.ceil(_peak(traced.jaxpr, shards, free_results=True))
+    return math.ceil(_peak(traced.jaxpr, _Lying(shards, platform), free_results=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lying:
+    """How values lie on one device. shards: shape -> share of such an array that lies there; others lie there whole."""
+
+    shards: Mapping[tuple[int, ...], float] = dataclasses.field(default_factory=dict)
+    platform: str = ""
+
+    def bytes(self, aval: Any) -> float:
+        shape = tuple(aval.shape)
+        return self.shards.get(shape, 1.0) * _padded(shape, self.platform) * getattr(aval.dtype, "itemsize", 4)
 
 
 # Operations that XLA computes inside the loop of whoever reads them; what they read is then read there.
@@ -188,7 +246,7 @@ def _body(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> core.Jaxpr:
 
 def _peak(
     jaxpr: core.Jaxpr,
-    shards: Mapping[tuple[int, ...], float],
+    lying: _Lying,
     *,
     free_results: bool = False,
     sliced: Sequence[int] = (),
@@ -196,7 +254,6 @@ def _peak(
     """Most bytes alive at a time inside `jaxpr`, its arguments apart.
 
     Args:
-      shards: shape -> share of such an array that lies on one device; others lie there whole.
       free_results: results are counted elsewhere.
       sliced: arguments that a loop cuts out of larger arrays, for which a place is needed.
     """
@@ -232,8 +289,7 @@ def _peak(
     def size(value: _Value) -> float:
         if (free_results and id(value) in returned) or not hasattr(value.aval, "shape"):
             return 0
-        share = shards.get(tuple(value.aval.shape), 1.0)
-        return share * math.prod(value.aval.shape) * getattr(value.aval.dtype, "itemsize", 4)
+        return lying.bytes(value.aval)
 
     ends: dict[int, list[_Value]] = {}
     alive = highest = 0.0
@@ -242,12 +298,12 @@ def _peak(
         alive += sum(size(value) for value in made)
         for value in made:
             ends.setdefault(last.get(id(value), index), []).append(value)
-        highest = max(highest, alive + _inside(operation))
+        highest = max(highest, alive + _inside(operation, _Lying(platform=lying.platform)))
         alive -= sum(size(value) for value in ends.pop(index, ()))
     return highest
 
 
-def _inside(operation: _Operation) -> float:
+def _inside(operation: _Operation, lying: _Lying) -> float:
     """Bytes that an operation needs while it runs, its results apart."""
     params = operation.params
     if operation.name == "scan":
@@ -255,9 +311,9 @@ def _inside(operation: _Operation) -> float:
         # What one turn cuts out of a larger array has an axis less than that array. Told by shapes, because jax 0.11
         # renamed the parameters that count constants and carries.
         pairs = zip(operation.operands, body.invars, strict=True)
-        return _peak(body, {}, sliced=[i for i, (whole, var) in enumerate(pairs) if whole.ndim > var.aval.ndim])
+        return _peak(body, lying, sliced=[i for i, (whole, var) in enumerate(pairs) if whole.ndim > var.aval.ndim])
     if operation.name == "while":
-        return _peak(_body(params["body_jaxpr"]), {})
+        return _peak(_body(params["body_jaxpr"]), lying)
     if operation.name == "cond":
-        return max(_peak(_body(branch), {}) for branch in params["branches"])
+        return max(_peak(_body(branch), lying) for branch in params["branches"])
     return 0.0

@@ -111,7 +111,7 @@ def test_for_a_step_that_is_refused_the_least_accumulation_that_fits_is_named(mo
     # The compiler takes twice the estimate, and has room for twice that of four parts. Fails if the search takes no
     # notice of what the compiler takes more, or goes on behind the first that fits.
     config, model, batch = twin()
-    abstract, memory_of = compiled._abstract(config, model, place.mesh), steps.memory_of
+    abstract, memory_of = compiled.abstract_state(config, model, place.mesh), steps.memory_of
 
     @functools.cache
     def traced(parts: int) -> memory.Estimate:
@@ -119,7 +119,7 @@ def test_for_a_step_that_is_refused_the_least_accumulation_that_fits_is_named(mo
         return memory_of(dataclasses.replace(config, train=train), model, abstract, batch)
 
     estimates = {parts: traced(parts).total for parts in (1, 2, 4)}
-    monkeypatch.setattr(steps, "memory_of", lambda config, *_: traced(config.train.accumulation))
+    monkeypatch.setattr(steps, "memory_of", lambda config, *_, **__: traced(config.train.accumulation))
     assert estimates[1] > estimates[2] > estimates[4]
     refused = {"bytes": {"peak": 2 * estimates[1]}, "refused": "no room"}
     monkeypatch.setattr(compiled, "_compile", lambda *given: refused)
@@ -141,7 +141,7 @@ def test_for_a_step_that_is_refused_the_least_accumulation_that_fits_is_named(mo
 )
 def test_a_larger_fsdp_is_named_where_accumulation_is_not_enough(monkeypatch, place, room, nearest):
     # Four devices hold two segments each. Fails if more is changed than has to be, or something that does not fit.
-    def estimate(config, model, abstract, batch):
+    def estimate(config, model, abstract, batch, *, platform):
         parameters = 1000 // abstract.step.sharding.mesh.shape["fsdp"]
         return memory.Estimate(parameters, 0, 0, 800 // config.train.accumulation, 0)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from robovlms_jax.training import memory
@@ -23,5 +26,26 @@ def test_a_scan_needs_room_for_what_a_turn_cuts_out_and_none_for_its_constants(r
 
     shapes = ((WIDTH, WIDTH), (WIDTH,), (TURNS, WIDTH))
     traced = jax.make_jaxpr(program)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
-    peak = memory._peak(traced.jaxpr, {})
+    peak = memory._peak(traced.jaxpr, memory._Lying())
     assert 3 * ROW <= peak <= 6 * ROW  # a row, a product, a sum, and the result: neither 1000 rows nor 50
+
+
+@pytest.mark.parametrize(
+    ("shape", "numbers"),
+    [
+        ((2, 128, 16), 2 * 128 * 16),  # {1,2,0:T(8,128)}
+        ((512, 16), 512 * 16),  # {0,1:T(8,128)}
+        ((64, 16), 128 * 16),  # {0,1:T(8,128)}
+        ((2, 4, 16), 2 * 4 * 128),  # {2,1,0:T(4,128)}
+        ((10, 49, 4, 16), 10 * 128 * 4 * 16),  # {1,3,2,0:T(8,128)}
+        ((10,), 128),  # {0:T(128)}
+        ((0, 4), 0),
+    ],
+)
+def test_arrays_on_tpus_are_padded_as_libtpu_was_seen_to_lay_them_out(shape, numbers):
+    # Shapes and layouts of the twin's training step, compiled for v5e:2x2 by libtpu 0.0.42.1.
+    mesh = jax.sharding.AbstractMesh((1,), ("data",))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    x = jax.ShapeDtypeStruct(shape, np.float32, sharding=whole)
+    assert memory.bytes_per_device(x, "tpu") == 4 * numbers
+    assert memory.bytes_per_device(x) == memory.bytes_per_device(x, "gpu") == 4 * math.prod(shape)

@@ -1,0 +1,139 @@
+"""Softmax attention in sixteen bits, with a gradient that keeps what FlashAttention's keeps: queries, keys, values and
+results, and of each row of scores the largest and the weights' total (Dao et al. 2022, arXiv:2205.14135, algorithm 4).
+
+Left to automatic differentiation, scores are asked for in float32, so their gradients come in it, and both products
+behind these become float32's; and rematerialisation makes the results again although they are known. Rows and columns
+are padded to multiples of `MULTIPLE`, as XLA pads operands of products for NVIDIA's matrix units: it copies every array
+of scores to do so, and here queries, keys and values are padded, which are smaller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+MULTIPLE = 8
+"""Numbers of 16 bits, of which NVIDIA's matrix units read as many at a time."""
+SAVED = "attended"
+"""What the gradient needs beside queries, keys and values, by this name, for policies of rematerialisation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Of attention's weights: a share `rate` of them is 0, the others are larger by as much. key: as of jax.random."""
+
+    rate: float
+    key: jax.Array
+
+    def __call__(self, weights: jax.Array) -> jax.Array:
+        kept = jax.random.bernoulli(self.key, 1 - self.rate, weights.shape)
+        return jnp.where(kept, weights / (1 - self.rate), 0)
+
+
+def attended(
+    q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None, drop: Dropout | None = None
+) -> jax.Array:
+    """Sums of values, weighted by the softmax of scores.
+
+    Args:
+      q: bfloat16 or float16[B, K, G, S, H], scaled. keys, values: [B, K, T, H] of the same type.
+      mask: bool[B, S, T], True = may attend; None = all. A row without any True averages all values.
+      drop: None: no weights are dropped. The gradient draws the same ones again.
+    Returns:
+      [B, K, G, S, H] in the type of q.
+    """
+    shape = q.shape
+    rows, columns = (-size % MULTIPLE if size > MULTIPLE else 0 for size in (shape[3], keys.shape[2]))
+    if mask is not None:
+        mask = jnp.pad(mask, ((0, 0), (0, rows), (0, columns)))
+    keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, columns), (0, 0))) for x in (keys, values))
+    # One axis for all rows that share keys: products over two would be made of transposed copies.
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, rows), (0, 0))).reshape(*shape[:2], -1, shape[4])
+    key, rate = (None, 0.0) if drop is None else (drop.key, drop.rate)
+    y = _attended(keys.shape[2] - columns, rate, q, keys, values, mask, key)
+    return y.reshape(*shape[:3], -1, shape[4])[..., : shape[3], :]
+
+
+def _product(x: jax.Array, y: jax.Array, over: tuple[int, int], dtype: Any = None) -> jax.Array:
+    """The products, over one axis of each, of the matrices at the ends of two arrays [B, K, ., .]."""
+    axes = (((over[0],), (over[1],)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(x, y, axes, preferred_element_type=dtype)
+
+
+def _by_mask(mask: jax.Array, x: jax.Array, otherwise: jax.Array | float) -> jax.Array:
+    """`x` [B, K, G * S, T] where `mask` [B, S, T] says so; otherwise: a number, or as the mask."""
+    parts = x.reshape(*x.shape[:2], -1, *mask.shape[1:])
+    otherwise = jnp.asarray(otherwise, x.dtype)
+    return jnp.where(mask[:, None, None], parts, otherwise[:, None, None] if otherwise.ndim else otherwise).reshape(
+        x.shape
+    )
+
+
+def _scores(q: jax.Array, keys: jax.Array) -> jax.Array:
+    """float32[B, K, G * S, T], not masked: whoever reads them masks what it makes of them. Masked ones would be
+    another array to be written and read."""
+    return _product(q, keys, (3, 3), jnp.float32)
+
+
+def _largest(scores: jax.Array, count: int, mask: jax.Array | None) -> jax.Array:
+    if mask is not None:
+        scores = _by_mask(mask, scores, jnp.finfo(scores.dtype).min)
+    return scores[..., :count].max(-1, keepdims=True)
+
+
+def _weights(scores: jax.Array, largest: jax.Array, count: int, mask: jax.Array | None) -> jax.Array:
+    """Not yet divided by their total."""
+    weights, is_key = jnp.exp(scores - largest), jnp.arange(scores.shape[-1]) < count
+    if mask is None:
+        return jnp.where(is_key, weights, 0)
+    return _by_mask(mask, weights, ~mask.any(-1, keepdims=True) & is_key)  # a row that sees nothing averages all
+
+
+def _dropped(weights: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    return weights if key is None else Dropout(rate, key)(weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attended(count: int, rate: float, *arrays: jax.Array | None) -> jax.Array:
+    """[B, K, G * S, H]. Of the keys, `count` are no padding. arrays: q [B, K, G * S, H], keys, values, mask, key."""
+    return _forward(count, rate, *arrays)[0]
+
+
+def _forward(
+    count: int,
+    rate: float,
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array | None,
+    key: jax.Array | None,
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    scores = _scores(q, keys)
+    largest = _largest(scores, count, mask)
+    weights = _weights(scores, largest, count, mask)
+    total = weights.sum(-1, keepdims=True)
+    y = (_product(_dropped(weights, rate, key).astype(q.dtype), values, (3, 2)) / total).astype(q.dtype)
+    y, largest, total = (checkpoint_name(found, SAVED) for found in (y, largest, total))
+    return y, (q, keys, values, mask, key, y, largest, total)
+
+
+def _backward(
+    count: int, rate: float, saved: tuple[jax.Array | None, ...], dy: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    q, keys, values, mask, key, y, largest, total = saved
+    weights = _weights(_scores(q, keys), largest, count, mask)  # of 1 / total dy takes care
+    dy = (dy / total).astype(q.dtype)
+    dweights = _dropped(_product(dy, values, (3, 3)).astype(jnp.float32), rate, key)
+    mean = (dy.astype(jnp.float32) * y).sum(-1, keepdims=True)
+    dscores = weights * (dweights - mean)
+    dscores = (dscores if mask is None else _by_mask(mask, dscores, 0)).astype(q.dtype)
+    dvalues = _product(_dropped(weights, rate, key).astype(q.dtype), dy, (2, 2))
+    return _product(dscores, keys, (3, 2)), _product(dscores, q, (2, 2)), dvalues, None, None
+
+
+_attended.defvjp(_forward, _backward)

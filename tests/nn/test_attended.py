@@ -1,0 +1,80 @@
+"""Attention in sixteen bits: the values and gradients of plain attention, from fewer and cheaper products."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from robovlms_jax.nn import attention, stack
+from robovlms_jax.nn.attended import Dropout, attended
+
+
+def drawn(batch, heads, group, rows, columns, masked, seed=0):
+    """q float32[B, S, N, H], keys and values [B, K, T, H], a mask with a row that sees nothing, and a cotangent."""
+    rng = np.random.default_rng(seed)
+    shapes = [(batch, rows, heads * group, 4), (batch, heads, columns, 4), (batch, heads, columns, 4)]
+    q, keys, values = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    mask = jnp.asarray(rng.random((batch, rows, columns)) < 0.7).at[0, 0].set(False) if masked else None
+    return q, keys, values, mask, jnp.asarray(rng.normal(size=q.shape), jnp.float32)
+
+
+def own(q, keys, values, mask, drop=None):
+    heads = keys.shape[1]
+    grouped = jnp.swapaxes(q, 1, 2).reshape(q.shape[0], heads, -1, q.shape[1], q.shape[3])
+    return jnp.moveaxis(attended(grouped, keys, values, mask, drop), 3, 1).reshape(q.shape)
+
+
+def with_gradients(function, arrays, cotangent):
+    def both(arrays):
+        y, back = jax.vjp(function, *arrays)
+        return y, *back(cotangent.astype(y.dtype))
+
+    return [np.asarray(x, np.float32) for x in jax.jit(both)(arrays)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "masked", "rate"),
+    [((2, 2, 2, 13, 21), True, 0.0), ((1, 2, 1, 1, 9), True, 0.0), ((2, 3, 2, 16, 16), False, 0.4)],
+)
+def test_values_and_gradients_are_those_of_plain_attention(sizes, masked, rate):
+    # In float32, where rounding hides no mistake: rows and columns that are padded and not, keys that queries share,
+    # weights that are dropped (in a size without padding, so that both draw the same).
+    *arrays, mask, cotangent = drawn(*sizes, masked)
+    key = jax.random.PRNGKey(0)
+    drops = [Dropout(rate, key), Dropout(rate, jax.random.split(key, 1)[0])] if rate else [None, None]
+    plain = with_gradients(lambda q, k, v: attention.attend(q, [(k, v)], mask, drop=drops[0]), arrays, cotangent)
+    found = with_gradients(lambda q, k, v: own(q, k, v, mask, drops[1]), arrays, cotangent)
+    for x, y in zip(found, plain, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_gradients_in_bfloat16_are_as_near_the_exact_ones_as_those_of_products_in_float32():
+    *arrays, mask, cotangent = drawn(2, 4, 1, 61, 61, True)
+    half = [x.astype(jnp.bfloat16) for x in arrays]
+    attend = lambda q, k, v: attention.attend(q, [(k, v)], mask)  # noqa: E731
+    exact = with_gradients(attend, [x.astype(jnp.float32) for x in half], cotangent.astype(jnp.bfloat16))
+    # With a bias attention is differentiated automatically.
+    biased = lambda q, k, v: attention.attend(q, [(k, v)], mask, jnp.zeros((1, 4, 61, 61)))  # noqa: E731
+    automatic = with_gradients(biased, half, cotangent)
+    for x, y, z in zip(with_gradients(attend, half, cotangent), automatic, exact, strict=True):
+        assert np.abs(x - z).mean() < 1.25 * np.abs(y - z).mean() < 0.05 * np.abs(z).mean()
+
+
+def products(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield [x.aval.dtype for x in equation.invars]
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+def test_no_product_is_made_of_float32_and_none_again_that_the_gradient_does_not_need():
+    # Two forward, and behind them: scores again, and the gradients of weights, queries, keys and values.
+    *arrays, mask, _ = drawn(1, 2, 1, 16, 16, True)
+    layer = jax.checkpoint(lambda q, k, v: attention.attend(q, [(k, v)], mask).sum(), policy=stack.KEPT)
+    traced = jax.make_jaxpr(jax.grad(layer, (0, 1, 2)))(*[x.astype(jnp.bfloat16) for x in arrays])
+    assert list(products(traced.jaxpr)) == [[jnp.bfloat16, jnp.bfloat16]] * 7
