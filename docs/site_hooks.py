@@ -21,7 +21,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from robovlms_jax import schema
+from robovlms_jax import programs, schema
 from robovlms_jax.policies import vla  # noqa: F401  (heads and sensors are known once their files are imported)
 from robovlms_jax.runs.config import ExperimentConfig
 
@@ -87,20 +87,30 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def commands() -> str:
     """Every program, with the text that its file begins with."""
     found = []
+    called = {
+        program.module: f"{programs.NAME} {command} {word}".strip()
+        for command, words in programs.COMMANDS.items()
+        for word, program in words.items()
+    }
     for path in sorted((ROOT / "experiments").glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        if "__main__" in path.read_text(encoding="utf-8"):
-            found.append(f"## experiments.{path.stem}\n\n{fenced(ast.get_docstring(tree) or '')}")
+        source = path.read_text(encoding="utf-8")
+        if "__main__" in source:
+            name = f"`{called[path.stem]}`\n\n" if path.stem in called else ""
+            found.append(f"## experiments.{path.stem}\n\n{name}{fenced(ast.get_docstring(ast.parse(source)) or '')}")
     return (
-        "# Commands\n\nEach answers `--help`; fields of an experiment are in [settings](settings.md).\n\n"
-        + "\n\n".join(found)
+        "# Commands\n\nA program has two names, such as `robovlms train` and `python -m experiments.calvin_abcd`; "
+        "`robovlms` alone lists them. Each answers `--help`; fields of an experiment are in "
+        "[settings](settings.md).\n\n" + "\n\n".join(found)
     )
 
 
 def fenced(text: str) -> str:
-    """A docstring's first sentence as a paragraph, the rest as it is written."""
-    first, _, rest = text.partition("\n\n")
-    return first.replace("\n", " ") + (f"\n\n```text\n{rest}\n```" if rest.strip() else "")
+    """A docstring's paragraphs; those that are indented, its examples, as code."""
+    blocks = (
+        f"```text\n{textwrap.dedent(block)}\n```" if block.startswith((" ", "python -m ")) else " ".join(block.split())
+        for block in text.strip("\n").split("\n\n")
+    )
+    return "\n\n".join(blocks)
 
 
 def settings() -> str:

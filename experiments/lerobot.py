@@ -109,7 +109,7 @@ PRESETS = {name: small(name, robot) for name, robot in ROBOTS.items()}
 REAL_THING = """\
 For the real thing, pass your recording and published weights (any preset's field can be overridden the same way):
 
-    python -m experiments.lerobot --preset aloha --data.root DIR --backbone.name kosmos-2 \\
+    python -m experiments.lerobot --preset so100 --data.root DIR --backbone.name kosmos-2 \\
         --backbone.weights hf://microsoft/kosmos-2-patch14-224 --train.steps 20000
 
 How to say what a robot's numbers are: data/README.md. `--help-all` explains every field."""
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from robovlms_jax.runs import run  # takes longer than all that --help needs, as below
 
     config = with_data(name, config)
-    run.run(name, config, title="LeRobot", closing=REAL_THING)
+    run.run(name, config, title="LeRobot", closing=REAL_THING.replace("so100", name))
     show(config)
 
 

@@ -13,6 +13,8 @@ import types
 
 import pytest
 
+from tests.web import browser
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -54,6 +56,25 @@ def test_every_page_is_there_and_asks_nothing_of_the_network(site):
         fetched = re.findall(r"<(?:script|img|iframe)[^>]+src=[\"']?(?:https?:)?//[^\"' >]+", text)
         fetched += re.findall(r"<link[^>]+rel=[\"']?stylesheet[^>]+href=[\"']?(?:https?:)?//[^\"' >]+", text)
         assert not fetched, page
+
+
+@pytest.mark.skipif(browser.find() is None, reason="no Chromium here")
+def test_pages_opened_from_disk_can_be_searched(site, tmp_path):
+    with browser.browser(tmp_path) as page:
+        page.size(1200, 900)
+        page.open((site / "how_to" / "calvin.html").as_uri())
+        page.ask("document.querySelector('.md-search__input').focus()")
+        page.type("safety layer")
+        first = page.wait("document.querySelector('.md-search-result__link')?.href")
+        assert first.startswith(site.as_uri()) and page.complaints == []
+
+
+def test_a_programs_examples_are_code_and_its_sentences_are_none(site):
+    text = (site / "reference" / "commands.html").read_text(encoding="utf-8")
+    code = " ".join(re.findall(r"<code>.*?</code>", text, flags=re.DOTALL))
+    assert "python -m experiments.push --checkpoint" in code and "python -m experiments.plan --backbone" in code
+    assert "Log in once" in text and "Log in once" not in code
+    assert "robovlms train bridge" in code
 
 
 def test_the_reference_has_every_setting_and_what_a_program_calls(site):

@@ -11,8 +11,10 @@ import functools
 import importlib.util
 import itertools
 import json
+import os
 import pathlib
 import tempfile
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -79,14 +81,10 @@ def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
     _require_packages(directory, found)
     if "tokenizer.json" in found:
         # It holds the whole tokenizer, and this class reads it without importing torch, unlike AutoTokenizer (6 s).
-        from transformers import PreTrainedTokenizerFast
-
-        read = PreTrainedTokenizerFast.from_pretrained
+        read = _transformers().PreTrainedTokenizerFast.from_pretrained
     else:
-        from transformers import AutoTokenizer
-
         # False: code that comes with the files is neither run nor asked about on a terminal that may not be there.
-        read = functools.partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
+        read = functools.partial(_transformers().AutoTokenizer.from_pretrained, trust_remote_code=False)
     with _without_marks(directory) as clean:
         try:
             if found == [RANKS]:
@@ -97,6 +95,14 @@ def load_tokenizer(path: str | pathlib.Path) -> PreTrainedTokenizerBase:
             raise ValueError(f"{directory} has tokenizer files {found} that cannot be read: {reason}") from error
     tokenizer.name_or_path = str(directory)
     return tokenizer
+
+
+def _transformers() -> types.ModuleType:
+    # Only tokenizers are used, and without PyTorch it says at its import that models are missing.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
 
 
 @contextlib.contextmanager
@@ -173,7 +179,6 @@ def read_ranks(path: pathlib.Path) -> PreTrainedTokenizerBase:
     Raises ValueError when the ranks are not a run from 0.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
@@ -201,7 +206,7 @@ def read_ranks(path: pathlib.Path) -> PreTrainedTokenizerBase:
     names += ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"]
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
+    return _transformers().PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
 
 
 _QWEN_WORDS = (

@@ -145,7 +145,8 @@ class Journal:
         differing = json_files.differences(rows[0], settings)
         if differing:
             raise ValueError(
-                f"{directory} was begun with other settings ({differing}); use a new directory, or delete it."
+                f"{directory} was begun with other settings ({differing}); use a new directory (--data.root where "
+                "training records, --out of a recorder), or delete it."
             )
         self.out = directory.parents[1]
         self.chains: list[dict[str, Any]] = rows[1:]

@@ -86,7 +86,10 @@ def view(config: Any, name: str) -> Any:
     """The `PolicyConfig` of another robot, by its source's name. Raises ValueError: there is none, names those there
     are."""
     known = {other.name: other for other in config.others}
-    require(name in known, f"this policy was not trained on robot {name!r}; beside its own it knows {sorted(known)}.")
+    require(
+        name in known,
+        f"this policy was not trained on robot {name!r}; beside its own it knows {sorted(known) or 'none'}.",
+    )
     other = known[name]
     proprio = dataclasses.replace(
         config.proprio,

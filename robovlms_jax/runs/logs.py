@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 
 LIBRARIES = ("absl", "orbax", "grain", "jax._src", "httpx")
@@ -13,8 +12,6 @@ LIBRARIES = ("absl", "orbax", "grain", "jax._src", "httpx")
 def to_stderr(level: int = logging.INFO, *, absl: int = logging.WARNING, libraries: int = logging.WARNING) -> None:
     """Messages of at least `level` with the time of day, and of other libraries what is at least of the levels given
     for them."""
-    # Of transformers only tokenizers are used, and without PyTorch it says at its import that models are missing.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # force: a library that was imported may have given the root logger a handler, and basicConfig then does nothing
     logging.basicConfig(
         level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True

@@ -61,9 +61,9 @@ def card(step: pathlib.Path, config: ExperimentConfig, repository: str, words: W
 
 
 _LIMITS = (
-    "It was trained for the robot, cameras and tasks above; another camera position, table or wording may make it fail "
-    "without a sign. Numbers of a simulator say nothing about another simulator or a real robot. It checks nothing for "
-    "safety: drive a robot through a layer that does, and keep an emergency stop at hand."
+    "It was trained for the robot, cameras and data above; another task, camera position, table or wording may make it "
+    "fail without a sign. Numbers of a simulator say nothing about another simulator or a real robot. It checks "
+    "nothing for safety: drive a robot through a layer that does, and keep an emergency stop at hand."
 )
 
 
@@ -125,7 +125,11 @@ def _data(config: ExperimentConfig) -> str:
             f"{shown.episodes} chains of demonstrations by scripted experts in PlayTable, the embedded simulator, on "
             f"tables {', '.join(shown.scenes)} and {shown.random_scenes} random ones: {tasks}."
         )
-    return f"Dataset {data.dataset}, {config.train.steps} steps of {config.train.batch_size} windows."
+    name = pathlib.PurePath(data.root).name  # of the folder alone: where it lies is nobody's business
+    return (
+        f"{data.dataset}{f', the recording {name}' if name else ''}: {config.train.steps} training steps of "
+        f"{config.train.batch_size} windows each."
+    )
 
 
 def _numbers(run: pathlib.Path, label: str) -> Iterator[str]:

@@ -1,7 +1,9 @@
 import json
+import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import huggingface_hub
 import pytest
@@ -14,6 +16,13 @@ TEMPLATE = "<grounding>An image of a robot {instruction}"
 SENTENCES = [
     prompts.format_prompt(TEMPLATE, s) for s in ("open the drawer", "push the red block right", "turn on the led")
 ]
+
+
+def test_transformers_is_asked_not_to_warn_of_missing_models_before_it_is_imported(monkeypatch):
+    monkeypatch.delenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
+    tokenizers._transformers()
+    assert os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
 
 
 @pytest.fixture(scope="module")
