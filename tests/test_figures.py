@@ -332,6 +332,16 @@ def test_what_the_calvin_page_says_of_34_tasks_is_what_was_run():
         assert f"| {name} | {left} | {right} |" in text
     for recording in found["recording"].values():
         assert "{recorded} of {attempted}".format(**recording) in text
+    digits = [[int(x) for x in row["solved_in_each"]] for row in rows]
+    first = [(alone > 0, both > 0) for alone, both in zip(*digits, strict=True)]
+    paired = found["paired"]
+    assert (first.count((False, True)), first.count((True, False))) == (
+        paired["calvin_small_only"],
+        paired["playtable_small_only"],
+    )
+    assert "in {calvin_small_only} of the 200, and fails where the other succeeds in {playtable_small_only}:".format(
+        **paired
+    ) in " ".join(text.split())
 
 
 def test_the_calvin_pages_figures_are_those_of_its_runs():
