@@ -16,7 +16,7 @@ from PIL import Image
 from robovlms_jax import atomic
 from robovlms_jax.envs.calvin import task_chains
 from robovlms_jax.playtable import env
-from robovlms_jax.playtable.scene import BLOCKS, RANDOM, initial_obs, stack_scenes
+from robovlms_jax.playtable.scene import BLOCKS, initial_obs, random_tables, stack_scenes
 
 PICTURES = "pictures"
 """Folder of the pictures, beside the files of questions."""
@@ -56,7 +56,7 @@ def write(settings: Settings) -> dict[str, int]:
     """
     out = pathlib.Path(settings.out)
     (out / PICTURES).mkdir(parents=True, exist_ok=True)
-    names = (*settings.tables, *(f"{RANDOM}{i}" for i in range(settings.random_tables)))
+    names = (*settings.tables, *random_tables(0, settings.random_tables))
     counts = {"pictures": 0, "questions": 0}
     for split, tables, number, seed in (
         ("train", names, settings.pictures, settings.seed),

@@ -17,7 +17,7 @@ from robovlms_jax import bars
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.playtable import demonstrations, splits
 from robovlms_jax.playtable.config import DemonstrationConfig
-from robovlms_jax.playtable.scene import RANDOM, check_name
+from robovlms_jax.playtable.scene import check_name, random_tables
 from robovlms_jax.training.directory import claim
 
 
@@ -46,7 +46,7 @@ class RecordConfig(DemonstrationConfig):
 
     @property
     def training_scenes(self) -> tuple[str, ...]:
-        return (*self.scenes, *(f"{RANDOM}{i}" for i in range(self.random_scenes)))
+        return (*self.scenes, *random_tables(0, self.random_scenes))
 
 
 def record(config: RecordConfig) -> dict[str, int]:

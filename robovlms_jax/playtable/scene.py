@@ -238,6 +238,11 @@ class _Variant(NamedTuple):
     """m, how far the cabinet's parts are moved along x."""
 
 
+def random_tables(first: int, count: int) -> tuple[str, ...]:
+    """Names of so many random tables, from number `first` on."""
+    return tuple(f"{RANDOM}{number}" for number in range(first, first + count))
+
+
 def check_name(name: str) -> None:
     """Raises ValueError for what `make_scene` does not know."""
     number = name.removeprefix(RANDOM)

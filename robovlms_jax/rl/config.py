@@ -6,7 +6,12 @@ import dataclasses
 from typing import Literal
 
 from robovlms_jax import schema
+from robovlms_jax.playtable.scene import random_tables
 from robovlms_jax.schema import require
+from robovlms_jax.training.config import OptimizerConfig
+
+UNSEEN = 1_000_000
+"""Number of the first random table that is kept for measuring."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +76,9 @@ class UpdateConfig:
     entropy_weight: float = 0.0
     divergence_weight: float = 0.0
     """Weight of the divergence from the policy that learning began with. Large for learned rewards (0.01 to 0.1)."""
+    hold_weight: float = 0.0
+    """Weight of the divergence in tasks that are not trained (reinforce.others). Above 0 they are played beside those
+    that are, and nothing is paid there: what the policy does in them stays as it was. 0: they are measured alone."""
     divergence_stop: float = 0.05
     """An iteration ends when the policy has moved so far from the one that tried things out; 0: never."""
 
@@ -82,7 +90,8 @@ class UpdateConfig:
         for field in ("clip_low", "clip_high", "value_delta", "reward_scale"):
             require(getattr(self, field) > 0, f"update.{field}={getattr(self, field)} must be positive.")
         for field in (
-            *("dual_clip", "value_weight", "value_clip", "entropy_weight", "divergence_weight", "divergence_stop"),
+            *("dual_clip", "value_weight", "value_clip", "entropy_weight", "divergence_weight", "hold_weight"),
+            "divergence_stop",
         ):
             require(getattr(self, field) >= 0, f"update.{field}={getattr(self, field)} must not be negative.")
         require(self.clip_low < 1, f"update.clip_low={self.clip_low} must be below 1.")
@@ -93,3 +102,111 @@ class UpdateConfig:
             all(width >= 1 for width in self.value_widths),
             f"update.value_widths={self.value_widths} must be at least 1 each.",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+@schema.checked("reinforce")
+class ReinforceConfig:
+    """What to improve, on what, and how."""
+
+    checkpoint: str = ""
+    """The policy to begin with: a run directory, one of its checkpoints/<step> folders, or hf://OWNER/NAME."""
+    out: str = "runs/reinforce"
+    """Where the improved policy goes, as a checkpoint like any other, with the report and what a stopped run needs."""
+    resume: bool = False
+    """Go on with the run in `out`."""
+    tasks: tuple[str, ...] = ()
+    """Tasks to improve; empty: those of the checkpoint's own rollouts or demonstrations."""
+    others: tuple[str, ...] = ()
+    """Tasks that are not trained and measured all the same: whether they suffer. `update.hold_weight` keeps them as
+    they are."""
+    scenes: tuple[str, ...] = ()
+    """Tables to learn on; empty: those that the checkpoint learned on."""
+    random_scenes: int = 0
+    """This many more, the first of those that demonstrations.random_scenes draws: what is learned on three tables may
+    be of use there alone."""
+    unseen_scene: str = ""
+    """Table that is measured and not learned on; empty: that of the checkpoint's own rollouts."""
+    unseen_random_scenes: int = 0
+    """Random tables that nothing was learned on, which are measured as well, one after the other."""
+    pool: int = 256
+    """Starts that trials are drawn from."""
+    start_spread: float = 0.25
+    """Metres by which the hand is moved at a trial's beginning, at most (`demonstrations.start_spread`)."""
+    max_steps: int = 0
+    """Control steps of a trial; 0: as in the checkpoint's own rollouts or demonstrations."""
+    horizon: int = 0
+    """Actions executed of every predicted chunk; 0: as in the checkpoint's own rollouts."""
+    image_size: tuple[int, ...] = ()
+    """Pixels of static and wrist camera; empty: what the policy was trained with."""
+    iterations: int = 50
+    tables: int = 32
+    """Side by side while learning and measuring."""
+    decisions: int = 32
+    """Of every table in one iteration."""
+    devices: int = 1
+    """That tables and updates are split over; of CPUs, cores. Another number draws other actions."""
+    group: int = 8
+    """Method grpo: trials from the same state."""
+    trainable: tuple[str, ...] = ("^head/", "^rl/")
+    """As train.trainable, of the policy's parameters and of those under rl/: the behaviour's spread and the critic. The
+    head alone is cheap: features are kept, and the backbone is not asked again. "lora_" trains adapters."""
+    behaviour: BehaviourConfig = BehaviourConfig()
+    update: UpdateConfig = UpdateConfig()
+    reward: str = ""
+    """A learned reward (experiments.reward) in place of the task checker's, which then only ends trials and measures;
+    empty: the checker's. Weigh the divergence with it (--preset preferences)."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, rates={"^rl/value/": 10.0}, clip_norm=1.0)
+    trials: int = 200
+    """Of each measurement."""
+    checkpoint_every: int = 10
+    """Iterations between two points that a stopped run goes on from."""
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in ("pool", "iterations", "tables", "decisions", "devices", "group", "trials"):
+            require(getattr(self, field) >= 1, f"reinforce.{field}={getattr(self, field)} must be at least 1.")
+        for field in ("max_steps", "horizon", "unseen_random_scenes"):
+            require(getattr(self, field) >= 0, f"reinforce.{field}={getattr(self, field)} must not be negative.")
+        require(
+            0 <= self.random_scenes <= UNSEEN,
+            f"reinforce.random_scenes={self.random_scenes} must lie in [0, {UNSEEN}]; later ones are for measuring.",
+        )
+        require(
+            not self.update.hold_weight or len(self.others) > 0,
+            f"update.hold_weight={self.update.hold_weight} holds the tasks in reinforce.others, which is empty; name "
+            "some, or leave the weight at 0.",
+        )
+        require(
+            len(self.image_size) in (0, 2),
+            f"reinforce.image_size={self.image_size}: expected pixels of static and wrist camera, or nothing.",
+        )
+        require(self.checkpoint_every >= 1, f"reinforce.checkpoint_every={self.checkpoint_every} must be at least 1.")
+        require(
+            self.update.method == "ppo" or self.tables % (self.group * self.devices) == 0,
+            f"reinforce.tables={self.tables} is no multiple of reinforce.group={self.group} times reinforce.devices="
+            f"{self.devices}; each group plays whole, on one device.",
+        )
+        require(
+            self.tables % self.devices == 0,
+            f"reinforce.tables={self.tables} do not divide over reinforce.devices={self.devices}; change one of them.",
+        )
+        require(
+            not set(self.tasks) & set(self.others),
+            f"reinforce.others names {sorted(set(self.tasks) & set(self.others))}, which reinforce.tasks trains.",
+        )
+        require(
+            not self.unseen_scene or self.unseen_scene not in self.tables_to_learn_on,
+            f"reinforce.unseen_scene={self.unseen_scene!r} is one of those to learn on ("
+            f"reinforce.scenes={self.scenes}, random_scenes={self.random_scenes}); name another.",
+        )
+
+    @property
+    def tables_to_learn_on(self) -> tuple[str, ...]:
+        """All of them, by name."""
+        return (*self.scenes, *random_tables(0, self.random_scenes))
+
+    @property
+    def played(self) -> tuple[str, ...]:
+        """Tasks of the trials that are learned from: those that are trained, and those that are held."""
+        return (*self.tasks, *(self.others if self.update.hold_weight else ()))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from robovlms_jax.parallel import cpu
 from robovlms_jax.parallel import mesh as meshes
@@ -31,11 +31,15 @@ from robovlms_jax.training.stages import Stage
 from robovlms_jax.training.state import create
 from robovlms_jax.types import Inputs
 
+_AXES = ("data", "fsdp")
+"""Of the mesh, over which tables are split."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """tables: side by side. decisions: of every table in one iteration. play: how tables are played; for ppo one trial
-    follows the other, with a last look at those that were cut off, for grpo each table plays one."""
+    follows the other, with a last look at those that were cut off, for grpo each table plays one. held: tasks that are
+    played and not trained (`update.hold_weight`), positions in `tables.NAMES`."""
 
     behaviour: BehaviourConfig
     update: UpdateConfig
@@ -44,6 +48,7 @@ class Settings:
     image_sizes: tuple[tuple[str, int], ...]
     actions: int
     max_steps: int
+    held: tuple[int, ...] = ()
 
     @property
     def play(self) -> playing.Play:
@@ -66,7 +71,7 @@ class Reinforcement:
     Args:
       params: the policy's, nested; they are copied.
       stage: trainable patterns and optimizer; patterns see the policy's paths and those under `rl/`.
-      mesh: updates are split over it; tables are played on its first device.
+      mesh: tables and updates are split over it; each device has its own share of the trials.
       reward: learned, of frames of `settings.actions` control steps (`progress.frame`); None: 1 where a decision does
         the task.
     Raises:
@@ -85,18 +90,19 @@ class Reinforcement:
     ):
         rollouts.require_playable(model.config)
         total, parts = settings.tables * settings.decisions, settings.update.minibatches
+        self.shards = mesh.shape["data"] * mesh.shape["fsdp"]
         require(
-            total % parts == 0,
+            settings.tables % self.shards == 0 and total % (parts * self.shards) == 0,
             f"tables={settings.tables} x decisions={settings.decisions} do not divide into "
-            f"update.minibatches={parts}; change one of them.",
+            f"update.minibatches={parts} and over {self.shards} device(s); change one of them.",
         )
         self.model, self.settings, self.mesh, self.seed, self.reward = model, settings, mesh, seed, reward
         behaviour = behaviours.make(model.config, settings.behaviour)
         self.learner = objective.Learner(model, behaviour, settings.update.value_widths)
         extra = self.learner.extra_params(jax.random.fold_in(jax.random.key(seed), 1))
         # Placed as the updates leave them: otherwise the second iteration would compile everything again.
-        extra = jax.device_put(extra, meshes.replicated(mesh))
         whole = jax.tree.map(jnp.copy, {**params, objective.SCOPE: extra})
+        whole = jax.device_put(whole, meshes.replicated(mesh))
         self.state = create(whole, stage.trainable, stage.tx, seed, mesh)
         self.reference = {path: jnp.copy(x) for path, x in self.state.trainable.items()}
         self.head_only = all(path.startswith(("head/", f"{objective.SCOPE}/")) for path in self.state.trainable)
@@ -109,9 +115,11 @@ class Reinforcement:
         self._update = steps.make_train_step(self.loss, stage.tx, stage.learning_rate, self.state, mesh)
         platform = meshes.platform(mesh)
         self._play = dataclasses.replace(settings.play, platform=platform, keep_states=reward is not None)
-        options = cpu.options(env.step_kind(settings.tables), platform)
+        options = cpu.options(env.step_kind(settings.tables // self.shards), platform)
         self._collect = jax.jit(self._collected, compiler_options=options)
-        self._part = jax.jit(lambda decisions, rows: jax.tree.map(lambda x: x[rows], decisions))
+        self._part = jax.jit(
+            lambda decisions, rows: jax.tree.map(lambda x: x[rows], decisions), out_shardings=meshes.batched(mesh)
+        )
 
     def iterate(self, world: playing.World, number: int) -> tuple[objective.Decisions, dict[str, float]]:
         """Try things out in a world and learn from it; `self.state` moves on. number: of the iteration.
@@ -146,44 +154,68 @@ class Reinforcement:
     def _collected(
         self, params: Any, reference: Mapping[str, jax.Array], world: playing.World, key: jax.Array
     ) -> tuple[objective.Decisions, dict[str, jax.Array]]:
-        settings = self.settings
-        game = rollouts.begin(self.model, params, world, settings.tables, key)
-        count = settings.decisions
-        # One more than is learned from, for what the last ones led to.
-        _, (outcome, kept) = rollouts.play(self.model, self._act, self._play, count + 1, params, world, game)
+        settings, count = self.settings, self.settings.decisions
+        outcome, kept = self._tried(params, world, key)
         used, kept_used = jax.tree.map(lambda x: x[:count], (outcome, kept))
-        rewards = self._rewards(world, used)
+        task = world.tasks[jnp.maximum(used.trial, 0), used.position]
+        held = jnp.isin(task, jnp.array(settings.held, jnp.int32))
+        rewards = jnp.where(held, 0.0, self._rewards(world, used, task))
         advantage, target = self._judged(world, used, rewards, kept.value)
         mask = objective.mask_of(used.steps, settings.actions)
 
         def flat(tree: Any) -> Any:
             return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
-        view, drawn = flat((kept_used.view, kept_used.drawn))
+        view, drawn, held = flat((kept_used.view, kept_used.drawn, held))
         frozen = flatten_dict(params, sep="/")
         before = unflatten_dict({**frozen, **reference}, sep="/")
         known = self.learner.reconsider(before, view, drawn, settings.actions).log_prob
         decisions = objective.Decisions(
-            view, drawn, *flat((mask, kept_used.log_prob)), known, *flat((kept_used.value, advantage, target))
+            view, drawn, *flat((mask, kept_used.log_prob)), known, *flat((kept_used.value, advantage, target)), held
         )
         if settings.update.method == "ppo":
             counts = decisions.counts
-            decisions = decisions.replace(advantage=estimates.standardised(decisions.advantage, counts) * counts)
+            paid = counts * ~held
+            decisions = decisions.replace(advantage=estimates.standardised(decisions.advantage, paid) * paid)
         else:  # where all trials of a group ended alike there is nothing to learn
-            decisions = decisions.replace(mask=decisions.mask & (decisions.advantage != 0)[:, None])
+            decisions = decisions.replace(mask=decisions.mask & (held | (decisions.advantage != 0))[:, None])
             counts = decisions.counts
-        ended = used.over.sum()
+        paid_for = ~held.reshape(used.over.shape)
+        ended = (used.over & paid_for).sum()
         difference, levels = objective.by_level(decisions.log_prob - known, decisions.mask, self.settings.update.level)
         divergence = objective.mean_of(estimates.divergence(difference, jnp.zeros_like(difference)), levels)
         numbers = {
-            "success": used.success.sum() / jnp.maximum(ended, 1),
+            "success": (used.success & paid_for).sum() / jnp.maximum(ended, 1),
             "trials": ended,
             "env_steps": outcome.steps.sum(),
-            "reward": rewards.sum() / jnp.maximum((used.steps > 0).sum(), 1),
+            "reward": rewards.sum() / jnp.maximum(((used.steps > 0) & paid_for).sum(), 1),
             "explained": estimates.explained_variance(decisions.value, decisions.target, counts),
             "from_reference": (divergence * counts).sum() / jnp.maximum(counts.sum(), 1),
         }
         return decisions, numbers
+
+    def _tried(self, params: Any, world: playing.World, key: jax.Array) -> tuple[playing.Outcome, _Kept]:
+        """One decision more of every table than is learned from, for what the last ones led to; leaves [T + 1, B, ...].
+        Of several devices each plays its own tables with its own part of the trials, with a key of its own."""
+        count, tables = self.settings.decisions + 1, self.settings.tables // self.shards
+
+        def of_device(params: Any, world: playing.World, key: jax.Array) -> tuple[playing.Outcome, _Kept]:
+            game = rollouts.begin(self.model, params, world, tables, key)
+            return rollouts.play(self.model, self._act, self._play, count, params, world, game)[1]
+
+        def share(params: Any, world: playing.World, key: jax.Array) -> tuple[playing.Outcome, _Kept]:
+            own = jax.lax.axis_index(_AXES)
+            outcome, kept = of_device(params, world, jax.random.fold_in(key, own))
+            trial = jnp.where(outcome.trial >= 0, outcome.trial + own * world.trials, -1)  # as all of them are counted
+            return outcome.replace(trial=trial), kept
+
+        if self.shards == 1:
+            return of_device(params, world, key)
+        inputs = (PartitionSpec(), rollouts.by_field(PartitionSpec(_AXES), PartitionSpec()), PartitionSpec())
+        split = PartitionSpec(None, _AXES)
+        return jax.shard_map(share, mesh=self.mesh, in_specs=inputs, out_specs=split, check_vma=False)(
+            params, world, key
+        )
 
     def _act(
         self, params: Any, seen: Inputs, carry: Carry, active: jax.Array, key: jax.Array
@@ -199,14 +231,13 @@ class Reinforcement:
         after = Carry(where(active, head, carry.head), context.history)
         return self.model.config.normalizer.unnormalize(actions), after, kept
 
-    def _rewards(self, world: playing.World, outcome: playing.Outcome) -> jax.Array:
-        """float32[T, B], of each decision."""
+    def _rewards(self, world: playing.World, outcome: playing.Outcome, task: jax.Array) -> jax.Array:
+        """float32[T, B], of each decision; task: int32[T, B], its part in `tables.NAMES`."""
         if self.reward is None:
             return outcome.success.astype(jnp.float32)
         scenes = env.pick(progress.lean(world.scenes), world.scene[jnp.maximum(outcome.trial, 0)])
         numbers = jax.vmap(jax.vmap(progress.numbers))
         before, after = (numbers(scenes, jax.tree.map(lambda x, at=at: x[:, :, at], outcome.states)) for at in (0, -1))
-        task = world.tasks[jnp.maximum(outcome.trial, 0), outcome.position]
         learned = self.reward(progress.frame(before, after, task)) * self.settings.update.reward_scale
         return jnp.where(outcome.steps > 0, learned, 0.0)
 

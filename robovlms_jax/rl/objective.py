@@ -50,7 +50,7 @@ class Decisions:
     view: what was known. drawn: what was drawn (`Behaviour.draw`).
     mask: bool[N, E], which of the E actions were executed; none where a decision is not to be learned from.
     log_prob: float32[N, E, A], of what was drawn; reference: the same by the policy that learning began with.
-    value, advantage, target: float32[N].
+    value, advantage, target: float32[N]. held: bool[N], of a task that is not trained, and stays as it was.
     """
 
     view: View
@@ -61,6 +61,7 @@ class Decisions:
     value: jax.Array
     advantage: jax.Array
     target: jax.Array
+    held: jax.Array
 
     @property
     def counts(self) -> jax.Array:
@@ -157,6 +158,21 @@ class DivergenceTask:
 
 
 @dataclasses.dataclass(frozen=True)
+class HoldTask:
+    """The same divergence, in the tasks that are held alone. It is estimated from actions that were drawn, and its
+    gradient vanishes with the divergence: what has not moved is not pushed about."""
+
+    weight: float
+    level: str
+    name: str = "hold"
+
+    def __call__(self, now: Reconsidered, decisions: Decisions) -> tuple[jax.Array, dict[str, jax.Array]]:
+        log_prob, counts = by_level(now.log_prob, decisions.mask & decisions.held[:, None], self.level)
+        reference, _ = by_level(decisions.reference, decisions.mask, self.level)
+        return mean_of(estimates.divergence(log_prob, reference), counts), {}
+
+
+@dataclasses.dataclass(frozen=True)
 class EntropyTask:
     """Minus the entropy of the behaviour."""
 
@@ -174,6 +190,8 @@ def tasks_of(config: UpdateConfig) -> tuple[Task, ...]:
         out.append(ValueTask(config.value_weight, config.value_clip, config.value_delta))
     if config.divergence_weight:
         out.append(DivergenceTask(config.divergence_weight, config.level))
+    if config.hold_weight:
+        out.append(HoldTask(config.hold_weight, config.level))
     if config.entropy_weight:
         out.append(EntropyTask(config.entropy_weight))
     return tuple(out)

@@ -207,10 +207,10 @@ class Player:
         each = len(numbers[0])
         rows = np.array([[*own, *[0] * (each - len(own))] for own in numbers]).reshape(-1)
         world = world.take(rows, np.zeros(len(rows)))
-        return jax.device_put(world, _by_field(self._split, self._whole)), numbers
+        return jax.device_put(world, by_field(self._split, self._whole)), numbers
 
 
-def _by_field(of_trials: Any, others: Any) -> playing.World:
+def by_field(of_trials: Any, others: Any) -> playing.World:
     """A world whose fields are the first of these where they have an axis of trials, the second elsewhere."""
     names = [field.name for field in dataclasses.fields(playing.World)]
     return playing.World(**{name: of_trials if name in playing.World.OF_TRIALS else others for name in names})
@@ -225,7 +225,7 @@ def _on_each(mesh: Mesh, function: Callable[..., Any], games: int) -> Callable[.
         found = function(params, world, *jax.tree.map(lambda x: x[0], games))
         return jax.tree.map(lambda x: x[None], found)
 
-    inputs = (PartitionSpec(), _by_field(split, PartitionSpec()), *[split] * games)
+    inputs = (PartitionSpec(), by_field(split, PartitionSpec()), *[split] * games)
     return jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=split, check_vma=False)
 
 

@@ -1,18 +1,77 @@
-"""What a run of reinforcement says at its end: the same trials before and after."""
+"""What a run of reinforcement measures, and says at its end: the same trials before and after."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from robovlms_jax import atomic
+from robovlms_jax import atomic, json_files
 from robovlms_jax.evaluation import blind, rollout_metrics
-from robovlms_jax.evaluation.rollout import TrialResult
+from robovlms_jax.evaluation.rollout import Trial, TrialResult
+from robovlms_jax.playtable.scene import random_tables
+from robovlms_jax.rl import rollouts, starts
+from robovlms_jax.rl.config import UNSEEN, ReinforceConfig
+
+log = logging.getLogger(__name__)
+
+BEFORE = "before.json"
+"""In the output: successes of the checkpoint that a run began with."""
+
+
+def measurements(config: ReinforceConfig) -> dict[str, list[Trial]]:
+    """Name -> the trials that are played before and after. Each but the first changes one thing: the table, the words,
+    where hand and blocks begin. The last are of other tasks."""
+    seen, unseen, count = config.tables_to_learn_on, (config.unseen_scene,), config.trials
+    found = {
+        "trained": starts.resting(config.tasks, seen, count),
+        "unseen_table": starts.resting(config.tasks, unseen, count),
+        "unseen_phrasing": starts.resting(config.tasks, seen, count, held_out=True),
+        "unseen_start": starts.draw(config.tasks, seen, count, 2**31, spread=config.start_spread),
+    }
+    if config.unseen_random_scenes:
+        tables = random_tables(UNSEEN, config.unseen_random_scenes)
+        found["unseen_random_tables"] = starts.resting(config.tasks, tables, count)
+    if config.others:
+        found["other_tasks"] = starts.resting(config.others, seen, count)
+    return found
+
+
+def measure(
+    player: rollouts.Player, params: Any, questions: Mapping[str, Sequence[Trial]]
+) -> dict[str, list[TrialResult]]:
+    """Name -> results in the order of its trials; all are played as one, so that one program serves them."""
+    begin = time.perf_counter()
+    places = [(name, trial) for name, trials in questions.items() for trial in trials]
+    asked = [dataclasses.replace(trial, index=index) for index, (_, trial) in enumerate(places)]
+    found: dict[str, list[TrialResult]] = {name: [] for name in questions}
+    for result in sorted(player.results(params, asked), key=lambda result: result.index):
+        name, trial = places[result.index]
+        found[name].append(dataclasses.replace(result, index=trial.index))
+    took = time.perf_counter() - begin
+    for name, results in found.items():
+        log.info("%s: %d of %d succeed", name, sum(x.success == (True,) for x in results), len(results))
+    log.info("measured in %d s", took)
+    return found
+
+
+def before(
+    output: pathlib.Path, player: rollouts.Player, params: Any, questions: Mapping[str, Sequence[Trial]]
+) -> dict[str, list[bool]]:
+    """Name -> success of every trial before learning; measured once."""
+    path = output / BEFORE
+    known: dict[str, list[bool]] = json_files.read_object(path, "successes") if path.is_file() else {}
+    if {name: len(x) for name, x in known.items()} != {name: len(x) for name, x in questions.items()}:
+        results = measure(player, params, questions)
+        known = {name: [result.success == (True,) for result in found] for name, found in results.items()}
+        atomic.write_text(path, json.dumps(known) + "\n")
+    return known
 
 
 def compared(before: Sequence[bool], after: Sequence[TrialResult]) -> dict[str, Any]:

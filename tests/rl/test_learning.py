@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from robovlms_jax.rl import tables as playing
 from robovlms_jax.rl.config import BehaviourConfig, UpdateConfig
 from robovlms_jax.training import checkpoints, stages
 from robovlms_jax.training.config import OptimizerConfig, TrainConfig
-from tests import toy
+from tests import processes, toy
 from tests.rl.test_rollouts import SIZES, encode
 
 HEADS = {
@@ -42,14 +44,15 @@ def policy(head: str) -> tuple[VLA, dict]:
     return model, toy.random_params(model, batch)
 
 
-def learner(head: str, *, patterns: tuple[str, ...], seed: int = 0, reward=None, **update) -> learning.Reinforcement:
+def learner(
+    head: str, *, patterns: tuple[str, ...], seed: int = 0, reward=None, devices=1, tables=2, held=(), **update
+) -> learning.Reinforcement:
     model, params = policy(head)
-    settings = learning.Settings(
-        BehaviourConfig(), UpdateConfig(minibatches=2, **update), 2, 4, tuple(SIZES.items()), 2, 4
-    )
+    update = UpdateConfig(minibatches=2, **update)
+    settings = learning.Settings(BehaviourConfig(), update, tables, 4, tuple(SIZES.items()), 2, 4, held)
     train = TrainConfig(steps=8, trainable=patterns)
     (stage,) = stages.plan(train, OptimizerConfig(learning_rate=1e-3))
-    mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
+    mesh = meshes.make_mesh((devices, 1, 1), jax.devices()[:devices])
     return learning.Reinforcement(model, params, settings, stage, mesh, seed, reward)
 
 
@@ -147,3 +150,26 @@ def test_a_learned_reward_is_paid_for_what_every_decision_did():
     decisions, numbers = own.iterate(world(), 0)
     assert decisions.counts.sum() > 0
     assert 0.1 < numbers["reward"] < 0.3  # half of some 40 cm
+
+
+@pytest.mark.slow
+def test_a_task_that_is_held_is_paid_nothing_and_weighs_where_the_policy_was():
+    """Two tables, one of them opens the drawer, which is held: no advantage there, and no reward."""
+    held = playing.NAMES.index("open_drawer")
+    own = learner(
+        "lstm", patterns=("^head/", "^rl/"), held=(held,), hold_weight=1.0, reward=lambda x: 1 + 0 * x[..., 0]
+    )
+    decisions, numbers = own.iterate(world(), 0)
+    of_drawer = np.asarray(decisions.held)
+    assert of_drawer.any() and not of_drawer.all()
+    assert (np.asarray(decisions.advantage)[of_drawer] == 0).all() and decisions.mask[of_drawer].any()
+    assert np.abs(np.asarray(decisions.advantage)[~of_drawer]).max() > 0
+    np.testing.assert_allclose(numbers["reward"], own.settings.update.reward_scale, rtol=1e-5)  # of the others alone
+    assert "loss_hold" in numbers
+
+
+@pytest.mark.slow
+def test_tables_and_updates_that_are_split_over_devices_have_the_results_of_one():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    said = processes.run_python("-m", "tests.rl.learning_on_devices", XLA_FLAGS=flags).split("\n")
+    assert said[:6] == ["True True", "True", "True True", "True", "16 2 {2}", "True"]

@@ -46,7 +46,7 @@ def decisions(actions: jax.Array, log_prob: jax.Array, advantage: jax.Array, **c
     zeros = jnp.zeros(len(actions))
     mask = jnp.ones((len(actions), 1), bool)
     drawn = behaviours.Chosen(actions)
-    made = objective.Decisions(None, drawn, mask, log_prob, log_prob, zeros, advantage, zeros)
+    made = objective.Decisions(None, drawn, mask, log_prob, log_prob, zeros, advantage, zeros, zeros > 0)
     return made.replace(**changes)
 
 
@@ -75,6 +75,23 @@ def test_the_first_update_is_the_plain_policy_gradient():
     np.testing.assert_allclose(
         gradient["rl"]["behaviour"]["log_std"][0], -(advantage * (units**2 - 1)).mean(), rtol=1e-4, atol=1e-6
     )
+
+
+def test_what_is_held_goes_back_to_where_it_was_and_the_rest_does_not():
+    """The mean has moved from -0.5, where decisions were drawn and are held, to -0.4: the gradient leads back."""
+    before, params = start(), start()
+    actions, log_prob = tried(before, jax.random.key(0), 256)
+    params["head"]["mean"] += 0.1
+    loss = objective.DecisionLoss(Bandit(), (objective.HoldTask(2.0, "action"),))
+    zeros = jnp.zeros(256)
+    found = []
+    for held in (True, False):
+        batch = decisions(actions, log_prob, zeros, held=jnp.full(256, held))
+        found.append(jax.grad(lambda p, b=batch: loss(p, b, None, loss.count(b))[0])(params)["head"]["mean"])
+    assert found[1] == 0
+    assert found[0] > 0.5  # of the exact 2 * 0.1 / 0.2^2
+    assert "hold" in {task.name for task in objective.tasks_of(UpdateConfig(hold_weight=1.0))}
+    assert "hold" not in {task.name for task in objective.tasks_of(UpdateConfig())}
 
 
 def test_decisions_that_do_not_count_change_nothing():

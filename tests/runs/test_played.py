@@ -11,6 +11,7 @@ from experiments import calvin_abcd, serve, teach
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.evaluation.config import RolloutConfig
 from robovlms_jax.playtable.config import DemonstrationConfig
+from robovlms_jax.rl import config as rl_config
 from robovlms_jax.runs import correcting, load, played, reinforcing, trying
 from robovlms_jax.runs.config import ExperimentConfig
 
@@ -47,7 +48,7 @@ def test_what_a_checkpoint_knows_is_taken_from_it_unless_it_is_given(monkeypatch
     assert tried.horizon == 3 and tried.max_steps == 20
     assert "horizon 3" in caplog.text and "max_steps" not in caplog.text
     monkeypatch.setattr(reinforcing.checkpoints, "locate", lambda path: path)
-    learned = reinforcing._resolved(reinforcing.ReinforceConfig(checkpoint="x", scenes=("B",)), experiment)
+    learned = reinforcing._resolved(rl_config.ReinforceConfig(checkpoint="x", scenes=("B",)), experiment)
     assert (learned.unseen_scene, learned.scenes, learned.image_size, learned.horizon) == ("C", ("B",), (80, 40), 3)
     taught = teach.resolved(teach.TeachConfig(scenes=("B",)), experiment)
     assert (taught.tasks, taught.scenes, taught.max_steps) == (("turn_on_led",), ("B",), 70)

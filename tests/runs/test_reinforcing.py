@@ -6,17 +6,19 @@ import dataclasses
 import json
 import types
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from experiments import reinforce
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.evaluation import blind, rollout
 from robovlms_jax.rl import starts
-from robovlms_jax.rl.config import BehaviourConfig, UpdateConfig
+from robovlms_jax.rl.config import BehaviourConfig, ReinforceConfig, UpdateConfig
 from robovlms_jax.runs import reinforced, reinforcing
 
-CONFIG = reinforcing.ReinforceConfig(
+CONFIG = ReinforceConfig(
     checkpoint="x", tasks=("open_drawer", "turn_on_led"), scenes=("A", "B", "C"), unseen_scene="D", trials=6
 )
 
@@ -25,6 +27,9 @@ CONFIG = reinforcing.ReinforceConfig(
     ("changes", "message"),
     [
         ({"unseen_scene": "A"}, "unseen_scene='A' is one of"),
+        ({"unseen_scene": "random-1", "random_scenes": 2}, "unseen_scene='random-1' is one of"),
+        ({"random_scenes": 1_000_001}, "random_scenes=1000001 must lie in"),
+        ({"update": UpdateConfig(hold_weight=1.0)}, "reinforce.others, which is empty"),
         ({"tables": 12, "update": UpdateConfig(method="grpo")}, "tables=12 is no multiple of reinforce.group=8"),
         ({"others": ("open_drawer",)}, "others names .'open_drawer'."),
         ({"iterations": 0}, "iterations=0"),
@@ -48,10 +53,11 @@ def test_impossible_behaviours_are_refused():
 
 
 def test_every_measurement_but_the_first_changes_one_thing():
-    found = reinforcing.measurements(dataclasses.replace(CONFIG, others=("close_drawer",)))
+    found = reinforced.measurements(dataclasses.replace(CONFIG, others=("close_drawer",)))
     assert list(found) == ["trained", "unseen_table", "unseen_phrasing", "unseen_start", "other_tasks"]
     known = found["trained"]
-    assert [trial.labels["scene"] for trial in known] == ["A", "A", "B", "B", "C", "C"]
+    assert [trial.labels["scene"] for trial in known] == ["A", "B", "C", "A", "B", "C"]
+    assert len({(trial.tasks, trial.labels["scene"]) for trial in known}) == 6
     assert {trial.labels["scene"] for trial in found["unseen_table"]} == {"D"}
     assert [trial.tasks for trial in found["unseen_table"]] == [trial.tasks for trial in known]
     assert [trial.instructions for trial in found["unseen_table"]] == [trial.instructions for trial in known]
@@ -69,7 +75,7 @@ def test_starts_are_a_function_of_their_seed_and_tasks_and_tables_take_turns():
         starts.draw(("open_drawer", "turn_on_led"), ("A", "B"), 8, seed, spread=0.2) for seed in (0, 0, 1)
     )
     assert [(t.tasks[0], t.labels["scene"]) for t in first[:5]] == [
-        *(("open_drawer", "A"), ("turn_on_led", "A"), ("open_drawer", "B"), ("turn_on_led", "B"), ("open_drawer", "A")),
+        *(("open_drawer", "A"), ("turn_on_led", "B"), ("open_drawer", "B"), ("turn_on_led", "A"), ("open_drawer", "A")),
     ]
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a.start["robot_obs"], b.start["robot_obs"])
@@ -78,6 +84,50 @@ def test_starts_are_a_function_of_their_seed_and_tasks_and_tables_take_turns():
         starts.draw(("fly",), ("A",), 1, 0)
     with pytest.raises(ValueError, match=r"\['stack_block'\] are possible in no initial state"):
         starts.draw(("stack_block",), ("A",), 1, 0)
+
+
+@hypothesis.given(st.integers(1, 8), st.integers(1, 12))
+def test_every_task_meets_every_table_before_a_pair_comes_again(tasks_of, tables_of):
+    names, scenes = [f"t{i}" for i in range(tasks_of)], [f"s{i}" for i in range(tables_of)]
+    pairs = [starts.turn(names, scenes, index) for index in range(tasks_of * tables_of)]
+    assert len(set(pairs)) == len(pairs)
+    assert len({scene for _, scene in pairs[:tables_of]}) == tables_of  # as many tables as there can be
+
+
+def test_random_tables_are_learned_on_and_others_are_kept_for_measuring():
+    config = dataclasses.replace(CONFIG, random_scenes=3, unseen_random_scenes=5)
+    assert config.tables_to_learn_on == ("A", "B", "C", "random-0", "random-1", "random-2")
+    found = reinforced.measurements(config)
+    tables = {name: {trial.labels["scene"] for trial in trials} for name, trials in found.items()}
+    assert tables["trained"] == tables["unseen_phrasing"] == tables["unseen_start"] == set(config.tables_to_learn_on)
+    assert tables["unseen_random_tables"] == {f"random-{1_000_000 + i}" for i in range(5)}
+    for trials in found.values():
+        words = [trial.instructions for trial in trials if trial.tasks == ("open_drawer",)]
+        assert len(set(words)) > 1  # phrasings take turns
+
+
+def test_tasks_that_are_held_are_played_beside_those_that_are_trained():
+    held = dataclasses.replace(CONFIG, others=("close_drawer",), update=UpdateConfig(hold_weight=1.0))
+    assert held.played == (*CONFIG.tasks, "close_drawer")
+    assert dataclasses.replace(held, update=UpdateConfig()).played == CONFIG.tasks
+
+
+def test_all_measurements_are_played_as_one_and_told_apart_again():
+    questions = reinforced.measurements(dataclasses.replace(CONFIG, trials=2))
+
+    class Player:
+        def results(self, params, trials):
+            assert [trial.index for trial in trials] == list(range(8))
+            for trial in reversed(trials):
+                done = trial.tasks == ("open_drawer",)
+                yield rollout.TrialResult(trial.index, trial.tasks, trial.instructions, (done,), (1,), trial.labels)
+
+    found = reinforced.measure(Player(), None, questions)
+    assert list(found) == list(questions)
+    for name, results in found.items():
+        assert [result.index for result in results] == [0, 1]
+        assert [result.labels for result in results] == [trial.labels for trial in questions[name]]
+        assert [result.success for result in results] == [(True,), (False,)]
 
 
 class Pool:

@@ -11,14 +11,14 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from robovlms_jax.demo import twin
-from robovlms_jax.rl.config import UpdateConfig
+from robovlms_jax.rl.config import ReinforceConfig, UpdateConfig
 from robovlms_jax.runs import load, reinforcing
 
 
 def config(out, **changes):
     small = {"tables": 4, "decisions": 4, "trials": 2, "pool": 8, "max_steps": 20, "iterations": 3}
     update = UpdateConfig(minibatches=2, divergence_stop=0.0)
-    return reinforcing.ReinforceConfig(
+    return ReinforceConfig(
         checkpoint=str(twin.DIRECTORY), out=str(out), tasks=("turn_on_led",), update=update, **{**small, **changes}
     )
 

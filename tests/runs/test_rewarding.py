@@ -11,6 +11,7 @@ import pytest
 
 from robovlms_jax.labeling import asking
 from robovlms_jax.labeling.answers import FILE, Answers, Pair
+from robovlms_jax.rl import config as rl_config
 from robovlms_jax.rl import preferences, progress, rewards, segments
 from robovlms_jax.rl.segments import Segment
 from robovlms_jax.runs import reinforcing, rewarding
@@ -85,7 +86,7 @@ def test_answers_about_other_rollouts_or_none_are_refused(labels, tmp_path):
 def test_a_reward_about_other_tasks_or_decisions_is_refused_by_the_reinforcement(labels, monkeypatch):
     saved = types.SimpleNamespace(tasks=("open_drawer",), every=5, model="model")
     monkeypatch.setattr(rewards, "load", lambda path: saved)
-    asked = reinforcing.ReinforceConfig(checkpoint="x", tasks=("open_drawer",), horizon=5, reward="r")
+    asked = rl_config.ReinforceConfig(checkpoint="x", tasks=("open_drawer",), horizon=5, reward="r")
     assert reinforcing._reward(asked, 10) == "model"
     assert reinforcing._reward(dataclasses.replace(asked, reward=""), 10) is None
     with pytest.raises(ValueError, match=r"not about \['turn_on_led'\]"):
