@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import math
 from collections.abc import Sequence
 
@@ -21,6 +22,17 @@ def turn(names: Sequence[str], scenes: Sequence[str], index: int) -> tuple[str, 
     common = math.gcd(len(names), len(scenes))
     shift = index // (len(names) * len(scenes) // common)  # without it, a task would meet every common-th table alone
     return names[index % len(names)], scenes[(index + shift % common) % len(scenes)]
+
+
+@functools.cache
+def _conditions(name: str) -> tuple[task_chains.Condition, ...]:
+    """Initial states in which a task is possible, in one way."""
+    return tuple(c for c in task_chains.initial_conditions() if len(task_chains.successors(c, name)) == 1)
+
+
+def possible() -> tuple[str, ...]:
+    """Tasks that can be the first that a table is asked for: those that need no block in the hand."""
+    return tuple(name for name in tasks.TASKS if _conditions(name))
 
 
 def resting(names: Sequence[str], scenes: Sequence[str], count: int, *, held_out: bool = False) -> list[Trial]:
@@ -60,11 +72,8 @@ def draw(
     require(
         len(names) > 0 and not unknown, f"tasks={list(names)}: unknown {unknown}, or none; see envs/calvin/tasks.py."
     )
-    possible = {
-        name: [c for c in task_chains.initial_conditions() if len(task_chains.successors(c, name)) == 1]
-        for name in names
-    }
-    never = sorted(name for name, conditions in possible.items() if not conditions)
+    conditions = {name: _conditions(name) for name in names}
+    never = sorted(set(names) - set(possible()))
     require(
         not never, f"tasks {never} are possible in no initial state (they need a block in the hand); leave them out."
     )
@@ -72,7 +81,7 @@ def draw(
     for index in range(count):
         rng = np.random.default_rng([seed, index])
         name, scene = turn(names, scenes, index)
-        condition = possible[name][rng.integers(len(possible[name]))]
+        condition = conditions[name][rng.integers(len(conditions[name]))]
         robot_obs, scene_obs = initial_obs(condition, scene)
         robot_obs[:3] += spread * np.array([1.0, 0.25, 0.25]) * rng.uniform(-1.0, 1.0, size=3)
         words = tasks.instruction(name, held_out=held_out, variant=int(rng.integers(1000)))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from experiments import reinforce
+from experiments import calvin_abcd, reinforce
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.evaluation import blind, rollout
 from robovlms_jax.rl import starts
@@ -172,6 +172,9 @@ def test_a_stopped_run_goes_on_with_its_own_settings_alone(tmp_path, monkeypatch
 def test_the_presets_are_complete():
     assert reinforce.PRESETS["grpo"].update.method == "grpo"
     assert all(not pattern.startswith("^rl/value") for pattern in reinforce.PRESETS["grpo"].trainable)
+    fixtures, full = reinforce.PRESETS["fixtures"], reinforce.PRESETS["playtable_full"]
+    assert {*fixtures.tasks, *fixtures.others} == set(calvin_abcd.FIXTURE_TASKS)
+    assert len(full.tasks) == 27 and not set(full.tasks) & {"stack_block", "place_in_drawer"}
 
 
 def test_results_are_told_apart_by_task_and_table():

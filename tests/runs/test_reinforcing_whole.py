@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from experiments import reinforce
 from robovlms_jax.demo import twin
 from robovlms_jax.rl.config import ReinforceConfig, UpdateConfig
 from robovlms_jax.runs import load, reinforcing
@@ -54,3 +56,17 @@ def test_a_run_that_was_stopped_by_a_signal_ends_as_one_that_was_not_to_the_bit(
     assert any((np.asarray(x) != np.asarray(began[path])).any() for path, x in policies[0].items())
     results = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("whole", "stopped")]
     assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_the_presets_of_many_tables_run_at_a_reduced_size(tmp_path):
+    """`playtable_full` as it is for a GPU but for its numbers; the twin stands for that run's policy."""
+    less = {"tables": 2, "decisions": 2, "trials": 2, "iterations": 1, "max_steps": 10, "unseen_random_scenes": 2}
+    full = reinforce.PRESETS["playtable_full"]
+    small = dataclasses.replace(
+        full,
+        **{"checkpoint": str(twin.DIRECTORY), "out": str(tmp_path / "full"), "pool": 8, "random_scenes": 2, **less},
+        update=dataclasses.replace(full.update, minibatches=2),
+    )
+    text = reinforcing.run(small).read_text()
+    assert "unseen_random_tables" in text and curve(tmp_path / "full")[0]["updates"] >= 1
