@@ -7,6 +7,7 @@ import logging
 import pathlib
 
 from robovlms_jax import schema
+from robovlms_jax.playtable.scene import random_tables
 from robovlms_jax.rl import segments, starts
 from robovlms_jax.rl.config import BehaviourConfig
 from robovlms_jax.runs import load, played
@@ -25,6 +26,8 @@ class TryingConfig:
     """Empty: those of the checkpoint's own rollouts or demonstrations."""
     scenes: tuple[str, ...] = ()
     """Tables, which take turns; empty: those that the checkpoint learned on."""
+    random_scenes: int = 0
+    """This many more tables, the first of those that demonstrations.random_scenes draws."""
     count: int = 96
     """Rollouts."""
     spread: float = 0.25
@@ -44,7 +47,7 @@ class TryingConfig:
     def __post_init__(self):
         for field in ("count", "tables"):
             require(getattr(self, field) >= 1, f"record.{field}={getattr(self, field)} must be at least 1.")
-        for field in ("max_steps", "horizon"):
+        for field in ("random_scenes", "max_steps", "horizon"):
             require(getattr(self, field) >= 0, f"record.{field}={getattr(self, field)} must not be negative.")
         require(
             len(self.image_size) in (0, 2),
@@ -69,7 +72,8 @@ def record(checkpoint: str | pathlib.Path, config: TryingConfig) -> segments.Rol
     """
     model, params, encode = load.open_model(checkpoint, weights="float32")
     config = resolved(config, load.load_config(checkpoint))
-    trials = starts.draw(config.tasks, config.scenes, config.count, config.seed, spread=config.spread)
+    tables = (*config.scenes, *random_tables(0, config.random_scenes))
+    trials = starts.draw(config.tasks, tables, config.count, config.seed, spread=config.spread)
     how = segments.Trying(
         config.behaviour,
         min(config.tables, config.count),

@@ -37,11 +37,13 @@ def test_a_correction_without_a_policy_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_experts_finish_what_the_policy_began_and_a_stopped_recording_goes_on(tmp_path):
-    how = trying.TryingConfig(tasks=("open_drawer",), count=3, tables=3, max_steps=40)
+    own = {"scenes": ("A",), "random_scenes": 1}
+    how = trying.TryingConfig(tasks=("open_drawer",), count=3, tables=3, max_steps=40, **own)
     config = correcting.CorrectionConfig(checkpoint=str(twin.DIRECTORY), out=str(tmp_path / "out"), record=how)
     counts = correcting.record(config)
     assert counts["attempted"] == 6 and counts["recorded"] >= 4
     found = segments.load(tmp_path / "out" / "journal" / "training")
+    assert set(found.scenes) == {"A", "random-0"}
     data = packed.PackedDataset(tmp_path / "out" / "training")
     rows = [json.loads(line) for line in (tmp_path / "out/journal/training/recording.jsonl").read_text().splitlines()]
     done = [row["number"] for row in rows[1:] if row["segments"]]
