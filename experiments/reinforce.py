@@ -39,10 +39,12 @@ FIXTURES = dataclasses.replace(
     random_scenes=509,
     unseen_random_scenes=200,
     pool=1024,
+    tables=64,
     decisions=64,
-    iterations=60,
-    update=dataclasses.replace(BASE.update, epochs=3, hold_weight=1.0),
-    optimizer=dataclasses.replace(BASE.optimizer, learning_rate=3e-4),
+    iterations=32,
+    behaviour=dataclasses.replace(BASE.behaviour, spread=(0.15,)),
+    update=dataclasses.replace(BASE.update, epochs=4, hold_weight=1.0),
+    optimizer=dataclasses.replace(BASE.optimizer, learning_rate=1.5e-4),
 )
 # A policy of the preset of that name, in all tasks that a table at rest allows (a block in the hand needs a task
 # before), for one GPU: 65,536 decisions an iteration, 1.9 GiB alive at most while they are made, as traced.
