@@ -190,6 +190,20 @@ def test_the_tables_of_reinforcement_are_those_of_its_runs():
     assert f"{true[0]}, {true[1]} and {true[2]} % of the true answers" in text
 
 
+def test_the_table_of_reinforcement_on_many_tables_is_that_of_its_runs():
+    found, text = result("reinforce_fixtures_cpu"), page("reinforcement.md")
+    columns = ("trained", "unseen_random_tables", "unseen_table", "unseen_phrasing", "unseen_start", "other_tasks")
+    assert f"{found['start']['table D, all eight tasks']} trials of all eight tasks on table D" in text
+    for name, run in found["runs"].items():
+        measured, last = [run["results"][column] for column in columns], run["curve"][-1]
+        cells = [" → ".join(f"{x[when]['successes'] / 2:.1f}" for when in ("before", "after")) for x in measured]
+        assert all(x["before"]["attempts"] == 200 for x in measured)
+        row = f"| {name} | {' | '.join(cells)} | {last['env_steps'] / 1000:.0f} | {last['seconds']:.0f} |"
+        assert row in text, row
+        others = run["results"]["other_tasks"]
+        assert others["before"]["successes"] - others["after"]["successes"] <= 4  # two points of 200 trials
+
+
 def test_the_table_of_actions_as_words_is_that_of_its_runs():
     found, text = result("discrete_cpu"), page("concepts/structures.md")
     for run in found["runs"]:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import pathlib
 import signal
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from experiments import reinforce
+from experiments import calvin_abcd, reinforce
 from robovlms_jax.demo import twin
+from robovlms_jax.envs.calvin import tasks
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.rl import starts, tables
 from robovlms_jax.rl.config import ReinforceConfig, UpdateConfig
-from robovlms_jax.runs import load, reinforcing
+from robovlms_jax.runs import build, load, reinforcing
+from robovlms_jax.training import memory
 
 
 def config(out, **changes):
@@ -70,3 +77,38 @@ def test_the_presets_of_many_tables_run_at_a_reduced_size(tmp_path):
     )
     text = reinforcing.run(small).read_text()
     assert "unseen_random_tables" in text and curve(tmp_path / "full")[0]["updates"] >= 1
+
+
+def sized(world, trials, kinds):
+    """The shapes of a world with so many trials and kinds of tables."""
+
+    def leaf(x, count):
+        return jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype)
+
+    counts = {field.name: trials if field.name in world.OF_TRIALS else kinds for field in dataclasses.fields(world)}
+    parts = {name: jax.tree.map(lambda x, n=n: leaf(x, n), getattr(world, name)) for name, n in counts.items()}
+    return type(world)(**parts)
+
+
+@pytest.mark.slow
+def test_the_preset_for_one_gpu_needs_the_memory_that_its_page_says():
+    """Traced at its full size, drawn as on a GPU, with random parameters: nothing is computed."""
+    full, trained = reinforce.PRESETS["playtable_full"], calvin_abcd.FULL
+    words = [text for task in tasks.TASKS.values() for text in (*task.phrasings, *task.held_out)]
+    backbone = build.open_backbone(trained.backbone, words)
+    model = build.make_model(trained, backbone.vlm)
+    params = build.init_params(model, meshes.make_mesh((1, 1, 1), jax.devices()[:1]), 0, backbone)
+    horizon, sizes = trained.rollouts.execution.horizon, trained.rollouts.image_size
+    full = dataclasses.replace(full, horizon=horizon, image_size=sizes, max_steps=trained.rollouts.max_steps)
+    learner = reinforcing._learner(full, model, params)
+    learner._play = dataclasses.replace(learner._play, platform="gpu")
+    trials = starts.draw(("open_drawer",), ("A", "D"), 2, 0)
+    small = tables.make_world(trials, backbone.encoder(backbone.longest(words)), sizes[0])
+    world = sized(small, full.pool, len(full.tables_to_learn_on))
+    arguments = learner.state.params, learner.reference, world, jax.random.key(0)
+    alive = memory.alive(jax.make_jaxpr(learner._collected)(*arguments))
+    kept, state = jax.eval_shape(learner._collected, *arguments)[0], learner.state
+    lying = jax.tree.leaves((kept, world, state.trainable, state.opt_state, state.frozen))
+    beside = sum(math.prod(x.shape) * x.dtype.itemsize for x in lying)
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "reinforcement.md").read_text()
+    assert f"{alive / 2**30:.1f} GiB are alive at most while they are made, beside {beside / 2**30:.1f} GiB" in text
