@@ -28,6 +28,7 @@ from robovlms_jax.data.registry import mixtures
 from robovlms_jax.evaluation.report import rerun_file
 from robovlms_jax.parallel.config import RayConfig
 from robovlms_jax.runs import logs
+from robovlms_jax.training import directory as directories
 
 logger = logging.getLogger(__name__)
 
@@ -295,6 +296,7 @@ def main(args: Args) -> tuple[pathlib.Path, list[str]]:
         raise ValueError("\n".join(missing))
     label = pathlib.PurePath(args.dataset).stem if args.dataset and len(listed) > 1 else listed[0].name
     directory = pathlib.Path(args.out or pathlib.Path("runs") / f"inspect_{label}")
+    directories.require_writable(directory)
     directory.mkdir(parents=True, exist_ok=True)
     page = directory / "dataset.html"
     atomic.write_text(page, inspection_page.render(label, results, missing))

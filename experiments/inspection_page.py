@@ -32,6 +32,7 @@ dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr))
 dt { color: var(--soft); font-size: 13px; } dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; }
 .bar { fill: var(--blue); } .band { fill: var(--band); }
 .axis { stroke: var(--line); } .mark { stroke: var(--look); stroke-width: 1.5; }
+.bound { stroke: var(--text); stroke-dasharray: 2 2; }
 ol.sentences { list-style: none; margin: 0; padding: 0; display: grid; gap: 6px; }
 ol.sentences li { position: relative; padding: 3px 8px; border-radius: 6px; overflow: hidden; overflow-wrap: anywhere; }
 ol.sentences i { position: absolute; inset: 0 auto 0 0; background: var(--band); border-radius: 6px; }
@@ -160,8 +161,10 @@ def _histogram(
     mark: float = math.nan,
     band: tuple[float, float] | None = None,
     ends: tuple[str, str] | None = None,
+    bounds: Sequence[float] = (),
 ) -> str:
-    """Bars whose height grows with the root of the count, so that rare values show. mark, band: places from 0 to 1."""
+    """Bars whose height grows with the root of the count, so that rare values show. mark, band, bounds: places from 0
+    to 1."""
     foot = 16 if ends else 0
     top, step = math.sqrt(max(int(counts.max()), 1)), width / len(counts)
     parts = []
@@ -177,6 +180,9 @@ def _histogram(
             )
     if 0 <= mark <= 1:
         parts.append(f'<line class="mark" x1="{mark * width:.1f}" x2="{mark * width:.1f}" y1="0" y2="{height}"/>')
+    for bound in bounds:
+        at = min(max(bound * width, 1), width - 1)
+        parts.append(f'<line class="bound" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{height}"/>')
     parts.append(f'<line class="axis" x1="0" x2="{width}" y1="{height - 0.5}" y2="{height - 0.5}"/>')
     if ends:
         parts.append(f'<text x="0" y="{height + 13}">{ends[0]}</text>')
@@ -210,17 +216,28 @@ def _ranges(columns: Sequence[inspection.Column]) -> str:
         ends = f"{column.at_min:.0%} / {column.at_max:.0%}"
         named = [_text(dimension.name), _text(dimension.unit or "unknown"), _what(dimension), _spark(column)]
         rows.append([*named, *numbers, ends, _text(_allowed(dimension))])
-    note = '<p class="soft">Bars: how often (square root); band: 1 % to 99 %; line: 0.</p>'
+    note = (
+        '<p class="soft">Bars: how often (square root); band: from q01 to q99, '
+        "between which 98 of 100 values lie; line: 0; dashed: the ends of what is allowed, where they are near.</p>"
+    )
     return _table(head, rows, left=(1, 2, 3)) + note
 
 
 def _spark(column: inspection.Column) -> str:
-    """The histogram of one dimension, from its smallest to its largest value."""
+    """The histogram of one dimension, from its smallest to its largest value, and as far as what is allowed where that
+    leaves the values a tenth of the width at least."""
     low, high = column.summary["min"], column.summary["max"]
     if not high > low:
         return ""
-    place = [(column.summary[key] - low) / (high - low) for key in ("q01", "q99")]
-    return _histogram(column.counts, 150, 30, mark=(0 - low) / (high - low), band=(place[0], place[1]))
+    counts, step = column.counts, (high - low) / len(column.counts)
+    limits = [x for x in (column.dimension.low, column.dimension.high) if math.isfinite(x)]
+    wide = max([high, *limits]) - min([low, *limits])
+    if limits and wide <= 10 * (high - low):
+        more = [max(math.ceil(x / step - 1e-6), 0) for x in (low - min(limits), max(limits) - high)]
+        counts, low, high = np.pad(counts, more), low - more[0] * step, high + more[1] * step
+    place = [(x - low) / (high - low) for x in (column.summary["q01"], column.summary["q99"], *limits)]
+    bounds = [x for x in place[2:] if 0 <= x <= 1]
+    return _histogram(counts, 150, 30, mark=(0 - low) / (high - low), band=(place[0], place[1]), bounds=bounds)
 
 
 def _allowed(dimension: robots.Dimension) -> str:

@@ -7,12 +7,12 @@ it, and so neither jax nor the rest of the library, is imported before the comma
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import runpy
 import sys
 from collections.abc import Sequence
 
-from robovlms_jax import cli_help, programs
+from robovlms_jax import cli_help, extras, programs
 
 
 def overview() -> str:
@@ -77,12 +77,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(_completion(arguments[1:]))
             return
         called, program, rest = find(arguments)
-        importlib.import_module(programs.PACKAGE)
+        if importlib.util.find_spec("jax") is None:  # installed for a robot
+            sys.exit(f"error: {called} needs JAX and what goes with it: {extras.install(program.extra)}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except ImportError as error:  # installed for a robot, without jax
-        sys.exit(f"error: {error}")
     cli_help.started_as = called
     sys.argv = [called, *rest]
     runpy.run_module(f"{programs.PACKAGE}.{program.module}", run_name="__main__", alter_sys=True)

@@ -13,15 +13,16 @@ PACKAGE = "experiments"
 
 class Program(NamedTuple):
     """module: of `experiments`. settings: where, in it, its settings are: a class, presets by name, or a function that
-    returns these; for shell completion. about: one line."""
+    returns these; for shell completion. about: one line. extra: of setup.cfg, which brings all that it needs."""
 
     module: str
     settings: str
     about: str
+    extra: str = "train"
 
 
 COMMANDS: Mapping[str, Mapping[str, Program]] = {
-    "demo": {"": Program("demo", "DemoConfig", "a robot that obeys in the browser")},
+    "demo": {"": Program("demo", "DemoConfig", "a robot that obeys in the browser", "serve")},
     "record": {
         "": Program(
             "record_playtable", "recording.RecordConfig", "demonstrations by experts in the embedded simulator"
@@ -30,7 +31,7 @@ COMMANDS: Mapping[str, Mapping[str, Program]] = {
             "record_calvin", "recording.RealRecordConfig", "the same experts in the real CALVIN simulator"
         ),
         "corrections": Program("correct", "correcting.CorrectionConfig", "experts take over where a policy has got to"),
-        "teaching": Program("teach", "TeachConfig", "a person on a local page takes over from a policy"),
+        "teaching": Program("teach", "TeachConfig", "a person on a local page takes over from a policy", "serve"),
         "questions": Program("playtable_questions", "questions.Settings", "pictures of it with questions and answers"),
     },
     "inspect": {"": Program("inspect_data", "Args", "one page about a dataset, before training")},
@@ -55,7 +56,7 @@ COMMANDS: Mapping[str, Mapping[str, Program]] = {
         "continual": Program("continual", "PRESETS", "task after task, and what is forgotten"),
         "adapt": Program("adapt", "PRESETS", "to a new table, camera or arm"),
     },
-    "label": {"": Program("label", "LabelConfig", "which of two clips is better, asked on a local page")},
+    "label": {"": Program("label", "LabelConfig", "which of two clips is better, asked on a local page", "serve")},
     "reward": {"": Program("reward", "rewarding.RewardRunConfig", "a reward learned from such answers")},
     "search": {"": Program("search", "PRESETS", "settings tried and ranked")},
     "compare": {
@@ -67,7 +68,7 @@ COMMANDS: Mapping[str, Mapping[str, Program]] = {
         "": Program("evaluate", "evaluation_settings.EvaluateConfig", "a checkpoint in a simulator, with intervals")
     },
     "calibrate": {"": Program("calibrate", "CalibrateConfig", "intervals around a checkpoint's actions")},
-    "serve": {"": Program("serve", "ServeConfig", "a checkpoint to robots on other computers")},
+    "serve": {"": Program("serve", "ServeConfig", "a checkpoint to robots on other computers", "serve")},
     "push": {"": Program("push", "PushConfig", "a policy to the Hugging Face hub, with a card")},
     "pull": {"": Program("pull", "PullConfig", "a policy from there")},
     "trial": {"": Program("trial", "TrialConfig", "policies on a real robot, compared blind")},

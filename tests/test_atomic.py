@@ -95,6 +95,7 @@ def test_on_a_full_disk_what_was_there_stays_as_it_was(name, tmp_path):
 BY_HAND = {
     "deploy/latch.py": "the robot's computer: imports control/ alone, renames by itself",
     "search/queue.py": "a claim, which only one process can create",
+    "search/workers.py": "a search's mark, linked when it is whole by whoever comes first",
     "inputs/tokenizers.py": "folders made for a moment, or for an export that is made anew",
     "data/rlds_writer.py": "shards are renamed when all are there, since names hold their number",
     "data/lerobot/writing.py": "a film counts once the table of episodes has it",

@@ -201,10 +201,9 @@ def evaluate(
             for result in _append(directory / f"results-{share.index:03d}.jsonl", setup, results):
                 scores.append(result.score)
                 bar.update()
-        log.info(
-            "%s: %d trials in %d s, %.2f tasks in a row",
-            *(envs.name, len(scores), time.monotonic() - begin, np.mean(scores)),
-        )
+        single = max((len(trial.tasks) for trial in mine), default=0) == 1
+        found = f"{np.mean(scores):.0%} solved" if single else f"{np.mean(scores):.2f} tasks in a row"
+        log.info("%s: %d trials in %d s, %s", envs.name, len(scores), time.monotonic() - begin, found)
     wanted = {trial.index for trial in trials}
     everything = load(directory)
     return dataclasses.replace(everything, results=tuple(r for r in everything.results if r.index in wanted))

@@ -135,6 +135,7 @@ def _train(setup: setups.Setup, report: Report, output: pathlib.Path, interrupts
         train_state = resuming.restore(checkpointer, setup.point, abstract, stage.optimizer)
     else:
         train_state = _begin(setup)
+    began = int(train_state.step)
     provenance.write_record(output, report.name, to_dict(config))
     writer = metrics.open_writers(config.train.wandb_project, to_dict(config), output, int(train_state.step))
     evaluator = validation.evaluator(setup.model, setup.mesh, config, setup.validation, setup.encode, setup.train)
@@ -158,7 +159,10 @@ def _train(setup: setups.Setup, report: Report, output: pathlib.Path, interrupts
         if finished:
             section = tables.report(*_chosen(train_state, checkpointer, config)) if tables else ""
             facts = setups.facts(report.name, setup) | {"seconds": round(time.perf_counter() - report.begin, 1)}
-            facts["time in the training loop"] = str(services.goodput)
+            if began:
+                facts["this start went on after step"] = began
+            if int(train_state.step) > began:  # else nothing was trained in this start
+                facts["time in the training loop"] = str(services.goodput)
             logger.info("writing the report: errors on the validation split, whole episodes, pictures")
             learned = examiner.numbers(train_state)
             facts |= {name.replace("_", " of ", 1): round(value, 4) for name, value in learned.items()}

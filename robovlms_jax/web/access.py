@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import re
 import secrets
+import socket
 import urllib.parse
 
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
@@ -36,6 +37,15 @@ class Access:
         """What people open, the token included."""
         name = LOCAL[0] if self.host in ("127.0.0.1", "::1", "0.0.0.0", "::") else _bracketed(self.host)
         return f"http://{name}:{port}/" + (f"?token={self.token}" if self.token else "")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it listens at all addresses, and not at this machine's own alone."""
+        return self.host in ("0.0.0.0", "::")
+
+    def from_elsewhere(self, port: int) -> str:
+        """As `address`, by this machine's name, for other computers that know it."""
+        return self.address(port).replace(LOCAL[0], socket.gethostname(), 1)
 
     def refusal(self, path: str, host: str | None, origin: str | None) -> tuple[int, str] | None:
         """Why a request is not answered, as an HTTP status and a sentence; None: it is.

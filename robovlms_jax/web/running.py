@@ -82,6 +82,11 @@ async def serve(
     await server.start(port)
     url = access.address(server.port)
     log.info("the page: %s   (Ctrl-C ends it)", url)
+    if access.is_open:
+        log.info(
+            "from other computers: the same with this one's name or address for localhost, such as %s",
+            access.from_elsewhere(server.port),
+        )
     if open_browser:
         webbrowser.open(url)
     preparing = _beside(prepare)

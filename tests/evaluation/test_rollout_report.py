@@ -170,6 +170,18 @@ def test_a_frame_shows_cameras_and_action(recording):
     assert (y_column.min(axis=1) > 180).all()
 
 
+def test_of_trials_of_one_task_there_is_no_picture_of_tasks_in_a_row(tmp_path, caplog):
+    caplog.set_level("INFO")
+    done = chains.evaluate(
+        LinePolicy(), EnvPool([LineEnv()]), [trial(i, 3) for i in range(2)], tmp_path / "results",
+        chains.Settings("toy", criterion=CRITERION),
+    )  # fmt: skip
+    assert any("2 trials in" in x and x.endswith("100% solved") for x in caplog.messages)
+    text = rollout_report.write_report(tmp_path, [done]).read_text()
+    assert "Avg. Len." not in text and "in_a_row" not in text and not (tmp_path / "in_a_row.png").exists()
+    assert "intervals (Wilson)." in text
+
+
 def test_films_show_peoples_view_where_there_is_one():
     class Viewed(EnvPool):
         def views(self, slots):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html.parser
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -12,8 +13,9 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import inspect_data
-from robovlms_jax.data import rlds, rlds_writer, storage
+from experiments import inspect_data, inspection_page
+from robovlms_jax.control import robot as robots
+from robovlms_jax.data import inspection, rlds, rlds_writer, storage
 from tests.data import toy_rlds
 from tests.processes import run_python
 
@@ -257,3 +259,17 @@ def test_the_configuration_of_an_rlds_dataset_is_found_from_the_directory_above_
     shutil.rmtree(tmp_path / "oxe" / "toy" / "large")
     _, summary = look(tmp_path / "oxe", tmp_path, pictures=6)
     assert summary.startswith("# toy\n") and "toy/small/1.0.0/features.json" in summary
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "lines"), [(-1.0, 1.0, 2), (-math.inf, 1.0, 1), (-math.inf, math.inf, 0), (-99.0, 99.0, 0)]
+)
+def test_histograms_show_what_is_allowed_where_it_is_near(low, high, lines):
+    dimension = robots.Dimension("x", "m", low=low, high=high)
+    counts = np.arange(1, 1 + inspection.BINS)
+    summary = {"min": -0.8, "q01": -0.6, "mean": 0.1, "q99": 0.6, "max": 0.8}
+    drawn = inspection_page._spark(inspection.Column(dimension, summary, counts, 0.1, 0.1, 0.0, 9))
+    assert drawn.count('class="bound"') == lines and drawn.count('class="bar"') == inspection.BINS
+    if lines == 2:  # the ends of what is allowed are those of the picture, to a bar
+        places = [float(x) for x in re.findall(r'class="bound" x1="([\d.]+)"', drawn)]
+        assert places[0] < 6 and places[1] > 144

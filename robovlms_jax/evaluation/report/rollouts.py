@@ -21,6 +21,7 @@ from robovlms_jax.evaluation.report import films as film_files
 from robovlms_jax.evaluation.report import player, rerun_file, tables
 from robovlms_jax.evaluation.rollout import Recording
 from robovlms_jax.evaluation.rollout_metrics import Estimate, Rate, Summary
+from robovlms_jax.schema import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,25 +87,25 @@ def write_report(
     Returns:
       Path of rollouts.md.
     """
-    directory = pathlib.Path(directory)
+    directory, table = pathlib.Path(directory), rows(evaluations)
     directory.mkdir(parents=True, exist_ok=True)
-    table = rows(evaluations)
-    if not table:
-        raise ValueError("nothing to report: the evaluations have no results.")
-    for name, figure in {"in_a_row.png": draw_in_a_row(table), "per_task.png": draw_per_task(table)}.items():
-        figure.savefig(directory / name, dpi=tables.DPI, bbox_inches="tight")
+    require(len(table) > 0, "nothing to report: the evaluations have no results.")
+    several = max(len(row.summary.in_a_row) for row in table) > 1
+    for name, draw in {"per_task.png": draw_per_task, **({"in_a_row.png": draw_in_a_row} if several else {})}.items():
+        draw(table).savefig(directory / name, dpi=tables.DPI, bbox_inches="tight")
 
     sections = [
         f"# {title}",
         _chain_table(table),
         _words(table),
         *_conditions(table),
-        "In brackets: 95 % confidence intervals (Wilson for rates, bootstrap over trials for Avg. Len.).",
-        "![share of trials with 1, 2, ... tasks solved in a row](in_a_row.png)",
+        f"In brackets: 95 % confidence intervals ({'Wilson; Avg. Len.: bootstrap' if several else 'Wilson'}).",
+        *["![share of trials with 1, 2, ... tasks solved in a row](in_a_row.png)"] * several,
     ]
     gaps = _gaps(table)
     if gaps:
-        sections += ["## Generalisation gap", _gap_table(gaps), "Avg. Len. on seen minus on unseen conditions."]
+        measure = "Avg. Len." if several else "Success"
+        sections += ["## Generalisation gap", _gap_table(gaps), f"{measure} on seen minus on unseen conditions."]
     sections += ["## Per task", _task_table(table), "![success per task](per_task.png)"]
     if any(row.summary.partial for row in table):
         sections += ["## Partial scores", _partial_table(table)]
