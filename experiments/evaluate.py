@@ -301,7 +301,11 @@ def reported(work: Callable[[], pathlib.Path]) -> None:
     except KeyboardInterrupt:
         log.warning("stopped by Ctrl-C; finished trials are kept, and the same command goes on with the others.")
         sys.exit(130)
-    log.info("report: %s", report)
+    page = report.with_suffix(".html")
+    if page.exists():
+        log.info("report: %s (the same as text: %s)", page, report)
+    else:
+        log.info("report: %s", report)
 
 
 if __name__ == "__main__":

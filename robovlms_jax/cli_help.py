@@ -105,7 +105,7 @@ def _field_lines(config: Any, path: str, shown: Sequence[str], width: int, seps:
         ends = [i for sep in seps if 12 < (i := text.rfind(sep, 0, room + len(sep))) <= room]
         text = text[: ends[0]] if ends else text
     indent = " " * (width - room)
-    lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
+    lines = textwrap.wrap(text, room, break_on_hyphens=False) or [""]
     first = [lead + lines[0]] if len(lead) <= width - room else [lead.rstrip(), indent + lines[0]]
     return [*(line.rstrip() for line in first), *(indent + line for line in lines[1:])]
 

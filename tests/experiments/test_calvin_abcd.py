@@ -148,6 +148,8 @@ def test_ten_steps_equal_five_and_resume_and_five(finished, tmp_path, monkeypatc
     for path, x in whole.items():
         np.testing.assert_array_equal(halves[path], x, err_msg=path)
     assert metrics_of(output) == metrics_of(finished)
+    facts = json.loads((output / "report.json").read_text())["facts"]
+    assert facts["this start went on after step"] == 5 and "time in the training loop" in facts
 
 
 def test_a_checkpoint_alone_serves(finished, tmp_path):
