@@ -23,7 +23,7 @@ test-slow: .venv/test  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-plans: .venv-plans/ready  ## a small model compiled for a TPU and a GPU that need not be here; 0.4 GB of compilers
-	.venv-plans/bin/python -m pytest -m slow -n 0 tests/experiments/test_targets_compiled.py $(ARGS)
+	.venv-plans/bin/python -m pytest -m slow -n 0 tests/experiments/test_targets_compiled.py tests/parallel/test_tpu.py $(ARGS)
 
 docs: .venv/docs  ## the documentation in site/, which opens from disk
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build

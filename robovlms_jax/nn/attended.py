@@ -4,7 +4,8 @@ results, and of each row of scores the largest and the weights' total (Dao et al
 Left to automatic differentiation, scores are asked for in float32, so their gradients come in it, and both products
 behind these become float32's; and rematerialisation makes the results again although they are known. Rows and columns
 are padded to multiples of `MULTIPLE`, as XLA pads operands of products for NVIDIA's matrix units: it copies every array
-of scores to do so, and here queries, keys and values are padded, which are smaller.
+of scores to do so, and here queries, keys and values are padded, which are smaller. Towers pad their tokens (`spare`),
+so that their other products need no padding, either.
 """
 
 from __future__ import annotations
@@ -35,27 +36,38 @@ class Dropout:
         return jnp.where(kept, weights / (1 - self.rate), 0)
 
 
+def spare(size: int, dtype: jnp.dtype) -> int:
+    """Slots to put behind `size` tokens, so that products of them are made of whole multiples; 0 in 32 bits."""
+    return -size % MULTIPLE if jnp.dtype(dtype).itemsize == 2 and size > MULTIPLE else 0
+
+
 def attended(
-    q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None, drop: Dropout | None = None
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array | int | None,
+    drop: Dropout | None = None,
 ) -> jax.Array:
     """Sums of values, weighted by the softmax of scores.
 
     Args:
       q: bfloat16 or float16[B, K, G, S, H], scaled. keys, values: [B, K, T, H] of the same type.
-      mask: bool[B, S, T], True = may attend; None = all. A row without any True averages all values.
+      mask: bool[B, S, T], True = may attend; a number: so many keys, the first ones, are no padding; None = all. A row
+        without any True averages all values.
       drop: None: no weights are dropped. The gradient draws the same ones again.
     Returns:
       [B, K, G, S, H] in the type of q.
     """
     shape = q.shape
-    rows, columns = (-size % MULTIPLE if size > MULTIPLE else 0 for size in (shape[3], keys.shape[2]))
+    length, mask = (mask, None) if isinstance(mask, int) else (keys.shape[2], mask)
+    rows, columns = spare(shape[3], q.dtype), spare(keys.shape[2], q.dtype)
     if mask is not None:
         mask = jnp.pad(mask, ((0, 0), (0, rows), (0, columns)))
     keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, columns), (0, 0))) for x in (keys, values))
     # One axis for all rows that share keys: products over two would be made of transposed copies.
     q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, rows), (0, 0))).reshape(*shape[:2], -1, shape[4])
     key, rate = (None, 0.0) if drop is None else (drop.key, drop.rate)
-    y = _attended(keys.shape[2] - columns, rate, q, keys, values, mask, key)
+    y = _attended(length, rate, q, keys, values, mask, key)
     return y.reshape(*shape[:3], -1, shape[4])[..., : shape[3], :]
 
 

@@ -123,7 +123,7 @@ class Cache:
 def attend(
     q: jax.Array,
     kv_blocks: Sequence[tuple[jax.Array, jax.Array]],
-    mask: jax.Array | None = None,
+    mask: jax.Array | int | None = None,
     bias: jax.Array | None = None,
     softcap: float | None = None,
     drop: Dropout | None = None,
@@ -137,7 +137,8 @@ def attend(
     Args:
       q: float[B, S, N, H], scaled.
       kv_blocks: keys and values float[B, K, T_i, H]; N / K neighbouring heads share a key.
-      mask: bool[B, S, T], T the sum of all T_i. bias: float32[B or 1, N, S or 1, T].
+      mask: bool[B, S, T], T the sum of all T_i; or of keys of one array, how many are no padding. bias: float32[B or 1,
+        N, S or 1, T].
       drop: dropout of weights; None: none.
     Returns:
       float[B, S, N, H] in the type of q.
@@ -148,6 +149,9 @@ def attend(
     if plain and jnp.dtype(q.dtype).itemsize == 2:
         keys, values = (x.astype(q.dtype) for x in kv_blocks[0])
         return jnp.moveaxis(attended(q, keys, values, mask, drop), 3, 1).reshape(shape)
+    if isinstance(mask, int):
+        columns = kv_blocks[0][0].shape[2]
+        mask = jnp.broadcast_to(jnp.arange(columns) < mask, (1, shape[1], columns))
     splits = np.cumsum([keys.shape[2] for keys, _ in kv_blocks])[:-1]
     # Products in the order that the sums are wanted in: einsum would hand them over transposed.
     scores = [
@@ -211,7 +215,7 @@ class Attention(nn.Module):
         context: jax.Array | tuple[jax.Array, jax.Array] | None = None,
         *,
         values: jax.Array | None = None,
-        mask: jax.Array | None = None,
+        mask: jax.Array | int | None = None,
         bias: jax.Array | None = None,
         rotary: Rotary | None = None,
         cache: tuple[jax.Array, jax.Array] | None = None,
@@ -224,8 +228,8 @@ class Attention(nn.Module):
           context: float[B, T, any width]; or keys and values float[B, K, T, H] that an earlier call made of it; None =
             `x`.
           values: what values are projected from, same shape as `context`; None = `context`.
-          mask: bool[B, S, T], True = may attend; None = all. A row without any True averages all values: finite, and
-            meaningless.
+          mask: bool[B, S, T], True = may attend; a number: so many slots of `context`, the first ones, are no padding;
+            None = all. A row without any True averages all values: finite, and meaningless.
           bias: float32[B or 1, N, S or 1, T], added to the scores.
           rotary: angles of the tokens of `x`; turns queries and keys, for attention within `x`.
           cache: this layer's keys and values float[B, K, T, H] from earlier calls, to be attended to beside the new

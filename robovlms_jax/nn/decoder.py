@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from robovlms_jax.nn.attended import spare
 from robovlms_jax.nn.attention import Attention, Cache, causal_mask
 from robovlms_jax.nn.decoder_config import DecoderConfig
 from robovlms_jax.nn.gated import GatedCrossAttention
@@ -144,7 +145,11 @@ class Decoder(nn.Module):
           float[B, S, D] after the final norm (before it with `norm_in_head`), and with a cache the same of these tokens
           alone, S slots to be appended to it or put where the caller wants them, and their own media.
         """
-        c, mask, positions = self.config, tokens.mask, tokens.positions
+        c, length = self.config, tokens.mask.shape[1]
+        more = spare(length, tokens.embeds.dtype) if cache is None else 0
+        if more:
+            tokens = tokens.map_slots(lambda x: jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2))))
+        mask, positions = tokens.mask, tokens.positions
         offsets = tokens.offsets
         if offsets is None:
             offsets = 0 if cache is None else cache.last_offset()[:, None, None]
@@ -167,6 +172,7 @@ class Decoder(nn.Module):
         x, new, media = self._layers(step, x, (number, cached), tokens, None if cache is None else cache.media)
         if new is not None:
             new = Cache(*new, positions, mask, places[..., 0], jnp.int32(positions.shape[1]), media)
+        x = x[:, :length]
         return x if c.norm_in_head else self.final_norm(x), new
 
     def _visible(

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from robovlms_jax.nn.attended import spare
 from robovlms_jax.nn.attention import Attention
 from robovlms_jax.nn.linear import Einsum, Kernel
 from robovlms_jax.nn.mlp import ACTIVATIONS, MLP
@@ -122,8 +123,8 @@ class Block(nn.Module):
     kernel: Kernel = Kernel()
 
     @nn.compact
-    def __call__(self, x: jax.Array, rotary: Rotary | None = None) -> jax.Array:
-        """float[B, P, D] -> float[B, P, D]."""
+    def __call__(self, x: jax.Array, rotary: Rotary | None = None, length: int | None = None) -> jax.Array:
+        """float[B, P, D] -> float[B, P, D]. length: so many of the P are no padding; None: all."""
         c = self.config
 
         def scaled(name: str, y: jax.Array) -> jax.Array:
@@ -133,7 +134,8 @@ class Block(nn.Module):
             return y * self.param(name, init, (c.width,)).astype(y.dtype)
 
         attention = Attention(c.num_heads, c.width // c.num_heads, kernel=self.kernel, name="attn")
-        x = x + scaled("attn_scale", attention(LayerNorm(c.norm_epsilon, name="attn_norm")(x), rotary=rotary)[0])
+        y = LayerNorm(c.norm_epsilon, name="attn_norm")(x)
+        x = x + scaled("attn_scale", attention(y, rotary=rotary, mask=length)[0])
         mlp = MLP(c.mlp_dim, c.activation, kernel=self.kernel, name="mlp")
         return x + scaled("mlp_scale", mlp(LayerNorm(c.norm_epsilon, name="mlp_norm")(x)))
 
@@ -159,9 +161,15 @@ class ViT(nn.Module):
             x = LayerNorm(c.norm_epsilon, name="pre_norm")(x)
 
         block = Block(c, self.kernel, name="layers")
+        tokens, more = x.shape[1], spare(x.shape[1], x.dtype)
+        x = jnp.pad(x, ((0, 0), (0, more), (0, 0)))
+        if more and rotary is not None:
+            rotary = jax.tree.map(
+                lambda angle: jnp.pad(angle, ((0, 0), (0, more), *[(0, 0)] * (angle.ndim - 2))), rotary
+            )
 
         def step(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array | None]:
-            x = block(x, rotary)
+            x = block(x, rotary, tokens if more else None)
             return x, x if c.taps else None
 
         x, every = scan_layers(step, block, x, length=c.depth, unused=c.unused_layers, remat=self.remat)
@@ -170,7 +178,7 @@ class ViT(nn.Module):
             x = x if c.unused_layers else normed
         if c.taps:
             x = jnp.concatenate([x[None], every[jnp.asarray(c.taps)]])
-        return x[..., 1:, :] if c.cls == "drop" else x
+        return x[..., 1:tokens, :] if c.cls == "drop" else x[..., :tokens, :]
 
     def _place(self, x: jax.Array) -> jax.Array:
         """Patches float[B, P, D] with their positions, after the class token."""

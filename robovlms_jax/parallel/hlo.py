@@ -142,8 +142,35 @@ class Program:
             for compare in compares:
                 values = [self._constant(inner, name, names, start, computation) for name in compare.operands]
                 if compare.attribute("direction") == "LT" and len(values) == 2 and values[1] is not None:
-                    return max(values[1] - (values[0] or 0), 0)
+                    by = self._stride(loop, self._counter(inner, compare.operands[0], names))
+                    return max(math.ceil((values[1] - (values[0] or 0)) / by), 0)
         return None
+
+    def _counter(self, computation: Computation, name: str, outside: Sequence[tuple[Computation, str]]) -> int | None:
+        """Which part of what a loop carries stands behind a name in its condition; None: none."""
+        for _ in range(8):  # copies of copies
+            found = computation.instructions.get(name)
+            if found is not None and found.opcode == "get-tuple-element":
+                return int(found.attribute("index"))
+            if found is not None and found.opcode == "parameter" and outside:
+                computation, name = outside[int(found.arguments)]
+                outside = ()
+            elif found is not None and found.opcode in ("copy", "bitcast", "convert") and found.operands:
+                name = found.operands[0]
+            else:
+                return None
+        return None
+
+    def _stride(self, loop: Instruction, counter: int | None) -> int:
+        """By how much a turn raises the counter; libtpu's loops over matrix products and shifts do two turns in one."""
+        body = self.computations[loop.inner("body")[0]]
+        if counter is None or body.root.opcode != "tuple" or counter >= len(body.root.operands):
+            return 1
+        raised = body.instructions.get(body.root.operands[counter])
+        if raised is None or raised.opcode != "add":
+            return 1
+        found = (self._constant(body, name, (), None, body) for name in raised.operands)
+        return next((value for value in found if value and value > 0), 1)
 
     def _inlined(self, condition: Computation) -> Iterator[tuple[Computation, Sequence[tuple[Computation, str]]]]:
         """The condition, and what its fusions call: each with what stands for its parameters outside."""

@@ -60,7 +60,7 @@ def training(place: Place, config: ExperimentConfig, model: VLA, batch: Mapping[
     split = meshes.batched(mesh)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
     found = _compiled(place, steps.make_step(config, model, abstract, mesh).lower(abstract, shapes))
-    plain = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, remat=False))
+    plain = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, remat=False, dtype="float32"))
     needed = flops.of_step(steps.make_loss(config, plain), abstract, batch) / mesh.size
     result = _roofs(place, found, needed)
     result["windows_per_s"] = config.train.batch_size / result["floor_s"] if result["floor_s"] else None
@@ -128,7 +128,7 @@ def _compiled(place: Place, lowered: jax.stages.Lowered, own: Mapping[str, Any] 
     return found
 
 
-_VERSION = 3
+_VERSION = 4
 """Raised when what is kept of a program changes."""
 
 

@@ -13,7 +13,7 @@ import optax
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, PartitionSpec
 
-from robovlms_jax.parallel import cpu
+from robovlms_jax.parallel import cpu, tpu
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.training.state import TrainState
 
@@ -150,8 +150,15 @@ def make_train_step(
         in_shardings=(shardings, meshes.batched(mesh)),
         out_shardings=(shardings, meshes.replicated(mesh)),
         donate_argnums=0,
-        compiler_options=cpu.options("small_kernels", meshes.platform(mesh)) if _is_small(state) else None,
+        compiler_options=_options(state, mesh),
     )
+
+
+def _options(state: Any, mesh: Mesh) -> dict[str, Any] | None:
+    """Compiler options of a training step."""
+    if meshes.platform(mesh) == "tpu":
+        return tpu.trained(mesh.devices.flat[0])
+    return cpu.options("small_kernels", meshes.platform(mesh)) if _is_small(state) else None
 
 
 _SMALL = 3e7

@@ -201,3 +201,34 @@ def test_impossible_sizes_are_refused_before_anything_is_built(config, change, m
 def test_images_of_another_size_are_refused():
     with pytest.raises(AssertionError, match="shape"):
         jax.eval_shape(vit.ViT(VISION).init, jax.random.key(0), jnp.ones((B, 8, 8, 3)))
+
+
+@pytest.mark.parametrize("tower", ["vit", "vit, rotary", "decoder"])
+def test_slots_that_a_tower_puts_behind_its_tokens_change_neither_results_nor_gradients(monkeypatch, tower):
+    # In float32, where none are put unless told so and rounding hides nothing: 10 tokens become 16, 11 become 16.
+    if tower == "decoder":
+        module = decoder.Decoder(dataclasses.replace(TEXT, dropout=0.0, attention_dropout=0.0))
+        mask = jnp.ones((2, 11), bool).at[1, 7:].set(False)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        given = jax.random.normal(jax.random.key(0), (2, 11, TEXT.width))
+
+        def call(params, x):
+            group = jnp.zeros((2, 11), jnp.int32).at[:, 9:].set(1)
+            return module.apply(params, Tokens(x, mask, positions, group=group))[0]
+
+        params = jax.jit(module.init)(jax.random.key(1), Tokens(given, mask, positions))
+    else:
+        turned = {"grid_rotary": True, "cls": "none", "width": 24} if "rotary" in tower else {}
+        module = vit.ViT(dataclasses.replace(VISION, **turned))
+        given = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
+        params, call = jax.jit(module.init)(jax.random.key(1), given), module.apply
+
+    def found():
+        cotangent = jax.random.normal(jax.random.key(2), jax.eval_shape(call, params, given).shape)
+        return jax.jit(jax.value_and_grad(lambda *x: (call(*x) * cotangent).sum(), (0, 1)))(params, given)
+
+    plain = found()
+    for room in (vit, decoder):
+        monkeypatch.setattr(room, "spare", lambda size, dtype: -size % 8)
+    for x, y in zip(jax.tree.leaves(found()), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)

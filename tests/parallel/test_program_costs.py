@@ -123,8 +123,23 @@ LOOP = """%body (s: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {
 """
 
 
-@pytest.mark.parametrize(("end", "turns", "unknown"), [("constant(9)", 7, 0), ("add(%first, %first)", 1, 1)])
-def test_a_loop_whose_end_is_carried_along_is_counted_and_one_without_an_end_is_named(end, turns, unknown):
+def raised(by: int) -> str:
+    add = f"  %by = s32[] constant({by})\n  %next = s32[] add(%n, %by)\n"
+    return LOOP.replace(
+        "  ROOT %t = (s32[], f32[4,4]{1,0}) tuple(%n,", f"{add}  ROOT %t = (s32[], f32[4,4]{{1,0}}) tuple(%next,"
+    )
+
+
+@pytest.mark.parametrize(
+    ("end", "loop", "turns", "unknown"),
+    [
+        ("constant(9)", LOOP, 7, 0),
+        ("constant(9)", raised(1), 7, 0),
+        ("constant(9)", raised(2), 4, 0),  # libtpu does two turns in one where 16 devices pass weights around
+        ("add(%first, %first)", LOOP, 1, 1),
+    ],
+)
+def test_a_loop_whose_end_is_carried_along_is_counted_and_one_without_an_end_is_named(end, loop, turns, unknown):
     lines = (
         "  %first = s32[] constant(2)",
         f"  %last = s32[] {end}",
@@ -132,7 +147,7 @@ def test_a_loop_whose_end_is_carried_along_is_counted_and_one_without_an_end_is_
         "  %t = (s32[], f32[4,4]{1,0}, s32[]) tuple(%first, %x, %last)",
         "  ROOT %w = (s32[], f32[4,4]{1,0}, s32[]) while(%t), condition=%condition, body=%body",
     )
-    found = program_costs.of_text(program(*lines, before=LOOP), 1)
+    found = program_costs.of_text(program(*lines, before=loop), 1)
     assert (found.flops, found.unknown_loops) == (turns * 2 * 4**3, unknown)
 
 
