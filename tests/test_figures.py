@@ -136,10 +136,12 @@ def test_the_success_of_the_default_is_that_of_its_runs():
 def test_the_table_of_the_demonstrations_twin_is_that_of_its_runs():
     found = result("demo_cpu")
     text = " ".join((ROOT / "robovlms_jax/demo/twin/README.md").read_text(encoding="utf-8").split())
+    report = (ROOT / "robovlms_jax/demo/twin/report.md").read_text(encoding="utf-8")
     trained, stored = found["as_trained"], found["as_stored"]
     for task, before in trained["success"].items():
         after = stored["success"][task]
         assert f"| {task} | {before.count('1')} of {len(before)} | {after.count('1')} of {len(after)} |" in text
+        assert f"| {task} | {after.count('1') / len(after):.1%} (".replace("%", " %") in report
     for rate in (trained, stored):
         low, high = rate["wilson_95_percent"]
         assert (

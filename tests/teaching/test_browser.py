@@ -47,7 +47,7 @@ def test_a_person_takes_over_by_key_and_by_finger_and_a_killed_program_has_all_o
             hold(page, "r", "facts.phase === 'person' && facts.by_person > 5")
             page.wait("$('who').textContent === 'You act' && !$('up').classList.contains('held')", 5)
             page.screenshot(tmp_path / "driven.png")
-            colours = "new Set(canvas.static.getContext('2d').getImageData(0, 0, 600, 600).data).size"
+            colours = "new Set($('static').getContext('2d').getImageData(0, 0, 600, 600).data).size"
             assert page.ask(colours) > 50 and page.ask("facts.steps") > height
             page.key(" ", "Space")
             page.wait("facts.opens === true || facts.by_person > 8", 10)
