@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -109,27 +108,30 @@ def test_the_notebooks_first_cell_away_from_the_repository_asks_for_its_address_
 
 
 def test_the_notebooks_first_cell_fetches_once_installs_once_and_asks_for_a_restart(tmp_path, monkeypatch):
-    ran, known = [], []
+    ran = []
 
     def run(command, cwd=None, check=False):
         ran.append((command[0] if command[0] == "git" else "pip", command[-1], cwd))
         if command[0] == "git":
-            (command[-1] / "robovlms_jax").mkdir(parents=True)
+            (command[-1] / ".git").mkdir(parents=True)
+            (command[-1] / "robovlms_jax").mkdir()
             (command[-1] / "robovlms_jax" / "commands.py").touch()
-        else:
-            known.append(types.SimpleNamespace(metadata={"Name": "robovlms_jax"}))
+        elif len(ran) == 2:
+            raise subprocess.CalledProcessError(1, command)  # the line went dead
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(importlib.metadata, "distributions", lambda: known)
     monkeypatch.setenv("ROBOVLMS_REPOSITORY", "https://somewhere.example/robovlms_jax")
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     fetched, cell = tmp_path / "robovlms_jax", compile(notebook_cells()[0], "first cell", "exec")
+    with pytest.raises(subprocess.CalledProcessError):
+        exec(cell, {})
     with pytest.raises(RuntimeError, match="Restart session"):  # numpy is loaded here, as it is on Colab
         exec(cell, {})
-    assert ran == [("git", fetched, None), ("pip", ".[train]", fetched)]
+    install = ("pip", ".[train]", fetched)
+    assert ran == [("git", fetched, None), install, install]
     exec(cell, {})  # after the restart
-    assert len(ran) == 2 and pathlib.Path.cwd() == fetched and sys.path[0] == str(fetched)
+    assert len(ran) == 3 and pathlib.Path.cwd() == fetched and sys.path[0] == str(fetched)
 
 
 def test_links_whose_text_is_code_are_links_and_code_is_none():
