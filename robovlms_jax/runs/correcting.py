@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -32,7 +32,10 @@ class CorrectionConfig:
     record: trying.TryingConfig = trying.TryingConfig(count=400, behaviour=BehaviourConfig(spread=(0.05,)))
     """The policy's rollouts."""
     takeovers: int = 2
-    """Of each rollout, at control steps that are drawn."""
+    """For each rollout, at control steps that are drawn."""
+    of: Literal["failed", "all"] = "failed"
+    """Rollouts that are taken over. An expert makes a new plan, which begins by moving the hand out of the way; shown
+    where a policy had a handle already, it teaches to let go of it (docs/reinforcement.md)."""
     max_steps: int = 0
     """Control steps that an expert may take; 0: as in the checkpoint's own rollouts or demonstrations."""
     pack: bool = True
@@ -68,7 +71,7 @@ def record(config: CorrectionConfig) -> dict[str, int]:
         renderer = demonstrations.Renderer(found.kinds, config.record.image_size)
         taken = takeovers.Takeovers(
             renderer.scenes,
-            cases(found, config.takeovers, config.seed),
+            cases(found, config),
             tables=config.record.tables,
             max_steps=config.max_steps,
             seed=config.seed,
@@ -87,13 +90,20 @@ def record(config: CorrectionConfig) -> dict[str, int]:
         return journal.counts()
 
 
-def cases(found: segments.Rollouts, takeovers_each: int, seed: int) -> list[takeovers.Case]:
-    """So many of every rollout, at steps that are drawn without the last, after which it was over."""
+def cases(found: segments.Rollouts, config: CorrectionConfig) -> list[takeovers.Case]:
+    """`takeovers` for every rollout there is, of those that are taken over in turn, at steps that are drawn without the
+    last, after which it was over. Raises ValueError where none failed."""
+    rows = np.flatnonzero(~np.asarray(found.success)) if config.of == "failed" else np.arange(len(found))
+    require(
+        len(rows) > 0,
+        f"all {len(found)} rollouts did their tasks: there is nothing to correct. Record more (correct.record.count), "
+        "with more noise (correct.record.behaviour.spread), or take over anywhere (correct.of all).",
+    )
     out = []
-    for number in range(len(found)):
-        rng = np.random.default_rng([seed, number])
-        first = int(found.offsets[number])
-        for step in rng.integers(found.steps(number), size=takeovers_each).tolist():
-            at: list[Any] = [jax.tree.map(lambda x, i=i: x[i], found.states) for i in (first + step, first)]
-            out.append(takeovers.Case(found.kinds.index(found.scenes[number]), found.tasks[number], *at))
+    for number in range(len(found) * config.takeovers):
+        row = int(rows[number % len(rows)])
+        first = int(found.offsets[row])
+        step = int(np.random.default_rng([config.seed, number]).integers(found.steps(row)))
+        at: list[Any] = [jax.tree.map(lambda x, i=i: x[i], found.states) for i in (first + step, first)]
+        out.append(takeovers.Case(found.kinds.index(found.scenes[row]), found.tasks[row], *at))
     return out

@@ -18,14 +18,24 @@ from tests.labeling.made_up import rollouts
 
 def test_takeovers_are_drawn_from_all_steps_but_the_last_and_keep_where_the_task_began():
     found = rollouts((12, 7), ("open_drawer", "turn_on_led"))
-    cases = correcting.cases(found, 40, 0)
-    assert [case.task for case in cases] == ["open_drawer"] * 40 + ["turn_on_led"] * 40
-    assert [case.scene for case in cases] == [0] * 40 + [1] * 40
+    config = correcting.CorrectionConfig(takeovers=40, of="all")
+    cases = correcting.cases(found, config)
+    assert [case.task for case in cases] == ["open_drawer", "turn_on_led"] * 40
+    assert [case.scene for case in cases] == [0, 1] * 40
     steps = np.array([case.state.position[0] for case in cases]) / 0.01  # these hands move 1 cm a step
-    assert steps[:40].round().astype(int).min() == 0 and steps[:40].round().astype(int).max() == 11
-    assert steps[40:].round().astype(int).max() == 6
+    assert steps[::2].round().astype(int).min() == 0 and steps[::2].round().astype(int).max() == 11
+    assert steps[1::2].round().astype(int).max() == 6
     assert all(case.begin.position[0] == 0 for case in cases)
-    assert [case.state.position[0] for case in cases] == [c.state.position[0] for c in correcting.cases(found, 40, 0)]
+    assert [case.state.position[0] for case in cases] == [c.state.position[0] for c in correcting.cases(found, config)]
+
+
+def test_only_rollouts_that_failed_are_taken_over_unless_all_are_asked_for():
+    found = rollouts((12, 7), ("open_drawer", "turn_on_led"))
+    config = correcting.CorrectionConfig()
+    one = dataclasses.replace(found, success=np.array([True, False]))
+    assert [case.task for case in correcting.cases(one, config)] == ["turn_on_led"] * 4
+    with pytest.raises(ValueError, match="nothing to correct"):
+        correcting.cases(dataclasses.replace(found, success=np.array([True, True])), config)
 
 
 def test_a_correction_without_a_policy_is_refused(tmp_path):
@@ -39,7 +49,9 @@ def test_a_correction_without_a_policy_is_refused(tmp_path):
 def test_experts_finish_what_the_policy_began_and_a_stopped_recording_goes_on(tmp_path):
     own = {"scenes": ("A",), "random_scenes": 1}
     how = trying.TryingConfig(tasks=("open_drawer",), count=3, tables=3, max_steps=40, **own)
-    config = correcting.CorrectionConfig(checkpoint=str(twin.DIRECTORY), out=str(tmp_path / "out"), record=how)
+    config = correcting.CorrectionConfig(
+        checkpoint=str(twin.DIRECTORY), out=str(tmp_path / "out"), record=how, of="all"
+    )
     counts = correcting.record(config)
     assert counts["attempted"] == 6 and counts["recorded"] >= 4
     found = segments.load(tmp_path / "out" / "journal" / "training")
@@ -47,7 +59,7 @@ def test_experts_finish_what_the_policy_began_and_a_stopped_recording_goes_on(tm
     data = packed.PackedDataset(tmp_path / "out" / "training")
     rows = [json.loads(line) for line in (tmp_path / "out/journal/training/recording.jsonl").read_text().splitlines()]
     done = [row["number"] for row in rows[1:] if row["segments"]]
-    cases = correcting.cases(found, 2, 0)
+    cases = correcting.cases(found, config)
     for number, episode in zip(done, data.episodes, strict=True):
         assert episode.task == "open_drawer"
         first, last = (data.array("scene_obs", [i])[0][DRAWER] for i in (episode.start, episode.end))
