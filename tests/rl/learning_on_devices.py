@@ -11,30 +11,31 @@ from robovlms_jax.rl import tables as playing
 from tests.rl.test_learning import learner
 from tests.rl.test_rollouts import SIZES, encode
 
+HELD = (playing.NAMES.index("open_drawer"),)
+
 
 def main() -> None:
     trials = starts.draw(("open_drawer", "turn_on_led"), ("A", "D"), 8, seed=0, spread=0.1)
-    world, key = playing.make_world(trials, encode, SIZES["static"]), jax.random.key(7)
-    both = learner("lstm", patterns=("^head/", "^rl/"), devices=2, tables=4, divergence_stop=0.0)
-    outcome, kept = jax.device_get(jax.jit(both._tried)(both.state.params, world, key))
-    one = learner("lstm", patterns=("^head/", "^rl/"), divergence_stop=0.0)
+    world = playing.make_world(trials, encode, SIZES["static"])
+    how = {"patterns": ("^head/", "^rl/"), "held": HELD, "hold_weight": 1.0, "divergence_stop": 0.0}
+    both, one = learner("lstm", devices=2, tables=4, **how), learner("lstm", **how)
+    key = jax.random.split(jax.random.fold_in(jax.random.key(0), 2))[0]  # of the first iteration
+    begun = jax.device_get(one.state.params)
+    decisions, numbers = both.iterate(world, 0)
+    made = jax.tree.map(lambda x: np.asarray(x).reshape(4, 4, *x.shape[1:]), decisions)  # [decision, table]
     alone = jax.jit(one._tried)
     for device in (0, 1):
-        rows = np.arange(4) + 4 * device
-        share = world.take(rows, np.zeros(4))
-        own, own_kept = jax.device_get(alone(one.state.params, share, jax.random.fold_in(key, device)))
-        played = np.where(own.trial >= 0, own.trial + 4 * device, -1)
+        share = world.take(np.arange(4) + 4 * device, np.zeros(4))
+        outcome, kept = jax.device_get(alone(begun, share, jax.random.fold_in(key, device)))
         columns = slice(2 * device, 2 * device + 2)
-        print(np.array_equal(outcome.trial[:, columns], played), np.array_equal(outcome.steps[:, columns], own.steps))
-        pairs = zip(jax.tree.leaves(kept), jax.tree.leaves(own_kept), strict=True)
-        print(all(np.allclose(a[:, columns], b, atol=1e-5) for a, b in pairs))
-    decisions, numbers = both.iterate(world, 0)
-    print(
-        len(decisions.mask),
-        int(numbers["updates"]),
-        {len(x.sharding.device_set) for x in both.state.trainable.values()},
-    )
-    again = learner("lstm", patterns=("^head/", "^rl/"), tables=4, divergence_stop=0.0)
+        task = np.asarray(share.tasks)[np.maximum(outcome.trial[:4], 0), outcome.position[:4]]
+        print(np.array_equal(made.held[:, columns], np.isin(task, HELD)), np.unique(task).size)
+        print(np.array_equal(made.mask[:, columns].sum(-1), outcome.steps[:4]))
+        pairs = ((made.drawn.actions, kept.drawn.actions), (made.log_prob, kept.log_prob), (made.value, kept.value))
+        print(all(np.allclose(a[:, columns], b[:4], atol=1e-5) for a, b in pairs))
+    held_by = {len(x.sharding.device_set) for x in both.state.trainable.values()}
+    print(len(decisions.mask), int(numbers["updates"]), held_by)
+    again = learner("lstm", tables=4, **how)
     again._collect = lambda *arguments: (jax.device_put(jax.device_get(decisions)), {})
     again.iterate(world, 0)
     print(all(np.allclose(x, again.state.trainable[path], atol=1e-5) for path, x in both.state.trainable.items()))
