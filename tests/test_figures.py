@@ -206,6 +206,25 @@ def test_the_table_of_reinforcement_on_many_tables_is_that_of_its_runs():
         assert others["before"]["successes"] - others["after"]["successes"] <= 4  # two points of 200 trials
 
 
+def test_what_corrections_and_a_learned_reward_gain_is_what_their_runs_say():
+    policies, text = result("corrections_cpu")["policies"], page("reinforcement.md")
+    rows = {"start": "before", "800 steps more, demonstrations alone": "demonstrations alone"}
+    rows["800 steps, half of each batch corrections of all rollouts"] = (
+        "corrections of all rollouts (`--of all`), half of each batch"
+    )
+    for name, words in rows.items():
+        found = policies[name]["seed 0"]
+        counts = [found[kind]["count"] for kind in ("unseen_random_tables", "unseen_table", "unseen_start")]
+        assert all(x["count"] == x["success"].count("1") and x["of"] == 200 for x in found.values())
+        assert f"| {words} | {' | '.join(map(str, counts))} |" in text
+    learned = result("preferences_cpu")
+    for name, before in (("unseen_random_tables", "95 → "), ("trained", "84 → "), ("unseen_phrasing", "80 → ")):
+        assert f"{before}{learned['results'][name]['after']['successes']}" in text
+    pair = learned["results"]["unseen_random_tables"]["paired"]
+    assert f"({pair['second']} trials gained, {pair['first']} lost," in text
+    assert f"{100 * learned['reward']['accuracy_true']:.1f} % of the true" in text
+
+
 def test_the_table_of_actions_as_words_is_that_of_its_runs():
     found, text = result("discrete_cpu"), page("concepts/structures.md")
     for run in found["runs"]:
