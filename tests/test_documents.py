@@ -10,12 +10,12 @@ import re
 
 import pytest
 
-from robovlms_jax.demo import twin
 from robovlms_jax.envs import gym
 from tests.processes import run_python
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "data/README.md"]
+POLICY = ROOT / "tests" / "compatibility" / "release_0_1" / "interleaved_discrete"
 
 
 def blocks(language: str) -> dict[str, str]:
@@ -65,7 +65,7 @@ def program(page: str, beginning: str) -> str:
         ("docs/playtable.md", "PlayTable(", "assert table.observe().images['wrist'].shape == (84, 84, 3)"),
     ],
 )
-def test_programs_in_documents_run_with_the_trained_twin_in_place_of_their_policy(page, beginning, end):
-    text = re.sub(r'load_policy\("[^"]*"\)', f"load_policy({str(twin.DIRECTORY)!r})", program(page, beginning))
+def test_programs_in_documents_run_with_a_small_policy_in_place_of_theirs(page, beginning, end):
+    text = re.sub(r'load_policy\("[^"]*"\)', f"load_policy({str(POLICY)!r})", program(page, beginning))
     pictures = "static_rgb, wrist_rgb = np.zeros((200, 200, 3), np.uint8), np.zeros((84, 84, 3), np.uint8)"
     run_python("-c", f"import numpy as np\n{pictures}\n{text}\n{end}")
