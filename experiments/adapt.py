@@ -22,7 +22,6 @@ from experiments.few_shot import SMALL
 from robovlms_jax import atomic, cli, schema
 from robovlms_jax.evaluation.report import tables
 from robovlms_jax.inputs.config import AugmentConfig
-from robovlms_jax.runs import load
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
 from robovlms_jax.search import queue, report
@@ -158,7 +157,7 @@ class _Way:
             changes |= {"data.root": config.target, "data.episode_list": self.few}
             changes["demonstrations"] = target.demonstrations
         if base is not None:
-            changes |= {"train.init_from": str(base), "policy": load.load_config(base).policy}
+            changes |= protocols.going_on(base)
         return cli.override(self.start, **changes)
 
 

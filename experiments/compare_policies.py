@@ -86,20 +86,14 @@ class _Trained:
             "optimizer.warmup_steps": min(self.start.optimizer.warmup_steps, self.start.train.steps // 10),
         }
         if base is not None:
-            changes |= {"train.init_from": str(base), **_scales(base)}
+            policy = protocols.rescaled(self.start.policy, protocols.policy_of(base))
+            changes |= protocols.going_on(base) | {"policy": policy}
         if self.variant.demonstrations:
             available = protocols.demonstrations(self.start)
             drawn = support.draw(available, sorted(available), self.variant.demonstrations, self.seed)
             path = pathlib.Path(self.config.out) / "support" / f"{self.variant.demonstrations}_{self.seed}.json"
             changes["data.episode_list"] = support.write(path, drawn)
         return cli.override(self.start, **changes)
-
-
-def _scales(base: pathlib.Path) -> dict[str, Any]:
-    """Those of actions and state that a run's parameters were learned with. Other data would give others."""
-    policy = load.load_config(base).policy
-    names = ("action_low", "action_high", "action_mean", "action_std", "action_mu", "proprio")
-    return {f"policy.{name}": getattr(policy, name) for name in names}
 
 
 @dataclasses.dataclass(frozen=True)

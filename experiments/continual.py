@@ -121,6 +121,14 @@ PRESETS = {
 def jobs(config: ContinualConfig) -> list[protocol.Job]:
     """For every seed the first group, and then every method with the groups after it."""
     start = protocols.preset(config.experiment, config.start, config.fixed, "continual")
+    if config.base:
+        start = protocols.begun_with(config.base, start, config.fixed, "continual")
+        there = start.backbone.lora_rank
+        require(
+            "adapters" not in config.methods or there == 0,
+            f"continual.base={config.base} has adapters (rank {there}) already; leave `adapters` out of "
+            "continual.methods, or name a base without.",
+        )
     require(
         start.rollouts.trials > 0,
         f"continual.start={config.start!r} has no rollouts; set --fixed rollouts.trials=40, in which tasks are asked.",
@@ -182,7 +190,7 @@ class _Step:
             "rollouts.select": "best",
         }
         if begun:
-            changes["policy"] = load.load_config(begun).policy
+            changes |= protocols.going_on(begun)
         if self.method == "replay":
             earlier = tuple(task for group in config.groups[: self.place] for task in group.split("+"))
             changes["data.further.lists"] = {"memory": self._list("memory", earlier, config.memory)}

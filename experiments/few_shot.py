@@ -21,7 +21,7 @@ from typing import Any, Literal
 from experiments import protocols
 from robovlms_jax import atomic, cli, json_files, schema
 from robovlms_jax.evaluation.report import tables
-from robovlms_jax.runs import load
+from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
 from robovlms_jax.search import queue, report
@@ -72,7 +72,8 @@ class FewShotConfig:
     support: str = ""
     """File of the episodes to draw from, as data.episode_list, such as RoboVLMs' list of ten per task. Empty: all."""
     statistics: Literal["base", "own"] = "base"
-    """Scales of actions and state: those of the base, or measured anew from the few demonstrations."""
+    """Scales of actions and state: those of the base, or measured anew from the few demonstrations. All else that gives
+    a base's parameters a meaning comes from its run."""
     report: bool = False
     """Only write the report of what is there."""
 
@@ -107,7 +108,15 @@ PRESETS = {
 
 def jobs(config: FewShotConfig) -> list[protocol.Job]:
     """The base's run, where it is not there, and every method with every number of demonstrations and every draw."""
-    start = protocols.preset(config.experiment, config.start, config.fixed, "few_shot")
+    start = preset = protocols.preset(config.experiment, config.start, config.fixed, "few_shot")
+    if config.base:
+        start = protocols.begun_with(config.base, start, config.fixed, "few_shot")
+        there = start.backbone.lora_rank
+        require(
+            "lora" not in config.methods or there in (0, config.rank),
+            f"few_shot.rank={config.rank}: few_shot.base={config.base} has adapters of rank {there}, which go on "
+            f"learning. Pass --rank {there}, or leave `lora` out of few_shot.methods.",
+        )
     available = protocols.demonstrations(start)
     if config.support:
         listed = json_files.read_object(config.support, "task -> spans")
@@ -131,7 +140,7 @@ def jobs(config: FewShotConfig) -> list[protocol.Job]:
             for draw in range(config.draws):
                 chosen = support.draw(available, tasks, count, draw)
                 path = pathlib.Path(config.out) / "support" / f"{count or 'all'}_{draw}.json"
-                learned = _Learned(config, start, tasks, method, draw, support.write(path, chosen))
+                learned = _Learned(config, start, preset.policy, tasks, method, draw, support.write(path, chosen))
                 setting = {"method": method, "demonstrations": str(count or "all")}
                 after = None if method == "scratch" else first
                 found.append(protocol.Job(setting, draw, learned, judge, after))
@@ -140,10 +149,11 @@ def jobs(config: FewShotConfig) -> list[protocol.Job]:
 
 @dataclasses.dataclass(frozen=True)
 class _Learned:
-    """Run directory of the base -> a trial's configuration."""
+    """Run directory of the base -> a trial's configuration. scales: of the preset, for trials that have their own."""
 
     config: FewShotConfig
     start: ExperimentConfig
+    scales: PolicyConfig
     tasks: tuple[str, ...]
     method: str
     draw: int
@@ -164,10 +174,13 @@ class _Learned:
         if self.method in config.rates:
             changes["optimizer.learning_rate"] = config.rates[self.method]
         if begun and config.statistics == "base":
-            changes["policy"] = load.load_config(begun).policy
+            changes |= protocols.going_on(begun)
+        else:
+            changes["policy"] = protocols.rescaled(self.start.policy, self.scales)
         if self.method == "lora":
             changes["backbone.lora_rank"] = config.rank
-            changes["backbone.lora_alpha"] = float(config.rank)
+            if not self.start.backbone.lora_rank:  # those of a base keep their scale
+                changes["backbone.lora_alpha"] = float(config.rank)
         return cli.override(self.start, **changes)
 
 

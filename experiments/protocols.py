@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import logging
 import pathlib
@@ -13,13 +14,20 @@ from typing import Any
 from robovlms_jax import cli, programs, schema
 from robovlms_jax.data import opening
 from robovlms_jax.parallel import cpu
-from robovlms_jax.runs import closed_loop, logs, run
+from robovlms_jax.policies.config import PolicyConfig
+from robovlms_jax.runs import chaining, closed_loop, load, logs, run
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.search import queue, space
 from robovlms_jax.strategies import protocol, support
 from robovlms_jax.training import stopping
 
 logger = logging.getLogger(__name__)
+
+SCALES = (
+    *("action_scaling", "action_num_std", "action_low", "action_high", "action_mean", "action_std", "action_mu"),
+    *("proprio.center", "proprio.scale", "head.quantile_edges"),
+)
+"""Fields of `PolicyConfig` that say what numbers of actions and state mean, which other data would give anew."""
 
 
 def preset(experiment: str, start: str, fixed: Sequence[str], owner: str) -> ExperimentConfig:
@@ -39,7 +47,71 @@ def preset(experiment: str, start: str, fixed: Sequence[str], owner: str) -> Exp
     if start not in presets:
         hint = schema.nearest(start, presets)
         raise ValueError(f"{owner}.start={start!r} is no preset of {experiment}{hint} {sorted(presets)}")
-    return cli.read(presets[start], argv=space.flags(space.fixed(fixed)))
+    return cli.read(presets[start], argv=space.flags(space.fixed(fixed, owner)))
+
+
+def begun_with(base: str, start: ExperimentConfig, fixed: Sequence[str], owner: str) -> ExperimentConfig:
+    """The preset with what gives the parameters of the run `base` a meaning: its policy, how its backbone computes, and
+    its adapters. What is taken is logged.
+
+    Raises:
+      FileNotFoundError, ValueError: no such run; `fixed` sets such a field to another value; or PlayTable's pictures
+        have another size, which `fixed` does not choose.
+    """
+    chosen = space.fixed(fixed, owner)
+    found = chaining.differences(load.load_config(base), start)
+    there, here = found.pop(chaining.PICTURES, (None, None))
+    if there and not {chaining.PICTURES, "demonstrations.image_size"} & set(chosen):
+        pixels = " ".join(map(str, there))
+        raise ValueError(
+            f"{owner}.base={base} learned from PlayTable's pictures of {there[0]} and {there[1]} px (static, wrist), "
+            f"and {owner}.start records and asks {here[0]} and {here[1]} px. Choose with {owner}.fixed: "
+            f"'{chaining.PICTURES}={pixels}' 'demonstrations.image_size={pixels}' as there, with a data.root for them."
+        )
+    taken = {name: pair[0] for name, pair in found.items() if name.startswith("backbone.")}
+    changed = cli.override(start, policy=policy_of(base), **taken)
+    scales = tuple(f"policy.{name}" for name in SCALES)
+    refused = [
+        f"{name}={value(start, name)} (there {value(changed, name)})"
+        for name in chosen
+        if name.startswith(("policy.", "backbone.")) and name not in scales
+        if value(start, name) != value(changed, name)
+    ]
+    if refused:
+        raise ValueError(
+            f"{owner}.fixed sets {', '.join(refused)}, and the parameters of {owner}.base={base} go on as they were "
+            "learned. Leave these fields out, or name another base."
+        )
+    seen = {name: pair[0] for name, pair in found.items() if name.startswith("policy.")}
+    if taken | seen:
+        logger.info("as in %s: %s", base, ", ".join(f"{name} {x}" for name, x in (taken | seen).items()))
+    return changed
+
+
+def policy_of(base: str | pathlib.Path) -> PolicyConfig:
+    """A run's policy, to go on with: its scales stay, and are not taken from new data."""
+    return dataclasses.replace(load.load_config(base).policy, action_scaling="bounds")
+
+
+def going_on(base: str | pathlib.Path) -> dict[str, Any]:
+    """Fields of a configuration that begins with a run's parameters, policy and scales."""
+    return {"train.init_from": str(base), "policy": policy_of(base), "data.compat_second_norm": False}
+
+
+def rescaled(policy: PolicyConfig, scales: PolicyConfig) -> PolicyConfig:
+    """`policy` with the `SCALES` of another one, or with what that has them measured by."""
+    plain = {name: getattr(scales, name) for name in SCALES if "." not in name}
+    proprio = dataclasses.replace(policy.proprio, center=scales.proprio.center, scale=scales.proprio.scale)
+    head = policy.head
+    if hasattr(head, "quantile_edges"):
+        alike = getattr(scales.head, "num_bins", 0) == head.num_bins
+        head = dataclasses.replace(head, quantile_edges=scales.head.quantile_edges if alike else ())
+    return dataclasses.replace(policy, **plain, proprio=proprio, head=head)
+
+
+def value(config: Any, name: str) -> Any:
+    """Of a dotted field."""
+    return functools.reduce(getattr, name.split("."), config)
 
 
 def demonstrations(config: ExperimentConfig) -> dict[str, list[tuple[int, int]]]:

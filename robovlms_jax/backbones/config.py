@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from robovlms_jax import schema
@@ -58,6 +59,10 @@ class BackboneConfig:
     def __post_init__(self):
         for field in ("lora_rank", "resampler_latents"):
             require(getattr(self, field) >= 0, f"backbone.{field}={getattr(self, field)} must be 0 (off) or positive.")
+        require(
+            not self.lora_rank or 0 < self.lora_alpha < math.inf,
+            f"backbone.lora_alpha={self.lora_alpha} must be positive and finite; at 0 adapters would add nothing.",
+        )
         require(
             self.storage == "float" or self.lora_rank > 0,
             "backbone.storage=int8 has matrices that cannot learn; set backbone.lora_rank, such as 32, for adapters.",

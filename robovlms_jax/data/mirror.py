@@ -17,13 +17,18 @@ from robovlms_jax.control.robot import CALVIN, Dimension, RobotSpec
 
 _PAIRS = (
     *(("left", "right"), ("leftmost", "rightmost"), ("leftward", "rightward"), ("leftwards", "rightwards")),
+    *(("leftside", "rightside"), ("lefthand", "righthand"), ("lefthanded", "righthanded")),
     ("clockwise", "counterclockwise"),
 )
 _OTHER = {word: other for pair in _PAIRS for word, other in (pair, pair[::-1])}
-_OTHER |= {"anticlockwise": "clockwise", "counter-clockwise": "clockwise"}
-_WORD = re.compile(rf"\b({'|'.join(sorted(_OTHER, key=len, reverse=True))})\b", re.IGNORECASE)
+_OTHER |= {f"{turn}{gap}clockwise": "clockwise" for turn in ("anti", "counter") for gap in ("", "-", " ")}
+_ANY = "|".join(sorted(_OTHER, key=len, reverse=True))
+_WORD = re.compile(rf"(?<![A-Za-z])({_ANY})(?![A-Za-z])", re.IGNORECASE)  # in left_arm and left2, too
 _KOREAN = {"왼": "오른", "오른": "왼", "좌": "우", "우": "좌", "시계": "반시계", "반시계": "시계"}
-_SIDE = re.compile(r"(왼|오른)(?=쪽|편|손)|(좌|우)(?=측|회전)|(반?시계)(?= ?방향)")
+_PARTS = "쪽|편|손|팔|발|다리|어깨|그리퍼|집게|바퀴"
+_SIDE = re.compile(
+    rf"(왼|오른)(?= ?(?:{_PARTS}))|(좌|우)(?=측|회전)|(?<![가-힣])(좌|우)(?=상단|하단)|(반?시계)(?= ?방향)"
+)
 
 
 @dataclasses.dataclass(frozen=True)

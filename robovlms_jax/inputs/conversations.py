@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MARK = "<image>"
 """Where a picture stands in a question, as LLaVA's files write it; a line break after it belongs to it."""
 _MARKS = re.compile(r"<image>\n?")
-_PLACE = "\ue000"  # one picture, in text on its way to the tokenizer: a character that Unicode leaves to us
+_PLACES = range(0xE000, 0xF900)  # characters that Unicode leaves to us: one of them is a picture on its way
 
 
 class Turn(NamedTuple):
@@ -150,10 +150,12 @@ class Encoder:
 
     def __call__(self, turns: Sequence[Turn], pictures: int) -> Encoded:
         """Raises ValueError: marks and pictures are not equally many, an empty answer, or a box that means nothing."""
-        stretches = _stretches(*_text(self.chat, self._end, turns, pictures))
+        said = "".join(map("".join, turns))
+        place = next(chr(code) for code in _PLACES if chr(code) not in said)
+        stretches = _stretches(*_text(self.chat, self._end, turns, pictures, place), place)
         ids, image, answer, shown = [], [], [], 0
         for text, spans in stretches:
-            if text == _PLACE:
+            if text == place:
                 ids += [0] * self.image_tokens
                 image += range(shown, shown + self.image_tokens)
                 answer += [False] * self.image_tokens
@@ -180,17 +182,21 @@ class Encoder:
         return end
 
 
-def _text(chat: Chat, end: str, turns: Sequence[Turn], pictures: int) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation in the family's words, `_PLACE` for each picture, and where answers begin and end in it."""
+def _text(chat: Chat, end: str, turns: Sequence[Turn], pictures: int, mark: str) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation in the family's words, `mark` for each picture, and where answers begin and end in it."""
     marks = sum(len(_MARKS.findall(turn.question)) for turn in turns)
     if marks != pictures:
         raise ValueError(f"{marks} marks {MARK} for {pictures} pictures; each picture needs one, in a question.")
-    place = chat.image.replace("{image}", _PLACE)
+    place = chat.image.replace("{image}", mark)
     together = "{images}" in chat.start
     text, spans = chat.start.replace("{images}", place * pictures), []
     for number, turn in enumerate(turns):
         if not turn.answer.strip():
             raise ValueError(f"the question {turn.question!r} has no answer.")
+        if MARK in turn.answer:
+            raise ValueError(
+                f"the answer {turn.answer!r:.80} has {MARK}, a picture's mark; only questions show pictures."
+            )
         question, answer = (boxes.written(part.strip(), chat.boxes) for part in turn)
         question = _MARKS.sub("" if together else place, question)
         text += (chat.between if number else "") + chat.question.replace("{question}", question)
@@ -200,10 +206,10 @@ def _text(chat: Chat, end: str, turns: Sequence[Turn], pictures: int) -> tuple[s
     return text, spans
 
 
-def _stretches(text: str, spans: list[tuple[int, int]]) -> list[tuple[str, list[tuple[int, int]]]]:
+def _stretches(text: str, spans: list[tuple[int, int]], place: str) -> list[tuple[str, list[tuple[int, int]]]]:
     """Text between pictures, and pictures, in order; of each the answers' places counted from its own beginning."""
     out, at = [], 0
-    for part in re.split(f"({_PLACE})", text):
+    for part in re.split(f"({place})", text):
         if part:
             inside = [(begin - at, end - at) for begin, end in spans if begin < at + len(part) and end > at]
             out.append((part, inside))

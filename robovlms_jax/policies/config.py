@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -186,6 +187,10 @@ class PolicyConfig:
         for field in ("num_queries", "window", "chunk"):
             require(getattr(self, field) >= 1, f"policy.{field}={getattr(self, field)} must be at least 1.")
         require(self.lora_rank >= 0, f"policy.lora_rank={self.lora_rank} must be 0 (off) or positive.")
+        require(
+            not self.lora_rank or 0 < self.lora_alpha < math.inf,
+            f"policy.lora_alpha={self.lora_alpha} must be positive and finite; at 0 adapters would add nothing.",
+        )
         require(0 <= self.lora_dropout < 1, f"policy.lora_dropout={self.lora_dropout} must lie in [0, 1).")
         require(
             self.lora_rank == 0 or not isinstance(self.head, discrete.DiscreteHeadConfig),

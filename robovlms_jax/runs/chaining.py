@@ -14,11 +14,56 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from robovlms_jax.backbones import registry
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.inputs import prompts, tokenizers
-from robovlms_jax.runs import build, load, resuming
+from robovlms_jax.runs import build, load, played, resuming, robots
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import checkpoints, items
 from robovlms_jax.weights import quantize
 
 logger = logging.getLogger(__name__)
+
+COMPUTED = (
+    *("backbone.attention", "backbone.states", "backbone.resampler_latents", "backbone.resampler_depth"),
+    *("backbone.resampler_heads", "policy.history", "policy.readout"),
+)
+"""Fields that say how parameters are computed with; no shape tells them."""
+ADAPTERS = tuple(f"{part}.lora_{field}" for part in ("backbone", "policy") for field in ("rank", "alpha", "kind"))
+"""Fields of adapters, without which those of a checkpoint are lost, or weigh otherwise."""
+SEEN = ("policy.cameras", "data.image_size")
+"""Fields that say what the policy sees; PlayTable's pictures are `played.Played.image_size`."""
+PICTURES = "rollouts.image_size"
+"""What `differences` calls PlayTable's pictures, of demonstrations, too."""
+
+
+def differences(earlier: ExperimentConfig, config: ExperimentConfig) -> dict[str, tuple[Any, Any]]:
+    """Field -> its values in the run that parameters are taken from and here, where they differ and no shape of a
+    parameter shows it: how the model computes (`COMPUTED`), adapters of the earlier run (`ADAPTERS`), what it sees
+    (`SEEN`, and pixels of PlayTable's static and wrist camera where both runs meet it)."""
+    names = [*COMPUTED, *SEEN]
+    for part in ("backbone", "policy"):
+        if getattr(earlier, part).lora_rank:
+            names += [name for name in ADAPTERS if name.startswith(part)]
+    pairs = {name: (_value(earlier, name), _value(config, name)) for name in names}
+    if all(x.demonstrations.episodes or x.rollouts.trials for x in (earlier, config)):
+        pairs[PICTURES] = (played.of(earlier).image_size, played.of(config).image_size)
+    if not (earlier.backbone.resampler_latents or config.backbone.resampler_latents):
+        pairs = {name: pair for name, pair in pairs.items() if not name.startswith("backbone.resampler_")}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def say_differences(config: ExperimentConfig, path: str) -> None:
+    """Log what this run does otherwise than the one that its parameters are taken from, `path`: fine-tuning may."""
+    earlier = load.load_config(path)
+    robots.say_differences(earlier.policy, config.policy, path)
+    if found := differences(earlier, config):
+        lines = [f"{name}: there {there}, here {here}" for name, (there, here) in found.items()]
+        lost = any(name.endswith(("lora_rank", "lora_kind")) for name in found)
+        lost = "\n  What its adapters learned is lost; set these fields as there to keep it." if lost else ""
+        logger.warning("%s was trained with other settings:\n  %s%s", path, "\n  ".join(lines), lost)
+
+
+def _value(config: ExperimentConfig, name: str) -> Any:
+    part, field = name.split(".")
+    return getattr(getattr(config, part), field)
 
 
 def open_backbone(config: BackboneConfig, path: str) -> build.Backbone:

@@ -192,6 +192,8 @@ def _train_stages(
                 "stage %s: steps %d to %d, trains %s parameters",
                 *(stage.name, stage.begin + 1, stage.end, f"{build.count(train_state.trainable):,}"),
             )
+        for remark in stages.remarks(stage, rows):
+            logger.warning(remark)
         if len(rows) > 1:  # whole segments, so not always in the proportion that was asked for
             logger.info("every batch has segments of %s", ", ".join(f"{name} {n}" for name, n in rows.items()))
         train_state, finished = _train_stage(setup, stage, train_state, services)

@@ -29,7 +29,6 @@ from robovlms_jax.runs import (
     closed_loop,
     embodiments,
     further,
-    load,
     questions,
     resuming,
     robots,
@@ -156,7 +155,9 @@ def _resolved(
         resuming.require_steps(point, config)
         return config
     config = config.resolve(source.num_windows, length, values)
-    policy = config.policy.with_bins(actions)
+    policy = config.policy
+    if not getattr(policy.head, "quantile_edges", ()):  # those of the run that this one begins with stay
+        policy = policy.with_bins(actions)
     if policy.proprio.enabled and policy.proprio.is_default:
         policy = policy.with_state(excerpts.state_sample(source.dataset, 1_000))
     return dataclasses.replace(config, policy=policy)
@@ -229,7 +230,7 @@ def _open_backbone(config: ExperimentConfig, point: resuming.Point | None, instr
     if point:
         return chaining.backbone_of(config.backbone, point, instructions)
     if config.train.init_from:
-        robots.say_differences(load.load_config(config.train.init_from).policy, config.policy, config.train.init_from)
+        chaining.say_differences(config, config.train.init_from)
         return chaining.open_backbone(config.backbone, config.train.init_from)
     return build.open_backbone(config.backbone, instructions)
 
@@ -339,6 +340,16 @@ def announce(name: str, setup: Setup) -> None:
             "demonstrations alone teach little. Pass --backbone.weights, such as "
             "hf://microsoft/kosmos-2-patch14-224 for kosmos-2.",
             setup.num_params / 1e9,
+        )
+    idle = stages.undrawn(setup.stages, [name for name in setup.sources if name != objective.ROBOT])
+    if idle:
+        logger.warning("nothing is learned from %s: no share of a batch is theirs (train.sources)", ", ".join(idle))
+    learned = setup.abstracts[setup.first].trainable
+    if config.backbone.lora_rank and any(x.startswith("backbone/") and "/lora_" not in x for x in learned):
+        logger.warning(
+            "backbone.lora_rank=%d adds adapters, and the backbone's own parameters learn beside them; for adapters "
+            "alone pass --train.trainable lora_ ^head/ ^readout/",
+            config.backbone.lora_rank,
         )
     if setup.train.dataset.groups:
         groups = setup.train.dataset.groups

@@ -21,7 +21,7 @@ class Ranked:
 
     half_width: of the 95 % interval of the mean over seeds (Student's t), NaN with one seed. difference, noise: of the
     best setting's mean to this one's, paired by seed where both have the same seeds (Welch's otherwise), and whether
-    its 95 % interval holds 0; None where it cannot be told.
+    its 95 % interval holds 0; None where it cannot be told. failed: seeds that ended without a value.
     """
 
     setting: space.Setting
@@ -29,6 +29,7 @@ class Ranked:
     half_width: float
     difference: float
     noise: bool | None
+    failed: int = 0
 
     @property
     def mean(self) -> float:
@@ -36,17 +37,27 @@ class Ranked:
 
 
 def rank(trials: Sequence[queue.Trial], direction: str) -> list[Ranked]:
-    """Settings whose trials are done, the best first."""
+    """Settings whose trials are done, the best first; those of which a seed failed come after all that have none: the
+    seeds that are left were not drawn at random."""
     grouped: dict[tuple, dict[int, float]] = {}
     for trial in trials:
-        if trial.status == "done":
+        if trial.status == "done" and math.isfinite(trial.value):
             grouped.setdefault(tuple(trial.setting.items()), {})[trial.seed] = trial.value
     sign = 1 if direction == "minimize" else -1
-    ordered = sorted(grouped.items(), key=lambda item: sign * float(np.mean(list(item[1].values()))))
+    ended = [x for x in trials if x.status == "failed" or (x.status == "done" and not math.isfinite(x.value))]
+    # A failed step of a sequence names more than the setting that it belongs to.
+    failed = {
+        setting: len({trial.seed for trial in ended if set(setting) <= set(trial.setting.items())} - set(seeds))
+        for setting, seeds in grouped.items()
+    }
+    ordered = sorted(
+        grouped.items(), key=lambda item: (failed[item[0]] > 0, sign * float(np.mean(list(item[1].values()))))
+    )
     out = []
     for setting, seeds in ordered:
         best, values = ordered[0][1], tuple(seeds.values())
-        out.append(Ranked(dict(setting), values, half_width_of(values), *_compared(best, seeds)))
+        compared = _compared(best, seeds)
+        out.append(Ranked(dict(setting), values, half_width_of(values), *compared, failed[setting]))
     return out
 
 
@@ -115,24 +126,41 @@ def _table(ranked: Sequence[Ranked], names: Sequence[str]) -> str:
         spread = "" if math.isnan(x.half_width) else f" ± {tables.significant(x.half_width)}"
         verdict = "best" if x is ranked[0] else {None: "one run: unknown", True: "noise", False: "real"}[x.noise]
         numbers = (f"{tables.significant(x.mean)}{spread}", tables.significant(x.difference))
-        rows.append([*(x.setting.get(name, "") for name in names), str(len(x.values)), *numbers, verdict])
+        runs = str(len(x.values)) + (f", {x.failed} failed" if x.failed else "")
+        rows.append([*(x.setting.get(name, "") for name in names), runs, *numbers, verdict])
     head = [*names, "runs", "mean (95 %)", "from the best", "difference"]
     return tables.markdown(head, rows, text_columns=len(names))
 
 
 def _verdict(ranked: Sequence[Ranked]) -> str:
-    if len(ranked[0].values) < 2:
-        return (
-            "Every setting was run once, so nothing here tells a better setting from a luckier run: repeat the first "
-            "few with `--seeds 3` or more."
+    best, others = ranked[0], ranked[1:]
+    said = []
+    if not others:
+        return "Only one setting has a result: there is nothing to compare it with."
+    if len(best.values) < 2:
+        whose = "Every setting" if all(len(x.values) < 2 for x in others) else "The best setting"
+        said.append(
+            f"{whose} was run once, so nothing here tells a better setting from a luckier run: repeat the first few "
+            "with `--seeds 3` or more."
         )
-    equal = [x for x in ranked[1:] if x.noise]
-    if not equal:
-        return "The best setting differs from every other by more than runs of one setting differ (95 %, by setting)."
-    return (
-        f"{len(equal)} of the {len(ranked) - 1} others cannot be told from the best by these runs: the 95 % interval "
-        "of the difference over seeds holds 0. Of twenty equal settings one is expected to look different."
-    )
+    else:
+        known = [x for x in others if x.noise is not None]
+        equal = [x for x in known if x.noise]
+        if equal:
+            said.append(
+                f"{len(equal)} of the {len(others)} others cannot be told from the best by these runs: the 95 % "
+                "interval of the difference over seeds holds 0. Of twenty equal settings one is expected to look "
+                "different."
+            )
+        elif known:
+            which = "every other" if len(known) == len(others) else f"{len(known)} of the {len(others)} others"
+            said.append(f"The best setting differs from {which} by more than runs of one setting differ (95 %).")
+        if len(known) < len(others):
+            said.append(f"{len(others) - len(known)} of the others were run once, which tells nothing of them yet.")
+    broken = [x for x in ranked if x.failed]
+    if broken:
+        said.append(f"{len(broken)} with a run that failed stand last, whatever their other runs say.")
+    return " ".join(said)
 
 
 def _text(setting: space.Setting) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 
 Setting = dict[str, str]
@@ -45,8 +46,8 @@ def _read(text: str) -> Values | Range:
         raise ValueError(f"search.space has {text!r}; expected FIELD=VALUE,VALUE or FIELD=LOW:HIGH[:log|:int].")
     parts = [right] if "://" in right else right.split(":")  # hf://OWNER/NAME is a value
     if len(parts) == 1:
-        values = tuple(right.split(","))
-        if len(set(values)) < len(values) or "" in values:
+        values = tuple(" ".join(value.split()) for value in right.split(","))
+        if len(set(map(_meant, values))) < len(values) or "" in values:
             raise ValueError(f"search.space has {text!r}, with an empty value or one that is there twice.")
         return Values(name, values)
     kind = parts[2] if len(parts) == 3 else ""
@@ -55,13 +56,22 @@ def _read(text: str) -> Values | Range:
     except ValueError:
         low, high = 1.0, 0.0
     whole = kind == "int" and low.is_integer() and high.is_integer()
-    if len(parts) > 3 or kind not in ("", "log", "int") or not low < high or (kind == "int") != whole:
+    finite = math.isfinite(low) and math.isfinite(high)
+    if len(parts) > 3 or kind not in ("", "log", "int") or not (finite and low < high) or (kind == "int") != whole:
         raise ValueError(
             f"search.space has {text!r}; expected FIELD=LOW:HIGH, FIELD=LOW:HIGH:log or :int, LOW below HIGH."
         )
     if kind == "log" and low <= 0:
         raise ValueError(f"search.space has {text!r}; a logarithmic range begins above 0.")
     return Range(name, low, high, log=kind == "log", whole=whole)
+
+
+def _meant(value: str) -> object:
+    """What compares equal where two texts mean one number."""
+    try:
+        return tuple(map(float, value.split()))
+    except ValueError:
+        return value
 
 
 def grid(fields: Sequence[Values | Range]) -> list[Setting]:
@@ -75,13 +85,13 @@ def grid(fields: Sequence[Values | Range]) -> list[Setting]:
     return [dict(zip(names, values)) for values in itertools.product(*(field.values for field in fields))]
 
 
-def fixed(texts: Sequence[str]) -> Setting:
-    """ "FIELD=VALUE" texts as a setting. Raises ValueError."""
+def fixed(texts: Sequence[str], owner: str = "search") -> Setting:
+    """ "FIELD=VALUE" texts as a setting. Raises ValueError that names `owner`, whose field `fixed` they are."""
     out = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise ValueError(f"search.fixed has {text!r}; expected FIELD=VALUE.")
+            raise ValueError(f"{owner}.fixed has {text!r}; expected FIELD=VALUE.")
         out[name] = value
     return out
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -116,6 +117,8 @@ def _run(out: pathlib.Path, trial: queue.Trial, job: Job) -> queue.Trial:
         if not (directory / "report.md").exists():
             raise KeyboardInterrupt  # SIGTERM ended the run, which is saved
     found = job.judge(directory)
+    if not math.isfinite(float(found["value"])):
+        return dataclasses.replace(trial, status="failed", reason=f"its result is {found['value']}, no finite number")
     jax.clear_caches()  # the programs of all runs do not fit into memory together
     tables.write_json(queue.folder(out, trial.number) / "result.json", found)
     seconds = trial.seconds + time.monotonic() - begin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Literal
@@ -32,7 +33,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine", "step", "rsqrt", "warmup_stable_decay"] = "constant"
     """After warm-up: constant; cosine down to min_scale at train.steps; multiplied by step_factor every step_every
     steps; with the inverse square root of steps, counted from rsqrt_steps; or constant, and linear down to min_scale in
-    the last decay_share of all steps."""
+    the last decay_share of the steps after warm-up."""
     warmup_steps: int = 0
     """Linear warm-up from 0; the first update then has learning rate 0, as upstream's has."""
     warmup_epochs: float = 0.0
@@ -46,7 +47,7 @@ class OptimizerConfig:
     rsqrt_steps: int = 10_000
     """Rsqrt: steps after which it is 1 / sqrt(2) of the largest."""
     decay_share: float = 0.2
-    """Warmup_stable_decay: share of all steps in which it falls."""
+    """Warmup_stable_decay: share of the steps after warm-up in which it falls."""
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
     """Regular expression -> factor of the learning rate of parameters in whose path it is found; the first counts. Such
     as {"^head/": 10} for a new head, or {"lora_b$": 16}, which is LoRA+ (Hayou et al. 2024, arXiv:2402.12354)."""
@@ -58,7 +59,7 @@ class OptimizerConfig:
     {"^backbone/text/": 4}. The others keep optimizer state and are differentiated through all the same."""
     ema: float = 0.0
     """Above 0: a moving average of the trained parameters, ema = ema * average + (1 - ema) * parameters after every
-    update, is what is evaluated, saved as the policy and served."""
+    update, is what is evaluated, saved as the policy and served, and what a later stage begins with."""
     ewc: float = 0.0
     """Above 0: parameters are held where they begin by this times their Fisher information in what train.init_from's
     run learned (training/consolidation.py), which lies in its fisher.npz."""
@@ -69,17 +70,19 @@ class OptimizerConfig:
     """Global gradient norm is clipped to this; 0 turns clipping off (what upstream's configs really ran with)."""
 
     def __post_init__(self):
-        require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive.")
-        for field in ("warmup_steps", "warmup_epochs"):
-            require(getattr(self, field) >= 0, f"optimizer.{field}={getattr(self, field)} must not be negative.")
-        require(self.clip_norm >= 0, f"optimizer.clip_norm={self.clip_norm} must be 0 (off) or positive.")
+        for field in ("learning_rate", "step_factor"):
+            x = getattr(self, field)
+            require(0 < x < math.inf, f"optimizer.{field}={x} must be positive and finite.")
+        for field in ("weight_decay", "epsilon", "warmup_steps", "warmup_epochs", "clip_norm", "ewc", "ewc_floor"):
+            x = getattr(self, field)
+            require(0 <= x < math.inf, f"optimizer.{field}={x} must be 0 or positive, and finite.")
+        for field in ("beta1", "beta2"):
+            require(0 <= getattr(self, field) < 1, f"optimizer.{field}={getattr(self, field)} must lie in [0, 1).")
         require(self.step_every >= 1, f"optimizer.step_every={self.step_every} must be at least 1.")
         require(0 <= self.min_scale <= 1, f"optimizer.min_scale={self.min_scale} must lie in [0, 1].")
         require(self.rsqrt_steps >= 1, f"optimizer.rsqrt_steps={self.rsqrt_steps} must be at least 1.")
         require(0 < self.decay_share <= 1, f"optimizer.decay_share={self.decay_share} must lie in (0, 1].")
         require(0 < self.layer_decay <= 1, f"optimizer.layer_decay={self.layer_decay} must lie in (0, 1].")
-        require(self.ewc >= 0, f"optimizer.ewc={self.ewc} must be 0 (off) or positive.")
-        require(self.ewc_floor >= 0, f"optimizer.ewc_floor={self.ewc_floor} must be 0 (off) or positive.")
         require(
             self.ewc > 0 or not self.ewc_floor,
             f"optimizer.ewc_floor={self.ewc_floor} has no effect while optimizer.ewc is 0.",
@@ -87,8 +90,9 @@ class OptimizerConfig:
         require(0 <= self.ema < 1, f"optimizer.ema={self.ema} must lie in [0, 1).")
         for field in ("rates", "last_layers"):
             values = getattr(self, field)
-            wrong = {pattern: x for pattern, x in values.items() if not x > 0}
-            require(not wrong, f"optimizer.{field} has {wrong}; expected patterns with numbers above 0.")
+            kind = "whole" if field == "last_layers" else "finite"
+            wrong = {name: x for name, x in values.items() if not 0 < x < math.inf or (kind == "whole" and x % 1)}
+            require(not wrong, f"optimizer.{field} has {wrong}; expected patterns with {kind} numbers above 0.")
             if values:
                 _require_patterns(tuple(values), f"optimizer.{field}")
         betas = (self.beta1, self.beta2) == (OptimizerConfig.beta1, OptimizerConfig.beta2)
@@ -231,8 +235,8 @@ class TrainConfig:
 
 
 def _require_shares(shares: Mapping[str, float], name: str) -> None:
-    wrong = {key: x for key, x in shares.items() if not schema.fits(x, float) or x < 0}
-    require(not wrong, f"{name} has {wrong}; expected names with numbers that are not negative.")
+    wrong = {key: x for key, x in shares.items() if not schema.fits(x, float) or not 0 <= x < math.inf}
+    require(not wrong, f"{name} has {wrong}; expected names with finite numbers that are not negative.")
 
 
 def _require_sources(shares: Mapping[str, float], name: str) -> None:

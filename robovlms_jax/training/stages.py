@@ -106,6 +106,34 @@ def _naming(stage: Stage, *, several: bool) -> Iterator[None]:
         raise ValueError(f"train.stages, stage {stage.name!r}: {error}" if named else str(error)) from None
 
 
+def remarks(stage: Stage, rows: Mapping[str, int]) -> list[str]:
+    """What a stage's settings come to, where that is far from what they say: sentences for the log.
+
+    Args:
+      rows: of every batch, by source (`rows`).
+    """
+    said, total = [], sum(stage.sources.values())
+    for source, count in rows.items():
+        asked, got = stage.sources[source] / total, count / sum(rows.values())
+        if not asked / 2 <= got <= 2 * asked:
+            said.append(
+                f"stage {stage.name}: {source} has {got:.1%} of every batch, and {asked:.1%} was asked for, which is "
+                "less or more than whole segments allow; raise train.batch_size."
+            )
+    warmup = stage.optimizer.warmup_steps
+    if warmup >= stage.steps:
+        said.append(
+            f"stage {stage.name}: optimizer.warmup_steps={warmup} is no less than its {stage.steps} steps, so the "
+            f"learning rate never becomes {stage.optimizer.learning_rate:g}."
+        )
+    return said
+
+
+def undrawn(stages: Sequence[Stage], sources: Collection[str]) -> list[str]:
+    """Those of a run's `sources` that no stage draws from."""
+    return sorted(set(sources) - {name for stage in stages for name, share in stage.sources.items() if share})
+
+
 def rows(stage: Stage, total: int, multiple: int = 1) -> dict[str, int]:
     """Source -> rows of every batch, `total` together, in proportion to the stage's shares.
 

@@ -78,9 +78,10 @@ def create(
 def resplit(
     state: TrainState, patterns: tuple[str, ...], optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """The same parameters, step and PRNG with other ones trainable, and an optimizer that begins: the next stage's.
+    """The same step and PRNG with other parameters trainable, and an optimizer that begins: the next stage's. It starts
+    with what was served (moving averages, where they were kept), as a run of its own would with `train.init_from`.
     Arrays are taken over, not copied."""
-    train, frozen = trainable.split({**state.trainable, **state.frozen}, patterns)
+    train, frozen = trainable.split(flatten_dict(state.served, sep="/"), patterns)
     shardings = opt_shardings(optimizer, train, jax.tree.map(lambda x: x.sharding, train), mesh)
     return state.replace(
         begun=jax.device_put(state.step - state.skipped, meshes.replicated(mesh)),

@@ -51,8 +51,16 @@ _PLAIN = {
     "trainable_token_indices": None,
     "target_parameters": None,
     "lora_bias": False,
+    "use_bdlora": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "velora_config": None,
+    "monteclora_config": None,
 }
 """Settings of PEFT that change what is computed, with the only value that our adapters have."""
+_REWRITING = ("pissa", "olora", "loftq", "corda", "lora_ga")
+"""Beginnings of `init_lora_weights` with which PEFT changes the base's own weights when it opens an adapter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +281,18 @@ def _require_kind(directory: pathlib.Path, settings: Mapping[str, Any], lora: Lo
         raise ValueError(
             f"{directory / CONFIG} has {other}; adapters with { ({k: _PLAIN[k] for k in other}) } are read here."
         )
-    rank = max(settings.get("r", 8), *(settings.get("rank_pattern") or {0: 0}).values())
+    begun = settings.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_REWRITING):
+        raise ValueError(
+            f"{directory / CONFIG} has init_lora_weights={begun!r}: with it PEFT changes the base's weights when it "
+            "opens the adapter; here they stay as published. Save it as a plain one, with peft's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=DIRECTORY of the adapter before training)."
+        )
+    ranks = [settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()]
+    wrong = [rank for rank in ranks if not isinstance(rank, int) or rank < 1]
+    if wrong:
+        raise ValueError(f"{directory / CONFIG} has rank {wrong[0]!r}; r and rank_pattern are whole numbers above 0.")
+    rank = max(ranks)
     if lora.rank < rank or lora.kind != kind:
         raise ValueError(
             f"{directory} holds adapters of kind {kind!r} and rank {rank}; the backbone is to have kind {lora.kind!r} "

@@ -130,6 +130,13 @@ def full_shapes(config, params):
         ({"use_dora": True}, {}, r"kind 'dora' and rank 2.*--backbone.lora_kind dora"),
         ({}, {"rank": 1}, r"rank 2.*has kind|rank 1.*--backbone.lora_rank 2"),
         ({"bias": "all"}, {}, r"'bias': 'all'"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            {},
+            r"init_lora_weights='pissa_niter_4': .* the base's weights",
+        ),
+        ({"use_bdlora": {"nblocks": 2}}, {}, "use_bdlora"),
+        ({"r": None}, {}, "has rank None; r and rank_pattern are whole numbers"),
         ({"peft_type": "IA3"}, {}, "IA3"),
     ],
 )

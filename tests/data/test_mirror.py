@@ -61,6 +61,9 @@ def test_what_has_no_known_mirror_image_is_refused_with_the_reason(robot, axis, 
         ("Push the LEFT block to the right.", "Push the RIGHT block to the left."),
         ("turn it counter-clockwise, then leftwards", "turn it clockwise, then rightwards"),
         ("leftover bright plate", "leftover bright plate"),
+        ("the left_arm and the lefthand drawer", "the right_arm and the righthand drawer"),
+        ("오른팔로 왼 손 쪽 좌상단", "왼팔로 오른 손 쪽 우상단"),
+        ("경우로 우수한", "경우로 우수한"),
         ("왼쪽 서랍을 오른쪽으로 반시계 방향", "오른쪽 서랍을 왼쪽으로 시계 방향"),
         ("좌측으로 시계방향", "우측으로 반시계방향"),
     ],
@@ -68,6 +71,11 @@ def test_what_has_no_known_mirror_image_is_refused_with_the_reason(robot, axis, 
 def test_words_change_sides_and_back(sentence, other):
     assert mirror.words(sentence) == other
     assert mirror.words(other).replace("counterclockwise", "counter-clockwise") == sentence
+
+
+@pytest.mark.parametrize("turn", ["anticlockwise", "anti-clockwise", "counter clockwise"])
+def test_every_spelling_of_the_other_turn_is_known(turn):
+    assert mirror.words(f"Turn it {turn}") == "Turn it clockwise"
 
 
 def test_a_training_sample_is_mirrored_as_a_whole_and_an_evaluations_never(tmp_path):

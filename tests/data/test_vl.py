@@ -191,6 +191,70 @@ def test_pictures_missing_from_a_tar_are_counted_and_named(folder):
         opening.open_all(VLConfig(paths={"web": path}), {"web": path})
 
 
+def test_a_caption_lies_beside_metadata_without_one_and_is_text(folder):
+    members = {"1.jpg": png(1), "1.json": b'{"caption": null, "width": 3}', "1.txt": b"grey"}
+    (pairs,) = [opening.open_pairs(tar(folder / "x.tar", members))]
+    assert pairs.sample(0).choices[0][0].answer == "grey"
+    for content, message in (
+        (b'{"caption": 3}', "has caption=3; expected text"),
+        (b"[]", "is a list; expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            opening.open_pairs(tar(folder / "x.tar", {"1.jpg": png(1), "1.json": content}))
+
+
+def test_a_tar_may_hold_conversations_without_pictures_and_keys_that_begin_anew(folder):
+    talk = json.dumps({"conversations": entry(0, [], "What?", "grey")["conversations"]}).encode()
+    for shard in range(2):
+        tar(folder / f"{shard}.tar", {"1.json": talk, "2.jpg": png(10 + shard), "2.txt": b"grey"})
+    pairs = opening.open_pairs(str(folder / "{0..1}.tar"))
+    assert [len(pairs.sample(i).pictures) for i in range(4)] == [0, 1, 0, 1]
+    assert pairs.picture(pairs.sample(1).pictures[0]) == png(10)
+    assert pairs.picture(pairs.sample(3).pictures[0]) == png(11)
+    shown = json.dumps({"conversations": entry(0, [], "<image>\nWhat?", "grey")["conversations"]}).encode()
+    with pytest.raises(FileNotFoundError, match=r"1 of 1 pictures are missing, among them 1 in x\.tar"):
+        opening.open_pairs(tar(folder / "x.tar", {"1.json": shown}))
+
+
+@pytest.mark.parametrize(("image", "fits"), [(None, True), ("", False), (".", False), ([None], False)])
+def test_a_picture_that_is_none_is_text_alone_and_one_that_is_a_folder_is_missing(folder, image, fits):
+    values = {**entry(0, [], "What?", "grey"), "image": image}
+    if fits:
+        assert opening.open_pairs(llava(folder, [values])).sample(0).pictures == ()
+    else:
+        with pytest.raises((ValueError, OSError), match=r"image=|1 of 1 pictures are missing"):
+            opening.open_pairs(llava(folder, [values]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": None}, "images=None; expected a list"),
+        ({"images": [{"id": 7, "file_name": 3}]}, "has id 7 and file_name 3"),
+        ({"images": [{"id": 7, "file_name": "a.png"}, {"id": 7, "file_name": "b.png"}]}, "id 7 is both a.png and b"),
+        ({"annotations": [{"image_id": [7], "caption": "grey"}]}, r"does not list: \[7\]"),
+    ],
+)
+def test_what_coco_must_not_hold_is_named(folder, changes, message):
+    values = {"images": [{"id": 7, "file_name": "a.png"}], "annotations": [{"image_id": 7, "caption": "grey"}]}
+    (folder / "captions.json").write_text(json.dumps(values | changes))
+    with pytest.raises(ValueError, match=message):
+        opening.open_pairs(str(folder / "captions.json"))
+
+
+@pytest.mark.parametrize("cut", [2048, 2148, 4096, 4607])
+def test_a_shard_that_ends_anywhere_before_its_end_is_refused(folder, cut):
+    members = {f"{i}.{kind}": data for i in range(5) for kind, data in (("jpg", png(1)), ("txt", b"grey"))}
+    path = pathlib.Path(tar(folder / "x.tar", members))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:cut])
+    with pytest.raises(ValueError, match=r"x\.tar.* is cut off"):
+        opening.open_pairs(str(path))
+    path.write_bytes(whole[:2048] + bytes(512) + whole[2560:])
+    with pytest.raises(ValueError, match=r"x\.tar is damaged: byte 2,048"):
+        opening.open_pairs(str(path))
+
+
 def test_shards_that_are_cut_off_compressed_or_absent_are_named(folder):
     path = pathlib.Path(tar(folder / "x.tar", {"1.txt": b"grey", "1.jpg": png(1) * 40}))
     whole = path.read_bytes()

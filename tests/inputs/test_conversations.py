@@ -48,12 +48,11 @@ def test_kosmos_sees_its_own_order(tokenizer):
 
 
 def test_janus_is_asked_as_its_published_template_asks():
-    text, spans = conversations._text(conversations.CHATS["janus"], "END", TURNS, 1)
+    text, spans = conversations._text(conversations.CHATS["janus"], "END", TURNS, 1, "#")
     system, _, rest = text.partition("natural language.\n\n")
     assert system.startswith("<\uff5cbegin▁of▁sentence\uff5c>You are a helpful language and vision assistant.")
     assert rest == (
-        f"<|User|>: {conversations._PLACE}\nWhere is it?\n\n<|Assistant|>: on the leftEND"
-        "<|User|>: What colour?\n\n<|Assistant|>: redEND"
+        "<|User|>: #\nWhere is it?\n\n<|Assistant|>: on the leftEND<|User|>: What colour?\n\n<|Assistant|>: redEND"
     )
     assert [text[begin:end] for begin, end in spans] == [" on the leftEND", " redEND"]
 
@@ -71,6 +70,8 @@ def test_pictures_stand_where_their_marks_are(tokenizer):
     [
         (TURNS, 2, "1 marks <image> for 2 pictures"),
         ((Turn("What?", " "),), 0, "has no answer"),
+        ((Turn("What?", "an <image>"),), 0, "pictures stand|only questions"),
+        ((Turn("What?", "<ref>it"),), 0, "cannot be read"),
         ((Turn("What?", "<box>(1,2)</box>"),), 0, "cannot be read"),
         ((Turn("What?", "<box>(500,2),(400,9)</box>"),), 0, "upper left"),
     ],
@@ -78,6 +79,9 @@ def test_pictures_stand_where_their_marks_are(tokenizer):
 def test_conversations_that_mean_nothing_are_refused(tokenizer, turns, pictures, message):
     with pytest.raises(ValueError, match=message):
         conversations.encoder(tokenizer, "kosmos-2", 2)(turns, pictures)
+
+
+FIRST, SECOND = "<patch_index_0000><patch_index_0495>", "<patch_index_0528><patch_index_1023>"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,36 @@ def test_conversations_that_mean_nothing_are_refused(tokenizer, turns, pictures,
 )
 def test_boxes_are_written_as_each_family_does(style, expected):
     assert boxes.written(f"See {BOX}.", style) == f"See {expected}."
+
+
+@pytest.mark.parametrize(
+    ("style", "expected"),
+    [
+        ("kosmos-2", f"<phrase>it</phrase><object>{FIRST}</delimiter_of_multi_objects/>{SECOND}</object>"),
+        ("paligemma", "<loc0000><loc0000><loc0512><loc0512> it ; <loc0512><loc0512><loc1023><loc1023> it"),
+        ("fractions", "it [0.000, 0.000, 0.500, 0.500], [0.500, 0.500, 1.000, 1.000]"),
+        ("qwen-vl", "<ref>it</ref><box>(0,0),(500,500)</box><box>(500,500),(1000,1000)</box>"),
+    ],
+)
+def test_a_phrase_may_have_several_boxes_a_space_before_them_or_none(style, expected):
+    both = "<box>(0,0),(500,500)</box><box>(500,500),(1000,1000)</box>"
+    assert boxes.written(f"<ref>it</ref>{both}.", style) == f"{expected}."
+    assert boxes.written(f"<ref>it</ref> {both}.", style) == f"{expected}."
+    alone = {"kosmos-2": "<phrase>it</phrase>", "qwen-vl": "<ref>it</ref>"}.get(style, "it")
+    assert boxes.written("Where is <ref>it</ref>?", style) == f"Where is {alone}?"
+
+
+@pytest.mark.parametrize("style", ["kosmos-2", "paligemma", "fractions", "qwen-vl"])
+@pytest.mark.parametrize("box", ["(-1,0),(10,1)", "(0.1,0),(10,1)", "(0, 0), (10, 1)", "(0,0)"])
+def test_a_box_that_cannot_be_read_is_refused_by_every_family(style, box):
+    with pytest.raises(ValueError, match="cannot be read"):
+        boxes.written(f"<box>{box}</box>", style)
+
+
+def test_text_with_a_character_of_the_private_area_keeps_it_and_shows_no_picture(tokenizer):
+    turns = (Turn("<image>\nWhat is \ue000?", "an icon \ue000"),)
+    found = conversations.encoder(tokenizer, "kosmos-2", 4)(turns, 1)
+    assert found.image[found.image >= 0].tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.slow

@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -270,6 +272,8 @@ def test_a_grid_is_the_product_of_its_values(values):
         ("rate=2:1", "LOW below HIGH"),
         ("rate=0:1:log", "begins above 0"),
         ("rate=0.5:3:int", "LOW:HIGH"),
+        ("rate=1e-5:inf", "LOW below HIGH"),
+        ("rate=1e-4, 0.0001", "there twice"),
     ],
 )
 def test_a_space_that_says_nothing_is_named(text, message):
@@ -315,6 +319,29 @@ def test_differences_are_judged_by_seed_and_one_run_tells_nothing():
     assert ranked[0].half_width == pytest.approx(4.302653 * 1.0 / 3**0.5, rel=1e-5)  # t of 2 degrees of freedom
     assert [x.setting["rate"] for x in report.rank(make({"a": [1.0], "b": [2.0]}), "maximize")] == ["b", "a"]
     assert report.rank(make({"a": [1.0], "b": [2.0]}), "minimize")[1].noise is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"a": [0.1, 0.12], "b": [0.11]}, "^1 of the others were run once"),
+        ({"a": [0.1], "b": [0.12, 0.13, 0.14]}, "^The best setting was run once"),
+        ({"a": [0.1], "b": [0.12]}, "^Every setting was run once"),
+        ({"a": [0.1, 0.12]}, "^Only one setting"),
+        ({"a": [0.1, 0.12], "b": [0.3, 0.32], "c": [0.2]}, "differs from 1 of the 2 others .* 1 of the others"),
+    ],
+)
+def test_the_verdict_claims_nothing_of_settings_that_were_run_once(values, message):
+    assert re.search(message, report._verdict(report.rank(make(values), "minimize")))
+
+
+def test_a_setting_of_which_a_seed_failed_or_is_no_number_stands_last_and_says_so(tmp_path):
+    trials = make({"a": [0.5, 0.6], "b": [0.9, math.nan], "c": [0.7, 0.8], "d": [0.95]})
+    trials.append(queue.Trial(9, {"rate": "d", "step": "2"}, 1, "failed", reason="diverged"))
+    ranked = report.rank(trials, "maximize")
+    assert [(x.setting["rate"], x.failed) for x in ranked] == [("c", 0), ("a", 0), ("d", 1), ("b", 1)]
+    text = "\n".join(report.ranking(tmp_path, trials, "success", "maximize"))
+    assert "1, 1 failed" in text and "2 with a run that failed stand last" in text
 
 
 def test_whoever_waits_for_a_trial_sees_its_steps(tmp_path, monkeypatch, capsys):

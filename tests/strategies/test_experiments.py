@@ -11,6 +11,7 @@ import pytest
 from experiments import adapt, calvin_abcd, compare_policies, continual, few_shot, protocols, reinforce, search
 from robovlms_jax import cli
 from robovlms_jax.load import load_config
+from robovlms_jax.runs import chaining
 from robovlms_jax.search import queue
 from robovlms_jax.strategies import lifelong, protocol
 from robovlms_jax.training import checkpoints
@@ -22,7 +23,8 @@ TINY = (
 SAMPLE = {"start": "sample", "fixed": TINY}
 
 
-def test_every_trial_of_few_shot_begins_as_it_should(tmp_path):
+def test_every_trial_of_few_shot_begins_as_it_should(tmp_path, monkeypatch):
+    based(monkeypatch)
     task = "turn_on_led"
     config = few_shot.FewShotConfig(**SAMPLE, out=str(tmp_path), tasks=(task,), demonstrations=(1,), draws=2, rank=4)
     jobs = few_shot.jobs(dataclasses.replace(config, base=str(tmp_path), methods=("scratch",), statistics="own"))
@@ -101,6 +103,68 @@ def test_every_group_is_asked_as_often_and_as_its_tasks_were_in_training(tmp_pat
     assert step._asked(tmp_path / "run") == [0.75, 0.25]
     assert asked[0].tasks == tuple(rates) and asked[0].chains == 2 * start.rollouts.trials
     assert asked[0].execution == start.rollouts.execution and asked[0].max_steps == start.rollouts.max_steps
+
+
+def based(monkeypatch, **changes):
+    """Every run is said to be the sample's preset with these changes."""
+    run = cli.override(protocols.preset("calvin_abcd", "sample", TINY, "x"), **changes)
+    monkeypatch.setattr(protocols.load, "load_config", lambda path: run)
+    return run
+
+
+def test_what_gives_a_bases_parameters_a_meaning_comes_from_its_run(tmp_path, monkeypatch):
+    changes = {"policy.cameras": ("static",), "policy.window": 2, "policy.action_scaling": "quantile"}
+    changes |= {"policy.action_low": (-0.5,) * 6, "backbone.attention": "prefix", "backbone.lora_rank": 4}
+    base = based(monkeypatch, **changes)
+    config = few_shot.FewShotConfig(
+        **(SAMPLE | {"fixed": tuple(x for x in TINY if not x.startswith("policy."))}),
+        out=str(tmp_path),
+        base=str(tmp_path),
+        tasks=("turn_on_led",),
+        demonstrations=(1,),
+        draws=1,
+        rank=4,
+        methods=("full", "lora", "scratch"),
+    )
+    full, lora, scratch = (job.config(None) for job in few_shot.jobs(config))
+    for made in (full, lora, scratch):
+        assert (made.policy.cameras, made.policy.window) == (("static",), 2)
+        assert (made.backbone.attention, made.backbone.lora_rank) == ("prefix", 4)
+    assert full.policy == dataclasses.replace(base.policy, action_scaling="bounds")  # not taken from one demonstration
+    assert (lora.backbone.lora_alpha, scratch.train.init_from) == (base.backbone.lora_alpha, "")
+    (own,) = few_shot.jobs(dataclasses.replace(config, statistics="own", methods=("full",)))
+    own, preset = own.config(None).policy, calvin_abcd.PRESETS["sample"].policy
+    assert (own.cameras, own.action_scaling, own.action_low) == (("static",), preset.action_scaling, preset.action_low)
+    with pytest.raises(ValueError, match=r"rank=8: few_shot.base=.* has adapters of rank 4.* Pass --rank 4"):
+        few_shot.jobs(dataclasses.replace(config, rank=8))
+    with pytest.raises(
+        ValueError, match=r"fixed sets policy.window=4 \(there 2\), and the parameters of few_shot.base"
+    ):
+        few_shot.jobs(dataclasses.replace(config, fixed=TINY))
+
+
+@pytest.mark.parametrize("program", [few_shot, continual])
+def test_a_base_that_learned_from_pictures_of_another_size_is_refused_unless_one_is_chosen(program, monkeypatch):
+    sizes = {"rollouts.image_size": (112, 84), "demonstrations.image_size": (112, 84)}
+    based(monkeypatch, **sizes, **{"rollouts.trials": 8, "demonstrations.episodes": 8})
+    monkeypatch.setattr(protocols, "demonstrations", lambda start: {"turn_on_led": [(0, 9)], "open_drawer": [(0, 9)]})
+    config = program.PRESETS["quick"]
+    tasks = {"tasks": ("turn_on_led",), "demonstrations": (1,)} if program is few_shot else {}
+    config = dataclasses.replace(config, base="runs/x", **tasks)
+    with pytest.raises(ValueError, match=r"base=runs/x learned from .* 112 and 84 px .* asks 96 and 64 px"):
+        program.jobs(config)
+    chosen = ("rollouts.image_size=112 84", "demonstrations.image_size=112 84")
+    monkeypatch.setattr(few_shot.support, "write", lambda path, support: str(path))
+    assert program.jobs(dataclasses.replace(config, fixed=(*config.fixed, *chosen)))
+
+
+def test_a_run_says_what_it_does_otherwise_than_the_one_it_begins_with(monkeypatch, caplog):
+    run = based(monkeypatch, **{"backbone.lora_rank": 4, "policy.cameras": ("static",)})
+    chaining.say_differences(cli.override(run, **{"train.batch_size": 8}), "runs/x")
+    assert not caplog.text
+    chaining.say_differences(cli.override(run, **{"backbone.lora_rank": 0, "policy.cameras": ("wrist",)}), "runs/x")
+    assert "policy.cameras: there ('static',), here ('wrist',)" in caplog.text
+    assert "backbone.lora_rank: there 4, here 0\n  What its adapters learned is lost" in caplog.text
 
 
 def test_a_search_and_a_protocol_name_a_wrong_preset_alike():

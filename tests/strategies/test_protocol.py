@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -63,6 +64,12 @@ def test_a_run_that_diverges_is_recorded_with_those_that_would_begin_there_and_s
     trials = protocol.work(tmp_path, [job("bad", 91), job("child", 1, after=0), job("other", 2)], {})
     assert [trial.status for trial in trials] == ["failed", "failed", "done"]
     assert trials[0].reason == "the loss of step 3 is not finite" and "trial 0 failed" in trials[1].reason
+
+
+def test_a_result_that_is_no_number_is_a_failure_with_its_reason(tmp_path, started):
+    bad = dataclasses.replace(job("base", 1), judge=lambda run: {"value": math.nan})
+    (trial,) = protocol.work(tmp_path, [bad], {})
+    assert (trial.status, trial.value) == ("failed", None) and "nan" in trial.reason
 
 
 @pytest.mark.parametrize("method", ["stop", "term"])

@@ -1,5 +1,7 @@
 """Optimizers, schedules, rates of parts and the moving average, against closed forms."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,6 +155,18 @@ def run(config: OptimizerConfig, steps: int, params=None, mesh=None):
         state, _ = step(state, jnp.ones((2, 3)))
         seen.append(np.asarray(state.trainable["x"]))
     return state, seen, (tx, mesh, step)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"weight_decay": -1.0}, {"weight_decay": math.nan}, {"beta1": 1.5}, {"beta2": -1.0}, {"epsilon": -1.0}),
+        *({"learning_rate": math.inf}, {"step_factor": -1.0}, {"rates": {"x": math.inf}}, {"last_layers": {"x": 1.5}}),
+    ],
+)
+def test_a_number_that_no_optimizer_can_use_is_named(values):
+    with pytest.raises(ValueError, match=f"optimizer.{next(iter(values))}"):
+        OptimizerConfig(**values)
 
 
 def test_the_average_is_its_closed_form_and_the_parameters_move_as_without_it():

@@ -102,6 +102,26 @@ def test_batches_that_cannot_be_shared_are_refused():
         stages.rows(stage, 8, 8)
 
 
+def test_the_next_stage_begins_with_the_averages_that_the_one_before_served():
+    mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
+    params = {"a": {"kernel": jax.device_put(np.zeros(3, np.float32), meshes.replicated(mesh))}, "b": {}}
+    params["b"]["kernel"] = params["a"]["kernel"] + 1
+    first, second = stages.plan(TrainConfig(stages=TWO), OptimizerConfig(ema=0.5))
+    state = states.create(params, ("a/",), first.tx, 5, mesh)
+    state = state.replace(opt_state=state.opt_state._replace(ema={"a/kernel": state.trainable["a/kernel"] + 7}))
+    after = states.resplit(state, ("b/",), second.tx, mesh)
+    assert after.frozen["a/kernel"].tolist() == [7, 7, 7] and after.trainable["b/kernel"].tolist() == [1, 1, 1]
+
+
+def test_shares_and_warm_ups_that_come_to_something_else_are_said():
+    train = TrainConfig(stages=(StageConfig(steps=5, name="x", sources={"robot": 1000.0, "web": 1.0}),))
+    (stage,) = stages.plan(train, OptimizerConfig(warmup_steps=5))
+    said = stages.remarks(stage, stages.rows(stage, 4))
+    assert "web has 25.0% of every batch, and 0.1% was asked for" in said[0]
+    assert "warmup_steps=5 is no less than its 5 steps" in said[1] and len(said) == 2
+    assert stages.undrawn([stage], ["robot", "web", "idle"]) == ["idle"]
+
+
 def test_the_next_stage_keeps_parameters_and_begins_with_an_optimizer_of_its_own():
     mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
     whole = meshes.replicated(mesh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import os
 import pathlib
 from collections.abc import Collection
 from typing import NamedTuple
@@ -85,17 +86,22 @@ class Folder:
         return (self.root / name).read_bytes()
 
     def missing(self, names: Collection[str]) -> list[str]:
-        """Those that are not there; every folder is listed once."""
+        """Those that are not there, or are folders; every folder is listed once."""
         listed: dict[pathlib.Path, set[str]] = {}
         out = []
         for name in sorted(set(names)):
             path = self.root / name
             if path.parent not in listed:
                 there = path.parent.is_dir()
-                listed[path.parent] = {entry.name for entry in path.parent.iterdir()} if there else set()
+                listed[path.parent] = _files(path.parent) if there else set()
             if path.name not in listed[path.parent]:
                 out.append(name)
         return out
+
+
+def _files(folder: pathlib.Path) -> set[str]:
+    with os.scandir(folder) as entries:  # which knows of most entries what they are
+        return {entry.name for entry in entries if not entry.is_dir()}
 
 
 def require_pictures(where: str, missing: Collection[str], total: int, hint: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from robovlms_jax.data.vl import base
@@ -26,8 +26,11 @@ class CocoCaptions(base.Pairs):
 
     def __init__(self, values: Mapping[str, Any], path: pathlib.Path, images: pathlib.Path | None = None):
         self.name, self._folder = str(path), base.Folder(path.parent if images is None else images)
+        wrong = [name for name in ("images", "annotations") if not isinstance(values.get(name), list)]
+        if wrong:
+            raise ValueError(f"{path}: {wrong[0]}={values.get(wrong[0])!r:.60}; expected a list.")
         try:
-            files = {image["id"]: image["file_name"] for image in values["images"]}
+            files = _files(values["images"], path)
             captions = [(note["image_id"], note["caption"]) for note in values["annotations"] if "caption" in note]
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -37,7 +40,7 @@ class CocoCaptions(base.Pairs):
         wrong = [caption for _, caption in captions if not isinstance(caption, str)]
         if wrong:
             raise ValueError(f"{path}: a caption is {wrong[0]!r:.60}; expected text.")
-        strangers = sorted({str(image) for image, _ in captions if image not in files})
+        strangers = sorted({str(image) for image, _ in captions if not _is_id(image) or image not in files})
         if strangers:
             raise ValueError(f"{path}: captions of pictures that `images` does not list: {', '.join(strangers[:3])}.")
         per_file = collections.defaultdict(list)
@@ -60,3 +63,22 @@ class CocoCaptions(base.Pairs):
 
     def describe(self, index: int) -> str:
         return f"{self.name}, captions of {self._samples[index].pictures[0]}"
+
+
+def _files(images: Sequence[Mapping[str, Any]], path: pathlib.Path) -> dict[int | str, str]:
+    """Id -> file name. Raises ValueError: names the entry that means nothing, or an id of two pictures."""
+    files: dict[int | str, str] = {}
+    for image in images:
+        number, name = image["id"], image["file_name"]
+        if not _is_id(number) or not isinstance(name, str) or not name.strip():
+            raise ValueError(
+                f"{path}: an image has id {number!r:.60} and file_name {name!r:.60}; expected a number or text, and a "
+                "path."
+            )
+        if files.setdefault(number, name) != name:
+            raise ValueError(f"{path}: image id {number!r} is both {files[number]} and {name}; give each its own.")
+    return files
+
+
+def _is_id(number: Any) -> bool:
+    return isinstance(number, int | str)

@@ -68,17 +68,31 @@ def sample_of(entry: Any, where: str) -> base.Sample:
         raise ValueError(f"{where}: expected an object with `conversations`, found {type(entry).__name__}.")
     if "video" in entry:
         raise ValueError(f"{where} is about a video ({entry['video']}); only pictures are read. Leave it out.")
-    pictures = entry.get("image", entry.get("images", []))
-    pictures = [pictures] if isinstance(pictures, str) else pictures
-    if not isinstance(pictures, list) or not all(isinstance(name, str) for name in pictures):
-        raise ValueError(f"{where}: image={pictures!r}; expected a path or a list of paths.")
+    pictures = pictures_of(entry, where)
     turns = _turns(entry, where)
-    marks = sum(turn.question.count(MARK) for turn in turns)
+    marks = marks_of(entry, where)
     if marks == 0 and len(pictures) == 1:  # some files leave the only mark out
         turns = [Turn(f"{MARK}\n{turns[0].question}", turns[0].answer), *turns[1:]]
     elif marks != len(pictures):
         raise ValueError(f"{where}: {marks} marks {MARK} in the questions for {len(pictures)} pictures.")
     return base.Sample(tuple(pictures), (tuple(turns),))
+
+
+def pictures_of(entry: Mapping[str, Any], where: str) -> list[str]:
+    """Paths of an entry's pictures; none where `image` is absent or null, as tables of text alone have it. Raises
+    ValueError that begins with `where`."""
+    found = next((entry[name] for name in ("image", "images") if entry.get(name) is not None), [])
+    found = [found] if isinstance(found, str) else found
+    if not isinstance(found, list) or not all(isinstance(name, str) and name.strip() for name in found):
+        raise ValueError(
+            f"{where}: image={found!r}; expected a path or a list of paths, or no `image` where there is only text."
+        )
+    return found
+
+
+def marks_of(entry: Mapping[str, Any], where: str) -> int:
+    """How many pictures its questions show. Raises ValueError that begins with `where`."""
+    return sum(turn.question.count(MARK) for turn in _turns(entry, where))
 
 
 def _turns(entry: Mapping[str, Any], where: str) -> list[Turn]:
