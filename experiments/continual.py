@@ -177,11 +177,11 @@ class _Step:
         return tuple(self.config.groups[self.place].split("+"))
 
     def configure(self, base: pathlib.Path | None) -> ExperimentConfig:
-        config, begun = self.config, str(base or self.config.base)
+        config = self.config
         steps = config.steps if self.place else config.first_steps
         changes: dict[str, Any] = {
             "data.episode_list": self._list("own", self.own, 0),
-            "train.init_from": begun,
+            "train.init_from": str(base or config.base),
             "train.steps": steps,
             "train.seed": self.seed,
             "optimizer.warmup_steps": min(self.start.optimizer.warmup_steps, steps // 10),
@@ -189,8 +189,8 @@ class _Step:
             "rollouts.every": steps // config.looks,
             "rollouts.select": "best",
         }
-        if begun:
-            changes |= protocols.going_on(begun)
+        if base is not None:  # what continual.base gives is in `start`
+            changes |= protocols.going_on(base)
         if self.method == "replay":
             earlier = tuple(task for group in config.groups[: self.place] for task in group.split("+"))
             changes["data.further.lists"] = {"memory": self._list("memory", earlier, config.memory)}

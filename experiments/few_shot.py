@@ -21,7 +21,6 @@ from typing import Any, Literal
 from experiments import protocols
 from robovlms_jax import atomic, cli, json_files, schema
 from robovlms_jax.evaluation.report import tables
-from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
 from robovlms_jax.search import queue, report
@@ -140,7 +139,7 @@ def jobs(config: FewShotConfig) -> list[protocol.Job]:
             for draw in range(config.draws):
                 chosen = support.draw(available, tasks, count, draw)
                 path = pathlib.Path(config.out) / "support" / f"{count or 'all'}_{draw}.json"
-                learned = _Learned(config, start, preset.policy, tasks, method, draw, support.write(path, chosen))
+                learned = _Learned(config, start, preset, tasks, method, draw, support.write(path, chosen))
                 setting = {"method": method, "demonstrations": str(count or "all")}
                 after = None if method == "scratch" else first
                 found.append(protocol.Job(setting, draw, learned, judge, after))
@@ -149,11 +148,11 @@ def jobs(config: FewShotConfig) -> list[protocol.Job]:
 
 @dataclasses.dataclass(frozen=True)
 class _Learned:
-    """Run directory of the base -> a trial's configuration. scales: of the preset, for trials that have their own."""
+    """Run directory of the base -> a trial's configuration. preset: whose scales trials of their own have."""
 
     config: FewShotConfig
     start: ExperimentConfig
-    scales: PolicyConfig
+    preset: ExperimentConfig
     tasks: tuple[str, ...]
     method: str
     draw: int
@@ -173,10 +172,11 @@ class _Learned:
             changes["rollouts.tasks"] = self.tasks
         if self.method in config.rates:
             changes["optimizer.learning_rate"] = config.rates[self.method]
-        if begun and config.statistics == "base":
-            changes |= protocols.going_on(begun)
-        else:
-            changes["policy"] = protocols.rescaled(self.start.policy, self.scales)
+        if base is not None and begun and config.statistics == "base":
+            changes |= protocols.going_on(base)
+        elif not begun or config.statistics == "own":
+            changes["policy"] = protocols.rescaled(self.start.policy, self.preset.policy)
+            changes["data.compat_second_norm"] = self.preset.data.compat_second_norm
         if self.method == "lora":
             changes["backbone.lora_rank"] = config.rank
             if not self.start.backbone.lora_rank:  # those of a base keep their scale

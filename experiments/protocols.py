@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from robovlms_jax import cli, programs, schema
+from robovlms_jax.control import robot as control
 from robovlms_jax.data import opening
 from robovlms_jax.parallel import cpu
 from robovlms_jax.policies.config import PolicyConfig
-from robovlms_jax.runs import chaining, closed_loop, load, logs, run
+from robovlms_jax.runs import chaining, closed_loop, load, logs, robots, run
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.search import queue, space
 from robovlms_jax.strategies import protocol, support
@@ -52,7 +53,8 @@ def preset(experiment: str, start: str, fixed: Sequence[str], owner: str) -> Exp
 
 def begun_with(base: str, start: ExperimentConfig, fixed: Sequence[str], owner: str) -> ExperimentConfig:
     """The preset with what gives the parameters of the run `base` a meaning: its policy, how its backbone computes, and
-    its adapters. What is taken is logged.
+    its adapters. What is taken is logged. Of a run for another robot than the preset's data come from, scales and
+    cameras are not taken: they mean nothing here.
 
     Raises:
       FileNotFoundError, ValueError: no such run; `fixed` sets such a field to another value; or PlayTable's pictures
@@ -69,7 +71,12 @@ def begun_with(base: str, start: ExperimentConfig, fixed: Sequence[str], owner: 
             f"'{chaining.PICTURES}={pixels}' 'demonstrations.image_size={pixels}' as there, with a data.root for them."
         )
     taken = {name: pair[0] for name, pair in found.items() if name.startswith("backbone.")}
-    changed = cli.override(start, policy=policy_of(base), **taken)
+    changed = cli.override(start, **taken, **going_on(base))
+    if other := _other_robot(load.load_config(base), start):
+        logger.warning("%s is another robot's, so scales and cameras are those of %s.start: %s", base, owner, other)
+        policy = dataclasses.replace(changed.policy, robot=start.policy.robot, cameras=start.policy.cameras, others=())
+        changed = cli.override(start, **taken, **{"train.init_from": base, "policy": rescaled(policy, start.policy)})
+        found.pop("policy.cameras", None)
     scales = tuple(f"policy.{name}" for name in SCALES)
     refused = [
         f"{name}={value(start, name)} (there {value(changed, name)})"
@@ -86,6 +93,20 @@ def begun_with(base: str, start: ExperimentConfig, fixed: Sequence[str], owner: 
     if taken | seen:
         logger.info("as in %s: %s", base, ", ".join(f"{name} {x}" for name, x in (taken | seen).items()))
     return changed
+
+
+def _other_robot(earlier: ExperimentConfig, start: ExperimentConfig) -> str:
+    """What differs between a run's robot and the one that the preset's data come from; empty: they are the same, or the
+    run is older than descriptions of robots."""
+    if earlier.policy.robot == control.CALVIN and earlier.data.dataset != "calvin":
+        return ""
+    recorded = start.demonstrations.episodes > 0
+    robot = control.CALVIN if recorded else opening.open_split(start.data, "training").robot
+    try:
+        robots.require_same(earlier.policy, robot, "the demonstrations are by")
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def policy_of(base: str | pathlib.Path) -> PolicyConfig:

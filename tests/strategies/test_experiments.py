@@ -10,6 +10,7 @@ import pytest
 
 from experiments import adapt, calvin_abcd, compare_policies, continual, few_shot, protocols, reinforce, search
 from robovlms_jax import cli
+from robovlms_jax.control.robot import CALVIN
 from robovlms_jax.load import load_config
 from robovlms_jax.runs import chaining
 from robovlms_jax.search import queue
@@ -141,6 +142,26 @@ def test_what_gives_a_bases_parameters_a_meaning_comes_from_its_run(tmp_path, mo
         ValueError, match=r"fixed sets policy.window=4 \(there 2\), and the parameters of few_shot.base"
     ):
         few_shot.jobs(dataclasses.replace(config, fixed=TINY))
+
+
+def test_a_base_of_another_robot_brings_neither_its_scales_nor_its_cameras(tmp_path, monkeypatch, caplog):
+    spec = dataclasses.replace(CALVIN, name="other", rate_hz=5.0)
+    spec = dataclasses.replace(spec, action=tuple(dataclasses.replace(x, unit="") for x in spec.action))
+    changes = {
+        "policy.robot": spec,
+        "policy.cameras": ("static",),
+        "policy.action_low": (-0.5,) * 6,
+        "policy.window": 2,
+    }
+    based(monkeypatch, **changes)
+    fixed = tuple(x for x in TINY if not x.startswith("policy.window"))
+    config = few_shot.FewShotConfig(
+        **(SAMPLE | {"fixed": fixed}), out=str(tmp_path), base="runs/x", tasks=("turn_on_led",), demonstrations=(1,)
+    )
+    made, preset = few_shot.jobs(config)[0].config(None), calvin_abcd.PRESETS["sample"].policy
+    assert (made.policy.robot, made.policy.cameras) == (CALVIN, preset.cameras)
+    assert (made.policy.action_low, made.policy.window) == (preset.action_low, 2)
+    assert "runs/x is another robot's" in caplog.text and "expected 5 Hz" in caplog.text
 
 
 @pytest.mark.parametrize("program", [few_shot, continual])

@@ -106,7 +106,8 @@ def test_the_next_stage_begins_with_the_averages_that_the_one_before_served():
     mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
     params = {"a": {"kernel": jax.device_put(np.zeros(3, np.float32), meshes.replicated(mesh))}, "b": {}}
     params["b"]["kernel"] = params["a"]["kernel"] + 1
-    first, second = stages.plan(TrainConfig(stages=TWO), OptimizerConfig(ema=0.5))
+    pair = (StageConfig(steps=3, name="a"), StageConfig(steps=2, name="b"))
+    first, second = stages.plan(TrainConfig(stages=pair), OptimizerConfig(ema=0.5))
     state = states.create(params, ("a/",), first.tx, 5, mesh)
     state = state.replace(opt_state=state.opt_state._replace(ema={"a/kernel": state.trainable["a/kernel"] + 7}))
     after = states.resplit(state, ("b/",), second.tx, mesh)
