@@ -338,10 +338,10 @@ def test_the_figures_of_simplerenv_are_those_of_its_run():
 def test_the_figures_of_the_gymnasium_page_are_those_of_its_runs():
     found, text = result("fetch_reach_cpu"), page("how_to/gymnasium.md")
     assert "in {}, {} and {} of {} episodes".format(*found["success"], found["episodes"]) in text
-    assert f"{found['demonstrations']['frames']} frames" in text
-    for who, shown in (("policy", "errs by {:.1f} to {:.1f} mm"), ("no_motion", "errs by {:.1f} to {:.1f}")):
-        errors = found["open_loop_mm"][who]
-        assert shown.format(min(errors), max(errors)) in text
+    assert "in {}, {} and {} of {}, and its".format(*found["before"]["success"], found["before"]["episodes"]) in text
+    assert found["all"]["count"] == sum(found["success"]) and f"{share(found['all'])} of all" in text
+    assert "{attempted} demonstrations, {frames} frames".format(**found["demonstrations"]) in text
+    assert "it was {success} of {episodes}".format(**found["without_wander"]) in text
 
 
 def test_what_the_calvin_page_says_of_34_tasks_is_what_was_run():

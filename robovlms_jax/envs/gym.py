@@ -22,6 +22,10 @@ from robovlms_jax.control.robot import RobotSpec
 RENDER = "render"
 WHOLE = "."
 """As a key: the observation itself, where it is a Box."""
+_FREE = -1
+"""Number of the camera that is at no place of the model (MuJoCo)."""
+_VIEW = {"distance": 1, "azimuth": 1, "elevation": 1, "lookat": 3}
+"""What says where it stands -> how many numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Layout:
     id: as registered. imports: modules that register it. options: JSON object of keyword arguments for
     `gymnasium.make`, such as '{"width": 96}'.
     cameras: camera -> key of the observation (uint8[height, width, 3]); "." is the observation itself, "render" what
-    `render` draws, "render:NAME" the same through a camera of a MuJoCo environment's model.
+    `render` draws, "render:NAME" the same through a camera of a MuJoCo environment's model, and
+    "render:distance=0.75,azimuth=115,elevation=-20,lookat=1.3 0.75 0.5" from anywhere around a point of its world.
     state: keys whose numbers, one after the other, are the robot's state; "." is the observation itself.
     instruction: what the policy is asked, unless `info` has a sentence under `instruction_key`.
     success: key of `info` that says whether the task is done now, or "terminated".
@@ -188,16 +193,58 @@ class GymEnv:
             raise ValueError(
                 f"{self.name}: camera {camera!r} is {RENDER}:{name}, which MuJoCo environments alone have."
             )
+        if "=" in name:
+            return self._from(renderer, _viewpoint(name, f"{self.name}: camera {camera!r}"))
         model = self._env.unwrapped.model
         known = [model.camera(number).name for number in range(model.ncam)]
         if name not in known:
             raise ValueError(f"{self.name}: camera {camera!r} is {RENDER}:{name}; the model's cameras are {known}.")
+        return self._through(renderer, known.index(name))
+
+    def _through(self, renderer: Any, camera_id: int) -> np.ndarray:
         usual = renderer.camera_id
         try:
-            renderer.camera_id = known.index(name)
+            renderer.camera_id = camera_id
             return np.asarray(self._env.render())
         finally:
             renderer.camera_id = usual
+
+    def _from(self, renderer: Any, view: Mapping[str, np.ndarray]) -> np.ndarray:
+        if renderer.viewer is None:
+            self._env.render()  # makes the viewer, with the camera that is moved
+        camera = renderer.viewer.cam
+        usual = {name: np.copy(getattr(camera, name)) for name in view}
+        try:
+            _place(camera, view)
+            return self._through(renderer, _FREE)
+        finally:
+            _place(camera, usual)
+
+
+def _viewpoint(text: str, where: str) -> dict[str, np.ndarray]:
+    """'distance=0.75,lookat=1 2 3' as numbers. Raises ValueError, which begins with `where`."""
+    found = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            found[name] = np.array(value.split(), float)
+        except ValueError:
+            found[name] = np.zeros(0)
+        if found[name].size != _VIEW.get(name):
+            raise ValueError(
+                f"{where} is {RENDER}:{text}, where {part!r} is none of distance=M, azimuth=DEGREES, "
+                "elevation=DEGREES, lookat=X Y Z (metres), separated by commas."
+            )
+    return found
+
+
+def _place(camera: Any, view: Mapping[str, np.ndarray]) -> None:
+    """Move MuJoCo's free camera."""
+    for name, value in view.items():
+        if _VIEW[name] == 1:
+            setattr(camera, name, float(value.item()))
+        else:
+            getattr(camera, name)[:] = value
 
 
 def completed_in_each(starts: Sequence[Mapping[str, Any]], nows: Sequence[Mapping[str, Any]]) -> list[set[str]]:

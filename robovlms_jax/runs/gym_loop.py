@@ -48,12 +48,17 @@ class RecordingConfig:
     noise: float = 0.0
     """Spread of what is added to executed actions, as a share of their range. Recorded is what the expert wanted, so
     that a policy sees how to come back (Laskey et al. 2017, arXiv:1703.09327)."""
+    wander: int = 0
+    """At most so many random actions before the expert's, drawn anew for each episode and not recorded. Where every
+    episode begins at one pose, how far the robot has gone tells where the expert is going, and a policy reads it there
+    instead of in the pictures."""
     max_steps: int = 50
+    """Of the expert."""
     hold: int = 2
     """Frames after success, so that a policy learns to stay."""
 
     def __post_init__(self):
-        for field in ("episodes", "hold"):
+        for field in ("episodes", "hold", "wander"):
             require(getattr(self, field) >= 0, f"recording.{field}={getattr(self, field)} must not be negative.")
         for field in ("validation_episodes", "max_steps"):
             require(getattr(self, field) >= 1, f"recording.{field}={getattr(self, field)} must be at least 1.")
@@ -135,6 +140,8 @@ def record(layout: gym.Layout, robot: RobotSpec, config: RecordingConfig, root: 
 def _claim(root: pathlib.Path, layout: gym.Layout, config: RecordingConfig) -> None:
     """Write down what is recorded here. Raises ValueError: something else was."""
     asked = {"layout": layout.to_json(), "recording": schema.to_dict(config)}
+    if not config.wander:  # as recordings of versions that knew no such thing
+        del asked["recording"]["wander"]
     path = root / "recording.json"
     if path.exists():
         differing = json_files.differences(json_files.read_object(path, "a recording's settings"), asked)
@@ -151,6 +158,8 @@ def _play(env: gym.GymEnv, expert: Expert, layout: gym.Layout, config: Recording
     env.reset(seed=seed)
     rng = np.random.default_rng(seed)
     low, high = (np.array([getattr(d, end) for d in env.robot.action]) for end in ("low", "high"))
+    for _ in range(rng.integers(config.wander, endpoint=True) if config.wander else 0):
+        env.step(rng.uniform(low, high))
     seen, actions, after = [], [], 0
     instruction = env.info.get("instruction", layout.instruction)
     for _ in range(config.max_steps):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -68,6 +69,40 @@ def test_a_box_of_pixels_is_a_camera_and_rendering_is_another():
     assert rendered._env.render_mode == "rgb_array"
     with pytest.raises(ValueError, match="camera 'top' is render:head, which MuJoCo environments alone have"):
         gym.GymEnv(gym.Layout("Line-v0", {"top": "render:head"}), blind)
+
+
+class Watched(line_world.Line):
+    """The point with MuJoCo's renderer: its picture says through which camera, at which azimuth, at which height."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.mujoco_renderer = types.SimpleNamespace(viewer=None, camera_id=-1)
+        self.model = types.SimpleNamespace(ncam=1, camera=lambda number: types.SimpleNamespace(name="head"))
+
+    def render(self):
+        if self.mujoco_renderer.viewer is None:
+            free = types.SimpleNamespace(azimuth=10.0, lookat=np.array([0.0, 0.0, 5.0]))
+            self.mujoco_renderer.viewer = types.SimpleNamespace(cam=free)
+        seen = self.mujoco_renderer.viewer.cam
+        told = self.mujoco_renderer.camera_id + 1, seen.azimuth, seen.lookat[2]
+        return np.broadcast_to(np.array(told, np.uint8), (6, 8, 3))
+
+
+def test_a_mujoco_world_is_seen_through_its_cameras_and_from_anywhere(monkeypatch):
+    monkeypatch.setattr(line_world, "Line", Watched)
+    robot = RobotSpec("line", 10.0, tuple(Camera(name, 6, 8) for name in ("a", "b", "c")), LINE.action)
+    cameras = {"a": "render:azimuth=90,lookat=0 1 7", "b": "render", "c": "render:head"}
+    env = gym.GymEnv(gym.Layout("Line-v0", cameras), robot)
+    for _ in range(2):  # the free camera is put back each time
+        assert {name: image[0, 0].tolist() for name, image in env.observe().images.items()} == {
+            "a": [0, 90, 7],
+            "b": [0, 10, 5],
+            "c": [1, 10, 5],
+        }
+    for wrong in ("azimuth=left", "azimuth=1 2", "roll=3", "lookat=1 2"):
+        cameras = {"a": f"render:{wrong}", "b": "render", "c": "render"}
+        with pytest.raises(ValueError, match=rf"camera 'a' is render:{wrong}, where '{wrong}' is none of distance=M"):
+            gym.GymEnv(gym.Layout("Line-v0", cameras), robot)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import types
 
@@ -51,6 +52,30 @@ def test_demonstrations_are_recorded_once_and_hold_what_the_expert_wanted(tmp_pa
         gym_loop.record(LAYOUT, LINE, dataclasses.replace(RECORD, noise=0.2), root)
 
 
+def test_an_expert_takes_over_where_random_actions_have_brought_it(tmp_path):
+    """One pose for all beginnings would say by the way that was gone where the expert goes."""
+    begun = {}
+    for wander in (0, 4):
+        config = dataclasses.replace(RECORD, wander=wander, episodes=6)
+        gym_loop.record(LAYOUT, LINE, config, str(tmp_path / str(wander)))
+        dataset = calvin.open_dataset(str(tmp_path / str(wander)), "training")
+        begun[wander] = np.array([dataset.proprio([episode.start])[0, 0] for episode in dataset.episodes])
+        wanted = [dataset.actions([episode.start])[0, 0] for episode in dataset.episodes]
+        np.testing.assert_allclose(wanted, np.clip(3 - begun[wander], -0.5, 0.5), atol=1e-5)  # never a random one
+    usual = [np.random.default_rng(seed).uniform() for seed in range(6)]
+    np.testing.assert_allclose(begun[0], usual, atol=1e-6)
+    gone = np.abs(begun[4] - usual)
+    assert (gone > 1e-3).sum() >= 4 and gone.max() > 0.3
+    gym_loop.record(LAYOUT, LINE, dataclasses.replace(RECORD, wander=4, episodes=6), str(tmp_path / "4"))
+    with pytest.raises(ValueError, match="holds demonstrations of other settings"):
+        gym_loop.record(LAYOUT, LINE, dataclasses.replace(RECORD, episodes=6), str(tmp_path / "4"))
+
+
+def test_a_recording_of_a_version_that_knew_no_wandering_is_still_its_own(tmp_path):
+    gym_loop.record(LAYOUT, LINE, RECORD, str(tmp_path / "line"))
+    assert "wander" not in json.loads((tmp_path / "line" / "recording.json").read_text())["recording"]
+
+
 def test_a_recording_that_cannot_be_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="nobody' cannot be found"):
         gym_loop.record(LAYOUT, LINE, dataclasses.replace(RECORD, expert="tests.envs.line_world:nobody"), str(tmp_path))
@@ -94,6 +119,6 @@ def test_the_preset_describes_fetch_and_its_checkpoint_keeps_no_environment():
     assert type(config.experiment) is ExperimentConfig
     assert schema.from_dict(ExperimentConfig, schema.to_dict(config.experiment), "") == config.experiment
     assert schema.from_dict(preset.GymConfig, schema.to_dict(config), "") == config
-    assert len(preset.FETCH.action) == 4 and len(preset.FETCH.state) == 10
+    assert len(preset.FETCH.action) == 4 and len(preset.FETCH.state) == 3
     action = gym_experts.fetch_reach({"desired_goal": np.ones(3), "achieved_goal": np.array([1.0, 1.05, 0.0])})
     assert action.tolist() == pytest.approx([0, -0.3, 0.6, 0])
