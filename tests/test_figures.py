@@ -212,6 +212,9 @@ def test_what_corrections_and_a_learned_reward_gain_is_what_their_runs_say():
     rows["800 steps, half of each batch corrections of all rollouts"] = (
         "corrections of all rollouts (`--of all`), half of each batch"
     )
+    rows["800 steps, half of each batch corrections of rollouts that failed"] = (
+        "corrections of rollouts that failed, half of each batch"
+    )
     for name, words in rows.items():
         found = policies[name]["seed 0"]
         counts = [found[kind]["count"] for kind in ("unseen_random_tables", "unseen_table", "unseen_start")]
