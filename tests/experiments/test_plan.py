@@ -237,7 +237,7 @@ def test_kosmos_2_and_paligemma_in_int8_fit_into_12_gigabytes_with_the_floor_tha
 
 def test_a_computer_that_is_not_known_is_refused_with_those_that_are():
     with pytest.raises(
-        ValueError, match="control_on='jetson' is unknown\. Computers: orin-nx-16, agx-orin-64, thor-t5000"
+        ValueError, match=r"control_on='jetson' is unknown\. Computers: orin-nx-16, agx-orin-64, thor-t5000"
     ):
         plan.plan(dataclasses.replace(plan.presets()["kosmos_lstm"], control_on="jetson"))
 
