@@ -74,7 +74,7 @@ def step_kind(tables: int) -> cpu.Kind:
 
 
 _STEPS: dict[cpu.Kind, Any] = {
-    kind: cpu.jit(jax.vmap(physics.step), kind) for kind in ("tiny_kernels", "small_kernels")
+    kind: cpu.jit(physics.step_tables, kind) for kind in ("tiny_kernels", "small_kernels")
 }
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robovlms_jax.playtable.mechanics import vectors
 from robovlms_jax.types import Array
 
 BASE = np.array([-0.34, -0.46, 0.24], np.float32)
@@ -42,15 +43,6 @@ _MAX_PULL_RAD = 0.01
 _CLOSE = 5e-4  # m and rad together: close enough to move on towards `home`
 
 
-def to_vector(rotation: Array) -> Array:
-    """`rotations.to_axis_angle`, cheaper, and wrong at half a turn: angles in [0, pi)."""
-    r = rotation
-    axis = jnp.stack([r[..., 2, 1] - r[..., 1, 2], r[..., 0, 2] - r[..., 2, 0], r[..., 1, 0] - r[..., 0, 1]], -1) / 2
-    sine = jnp.sqrt(jnp.maximum(jnp.sum(axis**2, -1), 1e-12))
-    angle = jnp.arctan2(sine, (jnp.trace(r, axis1=-2, axis2=-1) - 1) / 2)
-    return axis * (angle / sine)[..., None]
-
-
 class Arm(NamedTuple):
     """Frames of the seven links and the tool, world. origins: float[8, 3], m. rotations: float[8, 3, 3]."""
 
@@ -59,20 +51,28 @@ class Arm(NamedTuple):
 
 
 def forward(joints: Array) -> Arm:
-    """Forward kinematics: joint angles float[7] (rad) -> frames of links 1 to 7 and of the tool centre point."""
-    origin, rotation = jnp.asarray(BASE), jnp.eye(3)
+    """Forward kinematics: joint angles float[7] (rad) -> frames of links 1 to 7 and of the tool centre point. Behind
+    these axes there may be one of many tables, here and in `inverse`."""
+    return Arm(*(jnp.stack(frames) for frames in _frames(joints)))
+
+
+def _frames(joints: Array) -> tuple[list[Array], list[Array]]:
+    """Origins [3] and rotations [3, 3] of `forward`."""
+    c, s = jnp.cos(joints), jnp.sin(joints)
+    zero, one = jnp.zeros_like(c), jnp.ones_like(c)
+    turn = jnp.stack([jnp.stack([c, -s, zero], 1), jnp.stack([s, c, zero], 1), jnp.stack([zero, zero, one], 1)], 1)
+    links = vectors.multiply(vectors.constant(_TWIST, c[0]), turn, 1)
+    origin, rotation = vectors.constant(BASE, c[0]), vectors.constant(np.eye(3, dtype=np.float32), c[0])
     origins, rotations = [], []
     for i in range(7):
-        origin = origin + rotation @ _SHIFT[i]
-        c, s = jnp.cos(joints[i]), jnp.sin(joints[i])
-        zero, one = jnp.zeros_like(c), jnp.ones_like(c)
-        turn = jnp.stack([jnp.stack([c, -s, zero]), jnp.stack([s, c, zero]), jnp.stack([zero, zero, one])])
-        rotation = rotation @ (_TWIST[i] @ turn)
-        origins.append(origin)
+        origin = origin + vectors.apply(rotation, vectors.constant(_SHIFT[i], c[0]))
+        # a kernel of its own each: fused, the last one would compute the first many times
+        rotation = jax.lax.optimization_barrier(vectors.multiply(rotation, links[i]))
+        origins.append(jnp.broadcast_to(origin, rotation[0].shape))
         rotations.append(rotation)
     origins.append(origin + TCP_FROM_FLANGE_M * rotation[:, 2])
-    rotations.append(rotation @ _HAND_TURN)
-    return Arm(jnp.stack(origins), jnp.stack(rotations))
+    rotations.append(vectors.multiply(rotation, vectors.constant(_HAND_TURN, c[0])))
+    return origins, rotations
 
 
 def inverse(
@@ -88,43 +88,51 @@ def inverse(
       pull: share of the way home per iteration.
     """
 
-    def error_at(joints):
-        arm = forward(joints)
-        error = jnp.concatenate([position - arm.origins[7], to_vector(rotation @ arm.rotations[7].T)])
-        return arm, error, jnp.sqrt(jnp.sum(error**2))
+    def look(joints: Array) -> tuple[Array, Array, Array]:
+        """The Jacobian [6, 7], the error [6] (m, rad) and its length."""
+        origins, rotations = _frames(joints)
+        axes, arms = [frame[:, 2] for frame in rotations[:7]], [origins[7] - origin for origin in origins[:7]]
+        columns = [jnp.stack([*_cross(axis, arm), *axis]) for axis, arm in zip(axes, arms, strict=True)]
+        off = vectors.to_axis_angle(vectors.multiply(rotation, vectors.transposed(rotations[7])))
+        error = jnp.concatenate([position - origins[7], off])
+        return jnp.stack(columns, axis=1), error, vectors.length(error)
 
-    def improve(_, carry):
-        joints, (arm, error, size), damping = carry
-        axes = arm.rotations[:7, :, 2]
-        jacobian = jnp.concatenate([jnp.cross(axes, arm.origins[7] - arm.origins[:7]), axes], axis=1).T
-        gram = jacobian @ jacobian.T + damping * jnp.eye(6)
-        step = jacobian.T @ _solve(gram, error)
-        step = step * jnp.minimum(1.0, _MAX_STEP_RAD / jnp.maximum(jnp.abs(step).max(), 1e-9))
+    def improve(_: Array, carry: tuple) -> tuple:
+        joints, (jacobian, error, size), damping = carry
+        wanted, spare = [error], None
         if home is not None:
             spare = jnp.clip(pull * (home - joints), -_MAX_PULL_RAD, _MAX_PULL_RAD)
-            step = step + spare - jacobian.T @ _solve(gram, jacobian @ spare)
-        tried = jnp.clip(joints + step, JOINT_LOW, JOINT_HIGH)
-        result = error_at(tried)
+            wanted.append(sum(jacobian[:, i] * spare[i] for i in range(7)))
+        gram = sum(jacobian[:, None, i] * jacobian[None, :, i] for i in range(7))
+        gram = gram + damping * vectors.constant(np.eye(6, dtype=np.float32), damping)
+        steps = [sum(jacobian[k] * solved[k] for k in range(6)) for solved in _solve(gram, wanted)]
+        step = steps[0]
+        step = step * jnp.minimum(1.0, _MAX_STEP_RAD / jnp.maximum(vectors.fold(jnp.maximum, jnp.abs(step)), 1e-9))
+        if spare is not None:
+            step = step + spare - steps[1]
+        tried = jnp.clip(joints + step, low, high)
+        result = look(tried)
         better = (result[2] < size) | (result[2] < _CLOSE)
-        new, old = (tried, result, jnp.float32(_DAMPING)), (joints, (arm, error, size), 10 * damping)
+        new, old = (tried, result, jnp.full_like(damping, _DAMPING)), (joints, carry[1], 10 * damping)
         return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, old)
 
-    return jax.lax.fori_loop(0, iterations, improve, (joints, error_at(joints), jnp.float32(_DAMPING)))[0]
+    low, high = vectors.constant(JOINT_LOW, joints[0]), vectors.constant(JOINT_HIGH, joints[0])
+    begin = (joints, look(joints), jnp.full_like(joints[0], _DAMPING))
+    return jax.lax.fori_loop(0, iterations, improve, begin)[0]
 
 
-def _solve(matrix: Array, vector: Array) -> Array:
-    """Solve a symmetric positive definite 6 x 6 system by unrolled Cholesky: no library call per system."""
-    size = vector.shape[0]
-    lower = [[None] * size for _ in range(size)]
-    for i in range(size):
-        for j in range(i + 1):
-            rest = matrix[i, j] - sum((lower[i][k] * lower[j][k] for k in range(j)), jnp.zeros(()))
-            lower[i][j] = jnp.sqrt(rest) if i == j else rest / lower[j][j]
-    y = []
-    for i in range(size):
-        y.append((vector[i] - sum((lower[i][k] * y[k] for k in range(i)), jnp.zeros(()))) / lower[i][i])
-    x = [None] * size
-    for i in reversed(range(size)):
-        rest = y[i] - sum((lower[k][i] * x[k] for k in range(i + 1, size)), jnp.zeros(()))
-        x[i] = rest / lower[i][i]
-    return jnp.stack(x)
+def _cross(a: Array, b: Array) -> list[Array]:
+    return [a[i] * b[j] - a[j] * b[i] for i, j in ((1, 2), (2, 0), (0, 1))]
+
+
+def _solve(matrix: Array, wanted: list[Array]) -> list[Array]:
+    """Solve symmetric positive definite systems [6, 6] for some right sides [6], by elimination without pivots: six
+    kernels, no library call per system."""
+    size = matrix.shape[0]
+    rows = jnp.concatenate([matrix, jnp.stack(wanted, axis=1)], axis=1)
+    for k in range(size):
+        pivot = rows[k] / rows[k, k]
+        others = vectors.constant(1 - np.eye(size, dtype=np.float32)[:, k : k + 1], rows[0, 0])
+        own = vectors.constant(np.eye(size, dtype=np.float32)[:, k : k + 1], rows[0, 0])
+        rows = jax.lax.optimization_barrier(others * (rows - rows[:, k : k + 1] * pivot) + own * pivot)
+    return [rows[:, size + i] for i in range(len(wanted))]

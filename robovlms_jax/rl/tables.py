@@ -231,7 +231,7 @@ def execute(world: World, play: Play, tables: Tables, actions: jax.Array) -> tup
     def step(carry: tuple, action: jax.Array) -> tuple[tuple, bodies.State | None]:
         states, success, over, steps = carry
         moves = ~over
-        moved = env.choose(moves, jax.vmap(physics.step)(scenes, states, action), states)
+        moved = env.choose(moves, physics.step_tables(scenes, states, action), states)
         now = jax.vmap(physics.info)(scenes, moved)
         done = jnp.take_along_axis(tasks.conditions(tables.start, now), task[:, None], axis=1)[:, 0]
         steps = steps + moves

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robovlms_jax.playtable.mechanics import contacts
+from robovlms_jax.playtable.mechanics import contacts, vectors
 from robovlms_jax.playtable.scene import BOX_BODY, BOX_JOINT, JOINTS, SWITCH, Boxes, Scene
 from robovlms_jax.types import Array
 
@@ -35,7 +35,8 @@ ON_JOINT = np.equal.outer(BOX_JOINT, np.arange(len(JOINTS))).astype(np.float32)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Everything that changes. Metres, rad, world frame; float32 unless said otherwise.
+    """Everything that changes. Metres, rad, world frame; float32 unless said otherwise. Inside the mechanics the axes of
+    many tables come last (`vectors`), everywhere else first.
 
     position [3], rotation [3, 3]: the tool centre point; z of its frame points out of the hand, y along the opening.
     target_position [3], target_euler [3]: what actions accumulate on.
@@ -67,14 +68,19 @@ class State:
 
 def hand_boxes(state: State) -> Boxes:
     """4 boxes: fingers, palm and wrist."""
-    center = jnp.asarray(_HAND_CENTER).at[:, 1].add(FINGER_SIDE * (state.width / 2 + HAND_HALF[:, 1]))
-    rotation = jnp.broadcast_to(state.rotation, (HAND, 3, 3))
-    return Boxes(state.position + contacts.apply(state.rotation, center), rotation, jnp.asarray(HAND_HALF))
+    y = vectors.constant(_HAND_CENTER[:, 1] + FINGER_SIDE * HAND_HALF[:, 1], state.width)
+    y = y + vectors.constant(FINGER_SIDE, state.width) * (state.width / 2)
+    x, z = (vectors.constant(_HAND_CENTER[:, k], state.width) for k in (0, 2))
+    center = jnp.stack([jnp.broadcast_to(part, y.shape) for part in (x, y, z)], axis=1)
+    half = jnp.broadcast_to(vectors.constant(HAND_HALF, state.width), center.shape)
+    rotation = jnp.broadcast_to(state.rotation, (HAND, *state.rotation.shape))
+    return Boxes(state.position + vectors.apply(state.rotation[None], center, 1), rotation, half)
 
 
 def table_boxes(scene: Scene, state: State) -> Boxes:
     """`scene.table` with the mechanisms where they are now."""
-    shift = (jnp.asarray(ON_JOINT)[:, :, None] * state.mechanisms[:, None] * scene.joint_axis).sum(1)
+    on = vectors.constant(ON_JOINT[:, :, None], state.width)
+    shift = sum(on[:, j] * state.mechanisms[j] * scene.joint_axis[j] for j in range(len(JOINTS)))
     return Boxes(scene.table.center + shift, scene.table.rotation, scene.table.half)
 
 

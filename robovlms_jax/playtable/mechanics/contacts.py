@@ -1,13 +1,14 @@
-"""Where oriented boxes touch: pure geometry, M boxes (rows) against N boxes (columns)."""
+"""Where oriented boxes touch: pure geometry, M boxes (rows) against N boxes (columns). Boxes that turn together may have
+one rotation [1, 3, 3] for all."""
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from robovlms_jax.playtable.mechanics import vectors
 from robovlms_jax.playtable.scene import Boxes
 from robovlms_jax.types import Array
 
@@ -23,16 +24,11 @@ def join(*boxes: Boxes) -> Boxes:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *boxes)
 
 
-def apply(rotation: Array, vectors: Array) -> Array:
-    """rotation [..., 3, 3] times vectors [..., 3], as a sum XLA fuses (a dot of this size would be a library call)."""
-    return (rotation * vectors[..., None, :]).sum(-1)
-
-
 class Axes(NamedTuple):
     """M rows against N columns, seen along six directions: the face normals of each row, then of each column.
 
     Six entries each. vectors: unit vectors, three components that broadcast to [M, N]. offset: float[M, N], row centre
-    minus column centre. row_reach, column_reach: float[M, N], half extents.
+    minus column centre. row_reach, column_reach: half extents that broadcast to [M, N].
     """
 
     vectors: list[list[Array]]
@@ -45,47 +41,53 @@ def axes_between(rows: Boxes, columns: Boxes) -> Axes:
     """How far apart the boxes are along each direction, and how far they reach.
 
     Edge-edge axes are left out: boxes standing upright do not need them, tilted ones touch a little early without.
-
-    The arithmetic is spelled out in components of shape [M, N], so that XLA vectorises it over pairs; barriers, here
-    and in `between`, keep XLA from repeating it in each of its many consumers.
     """
     three = range(3)
-    shape = (rows.center.shape[0], columns.center.shape[0])
-    row = [[rows.rotation[:, k, i, None] for k in three] for i in three]  # row[i][k]: component k of axis i
-    column = [[columns.rotation[None, :, k, j] for k in three] for j in three]
-    row_half = [jnp.broadcast_to(rows.half[:, i, None], shape) for i in three]
-    column_half = [jnp.broadcast_to(columns.half[None, :, j], shape) for j in three]
-    between = [rows.center[:, k, None] - columns.center[None, :, k] for k in three]
+    row = [[rows.rotation[:, k, i][:, None] for k in three] for i in three]  # row[i][k]: component k of axis i
+    column = [[columns.rotation[:, k, j][None] for k in three] for j in three]
+    row_half = [rows.half[:, i][:, None] for i in three]
+    column_half = [columns.half[:, j][None] for j in three]
+    between = [rows.center[:, k][:, None] - columns.center[:, k][None] for k in three]
     cosine = [[jnp.abs(sum(row[i][k] * column[j][k] for k in three)) for j in three] for i in three]
     offset = [sum(axis[k] * between[k] for k in three) for axis in row + column]
     row_reach = row_half + [sum(cosine[i][j] * row_half[i] for i in three) for j in three]
     column_reach = [sum(cosine[i][j] * column_half[j] for j in three) for i in three] + column_half
-    return Axes(row + column, *jax.lax.optimization_barrier((offset, row_reach, column_reach)))
+    return Axes(row + column, offset, row_reach, column_reach)
 
 
 class Contacts(NamedTuple):
     """depth: float[M, N], m, negative = apart. normal: three components float[M, N] of the unit vector from column to
-    row. point: x and y float[M, N] (m) of where they touch."""
+    row, along one of the six directions."""
 
     depth: Array
     normal: list[Array]
-    point: list[Array]
 
 
 def between(rows: Boxes, columns: Boxes) -> Contacts:
-    """How deep each row is in each column, where, and which way it would have to move out."""
+    """How deep each row is in each column, and which way it would have to move out.
+
+    Each of the four results is a kernel of its own that computes everything anew; that is faster than to keep what they
+    have in common, and barriers see to it that their consumers do not compute it once more.
+    """
     axes = axes_between(rows, columns)
     overlap = [a + b - jnp.abs(c) for a, b, c in zip(axes.row_reach, axes.column_reach, axes.offset)]
-    depth = jax.lax.optimization_barrier(functools.reduce(jnp.minimum, overlap))
-    normal = [0.0, 0.0, 0.0]
+    depth, normal = overlap[0], [0.0, 0.0, 0.0]
     for size, offset, vector in zip(overlap, axes.offset, axes.vectors):
-        sign = jnp.where(offset < 0, -1.0, 1.0)
-        normal = [jnp.where(size == depth, sign * v, n) for v, n in zip(vector, normal)]
-    # where: in the row's frame, where the column counts with its bounding box; the middle of the overlap when faces lie
-    # flat on each other, its deeper end when they are tilted, which is what turns a pushed block flat to the finger
+        least, sign = size <= depth, jnp.where(offset < 0, -1.0, 1.0)  # of equal ones the last
+        depth = jnp.where(least, size, depth)
+        normal = [jnp.where(least, sign * v, n) for v, n in zip(vector, normal)]
+    return Contacts(*jax.lax.optimization_barrier((depth, [jnp.broadcast_to(n, depth.shape) for n in normal])))
+
+
+def points(rows: Boxes, columns: Boxes, normal: list[Array]) -> list[Array]:
+    """x and y float[M, N], m, of where boxes touch.
+
+    In the row's frame, where the column counts with its bounding box: the middle of the overlap when faces lie flat on
+    each other, its deeper end when they are tilted, which is what turns a pushed block flat to the finger.
+    """
+    axes, three = axes_between(rows, columns), range(3)
     low = [jnp.maximum(-a, -c - b) for a, b, c in zip(axes.row_reach, axes.column_reach, axes.offset)]
     high = [jnp.minimum(a, -c + b) for a, b, c in zip(axes.row_reach, axes.column_reach, axes.offset)]
     tilt = [sum(n * v for n, v in zip(normal, vector)) / _FLAT_RAD for vector in axes.vectors[:3]]
-    place = [(low[i] + high[i] - (high[i] - low[i]) * jnp.clip(tilt[i], -1.0, 1.0)) / 2 for i in range(3)]
-    point = [rows.center[:, k, None] + sum(place[i] * axes.vectors[i][k] for i in range(3)) for k in range(2)]
-    return Contacts(depth, *jax.lax.optimization_barrier((normal, point)))
+    place = [(low[i] + high[i] - (high[i] - low[i]) * jnp.clip(tilt[i], -1.0, 1.0)) / 2 for i in three]
+    return [rows.center[:, k][:, None] + sum(place[i] * axes.vectors[i][k] for i in three) for k in range(2)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robovlms_jax.actions import rotations
-from robovlms_jax.playtable.mechanics import bodies, contacts
+from robovlms_jax.playtable.mechanics import bodies, contacts, vectors
 from robovlms_jax.playtable.scene import Boxes, Scene
 from robovlms_jax.types import Array
 
@@ -34,19 +34,26 @@ class Falls(NamedTuple):
 def fall(blocks: Boxes, obstacles: Boxes) -> Falls:
     """blocks: the 3. obstacles: as `bodies.obstacles`, the blocks after the table."""
     axes = contacts.axes_between(blocks, obstacles)
-    way = jnp.where(_own(obstacles), jnp.inf, _way_down(axes))
-    height = contacts.apply(jnp.abs(blocks.rotation), blocks.half)[:, 2]
+    own = vectors.constant(_own(obstacles), blocks.center[0, 0])
+    way = jnp.where(own, jnp.inf, _way_down(axes))
+    height = height_of(blocks.rotation, blocks.half)
     below_center = _way_down(axes._replace(row_reach=[jnp.zeros_like(reach) for reach in axes.row_reach]))
-    touched = way < contacts.TOUCH_M
-    carries = touched & (below_center < (height + 3 * contacts.TOUCH_M)[:, None])
-    lowest = jnp.argmin(jnp.where(carries, way - 1.0, way), axis=1)
-    on = touched.any(1) & (lowest < bodies.TABLE + 3)
-    return Falls(way, way.min(1), jnp.where(on, lowest, bodies.FREE).astype(jnp.int32), carries.any(1))
+    carries = (way < contacts.TOUCH_M) & (below_center < (height + 3 * contacts.TOUCH_M)[:, None])
+    way, preferred = jax.lax.optimization_barrier((way, jnp.where(carries, way - 1.0, way)))
+    drop, least = vectors.fold(jnp.minimum, way, 1), vectors.fold(jnp.minimum, preferred, 1)
+    lowest = vectors.first(preferred, least, 1)
+    on = (drop < contacts.TOUCH_M) & (lowest < bodies.TABLE + 3)
+    return Falls(way, drop, jnp.where(on, lowest, bodies.FREE).astype(jnp.int32), least < 0)
 
 
-def _own(obstacles: Boxes) -> Array:
+def height_of(rotation: Array, half: Array) -> Array:
+    """float[M], m: how far boxes with these rotations [M, 3, 3] and half extents [M, 3] reach up from their centres."""
+    return sum(jnp.abs(rotation[:, 2, k]) * half[:, k] for k in range(3))
+
+
+def _own(obstacles: Boxes) -> np.ndarray:
     """bool[3, K], True where the obstacle is the block itself."""
-    return jnp.asarray(np.eye(3, obstacles.center.shape[0], bodies.TABLE, dtype=bool))
+    return np.eye(3, obstacles.center.shape[0], bodies.TABLE, dtype=bool)
 
 
 def _way_down(axes: contacts.Axes) -> Array:
@@ -68,44 +75,56 @@ def _way_down(axes: contacts.Axes) -> Array:
 
 def settle(scene: Scene, state: bodies.State) -> bodies.State:
     """Blocks that are not held fall, slide off what does not carry their centre, and stand up straight."""
-    free = state.held != jnp.arange(3)
+    free = state.held != vectors.constant(np.arange(3), state.held)
     blocks, obstacles = bodies.block_boxes(scene, state), bodies.obstacles(scene, state)
     falls = fall(blocks, obstacles)
     drop = jnp.where(free, jnp.minimum(falls.drop, _FALL_M), 0.0)
-    fallen = state.block_position.at[:, 2].add(-drop)
-
-    # off an edge: away from the nearest points of all that touches from below
-    between = state.block_position[:, None] - obstacles.center
-    inside = contacts.apply(jnp.swapaxes(obstacles.rotation, -1, -2), between)
-    inside = jnp.clip(inside, -obstacles.half, obstacles.half)
-    away = (between - contacts.apply(obstacles.rotation, inside))[..., :2]
-    away = away / jnp.maximum(jnp.linalg.norm(away, axis=-1, keepdims=True), 1e-6)
-    under = falls.way < contacts.TOUCH_M
-    away = (away * under[..., None]).sum(1)
-    away = away / jnp.maximum(jnp.linalg.norm(away, axis=-1, keepdims=True), 1.0)
-    slips = free & under.any(1) & ~falls.stands
-    slid = fallen.at[:, :2].add(jnp.where(slips[:, None], _SLIDE_M * away, 0.0))
-
-    # stand up: turn the most vertical axis upright, keeping the lowest point where it is
-    rotation = state.block_rotation
-    most = jnp.argmax(jnp.abs(rotation[:, 2]), axis=-1)
-    axis = jnp.take_along_axis(rotation, most[:, None, None], axis=2)[..., 0]
-    axis = axis * jnp.where(axis[:, 2:] < 0, -1.0, 1.0)
-    lean = jnp.cross(axis, jnp.array([0.0, 0.0, 1.0]))
-    lean = lean * jnp.minimum(1.0, _TILT_RAD / jnp.maximum(jnp.linalg.norm(lean, axis=-1, keepdims=True), 1e-9))
-    upright = rotations.from_axis_angle(lean * free[:, None]) @ rotation
-    height, new_height = (contacts.apply(jnp.abs(r), scene.block_half)[:, 2] for r in (rotation, upright))
-    moved = slid.at[:, 2].add(new_height - height)
+    x, y, z = (state.block_position[:, k] for k in range(3))
+    fallen = jnp.stack([x, y, z - drop], axis=1)
+    away = _off_the_edge(blocks, obstacles, falls)
+    slips = free & (falls.drop < contacts.TOUCH_M) & ~falls.stands
+    slid = [jnp.where(slips, _SLIDE_M * part, 0.0) for part in away]
+    upright = _stood_up(state.block_rotation, free)
+    rise = height_of(upright, scene.block_half) - height_of(state.block_rotation, scene.block_half)
+    moved = jnp.stack([x + slid[0], y + slid[1], z - drop + rise], axis=1)
 
     # whichever of the others move or stay, the moved block must fit
     trial = Boxes(moved, upright, scene.block_half)
-    others = dataclasses.replace(obstacles, center=obstacles.center.at[bodies.TABLE : bodies.TABLE + 3].set(fallen))
-    own = jnp.concatenate([_own(others), jnp.eye(3, dtype=bool)], axis=1)
+    center = [obstacles.center[: bodies.TABLE], fallen, obstacles.center[bodies.TABLE + 3 :]]
+    others = dataclasses.replace(obstacles, center=jnp.concatenate(center))
+    own = np.concatenate([_own(others), np.eye(3, dtype=bool)], axis=1)
     depth = contacts.between(trial, contacts.join(others, trial)).depth
-    fits = jnp.all(own | (depth <= contacts.TOLERANCE_M), axis=1) & free
+    deepest = vectors.fold(jnp.maximum, jnp.where(vectors.constant(own, state.held), -1.0, depth), 1)
+    fits = (deepest <= contacts.TOLERANCE_M) & free
     return dataclasses.replace(
         state,
         block_position=jnp.where(fits[:, None], moved, fallen),
-        block_rotation=jnp.where(fits[:, None, None], upright, rotation),
+        block_rotation=jnp.where(fits[:, None, None], upright, state.block_rotation),
         support=jnp.where(free, falls.support, bodies.FREE),
     )
+
+
+def _off_the_edge(blocks: Boxes, obstacles: Boxes, falls: Falls) -> list[Array]:
+    """x and y float[3] of the direction, at most of length 1, away from the nearest points of all that touches each
+    block from below."""
+    three, rotation = range(3), obstacles.rotation
+    between = [blocks.center[:, k][:, None] - obstacles.center[:, k][None] for k in three]  # [3, K] each
+    inside = [sum(rotation[:, i, k] * between[i] for i in three) for k in three]
+    inside = [jnp.clip(inside[k], -obstacles.half[:, k], obstacles.half[:, k]) for k in three]
+    away = [between[k] - sum(rotation[:, k, i] * inside[i] for i in three) for k in range(2)]
+    scale = (falls.way < contacts.TOUCH_M) / jnp.maximum(jnp.sqrt(away[0] ** 2 + away[1] ** 2), 1e-6)
+    away = jax.lax.optimization_barrier([part * scale for part in away])
+    away = [vectors.fold(jnp.add, part, 1) for part in away]
+    scale = 1 / jnp.maximum(jnp.sqrt(away[0] ** 2 + away[1] ** 2), 1.0)
+    return [part * scale for part in away]
+
+
+def _stood_up(rotation: Array, free: Array) -> Array:
+    """Rotations [3, 3, 3] with the most vertical axis of blocks that are not held turned a little towards upright."""
+    x, y, z = (rotation[:, :, k] for k in range(3))
+    first, second, third = (jnp.abs(axis[:, 2:]) for axis in (x, y, z))
+    axis = jnp.where((first >= second) & (first >= third), x, jnp.where(second >= third, y, z))
+    axis = axis * jnp.where(axis[:, 2:] < 0, -1.0, 1.0)
+    lean = jnp.stack([axis[:, 1], -axis[:, 0], jnp.zeros_like(axis[:, 0])], axis=1)  # its cross product with upright
+    lean = lean * jnp.minimum(1.0, _TILT_RAD / jnp.maximum(vectors.length(lean, 1, keep=True), 1e-9))
+    return vectors.multiply(vectors.from_axis_angle(lean * free[:, None], 1), rotation, 1)

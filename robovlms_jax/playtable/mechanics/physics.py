@@ -15,6 +15,7 @@ between closing fingers is held rigidly until they open. See docs/playtable.md f
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ import numpy as np
 from robovlms_jax.actions import frames, rotations
 from robovlms_jax.envs.calvin import initial_states, tasks
 from robovlms_jax.playtable import kinematics
-from robovlms_jax.playtable.mechanics import bodies, contacts, gravity, pushing
+from robovlms_jax.playtable.mechanics import bodies, contacts, gravity, pushing, vectors
 from robovlms_jax.playtable.scene import BLOCKS, BOX_BODY, BUTTON, DRAWER, SLIDER, Scene
 from robovlms_jax.types import Array
 
@@ -73,7 +74,10 @@ def reset(scene: Scene, robot_obs: Array, scene_obs: Array) -> bodies.State:
 
 
 def step(scene: Scene, state: bodies.State, action: Array) -> bodies.State:
-    """One control step of 1/30 s. action: float[7], relative, 1.0 = 0.02 m or 0.05 rad; [6] > 0 opens, else closes."""
+    """One control step of 1/30 s. action: float[7], relative, 1.0 = 0.02 m or 0.05 rad; [6] > 0 opens, else closes.
+
+    All leaves may have the axis of many tables last (`step_tables`).
+    """
     action = jnp.asarray(action, jnp.float32)
     before = state
     state = dataclasses.replace(
@@ -84,33 +88,42 @@ def step(scene: Scene, state: bodies.State, action: Array) -> bodies.State:
         command=jnp.where(action[6] > 0, 1.0, -1.0),
     )
     shift = _limit(_LAG * (state.target_position - state.position), _MAX_TRANSLATION_M)
-    turn = kinematics.to_vector(rotations.from_euler(state.target_euler) @ state.rotation.T)
-    turn = rotations.from_axis_angle(_limit(_LAG * turn, _MAX_ROTATION_RAD))
+    turn = vectors.multiply(_from_euler(state.target_euler), vectors.transposed(state.rotation))
+    turn = vectors.from_axis_angle(_limit(_LAG * vectors.to_axis_angle(turn), _MAX_ROTATION_RAD))
     # the arm decides what of that it can reach
-    aim = state.position + shift, turn @ state.rotation
-    joints = kinematics.inverse(state.joints, *aim, iterations=3, home=jnp.asarray(_HOME))
+    aim = state.position + shift, vectors.multiply(turn, state.rotation)
+    joints = kinematics.inverse(state.joints, *aim, iterations=3, home=vectors.constant(_HOME, state.width))
     arm = kinematics.forward(joints)
-
-    def substep(i, state):
-        share = 1.0 / (SUBSTEPS - i)
-        turn = kinematics.to_vector(arm.rotations[7] @ state.rotation.T)
-        wish = dataclasses.replace(
-            state,
-            position=state.position + share * _limit(arm.origins[7] - state.position, _MAX_TRANSLATION_M),
-            rotation=rotations.from_axis_angle(share * turn) @ state.rotation,
-            width=_close(state),
-            mechanisms=state.mechanisms.at[BUTTON].set(jnp.maximum(state.mechanisms[BUTTON] - _SPRING_M, 0.0)),
-        )
-        moved, depth = pushing.push_apart(scene, state, wish)
-        pressed = (state.mechanisms[BUTTON] < _LED_AT_M) & (moved.mechanisms[BUTTON] >= _LED_AT_M)
-        moved = dataclasses.replace(moved, led=jnp.where(pressed, 1.0 - moved.led, moved.led))
-        return gravity.settle(scene, pushing.grasp(moved, depth))
-
-    state = jax.lax.fori_loop(0, SUBSTEPS, substep, state)
-    turned = kinematics.to_vector(state.block_rotation @ jnp.swapaxes(before.block_rotation, -1, -2))
-    velocity = jnp.concatenate([state.block_position - before.block_position, turned], axis=-1) * RATE_HZ
+    state = jax.lax.fori_loop(0, SUBSTEPS, functools.partial(_substep, scene, arm), state)
+    turned = vectors.multiply(state.block_rotation, vectors.transposed(before.block_rotation, 1), 1)
+    turned = vectors.to_axis_angle(turned, 1)
+    velocity = jnp.concatenate([state.block_position - before.block_position, turned], axis=1) * RATE_HZ
     joints = kinematics.inverse(joints, state.position, state.rotation, iterations=4)
     return dataclasses.replace(state, joints=joints, block_velocity=velocity)
+
+
+def _substep(scene: Scene, arm: kinematics.Arm, i: Array, state: bodies.State) -> bodies.State:
+    """The hand goes its share of the way to where the arm brings it, and the blocks settle."""
+    share = 1.0 / (SUBSTEPS - i)
+    turn = vectors.to_axis_angle(vectors.multiply(arm.rotations[7], vectors.transposed(state.rotation)))
+    released = jnp.maximum(state.mechanisms[BUTTON] - _SPRING_M, 0.0)
+    wish = dataclasses.replace(
+        state,
+        position=state.position + share * _limit(arm.origins[7] - state.position, _MAX_TRANSLATION_M),
+        rotation=vectors.multiply(vectors.from_axis_angle(share * turn), state.rotation),
+        width=_close(state),
+        mechanisms=state.mechanisms.at[BUTTON].set(released),
+    )
+    moved, found = pushing.push_apart(scene, state, wish)
+    pressed = (state.mechanisms[BUTTON] < _LED_AT_M) & (moved.mechanisms[BUTTON] >= _LED_AT_M)
+    moved = dataclasses.replace(moved, led=jnp.where(pressed, 1.0 - moved.led, moved.led))
+    return gravity.settle(scene, pushing.grasp(moved, found))
+
+
+def step_tables(scenes: Scene, states: bodies.State, actions: Array) -> bodies.State:
+    """`step` of B tables: all leaves [B, ...]. Faster than `jax.vmap(step)`, which has the tables in the first axis."""
+    last = (vectors.tables_last(x) for x in (scenes, states, actions))
+    return vectors.tables_first(step(*last))
 
 
 def robot_obs(state: bodies.State) -> Array:
@@ -151,7 +164,12 @@ def info(scene: Scene, state: bodies.State) -> tasks.SceneInfo:
 
 
 def _limit(vector: Array, length: float) -> Array:
-    return vector * jnp.minimum(1.0, length / jnp.maximum(jnp.linalg.norm(vector), 1e-9))
+    return vector * jnp.minimum(1.0, length / jnp.maximum(vectors.length(vector), 1e-9))
+
+
+def _from_euler(angles: Array) -> Array:
+    """[3, ...] -> [3, 3, ...]."""
+    return jnp.moveaxis(rotations.from_euler(jnp.moveaxis(angles, 0, -1)), (-2, -1), (0, 1))
 
 
 def _close(state: bodies.State) -> Array:

@@ -3,201 +3,368 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from robovlms_jax.actions import rotations
-from robovlms_jax.playtable.mechanics import bodies, contacts
-from robovlms_jax.playtable.scene import Scene
+from robovlms_jax.playtable.mechanics import bodies, contacts, gravity, vectors
+from robovlms_jax.playtable.mechanics.vectors import fold
+from robovlms_jax.playtable.scene import JOINTS, Boxes, Scene
 from robovlms_jax.types import Array
 
 _SWEEPS = 6  # rounds of pushing apart per substep; in the last `_YIELDING` ones the hand gives way to blocks too
 _YIELDING = 3
 _FRICTION = 0.5  # between hand and blocks
 _STEEP = 0.35  # a joint follows a push unless it is nearly at right angles to it
+_NOTHING_M = 1e-6  # what overlaps by less is not pushed: rounds end where there is nothing left to push
 
 
-def push_apart(scene: Scene, old: bodies.State, wish: bodies.State) -> tuple[bodies.State, Array]:
+class Touching(NamedTuple):
+    """Contacts [4, N + 3] of fingers, palm and wrist, and [3, N + 3] of blocks (rows), with table boxes and blocks
+    (columns). Pairs that may overlap (the hand and what it holds, a block and itself) are 1 m apart.
+    """
+
+    hand: contacts.Contacts
+    blocks: contacts.Contacts
+
+
+class _Moving(NamedTuple):
+    """What pushing apart changes of a state."""
+
+    position: Array
+    rotation: Array
+    width: Array
+    mechanisms: Array
+    block_position: Array
+    block_rotation: Array
+
+    @classmethod
+    def of(cls, state: bodies.State) -> _Moving:
+        """Its part of a state."""
+        return cls(*(getattr(state, name) for name in cls._fields))
+
+    def put(self, state: bodies.State) -> bodies.State:
+        """A state with it."""
+        return dataclasses.replace(state, **self._asdict())
+
+
+class _Substep(NamedTuple):
+    """What pushing apart does not change.
+
+    way: float[2], horizontal direction in which the hand moves. least, most: float[], widths between which the fingers
+    stay. free: bool[3], blocks that are not held. on_joint [3, 4], on_block [3, 3]: 1 where a block stands on what moves
+    with a mechanism, or on a block. axis: float[N, 3], along which the boxes of the table move.
+    """
+
+    way: Array
+    least: Array
+    most: Array
+    free: Array
+    on_joint: Array
+    on_block: Array
+    axis: Array
+
+
+def push_apart(scene: Scene, old: bodies.State, wish: bodies.State) -> tuple[bodies.State, Touching]:
     """Resolve the overlaps that moving the hand from `old` to `wish` makes; `old` again where that fails.
 
-    Returns the state and the depths of its contacts (`touching`).
+    Returns the state and its contacts. Rounds end once no table has an overlap left; a table that has none is not
+    changed by further ones, so that the other tables do not matter to it.
     """
+    fixed = _substep(scene, old, wish)
+
+    # One loop, so that XLA compiles the contacts once: round 0 goes to `wish`, the others push.
+    def sweep(carry: tuple) -> tuple:
+        i, moving, found, _ = carry
+        state = moving.put(old)
+        pushed = _Moving.of(_pushed(scene, state, found, fixed, i > _SWEEPS - _YIELDING))
+        following = jax.tree.map(lambda first, then: jnp.where(i == 0, first, then), _Moving.of(wish), pushed)
+        following = _ride(scene, _with_held(following.put(old)), state, fixed)
+        found = touching(scene, following)
+        return i + 1, _Moving.of(following), found, _deepest(found) > _NOTHING_M
+
+    def goes_on(carry: tuple) -> Array:
+        i, _, _, overlaps = carry
+        return (i <= _SWEEPS) & jnp.any(overlaps)
+
+    begin = (jnp.int32(0), _Moving.of(old), _none(scene, old), jnp.ones_like(old.width, bool))
+    _, new, found, _ = jax.lax.while_loop(goes_on, sweep, begin)
+    new, found = jax.lax.cond(
+        jnp.any(_deepest(found) > contacts.TOLERANCE_M),
+        lambda: _unless_deeper(scene, old, new, found),
+        lambda: (new, found),
+    )
+    return new.put(old), found
+
+
+def _substep(scene: Scene, old: bodies.State, wish: bodies.State) -> _Substep:
     way = (wish.position - old.position)[:2]
-    way = way / jnp.maximum(jnp.linalg.norm(way), 1e-6)
+    way = way / jnp.maximum(vectors.length(way), 1e-6)
+    free = _free(old)
+    rides = (old.support != bodies.FREE) & free
+    on_joint = jnp.moveaxis(jnp.asarray(bodies.ON_JOINT)[old.support], -1, 1) * rides[:, None]
+    carried_by = vectors.constant(bodies.TABLE + np.arange(3), old.width)
+    on_block = ((old.support[:, None] == carried_by[None]) & rides[:, None]).astype(jnp.float32)
+    on = vectors.constant(bodies.ON_JOINT[:, :, None], old.width)
+    axis = sum(on[:, j] * scene.joint_axis[j] for j in range(len(JOINTS)))
     least, most = jnp.minimum(old.width, wish.width), jnp.maximum(old.width, wish.width)
-
-    # One loop, so that XLA compiles the contacts once: round 0 looks at `old`, the last one only at the result.
-    def sweep(i, carry):
-        state, ridden, before, _ = carry
-        state, ridden = _ride(scene, _with_held(state), ridden)
-        found = touching(scene, state)
-        depth = found.depth
-        opening = _push_fingers(state, found)
-        found = found._replace(depth=jnp.maximum(depth, 0.0))
-        mechanisms, left = _push_mechanisms(scene, state, found)
-        position, rotation = _push_blocks(scene, state, found, way)
-        shift = _push_hand(state, found._replace(depth=left), i > _SWEEPS - _YIELDING)
-        pushed = dataclasses.replace(
-            state,
-            position=state.position + shift,
-            width=jnp.clip(state.width + opening, least, most),
-            mechanisms=mechanisms,
-            block_position=position,
-            block_rotation=rotation,
-        )
-        following = jax.tree.map(
-            lambda first, middle, last: jnp.where(i == 0, first, jnp.where(i <= _SWEEPS, middle, last)),
-            wish,
-            pushed,
-            state,
-        )
-        return following, ridden, jnp.where(i == 0, depth, before), depth
-
-    nothing = jnp.full((bodies.HAND + 3, bodies.TABLE + 3), -1.0)
-    carry = (old, bodies.columns(scene, old).center, nothing, nothing)
-    new, _, before, depth = jax.lax.fori_loop(0, _SWEEPS + 2, sweep, carry)
-    fits = jnp.all(depth <= jnp.maximum(before, contacts.TOLERANCE_M))
-    return jax.tree.map(lambda a, b: jnp.where(fits, a, b), (new, depth), (old, before))
+    return _Substep(way, least, most, free, on_joint, on_block, axis)
 
 
-def touching(scene: Scene, state: bodies.State) -> contacts.Contacts:
-    """Contacts [7, N + 3] of fingers, palm, wrist and blocks (rows) with table boxes and blocks (columns).
-
-    Pairs that may overlap (the hand and what it holds, a block and itself) are 1 m apart.
-    """
-    found = contacts.between(bodies.rows(scene, state), bodies.columns(scene, state))
-    return found._replace(depth=_masked(state, found.depth))
+def _free(state: bodies.State) -> Array:
+    """bool[3]: blocks that are not held."""
+    return state.held != vectors.constant(np.arange(3), state.held)
 
 
-def _masked(state: bodies.State, depth: Array) -> Array:
-    """`depth` [7, N + 3] with -1 for pairs that may overlap: a block and itself, the hand and the block it holds."""
-    same = np.zeros((bodies.HAND + 3, bodies.TABLE + 3), bool)
-    same[bodies.HAND :, bodies.TABLE :] = np.eye(3, dtype=bool)
-    held = jnp.arange(3) == state.held
-    in_hand = jnp.zeros_like(jnp.asarray(same)).at[: bodies.HAND, bodies.TABLE :].set(held[None])
-    return jnp.where(jnp.asarray(same) | in_hand, -1.0, depth)
+def _none(scene: Scene, state: bodies.State) -> Touching:
+    """No contact at all."""
+    shape = (bodies.TABLE + 3, *state.width.shape)
+    apart = [jnp.full((rows, *shape), -1.0) for rows in (bodies.HAND, 3)]
+    return Touching(*(contacts.Contacts(depth, [jnp.zeros_like(depth)] * 3) for depth in apart))
+
+
+def _deepest(found: Touching) -> Array:
+    """float[], m."""
+    return fold(jnp.maximum, jnp.maximum(fold(jnp.maximum, found.hand.depth), fold(jnp.maximum, found.blocks.depth)))
+
+
+def _unless_deeper(
+    scene: Scene, old: bodies.State, new: _Moving, found: Touching
+) -> tuple[_Moving, Touching]:
+    """`new` with its contacts where nothing overlaps by more than tolerance and than before, elsewhere `old`."""
+    before = touching(scene, old)
+    fits = True
+    for one, other in zip(found, before, strict=True):
+        deeper = one.depth - jnp.maximum(other.depth, contacts.TOLERANCE_M)
+        fits = fits & (fold(jnp.maximum, fold(jnp.maximum, deeper)) <= 0)
+    return jax.tree.map(lambda a, b: jnp.where(fits, a, b), (new, found), (_Moving.of(old), before))
+
+
+def _pushed(scene: Scene, state: bodies.State, found: Touching, fixed: _Substep, yields: Array) -> bodies.State:
+    """One round. yields: True = blocks that did not move away stop the hand."""
+    signed = [jnp.where(one.depth > _NOTHING_M, one.depth, jnp.minimum(one.depth, 0.0)) for one in found]
+    opening = _push_fingers(state, found.hand._replace(depth=signed[0]))
+    found = Touching(*(one._replace(depth=jnp.maximum(d, 0.0)) for one, d in zip(found, signed, strict=True)))
+    mechanisms, left = _push_mechanisms(scene, state, found, fixed)
+    position, rotation = _push_blocks(scene, state, found, fixed)
+    return dataclasses.replace(
+        state,
+        position=state.position + _push_hand(left, fixed, yields),
+        width=jnp.clip(state.width + opening, fixed.least, fixed.most),
+        mechanisms=mechanisms,
+        block_position=position,
+        block_rotation=rotation,
+    )
+
+
+def touching(scene: Scene, state: bodies.State) -> Touching:
+    """Everything that touches, or nearly does."""
+    hand, blocks, columns = bodies.hand_boxes(state), bodies.block_boxes(scene, state), bodies.columns(scene, state)
+    by_hand = contacts.between(_turning_together(hand), columns)
+    by_blocks = contacts.between(blocks, columns)
+    of_blocks = jnp.where(_free(state), by_hand.depth[:, bodies.TABLE :], -1.0)
+    same = np.eye(3, bodies.TABLE + 3, bodies.TABLE, dtype=bool)
+    return Touching(
+        by_hand._replace(depth=jnp.concatenate([by_hand.depth[:, : bodies.TABLE], of_blocks], axis=1)),
+        by_blocks._replace(depth=jnp.where(vectors.constant(same, state.width), -1.0, by_blocks.depth)),
+    )
+
+
+def depths(scene: Scene, state: bodies.State) -> Array:
+    """float[7, N + 3], m: of all contacts, the hand's first."""
+    return jnp.concatenate([one.depth for one in touching(scene, state)])
+
+
+def _turning_together(hand: Boxes) -> Boxes:
+    """The boxes of the hand with one rotation [1, 3, 3]."""
+    return dataclasses.replace(hand, rotation=hand.rotation[:1])
 
 
 def _with_held(state: bodies.State) -> bodies.State:
     """Moves the held block along with the hand."""
-    held = (jnp.arange(3) == state.held)[:, None]
-    position = state.position + contacts.apply(state.rotation, state.hold_position)
-    rotation = state.rotation @ state.hold_rotation
+    free = _free(state)[:, None]
+    position = state.position + vectors.apply(state.rotation, state.hold_position)
+    rotation = vectors.multiply(state.rotation, state.hold_rotation)
     return dataclasses.replace(
         state,
-        block_position=jnp.where(held, position, state.block_position),
-        block_rotation=jnp.where(held[..., None], rotation, state.block_rotation),
+        block_position=jnp.where(free, state.block_position, position),
+        block_rotation=jnp.where(free[:, None], state.block_rotation, rotation),
     )
 
 
-def _ride(scene: Scene, state: bodies.State, ridden: Array) -> tuple[bodies.State, Array]:
-    """Blocks follow what they stand on. ridden: float[N + 3, 3], where everything was when they last did."""
-    free = state.held != jnp.arange(3)
-    rides = (state.support != bodies.FREE) & free
-    now = bodies.columns(scene, state).center
-    shift = jnp.where(rides[:, None], (now - ridden)[state.support], 0.0)
+def _ride(scene: Scene, state: bodies.State, before: bodies.State, fixed: _Substep) -> bodies.State:
+    """Blocks follow what they stand on, which is elsewhere than `before`."""
+    slid, moved = state.mechanisms - before.mechanisms, state.block_position - before.block_position
+    shift = sum(fixed.on_joint[:, j, None] * slid[j] * scene.joint_axis[j] for j in range(len(JOINTS)))
+    shift = shift + sum(fixed.on_block[:, i, None] * moved[i] for i in range(3))
     # a block on a block on the moving thing: pass the shift on once more
-    below = state.support - bodies.TABLE
-    shift = shift + jnp.where((rides & (below >= 0))[:, None], shift[jnp.maximum(below, 0)], 0.0)
-    state = dataclasses.replace(state, block_position=state.block_position + shift)
-    return state, bodies.columns(scene, state).center
+    shift = shift + sum(fixed.on_block[:, i, None] * shift[i] for i in range(3))
+    return dataclasses.replace(state, block_position=state.block_position + shift)
 
 
-def _driven(state: bodies.State) -> Array:
-    """bool[7]: rows that move as the hand commands: the hand and what it holds."""
-    return jnp.concatenate([jnp.ones(bodies.HAND, bool), jnp.arange(3) == state.held])
-
-
-def _push_mechanisms(scene: Scene, state: bodies.State, found: contacts.Contacts) -> tuple[Array, Array]:
-    """New joint values float[4], and the depth [7, N + 3] that is left for the hand to resolve (0 in other rows)."""
-    pushing = jnp.where(_driven(state)[:, None], found.depth, 0.0)
-    axis = (jnp.asarray(bodies.ON_JOINT)[:, :, None] * scene.joint_axis).sum(1)  # [N, 3]
-    along = -sum(found.normal[k][:, : bodies.TABLE] * axis[:, k] for k in range(3))
-    follows = jnp.abs(along) > _STEEP
-    wanted = jnp.where(follows, pushing[:, : bodies.TABLE] / jnp.where(follows, along, 1.0), 0.0)
-    change = (wanted.max(0)[:, None] * bodies.ON_JOINT).max(0) + (wanted.min(0)[:, None] * bodies.ON_JOINT).min(0)
+def _push_mechanisms(
+    scene: Scene, state: bodies.State, found: Touching, fixed: _Substep
+) -> tuple[Array, Touching]:
+    """New joint values float[4], and the contacts that are left for the hand to resolve: those of what moves as the hand
+    commands, the hand and what it holds (depth 0 in other rows)."""
+    held = jnp.where(fixed.free[:, None], 0.0, found.blocks.depth)
+    driven = (found.hand, found.blocks._replace(depth=held))
+    on = vectors.constant(bodies.ON_JOINT, state.width)
+    along, wanted = [], []
+    for one in driven:
+        towards = -sum(one.normal[k][:, : bodies.TABLE] * fixed.axis[:, k] for k in range(3))
+        follows = jnp.abs(towards) > _STEEP
+        wanted.append(jnp.where(follows, one.depth[:, : bodies.TABLE] / jnp.where(follows, towards, 1.0), 0.0))
+        along.append(jnp.where(follows, towards, 0.0))
+    highest, lowest = (
+        operation(*(fold(operation, part) for part in wanted)) for operation in (jnp.maximum, jnp.minimum)
+    )
+    highest, lowest = jax.lax.optimization_barrier((highest, lowest))
+    change = fold(jnp.maximum, highest[:, None] * on) + fold(jnp.minimum, lowest[:, None] * on)
     mechanisms = jnp.clip(state.mechanisms + change, 0.0, scene.joint_range)
-    gained = along * (jnp.asarray(bodies.ON_JOINT) * (mechanisms - state.mechanisms)).sum(-1)
-    left = pushing[:, : bodies.TABLE] - jnp.where(follows & (pushing[:, : bodies.TABLE] > 0), gained, 0.0)
-    return mechanisms, jnp.concatenate([jnp.maximum(left, 0.0), pushing[:, bodies.TABLE :]], axis=1)
+    slid = mechanisms - state.mechanisms
+    gained = sum(on[:, j] * slid[j] for j in range(len(JOINTS)))
+    left = []
+    for one, towards in zip(driven, along, strict=True):
+        table, blocks = one.depth[:, : bodies.TABLE], one.depth[:, bodies.TABLE :]
+        table = jnp.maximum(table - jnp.where(table > 0, towards * gained, 0.0), 0.0)
+        left.append(one._replace(depth=jnp.concatenate([table, blocks], axis=1)))
+    return mechanisms, Touching(*left)
 
 
-def _push_blocks(scene: Scene, state: bodies.State, found: contacts.Contacts, way: Array) -> tuple[Array, Array]:
-    """New block positions [3, 3] and rotations [3, 3, 3]: the average push, weighted by depth.
+class _Pushes(NamedTuple):
+    """What pushes the blocks [3, K], from where, and how far, weighed: depth (the weight) and the products of the weight
+    with x, y, up (m) and yaw (rad)."""
 
-    way: float[2], horizontal direction in which the hand moves; friction lets a block follow it along the contact.
-    """
-    free = state.held != jnp.arange(3)
-    share = jnp.concatenate([jnp.ones(bodies.TABLE), jnp.where(free, 0.5, 1.0)])
+    depth: Array
+    x: Array
+    y: Array
+    up: Array
+    yaw: Array | None
 
-    # by walls and other blocks (row = the block), then by the hand (column = the block)
-    def merge(own, hand):
-        return jnp.concatenate([own[bodies.HAND :], hand[: bodies.HAND, bodies.TABLE :].T], axis=1)
 
-    depth = merge(found.depth * share, found.depth)
-    x, y, z = (merge(n, -n) for n in found.normal)
-    point = [merge(p, p) for p in found.point]
-    # walls stop a block, but do not turn it
-    turns = np.concatenate([np.zeros(bodies.TABLE), np.ones(3 + bodies.HAND)]).astype(np.float32)
-    by_hand = np.concatenate([np.zeros(bodies.TABLE + 3), np.ones(bodies.HAND)]).astype(np.float32)
+def _push_blocks(scene: Scene, state: bodies.State, found: Touching, fixed: _Substep) -> tuple[Array, Array]:
+    """New block positions [3, 3] and rotations [3, 3, 3]: the average push, weighted by depth."""
+    *walls, _ = _sum_of(_by_walls(found))
+    *others, yaw = _sum_of(_by_bodies(scene, state, found, fixed))
+    weight, x, y, up = (a + b for a, b in zip(walls, others, strict=True))
+    scale = jnp.where(fixed.free, 1 / jnp.maximum(weight, 1e-9), 0.0)
+    yaw = yaw * scale
+    shift = jnp.stack([x * scale, y * scale, up * scale], axis=1)
+    cosine, sine = jnp.cos(yaw)[:, None], jnp.sin(yaw)[:, None]
+    first, second, third = (state.block_rotation[:, k] for k in range(3))
+    rotation = jnp.stack([cosine * first - sine * second, sine * first + cosine * second, third], axis=1)
+    return state.block_position + shift, rotation
 
+
+def _sum_of(pushes: _Pushes) -> list[Array | None]:
+    """float[3] each."""
+    made = jax.lax.optimization_barrier(pushes)
+    return [None if part is None else fold(jnp.add, part, 1) for part in made]
+
+
+def _sideways(touch: contacts.Contacts) -> tuple[Array, Array, Array, Array, Array]:
+    """x, y, distance of the way out along the table, whether it leads up instead, and how much it counts."""
+    (x, y, z), depth = touch.normal, touch.depth
     flat = jnp.sqrt(x**2 + y**2)
     sideways = flat >= 0.5
     up = ~sideways & (z > 0)  # nothing pushes a block down: it already lies on something
     steep = jnp.maximum(flat, 0.5)
-    x, y, distance = x / steep, y / steep, jnp.where(sideways, depth / steep, 0.0)
-    forward, aside = x * way[0] + y * way[1], x * way[1] - y * way[0]
+    return x / steep, y / steep, jnp.where(sideways, depth / steep, 0.0), up, jnp.where(sideways | up, depth, 0.0)
+
+
+def _by_walls(found: Touching) -> _Pushes:
+    """Walls stop a block, but do not turn it."""
+    normal = [n[:, : bodies.TABLE] for n in found.blocks.normal]
+    touch = contacts.Contacts(found.blocks.depth[:, : bodies.TABLE], normal)
+    x, y, distance, up, weight = _sideways(touch)
+    return _Pushes(weight, weight * x * distance, weight * y * distance, weight * jnp.where(up, touch.depth, 0.0), None)
+
+
+def _by_bodies(scene: Scene, state: bodies.State, found: Touching, fixed: _Substep) -> _Pushes:
+    """By the other blocks and by the hand, K = 7; friction lets a block follow the hand along the contact."""
+    touch, (point_x, point_y) = _of_bodies(scene, state, found, fixed)
+    x, y, distance, up, weight = _sideways(touch)
+    by_hand = vectors.constant(np.array([0, 0, 0, *[1] * bodies.HAND], np.float32), state.width)
+    forward, aside = x * fixed.way[0] + y * fixed.way[1], x * fixed.way[1] - y * fixed.way[0]
     slip = by_hand * jnp.clip(aside / jnp.maximum(forward, 0.1), -_FRICTION, _FRICTION)
     x, y = x - slip * y, y + slip * x
     # Quasi-static sliding: force and moment limits form an ellipsoid (Goyal et al. 1991), here with the moment arm
     # `radius` of a uniformly loaded face, so a push beside the centre turns the block as it shifts it.
-    arm_x, arm_y = point[0] - state.block_position[:, 0, None], point[1] - state.block_position[:, 1, None]
-    lever = turns * (arm_x * y - arm_y * x)
-    vertical = contacts.apply(jnp.abs(state.block_rotation), scene.block_half)[:, 2]
-    radius_sq = ((scene.block_half**2).sum(-1) - vertical**2)[:, None] / 3
+    arm_x, arm_y = point_x - state.block_position[:, 0, None], point_y - state.block_position[:, 1, None]
+    lever = arm_x * y - arm_y * x
+    vertical = gravity.height_of(state.block_rotation, scene.block_half)
+    radius_sq = (sum(scene.block_half[:, k] ** 2 for k in range(3)) - vertical**2)[:, None] / 3
     give = distance * radius_sq / (radius_sq + lever**2)
-    weight = jnp.where(sideways | up, depth, 0.0)
-    weight = weight / jnp.maximum(weight.sum(1, keepdims=True), 1e-9)
-    push = (x * give, y * give, jnp.where(up, depth, 0.0), give * lever / radius_sq)
-    *shift, yaw = ((weight * amount).sum(1) for amount in push)
-    shift = jnp.stack(shift, axis=-1)
-    shift, yaw = jnp.where(free[:, None], shift, 0.0), jnp.where(free, yaw, 0.0)
-    turn = rotations.from_axis_angle(jnp.stack([jnp.zeros(3), jnp.zeros(3), yaw], axis=-1))
-    return state.block_position + shift, turn @ state.block_rotation
+    pushes = (x * give, y * give, jnp.where(up, touch.depth, 0.0), give * lever / radius_sq)
+    return _Pushes(weight, *(weight * push for push in pushes))
 
 
-def _push_hand(state: bodies.State, found: contacts.Contacts, yields: Array) -> Array:
+def _of_bodies(
+    scene: Scene, state: bodies.State, found: Touching, fixed: _Substep
+) -> tuple[contacts.Contacts, list[Array]]:
+    """Contacts [3, 7] of the blocks with each other and with the hand, and where: x, y."""
+    hand, blocks = _turning_together(bodies.hand_boxes(state)), bodies.block_boxes(scene, state)
+    by_hand, by_blocks = (
+        contacts.Contacts(one.depth[:, bodies.TABLE :], [n[:, bodies.TABLE :] for n in one.normal]) for one in found
+    )
+    points = contacts.points(blocks, blocks, by_blocks.normal), contacts.points(hand, blocks, by_hand.normal)
+
+    def merge(own: Array, hands: Array) -> Array:
+        return jnp.concatenate([own, jnp.swapaxes(hands, 0, 1)], axis=1)
+
+    share = jnp.where(fixed.free, 0.5, 1.0)
+    depth = merge(by_blocks.depth * share, by_hand.depth)
+    normal = [merge(n, -m) for n, m in zip(by_blocks.normal, by_hand.normal, strict=True)]
+    return contacts.Contacts(depth, normal), [merge(p, q) for p, q in zip(*points, strict=True)]
+
+
+def _push_hand(left: Touching, fixed: _Substep, yields: Array) -> Array:
     """How far the hand has to move [3]. yields: True = blocks that did not move away stop the hand."""
-    free = state.held != jnp.arange(3)
-    pressed = found.normal[2][:, bodies.TABLE :] > 0.866  # the block is below and cannot sink
-    blocks = jnp.where((yields | pressed) & free, found.depth[:, bodies.TABLE :], 0.0)
-    depth = jnp.concatenate([found.depth[:, : bodies.TABLE], blocks], axis=1)
-    return jnp.stack([(depth**2 * n).sum() for n in found.normal]) / jnp.maximum(depth.sum(), 1e-9)
+    sums: list[Array] = []
+    for one in left:
+        pressed = one.normal[2][:, bodies.TABLE :] > 0.866  # the block is below and cannot sink
+        blocks = jnp.where((yields | pressed) & fixed.free, one.depth[:, bodies.TABLE :], 0.0)
+        depth = jnp.concatenate([one.depth[:, : bodies.TABLE], blocks], axis=1)
+        terms = [fold(jnp.add, term) for term in (depth, *(depth**2 * n for n in one.normal))]
+        sums = [a + b for a, b in zip(sums, terms, strict=True)] if sums else terms
+    weight, *shift = (fold(jnp.add, one) for one in sums)
+    return jnp.stack(shift) / jnp.maximum(weight, 1e-9)
 
 
-def _push_fingers(state: bodies.State, found: contacts.Contacts) -> Array:
+def _push_fingers(state: bodies.State, hand: contacts.Contacts) -> Array:
     """How far the fingers have to open (+) because both press on one thing between them, or close (-) because both
     press on things outside. A single finger does not give way: the hand shifts, or the thing. Depths are signed here.
     """
-    outwards = sum(found.normal[k][:2] * state.rotation[k, 1] for k in range(3)) * bodies.FINGER_SIDE[:2, None]
-    inside = jnp.where(outwards > 0.5, found.depth[:2], -1.0).sum(0).max()
-    outside = jnp.where(outwards < -0.5, found.depth[:2], -1.0).max(1).sum()
+    outwards = sum(hand.normal[k][:2] * state.rotation[k, 1] for k in range(3))
+    outwards = outwards * vectors.constant(bodies.FINGER_SIDE[:2, None], state.width)
+    depth = hand.depth[:2]
+    inside = fold(jnp.maximum, fold(jnp.add, jnp.where(outwards > 0.5, depth, -1.0)))
+    outside = fold(jnp.add, fold(jnp.maximum, jnp.where(outwards < -0.5, depth, -1.0), 1))
     return jnp.maximum(inside, 0.0) - jnp.maximum(outside, 0.0)
 
 
-def grasp(state: bodies.State, depth: Array) -> bodies.State:
+def grasp(state: bodies.State, found: Touching) -> bodies.State:
     """Take hold of a block that both fingers touch while they close."""
-    # in the tool's frame
-    between = contacts.apply(jnp.swapaxes(state.rotation, 0, 1), state.block_position - state.position)  # [3, 3]
-    touch = jnp.all(depth[:2, bodies.TABLE :] > -contacts.TOUCH_M, axis=0) & (jnp.abs(between[:, 1]) < state.width / 2)
-    candidate = jnp.argmax(touch)
-    takes = touch.any() & (state.held == bodies.FREE) & (state.command < 0)
+    inverse = vectors.transposed(state.rotation)
+    between = vectors.apply(inverse[None], state.block_position - state.position, 1)  # in the tool's frame
+    first, second = (found.hand.depth[i, bodies.TABLE :] > -contacts.TOUCH_M for i in range(2))
+    touch = first & second & (jnp.abs(between[:, 1]) < state.width / 2)
+    candidate = jnp.where(touch[0], 0, jnp.where(touch[1], 1, 2)).astype(jnp.int32)
+    takes = (touch[0] | touch[1] | touch[2]) & (state.held == bodies.FREE) & (state.command < 0)
+    taken = takes & (candidate == vectors.constant(np.arange(3), state.held))
+
+    def of_taken(new: Array, old: Array) -> Array:
+        for i in range(3):
+            old = jnp.where(taken[i], new[i], old)
+        return old
+
     return dataclasses.replace(
         state,
-        held=jnp.where(takes, candidate.astype(jnp.int32), state.held),
-        hold_position=jnp.where(takes, between[candidate], state.hold_position),
-        hold_rotation=jnp.where(takes, state.rotation.T @ state.block_rotation[candidate], state.hold_rotation),
-        support=jnp.where(takes & (jnp.arange(3) == candidate), bodies.FREE, state.support),
+        held=jnp.where(takes, candidate, state.held),
+        hold_position=of_taken(between, state.hold_position),
+        hold_rotation=of_taken(vectors.multiply(inverse[None], state.block_rotation, 1), state.hold_rotation),
+        support=jnp.where(taken, bodies.FREE, state.support),
     )
