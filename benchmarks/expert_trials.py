@@ -117,7 +117,7 @@ def _candidate(scene: Scene, number: jax.Array, robot: jax.Array, key: jax.Array
     can = jnp.where(number == plans.TASKS.index("stack_block"), on_table, True)
     fits = jnp.where(lead >= 0, possible[lead] & can, possible[number] & _has_room(scene, state, number))
     fits &= ~stacked | (blocks[lower, 1] < 0)  # on the table: nobody stacks in the shelf
-    return table, lead, fits & (pushing.depths(scene, state).max() < contacts.TOLERANCE_M)
+    return table, lead, fits & (pushing.touching(scene, state).depth.max() < contacts.TOLERANCE_M)
 
 
 def _has_room(scene: Scene, state: bodies.State, number: jax.Array) -> jax.Array:
@@ -126,7 +126,7 @@ def _has_room(scene: Scene, state: bodies.State, number: jax.Array) -> jax.Array
     free = True
     for share in np.linspace(0.25, 1.0, 4):
         moved = dataclasses.replace(state, block_position=state.block_position.at[:, 0].add(share * 0.13 * way))
-        free &= pushing.depths(scene, moved)[-3:].max() < contacts.TOLERANCE_M
+        free &= pushing.touching(scene, moved).depth[-3:].max() < contacts.TOLERANCE_M
         free &= jnp.all((way == 0) | (jnp.abs(moved.block_position[:, 0]) < 0.40))
     return free
 

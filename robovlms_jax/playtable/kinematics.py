@@ -97,7 +97,8 @@ def inverse(
         error = jnp.concatenate([position - origins[7], off])
         return jnp.stack(columns, axis=1), error, vectors.length(error)
 
-    def improve(_: Array, carry: tuple) -> tuple:
+    # Round 0 only looks: one loop, so that XLA compiles the arm once.
+    def improve(i: Array, carry: tuple) -> tuple:
         joints, (jacobian, error, size), damping = carry
         wanted, spare = [error], None
         if home is not None:
@@ -110,15 +111,16 @@ def inverse(
         step = step * jnp.minimum(1.0, _MAX_STEP_RAD / jnp.maximum(vectors.fold(jnp.maximum, jnp.abs(step)), 1e-9))
         if spare is not None:
             step = step + spare - steps[1]
-        tried = jnp.clip(joints + step, low, high)
+        tried = jnp.clip(joints + jnp.where(i == 0, 0.0, step), low, high)
         result = look(tried)
         better = (result[2] < size) | (result[2] < _CLOSE)
         new, old = (tried, result, jnp.full_like(damping, _DAMPING)), (joints, carry[1], 10 * damping)
         return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, old)
 
     low, high = vectors.constant(JOINT_LOW, joints[0]), vectors.constant(JOINT_HIGH, joints[0])
-    begin = (joints, look(joints), jnp.full_like(joints[0], _DAMPING))
-    return jax.lax.fori_loop(0, iterations, improve, begin)[0]
+    nothing = jnp.zeros((6, *joints.shape)), jnp.zeros((6, *joints.shape[1:])), jnp.full_like(joints[0], jnp.inf)
+    begin = (joints, nothing, jnp.full_like(joints[0], _DAMPING))
+    return jax.lax.fori_loop(0, iterations + 1, improve, begin)[0]
 
 
 def _cross(a: Array, b: Array) -> list[Array]:

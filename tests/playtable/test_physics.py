@@ -280,7 +280,7 @@ def random_actions(rng, steps, tables):
 def rollout(scenes, states, actions):
     def one(states, actions):
         states = physics.step_tables(scenes, states, actions)
-        return states, (states, jax.vmap(pushing.depths)(scenes, states).max((1, 2)))
+        return states, (states, jax.vmap(pushing.touching)(scenes, states).depth.max((1, 2)))
 
     return jax.lax.scan(one, states, actions)[1]
 

@@ -66,8 +66,8 @@ class Contacts(NamedTuple):
 def between(rows: Boxes, columns: Boxes) -> Contacts:
     """How deep each row is in each column, and which way it would have to move out.
 
-    Each of the four results is a kernel of its own that computes everything anew; that is faster than to keep what they
-    have in common, and barriers see to it that their consumers do not compute it once more.
+    Each of the four results is a kernel of its own that computes everything anew, which is faster than to keep what they
+    have in common. Barriers where this is called see to it that whoever reads them does not compute it once more.
     """
     axes = axes_between(rows, columns)
     overlap = [a + b - jnp.abs(c) for a, b, c in zip(axes.row_reach, axes.column_reach, axes.offset)]
@@ -76,7 +76,7 @@ def between(rows: Boxes, columns: Boxes) -> Contacts:
         least, sign = size <= depth, jnp.where(offset < 0, -1.0, 1.0)  # of equal ones the last
         depth = jnp.where(least, size, depth)
         normal = [jnp.where(least, sign * v, n) for v, n in zip(vector, normal)]
-    return Contacts(*jax.lax.optimization_barrier((depth, [jnp.broadcast_to(n, depth.shape) for n in normal])))
+    return Contacts(depth, [jnp.broadcast_to(n, depth.shape) for n in normal])
 
 
 def points(rows: Boxes, columns: Boxes, normal: list[Array]) -> list[Array]:

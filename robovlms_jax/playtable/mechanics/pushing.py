@@ -21,15 +21,6 @@ _STEEP = 0.35  # a joint follows a push unless it is nearly at right angles to i
 _NOTHING_M = 1e-6  # what overlaps by less is not pushed: rounds end where there is nothing left to push
 
 
-class Touching(NamedTuple):
-    """Contacts [4, N + 3] of fingers, palm and wrist, and [3, N + 3] of blocks (rows), with table boxes and blocks
-    (columns). Pairs that may overlap (the hand and what it holds, a block and itself) are 1 m apart.
-    """
-
-    hand: contacts.Contacts
-    blocks: contacts.Contacts
-
-
 class _Moving(NamedTuple):
     """What pushing apart changes of a state."""
 
@@ -67,21 +58,20 @@ class _Substep(NamedTuple):
     axis: Array
 
 
-def push_apart(scene: Scene, old: bodies.State, wish: bodies.State) -> tuple[bodies.State, Touching]:
+def push_apart(scene: Scene, old: bodies.State, wish: bodies.State) -> tuple[bodies.State, contacts.Contacts]:
     """Resolve the overlaps that moving the hand from `old` to `wish` makes; `old` again where that fails.
 
-    Returns the state and its contacts. Rounds end once no table has an overlap left; a table that has none is not
-    changed by further ones, so that the other tables do not matter to it.
+    Returns the state and its contacts (`touching`). Rounds end once no table has an overlap left; a table that has none
+    is not changed by further ones, so that the other tables do not matter to it.
     """
     fixed = _substep(scene, old, wish)
 
-    # One loop, so that XLA compiles the contacts once: round 0 goes to `wish`, the others push.
+    # One loop, so that XLA compiles the contacts once: in round 0 nothing is known to touch, and nothing is pushed.
     def sweep(carry: tuple) -> tuple:
         i, moving, found, _ = carry
-        state = moving.put(old)
-        pushed = _Moving.of(_pushed(scene, state, found, fixed, i > _SWEEPS - _YIELDING))
-        following = jax.tree.map(lambda first, then: jnp.where(i == 0, first, then), _Moving.of(wish), pushed)
-        following = _ride(scene, _with_held(following.put(old)), state, fixed)
+        before = moving.put(old)
+        pushed = _pushed(scene, before, found, fixed, i > _SWEEPS - _YIELDING)
+        following = _ride(scene, _with_held(pushed), before, fixed)
         found = touching(scene, following)
         return i + 1, _Moving.of(following), found, _deepest(found) > _NOTHING_M
 
@@ -89,8 +79,8 @@ def push_apart(scene: Scene, old: bodies.State, wish: bodies.State) -> tuple[bod
         i, _, _, overlaps = carry
         return (i <= _SWEEPS) & jnp.any(overlaps)
 
-    begin = (jnp.int32(0), _Moving.of(old), _none(scene, old), jnp.ones_like(old.width, bool))
-    _, new, found, _ = jax.lax.while_loop(goes_on, sweep, begin)
+    begin = _Moving.of(_ride(scene, wish, old, fixed)), _none(scene, old), jnp.ones_like(old.width, bool)
+    _, new, found, _ = jax.lax.while_loop(goes_on, sweep, (jnp.int32(0), *begin))
     new, found = jax.lax.cond(
         jnp.any(_deepest(found) > contacts.TOLERANCE_M),
         lambda: _unless_deeper(scene, old, new, found),
@@ -118,40 +108,39 @@ def _free(state: bodies.State) -> Array:
     return state.held != vectors.constant(np.arange(3), state.held)
 
 
-def _none(scene: Scene, state: bodies.State) -> Touching:
+def _none(scene: Scene, state: bodies.State) -> contacts.Contacts:
     """No contact at all."""
-    shape = (bodies.TABLE + 3, *state.width.shape)
-    apart = [jnp.full((rows, *shape), -1.0) for rows in (bodies.HAND, 3)]
-    return Touching(*(contacts.Contacts(depth, [jnp.zeros_like(depth)] * 3) for depth in apart))
+    depth = jnp.full((bodies.HAND + 3, bodies.TABLE + 3, *state.width.shape), -1.0)
+    return contacts.Contacts(depth, [jnp.zeros_like(depth)] * 3)
 
 
-def _deepest(found: Touching) -> Array:
+def _deepest(found: contacts.Contacts) -> Array:
     """float[], m."""
-    return fold(jnp.maximum, jnp.maximum(fold(jnp.maximum, found.hand.depth), fold(jnp.maximum, found.blocks.depth)))
+    return fold(jnp.maximum, fold(jnp.maximum, found.depth))
 
 
 def _unless_deeper(
-    scene: Scene, old: bodies.State, new: _Moving, found: Touching
-) -> tuple[_Moving, Touching]:
+    scene: Scene, old: bodies.State, new: _Moving, found: contacts.Contacts
+) -> tuple[_Moving, contacts.Contacts]:
     """`new` with its contacts where nothing overlaps by more than tolerance and than before, elsewhere `old`."""
     before = touching(scene, old)
-    fits = True
-    for one, other in zip(found, before, strict=True):
-        deeper = one.depth - jnp.maximum(other.depth, contacts.TOLERANCE_M)
-        fits = fits & (fold(jnp.maximum, fold(jnp.maximum, deeper)) <= 0)
+    deeper = found.depth - jnp.maximum(before.depth, contacts.TOLERANCE_M)
+    fits = fold(jnp.maximum, fold(jnp.maximum, deeper)) <= 0
     return jax.tree.map(lambda a, b: jnp.where(fits, a, b), (new, found), (_Moving.of(old), before))
 
 
-def _pushed(scene: Scene, state: bodies.State, found: Touching, fixed: _Substep, yields: Array) -> bodies.State:
+def _pushed(
+    scene: Scene, state: bodies.State, found: contacts.Contacts, fixed: _Substep, yields: Array
+) -> bodies.State:
     """One round. yields: True = blocks that did not move away stop the hand."""
-    signed = [jnp.where(one.depth > _NOTHING_M, one.depth, jnp.minimum(one.depth, 0.0)) for one in found]
-    opening = _push_fingers(state, found.hand._replace(depth=signed[0]))
-    found = Touching(*(one._replace(depth=jnp.maximum(d, 0.0)) for one, d in zip(found, signed, strict=True)))
+    signed = jnp.where(found.depth > _NOTHING_M, found.depth, jnp.minimum(found.depth, 0.0))
+    opening = _push_fingers(state, found._replace(depth=signed))
+    found = found._replace(depth=jnp.maximum(signed, 0.0))
     mechanisms, left = _push_mechanisms(scene, state, found, fixed)
     position, rotation = _push_blocks(scene, state, found, fixed)
     return dataclasses.replace(
         state,
-        position=state.position + _push_hand(left, fixed, yields),
+        position=state.position + _push_hand(found._replace(depth=left), fixed, yields),
         width=jnp.clip(state.width + opening, fixed.least, fixed.most),
         mechanisms=mechanisms,
         block_position=position,
@@ -159,22 +148,19 @@ def _pushed(scene: Scene, state: bodies.State, found: Touching, fixed: _Substep,
     )
 
 
-def touching(scene: Scene, state: bodies.State) -> Touching:
-    """Everything that touches, or nearly does."""
+def touching(scene: Scene, state: bodies.State) -> contacts.Contacts:
+    """Contacts [7, N + 3] of fingers, palm, wrist and blocks (rows) with table boxes and blocks (columns).
+
+    Pairs that may overlap (the hand and what it holds, a block and itself) are 1 m apart.
+    """
     hand, blocks, columns = bodies.hand_boxes(state), bodies.block_boxes(scene, state), bodies.columns(scene, state)
-    by_hand = contacts.between(_turning_together(hand), columns)
-    by_blocks = contacts.between(blocks, columns)
-    of_blocks = jnp.where(_free(state), by_hand.depth[:, bodies.TABLE :], -1.0)
-    same = np.eye(3, bodies.TABLE + 3, bodies.TABLE, dtype=bool)
-    return Touching(
-        by_hand._replace(depth=jnp.concatenate([by_hand.depth[:, : bodies.TABLE], of_blocks], axis=1)),
-        by_blocks._replace(depth=jnp.where(vectors.constant(same, state.width), -1.0, by_blocks.depth)),
-    )
-
-
-def depths(scene: Scene, state: bodies.State) -> Array:
-    """float[7, N + 3], m: of all contacts, the hand's first."""
-    return jnp.concatenate([one.depth for one in touching(scene, state)])
+    by_hand, by_blocks = contacts.between(_turning_together(hand), columns), contacts.between(blocks, columns)
+    of_held = jnp.where(_free(state), by_hand.depth[:, bodies.TABLE :], -1.0)
+    same = vectors.constant(np.eye(3, bodies.TABLE + 3, bodies.TABLE, dtype=bool), state.width)
+    depth = jnp.concatenate([by_hand.depth[:, : bodies.TABLE], of_held], axis=1)
+    depth = jnp.concatenate([depth, jnp.where(same, -1.0, by_blocks.depth)])
+    normal = [jnp.concatenate(parts) for parts in zip(by_hand.normal, by_blocks.normal, strict=True)]
+    return contacts.Contacts(*jax.lax.optimization_barrier((depth, normal)))
 
 
 def _turning_together(hand: Boxes) -> Boxes:
@@ -205,64 +191,36 @@ def _ride(scene: Scene, state: bodies.State, before: bodies.State, fixed: _Subst
 
 
 def _push_mechanisms(
-    scene: Scene, state: bodies.State, found: Touching, fixed: _Substep
-) -> tuple[Array, Touching]:
-    """New joint values float[4], and the contacts that are left for the hand to resolve: those of what moves as the hand
-    commands, the hand and what it holds (depth 0 in other rows)."""
-    held = jnp.where(fixed.free[:, None], 0.0, found.blocks.depth)
-    driven = (found.hand, found.blocks._replace(depth=held))
-    on = vectors.constant(bodies.ON_JOINT, state.width)
-    along, wanted = [], []
-    for one in driven:
-        towards = -sum(one.normal[k][:, : bodies.TABLE] * fixed.axis[:, k] for k in range(3))
-        follows = jnp.abs(towards) > _STEEP
-        wanted.append(jnp.where(follows, one.depth[:, : bodies.TABLE] / jnp.where(follows, towards, 1.0), 0.0))
-        along.append(jnp.where(follows, towards, 0.0))
-    highest, lowest = (
-        operation(*(fold(operation, part) for part in wanted)) for operation in (jnp.maximum, jnp.minimum)
-    )
-    highest, lowest = jax.lax.optimization_barrier((highest, lowest))
-    change = fold(jnp.maximum, highest[:, None] * on) + fold(jnp.minimum, lowest[:, None] * on)
+    scene: Scene, state: bodies.State, found: contacts.Contacts, fixed: _Substep
+) -> tuple[Array, Array]:
+    """New joint values float[4], and the depth [7, N + 3] that is left for the hand to resolve: that of what moves as
+    the hand commands, the hand and what it holds (0 in other rows)."""
+    driven = jnp.concatenate([jnp.ones_like(found.depth[: bodies.HAND, 0]), jnp.where(fixed.free, 0.0, 1.0)])
+    depth = found.depth * driven[:, None]
+    table, on = depth[:, : bodies.TABLE], vectors.constant(bodies.ON_JOINT, state.width)
+    along = -sum(found.normal[k][:, : bodies.TABLE] * fixed.axis[:, k] for k in range(3))
+    follows = jnp.abs(along) > _STEEP
+    wanted = jax.lax.optimization_barrier(jnp.where(follows, table / jnp.where(follows, along, 1.0), 0.0))
+    highest, lowest = (fold(operation, wanted)[:, None] * on for operation in (jnp.maximum, jnp.minimum))
+    change = fold(jnp.maximum, highest) + fold(jnp.minimum, lowest)
     mechanisms = jnp.clip(state.mechanisms + change, 0.0, scene.joint_range)
     slid = mechanisms - state.mechanisms
-    gained = sum(on[:, j] * slid[j] for j in range(len(JOINTS)))
-    left = []
-    for one, towards in zip(driven, along, strict=True):
-        table, blocks = one.depth[:, : bodies.TABLE], one.depth[:, bodies.TABLE :]
-        table = jnp.maximum(table - jnp.where(table > 0, towards * gained, 0.0), 0.0)
-        left.append(one._replace(depth=jnp.concatenate([table, blocks], axis=1)))
-    return mechanisms, Touching(*left)
+    gained = jnp.where(follows & (table > 0), along, 0.0) * sum(on[:, j] * slid[j] for j in range(len(JOINTS)))
+    return mechanisms, jnp.concatenate([jnp.maximum(table - gained, 0.0), depth[:, bodies.TABLE :]], axis=1)
 
 
-class _Pushes(NamedTuple):
-    """What pushes the blocks [3, K], from where, and how far, weighed: depth (the weight) and the products of the weight
-    with x, y, up (m) and yaw (rad)."""
-
-    depth: Array
-    x: Array
-    y: Array
-    up: Array
-    yaw: Array | None
-
-
-def _push_blocks(scene: Scene, state: bodies.State, found: Touching, fixed: _Substep) -> tuple[Array, Array]:
+def _push_blocks(
+    scene: Scene, state: bodies.State, found: contacts.Contacts, fixed: _Substep
+) -> tuple[Array, Array]:
     """New block positions [3, 3] and rotations [3, 3, 3]: the average push, weighted by depth."""
-    *walls, _ = _sum_of(_by_walls(found))
-    *others, yaw = _sum_of(_by_bodies(scene, state, found, fixed))
-    weight, x, y, up = (a + b for a, b in zip(walls, others, strict=True))
+    sums = fold(jnp.add, _by_walls(found), 2) + fold(jnp.add, _by_bodies(scene, state, found, fixed), 2)
+    weight, x, y, up, yaw = sums
     scale = jnp.where(fixed.free, 1 / jnp.maximum(weight, 1e-9), 0.0)
-    yaw = yaw * scale
     shift = jnp.stack([x * scale, y * scale, up * scale], axis=1)
-    cosine, sine = jnp.cos(yaw)[:, None], jnp.sin(yaw)[:, None]
+    cosine, sine = jnp.cos(yaw * scale)[:, None], jnp.sin(yaw * scale)[:, None]
     first, second, third = (state.block_rotation[:, k] for k in range(3))
     rotation = jnp.stack([cosine * first - sine * second, sine * first + cosine * second, third], axis=1)
     return state.block_position + shift, rotation
-
-
-def _sum_of(pushes: _Pushes) -> list[Array | None]:
-    """float[3] each."""
-    made = jax.lax.optimization_barrier(pushes)
-    return [None if part is None else fold(jnp.add, part, 1) for part in made]
 
 
 def _sideways(touch: contacts.Contacts) -> tuple[Array, Array, Array, Array, Array]:
@@ -275,19 +233,24 @@ def _sideways(touch: contacts.Contacts) -> tuple[Array, Array, Array, Array, Arr
     return x / steep, y / steep, jnp.where(sideways, depth / steep, 0.0), up, jnp.where(sideways | up, depth, 0.0)
 
 
-def _by_walls(found: Touching) -> _Pushes:
-    """Walls stop a block, but do not turn it."""
-    normal = [n[:, : bodies.TABLE] for n in found.blocks.normal]
-    touch = contacts.Contacts(found.blocks.depth[:, : bodies.TABLE], normal)
+def _weighed(weight: Array, *pushes: Array) -> Array:
+    """float[5, 3, K]: the weight, and its products with x, y, up (m) and yaw (rad)."""
+    return jax.lax.optimization_barrier(jnp.stack([weight, *(weight * push for push in pushes)]))
+
+
+def _by_walls(found: contacts.Contacts) -> Array:
+    """How walls push the blocks, `_weighed`: they stop them, but do not turn them."""
+    touch = jax.tree.map(lambda x: x[bodies.HAND :, : bodies.TABLE], found)
     x, y, distance, up, weight = _sideways(touch)
-    return _Pushes(weight, weight * x * distance, weight * y * distance, weight * jnp.where(up, touch.depth, 0.0), None)
+    return _weighed(weight, x * distance, y * distance, jnp.where(up, touch.depth, 0.0), jnp.zeros_like(x))
 
 
-def _by_bodies(scene: Scene, state: bodies.State, found: Touching, fixed: _Substep) -> _Pushes:
-    """By the other blocks and by the hand, K = 7; friction lets a block follow the hand along the contact."""
+def _by_bodies(scene: Scene, state: bodies.State, found: contacts.Contacts, fixed: _Substep) -> Array:
+    """How the other blocks and the hand push the blocks, `_weighed`, K = 7; friction lets a block follow the hand along
+    the contact."""
     touch, (point_x, point_y) = _of_bodies(scene, state, found, fixed)
     x, y, distance, up, weight = _sideways(touch)
-    by_hand = vectors.constant(np.array([0, 0, 0, *[1] * bodies.HAND], np.float32), state.width)
+    by_hand = vectors.constant(np.array([*[1] * bodies.HAND, 0, 0, 0], np.float32), state.width)
     forward, aside = x * fixed.way[0] + y * fixed.way[1], x * fixed.way[1] - y * fixed.way[0]
     slip = by_hand * jnp.clip(aside / jnp.maximum(forward, 0.1), -_FRICTION, _FRICTION)
     x, y = x - slip * y, y + slip * x
@@ -298,59 +261,52 @@ def _by_bodies(scene: Scene, state: bodies.State, found: Touching, fixed: _Subst
     vertical = gravity.height_of(state.block_rotation, scene.block_half)
     radius_sq = (sum(scene.block_half[:, k] ** 2 for k in range(3)) - vertical**2)[:, None] / 3
     give = distance * radius_sq / (radius_sq + lever**2)
-    pushes = (x * give, y * give, jnp.where(up, touch.depth, 0.0), give * lever / radius_sq)
-    return _Pushes(weight, *(weight * push for push in pushes))
+    return _weighed(weight, x * give, y * give, jnp.where(up, touch.depth, 0.0), give * lever / radius_sq)
 
 
 def _of_bodies(
-    scene: Scene, state: bodies.State, found: Touching, fixed: _Substep
+    scene: Scene, state: bodies.State, found: contacts.Contacts, fixed: _Substep
 ) -> tuple[contacts.Contacts, list[Array]]:
-    """Contacts [3, 7] of the blocks with each other and with the hand, and where: x, y."""
-    hand, blocks = _turning_together(bodies.hand_boxes(state)), bodies.block_boxes(scene, state)
-    by_hand, by_blocks = (
-        contacts.Contacts(one.depth[:, bodies.TABLE :], [n[:, bodies.TABLE :] for n in one.normal]) for one in found
-    )
-    points = contacts.points(blocks, blocks, by_blocks.normal), contacts.points(hand, blocks, by_hand.normal)
-
-    def merge(own: Array, hands: Array) -> Array:
-        return jnp.concatenate([own, jnp.swapaxes(hands, 0, 1)], axis=1)
-
+    """Contacts [3, 7] of the blocks with the hand and with each other, and where: x, y."""
+    depth, normal = jax.tree.map(lambda x: x[:, bodies.TABLE :], found)
+    points = contacts.points(bodies.rows(scene, state), bodies.block_boxes(scene, state), normal)
     share = jnp.where(fixed.free, 0.5, 1.0)
-    depth = merge(by_blocks.depth * share, by_hand.depth)
-    normal = [merge(n, -m) for n, m in zip(by_blocks.normal, by_hand.normal, strict=True)]
-    return contacts.Contacts(depth, normal), [merge(p, q) for p, q in zip(*points, strict=True)]
+
+    # the hand's contacts the other way round
+    def turned(x: Array, sign: float = 1.0, share: Array | float = 1.0) -> Array:
+        hand, blocks = x[: bodies.HAND], x[bodies.HAND :]
+        return jnp.concatenate([sign * jnp.swapaxes(hand, 0, 1), blocks * share], axis=1)
+
+    return contacts.Contacts(turned(depth, share=share), [turned(n, -1.0) for n in normal]), [turned(p) for p in points]
 
 
-def _push_hand(left: Touching, fixed: _Substep, yields: Array) -> Array:
+def _push_hand(left: contacts.Contacts, fixed: _Substep, yields: Array) -> Array:
     """How far the hand has to move [3]. yields: True = blocks that did not move away stop the hand."""
-    sums: list[Array] = []
-    for one in left:
-        pressed = one.normal[2][:, bodies.TABLE :] > 0.866  # the block is below and cannot sink
-        blocks = jnp.where((yields | pressed) & fixed.free, one.depth[:, bodies.TABLE :], 0.0)
-        depth = jnp.concatenate([one.depth[:, : bodies.TABLE], blocks], axis=1)
-        terms = [fold(jnp.add, term) for term in (depth, *(depth**2 * n for n in one.normal))]
-        sums = [a + b for a, b in zip(sums, terms, strict=True)] if sums else terms
-    weight, *shift = (fold(jnp.add, one) for one in sums)
+    pressed = left.normal[2][:, bodies.TABLE :] > 0.866  # the block is below and cannot sink
+    blocks = jnp.where((yields | pressed) & fixed.free, left.depth[:, bodies.TABLE :], 0.0)
+    depth = jnp.concatenate([left.depth[:, : bodies.TABLE], blocks], axis=1)
+    terms = jax.lax.optimization_barrier(jnp.stack([depth, *(depth**2 * n for n in left.normal)]))
+    weight, *shift = fold(jnp.add, fold(jnp.add, terms, 1), 1)
     return jnp.stack(shift) / jnp.maximum(weight, 1e-9)
 
 
-def _push_fingers(state: bodies.State, hand: contacts.Contacts) -> Array:
+def _push_fingers(state: bodies.State, found: contacts.Contacts) -> Array:
     """How far the fingers have to open (+) because both press on one thing between them, or close (-) because both
     press on things outside. A single finger does not give way: the hand shifts, or the thing. Depths are signed here.
     """
-    outwards = sum(hand.normal[k][:2] * state.rotation[k, 1] for k in range(3))
+    outwards = sum(found.normal[k][:2] * state.rotation[k, 1] for k in range(3))
     outwards = outwards * vectors.constant(bodies.FINGER_SIDE[:2, None], state.width)
-    depth = hand.depth[:2]
+    depth = found.depth[:2]
     inside = fold(jnp.maximum, fold(jnp.add, jnp.where(outwards > 0.5, depth, -1.0)))
     outside = fold(jnp.add, fold(jnp.maximum, jnp.where(outwards < -0.5, depth, -1.0), 1))
     return jnp.maximum(inside, 0.0) - jnp.maximum(outside, 0.0)
 
 
-def grasp(state: bodies.State, found: Touching) -> bodies.State:
+def grasp(state: bodies.State, found: contacts.Contacts) -> bodies.State:
     """Take hold of a block that both fingers touch while they close."""
     inverse = vectors.transposed(state.rotation)
     between = vectors.apply(inverse[None], state.block_position - state.position, 1)  # in the tool's frame
-    first, second = (found.hand.depth[i, bodies.TABLE :] > -contacts.TOUCH_M for i in range(2))
+    first, second = (found.depth[i, bodies.TABLE :] > -contacts.TOUCH_M for i in range(2))
     touch = first & second & (jnp.abs(between[:, 1]) < state.width / 2)
     candidate = jnp.where(touch[0], 0, jnp.where(touch[1], 1, 2)).astype(jnp.int32)
     takes = (touch[0] | touch[1] | touch[2]) & (state.held == bodies.FREE) & (state.command < 0)
