@@ -39,9 +39,10 @@ def fall(blocks: Boxes, obstacles: Boxes) -> Falls:
     height = height_of(blocks.rotation, blocks.half)
     below_center = _way_down(axes._replace(row_reach=[jnp.zeros_like(reach) for reach in axes.row_reach]))
     carries = (way < contacts.TOUCH_M) & (below_center < (height + 3 * contacts.TOUCH_M)[:, None])
-    way, preferred = jax.lax.optimization_barrier((way, jnp.where(carries, way - 1.0, way)))
-    drop, least = vectors.fold(jnp.minimum, way, 1), vectors.fold(jnp.minimum, preferred, 1)
-    lowest = vectors.first(preferred, least, 1)
+    # Stacked, they are computed once, and their minima by one kernel; XLA computes arrays anew for every slice of them.
+    ways = jnp.stack([way, jnp.where(carries, way - 1.0, way)])
+    drop, least = nearest = jax.lax.optimization_barrier(vectors.fold(jnp.minimum, ways, 2))
+    lowest = vectors.first(ways, nearest, 2)[1]
     on = (drop < contacts.TOUCH_M) & (lowest < bodies.TABLE + 3)
     return Falls(way, drop, jnp.where(on, lowest, bodies.FREE).astype(jnp.int32), least < 0)
 
@@ -64,8 +65,8 @@ def _way_down(axes: contacts.Axes) -> Array:
         # bodies that merely lean on each other sideways, within tolerance, do not hold each other up
         limit = reach[i] - jnp.where(jnp.abs(slope) < 0.5, contacts.TOLERANCE_M, 0.0)
         level = jnp.abs(slope) < 1e-4
-        safe = jnp.where(level, 1.0, slope)
-        first, second = (axes.offset[i] - limit) / safe, (axes.offset[i] + limit) / safe
+        steep = 1 / jnp.where(level, 1.0, slope)
+        first, second = (axes.offset[i] - limit) * steep, (axes.offset[i] + limit) * steep
         never = jnp.where(jnp.abs(axes.offset[i]) < limit, -jnp.inf, jnp.inf)
         enter = jnp.maximum(enter, jnp.where(level, never, jnp.minimum(first, second)))
         leave = jnp.minimum(leave, jnp.where(level, -never, jnp.maximum(first, second)))
@@ -84,7 +85,7 @@ def settle(scene: Scene, state: bodies.State) -> bodies.State:
     away = _off_the_edge(blocks, obstacles, falls)
     slips = free & (falls.drop < contacts.TOUCH_M) & ~falls.stands
     slid = [jnp.where(slips, _SLIDE_M * part, 0.0) for part in away]
-    upright = _stood_up(state.block_rotation, free)
+    upright = jax.lax.optimization_barrier(_stood_up(state.block_rotation, free))
     rise = height_of(upright, scene.block_half) - height_of(state.block_rotation, scene.block_half)
     moved = jnp.stack([x + slid[0], y + slid[1], z - drop + rise], axis=1)
 
@@ -113,8 +114,7 @@ def _off_the_edge(blocks: Boxes, obstacles: Boxes, falls: Falls) -> list[Array]:
     inside = [jnp.clip(inside[k], -obstacles.half[:, k], obstacles.half[:, k]) for k in three]
     away = [between[k] - sum(rotation[:, k, i] * inside[i] for i in three) for k in range(2)]
     scale = (falls.way < contacts.TOUCH_M) / jnp.maximum(jnp.sqrt(away[0] ** 2 + away[1] ** 2), 1e-6)
-    away = jax.lax.optimization_barrier([part * scale for part in away])
-    away = [vectors.fold(jnp.add, part, 1) for part in away]
+    away = jax.lax.optimization_barrier(vectors.fold(jnp.add, jnp.stack([part * scale for part in away]), 2))
     scale = 1 / jnp.maximum(jnp.sqrt(away[0] ** 2 + away[1] ** 2), 1.0)
     return [part * scale for part in away]
 

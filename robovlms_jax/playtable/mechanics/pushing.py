@@ -213,8 +213,9 @@ def _push_blocks(
     scene: Scene, state: bodies.State, found: contacts.Contacts, fixed: _Substep
 ) -> tuple[Array, Array]:
     """New block positions [3, 3] and rotations [3, 3, 3]: the average push, weighted by depth."""
-    sums = fold(jnp.add, _by_walls(found), 2) + fold(jnp.add, _by_bodies(scene, state, found, fixed), 2)
-    weight, x, y, up, yaw = sums
+    bodily = fold(jnp.add, _by_bodies(scene, state, found, fixed), 2)
+    weight, x, y, up = fold(jnp.add, _by_walls(found), 2) + bodily[:4]
+    yaw = bodily[4]
     scale = jnp.where(fixed.free, 1 / jnp.maximum(weight, 1e-9), 0.0)
     shift = jnp.stack([x * scale, y * scale, up * scale], axis=1)
     cosine, sine = jnp.cos(yaw * scale)[:, None], jnp.sin(yaw * scale)[:, None]
@@ -234,7 +235,7 @@ def _sideways(touch: contacts.Contacts) -> tuple[Array, Array, Array, Array, Arr
 
 
 def _weighed(weight: Array, *pushes: Array) -> Array:
-    """float[5, 3, K]: the weight, and its products with x, y, up (m) and yaw (rad)."""
+    """float[4 or 5, 3, K]: the weight, and its products with x, y, up (m) and yaw (rad)."""
     return jax.lax.optimization_barrier(jnp.stack([weight, *(weight * push for push in pushes)]))
 
 
@@ -242,7 +243,7 @@ def _by_walls(found: contacts.Contacts) -> Array:
     """How walls push the blocks, `_weighed`: they stop them, but do not turn them."""
     touch = jax.tree.map(lambda x: x[bodies.HAND :, : bodies.TABLE], found)
     x, y, distance, up, weight = _sideways(touch)
-    return _weighed(weight, x * distance, y * distance, jnp.where(up, touch.depth, 0.0), jnp.zeros_like(x))
+    return _weighed(weight, x * distance, y * distance, jnp.where(up, touch.depth, 0.0))
 
 
 def _by_bodies(scene: Scene, state: bodies.State, found: contacts.Contacts, fixed: _Substep) -> Array:
