@@ -74,7 +74,7 @@ def _tables(args: Args, count: int) -> dict[str, Any]:
     def step(states: bodies.State, scenes: Any, actions: Any) -> tuple[bodies.State, None]:
         return physics.step_tables(scenes, states, actions), None
 
-    return _compared(args, jax.jit(step), states, (scenes, actions), env.step_kind(count))
+    return _compared(args, jax.jit(step), states, (scenes, actions), env.STEP_KIND)
 
 
 def _compared(

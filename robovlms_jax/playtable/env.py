@@ -64,18 +64,13 @@ def reset_batch(scenes: Scene, robot_obs: Array, scene_obs: Array) -> bodies.Sta
 
 def step_batch(scenes: Scene, states: bodies.State, actions: Array) -> bodies.State:
     """`physics.step` of B tables: actions float[B, 7]."""
-    return _STEPS[step_kind(len(actions))](scenes, states, actions)
+    return _step(scenes, states, actions)
 
 
-def step_kind(tables: int) -> cpu.Kind:
-    """What the step of so many tables is like. On CPUs XLA's older generator takes 0.6 of the time for one table, and
-    1.4 for 256."""
-    return "tiny_kernels" if tables <= 64 else "small_kernels"
+STEP_KIND: cpu.Kind = "tiny_kernels"
+"""What programs are like that step tables. XLA's newer generator takes seven times as long for eight tables."""
 
-
-_STEPS: dict[cpu.Kind, Any] = {
-    kind: cpu.jit(physics.step_tables, kind) for kind in ("tiny_kernels", "small_kernels")
-}
+_step = cpu.jit(physics.step_tables, STEP_KIND)
 
 
 @jax.jit

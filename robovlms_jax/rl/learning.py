@@ -115,7 +115,7 @@ class Reinforcement:
         self._update = steps.make_train_step(self.loss, stage.tx, stage.learning_rate, self.state, mesh)
         platform = meshes.platform(mesh)
         self._play = dataclasses.replace(settings.play, platform=platform, keep_states=reward is not None)
-        options = cpu.options(env.step_kind(settings.tables // self.shards), platform)
+        options = cpu.options(env.STEP_KIND, platform)
         self._collect = jax.jit(self._collected, compiler_options=options)
         self._part = jax.jit(
             lambda decisions, rows: jax.tree.map(lambda x: x[rows], decisions), out_shardings=meshes.batched(mesh)

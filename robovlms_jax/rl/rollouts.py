@@ -171,8 +171,8 @@ class Player:
         )
         own = tables // self.shards
         run = _on_each(mesh, functools.partial(play, model, greedy(model), self._how, _AT_ONCE), games=1)
-        kind, platform = env.step_kind(own), self._how.platform
-        self._run = jax.jit(run, donate_argnums=2, compiler_options=cpu.options(kind, platform))
+        platform = self._how.platform
+        self._run = jax.jit(run, donate_argnums=2, compiler_options=cpu.options(env.STEP_KIND, platform))
         first = _on_each(mesh, functools.partial(begin, model, tables=own, key=jax.random.key(0)), games=0)
         self._begin = jax.jit(first, compiler_options=cpu.options("tiny_run_once", platform))
         # Everything lies where it began: placed anew by the first call, the second would compile again.

@@ -185,7 +185,7 @@ def roll_out(
     run = jax.jit(
         functools.partial(rollouts.play, model, act, play, _AT_ONCE),
         out_shardings=place,
-        compiler_options=cpu.options(env.step_kind(how.tables), platform),
+        compiler_options=cpu.options(env.STEP_KIND, platform),
     )
     game = jax.device_put(rollouts.begin(model, params, world, how.tables, jax.random.key(seed)), place)
     first = jax.device_get(world.states)

@@ -204,6 +204,7 @@ STEPS = """
 import jax, numpy as np
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
 from robovlms_jax.playtable import env
+from robovlms_jax.playtable.mechanics import physics
 from robovlms_jax.playtable.scene import stack_scenes
 scenes = stack_scenes(["A", "D"])
 condition = task_chains.official_chains()[0].condition
@@ -214,7 +215,8 @@ if cpu.options("tiny_kernels", "cpu") == cpu.options("small_kernels", "cpu"):
     print("one code generator")  # of this XLA
     raise SystemExit
 ends = []
-for step in env._STEPS.values():
+for kind in (env.STEP_KIND, "small_kernels"):
+    step = cpu.jit(physics.step_tables, kind)
     states = env.reset_batch(scenes, robot, scene)
     for _ in range(20):
         states = step(scenes, states, actions)

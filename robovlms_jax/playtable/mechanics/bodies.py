@@ -35,8 +35,8 @@ ON_JOINT = np.equal.outer(BOX_JOINT, np.arange(len(JOINTS))).astype(np.float32)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Everything that changes. Metres, rad, world frame; float32 unless said otherwise. Inside the mechanics the axes of
-    many tables come last (`vectors`), everywhere else first.
+    """Everything that changes. Metres, rad, world frame; float32 unless said otherwise. Inside the mechanics the axis
+    of many tables comes last (`vectors`), everywhere else first.
 
     position [3], rotation [3, 3]: the tool centre point; z of its frame points out of the hand, y along the opening.
     target_position [3], target_euler [3]: what actions accumulate on.

@@ -1,5 +1,6 @@
-"""Where oriented boxes touch: pure geometry, M boxes (rows) against N boxes (columns). Boxes that turn together may have
-one rotation [1, 3, 3] for all."""
+"""Where oriented boxes touch: pure geometry, M boxes (rows) against N boxes (columns).
+
+Boxes that turn together may have one rotation [1, 3, 3] for all."""
 
 from __future__ import annotations
 
@@ -8,7 +9,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from robovlms_jax.playtable.mechanics import vectors
 from robovlms_jax.playtable.scene import Boxes
 from robovlms_jax.types import Array
 
@@ -66,8 +66,8 @@ class Contacts(NamedTuple):
 def between(rows: Boxes, columns: Boxes) -> Contacts:
     """How deep each row is in each column, and which way it would have to move out.
 
-    Each of the four results is a kernel of its own that computes everything anew, which is faster than to keep what they
-    have in common. Barriers where this is called see to it that whoever reads them does not compute it once more.
+    Each of the four results becomes a kernel of its own that computes everything anew, which is faster than to keep what
+    they have in common.
     """
     axes = axes_between(rows, columns)
     overlap = [a + b - jnp.abs(c) for a, b, c in zip(axes.row_reach, axes.column_reach, axes.offset)]

@@ -45,8 +45,9 @@ class _Substep(NamedTuple):
     """What pushing apart does not change.
 
     way: float[2], horizontal direction in which the hand moves. least, most: float[], widths between which the fingers
-    stay. free: bool[3], blocks that are not held. on_joint [3, 4], on_block [3, 3]: 1 where a block stands on what moves
-    with a mechanism, or on a block. axis: float[N, 3], along which the boxes of the table move.
+    stay. free: bool[3], blocks that are not held. on_joint: float[3, 4], 1 where a block stands on what moves with a
+    mechanism. on_block: float[3, 3], 1 where it stands on a block. axis: float[N, 3], along which the boxes of the table
+    move.
     """
 
     way: Array
@@ -209,9 +210,7 @@ def _push_mechanisms(
     return mechanisms, jnp.concatenate([jnp.maximum(table - gained, 0.0), depth[:, bodies.TABLE :]], axis=1)
 
 
-def _push_blocks(
-    scene: Scene, state: bodies.State, found: contacts.Contacts, fixed: _Substep
-) -> tuple[Array, Array]:
+def _push_blocks(scene: Scene, state: bodies.State, found: contacts.Contacts, fixed: _Substep) -> tuple[Array, Array]:
     """New block positions [3, 3] and rotations [3, 3, 3]: the average push, weighted by depth."""
     bodily = fold(jnp.add, _by_bodies(scene, state, found, fixed), 2)
     weight, x, y, up = fold(jnp.add, _by_walls(found), 2) + bodily[:4]

@@ -40,8 +40,10 @@ def at(axis: int, *where: Any) -> tuple:
 
 
 def fold(operation: Callable[[Array, Array], Array], x: Array, axis: int = 0) -> Array:
-    """Sums, or whatever else, over an axis by halves: slices and operations on them, which XLA fuses and vectorises over
-    the last axis. Its own reductions over other axes it does not."""
+    """Sums, or whatever else, over an axis by halves.
+
+    Slices and operations on them are fused and vectorised over the last axis by XLA, its own reductions over other axes
+    are not. It computes what it is given anew for every slice, unless that is a stack or a concatenation."""
     parts, begin, length = [], 0, x.shape[axis]
     while begin < length:
         count = 1 << ((length - begin).bit_length() - 1)
@@ -74,9 +76,7 @@ def apply(rotation: Array, vector: Array, axis: int = 0) -> Array:
 
 def multiply(first: Array, second: Array, axis: int = 0) -> Array:
     """Rotation times rotation."""
-    return sum(
-        first[at(axis, slice(None), slice(k, k + 1))] * second[at(axis, slice(k, k + 1))] for k in range(3)
-    )
+    return sum(first[at(axis, slice(None), slice(k, k + 1))] * second[at(axis, slice(k, k + 1))] for k in range(3))
 
 
 def transposed(rotation: Array, axis: int = 0) -> Array:
