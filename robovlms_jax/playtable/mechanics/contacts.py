@@ -66,8 +66,8 @@ class Contacts(NamedTuple):
 def between(rows: Boxes, columns: Boxes) -> Contacts:
     """How deep each row is in each column, and which way it would have to move out.
 
-    Each of the four results becomes a kernel of its own that computes everything anew, which is faster than to keep what
-    they have in common.
+    Each of the four results becomes a kernel of its own that computes everything anew, which is faster than to keep
+    what they have in common.
     """
     axes = axes_between(rows, columns)
     overlap = [a + b - jnp.abs(c) for a, b, c in zip(axes.row_reach, axes.column_reach, axes.offset)]

@@ -46,8 +46,8 @@ class _Substep(NamedTuple):
 
     way: float[2], horizontal direction in which the hand moves. least, most: float[], widths between which the fingers
     stay. free: bool[3], blocks that are not held. on_joint: float[3, 4], 1 where a block stands on what moves with a
-    mechanism. on_block: float[3, 3], 1 where it stands on a block. axis: float[N, 3], along which the boxes of the table
-    move.
+    mechanism. on_block: float[3, 3], 1 where it stands on a block. axis: float[N, 3], along which the boxes of the
+    table move.
     """
 
     way: Array
