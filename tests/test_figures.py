@@ -173,21 +173,17 @@ def test_the_tables_of_reinforcement_are_those_of_its_runs():
         last = run["curve"][-1]
         row = f"| {name} | {' | '.join(cells)} | {last['env_steps'] / 1000:.1f} | {last['seconds']:.0f} |"
         assert row in text, row
-    rollouts = result("rollouts_cpu")["tables"]["16"]
-    rates = "{:.1f} decisions/s in one program against {:.1f} in the host's loop".format(
-        rollouts["device_decisions_per_s"], rollouts["host_decisions_per_s"]
-    )
-    assert rates in text and f"**{rollouts['ratio']:.1f} times" in text
-    quiet = result("rollouts_quiet_cpu")["tables"]["16"]
-    one, two = (round(quiet[f"{name}_decisions_per_s"]) for name in ("device", "host"))
-    assert f"it is {one} against {two}, {quiet['ratio']:.1f} times" in text
     devices = result("rollouts_devices_cpu")
     rates = [round(row["best"]) for row in devices["decisions_per_s_of_16_tables"].values()]
     for row in devices["decisions_per_s_of_16_tables"].values():
         assert row["best"] == max(max(run) for run in row["all"])
     assert all(f"| {rate} |" in text for rate in rates) and f"{rates[3] / rates[0]:.1f} times the loop" in text
-    before, after = devices["contacts"]["ms_per_step"]["1"]
-    assert f"{before / after:.1f} times faster ({before} to {after} ms a step" in text
+    (one, own), (many, all_of_them) = (devices["step"]["ms_per_step"][tables] for tables in ("1", "16"))
+    assert f"takes {all_of_them} instead of {many} ms, of one table {own} instead of {one}" in " ".join(text.split())
+    parts = devices["parts_of_a_decision_of_16_tables_ms"]
+    assert all(f"{value:.2f}" in text for name, value in parts.items() if name != "note")
+    less = devices["less_load"]["best"]
+    assert f"({less[3] / less[0]:.1f} times an hour before" in text
     true = [f"{100 * seed['accuracy_true']:.1f}" for seed in result("reward_cpu")["seeds"].values()]
     assert f"{true[0]}, {true[1]} and {true[2]} % of the true answers" in text
 
