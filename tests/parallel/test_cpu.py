@@ -8,7 +8,7 @@ import platform
 import jax
 import pytest
 
-from robovlms_jax.parallel import cpu
+from robovlms_jax.parallel import cpu, tpu
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.training import step
 from tests.processes import run_python
@@ -38,10 +38,12 @@ def test_a_step_is_made_for_the_devices_of_its_mesh_and_not_for_the_machine_that
     # Fails if a program for a TPU, made on a CPU, gets options that its compiler refuses (or the other way round).
     asked = []
     monkeypatch.setattr(cpu, "options", lambda kind, platform: asked.append(platform))
-    monkeypatch.setattr(meshes, "platform", lambda mesh: "tpu")
+    monkeypatch.setattr(tpu, "trained", lambda device: asked.append(device))
     mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
-    step.make_train_step(None, None, None, {"weight": jax.numpy.zeros(1)}, mesh)  # only the program's options are made
-    assert asked == ["tpu"]
+    for platform in ("cuda", "tpu"):
+        monkeypatch.setattr(meshes, "platform", lambda mesh, platform=platform: platform)
+        step.make_train_step(None, None, None, {"weight": jax.numpy.zeros(1)}, mesh)  # only its options are made
+    assert asked == ["cuda", jax.devices()[0]]
     # Programs that work on large arrays are compiled as XLA would by itself. Fails if the size is not asked.
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     large = {"weight": jax.ShapeDtypeStruct((10_000, 10_000), jax.numpy.float32, sharding=place)}
@@ -65,7 +67,7 @@ def test_nothing_that_makes_a_program_asks_the_machine_that_compiles():
 FAULTS = """
 import resource, sys
 import numpy as np
-from robovlms_jax.parallel import cpu
+from robovlms_jax.parallel import cpu, tpu
 if sys.argv[1] == "kept":
     assert cpu.keep_freed_memory()
 faults = []
