@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
+import re
 import sys
 
 import jax
@@ -22,6 +23,7 @@ from robovlms_jax.backbones import registry
 from robovlms_jax.inputs import tokenizers
 from robovlms_jax.nn.linear import merge_lora
 from robovlms_jax.runs import build, load, logs, saved
+from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import checkpoints
 from robovlms_jax.weights import convert, export, peft, sources
 
@@ -54,6 +56,7 @@ def main(config: ExportBackboneConfig) -> pathlib.Path:
     base = config.base or experiment.backbone.weights
     vlm, params = model.vlm, params["backbone"]
     if config.adapters:
+        _say_trained(experiment, params)
         with atomic.becoming_folder(target) as folder:
             peft.export(params, vlm.rules, vlm.lora, folder, base)
         print(f"{target}: adapters of rank {vlm.lora_rank}, for peft.PeftModel.from_pretrained(model, {str(target)!r})")
@@ -73,6 +76,25 @@ def main(config: ExportBackboneConfig) -> pathlib.Path:
     architecture = described["architectures"][0]
     print(f"{target}: {build.count(params):,} parameters, for transformers.{architecture}.from_pretrained")
     return target
+
+
+def _say_trained(experiment: ExperimentConfig, params: dict) -> None:
+    """Warn where adapters on the base's weights are not what the run ended with."""
+    own = {f"backbone/{path}": x for path, x in flatten_dict(params, sep="/").items() if "lora_" not in path}
+    stages = [stage.trainable for stage in experiment.train.stages] or [experiment.train.trainable]
+    trained = sorted(path for path in own if any(re.search(x, path) for patterns in stages for x in patterns))
+    if trained and experiment.backbone.storage == "float":
+        logger.warning(
+            "the run trained %d of the backbone's own parameters beside the adapters, such as %s: on the base's "
+            "weights the adapters alone are another model. Export the whole one, without --adapters.",
+            *(len(trained), trained[0]),
+        )
+    elif experiment.train.init_from:
+        logger.warning(
+            "the run began with the backbone of %s, and the adapters are for that one: where it was trained, export "
+            "the whole model, without --adapters.",
+            experiment.train.init_from,
+        )
 
 
 def _complete(params: dict, spare: dict[str, tuple[int, ...]], rules: tuple, base: str) -> dict:

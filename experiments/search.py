@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 import pathlib
 import signal
 import sys
@@ -27,6 +29,8 @@ from robovlms_jax.search import queue, report, space, workers
 from robovlms_jax.search.config import SearchConfig
 from robovlms_jax.training import stopping
 
+CHECKED = 100
+"""Settings of a grid that are read one by one before anything runs: each takes milliseconds."""
 PRESETS = {
     "default": SearchConfig(),
     "grid": SearchConfig(
@@ -75,7 +79,8 @@ def _work(config: SearchConfig) -> None:
 
 
 def _require_settings(config: SearchConfig) -> None:
-    """Every combination of values is a configuration, or it is said which field is wrong, before anything runs."""
+    """Every value is one of a configuration, or it is said which field is wrong, before anything runs; of a grid of up
+    to `CHECKED` settings every combination is."""
     start = protocols.preset(config.experiment, config.start, (), "search")
     fixed = space.fixed(config.fixed)
     fields = space.read(config.space)
@@ -88,8 +93,12 @@ def _require_settings(config: SearchConfig) -> None:
             f"{sorted(own)} are set by the search for every trial (search.out, search.seeds); leave them out."
         )
     values = [field.values if isinstance(field, space.Values) else _ends(field) for field in fields]
-    for row in range(max(map(len, values), default=0)):  # every value once, whatever stands beside it
-        setting = {field.name: some[min(row, len(some) - 1)] for field, some in zip(fields, values)}
+    if math.prod(map(len, values)) <= CHECKED:
+        rows = itertools.product(*values)
+    else:  # every value once, whatever stands beside it
+        rows = ([some[min(row, len(some) - 1)] for some in values] for row in range(max(map(len, values))))
+    for row in rows:
+        setting = dict(zip((field.name for field in fields), row))
         cli.read(start, argv=space.flags(fixed | setting))
 
 

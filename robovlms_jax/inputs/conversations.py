@@ -21,6 +21,10 @@ _MARKS = re.compile(r"<image>\n?")
 _PLACES = range(0xE000, 0xF900)  # characters that Unicode leaves to us: one of them is a picture on its way
 
 
+DESCRIBE = "Describe the picture in one sentence."
+"""What captions without a question answer; families that were taught words of their own for it have `Chat.caption`."""
+
+
 class Turn(NamedTuple):
     """A question, with `MARK` for every picture that is shown with it, and its answer."""
 
@@ -34,7 +38,8 @@ class Chat:
 
     start: before the first turn. question: with {question} in it. answer: with {answer} in it. end: what the model
     says when an answer is over, learned with it; empty: the tokenizer's end-of-text token. between: before every turn
-    but the first. image: around a picture, with {image} in it. boxes: how boxes are written.
+    but the first. image: around a picture, with {image} in it. boxes: how boxes are written. caption: in place of
+    `question` where it is `DESCRIBE`; empty: as any question.
     """
 
     question: str
@@ -44,6 +49,7 @@ class Chat:
     between: str = ""
     image: str = "{image}"
     boxes: boxes.Style = "fractions"
+    caption: str = ""
 
 
 _CHATML = Chat(
@@ -65,9 +71,15 @@ CHATS: dict[str, Chat] = {
         image="<image>{image}</image>",
         boxes="kosmos-2",
     ),
-    # google/paligemma-3b: pictures, <bos>, the prefix, a line break, then the suffix.
+    # google/paligemma-3b: pictures, <bos>, the prefix, a line break, then the suffix. Its prefix names the language,
+    # which data do not: English is said of all.
     "paligemma": Chat(
-        start="{images}<bos>", question="answer en {question}\n", answer="{answer}", end="<eos>", boxes="paligemma"
+        start="{images}<bos>",
+        question="answer en {question}\n",
+        answer="{answer}",
+        end="<eos>",
+        boxes="paligemma",
+        caption="caption en\n",
     ),
     # llava-hf/llava-1.5-7b-hf: Vicuna's template.
     "llava": Chat(
@@ -199,7 +211,9 @@ def _text(chat: Chat, end: str, turns: Sequence[Turn], pictures: int, mark: str)
             )
         question, answer = (boxes.written(part.strip(), chat.boxes) for part in turn)
         question = _MARKS.sub("" if together else place, question)
-        text += (chat.between if number else "") + chat.question.replace("{question}", question)
+        asks_caption = chat.caption and _MARKS.sub("", turn.question).strip() == DESCRIBE
+        asked = chat.caption if asks_caption else chat.question.replace("{question}", question)
+        text += (chat.between if number else "") + asked
         begin = len(text)
         text += chat.answer.replace("{answer}", answer) + end
         spans.append((begin, len(text)))

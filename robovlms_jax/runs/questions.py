@@ -79,9 +79,22 @@ def sources_of(config: ExperimentConfig, collections: Collections, backbone: bui
 
     def encoded(pairs: Mapping[str, base.Pairs]) -> dict[str, samples.PairSource]:
         length = {"length": config.data.vl.length, "leave_out_long": config.data.vl.leave_out_long}
-        return {name: samples.PairSource(each, encode, vlm.image, **length) for name, each in pairs.items()}
+        found = {name: samples.PairSource(each, encode, vlm.image, **length) for name, each in pairs.items()}
+        for name, source in found.items():
+            require_positions(name, source.shape.tokens, vlm)
+        return found
 
     return Sources(encoded(collections.training), encoded(collections.validation))
+
+
+def require_positions(name: str, tokens: int, vlm: backbones.VLMConfig) -> None:
+    """Raise ValueError where conversations of `tokens` tokens have more than the model has learned positions for."""
+    room = vlm.text.max_positions if vlm.text.positions == "learned" else 0
+    if room and tokens > room:
+        raise ValueError(
+            f"source {name!r} has conversations of {tokens} tokens, and {vlm.model_type} has learned {room} positions. "
+            f"Set data.vl.length to at most {room}, with data.vl.leave_out_long."
+        )
 
 
 def image_tokens(vlm: backbones.VLMConfig) -> int:

@@ -255,6 +255,15 @@ def test_a_shard_that_ends_anywhere_before_its_end_is_refused(folder, cut):
         opening.open_pairs(str(path))
 
 
+def test_a_folder_of_pictures_for_shards_and_a_compressed_shard_are_refused_with_what_helps(folder):
+    path = tar(folder / "x.tar", {"1.jpg": png(1), "1.txt": b"grey"})
+    with pytest.raises(ValueError, match=r"data\.vl\.images='y' has no effect"):
+        opening.open_pairs(path, "y")
+    pathlib.Path(path).rename(folder / "x.tar.gz")
+    with pytest.raises(ValueError, match="unpack the compression once"):
+        opening.open_pairs(str(folder / "x.tar.gz"))
+
+
 def test_shards_that_are_cut_off_compressed_or_absent_are_named(folder):
     path = pathlib.Path(tar(folder / "x.tar", {"1.txt": b"grey", "1.jpg": png(1) * 40}))
     whole = path.read_bytes()

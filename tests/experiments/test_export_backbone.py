@@ -62,11 +62,12 @@ def experiment_lora(experiment):
     return build.open_backbone(experiment.backbone, []).vlm.lora
 
 
-def test_exported_adapters_are_what_another_run_begins_with(trained, tmp_path):
+def test_exported_adapters_are_what_another_run_begins_with(trained, tmp_path, caplog):
     root, experiment, _, params = trained
     out = export_backbone.main(
         export_backbone.ExportBackboneConfig(str(root / "run"), str(tmp_path / "adapters"), adapters=True)
     )
+    assert "of the backbone's own parameters beside the adapters" in caplog.text  # train.trainable is .* there
     settings = dataclasses.replace(experiment.backbone, adapter=str(out))
     backbone = build.open_backbone(settings, [])
     model, mesh = build.make_model(experiment, backbone.vlm), meshes.make_mesh((1, 1, 1), jax.devices()[:1])

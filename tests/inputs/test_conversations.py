@@ -122,6 +122,14 @@ def test_a_box_that_cannot_be_read_is_refused_by_every_family(style, box):
         boxes.written(f"<box>{box}</box>", style)
 
 
+def test_paligemma_is_asked_for_captions_in_its_own_words(tokenizer):
+    asked = [
+        conversations._text(conversations.CHATS["paligemma"], "<eos>", (Turn(question, "grey"),), 1, "#")[0]
+        for question in (f"<image>\n{conversations.DESCRIBE}", "<image>\nWhat colour?")
+    ]
+    assert asked == ["#<bos>caption en\ngrey<eos>", "#<bos>answer en What colour?\ngrey<eos>"]
+
+
 def test_text_with_a_character_of_the_private_area_keeps_it_and_shows_no_picture(tokenizer):
     turns = (Turn("<image>\nWhat is \ue000?", "an icon \ue000"),)
     found = conversations.encoder(tokenizer, "kosmos-2", 4)(turns, 1)

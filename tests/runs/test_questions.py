@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from experiments import cotrain
+from robovlms_jax.backbones import registry
 from robovlms_jax.data import sources
-from robovlms_jax.runs import run, steps
+from robovlms_jax.runs import questions, run, steps
 from robovlms_jax.runs import setup as setups
 from robovlms_jax.training.config import OptimizerConfig, StageConfig
 from tests.experiments.test_calvin_abcd import params_of, small
@@ -41,6 +42,13 @@ def assert_same(first, second):
     expected = params_of(second)
     for path, x in params_of(first).items():
         np.testing.assert_array_equal(x, expected[path], err_msg=path)
+
+
+def test_conversations_longer_than_the_learned_positions_are_refused():
+    vlm = registry.get("blip2-opt-2.7b")
+    questions.require_positions("web", vlm.text.max_positions, vlm)
+    with pytest.raises(ValueError, match=r"source 'web' has .* learned \d+ positions. Set data.vl.length"):
+        questions.require_positions("web", vlm.text.max_positions + 1, vlm)
 
 
 def test_a_share_of_nothing_is_the_plain_run(tmp_path):

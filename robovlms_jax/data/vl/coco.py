@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from robovlms_jax.data.vl import base
-from robovlms_jax.inputs.conversations import MARK, Turn
+from robovlms_jax.inputs.conversations import DESCRIBE, MARK, Turn
 
-QUESTION = f"{MARK}\nDescribe the picture in one sentence."
+QUESTION = f"{MARK}\n{DESCRIBE}"
 """What captions without a question answer."""
 
 

@@ -33,6 +33,8 @@ def open_pairs(path: str, images: str | None = None) -> base.Pairs:
     folder = None if images is None else pathlib.Path(images)
     place = pathlib.Path(path)
     if path.endswith(".tar") or place.is_dir():
+        if images is not None:
+            raise ValueError(f"{path}: data.vl.images={images!r} has no effect, for tar shards hold their pictures.")
         pairs: base.Pairs = webdataset.WebDataset(path)
     elif not place.is_file():
         raise FileNotFoundError(f"no file {path}; expected *.json, *.jsonl, *.tar or a folder of tar shards.")
@@ -45,7 +47,9 @@ def open_pairs(path: str, images: str | None = None) -> base.Pairs:
         else:
             pairs = llava.LlavaPairs(place, folder)
     else:
-        raise ValueError(f"{path}: expected *.json, *.jsonl, *.tar or a folder of tar shards.")
+        packed = path.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))
+        hint = " Shards are read at random, so unpack the compression once, such as with gunzip." if packed else ""
+        raise ValueError(f"{path}: expected *.json, *.jsonl, *.tar or a folder of tar shards.{hint}")
     if len(pairs) == 0:
         raise ValueError(f"{path} holds no sample, so this source would run dry at its first batch.")
     return pairs

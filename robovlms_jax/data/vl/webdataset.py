@@ -119,6 +119,8 @@ class WebDataset(base.Pairs):
                 raise ValueError(f"{path} is cut off: it has {size} bytes. Download it again.")
             _require_end(path, end)
         except tarfile.ReadError as error:
+            if "unexpected end" in str(error):
+                raise ValueError(f"{path} is cut off: it ends within a member. Download it again.") from None
             raise ValueError(f"{path} is no plain tar file ({error}); unpack .tar.gz once with gunzip.") from None
         return found
 
