@@ -7,12 +7,13 @@ the kernel's own.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -198,6 +199,10 @@ def _opened(
             f"({len(unknown)} of them); it has, for example, {sorted(x.rule.source for x in layouts.values())[:2]}. Is "
             f"it one of {settings.get('base_model_name_or_path') or 'another model'}?"
         )
+    # Kernels that share a tensor have parts of its rank, which are told apart when they are read.
+    ranks = {key: file.shapes[key][0] for key in found if ".lora_A" in key}
+    own = [-(-rank // _sharing(found[key])) for key, rank in ranks.items()]
+    _require_rank(directory, max(own, default=1), settings, lora)
     return settings, layouts, file, found
 
 
@@ -270,7 +275,6 @@ def _settings(lora: Lora, modules: list[str], fused: Mapping[str, int], base_mod
 
 
 def _require_kind(directory: pathlib.Path, settings: Mapping[str, Any], lora: Lora) -> None:
-    kind = "dora" if settings.get("use_dora") else "rslora" if settings.get("use_rslora") else "lora"
     if settings.get("peft_type") != "LORA" or (settings.get("use_dora") and settings.get("use_rslora")):
         raise ValueError(
             f"{directory / CONFIG}: peft_type={settings.get('peft_type')!r}, use_dora={settings.get('use_dora')}, "
@@ -292,12 +296,21 @@ def _require_kind(directory: pathlib.Path, settings: Mapping[str, Any], lora: Lo
     wrong = [rank for rank in ranks if not isinstance(rank, int) or rank < 1]
     if wrong:
         raise ValueError(f"{directory / CONFIG} has rank {wrong[0]!r}; r and rank_pattern are whole numbers above 0.")
-    rank = max(ranks)
+    _require_rank(directory, settings.get("r", 8), settings, lora)
+
+
+def _require_rank(directory: pathlib.Path, rank: int, settings: Mapping[str, Any], lora: Lora) -> None:
+    kind = "dora" if settings.get("use_dora") else "rslora" if settings.get("use_rslora") else "lora"
     if lora.rank < rank or lora.kind != kind:
         raise ValueError(
             f"{directory} holds adapters of kind {kind!r} and rank {rank}; the backbone is to have kind {lora.kind!r} "
             f"and rank {lora.rank}. Pass --backbone.lora_rank {max(rank, lora.rank)} --backbone.lora_kind {kind}."
         )
+
+
+def _sharing(places: Sequence[tuple[str, int | None]]) -> int:
+    """How many kernels share a tensor, of the paths and layers that it belongs to."""
+    return max(collections.Counter(layer for _, layer in places).values())
 
 
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
@@ -331,6 +344,7 @@ def _joined(
             raise ValueError(f"the adapter's {module} has no lora_{missing[0]}; the file is incomplete.")
         rank = values["A"].shape[0]
         up = values["B"] * (_scale(settings, module, rank) / lora.scale)
+        pair: dict[str, np.ndarray] = {}
         pairs = [("a", layout.down, values["A"]), ("b", layout.up, up)]
         for name, rearrange, value in pairs:
             shape = list(flat[prefix + name].shape[int(stacked) :])
@@ -341,11 +355,18 @@ def _joined(
                     f"{list(rearrange.source_shape(tuple(shape)))}. It is one of another model."
                 )
             mine = rearrange.forward(lambda cut, value=value: value[cut], tuple(shape), (slice(None),) * len(shape))
-            room = [
-                (0, lora.rank - rank if size == rank and axis == (0 if name == "b" else len(shape) - 1) else 0)
-                for axis, size in enumerate(shape)
-            ]
-            out.setdefault(prefix + name, []).append(np.pad(mine, room))
+            pair[name] = np.moveaxis(mine, 0 if name == "b" else -1, 0)
+        used = np.any(pair["b"].reshape(rank, -1) != 0, axis=1)
+        if rank > lora.rank:  # of a tensor that kernels share each uses its own part of the rank
+            if used.sum() > lora.rank:
+                raise ValueError(
+                    f"the adapter's {module} has rank {rank}, of which {prefix[:-5]} uses {used.sum()}; pass "
+                    f"--backbone.lora_rank {used.sum()}."
+                )
+            pair = {name: np.concatenate([x[used], x[~used]])[: lora.rank] for name, x in pair.items()}
+        for name, x in pair.items():
+            padded = np.pad(x, [(0, lora.rank - len(x)), *[(0, 0)] * (x.ndim - 1)])
+            out.setdefault(prefix + name, []).append(np.moveaxis(padded, 0, 0 if name == "b" else -1))
         if lora.kind == "dora":
             out.setdefault(prefix + "m", []).append(_gain(values["magnitude_vector"], layout, flat, path, layer))
     return {name: np.stack(values) if stacked else values[0] for name, values in out.items()}

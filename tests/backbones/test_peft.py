@@ -107,6 +107,9 @@ def test_every_tensor_with_its_adapter_is_the_merged_one_and_the_way_back_is_the
     assert set(found) == {path for path in params if "lora_" in path}
     ours = {path: x for path, x in params.items() if "lora_" not in path} | found
     assert_close(merged(ours, wide.lora), merged(params, config.lora))
+    again = adapters.load(tmp_path, full_shapes(config, params), config.rules, config.lora)  # at the rank it had
+    ours = {path: x for path, x in params.items() if "lora_" not in path} | again
+    assert_close(merged(ours, config.lora), merged(params, config.lora))
 
 
 def test_matrices_that_are_no_modules_in_torch_are_named(tmp_path):

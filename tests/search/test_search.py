@@ -301,7 +301,10 @@ def test_settings_that_cannot_work_are_refused_before_anything_runs(tmp_path, ca
     assert "learning_rate" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a grid needs values"):
         search.main([*base, "--space", "optimizer.learning_rate=1e-5:1e-3"])
-    fields = ("optimizer.name=adamw,adafactor", "optimizer.beta1=0.8,0.9")  # the first with the last: adafactor has no beta1
+    fields = (
+        "optimizer.name=adamw,adafactor",
+        "optimizer.beta1=0.8,0.9",
+    )  # adafactor has none
     with pytest.raises((ValueError, SystemExit)):
         search._require_settings(SearchConfig(experiment="calvin_abcd", start="sample", space=fields))
     assert not list(pathlib.Path(tmp_path).glob("s/trials/*/run"))
