@@ -26,6 +26,7 @@ from robovlms_jax import cli
 from robovlms_jax.envs.calvin import task_chains, tasks, walking
 from robovlms_jax.evaluation import rollout_metrics
 from robovlms_jax.evaluation.rollout import TrialResult
+from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable import env
 from robovlms_jax.playtable.experts import plans, waypoints
 from robovlms_jax.playtable.mechanics import bodies, physics
@@ -126,24 +127,22 @@ def _begin(
     return jax.vmap(one)(which, state, number, keys, limit)
 
 
-@jax.jit
+@functools.partial(cpu.jit, kind=env.STEP_KIND)
 def _advance(scenes: Scene, attempts: _Attempts) -> _Attempts:
     """`_STRIDE` steps; a table stands still from the step at which its task is done."""
+    here = jax.tree.map(lambda leaf: leaf[attempts.which], scenes)
 
-    def one(now):
-        scene = jax.tree.map(lambda leaf: leaf[now.which], scenes)
+    def is_done(scene: Scene, now: _Attempts) -> jax.Array:
+        return tasks.conditions(now.start, physics.info(scene, now.state))[now.number]
 
-        def step(_, now):
-            action, progress = waypoints.act(now.plan, now.progress, now.state)
-            state = physics.step(scene, now.state, action)
-            done = tasks.conditions(now.start, physics.info(scene, state))[now.number]
-            then = dataclasses.replace(now, state=state, progress=progress, done=done, steps=now.steps + 1)
-            goes_on = ~now.done & (now.steps < now.limit)
-            return jax.tree.map(lambda a, b: jnp.where(goes_on, a, b), then, now)
+    def step(_: int, now: _Attempts) -> _Attempts:
+        actions, progress = jax.vmap(waypoints.act)(now.plan, now.progress, now.state)
+        state = physics.step_tables(here, now.state, actions)
+        then = dataclasses.replace(now, state=state, progress=progress, steps=now.steps + 1)
+        then = dataclasses.replace(then, done=jax.vmap(is_done)(here, then))
+        return env.choose(~now.done & (now.steps < now.limit), then, now)
 
-        return jax.lax.fori_loop(0, _STRIDE, step, now)
-
-    return jax.vmap(one)(attempts)
+    return jax.lax.fori_loop(0, _STRIDE, step, attempts)
 
 
 def run(trials: Sequence[expert_trials.Trial], max_steps: int, tables: int, seed: int) -> list[TrialResult]:
