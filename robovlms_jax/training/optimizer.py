@@ -172,7 +172,8 @@ def part_rates(params: Params, config: OptimizerConfig) -> dict[str, jax.Array |
     tower's last `last_layers`.
 
     Raises:
-      ValueError: a pattern is found in no trainable parameter, or `layer_decay` meets no layers.
+      ValueError: a pattern is found in no trainable parameter, `last_layers` names more than there are, or
+        `layer_decay` meets no layers.
     """
     stacked = {path: match["tower"] for path in params if (match := STACKED.match(path))}
     layers: dict[str, int] = {}
@@ -186,6 +187,10 @@ def part_rates(params: Params, config: OptimizerConfig) -> dict[str, jax.Array |
                     f"{' of stacked layers' if field == 'last_layers' else ''}; those are for example "
                     f"{sorted(paths)[:3]}."
                 )
+    for pattern, count in config.last_layers.items():
+        depth = max(layers[tower] for path, tower in stacked.items() if re.search(pattern, path))
+        if count > depth:
+            raise ValueError(f"optimizer.last_layers has {{{pattern!r}: {count}}}, and there are {depth} layers.")
     if config.layer_decay != 1 and not layers:
         raise ValueError(
             f"optimizer.layer_decay={config.layer_decay}: no stacked layers are trained, but "

@@ -122,6 +122,7 @@ def test_only_the_last_layers_move_and_only_their_gradient_is_clipped():
     [
         (OptimizerConfig(rates={"^haed/": 2.0}), r"optimizer.rates has '\^haed/'"),
         (OptimizerConfig(last_layers={"^head/": 2}), r"optimizer.last_layers has '\^head/'.*stacked"),
+        (OptimizerConfig(last_layers={"/text/": 100}), r"last_layers has {'/text/': 100}, and there are \d layers"),
     ],
 )
 def test_a_pattern_that_is_found_in_nothing_trainable_is_refused_by_name(config, message):
