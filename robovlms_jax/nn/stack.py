@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -76,11 +77,22 @@ def _one_by_one(length: int, remat: bool) -> bool:
     return _ONE_BY_ONE.get() or (length <= UNROLLED and not remat)  # remat needs the loop, see below
 
 
+SHORT = 256
+"""Sums over up to so many numbers are cheaper to compute again than to write and read, in sixteen bits on a GPU or TPU
+(some 300 FLOPs per byte): products with the second matrices of adapters, as large as those that they stand beside."""
+
+
+def _is_kept(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+    if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **parameters):
+        return False
+    (contracted, _), _ = parameters["dimension_numbers"]
+    return math.prod(operands[0].shape[axis] for axis in contracted) > SHORT
+
+
 KEPT = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(attended.SAVED),
+    _is_kept, jax.checkpoint_policies.save_only_these_names(attended.SAVED)
 )
-"""What rematerialisation does not compute again: products with parameters, and results of attention."""
+"""What rematerialisation does not compute again: long products with parameters, and results of attention."""
 
 
 def scan_layers(

@@ -86,3 +86,15 @@ def test_what_is_stacked_is_known_by_its_path():
     axes = flatten_dict(nn.get_partition_spec(build._shapes(toy.make_model())), sep="/")
     named = {path for path, spec in axes.items() if len(spec) and spec[0] == "layers"}
     assert named and named == {path for path in axes if stack.STACKED.match(path)}
+
+
+def test_what_adapters_add_is_made_again_and_not_kept_beside_what_they_stand_beside(capsys):
+    # Fails if a layer with adapters keeps two arrays of its output's size where one without keeps one.
+    def layer(x, kernel, a, b):
+        return jnp.sin(x @ kernel + (x @ a) @ b).sum()
+
+    shapes = ((8, 512), (512, 640), (512, 4), (4, 640))
+    arrays = [jnp.ones(shape) for shape in shapes]
+    jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(layer, policy=stack.KEPT), *arrays)
+    kept = [line for line in capsys.readouterr().out.splitlines() if "from the argument" not in line]
+    assert [line.split()[0] for line in kept if "640" in line] == ["f32[8,640]"]
