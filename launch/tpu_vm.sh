@@ -21,9 +21,9 @@ SLICES=${SLICES:-1}
 
 gcloud_tpus() {
     if [ -n "${DRY:-}" ]; then
-        printf 'gcloud compute tpus'
-        printf ' %q' "$@"
-        printf '\n'
+        local line
+        printf -v line ' %q' "$@"
+        echo "gcloud compute tpus$line" # in one piece: slices are asked at once
     else
         gcloud compute tpus "$@"
     fi

@@ -227,10 +227,10 @@ def test_kosmos_2_and_paligemma_in_int8_fit_into_12_gigabytes_with_the_floor_tha
     for name, stage in orin["w8a8"]["stages"].items():
         assert stage["flops"] == orin["int8"]["stages"][name]["flops"]
     assert orin["w8a8"]["bytes"]["weights"] == orin["int8"]["bytes"]["weights"]
-    # CLIP ViT-L/14 on two pictures of 257 tokens: 24 layers of width 1024 and 4096, scores over all pairs of tokens,
-    # which in sixteen bits are padded to 264.
-    tokens, padded, width, wide = 257, 264, 1024, 4096
-    layer = 2 * tokens * (4 * width**2 + 2 * width * wide) + 4 * padded**2 * width
+    # CLIP ViT-L/14 on two pictures of 257 tokens, padded to 264: 24 layers of width 1024 and 4096, scores over
+    # all pairs of tokens.
+    tokens, width, wide = 264, 1024, 4096
+    layer = 2 * tokens * (4 * width**2 + 2 * width * wide) + 4 * tokens**2 * width
     patches = 2 * 256 * 14 * 14 * 3 * width
     assert orin["int8"]["stages"]["vision"]["flops"] == 2 * (24 * layer + patches)
 
