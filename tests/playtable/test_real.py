@@ -13,7 +13,7 @@ import pytest
 from experiments import pack_calvin
 from robovlms_jax.data import calvin
 from robovlms_jax.envs import process
-from robovlms_jax.envs.calvin import initial_states, tasks, walking
+from robovlms_jax.envs.calvin import initial_states, task_chains, tasks, walking
 from robovlms_jax.playtable import scene as scenes
 from robovlms_jax.playtable.experts import cases
 from robovlms_jax.playtable.mechanics import bodies
@@ -243,6 +243,27 @@ def test_a_task_is_planned_again_while_a_block_still_moves(checkout, fake, tmp_p
         )
     assert planned == [1.0, 0.0] and played.done  # fell at first, lay still the second time
     assert len(played.wanted) == len(played.bodies) == played.steps > 12
+
+
+def test_chains_with_resampled_blocks_begin_elsewhere_than_the_benchmarks_evaluation(
+    checkout, fake, tmp_path, monkeypatch
+):
+    begun, send = [], fake_stage.FakeProcess.send
+
+    def listen(env, method, *args):
+        begun.extend([args[1]] if method == "begin" else [])
+        send(env, method, *args)
+
+    monkeypatch.setattr(fake_stage.FakeProcess, "send", listen)
+    official = [initial_states.initial_state(condition, "D")[1] for condition in task_chains.initial_conditions()]
+    for resample in (False, True):
+        begun.clear()
+        asked = config(checkout, tmp_path / str(resample), scenes=("D",), resample_blocks=resample)
+        recording.record(asked)
+        evaluated = [any(np.array_equal(start, state) for state in official) for start in begun]
+        assert len(begun) == 6 and all(evaluated) == (not resample) and any(evaluated) == (not resample)
+    with pytest.raises(ValueError, match="begun with other settings"):
+        recording.record(config(checkout, tmp_path / "True", scenes=("D",)))
 
 
 def fake_begin(env, *, falling):

@@ -67,6 +67,9 @@ class RealRecordConfig:
     start_spread: float = 0.0
     """Metres by which the hand is moved from CALVIN's resting pose before a chain begins, at most: so far along x, a
     quarter as far along y and z."""
+    resample_blocks: bool = False
+    """Chains begin with blocks anywhere in the range of training data, not where the benchmark's evaluation puts them:
+    what is learned on D is then not tried from starts that demonstrations began with."""
     pack: bool = False
     """Write the packed layout, which trains faster (data/README.md), instead of one npz per frame."""
     processes: int = 2
@@ -154,6 +157,8 @@ def _settings(config: RealRecordConfig, split: str) -> dict[str, Any]:
     """What has to be the same for a recording to be continued. How long it is may change, unless it is packed."""
     skipped = {"out", "processes", "episodes", "validation_episodes", "calvin_root", "simulator_python"}
     skipped.add("validation_scene" if split == "training" else "scenes")
+    if not config.resample_blocks:  # recordings begun before it could be chosen go on
+        skipped.add("resample_blocks")
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in skipped}
     values["simulator"] = version.commit(adapter.find_checkout(config.calvin_root))
     values["sentences"] = "calvin" if adapter.has_validation_instructions(config.calvin_root) else "own"
@@ -290,7 +295,11 @@ class Stages:
     ) -> tuple[list[demonstrations.Segment], int]:
         condition = self._conditions[rng.integers(len(self._conditions))]
         offset = self.config.start_spread * np.array([1.0, 0.25, 0.25]) * rng.uniform(-1.0, 1.0, size=3)
-        situation = ask(env, "begin", *initial_states.initial_state(condition, scene), offset)
+        if self.config.resample_blocks:
+            state = initial_states.resampled(condition, scene, rng)
+        else:
+            state = initial_states.initial_state(condition, scene)
+        situation = ask(env, "begin", *state, offset)
         segments: list[demonstrations.Segment] = []
         attempted = 0
         while attempted < self.config.chain_length:
