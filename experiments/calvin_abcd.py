@@ -157,6 +157,28 @@ CALVIN_SMALL = dataclasses.replace(
     rollouts=dataclasses.replace(CALVIN_FIXTURES.rollouts, max_steps=360),
 )
 
+# The same with table D shown, too, a quarter of what the real simulator gives: what is lost by not having seen it.
+CALVIN_SMALL_ABCD = dataclasses.replace(
+    CALVIN_SMALL,
+    data=dataclasses.replace(
+        CALVIN_SMALL.data,
+        further=FurtherConfig(
+            roots=CALVIN_SMALL.data.further.roots
+            | {
+                "d": "data/calvin_small_d",
+                "d_blocks": "data/calvin_blocks_d",
+                "d_fixtures": "data/calvin_fixtures_d",
+            }
+        ),
+    ),
+    train=dataclasses.replace(
+        CALVIN_SMALL.train,
+        output="runs/calvin_small_abcd",
+        sources={"robot": 3.0, "blocks": 3.0, "fixtures": 3.0, "d": 1.0, "d_blocks": 1.0, "d_fixtures": 1.0}
+        | {"playtable": 12.0},
+    ),
+)
+
 # All 34 tasks, all four tables, chains of five: for one GPU. The checkpoint with the longest chains is kept.
 FULL = dataclasses.replace(
     FIXTURES,
@@ -239,6 +261,7 @@ PRESETS = {
     "playtable_small": PLAYTABLE_SMALL,
     "calvin_fixtures_cpu": CALVIN_FIXTURES,
     "calvin_small": CALVIN_SMALL,
+    "calvin_small_abcd": CALVIN_SMALL_ABCD,
     "sample": ExperimentConfig(
         backbone=BackboneConfig(name="kosmos-2-twin"),
         policy=PolicyConfig(window=8, chunk=10, head=LSTMHeadConfig(hidden_size=128, num_layers=2, trunk=(256, 128))),

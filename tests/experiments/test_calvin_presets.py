@@ -39,6 +39,19 @@ def test_the_presets_for_the_real_simulator_begin_with_playtables_policies_and_n
     assert shares["playtable"] == sum(shares.values()) / 2  # half of every batch
 
 
+def test_what_was_seen_of_table_d_differs_in_data_alone_and_takes_a_quarter_of_what_the_real_simulator_gives():
+    without, shown = (calvin_abcd.PRESETS[name] for name in ("calvin_small", "calvin_small_abcd"))
+    further = dataclasses.replace(shown.data, further=without.data.further)
+    train = dataclasses.replace(shown.train, sources=without.train.sources, output=without.train.output)
+    assert dataclasses.replace(shown, data=further, train=train) == without
+    shares = shown.train.sources
+    assert set(shares) == {"robot", *shown.data.further.names}
+    of_d = {source.removeprefix("d_"): source for source in shares if source.startswith("d")}
+    for source in ("robot", "blocks", "fixtures"):  # the mixture of one recording on four tables
+        assert shares[source] == 3 * shares[of_d["d" if source == "robot" else source]]
+    assert shares["playtable"] == sum(shares.values()) / 2
+
+
 def test_own_data_alone_are_asked_for_a_preset_and_own_weights_mean_the_real_one():
     assert calvin_abcd.default_preset([]) == "playtable_fixtures"
     assert calvin_abcd.default_preset(["--train.steps", "3"]) == "playtable_fixtures"
