@@ -23,7 +23,7 @@ from robovlms_jax.playtable import scene
 from robovlms_jax.rl import starts
 from robovlms_jax.rl.config import UNSEEN, ReinforceConfig, UpdateConfig
 from robovlms_jax.runs import logs, reinforcing
-from robovlms_jax.training import stopping
+from robovlms_jax.training import checkpoints, guards, stopping
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def main() -> None:
     except KeyboardInterrupt:
         log.warning("stopped; the same command with --resume goes on from the last saved iteration.")
         sys.exit(stopping.STATUS)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, guards.DivergedError, checkpoints.UnwrittenError) as error:
         sys.exit(f"error: {error}")
 
 

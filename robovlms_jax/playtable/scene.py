@@ -246,7 +246,8 @@ def random_tables(first: int, count: int) -> tuple[str, ...]:
 def check_name(name: str) -> None:
     """Raises ValueError for what `make_scene` does not know."""
     number = name.removeprefix(RANDOM)
-    if name not in _LAYOUTS and (number == name or not number.isdecimal()):
+    is_random = number != name and number.isdecimal() and number == str(int(number))  # one name for each
+    if name not in _LAYOUTS and not is_random:
         raise ValueError(f"unknown scene {name!r}; known scenes: {', '.join(SCENES)}, {RANDOM}0, {RANDOM}1, ...")
 
 

@@ -200,6 +200,12 @@ class ReinforceConfig:
             f"reinforce.unseen_scene={self.unseen_scene!r} is one of those to learn on ("
             f"reinforce.scenes={self.scenes}, random_scenes={self.random_scenes}); name another.",
         )
+        kept = sorted({*random_tables(UNSEEN, self.unseen_random_scenes)} & {*self.scenes})
+        require(
+            not kept,
+            f"reinforce.scenes names {kept}, which reinforce.unseen_random_scenes={self.unseen_random_scenes} measures "
+            f"as unseen; learn on random tables below {UNSEEN}.",
+        )
 
     @property
     def tables_to_learn_on(self) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from robovlms_jax.rl.config import BehaviourConfig, UpdateConfig
 from robovlms_jax.rl.preferences import RewardModel
 from robovlms_jax.schema import require
 from robovlms_jax.training import step as steps
+from robovlms_jax.training.guards import DivergedError
 from robovlms_jax.training.stages import Stage
 from robovlms_jax.training.state import create
 from robovlms_jax.types import Inputs
@@ -50,6 +51,14 @@ class Settings:
     max_steps: int
     held: tuple[int, ...] = ()
 
+    def __post_init__(self):
+        require(
+            self.update.method == "ppo" or self.decisions * self.actions >= self.max_steps,
+            f"decisions={self.decisions} of {self.actions} control steps end before trials may, after "
+            f"max_steps={self.max_steps}, and groups (update.method=grpo) are compared by how their trials end; "
+            f"pass --decisions {-(-self.max_steps // self.actions)}.",
+        )
+
     @property
     def play(self) -> playing.Play:
         ppo = self.update.method == "ppo"
@@ -63,6 +72,17 @@ class _Kept(NamedTuple):
     drawn: Any
     log_prob: jax.Array
     value: jax.Array
+
+
+def _require_finite(metrics: Mapping[str, float], iteration: int, update: int) -> None:
+    """Raise DivergedError where an update would have made something of numbers that are none."""
+    if metrics["nonfinite"]:
+        bad = ", ".join(sorted(name for name, x in metrics.items() if not np.isfinite(x)))
+        raise DivergedError(
+            f"iteration {iteration + 1}, update {update}: {bad} not finite. From its last saved point the run would "
+            "come here again; begin another (--out) with a lower optimizer.learning_rate, a larger behaviour.floor or, "
+            "with a learned reward, a lower update.reward_scale."
+        )
 
 
 class Reinforcement:
@@ -124,7 +144,8 @@ class Reinforcement:
     def iterate(self, world: playing.World, number: int) -> tuple[objective.Decisions, dict[str, float]]:
         """Try things out in a world and learn from it; `self.state` moves on. number: of the iteration.
 
-        Returns the decisions, and numbers about them and the updates.
+        Returns the decisions, and numbers about them and the updates. Raises DivergedError for numbers that are not
+        finite; the state is as before that update.
         """
         collect_key, order_key = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), number + 2))
         decisions, numbers = self._collect(self.state.params, self.reference, world, collect_key)
@@ -135,6 +156,7 @@ class Reinforcement:
                 self.state, metrics = self._update(self.state, self._part(decisions, rows))
                 made += 1
                 found = {name: float(x) for name, x in metrics.items()}
+                _require_finite(found, number, made)
                 sums = {name: sums.get(name, 0.0) + x for name, x in found.items()}
                 if update.divergence_stop and found["moved"] > update.divergence_stop:
                     break

@@ -18,11 +18,19 @@ from robovlms_jax.evaluation.rollout import Trial, TrialResult
 from robovlms_jax.playtable.scene import random_tables
 from robovlms_jax.rl import rollouts, starts
 from robovlms_jax.rl.config import UNSEEN, ReinforceConfig
+from robovlms_jax.training import checkpoints
 
 log = logging.getLogger(__name__)
 
-BEFORE = "before.json"
-"""In the output: successes of the checkpoint that a run began with."""
+BEFORE, REPORT = "before.json", "report.md"
+"""In the output: successes of the checkpoint that a run began with; what a run writes last."""
+
+
+def is_unreported(output: pathlib.Path) -> bool:
+    """Whether the policy in `output` was written by a run that was killed before it wrote its report."""
+    folder = output / checkpoints.FOLDER
+    steps = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return not (output / REPORT).exists() and steps <= {"0"} and not (folder / "0" / "train").exists()
 
 
 def measurements(config: ReinforceConfig) -> dict[str, list[Trial]]:
@@ -126,7 +134,7 @@ def report(
         "",
         f"{last['step']} iterations, {last['env_steps']} control steps, {last['seconds']:.0f} s of learning; trained: "
         f"{trained:,} parameters ({', '.join(settings['trainable'])}). "
-        f"Divergence from the first policy at the end: {last['from_reference']:.3g}.",
+        f"Divergence from the first policy in the last iteration, before its updates: {last['from_reference']:.3g}.",
         "",
         *((f"Rewards: {settings['reward']}, learned from preferences.", "") if settings["reward"] else ()),
         "Success with 95 % Wilson intervals, without chance in the actions; the same trials before and after. Gained "
@@ -145,6 +153,6 @@ def report(
             for x in curve[:: max(len(curve) // 20, 1)]
         ),
     ]
-    path = output / "report.md"
+    path = output / REPORT
     atomic.write_text(path, "\n".join(text) + "\n")
     return path

@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import pathlib
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 
 from robovlms_jax import atomic, json_files, schema
 from robovlms_jax.control.execution import Execution
-from robovlms_jax.evaluation.rollout import SuccessCriterion
+from robovlms_jax.evaluation.rollout import SuccessCriterion, Trial
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.rl import learning, rewards, rollouts, starts
 from robovlms_jax.rl import tables as playing
@@ -34,7 +35,8 @@ log = logging.getLogger(__name__)
 
 LEARNING, SETTINGS = "learning", "reinforce.json"
 """In the output: what a stopped run goes on from; its settings."""
-_MAY_CHANGE = ("iterations", "resume", "checkpoint_every")
+_MAY_CHANGE = ("iterations", "resume", "checkpoint_every", "out", "checkpoint", "reward")
+"""Where checkpoint and reward lie may change; their identities are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +56,18 @@ def run(config: ReinforceConfig) -> pathlib.Path:
     config = _resolved(config, experiment)
     reward = _reward(config, model.config.chunk)
     with directory.claim(output), stopping.Interrupts() as interrupts:
-        _settle(config, output)
+        # Nothing is written before all that can be wrong with the settings has been said.
         directory.keep_programs("auto")
+        questions, trials = reinforced.measurements(config), _trials(config)
         sizes = dict(zip(("static", "wrist"), config.image_size, strict=True))
         how = Execution("receding", horizon=config.horizon), SuccessCriterion(max_steps=config.max_steps)
         player = rollouts.Player(model, encode, config.tables, sizes, *how)
-        questions = reinforced.measurements(config)
-        before = reinforced.before(output, player, params, questions)
         learner = _learner(config, model, params, reward)
+        _settle(config, output)
+        before = reinforced.before(output, player, params, questions)
         serving = {"config": schema.to_dict(experiment), "assets": dict(assets)}
-        finished = _learn(config, output, learner, encode, serving)
+        pool = playing.make_world(trials, encode, config.image_size[0])
+        finished = _learn(config, output, learner, pool, serving)
         if not finished or interrupts.asked:
             raise KeyboardInterrupt
         policy = learner.policy()
@@ -75,14 +79,31 @@ def run(config: ReinforceConfig) -> pathlib.Path:
 
 def _resolved(config: ReinforceConfig, experiment: ExperimentConfig) -> ReinforceConfig:
     """With what the checkpoint knows where `config` leaves it open. Raises ValueError."""
-    asked = dataclasses.replace(config, checkpoint=str(checkpoints.locate(config.checkpoint)))
+    return _filled(dataclasses.replace(config, checkpoint=str(checkpoints.locate(config.checkpoint))), experiment)
+
+
+def _filled(config: ReinforceConfig, experiment: ExperimentConfig) -> ReinforceConfig:
     names = ("tasks", "scenes", "unseen_scene", "max_steps", "horizon", "image_size")
-    found = played.filled(asked, experiment, names)
+    found = played.filled(config, experiment, names)
     require(
         len(found.tasks) > 0,
         "reinforce.tasks is empty, and the checkpoint's rollouts and demonstrations name none; name the tasks to "
         "improve.",
     )
+    if found.unseen_scene in played.of(experiment).scenes:
+        log.warning(
+            "unseen_scene %s is a table that the checkpoint's demonstrations showed: unseen_table measures one that "
+            "only reinforcement did not learn on",
+            found.unseen_scene,
+        )
+    steps = found.decisions * min(found.horizon, experiment.policy.chunk)
+    if steps < found.max_steps and found.update.method == "ppo":
+        log.info(
+            "an iteration has %d decisions a table, %d control steps: of trials of %d the rest is not learned from",
+            found.decisions,
+            steps,
+            found.max_steps,
+        )
     return found
 
 
@@ -94,8 +115,10 @@ def _settle(config: ReinforceConfig, output: pathlib.Path) -> None:
     }
     if config.reward:
         now["reward_identity"] = rewards.identity(config.reward)
+    policy = output / checkpoints.FOLDER
+    unreported = path.exists() and reinforced.is_unreported(output)
     require(
-        not (output / checkpoints.FOLDER).exists(),
+        not policy.exists() or unreported,
         f"{output} holds a policy already; choose another reinforce.out.",
     )
     if not config.resume:
@@ -109,6 +132,9 @@ def _settle(config: ReinforceConfig, output: pathlib.Path) -> None:
         not differing,
         f"{output} was begun with other settings ({differing}); leave them as they were, or choose another --out.",
     )
+    if policy.exists():
+        log.info("%s was written by a run that ended before its report; it is written again", policy)
+        shutil.rmtree(policy)
 
 
 def _reward(config: ReinforceConfig, chunk: int) -> RewardModel | None:
@@ -155,6 +181,12 @@ def _learner(
     return learning.Reinforcement(model, params, settings, stage, mesh, config.seed, reward)
 
 
+def _trials(config: ReinforceConfig) -> list[Trial]:
+    """What is learned from."""
+    tables = config.tables_to_learn_on
+    return starts.draw(config.played, tables, config.pool, config.seed, spread=config.start_spread)
+
+
 def worlds(config: ReinforceConfig, pool: playing.World, begin: int) -> Iterator[playing.World]:
     """The trials of each iteration, from number `begin` on; a function of the seed and that number."""
     for number in itertools.count(begin):
@@ -173,13 +205,10 @@ def _learn(
     config: ReinforceConfig,
     output: pathlib.Path,
     learner: learning.Reinforcement,
-    encode: playing.EncodeText,
+    pool: playing.World,
     serving: Mapping[str, Any],
 ) -> bool:
     """All iterations that are left; False: stopped by a signal, saved."""
-    tables = config.tables_to_learn_on
-    trials = starts.draw(config.played, tables, config.pool, config.seed, spread=config.start_spread)
-    pool = playing.make_world(trials, encode, config.image_size[0])
     checkpointer = checkpoints.Checkpointer(output / LEARNING, keep=2, serving=serving)
     done = {"iteration": 0, "env_steps": 0, "seconds": 0.0}
     if config.resume and checkpointer.latest is not None:

@@ -120,7 +120,7 @@ class Checkpointer:
             before = f"That of step {max(steps)} is complete: go on from there" if steps else "None is complete: begin"
             raise UnwrittenError(
                 f"the checkpoint of step {self._begun} could not be written to {folder}: {reason}\n{before} with "
-                f"{'--train.resume' if steps else 'another --train.output'} once there is room, or whatever else it "
+                f"{'--resume' if steps else 'another --out'} once there is room, or whatever else it "
                 "lacked."
             ) from error
 

@@ -26,7 +26,7 @@ def split(params: dict[str, Leaf], patterns: Sequence[str]) -> tuple[dict[str, L
         near = {pattern: _nearest(pattern, params) for pattern in idle}
         hints = [f"{pattern!r}" + (f" (near: {found})" if found else "") for pattern, found in near.items()]
         raise ValueError(
-            f"train.trainable has patterns that match no parameter: {', '.join(hints)}. "
+            f"trainable has patterns that match no parameter: {', '.join(hints)}. "
             f"Paths begin with {sorted({path.split('/')[0] for path in params})}, for example {next(iter(params))}."
         )
     chosen = {path for path in params if any(re.search(pattern, path) for pattern in patterns)}

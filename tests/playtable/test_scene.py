@@ -28,5 +28,6 @@ def test_random_tables_differ_and_start_like_the_others():
     for known in scene.SCENES:
         for ours, official in zip(scene.initial_obs(condition, known), initial_states.initial_state(condition, known)):
             np.testing.assert_array_equal(ours, official)
-    with pytest.raises(ValueError, match="unknown scene 'random-x'"):
-        scene.make_scene("random-x")
+    for name in ("random-x", "random-01", "random-"):
+        with pytest.raises(ValueError, match=f"unknown scene '{name}'"):
+            scene.make_scene(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from robovlms_jax.policies.vla import VLA
 from robovlms_jax.rl import behaviours, learning, objective, starts
 from robovlms_jax.rl import tables as playing
 from robovlms_jax.rl.config import BehaviourConfig, UpdateConfig
-from robovlms_jax.training import checkpoints, stages
+from robovlms_jax.training import checkpoints, guards, stages
 from robovlms_jax.training.config import OptimizerConfig, TrainConfig
 from tests import processes, toy
 from tests.rl.test_rollouts import SIZES, encode
@@ -131,6 +133,28 @@ def test_a_backbone_learns_from_stored_pictures_and_groups_without_a_winner_teac
     )
     gradient = jax.grad(lambda p: grpo.loss(p, with_value, None, grpo.loss.count(with_value))[0])(grpo.state.params)
     assert float(jnp.abs(jax.tree.leaves(gradient["backbone"]["connector"])[0]).max()) > 0
+
+
+def test_groups_are_not_compared_before_their_trials_may_end():
+    settings = learning.Settings(BehaviourConfig(), UpdateConfig(method="grpo"), 8, 5, (), 4, 20)
+    with pytest.raises(ValueError, match=r"decisions=4 of 4 control steps .* --decisions 5"):
+        dataclasses.replace(settings, decisions=4)
+    dataclasses.replace(settings, decisions=4, update=UpdateConfig())  # a value stands for what would follow
+
+
+def test_numbers_that_are_not_finite_end_the_run_instead_of_being_passed_over():
+    bad = {"nonfinite": 1.0, "loss": np.nan, "moved": 0.0, "grad_norm": np.inf}
+    own = types.SimpleNamespace(
+        seed=0,
+        state=types.SimpleNamespace(params=None),
+        reference=None,
+        settings=types.SimpleNamespace(update=UpdateConfig(minibatches=2)),
+        _collect=lambda *what: (types.SimpleNamespace(mask=np.ones((4, 1))), {}),
+        _part=lambda decisions, rows: decisions,
+        _update=lambda state, decisions: (state, bad),
+    )
+    with pytest.raises(guards.DivergedError, match="iteration 3, update 1: grad_norm, loss not finite"):
+        learning.Reinforcement.iterate(own, None, 2)
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ CONFIG = ReinforceConfig(
         ({"tables": 12, "update": UpdateConfig(method="grpo")}, "tables=12 is no multiple of reinforce.group=8"),
         ({"others": ("open_drawer",)}, "others names .'open_drawer'."),
         ({"iterations": 0}, "iterations=0"),
+        ({"scenes": ("random-1000001",), "unseen_random_scenes": 2}, "scenes names .'random-1000001'., which"),
     ],
 )
 def test_impossible_runs_are_refused(changes, message):
@@ -163,10 +164,64 @@ def test_a_stopped_run_goes_on_with_its_own_settings_alone(tmp_path, monkeypatch
     reinforcing._settle(longer, tmp_path)
     with pytest.raises(ValueError, match=r"other settings .*seed"):
         reinforcing._settle(dataclasses.replace(longer, seed=1), tmp_path)
-    (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match="holds a policy already"):
-        reinforcing._settle(longer, tmp_path)
+    elsewhere = dataclasses.replace(longer, out="moved/", checkpoint="by/another/path")
+    reinforcing._settle(elsewhere, tmp_path)  # the policy's identity says that it is the same
     assert json.loads((tmp_path / "reinforce.json").read_text())["identity"] == "step_1-abc"
+
+
+def test_a_run_that_was_killed_between_its_policy_and_its_report_writes_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(reinforcing.seals, "identity", lambda path: types.SimpleNamespace(label="step_1-abc"))
+    policy, resumed = tmp_path / "checkpoints" / "0", dataclasses.replace(CONFIG, resume=True)
+    policy.mkdir(parents=True)
+    for config in (CONFIG, resumed):  # without settings of a reinforcement it is another program's
+        with pytest.raises(ValueError, match="holds a policy already"):
+            reinforcing._settle(config, tmp_path)
+    policy.rmdir()
+    policy.parent.rmdir()
+    reinforcing._settle(CONFIG, tmp_path)
+    policy.mkdir(parents=True)
+    reinforcing._settle(resumed, tmp_path)
+    assert not policy.parent.exists()
+    for kept in (tmp_path / "report.md", policy / "train", tmp_path / "checkpoints" / "7"):
+        policy.mkdir(parents=True, exist_ok=True)
+        kept.mkdir()
+        with pytest.raises(ValueError, match="holds a policy already"):
+            reinforcing._settle(resumed, tmp_path)
+        kept.rmdir()
+
+
+def test_what_is_wrong_with_the_settings_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    """Otherwise the directory would belong to a run that nobody can go on with."""
+    model = types.SimpleNamespace(config=types.SimpleNamespace(chunk=5))
+    monkeypatch.setattr(reinforcing.load, "open_model", lambda *how, **more: (model, {}, None))
+    monkeypatch.setattr(reinforcing.saved, "read_checkpoint", lambda path: (None, {}))
+    monkeypatch.setattr(reinforcing.checkpoints, "locate", lambda path: path)
+    monkeypatch.setattr(reinforcing, "_resolved", lambda config, experiment: config)
+    monkeypatch.setattr(reinforcing.directory, "keep_programs", lambda choice: None)
+    monkeypatch.setattr(reinforcing.rollouts, "Player", lambda *how: None)
+
+    def refused(*how):
+        raise ValueError("update.minibatches=3")
+
+    monkeypatch.setattr(reinforcing, "_learner", refused)
+    small = dataclasses.replace(CONFIG, out=str(tmp_path / "run"), pool=2, max_steps=9, horizon=5, image_size=(8, 8))
+    for changes, message in (
+        ({}, "update.minibatches=3"),
+        ({"others": ("close_drawers",)}, "unknown task 'close_drawers'; known"),
+        ({"scenes": ("A", "random-07")}, "unknown scene 'random-07'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reinforcing.run(dataclasses.replace(small, **changes))
+        assert not [path for path in (tmp_path / "run").iterdir() if path.name != ".lock"]
+
+
+def test_what_an_iteration_cannot_learn_from_is_said(caplog):
+    trained = dataclasses.replace(calvin_abcd.PRESETS["playtable_fixtures"])
+    config = dataclasses.replace(CONFIG, unseen_scene="A", scenes=("D",), decisions=4, horizon=5, max_steps=30)
+    with caplog.at_level("INFO"):
+        reinforcing._filled(config, trained)
+    assert "unseen_scene A is a table that the checkpoint's demonstrations showed" in caplog.text
+    assert "4 decisions a table, 20 control steps: of trials of 30" in caplog.text
 
 
 def test_the_presets_are_complete():

@@ -200,7 +200,7 @@ def test_a_disk_that_is_full_is_named_and_costs_no_older_checkpoint(full, way):
     # keep=1: the old one must not go before the new one is complete.
     run, said = full[0] / way, full[1][way]
     assert "the checkpoint of step 2 could not be written to" in said and "File too large" in said
-    assert "That of step 1 is complete: go on from there with --train.resume" in said
+    assert "That of step 1 is complete: go on from there with --resume" in said
     assert restore(run) == (1, 1.0)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]  # what was begun is cleared away
     write_steps(run, 2)

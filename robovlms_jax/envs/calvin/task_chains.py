@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from robovlms_jax.envs.calvin.tasks import BLOCKS, TASKS
+from robovlms_jax.envs.calvin.tasks import BLOCKS, TASKS, require_known
 
 Condition = Mapping[str, int | str]
 """A symbolic scene: {"led": 1, "lightbulb": 0, "slider": "left", "drawer": "closed", "red_block": "table", ...}."""
@@ -119,7 +119,10 @@ def is_valid_chain(condition: Condition, names: Sequence[str]) -> bool:
 
 
 def successors(condition: Condition, task: str) -> list[Condition]:
-    """The symbolic scenes that doing `task` can lead to; empty when the task is impossible in `condition`."""
+    """The symbolic scenes that doing `task` can lead to; empty when the task is impossible in `condition`.
+
+    Raises ValueError for a task that there is not."""
+    require_known(task)
     needs_grasp = task in ("place_in_slider", "place_in_drawer", "stack_block")
     if condition["grasped"] != int(needs_grasp):
         return []

@@ -222,9 +222,14 @@ TASKS: Mapping[str, Task] = {
 """The 34 tasks by name. The order is the published one: chains are drawn by position, and `conditions` returns it."""
 
 
-def instruction(task: str, *, held_out: bool = False, variant: int = 0) -> str:
-    """One way to ask for `task`; `variant` counts on past the last phrasing from the first again."""
+def require_known(task: str) -> None:
+    """Raises ValueError for what is none of `TASKS`."""
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; known tasks: {', '.join(TASKS)}.")
+
+
+def instruction(task: str, *, held_out: bool = False, variant: int = 0) -> str:
+    """One way to ask for `task`; `variant` counts on past the last phrasing from the first again."""
+    require_known(task)
     texts = TASKS[task].held_out if held_out else TASKS[task].phrasings
     return texts[variant % len(texts)]

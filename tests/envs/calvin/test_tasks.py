@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robovlms_jax.envs.calvin import tasks
+from robovlms_jax.envs.calvin import task_chains, tasks
 
 ROWS = {"robot": 0, "red": 1, "blue": 2, "pink": 3}
 
@@ -233,3 +233,5 @@ def test_an_instruction_is_chosen_by_task_and_variant():
     assert tasks.instruction(red.name, held_out=True) == red.held_out[0]
     with pytest.raises(ValueError, match="unknown task 'dance'"):
         tasks.instruction("dance")
+    with pytest.raises(ValueError, match="unknown task 'dance'"):
+        task_chains.successors({}, "dance")
