@@ -121,8 +121,8 @@ class DataConfig:
     annotation_folder: str = "lang_annotations"
     """Folder under each split with auto_lang_ann.npy (original layout only)."""
     text_length: int = 0
-    """Prompt tokens every prompt is padded to. 0: the longest prompt of the training split, rounded up to a multiple
-    of 8."""
+    """Prompt tokens every prompt is padded to. 0: the longest prompt of demonstrations and rollouts, rounded up to a
+    multiple of 4."""
     static_shift: int = 10
     """Random shift augmentation of the static camera, in pixels at the model's resolution, constant within a segment.
     0: off."""

@@ -121,7 +121,7 @@ def longest(
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     instructions: Iterable[str],
-    multiple: int = 8,
+    multiple: int = 4,
     *,
     special_tokens: bool = True,
 ) -> int:

@@ -82,7 +82,7 @@ class Backbone:
         ids, mask = (np.stack(parts, axis=-1) for parts in zip(text, own, strict=True))
         return ids, mask
 
-    def longest(self, instructions: Iterable[str], multiple: int = 8) -> int:
+    def longest(self, instructions: Iterable[str], multiple: int = 4) -> int:
         """The `length` that fits all instructions; see `inputs.prompts.longest`."""
         vlm, instructions = self.vlm, list(instructions)
         found = prompts.longest(self.tokenizer, vlm.prompt, instructions, multiple, special_tokens=vlm.special_tokens)

@@ -121,7 +121,8 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
         sentences += [mirror.words(text) for text in sentences]
     instructions = [*sentences, *validation.sentences(opened["validation"]), *_asked(config)]
     collections = questions.open_collections(config)
-    backbone = _open_backbone(config, point, [*instructions, *collections.texts])
+    # What is learned depends on no sentence that is only asked: neither on the validation split's nor on rollouts'.
+    backbone = _open_backbone(config, point, [*sentences, *collections.texts])
     length = config.data.text_length or backbone.longest(instructions)
 
     def encode(instruction: str) -> tuple[np.ndarray, np.ndarray]:
@@ -225,14 +226,14 @@ def _of_other(
     return source_of(dataclasses.replace(config, policy=policy, data=data), dataset, encode, variation, mirrored=True)
 
 
-def _open_backbone(config: ExperimentConfig, point: resuming.Point | None, instructions: list[str]) -> build.Backbone:
+def _open_backbone(config: ExperimentConfig, point: resuming.Point | None, sentences: list[str]) -> build.Backbone:
     """From where the run goes on or begins: a checkpoint, another run, or published weights."""
     if point:
-        return chaining.backbone_of(config.backbone, point, instructions)
+        return chaining.backbone_of(config.backbone, point, sentences)
     if config.train.init_from:
         chaining.say_differences(config, config.train.init_from)
         return chaining.open_backbone(config.backbone, config.train.init_from)
-    return build.open_backbone(config.backbone, instructions)
+    return build.open_backbone(config.backbone, sentences)
 
 
 def _asked(config: ExperimentConfig) -> list[str]:

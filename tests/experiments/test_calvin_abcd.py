@@ -133,13 +133,26 @@ def test_the_second_epoch_compiles_nothing(tmp_path):
     assert compiled[max(compiled)] == compiled[epoch + 1], compiled
 
 
+def test_what_is_learned_does_not_depend_on_sentences_that_are_only_asked(tmp_path, monkeypatch):
+    # A tokenizer with merges from validation's wordings gives new words tokens of their own, and all others other ids.
+    made = setups.prepare(small(tmp_path / "run"))
+    wording = "wax the zebra's xylophone"
+    monkeypatch.setattr(setups, "_asked", lambda config: [wording] * 50)
+    monkeypatch.setattr(setups.validation, "sentences", lambda split: [f"never {wording}"] * 50)
+    asked = setups.prepare(small(tmp_path / "run"))
+    assert asked.backbone.assets == made.backbone.assets
+    tokens, mask = asked.encode(f"never {wording}")  # there is room for it all the same
+    assert len(tokens) > len(made.encode("open the drawer")[0]) and mask.any()
+
+
 def test_ten_steps_equal_five_and_resume_and_five(finished, tmp_path, monkeypatch, caplog):
     # Parameters, optimizer moments, PRNG and data position must all come back, or the loss of step six differs already;
     # so must the tokenizer, although today's sentences would make another.
     output = tmp_path / "halves"
     shutil.copytree(finished, output)
     shutil.rmtree(output / "checkpoints" / "10")
-    monkeypatch.setattr(setups, "_asked", lambda config: ["wax the zebra's xylophone"] * 50)
+    every = setups.language.every
+    monkeypatch.setattr(setups.language, "every", lambda *given: [*every(*given), *["wax the zebra's xylophone"] * 50])
     monkeypatch.setattr(run.build, "init_params", lambda *_: pytest.fail("parameters were made only to be replaced"))
     run.train("sample", small(output, **{"train.resume": True, "train.log_every": 1}))
     assert "the checkpoint's own tokenizer.json go on; today's sentences would make others" in caplog.text
