@@ -1,7 +1,7 @@
 """Which of two clips is better? A local page asks a person, and stores the answers that rewards are learned from.
 
     python -m experiments.label --out runs/labels                                # the trained twin's rollouts
-    python -m experiments.label --checkpoint runs/playtable_fixtures --out runs/labels
+    python -m experiments.label --checkpoint runs/playtable_fixtures --out runs/own_labels
     python -m experiments.label --rollouts runs/labels --reward runs/reward --out runs/more_labels
 
 Both clips are of the same task. Answer with the buttons or the arrow keys. The same command goes on where answering was
@@ -21,6 +21,7 @@ from robovlms_jax.labeling import answers, asking, server
 from robovlms_jax.rl import rewards, segments
 from robovlms_jax.runs import trying
 from robovlms_jax.schema import require
+from robovlms_jax.training import directory
 from robovlms_jax.web import pages as web_pages
 from robovlms_jax.web import running
 from robovlms_jax.web.access import Access
@@ -78,8 +79,10 @@ def prepare(config: LabelConfig, page: server.LabelServer) -> None:
         with bars.waiting(f"making {config.record.count} rollouts"):
             trying.record(config.checkpoint or twin.DIRECTORY, config.record).save(out / segments.FILE)
     found = segments.load(out)
+    trying.require_asked_for(found, out / segments.FILE, config.checkpoint, config.record)
     about = {"rollouts": segments.identity(out), "steps": config.steps, "every": config.every}
     given = answers.Answers(out / answers.FILE, about)
+    answers.require_within(found, given.given, config.steps, given.path)
     page.prepare("Pairs are being chosen")
     learned = rewards.load(config.reward) if config.reward else None
     require(
@@ -122,17 +125,18 @@ def _keep(given: pathlib.Path, own: pathlib.Path) -> None:
 
 
 async def run(config: LabelConfig) -> None:
-    """Until SIGINT or SIGTERM; see `running.serve`."""
-    access = Access.at(config.host, config.token)
+    """Until SIGINT or SIGTERM; see `running.serve`. Raises ValueError where another program writes there."""
+    access, out = Access.at(config.host, config.token), pathlib.Path(config.out)
     page = server.LabelServer(access, web_pages.read(server.PAGE))
-    await running.serve(
-        page,
-        access,
-        config.port,
-        lambda: prepare(config, page),
-        ready=f"answers go to {pathlib.Path(config.out) / answers.FILE}",
-        open_browser=config.open_browser,
-    )
+    with directory.claim(out):  # two programs would ask the same pairs, and one cut off the other's lines
+        await running.serve(
+            page,
+            access,
+            config.port,
+            lambda: prepare(config, page),
+            ready=f"answers go to {out / answers.FILE}",
+            open_browser=config.open_browser,
+        )
 
 
 def main() -> None:

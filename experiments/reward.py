@@ -1,7 +1,7 @@
 """Learn a reward from answers to "which of two clips is better".
 
-    python -m experiments.reward --labels runs/labels --out runs/reward                    # a person's answers
-    python -m experiments.reward --labels runs/labels --out runs/reward --simulated 2000   # a simulated person's
+    python -m experiments.reward --labels runs/labels --out runs/reward                       # a person's answers
+    python -m experiments.reward --labels runs/labels --out runs/simulated --simulated 2000   # a simulated person's
 
 The output is a directory: an ensemble of rewards. experiments.label --reward asks about what its members disagree on,
 and experiments.reinforce --preset preferences --reward improves a policy by it.

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import datetime
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from robovlms_jax import json_files, json_lines
-from robovlms_jax.rl.segments import Segment
+from robovlms_jax.rl.segments import Rollouts, Segment
 
 FILE = "answers.jsonl"
 Answer = Literal["left", "right", "equal", "skip"]
@@ -76,6 +76,19 @@ class Answers:
         row = {"left": list(pair.left), "right": list(pair.right), "answer": answer, "time": now}
         json_lines.append(self.path, row, durable=True)
         self.given.append(Given(pair, answer))
+
+
+def require_within(found: Rollouts, given: Sequence[Given], steps: int, path: pathlib.Path) -> None:
+    """Raise ValueError for an answer about segments of `steps` control steps that these rollouts do not have, or that
+    are of two tasks."""
+    for number, each in enumerate(given, start=2):
+        there = all(found.has(side, steps) for side in each.pair)
+        if not there or len({found.tasks[side.rollout] for side in each.pair}) > 1:
+            raise ValueError(
+                f"{path}, line {number} is about {list(each.pair.left)} and {list(each.pair.right)} (rollout, first "
+                f"step), which are no two clips of {steps} steps of one task in {len(found)} rollouts. Remove that "
+                "line; all others are whole."
+            )
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, Any], list[Given]] | None:

@@ -254,7 +254,10 @@ class NpzFrames:
     @staticmethod
     def unfinished(directory: pathlib.Path, journal: Journal) -> bool:
         lengths = directory / "ep_lens.npy"  # written last
-        done = int(np.load(lengths).sum()) if lengths.exists() else 0
+        try:
+            done = int(np.load(lengths).sum()) if lengths.exists() else 0
+        except (ValueError, EOFError):  # a power failure may leave an empty file; it is written again
+            return True
         return done != journal.num_frames
 
     def finish(self, journal: Journal) -> None:

@@ -29,6 +29,10 @@ Metrics = dict[str, jax.Array]
 SCOPE = "rl"
 """Where the parameters lie that only learning needs."""
 
+_LARGEST = 20.0
+"""Logarithms of ratios are held within: of a whole chunk they are sums of dozens, and an infinite ratio of a decision
+whose advantage is 0, as of those that are held, would be no number."""
+
 
 @flax.struct.dataclass
 class View:
@@ -118,7 +122,7 @@ class PolicyTask:
 
     def __call__(self, now: Reconsidered, decisions: Decisions) -> tuple[jax.Array, dict[str, jax.Array]]:
         difference, counts = by_level(now.log_prob - decisions.log_prob, decisions.mask, self.level)
-        ratio = jnp.exp(difference)
+        ratio = jnp.exp(jnp.clip(difference, -_LARGEST, _LARGEST))
         advantage = decisions.advantage[:, None]
         loss = estimates.clipped_loss(advantage, ratio, low=self.low, high=self.high, dual=self.dual)
         clipped = (ratio < 1 - self.low) | (ratio > 1 + self.high)

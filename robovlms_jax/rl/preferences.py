@@ -45,8 +45,13 @@ def preference_loss(first: jax.Array, second: jax.Array, first_better: jax.Array
       first_better: float32[...] in [0, 1].
       noise: share of answers that are given at random.
     """
-    share = (1 - noise) * jax.nn.sigmoid(first - second) + noise / 2
-    return -first_better * jnp.log(share) - (1 - first_better) * jnp.log1p(-share)
+
+    def log_share(difference: jax.Array) -> jax.Array:
+        """By logarithms: without noise, a share that is rounded to 0 or 1 would have an infinite loss."""
+        given = jnp.log1p(-noise) + jax.nn.log_sigmoid(difference)
+        return jnp.logaddexp(given, jnp.log(noise / 2)) if noise else given
+
+    return -first_better * log_share(first - second) - (1 - first_better) * log_share(second - first)
 
 
 class Reward(nn.Module):
@@ -97,6 +102,10 @@ class RewardConfig:
     def __post_init__(self):
         for field in ("members", "steps", "batch"):
             require(getattr(self, field) >= 1, f"reward.{field}={getattr(self, field)} must be at least 1.")
+        require(
+            all(width >= 1 for width in self.widths), f"reward.widths={self.widths} must be at least 1 each, or none."
+        )
+        require(self.choices >= 0, f"reward.choices={self.choices} must not be negative.")
         require(0 <= self.noise < 1, f"reward.noise={self.noise} must lie in [0, 1).")
         require(0 < self.held_out < 1, f"reward.held_out={self.held_out} must lie between 0 and 1.")
         require(

@@ -6,14 +6,13 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import zipfile
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from robovlms_jax import atomic
+from robovlms_jax import atomic, npz
 from robovlms_jax.rl.preferences import RewardModel
 from robovlms_jax.rl.progress import NAMES
 from robovlms_jax.schema import require
@@ -69,8 +68,10 @@ def load(directory: str | pathlib.Path) -> Saved:
     try:
         about = json.loads((directory / ABOUT).read_text(encoding="utf-8"))
         require(about["version"] == VERSION, f"version {about['version']}, expected {VERSION}; learn it again")
-        with np.load(directory / ARRAYS) as file:
-            arrays = {name: jnp.asarray(file[name]) for name in file.files}
+        read = npz.read(directory / ARRAYS)
+        bad = sorted(name for name, x in read.items() if not np.isfinite(x).all())
+        require(not bad, f"{bad} of {ARRAYS} are not finite; learn it again")
+        arrays = {name: jnp.asarray(x) for name, x in read.items()}
         params = {name.removeprefix("params/"): x for name, x in arrays.items() if name.startswith("params/")}
         own = {field.name: arrays[field.name] for field in dataclasses.fields(RewardModel) if field.name in arrays}
         model = RewardModel(
@@ -78,6 +79,6 @@ def load(directory: str | pathlib.Path) -> Saved:
         )
         found = Saved(model, int(about["every"]), dict(about["about"]))
         require(set(found.tasks) <= set(NAMES), f"tasks {found.tasks}")
-    except (KeyError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{directory} holds no reward that can be read ({type(error).__name__}: {error}).") from error
     return found

@@ -9,14 +9,13 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from robovlms_jax import atomic
+from robovlms_jax import atomic, npz
 from robovlms_jax.evaluation.rollout import Trial
 from robovlms_jax.parallel import cpu
 from robovlms_jax.parallel import mesh as meshes
@@ -52,6 +51,7 @@ class Rollouts:
     scenes, tasks, instructions: R texts each. success: bool[R]. offsets: int64[R + 1]: rollout r has the states
       offsets[r] to offsets[r + 1] - 1, before its first control step to after its last one.
     states: NumPy leaves [offsets[R], ...].
+    made: what they were made by, and how, as JSON (`runs.trying`); empty: nobody said.
     """
 
     scenes: tuple[str, ...]
@@ -60,6 +60,7 @@ class Rollouts:
     success: np.ndarray
     offsets: np.ndarray
     states: bodies.State
+    made: str = ""
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -78,6 +79,10 @@ class Rollouts:
         first = self.offsets[segment.rollout] + segment.start
         return jax.tree.map(lambda x: x[first : first + steps + 1 : every], self.states)
 
+    def has(self, segment: Segment, steps: int) -> bool:
+        """Whether there is such a segment, of so many control steps."""
+        return 0 <= segment.rollout < len(self) and 0 <= segment.start <= self.steps(segment.rollout) - steps
+
     def segments(self, steps: int, stride: int) -> list[Segment]:
         """All of `steps` control steps that begin `stride` apart, counted from a rollout's end, where it is decided."""
         return [
@@ -92,7 +97,8 @@ class Rollouts:
         leaves = {f"state_{field.name}": getattr(self.states, field.name) for field in dataclasses.fields(self.states)}
         texts = {name: np.array(getattr(self, name)) for name in _TEXTS}
         with atomic.replacing(path, durable=True) as file:
-            np.savez_compressed(file, version=_VERSION, success=self.success, offsets=self.offsets, **texts, **leaves)
+            numbers = {"version": _VERSION, "success": self.success, "offsets": self.offsets}
+            np.savez_compressed(file, made=np.array(self.made), **numbers, **texts, **leaves)
 
 
 def locate(path: str | pathlib.Path) -> pathlib.Path:
@@ -108,18 +114,24 @@ def load(path: str | pathlib.Path) -> Rollouts:
     """What `Rollouts.save` wrote. Raises FileNotFoundError, ValueError that name the file."""
     path = locate(path)
     try:
-        with np.load(path) as file:
-            found = {name: file[name] for name in file.files}
+        found = npz.read(path)
         require(int(found["version"]) == _VERSION, f"version {found['version']}, expected {_VERSION}")
         leaves = {field.name: found[f"state_{field.name}"] for field in dataclasses.fields(bodies.State)}
         texts = {name: tuple(found[name].tolist()) for name in _TEXTS}
-        read = Rollouts(**texts, success=found["success"], offsets=found["offsets"], states=bodies.State(**leaves))
+        made = str(found.get("made", ""))
+        read = Rollouts(
+            **texts, success=found["success"], offsets=found["offsets"], states=bodies.State(**leaves), made=made
+        )
         count = len(read.tasks)
         require(
-            len(read.offsets) == count + 1 and all(len(x) == read.offsets[-1] for x in leaves.values()),
+            all(len(getattr(read, name)) == count for name in (*_TEXTS, "success"))
+            and len(read.offsets) == count + 1
+            and read.offsets[0] == 0
+            and (np.diff(read.offsets) > 0).all()
+            and all(len(x) == read.offsets[-1] for x in leaves.values()),
             f"{count} rollouts, {len(read.offsets)} offsets to {read.offsets[-1]}, and states that do not fit",
         )
-    except (KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
             f"{path} is no file of rollouts ({type(error).__name__}: {error}); record it again."
         ) from error

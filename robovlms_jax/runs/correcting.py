@@ -58,6 +58,7 @@ def record(config: CorrectionConfig) -> dict[str, int]:
     trained = load.load_config(config.checkpoint)
     config = played.filled(config, trained, ("max_steps",))
     config = dataclasses.replace(config, record=trying.resolved(config.record, trained))
+    trying.require_possible(config.record, trained.policy)
     out = pathlib.Path(config.out)
     settings = json.loads(json.dumps(schema.to_dict(config)))
     settings = {name: value for name, value in settings.items() if name not in ("out", "checkpoint")}
@@ -97,7 +98,7 @@ def cases(found: segments.Rollouts, config: CorrectionConfig) -> list[takeovers.
     require(
         len(rows) > 0,
         f"all {len(found)} rollouts did their tasks: there is nothing to correct. Record more (correct.record.count), "
-        "with more noise (correct.record.behaviour.spread), or take over anywhere (correct.of all).",
+        "with more noise (correct.record.behaviour.spread), or take over anywhere (correct.of all), in another --out.",
     )
     out = []
     for number in range(len(found) * config.takeovers):

@@ -126,6 +126,7 @@ def _settle(config: ReinforceConfig, output: pathlib.Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
         atomic.write_text(path, json.dumps(now, indent=2) + "\n")
         return
+    require(path.exists(), f"nothing to resume: there is no {path}; leave out --resume, or correct --out.")
     before = json_files.read_object(path, "settings of a reinforcement")
     differing = json_files.differences(before, now, sorted({*before, *now} - set(_MAY_CHANGE)))
     require(

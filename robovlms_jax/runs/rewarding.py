@@ -42,6 +42,11 @@ class RewardRunConfig:
     def __post_init__(self):
         require(self.simulated >= 0, f"simulated={self.simulated} must not be negative.")
         require(0 <= self.simulated_noise < 0.5, f"simulated_noise={self.simulated_noise} must lie in [0, 0.5).")
+        require(
+            self.fit.choices in (0, len(progress.NAMES)),
+            f"fit.choices={self.fit.choices} must be 0 or {len(progress.NAMES)}: so many numbers of a frame say which "
+            "task it is.",
+        )
         require(self.steps >= 1 and self.every >= 1, "steps and every must be at least 1.")
         require(self.steps % self.every == 0, f"steps={self.steps} is no multiple of every={self.every}.")
 
@@ -62,6 +67,10 @@ def learn(config: RewardRunConfig) -> tuple[pathlib.Path, dict[str, float]]:
         pairs, every, names = _answered(found, config)
         held, true, source = None, None, f"{len(pairs.first_better)} answers of a person"
     model, numbers = preferences.fit(pairs, config.fit, held)
+    require(
+        all(np.isfinite(x) for x in numbers.values()),
+        f"the reward did not become finite ({numbers}); lower fit.learning_rate.",
+    )
     if true is not None:
         numbers["accuracy_true"] = preferences.accuracy(model, true)
     about: dict[str, Any] = {"tasks": names, "source": source, "rollouts": segments.identity(config.labels)}
@@ -84,6 +93,7 @@ def _answered(found: segments.Rollouts, config: RewardRunConfig) -> tuple[prefer
         head["rollouts"] == segments.identity(config.labels),
         f"{path} is about other rollouts ({head['rollouts']}) than those beside it; put the right file there.",
     )
+    answers.require_within(found, given, head["steps"], path)
     given = [each for each in given if each.answer != "skip"]
     sides = (
         progress.frames(found, [each.pair[side] for each in given], head["steps"], head["every"]) for side in (0, 1)

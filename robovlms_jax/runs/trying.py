@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import pathlib
 
-from robovlms_jax import schema
-from robovlms_jax.playtable.scene import random_tables
-from robovlms_jax.rl import segments, starts
+from robovlms_jax import json_files, schema
+from robovlms_jax.playtable.scene import check_name, random_tables
+from robovlms_jax.policies.config import PolicyConfig
+from robovlms_jax.rl import behaviours, rollouts, segments, starts
 from robovlms_jax.rl.config import BehaviourConfig
 from robovlms_jax.runs import load, played
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
+from robovlms_jax.training import checkpoints, seals
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +68,15 @@ def resolved(config: TryingConfig, experiment: ExperimentConfig) -> TryingConfig
     return config
 
 
+def require_possible(config: TryingConfig, policy: PolicyConfig) -> None:
+    """Raise ValueError for a policy, tasks or tables that cannot be tried, before anything is made for them."""
+    rollouts.require_playable(policy)
+    behaviours.make(policy, config.behaviour)
+    for name in config.scenes:
+        check_name(name)
+    starts.draw(config.tasks, config.scenes, 1, config.seed)
+
+
 def record(checkpoint: str | pathlib.Path, config: TryingConfig) -> segments.Rollouts:
     """Make them. checkpoint: a run directory, one of its checkpoints/<step> folders, or hf://OWNER/NAME.
 
@@ -72,6 +84,7 @@ def record(checkpoint: str | pathlib.Path, config: TryingConfig) -> segments.Rol
     """
     model, params, encode = load.open_model(checkpoint, weights="float32")
     config = resolved(config, load.load_config(checkpoint))
+    require_possible(config, model.config)
     tables = (*config.scenes, *random_tables(0, config.random_scenes))
     trials = starts.draw(config.tasks, tables, config.count, config.seed, spread=config.spread)
     how = segments.Trying(
@@ -83,4 +96,25 @@ def record(checkpoint: str | pathlib.Path, config: TryingConfig) -> segments.Rol
     )
     found = segments.roll_out(model, params, encode, trials, how, config.seed)
     log.info("%d rollouts, %d succeeded", len(found), found.success.sum())
-    return found
+    made = schema.to_dict(config) | {"checkpoint": seals.identity(checkpoints.locate(checkpoint)).label}
+    return dataclasses.replace(found, made=json.dumps(made))
+
+
+def require_asked_for(found: segments.Rollouts, path: pathlib.Path, checkpoint: str, config: TryingConfig) -> None:
+    """Raise ValueError where rollouts of `path` were made otherwise than those who ask for them say. checkpoint: empty:
+    any. config: fields as they are without being given say nothing."""
+    usual = schema.to_dict(TryingConfig())
+    asked = {name: x for name, x in schema.to_dict(config).items() if x != usual[name]}
+    if checkpoint:
+        asked["checkpoint"] = seals.identity(checkpoints.locate(checkpoint)).label
+    if not asked:
+        return
+    if not found.made:
+        log.warning("%s does not say how its rollouts were made; %s not compared", path, ", ".join(asked))
+        return
+    differing = json_files.differences(json.loads(found.made), json.loads(json.dumps(asked)), sorted(asked))
+    require(
+        not differing,
+        f"{path} has rollouts that were made otherwise ({differing}); leave these out to go on with them, or choose "
+        "another --out.",
+    )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from robovlms_jax import atomic
+from robovlms_jax import atomic, npz
 
 FILE = "fisher.npz"
 """In a run's directory: path -> float32 array as the parameter."""
@@ -82,9 +82,8 @@ def path_of(run: pathlib.Path) -> pathlib.Path:
 
 
 def read(run: pathlib.Path) -> dict[str, np.ndarray]:
-    """What the file of a run holds. Raises as `path_of`."""
-    with np.load(path_of(run)) as file:
-        return dict(file)
+    """What the file of a run holds. Raises as `path_of`, and ValueError for a damaged file."""
+    return npz.read(path_of(run))
 
 
 def write(run: pathlib.Path, fisher: Mapping[str, np.ndarray]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 
 import pytest
 
-from robovlms_jax.labeling.answers import Answers, Given, Pair, read
+from experiments import label
+from robovlms_jax.labeling.answers import Answers, Given, Pair, read, require_within
 from robovlms_jax.rl.segments import Segment
+from robovlms_jax.training import directory
+from tests.labeling.made_up import rollouts
 
 ABOUT = {"rollouts": "abc", "steps": 50, "every": 5}
 PAIRS = [Pair(Segment(0, 0), Segment(2, 5)), Pair(Segment(1, 3), Segment(3, 0))]
@@ -56,6 +60,20 @@ def test_a_damaged_line_is_named(tmp_path, line):
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(ValueError, match=r"answers.jsonl, line 2 is not an answer"):
         Answers(path, ABOUT)
+
+
+@pytest.mark.parametrize("pair", [((0, 0), (9, 0)), ((0, 0), (2, 8)), ((0, -1), (2, 0)), ((0, 0), (1, 0))])
+def test_an_answer_about_clips_that_there_are_not_or_of_two_tasks_is_named(tmp_path, pair):
+    given = [Given(Pair(Segment(0, 3), Segment(2, 0)), "left"), Given(Pair(*(Segment(*side) for side in pair)), "left")]
+    path = tmp_path / "answers.jsonl"
+    require_within(rollouts(), given[:1], 5, path)
+    with pytest.raises(ValueError, match=r"answers.jsonl, line 3 is about .*no two clips of 5 steps of one task in 4"):
+        require_within(rollouts(), given, 5, path)
+
+
+def test_two_programs_do_not_write_to_the_same_answers(tmp_path):
+    with directory.claim(tmp_path), pytest.raises(ValueError, match="is being written by process"):
+        asyncio.run(label.run(label.LabelConfig(out=str(tmp_path), port=0)))
 
 
 def test_what_is_no_answer_is_not_stored(tmp_path):

@@ -77,6 +77,16 @@ def test_the_first_update_is_the_plain_policy_gradient():
     )
 
 
+def test_a_decision_that_has_become_certain_has_a_finite_loss_and_gradient():
+    """As sums over a chunk may: the old policy gave it a probability of e^-200."""
+    params = start()
+    actions, log_prob = tried(params, jax.random.key(0), 3)
+    batch = decisions(actions, log_prob - 200, jnp.array([0.0, 1.0, -1.0]))
+    loss = objective.DecisionLoss(Bandit(), objective.tasks_of(UpdateConfig(level="chunk")))
+    (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, None, 3.0)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, gradient)))
+
+
 def test_what_is_held_goes_back_to_where_it_was_and_the_rest_does_not():
     """The mean has moved from -0.5, where decisions were drawn and are held, to -0.4: the gradient leads back."""
     before, params = start(), start()

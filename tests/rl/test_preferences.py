@@ -60,6 +60,16 @@ def test_rewards_from_answers_of_which_a_tenth_is_wrong_agree_with_85_percent_of
     assert stats.spearmanr(doubt, margin).statistic < -0.3  # members differ where the answer is close
 
 
+def test_an_answer_that_is_beyond_doubt_has_a_finite_loss_and_gradient():
+    """Shares of 0 and 1, as float32 rounds them, with and without random answers."""
+    for noise, wrong in ((0.0, 200.0), (0.1, -np.log(0.05))):
+        losses, gradients = jax.vmap(
+            jax.value_and_grad(lambda x, n=noise: preferences.preference_loss(x, 0.0, 1.0, n))
+        )(jnp.array([200.0, -200.0]))
+        np.testing.assert_allclose(losses, [-np.log1p(-noise / 2), wrong], rtol=1e-5)
+        assert np.isfinite(gradients).all()
+
+
 def test_segments_of_unequal_length_are_not_compared():
     pairs = preferences.Pairs(jnp.zeros((4, 3, 2)), jnp.zeros((4, 5, 2)), jnp.zeros(4))
     with pytest.raises(ValueError, match="equal length"):

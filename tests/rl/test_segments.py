@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import types
+
 import jax
 import numpy as np
 import pytest
 
+from robovlms_jax import schema
 from robovlms_jax.demo import twin
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.playtable.scene import DRAWER, SLIDER, make_scene
@@ -31,6 +36,10 @@ def test_rollouts_are_read_as_they_were_written_and_a_damaged_file_is_named(tmp_
         segments.load(path)
     with pytest.raises(FileNotFoundError, match=r"experiments\.label"):
         segments.load(tmp_path)
+    for wrong in ({"success": found.success[1:]}, {"offsets": found.offsets[::-1]}, {"offsets": found.offsets + 1}):
+        dataclasses.replace(found, **wrong).save(path)
+        with pytest.raises(ValueError, match="states that do not fit"):
+            segments.load(path)
 
 
 def test_segments_end_where_a_rollout_is_decided_and_hold_one_state_more_than_steps():
@@ -40,6 +49,28 @@ def test_segments_end_where_a_rollout_is_decided_and_hold_one_state_more_than_st
     np.testing.assert_allclose(cut.position[:, 0], 0.01 * np.arange(2, 8), rtol=1e-5)
     assert len(found.states_of(Segment(0, 2), 10, every=5).led) == 3
     assert found.segments(13, 5) == []
+    assert found.has(Segment(1, 2), 5) and not found.has(Segment(1, 3), 5)
+    assert not found.has(Segment(2, 0), 5) and not found.has(Segment(-1, 0), 5) and not found.has(Segment(0, -1), 5)
+
+
+def test_rollouts_that_were_made_otherwise_than_is_asked_are_refused(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(trying.checkpoints, "locate", lambda path: path)
+    monkeypatch.setattr(trying.seals, "identity", lambda path: types.SimpleNamespace(label=f"{path}-1"))
+    made = {**schema.to_dict(trying.TryingConfig(count=8, horizon=5)), "checkpoint": "RUN-1"}
+    path = tmp_path / segments.FILE
+    dataclasses.replace(rollouts(), made=json.dumps(made)).save(path)
+    found = segments.load(path)
+    for checkpoint, asked in (("", {}), ("RUN", {"count": 8}), ("", {"horizon": 5})):
+        trying.require_asked_for(found, path, checkpoint, trying.TryingConfig(**asked))
+    for checkpoint, asked, message in (
+        ("OTHER", {}, "checkpoint: 'RUN-1' there, 'OTHER-1' here"),
+        ("", {"count": 99}, "count: 8 there, 99 here"),
+        ("", {"tasks": ("open_drawer",)}, "tasks: .. there, .'open_drawer'. here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trying.require_asked_for(found, path, checkpoint, trying.TryingConfig(**asked))
+    trying.require_asked_for(rollouts(), path, "", trying.TryingConfig(count=9))
+    assert "does not say how its rollouts were made; count not compared" in caplog.text
 
 
 def test_a_simulated_person_prefers_what_comes_nearer_moves_the_drawer_and_opens_it():

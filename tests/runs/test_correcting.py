@@ -12,6 +12,7 @@ from robovlms_jax.data import packed
 from robovlms_jax.demo import twin
 from robovlms_jax.playtable.scene import DRAWER
 from robovlms_jax.rl import segments
+from robovlms_jax.rl.config import BehaviourConfig
 from robovlms_jax.runs import correcting, trying
 from tests.labeling.made_up import rollouts
 
@@ -43,6 +44,22 @@ def test_a_correction_without_a_policy_is_refused(tmp_path):
         correcting.record(correcting.CorrectionConfig(out=str(tmp_path / "out")))
     with pytest.raises(ValueError, match=r"correct\.takeovers=0"):
         correcting.CorrectionConfig(takeovers=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tasks": ("open_drawers",)}, r"unknown \['open_drawers'\]"),
+        ({"scenes": ("A", "E")}, "unknown scene 'E'"),
+        ({"behaviour": BehaviourConfig(spread=(0.1, 0.2))}, "behaviour.spread=.* has 2 numbers"),
+    ],
+)
+def test_what_cannot_be_tried_is_refused_before_a_recording_begins(tmp_path, wrong, message):
+    """Otherwise its directory would belong to settings that nobody can go on with."""
+    record, out = trying.TryingConfig(**wrong), tmp_path / "out"
+    with pytest.raises(ValueError, match=message):
+        correcting.record(correcting.CorrectionConfig(checkpoint=str(twin.DIRECTORY), out=str(out), record=record))
+    assert not out.exists()
 
 
 @pytest.mark.slow

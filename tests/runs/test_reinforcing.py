@@ -157,6 +157,8 @@ def test_trials_of_a_group_begin_in_the_same_state():
 
 def test_a_stopped_run_goes_on_with_its_own_settings_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(reinforcing.seals, "identity", lambda path: types.SimpleNamespace(label="step_1-abc"))
+    with pytest.raises(ValueError, match=r"nothing to resume: there is no .*reinforce\.json"):
+        reinforcing._settle(dataclasses.replace(CONFIG, resume=True), tmp_path)
     reinforcing._settle(CONFIG, tmp_path)
     with pytest.raises(ValueError, match="pass --resume"):
         reinforcing._settle(CONFIG, tmp_path)

@@ -55,6 +55,22 @@ def test_a_persons_answers_become_a_directory_that_gives_the_same_rewards(labels
     assert rewards.identity(out) != before
     with pytest.raises(ValueError, match="no reward that can be read"):
         rewards.load(out)
+    broken = model.replace(center=np.full(3, np.nan, np.float32))
+    rewards.save(tmp_path / "broken", rewards.Saved(broken, 2, found.about))
+    with pytest.raises(ValueError, match=r"\['center'\] of reward.npz are not finite"):
+        rewards.load(tmp_path / "broken")
+
+
+def test_rewards_that_are_no_numbers_and_settings_that_cannot_be_are_refused(labels, tmp_path, monkeypatch):
+    monkeypatch.setattr(preferences, "fit", lambda *how: (None, {"accuracy": 0.5, "loss": np.nan}))
+    with pytest.raises(ValueError, match=r"did not become finite .* lower fit\.learning_rate"):
+        rewarding.learn(config(labels, out=str(tmp_path / "reward")))
+    assert not (tmp_path / "reward").exists()
+    with pytest.raises(ValueError, match=r"fit\.choices=5 must be 0 or 34"):
+        rewarding.RewardRunConfig(fit=dataclasses.replace(FIT, choices=5))
+    for field, value in (("widths", (0,)), ("choices", -1)):
+        with pytest.raises(ValueError, match=f"reward.{field}"):
+            dataclasses.replace(FIT, **{field: value})
 
 
 def test_a_simulated_person_is_measured_on_rollouts_that_taught_nothing(labels, monkeypatch):
