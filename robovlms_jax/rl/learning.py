@@ -211,9 +211,10 @@ class Reinforcement:
             "trials": ended,
             "env_steps": outcome.steps.sum(),
             "reward": rewards.sum() / jnp.maximum(((used.steps > 0) & paid_for).sum(), 1),
-            "explained": estimates.explained_variance(decisions.value, decisions.target, counts),
             "from_reference": (divergence * counts).sum() / jnp.maximum(counts.sum(), 1),
         }
+        if settings.update.method == "ppo":  # groups have no use for values
+            numbers["explained"] = estimates.explained_variance(decisions.value, decisions.target, counts)
         return decisions, numbers
 
     def _tried(self, params: Any, world: playing.World, key: jax.Array) -> tuple[playing.Outcome, _Kept]:

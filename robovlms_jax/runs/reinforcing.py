@@ -215,6 +215,11 @@ def _learn(
     if config.resume and checkpointer.latest is not None:
         learner.state, position = checkpointer.restore(learner.state)
         done = {name: position[name] for name in done}
+        require(
+            done["iteration"] <= config.iterations,
+            f"reinforce.iterations={config.iterations}, and {output} has made {done['iteration']}; give at least as "
+            "many.",
+        )
     else:
         provenance.write_record(output, "reinforce", schema.to_dict(config))
     writer = metrics.JsonLines(output / "metrics.jsonl", done["iteration"])

@@ -217,6 +217,15 @@ def test_what_is_wrong_with_the_settings_is_said_before_anything_is_written(tmp_
         assert not [path for path in (tmp_path / "run").iterdir() if path.name != ".lock"]
 
 
+def test_a_run_does_not_go_back(tmp_path, monkeypatch):
+    position = {"iteration": 7, "env_steps": 1, "seconds": 1.0}
+    made = types.SimpleNamespace(latest=28, restore=lambda state: (state, position))
+    monkeypatch.setattr(reinforcing.checkpoints, "Checkpointer", lambda *how, **more: made)
+    config, learner = dataclasses.replace(CONFIG, resume=True, iterations=6), types.SimpleNamespace(state=None)
+    with pytest.raises(ValueError, match=r"iterations=6, and .* has made 7; give at least as many"):
+        reinforcing._learn(config, tmp_path, learner, None, {})
+
+
 def test_what_an_iteration_cannot_learn_from_is_said(caplog):
     trained = dataclasses.replace(calvin_abcd.PRESETS["playtable_fixtures"])
     config = dataclasses.replace(CONFIG, unseen_scene="A", scenes=("D",), decisions=4, horizon=5, max_steps=30)
