@@ -61,6 +61,7 @@ class LabelConfig(running.PageConfig):
         super().__post_init__()
         for field in ("pairs", "steps", "every"):
             require(getattr(self, field) >= 1, f"{field}={getattr(self, field)} must be at least 1.")
+        require(self.seed >= 0, f"seed={self.seed} must not be negative.")
         require(self.steps % self.every == 0, f"steps={self.steps} is no multiple of every={self.every}.")
         require(100 <= self.picture_size <= 600, f"picture_size={self.picture_size} must be 100 ... 600 pixels.")
 

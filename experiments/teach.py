@@ -61,7 +61,8 @@ class TeachConfig(running.PageConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self.count >= 1, f"count={self.count} must be at least 1.")
-        require(self.max_steps >= 0, f"max_steps={self.max_steps} must not be negative.")
+        for field in ("max_steps", "seed"):
+            require(getattr(self, field) >= 0, f"{field}={getattr(self, field)} must not be negative.")
         require(self.spread >= 0, f"spread={self.spread} must not be negative.")
         require(100 <= self.picture_size <= 1200, f"picture_size={self.picture_size} must be 100 ... 1200 pixels.")
         for name in self.scenes:

@@ -36,6 +36,11 @@ class BehaviourConfig:
             len(self.spread) > 0 and min(self.spread) > 0, f"behaviour.spread={self.spread} must be positive numbers."
         )
         require(self.floor > 0, f"behaviour.floor={self.floor} must be positive.")
+        require(
+            min(self.spread) >= self.floor,
+            f"behaviour.spread={self.spread} begins below behaviour.floor={self.floor}, the smallest there is; lower "
+            "the floor, or raise the spread.",
+        )
         require(0 <= self.correlation < 1, f"behaviour.correlation={self.correlation} must lie in [0, 1).")
         require(self.temperature > 0, f"behaviour.temperature={self.temperature} must be positive.")
         require(self.flow_noise > 0, f"behaviour.flow_noise={self.flow_noise} must be positive.")
@@ -166,7 +171,7 @@ class ReinforceConfig:
     def __post_init__(self):
         for field in ("pool", "iterations", "tables", "decisions", "devices", "group", "trials"):
             require(getattr(self, field) >= 1, f"reinforce.{field}={getattr(self, field)} must be at least 1.")
-        for field in ("max_steps", "horizon", "unseen_random_scenes"):
+        for field in ("max_steps", "horizon", "unseen_random_scenes", "start_spread", "seed"):
             require(getattr(self, field) >= 0, f"reinforce.{field}={getattr(self, field)} must not be negative.")
         require(
             0 <= self.random_scenes <= UNSEEN,
@@ -178,7 +183,7 @@ class ReinforceConfig:
             "some, or leave the weight at 0.",
         )
         require(
-            len(self.image_size) in (0, 2),
+            len(self.image_size) in (0, 2) and all(size >= 1 for size in self.image_size),
             f"reinforce.image_size={self.image_size}: expected pixels of static and wrist camera, or nothing.",
         )
         require(self.checkpoint_every >= 1, f"reinforce.checkpoint_every={self.checkpoint_every} must be at least 1.")

@@ -105,7 +105,8 @@ class RewardConfig:
         require(
             all(width >= 1 for width in self.widths), f"reward.widths={self.widths} must be at least 1 each, or none."
         )
-        require(self.choices >= 0, f"reward.choices={self.choices} must not be negative.")
+        for field in ("choices", "seed"):
+            require(getattr(self, field) >= 0, f"reward.{field}={getattr(self, field)} must not be negative.")
         require(0 <= self.noise < 1, f"reward.noise={self.noise} must lie in [0, 1).")
         require(0 < self.held_out < 1, f"reward.held_out={self.held_out} must lie between 0 and 1.")
         require(

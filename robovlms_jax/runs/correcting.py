@@ -44,7 +44,8 @@ class CorrectionConfig:
 
     def __post_init__(self):
         require(self.takeovers >= 1, f"correct.takeovers={self.takeovers} must be at least 1.")
-        require(self.max_steps >= 0, f"correct.max_steps={self.max_steps} must not be negative.")
+        for field in ("max_steps", "seed"):
+            require(getattr(self, field) >= 0, f"correct.{field}={getattr(self, field)} must not be negative.")
 
 
 def record(config: CorrectionConfig) -> dict[str, int]:

@@ -50,10 +50,10 @@ class TryingConfig:
     def __post_init__(self):
         for field in ("count", "tables"):
             require(getattr(self, field) >= 1, f"record.{field}={getattr(self, field)} must be at least 1.")
-        for field in ("random_scenes", "max_steps", "horizon"):
+        for field in ("random_scenes", "max_steps", "horizon", "spread", "seed"):
             require(getattr(self, field) >= 0, f"record.{field}={getattr(self, field)} must not be negative.")
         require(
-            len(self.image_size) in (0, 2),
+            len(self.image_size) in (0, 2) and all(size >= 1 for size in self.image_size),
             f"record.image_size={self.image_size}: expected pixels of the static and of the wrist camera, or nothing.",
         )
 

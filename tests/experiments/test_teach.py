@@ -40,6 +40,11 @@ def test_more_trials_go_on_with_a_recording_and_other_ones_do_not():
 
 
 def test_settings_that_cannot_be_are_refused():
-    for values, why in (({"count": 0}, "count=0"), ({"max_steps": -1}, "max_steps=-1"), ({"scenes": ("E",)}, "E")):
+    for values, why in (
+        ({"count": 0}, "count=0"),
+        ({"max_steps": -1}, "max_steps=-1"),
+        ({"scenes": ("E",)}, "E"),
+        ({"seed": -1}, "seed=-1"),
+    ):
         with pytest.raises(ValueError, match=why):
             teach.TeachConfig(**values)

@@ -71,6 +71,12 @@ def test_an_answer_about_clips_that_there_are_not_or_of_two_tasks_is_named(tmp_p
         require_within(rollouts(), given, 5, path)
 
 
+def test_impossible_questions_are_refused():
+    for field, value in (("pairs", 0), ("seed", -1), ("steps", 7), ("picture_size", 9)):
+        with pytest.raises(ValueError, match=f"{field}={value}"):
+            label.LabelConfig(**{field: value})
+
+
 def test_two_programs_do_not_write_to_the_same_answers(tmp_path):
     with directory.claim(tmp_path), pytest.raises(ValueError, match="is being written by process"):
         asyncio.run(label.run(label.LabelConfig(out=str(tmp_path), port=0)))

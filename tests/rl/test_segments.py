@@ -53,6 +53,12 @@ def test_segments_end_where_a_rollout_is_decided_and_hold_one_state_more_than_st
     assert not found.has(Segment(2, 0), 5) and not found.has(Segment(-1, 0), 5) and not found.has(Segment(0, -1), 5)
 
 
+def test_impossible_rollouts_are_refused():
+    for field, value in (("count", 0), ("spread", -0.1), ("seed", -1), ("image_size", (0, 9))):
+        with pytest.raises(ValueError, match=f"record.{field}="):
+            trying.TryingConfig(**{field: value})
+
+
 def test_rollouts_that_were_made_otherwise_than_is_asked_are_refused(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(trying.checkpoints, "locate", lambda path: path)
     monkeypatch.setattr(trying.seals, "identity", lambda path: types.SimpleNamespace(label=f"{path}-1"))

@@ -33,6 +33,10 @@ CONFIG = ReinforceConfig(
         ({"tables": 12, "update": UpdateConfig(method="grpo")}, "tables=12 is no multiple of reinforce.group=8"),
         ({"others": ("open_drawer",)}, "others names .'open_drawer'."),
         ({"iterations": 0}, "iterations=0"),
+        ({"tables": 3, "devices": 2}, "tables=3 do not divide over reinforce.devices=2"),
+        ({"start_spread": float("nan")}, "start_spread=nan"),
+        ({"seed": -1}, "seed=-1"),
+        ({"image_size": (96, 0)}, "image_size=.96, 0."),
         ({"scenes": ("random-1000001",), "unseen_random_scenes": 2}, "scenes names .'random-1000001'., which"),
     ],
 )
@@ -48,6 +52,7 @@ def test_impossible_behaviours_are_refused():
         {"temperature": 0.0},
         {"floor": 0.0},
         {"flow_noise": 0.0},
+        {"spread": (0.1, 0.02)},
     ):
         with pytest.raises(ValueError, match=f"behaviour.{next(iter(changes))}"):
             BehaviourConfig(**changes)

@@ -68,7 +68,7 @@ def test_rewards_that_are_no_numbers_and_settings_that_cannot_be_are_refused(lab
     assert not (tmp_path / "reward").exists()
     with pytest.raises(ValueError, match=r"fit\.choices=5 must be 0 or 34"):
         rewarding.RewardRunConfig(fit=dataclasses.replace(FIT, choices=5))
-    for field, value in (("widths", (0,)), ("choices", -1)):
+    for field, value in (("widths", (0,)), ("choices", -1), ("seed", -1)):
         with pytest.raises(ValueError, match=f"reward.{field}"):
             dataclasses.replace(FIT, **{field: value})
 
