@@ -14,12 +14,14 @@ import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from robovlms_jax import schema
 
-_WIDEST, _NARROWEST, _LINES = 120, 72, 45
+_WIDEST, _NARROWEST = 120, 72
+_LINES, _MORE_LINES = 45, 50
+"""Of help, where the terminal has `_WIDEST` columns, and where it has fewer."""
 _VALUE, _EXAMPLES = 20, 8
 """Columns for a value; lines for examples, and for names of presets."""
 
@@ -35,38 +37,76 @@ def show(description: str | None, config: Any, start: tuple[str, Sequence[str]] 
 
 
 def short_help(
-    program: str, description: str, start: tuple[str, Sequence[str]], config: Any, usual: Sequence[str] = ()
+    program: str, description: str, start: tuple[str, Sequence[str]], config: Any, usual: Collection[str] = ()
 ) -> str:
-    """Text for --help: at most 45 lines where the terminal has 120 columns. A narrower one gets more lines, and no
-    field less.
+    """Text for --help: at most 45 lines where the terminal has 120 columns. A narrower one gets at most 50, no field
+    less, and fewer words about each.
 
     Args:
       program: how it is started, "python -m experiments.calvin_abcd".
       description: its first paragraph and its examples are shown.
       start: name of the preset whose values are shown, and those of all presets; "" and () without presets.
       config: a dataclass, or an instance, whose values are then the defaults.
-      usual: dotted fields to show; empty: those of `config` itself, in their order, as far as they fit.
+      usual: dotted fields to show, as a mapping with few words about each for narrow terminals; empty: the fields of
+        `config` itself, in their order, as far as they fit.
     """
     width = min(max(shutil.get_terminal_size((_WIDEST, 24)).columns, _NARROWEST), _WIDEST)
+    every = [path for path, _ in fields(config)]
+    head = _head(program, description, start, _WIDEST)
+    shown = list(usual) or [path for path in every if "." not in path] or every
+    rest = 3
+    lines = _lines(config, shown, _LINES - len(head) - rest)
+    if width < _WIDEST:
+        head = _head(program, description, start, width)
+        shown = shown[: _MORE_LINES - len(head) - rest]
+        lines = _one_line_each(config, shown, width, usual if isinstance(usual, Mapping) else {})
+    return "\n".join([*head, *lines, "", *_rest(set(every) - set(shown), width)])
+
+
+def _head(program: str, description: str, start: tuple[str, Sequence[str]], width: int) -> list[str]:
+    """What stands above the fields."""
     name, presets = start
     wrapped = functools.partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
     summary, *others = with_examples_apart(description).split("\n\n")
     examples = [line for part in others for line in part.splitlines() if line.startswith("    ")]
-    head = [f"usage: {program} {'[--preset NAME] ' if presets else ''}[--FIELD VALUE ...]", ""]
-    head += [*wrapped(" ".join(summary.split())), ""]
+    usage = f"usage: {program} {'[--preset NAME] ' if presets else ''}[--FIELD VALUE ...]"
+    head = [*wrapped(usage, subsequent_indent=" " * 6), "", *wrapped(" ".join(summary.split())), ""]
     head += _shown_examples(examples, width)
     head += [""] if examples else []
     head += wrapped(f"presets: {', '.join(presets)}", subsequent_indent="  ")[:_EXAMPLES] if presets else []
-    head += ["", f"Fields that are turned most, with the values of preset {name}:"] if presets else ["Fields:"]
-    every = [path for path, _ in fields(config)]
-    shown = list(usual) or [path for path in every if "." not in path] or every
-    room = _LINES - len(head) - 3
+    return head + (
+        ["", *wrapped(f"Fields that are turned most, with the values of preset {name}:")] if presets else ["Fields:"]
+    )
+
+
+def _lines(config: Any, shown: list[str], room: int) -> list[str]:
+    """Fields in a wide terminal, in at most `room` lines; those that do not fit are taken out of `shown`."""
     while True:
         for seps in ((), ("; ", ": ", " ("), ("; ", ": ", " (", ", ")):
-            lines = [line for path in shown for line in _field_lines(config, path, shown, width, seps)]
-            if len(lines) <= room or (usual and width < _WIDEST and ", " in seps):
-                return "\n".join([*head, *lines, "", *_rest(set(every) - set(shown), wrapped)])
+            lines = [line for path in shown for line in _field_lines(config, path, shown, _WIDEST, seps)]
+            if len(lines) <= room:
+                return lines
         shown.pop()
+
+
+def _one_line_each(config: Any, shown: Sequence[str], width: int, words: Mapping[str, str]) -> list[str]:
+    """Fields in a narrow terminal: with its value, and as much of the text as fits beside them."""
+    leads = {path: f"  --{path} {_value(config, path)}" for path in shown}
+    column = min(max(map(len, leads.values()), default=0), width // 2 - 2) + 2
+    lines = []
+    for path, lead in leads.items():
+        lead = f"{lead:<{column - 2}}  "
+        lines.append(f"{lead}{_shortened(words.get(path) or document(config, path), width - len(lead))}".rstrip())
+    return lines
+
+
+def _shortened(text: str, room: int) -> str:
+    """A text that ends where one of its clauses does, or else with dots for the words that had no room."""
+    text = text.removeprefix("one of ")
+    if len(text) <= room:
+        return text
+    ends = [i for sep in ("; ", ": ", " (") if 12 < (i := text.rfind(sep, 0, room + len(sep))) <= room]
+    return text[: ends[0]] if ends else textwrap.shorten(text, room, placeholder=" ...", break_on_hyphens=False)
 
 
 def _shown_examples(lines: Sequence[str], width: int) -> list[str]:
@@ -110,12 +150,12 @@ def _field_lines(config: Any, path: str, shown: Sequence[str], width: int, seps:
     return [*(line.rstrip() for line in first), *(indent + line for line in lines[1:])]
 
 
-def _rest(others: Collection[str], wrapped: Callable[..., list[str]]) -> list[str]:
+def _rest(others: Collection[str], width: int) -> list[str]:
     """What --help-all has besides."""
     groups = sorted({f"--{path.partition('.')[0]}.*" if "." in path else f"--{path}" for path in others})
     listed = textwrap.shorten(", ".join(groups), 100, placeholder=" ...")
     also = f" (also {listed})" if groups else ""
-    return wrapped("All fields, each with all of its text: --help-all" + also + ".")[:2]
+    return textwrap.wrap("All fields, each with all of its text: --help-all" + also + ".", width)[:2]
 
 
 _EXAMPLE = re.compile(r"(?:(.*\S) {3,}| *)(python -m .*)")

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 FRAMES_PER_SHARD = 4096
 """About 100 MB of JPEG: few enough files to keep all open, small enough that a killed conversion loses little."""
+QUALITY = 95
+"""Of JPEG, unless another is asked for."""
 MIN_PSNR_DB = 30.0
 """A decoded JPEG must come this near to its source. At quality 95 white noise, the worst case, has 35 dB; swapped
 channels or a shifted image are far below."""
@@ -38,6 +40,8 @@ channels or a shifted image are far below."""
 Codec = Literal["jpeg", "png"]
 Encode = Callable[[np.ndarray, str], bytes]
 """(uint8[height, width, 3], what it shows, for errors) -> encoded bytes."""
+ReadEncoded = Callable[[int], tuple[list[bytes], Mapping[str, np.ndarray]]]
+"""`EncodedSource.encoded` of any source; picklable."""
 
 
 class FrameSource(Protocol):
@@ -53,6 +57,16 @@ class FrameSource(Protocol):
 
     def frame(self, frame_id: int) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
         """(camera -> uint8[height, width, 3], field -> float32[d]) of one frame. Raises CorruptFrameError."""
+
+
+class EncodedSource(FrameSource, Protocol):
+    """One whose pictures were encoded by `encode_image` already; packed as they are where codec and quality agree."""
+
+    encoded_as: tuple[Codec, int]
+    """Codec and quality."""
+
+    def encoded(self, frame_id: int) -> tuple[list[bytes], Mapping[str, np.ndarray]]:
+        """(the pictures in the order of `image_sizes`, field -> float32[d]) of one frame."""
 
 
 class WithSensors:
@@ -77,7 +91,7 @@ def pack(
     *,
     frame_ids: np.ndarray,
     codec: Codec = "jpeg",
-    quality: int = 95,
+    quality: int = QUALITY,
     workers: int = 1,
     skip_corrupt: bool = False,
     sidecars: Mapping[str, pathlib.Path] | None = None,
@@ -104,11 +118,13 @@ def pack(
     directory = pathlib.Path(directory)
     frame_ids = np.asarray(frame_ids, np.int64)
     plan = _plan(source, frame_ids, codec, quality, skip_corrupt)
-    encode = functools.partial(encode_image, codec, quality)
+    read = functools.partial(_encode_frame, source, functools.partial(encode_image, codec, quality))
+    if getattr(source, "encoded_as", None) == (codec, quality):
+        read = source.encoded
     with _explained(directory):
         if not _claim(directory, plan):
             shards = np.split(frame_ids, range(FRAMES_PER_SHARD, len(frame_ids), FRAMES_PER_SHARD))
-            _write_shards(source, directory, shards, encode, workers=workers, skip_corrupt=skip_corrupt)
+            _write_shards(source, directory, shards, read, workers=workers, skip_corrupt=skip_corrupt)
             _merge(source, directory, plan, len(shards), sidecars or {})
         logger.info("verifying %s", directory)
         dataset = packed.PackedDataset(directory)
@@ -197,7 +213,7 @@ def _write_shards(
     source: FrameSource,
     directory: pathlib.Path,
     shards: Sequence[np.ndarray],
-    encode: Encode,
+    read: ReadEncoded,
     *,
     workers: int,
     skip_corrupt: bool,
@@ -205,8 +221,8 @@ def _write_shards(
     """Write the shards that are not finished, here or in processes. Raises ValueError that lists unusable frames."""
     pending = [(number, ids) for number, ids in enumerate(shards) if not _part(directory, number).exists()]
     total, remaining = sum(map(len, shards)), sum(len(ids) for _, ids in pending)
-    _require_space(source, directory, encode, [int(ids[0]) for _, ids in pending], remaining)
-    write = functools.partial(_write_shard, source, directory, encode, skip_corrupt)
+    _require_space(directory, read, [int(ids[0]) for _, ids in pending], remaining)
+    write = functools.partial(_write_shard, tuple(source.arrays), directory, read, skip_corrupt)
     problems: list[str] = []
     with tqdm.tqdm(total=total, initial=total - remaining, unit="frame", desc=str(directory)) as bar:
         for _, found in processes.completed(write, pending, workers=workers, advance=bar.update):
@@ -222,10 +238,15 @@ def _write_shards(
         logger.warning("%sThey are left out.", message)
 
 
+def _encode_frame(source: FrameSource, encode: Encode, frame_id: int) -> tuple[list[bytes], Mapping[str, np.ndarray]]:
+    images, arrays = source.frame(frame_id)
+    return [encode(images[camera], f"{camera} image of frame {frame_id}") for camera in source.image_sizes], arrays
+
+
 def _write_shard(
-    source: FrameSource,
+    arrays: Sequence[str],
     directory: pathlib.Path,
-    encode: Encode,
+    read: ReadEncoded,
     skip_corrupt: bool,
     number: int,
     frame_ids: np.ndarray,
@@ -236,23 +257,22 @@ def _write_shard(
     Returns a message for each frame that cannot be used. Unless these are skipped, a shard that has any is not kept.
     """
     problems: list[str] = []
-    columns: dict[str, list[Any]] = {name: [] for name in ("frame_id", "offset", "length", *source.arrays)}
+    columns: dict[str, list[Any]] = {name: [] for name in ("frame_id", "offset", "length", *arrays)}
     position = crc = 0
     with atomic.replacing(_shard(directory, number)) as file:
         for frame_id in frame_ids.tolist():
             advance(1)
             try:
-                images, arrays = source.frame(frame_id)
+                encoded, values = read(frame_id)
             except base.CorruptFrameError as error:
                 problems.append(str(error))
                 continue
-            encoded = [encode(images[camera], f"{camera} image of frame {frame_id}") for camera in source.image_sizes]
             lengths = [len(data) for data in encoded]
             row = {
                 "frame_id": frame_id,
                 "offset": position + np.cumsum([0, *lengths[:-1]]),
                 "length": lengths,
-                **arrays,
+                **values,
             }
             for name, value in row.items():
                 columns[name].append(value)
@@ -333,19 +353,16 @@ def _faithful(decoded: np.ndarray, image: np.ndarray, codec: Codec) -> bool:
     """Whether `decoded` is what `codec` may make of `image`: the same pixels, or JPEG's usual loss."""
     if codec == "png":
         return np.array_equal(decoded, image)
-    error = np.mean(np.square(decoded.astype(np.float32) - image))
-    return bool(error <= 255**2 / 10 ** (MIN_PSNR_DB / 10))
+    error = np.subtract(decoded, image, dtype=np.float32).ravel()
+    return bool(np.dot(error, error) <= error.size * 255**2 / 10 ** (MIN_PSNR_DB / 10))
 
 
-def _require_space(
-    source: FrameSource, directory: pathlib.Path, encode: Encode, samples: Sequence[int], num_frames: int
-) -> None:
+def _require_space(directory: pathlib.Path, read: ReadEncoded, samples: Sequence[int], num_frames: int) -> None:
     """Refuse before the long work when the disk clearly cannot hold it, judging by the size of a few frames."""
     sizes = []
     for frame_id in samples[:: max(len(samples) // 8, 1)]:
         with contextlib.suppress(base.CorruptFrameError):  # reported when its shard is written
-            images, _ = source.frame(frame_id)
-            sizes.append(sum(len(encode(image, f"an image of frame {frame_id}")) for image in images.values()))
+            sizes.append(sum(map(len, read(frame_id)[0])))
     need, free = num_frames * float(np.mean(sizes or [0])), shutil.disk_usage(directory).free
     if need > free:
         raise OSError(

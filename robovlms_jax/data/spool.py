@@ -1,59 +1,108 @@
-"""Frames in the order in which a program makes them, kept in one file until they are packed."""
+"""Frames in the order in which a program makes them, kept in two files until they are packed. Pictures are encoded as
+they come, on all cores, so that packing copies them."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import os
 import pathlib
 from collections.abc import Mapping
 
 import numpy as np
 
-from robovlms_jax.data import base
+from robovlms_jax.data import base, frame_index, packing
 
 
 class Spool:
-    """A `packing.FrameSource` that a program fills.
+    """A `packing.EncodedSource` that a program fills.
 
-    Frame ids count from 0. `add` all frames, set `episodes`, then `packing.pack` it; `delete` removes the file. A file
-    that is there already is continued.
+    Frame ids count from 0. `add` all frames, set `episodes`, then `packing.pack` it; `delete` removes the files. Files
+    that are there already are continued.
 
     Args:
-      path: file to make.
+      path: file to make, of encoded pictures; the file PATH.rows beside it has their places and all numbers.
       image_sizes: camera -> (height, width). arrays: field -> number of values.
     """
 
     robot, action_units = base.Dataset.robot, base.Dataset.action_units
     statistics = None
+    encoded_as: tuple[packing.Codec, int] = ("jpeg", packing.QUALITY)
 
     def __init__(self, path: pathlib.Path, image_sizes: Mapping[str, tuple[int, int]], arrays: Mapping[str, int]):
         self.name, self.image_sizes, self.arrays = str(path), dict(image_sizes), tuple(arrays)
         self.episodes: tuple[base.Episode, ...] = ()
-        images = [(camera, np.uint8, (*size, 3)) for camera, size in image_sizes.items()]
-        self._record = np.dtype([*images, *((name, np.float32, (size,)) for name, size in arrays.items())])
-        path.touch()
-        self.num_frames = path.stat().st_size // self._record.itemsize
+        self._pictures, self._rows = path, path.with_name(f"{path.name}.rows")
+        places = [("offset", np.int64), ("lengths", np.int32, (len(image_sizes),))]
+        self._row = np.dtype([*places, *((name, np.float32, (size,)) for name, size in arrays.items())])
+        for file in (self._pictures, self._rows):
+            file.touch()
+        whole = _ends(np.fromfile(self._rows, self._row)) <= self._pictures.stat().st_size
+        self.num_frames = len(whole)
+        self.truncate(int(whole.argmin()) if not whole.all() else len(whole))
 
     def truncate(self, num_frames: int) -> None:
         """Keep the first `num_frames` frames. Raises ValueError when there are fewer."""
         if num_frames > self.num_frames:
             raise ValueError(f"{self.name} has {self.num_frames} frames, expected {num_frames}; record anew.")
-        os.truncate(self.name, num_frames * self._record.itemsize)
-        self.num_frames = num_frames
+        os.truncate(self._rows, num_frames * self._row.itemsize)
+        ends = _ends(np.fromfile(self._rows, self._row))
+        self._size, self.num_frames = int(ends[-1]) if num_frames else 0, num_frames
+        os.truncate(self._pictures, self._size)
 
     def add(self, images: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> None:
         """Append T frames: camera -> uint8[T, height, width, 3], field -> float[T, d]."""
-        values = {**images, **arrays}
-        records = np.empty(len(next(iter(values.values()))), self._record)
-        for name in self._record.names:
-            records[name] = values[name]
-        with open(self.name, "ab") as file:
-            records.tofile(file)
-        self.num_frames += len(records)
+        count = len(next(iter(images.values())))
+
+        def encode(frame: int) -> list[bytes]:
+            what = f"image of frame {self.num_frames + frame}"
+            return [
+                packing.encode_image(*self.encoded_as, images[camera][frame], f"{camera} {what}")
+                for camera in self.image_sizes
+            ]
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            encoded = list(pool.map(encode, range(count)))
+        rows = np.empty(count, self._row)
+        rows["lengths"] = [[len(picture) for picture in frame] for frame in encoded]
+        sizes = rows["lengths"].sum(axis=1, dtype=np.int64)
+        rows["offset"] = self._size + np.cumsum(sizes) - sizes
+        for name in self.arrays:
+            rows[name] = arrays[name]
+        with open(self._pictures, "ab") as file:  # first: no row names pictures that are not there
+            file.write(b"".join(picture for frame in encoded for picture in frame))
+        with open(self._rows, "ab") as file:
+            rows.tofile(file)
+        self._size, self.num_frames = self._size + int(sizes.sum()), self.num_frames + count
+        self.__dict__.pop("_stored", None)
+
+    @functools.cached_property
+    def _stored(self) -> tuple[np.ndarray, np.ndarray]:
+        """All rows, and all pictures as uint8[bytes]."""
+        pictures = np.memmap(self._pictures, np.uint8, "r") if self._size else np.zeros(0, np.uint8)
+        return np.fromfile(self._rows, self._row), pictures
+
+    def encoded(self, frame_id: int) -> tuple[list[bytes], Mapping[str, np.ndarray]]:
+        """A frame as `packing.EncodedSource` has it."""
+        rows, pictures = self._stored
+        row = rows[frame_id]
+        ends = row["offset"] + np.cumsum(row["lengths"])
+        spans = zip(ends - row["lengths"], ends, strict=True)
+        return [pictures[begin:end].tobytes() for begin, end in spans], {name: row[name] for name in self.arrays}
 
     def frame(self, frame_id: int) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
-        offset = frame_id * self._record.itemsize
-        row = np.fromfile(self.name, self._record, count=1, offset=offset)[0]
-        return {camera: row[camera] for camera in self.image_sizes}, {name: row[name] for name in self.arrays}
+        pictures, arrays = self.encoded(frame_id)
+        images = {camera: np.empty((*size, 3), np.uint8) for camera, size in self.image_sizes.items()}
+        for picture, image in zip(pictures, images.values(), strict=True):
+            frame_index.decode_image(picture, image)
+        return images, arrays
 
     def delete(self) -> None:
-        pathlib.Path(self.name).unlink(missing_ok=True)
+        self.__dict__.pop("_stored", None)
+        for file in (self._pictures, self._rows):
+            file.unlink(missing_ok=True)
+
+
+def _ends(rows: np.ndarray) -> np.ndarray:
+    """int64[n]: where the pictures of each row end."""
+    return rows["offset"] + rows["lengths"].sum(axis=1, dtype=np.int64)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from robovlms_jax import atomic, bars, json_files, json_lines
-from robovlms_jax.data import base, calvin, packing, spool
+from robovlms_jax.data import base, calvin, packed, packing, spool
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.playtable import demonstrations
 from robovlms_jax.training.directory import LOCK, OWNER
@@ -26,9 +26,6 @@ INTERVENTION = "intervention"
 Frames in CALVIN's layout have it as a field."""
 _CHAIN = ("number", "frames", "attempted", "segments")
 """Fields of a chain's line in the journal."""
-PACK_FRAMES = 20_000
-"""Fewer are packed by one process: more of them first import everything (two: 32 000 frames in 18 instead of 20 s,
-16 000 in 12 instead of 11; two threads of one x86 core)."""
 
 
 def directory(out: pathlib.Path, split: str) -> pathlib.Path:
@@ -284,17 +281,17 @@ class NpzFrames:
 
 
 class SpooledFrames:
-    """The packed layout, by way of one file of raw frames."""
+    """The packed layout, by way of files of frames whose pictures are encoded already (`data.spool`)."""
 
     def __init__(self, directory: pathlib.Path, image_size: tuple[int, int]):
         sizes = {camera: (size, size) for camera, size in zip(("static", "wrist"), image_size, strict=True)}
         widths = {name: calvin.ARRAY_SIZES[name] for name in ("rel_actions", "actions", "robot_obs", "scene_obs")}
         self._directory = directory
-        self._spool = spool.Spool(self._raw(directory), sizes, widths)
+        self._spool = spool.Spool(self._unpacked(directory), sizes, widths)
 
     @staticmethod
-    def _raw(directory: pathlib.Path) -> pathlib.Path:
-        return directory.with_name(f"{directory.name}.raw")
+    def _unpacked(directory: pathlib.Path) -> pathlib.Path:
+        return directory.with_name(f"{directory.name}.unpacked")
 
     def discard(self, first: int) -> None:
         self._spool.truncate(first)
@@ -303,16 +300,15 @@ class SpooledFrames:
         self._spool.add(segment.images, segment.arrays)
 
     def abandon(self, journal: Journal) -> None:
-        pass  # the file of raw frames stays
+        pass  # the files of frames stay
 
     @staticmethod
     def unfinished(directory: pathlib.Path, journal: Journal) -> bool:
-        return journal.num_frames > 0 and SpooledFrames._raw(directory).exists()  # deleted when all is packed
+        left = SpooledFrames._unpacked(directory).exists()  # deleted when all is packed
+        return journal.num_frames > 0 and (left or not (directory / packed.META).exists())
 
     def finish(self, journal: Journal) -> None:
         _require_success(journal, self._directory)
         self._spool.episodes = tuple(journal.episodes())
-        numbers = np.arange(self._spool.num_frames)
-        workers = (os.cpu_count() or 1) if len(numbers) > PACK_FRAMES else 1
-        packing.pack(self._spool, self._directory, frame_ids=numbers, workers=workers)
+        packing.pack(self._spool, self._directory, frame_ids=np.arange(self._spool.num_frames))  # mere copying
         self._spool.delete()

@@ -26,14 +26,34 @@ from robovlms_jax.training.config import OptimizerConfig, TrainConfig
 class ExperimentConfig:
     """Everything a run depends on. Saved beside its checkpoints, enough to serve them."""
 
-    USUAL: ClassVar[tuple[str, ...]] = (
-        *("data.root", "data.dataset", "data.windows_per_segment", "backbone.name", "backbone.weights"),
-        *("backbone.dtype", "backbone.remat", "backbone.lora_rank", "policy.history", "policy.head", "policy.cameras"),
-        *("policy.window", "policy.chunk", "optimizer.learning_rate", "optimizer.schedule", "train.steps"),
-        *("train.batch_size", "train.accumulation", "train.trainable", "train.output", "train.resume"),
-        *("train.init_from", "mesh.fsdp", "rollouts.trials"),
-    )
-    """What --help shows."""
+    USUAL: ClassVar[Mapping[str, str]] = {
+        "data.root": "directory of the dataset",
+        "data.dataset": "calvin, lerobot, libero_hdf5 or a name",
+        "data.windows_per_segment": "windows that share frames",
+        "backbone.name": "which VLM",
+        "backbone.weights": "its published weights, DIR or hf://",
+        "backbone.dtype": "",
+        "backbone.remat": "compute again instead of keeping",
+        "backbone.lora_rank": "above 0: low-rank adapters",
+        "policy.history": "",
+        "policy.head": "",
+        "policy.cameras": "in the order of their tokens",
+        "policy.window": "observed steps looked back over",
+        "policy.chunk": "future actions predicted at every step",
+        "optimizer.learning_rate": "the largest",
+        "optimizer.schedule": "",
+        "train.steps": "optimizer steps",
+        "train.batch_size": "windows per step over all hosts",
+        "train.accumulation": "micro-batches per step",
+        "train.trainable": "expressions for what is trained",
+        "train.output": "directory of the run",
+        "train.resume": "go on from the newest checkpoint",
+        "train.init_from": "begin with another run's parameters",
+        "mesh.fsdp": "devices that split parameters and batch",
+        "rollouts.trials": "rollouts per evaluation",
+    }
+    """What --help shows, and how it says so where the terminal is narrow; "" where the first words of a field's own
+    text do."""
 
     backbone: BackboneConfig = BackboneConfig()
     policy: PolicyConfig = PolicyConfig()

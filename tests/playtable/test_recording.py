@@ -136,7 +136,7 @@ def test_a_recording_that_was_stopped_after_its_last_chain_is_finished_by_the_sa
     for split in ("training", "validation"):
         whole, parts = (calvin.open_dataset(tmp_path / name, split) for name in ("whole", "parts"))
         assert whole.episodes == parts.episodes
-    assert not list(tmp_path.rglob("*.raw"))
+    assert not list(tmp_path.rglob("*.unpacked*"))
 
 
 def test_a_killed_packed_recording_goes_on(tmp_path, monkeypatch):
@@ -157,7 +157,7 @@ def test_a_killed_packed_recording_goes_on(tmp_path, monkeypatch):
         whole, parts = (calvin.open_dataset(tmp_path / name, split) for name in ("whole", "parts"))
         assert whole.episodes == parts.episodes
         np.testing.assert_array_equal(whole.actions(whole.frame_ids), parts.actions(parts.frame_ids))
-    assert not list(tmp_path.rglob("*.raw"))
+    assert not list(tmp_path.rglob("*.unpacked*"))
     # a packed split cannot grow
     with pytest.raises(ValueError, match="episodes: 6 there, 9 here"):
         recording.record(config(tmp_path / "parts", pack=True, image_size=(8, 8), episodes=9))
