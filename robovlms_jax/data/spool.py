@@ -52,17 +52,20 @@ class Spool:
 
     def add(self, images: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> None:
         """Append T frames: camera -> uint8[T, height, width, 3], field -> float[T, d]."""
-        count = len(next(iter(images.values())))
+        count, threads = len(next(iter(images.values()))), os.cpu_count() or 1
 
-        def encode(frame: int) -> list[bytes]:
-            what = f"image of frame {self.num_frames + frame}"
+        def encode(frames: np.ndarray) -> list[list[bytes]]:
             return [
-                packing.encode_image(*self.encoded_as, images[camera][frame], f"{camera} {what}")
-                for camera in self.image_sizes
+                [
+                    packing.encode_image(*self.encoded_as, image[frame], f"{camera} image of frame {first + frame}")
+                    for camera, image in images.items()
+                ]
+                for frame in frames.tolist()
             ]
 
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            encoded = list(pool.map(encode, range(count)))
+        first, images = self.num_frames, {camera: images[camera] for camera in self.image_sizes}  # in this order
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            encoded = [frame for part in pool.map(encode, np.array_split(np.arange(count), threads)) for frame in part]
         rows = np.empty(count, self._row)
         rows["lengths"] = [[len(picture) for picture in frame] for frame in encoded]
         sizes = rows["lengths"].sum(axis=1, dtype=np.int64)

@@ -52,7 +52,9 @@ def rendered(tables: Iterable[Chain], renderer: Renderer) -> Iterator[tuple[int,
     """
     ended: list[Chain] = []
     looking: concurrent.futures.Future | None = None
+    renderer.scenes.stacked  # noqa: B018, both threads want them
     with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        beside.submit(renderer.compile)  # beside the simulation's programs; an error comes again with the first picture
         for chain in tables:
             ended.append(chain)
             if sum(demo.length for each in ended for demo in each.demos) >= RENDER_FRAMES:
@@ -324,6 +326,13 @@ class Renderer:
     @functools.cached_property
     def _backdrops(self) -> tiles.Backdrop:
         return jax.device_get(env.backdrops(self.scenes.stacked, self._sizes["static"]))
+
+    def compile(self) -> None:
+        """Have the programs ready that pictures are made by."""
+        names, starts = self.scenes.names[:1], [np.zeros((1, size)) for size in (env.ROBOT_OBS_DIM, env.SCENE_OBS_DIM)]
+        shapes = jax.eval_shape(jax.vmap(physics.reset), stack_scenes(names), *starts)
+        blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+        env.pictures(self.scenes.stacked, np.zeros(1, np.int32), blank, self._sizes, self._backdrops)
 
     def segments(self, chains: list[Chain]) -> list[tuple[int, list[Segment], int]]:
         """Render all demonstrations of some chains together; what `rendered` yields of them."""

@@ -42,8 +42,8 @@ class _Rendering(NamedTuple):
 
 def _rendering(platform: str) -> _Rendering:
     if platform == "cpu":
-        # What one picture needs stays in the cache. A program with room for eight makes any smaller number as well.
-        return _Rendering(tiled=True, pixels=None, batch=8, threads=os.cpu_count() or 1)
+        # What one picture needs stays in the cache. A program with room for sixteen makes any smaller number as well.
+        return _Rendering(tiled=True, pixels=None, batch=16, threads=os.cpu_count() or 1)
     return _Rendering(tiled=False, pixels=2**24, batch=None, threads=1)  # a few gigabytes
 
 
@@ -136,7 +136,8 @@ def pictures(
     count, platform = len(which), cpu.default_platform()
     way = _rendering(platform)
     batch = way.batch or 2 ** (count - 1).bit_length()
-    calls = max(-(-count // batch), min(count, way.threads))  # every core has some
+    rounds = -(-count // (batch * way.threads))
+    calls = min(rounds * way.threads, count)  # every core has as many as the others
     if way.batch:  # views, whose rows are picked at once
         scenes, states, backdrops = jax.device_get((scenes, states, backdrops))
 

@@ -153,7 +153,7 @@ def test_the_others_stand_still(tables):
 
 
 def test_pictures_are_of_the_right_tables():
-    """Eleven tables of three scenes: calls with room for eight on a CPU, none full; each picture as if alone."""
+    """Eleven tables of three scenes: calls with room for sixteen on a CPU, none full; each picture as if alone."""
     scenes, which = stack_scenes("ABD"), np.array([2, 0, 1, 1, 2, 0, 0, 2, 1, 0, 2])
     robot = np.tile(initial_states.INITIAL_ROBOT_OBS, (11, 1))
     robot[:, 0] += np.linspace(-0.1, 0.1, 11)
@@ -179,7 +179,7 @@ def test_a_single_table_draws_one_picture_of_each_camera(monkeypatch):
     monkeypatch.setattr(env, "render_batch", count)
     monkeypatch.setattr(env.cpu, "default_platform", lambda: "cpu")
     table.observe()
-    assert wanted == [("static", 8, 1), ("wrist", 8, 1)]
+    assert wanted == [("static", 16, 1), ("wrist", 16, 1)]
 
 
 @pytest.mark.slow
