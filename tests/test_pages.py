@@ -18,7 +18,7 @@ TINY = "--backbone.name kosmos-2-twin --backbone.dtype float32 --train.steps 2 -
 
 
 def _arm(folder: pathlib.Path) -> None:
-    synthetic.write(folder / "DIR", lerobot.PRESETS["so100"].policy.robot, episodes=6)
+    synthetic.write(folder / "DIR", lerobot.ROBOTS["so100"], episodes=6)
 
 
 def _libero(folder: pathlib.Path) -> None:

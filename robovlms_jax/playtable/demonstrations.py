@@ -328,7 +328,9 @@ class Renderer:
         return jax.device_get(env.backdrops(self.scenes.stacked, self._sizes["static"]))
 
     def compile(self) -> None:
-        """Have the programs ready that pictures are made by."""
+        """Have the programs ready that pictures are made by. On CPUs, where they do not depend on how many."""
+        if cpu.default_platform() != "cpu":
+            return
         names, starts = self.scenes.names[:1], [np.zeros((1, size)) for size in (env.ROBOT_OBS_DIM, env.SCENE_OBS_DIM)]
         shapes = jax.eval_shape(jax.vmap(physics.reset), stack_scenes(names), *starts)
         blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
