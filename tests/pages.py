@@ -65,7 +65,7 @@ def run(name: str, page: Page, folder: pathlib.Path) -> str:
     environment = {
         **os.environ,
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "JAX_PLATFORMS": "cpu",
         "HF_HUB_OFFLINE": "1",
         "XLA_FLAGS": "",

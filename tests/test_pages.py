@@ -39,13 +39,14 @@ def _libero(folder: pathlib.Path) -> None:
                     demo[f"obs/{key}"] = rng.integers(0, 255, (steps, 64, 64, 3), np.uint8)
 
 
-EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+SMALLER = {WEIGHTS: f"{TINY} --train.batch_size 32", "--mesh.fsdp 8": "--mesh.fsdp 2"}
+TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 PAGES = {
     "docs/how_to/calvin.md": pages.Page(
         made=pages.calvin("task_ABCD_D"),
-        instead={WEIGHTS: TINY},
+        instead=SMALLER,
         left_out={"python -m experiments.evaluate": "CALVIN's own simulator is installed by hand (docs/calvin.md)"},
-        environment=EIGHT,
+        environment=TWO_DEVICES,
     ),
     "docs/how_to/bridge_oxe.md": pages.Page(
         made=pages.bridge("data/oxe", "data/bridge_dataset"),
@@ -83,8 +84,8 @@ PAGES = {
     "docs/how_to/tpu_pod.md": pages.Page(),
     "docs/how_to/gpu_cluster.md": pages.Page(
         made=pages.calvin("data/task_ABCD_D"),
-        instead={WEIGHTS: TINY},
-        environment=EIGHT,
+        instead=SMALLER,
+        environment=TWO_DEVICES,
     ),
     "docs/how_to/edge.md": pages.Page(instead={"runs/sample": str(pages.ROOT / "robovlms_jax/demo/twin")}),
     "docs/how_to/korean_base.md": pages.Page(
