@@ -14,6 +14,7 @@ from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.heads.continuous import ContinuousPrediction
 from robovlms_jax.rl import behaviours, objective
 from robovlms_jax.rl.config import UpdateConfig
+from robovlms_jax.rl.critic import Critic
 from robovlms_jax.training import stages, step
 from robovlms_jax.training.config import OptimizerConfig, TrainConfig
 from robovlms_jax.training.state import create
@@ -83,7 +84,8 @@ def test_a_decision_that_has_become_certain_has_a_finite_loss_and_gradient():
     actions, log_prob = tried(params, jax.random.key(0), 3)
     batch = decisions(actions, log_prob - 200, jnp.array([0.0, 1.0, -1.0]))
     loss = objective.DecisionLoss(Bandit(), objective.tasks_of(UpdateConfig(level="chunk")))
-    (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, None, 3.0)
+    step_of = jax.jit(lambda params: jax.value_and_grad(loss, has_aux=True)(params, batch, None, 3.0))
+    (value, _), gradient = step_of(params)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, gradient)))
 
 
@@ -124,6 +126,15 @@ def test_a_ratio_is_of_the_chunk_each_action_or_each_number(level):
     found, counts = objective.by_level(logs, mask, level)
     expected = {"chunk": [1.1 * 1.2 * 1.3], "action": [1.1 * 1.2, 1.3], "token": [1.1, 1.2, 1.3, 1.0]}[level]
     np.testing.assert_allclose(jnp.exp(found)[counts], expected, rtol=1e-5)
+
+
+def test_the_critic_learns_from_the_first_querys_features_and_does_not_teach_them():
+    critic, features = Critic((4,)), jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.float32)
+    params = meshes.unbox(critic.init(jax.random.key(0), features)["params"])
+    value = jax.jit(lambda params, features: critic.apply({"params": params}, features))
+    own, of_features = jax.grad(lambda *what: jnp.square(value(*what) - 1).sum(), (0, 1))(params, features)
+    assert float(jnp.abs(own["layer_0"]["kernel"]).max()) > 0 == float(jnp.abs(of_features).max())
+    np.testing.assert_array_equal(value(params, features), value(params, features.at[:, 1:].set(9.0)))
 
 
 def test_ppo_solves_a_bandit_in_two_hundred_updates():
