@@ -60,12 +60,15 @@ def learn(config: RewardRunConfig) -> tuple[pathlib.Path, dict[str, float]]:
     require(not (out / rewards.ABOUT).exists(), f"{out} holds a reward already; choose another --out, or delete it.")
     found = segments.load(config.labels)
     if config.simulated:
-        every, names = config.every, sorted(set(found.tasks))
-        pairs, held, true = _simulated(found, config)
+        every = config.every
+        (pairs, held, true), names = _simulated(found, config)
         source = f"{len(pairs.first_better)} answers of a simulated person, {config.simulated_noise:.0%} turned round"
     else:
         pairs, every, names = _answered(found, config)
         held, true, source = None, None, f"{len(pairs.first_better)} answers of a person"
+    unknown = sorted({*found.tasks} - {*names})
+    if unknown:
+        log.warning("no answer is about %s: the reward does not know these tasks", ", ".join(unknown))
     model, numbers = preferences.fit(pairs, config.fit, held)
     require(
         all(np.isfinite(x) for x in numbers.values()),
@@ -105,24 +108,26 @@ def _answered(found: segments.Rollouts, config: RewardRunConfig) -> tuple[prefer
 
 def _simulated(
     found: segments.Rollouts, config: RewardRunConfig
-) -> tuple[preferences.Pairs, preferences.Pairs, preferences.Pairs]:
-    """Pairs that teach; pairs that measure, of rollouts that do not teach; and these with what is true."""
+) -> tuple[tuple[preferences.Pairs, preferences.Pairs, preferences.Pairs], list[str]]:
+    """Pairs that teach; pairs that measure, of rollouts that do not teach; and these with what is true. And the tasks
+    that those that teach are about."""
     rng = np.random.default_rng([config.fit.seed, 1])
     order = rng.permutation(len(found))
     share = int(len(found) * config.fit.held_out)
     held = set(order[:share].tolist())
     every = found.segments(config.steps, max(config.steps // 2, 1))
-    parts = []
+    parts, names = [], list[str]()
     for rows, count in (
         ([x for x in every if x.rollout not in held], config.simulated),
         ([x for x in every if x.rollout in held], max(config.simulated // 4, 1)),
     ):
         how = {"steps": config.steps, "every": config.every}
         pairs = asking.draw(found, rows, count, config.fit.seed, **how)
+        names = names or sorted({found.tasks[pair.left.rollout] for pair in pairs})
         sides = [[pair[side] for pair in pairs] for side in (0, 1)]
         worth = [progress.advance(found, side, config.steps) for side in sides]
         seen = [progress.frames(found, side, config.steps, config.every) for side in sides]
         for noise in (config.simulated_noise, 0.0):
             parts.append(preferences.Pairs(*seen, progress.answers(*worth, noise, rng)))
     teaching, _, noisy, true = parts
-    return teaching, noisy, true
+    return (teaching, noisy, true), names

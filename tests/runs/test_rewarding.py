@@ -81,11 +81,24 @@ def test_a_simulated_person_is_measured_on_rollouts_that_taught_nothing(labels, 
         return draw(found, rows, *how, **more)
 
     monkeypatch.setattr(asking, "draw", watched)
-    teaching, noisy, true = rewarding._simulated(found, config(labels, simulated=20))
+    (teaching, noisy, true), names = rewarding._simulated(found, config(labels, simulated=20))
+    assert names == ["open_drawer", "turn_on_led"]
     assert len(teaching.first_better) > len(noisy.first_better) == len(true.first_better) > 0
     np.testing.assert_array_equal(noisy.first, true.first)
     taught, measured = ({x.rollout for x in rows} for rows in drawn)
     assert len(measured) == 3 and not taught & measured
+
+
+def test_a_task_without_pairs_is_one_that_the_reward_does_not_know(tmp_path, monkeypatch, caplog):
+    """One rollout alone has nothing to be compared with."""
+    rollouts((10,) * 9, ("open_drawer",) * 8 + ("turn_on_led",)).save(tmp_path / segments.FILE)
+    monkeypatch.setattr(preferences, "fit", lambda *how: (None, {"accuracy": 0.5}))
+    monkeypatch.setattr(preferences, "accuracy", lambda *how: 0.5)
+    kept = []
+    monkeypatch.setattr(rewards, "save", lambda out, saved: kept.append(saved))
+    rewarding.learn(config(tmp_path, simulated=20, out=str(tmp_path / "out")))
+    assert kept[0].tasks == ("open_drawer",)
+    assert "no answer is about turn_on_led" in caplog.text
 
 
 def test_answers_about_other_rollouts_or_none_are_refused(labels, tmp_path):
