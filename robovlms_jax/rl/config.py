@@ -52,12 +52,13 @@ class UpdateConfig:
     """What an update makes of what was tried. Defaults as published for VLAs (RL4VLA, arXiv:2505.19789; RLinf-VLA,
     arXiv:2510.06710), but for the number of decisions."""
 
-    method: Literal["ppo", "grpo"] = "ppo"
-    """ppo: advantages from a value function. grpo: compared with other trials from the same state, without one."""
+    method: Literal["ppo", "grpo", "awr"] = "ppo"
+    """ppo: advantages from a value function. grpo: compared with other trials from the same state, without one. awr: as
+    ppo, but what turned out well is cloned, by weight (a cheap baseline; clips nothing)."""
     discount: float = 0.99
     """Per decision."""
     trace: float = 0.95
-    """Lambda of the advantage estimates (ppo)."""
+    """Lambda of the advantage estimates (not grpo)."""
     clip_low: float = 0.2
     clip_high: float = 0.28
     dual_clip: float = 3.0
@@ -188,7 +189,7 @@ class ReinforceConfig:
         )
         require(self.checkpoint_every >= 1, f"reinforce.checkpoint_every={self.checkpoint_every} must be at least 1.")
         require(
-            self.update.method == "ppo" or self.tables % (self.group * self.devices) == 0,
+            self.update.method != "grpo" or self.tables % (self.group * self.devices) == 0,
             f"reinforce.tables={self.tables} is no multiple of reinforce.group={self.group} times reinforce.devices="
             f"{self.devices}; each group plays whole, on one device.",
         )

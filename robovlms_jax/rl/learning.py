@@ -38,8 +38,8 @@ _AXES = ("data", "fsdp")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """tables: side by side. decisions: of every table in one iteration. play: how tables are played; for ppo one trial
-    follows the other, with a last look at those that were cut off, for grpo each table plays one. held: tasks that are
+    """tables: side by side. decisions: of every table in one iteration. play: how tables are played; one trial follows
+    the other, with a last look at those that were cut off, but for grpo each table plays one. held: tasks that are
     played and not trained (`update.hold_weight`), positions in `tables.NAMES`."""
 
     behaviour: BehaviourConfig
@@ -53,7 +53,7 @@ class Settings:
 
     def __post_init__(self):
         require(
-            self.update.method == "ppo" or self.decisions * self.actions >= self.max_steps,
+            self.update.method != "grpo" or self.decisions * self.actions >= self.max_steps,
             f"decisions={self.decisions} of {self.actions} control steps end before trials may, after "
             f"max_steps={self.max_steps}, and groups (update.method=grpo) are compared by how their trials end; "
             f"pass --decisions {-(-self.max_steps // self.actions)}.",
@@ -61,8 +61,8 @@ class Settings:
 
     @property
     def play(self) -> playing.Play:
-        ppo = self.update.method == "ppo"
-        return playing.Play(self.image_sizes, self.actions, self.max_steps, again=ppo, look_at_end=ppo)
+        valued = self.update.method != "grpo"
+        return playing.Play(self.image_sizes, self.actions, self.max_steps, again=valued, look_at_end=valued)
 
 
 class _Kept(NamedTuple):
@@ -195,7 +195,7 @@ class Reinforcement:
         decisions = objective.Decisions(
             view, drawn, *flat((mask, kept_used.log_prob)), known, *flat((kept_used.value, advantage, target)), held
         )
-        if settings.update.method == "ppo":
+        if settings.update.method != "grpo":
             counts = decisions.counts
             paid = counts * ~held
             decisions = decisions.replace(advantage=estimates.standardised(decisions.advantage, paid) * paid)
@@ -213,7 +213,7 @@ class Reinforcement:
             "reward": rewards.sum() / jnp.maximum(((used.steps > 0) & paid_for).sum(), 1),
             "from_reference": (divergence * counts).sum() / jnp.maximum(counts.sum(), 1),
         }
-        if settings.update.method == "ppo":  # groups have no use for values
+        if settings.update.method != "grpo":  # groups have no use for values
             numbers["explained"] = estimates.explained_variance(decisions.value, decisions.target, counts)
         return decisions, numbers
 

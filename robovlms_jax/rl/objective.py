@@ -121,17 +121,37 @@ class PolicyTask:
     name: str = "policy"
 
     def __call__(self, now: Reconsidered, decisions: Decisions) -> tuple[jax.Array, dict[str, jax.Array]]:
-        difference, counts = by_level(now.log_prob - decisions.log_prob, decisions.mask, self.level)
-        ratio = jnp.exp(jnp.clip(difference, -_LARGEST, _LARGEST))
+        ratio, counts, numbers = _moved(now, decisions, self.level)
         advantage = decisions.advantage[:, None]
         loss = estimates.clipped_loss(advantage, ratio, low=self.low, high=self.high, dual=self.dual)
         clipped = (ratio < 1 - self.low) | (ratio > 1 + self.high)
-        return mean_of(loss, counts), {
-            "clipped": mean_of(clipped.astype(jnp.float32), counts),
-            "ratio": mean_of(ratio, counts),
-            # From actions of the old policy: E[r - 1 - log r].
-            "moved": mean_of(ratio - 1 - difference, counts),
-        }
+        return mean_of(loss, counts), {"clipped": mean_of(clipped.astype(jnp.float32), counts), **numbers}
+
+
+def _moved(now: Reconsidered, decisions: Decisions, level: str) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Ratios float32[N, U], which count, and their mean and how far the policy has moved, of each decision."""
+    difference, counts = by_level(now.log_prob - decisions.log_prob, decisions.mask, level)
+    ratio = jnp.exp(jnp.clip(difference, -_LARGEST, _LARGEST))
+    # From actions of the old policy: E[r - 1 - log r].
+    return ratio, counts, {"ratio": mean_of(ratio, counts), "moved": mean_of(ratio - 1 - difference, counts)}
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedCloningTask:
+    """Do again what turned out well: log-probability weighted by exp(advantage / beta), at most `limit` (AWR, Peng et
+    al. 2019, arXiv:1910.00177). Tasks that are held teach nothing."""
+
+    level: str = "action"
+    beta: float = 1.0
+    limit: float = 20.0
+    weight: float = 1.0
+    name: str = "cloning"
+
+    def __call__(self, now: Reconsidered, decisions: Decisions) -> tuple[jax.Array, dict[str, jax.Array]]:
+        log_prob, counts = by_level(now.log_prob, decisions.mask, self.level)
+        share = jnp.minimum(jnp.exp(decisions.advantage / self.beta), self.limit)
+        share = jnp.where(decisions.held, 0.0, share)
+        return -share * mean_of(log_prob, counts), {"share": share, **_moved(now, decisions, self.level)[2]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +209,9 @@ class EntropyTask:
 
 def tasks_of(config: UpdateConfig) -> tuple[Task, ...]:
     """What a configuration asks for."""
-    out: list[Task] = [PolicyTask(config.clip_low, config.clip_high, config.dual_clip or None, config.level)]
-    if config.method == "ppo" and config.value_weight:
+    gradient = PolicyTask(config.clip_low, config.clip_high, config.dual_clip or None, config.level)
+    out: list[Task] = [WeightedCloningTask(config.level) if config.method == "awr" else gradient]
+    if config.method != "grpo" and config.value_weight:
         out.append(ValueTask(config.value_weight, config.value_clip, config.value_delta))
     if config.divergence_weight:
         out.append(DivergenceTask(config.divergence_weight, config.level))

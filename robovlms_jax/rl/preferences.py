@@ -1,6 +1,6 @@
 """Rewards from preferences (Christiano et al. 2017, arXiv:1706.03741): which of two segments is better, answered many
 times, makes an ensemble of reward functions. And what needs no reward function: preferences between chunks themselves
-(DPO, Rafailov et al. 2023, arXiv:2305.18290), and demonstrations weighted by how good they were.
+(DPO, Rafailov et al. 2023, arXiv:2305.18290).
 
 Letters: N pairs, M members of the ensemble, k frames of a segment, F numbers of a frame (features and action).
 """
@@ -20,7 +20,7 @@ import optax
 from robovlms_jax import schema
 from robovlms_jax.nn.linear import Dense
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.rl.objective import Decisions, Reconsidered, by_level, mean_of
+from robovlms_jax.rl.objective import Decisions, Reconsidered, by_level
 from robovlms_jax.schema import require
 
 
@@ -246,19 +246,3 @@ class PreferenceTask:
         loss = direct_loss(log_prob[better], reference[better], log_prob[worse], reference[worse], beta=self.beta)
         right = (log_prob - reference)[better] > (log_prob - reference)[worse]
         return jnp.repeat(loss[:, 0], 2), {"preferred": jnp.repeat(right[:, 0].astype(jnp.float32), 2)}
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightedCloningTask:
-    """Do again what turned out well: log-probability weighted by exp(advantage / beta), at most `limit` (AWR, Peng et
-    al. 2019, arXiv:1910.00177)."""
-
-    beta: float = 1.0
-    limit: float = 20.0
-    weight: float = 1.0
-    name: str = "cloning"
-
-    def __call__(self, now: Reconsidered, decisions: Decisions) -> tuple[jax.Array, dict[str, jax.Array]]:
-        log_prob, counts = by_level(now.log_prob, decisions.mask, "action")
-        share = jnp.minimum(jnp.exp(decisions.advantage / self.beta), self.limit)
-        return -share * mean_of(log_prob, counts), {"share": share}

@@ -97,7 +97,7 @@ def _filled(config: ReinforceConfig, experiment: ExperimentConfig) -> ReinforceC
             found.unseen_scene,
         )
     steps = found.decisions * min(found.horizon, experiment.policy.chunk)
-    if steps < found.max_steps and found.update.method == "ppo":
+    if steps < found.max_steps and found.update.method != "grpo":
         log.info(
             "an iteration has %d decisions a table, %d control steps: of trials of %d the rest is not learned from",
             found.decisions,
@@ -192,7 +192,7 @@ def worlds(config: ReinforceConfig, pool: playing.World, begin: int) -> Iterator
     """The trials of each iteration, from number `begin` on; a function of the seed and that number."""
     for number in itertools.count(begin):
         rng = np.random.default_rng([config.seed, 1, number])
-        if config.update.method == "ppo":
+        if config.update.method != "grpo":
             rows = rng.permutation(np.arange(max(pool.trials, 2 * config.tables)) % pool.trials)
             rows = rows[: len(rows) - len(rows) % config.devices]  # each plays as many
             yield pool.take(rows, np.zeros(len(rows), np.int32))

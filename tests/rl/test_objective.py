@@ -137,7 +137,8 @@ def test_the_critic_learns_from_the_first_querys_features_and_does_not_teach_the
     np.testing.assert_array_equal(value(params, features), value(params, features.at[:, 1:].set(9.0)))
 
 
-def test_ppo_solves_a_bandit_in_two_hundred_updates():
+@pytest.mark.parametrize("method", ["ppo", pytest.param("awr", marks=pytest.mark.slow)])
+def test_a_bandit_is_solved_in_two_hundred_updates(method):
     """The reward is highest at 0.3; the mean begins at -0.5 and must come within 0.02. An update is `make_train_step`'s
     over the tasks, as in a run."""
     optimizer = OptimizerConfig(learning_rate=0.03, schedule="cosine")
@@ -145,7 +146,7 @@ def test_ppo_solves_a_bandit_in_two_hundred_updates():
     (stage,) = stages.plan(train, optimizer)
     mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
     state = create(start(), stage.trainable, stage.tx, 0, mesh)
-    loss = objective.DecisionLoss(Bandit(), objective.tasks_of(UpdateConfig()))
+    loss = objective.DecisionLoss(Bandit(), objective.tasks_of(UpdateConfig(method=method)))
     update = step.make_train_step(loss, stage.tx, stage.learning_rate, state, mesh)
 
     @jax.jit

@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from robovlms_jax.rl import behaviours, objective, preferences
+from robovlms_jax.rl.config import UpdateConfig
 from tests.rl.test_objective import Bandit, decisions, start, tried
 
 
@@ -96,8 +97,13 @@ def test_cloning_weighs_what_turned_out_well_and_bounds_the_weight():
     params = start()
     actions, log_prob = tried(params, jax.random.key(0), 3)
     batch = decisions(actions, log_prob, jnp.array([0.0, 1.0, 50.0]))
-    loss = objective.DecisionLoss(Bandit(), (preferences.WeightedCloningTask(),))
+    own = objective.tasks_of(UpdateConfig(method="awr", hold_weight=1.0))
+    assert [task.name for task in own] == ["cloning", "value", "hold"]
+    loss = objective.DecisionLoss(Bandit(), (objective.WeightedCloningTask(),))
     value, metrics = loss(params, batch, None, loss.count(batch))
     weights = np.array([1, np.e, 20])
     np.testing.assert_allclose(value, -(weights * np.asarray(log_prob)[:, 0, 0]).mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["share"], weights.mean(), rtol=1e-5)
+    np.testing.assert_allclose((metrics["ratio"], metrics["moved"]), (1, 0), atol=1e-6)
+    held = batch.replace(held=jnp.array([True, True, False]))
+    np.testing.assert_allclose(loss(params, held, None, 3.0)[1]["share"], 20 / 3, rtol=1e-5)
