@@ -157,7 +157,8 @@ CALVIN_SMALL = dataclasses.replace(
     rollouts=dataclasses.replace(CALVIN_FIXTURES.rollouts, max_steps=360),
 )
 
-# The same with table D shown, too, a quarter of what the real simulator gives: what is lost by not having seen it.
+# The same with table D shown, too: what is lost by not having seen it. Rows and weights are those of one recording on
+# four tables, so that data alone differ.
 CALVIN_SMALL_ABCD = dataclasses.replace(
     CALVIN_SMALL,
     data=dataclasses.replace(
@@ -176,6 +177,8 @@ CALVIN_SMALL_ABCD = dataclasses.replace(
         output="runs/calvin_small_abcd",
         sources={"robot": 3.0, "blocks": 3.0, "fixtures": 3.0, "d": 1.0, "d_blocks": 1.0, "d_fixtures": 1.0}
         | {"playtable": 12.0},
+        source_weights=dict.fromkeys(("robot", "blocks", "fixtures"), 0.75)
+        | dict.fromkeys(("d", "d_blocks", "d_fixtures"), 0.25),
     ),
 )
 

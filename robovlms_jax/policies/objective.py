@@ -65,14 +65,16 @@ class SourceLoss(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LossBySource:
-    """The loss on batches of several sources, a dictionary of one batch each: the sum of theirs.
+    """The loss on batches of several sources, a dictionary of one batch each: the weighted sum of theirs.
 
+    weights: source -> weight of its loss, which is a mean over its own rows; 1 where a source is not named.
     between: name -> a loss on the batches of several sources at once, whose `count` and arguments are as `SourceLoss`
       has them, with the whole dictionary in place of one batch.
     """
 
     losses: Mapping[str, SourceLoss]
     between: Mapping[str, SourceLoss] = dataclasses.field(default_factory=dict)
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def count(self, batches: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Source, or name of a loss between sources -> entries that count."""
@@ -86,8 +88,8 @@ class LossBySource:
         key: jax.Array | None = None,
         count: Mapping[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, Metrics]:
-        """Loss and metrics. Metric `loss` is the sum; beside several sources the first one's own is `loss_SOURCE`, and
-        all metrics of the others are `NAME_SOURCE`.
+        """Loss and metrics. Metric `loss` is the weighted sum; beside several sources the first one's own is
+        `loss_SOURCE`, and all metrics of the others are `NAME_SOURCE`, without weights.
 
         Each source draws its own random numbers; the first those that it would draw alone.
         """
@@ -99,6 +101,8 @@ class LossBySource:
                 found = {f"{name}_{source}": x for name, x in found.items()}
             elif len(self.losses) > 1:
                 found = {**found, f"loss_{source}": found["loss"]}
+            weight = self.weights.get(source, 1.0)
+            value = value if weight == 1 else weight * value
             total, metrics = (value if total is None else total + value), {**metrics, **found}
         for index, (name, loss) in enumerate(self.between.items(), start=len(self.losses)):
             own = None if key is None else jax.random.fold_in(key, index)

@@ -189,6 +189,7 @@ RULES = (
     Rule("said", ("train.accumulation", "train.on_nonfinite", "train.max_skipped"), "steps are made otherwise"),
     Rule("stage", ("train.trainable", "train.stages"), "the optimizer has moments of other parameters"),
     Rule("order", ("train.sources",), "other batches follow than would have"),
+    Rule("stage", ("train.source_weights",), "this is another loss"),
     Rule("free", ("train.resume", "train.init_from", "train.allow_new_order"), "how this start was asked for"),
     Rule("free", ("train.output", "train.compilation_cache"), "where things lie"),
     Rule(

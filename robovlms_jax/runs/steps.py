@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 def make_loss(config: ExperimentConfig, model: VLA, stage: stages.Stage | None = None) -> objective.LossBySource:
     """What a configuration's policy is trained by in a stage, source by source. Raises ValueError: its weights are of
-    unknown tasks, or leave nothing to learn."""
+    unknown tasks or sources, or leave nothing to learn."""
     stage = stage or stages.plan(config.train, config.optimizer)[0]
     changes = {"shifts": config.data.shifts, "augment": config.data.augment}
     losses: dict[str, objective.SourceLoss] = {}
@@ -43,7 +43,19 @@ def make_loss(config: ExperimentConfig, model: VLA, stage: stages.Stage | None =
             with _naming(stage, f", source {other.name!r}"):
                 losses[other.name] = _of_other(model, other.name, weights, changes)
     more, between = further.losses(config, stage, objective.RobotLoss(model, tasks=tasks, **changes))
-    return objective.LossBySource({**losses, **more, **questions.losses(config, model, stage)}, between)
+    _require_known_sources(config)
+    losses = {**losses, **more, **questions.losses(config, model, stage)}
+    return objective.LossBySource(losses, between, config.train.source_weights)
+
+
+def _require_known_sources(config: ExperimentConfig) -> None:
+    further = [name for name in config.data.further.names if name not in config.data.further.unlabelled]
+    known = [objective.ROBOT, *(other.name for other in config.policy.others), *further, *config.data.vl.paths]
+    unknown = sorted(set(config.train.source_weights) - set(known))
+    if unknown:
+        raise ValueError(
+            f"train.source_weights names {unknown}; this run's sources with a loss are {', '.join(known)}."
+        )
 
 
 @contextlib.contextmanager

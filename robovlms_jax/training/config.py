@@ -189,6 +189,9 @@ class TrainConfig:
     sources: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Source of data -> its share of every batch, relative to the others: `robot` and the names in data.vl.paths. Such
     as --train.sources robot 4 questions 1. Empty: the robot's demonstrations alone."""
+    source_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Source of data -> weight of its loss, in all stages; 1 for those not named. Losses are means over a source's own
+    rows and are added up, so its share of a batch says how precisely its loss is known, not how much it counts."""
     stages: tuple[StageConfig, ...] = ()
     """Stages of training, one after the other, in place of `steps`, `trainable` and `sources`; their steps add up to
     the run's. Empty: one, made of these and `optimizer.*`."""
@@ -226,6 +229,9 @@ class TrainConfig:
         require(self.output != "", "train.output must name a directory.")
         _require_patterns(self.trainable, "train.trainable")
         _require_sources(self.sources or {"robot": 1.0}, "train.sources")
+        _require_shares(self.source_weights, "train.source_weights")
+        none = [source for source, weight in self.source_weights.items() if not weight]
+        require(not none, f"train.source_weights is 0 for {none}; leave these out of train.sources instead.")
         require(
             not (self.stages and self.epochs),
             f"train.epochs={self.epochs} and train.stages both say how long training is; a stage names its steps.",

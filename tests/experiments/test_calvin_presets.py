@@ -42,13 +42,16 @@ def test_the_presets_for_the_real_simulator_begin_with_playtables_policies_and_n
 def test_what_was_seen_of_table_d_differs_in_data_alone_and_takes_a_quarter_of_what_the_real_simulator_gives():
     without, shown = (calvin_abcd.PRESETS[name] for name in ("calvin_small", "calvin_small_abcd"))
     further = dataclasses.replace(shown.data, further=without.data.further)
-    train = dataclasses.replace(shown.train, sources=without.train.sources, output=without.train.output)
+    same = {name: getattr(without.train, name) for name in ("sources", "source_weights", "output")}
+    train = dataclasses.replace(shown.train, **same)
     assert dataclasses.replace(shown, data=further, train=train) == without
     shares = shown.train.sources
     assert set(shares) == {"robot", *shown.data.further.names}
     of_d = {source.removeprefix("d_"): source for source in shares if source.startswith("d")}
     for source in ("robot", "blocks", "fixtures"):  # the mixture of one recording on four tables
-        assert shares[source] == 3 * shares[of_d["d" if source == "robot" else source]]
+        other, weights = of_d["d" if source == "robot" else source], shown.train.source_weights
+        assert shares[source] == 3 * shares[other]
+        assert weights[source] == 3 * weights[other] and weights[source] + weights[other] == 1
     assert shares["playtable"] == sum(shares.values()) / 2
 
 

@@ -63,6 +63,14 @@ def test_sources_add_up_and_keep_their_metrics_apart():
     assert metrics == {"loss": 4.0, "loss_a": 1.0, "acc": 1.0, "loss_b": 3.0, "acc_b": 3.0}
 
 
+def test_a_sources_weight_counts_in_the_sum_and_leaves_its_own_metrics_alone():
+    loss_fn = objective.LossBySource({"a": Constant(), "b": Constant()}, weights={"b": 0.25})
+    batches = {"a": np.full(2, 1.0), "b": np.full(4, 3.0)}
+    loss, metrics = loss_fn(None, batches, None, loss_fn.count(batches))
+    assert loss == 1.75
+    assert metrics == {"loss": 1.75, "loss_a": 1.0, "acc": 1.0, "loss_b": 3.0, "acc_b": 3.0}
+
+
 def test_a_source_beside_it_changes_nothing_that_the_first_one_draws():
     one, two = ({name: Constant() for name in names} for names in ("a", "ab"))
     batches, key = {"a": np.full(2, 1.0), "b": np.full(2, 1.0)}, jax.random.key(0)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from robovlms_jax import cli
 from robovlms_jax.data import opening
 from robovlms_jax.policies import alignment
 from robovlms_jax.runs import build, fisher, run, steps
@@ -33,12 +34,19 @@ def listed(tmp_path):
 
 def test_a_memory_is_drawn_from_beside_the_demonstrations_and_learned_as_they_are(tmp_path, listed):
     changes = {"data.further.lists": {"memory": listed}, "train.sources": {"robot": 1.0, "memory": 1.0}}
+    changes["train.source_weights"] = {"memory": 0.5}
     setup = setups.prepare(small(tmp_path / "run", **QUICK, **changes))
     assert setup.rows(setup.stages[0]) == {"robot": 1, "memory": 1}
     assert len(setup.sources["memory"].dataset.episodes) == 2
     loss = steps.make_loss(setup.config, setup.model, setup.stages[0])
     assert list(loss.losses) == ["robot", "memory"] and not loss.between
     assert loss.losses["memory"].model is loss.losses["robot"].model
+    assert loss.weights == {"memory": 0.5}
+    wrong = cli.override(setup.config, **{"train.source_weights": {"memories": 0.5}})
+    with pytest.raises(ValueError, match=r"names \['memories'\]; this run's sources with a loss are robot, memory\."):
+        steps.make_loss(wrong, setup.model, setup.stages[0])
+    with pytest.raises(ValueError, match=r"source_weights is 0 for \['memory'\]; leave these out of train\.sources"):
+        cli.override(setup.config, **{"train.source_weights": {"memory": 0.0}})
 
 
 def test_pictures_without_labels_teach_the_vision_tower_alone_and_their_actions_do_not_matter(tmp_path, listed):
