@@ -25,7 +25,8 @@ from robovlms_jax.nn.linear import merge_lora
 from robovlms_jax.runs import build, load, logs, saved
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import checkpoints
-from robovlms_jax.weights import convert, export, peft, sources
+from robovlms_jax.weights import convert, export, peft, peft_biases, sources
+from robovlms_jax.weights.rules import Rules
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class ExportBackboneConfig:
     out: str
     """Directory to write; new or empty."""
     adapters: bool = False
-    """Only the low-rank adapters, as PEFT stores them, instead of the whole model."""
+    """Only the low-rank adapters, and the biases that learned beside them, as PEFT stores them, instead of the whole
+    model."""
     base: str = ""
     """Weights the run started from, a directory or hf://OWNER/NAME: for parts that the policy does not have, such as
     the head for words of a policy that says none. Empty: the run's backbone.weights."""
@@ -56,9 +58,9 @@ def main(config: ExportBackboneConfig) -> pathlib.Path:
     base = config.base or experiment.backbone.weights
     vlm, params = model.vlm, params["backbone"]
     if config.adapters:
-        _say_trained(experiment, params)
+        biases = _trained_biases(experiment, params, vlm.rules)
         with atomic.becoming_folder(target) as folder:
-            peft.export(params, vlm.rules, vlm.lora, folder, base)
+            peft.export(params, vlm.rules, vlm.lora, folder, base, biases)
         print(f"{target}: adapters of rank {vlm.lora_rank}, for peft.PeftModel.from_pretrained(model, {str(target)!r})")
         return target
     if vlm.resampler is not None:
@@ -78,16 +80,19 @@ def main(config: ExportBackboneConfig) -> pathlib.Path:
     return target
 
 
-def _say_trained(experiment: ExperimentConfig, params: dict) -> None:
-    """Warn where adapters on the base's weights are not what the run ended with."""
-    own = {f"backbone/{path}": x for path, x in flatten_dict(params, sep="/").items() if "lora_" not in path}
+def _trained_biases(experiment: ExperimentConfig, params: dict, rules: Rules) -> set[str]:
+    """Paths of the biases that learned beside the adapters, which PEFT's files hold, too. Warns where adapters and
+    biases on the base's weights are not what the run ended with."""
+    own = {f"backbone/{path}": path for path in flatten_dict(params, sep="/") if "lora_" not in path}
     stages = [stage.trainable for stage in experiment.train.stages] or [experiment.train.trainable]
-    trained = sorted(path for path in own if any(re.search(x, path) for patterns in stages for x in patterns))
-    if trained and experiment.backbone.storage == "float":
+    trained = {path for name, path in own.items() if any(re.search(x, name) for patterns in stages for x in patterns)}
+    biases = trained & peft_biases.paths(rules, trained) | {path for path in trained if path.endswith("/bias")}
+    others = sorted(trained - biases)
+    if others and experiment.backbone.storage == "float":
         logger.warning(
-            "the run trained %d of the backbone's own parameters beside the adapters, such as %s: on the base's "
-            "weights the adapters alone are another model. Export the whole one, without --adapters.",
-            *(len(trained), trained[0]),
+            "the run trained %d of the backbone's own parameters beside the adapters, such as backbone/%s: on the "
+            "base's weights adapters and biases alone are another model. Export the whole one, without --adapters.",
+            *(len(others), others[0]),
         )
     elif experiment.train.init_from:
         logger.warning(
@@ -95,6 +100,7 @@ def _say_trained(experiment: ExperimentConfig, params: dict) -> None:
             "the whole model, without --adapters.",
             experiment.train.init_from,
         )
+    return biases
 
 
 def _complete(params: dict, spare: dict[str, tuple[int, ...]], rules: tuple, base: str) -> dict:

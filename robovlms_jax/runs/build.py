@@ -314,7 +314,8 @@ def init_params(model: VLA, mesh: Mesh, seed: int, backbone: Backbone | None = N
     adapters = peft.load(backbone.adapter, params["backbone"], vlm.rules, vlm.lora)
     for path, x in adapters.items():
         flat[f"backbone/{path}"] = jax.device_put(x, flat[f"backbone/{path}"].sharding)
-    logger.info("adapters of %d matrices from %s", sum(path.endswith("lora_a") for path in adapters), backbone.adapter)
+    matrices, biases = (sum(path.endswith(end) for path in adapters) for end in ("lora_a", "bias"))
+    logger.info("adapters of %d matrices and %d biases from %s", matrices, biases, backbone.adapter)
     return unflatten_dict(flat, sep="/")
 
 

@@ -2,7 +2,7 @@
 
 PEFT names a matrix by its module in transformers 5, stores A as [r, inputs] and B as [outputs, r] (of a convolution
 A as [r, C, x, y] and B as [outputs, r, 1, 1]), and DoRA's magnitude as lengths of output channels; ours is a factor of
-the kernel's own.
+the kernel's own. Biases beside them: peft_biases.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +24,8 @@ from safetensors.numpy import save_file
 
 from robovlms_jax import atomic, json_files
 from robovlms_jax.nn.linear import Lora
+from robovlms_jax.weights import peft_biases, sources
 from robovlms_jax.weights import rules as rules_of
-from robovlms_jax.weights import sources
 from robovlms_jax.weights.rearrange import Rearrange
 from robovlms_jax.weights.rules import Rule, Rules
 
@@ -44,7 +44,6 @@ _KEY = re.compile(
 )
 
 _PLAIN = {
-    "bias": "none",
     "modules_to_save": None,
     "fan_in_fan_out": False,
     "layer_replication": None,
@@ -62,6 +61,8 @@ _PLAIN = {
 """Settings of PEFT that change what is computed, with the only value that our adapters have."""
 _REWRITING = ("pissa", "olora", "loftq", "corda", "lora_ga")
 """Beginnings of `init_lora_weights` with which PEFT changes the base's own weights when it opens an adapter."""
+_Places = dict[str, list[tuple[str, int | None]]]
+"""Tensor in PEFT's file -> paths and layers of the parameters that it belongs to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,12 @@ class _Layout:
 
 
 def export(
-    params: Mapping[str, Any], rules: Rules, lora: Lora, directory: str | pathlib.Path, base_model: str = ""
+    params: Mapping[str, Any],
+    rules: Rules,
+    lora: Lora,
+    directory: str | pathlib.Path,
+    base_model: str = "",
+    trained: Collection[str] = (),
 ) -> None:
     """Write the adapters of a backbone as a directory that `peft.PeftModel.from_pretrained(model, directory)` opens.
 
@@ -105,8 +111,10 @@ def export(
       params: of the backbone, nested, adapters included.
       rules: those its weights are loaded by. lora: as the modules were built.
       base_model: where the base's weights are, for whoever opens the directory.
+      trained: paths of the base's biases that learned beside the adapters. All are written then (PEFT's bias="all"),
+        or, where each is of a module with an adapter, those of such modules ("lora_only").
     Raises:
-      ValueError: there are no adapters, or some that PEFT has no place for; names them.
+      ValueError: there are no adapters, or adapters or trained biases that PEFT has no place for; names them.
       FileExistsError: the directory holds an adapter.
     """
     flat, directory = flatten_dict(params, sep="/"), pathlib.Path(directory)
@@ -135,8 +143,10 @@ def export(
                 fused[module] = len(paths)
             for name, value in _tensors(flat, [layouts[path] for path in paths], layer, lora).items():
                 tensors[f"base_model.model.{module}.{name}"] = np.ascontiguousarray(value, np.float32)
+    bias, more = peft_biases.tensors(flat, rules, lambda name: _module(name, rules), set(modules), set(trained))
+    tensors |= more
     directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_settings(lora, modules, fused, base_model), indent=2)
+    text = json.dumps(_settings(lora, modules, fused, base_model) | {"bias": bias}, indent=2)
     atomic.write_text(directory / CONFIG, text + "\n")
     with atomic.becoming(directory / TENSORS) as file:
         save_file(tensors, file, metadata={"format": "pt"})
@@ -145,8 +155,8 @@ def export(
 def load(
     directory: str | pathlib.Path, params: Mapping[str, Any], rules: Rules, lora: Lora
 ) -> dict[str, jax.Array | np.ndarray]:
-    """Adapters of a PEFT directory as our parameters: path -> float32 array. Matrices for which it has none are left
-    out; their own adapters add nothing at first.
+    """Adapters of a PEFT directory as our parameters: path -> float32 array, and the biases that learned beside them.
+    Matrices for which it has none are left out; their own adapters add nothing at first.
 
     Args:
       params: of the backbone: nested arrays, or shapes where no adapter is a DoRA. lora: as the modules were built;
@@ -156,14 +166,17 @@ def load(
         setting or the module, what was expected, and the flags that fit.
     """
     flat = flatten_dict(params, sep="/")
-    settings, layouts, file, places = _opened(pathlib.Path(directory).expanduser(), flat, rules, lora)
+    settings, layouts, file, places, biases = _opened(pathlib.Path(directory).expanduser(), flat, rules, lora)
     found: dict[str, dict[int | None, dict[str, np.ndarray]]] = {}
     for key, paths in places.items():
         value, match = file.read(key, (slice(None),) * len(file.shapes[key])), _KEY.fullmatch(key)
         for path, layer in paths:
             values = found.setdefault(path, {}).setdefault(layer, {"module": match["module"]})
             values[match["part"]] = value.astype(np.float32)
-    out = {}
+    out = peft_biases.joined(
+        {key: file.read(key, (slice(None),) * len(file.shapes[key])) for key, mine in biases.items() if mine},
+        *(biases, rules, flat),
+    )
     for path, layers in found.items():
         out |= _joined(path, layers, layouts[path], flat, (settings, lora))
     return out
@@ -180,14 +193,15 @@ def require_fits(directory: str | pathlib.Path, shapes: Mapping[str, Any], rules
 
 def _opened(
     directory: pathlib.Path, flat: Mapping[str, Any], rules: Rules, lora: Lora
-) -> tuple[dict[str, Any], dict[str, _Layout], sources.SafetensorsSource, dict[str, list[tuple[str, int | None]]]]:
-    """An adapter's settings, layouts by path, its file, and of each tensor there the paths and layers it belongs to."""
+) -> tuple[dict[str, Any], dict[str, _Layout], sources.SafetensorsSource, _Places, _Places]:
+    """An adapter's settings, layouts by path, its file, and where each of its adapters, and of its biases, belongs."""
     settings = json_files.read_object(directory / CONFIG, "PEFT's settings")
     _require_kind(directory, settings, lora)
     layouts = _layouts(flat, rules)
     file = sources.SafetensorsSource([directory / TENSORS], str(directory / TENSORS))
-    found: dict[str, list[tuple[str, int | None]]] = {}
-    for key in file.shapes:
+    biases = peft_biases.places(file.shapes, rules, flat) if settings.get("bias", "none") != "none" else {}
+    found: _Places = {}
+    for key in file.shapes.keys() - biases.keys():
         match = _KEY.fullmatch(key)
         name = rules_of.canonical(rules, f"{match['module']}.weight") if match else ""
         places = [(path, layout.rule.match(name)) for path, layout in layouts.items()]
@@ -203,7 +217,7 @@ def _opened(
     ranks = {key: file.shapes[key][0] for key in found if ".lora_A" in key}
     own = [-(-rank // _sharing(found[key])) for key, rank in ranks.items()]
     _require_rank(directory, max(own, default=1), settings, lora)
-    return settings, layouts, file, found
+    return settings, layouts, file, found, biases
 
 
 def _layouts(flat: Mapping[str, Any], rules: Rules) -> dict[str, _Layout]:
@@ -268,7 +282,6 @@ def _settings(lora: Lora, modules: list[str], fused: Mapping[str, int], base_mod
         "target_modules": modules,
         "rank_pattern": {re.escape(module): lora.rank * parts for module, parts in fused.items()},
         "alpha_pattern": {re.escape(module): lora.alpha * more(parts) for module, parts in fused.items()},
-        "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
@@ -279,6 +292,10 @@ def _require_kind(directory: pathlib.Path, settings: Mapping[str, Any], lora: Lo
         raise ValueError(
             f"{directory / CONFIG}: peft_type={settings.get('peft_type')!r}, use_dora={settings.get('use_dora')}, "
             f"use_rslora={settings.get('use_rslora')}; LORA, with one of the two at most, is read here."
+        )
+    if settings.get("bias", "none") not in peft_biases.KINDS:
+        raise ValueError(
+            f"{directory / CONFIG} has bias={settings['bias']!r}; one of {list(peft_biases.KINDS)} is read here."
         )
     other = {key: settings[key] for key, value in _PLAIN.items() if settings.get(key, value) not in (value, None, [])}
     if other:

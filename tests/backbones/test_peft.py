@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from robovlms_jax.nn.linear import Lora, merge_lora
 from robovlms_jax.weights import peft as adapters
@@ -94,6 +95,73 @@ def test_what_peft_writes_is_read_with_a_smaller_rank_and_another_scale_too(tmp_
     assert_close(merged(ours, config.lora), flatten_dict(expected, sep="/"))
 
 
+def changed_biases(params, patterns):
+    """Parameters with other values of the biases that a pattern is found in; their paths."""
+    chosen = {path for path in params if path.endswith("/bias") and any(re.search(x, path) for x in patterns)}
+    rng = np.random.default_rng(1)
+    moved = {path: params[path] + rng.normal(size=params[path].shape).astype(np.float32) for path in sorted(chosen)}
+    return params | moved, chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "bias", "patterns"),
+    [
+        ("kosmos-2", "all", [r"^(?!vision/).*bias$"]),  # what upstream's lora_bias "all" trains
+        ("kosmos-2", "lora_only", [r"/q/bias$"]),
+        pytest.param("moondream2", "all", ["bias$"], marks=pytest.mark.slow),  # parts of fused projections
+    ],
+)
+def test_biases_that_learned_beside_adapters_are_in_pefts_files_and_back(tmp_path, name, bias, patterns):
+    config, torch_model, base = with_adapters(name, "lora")
+    params, learned = changed_biases(base, patterns)
+    tree = unflatten_dict(params, sep="/")
+    adapters.export(tree, config.rules, config.lora, tmp_path, trained=learned)
+    assert json.loads((tmp_path / adapters.CONFIG).read_text())["bias"] == bias
+    found = adapters.load(tmp_path, unflatten_dict(base, sep="/"), config.rules, config.lora)
+    assert_close(merged(base | found, config.lora), merged(params, config.lora))
+    if torch_model is not None:
+        model = peft.PeftModel.from_pretrained(torch_model, tmp_path)
+        state = {name: x.detach() for name, x in model.merge_and_unload().state_dict().items()}
+        theirs = from_torch(dataclasses.replace(config, lora_rank=0), state)
+        assert_close(flatten_dict(theirs, sep="/"), merged(params, config.lora))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_peft_writes_are_read(tmp_path, bias):
+    config, torch_model, params = with_adapters("kosmos-2", "lora")
+    settings = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "fc1"], bias=bias)
+    model = peft.get_peft_model(torch_model, settings)
+    for name, x in model.named_parameters():
+        if x.requires_grad:
+            rng = np.random.default_rng(len(name))
+            x.data += 0.1 * torch.tensor(rng.normal(size=tuple(x.shape)), dtype=x.dtype)
+    model.save_pretrained(tmp_path)
+    found = adapters.load(tmp_path, unflatten_dict(params, sep="/"), config.rules, config.lora)
+    norms = [path for path in found if path.endswith("norm/bias")]
+    assert bool(norms) == (bias == "all")
+    state = {name: x.detach() for name, x in model.merge_and_unload().state_dict().items()}
+    expected = from_torch(dataclasses.replace(config, lora_rank=0), state)
+    zero = {path: np.zeros_like(x) for path, x in params.items() if path.endswith("lora_b")}
+    assert_close(merged(params | zero | found, config.lora), flatten_dict(expected, sep="/"))
+
+
+def test_a_bias_that_pefts_files_cannot_hold_or_of_another_size_is_named(tmp_path):
+    config, _, params = with_adapters("kosmos-2", "lora")
+    params, learned = changed_biases(params, [r"/q/bias$"])
+    tree = unflatten_dict(params, sep="/")
+    with pytest.raises(ValueError, match=r"no place for the trained biases \['nowhere/bias'\]"):
+        adapters.export(tree, config.rules, config.lora, tmp_path, trained={"nowhere/bias"})
+    adapters.export(tree, config.rules, config.lora, tmp_path, trained=learned)
+    tensors = load_file(tmp_path / adapters.TENSORS)
+    key = next(key for key in tensors if key.endswith("text_model.model.layers.0.self_attn.q_proj.base_layer.bias"))
+    save_file(tensors | {key: tensors[key][:-1]}, tmp_path / adapters.TENSORS)
+    with pytest.raises(ValueError, match=r"q_proj.base_layer.bias has \[.*wants \["):
+        adapters.load(tmp_path, tree, config.rules, config.lora)
+    save_file({name: x for name, x in tensors.items() if name != key}, tmp_path / adapters.TENSORS)
+    with pytest.raises(ValueError, match=r"q_proj.bias in layers \[1.*in \[0\], too"):
+        adapters.load(tmp_path, tree, config.rules, config.lora)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("moondream2", "lora"), ("moondream2", "dora"), ("llava-mpt-7b", "rslora"), ("smolvlm2-500m", "lora")],
@@ -132,7 +200,7 @@ def full_shapes(config, params):
     [
         ({"use_dora": True}, {}, r"kind 'dora' and rank 2.*--backbone.lora_kind dora"),
         ({}, {"rank": 1}, r"rank 2.*has kind|rank 1.*--backbone.lora_rank 2"),
-        ({"bias": "all"}, {}, r"'bias': 'all'"),
+        ({"bias": "some"}, {}, r"bias='some'; one of \['none', 'all', 'lora_only'\]"),
         (
             {"init_lora_weights": "pissa_niter_4"},
             {},
