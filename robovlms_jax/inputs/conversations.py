@@ -1,16 +1,17 @@
 """Pictures and text about them as the token ids that a backbone's family was taught on: its chat template, its places
-for pictures, its box tokens, and which tokens are answers."""
+for pictures, its box tokens, and which tokens are answers. Special tokens that questions and answers write out are text
+(literal.py), but for `MARK` in questions and those that the family writes places in pictures with."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from robovlms_jax.inputs import boxes
+from robovlms_jax.inputs import boxes, literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 MARK = "<image>"
 """Where a picture stands in a question, as LLaVA's files write it; a line break after it belongs to it."""
 _MARKS = re.compile(r"<image>\n?")
-_PLACES = range(0xE000, 0xF900)  # characters that Unicode leaves to us: one of them is a picture on its way
 
 
 DESCRIBE = "Describe the picture in one sentence."
@@ -50,6 +50,7 @@ class Chat:
     image: str = "{image}"
     boxes: boxes.Style = "fractions"
     caption: str = ""
+    words: str = ""
 
 
 _CHATML = Chat(
@@ -59,6 +60,7 @@ _CHATML = Chat(
     end="<|im_end|>",
     between="\n",
 )
+_QWEN_PLACES = r"<\|(object_ref|box|quad)_(start|end)\|>"
 PLAIN = Chat(start="{images}", question="Question: {question} Answer:", between="\n")
 """For families without a template of their own."""
 
@@ -70,6 +72,7 @@ CHATS: dict[str, Chat] = {
         end="</s>",
         image="<image>{image}</image>",
         boxes="kosmos-2",
+        words=r"</?phrase>|</?object>|<patch_index_\d{4}>|</delimiter_of_multi_objects/>",
     ),
     # google/paligemma-3b: pictures, <bos>, the prefix, a line break, then the suffix. Its prefix names the language,
     # which data do not: English is said of all.
@@ -80,6 +83,7 @@ CHATS: dict[str, Chat] = {
         end="<eos>",
         boxes="paligemma",
         caption="caption en\n",
+        words=r"<loc\d{4}>|<seg\d{3}>",
     ),
     # llava-hf/llava-1.5-7b-hf: Vicuna's template.
     "llava": Chat(
@@ -98,9 +102,9 @@ CHATS: dict[str, Chat] = {
     # vikhyatk/moondream2.
     "moondream1": Chat(start="<|endoftext|>{images}", question="\n\nQuestion: {question}\n\nAnswer:"),
     # Qwen/Qwen-VL-Chat; the tokens around a picture are the backbone's own image_start and image_end.
-    "qwen": dataclasses.replace(_CHATML, image="Picture: {image}\n", boxes="qwen-vl"),
-    "qwen2_5_vl": _CHATML,
-    "qwen3_vl": dataclasses.replace(_CHATML, start=""),
+    "qwen": dataclasses.replace(_CHATML, image="Picture: {image}\n", boxes="qwen-vl", words="</?(ref|box|quad)>"),
+    "qwen2_5_vl": dataclasses.replace(_CHATML, words=_QWEN_PLACES),
+    "qwen3_vl": dataclasses.replace(_CHATML, start="", words=_QWEN_PLACES),
     # HuggingFaceTB/SmolVLM2: one picture, not split into tiles.
     "smolvlm": Chat(
         start="<|im_start|>",
@@ -162,9 +166,9 @@ class Encoder:
 
     def __call__(self, turns: Sequence[Turn], pictures: int) -> Encoded:
         """Raises ValueError: marks and pictures are not equally many, an empty answer, or a box that means nothing."""
-        said = "".join(map("".join, turns))
-        place = next(chr(code) for code in _PLACES if chr(code) not in said)
-        stretches = _stretches(*_text(self.chat, self._end, turns, pictures, place), place)
+        place, quote = literal.free("".join(map("".join, turns)), 2)
+        found = _text(self.chat, self._end, turns, pictures, place, lambda text: literal.quoted(self._odd, text, quote))
+        stretches = _stretches(*found, f"({place}|{quote}[^{quote}]*{quote})")
         ids, image, answer, shown = [], [], [], 0
         for text, spans in stretches:
             if text == place:
@@ -173,18 +177,36 @@ class Encoder:
                 answer += [False] * self.image_tokens
                 shown += self.image_tokens
                 continue
-            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            ids += found["input_ids"]
-            image += [-1] * len(found["input_ids"])
+            tokens, offsets = self._tokens(text, quote)
+            ids += tokens
+            image += [-1] * len(tokens)
             answer += [
-                end > start and any(start < last and end > first for first, last in spans)
-                for start, end in found["offset_mapping"]
+                end > start and any(start < last and end > first for first, last in spans) for start, end in offsets
             ]
         question = []
         if self.connector_tokenizer is not None:
-            question = self.connector_tokenizer(_MARKS.sub("", turns[0].question).strip())["input_ids"]
+            asked = _MARKS.sub("", turns[0].question).strip()
+            question = literal.prompt_ids(self.connector_tokenizer, "{instruction}", asked)
         lists = ((ids, np.int32), (image, np.int32), (answer, bool), (question, np.int32))
         return Encoded(*(np.array(values, dtype) for values, dtype in lists))
+
+    def written_out(self, turns: Sequence[Turn]) -> list[str]:
+        """Special tokens that questions and answers write out and that are read as text."""
+        return self._odd.findall(" ".join(map(" ".join, turns)))
+
+    @property
+    def _odd(self) -> re.Pattern[str]:
+        chat = self.chat
+        template = f"{chat.start}{chat.question}{chat.answer}{chat.end}{chat.between}{chat.image}"
+        return literal.pattern(self.tokenizer, template, "|".join(filter(None, (MARK, chat.words))))
+
+    def _tokens(self, text: str, quote: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens of a stretch, and where each begins and ends in it."""
+        if text.startswith(quote):
+            ids, offsets = literal.encode(self.tokenizer, text[1:-1])
+            return ids, [(start + 1, end + 1) for start, end in offsets]
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return found["input_ids"], found["offset_mapping"]
 
     @property
     def _end(self) -> str:
@@ -194,8 +216,13 @@ class Encoder:
         return end
 
 
-def _text(chat: Chat, end: str, turns: Sequence[Turn], pictures: int, mark: str) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation in the family's words, `mark` for each picture, and where answers begin and end in it."""
+def _text(
+    chat: Chat, end: str, turns: Sequence[Turn], pictures: int, mark: str, plain: Callable[[str], str] = str
+) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation in the family's words, `mark` for each picture, and where answers begin and end in it.
+
+    plain: marks what is to be read as text in what somebody said.
+    """
     marks = sum(len(_MARKS.findall(turn.question)) for turn in turns)
     if marks != pictures:
         raise ValueError(f"{marks} marks {MARK} for {pictures} pictures; each picture needs one, in a question.")
@@ -209,7 +236,7 @@ def _text(chat: Chat, end: str, turns: Sequence[Turn], pictures: int, mark: str)
             raise ValueError(
                 f"the answer {turn.answer!r:.80} has {MARK}, a picture's mark; only questions show pictures."
             )
-        question, answer = (boxes.written(part.strip(), chat.boxes) for part in turn)
+        question, answer = (plain(boxes.written(part.strip(), chat.boxes)) for part in turn)
         question = _MARKS.sub("" if together else place, question)
         asks_caption = chat.caption and _MARKS.sub("", turn.question).strip() == DESCRIBE
         asked = chat.caption if asks_caption else chat.question.replace("{question}", question)
@@ -220,10 +247,10 @@ def _text(chat: Chat, end: str, turns: Sequence[Turn], pictures: int, mark: str)
     return text, spans
 
 
-def _stretches(text: str, spans: list[tuple[int, int]], place: str) -> list[tuple[str, list[tuple[int, int]]]]:
-    """Text between pictures, and pictures, in order; of each the answers' places counted from its own beginning."""
+def _stretches(text: str, spans: list[tuple[int, int]], cut: str) -> list[tuple[str, list[tuple[int, int]]]]:
+    """Text, and what the expression `cut` finds, in order; of each the answers' places counted from its beginning."""
     out, at = [], 0
-    for part in re.split(f"({place})", text):
+    for part in re.split(cut, text):
         if part:
             inside = [(begin - at, end - at) for begin, end in spans if begin < at + len(part) and end > at]
             out.append((part, inside))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from robovlms_jax.inputs import literal
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -36,13 +38,23 @@ def format_prompt(template: str, instruction: str) -> str:
     return template.replace("{instruction}", unicodedata.normalize("NFC", instruction.strip()))
 
 
+def ids_of(
+    tokenizer: PreTrainedTokenizerBase, template: str, instruction: str, special_tokens: bool = True
+) -> list[int]:
+    """Tokens of a prompt, as many as it has; arguments as of `encode`."""
+    words = format_prompt(BARE, instruction)
+    format_prompt(template, words)  # refuses a template without a place for it
+    return literal.prompt_ids(tokenizer, template, words, special_tokens=special_tokens)
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase, template: str, instruction: str, length: int, *, special_tokens: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """One prompt, padded on the right.
 
     Args:
-      special_tokens: the tokenizer adds its own around the prompt. Those that the template names are there either way.
+      special_tokens: the tokenizer adds its own around the prompt. Those that the template names are there either way,
+        and those that the instruction writes out are text (inputs/literal.py).
     Returns:
       text_ids: int32[length]; padding holds the pad id, or 0 where the tokenizer has none.
       text_mask: bool[length], True = real token.
@@ -50,8 +62,7 @@ def encode(
       ValueError: the prompt has more than `length` tokens (nothing is cut off: half a sentence can mean the opposite),
         or the tokenizer does not know the instruction's letters (`require_known`).
     """
-    prompt = format_prompt(template, instruction)
-    ids = tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"]
+    prompt, ids = format_prompt(template, instruction), ids_of(tokenizer, template, instruction, special_tokens)
     require_known(tokenizer, instruction, ids)
     if len(ids) > length:
         raise ValueError(
@@ -129,8 +140,12 @@ def longest(
 
     Raises ValueError when there are no instructions.
     """
-    prompts = sorted({format_prompt(template, instruction) for instruction in instructions})
-    if not prompts:
+    texts = {format_prompt(BARE, instruction) for instruction in instructions}
+    if not texts:
         raise ValueError("no instructions to measure: no annotated segment (see data.root, data.episode_list).")
-    tokens = max(len(ids) for ids in tokenizer(prompts, add_special_tokens=special_tokens)["input_ids"])
+    odd = {text for text in texts if literal.pattern(tokenizer, template).search(text)}
+    found = [ids_of(tokenizer, template, text, special_tokens) for text in odd]
+    if plain := sorted(format_prompt(template, text) for text in texts - odd):
+        found += tokenizer(plain, add_special_tokens=special_tokens)["input_ids"]
+    tokens = max(map(len, found))
     return -(-tokens // multiple) * multiple

@@ -227,7 +227,7 @@ def embed_sentences(weights: str | pathlib.Path, sentences: Iterable[str]) -> di
     config = clip_text.read(json_files.read_object(directory / "config.json", "CLIP's settings"))
     tokenizer = tokenizers.load_tokenizer(directory)
     unique = list(dict.fromkeys(sentences))
-    ids = tokenizer(unique)["input_ids"]
+    ids = [prompts.ids_of(tokenizer, prompts.BARE, sentence) for sentence in unique]
     length = max(len(row) for row in ids)
     if length > config.num_positions:
         raise ValueError(

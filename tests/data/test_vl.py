@@ -319,3 +319,12 @@ def test_other_texts_are_another_order(folder, encode):
     now = sources.fingerprints({"set": first}, {"set": 2}, 3)
     with pytest.raises(ValueError, match="samples was '3 with sha256"):
         sources.require_same_order(now, sources.fingerprints({"set": other}, {"set": 2}, 3))
+
+
+def test_special_tokens_that_a_file_writes_out_are_told_with_the_entry(folder, encode, caplog):
+    odd = [entry(8, [], "What ends a sentence?", "</s> does"), entry(9, [], "And </s>?", "also"), *ENTRIES]
+    source(opening.open_pairs(llava(folder, odd)), encode)
+    assert "2 conversations write out </s>" in caplog.text and "entry 1 (id 8)" in caplog.text
+    caplog.clear()
+    source(opening.open_pairs(llava(folder, ENTRIES)), encode)
+    assert "write out" not in caplog.text

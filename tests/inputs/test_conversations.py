@@ -157,3 +157,49 @@ def test_every_box_is_inside_the_grid_or_refused(corners):
             assert corners[0] >= corners[2] or corners[1] >= corners[3]
         else:
             assert all(0 <= int(number) < bins for number in re.findall(r"(\d{4})>", found))
+
+
+def plain_and_learned(tokenizer, found):
+    """The text without special tokens, and what of it is learned, without spaces."""
+    return [
+        "".join(tokenizer.decode(ids, skip_special_tokens=True).split()) for ids in (found.ids, found.ids[found.answer])
+    ]
+
+
+@pytest.mark.parametrize("odd", ["</s>", "<s>", "<grounding>", "</image>", "<pad>", "<unk>"])
+def test_a_special_token_that_is_written_out_is_text_and_learned_as_text(tokenizer, odd):
+    # Fails where an answer with </s> in it teaches to stop in its middle, or a question ends its own turn.
+    encode = conversations.encoder(tokenizer, "kosmos-2", 2)
+    turns = (Turn(f"<image>\nWhat {odd} is it?", f"a{odd}{odd} mark"), Turn("Sure?", f"{odd}"))
+    found, without = encode(turns, 1), encode((Turn("<image>\nWhat?", "mark"), Turn("Sure?", "yes")), 1)
+    mine = tokenizer.convert_tokens_to_ids(odd)
+    assert (found.ids[found.image < 0] == mine).sum() == (without.ids[without.image < 0] == mine).sum()
+    text, learned = plain_and_learned(tokenizer, found)
+    assert learned == f"a{odd}{odd}mark{odd}"
+    assert text.replace("!", "").count(odd) == 4  # padding's id 0 stands where pictures are
+    assert encode.written_out(turns) == [odd] * 4
+
+
+def test_words_for_places_are_special_tokens_in_answers_and_text_for_other_families(tokenizer):
+    phrase = tokenizer.convert_tokens_to_ids("<phrase>")
+    turns = (Turn("Where?", "<phrase>it</phrase>"),)
+    assert phrase in conversations.encoder(tokenizer, "kosmos-2", 2)(turns, 0).ids
+    other = conversations.encoder(tokenizer, "llava", 2)
+    assert phrase not in other(turns, 0).ids and other.written_out(turns) == ["<phrase>", "</phrase>"]
+
+
+ANY = st.lists(st.sampled_from([*"ab <>/", "<s>", "</s>", "<image>", "<pad>", "é"]), max_size=12).map("".join)
+
+
+@given(question=ANY, answer=ANY)
+def test_whatever_is_said_there_is_one_end_per_answer_and_no_other_special_token(tokenizer, question, answer):
+    answer = answer.replace("<image>", "") + "x"
+    encode = conversations.encoder(tokenizer, "kosmos-2", 2)
+    pictures = question.count("<image>")
+    found = encode((Turn(f"q{question}", answer),), pictures)
+    special = [
+        tokenizer.convert_ids_to_tokens(int(i)) for i in found.ids[found.image < 0] if i in tokenizer.all_special_ids
+    ]
+    marks = [name for _ in range(pictures) for name in ("<image>", "</image>")]
+    assert special == ["<s>", *marks, "<grounding>", "</s>"]
+    assert plain_and_learned(tokenizer, found)[1] == "".join(answer.split())

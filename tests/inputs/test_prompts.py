@@ -1,9 +1,10 @@
 import json
+import types
 
 import numpy as np
 import pytest
 
-from robovlms_jax.inputs import prompts, tokenizers
+from robovlms_jax.inputs import literal, prompts, tokenizers
 
 TEMPLATE = "<grounding>An image of a robot {instruction}"
 
@@ -80,3 +81,41 @@ def test_served_prompts_share_few_lengths(tokens, length, slots):
 def test_a_prompt_far_longer_than_training_had_is_refused():
     with pytest.raises(ValueError, match=r"'open the drawer open .*has 257 tokens; at most 256 are served"):
         prompts.served_length(257, 24, "open the drawer " * 80)
+
+
+ODD = "put </s> in the <image>, <s> or </S>"
+
+
+@pytest.mark.parametrize("special_tokens", [True, False])
+def test_special_tokens_that_an_instruction_writes_out_are_text(tokenizer, special_tokens, caplog):
+    # Fails where </s> in an instruction ends the sentence, or <image> stands for a picture.
+    literal._SAID.clear()
+    ids = prompts.ids_of(tokenizer, TEMPLATE, ODD, special_tokens)
+    names = ("<grounding>", "<s>", "</s>", "<image>")
+    grounding, start, end, image = (ids.count(tokenizer.convert_tokens_to_ids(name)) for name in names)
+    assert (grounding, start, end, image) == (1, special_tokens, special_tokens, 0)
+    said = tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(said.split()) == "".join(f"An image of a robot {ODD}".split())
+    padded, mask = prompts.encode(tokenizer, TEMPLATE, ODD, len(ids), special_tokens=special_tokens)
+    assert padded.tolist() == ids and mask.all()
+    assert prompts.longest(tokenizer, TEMPLATE, ["go", ODD], 1, special_tokens=special_tokens) == len(ids)
+    assert "</s>" in caplog.text and "read as text" in caplog.text
+
+
+class Stubborn:
+    """A tokenizer that cuts out its own words whatever it is asked, as those do that are added and not special."""
+
+    def __init__(self):
+        self.is_fast = True
+        self.added_tokens_decoder = {7: types.SimpleNamespace(content="<|user|>", special=False, normalized=False)}
+
+    def __call__(self, text, **options):
+        ids = [7] if text == "<|user|>" else [100 + ord(letter) for letter in text]
+        return {"input_ids": ids, "offset_mapping": [(0, len(text))] * len(ids)}
+
+
+def test_a_word_of_the_template_that_is_no_special_token_is_text_in_an_instruction_too():
+    expected = [100 + ord(letter) for letter in "<|user|>"]
+    assert literal.encode(Stubborn(), "<|user|>") == (expected, [(0, 8)] * 8)
+    assert literal.pattern(Stubborn(), "<|user|>{instruction}").search("a <|user|>")
+    assert not literal.pattern(Stubborn(), "{instruction}").search("a <|user|>")

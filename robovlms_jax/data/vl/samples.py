@@ -57,7 +57,9 @@ class PairSource(Sequence[types.Pairs]):
         self.pairs, self._encode, self._image = pairs, encode, image
         self._content = hashlib.sha256()
         self._encoded: dict[int, list[conversations.Encoded]] = {}
+        self._odd: dict[int, str] = {}  # samples with a special token that is written out
         sizes = [self._sizes(index) for index in range(len(pairs))]
+        self._tell_written_out()
         usable = [index for index, size in enumerate(sizes) if not length or size.tokens <= length]
         long = len(sizes) - len(usable)
         if long and not leave_out_long:
@@ -144,10 +146,21 @@ class PairSource(Sequence[types.Pairs]):
             found = [self._encode(turns, len(sample.pictures)) for turns in sample.choices]
         except ValueError as error:
             raise ValueError(f"{self.pairs.describe(index)}: {error}") from None
+        if odd := [token for turns in sample.choices for token in self._encode.written_out(turns)]:
+            self._odd[index] = odd[0]
         if len(self.pairs) <= _KEPT:
             self._encoded[index] = found
         tokens, answers = max(len(x.ids) for x in found), max(int(x.answer.sum()) for x in found)
         return _Shape(len(sample.pictures), tokens, answers, max(len(x.question) for x in found))
+
+    def _tell_written_out(self) -> None:
+        """Log what is read as text although the tokenizer has a token of its own for it."""
+        for token in sorted(set(self._odd.values())):
+            at = [index for index, found in self._odd.items() if found == token]
+            logger.warning(
+                "%s: %d conversations write out %s, a special token of the tokenizer; it is read as text: %s",
+                *(self.pairs.name, len(at), token, ", ".join(map(self.pairs.describe, at[:3]))),
+            )
 
     def _allocate(self, size: int) -> types.Pairs:
         pictures, tokens, answers, question = self.shape
