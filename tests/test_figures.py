@@ -224,6 +224,8 @@ def test_the_tables_of_compared_policies_are_those_of_their_runs():
             cells += [from_the_best(row, best), mean_of(row["errors_mm"], 1)]
             cells += [mean_of(row[name], 2) for name in ("unseen", "answers_before", "answers") if name in row]
             assert f"| {' | '.join(cells)} |" in text, cells
+    again = result("policies_cpu")["comparisons"]["structures"]["rows"][-1]["played_again"]
+    assert "they solve {}, {} and {} of {}.".format(*again["solved"], again["trials"]) in page("structures.md")
 
 
 def test_the_table_of_what_heads_cost_is_that_of_its_measurement():

@@ -119,7 +119,7 @@ def test_biases_that_learned_beside_adapters_are_in_pefts_files_and_back(tmp_pat
     assert json.loads((tmp_path / adapters.CONFIG).read_text())["bias"] == bias
     found = adapters.load(tmp_path, unflatten_dict(base, sep="/"), config.rules, config.lora)
     assert_close(merged(base | found, config.lora), merged(params, config.lora))
-    if torch_model is not None:
+    if name == "kosmos-2":  # the other's torch model is composed here, without transformers' names
         model = peft.PeftModel.from_pretrained(torch_model, tmp_path)
         state = {name: x.detach() for name, x in model.merge_and_unload().state_dict().items()}
         theirs = from_torch(dataclasses.replace(config, lora_rank=0), state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pathlib
+import re
 from typing import Any
 
 import pytest
@@ -78,6 +79,18 @@ def test_what_the_released_kosmos_configuration_says():
     assert (config.train.epochs, config.train.trainable) == (5.0, (".*",))
     assert (config.mesh.data, config.mesh.fsdp) == (1, -1)
     assert config.train.output == "runs/checkpoints/kosmos/calvin_finetune"
+
+
+@pytest.mark.parametrize(("bias", "trained"), [("none", 0), ("all", 1)])
+def test_upstreams_lora_has_its_rank_scale_dropout_and_biases(bias, trained):
+    values = change(published.read(KOSMOS), "train_setup.lora_enable", True)
+    config = upstream.to_experiment(change(values, "train_setup.lora_bias", bias))
+    backbone = config.backbone
+    assert (backbone.lora_rank, backbone.lora_alpha, backbone.lora_dropout) == (64, 16.0, 0.05)
+    paths = ("backbone/text/layers/q/lora_a", "backbone/text/layers/q/kernel", "head/kernel")
+    assert [any(re.search(x, path) for x in config.train.trainable) for path in paths] == [True, False, True]
+    biases = ["backbone/text/layers/q/bias", "backbone/text/final_norm/bias"]
+    assert sum(any(re.search(x, path) for x in config.train.trainable) for path in biases) == 2 * trained
 
 
 def test_what_the_bridge_configuration_says():
