@@ -62,6 +62,7 @@ FIXTURES = ExperimentConfig(
         wrist_shift=1,
         num_threads=2,
         prefetch=4,
+        decoded_gb=3.0,  # all of it is 2.5
     ),
     optimizer=OptimizerConfig(learning_rate=4e-4, weight_decay=0.01, schedule="cosine", warmup_steps=100),
     train=TrainConfig(
@@ -104,6 +105,7 @@ CALVIN_FIXTURES = dataclasses.replace(
     data=dataclasses.replace(
         FIXTURES.data,
         root="data/calvin_fixtures",
+        decoded_gb=0.0,
         further=FurtherConfig(roots={"playtable": FIXTURES.data.root}),
         augment=AugmentConfig(brightness=0.15, contrast=0.2, saturation=0.3, hue=0.03),
     ),
@@ -118,7 +120,9 @@ CALVIN_FIXTURES = dataclasses.replace(
 # cost a tenth there of what the real simulator takes to render.
 PLAYTABLE_SMALL = dataclasses.replace(
     FIXTURES,
-    data=dataclasses.replace(FIXTURES.data, root="data/playtable_small", augment=CALVIN_FIXTURES.data.augment),
+    data=dataclasses.replace(
+        FIXTURES.data, root="data/playtable_small", decoded_gb=0.0, augment=CALVIN_FIXTURES.data.augment
+    ),
     train=dataclasses.replace(FIXTURES.train, output="runs/playtable_small", steps=3500, init_from=str(TWIN)),
     demonstrations=dataclasses.replace(
         FIXTURES.demonstrations,
@@ -186,7 +190,7 @@ CALVIN_SMALL_ABCD = dataclasses.replace(
 FULL = dataclasses.replace(
     FIXTURES,
     backbone=BackboneConfig(name="kosmos-2-mini", dtype="bfloat16"),
-    data=dataclasses.replace(FIXTURES.data, root="data/playtable_full", num_threads=8, prefetch=16),
+    data=dataclasses.replace(FIXTURES.data, root="data/playtable_full", num_threads=8, prefetch=16, decoded_gb=0.0),
     optimizer=OptimizerConfig(learning_rate=5e-4, weight_decay=0.01, schedule="cosine", warmup_steps=500),
     train=TrainConfig(
         output="runs/playtable_full",

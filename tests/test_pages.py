@@ -39,6 +39,8 @@ def _libero(folder: pathlib.Path) -> None:
                     demo[f"obs/{key}"] = rng.integers(0, 255, (steps, 64, 64, 3), np.uint8)
 
 
+SHORT = f"{TINY} --train.batch_size 8 --policy.window 2 --policy.chunk 3 --data.windows_per_segment 2"
+"""For the bundled episodes of Bridge, the longest of which has nine steps."""
 SMALLER = {WEIGHTS: f"{TINY} --train.batch_size 32", "--mesh.fsdp 8": "--mesh.fsdp 2"}
 TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 PAGES = {
@@ -52,9 +54,9 @@ PAGES = {
         made=pages.bridge("data/oxe", "data/bridge_dataset"),
         instead={
             "--dataset fractal20220817_data": "--dataset bridge",
-            "--data.root data/oxe": "--data.root data/oxe --data.dataset data/oxe/mixture.yaml --train.batch_size 32",
-            "--data.root data/bridge_dataset": f"--data.root data/bridge_dataset --train.batch_size 32 {TINY}",
-            WEIGHTS: TINY,
+            "--data.root data/oxe": "--data.root data/oxe --data.dataset data/oxe/mixture.yaml",
+            "--data.root data/bridge_dataset": f"--data.root data/bridge_dataset {SHORT}",
+            WEIGHTS: SHORT,
         },
     ),
     "docs/how_to/libero.md": pages.Page(

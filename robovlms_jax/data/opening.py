@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Literal
 
-from robovlms_jax.data import base, calvin, lerobot, libero_hdf5, mixing, notices, rlds, statistics
+from robovlms_jax.data import base, calvin, lerobot, libero_hdf5, mixing, notices, packed, rlds, statistics
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.data.registry import mixtures
 
@@ -18,6 +18,7 @@ Split = Literal["training", "validation"]
 
 READ_BY: Mapping[str, tuple[str, ...]] = {
     "annotation_folder": ("calvin",),
+    "decoded_gb": ("calvin",),
     "max_left_out_share": ("lerobot",),
     "index_dir": ("rlds",),
     "reference": ("rlds",),
@@ -42,7 +43,10 @@ def open_split(settings: DataConfig, split: Split) -> base.Dataset:
     if split == "training":  # validation keeps every task, whatever training sees
         chosen = {"episode_list": settings.episode_list, "exclude_tasks": settings.exclude_tasks}
     if settings.dataset == "calvin":
-        return calvin.open_dataset(settings.root, split, annotation_folder=settings.annotation_folder, **chosen)
+        found = calvin.open_dataset(settings.root, split, annotation_folder=settings.annotation_folder, **chosen)
+        if split == "training" and isinstance(found, packed.PackedDataset):
+            found.keep_decoded(int(settings.decoded_gb * 1e9))
+        return found
     if settings.dataset == "libero_hdf5":
         dataset: base.Dataset = libero_hdf5.LiberoDataset(settings.root, split)
     elif settings.dataset == "lerobot":

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from robovlms_jax.control import robot as robots
-from robovlms_jax.data import base, frame_index, statistics
+from robovlms_jax.data import base, frame_index, kept, statistics
 
 VERSION = 1
 META, PARTIAL_META = "meta.json", "meta.partial.json"
@@ -30,10 +30,15 @@ META, PARTIAL_META = "meta.json", "meta.partial.json"
 class PackedDataset(base.Dataset):
     """A packed split, opened in milliseconds. Raises ValueError when the directory is not a complete packed split.
 
-    `selected` replaces the annotated episodes, all of them by default.
+    `selected` replaces the annotated episodes, all of them by default; decoded_bytes: see `keep_decoded`.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], selected: tuple[base.Episode, ...] | None = None):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        selected: tuple[base.Episode, ...] | None = None,
+        decoded_bytes: int = 0,
+    ):
         self.directory = pathlib.Path(directory)
         self.name = str(self.directory)
         self.meta = self._json(META)
@@ -61,6 +66,7 @@ class PackedDataset(base.Dataset):
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise ValueError(f"{path} {found}, expected {shard['size']} bytes; copy the packed dataset again.")
         self.frame_ids = self._load("frame_id", ())
+        self.keep_decoded(decoded_bytes)
         self._arrays = {name: self._load(name, self._form(name)) for name in self.meta["arrays"]}
         self._index = frame_index.FrameIndex(
             [self.directory / shard["file"] for shard in self.meta["shards"]],
@@ -74,8 +80,17 @@ class PackedDataset(base.Dataset):
         self, frame_ids: Sequence[int], cameras: Sequence[str], out: Mapping[str, Sequence[np.ndarray]] | None = None
     ) -> Mapping[str, Sequence[np.ndarray]]:
         out = self.allocate(len(frame_ids), cameras) if out is None else out
-        self._index.decode(self._rows(frame_ids), {camera: out[camera] for camera in cameras})
+        rows, wanted = self._rows(frame_ids), {camera: out[camera] for camera in cameras}
+        if self._kept is None:
+            self._index.decode(rows, wanted)
+        else:
+            self._kept.fill(rows, wanted, self._index.decode)
         return out
+
+    def keep_decoded(self, limit: int) -> None:
+        """Keep pictures in memory once they are decoded, `limit` bytes of them at most, in each process that reads."""
+        self._limit = limit
+        self._kept = kept.Pictures(len(self.frame_ids), self.image_sizes, limit) if limit else None
 
     def array(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:
         if name not in self._arrays:
@@ -136,4 +151,4 @@ class PackedDataset(base.Dataset):
         return array
 
     def __reduce__(self):
-        return PackedDataset, (self.directory, self.episodes)
+        return PackedDataset, (self.directory, self.episodes, self._limit)

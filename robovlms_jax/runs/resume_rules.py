@@ -133,6 +133,7 @@ RULES = (
     # What it is trained on.
     Rule("free", ("data.root", "data.index_dir", "data.index_workers"), "where data lie; their content is compared"),
     Rule("free", ("data.num_threads", "data.num_workers", "data.prefetch"), "the same batches, read otherwise"),
+    Rule("free", ("data.decoded_gb",), "the same pictures, decoded less often"),
     Rule("free", ("data.check_actions", "data.max_corrupt_share"), "when to stop, not what to learn"),
     Rule("stage", ("data.conventions",), "it says in which units data are"),
     Rule(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 
@@ -103,3 +104,38 @@ def test_a_field_of_another_width_is_named_with_its_file_and_what_was_expected(f
     with pytest.raises(ValueError, match=re.escape(f"{path}: {field} is ")) as error:
         packed.PackedDataset(split)
     assert f"[{len(values)}, {width}], expected numbers {expected}" in str(error.value)
+
+
+@pytest.mark.parametrize("limit", [0, 7 * (40 * 40 + 24 * 24) * 3, 10**9])
+def test_pictures_that_are_kept_in_memory_are_those_that_are_read(write_calvin, tmp_path, limit, monkeypatch):
+    pack(write_calvin(SPANS), tmp_path / "out")
+    plain, kept = (packed.PackedDataset(tmp_path / "out" / "training") for _ in range(2))
+    kept.keep_decoded(limit)
+    expected, rng = plain.images(plain.frame_ids, BOTH), np.random.default_rng(0)
+    decoded = []
+    real = frame_index.decode_image
+    monkeypatch.setattr(frame_index, "decode_image", lambda data, out: (decoded.append(1), real(data, out)))
+    for dataset in (kept, pickle.loads(pickle.dumps(kept))):
+        for cameras in (("wrist",), BOTH, BOTH[::-1]):
+            for _ in range(3):
+                rows = rng.permutation(len(plain.frame_ids))
+                found = dataset.images(plain.frame_ids[rows], cameras)
+                for camera in cameras:
+                    np.testing.assert_array_equal(found[camera], np.stack(expected[camera])[rows])
+    total = len(plain.frame_ids)
+    # Of 18 readings of all frames, 15 pictures of a frame each; kept ones are decoded once, and wrist's once again.
+    seen = {0: 15, 10**9: 3}.get(limit)
+    assert len(decoded) == 2 * total * seen if seen else 6 * total < len(decoded) < 30 * total, (len(decoded), total)
+
+
+def test_a_picture_that_cannot_be_read_is_not_kept(write_calvin, tmp_path):
+    dataset = pack(write_calvin(SPANS), tmp_path / "out")
+    dataset.keep_decoded(10**9)
+    shard = tmp_path / "out" / "training" / "shard_00000.bin"
+    whole, offset = shard.read_bytes(), np.load(shard.parent / "index" / "offset.npy")
+    shard.write_bytes(whole[: offset[4, 1]] + b"no" + whole[offset[4, 1] + 2 :])
+    with pytest.raises(base.CorruptFrameError, match="wrist image at byte"):
+        dataset.images([104], BOTH)
+    shard.write_bytes(whole)
+    plain = packed.PackedDataset(shard.parent)
+    np.testing.assert_array_equal(dataset.images([104], BOTH)["wrist"], plain.images([104], BOTH)["wrist"])
