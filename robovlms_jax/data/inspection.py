@@ -250,7 +250,7 @@ def _states(
     for name, read in {"proprio": dataset.proprio, **readers}.items():
         if width := sampling.width_of(read, runs):
             values = sampling.read_numbers(read, runs, "state", unreadable)
-            if name == "proprio":
+            if name == "proprio" and width == len(_seven()):
                 return values, spec.state if _describes(spec.state) else _seven()
             return values, spec.state if len(spec.state) == width else _numbered("state", width)
     return None, ()

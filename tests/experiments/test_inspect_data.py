@@ -13,9 +13,10 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import inspect_data, inspection_page
+from experiments import inspect_data, inspection_page, lerobot
 from robovlms_jax.control import robot as robots
 from robovlms_jax.data import inspection, rlds, rlds_writer, storage
+from robovlms_jax.data.lerobot import synthetic
 from tests.data import toy_rlds
 from tests.processes import run_python
 
@@ -135,6 +136,14 @@ def test_a_lerobot_dataset_is_recognised(tmp_path, toy_lerobot):
     (root / "meta" / "info.json").write_text('{"codebase_')
     with pytest.raises(ValueError, match=r"info\.json is not JSON"):
         look(root, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["so100", "aloha", "mobile_base"])
+def test_robots_of_other_numbers_than_seven_are_shown_by_their_own_names(tmp_path, name):
+    pytest.importorskip("pyarrow")
+    robot = lerobot.ROBOTS[name]
+    _, summary = look(synthetic.write(tmp_path / "own", robot, episodes=3, length=8), tmp_path)
+    assert f"action, state: {len(robot.action)} and {len(robot.state)} numbers" in summary
 
 
 @pytest.mark.parametrize("video", [False, True])
