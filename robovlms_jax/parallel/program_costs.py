@@ -81,16 +81,16 @@ def of_text(text: str, devices: int) -> Costs:
     unknown = 0
     for run in program.runs():
         x = run.instruction
-        flops += run.times * _flops(x, run.computation)
+        flops += run.times * flops_of(x, run.computation)
         kind = x.opcode.removesuffix("-start")
         if kind in KINDS:
             # A TPU's programs spread one collective over several kernels, which share its channel.
             channel = x.attribute("channel_id") if run.fused else ""
             key = channel or f"{run.computation.name}/{x.name}"
             if key not in collectives or collectives[key].times < run.times:
-                collectives[key] = _collective(kind, run, devices)
+                collectives[key] = collective_of(run, devices)
         if not run.fused:
-            moved += run.times * _moved(x, run.computation, program)
+            moved += run.times * traffic_of(x, run.computation, program)
             cycle = re.search(r'"estimated_cycles":"(\d+)"', x.attributes)
             cycles += run.times * int(cycle[1]) if cycle else 0
             once += int(cycle[1]) if cycle else 0
@@ -103,7 +103,8 @@ def of_text(text: str, devices: int) -> Costs:
 # Matrix products
 
 
-def _flops(x: hlo.Instruction, computation: hlo.Computation) -> float:
+def flops_of(x: hlo.Instruction, computation: hlo.Computation) -> float:
+    """Of matrix products and convolutions of one instruction; those inside of a fusion are instructions of their own."""
     operands = [array for operand in computation.operands(x) for array in operand.result[:1]]
     if x.opcode == "dot":
         contracted = _numbers(x.attribute("lhs_contracting_dims"))
@@ -166,7 +167,7 @@ _NOTHING = frozenset(_NO_TRAFFIC.split())
 _PARTS = ("dynamic-slice", "gather", "slice")
 
 
-def _moved(x: hlo.Instruction, computation: hlo.Computation, program: hlo.Program) -> float:
+def traffic_of(x: hlo.Instruction, computation: hlo.Computation, program: hlo.Program) -> float:
     """Bytes that an instruction outside of fusions reads and writes."""
     if x.opcode in _NOTHING:
         return 0.0
@@ -251,12 +252,13 @@ def _in_space(arrays: Sequence[hlo.Array], place: hlo.Instruction) -> list[hlo.A
 # Collectives
 
 
-def _collective(kind: str, run: hlo.Run, devices: int) -> Collective:
+def collective_of(run: hlo.Run, devices: int) -> Collective:
+    """devices: that the program runs on."""
     x = run.instruction
     brought = [array for operand in run.computation.operands(x) for array in operand.result]
     largest = max(brought, key=lambda array: array.bytes, default=hlo.Array("f32", (0,)))
     return Collective(
-        kind=kind,
+        kind=x.opcode.removesuffix("-start"),
         groups=tuple(groups(x.attributes, devices)),
         operand=sum(array.bytes for array in brought),
         times=run.times,

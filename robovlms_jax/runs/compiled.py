@@ -3,7 +3,8 @@
 That is the roofline (Williams et al. 2009) with a third roof: matrix products over the chip's peak, traffic of its
 main memory over its bandwidth, and collectives over the links they go along. The step takes as long as the largest of
 the three if everything else is hidden behind it, and as their sum if nothing is. Traffic is a model
-(`parallel.program_costs`): what a cache still holds is read faster.
+(`parallel.program_costs`): what a cache still holds is read faster. What is hidden the schedule says
+(`parallel.schedules`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from robovlms_jax import atomic
 from robovlms_jax.backbones.base import VLMConfig
 from robovlms_jax.nn import stack
-from robovlms_jax.parallel import gpu, program_costs, targets
+from robovlms_jax.parallel import gpu, program_costs, schedules, targets
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import MeshConfig
 from robovlms_jax.policies import serving
@@ -128,7 +129,7 @@ def _compiled(place: Place, lowered: jax.stages.Lowered, own: Mapping[str, Any] 
     return found
 
 
-_VERSION = 4
+_VERSION = 5
 """Raised when what is kept of a program changes."""
 
 
@@ -149,10 +150,18 @@ def _compile(place: Place, lowered: jax.stages.Lowered, options: Mapping[str, An
             raise
         peak = int(float(used[1]) * 1024 ** " KMGT".index(used[2] or " "))
         return {"bytes": {"peak": peak}, "refused": str(error).splitlines()[0][:300]}
-    costs = program_costs.of_text(compiled.as_text(), place.mesh.size)
+    text, figures = compiled.as_text(), place.target.figures
+    costs = program_costs.of_text(text, place.mesh.size)
     analysis = compiled.cost_analysis() if place.target.platform == "tpu" else None
     where = targets.places(place.target, list(place.mesh.devices.flat))
     sizes = dict(place.mesh.shape)
+
+    def seconds(x: program_costs.Collective) -> float:
+        return targets.seconds(place.target, x.groups, where, x.sent)
+
+    schedule = schedules.of_text(
+        text, place.mesh.size, lambda flops, moved: max(flops / figures.flops, moved / figures.bandwidth), seconds
+    )
     exchanged = [
         {
             "kind": x.kind,
@@ -160,7 +169,7 @@ def _compile(place: Place, lowered: jax.stages.Lowered, options: Mapping[str, An
             "dtype": x.dtype,
             "times": x.times,
             "bytes": x.sent * x.times,
-            "seconds": x.times * targets.seconds(place.target, x.groups, where, x.sent),
+            "seconds": x.times * seconds(x),
             "where": x.where,
         }
         for x in costs.collectives
@@ -171,6 +180,7 @@ def _compile(place: Place, lowered: jax.stages.Lowered, options: Mapping[str, An
         "traffic": costs.bytes,
         "cycles": [costs.cycles, costs.cycles_once],
         "unknown_loops": costs.unknown_loops,
+        "schedule_s": dataclasses.asdict(schedule),
         "optimal_seconds": (analysis or {}).get("optimal_seconds"),
         "collectives": sorted(exchanged, key=lambda x: -x["bytes"]),
     }
@@ -260,6 +270,11 @@ def _show_one(name: str, found: Mapping[str, Any]) -> list[str]:
         f"  {1e3 * found['floor_s']:>10.3f} ms {least}, by {found['bound']}: MFU{most} {100 * found['mfu']:.1f} %"
         + (f", {found['windows_per_s']:.4g} windows/s" if found.get("windows_per_s") else "")
         + f"; {1e3 * found['sum_s']:.3f} ms if nothing overlaps"
+    )
+    schedule = found["schedule_s"]
+    lines.append(
+        f"  {1e3 * (schedule['kernels'] + schedule['waited']):>10.3f} ms by its schedule: kernels one after the other, "
+        f"{1e3 * schedule['waited']:.3f} of {1e3 * schedule['collectives']:.3f} ms of collectives not behind them"
     )
     if found.get("compiler_s"):
         lines.append(

@@ -142,7 +142,7 @@ def test_layer_equals_torch_lstm(exact_matmul):
     params = upstream_params(weights | dummy, layers=2)["params"]
     out = x
     for layer in range(2):
-        out = lstm.LSTMLayer(HIDDEN).apply({"params": params[f"lstm_{layer}"]}, out, np.ones((3, W), bool))
+        out = lstm.LSTMLayer(HIDDEN).apply({"params": params[f"lstm_{layer}"]}, out, np.ones((3, W), bool))[0]
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
@@ -161,6 +161,24 @@ def test_step_repeated_equals_the_last_step_of_each_window(queries, exact_matmul
         whole = window(params, seen, np.ones(seen.shape[:2], bool))
         np.testing.assert_allclose(prediction.arm, whole.arm[:, -1], atol=1e-6)
         np.testing.assert_allclose(head.actions(prediction), head.actions(whole)[:, -1], atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [2, 6])
+def test_renewed_windows_are_those_of_steps_with_the_renewed_features(steps, exact_matmul):
+    # Before and after the window is full; of two episodes one is renewed, the other goes on from what it had.
+    config = lstm.LSTMHeadConfig(hidden_size=HIDDEN, num_layers=2, trunk=(12,))
+    head = base.build(config, window=4, chunk=3, action_dim=7, binary=(6,), feature_dim=D, num_queries=1)
+    old, new = np.random.default_rng(3).normal(size=(2, 2, steps + 1, 1, D)).astype(np.float32)
+    params = jax.jit(head.init)(jax.random.key(0), np.zeros((2, 4, 1, D), np.float32), np.ones((2, 4), bool))
+    step = jax.jit(functools.partial(head.apply, params, method="step"))
+    carries = [head.init_carry(2), head.init_carry(2)]
+    for t in range(steps):
+        carries = [step(x[:, t], carry)[1] for x, carry in zip((old, new), carries)]
+    window = np.pad(new, ((0, 0), (3, 0), (0, 0), (0, 0)))[:, -4:]
+    due = np.array([True, False])
+    renewed = jax.jit(functools.partial(head.apply, params, method="renew"))(carries[0], window, due)
+    expected = jax.tree.map(lambda x, y: np.stack([y[0], x[1]]), *carries)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), renewed, expected)
 
 
 def test_front_padding_changes_nothing(exact_matmul):

@@ -22,6 +22,7 @@ from robovlms_jax.training import memory
 FOUND = {
     "bytes": {"peak": 2**30}, "flops": 989e9, "traffic": 3350e6, "cycles": [0, 0], "unknown_loops": 0,
     "optimal_seconds": None, "seconds_to_compile": 1.0,
+    "schedule_s": {"kernels": 2e-3, "waited": 1e-3, "collectives": 3e-3},
     "collectives": [
         {"kind": "all-reduce", "axes": ["data"], "dtype": "f32", "times": 2, "bytes": 1e9, "seconds": 3e-3, "where": ""}
     ],
@@ -42,6 +43,7 @@ def test_a_step_cannot_be_faster_than_its_lowest_roof(place):
     text = compiled.show(place.target, {"data": 1}, {"training": found})
     assert "3.000 ms at least, by interconnect: MFU at most 16.7 %" in text
     assert "all-reduce" in text and "1000 MB" in text
+    assert "3.000 ms by its schedule: kernels one after the other, 1.000 of 3.000 ms of collectives not" in text
 
 
 def test_what_rests_on_the_model_of_memory_traffic_is_not_shown_as_a_bound(place):

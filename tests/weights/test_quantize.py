@@ -192,7 +192,7 @@ def test_adapters_of_recurrent_matrices_merge():
     shapes = unbox(jax.eval_shape(layer.init, jax.random.key(0), features, np.ones((2, 3), bool))["params"])
     params = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32), shapes)
     run = jax.jit(
-        lambda layer, params: layer.apply({"params": params}, features, np.ones((2, 3), bool)), static_argnums=0
+        lambda layer, params: layer.apply({"params": params}, features, np.ones((2, 3), bool))[0], static_argnums=0
     )
     merged = merge_lora(params, kernel.lora)
     assert set(merged) == {"input_kernel", "hidden_kernel", "input_bias", "hidden_bias"}

@@ -6,12 +6,13 @@ import dataclasses
 from typing import ClassVar
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from robovlms_jax.nn.linear import Kernel, Matrix
 from robovlms_jax.policies.heads import base
-from robovlms_jax.policies.heads.continuous import ContinuousHead, ContinuousHeadConfig
+from robovlms_jax.policies.heads.continuous import ContinuousHead, ContinuousHeadConfig, ContinuousPrediction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,13 @@ class LSTMLayer(nn.Module):
     kernel: Kernel = Kernel()
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """float[N, W, D], bool[N, W] -> float[N, W, hidden]; the state stands still where `mask` is False."""
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, state: tuple[jax.Array, jax.Array] | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """float[N, W, D], bool[N, W] -> float[N, W, hidden] and the state behind it, (h, c) float[N, hidden] each.
+
+        The state stands still where `mask` is False. state: in front of the first step; None: zero.
+        """
         width, hidden = x.shape[-1], self.hidden_size
         bound = hidden**-0.5
 
@@ -65,8 +71,21 @@ class LSTMLayer(nn.Module):
             return (h, c), h
 
         zero = jnp.zeros((x.shape[0], hidden), x.dtype)
-        _, out = jax.lax.scan(step, (zero, zero), (projected, mask.T[..., None]))
-        return jnp.moveaxis(out, 0, 1)
+        state, out = jax.lax.scan(step, state or (zero, zero), (projected, mask.T[..., None]))
+        return jnp.moveaxis(out, 0, 1), state
+
+
+@flax.struct.dataclass
+class RunningWindows:
+    """The windows that the steps to come will end: each goes on by one step at a time, so that a control step reads
+    every matrix once. Run again from its first step, a window would read them W times.
+
+    state: float32[B, W, L, 2, hidden], (h, c) of each layer; window w has seen the last W - 1 - w steps. count:
+      int32[B], how many steps there were, at most W - 1.
+    """
+
+    state: jax.Array
+    count: jax.Array
 
 
 @base.register("lstm", LSTMHeadConfig)
@@ -79,7 +98,43 @@ class LSTMHead(ContinuousHead):
         self.layers = [LSTMLayer(hidden, self.kernel, name=f"lstm_{layer}") for layer in range(self.config.num_layers)]
 
     def encode(self, features: jax.Array, mask: jax.Array) -> jax.Array:
-        x = features.reshape(*features.shape[:2], -1)
-        for layer in self.layers:
-            x = layer(x, mask)
-        return x
+        return self._run(features, mask)[0]
+
+    def _run(
+        self, features: jax.Array, mask: jax.Array, state: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """`encode`, and float32[N, L, 2, hidden] behind it. state: in front of it, alike; None: zero."""
+        x, after = features.reshape(*features.shape[:2], -1), []
+        for index, layer in enumerate(self.layers):
+            before = None if state is None else (state[:, index, 0], state[:, index, 1])
+            x, found = layer(x, mask, before)
+            after.append(jnp.stack(found, axis=1))
+        return x, jnp.stack(after, axis=1)
+
+    def init_carry(self, batch: int) -> RunningWindows:
+        shape = (batch, self.window, self.config.num_layers, 2, self.config.hidden_size * self.num_queries)
+        return RunningWindows(jnp.zeros(shape, jnp.float32), jnp.zeros(batch, jnp.int32))
+
+    def step(self, features: jax.Array, carry: RunningWindows) -> tuple[ContinuousPrediction, RunningWindows]:
+        batch, window = carry.state.shape[:2]
+        x = jnp.repeat(features.astype(jnp.float32), window, axis=0)[:, None]
+        hidden, state = self._run(x, jnp.ones(x.shape[:2], bool), carry.state.reshape(-1, *carry.state.shape[2:]))
+        state = state.reshape(carry.state.shape)
+        # The oldest window ends here; the next step begins one.
+        state = jnp.concatenate([state[:, 1:], jnp.zeros_like(state[:, :1])], axis=1)
+        hidden = hidden.reshape(batch, window, -1)[:, 0]
+        return self._decode(hidden), RunningWindows(state, jnp.minimum(carry.count + 1, window - 1))
+
+    def renew(self, carry: RunningWindows, features: jax.Array, due: jax.Array) -> RunningWindows:
+        """See `base.ActionHead`. All windows are run again, which happens once in many steps."""
+        batch, window = carry.state.shape[:2]
+        before = features[:, :-1].astype(jnp.float32)  # `step` has the newest
+
+        def again(head: LSTMHead, state: jax.Array) -> jax.Array:
+            place = jnp.arange(window - 1)
+            real = place >= window - 1 - carry.count[:, None]
+            mask = real[:, None] & (place >= jnp.arange(window)[:, None])
+            found = head._run(jnp.repeat(before, window, axis=0), mask.reshape(-1, window - 1))[1]
+            return jnp.where(due[:, None, None, None, None], found.reshape(state.shape), state)
+
+        return carry.replace(state=nn.cond(due.any(), again, lambda _, state: state, self, carry.state))
