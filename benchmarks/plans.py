@@ -178,8 +178,8 @@ def summary(planned: Mapping[str, Any]) -> dict[str, Any]:
         sums = together.setdefault(f"{x['kind']} {' x '.join(x['axes'])} {x['dtype']}", [0, 0.0, 0.0])
         for index, value in enumerate((x["times"], x["bytes"], x["seconds"])):
             sums[index] += value
-    kept = ("bytes", "fits", "refused", "nearest", "flops", "traffic", "roofs_s", "bound", "floor_s", "sum_s", "schedule_s", "mfu")
-    kept += ("windows_per_s", "compiler_s", "seconds_to_compile")
+    kept = ("bytes", "fits", "refused", "nearest", "flops", "traffic", "roofs_s", "bound", "floor_s", "sum_s", "mfu")
+    kept += ("schedule_s", "windows_per_s", "compiler_s", "seconds_to_compile")
     return {name: found[name] for name in kept if name in found} | {"collectives": together}
 
 

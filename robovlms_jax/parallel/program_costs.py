@@ -104,7 +104,7 @@ def of_text(text: str, devices: int) -> Costs:
 
 
 def flops_of(x: hlo.Instruction, computation: hlo.Computation) -> float:
-    """Of matrix products and convolutions of one instruction; those inside of a fusion are instructions of their own."""
+    """Of one instruction that is a product or a convolution; those inside of a fusion are instructions of their own."""
     operands = [array for operand in computation.operands(x) for array in operand.result[:1]]
     if x.opcode == "dot":
         contracted = _numbers(x.attribute("lhs_contracting_dims"))

@@ -100,9 +100,7 @@ class LSTMHead(ContinuousHead):
     def encode(self, features: jax.Array, mask: jax.Array) -> jax.Array:
         return self._run(features, mask)[0]
 
-    def _run(
-        self, features: jax.Array, mask: jax.Array, state: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+    def _run(self, features: jax.Array, mask: jax.Array, state: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """`encode`, and float32[N, L, 2, hidden] behind it. state: in front of it, alike; None: zero."""
         x, after = features.reshape(*features.shape[:2], -1), []
         for index, layer in enumerate(self.layers):
@@ -127,7 +125,7 @@ class LSTMHead(ContinuousHead):
 
     def renew(self, carry: RunningWindows, features: jax.Array, due: jax.Array) -> RunningWindows:
         """See `base.ActionHead`. All windows are run again, which happens once in many steps."""
-        batch, window = carry.state.shape[:2]
+        window = carry.state.shape[1]
         before = features[:, :-1].astype(jnp.float32)  # `step` has the newest
 
         def again(head: LSTMHead, state: jax.Array) -> jax.Array:
