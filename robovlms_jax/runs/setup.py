@@ -185,7 +185,8 @@ def _planned(
     model = build.make_model(config, backbone.vlm)
     shapes, shardings = build.abstract_params(model, mesh)
     if backbone.adapter is not None:
-        peft.require_fits(backbone.adapter, shapes["backbone"], backbone.vlm.rules, backbone.vlm.lora)
+        vlm = backbone.vlm
+        peft.require_fits(backbone.adapter, shapes["backbone"], vlm.rules, vlm.lora, config.backbone.weights)
     planned = stages.plan(config.train, config.optimizer)
     stages.check(planned, flatten_dict(shapes, sep="/"), [objective.ROBOT, *data.others, *config.data.vl.paths])
     questions.check(planned, config, flatten_dict(shapes, sep="/"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-import math
+import logging
 import pathlib
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -24,12 +24,14 @@ from safetensors.numpy import save_file
 
 from robovlms_jax import atomic, json_files
 from robovlms_jax.nn.linear import Lora
-from robovlms_jax.weights import peft_biases, sources
+from robovlms_jax.weights import peft_biases, peft_settings, sources
 from robovlms_jax.weights import rules as rules_of
 from robovlms_jax.weights.rearrange import Rearrange
 from robovlms_jax.weights.rules import Rule, Rules
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+logger = logging.getLogger(__name__)
+
+CONFIG, TENSORS = peft_settings.CONFIG, "adapter_model.safetensors"
 
 _MODULES = (
     (r"^language_model\.model\.", "model.language_model."),
@@ -43,24 +45,6 @@ _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>A|B|magnitude_vector)(?:\.default)?(?:\.weight)?"
 )
 
-_PLAIN = {
-    "modules_to_save": None,
-    "fan_in_fan_out": False,
-    "layer_replication": None,
-    "use_qalora": False,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "lora_bias": False,
-    "use_bdlora": None,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "velora_config": None,
-    "monteclora_config": None,
-}
-"""Settings of PEFT that change what is computed, with the only value that our adapters have."""
-_REWRITING = ("pissa", "olora", "loftq", "corda", "lora_ga")
-"""Beginnings of `init_lora_weights` with which PEFT changes the base's own weights when it opens an adapter."""
 _Places = dict[str, list[tuple[str, int | None]]]
 """Tensor in PEFT's file -> paths and layers of the parameters that it belongs to."""
 
@@ -146,7 +130,7 @@ def export(
     bias, more = peft_biases.tensors(flat, rules, lambda name: _module(name, rules), set(modules), set(trained))
     tensors |= more
     directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_settings(lora, modules, fused, base_model) | {"bias": bias}, indent=2)
+    text = json.dumps(peft_settings.written(lora, modules, fused, base_model) | {"bias": bias}, indent=2)
     atomic.write_text(directory / CONFIG, text + "\n")
     with atomic.becoming(directory / TENSORS) as file:
         save_file(tensors, file, metadata={"format": "pt"})
@@ -182,13 +166,22 @@ def load(
     return out
 
 
-def require_fits(directory: str | pathlib.Path, shapes: Mapping[str, Any], rules: Rules, lora: Lora) -> None:
-    """Raise what `load` does about an adapter of another kind or another model; no tensor is read.
+def require_fits(
+    directory: str | pathlib.Path, shapes: Mapping[str, Any], rules: Rules, lora: Lora, weights: str = ""
+) -> None:
+    """Raise what `load` does about an adapter of another kind or another model; no tensor is read. Warns where the
+    adapter names another base than the weights are, for sizes may be the same.
 
     Args:
-      shapes: of the backbone's parameters, nested.
+      shapes: of the backbone's parameters, nested. weights: where the base's are; empty: random ones.
     """
-    _opened(pathlib.Path(directory).expanduser(), flatten_dict(shapes, sep="/"), rules, lora)
+    settings, *_ = _opened(pathlib.Path(directory).expanduser(), flatten_dict(shapes, sep="/"), rules, lora)
+    if there := peft_settings.other_base(settings, weights):
+        logger.warning(
+            "the adapter in %s was made for the base %s, and backbone.weights is %s: with another base than its own it "
+            "computes something else.",
+            *(directory, there, repr(weights) if weights else "empty (random parameters)"),
+        )
 
 
 def _opened(
@@ -196,7 +189,7 @@ def _opened(
 ) -> tuple[dict[str, Any], dict[str, _Layout], sources.SafetensorsSource, _Places, _Places]:
     """An adapter's settings, layouts by path, its file, and where each of its adapters, and of its biases, belongs."""
     settings = json_files.read_object(directory / CONFIG, "PEFT's settings")
-    _require_kind(directory, settings, lora)
+    peft_settings.require_kind(directory, settings, lora)
     layouts = _layouts(flat, rules)
     file = sources.SafetensorsSource([directory / TENSORS], str(directory / TENSORS))
     biases = peft_biases.places(file.shapes, rules, flat) if settings.get("bias", "none") != "none" else {}
@@ -216,8 +209,33 @@ def _opened(
     # Kernels that share a tensor have parts of its rank, which are told apart when they are read.
     ranks = {key: file.shapes[key][0] for key in found if ".lora_A" in key}
     own = [-(-rank // _sharing(found[key])) for key, rank in ranks.items()]
-    _require_rank(directory, max(own, default=1), settings, lora)
+    peft_settings.require_rank(directory, max(own, default=1), settings, lora)
+    for key, places in found.items():
+        for path, _ in places:
+            _require_shape(key, file.shapes[key], layouts[path], flat)
+    peft_biases.require_shapes(file.shapes, biases, rules, flat)
     return settings, layouts, file, found, biases
+
+
+def _shape(layout: _Layout, flat: Mapping[str, Any], name: str, rank: int) -> tuple[int, ...]:
+    """Of one layer's lora_a or lora_b ("a", "b") with another rank than ours has."""
+    shape = list(flat[re.sub(r"kernel$", f"lora_{name}", layout.rule.target)].shape[int(layout.rule.is_stacked) :])
+    shape[0 if name == "b" else -1] = rank
+    return tuple(shape)
+
+
+def _require_shape(key: str, stored: Sequence[int], layout: _Layout, flat: Mapping[str, Any]) -> None:
+    """Raise ValueError where PEFT's A or B is one for a matrix of another size."""
+    part = _KEY.fullmatch(key)["part"]
+    if part not in ("A", "B"):
+        return
+    rearrange, rank = (layout.down, stored[0]) if part == "A" else (layout.up, stored[1])
+    wanted = rearrange.source_shape(_shape(layout, flat, part.lower(), rank))
+    if wanted != tuple(stored):
+        raise ValueError(
+            f"the adapter's {key} is {list(stored)}; the backbone's matrix wants {list(wanted)}. It is one of another "
+            "model."
+        )
 
 
 def _layouts(flat: Mapping[str, Any], rules: Rules) -> dict[str, _Layout]:
@@ -268,73 +286,9 @@ def _tensors(flat: Mapping[str, Any], layouts: list[_Layout], layer: int | None,
     return out
 
 
-def _settings(lora: Lora, modules: list[str], fused: Mapping[str, int], base_model: str) -> dict[str, Any]:
-    more = math.sqrt if lora.kind == "rslora" else float  # so that alpha / r, or alpha / sqrt(r), stays
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base_model,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "use_rslora": lora.kind == "rslora",
-        "use_dora": lora.kind == "dora",
-        "target_modules": modules,
-        "rank_pattern": {re.escape(module): lora.rank * parts for module, parts in fused.items()},
-        "alpha_pattern": {re.escape(module): lora.alpha * more(parts) for module, parts in fused.items()},
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-
-
-def _require_kind(directory: pathlib.Path, settings: Mapping[str, Any], lora: Lora) -> None:
-    if settings.get("peft_type") != "LORA" or (settings.get("use_dora") and settings.get("use_rslora")):
-        raise ValueError(
-            f"{directory / CONFIG}: peft_type={settings.get('peft_type')!r}, use_dora={settings.get('use_dora')}, "
-            f"use_rslora={settings.get('use_rslora')}; LORA, with one of the two at most, is read here."
-        )
-    if settings.get("bias", "none") not in peft_biases.KINDS:
-        raise ValueError(
-            f"{directory / CONFIG} has bias={settings['bias']!r}; one of {list(peft_biases.KINDS)} is read here."
-        )
-    other = {key: settings[key] for key, value in _PLAIN.items() if settings.get(key, value) not in (value, None, [])}
-    if other:
-        raise ValueError(
-            f"{directory / CONFIG} has {other}; adapters with { ({k: _PLAIN[k] for k in other}) } are read here."
-        )
-    begun = settings.get("init_lora_weights")
-    if isinstance(begun, str) and begun.lower().startswith(_REWRITING):
-        raise ValueError(
-            f"{directory / CONFIG} has init_lora_weights={begun!r}: with it PEFT changes the base's weights when it "
-            "opens the adapter; here they stay as published. Save it as a plain one, with peft's save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=DIRECTORY of the adapter before training)."
-        )
-    ranks = [settings.get("r", 8), *(settings.get("rank_pattern") or {}).values()]
-    wrong = [rank for rank in ranks if not isinstance(rank, int) or rank < 1]
-    if wrong:
-        raise ValueError(f"{directory / CONFIG} has rank {wrong[0]!r}; r and rank_pattern are whole numbers above 0.")
-    _require_rank(directory, settings.get("r", 8), settings, lora)
-
-
-def _require_rank(directory: pathlib.Path, rank: int, settings: Mapping[str, Any], lora: Lora) -> None:
-    kind = "dora" if settings.get("use_dora") else "rslora" if settings.get("use_rslora") else "lora"
-    if lora.rank < rank or lora.kind != kind:
-        raise ValueError(
-            f"{directory} holds adapters of kind {kind!r} and rank {rank}; the backbone is to have kind {lora.kind!r} "
-            f"and rank {lora.rank}. Pass --backbone.lora_rank {max(rank, lora.rank)} --backbone.lora_kind {kind}."
-        )
-
-
 def _sharing(places: Sequence[tuple[str, int | None]]) -> int:
     """How many kernels share a tensor, of the paths and layers that it belongs to."""
     return max(collections.Counter(layer for _, layer in places).values())
-
-
-def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
-    """PEFT's factor of B A: the first pattern that the end of a module's name has, else lora_alpha."""
-    patterns = (settings.get("alpha_pattern") or {}).items()
-    own = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", module))
-    return next(own, settings.get("lora_alpha", 8)) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 def _joined(
@@ -360,18 +314,12 @@ def _joined(
         if missing:
             raise ValueError(f"the adapter's {module} has no lora_{missing[0]}; the file is incomplete.")
         rank = values["A"].shape[0]
-        up = values["B"] * (_scale(settings, module, rank) / lora.scale)
+        up = values["B"] * (peft_settings.scale(settings, module, rank) / lora.scale)
         pair: dict[str, np.ndarray] = {}
         pairs = [("a", layout.down, values["A"]), ("b", layout.up, up)]
         for name, rearrange, value in pairs:
-            shape = list(flat[prefix + name].shape[int(stacked) :])
-            shape[0 if name == "b" else -1] = rank
-            if rearrange.source_shape(tuple(shape)) != value.shape:
-                raise ValueError(
-                    f"the adapter's {module} has lora_{name.upper()} {list(value.shape)}; the backbone's matrix wants "
-                    f"{list(rearrange.source_shape(tuple(shape)))}. It is one of another model."
-                )
-            mine = rearrange.forward(lambda cut, value=value: value[cut], tuple(shape), (slice(None),) * len(shape))
+            shape = _shape(layout, flat, name, rank)
+            mine = rearrange.forward(lambda cut, value=value: value[cut], shape, (slice(None),) * len(shape))
             pair[name] = np.moveaxis(mine, 0 if name == "b" else -1, 0)
         used = np.any(pair["b"].reshape(rank, -1) != 0, axis=1)
         if rank > lora.rank:  # of a tensor that kernels share each uses its own part of the rank

@@ -84,6 +84,25 @@ def places(keys: Collection[str], rules: Rules, flat: Mapping[str, Any]) -> dict
     return found
 
 
+def require_shapes(
+    stored: Mapping[str, tuple[int, ...]],
+    at: Mapping[str, list[tuple[str, int | None]]],
+    rules: Rules,
+    flat: Mapping[str, Any],
+) -> None:
+    """Raise ValueError where a bias in PEFT's file has another size than the backbone's. stored: key -> shape."""
+    by_target = _by_target(rules, flat)
+    for key, mine in at.items():
+        for path, _ in mine:
+            shape = tuple(flat[path].shape)[int(by_target[path].is_stacked) :]
+            wanted = Rearrange.parse(by_target[path].pattern, len(shape)).source_shape(shape)
+            if wanted != tuple(stored[key]):
+                raise ValueError(
+                    f"the adapter's {key} has {list(stored[key])} values; the backbone's {path} wants {list(wanted)}. "
+                    "It is one of another model."
+                )
+
+
 def joined(
     values: Mapping[str, np.ndarray],
     at: Mapping[str, list[tuple[str, int | None]]],
@@ -95,20 +114,15 @@ def joined(
     Args:
       values: key -> tensor. at: what `places` says of the keys. flat: path -> array, or shape, of the backbone.
     Raises:
-      ValueError: a bias of another size, or for some of the layers alone.
+      ValueError: a bias for some of the layers alone.
     """
     by_target, layers = _by_target(rules, flat), {}
     for key, mine in at.items():
         for path, layer in mine:
             rule, shape = by_target[path], tuple(flat[path].shape)
             shape = shape[1:] if rule.is_stacked else shape
-            rearrange = Rearrange.parse(rule.pattern, len(shape))
-            if rearrange.source_shape(shape) != values[key].shape:
-                raise ValueError(
-                    f"the adapter's {key} has {list(values[key].shape)} values; the backbone's {path} wants "
-                    f"{list(rearrange.source_shape(shape))}. It is one of another model."
-                )
             whole = (slice(None),) * len(shape)
+            rearrange = Rearrange.parse(rule.pattern, len(shape))
             value = rearrange.forward(lambda cut, key=key: values[key][cut], shape, whole)
             layers.setdefault(path, {})[layer] = value.astype(np.float32)
     out = {}

@@ -1,6 +1,7 @@
 """Adapters as PEFT's files: opened by peft itself, and read back from what peft writes."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -156,7 +157,7 @@ def test_a_bias_that_pefts_files_cannot_hold_or_of_another_size_is_named(tmp_pat
     key = next(key for key in tensors if key.endswith("text_model.model.layers.0.self_attn.q_proj.base_layer.bias"))
     save_file(tensors | {key: tensors[key][:-1]}, tmp_path / adapters.TENSORS)
     with pytest.raises(ValueError, match=r"q_proj.base_layer.bias has \[.*wants \["):
-        adapters.load(tmp_path, tree, config.rules, config.lora)
+        adapters.require_fits(tmp_path, tree, config.rules, config.lora)
     save_file({name: x for name, x in tensors.items() if name != key}, tmp_path / adapters.TENSORS)
     with pytest.raises(ValueError, match=r"q_proj.bias in layers \[1.*in \[0\], too"):
         adapters.load(tmp_path, tree, config.rules, config.lora)
@@ -221,17 +222,24 @@ def test_adapters_of_another_kind_are_refused_with_the_flags_that_fit(tmp_path, 
         adapters.load(tmp_path, tree, config.rules, dataclasses.replace(config.lora, **lora))
 
 
-def test_an_adapter_of_another_model_and_a_truncated_file_are_named(tmp_path):
+def test_an_adapter_of_another_model_and_a_truncated_file_are_named(tmp_path, caplog):
     config, _, params = with_adapters("kosmos-2", "lora")
-    adapters.export(unflatten_dict(params, sep="/"), config.rules, config.lora, tmp_path)
+    adapters.export(unflatten_dict(params, sep="/"), config.rules, config.lora, tmp_path, "hf://a/kosmos-2@v1")
+    fits = functools.partial(
+        adapters.require_fits, tmp_path, unflatten_dict(params, sep="/"), config.rules, config.lora
+    )
+    fits("/models/KOSMOS-2/")
+    assert not caplog.text
+    fits("/models/kosmos-2-tuned")  # of the same sizes
+    assert "made for the base hf://a/kosmos-2@v1" in caplog.text and "'/models/kosmos-2-tuned'" in caplog.text
     other, _, theirs = with_adapters("llava-1.5-7b", "lora")
     with pytest.raises(
-        ValueError, match=r"not an adapter of this backbone.*image_to_text_projection.*of another model"
+        ValueError, match=r"not an adapter of this backbone.*image_to_text_projection.*of hf://a/kosmos-2@v1"
     ):
         adapters.load(tmp_path, unflatten_dict(theirs, sep="/"), other.rules, other.lora)
     narrow = jax.tree.map(lambda x: x[..., :-1, :] if x.ndim > 3 else x, unflatten_dict(params, sep="/"))
-    with pytest.raises(ValueError, match=r"lora_A \[.*wants \[|lora_B \[.*wants \["):
-        adapters.load(tmp_path, narrow, config.rules, config.lora)
+    with pytest.raises(ValueError, match=r"lora_[AB]\S* is \[.*wants \["):
+        adapters.require_fits(tmp_path, narrow, config.rules, config.lora)  # before any tensor is read
     with pytest.raises(FileExistsError, match="holds an adapter already"):
         adapters.export(unflatten_dict(params, sep="/"), config.rules, config.lora, tmp_path)
     file = tmp_path / adapters.TENSORS
