@@ -142,6 +142,25 @@ def test_groups_are_not_compared_before_their_trials_may_end():
     dataclasses.replace(settings, decisions=4, update=UpdateConfig())  # a value stands for what would follow
 
 
+def test_a_trial_out_of_time_goes_on_in_its_last_looks_value_and_one_that_succeeded_ends():
+    """One table: two decisions and no time left, a look, two decisions to success, the first of another trial."""
+
+    def flags(*which: int) -> np.ndarray:
+        return np.isin(np.arange(6), which)[:, None]
+
+    names = ("over", "success", "looked", "trial")
+    outcome = types.SimpleNamespace(**dict(zip(names, (flags(1, 4), flags(4), flags(2), np.zeros((6, 1), int)))))
+    own = types.SimpleNamespace(settings=types.SimpleNamespace(update=UpdateConfig(discount=0.9, trace=0.5)))
+    v = np.linspace(0.1, 0.7, 7)
+    rewards, values = (jnp.asarray(x[:, None], jnp.float32) for x in (flags(4)[:, 0] * 1.0, v))
+    advantage, target = learning.Reinforcement._judged(own, None, outcome, rewards, values)
+    second, fifth = 0.9 * v[2] - v[1], 1 - v[4]
+    known = [0.9 * v[1] - v[0] + 0.45 * second, second, 0.9 * v[4] - v[3] + 0.45 * fifth, fifth, 0.9 * v[6] - v[5]]
+    rows = [0, 1, 3, 4, 5]  # the look itself is not learned from
+    np.testing.assert_allclose(advantage[rows, 0], known, rtol=1e-5)
+    np.testing.assert_allclose(target[rows, 0], np.array(known) + v[rows], rtol=1e-5)
+
+
 def test_numbers_that_are_not_finite_end_the_run_instead_of_being_passed_over():
     bad = {"nonfinite": 1.0, "loss": np.nan, "moved": 0.0, "grad_norm": np.inf}
     own = types.SimpleNamespace(
