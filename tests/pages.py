@@ -25,12 +25,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 @dataclasses.dataclass(frozen=True)
 class Page:
     """made: puts what a reader is told to have into the folder. instead: words of statements -> what stands there here.
-    left_out: beginnings of statements -> why they cannot be run. environment: further variables."""
+    left_out: beginnings of statements -> why they cannot be run."""
 
     made: Callable[[pathlib.Path], None] = lambda folder: None
     instead: Mapping[str, str] = dataclasses.field(default_factory=dict)
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def statements(text: str) -> list[str]:
@@ -69,7 +68,6 @@ def run(name: str, page: Page, folder: pathlib.Path) -> str:
         "JAX_PLATFORMS": "cpu",
         "HF_HUB_OFFLINE": "1",
         "XLA_FLAGS": "",
-        **page.environment,
     }
     for command in commands:
         done = subprocess.run(
