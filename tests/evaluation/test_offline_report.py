@@ -149,6 +149,15 @@ def test_curves_of_one_metric_share_a_panel(tmp_path):
     assert raw.get_ydata().min() <= smooth.get_ydata().min() <= smooth.get_ydata().max() <= raw.get_ydata().max()
 
 
+def test_many_curves_are_drawn_four_panels_a_row():
+    names = [f"train/loss_{source}" for source in "abcdefghi"]
+    figure = report.draw_curves({name: (np.arange(3), np.ones(3)) for name in names})
+    assert [axes.get_title() for axes in figure.axes] == [f"loss {source}" for source in "abcdefghi"]
+    places = [axes.get_subplotspec() for axes in figure.axes]
+    assert [(place.rowspan.start, place.colspan.start) for place in places] == [divmod(i, 4) for i in range(9)]
+    assert figure.get_figwidth() < 1.5 * figure.get_figheight() + 1
+
+
 def test_action_panels_show_real_units_and_all_seven_dimensions():
     curves = make_curves()
     figure = report.draw_actions(curves)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _MOTION = ("delta", "velocity")
 _COLORS = (tables.BLUE, tables.YELLOW, tables.GREEN, tables.RED)
-
+_PANELS_A_ROW = 4  # of curves; a run of many sources has some twenty metrics
 
 _OPEN_LOOP = (
     "Open loop: at every recorded frame the policy predicts, and its prediction is compared with what the demonstrator "
@@ -196,13 +196,19 @@ def read_metrics(path: str | pathlib.Path) -> dict[str, tuple[np.ndarray, np.nda
 
 
 def draw_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Metrics over steps. "train/loss" and "validation/loss" share a panel; long curves get a smoothed line."""
+    """Metrics over steps, four panels a row. "train/loss" and "validation/loss" share a panel; long curves get a
+    smoothed line."""
     panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for name, curve in curves.items():
         split, _, metric = name.rpartition("/")
         panels.setdefault(metric, {})[split or metric] = curve
-    figure = tables.figure(4.2 * len(panels), 3.7, layout="constrained")
-    for axes, (metric, splits) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    columns = min(len(panels), _PANELS_A_ROW)
+    rows = -(-len(panels) // columns)
+    figure = tables.figure(4.2 * columns, 3.7 * rows, layout="constrained")
+    every = figure.subplots(rows, columns, squeeze=False).ravel()
+    for unused in every[len(panels) :]:
+        unused.remove()
+    for axes, (metric, splits) in zip(every[: len(panels)], panels.items(), strict=True):
         for color, (split, (steps, values)) in zip(itertools.cycle(tables.COLORS), splits.items(), strict=False):
             if len(steps) > 20:
                 axes.plot(steps, values, color=color, alpha=0.25, linewidth=1, label=f"{split}, as logged")
