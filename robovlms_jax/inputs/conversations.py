@@ -36,10 +36,11 @@ class Turn(NamedTuple):
 class Chat:
     """How a family writes conversations. {images}: all pictures together; without it each stands where its mark is.
 
-    start: before the first turn. question: with {question} in it. answer: with {answer} in it. end: what the model
-    says when an answer is over, learned with it; empty: the tokenizer's end-of-text token. between: before every turn
-    but the first. image: around a picture, with {image} in it. boxes: how boxes are written. caption: in place of
-    `question` where it is `DESCRIBE`; empty: as any question.
+    start: before the first turn. question: with {question} in it, and {language} for the code of the answer's language.
+    answer: with {answer} in it. end: what the model says when an answer is over, learned with it; empty: the
+    tokenizer's end-of-text token. between: before every turn but the first. image: around a picture, with {image} in
+    it. boxes: how boxes are written. caption: in place of `question` where it is `DESCRIBE`; empty: as any question.
+    words: regular expression of the special tokens that questions and answers are made of, too.
     """
 
     question: str
@@ -64,6 +65,17 @@ _QWEN_PLACES = r"<\|(object_ref|box|quad)_(start|end)\|>"
 PLAIN = Chat(start="{images}", question="Question: {question} Answer:", between="\n")
 """For families without a template of their own."""
 
+_SCRIPTS = (
+    ("\uac00-\ud7a3", "ko"),
+    ("\u3040-\u30ff", "ja"),
+    ("\u4e00-\u9fff", "zh"),
+    ("\u0400-\u04ff", "ru"),
+    ("\u0370-\u03ff", "el"),
+    ("\u0600-\u06ff", "ar"),
+    ("\u0900-\u097f", "hi"),
+    ("\u0e00-\u0e7f", "th"),
+)
+"""Letters, as a regular expression's range -> the language that is most often written with them."""
 CHATS: dict[str, Chat] = {
     # microsoft/kosmos-2-patch14-224, model card: "<grounding> Question: ... Answer:".
     "kosmos-2": Chat(
@@ -74,15 +86,15 @@ CHATS: dict[str, Chat] = {
         boxes="kosmos-2",
         words=r"</?phrase>|</?object>|<patch_index_\d{4}>|</delimiter_of_multi_objects/>",
     ),
-    # google/paligemma-3b: pictures, <bos>, the prefix, a line break, then the suffix. Its prefix names the language,
-    # which data do not: English is said of all.
+    # google/paligemma-3b: pictures, <bos>, the prefix, a line break, then the suffix. Its prefix names the language of
+    # the answer, which data do not: its letters say it, and Latin ones are English.
     "paligemma": Chat(
         start="{images}<bos>",
-        question="answer en {question}\n",
+        question="answer {language} {question}\n",
         answer="{answer}",
         end="<eos>",
         boxes="paligemma",
-        caption="caption en\n",
+        caption="caption {language}\n",
         words=r"<loc\d{4}>|<seg\d{3}>",
     ),
     # llava-hf/llava-1.5-7b-hf: Vicuna's template.
@@ -238,13 +250,25 @@ def _text(
             )
         question, answer = (plain(boxes.written(part.strip(), chat.boxes)) for part in turn)
         question = _MARKS.sub("" if together else place, question)
+        language = _language(turn.answer) if "{language}" in chat.question else ""
         asks_caption = chat.caption and _MARKS.sub("", turn.question).strip() == DESCRIBE
-        asked = chat.caption if asks_caption else chat.question.replace("{question}", question)
+        form = chat.caption if asks_caption else chat.question
+        asked = form.replace("{language}", language).replace("{question}", question)
         text += (chat.between if number else "") + asked
         begin = len(text)
         text += chat.answer.replace("{answer}", answer) + end
         spans.append((begin, len(text)))
     return text, spans
+
+
+def _language(text: str) -> str:
+    """By the letters of `_SCRIPTS` that a text has most of, if they are more than a quarter of its letters (a syllable
+    is one); else "en". A code of ISO 639. Kana decide before Chinese characters, which Japanese has, too."""
+    found = {code: len(re.findall(f"[{letters}]", text)) for letters, code in _SCRIPTS}
+    if found["ja"]:
+        return "ja"
+    most = max(found, key=lambda code: found[code])
+    return most if 4 * found[most] > sum(map(str.isalpha, text)) else "en"
 
 
 def _stretches(text: str, spans: list[tuple[int, int]], cut: str) -> list[tuple[str, list[tuple[int, int]]]]:

@@ -203,3 +203,16 @@ def test_whatever_is_said_there_is_one_end_per_answer_and_no_other_special_token
     marks = [name for _ in range(pictures) for name in ("<image>", "</image>")]
     assert special == ["<s>", *marks, "<grounding>", "</s>"]
     assert plain_and_learned(tokenizer, found)[1] == "".join(answer.split())
+
+
+@pytest.mark.parametrize(
+    ("answer", "language"),
+    [("red", "en"), ("빨간색 block", "ko"), ("赤いブロック", "ja"), ("红色", "zh"), ("3 {language}", "en")],
+)
+def test_paligemmas_prefix_names_the_language_of_the_answer(answer, language):
+    for question, prefix in (
+        ("What {language}?", f"answer {language} What {{language}}?\n"),
+        (conversations.DESCRIBE, f"caption {language}\n"),
+    ):
+        text, _ = conversations._text(conversations.CHATS["paligemma"], "<eos>", [Turn(question, answer)], 0, "#")
+        assert text == f"<bos>{prefix}{answer}<eos>"
