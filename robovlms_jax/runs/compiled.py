@@ -34,7 +34,7 @@ from robovlms_jax.policies import serving
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs import build, edge, steps
 from robovlms_jax.runs.config import ExperimentConfig
-from robovlms_jax.training import flops, memory, optimizer, state
+from robovlms_jax.training import flops, memory, optimizer, state, step
 from robovlms_jax.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,9 @@ def training(place: Place, config: ExperimentConfig, model: VLA, batch: Mapping[
     estimate = steps.memory_of(config, model, abstract, batch)
     split = meshes.batched(mesh)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
-    found = _compiled(place, steps.make_step(config, model, abstract, mesh).lower(abstract, shapes))
+    lowered = steps.make_step(config, model, abstract, mesh).lower(abstract, shapes)
+    tuned = config.train.compiler_options == "auto"
+    found = _compiled(place, lowered, step.compiler_options(abstract, mesh) if tuned else None)
     plain = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, remat=False, dtype="float32"))
     needed = flops.of_step(steps.make_loss(config, plain), abstract, batch) / mesh.size
     result = _roofs(place, found, needed)
@@ -87,8 +89,8 @@ def control(place: Place, config: ExperimentConfig, vlm: VLMConfig, text_length:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
         [jax.eval_shape(stack.parted, params), carry, images, (ids, mask), *rest],
     )
-    step = functools.partial(serving.served_step, model)
-    traced = jax.jit(step, donate_argnums=1, out_shardings=whole).trace(*given)
+    served = functools.partial(serving.served_step, model)
+    traced = jax.jit(served, donate_argnums=1, out_shardings=whole).trace(*given)
     found = _compiled(place, traced.lower(), gpu.served(place.target.platform))
     needed = sum(count for _, count, _ in flops.products(traced.jaxpr.jaxpr))
     result = _roofs(place, found, needed)

@@ -193,6 +193,7 @@ RULES = (
     Rule("stage", ("train.source_weights",), "this is another loss"),
     Rule("free", ("train.resume", "train.init_from", "train.allow_new_order"), "how this start was asked for"),
     Rule("free", ("train.output", "train.compilation_cache"), "where things lie"),
+    Rule("free", ("train.compiler_options",), "programs compute the same by other kernels"),
     Rule(
         "free",
         (

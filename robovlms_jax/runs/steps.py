@@ -89,6 +89,7 @@ def make_step(
         mesh,
         accumulation=config.train.accumulation,
         skip_nonfinite=config.train.on_nonfinite == "skip",
+        tuned=config.train.compiler_options == "auto",
     )
 
 

@@ -215,6 +215,9 @@ class TrainConfig:
     """Directory of compiled programs, so that the next start need not compile them again. auto: the one that
     JAX_COMPILATION_CACHE_DIR names, else ~/.cache/robovlms_jax/xla/<type of processor>, of at most 8 GiB. Empty:
     none."""
+    compiler_options: Literal["auto", "none"] = "auto"
+    """How the training step is compiled. auto: with the options that made its program better on this kind of device
+    (docs/clusters.md, "Compiler options"). none: as XLA does by itself."""
     wandb_project: str = ""
     """Also log to this Weights & Biases project (needs `pip install wandb`)."""
 

@@ -107,6 +107,7 @@ def make_train_step(
     *,
     accumulation: int = 1,
     skip_nonfinite: bool = False,
+    tuned: bool = True,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Compile-once update: (state, batch) -> (state, metrics). The state's buffers are donated.
 
@@ -120,6 +121,7 @@ def make_train_step(
       accumulation: micro-batches per update; divides the batch. The gradient is that of the whole batch's mean.
       skip_nonfinite: go on with the batch after it, which is one step further. Otherwise the state stays as it is,
         `step` included, whatever comes after (`halted`), so that it can be saved once the host has noticed.
+      tuned: compile with `compiler_options`.
     """
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -150,12 +152,12 @@ def make_train_step(
         in_shardings=(shardings, meshes.batched(mesh)),
         out_shardings=(shardings, meshes.replicated(mesh)),
         donate_argnums=0,
-        compiler_options=_options(state, mesh),
+        compiler_options=compiler_options(state, mesh) if tuned else None,
     )
 
 
-def _options(state: Any, mesh: Mesh) -> dict[str, Any] | None:
-    """Compiler options of a training step."""
+def compiler_options(state: Any, mesh: Mesh) -> dict[str, Any] | None:
+    """Those of a training step that were found better than the compiler's own on devices like the mesh's."""
     if meshes.platform(mesh) == "tpu":
         return tpu.trained(mesh.devices.flat[0])
     return cpu.options("small_kernels", meshes.platform(mesh)) if _is_small(state) else None

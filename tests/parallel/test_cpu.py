@@ -49,6 +49,9 @@ def test_a_step_is_made_for_the_devices_of_its_mesh_and_not_for_the_machine_that
     large = {"weight": jax.ShapeDtypeStruct((10_000, 10_000), jax.numpy.float32, sharding=place)}
     monkeypatch.setattr(meshes, "platform", lambda mesh: "cpu")
     step.make_train_step(None, None, None, large, mesh)
+    # So are those that are asked to be. Fails if train.compiler_options=none is not heeded.
+    monkeypatch.setattr(meshes, "platform", lambda mesh: "tpu")
+    step.make_train_step(None, None, None, large, mesh, tuned=False)
     assert len(asked) == 2
 
 

@@ -40,7 +40,8 @@ class LSTMLayer(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """float[N, W, D], bool[N, W] -> float[N, W, hidden] and the state behind it, (h, c) float[N, hidden] each.
 
-        The state stands still where `mask` is False. state: in front of the first step; None: zero.
+        The state stands still where `mask` is False. state: in front of the first step; None: zero. With fewer rows of
+        x than of `mask`, each is that of as many rows that follow one another: its product is made once.
         """
         width, hidden = x.shape[-1], self.hidden_size
         bound = hidden**-0.5
@@ -60,6 +61,7 @@ class LSTMLayer(nn.Module):
         hidden_kernel = matrix("hidden_kernel", hidden, "recurrent")
         # The input's share of the gates needs no recurrence: one matrix product for all steps.
         projected = input_kernel.einsum("NWD,DGH->WNGH", x) + (bias("input_bias") + bias("hidden_bias"))
+        projected = jnp.repeat(projected, len(mask) // len(x), axis=1)
 
         def step(state, inputs):
             h, c = state
@@ -70,7 +72,7 @@ class LSTMLayer(nn.Module):
             h, c = jnp.where(real, new_h, h), jnp.where(real, new_c, c)
             return (h, c), h
 
-        zero = jnp.zeros((x.shape[0], hidden), x.dtype)
+        zero = jnp.zeros((len(mask), hidden), x.dtype)
         state, out = jax.lax.scan(step, state or (zero, zero), (projected, mask.T[..., None]))
         return jnp.moveaxis(out, 0, 1), state
 
@@ -115,8 +117,8 @@ class LSTMHead(ContinuousHead):
 
     def step(self, features: jax.Array, carry: RunningWindows) -> tuple[ContinuousPrediction, RunningWindows]:
         batch, window = carry.state.shape[:2]
-        x = jnp.repeat(features.astype(jnp.float32), window, axis=0)[:, None]
-        hidden, state = self._run(x, jnp.ones(x.shape[:2], bool), carry.state.reshape(-1, *carry.state.shape[2:]))
+        x, mask = features.astype(jnp.float32)[:, None], jnp.ones((batch * window, 1), bool)
+        hidden, state = self._run(x, mask, carry.state.reshape(-1, *carry.state.shape[2:]))
         state = state.reshape(carry.state.shape)
         # The oldest window ends here; the next step begins one.
         state = jnp.concatenate([state[:, 1:], jnp.zeros_like(state[:, :1])], axis=1)
@@ -132,7 +134,7 @@ class LSTMHead(ContinuousHead):
             place = jnp.arange(window - 1)
             real = place >= window - 1 - carry.count[:, None]
             mask = real[:, None] & (place >= jnp.arange(window)[:, None])
-            found = head._run(jnp.repeat(before, window, axis=0), mask.reshape(-1, window - 1))[1]
+            found = head._run(before, mask.reshape(-1, window - 1))[1]
             return jnp.where(due[:, None, None, None, None], found.reshape(state.shape), state)
 
         return carry.replace(state=nn.cond(due.any(), again, lambda _, state: state, self, carry.state))
