@@ -353,7 +353,7 @@ def test_the_traffic_of_control_steps_is_that_of_their_plans():
         assert f"| {name} | {before / 1e9:.2f} GB, {before * rate * 1e3:.3g} ms |" in text
         floor, need = plan["bytes"]["parameters"] / 1e9, plan["needed_s"] * 1e3
         row = text[text.index(f"| {name} | {before / 1e9:.2f} GB") :].partition(f"| {floor:.2f} GB, {need:.3g} ms |")[0]
-        assert f"| {after / 1e9:.2f} GB, {after * rate * 1e3:.3g} ms |" in row
+        assert f"| {after / 1e9:.2f} GB, {after * rate * 1e3:.3g} ms " in row
     causes = list(found["by_cause_h100"].values())
     assert sum(causes) == pytest.approx(found["windows_side_by_side"]["traffic"]["h100:1"], rel=1e-3)
     assert all(f"{cause / 1e9:.2f}" in text for cause in causes)
