@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from experiments import protocols
-from robovlms_jax import atomic, cli, json_files, schema
+from robovlms_jax import atomic, cli, schema
 from robovlms_jax.evaluation.report import tables
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
@@ -69,7 +69,8 @@ class FewShotConfig:
     rates: dict[str, float] = dataclasses.field(default_factory=lambda: {"lora": 1e-3, "head": 1e-3})
     """Method -> learning rate; the preset's where it is not named."""
     support: str = ""
-    """File of the episodes to draw from, as data.episode_list, such as RoboVLMs' list of ten per task. Empty: all."""
+    """File of the episodes to draw from, in either form of data.episode_list, such as RoboVLMs' list of ten per task.
+    Empty: all."""
     statistics: Literal["base", "own"] = "base"
     """Scales of actions and state: those of the base, or measured anew from the few demonstrations. All else that gives
     a base's parameters a meaning comes from its run."""
@@ -116,10 +117,8 @@ def jobs(config: FewShotConfig) -> list[protocol.Job]:
             f"few_shot.rank={config.rank}: few_shot.base={config.base} has adapters of rank {there}, which go on "
             f"learning. Pass --rank {there}, or leave `lora` out of few_shot.methods.",
         )
-    available = protocols.demonstrations(start)
-    if config.support:
-        listed = json_files.read_object(config.support, "task -> spans")
-        available = {task: [tuple(span) for span in spans] for task, spans in listed.items()}
+    listed = {"data.episode_list": config.support} if config.support else {}
+    available = protocols.demonstrations(cli.override(start, **listed))  # refuses spans that the data do not have
     tasks = config.tasks or tuple(sorted(available))
     judge = protocol.rollouts if start.rollouts.trials else protocol.loss
     found, first = [], None

@@ -38,6 +38,26 @@ def test_every_trial_of_few_shot_begins_as_it_should(tmp_path, monkeypatch):
     assert len(others) == 6 and all(job.after == 0 for job in others)
 
 
+def test_a_list_such_as_upstreams_ten_per_task_is_what_is_drawn_from(tmp_path):
+    task, every = "turn_on_led", protocols.demonstrations(protocols.preset("calvin_abcd", "sample", TINY, "few_shot"))
+    chosen, path = every[task][-1:], tmp_path / "ten.json"
+    path.write_text(json.dumps({task: chosen}))
+    settings = {"tasks": (task,), "demonstrations": (1,), "draws": 2, "support": str(path), "methods": ("scratch",)}
+    config = few_shot.FewShotConfig(**SAMPLE, **settings, out=str(tmp_path))
+    assert len(every[task]) > 1
+    for job in few_shot.jobs(config)[1:]:
+        drawn = json.loads(pathlib.Path(job.config(None).data.episode_list).read_text())
+        assert drawn == {task: [list(chosen[0])]}
+    with pytest.raises(ValueError, match="2 demonstrations of 'turn_on_led' are asked for, and there are 1"):
+        few_shot.jobs(dataclasses.replace(config, demonstrations=(2,)))
+    path.write_text(json.dumps({task: [[1, 100_000]]}))
+    with pytest.raises(ValueError, match="names an episode that no annotation matches"):
+        few_shot.jobs(config)
+    path.write_text(json.dumps({task: [1, 2]}))
+    with pytest.raises(ValueError, match="neither JSON"):
+        few_shot.jobs(config)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
