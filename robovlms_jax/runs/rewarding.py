@@ -114,6 +114,11 @@ def _simulated(
     rng = np.random.default_rng([config.fit.seed, 1])
     order = rng.permutation(len(found))
     share = int(len(found) * config.fit.held_out)
+    require(
+        share > 1,
+        f"fit.held_out={config.fit.held_out} of {len(found)} rollouts are {share}, and pairs that measure are of two "
+        "rollouts; record more of them (experiments.label --record.count), or raise the share.",
+    )
     held = set(order[:share].tolist())
     every = found.segments(config.steps, max(config.steps // 2, 1))
     parts, names = [], list[str]()

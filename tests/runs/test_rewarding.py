@@ -89,6 +89,12 @@ def test_a_simulated_person_is_measured_on_rollouts_that_taught_nothing(labels, 
     assert len(measured) == 3 and not taught & measured
 
 
+def test_too_few_rollouts_to_measure_on_are_named(tmp_path):
+    rollouts((10,) * 4, ("open_drawer",) * 4).save(tmp_path / segments.FILE)
+    with pytest.raises(ValueError, match=r"fit\.held_out=0\.3 of 4 rollouts are 1, and pairs that measure are of two"):
+        rewarding.learn(config(tmp_path, simulated=20, out=str(tmp_path / "out")))
+
+
 def test_a_task_without_pairs_is_one_that_the_reward_does_not_know(tmp_path, monkeypatch, caplog):
     """One rollout alone has nothing to be compared with."""
     rollouts((10,) * 9, ("open_drawer",) * 8 + ("turn_on_led",)).save(tmp_path / segments.FILE)
