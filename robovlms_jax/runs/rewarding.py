@@ -87,10 +87,8 @@ def _answered(found: segments.Rollouts, config: RewardRunConfig) -> tuple[prefer
     """A person's answers, the control steps of a frame, and the tasks that they are about."""
     path = pathlib.Path(config.labels) / answers.FILE
     read = answers.read(path)
-    require(
-        read is not None,
-        f"{path} has no answers; give some (experiments.label), or let a simulated person answer (--simulated 2000).",
-    )
+    none = f"{path} has no answers; give some (experiments.label), or let a simulated person answer (--simulated 2000)."
+    require(read is not None, none)
     head, given = read
     require(
         head["rollouts"] == segments.identity(config.labels),
@@ -98,6 +96,7 @@ def _answered(found: segments.Rollouts, config: RewardRunConfig) -> tuple[prefer
     )
     answers.require_within(found, given, head["steps"], path)
     given = [each for each in given if each.answer != "skip"]
+    require(len(given) > 0, none)
     sides = (
         progress.frames(found, [each.pair[side] for each in given], head["steps"], head["every"]) for side in (0, 1)
     )

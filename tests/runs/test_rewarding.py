@@ -111,6 +111,9 @@ def test_answers_about_other_rollouts_or_none_are_refused(labels, tmp_path):
     rollouts((9,) * 4).save(tmp_path / segments.FILE)
     with pytest.raises(ValueError, match="has no answers; give some"):
         rewarding.learn(config(tmp_path, out=str(tmp_path / "out")))
+    Answers(tmp_path / FILE, {"rollouts": segments.identity(tmp_path), "steps": 4, "every": 2})
+    with pytest.raises(ValueError, match="has no answers; give some"):
+        rewarding.learn(config(tmp_path, out=str(tmp_path / "out")))
     (tmp_path / FILE).write_bytes((labels / FILE).read_bytes())
     with pytest.raises(ValueError, match="is about other rollouts"):
         rewarding.learn(config(tmp_path, out=str(tmp_path / "out")))
