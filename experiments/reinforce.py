@@ -66,7 +66,11 @@ PRESETS = {
     "fixtures": FIXTURES,
     "playtable_full": FULL,
     "grpo": dataclasses.replace(
-        BASE, out="runs/reinforce_grpo", update=UpdateConfig(method="grpo"), trainable=("^head/", "^rl/behaviour/")
+        BASE,
+        out="runs/reinforce_grpo",
+        update=UpdateConfig(method="grpo"),
+        trainable=("^head/", "^rl/behaviour/"),
+        optimizer=dataclasses.replace(BASE.optimizer, rates={}),  # of values, which groups do not have
     ),
     "preferences": dataclasses.replace(
         BASE,

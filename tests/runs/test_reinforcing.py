@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 
 import hypothesis
@@ -243,6 +244,10 @@ def test_what_an_iteration_cannot_learn_from_is_said(caplog):
 def test_the_presets_are_complete():
     assert reinforce.PRESETS["grpo"].update.method == "grpo"
     assert all(not pattern.startswith("^rl/value") for pattern in reinforce.PRESETS["grpo"].trainable)
+    paths = ("head/arm/kernel", "rl/behaviour/log_std", "rl/value/out/kernel")
+    for name, preset in reinforce.PRESETS.items():  # rates of what is not trained are refused
+        trained = [path for path in paths if any(re.search(pattern, path) for pattern in preset.trainable)]
+        assert all(any(re.search(rate, path) for path in trained) for rate in preset.optimizer.rates), name
     fixtures, full = reinforce.PRESETS["fixtures"], reinforce.PRESETS["playtable_full"]
     assert {*fixtures.tasks, *fixtures.others} == set(calvin_abcd.FIXTURE_TASKS)
     assert len(full.tasks) == 27 and not set(full.tasks) & {"stack_block", "place_in_drawer"}
