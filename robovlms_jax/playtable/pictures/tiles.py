@@ -97,14 +97,17 @@ def _draw(
     The branches also make XLA keep what they are given, which it would otherwise work out again for each result.
     """
     depth, _ = carry
-    eye, axes, light, half, albedo, wood = jnp.split(row, [3, 12, 15, 18, 21])
 
-    def ray(right, down):
+    def parts(row: Array) -> list[Array]:
+        return jnp.split(row, [3, 12, 15, 18, 21])
+
+    def ray(axes: Array, right: Array, down: Array) -> rays.Vector:
         return tuple(axes[3 * i] * right + axes[3 * i + 1] * down + axes[3 * i + 2] for i in range(3))
 
-    def shade(found, right, down, carry, *, grained):
+    def shade(found, row, right, down, carry, *, grained):
+        eye, axes, light, half, albedo, wood = parts(row)
         closer = found < carry[0]
-        distance, direction = jnp.where(closer, found, 1.0), ray(right, down)
+        distance, direction = jnp.where(closer, found, 1.0), ray(axes, right, down)
         p = tuple(eye[i] + distance * direction[i] for i in range(3))
         n = rays.NORMALS[kind](p, half)
         brightness = shading.AMBIENT + shading.DIFFUSE * jnp.maximum(sum(n[i] * light[i] for i in range(3)), 0.0)
@@ -113,14 +116,15 @@ def _draw(
         color = shading.packed([channel * brightness for channel in albedo])
         return jnp.minimum(found, carry[0]), jnp.where(closer, color, carry[1])
 
-    found = rays.HITS[kind](tuple(eye), ray(right, down), half)
+    eye, axes, _, half, _, wood = parts(row)
+    found = rays.HITS[kind](tuple(eye), ray(axes, right, down), half)
     branches = [
-        lambda found, right, down, carry: carry,
+        lambda found, row, right, down, carry: carry,
         functools.partial(shade, grained=False),
         functools.partial(shade, grained=True),
     ]
     case = jnp.any(found < depth) * (1 + (wood[0] != solids.PLAIN))
-    return jax.lax.switch(case, branches, found, right, down, carry)
+    return jax.lax.switch(case, branches, found, row, right, down, carry)
 
 
 def _drawn(some: solids.Solids, camera: cameras.Camera, tiles: Tiles, towards: Array, *, caps: bool) -> _Drawn:
