@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from benchmarks import evaluation
+from benchmarks import evaluation, host_loop, rollouts
+from robovlms_jax import schema
+from robovlms_jax.control.execution import Execution
 from robovlms_jax.envs import vector
 from tests.evaluation.toy_world import LineEnv
 
@@ -41,3 +43,30 @@ def test_tables_and_processes_are_measured(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == result
     assert result["tables"]["2"]["chunk_2"]["steps_per_s"] > 0
     assert result["processes"]["1"]["chunk_2"]["steps_per_s"] > 0
+
+
+def test_rates_of_rollouts_are_of_the_fastest_and_the_median_turn_and_the_first_is_left_out():
+    def way(*seconds):
+        left = iter(seconds)
+        return lambda: rollouts.Turn(decisions=12, seconds=next(left), computing=2.0)
+
+    found = rollouts._measured({"host": way(90.0, 4.0, 3.0, 6.0), "device": way(80.0, 1.0, 2.0, 2.0)}, repeats=3)
+    assert found["host"] == {
+        "first_seconds": 90.0,
+        "decisions_per_s": 4.0,
+        "decisions_per_processor_s": 6.0,
+        "all": [3.0, 4.0, 2.0],
+    }
+    assert found["times_fastest"] == {"host": 3.0} and found["times_median"] == {"host": 2.0}
+
+
+def test_an_earlier_revision_reads_a_checkpoint_without_the_fields_that_it_does_not_know(capfd):
+    read = host_loop._lenient(schema.from_dict)
+    assert read(Execution, {"mode": "receding", "horizon": 3, "later": 1}) == Execution("receding", horizon=3)
+    assert "without later" in capfd.readouterr().err
+
+
+def test_a_revision_that_git_does_not_know_is_named():
+    message = "before='no-such-revision' cannot be had"
+    with pytest.raises(ValueError, match=message), rollouts._checkout("no-such-revision"):
+        pass

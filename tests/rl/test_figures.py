@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from tests.test_figures import page, result
 
 
@@ -19,18 +21,41 @@ def test_the_tables_of_reinforcement_are_those_of_its_runs():
         row = f"| {name} | {' | '.join(cells)} | {last['env_steps'] / 1000:.1f} | {last['seconds']:.0f} |"
         assert row in text, row
     devices = result("rollouts_devices_cpu")
-    rates = [round(row["best"]) for row in devices["decisions_per_s_of_16_tables"].values()]
-    for row in devices["decisions_per_s_of_16_tables"].values():
-        assert row["best"] == max(max(run) for run in row["all"])
-    assert all(f"| {rate} |" in text for rate in rates) and f"{rates[3] / rates[0]:.1f} times the loop" in text
+    rows = list(devices["decisions_per_s_of_16_tables"].values())
+    assert all(row["best"] == max(max(run) for run in row["all"]) for row in rows)
+    before, after = rows[0]["best"], rows[3]["best"]
+    assert (
+        f"{after / before:.1f} times in a sitting before that" in text and f"({after:.0f} against {before:.0f};" in text
+    )
     (one, own), (many, all_of_them) = (devices["step"]["ms_per_step"][tables] for tables in ("1", "16"))
     assert f"takes {all_of_them} instead of {many} ms, of one table {own} instead of {one}" in " ".join(text.split())
     parts = devices["parts_of_a_decision_of_16_tables_ms"]
     assert all(f"{value:.2f}" in text for name, value in parts.items() if name != "note")
-    less = devices["less_load"]["best"]
-    assert f"({less[3] / less[0]:.1f} times an hour before" in text
     true = [f"{100 * seed['accuracy_true']:.1f}" for seed in result("reward_cpu")["seeds"].values()]
     assert f"{true[0]}, {true[1]} and {true[2]} % of the true answers" in text
+
+
+def test_how_fast_rollouts_are_is_what_one_run_of_the_benchmark_says():
+    found, text = result("rollouts_before_cpu"), page("reinforcement.md")
+    assert found["command"] in text
+    measured = found["tables"]["16"]
+    for name in ("before", "host", "device"):
+        row = measured[name]
+        assert row["decisions_per_s"] == max(row["all"])
+        numbers = (row["decisions_per_s"], statistics.median(row["all"]), row["decisions_per_processor_s"])
+        assert "| {:.0f} | {:.0f} | {:.0f} |".format(*numbers) in text
+    fastest, median = measured["times_fastest"], measured["times_median"]
+    assert f"{fastest['before']:.1f} times the loop of the first row" in text
+    assert f"{median['before']:.1f} times by the medians" in text
+    many = [f"{found['64 tables'][name]['decisions_per_s']:.0f}" for name in ("before", "host", "device")]
+    assert "{}, {} and {}".format(*many) in text
+    assert f"the factor is the same, {found['64 tables']['times_fastest']['before']:.1f}" in text
+    one = found["one_device_decisions_per_processor_s"]
+    assert (
+        "{:.0f} instead of {:.0f} decisions per second".format(*(max(one[k]) for k in ("both cores", "one core")))
+        in text
+    )
+    assert f"{fastest['host']:.1f} and {median['host']:.1f} times today's host's loop" in text
 
 
 def test_the_table_of_reinforcement_on_many_tables_is_that_of_its_runs():
