@@ -198,10 +198,10 @@ def test_the_tables_of_few_demonstrations_task_after_task_and_another_table_are_
     for row in adapt["rows"]:
         seeds = ", ".join(f"{x:.2f}" for x in row["success"])
         assert f"| {row['way']} | {seeds} | {mean_and_interval(row)} |" in text
-    told = {
-        row["setting"]: row["difference"][0] for row in [*few["differences"], *adapt["differences"]] if not row["noise"]
-    }
-    assert told.keys() == {"augmented"} and f"by more than noise** ({told['augmented']:.2f}" in text
+    apart = {row["setting"]: row for row in [*few["differences"], *adapt["differences"]]}
+    assert [name for name, row in apart.items() if not row["noise"]] == ["augmented"]
+    for name, words in (("augmented", "by more than noise** ("), ("augmented, 1200 steps", "noise (")):
+        assert words + "{:.2f}, {:.2f} to {:.2f})".format(*apart[name]["difference"]) in text
     for found in continual["search_of_ewc_floor_0.1_seed_0"]:
         assert "{:.2f} and {:.2f} at 1e{:.0f}".format(*found["after"], math.log10(found["ewc"])) in text
 
