@@ -92,3 +92,12 @@ def test_what_corrections_and_a_learned_reward_gain_is_what_their_runs_say():
     pair = learned["results"]["unseen_random_tables"]["paired"]
     assert f"({pair['second']} trials gained, {pair['first']} lost," in text
     assert f"{100 * learned['reward']['accuracy_true']:.1f} % of the true" in text
+
+
+def test_the_table_of_the_simulators_speed_is_that_of_its_run():
+    text = page("playtable.md")
+    for count, row in result("simulator_cpu")["tables"].items():
+        cells = [f"{row['steps']['per_s']:.0f}"]
+        for size in ("rendered_steps_200_84", "rendered_steps_96_64"):
+            cells += [f"{row[size]['per_s']:.0f}", f"{row[size]['times_calvin_per_s']:.0f}"]
+        assert f"| {count} | {' | '.join(cells)} |" in text
