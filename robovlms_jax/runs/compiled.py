@@ -204,7 +204,7 @@ def _roofs(place: Place, found: Mapping[str, Any], needed: float) -> dict[str, A
     out |= {"roofs_s": roofs, "bound": max(roofs, key=roofs.get), "floor_s": floor, "sum_s": sum(roofs.values())}
     out["mfu"] = needed / figures.flops / floor if floor else None
     # The compiler counts loops once; what its own cycles say of loops is put right by their share.
-    if (found["optimal_seconds"] or 0) > 0 and cycles[1]:  # libtpu says numbers below 0 for some v5p programs
+    if (found["optimal_seconds"] or 0) > 0 and cycles[1]:  # libtpu says numbers below 0 of some programs
         out["compiler_s"] = found["optimal_seconds"] * cycles[0] / cycles[1]
     return out
 
