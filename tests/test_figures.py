@@ -313,6 +313,11 @@ def test_what_the_calvin_page_says_of_34_tasks_is_what_was_run():
     single = found["calvin_small_abcd"]["single_tasks"]
     outcomes = [digit for task in single["tasks"].values() for digit in task["success"]]
     assert (single["count"], single["of"]) == (outcomes.count("1"), len(outcomes))
+    begun, before = (found[name]["chains_on_d"]["solved_in_each"] for name in ("calvin_small_abcd", "calvin_small"))
+    means = [sum(map(int, solved[: len(begun)])) / len(begun) for solved in (begun, before)]
+    said = " ".join(text.split())
+    assert f"the first {len(begun)} were played with this policy**: {means[0]:.2f} (" in said
+    assert f"where `calvin_small` has {means[1]:.2f} and" in said
     for name, task in single["tasks"].items():
         assert f"| `{name}` | {task['success'].count('1')} of {len(task['success'])} |" in text
     assert f"| all | {single['count']} of {single['of']}, {share(single)} |" in text
