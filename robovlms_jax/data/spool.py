@@ -8,6 +8,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,7 @@ class Spool:
         """Keep the first `num_frames` frames. Raises ValueError when there are fewer."""
         if num_frames > self.num_frames:
             raise ValueError(f"{self.name} has {self.num_frames} frames, expected {num_frames}; record anew.")
+        self.__dict__.pop("_stored", None)
         os.truncate(self._rows, num_frames * self._row.itemsize)
         ends = _ends(np.fromfile(self._rows, self._row))
         self._size, self.num_frames = int(ends[-1]) if num_frames else 0, num_frames
@@ -99,6 +101,9 @@ class Spool:
         for picture, image in zip(pictures, images.values(), strict=True):
             frame_index.decode_image(picture, image)
         return images, arrays
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in self.__dict__.items() if name != "_stored"}  # others read the files themselves
 
     def delete(self) -> None:
         self.__dict__.pop("_stored", None)

@@ -396,6 +396,19 @@ def test_a_spool_of_which_the_last_frame_was_written_by_half_goes_on_after_the_o
         )
 
 
+def test_a_spool_that_was_read_is_read_anew_where_it_is_cut_and_sent_without_its_pictures(tmp_path):
+    """Fails if what was read once stays: frames that are gone, or all pictures in every message to a process."""
+    frames = spool.Spool(tmp_path / "frames", {"static": (64, 64)}, {"rel_actions": 1})
+    frames.add({"static": np.zeros((40, 64, 64, 3), np.uint8)}, {"rel_actions": np.arange(40.0)[:, None]})
+    assert frames.encoded(39)[1]["rel_actions"] == 39
+    sent = pickle.dumps(frames)
+    assert len(sent) < 2000 < (tmp_path / "frames").stat().st_size
+    assert pickle.loads(sent).encoded(39) == frames.encoded(39)
+    frames.truncate(3)
+    with pytest.raises(IndexError):
+        frames.encoded(39)
+
+
 def test_a_packed_dataset_of_another_robot_is_packed_again_without_a_quarrel(tmp_path):
     """Its description is compared with the one in meta.json, where tuples have become lists."""
     made = recording.drive(RecordingConfig(episodes=1), range(1))
