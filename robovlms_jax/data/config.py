@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -143,8 +144,8 @@ class DataConfig:
     prefetch: int = 16
     """Batches kept ready."""
     decoded_gb: float = 0.0
-    """Gigabytes of pictures kept in memory once they are decoded, in each process that reads and of each dataset; for
-    packed ones that are read several times over. Batches are the same."""
+    """Gigabytes of pictures kept in memory once they are decoded, in each process that reads and of each dataset that
+    is trained on; for packed ones that are read several times over. Batches are the same."""
     check_actions: Literal["refuse", "warn"] = "refuse"
     """What follows when the training actions look wrong (see `actions.statistics`): no run, or a warning."""
     max_corrupt_share: float = 0.01
@@ -153,7 +154,7 @@ class DataConfig:
     def __post_init__(self):
         for field in ("windows_per_segment", "num_threads", "prefetch"):
             require(getattr(self, field) >= 1, f"data.{field}={getattr(self, field)} must be at least 1.")
-        require(self.decoded_gb >= 0, f"data.decoded_gb={self.decoded_gb} must not be negative.")
+        require(0 <= self.decoded_gb < math.inf, f"data.decoded_gb={self.decoded_gb} must be finite, not negative.")
         for field in ("static_shift", "wrist_shift", "text_length", "index_workers", "image_size"):
             require(getattr(self, field) >= 0, f"data.{field}={getattr(self, field)} must not be negative.")
         negative = {camera: pixels for camera, pixels in self.shift.items() if pixels < 0}

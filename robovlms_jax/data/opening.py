@@ -46,6 +46,12 @@ def open_split(settings: DataConfig, split: Split) -> base.Dataset:
         found = calvin.open_dataset(settings.root, split, annotation_folder=settings.annotation_folder, **chosen)
         if split == "training" and isinstance(found, packed.PackedDataset):
             found.keep_decoded(int(settings.decoded_gb * 1e9))
+        elif split == "training" and settings.decoded_gb:
+            notices.once(
+                logger,
+                f"data.decoded_gb={settings.decoded_gb} has no effect on {found.name}, which is not packed; "
+                "`python -m experiments.pack_calvin` packs it.",
+            )
         return found
     if settings.dataset == "libero_hdf5":
         dataset: base.Dataset = libero_hdf5.LiberoDataset(settings.root, split)

@@ -71,5 +71,18 @@ def test_settings_that_a_format_does_not_read_are_said_once(caplog, monkeypatch)
     ]
 
 
+def test_room_for_decoded_pictures_is_heeded_of_packed_data_and_said_to_have_no_effect_of_others(
+    caplog, monkeypatch, write_calvin
+):
+    monkeypatch.setattr(notices, "_said", set())
+    settings = DataConfig(root=str(SAMPLES / "calvin_sample"), decoded_gb=0.5)
+    assert opening.open_split(settings, "training")._kept is not None and not caplog.text
+    opening.open_split(dataclasses.replace(settings, root=str(write_calvin([(0, 7)]))), "training")
+    assert "data.decoded_gb=0.5 has no effect on" in caplog.text and "which is not packed" in caplog.text
+    for wrong in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"data\.decoded_gb=.* must be finite, not negative"):
+            DataConfig(decoded_gb=wrong)
+
+
 def test_the_table_of_what_formats_read_names_settings_there_are():
     assert set(opening.READ_BY) <= {field.name for field in dataclasses.fields(DataConfig)}
