@@ -62,7 +62,7 @@ def rendered(tables: Iterable[Chain], renderer: Renderer) -> Iterator[tuple[int,
                 ended = []
                 yield from before.result() if before else ()
         yield from looking.result() if looking else ()
-        yield from renderer.segments(ended)
+        yield from beside.submit(renderer.segments, ended).result()  # there, so that nothing is compiled twice at once
 
 
 class Scenes:

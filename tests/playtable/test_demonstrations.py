@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+import types
+
 import jax
 import numpy as np
 
@@ -33,6 +36,23 @@ def test_a_table_begins_its_chain_while_another_holds_a_block():
     states = tables._reset({0: begins, 1: holds}, {0: begins})
     found = np.asarray(env.info_batch(tables._scenes_of({0: begins, 1: holds}), states)["scene_obs"])[0]
     np.testing.assert_allclose(found[:2], scene.initial_obs(begins.condition, "A")[1][:2], atol=1e-5)
+
+
+def test_a_recording_that_is_over_before_its_programs_are_made_waits_for_them():
+    """Fails if the last pictures are made beside `compile`, where the same programs would be compiled twice at once."""
+    said = []
+
+    def compile_slowly() -> None:
+        time.sleep(0.05)
+        said.append("compiled")
+
+    renderer = types.SimpleNamespace(
+        scenes=types.SimpleNamespace(stacked=None),
+        compile=compile_slowly,
+        segments=lambda chains: said.append("drawn") or [(0, [], 1)],
+    )
+    assert list(demonstrations.rendered([types.SimpleNamespace(demos=[])], renderer)) == [(0, [], 1)]
+    assert said == ["compiled", "drawn"]
 
 
 def test_programs_for_pictures_are_made_ahead_for_what_a_recording_draws(monkeypatch):
