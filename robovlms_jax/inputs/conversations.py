@@ -263,10 +263,10 @@ def _text(
 
 def _language(text: str) -> str:
     """By the letters of `_SCRIPTS` that a text has most of, if they are more than a quarter of its letters (a syllable
-    is one); else "en". A code of ISO 639. Kana decide before Chinese characters, which Japanese has, too."""
+    is one); else "en". A code of ISO 639. Beside kana Chinese characters are Japanese, which has them, too."""
     found = {code: len(re.findall(f"[{letters}]", text)) for letters, code in _SCRIPTS}
     if found["ja"]:
-        return "ja"
+        found["ja"] += found.pop("zh")
     most = max(found, key=lambda code: found[code])
     return most if 4 * found[most] > sum(map(str.isalpha, text)) else "en"
 

@@ -207,7 +207,10 @@ def test_whatever_is_said_there_is_one_end_per_answer_and_no_other_special_token
 
 @pytest.mark.parametrize(
     ("answer", "language"),
-    [("red", "en"), ("빨간색 block", "ko"), ("赤いブロック", "ja"), ("红色", "zh"), ("3 {language}", "en")],
+    [
+        *[("red", "en"), ("빨간색 block", "ko"), ("赤いブロック", "ja"), ("红色", "zh"), ("3 {language}", "en")],
+        *[("the sign says スシ", "en"), ("빨강・파랑", "ko"), ("東京都の地図", "ja")],  # few kana are no language
+    ],
 )
 def test_paligemmas_prefix_names_the_language_of_the_answer(answer, language):
     for question, prefix in (
