@@ -322,9 +322,10 @@ def test_other_texts_are_another_order(folder, encode):
 
 
 def test_special_tokens_that_a_file_writes_out_are_told_with_the_entry(folder, encode, caplog):
-    odd = [entry(8, [], "What ends a sentence?", "</s> does"), entry(9, [], "And </s>?", "also"), *ENTRIES]
+    odd = [entry(8, [], "What ends a sentence?", "</s> does"), entry(9, [], "And <s>, </s>?", "also"), *ENTRIES]
     source(opening.open_pairs(llava(folder, odd)), encode)
     assert "2 conversations write out </s>" in caplog.text and "entry 1 (id 8)" in caplog.text
+    assert "1 conversations write out <s>" in caplog.text  # beside another in the same one
     caplog.clear()
     source(opening.open_pairs(llava(folder, ENTRIES)), encode)
     assert "write out" not in caplog.text

@@ -57,7 +57,7 @@ class PairSource(Sequence[types.Pairs]):
         self.pairs, self._encode, self._image = pairs, encode, image
         self._content = hashlib.sha256()
         self._encoded: dict[int, list[conversations.Encoded]] = {}
-        self._odd: dict[int, str] = {}  # samples with a special token that is written out
+        self._odd: dict[int, set[str]] = {}  # sample -> special tokens that it writes out
         sizes = [self._sizes(index) for index in range(len(pairs))]
         self._tell_written_out()
         usable = [index for index, size in enumerate(sizes) if not length or size.tokens <= length]
@@ -147,7 +147,7 @@ class PairSource(Sequence[types.Pairs]):
         except ValueError as error:
             raise ValueError(f"{self.pairs.describe(index)}: {error}") from None
         if odd := [token for turns in sample.choices for token in self._encode.written_out(turns)]:
-            self._odd[index] = odd[0]
+            self._odd[index] = set(odd)
         if len(self.pairs) <= _KEPT:
             self._encoded[index] = found
         tokens, answers = max(len(x.ids) for x in found), max(int(x.answer.sum()) for x in found)
@@ -155,8 +155,8 @@ class PairSource(Sequence[types.Pairs]):
 
     def _tell_written_out(self) -> None:
         """Log what is read as text although the tokenizer has a token of its own for it."""
-        for token in sorted(set(self._odd.values())):
-            at = [index for index, found in self._odd.items() if found == token]
+        for token in sorted(set().union(*self._odd.values())):
+            at = [index for index, found in self._odd.items() if token in found]
             logger.warning(
                 "%s: %d conversations write out %s, a special token of the tokenizer; it is read as text: %s",
                 *(self.pairs.name, len(at), token, ", ".join(map(self.pairs.describe, at[:3]))),
