@@ -49,12 +49,14 @@ def make_loss(config: ExperimentConfig, model: VLA, stage: stages.Stage | None =
 
 
 def _require_known_sources(config: ExperimentConfig) -> None:
-    further = [name for name in config.data.further.names if name not in config.data.further.unlabelled]
-    known = [objective.ROBOT, *(other.name for other in config.policy.others), *further, *config.data.vl.paths]
+    planned = stages.plan(config.train, config.optimizer)
+    drawn = dict.fromkeys(source for x in planned for source, share in x.sources.items() if share)
+    known = [source for source in drawn if source not in config.data.further.unlabelled]
     unknown = sorted(set(config.train.source_weights) - set(known))
     if unknown:
         raise ValueError(
-            f"train.source_weights names {unknown}; this run's sources with a loss are {', '.join(known)}."
+            f"train.source_weights names {unknown}; sources with a loss that this run draws from are "
+            f"{', '.join(known)} (train.sources, train.stages)."
         )
 
 
