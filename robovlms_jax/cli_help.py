@@ -101,10 +101,11 @@ def _one_line_each(config: Any, shown: Sequence[str], width: int, words: Mapping
 
 
 def _shortened(text: str, room: int) -> str:
-    """A text that ends where one of its clauses does, or else with dots for the words that had no room."""
+    """A text that ends where one of its clauses does, or else with dots for the words that had no room; empty where
+    there is none for words at all."""
     text = text.removeprefix("one of ")
-    if len(text) <= room:
-        return text
+    if len(text) <= room or room < 8:
+        return text if len(text) <= room else ""
     ends = [i for sep in ("; ", ": ", " (") if 12 < (i := text.rfind(sep, 0, room + len(sep))) <= room]
     return text[: ends[0]] if ends else textwrap.shorten(text, room, placeholder=" ...", break_on_hyphens=False)
 

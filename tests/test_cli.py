@@ -295,6 +295,14 @@ def test_a_narrow_terminal_gets_a_line_for_each_field_and_no_field_less(columns,
     assert len(text.splitlines()) < len(ExperimentConfig.USUAL) + 12
 
 
+def test_a_field_that_leaves_no_room_for_words_is_shown_without_any(monkeypatch):
+    name = "a_name_that_takes_all_of_a_line_of_a_narrow_terminal_for_itself"
+    config = dataclasses.make_dataclass("Own", [(name, str, "and so does its value")])()
+    monkeypatch.setenv("COLUMNS", "72")
+    monkeypatch.setattr(cli_help, "document", lambda config, path: "What it is for")
+    assert f"  --{name} " in cli_help.short_help("x", "What.", ("", ()), config)
+
+
 def test_help_fits_one_screen_and_help_all_has_every_field(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     presets = {"one": ExperimentConfig(), "two": ExperimentConfig()}
