@@ -152,11 +152,11 @@ def _field_lines(config: Any, path: str, shown: Sequence[str], width: int, seps:
 
 
 def _rest(others: Collection[str], width: int) -> list[str]:
-    """What --help-all has besides."""
+    """What --help-all has besides, in two lines."""
     groups = sorted({f"--{path.partition('.')[0]}.*" if "." in path else f"--{path}" for path in others})
-    listed = textwrap.shorten(", ".join(groups), 100, placeholder=" ...")
+    listed = textwrap.shorten(", ".join(groups), min(100, 2 * width - 70), placeholder=" ...")
     also = f" (also {listed})" if groups else ""
-    return textwrap.wrap("All fields, each with all of its text: --help-all" + also + ".", width)[:2]
+    return textwrap.wrap("All fields, each with all of its text: --help-all" + also + ".", width)
 
 
 _EXAMPLE = re.compile(r"(?:(.*\S) {3,}| *)(python -m .*)")

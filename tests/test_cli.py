@@ -293,6 +293,7 @@ def test_a_narrow_terminal_gets_a_line_for_each_field_and_no_field_less(columns,
     ]
     assert max(len(line) for line in text.splitlines()) <= max(columns, 80)
     assert len(text.splitlines()) < len(ExperimentConfig.USUAL) + 12
+    assert text.endswith(" ...).") and text.splitlines()[-3] == ""  # the last sentence is whole, in two lines
 
 
 def test_a_field_that_leaves_no_room_for_words_is_shown_without_any(monkeypatch):
