@@ -69,6 +69,7 @@ def record(
         before there is any.
     Raises:
       OSError: the disk is full or cannot be written; the chains before stay.
+      RuntimeError: no demonstration of them succeeded, now or when they were recorded.
     """
     kind = SpooledFrames if pack else NpzFrames
     missing, done = sorted(set(range(count)) - journal.numbers), len(journal.numbers)
@@ -78,6 +79,8 @@ def record(
             _write(journal, frames, play(missing, bar), bar, directory.name)
     elif kind.unfinished(directory, journal):
         finish(journal, kind(directory, image_size))
+    else:
+        _require_success(journal, directory)
 
 
 def finish(journal: Journal, frames: Frames) -> None:

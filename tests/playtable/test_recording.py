@@ -139,6 +139,22 @@ def test_a_recording_that_was_stopped_after_its_last_chain_is_finished_by_the_sa
     assert not list(tmp_path.rglob("*.unpacked*"))
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_recording_in_which_nothing_succeeded_is_refused_again_when_it_is_asked_for_again(tmp_path, pack):
+    """Fails if the second call takes chains without frames for a finished split, and training finds none."""
+    for plays in (1, 0):
+        journal = splits.Journal(splits.directory(tmp_path, "training"), {}, splits.own_sentences(held_out=False))
+        played = []
+
+        def play(numbers, bar, played=played):
+            played.append(numbers)
+            return [(number, [], 1) for number in numbers]
+
+        with pytest.raises(RuntimeError, match="no demonstration succeeded"):
+            splits.record(journal, tmp_path / "training", 2, (8, 8), play, pack=pack)
+        assert len(played) == plays
+
+
 def test_a_killed_packed_recording_goes_on(tmp_path, monkeypatch):
     counts = recording.record(config(tmp_path / "whole", pack=True, image_size=(8, 8)))
     real, count = spool.Spool.add, iter(range(1, 10**6))
