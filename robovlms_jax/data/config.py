@@ -140,7 +140,8 @@ class DataConfig:
     """Threads that read and decode, in each worker."""
     num_workers: int = 0
     """Processes that read. 0: threads of the main process do, which is faster until Python itself is the limit; -1:
-    whichever reads faster here, measured at the start. Batches are the same."""
+    whichever reads faster here, measured at the start, when nothing is in memory yet (data.decoded_gb: take 0 with it,
+    for every process keeps pictures of its own). Batches are the same."""
     prefetch: int = 16
     """Batches kept ready."""
     decoded_gb: float = 0.0

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from experiments import spreading
-from robovlms_jax.data import base, calvin, packed, packing, spool
+from robovlms_jax.data import calvin, packed, packing
 from robovlms_jax.driving import recording
 from robovlms_jax.driving.config import RecordingConfig
 from robovlms_jax.parallel.config import RayConfig
@@ -344,69 +344,6 @@ def test_an_image_jpeg_would_ruin_is_refused(write_calvin, tmp_path):
     root = write_calvin([(0, 3)], change={0: {"rgb_static": noise}})
     with pytest.raises(RuntimeError, match="does not survive jpeg at quality 5; raise it or use --codec png"):
         pack(root, tmp_path / "out", quality=5)
-
-
-# Damage found when a packed split is opened or read.
-
-
-def test_spooled_frames_come_back_packed(tmp_path):
-    # Fails if rows or pictures of the spool's files are misplaced, or a field or camera is swapped with another.
-    rng = np.random.default_rng(0)
-    smooth = np.linspace(0, 200, 16 * 16 * 3).reshape(16, 16, 3)  # JPEG keeps what is smooth
-    images = {"static": np.stack([(smooth + shift).astype(np.uint8) for shift in range(7)])}
-    images["wrist"] = images["static"][:, :8, ::-2] // 2
-    arrays = {"rel_actions": rng.normal(size=(7, 7)), "robot_obs": rng.normal(size=(7, 15))}
-    form = {"static": (16, 16), "wrist": (8, 8)}, {"rel_actions": 7, "robot_obs": 15}
-    frames = spool.Spool(tmp_path / "frames", *form)
-    for part in (slice(0, 4), slice(4, 7)):
-        frames.add(*({name: x[part] for name, x in each.items()} for each in (images, arrays)))
-        frames = spool.Spool(tmp_path / "frames", *form)  # as in a program that goes on
-    frames.episodes = (
-        base.Episode(0, 3, "open the drawer", "open_drawer"),
-        base.Episode(4, 6, "close it", "close_drawer"),
-    )
-    dataset = packing.pack(frames, tmp_path / "packed", frame_ids=np.arange(frames.num_frames), workers=1)
-    assert dataset.episodes == frames.episodes
-    for name, x in arrays.items():
-        np.testing.assert_allclose(dataset.array(name, range(7)), x, rtol=1e-6)
-    decoded = dataset.images(range(7), tuple(images))
-    for camera, pictures in images.items():
-        assert np.abs(decoded[camera].astype(int) - pictures).max() < 8
-        again = [packing.encode_image("jpeg", 95, picture, "") for picture in pictures]
-        assert dataset.encoded(range(7), camera) == again
-    frames.delete()
-    assert not list(tmp_path.glob("frames*"))
-
-
-@pytest.mark.parametrize(("file", "left"), [("frames", 2), ("frames.rows", 2), ("", 3)])
-def test_a_spool_of_which_the_last_frame_was_written_by_half_goes_on_after_the_one_before(tmp_path, file, left):
-    pictures = np.arange(3, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2).repeat(3, 3) * 60
-    numbers = np.arange(3.0)[:, None]
-    form = {"static": (8, 8)}, {"rel_actions": 1}
-    spool.Spool(tmp_path / "frames", *form).add({"static": pictures}, {"rel_actions": numbers})
-    if file:
-        os.truncate(tmp_path / file, (tmp_path / file).stat().st_size - 1)
-    frames = spool.Spool(tmp_path / "frames", *form)
-    assert frames.num_frames == left
-    frames.add({"static": pictures[left - 3 :]}, {"rel_actions": numbers[left - 3 :]})
-    for number in range(frames.num_frames):
-        images, arrays = frames.frame(number)
-        assert (
-            np.abs(images["static"].astype(int) - 60 * (number % 3)).max() < 3 and arrays["rel_actions"] == number % 3
-        )
-
-
-def test_a_spool_that_was_read_is_read_anew_where_it_is_cut_and_sent_without_its_pictures(tmp_path):
-    """Fails if what was read once stays: frames that are gone, or all pictures in every message to a process."""
-    frames = spool.Spool(tmp_path / "frames", {"static": (64, 64)}, {"rel_actions": 1})
-    frames.add({"static": np.zeros((40, 64, 64, 3), np.uint8)}, {"rel_actions": np.arange(40.0)[:, None]})
-    assert frames.encoded(39)[1]["rel_actions"] == 39
-    sent = pickle.dumps(frames)
-    assert len(sent) < 2000 < (tmp_path / "frames").stat().st_size
-    assert pickle.loads(sent).encoded(39) == frames.encoded(39)
-    frames.truncate(3)
-    with pytest.raises(IndexError):
-        frames.encoded(39)
 
 
 def test_a_packed_dataset_of_another_robot_is_packed_again_without_a_quarrel(tmp_path):
