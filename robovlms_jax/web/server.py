@@ -162,7 +162,8 @@ class PageServer:
         if visitor.socket.transport.is_closing():
             return
         try:
-            await asyncio.wait_for(visitor.socket.send(message), SEND_TIMEOUT_S)
+            async with asyncio.timeout(SEND_TIMEOUT_S):  # no task of its own, before which the visitor may have gone
+                await visitor.socket.send(message)
         except TimeoutError:
             visitor.socket.transport.abort()
         except ConnectionClosed:
