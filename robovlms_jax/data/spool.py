@@ -38,7 +38,11 @@ class Spool:
         self._row = np.dtype([*places, *((name, np.float32, (size,)) for name, size in arrays.items())])
         for file in (self._pictures, self._rows):
             file.touch()
-        whole = _ends(np.fromfile(self._rows, self._row)) <= self._pictures.stat().st_size
+        rows = np.fromfile(self._rows, self._row)
+        ends = _ends(rows)
+        # A power failure may leave rows of zeros, or rows without their pictures.
+        follows = rows["offset"] == np.append(0, ends[:-1])
+        whole = follows & (rows["lengths"] > 0).all(axis=1) & (ends <= self._pictures.stat().st_size)
         self.num_frames = len(whole)
         self.truncate(int(whole.argmin()) if not whole.all() else len(whole))
 
@@ -69,7 +73,7 @@ class Spool:
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             encoded = [frame for part in pool.map(encode, np.array_split(np.arange(count), threads)) for frame in part]
         rows = np.empty(count, self._row)
-        rows["lengths"] = [[len(picture) for picture in frame] for frame in encoded]
+        rows["lengths"] = np.reshape([len(picture) for frame in encoded for picture in frame], (count, len(images)))
         sizes = rows["lengths"].sum(axis=1, dtype=np.int64)
         rows["offset"] = self._size + np.cumsum(sizes) - sizes
         for name in self.arrays:

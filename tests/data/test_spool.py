@@ -40,6 +40,19 @@ def test_spooled_frames_come_back_packed(tmp_path):
     assert not list(tmp_path.glob("frames*"))
 
 
+def test_rows_of_zeros_that_a_power_failure_leaves_are_no_frames_and_cost_none(tmp_path):
+    """Fails if the last row, which says that pictures end at 0, has all of them cut off."""
+    form = {"static": (8, 8)}, {"rel_actions": 1}
+    frames = spool.Spool(tmp_path / "frames", *form)
+    frames.add({"static": np.zeros((2, 8, 8, 3), np.uint8)}, {"rel_actions": np.ones((2, 1))})
+    frames.add({"static": np.zeros((0, 8, 8, 3), np.uint8)}, {"rel_actions": np.ones((0, 1))})
+    before = [frames.encoded(number) for number in range(2)]
+    rows = tmp_path / "frames.rows"
+    os.truncate(rows, 2 * rows.stat().st_size)
+    frames = spool.Spool(tmp_path / "frames", *form)
+    assert [frames.encoded(number) for number in range(frames.num_frames)] == before
+
+
 @pytest.mark.parametrize(("file", "left"), [("frames", 2), ("frames.rows", 2), ("", 3)])
 def test_a_spool_of_which_the_last_frame_was_written_by_half_goes_on_after_the_one_before(tmp_path, file, left):
     pictures = np.arange(3, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2).repeat(3, 3) * 60
