@@ -146,7 +146,8 @@ class DataConfig:
     """Batches kept ready."""
     decoded_gb: float = 0.0
     """Gigabytes of pictures kept in memory once they are decoded, in each process that reads and of each dataset that
-    is trained on; for packed ones that are read several times over. Batches are the same."""
+    is trained on, up to half of the machine's memory; for packed ones that are read several times over. Batches are the
+    same."""
     check_actions: Literal["refuse", "warn"] = "refuse"
     """What follows when the training actions look wrong (see `actions.statistics`): no run, or a warning."""
     max_corrupt_share: float = 0.01

@@ -45,7 +45,7 @@ def open_split(settings: DataConfig, split: Split) -> base.Dataset:
     if settings.dataset == "calvin":
         found = calvin.open_dataset(settings.root, split, annotation_folder=settings.annotation_folder, **chosen)
         if split == "training" and isinstance(found, packed.PackedDataset):
-            found.keep_decoded(int(settings.decoded_gb * 1e9))
+            found.keep_decoded(_room_for_pictures(settings))
         elif split == "training" and settings.decoded_gb:
             notices.once(
                 logger,
@@ -73,6 +73,22 @@ def open_split(settings: DataConfig, split: Split) -> base.Dataset:
             raise ValueError("data.episode_list and data.exclude_tasks work on one dataset, not on a mixture.")
         dataset.episodes = base.select(dataset.episodes, **chosen)
     return dataset
+
+
+def _room_for_pictures(settings: DataConfig) -> int:
+    """Bytes of decoded pictures for each process that reads: data.decoded_gb, or what half of the machine's memory has
+    room for, which is then said."""
+    asked, readers = int(settings.decoded_gb * 1e9), max(settings.num_workers, 1)
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return asked
+    half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if asked * readers > half:
+        notices.once(
+            logger,
+            f"data.decoded_gb={settings.decoded_gb} for {readers} reading processes is more than half of this "
+            f"machine's memory ({half / 1e9:.1f} GB); that much is kept, and other pictures are decoded anew.",
+        )
+    return min(asked, half // readers)
 
 
 def _say_what_is_not_read(settings: DataConfig) -> None:

@@ -79,6 +79,11 @@ def test_room_for_decoded_pictures_is_heeded_of_packed_data_and_said_to_have_no_
     assert opening.open_split(settings, "training")._kept is not None and not caplog.text
     opening.open_split(dataclasses.replace(settings, root=str(write_calvin([(0, 7)]))), "training")
     assert "data.decoded_gb=0.5 has no effect on" in caplog.text and "which is not packed" in caplog.text
+    caplog.clear()
+    memory = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(opening.os, "sysconf", memory.__getitem__)
+    small = opening.open_split(dataclasses.replace(settings, num_workers=2), "training")
+    assert small._limit == 1000 * 4096 // 2 // 2 and "2 reading processes is more than half" in caplog.text
     for wrong in (-1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=r"data\.decoded_gb=.* must be finite, not negative"):
             DataConfig(decoded_gb=wrong)
