@@ -8,12 +8,17 @@ import pathlib
 import re
 from typing import Any
 
+import jax
 import pytest
+from flax.traverse_util import flatten_dict
 
+from experiments import calvin_abcd
 from robovlms_jax import upstream
 from robovlms_jax.backbones import registry
 from robovlms_jax.data.registry import mixtures
+from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.heads import base as heads
+from robovlms_jax.runs import build
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import from_dict, to_dict
 from robovlms_jax.upstream import files, ignored
@@ -91,6 +96,23 @@ def test_upstreams_lora_has_its_rank_scale_dropout_and_biases(bias, trained):
     assert [any(re.search(x, path) for x in config.train.trainable) for path in paths] == [True, False, True]
     biases = ["backbone/text/layers/q/bias", "backbone/text/final_norm/bias"]
     assert sum(any(re.search(x, path) for x in config.train.trainable) for path in biases) == 2 * trained
+
+
+def test_the_preset_of_upstreams_adapters_is_its_configuration_with_adapters_on_and_fits_kosmos_2_at_full_size():
+    config = upstream.to_experiment(change(published.read(KOSMOS), "train_setup.lora_enable", True))
+    preset, full = (calvin_abcd.PRESETS[name] for name in ("kosmos_lstm_upstream_lora", "kosmos_lstm"))
+    adapters = [f"lora_{field}" for field in ("rank", "alpha", "kind", "dropout")]
+    assert [getattr(preset.backbone, x) for x in adapters] == [getattr(config.backbone, x) for x in adapters]
+    assert preset.train.trainable == config.train.trainable and preset.optimizer == full.optimizer
+    preset.validate(1)
+    model = build.make_model(preset, build.with_settings(preset.backbone, registry.get("kosmos-2")))
+    shapes, _ = build.abstract_params(model, meshes.make_mesh((1, 1, 1), jax.devices()[:1]))
+    found = {path: leaf.shape for path, leaf in flatten_dict(shapes, sep="/").items()}
+    beside = [path.removesuffix("lora_a") for path in found if path.endswith("lora_a")]
+    assert all(found[f"{path}lora_a"][-1] == 64 and f"{path}lora_b" in found for path in beside)
+    kernels = [path for path in found if re.fullmatch(r"backbone/.*kernel", path)]
+    assert sorted(f"{path}kernel" for path in beside) == sorted(kernels)
+    assert found["backbone/text/layers/attn/q/lora_a"] == found["backbone/text/layers/mlp/up/lora_a"] == (24, 2048, 64)
 
 
 def test_what_the_bridge_configuration_says():
