@@ -307,8 +307,8 @@ class VLA(nn.Module):
         return self.bind({}).head.clone(parent=None).init_carry(batch)
 
     def reset_slot(self, carry: Carry, slot: jax.Array, head: Any) -> Carry:
-        """Forget everything about episode int32[] `slot`; `head`: a head's carry before its first step, for one
-        episode."""
+        """Forget everything about episode `slot`, int32[], or about several at once, int32[n], of which numbers beyond
+        the last episode are nobody's; `head`: a head's carry before its first step, for one episode."""
         fresh = jax.tree.map(lambda x, first: x.at[slot].set(first[0]), carry.head, head)
         return Carry(fresh, self.history.reset(carry.history, slot))
 

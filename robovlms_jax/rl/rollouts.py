@@ -105,12 +105,8 @@ def play(
 
 def forget(model: VLA, carry: Carry, fresh: jax.Array) -> Carry:
     """The carry as before an episode's first step where bool[B] `fresh`."""
-    blank = model.init_head_carry(1)
-
-    def one(slot: jax.Array, carry: Carry) -> Carry:
-        return jax.lax.cond(fresh[slot], lambda carry: model.reset_slot(carry, slot, blank), lambda carry: carry, carry)
-
-    return jax.lax.fori_loop(0, len(fresh), one, carry)
+    slots = jnp.where(fresh, jnp.arange(len(fresh)), len(fresh))  # what is written behind the last is dropped
+    return model.reset_slot(carry, slots, model.init_head_carry(1))
 
 
 def greedy(model: VLA) -> Act:

@@ -88,6 +88,20 @@ def test_what_tables_on_the_device_cannot_do_is_said():
         rollouts.Player(model, encode, 2, SIZES, criterion=criterion)
 
 
+def test_tables_whose_task_begins_forget_and_the_others_keep_everything():
+    model = toy.make_model(history="interleaved", window=2, chunk=3)
+    batch = toy.make_batch(np.random.default_rng(0), window=2, windows=1, chunk=3)
+    carry = model.init_carry(3, toy.random_params(model, batch), 4)
+    carry = jax.tree.map(lambda x: jnp.ones_like(x), carry)
+    blank = model.init_head_carry(1)
+    assert jax.tree.leaves(carry.head) and jax.tree.leaves(carry.history)
+    for fresh in ((False, True, True), (False, False, False)):
+        expected = carry
+        for slot in np.flatnonzero(fresh):
+            expected = model.reset_slot(expected, jnp.int32(slot), blank)
+        jax.tree.map(np.testing.assert_array_equal, rollouts.forget(model, carry, jnp.array(fresh)), expected)
+
+
 BUTTON = np.asarray(make_scene("D").anchors.button_top)
 
 

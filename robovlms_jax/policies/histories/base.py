@@ -70,7 +70,7 @@ class History(Protocol):
         """Let a new frame in: leaves [B, S, ...]. Where bool[B] `active` is False the state stays as it is."""
 
     def reset(self, state: Any, slot: jax.Array) -> Any:
-        """Forget everything about episode int32[] `slot`."""
+        """Forget everything about episode int32[] `slot`, or several: as `VLA.reset_slot`."""
 
     def fit(self, state: Any, fresh: Any) -> Any:
         """The same state for longer or shorter prompts; `fresh`: one made for them, which says how many slots a frame
@@ -99,7 +99,7 @@ class TokenWindow:
         return TokenWindow(shifted, jnp.minimum(self.count + 1, self.window))
 
     def reset(self, slot: jax.Array) -> TokenWindow:
-        """Without the frames of episode int32[] `slot`."""
+        """Without the frames of episode int32[] `slot`, or several."""
         return self.replace(count=self.count.at[slot].set(0))
 
     def fit(self, fresh: TokenWindow) -> TokenWindow:
