@@ -297,8 +297,8 @@ PRESETS = {
             KOSMOS.train, output="runs/kosmos_lstm_lora", trainable=("lora_", "^head/", "^readout/"), batch_size=32
         ),
     ),
-    # Upstream's adapters, as `lora_enable` in its released CALVIN configuration makes them (which has it off); words are
-    # learned beside them, and no bias.
+    # Upstream's adapters, as `lora_enable` makes them in its released CALVIN configuration (which has it off): word
+    # embeddings are learned beside them, and no bias.
     "kosmos_lstm_upstream_lora": dataclasses.replace(
         KOSMOS,
         backbone=dataclasses.replace(KOSMOS.backbone, lora_rank=64, lora_alpha=16.0, lora_dropout=0.05),

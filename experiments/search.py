@@ -4,10 +4,10 @@
     python -m experiments.search --preset grid --start kosmos_lstm       # the grid of the design documents
     python -m experiments.search --start sample --sampler tpe --trials 30 --space optimizer.learning_rate=1e-5:1e-2:log
 
-Start the same command several times, here or on machines that share the folder, to work on it in parallel
-(`sbatch --array=1-8 --wrap "python -m experiments.search ..."`), or let a Ray cluster do it (--ray.workers 8
---ray.gpus 1); start it again to go on where it stopped. A trial that fails is recorded with its last words, and the
-search goes on.
+Start the same command several times, here or on machines that share the folder, to work on it in parallel: as tasks of
+a SLURM job array (`sbatch launch/search.sbatch FLAGS`), or on a Ray cluster (--ray.workers 8 --ray.gpus 1). A process
+that is killed leaves its trial to the others; start the command again to go on where all stopped. A trial that fails is
+recorded with its last words, and the search goes on.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ COMMAND = re.compile(r"python -m ((?:experiments|benchmarks)\.\w+)((?:\"[^\"\n]*
 LAUNCH = re.compile(
     r"launch/[\w.]+ (?:train )?(?:\S+ )?(experiments\.\w+)((?:\"[^\"\n]*\"|[^\n`'\"#;|&)\\]|\\\n)*)"
 )  # launch/FILE RUN PROGRAM FLAGS, or without RUN
+SEARCH = re.compile(r"launch/search\.sbatch (?=--)((?:\"[^\"\n]*\"|[^\n`'\"#;|&)\\]|\\\n)*)")
 MAKE = re.compile(r"make run ARGS=\"([^\"\n]*)\"")
 FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*(?:\.[a-zA-Z][\w-]*)*")
 
@@ -44,7 +45,7 @@ OTHERS = {
     "git, uv": "--porcelain --untracked-files --recurse-submodules --recursive --init --python",
     "pip, pytest, ruff, tensorboard": "--no-deps --fix --check --logdir --durations --dist --no-cache-dir --quiet",
     "sbatch, srun": "--array --wrap --nodes --ntasks --ntasks-per-node --gpus-per-node --gpus-per-task --gpu-bind "
-    "--output --cpus-per-task --signal --requeue --open-mode --time --job-name --kill-on-bad-exit --parsable",
+    "--gpus --output --cpus-per-task --signal --requeue --open-mode --time --job-name --kill-on-bad-exit --parsable",
     "pyxis": "--container-image --container-mounts --container-workdir",
     "gcloud": "--zone --worker --command --accelerator-type --runtime-version --node-id --node-count --node-prefix "
     "--spot --format --force --quiet",
@@ -113,6 +114,7 @@ def commands() -> dict[tuple[str, tuple[str, ...]], str]:
     for where, text in texts():
         lines = [(match[1], match[2]) for match in COMMAND.finditer(text)]
         lines += [(match[1], match[2]) for match in LAUNCH.finditer(text)]
+        lines += [("experiments.search", match[1]) for match in SEARCH.finditer(text)]
         lines += [("experiments.calvin_abcd", match[1]) for match in MAKE.finditer(text)]
         for program, rest in lines:
             rest = re.sub(r"\\\n\s*", " ", rest)
@@ -149,6 +151,7 @@ def test_documents_hold_the_commands_that_they_are_known_to_hold():
     known = commands()
     assert len(known) > 60
     assert ("experiments.calvin_abcd", ("--preset", "sample")) in known
+    assert any(program == "experiments.search" and "hf://microsoft" in " ".join(rest) for program, rest in known)
     assert any(program == "experiments.convert_weights" and "--config" in rest for program, rest in known)
 
 

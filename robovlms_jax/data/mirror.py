@@ -79,8 +79,12 @@ def of_robot(robot: RobotSpec, share: float, axis: str, *, uses_state: bool) -> 
     if sided:
         raise ValueError(f"{why} each of its cameras {sided} would show what another one sees.")
     signs = [_signs(robot.action, axis, why)]
-    signs.append(_signs(robot.state, axis, why) if uses_state else np.ones(len(robot.state), np.float32))
-    return Mirror(share, *signs)
+    if not uses_state:
+        return Mirror(share, *signs, np.ones(len(robot.state), np.float32))
+    try:
+        return Mirror(share, *signs, _signs(robot.state, axis, why))
+    except ValueError as error:
+        raise ValueError(f"{error} That is its state, which policy.proprio.enabled=False leaves out.") from None
 
 
 def _signs(dimensions: Sequence[Dimension], axis: str, why: str) -> np.ndarray:

@@ -68,22 +68,10 @@ def evaluate(policy: BatchedPolicy, config: DrivesConfig, output: pathlib.Path, 
     Args:
       checkpoint: what names the policy's parameters.
     """
-    settings = chains.Settings(
-        checkpoint,
-        Execution("receding", horizon=config.horizon),
-        rollout.SuccessCriterion(config.max_steps, env.completed_in_each),
-        {"checkpoint": checkpoint, "protocol": {"trials": config.trials}},
-    )
     found = []
-    for layer, safety in _LAYERS.items():
+    for layer in _LAYERS:
         for held_out in (False, True):
-            rooms = env.Drives(min(config.rooms, config.trials), safety=safety)
-            asked = trials(config, held_out=held_out)
-            folder = filing.place(
-                output, f"{rooms.name}-{asked[0].labels['phrasing'].replace(' ', '_')}", _key(settings)
-            )
-            results = chains.evaluate(policy, rooms, asked, folder, settings).results
-            found.append(Drives(layer, str(asked[0].labels["phrasing"]), results))
+            found.append(drive(policy, config, output, checkpoint, layer=layer, held_out=held_out))
             success, free = found[-1].rates()
             logger.info(
                 "%s, %s words: %s succeed, %s without collision",
@@ -92,6 +80,29 @@ def evaluate(policy: BatchedPolicy, config: DrivesConfig, output: pathlib.Path, 
                 *map(_rate, (success, free)),
             )
     return found
+
+
+def drive(
+    policy: BatchedPolicy,
+    config: DrivesConfig,
+    output: pathlib.Path,
+    checkpoint: str,
+    *,
+    layer: str = "bare",
+    held_out: bool = False,
+) -> Drives:
+    """One way of `evaluate`: through which safety layer (`bare`: none), and in whose words."""
+    settings = chains.Settings(
+        checkpoint,
+        Execution("receding", horizon=config.horizon),
+        rollout.SuccessCriterion(config.max_steps, env.completed_in_each),
+        {"checkpoint": checkpoint, "protocol": {"trials": config.trials}},
+    )
+    rooms = env.Drives(min(config.rooms, config.trials), safety=_LAYERS[layer])
+    asked = trials(config, held_out=held_out)
+    folder = filing.place(output, f"{rooms.name}-{asked[0].labels['phrasing'].replace(' ', '_')}", _key(settings))
+    results = chains.evaluate(policy, rooms, asked, folder, settings).results
+    return Drives(layer, str(asked[0].labels["phrasing"]), results)
 
 
 def _key(settings: chains.Settings) -> dict[str, object]:

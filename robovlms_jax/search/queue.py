@@ -17,7 +17,7 @@ import socket
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from robovlms_jax import atomic, json_files
@@ -28,6 +28,7 @@ BEAT = 10.0
 SILENCE = 120.0
 """Seconds after which a worker that gave none is taken for dead, and its trial goes on elsewhere."""
 
+_CLAIM = "claim.json"
 _REASON = 600
 """Characters of what a failed trial said that its record and the report keep."""
 
@@ -108,7 +109,7 @@ def finished(out: pathlib.Path) -> list[Trial]:
 @contextlib.contextmanager
 def claimed(out: pathlib.Path, number: int) -> Iterator[bool]:
     """Whether the trial is ours for the time of the block; False: somebody else works on it."""
-    path = folder(out, number) / "claim.json"
+    path = folder(out, number) / _CLAIM
     path.parent.mkdir(parents=True, exist_ok=True)
     if not _take(path):
         yield False
@@ -122,6 +123,33 @@ def claimed(out: pathlib.Path, number: int) -> Iterator[bool]:
         stop.set()
         beat.join()
         path.unlink(missing_ok=True)
+
+
+def left_behind(out: pathlib.Path, numbers: Iterable[int], *, until_free: bool = False) -> bool:
+    """Wait for the next sign of life of whoever works on the trials `numbers`, which others had a moment ago; whether
+    one of them is nobody's any more: it has ended, its worker was stopped, or was silent for too long. So the last
+    process that could go on with a trial does not leave before it is known that somebody is at it.
+
+    until_free: wait for that, however many signs there are.
+    """
+    seen = {number: _touched(out, number) for number in numbers}
+    while seen:
+        for number, before in list(seen.items()):
+            now = _touched(out, number)
+            if now is None or _is_dead(folder(out, number) / _CLAIM):
+                return True
+            if now != before and not until_free:
+                del seen[number]
+        time.sleep(min(1.0, BEAT / 4))
+    return False
+
+
+def _touched(out: pathlib.Path, number: int) -> int | None:
+    """Time of the last sign of life, in nanoseconds; None: nobody works on the trial."""
+    try:
+        return (folder(out, number) / _CLAIM).stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _take(path: pathlib.Path) -> bool:

@@ -32,8 +32,10 @@ Look = Callable[[int, float], bool]
 
 
 def command(config: SearchConfig, trial: queue.Trial, run: pathlib.Path) -> list[str]:
-    """What is started: the experiment's module with the trial's flags."""
-    settings = space.fixed(config.fixed) | trial.setting
+    """What is started: the experiment's module with the trial's flags. It is a program of its own, although a launcher
+    such as srun may have started this process as one of several, which its variables say."""
+    alone = {} if any(text.startswith("distributed.") for text in config.fixed) else {"distributed.coordinator": "none"}
+    settings = alone | space.fixed(config.fixed) | trial.setting
     words = [sys.executable, "-m", f"experiments.{config.experiment}", "--preset", config.start]
     words += [*space.flags(settings), "--train.seed", str(trial.seed), "--train.output", str(run)]
     has = any(path.name.isdigit() for path in (run / "checkpoints").glob("*"))

@@ -42,15 +42,15 @@ def work(config: SearchConfig) -> None:
 
 
 def _work_through(config: SearchConfig, settings: list[space.Setting]) -> None:
-    """All settings with all seeds, the seeds of a setting far apart: the first seed of each comes first. Once more, as
-    long as something was done, for what others had begun and died of."""
+    """All settings with all seeds, the seeds of a setting far apart: the first seed of each comes first. Once more for
+    what others had begun and were stopped or died of, until all that is left is at work elsewhere."""
     out = pathlib.Path(config.out)
     pairs = itertools.product(range(config.seeds), settings)
     asked = [queue.Trial(number, setting, seed) for number, (seed, setting) in enumerate(pairs)]
-    before = -1
-    while (ended := sum(trial.status != "open" for trial in asked)) != before:
-        before = ended
+    while True:
         asked = [_take(config, out, trial) if trial.status == "open" else trial for trial in asked]
+        if not queue.left_behind(out, [trial.number for trial in asked if trial.status == "open"]):
+            return
 
 
 def _take(config: SearchConfig, out: pathlib.Path, trial: queue.Trial, look: trials.Look | None = None) -> queue.Trial:
@@ -80,21 +80,25 @@ def _ask(config: SearchConfig, fields: list[space.Values | space.Range]) -> None
     _finish_others(config, study, fields, out)
     while len(study.get_trials(deepcopy=False)) < config.trials:
         _finish(config, study, study.ask(), fields, out)
-    _finish_others(config, study, fields, out)
+    while queue.left_behind(out, _finish_others(config, study, fields, out)):
+        pass
 
 
-def _finish_others(config: SearchConfig, study: optuna.Study, fields: list[Any], out: pathlib.Path) -> None:
-    """Go on with trials of processes that were stopped or died: each keeps its number; a live process keeps its
-    claim."""
-    optuna = _optuna()
+def _finish_others(config: SearchConfig, study: optuna.Study, fields: list[Any], out: pathlib.Path) -> list[int]:
+    """Go on with trials of processes that were stopped or died: each keeps its number. Returns those that a live
+    process holds."""
+    optuna, held = _optuna(), []
     for frozen in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         age = (datetime.datetime.now() - frozen.datetime_start).total_seconds()
         if len(frozen.params) < len(fields) and age < queue.SILENCE:
             continue  # somebody is choosing its values just now
-        _finish(config, study, optuna.trial.Trial(study, frozen._trial_id), fields, out)
+        trial = optuna.trial.Trial(study, frozen._trial_id)
+        held += [number for number in [_finish(config, study, trial, fields, out)] if number is not None]
+    return held
 
 
-def _finish(config: SearchConfig, study: optuna.Study, asked: Any, fields: list[Any], out: pathlib.Path) -> None:
+def _finish(config: SearchConfig, study: optuna.Study, asked: Any, fields: list[Any], out: pathlib.Path) -> int | None:
+    """Run a proposed setting with all seeds and tell the study. Returns the trial that somebody else holds, if so."""
     states = _optuna().trial.TrialState
     setting = {field.name: _suggest(asked, field) for field in fields}
 
@@ -107,15 +111,16 @@ def _finish(config: SearchConfig, study: optuna.Study, asked: Any, fields: list[
         trial = queue.Trial(asked.number * config.seeds + seed, setting, seed)
         ended = _take(config, out, trial, look if config.seeds == 1 else None)
         if ended.status == "open":
-            return  # somebody else's
+            return trial.number
         if ended.status == "failed":
             study.tell(asked.number, state=states.FAIL, skip_if_finished=True)
-            return
+            return None
         if ended.status == "pruned":
             study.tell(asked.number, state=states.PRUNED, skip_if_finished=True)
-            return
+            return None
         values.append(ended.value)
     study.tell(asked.number, sum(values) / len(values), skip_if_finished=True)
+    return None
 
 
 def _suggest(trial: Any, field: space.Values | space.Range) -> str:

@@ -51,7 +51,8 @@ class Job:
 
 
 def work(out: pathlib.Path, jobs: Sequence[Job], settings: Mapping[str, Any]) -> list[queue.Trial]:
-    """Do what is left of a protocol; returns all its trials, those that others work on among them, still open.
+    """Do what is left of a protocol; returns all its trials, those that others work on among them, still open. What
+    begins with a trial that another process works on is waited for.
 
     Args:
       settings: everything that results depend on, as JSON values; a later call must have the same.
@@ -61,13 +62,19 @@ def work(out: pathlib.Path, jobs: Sequence[Job], settings: Mapping[str, Any]) ->
     """
     queue.agree(out, "protocol.json", settings)
     trials = [queue.Trial(number, dict(job.setting), job.seed) for number, job in enumerate(jobs)]
-    before = -1
-    while (ended := sum(trial.status != "open" for trial in trials)) != before:
-        before = ended
+    while True:
         for number, job in enumerate(jobs):
             if trials[number].status == "open":
                 trials[number] = _take(out, trials, job, number)
-    return trials
+        due = {number: _is_due(trials, jobs[number]) for number, trial in enumerate(trials) if trial.status == "open"}
+        held = [number for number, now in due.items() if now]
+        if not queue.left_behind(out, held, until_free=len(held) < len(due)):
+            return trials
+
+
+def _is_due(trials: Sequence[queue.Trial], job: Job) -> bool:
+    """Whether the trial that it begins with has ended."""
+    return job.after is None or trials[job.after].status != "open"
 
 
 def run_of(out: pathlib.Path, number: int) -> pathlib.Path:
@@ -83,7 +90,7 @@ def result(out: pathlib.Path, number: int) -> Result:
 def _take(out: pathlib.Path, trials: Sequence[queue.Trial], job: Job, number: int) -> queue.Trial:
     """The trial as it is afterwards: untouched where another process has it, or what it begins with is not there."""
     trial, first = trials[number], None if job.after is None else trials[job.after]
-    if first is not None and first.status == "open":
+    if not _is_due(trials, job):
         return trial
     with queue.claimed(out, number) as ours:
         if not ours:

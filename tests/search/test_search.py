@@ -51,6 +51,7 @@ def scripted(monkeypatch):
 
     monkeypatch.setattr(trials, "command", command)
     monkeypatch.setattr(trials, "POLL", 0.02)
+    monkeypatch.setattr(queue, "BEAT", 0.05)
 
 
 def settings(tmp_path, **changes):
@@ -120,7 +121,8 @@ def test_a_real_trial_resumes_where_it_has_a_checkpoint(tmp_path, monkeypatch):
     words = trials.command(config, trial, tmp_path)
     assert words[1:5] == ["-m", "experiments.calvin_abcd", "--preset", "default"] and "--train.resume" not in words
     assert words[5:] == [
-        *("--policy.head.trunk", "8", "8", "--train.steps", "3", "--train.seed", "4", "--train.output", str(tmp_path))
+        *("--distributed.coordinator", "none"),  # although srun may have started the search as one of several
+        *("--policy.head.trunk", "8", "8", "--train.steps", "3", "--train.seed", "4", "--train.output", str(tmp_path)),
     ]
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     assert trials.command(config, trial, tmp_path)[-1] == "--train.resume"
@@ -198,6 +200,26 @@ def test_what_another_process_had_begun_and_died_of_is_done_in_the_end(tmp_path,
     monkeypatch.setattr(queue, "_is_dead", lambda path: not next(lives, False))
     workers.work(config)
     assert [x.status for x in queue.read(tmp_path / "s")] == ["done", "done"]
+
+
+@pytest.mark.parametrize("sampler", ["grid", "random"])
+def test_the_last_process_waits_for_a_sign_of_life_and_takes_over_where_none_comes(tmp_path, monkeypatch, sampler):
+    if sampler == "random":
+        pytest.importorskip("optuna", reason="not in environments without the extra search")
+    monkeypatch.setattr(queue, "SILENCE", 0.5)
+    config = settings(tmp_path, space=("rate=0.1,0.2",), sampler=sampler, trials=2 * (sampler == "random"))
+    claim = queue.folder(tmp_path / "s", 1) / "claim.json"
+    claim.parent.mkdir(parents=True)
+    claim.write_text(json.dumps({"host": "elsewhere", "pid": 1}))  # its worker was killed just now
+    workers.work(config)
+    assert [x.status for x in queue.read(tmp_path / "s")] == ["done", "done"]
+
+
+def test_a_trial_whose_worker_lives_is_left_to_it(tmp_path):
+    config = settings(tmp_path, space=("rate=0.1,0.2",))
+    with queue.claimed(tmp_path / "s", 1):
+        workers.work(config)
+    assert [(x.number, x.status) for x in queue.read(tmp_path / "s")] == [(0, "done")]
 
 
 def test_a_trial_that_was_killed_is_recorded_with_the_signal(tmp_path, monkeypatch):

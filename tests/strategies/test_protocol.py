@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import math
+import time
 
 import pytest
 from hypothesis import given
@@ -73,7 +75,8 @@ def test_a_result_that_is_no_number_is_a_failure_with_its_reason(tmp_path, start
 
 
 @pytest.mark.parametrize("method", ["stop", "term"])
-def test_a_stopped_run_is_resumed_and_another_process_leaves_it_alone(tmp_path, started, method):
+def test_a_stopped_run_is_resumed_and_another_process_leaves_it_alone(tmp_path, started, monkeypatch, method):
+    monkeypatch.setattr(queue, "BEAT", 0.05)
     jobs = [job(method, 1), job("other", 2)]
     with pytest.raises(KeyboardInterrupt):
         protocol.work(tmp_path, jobs, {})
@@ -81,6 +84,21 @@ def test_a_stopped_run_is_resumed_and_another_process_leaves_it_alone(tmp_path, 
         assert [trial.status for trial in protocol.work(tmp_path, jobs, {})] == ["open", "done"]
     assert [trial.status for trial in protocol.work(tmp_path, jobs, {})] == ["done", "done"]
     assert started[-1] == (f"method {method}", "", True)
+
+
+def test_what_begins_where_another_process_is_at_work_is_waited_for_and_shared(tmp_path, started, monkeypatch):
+    monkeypatch.setattr(queue, "BEAT", 0.05)
+    jobs = [job("base", 1), job("late", 3, after=0)]
+    held = queue.claimed(tmp_path, 0)
+    assert held.__enter__()
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        other = threads.submit(protocol.work, tmp_path, jobs, {})
+        time.sleep(0.3)
+        assert not other.done() and not started  # signs of life came, and it did not leave
+        protocol.queue.write(tmp_path, queue.Trial(0, {"method": "base"}, 1, "done", 0.1))
+        held.__exit__(None, None, None)
+        assert [trial.status for trial in other.result(20)] == ["done", "done"]
+    assert started == [("method late", str(protocol.run_of(tmp_path, 0)), False)]
 
 
 def test_a_run_that_was_killed_in_its_first_checkpoint_begins_again(tmp_path, started):
