@@ -198,6 +198,13 @@ def test_the_tables_of_few_demonstrations_task_after_task_and_another_table_are_
     for row in adapt["rows"]:
         seeds = ", ".join(f"{x:.2f}" for x in row["success"])
         assert f"| {row['way']} | {seeds} | {mean_and_interval(row)} |" in text
+    for row in found["own_arm"]["rows"]:
+        seeds = ", ".join(f"{x:.2f}" for x in row["success"])
+        assert f"| {row['demonstrations']} | {row['start']} | {seeds} | {mean_and_interval(row)} |" in text
+    apart = {(row["start"], row["demonstrations"]): row for row in found["own_arm"]["differences"]}
+    assert [name for name, row in apart.items() if not row["noise"]] == [("another arm's 800", 4)]
+    for name in (("another arm's 800", 4), ("Bridge's bundled episodes", 4)):
+        assert "{:+.2f}, {:.2f} to {:.2f}".format(*apart[name]["difference"]) in text
     apart = {row["setting"]: row for row in [*few["differences"], *adapt["differences"]]}
     assert [name for name, row in apart.items() if not row["noise"]] == ["augmented"]
     for name, words in (("augmented", "by more than noise** ("), ("augmented, 1200 steps", "noise (")):
