@@ -1,0 +1,92 @@
+"""Figures of docs/calvin.md against the result files that it names."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from robovlms_jax.envs.calvin import task_chains
+from tests.test_figures import page, result, share
+
+FIXTURES = (
+    *("open_drawer", "close_drawer", "move_slider_left", "move_slider_right"),
+    *("turn_on_lightbulb", "turn_off_lightbulb", "turn_on_led", "turn_off_led"),
+)
+
+
+def test_what_the_calvin_page_says_of_34_tasks_is_what_was_run():
+    found, text = result("calvin_small/results"), page("calvin.md")
+    names = ("playtable_small", "calvin_small", "calvin_small_abcd")
+    rows = [found[name]["chains_on_d"] for name in names]
+    for row in rows:
+        solved = [int(digit) for digit in row["solved_in_each"]]
+        assert row["chains"] == len(solved)
+        assert row["average_length"]["value"] == pytest.approx(sum(solved) / len(solved), abs=5e-4)
+        counts = row["tasks_solved_of_asked"].values()
+        assert sum(solved) == sum(done for done, _ in counts) == row["fixtures"]["count"] + row["blocks"]["count"]
+        assert sum(asked for _, asked in counts) == row["fixtures"]["of"] + row["blocks"]["of"]
+    lengths = [(row["average_length"]["value"], *row["average_length"]["bootstrap_95_percent"]) for row in rows]
+    cells = [
+        ("chains played", [row["chains"] for row in rows]),
+        ("**tasks in a row**", ["{:.2f} ({:.2f} to {:.2f})".format(*values) for values in lengths]),
+        ("at least 1 to 5, %", [", ".join(f"{x:.1f}" for x in row["in_a_row_percent"]) for row in rows]),
+    ]
+    for name in ("fixtures", "blocks"):
+        shares = [f"{row[name]['count']} of {row[name]['of']}, {share(row[name])}" for row in rows]
+        cells.append((f"{name}, solved of asked", shares))
+    for name, values in cells:
+        assert f"| {name} | {' | '.join(map(str, values))} |" in text
+    for recording in found["recording"].values():
+        assert "{recorded} of {attempted}".format(**recording) in text
+    single = found["calvin_small_abcd"]["single_tasks"]
+    outcomes = [digit for task in single["tasks"].values() for digit in task["success"]]
+    assert (single["count"], single["of"]) == (outcomes.count("1"), len(outcomes))
+    for name, task in single["tasks"].items():
+        assert f"| `{name}` | {task['success'].count('1')} of {len(task['success'])} |" in text
+    assert f"| all | {single['count']} of {single['of']}, {share(single)} |" in text
+
+
+def test_chain_by_chain_the_calvin_page_tells_policies_apart_as_their_results_do():
+    found, text = result("calvin_small/results"), page("calvin.md")
+    names = ("playtable_small", "calvin_small", "calvin_small_abcd")
+    digits = {name: [int(x) for x in found[name]["chains_on_d"]["solved_in_each"]] for name in names}
+    paired = (found["paired"], found["paired_abcd"]["calvin_small"])
+    for (before, after), row in zip(itertools.pairwise(names), paired, strict=True):
+        first = [(x > 0, y > 0) for x, y in zip(digits[before], digits[after], strict=True)]
+        alone = first.count((False, True)), first.count((True, False))
+        assert alone == (row[f"{after}_only"], row[f"{before}_only"])
+        assert "in {} of the 200, and fails where the other succeeds in {}:".format(*alone) in text
+        assert "{:.1f} points ({:.1f} to {:.1f}) more".format(*row["difference_points"]) in text
+        assert "{} ({:.2f} to {:.2f}) more tasks in a row".format(*row["tasks_in_a_row"]) in text
+    chains = task_chains.official_chains()[: len(digits["calvin_small"])]
+    fixture = [chain.tasks[0] in FIXTURES for chain in chains]
+    for name, kind in (("fixture", True), ("block", False)):
+        counts = [sum(x > 0 for x, there in zip(digits[policy], fixture) if there == kind) for policy in names]
+        cells = " | ".join(f"{count} of {fixture.count(kind)}" for count in counts)
+        assert f"| first task a {name} | {cells} |" in text
+    ends = [chain.tasks[k] in FIXTURES for chain, k in zip(chains, digits["calvin_small_abcd"]) if k < 5]
+    assert f"{ends.count(False)} of the {len(ends)} chains that `calvin_small_abcd` does not finish" in text
+    alone = [sum(1 for _ in itertools.takewhile(FIXTURES.__contains__, chain.tasks)) for chain in chains]
+    assert f"would have {sum(alone) / len(alone):.2f} tasks in a row on these chains" in text
+
+
+def test_the_calvin_pages_figures_are_those_of_its_runs():
+    experts, learned, text = result("calvin_experts_cpu"), result("calvin_fixtures_cpu/results"), page("calvin.md")
+    tasks = experts["tasks"].values()
+    assert (
+        "{} of {} single tasks".format(*(sum(row[name] for row in tasks) for name in ("successes", "attempts"))) in text
+    )
+    by_scene = ", ".join(f"{scene} {sum(row['by_scene'][scene][0] for row in tasks)}" for scene in "ABCD")
+    assert f"({len(tasks)} tasks, five trials in each scene: {by_scene} of 170)" in text
+    chains = experts["chains"]
+    in_a_row = ", ".join(f"{100 * share:.0f}" for share in chains["in_a_row"])
+    assert f"{chains['average_length']:.2f} tasks in a row (95 % interval {chains['interval'][0]:.2f} to" in text
+    assert f"at least 1 to 5: {in_a_row} %" in text
+    for name in learned["trained"]["tasks"]:
+        cells = [learned[who]["tasks"][name]["success"] for who in ("trained", "playtable_alone")]
+        assert f"| `{name}` | " + " | ".join(f"{x.count('1')} of {len(x)}" for x in cells) + " |" in text
+    assert f"{learned['trained']['count']} of {learned['trained']['of']}, 83.8 % (77.3 to 88.7)" in text
+    assert learned["trained"]["wilson_95_percent"] == [77.3, 88.7]
+    recording = learned["recording"]
+    assert f"{recording['recorded']} of {recording['attempted']} demonstrations succeeded" in text
