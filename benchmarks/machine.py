@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -11,7 +12,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -115,6 +116,15 @@ def describe() -> dict[str, Any]:
         "device_count": jax.device_count(),
         **provenance.environment(),
     }
+
+
+@contextlib.contextmanager
+def traced(folder: pathlib.Path, program: jax.stages.Compiled) -> Iterator[None]:
+    """Trace what is run inside into `folder`, with the text of `program` beside it. `benchmarks.kernels` reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "program.txt").write_text(program.as_text())
+    with jax.profiler.trace(str(folder)):
+        yield
 
 
 def device_peak_bytes() -> int | None:

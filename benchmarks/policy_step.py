@@ -22,11 +22,13 @@ from jax.sharding import Mesh
 from benchmarks import machine, workload
 from robovlms_jax import cli
 from robovlms_jax.control.interface import Observation
+from robovlms_jax.nn import stack
+from robovlms_jax.parallel import gpu
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import MeshConfig
 from robovlms_jax.policies import objective, serving
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.runs import build
+from robovlms_jax.runs import build, served
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.types import Inputs
 from robovlms_jax.weights import quantize
@@ -42,7 +44,7 @@ class Args:
     """Time the control steps of one long episode."""
 
     size: workload.Size = "small"
-    """small: seconds on a laptop. full: published KOSMOS-2, bfloat16; 6.8 GB of parameters."""
+    """small: seconds on a laptop. full: published KOSMOS-2, 3.5 GB of parameters, bfloat16."""
     window: int = 8
     """W: the history the head looks back over. Latency should not depend on how much of it is filled."""
     slots: tuple[int, ...] = (1,)
@@ -59,6 +61,8 @@ class Args:
     """Of one device, for the roofline. 0: from the table of known GPUs, measured on other devices."""
     bandwidth_gbs: float = 0.0
     """Of one device. 0: the same."""
+    trace: pathlib.Path | None = None
+    """Afterwards trace five steps of one slot into this folder; `benchmarks.kernels` reads it."""
     out: pathlib.Path | None = None
     """Also write the JSON to this file."""
 
@@ -85,7 +89,7 @@ def main(args: Args) -> None:
     config = workload.experiment(args.size, window=args.window, batch_size=1, mesh=MeshConfig(data=1))
     model = workload.make_model(args.size, config)
     mesh = meshes.make_mesh((1, 1, 1), jax.local_devices()[:1])
-    params = build.init_params(model, mesh, seed=0)
+    model, params = as_served(model, mesh)
     ceiling = machine.ceiling(model.vlm.dtype, 1, peak_tflops=args.peak_tflops, bandwidth_gbs=args.bandwidth_gbs)
     compiles = CompileCount()
     results = {str(slots): measure(model, params, slots, args.steps, compiles, ceiling) for slots in args.slots}
@@ -95,8 +99,10 @@ def main(args: Args) -> None:
         for name, every in (("cached", 0), ("exact", 1)):
             stream = workload.interleaved(config, args.interleaved_window, reencode_every=every)
             other = workload.make_model(args.size, stream)
-            weights = build.init_params(other, mesh, seed=0)
+            other, weights = as_served(other, mesh)
             streams[name] = measure(other, weights, 1, args.steps, compiles, ceiling, beside=frame_encoder(other))
+    if args.trace is not None:
+        trace(model, params, args.trace)
     machine.report(
         {
             "slots": results,
@@ -106,13 +112,25 @@ def main(args: Args) -> None:
             "parameters": build.count(params),
             "device_peak_bytes": machine.device_peak_bytes(),
             "ceiling": dataclasses.asdict(ceiling),
-            "settings": {name: value for name, value in dataclasses.asdict(args).items() if name != "out"},
+            "settings": {
+                name: value for name, value in dataclasses.asdict(args).items() if name not in ("out", "trace")
+            },
         },
         args.out,
     )
     everything = [*results.values(), *layers.values(), *streams.values()]
     if any(result["compiles_after_first_step"] for result in everything):
         sys.exit("error: a control step after the first compiled again; see compiles_after_first_step.")
+
+
+def as_served(model: VLA, mesh: Mesh) -> tuple[VLA, dict[str, Any]]:
+    """Model and random parameters as `runs.load.load_policy` serves them: those that are cast are kept in the type that
+    the model computes in, and lie as `runs.served` puts them."""
+    params = build.init_params(model, mesh, seed=0)
+    types = quantize.stored_types(params, model.vlm.dtype)
+    cast = jax.jit(lambda tree: jax.tree.map(lambda x, kind: x.astype(kind), tree, types))
+    model = served.model(model)
+    return model, served.parameters(model, cast(params), take=True)
 
 
 def measure_layers(
@@ -127,16 +145,18 @@ def measure_layers(
     head = dataclasses.replace(config.policy.head, num_layers=num_layers)
     config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, head=head))
     model = workload.make_model(size, config)
-    params = build.init_params(model, meshes.make_mesh((1, 1, 1), jax.local_devices()[:1]), seed=0)
+    model, params = as_served(model, meshes.make_mesh((1, 1, 1), jax.local_devices()[:1]))
     return measure(model, params, 1, steps, compiles, ceiling) | {"head_parameters": build.count(params["head"])}
 
 
 def compare_int8(model: VLA, params: Any, mesh: Mesh, steps: int) -> dict[str, Any]:
     """The policy with its backbone's matrices in int8 beside the same one as it is, one slot each, asked in turn so
     that a change of load meets both. Errors are of actions in dataset units, gripper left out."""
-    served = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, storage="int8"))
-    stored = {"float": params, "int8": quantize.quantize(params, build.abstract_params(served, mesh)[0])}
-    models = {"float": model, "int8": served}
+    whole = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, joint=False))
+    small = dataclasses.replace(whole, vlm=dataclasses.replace(whole.vlm, storage="int8"))
+    rounded = quantize.quantize(build.init_params(whole, mesh, seed=0), build.abstract_params(small, mesh)[0])
+    models = {"float": model, "int8": served.model(small)}
+    stored = {"float": params, "int8": served.parameters(models["int8"], rounded, take=True)}
     policies = {name: serving.BatchedVLAPolicy(models[name], stored[name], encode_text, 1) for name in models}
     seconds, errors, size = {name: [] for name in models}, [], 0.0
     for policy in policies.values():
@@ -234,6 +254,16 @@ def measure(
     )
 
 
+def trace(model: VLA, params: Any, folder: pathlib.Path) -> None:
+    """Trace five control steps of one slot into `folder`."""
+    policy, observations = serving.BatchedVLAPolicy(model, params, encode_text, 1), make_observations(model)
+    policy.reset([0], ["push the block"])
+    policy.act(observations[:1], [0])
+    with machine.traced(folder, compile_step(model, params, 1, observations[0])):
+        for observation in observations[:5]:
+            policy.act([observation], [0])
+
+
 def latencies(seconds: list[float]) -> dict[str, float]:
     """How long steps took, and whether later ones took longer than early ones."""
     early, late = seconds[WARM_UP : WARM_UP + SPAN], seconds[-SPAN:]
@@ -274,9 +304,14 @@ def compile_step(model: VLA, params: Any, slots: int, observation: Observation) 
     """The program that the policy runs, for its cost analysis."""
     images = {camera: np.stack([image] * slots) for camera, image in observation.images.items()}
     ids, mask = (np.stack([x] * slots) for x in encode_text(""))
-    program = jax.jit(functools.partial(serving.control_step, model), donate_argnums=1)
-    carry = model.init_carry(slots, params, ids.shape[1])
-    return program.lower(params, carry, images, ids, mask, np.ones(slots, bool)).compile()
+    cudnn = gpu.has_cudnn(meshes.make_mesh((1, 1, 1), jax.local_devices()[:1]))
+    program = jax.jit(
+        functools.partial(serving.served_step, model, cudnn=cudnn),
+        donate_argnums=1,
+        compiler_options=gpu.served(jax.default_backend()),
+    )
+    carry = model.init_carry(slots, stack.joined(params), ids.shape[1])
+    return program.lower(params, carry, images, (ids, mask), np.ones(slots, bool)).compile()
 
 
 if __name__ == "__main__":

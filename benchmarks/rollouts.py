@@ -122,7 +122,8 @@ def _host(tree: pathlib.Path, count: int, args: Args) -> Iterator[Callable[[], T
     }
     # -P: this folder's modules are not to be found by their bare names
     command = [sys.executable, "-P", host_loop.__file__, json.dumps(settings)]
-    known = {**os.environ, "PYTHONPATH": str(tree)}
+    paths = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]  # the tree's modules before all others
+    known = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     with subprocess.Popen(command, cwd=tree, env=known, **pipes) as process:
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from benchmarks import machine, workload
 from robovlms_jax import cli
+from robovlms_jax.nn.linear import AttentionKernel
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import MeshConfig
 from robovlms_jax.policies import objective
@@ -45,11 +46,15 @@ class Args:
     """Windows per step over all devices, the same for every K."""
     steps: int = 8
     """Timed steps of each K. They take turns, so that a change of load on the machine meets all; the median counts."""
+    attention_kernel: AttentionKernel = "auto"
+    """As backbone.attention_kernel."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     peak_tflops: float = 0.0
     """Of one device, for MFU and roofline. 0: from the table of known GPUs, measured on other devices."""
     bandwidth_gbs: float = 0.0
     """Of one device. 0: the same."""
+    trace: pathlib.Path | None = None
+    """Afterwards trace three steps of the last K into this folder; `benchmarks.kernels` reads it."""
     out: pathlib.Path | None = None
     """Also write the JSON to this file."""
 
@@ -73,7 +78,12 @@ def main(args: Args) -> None:
     """Print the result as JSON."""
     configs = [
         workload.experiment(
-            args.size, window=args.window, windows_per_segment=k, batch_size=args.batch_size, mesh=args.mesh
+            args.size,
+            window=args.window,
+            windows_per_segment=k,
+            batch_size=args.batch_size,
+            mesh=args.mesh,
+            attention_kernel=args.attention_kernel,
         )
         for k in args.windows_per_segment
     ]
@@ -94,6 +104,10 @@ def main(args: Args) -> None:
             train_state, metrics = jax.block_until_ready(case.compiled(train_state, case.batch))
             if turn > 0:  # the first step of a program still allocates
                 case.seconds.append(time.perf_counter() - begin)
+    if args.trace is not None:
+        with machine.traced(args.trace, cases[-1].compiled):
+            for _ in range(3):
+                train_state, metrics = jax.block_until_ready(cases[-1].compiled(train_state, cases[-1].batch))
 
     results = {str(case.config.data.windows_per_segment): summarize(case, model, mesh, ceiling) for case in cases}
     machine.report(
@@ -105,7 +119,9 @@ def main(args: Args) -> None:
             "device_peak_bytes": machine.device_peak_bytes(),
             "mesh": dict(mesh.shape),
             "ceiling": dataclasses.asdict(ceiling),
-            "settings": {name: value for name, value in dataclasses.asdict(args).items() if name != "out"},
+            "settings": {
+                name: value for name, value in dataclasses.asdict(args).items() if name not in ("out", "trace")
+            },
         },
         args.out,
     )

@@ -19,6 +19,7 @@ from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.nn import stack
 from robovlms_jax.nn.decoder_config import DecoderConfig
+from robovlms_jax.nn.linear import AttentionKernel
 from robovlms_jax.nn.vit import ViTConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import MeshConfig
@@ -50,6 +51,7 @@ def experiment(
     batch_size: int,
     mesh: MeshConfig | None = None,
     backbone: str = "kosmos-2",
+    attention_kernel: AttentionKernel = "auto",
 ) -> ExperimentConfig:
     """The configuration `runs/run.py` would train with.
 
@@ -59,7 +61,12 @@ def experiment(
     full = size == "full"
     small_head = LSTMHeadConfig(hidden_size=128, num_layers=2, trunk=(128, 64))
     return ExperimentConfig(
-        backbone=BackboneConfig(name=backbone, dtype="bfloat16" if full else "float32", remat=full),
+        backbone=BackboneConfig(
+            name=backbone,
+            dtype="bfloat16" if full else "float32",
+            remat=full,
+            attention_kernel=attention_kernel,
+        ),
         policy=PolicyConfig(window=window, head=LSTMHeadConfig() if full else small_head),
         data=DataConfig(windows_per_segment=windows_per_segment),
         optimizer=OptimizerConfig(),

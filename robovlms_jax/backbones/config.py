@@ -7,6 +7,7 @@ import math
 from typing import Literal
 
 from robovlms_jax import schema
+from robovlms_jax.nn.linear import AttentionKernel
 from robovlms_jax.schema import require
 
 
@@ -31,6 +32,9 @@ class BackboneConfig:
     prompt or of what policy.pool takes; the decoder's layers are left out."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products. Parameters, norms, softmax and losses stay float32."""
+    attention_kernel: AttentionKernel = "auto"
+    """What computes attention in sixteen bits. auto: cuDNN on NVIDIA's GPUs where it can and is faster, XLA's kernels
+    otherwise; cudnn, xla: always these."""
     remat: bool = False
     """Recompute layer activations in the backward pass: much less memory for about a third more compute."""
     resampler_latents: int = 0

@@ -9,7 +9,7 @@ import flax.linen as nn
 
 from robovlms_jax.inputs.images import ImageSpec
 from robovlms_jax.nn.decoder_config import DecoderConfig
-from robovlms_jax.nn.linear import Kernel, Lora, Storage
+from robovlms_jax.nn.linear import AttentionKernel, Kernel, Lora, Storage
 from robovlms_jax.nn.perceiver import PerceiverConfig
 from robovlms_jax.weights.rules import Rules
 
@@ -131,6 +131,10 @@ class VLMConfig:
 
     storage: Storage = "float"
     """Of matrices and token table; int8 is for serving and for training adapters alone, w8a8 for serving."""
+    joint: bool = False
+    """Queries, keys and values come from one matrix, as control steps are served (`nn.attention.joint`)."""
+    attention_kernel: AttentionKernel = "auto"
+    """What computes attention in sixteen bits (`nn.attended.by`)."""
 
     def text_shape(self, length: int) -> tuple[int, ...]:
         """Of prompts of `length` tokens: (length,), or (length, 2) where the connector has tokens of its own."""
@@ -144,7 +148,8 @@ class VLMConfig:
     @property
     def kernel(self) -> Kernel:
         """How matrices are stored, as the blocks take it."""
-        return Kernel(self.storage, self.lora)
+        joint = self.joint and self.lora_rank == 0  # adapters stand beside matrices of their own
+        return Kernel(self.storage, self.lora, joint, self.attention_kernel)
 
     def tiny(self) -> VLMConfig:
         """A shrunken twin: the same architecture, small enough for a test."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -11,9 +12,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from robovlms_jax.nn.attended import Dropout, attended
-from robovlms_jax.nn.linear import Einsum, Kernel
+from robovlms_jax.nn import attended
+from robovlms_jax.nn.attended import Dropout
+from robovlms_jax.nn.linear import AttentionKernel, Einsum, Kernel
 from robovlms_jax.nn.norms import LayerNorm, NormKind, make_norm
 from robovlms_jax.nn.positions import Rotary, rotate
 from robovlms_jax.types import Media
@@ -127,6 +130,7 @@ def attend(
     bias: jax.Array | None = None,
     softcap: float | None = None,
     drop: Dropout | None = None,
+    kernel: AttentionKernel = "xla",
 ) -> jax.Array:
     """Softmax attention over keys that lie in several arrays.
 
@@ -140,15 +144,18 @@ def attend(
       mask: bool[B, S, T], T the sum of all T_i; or of keys of one array, how many are no padding. bias: float32[B or 1,
         N, S or 1, T].
       drop: dropout of weights; None: none.
+      kernel: what computes it in sixteen bits, see `nn.attended.by`.
     Returns:
       float[B, S, N, H] in the type of q.
     """
     shape, kv_heads = q.shape, kv_blocks[0][0].shape[1]
+    plain = softcap is None and bias is None and len(kv_blocks) == 1 and jnp.dtype(q.dtype).itemsize == 2
+    if plain and drop is None and attended.by(kernel, shape):
+        return attended.fused(q, *(x.astype(q.dtype) for x in kv_blocks[0]), mask)
     q = jnp.swapaxes(q, 1, 2).reshape(shape[0], kv_heads, shape[2] // kv_heads, shape[1], shape[3])
-    plain = softcap is None and bias is None and len(kv_blocks) == 1
-    if plain and jnp.dtype(q.dtype).itemsize == 2:
+    if plain:
         keys, values = (x.astype(q.dtype) for x in kv_blocks[0])
-        return jnp.moveaxis(attended(q, keys, values, mask, drop), 3, 1).reshape(shape)
+        return jnp.moveaxis(attended.attended(q, keys, values, mask, drop), 3, 1).reshape(shape)
     if isinstance(mask, int):
         columns = kv_blocks[0][0].shape[2]
         mask = jnp.broadcast_to(jnp.arange(columns) < mask, (1, shape[1], columns))
@@ -239,19 +246,26 @@ class Attention(nn.Module):
           the cache.
         """
         heads, size, width = self.num_heads, self.head_dim, x.shape[-1]
-        q = self._project("q", x, rotary) * (size**-0.5 if self.scale is None else self.scale)
+        scale = size**-0.5 if self.scale is None else self.scale
+        if self.kernel.joint and context is None and values is None:
+            q, k, v = self._project_jointly(x, rotary)
+        else:
+            q = self._shape("q", self._project("q", x), rotary)
+            if not isinstance(context, tuple):
+                source = x if context is None else context
+                k = self._shape("k", self._project("k", source), rotary)
+                v = self._project("v", source if values is None else values)
+        q = q * scale
         if isinstance(context, tuple):
             k, v = context
         else:
-            source = x if context is None else context
-            k, v = self._project("k", source, rotary), self._project("v", source if values is None else values)
             chex.assert_equal_shape([k, v])
             k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         if cache is not None:
             k, v = k.astype(cache[0].dtype), v.astype(cache[1].dtype)
         kv_blocks = [(k, v)] if cache is None else [cache, (k, v)]
         drop = Dropout(self.dropout, self.make_rng("dropout")) if self.dropout and not deterministic else None
-        y = attend(q, kv_blocks, mask, bias, self.softcap, drop)
+        y = attend(q, kv_blocks, mask, bias, self.softcap, drop, self.kernel.attention)
 
         if self.inner_norm_epsilon is not None:
             norm = LayerNorm(self.inner_norm_epsilon, name="inner_norm")
@@ -262,15 +276,49 @@ class Attention(nn.Module):
         is_new = cache is not None or not (context is None or isinstance(context, tuple))
         return y, (k, v) if is_new else None
 
-    def _project(self, name: str, x: jax.Array, rotary: Rotary | None = None) -> jax.Array:
-        """Queries, keys ("k") or values of float[B, S, any width], normed and turned: float[B, S, N or K, H]."""
+    def _project(self, name: str, x: jax.Array) -> jax.Array:
+        """Queries, keys ("k") or values of float[B, S, any width]: float[B, S, N or K, H]."""
         heads, axis = self.num_heads, "heads"
         if name != "q" and self.num_kv_heads not in (None, heads):
             # Few key/value heads stay whole on every device; as many as query heads are split like them.
             heads, axis = self.num_kv_heads, "kv_heads"
         shape, axes = (x.shape[-1], heads, self.head_dim), ("embed", axis, "head_dim")
-        y = Einsum("BSD,DNH->BSNH", shape, axes, use_bias=self.use_bias, kernel=self.kernel, name=name)(x)
-        if self.head_norm is not None and name != "v":
+        return Einsum("BSD,DNH->BSNH", shape, axes, use_bias=self.use_bias, kernel=self.kernel, name=name)(x)
+
+    def _project_jointly(self, x: jax.Array, rotary: Rotary | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of the same tokens by one product, normed and turned."""
+        heads, kv_heads = self.num_heads, self.num_kv_heads or self.num_heads
+        shape, axes = (x.shape[-1], heads + 2 * kv_heads, self.head_dim), ("embed", None, "head_dim")
+        y = Einsum("BSD,DNH->BSNH", shape, axes, use_bias=self.use_bias, kernel=self.kernel, name=JOINT)(x)
+        q, k, v = jnp.split(y, (heads, heads + kv_heads), axis=2)
+        return self._shape("q", q, rotary), self._shape("k", k, rotary), v
+
+    def _shape(self, name: str, y: jax.Array, rotary: Rotary | None) -> jax.Array:
+        """Queries or keys ("k") normed and turned."""
+        if self.head_norm is not None:
             norm = make_norm(*self.head_norm, name=f"{name}_norm")
             y = norm(y.reshape(*y.shape[:2], -1)).reshape(y.shape) if self.norm_all_heads else norm(y)
         return y if rotary is None else rotate(y, rotary)
+
+
+JOINT = "qkv"
+"""Name of the matrix that makes queries, keys and values together, and of its bias and scale."""
+
+
+def joint(params: Mapping[str, Any], shapes: Mapping[str, Any], *, take: bool = False) -> dict[str, Any]:
+    """Parameters with queries', keys' and values' matrices behind each other wherever `shapes` (nested, of the model
+    with `Kernel.joint`) has them so: one product of a few hundred tokens keeps a GPU busier than three. Layers are
+    stacked or not. take: what was put together is deleted where it was."""
+    flat = flatten_dict(dict(params), sep="/")
+    for path in flatten_dict(dict(shapes), sep="/"):
+        parent, _, name = path.rpartition("/")
+        if parent.endswith(f"/{JOINT}"):
+            where = parent.removesuffix(JOINT)
+            # Of kernel [D, N, H], its scale [1, N, H] and the bias [N, H] alike.
+            parts = [flat.pop(f"{where}{part}/{name}") for part in "qkv"]
+            flat[path] = jnp.concatenate(parts, axis=-2)
+            if take:
+                jax.block_until_ready(flat[path])
+                for part in parts:
+                    part.delete()
+    return unflatten_dict(flat, sep="/")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 Storage = Literal["float", "int8", "w8a8"]
+AttentionKernel = Literal["auto", "xla", "cudnn"]
 """See `Kernel`."""
 
 
@@ -41,7 +42,7 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """How matrices are stored, with or without low-rank adapters beside them.
+    """How matrices are stored, with or without low-rank adapters beside them, and how layers compute.
 
     float: float32, cast to the type of the activations where it is used.
     int8: whole numbers, and beside them `scale`, one float32 per output channel: matrix = int8 * scale. Initialised as
@@ -54,6 +55,10 @@ class Kernel:
 
     storage: Storage = "float"
     lora: Lora = Lora()
+    joint: bool = False
+    """Queries, keys and values of self-attention come from one matrix, `qkv`; see `nn.attention.joint`."""
+    attention: AttentionKernel = "auto"
+    """What computes attention in sixteen bits; see `nn.attended.by`."""
 
     def as_float(self) -> Kernel:
         """The same with matrices in floating point, for those in which rounding costs much and saves little."""

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+
 from robovlms_jax.parallel import cpu
 
 SERVED: Mapping[str, Any] = {
@@ -21,3 +23,12 @@ def served(platform: str) -> dict[str, Any] | None:
     if platform != "gpu":
         return None
     return {name: value for name, value in SERVED.items() if cpu.is_known(name, value)} or None
+
+
+def has_cudnn(mesh: Mesh) -> bool:
+    """Whether cuDNN may compute what is traced for `mesh`: its devices are NVIDIA's, are there and not only described,
+    and do not split heads (axis `tensor`), which nobody has tried."""
+    device = mesh.devices.flat[0]
+    client = getattr(device, "client", None)
+    there = device.platform == "gpu" and "cuda" in getattr(client, "platform_version", "").lower()
+    return there and mesh.shape.get("tensor", 1) == 1

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from robovlms_jax.actions import representations
 from robovlms_jax.control.interface import ActionChunk, EpisodesFailed, Observation
-from robovlms_jax.nn import stack
+from robovlms_jax.nn import attended, stack
 from robovlms_jax.parallel import gpu
 from robovlms_jax.policies import chunking, confidence, episodes, objective, observed
 from robovlms_jax.policies.heads import base as heads
@@ -80,10 +80,12 @@ def confident_step(
     return model.config.normalizer.unnormalize(actions), spread, carry
 
 
-def served_step(model: VLA, params: Any, *arguments: Any) -> tuple[jax.Array, heads.Spread | None, Any]:
+def served_step(
+    model: VLA, params: Any, *arguments: Any, cudnn: bool = False
+) -> tuple[jax.Array, heads.Spread | None, Any]:
     """`confident_step` as it is compiled to be run again and again: layer by layer, so that parameters with layers
-    apart are read where they lie, and none is copied out of a stack in every step."""
-    with stack.unrolled():
+    apart are read where they lie, and none is copied out of a stack in every step. cudnn: whether it is there."""
+    with stack.unrolled(), attended.on_cudnn(cudnn):
         return confident_step(model, params, *arguments)
 
 
@@ -118,8 +120,9 @@ class BatchedVLAPolicy:
         # compile again.
         place = jax.tree.leaves(params)[0].sharding
         place = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
+        cudnn = isinstance(place, NamedSharding) and gpu.has_cudnn(place.mesh)
         self._step = jax.jit(
-            functools.partial(served_step, model),
+            functools.partial(served_step, model, cudnn=cudnn),
             donate_argnums=1,
             out_shardings=place,
             compiler_options=gpu.served(next(iter(place.device_set)).platform),

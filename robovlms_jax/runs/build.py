@@ -174,6 +174,7 @@ def with_settings(config: BackboneConfig, published: backbones.VLMConfig) -> bac
         rules=published.rules if config.resampler_latents == 0 else (*published.rules, RESAMPLER),
         dtype=config.dtype,
         remat=config.remat,
+        attention_kernel=config.attention_kernel,
         storage=config.storage,
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,

@@ -26,13 +26,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from robovlms_jax import atomic
 from robovlms_jax.backbones.base import VLMConfig
-from robovlms_jax.nn import stack
 from robovlms_jax.parallel import gpu, program_costs, schedules, targets
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import MeshConfig
 from robovlms_jax.policies import serving
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.runs import build, edge, steps
+from robovlms_jax.runs import build, edge, served, steps
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import flops, memory, optimizer, state, step
 from robovlms_jax.training.state import TrainState
@@ -85,12 +84,13 @@ def control(place: Place, config: ExperimentConfig, vlm: VLMConfig, text_length:
     place, whole = dataclasses.replace(place, mesh=one), meshes.replicated(one)
     model = build.make_model(config, dataclasses.replace(vlm, dtype="bfloat16"))
     params, carry, images, ids, mask, *rest = edge.arguments(model, text_length)
+    model = served.model(model)
     given = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-        [jax.eval_shape(stack.parted, params), carry, images, (ids, mask), *rest],
+        [jax.eval_shape(functools.partial(served.parameters, model), params), carry, images, (ids, mask), *rest],
     )
-    served = functools.partial(serving.served_step, model)
-    traced = jax.jit(served, donate_argnums=1, out_shardings=whole).trace(*given)
+    step = functools.partial(serving.served_step, model)
+    traced = jax.jit(step, donate_argnums=1, out_shardings=whole).trace(*given)
     found = _compiled(place, traced.lower(), gpu.served(place.target.platform))
     needed = sum(count for _, count, _ in flops.products(traced.jaxpr.jaxpr))
     result = _roofs(place, found, needed)

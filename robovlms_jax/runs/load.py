@@ -13,13 +13,12 @@ import jax
 from robovlms_jax import schema
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.inputs import tokenizers
-from robovlms_jax.nn import stack
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import confidence, embodiments
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.serving import BatchedVLAPolicy, EncodeText, VLAPolicy
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.runs import build, saved
+from robovlms_jax.runs import build, saved, served
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import checkpoints, items
 from robovlms_jax.weights import quantize
@@ -71,8 +70,9 @@ def load_batched_policy(
 
 
 def _served(model: VLA, params: Any, encode: EncodeText) -> tuple[VLA, Any, EncodeText]:
-    """With layers apart, as control steps read them fastest (`nn.stack.parted`); those given are used up."""
-    return model, stack.parted(params, take=True), encode
+    """As control steps read them fastest (`runs.served`); the parameters given are used up."""
+    model = served.model(model)
+    return model, served.parameters(model, params, take=True), encode
 
 
 def _calibration(path: str | pathlib.Path, weights: Weights | None) -> confidence.Calibration | None:

@@ -45,6 +45,7 @@ RULES = (
     ),
     Rule("said", ("backbone.dtype",), "numbers are computed in another precision"),
     Rule("free", ("backbone.remat",), "the same numbers with less memory"),
+    Rule("free", ("backbone.attention_kernel",), "the same numbers but for the last of sixteen bits"),
     Rule(
         "refused",
         (

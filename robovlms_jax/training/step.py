@@ -13,7 +13,8 @@ import optax
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, PartitionSpec
 
-from robovlms_jax.parallel import cpu, tpu
+from robovlms_jax.nn import attended
+from robovlms_jax.parallel import cpu, gpu, tpu
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.training.state import TrainState
 
@@ -143,7 +144,7 @@ def make_train_step(
         return _advance(state, new, finite, skip_nonfinite), metrics | {"nonfinite": 1.0 - finite}
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        with meshes.constrained(mesh):
+        with meshes.constrained(mesh), attended.on_cudnn(gpu.has_cudnn(mesh)):
             return update(state, batch)
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -194,7 +195,7 @@ def make_eval_step(predict: Callable[[Any, Any], Any], mesh: Mesh) -> Callable[[
     """Compile-once `predict(params, batch)`, such as `RobotLoss.predict`; results are whole on every host."""
 
     def eval_step(state: TrainState, batch: Any):
-        with meshes.constrained(mesh):
+        with meshes.constrained(mesh), attended.on_cudnn(gpu.has_cudnn(mesh)):
             return predict(state.served, batch)
 
     return jax.jit(eval_step, out_shardings=meshes.replicated(mesh))
