@@ -64,6 +64,16 @@ class Episodes:
         self._starters[slot].add(thread)
         self._episodes[slot] = Episode(instruction, ids, mask, thread)
 
+    def prompts(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 and mask bool of all slots' prompts, each padded to `shape`. A slot without an episode borrows one:
+        its result is discarded, but a prompt without any real token makes NaN. Some slot must hold an episode."""
+        known = [episode for episode in self._episodes if episode is not None]
+        ids, mask = np.zeros((len(self), *shape), np.int32), np.zeros((len(self), *shape), bool)
+        for slot, episode in enumerate(self._episodes):
+            text = episode or known[0]
+            ids[slot, : len(text.ids)], mask[slot, : len(text.mask)] = text.ids, text.mask
+        return ids, mask
+
     def enter(self, slot: int) -> None:
         """The calling thread is about to act in a slot. Raises RuntimeError where there is nothing to act in, or where
         the episode is another thread's."""

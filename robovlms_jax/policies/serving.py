@@ -132,6 +132,7 @@ class BatchedVLAPolicy:
             lambda carry, slot: model.reset_slot(carry, slot, fresh), donate_argnums=0, out_shardings=place
         )
         self._place, self._carry, self._text_length = place, None, 0
+        self._text: tuple[Any, Any] | None = None
         self._episodes = episodes.Episodes(slots)
         self._pictures = observed.Pictures(model.config.cameras, slots, model.vlm.image)
         self._readings = control.Readings(model.config.all_sensors, slots)
@@ -265,14 +266,14 @@ class BatchedVLAPolicy:
         images = self._pictures.put(seen)
         for slot, x in seen.items():
             self._remember(slot, x.sensors)
-        ids, mask = self._padded_text()
+        text = self._placed_text()
         active = np.zeros(self.slots, bool)
         active[list(seen)] = True
         plan = self._plan(seen)
         self._announce(images, self._pictures.changes, plan is not None)
         try:
             actions, spread, self._carry = self._step(
-                self.params, self._carry, images, (ids, mask), active, self._readings.fields, plan
+                self.params, self._carry, images, text, active, self._readings.fields, plan
             )
             actions, spread = jax.device_get((actions, spread))
         except BaseException:  # what was kept has been given away to the step
@@ -339,16 +340,12 @@ class BatchedVLAPolicy:
             seen = {**seen, "action_history": self._planned[slot]}
         self._readings.put(slot, seen)
 
-    def _padded_text(self) -> tuple[np.ndarray, np.ndarray]:
-        known = [episode for episode in self._episodes if episode is not None]
-        shape = (self.slots, *self.model.vlm.text_shape(self._text_length))
-        ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-        for slot, episode in enumerate(self._episodes):
-            # A slot without an episode borrows a text: its result is discarded, but rows without any real token make
-            # NaN.
-            text = episode or known[0]
-            ids[slot, : len(text.ids)], mask[slot, : len(text.mask)] = text.ids, text.mask
-        return ids, mask
+    def _placed_text(self) -> tuple[jax.Array, jax.Array]:
+        """Ids and mask of all prompts where the parameters lie; they stay there until others are asked for."""
+        text = self._episodes.prompts(self.model.vlm.text_shape(self._text_length))
+        if self._text is None or not all(map(np.array_equal, text, self._text[0])):
+            self._text = text, jax.device_put(text, self._place)
+        return self._text[1]
 
     def _announce(self, images: Mapping[str, np.ndarray], changes: Sequence[str], planned: bool) -> None:
         """Log that the coming step is compiled, and why, when it is."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from robovlms_jax.nn import attended as kernels
 from robovlms_jax.nn import attention, stack
 from robovlms_jax.nn.attended import Dropout, attended
 
@@ -80,3 +81,33 @@ def test_no_product_is_made_of_float32_and_none_again_that_the_gradient_does_not
     layer = jax.checkpoint(lambda q, k, v: attention.attend(q, [(k, v)], mask).sum(), policy=stack.KEPT)
     traced = jax.make_jaxpr(jax.grad(layer, (0, 1, 2)))(*[x.astype(jnp.bfloat16) for x in arrays])
     assert list(products(traced.jaxpr)) == [[jnp.bfloat16, jnp.bfloat16]] * 7
+
+
+HERE = "cudnn" if jax.default_backend() == "gpu" else "xla"
+"""What computes the library's attention where the tests run; what is handed to it is the same."""
+
+
+@pytest.mark.parametrize("masked", ["not", "rows", "columns"])
+def test_the_librarys_attention_is_ours_with_its_gradient(masked):
+    # Fails if keys and values are handed over in another order, if padding is attended to, or a mask is lost.
+    rows, columns = (13, 13) if masked == "not" else (13, 21)
+    rng = np.random.default_rng(0)
+    shapes = [(2, rows, 4, 64), (2, 2, columns, 64), (2, 2, columns, 64), (2, rows, 4, 64)]
+    q, k, v, cotangent = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
+    q, mask = q / 8, None
+    if masked != "not":
+        mask = jnp.asarray(rng.random((2, rows, columns)) < 0.7).at[:, :, 0].set(True) if masked == "rows" else 17
+    exact = with_gradients(
+        lambda q, k, v: attention.attend(q, [(k, v)], mask), [x.astype(jnp.float32) for x in (q, k, v)], cotangent
+    )
+    found = with_gradients(lambda q, k, v: kernels.fused(q, k, v, mask, HERE), [q, k, v], cotangent)
+    for x, y in zip(found, exact, strict=True):
+        np.testing.assert_allclose(x, y, atol=0.02 * np.abs(y).max())
+
+
+def test_who_computes_attention_is_said_or_left_to_the_device():
+    layer, wide, single = (2, 13, 4, 64), (2, 13, 4, 256), (2, 1, 4, 64)
+    assert kernels.by("cudnn", layer) and not kernels.by("xla", layer) and not kernels.by("auto", layer)
+    with kernels.on_cudnn(True):
+        assert kernels.by("auto", layer) and not kernels.by("xla", layer)
+        assert not kernels.by("auto", wide) and not kernels.by("auto", single)

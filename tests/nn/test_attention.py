@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robovlms_jax.nn.attention import Attention, Cache, causal_mask
+from robovlms_jax.nn.attention import Attention, Cache, causal_mask, joint
+from robovlms_jax.nn.linear import Kernel
 
 B, S, D, N, H = 2, 5, 12, 6, 4
 
@@ -67,6 +68,34 @@ def test_equals_attention_written_out_head_by_head(exact_matmul, x, kv_heads, in
     again, new = apply(module, params, x, keys, mask=jnp.asarray(mask))  # what was made of the context is enough
     np.testing.assert_array_equal(again, y)
     assert new is None
+
+
+@pytest.mark.parametrize("storage", ["float", "int8"])
+@pytest.mark.parametrize(("kv_heads", "norm"), [(6, None), (2, ("layer", 1e-5)), (1, None)])
+def test_one_product_makes_queries_keys_and_values(exact_matmul, x, storage, kv_heads, norm):
+    # Fails if heads change places, or if what follows on queries and keys is done to others. Layers are stacked here.
+    apart, together = (
+        Attention(N, H, num_kv_heads=kv_heads, head_norm=norm, kernel=Kernel(storage, joint=joined))
+        for joined in (False, True)
+    )
+    shapes = nn.unbox(jax.eval_shape(together.init, jax.random.key(0), x))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda p: rng.integers(-9, 9, p.shape).astype(p.dtype) if p.dtype == jnp.int8 else p, init(apart, x)
+    )
+    tower = {name: {"attn": {"attn": tree["params"]}} for name, tree in (("all", params), ("shapes", shapes))}
+    found = joint(tower["all"], tower["shapes"])["attn"]["attn"]
+    assert set(found) & {"q", "k", "v", "qkv"} == {"qkv"}
+    expected = apply(apart, params, x)[0]
+    np.testing.assert_allclose(apply(together, {"params": found}, x)[0], expected, rtol=1e-5, atol=1e-5)
+    context = jnp.ones((B, 3, D))
+    assert "qkv" not in init(together, x, context)["params"]  # of different tokens: products apart
+
+
+def test_what_is_put_together_is_deleted_where_it_was():
+    parts = {name: {"kernel": jnp.ones((D, N, H))} for name in "qkv"}
+    found = joint({"attn": parts}, {"attn": {"qkv": {"kernel": None}}}, take=True)
+    assert found["attn"]["qkv"]["kernel"].shape == (D, 3 * N, H) and parts["q"]["kernel"].is_deleted()
 
 
 def test_biases_are_optional(x):

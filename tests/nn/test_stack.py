@@ -57,6 +57,13 @@ def test_parameters_are_the_same_after_they_were_apart(tower):
         jax.tree.map(np.testing.assert_array_equal, found, params)
 
 
+def test_stacks_of_norms_stay_whole():
+    # A program is called with as many arrays; theirs are read for free.
+    params = {"layers": {"attn_norm": {"scale": jnp.ones((DEPTH, 3))}, "up": {"bias": jnp.ones((DEPTH, 3))}}}
+    apart = stack.parted({"tower": params})["tower"]["layers"]
+    assert apart["attn_norm"]["scale"].shape == (DEPTH, 3) and len(apart["up"]["bias"]) == DEPTH
+
+
 def test_taking_the_stacks_leaves_one_copy(tower):
     params = jax.tree.map(jnp.copy, tower[0])
     apart = stack.parted(params, take=True)

@@ -103,7 +103,7 @@ def test_a_policy_served_in_int8_acts_nearly_as_it_was_trained_to():
     before, after = (flatten_dict(stack.joined(policy._batched.params), sep="/") for policy in (plain, stored))
     jax.tree.map(np.testing.assert_array_equal, rounded._batched.params, stored._batched.params)
     matrices = {path for path, x in after.items() if x.dtype == jnp.int8}
-    assert {"backbone/text/layers/attn/q/kernel", "backbone/text/embed/table"} < matrices
+    assert {"backbone/text/layers/attn/qkv/kernel", "backbone/text/embed/table"} < matrices
     for path, x in before.items():
         if path not in matrices:
             np.testing.assert_array_equal(after[path], x)
@@ -124,7 +124,7 @@ def test_intervals_of_weights_that_are_rounded_after_the_calibration_are_said_to
 def test_weights_are_kept_in_the_type_that_is_asked_for(written):
     def types(weights):
         params = flatten_dict(stack.joined(load.load_policy(written, weights=weights)._batched.params), sep="/")
-        kernel, norm = "backbone/text/layers/attn/q/kernel", "backbone/text/final_norm/scale"
+        kernel, norm = "backbone/text/layers/attn/qkv/kernel", "backbone/text/final_norm/scale"
         return [str(params[path].dtype) for path in (kernel, norm, "head/action_in/kernel")]
 
     assert types(None) == types("float32") == ["float32"] * 3
