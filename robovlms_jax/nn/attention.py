@@ -161,12 +161,8 @@ def attend(
         mask = jnp.broadcast_to(jnp.arange(columns) < mask, (1, shape[1], columns))
     splits = np.cumsum([keys.shape[2] for keys, _ in kv_blocks])[:-1]
     # Products in the order that the sums are wanted in: einsum would hand them over transposed.
-    scores = [
-        jax.lax.dot_general(
-            q, keys.astype(q.dtype), (((4,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
-        )
-        for keys, _ in kv_blocks
-    ]
+    axes = (((4,), (3,)), ((0, 1), (0, 1)))
+    scores = [jax.lax.dot_general(q, x.astype(q.dtype), axes, preferred_element_type=jnp.float32) for x, _ in kv_blocks]
     if softcap is not None:
         scores = [softcap * jnp.tanh(x / softcap) for x in scores]
     if bias is not None:
