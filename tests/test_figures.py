@@ -327,3 +327,21 @@ def test_the_table_beside_pytorch_is_that_of_its_run():
         ratio, fastest = section["times_of_torch"], section["times_of_torch_fastest"]
         row = next(line for line in text.splitlines() if f"| {times} |" in line)
         assert f"{ratio:.2f}" in row and row.endswith(f"| {fastest:.2f} |")
+
+
+def test_what_an_h200_did_is_what_its_result_files_say():
+    text, steps, control = page("clusters.md"), result("train_step_h200"), result("policy_step_h200")
+    for name in ("xla_attention_erfc", "cudnn_attention_erfc", "cudnn_attention_erf"):
+        row, held = steps[name]["windows_per_segment"]["8"], steps[name]["device_peak_bytes"]
+        cells = (row["seconds_per_step"] * 1e3, row["windows_per_second"], row["mfu"] * 100, held / 1e9)
+        assert "| {:.0f} | {:.1f} | {:.1f} % | {:.1f} GB |".format(*cells) in text
+    kinds = steps["kernels_of_three_steps"]["kinds_seconds"]
+    parts = "{products:.0f} of products".format(**{kind: x / 3 * 1e3 for kind, x in kinds.items()})
+    assert parts in text and f"{kinds['attention'] / 3 * 1e3:.0f} of attention" in text
+    for row in control["seconds_alone_and_in_turns_ms"].values():
+        cells = [f"{row[key]:.2f}" for key in ("alone_median_ms", "median_ms")]
+        assert all(cell in text for cell in cells)
+    for layer in result("attention_h200")["layers"].values():
+        for way in ("ours", "xla", "cudnn"):
+            for part in ("forward", "gradient"):
+                assert f"{layer[part][way] * 1e3:.2f}" in text
