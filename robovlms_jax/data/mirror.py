@@ -26,8 +26,8 @@ _ANY = "|".join(sorted(_OTHER, key=len, reverse=True))
 _WORD = re.compile(rf"(?<![A-Za-z])({_ANY})(?![A-Za-z])", re.IGNORECASE)  # in left_arm and left2, too
 _KOREAN = {"왼": "오른", "오른": "왼", "좌": "우", "우": "좌", "시계": "반시계", "반시계": "시계"}
 _PARTS = "쪽|편|손|팔|발|다리|어깨|그리퍼|집게|바퀴"
-_SIDE = re.compile(
-    rf"(왼|오른)(?= ?(?:{_PARTS}))|(좌|우)(?=측|회전)|(?<![가-힣])(좌|우)(?=상단|하단)|(반?시계)(?= ?방향)"
+_SIDE = re.compile(  # with a space too many, as people type, where no other word is meant
+    rf"(왼|오 ?른)(?= ?(?:{_PARTS}))|(좌|우)(?=측|회전)|(?<![가-힣])(좌|우)(?=상단|하단| 측| 회전)|(반?시계)(?= ?방향)"
 )
 
 
@@ -124,4 +124,4 @@ def words(sentence: str) -> str:
         found = _OTHER[word.lower()]
         return found.upper() if word.isupper() else found.capitalize() if word[0].isupper() else found
 
-    return _SIDE.sub(lambda match: _KOREAN[match[0]], _WORD.sub(other, sentence))
+    return _SIDE.sub(lambda match: _KOREAN[match[0].replace(" ", "")], _WORD.sub(other, sentence))

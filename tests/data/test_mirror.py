@@ -12,6 +12,7 @@ from robovlms_jax import cli
 from robovlms_jax.actions import rotations, statistics
 from robovlms_jax.control.robot import CALVIN, GRIPPER, Camera, Dimension, RobotSpec
 from robovlms_jax.data import mirror
+from robovlms_jax.driving import expert, instructions, scenarios, world
 from robovlms_jax.runs import setup as setups
 from tests.experiments.test_calvin_abcd import small
 
@@ -66,11 +67,41 @@ def test_what_has_no_known_mirror_image_is_refused_with_the_reason(robot, axis, 
         ("경우로 우수한", "경우로 우수한"),
         ("왼쪽 서랍을 오른쪽으로 반시계 방향", "오른쪽 서랍을 왼쪽으로 시계 방향"),
         ("좌측으로 시계방향", "우측으로 반시계방향"),
+        ("박스를 좌 측으로, 새우 측정", "박스를 우 측으로, 새우 측정"),
     ],
 )
 def test_words_change_sides_and_back(sentence, other):
     assert mirror.words(sentence) == other
     assert mirror.words(other).replace("counterclockwise", "counter-clockwise") == sentence
+
+
+@pytest.mark.parametrize("kind", sorted({name.rpartition("_")[0] for name in scenarios.SCENARIOS}))
+def test_what_a_base_is_told_and_what_its_expert_does_are_mirrored_alike(kind):
+    turned = mirror.of_robot(world.ROBOT, 1.0, "", uses_state=False)
+    rng = np.random.default_rng(0)
+    for held_out in (False, True):
+        left, right = (instructions.wordings(f"{kind}_{side}", held_out=held_out) for side in ("left", "right"))
+        assert set(map(mirror.words, left)) == set(right)
+        for sentence in left[:: 1 + len(left) // 200]:
+            there = mirror.words(instructions.mistyped(sentence, rng))
+            assert there.replace(" ", "") == mirror.words(sentence).replace(" ", "")
+    layout = scenarios.draw(f"{kind}_left", 0)
+    over = layout._replace(
+        boxes=layout.boxes * [1, -1, 1, 1, 1],
+        signs=-layout.signs,
+        cup=layout.cup * [1, -1],
+        start=layout.start * [1, -1, -1],
+    )
+    states = [world.reset(layout), world.reset(over)]
+    for _ in range(40):
+        first, second = (expert.act(room, state) for room, state in zip((layout, over), states))
+        np.testing.assert_allclose(first * turned.action, second, atol=1e-9)
+        states = [world.step(room, state, x) for room, state, x in zip((layout, over), states, (first, second))]
+
+
+def test_odometry_has_no_known_mirror_image_and_may_be_left_out():
+    with pytest.raises(ValueError, match=r"'x' \(other\). That is its state, which policy.proprio.enabled=False leaves"):
+        mirror.of_robot(world.ROBOT, 0.5, "", uses_state=True)
 
 
 @pytest.mark.parametrize("turn", ["anticlockwise", "anti-clockwise", "counter clockwise"])
