@@ -6,7 +6,8 @@
         --target data/task_D_D --recorded False        # PlayTable to the real CALVIN
 
 The source's demonstrations are learned in every way; of the target there are many pictures without actions, or a few
-demonstrations. Success is counted on the target. Each trial is an ordinary run in OUT/trials: the same command goes on
+demonstrations. Success is counted on the target, and the report says how far the two domains' pictures are apart for
+each policy. Each trial is an ordinary run in OUT/trials: the same command goes on
 where it was stopped, and several processes share the work.
 """
 
@@ -14,14 +15,17 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from experiments import protocols
 from experiments.few_shot import SMALL
 from robovlms_jax import atomic, cli, schema
+from robovlms_jax.data import opening
+from robovlms_jax.data.config import DataConfig
 from robovlms_jax.evaluation.report import tables
 from robovlms_jax.inputs.config import AugmentConfig
+from robovlms_jax.runs import domains
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
 from robovlms_jax.search import queue, report
@@ -91,8 +95,10 @@ def jobs(config: AdaptConfig) -> list[protocol.Job]:
     """Every way with every seed."""
     start = protocols.preset(config.experiment, config.start, config.fixed, "adapt")
     protocols.demonstrations(start)
-    available = protocols.demonstrations(_target(config, start))
-    judge = protocol.rollouts if start.rollouts.trials else protocol.loss
+    target = _target(config, start)
+    available = protocols.demonstrations(target)
+    _require_cameras(start, target)
+    judge = _Judged(protocol.rollouts if start.rollouts.trials else protocol.loss, start.data, target.data)
     found: list[protocol.Job] = []
     for seed in range(config.seeds):
         first = len(found)
@@ -104,6 +110,13 @@ def jobs(config: AdaptConfig) -> list[protocol.Job]:
             trained = _Way(config, start, way, seed, few)
             found.append(protocol.Job({"way": way}, seed, trained, judge, first if way == "tuned" else None))
     return found
+
+
+def _require_cameras(start: ExperimentConfig, target: ExperimentConfig) -> None:
+    """What both domains' pictures are compared by, before the first run and not after it."""
+    here, there = (opening.open_split(config.data, "training").image_sizes for config in (start, target))
+    lacking = [camera for camera in start.policy.cameras if camera in here and camera not in there]
+    require(not lacking, f"adapt.target={target.data.root} has no camera {lacking}, only {sorted(there)}.")
 
 
 def _target(config: AdaptConfig, start: ExperimentConfig) -> ExperimentConfig:
@@ -125,6 +138,18 @@ def _target(config: AdaptConfig, start: ExperimentConfig) -> ExperimentConfig:
     else:
         changes["demonstrations.episodes"] = 0
     return cli.override(start, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Judged:
+    """Run directory -> what `judge` finds, and "apart", how far source and target are apart for the policy."""
+
+    judge: Callable[[pathlib.Path], protocol.Result]
+    source: DataConfig
+    target: DataConfig
+
+    def __call__(self, run: pathlib.Path) -> protocol.Result:
+        return {**self.judge(run), "apart": domains.pictures_apart(run, self.source, self.target)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +203,31 @@ def write_report(config: AdaptConfig, trials: Sequence[queue.Trial]) -> pathlib.
         f"without actions where aligned, {config.demonstrations or 'all'} demonstrations per task where mixed, tuned "
         "or alone.",
         *report.ranking(out, trials, objective, direction),
+        *_distances(out, trials),
     ]
     path = out / "report.md"
     atomic.write_text(path, tables.join(sections))
     return path
+
+
+def _distances(out: pathlib.Path, trials: Sequence[queue.Trial]) -> list[str]:
+    """A section on how far the domains' pictures are apart, of the trials that know it."""
+    done = [(trial.setting["way"], protocol.result(out, trial.number)) for trial in trials if trial.status == "done"]
+    found: dict[str, list[Mapping[str, float]]] = {}
+    for way, result in done:
+        if "apart" in result:
+            found.setdefault(way, []).append(result["apart"])
+    if not found:
+        return []
+    names = {"means": "means", "covariances": "covariances", "means_within": "means, within the source"}
+    body = [[way, *(report.interval([x[name] for x in some], 3) for name in names)] for way, some in found.items()]
+    return [
+        "## How far the pictures of source and target are apart",
+        tables.markdown(["way", *names.values()], body),
+        "Of the tokens that a policy makes of pictures, over seeds: the squared distance of their means over the sum "
+        "of the source's variances, and that of their covariances over the squared norm of the source's. Within the "
+        "source: between every second of its frames and the others.",
+    ]
 
 
 if __name__ == "__main__":

@@ -207,11 +207,11 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     mib = 2**20
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "seeds": lambda row: str(len(row["success"])),
-        "success": lambda row: _interval(row["success"], 2),
-        "unseen wordings": lambda row: _interval(row["unseen"], 2),
-        "open-loop error, mm": lambda row: _interval(row["errors_mm"], 1),
-        "answers right before": lambda row: _interval(row["answers_before"], 2),
-        "answers right": lambda row: _interval(row["answers"], 2),
+        "success": lambda row: report.interval(row["success"], 2),
+        "unseen wordings": lambda row: report.interval(row["unseen"], 2),
+        "open-loop error, mm": lambda row: report.interval(row["errors_mm"], 1),
+        "answers right before": lambda row: report.interval(row["answers_before"], 2),
+        "answers right": lambda row: report.interval(row["answers"], 2),
         "control step, ms": lambda row: _number(row["milliseconds"], 1),
         "its memory, MiB": lambda row: _number(row["step_bytes"] and row["step_bytes"] / mib, 1),
         "parameters of the head": lambda row: _number(row["head_parameters"], 0),
@@ -219,14 +219,6 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     shown = {name: cell for name, cell in columns.items() if any(cell(row) for row in rows)}
     body = [[row["variant"], *(cell(row) for cell in shown.values())] for row in rows]
     return tables.markdown(["variant", *shown], body)
-
-
-def _interval(values: Sequence[float], digits: int) -> str:
-    """Mean and half of its interval of 95 %; the mean alone of one value, nothing of none."""
-    if not values:
-        return ""
-    half = report.half_width_of(values)
-    return _number(float(np.mean(values)), digits) + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
 def _number(value: float | None, digits: int) -> str:

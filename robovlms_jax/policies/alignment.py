@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from robovlms_jax.backbones import base as backbones
-from robovlms_jax.policies import objective
-from robovlms_jax.types import Batch
+from robovlms_jax.policies import objective, vla
+from robovlms_jax.types import Batch, Inputs
 
 
 def moments_apart(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -27,6 +27,17 @@ def moments_apart(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.A
     width = first.shape[-1]
     mean = jnp.square(means[0] - means[1]).sum() / width
     return mean, jnp.square(covariances[0] - covariances[1]).sum() / (4 * width**2)
+
+
+def shares_apart(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `moments_apart`, in units of the first set's own, so that features of different policies can be compared: the
+    squared distance of the means over the sum of its variances, and the squared Frobenius distance of the covariances
+    over the squared norm of its own. 0: alike; 1: as far apart as the first set's features are from each other."""
+    (mean, covariance), (other_mean, other_covariance) = (_moments(x.astype(jnp.float32)) for x in (first, second))
+    return (
+        jnp.square(mean - other_mean).sum() / jnp.trace(covariance),
+        jnp.square(covariance - other_covariance).sum() / jnp.square(covariance).sum(),
+    )
 
 
 def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -70,16 +81,16 @@ class AlignmentLoss:
 
     def _tokens(self, params: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
         """float[n, D] of all pictures, in the order of the policy's cameras."""
-        model = self.loss.model
-        inputs = objective.prepare(
-            batch.inputs,
-            model.vlm.image,
-            model.config.cameras,
-            key=key,
-            shifts=self.loss.shifts,
-            augment=self.loss.augment,
+        return picture_tokens(
+            self.loss.model, params, batch.inputs, key=key, shifts=self.loss.shifts, augment=self.loss.augment
         )
-        images = {camera: x.reshape(-1, *x.shape[2:]) for camera, x in inputs.images.items()}
-        encoded = backbones.build(model.vlm).apply({"params": params["backbone"]}, images, method="encode_images")
-        tokens = jax.tree.leaves(encoded)[0]  # with DeepStack there are more behind them
-        return tokens.reshape(-1, tokens.shape[-1])
+
+
+def picture_tokens(model: vla.VLA, params: Any, inputs: Inputs, **changed: Any) -> jax.Array:
+    """float[n, D]: tokens of all pictures uint8[B, G, height, width, 3], in the order of the policy's cameras. changed:
+    as `objective.prepare` takes it; without, no picture is."""
+    inputs = objective.prepare(inputs, model.vlm.image, model.config.cameras, **changed)
+    images = {camera: x.reshape(-1, *x.shape[2:]) for camera, x in inputs.images.items()}
+    encoded = backbones.build(model.vlm).apply({"params": params["backbone"]}, images, method="encode_images")
+    tokens = jax.tree.leaves(encoded)[0]  # with DeepStack there are more behind them
+    return tokens.reshape(-1, tokens.shape[-1])

@@ -70,6 +70,14 @@ def half_width_of(values: Sequence[float]) -> float:
     return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
+def interval(values: Sequence[float], digits: int) -> str:
+    """Mean and half of its interval of 95 %; the mean alone of one value, nothing of none."""
+    if not values:
+        return ""
+    half = half_width_of(values)
+    return f"{float(np.mean(values)):,.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
 def _compared(best: dict[int, float], other: dict[int, float]) -> tuple[float, bool | None]:
     difference = float(np.mean(list(other.values())) - np.mean(list(best.values())))
     if best is other or min(len(best), len(other)) < 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from experiments import calvin_abcd
 from robovlms_jax import cli
 from robovlms_jax.data import opening
 from robovlms_jax.policies import alignment
-from robovlms_jax.runs import build, fisher, run, steps
+from robovlms_jax.runs import build, domains, fisher, run, steps
 from robovlms_jax.runs import setup as setups
 from robovlms_jax.training import consolidation, trainable
 from tests.experiments.test_calvin_abcd import params_of, small
@@ -77,6 +79,39 @@ def test_moments_apart_are_those_of_the_formula():
     expected = np.square(np.cov(first.T) - np.cov(second.T)).sum() / (4 * 3**2)
     assert covariances == pytest.approx(expected, rel=1e-4)
     assert sum(alignment.moments_apart(jnp.asarray(first), jnp.asarray(first))) == 0
+
+
+def test_shares_apart_do_not_depend_on_how_large_features_are():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=(50, 3)), rng.normal(1.0, 2.0, size=(40, 3))
+    means, covariances = alignment.shares_apart(jnp.asarray(first), jnp.asarray(second))
+    own, other = np.cov(first.T), np.cov(second.T)
+    assert means == pytest.approx(np.square(first.mean(0) - second.mean(0)).sum() / np.trace(own), rel=1e-4)
+    assert covariances == pytest.approx(np.square(own - other).sum() / np.square(own).sum(), rel=1e-4)
+    again = alignment.shares_apart(jnp.asarray(7 * first), jnp.asarray(7 * second))
+    np.testing.assert_allclose(again, (means, covariances), rtol=1e-4)
+
+
+def test_pictures_of_a_darker_domain_are_further_apart_than_frames_of_one(monkeypatch):
+    sample = calvin_abcd.PRESETS["sample"].data
+
+    class Dark(type(opening.open_split(sample, "training"))):
+        def images(self, frame_ids, cameras, out=None):
+            return {camera: x // 3 for camera, x in super().images(frame_ids, cameras, out).items()}
+
+    def opened(data, split):
+        found = open_split(data, split)
+        if data.root == "dark":
+            found.__class__ = Dark
+        return found
+
+    open_split = lambda data, split: real(dataclasses.replace(data, root=sample.root), split)  # noqa: E731
+    real = opening.open_split
+    monkeypatch.setattr(domains.opening, "open_split", opened)
+    found = domains.pictures_apart(calvin_abcd.TWIN, sample, dataclasses.replace(sample, root="dark"), frames=40)
+    assert found["means"] > 5 * found["means_within"] and found["covariances"] > found["covariances_within"] > 0
+    alike = domains.pictures_apart(calvin_abcd.TWIN, sample, sample, frames=40)
+    assert alike["means"] == alike["covariances"] == 0
 
 
 @pytest.mark.parametrize(

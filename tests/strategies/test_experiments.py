@@ -8,7 +8,7 @@ import pathlib
 
 import pytest
 
-from experiments import adapt, calvin_abcd, compare_policies, continual, few_shot, protocols, reinforce, search
+from experiments import adapt, bridge, calvin_abcd, compare_policies, continual, few_shot, protocols, reinforce, search
 from robovlms_jax import cli
 from robovlms_jax.control.robot import CALVIN
 from robovlms_jax.load import load_config
@@ -88,6 +88,25 @@ def test_the_ways_to_another_domain_are_what_they_are_called(tmp_path):
     assert made["source"].train.sources == {} and made["augmented"].data.augment == adapt.STRONG
     assert made["aligned"].data.further.unlabelled == ("target",) and not made["aligned"].data.further.lists
     assert made["mixed"].data.further.lists and not made["mixed"].data.further.align
+
+
+def test_a_report_says_how_far_apart_domains_are_for_each_way(tmp_path):
+    trials = [queue.Trial(n, {"way": "source" if n < 2 else "mixed"}, n, "done", 0.5) for n in range(4)]
+    for trial in trials[:3]:  # the last one was judged before this was measured
+        queue.write(tmp_path, trial)
+        apart = {"means": 0.1 * (1 + trial.number), "covariances": 0.5, "means_within": 0.01}
+        (queue.folder(tmp_path, trial.number) / "result.json").write_text(json.dumps({"value": 0.5, "apart": apart}))
+    queue.write(tmp_path, trials[3])
+    (queue.folder(tmp_path, 3) / "result.json").write_text('{"value": 0.5}')
+    _, table, _ = adapt._distances(tmp_path, trials)
+    assert "| source | 0.150 ± 0.635 | 0.500 ± 0.000 | 0.010 ± 0.000 |" in table
+    assert "| mixed | 0.300 | 0.500 | 0.010 |" in table
+
+
+def test_a_target_without_a_camera_of_the_policy_is_refused_before_the_first_run():
+    start = protocols.preset("calvin_abcd", "sample", TINY, "adapt")
+    with pytest.raises(ValueError, match=r"has no camera \['wrist'\], only \['static'\]"):
+        adapt._require_cameras(start, dataclasses.replace(start, data=bridge.OWN_SAMPLE))
 
 
 def test_a_sequence_of_tasks_is_put_together_from_its_runs(tmp_path, monkeypatch):
