@@ -201,6 +201,20 @@ def test_the_tables_of_few_demonstrations_task_after_task_and_another_table_are_
     for row in found["own_arm"]["rows"]:
         seeds = ", ".join(f"{x:.2f}" for x in row["success"])
         assert f"| {row['demonstrations']} | {row['start']} | {seeds} | {mean_and_interval(row)} |" in text
+    for row in found["mirror"]["rows"]:
+        seeds, sides = ", ".join(f"{x:.2f}" for x in row["success"]), ("success", "left", "right")
+        means = " | ".join(
+            "{:.2f} ± {:.2f}".format(*(row[f"{x}_{end}"] for end in ("mean", "half_width"))) for x in sides
+        )
+        assert f"| {row['drives']} | {'half' if row['mirror'] == '0.5' else 'none'} | {seeds} | {means} |" in text
+    alone = found["mirror"]["rows"][2:]
+    assert [round(40 * sum(row["right"])) for row in alone] == [0, 18] and all(alone[1]["right"])
+    apart = {(row["drives"], row["of"]): row for row in found["mirror"]["differences"]}
+    assert "noise ({:+.2f}, {:.2f} to {:.2f})".format(*apart["both sides", "success"]["difference"]) in text
+    assert "noise ({:+.2f}, {:.2f} to {:.2f})".format(*apart["left alone", "left"]["difference"]) in text
+    for row in adapt["apart"]:
+        assert f"| {row['way']} | {mean_of(row['means'], 3)} | {mean_of(row['covariances'], 3)} |" in text
+        assert sum(row["means_within"]) / 3 <= 0.005
     apart = {(row["start"], row["demonstrations"]): row for row in found["own_arm"]["differences"]}
     assert [name for name, row in apart.items() if not row["noise"]] == [("another arm's 800", 4)]
     for name in (("another arm's 800", 4), ("Bridge's bundled episodes", 4)):
