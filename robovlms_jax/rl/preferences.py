@@ -127,6 +127,7 @@ class RewardModel:
     widths: tuple[int, ...] = flax.struct.field(pytree_node=False)
     choices: int = flax.struct.field(pytree_node=False, default=0)
 
+    @jax.jit
     def members(self, frames: jax.Array) -> jax.Array:
         """float32[..., F] -> float32[M, ...], mean 0 and standard deviation 1 over what was learned from."""
         x = (frames - self.center) / self.scale
@@ -196,7 +197,7 @@ def fit(pairs: Pairs, config: RewardConfig, held: Pairs | None = None) -> tuple[
     )
     rewards = raw.members(frames)
     model = raw.replace(offset=rewards.mean(1), spread=jnp.maximum(rewards.std(1), 1e-6))
-    losses = [(float(value), float(loss(member, held))) for member, value in learned]
+    losses = [(float(value), float(jax.jit(loss)(member, held))) for member, value in learned]
     numbers = dict(zip(("loss", "loss_held_out"), np.mean(losses, axis=0).tolist(), strict=True))
     return model, {"accuracy": accuracy(model, held), **numbers}
 

@@ -78,7 +78,7 @@ def test_dora_learns_lengths_apart_and_does_not_differentiate_through_the_norm()
     module = Einsum("BSD,DF->BSF", (5, 7), ("embed", "mlp"), kernel=Kernel(lora=lora))
     x = jax.random.normal(jax.random.key(1), (2, 3, 5))
     params = random_like(nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x)["params"]))
-    grads = jax.grad(lambda p: module.apply({"params": p}, x).sum())(params)
+    grads = jax.jit(jax.grad(lambda p: module.apply({"params": p}, x).sum()))(params)
     adapted = params["kernel"] + lora.scale * params["lora_a"] @ params["lora_b"]
     factor = np.linalg.norm(params["kernel"], axis=0) / np.linalg.norm(adapted, axis=0)
     summed = np.asarray(x).sum((0, 1))
@@ -119,16 +119,16 @@ def test_merging_adapters_of_stacked_layers_merges_each_layer(kind):
 def test_adapters_start_as_no_change_and_still_learn(kind):
     module = Einsum("BSD,DF->BSF", (5, 7), ("embed", "mlp"), kernel=Kernel(lora=Lora(rank=2, kind=kind)))
     x = jax.random.normal(jax.random.key(1), (2, 3, 5))
-    params = nn.unbox(module.init(jax.random.key(0), x)["params"])
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x)["params"])
     np.testing.assert_array_equal(module.apply({"params": params}, x), x @ params["kernel"])
-    grads = jax.grad(lambda p: jnp.square(module.apply({"params": p}, x)).sum())(params)
+    grads = jax.jit(jax.grad(lambda p: jnp.square(module.apply({"params": p}, x)).sum()))(params)
     assert jnp.abs(grads["lora_b"]).max() > 0
 
 
 def test_computation_follows_the_input_and_parameters_stay_float32():
     module = Einsum("BSD,DF->BSF", (5, 7), ("embed", "mlp"), use_bias=True, kernel=Kernel(lora=Lora(rank=2)))
     x = jnp.ones((2, 3, 5), jnp.bfloat16)
-    params = nn.unbox(module.init(jax.random.key(0), x)["params"])
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x)["params"])
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     assert module.apply({"params": params}, x).dtype == jnp.bfloat16
 
@@ -191,10 +191,10 @@ def test_an_int8_kernel_with_adapters_adds_their_product(exact_matmul, kind):
 def test_dense_is_flax_dense_with_named_axes():
     x = jax.random.normal(jax.random.key(1), (2, 3, 5))
     ours, theirs = Dense(7, ("embed", "mlp")), nn.Dense(7)
-    boxed = ours.init(jax.random.key(0), x)["params"]
+    boxed = jax.jit(ours.init)(jax.random.key(0), x)["params"]
     assert (boxed["kernel"].names, boxed["bias"].names) == (("embed", "mlp"), ("mlp",))
     params = nn.unbox(boxed)
-    jax.tree.map(np.testing.assert_array_equal, params, theirs.init(jax.random.key(0), x)["params"])
+    jax.tree.map(np.testing.assert_array_equal, params, jax.jit(theirs.init)(jax.random.key(0), x)["params"])
     np.testing.assert_array_equal(ours.apply({"params": params}, x), theirs.apply({"params": params}, x))
 
 

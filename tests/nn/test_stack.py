@@ -38,7 +38,7 @@ class Tower(nn.Module):
 @pytest.fixture(scope="module")
 def tower():
     x = np.random.default_rng(0).normal(size=(2, WIDTH)).astype(np.float32)
-    params = unbox(Tower().init(jax.random.key(0), x))["params"]
+    params = unbox(jax.jit(Tower().init)(jax.random.key(0), x))["params"]
     return {"tower": params, "head": {"kernel": jnp.ones((WIDTH, 3))}}, x
 
 

@@ -168,7 +168,7 @@ def test_random_starts_stand_firmly(stacked_scenes):
     scenes = jax.tree.map(lambda leaf: leaf[np.arange(64) % 4], stacked_scenes)
     robot, table = jax.jit(jax.vmap(random_starts.sample))(scenes, jax.random.split(jax.random.key(3), 64))
     states = jax.jit(jax.vmap(physics.reset))(scenes, robot, table)
-    assert jax.vmap(pushing.touching)(scenes, states).depth.max() <= contacts.TOLERANCE_M
+    assert jax.jit(jax.vmap(pushing.touching))(scenes, states).depth.max() <= contacts.TOLERANCE_M
     assert np.all(states.support >= 0)
     assert jnp.ptp(table[:, 0]) > 0.2
     assert jnp.ptp(table[:, 1]) > 0.2

@@ -185,7 +185,7 @@ def test_front_padding_changes_nothing(exact_matmul):
     # A window that begins before its episode must predict as a shorter window does.
     head = make_head(num_layers=2, trunk=(12,))
     x = np.random.default_rng(2).normal(size=(2, W, 1, D)).astype(np.float32)
-    params = head.init(jax.random.key(0), x, np.ones((2, W), bool))
+    params = jax.jit(head.init)(jax.random.key(0), x, np.ones((2, W), bool))
     mask = np.arange(W) >= 3
     padded = head.apply(params, x, np.broadcast_to(mask, (2, W)))
     short = head.apply(params, x[:, 3:], np.ones((2, W - 3), bool))
@@ -195,7 +195,8 @@ def test_front_padding_changes_nothing(exact_matmul):
 def test_initial_values_are_upstreams():
     # PyTorch's LSTM default (uniform, all four tensors) and Xavier-uniform trunks with zero biases.
     params = flatten_dict(
-        unbox(make_head().init(jax.random.key(0), np.zeros((1, W, 1, D)), np.ones((1, W), bool)))["params"], sep="/"
+        unbox(jax.jit(make_head().init)(jax.random.key(0), np.zeros((1, W, 1, D)), np.ones((1, W), bool)))["params"],
+        sep="/",
     )
     bound = HIDDEN**-0.5
     for name in ("input_kernel", "hidden_kernel", "input_bias", "hidden_bias"):

@@ -115,7 +115,7 @@ def test_untold_frames_know_no_past_action():
         robot_state.ActionHistory(robot_state.PastActions(config, CALVIN.action), 8),
         np.ones((1, 60, 7), np.float32),
     )
-    params = module.init(jax.random.key(0), past)
+    params = jax.jit(module.init)(jax.random.key(0), past)
     tokens, _ = module.apply(params, past, deterministic=False, rngs={"dropout": jax.random.key(1)})
     told = np.asarray(module.apply(params, past)[0] == tokens).all(axis=(2, 3))[0]
     assert 10 < told.sum() < 50
@@ -126,7 +126,7 @@ def test_untold_frames_know_no_state():
     config = ProprioConfig(enabled=True, dropout=0.5)
     module = robot_state.ProprioToken(robot_state.RobotState(config, CALVIN.state), 8)
     state = np.random.default_rng(0).normal(size=(1, 60, 7)).astype(np.float32)
-    params = module.init(jax.random.key(0), state)
+    params = jax.jit(module.init)(jax.random.key(0), state)
     some = module.apply(params, state, deterministic=False, rngs={"dropout": jax.random.key(1)})[0][0, :, 0]
     told = np.asarray(some == module.apply(params, state)[0][0, :, 0]).all(axis=1)
     assert 10 < told.sum() < 50

@@ -251,7 +251,7 @@ def test_dropout_masks_whole_frames_and_masked_tokens_are_zero():
     sensor = dataclasses.replace(SENSORS[0], dropout=0.5)
     module, values = base.build(sensor, 8, Kernel()), np.ones((1, 60, 5), np.float32)
     mask = np.arange(60)[None] != 7
-    params = module.init(jax.random.key(0), values, mask)
+    params = jax.jit(module.init)(jax.random.key(0), values, mask)
     tokens, told = module.apply(params, values, mask, deterministic=False, rngs={"dropout": jax.random.key(1)})
     assert told.shape == (1, 60, 1) and 10 < told.sum() < 50 and not told[0, 7, 0]
     assert (np.asarray(tokens)[~np.asarray(told)] == 0).all() and (np.asarray(tokens)[np.asarray(told)] != 0).any()

@@ -131,7 +131,9 @@ def test_a_backbone_learns_from_stored_pictures_and_groups_without_a_winner_teac
     with_value = decisions.replace(
         mask=jnp.ones_like(decisions.mask), advantage=jnp.linspace(-1, 1, len(decisions.advantage))
     )
-    gradient = jax.grad(lambda p: grpo.loss(p, with_value, None, grpo.loss.count(with_value))[0])(grpo.state.params)
+    gradient = jax.jit(jax.grad(lambda p: grpo.loss(p, with_value, None, grpo.loss.count(with_value))[0]))(
+        grpo.state.params
+    )
     assert float(jnp.abs(jax.tree.leaves(gradient["backbone"]["connector"])[0]).max()) > 0
 
 

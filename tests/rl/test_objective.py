@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -51,6 +52,7 @@ def decisions(actions: jax.Array, log_prob: jax.Array, advantage: jax.Array, **c
     return made.replace(**changes)
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def tried(params, key: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:
     """Actions float32[batch, 1, 1] and their log-probabilities."""
     seen = Bandit().prediction(params, batch)
@@ -96,10 +98,9 @@ def test_what_is_held_goes_back_to_where_it_was_and_the_rest_does_not():
     params["head"]["mean"] += 0.1
     loss = objective.DecisionLoss(Bandit(), (objective.HoldTask(2.0, "action"),))
     zeros = jnp.zeros(256)
-    found = []
-    for held in (True, False):
-        batch = decisions(actions, log_prob, zeros, held=jnp.full(256, held))
-        found.append(jax.grad(lambda p, b=batch: loss(p, b, None, loss.count(b))[0])(params)["head"]["mean"])
+    gradient = jax.jit(jax.grad(lambda params, batch: loss(params, batch, None, loss.count(batch))[0]))
+    batches = [decisions(actions, log_prob, zeros, held=jnp.full(256, held)) for held in (True, False)]
+    found = [gradient(params, batch)["head"]["mean"] for batch in batches]
     assert found[1] == 0
     assert found[0] > 0.5  # of the exact 2 * 0.1 / 0.2^2
     assert "hold" in {task.name for task in objective.tasks_of(UpdateConfig(hold_weight=1.0))}
@@ -130,9 +131,10 @@ def test_a_ratio_is_of_the_chunk_each_action_or_each_number(level):
 
 def test_the_critic_learns_from_the_first_querys_features_and_does_not_teach_them():
     critic, features = Critic((4,)), jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.float32)
-    params = meshes.unbox(critic.init(jax.random.key(0), features)["params"])
+    params = meshes.unbox(jax.jit(critic.init)(jax.random.key(0), features)["params"])
     value = jax.jit(lambda params, features: critic.apply({"params": params}, features))
-    own, of_features = jax.grad(lambda *what: jnp.square(value(*what) - 1).sum(), (0, 1))(params, features)
+    gradients = jax.jit(jax.grad(lambda *what: jnp.square(value(*what) - 1).sum(), (0, 1)))
+    own, of_features = gradients(params, features)
     assert float(jnp.abs(own["layer_0"]["kernel"]).max()) > 0 == float(jnp.abs(of_features).max())
     np.testing.assert_array_equal(value(params, features), value(params, features.at[:, 1:].set(9.0)))
 

@@ -64,9 +64,8 @@ def test_rewards_from_answers_of_which_a_tenth_is_wrong_agree_with_85_percent_of
 def test_an_answer_that_is_beyond_doubt_has_a_finite_loss_and_gradient():
     """Shares of 0 and 1, as float32 rounds them, with and without random answers."""
     for noise, wrong in ((0.0, 200.0), (0.1, -np.log(0.05))):
-        losses, gradients = jax.vmap(
-            jax.value_and_grad(lambda x, n=noise: preferences.preference_loss(x, 0.0, 1.0, n))
-        )(jnp.array([200.0, -200.0]))
+        both = jax.value_and_grad(lambda x, n=noise: preferences.preference_loss(x, 0.0, 1.0, n))
+        losses, gradients = jax.jit(jax.vmap(both))(jnp.array([200.0, -200.0]))
         np.testing.assert_allclose(losses, [-np.log1p(-noise / 2), wrong], rtol=1e-5)
         assert np.isfinite(gradients).all()
 
@@ -85,12 +84,12 @@ def test_dpo_moves_towards_the_better_of_two_chunks():
     known = Bandit().reconsider(params, None, behaviours.Chosen(actions), 1).log_prob
     batch = decisions(actions, known, jnp.zeros(4))
     loss = objective.DecisionLoss(Bandit(), (preferences.PreferenceTask(),))
-    (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, None, loss.count(batch))
+    (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, None, loss.count(batch))
     np.testing.assert_allclose(value, np.log(2), rtol=1e-5)
     # -sigmoid(0) beta ((a+ - mean) - (a- - mean)) / std^2, averaged over both pairs
     np.testing.assert_allclose(gradient["head"]["mean"], -0.5 * 0.1 * np.mean([0.5, 0.2]) / 0.2**2, rtol=1e-4)
     moved = {**params, "head": {"mean": jnp.float32(-0.4)}}
-    assert loss(moved, batch, None, 4.0)[1]["preferred"] == 1
+    assert jax.jit(loss)(moved, batch, None, 4.0)[1]["preferred"] == 1
 
 
 def test_cloning_weighs_what_turned_out_well_and_bounds_the_weight():
@@ -99,8 +98,8 @@ def test_cloning_weighs_what_turned_out_well_and_bounds_the_weight():
     batch = decisions(actions, log_prob, jnp.array([0.0, 1.0, 50.0]))
     own = objective.tasks_of(UpdateConfig(method="awr", hold_weight=1.0))
     assert [task.name for task in own] == ["cloning", "value", "hold"]
-    loss = objective.DecisionLoss(Bandit(), (objective.WeightedCloningTask(),))
-    value, metrics = loss(params, batch, None, loss.count(batch))
+    loss = jax.jit(objective.DecisionLoss(Bandit(), (objective.WeightedCloningTask(),)))
+    value, metrics = loss(params, batch, None, 3.0)
     weights = np.array([1, np.e, 20])
     np.testing.assert_allclose(value, -(weights * np.asarray(log_prob)[:, 0, 0]).mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["share"], weights.mean(), rtol=1e-5)
