@@ -87,8 +87,7 @@ def example(model: vla.VLA, batch: Batch) -> Inputs:
 
 def init(model: vla.VLA, batch: Batch):
     """Parameters as `init` makes them, but for the queries. The same for batches of the same shapes."""
-    leaves, tree = jax.tree.flatten(batch.inputs)
-    params = _init(model, tree, tuple((x.shape, str(x.dtype)) for x in leaves))
+    params = _init(model, *_described(batch.inputs))
     return jax.tree.map(lambda x: x, params)  # dicts of the caller's own
 
 
@@ -124,8 +123,20 @@ def curves(model: vla.VLA, params, batch: Batch, *, steps: int, learning_rate: f
 
 def param_shapes(model: vla.VLA, batch: Batch):
     """Shapes and types of the parameters that `init` makes."""
+    return _param_shapes(model, *_described(batch.inputs))
+
+
+@functools.lru_cache
+def _param_shapes(model: vla.VLA, tree, leaves):
+    inputs = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
     prepare = functools.partial(objective.prepare, spec=model.vlm.image, cameras=model.config.cameras)
-    return unbox(jax.eval_shape(lambda inputs: model.init(jax.random.key(0), prepare(inputs)), batch.inputs))["params"]
+    return unbox(jax.eval_shape(lambda inputs: model.init(jax.random.key(0), prepare(inputs)), inputs))["params"]
+
+
+def _described(inputs: Inputs):
+    """Their tree, shapes and types, which can be looked up."""
+    leaves, tree = jax.tree.flatten(inputs)
+    return tree, tuple((x.shape, str(x.dtype)) for x in leaves)
 
 
 def random_params(model: vla.VLA, batch: Batch):

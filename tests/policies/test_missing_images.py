@@ -16,7 +16,7 @@ def test_a_missing_image_is_not_attended():
     frames = batch.inputs.step_mask.shape
     mask = {"static": np.ones(frames, bool), "wrist": np.arange(frames[1])[None].repeat(frames[0], 0) != 1}
     batch = batch.replace(inputs=batch.inputs.replace(image_mask=mask))
-    params = toy.init(model, batch)
+    params = toy.random_params(model, batch)
     features = jax.jit(lambda inputs: model.apply({"params": params}, inputs, method="embed"))
     decode = jax.jit(lambda inputs: model.apply({"params": params}, inputs, method="train_outputs").features)
     wrist = batch.inputs.images["wrist"].copy()

@@ -15,7 +15,7 @@ from robovlms_jax.control.interface import Observation
 from robovlms_jax.policies import objective, serving, vla
 from robovlms_jax.types import Batch
 from tests import toy
-from tests.toy import B, C, K, W, init, make_batch, make_model
+from tests.toy import B, C, K, W, make_batch, make_model, random_params
 
 
 @functools.lru_cache
@@ -41,13 +41,15 @@ def window_of(batch: Batch, k: int) -> Batch:
     )
 
 
-def prepared(model, inputs):
-    return jax.jit(lambda inputs: objective.prepare(inputs, model.vlm.image, model.config.cameras))(inputs)
+@functools.lru_cache
+def decider(model):
+    """(params, inputs) -> the actions of every step of the window."""
 
+    def decide(params, inputs):
+        bound = model.bind({"params": params})
+        return bound.head.actions(bound(objective.prepare(inputs, model.vlm.image, model.config.cameras)))
 
-def decided(model, params, inputs):
-    bound = model.bind({"params": params})
-    return bound.head.actions(bound(inputs))
+    return jax.jit(decide)
 
 
 def concatenate(batches: list[Batch]) -> Batch:
@@ -61,7 +63,7 @@ def test_segment_equals_its_windows_encoded_apart(exact_matmul, mask_tail):
     # mask of its neighbour, or if sharing changes how entries are weighted.
     batch = make_batch(np.random.default_rng(0), mask_tail=mask_tail)
     model = make_model()
-    params = init(model, batch)
+    params = random_params(model, batch)
     apart = concatenate([window_of(batch, k) for k in range(K)])
     gradient = jax.jit(jax.value_and_grad(lambda params, batch: objective.RobotLoss(model)(params, batch)[0]))
     loss, grads = gradient(params, batch)
@@ -79,7 +81,7 @@ def test_windows_that_share_images_are_decoded_apart(exact_matmul, product):
     # The same for histories whose sequences are windows: they share a frame's images, and nothing that is said of it.
     batch = make_batch(np.random.default_rng(0), batch=1, windows=2, mask_tail=4)
     model = toy.make_product(*product, chunk=C)
-    params = toy.random_params(model, batch)
+    params = random_params(model, batch)
     apart = concatenate([window_of(batch, k) for k in range(2)])
     np.testing.assert_allclose(loss_of(model, params, batch)[0], loss_of(model, params, apart)[0], rtol=1e-5)
 
@@ -89,7 +91,7 @@ def test_windows_that_share_images_are_decoded_apart(exact_matmul, product):
 def test_windows_that_share_pictures_beside_the_sequence_are_decoded_apart(exact_matmul, product):
     batch = make_batch(np.random.default_rng(0), batch=1, windows=2, mask_tail=4)
     model = dataclasses.replace(toy.make_product(*product, chunk=C), vlm=registry.get("flamingo-neox-3b").tiny())
-    params = toy.random_params(model, batch)
+    params = random_params(model, batch)
     apart = concatenate([window_of(batch, k) for k in range(2)])
     np.testing.assert_allclose(loss_of(model, params, batch)[0], loss_of(model, params, apart)[0], rtol=1e-5)
 
@@ -98,7 +100,7 @@ def test_missing_windows_do_not_count(exact_matmul):
     # The last segment of an episode carries fewer windows; the frames it repeats must not be learned from.
     batch = make_batch(np.random.default_rng(1))
     model = make_model()
-    params = init(model, batch)
+    params = random_params(model, batch)
     mask = np.array([[True] * K, [True, True, False, False]])
     loss, _ = loss_of(model, params, batch.replace(window_mask=mask))
     windows = [window_of(batch, k) for k in range(K)]
@@ -112,7 +114,7 @@ def test_text_padding_changes_nothing(exact_matmul):
     # Upstream's action token moves with the batch's longest prompt; ours is placed by mask.
     batch = make_batch(np.random.default_rng(2))
     model = make_model()
-    params = init(model, batch)
+    params = random_params(model, batch)
     inputs = batch.inputs
     padded = batch.replace(
         inputs=inputs.replace(
@@ -127,7 +129,7 @@ def test_what_follows_the_query_is_not_seen(exact_matmul):
     # Causal: eos comes behind the action query, so its id must not matter, while every other token's must.
     batch = make_batch(np.random.default_rng(3))
     model = make_model()
-    params = init(model, batch)
+    params = random_params(model, batch)
     last = batch.inputs.text_mask.sum(1) - 1
 
     def loss(column):
@@ -145,7 +147,7 @@ def test_cameras_and_their_order_matter(cameras):
     # A config naming one camera must not read the other, and the order of token blocks is part of the model.
     batch = make_batch(np.random.default_rng(4))
     model = make_model(cameras=cameras)
-    params = init(model, batch)
+    params = random_params(model, batch)
     here = loss_of(model, params, batch)[0]
     swapped = make_model(cameras=cameras[::-1])
     if len(cameras) > 1:
@@ -161,7 +163,7 @@ def test_control_steps_equal_the_window(exact_matmul):
     frames = W + K - 1
     batch = make_batch(np.random.default_rng(5), batch=1)
     model = make_model()
-    params = init(model, batch)
+    params = random_params(model, batch)
     ids, mask = batch.inputs.text_ids[0], batch.inputs.text_mask[0]
     policy = serving.VLAPolicy(model, params, lambda _: (ids, mask))
     policy.reset("open the drawer")
@@ -174,8 +176,7 @@ def test_control_steps_equal_the_window(exact_matmul):
             step_mask=np.ones((1, t + 1 - low), bool),
         )
         whole = dataclasses.replace(model, config=dataclasses.replace(model.config, window=t + 1 - low))
-        inputs = prepared(model, seen)
-        expected = jax.jit(lambda params, inputs, whole=whole: decided(whole, params, inputs))(params, inputs)[0, -1]
+        expected = decider(whole)(params, seen)[0, -1]
         np.testing.assert_allclose(chunk.actions[:, :6], 0.65 * expected[:, :6], atol=1e-5)
         np.testing.assert_array_equal(chunk.actions[:, 6], expected[:, 6])
     assert policy._batched._step._cache_size() == 1
@@ -185,7 +186,7 @@ def test_slots_are_independent(exact_matmul):
     # Two episodes in one batched policy, started at different times, act as two single policies do.
     batch = make_batch(np.random.default_rng(6))
     model = make_model()
-    params = init(model, batch)
+    params = random_params(model, batch)
     texts = {
         "a": (batch.inputs.text_ids[0], batch.inputs.text_mask[0]),
         "b": (batch.inputs.text_ids[1], batch.inputs.text_mask[1]),
@@ -212,7 +213,7 @@ def test_slots_are_independent(exact_matmul):
 def test_bad_observations_are_named():
     batch = make_batch(np.random.default_rng(7))
     model = make_model()
-    policy = serving.VLAPolicy(model, init(model, batch), lambda _: (np.ones(4, np.int32), np.ones(4, bool)))
+    policy = serving.VLAPolicy(model, random_params(model, batch), lambda _: (np.ones(4, np.int32), np.ones(4, bool)))
     good = {camera: x[0, 0] for camera, x in batch.inputs.images.items()}
     with pytest.raises(RuntimeError, match="reset"):
         policy.act(Observation(good))
@@ -228,7 +229,7 @@ def test_bad_observations_are_named():
 def test_bfloat16_backbone_keeps_the_head_in_float32():
     batch = make_batch(np.random.default_rng(8))
     model = make_model()
-    params = init(model, batch)
+    params = random_params(model, batch)
     half = vla.VLA(model.config, dataclasses.replace(model.vlm, dtype="bfloat16"))
     loss, metrics = loss_of(half, params, batch)
     assert loss.dtype == jnp.float32

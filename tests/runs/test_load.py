@@ -23,7 +23,7 @@ from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import to_dict
 from robovlms_jax.training import checkpoints, items, seals
 from robovlms_jax.weights import quantize
-from tests.toy import HEADS, init, make_batch, make_model, random_params
+from tests.toy import HEADS, make_batch, make_model, random_params
 
 RELEASE = pathlib.Path(__file__).parents[1] / "compatibility" / "release_0_1" / "policy_head_lstm"
 
@@ -33,7 +33,7 @@ def test_parameters_stored_in_the_type_of_computation_give_the_same_loss():
     batch = make_batch(np.random.default_rng(0))
     model = make_model()
     half = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, dtype="bfloat16"))
-    params = init(model, batch)
+    params = random_params(model, batch)
     types = quantize.stored_types(params, "bfloat16")
     stored = jax.tree.map(lambda x, dtype: x.astype(dtype), params, types)
     assert stored["backbone"]["text"]["layers"]["attn"]["q"]["kernel"].dtype == jnp.bfloat16
