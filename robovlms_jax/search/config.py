@@ -38,8 +38,8 @@ class SearchConfig:
     sampler: Literal["grid", "random", "tpe", "gp"] = "grid"
     """grid: all combinations. The others are Optuna's (`pip install robovlms_jax[search]`)."""
     storage: str = ""
-    """Optuna's storage, such as sqlite:///study.db, for its dashboard. Empty: a journal file in `out`, which processes
-    on several machines can share."""
+    """Optuna's storage, such as sqlite:///study.db. Empty: the journal file `out`/optuna.log, which processes on
+    several machines can share. `optuna-dashboard` opens either."""
     prune: bool = False
     """With a sampler: end trials early that are worse than others were at the same step (asynchronous successive
     halving, Li et al. 2018, arXiv:1810.05934), by every value of the objective in their metrics.jsonl."""

@@ -86,7 +86,8 @@ def test_a_task_that_was_told_to_stop_goes_back_into_the_queue_and_a_mistake_doe
 def test_a_real_search_over_two_array_tasks_loses_one_in_a_trial_and_counts_nothing_twice(tmp_path):
     out = tmp_path / "s"
     fixed = (
-        *("policy.window=2", "policy.head.hidden_size=32", "policy.head.trunk=32", "data.windows_per_segment=2"),
+        *("policy.window=1", "policy.chunk=2", "policy.head.num_layers=1", "policy.head.hidden_size=32"),
+        *("policy.head.trunk=32", "data.windows_per_segment=1"),
         *("data.num_workers=0", "train.batch_size=8", "train.steps=16", "train.checkpoint_every=4"),
         *("train.log_every=1", "train.eval_every=0", "evaluation.batches=1", "evaluation.episodes=0"),
         *("optimizer.warmup_steps=0", f"train.compilation_cache={tmp_path / 'programs'}"),
