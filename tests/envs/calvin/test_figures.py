@@ -59,16 +59,22 @@ def test_chain_by_chain_the_calvin_page_tells_policies_apart_as_their_results_do
         assert "in {} of the 200, and fails where the other succeeds in {}:".format(*alone) in text
         assert "{:.1f} points ({:.1f} to {:.1f}) more".format(*row["difference_points"]) in text
         assert "{} ({:.2f} to {:.2f}) more tasks in a row".format(*row["tasks_in_a_row"]) in text
+        assert f"p = {row['p']:.2g}".replace("e-0", "e-") in text
     chains = task_chains.official_chains()[: len(digits["calvin_small"])]
     fixture = [chain.tasks[0] in FIXTURES for chain in chains]
     for name, kind in (("fixture", True), ("block", False)):
         counts = [sum(x > 0 for x, there in zip(digits[policy], fixture) if there == kind) for policy in names]
         cells = " | ".join(f"{count} of {fixture.count(kind)}" for count in counts)
         assert f"| first task a {name} | {cells} |" in text
+    pairs = list(zip(digits["calvin_small"], digits["calvin_small_abcd"], fixture, strict=True))
+    alone = [sum(y > 0 and not x for x, y, there in pairs if there is kind) for kind in (True, False)]
+    other = [sum(x > 0 and not y for x, y, there in pairs if there is kind) for kind in (True, False)]
+    assert f"{alone[0]} are begun with success by it alone and {other[0]} by the other alone" in text
+    assert f"that begin with a block, {alone[1]} and {other[1]} (" in text
     ends = [chain.tasks[k] in FIXTURES for chain, k in zip(chains, digits["calvin_small_abcd"]) if k < 5]
     assert f"{ends.count(False)} of the {len(ends)} chains that `calvin_small_abcd` does not finish" in text
-    alone = [sum(1 for _ in itertools.takewhile(FIXTURES.__contains__, chain.tasks)) for chain in chains]
-    assert f"would have {sum(alone) / len(alone):.2f} tasks in a row on these chains" in text
+    perfect = [sum(1 for _ in itertools.takewhile(FIXTURES.__contains__, chain.tasks)) for chain in chains]
+    assert f"would have {sum(perfect) / len(perfect):.2f} tasks in a row on these chains" in text
 
 
 def test_the_calvin_pages_figures_are_those_of_its_runs():
