@@ -262,27 +262,29 @@ def test_the_table_of_what_heads_cost_is_that_of_its_measurement():
         assert f"| {name} | {cost['milliseconds']:.2f} | {cost['step_bytes'] / 2**20:.1f} | {count} |" in text, name
 
 
+def solved(row):
+    rate = row["in_a_row"][0]
+    low, high = rate["interval"]
+    return f"{100 * rate['value']:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def points(change):
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * change[end] for end in ("value", "low", "high")))
+
+
+def compared(found):
+    """Condition -> both policies' rows and how many trials only one of them solved."""
+    only = {row["condition"]: "{first} / {second}".format(**row["counts"]) for row in found["differences"]}
+    rows = {(row["policy"], row["condition"]): row for row in found["conditions"]}
+    conditions = dict.fromkeys(row["condition"] for row in found["conditions"])
+    return {name: ([rows[x, name] for x in found["policies"]], only.get(name, "not tested")) for name in conditions}
+
+
 def test_the_table_of_compared_checkpoints_is_that_of_its_run():
     found, text = result("compare_cpu"), page("comparing.md")
-    first, second = found["policies"]
-    rows = {(row["policy"], row["condition"]): row for row in found["conditions"]}
-    only = {row["condition"]: row["counts"] for row in found["differences"]}
-
-    def solved(row):
-        rate = row["in_a_row"][0]
-        low, high = rate["interval"]
-        return f"{100 * rate['value']:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
-
-    for _, condition in list(rows)[: len(rows) : 2]:
-        row, change = rows[first, condition], rows[first, condition]["change"]
-        cells = [solved(row), "" if change is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(
-            *(100 * change[end] for end in ("value", "low", "high")))]  # fmt: skip
-        counts = only.get(condition)
-        cells += [
-            solved(rows[second, condition]),
-            f"{counts['first']} / {counts['second']}" if counts else "not tested",
-        ]
-        line = f"| `{condition}` | {' | '.join(cells)} |".replace("|  |", "| |")
+    for condition, ((one, two), only) in compared(found).items():
+        change = points(one["change"]) if one["change"] else ""
+        line = f"| `{condition}` | {solved(one)} | {change} | {solved(two)} | {only} |".replace("|  |", "| |")
         assert line in text, line
     usual = next(row for row in found["differences"] if row["condition"] == "usual")
     shown = "{:+.1f} points ({:+.1f} to {:+.1f})".format(

@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from robovlms_jax.envs.calvin import task_chains
-from tests.test_figures import page, result, share
+from robovlms_jax.envs.calvin.tasks import TASKS
+from tests.test_figures import compared, page, points, result, share, solved
 
 FIXTURES = (
     *("open_drawer", "close_drawer", "move_slider_left", "move_slider_right"),
@@ -75,6 +76,31 @@ def test_chain_by_chain_the_calvin_page_tells_policies_apart_as_their_results_do
     assert f"{ends.count(False)} of the {len(ends)} chains that `calvin_small_abcd` does not finish" in text
     perfect = [sum(1 for _ in itertools.takewhile(FIXTURES.__contains__, chain.tasks)) for chain in chains]
     assert f"would have {sum(perfect) / len(perfect):.2f} tasks in a row on these chains" in text
+
+
+def test_other_executions_were_tried_on_chains_that_are_none_of_the_official_ones():
+    found, text = result("calvin_small/results")["other_executions"], page("calvin.md")
+    conditions, official = task_chains.initial_conditions(), task_chains.official_chains()
+    begun = {tuple(chain.condition.items()) for chain in official[:200]}
+    known = {(tuple(chain.condition.items()), chain.tasks) for chain in official}
+    for number, *tasks in found["chains"]:
+        names, condition = tuple(list(TASKS)[i] for i in tasks), conditions[number]
+        assert task_chains.is_valid_chain(condition, names)
+        assert tuple(condition.items()) not in begun and (tuple(condition.items()), names) not in known
+    five, ten, two = ([int(x) for x in digits] for digits in found["solved_in_each"].values())
+    assert len(five) == len(ten) == len(found["chains"])
+    means = sum(five) / len(five), sum(ten) / len(ten)
+    assert "give {:.3f} tasks in a row there, all ten {:.3f}:".format(*means) in text
+    assert "{:.3f} ({:.2f} to {:.2f}) more, so that".format(*found["chunk_minus_receding_5"]["tasks_in_a_row"]) in text
+    assert f"on {len(two)} chains: {sum(two)} tasks, where five of ten solve {sum(five[: len(two)])}." in text
+
+
+def test_what_the_comparison_in_the_real_simulator_says_is_what_was_run():
+    found, text = result("calvin_small/compare"), page("comparing.md")
+    for condition, (rows, only) in compared(found).items():
+        cells = [cell for row in rows for cell in (solved(row), points(row["change"]) if row["change"] else "")]
+        line = f"| `{condition}` | {' | '.join(cells)} | {only} |".replace("|  |", "| |")
+        assert line in text, line
 
 
 def test_the_calvin_pages_figures_are_those_of_its_runs():
