@@ -16,6 +16,19 @@ FIXTURES = (
 )
 
 
+GROUPS = {
+    "drawer": ("open_drawer", "close_drawer"),
+    "sliding door": ("move_slider",),
+    "LED": ("turn_on_led", "turn_off_led"),
+    "lightbulb": ("turn_on_lightbulb", "turn_off_lightbulb"),
+    "lifts": ("lift",),
+    "pushes": ("push",),
+    "rotations": ("rotate",),
+    "placing, stacking": ("place", "stack", "unstack"),
+}
+"""Row of the page's table -> how its tasks' names begin."""
+
+
 def test_what_the_calvin_page_says_of_34_tasks_is_what_was_run():
     found, text = result("calvin_small/results"), page("calvin.md")
     names = ("playtable_small", "calvin_small", "calvin_small_abcd")
@@ -36,6 +49,9 @@ def test_what_the_calvin_page_says_of_34_tasks_is_what_was_run():
     for name in ("fixtures", "blocks"):
         shares = [f"{row[name]['count']} of {row[name]['of']}, {share(row[name])}" for row in rows]
         cells.append((f"{name}, solved of asked", shares))
+    for name, starts in GROUPS.items():
+        counts = [[n for task, n in row["tasks_solved_of_asked"].items() if task.startswith(starts)] for row in rows]
+        cells.append((name, ["{} of {}".format(*map(sum, zip(*row, strict=True))) for row in counts]))
     for name, values in cells:
         assert f"| {name} | {' | '.join(map(str, values))} |" in text
     for recording in found["recording"].values():
@@ -101,6 +117,12 @@ def test_what_the_comparison_in_the_real_simulator_says_is_what_was_run():
         cells = [cell for row in rows for cell in (solved(row), points(row["change"]) if row["change"] else "")]
         line = f"| `{condition}` | {' | '.join(cells)} | {only} |".replace("|  |", "| |")
         assert line in text, line
+    solved_of = {name: [row["in_a_row"][0]["successes"] for row in rows] for name, (rows, _) in compared(found).items()}
+    (alone, other_words), (_, usual) = solved_of["unseen"], solved_of["usual"]
+    said = (
+        f"solves {other_words} of 24 fixture tasks, instead of {usual} as asked, and is not told apart from PlayTable"
+    )
+    assert f"{said} alone, {alone} of 24" in page("calvin.md")
 
 
 def test_the_calvin_pages_figures_are_those_of_its_runs():
