@@ -110,8 +110,6 @@ def test_pictures_of_a_darker_domain_are_further_apart_than_frames_of_one(monkey
     monkeypatch.setattr(domains.opening, "open_split", opened)
     found = domains.pictures_apart(calvin_abcd.TWIN, sample, dataclasses.replace(sample, root="dark"), frames=40)
     assert found["means"] > 5 * found["means_within"] and found["covariances"] > found["covariances_within"] > 0
-    alike = domains.pictures_apart(calvin_abcd.TWIN, sample, sample, frames=40)
-    assert alike["means"] == alike["covariances"] == 0
 
 
 @pytest.mark.parametrize(
