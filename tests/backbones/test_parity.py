@@ -77,10 +77,11 @@ ORDINARY = [
 
 
 DIFFERENTIATED = (
-    *("kosmos-2", "paligemma2-3b-224", "qwen2.5-vl-3b", "gemma-3-4b"),
+    *("paligemma2-3b-224", "qwen2.5-vl-3b", "gemma-3-4b"),
     *("blip2-opt-2.7b", "moondream2", "flamingo-mpt-1b"),
 )
-"""Their gradients and bfloat16 are compared in ordinary tests, those of the others in slow ones: same blocks."""
+"""Their gradients and bfloat16 are compared in ordinary tests, those of the others in slow ones: same blocks. Those of
+KOSMOS-2 are compared in test_kosmos2_parity.py, within narrower bounds."""
 SOME = [pytest.param(name, marks=() if name in DIFFERENTIATED else pytest.mark.slow) for name in families.COMPARED]
 
 
@@ -188,17 +189,15 @@ def gradient_error(pair: Pair) -> float:
     model.zero_grad()
     (families.forward(config, model, rows, images, real)[0] * torch.from_numpy(theirs)).sum().backward()
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
-    expected = flatten_dict(from_torch(config, families.published(model, grads)), sep="/")
-    found = flatten_dict(pair.run(ids, mask, ours)[1], sep="/")
-    scale = max(float(jnp.abs(x).max()) for x in expected.values())
+    expected, found = from_torch(config, families.published(model, grads)), pair.run(ids, mask, ours)[1]
+    expected, found = (flatten_dict(jax.device_get(x), sep="/") for x in (expected, found))
+    scale = max(float(np.abs(x).max()) for x in expected.values())
     errors = {}
     for path, value in expected.items():
-        error = float(jnp.abs(found[path] - value).max())
+        error = float(np.abs(found[path] - value).max())
         # Key biases shift all scores of a row alike, and some parameters are not used: their true gradient is zero, so
         # only noise could be compared, and it is against the largest of all.
-        errors[path] = error / max(
-            float(jnp.abs(value).max()), 0.1 * scale if path.endswith("k/bias") else 1e-3 * scale
-        )
+        errors[path] = error / max(float(np.abs(value).max()), 0.1 * scale if path.endswith("k/bias") else 1e-3 * scale)
     return max(errors.values())
 
 
