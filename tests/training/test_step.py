@@ -33,23 +33,32 @@ STRUCTURES = {
 """Every structure of the paper."""
 
 
-def run_steps(
-    sizes=(1, 1, 1), *, steps=2, accumulation=1, patterns=(".*",), batch=8, structure="policy_head", lora_rank=0
-):
-    """Losses, final state and compiled program of a few steps on a fixed batch, without dropout (its masks depend on
-    how a batch is split)."""
+def make_steady(structure="policy_head", lora_rank=0):
+    """A policy without dropout, whose masks depend on how a batch is split."""
     model = make_model() if structure == "policy_head" else make_product(*STRUCTURES[structure])
-    model = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, lora_rank=lora_rank))
     text = dataclasses.replace(model.vlm.text, dropout=0.0, attention_dropout=0.0)
-    model = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, text=text))
+    return dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, lora_rank=lora_rank, text=text))
+
+
+def init_params(sizes=(1, 1, 1), **changes):
     mesh = meshes.make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
+    return build.init_params(make_steady(**changes), mesh, seed=0)
+
+
+def run_steps(sizes=(1, 1, 1), params=None, *, steps=2, accumulation=1, patterns=(".*",), batch=8, **changes):
+    """Losses, final state and compiled program of a few steps on a fixed batch.
+
+    params: what it begins with, whole on each device; None: made on the mesh, which must not change them."""
+    model = make_steady(**changes)
+    mesh = meshes.make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
+    params = init_params(sizes, **changes) if params is None else jax.device_put(params, meshes.replicated(mesh))
     config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
     tx = optimizers.make_optimizer(config, 10)
-    state = states.create(build.init_params(model, mesh, seed=0), patterns, tx, 0, mesh)
+    state = states.create(params, patterns, tx, 0, mesh)
     rate, loss_fn = optimizers.learning_rate(config, 10), objective.RobotLoss(model)
     run = step.make_train_step(loss_fn, tx, rate, state, mesh, accumulation=accumulation)
     shape = {"window": model.config.window, "chunk": model.config.chunk, "windows": 2}
-    shape = {} if structure == "policy_head" else shape
+    shape = {} if changes.get("structure", "policy_head") == "policy_head" else shape
     tail = min(3, model.config.chunk)
     data = meshes.put_batch(make_batch(np.random.default_rng(0), batch=batch, mask_tail=tail, **shape), mesh)
     losses, program = [], run.lower(state, data).compile()
@@ -136,7 +145,7 @@ def test_every_parameter_names_axes_that_the_rules_know():
 FAKE_DEVICES = r"""
 import json, re, sys, jax, numpy as np
 jax.config.update("jax_default_matmul_precision", "highest")
-from tests.training.test_step import run_steps
+from tests.training.test_step import init_params, run_steps
 
 def reduced(program):
     # Numbers that devices add up, within loops of the program and after them.
@@ -150,8 +159,10 @@ def reduced(program):
 
 out = {}
 cases, settings = json.loads(sys.argv[1])
+params = jax.device_get(init_params(**{key: settings[key] for key in ("structure", "lora_rank") if key in settings}))
 for sizes in cases:
-    losses, state, program = run_steps(tuple(sizes), accumulation=sizes[0] if sizes[0] == 2 else 1, **settings)
+    begin = params if sizes[1:] == [1, 1] else None  # made anew where they are split; copies are those of one device
+    losses, state, program = run_steps(tuple(sizes), begin, accumulation=sizes[0] if sizes[0] == 2 else 1, **settings)
     arrays = state.trainable | state.frozen
     out[str(sizes)] = {"losses": [x["loss"] for x in losses],
                        "sums": {p: float(np.abs(np.asarray(x)).sum()) for p, x in arrays.items()},
