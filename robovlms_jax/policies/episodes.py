@@ -92,3 +92,11 @@ class Episodes:
                 "own, or let one thread make all calls."
             )
         episode.actor = thread
+
+
+def not_finite(actions: np.ndarray) -> str:
+    """What an episode ends with."""
+    return (
+        f"the policy's actions are not finite: {actions.tolist()}. Either its parameters are not, or it decoded a word "
+        "that is no action (set policy.head.constrained). The episode has ended; reset the slot."
+    )

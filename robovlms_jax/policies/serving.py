@@ -189,6 +189,15 @@ class BatchedVLAPolicy:
                 self._begin(slots, words, [then] * self.slots)
             self._episodes.end(slots)
 
+    def compile(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Have the step ready that the episodes under way take with pictures of these sizes (camera -> height, width).
+        It is not run: parameters may be shapes with shardings until one acts."""
+        with self._lock:
+            images = {camera: np.zeros((self.slots, *size, 3), np.uint8) for camera, size in sizes.items()}
+            given = (self._carry, images, self._padded_text(), np.ones(self.slots, bool), self._readings.fields, None)
+            self._announce(images, (), False)
+            self._step.lower(self.params, *given).compile()
+
     def _act_blindly(self, sizes: Mapping[str, tuple[int, int]], text_length: int) -> None:
         """A step of each kind, in all slots, with black pictures."""
         images = {camera: np.zeros((*sizes[camera], 3), np.uint8) for camera in self.model.config.cameras}
@@ -224,7 +233,7 @@ class BatchedVLAPolicy:
                 return []
             actions, spreads = self._advance(seen)
             own = {slot: self._own(x, actions[slot]) for slot, x in seen.items()}
-            bad = {slot: _not_finite(own[slot]) for slot in seen if not np.isfinite(own[slot]).all()}
+            bad = {slot: episodes.not_finite(own[slot]) for slot in seen if not np.isfinite(own[slot]).all()}
             chunks = {
                 slot: ActionChunk(own[slot], *self._confidence(actions[slot], spreads[slot]))
                 for slot in seen
@@ -371,14 +380,6 @@ class BatchedVLAPolicy:
         """After a failure that may have lost what is kept: no slot has an episode."""
         self._episodes.end(range(self.slots))
         self._carry = None
-
-
-def _not_finite(actions: np.ndarray) -> str:
-    """What an episode ends with."""
-    return (
-        f"the policy's actions are not finite: {actions.tolist()}. Either its parameters are not, or it decoded a word "
-        "that is no action (set policy.head.constrained). The episode has ended; reset the slot."
-    )
 
 
 class VLAPolicy:

@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from robovlms_jax.control.execution import ExecutedBatch
 from robovlms_jax.envs.calvin import task_chains
@@ -26,7 +27,7 @@ from robovlms_jax.playtable.config import DemonstrationConfig
 from robovlms_jax.playtable.env import PlayTables
 from robovlms_jax.policies.serving import BatchedVLAPolicy, EncodeText
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.runs import robots
+from robovlms_jax.runs import ahead, robots
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import seals
 from robovlms_jax.training.state import TrainState
@@ -76,6 +77,24 @@ class ClosedLoop:
         )
         robots.require_same(config.policy, self._tables.robot, f"{self._tables.name} is driven as")
         self._policy: BatchedVLAPolicy | None = None
+        self._ready: ahead.Wait = ahead.nothing
+
+    def prepare(self, beside: ahead.Beside, abstract: TrainState) -> None:
+        """Compile what rollouts and their films need, beside other work. abstract: shapes and shardings of states."""
+        self._ready = beside.start("rollouts", lambda: self._compile(abstract))
+
+    def _compile(self, abstract: TrainState) -> None:
+        slots, trials = range(self._tables.size), self._trials[: self._tables.size]
+        self._tables.reset(slots, [trial.start for trial in trials])
+        seen = self._tables.observe(slots)
+        self._tables.step(slots, np.tile(np.float32([*[0.0] * 6, 1.0]), (len(slots), 1)))
+        if self._config.films:
+            self._tables.views(slots[:1])[0]()
+        params = ahead.placed(abstract.served, SingleDeviceSharding(self._mesh.local_devices[0]))
+        policy = BatchedVLAPolicy(self._model, params, self._encode, slots=self._tables.size)
+        policy.reset(slots, [trial.instructions[0] for trial in trials])
+        policy.compile({camera: image.shape[:2] for camera, image in seen[0].images.items()})
+        self._policy = policy
 
     def numbers(self, state: TrainState) -> dict[str, float]:
         """Roll the policy out, in the first process; the others wait. Returns `score` (tasks in a row on average), and,
@@ -139,6 +158,7 @@ class ClosedLoop:
         return rollout_report.section(evaluation, output.relative_to(self._run).as_posix(), strips=strips.exists())
 
     def _acting(self, state: TrainState) -> BatchedVLAPolicy:
+        self._ready()
         params = meshes.whole(state.served, self._mesh)
         if self._policy is None:
             self._policy = BatchedVLAPolicy(self._model, params, self._encode, slots=self._tables.size)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
 import sys
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
@@ -17,7 +19,7 @@ from robovlms_jax.data import loading, sources
 from robovlms_jax.evaluation.report import offline as offline_report
 from robovlms_jax.parallel import cpu, distributed
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.runs import build, chaining, closed_loop, logs, questions, resuming, steps, validation
+from robovlms_jax.runs import ahead, build, chaining, closed_loop, logs, questions, resuming, steps, validation
 from robovlms_jax.runs import setup as setups
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import to_dict
@@ -124,7 +126,15 @@ class Report(NamedTuple):
 
 def _train(setup: setups.Setup, report: Report, output: pathlib.Path, interrupts: stopping.Interrupts) -> bool:
     """False: stopped by a signal before the last step."""
+    with ahead.beside(setup.mesh) as beside:
+        return _train_beside(beside, setup, report, output, interrupts)
+
+
+def _train_beside(
+    beside: ahead.Beside, setup: setups.Setup, report: Report, output: pathlib.Path, interrupts: stopping.Interrupts
+) -> bool:
     config = setup.config
+    programs = _programs(setup, beside)
     serving = {"config": to_dict(config), "assets": dict(setup.backbone.assets)}
     checkpointer = checkpoints.Checkpointer(
         output, keep=config.train.keep_checkpoints, serving=serving, always=[stage.end for stage in setup.stages]
@@ -141,6 +151,8 @@ def _train(setup: setups.Setup, report: Report, output: pathlib.Path, interrupts
     evaluator = validation.evaluator(setup.model, setup.mesh, config, setup.validation, setup.encode, setup.train)
     examiner = questions.Examiner(setup.model, setup.mesh, config, setup.questions.validation)
     tables = _closed_loop(setup, output)
+    for needed_last in (tables, evaluator) if tables else (evaluator,):
+        needed_last.prepare(beside, setup.abstracts[-1])
     services = hooks.Services(
         train=config.train,
         checkpointer=checkpointer,
@@ -154,7 +166,7 @@ def _train(setup: setups.Setup, report: Report, output: pathlib.Path, interrupts
         select_best=config.rollouts.select == "best",
     )
     with contextlib.closing(checkpointer), contextlib.closing(writer):
-        train_state, finished = _train_stages(setup, train_state, services)
+        train_state, finished = _train_stages(setup, programs, train_state, services)
         finished = finished and not interrupts.asked  # it may come while the last step is saved
         if finished:
             section = tables.report(*_chosen(train_state, checkpointer, config)) if tables else ""
@@ -176,8 +188,31 @@ def _train(setup: setups.Setup, report: Report, output: pathlib.Path, interrupts
     return finished
 
 
+class Program(NamedTuple):
+    """A stage's training step. ready: returns when it is compiled, if it is ahead."""
+
+    step: Callable[[state.TrainState, Mapping[str, Any]], tuple[state.TrainState, Mapping[str, jax.Array]]]
+    ready: ahead.Wait
+
+
+def _programs(setup: setups.Setup, beside: ahead.Beside) -> dict[int, Program]:
+    """By number of the stage, of those that are left; compiled beside what comes before their first step."""
+    programs = {}
+    for stage in setup.stages[setup.first :]:
+        abstract = setup.abstracts[stage.index]
+        step = steps.make_step(setup.config, setup.model, abstract, setup.mesh, stage)
+        batch = ahead.placed(setup.batch_shapes(stage), meshes.batched(setup.mesh))
+        ready = beside.start("the training step", functools.partial(_compile, step, abstract, batch))
+        programs[stage.index] = Program(step, ready)
+    return programs
+
+
+def _compile(step: Any, abstract: state.TrainState, batch: Any) -> None:
+    step.lower(abstract, batch).compile()
+
+
 def _train_stages(
-    setup: setups.Setup, train_state: state.TrainState, services: hooks.Services
+    setup: setups.Setup, programs: Mapping[int, Program], train_state: state.TrainState, services: hooks.Services
 ) -> tuple[state.TrainState, bool]:
     """The stages that are left, one after the other; False: stopped by a signal."""
     finished = True
@@ -196,20 +231,21 @@ def _train_stages(
             logger.warning(remark)
         if len(rows) > 1:  # whole segments, so not always in the proportion that was asked for
             logger.info("every batch has segments of %s", ", ".join(f"{name} {n}" for name, n in rows.items()))
-        train_state, finished = _train_stage(setup, stage, train_state, services)
+        train_state, finished = _train_stage(setup, stage, programs[stage.index], train_state, services)
         if not finished:
             break
     return train_state, finished
 
 
 def _train_stage(
-    setup: setups.Setup, stage: stages.Stage, train_state: state.TrainState, services: hooks.Services
+    setup: setups.Setup, stage: stages.Stage, program: Program, train_state: state.TrainState, services: hooks.Services
 ) -> tuple[state.TrainState, bool]:
     """`loop.fit` over what is left of a stage."""
     config, mesh, start = setup.config, setup.mesh, int(train_state.step)
     order = sources.fingerprints(setup.sources, setup.rows(stage), stage.seed)
-    train_step = steps.make_step(config, setup.model, train_state, mesh, stage)
     logger.info("reading ahead, to see how fast batches come")
+    if config.data.num_workers == -1:  # the choice is for all of the run, the measurement not to be disturbed
+        program.ready()
     setup, rate = _loader_rate(setup, stage, start)
     services = dataclasses.replace(
         services,
@@ -217,12 +253,18 @@ def _train_stage(
         position=lambda step: {"next_step": step, "order": order, "stage": stage.position(step)},
     )
     logger.info("compiling the training step; large models take minutes, step %d follows", start + 1)
+
+    def train_step(current: state.TrainState, batch: Any) -> tuple[state.TrainState, Mapping[str, jax.Array]]:
+        with services.goodput.spent_on("compile"):
+            program.ready()
+        return program.step(current, meshes.put_batch(batch, mesh))
+
     schedule = loop.Schedule(stage.end, setup.stages[-1].end, config.train.log_every, config.train.checkpoint_every)
     with contextlib.closing(_batches(setup, stage, start)) as batches:
         return loop.fit(
             train_state,
             services.timed(batches),
-            lambda current, batch: train_step(current, meshes.put_batch(batch, mesh)),
+            train_step,
             schedule=schedule,
             hooks=services.hooks(train_state, schedule),
         )
@@ -261,7 +303,7 @@ def _batches(setup: setups.Setup, stage: stages.Stage, start: int) -> sources.So
 
 
 def _loader_rate(setup: setups.Setup, stage: stages.Stage, start: int) -> tuple[setups.Setup, float]:
-    """With data.num_workers decided, and the windows/s the loader then delivers over all hosts, from reading ahead."""
+    """With data.num_workers decided, and the windows/s that reading ahead with it brought, over all hosts."""
     config = setup.config
 
     def with_workers(count: int) -> setups.Setup:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.data import base, excerpts, language, loading, opening, represented, samples
@@ -23,8 +23,9 @@ from robovlms_jax.evaluation.report import offline as offline_report
 from robovlms_jax.inputs.config import AugmentConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import objective
-from robovlms_jax.policies.serving import EncodeText, VLAPolicy
+from robovlms_jax.policies.serving import BatchedVLAPolicy, EncodeText
 from robovlms_jax.policies.vla import VLA
+from robovlms_jax.runs import ahead
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import step
 from robovlms_jax.training.state import TrainState
@@ -74,6 +75,9 @@ def evaluator(
 class Unevaluated:
     """In place of an `Evaluator` where no validation episode is annotated: no numbers, and nothing to compare."""
 
+    def prepare(self, beside: ahead.Beside, abstract: TrainState) -> None:
+        """Nothing to compile."""
+
     def numbers(self, state: TrainState) -> dict[str, float]:
         """None."""
         return {}
@@ -100,6 +104,24 @@ class Evaluator:
         self._step = step.make_eval_step(objective.RobotLoss(model).predict, mesh)
         self._robot, units = config.policy.predicted, source.dataset.action_units
         self._units = units if len(units) == len(self._robot.scaled) else offline.units_of(self._robot)
+        self._policy: BatchedVLAPolicy | None = None
+        self._ready: ahead.Wait = ahead.nothing
+
+    def prepare(self, beside: ahead.Beside, abstract: TrainState) -> None:
+        """Compile what evaluation needs, beside other work. abstract: shapes and shardings of states."""
+        self._ready = beside.start("evaluation", lambda: self._compile(abstract))
+
+    def _compile(self, abstract: TrainState) -> None:
+        rows = self._source.evaluation_batch(np.full(self._config.segments_per_batch, samples.PADDING))
+        self._step.lower(abstract, ahead.placed(rows, meshes.batched(self._mesh))).compile()
+        self._augmented  # noqa: B018, the same whatever is learned
+        if self._config.evaluation.episodes:
+            params = ahead.placed(abstract.served, SingleDeviceSharding(self._mesh.local_devices[0]))
+            policy = BatchedVLAPolicy(self._model, params, self._encode, slots=1)
+            policy.reset([0], [self._source.dataset.episodes[0].instruction])
+            pictures = represented.own(self._source.dataset).allocate(1, self._config.policy.cameras)
+            policy.compile({camera: array.shape[1:3] for camera, array in pictures.items()})
+            self._policy = policy
 
     def numbers(self, state: TrainState) -> dict[str, float]:
         """Losses, errors in metres and radians, gripper accuracy and F1, over evaluation.batches batches."""
@@ -114,11 +136,12 @@ class Evaluator:
         """The numbers, and what the report at the end of a run shows of the split. Every process has to call it."""
         sums, losses = self._measure(state)
         sensitivity, curves = self._language(state), self._curves(state)
-        augmented = self._augmented() if jax.process_index() == 0 else None
+        augmented = self._augmented if jax.process_index() == 0 else None
         found = offline_report.Compared(sums, sensitivity, curves, self._robot, augmented)
         return losses | self._named(sums), found
 
     def _measure(self, state: TrainState) -> tuple[offline.Sums, dict[str, float]]:
+        self._ready()
         parts: list[offline.Sums] = []
         totals: dict[str, float] = {}
         for batch in self._batches(self._config.evaluation.batches):
@@ -158,7 +181,8 @@ class Evaluator:
         params = meshes.whole(state.served, self._mesh)
         if jax.process_index() != 0:
             return []
-        policy, config = VLAPolicy(self._model, params, self._encode), self._config.policy
+        policy = self._policy or BatchedVLAPolicy(self._model, params, self._encode, slots=1)
+        policy.params, config = params, self._config.policy
         dataset, curves = represented.own(self._source.dataset), []
         units = self._units if dataset is self._source.dataset else offline.units_of(config.robot)
         for episode in episodes[:: math.ceil(len(episodes) / count)]:
@@ -166,9 +190,9 @@ class Evaluator:
             states: Sequence[np.ndarray | None] = [None] * len(recorded.actions)
             if config.representation != "robot":
                 states = list(dataset.proprio(np.arange(episode.start, episode.end)))
-            policy.reset(episode.instruction)
+            policy.reset([0], [episode.instruction])
             seen = (_observation(recorded, t, state) for t, state in enumerate(states))
-            predicted = np.stack([policy.act(observation).actions[0] for observation in seen])
+            predicted = np.stack([policy.act([observation], [0])[0].actions[0] for observation in seen])
             at = player.thinned(len(recorded.actions), _PICTURES)
             pictures = {camera: x[at] for camera, x in recorded.images.items()}
             curves.append(
@@ -178,14 +202,15 @@ class Evaluator:
             )
         return curves
 
-    def _augmented(self, count: int = 5) -> Image | None:
+    @functools.cached_property
+    def _augmented(self) -> Image | None:
         """Samples as stored and as training changes them, with their sentences; None where it changes nothing."""
         data, cameras, source = self._config.data, self._config.policy.cameras, self._training
         changes = data.augment != AugmentConfig() or any(data.shifts.get(camera) for camera in cameras)
         if source is None or not (changes or data.vary_language):
             return None
-        chosen = np.linspace(0, len(source) - 1, count).astype(np.int64)
-        draws = np.random.default_rng(self._config.train.seed).integers(2**32, size=count, dtype=np.uint32)
+        chosen = np.linspace(0, len(source) - 1, 5).astype(np.int64)
+        draws = np.random.default_rng(self._config.train.seed).integers(2**32, size=len(chosen), dtype=np.uint32)
         batches = (source.evaluation_batch(chosen), source.training_batch(chosen, draws))
         stored, drawn = ({camera: x.inputs.images[camera][:, :1] for camera in cameras} for x in batches)
         spec = dataclasses.replace(self._model.vlm.image, mean=(0.0,) * 3, std=(1.0,) * 3)  # stays within 0 ... 1

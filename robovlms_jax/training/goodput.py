@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -17,7 +18,8 @@ class Goodput:
     """A clock that always runs for exactly one phase: the one entered last, or "step" outside all of them.
 
     Compilation is taken out of the phase it happens in, as JAX reports it (tracing, lowering, compiling, reading from
-    the cache). Use as a context: time counts, and compilations are noticed, inside it.
+    the cache). Use as a context: time counts, and compilations are noticed, inside it, those of the thread that entered
+    it: what others compile meanwhile (`runs.ahead`) holds up nobody.
 
     compilations: programs compiled, those read from the persistent cache included.
     """
@@ -27,9 +29,11 @@ class Goodput:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._phase, self._mark, self._open = "step", clock(), False
         self._counted: list[tuple[float, float]] = []  # begin and length of what was compiled
+        self._thread = threading.get_ident()
         self.compilations = 0
 
     def __enter__(self) -> Goodput:
+        self._thread = threading.get_ident()
         self._mark, self._open = self._clock(), True
         jax.monitoring.register_event_duration_secs_listener(self._heard)
         return self
@@ -76,7 +80,7 @@ class Goodput:
         self._phase, self._mark = phase, now
 
     def _heard(self, event: str, duration: float, **_: object) -> None:
-        if not self._open or not event.startswith(_COMPILING):
+        if not self._open or threading.get_ident() != self._thread or not event.startswith(_COMPILING):
             return
         self.compilations += event == _COMPILED
         self._turn(self._phase)

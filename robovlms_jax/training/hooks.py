@@ -100,7 +100,7 @@ class Services:
     position: step -> what a resumed run needs to draw that step's batch next.
     describe: source and number of an episode -> words that name it.
     max_corrupt_share: of the segments, that may be replaced before training stops.
-    loader_rate: windows/s the loader can deliver, measured before, for the report of who waits for whom.
+    loader_rate: windows/s that reading ahead brought, for the report of who waits for whom.
     evaluate: numbers on the validation split. roll_out: numbers in closed loop, asked every roll_out_every steps; with
       select_best also at the end, and its "score" decides which checkpoint is kept in best/.
     """

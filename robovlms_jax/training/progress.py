@@ -23,6 +23,10 @@ UNEVEN_WAIT = 0.2
 """Processes whose shares of time spent waiting for data differ by more are named in the log."""
 
 
+KEEPS_UP = 0.05
+"""A loop that waits for its data for less of the time is not held up by the loader."""
+
+
 class Clock(Hook):
     """Where the time goes: runs `goodput` while the loop does, and says so at the end."""
 
@@ -45,8 +49,7 @@ class Clock(Hook):
 class Log(Hook):
     """A line and metrics on the steps since the last one.
 
-    loader_rate: windows/s the loader can deliver, measured before, for the report of who waits for whom; None: no
-      report.
+    loader_rate: windows/s that reading ahead brought, for the report of who waits for whom; None: no report.
     """
 
     def __init__(
@@ -69,17 +72,19 @@ class Log(Hook):
         values |= self._speed.log(step.number, values["loss"]) | self._corrupt.values() | self._nonfinite.values()
         self._writer.write(step.number, {f"train/{name}": value for name, value in values.items()})
         if step.number >= self._compare_at and self._loader_rate:
-            _report_loader(self._loader_rate, values["windows_per_second"], self._speed.batch_size)
+            _report_loader(self._loader_rate, values, self._speed.batch_size)
             self._loader_rate = None
 
 
-def _report_loader(loader: float, eaten: float, batch_size: int) -> None:
-    verdict = (
-        "the loader keeps up"
-        if loader > 1.2 * eaten
-        else "the loader limits: raise data.num_threads or pack the dataset"
+def _report_loader(loader: float, values: Mapping[str, float], batch_size: int) -> None:
+    """Reading ahead may have been slower than reading is: beside a compiler, with nothing in memory yet."""
+    eaten, waits = values["windows_per_second"], values["data_wait_share"]
+    keeps_up = loader > 1.2 * eaten or waits < KEEPS_UP
+    verdict = "the loader keeps up" if keeps_up else "the loader limits: raise data.num_threads or pack the dataset"
+    logger.info(
+        "reading ahead brought %.0f windows/s, the step eats %.0f (batch %d) and waits for data %.0f%% of the time: %s",
+        *(loader, eaten, batch_size, 100 * waits, verdict),
     )
-    logger.info("loader can feed %.0f windows/s, the step eats %.0f (batch %d): %s", loader, eaten, batch_size, verdict)
 
 
 class Speed:

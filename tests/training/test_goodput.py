@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -64,5 +66,9 @@ def test_jax_reports_what_it_compiles():
         y(x), y(x)
         twice = spent.compilations
         assert twice == once + 1
+        other = threading.Thread(target=lambda: jax.jit(lambda x: x * 11 + 5).lower(x).compile())
+        other.start()
+        other.join()
+        assert spent.compilations == twice  # another thread's holds up nobody
     jax.jit(lambda x: x * 7 + 3)(x)
     assert spent.compilations == twice  # deaf again
