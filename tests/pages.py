@@ -67,7 +67,6 @@ def run(name: str, page: Page, folder: pathlib.Path) -> str:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "JAX_PLATFORMS": "cpu",
         "HF_HUB_OFFLINE": "1",
-        "XLA_FLAGS": "",
     }
     for command in commands:
         done = subprocess.run(

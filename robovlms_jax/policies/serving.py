@@ -193,7 +193,8 @@ class BatchedVLAPolicy:
         """Have the step ready that the episodes under way take with pictures of these sizes (camera -> height, width).
         It is not run: parameters may be shapes with shardings until one acts."""
         with self._lock:
-            images = {camera: np.zeros((self.slots, *size, 3), np.uint8) for camera, size in sizes.items()}
+            shapes = {camera: (self.slots, *sizes[camera], 3) for camera in self.model.config.cameras}
+            images = {camera: np.zeros(shape, np.uint8) for camera, shape in shapes.items()}
             given = (self._carry, images, self._padded_text(), np.ones(self.slots, bool), self._readings.fields, None)
             self._announce(images, (), False)
             self._step.lower(self.params, *given).compile()
