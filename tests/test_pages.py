@@ -13,7 +13,10 @@ from robovlms_jax.data.lerobot import synthetic
 from tests import pages
 
 WEIGHTS = "--backbone.weights hf://microsoft/kosmos-2-patch14-224"
-TINY = "--backbone.name kosmos-2-twin --backbone.dtype float32 --train.steps 2 --evaluation.batches 1 --evaluation.episodes 1"
+TINY = (
+    "--backbone.name kosmos-2-twin --backbone.dtype float32 --train.steps 2 "
+    "--evaluation.batches 1 --evaluation.episodes 1"
+)
 """In place of published weights: the same architecture with half a million parameters, for two steps."""
 
 

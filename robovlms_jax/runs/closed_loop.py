@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import logging
+import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -141,8 +143,9 @@ class ClosedLoop:
             films=kept.films,
         )
         films = kept.recordings()
-        for recording in films:
-            film_files.write_film(recording, output / f"film_{recording.trial.index:04d}")
+        paths = [output / f"film_{recording.trial.index:04d}" for recording in films]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # they are drawn outside Python's lock
+            list(pool.map(film_files.write_film, films, paths))
         title = f"{evaluation.setup['env']}, closed loop"
         rollout_report.write_report(
             output,

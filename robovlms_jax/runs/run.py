@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import logging
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -101,17 +102,30 @@ def _run(
     point = resuming.open_point(output) if config.train.resume else None
     if point:
         config = resuming.settle(point, config)
-    if config.demonstrations.episodes:
-        closed_loop.ensure_demonstrations(config.demonstrations, config.data.root)
-    setup = setups.prepare(config, point)
-    setups.announce(name, setup)
-    setups.require_memory(setup)
+    with _collecting_rarely():
+        if config.demonstrations.episodes:
+            closed_loop.ensure_demonstrations(config.demonstrations, config.data.root)
+        setup = setups.prepare(config, point)
+        setups.announce(name, setup)
+        setups.require_memory(setup)
     with directory.claim(output):
         checkpoints.require_free(output, resume=config.train.resume)  # another run may have ended there meanwhile
         finished = _train(setup, Report(name, title, closing, begin), output, interrupts)
     if finished and jax.process_index() == 0:
         logger.info("report: %s (the same as text: report.md)\n\n%s\n", output / "report.html", closing)
     return output
+
+
+@contextlib.contextmanager
+def _collecting_rarely() -> Iterator[None]:
+    """Tracing makes small objects by the million, few of them in circles. Python's default, a look at them every 700
+    new ones and at all of them every 70 000, is a quarter of its time (docs/log.md, 2026-11-26)."""
+    usual = gc.get_threshold()
+    gc.set_threshold(max(100_000, usual[0]), *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
 
 
 class Report(NamedTuple):
@@ -134,17 +148,15 @@ def _train_beside(
     beside: ahead.Beside, setup: setups.Setup, report: Report, output: pathlib.Path, interrupts: stopping.Interrupts
 ) -> bool:
     config = setup.config
-    programs = _programs(setup, beside)
     serving = {"config": to_dict(config), "assets": dict(setup.backbone.assets)}
     checkpointer = checkpoints.Checkpointer(
         output, keep=config.train.keep_checkpoints, serving=serving, always=[stage.end for stage in setup.stages]
     )
     if setup.point:
         _require_order(setup)
-        stage, abstract = setup.stages[setup.first], setup.abstracts[setup.first]
-        train_state = resuming.restore(checkpointer, setup.point, abstract, stage.optimizer)
-    else:
-        train_state = _begin(setup)
+    with _collecting_rarely():
+        programs = _programs(setup, beside)
+        train_state = _restored(setup, checkpointer) if setup.point else _begin(setup)
     began = int(train_state.step)
     provenance.write_record(output, report.name, to_dict(config))
     writer = metrics.open_writers(config.train.wandb_project, to_dict(config), output, int(train_state.step))
@@ -340,6 +352,12 @@ def _begin(setup: setups.Setup) -> state.TrainState:
     fisher = consolidation.read(checkpoints.run_of(checkpoints.locate(config.train.init_from)))
     fisher = consolidation.floored(fisher, stage.optimizer.ewc_floor)
     return begun.replace(opt_state=consolidation.with_fisher(begun.opt_state, fisher))
+
+
+def _restored(setup: setups.Setup, checkpointer: checkpoints.Checkpointer) -> state.TrainState:
+    """The state that a resumed run goes on with."""
+    stage, abstract = setup.stages[setup.first], setup.abstracts[setup.first]
+    return resuming.restore(checkpointer, setup.point, abstract, stage.optimizer)
 
 
 def _require_order(setup: setups.Setup) -> None:
