@@ -151,6 +151,8 @@ def parse(
     if arguments and not arguments[0].startswith("-"):
         hint = schema.nearest(f"--preset {arguments[0]}", [f"--preset {preset}" for preset in presets])
         sys.exit(_fail(f"{arguments[0]!r} belongs to no flag{hint} Settings are --FIELD VALUE."))
+    if names_flag(arguments, "train.steps") and "train.epochs" in fields and not names_flag(arguments, "train.epochs"):
+        arguments += ["--train.epochs", "0"]  # steps that are asked for count, whatever the preset says
     or_json = "" if read_json is None else ", or --upstream_json FILE, one of RoboVLMs' own configurations"
     listed = f"--preset NAME, one of: {', '.join(presets)}{or_json} (here: {name}); shown defaults are of this start."
     text = f"{description}\n\n{listed}"

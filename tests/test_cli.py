@@ -184,6 +184,19 @@ def test_whole_numbers_do_for_float_and_lists_for_tuples():
     assert from_dict(ExperimentConfig, to_dict(changed)) == changed
 
 
+def test_steps_that_a_command_line_names_count_although_the_preset_says_epochs():
+    # Fails if a run of two steps of a preset with five epochs trains for five epochs.
+    presets = {"epochs": cli.override(ExperimentConfig(), **{"train.epochs": 5})}
+
+    def parsed(*argv: str):
+        train = cli.parse(presets, "epochs", description="", argv=argv)[1].train
+        return train.steps, train.epochs
+
+    assert parsed("--train.steps", "2") == parsed("--train.steps=2") == (2, 0)
+    assert parsed("--train.steps", "2", "--train.epochs", "1") == (2, 1)
+    assert parsed() == (ExperimentConfig().train.steps, 5)
+
+
 def test_a_robot_comes_from_a_json_file_and_shifts_by_camera(tmp_path):
     spec = robot.RobotSpec("mine", 10.0, (robot.Camera("top"),), robot.CALVIN.action)
     (tmp_path / "mine.json").write_text(json.dumps(spec.to_json()))

@@ -173,7 +173,8 @@ class TrainConfig:
     steps: int = 50_000
     """Optimizer steps."""
     epochs: float = 0.0
-    """> 0: train for this many passes over the training windows instead of `steps`."""
+    """> 0: train for this many passes over the training windows instead of `steps`. A preset's is 0 where a command
+    line names `steps` alone."""
     batch_size: int = 128
     """Windows per step over all hosts: segments per step times data.windows_per_segment."""
     accumulation: int = 1
