@@ -195,7 +195,7 @@ class BatchedVLAPolicy:
         with self._lock:
             shapes = {camera: (self.slots, *sizes[camera], 3) for camera in self.model.config.cameras}
             images = {camera: np.zeros(shape, np.uint8) for camera, shape in shapes.items()}
-            given = (self._carry, images, self._padded_text(), np.ones(self.slots, bool), self._readings.fields, None)
+            given = (self._carry, images, self._placed_text(), np.ones(self.slots, bool), self._readings.fields, None)
             self._announce(images, (), False)
             self._step.lower(self.params, *given).compile()
 
