@@ -119,7 +119,7 @@ def measure_step(args: Args) -> dict[str, Any]:
         "compile_seconds": compile_seconds,
         "last_loss": float(metrics["loss"]),
         "xla_bytes_per_device": memory.of_program(compiled),
-        "estimated_bytes_per_device": {**dataclasses.asdict(estimate), "total": estimate.total},
+        "estimated_bytes_per_device": estimate.parts(),
     }
 
 

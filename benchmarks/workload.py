@@ -64,7 +64,7 @@ def experiment(
         backbone=BackboneConfig(
             name=backbone,
             dtype="bfloat16" if full else "float32",
-            remat=full,
+            remat="dots" if full else "none",
             attention_kernel=attention_kernel,
         ),
         policy=PolicyConfig(window=window, head=LSTMHeadConfig() if full else small_head),

@@ -32,7 +32,7 @@ TWIN = ROOT / "robovlms_jax" / "demo" / "twin"
 
 # Released RoboVLMs checkpoints (upstream's configs): both cameras, W = 16, C = 10, lr 2e-5 without weight decay.
 KOSMOS = ExperimentConfig(
-    backbone=BackboneConfig(name="kosmos-2", dtype="bfloat16", remat=True),
+    backbone=BackboneConfig(name="kosmos-2", dtype="bfloat16", remat="dots"),
     policy=PolicyConfig(window=16, chunk=10, head=LSTMHeadConfig()),
     data=DataConfig(windows_per_segment=16),
     optimizer=OptimizerConfig(learning_rate=2e-5, weight_decay=0.0, warmup_epochs=0.25),

@@ -109,7 +109,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "windows_per_step": config.train.batch_size,
         "segments_per_device": config.segments_per_batch // (sizes[0] * sizes[1] * config.train.accumulation),
         "text_length": text_length,
-        "bytes_per_device": {**dataclasses.asdict(estimate), "total": estimate.total},
+        "bytes_per_device": estimate.parts(),
         "seconds_to_estimate": round(time.perf_counter() - begin, 2),
     }
     return result | ({"xla": compile_step(config, model, abstract, batch, mesh)} if config.compile else {})

@@ -73,7 +73,7 @@ def read(config: type[Config] | Config, *, description: str | None = None, argv:
     given = sys.argv[1:] if argv is None else argv
     if {"--help", "-h"} & set(given):
         cli_help.show(description, config)
-    arguments = _spell_switches(_with_output(given, config), switches(config))
+    arguments = _spell_switches(_with_output(given, config), switches(config), former_switches(config))
     arguments = ["--help" if argument in ("--help-all", "--help_all") else argument for argument in arguments]
     description = description and cli_help.with_examples_apart(description)
     if not isinstance(config, type):
@@ -304,21 +304,42 @@ def switches(config: type | Any, prefix: str = "") -> frozenset[str]:
     return frozenset(found)
 
 
-def _spell_switches(arguments: Sequence[str], known: Collection[str]) -> list[str]:
-    """The arguments with every switch as the command-line library spells it, `--a.flag` or `--a.no-flag`."""
+def former_switches(config: type | Any, prefix: str = "") -> dict[str, Mapping[bool, str]]:
+    """Dotted name of every field that was true or false before -> what is the same today (`schema.today`)."""
+    cls = config if isinstance(config, type) else type(config)
+    found = {prefix + name: values for name, values in getattr(cls, "FORMER", {}).items()}
+    for name, hint in schema.hints(cls).items():
+        value = getattr(config, name, None)
+        if dataclasses.is_dataclass(value) or (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
+            found |= former_switches(value if dataclasses.is_dataclass(value) else hint, f"{prefix}{name}.")
+    return found
+
+
+def _spell_switches(
+    arguments: Sequence[str], known: Collection[str], former: Mapping[str, Mapping[bool, str]]
+) -> list[str]:
+    """The arguments with every switch as the command-line library spells it, `--a.flag` or `--a.no-flag`, and former
+    ones with what is the same today."""
     out, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)
         flag, equals, value = argument.partition("=")
-        path, negated = _switch(flag, known)
+        path, negated = _switch(flag, {*known, *former})
         if path is None:
             out.append(argument)
             continue
         if not equals and rest and not rest[0].startswith("-"):
             value, equals = rest.pop(0), "="
+        if path in former and equals and value.lower() not in TRUE + FALSE:
+            out.append(f"--{path}={value}")
+            continue
         if equals and value.lower() not in TRUE + FALSE:
             sys.exit(_fail(f"{flag} is a switch: expected nothing after it, or True or False; got {value!r}."))
         on = (value.lower() not in FALSE) != negated
+        if path in former:
+            print(f"note: {flag} is no switch any more; taken as --{path} {former[path][on]}.", file=sys.stderr)
+            out.append(f"--{path}={former[path][on]}")
+            continue
         room, _, leaf = path.rpartition(".")
         out.append(f"--{room}{'.' if room else ''}{'' if on else 'no-'}{leaf}")
     return out
@@ -395,6 +416,6 @@ def _override(config: Any, path: Sequence[str], value: object, above: Sequence[s
     if rest:
         schema.check(type(config), {head: getattr(config, head, None)}, name)
         value = _override(getattr(config, head), rest, value, [*above, head])
-    value = tuple(value) if isinstance(value, list) else value
+    value = schema.today(type(config), head, tuple(value) if isinstance(value, list) else value)
     schema.check(type(config), {head: value}, name)
     return dataclasses.replace(config, **{head: value})

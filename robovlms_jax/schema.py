@@ -163,9 +163,16 @@ def from_dict(cls: type, values: Mapping[str, Any], path: str = "config") -> Any
     known = hints(cls)
     kwargs = {}
     for name, value in values.items():
-        kwargs[name] = from_plain(known.get(name), value, f"{path}.{name}")
+        kwargs[name] = from_plain(known.get(name), today(cls, name, value), f"{path}.{name}")
     check(cls, kwargs, path)
     return cls(**kwargs)
+
+
+def today(cls: type, name: str, value: Any) -> Any:
+    """A field's value, or what means the same today where it is one that the field had before: classes say so in
+    `FORMER`, field -> truth value that it was -> value."""
+    former = getattr(cls, "FORMER", {}).get(name, {})
+    return former[value] if isinstance(value, bool) and value in former else value
 
 
 def item_of(hint: Any) -> type | None:

@@ -60,6 +60,36 @@ def test_a_switch_is_understood_in_every_usual_spelling(arguments, expected, as_
 
 
 @pytest.mark.parametrize(
+    ("arguments", "expected", "is_told"),
+    [
+        ("--backbone.remat --train.steps 3", "dots", True),
+        ("--backbone.remat=True", "dots", True),
+        ("--backbone.no-remat", "none", True),
+        ("--backbone.remat false", "none", True),
+        ("--backbone.remat offload", "offload", False),
+        ("--backbone.remat=full", "full", False),
+    ],
+)
+def test_what_was_a_switch_once_is_understood_and_answered_with_what_it_is_today(arguments, expected, is_told, capsys):
+    config = cli.read(ExperimentConfig(), argv=arguments.split())
+    assert config.backbone.remat == expected
+    assert (f"taken as --backbone.remat {expected}." in capsys.readouterr().err) == is_told
+
+
+@pytest.mark.parametrize(("was", "today"), [(True, "dots"), (False, "none")])
+def test_a_configuration_from_before_is_read_as_it_was_meant(was, today):
+    saved = to_dict(ExperimentConfig())
+    saved["backbone"]["remat"] = was
+    assert from_dict(ExperimentConfig, saved).backbone.remat == today
+    assert cli.override(ExperimentConfig(), **{"backbone.remat": was}).backbone.remat == today
+
+
+def test_a_field_that_was_a_switch_says_what_it_takes():
+    with pytest.raises(ValueError, match=r"backbone.remat='dot' is not one of 'none', 'dots', 'offload', 'full'"):
+        cli.override(ExperimentConfig(), **{"backbone.remat": "dot"})
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--data.success_only", "maybe"], "--data.success_only is a switch: expected nothing after it, or True or"),

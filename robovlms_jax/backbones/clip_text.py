@@ -95,7 +95,7 @@ class ClipText(nn.Module):
         # causal: padding comes after everything that is read
         mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (len(ids), length, length))
         layer = ClipTextLayer(c, name="layers")
-        x, _ = scan_layers(lambda layer, x, _: (layer(x, mask), None), layer, x, length=c.depth, remat=False)
+        x, _ = scan_layers(lambda layer, x, _: (layer(x, mask), None), layer, x, length=c.depth, remat="none")
         x = LayerNorm(c.norm_epsilon, name="final_norm")(x)
         end = jnp.argmax(ids if c.eos_id is None else ids == c.eos_id, axis=-1)
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)

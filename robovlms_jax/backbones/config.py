@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from robovlms_jax import schema
 from robovlms_jax.nn.linear import AttentionKernel
+from robovlms_jax.nn.stack import Remat
 from robovlms_jax.schema import require
 
 
@@ -15,6 +17,9 @@ from robovlms_jax.schema import require
 @schema.checked("backbone")
 class BackboneConfig:
     """Which vision-language model, and how it computes."""
+
+    FORMER: ClassVar[Mapping[str, Mapping[bool, str]]] = {"remat": {False: "none", True: "dots"}}
+    """Field -> what it was -> what is the same today, for configurations and command lines from before."""
 
     name: str = "kosmos-2"
     """Registered backbone. With `weights`, the architecture comes from that directory's config.json instead of the
@@ -35,8 +40,11 @@ class BackboneConfig:
     attention_kernel: AttentionKernel = "auto"
     """What computes attention in sixteen bits. auto: cuDNN on NVIDIA's GPUs where it can and is faster, XLA's kernels
     otherwise; cudnn, xla: always these."""
-    remat: bool = False
-    """Recompute layer activations in the backward pass: much less memory for about a third more compute."""
+    remat: Remat = "none"
+    """What of the layers the backward pass computes again instead of keeping it. none: nothing. dots: all but products
+    with parameters and results of attention: much less memory for little more compute. offload: as dots, and what that
+    keeps waits in the host's memory (GPUs and TPUs; a CPU's is the same). full: everything from each layer's input on:
+    least memory, a third more compute."""
     resampler_latents: int = 0
     """> 0: a Perceiver resampler behind the connector turns every image's tokens into this many (upstream's
     `use_vision_resampler`: 64), with random parameters at first."""

@@ -130,7 +130,7 @@ class QFormer(nn.Module):
         x = LayerNorm(c.norm_epsilon, name="query_norm")(x)
         pair = Pair(c, self.kernel, name="layers")
         x, _ = scan_layers(
-            lambda pair, x, _: (pair(x, mask, features), None), pair, x, length=c.depth // 2, remat=False
+            lambda pair, x, _: (pair(x, mask, features), None), pair, x, length=c.depth // 2, remat="none"
         )
         return Dense(self.text.width, (None, "embed"), kernel=self.kernel, name="out")(x[:, : c.num_queries])
 

@@ -18,7 +18,7 @@ from robovlms_jax.nn.linear import Kernel
 from robovlms_jax.nn.mlp import MLP
 from robovlms_jax.nn.norms import RMSNorm
 from robovlms_jax.nn.positions import Rotary, grid_rotary
-from robovlms_jax.nn.stack import scan_layers
+from robovlms_jax.nn.stack import Remat, scan_layers
 from robovlms_jax.nn.vit import embed_patches
 from robovlms_jax.weights import rules
 
@@ -61,7 +61,7 @@ class WindowViTConfig:
         """Rows and columns of tokens."""
         return (self.side // self.merge,) * 2
 
-    def build(self, kernel: Kernel, remat: bool) -> nn.Module:
+    def build(self, kernel: Kernel, remat: Remat) -> nn.Module:
         return WindowViT(self, kernel, remat)
 
     def tiny(self) -> WindowViTConfig:
@@ -91,7 +91,7 @@ class WindowViT(nn.Module):
 
     config: WindowViTConfig
     kernel: Kernel = Kernel()
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from robovlms_jax.inputs.images import ImageSpec
 from robovlms_jax.nn.decoder_config import DecoderConfig
 from robovlms_jax.nn.linear import AttentionKernel, Kernel, Lora, Storage
 from robovlms_jax.nn.perceiver import PerceiverConfig
+from robovlms_jax.nn.stack import Remat
 from robovlms_jax.weights.rules import Rules
 
 
@@ -19,7 +20,7 @@ class VisionConfig(Protocol):
 
     image_size: int
 
-    def build(self, kernel: Kernel, remat: bool) -> nn.Module:
+    def build(self, kernel: Kernel, remat: Remat) -> nn.Module:
         """Module: float[B, size, size, 3] -> float[B, P', vision width], or what else the family's connector reads."""
 
     def tiny(self) -> VisionConfig:
@@ -77,8 +78,8 @@ class VLMConfig:
     training); causal: upstream's way for every backbone."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products; parameters, norms and softmax stay float32."""
-    remat: bool = False
-    """Recompute layer activations in the backward pass."""
+    remat: Remat = "none"
+    """What layers compute again in the backward pass instead of keeping it (`nn.stack`)."""
     encoder: DecoderConfig | None = None
     """Reads images and text in both directions. Its states stand beside the decoder's sequence."""
     connector_tokenizer: str = ""

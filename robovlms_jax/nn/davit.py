@@ -13,7 +13,7 @@ from robovlms_jax.nn.attention import Attention, attend
 from robovlms_jax.nn.linear import Einsum, Kernel
 from robovlms_jax.nn.mlp import ACTIVATIONS, MLP
 from robovlms_jax.nn.norms import LayerNorm
-from robovlms_jax.nn.stack import scan_layers
+from robovlms_jax.nn.stack import Remat, scan_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class DaViTConfig:
             side = (side + 2 * padding - size) // stride + 1
         return side
 
-    def build(self, kernel: Kernel, remat: bool) -> nn.Module:
+    def build(self, kernel: Kernel, remat: Remat) -> nn.Module:
         """The module."""
         return DaViT(self, kernel, remat)
 
@@ -163,7 +163,7 @@ class Stage(nn.Module):
     config: DaViTConfig
     number: int
     kernel: Kernel = Kernel()
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -190,7 +190,7 @@ class DaViT(nn.Module):
 
     config: DaViTConfig
     kernel: Kernel = Kernel()
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from robovlms_jax.nn.linear import Einsum, Embed, Kernel
 from robovlms_jax.nn.mlp import MLP
 from robovlms_jax.nn.norms import make_norm
 from robovlms_jax.nn.positions import Rotary, alibi_slopes, relative_buckets, rotary, sinusoid
-from robovlms_jax.nn.stack import Step, scan_groups, scan_layers
+from robovlms_jax.nn.stack import Remat, Step, scan_groups, scan_layers
 from robovlms_jax.types import Media, Tokens
 
 
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
 
     config: DecoderConfig
     kernel: Kernel = Kernel()
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self):
         c = self.config

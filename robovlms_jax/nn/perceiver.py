@@ -13,7 +13,7 @@ from robovlms_jax.nn.attention import attend
 from robovlms_jax.nn.linear import Einsum, Kernel
 from robovlms_jax.nn.mlp import ACTIVATIONS
 from robovlms_jax.nn.norms import LayerNorm
-from robovlms_jax.nn.stack import scan_layers
+from robovlms_jax.nn.stack import Remat, scan_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Perceiver(nn.Module):
 
     config: PerceiverConfig
     kernel: Kernel = Kernel()
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, tokens: jax.Array, *, deterministic: bool = True) -> jax.Array:

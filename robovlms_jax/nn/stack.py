@@ -12,7 +12,7 @@ import contextvars
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,11 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from robovlms_jax.nn import attended
+
+Remat = Literal["none", "dots", "offload", "full"]
+"""What the backward pass computes again instead of keeping it. none: nothing. dots: all but long products with
+parameters and results of attention. offload: the same, but what dots keeps lies in the host's memory meanwhile. full:
+everything from each layer's input on."""
 
 UNROLLED = 4
 """Up to so many layers are compiled one by one. What a scan keeps for the backward pass is copied into stacks and out
@@ -76,9 +81,9 @@ def joined(params: Mapping[str, Any]) -> dict[str, Any]:
     return jax.tree.map(join, dict(params), is_leaf=lambda x: isinstance(x, tuple))
 
 
-def _one_by_one(length: int, remat: bool) -> bool:
+def _one_by_one(length: int, remat: Remat) -> bool:
     """Whether so many layers are compiled one by one."""
-    return _ONE_BY_ONE.get() or (length <= UNROLLED and not remat)  # remat needs the loop, see below
+    return _ONE_BY_ONE.get() or (length <= UNROLLED and remat == "none")  # others need the loop, see below
 
 
 SHORT = 256
@@ -93,14 +98,32 @@ def _is_kept(primitive: Any, *operands: Any, **parameters: Any) -> bool:
     return math.prod(operands[0].shape[axis] for axis in contracted) > SHORT
 
 
-KEPT = jax.checkpoint_policies.save_from_both_policies(
-    _is_kept, jax.checkpoint_policies.save_only_these_names(attended.SAVED)
+_DOTS_TO_HOST = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+_ATTENDED_TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=(),
+    names_which_can_be_offloaded=(attended.SAVED,),
+    offload_src="device",
+    offload_dst="pinned_host",
 )
-"""What rematerialisation does not compute again: long products with parameters, and results of attention."""
+
+
+def _to_host(primitive: Any, *operands: Any, **parameters: Any) -> Any:
+    policy = _DOTS_TO_HOST if _is_kept(primitive, *operands, **parameters) else _ATTENDED_TO_HOST
+    return policy(primitive, *operands, **parameters)
+
+
+POLICIES: Mapping[Remat, Callable[..., Any]] = {
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        _is_kept, jax.checkpoint_policies.save_only_these_names(attended.SAVED)
+    ),
+    "offload": _to_host,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What rematerialisation keeps of a layer, its input apart, and where."""
 
 
 def scan_layers(
-    step: Callable, block: nn.Module, x: jax.Array, layers: Any = None, *, length: int, unused: int = 0, remat: bool
+    step: Callable, block: nn.Module, x: jax.Array, layers: Any = None, *, length: int, unused: int = 0, remat: Remat
 ) -> tuple[jax.Array, Any]:
     """Apply `step(block, x, layer) -> (x, layer)` `length` times; each layer has its own parameters and dropout.
 
@@ -108,7 +131,7 @@ def scan_layers(
       step: may close over anything all layers share (masks, flags).
       layers: pytree with a leading axis L that is handed to and collected from the layers (a cache), or None.
       unused: layers at the end that have parameters but are not applied.
-      remat: recompute activations in the backward pass and keep only what `KEPT` says.
+      remat: what the backward pass computes again.
     """
     apply = step
 
@@ -118,9 +141,9 @@ def scan_layers(
         x = nn.with_logical_constraint(x, ("batch", *[None] * (x.ndim - 1)))
         return apply(block, x, layer)
 
-    if remat and not _ONE_BY_ONE.get():
+    if remat != "none" and not _ONE_BY_ONE.get():
         # A scan is its own barrier against common-subexpression elimination, so the slower built-in one is not needed.
-        step = nn.remat(step, prevent_cse=False, policy=KEPT)
+        step = nn.remat(step, prevent_cse=False, policy=POLICIES[remat])
 
     def scan(block, x, layers, length):
         return nn.scan(
@@ -153,7 +176,7 @@ def scan_groups(
     *,
     length: int,
     every: int,
-    remat: bool,
+    remat: Remat,
 ) -> tuple[jax.Array, tuple[Any, Any]]:
     """`scan_layers` with a layer of a second kind before every `every`-th of the first; both kinds keep their stacks.
 
@@ -187,8 +210,8 @@ def scan_groups(
     def regroup(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.reshape(groups, every, *leaf.shape[1:]), tree)
 
-    if remat and not _ONE_BY_ONE.get():
-        group = jax.checkpoint(group, prevent_cse=False, policy=KEPT)
+    if remat != "none" and not _ONE_BY_ONE.get():
+        group = jax.checkpoint(group, prevent_cse=False, policy=POLICIES[remat])
     keys = None
     if blocks[0].has_rng("dropout"):
         keys = jax.random.split(blocks[0].make_rng("dropout"), (groups, every + 1))

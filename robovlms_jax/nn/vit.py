@@ -16,7 +16,7 @@ from robovlms_jax.nn.linear import Einsum, Kernel
 from robovlms_jax.nn.mlp import ACTIVATIONS, MLP
 from robovlms_jax.nn.norms import LayerNorm
 from robovlms_jax.nn.positions import Rotary, grid_rotary, resize_positions
-from robovlms_jax.nn.stack import scan_layers
+from robovlms_jax.nn.stack import Remat, scan_layers
 
 
 class PatchedConfig(Protocol):
@@ -88,7 +88,7 @@ class ViTConfig:
         """Features per image: patches, and the class token where it is kept."""
         return self.side**2 + (self.cls == "keep")
 
-    def build(self, kernel: Kernel, remat: bool) -> nn.Module:
+    def build(self, kernel: Kernel, remat: Remat) -> nn.Module:
         """The module."""
         return ViT(self, kernel, remat)
 
@@ -145,7 +145,7 @@ class ViT(nn.Module):
 
     config: ViTConfig
     kernel: Kernel = Kernel()
-    remat: bool = False
+    remat: Remat = "none"
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:

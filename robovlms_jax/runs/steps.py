@@ -10,6 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from robovlms_jax.nn.stack import Remat
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import answers, embodiments, objective
 from robovlms_jax.policies.tasks import base, registry
@@ -137,7 +138,7 @@ def require_room(
     Args:
       found: `memory_of` of the same arguments, where known already.
     Raises:
-      ValueError: no room; names the nearest train.accumulation and backbone.remat with which there is, if any.
+      ValueError: no room; names the nearest train.accumulation with each backbone.remat with which there is, if any.
     """
     found = memory_of(config, model, state, batch) if found is None else found
     tensor = state.step.sharding.mesh.shape["tensor"]
@@ -148,12 +149,12 @@ def require_room(
     if surely <= SLACK * limit:
         logger.warning("%s; it may run out of memory.", text)
         return found
-    ways = []  # the first that fits with each choice of remat
+    ways: dict[str, str] = {}  # by remat, the first that fits
     for words, estimate in smaller(config, model, state, batch):
-        if estimate.total <= limit and not any(("remat" in words) == ("remat" in other) for other, _ in ways):
-            ways.append((words, estimate))
+        if estimate.total <= limit:
+            ways.setdefault(words.partition("--backbone.remat")[2], f"{words} ({readable(estimate.total)})")
     if ways:
-        listed = " or ".join(f"{words} ({readable(estimate.total)})" for words, estimate in ways)
+        listed = " or ".join(ways.values())
         raise ValueError(f"{text}. With {listed} there is room.")
     raise ValueError(
         f"{text}. Neither train.accumulation nor backbone.remat makes enough room; set a larger mesh.fsdp, a smaller "
@@ -161,16 +162,21 @@ def require_room(
     )
 
 
+_LESS: Mapping[Remat, tuple[Remat, ...]] = {"none": ("dots", "full"), "dots": ("full",), "offload": (), "full": ()}
+"""backbone.remat -> others that take less memory of the device, those that compute less again first."""
+
+
 def smaller(
     config: ExperimentConfig, model: VLA, state: TrainState, batch: Mapping[str, Any], *, platform: str = ""
 ) -> Iterator[tuple[str, Estimate]]:
-    """The same update in less memory: ("--flag value ...", estimate), least change first; traced one by one.
+    """The same update in less memory: ("--flag value ...", estimate), least change first; traced one by one. What
+    lies in the host's memory is not among them: how fast it comes back is the machine's.
     platform: as `memory_of`."""
     ways = state.step.sharding.mesh.shape
     rows = config.segments_per_batch // (ways["data"] * ways["fsdp"])
-    remat = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, remat=True))
-    models = [("", model)] if model.vlm.remat else [("", model), (" --backbone.remat", remat)]
-    for words, changed in models:
+    for remat in ("", *_LESS[model.vlm.remat]):
+        words = f" --backbone.remat {remat}" if remat else ""
+        changed = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, remat=remat or model.vlm.remat))
         for parts in range(config.train.accumulation, rows + 1):
             if rows % parts or (parts == config.train.accumulation and not words):
                 continue

@@ -211,7 +211,7 @@ def test_dropout_acts_only_when_asked_and_reaches_images_and_text(kosmos_twin):
 
 def test_rematerialisation_changes_no_value(kosmos_twin):
     images, ids, mask = example(kosmos_twin.config)
-    config = dataclasses.replace(kosmos_twin.config, remat=True)
+    config = dataclasses.replace(kosmos_twin.config, remat="full")
     found = query_features(dataclasses.replace(kosmos_twin, config=config), images, ids, mask)
     np.testing.assert_allclose(found, query_features(kosmos_twin, images, ids, mask), rtol=1e-6, atol=1e-6)
 

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import importlib.util
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import plan
 from robovlms_jax import cli
+from robovlms_jax.parallel import targets
+from robovlms_jax.training import memory
 
 pytestmark = pytest.mark.slow
 COMPILERS = {"v": "libtpu", "h": "jax_plugins.xla_cuda12"}
 
 
-def planned(target: str, data: int, fsdp: int, programs: tuple[str, ...] = ("training",)) -> dict:
-    """The twin with two segments on each device, nothing kept."""
+def require_compiler(target: str) -> None:
     module = COMPILERS[target[0]]
     if importlib.util.find_spec(module.partition(".")[0]) is None or importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed: make test-plans")
+
+
+def planned(target: str, data: int, fsdp: int, programs: tuple[str, ...] = ("training",)) -> dict:
+    """The twin with two segments on each device, nothing kept."""
+    require_compiler(target)
     changes = {
         "policy.window": 4, "data.windows_per_segment": 2, "train.batch_size": 4 * data * fsdp, "mesh.data": data,
         "mesh.fsdp": fsdp, "target": target, "programs": programs, "compiled": "",
@@ -65,3 +74,32 @@ def test_no_collective_of_a_device_grows_with_the_copies_of_the_model():
         if "data" in key[1]:
             assert key[0] in ("all-reduce", "reduce-scatter", "all-gather")
             assert sent <= 1.3 * few.get(key, 0.0) + 4096, key
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(132096, True), (135168, False)])
+def test_libtpu_compiles_what_by_the_reported_peak_has_room_and_refuses_the_rest(rows, fits):
+    # Arguments, results and reported temporaries of the first are 16.6 GiB, and a v5e has 15.75.
+    require_compiler("v5e:2x2")
+    target = targets.parse("v5e:2x2")
+    mesh = jax.sharding.Mesh(np.array(targets.devices(target)), ("fsdp",))
+
+    def lying(shape, *axes):
+        split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(shape, np.float32, sharding=split)
+
+    def loss(layers, x):
+        def turn(x, layer):
+            return jnp.tanh(x.astype(jnp.bfloat16) @ layer.astype(jnp.bfloat16)).astype(jnp.float32), None
+
+        return jnp.square(jax.lax.scan(jax.checkpoint(turn, prevent_cse=False), x, layers)[0]).sum()
+
+    given = lying((24, 2048, 2048), None, "fsdp"), lying((4 * rows, 2048), "fsdp")
+    lowered = jax.jit(jax.grad(loss)).lower(*given)
+    if not fits:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+            lowered.compile()
+        return
+    compiled = lowered.compile()
+    found, said = memory.of_program(compiled), compiled.memory_analysis()
+    assert 0.98 * target.figures.memory < found["peak"] < target.figures.memory
+    assert found["arguments"] + found["results"] + said.temp_size_in_bytes > target.figures.memory

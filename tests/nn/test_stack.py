@@ -27,7 +27,7 @@ class Layer(nn.Module):
 
 
 class Tower(nn.Module):
-    remat: bool = False
+    remat: stack.Remat = "none"
 
     @nn.compact
     def __call__(self, x):
@@ -42,7 +42,7 @@ def tower():
     return {"tower": params, "head": {"kernel": jnp.ones((WIDTH, 3))}}, x
 
 
-def served(params, x, remat=False):
+def served(params, x, remat="none"):
     with stack.unrolled():
         return Tower(remat).apply({"params": stack.joined(params)["tower"]}, x)
 
@@ -71,7 +71,7 @@ def test_taking_the_stacks_leaves_one_copy(tower):
     jax.tree.map(np.testing.assert_array_equal, stack.joined(apart), tower[0])
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "dots"])
 def test_layers_one_by_one_compute_what_the_loop_does(tower, remat):
     params, x = tower
     expected = Tower().apply({"params": params["tower"]}, x)
@@ -102,6 +102,6 @@ def test_what_adapters_add_is_made_again_and_not_kept_beside_what_they_stand_bes
 
     shapes = ((8, 512), (512, 640), (512, 4), (4, 640))
     arrays = [jnp.ones(shape) for shape in shapes]
-    jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(layer, policy=stack.KEPT), *arrays)
+    jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(layer, policy=stack.POLICIES["dots"]), *arrays)
     kept = [line for line in capsys.readouterr().out.splitlines() if "from the argument" not in line]
     assert [line.split()[0] for line in kept if "640" in line] == ["f32[8,640]"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import typing
 
 import flax.linen as nn
 import jax
@@ -52,7 +53,7 @@ VISION = vit.ViTConfig(
 B, S = 2, 5
 
 
-def make_text(config: decoder_config.DecoderConfig = TEXT, remat: bool = False):
+def make_text(config: decoder_config.DecoderConfig = TEXT, remat: stack.Remat = "none"):
     module = decoder.Decoder(config, remat=remat)
     embeds = jax.random.normal(jax.random.key(0), (B, S, config.width))
     positions = jnp.broadcast_to(jnp.arange(S), (B, S))
@@ -102,7 +103,8 @@ def test_scanned_vit_equals_its_layers_one_after_another(exact_matmul):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_remat_changes_neither_values_nor_gradients_nor_dropout():
+def test_what_remat_keeps_and_where_changes_neither_values_nor_gradients_nor_dropout(monkeypatch):
+    monkeypatch.setattr(stack, "SHORT", 0)  # or none of these products would be long enough to be kept
     _, args = make_text()
     params = random_params(make_text()[0], *args)
 
@@ -114,23 +116,29 @@ def test_remat_changes_neither_values_nor_gradients_nor_dropout():
 
         return jax.jit(jax.value_and_grad(loss))(params)
 
-    value, grads = run(False)
-    value_remat, grads_remat = run(True)
-    np.testing.assert_allclose(value, value_remat, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, grads_remat)
+    value, grads = run("none")
+    for remat in ("dots", "offload", "full"):
+        other, other_grads = run(remat)
+        np.testing.assert_allclose(other, value, rtol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), other_grads, grads)
 
 
-def test_remat_recomputes_what_it_does_not_store():
+def test_remat_recomputes_what_it_does_not_store(monkeypatch):
+    monkeypatch.setattr(stack, "SHORT", 0)
     images = jnp.ones((B, 6, 6, 3))
     params = random_params(vit.ViT(VISION), images)
 
-    def count(remat):
+    def traced(remat):
         def loss(params):
             return vit.ViT(VISION, remat=remat).apply({"params": params}, images).sum()
 
-        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("exp ")
+        return str(jax.make_jaxpr(jax.grad(loss))(params))
 
-    assert count(True) > count(False)
+    none, dots, offload, full = map(traced, typing.get_args(stack.Remat))
+    assert none.count("exp ") < dots.count("exp ") == offload.count("exp ") == full.count("exp ")
+    # Products with parameters are made again by full alone, and wait in the host's memory for offload alone.
+    assert dots.count("dot_general") == offload.count("dot_general") < full.count("dot_general")
+    assert "<host>" in offload and "<host>" not in none + dots + full
 
 
 def test_dropout_draws_anew_for_attention_and_mlp():
@@ -169,7 +177,7 @@ class _Noise(nn.Module):
 class _Tower(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return stack.scan_layers(lambda block, x, _: (x, block(x)), _Noise(name="layers"), x, length=3, remat=False)[1]
+        return stack.scan_layers(lambda block, x, _: (x, block(x)), _Noise(name="layers"), x, length=3, remat="none")[1]
 
 
 def test_layers_have_their_own_parameters_dropout_and_a_named_axis():

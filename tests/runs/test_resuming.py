@@ -75,7 +75,7 @@ def test_a_sensor_may_change_its_dropout_and_nothing_else():
     [
         {},
         {"train.log_every": 1, "train.steps": 50, "evaluation.batches": 3, "rollouts.trials": 4, "mesh.fsdp": 2},
-        {"data.num_workers": 4, "data.root": "/elsewhere", "train.init_from": "/gone", "backbone.remat": True},
+        {"data.num_workers": 4, "data.root": "/elsewhere", "train.init_from": "/gone", "backbone.remat": "full"},
         {"optimizer.learning_rate": 1.0, "train.on_nonfinite": "skip"},
         {"train.epochs": 3.0, "optimizer.warmup_epochs": 1.0},
     ],

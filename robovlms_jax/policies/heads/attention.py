@@ -57,5 +57,5 @@ class AttentionHead(ContinuousHead):
             return block(x, attend, deterministic=deterministic), None
 
         x = x.reshape(batch, steps * self.num_queries, -1)
-        x, _ = scan_layers(layer, self.layers, x, length=self.config.num_layers, remat=False)
+        x, _ = scan_layers(layer, self.layers, x, length=self.config.num_layers, remat="none")
         return self.final_norm(x).reshape(batch, steps, -1)

@@ -63,5 +63,5 @@ class GPTHead(ContinuousHead):
         def step(block, x, _):
             return block(x, attend, deterministic=deterministic), None
 
-        x, _ = scan_layers(step, self.layers, x, length=self.config.num_layers, remat=False)
+        x, _ = scan_layers(step, self.layers, x, length=self.config.num_layers, remat="none")
         return self.final_norm(x)
