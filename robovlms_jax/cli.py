@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from robovlms_jax import cli_help, json_files, schema
+from robovlms_jax import cli_help, cli_switches, json_files, schema
 
 Config = TypeVar("Config")
 ALIASES = {"--resume": "--train.resume", "--init_from": "--train.init_from", "--backbone": "--backbone.name"}
@@ -22,9 +22,6 @@ ALIASES = {"--resume": "--train.resume", "--init_from": "--train.init_from", "--
 OUTPUT, OLD_OUTPUTS = "out", ("output", "to")
 """The flag that says where results go is --out in every program (of a training run it stands for --train.output); what
 some programs called it before is still understood, and answered with the name."""
-
-TRUE, FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
-"""What may follow a switch, in upper or lower case."""
 
 _FILES = tyro.constructors.ConstructorRegistry()
 """What is read from a JSON file that the command line names: types with `from_json`, such as a robot's description."""
@@ -73,7 +70,7 @@ def read(config: type[Config] | Config, *, description: str | None = None, argv:
     given = sys.argv[1:] if argv is None else argv
     if {"--help", "-h"} & set(given):
         cli_help.show(description, config)
-    arguments = _spell_switches(_with_output(given, config), switches(config), former_switches(config))
+    arguments = cli_switches.spell(_with_output(given, config), config)
     arguments = ["--help" if argument in ("--help-all", "--help_all") else argument for argument in arguments]
     description = description and cli_help.with_examples_apart(description)
     if not isinstance(config, type):
@@ -289,70 +286,6 @@ def _put(config: Any, names: Sequence[str], value: Any) -> Any:
         object.__setattr__(copy, field.name, getattr(config, field.name))
     object.__setattr__(copy, head, _put(getattr(config, head), rest, value) if rest else value)
     return copy
-
-
-def switches(config: type | Any, prefix: str = "") -> frozenset[str]:
-    """Dotted names, with underscores, of all fields that are true or false."""
-    cls = config if isinstance(config, type) else type(config)
-    found = set()
-    for name, hint in schema.hints(cls).items():
-        value = getattr(config, name, None)  # of a class: the field's default
-        if hint is bool:
-            found.add(prefix + name)
-        elif dataclasses.is_dataclass(value) or (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
-            found |= switches(value if dataclasses.is_dataclass(value) else hint, f"{prefix}{name}.")
-    return frozenset(found)
-
-
-def former_switches(config: type | Any, prefix: str = "") -> dict[str, Mapping[bool, str]]:
-    """Dotted name of every field that was true or false before -> what is the same today (`schema.today`)."""
-    cls = config if isinstance(config, type) else type(config)
-    found = {prefix + name: values for name, values in getattr(cls, "FORMER", {}).items()}
-    for name, hint in schema.hints(cls).items():
-        value = getattr(config, name, None)
-        if dataclasses.is_dataclass(value) or (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
-            found |= former_switches(value if dataclasses.is_dataclass(value) else hint, f"{prefix}{name}.")
-    return found
-
-
-def _spell_switches(
-    arguments: Sequence[str], known: Collection[str], former: Mapping[str, Mapping[bool, str]]
-) -> list[str]:
-    """The arguments with every switch as the command-line library spells it, `--a.flag` or `--a.no-flag`, and former
-    ones with what is the same today."""
-    out, rest = [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        flag, equals, value = argument.partition("=")
-        path, negated = _switch(flag, {*known, *former})
-        if path is None:
-            out.append(argument)
-            continue
-        if not equals and rest and not rest[0].startswith("-"):
-            value, equals = rest.pop(0), "="
-        if path in former and equals and value.lower() not in TRUE + FALSE:
-            out.append(f"--{path}={value}")
-            continue
-        if equals and value.lower() not in TRUE + FALSE:
-            sys.exit(_fail(f"{flag} is a switch: expected nothing after it, or True or False; got {value!r}."))
-        on = (value.lower() not in FALSE) != negated
-        if path in former:
-            print(f"note: {flag} is no switch any more; taken as --{path} {former[path][on]}.", file=sys.stderr)
-            out.append(f"--{path}={former[path][on]}")
-            continue
-        room, _, leaf = path.rpartition(".")
-        out.append(f"--{room}{'.' if room else ''}{'' if on else 'no-'}{leaf}")
-    return out
-
-
-def _switch(flag: str, known: Collection[str]) -> tuple[str | None, bool]:
-    """The switch that an argument names, and whether with a `no` before the whole or before its last part."""
-    if not flag.startswith("--"):
-        return None, False
-    path = flag[2:].replace("-", "_")
-    room, dot, leaf = path.rpartition(".")
-    spellings = [(path, False), (path.removeprefix("no_"), True), (room + dot + leaf.removeprefix("no_"), True)]
-    return next((spelling for spelling in spellings if spelling[0] in known), (None, False))
 
 
 def _unabbreviated(argument: str, fields: Collection[str]) -> str:

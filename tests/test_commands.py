@@ -19,7 +19,7 @@ import tyro
 import yaml
 
 from experiments import calvin_abcd
-from robovlms_jax import cli, schema, upstream
+from robovlms_jax import cli, cli_switches, schema, upstream
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.runs import load
 
@@ -202,7 +202,7 @@ def test_every_flag_in_documents_and_messages_is_one_that_some_program_takes(lau
     known |= {flag[2:] for flag in cli.ALIASES} | {"preset", "upstream_json"}
 
     def names(f, **_):
-        parts = [name.rpartition(".") for name in cli.switches(f)]
+        parts = [name.rpartition(".") for name in cli_switches.known(f)]
         return flags(f).union(*({f"no_{room}{dot}{leaf}", f"{room}{dot}no_{leaf}"} for room, dot, leaf in parts))
 
     for program in PROGRAMS:
