@@ -224,6 +224,26 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in table) + "\n"
 
 
+def kept_table(found: Mapping[str, Any]) -> str:
+    """`remat.json` as a table: a line for each backbone.remat, four columns for each target."""
+    names = [name for name in MACHINES if name in found]
+    columns = ("memory (estimate)", "in the host's", "products, traffic", "by its schedule")
+    table = [["`backbone.remat`", *(f"{name}: {column}" for name in names for column in columns)]]
+    table.append(["---"] * len(table[0]))
+    for remat in found[names[0]]:
+        table.append([f"`{remat}`", *(cell for name in names for cell in _kept(found[name][remat]))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in table) + "\n"
+
+
+def _kept(found: Mapping[str, Any]) -> list[str]:
+    memory = f"{found['peak_bytes'] / 2**30:.2f} ({found['estimate_bytes'] / 2**30:.2f}) GiB"
+    host = f"{found.get('host_bytes', 0) / 2**30:.3g} GiB"
+    if "refused" in found:
+        return [memory, host, "no room", ""]
+    took = found["schedule_ms"]["kernels"] + found["schedule_ms"]["waited"]
+    return [memory, host, f"{found['flops'] / 1e12:.1f} TFLOP, {found['traffic'] / 1e9:.0f} GB", f"{took:.0f} ms"]
+
+
 def _cell(row: Mapping[str, Any]) -> str:
     estimate, windows = row["estimate"]["total"] / 2**30, row["windows_per_segment"]
     if not windows:

@@ -332,6 +332,18 @@ def _peak(
     return highest
 
 
+_ON_THE_WAY = 2
+"""Turns of a loop whose values are on their way to the host or back beside the turn that runs: with so many, estimates
+are 9 % (eight H100) and 15 % (16 v5e) below the compilers' peaks of KOSMOS-2's step, 14 and 22 % with none."""
+
+
+def _exchanged(body: core.Jaxpr, lying: _Lying) -> float:
+    """Bytes of a device that a turn of a loop sends to the host, or fetches from it."""
+    host = dataclasses.replace(lying, shards={}, host=True)
+    outside = (var.aval for var in (*body.invars, *body.outvars) if not isinstance(var, core.Literal))
+    return sum(host.bytes(aval) for aval in outside if hasattr(aval, "shape"))
+
+
 def _inside(operation: _Operation, lying: _Lying) -> float:
     """Bytes that an operation needs while it runs, its results apart."""
     params = operation.params
@@ -340,7 +352,8 @@ def _inside(operation: _Operation, lying: _Lying) -> float:
         # What one turn cuts out of a larger array has an axis less than that array. Told by shapes, because jax 0.11
         # renamed the parameters that count constants and carries.
         pairs = zip(operation.operands, body.invars, strict=True)
-        return _peak(body, lying, sliced=[i for i, (whole, var) in enumerate(pairs) if whole.ndim > var.aval.ndim])
+        sliced = [i for i, (whole, var) in enumerate(pairs) if whole.ndim > var.aval.ndim]
+        return _peak(body, lying, sliced=sliced) + (0 if lying.host else _ON_THE_WAY * _exchanged(body, lying))
     if operation.name == "while":
         return _peak(_body(params["body_jaxpr"]), lying)
     if operation.name == "cond":

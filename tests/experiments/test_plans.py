@@ -45,6 +45,19 @@ def test_the_table_of_the_page_is_that_of_the_plans():
     assert plans.markdown(MATRIX) in page
 
 
+REMAT = json.loads((pathlib.Path(plans.__file__).parent / "results/plans/remat.json").read_text(encoding="utf-8"))
+
+
+def test_the_table_of_what_layers_keep_is_that_of_its_programs():
+    page = (pathlib.Path(__file__).parents[2] / "docs/clusters.md").read_text(encoding="utf-8")
+    assert plans.kept_table(REMAT) in page
+    for found in (x for target in ("h100:8", "v5e:4x4") for x in REMAT[target].values()):
+        assert 0.85 < found["estimate_bytes"] / found["peak_bytes"] < 1.15
+        assert found.get("host_estimate_bytes", 0) == pytest.approx(found.get("host_bytes", 0), rel=0.02)
+    # By PCIe 5 with 16 lanes, 64 GB/s.
+    assert f"take {REMAT['h100:8']['offload']['host_bytes'] / 64e9 * 1e3:.0f} ms each way" in page
+
+
 @pytest.mark.parametrize("key", sorted(COMPILED), ids="-".join)
 def test_estimates_are_within_15_percent_of_what_compilers_say(key):
     row = COMPILED[key]

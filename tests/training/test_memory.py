@@ -66,7 +66,7 @@ def test_what_waits_in_the_hosts_memory_is_no_part_of_a_devices():
     assert memory._uses_host(traced.jaxpr)
     assert 0 <= memory._peak(traced.jaxpr, memory._Lying(host=True)) - TURNS * rows <= rows  # a turn's, on its way
     inputs = TURNS * rows  # of the layers, which stay on the device
-    assert inputs <= memory._peak(traced.jaxpr, memory._Lying()) < inputs + 6 * rows
+    assert inputs <= memory._peak(traced.jaxpr, memory._Lying()) < inputs + 8 * rows  # two turns on their way
 
 
 def test_the_peak_of_a_program_for_tpus_is_the_one_that_libtpu_refuses_by():
