@@ -19,6 +19,9 @@ Config = TypeVar("Config")
 ALIASES = {"--resume": "--train.resume", "--init_from": "--train.init_from", "--backbone": "--backbone.name"}
 """Short spellings of flags that are typed by hand."""
 
+INSTEAD = {"train.steps": "train.epochs"}
+"""A field that is asked for -> one that would make it have no effect, and so is 0 then, whatever a preset says."""
+
 OUTPUT, OLD_OUTPUTS = "out", ("output", "to")
 """The flag that says where results go is --out in every program (of a training run it stands for --train.output); what
 some programs called it before is still understood, and answered with the name."""
@@ -148,8 +151,9 @@ def parse(
     if arguments and not arguments[0].startswith("-"):
         hint = schema.nearest(f"--preset {arguments[0]}", [f"--preset {preset}" for preset in presets])
         sys.exit(_fail(f"{arguments[0]!r} belongs to no flag{hint} Settings are --FIELD VALUE."))
-    if names_flag(arguments, "train.steps") and "train.epochs" in fields and not names_flag(arguments, "train.epochs"):
-        arguments += ["--train.epochs", "0"]  # steps that are asked for count, whatever the preset says
+    for asked, unasked in INSTEAD.items():
+        if unasked in fields and names_flag(arguments, asked) and not names_flag(arguments, unasked):
+            arguments += [f"--{unasked}", "0"]
     or_json = "" if read_json is None else ", or --upstream_json FILE, one of RoboVLMs' own configurations"
     listed = f"--preset NAME, one of: {', '.join(presets)}{or_json} (here: {name}); shown defaults are of this start."
     text = f"{description}\n\n{listed}"
@@ -336,19 +340,8 @@ def override(config: Config, **changes: object) -> Config:
     Raises ValueError that names the field, what it takes and what it was given; or the nearest field to a name that
     there is not.
     """
-    for path, value in changes.items():
-        config = _override(config, path.split("."), value, [])
+    known = _paths(config) if changes.keys() & INSTEAD.keys() else set()
+    implied = {INSTEAD[x]: 0.0 for x in changes.keys() & INSTEAD.keys() if INSTEAD[x] in known - changes.keys()}
+    for path, value in (implied | changes).items():
+        config = schema.replaced(config, path.split("."), value)
     return config
-
-
-def _override(config: Any, path: Sequence[str], value: object, above: Sequence[str]) -> Any:
-    head, *rest = path
-    name = ".".join(above)
-    if not dataclasses.is_dataclass(config):
-        raise ValueError(f"{name}={config!r} has no fields; {name}.{'.'.join(path)} cannot be set.")
-    if rest:
-        schema.check(type(config), {head: getattr(config, head, None)}, name)
-        value = _override(getattr(config, head), rest, value, [*above, head])
-    value = schema.today(type(config), head, tuple(value) if isinstance(value, list) else value)
-    schema.check(type(config), {head: value}, name)
-    return dataclasses.replace(config, **{head: value})

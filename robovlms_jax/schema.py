@@ -10,7 +10,7 @@ import numbers
 import pathlib
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 
@@ -232,3 +232,19 @@ def describe(hint: Any) -> str:
     if hint is type(None):
         return "None"
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+def replaced(config: Any, path: Sequence[str], value: object, above: Sequence[str] = ()) -> Any:
+    """A copy of a configuration with one field of it, or of its parts, replaced; above: where the part stands.
+
+    Raises ValueError as `cli.override` does."""
+    head, *rest = path
+    name = ".".join(above)
+    if not dataclasses.is_dataclass(config):
+        raise ValueError(f"{name}={config!r} has no fields; {name}.{'.'.join(path)} cannot be set.")
+    if rest:
+        check(type(config), {head: getattr(config, head, None)}, name)
+        value = replaced(getattr(config, head), rest, value, [*above, head])
+    value = today(type(config), head, tuple(value) if isinstance(value, list) else value)
+    check(type(config), {head: value}, name)
+    return dataclasses.replace(config, **{head: value})

@@ -225,6 +225,11 @@ def test_steps_that_a_command_line_names_count_although_the_preset_says_epochs()
     assert parsed("--train.steps", "2") == parsed("--train.steps=2") == (2, 0)
     assert parsed("--train.steps", "2", "--train.epochs", "1") == (2, 1)
     assert parsed() == (ExperimentConfig().train.steps, 5)
+    # So do those that a search or a comparison holds fixed.
+    train = cli.override(presets["epochs"], **{"train.steps": 2}).train
+    assert (train.steps, train.epochs) == (2, 0)
+    train = cli.override(presets["epochs"], **{"train.epochs": 3, "train.steps": 2}).train
+    assert (train.steps, train.epochs) == (2, 3)
 
 
 def test_a_robot_comes_from_a_json_file_and_shifts_by_camera(tmp_path):

@@ -88,6 +88,7 @@ PAGES = {
     "docs/how_to/gpu_cluster.md": pages.Page(
         made=pages.calvin("data/task_ABCD_D"),
         instead=ONE_DEVICE,
+        left_out={"sbatch": "it needs a cluster; tests/launch/test_search.py runs the script under a false SLURM"},
     ),
     "docs/how_to/edge.md": pages.Page(instead={"runs/sample": str(pages.ROOT / "robovlms_jax/demo/twin")}),
     "docs/how_to/korean_base.md": pages.Page(
