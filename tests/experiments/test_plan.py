@@ -149,7 +149,9 @@ def test_kosmos_2_takes_what_compilers_of_gpus_and_tpus_said_to_10_percent():
         sizes = {"mesh.data": 1, "mesh.fsdp": target.count, "train.batch_size": 8 * target.count}
         config = cli.override(plan.presets()["kosmos_lstm"], **{"data.windows_per_segment": 8, **sizes})
         subject = plan.describe(config)
-        mesh = jax.sharding.AbstractMesh((1, target.count, 1), meshes.AXES)
+        mesh = jax.sharding.AbstractMesh(
+            (1, target.count, 1), meshes.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3
+        )
         abstract = compiled.abstract_state(subject.config, subject.model, mesh)
         loss, ways = steps.make_loss(subject.config, subject.model), {"batch_ways": target.count}
         traced = traced or memory.trace(loss, abstract, subject.batch, ways=target.count)

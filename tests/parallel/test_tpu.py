@@ -17,7 +17,7 @@ def test_an_option_that_the_installed_compiler_has_not_is_left_out(monkeypatch):
     class Device:
         platform = "tpu"
 
-    known = {"xla_cpu_use_fusion_emitters": True}
+    known = {"xla_backend_optimization_level": 1}
     monkeypatch.setattr(tpu, "SingleDeviceSharding", lambda device: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     monkeypatch.setattr(tpu, "TRAINED", known | {"xla_jf_never_heard_of": 1})
     assert tpu.trained(Device()) == known
