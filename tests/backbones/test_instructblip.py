@@ -73,7 +73,7 @@ def test_the_images_tokens_follow_the_question_and_not_its_padding(exact_matmul)
     both = as_read(config, *text)
     with pytest.raises(AssertionError, match=r"(?i)rank"):
         jax.eval_shape(lambda p: base.build(config).apply({"params": p}, images, *text, method="embed"), params)
-    tokens = base.build(config).apply({"params": params}, images, *both, method="embed")
+    tokens = jax.jit(lambda p: base.build(config).apply({"params": p}, images, *both, method="embed"))(params)
     np.testing.assert_allclose(tokens.embeds[:, tokens.slot("image")], found, atol=1e-5)
 
 
