@@ -68,6 +68,21 @@ def golden(shared_data: pathlib.Path):
     return load
 
 
+@pytest.fixture(scope="session", autouse=True)
+def loaders_are_measured_briefly():
+    """A run reads ahead for a second, with both cores, to say how fast its loader is. Tests ask that it is said."""
+    from robovlms_jax.data import loading
+
+    whole = loading.measure
+
+    def measure(batches, windows_per_batch, seconds):
+        return whole(batches, windows_per_batch, min(seconds, 0.05))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "measure", measure)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def same_log_level():
     """Programs that a test runs set up logging; what the next one hears must not depend on it."""

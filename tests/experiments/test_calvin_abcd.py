@@ -243,8 +243,23 @@ def test_one_batch_can_be_overfit(tmp_path):
     assert losses[120] < 0.5 * losses[1], losses
 
 
-def test_sigterm_saves_and_resume_goes_on(tmp_path):
-    # A real process, as a scheduler would stop it.
+def test_sigterm_saves_and_a_second_start_without_resume_is_refused(tmp_path, monkeypatch, caplog):
+    # In this process, with the finished run's programs; a real one, as a scheduler would stop it, is a slow test.
+    def stop(batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    eventful(monkeypatch, 4, stop)
+    output = run.train("sample", small(tmp_path / "stopped", **{"train.profile": 2}))
+    assert "stopped by SIGTERM" in caplog.text
+    assert 3 <= int(checkpoints.locate(output).name) < 10
+    assert not (output / "report.md").exists()
+    with pytest.raises(ValueError, match=r"already holds checkpoints.*--train.resume"):
+        run.train("sample", small(output))
+
+
+@pytest.mark.slow
+def test_sigterm_of_a_real_process_saves(tmp_path):
     output = tmp_path / "stopped"
     settings = SETTINGS | {"train.output": output, "train.steps": 100000, "train.checkpoint_every": 100000}
     flags = [(f"--{name}", *map(str, x if isinstance(x, tuple) else (x,))) for name, x in settings.items()]
@@ -262,9 +277,6 @@ def test_sigterm_saves_and_resume_goes_on(tmp_path):
     assert "stopped by SIGTERM" in messages
     step = int(checkpoints.locate(output).name)
     assert step >= 3
-    assert not (output / "report.md").exists()
-    with pytest.raises(ValueError, match=r"already holds checkpoints.*--train.resume"):
-        run.train("sample", small(output))
 
 
 @pytest.mark.parametrize(
@@ -359,29 +371,25 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path):
     assert len(json.loads(line)["episodes"]) == 2 and "loss" in json.loads(line)["values"]
 
 
-class Spoilt:
-    """Batches, one of them with actions that are not a number."""
+def eventful(monkeypatch, step: int, event) -> None:
+    """Runs get, for that step, what `event` makes of its batch."""
+    honest = run._batches
 
-    def __init__(self, batches, countdown: int):
-        self._batches, self._countdown = batches, countdown
+    def batches(setup, stage, start):
+        for number, batch in enumerate(honest(setup, stage, start), start + 1):
+            yield event(batch) if number == step else batch
 
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        batch, self._countdown = next(self._batches), self._countdown - 1
-        return batch.replace(actions=np.full_like(batch.actions, np.nan)) if self._countdown == 0 else batch
-
-    def close(self):
-        self._batches.close()
+    monkeypatch.setattr(run, "_batches", batches)
+    monkeypatch.setattr(run, "_loader_rate", lambda setup, stage, start: (setup, 1.0))
 
 
 @pytest.mark.slow
 def test_a_skipped_batch_is_skipped_once_across_a_resume(tmp_path, monkeypatch):
     # Batch 3 of 6 is bad. Fails if it is drawn again after a resume, or if its count is forgotten.
-    honest = run._batches
-    monkeypatch.setattr(run, "_batches", lambda setup, stage, start: Spoilt(honest(setup, stage, start), 3 - start))
-    monkeypatch.setattr(run, "_loader_rate", lambda setup, stage, start: (setup, 1.0))
+    def spoilt(batch):
+        return batch.replace(actions=np.full_like(batch.actions, np.nan))
+
+    eventful(monkeypatch, 3, spoilt)
     skip = {"train.on_nonfinite": "skip", "train.checkpoint_every": 4}
     whole = run.train("sample", small(tmp_path / "whole", **skip, **{"train.steps": 6}))
     output = tmp_path / "halves"
