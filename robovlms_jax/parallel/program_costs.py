@@ -173,7 +173,7 @@ def traffic_of(x: hlo.Instruction, computation: hlo.Computation, program: hlo.Pr
         return 0.0
     operands = computation.operands(x)
     if x.opcode == "fusion":
-        return _fusion(x, operands, program.computations[x.inner("calls")[0]])
+        return _fusion(x, operands, program.computations[x.inner("calls")[0]], program)
     if x.opcode in _PARTS:
         return 2.0 * _main(x.result)
     if x.opcode == "slice-start":  # its result holds the whole operand, and the part, mostly fetched onto the chip
@@ -196,13 +196,15 @@ def _main(arrays: Sequence[hlo.Array]) -> int:
     return sum(array.bytes for array in arrays if array.space == 0)
 
 
-def _fusion(x: hlo.Instruction, operands: Sequence[hlo.Instruction], inside: hlo.Computation) -> float:
-    parameters = {int(y.arguments): y for y in inside.instructions.values() if y.opcode == "parameter"}
+def _fusion(
+    x: hlo.Instruction, operands: Sequence[hlo.Instruction], inside: hlo.Computation, program: hlo.Program
+) -> float:
+    parameters = _parameters(inside)
     total = 0.0
     for index, operand in enumerate(operands):
         if index not in parameters:
             continue
-        users = _users(inside, parameters[index].name)
+        users = _users(inside, parameters[index], program)
         if users and all(_is_part(user, name) for user, name in users):
             total += sum(_main(_in_space(user.result, operand)) for user, _ in users if user.opcode in _PARTS)
         else:
@@ -210,20 +212,31 @@ def _fusion(x: hlo.Instruction, operands: Sequence[hlo.Instruction], inside: hlo
     root = inside.root
     made = inside.operands(root) if root.opcode == "tuple" else [root]
     for array, source in zip(x.result, made, strict=False):
-        source = _behind(inside, source)
+        source, place = _behind(inside, source, program)
         if source.opcode == "dynamic-update-slice":
-            total += _main(_in_space(inside.operands(source)[1].result, x))
+            total += _main(_in_space(place.operands(source)[1].result, x))
         elif source.opcode != "parameter" and source.opcode.removesuffix("-start") not in KINDS:
             total += _main([array])
     return total
 
 
-def _users(inside: hlo.Computation, name: str) -> list[tuple[hlo.Instruction, str]]:
-    """Who reads a parameter, views seen through, and by which name."""
+def _parameters(inside: hlo.Computation) -> dict[int, str]:
+    return {int(x.arguments): x.name for x in inside.instructions.values() if x.opcode == "parameter"}
+
+
+def _users(inside: hlo.Computation, name: str, program: hlo.Program) -> list[tuple[hlo.Instruction, str]]:
+    """Who reads a parameter, and by which name; seen through views, and into fusions that are part of this one: on TPUs
+    a product's kernel has another in it that cuts its operand out of a stack."""
     found = []
     for user in inside.users.get(name, ()):
         if user.opcode in ("bitcast", "reshape") and not user.root:
-            found += _users(inside, user.name)
+            found += _users(inside, user.name, program)
+        elif user.opcode == "fusion":
+            within = program.computations[user.inner("calls")[0]]
+            parameters = _parameters(within)
+            for index, operand in enumerate(user.operands):
+                if operand == name and index in parameters:
+                    found += _users(within, parameters[index], program)
         else:
             found.append((user, name))
     return found
@@ -236,10 +249,20 @@ def _is_part(user: hlo.Instruction, name: str) -> bool:
     return user.opcode == "tuple" or user.opcode.removesuffix("-start") in KINDS
 
 
-def _behind(inside: hlo.Computation, source: hlo.Instruction) -> hlo.Instruction:
-    while source.opcode in ("bitcast", "convert", "copy", "reshape") and inside.operands(source):
-        source = inside.operands(source)[0]
-    return source
+def _behind(
+    inside: hlo.Computation, source: hlo.Instruction, program: hlo.Program
+) -> tuple[hlo.Instruction, hlo.Computation]:
+    """What makes an array, seen through views, casts and fusions that are part of this one; and what it is part of."""
+    while True:
+        if source.opcode == "fusion":
+            within = program.computations[source.inner("calls")[0]]
+            if within.root.opcode == "tuple":
+                return source, inside
+            inside, source = within, within.root
+        elif source.opcode in ("bitcast", "convert", "copy", "reshape") and inside.operands(source):
+            source = inside.operands(source)[0]
+        else:
+            return source, inside
 
 
 def _in_space(arrays: Sequence[hlo.Array], place: hlo.Instruction) -> list[hlo.Array]:

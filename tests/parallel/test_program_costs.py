@@ -169,6 +169,42 @@ def test_of_what_a_fusion_slices_the_slice_alone_is_traffic():
     assert program_costs.of_text(program(*lines, before=fused), 1).bytes == 8 * 4 + 4 + 8 * 4
 
 
+def test_of_what_a_fusion_inside_of_a_fusion_slices_or_updates_the_slice_alone_is_traffic():
+    # As libtpu has it: the kernel of a product holds another one that cuts a layer out of the stack of all, and a third
+    # that puts the result into another stack. Fails if either stack of 3200 bytes is counted.
+    fused = """%cut (p: f32[100,8], i: s32[]) -> f32[8] {
+  %p = f32[100,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %d = f32[1,8]{1,0} dynamic-slice(%p, %i, %z), dynamic_slice_sizes={1,8}
+  ROOT %b = f32[8]{0} bitcast(%d)
+}
+%put (p: f32[100,8], x: f32[8], i: s32[]) -> f32[100,8] {
+  %p = f32[100,8]{1,0} parameter(0)
+  %x = f32[8]{0} parameter(1)
+  %i = s32[] parameter(2)
+  %z = s32[] constant(0)
+  %u = f32[1,8]{1,0} bitcast(%x)
+  ROOT %d = f32[100,8]{1,0} dynamic-update-slice(%p, %u, %i, %z)
+}
+%kernel (p: f32[100,8], q: f32[100,8], i: s32[]) -> f32[100,8] {
+  %p = f32[100,8]{1,0} parameter(0)
+  %q = f32[100,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %c = f32[8]{0} fusion(%p, %i), kind=kLoop, calls=%cut
+  %m = f32[8]{0} multiply(%c, %c)
+  ROOT %w = f32[100,8]{1,0} fusion(%q, %m, %i), kind=kLoop, calls=%put
+}
+"""
+    lines = (
+        "  %p = f32[100,8]{1,0} parameter(0)",
+        "  %q = f32[100,8]{1,0} parameter(1)",
+        "  %i = s32[] parameter(2)",
+        "  ROOT %f = f32[100,8]{1,0} fusion(%p, %q, %i), kind=kOutput, calls=%kernel",
+    )
+    assert program_costs.of_text(program(*lines, before=fused), 1).bytes == 8 * 4 + 4 + 8 * 4
+
+
 def test_memory_on_the_chip_is_no_traffic():
     lines = (
         "  %p = f32[8]{0:T(256)S(1)} parameter(0)",
