@@ -1,9 +1,10 @@
-"""Improve a PlayTable policy by trying: PPO or GRPO in the embedded simulator, on the device.
+"""Improve a PlayTable policy by trying (PPO, GRPO) in the embedded simulator, on the device, or by answers (DPO).
 
     python -m experiments.reinforce --checkpoint runs/playtable_fixtures
     python -m experiments.reinforce --preset fixtures --checkpoint runs/playtable_fixtures
     python -m experiments.reinforce --preset grpo --checkpoint runs/playtable_fixtures --out runs/grpo
     python -m experiments.reinforce --preset preferences --checkpoint runs/playtable_fixtures --reward runs/reward
+    python -m experiments.reinforce --preset dpo --checkpoint runs/playtable_fixtures --labels runs/labels
 
 The output is a run directory like any other: experiments.evaluate and experiments.serve take it. report.md there says
 how often the policy succeeds before and after on the same trials: as trained, on an unseen table, in unseen words, from
@@ -71,6 +72,15 @@ PRESETS = {
         update=UpdateConfig(method="grpo"),
         trainable=("^head/", "^rl/behaviour/"),
         optimizer=dataclasses.replace(BASE.optimizer, rates={}),  # of values, which groups do not have
+    ),
+    "dpo": dataclasses.replace(
+        BASE,
+        out="runs/reinforce_dpo",
+        update=UpdateConfig(method="dpo", minibatches=16),
+        pool=64,
+        iterations=10,
+        trainable=("^head/",),
+        optimizer=dataclasses.replace(BASE.optimizer, rates={}),
     ),
     "preferences": dataclasses.replace(
         BASE,

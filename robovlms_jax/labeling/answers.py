@@ -12,11 +12,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from robovlms_jax import json_files, json_lines
+from robovlms_jax.rl import segments
 from robovlms_jax.rl.segments import Rollouts, Segment
+from robovlms_jax.schema import require
 
 FILE = "answers.jsonl"
 Answer = Literal["left", "right", "equal", "skip"]
 """Which clip is better; skip: they cannot be compared."""
+FIRST_BETTER = {"left": 1.0, "right": 0.0, "equal": 0.5}
+"""An answer as losses take it (`rl.preferences.Pairs`)."""
 _VERSION = 1
 _REMEDY = "Mend or remove that line; all others are whole."
 
@@ -110,3 +114,27 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], list[Given]] | None:
 
     rows = json_lines.read(path, one, expected="an answer", remedy=_REMEDY)
     return (rows[0], rows[1:]) if rows else None
+
+
+def of(folder: str | pathlib.Path, found: Rollouts, otherwise: str) -> tuple[dict[str, Any], list[Given]]:
+    """What the segments are of, and the answers that say something about the rollouts `found` in a folder of
+    experiments.label ("cannot say" is left out).
+
+    Args:
+      otherwise: what else somebody without answers can do, for the message.
+    Raises:
+      ValueError: there are none, they are about other rollouts, or damaged; names the file.
+    """
+    path = pathlib.Path(folder) / FILE
+    known = read(path)
+    none = f"{path} has no answers; give some (experiments.label), or {otherwise}."
+    require(known is not None, none)
+    head, given = known
+    require(
+        head["rollouts"] == segments.identity(folder),
+        f"{path} is about other rollouts ({head['rollouts']}) than those beside it; put the right file there.",
+    )
+    require_within(found, given, head["steps"], path)
+    given = [each for each in given if each.answer != "skip"]
+    require(len(given) > 0, none)
+    return head, given

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import flax.struct
 import jax
@@ -28,7 +28,10 @@ Extra = Mapping[str, jax.Array]
 
 
 class Behaviour(Protocol):
-    """Frozen and static. `head` is bound wherever it is an argument, `prediction` is its, leaves [B, C, ...]."""
+    """Frozen and static. `head` is bound wherever it is an argument, `prediction` is its, leaves [B, C, ...].
+    drawn: the class of what `draw` remembers."""
+
+    drawn: ClassVar[type]
 
     def parameters(self) -> dict[str, jax.Array]:
         """`Extra` before the first update."""
@@ -59,6 +62,7 @@ class Gaussian:
     correlation: float
     floor: float
     temperature: float
+    drawn: ClassVar[type] = Chosen
 
     def parameters(self) -> dict[str, jax.Array]:
         return {"log_std": jnp.log(jnp.asarray(self.spread, jnp.float32))}
@@ -123,6 +127,7 @@ class Softmax:
     the behaviour, in both probabilities of a ratio."""
 
     temperature: float
+    drawn: ClassVar[type] = Tokens
 
     def parameters(self) -> dict[str, jax.Array]:
         return {}
@@ -177,6 +182,7 @@ class FlowNoise:
     Only that step's probability counts (the hybrid of arXiv:2510.25889)."""
 
     noise: float
+    drawn: ClassVar[type] = Way
 
     def parameters(self) -> dict[str, jax.Array]:
         return {}

@@ -52,9 +52,11 @@ class UpdateConfig:
     """What an update makes of what was tried. Defaults as published for VLAs (RL4VLA, arXiv:2505.19789; RLinf-VLA,
     arXiv:2510.06710), but for the number of decisions."""
 
-    method: Literal["ppo", "grpo", "awr"] = "ppo"
+    method: Literal["ppo", "grpo", "awr", "dpo"] = "ppo"
     """ppo: advantages from a value function. grpo: compared with other trials from the same state, without one. awr: as
-    ppo, but what turned out well is cloned, by weight (a cheap baseline; clips nothing)."""
+    ppo, but what turned out well is cloned, by weight (a cheap baseline; clips nothing). dpo: from answers to "which of
+    two is better" alone, about rollouts of the policy that learning began with (a cheap baseline; nothing is tried out
+    in between)."""
     discount: float = 0.99
     """Per decision."""
     trace: float = 0.95
@@ -86,20 +88,32 @@ class UpdateConfig:
     """Weight of the divergence in tasks that are not trained (reinforce.others). Above 0 they are played beside those
     that are, and nothing is paid there: what the policy does in them stays as it was. 0: they are measured alone."""
     divergence_stop: float = 0.05
-    """An iteration ends when the policy has moved so far from the one that tried things out; 0: never."""
+    """An iteration ends when the policy has moved so far from the one that tried things out; 0: never (not dpo)."""
+    beta: float = 0.1
+    """Method dpo: how dear it is to move away from the policy that learning began with."""
+    label_noise: float = 0.1
+    """Method dpo: share of answers that are taken for random, and that the simulated person gives at random."""
 
     def __post_init__(self):
         require(0 < self.discount <= 1, f"update.discount={self.discount} must lie in (0, 1].")
         require(0 <= self.trace <= 1, f"update.trace={self.trace} must lie in [0, 1].")
         for field in ("epochs", "minibatches"):
             require(getattr(self, field) >= 1, f"update.{field}={getattr(self, field)} must be at least 1.")
-        for field in ("clip_low", "clip_high", "value_delta", "reward_scale"):
+        for field in ("clip_low", "clip_high", "value_delta", "reward_scale", "beta"):
             require(getattr(self, field) > 0, f"update.{field}={getattr(self, field)} must be positive.")
         for field in (
             *("dual_clip", "value_weight", "value_clip", "entropy_weight", "divergence_weight", "hold_weight"),
             "divergence_stop",
         ):
             require(getattr(self, field) >= 0, f"update.{field}={getattr(self, field)} must not be negative.")
+        require(0 <= self.label_noise < 1, f"update.label_noise={self.label_noise} must lie in [0, 1).")
+        weights = ("entropy_weight", "divergence_weight", "hold_weight")
+        weighed = [field for field in weights if getattr(self, field)]
+        require(
+            self.method != "dpo" or not weighed,
+            f"update.method=dpo knows no {', '.join(f'update.{field}' for field in weighed)}; leave it at 0. "
+            "update.beta holds the policy near the one that learning began with.",
+        )
         require(self.clip_low < 1, f"update.clip_low={self.clip_low} must be below 1.")
         require(
             self.dual_clip == 0 or self.dual_clip > 1, f"update.dual_clip={self.dual_clip} must be 0 (off) or above 1."
@@ -153,7 +167,12 @@ class ReinforceConfig:
     devices: int = 1
     """That tables and updates are split over; of CPUs, cores. Another number draws other actions."""
     group: int = 8
-    """Method grpo: trials from the same state."""
+    """Methods grpo and dpo: trials from the same state."""
+    labels: str = ""
+    """Method dpo: folder of experiments.label, with a person's answers. Empty: `group` rollouts from each start of the
+    pool are made, and a simulated person says which are better, in tasks that move a mechanism by its handle."""
+    pairs: int = 2000
+    """Method dpo without labels: pairs that the simulated person is asked about, at most."""
     trainable: tuple[str, ...] = ("^head/", "^rl/")
     """As train.trainable, of the policy's parameters and of those under rl/: the behaviour's spread and the critic. The
     head alone is cheap: features are kept, and the backbone is not asked again. "lora_" trains adapters."""
@@ -170,7 +189,7 @@ class ReinforceConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for field in ("pool", "iterations", "tables", "decisions", "devices", "group", "trials"):
+        for field in ("pool", "iterations", "tables", "decisions", "devices", "group", "trials", "pairs"):
             require(getattr(self, field) >= 1, f"reinforce.{field}={getattr(self, field)} must be at least 1.")
         for field in ("max_steps", "horizon", "unseen_random_scenes", "start_spread", "seed"):
             require(getattr(self, field) >= 0, f"reinforce.{field}={getattr(self, field)} must not be negative.")
@@ -197,6 +216,7 @@ class ReinforceConfig:
             self.tables % self.devices == 0,
             f"reinforce.tables={self.tables} do not divide over reinforce.devices={self.devices}; change one of them.",
         )
+        self._check_preferences()
         require(
             not set(self.tasks) & set(self.others),
             f"reinforce.others names {sorted(set(self.tasks) & set(self.others))}, which reinforce.tasks trains.",
@@ -211,6 +231,23 @@ class ReinforceConfig:
             not kept,
             f"reinforce.scenes names {kept}, which reinforce.unseen_random_scenes={self.unseen_random_scenes} measures "
             f"as unseen; learn on random tables below {UNSEEN}.",
+        )
+
+    def _check_preferences(self) -> None:
+        dpo = self.update.method == "dpo"
+        require(
+            dpo or not self.labels,
+            f"reinforce.labels={self.labels!r} are for update.method=dpo (--preset dpo), not for "
+            f"{self.update.method}; learn a reward from them for that (experiments.reward, then --reward).",
+        )
+        require(
+            not dpo or not self.reward,
+            f"reinforce.reward={self.reward!r} has no effect with update.method=dpo, which learns from answers "
+            "themselves; leave it out, or choose --preset preferences.",
+        )
+        require(
+            not dpo or self.labels != "" or self.group >= 2,
+            f"reinforce.group={self.group}: update.method=dpo compares rollouts from the same state, at least 2.",
         )
 
     @property

@@ -29,7 +29,7 @@ from robovlms_jax.schema import require
 from robovlms_jax.training import step as steps
 from robovlms_jax.training.guards import DivergedError
 from robovlms_jax.training.stages import Stage
-from robovlms_jax.training.state import create
+from robovlms_jax.training.state import TrainState, create
 from robovlms_jax.types import Inputs
 
 _AXES = ("data", "fsdp")
@@ -74,7 +74,37 @@ class _Kept(NamedTuple):
     value: jax.Array
 
 
-def _require_finite(metrics: Mapping[str, float], iteration: int, update: int) -> None:
+def begin(
+    learner: objective.Learner, params: Mapping[str, Any], stage: Stage, mesh: Mesh, seed: int
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state before the first update, of copies of a policy's parameters (nested) and of what lies under `rl/`; and
+    what is trained as it is then, path -> array."""
+    extra = learner.extra_params(jax.random.fold_in(jax.random.key(seed), 1))
+    # Placed as the updates leave them: otherwise the second iteration would compile everything again.
+    whole = jax.tree.map(jnp.copy, {**params, objective.SCOPE: extra})
+    whole = jax.device_put(whole, meshes.replicated(mesh))
+    state = create(whole, stage.trainable, stage.tx, seed, mesh)
+    return state, {path: jnp.copy(x) for path, x in state.trainable.items()}
+
+
+def is_head_alone(model: VLA, state: TrainState) -> bool:
+    """Whether nothing learns but the head and what lies under `rl/`, so that features need not be computed again.
+    Raises ValueError for a policy that cannot be asked again."""
+    alone = all(path.startswith(("head/", f"{objective.SCOPE}/")) for path in state.trainable)
+    require(
+        alone or model.config.history in ("one_step", "policy_head"),
+        f"policy.history={model.config.history!r} keeps tokens between steps, which are not stored for updates of "
+        "the backbone; train the head alone (trainable '^head/'), or use history one_step or policy_head.",
+    )
+    return alone
+
+
+def policy_of(state: TrainState) -> dict[str, Any]:
+    """The policy's own parameters, nested."""
+    return {name: x for name, x in state.served.items() if name != objective.SCOPE}
+
+
+def require_finite(metrics: Mapping[str, float], iteration: int, update: int) -> None:
     """Raise DivergedError where an update would have made something of numbers that are none."""
     if metrics["nonfinite"]:
         bad = ", ".join(sorted(name for name, x in metrics.items() if not np.isfinite(x)))
@@ -119,18 +149,8 @@ class Reinforcement:
         self.model, self.settings, self.mesh, self.seed, self.reward = model, settings, mesh, seed, reward
         behaviour = behaviours.make(model.config, settings.behaviour)
         self.learner = objective.Learner(model, behaviour, settings.update.value_widths)
-        extra = self.learner.extra_params(jax.random.fold_in(jax.random.key(seed), 1))
-        # Placed as the updates leave them: otherwise the second iteration would compile everything again.
-        whole = jax.tree.map(jnp.copy, {**params, objective.SCOPE: extra})
-        whole = jax.device_put(whole, meshes.replicated(mesh))
-        self.state = create(whole, stage.trainable, stage.tx, seed, mesh)
-        self.reference = {path: jnp.copy(x) for path, x in self.state.trainable.items()}
-        self.head_only = all(path.startswith(("head/", f"{objective.SCOPE}/")) for path in self.state.trainable)
-        require(
-            self.head_only or model.config.history in ("one_step", "policy_head"),
-            f"policy.history={model.config.history!r} keeps tokens between steps, which are not stored for updates of "
-            "the backbone; train the head alone (trainable '^head/'), or use history one_step or policy_head.",
-        )
+        self.state, self.reference = begin(self.learner, params, stage, mesh, seed)
+        self.head_only = is_head_alone(model, self.state)
         self.loss = objective.DecisionLoss(self.learner, objective.tasks_of(settings.update))
         self._update = steps.make_train_step(self.loss, stage.tx, stage.learning_rate, self.state, mesh)
         platform = meshes.platform(mesh)
@@ -156,7 +176,7 @@ class Reinforcement:
                 self.state, metrics = self._update(self.state, self._part(decisions, rows))
                 made += 1
                 found = {name: float(x) for name, x in metrics.items()}
-                _require_finite(found, number, made)
+                require_finite(found, number, made)
                 sums = {name: sums.get(name, 0.0) + x for name, x in found.items()}
                 if update.divergence_stop and found["moved"] > update.divergence_stop:
                     break
@@ -168,7 +188,7 @@ class Reinforcement:
 
     def policy(self) -> dict[str, Any]:
         """The policy's own parameters, nested."""
-        return {name: x for name, x in self.state.served.items() if name != objective.SCOPE}
+        return policy_of(self.state)
 
     # -----------------------------------------------------------------------------------------------------------------
     # One jitted program

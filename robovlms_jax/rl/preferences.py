@@ -1,6 +1,5 @@
 """Rewards from preferences (Christiano et al. 2017, arXiv:1706.03741): which of two segments is better, answered many
-times, makes an ensemble of reward functions. And what needs no reward function: preferences between chunks themselves
-(DPO, Rafailov et al. 2023, arXiv:2305.18290).
+times, makes an ensemble of reward functions. What needs none is in `rl.direct`.
 
 Letters: N pairs, M members of the ensemble, k frames of a segment, F numbers of a frame (features and action).
 """
@@ -20,7 +19,6 @@ import optax
 from robovlms_jax import schema
 from robovlms_jax.nn.linear import Dense
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.rl.objective import Decisions, Reconsidered, by_level
 from robovlms_jax.schema import require
 
 
@@ -223,27 +221,3 @@ def disagreement(model: RewardModel, first: jax.Array, second: jax.Array) -> jax
     are those with the most."""
     sums = (model.members(x).sum(-1) for x in (first, second))
     return jax.nn.sigmoid(jnp.subtract(*sums)).var(0)
-
-
-def direct_loss(
-    better: jax.Array, better_reference: jax.Array, worse: jax.Array, worse_reference: jax.Array, *, beta: float = 0.1
-) -> jax.Array:
-    """DPO's loss float32[...] of log-probabilities float32[...], by the policy and by the one that it began as."""
-    return -jax.nn.log_sigmoid(beta * ((better - better_reference) - (worse - worse_reference)))
-
-
-@dataclasses.dataclass(frozen=True)
-class PreferenceTask:
-    """DPO on decisions that stand in pairs: the better one in an even row, the worse one behind it."""
-
-    beta: float = 0.1
-    weight: float = 1.0
-    name: str = "preference"
-
-    def __call__(self, now: Reconsidered, decisions: Decisions) -> tuple[jax.Array, dict[str, jax.Array]]:
-        log_prob, _ = by_level(now.log_prob, decisions.mask, "chunk")
-        reference, _ = by_level(decisions.reference, decisions.mask, "chunk")
-        better, worse = (slice(start, None, 2) for start in (0, 1))
-        loss = direct_loss(log_prob[better], reference[better], log_prob[worse], reference[worse], beta=self.beta)
-        right = (log_prob - reference)[better] > (log_prob - reference)[worse]
-        return jnp.repeat(loss[:, 0], 2), {"preferred": jnp.repeat(right[:, 0].astype(jnp.float32), 2)}

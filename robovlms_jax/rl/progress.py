@@ -97,10 +97,12 @@ def _lean(kinds: tuple[str, ...]) -> Scene:
 _numbers = jax.jit(jax.vmap(numbers))
 
 
-def advance(found: Rollouts, segments: Sequence[Segment], steps: int) -> np.ndarray:
+def advance(found: Rollouts, segments: Sequence[Segment], steps: int | None) -> np.ndarray:
     """float64[N]: what a segment did for its task, in the eyes of a simulated person: how much nearer the hand came to
     the handle, how far the mechanism moved of what it can at this table, and whether the task was done.
 
+    Args:
+      steps: control steps of each; None: to its rollout's end.
     Raises:
       ValueError: a task that is none of `MOVES`.
     """
@@ -115,10 +117,11 @@ def advance(found: Rollouts, segments: Sequence[Segment], steps: int) -> np.ndar
     for segment in segments:
         joint, way = MOVES[found.tasks[segment.rollout]]
         first = found.offsets[segment.rollout] + segment.start
-        ends = known[[first, first + steps]].astype(np.float64)
+        last = segment.start + steps if steps is not None else found.steps(segment.rollout)
+        ends = known[[first, first + last - segment.start]].astype(np.float64)
         away, at = ends[:, joint], ends[:, _AWAY + joint]
         moved = way * (at[1] - at[0]) / ranges[found.scenes[segment.rollout]][joint]
-        done = found.success[segment.rollout] and segment.start + steps == found.steps(segment.rollout)
+        done = found.success[segment.rollout] and last == found.steps(segment.rollout)
         worth.append((away[0] - away[1]) / _REACH_M + moved + _DONE * done)
     return np.array(worth)
 

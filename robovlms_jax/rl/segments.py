@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ from robovlms_jax.types import Inputs
 FILE = "rollouts.npz"
 _VERSION = 1
 _TEXTS = ("scenes", "tasks", "instructions")
+_DRAWN = "drawn_"
 _AT_ONCE = 8
 """Decisions between two looks at whether any trial is left."""
 
@@ -45,6 +47,18 @@ class Segment(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Decided:
+    """What was drawn at every decision of R rollouts, rollout after rollout.
+
+    every: control steps between two of them; a rollout's first is at its first state.
+    drawn: field of what was drawn (`Behaviour.drawn`) -> [decisions, ...].
+    """
+
+    every: int
+    drawn: Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollouts:
     """R rollouts of single tasks on PlayTable.
 
@@ -52,6 +66,7 @@ class Rollouts:
       offsets[r] to offsets[r + 1] - 1, before its first control step to after its last one.
     states: NumPy leaves [offsets[R], ...].
     made: what they were made by, and how, as JSON (`runs.trying`); empty: nobody said.
+    decided: None in files of versions that did not keep it.
     """
 
     scenes: tuple[str, ...]
@@ -61,6 +76,7 @@ class Rollouts:
     offsets: np.ndarray
     states: bodies.State
     made: str = ""
+    decided: Decided | None = None
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -68,6 +84,10 @@ class Rollouts:
     def steps(self, rollout: int) -> int:
         """Control steps of a rollout."""
         return int(self.offsets[rollout + 1] - self.offsets[rollout]) - 1
+
+    def decisions(self, every: int) -> np.ndarray:
+        """int64[R], how many of `every` control steps each rollout has, the last perhaps of fewer."""
+        return -(-(np.diff(self.offsets) - 1) // every)
 
     @functools.cached_property
     def kinds(self) -> tuple[str, ...]:
@@ -98,6 +118,9 @@ class Rollouts:
         texts = {name: np.array(getattr(self, name)) for name in _TEXTS}
         with atomic.replacing(path, durable=True) as file:
             numbers = {"version": _VERSION, "success": self.success, "offsets": self.offsets}
+            if self.decided is not None:
+                numbers |= {"every": self.decided.every}
+                leaves |= {f"{_DRAWN}{name}": x for name, x in self.decided.drawn.items()}
             np.savez_compressed(file, made=np.array(self.made), **numbers, **texts, **leaves)
 
 
@@ -119,8 +142,14 @@ def load(path: str | pathlib.Path) -> Rollouts:
         leaves = {field.name: found[f"state_{field.name}"] for field in dataclasses.fields(bodies.State)}
         texts = {name: tuple(found[name].tolist()) for name in _TEXTS}
         made = str(found.get("made", ""))
+        drawn = {name.removeprefix(_DRAWN): x for name, x in found.items() if name.startswith(_DRAWN)}
         read = Rollouts(
-            **texts, success=found["success"], offsets=found["offsets"], states=bodies.State(**leaves), made=made
+            **texts,
+            success=found["success"],
+            offsets=found["offsets"],
+            states=bodies.State(**leaves),
+            made=made,
+            decided=Decided(int(found["every"]), drawn) if "every" in found else None,
         )
         count = len(read.tasks)
         require(
@@ -131,6 +160,12 @@ def load(path: str | pathlib.Path) -> Rollouts:
             and all(len(x) == read.offsets[-1] for x in leaves.values()),
             f"{count} rollouts, {len(read.offsets)} offsets to {read.offsets[-1]}, and states that do not fit",
         )
+        if read.decided is not None:
+            decisions = read.decisions(read.decided.every).sum()
+            require(
+                all(len(x) == decisions for x in drawn.values()),
+                f"{decisions} decisions, and draws of { {name: len(x) for name, x in drawn.items()} }",
+            )
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
             f"{path} is no file of rollouts ({type(error).__name__}: {error}); record it again."
@@ -165,13 +200,13 @@ class Trying(NamedTuple):
 
 
 def by_chance(learner: objective.Learner) -> rollouts.Act:
-    """The policy as it tries things out. Its parameters include those of the behaviour."""
+    """The policy as it tries things out; keeps what it drew. Its parameters include those of the behaviour."""
 
     def act(params: Any, seen: Inputs, carry: Carry, active: jax.Array, key: jax.Array) -> tuple[Any, Carry, tuple]:
         features, context = learner.perceive(params, seen, carry, active)
-        actions, _, head = learner.head(params, features, context.head, key)
+        actions, drawn, head = learner.head(params, features, context.head, key)
         after = Carry(where(active, head, carry.head), context.history)
-        return learner.model.config.normalizer.unnormalize(actions), after, ()
+        return learner.model.config.normalizer.unnormalize(actions), after, drawn
 
     return act
 
@@ -179,7 +214,7 @@ def by_chance(learner: objective.Learner) -> rollouts.Act:
 def roll_out(
     model: VLA, params: Any, encode: playing.EncodeText, trials: Sequence[Trial], how: Trying, seed: int
 ) -> Rollouts:
-    """Play each trial once, with chance in the actions, and keep all states.
+    """Play each trial once, with chance in the actions, and keep all states and draws.
 
     Args:
       trials: of single tasks.
@@ -202,14 +237,17 @@ def roll_out(
     game = jax.device_put(rollouts.begin(model, params, world, how.tables, jax.random.key(seed)), place)
     first = jax.device_get(world.states)
     paths: list[list[Any]] = [[jax.tree.map(lambda x, n=n: x[None, n], first)] for n in range(len(trials))]
+    draws: list[list[Any]] = [[] for _ in trials]
     success, ended = np.zeros(len(trials), bool), 0
     while ended < len(trials):
-        game, (outcome, _) = run(params, world, game)
-        for trial, path, over, done in _pieces(jax.device_get(outcome)):
+        game, found = run(params, world, game)
+        for trial, path, drawn, over, done in _pieces(*jax.device_get(found)):
             paths[trial].append(path)
+            draws[trial].append(drawn)
             success[trial] |= done
             ended += over
     whole = [jax.tree.map(lambda *parts: np.concatenate(parts), *path) for path in paths]
+    drawn = jax.tree.map(lambda *rows: np.stack(rows), *itertools.chain(*draws))
     return Rollouts(
         tuple(str(trial.labels["scene"]) for trial in trials),
         tuple(trial.tasks[0] for trial in trials),
@@ -217,16 +255,19 @@ def roll_out(
         success,
         np.cumsum([0, *(len(path.led) for path in whole)]),
         jax.tree.map(lambda *parts: np.concatenate(parts), *whole),
+        decided=Decided(how.actions, {field.name: getattr(drawn, field.name) for field in dataclasses.fields(drawn)}),
     )
 
 
-def _pieces(outcome: playing.Outcome) -> Iterator[tuple[int, bodies.State, bool, bool]]:
-    """(trial, the states that a decision led to, whether that was its end, in success) in the order of time."""
+def _pieces(outcome: playing.Outcome, kept: Any) -> Iterator[tuple[int, bodies.State, Any, bool, bool]]:
+    """(trial, the states that a decision led to, what was drawn, whether that was its end, in success) in the order of
+    time."""
     for decision, table in np.argwhere(outcome.steps > 0):
         count = outcome.steps[decision, table]
         path = jax.tree.map(lambda x, at=(decision, table), n=count: x[at][1 : n + 1], outcome.states)
+        drawn = jax.tree.map(lambda x, at=(decision, table): x[at], kept)
         over, done = (bool(x[decision, table]) for x in (outcome.over, outcome.success))
-        yield int(outcome.trial[decision, table]), path, over, done
+        yield int(outcome.trial[decision, table]), path, drawn, over, done
 
 
 def pictures(found: Rollouts, segment: Segment, steps: int, every: int, sizes: dict[str, int]) -> dict[str, np.ndarray]:

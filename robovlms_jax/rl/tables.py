@@ -145,12 +145,15 @@ class Outcome:
     states: bodies.State | None = None
 
 
-def make_world(trials: Sequence[Trial], encode: EncodeText, static_size: int) -> World:
+def make_world(
+    trials: Sequence[Trial], encode: EncodeText, static_size: int, states: bodies.State | None = None
+) -> World:
     """Trials as arrays, their first states computed.
 
     Args:
       trials: PlayTable's: `start` has robot_obs and scene_obs, the label "scene" names the table.
       static_size: px of the static camera.
+      states: the first states where they are known, leading axis N; then `start` is not read.
     Raises:
       ValueError: no trial, or one with an instruction that is too long or a table that there is not.
     """
@@ -172,7 +175,7 @@ def make_world(trials: Sequence[Trial], encode: EncodeText, static_size: int) ->
             tokens, real = texts[trial.instructions[own]]
             ids[row, place, : len(tokens)], mask[row, place, : len(real)] = tokens, real
     length, group = np.array([len(trial.tasks) for trial in trials], np.int32), np.zeros(len(trials), np.int32)
-    states = _first_states(scenes, which, trials)
+    states = _first_states(scenes, which, trials) if states is None else jax.tree.map(jnp.asarray, states)
     return World(
         scenes,
         env.backdrops(scenes, static_size),
@@ -213,14 +216,20 @@ def info(world: World, trial: jax.Array, states: bodies.State) -> tasks.SceneInf
 
 def look(world: World, play: Play, tables: Tables) -> tuple[Mapping[str, jax.Array], jax.Array, tuple[Any, Any]]:
     """camera -> uint8[B, px, px, 3], robot_obs float32[B, 15], and the prompts int32[B, T], bool[B, T]."""
-    trial = jnp.maximum(tables.trial, 0)
-    seen = (world.scenes, world.scene[trial], tables.states)
+    return look_at(world, play, jnp.maximum(tables.trial, 0), tables.position, tables.states)
+
+
+def look_at(
+    world: World, play: Play, trial: jax.Array, position: jax.Array, states: bodies.State
+) -> tuple[Mapping[str, jax.Array], jax.Array, tuple[Any, Any]]:
+    """`look`, of any states: trial, position int32[B], whose task it is; states: leaves [B, ...]."""
+    seen = (world.scenes, world.scene[trial], states)
     images = {
         camera: env.render_batch(*seen, camera, size, world.backdrops, play.platform)
         for camera, size in play.image_sizes
     }
-    text = world.text_ids[trial, tables.position], world.text_mask[trial, tables.position]
-    return images, jax.vmap(physics.robot_obs)(tables.states), text
+    text = world.text_ids[trial, position], world.text_mask[trial, position]
+    return images, jax.vmap(physics.robot_obs)(states), text
 
 
 def execute(world: World, play: Play, tables: Tables, actions: jax.Array) -> tuple[Tables, Outcome]:

@@ -7,7 +7,7 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,34 @@ def _row(name: str, found: Mapping[str, Any]) -> str:
     return f"| {name} | {count} | {cells[0]} | {cells[1]} | {pair['second']} / {pair['first']} | {pair['p']:.2g} |"
 
 
+def _curve(curve: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Some twenty iterations as a table, of what was measured in them."""
+    shown: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "step": ("iteration", str),
+        "env_steps": ("control steps", str),
+        "seconds": ("seconds", "{:.0f}".format),
+        "success": ("success", "{:.1%}".format),
+        "preferred": ("answers given", "{:.1%}".format),
+        "from_reference": ("divergence", "{:.3g}".format),
+    }
+    shown = {name: how for name, how in shown.items() if name in curve[0]}
+    about = (
+        "Success while learning, with chance in the actions"
+        if "success" in shown
+        else "Answers that the policy gives by which rollout has become more probable"
+    )
+    return [
+        f"{about} (metrics.jsonl has all of it):",
+        "",
+        f"| {' | '.join(title for title, _ in shown.values())} |",
+        "|" + "---|" * len(shown),
+        *(
+            f"| {' | '.join(how(x[name]) for name, (_, how) in shown.items())} |"
+            for x in curve[:: max(len(curve) // 20, 1)]
+        ),
+    ]
+
+
 def report(
     checkpoint: str,
     settings: Mapping[str, Any],
@@ -128,14 +156,16 @@ def report(
     curve = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     record = {"settings": settings, "results": results, "curve": curve}
     atomic.write_text(output / "results.json", json.dumps(record, indent=2) + "\n")
-    last = curve[-1]
+    last, direct = curve[-1], settings["update"]["method"] == "dpo"
+    when = "at the answered actions, mean over its updates" if direct else "before its updates"
     text = [
         f"# PlayTable: {settings['update']['method']} from {checkpoint}",
         "",
         f"{last['step']} iterations, {last['env_steps']} control steps, {last['seconds']:.0f} s of learning; trained: "
         f"{trained:,} parameters ({', '.join(settings['trainable'])}). "
-        f"Divergence from the first policy in the last iteration, before its updates: {last['from_reference']:.3g}.",
+        f"Divergence from the first policy in the last iteration, {when}: {last['from_reference']:.3g}.",
         "",
+        *((f"Answers: {settings['labels'] or 'of a simulated person'}.", "") if direct else ()),
         *((f"Rewards: {settings['reward']}, learned from preferences.", "") if settings["reward"] else ()),
         "Success with 95 % Wilson intervals, without chance in the actions; the same trials before and after. Gained "
         "and lost: trials that only one of both did, with the p of an exact two-sided McNemar test.",
@@ -144,14 +174,7 @@ def report(
         "|---|---|---|---|---|---|",
         *(_row(name, found) for name, found in results.items()),
         "",
-        "Success while learning, with chance in the actions (metrics.jsonl has all of it):",
-        "",
-        "| iteration | control steps | seconds | success | divergence |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {x['step']} | {x['env_steps']} | {x['seconds']:.0f} | {x['success']:.1%} | {x['from_reference']:.3g} |"
-            for x in curve[:: max(len(curve) // 20, 1)]
-        ),
+        *_curve(curve),
     ]
     path = output / REPORT
     atomic.write_text(path, "\n".join(text) + "\n")

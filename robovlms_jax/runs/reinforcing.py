@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import logging
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,11 +22,11 @@ from robovlms_jax import atomic, json_files, schema
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.evaluation.rollout import SuccessCriterion, Trial
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.rl import learning, rewards, rollouts, starts
+from robovlms_jax.rl import direct, learning, rewards, rollouts, starts
 from robovlms_jax.rl import tables as playing
 from robovlms_jax.rl.config import ReinforceConfig
 from robovlms_jax.rl.preferences import RewardModel
-from robovlms_jax.runs import load, played, reinforced, saved
+from robovlms_jax.runs import load, played, preferring, reinforced, saved
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
 from robovlms_jax.training import checkpoints, directory, loop, metrics, provenance, seals, stages, stopping
@@ -35,8 +36,12 @@ log = logging.getLogger(__name__)
 
 LEARNING, SETTINGS = "learning", "reinforce.json"
 """In the output: what a stopped run goes on from; its settings."""
-_MAY_CHANGE = ("iterations", "resume", "checkpoint_every", "out", "checkpoint", "reward")
-"""Where checkpoint and reward lie may change; their identities are compared."""
+_MAY_CHANGE = ("iterations", "resume", "checkpoint_every", "out", "checkpoint", "reward", "labels")
+"""Where checkpoint, reward and labels lie may change; their identities are compared."""
+
+Rounds = Callable[[int], Iterator[Any]]
+"""Number of the first iteration -> what that one and all later ones learn from."""
+Learner = learning.Reinforcement | direct.DirectPreferences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +64,19 @@ def run(config: ReinforceConfig) -> pathlib.Path:
         # Nothing is written before all that can be wrong with the settings has been said.
         directory.keep_programs("auto")
         questions, trials = reinforced.measurements(config), _trials(config)
+        labels = preferring.about(config)
         sizes = dict(zip(("static", "wrist"), config.image_size, strict=True))
         how = Execution("receding", horizon=config.horizon), SuccessCriterion(max_steps=config.max_steps)
         player = rollouts.Player(model, encode, config.tables, sizes, *how)
         learner = _learner(config, model, params, reward)
-        _settle(config, output)
+        _settle(config, output, labels)
         before = reinforced.before(output, player, params, questions)
         serving = {"config": schema.to_dict(experiment), "assets": dict(assets)}
-        pool = playing.make_world(trials, encode, config.image_size[0])
-        finished = _learn(config, output, learner, pool, serving)
+        if isinstance(learner, direct.DirectPreferences):
+            rounds = functools.partial(_again, preferring.compared(config, output, learner, encode))
+        else:
+            rounds = functools.partial(worlds, config, playing.make_world(trials, encode, config.image_size[0]))
+        finished = _learn(config, output, learner, rounds, serving)
         if not finished or interrupts.asked:
             raise KeyboardInterrupt
         policy = learner.policy()
@@ -79,7 +88,8 @@ def run(config: ReinforceConfig) -> pathlib.Path:
 
 def _resolved(config: ReinforceConfig, experiment: ExperimentConfig) -> ReinforceConfig:
     """With what the checkpoint knows where `config` leaves it open. Raises ValueError."""
-    return _filled(dataclasses.replace(config, checkpoint=str(checkpoints.locate(config.checkpoint))), experiment)
+    config = dataclasses.replace(config, checkpoint=str(checkpoints.locate(config.checkpoint)))
+    return preferring.resolved(_filled(config, experiment))
 
 
 def _filled(config: ReinforceConfig, experiment: ExperimentConfig) -> ReinforceConfig:
@@ -97,7 +107,7 @@ def _filled(config: ReinforceConfig, experiment: ExperimentConfig) -> ReinforceC
             found.unseen_scene,
         )
     steps = found.decisions * min(found.horizon, experiment.policy.chunk)
-    if steps < found.max_steps and found.update.method != "grpo":
+    if steps < found.max_steps and found.update.method in ("ppo", "awr"):
         log.info(
             "an iteration has %d decisions a table, %d control steps: of trials of %d the rest is not learned from",
             found.decisions,
@@ -107,11 +117,12 @@ def _filled(config: ReinforceConfig, experiment: ExperimentConfig) -> ReinforceC
     return found
 
 
-def _settle(config: ReinforceConfig, output: pathlib.Path) -> None:
-    """Refuse a directory with something else in it; write down what this run is."""
+def _settle(config: ReinforceConfig, output: pathlib.Path, labels: Mapping[str, Any] | None = None) -> None:
+    """Refuse a directory with something else in it; write down what this run is. labels: see `preferring.about`."""
     path = output / SETTINGS
     now = json.loads(json.dumps(schema.to_dict(config))) | {
-        "identity": seals.identity(pathlib.Path(config.checkpoint)).label
+        "identity": seals.identity(pathlib.Path(config.checkpoint)).label,
+        **(labels or {}),
     }
     if config.reward:
         now["reward_identity"] = rewards.identity(config.reward)
@@ -158,9 +169,17 @@ def _reward(config: ReinforceConfig, chunk: int) -> RewardModel | None:
     return saved_reward.model
 
 
-def _learner(
-    config: ReinforceConfig, model: Any, params: Any, reward: RewardModel | None = None
-) -> learning.Reinforcement:
+def _learner(config: ReinforceConfig, model: Any, params: Any, reward: RewardModel | None = None) -> Learner:
+    updates = config.iterations * config.update.epochs * config.update.minibatches
+    (stage,) = stages.plan(TrainConfig(steps=updates, trainable=config.trainable), config.optimizer)
+    found = jax.local_devices()
+    require(
+        len(found) >= config.devices,
+        f"reinforce.devices={config.devices}, and this process has {len(found)}; pass --devices {len(found)}.",
+    )
+    mesh = meshes.make_mesh((config.devices, 1, 1), found[: config.devices])
+    if config.update.method == "dpo":
+        return direct.DirectPreferences(model, params, config.behaviour, config.update, stage, mesh, config.seed)
     settings = learning.Settings(
         config.behaviour,
         config.update,
@@ -171,14 +190,6 @@ def _learner(
         config.max_steps,
         tuple(playing.NAMES.index(name) for name in config.others) if config.update.hold_weight else (),
     )
-    updates = config.iterations * config.update.epochs * config.update.minibatches
-    (stage,) = stages.plan(TrainConfig(steps=updates, trainable=config.trainable), config.optimizer)
-    found = jax.local_devices()
-    require(
-        len(found) >= config.devices,
-        f"reinforce.devices={config.devices}, and this process has {len(found)}; pass --devices {len(found)}.",
-    )
-    mesh = meshes.make_mesh((config.devices, 1, 1), found[: config.devices])
     return learning.Reinforcement(model, params, settings, stage, mesh, config.seed, reward)
 
 
@@ -186,6 +197,11 @@ def _trials(config: ReinforceConfig) -> list[Trial]:
     """What is learned from."""
     tables = config.tables_to_learn_on
     return starts.draw(config.played, tables, config.pool, config.seed, spread=config.start_spread)
+
+
+def _again(compared: direct.Comparisons, begin: int) -> Iterator[direct.Comparisons]:
+    """The same pairs in every iteration."""
+    return itertools.repeat(compared)
 
 
 def worlds(config: ReinforceConfig, pool: playing.World, begin: int) -> Iterator[playing.World]:
@@ -205,8 +221,8 @@ def worlds(config: ReinforceConfig, pool: playing.World, begin: int) -> Iterator
 def _learn(
     config: ReinforceConfig,
     output: pathlib.Path,
-    learner: learning.Reinforcement,
-    pool: playing.World,
+    learner: Learner,
+    rounds: Rounds,
     serving: Mapping[str, Any],
 ) -> bool:
     """All iterations that are left; False: stopped by a signal, saved."""
@@ -225,8 +241,8 @@ def _learn(
     writer = metrics.JsonLines(output / "metrics.jsonl", done["iteration"])
     clock = _Clock(done)
 
-    def step(position: _Position, world: playing.World) -> tuple[_Position, dict[str, float]]:
-        _, numbers = learner.iterate(world, position.step)
+    def step(position: _Position, given: Any) -> tuple[_Position, dict[str, float]]:
+        _, numbers = learner.iterate(given, position.step)
         numbers |= clock.count(position.step + 1, numbers["env_steps"])
         writer.write(position.step + 1, numbers)
         return _Position(position.step + 1), numbers
@@ -236,7 +252,7 @@ def _learn(
     with contextlib.closing(checkpointer):
         _, finished = loop.fit(
             _Position(done["iteration"]),
-            worlds(config, pool, done["iteration"]),
+            rounds(done["iteration"]),
             step,
             schedule=schedule,
             hooks=[_Stop(), _Say(config.iterations), saving],
@@ -271,7 +287,8 @@ class _Say(loop.Hook):
         self._iterations = iterations
 
     def after(self, step: loop.Step, metrics: Mapping[str, Any]) -> None:
-        names = ("success", "reward", "trials", "env_steps", "seconds", "ratio", "moved", "from_reference", "explained")
+        names = ("success", "reward", "trials", "loss", "preferred", "env_steps", "seconds", "ratio", "moved")
+        names += ("from_reference", "explained")
         said = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
         log.info("iteration %d of %d: %s", step.number, self._iterations, said)
 
@@ -279,7 +296,7 @@ class _Say(loop.Hook):
 class _Saving(loop.Hook):
     """Points to go on from."""
 
-    def __init__(self, checkpointer: checkpoints.Checkpointer, learner: learning.Reinforcement, clock: _Clock):
+    def __init__(self, checkpointer: checkpoints.Checkpointer, learner: Learner, clock: _Clock):
         self._checkpointer, self._learner, self._clock = checkpointer, learner, clock
 
     def after(self, step: loop.Step, metrics: Mapping[str, Any]) -> None:

@@ -85,22 +85,11 @@ def learn(config: RewardRunConfig) -> tuple[pathlib.Path, dict[str, float]]:
 
 def _answered(found: segments.Rollouts, config: RewardRunConfig) -> tuple[preferences.Pairs, int, list[str]]:
     """A person's answers, the control steps of a frame, and the tasks that they are about."""
-    path = pathlib.Path(config.labels) / answers.FILE
-    read = answers.read(path)
-    none = f"{path} has no answers; give some (experiments.label), or let a simulated person answer (--simulated 2000)."
-    require(read is not None, none)
-    head, given = read
-    require(
-        head["rollouts"] == segments.identity(config.labels),
-        f"{path} is about other rollouts ({head['rollouts']}) than those beside it; put the right file there.",
-    )
-    answers.require_within(found, given, head["steps"], path)
-    given = [each for each in given if each.answer != "skip"]
-    require(len(given) > 0, none)
+    head, given = answers.of(config.labels, found, "let a simulated person answer (--simulated 2000)")
     sides = (
         progress.frames(found, [each.pair[side] for each in given], head["steps"], head["every"]) for side in (0, 1)
     )
-    better = np.array([{"left": 1.0, "right": 0.0, "equal": 0.5}[each.answer] for each in given], np.float32)
+    better = np.array([answers.FIRST_BETTER[each.answer] for each in given], np.float32)
     names = sorted({found.tasks[each.pair.left.rollout] for each in given})
     return preferences.Pairs(*sides, better), head["every"], names
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from robovlms_jax.rl import behaviours, objective, preferences
+from robovlms_jax.rl import objective, preferences
 from robovlms_jax.rl.config import UpdateConfig
 from tests.rl.test_objective import Bandit, decisions, start, tried
 
@@ -76,20 +76,6 @@ def test_segments_of_unequal_length_are_not_compared():
         preferences.fit(pairs, preferences.RewardConfig())
     with pytest.raises(ValueError, match="too few"):
         preferences.fit(dataclasses.replace(pairs, second=pairs.first).take(slice(2)), preferences.RewardConfig())
-
-
-def test_dpo_moves_towards_the_better_of_two_chunks():
-    params = start()
-    actions = jnp.array([-0.3, -0.8, -0.4, -0.6])[:, None, None]  # better, worse, better, worse; the mean is -0.5
-    known = Bandit().reconsider(params, None, behaviours.Chosen(actions), 1).log_prob
-    batch = decisions(actions, known, jnp.zeros(4))
-    loss = objective.DecisionLoss(Bandit(), (preferences.PreferenceTask(),))
-    (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, None, loss.count(batch))
-    np.testing.assert_allclose(value, np.log(2), rtol=1e-5)
-    # -sigmoid(0) beta ((a+ - mean) - (a- - mean)) / std^2, averaged over both pairs
-    np.testing.assert_allclose(gradient["head"]["mean"], -0.5 * 0.1 * np.mean([0.5, 0.2]) / 0.2**2, rtol=1e-4)
-    moved = {**params, "head": {"mean": jnp.float32(-0.4)}}
-    assert jax.jit(loss)(moved, batch, None, 4.0)[1]["preferred"] == 1
 
 
 def test_cloning_weighs_what_turned_out_well_and_bounds_the_weight():

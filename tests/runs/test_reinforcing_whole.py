@@ -19,17 +19,15 @@ from robovlms_jax.demo import twin
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.rl import starts, tables
-from robovlms_jax.rl.config import ReinforceConfig, UpdateConfig
+from robovlms_jax.rl.config import BehaviourConfig, ReinforceConfig, UpdateConfig
 from robovlms_jax.runs import build, load, reinforcing
 from robovlms_jax.training import memory
 
 
 def config(out, **changes):
     small = {"tables": 4, "decisions": 4, "trials": 2, "pool": 8, "max_steps": 20, "iterations": 3}
-    update = UpdateConfig(minibatches=2, divergence_stop=0.0)
-    return ReinforceConfig(
-        checkpoint=str(twin.DIRECTORY), out=str(out), tasks=("turn_on_led",), update=update, **{**small, **changes}
-    )
+    small["update"] = UpdateConfig(minibatches=2, divergence_stop=0.0)
+    return ReinforceConfig(checkpoint=str(twin.DIRECTORY), out=str(out), tasks=("turn_on_led",), **{**small, **changes})
 
 
 def curve(out):
@@ -37,9 +35,19 @@ def curve(out):
     return [{name: value for name, value in row.items() if name not in ("seconds", "time")} for row in rows]
 
 
+BY_ANSWERS = {
+    "update": UpdateConfig(method="dpo", minibatches=2),
+    "trainable": ("^head/",),
+    "optimizer": reinforce.PRESETS["dpo"].optimizer,
+    "pool": 3,
+    "behaviour": BehaviourConfig(spread=(0.4,)),
+}
+
+
 @pytest.mark.slow
-def test_a_run_that_was_stopped_by_a_signal_ends_as_one_that_was_not_to_the_bit(tmp_path, monkeypatch):
-    reinforcing.run(config(tmp_path / "whole"))
+@pytest.mark.parametrize("changes", [{}, BY_ANSWERS], ids=["ppo", "dpo"])
+def test_a_run_that_was_stopped_by_a_signal_ends_as_one_that_was_not_to_the_bit(tmp_path, monkeypatch, changes):
+    reinforcing.run(config(tmp_path / "whole", **changes))
     say = reinforcing._Say.after
 
     def interrupted(self, step, metrics):
@@ -50,10 +58,10 @@ def test_a_run_that_was_stopped_by_a_signal_ends_as_one_that_was_not_to_the_bit(
     with monkeypatch.context() as once:
         once.setattr(reinforcing._Say, "after", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            reinforcing.run(config(tmp_path / "stopped"))
+            reinforcing.run(config(tmp_path / "stopped", **changes))
     assert not (tmp_path / "stopped" / "checkpoints").exists()
     assert 1 <= len(curve(tmp_path / "stopped")) < 3
-    reinforcing.run(config(tmp_path / "stopped", resume=True))
+    reinforcing.run(config(tmp_path / "stopped", resume=True, **changes))
     assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
     policies = [flatten_dict(load.open_model(tmp_path / name)[1], sep="/") for name in ("whole", "stopped")]
     began = flatten_dict(load.open_model(twin.DIRECTORY)[1], sep="/")
@@ -63,6 +71,10 @@ def test_a_run_that_was_stopped_by_a_signal_ends_as_one_that_was_not_to_the_bit(
     assert any((np.asarray(x) != np.asarray(began[path])).any() for path, x in policies[0].items())
     results = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("whole", "stopped")]
     assert results[0] == results[1]
+    by_answers = curve(tmp_path / "whole")[0].keys() >= {"preferred", "margin"}
+    assert (
+        by_answers == bool(changes) == ("Answers: of a simulated person" in (tmp_path / "whole/report.md").read_text())
+    )
 
 
 @pytest.mark.slow

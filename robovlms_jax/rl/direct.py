@@ -1,0 +1,286 @@
+"""Preferences without a reward function: which of two pieces of rollouts is better moves the policy itself (DPO,
+Rafailov et al. 2023, arXiv:2305.18290; of pieces of rollouts: Hejna et al. 2023, arXiv:2310.13639).
+
+What was drawn in rollouts is known, and what was seen is drawn again from their states. So every decision is decided
+again by the policy as it was, once, and by the policy that learns, in every update.
+
+Letters: N pairs, K decisions of a piece at most, E executed actions of a decision, D decisions of all rollouts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
+
+from robovlms_jax.evaluation.rollout import Trial
+from robovlms_jax.parallel import cpu
+from robovlms_jax.parallel import mesh as meshes
+from robovlms_jax.playtable import env
+from robovlms_jax.playtable.mechanics import bodies
+from robovlms_jax.policies.histories.base import where
+from robovlms_jax.policies.vla import VLA, Carry
+from robovlms_jax.rl import behaviours, estimates, learning, objective, preferences, rollouts
+from robovlms_jax.rl import tables as playing
+from robovlms_jax.rl.config import BehaviourConfig, UpdateConfig
+from robovlms_jax.rl.segments import Rollouts
+from robovlms_jax.schema import require
+from robovlms_jax.training import step as steps
+from robovlms_jax.training.stages import Stage
+
+
+class Pieces(NamedTuple):
+    """Answers about pieces of rollouts, NumPy. rollout, start, steps: int[N, 2], first and second: control steps from
+    `start` on. first_better: float32[N], 1, 0, or 0.5 where both are as good."""
+
+    rollout: np.ndarray
+    start: np.ndarray
+    steps: np.ndarray
+    first_better: np.ndarray
+
+
+class Known(NamedTuple):
+    """Every decision as the policy that learning began with would decide again, NumPy leaves [D, ...]; log_prob:
+    float32[D, E, A]."""
+
+    view: objective.View
+    drawn: Any
+    log_prob: np.ndarray
+
+
+@flax.struct.dataclass
+class Compared:
+    """N pairs of pieces to learn from: leaves [N, 2, K, ...] of view and drawn, mask bool[N, 2, K, E] (executed within
+    the piece), reference float32[N, 2, K, E, A], first_better float32[N]."""
+
+    view: objective.View
+    drawn: Any
+    mask: jax.Array
+    reference: jax.Array
+    first_better: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DirectLoss:
+    """Cross-entropy of answers, where a piece's worth is `beta` times how much more probable its actions have become
+    than they were; a `training.step.Loss` of `Compared`. noise: share of answers that are taken for random."""
+
+    learner: objective.Learner
+    beta: float
+    noise: float
+
+    def count(self, batch: Compared) -> jax.Array:
+        """float32[]: pairs."""
+        return jnp.float32(len(batch.first_better))
+
+    def __call__(
+        self, params: Any, batch: Compared, key: jax.Array | None, count: Any
+    ) -> tuple[jax.Array, objective.Metrics]:
+        """Loss and metrics, sums over the whole batch's `count`. preferred: share of answers that the policy's own
+        preference gives (half of those that were ties). margin: by how much. from_reference: per executed action."""
+        view, drawn = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), (batch.view, batch.drawn))
+        now = self.learner.reconsider(params, view, drawn, batch.mask.shape[-1]).log_prob
+        difference = jnp.where(batch.mask[..., None], now.reshape(batch.reference.shape) - batch.reference, 0.0)
+        worth = self.beta * difference.sum((2, 3, 4))
+        loss = preferences.preference_loss(worth[:, 0], worth[:, 1], batch.first_better, self.noise)
+        margin = (worth[:, 0] - worth[:, 1]) * (2 * batch.first_better - 1)
+        per_action = difference.sum(-1)
+        moved = estimates.divergence(-per_action, jnp.zeros_like(per_action))
+        moved = jnp.where(batch.mask, moved, 0.0).sum((1, 2, 3)) / jnp.maximum(batch.mask.sum((1, 2, 3)), 1)
+        numbers = {
+            "loss": loss,
+            "preferred": jnp.where(batch.first_better == 0.5, 0.5, margin > 0),
+            "margin": margin,
+            "from_reference": moved,
+        }
+        metrics = {name: x.sum() / count for name, x in numbers.items()}
+        return metrics["loss"], metrics
+
+
+class DirectPreferences:
+    """Updates of one policy from answers about rollouts, in place of `learning.Reinforcement`.
+
+    Args:
+      params: the policy's, nested; they are copied.
+      stage: trainable patterns and optimizer, as for `learning.Reinforcement`.
+      mesh: pairs are split over it.
+    Raises:
+      ValueError: what the policy or the patterns do not allow; says so.
+    """
+
+    def __init__(
+        self,
+        model: VLA,
+        params: Mapping[str, Any],
+        behaviour: BehaviourConfig,
+        update: UpdateConfig,
+        stage: Stage,
+        mesh: Mesh,
+        seed: int,
+    ):
+        rollouts.require_playable(model.config)
+        self.model, self.mesh, self.seed, self.update = model, mesh, seed, update
+        self.learner = objective.Learner(model, behaviours.make(model.config, behaviour), ())
+        self.state, self.reference = learning.begin(self.learner, params, stage, mesh, seed)
+        self.head_only = learning.is_head_alone(model, self.state)
+        self.loss = DirectLoss(self.learner, update.beta, update.label_noise)
+        self._update = steps.make_train_step(self.loss, stage.tx, stage.learning_rate, self.state, mesh)
+        self._place = meshes.batched(mesh)
+
+    def iterate(self, compared: Comparisons, number: int) -> tuple[Comparisons, dict[str, float]]:
+        """Learn from all pairs, `epochs` times; `self.state` moves on. number: of the iteration, on which their order
+        depends. Returns the pairs, and means over the updates; raises as `learning.Reinforcement.iterate` does."""
+        rng = np.random.default_rng([self.seed, 2, number])
+        sums: dict[str, float] = {}
+        made, parts = 0, self.update.minibatches
+        for _ in range(self.update.epochs):
+            rows = rng.permutation(len(compared))
+            for chosen in np.split(rows[: len(rows) - len(rows) % (parts * self.mesh.size)], parts):
+                batch = jax.device_put(compared.take(chosen), self._place)
+                self.state, metrics = self._update(self.state, batch)
+                made += 1
+                found = {name: float(x) for name, x in metrics.items()}
+                learning.require_finite(found, number, made)
+                sums = {name: sums.get(name, 0.0) + x for name, x in found.items()}
+        numbers = {name: x / made for name, x in sums.items()}
+        # All control steps were made before the first iteration.
+        return compared, numbers | {"updates": made, "env_steps": 0 if number else compared.env_steps}
+
+    def policy(self) -> dict[str, Any]:
+        """The policy's own parameters, nested."""
+        return learning.policy_of(self.state)
+
+    def known(self, found: Rollouts, encode: playing.EncodeText, how: playing.Play, tables: int) -> Known:
+        """All decisions of rollouts, decided again by the policy that learning began with, so many tables side by side.
+
+        Raises ValueError for rollouts whose draws were not kept, or are of another head or chunk.
+        """
+        kept = _draws(found, self.learner)
+        world, place = _world(found, encode, how), jax.devices()[0]
+        params = unflatten_dict({**self.state.frozen, **self.reference}, sep="/")
+        params = jax.device_put(params, place)
+        how = dataclasses.replace(how, platform=place.platform)
+        run = jax.jit(
+            functools.partial(_replayed, self.learner, how, self.head_only),
+            compiler_options=cpu.options(env.STEP_KIND, place.platform),
+        )
+        counts = found.decisions(how.actions)
+        parts = [
+            jax.tree.map(lambda x, take=take: x[take], jax.device_get(run(params, world, *arguments)))
+            for arguments, take in _blocks(found, kept, counts, how.actions, tables)
+        ]
+        view, log_prob = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        return Known(view, kept, log_prob)
+
+
+def _draws(found: Rollouts, learner: objective.Learner) -> Any:
+    """`Behaviour.drawn` of all decisions. Raises ValueError."""
+    decided = found.decided
+    require(
+        decided is not None,
+        "these rollouts keep no draws: a version made them that did not; record them again (another --out).",
+    )
+    names, config = [field.name for field in dataclasses.fields(learner.behaviour.drawn)], learner.model.config
+    shapes = {name: np.shape(x) for name, x in decided.drawn.items()}
+    actions = [shape[1:] for shape in shapes.values() if len(shape) == 3]
+    expected = (config.chunk, config.action_dim)
+    require(
+        sorted(shapes) == sorted(names) and all(shape == expected for shape in actions),
+        f"these rollouts were drawn by another kind of head or chunk: {shapes}; expected {sorted(names)} of chunks "
+        f"{expected}. Record rollouts of this policy.",
+    )
+    return learner.behaviour.drawn(**decided.drawn)
+
+
+def _world(found: Rollouts, encode: playing.EncodeText, how: playing.Play) -> playing.World:
+    """Each rollout as a trial."""
+    trials = [
+        Trial(number, {}, (task,), (words,), {"scene": scene})
+        for number, (task, words, scene) in enumerate(zip(found.tasks, found.instructions, found.scenes, strict=True))
+    ]
+    first = jax.tree.map(lambda x: x[found.offsets[:-1]], found.states)
+    return playing.make_world(trials, encode, dict(how.image_sizes)["static"], first)
+
+
+def _blocks(
+    found: Rollouts, kept: Any, counts: np.ndarray, every: int, tables: int
+) -> Iterator[tuple[tuple[np.ndarray, bodies.State, Any, np.ndarray], tuple[np.ndarray, np.ndarray]]]:
+    """Arguments of `_replayed` for so many rollouts at a time, and which of its results [K, B] there are: decisions and
+    tables, rollout after rollout. Where a rollout is over its last decision is repeated."""
+    most, begins = counts.max(), np.cumsum(counts) - counts
+    for first in range(0, len(counts), tables):
+        rows = np.minimum(np.arange(first, first + tables), len(counts) - 1)
+        number = np.minimum(np.arange(most)[:, None], counts[rows] - 1)  # [K, B]
+        states = jax.tree.map(lambda x, n=number, r=rows: x[found.offsets[r] + every * n], found.states)
+        drawn = jax.tree.map(lambda x, n=number, r=rows: x[begins[r] + n], kept)
+        wanted = np.where(np.arange(first, first + tables) < len(counts), counts[rows], 0)
+        table, decision = np.nonzero(np.arange(most) < wanted[:, None])
+        yield (rows, states, drawn, wanted), (decision, table)
+
+
+def _replayed(
+    learner: objective.Learner,
+    how: playing.Play,
+    head_only: bool,
+    params: Any,
+    world: playing.World,
+    rows: jax.Array,
+    states: bodies.State,
+    drawn: Any,
+    counts: jax.Array,
+) -> tuple[objective.View, jax.Array]:
+    """What was known before the decisions of B rollouts int32[B] `rows`, int32[B] `counts` of each, and the
+    log-probabilities of what was drawn, leaves [K, B, ...]; states, drawn: leaves [K, B, ...]."""
+    model = learner.model
+
+    def decide(carry: Carry, given: tuple[bodies.State, Any, jax.Array]) -> tuple[Carry, tuple]:
+        states, drawn, number = given
+        active = number < counts
+        images, robot_obs, text = playing.look_at(world, how, rows, jnp.zeros_like(rows), states)
+        seen = rollouts.see(model.config, images, robot_obs, text)
+        features, context = learner.perceive(params, seen, carry, active)
+        log_prob, _ = learner.log_prob(params, features, context.head, drawn)
+        head = learner.head(params, features, context.head, jax.random.key(0))[2]  # as it was, whatever was drawn
+        view = objective.View(None, features, context.head) if head_only else objective.View(seen, None, carry)
+        after = Carry(where(active, head, carry.head), context.history)
+        return after, (view, log_prob[:, : how.actions])
+
+    begin = model.init_carry(len(rows), params, world.text_ids.shape[2])
+    numbers = jnp.arange(jax.tree.leaves(states)[0].shape[0])
+    return jax.lax.scan(decide, begin, (states, drawn, numbers))[1]
+
+
+class Comparisons:
+    """Answers with what the decisions they are about looked like; on the host, from where updates take their part.
+
+    Args:
+      counts: int[R], decisions of each rollout. every: control steps between two.
+      env_steps: control steps of all rollouts.
+    """
+
+    def __init__(self, pieces: Pieces, known: Known, counts: np.ndarray, every: int, env_steps: int):
+        self.pieces, self.env_steps, self._known, self._every = pieces, env_steps, known, every
+        self._begins, self._counts = np.cumsum(counts) - counts, counts
+        last = (pieces.start + pieces.steps - 1) // every
+        self._most = int((last - pieces.start // every).max()) + 1
+
+    def __len__(self) -> int:
+        return len(self.pieces.first_better)
+
+    def take(self, rows: np.ndarray) -> Compared:
+        """The pairs int[n] `rows`, NumPy leaves [n, 2, K, ...]."""
+        rollout, start, steps = (x[rows][..., None] for x in self.pieces[:3])  # [n, 2, 1]
+        number = start // self._every + np.arange(self._most)
+        at = number[..., None] * self._every + np.arange(self._every)  # control step of each action, [n, 2, K, E]
+        mask = (at >= start[..., None]) & (at < (start + steps)[..., None])
+        place = self._begins[rollout] + np.minimum(number, self._counts[rollout] - 1)
+        view, drawn, reference = jax.tree.map(lambda x: x[place], tuple(self._known))
+        return Compared(view, drawn, mask, reference, self.pieces.first_better[rows].astype(np.float32))
