@@ -47,6 +47,16 @@ class Pieces(NamedTuple):
     first_better: np.ndarray
 
 
+class _Block(NamedTuple):
+    """B rollouts to be decided again. rows: int32[B], which. counts: int32[B], decisions of each. states (before each
+    decision), drawn: leaves [K, B, ...]; where a rollout is over its last decision is repeated."""
+
+    rows: Any
+    counts: Any
+    states: bodies.State
+    drawn: Any
+
+
 class Known(NamedTuple):
     """Every decision as the policy that learning began with would decide again, NumPy leaves [D, ...]; log_prob:
     float32[D, E, A]."""
@@ -174,8 +184,8 @@ class DirectPreferences:
         )
         counts = found.decisions(how.actions)
         parts = [
-            jax.tree.map(lambda x, take=take: x[take], jax.device_get(run(params, world, *arguments)))
-            for arguments, take in _blocks(found, kept, counts, how.actions, tables)
+            jax.tree.map(lambda x, take=take: x[take], jax.device_get(run(params, world, block)))
+            for block, take in _blocks(found, kept, counts, how.actions, tables)
         ]
         view, log_prob = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
         return Known(view, kept, log_prob)
@@ -212,9 +222,9 @@ def _world(found: Rollouts, encode: playing.EncodeText, how: playing.Play) -> pl
 
 def _blocks(
     found: Rollouts, kept: Any, counts: np.ndarray, every: int, tables: int
-) -> Iterator[tuple[tuple[np.ndarray, bodies.State, Any, np.ndarray], tuple[np.ndarray, np.ndarray]]]:
-    """Arguments of `_replayed` for so many rollouts at a time, and which of its results [K, B] there are: decisions and
-    tables, rollout after rollout. Where a rollout is over its last decision is repeated."""
+) -> Iterator[tuple[_Block, tuple[np.ndarray, np.ndarray]]]:
+    """So many rollouts at a time, and which of the results [K, B] there are: decisions and tables, rollout after
+    rollout."""
     most, begins = counts.max(), np.cumsum(counts) - counts
     for first in range(0, len(counts), tables):
         rows = np.minimum(np.arange(first, first + tables), len(counts) - 1)
@@ -223,7 +233,7 @@ def _blocks(
         drawn = jax.tree.map(lambda x, n=number, r=rows: x[begins[r] + n], kept)
         wanted = np.where(np.arange(first, first + tables) < len(counts), counts[rows], 0)
         table, decision = np.nonzero(np.arange(most) < wanted[:, None])
-        yield (rows, states, drawn, wanted), (decision, table)
+        yield _Block(rows, wanted, states, drawn), (decision, table)
 
 
 def _replayed(
@@ -232,19 +242,15 @@ def _replayed(
     head_only: bool,
     params: Any,
     world: playing.World,
-    rows: jax.Array,
-    states: bodies.State,
-    drawn: Any,
-    counts: jax.Array,
+    block: _Block,
 ) -> tuple[objective.View, jax.Array]:
-    """What was known before the decisions of B rollouts int32[B] `rows`, int32[B] `counts` of each, and the
-    log-probabilities of what was drawn, leaves [K, B, ...]; states, drawn: leaves [K, B, ...]."""
+    """What was known before each decision, and the log-probabilities of what was drawn, leaves [K, B, ...]."""
     model = learner.model
 
     def decide(carry: Carry, given: tuple[bodies.State, Any, jax.Array]) -> tuple[Carry, tuple]:
         states, drawn, number = given
-        active = number < counts
-        images, robot_obs, text = playing.look_at(world, how, rows, jnp.zeros_like(rows), states)
+        active = number < block.counts
+        images, robot_obs, text = playing.look_at(world, how, block.rows, jnp.zeros_like(block.rows), states)
         seen = rollouts.see(model.config, images, robot_obs, text)
         features, context = learner.perceive(params, seen, carry, active)
         log_prob, _ = learner.log_prob(params, features, context.head, drawn)
@@ -253,9 +259,9 @@ def _replayed(
         after = Carry(where(active, head, carry.head), context.history)
         return after, (view, log_prob[:, : how.actions])
 
-    begin = model.init_carry(len(rows), params, world.text_ids.shape[2])
-    numbers = jnp.arange(jax.tree.leaves(states)[0].shape[0])
-    return jax.lax.scan(decide, begin, (states, drawn, numbers))[1]
+    begin = model.init_carry(len(block.rows), params, world.text_ids.shape[2])
+    numbers = jnp.arange(len(block.states.led))
+    return jax.lax.scan(decide, begin, (block.states, block.drawn, numbers))[1]
 
 
 class Comparisons:

@@ -250,7 +250,7 @@ class Learner:
 
         def draw(model: VLA) -> tuple[Any, Any, Any]:
             prediction, after = model.predict(features, carry)
-            return *self.behaviour.draw(model.outputs, prediction, params[SCOPE]["behaviour"], key), after
+            return *self.behaviour.draw(model.outputs, prediction, behaviour_of(params), key), after
 
         return nn.apply(draw, self.model)({"params": _policy(params)})
 
@@ -259,7 +259,7 @@ class Learner:
 
         def evaluate(model: VLA) -> tuple[jax.Array, jax.Array]:
             prediction, _ = model.predict(features, carry)
-            return self.behaviour.log_prob(model.outputs, prediction, params[SCOPE]["behaviour"], drawn)
+            return self.behaviour.log_prob(model.outputs, prediction, behaviour_of(params), drawn)
 
         return nn.apply(evaluate, self.model)({"params": _policy(params)})
 
@@ -277,6 +277,11 @@ class Learner:
             features, carry = view.features, view.carry
         log_prob, entropy = self.log_prob(params, features, carry, drawn)
         return Reconsidered(log_prob[:, :actions], entropy[:, :actions], self.value(params, features))
+
+
+def behaviour_of(params: Mapping[str, Any]) -> Mapping[str, jax.Array]:
+    """Those of the behaviour; paths do not tell an empty dict from none."""
+    return params[SCOPE].get("behaviour", {})
 
 
 def _policy(params: Mapping[str, Any]) -> dict[str, Any]:

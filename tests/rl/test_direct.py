@@ -236,7 +236,7 @@ def learner(head: str, patterns: tuple[str, ...], spread: float = 0.1) -> direct
 @pytest.mark.parametrize("head", ["lstm", "flow", "discrete", "mlp"])
 def test_what_was_drawn_in_a_rollout_is_decided_again_from_its_states(head):
     """With hardly any noise, what was drawn is what the policy decides: only if it sees and remembers the same."""
-    own = learner(head, ("^head/",), spread=1e-3)
+    own = learner(head, ("^backbone/connector/",) if head == "discrete" else ("^head/",), spread=1e-3)
     trials = starts.draw(("open_drawer", "turn_on_led"), ("A", "D"), 3, seed=0, spread=0.1)
     behaviour = BehaviourConfig(spread=(1e-3,), floor=1e-4)
     how = segments.Trying(behaviour, 2, tuple(SIZES.items()), 2, 7)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies.config import ProprioConfig
@@ -25,6 +27,7 @@ from tests.rl.test_rollouts import SIZES, encode
 
 HEADS = {
     "lstm": {"history": "policy_head", "window": 2},
+    "adapters": {"history": "policy_head", "window": 2},
     "flow": {"history": "policy_head", "window": 2, "head": toy.HEADS["flow"]},
     "mlp": {"history": "interleaved", "window": 2, "head": toy.HEADS["mlp"]},
     "discrete": {
@@ -39,6 +42,8 @@ HEADS = {
 def policy(head: str) -> tuple[VLA, dict]:
     """A small one with random parameters that sees the robot's state."""
     model = toy.make_model(chunk=3, proprio=ProprioConfig(enabled=True), **HEADS[head])
+    if head == "adapters":
+        model = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, lora_rank=2))
     window = model.config.window
     batch = toy.make_batch(np.random.default_rng(0), window=window, windows=1, chunk=3)
     sensors = {"proprio": np.zeros((2, window, 7), np.float32)}
@@ -94,30 +99,53 @@ def test_a_decision_is_as_probable_when_it_is_reconsidered(head):
         np.testing.assert_allclose(again.value, value, atol=1e-4)
 
 
+def test_a_behaviour_may_have_no_parameters():
+    """Nothing is left of an empty dict once parameters have been told apart by their paths."""
+    params = {"rl": {"behaviour": behaviours.FlowNoise(0.5).parameters(), "value": {"out": np.ones(1)}}}
+    split = unflatten_dict(flatten_dict(params, sep="/"), sep="/")
+    assert objective.behaviour_of(params) == objective.behaviour_of(split) == {}
+
+
 @pytest.mark.slow
-def test_an_iteration_learns_with_a_first_ratio_of_one_and_goes_on_to_the_bit_after_a_stop(tmp_path):
-    """Two iterations of PPO in one go, and one, a checkpoint, and the other: the same parameters."""
-    whole = learner("lstm", patterns=("^head/", "^rl/"), divergence_stop=0.0)
+@pytest.mark.parametrize(
+    ("head", "patterns"),
+    [
+        ("lstm", ("^head/", "^rl/")),
+        ("adapters", ("^head/", "lora_", "^rl/")),
+        ("flow", ("^head/", "^rl/")),
+        ("discrete", ("^backbone/connector/", "^rl/")),
+    ],
+)
+def test_an_iteration_learns_with_a_first_ratio_of_one_and_goes_on_to_the_bit_after_a_stop(tmp_path, head, patterns):
+    """Two iterations of PPO in one go, and one, a checkpoint, and the other: the same parameters. Nothing changes but
+    what is trained, and of that every part does."""
+    whole = learner(head, patterns=patterns, divergence_stop=0.0)
+    frozen = jax.tree.map(np.array, whole.state.frozen)
+    untouched = whole.state.params
+    untouched = jax.tree.map(jnp.copy, untouched)  # updates take the state's own buffers
     decisions, numbers = whole.iterate(world(), 0)
     assert decisions.mask.any() and numbers["updates"] == 2
-    first = whole.loss(
-        learner("lstm", patterns=("^head/", "^rl/")).state.params, decisions, None, whole.loss.count(decisions)
-    )[1]
+    first = whole.loss(untouched, decisions, None, whole.loss.count(decisions))[1]
     assert abs(float(first["ratio"]) - 1) < 1e-3 and abs(float(first["moved"])) < 1e-4
     saver = checkpoints.Checkpointer(tmp_path, keep=1, serving={"config": {}, "assets": {}})
     saver.save(whole.state, {})
     saver.wait()
     whole.iterate(world(), 1)
-    again = learner("lstm", patterns=("^head/", "^rl/"), divergence_stop=0.0)
+    again = learner(head, patterns=patterns, divergence_stop=0.0)
     again.state, _ = saver.restore(again.state)
     saver.close()
     again.iterate(world(), 1)
     assert int(whole.state.step) == int(again.state.step) == 4
+    moved = set()
     for path, x in whole.state.trainable.items():
         np.testing.assert_array_equal(x, again.state.trainable[path], err_msg=path)
-    moved = max(float(jnp.abs(x - whole.reference[path]).max()) for path, x in whole.state.trainable.items())
-    assert moved > 1e-4
-    assert set(whole.policy()) == {"backbone", "head", "proprio", "readout"}
+        if float(jnp.abs(x - whole.reference[path]).max()) > 1e-5:
+            moved |= {pattern for pattern in patterns if re.search(pattern, path)}
+    assert moved == {*patterns}
+    jax.tree.map(np.testing.assert_array_equal, frozen, whole.state.frozen)
+    trained = [path for path in whole.state.trainable if not any(re.search(pattern, path) for pattern in patterns)]
+    assert not trained and all("lora_" not in path for path in frozen)
+    assert whole.policy().keys() >= {"backbone", "proprio", "readout"} and "rl" not in whole.policy()
 
 
 @pytest.mark.slow
