@@ -44,7 +44,8 @@ def moved(mean: float) -> dict:
 def test_the_loss_is_log_2_before_anything_has_moved_and_its_gradient_goes_to_the_better_piece(noise):
     batch = compared([[-0.3], [-0.4]], [[-0.8], [-0.6]], [1.0, 1.0])
     loss = direct.DirectLoss(Bandit(), 0.1, noise)
-    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(start(), batch, None, loss.count(batch))
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, metrics), gradient = both(start(), batch, None, loss.count(batch))
     np.testing.assert_allclose(value, np.log(2), rtol=1e-5)
     assert metrics["margin"] == 0 and abs(metrics["from_reference"]) < 1e-6
     # (1 - noise) of -sigmoid(0) beta ((a+ - mean) - (a- - mean)) / std^2, averaged over both pairs
@@ -58,11 +59,11 @@ def test_the_loss_of_two_pieces_is_that_worked_out_by_hand_and_what_is_outside_a
     batch = compared([[0.0, -0.45]], [[-0.85, 9.0]], [0.0], mask=mask)
     worth = 0.1 * np.array([(0.09 + 0.0) / 0.08, (-0.17 + 0.09) / 0.08])  # of -0.45 it is 0
     loss = direct.DirectLoss(Bandit(), 0.1, 0.0)
-    value, metrics = loss(moved(-0.4), batch, None, 1.0)
+    value, metrics = jax.jit(loss)(moved(-0.4), batch, None, 1.0)
     np.testing.assert_allclose(value, np.log1p(np.exp(worth[0] - worth[1])), rtol=1e-4)
     np.testing.assert_allclose(metrics["margin"], worth[1] - worth[0], rtol=1e-4)
     assert metrics["preferred"] == 0  # the answer was that the second is better
-    equal = loss(moved(-0.4), batch.replace(first_better=jnp.array([0.5])), None, 1.0)[1]
+    equal = jax.jit(loss)(moved(-0.4), batch.replace(first_better=jnp.array([0.5])), None, 1.0)[1]
     assert equal["preferred"] == 0.5 and equal["loss"] > np.log(2)
 
 
