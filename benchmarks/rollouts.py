@@ -3,8 +3,9 @@
 All play the same trials with the same policy, in turns, so that load from elsewhere meets each: a policy's look at its
 two pictures, the chunk it decides on, and the control steps that are executed of it. `host` is `evaluation.rollout`
 with `BatchedVLAPolicy` and `PlayTables`, in a process of its own (`benchmarks/host_loop.py`); `before` is the same of
-an earlier revision, for which git must know its history; `device` is `rl.rollouts.Player`, one `lax.scan`. Nobody
-succeeds in `max_steps`, so all tables stay busy, and only whole trials are counted. Prints JSON.
+an earlier revision, for which git must know its history; `device` is `rl.rollouts.Player`, one `lax.scan`; `apart` is
+several of these, each in a process on a core of its own with its part of the tables (`benchmarks/device_loop.py`).
+Nobody succeeds in `max_steps`, so all tables stay busy, and only whole trials are counted. Prints JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,6 +56,8 @@ class Args:
     """Control steps of every trial."""
     devices: int = 1
     """CPU devices that the tables of `device` are split over, each a program of its own; useful up to a core each."""
+    processes: int = 0
+    """Measure `apart`, too: so many processes of `device`, each on a core of its own; 0: not."""
     repeats: int = 3
     """Measurements of each, in turns; the fastest counts, all are kept."""
     out: pathlib.Path | None = None
@@ -64,6 +67,8 @@ class Args:
         numbers = (*self.tables, *self.image_size, self.horizon, self.max_steps, self.devices, self.repeats)
         if not self.tables or min(numbers) < 1:
             raise ValueError("tables, image_size, horizon, max_steps, devices and repeats must be positive.")
+        if self.processes < 0 or (self.processes and any(count % self.processes for count in self.tables)):
+            raise ValueError(f"processes={self.processes} must be 0 or divide tables={self.tables}.")
 
 
 class Turn(NamedTuple):
@@ -89,7 +94,9 @@ def main(args: Args) -> None:
                     name: processes.enter_context(_host(tree, count, args))
                     for name, tree in (trees | {"host": ROOT}).items()
                 }
-                ways["device"] = _device(model, params, encode, count, args)
+                ways["device"] = device(model, params, encode, count, args)
+                if args.processes:
+                    ways["apart"] = processes.enter_context(_apart(count, args))
                 found[str(count)] = _measured(ways, args.repeats)
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name != "out"}
     settings["checkpoint"] = os.path.relpath(args.checkpoint, ROOT)
@@ -121,27 +128,51 @@ def _host(tree: pathlib.Path, count: int, args: Args) -> Iterator[Callable[[], T
         "max_steps": args.max_steps,
     }
     # -P: this folder's modules are not to be found by their bare names
-    command = [sys.executable, "-P", host_loop.__file__, json.dumps(settings)]
+    with _asked([[sys.executable, "-P", host_loop.__file__, json.dumps(settings)]], tree) as play:
+        yield play
+
+
+@contextlib.contextmanager
+def _apart(count: int, args: Args) -> Iterator[Callable[[], Turn]]:
+    """What plays all trials in `args.processes` processes of `device`."""
+    given = {**dataclasses.asdict(args), "checkpoint": str(args.checkpoint.resolve()), "out": None, "devices": 1}
+    parts = [
+        {"core": core, "tables": count // args.processes, "args": given | {"tables": [count], "processes": 0}}
+        for core in range(args.processes)
+    ]
+    commands = [[sys.executable, "-m", "benchmarks.device_loop", json.dumps(part)] for part in parts]
+    with _asked(commands, ROOT) as play:
+        yield play
+
+
+@contextlib.contextmanager
+def _asked(commands: Sequence[Sequence[str]], tree: pathlib.Path) -> Iterator[Callable[[], Turn]]:
+    """What has programs of the revision in folder `tree` play, all at once."""
     paths = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]  # the tree's modules before all others
     known = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-    with subprocess.Popen(command, cwd=tree, env=known, **pipes) as process:
+    with contextlib.ExitStack() as running:
+        started = [
+            running.enter_context(subprocess.Popen(command, cwd=tree, env=known, **pipes)) for command in commands
+        ]
 
         def play() -> Turn:
             begin = time.perf_counter()
-            process.stdin.write("play\n")
-            answer = process.stdout.readline()
-            if not answer:
-                raise RuntimeError(f"the host's loop in {tree} ended; what it said stands above.")
-            seconds, told = time.perf_counter() - begin, json.loads(answer)
-            return Turn(told["decisions"], seconds, told["computing"])
+            for process in started:
+                process.stdin.write("play\n")
+            said = [process.stdout.readline() for process in started]
+            if not all(said):
+                raise RuntimeError(f"a program of {tree} ended; what it said stands above.")
+            seconds, told = time.perf_counter() - begin, [json.loads(answer) for answer in said]
+            return Turn(sum(x["decisions"] for x in told), seconds, sum(x["computing"] for x in told))
 
         yield play
-        process.stdin.close()
+        for process in started:
+            process.stdin.close()
 
 
-def _device(model: Any, params: Any, encode: Any, count: int, args: Args) -> Callable[[], Turn]:
-    """What plays all trials in one program."""
+def device(model: Any, params: Any, encode: Any, count: int, args: Args) -> Callable[[], Turn]:
+    """What plays `count` trials in one program."""
     trials = chains.chain_trials(chains.single_tasks(("lift_red_block_table",), count))
     sizes = dict(zip(("static", "wrist"), args.image_size, strict=True))
     execution, criterion = Execution("receding", horizon=args.horizon), rollout.SuccessCriterion(args.max_steps)
@@ -157,7 +188,7 @@ def _device(model: Any, params: Any, encode: Any, count: int, args: Args) -> Cal
 
 def _measured(ways: dict[str, Callable[[], Turn]], repeats: int) -> dict[str, Any]:
     """Name -> decisions per second of the fastest turn, by the clock and by processor time, and of each turn; and how
-    many times each host's loop `device` is, by the fastest and by the median turns."""
+    many times each host's loop `device` and `apart` are, by the fastest and by the median turns."""
     first: dict[str, float] = {}
     turns: dict[str, list[Turn]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
@@ -179,7 +210,9 @@ def _measured(ways: dict[str, Callable[[], Turn]], repeats: int) -> dict[str, An
     }
     for how, of in (("fastest", max), ("median", statistics.median)):
         best = {name: of(each) for name, each in rates.items()}
-        found[f"times_{how}"] = {name: best["device"] / rate for name, rate in best.items() if name != "device"}
+        for own, title in (("device", f"times_{how}"), ("apart", f"apart_times_{how}")):
+            if own in best:
+                found[title] = {name: best[own] / best[name] for name in ("before", "host") if name in best}
     return found
 
 

@@ -72,6 +72,21 @@ def test_the_table_of_reinforcement_on_many_tables_is_that_of_its_runs():
         assert others["before"]["successes"] - others["after"]["successes"] <= 4  # two points of 200 trials
 
 
+def test_what_answers_alone_gain_is_what_their_runs_say():
+    found, text = result("dpo_cpu"), page("reinforcement.md")
+    columns = ("trained", "unseen_random_tables", "unseen_table", "unseen_phrasing", "unseen_start", "other_tasks")
+    gains = []
+    for name, run in found["runs"].items():
+        measured = [run["results"][column] for column in columns]
+        cells = [" → ".join(str(x[when]["successes"]) for when in ("before", "after")) for x in measured]
+        assert all(x["before"]["attempts"] == 200 for x in measured)
+        assert f"| {name} | {' | '.join(cells)} |" in text
+        gains.append((measured[1]["after"]["successes"] - measured[1]["before"]["successes"]) / 2)
+    mean, wide = statistics.mean(gains), 4.303 * statistics.stdev(gains) / 3**0.5  # Student's t of two degrees
+    said = "here {:g}, {:g} and {:g}, mean {:.1f}, 95 % interval by seeds {:.1f} to {:.1f}"
+    assert said.format(*gains, mean, mean - wide, mean + wide) in text
+
+
 def test_what_corrections_and_a_learned_reward_gain_is_what_their_runs_say():
     policies, text = result("corrections_cpu")["policies"], page("reinforcement.md")
     rows = {"start": "before", "800 steps more, demonstrations alone": "demonstrations alone"}
