@@ -327,7 +327,7 @@ def _loader_rate(setup: setups.Setup, stage: stages.Stage, start: int) -> tuple[
         lambda count: _batches(with_workers(count), stage, start),
         config.train.batch_size,
         candidates=None if given == -1 else [given],
-        seconds=1.0,
+        seconds=1.0 if given == -1 else 0.3,
     )
     if given == -1:
         tried = ", ".join(f"{workers}: {rate:.0f}" for workers, rate in rates.items())
