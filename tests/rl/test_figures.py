@@ -58,6 +58,19 @@ def test_how_fast_rollouts_are_is_what_one_run_of_the_benchmark_says():
     assert f"{fastest['host']:.1f} and {median['host']:.1f} times today's host's loop" in text
 
 
+def test_how_fast_a_process_per_core_is_is_what_one_run_says():
+    found, text = result("rollouts_apart_cpu"), page("reinforcement.md")
+    assert found["command"] in text
+    measured, names = found["tables"]["16"], ("apart", "device", "host", "before")
+    rates = [measured[name]["decisions_per_s"] for name in names]
+    assert all(measured[name]["decisions_per_s"] == max(measured[name]["all"]) for name in names)
+    said = "{:.0f} decisions/s where one program on two devices makes {:.0f}, today's host's loop {:.0f} and that of "
+    assert (said + "a103477 {:.0f}.").format(*rates) in " ".join(text.split())
+    times = [measured[f"apart_times_{how}"][of] for how in ("fastest", "median") for of in ("before", "host")]
+    said = "{:.1f} times the loop of before and {:.1f} times today's (by medians {:.1f} and {:.1f})"
+    assert said.format(*times) in text
+
+
 def test_the_table_of_reinforcement_on_many_tables_is_that_of_its_runs():
     found, text = result("reinforce_fixtures_cpu"), page("reinforcement.md")
     columns = ("trained", "unseen_random_tables", "unseen_table", "unseen_phrasing", "unseen_start", "other_tasks")
