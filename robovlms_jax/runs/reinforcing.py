@@ -138,7 +138,7 @@ def _settle(config: ReinforceConfig, output: pathlib.Path, labels: Mapping[str, 
         atomic.write_text(path, json.dumps(now, indent=2) + "\n")
         return
     require(path.exists(), f"nothing to resume: there is no {path}; leave out --resume, or correct --out.")
-    before = json_files.read_object(path, "settings of a reinforcement")
+    before = _known_since(json_files.read_object(path, "settings of a reinforcement"))
     differing = json_files.differences(before, now, sorted({*before, *now} - set(_MAY_CHANGE)))
     require(
         not differing,
@@ -147,6 +147,13 @@ def _settle(config: ReinforceConfig, output: pathlib.Path, labels: Mapping[str, 
     if policy.exists():
         log.info("%s was written by a run that ended before its report; it is written again", policy)
         shutil.rmtree(policy)
+
+
+def _known_since(before: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as an earlier version wrote them, with those that came later as they are when nobody gives them."""
+    usual = json.loads(json.dumps(schema.to_dict(ReinforceConfig())))
+    nested = {name: {**usual[name], **x} for name, x in before.items() if isinstance(usual.get(name), dict)}
+    return {**usual, **before, **nested}
 
 
 def _reward(config: ReinforceConfig, chunk: int) -> RewardModel | None:

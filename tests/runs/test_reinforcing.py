@@ -177,6 +177,19 @@ def test_a_stopped_run_goes_on_with_its_own_settings_alone(tmp_path, monkeypatch
     assert json.loads((tmp_path / "reinforce.json").read_text())["identity"] == "step_1-abc"
 
 
+def test_a_run_that_an_earlier_version_began_goes_on(tmp_path, monkeypatch):
+    """Its settings do not have what came later."""
+    monkeypatch.setattr(reinforcing.seals, "identity", lambda path: types.SimpleNamespace(label="step_1-abc"))
+    reinforcing._settle(CONFIG, tmp_path)
+    path = tmp_path / "reinforce.json"
+    settings = json.loads(path.read_text())
+    del settings["labels"], settings["pairs"], settings["update"]["beta"]
+    path.write_text(json.dumps(settings))
+    reinforcing._settle(dataclasses.replace(CONFIG, resume=True), tmp_path)
+    with pytest.raises(ValueError, match=r"other settings .*pairs"):
+        reinforcing._settle(dataclasses.replace(CONFIG, resume=True, pairs=7), tmp_path)
+
+
 def test_a_run_that_was_killed_between_its_policy_and_its_report_writes_both(tmp_path, monkeypatch):
     monkeypatch.setattr(reinforcing.seals, "identity", lambda path: types.SimpleNamespace(label="step_1-abc"))
     policy, resumed = tmp_path / "checkpoints" / "0", dataclasses.replace(CONFIG, resume=True)
