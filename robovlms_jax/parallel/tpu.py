@@ -11,12 +11,21 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-TRAINED: Mapping[str, Any] = {
-    # Weights that are split along the axis a product sums over are gathered before it. libtpu would rather pass them
-    # around and add up one product per device, each as large as the result, which is read and written every time.
-    "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
+TRAINED: Mapping[str, Mapping[str, Any]] = {
+    "": {
+        # Weights that are split along the axis a product sums over are gathered before it. libtpu would rather pass
+        # them around and add up one product per device, each as large as the result, which is read and written every
+        # time.
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
+    },
+    "TPU v6 lite": {
+        # All-gathers go on inside of kernels, as they do on a v5e by libtpu's own choice; without, all are waited for.
+        "xla_enable_async_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    },
 }
-"""Of a training step."""
+"""Options of a training step, by the kind of a device (`jax.Device.device_kind`); "": of all."""
 
 
 def trained(device: jax.Device) -> dict[str, Any] | None:
@@ -24,7 +33,8 @@ def trained(device: jax.Device) -> dict[str, Any] | None:
     those that its compiler has. None elsewhere than on TPUs, or if it has none of them."""
     if device.platform != "tpu":
         return None
-    return {name: value for name, value in TRAINED.items() if is_known(device, name, value)} or None
+    listed = {**TRAINED.get("", {}), **TRAINED.get(device.device_kind, {})}
+    return {name: value for name, value in listed.items() if is_known(device, name, value)} or None
 
 
 def is_known(device: jax.Device, name: str, value: Any) -> bool:

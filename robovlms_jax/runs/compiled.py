@@ -131,7 +131,7 @@ def _compiled(place: Place, lowered: jax.stages.Lowered, own: Mapping[str, Any] 
     return found
 
 
-_VERSION = 6
+_VERSION = 7
 """Raised when what is kept of a program changes."""
 
 
