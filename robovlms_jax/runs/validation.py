@@ -21,6 +21,7 @@ from robovlms_jax.evaluation import offline
 from robovlms_jax.evaluation.report import films, player
 from robovlms_jax.evaluation.report import offline as offline_report
 from robovlms_jax.inputs.config import AugmentConfig
+from robovlms_jax.parallel import cpu
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import objective
 from robovlms_jax.policies.serving import BatchedVLAPolicy, EncodeText
@@ -215,9 +216,10 @@ class Evaluator:
         stored, drawn = ({camera: x.inputs.images[camera][:, :1] for camera in cameras} for x in batches)
         spec = dataclasses.replace(self._model.vlm.image, mean=(0.0,) * 3, std=(1.0,) * 3)  # stays within 0 ... 1
         prepare = functools.partial(objective.prepare, spec=spec, cameras=cameras)
-        changed = jax.jit(lambda x, key: prepare(x, key=key, shifts=data.shifts, augment=data.augment).images)(
-            batches[1].inputs.replace(images=drawn), jax.random.key(0)
-        )
+        changed = jax.jit(
+            lambda x, key: prepare(x, key=key, shifts=data.shifts, augment=data.augment).images,
+            compiler_options=cpu.options("run_once", cpu.default_platform()),
+        )(batches[1].inputs.replace(images=drawn), jax.random.key(0))
         pairs = {camera: (stored[camera][:, 0], np.asarray(255 * changed[camera][:, 0])) for camera in cameras}
         said = list(zip(source.sentences(chosen), source.sentences(chosen, draws), strict=True))
         return films.draw_pairs({camera: (x, y.round().astype(np.uint8)) for camera, (x, y) in pairs.items()}, said)
