@@ -21,8 +21,15 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 def gelu(x: jax.Array) -> jax.Array:
     """x times the share of a normal distribution below x (Hendrycks and Gimpel 2016, arXiv:1606.08415), as PyTorch has
-    it. Computed in float32, sixteen bits too. By erf: the erfc of `jax.nn.gelu` is two polynomials and an exponential
-    where erf is one polynomial."""
+    it. By erf: the erfc of `jax.nn.gelu` is two polynomials and an exponential where erf is one polynomial.
+
+    Sixteen bits are computed in float32, and nothing but `x` is kept of it for the gradient."""
+    if x.dtype.itemsize == 2:
+        return jax.checkpoint(_gelu, prevent_cse=False)(x)
+    return _gelu(x)
+
+
+def _gelu(x: jax.Array) -> jax.Array:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 

@@ -29,6 +29,18 @@ def test_layer_norm_equals_torch_and_keeps_the_type():
     np.testing.assert_allclose(low.astype(jnp.float32), expected, atol=0.05)
 
 
+def test_gelu_in_sixteen_bits_is_exact_and_keeps_nothing_but_its_input(capsys):
+    # Fails if it is computed in sixteen bits, or if a layer keeps numbers of 32 bits for the gradient.
+    torch = pytest.importorskip("torch")
+    x = jnp.linspace(-6, 6, 400, dtype=jnp.bfloat16)
+    expected = torch.nn.functional.gelu(torch.tensor(np.asarray(x, np.float32)))
+    found = np.asarray(ACTIVATIONS["gelu"](x), np.float32)
+    np.testing.assert_allclose(found, expected.to(torch.bfloat16).float().numpy(), rtol=2**-8, atol=5e-5)
+    jax.ad_checkpoint.print_saved_residuals(lambda x: ACTIVATIONS["gelu"](x).sum(), x)
+    kept = capsys.readouterr().out.split()
+    assert "bf16[400]" in kept and not any(word.startswith("f32[4") for word in kept)
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_those_of_the_same_name_in_transformers(name):
     torch = pytest.importorskip("torch")
