@@ -100,6 +100,18 @@ def test_what_answers_alone_gain_is_what_their_runs_say():
     assert said.format(*gains, mean, mean - wide, mean + wide) in text
 
 
+def test_the_table_of_awr_and_grpo_is_that_of_their_runs():
+    found, text = result("reinforce_baselines_cpu"), page("reinforcement.md")
+    columns = ("trained", "unseen_random_tables", "unseen_table", "unseen_phrasing", "unseen_start", "other_tasks")
+    for method, runs in found["methods"].items():
+        for name, run in runs.items():
+            measured, last = [run["results"][column] for column in columns], run["curve"][-1]
+            assert last["step"] == 8 and all(x["before"]["attempts"] == 200 for x in measured)
+            cells = [" → ".join(str(x[when]["successes"]) for when in ("before", "after")) for x in measured]
+            row = f"| {method.upper()}, {name} | {' | '.join(cells)} |"
+            assert f"{row} {last['env_steps'] / 1000:.0f} | {last['seconds']:.0f} |" in text, row
+
+
 def test_what_corrections_and_a_learned_reward_gain_is_what_their_runs_say():
     policies, text = result("corrections_cpu")["policies"], page("reinforcement.md")
     rows = {"start": "before", "800 steps more, demonstrations alone": "demonstrations alone"}
