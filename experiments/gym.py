@@ -132,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not config.train.resume:
             checkpoints.require_free(output, resume=False)
         if config.recording.episodes:
+            run.require_consistent(config.experiment)
             counts = gym_loop.record(config.layout, robot, config.recording, config.data.root)
             if counts["attempted"]:
                 logger.info("%(recorded)d of %(attempted)d demonstrations succeed, %(frames)d frames", counts)

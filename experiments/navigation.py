@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not config.train.resume:
             checkpoints.require_free(output, resume=False)
         if config.recording.episodes:
+            run.require_consistent(config.experiment)
             driving.ensure_recorded(config.recording, config.data.root)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")

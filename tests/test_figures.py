@@ -255,6 +255,37 @@ def test_the_tables_of_compared_policies_are_those_of_their_runs():
     assert "they solve {}, {} and {} of {}.".format(*again["solved"], again["trials"]) in page("structures.md")
 
 
+def paired(one, other, words="{:+.2f} ± {:.2f}"):
+    apart = [x - y for x, y in zip(one, other, strict=True)]
+    return words.format(sum(apart) / len(apart), report.half_width_of(apart))
+
+
+def test_what_is_concluded_of_compared_policies_is_what_their_pairs_say():
+    strategies, structures = page("strategies.md"), page("structures.md")
+    few = {
+        (row["demonstrations"], row["method"]): row["success"] for row in result("strategies_cpu")["few_shot"]["rows"]
+    }
+    for method, words in (("full", "all parameters"), ("lora", "adapters"), ("head", "the head alone")):
+        assert f"{words} {paired(few['50', method], few['2', method])}" in strategies
+    apart = {row["way"]: row["means"] for row in result("strategies_cpu")["adapt"]["apart"]}
+    for way in ("mixed", "tuned"):
+        assert f"`{way}` {paired(apart[way], apart['source'])}" in strategies
+    rows = {
+        name: {row["variant"]: row for row in comparison["rows"]}
+        for name, comparison in result("policies_cpu")["comparisons"].items()
+    }
+    kept = rows["cotraining"]["together"]
+    assert min(x - y for x, y in zip(kept["answers"], kept["answers_before"], strict=True)) > -0.01
+    assert f"({paired(kept['answers'], rows['cotraining']['demonstrations alone']['answers'])} against" in strategies
+    often = [sum(row["tasks"][f"{way}_drawer"] >= 0.9 for row in rows["heads"].values()) for way in ("close", "open")]
+    assert (
+        often == [4, 3]
+        and "closed by most (0.9 and more for four of the heads) and opened as often by three" in structures
+    )
+    lamp = [f"{rows['data'][name]['tasks']['turn_on_led']:.2f}" for name in ("0.1x", "1x", "5x")]
+    assert "({} of its trials) than with all ({}) or five times as much ({})".format(*lamp) in structures
+
+
 def test_the_table_of_what_heads_cost_is_that_of_its_measurement():
     found, text = result("policies_cpu")["costs"], page("structures.md")
     for name, cost in found["heads"].items():

@@ -189,6 +189,11 @@ class DataConfig:
         require(0 <= self.max_corrupt_share < 1, f"data.max_corrupt_share={self.max_corrupt_share} must lie in [0, 1).")
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of everything that batches can be drawn from."""
+        return ("robot", *self.others.roots, *self.further.names, *self.vl.paths)
+
+    @property
     def shifts(self) -> dict[str, int]:
         """Camera -> pixels of random shift."""
         return {"static": self.static_shift, "wrist": self.wrist_shift, **self.shift}

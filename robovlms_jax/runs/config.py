@@ -97,6 +97,7 @@ class ExperimentConfig:
                 "data.compat_second_norm repeats the scaling by quantiles: set policy.action_scaling=quantile (it is "
                 f"{self.policy.action_scaling})."
             )
+        self._require_known_sources()
         self.optimizer.require_effects()
         for number, stage in enumerate(self.train.stages):
             if stage.optimizer is not None:
@@ -127,6 +128,28 @@ class ExperimentConfig:
                 f"train.accumulation={self.train.accumulation}; try train.batch_size="
                 f"{_neighbours(size, step * per_segment)}"
                 + (f", or train.accumulation={nearest}." if nearest is not None else ".")
+            )
+
+    def _require_known_sources(self) -> None:
+        known, drawn = self.data.sources, {}
+        shared = [("train.sources", self.train.sources or {"robot": 1.0})]
+        if self.train.stages:
+            named = [(stage.name or str(number + 1), stage.sources) for number, stage in enumerate(self.train.stages)]
+            shared = [(f"train.stages, stage {name!r}: sources", shares) for name, shares in named]
+        for words, shares in shared:
+            unknown = sorted(set(shares) - set(known))
+            if unknown:
+                raise ValueError(
+                    f"{words} names {unknown}; this run has data of {sorted(known)}. Pictures with text are named in "
+                    "data.vl.paths."
+                )
+            drawn |= {source: share for source, share in shares.items() if share}
+        taught = [source for source in drawn if source not in self.data.further.unlabelled]
+        unknown = sorted(set(self.train.source_weights) - set(taught))
+        if unknown:
+            raise ValueError(
+                f"train.source_weights names {unknown}; sources with a loss that this run draws from are "
+                f"{', '.join(taught)} (train.sources, train.stages)."
             )
 
     def resolve(self, num_windows: int, text_length: int, actions: Mapping[str, Any] | None = None) -> ExperimentConfig:

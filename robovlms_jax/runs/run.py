@@ -91,6 +91,13 @@ def train(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing
         return output
 
 
+def require_consistent(config: ExperimentConfig) -> None:
+    """What can be said of a run without demonstrations, which take minutes to record. Raises ValueError, OSError:
+    fields do not fit each other, or pictures with text cannot be opened."""
+    config.validate(jax.device_count())
+    questions.open_collections(config)
+
+
 def _run(
     name: str, config: ExperimentConfig, title: str, closing: str, interrupts: stopping.Interrupts
 ) -> pathlib.Path:
@@ -104,6 +111,7 @@ def _run(
         config = resuming.settle(point, config)
     with _collecting_rarely():
         if config.demonstrations.episodes:
+            require_consistent(config)
             closed_loop.ensure_demonstrations(config.demonstrations, config.data.root)
         setup = setups.prepare(config, point)
         setups.announce(name, setup)

@@ -188,7 +188,7 @@ def _planned(
         vlm = backbone.vlm
         peft.require_fits(backbone.adapter, shapes["backbone"], vlm.rules, vlm.lora, config.backbone.weights)
     planned = stages.plan(config.train, config.optimizer)
-    stages.check(planned, flatten_dict(shapes, sep="/"), [objective.ROBOT, *data.others, *config.data.vl.paths])
+    stages.check(planned, flatten_dict(shapes, sep="/"))
     questions.check(planned, config, flatten_dict(shapes, sep="/"))
     for stage in planned:
         build.require_floats(shapes, stage.trainable, stage.name)
@@ -383,7 +383,7 @@ def require_memory(setup: Setup) -> None:
         where = f", stage {stage.name}" if len(setup.stages) > 1 else ""
         logger.info("memory on each device%s, estimated: %s", where, estimate)
         if limit:
-            steps.require_room(setup.config, setup.model, abstract, batch, limit, estimate)
+            steps.require_room(setup.config, setup.model, abstract, batch, limit, estimate, stage)
 
 
 def facts(name: str, setup: Setup) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from robovlms_jax.nn.stack import Remat
@@ -44,21 +45,8 @@ def make_loss(config: ExperimentConfig, model: VLA, stage: stages.Stage | None =
             with _naming(stage, f", source {other.name!r}"):
                 losses[other.name] = _of_other(model, other.name, weights, changes)
     more, between = further.losses(config, stage, objective.RobotLoss(model, tasks=tasks, **changes))
-    _require_known_sources(config)
     losses = {**losses, **more, **questions.losses(config, model, stage)}
     return objective.LossBySource(losses, between, config.train.source_weights)
-
-
-def _require_known_sources(config: ExperimentConfig) -> None:
-    planned = stages.plan(config.train, config.optimizer)
-    drawn = dict.fromkeys(source for x in planned for source, share in x.sources.items() if share)
-    known = [source for source in drawn if source not in config.data.further.unlabelled]
-    unknown = sorted(set(config.train.source_weights) - set(known))
-    if unknown:
-        raise ValueError(
-            f"train.source_weights names {unknown}; sources with a loss that this run draws from are "
-            f"{', '.join(known)} (train.sources, train.stages)."
-        )
 
 
 @contextlib.contextmanager
@@ -132,15 +120,17 @@ def require_room(
     batch: Mapping[str, Any],
     limit: int,
     found: Estimate | None = None,
+    stage: stages.Stage | None = None,
 ) -> Estimate:
     """The estimate of a step, where devices of `limit` bytes have room for it; a warning where that is uncertain.
 
     Args:
+      batch, stage: as `memory_of`.
       found: `memory_of` of the same arguments, where known already.
     Raises:
       ValueError: no room; names the nearest train.accumulation with each backbone.remat with which there is, if any.
     """
-    found = memory_of(config, model, state, batch) if found is None else found
+    found = memory_of(config, model, state, batch, stage) if found is None else found
     tensor = state.step.sharding.mesh.shape["tensor"]
     surely = found.total - found.activations + found.activations / tensor  # estimates take no notice of mesh.tensor
     if found.total <= limit:
@@ -150,7 +140,7 @@ def require_room(
         logger.warning("%s; it may run out of memory.", text)
         return found
     ways: dict[str, str] = {}  # by remat, the first that fits
-    for words, estimate in smaller(config, model, state, batch):
+    for words, estimate in smaller(config, model, state, batch, stage):
         if estimate.total <= limit:
             ways.setdefault(words.partition("--backbone.remat")[2], f"{words} ({readable(estimate.total)})")
     if ways:
@@ -167,20 +157,42 @@ _LESS: Mapping[Remat, tuple[Remat, ...]] = {"none": ("dots", "full"), "dots": ("
 
 
 def smaller(
-    config: ExperimentConfig, model: VLA, state: TrainState, batch: Mapping[str, Any], *, platform: str = ""
+    config: ExperimentConfig,
+    model: VLA,
+    state: TrainState,
+    batch: Mapping[str, Any],
+    stage: stages.Stage | None = None,
+    *,
+    platform: str = "",
 ) -> Iterator[tuple[str, Estimate]]:
     """The same update in less memory: ("--flag value ...", estimate), least change first; traced one by one. What
     lies in the host's memory is not among them: how fast it comes back is the machine's.
-    platform: as `memory_of`."""
-    ways = state.step.sharding.mesh.shape
-    rows = config.segments_per_batch // (ways["data"] * ways["fsdp"])
+    batch, stage, platform: as `memory_of`."""
+    stage = stage or stages.plan(config.train, config.optimizer)[0]
+    ways, total = state.step.sharding.mesh.shape, sum(_rows(source) for source in batch.values())
+    devices = ways["data"] * ways["fsdp"]
     for remat in ("", *_LESS[model.vlm.remat]):
         words = f" --backbone.remat {remat}" if remat else ""
         changed = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, remat=remat or model.vlm.remat))
-        for parts in range(config.train.accumulation, rows + 1):
-            if rows % parts or (parts == config.train.accumulation and not words):
+        for parts in range(config.train.accumulation, total // devices + 1):
+            units, rest = divmod(total, devices * parts)
+            # Every micro-batch has rows of every source.
+            if rest or units < len(batch) or (parts == config.train.accumulation and not words):
                 continue
             train = dataclasses.replace(config.train, accumulation=parts)
+            shared = _resized(batch, stages.rows(stage, total, devices * parts))
             flag = f"--train.accumulation {parts}" if parts > config.train.accumulation else ""
-            estimate = memory_of(dataclasses.replace(config, train=train), changed, state, batch, platform=platform)
-            yield (flag + words).strip(), estimate
+            less = dataclasses.replace(config, train=train)
+            yield (flag + words).strip(), memory_of(less, changed, state, shared, stage, platform=platform)
+
+
+def _rows(source: Any) -> int:
+    return jax.tree.leaves(source)[0].shape[0]
+
+
+def _resized(batch: Mapping[str, Any], rows: Mapping[str, int]) -> dict[str, Any]:
+    """The shapes with as many rows of each source."""
+    return {
+        name: jax.tree.map(lambda x, name=name: jax.ShapeDtypeStruct((rows[name], *x.shape[1:]), x.dtype), source)
+        for name, source in batch.items()
+    }

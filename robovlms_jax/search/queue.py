@@ -18,9 +18,9 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from robovlms_jax import atomic, json_files
+from robovlms_jax import atomic, json_files, schema
 from robovlms_jax.search.space import Setting
 
 BEAT = 10.0
@@ -85,14 +85,20 @@ def write(out: pathlib.Path, trial: Trial) -> None:
 
 def read(out: pathlib.Path) -> list[Trial]:
     """All trials, by number. Raises ValueError naming a damaged file."""
-    found = []
-    for path in sorted((out / "trials").glob("*/trial.json")):
-        values = json_files.read_object(path, "a trial")
-        try:
-            found.append(Trial(**values))
-        except TypeError as error:
-            raise ValueError(f"{path} is not a trial ({error}); delete its directory to run it again.") from error
-    return found
+    return [read_one(path) for path in sorted((out / "trials").glob("[0-9]*/trial.json"))]
+
+
+def read_one(path: pathlib.Path) -> Trial:
+    """A trial.json. Raises ValueError naming it where it says nothing that a trial could be."""
+    try:
+        trial = Trial(**json_files.read_object(path, "a trial"))
+        if trial.status not in get_args(Status):
+            raise ValueError(f"status {trial.status!r}")
+        if trial.status == "done" and not schema.fits(trial.value, float):
+            raise ValueError(f"done with value {trial.value!r}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a trial ({error}); delete its directory to run it again.") from None
+    return trial
 
 
 def finished(out: pathlib.Path) -> list[Trial]:

@@ -114,10 +114,11 @@ def _newest(run: pathlib.Path) -> str:
 
 
 def objective(run: pathlib.Path, name: str) -> list[tuple[int, float]]:
-    """(step, value) of every line of the run's metrics.jsonl that has `name`; an unfinished line is left out."""
+    """(step, value) of every line of the run's metrics.jsonl that has `name`; an unfinished or damaged one is left
+    out."""
     found = []
     try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
+        lines = (run / "metrics.jsonl").read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return []
     for line in lines:
@@ -125,7 +126,7 @@ def objective(run: pathlib.Path, name: str) -> list[tuple[int, float]]:
             values = json.loads(line)
         except ValueError:
             continue
-        if isinstance(values, dict) and isinstance(values.get(name), (int, float)):
+        if isinstance(values, dict) and all(isinstance(values.get(x), (int, float)) for x in ("step", name)):
             found.append((int(values["step"]), float(values[name])))
     return found
 

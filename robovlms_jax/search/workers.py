@@ -10,7 +10,7 @@ import pathlib
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from robovlms_jax import extras, json_files
+from robovlms_jax import extras
 from robovlms_jax.search import queue, space, trials
 from robovlms_jax.search.config import SearchConfig
 
@@ -61,7 +61,7 @@ def _take(config: SearchConfig, out: pathlib.Path, trial: queue.Trial, look: tri
             return trial
         path = queue.folder(out, trial.number) / "trial.json"
         if path.exists():
-            trial = queue.Trial(**json_files.read_object(path, "a trial"))
+            trial = queue.read_one(path)
         if trial.status != "open":
             return trial
         queue.write(out, trial)

@@ -97,7 +97,7 @@ def _take(out: pathlib.Path, trials: Sequence[queue.Trial], job: Job, number: in
             return trial
         path = queue.folder(out, number) / "trial.json"
         if path.exists():
-            trial = queue.Trial(**json_files.read_object(path, "a trial"))
+            trial = queue.read_one(path)
         if trial.status != "open":
             return trial
         if first is not None and first.status != "done":

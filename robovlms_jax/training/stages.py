@@ -63,25 +63,17 @@ def plan(train: TrainConfig, optimizer: OptimizerConfig) -> tuple[Stage, ...]:
     return tuple(out)
 
 
-def check(stages: Sequence[Stage], paths: Collection[str], sources: Collection[str]) -> None:
-    """Refuse stages that do not fit the run, before anything is compiled.
+def check(stages: Sequence[Stage], paths: Collection[str]) -> None:
+    """Refuse stages that do not fit the model, before anything is compiled.
 
     Args:
       paths: of all parameters.
-      sources: of data that the run has.
     Raises:
       ValueError: names the stage, what is wrong and what there is.
     """
     for stage in stages:
         with _naming(stage, several=len(stages) > 1):
             trainable.split(dict.fromkeys(paths), stage.trainable)
-        unknown = sorted(set(stage.sources) - set(sources))
-        if unknown:
-            named = f"train.stages, stage {stage.name!r}: sources" if stage.name != "train" else "train.sources"
-            raise ValueError(
-                f"{named} names {unknown}; this run has data of {sorted(sources)}. Pictures with text are named in "
-                "data.vl.paths."
-            )
 
 
 def require_reached(

@@ -13,6 +13,7 @@ from experiments import navigation
 from robovlms_jax import schema
 from robovlms_jax.driving import instructions, recording, scenarios, world
 from robovlms_jax.driving.config import RecordingConfig
+from robovlms_jax.runs import driving
 from robovlms_jax.runs import setup as setups
 from robovlms_jax.runs.config import ExperimentConfig
 
@@ -63,3 +64,9 @@ def test_one_command_records_trains_drives_and_reports(tmp_path):
     assert report.count("## Drives") == 1 and report.count("| 2box_hori_right |") == 6
     navigation.main([f"--train.output={tmp_path / 'run'}", f"--data.root={tmp_path / 'data'}", "--train.resume"])
     assert (tmp_path / "run/report.md").read_text().count("## Drives") == 1
+
+
+def test_a_source_that_is_nowhere_is_refused_before_anything_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(driving, "ensure_recorded", lambda *_: pytest.fail("recorded"))
+    with pytest.raises(SystemExit, match=r"train\.sources names \['web'\]"):
+        navigation.main(["--train.output", str(tmp_path / "run"), "--train.sources", "robot", "1", "web", "1"])

@@ -103,6 +103,32 @@ def test_an_optimizers_setting_that_nothing_reads_is_refused_before_training_and
     ExperimentConfig(optimizer=OptimizerConfig(min_scale=0.0, step_every=10_000)).validate(1)  # the defaults, said
 
 
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (
+            TrainConfig(stages=(StageConfig(steps=1, name="words", sources={"robot": 1.0, "web": 1.0}),)),
+            r"train\.stages, stage 'words': sources names \['web'\]; this run has data of \['arm', 'robot'\]",
+        ),
+        (
+            TrainConfig(stages=(StageConfig(1), StageConfig(1, sources={"arms": 1.0}))),
+            r"train\.stages, stage '2': sources names \['arms'\]",
+        ),
+        (
+            TrainConfig(sources={"robot": 1.0, "web": 0.0}),
+            r"train\.sources names \['web'\]; .* named in data\.vl\.paths",
+        ),
+        (
+            TrainConfig(sources={"robot": 1.0, "arm": 0.0}, source_weights={"arm": 2.0}),
+            r"train\.source_weights names \['arm'\]; sources with a loss that this run draws from are robot",
+        ),
+    ],
+)
+def test_sources_that_a_run_has_not_are_known_without_any_data(train, message):
+    with pytest.raises(ValueError, match=message):
+        cli.override(ExperimentConfig(train=train), **{"data.others.roots": {"arm": "nowhere"}}).validate(1)
+
+
 def test_epochs_become_steps():
     config = cli.override(
         ExperimentConfig(), **{"train.epochs": 5.0, "train.batch_size": 128, "optimizer.warmup_epochs": 0.25}

@@ -47,9 +47,9 @@ def test_a_memory_is_drawn_from_beside_the_demonstrations_and_learned_as_they_ar
     wrong = cli.override(setup.config, **{"train.source_weights": {"memories": 0.5}})
     expected = r"names \['memories'\]; sources with a loss that this run draws from are robot, memory \("
     with pytest.raises(ValueError, match=expected):
-        steps.make_loss(wrong, setup.model, setup.stages[0])
+        wrong.validate(1)
     with pytest.raises(ValueError, match=expected.replace("memories", "memory").replace("robot, memory", "robot")):
-        steps.make_loss(cli.override(setup.config, **{"train.sources": {}}), setup.model)  # there, and never drawn
+        cli.override(setup.config, **{"train.sources": {}}).validate(1)  # there, and never drawn
     with pytest.raises(ValueError, match=r"source_weights is 0 for \['memory'\]; leave these out of train\.sources"):
         cli.override(setup.config, **{"train.source_weights": {"memory": 0.0}})
 

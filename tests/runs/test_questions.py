@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -12,7 +13,7 @@ import pytest
 from experiments import cotrain
 from robovlms_jax.backbones import registry
 from robovlms_jax.data import sources
-from robovlms_jax.runs import questions, run, steps
+from robovlms_jax.runs import closed_loop, questions, run, steps
 from robovlms_jax.runs import setup as setups
 from robovlms_jax.training.config import OptimizerConfig, StageConfig
 from tests.experiments.test_calvin_abcd import params_of, small
@@ -62,6 +63,7 @@ def test_a_share_of_nothing_is_the_plain_run(tmp_path):
         (stage,), (abstract,) = setup.stages, setup.abstracts
         rows = setup.rows(stage)
         assert rows == {"robot": 2}
+        assert dataclasses.replace(stage, sources={}) == dataclasses.replace(plain.stages[0], sources={})
         batch = setup.train.evaluation_batch(np.array([0, 1]))
         loss = steps.make_loss(setup.config, setup.model, stage)
         programs.append(str(jax.make_jaxpr(loss)(abstract.params, {"robot": batch}, jax.random.key(0))))
@@ -144,6 +146,25 @@ BAD = {
         "cannot be shared among",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.sources": {"robot": 3.0, "question": 1.0}}, r"train\.sources names \['question'\]"),
+        ({"train.source_weights": {"question": 2.0}}, r"train\.source_weights names \['question'\]"),
+        (
+            {"data.vl.validation": {}, "data.vl.paths": {"questions": "nowhere.json"}},
+            "'questions': no file nowhere.json",
+        ),
+        ({"train.batch_size": 63, "data.windows_per_segment": 4}, "no multiple of data.windows_per_segment=4; try 60"),
+    ],
+)
+def test_what_is_wrong_without_data_is_said_before_demonstrations_are_recorded(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(closed_loop, "ensure_demonstrations", lambda *_: pytest.fail("recorded"))
+    quiet = {"train.output": str(tmp_path / "run"), "train.compilation_cache": ""}
+    with pytest.raises((ValueError, OSError), match=message):
+        run.train("together", cotrain.preset("together", **quiet, **changes))
 
 
 @pytest.mark.parametrize("case", BAD)
