@@ -75,6 +75,7 @@ class AdaptConfig:
         for field in ("seeds", "steps", "tuning"):
             require(getattr(self, field) >= 1, f"adapt.{field}={getattr(self, field)} must be at least 1.")
         require(bool(self.ways), "adapt.ways is empty; name at least one.")
+        protocols.require_each_once("adapt", ways=self.ways)
         require("tuned" not in self.ways or "source" in self.ways, "adapt.ways: `tuned` begins with `source`; add it.")
         require(self.align > 0, f"adapt.align={self.align} must be positive; leave `aligned` out instead.")
         require(self.demonstrations >= 0, f"adapt.demonstrations={self.demonstrations} must be 0 (all) or more.")

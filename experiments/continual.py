@@ -89,6 +89,7 @@ class ContinualConfig:
         twice = sorted({task for task in self.tasks if self.tasks.count(task) > 1})
         require(not twice, f"continual.groups has {twice} more than once.")
         require(bool(self.methods), "continual.methods is empty; name at least one.")
+        protocols.require_each_once("continual", methods=self.methods)
         for field in ("ewc", "rate"):
             require(getattr(self, field) > 0, f"continual.{field}={getattr(self, field)} must be positive.")
         require(self.ewc_floor >= 0, f"continual.ewc_floor={self.ewc_floor} must be 0 (none) or positive.")
@@ -133,7 +134,7 @@ def jobs(config: ContinualConfig) -> list[protocol.Job]:
         start.rollouts.trials > 0,
         f"continual.start={config.start!r} has no rollouts; set --fixed rollouts.trials=40, in which tasks are asked.",
     )
-    available = protocols.demonstrations(start)
+    available = protocols.demonstrations(start, config.tasks)
     support.draw(available, config.tasks, 1, 0)  # names a task of which there is nothing
     found: list[protocol.Job] = []
     for seed in range(config.seeds):

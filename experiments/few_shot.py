@@ -84,6 +84,9 @@ class FewShotConfig:
         wrong = [n for n in self.demonstrations if n < 0]
         require(not wrong and self.demonstrations, f"few_shot.demonstrations={self.demonstrations}: 0 (all) or more.")
         require(bool(self.methods), "few_shot.methods is empty; name at least one.")
+        protocols.require_each_once(
+            "few_shot", methods=self.methods, tasks=self.tasks, demonstrations=self.demonstrations
+        )
         unknown = sorted(set(self.rates) - set(METHODS))
         require(not unknown, f"few_shot.rates names {unknown}; methods are {list(METHODS)}.")
         require(
@@ -118,7 +121,9 @@ def jobs(config: FewShotConfig) -> list[protocol.Job]:
             f"learning. Pass --rank {there}, or leave `lora` out of few_shot.methods.",
         )
     listed = {"data.episode_list": config.support} if config.support else {}
-    available = protocols.demonstrations(cli.override(start, **listed))  # refuses spans that the data do not have
+    available = protocols.demonstrations(
+        cli.override(start, **listed), config.tasks
+    )  # refuses spans that the data do not have
     tasks = config.tasks or tuple(sorted(available))
     judge = protocol.rollouts if start.rollouts.trials else protocol.loss
     found, first = [], None

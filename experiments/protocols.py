@@ -14,6 +14,7 @@ from typing import Any
 from robovlms_jax import cli, programs, schema
 from robovlms_jax.control import robot as control
 from robovlms_jax.data import opening
+from robovlms_jax.envs.calvin.tasks import TASKS
 from robovlms_jax.parallel import cpu
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.runs import chaining, closed_loop, load, logs, robots, run
@@ -135,9 +136,22 @@ def value(config: Any, name: str) -> Any:
     return functools.reduce(getattr, name.split("."), config)
 
 
-def demonstrations(config: ExperimentConfig) -> dict[str, list[tuple[int, int]]]:
-    """Task -> the demonstrations of the training split; recorded before, where the preset records them."""
+def require_each_once(owner: str, **lists: Sequence[Any]) -> None:
+    """Raise ValueError that names the field of `owner` and what it has more than once: its runs would be made twice."""
+    for field, values in lists.items():
+        twice = sorted({value for value in values if list(values).count(value) > 1})
+        schema.require(not twice, f"{owner}.{field} has {twice} more than once.")
+
+
+def demonstrations(config: ExperimentConfig, tasks: Sequence[str] = ()) -> dict[str, list[tuple[int, int]]]:
+    """Task -> the demonstrations of the training split; recorded before, where the preset records them, and what can be
+    said without them is said first.
+
+    tasks: that must be among them.
+    """
     if config.demonstrations.episodes:
+        config.require_known_sources()
+        support.require_tasks(config.demonstrations.tasks or tuple(TASKS), tasks)
         closed_loop.ensure_demonstrations(config.demonstrations, config.data.root)
     return support.by_task(opening.open_split(config.data, "training").episodes)
 

@@ -97,7 +97,7 @@ class ExperimentConfig:
                 "data.compat_second_norm repeats the scaling by quantiles: set policy.action_scaling=quantile (it is "
                 f"{self.policy.action_scaling})."
             )
-        self._require_known_sources()
+        self.require_known_sources()
         self.optimizer.require_effects()
         for number, stage in enumerate(self.train.stages):
             if stage.optimizer is not None:
@@ -130,7 +130,8 @@ class ExperimentConfig:
                 + (f", or train.accumulation={nearest}." if nearest is not None else ".")
             )
 
-    def _require_known_sources(self) -> None:
+    def require_known_sources(self) -> None:
+        """Raises ValueError that names a source of train.* which no field of `data` has, or which is never drawn."""
         known, drawn = self.data.sources, {}
         shared = [("train.sources", self.train.sources or {"robot": 1.0})]
         if self.train.stages:

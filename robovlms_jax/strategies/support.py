@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +32,15 @@ def by_task(episodes: Iterable[Demonstration]) -> dict[str, list[tuple[int, int]
     return found
 
 
+def require_tasks(available: Collection[str], tasks: Sequence[str]) -> None:
+    """Raise ValueError that names the first of `tasks` which is not `available`."""
+    for task in tasks:
+        if task not in available:
+            near = difflib.get_close_matches(task, available, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"tasks: {sorted(available)}."
+            raise ValueError(f"tasks has {task!r}, of which there is no demonstration; {hint}")
+
+
 def draw(available: Support, tasks: Sequence[str], count: int, seed: int) -> dict[str, list[tuple[int, int]]]:
     """`count` demonstrations of each task, without repetition; 0: all there are.
 
@@ -40,12 +49,9 @@ def draw(available: Support, tasks: Sequence[str], count: int, seed: int) -> dic
     Raises:
       ValueError: names a task that is not there, or that has fewer.
     """
+    require_tasks(available, tasks)
     out = {}
     for task in tasks:
-        if task not in available:
-            near = difflib.get_close_matches(task, available, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"tasks: {sorted(available)}."
-            raise ValueError(f"tasks has {task!r}, of which there is no demonstration; {hint}")
         spans = sorted(available[task])
         if count > len(spans):
             raise ValueError(

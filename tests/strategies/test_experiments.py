@@ -12,7 +12,7 @@ from experiments import adapt, bridge, calvin_abcd, compare_policies, continual,
 from robovlms_jax import cli
 from robovlms_jax.control.robot import CALVIN
 from robovlms_jax.load import load_config
-from robovlms_jax.runs import chaining
+from robovlms_jax.runs import chaining, closed_loop
 from robovlms_jax.search import queue
 from robovlms_jax.strategies import lifelong, protocol
 from robovlms_jax.training import checkpoints
@@ -69,11 +69,32 @@ def test_a_list_such_as_upstreams_ten_per_task_is_what_is_drawn_from(tmp_path):
         (lambda: continual.ContinualConfig(groups=("a+b", "b")), r"has \['b'\] more than once"),
         (lambda: continual.ContinualConfig(steps=100, looks=3), "steps=100 is no multiple of continual.looks=3"),
         (lambda: continual.jobs(continual.ContinualConfig(**SAMPLE)), "'sample' has no rollouts"),
+        (
+            lambda: few_shot.FewShotConfig(demonstrations=(2, 10, 2)),
+            r"demonstrations has \[2\] more than once",
+        ),
+        (lambda: few_shot.FewShotConfig(tasks=("a", "a")), r"few_shot\.tasks has \['a'\] more than once"),
+        (lambda: continual.ContinualConfig(methods=("ewc", "ewc")), r"continual\.methods has \['ewc'\] more than once"),
+        (lambda: adapt.AdaptConfig(ways=("source", "source")), r"adapt\.ways has \['source'\] more than once"),
         (lambda: adapt.AdaptConfig(ways=("tuned",)), "`tuned` begins with `source`"),
         (lambda: adapt.jobs(adapt.AdaptConfig(**SAMPLE)), "records no demonstrations; name the target's"),
     ],
 )
 def test_what_a_protocol_cannot_do_is_said_before_anything_runs(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: few_shot.jobs(few_shot.FewShotConfig(tasks=("open_drawr",))), "'open_drawr'.* mean 'open_drawer'"),
+        (lambda: continual.jobs(continual.ContinualConfig(groups=("open_drawr", "turn_on_led"))), "mean 'open_drawer'"),
+        (lambda: adapt.jobs(adapt.AdaptConfig(fixed=("train.sources=robot 1 web 1",))), r"sources names \['web'\]"),
+    ],
+)
+def test_what_needs_no_demonstrations_is_said_before_they_are_recorded(monkeypatch, make, message):
+    monkeypatch.setattr(closed_loop, "ensure_demonstrations", lambda *_: pytest.fail("recorded"))
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -113,7 +134,9 @@ def test_a_sequence_of_tasks_is_put_together_from_its_runs(tmp_path, monkeypatch
     config = continual.ContinualConfig(
         groups=("open_drawer", "turn_on_led", "turn_off_led"), methods=("sequential", "adapters"), seeds=1
     )
-    monkeypatch.setattr(continual.protocols, "demonstrations", lambda start: {task: [(0, 9)] for task in config.tasks})
+    monkeypatch.setattr(
+        continual.protocols, "demonstrations", lambda start, tasks: {task: [(0, 9)] for task in config.tasks}
+    )
     jobs = continual.jobs(dataclasses.replace(config, out=str(tmp_path)))
     assert [(job.setting["method"], job.after) for job in jobs] == [
         *(("first", None), ("sequential", 0), ("sequential", 1), ("adapters", 0), ("adapters", 0)),
@@ -207,7 +230,9 @@ def test_a_base_of_another_robot_brings_neither_its_scales_nor_its_cameras(tmp_p
 def test_a_base_that_learned_from_pictures_of_another_size_is_refused_unless_one_is_chosen(program, monkeypatch):
     sizes = {"rollouts.image_size": (112, 84), "demonstrations.image_size": (112, 84)}
     based(monkeypatch, **sizes, **{"rollouts.trials": 8, "demonstrations.episodes": 8})
-    monkeypatch.setattr(protocols, "demonstrations", lambda start: {"turn_on_led": [(0, 9)], "open_drawer": [(0, 9)]})
+    monkeypatch.setattr(
+        protocols, "demonstrations", lambda start, tasks: {"turn_on_led": [(0, 9)], "open_drawer": [(0, 9)]}
+    )
     config = program.PRESETS["quick"]
     tasks = {"tasks": ("turn_on_led",), "demonstrations": (1,)} if program is few_shot else {}
     config = dataclasses.replace(config, base="runs/x", **tasks)
