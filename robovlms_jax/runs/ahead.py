@@ -36,6 +36,7 @@ class Beside:
 
     def __init__(self, pool: concurrent.futures.Executor | None):
         self._pool = pool
+        self._begun: list[concurrent.futures.Future[None]] = []
 
     def start(self, what: str, work: Callable[[], Any]) -> Wait:
         """Do the work in the thread, after what was started before. An error in it is only noted: whatever needs its
@@ -50,7 +51,12 @@ class Beside:
                 logger.debug("%s was not made ahead", what, exc_info=True)
 
         future = self._pool.submit(attempt)
+        self._begun.append(future)
         return lambda: _settle(future)
+
+    def busy(self) -> bool:
+        """Whether something is being done."""
+        return any(future.running() for future in self._begun)
 
 
 def _settle(future: concurrent.futures.Future[None]) -> None:
@@ -60,15 +66,24 @@ def _settle(future: concurrent.futures.Future[None]) -> None:
 
 @contextlib.contextmanager
 def beside(mesh: Mesh) -> Iterator[Beside]:
-    """For a run on the mesh. What has not begun when the context is left is dropped; what has is waited for."""
+    """For a run on the mesh. What has not begun when the context is left is dropped. What has is waited for, which is
+    said; after an error only when the process ends, so that the error is told first."""
     if meshes.platform(mesh) != "cpu" or jax.process_count() > 1:
         yield Beside(None)
         return
     pool = concurrent.futures.ThreadPoolExecutor(1, "ahead")
+    thread = Beside(pool)
+    wait = True
     try:
-        yield Beside(pool)
+        yield thread
+    except Exception:
+        wait = False
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        if wait and thread.busy():
+            logger.warning("a compiler is still at work and cannot be stopped; this waits until it has ended")
+        pool.shutdown(wait=wait)
 
 
 def placed(shapes: Any, sharding: Any) -> Any:

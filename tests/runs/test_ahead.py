@@ -69,6 +69,46 @@ def test_what_has_not_begun_when_a_run_ends_is_dropped(mesh):
     assert made == ["first"]
 
 
+class _Compiler:
+    """Begins to compile in a run that ends with an error meanwhile; has ended once it is let `go_on`."""
+
+    def __init__(self) -> None:
+        self.begun, self.go_on, self.made, self.wait = threading.Event(), threading.Event(), [], ahead.nothing
+
+    def compile(self) -> None:
+        self.begun.set()
+        self.made.append(self.go_on.wait(10))
+
+    def run(self, mesh, error: BaseException) -> None:
+        with ahead.beside(mesh) as beside:
+            self.wait = beside.start("a step", self.compile)
+            beside.start("what follows", lambda: self.made.append("more"))
+            self.begun.wait(10)
+            raise error
+
+
+def test_an_error_of_the_run_is_told_before_a_compiler_has_ended(mesh):
+    compiler = _Compiler()
+    with pytest.raises(ValueError, match="no such weights"):
+        compiler.run(mesh, ValueError("no such weights"))
+    assert not compiler.made
+    compiler.go_on.set()
+    compiler.wait()
+    assert compiler.made == [True]
+
+
+def test_that_a_stopped_run_waits_for_a_compiler_is_said(mesh, caplog):
+    compiler = _Compiler()
+    threading.Timer(0.1, compiler.go_on.set).start()
+    with pytest.raises(KeyboardInterrupt):
+        compiler.run(mesh, KeyboardInterrupt())
+    assert compiler.made == [True] and "a compiler is still at work" in caplog.text
+    caplog.clear()
+    with ahead.beside(mesh) as beside:
+        beside.start("a step", lambda: None)()
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("changed", ["a GPU", "two processes"])
 def test_nothing_is_compiled_ahead_where_it_may_disturb(monkeypatch, mesh, changed):
     if changed == "a GPU":
