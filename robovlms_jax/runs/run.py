@@ -18,6 +18,7 @@ import jax
 from robovlms_jax.data import base as datasets
 from robovlms_jax.data import loading, sources
 from robovlms_jax.evaluation.report import offline as offline_report
+from robovlms_jax.evaluation.report import rerun_file
 from robovlms_jax.parallel import cpu, distributed
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.runs import ahead, build, chaining, closed_loop, logs, questions, resuming, steps, validation
@@ -105,6 +106,7 @@ def _run(
     output = pathlib.Path(config.train.output)
     checkpoints.require_free(output, resume=config.train.resume)
     directory.require_writable(output)
+    _require_packages(config)
     directory.keep_programs(config.train.compilation_cache)
     point = resuming.open_point(output) if config.train.resume else None
     if point:
@@ -122,6 +124,13 @@ def _run(
     if finished and jax.process_index() == 0:
         logger.info("report: %s (the same as text: report.md)\n\n%s\n", output / "report.html", closing)
     return output
+
+
+def _require_packages(config: ExperimentConfig) -> None:
+    """Raise ImportError where something is asked for that is not installed: before demonstrations are recorded."""
+    metrics.require_wandb(config.train.wandb_project)
+    if config.rollouts.trials and config.rollouts.rrd:
+        rerun_file.require()
 
 
 @contextlib.contextmanager

@@ -72,6 +72,18 @@ class TensorBoard:
         self._writer.close()
 
 
+def require_wandb(project: str) -> None:
+    """Raise ImportError that says how to get wandb where the first process would log to a project and there is none."""
+    if not project or jax.process_index() != 0:
+        return
+    try:
+        import wandb  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"train.wandb_project={project!r} needs the wandb package: pip install wandb ({error})."
+        ) from error
+
+
 class WandB:
     """Weights & Biases. The run's id is kept in `directory`, so that a resumed run goes on with the same curves,
     offline as well; with `fresh` a new one begins. WANDB_RUN_ID, where it is set, decides.
@@ -82,12 +94,9 @@ class WandB:
     """
 
     def __init__(self, project: str, config: Mapping, directory: pathlib.Path, *, fresh: bool = False):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError(
-                f"train.wandb_project={project!r} needs the wandb package: pip install wandb ({error})."
-            ) from error
+        require_wandb(project)
+        import wandb
+
         path = directory / WANDB
         known = None if fresh else _read_wandb(path, project)
         identity = os.environ.get("WANDB_RUN_ID") or known or secrets.token_hex(4)
