@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import pathlib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -50,9 +51,13 @@ norms, activations, whatever XLA fuses."""
 
 
 def main(args: Args) -> None:
-    """Print the result as JSON."""
+    """Print the result as JSON. A folder without a trace of an accelerator ends the process with a message."""
     text = next((file.read_text() for file in args.trace.rglob("program.txt")), "")
-    machine.report(summary(list(kernels(args.trace)), args.top, sources(text)), args.out)
+    try:
+        found = summary(list(kernels(args.trace)), args.top, sources(text))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    machine.report(found, args.out)
 
 
 def kernels(folder: pathlib.Path) -> Iterator[Kernel]:

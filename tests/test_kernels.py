@@ -31,3 +31,5 @@ def test_kernels_are_known_by_the_instructions_that_they_are_called_like():
 def test_a_folder_without_a_trace_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"holds no trace \(\*\.xplane\.pb\); make one with --trace"):
         list(kernels.kernels(tmp_path))
+    with pytest.raises(SystemExit, match=r"^error: .* holds no trace"):
+        kernels.main(kernels.Args(trace=tmp_path / "nowhere"))
