@@ -33,7 +33,8 @@ class BehaviourConfig:
 
     def __post_init__(self):
         require(
-            len(self.spread) > 0 and min(self.spread) > 0, f"behaviour.spread={self.spread} must be positive numbers."
+            len(self.spread) > 0 and all(x > 0 for x in self.spread),
+            f"behaviour.spread={self.spread} must be positive numbers.",
         )
         require(self.floor > 0, f"behaviour.floor={self.floor} must be positive.")
         require(
@@ -211,6 +212,10 @@ class ReinforceConfig:
             self.update.method != "grpo" or self.tables % (self.group * self.devices) == 0,
             f"reinforce.tables={self.tables} is no multiple of reinforce.group={self.group} times reinforce.devices="
             f"{self.devices}; each group plays whole, on one device.",
+        )
+        require(
+            self.update.method != "grpo" or self.group >= 2,
+            f"reinforce.group={self.group}: update.method=grpo compares trials from the same state, at least 2.",
         )
         require(
             self.tables % self.devices == 0,

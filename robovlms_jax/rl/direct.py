@@ -171,7 +171,7 @@ class DirectPreferences:
     def known(self, found: Rollouts, encode: playing.EncodeText, how: playing.Play, tables: int) -> Known:
         """All decisions of rollouts, decided again by the policy that learning began with, so many tables side by side.
 
-        Raises ValueError for rollouts whose draws were not kept, or are of another head or chunk.
+        Raises ValueError for rollouts whose draws were not kept, are of another head or chunk, or have no probability.
         """
         kept = _draws(found, self.learner)
         world, place = _world(found, encode, how), jax.devices()[0]
@@ -188,6 +188,7 @@ class DirectPreferences:
             for block, take in _blocks(found, kept, counts, how.actions, tables)
         ]
         view, log_prob = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        _require_probable(log_prob)
         return Known(view, kept, log_prob)
 
 
@@ -208,6 +209,17 @@ def _draws(found: Rollouts, learner: objective.Learner) -> Any:
         f"{expected}. Record rollouts of this policy.",
     )
     return learner.behaviour.drawn(**decided.drawn)
+
+
+def _require_probable(log_prob: np.ndarray) -> None:
+    """Raise ValueError where draws of float32[D, E, A] have no probability: no update would have a loss."""
+    bad = ~np.isfinite(log_prob).all((1, 2))
+    require(
+        not bad.any(),
+        f"what was drawn in {bad.sum()} of {len(bad)} decisions of these rollouts has no finite probability by the "
+        "policy that learning begins with: its parameters or the draws are not finite, or of another vocabulary. "
+        "Record rollouts of this policy.",
+    )
 
 
 def _world(found: Rollouts, encode: playing.EncodeText, how: playing.Play) -> playing.World:

@@ -38,6 +38,13 @@ def resolved(config: ReinforceConfig) -> ReinforceConfig:
     if config.update.method != "dpo":
         return config
     if not config.labels:
+        path = pathlib.Path(config.out) / segments.FILE
+        require(
+            config.resume or not path.exists(),
+            f"{path} is there: pass --resume to go on with the run that made it. Another program's would be learned "
+            f"from as if each {config.group} were from one start: choose another --out, or, with a person's answers "
+            "about them, pass --labels.",
+        )
         unknown = sorted({*config.tasks} - {*progress.MOVES})
         require(
             not unknown,
@@ -100,11 +107,20 @@ def compared(
 
 
 def _require_enough(pieces: direct.Pieces, config: ReinforceConfig) -> None:
+    require(
+        (pieces.first_better != 0.5).any(),
+        f"{config.labels}: all of {len(pieces.first_better)} answers say that both are as good, from which nothing is "
+        "learned; give some that prefer one (experiments.label)."
+        if config.labels
+        else f"the simulated person can tell no two rollouts from the same start apart, of which {config.pool} starts "
+        f"have {config.group} each; begin another run (--out) with a larger --pool, --group or --behaviour.spread.",
+    )
     count = config.update.minibatches * config.devices
     require(
         len(pieces.first_better) >= count,
         f"{len(pieces.first_better)} answers do not divide into update.minibatches={config.update.minibatches} and "
-        f"over {config.devices} device(s); give more answers, or pass --update.minibatches 1.",
+        f"over {config.devices} device(s); give more answers, or lower them (--update.minibatches 1, "
+        "--devices 1).",
     )
 
 

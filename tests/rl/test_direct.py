@@ -192,12 +192,39 @@ def test_a_persons_answers_are_learned_from_with_the_behaviour_that_their_rollou
     ):
         with pytest.raises(ValueError, match=message):
             preferring.resolved(dataclasses.replace(config, **changes))
+    equal = {"rollouts": segments.identity(labels), "steps": 4, "every": 2}
+    (labels / FILE).unlink()
+    Answers(labels / FILE, equal).add(Pair(Segment(0, 0), Segment(1, 1)), "equal")
+    with pytest.raises(ValueError, match="all of 1 answers say that both are as good, from which nothing is learned"):
+        preferring.resolved(config)
     (labels / FILE).unlink()
     with pytest.raises(ValueError, match=r"has no answers; give some .* or leave --labels out"):
         preferring.resolved(config)
     rollouts().save(labels / segments.FILE)
     with pytest.raises(ValueError, match="did not keep what was drawn"):
         preferring.resolved(config)
+
+
+def test_rollouts_of_another_program_are_not_taken_for_those_that_a_run_made(labels):
+    elsewhere = dataclasses.replace(CONFIG, out=str(labels))
+    with pytest.raises(ValueError, match=r"rollouts.npz is there: pass --resume .*another --out.*pass --labels"):
+        preferring.resolved(elsewhere)
+    assert preferring.resolved(dataclasses.replace(elsewhere, resume=True)).out == str(labels)
+
+
+def test_draws_without_a_probability_are_refused_before_anything_is_learned_from_them():
+    known = np.zeros((3, 2, 7), np.float32)
+    direct._require_probable(known)
+    known[1, 0, 3] = np.nan
+    with pytest.raises(ValueError, match="drawn in 1 of 3 decisions of these rollouts has no finite probability"):
+        direct._require_probable(known)
+
+
+def test_a_simulated_person_who_can_tell_nothing_apart_is_said_to(monkeypatch):
+    found = rollouts((12,) * 6, ("open_drawer",) * 6)
+    monkeypatch.setattr(preferring.progress, "advance", lambda found, pieces, steps: np.zeros(len(pieces)))
+    with pytest.raises(ValueError, match=r"can tell no two rollouts from the same start apart.*larger --pool"):
+        preferring._require_enough(preferring._simulated(CONFIG, found), CONFIG)
 
 
 def test_tasks_that_the_simulated_person_does_not_know_are_refused_before_anything_is_made():

@@ -69,6 +69,9 @@ def test_how_fast_a_process_per_core_is_is_what_one_run_says():
     times = [measured[f"apart_times_{how}"][of] for how in ("fastest", "median") for of in ("before", "host")]
     said = "{:.1f} times the loop of before and {:.1f} times today's (by medians {:.1f} and {:.1f})"
     assert said.format(*times) in text
+    computing = {name: measured[name]["decisions_per_processor_s"] for name in names}
+    said = [computing["apart"] / computing[name] for name in ("before", "host")]
+    assert "it is {:.1f} and {:.1f} times.".format(*said) in text
 
 
 def test_the_table_of_reinforcement_on_many_tables_is_that_of_its_runs():
@@ -98,6 +101,10 @@ def test_what_answers_alone_gain_is_what_their_runs_say():
     mean, wide = statistics.mean(gains), 4.303 * statistics.stdev(gains) / 3**0.5  # Student's t of two degrees
     said = "here {:g}, {:g} and {:g}, mean {:.1f}, 95 % interval by seeds {:.1f} to {:.1f}"
     assert said.format(*gains, mean, mean - wide, mean + wide) in text
+    on_d = [run["results"]["unseen_table"]["paired"]["p"] for run in found["runs"].values()]
+    assert f"(p = {on_d[0]:.2g} and {on_d[2]:.2g}; the seed between them {on_d[1]:.2g})" in text
+    share = [run["curve"][-1]["preferred"] for run in found["runs"].values()]
+    assert f"{100 * min(share):.0f} to {100 * max(share):.0f} % of the answers are given" in text
 
 
 def test_the_table_of_awr_and_grpo_is_that_of_their_runs():

@@ -32,6 +32,7 @@ CONFIG = ReinforceConfig(
         ({"random_scenes": 1_000_001}, "random_scenes=1000001 must lie in"),
         ({"update": UpdateConfig(hold_weight=1.0)}, "reinforce.others, which is empty"),
         ({"tables": 12, "update": UpdateConfig(method="grpo")}, "tables=12 is no multiple of reinforce.group=8"),
+        ({"group": 1, "update": UpdateConfig(method="grpo")}, "group=1: update.method=grpo compares trials"),
         ({"others": ("open_drawer",)}, "others names .'open_drawer'."),
         ({"iterations": 0}, "iterations=0"),
         ({"tables": 3, "devices": 2}, "tables=3 do not divide over reinforce.devices=2"),
@@ -54,6 +55,7 @@ def test_impossible_behaviours_are_refused():
         {"floor": 0.0},
         {"flow_noise": 0.0},
         {"spread": (0.1, 0.02)},
+        {"spread": (0.1, float("nan"))},
     ):
         with pytest.raises(ValueError, match=f"behaviour.{next(iter(changes))}"):
             BehaviourConfig(**changes)
