@@ -86,7 +86,7 @@ def require_within(found: Rollouts, given: Sequence[Given], steps: int, path: pa
     """Raise ValueError for an answer about segments of `steps` control steps that these rollouts do not have, or that
     are of two tasks."""
     for number, each in enumerate(given, start=2):
-        there = all(found.has(side, steps) for side in each.pair)
+        there = all(found.has(side, steps) for side in each.pair) and len(each.pair.key) == 2
         if not there or len({found.tasks[side.rollout] for side in each.pair}) > 1:
             raise ValueError(
                 f"{path}, line {number} is about {list(each.pair.left)} and {list(each.pair.right)} (rollout, first "
@@ -130,6 +130,11 @@ def of(folder: str | pathlib.Path, found: Rollouts, otherwise: str) -> tuple[dic
     none = f"{path} has no answers; give some (experiments.label), or {otherwise}."
     require(known is not None, none)
     head, given = known
+    counts = [head.get(name) for name in ("steps", "every")]
+    require(
+        "rollouts" in head and all(type(count) is int and count > 0 for count in counts),
+        f"{path}, line 1 does not say what its answers are about (rollouts, steps and every): {head}. Mend that line.",
+    )
     require(
         head["rollouts"] == segments.identity(folder),
         f"{path} is about other rollouts ({head['rollouts']}) than those beside it; put the right file there.",

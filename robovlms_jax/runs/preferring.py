@@ -59,26 +59,38 @@ def resolved(config: ReinforceConfig) -> ReinforceConfig:
         f"{path} was written by a version that did not keep what was drawn, and by what behaviour; record rollouts and "
         "answer questions about them anew (experiments.label, another --out).",
     )
-    made = json.loads(found.made)
-    behaviour = schema.from_dict(BehaviourConfig, made["behaviour"])
+    behaviour, sizes, maker = _making(path, found)
     require(
         config.behaviour in (BehaviourConfig(), behaviour),
-        f"{path} was made with behaviour {made['behaviour']}; leave --behaviour out, that one is taken.",
+        f"{path} was made with behaviour {schema.to_dict(behaviour)}; leave --behaviour out, that one is taken.",
     )
     require(
-        tuple(made["image_size"]) == tuple(config.image_size),
-        f"{path} was made by a policy that saw pictures of {made['image_size']} px, and reinforce.image_size is "
-        f"{list(config.image_size)}; pass --image_size {' '.join(map(str, made['image_size']))}.",
+        sizes == tuple(config.image_size),
+        f"{path} was made by a policy that saw pictures of {list(sizes)} px, and reinforce.image_size is "
+        f"{list(config.image_size)}; pass --image_size {' '.join(map(str, sizes))}.",
     )
     now = seals.identity(checkpoints.locate(config.checkpoint)).label
-    if made["checkpoint"] != now:
+    if maker != now:
         log.warning(
             "%s are rollouts of another policy (%s) than the one that is improved (%s): it learns what it would "
             "rather have done in that one's place",
-            *(path, made["checkpoint"], now),
+            *(path, maker, now),
         )
     _require_enough(_answered(config, found), config)
     return dataclasses.replace(config, behaviour=behaviour)
+
+
+def _making(path: pathlib.Path, found: segments.Rollouts) -> tuple[BehaviourConfig, tuple[int, ...], str]:
+    """By what behaviour rollouts were made, of what pixels, and by which policy. Raises ValueError."""
+    try:
+        made = json.loads(found.made)
+        behaviour = schema.from_dict(BehaviourConfig, made["behaviour"])
+        return behaviour, tuple(made["image_size"]), made["checkpoint"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not say how its rollouts were made ({type(error).__name__}: {error}); record rollouts and "
+            "answer questions about them anew (experiments.label, another --out)."
+        ) from error
 
 
 def compared(

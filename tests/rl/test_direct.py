@@ -205,6 +205,29 @@ def test_a_persons_answers_are_learned_from_with_the_behaviour_that_their_rollou
         preferring.resolved(config)
 
 
+@pytest.mark.parametrize("made", ["{", "[]", '{"image_size": [20, 12]}', '{"behaviour": {"sprea": [0.2]}}'])
+def test_rollouts_that_say_nothing_of_how_they_were_made_are_named(labels, made):
+    dataclasses.replace(segments.load(labels), made=made).save(labels / segments.FILE)
+    with pytest.raises(ValueError, match=r"rollouts.npz does not say how its rollouts were made .*another --out"):
+        preferring.resolved(dataclasses.replace(CONFIG, labels=str(labels)))
+
+
+@pytest.mark.parametrize("changes", [{"steps": None}, {"steps": 0}, {"every": "2"}, {"rollouts": None}])
+def test_answers_that_do_not_say_what_they_are_about_are_named(labels, changes):
+    head, *rows = (labels / FILE).read_text().splitlines()
+    told = {name: x for name, x in (json.loads(head) | changes).items() if x is not None}
+    (labels / FILE).write_text("\n".join([json.dumps(told), *rows, ""]))
+    with pytest.raises(ValueError, match=r"answers.jsonl, line 1 does not say what its answers are about"):
+        preferring.resolved(dataclasses.replace(CONFIG, labels=str(labels)))
+
+
+def test_a_clip_beside_itself_is_no_answer(labels):
+    with (labels / FILE).open("a") as file:
+        file.write('{"left": [0, 1], "right": [0, 1], "answer": "left"}\n')
+    with pytest.raises(ValueError, match=r"line 5 is about \[0, 1\] and \[0, 1\] .* no two clips"):
+        preferring.resolved(dataclasses.replace(CONFIG, labels=str(labels)))
+
+
 def test_rollouts_of_another_program_are_not_taken_for_those_that_a_run_made(labels):
     elsewhere = dataclasses.replace(CONFIG, out=str(labels))
     with pytest.raises(ValueError, match=r"rollouts.npz is there: pass --resume .*another --out.*pass --labels"):
