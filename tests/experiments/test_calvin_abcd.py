@@ -21,9 +21,9 @@ from robovlms_jax import cli
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.data import opening
 from robovlms_jax.load import load_config, load_policy
-from robovlms_jax.nn import stack
 from robovlms_jax.runs import run
 from robovlms_jax.runs import setup as setups
+from robovlms_jax.runs.load import open_model
 from robovlms_jax.training import checkpoints, guards
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -70,7 +70,7 @@ def finished(tmp_path_factory) -> pathlib.Path:
 
 
 def params_of(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    params = stack.joined(load_policy(directory)._batched.params)
+    params = open_model(directory)[1]
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
 

@@ -11,8 +11,8 @@ from experiments import calvin_abcd
 from robovlms_jax import cli
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.load import load_policy
-from robovlms_jax.nn import stack
 from robovlms_jax.runs import run
+from robovlms_jax.runs.load import open_model
 from robovlms_jax.training import trainable
 from tests.backbones import families
 
@@ -59,7 +59,7 @@ def test_published_weights_are_trained_and_served(tmp_path, preset):
     policy.reset("open the drawer")
     chunk = policy.act(Observation({"static": np.zeros((200, 200, 3), np.uint8)}))
     assert chunk.actions.shape == (2, 7) and np.isfinite(chunk.actions).all()
-    params = flatten_dict(jax.device_get(stack.joined(policy._batched.params)), sep="/")
+    params = flatten_dict(jax.device_get(open_model(output)[1]), sep="/")
     found = {path[len("backbone/") :]: value for path, value in params.items() if path.startswith("backbone/")}
     spare = {path for path in published if path not in found}
     added = {path for path in found if path not in published}

@@ -17,10 +17,10 @@ from robovlms_jax import cli
 from robovlms_jax.data import opening
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.load import load_config, load_policy
-from robovlms_jax.nn import stack
 from robovlms_jax.runs import build, chaining, run
 from robovlms_jax.runs import setup as setups
 from robovlms_jax.runs.config import ExperimentConfig
+from robovlms_jax.runs.load import open_model
 from tests.data import toy_rlds
 
 TINY = {
@@ -79,7 +79,7 @@ def test_another_run_starts_from_it_and_keeps_what_fits(pretrained, sample, tmp_
     setup = setups.prepare(config)
     fresh = build.init_params(setup.model, setup.mesh, seed=7)
     taken = flatten_dict(chaining.take_over(fresh, str(pretrained)), sep="/")
-    before = flatten_dict(stack.joined(load_policy(pretrained)._batched.params), sep="/")
+    before = flatten_dict(open_model(pretrained)[1], sep="/")
     fresh = flatten_dict(fresh, sep="/")
     assert taken.keys() == fresh.keys()
     started_anew = {path for path, x in taken.items() if before.get(path, np.zeros(0)).shape != x.shape}
