@@ -18,12 +18,13 @@ from robovlms_jax.runs import load
 
 
 def main(core: int, tables: int, args: dict[str, Any]) -> None:
-    """core: the number of this process's own among those that it may use; args: of `rollouts.Args`."""
+    """core: the number of this process's own among those that it may use, and of its part of the trials, as many as
+    `tables`; args: of `rollouts.Args`."""
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[core % len(cores)]})  # before JAX starts as many threads as there are cores
+    os.sched_setaffinity(0, {cores[core]})  # before JAX starts as many threads as there are cores
     cpu.keep_freed_memory()
     config = schema.from_dict(rollouts.Args, args)
-    play = rollouts.device(*load.open_model(config.checkpoint), tables, config)
+    play = rollouts.device(*load.open_model(config.checkpoint), tables, config, core)
     for _ in sys.stdin:
         turn = play()
         print(json.dumps({"decisions": turn.decisions, "computing": turn.computing}), flush=True)

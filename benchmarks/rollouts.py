@@ -69,6 +69,11 @@ class Args:
             raise ValueError("tables, image_size, horizon, max_steps, devices and repeats must be positive.")
         if self.processes < 0 or (self.processes and any(count % self.processes for count in self.tables)):
             raise ValueError(f"processes={self.processes} must be 0 or divide tables={self.tables}.")
+        if self.processes and self.processes > len(os.sched_getaffinity(0)):
+            raise ValueError(
+                f"processes={self.processes} are to have a core each, and this one may use "
+                f"{len(os.sched_getaffinity(0))}; pass fewer."
+            )
 
 
 class Turn(NamedTuple):
@@ -171,9 +176,9 @@ def _asked(commands: Sequence[Sequence[str]], tree: pathlib.Path) -> Iterator[Ca
             process.stdin.close()
 
 
-def device(model: Any, params: Any, encode: Any, count: int, args: Args) -> Callable[[], Turn]:
-    """What plays `count` trials in one program."""
-    trials = chains.chain_trials(chains.single_tasks(("lift_red_block_table",), count))
+def device(model: Any, params: Any, encode: Any, count: int, args: Args, part: int = 0) -> Callable[[], Turn]:
+    """What plays `count` trials in one program; those behind `part` times as many."""
+    trials = chains.chain_trials(chains.single_tasks(("lift_red_block_table",), (part + 1) * count))[part * count :]
     sizes = dict(zip(("static", "wrist"), args.image_size, strict=True))
     execution, criterion = Execution("receding", horizon=args.horizon), rollout.SuccessCriterion(args.max_steps)
     player = rollouts.Player(model, encode, count, sizes, execution, criterion, jax.devices()[: args.devices])

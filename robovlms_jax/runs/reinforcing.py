@@ -134,6 +134,12 @@ def _settle(config: ReinforceConfig, output: pathlib.Path, labels: Mapping[str, 
     )
     if not config.resume:
         require(not path.exists(), f"{path} is there: pass --resume to go on with that run, or another --out.")
+        left = [name for name in (LEARNING, reinforced.BEFORE) if (output / name).exists()]
+        require(
+            not left,
+            f"{output} has {' and '.join(left)} of a run whose settings ({SETTINGS}) are gone, and this run would take "
+            "them for its own; remove them, or choose another --out.",
+        )
         output.mkdir(parents=True, exist_ok=True)
         atomic.write_text(path, json.dumps(now, indent=2) + "\n")
         return

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import types
 
+import jax
+import numpy as np
 import pytest
 
 from benchmarks import evaluation, host_loop, rollouts
@@ -58,6 +62,21 @@ def test_rates_of_rollouts_are_of_the_fastest_and_the_median_turn_and_the_first_
         "all": [3.0, 4.0, 2.0],
     }
     assert found["times_fastest"] == {"host": 3.0} and found["times_median"] == {"host": 2.0}
+
+
+def test_processes_of_rollouts_share_out_the_trials_and_have_a_core_each(monkeypatch):
+    played = []
+    player = types.SimpleNamespace(results=lambda params, trials: played.append(trials) or ())
+    monkeypatch.setattr(rollouts.rollouts, "Player", lambda *how: player)
+    for count, part in ((4, 0), (2, 0), (2, 1)):
+        rollouts.device(None, None, None, count, rollouts.Args(), part)()
+    whole, first, second = played
+    for one, other in zip(whole, [*first, *second], strict=True):
+        assert one.instructions == other.instructions
+        jax.tree.map(np.testing.assert_array_equal, one.start, other.start)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    with pytest.raises(ValueError, match="processes=2 are to have a core each"):
+        rollouts.Args(processes=2)
 
 
 def test_an_earlier_revision_reads_a_checkpoint_without_the_fields_that_it_does_not_know(capfd):

@@ -71,7 +71,9 @@ def test_how_fast_a_process_per_core_is_is_what_one_run_says():
     assert said.format(*times) in text
     computing = {name: measured[name]["decisions_per_processor_s"] for name in names}
     said = [computing["apart"] / computing[name] for name in ("before", "host")]
-    assert "it is {:.1f} and {:.1f} times.".format(*said) in text
+    assert "processor time it is {:.1f} and {:.1f} times".format(*said) in text
+    quiet = result("rollouts_before_quiet_cpu")["one_core"]["times_fastest"]
+    assert f"on a quiet machine, {quiet['before']:.1f} and {quiet['host']:.1f}." in text
 
 
 def test_the_table_of_reinforcement_on_many_tables_is_that_of_its_runs():

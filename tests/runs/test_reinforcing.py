@@ -179,6 +179,15 @@ def test_a_stopped_run_goes_on_with_its_own_settings_alone(tmp_path, monkeypatch
     assert json.loads((tmp_path / "reinforce.json").read_text())["identity"] == "step_1-abc"
 
 
+@pytest.mark.parametrize("left", ["learning", "before.json"])
+def test_what_is_left_of_a_run_whose_settings_are_gone_is_not_taken_for_a_new_ones(tmp_path, monkeypatch, left):
+    monkeypatch.setattr(reinforcing.seals, "identity", lambda path: types.SimpleNamespace(label="step_1-abc"))
+    (tmp_path / left).mkdir()
+    with pytest.raises(ValueError, match=rf"has {left} of a run whose settings \(reinforce.json\) are gone"):
+        reinforcing._settle(CONFIG, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [left]
+
+
 def test_a_run_that_an_earlier_version_began_goes_on(tmp_path, monkeypatch):
     """Its settings do not have what came later."""
     monkeypatch.setattr(reinforcing.seals, "identity", lambda path: types.SimpleNamespace(label="step_1-abc"))
