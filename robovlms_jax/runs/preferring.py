@@ -137,10 +137,18 @@ def _require_enough(pieces: direct.Pieces, config: ReinforceConfig) -> None:
 
 
 def _answered(config: ReinforceConfig, found: segments.Rollouts) -> direct.Pieces:
-    """A person's."""
-    head, given = answers.of(config.labels, found, "leave --labels out for a simulated person's")
-    about = {found.tasks[each.pair.left.rollout] for each in given}
-    unknown = sorted({*config.tasks} - about)
+    """A person's, about the tasks that are trained."""
+    head, told = answers.of(config.labels, found, "leave --labels out for a simulated person's")
+    about = [found.tasks[each.pair.left.rollout] for each in told]
+    given = [each for each, task in zip(told, about, strict=True) if task in config.tasks]
+    further, unknown = sorted({*about} - {*config.tasks}), sorted({*config.tasks} - {*about})
+    require(
+        len(given) > 0,
+        f"{config.labels} has no answers about {', '.join(config.tasks)}, only about {', '.join(further)}; name these "
+        "in --tasks, or answer questions about the others.",
+    )
+    if further:
+        log.warning("%d answers teach nothing: %s is not among reinforce.tasks", len(told) - len(given), further)
     if unknown:
         log.warning("no answer is about %s, which are measured all the same", ", ".join(unknown))
     places = np.array([each.pair for each in given])  # [N, 2, (rollout, start)]

@@ -228,6 +228,21 @@ def test_a_clip_beside_itself_is_no_answer(labels):
         preferring.resolved(dataclasses.replace(CONFIG, labels=str(labels)))
 
 
+def test_answers_about_tasks_that_are_not_trained_teach_nothing(tmp_path, caplog):
+    found = rollouts((10,) * 4, ("open_drawer", "open_drawer", "turn_on_led", "turn_on_led"))
+    found.save(tmp_path / segments.FILE)
+    kept = Answers(tmp_path / FILE, {"rollouts": segments.identity(tmp_path), "steps": 4, "every": 2})
+    kept.add(Pair(Segment(2, 0), Segment(3, 1)), "left")
+    kept.add(Pair(Segment(0, 0), Segment(1, 1)), "right")
+    config = dataclasses.replace(CONFIG, labels=str(tmp_path), others=("turn_on_led",))
+    pieces = preferring._answered(config, found)
+    np.testing.assert_array_equal(pieces.rollout, [[0, 1]])
+    np.testing.assert_array_equal(pieces.first_better, [0])
+    assert "1 answers teach nothing: ['turn_on_led'] is not among" in caplog.text
+    with pytest.raises(ValueError, match="no answers about close_drawer, only about open_drawer, turn_on_led; name"):
+        preferring._answered(dataclasses.replace(config, tasks=("close_drawer",)), found)
+
+
 def test_rollouts_of_another_program_are_not_taken_for_those_that_a_run_made(labels):
     elsewhere = dataclasses.replace(CONFIG, out=str(labels))
     with pytest.raises(ValueError, match=r"rollouts.npz is there: pass --resume .*another --out.*pass --labels"):

@@ -119,6 +119,13 @@ def test_the_table_of_awr_and_grpo_is_that_of_their_runs():
             cells = [" → ".join(str(x[when]["successes"]) for when in ("before", "after")) for x in measured]
             row = f"| {method.upper()}, {name} | {' | '.join(cells)} |"
             assert f"{row} {last['env_steps'] / 1000:.0f} | {last['seconds']:.0f} |" in text, row
+    curves = {**found["methods"], "ppo": result("reinforce_fixtures_cpu")["runs"]}
+    shares = {
+        method: "{:.0f}, {:.0f} and {:.0f} %".format(*(100 * run["curve"][7]["success"] for run in runs.values()))
+        for method, runs in curves.items()
+    }
+    assert "AWR solves {awr} of trials in its eighth iteration and PPO {ppo} in the same".format(**shares) in text
+    assert f"(GRPO, which counts other trials, {shares['grpo']})" in text
 
 
 def test_what_corrections_and_a_learned_reward_gain_is_what_their_runs_say():
