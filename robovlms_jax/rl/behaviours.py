@@ -8,6 +8,7 @@ probability of every number of every executed action, which the ratios of policy
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -218,6 +219,17 @@ class FlowNoise:
         mean, std = self._mean(head, prediction, drawn.before, drawn.step)
         found = -0.5 * (jnp.square((drawn.after - mean) / std) + np.log(2 * np.pi)) - jnp.log(std)
         return found, jnp.zeros_like(found)
+
+
+def units(policy: PolicyConfig) -> str:
+    """What the numbers of a draw mean (JSON): draws that mean something else have no probability by this policy."""
+    head, meaning = policy.head, dataclasses.asdict(policy.normalizer)
+    if isinstance(head, DiscreteHeadConfig):
+        names = ("num_bins", "low", "high", "binning", "quantile_edges", "vocab_end")
+        meaning |= {f"head.{name}": getattr(head, name) for name in names}
+    if isinstance(head, FlowHeadConfig):
+        meaning |= {"head.num_steps": head.num_steps}
+    return json.dumps(meaning)
 
 
 def make(policy: PolicyConfig, config: BehaviourConfig) -> Behaviour:

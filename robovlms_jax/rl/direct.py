@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
+from robovlms_jax import json_files
 from robovlms_jax.evaluation.rollout import Trial
 from robovlms_jax.parallel import cpu
 from robovlms_jax.parallel import mesh as meshes
@@ -173,7 +175,7 @@ class DirectPreferences:
 
         Raises ValueError for rollouts whose draws were not kept, are of another head or chunk, or have no probability.
         """
-        kept = _draws(found, self.learner)
+        kept = draws(found, self.learner)
         world, place = _world(found, encode, how), jax.devices()[0]
         params = unflatten_dict({**self.state.frozen, **self.reference}, sep="/")
         params = jax.device_put(params, place)
@@ -192,8 +194,8 @@ class DirectPreferences:
         return Known(view, kept, log_prob)
 
 
-def _draws(found: Rollouts, learner: objective.Learner) -> Any:
-    """`Behaviour.drawn` of all decisions. Raises ValueError."""
+def draws(found: Rollouts, learner: objective.Learner) -> Any:
+    """`Behaviour.drawn` of all decisions. Raises ValueError for those that this learner cannot read."""
     decided = found.decided
     require(
         decided is not None,
@@ -208,6 +210,13 @@ def _draws(found: Rollouts, learner: objective.Learner) -> Any:
         f"these rollouts were drawn by another kind of head or chunk: {shapes}; expected {sorted(names)} of chunks "
         f"{expected}. Record rollouts of this policy.",
     )
+    if decided.units:
+        differing = json_files.differences(json.loads(decided.units), json.loads(behaviours.units(config)))
+        require(
+            not differing,
+            f"the numbers that were drawn in these rollouts mean something else than this policy's ({differing}). "
+            "Record rollouts of this policy.",
+        )
     return learner.behaviour.drawn(**decided.drawn)
 
 

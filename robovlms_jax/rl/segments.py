@@ -52,10 +52,12 @@ class Decided:
 
     every: control steps between two of them; a rollout's first is at its first state.
     drawn: field of what was drawn (`Behaviour.drawn`) -> [decisions, ...].
+    units: `behaviours.units` of these; empty in files of versions that did not say so.
     """
 
     every: int
     drawn: Mapping[str, np.ndarray]
+    units: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Rollouts:
         with atomic.replacing(path, durable=True) as file:
             numbers = {"version": _VERSION, "success": self.success, "offsets": self.offsets}
             if self.decided is not None:
-                numbers |= {"every": self.decided.every}
+                numbers |= {"every": self.decided.every, "units": np.array(self.decided.units)}
                 leaves |= {f"{_DRAWN}{name}": x for name, x in self.decided.drawn.items()}
             np.savez_compressed(file, made=np.array(self.made), **numbers, **texts, **leaves)
 
@@ -149,7 +151,7 @@ def load(path: str | pathlib.Path) -> Rollouts:
             offsets=found["offsets"],
             states=bodies.State(**leaves),
             made=made,
-            decided=Decided(int(found["every"]), drawn) if "every" in found else None,
+            decided=Decided(int(found["every"]), drawn, str(found.get("units", ""))) if "every" in found else None,
         )
         count = len(read.tasks)
         require(
@@ -248,6 +250,7 @@ def roll_out(
             ended += over
     whole = [jax.tree.map(lambda *parts: np.concatenate(parts), *path) for path in paths]
     drawn = jax.tree.map(lambda *rows: np.stack(rows), *itertools.chain(*draws))
+    fields = {field.name: getattr(drawn, field.name) for field in dataclasses.fields(drawn)}
     return Rollouts(
         tuple(str(trial.labels["scene"]) for trial in trials),
         tuple(trial.tasks[0] for trial in trials),
@@ -255,7 +258,7 @@ def roll_out(
         success,
         np.cumsum([0, *(len(path.led) for path in whole)]),
         jax.tree.map(lambda *parts: np.concatenate(parts), *whole),
-        decided=Decided(how.actions, {field.name: getattr(drawn, field.name) for field in dataclasses.fields(drawn)}),
+        decided=Decided(how.actions, fields, behaviours.units(model.config)),
     )
 
 

@@ -93,6 +93,12 @@ def _making(path: pathlib.Path, found: segments.Rollouts) -> tuple[BehaviourConf
         ) from error
 
 
+def require_readable(config: ReinforceConfig, learner: direct.DirectPreferences) -> None:
+    """Raise ValueError for rollouts, with a person's answers, whose draws are not of this policy's kind."""
+    if config.labels:
+        direct.draws(segments.load(config.labels), learner.learner)
+
+
 def compared(
     config: ReinforceConfig,
     output: pathlib.Path,

@@ -69,6 +69,8 @@ def run(config: ReinforceConfig) -> pathlib.Path:
         how = Execution("receding", horizon=config.horizon), SuccessCriterion(max_steps=config.max_steps)
         player = rollouts.Player(model, encode, config.tables, sizes, *how)
         learner = _learner(config, model, params, reward)
+        if isinstance(learner, direct.DirectPreferences):
+            preferring.require_readable(config, learner)
         _settle(config, output, labels)
         before = reinforced.before(output, player, params, questions)
         serving = {"config": schema.to_dict(experiment), "assets": dict(assets)}

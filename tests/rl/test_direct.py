@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,9 @@ from robovlms_jax.runs import preferring
 from robovlms_jax.training import stages, step
 from robovlms_jax.training.config import OptimizerConfig, TrainConfig
 from robovlms_jax.training.state import create
+from tests import toy
 from tests.labeling.made_up import rollouts
-from tests.rl.test_learning import policy
+from tests.rl.test_learning import HEADS, policy
 from tests.rl.test_objective import Bandit, start
 from tests.rl.test_rollouts import SIZES, encode
 
@@ -117,10 +119,11 @@ def test_pieces_are_cut_out_of_decisions_action_by_action():
 def test_draws_are_kept_with_rollouts_and_a_file_without_them_is_read_all_the_same(tmp_path):
     found = rollouts((12, 7), ("open_drawer",) * 2)
     drawn = {"actions": np.arange(5 * 3 * 7, dtype=np.float32).reshape(5, 3, 7)}
-    dataclasses.replace(found, decided=segments.Decided(5, drawn)).save(tmp_path / "with.npz")
+    dataclasses.replace(found, decided=segments.Decided(5, drawn, '{"low": 1}')).save(tmp_path / "with.npz")
     again = segments.load(tmp_path / "with.npz").decided
     assert again.every == 5 and again.drawn.keys() == {"actions"}
     np.testing.assert_array_equal(again.drawn["actions"], drawn["actions"])
+    assert again.units == '{"low": 1}'
     found.save(tmp_path / "without.npz")
     assert segments.load(tmp_path / "without.npz").decided is None
     dataclasses.replace(found, decided=segments.Decided(4, drawn)).save(tmp_path / "damaged.npz")
@@ -248,6 +251,38 @@ def test_rollouts_of_another_program_are_not_taken_for_those_that_a_run_made(lab
     with pytest.raises(ValueError, match=r"rollouts.npz is there: pass --resume .*another --out.*pass --labels"):
         preferring.resolved(elsewhere)
     assert preferring.resolved(dataclasses.replace(elsewhere, resume=True)).out == str(labels)
+
+
+@pytest.mark.parametrize(
+    ("head", "other", "message"),
+    [
+        ("lstm", "flow", r"another kind of head or chunk: .*expected \['actions'\]"),
+        ("lstm", {"action_high": (0.5,) * 6}, r"mean something else than this policy's \(high: "),
+        ("flow", {"num_steps": 4}, r"mean something else than this policy's \(head.num_steps: "),
+        ("discrete", {"num_bins": 16}, r"mean something else than this policy's \(head.num_bins: "),
+    ],
+)
+def test_draws_of_another_kind_or_in_other_units_are_refused(head, other, message):
+    """Rollouts of another policy may be learned from, but not where its numbers mean other actions."""
+
+    def of(name: str, **changes) -> types.SimpleNamespace:
+        config = toy.make_model(chunk=3, **HEADS[name]).config
+        inner = {field: x for field, x in changes.items() if hasattr(config.head, field)}
+        outer = {field: x for field, x in changes.items() if field not in inner}
+        config = dataclasses.replace(config, head=dataclasses.replace(config.head, **inner), **outer)
+        model = types.SimpleNamespace(config=config)
+        return types.SimpleNamespace(model=model, behaviour=behaviours.make(config, BehaviourConfig()))
+
+    def recorded(by: types.SimpleNamespace) -> segments.Rollouts:
+        names = [field.name for field in dataclasses.fields(by.behaviour.drawn)]
+        drawn = {name: np.zeros((4,) if name == "step" else (4, 3, 7), np.float32) for name in names}
+        decided = segments.Decided(5, drawn, behaviours.units(by.model.config))
+        return dataclasses.replace(rollouts((10,) * 2, ("open_drawer",) * 2), decided=decided)
+
+    own = of(head)
+    assert isinstance(direct.draws(recorded(own), own), own.behaviour.drawn)
+    with pytest.raises(ValueError, match=message):
+        direct.draws(recorded(of(other) if isinstance(other, str) else of(head, **other)), own)
 
 
 def test_draws_without_a_probability_are_refused_before_anything_is_learned_from_them():
