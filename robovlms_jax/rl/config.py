@@ -254,6 +254,12 @@ class ReinforceConfig:
             not dpo or self.labels != "" or self.group >= 2,
             f"reinforce.group={self.group}: update.method=dpo compares rollouts from the same state, at least 2.",
         )
+        most = min(self.pairs, self.pool * self.group * (self.group - 1) // 2)
+        require(
+            not dpo or self.labels != "" or most >= self.update.minibatches * self.devices,
+            f"reinforce.pairs={self.pairs}, pool={self.pool} and group={self.group} give {most} pairs at most, which "
+            f"do not divide into update.minibatches={self.update.minibatches} and over {self.devices} device(s).",
+        )
 
     @property
     def tables_to_learn_on(self) -> tuple[str, ...]:

@@ -312,6 +312,14 @@ def test_tasks_that_the_simulated_person_does_not_know_are_refused_before_anythi
         ({"group": 1}, "reinforce.group=1: update.method=dpo compares"),
         ({"labels": "x", "update": UpdateConfig()}, "reinforce.labels='x' are for update.method=dpo"),
         ({"pairs": 0}, "pairs=0"),
+        (
+            {"pairs": 3, "update": UpdateConfig(method="dpo", minibatches=4)},
+            "3 pairs at most, .*minibatches=4 and over 1",
+        ),
+        (
+            {"pool": 1, "group": 2, "tables": 32, "devices": 2},
+            "pool=1 and group=2 give 1 pairs at most, .*over 2 device",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_with_answers_are_refused(changes, message):
