@@ -103,6 +103,8 @@ def test_what_answers_alone_gain_is_what_their_runs_say():
     mean, wide = statistics.mean(gains), 4.303 * statistics.stdev(gains) / 3**0.5  # Student's t of two degrees
     said = "here {:g}, {:g} and {:g}, mean {:.1f}, 95 % interval by seeds {:.1f} to {:.1f}"
     assert said.format(*gains, mean, mean - wide, mean + wide) in text
+    took = [run["curve"][-1]["seconds"] for run in found["runs"].values()]
+    assert f"Updates take {min(took):.0f} to {max(took):.0f} s," in text
     on_d = [run["results"]["unseen_table"]["paired"]["p"] for run in found["runs"].values()]
     assert f"(p = {on_d[0]:.2g} and {on_d[2]:.2g}; the seed between them {on_d[1]:.2g})" in text
     share = [run["curve"][-1]["preferred"] for run in found["runs"].values()]
