@@ -67,7 +67,7 @@ FIXTURES = ExperimentConfig(
     optimizer=OptimizerConfig(learning_rate=4e-4, weight_decay=0.01, schedule="cosine", warmup_steps=100),
     train=TrainConfig(
         output="runs/playtable_fixtures",
-        steps=4200,
+        steps=4600,
         batch_size=64,
         log_every=100,
         eval_every=0,
