@@ -333,7 +333,7 @@ def test_settings_that_make_no_sense_with_answers_are_refused(changes, message):
 
 def learner(head: str, patterns: tuple[str, ...], spread: float = 0.1) -> direct.DirectPreferences:
     model, params = policy(head)
-    (stage,) = stages.plan(TrainConfig(steps=8, trainable=patterns), OptimizerConfig(learning_rate=1e-3))
+    (stage,) = stages.plan(TrainConfig(steps=8, trainable=patterns), OptimizerConfig(learning_rate=1e-4))
     mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
     behaviour = BehaviourConfig(spread=(spread,), floor=1e-4)
     return direct.DirectPreferences(
