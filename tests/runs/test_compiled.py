@@ -145,7 +145,7 @@ def test_for_a_step_that_is_refused_the_least_accumulation_that_fits_is_named(mo
 )
 def test_a_larger_fsdp_is_named_where_accumulation_is_not_enough(monkeypatch, place, room, nearest):
     # Four devices hold two segments each. Fails if more is changed than has to be, or something that does not fit.
-    def estimate(config, model, abstract, batch, stage, *, platform):
+    def estimate(config, model, abstract, batch, stage=None, *, platform):
         parameters = 1000 // abstract.step.sharding.mesh.shape["fsdp"]
         return memory.Estimate(parameters, 0, 0, 800 // config.train.accumulation, 0)
 
