@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 # What meets other packages' interfaces and takes minutes at most.
 VERSION_TESTS := tests/actions tests/data tests/inputs tests/nn tests/parallel tests/policies tests/training tests/test_cli.py \
-	tests/runs/test_config.py tests/test_environments.py tests/test_imports.py tests/experiments/test_plan.py
+	tests/test_cli_help.py tests/runs/test_config.py tests/test_environments.py tests/test_imports.py tests/experiments/test_plan.py
 
 .PHONY: demo run test docs test-slow test-plans test-oldest test-newest lint types hooks wheel-test clean always help
 

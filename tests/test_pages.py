@@ -120,4 +120,5 @@ def test_statements_are_read_as_a_shell_reads_them():
 def test_the_statements_of_a_page_run_in_their_order(name, tmp_path):
     if not pages.planned(name, PAGES[name]):
         pytest.skip("; ".join(f"{words} ...: {why}" for words, why in PAGES[name].left_out.items()))
-    pages.run(name, PAGES[name], tmp_path)
+    said = pages.run(name, PAGES[name], tmp_path)  # raises where one fails
+    assert [line[2:] for line in said.splitlines() if line.startswith("$ ")] == pages.planned(name, PAGES[name])
