@@ -33,8 +33,9 @@ import numpy as np
 from experiments import comparison_settings, evaluate, evaluation_settings, protocols
 from experiments.comparison_settings import ComparePoliciesConfig, Variant
 from robovlms_jax import atomic, cli, json_files
+from robovlms_jax.data import notices
 from robovlms_jax.evaluation.report import offline, tables
-from robovlms_jax.runs import cost, load
+from robovlms_jax.runs import cost, load, run
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
 from robovlms_jax.search import queue, report
@@ -53,6 +54,11 @@ def jobs(config: ComparePoliciesConfig) -> list[protocol.Job]:
             trials > 0 or not variant.compared,
             f"compare.variants: {variant.name!r} has no rollouts to be compared by; set rollouts.trials.",
         )
+        begun = {"train.init_from": variant.after} if variant.after else {}
+        try:
+            run.require_consistent(cli.override(starts[variant.name], **begun))
+        except (ValueError, OSError) as error:
+            raise notices.about(f"compare.variants, {variant.name!r}", error) from None
     found = []
     for seed in range(config.seeds):
         for variant in config.variants:

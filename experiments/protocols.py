@@ -144,13 +144,13 @@ def require_each_once(owner: str, **lists: Sequence[Any]) -> None:
 
 
 def demonstrations(config: ExperimentConfig, tasks: Sequence[str] = ()) -> dict[str, list[tuple[int, int]]]:
-    """Task -> the demonstrations of the training split; recorded before, where the preset records them, and what can be
-    said without them is said first.
+    """Task -> the demonstrations of the training split; recorded before, where the preset records them. What can be
+    said of the runs without them is said first (`run.require_consistent`).
 
     tasks: that must be among them.
     """
+    run.require_consistent(config)
     if config.demonstrations.episodes:
-        config.require_known_sources()
         support.require_tasks(config.demonstrations.tasks or tuple(TASKS), tasks)
         closed_loop.ensure_demonstrations(config.demonstrations, config.data.root)
     return support.by_task(opening.open_split(config.data, "training").episodes)

@@ -14,23 +14,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import math
 import pathlib
 import signal
 import sys
 
-from experiments import protocols
+from experiments import search_settings
 from robovlms_jax import cli
 from robovlms_jax.parallel import ray_workers
 from robovlms_jax.parallel.config import RayConfig
 from robovlms_jax.runs import logs
-from robovlms_jax.search import queue, report, space, workers
+from robovlms_jax.search import queue, report, workers
 from robovlms_jax.search.config import SearchConfig
 from robovlms_jax.training import stopping
 
-CHECKED = 100
-"""Settings of a grid that are read one by one before anything runs: each takes milliseconds."""
 PRESETS = {
     "default": SearchConfig(),
     "grid": SearchConfig(
@@ -52,9 +48,10 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     process with `stopping.STATUS`, as any program here does."""
     logs.to_stderr()
     _, config = cli.parse(PRESETS, "default", description=__doc__, argv=argv)
-    _require_settings(config)
     if config.report:
         queue.finished(pathlib.Path(config.out))
+    else:
+        search_settings.require(config, None if _elsewhere(config) else search_settings.devices())
     stopped = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end: the run saves, the trial stays open
     try:
@@ -75,35 +72,13 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
 def _work(config: SearchConfig) -> None:
     """On a worker of a Ray cluster."""
     logs.to_stderr()
+    search_settings.require(config, search_settings.devices())
     workers.work(config)
 
 
-def _require_settings(config: SearchConfig) -> None:
-    """Every value is one of a configuration, or it is said which field is wrong, before anything runs; of a grid of up
-    to `CHECKED` settings every combination is."""
-    start = protocols.preset(config.experiment, config.start, (), "search")
-    fixed = space.fixed(config.fixed)
-    fields = space.read(config.space)
-    names = {field.name for field in fields}
-    if names & set(fixed):
-        raise ValueError(f"search.fixed and search.space both set {sorted(names & set(fixed))}; a field does one.")
-    own = {"train.output", "train.seed", "train.resume"} & (names | set(fixed))
-    if own:
-        raise ValueError(
-            f"{sorted(own)} are set by the search for every trial (search.out, search.seeds); leave them out."
-        )
-    values = [field.values if isinstance(field, space.Values) else _ends(field) for field in fields]
-    if math.prod(map(len, values)) <= CHECKED:
-        rows = itertools.product(*values)
-    else:  # every value once, whatever stands beside it
-        rows = ([some[min(row, len(some) - 1)] for some in values] for row in range(max(map(len, values))))
-    for row in rows:
-        setting = dict(zip((field.name for field in fields), row))
-        cli.read(start, argv=space.flags(fixed | setting))
-
-
-def _ends(field: space.Range) -> tuple[str, str]:
-    return tuple(str(int(x)) if field.whole else repr(x) for x in (field.low, field.high))
+def _elsewhere(config: SearchConfig) -> bool:
+    """Whether trials have other devices than this process would have."""
+    return config.ray.workers > 0 or any(text.startswith("distributed.") for text in config.fixed)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,11 @@ class Sources:
     validation: Mapping[str, samples.PairSource]
 
 
-def open_collections(config: ExperimentConfig) -> Collections:
-    """Raises what `opening.open_all` does, and ValueError where the policy has no use for them."""
+def open_collections(config: ExperimentConfig, *, known: bool = False) -> Collections:
+    """Raises what `opening.open_all` does, and ValueError where the policy has no use for them.
+
+    known: they were opened before in this process, so that their pictures need not be looked at again.
+    """
     vl = config.data.vl
     if vl.paths and not config.policy.auxiliary.vl_weight:
         raise ValueError(
@@ -60,7 +63,8 @@ def open_collections(config: ExperimentConfig) -> Collections:
             f"policy.auxiliary.vl_weight={config.policy.auxiliary.vl_weight} learns answers to questions about "
             "pictures, and data.vl.paths names none."
         )
-    return Collections(opening.open_all(vl, vl.paths), opening.open_all(vl, vl.validation))
+    share = None if known else config.data.max_corrupt_share
+    return Collections(opening.open_all(vl, vl.paths, share), opening.open_all(vl, vl.validation, share))
 
 
 def sources_of(config: ExperimentConfig, collections: Collections, backbone: build.Backbone) -> Sources:

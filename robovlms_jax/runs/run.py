@@ -96,6 +96,11 @@ def require_consistent(config: ExperimentConfig) -> None:
     """What can be said of a run without demonstrations, which take minutes to record. Raises ValueError, OSError:
     fields do not fit each other, or pictures with text cannot be opened."""
     config.validate(jax.device_count())
+    require_collections(config)
+
+
+def require_collections(config: ExperimentConfig) -> None:
+    """Raises ValueError, OSError: pictures with text cannot be opened, or the policy has no use for them."""
     questions.open_collections(config)
 
 
@@ -106,7 +111,7 @@ def _run(
     output = pathlib.Path(config.train.output)
     checkpoints.require_free(output, resume=config.train.resume)
     directory.require_writable(output)
-    _require_packages(config)
+    require_packages(config)
     directory.keep_programs(config.train.compilation_cache)
     point = resuming.open_point(output) if config.train.resume else None
     if point:
@@ -126,7 +131,7 @@ def _run(
     return output
 
 
-def _require_packages(config: ExperimentConfig) -> None:
+def require_packages(config: ExperimentConfig) -> None:
     """Raise ImportError where something is asked for that is not installed: before demonstrations are recorded."""
     metrics.require_wandb(config.train.wandb_project)
     if config.rollouts.trials and config.rollouts.rrd:

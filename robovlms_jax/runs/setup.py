@@ -120,7 +120,7 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
     if config.data.augment.mirror:
         sentences += [mirror.words(text) for text in sentences]
     instructions = [*sentences, *validation.sentences(opened["validation"]), *_asked(config)]
-    collections = questions.open_collections(config)
+    collections = questions.open_collections(config, known=config.demonstrations.episodes > 0)
     # What is learned depends on no sentence that is only asked: neither on the validation split's nor on rollouts'.
     backbone = _open_backbone(config, point, [*sentences, *collections.texts])
     length = config.data.text_length or backbone.longest(instructions)

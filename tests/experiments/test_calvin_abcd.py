@@ -21,7 +21,7 @@ from robovlms_jax import cli
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.data import opening
 from robovlms_jax.load import load_config, load_policy
-from robovlms_jax.runs import run
+from robovlms_jax.runs import measured, run
 from robovlms_jax.runs import setup as setups
 from robovlms_jax.runs.load import open_model
 from robovlms_jax.training import checkpoints, guards
@@ -105,6 +105,7 @@ def test_a_run_leaves_everything_needed(finished):
 def test_a_run_says_where_its_time_went_and_compiles_once(finished):
     # Fails if a step after the second compiles anything (new shapes, types or shardings), or if phases are lost.
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert {name for line in lines for name in line} == {"step", *measured.names(load_config(finished))}
     compiled = {line["step"]: line["train/compilations"] for line in lines if "train/loss" in line}
     assert len({compiled[step] for step in range(1, 6)}) == 1, compiled
     (shares,) = [line for line in lines if "goodput/step" in line]

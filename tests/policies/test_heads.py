@@ -111,6 +111,7 @@ def test_masked_entries_count_for_nothing(kind, exact_matmul):
     (value, metrics), grads = gradient(params, hidden, mask)
     (same, _), _ = gradient(params, actions, mask)
     assert np.isfinite(value) and value > 0 and value == metrics["loss"]
+    assert set(metrics) == {"loss", *HEADS[kind].metrics}
     np.testing.assert_allclose(value, same, rtol=1e-6)
     (nothing, _), none = gradient(params, hidden, np.zeros_like(mask))
     assert nothing == 0

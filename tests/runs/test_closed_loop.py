@@ -13,7 +13,7 @@ from robovlms_jax.control.execution import Execution
 from robovlms_jax.data import calvin
 from robovlms_jax.envs.calvin import initial_states, tasks
 from robovlms_jax.playtable import recording
-from robovlms_jax.runs import run
+from robovlms_jax.runs import load, measured, run
 
 RECORD = {
     "episodes": 2,
@@ -117,3 +117,4 @@ def test_main_job_records_trains_rolls_out_and_keeps_the_best(tmp_path):
     assert (output / "best" / "4").is_dir()  # all score 0: of equals the latest
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "rollouts/score" in row] == [2, 4]
+    assert {name for row in rows for name in row} <= {"step", *measured.names(load.load_config(output))}

@@ -24,6 +24,7 @@ from robovlms_jax.runs import setup as setups
 from robovlms_jax.schema import from_dict, to_dict
 from robovlms_jax.training.config import StageConfig
 from tests.experiments.test_calvin_abcd import params_of, small
+from tests.runs.test_further import assert_measured
 
 LIFTER = RobotSpec(
     "lifter",
@@ -92,6 +93,7 @@ def test_every_robot_has_a_head_and_statistics_of_its_own(among):
 
 def test_a_stages_weights_are_those_of_every_robots_tasks(among):
     setup = setups.prepare(among())
+    assert_measured(setup, steps.make_loss(setup.config, setup.model), setup.batch_shapes(setup.stages[0]))
     half = dataclasses.replace(setup.stages[0], weights={"actions": 0.5})
     losses = steps.make_loss(setup.config, setup.model, half).losses
     assert [losses["robot"].tasks[0].weight, losses["lifter"].loss.tasks[0].weight] == [0.5, 0.5]

@@ -8,6 +8,7 @@ import re
 import shutil
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from experiments import calvin_abcd
 from robovlms_jax import cli
 from robovlms_jax.data import opening
 from robovlms_jax.policies import alignment
-from robovlms_jax.runs import build, domains, fisher, run, steps
+from robovlms_jax.runs import build, domains, fisher, measured, run, steps
 from robovlms_jax.runs import setup as setups
 from robovlms_jax.training import consolidation, trainable
 from tests.experiments.test_calvin_abcd import params_of, small
@@ -32,6 +33,14 @@ def listed(tmp_path):
     path = tmp_path / "two.json"
     path.write_text(json.dumps({e.task: [[int(e.start), int(e.end)]] for e in episodes}))
     return str(path)
+
+
+def assert_measured(setup, loss, shapes):
+    """What a step reports is what was said beforehand."""
+    params = build.abstract_params(setup.model, setup.mesh)[0]
+    said = {name for name in measured.names(setup.config) if name.startswith("train/")}
+    always = {*measured.EVERY_STEP, *measured.SPEED}
+    assert {f"train/{name}" for name in (*jax.eval_shape(loss, params, shapes)[1], *always)} == said
 
 
 def test_a_memory_is_drawn_from_beside_the_demonstrations_and_learned_as_they_are(tmp_path, listed):
@@ -62,6 +71,7 @@ def test_pictures_without_labels_teach_the_vision_tower_alone_and_their_actions_
     loss = steps.make_loss(setup.config, setup.model, setup.stages[0])
     assert list(loss.losses) == ["robot"]
     shapes = dict(setup.batch_shapes(setup.stages[0]))
+    assert_measured(setup, loss, shapes)
     shapes["target"] = shapes["target"].replace(actions=None, action_mask=None)  # whoever reads them fails
     params = flatten_dict(build.abstract_params(setup.model, setup.mesh)[0], sep="/")
     aligned = loss.between["align_target"]

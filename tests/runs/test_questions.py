@@ -13,7 +13,7 @@ import pytest
 from experiments import cotrain
 from robovlms_jax.backbones import registry
 from robovlms_jax.data import sources
-from robovlms_jax.runs import closed_loop, questions, run, steps
+from robovlms_jax.runs import closed_loop, load, measured, questions, run, steps
 from robovlms_jax.runs import setup as setups
 from robovlms_jax.training.config import OptimizerConfig, StageConfig
 from tests.experiments.test_calvin_abcd import params_of, small
@@ -90,6 +90,8 @@ def test_losses_of_sources_are_told_apart_and_held_out_questions_are_asked(unint
     assert "train/loss_questions" not in logged[5]
     (found,) = [line for line in lines if "validation/accuracy_questions" in line]
     assert 0 <= found["validation/accuracy_questions"] <= 1 and found["validation/loss_questions"] > 0
+    known = measured.names(load.load_config(uninterrupted))
+    assert {name for line in lines for name in line} == {"step", *known}
     facts = json.loads((uninterrupted / "report.json").read_text())["facts"]
     assert facts["accuracy of questions"] == pytest.approx(found["validation/accuracy_questions"], abs=1e-4)
 

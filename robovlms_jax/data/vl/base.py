@@ -6,7 +6,7 @@ import abc
 import os
 import pathlib
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from robovlms_jax.inputs.conversations import MARK, Turn
 
@@ -37,6 +37,14 @@ class Pairs(abc.ABC):
     @abc.abstractmethod
     def picture(self, name: str) -> bytes:
         """An encoded picture of a sample. Raises OSError or ValueError."""
+
+    @abc.abstractmethod
+    def edges(self, name: str, head: int, tail: int) -> tuple[bytes, bytes, int]:
+        """The first and the last bytes of a picture, so many at most, and how many it has. Raises as `picture`."""
+
+    @abc.abstractmethod
+    def place(self, name: str) -> str:
+        """Where a picture is, for messages."""
 
     def describe(self, index: int) -> str:
         """The sample, for messages."""
@@ -71,6 +79,12 @@ class EachTurn(Pairs):
     def picture(self, name: str) -> bytes:
         return self._whole.picture(name)
 
+    def edges(self, name: str, head: int, tail: int) -> tuple[bytes, bytes, int]:
+        return self._whole.edges(name, head, tail)
+
+    def place(self, name: str) -> str:
+        return self._whole.place(name)
+
     def describe(self, index: int) -> str:
         number, _, place = self._places[index]
         return f"{self._whole.describe(number)}, question {place + 1}"
@@ -85,6 +99,11 @@ class Folder:
     def read(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
 
+    def edges(self, name: str, head: int, tail: int) -> tuple[bytes, bytes, int]:
+        """As `Pairs.edges`."""
+        with (self.root / name).open("rb") as file:
+            return edges_of(file, 0, file.seek(0, os.SEEK_END), head, tail)
+
     def missing(self, names: Collection[str]) -> list[str]:
         """Those that are not there, or are folders; every folder is listed once."""
         listed: dict[pathlib.Path, set[str]] = {}
@@ -97,6 +116,14 @@ class Folder:
             if path.name not in listed[path.parent]:
                 out.append(name)
         return out
+
+
+def edges_of(file: BinaryIO, begin: int, size: int, head: int, tail: int) -> tuple[bytes, bytes, int]:
+    """`Pairs.edges` of `size` bytes of a file from `begin` on."""
+    file.seek(begin)
+    first = file.read(min(head, size))
+    file.seek(begin + max(size - tail, 0))
+    return first, file.read(min(tail, size)), size
 
 
 def _files(folder: pathlib.Path) -> set[str]:

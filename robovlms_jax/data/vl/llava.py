@@ -58,6 +58,12 @@ class LlavaPairs(base.Pairs):
     def picture(self, name: str) -> bytes:
         return self._folder.read(name)
 
+    def edges(self, name: str, head: int, tail: int) -> tuple[bytes, bytes, int]:
+        return self._folder.edges(name, head, tail)
+
+    def place(self, name: str) -> str:
+        return str(self._folder.root / name)
+
     def describe(self, index: int) -> str:
         return f"{self.name}, entry {index + 1}" + ("" if self._ids[index] is None else f" (id {self._ids[index]})")
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
 
 from robovlms_jax import json_files
 from robovlms_jax.data import notices
-from robovlms_jax.data.vl import base, coco, llava, webdataset
+from robovlms_jax.data.vl import base, coco, llava, pictures, webdataset
 from robovlms_jax.data.vl.config import VLConfig
 
 
-def open_all(config: VLConfig, paths: dict[str, str]) -> dict[str, base.Pairs]:
-    """Name -> collection, of config.paths or config.validation. Raises as `open_pairs`, naming the source."""
+def open_all(config: VLConfig, paths: Mapping[str, str], max_unreadable: float | None = None) -> dict[str, base.Pairs]:
+    """Name -> collection, of config.paths or config.validation.
+
+    Args:
+      max_unreadable: share of a collection's pictures that may be found to be no pictures; None: none is looked at.
+    Raises: as `open_pairs` and `pictures.require_readable`, naming the source.
+    """
     found = {}
     for name, path in paths.items():
         try:
             whole = open_pairs(path, config.images.get(name))
+            if max_unreadable is not None:
+                pictures.require_readable(whole, max_unreadable)
             found[name] = base.EachTurn(whole) if config.turns == "each" else whole
         except (ValueError, OSError) as error:
             raise notices.about(f"source {name!r}", error) from None

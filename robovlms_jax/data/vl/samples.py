@@ -11,7 +11,7 @@ import numpy as np
 
 from robovlms_jax import types
 from robovlms_jax.data import frame_index
-from robovlms_jax.data.vl import base
+from robovlms_jax.data.vl import base, pictures
 from robovlms_jax.inputs import conversations, images
 from robovlms_jax.inputs.conversations import Turn
 
@@ -117,7 +117,7 @@ class PairSource(Sequence[types.Pairs]):
                 try:
                     self._fill(out, row, candidate, draw)
                     break
-                except (OSError, ValueError, SyntaxError) as error:
+                except (OSError, ValueError) as error:
                     out.corrupt[row] = index
                     self._report(f"a sample was replaced by another: {self.describe(candidate)}: {error}")
                     if number == _MAX_REPLACEMENTS:
@@ -133,7 +133,7 @@ class PairSource(Sequence[types.Pairs]):
                 continue
             try:
                 self._fill(out, row, index, 0)
-            except (OSError, ValueError, SyntaxError) as error:
+            except (OSError, ValueError) as error:
                 out.corrupt[row] = index
                 out.answer_mask[row] = False
                 self._report(f"left out of the evaluation: {self.describe(index)}: {error}")
@@ -199,14 +199,15 @@ class PairSource(Sequence[types.Pairs]):
         out.episode[row] = index
 
     def _show(self, name: str, out: np.ndarray) -> None:
-        """Decode a picture into uint8[size, size, 3]."""
-        data = self.pairs.picture(name)
-        size = frame_index.image_size(data)
-        if size == out.shape[:2]:
-            frame_index.decode_image(data, out)
-            return
-        stored = np.empty((*size, 3), np.uint8)
-        frame_index.decode_image(data, stored)
+        """Decode a picture into uint8[size, size, 3]. Raises ValueError or OSError that say where it is."""
+        try:
+            data = self.pairs.picture(name)
+            if frame_index.image_size(data) == out.shape[:2]:
+                frame_index.decode_image(data, out)
+                return
+            stored = pictures.decode(data)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ValueError(f"{self.pairs.place(name)} cannot be read: {error}. {pictures.REMEDY}") from error
         out[:] = images.resize_on_host(stored, self._image.size, self._image.interpolation)
 
     def _report(self, message: str) -> None:

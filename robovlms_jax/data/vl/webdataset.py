@@ -90,6 +90,15 @@ class WebDataset(base.Pairs):
             raise ValueError(f"{self._shards[shard]} ends within {name}.")
         return data
 
+    def edges(self, name: str, head: int, tail: int) -> tuple[bytes, bytes, int]:
+        shard, offset, size = self._members[name]
+        with self._shards[shard].open("rb") as file:
+            return base.edges_of(file, offset, size, head, tail)
+
+    def place(self, name: str) -> str:
+        path = self._shards[self._members[name].shard]
+        return f"{name.removeprefix(f'{path.name}/{self._members[name].shard}/')} in {path}"
+
     def describe(self, index: int) -> str:
         return f"{self.name}, sample {self._keys[index]!r}"
 

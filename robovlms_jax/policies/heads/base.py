@@ -35,6 +35,11 @@ class HeadConfig(schema.Tagged, noun="head"):
     EARLIER: ClassVar[Mapping[str, Any]] = {}
     """Field -> what the head did in checkpoints from before there was the field, where that is not its default."""
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What its loss reports beside `loss`, of a robot with numbers and binary grippers."""
+        return ()
+
 
 @flax.struct.dataclass
 class WindowCarry:

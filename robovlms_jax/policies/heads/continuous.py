@@ -38,6 +38,10 @@ class ContinuousHeadConfig(base.HeadConfig):
     its negative log-likelihood. Nothing but that MLP learns from it, so actions are learned as without it (but for
     optimizer.clip_norm, which sees its gradient, too)."""
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("loss_arm", *(("loss_spread",) if self.spread else ()), "loss_gripper", "acc_gripper")
+
     def __post_init__(self):
         if self.arm_loss not in losses.REGRESSION:
             raise ValueError(f"policy.head.arm_loss={self.arm_loss!r} is unknown; known: {sorted(losses.REGRESSION)}.")

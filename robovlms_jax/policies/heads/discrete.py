@@ -47,6 +47,10 @@ class DiscreteHeadConfig(base.HeadConfig):
     """Report how uncertain actions are, from the distribution over action ids."""
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("acc_arm", "acc_gripper", "action_l1")
+
+    @property
     def bins(self) -> discretize.Bins:
         """Where the edges lie. Raises ValueError where they still have to come from training data."""
         if self.binning == "uniform":

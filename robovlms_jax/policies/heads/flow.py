@@ -75,6 +75,10 @@ class FlowHeadConfig(base.HeadConfig):
 
     EARLIER: ClassVar[Mapping[str, Any]] = {"time_turns": (1.0, 1000.0), "data_std": 0.0, "time_power": 1.0}
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("loss_arm", "loss_gripper")
+
     def __post_init__(self):
         require_positive(self, "hidden_size", "num_layers", "num_heads", "num_steps", "draws")
         if self.guidance not in ("vjp", "identity", "prefix") or self.guidance_schedule not in ("exp", "linear"):
