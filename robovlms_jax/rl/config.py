@@ -174,6 +174,10 @@ class ReinforceConfig:
     pool are made, and a simulated person says which are better, in tasks that move a mechanism by its handle."""
     pairs: int = 2000
     """Method dpo without labels: pairs that the simulated person is asked about, at most."""
+    held_out: float = 0.1
+    """Method dpo: share of the pairs that teach nothing and are measured in every iteration, beside those that teach:
+    what is learned by heart is not given there. Of a simulated person's whole starts are held out; a person's are
+    single answers, whose rollouts may have taught in others. 0: all teach."""
     trainable: tuple[str, ...] = ("^head/", "^rl/")
     """As train.trainable, of the policy's parameters and of those under rl/: the behaviour's spread and the critic. The
     head alone is cheap: features are kept, and the backbone is not asked again. "lora_" trains adapters."""
@@ -250,16 +254,22 @@ class ReinforceConfig:
             f"reinforce.reward={self.reward!r} has no effect with update.method=dpo, which learns from answers "
             "themselves; leave it out, or choose --preset preferences.",
         )
+        require(0 <= self.held_out < 1, f"reinforce.held_out={self.held_out} must lie in [0, 1).")
         require(
             not dpo or self.labels != "" or self.group >= 2,
             f"reinforce.group={self.group}: update.method=dpo compares rollouts from the same state, at least 2.",
         )
-        most = min(self.pairs, self.pool * self.group * (self.group - 1) // 2)
+        most = min(self.pairs, (self.pool - self.held_out_of(self.pool)) * self.group * (self.group - 1) // 2)
         require(
             not dpo or self.labels != "" or most >= self.update.minibatches * self.devices,
-            f"reinforce.pairs={self.pairs}, pool={self.pool} and group={self.group} give {most} pairs at most, which "
-            f"do not divide into update.minibatches={self.update.minibatches} and over {self.devices} device(s).",
+            f"reinforce.pairs={self.pairs}, pool={self.pool} and group={self.group} give {most} pairs at most to learn "
+            f"from ({self.held_out_of(self.pool)} starts are held out), which do not divide into update.minibatches="
+            f"{self.update.minibatches} and over {self.devices} device(s).",
         )
+
+    def held_out_of(self, count: int) -> int:
+        """How many of so many starts, or answers, are held out: at least one where any are."""
+        return max(round(self.held_out * count), 1) if self.held_out else 0
 
     @property
     def tables_to_learn_on(self) -> tuple[str, ...]:

@@ -96,8 +96,13 @@ class DirectLoss:
     def __call__(
         self, params: Any, batch: Compared, key: jax.Array | None, count: Any
     ) -> tuple[jax.Array, objective.Metrics]:
-        """Loss and metrics, sums over the whole batch's `count`. preferred: share of answers that the policy's own
-        preference gives (half of those that were ties). margin: by how much. from_reference: per executed action."""
+        """Loss and metrics, sums of `of_pairs` over the whole batch's `count`."""
+        metrics = {name: x.sum() / count for name, x in self.of_pairs(params, batch).items()}
+        return metrics["loss"], metrics
+
+    def of_pairs(self, params: Any, batch: Compared) -> objective.Metrics:
+        """float32[N] each. loss. preferred: whether the policy's own preference gives the answer (half where that was a
+        tie). margin: by how much. from_reference: divergence per executed action."""
         view, drawn = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), (batch.view, batch.drawn))
         now = self.learner.reconsider(params, view, drawn, batch.mask.shape[-1]).log_prob
         difference = jnp.where(batch.mask[..., None], now.reshape(batch.reference.shape) - batch.reference, 0.0)
@@ -107,14 +112,8 @@ class DirectLoss:
         per_action = difference.sum(-1)
         moved = estimates.divergence(-per_action, jnp.zeros_like(per_action))
         moved = jnp.where(batch.mask, moved, 0.0).sum((1, 2, 3)) / jnp.maximum(batch.mask.sum((1, 2, 3)), 1)
-        numbers = {
-            "loss": loss,
-            "preferred": jnp.where(batch.first_better == 0.5, 0.5, margin > 0),
-            "margin": margin,
-            "from_reference": moved,
-        }
-        metrics = {name: x.sum() / count for name, x in numbers.items()}
-        return metrics["loss"], metrics
+        preferred = jnp.where(batch.first_better == 0.5, 0.5, margin > 0)
+        return {"loss": loss, "preferred": preferred, "margin": margin, "from_reference": moved}
 
 
 class DirectPreferences:
@@ -145,16 +144,22 @@ class DirectPreferences:
         self.head_only = learning.is_head_alone(model, self.state)
         self.loss = DirectLoss(self.learner, update.beta, update.label_noise)
         self._update = steps.make_train_step(self.loss, stage.tx, stage.learning_rate, self.state, mesh)
+        self._answer = jax.jit(lambda state, batch: self.loss.of_pairs(state.params, batch))
         self._place = meshes.batched(mesh)
 
     def iterate(self, compared: Comparisons, number: int) -> tuple[Comparisons, dict[str, float]]:
-        """Learn from all pairs, `epochs` times; `self.state` moves on. number: of the iteration, on which their order
-        depends. Returns the pairs, and means over the updates; raises as `learning.Reinforcement.iterate` does."""
+        """Learn from all pairs that teach, `epochs` times; `self.state` moves on. number: of the iteration, on which
+        their order depends.
+
+        Returns the pairs; means over the updates, and, where pairs are held out, what `answers` says after them of
+        those that teach (names end in _taught) and of those that do not (_held_out). Raises as
+        `learning.Reinforcement.iterate` does.
+        """
         rng = np.random.default_rng([self.seed, 2, number])
         sums: dict[str, float] = {}
         made, parts = 0, self.update.minibatches
         for _ in range(self.update.epochs):
-            rows = rng.permutation(len(compared))
+            rows = rng.permutation(compared.teaching)
             for chosen in np.split(rows[: len(rows) - len(rows) % (parts * self.mesh.size)], parts):
                 batch = jax.device_put(compared.take(chosen), self._place)
                 self.state, metrics = self._update(self.state, batch)
@@ -163,8 +168,26 @@ class DirectPreferences:
                 learning.require_finite(found, number, made)
                 sums = {name: sums.get(name, 0.0) + x for name, x in found.items()}
         numbers = {name: x / made for name, x in sums.items()}
+        if len(compared.held_out):
+            most = len(compared.teaching) // parts
+            for part, rows in (("taught", compared.teaching), ("held_out", compared.held_out)):
+                found = self.answers(compared, rows, most)
+                numbers |= {f"{name}_{part}": x for name, x in found.items()} | {f"pairs_{part}": len(rows)}
         # All control steps were made before the first iteration.
         return compared, numbers | {"updates": made, "env_steps": 0 if number else compared.env_steps}
+
+    def answers(self, compared: Comparisons, rows: np.ndarray, most: int) -> dict[str, float]:
+        """How the policy, as it is, answers the pairs int[n] `rows`, of which nothing is learned: means of loss,
+        preferred and margin (`DirectLoss.of_pairs`). most: pairs at a time."""
+        size = max(most - most % self.mesh.size, self.mesh.size)
+        parts = []
+        for begin in range(0, len(rows), size):
+            chosen = rows[np.minimum(np.arange(begin, begin + size), len(rows) - 1)]  # the last one fills up
+            found = jax.device_get(self._answer(self.state, jax.device_put(compared.take(chosen), self._place)))
+            parts.append({name: x[: len(rows) - begin] for name, x in found.items()})
+        return {
+            name: float(np.concatenate([x[name] for x in parts]).mean()) for name in ("loss", "preferred", "margin")
+        }
 
     def policy(self) -> dict[str, Any]:
         """The policy's own parameters, nested."""
@@ -291,11 +314,24 @@ class Comparisons:
     Args:
       counts: int[R], decisions of each rollout. every: control steps between two.
       env_steps: control steps of all rollouts.
+      held_out: bool[N], pairs that measure and do not teach; None: all teach.
+    Attributes:
+      teaching, held_out: int[...], the pairs that teach, and those that measure alone.
     """
 
-    def __init__(self, pieces: Pieces, known: Known, counts: np.ndarray, every: int, env_steps: int):
+    def __init__(
+        self,
+        pieces: Pieces,
+        known: Known,
+        counts: np.ndarray,
+        every: int,
+        env_steps: int,
+        held_out: np.ndarray | None = None,
+    ):
         self.pieces, self.env_steps, self._known, self._every = pieces, env_steps, known, every
         self._begins, self._counts = np.cumsum(counts) - counts, counts
+        held = np.zeros(len(pieces.first_better), bool) if held_out is None else held_out
+        self.teaching, self.held_out = np.flatnonzero(~held), np.flatnonzero(held)
         last = (pieces.start + pieces.steps - 1) // every
         self._most = int((last - pieces.start // every).max()) + 1
 

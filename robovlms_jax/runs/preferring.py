@@ -76,7 +76,8 @@ def resolved(config: ReinforceConfig) -> ReinforceConfig:
             "rather have done in that one's place",
             *(path, maker, now),
         )
-    _require_enough(_answered(config, found), config)
+    pieces = _answered(config, found)
+    _require_enough(pieces, _held_out(pieces, config), config)
     return dataclasses.replace(config, behaviour=behaviour)
 
 
@@ -116,29 +117,42 @@ def compared(
     else:
         found = _made(config, output, learner, encode, sizes)
         pieces = _simulated(config, found)
-    _require_enough(pieces, config)
-    log.info("%d answers to learn from", len(pieces.first_better))
+    held_out = _held_out(pieces, config)
+    _require_enough(pieces, held_out, config)
+    log.info("%d answers to learn from, %d more are held out", (~held_out).sum(), held_out.sum())
     every = found.decided.every
     how = playing.Play(sizes, every, config.max_steps)
     known = learner.known(found, encode, how, min(config.tables, len(found)))
-    return direct.Comparisons(pieces, known, found.decisions(every), every, int(found.offsets[-1]) - len(found))
+    steps = int(found.offsets[-1]) - len(found)
+    return direct.Comparisons(pieces, known, found.decisions(every), every, steps, held_out)
 
 
-def _require_enough(pieces: direct.Pieces, config: ReinforceConfig) -> None:
+def _held_out(pieces: direct.Pieces, config: ReinforceConfig) -> np.ndarray:
+    """bool[N], pairs that measure and do not teach. Of rollouts made here, all pairs from some starts, so that no
+    rollout is on both sides. A person's rollouts are joined by chains of pairs: none could be held out whole without
+    giving up many answers: there, some of the answers that prefer one."""
+    clear = np.flatnonzero(pieces.first_better != 0.5)
+    unit = np.arange(len(pieces.first_better)) if config.labels else pieces.rollout[:, 0] // config.group
+    units = np.random.default_rng([config.seed, 4]).permutation(np.unique(unit[clear]))
+    return np.isin(unit, units[: config.held_out_of(len(units))])
+
+
+def _require_enough(pieces: direct.Pieces, held_out: np.ndarray, config: ReinforceConfig) -> None:
+    clear = pieces.first_better != 0.5
     require(
-        (pieces.first_better != 0.5).any(),
+        clear.any(),
         f"{config.labels}: all of {len(pieces.first_better)} answers say that both are as good, from which nothing is "
         "learned; give some that prefer one (experiments.label)."
         if config.labels
         else f"the simulated person can tell no two rollouts from the same start apart, of which {config.pool} starts "
         f"have {config.group} each; begin another run (--out) with a larger --pool, --group or --behaviour.spread.",
     )
-    count = config.update.minibatches * config.devices
+    count, teaching = config.update.minibatches * config.devices, ~held_out
     require(
-        len(pieces.first_better) >= count,
-        f"{len(pieces.first_better)} answers do not divide into update.minibatches={config.update.minibatches} and "
-        f"over {config.devices} device(s); give more answers, or lower them (--update.minibatches 1, "
-        "--devices 1).",
+        teaching.sum() >= count and clear[teaching].any(),
+        f"{teaching.sum()} answers to learn from, of which {clear[teaching].sum()} prefer one, are too few for "
+        f"update.minibatches={config.update.minibatches} over {config.devices} device(s) ({held_out.sum()} more are "
+        "held out); give more answers, or lower these (--update.minibatches 1, --devices 1, --held_out 0).",
     )
 
 

@@ -109,6 +109,23 @@ def _row(name: str, found: Mapping[str, Any]) -> str:
     return f"| {name} | {count} | {cells[0]} | {cells[1]} | {pair['second']} / {pair['first']} | {pair['p']:.2g} |"
 
 
+def _answers(settings: Mapping[str, Any], last: Mapping[str, Any]) -> str:
+    """Whose they are, and which of them measure."""
+    said = f"Answers: {settings['labels'] or 'of a simulated person'}."
+    if "pairs_held_out" not in last:
+        return f"{said} All of them teach: how many would be given that do not is not known."
+    about = "whose rollouts may have taught in others" if settings["labels"] else "about rollouts from other starts"
+    after = [
+        f"{{preferred_{part}:.1%}} of those that {what} (loss {{loss_{part}:.3f}}, margin {{margin_{part}:.2f}})"
+        for part, what in (("taught", "teach"), ("held_out", "are held out"))
+    ]
+    given = " and ".join(after).format(**last)
+    return (
+        f"{said} {last['pairs_taught']} teach, {last['pairs_held_out']} are held out, {about}. After the last "
+        f"iteration the policy gives {given}; chance gives half, at a loss of 0.693."
+    )
+
+
 def _curve(curve: Sequence[Mapping[str, Any]]) -> list[str]:
     """Some twenty iterations as a table, of what was measured in them."""
     shown: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -117,6 +134,12 @@ def _curve(curve: Sequence[Mapping[str, Any]]) -> list[str]:
         "seconds": ("seconds", "{:.0f}".format),
         "success": ("success", "{:.1%}".format),
         "preferred": ("answers given", "{:.1%}".format),
+        "preferred_taught": ("given after it", "{:.1%}".format),
+        "preferred_held_out": ("of those held out", "{:.1%}".format),
+        "loss_taught": ("loss", "{:.3f}".format),
+        "loss_held_out": ("loss, held out", "{:.3f}".format),
+        "margin_taught": ("margin", "{:.2f}".format),
+        "margin_held_out": ("margin, held out", "{:.2f}".format),
         "from_reference": ("divergence", "{:.3g}".format),
     }
     shown = {name: how for name, how in shown.items() if name in curve[0]}
@@ -125,6 +148,7 @@ def _curve(curve: Sequence[Mapping[str, Any]]) -> list[str]:
         if "success" in shown
         else "Answers that the policy gives by which rollout has become more probable"
     )
+    about += ": during the updates, and after them" if "preferred_taught" in shown else ""
     return [
         f"{about} (metrics.jsonl has all of it):",
         "",
@@ -165,7 +189,7 @@ def report(
         f"{trained:,} parameters ({', '.join(settings['trainable'])}). "
         f"Divergence from the first policy in the last iteration, {when}: {last['from_reference']:.3g}.",
         "",
-        *((f"Answers: {settings['labels'] or 'of a simulated person'}.", "") if direct else ()),
+        *((_answers(settings, last), "") if direct else ()),
         *((f"Rewards: {settings['reward']}, learned from preferences.", "") if settings["reward"] else ()),
         "Success with 95 % Wilson intervals, without chance in the actions; the same trials before and after. Gained "
         "and lost: trials that only one of both did, with the p of an exact two-sided McNemar test.",

@@ -161,6 +161,8 @@ def _known_since(before: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as an earlier version wrote them, with those that came later as they are when nobody gives them."""
     usual = json.loads(json.dumps(schema.to_dict(ReinforceConfig())))
     nested = {name: {**usual[name], **x} for name, x in before.items() if isinstance(usual.get(name), dict)}
+    if before.get("update", {}).get("method") == "dpo":
+        usual["held_out"] = 0.0  # all pairs taught
     return {**usual, **before, **nested}
 
 
@@ -302,8 +304,8 @@ class _Say(loop.Hook):
         self._iterations = iterations
 
     def after(self, step: loop.Step, metrics: Mapping[str, Any]) -> None:
-        names = ("success", "reward", "trials", "loss", "preferred", "env_steps", "seconds", "ratio", "moved")
-        names += ("from_reference", "explained")
+        names = ("success", "reward", "trials", "loss", "preferred", "preferred_held_out", "env_steps", "seconds")
+        names += ("ratio", "moved", "from_reference", "explained")
         said = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
         log.info("iteration %d of %d: %s", step.number, self._iterations, said)
 

@@ -138,6 +138,7 @@ CONFIG = ReinforceConfig(
     tasks=("open_drawer",),
     image_size=(20, 12),
     group=3,
+    held_out=0.0,
     update=UpdateConfig(method="dpo", minibatches=1),
 )
 
@@ -191,7 +192,7 @@ def test_a_persons_answers_are_learned_from_with_the_behaviour_that_their_rollou
     for changes, message in (
         ({"behaviour": BehaviourConfig(spread=(0.3,))}, r"made with behaviour .*leave --behaviour out"),
         ({"image_size": (40, 12)}, r"pictures of \[20, 12\] px, .* pass --image_size 20 12"),
-        ({"update": UpdateConfig(method="dpo", minibatches=4)}, "2 answers do not divide into update.minibatches=4"),
+        ({"update": UpdateConfig(method="dpo", minibatches=4)}, "2 answers to learn from, .*update.minibatches=4"),
     ):
         with pytest.raises(ValueError, match=message):
             preferring.resolved(dataclasses.replace(config, **changes))
@@ -297,7 +298,7 @@ def test_a_simulated_person_who_can_tell_nothing_apart_is_said_to(monkeypatch):
     found = rollouts((12,) * 6, ("open_drawer",) * 6)
     monkeypatch.setattr(preferring.progress, "advance", lambda found, pieces, steps: np.zeros(len(pieces)))
     with pytest.raises(ValueError, match=r"can tell no two rollouts from the same start apart.*larger --pool"):
-        preferring._require_enough(preferring._simulated(CONFIG, found), CONFIG)
+        preferring._require_enough(preferring._simulated(CONFIG, found), np.zeros(0, bool), CONFIG)
 
 
 def test_tasks_that_the_simulated_person_does_not_know_are_refused_before_anything_is_made():
@@ -314,11 +315,11 @@ def test_tasks_that_the_simulated_person_does_not_know_are_refused_before_anythi
         ({"pairs": 0}, "pairs=0"),
         (
             {"pairs": 3, "update": UpdateConfig(method="dpo", minibatches=4)},
-            "3 pairs at most, .*minibatches=4 and over 1",
+            "3 pairs at most to learn from .*minibatches=4 and over 1",
         ),
         (
             {"pool": 1, "group": 2, "tables": 32, "devices": 2},
-            "pool=1 and group=2 give 1 pairs at most, .*over 2 device",
+            "pool=1 and group=2 give 1 pairs at most .*over 2 device",
         ),
     ],
 )

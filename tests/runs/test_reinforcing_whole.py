@@ -40,6 +40,7 @@ BY_ANSWERS = {
     "trainable": ("^head/",),
     "optimizer": reinforce.PRESETS["dpo"].optimizer,
     "pool": 3,
+    "held_out": 0.3,
     "behaviour": BehaviourConfig(spread=(0.4,)),
 }
 
@@ -71,7 +72,7 @@ def test_a_run_that_was_stopped_by_a_signal_ends_as_one_that_was_not_to_the_bit(
     assert any((np.asarray(x) != np.asarray(began[path])).any() for path, x in policies[0].items())
     results = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("whole", "stopped")]
     assert results[0] == results[1]
-    by_answers = curve(tmp_path / "whole")[0].keys() >= {"preferred", "margin"}
+    by_answers = curve(tmp_path / "whole")[0].keys() >= {"preferred", "margin", "loss_held_out"}
     assert (
         by_answers == bool(changes) == ("Answers: of a simulated person" in (tmp_path / "whole/report.md").read_text())
     )
