@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 
 from experiments import calvin_abcd, evaluate, evaluation_settings
-from robovlms_jax import atomic, cli, json_files
+from robovlms_jax import atomic, cli, ending, json_files
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.evaluation import chains, rollout_metrics
@@ -361,6 +361,8 @@ def main() -> None:
     cpu.keep_freed_memory()
     try:
         path = compare(config)
+    except KeyboardInterrupt:
+        ending.stop("finished cells are kept, and the same command goes on.")
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     logger.info("%s\nreport: %s", path.read_text(), path)

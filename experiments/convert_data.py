@@ -20,7 +20,7 @@ import numpy as np
 import tqdm
 
 from experiments import spreading
-from robovlms_jax import cli
+from robovlms_jax import cli, ending
 from robovlms_jax.data import base, calvin, lerobot, libero_hdf5, packed, packing, rlds_writer
 from robovlms_jax.data.features import Field
 from robovlms_jax.parallel.config import RayConfig
@@ -168,5 +168,7 @@ if __name__ == "__main__":
         settings = cli.read(Args, description=__doc__)
         with spreading.over_files(settings.ray):
             main(settings)
+    except KeyboardInterrupt:
+        ending.stop("a packed copy keeps its finished shards, other formats begin anew; give the same command again.")
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")

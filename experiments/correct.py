@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from robovlms_jax import cli
+from robovlms_jax import cli, ending
 from robovlms_jax.runs import correcting, logs
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,8 @@ def main() -> None:
     config = cli.read(correcting.CorrectionConfig, description=__doc__)
     try:
         counts = correcting.record(config)
+    except KeyboardInterrupt:
+        ending.stop_at_once("takeovers that were recorded are kept, and the same command goes on with the others.")
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     log.info(

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from experiments import evaluation_settings
-from robovlms_jax import cli, hub
+from robovlms_jax import cli, ending, hub
 from robovlms_jax.control.delayed import AsynchronousBatch
 from robovlms_jax.control.execution import BatchedPolicy
 from robovlms_jax.control.robot import CALVIN, RobotSpec
@@ -299,8 +299,7 @@ def reported(work: Callable[[], pathlib.Path]) -> None:
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        log.warning("stopped by Ctrl-C; finished trials are kept, and the same command goes on with the others.")
-        sys.exit(130)
+        ending.stop("finished trials are kept, and the same command goes on with the others.")
     page = report.with_suffix(".html")
     if page.exists():
         log.info("report: %s (the same as text: %s)", page, report)

@@ -17,7 +17,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from robovlms_jax import atomic, cli
+from robovlms_jax import atomic, cli, ending
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.control.robot import Camera, Dimension, RobotSpec
 from robovlms_jax.data.config import DataConfig
@@ -136,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             counts = gym_loop.record(config.layout, robot, config.recording, config.data.root)
             if counts["attempted"]:
                 logger.info("%(recorded)d of %(attempted)d demonstrations succeed, %(frames)d frames", counts)
+    except KeyboardInterrupt:
+        ending.stop("demonstrations that were recorded are kept, and the same command goes on with the others.")
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         sys.exit(f"error: {error}")
     run.run(name, config.experiment, title=config.layout.id, closing=REAL_THING)

@@ -15,7 +15,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from robovlms_jax import atomic, cli
+from robovlms_jax import atomic, cli, ending
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.driving import world
@@ -92,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.recording.episodes:
             run.require_consistent(config.experiment)
             driving.ensure_recorded(config.recording, config.data.root)
+    except KeyboardInterrupt:
+        ending.stop("demonstrations that were recorded are kept, and the same command goes on with the others.")
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     run.run(name, worded(config).experiment, title="navigation", closing=REAL_THING)

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from experiments import spreading
-from robovlms_jax import cli
+from robovlms_jax import cli, ending
 from robovlms_jax.data import calvin, packing
 from robovlms_jax.parallel.config import RayConfig
 from robovlms_jax.runs import logs
@@ -82,5 +82,7 @@ if __name__ == "__main__":
         settings = cli.read(Args, description=__doc__)
         with spreading.over_files(settings.ray):
             main(settings)
+    except KeyboardInterrupt:
+        ending.stop("finished shards are kept, and the same command goes on with the others.")
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from robovlms_jax import cli, programs, schema
+from robovlms_jax import cli, ending, programs, schema
 from robovlms_jax.control import robot as control
 from robovlms_jax.data import opening
 from robovlms_jax.envs.calvin.tasks import TASKS
@@ -21,7 +21,6 @@ from robovlms_jax.runs import chaining, closed_loop, load, logs, robots, run
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.search import queue, space
 from robovlms_jax.strategies import protocol, support
-from robovlms_jax.training import stopping
 
 logger = logging.getLogger(__name__)
 
@@ -178,8 +177,7 @@ def main(work: Callable[[Any], pathlib.Path], presets: Mapping[str, Any], defaul
     try:
         path = work(cli.parse(presets, default, description=description)[1])
     except KeyboardInterrupt:
-        logger.warning("stopped; the same command goes on where it was")
-        sys.exit(stopping.STATUS)
+        ending.stop("finished trials are kept, and the same command goes on where it was.")
     except run.ERRORS as error:
         sys.exit(f"error: {error}")
     print(f"report: {path}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from robovlms_jax import cli
+from robovlms_jax import cli, ending
 from robovlms_jax.envs import vector
 from robovlms_jax.playtable.real import recording
 from robovlms_jax.runs import logs
@@ -24,6 +24,8 @@ def main() -> None:
     config = cli.read(recording.RealRecordConfig, description=__doc__)
     try:
         counts = recording.record(config)
+    except KeyboardInterrupt:
+        ending.stop_at_once("chains that were recorded are kept, and the same command goes on with the others.")
     except (ValueError, OSError, RuntimeError, ImportError, vector.EnvError) as error:
         sys.exit(f"error: {error}")
     logging.info(

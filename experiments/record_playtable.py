@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from robovlms_jax import cli
+from robovlms_jax import cli, ending
 from robovlms_jax.playtable import recording
 from robovlms_jax.runs import logs
 
@@ -22,6 +22,8 @@ def main() -> None:
     config = cli.read(recording.RecordConfig, description=__doc__)
     try:
         counts = recording.record(config)
+    except KeyboardInterrupt:
+        ending.stop_at_once("chains that were recorded are kept, and the same command goes on with the others.")
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     logging.info(

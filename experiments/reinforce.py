@@ -18,13 +18,13 @@ import logging
 import sys
 
 from experiments import calvin_abcd
-from robovlms_jax import cli
+from robovlms_jax import cli, ending
 from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable import scene
 from robovlms_jax.rl import starts
 from robovlms_jax.rl.config import UNSEEN, ReinforceConfig, UpdateConfig
 from robovlms_jax.runs import logs, reinforcing
-from robovlms_jax.training import checkpoints, guards, stopping
+from robovlms_jax.training import checkpoints, guards
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +100,7 @@ def main() -> None:
     try:
         log.info("report: %s", reinforcing.run(config))
     except KeyboardInterrupt:
-        log.warning("stopped; the same command with --resume goes on from the last saved iteration.")
-        sys.exit(stopping.STATUS)
+        ending.stop_at_once(reinforcing.words(config.out))
     except (ValueError, OSError, guards.DivergedError, checkpoints.UnwrittenError) as error:
         sys.exit(f"error: {error}")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from robovlms_jax import cli
+from robovlms_jax import cli, ending
 from robovlms_jax.runs import logs, rewarding
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,8 @@ def main() -> None:
     config = cli.read(rewarding.RewardRunConfig, description=__doc__)
     try:
         out, _ = rewarding.learn(config)
+    except KeyboardInterrupt:
+        ending.stop_at_once(ending.ANEW)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     log.info("the reward: %s", out)

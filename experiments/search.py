@@ -19,13 +19,12 @@ import signal
 import sys
 
 from experiments import search_settings
-from robovlms_jax import cli
+from robovlms_jax import cli, ending
 from robovlms_jax.parallel import ray_workers
 from robovlms_jax.parallel.config import RayConfig
 from robovlms_jax.runs import logs
 from robovlms_jax.search import queue, report, workers
 from robovlms_jax.search.config import SearchConfig
-from robovlms_jax.training import stopping
 
 PRESETS = {
     "default": SearchConfig(),
@@ -45,7 +44,7 @@ PRESETS = {
 
 def main(argv: list[str] | None = None) -> pathlib.Path:
     """Works on the search and writes its report; returns the report's path. A search that a signal stopped ends the
-    process with `stopping.STATUS`, as any program here does."""
+    process with `ending.STATUS`, as any program here does."""
     logs.to_stderr()
     _, config = cli.parse(PRESETS, "default", description=__doc__, argv=argv)
     if config.report:
@@ -61,11 +60,11 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
             workers.work(config)
     except KeyboardInterrupt:
         stopped = True
-        print("stopped; the same command goes on where it was", file=sys.stderr)
+        print("stopped by Ctrl-C; finished trials are kept, and the same command goes on.", file=sys.stderr)
     path = report.write(config)
     print(f"report: {path}")
     if stopped:
-        sys.exit(stopping.STATUS)
+        sys.exit(ending.STATUS)
     return path
 
 

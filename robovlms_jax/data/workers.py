@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -74,6 +75,7 @@ _process: dict[str, Any] = {}
 
 def _start(work: Callable[..., Any], counter: Any) -> None:
     _process.update(work=work, counter=counter)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal sends Ctrl-C to all; one of them tells it
 
     def exit_with_parent() -> None:  # a killed parent cannot stop its workers, and they would wait for work forever
         multiprocessing.parent_process().join()

@@ -53,7 +53,8 @@ def rendered(tables: Iterable[Chain], renderer: Renderer) -> Iterator[tuple[int,
     ended: list[Chain] = []
     looking: concurrent.futures.Future | None = None
     renderer.scenes.stacked  # noqa: B018, both threads want them
-    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+    beside = concurrent.futures.ThreadPoolExecutor(1)
+    try:
         beside.submit(renderer.compile)  # beside the simulation's programs; an error comes again with the first picture
         for chain in tables:
             ended.append(chain)
@@ -63,6 +64,8 @@ def rendered(tables: Iterable[Chain], renderer: Renderer) -> Iterator[tuple[int,
                 yield from before.result() if before else ()
         yield from looking.result() if looking else ()
         yield from beside.submit(renderer.segments, ended).result()  # there, so that nothing is compiled twice at once
+    finally:
+        beside.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for a compiler
 
 
 class Scenes:

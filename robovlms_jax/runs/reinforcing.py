@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from robovlms_jax import atomic, json_files, schema
+from robovlms_jax import atomic, ending, json_files, schema
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.evaluation.rollout import SuccessCriterion, Trial
 from robovlms_jax.parallel import mesh as meshes
@@ -86,6 +86,18 @@ def run(config: ReinforceConfig) -> pathlib.Path:
         checkpoints.write_policy(output, policy, serving)
         count = sum(x.size for x in learner.state.trainable.values())
         return reinforced.report(config.checkpoint, schema.to_dict(config), output, before, after, count)
+
+
+def words(out: str) -> str:
+    """What a run that Ctrl-C has ended leaves, and how to go on (`ending.stop`)."""
+    output = pathlib.Path(out)
+    if not (output / SETTINGS).exists():
+        return ending.ANEW
+    try:
+        done = checkpoints.resume_point(output / LEARNING).name
+    except OSError:
+        return "no iteration is saved; the same command with --resume begins with the first one."
+    return f"iteration {done} is saved; the same command with --resume goes on from there."
 
 
 def _resolved(config: ReinforceConfig, experiment: ExperimentConfig) -> ReinforceConfig:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from robovlms_jax import ending
 from robovlms_jax.data import base as datasets
 from robovlms_jax.data import loading, sources
 from robovlms_jax.evaluation.report import offline as offline_report
@@ -75,8 +76,7 @@ def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: 
                 logging.getLogger().setLevel(logging.WARNING)
             train(name, config, title=title, closing=closing)
     except KeyboardInterrupt:
-        logger.warning("%s", stopping.words(pathlib.Path(config.train.output)))
-        sys.exit(stopping.STATUS)
+        ending.stop(stopping.words(pathlib.Path(config.train.output)))
     except ERRORS as error:
         logger.debug("where it happened", exc_info=True)
         unnamed = isinstance(error, OSError) and error.errno is not None and error.filename is None

@@ -13,14 +13,12 @@ from typing import Any
 
 import jax
 
+from robovlms_jax import ending
 from robovlms_jax.parallel import distributed
 from robovlms_jax.training import checkpoints
 from robovlms_jax.training.loop import Hook, Step
 
 logger = logging.getLogger(__name__)
-
-STATUS = 128 + signal.SIGINT
-"""Exit status of a process that Ctrl-C ended."""
 
 
 class StopSignal(Hook):
@@ -89,13 +87,13 @@ class Interrupts:
 
 def _at_once(*_: Any) -> None:
     print("stopped at once by a second Ctrl-C; steps since the last checkpoint are lost.", file=sys.stderr, flush=True)
-    os._exit(STATUS)  # no cleaning up: it could wait for what is being written, or for other processes
+    os._exit(ending.STATUS)  # no cleaning up: it could wait for what is being written, or for other processes
 
 
 def words(run: pathlib.Path) -> str:
-    """What a run that Ctrl-C has ended leaves, for its user."""
+    """What a run that Ctrl-C has ended leaves, and how to go on (`ending.stop`)."""
     try:
         point = checkpoints.resume_point(run)
     except OSError:
-        return "stopped by Ctrl-C; nothing was saved, for no step was made yet."
-    return f"stopped by Ctrl-C; {point} is saved, go on with --train.resume."
+        return "no step is saved; the same command begins anew, and takes what was recorded and compiled for it."
+    return f"{point} is saved, go on with --train.resume."

@@ -10,9 +10,9 @@ from __future__ import annotations
 import signal
 import sys
 
+from robovlms_jax import ending
 from robovlms_jax.search import queue, space, trials, workers
 from robovlms_jax.search.config import SearchConfig
-from robovlms_jax.training import stopping
 
 TRIAL = """
 import json, pathlib, sys, time
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     try:
         workers.work(config)
     except KeyboardInterrupt:
-        return stopping.STATUS
+        return ending.STATUS
     return 0
 
 

@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import search, search_settings
-from robovlms_jax import bars
+from robovlms_jax import bars, ending
 from robovlms_jax.search import queue, report, space, trials, workers
 from robovlms_jax.search.config import SearchConfig
-from robovlms_jax.training import directory, stopping
+from robovlms_jax.training import directory
 
 SCRIPT = """
 import json, pathlib, sys, time
@@ -113,7 +113,7 @@ def test_a_stopped_search_ends_with_the_status_of_what_was_stopped_and_a_report(
     monkeypatch.setattr(search.logs, "to_stderr", lambda: None)
     with pytest.raises(SystemExit) as end:
         search.main(["--start", "sample", "--space", "train.steps=1,2", "--out", str(tmp_path / "s")])
-    assert end.value.code == stopping.STATUS and (tmp_path / "s/report.md").exists()
+    assert end.value.code == ending.STATUS and (tmp_path / "s/report.md").exists()
 
 
 def test_a_real_trial_resumes_where_it_has_a_checkpoint(tmp_path, monkeypatch):

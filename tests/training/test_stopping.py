@@ -86,6 +86,10 @@ def test_the_program_ends_with_one_line_and_status_130(tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit) as caught:
         run.run("sample", cli.override(ExperimentConfig(), **{"train.output": str(tmp_path)}))
     assert caught.value.code == 130
-    left = f"{tmp_path / 'checkpoints' / '5'} is saved, go on with --train.resume." if steps else "nothing was saved"
+    left = (
+        f"{tmp_path / 'checkpoints' / '5'} is saved, go on with --train.resume."
+        if steps
+        else "no step is saved; the same command"
+    )
     (line,) = capsys.readouterr().err.splitlines()
     assert f"stopped by Ctrl-C; {left}" in line

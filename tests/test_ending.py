@@ -1,0 +1,73 @@
+"""Ctrl-C ends every program with one line that says what is kept, and nobody sees a traceback."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from experiments import correct, record_playtable, reinforce, reward
+from robovlms_jax import atomic, ending
+from robovlms_jax.rl.config import ReinforceConfig
+from robovlms_jax.runs import reinforcing
+from tests.test_imports import ROOT
+from tests.training.test_checkpoints import write_steps
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("program", "room", "work", "kept"),
+    [
+        (correct, "correcting", "record", "takeovers that were recorded are kept, and the same command goes on"),
+        (record_playtable, "recording", "record", "chains that were recorded are kept, and the same command goes on"),
+        (reward, "rewarding", "learn", "nothing was written; the same command begins anew."),
+        (reinforce, "reinforcing", "run", "nothing was written; the same command begins anew."),
+    ],
+)
+def test_a_program_says_what_it_keeps(monkeypatch, capsys, tmp_path, program, room, work, kept):
+    monkeypatch.setattr(getattr(program, room), work, interrupted)
+    monkeypatch.setattr(sys, "argv", ["program", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(ending.os, "_exit", sys.exit)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.root.level)
+    with pytest.raises(SystemExit) as caught:
+        program.main()
+    assert caught.value.code == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"stopped by Ctrl-C; {kept}")
+
+
+def test_a_run_of_reinforcement_says_from_where_it_goes_on(tmp_path):
+    config = ReinforceConfig(out=str(tmp_path))
+    assert reinforcing.words(config.out) == ending.ANEW
+    atomic.write_text(tmp_path / reinforcing.SETTINGS, "{}")
+    assert reinforcing.words(config.out).startswith("no iteration is saved; the same command with --resume")
+    write_steps(tmp_path / reinforcing.LEARNING, 3, 10)
+    assert reinforcing.words(config.out).startswith("iteration 10 is saved; the same command with --resume")
+
+
+def test_ctrl_c_while_a_program_is_imported_ends_it_with_a_line():
+    """Any program, before its own words are known: at the first module that it imports of this project."""
+    code = (
+        "import sys, experiments, robovlms_jax\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *how):\n"
+        "        if name == 'robovlms_jax.cli':\n"
+        "            import signal; signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import experiments.reward\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == f"stopped by Ctrl-C; {ending.WRITTEN}\n"
+    other = subprocess.run(
+        [sys.executable, "-c", "import experiments; 1 / 0"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "ZeroDivisionError" in other.stderr and "stopped" not in other.stderr
