@@ -66,7 +66,7 @@ def test_equals_attention_written_out_head_by_head(exact_matmul, x, kv_heads, in
     y, keys = apply(module, params, x, context, mask=jnp.asarray(mask))
     np.testing.assert_allclose(y, naive(params, x, context, mask, kv_heads), rtol=1e-4, atol=1e-4)
     again, new = apply(module, params, x, keys, mask=jnp.asarray(mask))  # what was made of the context is enough
-    np.testing.assert_array_equal(again, y)
+    np.testing.assert_allclose(again, y, rtol=1e-5, atol=1e-6)  # another program: some processors round otherwise
     assert new is None
 
 

@@ -92,6 +92,39 @@ def test_layer_norm_without_bias():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "norm",
+    [LayerNorm(0.1), LayerNorm(0.1, use_bias=False), RMSNorm(0.1, plus_one=True)],
+    ids=["layer", "layer_no_bias", "rms"],
+)
+def test_gradients_of_norms_equal_those_of_their_definition(norm):
+    # Fails if a term of the written gradient is wrong or missing, or if TPUs, which multiply in fewer bits,
+    # are asked for products.
+    rng = np.random.default_rng(0)
+    x, weights = jnp.asarray(rng.normal(3, 2, (2, 5, 7)), jnp.float32), rng.normal(size=(2, 5, 7))
+    params = jax.tree.map(lambda p: p + jnp.linspace(-0.5, 1, 7), nn.unbox(norm.init(jax.random.key(0), x)))
+
+    def by_definition(params, x):
+        values = params["params"]
+        y = x - x.mean(-1, keepdims=True) if isinstance(norm, LayerNorm) else x
+        scale = values["scale"] + getattr(norm, "plus_one", 0)
+        y = y / jnp.sqrt((y**2).mean(-1, keepdims=True) + 0.1) * scale
+        return y + values.get("bias", 0)
+
+    def gradients(function):
+        return jax.jit(jax.grad(lambda *args: (function(*args) * weights).sum(), argnums=(0, 1)))
+
+    jax.tree.map(
+        lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5),
+        gradients(norm.apply)(params, x),
+        gradients(by_definition)(params, x),
+    )
+    low = gradients(norm.apply)(params, x.astype(jnp.bfloat16))
+    assert low[1].dtype == jnp.bfloat16 and low[0]["params"]["scale"].dtype == jnp.float32
+    there = gradients(norm.apply).trace(params, x).lower(lowering_platforms=("tpu",)).as_text()
+    assert "dot_general" not in there and "dot_general" in gradients(norm.apply).lower(params, x).as_text()
+
+
 def test_rotary_scores_depend_on_distances_and_leave_the_other_channels():
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 1, 1, 1, 12)).astype(np.float32)
