@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+from jax.experimental import xla_metadata
 
 Kind = Literal["small_kernels", "tiny_kernels", "run_once", "tiny_run_once"]
 """What a program is like.
@@ -92,6 +93,31 @@ def is_known(name: str, value: Any) -> bool:
         jax.jit(lambda x: x + 1, compiler_options={name: value})(0)
         return True
     return False
+
+
+_ONE_KERNEL = {"xla_cpu_small_call": "true", "inlineable": "false"}
+"""How XLA marks a loop over little data that it compiles as one function of the machine."""
+
+
+def one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same pure function of arrays, which inside a `jit` for a CPU becomes one kernel, on one thread: loops,
+    branches and what lies between are code of the processor, without XLA's runtime, which takes microseconds for each
+    operation of each turn. Worth it for loops over little data (docs/log.md, 2026-11-26). Products of matrices and sums
+    over axes are refused by XLA in there.
+
+    Another XLA than the one that this was tried with gets the function as it is: what its mark means is not promised.
+    """
+
+    @functools.wraps(function)
+    def marked(*args: Any) -> Any:
+        if not importlib.metadata.version("jaxlib").startswith("0.10."):
+            return function(*args)
+        # XLA ends the process where an argument is a constant of the program; behind a barrier nothing looks like one.
+        leaves, tree = jax.tree.flatten(jax.jit(function)(*jax.lax.optimization_barrier(args)))
+        leaves[0] = xla_metadata.set_xla_metadata(leaves[0], **_ONE_KERNEL)
+        return jax.tree.unflatten(tree, leaves)
+
+    return marked
 
 
 # glibc, malloc/malloc.h.

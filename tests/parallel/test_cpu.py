@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from robovlms_jax.parallel import cpu, tpu
@@ -107,3 +110,28 @@ def test_a_device_per_core_is_asked_for_where_only_cpus_are_and_nobody_said_how_
         ({"JAX_PLATFORMS": "cuda,cpu", "XLA_FLAGS": ""}, unsaid),
     ):
         assert run_python("-c", code, **environment).split() == [str(devices)]
+
+
+def test_one_kernel_computes_what_the_function_does_and_takes_constants():
+    """Fails if the mark is lost. That a constant may end the process was met in pictures alone, whose tests would end."""
+
+    def nearest(depth, steps, rows, counts):
+        def of_tile(tile):
+            plane, step, count = tile
+
+            def draw(i, plane):
+                found = step * rows[i] + 0.1
+                return jax.lax.cond(jnp.any(found < plane), jnp.minimum, lambda found, plane: plane, found, plane)
+
+            return jax.lax.fori_loop(0, count, draw, plane)
+
+        return jax.lax.map(of_tile, (depth, steps, counts))
+
+    rows, counts = jnp.array([0.5, 0.9, 0.1]), jnp.array([3, 0, 1])
+    depth, steps = jnp.full((3, 64), 0.4), jnp.linspace(0.0, 1.0, 3 * 64).reshape(3, 64)
+    kernel = cpu.one_kernel(nearest)
+    program = jax.jit(lambda depth, rows, counts: kernel(depth, np.asarray(steps), rows, counts))
+    program = program.lower(depth, rows, counts).compile()
+    np.testing.assert_allclose(program(depth, rows, counts), nearest(depth, steps, rows, counts), rtol=1e-6)
+    marked = [line for line in program.as_text().splitlines() if "xla_cpu_small_call" in line and "call(" in line]
+    assert len(marked) == importlib.metadata.version("jaxlib").startswith("0.10.")

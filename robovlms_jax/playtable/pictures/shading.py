@@ -23,13 +23,13 @@ def light_of(scene: Scene) -> Array | np.ndarray:
     return LIGHT if scene.appearance is None else scene.appearance.light
 
 
-def grain(scene: Scene, wood: Array, p: rays.Vector, n: rays.Vector) -> Array:
-    """Brightness of wood at local surface points: grain runs along x of a box (along y on its ends)."""
+def grain(texture: Array, wood: Array, p: rays.Vector, n: rays.Vector) -> Array:
+    """Brightness of wood at local surface points of a `Scene.grain`: it runs along x of a box (along y on its ends)."""
     along = jnp.where(jnp.abs(n[0]) > 0.5, p[1], p[0])
     across = jnp.where(jnp.abs(n[2]) > 0.5, p[1], p[2])
     cells = (jnp.floor(v * _GRAIN_PER_M).astype(jnp.int32) for v in (along, across))
     row, column = ((cell + wood) % _GRAIN_CELLS for cell in cells)
-    return scene.grain[row, column]
+    return texture[row, column]
 
 
 def shade(
@@ -58,7 +58,7 @@ def shade(
     towards = light_of(scene)
     light = sum(sum(rotation[3 * j + i] * n[i] for i in range(3)) * towards[j] for j in range(3))
     light = jnp.maximum(light, 0.0)
-    grained = grain(scene, wood.astype(jnp.int32), p, n)
+    grained = grain(scene.grain, wood.astype(jnp.int32), p, n)
     brightness = (AMBIENT + DIFFUSE * light) * jnp.where(wood == solids.PLAIN, 1.0, grained)
     return [channel * brightness for channel in color]
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable.pictures import cameras, rays, shading, solids
 from robovlms_jax.playtable.scene import Boxes, Scene
 from robovlms_jax.types import Array
@@ -71,28 +72,29 @@ def paint(scene: Scene, things: solids.Things, camera: cameras.Camera, tiles: Ti
     """Draw solids over `canvas`, each on its own tiles only: packed colours uint32[tiles, pixels]."""
     kinds = [k for k, some in enumerate(things) if len(some.color)]
     light = shading.light_of(scene)
-    drawn = {k: _drawn(things[k], camera, tiles, light, caps=rays.HITS[k] is rays.hit_capsule) for k in kinds}
-    right, down = (jnp.asarray(steps / cameras.focal(camera, tiles.size)) for steps in tiles.pixels())
+    drawn = [_drawn(things[k], camera, tiles, light, caps=rays.HITS[k] is rays.hit_capsule) for k in kinds]
+    steps = [jnp.asarray(steps / cameras.focal(camera, tiles.size)) for steps in tiles.pixels()]
 
-    def one_tile(args):
-        depth, color, right, down, lists = args
-        for k in kinds:
-            order, count = lists[k]
+    def all_tiles(planes: list[Array], drawn: list[_Drawn], texture: Array) -> Array:
+        def one_tile(args: tuple[list[Array], list[tuple[Array, Array]]]) -> Array:
+            (depth, color, right, down), lists = args
+            for k, some, (order, count) in zip(kinds, drawn, lists, strict=True):
 
-            def draw(i, carry, k=k, order=order):
-                return _draw(scene, k, drawn[k].table[order[i]], right, down, carry)
+                def draw(i, carry, k=k, some=some, order=order):
+                    return _draw(texture, k, some.table[order[i]], right, down, carry)
 
-            depth, color = jax.lax.fori_loop(0, count, draw, (depth, color))
-        return color
+                depth, color = jax.lax.fori_loop(0, count, draw, (depth, color))
+            return color
 
-    lists = {k: (drawn[k].order, drawn[k].count) for k in kinds}
-    return jax.lax.map(one_tile, (canvas.depth, canvas.color, right, down, lists))
+        return jax.lax.map(one_tile, (planes, [(some.order, some.count) for some in drawn]))
+
+    return cpu.one_kernel(all_tiles)([canvas.depth, canvas.color, *steps], drawn, scene.grain)
 
 
 def _draw(
-    scene: Scene, kind: int, row: Array, right: Array, down: Array, carry: tuple[Array, Array]
+    texture: Array, kind: int, row: Array, right: Array, down: Array, carry: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    """One solid, `row` of `_Drawn.table`, onto one tile: depth float[P], packed colour uint32[P].
+    """One solid, `row` of `_Drawn.table`, onto one tile: depth float[P], packed colour uint32[P]; `Scene.grain`.
 
     The branches also make XLA keep what they are given, which it would otherwise work out again for each result.
     """
@@ -112,7 +114,7 @@ def _draw(
         n = rays.NORMALS[kind](p, half)
         brightness = shading.AMBIENT + shading.DIFFUSE * jnp.maximum(sum(n[i] * light[i] for i in range(3)), 0.0)
         if grained:
-            brightness *= shading.grain(scene, wood[0].astype(jnp.int32), p, n)
+            brightness *= shading.grain(texture, wood[0].astype(jnp.int32), p, n)
         color = shading.packed([channel * brightness for channel in albedo])
         return jnp.minimum(found, carry[0]), jnp.where(closer, color, carry[1])
 
