@@ -113,7 +113,7 @@ def test_a_device_per_core_is_asked_for_where_only_cpus_are_and_nobody_said_how_
 
 
 def test_one_kernel_computes_what_the_function_does_and_takes_constants():
-    """Fails if the mark is lost. That a constant may end the process was met in pictures alone, whose tests would end."""
+    """Fails if the mark is lost. A constant ended the process in pictures alone, whose tests would end so again."""
 
     def nearest(depth, steps, rows, counts):
         def of_tile(tile):
