@@ -112,6 +112,12 @@ def _chunk(length: int) -> Variant:
     return Variant(str(length), (f"policy.chunk={length}", f"rollouts.execution.horizon={min(length, 5)}"))
 
 
+def _execution(length: int, executed: int) -> Variant:
+    """The same policy for all `executed`: what is executed changes nothing about training."""
+    fixed = (f"policy.chunk={length}", "rollouts.execution.mode=receding", f"rollouts.execution.horizon={executed}")
+    return Variant(f"{executed} of {length}", fixed)
+
+
 NEW = "open_drawer turn_on_led"
 OLD = "close_drawer move_slider_left move_slider_right turn_on_lightbulb turn_off_lightbulb turn_off_led"
 _BASE = Variant("six tasks", (f"data.exclude_tasks={NEW}",), compared=False)
@@ -143,8 +149,36 @@ def _adapters(name: str, *fixed: str, kind: str = "lora") -> Variant:
 
 
 _LAST_LAYER = (f"train.trainable={' '.join(_HEAD)} ^backbone/text/layers/", "optimizer.last_layers=^backbone/text/ 1")
-_COLOURS = ("data.augment.crop_area=0.9", "data.augment.brightness=0.2", "data.augment.contrast=0.4")
+_CROPS = "data.augment.crop_area=0.9"
+_COLOURS = ("data.augment.brightness=0.2", "data.augment.contrast=0.4")
 _COLOURS += ("data.augment.saturation=0.4", "data.augment.hue=0.2")
+_UNCHANGED = ("data.static_shift=0", "data.wrist_shift=0")
+
+
+def _augmented(name: str, *fixed: str) -> Variant:
+    """Ten demonstrations of each task, which a policy could learn by heart."""
+    return Variant(name, (*_UNCHANGED, *fixed), demonstrations=10)
+
+
+def _beside(name: str, arm: str, heads: str) -> Variant:
+    """As many windows of another arm's demonstrations beside those that the policy without it has in every batch."""
+    others = ("data.others.roots=arm data/rlds", f"data.others.datasets=arm data/other_arms/{arm}_axes.yaml")
+    shares = ("train.sources=robot 1 arm 1", "train.batch_size=64")
+    return Variant(name, (*others, *shares, f"policy.other_heads={heads}"), demonstrations=4)
+
+
+_ROBOTS = (
+    Variant("alone", demonstrations=4),
+    _beside("same axes, own heads", "same", "own"),
+    _beside("same axes, shared head", "same", "shared"),
+    _beside("turned axes, own heads", "turned", "own"),
+    _beside("turned axes, shared head", "turned", "shared"),
+)
+_ON_D = (
+    *("data.root=data/playtable_d", "demonstrations.episodes=200", "demonstrations.scenes=D"),
+    *("demonstrations.random_scenes=0", "demonstrations.seed=1000", f"data.exclude_tasks={OLD}"),
+)
+"""The arm that few demonstrations are of is at home on table D."""
 _PARTS = (
     _BASE,
     _taught("all parameters"),
@@ -169,7 +203,7 @@ _RECIPES = (
     _taught("Lion, a fifth of the rate", "optimizer.name=lion", "optimizer.learning_rate=8e-5"),
     _taught("Muon", "optimizer.name=muon"),
     _taught("average of parameters", "optimizer.ema=0.98"),
-    _taught("colours and crops", *_COLOURS),
+    _taught("colours and crops", _CROPS, *_COLOURS),
 )
 
 _BESIDE = ("train.sources=robot 4 questions 1", "train.batch_size=40")
@@ -183,6 +217,11 @@ def _stages(*steps: int) -> tuple[str, ...]:
 PRESETS = {
     "heads": ComparePoliciesConfig(_HEADS, fixed=(*BUDGET, "rollouts.trials=80"), out="searches/heads"),
     "chunks": ComparePoliciesConfig(tuple(map(_chunk, (1, 5, 10, 20))), fixed=BUDGET, out="searches/chunks"),
+    "execution": ComparePoliciesConfig(
+        tuple(_execution(length, executed) for length in (5, 10) for executed in (length, 1)),
+        fixed=(*BUDGET, "rollouts.trials=80"),
+        out="searches/execution",
+    ),
     "windows": ComparePoliciesConfig(
         tuple(Variant(str(length), (f"policy.window={length}",)) for length in (1, 4, 8)),
         fixed=(*BUDGET, "data.windows_per_segment=4"),  # windows that share frames: a fraction of the time
@@ -245,6 +284,18 @@ PRESETS = {
         unseen=True,
         out="searches/words",
     ),
+    "augmentations": ComparePoliciesConfig(
+        (
+            _augmented("none"),
+            _augmented("shifted by a pixel", "data.static_shift=1", "data.wrist_shift=1"),
+            _augmented("shifted by four pixels", "data.static_shift=4", "data.wrist_shift=4"),
+            _augmented("crops", _CROPS),
+            _augmented("colours", *_COLOURS),
+            _augmented("random erasing", "data.augment.erase_area=0.2"),
+        ),
+        fixed=(*BUDGET, "rollouts.trials=80"),
+        out="searches/augmentations",
+    ),
     "embodiment": ComparePoliciesConfig(
         (
             Variant("before"),
@@ -255,6 +306,11 @@ PRESETS = {
         start="robot",
         fixed=BUDGET,
         out="searches/embodiment",
+    ),
+    "robots": ComparePoliciesConfig(
+        _ROBOTS,
+        fixed=(*BUDGET, *_ON_D, "train.steps=400", f"rollouts.tasks={NEW}", "rollouts.trials=80"),
+        out="searches/robots",
     ),
     "discrete": ComparePoliciesConfig(
         (
