@@ -163,7 +163,7 @@ def _augmented(name: str, *fixed: str) -> Variant:
 def _beside(name: str, arm: str, heads: str) -> Variant:
     """As many windows of another arm's demonstrations beside those that the policy without it has in every batch."""
     others = ("data.others.roots=arm data/rlds", f"data.others.datasets=arm data/other_arms/{arm}_axes.yaml")
-    shares = ("train.sources=robot 1 arm 1", "train.batch_size=64")
+    shares = ("train.sources=robot 1 arm 1", "train.batch_size=32")
     return Variant(name, (*others, *shares, f"policy.other_heads={heads}"), demonstrations=4)
 
 
@@ -309,7 +309,14 @@ PRESETS = {
     ),
     "robots": ComparePoliciesConfig(
         _ROBOTS,
-        fixed=(*BUDGET, *_ON_D, "train.steps=400", f"rollouts.tasks={NEW}", "rollouts.trials=80"),
+        fixed=(
+            *BUDGET,
+            *_ON_D,
+            "train.steps=400",
+            "train.batch_size=16",
+            f"rollouts.tasks={NEW}",
+            "rollouts.trials=80",
+        ),
         out="searches/robots",
     ),
     "discrete": ComparePoliciesConfig(
