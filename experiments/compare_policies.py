@@ -34,6 +34,7 @@ from experiments import comparison_settings, evaluate, evaluation_settings, prot
 from experiments.comparison_settings import ComparePoliciesConfig, Variant
 from robovlms_jax import atomic, cli, json_files
 from robovlms_jax.data import notices
+from robovlms_jax.evaluation.config import RolloutConfig
 from robovlms_jax.evaluation.report import offline, tables
 from robovlms_jax.runs import cost, load, run
 from robovlms_jax.runs.config import ExperimentConfig
@@ -63,9 +64,9 @@ def jobs(config: ComparePoliciesConfig) -> list[protocol.Job]:
     for seed in range(config.seeds):
         for variant in config.variants:
             after = seed * len(places) + places[variant.after] if variant.after else None
-            trained = _Trained(config, variant, starts[variant.name], seed)
-            sizes = starts[variant.name].rollouts.image_size
-            judge = _Judged(variant.compared, seed == 0, sizes, config.unseen)
+            trained = None if variant.asked else _Trained(config, variant, starts[variant.name], seed)
+            asked = starts[variant.name].rollouts
+            judge = _Judged(variant.compared, seed == 0, asked, variant.asked, config.unseen)
             found.append(protocol.Job({"variant": variant.name}, seed, trained, judge, after, variant.compared))
     return found
 
@@ -104,24 +105,29 @@ class _Trained:
 
 @dataclasses.dataclass(frozen=True)
 class _Judged:
-    """Run directory -> what was found. costed: whether the control step is measured, which seeds do not change.
-    unseen: whether wordings that training never uses are asked, too."""
+    """Run directory -> what was found.
+
+    costed: whether the control step is measured, which seeds do not change. rollouts: the variant's; again: the run
+      ended with others than these. unseen: whether wordings that training never uses are asked, too.
+    """
 
     compared: bool
     costed: bool
-    sizes: tuple[int, int]
+    rollouts: RolloutConfig
+    again: bool
     unseen: bool
 
     def __call__(self, run: pathlib.Path) -> protocol.Result:
         if not self.compared:
             return {"value": 0.0, "answers": _answers(run)}
-        found = protocol.rollouts(run)
+        found = _asked(run, self.rollouts) if self.again else protocol.rollouts(run)
         error = json_files.read_object(run / "report.json", "a run's report").get("overall", {}).get("translation_m")
         found["error_mm"] = None if error is None else 1000 * error
         found["answers"] = _answers(run)
         if self.unseen:
-            found["unseen"] = _unseen(run)["value"]
-        return found | (cost.measure(load.load_batched_policy(run, 1), self.sizes) if self.costed else {})
+            found["unseen"] = _asked(run, self.rollouts, held_out=True)["value"]
+        measured = self.costed and not self.again
+        return found | (cost.measure(load.load_batched_policy(run, 1), self.rollouts.image_size) if measured else {})
 
 
 def _answers(run: pathlib.Path) -> float | None:
@@ -132,10 +138,11 @@ def _answers(run: pathlib.Path) -> float | None:
     return float(np.mean(shares)) if shares else None
 
 
-def _unseen(run: pathlib.Path) -> dict[str, Any]:
-    """Success in the trials that the run ended with, asked in wordings that training never uses."""
+def _asked(run: pathlib.Path, rollouts: RolloutConfig, *, held_out: bool = False) -> dict[str, Any]:
+    """Success in rollouts of a finished run's policy. held_out: in wordings that training never uses."""
     start = evaluation_settings.of_checkpoint(["--checkpoint", str(run)])
-    asked = {"chains": load.load_config(run).rollouts.trials, "held_out": True, "films": 0, "out": str(run.parent)}
+    asked = {"chains": rollouts.trials, "execution": rollouts.execution, "max_steps": rollouts.max_steps}
+    asked |= {"held_out": held_out, "films": 0, "out": str(run.parent)}
     return protocol.success(evaluate.evaluate(dataclasses.replace(start, **asked)).parent)
 
 

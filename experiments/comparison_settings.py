@@ -24,6 +24,8 @@ class Variant:
     after: str = ""
     """The variant whose policy it begins with, of the same seed, with the scales of actions and state that it has;
     empty: parameters at random, or published weights."""
+    asked: bool = False
+    """Nothing is trained: the policy of `after` is rolled out once more, with the fields of rollouts set here."""
     demonstrations: int = 0
     """Of each task, drawn by the seed; 0: all there are."""
     compared: bool = True
@@ -31,6 +33,12 @@ class Variant:
 
     def __post_init__(self):
         require(bool(self.name), "variant.name is empty; every variant has a name of its own.")
+        others = [text for text in self.fixed if not text.startswith("rollouts.")]
+        require(
+            not self.asked or (bool(self.after) and not others),
+            f"variant {self.name!r} is asked and not trained, so it needs `after` ({self.after!r}), and sets nothing "
+            f"but rollouts.*; it sets {others}.",
+        )
         require(self.demonstrations >= 0, f"variant.demonstrations={self.demonstrations} must be 0 (all) or more.")
 
 
@@ -61,6 +69,7 @@ class ComparePoliciesConfig:
     def __post_init__(self):
         require(self.seeds >= 1, f"compare.seeds={self.seeds} must be at least 1.")
         names = [variant.name for variant in self.variants]
+        asked = {variant.name for variant in self.variants if variant.asked}
         require(bool(names), "compare.variants is empty; name at least one.")
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, f"compare.variants has {twice} more than once.")
@@ -70,6 +79,7 @@ class ComparePoliciesConfig:
                 f"compare.variants: {variant.name!r} begins with {variant.after!r}, which is none of those before it: "
                 f"{names[:place]}.",
             )
+            require(variant.after not in asked, f"compare.variants: {variant.after!r} trains nothing to begin with.")
         require(any(variant.compared for variant in self.variants), "compare.variants has none that is compared.")
 
 
@@ -112,10 +122,11 @@ def _chunk(length: int) -> Variant:
     return Variant(str(length), (f"policy.chunk={length}", f"rollouts.execution.horizon={min(length, 5)}"))
 
 
-def _execution(length: int, executed: int) -> Variant:
-    """The same policy for all `executed`: what is executed changes nothing about training."""
-    fixed = (f"policy.chunk={length}", "rollouts.execution.mode=receding", f"rollouts.execution.horizon={executed}")
-    return Variant(f"{executed} of {length}", fixed)
+def _execution(length: int) -> tuple[Variant, Variant]:
+    """A policy whose whole chunk is executed, and the same one of which only the first action is."""
+    whole, first = (f"rollouts.execution.horizon={count}" for count in (length, 1))
+    policy = Variant(f"{length} of {length}", (f"policy.chunk={length}", whole))
+    return policy, Variant(f"1 of {length}", (first,), after=policy.name, asked=True)
 
 
 NEW = "open_drawer turn_on_led"
@@ -218,7 +229,7 @@ PRESETS = {
     "heads": ComparePoliciesConfig(_HEADS, fixed=(*BUDGET, "rollouts.trials=80"), out="searches/heads"),
     "chunks": ComparePoliciesConfig(tuple(map(_chunk, (1, 5, 10, 20))), fixed=BUDGET, out="searches/chunks"),
     "execution": ComparePoliciesConfig(
-        tuple(_execution(length, executed) for length in (5, 10) for executed in (length, 1)),
+        (*_execution(5), *_execution(10)),
         fixed=(*BUDGET, "rollouts.trials=80"),
         out="searches/execution",
     ),

@@ -37,6 +37,7 @@ class Job:
 
     setting: what is compared, column -> value, for the report. seed: which draw of it. config: called when it is due,
       with `after`'s run directory, which then holds its policy; what it returns is trained in a directory of its own.
+      None: nothing is trained, and `after`'s run is judged once more.
     judge: the finished run's directory -> what was found.
     after: number of the job that it begins with; None: a run directory that is there already, or nothing.
     compared: whether it is a row of the report; False for what others begin with.
@@ -44,7 +45,7 @@ class Job:
 
     setting: Mapping[str, str]
     seed: int
-    config: Callable[[pathlib.Path | None], ExperimentConfig]
+    config: Callable[[pathlib.Path | None], ExperimentConfig] | None
     judge: Callable[[pathlib.Path], Result]
     after: int | None = None
     compared: bool = True
@@ -114,7 +115,9 @@ def _run(out: pathlib.Path, trial: queue.Trial, job: Job) -> queue.Trial:
     name = ", ".join(f"{field} {value}" for field, value in trial.setting.items())
     logger.info("trial %d: %s, draw %d", trial.number, name, trial.seed)
     begin = time.monotonic()
-    if not (directory / "report.md").exists():
+    if job.config is None:
+        directory = run_of(out, job.after)
+    elif not (directory / "report.md").exists():
         config = job.config(None if job.after is None else run_of(out, job.after))
         train = dataclasses.replace(config.train, output=str(directory), resume=checkpoints.begun(directory))
         try:

@@ -84,11 +84,39 @@ def test_unseen_wordings_are_asked_of_the_same_trials_and_kept_out_of_the_runs_o
 
     monkeypatch.setattr(compare.evaluate, "evaluate", evaluated)
     monkeypatch.setattr(compare.protocol, "success", lambda folder: {"value": 0.25, "folder": folder})
-    found = compare._unseen(tmp_path / "run")
+    found = compare._asked(tmp_path / "run", started.rollouts, held_out=True)
     assert found == {"value": 0.25, "folder": tmp_path / "x"} and started.data.vary_language
     ours = asked[0]
     assert ours.held_out and (ours.chains, ours.tasks) == (80, started.rollouts.tasks)
     assert (ours.scene, ours.max_steps, ours.execution) == ("D", 80, started.rollouts.execution)
+
+
+def test_what_is_executed_of_a_chunk_is_asked_of_one_policy_and_trains_none_of_its_own(monkeypatch):
+    jobs = compare.jobs(dataclasses.replace(compare.PRESETS["execution"], seeds=1))
+    assert [(job.setting["variant"], job.after, job.config is None) for job in jobs] == [
+        *(("5 of 5", None, False), ("1 of 5", 0, True), ("10 of 10", None, False), ("1 of 10", 2, True)),
+    ]
+    assert [(x.policy.chunk, x.rollouts.execution.horizon) for x in (jobs[i].config(None) for i in (0, 2))] == [
+        (5, 5),
+        (10, 10),
+    ]
+    asked = []
+    monkeypatch.setattr(compare, "_asked", lambda run, rollouts: asked.append((run, rollouts)) or {"value": 1.0})
+    monkeypatch.setattr(compare.json_files, "read_object", lambda *_: {})
+    monkeypatch.setattr(compare, "_answers", lambda run: None)
+    assert jobs[1].judge(pathlib.Path("x"))["value"] == 1.0
+    ((run, rollouts),) = asked
+    assert run == pathlib.Path("x") and (rollouts.execution.horizon, rollouts.trials) == (1, 80)
+    with pytest.raises(ValueError, match=r"variant 'y' is asked.* sets nothing but rollouts.*\['train.steps=5'\]"):
+        Variant("y", ("train.steps=5",), after="x", asked=True)
+    with pytest.raises(ValueError, match="'y' trains nothing to begin with"):
+        compare.ComparePoliciesConfig((Variant("x"), Variant("y", after="x", asked=True), Variant("z", after="y")))
+
+
+def test_a_variant_that_its_run_would_refuse_is_named_before_the_first_is_trained():
+    variants = (Variant("fine"), Variant("odd", ("data.windows_per_segment=3",)))
+    with pytest.raises(ValueError, match=r"compare.variants, 'odd': .*no multiple of data.windows_per_segment=3"):
+        compare.jobs(compare.ComparePoliciesConfig(variants))
 
 
 def test_a_variants_demonstrations_are_drawn_anew_for_every_seed(tmp_path, monkeypatch):

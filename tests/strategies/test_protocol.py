@@ -62,6 +62,13 @@ def test_a_run_begins_with_the_policy_of_the_one_before_it_and_nothing_is_run_tw
     assert len(started) == 2
 
 
+def test_what_trains_nothing_judges_the_run_that_it_comes_after(tmp_path, started):
+    again = dataclasses.replace(job("again", 0, after=0), config=None)
+    trials = protocol.work(tmp_path, [job("base", 4), again], {})
+    assert [trial.value for trial in trials] == [pytest.approx(0.4)] * 2 and len(started) == 1
+    assert protocol.result(tmp_path, 1)["value"] == pytest.approx(0.4)
+
+
 def test_a_run_that_diverges_is_recorded_with_those_that_would_begin_there_and_stops_no_other(tmp_path, started):
     trials = protocol.work(tmp_path, [job("bad", 91), job("child", 1, after=0), job("other", 2)], {})
     assert [trial.status for trial in trials] == ["failed", "failed", "done"]
