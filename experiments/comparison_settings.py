@@ -122,13 +122,6 @@ def _chunk(length: int) -> Variant:
     return Variant(str(length), (f"policy.chunk={length}", f"rollouts.execution.horizon={min(length, 5)}"))
 
 
-def _execution(length: int) -> tuple[Variant, Variant]:
-    """A policy whose whole chunk is executed, and the same one of which only the first action is."""
-    whole, first = (f"rollouts.execution.horizon={count}" for count in (length, 1))
-    policy = Variant(f"{length} of {length}", (f"policy.chunk={length}", whole))
-    return policy, Variant(f"1 of {length}", (first,), after=policy.name, asked=True)
-
-
 NEW = "open_drawer turn_on_led"
 OLD = "close_drawer move_slider_left move_slider_right turn_on_lightbulb turn_off_lightbulb turn_off_led"
 _BASE = Variant("six tasks", (f"data.exclude_tasks={NEW}",), compared=False)
@@ -189,7 +182,12 @@ _ON_D = (
     *("data.root=data/playtable_d", "demonstrations.episodes=200", "demonstrations.scenes=D"),
     *("demonstrations.random_scenes=0", "demonstrations.seed=1000", f"data.exclude_tasks={OLD}"),
 )
-"""The arm that few demonstrations are of is at home on table D."""
+_FEW = (*BUDGET, *_ON_D, "train.steps=400", "train.batch_size=16", f"rollouts.tasks={NEW}", "rollouts.trials=80")
+"""An arm that is at home on table D, of which there are few demonstrations: two tasks."""
+_EXECUTION = (
+    Variant("5 of 5", ("rollouts.execution.horizon=5",), demonstrations=4),
+    Variant("1 of 5", ("rollouts.execution.horizon=1",), after="5 of 5", asked=True),
+)
 _PARTS = (
     _BASE,
     _taught("all parameters"),
@@ -228,11 +226,6 @@ def _stages(*steps: int) -> tuple[str, ...]:
 PRESETS = {
     "heads": ComparePoliciesConfig(_HEADS, fixed=(*BUDGET, "rollouts.trials=80"), out="searches/heads"),
     "chunks": ComparePoliciesConfig(tuple(map(_chunk, (1, 5, 10, 20))), fixed=BUDGET, out="searches/chunks"),
-    "execution": ComparePoliciesConfig(
-        (*_execution(5), *_execution(10)),
-        fixed=(*BUDGET, "rollouts.trials=80"),
-        out="searches/execution",
-    ),
     "windows": ComparePoliciesConfig(
         tuple(Variant(str(length), (f"policy.window={length}",)) for length in (1, 4, 8)),
         fixed=(*BUDGET, "data.windows_per_segment=4"),  # windows that share frames: a fraction of the time
@@ -318,18 +311,8 @@ PRESETS = {
         fixed=BUDGET,
         out="searches/embodiment",
     ),
-    "robots": ComparePoliciesConfig(
-        _ROBOTS,
-        fixed=(
-            *BUDGET,
-            *_ON_D,
-            "train.steps=400",
-            "train.batch_size=16",
-            f"rollouts.tasks={NEW}",
-            "rollouts.trials=80",
-        ),
-        out="searches/robots",
-    ),
+    "robots": ComparePoliciesConfig(_ROBOTS, fixed=_FEW, out="searches/robots"),
+    "execution": ComparePoliciesConfig(_EXECUTION, fixed=_FEW, out="searches/execution"),
     "discrete": ComparePoliciesConfig(
         (
             *(Variant(f"{bins} bins", _words(bins)) for bins in (256, 64, 32)),
