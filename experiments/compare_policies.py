@@ -2,6 +2,7 @@
 
     python -m experiments.compare_policies                        # heads: success, latency, memory
     python -m experiments.compare_policies --preset chunks        # how many actions are predicted at a time
+    python -m experiments.compare_policies --preset execution     # a whole chunk, or its first action alone
     python -m experiments.compare_policies --preset windows       # how many steps are looked back over
     python -m experiments.compare_policies --preset structures    # where frames meet
     python -m experiments.compare_policies --preset data          # a tenth, all, and five times the demonstrations
@@ -9,14 +10,16 @@
     python -m experiments.compare_policies --preset cotraining    # questions beside demonstrations: what is kept
     python -m experiments.compare_policies --preset stages        # the order of questions, robot and other robots
     python -m experiments.compare_policies --preset words         # each sentence as recorded, or varied
+    python -m experiments.compare_policies --preset augmentations # pictures as they are, or a part of them covered
     python -m experiments.compare_policies --preset embodiment    # before and after training among other robots
+    python -m experiments.compare_policies --preset robots        # another arm beside: heads of their own, or one
     python -m experiments.compare_policies --preset discrete      # actions as words: how many bins, and which ids
     python -m experiments.compare_policies --preset training      # two new tasks: which parameters learn them
     python -m experiments.compare_policies --preset recipes       # the same two: schedules, optimizers, averages
 
-A variant is a preset with some fields set otherwise, and may begin where another variant ended. Each trial is an
-ordinary run in OUT/trials: the same command goes on where it was stopped, and several processes share the work. What
-the comparisons are made of: comparison_settings.py.
+A variant is a preset with some fields set otherwise, and may begin where another variant ended, or ask that one's
+policy once more. Each trial is an ordinary run in OUT/trials: the same command goes on where it was stopped, and
+several processes share the work. What the comparisons are made of: comparison_settings.py.
 Every structure is compared by `experiments.compare_structures`, single fields by `experiments.search`.
 """
 
