@@ -163,19 +163,17 @@ def _augmented(name: str, *fixed: str) -> Variant:
     return Variant(name, (*_UNCHANGED, *fixed), demonstrations=10)
 
 
-def _beside(name: str, arm: str, heads: str) -> Variant:
+def _beside(name: str, heads: str) -> Variant:
     """As many windows of another arm's demonstrations beside those that the policy without it has in every batch."""
-    others = ("data.others.roots=arm data/rlds", f"data.others.datasets=arm data/other_arms/{arm}_axes.yaml")
+    others = ("data.others.roots=arm data/rlds", "data.others.datasets=arm data/other_arms/same_axes.yaml")
     shares = ("train.sources=robot 1 arm 1", "train.batch_size=32")
     return Variant(name, (*others, *shares, f"policy.other_heads={heads}"), demonstrations=4)
 
 
 _ROBOTS = (
     Variant("alone", demonstrations=4),
-    _beside("same axes, own heads", "same", "own"),
-    _beside("same axes, shared head", "same", "shared"),
-    _beside("turned axes, own heads", "turned", "own"),
-    _beside("turned axes, shared head", "turned", "shared"),
+    _beside("own heads", "own"),
+    _beside("shared head", "shared"),
 )
 _ON_D = (
     *("data.root=data/playtable_d", "demonstrations.episodes=200", "demonstrations.scenes=D"),
