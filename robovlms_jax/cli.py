@@ -70,6 +70,13 @@ def read(config: type[Config] | Config, *, description: str | None = None, argv:
       argv: arguments without the program's name; None reads the command line.
     Returns: an instance. Wrong flags or values end the process with status 2 and a message naming the nearest flag.
     """
+    return _read(config, description, argv)
+
+
+def _read(
+    config: type[Config] | Config, description: str | None, argv: Sequence[str] | None, own: Sequence[str] = ()
+) -> Config:
+    """own: flags that the caller has taken out of the arguments, named where one of them is misspelt."""
     given = sys.argv[1:] if argv is None else argv
     if {"--help", "-h"} & set(given):
         cli_help.show(description, config)
@@ -85,8 +92,8 @@ def read(config: type[Config] | Config, *, description: str | None = None, argv:
         with _FILES:
             return tyro.cli(**start, args=arguments, description=description, use_underscores=True, **options)
     except SystemExit as end:
-        if end.code == 2 and isinstance(config, type):  # where a flag is missing, the library suggests none
-            print(*cli_help.suggestions(arguments, config), sep="\n", file=sys.stderr)
+        if end.code == 2:  # where a flag is missing, or names are less alike, the library suggests none
+            print(*cli_help.suggestions(arguments, config, own), sep="\n", file=sys.stderr)
         raise
 
 
@@ -159,8 +166,7 @@ def parse(
     text = f"{description}\n\n{listed}"
     own = [short for short, long in ALIASES.items() if long.removeprefix("--") in fields]
     own += ["--preset", "--help_all", *(["--upstream_json"] if read_json else [])]
-    with cli_help.suggesting(arguments, start, own):
-        return name, read(start, description=text, argv=arguments)
+    return name, _read(start, text, arguments, own)
 
 
 def wholes(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -24,6 +23,8 @@ _LINES, _MORE_LINES = 45, 50
 """Of help, where the terminal has `_WIDEST` columns, and where it has fewer."""
 _VALUE, _EXAMPLES = 20, 8
 """Columns for a value; lines for examples, and for names of presets."""
+_LIKE = 0.8
+"""Least `difflib` ratio at which a name is taken for another one that is misspelt, wherever that one stands."""
 
 started_as = ""
 """How the entry point started the running program ("robovlms train bridge"); empty: it was started by itself."""
@@ -203,27 +204,47 @@ def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def suggestions(arguments: Sequence[str], config: Any, others: Sequence[str] = ()) -> list[str]:
     """A line for every argument that is no flag of the settings, nor one of `others`, with the nearest flag that is."""
-    known = [f"--{name}" for name, _ in fields(config)] + [*others, "--help"]
+    known = [*_flags(config), *others, "--help"]
+    keyed = tuple(f"--{name}." for name, hint in fields(config) if _has_any_keys(hint))
     given = [argument.partition("=")[0].replace("-", "_").replace("__", "--", 1) for argument in arguments]
-    unknown = [flag for flag in given if flag.startswith("--") and flag not in known]
-    near = {flag: difflib.get_close_matches(flag, known, n=1) for flag in unknown}
-    spelled = {flag: names[0].replace("--help_all", "--help-all") for flag, names in near.items() if names}
+    flags = [flag for flag in given if flag.startswith("--") and not flag.startswith(keyed)]
+    unknown = [flag for flag in flags if not {flag, re.sub(r"(--|\.)no_", r"\1", flag)} & set(known)]
+    near = {flag: _nearest(flag, known) for flag in unknown}
+    spelled = {flag: name.replace("--help_all", "--help-all") for flag, name in near.items() if name}
     return [f"{flag} is no flag of this program; did you mean {name}?" for flag, name in spelled.items()]
 
 
-@contextlib.contextmanager
-def suggesting(arguments: Sequence[str], config: Any, own: Sequence[str]) -> Iterator[None]:
-    """Where arguments are refused, names flags of the program that the library has never heard of (`own`), since they
-    are taken out of the arguments before it reads them."""
-    try:
-        yield
-    except SystemExit as end:
-        if end.code == 2:
-            ends = tuple(f" {flag}?" for flag in (*own, "--help", "--help-all"))
-            for line in suggestions(arguments, config, own):
-                if line.endswith(ends):
-                    print(line, file=sys.stderr)
-        raise
+def _has_any_keys(hint: Any) -> bool:
+    """Mappings, and tuples of parts, whose keys are numbers."""
+    return typing.get_origin(hint) in (dict, Mapping) or schema.item_of(hint) is not None
+
+
+def _flags(config: Any) -> list[str]:
+    """Of every field, and of the fields that a part with a registered kind has at present."""
+    found = [f"--{name}" for name, _ in fields(config)]
+    for path, hint in fields(config):
+        if isinstance(hint, type) and issubclass(hint, schema.Tagged):
+            part = config
+            for name in path.split("."):
+                part = getattr(part, name, None)
+            inner = ["kind", *(name for name, _ in fields(part))] if dataclasses.is_dataclass(part) else ["kind"]
+            found += [f"--{path}.{name}" for name in inner]
+    return found
+
+
+def _nearest(flag: str, known: Sequence[str]) -> str:
+    """The flag that is spelt most like it, or whose own name is: `--train.learning_rte` stands for
+    `--optimizer.learning_rate`, `--head.kind` for `--policy.head.kind`. "": none is near."""
+
+    def named(of: str) -> str:
+        return of.rpartition(".")[2].lstrip("-")
+
+    def likeness(other: str) -> float:
+        return difflib.SequenceMatcher(None, flag, other).ratio()
+
+    names = difflib.get_close_matches(named(flag), {named(x) for x in known}, n=1, cutoff=_LIKE)
+    alike = [x for x in known if named(x) in names or x.endswith(flag.replace("--", ".", 1))]
+    return max(alike, key=likeness) if alike else next(iter(difflib.get_close_matches(flag, known, n=1)), "")
 
 
 def document(config: Any, path: str) -> str:

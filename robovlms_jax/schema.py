@@ -124,8 +124,10 @@ class Tagged:
     @classmethod
     def _entry(cls, kind: str) -> tuple[type, Any]:
         if kind not in cls._registry:
+            known = cls.kinds()
             raise ValueError(
-                f"no {cls._noun} {kind!r}; registered: {cls.kinds()}. Import the file that registers it first."
+                f"no {cls._noun} {kind!r}{nearest(str(kind), known)} Registered: {', '.join(known)}. One of your own: "
+                "import the file that registers it first."
             )
         return cls._registry[kind]
 

@@ -311,7 +311,7 @@ def test_a_mapping_takes_keys_that_its_preset_has_not(argv, sources):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--policy.sensors", "sonar"), "--policy.sensors: no sensor 'sonar'; registered: ['audio',"),
+        (("--policy.sensors", "sonar"), "--policy.sensors: no sensor 'sonar'. Registered: audio,"),
         (("--policy.sensors", '{"kind": "imu"}'), """--policy.sensors: '{"kind": "imu"}' is no JSON list"""),
         (("--policy.sensors", '[{"kind": "imu", "dropout": 2}]'), "policy.sensors.imu.dropout=2 must lie in"),
         (("--policy.sensors.imu.dropout", "0"), "policy.sensors.imu.dropout is a setting of a part of policy.sensors"),
@@ -319,7 +319,7 @@ def test_a_mapping_takes_keys_that_its_preset_has_not(argv, sources):
         (("--train.stages", "[3"), "--train.stages: '[3' is neither JSON"),
         (("--train.stages", "nowhere.json"), "nowhere.json"),
         (("--train.weights", "x"), "--train.weights is a setting of a part of train.stages"),
-        (("--policy.head", "mlpp"), "--policy.head: "),
+        (("--policy.head", "mlpp"), "--policy.head: no head 'mlpp'; did you mean 'mlp'? Registered: attention,"),
     ],
 )
 def test_what_cannot_be_given_so_is_answered_with_a_sentence(argv, message, capsys):
@@ -327,6 +327,32 @@ def test_what_cannot_be_given_so_is_answered_with_a_sentence(argv, message, caps
         read(*argv)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--train.learning_rte", "--optimizer.learning_rate"),  # another room, misspelt
+        ("--learning-rate", "--optimizer.learning_rate"),
+        ("--head.kind", "--policy.head.kind"),
+        ("--policy.head.kindd", "--policy.head.kind"),
+        ("--no-train.resme", "--train.resume"),
+        ("--prest", "--preset"),
+    ],
+)
+def test_a_misspelt_flag_is_answered_with_the_nearest_however_little_alike_they_are(typed, meant, capsys):
+    with pytest.raises(SystemExit) as end:
+        read(typed, "x")
+    assert end.value.code == 2
+    assert f"is no flag of this program; did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_flags_that_there_are_are_never_called_misspelt(capsys):
+    known = ("--no-train.resume", "--policy.head.kind=flow", "--policy.head.num-steps", "3", "--train.sources.web", "1")
+    with pytest.raises(SystemExit):
+        read(*known, "--train.stages", '[{"steps": 3}]', "--train.stages.0.steps", "5", "--train.steps", "many")
+    out = capsys.readouterr()
+    assert "is no flag" not in out.out + out.err and "--train.steps" in out.out + out.err
 
 
 def test_a_program_with_a_field_of_its_own_keeps_the_name_that_is_short_for_another_elsewhere():

@@ -47,10 +47,11 @@ def asks_to_stop(typed: str, words: Sequence[str], fillers: Collection[str], kno
         return True
     if set(said) & _STOP_ALONE and set(said) <= _STOP_ALONE | _BESIDE:
         return True
-    # Misspelt, in haste: alone, and nothing else that is known.
+    # Misspelt, in haste: alone, and nothing else that is known. "What can you do?" is what people ask first, no "wait".
     return (
         len(said) == 1
         and said[0] not in known
+        and said[0] not in _QUESTIONS
         and bool(difflib.get_close_matches(said[0], ("stop", "halt", "freeze", "pause", "wait"), n=1, cutoff=0.75))
     )
 
