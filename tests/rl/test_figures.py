@@ -93,22 +93,50 @@ def test_the_table_of_reinforcement_on_many_tables_is_that_of_its_runs():
 def test_what_answers_alone_gain_is_what_their_runs_say():
     found, text = result("dpo_cpu"), page("reinforcement.md")
     columns = ("trained", "unseen_random_tables", "unseen_table", "unseen_phrasing", "unseen_start", "other_tasks")
-    gains = []
+    assert f"that solves {found['start']['table D, all eight tasks']} of 200 trials" in text
     for name, run in found["runs"].items():
         measured = [run["results"][column] for column in columns]
         cells = [" → ".join(str(x[when]["successes"]) for when in ("before", "after")) for x in measured]
         assert all(x["before"]["attempts"] == 200 for x in measured)
         assert f"| {name} | {' | '.join(cells)} |" in text
-        gains.append((measured[1]["after"]["successes"] - measured[1]["before"]["successes"]) / 2)
-    mean, wide = statistics.mean(gains), 4.303 * statistics.stdev(gains) / 3**0.5  # Student's t of two degrees
-    said = "here {:g}, {:g} and {:g}, mean {:.1f}, 95 % interval by seeds {:.1f} to {:.1f}"
-    assert said.format(*gains, mean, mean - wide, mean + wide) in text
-    took = [run["curve"][-1]["seconds"] for run in found["runs"].values()]
-    assert f"Updates take {min(took):.0f} to {max(took):.0f} s," in text
-    on_d = [run["results"]["unseen_table"]["paired"]["p"] for run in found["runs"].values()]
-    assert f"(p = {on_d[0]:.2g} and {on_d[2]:.2g}; the seed between them {on_d[1]:.2g})" in text
-    share = [run["curve"][-1]["preferred"] for run in found["runs"].values()]
-    assert f"{100 * min(share):.0f} to {100 * max(share):.0f} % of the answers are given" in text
+    said = "{:g}, {:g} and {:g} points (mean {:.1f}, 95 % interval by seeds {:.1f} to {:.1f})"
+    assert said.format(*_gained(found["runs"])) in text
+    earlier = "{:g}, {:g} and {:g} points on random tables (mean {:.1f}, {:.1f} to {:.1f})"
+    assert earlier.format(*_gained(found["earlier"]["runs"])) in text
+    runs = [run["results"] for run in found["runs"].values()]
+    assert f"(p = {runs[2]['unseen_random_tables']['paired']['p']:.2g}), one gains on table D" in text
+    assert f"one gains on table D (p = {runs[1]['unseen_table']['paired']['p']:.2g})" in text
+    assert sum(run["other_tasks"]["paired"]["p"] < 1e-5 for run in runs) == 2
+
+
+def _gained(runs):
+    """Points on unseen random tables of three seeds, their mean and its interval (Student's t of two degrees)."""
+    found = [run["results"]["unseen_random_tables"] for run in runs.values()]
+    gains = [(x["after"]["successes"] - x["before"]["successes"]) / 2 for x in found]
+    mean, wide = statistics.mean(gains), 4.303 * statistics.stdev(gains) / 3**0.5
+    return *gains, mean, mean - wide, mean + wide
+
+
+def test_what_answers_teach_beyond_learning_them_by_heart_is_what_held_out_pairs_say():
+    found, text = result("dpo_cpu"), " ".join(page("reinforcement.md").split())
+    curves = [run["curve"] for run in found["runs"].values()]
+
+    def three(values, form="{:.1f}"):
+        first, second, third = (form.format(value) for value in values)
+        return f"{first}, {second} and {third}"
+
+    def ends(name):
+        return [curve[-1][name] for curve in curves]
+
+    assert f"gives {three(100 * x for x in ends('preferred_taught'))} % in the end" in text
+    assert f"of those held out {three(100 * x for x in ends('preferred_held_out'))} %;" in text
+    assert f"it gave {three(100 * curve[0]['preferred_held_out'] for curve in curves)} % after one iteration" in text
+    lowest = [min(curve, key=lambda row: row["loss_held_out"]) for curve in curves]
+    steps = three((row["step"] for row in lowest), "{}")
+    losses = three((row["loss_held_out"] for row in lowest), "{:.3f}")
+    assert f"after {steps} iterations ({losses})" in text
+    assert f"rises to {three(ends('loss_held_out'), '{:.3f}')}, where" in text
+    assert f"falls to {three(ends('loss_taught'), '{:.3f}')}." in text
 
 
 def test_the_table_of_awr_and_grpo_is_that_of_their_runs():
