@@ -341,27 +341,6 @@ def test_the_figures_of_the_gymnasium_page_are_those_of_its_runs():
     assert "it was {success} of {episodes}".format(**found["without_wander"]) in text
 
 
-def test_the_traffic_of_control_steps_is_that_of_their_plans():
-    found, text = result("plans/control_before_after"), page("clusters.md")
-    newest = "windows_side_by_side"
-    for target, name in (("h100:1", "H100"), ("orin:1", "AGX Orin")):
-        plan = result(f"plans/kosmos_lstm_{target.replace(':', '_')}_control")["plans"]["control"]
-        assert found[newest]["traffic"][target] == plan["traffic"]
-        before, after = (found[when]["traffic"][target] for when in ("before", newest))
-        rate = plan["roofs_s"]["memory"] / after
-        assert f"| {name} | {before / 1e9:.2f} GB, {before * rate * 1e3:.3g} ms |" in text
-        floor, need = plan["bytes"]["parameters"] / 1e9, plan["needed_s"] * 1e3
-        assert f"| {after / 1e9:.2f} GB, {after * rate * 1e3:.3g} ms | {floor:.2f} GB, {need:.3g} ms |" in text
-    causes = list(found["by_cause_h100"].values())
-    assert sum(causes) == pytest.approx(found["windows_side_by_side"]["traffic"]["h100:1"], rel=1e-3)
-    assert all(f"{cause / 1e9:.2f}" in text for cause in causes)
-    v5e = found["v5e_five_layers"]
-    moved, weights = v5e["traffic"], v5e["weights_without_the_words_table"]
-    assert f"{moved / 1e9:.3f} GB of traffic for {weights / 1e9:.3f} GB of weights, {moved / weights:.2f} times" in text
-    layers = found["training_h100_8_two_layers"]["per_layer_of_both_towers"]
-    assert f"{sum(layers.values()) / 1e9:.1f} GB for each pair of layers" in text
-
-
 def test_the_table_beside_pytorch_is_that_of_its_run():
     found, text = result("against_torch_cpu"), (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert f"{found['parameters'] / 1e6:.1f} M parameters" in text

@@ -86,6 +86,13 @@ def fused(
     return y[:, : q.shape[1]]
 
 
+def is_fused(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+    """A policy of rematerialisation (`jax.checkpoint`) that keeps what `fused` makes by cuDNN: results, and a number of
+    each row of scores. Else the kernel would run once more for the gradient. JAX gives them no name for policies, so
+    they are known by their primitive's; under another one they are made again, as everything without a name."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
 @dataclasses.dataclass(frozen=True)
 class Dropout:
     """Of attention's weights: a share `rate` of them is 0, the others are larger by as much. key: as of jax.random."""
@@ -95,7 +102,7 @@ class Dropout:
 
     def __call__(self, weights: jax.Array) -> jax.Array:
         kept = jax.random.bernoulli(self.key, 1 - self.rate, weights.shape)
-        return jnp.where(kept, weights / (1 - self.rate), 0)
+        return weights / (1 - self.rate) * kept  # a selection's zeros would be an array of their own, see `_behind`
 
 
 def spare(size: int, dtype: jnp.dtype) -> int:
@@ -139,6 +146,14 @@ def _product(x: jax.Array, y: jax.Array, over: tuple[int, int], dtype: Any = Non
     return jax.lax.dot_general(x, y, axes, preferred_element_type=dtype)
 
 
+def _behind(first: jax.Array, *others: Any) -> tuple[jax.Array, ...]:
+    """`others` as arrays that are known no sooner than `first`. For the gradient of a loop over layers JAX makes
+    whatever no layer changes in front of it: masks and numbers, each as large as all scores (a selection's operands are
+    of one shape), written there and read in every turn. What is behind something of the layer is made where it is used,
+    inside of the kernel that uses it."""
+    return jax.lax.optimization_barrier((first, *(jnp.asarray(x) for x in others)))[1:]
+
+
 def _by_mask(mask: jax.Array, x: jax.Array, otherwise: jax.Array | float) -> jax.Array:
     """`x` [B, K, G * S, T] where `mask` [B, S, T] says so; otherwise: a number, or as the mask."""
     parts = x.reshape(*x.shape[:2], -1, *mask.shape[1:])
@@ -156,7 +171,7 @@ def _scores(q: jax.Array, keys: jax.Array) -> jax.Array:
 
 def _largest(scores: jax.Array, count: int, mask: jax.Array | None) -> jax.Array:
     if mask is not None:
-        scores = _by_mask(mask, scores, jnp.finfo(scores.dtype).min)
+        scores = _by_mask(mask, scores, _behind(mask, jnp.finfo(scores.dtype).min)[0])
     return scores[..., :count].max(-1, keepdims=True)
 
 
@@ -164,7 +179,10 @@ def _weights(scores: jax.Array, largest: jax.Array, count: int, mask: jax.Array 
     """Not yet divided by their total."""
     weights, is_key = jnp.exp(scores - largest), jnp.arange(scores.shape[-1]) < count
     if mask is None:
-        return jnp.where(is_key, weights, 0)
+        if count == scores.shape[-1]:
+            return weights
+        is_key, zero = _behind(largest, is_key, jnp.zeros((), weights.dtype))
+        return jnp.where(is_key, weights, zero)
     return _by_mask(mask, weights, ~mask.any(-1, keepdims=True) & is_key)  # a row that sees nothing averages all
 
 
@@ -199,8 +217,9 @@ def _forward(
     key: jax.Array | None,
 ) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
     scores = _scores(q, keys)
-    largest = _largest(scores, count, mask)
-    weights = _weights(scores, largest, count, mask)
+    here = None if mask is None else _behind(q, mask)[0]
+    largest = _largest(scores, count, here)
+    weights = _weights(scores, largest, count, here)
     total = weights.sum(-1, keepdims=True)
     y = (_product(_dropped(weights, rate, key).astype(q.dtype), values, (3, 2)) / total).astype(q.dtype)
     y, largest, total = (checkpoint_name(found, SAVED) for found in (y, largest, total))

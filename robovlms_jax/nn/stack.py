@@ -112,9 +112,11 @@ def _to_host(primitive: Any, *operands: Any, **parameters: Any) -> Any:
     return policy(primitive, *operands, **parameters)
 
 
+_either = jax.checkpoint_policies.save_from_both_policies
+
 POLICIES: Mapping[Remat, Callable[..., Any]] = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        _is_kept, jax.checkpoint_policies.save_only_these_names(attended.SAVED)
+    "dots": _either(
+        _is_kept, _either(attended.is_fused, jax.checkpoint_policies.save_only_these_names(attended.SAVED))
     ),
     "offload": _to_host,
     "full": jax.checkpoint_policies.nothing_saveable,

@@ -57,12 +57,22 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Of one device, in one call of the program: how often some of its kernels run, their FLOPs and bytes."""
+
+    calls: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Costs:
     """Of one device, in one call of the program.
 
     flops: of matrix products and convolutions. bytes: read from and written to main memory. cycles: XLA's own estimate
     for TPUs; 0 elsewhere. cycles_once: the same with every loop counted once. unknown_loops: loops whose number of
-    turns the text does not tell; they count once.
+    turns the text does not tell; they count once. cudnn: attention's kernels of NVIDIA's library, part of flops and
+    bytes; what they need beside operands and results is chosen by the library on the card, and not counted.
     """
 
     flops: float
@@ -71,6 +81,7 @@ class Costs:
     cycles_once: float
     collectives: tuple[Collective, ...]
     unknown_loops: int
+    cudnn: Kernels = Kernels()
 
 
 def of_text(text: str, devices: int) -> Costs:
@@ -78,7 +89,7 @@ def of_text(text: str, devices: int) -> Costs:
     program = hlo.parse(text)
     flops = moved = cycles = once = 0.0
     collectives: dict[str, Collective] = {}
-    unknown = 0
+    unknown, cudnn = 0, Kernels()
     for run in program.runs():
         x = run.instruction
         flops += run.times * flops_of(x, run.computation)
@@ -90,13 +101,17 @@ def of_text(text: str, devices: int) -> Costs:
             if key not in collectives or collectives[key].times < run.times:
                 collectives[key] = collective_of(run, devices)
         if not run.fused:
-            moved += run.times * traffic_of(x, run.computation, program)
+            bytes_of = traffic_of(x, run.computation, program)
+            moved += run.times * bytes_of
+            if _ATTENTION in x.attribute("custom_call_target"):
+                more = run.times * flops_of(x, run.computation)
+                cudnn = Kernels(cudnn.calls + run.times, cudnn.flops + more, cudnn.bytes + run.times * bytes_of)
             cycle = re.search(r'"estimated_cycles":"(\d+)"', x.attributes)
             cycles += run.times * int(cycle[1]) if cycle else 0
             once += int(cycle[1]) if cycle else 0
             unknown += x.opcode == "while" and program.trips(x, run.computation) is None
     exchanging = tuple(found for found in collectives.values() if found.ways > 1)
-    return Costs(flops, moved, cycles, once, exchanging, unknown)
+    return Costs(flops, moved, cycles, once, exchanging, unknown, cudnn)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,6 +129,8 @@ def flops_of(x: hlo.Instruction, computation: hlo.Computation) -> float:
     if x.opcode != "custom-call":
         return 0.0
     target = x.attribute("custom_call_target")
+    if _ATTENTION in target:
+        return _attention(x, operands)
     if "matmul" in target or "gemm" in target:
         numbers = re.search(r'"dot_dimension_numbers":(\{[^}]*\})', x.attributes)
         contracted = json.loads(numbers[1])["lhs_contracting_dimensions"] if numbers else []
@@ -127,6 +144,17 @@ def flops_of(x: hlo.Instruction, computation: hlo.Computation) -> float:
             image, out = out, image
         return _convolution(x, image, kernel, out)
     return 0.0
+
+
+_ATTENTION = "__cudnn$fmha"
+
+
+def _attention(x: hlo.Instruction, operands: Sequence[hlo.Array]) -> float:
+    """Of queries with keys and of weights with values; backwards of scores once more, and four gradients. Masked scores
+    count, as XLA's own kernels compute them."""
+    scores = re.search(r'"intermediate_tensor_shape":\{[^}]*?"dimensions":\[([^\]]*)\]', x.attributes.replace(" ", ""))
+    products = 5 if "Backward" in x.attribute("custom_call_target") else 2
+    return 2.0 * products * math.prod(_numbers(scores[1])) * operands[0].shape[-1] if scores else 0.0
 
 
 def _convolution(x: hlo.Instruction, image: Sequence[int], kernel: Sequence[int], out: Sequence[int]) -> float:

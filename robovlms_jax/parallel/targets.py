@@ -168,6 +168,8 @@ def devices(target: Target) -> list[jax.Device]:
       ModuleNotFoundError: the compiler is not installed; says what to install.
       ValueError: the compiler knows no such slice.
     """
+    # JAX asks plugins once, for whichever target comes first, and NVIDIA's wants a card unless it is told otherwise.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     try:
         return _tpu(target) if target.platform == "tpu" else _gpu(target)
     except jax.errors.JaxRuntimeError as error:
@@ -207,7 +209,6 @@ def _tpu(target: Target) -> list[jax.Device]:
 
 def _gpu(target: Target) -> list[jax.Device]:
     _require("jax_plugins.xla_cuda12", target, "plan-gpu")
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     cards, hosts = (*target.shape, 1)[:2]
     shape = f"1x{hosts}x{cards}"
     return list(

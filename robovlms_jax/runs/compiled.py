@@ -59,9 +59,10 @@ def training(place: Place, config: ExperimentConfig, model: VLA, batch: Mapping[
     estimate = steps.memory_of(config, model, abstract, batch)
     split = meshes.batched(mesh)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), batch)
-    lowered = steps.make_step(config, model, abstract, mesh).lower(abstract, shapes)
     tuned = config.train.compiler_options == "auto"
-    found = _compiled(place, lowered, step.compiler_options(abstract, mesh) if tuned else None)
+    with gpu.cudnn_of_described():
+        lowered = steps.make_step(config, model, abstract, mesh).lower(abstract, shapes)
+        found = _compiled(place, lowered, step.compiler_options(abstract, mesh) if tuned else None)
     plain = dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, remat="none", dtype="float32"))
     needed = flops.of_step(steps.make_loss(config, plain), abstract, batch) / mesh.size
     result = _roofs(place, found, needed)
@@ -89,10 +90,12 @@ def control(place: Place, config: ExperimentConfig, vlm: VLMConfig, text_length:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
         [jax.eval_shape(functools.partial(served.parameters, model), params), carry, images, (ids, mask), *rest],
     )
-    step = functools.partial(serving.served_step, model)
-    traced = jax.jit(step, donate_argnums=1, out_shardings=whole).trace(*given)
-    found = _compiled(place, traced.lower(), gpu.served(place.target.platform))
+    with gpu.cudnn_of_described():
+        step = functools.partial(serving.served_step, model, cudnn=gpu.has_cudnn(one))
+        traced = jax.jit(step, donate_argnums=1, out_shardings=whole).trace(*given)
+        found = _compiled(place, traced.lower(), gpu.served(place.target.platform))
     needed = sum(count for _, count, _ in flops.products(traced.jaxpr.jaxpr))
+    needed += found.get("cudnn", {}).get("flops", 0.0)  # no products that JAX knows of
     result = _roofs(place, found, needed)
     weights = memory.bytes_per_device(given[0])
     result["bytes"] |= {"parameters": weights}
@@ -131,7 +134,7 @@ def _compiled(place: Place, lowered: jax.stages.Lowered, own: Mapping[str, Any] 
     return found
 
 
-_VERSION = 7
+_VERSION = 8
 """Raised when what is kept of a program changes."""
 
 
@@ -181,6 +184,7 @@ def _compile(place: Place, lowered: jax.stages.Lowered, options: Mapping[str, An
         "flops": costs.flops,
         "traffic": costs.bytes,
         "cycles": [costs.cycles, costs.cycles_once],
+        "cudnn": dataclasses.asdict(costs.cudnn),
         "unknown_loops": costs.unknown_loops,
         "schedule_s": dataclasses.asdict(schedule),
         "optimal_seconds": (analysis or {}).get("optimal_seconds"),
@@ -260,6 +264,13 @@ def _show_one(name: str, found: Mapping[str, Any]) -> list[str]:
         f"  {found['flops'] / 1e12:.4g} TFLOP ({found['needed_flops'] / 1e12:.4g} without what is computed again), "
         f"{found['traffic'] / 1e9:.4g} GB of memory traffic"
     )
+    if found.get("cudnn", {}).get("calls"):
+        calls, flops, moved = (found["cudnn"][name] for name in ("calls", "flops", "bytes"))
+        lines += [
+            f"  of these {calls} x attention by cuDNN, by operands and results: {flops / 1e12:.4g} TFLOP, "
+            f"{moved / 1e9:.4g} GB",
+            "  (what else that library needs is not known; without it: --backbone.attention_kernel xla)",
+        ]
     if found["unknown_loops"]:
         lines.append(f"  {found['unknown_loops']} loops of unknown length are counted once")
     lines += [

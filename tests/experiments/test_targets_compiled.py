@@ -24,12 +24,14 @@ def require_compiler(target: str) -> None:
         pytest.skip(f"{module} is not installed: make test-plans")
 
 
-def planned(target: str, data: int, fsdp: int, programs: tuple[str, ...] = ("training",)) -> dict:
-    """The twin with two segments on each device, nothing kept."""
+def planned(
+    target: str, data: int, fsdp: int, programs: tuple[str, ...] = ("training",), more: dict | None = None
+) -> dict:
+    """The twin with two segments on each device, nothing kept. more: fields that differ."""
     require_compiler(target)
     changes = {
         "policy.window": 4, "data.windows_per_segment": 2, "train.batch_size": 4 * data * fsdp, "mesh.data": data,
-        "mesh.fsdp": fsdp, "target": target, "programs": programs, "compiled": "",
+        "mesh.fsdp": fsdp, "target": target, "programs": programs, "compiled": "", **(more or {}),
     }  # fmt: skip
     return plan.plan(cli.override(plan.presets()["sample"], **changes))["plans"]
 
@@ -61,6 +63,16 @@ def test_a_training_and_a_control_step_are_compiled_for_what_is_not_here(target)
     # libtpu says a time, below 0 for some programs, which is not shown.
     assert (training["optimal_seconds"] is not None) == (target[0] == "v")
     assert training.get("compiler_s", 1) > 0
+
+
+def test_attention_is_cudnns_in_the_plan_of_a_card_that_is_not_here():
+    # Two towers of two layers and the connector: each once forward and once backward in training, where the policy of
+    # rematerialisation keeps results. Over two cards, whose batch is split.
+    sixteen = {"backbone.dtype": "bfloat16", "backbone.remat": "dots"}
+    plans = planned("h100:2", 1, 2, ("training", "control"), sixteen)
+    assert plans["training"]["cudnn"]["calls"] == 2 * (2 * 2 + 1) and plans["control"]["cudnn"]["calls"] == 2 * 2 + 1
+    for found in plans.values():
+        assert 0 < found["cudnn"]["flops"] < found["flops"] and 0 < found["cudnn"]["bytes"] < found["traffic"]
 
 
 def test_no_collective_of_a_device_grows_with_the_copies_of_the_model():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from robovlms_jax.nn import attended as kernels
 from robovlms_jax.nn import attention, stack
 from robovlms_jax.nn.attended import Dropout, attended
+from robovlms_jax.parallel import gpu
 
 
 def drawn(batch, heads, group, rows, columns, masked, seed=0):
@@ -83,6 +86,38 @@ def test_no_product_is_made_of_float32_and_none_again_that_the_gradient_does_not
     assert list(products(traced.jaxpr)) == [[jnp.bfloat16, jnp.bfloat16]] * 7
 
 
+def constants_of_loops(jaxpr):
+    """Shapes of what each loop that is traced reads in every turn and never changes."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield [x.aval.shape for x in equation.invars[: equation.params["num_consts"]]]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_loops_over_layers_read_no_constants_as_large_as_scores(masked):
+    # JAX makes what no layer changes in front of the loop. Fails where masks or the numbers beside them are broadcast
+    # there, each an array that a GPU reads from memory in every turn.
+    rows, heads = 45, 4
+
+    def loss(layers, x, mask, keys):
+        def turn(x, layer):
+            weights, key = layer
+            q = (x @ weights).reshape(3, rows, heads, 8)
+            k = jnp.swapaxes(q, 1, 2)
+            y = attention.attend(q, [(k, k)], mask, drop=Dropout(0.1, key))
+            return y.reshape(x.shape), None
+
+        turn = jax.checkpoint(turn, prevent_cse=False, policy=stack.POLICIES["dots"])
+        return jax.lax.scan(turn, x, (layers, jax.random.split(keys, len(layers))))[0].astype(jnp.float32).sum()
+
+    layers, x = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in [(6, 32, 32), (3, rows, 32)])
+    mask = jax.ShapeDtypeStruct((3, rows, rows), bool) if masked else None
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(layers, x, mask, jax.random.key(0)).jaxpr
+    loops = list(constants_of_loops(jaxpr))
+    assert len(loops) == 2
+    assert max(math.prod(shape) for shapes in loops for shape in shapes) < 3 * heads * rows * rows
+
+
 HERE = "cudnn" if jax.default_backend() == "gpu" else "xla"
 """What computes the library's attention where the tests run; what is handed to it is the same."""
 
@@ -103,6 +138,21 @@ def test_the_librarys_attention_is_ours_with_its_gradient(masked):
     found = with_gradients(lambda q, k, v: kernels.fused(q, k, v, mask, HERE), [q, k, v], cotangent)
     for x, y in zip(found, exact, strict=True):
         np.testing.assert_allclose(x, y, atol=0.02 * np.abs(y).max())
+
+
+@pytest.mark.parametrize(("remat", "forward"), [("dots", 1), ("full", 2)])
+def test_the_librarys_kernel_runs_once_more_for_the_gradient_only_where_nothing_is_kept(remat, forward):
+    def layer(q, k, v):
+        return kernels.fused(jnp.sin(q), k, v, 257).astype(jnp.float32).sum()
+
+    given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in [(2, 264, 4, 64), *[(2, 4, 264, 64)] * 2]]
+    gradient = jax.jit(jax.grad(jax.checkpoint(layer, policy=stack.POLICIES[remat]), (0, 1, 2)))
+    with gpu.cudnn_of_described():
+        traced = gradient.trace(*given)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax(" in text and "__cudnn$fmhaSoftmaxBackward(" in text
+    calls = [str(traced.jaxpr).count(f"dot_product_attention_{way}_wrapper[") for way in ("fwd", "bwd")]
+    assert calls == [forward, 1]
 
 
 def test_who_computes_attention_is_said_or_left_to_the_device():

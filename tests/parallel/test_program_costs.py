@@ -56,6 +56,30 @@ def test_a_tpus_own_cycles_are_added_up_with_loops_and_without():
     assert found.cycles > 2 * found.cycles_once > 0 and costs("h100").cycles == 0
 
 
+CUDNN = """HloModule attention
+
+ENTRY %main (q: bf16[2,24,4,8], lengths: s32[2]) -> bf16[2,4,24,8] {
+  %q = bf16[2,24,4,8]{3,2,1,0} parameter(0)
+  %lengths = s32[2]{0} parameter(1)
+  %f = (bf16[2,4,24,8]{3,1,2,0}, f32[2,4,24]{2,1,0}, u8[0]{0}) custom-call(%q, %q, %q, %lengths), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"operation_queue_id": "0", "cudnn_fmha_backend_config": {"fmha_scale": 1.0, "intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "4", "24", "24"], "tuple_shapes": []}}}
+  %y = bf16[2,4,24,8]{3,1,2,0} get-tuple-element(%f), index=0
+  %rows = f32[2,4,24]{2,1,0} get-tuple-element(%f), index=1
+  %b = (bf16[2,4,24,8]{3,1,2,0}, bf16[2,4,24,8]{3,1,2,0}, bf16[2,4,24,8]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q, %rows, %y, %y, %lengths), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"operation_queue_id": "0", "cudnn_fmha_backend_config": {"fmha_scale": 1.0, "intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "4", "24", "24"], "tuple_shapes": []}}}
+  ROOT %dq = bf16[2,4,24,8]{3,1,2,0} get-tuple-element(%b), index=0
+}
+"""  # noqa: E501
+
+
+def test_attention_by_cudnn_counts_its_products_and_what_it_is_given_and_gives():
+    # Two products forward and five backward of 2 x 4 x 24 x 24 x 8, nothing of the size of the scores in memory.
+    found = program_costs.of_text(CUDNN, 1)
+    assert found.flops == 2 * 7 * 2 * 4 * 24 * 24 * 8
+    array, rows, lengths = 2 * 24 * 4 * 8 * 2, 2 * 4 * 24 * 4, 2 * 4
+    assert found.bytes == (4 + 8) * array + 2 * (rows + lengths)
+    assert found.cudnn == program_costs.Kernels(2, found.flops, found.bytes)
+    assert costs("h100").cudnn == program_costs.Kernels()
+
+
 def test_a_library_kernels_scratch_space_is_no_traffic():
     # The h100's products take 32 MiB of it each. Fails if it is counted: 15 x 32 MiB more.
     assert 5e6 < costs("h100").bytes < 20e6
