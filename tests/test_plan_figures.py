@@ -31,7 +31,7 @@ def test_the_traffic_of_control_steps_is_that_of_their_plans():
 def test_what_plans_say_with_cudnn_is_what_their_results_say():
     found, text = result("plans/cudnn_before_after"), page("clusters.md")
     steps, control = found["training_h100_8"], found["control_h100_1"]
-    for name in ("xla", "cudnn", "constants"):
+    for name in ("xla", "cudnn", "constants", "plain_norms"):
         step = steps[name]
         took = step["schedule_s"]["kernels"] + step["schedule_s"]["waited"]
         cells = (took * 1e3, step["peak_bytes"] / 2**30, step["windows_per_s"], step["mfu"] * 100)

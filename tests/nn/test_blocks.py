@@ -167,3 +167,11 @@ def test_position_tables_are_resized_as_torch_does(exact_matmul, stored, side, s
     np.testing.assert_allclose(found, expected[0].flatten(1).T.numpy(), atol=1e-5)
     with pytest.raises(ValueError, match="not square"):
         resize_positions(jnp.asarray(table)[:-1], side)
+
+
+def test_norms_have_their_written_gradient_in_float32_alone():
+    # In sixteen bits it costs a GPU's program traffic, see robovlms_jax/nn/norms.py.
+    for module in (LayerNorm(1e-5), RMSNorm(1e-5)):
+        for dtype, written in ((jnp.float32, True), (jnp.bfloat16, False)):
+            traced = jax.make_jaxpr(lambda x, module=module: module.init_with_output(jax.random.key(0), x)[0])
+            assert ("custom_vjp_call" in str(traced(jnp.ones((2, 4), dtype)))) == written
