@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from robovlms_jax import schema
 from robovlms_jax.schema import require
@@ -24,6 +25,36 @@ class MeshConfig:
         sizes = (self.data, self.fsdp, self.tensor)
         require(all(size == -1 or size >= 1 for size in sizes), f"mesh sizes {sizes} must be positive or -1.")
         require(sizes.count(-1) <= 1, f"mesh sizes {sizes}: at most one may be -1.")
+
+    def sizes(self, num_devices: int) -> tuple[int, int, int]:
+        """(data, fsdp, tensor) with -1 filled in. Raises ValueError when they do not make `num_devices`."""
+        sizes = [self.data, self.fsdp, self.tensor]
+        fixed = 1
+        for size in sizes:
+            fixed *= 1 if size == -1 else size
+        if -1 in sizes and num_devices % fixed == 0:
+            sizes[sizes.index(-1)] = num_devices // fixed
+        elif -1 in sizes or fixed != num_devices:
+            ways = "".join(f" {name}={size}, or" for name, size in _nearest(sizes, num_devices).items())
+            raise ValueError(
+                f"mesh.data={sizes[0]} x mesh.fsdp={sizes[1]} x mesh.tensor={sizes[2]} does not make the "
+                f"{num_devices} devices present; set{ways} one of them to -1 to take what is left."
+            )
+        return tuple(sizes)
+
+
+def _nearest(sizes: list[int], num_devices: int) -> dict[str, int]:
+    """Field -> the size nearest to the one it has with which, the others as they are, the mesh fits the devices."""
+    near = {}
+    for index, name in enumerate(("mesh.data", "mesh.fsdp", "mesh.tensor")):
+        others = sizes[:index] + sizes[index + 1 :]
+        left, rest = divmod(num_devices, math.prod(size for size in others if size != -1))
+        if sizes[index] == -1 or rest:
+            continue
+        # A -1 among the others takes whatever share of it this one leaves.
+        fitting = [n for n in range(1, left + 1) if left % n == 0] if -1 in others else [left]
+        near[name] = min(fitting, key=lambda n: abs(n - sizes[index]))
+    return near
 
 
 @dataclasses.dataclass(frozen=True)

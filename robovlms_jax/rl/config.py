@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from robovlms_jax import schema
+from robovlms_jax.parallel.config import MeshConfig
 from robovlms_jax.playtable.scene import random_tables
 from robovlms_jax.schema import require
 from robovlms_jax.training.config import OptimizerConfig
@@ -167,6 +168,9 @@ class ReinforceConfig:
     """Of every table in one iteration."""
     devices: int = 1
     """That tables and updates are split over; of CPUs, cores. Another number draws other actions."""
+    mesh: MeshConfig = MeshConfig()
+    """How many of the devices share what (not tensor). All have tables of their own; what fsdp splits lies split
+    between updates and in them, and whole on each device while tables play."""
     group: int = 8
     """Methods grpo and dpo: trials from the same state."""
     labels: str = ""
@@ -212,18 +216,10 @@ class ReinforceConfig:
             f"reinforce.image_size={self.image_size}: expected pixels of static and wrist camera, or nothing.",
         )
         require(self.checkpoint_every >= 1, f"reinforce.checkpoint_every={self.checkpoint_every} must be at least 1.")
-        require(
-            self.update.method != "grpo" or self.tables % (self.group * self.devices) == 0,
-            f"reinforce.tables={self.tables} is no multiple of reinforce.group={self.group} times reinforce.devices="
-            f"{self.devices}; each group plays whole, on one device.",
-        )
+        self._check_devices()
         require(
             self.update.method != "grpo" or self.group >= 2,
             f"reinforce.group={self.group}: update.method=grpo compares trials from the same state, at least 2.",
-        )
-        require(
-            self.tables % self.devices == 0,
-            f"reinforce.tables={self.tables} do not divide over reinforce.devices={self.devices}; change one of them.",
         )
         self._check_preferences()
         require(
@@ -240,6 +236,32 @@ class ReinforceConfig:
             not kept,
             f"reinforce.scenes names {kept}, which reinforce.unseen_random_scenes={self.unseen_random_scenes} measures "
             f"as unseen; learn on random tables below {UNSEEN}.",
+        )
+
+    def _check_devices(self) -> None:
+        try:
+            _, fsdp, tensor = self.mesh.sizes(self.devices)
+        except ValueError as error:
+            raise ValueError(
+                f"reinforce.devices={self.devices}: {error} Or pass as many --devices as it makes."
+            ) from None
+        require(
+            tensor == 1,
+            f"mesh.tensor={tensor}: reinforcement splits no products of matrices; leave it at 1, and split parameters "
+            "by mesh.fsdp.",
+        )
+        require(
+            self.update.method != "dpo" or fsdp == 1,
+            f"mesh.fsdp={fsdp}: update.method=dpo splits its pairs over devices, and no parameters; leave it at 1.",
+        )
+        require(
+            self.update.method != "grpo" or self.tables % (self.group * self.devices) == 0,
+            f"reinforce.tables={self.tables} is no multiple of reinforce.group={self.group} times reinforce.devices="
+            f"{self.devices}; each group plays whole, on one device.",
+        )
+        require(
+            self.tables % self.devices == 0,
+            f"reinforce.tables={self.tables} do not divide over reinforce.devices={self.devices}; change one of them.",
         )
 
     def _check_preferences(self) -> None:

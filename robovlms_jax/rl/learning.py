@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from robovlms_jax.parallel import cpu
 from robovlms_jax.parallel import mesh as meshes
@@ -78,13 +78,20 @@ def begin(
     learner: objective.Learner, params: Mapping[str, Any], stage: Stage, mesh: Mesh, seed: int
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The state before the first update, of copies of a policy's parameters (nested) and of what lies under `rl/`; and
-    what is trained as it is then, path -> array."""
+    what is trained as it is then, path -> array. Parameters that lie on the mesh stay split as they are, with their
+    optimizer state; all else is whole on every device."""
     extra = learner.extra_params(jax.random.fold_in(jax.random.key(seed), 1))
     # Placed as the updates leave them: otherwise the second iteration would compile everything again.
-    whole = jax.tree.map(jnp.copy, {**params, objective.SCOPE: extra})
-    whole = jax.device_put(whole, meshes.replicated(mesh))
-    state = create(whole, stage.trainable, stage.tx, seed, mesh)
+    places = jax.tree.map(lambda x: _place(x, mesh), {**params, objective.SCOPE: extra})
+    placed = jax.device_put(jax.tree.map(jnp.copy, {**params, objective.SCOPE: extra}), places)
+    state = create(placed, stage.trainable, stage.tx, seed, mesh)
     return state, {path: jnp.copy(x) for path, x in state.trainable.items()}
+
+
+def _place(x: jax.Array, mesh: Mesh) -> NamedSharding:
+    """Where a parameter goes: if it lies on the mesh, where it lies."""
+    lies = getattr(x, "sharding", None)
+    return lies if isinstance(lies, NamedSharding) and lies.mesh == mesh else meshes.replicated(mesh)
 
 
 def is_head_alone(model: VLA, state: TrainState) -> bool:
@@ -119,7 +126,8 @@ class Reinforcement:
     """Rollouts and updates of one policy, compiled once.
 
     Args:
-      params: the policy's, nested; they are copied.
+      params: the policy's, nested; they are copied. Those that lie on the mesh (`parallel.mesh.placed`) stay split as
+        they are between updates, with their optimizer state; while tables play, each device has them whole.
       stage: trainable patterns and optimizer; patterns see the policy's paths and those under `rl/`.
       mesh: tables and updates are split over it; each device has its own share of the trials.
       reward: learned, of frames of `settings.actions` control steps (`progress.frame`); None: 1 where a decision does
@@ -211,7 +219,8 @@ class Reinforcement:
         view, drawn, held = flat((kept_used.view, kept_used.drawn, held))
         frozen = flatten_dict(params, sep="/")
         before = unflatten_dict({**frozen, **reference}, sep="/")
-        known = self.learner.reconsider(before, view, drawn, settings.actions).log_prob
+        with meshes.constrained(self.mesh):
+            known = self.learner.reconsider(before, view, drawn, settings.actions).log_prob
         decisions = objective.Decisions(
             view, drawn, *flat((mask, kept_used.log_prob)), known, *flat((kept_used.value, advantage, target)), held
         )

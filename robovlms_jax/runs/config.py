@@ -7,7 +7,6 @@ anything is compiled.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -179,39 +178,13 @@ class ExperimentConfig:
 
     def mesh_sizes(self, num_devices: int) -> tuple[int, int, int]:
         """(data, fsdp, tensor) with -1 filled in. Raises ValueError when they do not make `num_devices`."""
-        sizes = [self.mesh.data, self.mesh.fsdp, self.mesh.tensor]
-        fixed = 1
-        for size in sizes:
-            fixed *= 1 if size == -1 else size
-        if -1 in sizes and num_devices % fixed == 0:
-            sizes[sizes.index(-1)] = num_devices // fixed
-        elif -1 in sizes or fixed != num_devices:
-            ways = "".join(f" {name}={size}, or" for name, size in _nearest_mesh(sizes, num_devices).items())
-            raise ValueError(
-                f"mesh.data={sizes[0]} x mesh.fsdp={sizes[1]} x mesh.tensor={sizes[2]} does not make the "
-                f"{num_devices} devices present; set{ways} one of them to -1 to take what is left."
-            )
-        return tuple(sizes)
+        return self.mesh.sizes(num_devices)
 
 
 def _warmed_up(optimizer: OptimizerConfig, per_epoch: float) -> OptimizerConfig:
     """With warm-up in steps alone."""
     steps = optimizer.warmup_steps + round(optimizer.warmup_epochs * per_epoch)
     return dataclasses.replace(optimizer, warmup_steps=steps, warmup_epochs=0.0)
-
-
-def _nearest_mesh(sizes: list[int], num_devices: int) -> dict[str, int]:
-    """Field -> the size nearest to the one it has with which, the others as they are, the mesh fits the devices."""
-    near = {}
-    for index, name in enumerate(("mesh.data", "mesh.fsdp", "mesh.tensor")):
-        others = sizes[:index] + sizes[index + 1 :]
-        left, rest = divmod(num_devices, math.prod(size for size in others if size != -1))
-        if sizes[index] == -1 or rest:
-            continue
-        # A -1 among the others takes whatever share of it this one leaves.
-        fitting = [n for n in range(1, left + 1) if left % n == 0] if -1 in others else [left]
-        near[name] = min(fitting, key=lambda n: abs(n - sizes[index]))
-    return near
 
 
 def _neighbours(size: int, step: int) -> str:

@@ -26,7 +26,7 @@ from robovlms_jax.rl import direct, learning, rewards, rollouts, starts
 from robovlms_jax.rl import tables as playing
 from robovlms_jax.rl.config import ReinforceConfig
 from robovlms_jax.rl.preferences import RewardModel
-from robovlms_jax.runs import load, played, preferring, reinforced, saved
+from robovlms_jax.runs import build, load, played, preferring, reinforced, saved
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
 from robovlms_jax.training import checkpoints, directory, loop, metrics, provenance, seals, stages, stopping
@@ -36,8 +36,9 @@ log = logging.getLogger(__name__)
 
 LEARNING, SETTINGS = "learning", "reinforce.json"
 """In the output: what a stopped run goes on from; its settings."""
-_MAY_CHANGE = ("iterations", "resume", "checkpoint_every", "out", "checkpoint", "reward", "labels")
-"""Where checkpoint, reward and labels lie may change; their identities are compared."""
+_MAY_CHANGE = ("iterations", "resume", "checkpoint_every", "out", "checkpoint", "reward", "labels", "devices", "mesh")
+"""Where checkpoint, reward and labels lie may change; their identities are compared. On other devices a run goes on
+with other draws."""
 
 Rounds = Callable[[int], Iterator[Any]]
 """Number of the first iteration -> what that one and all later ones learn from."""
@@ -206,7 +207,9 @@ def _learner(config: ReinforceConfig, model: Any, params: Any, reward: RewardMod
         len(found) >= config.devices,
         f"reinforce.devices={config.devices}, and this process has {len(found)}; pass --devices {len(found)}.",
     )
-    mesh = meshes.make_mesh((config.devices, 1, 1), found[: config.devices])
+    mesh = meshes.make_mesh(config.mesh.sizes(config.devices), found[: config.devices])
+    if mesh.shape["fsdp"] > 1:
+        params = jax.device_put(params, build.abstract_params(model, mesh)[1])
     if config.update.method == "dpo":
         return direct.DirectPreferences(model, params, config.behaviour, config.update, stage, mesh, config.seed)
     settings = learning.Settings(

@@ -18,7 +18,7 @@ def main() -> None:
     trials = starts.draw(("open_drawer", "turn_on_led"), ("A", "D"), 8, seed=0, spread=0.1)
     world = playing.make_world(trials, encode, SIZES["static"])
     how = {"patterns": ("^head/", "^rl/"), "held": HELD, "hold_weight": 1.0, "divergence_stop": 0.0}
-    both, one = learner("lstm", devices=2, tables=4, **how), learner("lstm", **how)
+    both, one = learner("lstm", sizes=(2, 1, 1), tables=4, **how), learner("lstm", **how)
     key = jax.random.split(jax.random.fold_in(jax.random.key(0), 2))[0]  # of the first iteration
     begun = jax.device_get(one.state.params)
     decisions, numbers = both.iterate(world, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import types
@@ -20,6 +21,7 @@ from robovlms_jax.policies.vla import VLA
 from robovlms_jax.rl import behaviours, learning, objective, starts
 from robovlms_jax.rl import tables as playing
 from robovlms_jax.rl.config import BehaviourConfig, UpdateConfig
+from robovlms_jax.runs import build
 from robovlms_jax.training import checkpoints, guards, stages
 from robovlms_jax.training.config import OptimizerConfig, TrainConfig
 from tests import processes, toy
@@ -52,14 +54,16 @@ def policy(head: str) -> tuple[VLA, dict]:
 
 
 def learner(
-    head: str, *, patterns: tuple[str, ...], seed: int = 0, reward=None, devices=1, tables=2, held=(), **update
+    head: str, *, patterns: tuple[str, ...], seed: int = 0, reward=None, sizes=(1, 1, 1), tables=2, held=(), **update
 ) -> learning.Reinforcement:
     model, params = policy(head)
+    mesh = meshes.make_mesh(sizes, jax.devices()[: math.prod(sizes)])
+    if sizes[1:] != (1, 1):
+        params = jax.device_put(params, build.abstract_params(model, mesh)[1])
     update = UpdateConfig(minibatches=2, **update)
     settings = learning.Settings(BehaviourConfig(), update, tables, 4, tuple(SIZES.items()), 2, 4, held)
     train = TrainConfig(steps=8, trainable=patterns)
     (stage,) = stages.plan(train, OptimizerConfig(learning_rate=1e-3))
-    mesh = meshes.make_mesh((devices, 1, 1), jax.devices()[:devices])
     return learning.Reinforcement(model, params, settings, stage, mesh, seed, reward)
 
 
@@ -247,3 +251,27 @@ def test_tables_and_updates_that_are_split_over_devices_have_the_results_of_one(
     said = processes.run_python("-m", "tests.rl.learning_on_devices", XLA_FLAGS=flags).split("\n")
     alike = ["True 2", "True", "True"]
     assert said[:8] == [*alike, *alike, "16 2 {2}", "True"]
+
+
+def test_parameters_that_lie_on_the_mesh_stay_where_they_lie_with_their_optimizer_state():
+    """An axis of length 1 is named all the same. Fails if everything is laid out whole, as it was before."""
+    model, params = policy("adapters")
+    mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
+    places = build.abstract_params(model, mesh)[1]
+    (stage,) = stages.plan(TrainConfig(steps=8, trainable=("lora_", "^rl/")), OptimizerConfig())
+    own = objective.Learner(model, behaviours.make(model.config, BehaviourConfig()), (8,))
+    state, _ = learning.begin(own, jax.device_put(params, places), stage, mesh, 0)
+    expected = flatten_dict(places, sep="/")
+    kept = {**state.frozen, **state.trainable}
+    assert all(kept[path].sharding == place for path, place in expected.items())
+    split = {path for path in state.trainable if "fsdp" in str(kept[path].sharding.spec)}
+    assert split and all("lora_" in path for path in split)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if "fsdp" in str(x.sharding.spec)]
+    assert len(moments) >= 2 * len(split)  # Adam's two
+
+
+@pytest.mark.slow
+def test_parameters_that_are_split_over_a_mesh_learn_as_whole_ones_and_go_on_elsewhere():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    said = processes.run_python("-m", "tests.rl.learning_on_meshes", XLA_FLAGS=flags).split("\n")
+    assert said[:3] == ["fsdp True True True", "bytes True", "restored True True"]

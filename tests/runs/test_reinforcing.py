@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from experiments import calvin_abcd, reinforce
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.evaluation import blind, rollout
+from robovlms_jax.parallel.config import MeshConfig
 from robovlms_jax.rl import starts
 from robovlms_jax.rl.config import BehaviourConfig, ReinforceConfig, UpdateConfig
 from robovlms_jax.runs import reinforced, reinforcing
@@ -36,6 +37,10 @@ CONFIG = ReinforceConfig(
         ({"others": ("open_drawer",)}, "others names .'open_drawer'."),
         ({"iterations": 0}, "iterations=0"),
         ({"tables": 3, "devices": 2}, "tables=3 do not divide over reinforce.devices=2"),
+        ({"devices": 2, "mesh": MeshConfig(fsdp=3)}, "devices=2: mesh.data=-1 x mesh.fsdp=3 .* does not make the 2"),
+        ({"mesh": MeshConfig(fsdp=2)}, "devices=1: .* as many --devices as it makes"),
+        ({"tables": 6, "devices": 2, "mesh": MeshConfig(tensor=2)}, "mesh.tensor=2: reinforcement splits no products"),
+        ({"devices": 2, "mesh": MeshConfig(fsdp=2), "update": UpdateConfig(method="dpo")}, "dpo splits its pairs"),
         ({"start_spread": float("nan")}, "start_spread=nan"),
         ({"seed": -1}, "seed=-1"),
         ({"image_size": (96, 0)}, "image_size=.96, 0."),
