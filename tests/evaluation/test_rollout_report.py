@@ -212,6 +212,8 @@ def test_section_and_strips_of_a_run(tmp_path):
     )  # fmt: skip
     text = rollout_report.section(done, "rollouts", strips=True)
     assert text.startswith("**2.00 (2.00 to 2.00) of 2 tasks in a row** on Line, 2 trials.")  # the answer comes first
+    labelled = rollout_report.section(evaluation(0.5, scene="D", phrasing="training"), "rollouts", strips=False)
+    assert "** on Line (scene D, training wordings), 40 trials." in labelled  # D was in no training
     per_task, summary = tables(text)
     assert summary[2] == ["environment", "Line"] and per_task[0][0] == "task on Line"  # where numbers come from
     assert ["Avg. Len.", "2.00 (2.00 to 2.00)"] in summary and len(summary[0]) == 2  # as wide as a phone

@@ -201,8 +201,8 @@ def _chain_table(table: Sequence[Row]) -> str:
 
 def _headline(row: Row) -> str:
     """The answer in one sentence: how often it succeeds, how sure that is, where, and among how many trials."""
-    s, kind = row.summary, ", ".join(part for part in row.key[3:] if part)
-    where = f"on {row.key[0]}" + (f" ({kind})" if kind else "")
+    kind = ", ".join(text.format(x) for text, x in zip(("scene {}", "{} wordings"), row.key[3:], strict=True) if x)
+    s, where = row.summary, f"on {row.key[0]}" + (f" ({kind})" if kind else "")
     if len(s.in_a_row) == 1:
         rate = s.in_a_row[0]
         return f"**{tables.rate(rate)} solved** {where}: {rate.successes} of {rate.attempts} trials."
