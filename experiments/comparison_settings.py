@@ -158,6 +158,9 @@ _COLOURS += ("data.augment.saturation=0.4", "data.augment.hue=0.2")
 _UNCHANGED = ("data.static_shift=0", "data.wrist_shift=0")
 
 
+_COLOURS = ("brightness=0.15", "contrast=0.2", "saturation=0.3", "hue=0.03")
+
+
 def _augmented(name: str, *fixed: str) -> Variant:
     """Ten demonstrations of each task, which a policy could learn by heart."""
     return Variant(name, (*_UNCHANGED, *fixed), demonstrations=10)
@@ -286,7 +289,13 @@ PRESETS = {
         out="searches/words",
     ),
     "augmentations": ComparePoliciesConfig(
-        (_augmented("none"), _augmented("random erasing", "data.augment.erase_area=0.2")),
+        (
+            _augmented("none"),
+            _augmented("shifts", "data.static_shift=4", "data.wrist_shift=3"),
+            _augmented("crops", "data.augment.crop_area=0.85"),
+            _augmented("colours", *(f"data.augment.{name}" for name in _COLOURS)),
+            _augmented("random erasing", "data.augment.erase_area=0.2"),
+        ),
         fixed=(*BUDGET, "rollouts.trials=80"),
         out="searches/augmentations",
     ),

@@ -233,8 +233,8 @@ def _flags(config: Any) -> list[str]:
 
 
 def _nearest(flag: str, known: Sequence[str]) -> str:
-    """The flag that is spelt most like it, or whose own name is: `--train.learning_rte` stands for
-    `--optimizer.learning_rate`, `--head.kind` for `--policy.head.kind`. "": none is near."""
+    """The flag that is spelt most like it, or whose own name is: `train.learning_rte` stands for
+    `optimizer.learning_rate`, `head.kind` for `policy.head.kind`. "": none is near."""
 
     def named(of: str) -> str:
         return of.rpartition(".")[2].lstrip("-")

@@ -55,7 +55,7 @@ def test_heads_and_sensors_have_names_of_their_own_and_each_name_once(registry, 
     assert not set(base.HeadConfig.kinds()) & set(sensors.SensorConfig.kinds())
     other = "lidar" if noun == "head" else "lstm"
     config = base.HeadConfig if noun == "head" else sensors.SensorConfig
-    with pytest.raises(ValueError, match=f"no {noun} '{other}'; registered: "):
+    with pytest.raises(ValueError, match=f"no {noun} '{other}'. Registered: "):
         config.config_of(other)
     with pytest.raises(ValueError, match=f"PolicyConfig belongs to no registered {noun}; registered: "):
         config.kind_of(PolicyConfig)

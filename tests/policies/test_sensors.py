@@ -293,7 +293,7 @@ def _inputs(model):
         (lambda: audio.AudioConfig(frames=1), "set frames higher"),
         (lambda: pointcloud.PointCloudConfig(center=(0.0,)), "need a number each"),
         (lambda: PolicyConfig(sensors=(SENSORS[0], SENSORS[0])), "not unique"),
-        (lambda: from_dict(PolicyConfig, {"sensors": [{"kind": "sonar"}]}), "no sensor 'sonar'; registered:"),
+        (lambda: from_dict(PolicyConfig, {"sensors": [{"kind": "sonar"}]}), "no sensor 'sonar'. Registered:"),
         (lambda: from_dict(PolicyConfig, {"sensors": [{"kind": "imu", "frame": 3}]}), "did you mean 'frames'"),
     ],
 )
