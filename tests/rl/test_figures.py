@@ -36,17 +36,25 @@ def test_the_tables_of_reinforcement_are_those_of_its_runs():
 
 
 def test_how_fast_rollouts_are_is_what_one_run_of_the_benchmark_says():
-    found, text = result("rollouts_before_cpu"), page("reinforcement.md")
-    assert found["command"] in text
-    measured = found["tables"]["16"]
+    kernel, text = result("rollouts_kernel_cpu"), page("reinforcement.md")
+    assert "python -m benchmarks.rollouts --before a103477 --max_steps 160 --repeats 5 --devices 2" in text
     for name in ("before", "host", "device"):
-        row = measured[name]
+        row = kernel["two_cores"][name]
         assert row["decisions_per_s"] == max(row["all"])
         numbers = (row["decisions_per_s"], statistics.median(row["all"]), row["decisions_per_processor_s"])
         assert "| {:.0f} | {:.0f} | {:.0f} |".format(*numbers) in text
-    fastest, median = measured["times_fastest"], measured["times_median"]
-    assert f"{fastest['before']:.1f} times the loop of the first row" in text
+    fastest, median = kernel["two_cores"]["times_fastest"], kernel["two_cores"]["times_median"]
+    assert f"{fastest['before']:.1f} times the loop of the first row** by" in text
     assert f"{median['before']:.1f} times by the medians" in text
+    assert f"{fastest['host']:.1f} and {median['host']:.1f} times today's host's loop, which" in text
+    one = kernel["one_core"]["times_fastest"]
+    assert f"Held to one core {one['before']:.1f} and {one['host']:.1f} times." in text
+    found = result("rollouts_before_cpu")
+    measured = found["tables"]["16"]
+    fastest, median = measured["times_fastest"], measured["times_median"]
+    assert f"{fastest['before']:.1f} times by the fastest turns and {median['before']:.1f} by the medians" in text
+    rates = [f"{measured[name]['decisions_per_s']:.0f}" for name in ("device", "host", "before")]
+    assert "({}, {} and {} decisions/s".format(*rates) in text
     many = [f"{found['64 tables'][name]['decisions_per_s']:.0f}" for name in ("before", "host", "device")]
     assert "{}, {} and {}".format(*many) in text
     assert f"the factor is the same, {found['64 tables']['times_fastest']['before']:.1f}" in text
