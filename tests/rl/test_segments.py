@@ -143,4 +143,5 @@ def test_recorded_rollouts_are_those_that_the_checker_judged():
         assert done == found.success[number]
         path = found.states_of(Segment(number, 0), steps).position
         moves = np.linalg.norm(np.diff(path, axis=0), axis=1)
-        assert moves.max() < 0.03 and (moves > 0).mean() > 0.9  # no step is missing and none comes twice
+        # A step is at most 2 cm along each axis: none is missing, and none comes twice.
+        assert moves.max() < 0.035 and (moves > 0).mean() > 0.9
