@@ -74,14 +74,13 @@ def default_platform() -> str:
 
 def jit(function: Callable[..., Any], kind: Kind) -> Callable[..., Any]:
     """`jax.jit` with `options(kind, default_platform())`, asked for when the function is called, so that importing it
-    starts no device. What it makes cannot be called inside another `jit`. Its `lower` is that of `jax.jit`."""
+    starts no device. What it makes cannot be called inside another `jit`."""
     compiled = functools.cache(lambda platform: jax.jit(function, compiler_options=options(kind, platform)))
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
         return compiled(default_platform())(*args)
 
-    call.lower = lambda *args: compiled(default_platform()).lower(*args)
     return call
 
 

@@ -143,11 +143,6 @@ class Tables:
 
     def __iter__(self) -> Iterator[Chain]:
         busy = {table: chain for table in range(self.config.tables) if (chain := self._begin()) is not None}
-        with concurrent.futures.ThreadPoolExecutor(1) as beside:
-            beside.submit(env.compile_step, self._scenes_of(busy))  # an error comes again with the first step
-            yield from self._played(busy)
-
-    def _played(self, busy: dict[int, Chain]) -> Iterator[Chain]:
         states = self._reset(busy, busy)
         running, made = None, 0
         fresh = dict(busy)

@@ -73,17 +73,6 @@ STEP_KIND: cpu.Kind = "tiny_kernels"
 _step = cpu.jit(physics.step_tables, STEP_KIND)
 
 
-def compile_step(scenes: Scene) -> None:
-    """Have the program of `step_batch` ready for so many tables. It takes longest of all to compile, so a thread of
-    its own may do that beside the others."""
-    count = len(jax.tree.leaves(scenes)[0])
-    robot_obs, scene_obs, actions = (
-        jax.ShapeDtypeStruct((count, size), jnp.float32) for size in (ROBOT_OBS_DIM, SCENE_OBS_DIM, 7)
-    )
-    states = jax.eval_shape(jax.vmap(physics.reset), scenes, robot_obs, scene_obs)
-    _step.lower(scenes, states, actions).compile()
-
-
 @jax.jit
 def info_batch(scenes: Scene, states: bodies.State) -> tasks.SceneInfo:
     """`physics.info` of B tables, with `robot_obs` [B, 15] and `scene_obs` [B, 24] added."""
