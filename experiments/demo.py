@@ -3,7 +3,7 @@
     python -m experiments.demo                                         # then open the address that it prints
     python -m experiments.demo --checkpoint runs/playtable_fixtures    # a policy of your own that drives PlayTable
 
-Needs pip install -e .[serve]. docs/demo.md says what the page shows, and who may control the robot.
+Needs pip install -e '.[serve]'. docs/demo.md says what the page shows, and who may control the robot.
 """
 
 from __future__ import annotations

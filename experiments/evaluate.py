@@ -1,4 +1,4 @@
-"""Roll a trained policy out in a simulator: CALVIN's chains of five tasks, or a SimplerEnv task.
+"""Roll a trained policy out in a simulator: PlayTable, which is built in, CALVIN or SimplerEnv.
 
     python -m experiments.evaluate --checkpoint runs/playtable_fixtures --chains 160
     python -m experiments.evaluate --checkpoint runs/kosmos_lstm --env calvin --calvin_root calvin --protocol official

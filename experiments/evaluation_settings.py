@@ -65,7 +65,7 @@ class EvaluateConfig:
     ray: RayConfig = RayConfig()
     """Workers that share the trials, each with a policy and `processes` simulators of its own."""
     rrd: str = ""
-    """A file such as rollouts.rrd: what is filmed, for the Rerun viewer (`pip install robovlms_jax[rerun]`)."""
+    """A file such as rollouts.rrd: what is filmed, for the Rerun viewer (`pip install -e '.[rerun]'`)."""
     weights: load.Weights | None = None
     """How the backbone's parameters are kept, such as int8; None: in the type that it computes in."""
     image_size: tuple[int, int] = (200, 84)

@@ -17,7 +17,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from robovlms_jax import atomic, cli, ending
+from robovlms_jax import cli, ending
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.control.robot import Camera, Dimension, RobotSpec
 from robovlms_jax.data.config import DataConfig
@@ -140,23 +140,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         ending.stop("demonstrations that were recorded are kept, and the same command goes on with the others.")
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         sys.exit(f"error: {error}")
-    run.run(name, config.experiment, title=config.layout.id, closing=REAL_THING)
-    if config.trials.count:
+    finished = run.run(name, config.experiment, title=config.layout.id, closing=REAL_THING)
+    if finished and config.trials.count:
         try_out(config, output)
 
 
 def try_out(config: GymConfig, output: pathlib.Path) -> None:
     """The run's policy in episodes of its own; what came of them joins the run's report."""
+    from robovlms_jax.evaluation.report import page
     from robovlms_jax.runs import load
     from robovlms_jax.training import checkpoints, seals
 
     policy = load.load_batched_policy(output, min(config.trials.environments, config.trials.count))
     identity = seals.identity(checkpoints.locate(output)).label
     section = gym_loop.evaluate(policy, config.layout, config.policy.robot, config.trials, output, identity)
-    report = output / "report.md"
-    before = report.read_text().partition(gym_loop.HEADING)[0].rstrip()
-    atomic.write_text(report, f"{before}\n\n{section}")
-    logger.info("report: %s", report)
+    logger.info("report: %s (the same as text: report.md)", page.put_section(output, section))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Args:
     episodes: int = 4
     """Episodes to look through on the page: pictures and numbers under one cursor."""
     rrd: str = ""
-    """A file such as episodes.rrd: the same episodes for the Rerun viewer (`pip install robovlms_jax[rerun]`)."""
+    """A file such as episodes.rrd: the same episodes for the Rerun viewer (`pip install -e '.[rerun]'`)."""
     conventions: str = ""
     """LeRobot: a file that says what the numbers mean, in place of <root>/meta/robovlms.json."""
     ray: RayConfig = RayConfig()

@@ -5,7 +5,7 @@
     python -m experiments.label --rollouts runs/labels --reward runs/reward --out runs/more_labels
 
 Both clips are of the same task. Answer with the buttons or the arrow keys. The same command goes on where answering was
-stopped. Needs pip install -e .[serve]. docs/reinforcement.md says what becomes of the answers.
+stopped. Needs pip install -e '.[serve]'. docs/reinforcement.md says what becomes of the answers.
 """
 
 from __future__ import annotations

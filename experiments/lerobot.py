@@ -150,8 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from robovlms_jax.runs import run  # takes longer than all that --help needs, as below
 
     config = with_data(name, config)
-    run.run(name, config, title="LeRobot", closing=REAL_THING.replace("so100", name))
-    show(config)
+    if run.run(name, config, title="LeRobot", closing=REAL_THING.replace("so100", name)):
+        show(config)
 
 
 if __name__ == "__main__":

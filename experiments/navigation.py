@@ -15,7 +15,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from robovlms_jax import atomic, cli, ending
+from robovlms_jax import cli, ending
 from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.driving import world
@@ -96,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ending.stop("demonstrations that were recorded are kept, and the same command goes on with the others.")
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    run.run(name, worded(config).experiment, title="navigation", closing=REAL_THING)
-    if config.drives.trials:
+    finished = run.run(name, worded(config).experiment, title="navigation", closing=REAL_THING)
+    if finished and config.drives.trials:
         drive(config.drives, output)
 
 
@@ -113,6 +113,7 @@ def worded(config: NavigationConfig) -> NavigationConfig:
 
 def drive(config: DrivesConfig, output: pathlib.Path) -> None:
     """Drive the run's policy and add what came of it to the run's report."""
+    from robovlms_jax.evaluation.report import page
     from robovlms_jax.runs import driving, load
     from robovlms_jax.training import checkpoints, seals
 
@@ -121,10 +122,7 @@ def drive(config: DrivesConfig, output: pathlib.Path) -> None:
     found = driving.evaluate(policy, config, output / "drives", identity)
     films = driving.film(policy, config, output / "drives" / identity / "films")
     text = driving.section(found, films, output)
-    report = output / "report.md"
-    before = report.read_text().partition("## Drives")[0].rstrip()
-    atomic.write_text(report, f"{before}\n\n{text}")
-    logger.info("report: %s", report)
+    logger.info("report: %s (the same as text: report.md)", page.put_section(output, text))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 The policy acts until a person takes over, and again when it is told to go on. Trials that end with the task done are
 kept, with who acted in every step; training learns from what the person did. The same command goes on where it was
-stopped. Needs pip install -e .[serve]. docs/reinforcement.md says more.
+stopped. Needs pip install -e '.[serve]'. docs/reinforcement.md says more.
 """
 
 from __future__ import annotations

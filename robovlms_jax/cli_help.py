@@ -25,6 +25,8 @@ _VALUE, _EXAMPLES = 20, 8
 """Columns for a value; lines for examples, and for names of presets."""
 _LIKE = 0.8
 """Least `difflib` ratio at which a name is taken for another one that is misspelt, wherever that one stands."""
+_USUAL = {"lr": "learning_rate", "bs": "batch_size", "wd": "weight_decay"}
+"""What other programs call fields -> their names here."""
 
 started_as = ""
 """How the entry point started the running program ("robovlms train bridge"); empty: it was started by itself."""
@@ -74,7 +76,8 @@ def _head(program: str, description: str, start: tuple[str, Sequence[str]], widt
     head = [*wrapped(usage, subsequent_indent=" " * 6), "", *wrapped(" ".join(summary.split())), ""]
     head += _shown_examples(examples, width)
     head += [""] if examples else []
-    head += wrapped(f"presets: {', '.join(presets)}", subsequent_indent="  ")[:_EXAMPLES] if presets else []
+    names = f"presets: {', '.join(presets)}"
+    head += wrapped(names, subsequent_indent="  ", max_lines=_EXAMPLES, placeholder=" ...") if presets else []
     return head + (
         ["", *wrapped(f"Fields that are turned most, with the values of preset {name}:")] if presets else ["Fields:"]
     )
@@ -234,15 +237,22 @@ def _flags(config: Any) -> list[str]:
 
 def _nearest(flag: str, known: Sequence[str]) -> str:
     """The flag that is spelt most like it, or whose own name is: `train.learning_rte` stands for
-    `optimizer.learning_rate`, `head.kind` for `policy.head.kind`. "": none is near."""
+    `optimizer.learning_rate`, and so do its initials, `lr`; `head.kind` for `policy.head.kind`. "": none is near."""
 
     def named(of: str) -> str:
-        return of.rpartition(".")[2].lstrip("-")
+        name = of.rpartition(".")[2].lstrip("-")
+        return _USUAL.get(name, name)
 
     def likeness(other: str) -> float:
         return difflib.SequenceMatcher(None, flag, other).ratio()
 
-    names = difflib.get_close_matches(named(flag), {named(x) for x in known}, n=1, cutoff=_LIKE)
+    room = flag.rpartition(".")[0]  # asked first: `data.roots` is `data.root`, though `data.others.roots` is spelt so
+    beside = {named(x) for x in known if x.rpartition(".")[0] == room}
+    names = [
+        name
+        for group in (beside, {named(x) for x in known})
+        for name in difflib.get_close_matches(named(flag), group, n=1, cutoff=_LIKE)
+    ]
     alike = [x for x in known if named(x) in names or x.endswith(flag.replace("--", ".", 1))]
     return max(alike, key=likeness) if alike else next(iter(difflib.get_close_matches(flag, known, n=1)), "")
 

@@ -10,7 +10,7 @@ def install(extra: str) -> str:
     """The command that brings an extra of setup.cfg: inside the repository, or by the package's name where the library
     was installed from a wheel and no repository lies around it."""
     in_repository = (pathlib.Path(__file__).resolve().parents[1] / "setup.cfg").is_file()
-    return f"pip install -e .[{extra}]" if in_repository else f'pip install "robovlms_jax[{extra}]"'
+    return f"pip install -e '.[{extra}]'" if in_repository else f'pip install "robovlms_jax[{extra}]"'
 
 
 def need(what: str, extra: str, *modules: str) -> None:

@@ -334,6 +334,8 @@ def test_what_cannot_be_given_so_is_answered_with_a_sentence(argv, message, caps
     [
         ("--train.learning_rte", "--optimizer.learning_rate"),  # another room, misspelt
         ("--learning-rate", "--optimizer.learning_rate"),
+        ("--lr", "--optimizer.learning_rate"),
+        ("--data.roots", "--data.root"),  # data.others.roots is spelt so in its last word
         ("--head.kind", "--policy.head.kind"),
         ("--policy.head.kindd", "--policy.head.kind"),
         ("--no-train.resme", "--train.resume"),

@@ -33,6 +33,15 @@ def test_a_field_that_leaves_no_room_for_words_is_shown_without_any(monkeypatch)
     assert f"  --{name} " in cli_help.short_help("x", "What.", ("", ()), config)
 
 
+def test_names_of_presets_that_do_not_fit_are_said_to_go_on(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"a_preset_with_a_long_name_{number}" for number in range(40)]
+    text = cli_help.short_help("x", "What.", (names[0], names), ExperimentConfig(), ExperimentConfig.USUAL)
+    (block,) = [part for part in text.split("\n\n") if part.startswith("presets:")]
+    assert block.endswith(", ...") and len(block.splitlines()) == 8
+    assert not cli_help.short_help("x", "What.", ("one", ["one"]), ExperimentConfig(), ()).count("one, ...")
+
+
 def test_help_fits_one_screen_and_help_all_has_every_field(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     presets = {"one": ExperimentConfig(), "two": ExperimentConfig()}

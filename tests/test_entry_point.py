@@ -190,5 +190,5 @@ def test_a_program_without_its_packages_names_them_before_it_loads_anything(prog
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "websockets" else found(name))
     monkeypatch.setattr(sys, "argv", ["x", "--checkpoint", str(tmp_path)])  # an empty directory, refused later
     monkeypatch.setattr(logs, "to_stderr", lambda **_: None)
-    with pytest.raises(SystemExit, match=r"error: this program needs websockets: pip install -e \.\[serve\]"):
+    with pytest.raises(SystemExit, match=r"error: this program needs websockets: pip install -e '\.\[serve\]'"):
         program.main()

@@ -53,14 +53,14 @@ def test_a_robots_computer_installs_numpy_websockets_and_msgpack_and_nothing_els
     assert {r.name for r in (*declared[""], *declared["client"])} == {"numpy", "websockets", "msgpack"}
     train = {r.name for r in declared["train"]}
     for extra in declared.keys() - {"", "client"}:
-        assert train <= {r.name for r in declared[extra]}, f"pip install -e .[{extra}] would not train"
+        assert train <= {r.name for r in declared[extra]}, f"pip install -e '.[{extra}]' would not train"
 
 
 def test_without_jax_an_experiment_says_what_to_install():
     # -S: no installed packages at all
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import experiments.plan"
     result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60)
-    assert "pip install -e .[train]" in result.stderr.splitlines()[-1]
+    assert "pip install -e '.[train]'" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_without_jax_an_experiment_says_what_to_install():
 def test_without_jax_every_way_in_names_the_extra_in_its_last_line(program):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {program}"
     result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60)
-    assert "pip install -e .[train]" in result.stderr.splitlines()[-1]
+    assert "pip install -e '.[train]'" in result.stderr.splitlines()[-1]
 
 
 def test_away_from_the_repository_an_extra_is_installed_by_the_packages_name(tmp_path, monkeypatch):
-    assert extras.install("gpu") == "pip install -e .[gpu]"
+    assert extras.install("gpu") == "pip install -e '.[gpu]'"
     monkeypatch.setattr(extras, "__file__", str(tmp_path / "robovlms_jax" / "extras.py"))
     assert extras.install("gpu") == 'pip install "robovlms_jax[gpu]"'
 

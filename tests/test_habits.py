@@ -94,7 +94,7 @@ def test_a_wheel_is_built_and_runs_in_empty_environments(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="pip install -e .[dev]")
+@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="pip install -e '.[dev]'")
 def test_what_users_import_has_types_that_fit():
     done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -148,17 +148,19 @@ class Sentences:
         things = _THINGS.intersection(told)
         if not things <= self._rarity.keys():
             return Reading("unknown")
-        named = [task for task in self.known if things <= self._counts[task].keys()]
-        named = named or [task for task in self.known if things & self._counts[task].keys()]
+        at_once = [task for task in self.known if things <= self._counts[task].keys()]
+        named = at_once or [task for task in self.known if things & self._counts[task].keys()]
         fit = [task for task in named if not self._contradicts(told, task)] or named
         matches = sorted((self._match(told, task) for task in fit), key=self._order(told))
         least = _LEAST_TO_ASK if things else LEAST_SIMILARITY
-        near = [match for match in matches if match.similarity >= max(least, matches[0].similarity - _TIE)]
+        if at_once:  # else two tasks are asked for, or one beside what is none: whoever wants the first says so
+            least = max(least, matches[0].similarity - _TIE)
+        near = [match for match in matches if match.similarity >= least]
         if not near:
             return Reading("unknown")
         whole = [match for match in near if self._always[match.task] <= things]
         near = whole or near
-        if len(near) == 1 and things and near[0].similarity >= LEAST_SIMILARITY:
+        if len(near) == 1 and things and at_once and near[0].similarity >= LEAST_SIMILARITY:
             return Reading("meant", (near[0],))
         plain = (dataclasses.replace(match, sentence=self.known[match.task][0]) for match in near[:_MOST_CHOICES])
         return Reading("unclear", tuple(plain))

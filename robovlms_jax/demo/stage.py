@@ -152,7 +152,8 @@ class Stage:
         if reading.kind == "empty":
             self._say("problem", f"That was empty. Say what the robot should do. {self._goes_on()}")
         elif reading.kind == "unknown":
-            self._say("problem", f"“{typed}”: the robot knows nothing like that. {self._goes_on()}")
+            way_on = "try one of the buttons below"
+            self._say("problem", f"“{typed}”: the robot knows nothing like that; {way_on}. {self._goes_on()}")
         else:
             self._choices = [match.sentence for match in reading.matches]
             asked = "which of these is meant?" if len(self._choices) > 1 else "is this meant?"

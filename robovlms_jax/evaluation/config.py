@@ -45,7 +45,7 @@ class RolloutConfig:
     films: int = 2
     """Rollouts filmed for the report, failures first."""
     rrd: bool = False
-    """Write what is filmed to rollouts.rrd, too, for the Rerun viewer (`pip install robovlms_jax[rerun]`)."""
+    """Write what is filmed to rollouts.rrd, too, for the Rerun viewer (`pip install -e '.[rerun]'`)."""
     every: int = 0
     """Steps between rollouts during training; 0: only at the end."""
     select: Literal["last", "best"] = "last"

@@ -83,7 +83,7 @@ class DistributedConfig:
 @dataclasses.dataclass(frozen=True)
 @schema.checked("ray")
 class RayConfig:
-    """Workers of a Ray cluster that share work whose parts need nothing of each other (`pip install -e .[ray]`)."""
+    """Workers of a Ray cluster that share work whose parts need nothing of each other (`pip install -e '.[ray]'`)."""
 
     workers: int = 0
     """How many. 0: this process does it all, without Ray."""

@@ -63,18 +63,19 @@ For the real thing, pass the dataset and the published weights (any preset's fie
 How to get and pack CALVIN: data/README.md. `--help-all` explains every field."""
 
 
-def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: str = REAL_THING) -> None:
+def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: str = REAL_THING) -> bool:
     """Train and report, together with the run's other processes where there are any. `name` is the preset's and `title`
     the experiment's, for the report, which ends with `closing`.
 
-    Errors of the user end the process with a message and status 1."""
+    False: SIGTERM ended it before its last step and it is saved; what would come after it does not begin then, because
+    whoever sends SIGTERM waits for seconds only. Errors of the user end the process with a message and status 1."""
     logs.to_stderr()
     cpu.keep_freed_memory()
     try:
         with distributed.joined(**vars(config.distributed)):
             if jax.process_index() != 0:
                 logging.getLogger().setLevel(logging.WARNING)
-            train(name, config, title=title, closing=closing)
+            return _finished(name, config, title, closing)
     except KeyboardInterrupt:
         ending.stop(stopping.words(pathlib.Path(config.train.output)))
     except ERRORS as error:
@@ -85,11 +86,16 @@ def run(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: 
 
 def train(name: str, config: ExperimentConfig, *, title: str = "CALVIN", closing: str = REAL_THING) -> pathlib.Path:
     """The whole run; returns its directory. Raises what the parts raise, and KeyboardInterrupt after Ctrl-C."""
+    _finished(name, config, title, closing)
+    return pathlib.Path(config.train.output)
+
+
+def _finished(name: str, config: ExperimentConfig, title: str, closing: str) -> bool:
     with stopping.Interrupts() as interrupts:
-        output = _run(name, config, title, closing, interrupts)
+        finished = _run(name, config, title, closing, interrupts)
         if interrupts.asked:
             raise KeyboardInterrupt
-        return output
+        return finished
 
 
 def require_consistent(config: ExperimentConfig) -> None:
@@ -104,9 +110,7 @@ def require_collections(config: ExperimentConfig) -> None:
     questions.open_collections(config)
 
 
-def _run(
-    name: str, config: ExperimentConfig, title: str, closing: str, interrupts: stopping.Interrupts
-) -> pathlib.Path:
+def _run(name: str, config: ExperimentConfig, title: str, closing: str, interrupts: stopping.Interrupts) -> bool:
     begin = time.perf_counter()
     output = pathlib.Path(config.train.output)
     checkpoints.require_free(output, resume=config.train.resume)
@@ -128,7 +132,7 @@ def _run(
         finished = _train(setup, Report(name, title, closing, begin), output, interrupts)
     if finished and jax.process_index() == 0:
         logger.info("report: %s (the same as text: report.md)\n\n%s\n", output / "report.html", closing)
-    return output
+    return finished
 
 
 def require_packages(config: ExperimentConfig) -> None:

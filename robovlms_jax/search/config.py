@@ -36,7 +36,7 @@ class SearchConfig:
     trials: int = 0
     """With a sampler: settings to try. Without one, all combinations are."""
     sampler: Literal["grid", "random", "tpe", "gp"] = "grid"
-    """grid: all combinations. The others are Optuna's (`pip install robovlms_jax[search]`)."""
+    """grid: all combinations. The others are Optuna's (`pip install -e '.[search]'`)."""
     storage: str = ""
     """Optuna's storage, such as sqlite:///study.db. Empty: the journal file `out`/optuna.log, which processes on
     several machines can share. `optuna-dashboard` opens either."""

@@ -161,5 +161,5 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     with pytest.raises(base.CorruptFrameError, match=r"file-000\.mp4"):
         dataset.images([3], ["static"])
     monkeypatch.setattr("importlib.import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
-    with pytest.raises(ImportError, match=r"pip install -e \.\[lerobot\]"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[lerobot\]'"):
         lerobot.open_dataset(root, "training")

@@ -358,7 +358,7 @@ def test_a_packed_dataset_of_another_robot_is_packed_again_without_a_quarrel(tmp
 
 @pytest.mark.slow
 def test_two_workers_of_a_ray_cluster_pack_what_one_process_packs(write_calvin, tmp_path, small_shards):
-    pytest.importorskip("ray", reason="Ray is not installed: pip install -e .[ray]")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
     root = write_calvin(SPANS, frames=range(90, 150))
     with spreading.over_files(RayConfig(workers=2, address="local")):
         pack(root, tmp_path / "shared")

@@ -104,6 +104,7 @@ DOOR, DRAWER = {"move_slider_left", "move_slider_right"}, {"open_drawer", "close
         ("press the button", {"turn_on_led", "turn_off_led"}),
         ("flip the lever", {"turn_on_lightbulb", "turn_off_lightbulb"}),
         ("open the drawer and turn on the green light", {"open_drawer", "turn_on_led"}),
+        ("open the drawer, then turn on the light", {"open_drawer"}),  # which light is another question
         *(("open", {"open_drawer"}), ("open the fridge", {"open_drawer"}), ("move left", {"move_slider_left"})),
     ],
 )

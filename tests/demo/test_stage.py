@@ -45,7 +45,7 @@ def test_a_task_that_takes_too_long_is_given_up():
     [
         ("", "That was empty"),
         (None, "That was empty"),
-        ("make me a coffee", "“make me a coffee”: the robot knows nothing like that. Nothing moves."),
+        ("make me a coffee", "the robot knows nothing like that; try one of the buttons below. Nothing moves."),
         ("what is the weather tomorrow", "that is a question"),
         ("do not turn on the green light", "that says what not to do, and the robot only knows what to do. Nothing"),
         ("open the drawer", "“open the drawer”: that is so already. Nothing moves."),

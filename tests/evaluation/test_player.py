@@ -100,3 +100,17 @@ def test_markdown_becomes_cards_with_its_pictures_inside(tmp_path):
     made = page.from_markdown(text, tmp_path)
     assert made.count("<section") == 1 and "<table>" in made
     assert 'src="data:image/png;base64,' in made and 'src="gone.png"' in made
+
+
+def test_what_is_found_later_stands_first_in_text_and_page_and_once(tmp_path):
+    Image.fromarray(picture(3)).save(tmp_path / "strips.png")
+    text = "# run\n\n| steps |\n| --- |\n| 3 |\n\n## Loss\n\nsmall\n\n## The real thing\n\nlater\n"
+    (tmp_path / "report.md").write_text(text)
+    player.write(tmp_path / "report.html", "run", text, "To look through", [episode()])
+    for found in ("1 of 3", "2 of 3"):
+        made = page.put_section(tmp_path, f"## Drives\n\n{found}\n\n### bare\n\n![strips](strips.png)\n")
+    written, shown = (tmp_path / "report.md").read_text(), made.read_text()
+    assert re.findall("^## (.*)$", written, re.MULTILINE) == ["Drives", "Loss", "The real thing"]
+    assert re.findall(r"<h2>(.*?)</h2>", shown) == ["Drives", "Loss", "The real thing", "To look through"]
+    assert "1 of 3" not in written + shown and "2 of 3" in written and "2 of 3" in shown
+    assert 'src="data:image/png' in shown and shown.count('class="player"') == 1 and not Elements(shown).open

@@ -127,7 +127,7 @@ def test_every_episode_begins_at_step_and_second_zero_and_gaps_stay_gaps(streams
 
 def test_without_the_package_every_program_names_its_extra_before_it_begins(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "rerun", None)
-    message = r"\.rrd files need the package rerun-sdk .*pip install -e \.\[rerun\], or leave the option out"
+    message = r"\.rrd files need the package rerun-sdk .*pip install -e '\.\[rerun\]', or leave the option out"
     with pytest.raises(ImportError, match=message):
         rerun_file.write(tmp_path / "x.rrd", "mine", [FAILED])
     with pytest.raises(ImportError, match=message):

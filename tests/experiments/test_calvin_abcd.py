@@ -249,7 +249,9 @@ def test_sigterm_saves_and_a_second_start_without_resume_is_refused(tmp_path, mo
         return batch
 
     eventful(monkeypatch, 4, stop)
-    output = run.train("sample", small(tmp_path / "stopped", **{"train.profile": 2}))
+    monkeypatch.setattr(run.logs, "to_stderr", lambda: None)  # caplog's handler stays
+    output = tmp_path / "stopped"
+    assert not run.run("sample", small(output, **{"train.profile": 2}))
     assert "stopped by SIGTERM" in caplog.text
     assert 3 <= int(checkpoints.locate(output).name) < 10
     assert not (output / "report.md").exists()

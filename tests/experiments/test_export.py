@@ -119,7 +119,7 @@ def test_activations_in_int8_have_a_form_in_stablehlo_alone(to):
 def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     config = export.ExportConfig(str(RELEASE / "policy_head_lstm"), str(tmp_path / "out"), to="onnx")
-    with pytest.raises(ImportError, match=r"jax2onnx .*pip install -e \.\[onnx\]"):
+    with pytest.raises(ImportError, match=r"jax2onnx .*pip install -e '\.\[onnx\]'"):
         export.export(config)
     assert not list(tmp_path.iterdir())
 

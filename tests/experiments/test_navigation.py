@@ -64,6 +64,7 @@ def test_one_command_records_trains_drives_and_reports(tmp_path):
     assert report.count("## Drives") == 1 and report.count("| 2box_hori_right |") == 6
     navigation.main([f"--train.output={tmp_path / 'run'}", f"--data.root={tmp_path / 'data'}", "--train.resume"])
     assert (tmp_path / "run/report.md").read_text().count("## Drives") == 1
+    assert (tmp_path / "run/report.html").read_text().count("<h2>Drives</h2>") == 1
 
 
 def test_a_source_that_is_nowhere_is_refused_before_anything_is_recorded(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""An evaluation and a shared queue by Ray's own cluster of this machine. Needs `pip install -e .[ray]`."""
+"""An evaluation and a shared queue by Ray's own cluster of this machine. Needs `pip install -e '.[ray]'`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TWO = RayConfig(workers=2, address="local")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install -e .[ray]"),
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'"),
 ]
 
 

@@ -161,7 +161,7 @@ def test_workers_that_no_machine_has_room_for_are_told_of(monkeypatch, caplog):
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
-        pytest.raises(ImportError, match=r"ray\.workers of 1 or more needs the package ray .*pip install -e \.\[ray\]"),
+        pytest.raises(ImportError, match=r"ray\.workers of 1 or more needs the package ray .*'\.\[ray\]'"),
         ray_workers.joined(RayConfig(workers=2)),
     ):
         pass

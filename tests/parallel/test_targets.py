@@ -63,7 +63,7 @@ def test_a_devices_published_peaks_are_those_of_its_own_card(kind, dtype, tflops
 )
 def test_a_compiler_that_is_not_installed_is_named_with_what_installs_it(monkeypatch, name, module, extra):
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not there
-    with pytest.raises(ModuleNotFoundError, match=rf"needs a compiler for .PUs .*pip install -e \.\[{extra}\]"):
+    with pytest.raises(ModuleNotFoundError, match=rf"needs a compiler for .PUs .*pip install -e '\.\[{extra}\]'"):
         targets.devices(targets.parse(name))
 
 

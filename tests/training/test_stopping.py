@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 
+from experiments import gym, lerobot, navigation
 from robovlms_jax import cli
 from robovlms_jax.parallel import distributed
 from robovlms_jax.runs import run
@@ -80,7 +81,7 @@ def test_the_program_ends_with_one_line_and_status_130(tmp_path, monkeypatch, ca
 
     if steps:
         write_steps(tmp_path, *steps)
-    monkeypatch.setattr(run, "train", interrupted)
+    monkeypatch.setattr(run, "_run", interrupted)
     monkeypatch.setattr(logging.root, "handlers", [])
     monkeypatch.setattr(logging.root, "level", logging.root.level)
     with pytest.raises(SystemExit) as caught:
@@ -93,3 +94,17 @@ def test_the_program_ends_with_one_line_and_status_130(tmp_path, monkeypatch, ca
     )
     (line,) = capsys.readouterr().err.splitlines()
     assert f"stopped by Ctrl-C; {left}" in line
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(("program", "what"), [(lerobot, "show"), (gym, "try_out"), (navigation, "drive")])
+def test_what_follows_a_run_begins_only_if_no_signal_ended_it(program, what, finished, tmp_path, monkeypatch):
+    # A scheduler that sends SIGTERM kills half a minute later; trials of a policy of one step took minutes.
+    began = []
+    monkeypatch.setattr(run, "run", lambda *_, **__: finished)
+    monkeypatch.setattr(program, what, lambda *_: began.append(what))
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.root.level)
+    recording = () if program is lerobot else ("--recording.episodes", "0")
+    program.main(["--train.output", str(tmp_path / "run"), "--data.root", str(tmp_path), *recording])
+    assert began == ([what] if finished else [])

@@ -11,6 +11,8 @@ import re
 
 import numpy as np
 
+from robovlms_jax import atomic
+
 STYLE = """
 :root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --text: #1d2430; --soft: #667085; --line: #e3e7ee;
   --blue: #00798c; --band: #00798c22; --problem: #c8324a; --look: #b7791f; --fine: #3f8f63; }
@@ -67,6 +69,25 @@ def from_markdown(text: str, directory: pathlib.Path) -> str:
     return f'<header class="prose">{head}</header>' + "".join(
         f'<section class="prose">{part}</section>' for part in parts
     )
+
+
+def put_section(directory: pathlib.Path, section: str) -> pathlib.Path:
+    """Put what was found after a run's report had been written before the other sections of its report.md and
+    report.html; a section of the same heading goes.
+
+    section: Markdown from its own heading, "## ...", on; its links and pictures are relative to `directory`.
+    Returns the page's path.
+    """
+    heading = section.partition("\n")[0]
+    text, made = directory / "report.md", directory / "report.html"
+    head, *parts = re.split(r"(?m)^(?=## )", text.read_text())
+    kept = [part for part in parts if part.partition("\n")[0] != heading]
+    atomic.write_text(text, f"{head}{section.rstrip()}\n\n{''.join(kept)}")
+    new = from_markdown(section, directory).partition("</header>")[2]
+    old = new.partition("</h2>")[0]
+    before, *sections = re.split(r"(?=<section)", made.read_text())
+    atomic.write_text(made, before + new + "".join(part for part in sections if not part.startswith(old)))
+    return made
 
 
 def _inlined(match: re.Match[str], directory: pathlib.Path) -> str:
