@@ -10,6 +10,7 @@ import re
 
 import pytest
 
+from experiments import calvin_abcd
 from robovlms_jax.envs import gym
 from tests.processes import run_python
 
@@ -41,6 +42,17 @@ def test_python_in_documents_parses_and_imports_what_exists():
                     if not hasattr(module, name):
                         importlib.import_module(f"{node.module}.{name}")
     assert seen > 30
+
+
+def test_the_guide_has_every_preset_of_the_main_job():
+    guide = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
+    assert [name for name in calvin_abcd.PRESETS if f"`{name}`" not in guide] == []
+
+
+def test_every_how_to_page_is_named_where_a_reader_begins():
+    names = ("README.md", "docs/index.md", "docs/guide.md")
+    begin = "".join((ROOT / name).read_text(encoding="utf-8") for name in names)
+    assert [page.name for page in (ROOT / "docs/how_to").glob("*.md") if f"how_to/{page.name})" not in begin] == []
 
 
 def test_the_layout_of_an_environment_of_ones_own_is_one():
