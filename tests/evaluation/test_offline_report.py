@@ -94,6 +94,7 @@ def test_table_shows_millimetres_and_degrees(tmp_path):
     overall = offline.summarize(offline.over_chunk(make_sums()))
     assert f"| x (mm) | {1000 * overall.mae[0]:.3g} | {1000 * overall.mae_still[0]:.3g} |" in text
     assert f"| yaw (°) | {np.rad2deg(overall.mae[5]):.3g} | {np.rad2deg(overall.mae_still[5]):.3g} |" in text
+    assert "| that of no motion |" in text and "a guess which looks at nothing: no motion, or always the mean" in text
 
 
 def test_json_is_strict_and_complete(tmp_path):

@@ -36,6 +36,10 @@ _OPEN_LOOP = (
     "did next; nothing that it predicts is executed, so mistakes do not add up. A small error here does not say that "
     "tasks succeed."
 )
+_GUESSES = (
+    "Beside each error stands that of a guess which looks at nothing: {still}, or always the mean of the recorded "
+    "actions. A policy that has learned something is below both."
+)
 _OPEN_LOOP_EPISODES = (
     "The first action of every predicted chunk over the recorded one, frame by frame. The pictures are those of the "
     "recording all along: the robot goes where the demonstrator went."
@@ -174,7 +178,7 @@ def _comparison(overall: offline.Summary | None, robot: RobotSpec) -> list[str]:
         return ["The validation split has no annotated episode: nothing was compared."]
     return [
         f"{_OPEN_LOOP} Validation split, {int(overall.count):,} actions.",
-        *([_error_table(overall, robot)] if robot.scaled else []),
+        *(_error_table(overall, robot) if robot.scaled else []),
         *([_gripper_text(overall)] if robot.binary else []),
         "![error at every chunk position](errors.png)",
     ]
@@ -342,21 +346,22 @@ def _loss_table(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
     return tables.markdown(["", "first", "last"], rows)
 
 
-def _error_table(overall: offline.Summary, robot: RobotSpec) -> str:
+def _error_table(overall: offline.Summary, robot: RobotSpec) -> list[str]:
     axes = axis_files.axes_of(robot)
     factors = np.array([axis.factor for axis in axes])
     columns = [x * factors for x in (overall.mae, overall.mae_still, overall.rmse, overall.rmse_mean)]
     rows = [[axis.label, *(tables.significant(column[i]) for column in columns)] for i, axis in enumerate(axes)]
-    head = ["per step", "mean abs. error", "of no motion", "root mean square error", "of always the mean"]
-    if all(robot.action[axis.column].kind in ("absolute", "continuous") for axis in axes):
-        head[2] = "of always 0"
-    return tables.markdown(head, rows)
+    places = all(robot.action[axis.column].kind in ("absolute", "continuous") for axis in axes)
+    still = "always 0" if places else "no motion"
+    head = ["per step", "mean abs. error", f"that of {still}", "root mean square error", "that of always the mean"]
+    return [tables.markdown(head, rows), _GUESSES.format(still=still)]
 
 
 def _gripper_text(overall: offline.Summary) -> str:
     return (
         f"Gripper: {tables.percent(overall.gripper_accuracy)} right (always the commoner state: "
-        f"{tables.percent(overall.gripper_majority)}), F1 of closed {tables.significant(overall.gripper_f1)}."
+        f"{tables.percent(overall.gripper_majority)}), F1 of closed {tables.significant(overall.gripper_f1)} "
+        "(1: every frame with a closed hand is found, and no other)."
     )
 
 
