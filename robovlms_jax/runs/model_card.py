@@ -37,12 +37,13 @@ def card(step: pathlib.Path, config: ExperimentConfig, repository: str, words: W
     """
     run, policy = checkpoints.run_of(step), config.policy
     base = config.backbone.weights
+    seen = "one frame" if policy.window == 1 else f"the newest {policy.window} frames"
     sections = [
         _header(config, words),
         f"# {repository.partition('/')[2]}",
         f"A robot policy: {config.backbone.name}, history {policy.history}, readout {policy.readout}, head "
-        f"{policy.head.kind_of(type(policy.head))}; it sees the newest {policy.window} frames (W) and predicts "
-        f"{policy.chunk} actions (C). Parameters of {seals.identity(step).label}"
+        f"{policy.head.kind_of(type(policy.head))}; it sees {seen} at a time (W = {policy.window}) and predicts "
+        f"{policy.chunk} actions (C = {policy.chunk}). Parameters of {seals.identity(step).label}"
         + (f", fine-tuned from {base}." if hub.is_name(base) else "."),
         "## Use",
         _use(repository, config),

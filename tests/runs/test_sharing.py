@@ -113,6 +113,7 @@ def test_the_card_says_whose_robot_what_data_which_numbers_and_what_limits(run):
     facts = yaml.safe_load(head)
     assert facts["license"] == "apache-2.0" and facts["pipeline_tag"] == "robotics"
     assert "28 of 40" in body and "55 to 82 %" in body and "39 of 40" not in body  # of this checkpoint alone
+    assert "sees one frame at a time (W = 1) and predicts 2 actions (C = 2)." in body
     assert "open_drawer" in body and 'load_policy("hf://me/kitchen")' in body
     assert "Recorded in our kitchen." in body and "Never tried with gloves." in body and "emergency stop" in body
     code = body.split("```python\n")[1].split("```")[0].replace("hf://me/kitchen", str(run))
