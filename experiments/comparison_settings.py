@@ -153,12 +153,11 @@ def _adapters(name: str, *fixed: str, kind: str = "lora") -> Variant:
 
 
 _LAST_LAYER = (f"train.trainable={' '.join(_HEAD)} ^backbone/text/layers/", "optimizer.last_layers=^backbone/text/ 1")
-_COLOURS = ("data.augment.crop_area=0.9", "data.augment.brightness=0.2", "data.augment.contrast=0.4")
-_COLOURS += ("data.augment.saturation=0.4", "data.augment.hue=0.2")
+_STRONG = ("data.augment.crop_area=0.9", "data.augment.brightness=0.2", "data.augment.contrast=0.4")
+_STRONG += ("data.augment.saturation=0.4", "data.augment.hue=0.2")
+_COLOURS = ("data.augment.brightness=0.15", "data.augment.contrast=0.2")
+_COLOURS += ("data.augment.saturation=0.3", "data.augment.hue=0.03")
 _UNCHANGED = ("data.static_shift=0", "data.wrist_shift=0")
-
-
-_COLOURS = ("brightness=0.15", "contrast=0.2", "saturation=0.3", "hue=0.03")
 
 
 def _augmented(name: str, *fixed: str) -> Variant:
@@ -212,7 +211,7 @@ _RECIPES = (
     _taught("Lion, a fifth of the rate", "optimizer.name=lion", "optimizer.learning_rate=8e-5"),
     _taught("Muon", "optimizer.name=muon"),
     _taught("average of parameters", "optimizer.ema=0.98"),
-    _taught("colours and crops", *_COLOURS),
+    _taught("colours and crops", *_STRONG),
 )
 
 _BESIDE = ("train.sources=robot 4 questions 1", "train.batch_size=40")
@@ -293,7 +292,7 @@ PRESETS = {
             _augmented("none"),
             _augmented("shifts", "data.static_shift=4", "data.wrist_shift=3"),
             _augmented("crops", "data.augment.crop_area=0.85"),
-            _augmented("colours", *(f"data.augment.{name}" for name in _COLOURS)),
+            _augmented("colours", *_COLOURS),
             _augmented("random erasing", "data.augment.erase_area=0.2"),
         ),
         fixed=(*BUDGET, "rollouts.trials=80"),

@@ -47,7 +47,9 @@ def preset(experiment: str, start: str, fixed: Sequence[str], owner: str) -> Exp
         ) from None
     if start not in presets:
         hint = schema.nearest(start, presets)
-        raise ValueError(f"{owner}.start={start!r} is no preset of {experiment}{hint} {sorted(presets)}")
+        raise ValueError(
+            f"{owner}.start={start!r} is no preset of {experiment}{hint} Choose with --start: {', '.join(presets)}."
+        )
     return cli.read(presets[start], argv=space.flags(space.fixed(fixed, owner)))
 
 

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     if config.report:
         queue.finished(pathlib.Path(config.out))
     else:
-        search_settings.require(config, None if _elsewhere(config) else search_settings.devices())
+        search_settings.require(config, _unknown if _elsewhere(config) else search_settings.devices)
     stopped = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end: the run saves, the trial stays open
     try:
@@ -71,8 +71,12 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
 def _work(config: SearchConfig) -> None:
     """On a worker of a Ray cluster."""
     logs.to_stderr()
-    search_settings.require(config, search_settings.devices())
+    search_settings.require(config, search_settings.devices)
     workers.work(config)
+
+
+def _unknown() -> None:
+    """Devices of trials that run elsewhere."""
 
 
 def _elsewhere(config: SearchConfig) -> bool:

@@ -12,7 +12,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from experiments import protocols
@@ -31,16 +31,19 @@ OWN = ("train.output", "out", "output", "train.seed", "train.resume")
 """What the search sets itself."""
 
 
-def require(config: SearchConfig, devices: int | None = None) -> None:
+def require(config: SearchConfig, devices: Callable[[], int | None]) -> None:
     """Every setting is one that its run takes, and measures what the search ranks by; of ranges, their ends.
 
     Args:
-      devices: of a trial; None: it is not known how many, and what depends on it is left to the trials.
+      devices: how many a trial has, asked once all else that is said of the search as a whole is right, for counting
+        takes seconds; None: it is not known, and what depends on it is left to the trials.
     Raises:
       ValueError, OSError, ImportError: names the setting, and what its run would refuse.
     """
     start, fixed = protocols.preset(config.experiment, config.start, (), "search"), space.fixed(config.fixed)
     fields = space.read(config.space)
+    if config.sampler == "grid":
+        space.grid(fields)
     names = {field.name for field in fields}
     if names & set(fixed):
         raise ValueError(f"search.fixed and search.space both set {sorted(names & set(fixed))}; a field does one.")
@@ -49,9 +52,10 @@ def require(config: SearchConfig, devices: int | None = None) -> None:
             f"{sorted(own)} are set by the search for every trial (search.out, search.seeds); leave them out."
         )
     opened: list[Any] = []
+    known = devices()
     for setting, trial in configurations(start, fixed, fields):
         try:
-            _require(config, trial, devices, opened)
+            _require(config, trial, known, opened)
         except (ValueError, OSError, ImportError) as error:
             raise notices.about(_trial(setting), error) from None
 

@@ -17,8 +17,8 @@ class SearchConfig:
 
     experiment: str = "calvin_abcd"
     """Module of `experiments` whose presets are varied."""
-    start: str = "default"
-    """Its preset that every trial begins with."""
+    start: str = "playtable_fixtures"
+    """Its preset that every trial begins with; another experiment needs one of its own. `sample` takes seconds."""
     fixed: tuple[str, ...] = ()
     """Fields set alike in every trial, "train.steps=500"; several words after = are several values of a tuple."""
     space: tuple[str, ...] = ()

@@ -31,7 +31,12 @@ class Range:
 
 
 def read(texts: Sequence[str]) -> list[Values | Range]:
-    """Raises ValueError that names the text and what was expected."""
+    """Raises ValueError that names the text and what was expected, and so of no text at all."""
+    if not texts:
+        raise ValueError(
+            "search.space is empty: name at least one field that varies, such as --space "
+            "optimizer.learning_rate=1e-3,3e-4."
+        )
     found = [_read(text) for text in texts]
     names = [field.name for field in found]
     twice = sorted({name for name in names if names.count(name) > 1})

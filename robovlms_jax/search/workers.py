@@ -31,8 +31,6 @@ def work(config: SearchConfig) -> None:
       ImportError: Optuna is needed and missing.
     """
     fields = space.read(config.space)
-    if not fields:
-        raise ValueError("search.space is empty: name at least one field that varies.")
     out = pathlib.Path(config.out)
     queue.agree(out, "search.json", {name: getattr(config, name) for name in _SHARED})
     if config.sampler == "grid":

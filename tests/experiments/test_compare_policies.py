@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import json
 import pathlib
 
@@ -11,7 +13,7 @@ import pytest
 
 from experiments import compare_policies as compare
 from robovlms_jax.runs import cost, load
-from robovlms_jax.search import queue
+from robovlms_jax.search import queue, space
 
 Variant = compare.Variant
 
@@ -171,6 +173,20 @@ def test_answers_are_those_of_the_last_validation(tmp_path):
     rows = [{"step": step, "validation/accuracy_questions": share} for step, share in ((1, 0.2), (5, 0.75))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert compare._answers(tmp_path) == 0.75
+
+
+def test_every_variant_sets_fields_that_there_are():
+    """Their values: the slow test below."""
+    for config in compare.PRESETS.values():
+        presets = importlib.import_module(f"experiments.{config.experiment}").PRESETS
+        for variant in config.variants:
+            start = presets[variant.start or config.start]
+            for name in space.fixed((*config.fixed, *variant.fixed)):
+                *parts, last = name.split(".")
+                inside = functools.reduce(
+                    lambda x, part: x[int(part)] if part.isdigit() else getattr(x, part), parts, start
+                )
+                assert hasattr(inside, last), f"{variant.name}: {name}"
 
 
 @pytest.mark.slow

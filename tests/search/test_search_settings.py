@@ -19,14 +19,31 @@ def looked_at(search: SearchConfig | None = None, devices: int | None = 1, **cha
 
 
 def test_what_its_run_refuses_is_named_with_the_setting_and_so_is_an_end_of_a_range():
+    asked = SearchConfig(start="sample", space=("train.accumulation=1:3:int",), sampler="random", trials=1)
     with pytest.raises(ValueError, match=r"^a trial with train.accumulation=3: .*does not divide"):
-        search_settings.require(SearchConfig(start="sample", space=("train.accumulation=1:3:int",)), 1)
+        search_settings.require(asked, lambda: 1)
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        (SearchConfig(), "search.space is empty: name at least one field"),
+        (SearchConfig(space=("train.steps=1:9",)), "a grid needs values"),
+        (SearchConfig(start="smaple", space=("train.steps=1",)), "did you mean 'sample'"),
+    ],
+)
+def test_what_is_wrong_with_the_search_itself_is_said_before_devices_are_counted(search, said):
+    def never():
+        raise AssertionError("counted")
+
+    with pytest.raises(ValueError, match=said):
+        search_settings.require(search, never)
 
 
 def test_values_that_a_command_line_refuses_together_are_told_with_the_setting(capsys):
     fields = ("policy.window=4", "policy.history=one_step")
     with pytest.raises(SystemExit):
-        search_settings.require(SearchConfig(start="sample", space=fields), 1)
+        search_settings.require(SearchConfig(start="sample", space=fields), lambda: 1)
     said = capsys.readouterr().err
     assert "history=one_step" in said and "this is a trial with policy.window=4, policy.history=one_step" in said
 

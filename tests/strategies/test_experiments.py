@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import pathlib
 
@@ -257,6 +258,16 @@ def test_a_search_and_a_protocol_name_a_wrong_preset_alike():
         search.main(["--start", "sampel", "--space", "train.seed=1,2"])
     with pytest.raises(ValueError, match=r"few_shot\.experiment='calvin_abdc' .*; did you mean 'calvin_abcd'"):
         few_shot.jobs(few_shot.FewShotConfig(experiment="calvin_abdc"))
+    with pytest.raises(
+        ValueError, match=r"adapt\.start='playtable_fixtures' is no preset of bridge\. Choose with --start: "
+    ):
+        adapt.jobs(adapt.AdaptConfig(experiment="bridge"))
+
+
+@pytest.mark.parametrize("program", [few_shot, continual, adapt, search, compare_policies])
+def test_programs_of_many_runs_begin_with_a_preset_that_there_is(program):
+    for config in program.PRESETS.values():
+        assert config.start in importlib.import_module(f"experiments.{config.experiment}").PRESETS
 
 
 @pytest.mark.parametrize("program", [few_shot, continual, adapt, search, reinforce, compare_policies])
