@@ -10,7 +10,7 @@
     python -m experiments.compare_policies --preset cotraining    # questions beside demonstrations: what is kept
     python -m experiments.compare_policies --preset stages        # the order of questions, robot and other robots
     python -m experiments.compare_policies --preset words         # each sentence as recorded, or varied
-    python -m experiments.compare_policies --preset augmentations # pictures as they are, or a part of them covered
+    python -m experiments.compare_policies --preset augmentations # pictures shifted, cropped, recoloured or covered
     python -m experiments.compare_policies --preset embodiment    # before and after training among other robots
     python -m experiments.compare_policies --preset robots        # another arm beside: heads of their own, or one
     python -m experiments.compare_policies --preset discrete      # actions as words: how many bins, and which ids
