@@ -120,7 +120,7 @@ def test_a_real_trial_resumes_where_it_has_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.undo()
     config, trial = settings(tmp_path, fixed=("policy.head.trunk=8 8",)), queue.Trial(0, {"train.steps": "3"}, 4)
     words = trials.command(config, trial, tmp_path)
-    assert words[1:5] == ["-m", "experiments.calvin_abcd", "--preset", "default"] and "--train.resume" not in words
+    assert words[1:5] == ["-m", "experiments.calvin_abcd", "--preset", config.start] and "--train.resume" not in words
     assert words[5:] == [
         *("--distributed.coordinator", "none"),  # although srun may have started the search as one of several
         *("--policy.head.trunk", "8", "8", "--train.steps", "3", "--train.seed", "4", "--train.output", str(tmp_path)),
