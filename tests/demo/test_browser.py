@@ -177,3 +177,23 @@ def test_the_answer_stands_beside_the_input_with_choices_and_a_lost_page_control
         page.wait("document.body.dataset.state === 'lost'", 20)
         assert page.ask("$('stop').disabled && $('send').disabled && !$('role').className.includes('live')")
         page.screenshot(tmp_path / "lost.png")
+
+
+def test_who_watches_is_not_told_to_release_a_stop_that_only_another_one_can_release(tmp_path, monkeypatch):
+    monkeypatch.setattr(loops.Painter, "draw", lambda self, moment, camera: np.zeros((50, 50, 3), np.uint8))
+    stage, _, _ = make_stage()
+    with (
+        serving(Shown(stage)) as shown,
+        browser(tmp_path / "first") as page,
+        browser(tmp_path / "second") as other,
+    ):
+        try:
+            for tab in (page, other):
+                tab.open(f"http://127.0.0.1:{shown.server.port}/")
+                tab.wait("document.body.dataset.state === 'live' && facts !== null && role.number", 60)
+            other.ask("$('stop').click()")
+            for tab, way_out in ((page, "Release the stop, then"), (other, "ask for control if that should be you")):
+                tab.wait(f"facts.latch === 'hold' && $('banner').textContent.includes({way_out!r})", 20)
+            assert page.ask("!$('release').disabled") and other.ask("$('release').disabled")
+        finally:
+            shown.show.close()
