@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pathlib
+import resource
+import signal
 import subprocess
 import sys
 
@@ -24,3 +26,10 @@ def run_python(*arguments: object, status: int = 0, **environment: str) -> str:
     )
     assert done.returncode == status, done.stderr
     return done.stdout
+
+
+def limit_files(size: int) -> None:
+    """No file of this process may grow beyond `size` bytes: as a full disk, but for everyone who may run tests.
+    -1: files may grow again."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

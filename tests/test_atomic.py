@@ -17,8 +17,8 @@ from robovlms_jax.search import queue
 from robovlms_jax.strategies import support
 from robovlms_jax.training import consolidation, metrics, provenance
 from tests.labeling import made_up
+from tests.processes import limit_files
 from tests.test_imports import library_files
-from tests.training.test_metrics import limit_files
 
 
 def test_what_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_path):

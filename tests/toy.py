@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,6 +142,17 @@ def _described(inputs: Inputs):
 
 def random_params(model: vla.VLA, batch: Batch):
     """Parameters as large as `init` makes them, without compiling it."""
+    return random_like(param_shapes(model, batch))
+
+
+def random_init(module: nn.Module, *inputs):
+    """Variables as large as `module.init` makes them, without compiling it: a program that draws each parameter takes
+    longer to compile than what most tests do with them. Not for tests that ask what values a module begins with."""
+    return random_like(unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs)))
+
+
+def random_like(shapes):
+    """Parameters of these shapes, as large as initialisation makes them."""
     rng = np.random.default_rng(0)
 
     def make(path, leaf):
@@ -149,7 +161,7 @@ def random_params(model: vla.VLA, batch: Batch):
             return np.full(leaf.shape, name == "scale", np.float32)
         return (rng.normal(size=leaf.shape) * max(fan_in, 1) ** -0.5).astype(np.float32)
 
-    return jax.device_put(jax.tree_util.tree_map_with_path(make, param_shapes(model, batch)))
+    return jax.device_put(jax.tree_util.tree_map_with_path(make, shapes))
 
 
 def assert_learns_and_acts(model: vla.VLA, *, steps: int, learning_rate: float, left: float) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.linen import unbox
 
 from robovlms_jax.policies import auxiliary
 from robovlms_jax.policies.config import AuxiliaryConfig, ClipConfig, ForwardConfig
 from robovlms_jax.types import Tokens
+from tests import toy
 
 FORWARD = ForwardConfig(loss_weight=0.1, offsets=(1, 3), patch_size=4, width=8, depth=1, head_dim=4)
 
@@ -48,7 +47,7 @@ def test_clip_loss_is_upstreams():
     rng = np.random.default_rng(2)
     features, sentence = rng.normal(size=(2, 3, 4, 6)).astype(np.float32), rng.normal(size=(2, 5)).astype(np.float32)
     module = auxiliary.Auxiliary(AuxiliaryConfig(clip=ClipConfig(weights="somewhere", dim=5)), ("static",), 8)
-    params = unbox(jax.jit(module.init)(jax.random.key(0), features[:, 0])["params"])
+    params = toy.random_init(module, features[:, 0])["params"]
     found = module.apply({"params": params}, features, sentence, method="clip_alignment_loss")
     kernel, bias = (np.asarray(params["clip"][name]) for name in ("kernel", "bias"))
     for row in range(2):
@@ -63,7 +62,7 @@ def test_foresight_compares_each_camera_and_offset_and_skips_what_was_not_record
     module = auxiliary.Auxiliary(AuxiliaryConfig(forward=FORWARD), ("wrist", "static"), 8)
     features = rng.normal(size=(2, 1, 6)).astype(np.float32)
     future = {camera: jnp.asarray(rng.normal(size=(2, 2, 8, 8, 3)), jnp.float32) for camera in ("static", "wrist")}
-    params = unbox(jax.jit(module.init)(jax.random.key(0), features)["params"])
+    params = toy.random_init(module, features)["params"]
     predicted = module.apply({"params": params}, features, method=lambda m, x: m.forward(x))
     assert predicted.shape == (2, 2, 2, 4, 48)  # offsets, cameras, patches
     real = jnp.asarray([[[True, False], [False, False]], [[False, False], [False, False]]])

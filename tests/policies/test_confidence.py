@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.linen import unbox
 
 from robovlms_jax.actions.normalize import Normalizer
 from robovlms_jax.control.interface import Observation
@@ -98,7 +97,7 @@ def test_asking_for_the_spread_changes_no_other_gradient(kind):
     mask = jnp.ones((4, 1, 3), bool)
     step_mask, count = jnp.ones((4, 1), bool), jnp.float32(12)
     plain, spread = head_of(kind), head_of(kind, spread=True)
-    params = unbox(jax.jit(spread.init)(jax.random.key(0), features, step_mask))["params"]
+    params = toy.random_init(spread, features, step_mask)["params"]
 
     def gradient(head, params):
         def loss(params):

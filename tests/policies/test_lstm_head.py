@@ -12,6 +12,7 @@ from flax.linen import unbox
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from robovlms_jax.policies.heads import base, lstm
+from tests.toy import random_init
 
 W, C, D, HIDDEN = 8, 10, 24, 16
 
@@ -108,7 +109,7 @@ def test_empty_mask_gives_zero_loss_and_finite_gradients():
     # Upstream's mean over nothing is NaN and poisons the run.
     head = make_head()
     x, steps = np.ones((1, W, 1, D), np.float32), np.ones((1, W), bool)
-    params = unbox(jax.jit(head.init)(jax.random.key(0), x, steps))
+    params = random_init(head, x, steps)
 
     def loss(params):
         mask = jnp.zeros((1, W, C), bool)
@@ -152,7 +153,7 @@ def test_step_repeated_equals_the_last_step_of_each_window(queries, exact_matmul
     config = lstm.LSTMHeadConfig(hidden_size=HIDDEN, num_layers=2, trunk=(12,))
     head = base.build(config, window=4, chunk=3, action_dim=7, binary=(6,), feature_dim=D, num_queries=queries)
     x = np.random.default_rng(1).normal(size=(2, 9, queries, D)).astype(np.float32)
-    params = jax.jit(head.init)(jax.random.key(0), x[:, :4], np.ones((2, 4), bool))
+    params = random_init(head, x[:, :4], np.ones((2, 4), bool))
     step, window = jax.jit(functools.partial(head.apply, method="step")), jax.jit(head.apply)
     carry = head.init_carry(2)
     for t in range(9):
@@ -169,7 +170,7 @@ def test_renewed_windows_are_those_of_steps_with_the_renewed_features(steps, exa
     config = lstm.LSTMHeadConfig(hidden_size=HIDDEN, num_layers=2, trunk=(12,))
     head = base.build(config, window=4, chunk=3, action_dim=7, binary=(6,), feature_dim=D, num_queries=1)
     old, new = np.random.default_rng(3).normal(size=(2, 2, steps + 1, 1, D)).astype(np.float32)
-    params = jax.jit(head.init)(jax.random.key(0), np.zeros((2, 4, 1, D), np.float32), np.ones((2, 4), bool))
+    params = random_init(head, np.zeros((2, 4, 1, D), np.float32), np.ones((2, 4), bool))
     step = jax.jit(functools.partial(head.apply, params, method="step"))
     carries = [head.init_carry(2), head.init_carry(2)]
     for t in range(steps):
@@ -185,7 +186,7 @@ def test_front_padding_changes_nothing(exact_matmul):
     # A window that begins before its episode must predict as a shorter window does.
     head = make_head(num_layers=2, trunk=(12,))
     x = np.random.default_rng(2).normal(size=(2, W, 1, D)).astype(np.float32)
-    params = jax.jit(head.init)(jax.random.key(0), x, np.ones((2, W), bool))
+    params = random_init(head, x, np.ones((2, W), bool))
     mask = np.arange(W) >= 3
     padded = head.apply(params, x, np.broadcast_to(mask, (2, W)))
     short = head.apply(params, x[:, 3:], np.ones((2, W - 3), bool))

@@ -162,13 +162,14 @@ def test_killed_while_saving(tmp_path):
 FULL = """
 import json, pathlib, sys, time
 from robovlms_jax.training import checkpoints
-from tests.training import test_checkpoints as tests, test_metrics
+from tests.processes import limit_files
+from tests.training import test_checkpoints as tests
 
 def fill(run, way):
     saver = checkpoints.Checkpointer(run, keep=1, serving={"config": {}})
     saver.save(tests.at_step(tests.small_state(), 1), {"next_step": 1})
     saver.wait()
-    test_metrics.limit_files(100)
+    limit_files(100)
     saver.save(tests.at_step(tests.small_state(), 2), {"next_step": 2})
     try:
         if way == "look":
@@ -184,7 +185,7 @@ def fill(run, way):
         return str(error)
     finally:
         saver.close()
-        test_metrics.limit_files(-1)
+        limit_files(-1)
 
 root = pathlib.Path(sys.argv[1])
 print(json.dumps({way: fill(root / way, way) for way in sys.argv[2:]}))

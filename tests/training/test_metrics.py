@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import resource
-import signal
 import struct
 import sys
 import types
@@ -16,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 from robovlms_jax import cli, schema
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import metrics
-from tests.processes import run_python
+from tests.processes import limit_files, run_python
 
 
 def read_events(directory: pathlib.Path) -> list[tuple[int, str, float]]:
@@ -41,23 +39,14 @@ def test_tensorboard_has_every_number_at_once(tmp_path):
     assert read_events(tmp_path / "events") == expected
 
 
-def limit_files(size: int) -> None:
-    """No file of this process may grow beyond `size` bytes: as a full disk, but for everyone who may run tests.
-    -1: files may grow again."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
 FULL = """
 import pathlib, sys
-from robovlms_jax import cli
-from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import metrics
-from tests.training import test_metrics as tests
+from tests.processes import limit_files
 output = pathlib.Path(sys.argv[1])
 output.mkdir()
 writers = [metrics.TensorBoard(output / "events"), metrics.JsonLines(output / "metrics.jsonl")]
-tests.limit_files(1000)
+limit_files(1000)
 for writer in writers:
     try:
         for step in range(10_000):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -20,7 +21,7 @@ from robovlms_jax.training import state as states
 from robovlms_jax.training import step, trainable
 from robovlms_jax.training.config import OptimizerConfig
 from tests.processes import run_python
-from tests.toy import make_batch, make_model, make_product
+from tests.toy import make_batch, make_model, make_product, random_params
 
 STRUCTURES = {
     "policy_head": ("policy_head", "action_query", "lstm"),
@@ -40,27 +41,40 @@ def make_steady(structure="policy_head", lora_rank=0):
     return dataclasses.replace(model, vlm=dataclasses.replace(model.vlm, lora_rank=lora_rank, text=text))
 
 
-def init_params(sizes=(1, 1, 1), **changes):
-    mesh = meshes.make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
-    return build.init_params(make_steady(**changes), mesh, seed=0)
+def make_mesh(sizes):
+    return meshes.make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
 
 
-def run_steps(sizes=(1, 1, 1), params=None, *, steps=2, accumulation=1, patterns=(".*",), batch=8, **changes):
-    """Losses, final state and compiled program of a few steps on a fixed batch.
+def make_data(model, batch=8):
+    shape = {"window": model.config.window, "chunk": model.config.chunk}
+    shape = {} if model.config.history == "policy_head" else shape | {"windows": 2}
+    return make_batch(np.random.default_rng(0), batch=batch, mask_tail=min(3, model.config.chunk), **shape)
 
-    params: what it begins with, whole on each device; None: made on the mesh, which must not change them."""
+
+DRAWN = ("/embed/table", "text/layers/mlp/up/kernel")
+"""Parameters (the ends of their paths) that stand for all: the mesh splits them by rows, columns and layers."""
+
+
+def drawn(sizes, **changes):
+    """Those parameters as a run on that mesh makes them. The others are given, so that nothing else is compiled."""
     model = make_steady(**changes)
-    mesh = meshes.make_mesh(sizes, jax.devices()[: int(np.prod(sizes))])
-    params = init_params(sizes, **changes) if params is None else jax.device_put(params, meshes.replicated(mesh))
+    flat = flatten_dict(random_params(model, make_data(model)), sep="/")
+    given = {path: x for path, x in flat.items() if not path.endswith(DRAWN)}
+    made = flatten_dict(build.fill_params(model, make_mesh(sizes), 0, given), sep="/")
+    return {path: np.asarray(x) for path, x in made.items() if path.endswith(DRAWN)}
+
+
+def run_steps(sizes=(1, 1, 1), *, steps=2, accumulation=1, patterns=(".*",), batch=8, **changes):
+    """Losses, final state and compiled program of a few steps on a fixed batch."""
+    model, mesh = make_steady(**changes), make_mesh(sizes)
+    data = make_data(model, batch)
+    params = jax.device_put(random_params(model, data), build.abstract_params(model, mesh)[1])
     config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
     tx = optimizers.make_optimizer(config, 10)
     state = states.create(params, patterns, tx, 0, mesh)
     rate, loss_fn = optimizers.learning_rate(config, 10), objective.RobotLoss(model)
     run = step.make_train_step(loss_fn, tx, rate, state, mesh, accumulation=accumulation)
-    shape = {"window": model.config.window, "chunk": model.config.chunk, "windows": 2}
-    shape = {} if changes.get("structure", "policy_head") == "policy_head" else shape
-    tail = min(3, model.config.chunk)
-    data = meshes.put_batch(make_batch(np.random.default_rng(0), batch=batch, mask_tail=tail, **shape), mesh)
+    data = meshes.put_batch(data, mesh)
     losses, program = [], run.lower(state, data).compile()
     for _ in range(steps):
         state, metrics = program(state, data)
@@ -80,32 +94,49 @@ def test_accumulated_step_equals_whole_step(exact_matmul):
         np.testing.assert_allclose(accumulated.trainable[path], x, atol=2e-4, err_msg=path)
 
 
-def test_frozen_parameters_stay_and_have_no_optimizer_state():
-    _, after, _ = run_steps(steps=2, patterns=("^head/", "^readout/"))
-    assert after.frozen and all(path.startswith("backbone/") for path in after.frozen)
-    before = build.init_params(make_model(), meshes.make_mesh((1, 1, 1), jax.devices()[:1]), seed=0)
-    for path, x in flatten_dict({"backbone": before["backbone"]}, sep="/").items():
-        np.testing.assert_array_equal(after.frozen[path], x)
+class Line:
+    """What a step needs of a model, which knows nothing else of it: a backbone, a head, and a loss of both."""
+
+    def count(self, batch):
+        return jnp.float32(batch.size)
+
+    def __call__(self, params, batch, key, count):
+        loss = ((batch @ params["backbone"]["kernel"] @ params["head"]["kernel"]) ** 2).sum() / count
+        return loss, {"loss": loss}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["halt", "skip"])
+def after_a_bad_batch(request):
+    """(skip, parameters at first, what three updates leave: the second one's batch is not finite).
+
+    The backbone is frozen."""
+    mesh, rng = make_mesh((1, 1, 1)), np.random.default_rng(0)
+    begin = {part: {"kernel": rng.normal(size=(4, 4)).astype(np.float32)} for part in ("backbone", "head")}
+    tx, good = optimizers.make_optimizer(OptimizerConfig(), 10), rng.normal(size=(2, 4)).astype(np.float32)
+    state = states.create(
+        jax.device_put(jax.tree.map(np.copy, begin), meshes.replicated(mesh)), ("^head/",), tx, 0, mesh
+    )
+    run = step.make_train_step(Line(), tx, lambda step: 10.0 * step, state, mesh, skip_nonfinite=request.param)
+    seen = []
+    for batch in (good, np.where(good > 0, np.nan, good), good):
+        state, metrics = run(state, batch)
+        seen.append(jax.device_get((state, metrics)))
+    return request.param, begin, seen
+
+
+def test_frozen_parameters_stay_and_have_no_optimizer_state(after_a_bad_batch):
+    _, begin, seen = after_a_bad_batch
+    after = seen[-1][0]
+    assert set(after.frozen) == {"backbone/kernel"}
+    np.testing.assert_array_equal(after.frozen["backbone/kernel"], begin["backbone"]["kernel"])
+    assert (after.trainable["head/kernel"] != begin["head"]["kernel"]).any()
     moments = [x for x in jax.tree.leaves(after.opt_state) if x.ndim > 0]
     assert sum(x.size for x in moments) == 2 * sum(x.size for x in after.trainable.values())
 
 
-@pytest.mark.parametrize("skip", [False, True])
-def test_a_batch_that_is_not_finite_changes_nothing(skip):
+def test_a_batch_that_is_not_finite_changes_nothing(after_a_bad_batch):
     # Fails if a NaN reaches parameters or moments, if the optimizer counts the batch, or if an aborted state goes on.
-    mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
-    model, tx = make_model(), optimizers.make_optimizer(OptimizerConfig(), 10)
-    state = states.create(build.init_params(model, mesh, seed=0), ("^head/",), tx, 0, mesh)
-    run = step.make_train_step(
-        objective.RobotLoss(model), tx, lambda step: 10.0 * step, state, mesh, skip_nonfinite=skip
-    )
-    good = make_batch(np.random.default_rng(0))
-    bad = good.replace(actions=np.full_like(good.actions, np.nan))
-    seen = []
-    for batch in (good, bad, good):
-        state, metrics = run(state, batch)
-        seen.append(jax.device_get((state, metrics)))
-    (first, a), (second, b), (third, c) = seen
+    skip, _, ((first, a), (second, b), (third, c)) = after_a_bad_batch
     assert [x["nonfinite"] for x in (a, b, c)] == [0, 1, 0] and np.isnan(b["loss"])
     jax.tree.map(np.testing.assert_array_equal, second.trainable, first.trainable)
     jax.tree.map(np.testing.assert_array_equal, second.opt_state, first.opt_state)
@@ -145,7 +176,7 @@ def test_every_parameter_names_axes_that_the_rules_know():
 FAKE_DEVICES = r"""
 import json, re, sys, jax, numpy as np
 jax.config.update("jax_default_matmul_precision", "highest")
-from tests.training.test_step import init_params, run_steps
+from tests.training.test_step import drawn, run_steps
 
 def reduced(program):
     # Numbers that devices add up, within loops of the program and after them.
@@ -159,13 +190,16 @@ def reduced(program):
 
 out = {}
 cases, settings = json.loads(sys.argv[1])
-params = jax.device_get(init_params(**{key: settings[key] for key in ("structure", "lora_rank") if key in settings}))
+changes = {key: settings[key] for key in ("structure", "lora_rank") if key in settings}
+whole = drawn((1, 1, 1), **changes)
 for sizes in cases:
-    begin = params if sizes[1:] == [1, 1] else None  # made anew where they are split; copies are those of one device
-    losses, state, program = run_steps(tuple(sizes), begin, accumulation=sizes[0] if sizes[0] == 2 else 1, **settings)
+    losses, state, program = run_steps(tuple(sizes), accumulation=sizes[0] if sizes[0] == 2 else 1, **settings)
     arrays = state.trainable | state.frozen
     out[str(sizes)] = {"losses": [x["loss"] for x in losses],
                        "sums": {p: float(np.abs(np.asarray(x)).sum()) for p, x in arrays.items()},
+                       "drawn": [path for path, x in drawn(tuple(sizes), **changes).items()
+                                 if len(whole) != 2 or not np.array_equal(x, whole[path])]
+                                if sizes[1:] != [1, 1] else [],  # copies are those of one device
                        "split": sum(not x.is_fully_replicated for x in arrays.values()),
                        "parameters": sum(x.size for x in state.trainable.values()),
                        "reduced": reduced(program)}
@@ -187,11 +221,13 @@ def meshes_of_two():
 
 
 def assert_equal_on_meshes(out, *cases):
-    """The same two steps give one device's losses and parameters on eight (fake) devices."""
+    """Parameters are made alike, and the same two steps give one device's losses and parameters, on eight (fake)
+    devices."""
     out = dict(out)
     reference = out.pop(str([1, 1, 1]))
     assert reference["split"] == 0 and len(out) == len(cases)
     for sizes, result in out.items():
+        assert result["drawn"] == [], f"{sizes} makes other parameters"
         np.testing.assert_allclose(result["losses"], reference["losses"], rtol=1e-4, err_msg=sizes)
         assert result["sums"].keys() == reference["sums"].keys()
         for path, value in reference["sums"].items():
