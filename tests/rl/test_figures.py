@@ -120,7 +120,10 @@ def test_what_answers_alone_gain_is_what_their_runs_say():
 def _gained(runs):
     """Points on unseen random tables of three seeds, their mean and its interval (Student's t of two degrees)."""
     found = [run["results"]["unseen_random_tables"] for run in runs.values()]
-    gains = [(x["after"]["successes"] - x["before"]["successes"]) / 2 for x in found]
+    return _with_interval([(x["after"]["successes"] - x["before"]["successes"]) / 2 for x in found])
+
+
+def _with_interval(gains):
     mean, wide = statistics.mean(gains), 4.303 * statistics.stdev(gains) / 3**0.5
     return *gains, mean, mean - wide, mean + wide
 
@@ -186,6 +189,43 @@ def test_what_corrections_and_a_learned_reward_gain_is_what_their_runs_say():
     pair = learned["results"]["unseen_random_tables"]["paired"]
     assert f"({pair['second']} trials gained, {pair['first']} lost," in text
     assert f"{100 * learned['reward']['accuracy_true']:.1f} % of the true" in text
+
+
+def test_what_three_seeds_of_corrections_gain_is_what_their_runs_say():
+    found, text = result("corrections_seeds_cpu"), " ".join(page("reinforcement.md").split())
+    before, alone, corrected = found["policies"].values()
+    kinds = ("unseen_random_tables", "unseen_table", "unseen_start")
+    counts = {
+        words: [", ".join(str(seed[kind]["count"]) for seed in runs.values()) for kind in kinds]
+        for words, runs in (
+            ("before", before),
+            ("demonstrations alone, seeds 0, 1, 2", alone),
+            ("corrections, half of each batch", corrected),
+        )
+    }
+    assert all(f"| {words} | {' | '.join(cells)} |" in text for words, cells in counts.items())
+    assert all(x["count"] == x["success"].count("1") for seed in corrected.values() for x in seed.values())
+    points = "{:g}, {:g} and {:g} points"
+    said = dict.fromkeys(kinds, f"{points} (mean {{:.1f}}, {{:.1f}} to {{:.1f}}; p = ")
+    interval = "(mean {:.1f}, 95 % interval by seeds {:.1f} to {:.1f}"
+    said["unseen_start"] = f"{points} more than demonstrations alone {interval}; p = "
+    for kind, words in said.items():
+        seeds = found["compared"][kind].values()
+        gains = [(seed["corrections"] - seed["alone"]) / 2 for seed in seeds]
+        values = "{:.2g}, {:.2g} and {:.2g}".format(*(seed["p"] for seed in seeds))
+        assert words.format(*_with_interval(gains)) + values in text
+    lost = [
+        [seed["unseen_table"]["per_task"][task][0] for seed in runs.values()]
+        for task in ("open_drawer", "move_slider_left")
+        for runs in (corrected, alone)
+    ]
+    assert "opened in {}, {} and {} instead of {}, {} and {},".format(*lost[0], *lost[1]) in text
+    assert "to the left in {}, {} and {} instead of {}, {} and {})".format(*lost[2], *lost[3]) in text
+    lever = [
+        [seed["unseen_random_tables"]["per_task"]["turn_on_lightbulb"][0] for seed in x.values()]
+        for x in (corrected, alone)
+    ]
+    assert "upwards {}, {} and {} of 25 instead of {}, {} and {})".format(*lever[0], *lever[1]) in text
 
 
 def test_the_table_of_the_simulators_speed_is_that_of_its_run():
