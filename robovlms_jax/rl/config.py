@@ -169,8 +169,8 @@ class ReinforceConfig:
     devices: int = 1
     """That tables and updates are split over; of CPUs, cores. Another number draws other actions."""
     mesh: MeshConfig = MeshConfig()
-    """How many of the devices share what (not tensor). All have tables of their own; what fsdp splits lies split
-    between updates and in them, and whole on each device while tables play."""
+    """How many of the devices share what. What fsdp and tensor split lies split between updates and in them, and whole
+    on each device while tables play. The devices of a tensor group play the same tables; all others have their own."""
     group: int = 8
     """Methods grpo and dpo: trials from the same state."""
     labels: str = ""
@@ -240,28 +240,21 @@ class ReinforceConfig:
 
     def _check_devices(self) -> None:
         try:
-            _, fsdp, tensor = self.mesh.sizes(self.devices)
+            shards = self.shards
         except ValueError as error:
             raise ValueError(
                 f"reinforce.devices={self.devices}: {error} Or pass as many --devices as it makes."
             ) from None
+        split = f"reinforce.devices={self.devices}"
+        split += f" (by {shards}, mesh.tensor apart)" if shards != self.devices else ""
         require(
-            tensor == 1,
-            f"mesh.tensor={tensor}: reinforcement splits no products of matrices; leave it at 1, and split parameters "
-            "by mesh.fsdp.",
+            self.update.method != "grpo" or self.tables % (self.group * shards) == 0,
+            f"reinforce.tables={self.tables} is no multiple of reinforce.group={self.group} times {split}; each group "
+            "plays whole, on one device.",
         )
         require(
-            self.update.method != "dpo" or fsdp == 1,
-            f"mesh.fsdp={fsdp}: update.method=dpo splits its pairs over devices, and no parameters; leave it at 1.",
-        )
-        require(
-            self.update.method != "grpo" or self.tables % (self.group * self.devices) == 0,
-            f"reinforce.tables={self.tables} is no multiple of reinforce.group={self.group} times reinforce.devices="
-            f"{self.devices}; each group plays whole, on one device.",
-        )
-        require(
-            self.tables % self.devices == 0,
-            f"reinforce.tables={self.tables} do not divide over reinforce.devices={self.devices}; change one of them.",
+            self.tables % shards == 0,
+            f"reinforce.tables={self.tables} do not divide over {split}; change one of them.",
         )
 
     def _check_preferences(self) -> None:
@@ -283,11 +276,17 @@ class ReinforceConfig:
         )
         most = min(self.pairs, (self.pool - self.held_out_of(self.pool)) * self.group * (self.group - 1) // 2)
         require(
-            not dpo or self.labels != "" or most >= self.update.minibatches * self.devices,
+            not dpo or self.labels != "" or most >= self.update.minibatches * self.shards,
             f"reinforce.pairs={self.pairs}, pool={self.pool} and group={self.group} give {most} pairs at most to learn "
             f"from ({self.held_out_of(self.pool)} starts are held out), which do not divide into update.minibatches="
-            f"{self.update.minibatches} and over {self.devices} device(s).",
+            f"{self.update.minibatches} and over {self.shards} device(s).",
         )
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts tables, trials and pairs are split: devices of a tensor group have the same."""
+        data, fsdp, _ = self.mesh.sizes(self.devices)
+        return data * fsdp
 
     def held_out_of(self, count: int) -> int:
         """How many of so many starts, or answers, are held out: at least one where any are."""

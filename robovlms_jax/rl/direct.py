@@ -37,6 +37,7 @@ from robovlms_jax.rl.segments import Rollouts
 from robovlms_jax.schema import require
 from robovlms_jax.training import step as steps
 from robovlms_jax.training.stages import Stage
+from robovlms_jax.training.state import TrainState
 
 
 class Pieces(NamedTuple):
@@ -122,7 +123,8 @@ class DirectPreferences:
     Args:
       params: the policy's, nested; they are copied.
       stage: trainable patterns and optimizer, as for `learning.Reinforcement`.
-      mesh: pairs are split over it.
+      mesh: pairs are split over it, and what of `params` lies on it stays split as it lies, as for
+        `learning.Reinforcement`.
     Raises:
       ValueError: what the policy or the patterns do not allow; says so.
     """
@@ -144,8 +146,8 @@ class DirectPreferences:
         self.head_only = learning.is_head_alone(model, self.state)
         self.loss = DirectLoss(self.learner, update.beta, update.label_noise)
         self._update = steps.make_train_step(self.loss, stage.tx, stage.learning_rate, self.state, mesh)
-        self._answer = jax.jit(lambda state, batch: self.loss.of_pairs(state.params, batch))
-        self._place = meshes.batched(mesh)
+        self._answer = jax.jit(self._answered)
+        self._place, self.shards = meshes.batched(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
 
     def iterate(self, compared: Comparisons, number: int) -> tuple[Comparisons, dict[str, float]]:
         """Learn from all pairs that teach, `epochs` times; `self.state` moves on. number: of the iteration, on which
@@ -160,7 +162,7 @@ class DirectPreferences:
         made, parts = 0, self.update.minibatches
         for _ in range(self.update.epochs):
             rows = rng.permutation(compared.teaching)
-            for chosen in np.split(rows[: len(rows) - len(rows) % (parts * self.mesh.size)], parts):
+            for chosen in np.split(rows[: len(rows) - len(rows) % (parts * self.shards)], parts):
                 batch = jax.device_put(compared.take(chosen), self._place)
                 self.state, metrics = self._update(self.state, batch)
                 made += 1
@@ -179,7 +181,7 @@ class DirectPreferences:
     def answers(self, compared: Comparisons, rows: np.ndarray, most: int) -> dict[str, float]:
         """How the policy, as it is, answers the pairs int[n] `rows`, of which nothing is learned: means of loss,
         preferred and margin (`DirectLoss.of_pairs`). most: pairs at a time."""
-        size = max(most - most % self.mesh.size, self.mesh.size)
+        size = max(most - most % self.shards, self.shards)
         parts = []
         for begin in range(0, len(rows), size):
             chosen = rows[np.minimum(np.arange(begin, begin + size), len(rows) - 1)]  # the last one fills up
@@ -188,6 +190,10 @@ class DirectPreferences:
         return {
             name: float(np.concatenate([x[name] for x in parts]).mean()) for name in ("loss", "preferred", "margin")
         }
+
+    def _answered(self, state: TrainState, batch: Compared) -> objective.Metrics:
+        with meshes.constrained(self.mesh):
+            return self.loss.of_pairs(state.params, batch)
 
     def policy(self) -> dict[str, Any]:
         """The policy's own parameters, nested."""

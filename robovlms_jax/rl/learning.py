@@ -127,9 +127,11 @@ class Reinforcement:
 
     Args:
       params: the policy's, nested; they are copied. Those that lie on the mesh (`parallel.mesh.placed`) stay split as
-        they are between updates, with their optimizer state; while tables play, each device has them whole.
+        they are between updates, with their optimizer state; while tables play, each device has them whole: loops of
+        tables end when they like, and no device could wait in them for another's part.
       stage: trainable patterns and optimizer; patterns see the policy's paths and those under `rl/`.
-      mesh: tables and updates are split over it; each device has its own share of the trials.
+      mesh: tables and updates are split over it; each device has its own share of the trials, but those along
+        `tensor` have the same.
       reward: learned, of frames of `settings.actions` control steps (`progress.frame`); None: 1 where a decision does
         the task.
     Raises:
@@ -248,7 +250,9 @@ class Reinforcement:
 
     def _tried(self, params: Any, world: playing.World, key: jax.Array) -> tuple[playing.Outcome, _Kept]:
         """One decision more of every table than is learned from, for what the last ones led to; leaves [T + 1, B, ...].
-        Of several devices each plays its own tables with its own part of the trials, with a key of its own."""
+        Of several devices each plays its own tables with its own part of the trials, with a key of its own. Along
+        `tensor` all play the same, as one device alone would; what the first of them did is what happened, since
+        accelerators need not do the same twice to the last bit."""
         count, tables = self.settings.decisions + 1, self.settings.tables // self.shards
 
         def of_device(params: Any, world: playing.World, key: jax.Array) -> tuple[playing.Outcome, _Kept]:
@@ -257,17 +261,16 @@ class Reinforcement:
 
         def share(params: Any, world: playing.World, key: jax.Array) -> tuple[playing.Outcome, _Kept]:
             own = jax.lax.axis_index(_AXES)
-            outcome, kept = of_device(params, world, jax.random.fold_in(key, own))
+            outcome, kept = of_device(params, world, key if self.shards == 1 else jax.random.fold_in(key, own))
             trial = jnp.where(outcome.trial >= 0, outcome.trial + own * world.trials, -1)  # as all of them are counted
-            return outcome.replace(trial=trial), kept
+            return jax.tree.map(lambda x: x[None], (outcome.replace(trial=trial), kept))
 
-        if self.shards == 1:
+        if self.mesh.size == 1:
             return of_device(params, world, key)
         inputs = (PartitionSpec(), rollouts.by_field(PartitionSpec(_AXES), PartitionSpec()), PartitionSpec())
-        split = PartitionSpec(None, _AXES)
-        return jax.shard_map(share, mesh=self.mesh, in_specs=inputs, out_specs=split, check_vma=False)(
-            params, world, key
-        )
+        split = PartitionSpec("tensor", None, _AXES)
+        played = jax.shard_map(share, mesh=self.mesh, in_specs=inputs, out_specs=split, check_vma=False)
+        return jax.tree.map(lambda x: x[0], played(params, world, key))
 
     def _act(
         self, params: Any, seen: Inputs, carry: Carry, active: jax.Array, key: jax.Array

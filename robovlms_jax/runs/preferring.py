@@ -147,11 +147,11 @@ def _require_enough(pieces: direct.Pieces, held_out: np.ndarray, config: Reinfor
         else f"the simulated person can tell no two rollouts from the same start apart, of which {config.pool} starts "
         f"have {config.group} each; begin another run (--out) with a larger --pool, --group or --behaviour.spread.",
     )
-    count, teaching = config.update.minibatches * config.devices, ~held_out
+    count, teaching = config.update.minibatches * config.shards, ~held_out
     require(
         teaching.sum() >= count and clear[teaching].any(),
         f"{teaching.sum()} answers to learn from, of which {clear[teaching].sum()} prefer one, are too few for "
-        f"update.minibatches={config.update.minibatches} over {config.devices} device(s) ({held_out.sum()} more are "
+        f"update.minibatches={config.update.minibatches} over {config.shards} device(s) ({held_out.sum()} more are "
         "held out); give more answers, or lower these (--update.minibatches 1, --devices 1, --held_out 0).",
     )
 

@@ -8,22 +8,26 @@ import logging
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from robovlms_jax import atomic, json_files
 from robovlms_jax.evaluation import blind, rollout_metrics
+from robovlms_jax.evaluation.report import tables
 from robovlms_jax.evaluation.rollout import Trial, TrialResult
 from robovlms_jax.playtable.scene import random_tables
 from robovlms_jax.rl import rollouts, starts
 from robovlms_jax.rl.config import UNSEEN, ReinforceConfig
 from robovlms_jax.training import checkpoints
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 log = logging.getLogger(__name__)
 
-BEFORE, REPORT = "before.json", "report.md"
-"""In the output: successes of the checkpoint that a run began with; what a run writes last."""
+BEFORE, CURVE, REPORT = "before.json", "curve.png", "report.md"
+"""In the output: successes of the checkpoint that a run began with; its curve; what a run writes last."""
 
 
 def is_unreported(output: pathlib.Path) -> bool:
@@ -161,6 +165,28 @@ def _curve(curve: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def _draw(curve: Sequence[Mapping[str, Any]]) -> Figure:
+    """What was measured in every iteration over control steps and over seconds of learning; of answers, which cost no
+    further steps, over seconds alone."""
+    names, over = {"success": "with chance in the actions"}, {"env_steps": "control steps"}
+    if "success" not in curve[0]:
+        names, over = {"preferred": "that teach, in the updates"}, {}
+        if "preferred_taught" in curve[0]:
+            names = {"preferred_taught": "that teach", "preferred_held_out": "that are held out"}
+    over |= {"seconds": "seconds of learning"}
+    figure = tables.figure(4.2 * len(over), 3.2, layout="constrained")
+    for axes, (place, label) in zip(figure.subplots(1, len(over), squeeze=False)[0], over.items(), strict=True):
+        for (name, words), color in zip(names.items(), tables.COLORS, strict=False):
+            points = [[row[place] for row in curve], [100 * row[name] for row in curve]]
+            axes.plot(*points, color=color, marker="o", markersize=3, label=words)
+        axes.set(xlabel=label, ylabel="success, %" if "success" in names else "answers given, %", ylim=(0, 100))
+        axes.set_xlim(left=0)
+        axes.locator_params(axis="x", nbins=5)  # millions of control steps are long
+        axes.legend(frameon=False, fontsize=8)
+        tables.tidy(axes)
+    return figure
+
+
 def report(
     checkpoint: str,
     settings: Mapping[str, Any],
@@ -169,7 +195,7 @@ def report(
     after: Mapping[str, list[TrialResult]],
     trained: int,
 ) -> pathlib.Path:
-    """report.md and results.json of a run in `output`.
+    """report.md, curve.png and results.json of a run in `output`.
 
     Args:
       settings: the run's, JSON values.
@@ -199,7 +225,10 @@ def report(
         *(_row(name, found) for name, found in results.items()),
         "",
         *_curve(curve),
+        "",
+        f"![{CURVE}]({CURVE})",
     ]
+    _draw(curve).savefig(output / CURVE, dpi=tables.DPI)
     path = output / REPORT
     atomic.write_text(path, "\n".join(text) + "\n")
     return path

@@ -208,7 +208,7 @@ def _learner(config: ReinforceConfig, model: Any, params: Any, reward: RewardMod
         f"reinforce.devices={config.devices}, and this process has {len(found)}; pass --devices {len(found)}.",
     )
     mesh = meshes.make_mesh(config.mesh.sizes(config.devices), found[: config.devices])
-    if mesh.shape["fsdp"] > 1:
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
         params = jax.device_put(params, build.abstract_params(model, mesh)[1])
     if config.update.method == "dpo":
         return direct.DirectPreferences(model, params, config.behaviour, config.update, stage, mesh, config.seed)
@@ -242,7 +242,7 @@ def worlds(config: ReinforceConfig, pool: playing.World, begin: int) -> Iterator
         rng = np.random.default_rng([config.seed, 1, number])
         if config.update.method != "grpo":
             rows = rng.permutation(np.arange(max(pool.trials, 2 * config.tables)) % pool.trials)
-            rows = rows[: len(rows) - len(rows) % config.devices]  # each plays as many
+            rows = rows[: len(rows) - len(rows) % config.shards]  # each plays as many
             yield pool.take(rows, np.zeros(len(rows), np.int32))
         else:
             count = config.tables // config.group

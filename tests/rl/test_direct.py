@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 
 import jax
@@ -17,7 +18,7 @@ from robovlms_jax.rl import behaviours, direct, objective, segments, starts
 from robovlms_jax.rl import tables as playing
 from robovlms_jax.rl.config import BehaviourConfig, ReinforceConfig, UpdateConfig
 from robovlms_jax.rl.segments import Segment
-from robovlms_jax.runs import preferring
+from robovlms_jax.runs import build, preferring
 from robovlms_jax.training import stages, step
 from robovlms_jax.training.config import OptimizerConfig, TrainConfig
 from robovlms_jax.training.state import create
@@ -332,10 +333,12 @@ def test_settings_that_make_no_sense_with_answers_are_refused(changes, message):
         UpdateConfig(beta=0.0)
 
 
-def learner(head: str, patterns: tuple[str, ...], spread: float = 0.1) -> direct.DirectPreferences:
+def learner(head: str, patterns: tuple[str, ...], spread: float = 0.1, sizes=(1, 1, 1)) -> direct.DirectPreferences:
     model, params = policy(head)
     (stage,) = stages.plan(TrainConfig(steps=8, trainable=patterns), OptimizerConfig(learning_rate=1e-4))
-    mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
+    mesh = meshes.make_mesh(sizes, jax.devices()[: math.prod(sizes)])
+    if mesh.size > 1:
+        params = jax.device_put(params, build.abstract_params(model, mesh)[1])
     behaviour = BehaviourConfig(spread=(spread,), floor=1e-4)
     return direct.DirectPreferences(
         model, params, behaviour, UpdateConfig(method="dpo", minibatches=1), stage, mesh, seed=0

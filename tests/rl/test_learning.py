@@ -251,27 +251,3 @@ def test_tables_and_updates_that_are_split_over_devices_have_the_results_of_one(
     said = processes.run_python("-m", "tests.rl.learning_on_devices", XLA_FLAGS=flags).split("\n")
     alike = ["True 2", "True", "True"]
     assert said[:8] == [*alike, *alike, "16 2 {2}", "True"]
-
-
-def test_parameters_that_lie_on_the_mesh_stay_where_they_lie_with_their_optimizer_state():
-    """An axis of length 1 is named all the same. Fails if everything is laid out whole, as it was before."""
-    model, params = policy("adapters")
-    mesh = meshes.make_mesh((1, 1, 1), jax.devices()[:1])
-    places = build.abstract_params(model, mesh)[1]
-    (stage,) = stages.plan(TrainConfig(steps=8, trainable=("lora_", "^rl/")), OptimizerConfig())
-    own = objective.Learner(model, behaviours.make(model.config, BehaviourConfig()), (8,))
-    state, _ = learning.begin(own, jax.device_put(params, places), stage, mesh, 0)
-    expected = flatten_dict(places, sep="/")
-    kept = {**state.frozen, **state.trainable}
-    assert all(kept[path].sharding == place for path, place in expected.items())
-    split = {path for path in state.trainable if "fsdp" in str(kept[path].sharding.spec)}
-    assert split and all("lora_" in path for path in split)
-    moments = [x for x in jax.tree.leaves(state.opt_state) if "fsdp" in str(x.sharding.spec)]
-    assert len(moments) >= 2 * len(split)  # Adam's two
-
-
-@pytest.mark.slow
-def test_parameters_that_are_split_over_a_mesh_learn_as_whole_ones_and_go_on_elsewhere():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
-    said = processes.run_python("-m", "tests.rl.learning_on_meshes", XLA_FLAGS=flags).split("\n")
-    assert said[:3] == ["fsdp True True True", "bytes True", "restored True True"]

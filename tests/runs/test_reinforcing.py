@@ -39,8 +39,7 @@ CONFIG = ReinforceConfig(
         ({"tables": 3, "devices": 2}, "tables=3 do not divide over reinforce.devices=2"),
         ({"devices": 2, "mesh": MeshConfig(fsdp=3)}, "devices=2: mesh.data=-1 x mesh.fsdp=3 .* does not make the 2"),
         ({"mesh": MeshConfig(fsdp=2)}, "devices=1: .* as many --devices as it makes"),
-        ({"tables": 6, "devices": 2, "mesh": MeshConfig(tensor=2)}, "mesh.tensor=2: reinforcement splits no products"),
-        ({"devices": 2, "mesh": MeshConfig(fsdp=2), "update": UpdateConfig(method="dpo")}, "dpo splits its pairs"),
+        ({"tables": 3, "devices": 4, "mesh": MeshConfig(tensor=2)}, "devices=4 .by 2, mesh.tensor apart.; change one"),
         ({"start_spread": float("nan")}, "start_spread=nan"),
         ({"seed": -1}, "seed=-1"),
         ({"image_size": (96, 0)}, "image_size=.96, 0."),
@@ -50,6 +49,16 @@ CONFIG = ReinforceConfig(
 def test_impossible_runs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
+
+
+def test_devices_that_split_products_share_their_tables():
+    """Three tables do for two devices, and a group of eight for four, where two of them play the same."""
+    tensor = dataclasses.replace(CONFIG, tables=3, devices=2, mesh=MeshConfig(tensor=2))
+    assert tensor.shards == 1
+    grpo = {"update": UpdateConfig(method="grpo"), "tables": 16, "devices": 4}
+    assert dataclasses.replace(CONFIG, mesh=MeshConfig(tensor=2), **grpo).shards == 2
+    with pytest.raises(ValueError, match=r"tables=16 is no multiple of reinforce\.group=8 times reinforce\.devices=4;"):
+        dataclasses.replace(CONFIG, mesh=MeshConfig(fsdp=2), **grpo)
 
 
 def test_impossible_behaviours_are_refused():
@@ -293,6 +302,17 @@ def test_results_are_told_apart_by_task_and_table():
     assert found["per_table"] == {"A": [1, 1, 2], "B": [1, 1, 1]}
     assert (found["paired"]["first"], found["paired"]["second"]) == (1, 1)
     assert reinforced._row("x", found).startswith("| x | 3 | 66.7% (")
+
+
+def test_curves_are_drawn_against_control_steps_and_seconds():
+    curve = [{"env_steps": 100 * i, "seconds": 7.0 * i, "success": 0.1 * i} for i in (1, 2)]
+    found = {axes.get_xlabel(): axes.lines[0].get_xydata().tolist() for axes in reinforced._draw(curve).axes}
+    assert found == {"control steps": [[100, 10], [200, 20]], "seconds of learning": [[7, 10], [14, 20]]}
+    answers = [{"env_steps": 9, "seconds": 1.0, "preferred_taught": 0.9, "preferred_held_out": 0.6, "preferred": 0.8}]
+    (axes,) = reinforced._draw(answers).axes  # of rollouts that were all made before
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[1, 90]], [[1, 60]]]
+    (axes,) = reinforced._draw([{"env_steps": 9, "seconds": 1.0, "preferred": 0.8}]).axes
+    assert axes.lines[0].get_xydata().tolist() == [[1, 80]]
 
 
 def test_pairs_are_compared_by_what_only_one_policy_did():
