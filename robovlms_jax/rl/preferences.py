@@ -21,6 +21,12 @@ from robovlms_jax.nn.linear import Dense
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.schema import require
 
+_STILL, _SILENT = 1e-4, 1e6
+"""Numbers of frames with a smaller standard deviation than this (a tenth of a millimetre; flags: never changed) say
+nothing: their scale is so large that they count nothing."""
+_FARTHEST = 10.0
+"""Standard deviations: where a number goes further, rewards know nothing, and count it as if it were there."""
+
 
 @flax.struct.dataclass
 class Pairs:
@@ -128,7 +134,7 @@ class RewardModel:
     @jax.jit
     def members(self, frames: jax.Array) -> jax.Array:
         """float32[..., F] -> float32[M, ...], mean 0 and standard deviation 1 over what was learned from."""
-        x = (frames - self.center) / self.scale
+        x = _standardised(frames, self.center, self.scale)
         raw = jax.vmap(lambda params: Reward(self.widths, self.choices).apply({"params": params}, x))(self.params)
         shape = (-1, *[1] * (raw.ndim - 1))
         return (raw - self.offset.reshape(shape)) / self.spread.reshape(shape)
@@ -136,6 +142,12 @@ class RewardModel:
     def __call__(self, frames: jax.Array) -> jax.Array:
         """float32[..., F] -> float32[...], the mean of the members."""
         return self.members(frames).mean(0)
+
+
+def _standardised(frames: jax.Array, center: jax.Array, scale: jax.Array) -> jax.Array:
+    """Policies that learn go where no answer has been: a frame with a block in the hand, which no answer had, would be
+    worth more than all others together."""
+    return jnp.clip((frames - center) / scale, -_FARTHEST, _FARTHEST)
 
 
 def fit(pairs: Pairs, config: RewardConfig, held: Pairs | None = None) -> tuple[RewardModel, dict[str, float]]:
@@ -160,14 +172,17 @@ def fit(pairs: Pairs, config: RewardConfig, held: Pairs | None = None) -> tuple[
     frames = jnp.concatenate([teaching.first, teaching.second]).reshape(-1, pairs.first.shape[-1])
     numbers_of = jnp.arange(frames.shape[-1]) < frames.shape[-1] - config.choices
     center = jnp.where(numbers_of, frames.mean(0), 0.0)
-    scale = jnp.where(numbers_of, jnp.maximum(frames.std(0), 1e-6), 1.0)
+    scale = jnp.where(frames.std(0) > _STILL, frames.std(0), _SILENT)
+    scale = jnp.where(numbers_of, scale, 1.0)
     count = len(teaching.first_better)
     rows = rng.integers(count, size=(config.members, count))  # each member's own pairs
     module = Reward(config.widths, config.choices)
     tx = optax.adamw(config.learning_rate, weight_decay=config.decay)
 
     def loss(params: Any, own: Pairs) -> jax.Array:
-        sums = (module.apply({"params": params}, (x - center) / scale).sum(-1) for x in (own.first, own.second))
+        sums = (
+            module.apply({"params": params}, _standardised(x, center, scale)).sum(-1) for x in (own.first, own.second)
+        )
         return preference_loss(*sums, own.first_better, config.noise).mean()
 
     @jax.jit

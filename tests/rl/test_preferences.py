@@ -70,6 +70,20 @@ def test_an_answer_that_is_beyond_doubt_has_a_finite_loss_and_gradient():
         assert np.isfinite(gradients).all()
 
 
+def test_what_no_answer_has_shown_is_worth_no_more_than_what_they_have():
+    """A number that never changed counts nothing when it does, and one that goes far counts as at the last place that
+    rewards know. Before, a block in the hand cost more than all else in an iteration together."""
+    pairs, _ = answered(np.random.default_rng(0), 40, 0.0)
+    never = jnp.full((*pairs.first.shape[:2], 1), 0.3) + 1e-6 * pairs.first[..., :1]
+    pairs = pairs.replace(first=jnp.append(pairs.first, never, -1), second=jnp.append(pairs.second, never, -1))
+    model, _ = preferences.fit(pairs, preferences.RewardConfig(members=2, steps=2, widths=()))
+    known = pairs.first[0, 0]
+    np.testing.assert_allclose(model(known.at[-1].set(9.0)), model(known), atol=1e-3)
+    far, farther = (model(known.at[6].set(model.center[6] + n * model.scale[6])) for n in (10, 1000))
+    assert abs(float(far - model(known))) > 0.1
+    np.testing.assert_allclose(farther, far, rtol=1e-5)
+
+
 def test_segments_of_unequal_length_are_not_compared():
     pairs = preferences.Pairs(jnp.zeros((4, 3, 2)), jnp.zeros((4, 5, 2)), jnp.zeros(4))
     with pytest.raises(ValueError, match="equal length"):
