@@ -228,6 +228,28 @@ def test_what_three_seeds_of_corrections_gain_is_what_their_runs_say():
     assert "upwards {}, {} and {} of 25 instead of {}, {} and {})".format(*lever[0], *lever[1]) in text
 
 
+def test_what_three_seeds_of_a_learned_reward_gain_is_what_their_runs_say():
+    found, text = result("preferences_seeds_cpu"), page("reinforcement.md")
+    columns = ("trained", "unseen_random_tables", "unseen_table", "unseen_phrasing", "unseen_start", "other_tasks")
+    before = result("dpo_cpu")["runs"]["seed 0"]["results"]  # of the same policy on the same trials
+    for name, run in found["runs"].items():
+        measured = [run["results"][column] for column in columns]
+        assert [x["before"] for x in measured] == [before[column]["before"] for column in columns]
+        cells = [" → ".join(str(x[when]["successes"]) for when in ("before", "after")) for x in measured]
+        last = run["curve"][-1]
+        assert last["step"] == 12 and f"({last['env_steps'] / 1000:.0f} thousand control steps)" in text
+        assert f"| {name} | {' | '.join(cells)} |" in text
+    for kind in columns[:5]:
+        seeds = [run["results"][kind] for run in found["runs"].values()]
+        gains = [(x["after"]["successes"] - x["before"]["successes"]) / 2 for x in seeds]
+        assert "{:g}, {:g} and {:g} points (mean {:.1f}, {:.1f} to {:.1f}".format(*_with_interval(gains)) in text, kind
+        values = "p = {:.2g}, {:.2g} and {:.2g}".format(*(x["paired"]["p"] for x in seeds))
+        assert values in text, values
+    assert (
+        f"gives {100 * found['reward']['accuracy_true']:.1f} % of the true answers about rollouts that taught" in text
+    )
+
+
 def test_the_table_of_the_simulators_speed_is_that_of_its_run():
     text = page("playtable.md")
     for count, row in result("simulator_cpu")["tables"].items():
