@@ -150,6 +150,14 @@ def _standardised(frames: jax.Array, center: jax.Array, scale: jax.Array) -> jax
     return jnp.clip((frames - center) / scale, -_FARTHEST, _FARTHEST)
 
 
+def _center_and_scale(frames: jax.Array, choices: int) -> tuple[jax.Array, jax.Array]:
+    """float32[F] each, of frames float32[n, F], whose last numbers are choices and stay as they are."""
+    chosen = jnp.arange(frames.shape[-1]) >= frames.shape[-1] - choices
+    center, std = frames.mean(0), frames.std(0)
+    scale = jnp.where(std > _STILL, std, _SILENT)
+    return jnp.where(chosen, 0.0, center), jnp.where(chosen, 1.0, scale)
+
+
 def fit(pairs: Pairs, config: RewardConfig, held: Pairs | None = None) -> tuple[RewardModel, dict[str, float]]:
     """Learn rewards from answers.
 
@@ -170,19 +178,15 @@ def fit(pairs: Pairs, config: RewardConfig, held: Pairs | None = None) -> tuple[
     rng = np.random.default_rng(config.seed)
     held, teaching = _part(pairs, config.held_out, rng) if held is None else (held, pairs)
     frames = jnp.concatenate([teaching.first, teaching.second]).reshape(-1, pairs.first.shape[-1])
-    numbers_of = jnp.arange(frames.shape[-1]) < frames.shape[-1] - config.choices
-    center = jnp.where(numbers_of, frames.mean(0), 0.0)
-    scale = jnp.where(frames.std(0) > _STILL, frames.std(0), _SILENT)
-    scale = jnp.where(numbers_of, scale, 1.0)
+    center, scale = _center_and_scale(frames, config.choices)
     count = len(teaching.first_better)
     rows = rng.integers(count, size=(config.members, count))  # each member's own pairs
     module = Reward(config.widths, config.choices)
     tx = optax.adamw(config.learning_rate, weight_decay=config.decay)
 
     def loss(params: Any, own: Pairs) -> jax.Array:
-        sums = (
-            module.apply({"params": params}, _standardised(x, center, scale)).sum(-1) for x in (own.first, own.second)
-        )
+        both = (_standardised(x, center, scale) for x in (own.first, own.second))
+        sums = (module.apply({"params": params}, x).sum(-1) for x in both)
         return preference_loss(*sums, own.first_better, config.noise).mean()
 
     @jax.jit
