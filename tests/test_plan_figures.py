@@ -40,6 +40,39 @@ def test_what_plans_say_with_cudnn_is_what_their_results_say():
     causes = steps["by_cause"]["bytes"]
     assert sum(causes.values()) == pytest.approx(steps[steps["by_cause"]["of"]]["traffic"], rel=1e-3)
     assert all(f"| {cause} | {moved / 1e9:.1f} |" in text for cause, moved in causes.items())
-    for name in ("xla", "cudnn"):
+    for name in ("xla", "cudnn", "biases", "apart", "triton"):
         step = control[name]
-        assert f"{step['traffic'] / 1e9:.2f} GB and {step['roofs_s']['memory'] * 1e3:.2f} ms by" in text
+        said = f"{step['traffic'] / 1e9:.2f} GB and {step['roofs_s']['memory'] * 1e3:.2f} ms"
+        assert f"{said}, and {step['kernels']} kernels" in text if name == "apart" else said in text
+    newest = control["biases"]
+    over = newest["roofs_s"]["memory"] / newest["needed_s"]
+    assert (
+        f"by {newest['kernels']} kernels instead of {control['cudnn']['kernels']}: {over:.2f} times the floor" in text
+    )
+    left = control["by_cause"]["bytes"]
+    assert sum(left.values()) == pytest.approx(control[control["by_cause"]["of"]]["traffic"], rel=1e-3)
+    assert ", ".join(f"{cause} {moved / 1e9:.2f}" for cause, moved in left.items()) in text
+    assert f"moves {steps['biases']['traffic'] / 1e9:.1f} GB with such biases" in text
+
+
+def test_what_masks_inside_of_loops_cost_tpus_is_what_their_results_say():
+    found, text = result("plans/masks_tpu_before_after"), page("clusters.md")
+    for target in ("v5p:2x2x1", "v6e:4x4"):
+        steps = [found[target][when] for when in ("before", "inside", "biases")]
+        took = [1e3 * (step["schedule_s"]["kernels"] + step["schedule_s"]["waited"]) for step in steps]
+        rows = (
+            ([step["traffic"] / 1e9 for step in steps], "{:.1f}, {:.1f} and {:.1f} GB"),
+            (took, "{:.1f}, {:.1f} and {:.1f} ms by its schedule"),
+            ([step["peak_bytes"] / 2**30 for step in steps], "{:.2f}, {:.2f} and {:.2f} GiB"),
+        )
+        assert f"{target} " + ", ".join(form.format(*values) for values, form in rows) in text
+    last = [found[target]["biases"] for target in ("v5p:2x2x1", "v6e:4x4")]
+    mfu, estimate = ([step[name] for step in last] for name in ("mfu", "estimate_bytes"))
+    assert "MFU by the slowest resource {:.1f} and {:.1f} %".format(*(100 * x for x in mfu)) in text
+    assert (
+        "estimated as {:.2f} and {:.2f} GiB, {:.1f} and {:.1f} % too little".format(
+            *(x / 2**30 for x in estimate),
+            *(100 - 100 * x / y["peak_bytes"] for x, y in zip(estimate, last, strict=True)),
+        )
+        in text
+    )

@@ -273,7 +273,12 @@ class Einsum(nn.Module):
         contracted, added = tuple(range(split)), tuple(range(split, len(letters)))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=contracted, out_axis=added)
         y = self.kernel.matrix(self, self.shape, self.axes, init, channels=added).einsum(self.equation, x)
-        return y + _bias(self.param, self.shape[split:], self.axes[split:], x) if self.use_bias else y
+        if not self.use_bias:
+            return y
+        bias = _bias(self.param, self.shape[split:], self.axes[split:], x)
+        # Along one axis: over several, XLA for GPUs writes an array of biases as large as the result for the product to
+        # read; along one they are a part of the product's kernel.
+        return (y.reshape(*y.shape[: y.ndim - bias.ndim], -1) + bias.reshape(-1)).reshape(y.shape)
 
 
 class Dense(nn.Module):

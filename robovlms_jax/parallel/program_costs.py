@@ -71,8 +71,9 @@ class Costs:
 
     flops: of matrix products and convolutions. bytes: read from and written to main memory. cycles: XLA's own estimate
     for TPUs; 0 elsewhere. cycles_once: the same with every loop counted once. unknown_loops: loops whose number of
-    turns the text does not tell; they count once. cudnn: attention's kernels of NVIDIA's library, part of flops and
-    bytes; what they need beside operands and results is chosen by the library on the card, and not counted.
+    turns the text does not tell; they count once. kernels: launched one after the other, which takes microseconds each
+    however little they do. cudnn: attention's kernels of NVIDIA's library, part of flops and bytes; what they need
+    beside operands and results is chosen by the library on the card, and not counted.
     """
 
     flops: float
@@ -81,6 +82,7 @@ class Costs:
     cycles_once: float
     collectives: tuple[Collective, ...]
     unknown_loops: int
+    kernels: int
     cudnn: Kernels = Kernels()
 
 
@@ -89,7 +91,7 @@ def of_text(text: str, devices: int) -> Costs:
     program = hlo.parse(text)
     flops = moved = cycles = once = 0.0
     collectives: dict[str, Collective] = {}
-    unknown, cudnn = 0, Kernels()
+    unknown, kernels, cudnn = 0, 0, Kernels()
     for run in program.runs():
         x = run.instruction
         flops += run.times * flops_of(x, run.computation)
@@ -103,6 +105,7 @@ def of_text(text: str, devices: int) -> Costs:
         if not run.fused:
             bytes_of = traffic_of(x, run.computation, program)
             moved += run.times * bytes_of
+            kernels += run.times * (bytes_of > 0)
             if _ATTENTION in x.attribute("custom_call_target"):
                 more = run.times * flops_of(x, run.computation)
                 cudnn = Kernels(cudnn.calls + run.times, cudnn.flops + more, cudnn.bytes + run.times * bytes_of)
@@ -111,7 +114,7 @@ def of_text(text: str, devices: int) -> Costs:
             once += int(cycle[1]) if cycle else 0
             unknown += x.opcode == "while" and program.trips(x, run.computation) is None
     exchanging = tuple(found for found in collectives.values() if found.ways > 1)
-    return Costs(flops, moved, cycles, once, exchanging, unknown, cudnn)
+    return Costs(flops, moved, cycles, once, exchanging, unknown, kernels, cudnn)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def _compiled(place: Place, lowered: jax.stages.Lowered, own: Mapping[str, Any] 
     return found
 
 
-_VERSION = 8
+_VERSION = 9
 """Raised when what is kept of a program changes."""
 
 
@@ -186,6 +186,7 @@ def _compile(place: Place, lowered: jax.stages.Lowered, options: Mapping[str, An
         "cycles": [costs.cycles, costs.cycles_once],
         "cudnn": dataclasses.asdict(costs.cudnn),
         "unknown_loops": costs.unknown_loops,
+        "kernels": costs.kernels,
         "schedule_s": dataclasses.asdict(schedule),
         "optimal_seconds": (analysis or {}).get("optimal_seconds"),
         "collectives": sorted(exchanged, key=lambda x: -x["bytes"]),
@@ -262,7 +263,7 @@ def _show_one(name: str, found: Mapping[str, Any]) -> list[str]:
         return lines
     lines.append(
         f"  {found['flops'] / 1e12:.4g} TFLOP ({found['needed_flops'] / 1e12:.4g} without what is computed again), "
-        f"{found['traffic'] / 1e9:.4g} GB of memory traffic"
+        f"{found['traffic'] / 1e9:.4g} GB of memory traffic, {found['kernels']} kernels"
     )
     if found.get("cudnn", {}).get("calls"):
         calls, flops, moved = (found["cudnn"][name] for name in ("calls", "flops", "bytes"))

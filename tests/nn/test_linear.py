@@ -49,6 +49,15 @@ def test_einsum_with_bias_and_adapter_is_one_matrix_product(exact_matmul, equati
     np.testing.assert_allclose(jax.jit(plain.apply)({"params": merged}, x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_biases_of_several_axes_are_added_along_one():
+    # Fails where they are added to [B, S, N, H]: XLA for GPUs then writes them as large as the result, in every layer.
+    module = Einsum("BSD,DNH->BSNH", (5, 4, 6), ("embed", "heads", "head_dim"), use_bias=True)
+    x = jax.ShapeDtypeStruct((2, 3, 5), jnp.float32)
+    params = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x))
+    sums = [y for y in jax.make_jaxpr(module.apply)(params, x).eqns if y.primitive.name == "add"]
+    assert [y.outvars[0].aval.shape for y in sums] == [(2, 3, 24)]
+
+
 @pytest.mark.parametrize("equation", CASES)
 @pytest.mark.parametrize("kind", ["rslora", "dora"])
 def test_kinds_of_adapters_are_their_formulas_and_merge_into_one_matrix(exact_matmul, equation, kind):

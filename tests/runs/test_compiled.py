@@ -20,7 +20,7 @@ from robovlms_jax.runs import build, compiled, steps
 from robovlms_jax.training import memory
 
 FOUND = {
-    "bytes": {"peak": 2**30}, "flops": 989e9, "traffic": 3350e6, "cycles": [0, 0], "unknown_loops": 0,
+    "bytes": {"peak": 2**30}, "flops": 989e9, "traffic": 3350e6, "cycles": [0, 0], "unknown_loops": 0, "kernels": 619,
     "optimal_seconds": None, "seconds_to_compile": 1.0,
     "schedule_s": {"kernels": 2e-3, "waited": 1e-3, "collectives": 3e-3},
     "collectives": [
