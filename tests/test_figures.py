@@ -255,6 +255,21 @@ def test_the_tables_of_compared_policies_are_those_of_their_runs():
     assert "they solve {}, {} and {} of {}.".format(*again["solved"], again["trials"]) in page("structures.md")
 
 
+def test_the_table_of_searched_rates_is_that_of_its_trials():
+    found, text = result("strategies_cpu")["search"], page("strategies.md")
+    best = max(found["rows"], key=lambda row: row["mean"])
+    for row in found["rows"]:
+        cells = [row["learning_rate"], ", ".join(f"{x:.2f}" for x in row["success"]), mean_of(row["success"], 2)]
+        assert f"| {' | '.join([*cells, from_the_best(row, best)])} |" in text, cells
+        assert sum(row["success"]) / len(row["success"]) == pytest.approx(row["mean"], abs=1e-3)
+    assert found["command"] in text.replace("\\ ", "")
+    kept = {
+        row["learning_rate"]: [max(pair) for pair in zip(row["half_way"], row["success"], strict=True)]
+        for row in found["rows"]
+    }
+    assert f"by what is kept ({paired(kept['1.6e-3'], kept['4e-4'])}, noise)" in text
+
+
 def paired(one, other, words="{:+.2f} ± {:.2f}"):
     apart = [x - y for x, y in zip(one, other, strict=True)]
     return words.format(sum(apart) / len(apart), report.half_width_of(apart))

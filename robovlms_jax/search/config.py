@@ -28,7 +28,8 @@ class SearchConfig:
     """Directory of the search: trials, queue and report. Several processes, on any number of machines that share it,
     take trials from it when they are started with the same settings."""
     objective: str = "validation/loss"
-    """Name in the trials' metrics.jsonl; its last value counts. "rollouts/score" is what a robot solves."""
+    """Name in the trials' metrics.jsonl; its last value counts, also where a run keeps an earlier checkpoint
+    (rollouts.select). "rollouts/score" is what a robot solves."""
     direction: Literal["minimize", "maximize"] = "minimize"
     seeds: int = 1
     """Runs per setting, with train.seed 0, 1, ...; with two or more, the report has intervals and says what is
