@@ -21,6 +21,7 @@ from robovlms_jax.runs import build, chaining, run
 from robovlms_jax.runs import setup as setups
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.runs.load import open_model
+from tests import toy
 from tests.data import toy_rlds
 
 TINY = {
@@ -77,7 +78,8 @@ def test_another_run_starts_from_it_and_keeps_what_fits(pretrained, sample, tmp_
     config = tiny(bridge.PRESETS["sample"], sample, tmp_path / "bridge", **{"policy.chunk": 3})
     config = cli.override(config, **{"train.init_from": str(pretrained)})
     setup = setups.prepare(config)
-    fresh = build.init_params(setup.model, setup.mesh, seed=7)
+    shapes, places = build.abstract_params(setup.model, setup.mesh)
+    fresh = jax.device_put(toy.random_like(shapes), places)
     taken = flatten_dict(chaining.take_over(fresh, str(pretrained)), sep="/")
     before = flatten_dict(open_model(pretrained)[1], sep="/")
     fresh = flatten_dict(fresh, sep="/")

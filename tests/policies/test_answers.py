@@ -148,7 +148,7 @@ def test_every_family_learns_answers_from_pictures(name, attention):
     vlm = dataclasses.replace(registry.get(name).tiny(), attention=attention)
     model = dataclasses.replace(toy.make_model(auxiliary=AuxiliaryConfig(vl_weight=0.1)), vlm=vlm)
     batch = make_pairs(vlm)
-    params = unbox(jax.jit(model.init)(jax.random.key(0), toy.example(model, toy.as_read(vlm, ROBOT)))["params"])
+    params = toy.random_params(model, toy.as_read(vlm, ROBOT))
     loss = answers.AnswerLoss(model)
     grads = flatten_dict(jax.jit(jax.grad(lambda p: loss(p, batch)[0]))(params), sep="/")
     for part in ("backbone/vision/", "backbone/connector/", "backbone/text/"):
@@ -166,14 +166,13 @@ def test_patches_have_their_rows_and_columns_where_a_family_counts_them(name):
     slots = np.concatenate([np.arange(tokens), np.full(5, -1)])[None].astype(np.int32)
     held = np.concatenate([np.zeros((1, tokens), np.int32), ids], axis=1)
 
-    def both(key):
-        params = model.init(key, {"a": pixels}, ids, ids > 0)
+    def both(params):
         first = model.apply(params, {"a": pixels}, ids, ids > 0, method="embed")
         every = np.ones(held.shape, bool)
         second = model.apply(params, pixels[:, None], held, slots, every, every, method="embed_conversation")
         return [(x.positions[..., None] + x.offsets, x.embeds, x.deep) for x in (first, second)]
 
-    (places, *first), (others, *second) = jax.jit(both)(jax.random.key(0))
+    (places, *first), (others, *second) = jax.jit(both)(toy.random_init(model, {"a": pixels}, ids, ids > 0))
     np.testing.assert_array_equal(places, others)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first, second)
     assert (first[1] is not None) == (name == QWEN3)  # DeepStack's features come along

@@ -15,7 +15,7 @@ from robovlms_jax.policies import losses
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads import base, discrete, flow, gpt, mlp
 from robovlms_jax.policies.sensors import base as sensors
-from tests.toy import HEADS
+from tests.toy import HEADS, random_init
 
 W, C, D, Q, A, V = 4, 3, 24, 2, 7, 40
 
@@ -38,7 +38,7 @@ def make(kind: str, **sizes):
 @functools.cache
 def params_of(kind: str):
     head, shape = make(kind)
-    params = unbox(jax.jit(head.init)(jax.random.key(0), jnp.zeros((1, W, *shape)), jnp.ones((1, W), bool)))
+    params = random_init(head, jnp.zeros((1, W, *shape)), jnp.ones((1, W), bool))
     rng = np.random.default_rng(3)
     # Zeros at the start would hide what they multiply.
     return jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype(np.float32), params)
@@ -264,12 +264,18 @@ def small_flow(**fields) -> flow.FlowHead:
     return base.build(config, **sizes)
 
 
+@functools.cache
+def fresh_params():
+    """What `small_flow` begins with; its fields decide nothing of it."""
+    return unbox(jax.jit(small_flow().init)(jax.random.key(0), jnp.zeros((1, 1, 1, D)), jnp.ones((1, 1), bool)))
+
+
 def fresh_velocity(head: flow.FlowHead, noise: jax.Array, time: jax.Array) -> jax.Array:
     """What a head that has learned nothing tells actions and times apart by: its velocity, but for the last matrix,
     which begins at zero."""
     x = jnp.zeros((1, 1, 1, D))
-    params = unbox(jax.jit(head.init)(jax.random.key(0), x, jnp.ones((1, 1), bool)))["params"]
-    params["out"] = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params["out"])
+    params = fresh_params()["params"]
+    params = params | {"out": jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params["out"])}
     bound = head.bind({"params": params})
     condition = jax.jit(bound._condition)(x, jnp.ones((1, 1), bool))
     condition = condition.replace(mask=jnp.repeat(condition.mask, len(noise), axis=1))
@@ -300,7 +306,7 @@ def test_a_flow_head_that_has_learned_nothing_leads_from_noise_to_actions_of_the
     # What follows from the noise alone is computed, not learned: a network that says 0 is right to the least squares.
     head = small_flow(data_std=0.4, num_steps=200)
     x = jnp.zeros((1, 1, 1, D))
-    params = unbox(jax.jit(head.init)(jax.random.key(0), x, jnp.ones((1, 1), bool)))
+    params = fresh_params()
     bound = head.bind(params)
     condition = jax.jit(bound._condition)(x, jnp.ones((1, 1), bool))
     condition = condition.replace(mask=jnp.repeat(condition.mask, 500, axis=1))
@@ -321,7 +327,7 @@ def test_a_flow_head_that_has_learned_nothing_leads_from_noise_to_actions_of_the
 def test_temperature_0_starts_a_flow_in_the_middle():
     head = small_flow(temperature=0.0)
     x = jnp.zeros((1, 1, 1, D))
-    params = unbox(jax.jit(head.init)(jax.random.key(0), x, jnp.ones((1, 1), bool)))
+    params = fresh_params()
     bound = head.bind(params)
     actions = jax.jit(lambda x: bound.actions(bound(x, jnp.ones((1, 1), bool))))(x)
     assert (actions[..., :-1] == 0).all()

@@ -135,7 +135,7 @@ def assert_each_sensor_answers_its_own_question(answer, tested, *, told: float, 
 def test_what_only_one_sensor_tells_is_learned_by_its_encoder_and_is_chance_without_it():
     model, data = Alone(), stacked(0, 120, 64)
     first = jax.tree.map(lambda x: x[0], data.inputs)
-    params = meshes.unbox(jax.jit(model.init)(jax.random.key(0), first.sensors, first.sensor_mask)["params"])
+    params = toy.random_init(model, first.sensors, first.sensor_mask)["params"]
 
     def loss(params, data, key):
         inputs = data.inputs
