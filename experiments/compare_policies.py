@@ -26,6 +26,8 @@ Every structure is compared by `experiments.compare_structures`, single fields b
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -142,10 +144,14 @@ def _answers(run: pathlib.Path) -> float | None:
 
 
 def _asked(run: pathlib.Path, rollouts: RolloutConfig, *, held_out: bool = False) -> dict[str, Any]:
-    """Success in rollouts of a finished run's policy. held_out: in wordings that training never uses."""
+    """Success in rollouts of a finished run's policy, in a folder beside it for these rollouts alone: several processes
+    may ask one policy. held_out: in wordings that training never uses."""
     start = evaluation_settings.of_checkpoint(["--checkpoint", str(run)])
-    asked = {"chains": rollouts.trials, "execution": rollouts.execution, "max_steps": rollouts.max_steps}
-    asked |= {"held_out": held_out, "films": 0, "out": str(run.parent)}
+    asked = {name: getattr(rollouts, name) for name in ("tasks", "scene", "max_steps", "execution", "image_size")}
+    asked |= {"chains": rollouts.trials, "held_out": held_out}
+    words = json.dumps({name: dataclasses.asdict(x) if name == "execution" else x for name, x in asked.items()})
+    folder = run.parent / f"asked-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+    asked |= {"films": 0, "out": str(folder), "processes": min(rollouts.tables, rollouts.trials)}
     return protocol.success(evaluate.evaluate(dataclasses.replace(start, **asked)).parent)
 
 

@@ -21,7 +21,8 @@ class Ranked:
 
     half_width: of the 95 % interval of the mean over seeds (Student's t), NaN with one seed. difference, noise: of the
     best setting's mean to this one's, paired by seed where both have the same seeds (Welch's otherwise), and whether
-    its 95 % interval holds 0; None where it cannot be told. failed: seeds that ended without a value.
+    its 95 % interval holds 0; None where it cannot be told. failed: seeds that ended without a value. p: of the same
+    test, of this difference alone; NaN where it cannot be told.
     """
 
     setting: space.Setting
@@ -30,6 +31,7 @@ class Ranked:
     difference: float
     noise: bool | None
     failed: int = 0
+    p: float = math.nan
 
     @property
     def mean(self) -> float:
@@ -56,8 +58,8 @@ def rank(trials: Sequence[queue.Trial], direction: str) -> list[Ranked]:
     out = []
     for setting, seeds in ordered:
         best, values = ordered[0][1], tuple(seeds.values())
-        compared = _compared(best, seeds)
-        out.append(Ranked(dict(setting), values, half_width_of(values), *compared, failed[setting]))
+        difference, noise, p = _compared(best, seeds)
+        out.append(Ranked(dict(setting), values, half_width_of(values), difference, noise, failed[setting], p))
     return out
 
 
@@ -78,21 +80,33 @@ def interval(values: Sequence[float], digits: int) -> str:
     return f"{float(np.mean(values)):,.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
-def _compared(best: dict[int, float], other: dict[int, float]) -> tuple[float, bool | None]:
+def _compared(best: dict[int, float], other: dict[int, float]) -> tuple[float, bool | None, float]:
     difference = float(np.mean(list(other.values())) - np.mean(list(best.values())))
     if best is other or min(len(best), len(other)) < 2:
-        return difference, None
+        return difference, None, math.nan
     from scipy import stats
 
     if set(best) == set(other):
         apart = np.array([other[seed] - best[seed] for seed in best])
         if not np.any(apart - apart[0]):  # no spread: the test divides by it
-            return difference, not apart[0]
-        low, high = stats.ttest_1samp(apart, 0).confidence_interval()
+            return difference, not apart[0], 0.0 if apart[0] else 1.0
+        test = stats.ttest_1samp(apart, 0)
     else:
         test = stats.ttest_ind(list(other.values()), list(best.values()), equal_var=False)
-        low, high = test.confidence_interval()
-    return difference, bool(low <= 0 <= high)
+    low, high = test.confidence_interval()
+    return difference, bool(low <= 0 <= high), float(test.pvalue)
+
+
+def beyond_chance(ranked: Sequence[Ranked]) -> list[Ranked]:
+    """Those whose difference from the best is no chance although so many are compared (Holm's correction): the best was
+    chosen for its values, so that of equal settings more than one in twenty looks different by itself."""
+    known = sorted((x for x in ranked if x.noise is not None), key=lambda x: x.p)
+    found = []
+    for place, x in enumerate(known):
+        if not x.p * (len(known) - place) < 0.05:
+            break
+        found.append(x)
+    return found
 
 
 def write(config: SearchConfig) -> pathlib.Path:
@@ -129,10 +143,11 @@ def ranking(out: pathlib.Path, trials: Sequence[queue.Trial], objective: str, di
 
 
 def _table(ranked: Sequence[Ranked], names: Sequence[str]) -> str:
-    rows = []
+    rows, sure = [], beyond_chance(ranked)
     for x in ranked:
         spread = "" if math.isnan(x.half_width) else f" ± {tables.significant(x.half_width)}"
-        verdict = "best" if x is ranked[0] else {None: "one run: unknown", True: "noise", False: "real"}[x.noise]
+        real = "real" if any(x is one for one in sure) else "real by itself"
+        verdict = "best" if x is ranked[0] else {None: "one run: unknown", True: "noise", False: real}[x.noise]
         numbers = (f"{tables.significant(x.mean)}{spread}", tables.significant(x.difference))
         runs = str(len(x.values)) + (f", {x.failed} failed" if x.failed else "")
         rows.append([*(x.setting.get(name, "") for name in names), runs, *numbers, verdict])
@@ -157,12 +172,19 @@ def _verdict(ranked: Sequence[Ranked]) -> str:
         if equal:
             said.append(
                 f"{len(equal)} of the {len(others)} others cannot be told from the best by these runs: the 95 % "
-                "interval of the difference over seeds holds 0. Of twenty equal settings one is expected to look "
-                "different."
+                "interval of the difference over seeds holds 0."
             )
         elif known:
             which = "every other" if len(known) == len(others) else f"{len(known)} of the {len(others)} others"
             said.append(f"The best setting differs from {which} by more than runs of one setting differ (95 %).")
+        alone = sum(not x.noise for x in known) - len(beyond_chance(known))
+        if alone:
+            said.append(
+                f"{alone} of {len(known)} differences, called real by itself, may be chance, for several were looked "
+                "at and the best was chosen afterwards: of three seeds each, a quarter of all searches among five "
+                "equal settings has one, and half of those among ten. Holm's correction for all of them leaves what "
+                "is called real."
+            )
         if len(known) < len(others):
             said.append(f"{len(others) - len(known)} of the others were run once, which tells nothing of them yet.")
     broken = [x for x in ranked if x.failed]

@@ -87,10 +87,16 @@ def test_unseen_wordings_are_asked_of_the_same_trials_and_kept_out_of_the_runs_o
     monkeypatch.setattr(compare.evaluate, "evaluate", evaluated)
     monkeypatch.setattr(compare.protocol, "success", lambda folder: {"value": 0.25, "folder": folder})
     found = compare._asked(tmp_path / "run", started.rollouts, held_out=True)
-    assert found == {"value": 0.25, "folder": tmp_path / "x"} and started.data.vary_language
     ours = asked[0]
+    assert found == {"value": 0.25, "folder": pathlib.Path(ours.out) / "x"} and started.data.vary_language
+    assert pathlib.Path(ours.out).parent == tmp_path  # and not the run
     assert ours.held_out and (ours.chains, ours.tasks) == (80, started.rollouts.tasks)
     assert (ours.scene, ours.max_steps, ours.execution) == ("D", 80, started.rollouts.execution)
+    others = dataclasses.replace(started.rollouts, tasks=("open_drawer",), scene="A", tables=4, image_size=(96, 64))
+    compare._asked(tmp_path / "run", others)
+    again = asked[1]
+    assert (again.scene, again.tasks, again.processes, again.image_size) == ("A", ("open_drawer",), 4, (96, 64))
+    assert again.out != ours.out
 
 
 def test_what_is_executed_of_a_chunk_is_asked_of_one_policy_and_trains_none_of_its_own(monkeypatch):
