@@ -50,7 +50,13 @@ def preset(experiment: str, start: str, fixed: Sequence[str], owner: str) -> Exp
         raise ValueError(
             f"{owner}.start={start!r} is no preset of {experiment}{hint} Choose with --start: {', '.join(presets)}."
         )
-    return cli.read(presets[start], argv=space.flags(space.fixed(fixed, owner)))
+    found = presets[start]
+    if not isinstance(getattr(found, "experiment", found), ExperimentConfig):
+        raise ValueError(
+            f"{owner}.experiment={experiment!r} trains no policy of its own (its presets are {type(found).__name__}); "
+            "name an experiment that does, such as calvin_abcd."
+        )
+    return cli.read(found, argv=space.flags(space.fixed(fixed, owner)))
 
 
 def begun_with(base: str, start: ExperimentConfig, fixed: Sequence[str], owner: str) -> ExperimentConfig:
@@ -168,6 +174,7 @@ def trials(config: Any, jobs: Callable[[], Sequence[protocol.Job]]) -> list[queu
     With `config.report` none is run, and `jobs`, for which demonstrations may have to be recorded, is not asked.
     Raises ValueError where there is nothing to report of.
     """
+    queue.require_out(config.out)
     out = pathlib.Path(config.out)
     return queue.finished(out) if config.report else protocol.work(out, jobs(), settings_of(config))
 

@@ -20,7 +20,7 @@ from robovlms_jax import bars, cli, schema
 from robovlms_jax.data import notices, opening
 from robovlms_jax.runs import measured, run
 from robovlms_jax.runs.config import ExperimentConfig
-from robovlms_jax.search import space
+from robovlms_jax.search import queue, space
 from robovlms_jax.search.config import SearchConfig
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,9 @@ def require(config: SearchConfig, devices: Callable[[], int | None]) -> None:
     Raises:
       ValueError, OSError, ImportError: names the setting, and what its run would refuse.
     """
+    queue.require_out(config.out)
+    if config.direction == "minimize" and measured.is_better_higher(config.objective):
+        raise ValueError(f"{config.objective} is the better the higher it is; pass --direction maximize.")
     start, fixed = protocols.preset(config.experiment, config.start, (), "search"), space.fixed(config.fixed)
     fields = space.read(config.space)
     if config.sampler == "grid":

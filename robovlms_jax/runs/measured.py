@@ -47,6 +47,12 @@ def while_learning(name: str, config: ExperimentConfig) -> bool:
     return 0 < step < steps or (step > 0 and config.train.epochs > 0)
 
 
+def is_better_higher(name: str) -> bool:
+    """Whether the number is one of successes or right answers, and not of errors."""
+    kind, _, number = name.partition("/")
+    return kind == "rollouts" or number.startswith(("acc", "token_accuracy", "gripper_accuracy", "gripper_f1"))
+
+
 def require(name: str, config: ExperimentConfig, owner: str) -> None:
     """Raises ValueError that begins with `owner`, the setting that asks for `name`: no run of this configuration writes
     it; says what it does write."""

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 
 from robovlms_jax import atomic, json_files, schema
 from robovlms_jax.search.space import Setting
+from robovlms_jax.training import directory
 
 BEAT = 10.0
 """Seconds between signs of life of whoever works on a trial."""
@@ -60,6 +61,14 @@ def reason(text: str) -> str:
 def folder(out: pathlib.Path, number: int) -> pathlib.Path:
     """Directory of a trial."""
     return out / "trials" / f"{number:04d}"
+
+
+def require_out(out: str) -> None:
+    """Raise ValueError, OSError before anything is done: results could not be kept below `out`, or would lie all over
+    the current folder."""
+    if not out.strip():
+        raise ValueError("--out is empty; name a folder for trials, queue and report.")
+    directory.require_writable(pathlib.Path(out))
 
 
 def agree(out: pathlib.Path, name: str, settings: Mapping[str, Any]) -> None:

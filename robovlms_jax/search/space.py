@@ -47,6 +47,7 @@ def read(texts: Sequence[str]) -> list[Values | Range]:
 
 def _read(text: str) -> Values | Range:
     name, equals, right = text.partition("=")
+    name = _spelt(name)
     if not equals or not name or not right:
         raise ValueError(f"search.space has {text!r}; expected FIELD=VALUE,VALUE or FIELD=LOW:HIGH[:log|:int].")
     parts = [right] if "://" in right else right.split(":")  # hf://OWNER/NAME is a value
@@ -97,8 +98,13 @@ def fixed(texts: Sequence[str], owner: str = "search") -> Setting:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise ValueError(f"{owner}.fixed has {text!r}; expected FIELD=VALUE.")
-        out[name] = value
+        out[_spelt(name)] = value
     return out
+
+
+def _spelt(name: str) -> str:
+    """A field's own name: a command line takes "weight-decay", too, and one field must not seem to be two."""
+    return name.strip().lstrip("-").replace("-", "_")
 
 
 def flags(setting: Setting) -> list[str]:

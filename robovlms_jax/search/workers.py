@@ -8,6 +8,7 @@ import itertools
 import logging
 import pathlib
 import uuid
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from robovlms_jax import extras
@@ -36,7 +37,8 @@ def work(config: SearchConfig) -> None:
     if config.sampler == "grid":
         _work_through(config, space.grid(fields))
     else:
-        _ask(config, fields)
+        with _storage_is_named(config):
+            _ask(config, fields)
 
 
 def _work_through(config: SearchConfig, settings: list[space.Setting]) -> None:
@@ -129,7 +131,33 @@ def _suggest(trial: Any, field: space.Values | space.Range) -> str:
     return repr(trial.suggest_float(field.name, field.low, field.high, log=field.log))
 
 
+@contextlib.contextmanager
+def _storage_is_named(config: SearchConfig, *more: type[Exception]) -> Iterator[None]:
+    """Raises ValueError that names the storage where it, or the database below it, fails; more: errors that mean this,
+    too."""
+    optuna = _optuna()
+    from sqlalchemy.exc import SQLAlchemyError  # Optuna needs it
+
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, *more) as error:
+        where = config.storage or pathlib.Path(config.out) / "optuna.log"
+        raise ValueError(
+            f"Optuna's storage {where} does not work: {queue.reason(str(error))} What has ended is kept in "
+            f"{config.out}; mend the storage and start the command again, or name another one "
+            "(--storage sqlite:///FILE.db, or none for a file of the search's own)."
+        ) from error
+
+
 def _study(config: SearchConfig) -> optuna.Study:
+    """Raises ValueError that names the storage: it cannot be opened, or belongs to another search."""
+    with _storage_is_named(config, ImportError, LookupError, ValueError):
+        study = _opened(config)
+    _require_ours(study, pathlib.Path(config.out), config.storage)
+    return study
+
+
+def _opened(config: SearchConfig) -> optuna.Study:
     optuna = _optuna()
     out = pathlib.Path(config.out)
     storage: Any = config.storage
@@ -144,7 +172,7 @@ def _study(config: SearchConfig) -> optuna.Study:
         "gp": optuna.samplers.GPSampler,
     }
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
+    return optuna.create_study(
         study_name=out.name,
         storage=storage,
         sampler=samplers[config.sampler](),
@@ -152,8 +180,6 @@ def _study(config: SearchConfig) -> optuna.Study:
         direction=config.direction,
         load_if_exists=True,
     )
-    _require_ours(study, out, config.storage)
-    return study
 
 
 def _require_ours(study: optuna.Study, out: pathlib.Path, storage: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -46,3 +47,33 @@ def test_folders_of_other_names_and_lines_that_say_nothing_do_not_stop_a_search(
     (run / "report.md").write_text("done")
     workers.work(config)
     assert [(x.status, x.value) for x in queue.read(tmp_path / "s")] == [("done", 3.0)]
+
+
+@pytest.mark.parametrize("storage", ["foo", "sqlite:////nowhere/study.db", "sqlite:///{here}/text.db", "nosuch://a"])
+def test_a_storage_that_does_not_work_is_named_with_what_to_do_about_it(tmp_path, storage):
+    pytest.importorskip("optuna")
+    (tmp_path / "text.db").write_text("no database")
+    storage = storage.format(here=tmp_path)
+    asked = SearchConfig(out=str(tmp_path / "s"), space=("rate=0.1,0.2",), sampler="random", trials=1, storage=storage)
+    with pytest.raises(ValueError, match=f"^Optuna's storage {re.escape(storage)} does not work: .*mend the storage"):
+        workers.work(asked)
+
+
+def test_a_journal_that_was_cut_off_is_named(tmp_path):
+    pytest.importorskip("optuna")
+    (tmp_path / "optuna.log").write_text("no line of a journal\n{}\n")
+    asked = SearchConfig(out=str(tmp_path), space=("rate=0.1,0.2",), sampler="random", trials=1)
+    with pytest.raises(ValueError, match=r"^Optuna's storage .*optuna\.log does not work"):
+        workers.work(asked)
+
+
+def test_a_storage_that_fails_in_the_middle_is_named(tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna")
+
+    def locked(*_):
+        raise optuna.exceptions.StorageInternalError("database is locked")
+
+    asked = SearchConfig(out=str(tmp_path / "s"), space=("rate=0.1,0.2",), sampler="random", trials=1)
+    monkeypatch.setattr(workers, "_take", locked)
+    with pytest.raises(ValueError, match=r"optuna\.log does not work: database is locked"):
+        workers.work(asked)

@@ -30,6 +30,14 @@ def test_what_its_run_refuses_is_named_with_the_setting_and_so_is_an_end_of_a_ra
         (SearchConfig(), "search.space is empty: name at least one field"),
         (SearchConfig(space=("train.steps=1:9",)), "a grid needs values"),
         (SearchConfig(start="smaple", space=("train.steps=1",)), "did you mean 'sample'"),
+        (
+            SearchConfig(experiment="search", start="grid", space=("train.steps=1",)),
+            "'search' trains no policy",
+        ),
+        (SearchConfig(space=("train.steps=1",), objective="rollouts/score"), "pass --direction maximize"),
+        (SearchConfig(space=("train.steps=1",), out=""), "--out is empty"),
+        (SearchConfig(space=("train.steps=1",), out=__file__), "is a file; choose another directory"),
+        (SearchConfig(space=("train.batch-size=1,2",), fixed=("train.batch_size=4",)), "a field does one"),
     ],
 )
 def test_what_is_wrong_with_the_search_itself_is_said_before_devices_are_counted(search, said):
