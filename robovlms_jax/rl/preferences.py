@@ -153,9 +153,13 @@ def _standardised(frames: jax.Array, center: jax.Array, scale: jax.Array) -> jax
 def _center_and_scale(frames: jax.Array, choices: int) -> tuple[jax.Array, jax.Array]:
     """float32[F] each, of frames float32[n, F], whose last numbers are choices and stay as they are."""
     chosen = jnp.arange(frames.shape[-1]) >= frames.shape[-1] - choices
-    center, std = frames.mean(0), frames.std(0)
-    scale = jnp.where(std > _STILL, std, _SILENT)
-    return jnp.where(chosen, 0.0, center), jnp.where(chosen, 1.0, scale)
+    scale = scale_of(frames.std(0))
+    return jnp.where(chosen, 0.0, frames.mean(0)), jnp.where(chosen, 1.0, scale)
+
+
+def scale_of(std: jax.Array) -> jax.Array:
+    """float32[F], by which numbers of frames of such standard deviations are divided."""
+    return jnp.where(std > _STILL, std, _SILENT)
 
 
 def fit(pairs: Pairs, config: RewardConfig, held: Pairs | None = None) -> tuple[RewardModel, dict[str, float]]:

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from robovlms_jax import atomic, npz
-from robovlms_jax.rl.preferences import RewardModel
+from robovlms_jax.rl.preferences import RewardModel, scale_of
 from robovlms_jax.rl.progress import NAMES
 from robovlms_jax.schema import require
 
@@ -74,6 +74,7 @@ def load(directory: str | pathlib.Path) -> Saved:
         arrays = {name: jnp.asarray(x) for name, x in read.items()}
         params = {name.removeprefix("params/"): x for name, x in arrays.items() if name.startswith("params/")}
         own = {field.name: arrays[field.name] for field in dataclasses.fields(RewardModel) if field.name in arrays}
+        own["scale"] = scale_of(own["scale"])  # earlier versions divided by standard deviations however small
         model = RewardModel(
             params=unflatten_dict(params, sep="/"), **own, widths=tuple(about["widths"]), choices=about["choices"]
         )

@@ -59,6 +59,9 @@ def test_a_persons_answers_become_a_directory_that_gives_the_same_rewards(labels
     rewards.save(tmp_path / "broken", rewards.Saved(broken, 2, found.about))
     with pytest.raises(ValueError, match=r"\['center'\] of reward.npz are not finite"):
         rewards.load(tmp_path / "broken")
+    earlier = model.replace(scale=np.array([1, 1e-6, 1], np.float32))  # 1e-6: of a number that never changed
+    rewards.save(tmp_path / "earlier", rewards.Saved(earlier, 2, found.about))
+    np.testing.assert_array_equal(rewards.load(tmp_path / "earlier").model.scale, np.float32([1, 1e6, 1]))
 
 
 def test_rewards_that_are_no_numbers_and_settings_that_cannot_be_are_refused(labels, tmp_path, monkeypatch):
