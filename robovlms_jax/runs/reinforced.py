@@ -130,6 +130,11 @@ def _answers(settings: Mapping[str, Any], last: Mapping[str, Any]) -> str:
     )
 
 
+def _told(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an iteration in which no trial ended nobody knows what share succeeds."""
+    return {**row, "success": None} if row.get("trials") == 0 and "success" in row else dict(row)
+
+
 def _curve(curve: Sequence[Mapping[str, Any]]) -> list[str]:
     """Some twenty iterations as a table, of what was measured in them."""
     shown: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -159,7 +164,7 @@ def _curve(curve: Sequence[Mapping[str, Any]]) -> list[str]:
         f"| {' | '.join(title for title, _ in shown.values())} |",
         "|" + "---|" * len(shown),
         *(
-            f"| {' | '.join(how(x[name]) for name, (_, how) in shown.items())} |"
+            f"| {' | '.join('-' if x[name] is None else how(x[name]) for name, (_, how) in shown.items())} |"
             for x in curve[:: max(len(curve) // 20, 1)]
         ),
     ]
@@ -177,7 +182,8 @@ def _draw(curve: Sequence[Mapping[str, Any]]) -> Figure:
     figure = tables.figure(4.2 * len(over), 3.2, layout="constrained")
     for axes, (place, label) in zip(figure.subplots(1, len(over), squeeze=False)[0], over.items(), strict=True):
         for (name, words), color in zip(names.items(), tables.COLORS, strict=False):
-            points = [[row[place] for row in curve], [100 * row[name] for row in curve]]
+            found = [row for row in curve if row[name] is not None]
+            points = [[row[place] for row in found], [100 * row[name] for row in found]]
             axes.plot(*points, color=color, marker="o", markersize=3, label=words)
         axes.set(xlabel=label, ylabel="success, %" if "success" in names else "answers given, %", ylim=(0, 100))
         axes.set_xlim(left=0)
@@ -203,7 +209,7 @@ def report(
       trained: number of parameters that learned.
     """
     results = {name: compared(before[name], found) for name, found in after.items()}
-    curve = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    curve = [_told(json.loads(line)) for line in (output / "metrics.jsonl").read_text().splitlines()]
     record = {"settings": settings, "results": results, "curve": curve}
     atomic.write_text(output / "results.json", json.dumps(record, indent=2) + "\n")
     last, direct = curve[-1], settings["update"]["method"] == "dpo"

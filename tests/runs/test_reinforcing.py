@@ -304,6 +304,14 @@ def test_results_are_told_apart_by_task_and_table():
     assert reinforced._row("x", found).startswith("| x | 3 | 66.7% (")
 
 
+def test_an_iteration_in_which_no_trial_ended_is_a_gap_and_no_failure():
+    """Fails if the 0 of nothing is drawn as if all trials had failed."""
+    rows = [{"step": i, "env_steps": i, "seconds": float(i), "success": 0.5 * i, "trials": 2 * i} for i in (0, 1)]
+    curve = [reinforced._told(row) for row in rows]
+    assert [axes.lines[0].get_xydata().tolist() for axes in reinforced._draw(curve).axes] == [[[1.0, 50.0]]] * 2
+    assert [line.split(" | ")[-1] for line in reinforced._curve(curve)[-2:]] == ["- |", "50.0% |"]
+
+
 def test_curves_are_drawn_against_control_steps_and_seconds():
     curve = [{"env_steps": 100 * i, "seconds": 7.0 * i, "success": 0.1 * i} for i in (1, 2)]
     found = {axes.get_xlabel(): axes.lines[0].get_xydata().tolist() for axes in reinforced._draw(curve).axes}
