@@ -56,11 +56,13 @@ def test_a_run_of_reinforcement_says_from_where_it_goes_on(tmp_path):
 def test_ctrl_c_while_a_program_is_imported_ends_it_with_a_line():
     """Any program, before its own words are known: at the first module that it imports of this project."""
     code = (
-        "import sys, experiments, robovlms_jax\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells start what is behind & without
+        "import experiments, robovlms_jax\n"
         "class Finder:\n"
         "    def find_spec(self, name, *how):\n"
         "        if name == 'robovlms_jax.cli':\n"
-        "            import signal; signal.raise_signal(signal.SIGINT)\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
         "sys.meta_path.insert(0, Finder())\n"
         "import experiments.reward\n"
     )
