@@ -136,7 +136,7 @@ def _storage_is_named(config: SearchConfig, *more: type[Exception]) -> Iterator[
     """Raises ValueError that names the storage where it, or the database below it, fails; more: errors that mean this,
     too."""
     optuna = _optuna()
-    from sqlalchemy.exc import SQLAlchemyError  # Optuna needs it
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
