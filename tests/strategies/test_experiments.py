@@ -251,6 +251,12 @@ def test_a_run_says_what_it_does_otherwise_than_the_one_it_begins_with(monkeypat
     chaining.say_differences(cli.override(run, **{"backbone.lora_rank": 0, "policy.cameras": ("wrist",)}), "runs/x")
     assert "policy.cameras: there ('static',), here ('wrist',)" in caplog.text
     assert "backbone.lora_rank: there 4, here 0\n  What its adapters learned is lost" in caplog.text
+    assert "backbone.name" not in caplog.text
+    chaining.say_differences(cli.override(run, **{"backbone.name": "kosmos-2-mini"}), "runs/x")
+    assert (
+        "brings its backbone, kosmos-2-twin, which is trained here; backbone.name=kosmos-2-mini has no effect"
+        in caplog.text
+    )
 
 
 def test_a_search_and_a_protocol_name_a_wrong_preset_alike():
