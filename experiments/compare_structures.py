@@ -242,7 +242,7 @@ def _train(cell: Cell, config: CompareConfig, directory: pathlib.Path) -> dict[s
         known["failed"] = str(error)
     else:
         if not (done / "report.json").exists():
-            raise RuntimeError(f"training of {cell.name} was stopped; the same command goes on from its checkpoint.")
+            raise ending.Terminated  # the run is saved
         report = json.loads((done / "report.json").read_text())
         known["parameters"] = report["facts"]["parameters"]
         known["seconds"] = time.perf_counter() - begin

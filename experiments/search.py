@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-import signal
 import sys
 
 from experiments import search_settings
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
     else:
         search_settings.require(config, _unknown if _elsewhere(config) else search_settings.devices)
     stopped = False
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's end: the run saves, the trial stays open
+    ending.on_sigterm()  # a scheduler's end: the run saves, the trial stays open
     try:
         if config.ray.workers and not config.report:
             ray_workers.everywhere(config.ray, functools.partial(_work, dataclasses.replace(config, ray=RayConfig())))
@@ -60,7 +59,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
             workers.work(config)
     except KeyboardInterrupt:
         stopped = True
-        print("stopped by Ctrl-C; finished trials are kept, and the same command goes on.", file=sys.stderr)
+        ending.say("finished trials are kept, and the same command goes on.")
     path = report.write(config)
     print(f"report: {path}")
     if stopped:

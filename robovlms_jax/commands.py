@@ -12,7 +12,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from robovlms_jax import cli_help, extras, programs
+from robovlms_jax import cli_help, ending, extras, programs
 
 
 def overview() -> str:
@@ -66,6 +66,7 @@ def _unknown(what: str, given: str, known: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what the arguments say. Wrong ones end the process with a message and status 2."""
+    ending.without_traceback()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:], "--help"]

@@ -1,42 +1,90 @@
-"""How a program ends that Ctrl-C stops: with one line, which says what is kept and how to go on."""
+"""How a program ends that a signal stops: with one line, which says what is kept and how to go on."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import select
 import signal
 import sys
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 STATUS = 128 + signal.SIGINT
-"""Exit status of a process that Ctrl-C ended."""
+"""Exit status of a process that Ctrl-C ended, or SIGTERM where it is handled."""
 
 ANEW = "nothing was written; the same command begins anew."
 WRITTEN = "files are written whole or not at all, so what was not finished is not there."
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, and what it stopped is kept as after Ctrl-C."""
+
+
+def on_sigterm() -> None:
+    """From now on SIGTERM raises `Terminated` in the main thread."""
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise Terminated
+
+
+def stopped_by(error: BaseException | None) -> str:
+    """What a KeyboardInterrupt stands for, in words."""
+    return "SIGTERM" if isinstance(error, Terminated) else "Ctrl-C"
+
+
+def say(kept: str) -> None:
+    """The line, where a KeyboardInterrupt is handled, which says what came."""
+    print(f"stopped by {stopped_by(sys.exception())}; {kept}", file=sys.stderr, flush=True)
+
+
 def stop(kept: str) -> NoReturn:
-    """Raise SystemExit with status `STATUS`. kept: what is kept, and how to go on."""
-    print(f"stopped by Ctrl-C; {kept}", file=sys.stderr, flush=True)
+    """Raise SystemExit with status `STATUS`, where a KeyboardInterrupt is handled. kept: what is kept, and how to go
+    on."""
+    say(kept)
     sys.exit(STATUS)
 
 
 def stop_at_once(kept: str) -> NoReturn:
     """`stop` for a program that has closed what it writes: nothing is cleaned up, or waited for. Threads of XLA that
     compile at Python's exit took it down with a segmentation fault."""
-    print(f"stopped by Ctrl-C; {kept}", file=sys.stderr, flush=True)
+    say(kept)
     sys.stdout.flush()
     os._exit(STATUS)
 
 
 def without_traceback() -> None:
-    """Where no program says more, as while it is imported, Ctrl-C ends this process with a line all the same."""
+    """From now on this process ends without a traceback where no program says more: after a signal that raises
+    KeyboardInterrupt, as while it is imported, and where nobody reads its output any more, as behind `| head`."""
     before = sys.excepthook
+    if getattr(before, "__module__", "") == __name__:
+        return
 
     def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
-            print(f"stopped by Ctrl-C; {WRITTEN}", file=sys.stderr, flush=True)
-        else:
+            print(f"stopped by {stopped_by(error)}; {WRITTEN}", file=sys.stderr, flush=True)
+        elif not (issubclass(kind, BrokenPipeError) and _nobody_reads()):
             before(kind, error, trace)
 
     sys.excepthook = tell
+    atexit.register(_nobody_reads)  # what Python writes at its end is the first that is written of a short text
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output leads nowhere; it leads to the null device then, since Python would complain."""
+    try:
+        sys.stdout.flush()
+        at = (
+            select.poll()
+        )  # where Python has no buffer (PYTHONUNBUFFERED) there is nothing left that could not be flushed
+        at.register(sys.stdout.fileno(), select.POLLERR)
+        gone = any(events & select.POLLERR for _, events in at.poll(0))
+    except BrokenPipeError:
+        gone = True
+    except (AttributeError, OSError, ValueError):  # there is none, it is closed, or it is no file
+        gone = False
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone

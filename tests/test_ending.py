@@ -18,10 +18,7 @@ from tests.test_imports import ROOT
 from tests.training.test_checkpoints import write_steps
 
 
-def interrupted(*_, **__):
-    raise KeyboardInterrupt
-
-
+@pytest.mark.parametrize(("came", "said"), [(KeyboardInterrupt, "Ctrl-C"), (ending.Terminated, "SIGTERM")])
 @pytest.mark.parametrize(
     ("program", "room", "work", "kept"),
     [
@@ -31,7 +28,12 @@ def interrupted(*_, **__):
         (reinforce, "reinforcing", "run", "nothing was written; the same command begins anew."),
     ],
 )
-def test_a_program_says_what_it_keeps(monkeypatch, capsys, tmp_path, program, room, work, kept):
+def test_a_program_says_what_stopped_it_and_what_it_keeps(
+    monkeypatch, capsys, tmp_path, program, room, work, kept, came, said
+):
+    def interrupted(*_, **__):
+        raise came
+
     monkeypatch.setattr(getattr(program, room), work, interrupted)
     monkeypatch.setattr(sys, "argv", ["program", "--out", str(tmp_path / "out")])
     monkeypatch.setattr(ending.os, "_exit", sys.exit)
@@ -41,7 +43,7 @@ def test_a_program_says_what_it_keeps(monkeypatch, capsys, tmp_path, program, ro
         program.main()
     assert caught.value.code == 130
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"stopped by Ctrl-C; {kept}")
+    assert line.startswith(f"stopped by {said}; {kept}")
 
 
 def test_a_run_of_reinforcement_says_from_where_it_goes_on(tmp_path):
@@ -73,3 +75,18 @@ def test_ctrl_c_while_a_program_is_imported_ends_it_with_a_line():
         [sys.executable, "-c", "import experiments; 1 / 0"], cwd=ROOT, capture_output=True, text=True
     )
     assert "ZeroDivisionError" in other.stderr and "stopped" not in other.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", ["", "x" * 100_000], ids=["short", "long"])
+def test_who_stops_reading_sees_no_traceback(words, unbuffered):
+    """As with `--help | head -1`: nobody reads what is written at the end of a program, or in the middle of it."""
+    code = f"from robovlms_jax import ending; ending.without_traceback(); print('one', '{words}')"
+    read, write = os.pipe()
+    os.close(read)
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert done.stderr == ""

@@ -217,6 +217,7 @@ class ReinforceConfig:
         )
         require(self.checkpoint_every >= 1, f"reinforce.checkpoint_every={self.checkpoint_every} must be at least 1.")
         self._check_devices()
+        self._check_effects()
         require(
             self.update.method != "grpo" or self.group >= 2,
             f"reinforce.group={self.group}: update.method=grpo compares trials from the same state, at least 2.",
@@ -236,6 +237,27 @@ class ReinforceConfig:
             not kept,
             f"reinforce.scenes names {kept}, which reinforce.unseen_random_scenes={self.unseen_random_scenes} measures "
             f"as unseen; learn on random tables below {UNSEEN}.",
+        )
+
+    def _check_effects(self) -> None:
+        parts = {"reinforce": self, "update": self.update}
+        for part, field, methods in unread(self.update.method):
+            given = getattr(parts[part], field)
+            require(
+                given == getattr(type(parts[part]), field),
+                f"{part}.{field}={given} has no effect with update.method={self.update.method}: it is read with "
+                f"{' or '.join(methods)}. Leave it out, or choose another preset or update.method.",
+            )
+        for field, ours in (("pairs", self.pairs), ("group", self.group)):
+            require(
+                not self.labels or self.update.method != "dpo" or ours == getattr(ReinforceConfig, field),
+                f"reinforce.{field}={ours} has no effect beside reinforce.labels={self.labels!r}: it is about the "
+                "rollouts that a simulated person is asked about. Leave one of them out.",
+            )
+        scale = self.update.reward_scale
+        require(
+            self.reward != "" or scale == UpdateConfig.reward_scale,
+            f"update.reward_scale={scale} has no effect without reinforce.reward, whose numbers it multiplies.",
         )
 
     def _check_devices(self) -> None:
@@ -301,3 +323,26 @@ class ReinforceConfig:
     def played(self) -> tuple[str, ...]:
         """Tasks of the trials that are learned from: those that are trained, and those that are held."""
         return (*self.tasks, *(self.others if self.update.hold_weight else ()))
+
+
+_READERS = {
+    ("reinforce", "held_out", "pairs"): ("dpo",),
+    ("reinforce", "group"): ("grpo", "dpo"),
+    ("reinforce", "decisions"): ("ppo", "grpo", "awr"),
+    ("update", "beta", "label_noise"): ("dpo",),
+    ("update", "discount", "trace"): ("ppo", "awr"),
+    ("update", "clip_low", "clip_high", "dual_clip"): ("ppo", "grpo"),
+    ("update", "value_weight", "value_clip", "value_delta", "value_widths"): ("ppo", "awr"),
+    ("update", "level", "divergence_stop", "reward_scale"): ("ppo", "grpo", "awr"),
+}
+"""(Part, fields of it) -> the methods that read them; with the others, a value of somebody's own changes nothing."""
+
+
+def unread(method: str) -> list[tuple[str, str, tuple[str, ...]]]:
+    """("reinforce" or "update", its field, the methods that read it) of fields that `update.method` does not read."""
+    return [
+        (part, field, methods)
+        for (part, *fields), methods in _READERS.items()
+        if method not in methods
+        for field in fields
+    ]

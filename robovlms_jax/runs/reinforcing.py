@@ -24,7 +24,7 @@ from robovlms_jax.evaluation.rollout import SuccessCriterion, Trial
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.rl import direct, learning, rewards, rollouts, starts
 from robovlms_jax.rl import tables as playing
-from robovlms_jax.rl.config import ReinforceConfig
+from robovlms_jax.rl.config import ReinforceConfig, unread
 from robovlms_jax.rl.preferences import RewardModel
 from robovlms_jax.runs import build, load, played, preferring, reinforced, saved
 from robovlms_jax.runs.config import ExperimentConfig
@@ -55,6 +55,7 @@ class _Position:
 def run(config: ReinforceConfig) -> pathlib.Path:
     """The whole run; returns its report. Raises ValueError, OSError that say what is wrong, KeyboardInterrupt."""
     require(config.checkpoint != "", "reinforce.checkpoint is empty; name the policy to begin with.")
+    _devices(config)  # before a checkpoint is read
     output = pathlib.Path(config.out)
     directory.require_writable(output)
     model, params, encode = load.open_model(config.checkpoint, weights="float32")
@@ -80,8 +81,10 @@ def run(config: ReinforceConfig) -> pathlib.Path:
         else:
             rounds = functools.partial(worlds, config, playing.make_world(trials, encode, config.image_size[0]))
         finished = _learn(config, output, learner, rounds, serving)
-        if not finished or interrupts.asked:
+        if interrupts.asked:
             raise KeyboardInterrupt
+        if not finished:
+            raise ending.Terminated
         policy = learner.policy()
         after = reinforced.measure(player, policy, questions)
         checkpoints.write_policy(output, policy, serving)
@@ -90,7 +93,7 @@ def run(config: ReinforceConfig) -> pathlib.Path:
 
 
 def words(out: str) -> str:
-    """What a run that Ctrl-C has ended leaves, and how to go on (`ending.stop`)."""
+    """What a run that a signal has ended leaves, and how to go on (`ending.stop`)."""
     output = pathlib.Path(out)
     if not (output / SETTINGS).exists():
         return ending.ANEW
@@ -174,9 +177,14 @@ def _known_since(before: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as an earlier version wrote them, with those that came later as they are when nobody gives them."""
     usual = json.loads(json.dumps(schema.to_dict(ReinforceConfig())))
     nested = {name: {**usual[name], **x} for name, x in before.items() if isinstance(usual.get(name), dict)}
-    if before.get("update", {}).get("method") == "dpo":
+    method = before.get("update", {}).get("method", "ppo")
+    if method == "dpo":
         usual["held_out"] = 0.0  # all pairs taught
-    return {**usual, **before, **nested}
+    known = {**usual, **before, **nested}
+    for part, field, _ in unread(method):  # given all the same, by a version that did not refuse it
+        at, plain = (known, usual) if part == "reinforce" else (known["update"], usual["update"])
+        at[field] = plain[field]
+    return known
 
 
 def _reward(config: ReinforceConfig, chunk: int) -> RewardModel | None:
@@ -199,15 +207,20 @@ def _reward(config: ReinforceConfig, chunk: int) -> RewardModel | None:
     return saved_reward.model
 
 
-def _learner(config: ReinforceConfig, model: Any, params: Any, reward: RewardModel | None = None) -> Learner:
-    updates = config.iterations * config.update.epochs * config.update.minibatches
-    (stage,) = stages.plan(TrainConfig(steps=updates, trainable=config.trainable), config.optimizer)
+def _devices(config: ReinforceConfig) -> list[jax.Device]:
+    """Raises ValueError where there are not as many."""
     found = jax.local_devices()
     require(
         len(found) >= config.devices,
         f"reinforce.devices={config.devices}, and this process has {len(found)}; pass --devices {len(found)}.",
     )
-    mesh = meshes.make_mesh(config.mesh.sizes(config.devices), found[: config.devices])
+    return found[: config.devices]
+
+
+def _learner(config: ReinforceConfig, model: Any, params: Any, reward: RewardModel | None = None) -> Learner:
+    updates = config.iterations * config.update.epochs * config.update.minibatches
+    (stage,) = stages.plan(TrainConfig(steps=updates, trainable=config.trainable), config.optimizer)
+    mesh = meshes.make_mesh(config.mesh.sizes(config.devices), _devices(config))
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
         params = jax.device_put(params, build.abstract_params(model, mesh)[1])
     if config.update.method == "dpo":

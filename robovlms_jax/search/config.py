@@ -61,3 +61,8 @@ class SearchConfig:
             f"search.prune with search.seeds={self.seeds}: a run is compared while it goes on, so it must be the only "
             "one of its setting.",
         )
+        require(
+            not (self.prune and self.trials == 1),
+            "search.prune has no effect with search.trials=1: a trial is ended early where others were better at the "
+            "same step, and there is no other. Raise --trials, or leave --prune out.",
+        )

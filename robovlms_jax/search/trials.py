@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
+import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import filelock
 
@@ -46,7 +49,8 @@ def run(config: SearchConfig, trial: queue.Trial, look: Look = lambda step, valu
     """Start the trial or go on with it, until it ends. What became of it is written, and returned; it is still open
     when something else stopped the run.
 
-    KeyboardInterrupt ends the run as a signal ends any: it saves, and the trial stays open.
+    KeyboardInterrupt ends the run as a signal ends any: it saves, and the trial stays open. Ctrl-C while it does so
+    ends it at once, with the checkpoints that it has; SIGTERM changes nothing more.
     """
     out = pathlib.Path(config.out)
     folder = queue.folder(out, trial.number)
@@ -146,11 +150,43 @@ def _finished(run: pathlib.Path) -> bool:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    process.send_signal(signal.SIGTERM)
+    """Ask the run to save, and wait until it has ended."""
+    with _signals_until_it_ends(process):
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            _kill(process)
+
+
+@contextlib.contextmanager
+def _signals_until_it_ends(process: subprocess.Popen) -> Iterator[None]:
+    """A signal that raised an exception now would leave the run at work, without anybody who waits for it."""
+
+    def at_once(*_: object) -> None:
+        logger.warning("stopped at once by Ctrl-C; the trial's steps since its last checkpoint are lost.")
+        _kill(process)
+
+    def on_its_way(*_: object) -> None:
+        logger.warning("SIGTERM: the trial is being saved already; Ctrl-C ends it at once.")
+
+    if threading.current_thread() is not threading.main_thread():  # signals can only be handled there
+        yield
+        return
+    handlers = {signal.SIGINT: at_once, signal.SIGTERM: on_its_way}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """With the processes that it has started. Checkpoints are whole or not there, whenever a run is killed."""
+    with contextlib.suppress(ProcessLookupError):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # of a session of its own
 
 
 def _last_line(path: pathlib.Path) -> str:

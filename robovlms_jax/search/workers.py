@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from robovlms_jax import extras
+from robovlms_jax import ending, extras
 from robovlms_jax.search import queue, space, trials
 from robovlms_jax.search.config import SearchConfig
 
@@ -68,7 +68,7 @@ def _take(config: SearchConfig, out: pathlib.Path, trial: queue.Trial, look: tri
         logger.info("trial %d: %s, seed %d", trial.number, trial.setting, trial.seed)
         trial = trials.run(config, trial, look) if look else trials.run(config, trial)
         if trial.status == "open":
-            raise KeyboardInterrupt
+            raise ending.Terminated  # somebody ended the run itself
         said = trial.reason if trial.status == "failed" else f"{config.objective} {trial.value:.5g}"
         logger.info("trial %d: %s, %s (%.0f s)", trial.number, trial.status, said, trial.seconds)
         return trial

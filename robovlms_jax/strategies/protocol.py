@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from robovlms_jax import json_files
+from robovlms_jax import ending, json_files
 from robovlms_jax.evaluation import chains, rollout_metrics
 from robovlms_jax.evaluation.report import offline, tables
 from robovlms_jax.runs import run
@@ -125,7 +125,7 @@ def _run(out: pathlib.Path, trial: queue.Trial, job: Job) -> queue.Trial:
         except guards.DivergedError as error:
             return dataclasses.replace(trial, status="failed", reason=queue.reason(str(error)))
         if not (directory / "report.md").exists():
-            raise KeyboardInterrupt  # SIGTERM ended the run, which is saved
+            raise ending.Terminated  # the run is saved
     found = job.judge(directory)
     if not math.isfinite(float(found["value"])):
         return dataclasses.replace(trial, status="failed", reason=f"its result is {found['value']}, no finite number")

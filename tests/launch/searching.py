@@ -7,7 +7,6 @@ The trial with rate 0.2 saves a checkpoint and waits, when it is started for the
 
 from __future__ import annotations
 
-import signal
 import sys
 
 from robovlms_jax import ending
@@ -38,7 +37,7 @@ def main(arguments: list[str]) -> int:
         *space.flags(trial.setting | {"train.output": str(run)}),
     ]
     trials.POLL, queue.BEAT = 0.02, 0.05
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ending.on_sigterm()
     try:
         workers.work(config)
     except KeyboardInterrupt:

@@ -142,6 +142,7 @@ CONFIG = ReinforceConfig(
     held_out=0.0,
     update=UpdateConfig(method="dpo", minibatches=1),
 )
+ANSWERED = dataclasses.replace(CONFIG, group=ReinforceConfig.group, labels="somewhere")
 
 
 def test_a_simulated_person_compares_rollouts_from_the_same_start_alone(monkeypatch):
@@ -178,7 +179,7 @@ def labels(tmp_path, monkeypatch):
 
 
 def test_a_persons_answers_are_learned_from_with_the_behaviour_that_their_rollouts_had(labels, caplog):
-    config = dataclasses.replace(CONFIG, labels=str(labels))
+    config = dataclasses.replace(ANSWERED, labels=str(labels))
     found = preferring.resolved(config)
     assert found.behaviour == BehaviourConfig(spread=(0.2,))
     assert "are rollouts of another policy (OTHER-1) than the one that is improved (RUN-1)" in caplog.text
@@ -214,7 +215,7 @@ def test_a_persons_answers_are_learned_from_with_the_behaviour_that_their_rollou
 def test_rollouts_that_say_nothing_of_how_they_were_made_are_named(labels, made):
     dataclasses.replace(segments.load(labels), made=made).save(labels / segments.FILE)
     with pytest.raises(ValueError, match=r"rollouts.npz does not say how its rollouts were made .*another --out"):
-        preferring.resolved(dataclasses.replace(CONFIG, labels=str(labels)))
+        preferring.resolved(dataclasses.replace(ANSWERED, labels=str(labels)))
 
 
 @pytest.mark.parametrize("changes", [{"steps": None}, {"steps": 0}, {"every": "2"}, {"rollouts": None}])
@@ -223,14 +224,14 @@ def test_answers_that_do_not_say_what_they_are_about_are_named(labels, changes):
     told = {name: x for name, x in (json.loads(head) | changes).items() if x is not None}
     (labels / FILE).write_text("\n".join([json.dumps(told), *rows, ""]))
     with pytest.raises(ValueError, match=r"answers.jsonl, line 1 does not say what its answers are about"):
-        preferring.resolved(dataclasses.replace(CONFIG, labels=str(labels)))
+        preferring.resolved(dataclasses.replace(ANSWERED, labels=str(labels)))
 
 
 def test_a_clip_beside_itself_is_no_answer(labels):
     with (labels / FILE).open("a") as file:
         file.write('{"left": [0, 1], "right": [0, 1], "answer": "left"}\n')
     with pytest.raises(ValueError, match=r"line 5 is about \[0, 1\] and \[0, 1\] .* no two clips"):
-        preferring.resolved(dataclasses.replace(CONFIG, labels=str(labels)))
+        preferring.resolved(dataclasses.replace(ANSWERED, labels=str(labels)))
 
 
 def test_answers_about_tasks_that_are_not_trained_teach_nothing(tmp_path, caplog):
@@ -239,7 +240,7 @@ def test_answers_about_tasks_that_are_not_trained_teach_nothing(tmp_path, caplog
     kept = Answers(tmp_path / FILE, {"rollouts": segments.identity(tmp_path), "steps": 4, "every": 2})
     kept.add(Pair(Segment(2, 0), Segment(3, 1)), "left")
     kept.add(Pair(Segment(0, 0), Segment(1, 1)), "right")
-    config = dataclasses.replace(CONFIG, labels=str(tmp_path), others=("turn_on_led",))
+    config = dataclasses.replace(ANSWERED, labels=str(tmp_path), others=("turn_on_led",))
     pieces = preferring._answered(config, found)
     np.testing.assert_array_equal(pieces.rollout, [[0, 1]])
     np.testing.assert_array_equal(pieces.first_better, [0])

@@ -26,6 +26,8 @@ CONFIG = ReinforceConfig(
     checkpoint="RUN", tasks=("open_drawer",), group=2, pool=PAIRS, update=UpdateConfig(method="dpo", minibatches=4)
 )
 
+ANSWERED = dataclasses.replace(CONFIG, labels="runs/labels", group=ReinforceConfig.group)
+
 
 class Memory:
     """A `Learner` with one number for all decisions, and one for each that it can learn by heart."""
@@ -143,7 +145,7 @@ def test_whole_starts_are_held_out_so_that_no_rollout_is_on_both_sides():
 def test_of_a_persons_answers_some_that_prefer_one_are_held_out():
     rollout = np.stack([np.arange(40), np.arange(40) + 1], axis=1)
     pieces = pieces_of(rollout, np.where(np.arange(40) % 2, 1.0, 0.5))
-    held = preferring._held_out(pieces, dataclasses.replace(CONFIG, labels="runs/labels"))
+    held = preferring._held_out(pieces, ANSWERED)
     assert held.sum() == 2 and (pieces.first_better[held] == 1).all()
 
 
@@ -155,7 +157,7 @@ def test_of_a_persons_answers_some_that_prefer_one_are_held_out():
     ],
 )
 def test_too_few_answers_to_hold_some_out_are_refused(better, changes, message):
-    config = dataclasses.replace(CONFIG, labels="runs/labels", **changes)
+    config = dataclasses.replace(ANSWERED, **changes)
     pieces = pieces_of(np.arange(2 * len(better)).reshape(-1, 2), better)
     with pytest.raises(ValueError, match=message):
         preferring._require_enough(pieces, preferring._held_out(pieces, config), config)
@@ -174,7 +176,7 @@ def test_shares_that_make_no_sense_are_refused():
 
 def test_a_run_of_a_version_without_held_out_pairs_goes_on_without(tmp_path, monkeypatch):
     monkeypatch.setattr(reinforcing.seals, "identity", lambda path: types.SimpleNamespace(label="step_1-abc"))
-    for config, goes_on in ((CONFIG, {"held_out": 0.0}), (dataclasses.replace(CONFIG, update=UpdateConfig()), {})):
+    for config, goes_on in ((CONFIG, {"held_out": 0.0}), (ReinforceConfig(checkpoint="RUN"), {})):
         out = tmp_path / config.update.method
         out.mkdir()
         reinforcing._settle(config, out)

@@ -40,6 +40,19 @@ CONFIG = ReinforceConfig(
         ({"devices": 2, "mesh": MeshConfig(fsdp=3)}, "devices=2: mesh.data=-1 x mesh.fsdp=3 .* does not make the 2"),
         ({"mesh": MeshConfig(fsdp=2)}, "devices=1: .* as many --devices as it makes"),
         ({"tables": 3, "devices": 4, "mesh": MeshConfig(tensor=2)}, "devices=4 .by 2, mesh.tensor apart.; change one"),
+        ({"held_out": 0.2}, "reinforce.held_out=0.2 has no effect with update.method=ppo: it is read with dpo"),
+        ({"group": 4}, "reinforce.group=4 has no effect with update.method=ppo: it is read with grpo or dpo"),
+        ({"update": UpdateConfig(beta=0.2)}, "update.beta=0.2 has no effect with update.method=ppo"),
+        (
+            {"update": UpdateConfig("grpo", trace=0.9), "tables": 8},
+            "update.trace=0.9 .* update.method=grpo: .* ppo or awr",
+        ),
+        ({"update": UpdateConfig("dpo", minibatches=1), "decisions": 4}, "decisions=4 has no effect with .*=dpo"),
+        (
+            {"update": UpdateConfig("dpo", minibatches=1), "labels": "l", "pairs": 9},
+            "pairs=9 .* beside reinforce.labels='l'",
+        ),
+        ({"update": UpdateConfig(reward_scale=0.2)}, "reward_scale=0.2 has no effect without reinforce.reward"),
         ({"start_spread": float("nan")}, "start_spread=nan"),
         ({"seed": -1}, "seed=-1"),
         ({"image_size": (96, 0)}, "image_size=.96, 0."),
@@ -209,10 +222,11 @@ def test_a_run_that_an_earlier_version_began_goes_on(tmp_path, monkeypatch):
     path = tmp_path / "reinforce.json"
     settings = json.loads(path.read_text())
     del settings["labels"], settings["pairs"], settings["update"]["beta"]
+    settings["held_out"] = 0.3  # it was not refused where it has no effect
     path.write_text(json.dumps(settings))
     reinforcing._settle(dataclasses.replace(CONFIG, resume=True), tmp_path)
-    with pytest.raises(ValueError, match=r"other settings .*pairs"):
-        reinforcing._settle(dataclasses.replace(CONFIG, resume=True, pairs=7), tmp_path)
+    with pytest.raises(ValueError, match=r"other settings .*trials"):
+        reinforcing._settle(dataclasses.replace(CONFIG, resume=True, trials=7), tmp_path)
 
 
 def test_a_run_that_was_killed_between_its_policy_and_its_report_writes_both(tmp_path, monkeypatch):
@@ -259,6 +273,14 @@ def test_what_is_wrong_with_the_settings_is_said_before_anything_is_written(tmp_
         with pytest.raises(ValueError, match=message):
             reinforcing.run(dataclasses.replace(small, **changes))
         assert not [path for path in (tmp_path / "run").iterdir() if path.name != ".lock"]
+
+
+def test_devices_that_are_not_there_are_named_before_a_checkpoint_is_read(tmp_path):
+    config = dataclasses.replace(CONFIG, checkpoint=str(tmp_path / "none"), out=str(tmp_path / "out"), tables=64)
+    with pytest.raises(ValueError, match=r"reinforce\.devices=64, and this process has \d+; pass --devices"):
+        reinforcing.run(dataclasses.replace(config, devices=64))
+    with pytest.raises(OSError, match="none"):
+        reinforcing.run(config)
 
 
 def test_a_run_does_not_go_back(tmp_path, monkeypatch):

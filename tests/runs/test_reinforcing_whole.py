@@ -41,6 +41,7 @@ BY_ANSWERS = {
     "optimizer": reinforce.PRESETS["dpo"].optimizer,
     "pool": 3,
     "held_out": 0.3,
+    "decisions": 32,
     "behaviour": BehaviourConfig(spread=(0.4,)),
 }
 

@@ -109,7 +109,7 @@ def test_a_stopped_search_ends_with_the_status_of_what_was_stopped_and_a_report(
 
     monkeypatch.setattr(search_settings, "devices", lambda: None)
     monkeypatch.setattr(workers, "work", stopped)
-    monkeypatch.setattr(search.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(ending, "on_sigterm", lambda: None)
     monkeypatch.setattr(search.logs, "to_stderr", lambda: None)
     with pytest.raises(SystemExit) as end:
         search.main(["--start", "sample", "--space", "train.steps=1,2", "--out", str(tmp_path / "s")])

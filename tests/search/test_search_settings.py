@@ -90,6 +90,11 @@ def test_an_objective_that_no_run_writes_is_named_before_the_first(objective, sa
     assert said in str(caught.value)
 
 
+def test_pruning_with_nothing_to_compare_with_is_refused():
+    with pytest.raises(ValueError, match=r"search\.prune has no effect with search\.trials=1: .*Raise --trials"):
+        SearchConfig(sampler="random", trials=1, prune=True)
+
+
 def test_pruning_by_what_is_written_at_the_end_alone_is_refused():
     asked = SearchConfig(sampler="random", trials=2, prune=True)
     with pytest.raises(ValueError, match=r"search.prune .* at their end alone; set train.eval_every"):

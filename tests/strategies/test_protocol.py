@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from robovlms_jax import ending
 from robovlms_jax.data import base
 from robovlms_jax.search import queue
 from robovlms_jax.strategies import protocol, support
@@ -81,12 +82,13 @@ def test_a_result_that_is_no_number_is_a_failure_with_its_reason(tmp_path, start
     assert (trial.status, trial.value) == ("failed", None) and "nan" in trial.reason
 
 
-@pytest.mark.parametrize("method", ["stop", "term"])
-def test_a_stopped_run_is_resumed_and_another_process_leaves_it_alone(tmp_path, started, monkeypatch, method):
+@pytest.mark.parametrize(("method", "said"), [("stop", "Ctrl-C"), ("term", "SIGTERM")])
+def test_a_stopped_run_is_resumed_and_another_process_leaves_it_alone(tmp_path, started, monkeypatch, method, said):
     monkeypatch.setattr(queue, "BEAT", 0.05)
     jobs = [job(method, 1), job("other", 2)]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         protocol.work(tmp_path, jobs, {})
+    assert ending.stopped_by(stopped.value) == said
     with queue.claimed(tmp_path, 0):
         assert [trial.status for trial in protocol.work(tmp_path, jobs, {})] == ["open", "done"]
     assert [trial.status for trial in protocol.work(tmp_path, jobs, {})] == ["done", "done"]
