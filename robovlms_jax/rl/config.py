@@ -217,12 +217,12 @@ class ReinforceConfig:
         )
         require(self.checkpoint_every >= 1, f"reinforce.checkpoint_every={self.checkpoint_every} must be at least 1.")
         self._check_devices()
-        self._check_effects()
         require(
             self.update.method != "grpo" or self.group >= 2,
             f"reinforce.group={self.group}: update.method=grpo compares trials from the same state, at least 2.",
         )
         self._check_preferences()
+        self._check_effects()
         require(
             not set(self.tasks) & set(self.others),
             f"reinforce.others names {sorted(set(self.tasks) & set(self.others))}, which reinforce.tasks trains.",
