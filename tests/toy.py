@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.linen import unbox
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from robovlms_jax.backbones import registry
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.policies import objective, serving, vla
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads import attention, discrete, flow, gpt, lstm, mlp
+from robovlms_jax.runs import drawing
 from robovlms_jax.types import Batch, Inputs
 
 W, K, C, T, B = 3, 4, 5, 7, 2
@@ -96,11 +98,23 @@ def init(model: vla.VLA, batch: Batch):
 def _init(model: vla.VLA, tree, leaves):
     inputs = jax.tree.unflatten(tree, [np.zeros(shape, dtype) for shape, dtype in leaves])
     prepare = functools.partial(objective.prepare, spec=model.vlm.image, cameras=model.config.cameras)
-    params = unbox(jax.jit(lambda key: model.init(key, prepare(inputs))["params"])(jax.random.key(0)))
+    params = initial(lambda key: model.init(key, prepare(inputs))["params"], 0)
     # Queries start at zero; random ones exercise their path.
     if "readout" in params:
         params["readout"]["queries"] = jax.random.normal(jax.random.key(1), params["readout"]["queries"].shape)
     return params
+
+
+def initial(init, seed: int):
+    """`init(jax.random.key(seed))`, compiled only where a run would compile it; see `runs.drawing`."""
+    traced = drawing.trace(init)
+    shapes = flatten_dict(unbox(traced.shapes), sep="/")
+    drawn = jax.device_put(drawing.draw(traced, seed, shapes))
+    if left := shapes.keys() - drawn.keys():
+        drawn |= jax.jit(lambda key: {path: flatten_dict(unbox(init(key)), sep="/")[path] for path in left})(
+            jax.random.key(seed)
+        )
+    return unflatten_dict(drawn, sep="/")
 
 
 def overfit(model: vla.VLA, params, batch: Batch, *, steps: int, learning_rate: float) -> np.ndarray:

@@ -31,6 +31,7 @@ from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.policies.sensors import base as sensors
 from robovlms_jax.policies.serving import EncodeText
 from robovlms_jax.policies.vla import VLA
+from robovlms_jax.runs import drawing
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import trainable
 from robovlms_jax.types import Inputs
@@ -267,13 +268,13 @@ def make_model(config: ExperimentConfig, vlm: backbones.VLMConfig) -> VLA:
 
 def abstract_params(model: VLA, mesh: Mesh) -> tuple[Any, Any]:
     """Shapes and shardings of the model's parameters, without making them."""
-    return meshes.placed(_shapes(model), mesh)
+    return meshes.placed(_traced(model).shapes, mesh)
 
 
 @functools.lru_cache(maxsize=8)
-def _shapes(model: VLA) -> Any:
-    """Shapes with logical axis names. Kept: a run asks for them four times, and `_init` is slow to trace."""
-    return jax.eval_shape(lambda: _init(model, jax.random.key(0)))
+def _traced(model: VLA) -> drawing.Traced:
+    """Kept: a run asks for shapes four times and draws once, and `_init` is slow to trace."""
+    return drawing.trace(lambda key: _init(model, key))
 
 
 def spare_params(model: VLA, shapes: Any) -> dict[str, tuple[int, ...]]:
@@ -353,16 +354,24 @@ def fill_params(model: VLA, mesh: Mesh, seed: int, loaded: Mapping[str, jax.Arra
     if not places:
         return unflatten_dict(dict(loaded), sep="/")
 
+    platform, sizes = meshes.platform(mesh), flatten_dict(shapes, sep="/")
+    few = sum(np.prod(sizes[path].shape) for path in places) < 5e7
+    drawn = {}
+    if few and platform == "cpu":
+        values = drawing.draw(_traced(model), seed, places)
+        drawn = drawing.put(values, {path: places.pop(path) for path in values})
+    if not places:
+        return unflatten_dict({**loaded, **drawn}, sep="/")
+
     def rest(key: jax.Array) -> dict[str, jax.Array]:
         flat = flatten_dict(meshes.unbox(_init(model, key)), sep="/")
         return {path: flat[path] for path in places}
 
     # Runs once, and on a CPU a program that was not optimised is compiled 5 to 7 s sooner, but runs about 0.08 s longer
     # for a million parameters (0.5 and 4 million; two threads of one x86 core).
-    small = sum(np.prod(shape.shape) for path, shape in flatten_dict(shapes, sep="/").items() if path in places) < 5e7
-    quickly = cpu.options("run_once", meshes.platform(mesh)) if small else None
+    quickly = cpu.options("run_once", platform) if few else None
     made = jax.jit(rest, out_shardings=places, compiler_options=quickly)(jax.random.key(seed))
-    return unflatten_dict({**loaded, **made}, sep="/")
+    return unflatten_dict({**loaded, **drawn, **made}, sep="/")
 
 
 def count(params: Any) -> int:

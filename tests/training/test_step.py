@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel import rules
 from robovlms_jax.policies import objective
-from robovlms_jax.runs import build
+from robovlms_jax.runs import build, drawing
 from robovlms_jax.training import optimizer as optimizers
 from robovlms_jax.training import state as states
 from robovlms_jax.training import step, trainable
@@ -56,11 +56,14 @@ DRAWN = ("/embed/table", "text/layers/mlp/up/kernel")
 
 
 def drawn(sizes, **changes):
-    """Those parameters as a run on that mesh makes them. The others are given, so that nothing else is compiled."""
+    """Those parameters as a run on that mesh makes them, one of them by a program of its own (`runs.drawing`). The
+    others are given, so that nothing else is compiled."""
     model = make_steady(**changes)
     flat = flatten_dict(random_params(model, make_data(model)), sep="/")
     given = {path: x for path, x in flat.items() if not path.endswith(DRAWN)}
-    made = flatten_dict(build.fill_params(model, make_mesh(sizes), 0, given), sep="/")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "SIZES", (2048,))
+        made = flatten_dict(build.fill_params(model, make_mesh(sizes), 0, given), sep="/")
     return {path: np.asarray(x) for path, x in made.items() if path.endswith(DRAWN)}
 
 
@@ -281,7 +284,7 @@ def test_partly_frozen_models_are_the_same_on_any_mesh(settings):
 
 BOTH_SPLITS = """
 import jax, json, numpy as np
-from robovlms_jax.runs import build
+from robovlms_jax.runs import build, drawing
 from robovlms_jax.training.config import OptimizerConfig
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import objective
