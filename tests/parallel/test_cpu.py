@@ -93,6 +93,31 @@ def test_freed_memory_is_used_again():
     assert int(run_python("-c", FAULTS, "kept", JAX_PLATFORMS="cpu")) == 0
 
 
+HEAPS = """
+import ctypes, threading
+from robovlms_jax.parallel import cpu
+assert cpu.keep_freed_memory()
+malloc = ctypes.CDLL(None).malloc
+malloc.restype = ctypes.c_void_p
+heaps = [malloc(64) >> 26]
+both = threading.Barrier(2)
+def note():
+    both.wait()  # a thread that has ended leaves its heap to the next one
+    heaps.append(malloc(64) >> 26)
+    both.wait()
+threads = [threading.Thread(target=note) for _ in range(2)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(len(set(heaps)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_threads_have_heaps_of_their_own():
+    # Fails if all threads have to wait for one heap's lock. A thread's heap lies in 64 MB of its own.
+    assert int(run_python("-c", HEAPS, JAX_PLATFORMS="cpu")) == 3
+
+
 def test_heaps_of_threads_stay_where_there_may_be_accelerators():
     # Fails if the settings, measured on CPUs, are made for every run.
     code = "from robovlms_jax.parallel import cpu; print(cpu.keep_freed_memory())"
