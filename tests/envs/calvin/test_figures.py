@@ -144,3 +144,22 @@ def test_the_calvin_pages_figures_are_those_of_its_runs():
     assert learned["trained"]["wilson_95_percent"] == [77.3, 88.7]
     recording = learned["recording"]
     assert f"{recording['recorded']} of {recording['attempted']} demonstrations succeeded" in text
+
+
+def test_what_the_calvin_page_says_of_pictures_and_blocks_is_what_was_run():
+    found, text = result("block_eyes_cpu"), page("calvin.md")
+    for row in found["eyes"]:
+        seen, own = row["held_out"], " (the twin's)" if (row["picture_px"], row["patch_px"]) == (64, 16) else ""
+        cells = (
+            f"{row['picture_px']} px, {row['patch_px']}{own} | {row['steps']}",
+            ", ".join(f"{x:.2f}" for x in seen["median_cm"]),
+            ", ".join(f"{100 * x:.0f}" for x in seen["within_2cm"]),
+            ", ".join(f"{x:.1f}" for x in seen["turn_median_deg"]),
+            ", ".join(f"{x:.0f}" for x in row["cpu_ms_per_step"]),
+        )
+        assert f"| {' | '.join(cells)} |" in text
+    policy = found["policy"]
+    assert "solves {count} of {of} on table D".format(**policy["all"]) in text
+    assert share(policy["all"]) in text and share(policy["failures_at_another_block_rotate_lift"]) in text
+    for name, verb in (("pushes", "push"), ("rotations", "rotate"), ("lifts", "lift")):
+        assert "{} {count} of {of}".format(name, **policy["tasks"][verb]["solved"]) in text
