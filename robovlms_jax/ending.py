@@ -76,9 +76,8 @@ def _nobody_reads() -> bool:
     """Whether standard output leads nowhere; it leads to the null device then, since Python would complain."""
     try:
         sys.stdout.flush()
-        at = (
-            select.poll()
-        )  # where Python has no buffer (PYTHONUNBUFFERED) there is nothing left that could not be flushed
+        # Where Python has no buffer (PYTHONUNBUFFERED), there is nothing left that could not be flushed.
+        at = select.poll()
         at.register(sys.stdout.fileno(), select.POLLERR)
         gone = any(events & select.POLLERR for _, events in at.poll(0))
     except BrokenPipeError:
