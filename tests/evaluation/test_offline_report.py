@@ -150,6 +150,12 @@ def test_curves_of_one_metric_share_a_panel(tmp_path):
     assert raw.get_ydata().min() <= smooth.get_ydata().min() <= smooth.get_ydata().max() <= raw.get_ydata().max()
 
 
+def test_markers_of_values_that_hardly_differ_lie_below_the_upper_edge():
+    # Fails if the room above is a part of the values' range, which a flat curve has none of.
+    figure = report.draw_curves({"train/loss": (np.arange(2), np.array([0.0799, 0.08]))})
+    assert figure.axes[0].get_ylim() == pytest.approx((0, 0.084))
+
+
 def test_many_curves_are_drawn_four_panels_a_row():
     names = [f"train/loss_{source}" for source in "abcdefghi"]
     figure = report.draw_curves({name: (np.arange(3), np.ones(3)) for name in names})

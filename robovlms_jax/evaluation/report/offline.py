@@ -223,11 +223,17 @@ def draw_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
                     steps, values, color=color, marker="o", markersize=4, linewidth=1.5, linestyle=line, label=split
                 )
         axes.set(title=metric.replace("_", " "), xlabel="step")
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
         # below the panel, where no curve can be
         axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))
         _tidy(axes)
     return figure
+
+
+def _from_zero(axes: Axes) -> None:
+    """From 0 to a twentieth above the highest value; matplotlib leaves a twentieth of the values' range."""
+    highest = axes.dataLim.y1
+    axes.set_ylim(0, 1.05 * highest if highest > 0 else None)
 
 
 def draw_errors(chunk: offline.Summary, robot: RobotSpec = CALVIN) -> Figure:
@@ -249,7 +255,7 @@ def draw_errors(chunk: offline.Summary, robot: RobotSpec = CALVIN) -> Figure:
             panel.plot([], [], **baseline, label="dashed: no motion")
         unit = axes[places[0]].unit
         panel.set(title=f"{axes[places[0]].title} error{f' ({unit})' if unit else ''}", xlabel="steps ahead")
-        panel.set_ylim(bottom=0)
+        _from_zero(panel)
     if robot.binary:
         gripper = panels[-1]
         gripper.plot(ahead, chunk.gripper_accuracy, color=tables.RED, marker="o", markersize=4, label="right")
