@@ -90,7 +90,7 @@ def test_weights_that_lie_apart_are_read_where_they_lie(tower):
 
 def test_what_is_stacked_is_known_by_its_path():
     # `parted` and the optimizer's rates by layer go by it.
-    axes = flatten_dict(nn.get_partition_spec(build._shapes(toy.make_model())), sep="/")
+    axes = flatten_dict(nn.get_partition_spec(build._traced(toy.make_model()).shapes), sep="/")
     named = {path for path, spec in axes.items() if len(spec) and spec[0] == "layers"}
     assert named and named == {path for path in axes if stack.STACKED.match(path)}
 
