@@ -6,6 +6,8 @@ import io
 import os
 import pathlib
 import pickle
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -103,6 +105,31 @@ def test_a_process_that_dies_hangs_or_raises_says_so_and_can_be_restarted(here, 
     env.reset()
     assert env.info["count"] == 0
     env.close()
+
+
+def test_what_a_process_waits_for_a_core_does_not_count_as_hanging(here, monkeypatch):
+    # Fails if the clock on the wall decides: on a machine with more work than cores, simulators that work are ended.
+    env = ProcessEnv(TOY, timeout_s=0.2)
+    starved = iter([10.0, 10.2, 10.4, 10.6])  # in each 0.2 s of the first 0.6 it had no core
+    monkeypatch.setattr(process, "starved_s", lambda pid: next(starved, 10.6))
+    env.step(action(0, 0.5))
+    with pytest.raises(EnvError, match=r"step took longer than 0\.2 s"):
+        env.step(action(0, 5.0))
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/schedstat").exists(), reason="the system does not tell")
+def test_how_long_a_process_waited_for_a_core_is_what_the_system_says():
+    before = process.starved_s(os.getpid())
+    crowd = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        end = time.process_time() + 0.2
+        while time.process_time() < end:
+            pass
+    finally:
+        for one in crowd:
+            one.kill()
+    assert process.starved_s(os.getpid()) > before
+    assert process.starved_s(2**30) == 0.0
 
 
 def test_a_hung_process_is_really_gone(here):
