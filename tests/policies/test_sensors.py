@@ -99,7 +99,7 @@ def fit(loss, params, data, *, learning_rate: float):
     """Parameters after one Adam step for each of the batches, leaves [steps, ...] of `data`, with dropout."""
     steps = len(jax.tree.leaves(data)[0])
     schedule = optax.cosine_decay_schedule(learning_rate, steps)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    tx = optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)))  # as in `toy.curves`
 
     def step(state, data):
         params, opt_state, key = state
