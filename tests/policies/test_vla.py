@@ -56,11 +56,23 @@ def concatenate(batches: list[Batch]) -> Batch:
     return jax.tree.map(lambda *xs: np.concatenate(xs), *batches)
 
 
-@pytest.mark.parametrize("mask_tail", [pytest.param(0, marks=pytest.mark.slow), 4])
-def test_segment_equals_its_windows_encoded_apart(exact_matmul, mask_tail):
-    # Loss and gradients of one segment = those of its K windows as separate samples. Fails if a window sees a frame,
-    # a chunk or a
-    # mask of its neighbour, or if sharing changes how entries are weighted.
+def test_segment_equals_its_windows_encoded_apart(exact_matmul):
+    # Fails if a window sees a frame, a chunk or a mask of its neighbour, or if sharing changes how entries are weighed.
+    # At two places: functions that are equal have equal gradients, which take four times as long to compile.
+    batch = make_batch(np.random.default_rng(0), mask_tail=4)
+    model = make_model()
+    params = random_params(model, batch)
+    apart, rng = concatenate([window_of(batch, k) for k in range(K)]), np.random.default_rng(1)
+    moved = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
+    here, there = (loss_of(model, place, batch)[0] for place in (params, moved))
+    assert abs(here - there) > 1e-3 * here
+    for place, loss in ((params, here), (moved, there)):
+        np.testing.assert_allclose(loss, loss_of(model, place, apart)[0], rtol=1e-5)
+
+
+@pytest.mark.slow  # every day: their losses, above
+@pytest.mark.parametrize("mask_tail", [0, 4])
+def test_gradients_of_a_segment_equal_those_of_its_windows_encoded_apart(exact_matmul, mask_tail):
     batch = make_batch(np.random.default_rng(0), mask_tail=mask_tail)
     model = make_model()
     params = random_params(model, batch)
@@ -170,13 +182,11 @@ def test_control_steps_equal_the_window(exact_matmul):
     for t in range(frames):
         images = {camera: x[0, t] for camera, x in batch.inputs.images.items()}
         chunk = policy.act(Observation(images))
-        low = max(0, t - W + 1)
+        steps = np.arange(t - W + 1, t + 1)  # in front of the episode stand masked frames of nonsense
         seen = batch.inputs.replace(
-            images={camera: x[:, low : t + 1] for camera, x in batch.inputs.images.items()},
-            step_mask=np.ones((1, t + 1 - low), bool),
+            images={camera: x[:, steps] for camera, x in batch.inputs.images.items()}, step_mask=(steps >= 0)[None]
         )
-        whole = dataclasses.replace(model, config=dataclasses.replace(model.config, window=t + 1 - low))
-        expected = decider(whole)(params, seen)[0, -1]
+        expected = decider(model)(params, seen)[0, -1]
         np.testing.assert_allclose(chunk.actions[:, :6], 0.65 * expected[:, :6], atol=1e-5)
         np.testing.assert_array_equal(chunk.actions[:, 6], expected[:, 6])
     assert policy._batched._step._cache_size() == 1
