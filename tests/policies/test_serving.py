@@ -65,8 +65,7 @@ def look(seed: int, static=(20, 20), wrist=(12, 12)) -> Observation:
     return Observation(images, rng.normal(size=7).astype(np.float32))
 
 
-def alone(served, instruction: str, seen: list[Observation]) -> np.ndarray:
-    single = serving.VLAPolicy(*served, encode)
+def alone(single: serving.VLAPolicy, instruction: str, seen: list[Observation]) -> np.ndarray:
     single.reset(instruction)
     return np.stack([single.act(x).actions for x in seen])
 
@@ -89,8 +88,9 @@ def test_a_slot_acts_as_it_would_alone_whatever_size_the_others_pictures_have(se
     first, again = [record.getMessage() for record in caplog.records]
     assert "compiled: pictures wrist 12x12, static 20x20, prompts of 8 tokens" in first
     assert "slot 1's static picture is 30x26 (height x width) and others were 20x20" in again
+    single = serving.VLAPolicy(*served, encode)
     for slot, instruction in enumerate(["open", "close"]):
-        np.testing.assert_allclose(found[slot], alone(served, instruction, seen[slot]), atol=1e-6)
+        np.testing.assert_allclose(found[slot], alone(single, instruction, seen[slot]), atol=1e-6)
         assert np.abs(np.diff(found[slot], axis=0)).max() > 1e-3
 
 
