@@ -1,5 +1,6 @@
 """Adapters as PEFT's files: opened by peft itself, and read back from what peft writes."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -28,6 +29,12 @@ KINDS = ("lora", "rslora", "dora")
 
 def with_adapters(name: str, kind: str, rank: int = 2):
     """A tiny torch model, our configuration of it with adapters, and parameters that are all random."""
+    config, torch_model, params = _with_adapters(name, kind, rank)
+    return config, copy.deepcopy(torch_model), dict(params)  # peft changes a model that it is given
+
+
+@functools.cache
+def _with_adapters(name: str, kind: str, rank: int):
     config = dataclasses.replace(families.tiny(name), lora_rank=rank, lora_alpha=6.0, lora_kind=kind)
     torch_model = randomize(families.torch_model(config))
     plain = dataclasses.replace(config, lora_rank=0)
