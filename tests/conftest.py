@@ -89,6 +89,22 @@ def loaders_are_measured_briefly():
         yield
 
 
+def shorten_runs(patch: pytest.MonkeyPatch, *, evaluated: bool = False) -> None:
+    """Runs estimate no memory and, unless `evaluated`, compare nothing on the validation split: for tests of what a run
+    learns and keeps. Each of these traces and compiles the policy once more; test_calvin_abcd.py has a run with all."""
+    from robovlms_jax.runs import run
+
+    patch.setattr(run.setups, "require_memory", lambda setup: None)
+    if not evaluated:
+        patch.setattr(run.validation, "evaluator", lambda *_: run.validation.Unevaluated())
+
+
+@pytest.fixture
+def short_runs(monkeypatch):
+    """`shorten_runs`, for one test."""
+    shorten_runs(monkeypatch)
+
+
 @pytest.fixture(autouse=True)
 def same_log_level():
     """Programs that a test runs set up logging; what the next one hears must not depend on it."""

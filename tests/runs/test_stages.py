@@ -5,27 +5,35 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
-from robovlms_jax.runs import run
+from robovlms_jax.data import sources
+from robovlms_jax.runs import run, steps
 from robovlms_jax.runs import setup as setups
 from robovlms_jax.training import items
 from robovlms_jax.training.config import OptimizerConfig, StageConfig
+from tests.conftest import shorten_runs
 from tests.experiments.test_calvin_abcd import SMALL, params_of, small
 
 TWO = (
     StageConfig(steps=2, name="head", trainable=("^head/",), optimizer=OptimizerConfig(learning_rate=1e-2)),
-    StageConfig(steps=3, name="all", optimizer=OptimizerConfig(learning_rate=1e-3, clip_norm=0.0)),
+    StageConfig(
+        steps=3,
+        name="more",
+        trainable=("^head/", "^backbone/text/final_norm/"),
+        optimizer=OptimizerConfig(learning_rate=1e-3, clip_norm=0.0),
+    ),
 )
+"""The second trains a part of the backbone, too: the last, so that hardly anything has a gradient to be compiled."""
 QUICK = {"train.profile": 0, "data.num_workers": 0}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def unevaluated():
-    """No numbers on the validation split: what is asked here is what a run learned."""
+def short():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.validation, "evaluator", lambda *_: run.validation.Unevaluated())
+        shorten_runs(patch)
         yield
 
 
@@ -39,10 +47,28 @@ def assert_same(first, second):
         np.testing.assert_array_equal(x, expected[path], err_msg=path)
 
 
+ONCE = StageConfig(steps=SMALL.train.steps, optimizer=SMALL.optimizer)
+"""Ten steps by the preset's optimizer, as others take them: their compiled programs are found."""
+
+
+def test_one_stage_is_set_up_as_the_plain_run(tmp_path):
+    # All that a run's steps are made of: what a stage says, its loss, its state, and which segments come when.
+    plain, staged = (setups.prepare(small(tmp_path, **QUICK, **changes)) for changes in ({}, {"train.stages": (ONCE,)}))
+    (whole,), (stage,) = plain.stages, staged.stages
+    assert dataclasses.replace(stage, name=whole.name) == whole
+    made = []
+    for setup in (plain, staged):
+        (stage,), (abstract,) = setup.stages, setup.abstracts
+        loss, batch = steps.make_loss(setup.config, setup.model, stage), setup.batch_shapes(stage)
+        program = str(jax.make_jaxpr(loss)(abstract.params, batch, jax.random.key(0)))
+        order = sources.fingerprints(setup.sources, setup.rows(stage), stage.seed)
+        made.append((program, order, [(x.shape, x.dtype, x.sharding) for x in jax.tree.leaves(abstract)]))
+    assert made[0] == made[1]
+
+
+@pytest.mark.slow  # every day: the test above
 def test_one_stage_is_the_plain_run(tmp_path):
-    # Ten steps by the preset's optimizer, as others take them: their compiled programs are found.
-    once = StageConfig(steps=SMALL.train.steps, optimizer=SMALL.optimizer)
-    assert_same(train(tmp_path / "plain"), train(tmp_path / "staged", **{"train.stages": (once,)}))
+    assert_same(train(tmp_path / "plain"), train(tmp_path / "staged", **{"train.stages": (ONCE,)}))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +80,7 @@ def uninterrupted(tmp_path_factory):
 def test_a_checkpoint_knows_its_stage_and_step_within_it(uninterrupted):
     found = {step: items.read_position(uninterrupted / "checkpoints" / str(step)) for step in (2, 3)}
     assert found[2]["stage"] == {"index": 0, "name": "head", "step": 2}
-    assert found[3]["stage"] == {"index": 1, "name": "all", "step": 1}
+    assert found[3]["stage"] == {"index": 1, "name": "more", "step": 1}
     assert (found[2]["begun"], found[3]["begun"]) == (0, 2)
     assert found[2]["order"]["robot"]["seed"] != found[3]["order"]["robot"]["seed"]
 
