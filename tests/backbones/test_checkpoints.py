@@ -37,7 +37,21 @@ def assert_equal(found, expected):
         np.testing.assert_array_equal(found[path], value, err_msg=path)
 
 
-@pytest.fixture(scope="module", params=(*families.COMPARED, *families.ENCODER_DECODER))
+ORDINARY = {
+    *("kosmos-2", "paligemma2-3b-224", "qwen3-vl-4b", "smolvlm2-500m", "llava-mpt-7b", "moondream2", "janus-pro-1b"),
+    *("blip2-opt-2.7b", "flamingo-mpt-1b", "florence-2-base"),
+}
+"""Between them every kind of rule: fused and parted matrices, tied heads, towers of stages, names within names. The
+numbers that every other family's rules give are compared in test_parity.py every day."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name in ORDINARY else pytest.mark.slow)
+        for name in (*families.COMPARED, *families.ENCODER_DECODER)
+    ],
+)
 def model(request):
     config = families.tiny(request.param)
     return request.param, config, randomize(families.torch_model(config))

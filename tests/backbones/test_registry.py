@@ -75,7 +75,15 @@ PUBLISHED = {
 parameters. Qwen-VL's are those of its published index: 853 names, total_size / 2."""
 
 every = pytest.mark.parametrize("name", registry.names())
-published = pytest.mark.parametrize("name", PUBLISHED)
+FIRST = {dataclasses.replace(registry.get(name).tiny(), rules=()): name for name in reversed(registry.names())}
+
+
+def by_form(names) -> pytest.MarkDecorator:
+    """Every day the first of those whose twins are equal; the others, which differ in sizes alone, are slow tests."""
+    first = set(FIRST.values())
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=() if name in first else pytest.mark.slow) for name in names]
+    )
 
 
 def test_every_family_has_a_published_model_to_compare_with():
@@ -109,8 +117,17 @@ def test_full_size_shapes(name):
     assert cache.mask.shape == (BATCH, slots)
 
 
-@pytest.mark.parametrize("name", DISTINCT)
-@pytest.mark.parametrize("rank", [0, 4])
+ADAPTED = [name for name in DISTINCT if registry.get(name).model_type in ("kosmos-2", "qwen3_vl")]
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        *((name, 0) for name in DISTINCT),
+        # Adapters are made by `nn.linear.Kernel` alike everywhere: every day of two families that have all its forms.
+        *(pytest.param(name, 4, marks=() if name in ADAPTED else pytest.mark.slow) for name in DISTINCT),
+    ],
+)
 def test_every_parameter_names_its_axes_and_the_mesh_rules_know_them(name, rank):
     known = {axis for axis, _ in RULES}
     for path, leaf in flatten_dict(boxed(dataclasses.replace(registry.get(name), lora_rank=rank)), sep="/").items():
@@ -120,7 +137,7 @@ def test_every_parameter_names_its_axes_and_the_mesh_rules_know_them(name, rank)
         assert ("layers" in leaf.names) == ("layers/" in path), path
 
 
-@published
+@by_form(PUBLISHED)
 def test_rules_cover_the_full_size_checkpoint_and_its_parameters(name):
     num_tensors, num_parameters = PUBLISHED[name]
     config = registry.get(name)
@@ -164,7 +181,7 @@ def test_configuration_survives_its_config_json(name):
         assert registry.from_hf_config(json.loads(json.dumps(registry.to_hf_config(config)))) == config
 
 
-@every
+@by_form(registry.names())
 def test_tiny_twin_has_the_full_models_parameters(name):
     config = registry.get(name)
     full, tiny = (flatten_dict(abstract(c), sep="/") for c in (config, config.tiny()))
