@@ -39,7 +39,7 @@ def test_a_policy_of_release_0_1_acts_as_it_did(name):
 
 
 @pytest.mark.parametrize("name", ["policy_head_lstm", pytest.param("interleaved_discrete", marks=pytest.mark.slow)])
-def test_a_run_of_release_0_1_is_resumed_with_the_losses_it_would_have_had(name, tmp_path, monkeypatch):
+def test_a_run_of_release_0_1_is_resumed_with_the_losses_it_would_have_had(name, tmp_path, monkeypatch, short_runs):
     from robovlms_jax.runs import run
     from robovlms_jax.runs.config import ExperimentConfig
     from robovlms_jax.schema import from_dict

@@ -9,7 +9,7 @@ import pytest
 from robovlms_jax.control import interface
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks
 from robovlms_jax.playtable import env
-from robovlms_jax.playtable.pictures import cameras
+from robovlms_jax.playtable.pictures import cameras, tiles
 from robovlms_jax.playtable.scene import initial_obs, stack_scenes
 from tests.playtable.conftest import action
 from tests.processes import run_python
@@ -48,8 +48,12 @@ def test_a_table_is_an_env(table):
     assert set(tasks.SceneInfo.__annotations__) <= set(table.info)
 
 
-def test_pictures_have_calvins_sizes_by_default():
+def test_pictures_have_calvins_sizes_by_default(monkeypatch):
+    # What is drawn is asked in test_render.py.
     assert cameras.SIZES == {"static": 200, "wrist": 84}
+    black = lambda scenes, which, states, camera, size, *_: np.zeros((len(which), size, size, 3), np.uint8)  # noqa: E731
+    monkeypatch.setattr(env, "render_batch", black)
+    monkeypatch.setattr(env, "backdrops", lambda scenes, size: tiles.Backdrop(*np.zeros((2, 1, 3))))
     observation = env.PlayTable("B").observe()
     assert {name: image.shape[0] for name, image in observation.images.items()} == cameras.SIZES
 
@@ -153,12 +157,13 @@ def test_the_others_stand_still(tables):
 
 
 def test_pictures_are_of_the_right_tables():
-    """Eleven tables of three scenes: calls with room for sixteen on a CPU, none full; each picture as if alone."""
+    """Eleven tables of three scenes: calls with room for sixteen on a CPU, none full; each picture as if alone. Of the
+    camera that needs backdrops; the other's pictures are compared in `test_tables_do_what_single_tables_do`."""
     scenes, which = stack_scenes("ABD"), np.array([2, 0, 1, 1, 2, 0, 0, 2, 1, 0, 2])
     robot = np.tile(initial_states.INITIAL_ROBOT_OBS, (11, 1))
     robot[:, 0] += np.linspace(-0.1, 0.1, 11)
     states = env.reset_batch(env.pick(scenes, which), robot, np.tile(chain_start()["scene_obs"], (11, 1)))
-    backdrops, sizes = env.backdrops(scenes, 32), {"static": 32, "wrist": 24}
+    backdrops, sizes = env.backdrops(scenes, 32), {"static": 32}
     found = env.pictures(scenes, which, states, sizes, backdrops)
     for camera, size in sizes.items():
         expected = env.render_batch(scenes, which, states, camera, size, backdrops, "cpu", 11)
