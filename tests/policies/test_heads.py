@@ -128,6 +128,17 @@ def upstream_mlp(weights: dict[str, np.ndarray]) -> dict:
     return {"params": unflatten_dict(flat, sep="/")}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def gradient_of_loss(head, params, x, actions, mask):
+    def loss(params):
+        bound = head.bind(params)
+        prediction = bound(x, jnp.ones(x.shape[:2], bool))
+        total, metrics = bound.loss(prediction, actions, mask, mask.sum().astype(jnp.float32))
+        return total, (prediction, metrics)
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
 @pytest.mark.parametrize("case", ["full", "partial", "single"])
 def test_mlp_equals_upstream(golden, case, exact_matmul):
     data = golden("heads/fc_none_lat1.npz")
@@ -136,18 +147,7 @@ def test_mlp_equals_upstream(golden, case, exact_matmul):
     head = base.build(config, window=3, chunk=10, action_dim=7, binary=(6,), feature_dim=24, num_queries=1)
     mask = jnp.asarray(data[f"mask_{case}"], bool)
     actions = jnp.concatenate([data["label_arm"], 2.0 * data["label_gripper"][..., None] - 1.0], axis=-1)
-
-    @jax.jit
-    def run(params):
-        def loss(params):
-            bound = head.bind(params)
-            prediction = bound(data["x"], jnp.ones(data["x"].shape[:2], bool))
-            total, metrics = bound.loss(prediction, actions, mask, mask.sum().astype(jnp.float32))
-            return total, (prediction, metrics)
-
-        return jax.value_and_grad(loss, has_aux=True)(params)
-
-    (_, (prediction, metrics)), grads = run(params)
+    (_, (prediction, metrics)), grads = gradient_of_loss(head, params, data["x"], actions, mask)
     np.testing.assert_allclose(prediction.arm, data["out_arm"], atol=1e-5)
     np.testing.assert_allclose(prediction.gripper_logit[..., 0], data["out_gripper"][..., 0], rtol=1e-5, atol=1e-5)
     found = [metrics["loss_arm"], metrics["loss_gripper"], metrics["acc_gripper"]]

@@ -65,19 +65,24 @@ def test_streaming_equals_upstream_past_the_window(upstream, exact_matmul):
         np.testing.assert_allclose(prediction.gripper_logit[..., 0], data["stream_gripper"][:, t, 0, :, 0], atol=1e-5)
 
 
+@jax.jit
+def gradient_of_loss(params, x, actions, mask):
+    head = make_head()
+
+    def loss(params):
+        prediction = head.apply(params, x, jnp.ones(x.shape[:2], bool))
+        return head.loss(prediction, actions, mask, mask.sum().astype(jnp.float32))
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
 @pytest.mark.parametrize("case", ["full", "partial", "single"])
 def test_losses_equal_upstream(upstream, case, exact_matmul):
     # Fails on a wrong Huber delta, sum instead of mean, or a mean over masked entries.
     data, params = upstream
-    head = make_head()
     mask = jnp.asarray(data[f"mask_{case}"], bool)
     actions = jnp.concatenate([data["label_arm"], 2.0 * data["label_gripper"][..., None] - 1.0], axis=-1)
-
-    def loss(params):
-        prediction = head.apply(params, data["x"], np.ones(data["x"].shape[:2], bool))
-        return head.loss(prediction, actions, mask, mask.sum().astype(jnp.float32))
-
-    (total, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    (total, metrics), grads = gradient_of_loss(params, data["x"], actions, mask)
     arm, gripper, accuracy = data[f"loss_{case}"]
     np.testing.assert_allclose(
         [metrics["loss_arm"], metrics["loss_gripper"], metrics["acc_gripper"]], [arm, gripper, accuracy], rtol=1e-5

@@ -63,9 +63,9 @@ def test_features_and_actions(policy, exact_matmul):
     # The longest prompt of upstream's batch has no padding, so upstream's layout and ours are the same for it.
     model, params, data = policy
     row = longest(data)
-    features = apply(model, params, inputs_of(data, row), method="train_outputs").features
-    np.testing.assert_allclose(features[0], data["action_hs"][row], atol=1e-4)
-    prediction = apply(model, params, inputs_of(data, row))
+    outputs = apply(model, params, inputs_of(data, row), method="train_outputs")
+    np.testing.assert_allclose(outputs.features[0], data["action_hs"][row], atol=1e-4)
+    prediction = outputs.prediction
     np.testing.assert_allclose(prediction.arm[0], data["infer_arm"][row], atol=1e-5)
     np.testing.assert_allclose(prediction.gripper_logit[0, ..., 0], data["infer_gripper"][row, ..., 0], atol=1e-5)
 
