@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import pathlib
@@ -228,7 +229,9 @@ def _nearest(place: Place, config: ExperimentConfig, model: VLA, batch: Mapping[
         abstract = abstract_state(changed, model, mesh)
         flag = "" if fsdp == sizes[1] else f"--mesh.data {data} --mesh.fsdp {fsdp} "
         whole = [("", steps.memory_of(changed, model, abstract, batch, platform=platform))] if flag else []
-        for words, estimate in [*whole, *steps.smaller(changed, model, abstract, batch, platform=platform)]:
+        # One by one: each that is asked for is traced.
+        smaller = steps.smaller(changed, model, abstract, batch, platform=platform)
+        for words, estimate in itertools.chain(whole, smaller):
             if estimate.total * ratio <= limit:
                 size = memory.readable(estimate.total * ratio)
                 return f"{flag}{words}".strip() + f" (about {size}, by the estimate times {ratio:.2f})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import types
 
 import jax
@@ -114,17 +113,14 @@ def with_memory(monkeypatch, size: float) -> None:
 def test_for_a_step_that_is_refused_the_least_accumulation_that_fits_is_named(monkeypatch, place):
     # The compiler takes twice the estimate, and has room for twice that of four parts. Fails if the search takes no
     # notice of what the compiler takes more, or goes on behind the first that fits.
+    # Estimates are made up, none of what is not to be asked for; test_plan.py compares those of steps with programs.
     config, model, batch = twin()
-    abstract, memory_of = compiled.abstract_state(config, model, place.mesh), steps.memory_of
+    estimates = {1: 1 << 30, 2: 700 << 20, 4: 500 << 20}
 
-    @functools.cache
-    def traced(parts: int) -> memory.Estimate:
-        train = dataclasses.replace(config.train, accumulation=parts)
-        return memory_of(dataclasses.replace(config, train=train), model, abstract, batch)
+    def estimate(config, *_, **__) -> memory.Estimate:
+        return memory.Estimate(estimates[config.train.accumulation], 0, 0, 0, 0)
 
-    estimates = {parts: traced(parts).total for parts in (1, 2, 4)}
-    monkeypatch.setattr(steps, "memory_of", lambda config, *_, **__: traced(config.train.accumulation))
-    assert estimates[1] > estimates[2] > estimates[4]
+    monkeypatch.setattr(steps, "memory_of", estimate)
     refused = {"bytes": {"peak": 2 * estimates[1]}, "refused": "no room"}
     monkeypatch.setattr(compiled, "_compile", lambda *given: refused)
     with_memory(monkeypatch, 2 * estimates[4])
