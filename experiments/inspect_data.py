@@ -23,7 +23,7 @@ from typing import Any
 
 from experiments import inspection_page, spreading
 from robovlms_jax import atomic, cli
-from robovlms_jax.data import base, calvin, findings, inspection, lerobot, packed, rlds, storage
+from robovlms_jax.data import base, calvin, findings, inspection, lerobot, libero_hdf5, packed, rlds, storage
 from robovlms_jax.data.registry import mixtures
 from robovlms_jax.evaluation.report import rerun_file
 from robovlms_jax.parallel.config import RayConfig
@@ -43,8 +43,8 @@ class Args:
     root: str
     """The dataset, or for RLDS the directory above it."""
     dataset: str = ""
-    """calvin, lerobot, a dataset or mixture of the registry, or a YAML or JSON file (data/README.md). Empty: what the
-    directory looks like."""
+    """calvin, lerobot, libero_hdf5, a dataset or mixture of the registry, or a YAML or JSON file (data/README.md).
+    Empty: what the directory looks like."""
     out: str = ""
     """Where dataset.html and summary.md go. Empty: runs/inspect_NAME."""
     frames: int = 5000
@@ -128,6 +128,8 @@ def sources(args: Args) -> list[Source]:
         return [_calvin(args.root, "as --dataset says")]
     if args.dataset == "lerobot":
         return [_lerobot(args, "as --dataset says")]
+    if args.dataset == "libero_hdf5":
+        return [_libero(args.root, "as --dataset says")]
     if args.dataset:
         mixture = mixtures.resolve(args.dataset)
         alone = len(mixture.weights) == 1
@@ -150,11 +152,13 @@ def sources(args: Args) -> list[Source]:
             return [_calvin(args.root, f"it has {split}/")]
     if root.name in SPLITS and (packed.META in inside or any(name.endswith(".npz") for name in inside)):
         raise ValueError(f"{args.root} is one split of a dataset; pass the directory above it.")
+    if any(any(pathlib.Path(args.root).glob(pattern)) for pattern in libero_hdf5.PATTERNS):
+        return [_libero(args.root, "it has .hdf5 files")]
     shown = ", ".join(inside[:8]) + (f" and {len(inside) - 8} more" if len(inside) > 8 else "")
     raise ValueError(
         f"{args.root} is no dataset that can be read: looked for meta/info.json (LeRobot), features.json, "
-        f"<version>/features.json and <name>/<version>/features.json (RLDS), training/ (CALVIN, packed); it holds "
-        f"{shown}."
+        f"<version>/features.json and <name>/<version>/features.json (RLDS), training/ (CALVIN, packed), *.hdf5 "
+        f"(LIBERO); it holds {shown}."
     )
 
 
@@ -226,6 +230,10 @@ def _calvin(root: str, reason: str) -> Source:
     is_packed = (pathlib.Path(root) / "training" / packed.META).exists()
     kind = "packed" if is_packed else "CALVIN, one file per frame"
     return Source(_name(root), f"{kind} ({reason})", lambda split: calvin.open_dataset(root, split))
+
+
+def _libero(root: str, reason: str) -> Source:
+    return Source(_name(root), f"LIBERO's HDF5 files ({reason})", lambda split: libero_hdf5.LiberoDataset(root, split))
 
 
 def _name(root: str) -> str:

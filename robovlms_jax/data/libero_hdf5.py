@@ -38,6 +38,8 @@ _NUMBERS = {"actions": ("actions", 7), "ee_states": ("obs/ee_states", 6), "gripp
 _STILL = 1e-4
 """Length of the arm's six numbers below which a step does not move it (OpenVLA's threshold)."""
 _VALIDATION_SHARE = 0.1
+PATTERNS = ("*.hdf5", "*/*.hdf5")
+"""Where files lie below a root: the first pattern that finds any."""
 
 
 class _Demo(NamedTuple):
@@ -65,7 +67,7 @@ class LiberoDataset(base.Dataset):
         self.root = pathlib.Path(root)
         self.name = str(self.root)
         _h5py()
-        self._paths = sorted(self.root.glob("*.hdf5")) or sorted(self.root.glob("*/*.hdf5"))
+        self._paths = next(filter(None, (sorted(self.root.glob(pattern)) for pattern in PATTERNS)), [])
         if not self._paths:
             raise ValueError(f"{self.root} has no *.hdf5, nor has a folder of it; expected LIBERO's <task>_demo.hdf5.")
         self._local = threading.local()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from experiments import inspect_data
 from experiments import libero as presets
 from robovlms_jax import cli
 from robovlms_jax.data import calvin, libero_hdf5, opening, packing
@@ -56,6 +57,14 @@ def write_hdf5(h5py, path, demos=3, change=None):
             for name, values in fields.items():
                 demo[name] = values
     return path
+
+
+@pytest.mark.parametrize("dataset", ["", "libero_hdf5"])
+def test_hdf5_files_are_looked_at_before_training(tmp_path, hdf5, dataset):
+    write_hdf5(hdf5, tmp_path / "libero_goal" / "turn_on_the_stove_demo.hdf5")
+    page, refusals = inspect_data.main(inspect_data.Args(str(tmp_path), dataset, str(tmp_path / "page")))
+    text = (page.parent / "summary.md").read_text()
+    assert not refusals and "LIBERO's HDF5 files" in text and "turn on the stove" in page.read_text()
 
 
 def test_hdf5_files_are_read_upright_with_openvlas_conventions(tmp_path, hdf5):
