@@ -1,4 +1,5 @@
-"""CALVIN ABCD -> D: train a VLA on demonstrations, roll it out or evaluate it offline, write a report.
+"""CALVIN ABCD -> D: train a VLA on demonstrations, roll it out or evaluate it offline, write a report. What each preset
+is: docs/guide.md.
 
 python -m experiments.calvin_abcd                   # PlayTable, the embedded simulator: record, train, roll out
 python -m experiments.calvin_abcd --preset sample   # a bundled piece of CALVIN, offline evaluation

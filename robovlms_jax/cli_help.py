@@ -289,7 +289,7 @@ def _class(config: Any) -> type:
 
 
 def _value(config: Any, path: str) -> str:
-    """A field's value as text, "needed" where it has none; "..." stands for one that is too long for its column."""
+    """A field's value as text, "needed" where it has none; one that is too long for its column ends with "..."."""
     *rooms, name = path.split(".")
     for room in rooms:
         config = getattr(config, room, None) or schema.hints(_class(config))[room]
@@ -308,4 +308,4 @@ def _value(config: Any, path: str) -> str:
         text = str(getattr(value, "name", "its own fields"))
     else:
         text = str(value) if value != "" else '""'
-    return text if len(text) <= _VALUE else "..."
+    return text if len(text) <= _VALUE else f"{text[: _VALUE - 3]}..."

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 from robovlms_jax import cli_help, ending, extras, programs
 
+_EACH = f" What each does: {programs.NAME} --help."
+
 
 def overview() -> str:
     """Text for --help."""
@@ -33,6 +35,7 @@ def overview() -> str:
         "",
         f"{programs.NAME} COMMAND --help says what a command takes. Names in brackets can be started by themselves:",
         f"python -m {programs.PACKAGE}.calvin_abcd is {programs.NAME} train.",
+        f"New here? Start {programs.NAME} demo, then read docs/tutorial.md.",
     ]
     return "\n".join(lines)
 
@@ -42,12 +45,12 @@ def find(arguments: Sequence[str]) -> tuple[str, programs.Program, list[str]]:
     commands = programs.present()
     command, *rest = arguments
     if command not in commands:
-        raise ValueError(_unknown("command", command, [*commands, programs.COMPLETION]))
+        raise ValueError(_unknown("command", command, [*commands, programs.COMPLETION]) + _EACH)
     words = commands[command]
     if rest and not rest[0].startswith("-"):
         word, *rest = rest
         if word not in words:
-            message = _unknown(f"word after {command}", word, [*filter(None, words), "--help"])
+            message = _unknown(f"word after {command}", word, [*filter(None, words), "--help"]) + _EACH
             if "" in words and words[""].settings == "PRESETS":
                 message += f" A preset goes with --preset: {programs.NAME} {command} --preset {word}."
             raise ValueError(message)

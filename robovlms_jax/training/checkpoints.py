@@ -292,7 +292,8 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
     if not path.is_dir():
         raise FileNotFoundError(
             f"checkpoint {path} is not a directory ({'a file' if path.exists() else 'nothing is there'}); pass a run "
-            f"directory or one of its {FOLDER}/<step> folders.{hub.hint(given)}"
+            f"directory, as a training run writes it (runs/PRESET unless --out says another), or one of its "
+            f"{FOLDER}/<step> folders.{_beside(path) or hub.hint(given)}"
         )
     if (path / "params").is_dir():
         steps = [path]
@@ -315,6 +316,14 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
             f"no complete checkpoint in {path}: {'; '.join(damages.values())}. Name another run or step."
         )
     return complete
+
+
+def _beside(path: pathlib.Path) -> str:
+    """How a message goes on about a path where nothing is: the runs beside it, by name; "" where there are none."""
+    parent = path.parent
+    runs = sorted(x.name for x in parent.iterdir() if (x / FOLDER).is_dir()) if parent.is_dir() else []
+    more = f" and {len(runs) - 8} more" if len(runs) > 8 else ""
+    return f" Runs in {parent}: {', '.join(runs[:8])}{more}." if runs else ""
 
 
 def run_of(directory: pathlib.Path) -> pathlib.Path:

@@ -239,6 +239,9 @@ def test_a_file_is_no_checkpoint(step):
     for wrong, what in ((path, "a file"), (path.with_name("none"), "nothing is there")):
         with pytest.raises(FileNotFoundError, match=rf"checkpoint {wrong} is not a directory \({what}\); pass a run"):
             load.load_policy(wrong)
+    run = step.parents[1]
+    with pytest.raises(FileNotFoundError, match=rf"Runs in {run.parent}: .*\b{run.name}\b"):
+        load.load_policy(run.parent / "another")
     (step / seals.SEAL).unlink()
     for item, message in (
         ("serving", "serving/metadata is missing"),
