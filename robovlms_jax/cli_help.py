@@ -289,7 +289,8 @@ def _class(config: Any) -> type:
 
 
 def _value(config: Any, path: str) -> str:
-    """A field's value as text, "needed" where it has none; one that is too long for its column ends with "..."."""
+    """A field's value as text, "needed" where it has none; of one that is too long for its column the words
+    or folders that fit, and "..."."""
     *rooms, name = path.split(".")
     for room in rooms:
         config = getattr(config, room, None) or schema.hints(_class(config))[room]
@@ -308,4 +309,4 @@ def _value(config: Any, path: str) -> str:
         text = str(getattr(value, "name", "its own fields"))
     else:
         text = str(value) if value != "" else '""'
-    return text if len(text) <= _VALUE else f"{text[: _VALUE - 3]}..."
+    return text if len(text) <= _VALUE else re.sub(r"[^/ ]*$", "", text[: _VALUE - 3]) + "..."

@@ -49,6 +49,11 @@ def find(arguments: Sequence[str]) -> tuple[str, programs.Program, list[str]]:
     words = commands[command]
     if rest and not rest[0].startswith("-"):
         word, *rest = rest
+        if word not in words and set(words) == {""}:
+            raise ValueError(
+                f"unknown word after {command} {word!r}; it takes --FIELD VALUE, and {programs.NAME} {command} --help "
+                "lists the fields."
+            )
         if word not in words:
             message = _unknown(f"word after {command}", word, [*filter(None, words), "--help"]) + _EACH
             if "" in words and words[""].settings == "PRESETS":

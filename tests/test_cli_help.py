@@ -33,6 +33,16 @@ def test_a_field_that_leaves_no_room_for_words_is_shown_without_any(monkeypatch)
     assert f"  --{name} " in cli_help.short_help("x", "What.", ("", ()), config)
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [("runs/a_name_that_is_too_long", "runs/..."), ("wrist static_and_another", "wrist ..."), ("a" * 21, "...")],
+)
+def test_of_a_value_that_is_too_long_the_words_and_folders_that_fit_are_shown(value, shown):
+    text = cli_help.short_help("x", "What.", ("", ()), dataclasses.make_dataclass("Own", [("path", str, value)])())
+    (line,) = [line for line in text.splitlines() if line.startswith("  --path")]
+    assert line.removeprefix("  --path").strip() == shown
+
+
 def test_names_of_presets_that_do_not_fit_are_said_to_go_on(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     names = [f"a_preset_with_a_long_name_{number}" for number in range(40)]
