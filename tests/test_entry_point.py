@@ -88,7 +88,7 @@ def test_a_command_runs_its_program_as_if_it_had_been_started_itself(monkeypatch
         (["train", "sampel"], "A preset goes with --preset: robovlms train --preset sampel."),
         (["completion", "bsah"], "unknown shell 'bsah'; did you mean 'bash'?"),
         (["completion"], "name a shell: bash, zsh, fish."),
-        (["serve", "runs/sample"], "after serve 'runs/sample'; it takes --FIELD VALUE, and robovlms serve --help lists"),
+        (["serve", "runs/sample"], "after serve 'runs/sample'; it takes --FIELD VALUE, and robovlms serve --help"),
     ],
 )
 def test_what_is_misspelt_is_answered_with_the_nearest(typed, message, capsys):
