@@ -37,7 +37,8 @@ def test_a_field_that_leaves_no_room_for_words_is_shown_without_any(monkeypatch)
     ("value", "shown"),
     [("runs/a_name_that_is_too_long", "runs/..."), ("wrist static_and_another", "wrist ..."), ("a" * 21, "...")],
 )
-def test_of_a_value_that_is_too_long_the_words_and_folders_that_fit_are_shown(value, shown):
+def test_of_a_value_that_is_too_long_the_words_and_folders_that_fit_are_shown(value, shown, monkeypatch):
+    monkeypatch.setattr(cli_help, "document", lambda config, path: "")
     text = cli_help.short_help("x", "What.", ("", ()), dataclasses.make_dataclass("Own", [("path", str, value)])())
     (line,) = [line for line in text.splitlines() if line.startswith("  --path")]
     assert line.removeprefix("  --path").strip() == shown
