@@ -166,7 +166,7 @@ def test_what_is_learned_does_not_depend_on_sentences_that_are_only_asked(tmp_pa
     assert len(tokens) > len(made.encode("open the drawer")[0]) and mask.any()
 
 
-def test_ten_steps_equal_five_and_resume_and_five(finished, tmp_path, monkeypatch, caplog):
+def test_ten_steps_equal_five_and_resume_and_five(finished, tmp_path, monkeypatch, caplog, short_runs):
     # Parameters, optimizer moments, PRNG and data position must all come back, or the loss of step six differs already;
     # so must the tokenizer, although today's sentences would make another.
     output = tmp_path / "halves"
@@ -242,7 +242,7 @@ def test_one_batch_can_be_overfit(tmp_path):
     assert losses[120] < 0.5 * losses[1], losses
 
 
-def test_sigterm_saves_and_a_second_start_without_resume_is_refused(tmp_path, monkeypatch, caplog):
+def test_sigterm_saves_and_a_second_start_without_resume_is_refused(tmp_path, monkeypatch, caplog, short_runs):
     # In this process, with the finished run's programs; a real one, as a scheduler would stop it, is a slow test.
     def stop(batch):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -315,8 +315,7 @@ def damaged(tmp_path) -> pathlib.Path:
     return root
 
 
-def test_unreadable_episodes_are_replaced_counted_and_named(damaged, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(run.validation, "evaluator", lambda *_: run.validation.Unevaluated())
+def test_unreadable_episodes_are_replaced_counted_and_named(damaged, tmp_path, caplog, short_runs):
     output = run.train(
         "sample",
         small(tmp_path / "run", **{"data.root": str(damaged), "data.max_corrupt_share": 0.5}),
@@ -335,7 +334,7 @@ def test_too_many_unreadable_episodes_stop_the_run(damaged, tmp_path):
         run.train("sample", small(tmp_path / "run", **changes))
 
 
-def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path, short_runs):
     changes = {
         "optimizer.learning_rate": 1e30,
         "optimizer.warmup_steps": 6,

@@ -22,7 +22,7 @@ ORDINARY = "qwen_vl_lstm"  # a part stays frozen, and the files hold a head for 
 @pytest.mark.parametrize(
     "preset", [pytest.param(x, marks=() if x == ORDINARY else pytest.mark.slow) for x in calvin_abcd.OTHERS]
 )
-def test_published_weights_are_trained_and_served(tmp_path, preset):
+def test_published_weights_are_trained_and_served(tmp_path, preset, short_runs):
     # Fails if the files hold more than the policy asks for and that is refused, if weights are not those of the files,
     # if a frozen parameter moves or a trained one stays, or if the run directory needs the published one to be served.
     name = calvin_abcd.OTHERS[preset][0]
@@ -48,8 +48,6 @@ def test_published_weights_are_trained_and_served(tmp_path, preset):
             "train.steps": 1,
             "train.checkpoint_every": 1,
             "train.output": str(tmp_path / "run"),
-            "evaluation.batches": 1,
-            "evaluation.episodes": 0,
         },
     )
     output = run.train(preset, config)

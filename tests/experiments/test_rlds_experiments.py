@@ -22,6 +22,7 @@ from robovlms_jax.runs import setup as setups
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.runs.load import open_model
 from tests import toy
+from tests.conftest import shorten_runs
 from tests.data import toy_rlds
 
 TINY = {
@@ -59,7 +60,9 @@ def tiny(config: ExperimentConfig, sample: pathlib.Path, output: pathlib.Path, *
 @pytest.fixture(scope="module")
 def pretrained(sample, tmp_path_factory) -> pathlib.Path:
     config = tiny(oxe_pretrain.PRESETS["sample"], sample, tmp_path_factory.mktemp("runs") / "oxe")
-    return run.train("sample", config, title="Open X-Embodiment", closing=oxe_pretrain.REAL_THING)
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_runs(patch, evaluated=True)
+        return run.train("sample", config, title="Open X-Embodiment", closing=oxe_pretrain.REAL_THING)
 
 
 def test_a_mixture_trains_checkpoints_and_reports_in_its_references_units(pretrained, sample):
