@@ -15,7 +15,7 @@ import logging
 import pathlib
 import sys
 
-from robovlms_jax import atomic, cli, hub
+from robovlms_jax import atomic, cli, ending, hub
 from robovlms_jax.evaluation import chains, detection
 from robovlms_jax.nn import stack
 from robovlms_jax.policies.serving import BatchedVLAPolicy
@@ -120,7 +120,7 @@ def main() -> None:
     logs.to_stderr()
     config = cli.read(CalibrateConfig, description=__doc__)
     try:
-        print(detect(config) if config.rollouts else calibrate(config))
+        ending.show(detect(config) if config.rollouts else calibrate(config))
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 

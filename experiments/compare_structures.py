@@ -355,7 +355,7 @@ def main() -> None:
     config = cli.read(CompareConfig, description=__doc__)
     if config.list:
         for cell in cells(config):
-            print(cell.name, *(f"[{execution.label}]" for execution in cell.executions))
+            ending.show(" ".join([cell.name, *(f"[{execution.label}]" for execution in cell.executions)]))
         return
     logs.to_stderr(libraries=logging.ERROR)
     cpu.keep_freed_memory()

@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 from flax.traverse_util import flatten_dict
 
-from robovlms_jax import atomic, upstream
+from robovlms_jax import atomic, ending, upstream
 from robovlms_jax import cli as command_line
 from robovlms_jax.backbones import registry
 from robovlms_jax.control import robot
@@ -105,7 +105,7 @@ def main(config: ConvertConfig) -> dict[str, Any]:
             "first_action": before[0, 0].tolist(),
         }
         atomic.write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
-    print(_describe(report, target))
+    ending.show(_describe(report, target))
     return report
 
 

@@ -23,7 +23,7 @@ import jax.export
 import jax.extend.core
 import safetensors.flax
 
-from robovlms_jax import atomic, cli, extras
+from robovlms_jax import atomic, cli, ending, extras
 from robovlms_jax.policies.heads import flow, gpt, lstm
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs import load, logs, program, saved
@@ -211,7 +211,7 @@ def main() -> None:
     except (ValueError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{folder}: {config.to}, {size / 2**20:.1f} MiB, {', '.join(sorted(x.name for x in folder.iterdir()))}")
+    ending.show(f"{folder}: {config.to}, {size / 2**20:.1f} MiB, {', '.join(sorted(x.name for x in folder.iterdir()))}")
 
 
 if __name__ == "__main__":

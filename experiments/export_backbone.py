@@ -18,7 +18,7 @@ import sys
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from robovlms_jax import atomic, cli
+from robovlms_jax import atomic, cli, ending
 from robovlms_jax.backbones import registry
 from robovlms_jax.inputs import tokenizers
 from robovlms_jax.nn.linear import merge_lora
@@ -61,7 +61,9 @@ def main(config: ExportBackboneConfig) -> pathlib.Path:
         biases = _trained_biases(experiment, params, vlm.rules)
         with atomic.becoming_folder(target) as folder:
             peft.export(params, vlm.rules, vlm.lora, folder, base, biases)
-        print(f"{target}: adapters of rank {vlm.lora_rank}, for peft.PeftModel.from_pretrained(model, {str(target)!r})")
+        ending.show(
+            f"{target}: adapters of rank {vlm.lora_rank}, for peft.PeftModel.from_pretrained(model, {str(target)!r})"
+        )
         return target
     if vlm.resampler is not None:
         raise ValueError(
@@ -76,7 +78,7 @@ def main(config: ExportBackboneConfig) -> pathlib.Path:
         export.export(params, vlm.rules, folder, described)
         tokenizers.write_assets({name: text for name, text in assets.items() if name != "config.json"}, folder)
     architecture = described["architectures"][0]
-    print(f"{target}: {build.count(params):,} parameters, for transformers.{architecture}.from_pretrained")
+    ending.show(f"{target}: {build.count(params):,} parameters, for transformers.{architecture}.from_pretrained")
     return target
 
 

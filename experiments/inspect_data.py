@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments import inspection_page, spreading
-from robovlms_jax import atomic, cli
+from robovlms_jax import atomic, cli, ending
 from robovlms_jax.data import base, calvin, findings, inspection, lerobot, libero_hdf5, packed, rlds, storage
 from robovlms_jax.data.registry import mixtures
 from robovlms_jax.evaluation.report import rerun_file
@@ -310,11 +310,13 @@ def main(args: Args) -> tuple[pathlib.Path, list[str]]:
     atomic.write_text(page, inspection_page.render(label, results, missing))
     text = "\n".join([*(f"**Not found**: {message}\n" for message in missing), *map(summary, results)])
     atomic.write_text(directory / "summary.md", text)
-    print(text)
+    ending.show(text)
     if args.rrd:
         shown = [episode for result in results for episode in inspection_page.episodes(result)]
-        print(f"{rerun_file.write(args.rrd, label, shown)} opens in the Rerun viewer: rerun {args.rrd}")
-    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB) opens in any browser; {directory / 'summary.md'} is this text.")
+        ending.show(f"{rerun_file.write(args.rrd, label, shown)} opens in the Rerun viewer: rerun {args.rrd}")
+    ending.show(
+        f"{page} ({page.stat().st_size / 1e6:.1f} MB) opens in any browser; {directory / 'summary.md'} is this text."
+    )
     return page, [f"training would refuse {r.source.name}: {r.refusal}" for r in results if r.refusal]
 
 

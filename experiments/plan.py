@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from experiments import bridge, calvin_abcd, google_robot, oxe_pretrain
-from robovlms_jax import atomic, bars, cli, upstream
+from robovlms_jax import atomic, bars, cli, ending, upstream
 from robovlms_jax.backbones import registry
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel import targets
@@ -288,7 +288,7 @@ def main() -> None:
             atomic.write_text(pathlib.Path(config.out), json.dumps(result, indent=2) + "\n")
     except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
-    print(show(result))
+    ending.show(show(result))
 
 
 if __name__ == "__main__":

@@ -189,4 +189,4 @@ def main(work: Callable[[Any], pathlib.Path], presets: Mapping[str, Any], defaul
         ending.stop("finished trials are kept, and the same command goes on where it was.")
     except run.ERRORS as error:
         sys.exit(f"error: {error}")
-    print(f"report: {path}")
+    ending.show(f"report: {path}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from robovlms_jax import cli
+from robovlms_jax import cli, ending
 from robovlms_jax.runs import logs, sharing
 
 
@@ -32,7 +32,7 @@ def main() -> None:
         run = sharing.pull(config.name, config.out)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    print(f"{run}: robovlms serve --checkpoint {run}, or load_policy({str(run)!r})")
+    ending.show(f"{run}: robovlms serve --checkpoint {run}, or load_policy({str(run)!r})")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from robovlms_jax import cli
+from robovlms_jax import cli, ending
 from robovlms_jax.runs import logs, model_card, sharing
 
 
@@ -43,9 +43,9 @@ def main() -> None:
     words = model_card.Words(config.licence, config.data, config.limits)
     try:
         if config.show:
-            print(sharing.prepare(config.checkpoint, config.repository, words)[1])
+            ending.show(sharing.prepare(config.checkpoint, config.repository, words)[1])
         else:
-            print(sharing.push(config.checkpoint, config.repository, words, private=config.private))
+            ending.show(sharing.push(config.checkpoint, config.repository, words, private=config.private))
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 

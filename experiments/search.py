@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> pathlib.Path:
         stopped = True
         ending.say("finished trials are kept, and the same command goes on.")
     path = report.write(config)
-    print(f"report: {path}")
+    ending.show(f"report: {path}")
     if stopped:
         sys.exit(ending.STATUS)
     return path

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from robovlms_jax import atomic, bars, cli, json_files, json_lines
+from robovlms_jax import atomic, bars, cli, ending, json_files, json_lines
 from robovlms_jax.control.execution import Executed, Execution
 from robovlms_jax.control.interface import Observation, Policy
 from robovlms_jax.control.robot import RobotSpec
@@ -341,7 +341,7 @@ def main() -> None:
         session = Session(config, open_robot(config.robot), policies, specs[0], labels=labels)
         if session.run():
             atomic.write_text(pathlib.Path(config.out) / "report.md", session.report())
-        print(session.report())
+        ending.show(session.report())
     except (ValueError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
 

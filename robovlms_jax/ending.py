@@ -72,6 +72,15 @@ def without_traceback() -> None:
     atexit.register(_nobody_reads)  # what Python writes at its end is the first that is written of a short text
 
 
+def show(text: str) -> None:
+    """Print what a program found. Where nobody reads it any more it is left out: BrokenPipeError, an OSError, would be
+    taken for an error of what the program did."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _nobody_reads()
+
+
 def _nobody_reads() -> bool:
     """Whether standard output leads nowhere; it leads to the null device then, since Python would complain."""
     try:

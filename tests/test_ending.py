@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import signal
@@ -82,6 +83,10 @@ def test_ctrl_c_while_a_program_is_imported_ends_it_with_a_line():
 def test_who_stops_reading_sees_no_traceback(words, unbuffered):
     """As with `--help | head -1`: nobody reads what is written at the end of a program, or in the middle of it."""
     code = f"from robovlms_jax import ending; ending.without_traceback(); print('one', '{words}')"
+    assert read_by_nobody(code, unbuffered).stderr == ""
+
+
+def read_by_nobody(code, unbuffered=""):
     read, write = os.pipe()
     os.close(read)
     env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
@@ -89,4 +94,28 @@ def test_who_stops_reading_sees_no_traceback(words, unbuffered):
         [sys.executable, "-c", code], cwd=ROOT, env=env, stdout=write, stderr=subprocess.PIPE, text=True
     )
     os.close(write)
-    assert done.stderr == ""
+    return done
+
+
+def test_who_stops_reading_is_no_error_of_a_program():
+    """Programs end with the words of an OSError, which a broken pipe is, and have more to do than to print."""
+    code = """
+from robovlms_jax import ending
+ending.without_traceback()
+try:
+    ending.show("found")
+    ending.show("more")
+except OSError as error:
+    raise SystemExit(f"error: {error}")
+raise SystemExit("done")
+"""
+    done = read_by_nobody(code)
+    assert (done.returncode, done.stderr) == (1, "done\n")
+
+
+def test_programs_print_by_show():
+    # Fails if one of them would take a reader that has gone for an error of its own.
+    for path in (ROOT / "experiments").glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "print":
+                assert "file" in {keyword.arg for keyword in call.keywords}, f"{path.name}, line {call.lineno}"

@@ -241,24 +241,9 @@ class ReinforceConfig:
 
     def _check_effects(self) -> None:
         parts = {"reinforce": self, "update": self.update}
-        for part, field, methods in unread(self.update.method):
+        for part, field, why in unread(self.update.method, self.labels, self.reward):
             given = getattr(parts[part], field)
-            require(
-                given == getattr(type(parts[part]), field),
-                f"{part}.{field}={given} has no effect with update.method={self.update.method}: it is read with "
-                f"{' or '.join(methods)}. Leave it out, or choose another preset or update.method.",
-            )
-        for field, ours in (("pairs", self.pairs), ("group", self.group)):
-            require(
-                not self.labels or self.update.method != "dpo" or ours == getattr(ReinforceConfig, field),
-                f"reinforce.{field}={ours} has no effect beside reinforce.labels={self.labels!r}: it is about the "
-                "rollouts that a simulated person is asked about. Leave one of them out.",
-            )
-        scale = self.update.reward_scale
-        require(
-            self.reward != "" or scale == UpdateConfig.reward_scale,
-            f"update.reward_scale={scale} has no effect without reinforce.reward, whose numbers it multiplies.",
-        )
+            require(given == getattr(type(parts[part]), field), f"{part}.{field}={given} has no effect {why}")
 
     def _check_devices(self) -> None:
         try:
@@ -338,11 +323,26 @@ _READERS = {
 """(Part, fields of it) -> the methods that read them; with the others, a value of somebody's own changes nothing."""
 
 
-def unread(method: str) -> list[tuple[str, str, tuple[str, ...]]]:
-    """("reinforce" or "update", its field, the methods that read it) of fields that `update.method` does not read."""
-    return [
-        (part, field, methods)
+def unread(method: str, labels: str, reward: str) -> list[tuple[str, str, str]]:
+    """("reinforce" or "update", its field, why it has no effect and what to do) of fields that a run by this
+    `update.method`, with these `reinforce.labels` and `reinforce.reward`, does not read."""
+    out = [
+        (
+            part,
+            field,
+            f"with update.method={method}: it is read with {' or '.join(methods)}. Leave it out, or choose another "
+            "preset or update.method.",
+        )
         for (part, *fields), methods in _READERS.items()
         if method not in methods
         for field in fields
     ]
+    if method == "dpo" and labels:
+        why = (
+            f"beside reinforce.labels={labels!r}: it is about the rollouts that a simulated person is asked about. "
+            "Leave one of them out."
+        )
+        out += [("reinforce", "pairs", why), ("reinforce", "group", why)]
+    if not reward:
+        out.append(("update", "reward_scale", "without reinforce.reward, whose numbers it multiplies."))
+    return out

@@ -54,13 +54,15 @@ def say_differences(config: ExperimentConfig, path: str) -> None:
     """Log what this run does otherwise than the one that its parameters are taken from, `path`: fine-tuning may."""
     earlier = load.load_config(path)
     robots.say_differences(earlier.policy, config.policy, path)
-    there, here = earlier.backbone.name, config.backbone.name
-    if there != here:  # a preset's own start, or a name on the command line that has no effect
-        logger.warning(
-            "train.init_from %s brings its backbone, %s, which is trained here; backbone.name=%s has no effect. To "
-            "train that one, begin anew: --train.init_from ''.",
-            *(path, there, here),
-        )
+    for field in ("name", "weights", "adapter"):
+        here = getattr(config.backbone, field)
+        # A preset's own start, or a value on the command line that has no effect; the same one is in the parameters.
+        if here and here != getattr(earlier.backbone, field):
+            logger.warning(
+                "train.init_from %s brings its backbone, %s, which is trained here; backbone.%s=%s has no effect. To "
+                "begin with that one, begin anew: --train.init_from ''.",
+                *(path, earlier.backbone.name, field, here),
+            )
     if found := differences(earlier, config):
         lines = [f"{name}: there {there}, here {here}" for name, (there, here) in found.items()]
         lost = any(name.endswith(("lora_rank", "lora_kind")) for name in found)

@@ -181,7 +181,8 @@ def _known_since(before: Mapping[str, Any]) -> dict[str, Any]:
     if method == "dpo":
         usual["held_out"] = 0.0  # all pairs taught
     known = {**usual, **before, **nested}
-    for part, field, _ in unread(method):  # given all the same, by a version that did not refuse it
+    given = method, known["labels"], known["reward"]
+    for part, field, _ in unread(*given):  # given all the same, by a version that did not refuse it
         at, plain = (known, usual) if part == "reinforce" else (known["update"], usual["update"])
         at[field] = plain[field]
     return known

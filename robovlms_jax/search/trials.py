@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import filelock
 
@@ -61,11 +61,13 @@ def run(config: SearchConfig, trial: queue.Trial, look: Look = lambda step, valu
         queue.write(out, trial)
         return trial
     with (folder / "log.txt").open("ab") as log, bars.waiting(f"trial {trial.number}") as bar:
-        # In a session of its own: Ctrl-C reaches this process alone, which asks the run to save.
-        process = subprocess.Popen(
-            command(config, trial, folder / "run"), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = None
         try:
+            with _signals_afterwards():  # a run that has been started is known here
+                # In a session of its own: Ctrl-C reaches this process alone, which asks the run to save.
+                process = subprocess.Popen(
+                    command(config, trial, folder / "run"), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
             seen = -1
             while process.poll() is None:
                 time.sleep(POLL)
@@ -77,7 +79,10 @@ def run(config: SearchConfig, trial: queue.Trial, look: Look = lambda step, valu
                         if pruned:
                             process.send_signal(signal.SIGTERM)
         except BaseException:
-            _stop(process)
+            try:
+                _stop(process)
+            except KeyboardInterrupt:  # two signals at a time: the second before it could be handled there
+                _stop(process)
             raise
     trial = dataclasses.replace(trial, seconds=trial.seconds + time.monotonic() - begin)
     values = objective(folder / "run", config.objective)
@@ -149,14 +154,28 @@ def _finished(run: pathlib.Path) -> bool:
     return (run / "report.md").is_file()
 
 
-def _stop(process: subprocess.Popen) -> None:
-    """Ask the run to save, and wait until it has ended."""
+def _stop(process: subprocess.Popen | None) -> None:
+    """Ask the run to save, and wait until it has ended. None: it was not started."""
+    if process is None:
+        return
     with _signals_until_it_ends(process):
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(GRACE)
         except subprocess.TimeoutExpired:
             _kill(process)
+
+
+@contextlib.contextmanager
+def _signals_afterwards() -> Iterator[None]:
+    """Signals that come within are handled at its end."""
+    came: list[int] = []
+    try:
+        with _handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM), lambda number, _: came.append(number))):
+            yield
+    finally:
+        for number in came:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager
@@ -170,16 +189,24 @@ def _signals_until_it_ends(process: subprocess.Popen) -> Iterator[None]:
     def on_its_way(*_: object) -> None:
         logger.warning("SIGTERM: the trial is being saved already; Ctrl-C ends it at once.")
 
-    if threading.current_thread() is not threading.main_thread():  # signals can only be handled there
+    with _handling({signal.SIGINT: at_once, signal.SIGTERM: on_its_way}):
         yield
-        return
-    handlers = {signal.SIGINT: at_once, signal.SIGTERM: on_its_way}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+
+@contextlib.contextmanager
+def _handling(handlers: Mapping[signal.Signals, Callable[..., None]]) -> Iterator[None]:
+    """These handlers in place of others; signals that this process ignores stay so."""
+    before = {number: signal.getsignal(number) for number in handlers}
+    main = threading.current_thread() is threading.main_thread()  # signals can only be handled there
+    # None: of a library that is not Python's, which could not be given back.
+    ours = [number for number, handler in before.items() if main and handler not in (signal.SIG_IGN, None)]
     try:
+        for number in ours:
+            signal.signal(number, handlers[number])
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in ours:
+            signal.signal(number, before[number])
 
 
 def _kill(process: subprocess.Popen) -> None:

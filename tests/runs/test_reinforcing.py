@@ -222,11 +222,20 @@ def test_a_run_that_an_earlier_version_began_goes_on(tmp_path, monkeypatch):
     path = tmp_path / "reinforce.json"
     settings = json.loads(path.read_text())
     del settings["labels"], settings["pairs"], settings["update"]["beta"]
-    settings["held_out"] = 0.3  # it was not refused where it has no effect
+    settings["held_out"] = settings["update"]["reward_scale"] = 0.3  # it was not refused where it has no effect
     path.write_text(json.dumps(settings))
     reinforcing._settle(dataclasses.replace(CONFIG, resume=True), tmp_path)
     with pytest.raises(ValueError, match=r"other settings .*trials"):
         reinforcing._settle(dataclasses.replace(CONFIG, resume=True, trials=7), tmp_path)
+
+
+def test_a_run_by_a_persons_answers_goes_on_whatever_it_was_told_of_a_simulated_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(reinforcing.seals, "identity", lambda path: types.SimpleNamespace(label="step_1-abc"))
+    config = dataclasses.replace(CONFIG, update=UpdateConfig("dpo", minibatches=1), labels="somewhere")
+    reinforcing._settle(config, tmp_path)
+    path = tmp_path / "reinforce.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pairs": 9, "group": 2}))  # an earlier version's
+    reinforcing._settle(dataclasses.replace(config, resume=True), tmp_path)
 
 
 def test_a_run_that_was_killed_between_its_policy_and_its_report_writes_both(tmp_path, monkeypatch):

@@ -34,20 +34,48 @@ def until(what):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_leaves_no_trial_at_work(tmp_path, monkeypatch, caplog, second):
-    """SIGTERM once more changes nothing: what is being saved is saved. Ctrl-C ends the trial at once."""
-    config = SearchConfig(out=str(tmp_path), space=("rate=1",))
+@pytest.fixture
+def handled():
+    """As in a search: both signals raise."""
+    before = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.default_int_handler)
+    ending.on_sigterm()
+    yield
+    signal.signal(signal.SIGTERM, before[0])
+    signal.signal(signal.SIGINT, before[1])
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, handled):
+    """Directory of a trial that saves when it is asked to, as soon as there is a file "go" there."""
     run = queue.folder(tmp_path, 0) / "run"
     run.parent.mkdir(parents=True)
-    command = [sys.executable, "-c", SAVES, str(run)]
-    monkeypatch.setattr(trials, "command", lambda *_: command)
+    monkeypatch.setattr(trials, "command", lambda *_: [sys.executable, "-c", SAVES, str(run)])
     monkeypatch.setattr(trials, "POLL", 0.02)
+    yield run
+    run.mkdir(exist_ok=True)
+    (run / "go").touch()
+
+
+@pytest.fixture
+def started(monkeypatch):
     started = []
     begin = trials.subprocess.Popen
     monkeypatch.setattr(
         trials.subprocess, "Popen", lambda *how, **more: started.append(begin(*how, **more)) or started[0]
     )
+    return started
+
+
+def begin(tmp_path):
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        trials.run(SearchConfig(out=str(tmp_path), space=("rate=1",)), queue.Trial(0, {"rate": "1"}, 0))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return stopped.value
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_leaves_no_trial_at_work(tmp_path, run, started, caplog, second):
+    """SIGTERM once more changes nothing: what is being saved is saved. Ctrl-C ends the trial at once."""
 
     def signals():
         until((run / "checkpoints/1").exists)
@@ -57,19 +85,49 @@ def test_a_second_signal_leaves_no_trial_at_work(tmp_path, monkeypatch, caplog, 
         until(lambda: "SIGTERM: the trial is being saved" in caplog.text or started[0].poll() is not None)
         (run / "go").touch()
 
-    before = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.default_int_handler)
-    ending.on_sigterm()
     sender = threading.Thread(target=signals, daemon=True)
     sender.start()
-    try:
-        with pytest.raises(ending.Terminated):
-            trials.run(config, queue.Trial(0, {"rate": "1"}, 0))
-        assert started[0].poll() == (0 if second == signal.SIGTERM else -signal.SIGKILL)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
-        (run / "go").touch()
-        sender.join()
+    assert isinstance(begin(tmp_path), ending.Terminated)
+    assert started[0].poll() == (0 if second == signal.SIGTERM else -signal.SIGKILL)
+    sender.join()
     kept = {path.name for path in (run / "checkpoints").iterdir()}
     assert kept == ({"1", "2"} if second == signal.SIGTERM else {"1"})
+
+
+def test_two_signals_at_a_time_leave_no_trial_at_work(tmp_path, run, started, monkeypatch):
+    both, sleep = {signal.SIGINT, signal.SIGTERM}, time.sleep
+
+    def sleep_until_then(seconds):
+        sleep(seconds)
+        if (run / "checkpoints/1").exists() and not (run / "go").exists():
+            (run / "go").touch()
+            signal.pthread_sigmask(signal.SIG_BLOCK, both)
+            [os.kill(os.getpid(), number) for number in both]
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+
+    monkeypatch.setattr(trials.time, "sleep", sleep_until_then)
+    begin(tmp_path)
+    assert started[0].poll() == 0 and (run / "checkpoints/2").exists()
+
+
+def test_a_signal_while_a_trial_is_started_leaves_none_at_work(tmp_path, run, started, monkeypatch):
+    start = trials.subprocess.Popen
+
+    def popen(*how, **more):
+        process = start(*how, **more)
+        until((run / "checkpoints/1").exists)
+        (run / "go").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(trials.subprocess, "Popen", popen)
+    assert isinstance(begin(tmp_path), ending.Terminated)
+    assert started[0].poll() == 0 and (run / "checkpoints/2").exists()
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path, run, started, monkeypatch):
+    """As Ctrl-C is of what a shell starts behind &."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with trials._signals_afterwards():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -251,12 +251,22 @@ def test_a_run_says_what_it_does_otherwise_than_the_one_it_begins_with(monkeypat
     chaining.say_differences(cli.override(run, **{"backbone.lora_rank": 0, "policy.cameras": ("wrist",)}), "runs/x")
     assert "policy.cameras: there ('static',), here ('wrist',)" in caplog.text
     assert "backbone.lora_rank: there 4, here 0\n  What its adapters learned is lost" in caplog.text
-    assert "backbone.name" not in caplog.text
-    chaining.say_differences(cli.override(run, **{"backbone.name": "kosmos-2-mini"}), "runs/x")
-    assert (
-        "brings its backbone, kosmos-2-twin, which is trained here; backbone.name=kosmos-2-mini has no effect"
-        in caplog.text
-    )
+    assert "no effect" not in caplog.text
+
+
+@pytest.mark.parametrize(("field", "value"), [("name", "kosmos-2-mini"), ("weights", "there"), ("adapter", "there")])
+def test_a_backbone_that_is_asked_for_beside_a_run_to_begin_with_is_said_to_have_no_effect(
+    monkeypatch, caplog, field, value
+):
+    run = based(monkeypatch, **{"backbone.lora_rank": 4})
+    changed = cli.override(run, **{f"backbone.{field}": value})
+    chaining.say_differences(changed, "runs/x")
+    said = f"brings its backbone, kosmos-2-twin, which is trained here; backbone.{field}={value} has no effect"
+    assert said in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(chaining.load, "load_config", lambda path: changed)
+    chaining.say_differences(changed, "runs/x")
+    assert not caplog.text
 
 
 def test_a_search_and_a_protocol_name_a_wrong_preset_alike():
