@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 _SENTENCES = 64  # embedded at a time
 
+FEW = 50_000_000
+"""Below this many numbers, random parameters are made by what is compiled soonest."""
+
 RESAMPLER = rules.Initialised(r"^resampler/", "resamplers are initialised by the run, not loaded")
 
 
@@ -355,7 +358,7 @@ def fill_params(model: VLA, mesh: Mesh, seed: int, loaded: Mapping[str, jax.Arra
         return unflatten_dict(dict(loaded), sep="/")
 
     platform, sizes = meshes.platform(mesh), flatten_dict(shapes, sep="/")
-    few = sum(np.prod(sizes[path].shape) for path in places) < 5e7
+    few = sum(np.prod(sizes[path].shape) for path in places) < FEW
     drawn = {}
     if few and platform == "cpu":
         values = drawing.draw(_traced(model), seed, places)

@@ -134,7 +134,7 @@ class _Values:
         """What a loop collects, where each turn begins with its own key and nothing goes from one to the next."""
         settings, body = equation.params, equation.params["jaxpr"]
         before = settings["num_consts"] + settings["num_carry"]
-        if place < settings["num_carry"] or settings["reverse"]:
+        if place < settings["num_carry"]:
             raise _Unreadable
         rows = [self._rows(variable) for variable in equation.invars[before:]]
         turns = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -33,9 +34,30 @@ class Everything(nn.Module):
         x = nn.Dense(1100, kernel_init=nn.initializers.xavier_uniform(), bias_init=nn.initializers.constant(0.5))(x)
         self.param("normal", nn.with_logical_partitioning(nn.initializers.normal(1.0), ("embed",)), (7,))
         self.param("own", lambda key, shape: jax.random.uniform(key, shape, minval=-0.1, maxval=0.2), (2, 5))
-        self.param("rotation", nn.initializers.orthogonal(), (4, 4))
-        self.param("half", nn.initializers.normal(1.0), (3,), np.float16)
+        for name, (init, *how) in LEFT.items():
+            self.param(name, init, *how)
         return x
+
+
+def each_its_own_key(key, shape):
+    return jax.vmap(lambda key: jax.random.normal(key, shape[1:]))(jax.random.split(key, shape[0]))
+
+
+def last(key, shape):
+    return jax.lax.scan(lambda _, key: (jax.random.normal(key, shape), None), np.zeros(shape), jax.random.split(key))[0]
+
+
+LEFT = {
+    "rotation": (nn.initializers.orthogonal(), (4, 4)),
+    "half": (nn.initializers.normal(1.0), (3,), np.float16),
+    "half of one": (lambda key, shape: jnp.ones(shape, np.float16) * np.float16(0.1), (3,)),
+    "several keys": (each_its_own_key, (2, 3)),
+    "a scale for each": (lambda key, shape: jax.random.normal(key, shape) * np.arange(3, dtype=np.float32), (2, 3)),
+    "copies": (lambda key, shape: jnp.broadcast_to(jax.random.normal(key, shape[1:]), shape), (2, 3)),
+    "the last of a loop": (last, (2,)),
+    "no array": (lambda key: jnp.sqrt(jnp.float32(2.0)),),
+}
+"""Parameters that are not followed back: of other types, by several keys, cut and put together."""
 
 
 def test_every_parameter_is_that_of_one_program_to_the_bit():
@@ -45,7 +67,7 @@ def test_every_parameter_is_that_of_one_program_to_the_bit():
     together = flatten_dict(meshes.unbox(jax.jit(init, **RUNS_ONCE)(jax.random.key(5))), sep="/")
     traced = drawing.trace(init)
     drawn = drawing.draw(traced, 5, together)
-    assert together.keys() - drawn.keys() == {"rotation", "half"}, "left to the caller"
+    assert together.keys() - drawn.keys() == LEFT.keys(), "left to the caller"
     for path, x in drawn.items():
         np.testing.assert_array_equal(x, together[path], err_msg=path)
     first = drawn["ScanBlock_0/table"]
@@ -78,8 +100,26 @@ def test_a_policy_is_drawn_without_a_program_of_its_own_and_what_is_too_large_by
     monkeypatch.setattr(jax, "jit", lambda function, **kw: programs.append(function.__name__) or jit(function, **kw))
     whole = flatten_dict(build.fill_params(model, mesh, 0, loaded), sep="/")
     assert "rest" not in programs
-    monkeypatch.setattr(drawing, "SIZES", (shapes[large].size - 1,))
+    assert all(whole[path] is x for path, x in loaded.items())
     given = {path: x for path, x in whole.items() if path != large}
-    again = flatten_dict(build.fill_params(model, mesh, 0, given), sep="/")
+    with monkeypatch.context() as patch:
+        patch.setattr(drawing, "SIZES", (shapes[large].size - 1,))
+        again = flatten_dict(build.fill_params(model, mesh, 0, given), sep="/")
     assert "rest" in programs
     np.testing.assert_array_equal(again[large], whole[large])
+    # On other devices, and of large models, nothing is drawn here.
+    monkeypatch.setattr(jax, "jit", lambda function, **_: lambda key: {large: function.__name__})
+    for module, name, value in ((build.meshes, "platform", lambda _: "tpu"), (build, "FEW", shapes[large].size)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            made = flatten_dict(build.fill_params(model, mesh, 0, given), sep="/")
+        assert made[large] == "rest"
+
+
+def test_each_device_has_its_part():
+    mesh = meshes.make_mesh((2, 2, 2), jax.devices()[:8])
+    values = {"x": np.arange(12, dtype=np.float32).reshape(4, 3), "y": np.float32([1.0, 2.0])}
+    places = {"x": jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None)), "y": jax.NamedSharding(mesh, jax.P())}
+    for path, x in drawing.put(values, places).items():
+        np.testing.assert_array_equal(x, values[path])
+        assert x.sharding == places[path]

@@ -102,7 +102,7 @@ def test_two_signals_at_a_time_leave_no_trial_at_work(tmp_path, run, started, mo
         if (run / "checkpoints/1").exists() and not (run / "go").exists():
             (run / "go").touch()
             signal.pthread_sigmask(signal.SIG_BLOCK, both)
-            [os.kill(os.getpid(), number) for number in both]
+            [signal.raise_signal(number) for number in both]  # to this thread, which blocks them
             signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
 
     monkeypatch.setattr(trials.time, "sleep", sleep_until_then)
@@ -125,9 +125,11 @@ def test_a_signal_while_a_trial_is_started_leaves_none_at_work(tmp_path, run, st
     assert started[0].poll() == 0 and (run / "checkpoints/2").exists()
 
 
-def test_a_signal_that_is_ignored_stays_so(tmp_path, run, started, monkeypatch):
+def test_a_signal_that_is_ignored_stays_so(monkeypatch, handled):
     """As Ctrl-C is of what a shell starts behind &."""
+    killed = []
+    monkeypatch.setattr(trials, "_kill", killed.append)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with trials._signals_afterwards():
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    with trials._signals_until_it_ends(None):
+        signal.raise_signal(signal.SIGINT)
+    assert not killed and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
