@@ -114,12 +114,3 @@ def test_a_policy_is_drawn_without_a_program_of_its_own_and_what_is_too_large_by
             patch.setattr(module, name, value)
             made = flatten_dict(build.fill_params(model, mesh, 0, given), sep="/")
         assert made[large] == "rest"
-
-
-def test_each_device_has_its_part():
-    mesh = meshes.make_mesh((2, 2, 2), jax.devices()[:8])
-    values = {"x": np.arange(12, dtype=np.float32).reshape(4, 3), "y": np.float32([1.0, 2.0])}
-    places = {"x": jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None)), "y": jax.NamedSharding(mesh, jax.P())}
-    for path, x in drawing.put(values, places).items():
-        np.testing.assert_array_equal(x, values[path])
-        assert x.sharding == places[path]
