@@ -29,14 +29,21 @@ class Bar(tqdm.tqdm):
         self._ended, self._shown_s = threading.Event(), time.monotonic()
         every = EVERY_S[0 if sys.stderr.isatty() else 1]
         # miniters 0: a call of `update` that finishes nothing may show the bar again, too
+        self._first = ""
         super().__init__(total=total, unit=unit, initial=initial, desc=desc, mininterval=every, miniters=0, **options)
         self.set_postfix_str(first)
+        self._first = self.postfix
         threading.Thread(target=self._live, args=(max(every, ALIVE_S),), name="bar", daemon=True).start()
 
     def say(self, text: str) -> None:
         """What goes on now, shown when the bar is due."""
         self.set_postfix_str(text, refresh=False)
         self.update(0)
+
+    def update(self, n: float | None = 1) -> bool | None:
+        if n and self.postfix and self.postfix == self._first:  # something is finished: that is over
+            self.set_postfix_str("", refresh=False)
+        return super().update(n)
 
     def display(self, *arguments: Any, **options: Any) -> Any:
         self._shown_s = time.monotonic()

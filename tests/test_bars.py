@@ -23,6 +23,12 @@ def test_a_bar_goes_on_while_nothing_is_counted_and_is_silent_once_it_is_closed(
         shown = terminal()
         assert len(shown) >= 4 and all("0/3" in line and "compiling" in line for line in shown[1:])
         bar.update()
+        time.sleep(0.1)
+        assert "1/3" in (last := terminal()[-1]) and "compiling" not in last  # that is over
+        bar.say("200 steps")
+        bar.update()
+        time.sleep(0.1)
+        assert "200 steps" in terminal()[-1]
     terminal()
     time.sleep(0.1)
     assert terminal() == []
