@@ -105,7 +105,7 @@ def test_a_policy_is_drawn_without_a_program_of_its_own_and_what_is_too_large_by
     with monkeypatch.context() as patch:
         patch.setattr(drawing, "SIZES", (shapes[large].size - 1,))
         again = flatten_dict(build.fill_params(model, mesh, 0, given), sep="/")
-    assert "rest" in programs
+    assert "rest" in programs and again.keys() == whole.keys()
     np.testing.assert_array_equal(again[large], whole[large])
     # On other devices, and of large models, nothing is drawn here.
     monkeypatch.setattr(jax, "jit", lambda function, **_: lambda key: {large: function.__name__})
