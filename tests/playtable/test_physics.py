@@ -285,13 +285,33 @@ def rollout(scenes, states, actions):
     return jax.lax.scan(one, states, actions)[1]
 
 
-@pytest.mark.parametrize(("tables", "steps"), [(32, 100), pytest.param(100, 100, marks=pytest.mark.slow)])
-def test_random_steps_keep_the_laws(stacked_scenes, tables, steps):
+simulate = jax.jit(rollout)
+TABLES, STEPS = 4, 12
+"""Of each call of it in ordinary tests, so that they share one program."""
+
+
+def in_parts(scenes, states, actions):
+    """`rollout` of more tables and steps, by such calls."""
+    groups = []
+    for first in range(0, actions.shape[1], TABLES):
+        own, found = slice(first, first + TABLES), []
+        scene, state = (jax.tree.map(lambda x, own=own: x[own], tree) for tree in (scenes, states))
+        for begin in range(0, len(actions), STEPS):
+            found.append(jax.device_get(simulate(scene, state, actions[begin : begin + STEPS, own])))
+            state = jax.tree.map(lambda x: x[-1], found[-1][0])
+        groups.append(jax.tree.map(lambda *x: np.concatenate(x), *found))
+    return jax.tree.map(lambda *x: np.concatenate(x, axis=1), *groups)
+
+
+@pytest.mark.parametrize(
+    ("tables", "steps", "play"), [(16, 60, in_parts), pytest.param(100, 100, simulate, marks=pytest.mark.slow)]
+)
+def test_random_steps_keep_the_laws(stacked_scenes, tables, steps, play):
     rng = np.random.default_rng(0)
     scenes = jax.tree.map(lambda leaf: leaf[np.arange(tables) % 4], stacked_scenes)
     robot, table = jax.jit(jax.vmap(random_starts.sample))(scenes, jax.random.split(jax.random.key(0), tables))
     states = jax.jit(jax.vmap(physics.reset))(scenes, robot, table)
-    history, depth = jax.device_get(jax.jit(rollout)(scenes, states, random_actions(rng, steps, tables)))
+    history, depth = jax.device_get(play(scenes, states, random_actions(rng, steps, tables)))
 
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(history))
     # nothing is in anything
@@ -319,15 +339,14 @@ def test_random_steps_keep_the_laws(stacked_scenes, tables, steps):
     # the run was worth it: doors moved, blocks were pushed and held
     moved = np.ptp(history.mechanisms, axis=0).max(0) > 0.01
     assert moved.all() if tables >= 100 else moved.any()
-    assert held.any()
-    assert (np.linalg.norm(positions[-1] - positions[0], axis=-1) > 0.02).mean() > 0.05
+    assert held.any()  # fewer blocks in the shorter run
+    assert (np.linalg.norm(positions[-1] - positions[0], axis=-1) > 0.02).mean() > (0.05 if tables >= 100 else 0.03)
 
 
 def test_a_batch_does_what_single_tables_do_and_twice_the_same(stacked_scenes, starts):
-    tables, steps = 4, 12
-    actions = random_actions(np.random.default_rng(1), steps, tables)
+    tables, run_batch = TABLES, simulate
+    actions = random_actions(np.random.default_rng(1), STEPS, tables)
     states = jax.jit(jax.vmap(physics.reset))(stacked_scenes, starts[0][:tables], starts[1][:tables])
-    run_batch = jax.jit(rollout)
     batch, _ = run_batch(stacked_scenes, states, actions)
     again, _ = run_batch(stacked_scenes, states, actions)
     for a, b in zip(jax.tree.leaves(batch), jax.tree.leaves(again)):
