@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -44,7 +45,9 @@ def make_product(history: str, readout: str, head: str, **changes) -> vla.VLA:
 
 def make_model(**changes) -> vla.VLA:
     config = PolicyConfig(**{"window": W, "chunk": C, "head": HEAD, **changes})
-    return vla.VLA(config, registry.get("kosmos-2").tiny())
+    vlm = registry.get("kosmos-2").tiny()
+    # One layer that sees: what a policy does with pictures begins behind the tower, which tests of backbones compare.
+    return vla.VLA(config, dataclasses.replace(vlm, vision=dataclasses.replace(vlm.vision, depth=1)))
 
 
 def make_batch(
