@@ -16,7 +16,7 @@ demo: .venv/demo  ## a robot that obeys sentences, in the browser; nothing is tr
 run: .venv/run  ## the main job: records in the embedded simulator, trains, rolls out; about six minutes on two cores
 	$(BIN)/python -m experiments.calvin_abcd $(ARGS)
 
-test: .venv/test lint  ## lint and all tests but the slow ones; about eight minutes on two cores
+test: .venv/test lint  ## lint and all tests but the slow ones; about nine minutes on two cores
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: .venv/test  ## the tests that take minutes each
