@@ -120,7 +120,7 @@ def one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # glibc, malloc/malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
@@ -128,17 +128,18 @@ def keep_freed_memory() -> bool:
 
     XLA's CPU client allocates all intermediate values of a program anew for each call. glibc maps blocks above 32 MB
     each time, so that every training step had its pages faulted in and zeroed again (`benchmarks/host_memory.py`).
-    Threads keep heaps of their own: with one for all, they wait for each other, which made the twin's step and its
-    compiler a third slower (docs/log.md, 2026-11-27).
+    One heap for all threads, because blocks above 64 MB fit into no other: threads wait for its lock, in the compiler
+    most of all, which costs less than the pages (docs/log.md, 2026-11-27). Call it before JAX starts its devices:
+    threads keep the heap they once had.
 
     Returns:
-      Whether it was done: with glibc, where JAX can have no device but the CPU. Hosts of accelerators were not
-      measured.
+      Whether it was done: with glibc, where JAX can have no device but the CPU. Hosts of accelerators, whose loaders
+      have many threads to share the one heap that this leaves, were not measured.
     """
     if platform.libc_ver()[0] != "glibc" or not _only_cpu():
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1))
+    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1))
     done = [mallopt(name, value) for name, value in settings]
     return all(done)
 
