@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import machine
-from robovlms_jax import cli
+from robovlms_jax import cli, cores
 from robovlms_jax.data import base, calvin, features, frame_index, loading, packing, records, rlds, rlds_writer, samples
 
 UPSTREAM_KEYS = ("rgb_static", "rgb_gripper", "rel_actions", "robot_obs", "scene_obs")
@@ -67,13 +67,12 @@ def main(args: Args) -> None:
         npz = fabricate(args.sample, root / "npz" / "training", args.frames)
         spans = np.array([(episode.start, episode.end) for episode in npz.episodes])
         packed = packing.pack(npz, root / "packed", frame_ids=npz.frames_within(spans))
-        cores = os.cpu_count() or 1
         layouts = {
             "upstream_npz": lambda: read_as_upstream(npz, args),
             "npz_k1": lambda: read(npz, args, windows_per_segment=1, num_threads=1),
             "packed_k1": lambda: read(packed, args, windows_per_segment=1, num_threads=1),
             "packed_k8": lambda: read(packed, args, windows_per_segment=8, num_threads=1),
-            "packed_k8_all": lambda: read(packed, args, windows_per_segment=8, num_threads=cores),
+            "packed_k8_all": lambda: read(packed, args, windows_per_segment=8, num_threads=cores.usable()),
         }
         layouts |= rlds_layouts(args, root / "rlds", frames=npz)
         rates = compare(layouts, args.rounds)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
-from robovlms_jax import cli
+from robovlms_jax import cli, cores
 from robovlms_jax.control.interface import ActionChunk, Observation
 from robovlms_jax.envs import process, vector
 from robovlms_jax.envs.calvin import task_chains
@@ -69,7 +68,7 @@ def main(args: Args) -> None:
     """Print the result as JSON."""
     static, wrist = args.image_size
     sizes = {"static": static, "wrist": wrist}
-    result: dict[str, Any] = {"tables": {}, "processes": {}, "usable_cores": len(os.sched_getaffinity(0))}
+    result: dict[str, Any] = {"tables": {}, "processes": {}, "usable_cores": cores.usable()}
     result["settings"] = {name: value for name, value in dataclasses.asdict(args).items() if name != "out"}
 
     def keep(kind: str, count: int, envs: vector.VectorEnv) -> None:

@@ -110,7 +110,7 @@ class Program:
 def describe() -> dict[str, Any]:
     """Processor, devices and package versions."""
     return {
-        "cores": os.cpu_count(),
+        "cores": os.cpu_count(),  # noqa: TID251 (the machine is described)
         "processor": platform.processor() or platform.machine(),
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 
 from benchmarks import host_loop, machine
-from robovlms_jax import cli
+from robovlms_jax import cli, cores
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.evaluation import chains, rollout
 from robovlms_jax.parallel import cpu
@@ -69,10 +69,12 @@ class Args:
             raise ValueError("tables, image_size, horizon, max_steps, devices and repeats must be positive.")
         if self.processes < 0 or (self.processes and any(count % self.processes for count in self.tables)):
             raise ValueError(f"processes={self.processes} must be 0 or divide tables={self.tables}.")
-        if self.processes and self.processes > len(os.sched_getaffinity(0)):
+        if self.processes and not hasattr(os, "sched_setaffinity"):
+            raise ValueError("processes: this system keeps no process on a core of its own; pass 0.")
+        if self.processes and self.processes > cores.usable():
             raise ValueError(
                 f"processes={self.processes} are to have a core each, and this one may use "
-                f"{len(os.sched_getaffinity(0))}; pass fewer."
+                f"{cores.usable()}; pass fewer."
             )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import statistics
 import time
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine, starts
-from robovlms_jax import cli
+from robovlms_jax import cli, cores
 from robovlms_jax.envs.calvin import walking
 from robovlms_jax.playtable import env
 from robovlms_jax.playtable.experts import plans, waypoints
@@ -60,7 +59,7 @@ def main(args: Args) -> None:
     result = {
         "tables": {},
         "calvin_rendered_steps_per_s": CALVIN_RENDERED_STEPS_PER_S,
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "usable_cores": cores.usable(),
         "settings": {name: value for name, value in dataclasses.asdict(args).items() if name != "out"},
     }
     for count in counts:

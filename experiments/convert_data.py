@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 import pathlib
 import re
 import sys
@@ -20,7 +19,7 @@ import numpy as np
 import tqdm
 
 from experiments import spreading
-from robovlms_jax import cli, ending
+from robovlms_jax import cli, cores, ending
 from robovlms_jax.data import base, calvin, lerobot, libero_hdf5, packed, packing, rlds_writer
 from robovlms_jax.data.features import Field
 from robovlms_jax.parallel.config import RayConfig
@@ -69,7 +68,7 @@ class Args:
     """Of JPEG, 4:4:4. Images that are encoded already are copied as they are."""
     ray: RayConfig = RayConfig()
     """Workers that share the shards, on machines that see the same files; `workers` then counts for nothing."""
-    workers: int = os.cpu_count() or 1
+    workers: int = cores.usable()
     """Packed: processes."""
     conventions: str = ""
     """LeRobot: JSON file that says what the numbers mean (data/README.md), or `libero`. Empty: the dataset's own

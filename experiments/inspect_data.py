@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments import inspection_page, spreading
-from robovlms_jax import atomic, cli, ending
+from robovlms_jax import atomic, cli, cores, ending
 from robovlms_jax.data import base, calvin, findings, inspection, lerobot, libero_hdf5, packed, rlds, storage
 from robovlms_jax.data.registry import mixtures
 from robovlms_jax.evaluation.report import rerun_file
@@ -198,7 +198,7 @@ def _entry(name: str) -> Any:
 
 
 def _rlds(args: Args, name: str, entry: Any, *, alone: bool, reason: str) -> Source:
-    options = rlds.Options(index_dir=args.index_dir, workers=os.cpu_count() or 1)
+    options = rlds.Options(index_dir=args.index_dir, workers=cores.usable())
     known = "fields inferred from common names" if isinstance(entry, Mapping) else "described by the registry"
 
     def open_split(split: str, options: rlds.Options = options) -> base.Dataset:

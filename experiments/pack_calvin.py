@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 import pathlib
 import sys
 
 import numpy as np
 
 from experiments import spreading
-from robovlms_jax import cli, ending
+from robovlms_jax import cli, cores, ending
 from robovlms_jax.data import calvin, packing
 from robovlms_jax.parallel.config import RayConfig
 from robovlms_jax.runs import logs
@@ -41,7 +40,7 @@ class Args:
     picture of 200 x 200 pixels takes 160 kB."""
     ray: RayConfig = RayConfig()
     """Workers that share the shards, on machines that see the same files; `workers` then counts for nothing."""
-    workers: int = os.cpu_count() or 1
+    workers: int = cores.usable()
     """Processes."""
     skip_corrupt: bool = False
     """Leave out unreadable frames, and the episodes that use them, instead of refusing."""

@@ -10,7 +10,6 @@ depends on the model happens on the device.
 from __future__ import annotations
 
 import functools
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from robovlms_jax import cores
 from robovlms_jax.data import order
 from robovlms_jax.data.samples import PADDING
 
@@ -103,7 +103,7 @@ def choose_workers(
       candidates: increasing; by default 0 and powers of two up to half the cores.
     """
     if candidates is None:
-        candidates = [0, *(2**power for power in range(8) if 2**power <= (os.cpu_count() or 1) // 2)]
+        candidates = [0, *(2**power for power in range(8) if 2**power <= cores.usable() // 2)]
     rates: dict[int, float] = {}
     for count in candidates:
         batches = make(count)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Literal
 
+from robovlms_jax import cores
 from robovlms_jax.data import base, calvin, lerobot, libero_hdf5, mixing, notices, packed, rlds, statistics
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.data.registry import mixtures
@@ -108,7 +109,7 @@ def _open_rlds(settings: DataConfig, split: Split) -> base.Dataset:
     mixture = mixtures.resolve(settings.dataset)
     options = rlds.Options(
         index_dir=settings.index_dir,
-        workers=settings.index_workers or os.cpu_count() or 1,
+        workers=settings.index_workers or cores.usable(),
         max_damaged_share=settings.max_corrupt_share,
         unlabelled_share=settings.unlabelled_share,
         unlabelled_instruction=settings.unlabelled_instruction,

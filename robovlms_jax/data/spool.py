@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from robovlms_jax import cores
 from robovlms_jax.data import base, frame_index, packing
 
 
@@ -58,7 +59,7 @@ class Spool:
 
     def add(self, images: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> None:
         """Append T frames: camera -> uint8[T, height, width, 3], field -> float[T, d]."""
-        count, threads = len(next(iter(images.values()))), os.cpu_count() or 1
+        count, threads = len(next(iter(images.values()))), cores.usable()
 
         def encode(frames: np.ndarray) -> list[list[bytes]]:
             return [

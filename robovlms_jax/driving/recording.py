@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from robovlms_jax import atomic
+from robovlms_jax import atomic, cores
 from robovlms_jax.data import base, packing, statistics
 from robovlms_jax.driving import camera, expert, instructions, scenarios, world
 from robovlms_jax.driving.config import RecordingConfig
@@ -59,7 +59,7 @@ def record(config: RecordingConfig, root: str | os.PathLike[str], workers: int |
         drives = drive(config, seeds)
         source = Frames(f"expert drives, {split}", drives, config.wordings)
         many = len(source.frame_ids) > _IN_PROCESSES
-        count = workers or ((os.cpu_count() or 1) if many else 1)
+        count = workers or (cores.usable() if many else 1)
         packing.pack(source, root / split, frame_ids=source.frame_ids, workers=count)
         counts["attempted"] += episodes
         counts["recorded"] += len(drives)

@@ -19,6 +19,8 @@ from typing import Any, Literal
 import jax
 from jax.experimental import xla_metadata
 
+from robovlms_jax import cores
+
 Kind = Literal["small_kernels", "tiny_kernels", "run_once", "tiny_run_once"]
 """What a program is like.
 
@@ -153,8 +155,7 @@ def device_per_core() -> None:
     """
     chosen = jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if _only_cpu() and not chosen:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", cores)
+        jax.config.update("jax_num_cpu_devices", cores.usable())
 
 
 def _only_cpu() -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from robovlms_jax import cores
 from robovlms_jax.control import interface
 from robovlms_jax.control import robot as robots
 from robovlms_jax.envs import looks
@@ -43,7 +43,7 @@ class _Rendering(NamedTuple):
 def _rendering(platform: str) -> _Rendering:
     if platform == "cpu":
         # What one picture needs stays in the cache. A program with room for sixteen makes any smaller number as well.
-        return _Rendering(tiled=True, pixels=None, batch=16, threads=os.cpu_count() or 1)
+        return _Rendering(tiled=True, pixels=None, batch=16, threads=cores.usable())
     return _Rendering(tiled=False, pixels=2**24, batch=None, threads=1)  # a few gigabytes
 
 

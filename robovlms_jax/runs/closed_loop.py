@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import logging
-import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from robovlms_jax import cores
 from robovlms_jax.control.execution import ExecutedBatch
 from robovlms_jax.envs.calvin import task_chains
 from robovlms_jax.evaluation import chains, filing, filmed, rollout, rollout_metrics
@@ -144,7 +144,7 @@ class ClosedLoop:
         )
         films = kept.recordings()
         paths = [output / f"film_{recording.trial.index:04d}" for recording in films]
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # they are drawn outside Python's lock
+        with concurrent.futures.ThreadPoolExecutor(cores.usable()) as pool:  # they are drawn outside Python's lock
             list(pool.map(film_files.write_film, films, paths))
         title = f"{evaluation.setup['env']}, closed loop"
         rollout_report.write_report(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from robovlms_jax import cores
 from robovlms_jax.parallel import cpu, tpu
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.training import step
@@ -106,10 +106,9 @@ def test_heaps_of_threads_stay_where_there_may_be_accelerators():
 def test_a_device_per_core_is_asked_for_where_only_cpus_are_and_nobody_said_how_many():
     show = "print(cpu.jax.config.jax_num_cpu_devices)"
     code = f"from robovlms_jax.parallel import cpu; cpu.device_per_core(); {show}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     unsaid = jax.config.jax_num_cpu_devices
     for environment, devices in (
-        ({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, cores),
+        ({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, cores.usable()),
         ({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, unsaid),
         ({"JAX_PLATFORMS": "cuda,cpu", "XLA_FLAGS": ""}, unsaid),
     ):
