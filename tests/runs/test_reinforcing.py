@@ -235,7 +235,8 @@ def test_a_run_by_a_persons_answers_goes_on_whatever_it_was_told_of_a_simulated_
     reinforcing._settle(config, tmp_path)
     path = tmp_path / "reinforce.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pairs": 9, "group": 2}))  # an earlier version's
-    reinforcing._settle(dataclasses.replace(config, resume=True), tmp_path)
+    reinforcing._settle(dataclasses.replace(config, resume=True), tmp_path)  # is not refused
+    assert json.loads(path.read_text())["labels"] == "somewhere"
 
 
 def test_a_run_that_was_killed_between_its_policy_and_its_report_writes_both(tmp_path, monkeypatch):
