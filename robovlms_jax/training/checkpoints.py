@@ -321,7 +321,8 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
 def _beside(path: pathlib.Path) -> str:
     """How a message goes on about a path where nothing is: the runs beside it, by name; "" where there are none."""
     parent = path.parent
-    runs = sorted(x.name for x in parent.iterdir() if (x / FOLDER).is_dir()) if parent.is_dir() else []
+    # `glob` passes over what may not be read, as in / of somebody who is not root.
+    runs = sorted({x.parent.name for x in parent.glob(f"*/{FOLDER}/")})
     more = f" and {len(runs) - 8} more" if len(runs) > 8 else ""
     return f" Runs in {parent}: {', '.join(runs[:8])}{more}." if runs else ""
 

@@ -210,3 +210,27 @@ def test_a_disk_that_is_full_is_named_and_costs_no_older_checkpoint(full, way):
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]  # what was begun is cleared away
     write_steps(run, 2)
     assert restore(run) == (2, 2.0)
+
+
+UNREADABLE = """
+import os, pathlib, sys, tempfile
+from robovlms_jax.training import checkpoints
+there = pathlib.Path(tempfile.mkdtemp())
+for name in ("sealed", "seen"):
+    (there / name / "checkpoints").mkdir(parents=True)
+there.chmod(0o755)
+(there / "sealed").chmod(0)
+if os.getuid() == 0:  # who may read everything
+    os.setuid(65534)
+try:
+    checkpoints.locate(there / "mine")
+except FileNotFoundError as error:
+    print(error)
+"""
+
+
+def test_folders_that_may_not_be_read_are_passed_over_where_a_checkpoint_is_looked_for():
+    # As below / for somebody who is not root. Fails if "Permission denied" is said of a folder that nobody named.
+    assert re.search(
+        r"mine is not a directory \(nothing is there\).* Runs in \S+: seen\.", run_python("-c", UNREADABLE)
+    )
