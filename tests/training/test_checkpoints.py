@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import time
 
 import jax
@@ -231,6 +232,7 @@ except FileNotFoundError as error:
 
 def test_folders_that_may_not_be_read_are_passed_over_where_a_checkpoint_is_looked_for():
     # As below / for somebody who is not root. Fails if "Permission denied" is said of a folder that nobody named.
-    assert re.search(
-        r"mine is not a directory \(nothing is there\).* Runs in \S+: seen\.", run_python("-c", UNREADABLE)
-    )
+    said = run_python("-c", UNREADABLE)
+    found = re.search(r"mine is not a directory \(nothing is there\).* Runs in (\S+): seen\.", said)
+    assert found, said
+    shutil.rmtree(found[1])
