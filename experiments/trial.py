@@ -194,6 +194,8 @@ class Session:
             atomic.write_json(path, plan)
             return
         known = json_files.read(path)
+        if isinstance(known.get("execution"), dict):  # sessions begun before there was `retry` tried nothing again
+            known["execution"] = {"retry": dataclasses.asdict(Execution().retry), **known["execution"]}
         wrong = [
             f"{name}: {known.get(name)!r} there, {plan[name]!r} now" for name in plan if known.get(name) != plan[name]
         ]

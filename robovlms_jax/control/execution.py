@@ -15,6 +15,7 @@ import numpy as np
 
 from robovlms_jax.control import robot as robots
 from robovlms_jax.control.interface import ActionChunk, Observation, Policy, check_slots
+from robovlms_jax.control.retrying import Attempts, Retry
 
 Past = tuple[np.ndarray, ...]
 """What is left of earlier chunks, oldest first: each float[1..C, A], row 0 the action for the coming step."""
@@ -38,6 +39,8 @@ class Execution:
     trained with, and drop what it predicts while there are actions left. Costs a prediction per step."""
     decay: float = 0.01
     """Mode ensemble weighs the i-th oldest prediction by exp(-decay * i): 0 averages, large values trust the oldest."""
+    retry: Retry = Retry()
+    """When a policy that gets nowhere tries again from another place."""
 
     def __post_init__(self):
         if self.mode not in ("first", "chunk", "receding", "ensemble"):
@@ -54,7 +57,8 @@ class Execution:
         """Short name for tables, e.g. "receding 5"."""
         names = {"receding": f"receding {self.horizon}", "ensemble": f"ensemble {self.decay:g}"}
         every = " every frame" if self.every_frame and self.mode in ("chunk", "receding") else ""
-        return names.get(self.mode, self.mode) + every
+        again = f", {self.retry.label}" if self.retry.on else ""
+        return names.get(self.mode, self.mode) + every + again
 
 
 def select(
@@ -130,24 +134,35 @@ class Executed:
     def __init__(self, policy: Policy, execution: Execution):
         self._policy, self._execution, self.robot = policy, execution, robot_of(policy)
         self._past: Past = ()
+        self._attempts, self._instruction = Attempts(execution.retry, self.robot), ""
         self._executed: np.ndarray | None = None
         """None: no episode."""
         self._lock = threading.RLock()
 
     def reset(self, instruction: str) -> None:
         with self._lock:
-            self._executed = None
-            self._policy.reset(instruction)
-            self._past, self._executed = (), _none(self.robot)
+            self._attempts.begin(instruction)
+            self._start(instruction)
+
+    def _start(self, instruction: str) -> None:
+        self._executed = None
+        self._policy.reset(instruction)
+        self._past, self._executed, self._instruction = (), _none(self.robot), instruction
 
     def act(self, observation: Observation) -> ActionChunk:
         with self._lock:
             if self._executed is None:
                 raise RuntimeError("there is no episode: act() before reset(instruction), or the reset failed.")
+            move = self._attempts.move(observation)
+            if move is not None:
+                self._start(self._instruction)
+                self._attempts.did(move, moved=True)
+                return ActionChunk(move)
             observation = dataclasses.replace(observation, executed=self._executed)
             rows, self._past = select(self._execution, self._past, _rows(self._policy.act(observation)), self.robot)
             chunk = _chunk(rows, self.robot)
             self._executed = np.array(chunk.actions)  # a robot's driver may scale what it is sent in place
+            self._attempts.did(self._executed)
             return chunk
 
 
@@ -157,17 +172,26 @@ class ExecutedBatch:
 
     def __init__(self, policy: BatchedPolicy, execution: Execution):
         self._policy, self._execution, self.robot = policy, execution, robot_of(policy)
+        Attempts(execution.retry, self.robot)  # refuses robots whose hand it cannot move, before anything moves
         self._past: dict[int, Past] = {}
         self._executed: dict[int, np.ndarray] = {}
+        self._instructions: dict[int, str] = {}
+        self._attempts: dict[int, Attempts] = {}
         self._lock = threading.RLock()
 
     def reset(self, slots: Sequence[int], instructions: Sequence[str]) -> None:
         with self._lock:
-            for slot in slots:
-                self._executed.pop(slot, None)
-            self._policy.reset(slots, instructions)
-            for slot in slots:
-                self._past[slot], self._executed[slot] = (), _none(self.robot)
+            self._start(slots, instructions)
+            for slot, instruction in zip(slots, instructions, strict=True):
+                self._attempts[slot] = Attempts(self._execution.retry, self.robot)
+                self._attempts[slot].begin(instruction)
+
+    def _start(self, slots: Sequence[int], instructions: Sequence[str]) -> None:
+        for slot in slots:
+            self._executed.pop(slot, None)
+        self._policy.reset(slots, instructions)
+        for slot, instruction in zip(slots, instructions, strict=True):
+            self._past[slot], self._executed[slot], self._instructions[slot] = (), _none(self.robot), instruction
 
     def act(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[ActionChunk]:
         with self._lock:
@@ -176,16 +200,33 @@ class ExecutedBatch:
                     raise RuntimeError(
                         f"slot {slot} has no episode: act() before reset(instruction), or its reset failed."
                     )
+            chosen = self._moves(observations, slots)
+            asked = [slot for slot in slots if slot not in chosen]
             reported = [
                 dataclasses.replace(observation, executed=self._executed[slot])
                 for slot, observation in zip(slots, observations, strict=True)
+                if slot not in chosen
             ]
-            chosen = []
-            for slot, chunk in zip(slots, self._policy.act(reported, slots), strict=True):
+            chunks = self._policy.act(reported, asked) if asked else ()
+            for slot, chunk in zip(asked, chunks, strict=True):
                 rows, self._past[slot] = select(self._execution, self._past[slot], _rows(chunk), self.robot)
-                chosen.append(_chunk(rows, self.robot))
-                self._executed[slot] = np.array(chosen[-1].actions)
-            return chosen
+                chosen[slot] = _chunk(rows, self.robot)
+                self._executed[slot] = np.array(chosen[slot].actions)
+                self._attempts[slot].did(self._executed[slot])
+            return [chosen[slot] for slot in slots]
+
+    def _moves(self, observations: Sequence[Observation], slots: Sequence[int]) -> dict[int, ActionChunk]:
+        """What is done in the slots whose time it is to try again; their policy begins anew."""
+        moves = {
+            slot: move
+            for slot, observation in zip(slots, observations, strict=True)
+            if (move := self._attempts[slot].move(observation)) is not None
+        }
+        if moves:
+            self._start(list(moves), [self._instructions[slot] for slot in moves])
+        for slot, move in moves.items():
+            self._attempts[slot].did(move, moved=True)
+        return {slot: ActionChunk(move) for slot, move in moves.items()}
 
 
 class Separate:

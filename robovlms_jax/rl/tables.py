@@ -95,8 +95,14 @@ class Play:
 def executed(execution: Execution, chunk: int) -> int:
     """How many actions of a chunk are executed before the policy looks again.
 
-    Raises ValueError for a mode in which it is asked at every step and something is kept of what it said.
+    Raises ValueError for a mode in which it is asked at every step and something is kept of what it said, and for
+    attempts from another place.
     """
+    require(
+        not execution.retry.on,
+        f"execution {execution.label!r} moves hands that get nowhere; tables on the device do not. Use the host's loop "
+        "for it.",
+    )
     require(
         execution.mode != "ensemble" and not execution.every_frame,
         f"execution {execution.label!r} asks the policy at every step and keeps what it said; tables on the device "
