@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from experiments import trial
+from robovlms_jax.control.execution import Execution
 from robovlms_jax.control.interface import ActionChunk, Observation
+from robovlms_jax.control.retrying import Retry
 from robovlms_jax.control.robot import CALVIN
 from robovlms_jax.evaluation import blind
 from robovlms_jax.playtable.env import PlayTable
@@ -114,6 +116,17 @@ def test_a_session_goes_on_after_a_power_failure_and_its_recording_opens(tmp_pat
     assert "both solved 0" in stopped.report() and "| seen | " in stopped.report()
     with pytest.raises(ValueError, match=r"another session's \(max_steps: 3 there, 9 now\); name another --out"):
         session(tmp_path, robot, [], max_steps=9)
+
+
+def test_a_session_begun_before_policies_tried_again_goes_on(tmp_path, robot):
+    assert not session(tmp_path, robot, ["q"]).run()
+    path = tmp_path / "session.json"
+    known = json.loads(path.read_text())
+    del known["execution"]["retry"]
+    path.write_text(json.dumps(known))
+    assert not session(tmp_path, robot, ["q"]).run()
+    with pytest.raises(ValueError, match=r"another session's \(execution: .*'after': 0.*'after': 9"):
+        session(tmp_path, robot, [], execution=Execution("first", retry=Retry(after=9)))
 
 
 def lines(path):
