@@ -26,7 +26,8 @@ class Retry:
     begins the count anew."""
 
     after: int = 0
-    """Control steps since the instruction or the last move after which the hand is moved; 0: never for that reason."""
+    """Control steps since the instruction or the last move after which the hand is moved; 0: never for that reason.
+    Choose more than the slowest task takes: what is under way is broken off."""
     still: int = 0
     """Moved sooner where, over so many control steps, the hand was within a box of `within_m`; 0: not watched."""
     within_m: float = 0.01
