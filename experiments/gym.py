@@ -131,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if not config.train.resume:
             checkpoints.require_free(output, resume=False)
+        if config.trials.count:
+            config.trials.execution.require(robot)
         if config.recording.episodes:
             run.require_consistent(config.experiment)
             counts = gym_loop.record(config.layout, robot, config.recording, config.data.root)

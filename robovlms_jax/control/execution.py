@@ -48,6 +48,10 @@ class Execution:
         if self.horizon < 1:
             raise ValueError(f"execution horizon={self.horizon} must be at least 1.")
 
+    def require(self, robot: robots.RobotSpec) -> None:
+        """Raises ValueError where this robot's hand cannot be moved as `retry` does it; asked before long work."""
+        Attempts(self.retry, robot)
+
     def executed(self, chunk: int) -> int:
         """Actions that are executed of a chunk of so many before there is another."""
         return {"first": 1, "ensemble": 1, "chunk": chunk, "receding": min(self.horizon, chunk)}[self.mode]
@@ -172,7 +176,7 @@ class ExecutedBatch:
 
     def __init__(self, policy: BatchedPolicy, execution: Execution):
         self._policy, self._execution, self.robot = policy, execution, robot_of(policy)
-        Attempts(execution.retry, self.robot)  # refuses robots whose hand it cannot move, before anything moves
+        execution.require(self.robot)
         self._past: dict[int, Past] = {}
         self._executed: dict[int, np.ndarray] = {}
         self._instructions: dict[int, str] = {}

@@ -109,6 +109,8 @@ class ExperimentConfig:
                 "leave train.stages empty (a later stage would hold them where the one before it ended)."
             )
         shown, asked = self.demonstrations, self.rollouts
+        if asked.trials:
+            asked.execution.require(self.policy.robot)
         if shown.episodes and asked.trials and shown.image_size != asked.image_size:
             raise ValueError(
                 f"rollouts.image_size={asked.image_size} is not demonstrations.image_size={shown.image_size}: the "

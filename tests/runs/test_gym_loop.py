@@ -122,3 +122,16 @@ def test_the_preset_describes_fetch_and_its_checkpoint_keeps_no_environment():
     assert len(preset.FETCH.action) == 4 and len(preset.FETCH.state) == 3
     action = gym_experts.fetch_reach({"desired_goal": np.ones(3), "achieved_goal": np.array([1.0, 1.05, 0.0])})
     assert action.tolist() == pytest.approx([0, -0.3, 0.6, 0])
+
+
+def test_trials_that_cannot_move_the_robots_hand_end_before_anything_is_recorded(tmp_path, monkeypatch):
+    def record(*arguments):
+        raise AssertionError("recorded")
+
+    config = preset.PRESETS["fetch_reach"]
+    ticks = tuple(dataclasses.replace(x, unit="ticks") for x in preset.FETCH.action)
+    policy = dataclasses.replace(config.policy, robot=dataclasses.replace(preset.FETCH, action=ticks))
+    monkeypatch.setitem(preset.PRESETS, "fetch_reach", dataclasses.replace(config, policy=policy))
+    monkeypatch.setattr(gym_loop, "record", record)
+    with pytest.raises(SystemExit, match="dimension 'x' has unit 'ticks'"):
+        preset.main(["--train.output", str(tmp_path / "run"), "--trials.execution.retry.after", "30"])

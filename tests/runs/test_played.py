@@ -8,7 +8,9 @@ import types
 import pytest
 
 from experiments import calvin_abcd, serve, teach
+from robovlms_jax.control import robot
 from robovlms_jax.control.execution import Execution
+from robovlms_jax.control.retrying import Retry
 from robovlms_jax.evaluation.config import RolloutConfig
 from robovlms_jax.playtable.config import DemonstrationConfig
 from robovlms_jax.rl import config as rl_config
@@ -81,6 +83,20 @@ def test_rollouts_with_other_pictures_than_the_demonstrations_are_refused():
     other = dataclasses.replace(preset, demonstrations=dataclasses.replace(preset.demonstrations, image_size=(64, 48)))
     with pytest.raises(ValueError, match=r"rollouts.image_size=\(96, 64\) is not demonstrations.image_size=\(64, 48\)"):
         other.validate(1)
+
+
+def test_rollouts_that_cannot_move_the_robots_hand_are_refused_before_training():
+    again = Execution("chunk", retry=Retry(after=90))
+    preset = calvin_abcd.PRESETS["playtable_fixtures"]
+    rollouts = dataclasses.replace(preset.rollouts, execution=again)
+    dataclasses.replace(preset, rollouts=rollouts).validate(1)
+    nameless = dataclasses.replace(
+        preset.policy, robot=robot.end_effector("nameless", "ticks", state=robot.CALVIN.state)
+    )
+    with pytest.raises(ValueError, match="dimension 'x' has unit 'ticks'"):
+        dataclasses.replace(preset, rollouts=rollouts, policy=nameless).validate(1)
+    asked = dataclasses.replace(rollouts, trials=0)
+    dataclasses.replace(preset, rollouts=asked, policy=nameless).validate(1)  # nothing is rolled out
 
 
 def test_vla_evals_clients_are_given_as_many_actions_as_the_runs_own_rollouts_executed():
