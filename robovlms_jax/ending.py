@@ -11,28 +11,50 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 STATUS = 128 + signal.SIGINT
-"""Exit status of a process that Ctrl-C ended, or SIGTERM where it is handled."""
+"""Exit status of a process that Ctrl-C ended, or SIGTERM and SIGHUP where they are handled."""
 
 ANEW = "nothing was written; the same command begins anew."
 WRITTEN = "files are written whole or not at all, so what was not finished is not there."
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came, and what it stopped is kept as after Ctrl-C."""
+    """SIGTERM came, or the signal that it is made with, and what it stopped is kept as after Ctrl-C."""
+
+
+def stopping_signals() -> tuple[signal.Signals, ...]:
+    """What else than Ctrl-C asks a program to save and end: SIGTERM, and SIGHUP, which says that its terminal has gone
+    (a window that was closed, a connection that broke). Not SIGHUP where it is ignored, as under nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGHUP)
 
 
 def on_sigterm() -> None:
-    """From now on SIGTERM raises `Terminated` in the main thread."""
-    signal.signal(signal.SIGTERM, _terminate)
+    """From now on SIGTERM, and SIGHUP where it is not ignored, raise `Terminated` in the main thread."""
+    for number in stopping_signals():
+        signal.signal(number, _terminate)
 
 
-def _terminate(*_: Any) -> NoReturn:
-    raise Terminated
+def _terminate(number: int, *_: Any) -> NoReturn:
+    if number == signal.SIGHUP:
+        signal.signal(number, signal.SIG_IGN)  # it comes twice, to who leads the session and to who is in front
+        without_terminal()
+    raise Terminated(signal.Signals(number).name)
+
+
+def without_terminal() -> None:
+    """What leads to a terminal that has gone leads to the null device from now on: a line that nobody reads must not
+    end what is being saved."""
+    streams = select.poll()
+    for descriptor in (1, 2):
+        streams.register(descriptor, 0)  # that a terminal or a reader has gone is told in any case
+    for descriptor, events in streams.poll(0):
+        if events & (select.POLLHUP | select.POLLERR):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def stopped_by(error: BaseException | None) -> str:
     """What a KeyboardInterrupt stands for, in words."""
-    return "SIGTERM" if isinstance(error, Terminated) else "Ctrl-C"
+    return str(error) or "SIGTERM" if isinstance(error, Terminated) else "Ctrl-C"
 
 
 def say(kept: str) -> None:

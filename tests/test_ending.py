@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -119,3 +120,43 @@ def test_programs_print_by_show():
         for call in ast.walk(ast.parse(path.read_text())):
             if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "print":
                 assert "file" in {keyword.arg for keyword in call.keywords}, f"{path.name}, line {call.lineno}"
+
+
+GONE = """
+import fcntl, pathlib, sys, termios, time
+from robovlms_jax import ending
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+ending.on_sigterm()
+try:
+    print("begun", flush=True)
+    time.sleep(30)
+except KeyboardInterrupt as error:
+    time.sleep(0.2)
+    print("stopped", flush=True)
+    ending.say("nothing")
+    pathlib.Path(sys.argv[1]).write_text(ending.stopped_by(error))
+"""
+
+
+def test_a_program_whose_terminal_goes_keeps_what_it_has(tmp_path):
+    """A window is closed: what the program then writes there would be an OSError (EIO)."""
+    window, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", GONE, str(tmp_path / "kept")],
+        cwd=ROOT,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    assert b"begun" in os.read(window, 1000)
+    os.close(window)
+    assert process.wait(30) == 0
+    assert (tmp_path / "kept").read_text() == "SIGHUP"
+
+
+def test_what_a_terminal_or_a_file_still_takes_is_not_sent_away(capfd):
+    ending.without_terminal()
+    print("here", flush=True)
+    assert capfd.readouterr().out == "here\n"

@@ -129,9 +129,9 @@ def measure(batches: Iterator[Any], windows_per_batch: int, seconds: float) -> f
 
 
 def _start_worker(index: int, count: int) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a terminal sends Ctrl-C to all; the training loop decides what follows
+    # A terminal sends Ctrl-C to all, and SIGHUP when it goes; the training loop decides what follows.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     # Grain imports jax in its workers; they must not take an accelerator.
     jax.config.update("jax_platforms", "cpu")
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import filelock
 
-from robovlms_jax import bars
+from robovlms_jax import bars, ending
 from robovlms_jax.search import queue, space
 from robovlms_jax.search.config import SearchConfig
 from robovlms_jax.training import directory
@@ -29,6 +29,9 @@ POLL = 1.0
 """Seconds between looks at a running trial."""
 GRACE = 600.0
 """Seconds that a trial has to save after it was asked to stop."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What may end a search."""
 
 Look = Callable[[int, float], bool]
 """(step, the objective's value there) -> whether the trial shall go on."""
@@ -50,7 +53,7 @@ def run(config: SearchConfig, trial: queue.Trial, look: Look = lambda step, valu
     when something else stopped the run.
 
     KeyboardInterrupt ends the run as a signal ends any: it saves, and the trial stays open. Ctrl-C while it does so
-    ends it at once, with the checkpoints that it has; SIGTERM changes nothing more.
+    ends it at once, with the checkpoints that it has; SIGTERM and SIGHUP change nothing more.
     """
     out = pathlib.Path(config.out)
     folder = queue.folder(out, trial.number)
@@ -171,7 +174,7 @@ def _signals_afterwards() -> Iterator[None]:
     """Signals that come within are handled at its end."""
     came: list[int] = []
     try:
-        with _handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM), lambda number, _: came.append(number))):
+        with _handling(dict.fromkeys(SIGNALS, lambda number, _: came.append(number))):
             yield
     finally:
         for number in came:
@@ -186,10 +189,11 @@ def _signals_until_it_ends(process: subprocess.Popen) -> Iterator[None]:
         logger.warning("stopped at once by Ctrl-C; the trial's steps since its last checkpoint are lost.")
         _kill(process)
 
-    def on_its_way(*_: object) -> None:
-        logger.warning("SIGTERM: the trial is being saved already; Ctrl-C ends it at once.")
+    def on_its_way(number: int, *_: object) -> None:
+        ending.without_terminal()
+        logger.warning("%s: the trial is being saved already; Ctrl-C ends it at once.", signal.Signals(number).name)
 
-    with _handling({signal.SIGINT: at_once, signal.SIGTERM: on_its_way}):
+    with _handling(dict.fromkeys(SIGNALS, on_its_way) | {signal.SIGINT: at_once}):
         yield
 
 

@@ -1,4 +1,5 @@
-"""Signals in a training run: SIGTERM and the first Ctrl-C end it with its state saved; the second Ctrl-C at once."""
+"""Signals in a training run: SIGTERM, SIGHUP (its terminal has gone) and the first Ctrl-C end it with its state saved;
+the second Ctrl-C at once."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 class StopSignal(Hook):
-    """Ends the loop after the step in which SIGTERM came, or Ctrl-C inside `Interrupts`; all hosts at the same step."""
+    """Ends the loop after the step in which SIGTERM or SIGHUP came, or Ctrl-C inside `Interrupts`; all hosts at the
+    same step."""
 
     def __init__(self) -> None:
         self._came = 0  # number of the signal
@@ -31,14 +33,17 @@ class StopSignal(Hook):
         # Signals can only be handled in the main thread; elsewhere (tests, notebooks) nothing ends a loop early.
         self._main = threading.current_thread() is threading.main_thread()
         if self._main:
-            self._before = signal.signal(signal.SIGTERM, self._note)
+            self._before = {number: signal.signal(number, self._note) for number in ending.stopping_signals()}
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._main:
-            signal.signal(signal.SIGTERM, self._before)
+            for number, before in self._before.items():
+                signal.signal(number, before)
 
     def _note(self, number: int, *_: Any) -> None:
+        if number == signal.SIGHUP:
+            ending.without_terminal()
         self._came = number
 
     def after(self, step: Step, metrics: Mapping[str, jax.Array]) -> None:

@@ -36,12 +36,14 @@ def until(what):
 
 @pytest.fixture
 def handled():
-    """As in a search: both signals raise."""
-    before = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.default_int_handler)
+    """As in a search: all signals raise."""
+    before = {number: signal.getsignal(number) for number in trials.SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     ending.on_sigterm()
     yield
-    signal.signal(signal.SIGTERM, before[0])
-    signal.signal(signal.SIGINT, before[1])
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -73,25 +75,25 @@ def begin(tmp_path):
     return stopped.value
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", trials.SIGNALS)
 def test_a_second_signal_leaves_no_trial_at_work(tmp_path, run, started, caplog, second):
-    """SIGTERM once more changes nothing: what is being saved is saved. Ctrl-C ends the trial at once."""
+    """SIGTERM once more, and SIGHUP, change nothing: what is being saved is saved. Ctrl-C ends the trial at once."""
 
     def signals():
         until((run / "checkpoints/1").exists)
         os.kill(os.getpid(), signal.SIGTERM)
         until((run / "asked").exists)
         os.kill(os.getpid(), second)
-        until(lambda: "SIGTERM: the trial is being saved" in caplog.text or started[0].poll() is not None)
+        until(lambda: f"{second.name}: the trial is being saved" in caplog.text or started[0].poll() is not None)
         (run / "go").touch()
 
     sender = threading.Thread(target=signals, daemon=True)
     sender.start()
     assert isinstance(begin(tmp_path), ending.Terminated)
-    assert started[0].poll() == (0 if second == signal.SIGTERM else -signal.SIGKILL)
+    assert started[0].poll() == (-signal.SIGKILL if second == signal.SIGINT else 0)
     sender.join()
     kept = {path.name for path in (run / "checkpoints").iterdir()}
-    assert kept == ({"1", "2"} if second == signal.SIGTERM else {"1"})
+    assert kept == ({"1"} if second == signal.SIGINT else {"1", "2"})
 
 
 def test_two_signals_at_a_time_leave_no_trial_at_work(tmp_path, run, started, monkeypatch):

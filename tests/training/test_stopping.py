@@ -34,6 +34,18 @@ def test_sigterm_is_called_by_its_name(tmp_path, caplog):
     assert "stopped by SIGTERM after step 6; saved" in caplog.text and "Ctrl-C" not in caplog.text
 
 
+def test_a_terminal_that_goes_stops_a_run_unless_it_was_started_to_outlive_it(caplog):
+    for before, stopped in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):  # nohup ignores it
+        ours = signal.signal(signal.SIGHUP, before)
+        step = loop.Step(6, None, None, log=True, save=False, last=False)
+        with stopping.StopSignal() as hook:
+            signal.raise_signal(signal.SIGHUP)
+            hook.after(step, {})
+            hook.finish(6, step.stop)
+        assert step.stop == stopped and signal.signal(signal.SIGHUP, ours) == before
+    assert "stopped by SIGHUP after step 6; saved" in caplog.text
+
+
 def test_a_signal_that_comes_while_the_other_processes_are_asked_is_not_lost(monkeypatch):
     # Most of a step may be spent waiting for the others there; a scheduler sends its signal once.
     def asked(value):
