@@ -21,11 +21,9 @@ from typing import Any, Literal
 from experiments import protocols
 from experiments.few_shot import SMALL
 from robovlms_jax import atomic, cli, schema
-from robovlms_jax.data import opening
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.evaluation.report import tables
 from robovlms_jax.inputs.config import AugmentConfig
-from robovlms_jax.runs import domains
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
 from robovlms_jax.search import queue, report
@@ -115,6 +113,8 @@ def jobs(config: AdaptConfig) -> list[protocol.Job]:
 
 def _require_cameras(start: ExperimentConfig, target: ExperimentConfig) -> None:
     """What both domains' pictures are compared by, before the first run and not after it."""
+    from robovlms_jax.data import opening  # as in protocols.py
+
     here, there = (opening.open_split(config.data, "training").image_sizes for config in (start, target))
     lacking = [camera for camera in start.policy.cameras if camera in here and camera not in there]
     require(not lacking, f"adapt.target={target.data.root} has no camera {lacking}, only {sorted(there)}.")
@@ -150,6 +150,8 @@ class _Judged:
     target: DataConfig
 
     def __call__(self, run: pathlib.Path) -> protocol.Result:
+        from robovlms_jax.runs import domains
+
         return {**self.judge(run), "apart": domains.pictures_apart(run, self.source, self.target)}
 
 

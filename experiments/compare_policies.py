@@ -35,13 +35,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments import comparison_settings, evaluate, evaluation_settings, protocols
+from experiments import comparison_settings, protocols
 from experiments.comparison_settings import ComparePoliciesConfig, Variant
 from robovlms_jax import atomic, cli, json_files
 from robovlms_jax.data import notices
 from robovlms_jax.evaluation.config import RolloutConfig
 from robovlms_jax.evaluation.report import offline, tables
-from robovlms_jax.runs import cost, load, run
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
 from robovlms_jax.search import queue, report
@@ -52,6 +51,8 @@ PRESETS = comparison_settings.PRESETS
 
 def jobs(config: ComparePoliciesConfig) -> list[protocol.Job]:
     """Every variant with every seed; those of one seed follow each other, so that the table fills row by row."""
+    from robovlms_jax.runs import run  # as in protocols.py
+
     places = {variant.name: place for place, variant in enumerate(config.variants)}
     starts = {variant.name: _start(config, variant) for variant in config.variants}
     for variant in config.variants:
@@ -123,6 +124,8 @@ class _Judged:
     unseen: bool
 
     def __call__(self, run: pathlib.Path) -> protocol.Result:
+        from robovlms_jax.runs import cost, load
+
         if not self.compared:
             return {"value": 0.0, "answers": _answers(run)}
         found = _asked(run, self.rollouts) if self.again else protocol.rollouts(run)
@@ -146,6 +149,8 @@ def _answers(run: pathlib.Path) -> float | None:
 def _asked(run: pathlib.Path, rollouts: RolloutConfig, *, held_out: bool = False) -> dict[str, Any]:
     """Success in rollouts of a finished run's policy, in a folder beside it for these rollouts alone: several processes
     may ask one policy. held_out: in wordings that training never uses."""
+    from experiments import evaluate, evaluation_settings
+
     start = evaluation_settings.of_checkpoint(["--checkpoint", str(run)])
     asked = {name: getattr(rollouts, name) for name in ("tasks", "scene", "max_steps", "execution", "image_size")}
     asked |= {"chains": rollouts.trials, "held_out": held_out}

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
-from experiments import calvin_abcd, evaluate, evaluation_settings
+from experiments import calvin_abcd
 from robovlms_jax import atomic, cli, ending, json_files
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.envs.calvin import tasks
@@ -33,9 +33,8 @@ from robovlms_jax.evaluation.report import tables
 from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable.config import DemonstrationConfig
 from robovlms_jax.policies.heads import base as heads
-from robovlms_jax.runs import closed_loop, logs, run
+from robovlms_jax.runs import logs
 from robovlms_jax.runs.config import ExperimentConfig
-from robovlms_jax.training import checkpoints, guards
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -144,6 +143,8 @@ def compare(config: CompareConfig) -> pathlib.Path:
     Raises:
       ValueError: the output directory has results of another budget or other data.
     """
+    from robovlms_jax.runs import closed_loop  # takes longer than all that --help needs, as below
+
     output = pathlib.Path(config.out)
     grid = cells(config)
     _require_same_budget(output, config)
@@ -198,6 +199,8 @@ def _file(execution: Execution) -> str:
 
 def experiment(cell: Cell, config: CompareConfig, directory: pathlib.Path) -> ExperimentConfig:
     """What is trained in a cell: the default preset but for the structure, the window and the chunk."""
+    from robovlms_jax.training import checkpoints
+
     default = calvin_abcd.FIXTURES
     kind = heads.config_of(cell.structure.head)
     fields = {field.name for field in dataclasses.fields(kind)}
@@ -230,6 +233,9 @@ def experiment(cell: Cell, config: CompareConfig, directory: pathlib.Path) -> Ex
 
 def _train(cell: Cell, config: CompareConfig, directory: pathlib.Path) -> dict[str, Any]:
     """What is known of the trained policy before it is rolled out; trains it unless that has been done."""
+    from robovlms_jax.runs import run
+    from robovlms_jax.training import guards
+
     path = directory / "trained.json"
     if path.exists():
         return json.loads(path.read_text())
@@ -252,6 +258,8 @@ def _train(cell: Cell, config: CompareConfig, directory: pathlib.Path) -> dict[s
 
 
 def _roll_out(config: CompareConfig, directory: pathlib.Path, execution: Execution) -> dict[str, Any]:
+    from experiments import evaluate, evaluation_settings
+
     output = directory / "rollouts" / execution.label.replace(" ", "_")
     report = evaluate.evaluate(
         evaluation_settings.EvaluateConfig(

@@ -19,12 +19,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments import evaluate, evaluation_settings, protocols
+from experiments import protocols
 from experiments.few_shot import METHODS as PARTS
 from experiments.few_shot import SMALL
 from robovlms_jax import atomic, cli, schema
 from robovlms_jax.evaluation.report import offline, tables
-from robovlms_jax.runs import fisher, load
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.schema import require
 from robovlms_jax.search import queue, report
@@ -212,6 +211,8 @@ class _Step:
     def judge(self, run: pathlib.Path) -> protocol.Result:
         """ "row": success on each group afterwards; "curve": on this one while it was learned, from the first look
         after its beginning on; "begin": on each group before any was learned, of the first."""
+        from robovlms_jax.runs import fisher, load  # as in protocols.py
+
         found: dict[str, Any] = {"row": self._asked(run)}
         found["curve"] = offline.read_metrics(run / "metrics.jsonl")["rollouts/score"][1].tolist()
         found["value"] = found["row"][self.place]
@@ -225,6 +226,8 @@ class _Step:
 
     def _asked(self, checkpoint: pathlib.Path, output: pathlib.Path | None = None) -> list[float]:
         """Success on each group, all tasks alike often."""
+        from experiments import evaluate, evaluation_settings
+
         rollouts, tasks = self.start.rollouts, tuple(self.config.tasks)
         written = evaluate.evaluate(
             evaluation_settings.EvaluateConfig(

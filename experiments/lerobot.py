@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from robovlms_jax import cli
@@ -147,9 +148,13 @@ def show(config: ExperimentConfig) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, report, and act once. Errors of the user end the process with a message and status 1."""
     name, config = cli.parse(PRESETS, "so100", description=__doc__, argv=argv)
-    from robovlms_jax.runs import run  # takes longer than all that --help needs, as below
+    from robovlms_jax.runs import logs, run  # takes longer than all that --help needs, as below
 
-    config = with_data(name, config)
+    logs.to_stderr()
+    try:
+        config = with_data(name, config)
+    except OSError as error:
+        sys.exit(f"error: {error}")
     if run.run(name, config, title="LeRobot", closing=REAL_THING.replace("so100", name)):
         show(config)
 

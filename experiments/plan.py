@@ -5,7 +5,8 @@ python -m experiments.plan --preset kosmos_lstm_lora --compile     # also XLA's 
 python -m experiments.plan --preset paligemma_lstm --control_on orin-nx-16      # a control step there: memory, latency
 python -m experiments.plan --preset kosmos_lstm --target v5p:2x2x2 --mesh.fsdp 8   # compiled for it: all that is known
 
-Every preset of every experiment and every field can be given as to a training run; no dataset or weights are opened.
+The presets of all training programs can be planned, those of other ones than calvin_abcd by PROGRAM/PRESET
+(lerobot/so100). Fields are given as to a training run; no dataset or weights are opened.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from experiments import bridge, calvin_abcd, google_robot, oxe_pretrain
+from experiments import bridge, calvin_abcd, google_robot, lerobot, libero, oxe_pretrain
 from robovlms_jax import atomic, bars, cli, ending, upstream
 from robovlms_jax.backbones import registry
 from robovlms_jax.parallel import mesh as meshes
@@ -261,8 +262,10 @@ def show(result: dict[str, Any]) -> str:
 
 def presets() -> dict[str, PlanConfig]:
     """CALVIN's by their names, the other experiments' as experiment/name."""
-    others = {"bridge": bridge, "google_robot": google_robot, "oxe_pretrain": oxe_pretrain}
+    others = {"bridge": bridge, "google_robot": google_robot, "libero": libero, "oxe_pretrain": oxe_pretrain}
     known = {f"{title}/{name}": config for title, room in others.items() for name, config in room.PRESETS.items()}
+    for name, robot in lerobot.ROBOTS.items():  # what a recording would say of the robot
+        known[f"lerobot/{name}"] = cli.override(lerobot.PRESETS[name], **{"policy.robot": robot})
     return {name: _planned(config) for name, config in (calvin_abcd.PRESETS | known).items()}
 
 

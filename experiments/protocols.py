@@ -1,4 +1,7 @@
-"""What few_shot, continual and adapt have in common: an experiment's preset to begin with, and how a protocol ends."""
+"""What few_shot, continual and adapt have in common: an experiment's preset to begin with, and how a protocol ends.
+
+What only a run needs is imported by what runs: it takes longer than everything else that --help needs (as launch.py).
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,10 @@ from typing import Any
 
 from robovlms_jax import cli, ending, programs, schema
 from robovlms_jax.control import robot as control
-from robovlms_jax.data import opening
 from robovlms_jax.envs.calvin.tasks import TASKS
 from robovlms_jax.parallel import cpu
 from robovlms_jax.policies.config import PolicyConfig
-from robovlms_jax.runs import chaining, closed_loop, load, logs, robots, run
+from robovlms_jax.runs import logs
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.search import queue, space
 from robovlms_jax.strategies import protocol, support
@@ -68,6 +70,8 @@ def begun_with(base: str, start: ExperimentConfig, fixed: Sequence[str], owner: 
       FileNotFoundError, ValueError: no such run; `fixed` sets such a field to another value; or PlayTable's pictures
         have another size, which `fixed` does not choose.
     """
+    from robovlms_jax.runs import chaining, load
+
     chosen = space.fixed(fixed, owner)
     found = chaining.differences(load.load_config(base), start)
     there, here = found.pop(chaining.PICTURES, (None, None))
@@ -106,6 +110,9 @@ def begun_with(base: str, start: ExperimentConfig, fixed: Sequence[str], owner: 
 def _other_robot(earlier: ExperimentConfig, start: ExperimentConfig) -> str:
     """What differs between a run's robot and the one that the preset's data come from; empty: they are the same, or the
     run is older than descriptions of robots."""
+    from robovlms_jax.data import opening
+    from robovlms_jax.runs import robots
+
     if earlier.policy.robot == control.CALVIN and earlier.data.dataset != "calvin":
         return ""
     recorded = start.demonstrations.episodes > 0
@@ -119,6 +126,8 @@ def _other_robot(earlier: ExperimentConfig, start: ExperimentConfig) -> str:
 
 def policy_of(base: str | pathlib.Path) -> PolicyConfig:
     """A run's policy, to go on with: its scales stay, and are not taken from new data."""
+    from robovlms_jax.runs import load
+
     return dataclasses.replace(load.load_config(base).policy, action_scaling="bounds")
 
 
@@ -156,6 +165,9 @@ def demonstrations(config: ExperimentConfig, tasks: Sequence[str] = ()) -> dict[
 
     tasks: that must be among them.
     """
+    from robovlms_jax.data import opening
+    from robovlms_jax.runs import closed_loop, run
+
     run.require_consistent(config)
     if config.demonstrations.episodes:
         support.require_tasks(config.demonstrations.tasks or tuple(TASKS), tasks)
@@ -183,8 +195,11 @@ def main(work: Callable[[Any], pathlib.Path], presets: Mapping[str, Any], defaul
     """The command line of a protocol."""
     logs.to_stderr(libraries=logging.ERROR)
     cpu.keep_freed_memory()
+    config = cli.parse(presets, default, description=description)[1]
+    from robovlms_jax.runs import run
+
     try:
-        path = work(cli.parse(presets, default, description=description)[1])
+        path = work(config)
     except KeyboardInterrupt:
         ending.stop("finished trials are kept, and the same command goes on where it was.")
     except run.ERRORS as error:

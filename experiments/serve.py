@@ -85,11 +85,13 @@ def warm_up(policy: BatchedVLAPolicy, robot: robots.RobotSpec, config: ServeConf
     own = {camera.name: (camera.height, camera.width) for camera in robot.cameras if camera.height and camera.width}
     model_size = (policy.model.vlm.image.size,) * 2
     sizes = {camera: config.image_size or own.get(camera, model_size) for camera in policy.model.config.cameras}
-    log.info("warming up %d slots: prompts of %s tokens, pictures %s", policy.slots, policy.prompt_lengths, sizes)
+    shown = ", ".join(f"{camera} {height}x{width}" for camera, (height, width) in sizes.items())
+    lengths = " and ".join(map(str, policy.prompt_lengths))
+    log.info("for up to %d robots, pictures %s, prompts of %s tokens", policy.slots, shown, lengths)
     started = time.monotonic()
     with bars.waiting("compiling, which takes up to minutes for large models"):
         policy.warm_up(sizes)
-    log.info("warmed up in %.1f s", time.monotonic() - started)
+    log.info("compiled in %.1f s", time.monotonic() - started)
 
 
 def count_compilations(metrics: Metrics) -> None:

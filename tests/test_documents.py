@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import codeop
 import importlib
 import json
 import pathlib
@@ -42,6 +43,25 @@ def test_python_in_documents_parses_and_imports_what_exists():
                     if not hasattr(module, name):
                         importlib.import_module(f"{node.module}.{name}")
     assert seen > 30
+
+
+def test_python_in_documents_can_be_pasted_into_a_prompt():
+    """Python's prompt ends a loop or a `with` at an empty line, and takes none for the end of the text before it."""
+    pasted = 0
+    for where, program in blocks("python").items():
+        if re.search(r"^ *(def|class|@)", program, flags=re.MULTILINE):
+            continue  # a part of a file
+        waiting: list[str] = []
+        for line in [*program.splitlines(), ""]:
+            waiting.append(line)
+            try:
+                whole = codeop.compile_command("\n".join(waiting))
+            except SyntaxError as error:
+                raise AssertionError(f"{where}: put an empty line before {line!r}") from error
+            if whole is not None:
+                waiting, pasted = [], pasted + 1
+        assert not any(waiting), where
+    assert pasted > 60
 
 
 def test_the_guide_has_every_preset_of_the_main_job():

@@ -55,13 +55,28 @@ def test_without_jax_help_is_there_and_a_command_says_what_to_install():
 
 
 def test_help_of_training_imports_nothing_that_only_trains():
+    """One process for all: only what the first one imports takes long."""
+    many = "few_shot", "adapt", "continual", "compare_policies", "compare_structures"
     code = (
-        "import runpy, sys; sys.argv = ['x', '--help']\n"
-        "try: runpy.run_module('experiments.calvin_abcd', run_name='__main__', alter_sys=True)\n"
-        "except SystemExit as end: assert not end.code\n"
+        "import runpy, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    sys.argv = ['x', '--help']\n"
+        "    try: runpy.run_module(f'experiments.{name}', run_name='__main__', alter_sys=True)\n"
+        "    except SystemExit as end: assert not end.code\n"
+        "    loaded = {'grain', 'orbax', 'matplotlib', 'transformers', 'robovlms_jax.runs.run'} & set(sys.modules)\n"
+        "    assert not loaded, (name, loaded)\n"
+    )
+    shown = run_python("-c", code, "calvin_abcd", *many)
+    assert shown.count("--train.steps") == 1 and shown.count("--help-all") >= 1 + len(many)
+
+
+def test_help_of_programs_that_read_checkpoints_imports_nothing_that_reads_them():
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(f'experiments.{name}')\n"
         "loaded = {'grain', 'orbax', 'matplotlib', 'transformers'} & set(sys.modules); assert not loaded, loaded"
     )
-    assert "--train.steps" in run_python("-c", code)
+    run_python("-c", code, "evaluate", "compare", "plan", "calibrate", "demo", "serve", "reinforce", "teach", "export")
 
 
 def test_a_command_runs_its_program_as_if_it_had_been_started_itself(monkeypatch):

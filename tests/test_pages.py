@@ -46,6 +46,22 @@ SHORT = f"{TINY} --train.batch_size 8 --policy.window 2 --policy.chunk 3 --data.
 """With windows that fit the bundled episodes of Bridge, the longest of which has nine steps."""
 ONE_DEVICE = {WEIGHTS: SHORT, "--mesh.fsdp 8": "--mesh.fsdp 1"}
 PAGES = {
+    "docs/tutorial.md": pages.Page(
+        made=_arm,
+        instead={
+            "--train.steps 60": "--train.steps 2 --evaluation.batches 1 --evaluation.episodes 1",
+            "--root data/calvin_sample": f"--root {pages.ROOT / 'data/calvin_sample'}",
+            f"--data.root DIR --backbone.name kosmos-2 {WEIGHTS}": f"--data.root DIR --out runs/mine {TINY}",
+        },
+        left_out={
+            "export ROBOVLMS_REPOSITORY": "the repository is here",
+            "git clone": "the repository is here",
+            "python3 -m venv": "so is what it needs",
+            "pip install": "so is what it needs",
+            "python -m experiments.demo": "a page has no end; tests/demo/test_browser.py opens it",
+            "python -m experiments.serve": "a server has no end; tests/experiments/test_serve.py starts it",
+        },
+    ),
     "docs/how_to/calvin.md": pages.Page(
         made=pages.calvin("task_ABCD_D"),
         instead=ONE_DEVICE,
@@ -106,7 +122,8 @@ def test_every_row_about_a_page_is_about_a_statement_that_it_has():
 def test_every_how_to_page_with_statements_is_run_or_shown_to_need_what_is_not_here():
     elsewhere = {"gymnasium.md": "tests/envs/test_gym.py", "share.md": "tests/runs/test_sharing.py, with a false hub"}
     found = {path.name for path in (pages.ROOT / "docs/how_to").glob("*.md") if "```bash" in path.read_text()}
-    assert found == {pathlib.Path(name).name for name in PAGES} | set(elsewhere)
+    run = {pathlib.Path(name).name for name in PAGES if name.startswith("docs/how_to/")}
+    assert found == run | set(elsewhere)
 
 
 def test_statements_are_read_as_a_shell_reads_them():

@@ -13,9 +13,8 @@ import functools
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import jax
 import numpy as np
 from absl import flags
@@ -23,6 +22,9 @@ from absl import flags
 from robovlms_jax import cores
 from robovlms_jax.data import order
 from robovlms_jax.data.samples import PADDING
+
+if TYPE_CHECKING:
+    import grain
 
 
 def train_batches(
@@ -51,6 +53,8 @@ def train_batches(
       prefetch: batches kept ready, by each worker.
       num_workers: processes that read; 0: threads of this one do. Batches are the same for any number.
     """
+    import grain  # as in order.py
+
     rows = order.rows_of(process, segments_per_batch)
     numbers = order.endless(source, seed)
     numbers = numbers.batch(segments_per_batch, drop_remainder=True)  # without it an endless one overflows
@@ -79,6 +83,8 @@ def evaluation_batches(
     Each segment comes once. The last batch is filled up with rows whose `window_mask` and `action_mask` are False, so
     every process sees the same number of batches of one size. Other arguments as for `train_batches`.
     """
+    import grain
+
     rows = order.rows_of(process, segments_per_batch)
     numbers = np.random.default_rng(0).permutation(len(source))
     numbers = np.append(numbers, np.full(-len(numbers) % segments_per_batch, PADDING)).reshape(-1, segments_per_batch)

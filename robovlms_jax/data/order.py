@@ -6,10 +6,12 @@ Everything here works on integers: shuffling is global, and the data's position 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import grain
 import numpy as np
+
+if TYPE_CHECKING:
+    import grain
 
 
 class Part(NamedTuple):
@@ -50,6 +52,8 @@ class Source(Protocol):
 
 def endless(source: Source, seed: int) -> grain.MapDataset[int]:
     """Endless numbers of samples. Of a mixture, each part's come in an order of its own, mixed by weight."""
+    import grain  # what reads no batch need not wait for it
+
     parts = source.parts()
     if not parts:
         return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()

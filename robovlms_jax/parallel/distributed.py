@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 logger = logging.getLogger(__name__)
@@ -185,6 +184,8 @@ def barrier(name: str) -> None:
 
 
 def _meet(key: str, timeout_s: int) -> None:
+    import orbax.checkpoint as ocp  # where there are several processes only
+
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_s * 1000)
 
 

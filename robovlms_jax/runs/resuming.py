@@ -123,7 +123,7 @@ def require_steps(point: Point, config: ExperimentConfig) -> None:
         raise ValueError(
             f"train.steps={config.train.steps} is less than the {point.step} steps that {point.directory} has made, "
             f"and its history is not rewritten. Pass --train.steps {point.step} or more; from an earlier step, start a "
-            f"new run with --train.init_from {point.directory.parent}/STEP and another --train.output."
+            f"new run with --train.init_from {point.directory.parent}/STEP and another --out."
         )
 
 
@@ -136,7 +136,7 @@ def _refusal(point: Point, refused: Iterable[tuple[Difference, resume_rules.Rule
     if kinds == {"order"}:
         ways.append("give up going on bit for bit with --train.allow_new_order")
     run = point.directory.parent.parent
-    ways.append(f"begin a new stage with these settings: --train.init_from {run} and another --train.output")
+    ways.append(f"begin a new stage with these settings: --train.init_from {run} and another --out")
     return (
         f"--train.resume goes on with {point.directory}, and these settings are not its own:\n"
         + "\n".join(lines)

@@ -20,10 +20,8 @@ import jax
 from robovlms_jax import ending, json_files
 from robovlms_jax.evaluation import chains, rollout_metrics
 from robovlms_jax.evaluation.report import offline, tables
-from robovlms_jax.runs import run
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.search import queue
-from robovlms_jax.training import checkpoints, guards
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +109,9 @@ def _take(out: pathlib.Path, trials: Sequence[queue.Trial], job: Job, number: in
 
 
 def _run(out: pathlib.Path, trial: queue.Trial, job: Job) -> queue.Trial:
+    from robovlms_jax.runs import run  # takes longer than all that --help of a protocol's program needs
+    from robovlms_jax.training import checkpoints, guards
+
     directory = run_of(out, trial.number)
     name = ", ".join(f"{field} {value}" for field, value in trial.setting.items())
     logger.info("trial %d: %s, draw %d", trial.number, name, trial.seed)

@@ -28,10 +28,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict
-from orbax.checkpoint import checkpoint_managers as policies
 
 from robovlms_jax import atomic, hub
 from robovlms_jax.parallel import distributed
@@ -60,6 +58,9 @@ class Checkpointer:
     """
 
     def __init__(self, run: str | pathlib.Path, *, keep: int, serving: Mapping[str, Any], always: Sequence[int] = ()):
+        import orbax.checkpoint as ocp  # as in items.py
+        from orbax.checkpoint import checkpoint_managers as policies
+
         self._serving = dict(serving)
         self._begun: int | None = None  # the step of the newest `save`
         self._failed = False
@@ -87,6 +88,8 @@ class Checkpointer:
         """Start writing; returns once the arrays are copied from the device.
 
         Raises UnwrittenError, as all that follow here: this one, or the one before it, could not be written."""
+        import orbax.checkpoint as ocp
+
         step = int(state.step)
         if step == self.latest:
             return
@@ -135,6 +138,8 @@ class Checkpointer:
           ValueError: the checkpoint's parameters differ from `state`'s; names what is missing, extra or differently
             shaped. Or a file is damaged; names it.
         """
+        import orbax.checkpoint as ocp
+
         step = self._newest_complete()
         directory = pathlib.Path(self._manager.directory) / str(step)
         items.compare_shapes(
@@ -346,12 +351,11 @@ def require_free(run: pathlib.Path, *, resume: bool) -> None:
     has = begun(run)
     if has and not resume:
         raise ValueError(
-            f"{run} already holds checkpoints; pass --train.resume to go on with it or choose another --train.output."
+            f"{run} already holds checkpoints; pass --train.resume to go on with it or choose another --out."
         )
     if resume and not has:
         raise ValueError(
-            f"nothing to resume: {run / FOLDER} holds no checkpoint; leave out --train.resume or correct "
-            "--train.output."
+            f"nothing to resume: {run / FOLDER} holds no checkpoint; leave out --train.resume or correct --out."
         )
 
 
@@ -373,6 +377,8 @@ def write_policy(run: str | pathlib.Path, params: Any, serving: Mapping[str, Any
 
     Raises FileExistsError when `run` holds checkpoints already.
     """
+    import orbax.checkpoint as ocp
+
     folder = pathlib.Path(run).expanduser().resolve() / FOLDER
     if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds checkpoints already; choose another directory.")

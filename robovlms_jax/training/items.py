@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -81,6 +80,8 @@ def read_params(directory: pathlib.Path, abstract: Any) -> Any:
 
     Raises ValueError: another model's, or a file is missing or damaged; names it.
     """
+    import orbax.checkpoint as ocp  # what only asks where checkpoints lie, --help before all, need not wait for it
+
     compare_shapes(directory, {path: tuple(x.shape) for path, x in flatten_dict(abstract, sep="/").items()})
     with reading(directory / "params"), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         return reader.restore(directory / "params", args=ocp.args.StandardRestore(abstract))
@@ -96,6 +97,8 @@ def read_some(directory: pathlib.Path, wanted: Mapping[str, jax.Array]) -> dict[
 
     Raises ValueError: a file is missing or damaged; names it.
     """
+    import orbax.checkpoint as ocp
+
     abstract = {
         path: jax.ShapeDtypeStruct(wanted[path].shape, wanted[path].dtype, sharding=wanted[path].sharding)
         if path in wanted
@@ -111,6 +114,8 @@ def read_some(directory: pathlib.Path, wanted: Mapping[str, jax.Array]) -> dict[
 
 
 def _metadata(directory: pathlib.Path) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
     seals.verify(directory, "params")  # what is looked at first is read, too
     # The handler itself: asked through a Checkpointer, it warns that an item has no step metadata of its own.
     with reading(directory / "params"):

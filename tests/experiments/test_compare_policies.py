@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from experiments import compare_policies as compare
+from experiments import evaluate
 from robovlms_jax.runs import cost, load
 from robovlms_jax.search import queue, space
 
@@ -48,7 +49,7 @@ def test_a_variant_begins_where_another_one_of_its_seed_ended(monkeypatch):
     first = jobs[0].config(None)
     proprio = dataclasses.replace(first.policy.proprio, center=(0.5,) * 6, scale=(2.0,) * 6)
     policy = dataclasses.replace(first.policy, proprio=proprio, action_mu=3.0, chunk=7)
-    monkeypatch.setattr(compare.protocols.load, "load_config", lambda run: dataclasses.replace(first, policy=policy))
+    monkeypatch.setattr(load, "load_config", lambda run: dataclasses.replace(first, policy=policy))
     later = jobs[5].config(pathlib.Path("runs/x"))
     assert (later.policy.proprio, later.policy.action_mu, later.policy.chunk) == (proprio, 3.0, 5)  # scales alone
     assert first.rollouts.trials == 0 and first.train.stages[0].steps == 1500
@@ -78,13 +79,13 @@ def test_orders_of_stages_are_compared_at_equal_numbers_of_steps():
 def test_unseen_wordings_are_asked_of_the_same_trials_and_kept_out_of_the_runs_own_results(tmp_path, monkeypatch):
     config, asked = compare.PRESETS["words"], []
     started = compare._start(config, config.variants[1])
-    monkeypatch.setattr(compare.protocols.load, "load_config", lambda run: started)
+    monkeypatch.setattr(load, "load_config", lambda run: started)
 
     def evaluated(settings):
         asked.append(settings)
         return pathlib.Path(settings.out) / "x" / "rollouts.md"
 
-    monkeypatch.setattr(compare.evaluate, "evaluate", evaluated)
+    monkeypatch.setattr(evaluate, "evaluate", evaluated)
     monkeypatch.setattr(compare.protocol, "success", lambda folder: {"value": 0.25, "folder": folder})
     found = compare._asked(tmp_path / "run", started.rollouts, held_out=True)
     ours = asked[0]

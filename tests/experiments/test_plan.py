@@ -161,7 +161,8 @@ def test_kosmos_2_takes_what_compilers_of_gpus_and_tpus_said_to_10_percent():
 
 def test_presets_of_all_experiments_are_there():
     assert plan.presets().keys() > calvin_abcd.PRESETS.keys()
-    assert "bridge/kosmos_lstm" in plan.presets()
+    assert {"bridge/kosmos_lstm", "libero/libero_lstm", "lerobot/so100"} <= plan.presets().keys()
+    assert plan.presets()["lerobot/aloha"].policy.action_dim == 14  # as its recording would say
     for config in plan.presets().values():
         assert dataclasses.replace(config).devices == 0
 

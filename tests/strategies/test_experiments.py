@@ -9,11 +9,22 @@ import pathlib
 
 import pytest
 
-from experiments import adapt, bridge, calvin_abcd, compare_policies, continual, few_shot, protocols, reinforce, search
+from experiments import (
+    adapt,
+    bridge,
+    calvin_abcd,
+    compare_policies,
+    continual,
+    evaluate,
+    few_shot,
+    protocols,
+    reinforce,
+    search,
+)
 from robovlms_jax import cli
 from robovlms_jax.control.robot import CALVIN
 from robovlms_jax.load import load_config
-from robovlms_jax.runs import chaining, closed_loop
+from robovlms_jax.runs import chaining, closed_loop, load
 from robovlms_jax.search import queue
 from robovlms_jax.strategies import lifelong, protocol
 from robovlms_jax.training import checkpoints
@@ -160,7 +171,7 @@ def test_a_sequence_of_tasks_is_put_together_from_its_runs(tmp_path, monkeypatch
 def test_every_group_is_asked_as_often_and_as_its_tasks_were_in_training(tmp_path, monkeypatch):
     config = continual.ContinualConfig(groups=("open_drawer+close_drawer", "turn_on_led"))
     start, asked = calvin_abcd.FIXTURES, []
-    monkeypatch.setattr(continual.evaluate, "evaluate", lambda settings: asked.append(settings) or tmp_path / "x.md")
+    monkeypatch.setattr(evaluate, "evaluate", lambda settings: asked.append(settings) or tmp_path / "x.md")
     rates = {"open_drawer": 0.5, "close_drawer": 1.0, "turn_on_led": 0.25}
     monkeypatch.setattr(continual.protocol, "success", lambda directory: {"tasks": rates})
     step = continual._Step(config, start, {}, "sequential", 0, 0)
@@ -172,7 +183,7 @@ def test_every_group_is_asked_as_often_and_as_its_tasks_were_in_training(tmp_pat
 def based(monkeypatch, **changes):
     """Every run is said to be the sample's preset with these changes."""
     run = cli.override(protocols.preset("calvin_abcd", "sample", TINY, "x"), **changes)
-    monkeypatch.setattr(protocols.load, "load_config", lambda path: run)
+    monkeypatch.setattr(load, "load_config", lambda path: run)
     return run
 
 

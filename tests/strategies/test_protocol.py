@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from robovlms_jax import ending
 from robovlms_jax.data import base
+from robovlms_jax.runs import run
 from robovlms_jax.search import queue
 from robovlms_jax.strategies import protocol, support
 from robovlms_jax.training import guards
@@ -39,7 +40,7 @@ def started(monkeypatch):
         (output / "value").write_text(str(0.1 * config.train.seed))
         (output / "report.md").write_text("done")
 
-    monkeypatch.setattr(protocol.run, "train", train)
+    monkeypatch.setattr(run, "train", train)
     return seen
 
 
