@@ -23,7 +23,7 @@ from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads.mlp import MLPHeadConfig
 from robovlms_jax.policies.serving import VLAPolicy
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.runs import robots
+from robovlms_jax.runs import robots, run
 from robovlms_jax.runs import setup as setups
 from tests import toy
 
@@ -102,3 +102,18 @@ def test_what_differs_from_the_robot_of_pre_training_is_said(caplog):
     assert robots.say_differences(earlier, now, "runs/before") == ["the rate is 15 Hz, expected 30 Hz"]
     assert "runs/before was trained for robot so100, this run is for so101" in caplog.text
     assert robots.say_differences(PolicyConfig(), now, "runs/before") == []
+
+
+def test_where_made_up_episodes_go_is_said_before_they_are_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lerobot, "MADE_UP", tmp_path)
+    monkeypatch.setattr(synthetic, "write", lambda root, robot: None)
+    monkeypatch.setattr(run, "run", lambda *_, **__: False)
+    lerobot.main(["--preset", "so100"])
+    assert f"made-up episodes of so100 go to {tmp_path / 'so100'}" in capsys.readouterr().err
+
+    def write(root, robot):
+        raise PermissionError(13, "Permission denied", str(root))
+
+    monkeypatch.setattr(synthetic, "write", write)
+    with pytest.raises(SystemExit, match=rf"error: .*Permission denied: '{tmp_path / 'so100'}'"):
+        lerobot.main(["--preset", "so100"])
