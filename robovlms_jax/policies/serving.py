@@ -363,8 +363,7 @@ class BatchedVLAPolicy:
         if shapes in self._compiled:
             return
         sizes = ", ".join(f"{camera} {x.shape[1]}x{x.shape[2]}" for camera, x in images.items())
-        episodes = "one episode" if self.slots == 1 else f"{self.slots} episodes at a time"
-        what = f"compiling the control step of {episodes}: pictures {sizes}, prompts of {shapes[0]} tokens"
+        what = f"compiling the control step ({self.slots} at a time): pictures {sizes}, prompts of {shapes[0]} tokens"
         if not self._compiled:
             log.info("%s", what)
         else:
