@@ -49,10 +49,20 @@ def test_what_plans_say_with_cudnn_is_what_their_results_say():
     assert (
         f"by {newest['kernels']} kernels instead of {control['cudnn']['kernels']}: {over:.2f} times the floor" in text
     )
+    now = control["read"]
+    over, fewer = now["roofs_s"]["memory"] / now["needed_s"], 100 - 100 * now["flops"] / newest["flops"]
+    said = f"{now['traffic'] / 1e9:.2f} GB and {now['roofs_s']['memory'] * 1e3:.2f} ms by {now['kernels']} kernels"
+    assert f"{said}: {over:.2f} times the floor, 1.3 was the aim, and {fewer:.1f} % fewer FLOPs" in text
     left = control["by_cause"]["bytes"]
     assert sum(left.values()) == pytest.approx(control[control["by_cause"]["of"]]["traffic"], rel=1e-3)
     assert ", ".join(f"{cause} {moved / 1e9:.2f}" for cause, moved in left.items()) in text
+    beyond = control["beyond_weights"]
+    moved = sum(beyond["bytes"].values()) / 1e9, (now["traffic"] - left["weights"]) / 1e9
+    assert "The {} kinds of kernels that move {:.2f} of the {:.2f} GB".format(len(beyond["bytes"]), *moved) in text
+    rows = [(name, beyond["kernels"][name], x / 1e6, x / 3.35e6) for name, x in beyond["bytes"].items()]
+    assert all("| {} | {} | {:.1f} | {:.1f} |".format(*row) in text for row in rows)
     assert f"moves {steps['biases']['traffic'] / 1e9:.1f} GB with such biases" in text
+    assert f"{steps['padded']['traffic'] / 1e9:.1f} GB with KOSMOS-2's features padded once" in text
 
 
 def test_what_masks_inside_of_loops_cost_tpus_is_what_their_results_say():
