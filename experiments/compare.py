@@ -217,7 +217,7 @@ def _settings(config: CompareConfig, policy: _Policy, condition: str) -> chains.
     """What the stored results of one condition depend on."""
     protocol = {
         **{"condition": condition, "scene": config.scene, "tasks": list(config.tasks), "seed": config.seed},
-        "execution": dataclasses.asdict(config.execution),
+        "execution": config.execution.conditions(),
     }
     depends = {"checkpoint": policy.label, "protocol": protocol}
     if config.env == "playtable":

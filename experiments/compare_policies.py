@@ -154,7 +154,7 @@ def _asked(run: pathlib.Path, rollouts: RolloutConfig, *, held_out: bool = False
     start = evaluation_settings.of_checkpoint(["--checkpoint", str(run)])
     asked = {name: getattr(rollouts, name) for name in ("tasks", "scene", "max_steps", "execution", "image_size")}
     asked |= {"chains": rollouts.trials, "held_out": held_out}
-    words = json.dumps({name: dataclasses.asdict(x) if name == "execution" else x for name, x in asked.items()})
+    words = json.dumps({name: x.conditions() if name == "execution" else x for name, x in asked.items()})
     folder = run.parent / f"asked-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
     asked |= {"films": 0, "out": str(folder), "processes": min(rollouts.tables, rollouts.trials)}
     return protocol.success(evaluate.evaluate(dataclasses.replace(start, **asked)).parent)

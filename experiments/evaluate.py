@@ -75,6 +75,7 @@ def evaluate(config: evaluation_settings.EvaluateConfig) -> pathlib.Path:
     )
     saved = load.load_config(directory)
     _require_robot(config, saved.policy, saved.data.dataset)
+    config.execution.require(saved.policy.robot)
     settings = chains.Settings(
         f"{config.checkpoint}, {conditions['checkpoint']}{_late(config)}", config.execution, criterion, conditions
     )
@@ -193,6 +194,7 @@ results that were stored earlier do not name."""
 def _conditions(config: evaluation_settings.EvaluateConfig, trials: list[Trial], checkpoint: str) -> dict[str, Any]:
     """Everything that results depend on, as JSON values."""
     asked = {name: value for name, value in dataclasses.asdict(config).items() if name not in _ASIDE}
+    asked["execution"] = config.execution.conditions()
     if config.latency_ms < 0:  # as results of versions that had no latency
         del asked["latency_ms"], asked["asynchronous"]
     if config.calvin_split:

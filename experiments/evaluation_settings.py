@@ -173,9 +173,11 @@ def of_checkpoint(arguments: Sequence[str]) -> EvaluateConfig | type[EvaluateCon
     if env not in ("playtable", "calvin") or cli.value_of(arguments, "protocol") == "official":
         return EvaluateConfig
     run = load.load_config(checkpoint)
-    own = played.of(run).asking(env)
+    known = played.of(run)
+    own = known.asking(env)
     if cli.value_of(arguments, "latency_ms") is not None:
         del own["execution"]  # `asynchronous` says it
+        played.say_no_retry(known)
     if env == "calvin":  # its tables are no PlayTable's, and its simulators are processes
         return dataclasses.replace(start, **own)
     if run.rollouts.trials:

@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logs.to_stderr()
     try:
         config = with_data(name, config)
-    except OSError as error:
+    except (OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     if run.run(name, config, title="LeRobot", closing=REAL_THING.replace("so100", name)):
         show(config)

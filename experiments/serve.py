@@ -117,7 +117,9 @@ def require_address(config: ServerConfig) -> None:
 
 def executed_of_a_chunk(config: ServeConfig, experiment: ExperimentConfig) -> int:
     """What vla-eval's clients are given, see `ServeConfig.executed`."""
-    return config.executed or (played.of(experiment).horizon if experiment.rollouts.trials else 1)
+    own = played.of(experiment)
+    played.say_no_retry(own)  # who executes what is served is the client
+    return config.executed or (own.horizon if experiment.rollouts.trials else 1)
 
 
 def build(config: ServeConfig) -> server.PolicyServer:

@@ -337,6 +337,7 @@ def main() -> None:
         specs = [load_config(path).policy.robot for path in config.checkpoints]
         if any(spec != specs[0] for spec in specs):
             raise ValueError("the checkpoints drive different robots; compare those of one.")
+        config.execution.require(specs[0])
         labels = [f"{path}, {seals.identity(checkpoints.locate(path)).label}" for path in config.checkpoints]
         with bars.waiting("reading the checkpoints"):
             policies = [load_policy(path) for path in config.checkpoints]

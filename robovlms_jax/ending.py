@@ -6,12 +6,16 @@ import atexit
 import os
 import select
 import signal
+import stat
 import sys
 from types import TracebackType
 from typing import Any, NoReturn
 
 STATUS = 128 + signal.SIGINT
 """Exit status of a process that Ctrl-C ended, or SIGTERM and SIGHUP where they are handled."""
+
+_READER_ENDS_MS = 200
+"""So long who reads a pipe may take to end by the signal that this process got at the same time."""
 
 ANEW = "nothing was written; the same command begins anew."
 WRITTEN = "files are written whole or not at all, so what was not finished is not there."
@@ -36,20 +40,33 @@ def on_sigterm() -> None:
 
 def _terminate(number: int, *_: Any) -> NoReturn:
     if number == signal.SIGHUP:
-        signal.signal(number, signal.SIG_IGN)  # it comes twice, to who leads the session and to who is in front
-        without_terminal()
+        ignore_hangups()
     raise Terminated(signal.Signals(number).name)
 
 
+def ignore_hangups() -> None:
+    """SIGHUP has come, and what it asks for is under way. It comes twice, from the shell and from the kernel when the
+    shell has ended; the second must not end the process while it saves."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    without_terminal()
+
+
 def without_terminal() -> None:
-    """What leads to a terminal that has gone leads to the null device from now on: a line that nobody reads must not
-    end what is being saved."""
-    streams = select.poll()
+    """What leads to a terminal that has gone leads to the null device from now on, and what leads to a program that
+    ended with it (`| tee`): a line that nobody reads must not end what is being saved."""
     for descriptor in (1, 2):
-        streams.register(descriptor, 0)  # that a terminal or a reader has gone is told in any case
-    for descriptor, events in streams.poll(0):
-        if events & (select.POLLHUP | select.POLLERR):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        stream = select.poll()
+        stream.register(descriptor, 0)  # that a terminal or a reader has gone is told in any case
+        for _, events in stream.poll(_READER_ENDS_MS if _is_pipe(descriptor) else 0):
+            if events & (select.POLLHUP | select.POLLERR):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def _is_pipe(descriptor: int) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+    except OSError:  # it is closed
+        return False
 
 
 def stopped_by(error: BaseException | None) -> str:

@@ -9,6 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -152,6 +153,20 @@ def test_a_program_whose_terminal_goes_keeps_what_it_has(tmp_path):
     os.close(terminal)
     assert b"begun" in os.read(window, 1000)
     os.close(window)
+    assert process.wait(30) == 0
+    assert (tmp_path / "kept").read_text() == "SIGHUP"
+
+
+def test_a_reader_that_ends_by_the_same_signal_takes_nothing_with_it(tmp_path):
+    """As `| tee` does, a moment later: what is then printed would be a BrokenPipeError."""
+    code = GONE.replace("fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n", "")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "kept")], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout.readline() == b"begun\n"
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.05)
+    process.stdout.close()
     assert process.wait(30) == 0
     assert (tmp_path / "kept").read_text() == "SIGHUP"
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -51,6 +51,14 @@ class Execution:
     def require(self, robot: robots.RobotSpec) -> None:
         """Raises ValueError where this robot's hand cannot be moved as `retry` does it; asked before long work."""
         Attempts(self.retry, robot)
+
+    def conditions(self) -> dict[str, Any]:
+        """JSON values that results depend on. Where nothing is tried again, as versions stored them that could not:
+        their results are found again."""
+        values = dataclasses.asdict(self)
+        if not self.retry.on:
+            del values["retry"]
+        return values
 
     def executed(self, chunk: int) -> int:
         """Actions that are executed of a chunk of so many before there is another."""
@@ -204,14 +212,15 @@ class ExecutedBatch:
                     raise RuntimeError(
                         f"slot {slot} has no episode: act() before reset(instruction), or its reset failed."
                     )
-            chosen = self._moves(observations, slots)
-            asked = [slot for slot in slots if slot not in chosen]
+            moves = self._moves(observations, slots)
+            asked = [slot for slot in slots if slot not in moves]
             reported = [
                 dataclasses.replace(observation, executed=self._executed[slot])
                 for slot, observation in zip(slots, observations, strict=True)
-                if slot not in chosen
+                if slot not in moves
             ]
             chunks = self._policy.act(reported, asked) if asked else ()
+            chosen = self._begin_again(moves)  # not before the policy has acted: if it fails, nobody hears of them
             for slot, chunk in zip(asked, chunks, strict=True):
                 rows, self._past[slot] = select(self._execution, self._past[slot], _rows(chunk), self.robot)
                 chosen[slot] = _chunk(rows, self.robot)
@@ -219,13 +228,16 @@ class ExecutedBatch:
                 self._attempts[slot].did(self._executed[slot])
             return [chosen[slot] for slot in slots]
 
-    def _moves(self, observations: Sequence[Observation], slots: Sequence[int]) -> dict[int, ActionChunk]:
-        """What is done in the slots whose time it is to try again; their policy begins anew."""
-        moves = {
+    def _moves(self, observations: Sequence[Observation], slots: Sequence[int]) -> dict[int, np.ndarray]:
+        """float32[steps, A] for the slots whose time it is to try again."""
+        return {
             slot: move
             for slot, observation in zip(slots, observations, strict=True)
             if (move := self._attempts[slot].move(observation)) is not None
         }
+
+    def _begin_again(self, moves: Mapping[int, np.ndarray]) -> dict[int, ActionChunk]:
+        """These are executed, and the policy begins anew there."""
         if moves:
             self._start(list(moves), [self._instructions[slot] for slot in moves])
         for slot, move in moves.items():

@@ -50,6 +50,11 @@ class Retry:
             value = getattr(self, field)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"execution.retry.{field}={value} must be a finite length above 0, in metres.")
+        if not self.still and self.within_m != Retry.within_m:
+            raise ValueError(
+                f"execution.retry.within_m={self.within_m} says what standing still is, which is not watched: set "
+                "execution.retry.still, too."
+            )
         changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         if changed and not self.on:
             raise ValueError(
@@ -68,7 +73,7 @@ class Retry:
             return ""
         when = [str(self.after)] * (self.after > 0) + [f"{self.still} still"] * (self.still > 0)
         rest = [
-            f"{field.name} {getattr(self, field.name):g}"
+            f"{field.name} {getattr(self, field.name)}"  # whole: other settings are other results
             for field in dataclasses.fields(self)
             if field.name not in ("after", "still") and getattr(self, field.name) != field.default
         ]
@@ -78,13 +83,20 @@ class Retry:
 class Attempts:
     """One episode's attempts: says when its hand is to be moved, and how.
 
-    Raises ValueError for a robot whose hand it cannot move: it needs three actions that are changes of position in a
-    unit of length, and for `still` the position among the states.
+    Raises ValueError for a robot whose hand it cannot move: it needs one hand, three neighbouring actions that are
+    changes of its position in a unit of length, each of which may go both ways, and for `still` the position among the
+    states.
     """
 
     def __init__(self, retry: Retry, robot: robots.RobotSpec):
         self._retry, self._robot = retry, robot
         self._columns = _columns(robot.action, "delta", f"actions of robot {robot.name!r}") if retry.on else ()
+        for dimension in (robot.action[column] for column in self._columns):
+            if not dimension.low < 0 < dimension.high:
+                raise ValueError(
+                    f"execution.retry moves the hand any way, but the action {dimension.name!r} of robot "
+                    f"{robot.name!r} lies in {dimension.low:g} to {dimension.high:g}. Leave it out for this robot."
+                )
         self._places = _columns(robot.state, "absolute", f"states of robot {robot.name!r}") if retry.still else ()
         self._begin("")
 
@@ -105,8 +117,8 @@ class Attempts:
 
     def move(self, observation: Observation) -> np.ndarray | None:
         """float32[steps, A] to execute now instead of what the policy would say, where it is time for another
-        attempt, which then begins; otherwise None. Raises ValueError for an observation without the position that
-        `still` needs."""
+        attempt, which begins when `did` hears of it; otherwise None. Raises ValueError for an observation without the
+        position that `still` needs."""
         retry = self._retry
         if not retry.on:
             return None
@@ -118,13 +130,13 @@ class Attempts:
             return None
         rows = np.tile(self._rest(), (retry.steps, 1))
         rows[:, self._columns] = self._step()
-        self._count += 1
         return rows
 
     def did(self, actions: np.ndarray, *, moved: bool = False) -> None:
         """These float[n, A] are executed next. moved: they are what `move` gave."""
         self._last = np.asarray(actions[-1], np.float32)
         if moved:
+            self._count += 1
             self._again()
         else:
             self._steps += len(actions)
@@ -142,7 +154,10 @@ class Attempts:
         self._path = old[-1:] + [entry for entry in self._path if entry[0] > self._steps - self._retry.still]
         if not old:
             return False
-        return bool(np.ptp([place for _, place in self._path], axis=0).max() <= self._retry.within_m)
+        places = np.array([place for _, place in self._path])
+        if not np.isfinite(places).all():  # nobody knows; a policy that is under way is not broken off for it
+            return False
+        return bool(np.ptp(places, axis=0).max() <= self._retry.within_m)
 
     def _rest(self) -> np.ndarray:
         return robots.rest(self._robot.action, np.asarray(self._last))
@@ -163,8 +178,14 @@ class Attempts:
 
 
 def _columns(dimensions: tuple[robots.Dimension, ...], kind: str, what: str) -> tuple[int, ...]:
-    """The first three that are a position of this kind. Raises ValueError: there are none, or in no unit of length."""
-    found = [i for i, d in enumerate(dimensions) if d.quantity == "position" and d.kind == kind][:3]
+    """The three that are a position of this kind. Raises ValueError: there are none, more, or in no unit of length."""
+    found = [i for i, d in enumerate(dimensions) if d.quantity == "position" and d.kind == kind]
+    if len(found) > 3:  # two arms, or a place of something else: which one it is, nobody says
+        raise ValueError(
+            f"execution.retry moves one hand, but the {what} have {len(found)} numbers that are {kind} positions: "
+            f"{[dimensions[i].name for i in found]}. Leave it out for this robot"
+            + ("; execution.retry.after alone needs no states." if kind == "absolute" else ".")
+        )
     if len(found) < 3:
         raise ValueError(
             f"execution.retry moves the hand by changes of its position, but the {what} are "

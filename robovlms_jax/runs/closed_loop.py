@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import logging
 import pathlib
 import time
@@ -131,7 +130,7 @@ class ClosedLoop:
             "protocol": {"scene": self._config.scene, "tasks": list(self._config.tasks), "scenes": list(self._scenes)},
         }
         name = f"{self._tables.name}-{self._config.execution.label.replace(' ', '_')}"
-        conditions["protocol"] |= dataclasses.asdict(self._config.execution) | {"max_steps": self._config.max_steps}
+        conditions["protocol"] |= self._config.execution.conditions() | {"max_steps": self._config.max_steps}
         output = filing.place(self._run / "rollouts", name, conditions)
         kept = filmed.FailuresFirst(self._trials, self._config.films)
         evaluation = chains.evaluate(

@@ -230,7 +230,8 @@ def evaluate(
         rollout.Trial(i, {"seed": _TRIAL_SEEDS + i}, (layout.id,), (layout.instruction or layout.id,))
         for i in range(config.count)
     ]
-    conditions = {"checkpoint": checkpoint, "protocol": schema.to_dict(config) | {"options": layout.options}}
+    protocol = schema.to_dict(config) | {"execution": config.execution.conditions(), "options": layout.options}
+    conditions = {"checkpoint": checkpoint, "protocol": protocol}
     criterion = rollout.SuccessCriterion(config.max_steps, gym.completed_in_each)
     folder = filing.place(output / "rollouts", layout.id, conditions)
     kept = filmed.FailuresFirst(trials, config.films, every=1)

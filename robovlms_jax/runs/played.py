@@ -62,6 +62,12 @@ def of(experiment: ExperimentConfig) -> Played:
     )
 
 
+def say_no_retry(own: Played) -> None:
+    """For what plays a checkpoint's policy and does not try again, as the run's own rollouts did."""
+    if own.execution.retry.on:
+        log.warning("the run's own rollouts were %s; here nothing is tried again", own.execution.label)
+
+
 def filled(config: Config, experiment: ExperimentConfig, names: Sequence[str]) -> Config:
     """`config`, a dataclass, with what a checkpoint knows in those of the fields `names` that are empty or 0; says what
     that was."""
@@ -69,6 +75,8 @@ def filled(config: Config, experiment: ExperimentConfig, names: Sequence[str]) -
     taken = {name: getattr(own, name) for name in names if not getattr(config, name)}
     if taken:
         log.info("as in the checkpoint's run: %s", ", ".join(f"{name} {_words(x)}" for name, x in taken.items()))
+    if "horizon" in taken:
+        say_no_retry(own)
     return dataclasses.replace(config, **taken)  # type: ignore[type-var]
 
 

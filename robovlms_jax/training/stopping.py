@@ -39,11 +39,12 @@ class StopSignal(Hook):
     def __exit__(self, *exception: object) -> None:
         if self._main:
             for number, before in self._before.items():
-                signal.signal(number, before)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is that came: it comes twice
+                    signal.signal(number, before)
 
     def _note(self, number: int, *_: Any) -> None:
         if number == signal.SIGHUP:
-            ending.without_terminal()
+            ending.ignore_hangups()
         self._came = number
 
     def after(self, step: Step, metrics: Mapping[str, jax.Array]) -> None:

@@ -162,6 +162,7 @@ def test_still_watches_all_three_axes_in_metres():
         ({"after": 9, "steps": 0}, "retry.steps=0 must be at least 1"),
         ({"after": 9, "distance_m": float("nan")}, "retry.distance_m=nan must be a finite length"),
         ({"still": 9, "within_m": 0.0}, "retry.within_m=0.0 must be a finite length"),
+        ({"after": 9, "within_m": 0.02}, "retry.within_m=0.02 says what standing still is, which is not watched"),
         ({"distance_m": 0.2, "seed": 3}, "retry has distance_m, seed but no time"),
     ],
 )
@@ -189,6 +190,67 @@ def test_robots_whose_hand_cannot_be_moved_so_are_refused_before_anything_moves(
     Attempts(Retry(after=20), blind)
 
 
+def test_which_of_two_hands_is_moved_is_not_guessed():
+    hand, state = robot.CALVIN.action, robot.CALVIN.state
+    both = tuple(dataclasses.replace(x, name=f"{side} {x.name}") for side in ("left", "right") for x in hand)
+    with pytest.raises(ValueError, match=r"moves one hand.*6 numbers that are delta positions: \['left x'"):
+        Attempts(Retry(after=20), robot.RobotSpec("two arms", action=both, state=state))
+    places = (*state, *(dataclasses.replace(x, name=f"box {x.name}") for x in state[:3]))
+    seen = dataclasses.replace(robot.CALVIN, state=places)
+    with pytest.raises(ValueError, match=r"6 numbers that are absolute positions.*retry.after alone needs no states"):
+        Attempts(Retry(still=20), seen)
+    Attempts(Retry(after=20), seen)
+
+
+def test_a_hand_that_may_go_one_way_only_is_refused():
+    upwards = tuple(dataclasses.replace(x, low=0.0) if x.name == "z" else x for x in robot.CALVIN.action)
+    with pytest.raises(ValueError, match="the action 'z' of robot 'calvin' lies in 0 to 1"):
+        Attempts(Retry(after=20), dataclasses.replace(robot.CALVIN, action=upwards))
+
+
+def test_other_numbers_of_the_robot_rest_while_its_hand_moves():
+    base = tuple(robot.Dimension(x, "m/s", "velocity", "base", "base", -1.0, 1.0) for x in ("forwards", "sideways"))
+    lift = robot.Dimension("lift", "m", "absolute", "other", "", 0.0, 1.0)
+    spec = robot.RobotSpec(
+        "base and arm", action=(*base, lift, *robot.CALVIN.action), state=(lift, *robot.CALVIN.state)
+    )
+    attempts = Attempts(Retry(after=5, still=5), spec)
+    attempts.begin("go")
+    attempts.did(np.float32([[0.5, 0.5, 0.3, *[0.1] * 6, 1.0]] * 5))
+    rows = attempts.move(Observation({}, np.zeros(8)))
+    np.testing.assert_allclose(rows[:, [0, 1, 2, 6, 7, 8, 9]], [[0, 0, 0.3, 0, 0, 0, 1.0]] * 12, atol=1e-7)
+    assert np.ptp(rows[0, 3:6]) > 0
+
+
+@pytest.mark.parametrize("lost", [float("nan"), float("inf")])
+def test_where_the_hands_place_is_not_known_it_does_not_count_as_still(lost):
+    policy = execution.Executed(Stubborn(), Execution("chunk", retry=Retry(still=20)))
+    policy.reset("go")
+    done = episode(policy, 12, lambda step: lost if step == 15 else 0.0)
+    assert moves(done) == [40]  # 20 steps after the first place that counts again, not 20 after the beginning
+
+
+def test_a_move_that_nobody_heard_of_is_made_at_the_next_request():
+    class Fails(Stubborn):
+        def act(self, observation):
+            raise ValueError("its actions are not finite")
+
+    alone = execution.Executed(Stubborn(), Execution("chunk", retry=Retry(5)))
+    alone.reset("wait")
+    expected = [alone.act(at(0.0)).actions for _ in range(4)]
+    waiting = Stubborn()
+    batch = execution.ExecutedBatch(execution.Separate([waiting, Fails()]), Execution("chunk", retry=Retry(5)))
+    batch.reset([0], ["wait"])
+    found = [batch.act([at(0.0)], [0])[0].actions]
+    batch.reset([1], ["go"])
+    with pytest.raises(ValueError, match="not finite"):
+        batch.act([at(0.0), at(0.0)], [0, 1])
+    assert waiting.heard == ["wait"]  # it has not begun anew, either
+    found += [batch.act([at(0.0)], [0])[0].actions for _ in range(3)]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_still_needs_the_hands_position():
     policy = execution.Executed(Stubborn(), Execution("chunk", retry=Retry(still=20)))
     policy.reset("go")
@@ -202,6 +264,18 @@ def test_still_needs_the_hands_position():
 def test_labels_say_what_is_tried_again():
     assert Execution("receding", 5, retry=Retry(90, 30)).label == "receding 5, retry after 90 or 30 still"
     assert Execution("first", retry=Retry(still=30, seed=2)).label == "first, retry after 30 still, seed 2"
+    labels = {Retry(9, seed=seed, distance_m=d).label for seed in (1234567, 1234568) for d in (0.2, 0.2000001)}
+    assert len(labels) == 4  # results are kept by them
+
+
+def test_results_that_were_stored_before_there_was_such_a_thing_are_found_again():
+    assert Execution("receding", 5).conditions() == {
+        "mode": "receding",
+        "horizon": 5,
+        "every_frame": False,
+        "decay": 0.01,
+    }
+    assert Execution(retry=Retry(9)).conditions()["retry"]["after"] == 9
 
 
 def test_tables_on_the_device_refuse_it():

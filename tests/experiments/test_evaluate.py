@@ -16,7 +16,8 @@ from robovlms_jax.control import robot
 from robovlms_jax.control.asynchronous import AsyncConfig
 from robovlms_jax.control.delayed import AsynchronousBatch
 from robovlms_jax.control.execution import Execution
-from robovlms_jax.control.robot import CALVIN
+from robovlms_jax.control.retrying import Retry
+from robovlms_jax.control.robot import CALVIN, end_effector
 from robovlms_jax.data.registry import oxe
 from robovlms_jax.demo import twin
 from robovlms_jax.envs.calvin import adapter as calvin
@@ -175,6 +176,7 @@ def test_setups_that_differ_have_directories_of_their_own(checkout, tmp_path):
     setups += [{"weights": "int8"}, {"max_steps": 9}, {"calvin_split": "debug"}, {"env": "playtable"}]
     setups += [{"env": "playtable", "image_size": (64, 32)}, {"env": "playtable", "train_scenes": ("D",)}]
     setups += [{"env": "playtable", "tasks": ("open_drawer",)}, {"execution": Execution("ensemble", decay=0.1)}]
+    setups += [{"execution": Execution(retry=Retry(90, seed=seed))} for seed in (1234567, 1234568)]
     trial = Trial(0, {}, ("open_drawer",), ("open it",), {"phrasing": "training"})
 
     def place(checkpoint="step_3-abc", phrasing="training", **changes):
@@ -191,6 +193,9 @@ def test_setups_that_differ_have_directories_of_their_own(checkout, tmp_path):
     # Where things lie, and how many are asked for, makes no other results.
     same = [{}, {"chains": 3}, {"processes": 7}, {"films": 0}, {"calvin_root": "/elsewhere"}, {"out": "x"}]
     assert len({place(**changes) for changes in same}) == 1
+    # What was filed before anything could be tried again is found.
+    protocol = evaluate._conditions(config(), [trial], "step_3-abc")["protocol"]
+    assert protocol["execution"] == {"mode": "chunk", "horizon": 1, "every_frame": False, "decay": 0.01}
 
 
 def test_main_says_where_the_report_is_even_if_a_library_took_the_root_logger(monkeypatch, capsys):
@@ -343,6 +348,13 @@ def test_late_answers_are_driven_as_asked_and_results_without_them_keep_their_pl
     evaluate.evaluate(config(chains=1, out=str(tmp_path)))
     assert handed["policy"] is policy
     assert not {"latency_ms", "asynchronous"} & set(handed["settings"].conditions["protocol"])
+    # Who cannot be moved as asked is refused before the policy is read.
+    monkeypatch.setattr(evaluate, "_require_robot", lambda *_: None)
+    steps = ExperimentConfig(policy=PolicyConfig(robot=end_effector("nameless", "ticks")))
+    monkeypatch.setattr(evaluate.load, "load_config", lambda checkpoint: steps)
+    monkeypatch.setattr(evaluate.load, "load_batched_policy", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(ValueError, match="dimension 'x' has unit 'ticks'"):
+        evaluate.evaluate(config(chains=1, out=str(tmp_path), execution=Execution(retry=Retry(9))))
 
 
 def test_late_answers_and_execution_modes_exclude_each_other():

@@ -111,9 +111,14 @@ def test_where_made_up_episodes_go_is_said_before_they_are_written(tmp_path, mon
     lerobot.main(["--preset", "so100"])
     assert f"made-up episodes of so100 go to {tmp_path / 'so100'}" in capsys.readouterr().err
 
-    def write(root, robot):
-        raise PermissionError(13, "Permission denied", str(root))
+    for error, said in (
+        (PermissionError(13, "Permission denied", str(tmp_path)), rf"error: .*Permission denied: '{tmp_path}'"),
+        (ImportError("LeRobot datasets need av: pip install"), "^error: LeRobot datasets need av: pip install"),
+    ):
 
-    monkeypatch.setattr(synthetic, "write", write)
-    with pytest.raises(SystemExit, match=rf"error: .*Permission denied: '{tmp_path / 'so100'}'"):
-        lerobot.main(["--preset", "so100"])
+        def write(root, robot, error=error):
+            raise error
+
+        monkeypatch.setattr(synthetic, "write", write)
+        with pytest.raises(SystemExit, match=said):
+            lerobot.main(["--preset", "so100"])

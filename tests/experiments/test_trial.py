@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from experiments import trial
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.control.interface import ActionChunk, Observation
 from robovlms_jax.control.retrying import Retry
-from robovlms_jax.control.robot import CALVIN
+from robovlms_jax.control.robot import CALVIN, end_effector
 from robovlms_jax.evaluation import blind
 from robovlms_jax.playtable.env import PlayTable
 
@@ -127,6 +128,17 @@ def test_a_session_begun_before_policies_tried_again_goes_on(tmp_path, robot):
     assert not session(tmp_path, robot, ["q"]).run()
     with pytest.raises(ValueError, match=r"another session's \(execution: .*'after': 0.*'after': 9"):
         session(tmp_path, robot, [], execution=Execution("first", retry=Retry(after=9)))
+
+
+def test_a_robot_whose_hand_cannot_be_moved_ends_it_before_policies_are_read(monkeypatch, tmp_path):
+    policy = types.SimpleNamespace(robot=end_effector("nameless", "ticks"))
+    monkeypatch.setattr(trial, "load_config", lambda path: types.SimpleNamespace(policy=policy))
+    monkeypatch.setattr(trial, "load_policy", lambda path: pytest.fail("read"))
+    monkeypatch.setattr(trial.logs, "to_stderr", lambda **_: None)
+    asked = ["--checkpoints", "x", "--out", str(tmp_path), "--instructions", "go", "--execution.retry.after", "9"]
+    monkeypatch.setattr(trial.sys, "argv", ["trial", *asked])
+    with pytest.raises(SystemExit, match="error: dimension 'x' has unit 'ticks'"):
+        trial.main()
 
 
 def lines(path):

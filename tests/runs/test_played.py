@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from experiments import calvin_abcd, serve, teach
+from experiments import calvin_abcd, evaluation_settings, serve, teach
 from robovlms_jax.control import robot
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.control.retrying import Retry
@@ -97,6 +97,26 @@ def test_rollouts_that_cannot_move_the_robots_hand_are_refused_before_training()
         dataclasses.replace(preset, rollouts=rollouts, policy=nameless).validate(1)
     asked = dataclasses.replace(rollouts, trials=0)
     dataclasses.replace(preset, rollouts=asked, policy=nameless).validate(1)  # nothing is rolled out
+
+
+def test_who_does_not_try_again_as_the_runs_own_rollouts_did_says_so(monkeypatch, caplog):
+    again = Execution("receding", 3, retry=Retry(after=90))
+    own = ExperimentConfig(demonstrations=SHOWN, rollouts=dataclasses.replace(ASKED, execution=again))
+    said = "the run's own rollouts were receding 3, retry after 90; here nothing is tried again"
+    monkeypatch.setattr(load, "load_config", lambda checkpoint: own)
+    for play in (
+        lambda: trying.resolved(trying.TryingConfig(), own),
+        lambda: serve.executed_of_a_chunk(serve.ServeConfig("x"), own),
+        lambda: evaluation_settings.of_checkpoint(["--checkpoint", "x", "--latency_ms", "50"]),
+    ):
+        caplog.clear()
+        play()
+        assert said in caplog.text
+    caplog.clear()
+    assert evaluation_settings.of_checkpoint(["--checkpoint", "x"]).execution == again
+    own = ExperimentConfig(demonstrations=SHOWN, rollouts=ASKED)
+    serve.executed_of_a_chunk(serve.ServeConfig("x"), own)
+    assert said[:20] not in caplog.text
 
 
 def test_vla_evals_clients_are_given_as_many_actions_as_the_runs_own_rollouts_executed():
