@@ -124,9 +124,10 @@ def test_programs_print_by_show():
 
 
 GONE = """
-import fcntl, pathlib, sys, termios, time
+import fcntl, pathlib, signal, sys, termios, time
 from robovlms_jax import ending
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests ignore it
 ending.on_sigterm()
 try:
     print("begun", flush=True)

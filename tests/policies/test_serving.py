@@ -86,7 +86,7 @@ def test_a_slot_acts_as_it_would_alone_whatever_size_the_others_pictures_have(se
             found[1].append(second.actions)
     assert policy._step._cache_size() == 2
     first, again = [record.getMessage() for record in caplog.records]
-    assert "compiled: pictures wrist 12x12, static 20x20, prompts of 8 tokens" in first
+    assert "compiling the control step (2 at a time): pictures wrist 12x12, static 20x20, prompts of 8 tokens" in first
     assert "slot 1's static picture is 30x26 (height x width) and others were 20x20" in again
     single = serving.VLAPolicy(*served, encode)
     for slot, instruction in enumerate(["open", "close"]):

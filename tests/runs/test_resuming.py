@@ -104,7 +104,7 @@ def test_what_changes_how_training_goes_on_is_said(caplog):
         ),
         (
             {"policy.window": 4},
-            r"policy.window: 8 in the checkpoint, 4 now .*init_from /runs/arm and another --train.outp",
+            r"policy.window: 8 in the checkpoint, 4 now .*init_from /runs/arm and another --out",
         ),
         ({"policy.head": GPTHeadConfig()}, r"policy.head.kind: 'lstm' in the checkpoint, 'gpt' now"),
         ({"backbone.name": "moondream"}, "backbone.name: 'kosmos-2' in the checkpoint"),
