@@ -22,7 +22,8 @@ WRITTEN = "files are written whole or not at all, so what was not finished is no
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came, or the signal that it is made with, and what it stopped is kept as after Ctrl-C."""
+    """A signal of `stopping_signals` came, the one that it is made with where that is known. What it stopped is kept as
+    after Ctrl-C."""
 
 
 def stopping_signals() -> tuple[signal.Signals, ...]:
@@ -71,7 +72,7 @@ def _is_pipe(descriptor: int) -> bool:
 
 def stopped_by(error: BaseException | None) -> str:
     """What a KeyboardInterrupt stands for, in words."""
-    return str(error) or "SIGTERM" if isinstance(error, Terminated) else "Ctrl-C"
+    return str(error) or "a signal" if isinstance(error, Terminated) else "Ctrl-C"
 
 
 def say(kept: str) -> None:

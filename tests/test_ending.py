@@ -21,7 +21,10 @@ from tests.test_imports import ROOT
 from tests.training.test_checkpoints import write_steps
 
 
-@pytest.mark.parametrize(("came", "said"), [(KeyboardInterrupt, "Ctrl-C"), (ending.Terminated, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("came", "said"),
+    [(KeyboardInterrupt, "Ctrl-C"), (ending.Terminated, "a signal"), (ending.Terminated("SIGHUP"), "SIGHUP")],
+)
 @pytest.mark.parametrize(
     ("program", "room", "work", "kept"),
     [

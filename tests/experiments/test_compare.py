@@ -14,6 +14,7 @@ import pytest
 from experiments import calvin_abcd, compare, evaluation_settings
 from robovlms_jax.control import robot
 from robovlms_jax.control.execution import Execution
+from robovlms_jax.control.retrying import Retry
 from robovlms_jax.evaluation import chains, comparison, conditions
 from robovlms_jax.evaluation.rollout import TrialResult
 from robovlms_jax.policies.config import PolicyConfig
@@ -74,6 +75,14 @@ def test_checkpoints_of_other_robots_are_refused_by_name():
 def test_settings_that_cannot_be_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         compare.CompareConfig(("a", "b"), **changes)
+
+
+def test_results_of_versions_that_could_try_nothing_again_are_gone_on_with():
+    policy = compare._Policy("a", "step_3-abc", pathlib.Path("a"), None, calvin_abcd.FIXTURES)
+    for retry, named in ((Retry(), False), (Retry(9), True)):
+        config = compare.CompareConfig(("a", "b"), execution=Execution(retry=retry))
+        stored = compare._settings(config, policy, "usual").conditions["protocol"]["execution"]
+        assert ("retry" in stored) == named
 
 
 def test_the_same_policy_twice_is_refused_and_settings_come_from_the_checkpoints_run():
