@@ -12,6 +12,7 @@ the output directory, beside structures.json and structures.png. Its numbers are
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import logging
 import pathlib
@@ -145,6 +146,7 @@ def compare(config: CompareConfig) -> pathlib.Path:
     """
     from robovlms_jax.runs import closed_loop  # takes longer than all that --help needs, as below
 
+    importlib.import_module("experiments.evaluate")  # not after hours: what is missing is told now
     output = pathlib.Path(config.out)
     grid = cells(config)
     _require_same_budget(output, config)

@@ -191,6 +191,11 @@ def trials(config: Any, jobs: Callable[[], Sequence[protocol.Job]]) -> list[queu
     return queue.finished(out) if config.report else protocol.work(out, jobs(), settings_of(config))
 
 
+JUDGES = ("experiments.evaluate", *(f"robovlms_jax.runs.{name}" for name in ("cost", "domains", "fisher")))
+"""What is needed when runs of hours have ended. Imported before the first begins: what is missing is told then, and
+what changes on disk meanwhile does not matter."""
+
+
 def main(work: Callable[[Any], pathlib.Path], presets: Mapping[str, Any], default: str, description: str) -> None:
     """The command line of a protocol."""
     logs.to_stderr(libraries=logging.ERROR)
@@ -198,6 +203,8 @@ def main(work: Callable[[Any], pathlib.Path], presets: Mapping[str, Any], defaul
     config = cli.parse(presets, default, description=description)[1]
     from robovlms_jax.runs import run
 
+    for module in JUDGES:
+        importlib.import_module(module)
     try:
         path = work(config)
     except KeyboardInterrupt:

@@ -36,6 +36,19 @@ TINY = (
 SAMPLE = {"start": "sample", "fixed": TINY}
 
 
+def test_what_judges_a_run_is_there_before_the_first_begins(tmp_path, monkeypatch):
+    def work(config):
+        begun.append(config)
+        return tmp_path
+
+    begun, missing = [], "experiments.not_installed"
+    monkeypatch.setattr(protocols.cli, "parse", lambda *arguments, **more: ("ten", "config"))
+    monkeypatch.setattr(protocols, "JUDGES", (*protocols.JUDGES, missing))
+    with pytest.raises(ModuleNotFoundError, match=missing):
+        protocols.main(work, {}, "ten", "")
+    assert not begun and "experiments.evaluate" in protocols.JUDGES
+
+
 def test_every_trial_of_few_shot_begins_as_it_should(tmp_path, monkeypatch):
     based(monkeypatch)
     task = "turn_on_led"
