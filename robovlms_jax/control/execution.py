@@ -146,7 +146,7 @@ class Executed:
     def __init__(self, policy: Policy, execution: Execution):
         self._policy, self._execution, self.robot = policy, execution, robot_of(policy)
         self._past: Past = ()
-        self._attempts, self._instruction = Attempts(execution.retry, self.robot), ""
+        self._attempts = Attempts(execution.retry, self.robot)
         self._executed: np.ndarray | None = None
         """None: no episode."""
         self._lock = threading.RLock()
@@ -159,7 +159,7 @@ class Executed:
     def _start(self, instruction: str) -> None:
         self._executed = None
         self._policy.reset(instruction)
-        self._past, self._executed, self._instruction = (), _none(self.robot), instruction
+        self._past, self._executed = (), _none(self.robot)
 
     def act(self, observation: Observation) -> ActionChunk:
         with self._lock:
@@ -167,7 +167,7 @@ class Executed:
                 raise RuntimeError("there is no episode: act() before reset(instruction), or the reset failed.")
             move = self._attempts.move(observation)
             if move is not None:
-                self._start(self._instruction)
+                self._start(self._attempts.instruction)
                 self._attempts.did(move, moved=True)
                 return ActionChunk(move)
             observation = dataclasses.replace(observation, executed=self._executed)
@@ -187,7 +187,6 @@ class ExecutedBatch:
         execution.require(self.robot)
         self._past: dict[int, Past] = {}
         self._executed: dict[int, np.ndarray] = {}
-        self._instructions: dict[int, str] = {}
         self._attempts: dict[int, Attempts] = {}
         self._lock = threading.RLock()
 
@@ -202,8 +201,8 @@ class ExecutedBatch:
         for slot in slots:
             self._executed.pop(slot, None)
         self._policy.reset(slots, instructions)
-        for slot, instruction in zip(slots, instructions, strict=True):
-            self._past[slot], self._executed[slot], self._instructions[slot] = (), _none(self.robot), instruction
+        for slot in slots:
+            self._past[slot], self._executed[slot] = (), _none(self.robot)
 
     def act(self, observations: Sequence[Observation], slots: Sequence[int]) -> list[ActionChunk]:
         with self._lock:
@@ -239,7 +238,7 @@ class ExecutedBatch:
     def _begin_again(self, moves: Mapping[int, np.ndarray]) -> dict[int, ActionChunk]:
         """These are executed, and the policy begins anew there."""
         if moves:
-            self._start(list(moves), [self._instructions[slot] for slot in moves])
+            self._start(list(moves), [self._attempts[slot].instruction for slot in moves])
         for slot, move in moves.items():
             self._attempts[slot].did(move, moved=True)
         return {slot: ActionChunk(move) for slot, move in moves.items()}

@@ -98,10 +98,11 @@ class Attempts:
                     f"{robot.name!r} lies in {dimension.low:g} to {dimension.high:g}. Leave it out for this robot."
                 )
         self._places = _columns(robot.state, "absolute", f"states of robot {robot.name!r}") if retry.still else ()
-        self._begin("")
+        self.begin("")
 
-    def _begin(self, instruction: str) -> None:
-        self._instruction, self._count = instruction, 0
+    def begin(self, instruction: str) -> None:
+        """A new episode, or a new instruction in it."""
+        self.instruction, self._count = instruction, 0
         self._origin = b""
         self._again()
         self._last: np.ndarray | None = None
@@ -110,10 +111,6 @@ class Attempts:
         self._steps = 0
         self._path: list[tuple[int, np.ndarray]] = []
         """Where the hand was (m), and after how many steps of this attempt; one entry at least as old as `still`."""
-
-    def begin(self, instruction: str) -> None:
-        """A new episode, or a new instruction in it."""
-        self._begin(instruction)
 
     def move(self, observation: Observation) -> np.ndarray | None:
         """float32[steps, A] to execute now instead of what the policy would say, where it is time for another
@@ -164,7 +161,7 @@ class Attempts:
 
     def _step(self) -> np.ndarray:
         """float[3], what is sent in each step of the move, in the robot's units."""
-        words = zlib.crc32(self._instruction.encode())
+        words = zlib.crc32(self.instruction.encode())
         rng = np.random.default_rng([self._retry.seed, words, zlib.crc32(self._origin), self._count])
         way = rng.normal(size=3)
         dimensions = [self._robot.action[column] for column in self._columns]
