@@ -220,6 +220,30 @@ FULL = dataclasses.replace(
     ),
 )
 
+# The real simulator's tables A to D and PlayTable's for the larger policy: half of every batch each, as pictures of the same
+# size. Both recordings are packed as one (docs/calvin.md).
+CALVIN_FULL = dataclasses.replace(
+    FULL,
+    data=dataclasses.replace(
+        FULL.data,
+        root="data/calvin_full",
+        static_shift=2,
+        wrist_shift=2,
+        decoded_gb=24.0,
+        further=FurtherConfig(roots={"playtable": "data/playtable_random"}),
+        augment=CALVIN_FIXTURES.data.augment,
+    ),
+    train=dataclasses.replace(
+        FULL.train,
+        output="runs/calvin_full",
+        sources={"robot": 1.0, "playtable": 1.0},
+        source_weights={"playtable": 0.5},
+        eval_every=0,
+    ),
+    demonstrations=DemonstrationConfig(),
+    rollouts=RolloutConfig(execution=FULL.rollouts.execution, max_steps=360),
+)
+
 
 def like_upstream(
     preset: str, backbone: str, *, frozen: str = "", readout: str = "action_query", **changes: int
@@ -270,6 +294,7 @@ PRESETS = {
     "calvin_fixtures_cpu": CALVIN_FIXTURES,
     "calvin_small": CALVIN_SMALL,
     "calvin_small_abcd": CALVIN_SMALL_ABCD,
+    "calvin_full": CALVIN_FULL,
     "sample": ExperimentConfig(
         backbone=BackboneConfig(name="kosmos-2-twin"),
         policy=PolicyConfig(window=8, chunk=10, head=LSTMHeadConfig(hidden_size=128, num_layers=2, trunk=(256, 128))),

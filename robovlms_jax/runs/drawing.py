@@ -132,21 +132,33 @@ class _Values:
 
     def _scanned(self, equation: core.JaxprEqn, place: int) -> np.ndarray:
         """What a loop collects, where each turn begins with its own key and nothing goes from one to the next."""
-        settings, body = equation.params, equation.params["jaxpr"]
-        before = settings["num_consts"] + settings["num_carry"]
-        if place < settings["num_carry"]:
+        num_consts, num_carry, body, consts = _loop(equation.params)
+        if place < num_carry:
             raise _Unreadable
+        before = num_consts + num_carry
         rows = [self._rows(variable) for variable in equation.invars[before:]]
         turns = []
-        for turn in range(settings["length"]):
+        for turn in range(equation.params["length"]):
             arguments = [*[None] * before, *[row and row[turn] for row in rows]]
-            turns.append(_Values(body.jaxpr, body.consts, arguments).of(body.jaxpr.outvars[place]))
+            turns.append(_Values(body, consts, arguments).of(body.outvars[place]))
         return np.stack(turns)
 
     def _rows(self, variable: Any) -> list[jax.Array] | None:
         if not jax.dtypes.issubdtype(variable.aval.dtype, jax.dtypes.prng_key):
             return None
         return list(jax.random.wrap_key_data(np.asarray(jax.random.key_data(self.of(variable)))))
+
+
+def _loop(settings: Mapping[str, Any]) -> tuple[int, int, core.Jaxpr, Collection[Any]]:
+    """A loop's numbers of constants and of carried values, what a turn computes, and its constants."""
+    try:
+        body = settings["jaxpr"]
+        if "num_consts" in settings:
+            return settings["num_consts"], settings["num_carry"], body.jaxpr, body.consts
+        constants, carried, _ = settings["ft_in"].unpack()  # since jax 0.11.2
+        return len(constants), len(carried), getattr(body, "jaxpr", body), body.consts
+    except (KeyError, AttributeError, TypeError, ValueError):
+        raise _Unreadable from None
 
 
 def _distribution(equation: core.JaxprEqn | None) -> str | None:
