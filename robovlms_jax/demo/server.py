@@ -75,6 +75,8 @@ class DemoServer(server.PageServer):
         self._controller: Visitor | None = None
         self._hello: dict[str, Any] | None = None
         self._newest: Message | None = None
+        self._patience: asyncio.TimerHandle | None = None
+        """Looks again whether who controls still does something, while somebody asks for control."""
 
     @property
     def ready(self) -> bool:
@@ -149,17 +151,30 @@ class DemoServer(server.PageServer):
     def _change_control(self, visitor: Visitor, want: object) -> None:
         holder = self._controller
         if want == "take":
-            if holder is None or time.monotonic() - holder.acted_s >= IDLE_S:
-                self._give_control(visitor)
-            else:
-                visitor.asks = visitor is not holder
+            visitor.asks = visitor is not holder
         elif want == "give" and visitor is holder:
             asking = [other for other in self._visitors.values() if other.asks]
             if asking:
                 self._give_control(asking[0])
         elif want == "leave":
             visitor.asks = False
+        self._wait_for_idle()
         self._tell_roles()
+
+    def _wait_for_idle(self) -> None:
+        """Gives control to who asks for it as soon as nobody has it, or who has it has done nothing for IDLE_S."""
+        if self._patience is not None:
+            self._patience.cancel()
+        asking = [other for other in self._visitors.values() if other.asks]
+        if not asking:
+            return
+        left = IDLE_S - (time.monotonic() - self._controller.acted_s) if self._controller else 0.0
+        if left > 0:
+            self._patience = asyncio.get_running_loop().call_later(left, self._wait_for_idle)
+        else:
+            self._give_control(asking[0])
+            self._wait_for_idle()  # for who asks, too
+            self._tell_roles()
 
     def _give_control(self, visitor: Visitor | None) -> None:
         self._controller = visitor
@@ -172,6 +187,7 @@ class DemoServer(server.PageServer):
         if visitor is self._controller:
             asking = [other for other in self._visitors.values() if other.asks]
             self._give_control(asking[0] if asking else None)
+            self._wait_for_idle()
             self._on_left()
         self._tell_roles()
 

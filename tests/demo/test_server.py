@@ -160,6 +160,37 @@ def test_who_controls_and_does_nothing_loses_control_to_who_asks(monkeypatch):
         assert told(second, "you", controls=True) and told(first, "you", controls=False)
 
 
+def test_who_asked_early_has_control_once_the_other_has_done_nothing_for_long(monkeypatch):
+    monkeypatch.setattr(servers, "IDLE_S", 0.6)
+    with running() as it, it.connect() as first, it.connect() as second, it.connect() as third:
+        told(first, "you", visitors=3)
+        say(first, "instruct", text="open the drawer")
+        eventually(lambda: it.commands)
+        for one in (second, third):
+            say(one, "control", want="take")
+            told(one, "you", asks=True, controls=False)
+        say(first, "instruct", text="close the drawer")
+        eventually(lambda: len(it.commands) == 2)
+        acted = time.monotonic()
+        assert told(second, "you", controls=True)["asks"] is False  # without a further word of anybody
+        assert time.monotonic() - acted > 0.5 and told(first, "you", controls=False)
+        assert told(third, "you", controls=True) and told(second, "you", controls=False)
+
+
+def test_who_asks_no_longer_gets_no_control(monkeypatch):
+    monkeypatch.setattr(servers, "IDLE_S", 0.3)
+    with running() as it, it.connect() as first, it.connect() as second:
+        told(first, "you", visitors=2)
+        say(first, "instruct", text="open the drawer")
+        eventually(lambda: it.commands)
+        say(second, "control", want="take")
+        told(second, "you", asks=True)
+        say(second, "control", want="leave")
+        told(second, "you", asks=False)
+        with pytest.raises(TimeoutError):
+            second.recv(0.6)
+
+
 def test_pictures_come_one_at_a_time_and_the_newest_first():
     with running() as it, it.connect() as line:
         told(line, "you")
