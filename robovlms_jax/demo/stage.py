@@ -154,6 +154,8 @@ class Stage:
         elif reading.kind == "unknown":
             way_on = "try one of the buttons below"
             self._say("problem", f"“{typed}”: the robot knows nothing like that; {way_on}. {self._goes_on()}")
+        elif not self.world.possible([match.task for match in reading.matches]):
+            self._say("problem", f"“{typed}”: {why_not(reading.matches[0].task)}. {self._goes_on()}")
         else:
             self._choices = [match.sentence for match in reading.matches]
             asked = "which of these is meant?" if len(self._choices) > 1 else "is this meant?"

@@ -72,7 +72,7 @@ def no_order(words: Sequence[str], *, begins_with_verb: bool, question: bool) ->
     asks = first in _QUESTIONS or (first == "do" and second in ("you", "i", "we"))
     asks |= first in ("can", "could", "will", "would") and second != "you"
     if asks or (question and not begins_with_verb):
-        return "that is a question, and the robot cannot answer; say what it should do"
+        return "that is a question, which the robot cannot answer; say what it should do: the buttons say examples"
     if _CONDITIONS & set(words):
         return "that depends on something, and the robot acts at once; say it when it is to be done"
     describes = {"is", "are", "was", "were"} & set(words) and not {"should", "must", "until", "so"} & set(words)

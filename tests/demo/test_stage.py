@@ -46,11 +46,12 @@ def test_a_task_that_takes_too_long_is_given_up():
         ("", "That was empty"),
         (None, "That was empty"),
         ("make me a coffee", "the robot knows nothing like that; try one of the buttons below. Nothing moves."),
-        ("what is the weather tomorrow", "that is a question"),
+        ("what can you do?", "that is a question, which the robot cannot answer; say what it should do: the buttons"),
         ("do not turn on the green light", "that says what not to do, and the robot only knows what to do. Nothing"),
         ("open the drawer", "“open the drawer”: that is so already. Nothing moves."),
         ("opn the drawr", "“opn the drawr”, understood as “open the drawer”: that is so already"),
         ("the light", "“the light”: which of these is meant? Nothing moves."),
+        ("open it", "“open it”: that is so already. Nothing moves."),  # all that it can mean
     ],
 )
 def test_what_is_not_known_or_not_possible_moves_nothing(typed, answer):
