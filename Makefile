@@ -33,7 +33,7 @@ test-newest: .venv-newest/ready  ## the same with the newest of everything
 test-oldest test-newest: test-%:
 	.venv-$*/bin/python -m pytest $(VERSION_TESTS) $(ARGS)
 	rm -rf .venv-$*/run
-	.venv-$*/bin/python -m experiments.calvin_abcd --preset sample --train.steps 20 --train.output .venv-$*/run
+	.venv-$*/bin/python -m experiments.calvin_abcd --preset sample --train.steps 20 --out .venv-$*/run
 
 lint: .venv/test  ## ruff, and spelling
 	$(BIN)/ruff check .

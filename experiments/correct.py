@@ -1,7 +1,7 @@
 """Corrections of a policy on PlayTable (DAgger): a scripted expert takes over where the policy has got to.
 
     python -m experiments.correct --checkpoint runs/playtable_fixtures --out data/corrections
-    python -m experiments.calvin_abcd --train.init_from runs/playtable_fixtures --train.output runs/corrected \\
+    python -m experiments.calvin_abcd --init_from runs/playtable_fixtures --out runs/corrected \\
         --data.further.roots corrections data/corrections --train.sources robot 0.5 corrections 0.5
 
 What is recorded has the layout of demonstrations; training draws from both. A recording that was stopped goes on when

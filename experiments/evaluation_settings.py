@@ -37,8 +37,8 @@ class EvaluateConfig:
     chains: int = 100
     """How many of the 1000 official chains (the first ones), or of a SimplerEnv task's layouts; 0: all."""
     tasks: tuple[str, ...] = ()
-    """Instead of chains: this many trials of single tasks, taking turns, from random initial states they are possible
-    in (playtable, calvin)."""
+    """Single tasks instead of chains: as many trials as `chains` says, taking turns, from random initial states they
+    are possible in (playtable, calvin)."""
     max_steps: int = 360
     """Control steps per task of a chain."""
     execution: Execution = Execution()

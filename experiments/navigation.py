@@ -2,7 +2,7 @@
 
 python -m experiments.navigation                                   # the whole way on a laptop, about ten minutes
 python -m experiments.navigation --train.resume                    # drives and report of a finished run again
-python -m experiments.navigation --backbone.name paligemma-3b-224 --backbone.weights DIR --train.output runs/base_3b
+python -m experiments.navigation --backbone.name paligemma-3b-224 --backbone.weights DIR --out runs/base_3b
 
 The eight scenarios, their sentences and the simulator: docs/navigation.md.
 """

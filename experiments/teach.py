@@ -1,7 +1,7 @@
 """A person takes over where a policy goes wrong (DAgger by hand): PlayTable in the browser, the arm driven by keys.
 
     python -m experiments.teach --checkpoint runs/playtable_fixtures --out data/taught     # then open the address
-    python -m experiments.calvin_abcd --train.init_from runs/playtable_fixtures --train.output runs/corrected \\
+    python -m experiments.calvin_abcd --init_from runs/playtable_fixtures --out runs/corrected \\
         --data.further.roots taught data/taught --train.sources robot 0.5 taught 0.5
 
 The policy acts until a person takes over, and again when it is told to go on. Trials that end with the task done are

@@ -21,8 +21,10 @@ from robovlms_jax import schema
 _WIDEST, _NARROWEST = 120, 72
 _LINES, _MORE_LINES = 45, 50
 """Of help, where the terminal has `_WIDEST` columns, and where it has fewer."""
-_VALUE, _EXAMPLES = 20, 8
+_VALUE, _EXAMPLES = 24, 8
 """Columns for a value; lines for examples, and for names of presets."""
+_KEPT = "\0"
+"""Stands for a space at which a line must not be broken."""
 _LIKE = 0.8
 """Least `difflib` ratio at which a name is taken for another one that is misspelt, wherever that one stands."""
 _USUAL = {"lr": "learning_rate", "bs": "batch_size", "wd": "weight_decay"}
@@ -95,7 +97,7 @@ def _lines(config: Any, shown: list[str], room: int) -> list[str]:
 
 def _one_line_each(config: Any, shown: Sequence[str], width: int, words: Mapping[str, str]) -> list[str]:
     """Fields in a narrow terminal: with its value, and as much of the text as fits beside them."""
-    leads = {path: f"  --{path} {_value(config, path)}" for path in shown}
+    leads = {path: f"  {_flag(path)} {_value(config, path)}" for path in shown}
     column = min(max(map(len, leads.values()), default=0), width // 2 - 2) + 2
     lines = []
     for path, lead in leads.items():
@@ -116,27 +118,33 @@ def _shortened(text: str, room: int) -> str:
 
 def _shown_examples(lines: Sequence[str], width: int) -> list[str]:
     """As many whole examples as fit; lines: of `with_examples_apart`, an example's further ones indented by eight."""
-    shown: list[str] = []
+    whole: list[str] = []
     for line in lines:
-        parts = _example_lines(line[2:], width)
-        goes_on = bool(shown) and shown[-1].endswith("\\")
-        if len(shown) + len(parts) > _EXAMPLES and not goes_on:
+        if whole and whole[-1].endswith("\\"):
+            whole[-1] = whole[-1].removesuffix("\\").rstrip() + " " + line.strip()
+        else:
+            whole.append(line[2:])
+    shown: list[str] = []
+    for example in whole:
+        parts = _example_lines(example, width)
+        if len(shown) + len(parts) > _EXAMPLES:
             break
         shown += parts
     return shown
 
 
 def _example_lines(example: str, width: int) -> list[str]:
-    """A command, broken where a shell allows it: its comment, which cannot be, goes before it where both are too long
-    for a line."""
+    """A command, broken where a shell allows it, and not between a flag and its value: its comment, which cannot be,
+    goes before it where both are too long for a line."""
     wrapped = functools.partial(textwrap.wrap, width=width - 2, break_long_words=False, break_on_hyphens=False)
     command, _, comment = example.partition(" # ")
     before = []
     if comment and len(example) > width - 2:
         before = wrapped(comment.strip(), initial_indent="  # ", subsequent_indent="  # ")
         example = command.rstrip()
-    lines = wrapped(example, subsequent_indent="      ", replace_whitespace=False, drop_whitespace=True)
-    lines[0] = "  " + lines[0].strip()
+    kept = re.sub(r'(--\S+) (?!-)|"[^"]*"', lambda found: found[0].replace(" ", _KEPT), example)
+    lines = wrapped(kept, subsequent_indent="      ", replace_whitespace=False, drop_whitespace=True)
+    lines = [line.replace(_KEPT, " ") for line in ["  " + lines[0].strip(), *lines[1:]]]
     return [*before, *(line + " \\" for line in lines[:-1]), lines[-1]]
 
 
@@ -144,7 +152,7 @@ def _field_lines(config: Any, path: str, shown: Sequence[str], width: int, seps:
     """A field, its value and what it is. seps: where a text may end that fits on no one line."""
     column = min(max(map(len, shown)) + 5, 40)
     value = _value(config, path)
-    lead = f"  --{path}".ljust(column) + f" {value:<{_VALUE}} "
+    lead = f"  {_flag(path)}".ljust(column) + f" {value:<{_VALUE}} "
     text, room = document(config, path), width - column - _VALUE - 2
     if len(text) > room and seps and not text.startswith("one of "):
         ends = [i for sep in seps if 12 < (i := text.rfind(sep, 0, room + len(sep))) <= room]
@@ -153,6 +161,11 @@ def _field_lines(config: Any, path: str, shown: Sequence[str], width: int, seps:
     lines = textwrap.wrap(text, room, break_on_hyphens=False) or [""]
     first = [lead + lines[0]] if len(lead) <= width - room else [lead.rstrip(), indent + lines[0]]
     return [*(line.rstrip() for line in first), *(indent + line for line in lines[1:])]
+
+
+def _flag(path: str) -> str:
+    """As it is typed; results go to --out in every program (`cli.OUTPUT`)."""
+    return "--out" if path == "train.output" else f"--{path}"
 
 
 def _rest(others: Collection[str], width: int) -> list[str]:
@@ -266,7 +279,7 @@ def document(config: Any, path: str) -> str:
     if isinstance(hint, type) and issubclass(hint, schema.Tagged):
         return "one of " + ", ".join(hint.kinds())
     if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+        return "one of " + ", ".join(str(value) or '""' for value in typing.get_args(hint))
     text = " ".join(_documents(_class(config)).get(name, "").split())
     return re.split(r"\. ", text)[0].rstrip(".")
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import operator
 import re
+from typing import Literal
 
 import pytest
 
@@ -18,11 +19,30 @@ def test_a_narrow_terminal_gets_a_line_for_each_field_and_no_field_less(columns,
     monkeypatch.setenv("COLUMNS", str(columns))
     text = cli_help.short_help("x", "What.", ("one", ["one"]), ExperimentConfig(), ExperimentConfig.USUAL)
     assert [line.split()[0] for line in text.splitlines() if line.startswith("  --")] == [
-        f"--{path}" for path in ExperimentConfig.USUAL
+        f"--{path}".replace("--train.output", "--out") for path in ExperimentConfig.USUAL
     ]
     assert max(len(line) for line in text.splitlines()) <= max(columns, 80)
     assert len(text.splitlines()) < len(ExperimentConfig.USUAL) + 12
     assert text.endswith(" ...).") and text.splitlines()[-3] == ""  # the last sentence is whole, in two lines
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_an_example_is_broken_where_a_shell_allows_it_and_no_flag_loses_its_value(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    command = 'python -m x --checkpoints runs/a runs/b --instructions "open the drawer" --reworded "pull it out"'
+    text = f"What.\n\n    {command} \\\n        --config a_configuration_that_is_long.json\n    python -m y"
+    shown = cli_help.short_help("x", text, ("", ()), ExperimentConfig(), ExperimentConfig.USUAL)
+    first, *more, last = shown.partition("Fields:")[0].split("\n\n")[2].splitlines()
+    assert first.startswith("  python -m x ") and last == "  python -m y" and more
+    assert all(line.startswith("      --") for line in more)  # also what stood on a line of its own
+    assert all(line.endswith(" \\") for line in [first, *more][:-1]) and not more[-1].endswith("\\")
+    joined = " ".join(line.removesuffix("\\").strip() for line in [first, *more])
+    assert joined == f"{command} --config a_configuration_that_is_long.json"
+
+
+def test_a_choice_that_is_empty_is_shown_as_such():
+    config = dataclasses.make_dataclass("Own", [("dtype", Literal["", "float32"], "")])()
+    assert cli_help.document(config, "dtype") == 'one of "", float32'
 
 
 def test_a_field_that_leaves_no_room_for_words_is_shown_without_any(monkeypatch):
@@ -35,7 +55,7 @@ def test_a_field_that_leaves_no_room_for_words_is_shown_without_any(monkeypatch)
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [("runs/a_name_that_is_too_long", "runs/..."), ("wrist static_and_another", "wrist ..."), ("a" * 21, "...")],
+    [("runs/a_name_that_is_too_long", "runs/..."), ("wrist static_and_another_one", "wrist ..."), ("a" * 25, "...")],
 )
 def test_of_a_value_that_is_too_long_the_words_and_folders_that_fit_are_shown(value, shown, monkeypatch):
     monkeypatch.setattr(cli_help, "document", lambda config, path: "")
@@ -63,7 +83,7 @@ def test_help_fits_one_screen_and_help_all_has_every_field(capsys, monkeypatch):
     lines = short.splitlines()
     assert len(lines) <= 45 and max(map(len, lines)) <= 120
     for path in ExperimentConfig.USUAL:  # each says what it is, not its name alone
-        (line,) = [line for line in lines if line.split()[:1] == [f"--{path}"]]
+        (line,) = [line for line in lines if line.split()[:1] == [f"--{path}".replace("--train.output", "--out")]]
         assert len(line.split()) > 3, line
     with pytest.raises(SystemExit):
         cli.parse(presets, "one", description="What it does.", argv=["--help-all"])

@@ -160,7 +160,7 @@ class TrainConfig:
     """The training run."""
 
     output: str = "runs/default"
-    """Run directory: config, logs, checkpoints, report."""
+    """Run directory: config, logs, checkpoints, report. In short: --out."""
     resume: bool = False
     """Go on from the newest checkpoint in `output`. Without it, a directory that already holds checkpoints is
     refused."""
