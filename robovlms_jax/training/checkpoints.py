@@ -315,7 +315,8 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
         )
     complete, damages = _first_complete(steps)
     for step, reason in damages.items():
-        logger.warning("checkpoint %s is passed over: %s", step, reason)
+        instead = f"; {complete} is taken, another policy" if complete else ""
+        logger.warning("checkpoint %s is passed over: %s%s", step, reason, instead)
     if complete is None:
         raise FileNotFoundError(
             f"no complete checkpoint in {path}: {'; '.join(damages.values())}. Name another run or step."
