@@ -290,7 +290,8 @@ def _train_stage(
         loader_rate=rate,
         position=lambda step: {"next_step": step, "order": order, "stage": stage.position(step)},
     )
-    logger.info("compiling the training step; large models take minutes, step %d follows", start + 1)
+    if start < stage.end:  # else it is finished, and only its report is left
+        logger.info("compiling the training step; large models take minutes, step %d follows", start + 1)
 
     def train_step(current: state.TrainState, batch: Any) -> tuple[state.TrainState, Mapping[str, jax.Array]]:
         with services.goodput.spent_on("compile"):

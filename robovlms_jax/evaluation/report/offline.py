@@ -38,7 +38,8 @@ _OPEN_LOOP = (
 )
 _GUESSES = (
     "Beside each error stands that of a guess which looks at nothing: {still}, or always the mean of the recorded "
-    "actions. A policy that has learned something is below both."
+    "actions. A policy that has learned something is below both; where the recording never moves they are 0, and no "
+    "policy can be."
 )
 _OPEN_LOOP_EPISODES = (
     "The first action of every predicted chunk over the recorded one, frame by frame. The pictures are those of the "
