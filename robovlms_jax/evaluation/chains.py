@@ -201,6 +201,7 @@ def evaluate(
             for result in _append(directory / f"results-{share.index:03d}.jsonl", setup, results):
                 scores.append(result.score)
                 bar.update()
+            bar.set_postfix_str(f"{sum(scores)} tasks solved", refresh=False)  # what the last trial did, too
         single = max((len(trial.tasks) for trial in mine), default=0) == 1
         found = f"{np.mean(scores):.0%} solved" if single else f"{np.mean(scores):.2f} tasks in a row"
         log.info("%s: %d trials in %d s, %s", envs.name, len(scores), time.monotonic() - begin, found)

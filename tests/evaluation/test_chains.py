@@ -111,12 +111,13 @@ def test_a_bar_stands_from_the_first_second_on_and_moves_before_a_trial_ends(tmp
     caplog.set_level("INFO")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(bars, "EVERY_S", (0.0, 0.0))
-    evaluate(tmp_path, TRIALS[:4])
+    results = evaluate(tmp_path, TRIALS[:4])
     shown = [line.strip() for line in capsys.readouterr().err.split("\r") if line.strip()]
     assert "0/4" in shown[0]
     assert any("compiling" in line and "0/4" in line for line in shown)
     assert any("control step 1" in line and "0/4" in line for line in shown)
     assert any("3/4" in line and "tasks solved" in line for line in shown)
+    assert "4/4" in shown[-1] and f", {sum(each.score for each in results.results)} tasks solved]" in shown[-1]
     (said,) = [record.getMessage() for record in caplog.records if "tasks in a row" in record.getMessage()]
     assert said.startswith("Line: 4 trials in ")
 

@@ -146,7 +146,7 @@ def test_a_film_shows_every_frame_and_is_linked(recording, tmp_path):
 def test_rollouts_are_looked_through_on_a_page(recording, tmp_path):
     rollout_report.write_report(tmp_path, [evaluation(0.5)], recordings=[recording])
     text = (tmp_path / "rollouts.html").read_text()
-    assert text.count('<div class="player">') == 1
+    assert text.count('<div class="player">') == 1 and "failures first, as the policy sees them" in text
     assert f"trial {recording.trial.index}" in text and f"after {recording.result.steps[-1]} steps" in text
 
 

@@ -124,7 +124,7 @@ def write_report(
     atomic.write_text(path, text)
     text = text.split("## Rollouts\n")[0] if recordings else text  # recordings stand in place of their films
     shown = [_playable(recording, _PICTURES) for recording in recordings]
-    player.write(directory / "rollouts.html", title, text, "Rollouts to look through, failures first", shown)
+    player.write(directory / "rollouts.html", title, text, "Rollouts, failures first, as the policy sees them", shown)
     if rrd:
         rerun_file.write(rrd, title, [_playable(recording, len(recording.frames)) for recording in recordings])
     return path
