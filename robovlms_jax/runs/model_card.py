@@ -151,8 +151,9 @@ def _numbers(run: pathlib.Path, label: str) -> Iterator[str]:
     if overall:
         yield (
             f"Open loop, on {int(overall['count']):,} recorded actions of the validation split (predicted against "
-            f"recorded, nothing executed): gripper {tables.percent(overall['gripper_accuracy'])} right."
-            if overall.get("gripper_accuracy") is not None
+            f"recorded, nothing executed): gripper {tables.percent(overall['gripper_accuracy'])} right, where always "
+            f"answering the commoner state is {tables.percent(overall['gripper_majority'])}."
+            if None not in (overall.get("gripper_accuracy"), overall.get("gripper_majority"))
             else f"Open loop, {int(overall['count']):,} recorded actions of the validation split were compared."
         )
 

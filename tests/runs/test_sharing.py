@@ -127,6 +127,10 @@ def test_a_card_without_results_says_that_success_is_not_known(run, tmp_path):
     alone = shutil.copytree(run / "checkpoints", tmp_path / "alone" / "checkpoints")
     _, text = sharing.prepare(str(alone.parent), "me/kitchen", WORDS)
     assert "how often it succeeds is not known" in text
+    found = {"count": 6068, "gripper_accuracy": 0.684, "gripper_majority": 0.62}
+    (alone.parent / "report.json").write_text(json.dumps({"overall": found}))
+    _, text = sharing.prepare(str(alone.parent), "me/kitchen", WORDS)
+    assert "68.4 % right, where always answering the commoner state is 62.0 %." in text
 
 
 def test_names_licences_and_damaged_checkpoints_are_refused_before_anything_is_uploaded(run, fake, tmp_path):
