@@ -220,8 +220,8 @@ FULL = dataclasses.replace(
     ),
 )
 
-# The real simulator's tables A to D and PlayTable's for the larger policy: half of every batch each, as pictures of the same
-# size. Both recordings are packed as one (docs/calvin.md).
+# The larger policy in the real simulator, on one GPU: half of every batch are recordings of tables A to D, half of
+# PlayTable's, all different. Each is several recordings, packed as one (docs/calvin.md).
 CALVIN_FULL = dataclasses.replace(
     FULL,
     data=dataclasses.replace(

@@ -168,6 +168,14 @@ class Dataset(abc.ABC):
         return {camera: np.empty((num_frames, *self.image_sizes[camera], 3), np.uint8) for camera in cameras}
 
 
+def frames_within(frame_ids: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    """int64[n], those of the sorted `frame_ids` that int[m, 2] inclusive spans cover."""
+    inside = np.zeros(len(frame_ids) + 1, np.int64)
+    np.add.at(inside, np.searchsorted(frame_ids, spans[:, 0]), 1)
+    np.add.at(inside, np.searchsorted(frame_ids, spans[:, 1], side="right"), -1)
+    return frame_ids[np.cumsum(inside[:-1]) > 0].astype(np.int64)
+
+
 def rows_of(stored_ids: np.ndarray, frame_ids: Sequence[int], name: str) -> np.ndarray:
     """Positions of `frame_ids` in the sorted `stored_ids`. Raises ValueError naming a frame that is not there."""
     wanted = np.asarray(frame_ids)

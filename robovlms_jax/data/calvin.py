@@ -134,10 +134,7 @@ class NpzDataset(base.Dataset):
 
     def frames_within(self, spans: np.ndarray) -> np.ndarray:
         """int64[n], sorted ids of all frames that int[m, 2] inclusive spans cover and that are present."""
-        inside = np.zeros(len(self.frame_ids) + 1, np.int64)
-        np.add.at(inside, np.searchsorted(self.frame_ids, spans[:, 0]), 1)
-        np.add.at(inside, np.searchsorted(self.frame_ids, spans[:, 1], side="right"), -1)
-        return self.frame_ids[np.cumsum(inside[:-1]) > 0].astype(np.int64)
+        return base.frames_within(self.frame_ids, spans)
 
     def frame(self, frame_id: int) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
         """All of one frame: camera -> uint8[height, width, 3], field -> float32[d]. Raises CorruptFrameError."""

@@ -10,17 +10,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from robovlms_jax.data import base, calvin, packed, packing
+from robovlms_jax.data import base, packed, packing
 
 
 class Split(packing.FrameSource, Protocol):
-    """What is joined: a split that knows its frames and sessions; `calvin.NpzDataset` is one."""
+    """What is joined: a split that knows its frames; `calvin.NpzDataset` and `PackedSplit` are such."""
 
     frame_ids: np.ndarray
-    directory: pathlib.Path
-
-    def sessions(self) -> np.ndarray:
-        """int64[S, 2], first and last frame of each recording session."""
 
 
 class PackedSplit:
@@ -28,7 +24,7 @@ class PackedSplit:
 
     def __init__(self, directory: pathlib.Path):
         self._dataset = dataset = packed.PackedDataset(directory)
-        self.directory, self.name, self.episodes = dataset.directory, dataset.name, dataset.episodes
+        self.name, self.episodes = dataset.name, dataset.episodes
         self.image_sizes, self.arrays = dataset.image_sizes, tuple(dataset.meta["arrays"])
         self.robot, self.action_units, self.statistics = dataset.robot, dataset.action_units, dataset.statistics
         self.sensors = tuple(dataset.meta.get("sensors", ()))
@@ -41,9 +37,6 @@ class PackedSplit:
     def encoded(self, frame_id: int) -> tuple[list[bytes], Mapping[str, np.ndarray]]:
         cameras = self._dataset.cameras
         return [self._dataset.encoded([frame_id], camera)[0] for camera in cameras], self._numbers(frame_id)
-
-    def sessions(self) -> np.ndarray:
-        return calvin.read_sessions(self.directory)
 
     def _numbers(self, frame_id: int) -> dict[str, np.ndarray]:
         return {name: self._dataset.array(name, [frame_id])[0] for name in self.arrays}
@@ -74,9 +67,7 @@ class Joined:
         self.sensors = tuple(name for name in getattr(first, "sensors", ()) if name in self.arrays)
         spans = [int(split.frame_ids[-1]) - int(split.frame_ids[0]) + 1 for split in splits]
         self._begin = np.concatenate([[0], np.cumsum(spans)]).tolist()
-        self._shift = [
-            begin - int(split.frame_ids[0]) for begin, split in zip(self._begin[:-1], splits, strict=True)
-        ]
+        self._shift = [begin - int(split.frame_ids[0]) for begin, split in zip(self._begin[:-1], splits, strict=True)]
         self.frame_ids = np.concatenate(
             [split.frame_ids.astype(np.int64) + shift for split, shift in zip(splits, self._shift, strict=True)]
         )
@@ -97,11 +88,6 @@ class Joined:
         split, old = self._find(frame_id)
         images, numbers = split.encoded(old)
         return images, {name: numbers[name] for name in self.arrays}
-
-    def sessions(self) -> np.ndarray:
-        """int64[S, 2], first and last frame of each recording session."""
-        pairs = zip(self._splits, self._shift, strict=True)
-        return np.concatenate([split.sessions() + shift for split, shift in pairs])
 
     def _find(self, frame_id: int) -> tuple[Any, int]:
         number = bisect.bisect_right(self._begin, frame_id) - 1

@@ -141,9 +141,9 @@ def test_training_goes_on_where_only_training_was_downloaded(write_calvin, caplo
 
 def test_packing_leaves_out_an_unannotated_validation_split(write_calvin, tmp_path, caplog):
     root = unannotated(write_calvin([(0, 3)]))
-    pack_calvin.main(pack_calvin.Args(root=root, out=tmp_path / "packed", workers=1))
+    pack_calvin.main(pack_calvin.Args(root=(root,), out=tmp_path / "packed", workers=1))
     assert len(calvin.open_dataset(tmp_path / "packed", "training").episodes) == 1
     assert f"{root}/validation is left out" in caplog.text
     (root / "training" / "lang_annotations" / "auto_lang_ann.npy").unlink()
     with pytest.raises(base.NotAnnotatedError, match="training has no language annotations"):
-        pack_calvin.main(pack_calvin.Args(root=root, out=tmp_path / "other", workers=1))
+        pack_calvin.main(pack_calvin.Args(root=(root,), out=tmp_path / "other", workers=1))

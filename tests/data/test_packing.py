@@ -88,14 +88,14 @@ def test_the_command_packs_every_split_with_its_sidecars(write_calvin, tmp_path)
     shutil.copytree(root / "training", root / "validation")
     (root / "validation" / ".hydra").mkdir()
     (root / "validation" / ".hydra" / "merged_config.yaml").write_text("scene: D")
-    pack_calvin.main(pack_calvin.Args(root=root, out=tmp_path / "out", workers=1, all_frames=True))
+    pack_calvin.main(pack_calvin.Args(root=(root,), out=tmp_path / "out", workers=1, all_frames=True))
     for split in ("training", "validation"):
         dataset = calvin.open_dataset(tmp_path / "out", split)
         assert dataset.frame_ids.tolist() == list(range(90, 150))
         assert np.load(dataset.directory / "ep_start_end_ids.npy").tolist() == [[90, 149]]
     assert (tmp_path / "out" / "validation" / ".hydra" / "merged_config.yaml").read_text() == "scene: D"
     with pytest.raises(ValueError, match=r"looked for .*nowhere/training"):
-        pack_calvin.main(pack_calvin.Args(root=tmp_path / "nowhere", out=tmp_path / "out2"))
+        pack_calvin.main(pack_calvin.Args(root=(tmp_path / "nowhere",), out=tmp_path / "out2"))
 
 
 def test_one_read_serves_a_run_of_frames(write_calvin, tmp_path, monkeypatch):

@@ -171,7 +171,7 @@ def test_sensors_survive_packing_and_conversion_missing_values_included(write_ca
     change = {frame: {"torque": values} for frame, values in torque.items()}
     (root,) = {write_calvin([(10, 19)], split=split, change=change) for split in ("training", "validation")}
     ids, expected = np.arange(10, 20), np.float32(list(torque.values()))
-    pack_calvin.main(pack_calvin.Args(root, tmp_path / "packed", sensors=("torque",), workers=1))
+    pack_calvin.main(pack_calvin.Args((root,), tmp_path / "packed", sensors=("torque",), workers=1))
     stored = calvin.open_dataset(tmp_path / "packed", "training")
     np.testing.assert_array_equal(stored.array("torque", ids), expected)
     values, present = sensors.make(Reading("torque", "vector", "torque", (5,))).read(stored, ids)

@@ -55,6 +55,17 @@ def test_what_was_seen_of_table_d_differs_in_data_alone_and_takes_a_quarter_of_w
     assert shares["playtable"] == sum(shares.values()) / 2
 
 
+def test_the_larger_policy_sees_the_real_simulator_and_playtable_in_pictures_of_the_same_size():
+    full, larger = calvin_abcd.PRESETS["playtable_full"], calvin_abcd.PRESETS["calvin_full"]
+    assert (larger.policy, larger.backbone, larger.optimizer) == (full.policy, full.backbone, full.optimizer)
+    assert larger.train.sources == {"robot": 1.0, "playtable": 1.0}  # half of every batch
+    assert set(larger.train.sources) == {"robot", *larger.data.further.names}
+    # Whichever has more demonstrations, what is asked in the end counts most.
+    assert larger.train.source_weights == {"playtable": 0.5}
+    assert larger.data.augment == calvin_abcd.PRESETS["calvin_small"].data.augment != full.data.augment
+    assert not larger.demonstrations.episodes and not larger.rollouts.trials  # `record_calvin` and `evaluate` do it
+
+
 def test_own_data_alone_are_asked_for_a_preset_and_own_weights_mean_the_real_one():
     assert calvin_abcd.default_preset([]) == "playtable_fixtures"
     assert calvin_abcd.default_preset(["--train.steps", "3"]) == "playtable_fixtures"

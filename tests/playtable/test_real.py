@@ -169,7 +169,7 @@ def test_a_recording_is_read_and_packed_as_calvins_own_data_are(checkout, fake, 
     drawer = dataset.array("scene_obs", frames)[:, 1]
     assert drawer[0] < 0.12 < drawer[-1] and np.abs(dataset.actions(frames)).max() <= 1.0
     assert dataset.images(frames[:1], ("static", "wrist"))["static"].shape == (1, 200, 200, 3)
-    pack_calvin.main(pack_calvin.Args(out, tmp_path / "packed", workers=1))
+    pack_calvin.main(pack_calvin.Args((out,), tmp_path / "packed", workers=1))
     packed = calvin.open_dataset(tmp_path / "packed", "training")
     assert [e.instruction for e in packed.episodes] == [e.instruction for e in dataset.episodes]
 
