@@ -60,7 +60,7 @@ def train_batches(
     numbers = numbers.batch(segments_per_batch, drop_remainder=True)  # without it an endless one overflows
     numbers = numbers.map_with_index(functools.partial(order.draw, seed))
     batches = numbers[start_step:].map(functools.partial(_read_drawn, source.training_batch, rows))
-    reading = batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
+    reading = batches.to_iter_dataset(_read_options(num_threads, prefetch))
     if num_workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read an absl flag, which programs without absl never parse
@@ -90,7 +90,7 @@ def evaluation_batches(
     numbers = np.append(numbers, np.full(-len(numbers) % segments_per_batch, PADDING)).reshape(-1, segments_per_batch)
     batches = grain.MapDataset.source(numbers[: num_batches or None])
     batches = batches.map(functools.partial(_read_rows, source.evaluation_batch, rows))
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)))
+    return iter(batches.to_iter_dataset(_read_options(num_threads, prefetch)))
 
 
 def choose_workers(
@@ -132,6 +132,13 @@ def measure(batches: Iterator[Any], windows_per_batch: int, seconds: float) -> f
         next(batches)
         count += 1
     return count * windows_per_batch / (time.perf_counter() - begin)
+
+
+def _read_options(num_threads: int, prefetch: int) -> grain.ReadOptions:
+    import grain
+
+    # Grain warns of threads that can have no batch to read, and may refuse them one day.
+    return grain.ReadOptions(num_threads=min(num_threads, prefetch), prefetch_buffer_size=prefetch)
 
 
 def _start_worker(index: int, count: int) -> None:

@@ -260,6 +260,13 @@ def test_starting_at_a_step_continues_exactly(dataset, step):
         assert_same(a, b)
 
 
+def test_more_threads_than_batches_kept_ready_are_no_reason_to_warn(dataset, caplog):
+    source = make_source(dataset)
+    train(source, 1, num_threads=8, prefetch=2)
+    take(loading.evaluation_batches(source, segments_per_batch=4, num_batches=1, num_threads=8, prefetch=2))
+    assert not caplog.records
+
+
 def test_a_batch_larger_than_an_epoch_is_filled_from_the_next(dataset):
     source = make_source(dataset)
     (batch,) = train(source, 1, segments_per_batch=2 * len(source))
