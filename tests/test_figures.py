@@ -377,6 +377,15 @@ def test_what_an_h200_did_is_what_its_result_files_say():
         row, held = steps[name]["windows_per_segment"]["8"], steps[name]["device_peak_bytes"]
         cells = (row["seconds_per_step"] * 1e3, row["windows_per_second"], row["mfu"] * 100, held / 1e9)
         assert "| {:.0f} | {:.1f} | {:.1f} % | {:.1f} GB |".format(*cells) in text
+    shared = steps["k_1_8_16"]
+    for k, row in shared["windows_per_segment"].items():
+        times, limit = (shared["speedup"][k][name] for name in ("measured", "limit"))
+        cells = (k, row["frames_per_step"], row["seconds_per_step"] * 1e3, row["windows_per_second"], times, limit)
+        rest = (row["mfu"] * 100, row["program_peak_bytes"] / 1e9)
+        line = "| {} | {} | {:.0f} | {:.1f} | {:.2f} | {:.2f} | {:.1f} % | {:.1f} GB |".format(*cells, *rest)
+        assert line in text
+    again = control["as_of_2026_11_27"]["slots"]["1"]["median_seconds"] * 1e3
+    assert f"(`as_of_2026_11_27`) | {again:.2f} |" in text
     kinds = steps["kernels_of_three_steps"]["kinds_seconds"]
     parts = "{products:.0f} of products".format(**{kind: x / 3 * 1e3 for kind, x in kinds.items()})
     assert parts in text and f"{kinds['attention'] / 3 * 1e3:.0f} of attention" in text
