@@ -97,5 +97,5 @@ help:  ## this list
 .venv-newest/ready: always
 always:
 
-clean:  ## away with the environments and runs/
-	rm -rf .venv .venv-plans .venv-oldest .venv-newest .venv-wheel runs
+clean:  ## away with the environments; runs/ stays
+	rm -rf .venv .venv-plans .venv-oldest .venv-newest .venv-wheel

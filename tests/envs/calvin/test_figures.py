@@ -163,3 +163,41 @@ def test_what_the_calvin_page_says_of_pictures_and_blocks_is_what_was_run():
     assert share(policy["all"]) in text and share(policy["failures_at_another_block_rotate_lift"]) in text
     for name, verb in (("pushes", "push"), ("rotations", "rotate"), ("lifts", "lift")):
         assert "{} {count} of {of}".format(name, **policy["tasks"][verb]["solved"]) in text
+
+
+def test_what_the_larger_policy_did_in_the_real_simulator_is_what_was_run():
+    every, text = result("calvin_small/results"), page("calvin.md")
+    found = every["calvin_full"]
+    row, starts = found["chains_on_d"], found["blocks_by_start"]
+    digits, tasks = [int(x) for x in row["solved_in_each"]], row["tasks_solved_of_asked"]
+    assert row["average_length"]["value"] == pytest.approx(sum(digits) / row["chains"], abs=5e-4)
+    assert sum(digits) == sum(done for done, _ in tasks.values()) == row["fixtures"]["count"] + row["blocks"]["count"]
+    length = (row["average_length"]["value"], *row["average_length"]["bootstrap_95_percent"])
+    assert "| **tasks in a row** | {:.2f} ({:.2f} to {:.2f}) |".format(*length) in text
+    assert f"| at least 1 to 5, % | {', '.join(f'{x:.1f}' for x in row['in_a_row_percent'])} |" in text
+    for name in ("fixtures", "blocks"):
+        counted = f"{row[name]['count']} of {row[name]['of']}, {share(row[name])}"
+        assert f"| {name}, solved of asked | {counted} |" in text
+    groups = [[n for task, n in tasks.items() if task.startswith(starts)] for starts in GROUPS.values()]
+    counts = ["{} of {}".format(*map(sum, zip(*group, strict=True))) for group in groups]
+    for cells in (counts[:4], counts[4:]):
+        assert f"| {', '.join(cells)} |" in text
+    for name, said in (("seen", "from where demonstrations began that it"), ("held_out", "from where demonstrations")):
+        assert "{count} of {of}".format(**starts[name]) + f" {said}" in text
+    assert "{count} of {of} from new beginnings".format(**starts["new"]) in text
+    for row in (starts["seen"], starts["held_out"], starts["new"]):
+        outcomes = "".join(row["trials"].values())
+        assert (row["count"], row["of"]) == (outcomes.count("1"), len(outcomes))
+    first, later = (starts["in_chains"][name] for name in ("first", "later"))
+    assert (
+        "{} of 96 blocks that come first".format(*first) in text and "{} of {} that come later".format(*later) in text
+    )
+    again, once = (found["paired"][name] for name in ("calvin_small_abcd_again", "calvin_small_abcd"))
+    assert "in {calvin_full_only} of the 200 chains, the reverse in {other_only}".format(**again) in text
+    assert "({:.2f}, {:.2f} to {:.2f}, more tasks in a row".format(*again["tasks_in_a_row"]) in text
+    assert "({calvin_full_only} and {other_only}; ".format(**once) in text
+    kinds = found["demonstrations_of_blocks"]
+    assert "{lifts} demonstrations of lifts, {pushes} of pushes and {rotations} of rotations".format(**kinds) in text
+    assert "{lifts}, {pushes} and {rotations} of them on D".format(**kinds["on_d"]) in text
+    assert "{count} of {of}, ".format(**found["blocks_on_playtable"]) in text
+    assert f"{found['recording']['playtable']['frames']:,} frames".replace(",", " ") in text
