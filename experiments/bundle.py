@@ -54,7 +54,7 @@ def forget_places(step: pathlib.Path) -> None:
 
 def bundle(config: BundleConfig) -> pathlib.Path:
     """Returns the step directory. Raises ValueError, OSError that say what to change."""
-    source = checkpoints.locate(config.checkpoint)
+    source = checkpoints.locate(config.checkpoint, strict=True)
     log.info("reading %s", source)
     serving = items.read_serving(source)
     _, params, _ = open_model(source, weights="float32", dtype="float32")

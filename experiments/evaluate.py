@@ -58,7 +58,7 @@ def evaluate(config: evaluation_settings.EvaluateConfig) -> pathlib.Path:
     if config.protocol == "official":
         config = dataclasses.replace(config, **evaluation_settings.OFFICIAL)
     rerun_file.check(config.rrd)
-    directory = checkpoints.locate(config.checkpoint)
+    directory = checkpoints.locate(config.checkpoint, strict=True)
     trials, criterion = _trials(config)
     conditions = _conditions(config, trials, seals.identity(directory).label)
     output = _output(config, directory, conditions)

@@ -138,7 +138,8 @@ def export(config: ExportConfig) -> pathlib.Path:
     atomic.require_free(folder)
     apart = config.to == "stablehlo"
     log.info("reading %s and tracing its control step", config.checkpoint)
-    step = program.make(config.checkpoint, config.weights, config.instructions, None if apart else "float32")
+    directory = checkpoints.locate(config.checkpoint, strict=True)
+    step = program.make(str(directory), config.weights, config.instructions, None if apart else "float32")
     require_form(step.model, config.to)
     description = step.describe(config.instructions, weights=apart)
     if description["actions"]["representation"] != "robot":

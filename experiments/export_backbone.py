@@ -51,7 +51,7 @@ def main(config: ExportBackboneConfig) -> pathlib.Path:
     """Writes the directory and returns it. Raises ValueError, FileNotFoundError, FileExistsError with what to do."""
     target = pathlib.Path(config.out).expanduser()
     atomic.require_free(target)
-    experiment, assets = saved.read_checkpoint(checkpoints.locate(config.checkpoint))
+    experiment, assets = saved.read_checkpoint(checkpoints.locate(config.checkpoint, strict=True))
     logger.info("reading %s", config.checkpoint)
     model, params, _ = load.open_model(config.checkpoint, weights="float32")
     logger.info("writing %s", target)

@@ -30,6 +30,7 @@ from robovlms_jax.policies.serving import BatchedVLAPolicy
 from robovlms_jax.runs import logs, played
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.runs.load import Weights, load_config
+from robovlms_jax.training import checkpoints
 from robovlms_jax.web import addresses, running
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,8 @@ def build(config: ServeConfig) -> server.PolicyServer:
     """Loads and warms up; raises ValueError, FileNotFoundError for a checkpoint that is none, OSError for an address
     that is taken."""
     require_address(config.server)
-    experiment = load_config(config.checkpoint)
+    directory = checkpoints.locate(config.checkpoint, strict=True)
+    experiment = load_config(directory)
     settings = experiment.policy
     usual = max(experiment.data.text_length, 8)
     most = max(prompts.MAX_TOKENS, usual)
@@ -136,7 +138,7 @@ def build(config: ServeConfig) -> server.PolicyServer:
             f"longest has {usual}); give lengths up to {most}."
         )
     lengths = config.prompt_lengths or tuple(sorted({usual, min(2 * usual, most)}))
-    policy = load_batched_policy(config.checkpoint, config.slots, weights=config.weights, prompt_lengths=lengths)
+    policy = load_batched_policy(directory, config.slots, weights=config.weights, prompt_lengths=lengths)
     readings = {sensor.name: sensor.reading for sensor in settings.sensors}
     shapes = {name: (None, *x.shape[1:]) if x.any_rows else x.shape for name, x in readings.items()}
     needs_state = settings.proprio.enabled or settings.representation != "robot"

@@ -80,7 +80,7 @@ def prepare(checkpoint: str, repository: str, words: model_card.Words) -> tuple[
             f"other{f'; did you mean {near[0]}?' if near else '.'} Which one is allowed depends on the "
             "backbone's weights and the data."
         )
-    step = checkpoints.locate(checkpoint)
+    step = checkpoints.locate(checkpoint, strict=True)
     seals.verify(step, *SERVED)
     config, _ = saved.read_checkpoint(step)
     return step, model_card.card(step, config, repository, words)

@@ -277,15 +277,15 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def locate(path: str | pathlib.Path) -> pathlib.Path:
+def locate(path: str | pathlib.Path, *, strict: bool = False) -> pathlib.Path:
     """A step directory for `path`: a run directory (its best checkpoint where it keeps one, else its newest complete
     one), its checkpoints folder (the newest complete one), or a step directory itself. hf://OWNER/NAME is downloaded.
 
-    Damaged ones are named in the log and passed over.
+    Damaged ones are named in the log and passed over; with `strict`, for what acts or is passed on, they are refused.
 
     Raises:
       FileNotFoundError: nothing there is a checkpoint, or a complete one; says what was looked for and what is there.
-      ValueError: an empty path, which would be the working directory, or something that is no path.
+      ValueError: an empty path, which would be the working directory, or something that is no path; strict: damage.
     """
     if not isinstance(path, str | os.PathLike) or not str(path).strip():
         raise ValueError(
@@ -314,6 +314,8 @@ def locate(path: str | pathlib.Path) -> pathlib.Path:
             f"no checkpoint in {path}: looked for {FOLDER}/<step>/params; found {found or 'an empty directory'}."
         )
     complete, damages = _first_complete(steps)
+    if strict and damages and complete:
+        raise ValueError(f"{'; '.join(damages.values())}. {complete} is whole, and another policy: name it to take it.")
     for step, reason in damages.items():
         instead = f"; {complete} is taken, another policy" if complete else ""
         logger.warning("checkpoint %s is passed over: %s%s", step, reason, instead)
