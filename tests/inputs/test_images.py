@@ -178,7 +178,11 @@ def test_a_filter_left_out_is_the_one_of_its_class(tmp_path, kind):
     fields = {key: value for key, value in HALF.items() if key != "resample"} | {"image_processor_type": kind}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
     theirs = getattr(transformers, kind.removesuffix("Fast") + "Pil", None) or getattr(transformers, kind)
-    assert images.read_image_spec(tmp_path).interpolation == images._PIL_CODES[int(theirs.resample)]
+    try:
+        resample = int(theirs.resample)
+    except ImportError as error:  # the newest and the oldest packages are tried without torch
+        pytest.skip(f"transformers' own class cannot be asked: {error}")
+    assert images.read_image_spec(tmp_path).interpolation == images._PIL_CODES[resample]
 
 
 def test_a_stub_gives_way_to_the_other_file_and_two_that_differ_are_refused(tmp_path):

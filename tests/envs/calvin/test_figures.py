@@ -201,3 +201,11 @@ def test_what_the_larger_policy_did_in_the_real_simulator_is_what_was_run():
     assert "{lifts}, {pushes} and {rotations} of them on D".format(**kinds["on_d"]) in text
     assert "{count} of {of}, ".format(**found["blocks_on_playtable"]) in text
     assert f"{found['recording']['playtable']['frames']:,} frames".replace(",", " ") in text
+    more = found["with_retry"]
+    counts = [
+        sum(int(x) for x in solved[: more["chains"]])
+        for solved in (more["solved_in_each"], found["chains_on_d"]["solved_in_each"])
+    ]
+    said = "the first {chains} of these chains".format(**more)
+    assert f"{said} {counts[0]} tasks with it and {counts[1]} without, " in text
+    assert "{:.2f} ({:.2f} to {:.2f}) more a chain".format(*more["more_tasks_in_a_row"]) in text
