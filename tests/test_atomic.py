@@ -54,7 +54,7 @@ def test_on_a_full_disk_a_bundle_is_not_there_and_the_program_ends_with_a_senten
         (run / "checkpoints").mkdir()
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(bundle.checkpoints, "locate", lambda path: tmp_path)
+    monkeypatch.setattr(bundle.checkpoints, "locate", lambda path, **_: tmp_path)
     monkeypatch.setattr(bundle.items, "read_serving", lambda path: {})
     monkeypatch.setattr(bundle, "open_model", lambda path, **_: (None, {"a": np.zeros(3)}, None))
     monkeypatch.setattr(bundle.checkpoints, "write_policy", half)
