@@ -261,10 +261,8 @@ def test_starting_at_a_step_continues_exactly(dataset, step):
 
 
 def test_more_threads_than_batches_kept_ready_are_no_reason_to_warn(dataset, caplog):
-    source = make_source(dataset)
-    train(source, 1, num_threads=8, prefetch=2)
-    take(loading.evaluation_batches(source, segments_per_batch=4, num_batches=1, num_threads=8, prefetch=2))
-    assert not caplog.records
+    source, options = make_source(dataset), {"segments_per_batch": 4, "num_threads": 8, "prefetch": 2}
+    assert train(source, 1, **options) and take(loading.evaluation_batches(source, **options)) and not caplog.records
 
 
 def test_a_batch_larger_than_an_epoch_is_filled_from_the_next(dataset):
