@@ -52,6 +52,9 @@ class Args:
     def __post_init__(self):
         if not self.root:
             raise ValueError("root is empty; name at least one recording.")
+        twice = sorted({str(root) for root in self.root if self.root.count(root) > 1})
+        if twice:
+            raise ValueError(f"root names {', '.join(twice)} more than once; its frames would count so many times.")
         if self.sensors and len(self.root) > 1:
             raise ValueError(
                 f"sensors={list(self.sensors)} are read from one recording; pack each of {list(map(str, self.root))} "

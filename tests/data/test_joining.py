@@ -77,6 +77,8 @@ def test_recordings_that_differ_are_refused(recordings, tmp_path):
 def test_what_cannot_be_packed_is_refused_early(recordings, tmp_path):
     with pytest.raises(ValueError, match="root is empty"):
         pack_calvin.Args(root=(), out=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"root names .*first more than once"):
+        pack_calvin.Args(root=(*recordings, recordings[0]), out=tmp_path / "out")
     with pytest.raises(ValueError, match=r"sensors=\['torque'\] are read from one recording"):
         pack_calvin.Args(root=recordings, out=tmp_path / "out", sensors=("torque",))
     with pytest.raises(ValueError, match="does not exist"):

@@ -189,6 +189,14 @@ def test_what_the_larger_policy_did_in_the_real_simulator_is_what_was_run():
         outcomes = "".join(row["trials"].values())
         assert (row["count"], row["of"]) == (outcomes.count("1"), len(outcomes))
     first, later = (starts["in_chains"][name] for name in ("first", "later"))
+    asked = [
+        (k, k < done)
+        for chain, done in zip(task_chains.official_chains(), digits)
+        for k, task in enumerate(chain.tasks[: done + 1])
+        if task not in FIXTURES
+    ]
+    assert [sum(won for k, won in asked if k == 0), sum(k == 0 for k, _ in asked)] == first
+    assert [sum(won for k, won in asked if k), sum(k > 0 for k, _ in asked)] == later
     assert (
         "{} of 96 blocks that come first".format(*first) in text and "{} of {} that come later".format(*later) in text
     )
