@@ -139,6 +139,9 @@ def sources(args: Args) -> list[Source]:
         ]
     if "info.json" in (root / "meta").names():
         return [_lerobot(args, "it has meta/info.json")]
+    if len(several := _datasets_below(root, inside)) > 1:
+        found = ", ".join(several)
+        raise ValueError(f"{args.root} holds {len(several)} datasets: {found}; pass one of these as --root.")
     if named := _rlds_names(root, inside):
         if len(named) > 1:
             raise ValueError(
@@ -160,6 +163,32 @@ def sources(args: Args) -> list[Source]:
         f"<version>/features.json and <name>/<version>/features.json (RLDS), training/ (CALVIN, packed), *.hdf5 "
         f"(LIBERO); it holds {shown}."
     )
+
+
+def _datasets_below(root: storage.Directory, inside: Sequence[str]) -> list[str]:
+    """Folders in `root` that are datasets, where they are of more than one format; those of RLDS alone have names that
+    `--dataset` takes."""
+    if any(split in inside for split in SPLITS):
+        return []
+    kinds: dict[str, str] = {}
+    for name in inside:
+        if "info.json" in (root / name / "meta").names():
+            kinds[name] = "lerobot"
+        elif "training" in (root / name).names():
+            kinds[name] = "calvin"
+        elif _is_rlds(root / name):
+            kinds[name] = "rlds"
+    return [] if set(kinds.values()) <= {"rlds"} else [str(root / name) for name in sorted(kinds)]
+
+
+def _is_rlds(directory: storage.Directory) -> bool:
+    try:
+        rlds.find(str(directory), (directory.name,))
+    except rlds.SeveralError:
+        return True
+    except rlds.NotFoundError:
+        return False
+    return True
 
 
 def _rlds_names(root: storage.Directory, inside: Sequence[str]) -> dict[str, storage.Directory]:

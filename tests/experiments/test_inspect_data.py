@@ -282,3 +282,13 @@ def test_histograms_show_what_is_allowed_where_it_is_near(low, high, lines):
     if lines == 2:  # the ends of what is allowed are those of the picture, to a bar
         places = [float(x) for x in re.findall(r'class="bound" x1="([\d.]+)"', drawn)]
         assert places[0] < 6 and places[1] > 144
+
+
+def test_a_folder_of_several_datasets_is_not_taken_for_one_of_them(calvin, bridge, tmp_path):
+    """The repository's own data/: the one that is RLDS was shown, and nothing said of the other."""
+    both = f"{tmp_path}/oxe/?.*, {tmp_path}/sample"
+    with pytest.raises(ValueError, match=f"holds 2 datasets: {both}; pass one of these"):
+        inspect_data.sources(inspect_data.Args(str(tmp_path)))
+    shutil.rmtree(calvin)
+    (source,) = inspect_data.sources(inspect_data.Args(str(tmp_path)))
+    assert source.kind.startswith("RLDS")
