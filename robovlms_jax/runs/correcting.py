@@ -11,10 +11,14 @@ import jax
 import numpy as np
 
 from robovlms_jax import bars, schema
+from robovlms_jax.control import robot as robot_specs
+from robovlms_jax.control.execution import ExecutedBatch
 from robovlms_jax.playtable import demonstrations, splits, takeovers
+from robovlms_jax.playtable.real import leading
+from robovlms_jax.playtable.real import recording as real_recording
 from robovlms_jax.rl import segments
 from robovlms_jax.rl.config import BehaviourConfig
-from robovlms_jax.runs import load, played, trying
+from robovlms_jax.runs import load, played, robots, trying
 from robovlms_jax.schema import require
 from robovlms_jax.training import checkpoints, seals
 from robovlms_jax.training.directory import claim
@@ -90,6 +94,22 @@ def record(config: CorrectionConfig) -> dict[str, int]:
         size = config.record.image_size
         splits.record(journal, out / "training", count, size, play, pack=config.pack, unit="takeover")
         return journal.counts()
+
+
+def record_real(config: real_recording.RealRecordConfig) -> dict[str, int]:
+    """`real_recording.record`, with the policy that `config.checkpoint` names, executed as in its own rollouts.
+
+    Raises ValueError, OSError, too: there is no such checkpoint, or it is for another robot than CALVIN's.
+    """
+    trained = load.load_config(config.checkpoint)
+    robots.require_same(trained.policy, robot_specs.CALVIN, "the simulator is driven as")
+    directory, slots = checkpoints.locate(config.checkpoint, strict=True), config.processes
+    execution = trained.rollouts.execution
+    execution.require(trained.policy.robot)
+    policy = load.load_batched_policy(directory, slots, weights=config.weights)
+    label = seals.identity(directory).label
+    led = ExecutedBatch(policy, execution)
+    return real_recording.record(config, leading.Leader(led, slots=slots, steps=config.policy_steps, label=label))
 
 
 def cases(found: segments.Rollouts, config: CorrectionConfig) -> list[takeovers.Case]:

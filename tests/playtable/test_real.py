@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from experiments import pack_calvin
+from robovlms_jax.control.interface import ActionChunk
 from robovlms_jax.data import calvin
 from robovlms_jax.envs import process
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks, walking
 from robovlms_jax.playtable import scene as scenes
+from robovlms_jax.playtable import splits
 from robovlms_jax.playtable.experts import cases
 from robovlms_jax.playtable.mechanics import bodies
-from robovlms_jax.playtable.real import experts, geometry, recording
+from robovlms_jax.playtable.real import experts, geometry, leading, recording
 from tests.envs.calvin import fake_stage
 
 JOINTS = {
@@ -266,6 +268,49 @@ def test_chains_with_resampled_blocks_begin_elsewhere_than_the_benchmarks_evalua
         recording.record(config(checkout, tmp_path / "True", scenes=("D",)))
 
 
+class Pulls:
+    """A policy of two slots that moves the made-up hand by so many metres a step towards where the drawer is pulled;
+    three actions for each look."""
+
+    def __init__(self, metres: float):
+        self.metres, self.told, self.looks = metres, [], 0
+
+    def reset(self, slots, instructions):
+        self.told += zip(slots, instructions, strict=True)
+
+    def act(self, observations, slots):
+        assert len(observations) == len(slots) == 1 and observations[0].images["static"].shape == (200, 200, 3)
+        self.looks += 1
+        return [ActionChunk(np.tile([0.0, -self.metres / 0.02, 0.0, 0.0, 0.0, 0.0, -1.0], (3, 1)))]
+
+
+def test_an_expert_takes_over_where_a_policy_has_got_to(checkout, fake, tmp_path):
+    """10 to 20 steps of 3 mm, where the drawer counts as open after 12 cm."""
+    policy, out = Pulls(0.003), tmp_path / "led"
+    leader = leading.Leader(policy, slots=2, steps=20, label="this one")
+    asked = config(checkout, out, checkpoint="runs/this", policy_steps=20, scenes=("D",))
+    counts = recording.record(asked, leader)
+    assert counts["recorded"] == counts["attempted"] == 6
+    assert {slot for slot, _ in policy.told} <= {0, 1} and len(policy.told) == 6
+    told = {text for _, text in policy.told}
+    own = [set(splits.own_sentences(held_out=held_out)["open_drawer"]) for held_out in (False, True)]
+    assert told <= own[0] | own[1] and told & own[0] and told & own[1]
+    assert 6 * 4 <= policy.looks <= 6 * 7  # three steps for each look
+    dataset = calvin.open_dataset(out, "training")
+    begun = [dataset.array("robot_obs", np.array([e.start]))[0, 1] for e in dataset.episodes]
+    rest = initial_states.INITIAL_ROBOT_OBS[1]
+    assert all(rest - 0.0601 <= y <= rest - 0.0299 for y in begun) and len(set(begun)) > 1
+    with pytest.raises(ValueError, match="begun with other settings"):
+        recording.record(asked, leading.Leader(policy, slots=2, steps=20, label="another"))
+
+
+def test_what_a_policy_does_itself_is_not_recorded(checkout, fake, tmp_path):
+    leader = leading.Leader(Pulls(0.02), slots=2, steps=60, label="good")
+    asked = config(checkout, tmp_path / "led", checkpoint="runs/good", policy_steps=60)
+    with pytest.raises(RuntimeError, match="training: the policy did every task"):
+        recording.record(asked, leader)
+
+
 def fake_begin(env, *, falling):
     now = recording.ask(env, "begin", fake_stage.ROBOT_OBS, fake_stage.SCENE_OBS, np.zeros(3))
     return {**now, "block_velocity": np.full((3, 6), float(falling))}
@@ -279,6 +324,7 @@ def test_settings_that_cannot_work_are_refused(checkout, tmp_path):
         ({"tasks": ("place_in_slider",), "chain_length": 1}, "tasks: none of place_in_slider is possible"),
         ({"processes": 0}, "processes=0 must be at least 1"),
         ({"start_spread": 1.0}, "start_spread=1.0 must lie in"),
+        ({"policy_steps": 0}, "policy_steps=0 must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             config(checkout, tmp_path, **changes)

@@ -18,7 +18,7 @@ import pathlib
 import queue
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from robovlms_jax import bars
 from robovlms_jax.envs import process
 from robovlms_jax.envs.calvin import adapter, initial_states, stage, task_chains, tasks, version
 from robovlms_jax.playtable import demonstrations, splits
-from robovlms_jax.playtable.real import experts, geometry
+from robovlms_jax.playtable.real import experts, geometry, leading
 from robovlms_jax.schema import require
 from robovlms_jax.training.directory import claim
 
@@ -70,6 +70,13 @@ class RealRecordConfig:
     resample_blocks: bool = False
     """Chains begin with blocks anywhere in the range of training data, not where the benchmark's evaluation puts them:
     what is learned on D is then not tried from starts that demonstrations began with."""
+    checkpoint: str = ""
+    """A policy that acts first, of each task, so that experts take over where it has got to (DAgger): a run directory,
+    one of its checkpoints/<step> folders, or hf://OWNER/NAME. Tasks that it does itself are not recorded."""
+    policy_steps: int = 120
+    """Control steps that it acts for: a number between half of this and all, drawn for every task."""
+    weights: Literal["float32", "bfloat16", "int8", "w8a8"] | None = None
+    """How the policy's parameters are kept, as in `load_policy`; None: in the type it computes in."""
     pack: bool = False
     """Write the packed layout, which trains faster (data/README.md), instead of one npz per frame."""
     processes: int = 2
@@ -79,7 +86,7 @@ class RealRecordConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for field in ("episodes", "validation_episodes", "chain_length", "max_steps", "processes"):
+        for field in ("episodes", "validation_episodes", "chain_length", "max_steps", "policy_steps", "processes"):
             require(getattr(self, field) >= 1, f"{field}={getattr(self, field)} must be at least 1.")
         require(0 <= self.disturbance <= 1, f"disturbance={self.disturbance} must lie in [0, 1].")
         require(0 <= self.start_spread <= 0.3, f"start_spread={self.start_spread} must lie in [0, 0.3] metres.")
@@ -105,9 +112,11 @@ def possible(names: Sequence[str], condition: task_chains.Condition) -> list[str
     return [name for name in names or tasks.TASKS if len(task_chains.successors(condition, name)) == 1]
 
 
-def record(config: RealRecordConfig) -> dict[str, int]:
+def record(config: RealRecordConfig, leader: leading.Leader | None = None) -> dict[str, int]:
     """Write both splits. Returns demonstrations attempted, recorded and frames.
 
+    Args:
+      leader: the policy of `config.checkpoint`, which acts first.
     Raises:
       FileNotFoundError, ImportError: no checkout, or a package of the simulator is missing.
       FileExistsError: `out` holds something else than a recording.
@@ -122,15 +131,15 @@ def record(config: RealRecordConfig) -> dict[str, int]:
     )
     splits.require_ours(out)
     counts: collections.Counter[str] = collections.Counter()
-    with claim(out), stages(config, [*config.scenes, config.validation_scene]) as every:
+    with claim(out), stages(config, [*config.scenes, config.validation_scene], leader) as every:
         for split, scenes, episodes, seed, held_out in plan:
             sentences = _sentences(config.calvin_root, held_out=held_out)
-            journal = splits.Journal(splits.directory(out, split), _settings(config, split), sentences)
+            settings = _settings(config, split, leader)
+            journal = splits.Journal(splits.directory(out, split), settings, sentences)
+            chains = functools.partial(every.chains, scenes, seed, sentences=sentences)
 
-            def play(
-                numbers: list[int], bar: bars.Bar, scenes: Sequence[str] = scenes, seed: int = seed
-            ) -> splits.Chains:
-                return every.chains(scenes, seed, numbers)
+            def play(numbers: list[int], bar: bars.Bar, chains: Callable = chains) -> splits.Chains:
+                return chains(numbers)
 
             splits.record(
                 journal, out / split, episodes, IMAGE_SIZE, play, pack=config.pack, first="starting simulators"
@@ -153,13 +162,17 @@ def _sentences(calvin_root: str, *, held_out: bool) -> Mapping[str, Sequence[str
     return adapter.training_instructions(calvin_root)
 
 
-def _settings(config: RealRecordConfig, split: str) -> dict[str, Any]:
+def _settings(config: RealRecordConfig, split: str, leader: leading.Leader | None) -> dict[str, Any]:
     """What has to be the same for a recording to be continued. How long it is may change, unless it is packed."""
     skipped = {"out", "processes", "episodes", "validation_episodes", "calvin_root", "simulator_python"}
     skipped.add("validation_scene" if split == "training" else "scenes")
     if not config.resample_blocks:  # recordings begun before it could be chosen go on
         skipped.add("resample_blocks")
+    if leader is None:
+        skipped |= {"checkpoint", "policy_steps", "weights"}
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in skipped}
+    if leader is not None:
+        values["checkpoint"] = leader.label
     values["simulator"] = version.commit(adapter.find_checkout(config.calvin_root))
     values["sentences"] = "calvin" if adapter.has_validation_instructions(config.calvin_root) else "own"
     if config.pack:
@@ -168,10 +181,10 @@ def _settings(config: RealRecordConfig, split: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def stages(config: RealRecordConfig, scenes: Sequence[str]) -> Iterator[Stages]:
+def stages(config: RealRecordConfig, scenes: Sequence[str], leader: leading.Leader | None = None) -> Iterator[Stages]:
     """The simulators that a recording needs; their processes end with the block."""
     found = {scene: geometry.read(config.calvin_root, scene) for scene in dict.fromkeys(scenes)}
-    every = Stages(config, found, functools.partial(_start, config))
+    every = Stages(config, found, functools.partial(_start, config), leader)
     try:
         yield every
     finally:
@@ -193,7 +206,7 @@ class Stages:
     """Simulators on which experts play chains side by side.
 
     Args:
-      geometries: by scene. start: makes the simulator of a scene (a `ProcessEnv` of `stage.Stage`).
+      geometries: by scene. start: makes the simulator of a scene (a `ProcessEnv` of `stage.Stage`). leader: acts first.
     """
 
     def __init__(
@@ -201,8 +214,9 @@ class Stages:
         config: RealRecordConfig,
         geometries: Mapping[str, geometry.Geometry],
         start: Callable[[str], process.ProcessEnv],
+        leader: leading.Leader | None = None,
     ):
-        self.config, self._geometries, self._start = config, geometries, start
+        self.config, self._geometries, self._start, self._leader = config, geometries, start, leader
         self._conditions = config.conditions
         self._free: queue.SimpleQueue[dict[str, process.ProcessEnv]] = queue.SimpleQueue()
         self._every: list[dict[str, process.ProcessEnv]] = [{} for _ in range(config.processes)]
@@ -216,14 +230,14 @@ class Stages:
                 env.close()
 
     def chains(
-        self, scenes: Sequence[str], seed: int, numbers: Sequence[int]
+        self, scenes: Sequence[str], seed: int, numbers: Sequence[int], *, sentences: Mapping[str, Sequence[str]]
     ) -> Iterator[tuple[int, list[demonstrations.Segment], int]]:
         """Of each chain, in the order of `numbers`: its number, its segments, and how many tasks were attempted."""
 
         def play(number: int) -> tuple[int, list[demonstrations.Segment], int]:
             scene = scenes[number % len(scenes)]
             return number, *self.with_stage(
-                scene, lambda env: self._chain(env, scene, np.random.default_rng([seed, number]))
+                scene, lambda env: self._chain(env, scene, np.random.default_rng([seed, number]), sentences)
             )
 
         yield from self.side_by_side(play, numbers)
@@ -270,12 +284,14 @@ class Stages:
         rng: np.random.Generator,
         *,
         hold: int = demonstrations.HOLD_STEPS,
+        start: Mapping[str, Any] | None = None,
     ) -> tuple[stage.Played, Mapping[str, Any]]:
         """One task from a situation; what was played, `hold` steps after its end included, and the situation then.
+        start: the situation in which the task began, if that was before.
 
         Where a block still moves, the plan is made again a little later: the hand rises meanwhile.
         """
-        limit, start = self.config.max_steps, situation
+        limit, start = self.config.max_steps, start or situation
         kicks = _kicks(self.config.disturbance, limit + hold, rng)
         parts: list[stage.Played] = []
         for look in range(_LOOKS):
@@ -291,7 +307,11 @@ class Stages:
         return stage.Played.join(parts), situation
 
     def _chain(
-        self, env: process.ProcessEnv, scene: str, rng: np.random.Generator
+        self,
+        env: process.ProcessEnv,
+        scene: str,
+        rng: np.random.Generator,
+        sentences: Mapping[str, Sequence[str]],
     ) -> tuple[list[demonstrations.Segment], int]:
         condition = self._conditions[rng.integers(len(self._conditions))]
         offset = self.config.start_spread * np.array([1.0, 0.25, 0.25]) * rng.uniform(-1.0, 1.0, size=3)
@@ -302,15 +322,20 @@ class Stages:
         situation = ask(env, "begin", *state, offset)
         segments: list[demonstrations.Segment] = []
         attempted = 0
-        while attempted < self.config.chain_length:
+        for _ in range(self.config.chain_length):
             names = possible(self.config.tasks, condition)
             if not names:
                 break
-            task, attempted = names[rng.integers(len(names))], attempted + 1
-            played, situation = self.attempt(env, scene, situation, task, rng)
+            task, start = names[rng.integers(len(names))], situation
+            condition = task_chains.successors(condition, task)[0]
+            if self._leader is not None:
+                done, situation = self._leader.lead(env, start, task, sentences[task], rng)
+                if done:
+                    continue
+            attempted += 1
+            played, situation = self.attempt(env, scene, situation, task, rng, start=start)
             if not played.done:
                 break
-            condition = task_chains.successors(condition, task)[0]
             segments.append(demonstrations.Segment(task, {}, _arrays(played)))
             segments[-1].arrays["bodies"] = played.bodies
         return [_rendered(env, segment) for segment in segments], attempted
