@@ -99,17 +99,17 @@ def record(config: CorrectionConfig) -> dict[str, int]:
 def record_real(config: real_recording.RealRecordConfig) -> dict[str, int]:
     """`real_recording.record`, with the policy that `config.checkpoint` names, executed as in its own rollouts.
 
-    Raises ValueError, OSError, too: there is no such checkpoint, or it is for another robot than CALVIN's.
+    Raises as that, and ValueError, OSError: there is no such checkpoint, or it is for another robot than CALVIN's.
     """
-    trained = load.load_config(config.checkpoint)
+    directory = checkpoints.locate(config.checkpoint, strict=True)
+    trained = load.load_config(directory)
     robots.require_same(trained.policy, robot_specs.CALVIN, "the simulator is driven as")
-    directory, slots = checkpoints.locate(config.checkpoint, strict=True), config.processes
     execution = trained.rollouts.execution
     execution.require(trained.policy.robot)
-    policy = load.load_batched_policy(directory, slots, weights=config.weights)
+    policy = ExecutedBatch(load.load_batched_policy(directory, config.processes, weights=config.weights), execution)
     label = seals.identity(directory).label
-    led = ExecutedBatch(policy, execution)
-    return real_recording.record(config, leading.Leader(led, slots=slots, steps=config.policy_steps, label=label))
+    leader = leading.Leader(policy, slots=config.processes, steps=config.policy_steps, label=label)
+    return real_recording.record(config, leader)
 
 
 def cases(found: segments.Rollouts, config: CorrectionConfig) -> list[takeovers.Case]:

@@ -8,7 +8,8 @@ import pytest
 
 from experiments import bundle, evaluate, evaluation_settings, export, export_backbone, serve
 from robovlms_jax.deploy.config import ServerConfig
-from robovlms_jax.runs import model_card, sharing
+from robovlms_jax.playtable.real import recording as real_recording
+from robovlms_jax.runs import correcting, model_card, sharing
 from robovlms_jax.training import checkpoints, seals
 
 
@@ -26,6 +27,9 @@ def run(tmp_path):
 PROGRAMS = {
     "serve": lambda run, out: serve.build(serve.ServeConfig(checkpoint=run, server=ServerConfig(port=0))),
     "evaluate": lambda run, out: evaluate.evaluate(evaluation_settings.EvaluateConfig(checkpoint=run, out=out)),
+    "record_calvin": lambda run, out: correcting.record_real(
+        real_recording.RealRecordConfig(calvin_root=out, checkpoint=run, out=out)
+    ),
     "bundle": lambda run, out: bundle.bundle(bundle.BundleConfig(checkpoint=run, out=out)),
     "export": lambda run, out: export.export(export.ExportConfig(checkpoint=run, out=out)),
     "export_backbone": lambda run, out: export_backbone.main(

@@ -309,6 +309,9 @@ def test_what_a_policy_does_itself_is_not_recorded(checkout, fake, tmp_path):
     asked = config(checkout, tmp_path / "led", checkpoint="runs/good", policy_steps=60)
     with pytest.raises(RuntimeError, match="training: the policy did every task"):
         recording.record(asked, leader)
+    asked = config(checkout, tmp_path / "nan", checkpoint="runs/good")
+    with pytest.raises(ValueError, match="open_drawer: the policy's actions are not finite"):
+        recording.record(asked, leading.Leader(Pulls(np.nan), slots=2, steps=60, label="good"))
 
 
 def fake_begin(env, *, falling):
@@ -325,6 +328,7 @@ def test_settings_that_cannot_work_are_refused(checkout, tmp_path):
         ({"processes": 0}, "processes=0 must be at least 1"),
         ({"start_spread": 1.0}, "start_spread=1.0 must lie in"),
         ({"policy_steps": 0}, "policy_steps=0 must be at least 1"),
+        ({"weights": "int8"}, "weights are a policy's; name its checkpoint"),
     ):
         with pytest.raises(ValueError, match=message):
             config(checkout, tmp_path, **changes)

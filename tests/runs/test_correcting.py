@@ -10,10 +10,12 @@ import pytest
 
 from robovlms_jax.data import packed
 from robovlms_jax.demo import twin
+from robovlms_jax.playtable.real import recording as real_recording
 from robovlms_jax.playtable.scene import DRAWER
 from robovlms_jax.rl import segments
 from robovlms_jax.rl.config import BehaviourConfig
 from robovlms_jax.runs import correcting, trying
+from robovlms_jax.training import checkpoints, seals
 from tests.labeling.made_up import rollouts
 
 
@@ -60,6 +62,16 @@ def test_what_cannot_be_tried_is_refused_before_a_recording_begins(tmp_path, wro
     with pytest.raises(ValueError, match=message):
         correcting.record(correcting.CorrectionConfig(checkpoint=str(twin.DIRECTORY), out=str(out), record=record))
     assert not out.exists()
+
+
+def test_in_the_real_simulator_the_policy_that_is_named_leads(tmp_path, monkeypatch):
+    led = []
+    monkeypatch.setattr(real_recording, "record", lambda config, leader: led.append(leader) or {})
+    asked = real_recording.RealRecordConfig(calvin_root="calvin", out=str(tmp_path), checkpoint=str(twin.DIRECTORY))
+    assert correcting.record_real(dataclasses.replace(asked, policy_steps=30)) == {}
+    assert led[0].steps == 30 and led[0].label == seals.identity(checkpoints.locate(twin.DIRECTORY)).label
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        correcting.record_real(dataclasses.replace(asked, checkpoint="nowhere"))
 
 
 @pytest.mark.slow

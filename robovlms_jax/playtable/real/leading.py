@@ -45,7 +45,8 @@ class Leader:
         sentences: Sequence[str],
         rng: np.random.Generator,
     ) -> Led:
-        """From a situation, with one of the sentences. Raises EnvError: the simulator broke."""
+        """From a situation, with one of the sentences. Raises EnvError: the simulator broke; ValueError: an action is
+        not finite."""
         number, start = list(tasks.TASKS).index(task), situation
         left = int(rng.integers(-(-self.steps // 2), self.steps + 1))
         slot = self._free.get()
@@ -53,7 +54,10 @@ class Leader:
             self._policy.reset([slot], [sentences[rng.integers(len(sentences))]])
             while left > 0:
                 env.send("observe")
-                for action in np.asarray(self._policy.act([env.receive()], [slot])[0].actions)[:left]:
+                actions = np.asarray(self._policy.act([env.receive()], [slot])[0].actions)
+                if not np.isfinite(actions).all():
+                    raise ValueError(f"{task}: the policy's actions are not finite; check head and un-normalisation.")
+                for action in actions[:left]:
                     situation, left = _step(env, action), left - 1
                     if tasks.conditions(start, situation, as_released=True)[number]:
                         return Led(True, situation)

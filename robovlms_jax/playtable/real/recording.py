@@ -90,6 +90,7 @@ class RealRecordConfig:
             require(getattr(self, field) >= 1, f"{field}={getattr(self, field)} must be at least 1.")
         require(0 <= self.disturbance <= 1, f"disturbance={self.disturbance} must lie in [0, 1].")
         require(0 <= self.start_spread <= 0.3, f"start_spread={self.start_spread} must lie in [0, 0.3] metres.")
+        require(self.checkpoint or self.weights is None, "weights are a policy's; name its checkpoint, too.")
         require(bool(self.scenes), "scenes is empty; name at least one table.")
         unknown = sorted(set(self.tasks) - set(tasks.TASKS))
         require(not unknown, f"tasks has unknown {unknown}; known: {', '.join(tasks.TASKS)}.")
