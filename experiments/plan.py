@@ -285,6 +285,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     if config.compile:
         jax.config.update("jax_num_cpu_devices", config.devices or named_devices(config.mesh))
+    print(f"{config.backbone.name}: describing model and batch, which takes seconds", file=sys.stderr, flush=True)
     try:
         result = plan(config)
         if config.out:
