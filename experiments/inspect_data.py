@@ -18,7 +18,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from experiments import inspection_page, spreading
@@ -139,22 +139,21 @@ def sources(args: Args) -> list[Source]:
         ]
     if "info.json" in (root / "meta").names():
         return [_lerobot(args, "it has meta/info.json")]
-    if len(several := _datasets_below(root, inside)) > 1:
-        found = ", ".join(several)
-        raise ValueError(f"{args.root} holds {len(several)} datasets: {found}; pass one of these as --root.")
-    if named := _rlds_names(root, inside):
-        if len(named) > 1:
-            raise ValueError(
-                f"{args.root} holds {len(named)} RLDS datasets: {', '.join(named)}; pass --dataset NAME, or a file "
-                "that lists several."
-            )
+    if root.name in SPLITS and _is_split(inside):
+        raise ValueError(f"{args.root} is one split of a dataset; pass the directory above it.")
+    named = _rlds_names(root, inside)
+    _require_one_format(root, inside, named)
+    if len(named) > 1:
+        raise ValueError(
+            f"{args.root} holds {len(named)} RLDS datasets: {', '.join(named)}; pass --dataset NAME, or a file that "
+            "lists several."
+        )
+    if named:
         ((name, where),) = named.items()
         return [_rlds(args, name, _entry(name), alone=True, reason=f"{where}/features.json")]
     for split in SPLITS:
         if split in inside:
             return [_calvin(args.root, f"it has {split}/")]
-    if root.name in SPLITS and (packed.META in inside or any(name.endswith(".npz") for name in inside)):
-        raise ValueError(f"{args.root} is one split of a dataset; pass the directory above it.")
     if any(any(pathlib.Path(args.root).glob(pattern)) for pattern in libero_hdf5.PATTERNS):
         return [_libero(args.root, "it has .hdf5 files")]
     shown = ", ".join(inside[:8]) + (f" and {len(inside) - 8} more" if len(inside) > 8 else "")
@@ -165,30 +164,32 @@ def sources(args: Args) -> list[Source]:
     )
 
 
-def _datasets_below(root: storage.Directory, inside: Sequence[str]) -> list[str]:
-    """Folders in `root` that are datasets, where they are of more than one format; those of RLDS alone have names that
-    `--dataset` takes."""
-    if any(split in inside for split in SPLITS):
-        return []
-    kinds: dict[str, str] = {}
-    for name in inside:
-        if "info.json" in (root / name / "meta").names():
-            kinds[name] = "lerobot"
-        elif "training" in (root / name).names():
-            kinds[name] = "calvin"
-        elif _is_rlds(root / name):
-            kinds[name] = "rlds"
-    return [] if set(kinds.values()) <= {"rlds"} else [str(root / name) for name in sorted(kinds)]
+def _is_split(inside: Sequence[str]) -> bool:
+    """Whether these are the files of one of CALVIN's splits, packed or not."""
+    return packed.META in inside or any(name.endswith(".npz") for name in inside)
 
 
-def _is_rlds(directory: storage.Directory) -> bool:
-    try:
-        rlds.find(str(directory), (directory.name,))
-    except rlds.SeveralError:
-        return True
-    except rlds.NotFoundError:
-        return False
-    return True
+def _require_one_format(root: storage.Directory, inside: Sequence[str], named: Collection[str]) -> None:
+    """Raises ValueError where what lies in `root` is datasets of several formats, or several of one that has no way to
+    name one of them; it lists them.
+
+    Args:
+      named: those of RLDS. Where none of them lies in `root`, that is one itself.
+    """
+    if any(split in inside for split in SPLITS) or not set(named) <= set(inside):
+        return
+    kinds: dict[str, list[str]] = {"rlds": [*named]} if named else {}
+    for name in sorted({*inside} - {*named}):
+        below = (root / name).names()
+        if "meta" in below and "info.json" in (root / name / "meta").names():
+            kinds.setdefault("lerobot", []).append(name)
+        elif any(split in below and _is_split((root / name / split).names()) for split in SPLITS):
+            kinds.setdefault("calvin", []).append(name)
+        elif any(entry.endswith(".hdf5") for entry in below):
+            kinds.setdefault("libero", []).append(name)  # its suites may be read together
+    found = sorted(str(root / name) for names in kinds.values() for name in names)
+    if len(kinds) > 1 or any(len(kinds.get(kind, ())) > 1 for kind in ("lerobot", "calvin")):
+        raise ValueError(f"{root} holds {len(found)} datasets: {', '.join(found)}; pass one of these as --root.")
 
 
 def _rlds_names(root: storage.Directory, inside: Sequence[str]) -> dict[str, storage.Directory]:

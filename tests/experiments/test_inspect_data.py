@@ -286,9 +286,32 @@ def test_histograms_show_what_is_allowed_where_it_is_near(low, high, lines):
 
 def test_a_folder_of_several_datasets_is_not_taken_for_one_of_them(calvin, bridge, tmp_path):
     """The repository's own data/: the one that is RLDS was shown, and nothing said of the other."""
+
+    def seen():
+        return inspect_data.sources(inspect_data.Args(str(tmp_path)))
+
+    (tmp_path / "runs" / "training").mkdir(parents=True)  # is no dataset
+    (tmp_path / "runs" / "training" / "log.txt").write_text("")
+    (tmp_path / "suite").mkdir()
     both = f"{tmp_path}/oxe/?.*, {tmp_path}/sample"
     with pytest.raises(ValueError, match=f"holds 2 datasets: {both}; pass one of these"):
-        inspect_data.sources(inspect_data.Args(str(tmp_path)))
+        seen()
     shutil.rmtree(calvin)
-    (source,) = inspect_data.sources(inspect_data.Args(str(tmp_path)))
+    (source,) = seen()
+    assert source.kind.startswith("RLDS")
+    (tmp_path / "suite" / "open_demo.hdf5").write_text("")
+    with pytest.raises(ValueError, match=f"holds 2 datasets: {tmp_path}/oxe, {tmp_path}/suite; pass"):
+        seen()
+    shutil.rmtree(bridge)
+    (tmp_path / "other_suite").mkdir()  # LIBERO's suites may be read together
+    (tmp_path / "other_suite" / "close_demo.hdf5").write_text("")
+    (source,) = seen()
+    assert source.kind.startswith("LIBERO")
+
+
+def test_a_dataset_that_has_foreign_folders_is_that_dataset(bridge, tmp_path):
+    (version,) = (bridge / "bridge_dataset").iterdir()
+    for name in ("first", "second"):
+        shutil.copytree(DATA / "calvin_sample", version / name)
+    (source,) = inspect_data.sources(inspect_data.Args(str(version)))
     assert source.kind.startswith("RLDS")
