@@ -217,7 +217,10 @@ class Frames(Protocol):
 
 def _require_success(journal: Journal, directory: pathlib.Path) -> None:
     if not journal.num_frames and journal.chains and not journal.counts()["attempted"]:
-        raise RuntimeError(f"{directory}: the policy did every task; ask for more chains, or fewer policy_steps.")
+        raise RuntimeError(
+            f"{directory}: the policy did every task, which leaves nothing to show; ask for more chains (episodes, "
+            "validation_episodes), or for fewer policy_steps in another directory."
+        )
     if not journal.num_frames:
         raise RuntimeError(f"{directory}: no demonstration succeeded; raise max_steps or choose other tasks.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import pathlib
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import numpy as np
 from robovlms_jax import bars, schema
 from robovlms_jax.control import robot as robot_specs
 from robovlms_jax.control.execution import ExecutedBatch
+from robovlms_jax.envs.calvin import adapter
 from robovlms_jax.playtable import demonstrations, splits, takeovers
 from robovlms_jax.playtable.real import leading
 from robovlms_jax.playtable.real import recording as real_recording
@@ -22,6 +24,8 @@ from robovlms_jax.runs import load, played, robots, trying
 from robovlms_jax.schema import require
 from robovlms_jax.training import checkpoints, seals
 from robovlms_jax.training.directory import claim
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +106,23 @@ def record_real(config: real_recording.RealRecordConfig) -> dict[str, int]:
     Raises as that, and ValueError, OSError: there is no such checkpoint, or it is for another robot than CALVIN's.
     """
     directory = checkpoints.locate(config.checkpoint, strict=True)
+    adapter.find_checkout(config.calvin_root)
+    splits.require_ours(pathlib.Path(config.out))
     trained = load.load_config(directory)
     robots.require_same(trained.policy, robot_specs.CALVIN, "the simulator is driven as")
     execution = trained.rollouts.execution
     execution.require(trained.policy.robot)
-    policy = ExecutedBatch(load.load_batched_policy(directory, config.processes, weights=config.weights), execution)
+
+    def policy() -> ExecutedBatch:
+        log.info("loading the policy of %s; its first look compiles it", directory)
+        return ExecutedBatch(load.load_batched_policy(directory, config.processes, weights=config.weights), execution)
+
     label = seals.identity(directory).label
-    leader = leading.Leader(policy, slots=config.processes, steps=config.policy_steps, label=label)
-    return real_recording.record(config, leader)
+    leader = leading.Leader(policy, slots=config.processes, steps=config.lead_steps, label=label)
+    try:
+        return real_recording.record(config, leader)
+    finally:
+        log.info("of %d tasks that the policy began it did %d itself", leader.asked, leader.done)
 
 
 def cases(found: segments.Rollouts, config: CorrectionConfig) -> list[takeovers.Case]:

@@ -287,9 +287,12 @@ class Pulls:
 def test_an_expert_takes_over_where_a_policy_has_got_to(checkout, fake, tmp_path):
     """10 to 20 steps of 3 mm, where the drawer counts as open after 12 cm."""
     policy, out = Pulls(0.003), tmp_path / "led"
-    leader = leading.Leader(policy, slots=2, steps=20, label="this one")
+    leader = leading.Leader(lambda: policy, slots=2, steps=20, label="this one")
     asked = config(checkout, out, checkpoint="runs/this", policy_steps=20, scenes=("D",))
+    with pytest.raises(ValueError, match="no policy was made of checkpoint=runs/this"):
+        recording.record(asked)
     counts = recording.record(asked, leader)
+    assert (leader.asked, leader.done) == (6, 0)
     assert counts["recorded"] == counts["attempted"] == 6
     assert {slot for slot, _ in policy.told} <= {0, 1} and len(policy.told) == 6
     told = {text for _, text in policy.told}
@@ -301,17 +304,36 @@ def test_an_expert_takes_over_where_a_policy_has_got_to(checkout, fake, tmp_path
     rest = initial_states.INITIAL_ROBOT_OBS[1]
     assert all(rest - 0.0601 <= y <= rest - 0.0299 for y in begun) and len(set(begun)) > 1
     with pytest.raises(ValueError, match="begun with other settings"):
-        recording.record(asked, leading.Leader(policy, slots=2, steps=20, label="another"))
+        recording.record(asked, leading.Leader(lambda: policy, slots=2, steps=20, label="another"))
 
 
 def test_what_a_policy_does_itself_is_not_recorded(checkout, fake, tmp_path):
-    leader = leading.Leader(Pulls(0.02), slots=2, steps=60, label="good")
-    asked = config(checkout, tmp_path / "led", checkpoint="runs/good", policy_steps=60)
+    leader = leading.Leader(lambda: Pulls(0.02), slots=2, steps=60, label="good")
+    asked = config(checkout, tmp_path / "led", checkpoint="runs/good")
     with pytest.raises(RuntimeError, match="training: the policy did every task"):
         recording.record(asked, leader)
-    asked = config(checkout, tmp_path / "nan", checkpoint="runs/good")
-    with pytest.raises(ValueError, match="open_drawer: the policy's actions are not finite"):
-        recording.record(asked, leading.Leader(Pulls(np.nan), slots=2, steps=60, label="good"))
+    assert leader.asked == leader.done == 4
+
+
+def test_a_policy_that_fails_and_a_simulator_that_dies_meanwhile(checkout, fake, tmp_path, monkeypatch):
+    def fails(observations, slots):
+        raise ValueError("actions are not finite")
+
+    policy, asked = Pulls(0.003), config(checkout, tmp_path / "led", checkpoint="runs/this", processes=1)
+    leader = leading.Leader(lambda: policy, slots=1, steps=20, label="this one")
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "act", fails)
+        with pytest.raises(RuntimeError, match="the policy failed at open_drawer: actions are not finite"):
+            recording.record(asked, leader)
+    healthy, deaths = fake_stage.FakeProcess.send, iter([True, False, False, True] + [False] * 1000)
+
+    def send(env, method, *args):
+        if method == "observe" and next(deaths):
+            raise process.EnvError("the process died during observe")
+        healthy(env, method, *args)
+
+    monkeypatch.setattr(fake_stage.FakeProcess, "send", send)
+    assert recording.record(asked, leader)["recorded"] == 6  # its slot was given back
 
 
 def fake_begin(env, *, falling):
@@ -327,8 +349,9 @@ def test_settings_that_cannot_work_are_refused(checkout, tmp_path):
         ({"tasks": ("place_in_slider",), "chain_length": 1}, "tasks: none of place_in_slider is possible"),
         ({"processes": 0}, "processes=0 must be at least 1"),
         ({"start_spread": 1.0}, "start_spread=1.0 must lie in"),
-        ({"policy_steps": 0}, "policy_steps=0 must be at least 1"),
-        ({"weights": "int8"}, "weights are a policy's; name its checkpoint"),
+        ({"policy_steps": 0, "checkpoint": "run"}, "policy_steps=0 must be at least 1"),
+        ({"policy_steps": 60}, "policy_steps is about a policy that acts first; name its checkpoint"),
+        ({"weights": "int8"}, "weights is about a policy that acts first"),
     ):
         with pytest.raises(ValueError, match=message):
             config(checkout, tmp_path, **changes)

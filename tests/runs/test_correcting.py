@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 
+from robovlms_jax.control.interface import ActionChunk
 from robovlms_jax.data import packed
 from robovlms_jax.demo import twin
 from robovlms_jax.playtable.real import recording as real_recording
@@ -16,6 +17,7 @@ from robovlms_jax.rl import segments
 from robovlms_jax.rl.config import BehaviourConfig
 from robovlms_jax.runs import correcting, trying
 from robovlms_jax.training import checkpoints, seals
+from tests.envs.calvin import fake_stage
 from tests.labeling.made_up import rollouts
 
 
@@ -65,11 +67,36 @@ def test_what_cannot_be_tried_is_refused_before_a_recording_begins(tmp_path, wro
 
 
 def test_in_the_real_simulator_the_policy_that_is_named_leads(tmp_path, monkeypatch):
-    led = []
+    class Ten:
+        """Ten actions for each look, of which the twin's own rollouts executed five."""
+
+        def __init__(self, directory, slots, weights):
+            self.opened, self.looks = (directory, slots, weights), 0
+            policies.append(self)
+
+        def reset(self, slots, instructions):
+            pass
+
+        def act(self, observations, slots):
+            self.looks += 1
+            return [ActionChunk(np.tile([0.0] * 6 + [1.0], (10, 1)))]
+
+    led, policies = [], []
     monkeypatch.setattr(real_recording, "record", lambda config, leader: led.append(leader) or {})
-    asked = real_recording.RealRecordConfig(calvin_root="calvin", out=str(tmp_path), checkpoint=str(twin.DIRECTORY))
-    assert correcting.record_real(dataclasses.replace(asked, policy_steps=30)) == {}
-    assert led[0].steps == 30 and led[0].label == seals.identity(checkpoints.locate(twin.DIRECTORY)).label
+    monkeypatch.setattr(correcting.adapter, "find_checkout", lambda root: root)
+    monkeypatch.setattr(correcting.load, "load_batched_policy", Ten)
+    asked = real_recording.RealRecordConfig(
+        calvin_root="calvin", out=str(tmp_path), checkpoint=str(twin.DIRECTORY), weights="int8", processes=3
+    )
+    for steps in (None, 1):
+        assert correcting.record_real(dataclasses.replace(asked, policy_steps=steps)) == {}
+    assert [leader.steps for leader in led] == [120, 1] and not policies  # nothing is loaded before it is asked
+    directory = checkpoints.locate(twin.DIRECTORY)
+    assert led[0].label == seals.identity(directory).label
+    env, rng = fake_stage.FakeProcess(), np.random.default_rng(0)
+    begun = real_recording.ask(env, "begin", fake_stage.ROBOT_OBS, fake_stage.SCENE_OBS, np.zeros(3))
+    assert not led[0].lead(env, begun, "open_drawer", ["open it"], rng).done
+    assert policies[0].opened == (directory, 3, "int8") and 12 <= policies[0].looks <= 24  # 60 to 120 steps
     with pytest.raises(FileNotFoundError, match="nowhere"):
         correcting.record_real(dataclasses.replace(asked, checkpoint="nowhere"))
 

@@ -1,8 +1,9 @@
 """Demonstrations by scripted experts in the real CALVIN simulator, in CALVIN's on-disk layout.
 
-Tasks are played without pictures; only what the checker calls done is rendered, from the states that were kept. Each
-simulator is a process of its own, so that all cores work. A recording that was stopped goes on when it is asked for
-again; a chain that is played once more need not be the same to the last bit, as docs/calvin.md says of the simulator.
+Experts play without pictures; only what the checker calls done is rendered, from the states that were kept. A policy
+that acts before them (`leading`) sees what it asks for, and is not recorded. Each simulator is a process of its own, so
+that all cores work. A recording that was stopped goes on when it is asked for again; a chain that is played once more
+need not be the same to the last bit, as docs/calvin.md says of the simulator.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ IMAGE_SIZE = (200, 84)
 """Pixels of static and wrist camera, those of calvin_env's configuration."""
 _AT_REST, _LOOKS, _LOOK_AGAIN = 0.05, 3, 12
 """m/s below which a block rests; how often the experts plan a task at most, and the steps until they do so again."""
+_LEAD_STEPS = 120
 _TRIES = 3  # simulator processes that may die in one chain
 _TIMEOUT_S = 600.0  # longest task, rendering included, on a busy machine
 
@@ -73,24 +75,27 @@ class RealRecordConfig:
     checkpoint: str = ""
     """A policy that acts first, of each task, so that experts take over where it has got to (DAgger): a run directory,
     one of its checkpoints/<step> folders, or hf://OWNER/NAME. Tasks that it does itself are not recorded."""
-    policy_steps: int = 120
-    """Control steps that it acts for: a number between half of this and all, drawn for every task."""
+    policy_steps: int | None = None
+    """Control steps that it acts for: a number between half of this and all, drawn for every task. None: 120."""
     weights: Literal["float32", "bfloat16", "int8", "w8a8"] | None = None
     """How the policy's parameters are kept, as in `load_policy`; None: in the type it computes in."""
     pack: bool = False
     """Write the packed layout, which trains faster (data/README.md), instead of one npz per frame."""
     processes: int = 2
-    """Chains played and rendered at the same time."""
+    """Chains played and rendered at the same time. A policy that acts first computes each of its looks for as many."""
     simulator_python: str = sys.executable
     """Interpreter for the simulator's processes, if this one lacks its packages."""
     seed: int = 0
 
     def __post_init__(self):
-        for field in ("episodes", "validation_episodes", "chain_length", "max_steps", "policy_steps", "processes"):
+        for field in ("episodes", "validation_episodes", "chain_length", "max_steps", "processes"):
             require(getattr(self, field) >= 1, f"{field}={getattr(self, field)} must be at least 1.")
         require(0 <= self.disturbance <= 1, f"disturbance={self.disturbance} must lie in [0, 1].")
         require(0 <= self.start_spread <= 0.3, f"start_spread={self.start_spread} must lie in [0, 0.3] metres.")
-        require(self.checkpoint or self.weights is None, "weights are a policy's; name its checkpoint, too.")
+        for field in ("policy_steps", "weights"):
+            alone = getattr(self, field) is not None and not self.checkpoint
+            require(not alone, f"{field} is about a policy that acts first; name its checkpoint, too.")
+        require(self.lead_steps >= 1, f"policy_steps={self.policy_steps} must be at least 1.")
         require(bool(self.scenes), "scenes is empty; name at least one table.")
         unknown = sorted(set(self.tasks) - set(tasks.TASKS))
         require(not unknown, f"tasks has unknown {unknown}; known: {', '.join(tasks.TASKS)}.")
@@ -100,6 +105,11 @@ class RealRecordConfig:
             bool(self.conditions),
             f"tasks: none of {', '.join(self.tasks)} is possible in an initial state; add tasks that lead to it.",
         )
+
+    @property
+    def lead_steps(self) -> int:
+        """`policy_steps`, or what stands for None."""
+        return _LEAD_STEPS if self.policy_steps is None else self.policy_steps
 
     @property
     def conditions(self) -> list[task_chains.Condition]:
@@ -117,11 +127,12 @@ def record(config: RealRecordConfig, leader: leading.Leader | None = None) -> di
     """Write both splits. Returns demonstrations attempted, recorded and frames.
 
     Args:
-      leader: the policy of `config.checkpoint`, which acts first.
+      leader: the policy of `config.checkpoint`, which acts first (`runs.correcting.record_real` makes it).
     Raises:
       FileNotFoundError, ImportError: no checkout, or a package of the simulator is missing.
       FileExistsError: `out` holds something else than a recording.
-      ValueError: `out` holds a recording with other settings, or another process is recording there.
+      ValueError: `out` holds a recording with other settings, another process is recording there, or the checkpoint's
+        policy is missing.
       OSError: `out` cannot be written, or the disk is full; what was recorded so far stays.
       EnvError: a simulator's process died again and again.
     """
@@ -130,6 +141,7 @@ def record(config: RealRecordConfig, leader: leading.Leader | None = None) -> di
         ("training", config.scenes, config.episodes, config.seed, False),
         ("validation", (config.validation_scene,), config.validation_episodes, config.seed + 1, True),
     )
+    require(leader is not None or not config.checkpoint, f"no policy was made of checkpoint={config.checkpoint}.")
     splits.require_ours(out)
     counts: collections.Counter[str] = collections.Counter()
     with claim(out), stages(config, [*config.scenes, config.validation_scene], leader) as every:
@@ -173,7 +185,7 @@ def _settings(config: RealRecordConfig, split: str, leader: leading.Leader | Non
         skipped |= {"checkpoint", "policy_steps", "weights"}
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in skipped}
     if leader is not None:
-        values["checkpoint"] = leader.label
+        values |= {"checkpoint": leader.label, "policy_steps": leader.steps}
     values["simulator"] = version.commit(adapter.find_checkout(config.calvin_root))
     values["sentences"] = "calvin" if adapter.has_validation_instructions(config.calvin_root) else "own"
     if config.pack:
