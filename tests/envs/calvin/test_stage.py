@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 
 import jax.numpy as jnp
@@ -75,6 +76,48 @@ def test_what_was_played_is_shown_again_from_the_states_that_were_kept(table):
     seen = images["static"][:, 0, 0, 0]  # the fake paints its drawer, in millimetres
     np.testing.assert_array_equal(seen, np.round(1000 * played.scene_obs[:, 1]))
     assert images["wrist"].shape == (played.steps, 84, 84, 3)
+
+
+class LaggingLink:
+    """calvin_env's wrist camera and its PyBullet, which tells where the link was before the last step."""
+
+    robot_uid, gripper_cam_link = 0, 9
+
+    def __init__(self, table):
+        self.asked, sim = types.ModuleType("made_up_camera"), table._env
+        self.where, self.before, self.step, self.get_obs = sim.tool.copy(), sim.tool.copy(), sim.step, sim.get_obs
+        sim.step, sim.get_obs, sim.getLinkState = self.moved, self.seen, self.getLinkState
+        self.sim, self.asked.p = sim, sim
+
+    def moved(self, action):
+        self.before = self.sim.tool.copy()
+        self.step(action)
+        self.where = self.sim.tool.copy()
+
+    def getLinkState(self, bodyUniqueId, linkIndex, physicsClientId):
+        shown_again = not np.array_equal(self.where, self.sim.tool)  # joints were set, which brings links with them
+        return (self.sim.tool if shown_again else self.before)[:3].tolist(), [0.0, 0.0, 0.0, 1.0]
+
+    def seen(self):
+        position, _ = self.asked.p.getLinkState(bodyUniqueId=0, linkIndex=9, physicsClientId=0)
+        obs = self.get_obs()
+        obs["rgb_obs"]["rgb_gripper"] = np.full((84, 84, 3), round(-500 * position[1]), np.uint8)
+        return obs
+
+
+def test_the_wrist_camera_shows_again_what_it_showed_then(table, monkeypatch):
+    """Its link was told from before the simulator's last step; recordings had it where the joints are."""
+    table.begin(fake_stage.ROBOT_OBS, fake_stage.SCENE_OBS, np.zeros(3))
+    camera = LaggingLink(table)
+    monkeypatch.setitem(sys.modules, LaggingLink.__module__, camera.asked)
+    table._cameras, kept, seen = [camera], [], []
+    for _ in range(6):
+        kept.append(table._bodies())
+        seen.append(table.observe().images["wrist"][0, 0, 0])
+        table.step(np.array([0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 1.0]))
+    shown = table.render(np.array(kept))["wrist"][:, 0, 0, 0]
+    assert shown.tolist() == [0, 0, 10, 20, 30, 40] == seen
+    assert camera.asked.p is camera.sim  # and nothing else is told so later
 
 
 @settings(deadline=None, max_examples=20)
