@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 
 from robovlms_jax.envs.calvin import task_chains
@@ -217,3 +218,38 @@ def test_what_the_larger_policy_did_in_the_real_simulator_is_what_was_run():
     said = "the first {chains} of these chains".format(**more)
     assert f"{said} {counts[0]} tasks with it and {counts[1]} without, " in text
     assert "{:.2f} ({:.2f} to {:.2f}) more a chain".format(*more["more_tasks_in_a_row"]) in text
+
+
+def test_what_more_demonstrations_of_blocks_did_is_what_was_run():
+    every, text = result("calvin_small/results"), page("calvin.md")
+    found, before = every["calvin_full_blocks"], every["calvin_full"]["chains_on_d"]["solved_in_each"]
+    row, losses = found["chains_on_d"], found["training"]["loss_arm"]
+    digits = [int(x) for x in row["solved_in_each"]]
+    for name, scores in (("", digits), ("_before", [int(x) for x in before[: row["chains"]]])):
+        solved = {True: [0, 0], False: [0, 0]}
+        for chain, done in zip(task_chains.official_chains(), scores):
+            for k, task in enumerate(chain.tasks[: done + 1]):
+                solved[task in FIXTURES][0] += k < done
+                solved[task in FIXTURES][1] += 1
+        kinds = {kind: row[f"{kind}{name}"] for kind in ("fixtures", "blocks")}
+        assert [[kinds[kind]["count"], kinds[kind]["of"]] for kind in kinds] == [solved[True], solved[False]]
+        assert row[f"average_length{name}"][0] == pytest.approx(sum(scores) / row["chains"], abs=5e-4)
+    assert f"| on D, {row['chains']} official chains | `calvin_full` |" in text
+    cells = ["{:.2f} ({:.2f} to {:.2f})".format(*row[f"average_length{name}"]) for name in ("_before", "")]
+    assert f"| **tasks in a row** | {' | '.join(cells)} |" in text
+    for kind in ("fixtures", "blocks"):
+        cells = ["{count} of {of}".format(**row[f"{kind}{name}"]) for name in ("_before", "")]
+        assert f"| {kind}, solved of asked | {' | '.join(cells)} |" in text
+    assert "({:.2f}, {:.2f} to {:.2f}, more tasks in a row".format(*found["paired"]["more_tasks_in_a_row"]) in text
+    assert "{lifts} lifts, {pushes} pushes and {rotations} rotations more".format(**found["demonstrations"]) in text
+    for name in ("beginnings_d", "beginnings_abcd", "taken_over_d"):
+        assert "{recorded} of {attempted}".format(**found["recording"][name]) in text
+    first, last = losses["steps_1_to_60"], losses["steps_1060_to_1150"]
+    assert "{beginnings_d:.3f} on beginnings and {taken_over_d:.3f} where".format(**first) in text
+    assert "{beginnings_d:.3f}, {taken_over_d:.3f}, {fixtures_d:.3f} and {old_d:.3f}".format(**last) in text
+    old, new = (found["hand_comes_down"]["policies"][name] for name in ("calvin_full", "calvin_full_blocks"))
+    assert (
+        f"comes down {np.median(old['cm']):.1f} cm from" in text and f"and {np.median(new['cm']):.1f} cm after" in text
+    )
+    assert "within 2 cm {} and {} times".format(*(sum(cm <= 2 for cm in each["cm"]) for each in (old, new))) in text
+    assert f"the named one in {old['named_is_nearest']} and {new['named_is_nearest']})" in text
