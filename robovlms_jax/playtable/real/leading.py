@@ -88,7 +88,8 @@ def _led(
     while steps > 0:
         env.send("observe")
         for action in _actions(policy, slot, env.receive(), task)[:steps]:
-            situation, steps = _step(env, action), steps - 1
+            env.send("step+situation", action)
+            situation, steps = env.receive(), steps - 1
             if tasks.conditions(start, situation, as_released=True)[number]:
                 return Led(True, situation)
     return Led(False, situation)
@@ -99,11 +100,3 @@ def _actions(policy: BatchedPolicy, slot: int, observation: Observation, task: s
         return np.asarray(policy.act([observation], [slot])[0].actions)
     except (ValueError, RuntimeError) as error:
         raise RuntimeError(f"the policy failed at {task}: {error}") from error
-
-
-def _step(env: process.ProcessEnv, action: np.ndarray) -> Mapping[str, Any]:
-    """The situation after one control step. Both messages are sent before either is answered: a step costs one wait."""
-    env.send("step", action)
-    env.send("situation")
-    env.receive()
-    return env.receive()

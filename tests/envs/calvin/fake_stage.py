@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from robovlms_jax.envs import vector
 from robovlms_jax.envs.calvin import initial_states, stage, tasks
 
 ROBOT_OBS = initial_states.INITIAL_ROBOT_OBS.copy()
@@ -105,7 +106,7 @@ class FakeProcess:
         self.stage, self.answers, self.closed = FakeStage(), [], False
 
     def send(self, method: str, *args: Any) -> None:
-        self.answers.append(getattr(self.stage, method)(*args))
+        self.answers.append(vector.perform(self.stage, method, *args))
 
     def receive(self) -> Any:
         return self.answers.pop(0)
