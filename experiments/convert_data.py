@@ -92,6 +92,12 @@ def main(args: Args) -> None:
         return
     name = args.name or "calvin_" + re.sub(r"[^a-z0-9]+", "_", args.root.resolve().name.lower())
     opened = calvin.open_splits(args.root, functools.partial(calvin.open_dataset, args.root))
+    for dataset in opened.values():
+        if not dataset.shows_all:
+            raise ValueError(
+                f"{dataset.name} has pictures of some frames alone (picture_every of its recorder), for which RLDS has "
+                "no place; convert a recording with pictures of all."
+            )
     splits = {
         {"training": "train", "validation": "val"}[split]: calvin_episodes(dataset, args.quality, args.sensors)
         for split, dataset in opened.items()

@@ -126,6 +126,16 @@ class Dataset(abc.ABC):
         """bool[n]: whether each frame has an image of this camera; where not, `images` gives black."""
         return np.full(len(frame_ids), camera in self.cameras)
 
+    @property
+    def shows_all(self) -> bool:
+        """Whether all frames have pictures: recordings may leave some out (`shown`)."""
+        return True
+
+    def shown(self, frame_ids: Sequence[int]) -> np.ndarray:
+        """bool[n]: whether each frame has its pictures. The others have actions and state alone, and no window sees
+        them."""
+        return np.ones(len(frame_ids), bool)
+
     def actions(self, frame_ids: Sequence[int]) -> np.ndarray:
         """float32[n, A] in dataset units, as `robot` says (CALVIN: relative, 1 = 0.02 m, 0.05 rad; gripper 1 open, -1
         closed)."""

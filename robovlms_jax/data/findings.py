@@ -309,6 +309,13 @@ def _follow(found: inspection.Inspection) -> Iterator[Finding]:
 def _cameras(found: inspection.Inspection) -> Iterator[Finding]:
     for left, right in found.same_pictures:
         yield Finding("problem", "cameras", f"{left} and {right} always show the same picture.")
+    if found.shown_share < 1:
+        yield Finding(
+            "look",
+            "pictures",
+            f"{found.shown_share:.1%} of the frames have pictures, as with picture_every of a recorder; windows begin "
+            "there alone, so that policy.window must be 1.",
+        )
     for camera in found.cameras:
         topic, total = f"{camera.name} camera", camera.read + camera.unreadable + camera.missing
         clean = True

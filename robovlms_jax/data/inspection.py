@@ -115,7 +115,8 @@ class Split:
 class Shown:
     """An episode for people to look through.
 
-    first: id of its first frame. steps: int[n], those that pictures are kept of, the first and the last among them.
+    first: id of its first frame. steps: int[n], those that pictures are kept of, of those that have some: the first and
+      the last among them.
     pictures: camera -> uint8[height, width, 3] of each of `steps`, or None where it cannot be read.
     actions, states: float64[T, d] of all its steps, NaN where a frame cannot be read; None where there are none.
     """
@@ -137,6 +138,7 @@ class Inspection:
     num_sampled, num_runs: frames and episodes whose numbers were read. num_still: of these, steps whose arm does not
       move at all; NaN where actions are absolute.
     unreadable: field -> (frames, first message).
+    shown_share: of the sampled frames, those that were recorded with pictures.
     """
 
     name: str
@@ -155,6 +157,7 @@ class Inspection:
     same_pictures: tuple[tuple[str, str], ...]
     unreadable: Mapping[str, tuple[int, str]]
     shown: tuple[Shown, ...]
+    shown_share: float = 1.0
 
 
 def inspect(splits: Mapping[str, base.Dataset], budget: Budget = Budget()) -> Inspection:
@@ -183,9 +186,8 @@ def inspect(splits: Mapping[str, base.Dataset], budget: Budget = Budget()) -> In
     stacked = np.concatenate(actions)
     finite = stacked[np.isfinite(stacked).all(axis=1)]
     scale = np.maximum(finite.std(axis=0), 1e-9) if len(finite) else np.ones(stacked.shape[1])
-    cameras, same = pairing.check_cameras(
-        dataset, sampling.choose_pairs(dataset.episodes, budget.pictures), action_dimensions, scale
-    )
+    pairs = sampling.choose_pairs(dataset.episodes, budget.pictures, None if dataset.shows_all else dataset.shown)
+    cameras, same = pairing.check_cameras(dataset, pairs, action_dimensions, scale)
     return Inspection(
         dataset.name,
         spec,
@@ -203,6 +205,7 @@ def inspect(splits: Mapping[str, base.Dataset], budget: Budget = Budget()) -> In
         same_pictures=same,
         unreadable=unreadable,
         shown=_shown(dataset, spec, budget.shown),
+        shown_share=1.0 if dataset.shows_all else float(dataset.shown(np.concatenate(runs)).mean()),
     )
 
 
@@ -371,7 +374,8 @@ def _shown(dataset: base.Dataset, spec: robots.RobotSpec, count: int) -> tuple[S
     shown = []
     for episode in (usable[place] for place in places):
         ids = np.arange(episode.start, episode.end)
-        steps = np.unique(np.linspace(0, len(ids) - 1, min(len(ids), _PICTURES)).round().astype(int))
+        seen = np.flatnonzero(dataset.shown(ids))
+        steps = seen[np.unique(np.linspace(0, len(seen) - 1, min(len(seen), _PICTURES)).round().astype(int))]
         pictures = {
             camera: tuple(pairing.picture(dataset, int(frame), camera)[0] for frame in ids[steps])
             for camera in dataset.cameras

@@ -28,6 +28,7 @@ class PackedSplit:
         self.image_sizes, self.arrays = dataset.image_sizes, tuple(dataset.meta["arrays"])
         self.robot, self.action_units, self.statistics = dataset.robot, dataset.action_units, dataset.statistics
         self.sensors = tuple(dataset.meta.get("sensors", ()))
+        self.shows_all = dataset.shows_all
         self.frame_ids, self.encoded_as = dataset.frame_ids, (dataset.meta["codec"], dataset.meta["quality"])
 
     def frame(self, frame_id: int) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
@@ -76,6 +77,7 @@ class Joined:
             for split, shift in zip(splits, self._shift, strict=True)
             for episode in split.episodes
         )
+        self.shows_all = all(split.shows_all for split in splits)
         kinds = {getattr(split, "encoded_as", None) for split in splits}
         self.encoded_as = kinds.pop() if len(kinds) == 1 else None
 

@@ -66,15 +66,18 @@ class PackedDataset(base.Dataset):
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise ValueError(f"{path} {found}, expected {shard['size']} bytes; copy the packed dataset again.")
         self.frame_ids = self._load("frame_id", ())
-        self.keep_decoded(decoded_bytes)
         self._arrays = {name: self._load(name, self._form(name)) for name in self.meta["arrays"]}
+        lengths = self._load("length", (len(self.cameras),))
         self._index = frame_index.FrameIndex(
             [self.directory / shard["file"] for shard in self.meta["shards"]],
             self.cameras,
             self._load("file_id", ()),
             self._load("offset", (len(self.cameras),)),
-            self._load("length", (len(self.cameras),)),
+            lengths,
         )
+        has = (lengths > 0).all(axis=1)
+        self._shown = None if has.all() else has
+        self.keep_decoded(decoded_bytes)
 
     def images(
         self, frame_ids: Sequence[int], cameras: Sequence[str], out: Mapping[str, Sequence[np.ndarray]] | None = None
@@ -87,10 +90,21 @@ class PackedDataset(base.Dataset):
             self._kept.fill(rows, wanted, self._index.decode)
         return out
 
+    def has_images(self, frame_ids: Sequence[int], camera: str) -> np.ndarray:
+        return self.shown(frame_ids) & (camera in self.cameras)
+
+    def shown(self, frame_ids: Sequence[int]) -> np.ndarray:
+        rows = self._rows(frame_ids)
+        return np.ones(len(rows), bool) if self._shown is None else self._shown[rows]
+
+    @property
+    def shows_all(self) -> bool:
+        return self._shown is None
+
     def keep_decoded(self, limit: int) -> None:
         """Keep pictures in memory once they are decoded, `limit` bytes of them at most, in each process that reads."""
         self._limit = limit
-        self._kept = kept.Pictures(len(self.frame_ids), self.image_sizes, limit) if limit else None
+        self._kept = kept.Pictures(len(self.frame_ids), self.image_sizes, limit, self._shown) if limit else None
 
     def array(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:
         if name not in self._arrays:

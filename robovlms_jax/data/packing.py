@@ -54,6 +54,7 @@ class FrameSource(Protocol):
     robot: robots.RobotSpec
     action_units: tuple[float, ...]
     statistics: statistics.Statistics | None
+    shows_all: bool
 
     def frame(self, frame_id: int) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
         """(camera -> uint8[height, width, 3], field -> float32[d]) of one frame. Raises CorruptFrameError."""
@@ -75,6 +76,7 @@ class WithSensors:
     def __init__(self, source: FrameSource, sensors: Sequence[str]):
         self.name, self.episodes, self.image_sizes = source.name, source.episodes, source.image_sizes
         self.robot, self.action_units, self.statistics = source.robot, source.action_units, source.statistics
+        self.shows_all = source.shows_all
         self._source, self.sensors = source, tuple(name for name in sensors if name not in source.arrays)
         self.arrays = (*source.arrays, *self.sensors)
         for name in self.sensors:
@@ -121,6 +123,13 @@ def pack(
     read = functools.partial(_encode_frame, source, functools.partial(encode_image, codec, quality))
     if getattr(source, "encoded_as", None) == (codec, quality):
         read = source.encoded
+    elif not source.shows_all:
+        was = getattr(source, "encoded_as", None)
+        raise ValueError(
+            f"{source.name} has frames without pictures, which would be black ones if they were encoded anew, in "
+            f"{codec} of quality {quality}; "
+            + (f"keep how they are: {was[0]} of quality {was[1]}." if was else "its parts are encoded in several ways.")
+        )
     with _explained(directory):
         if not _claim(directory, plan):
             shards = np.split(frame_ids, range(FRAMES_PER_SHARD, len(frame_ids), FRAMES_PER_SHARD))

@@ -195,7 +195,7 @@ def check_cameras(
     action_dimensions: Sequence[robots.Dimension],
     scale: np.ndarray,
 ) -> tuple[tuple[CameraCheck, ...], tuple[tuple[str, str], ...]]:
-    """Decode int[2] neighbouring frames and compare them with each other and with the action between them.
+    """Decode int[2] frames that follow each other and compare them with each other and with the actions between them.
 
     Args:
       scale: float[d] spread of each action dimension.
@@ -232,14 +232,14 @@ def _pair(
 
 
 def _motion(dataset: base.Dataset, ids: np.ndarray, dimensions: Sequence[robots.Dimension], scale: np.ndarray) -> float:
-    """Size of the arm's motion commanded between two frames; NaN where it cannot be read."""
+    """Size of the arm's motion commanded between two frames of an episode; NaN where it cannot be read."""
     try:
-        actions = np.asarray(dataset.actions(ids), np.float64)
+        actions = np.asarray(dataset.actions(np.arange(ids[0], ids[1] + 1)), np.float64)
     except base.CorruptFrameError:
         return math.nan
     is_arm = np.array([dimension.quantity != "gripper" for dimension in dimensions])
     is_target = np.array([dimension.kind == "absolute" for dimension in dimensions])
-    step = np.where(is_target, actions[1] - actions[0], actions[0]) / scale
+    step = np.where(is_target, actions[-1] - actions[0], actions[:-1].sum(axis=0)) / scale
     return float(np.linalg.norm(step[is_arm]))
 
 

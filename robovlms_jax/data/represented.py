@@ -30,6 +30,13 @@ class RepresentedDataset(base.Dataset):
     def has_images(self, frame_ids: Sequence[int], camera: str) -> np.ndarray:
         return self.own.has_images(frame_ids, camera)
 
+    @property
+    def shows_all(self) -> bool:
+        return self.own.shows_all
+
+    def shown(self, frame_ids: Sequence[int]) -> np.ndarray:
+        return self.own.shown(frame_ids)
+
     def has_array(self, name: str, frame_ids: Sequence[int]) -> np.ndarray:
         return self.own.has_array(name, frame_ids)
 

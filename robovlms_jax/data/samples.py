@@ -84,8 +84,19 @@ class SegmentSource(Sequence[types.Batch]):
             chunk=cut.chunk,
             windows_per_segment=cut.windows_per_segment,
             left_pad=cut.left_pad,
+            shown=None if dataset.shows_all else _shown(dataset),
         )
+        if cut.future_frames and not dataset.shows_all:
+            raise ValueError(
+                f"{dataset.name} has pictures of some frames alone, and policy.auxiliary.forward predicts those that "
+                "follow; switch it off, or record pictures of all (picture_every 1)."
+            )
         if len(self.segments) == 0:
+            if not dataset.shows_all:
+                raise ValueError(
+                    f"{dataset.name} has pictures of some frames alone, and nowhere of policy.window={cut.window} that "
+                    "follow each other; set policy.window=1, or record pictures of all (picture_every 1)."
+                )
             longest = max((episode.end - episode.start for episode in dataset.episodes), default=0)
             raise ValueError(
                 f"{dataset.name}: none of {len(dataset.episodes)} episodes is long enough for policy.window="
@@ -145,6 +156,8 @@ class SegmentSource(Sequence[types.Batch]):
             more["sentences"] = self.num_sentences
         if self.segments.left_pad:
             more["left_pad"] = True
+        if not self.dataset.shows_all:
+            more["windows"] = self.num_windows
         if self._mirror is not None:
             more["mirrored"] = self._mirror.share
         return {
@@ -374,6 +387,11 @@ class SegmentSource(Sequence[types.Batch]):
             out.sentence[row] = self._sentences[0]
         out.actions[row] = 0
         out.inputs.text_ids[row], out.inputs.text_mask[row] = self._text_ids[0], self._text_mask[0]
+
+
+def _shown(dataset: base.Dataset) -> list[np.ndarray]:
+    """Which frames of each episode have pictures, bool[L + 1] each."""
+    return [dataset.shown(np.arange(episode.start, episode.end + 1)) for episode in dataset.episodes]
 
 
 def _arrays(inputs: types.Inputs, sensor: sensors.Readings) -> tuple[np.ndarray, np.ndarray | None]:

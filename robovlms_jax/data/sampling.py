@@ -29,14 +29,19 @@ def choose(episodes: Sequence[base.Episode], budget: int) -> list[np.ndarray]:
     return [chosen[number] for number in sorted(chosen)]
 
 
-def choose_pairs(episodes: Sequence[base.Episode], budget: int) -> list[np.ndarray]:
-    """Two neighbouring frames each, from the start, the middle and the end of episodes; `budget` frames in all."""
+def choose_pairs(
+    episodes: Sequence[base.Episode], budget: int, shown: Callable[[np.ndarray], np.ndarray] | None = None
+) -> list[np.ndarray]:
+    """Two neighbouring frames each, from the start, the middle and the end of episodes; `budget` frames in all.
+
+    shown: `Dataset.shown`, where some frames have no pictures: the two are then neighbours among those that have.
+    """
     pairs = []
     for number in _spread([e.end - e.start - 1 for e in episodes])[: budget // 6 + bool(budget)]:
-        episode = episodes[number]
-        last = episode.end - 2
-        firsts = sorted({episode.start, (episode.start + last) // 2, last})
-        pairs += [(number, np.array([first, first + 1])) for first in firsts]
+        ids = np.arange(episodes[number].start, episodes[number].end)
+        ids = ids if shown is None else ids[shown(ids)]
+        last = len(ids) - 2
+        pairs += [(number, ids[first : first + 2]) for first in sorted({0, last // 2, last}) if last >= 0]
     pairs = pairs[: budget // 2]
     return [ids for _, ids in sorted(pairs, key=lambda pair: (pair[0], pair[1][0]))]
 

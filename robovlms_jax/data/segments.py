@@ -13,6 +13,9 @@ K = 1 gives RoboVLMs' samples one by one.
 With left padding windows begin up to W - 1 steps before their episode, so that every frame is once the newest of a
 window, as at the start of control: L windows, k = -(W - 1) ... L - W. Steps before `start` repeat its values under
 False masks.
+
+Where some frames have no pictures, windows are those whose W frames all have; what is tiled are then the runs of such
+windows that follow each other, instead of whole episodes. Actions need no pictures: chunks go on as above.
 """
 
 from __future__ import annotations
@@ -50,9 +53,19 @@ class Segments(Sequence[Segment]):
       spans: int[E, 2], first and last frame id of each episode, both inclusive.
       window, chunk, windows_per_segment: W, C, K.
       left_pad: whether windows may begin before their episode.
+      shown: of each episode bool[L + 1], True = the frame has pictures; None: all have.
     """
 
-    def __init__(self, spans: np.ndarray, *, window: int, chunk: int, windows_per_segment: int, left_pad: bool = False):
+    def __init__(
+        self,
+        spans: np.ndarray,
+        *,
+        window: int,
+        chunk: int,
+        windows_per_segment: int,
+        left_pad: bool = False,
+        shown: Sequence[np.ndarray] | None = None,
+    ):
         if min(window, chunk, windows_per_segment) < 1:
             raise ValueError(
                 f"window={window}, chunk={chunk} and windows_per_segment={windows_per_segment} must be at least 1."
@@ -62,9 +75,16 @@ class Segments(Sequence[Segment]):
         lengths = self._spans[:, 1] - self._spans[:, 0]
         self.left_pad = left_pad
         self._before = window - 1 if left_pad else 0  # steps before its episode at which the first window begins
-        self._num_windows = np.maximum(lengths + 1 - window + self._before, 0)
-        # Number of each episode's first segment, and of all.
-        self._begins = np.concatenate([[0], np.cumsum(-(-self._num_windows // windows_per_segment))])
+        windows = np.maximum(lengths + 1 - window + self._before, 0)
+        # Runs of windows: the episode, its first window's number there, how many; frames that are read beyond them.
+        self._episode, self._first, self._count = np.arange(len(windows)), np.zeros(len(windows), np.int64), windows
+        self._beyond = 1
+        if shown is not None:
+            self._episode, self._first, self._count = _runs(windows, shown, window, self._before)
+            self._beyond = 0
+        # Number of each run's first segment, and of all; of each episode's first run, and of all.
+        self._begins = np.concatenate([[0], np.cumsum(-(-self._count // windows_per_segment))])
+        self._runs = np.searchsorted(self._episode, np.arange(len(windows) + 1))
 
     def __len__(self) -> int:
         return int(self._begins[-1])
@@ -72,7 +92,7 @@ class Segments(Sequence[Segment]):
     @property
     def num_windows(self) -> int:
         """Windows of all episodes, what one epoch sees."""
-        return int(self._num_windows.sum())
+        return int(self._count.sum())
 
     @property
     def num_frames(self) -> int:
@@ -81,13 +101,15 @@ class Segments(Sequence[Segment]):
 
     def groups(self, num_episodes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Segments and windows int64[groups] of consecutive groups of episodes."""
-        last = np.cumsum(np.asarray(num_episodes, np.int64))
-        counts = [self._begins[last], np.concatenate([[0], np.cumsum(self._num_windows)])[last]]
+        last = self._runs[np.cumsum(np.asarray(num_episodes, np.int64))]
+        counts = [self._begins[last], np.concatenate([[0], np.cumsum(self._count)])[last]]
         return tuple(np.diff(count, prepend=0) for count in counts)
 
     def episodes_of(self, indices: Sequence[int]) -> np.ndarray:
         """Index int64[n] of the episode that each segment belongs to. Raises IndexError."""
-        indices = np.asarray(indices, np.int64)
+        return self._episode[self._run_of(np.asarray(indices, np.int64))]
+
+    def _run_of(self, indices: np.ndarray) -> np.ndarray:
         outside = (indices < 0) | (indices >= len(self))
         if outside.any():
             raise IndexError(f"segment {indices[outside][0]} is out of range; there are {len(self)}.")
@@ -100,9 +122,11 @@ class Segments(Sequence[Segment]):
     def take(self, indices: Sequence[int]) -> Segment:
         """Segments int[n], each field with a leading axis n. Raises IndexError."""
         indices = np.asarray(indices, np.int64)
-        episode = self.episodes_of(indices)
+        run = self._run_of(indices)
+        episode, ends = self._episode[run], self._first[run] + self._count[run]
         start, end = self.span(episode)
-        first = (indices - self._begins[episode]) * self.windows_per_segment  # first window's number in its episode
+        # First window's number in its episode.
+        first = self._first[run] + (indices - self._begins[run]) * self.windows_per_segment
         steps = (start - self._before + first)[:, None] + np.arange(self.num_frames + self.chunk - 1)
         start, end = start[:, None], end[:, None]
         return Segment(
@@ -110,11 +134,28 @@ class Segments(Sequence[Segment]):
             step_ids=np.clip(steps, start, end),
             step_mask=(start <= steps) & (steps < end),
             seen_mask=steps[:, : self.num_frames] >= start,
-            window_mask=first[:, None] + np.arange(self.windows_per_segment) < self._num_windows[episode][:, None],
-            num_frames=np.minimum(self.num_frames, (end - start)[:, 0] + self._before - first + 1),
+            window_mask=first[:, None] + np.arange(self.windows_per_segment) < ends[:, None],
+            num_frames=np.minimum(self.num_frames, ends - first + self.window - 1 + self._beyond),
         )
 
     def __getitem__(self, index: int) -> Segment:
         every = self.take([index])
         values = {field.name: getattr(every, field.name)[0] for field in dataclasses.fields(Segment)}
         return Segment(**values | {name: int(values[name]) for name in ("episode", "num_frames")})
+
+
+def _runs(
+    windows: np.ndarray, shown: Sequence[np.ndarray], window: int, before: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each run of windows that see pictures alone: its episode, its first window's number there and its length,
+    int64[runs] each, in order. windows: int[E], of each episode; before: steps that the first one begins before it."""
+    found = []
+    for episode, (count, has) in enumerate(zip(windows.tolist(), shown, strict=True)):
+        if not count:
+            continue
+        padded = np.concatenate([np.repeat(has[:1], before), has])
+        seen = np.lib.stride_tricks.sliding_window_view(padded, window)[:count].all(axis=1)
+        edges = np.flatnonzero(np.diff(seen, prepend=False, append=False)).reshape(-1, 2)
+        found.append(np.stack([np.full(len(edges), episode), edges[:, 0], edges[:, 1] - edges[:, 0]], axis=1))
+    runs = np.concatenate(found) if found else np.zeros((0, 3), np.int64)
+    return runs[:, 0], runs[:, 1], runs[:, 2]

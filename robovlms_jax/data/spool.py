@@ -43,7 +43,7 @@ class Spool:
         ends = _ends(rows)
         # A power failure may leave rows of zeros, or rows without their pictures.
         follows = rows["offset"] == np.append(0, ends[:-1])
-        whole = follows & (rows["lengths"] > 0).all(axis=1) & (ends <= self._pictures.stat().st_size)
+        whole = follows & (rows["lengths"] >= 0).all(axis=1) & (ends > 0) & (ends <= self._pictures.stat().st_size)
         self.num_frames = len(whole)
         self.truncate(int(whole.argmin()) if not whole.all() else len(whole))
 
@@ -57,24 +57,41 @@ class Spool:
         self._size, self.num_frames = int(ends[-1]) if num_frames else 0, num_frames
         os.truncate(self._pictures, self._size)
 
-    def add(self, images: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> None:
-        """Append T frames: camera -> uint8[T, height, width, 3], field -> float[T, d]."""
-        count, threads = len(next(iter(images.values()))), cores.usable()
+    def add(
+        self,
+        images: Mapping[str, np.ndarray],
+        arrays: Mapping[str, np.ndarray],
+        shown: np.ndarray | None = None,
+    ) -> None:
+        """Append T frames: camera -> uint8[n, height, width, 3], field -> float[T, d].
 
-        def encode(frames: np.ndarray) -> list[list[bytes]]:
+        Args:
+          shown: int[n], rising: the frames, of these T, that the pictures are of; the others have none. None: all.
+        Raises ValueError: the very first frame of all has no picture.
+        """
+        count, threads = len(next(iter(arrays.values()))), cores.usable()
+        shown = np.arange(count) if shown is None else np.asarray(shown, np.int64)
+        if self.num_frames == 0 and count and not (len(shown) and shown[0] == 0):
+            raise ValueError(f"{self.name}: the first frame has no picture; a recording begins with one that has.")
+
+        def encode(places: np.ndarray) -> list[list[bytes]]:
             return [
                 [
-                    packing.encode_image(*self.encoded_as, image[frame], f"{camera} image of frame {first + frame}")
+                    packing.encode_image(
+                        *self.encoded_as, image[place], f"{camera} image of frame {first + shown[place]}"
+                    )
                     for camera, image in images.items()
                 ]
-                for frame in frames.tolist()
+                for place in places.tolist()
             ]
 
         first, images = self.num_frames, {camera: images[camera] for camera in self.image_sizes}  # in this order
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            encoded = [frame for part in pool.map(encode, np.array_split(np.arange(count), threads)) for frame in part]
-        rows = np.empty(count, self._row)
-        rows["lengths"] = np.reshape([len(picture) for frame in encoded for picture in frame], (count, len(images)))
+            parts = pool.map(encode, np.array_split(np.arange(len(shown)), threads))
+            encoded = [frame for part in parts for frame in part]
+        rows = np.zeros(count, self._row)
+        sizes = [len(picture) for frame in encoded for picture in frame]
+        rows["lengths"][shown] = np.reshape(sizes, (len(shown), len(images)))
         sizes = rows["lengths"].sum(axis=1, dtype=np.int64)
         rows["offset"] = self._size + np.cumsum(sizes) - sizes
         for name in self.arrays:
@@ -92,6 +109,11 @@ class Spool:
         pictures = np.memmap(self._pictures, np.uint8, "r") if self._size else np.zeros(0, np.uint8)
         return np.fromfile(self._rows, self._row), pictures
 
+    @property
+    def shows_all(self) -> bool:
+        """Whether all frames have pictures."""
+        return bool((self._stored[0]["lengths"] > 0).all())
+
     def encoded(self, frame_id: int) -> tuple[list[bytes], Mapping[str, np.ndarray]]:
         """A frame as `packing.EncodedSource` has it."""
         rows, pictures = self._stored
@@ -104,7 +126,10 @@ class Spool:
         pictures, arrays = self.encoded(frame_id)
         images = {camera: np.empty((*size, 3), np.uint8) for camera, size in self.image_sizes.items()}
         for picture, image in zip(pictures, images.values(), strict=True):
-            frame_index.decode_image(picture, image)
+            if picture:
+                frame_index.decode_image(picture, image)
+            else:
+                image[:] = 0
         return images, arrays
 
     def __getstate__(self) -> dict[str, Any]:

@@ -37,6 +37,10 @@ class DemonstrationConfig:
     """Metres by which the hand is moved from CALVIN's resting pose before a chain begins, at most: so far along x, a
     quarter as far along y and z. When all begin at one place, where the hand is soon tells where it is going, and a
     policy need not look."""
+    picture_every: int = 1
+    """Training chains are rendered where tasks begin and at every so many steps, no more: neighbouring frames look
+    alike, so that the same time shows more demonstrations. A policy of policy.window 1 learns from what it sees there
+    and from all actions that follow; larger windows need 1."""
     image_size: tuple[int, int] = (200, 84)
     """Pixels of static and wrist camera."""
     tables: int = 16
@@ -45,7 +49,7 @@ class DemonstrationConfig:
 
     def __post_init__(self):
         require(self.episodes >= 0, f"episodes={self.episodes} must not be negative.")
-        for field in ("validation_episodes", "chain_length", "max_steps", "tables"):
+        for field in ("validation_episodes", "chain_length", "max_steps", "tables", "picture_every"):
             require(getattr(self, field) >= 1, f"{field}={getattr(self, field)} must be at least 1.")
         require(self.random_scenes >= 0, f"random_scenes={self.random_scenes} must not be negative.")
         require(0 <= self.disturbance <= 1, f"disturbance={self.disturbance} must lie in [0, 1].")

@@ -38,11 +38,19 @@ RENDER_FRAMES = 2048
 
 
 class Segment(NamedTuple):
-    """One demonstrated task. images: camera -> uint8[T, size, size, 3]; arrays: CALVIN field -> float64[T, d]."""
+    """One demonstrated task. images: camera -> uint8[n, size, size, 3]; arrays: CALVIN field -> float64[T, d]; shown:
+    int[n], the frames that the pictures are of, None: all T."""
 
     task: str
     images: Mapping[str, np.ndarray]
     arrays: Mapping[str, np.ndarray]
+    shown: np.ndarray | None = None
+
+
+def shown_frames(length: int, apart: int, rng: np.random.Generator) -> np.ndarray | None:
+    """Which of a demonstration's frames get pictures, int[n]: the first, and every `apart`-th from a random one on but
+    for the last, which nothing is learned from. None: all, where apart is 1."""
+    return None if apart == 1 else np.append(0, np.arange(1 + rng.integers(apart), length - 1, apart))
 
 
 def rendered(tables: Iterable[Chain], renderer: Renderer) -> Iterator[tuple[int, list[Segment], int]]:
@@ -58,7 +66,7 @@ def rendered(tables: Iterable[Chain], renderer: Renderer) -> Iterator[tuple[int,
         beside.submit(renderer.compile)  # beside the simulation's programs; an error comes again with the first picture
         for chain in tables:
             ended.append(chain)
-            if sum(demo.length for each in ended for demo in each.demos) >= RENDER_FRAMES:
+            if sum(demo.num_shown for each in ended for demo in each.demos) >= RENDER_FRAMES:
                 before, looking = looking, beside.submit(renderer.segments, ended)
                 ended = []
                 yield from before.result() if before else ()
@@ -92,14 +100,20 @@ class Steps(NamedTuple):
 
 
 class Demo(NamedTuple):
-    """One successful demonstration, not rendered yet. NumPy, leading axis T."""
+    """One successful demonstration, not rendered yet. NumPy, leading axis T. shown: as `Segment` has it."""
 
     task: str
     steps: Steps
+    shown: np.ndarray | None = None
 
     @property
     def length(self) -> int:
         return len(self.steps.actions)
+
+    @property
+    def num_shown(self) -> int:
+        """Frames that get pictures."""
+        return self.length if self.shown is None else len(self.shown)
 
 
 @dataclasses.dataclass
@@ -247,7 +261,7 @@ class Tables:
         if chain.steps < length:
             return None
         steps = jax.tree.map(lambda *parts: np.concatenate(parts)[:length], *chain.blocks)
-        chain.demos.append(Demo(chain.task, steps))
+        chain.demos.append(Demo(chain.task, steps, shown_frames(length, self.config.picture_every, chain.rng)))
         chain.condition = task_chains.successors(chain.condition, chain.task)[0]
         return length - before
 
@@ -349,10 +363,18 @@ class Renderer:
         ]
 
     def _look(self, demos: list[tuple[Chain, Demo]]) -> Iterator[dict[str, np.ndarray]]:
-        """Both pictures of each demonstration's states."""
-        lengths = [demo.length for _, demo in demos]
+        """Both pictures of each demonstration's states that get some."""
+        lengths = [demo.num_shown for _, demo in demos]
         which = np.repeat([chain.scene for chain, _ in demos], lengths)
-        states = jax.tree.map(lambda *parts: np.concatenate(parts), *(demo.steps.states for _, demo in demos))
+        states = jax.tree.map(
+            lambda *parts: np.concatenate(parts),
+            *(
+                demo.steps.states
+                if demo.shown is None
+                else jax.tree.map(lambda x, s=demo.shown: x[s], demo.steps.states)
+                for _, demo in demos
+            ),
+        )
         images = env.pictures(self.scenes.stacked, which, states, self._sizes, self._backdrops)
         for end, length in zip(np.cumsum(lengths), lengths, strict=True):
             yield {camera: pictures[end - length : end] for camera, pictures in images.items()}
@@ -363,4 +385,4 @@ class Renderer:
         scaled = relative * np.array([*[frames.TRANSLATION_M] * 3, *[frames.ROTATION_RAD] * 3, 1.0])
         target = scaled + np.concatenate([robot[:, :6], np.zeros((demo.length, 1))], axis=1)
         arrays = {"rel_actions": relative, "actions": target, "robot_obs": robot, "scene_obs": scene}
-        return Segment(demo.task, images, arrays)
+        return Segment(demo.task, images, arrays, demo.shown)

@@ -36,6 +36,7 @@ class RecordConfig(DemonstrationConfig):
         super().__post_init__()
         if self.episodes < 1:
             raise ValueError(f"episodes={self.episodes} must be at least 1.")
+        splits.require_room(self.picture_every, pack=self.pack)
         unknown = sorted(set(self.tasks) - set(tasks.TASKS))
         if unknown:
             raise ValueError(f"tasks has unknown {unknown}; known: {', '.join(tasks.TASKS)}.")
@@ -76,8 +77,16 @@ def record(config: RecordConfig) -> dict[str, int]:
             journal = splits.Journal(splits.directory(out, split), _settings(config, split), sentences)
             kinds = [names.index(name) for name in scenes]
 
-            def play(numbers: list[int], bar: bars.Bar, kinds: list[int] = kinds, seed: int = seed) -> splits.Chains:
-                tables = demonstrations.Tables(config, renderer.scenes, kinds, seed, numbers)
+            own = dataclasses.replace(config, picture_every=1) if held_out else config
+
+            def play(
+                numbers: list[int],
+                bar: bars.Bar,
+                own: RecordConfig = own,
+                kinds: list[int] = kinds,
+                seed: int = seed,
+            ) -> splits.Chains:
+                tables = demonstrations.Tables(own, renderer.scenes, kinds, seed, numbers)
                 tables.watch = lambda steps: bar.say(f"{steps} steps simulated")
                 return demonstrations.rendered(tables, renderer)
 
@@ -90,6 +99,8 @@ def _settings(config: RecordConfig, split: str) -> dict[str, Any]:
     """What has to be the same for a recording to be continued. How long it is may change, unless it is packed."""
     skipped = {"out", "tables", "episodes", "validation_episodes"}
     skipped |= {"validation_scene"} if split == "training" else {"scenes", "random_scenes"}
+    if split == "validation" or config.picture_every == 1:  # recordings begun before it could be chosen go on
+        skipped.add("picture_every")
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in skipped}
     if config.pack:
         values["episodes"] = config.episodes if split == "training" else config.validation_episodes

@@ -45,6 +45,15 @@ def require_ours(out: pathlib.Path) -> None:
         raise FileExistsError(f"{out} is not empty and holds no recording to go on with; choose a new directory.")
 
 
+def require_room(picture_every: int, *, pack: bool) -> None:
+    """Raise ValueError where frames without pictures are asked for in CALVIN's layout."""
+    if picture_every != 1 and not pack:
+        raise ValueError(
+            f"picture_every={picture_every} leaves frames without pictures, for which CALVIN's layout has no room; add "
+            "--pack."
+        )
+
+
 Chains = Iterable[tuple[int, Sequence[demonstrations.Segment], int]]
 """As they end: number, segments, tasks attempted."""
 
@@ -305,7 +314,7 @@ class SpooledFrames:
         self._spool.truncate(first)
 
     def save(self, first: int, segment: demonstrations.Segment) -> None:
-        self._spool.add(segment.images, segment.arrays)
+        self._spool.add(segment.images, segment.arrays, segment.shown)
 
     def abandon(self, journal: Journal) -> None:
         pass  # the files of frames stay

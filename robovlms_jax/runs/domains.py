@@ -47,6 +47,7 @@ def _tokens(
 ) -> np.ndarray:
     """float[frames, tokens, D]."""
     ids = np.concatenate([np.arange(episode.start, episode.end + 1) for episode in dataset.episodes])
+    ids = ids[dataset.shown(ids)]
     ids = ids[np.linspace(0, len(ids) - 1, min(frames, len(ids))).astype(int)]
     parts = []
     for begin in range(0, len(ids), _AT_A_TIME):

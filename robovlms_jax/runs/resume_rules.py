@@ -173,7 +173,7 @@ RULES = (
             *("demonstrations.episodes", "demonstrations.validation_*", "demonstrations.tasks"),
             *("demonstrations.scenes", "demonstrations.random_scenes", "demonstrations.chain_length"),
             *("demonstrations.max_steps", "demonstrations.disturbance", "demonstrations.start_spread"),
-            *("demonstrations.image_size", "demonstrations.seed"),
+            *("demonstrations.image_size", "demonstrations.picture_every", "demonstrations.seed"),
         ),
         "these are other demonstrations",
     ),

@@ -288,12 +288,44 @@ def test_a_sample_stays_within_episodes_and_its_budget(lengths, budget):
     pairs = sampling.choose_pairs(episodes, budget)
     assert 2 * len(pairs) <= budget and all(pair[1] - pair[0] == 1 and set(pair.tolist()) <= learned for pair in pairs)
     assert all(any(e.start <= pair[0] and pair[1] < e.end for e in episodes) for pair in pairs)
+    third = sampling.choose_pairs(episodes, budget, lambda ids: ids % 3 == 0)
+    assert all(pair[1] - pair[0] == 3 and set(pair.tolist()) <= learned for pair in third)
+    assert bool(third) == (
+        budget >= 2 and any(len([i for i in r if i % 3 == 0]) > 1 for r in sampling.choose(episodes, 10**6))
+    )
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=50))
 def test_rank_correlation_depends_on_order_alone(values):
     rising = pairing.rank_correlation(values, np.cbrt(values) + np.array(values))
     assert np.isnan(rising) or rising > 0.999
+
+
+class Sparse(Toy):
+    """Every seventh frame alone has a picture; the others are black."""
+
+    shows_all = False
+
+    def shown(self, frame_ids):
+        return np.asarray(frame_ids) % (STEPS + 1) % 7 == 0
+
+    def images(self, frame_ids, cameras, out=None):
+        seen = super().images(frame_ids, cameras, out)
+        return {camera: pictures * self.shown(frame_ids)[:, None, None, None] for camera, pictures in seen.items()}
+
+
+def test_frames_that_were_recorded_without_pictures_are_no_fault_and_are_counted():
+    """Fails if black frames are looked at, shown, or taken for a camera that stands still."""
+    sparse = Sparse()
+    inspected = inspection.inspect({"training": sparse}, inspection.Budget(pictures=120))
+    assert inspected.shown_share == pytest.approx(5 / 30)
+    assert all((shown.steps % 7 == 0).all() and len(shown.steps) == 5 for shown in inspected.shown)
+    assert all(picture.any() for shown in inspected.shown for picture in shown.pictures["static"])
+    said = findings.find(inspected)
+    assert any(
+        finding.topic == "pictures" and "16.7% of the frames have pictures" in finding.message for finding in said
+    )
+    assert not [f for f in said if f.topic == "static camera" and f.level != "fine"]
 
 
 def test_unit_scales():

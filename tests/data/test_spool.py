@@ -53,6 +53,38 @@ def test_rows_of_zeros_that_a_power_failure_leaves_are_no_frames_and_cost_none(t
     assert [frames.encoded(number) for number in range(frames.num_frames)] == before
 
 
+def test_frames_without_pictures_are_kept_as_such(tmp_path):
+    """Fails if pictures go to other frames, if a frame without one is taken for the rest of a power failure, if packing
+    makes it a black picture, or if memory is kept for it."""
+    form = {"static": (16, 16), "wrist": (8, 8)}, {"rel_actions": 7}
+    frames = spool.Spool(tmp_path / "frames", *form)
+    numbers = np.arange(63, dtype=np.float32).reshape(9, 7)
+    pictures = {camera: np.full((2, *size, 3), 90, np.uint8) for camera, size in form[0].items()}
+    for image in pictures.values():
+        image[1] = 180
+    with pytest.raises(ValueError, match="first frame has no picture"):
+        frames.add(pictures, {"rel_actions": np.zeros((5, 7))}, np.array([1, 3]))
+    frames.add(pictures, {"rel_actions": numbers[:5]}, np.array([0, 3]))
+    frames.add(pictures, {"rel_actions": numbers[5:]}, np.array([1, 2]))
+    frames = spool.Spool(tmp_path / "frames", *form)  # as in a program that goes on
+    assert frames.num_frames == 9
+    frames.episodes = (base.Episode(0, 4, "open the drawer", "open_drawer"), base.Episode(5, 8, "close it", "close"))
+    dataset = packing.pack(frames, tmp_path / "packed", frame_ids=np.arange(9))
+    shown = np.isin(np.arange(9), (0, 3, 6, 7))
+    assert not dataset.shows_all
+    np.testing.assert_array_equal(dataset.shown(range(9)), shown)
+    np.testing.assert_array_equal(dataset.has_images(range(9), "wrist"), shown)
+    np.testing.assert_array_equal(dataset.array("rel_actions", range(9)), numbers)
+    dataset.keep_decoded(2 * 3 * (16 * 16 + 8 * 8))
+    for _ in range(2):
+        seen = dataset.images(range(9), dataset.cameras)
+        for camera in dataset.cameras:
+            expected = np.array([90, 0, 0, 180, 0, 0, 90, 180, 0])[:, None, None, None]
+            assert np.abs(seen[camera].astype(int) - expected).max() < 3
+    with pytest.raises(ValueError, match="would be black"):
+        packing.pack(frames, tmp_path / "other", frame_ids=np.arange(9), codec="png")
+
+
 @pytest.mark.parametrize(("file", "left"), [("frames", 2), ("frames.rows", 2), ("", 3)])
 def test_a_spool_of_which_the_last_frame_was_written_by_half_goes_on_after_the_one_before(tmp_path, file, left):
     pictures = np.arange(3, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2).repeat(3, 3) * 60

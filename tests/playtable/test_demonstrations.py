@@ -7,6 +7,8 @@ import types
 
 import jax
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from robovlms_jax.playtable import demonstrations, env, scene
 from robovlms_jax.playtable.config import DemonstrationConfig
@@ -74,3 +76,36 @@ def test_programs_for_pictures_are_made_ahead_for_what_a_recording_draws(monkeyp
     renderer.compile()
     renderer.segments([busy[0]])
     assert len(drawn) >= 4 and set(map(str, drawn[2:])) == set(map(str, drawn[:2]))
+
+
+@given(st.integers(1, 60), st.integers(2, 70), st.integers(0, 100))
+def test_few_pictures_are_of_the_beginning_and_evenly_apart_of_all_that_is_learned_from(length, apart, seed):
+    """Fails if the first frame has no picture, the last one, which nothing is learned from, has one beside it, or a
+    stretch of `apart` learned frames has none."""
+    shown = demonstrations.shown_frames(length, apart, np.random.default_rng(seed))
+    assert shown[0] == 0 and (shown[1:] < length - 1).all()
+    assert (np.diff(shown)[1:] == apart).all() and (np.diff(shown)[:1] <= apart).all()
+    assert length - 1 - shown[-1] <= apart
+    assert demonstrations.shown_frames(length, 1, None) is None
+
+
+def test_pictures_are_of_the_frames_that_are_shown(monkeypatch):
+    """Fails if frames of another demonstration or another time are rendered, or more of them than are shown."""
+    drawn = []
+
+    def pictures(scenes, which, states, sizes, backdrops):
+        drawn.append(len(which))
+        return {camera: states["time"][:, None, None, None] * np.ones((1, 2, 2, 3)) for camera in sizes}
+
+    monkeypatch.setattr(env, "pictures", pictures)
+    renderer = demonstrations.Renderer(("A",), (2, 2))
+    renderer.__dict__["_backdrops"] = None
+    chain = demonstrations.Chain(7, 0, np.random.default_rng(0), {}, np.zeros(3), attempted=2)
+    for first, shown in ((0, np.array([0, 3])), (50, None), (90, np.array([0]))):
+        steps = demonstrations.Steps({"time": first + np.arange(5)}, *np.zeros((2, 5, 15)), *np.zeros((2, 5, 7)))
+        chain.demos.append(demonstrations.Demo("open_drawer", steps, shown))
+    ((number, segments, attempted),) = renderer.segments([chain])
+    assert (number, attempted) == (7, 2) and drawn == [8]
+    seen = [segment.images["wrist"][:, 0, 0, 0].tolist() for segment in segments]
+    assert seen == [[0, 3], [50, 51, 52, 53, 54], [90]]
+    assert all(len(segment.arrays["rel_actions"]) == 5 for segment in segments)

@@ -10,9 +10,9 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import pack_calvin
+from experiments import convert_data, pack_calvin
 from robovlms_jax.control.interface import ActionChunk
-from robovlms_jax.data import calvin
+from robovlms_jax.data import calvin, represented, samples
 from robovlms_jax.envs import process
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks, walking
 from robovlms_jax.playtable import scene as scenes
@@ -176,6 +176,60 @@ def test_a_recording_is_read_and_packed_as_calvins_own_data_are(checkout, fake, 
     assert [e.instruction for e in packed.episodes] == [e.instruction for e in dataset.episodes]
 
 
+def test_with_pictures_of_few_frames_training_sees_these_and_all_actions_that_follow(checkout, fake, tmp_path):
+    """Fails if a picture is another frame's, a window begins where there is none, a chunk is cut short where pictures
+    are missing, the beginning of a task has no picture, or validation loses any."""
+    with pytest.raises(ValueError, match=r"picture_every=5 leaves frames without pictures.*add --pack"):
+        config(checkout, tmp_path / "npz", picture_every=5)
+    recording.record(config(checkout, tmp_path / "all", pack=True))
+    every = calvin.open_dataset(tmp_path / "all", "training")
+    out = tmp_path / "few"
+    recording.record(config(checkout, out, pack=True, picture_every=5))
+    few = calvin.open_dataset(out, "training")
+    assert every.shows_all and not few.shows_all
+    assert calvin.open_dataset(out, "validation").shows_all
+    assert few.episodes == every.episodes
+    windows = []
+    for episode in few.episodes:
+        frames = np.arange(episode.start, episode.end + 1)
+        shown = few.shown(frames)
+        places = np.flatnonzero(shown)
+        assert places[0] == 0 and set(np.diff(places)[1:]) == {5} and places[1] <= 5 and places[-1] >= len(frames) - 6
+        pictures = few.images(frames[shown], ("static",))["static"][:, 0, 0, 0]
+        drawer = few.array("scene_obs", frames[shown])[:, 1]
+        assert np.abs(pictures - 1000 * drawer).max() < 3
+        windows += frames[:-1][shown[:-1]].tolist()
+    sources = [_source(dataset) for dataset in (few, every)]
+    assert len(sources[0]) == len(_source(represented.represented(few, "absolute"))) == len(windows)
+    at = {int(sources[1].segments[index].step_ids[0]): index for index in range(len(sources[1]))}
+    for index, frame in enumerate(windows):
+        mine, full = sources[0][index], sources[1][at[frame]]
+        np.testing.assert_array_equal(mine.actions, full.actions)
+        np.testing.assert_array_equal(mine.action_mask, full.action_mask)
+        np.testing.assert_array_equal(mine.inputs.images["wrist"], full.inputs.images["wrist"])
+    with pytest.raises(ValueError, match=r"nowhere of policy\.window=8 that follow each other; set policy\.window=1"):
+        _source(few, window=8)
+    with pytest.raises(ValueError, match=r"policy\.auxiliary\.forward predicts those that follow"):
+        _source(few, future_frames=3)
+    with pytest.raises(ValueError, match=r"begun with other settings .*picture_every"):
+        recording.record(config(checkout, out, pack=True, picture_every=6))
+    joined = tmp_path / "joined"
+    pack_calvin.main(pack_calvin.Args((out, tmp_path / "all"), joined, workers=1))
+    both = calvin.open_dataset(joined, "training")
+    expected = np.concatenate([dataset.shown(dataset.frame_ids) for dataset in (few, every)])
+    np.testing.assert_array_equal(both.shown(both.frame_ids), expected)
+    with pytest.raises(ValueError, match=r"pictures of some frames alone .*for which RLDS has no place"):
+        convert_data.main(convert_data.Args("calvin", out, tmp_path / "rlds"))
+    with pytest.raises(ValueError, match=r"frames without pictures.*keep how they are: jpeg of quality 95"):
+        pack_calvin.main(pack_calvin.Args((out, tmp_path / "all"), tmp_path / "png", codec="png", workers=1))
+
+
+def _source(dataset, window=1, future_frames=0):
+    cut = samples.Cut(window, 4, 1, future_frames=future_frames)
+    encode = lambda text: (np.zeros(3, np.int32), np.ones(3, bool))  # noqa: E731
+    return samples.SegmentSource(dataset, cut, cameras=("static", "wrist"), encode_text=encode)
+
+
 def test_demonstrations_are_annotated_in_calvins_own_sentences_where_the_checkout_has_them(checkout, fake, tmp_path):
     folder = checkout / "calvin_models" / "conf" / "annotations"
     folder.mkdir(parents=True)
@@ -193,10 +247,10 @@ def test_a_stopped_recording_goes_on_and_other_settings_are_refused(checkout, fa
     out, rendered = tmp_path / "recorded", recording._rendered
     calls = iter(range(100))
 
-    def stop(env, segment):
+    def stop(*args):
         if next(calls) == 2:
             raise KeyboardInterrupt
-        return rendered(env, segment)
+        return rendered(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(recording, "_rendered", stop)

@@ -159,8 +159,8 @@ def test_a_killed_packed_recording_goes_on(tmp_path, monkeypatch):
     counts = recording.record(config(tmp_path / "whole", pack=True, image_size=(8, 8)))
     real, count = spool.Spool.add, iter(range(1, 10**6))
 
-    def add(spool, images, arrays):
-        real(spool, images, arrays)
+    def add(spool, *args):
+        real(spool, *args)
         if next(count) == 5:
             raise KeyboardInterrupt
 
@@ -177,3 +177,26 @@ def test_a_killed_packed_recording_goes_on(tmp_path, monkeypatch):
     # a packed split cannot grow
     with pytest.raises(ValueError, match="episodes: 6 there, 9 here"):
         recording.record(config(tmp_path / "parts", pack=True, image_size=(8, 8), episodes=9))
+
+
+def test_pictures_of_few_frames_are_training_s_and_have_a_layout_of_their_own(tmp_path, monkeypatch):
+    """Fails if validation is thinned out too, if settings of before are taken for others, or if CALVIN's layout gets
+    frames without pictures."""
+    every = []
+
+    def watched(tables, renderer):
+        every.append(tables.config.picture_every)
+        return fake_chains(tables, renderer)
+
+    monkeypatch.setattr(demonstrations, "rendered", watched)
+    with pytest.raises(ValueError, match=r"picture_every=4 leaves frames without pictures.*add --pack"):
+        config(tmp_path / "npz", picture_every=4)
+    with pytest.raises(ValueError, match="picture_every=0 must be at least 1"):
+        config(tmp_path / "npz", picture_every=0)
+    recording.record(config(tmp_path / "few", picture_every=4, pack=True, image_size=(8, 8)))
+    assert every == [4, 1]
+    with pytest.raises(ValueError, match=r"other settings .*picture_every"):
+        recording.record(config(tmp_path / "few", pack=True, image_size=(8, 8)))
+    recording.record(config(tmp_path / "all"))
+    journal = tmp_path / "all" / "journal" / "training" / "recording.jsonl"
+    assert "picture_every" not in journal.read_text()  # as recordings of before have it

@@ -79,6 +79,10 @@ class RealRecordConfig:
     """Control steps that it acts for: a number between half of this and all, drawn for every task. None: 120."""
     weights: Literal["float32", "bfloat16", "int8", "w8a8"] | None = None
     """How the policy's parameters are kept, as in `load_policy`; None: in the type it computes in."""
+    picture_every: int = 1
+    """Training chains are rendered where tasks begin and at every so many steps, no more: rendering takes nearly all of
+    the time, and neighbouring frames look alike, so that the same time shows more demonstrations. Needs pack. A policy
+    of policy.window 1 learns from what it sees there and from all actions that follow; larger windows need 1."""
     pack: bool = False
     """Write the packed layout, which trains faster (data/README.md), instead of one npz per frame."""
     processes: int = 2
@@ -88,7 +92,7 @@ class RealRecordConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for field in ("episodes", "validation_episodes", "chain_length", "max_steps", "processes"):
+        for field in ("episodes", "validation_episodes", "chain_length", "max_steps", "processes", "picture_every"):
             require(getattr(self, field) >= 1, f"{field}={getattr(self, field)} must be at least 1.")
         require(0 <= self.disturbance <= 1, f"disturbance={self.disturbance} must lie in [0, 1].")
         require(0 <= self.start_spread <= 0.3, f"start_spread={self.start_spread} must lie in [0, 0.3] metres.")
@@ -96,6 +100,7 @@ class RealRecordConfig:
             alone = getattr(self, field) is not None and not self.checkpoint
             require(not alone, f"{field} is about a policy that acts first; name its checkpoint, too.")
         require(self.lead_steps >= 1, f"policy_steps={self.policy_steps} must be at least 1.")
+        splits.require_room(self.picture_every, pack=self.pack)
         require(bool(self.scenes), "scenes is empty; name at least one table.")
         unknown = sorted(set(self.tasks) - set(tasks.TASKS))
         require(not unknown, f"tasks has unknown {unknown}; known: {', '.join(tasks.TASKS)}.")
@@ -149,7 +154,8 @@ def record(config: RealRecordConfig, leader: leading.Leader | None = None) -> di
             sentences = _sentences(config.calvin_root, held_out=held_out)
             settings = _settings(config, split, leader)
             journal = splits.Journal(splits.directory(out, split), settings, sentences)
-            chains = functools.partial(every.chains, scenes, seed, sentences=sentences)
+            apart = 1 if held_out else config.picture_every
+            chains = functools.partial(every.chains, scenes, seed, sentences=sentences, apart=apart)
 
             def play(numbers: list[int], bar: bars.Bar, chains: Callable = chains) -> splits.Chains:
                 return chains(numbers)
@@ -181,6 +187,8 @@ def _settings(config: RealRecordConfig, split: str, leader: leading.Leader | Non
     skipped.add("validation_scene" if split == "training" else "scenes")
     if not config.resample_blocks:  # recordings begun before it could be chosen go on
         skipped.add("resample_blocks")
+    if split == "validation" or config.picture_every == 1:
+        skipped.add("picture_every")
     if leader is None:
         skipped |= {"checkpoint", "policy_steps", "weights"}
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in skipped}
@@ -243,14 +251,21 @@ class Stages:
                 env.close()
 
     def chains(
-        self, scenes: Sequence[str], seed: int, numbers: Sequence[int], *, sentences: Mapping[str, Sequence[str]]
+        self,
+        scenes: Sequence[str],
+        seed: int,
+        numbers: Sequence[int],
+        *,
+        sentences: Mapping[str, Sequence[str]],
+        apart: int = 1,
     ) -> Iterator[tuple[int, list[demonstrations.Segment], int]]:
-        """Of each chain, in the order of `numbers`: its number, its segments, and how many tasks were attempted."""
+        """Of each chain, in the order of `numbers`: its number, its segments, and how many tasks were attempted.
+        apart: steps from one picture to the next."""
 
         def play(number: int) -> tuple[int, list[demonstrations.Segment], int]:
             scene = scenes[number % len(scenes)]
             return number, *self.with_stage(
-                scene, lambda env: self._chain(env, scene, np.random.default_rng([seed, number]), sentences)
+                scene, lambda env: self._chain(env, scene, np.random.default_rng([seed, number]), sentences, apart)
             )
 
         yield from self.side_by_side(play, numbers)
@@ -325,6 +340,7 @@ class Stages:
         scene: str,
         rng: np.random.Generator,
         sentences: Mapping[str, Sequence[str]],
+        apart: int,
     ) -> tuple[list[demonstrations.Segment], int]:
         condition = self._conditions[rng.integers(len(self._conditions))]
         offset = self.config.start_spread * np.array([1.0, 0.25, 0.25]) * rng.uniform(-1.0, 1.0, size=3)
@@ -351,7 +367,7 @@ class Stages:
                 break
             segments.append(demonstrations.Segment(task, {}, _arrays(played)))
             segments[-1].arrays["bodies"] = played.bodies
-        return [_rendered(env, segment) for segment in segments], attempted
+        return [_rendered(env, segment, apart, rng) for segment in segments], attempted
 
 
 def ask(env: process.ProcessEnv, method: str, *args: Any) -> Any:
@@ -360,9 +376,15 @@ def ask(env: process.ProcessEnv, method: str, *args: Any) -> Any:
     return env.receive()
 
 
-def _rendered(env: process.ProcessEnv, segment: demonstrations.Segment) -> demonstrations.Segment:
+def _rendered(
+    env: process.ProcessEnv, segment: demonstrations.Segment, apart: int, rng: np.random.Generator
+) -> demonstrations.Segment:
+    """With pictures of its first frame, and of every `apart`-th from a random one on."""
     arrays = dict(segment.arrays)
-    return demonstrations.Segment(segment.task, ask(env, "render", arrays.pop("bodies")), arrays)
+    bodies = arrays.pop("bodies")
+    shown = demonstrations.shown_frames(len(bodies), apart, rng)
+    images = ask(env, "render", bodies if shown is None else bodies[shown])
+    return demonstrations.Segment(segment.task, images, arrays, shown)
 
 
 def _arrays(played: stage.Played) -> dict[str, np.ndarray]:
