@@ -32,7 +32,19 @@ from PIL import Image
 
 from benchmarks import machine
 from robovlms_jax import cli, cores
-from robovlms_jax.data import base, calvin, features, frame_index, loading, packing, records, rlds, rlds_writer, samples
+from robovlms_jax.data import (
+    base,
+    calvin,
+    cutting,
+    features,
+    frame_index,
+    loading,
+    packing,
+    records,
+    rlds,
+    rlds_writer,
+    samples,
+)
 
 UPSTREAM_KEYS = ("rgb_static", "rgb_gripper", "rel_actions", "robot_obs", "scene_obs")
 RLDS_PIXELS, RLDS_STEPS = 256, 40
@@ -172,7 +184,7 @@ def make_source(
 ) -> samples.SegmentSource:
     return samples.SegmentSource(
         dataset,
-        samples.Cut(window=args.window, chunk=args.chunk, windows_per_segment=windows_per_segment),
+        cutting.Cut(window=args.window, chunk=args.chunk, windows_per_segment=windows_per_segment),
         cameras=cameras,
         encode_text=lambda text: (np.zeros(16, np.int32), np.ones(16, bool)),
     )

@@ -125,10 +125,9 @@ def pack(
         read = source.encoded
     elif not source.shows_all:
         was = getattr(source, "encoded_as", None)
+        keep = f"keep how they are: {was[0]} of quality {was[1]}." if was else "pack all of its parts alike before."
         raise ValueError(
-            f"{source.name} has frames without pictures, which would be black ones if they were encoded anew, in "
-            f"{codec} of quality {quality}; "
-            + (f"keep how they are: {was[0]} of quality {was[1]}." if was else "its parts are encoded in several ways.")
+            f"{source.name} has frames without pictures, which become black if they are encoded anew; {keep}"
         )
     with _explained(directory):
         if not _claim(directory, plan):

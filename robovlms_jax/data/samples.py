@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 
 from robovlms_jax import types
-from robovlms_jax.data import base, language, mirror, order, segments, sensors
+from robovlms_jax.data import base, cutting, language, mirror, order, segments, sensors
 
 logger = logging.getLogger(__name__)
 
@@ -24,24 +23,6 @@ PADDING = -1
 """Segment number that stands for an empty row."""
 
 _MAX_REPLACEMENTS = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """How episodes are cut into segments.
-
-    window, chunk, windows_per_segment: W, C, K.
-    left_pad: whether windows may begin before their episode (see `segments`).
-    goal_relabelling: mask what comes after a random later step, as upstream does; needs windows_per_segment 1.
-    future_frames: F, frames after the segment's last one to read; 0: none.
-    """
-
-    window: int
-    chunk: int
-    windows_per_segment: int
-    left_pad: bool = False
-    goal_relabelling: bool = False
-    future_frames: int = 0
 
 
 class SegmentSource(Sequence[types.Batch]):
@@ -57,13 +38,13 @@ class SegmentSource(Sequence[types.Batch]):
       embed_sentence: instruction -> float32[E], for `Batch.sentence`; called once per distinct instruction.
       variation: other sentences that training draws from; None keeps to the recorded ones.
     Raises:
-      ValueError: no episode is long enough for one window, an unknown camera or sensor, or prompts of unequal length.
+      ValueError: as `cutting.segments_of`; an unknown camera or sensor, or prompts of unequal length.
     """
 
     def __init__(
         self,
         dataset: base.Dataset,
-        cut: Cut,
+        cut: cutting.Cut,
         *,
         cameras: Sequence[str],
         encode_text: EncodeText,
@@ -77,31 +58,7 @@ class SegmentSource(Sequence[types.Batch]):
         self._future, self._goal_relabelling = cut.future_frames, cut.goal_relabelling
         self._masks_images = dataset.may_lack_images
         self._reported: set[str] = set()
-        spans = np.array([(episode.start, episode.end) for episode in dataset.episodes])
-        self.segments = segments.Segments(
-            spans,
-            window=cut.window,
-            chunk=cut.chunk,
-            windows_per_segment=cut.windows_per_segment,
-            left_pad=cut.left_pad,
-            shown=None if dataset.shows_all else _shown(dataset),
-        )
-        if cut.future_frames and not dataset.shows_all:
-            raise ValueError(
-                f"{dataset.name} has pictures of some frames alone, and policy.auxiliary.forward predicts those that "
-                "follow; switch it off, or record pictures of all (picture_every 1)."
-            )
-        if len(self.segments) == 0:
-            if not dataset.shows_all:
-                raise ValueError(
-                    f"{dataset.name} has pictures of some frames alone, and nowhere of policy.window={cut.window} that "
-                    "follow each other; set policy.window=1, or record pictures of all (picture_every 1)."
-                )
-            longest = max((episode.end - episode.start for episode in dataset.episodes), default=0)
-            raise ValueError(
-                f"{dataset.name}: none of {len(dataset.episodes)} episodes is long enough for policy.window="
-                f"{cut.window}; the longest has {longest} steps to learn from."
-            )
+        self.segments = cutting.segments_of(dataset, cut)
         dataset.allocate(0, self.cameras)  # an unknown camera or sensor is an error now, not in the first batch
         for sensor in self.sensors:
             sensor.require(dataset)
@@ -387,11 +344,6 @@ class SegmentSource(Sequence[types.Batch]):
             out.sentence[row] = self._sentences[0]
         out.actions[row] = 0
         out.inputs.text_ids[row], out.inputs.text_mask[row] = self._text_ids[0], self._text_mask[0]
-
-
-def _shown(dataset: base.Dataset) -> list[np.ndarray]:
-    """Which frames of each episode have pictures, bool[L + 1] each."""
-    return [dataset.shown(np.arange(episode.start, episode.end + 1)) for episode in dataset.episodes]
 
 
 def _arrays(inputs: types.Inputs, sensor: sensors.Readings) -> tuple[np.ndarray, np.ndarray | None]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from robovlms_jax.actions import statistics
 from robovlms_jax.data import base as datasets
-from robovlms_jax.data import excerpts, language, mirror, mixing, opening, order, represented, samples, sensors
+from robovlms_jax.data import cutting, excerpts, language, mirror, mixing, opening, order, represented, samples, sensors
 from robovlms_jax.data import statistics as data_statistics
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.parallel.config import DistributedConfig
@@ -309,7 +309,7 @@ def source_of(
 ) -> samples.SegmentSource:
     """The dataset's samples as the configuration asks for them; mirrored: as many as it says are, for training."""
     augment = config.data.augment
-    cut = samples.Cut(
+    cut = cutting.Cut(
         window=config.policy.window,
         chunk=config.policy.chunk,
         windows_per_segment=config.data.windows_per_segment,

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from robovlms_jax import types
-from robovlms_jax.data import base, calvin, excerpts, loading, samples, sensors
+from robovlms_jax.data import base, calvin, cutting, excerpts, loading, samples, sensors
 from robovlms_jax.inputs.sensors import Reading
 
 STATE = sensors.make(Reading("proprio", "proprio", "robot_obs", (7,)))
@@ -31,7 +31,7 @@ def encode_text(text: str) -> tuple[np.ndarray, np.ndarray]:
 def make_source(dataset: base.Dataset, *, window=W, chunk=C, windows_per_segment=K, **options) -> samples.SegmentSource:
     options = {"cameras": CAMERAS, "encode_text": encode_text, **options}
     more = {name: options.pop(name) for name in ("left_pad", "goal_relabelling", "future_frames") if name in options}
-    return samples.SegmentSource(dataset, samples.Cut(window, chunk, windows_per_segment, **more), **options)
+    return samples.SegmentSource(dataset, cutting.Cut(window, chunk, windows_per_segment, **more), **options)
 
 
 def take(batches, count: int | None = None) -> list[types.Batch]:

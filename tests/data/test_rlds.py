@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robovlms_jax.data import base, features, records, rlds, samples, shard_index, statistics, storage
+from robovlms_jax.data import base, cutting, features, records, rlds, samples, shard_index, statistics, storage
 from robovlms_jax.data.registry import expressions, mixtures, oxe
 from robovlms_jax.data.registry.entry import Entry
 from robovlms_jax.data.registry.infer import infer
@@ -27,7 +27,7 @@ def encode_text(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 def make_source(dataset, *, window=4, chunk=3, windows_per_segment=2, cameras=("static",), **options):
     more = {name: options.pop(name) for name in ("left_pad", "goal_relabelling") if name in options}
-    cut = samples.Cut(window, chunk, windows_per_segment, **more)
+    cut = cutting.Cut(window, chunk, windows_per_segment, **more)
     return samples.SegmentSource(dataset, cut, cameras=cameras, encode_text=encode_text, **options)
 
 

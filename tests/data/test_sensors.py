@@ -15,6 +15,7 @@ from experiments import convert_data, pack_calvin
 from robovlms_jax.data import (
     base,
     calvin,
+    cutting,
     excerpts,
     lerobot,
     mixing,
@@ -58,7 +59,7 @@ class Recorded(base.Dataset):
 
 
 def source_of(dataset, *readings, left_pad=False, window=3, windows_per_segment=2):
-    cut = samples.Cut(window, 2, windows_per_segment, left_pad=left_pad)
+    cut = cutting.Cut(window, 2, windows_per_segment, left_pad=left_pad)
     encode = lambda text: (np.ones(2, np.int32), np.ones(2, bool))  # noqa: E731
     halves = [sensors.make(reading) for reading in readings]
     return samples.SegmentSource(dataset, cut, cameras=("static",), encode_text=encode, sensors=halves)

@@ -12,7 +12,7 @@ import pytest
 
 from experiments import convert_data, pack_calvin
 from robovlms_jax.control.interface import ActionChunk
-from robovlms_jax.data import calvin, represented, samples
+from robovlms_jax.data import calvin, cutting, represented, samples
 from robovlms_jax.envs import process
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks, walking
 from robovlms_jax.playtable import scene as scenes
@@ -225,7 +225,7 @@ def test_with_pictures_of_few_frames_training_sees_these_and_all_actions_that_fo
 
 
 def _source(dataset, window=1, future_frames=0):
-    cut = samples.Cut(window, 4, 1, future_frames=future_frames)
+    cut = cutting.Cut(window, 4, 1, future_frames=future_frames)
     encode = lambda text: (np.zeros(3, np.int32), np.ones(3, bool))  # noqa: E731
     return samples.SegmentSource(dataset, cut, cameras=("static", "wrist"), encode_text=encode)
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from robovlms_jax import cli
-from robovlms_jax.data import opening, samples, sources
+from robovlms_jax.data import cutting, opening, samples, sources
 from robovlms_jax.data.config import DataConfig
 from robovlms_jax.parallel import distributed
 from robovlms_jax.runs.config import ExperimentConfig
@@ -173,7 +173,7 @@ def test_a_dead_loader_worker_ends_the_run(tmp_path):
     settings = DataConfig(dataset=str(tmp_path / "mine.yaml"), root=str(tmp_path), index_workers=1)
     source = samples.SegmentSource(
         opening.open_split(settings, "training"),
-        samples.Cut(window=2, chunk=2, windows_per_segment=2),
+        cutting.Cut(window=2, chunk=2, windows_per_segment=2),
         cameras=("static",),
         encode_text=Encode(),
     )

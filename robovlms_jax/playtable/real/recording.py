@@ -80,9 +80,8 @@ class RealRecordConfig:
     weights: Literal["float32", "bfloat16", "int8", "w8a8"] | None = None
     """How the policy's parameters are kept, as in `load_policy`; None: in the type it computes in."""
     picture_every: int = 1
-    """Training chains are rendered where tasks begin and at every so many steps, no more: rendering takes nearly all of
-    the time, and neighbouring frames look alike, so that the same time shows more demonstrations. Needs pack. A policy
-    of policy.window 1 learns from what it sees there and from all actions that follow; larger windows need 1."""
+    """Training chains are rendered where tasks begin and at every so many steps, no more: that takes nearly all of the
+    time, and neighbouring frames look alike. Needs pack; a policy larger than policy.window 1 needs 1."""
     pack: bool = False
     """Write the packed layout, which trains faster (data/README.md), instead of one npz per frame."""
     processes: int = 2
@@ -251,16 +250,12 @@ class Stages:
                 env.close()
 
     def chains(
-        self,
-        scenes: Sequence[str],
-        seed: int,
-        numbers: Sequence[int],
-        *,
-        sentences: Mapping[str, Sequence[str]],
-        apart: int = 1,
+        self, scenes: Sequence[str], seed: int, numbers: Sequence[int], sentences: Mapping, apart: int = 1
     ) -> Iterator[tuple[int, list[demonstrations.Segment], int]]:
         """Of each chain, in the order of `numbers`: its number, its segments, and how many tasks were attempted.
-        apart: steps from one picture to the next."""
+
+        sentences: by task. apart: steps from one picture to the next.
+        """
 
         def play(number: int) -> tuple[int, list[demonstrations.Segment], int]:
             scene = scenes[number % len(scenes)]
@@ -379,10 +374,8 @@ def ask(env: process.ProcessEnv, method: str, *args: Any) -> Any:
 def _rendered(
     env: process.ProcessEnv, segment: demonstrations.Segment, apart: int, rng: np.random.Generator
 ) -> demonstrations.Segment:
-    """With pictures of its first frame, and of every `apart`-th from a random one on."""
     arrays = dict(segment.arrays)
-    bodies = arrays.pop("bodies")
-    shown = demonstrations.shown_frames(len(bodies), apart, rng)
+    shown = demonstrations.shown_frames(len(bodies := arrays.pop("bodies")), apart, rng)
     images = ask(env, "render", bodies if shown is None else bodies[shown])
     return demonstrations.Segment(segment.task, images, arrays, shown)
 
