@@ -55,6 +55,11 @@ def segments_of(dataset: base.Dataset, cut: Cut) -> segments.Segments:
             f"{some}, and nowhere of policy.window={cut.window} that follow each other; set policy.window=1, or record "
             "pictures of all (picture_every 1)."
         )
+    if shown is not None and 0 < found.num_windows < min(2, cut.windows_per_segment) * len(found):
+        raise ValueError(
+            f"{some}, and segments of data.windows_per_segment={cut.windows_per_segment} would carry "
+            f"{found.num_windows / len(found):.2f} windows each; set data.windows_per_segment=1."
+        )
     if len(found) == 0:
         raise ValueError(
             f"{dataset.name}: none of {len(dataset.episodes)} episodes is long enough for policy.window={cut.window}; "

@@ -209,6 +209,8 @@ def test_with_pictures_of_few_frames_training_sees_these_and_all_actions_that_fo
         np.testing.assert_array_equal(mine.inputs.images["wrist"], full.inputs.images["wrist"])
     with pytest.raises(ValueError, match=r"nowhere of policy\.window=8 that follow each other; set policy\.window=1"):
         _source(few, window=8)
+    with pytest.raises(ValueError, match=r"windows_per_segment=4 would carry 1\.\d\d windows each; set data\.windows"):
+        _source(few, windows_per_segment=4)
     with pytest.raises(ValueError, match=r"policy\.auxiliary\.forward predicts those that follow"):
         _source(few, future_frames=3)
     with pytest.raises(ValueError, match=r"begun with other settings .*picture_every"):
@@ -224,8 +226,8 @@ def test_with_pictures_of_few_frames_training_sees_these_and_all_actions_that_fo
         pack_calvin.main(pack_calvin.Args((out, tmp_path / "all"), tmp_path / "png", codec="png", workers=1))
 
 
-def _source(dataset, window=1, future_frames=0):
-    cut = cutting.Cut(window, 4, 1, future_frames=future_frames)
+def _source(dataset, window=1, windows_per_segment=1, future_frames=0):
+    cut = cutting.Cut(window, 4, windows_per_segment, future_frames=future_frames)
     encode = lambda text: (np.zeros(3, np.int32), np.ones(3, bool))  # noqa: E731
     return samples.SegmentSource(dataset, cut, cameras=("static", "wrist"), encode_text=encode)
 
