@@ -174,7 +174,7 @@ def describe_batch(config: ExperimentConfig, text: tuple[int, ...]) -> Batch:
     policy, segments = config.policy, config.segments_per_batch
     frames = policy.window + config.data.windows_per_segment - 1
     steps, future = frames + policy.chunk - 1, policy.auxiliary.future_frames
-    side = config.data.image_size
+    side, ahead = config.data.image_size, policy.auxiliary.ahead
 
     def images(count: int) -> dict[str, jax.ShapeDtypeStruct]:
         known = {camera.name: (camera.height, camera.width) for camera in policy.robot.cameras if camera.height}
@@ -200,6 +200,9 @@ def describe_batch(config: ExperimentConfig, text: tuple[int, ...]) -> Batch:
         future=images(future) if future else None,
         future_mask=leaf(np.bool_, future) if future else None,
         sentence=leaf(np.float32, policy.auxiliary.clip.dim) if policy.auxiliary.clip.weights else None,
+        ahead=leaf(np.float32, config.data.windows_per_segment, len(ahead.offsets), len(policy.moving))
+        if ahead.loss_weight
+        else None,
     )
 
 

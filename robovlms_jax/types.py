@@ -62,6 +62,8 @@ class Batch:
       them; beyond the episode's end its last frame repeats.
     future_mask: bool[B, F], True = a frame of its own.
     sentence: float32[B, E], the instruction's CLIP embedding, for policies that learn to stay near it.
+    ahead: float32[B, K, O, D], how far the robot moves from each window's newest step to O later ones, m and rad, for
+      policies that learn to predict it.
     """
 
     inputs: Inputs
@@ -73,6 +75,7 @@ class Batch:
     future: Mapping[str, Array] | None = None
     future_mask: Array | None = None
     sentence: Array | None = None
+    ahead: Array | None = None
 
 
 @flax.struct.dataclass

@@ -17,6 +17,7 @@ class Cut:
     left_pad: whether windows may begin before their episode (see `segments`).
     goal_relabelling: mask what comes after a random later step, as upstream does; needs windows_per_segment 1.
     future_frames: F, frames after the segment's last one to read; 0: none.
+    ahead, moving: steps ahead to which movements are wanted, and of which numbers of the state; empty: none.
     """
 
     window: int
@@ -25,6 +26,8 @@ class Cut:
     left_pad: bool = False
     goal_relabelling: bool = False
     future_frames: int = 0
+    ahead: tuple[int, ...] = ()
+    moving: tuple[int, ...] = ()
 
 
 def segments_of(dataset: base.Dataset, cut: Cut) -> segments.Segments:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from robovlms_jax import types
-from robovlms_jax.data import base, cutting, language, mirror, order, segments, sensors
+from robovlms_jax.data import base, cutting, language, mirror, order, pairing, segments, sensors
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,9 @@ class SegmentSource(Sequence[types.Batch]):
         self.dataset = dataset
         self.cameras, self.sensors = tuple(cameras), tuple(sensors)
         self._future, self._goal_relabelling = cut.future_frames, cut.goal_relabelling
+        self._ahead, self._moving = np.array(cut.ahead, np.int64), np.array(cut.moving, np.int64)
+        units = [dataset.robot.state[number].unit for number in cut.moving]
+        self._moving_units = np.array([pairing.unit_scale(unit) or 1.0 for unit in units], np.float32)
         self._masks_images = dataset.may_lack_images
         self._reported: set[str] = set()
         self.segments = cutting.segments_of(dataset, cut)
@@ -196,7 +199,12 @@ class SegmentSource(Sequence[types.Batch]):
             future=self._future_frames(size),
             future_mask=np.zeros((size, self._future), bool) if self._future else None,
             sentence=None if self._sentences is None else np.zeros((size, self._sentences.shape[1]), np.float32),
+            ahead=self._movements(size),
         )
+
+    def _movements(self, size: int) -> np.ndarray | None:
+        shape = (size, self.segments.windows_per_segment, len(self._ahead), len(self._moving))
+        return np.zeros(shape, np.float32) if len(self._ahead) else None
 
     def _future_frames(self, size: int) -> dict[str, np.ndarray] | None:
         if not self._future:
@@ -249,6 +257,8 @@ class SegmentSource(Sequence[types.Batch]):
         for name, signs in (("proprio", self._mirror.state), ("action_history", self._mirror.action)):
             if name in out.inputs.sensors:
                 out.inputs.sensors[name][rows] *= signs
+        if out.ahead is not None:
+            out.ahead[rows] *= self._mirror.state[self._moving]
 
     def _fill_frames(self, inputs: types.Inputs, segment: segments.Segment) -> None:
         """The images. Steps outside the episode repeat its first or last frame, read once."""
@@ -288,6 +298,11 @@ class SegmentSource(Sequence[types.Batch]):
             out.future_mask[:] = ids <= end
         if out.sentence is not None:
             out.sentence[:] = self._sentences[segment.episode]
+        if out.ahead is not None:
+            newest = begin + self.segments.window - 1 + np.arange(self.segments.windows_per_segment)
+            ids = np.minimum(newest[..., None] + np.append(0, self._ahead), end[..., None])
+            states = _each_once(self.dataset.proprio, ids)[..., self._moving]
+            out.ahead[:] = (states[..., 1:, :] - states[..., :1, :]) * self._moving_units
 
     def _end_at_goals(self, out: types.Batch, segment: segments.Segment, draws: np.ndarray) -> None:
         """Mask what comes after a random step later than the newest frame, as if that were the goal."""
@@ -342,6 +357,8 @@ class SegmentSource(Sequence[types.Batch]):
             array[row] = 0
         if out.sentence is not None:
             out.sentence[row] = self._sentences[0]
+        if out.ahead is not None:
+            out.ahead[row] = 0
         out.actions[row] = 0
         out.inputs.text_ids[row], out.inputs.text_mask[row] = self._text_ids[0], self._text_mask[0]
 

@@ -21,11 +21,15 @@ from robovlms_jax.types import Tokens
 
 
 class Auxiliary(nn.Module):
-    """The heads that only training needs. Parameters: `forward/`, `clip/`."""
+    """The heads that only training needs. Parameters: `forward/`, `clip/`, `ahead/`.
+
+    moving: how many numbers of the robot's state `ahead` is about.
+    """
 
     config: AuxiliaryConfig
     cameras: tuple[str, ...]
     image_size: int
+    moving: int = 0
 
     def setup(self):
         patch, size = self.config.forward.patch_size, self.image_size
@@ -37,6 +41,8 @@ class Auxiliary(nn.Module):
             self.forward = ForwardPrediction(self.config.forward, len(self.cameras), self.image_size)
         if self.config.clip.weights:
             self.clip = Dense(self.config.clip.dim, ("embed", None))
+        if self.config.ahead.loss_weight:
+            self.ahead = Dense(len(self.config.ahead.offsets) * self.moving, ("embed", None))
 
     def forward_prediction_loss(
         self, features: jax.Array, future: Mapping[str, jax.Array], real: jax.Array
@@ -66,12 +72,28 @@ class Auxiliary(nn.Module):
         pooled = self.clip(readout.largest(features.astype(jnp.float32)))
         return optax.losses.huber_loss(pooled, sentence[:, None], delta=1.0).mean(-1)
 
+    def movement_errors(self, features: jax.Array, moved: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Huber loss of movements in units of `scale`, and how far off they are.
+
+        Args:
+          features: float[N, Q, D] of each window's newest step; their mean over Q is what is read.
+          moved: float32[N, O, M], m and rad.
+        Returns:
+          float32[N], and float32[N]: the distance to the right place, mean over O.
+        """
+        predicted = self.ahead(features.astype(jnp.float32).mean(axis=1)).reshape(moved.shape)
+        scale = self.config.ahead.scale
+        loss = optax.losses.huber_loss(predicted, moved / scale, delta=1.0).mean((1, 2))
+        return loss, jnp.sqrt(jnp.square(predicted * scale - moved).sum(-1)).mean(-1)
+
     def __call__(self, features: jax.Array) -> None:
         """Touches every parameter, so `init` makes them all. features: float[N, Q, D]."""
         if self.config.forward.loss_weight:
             self.forward(features)
         if self.config.clip.weights:
             self.clip(features.astype(jnp.float32))
+        if self.config.ahead.loss_weight:
+            self.ahead(features.astype(jnp.float32))
 
 
 class ForwardPrediction(nn.Module):

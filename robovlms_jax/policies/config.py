@@ -65,12 +65,36 @@ class ClipConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("policy.auxiliary.ahead")
+class AheadConfig:
+    """Predict how far the robot will have moved some steps ahead, from the features that actions are made of: where
+    what it is told to reach lies. Single actions hardly say that from afar, since all of them go as fast as they may."""
+
+    loss_weight: float = 0.0
+    """> 0: on. Weighs the Huber loss of the movements."""
+    offsets: tuple[int, ...] = (10, 20, 40)
+    """Control steps ahead; where an episode ends before, its last state."""
+    scale: float = 0.1
+    """Metres, or radians of joints, that count as 1: there the loss goes over from squares to lines."""
+
+    def __post_init__(self):
+        name = "policy.auxiliary.ahead"
+        require(self.loss_weight >= 0, f"{name}.loss_weight={self.loss_weight} must be 0 (off) or positive.")
+        require(
+            len(self.offsets) > 0 and min(self.offsets) >= 1,
+            f"{name}.offsets={self.offsets} must name steps ahead, each at least 1.",
+        )
+        require(0 < self.scale < math.inf, f"{name}.scale={self.scale} must be positive and finite.")
+
+
+@dataclasses.dataclass(frozen=True)
 @schema.checked("policy.auxiliary")
 class AuxiliaryConfig:
     """Losses beside the actions'. Acting needs none of them."""
 
     forward: ForwardConfig = ForwardConfig()
     clip: ClipConfig = ClipConfig()
+    ahead: AheadConfig = AheadConfig()
     caption_weight: float = 0.0
     """> 0: on. Weighs the language model's cross-entropy on the prompt given the images, so that it stays a language
     model."""
@@ -86,7 +110,12 @@ class AuxiliaryConfig:
     @property
     def enabled(self) -> bool:
         """Whether any of them is on."""
-        return self.forward.loss_weight > 0 or self.clip.weights != "" or self.speaks
+        return self.reads_features or self.speaks
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether one of them learns from the features that a head makes actions of."""
+        return self.forward.loss_weight > 0 or self.clip.weights != "" or self.ahead.loss_weight > 0
 
     @property
     def speaks(self) -> bool:
@@ -210,9 +239,9 @@ class PolicyConfig:
         require(self.reencode_every >= 0, f"policy.reencode_every={self.reencode_every} must be 0 (never) or positive.")
         self._require_product()
         require(
-            self.readout != "token" or not (self.auxiliary.forward.loss_weight or self.auxiliary.clip.weights),
-            "policy.auxiliary.forward and .clip learn from a head's hidden features; with policy.readout='token' there "
-            "are none. Switch them off, or use another readout.",
+            self.readout != "token" or not self.auxiliary.reads_features,
+            "policy.auxiliary.forward, .clip and .ahead learn from a head's hidden features; with policy.readout="
+            "'token' there are none. Switch them off, or use another readout.",
         )
         require(
             not (self.compat_count_padding or self.compat_queries_last) or self.history in ("one_step", "policy_head"),
@@ -276,10 +305,21 @@ class PolicyConfig:
             f"policy.proprio.enabled asks for the robot's state, and {self.robot.name!r} describes none.",
         )
         require(
+            not self.auxiliary.ahead.loss_weight or len(self.moving) > 0,
+            f"policy.auxiliary.ahead predicts positions and joints of the robot's state; that of {self.robot.name!r} "
+            "has none.",
+        )
+        require(
             not self.proprio.enabled or self.proprio.is_default or len(names) == len(self.proprio.center),
             f"policy.proprio.center and policy.proprio.scale need {len(names)} numbers each, one per number {names} of "
             f"the state of {self.robot.name!r}; got {self.proprio.center} and {self.proprio.scale}.",
         )
+
+    @property
+    def moving(self) -> tuple[int, ...]:
+        """Numbers of the robot's state whose movements `auxiliary.ahead` predicts: places and joints."""
+        kinds = ("position", "joint")
+        return tuple(number for number, d in enumerate(self.robot.state) if d.quantity in kinds)
 
     def with_state(self, states: np.ndarray) -> PolicyConfig:
         """With the centre and scale of the state that the data say, float[N, P], where the configuration leaves them to

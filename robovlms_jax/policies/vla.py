@@ -99,7 +99,7 @@ class VLA(nn.Module):
         self.sensors = {
             sensor.name: sensors.build(sensor, width, kernel, name=sensor.scope) for sensor in config.sensors
         }
-        self.auxiliary = auxiliary.Auxiliary(config.auxiliary, config.cameras, self.vlm.image.size)
+        self.auxiliary = auxiliary.Auxiliary(config.auxiliary, config.cameras, self.vlm.image.size, len(config.moving))
         self.head = heads.build(
             config.head,
             window=config.head_window,

@@ -316,6 +316,8 @@ def source_of(
         left_pad=config.data.left_pad,
         goal_relabelling=config.data.compat_goal_relabelling,
         future_frames=config.policy.auxiliary.future_frames,
+        ahead=config.policy.auxiliary.ahead.offsets if config.policy.auxiliary.ahead.loss_weight else (),
+        moving=config.policy.moving,
     )
     return samples.SegmentSource(
         dataset,

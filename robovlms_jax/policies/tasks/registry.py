@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.tasks.actions import ActionTask
+from robovlms_jax.policies.tasks.ahead import AheadTask
 from robovlms_jax.policies.tasks.base import Task
 from robovlms_jax.policies.tasks.caption import CaptionTask
 from robovlms_jax.policies.tasks.clip import ClipTask
@@ -18,6 +19,8 @@ def make(config: PolicyConfig) -> tuple[Task, ...]:
         tasks.append(ForwardTask(auxiliary.forward.loss_weight))
     if auxiliary.clip.weights:
         tasks.append(ClipTask(auxiliary.clip.loss_weight))
+    if auxiliary.ahead.loss_weight:
+        tasks.append(AheadTask(auxiliary.ahead.loss_weight))
     if auxiliary.caption_weight:
         tasks.append(CaptionTask(auxiliary.caption_weight))
     return tuple(tasks)
