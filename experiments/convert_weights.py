@@ -31,7 +31,8 @@ from robovlms_jax.control.interface import Observation
 from robovlms_jax.data import statistics
 from robovlms_jax.inputs import tokenizers
 from robovlms_jax.parallel import mesh as meshes
-from robovlms_jax.policies.config import AuxiliaryConfig, PolicyConfig
+from robovlms_jax.policies.auxiliary_config import AuxiliaryConfig
+from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.serving import BatchedVLAPolicy
 from robovlms_jax.policies.vla import VLA
 from robovlms_jax.runs import build, load, logs

@@ -16,7 +16,7 @@ from robovlms_jax.nn.linear import Dense
 from robovlms_jax.nn.mlp import MLP
 from robovlms_jax.nn.norms import LayerNorm
 from robovlms_jax.policies import readout
-from robovlms_jax.policies.config import AuxiliaryConfig, ForwardConfig
+from robovlms_jax.policies.auxiliary_config import AuxiliaryConfig, ForwardConfig
 from robovlms_jax.types import Tokens
 
 

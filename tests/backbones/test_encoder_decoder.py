@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from robovlms_jax.backbones import base, registry, sequence
 from robovlms_jax.inputs import images as images_module
 from robovlms_jax.policies import objective
-from robovlms_jax.policies.config import AuxiliaryConfig
+from robovlms_jax.policies.auxiliary_config import AuxiliaryConfig
 from robovlms_jax.policies.histories.base import TokenWindow
 from robovlms_jax.runs import build
 from robovlms_jax.weights import quantize

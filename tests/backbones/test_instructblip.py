@@ -15,7 +15,7 @@ from robovlms_jax.backbones.config import BackboneConfig
 from robovlms_jax.inputs import conversations, prompts, tokenizers
 from robovlms_jax.inputs import images as images_module
 from robovlms_jax.policies import serving
-from robovlms_jax.policies.config import AuxiliaryConfig
+from robovlms_jax.policies.auxiliary_config import AuxiliaryConfig
 from robovlms_jax.runs import build
 from tests import toy
 from tests.backbones.oracle import abstract, as_read, example, question

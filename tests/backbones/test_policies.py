@@ -13,7 +13,7 @@ from experiments import calvin_abcd
 from robovlms_jax.backbones import registry
 from robovlms_jax.parallel import mesh as meshes
 from robovlms_jax.policies import objective
-from robovlms_jax.policies.config import AuxiliaryConfig
+from robovlms_jax.policies.auxiliary_config import AuxiliaryConfig
 from robovlms_jax.policies.heads import base as heads
 from robovlms_jax.runs import build
 from robovlms_jax.runs.config import ExperimentConfig

@@ -15,7 +15,8 @@ from flax.traverse_util import flatten_dict
 from robovlms_jax.backbones import base as backbones
 from robovlms_jax.backbones import registry
 from robovlms_jax.policies import answers, objective
-from robovlms_jax.policies.config import AuxiliaryConfig, PolicyConfig
+from robovlms_jax.policies.auxiliary_config import AuxiliaryConfig
+from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.runs import questions
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.types import Pairs

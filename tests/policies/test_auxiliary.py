@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from robovlms_jax.control import robot
 from robovlms_jax.policies import auxiliary
-from robovlms_jax.policies.config import AuxiliaryConfig, ClipConfig, ForwardConfig
+from robovlms_jax.policies.auxiliary_config import AheadConfig, AuxiliaryConfig, ClipConfig, ForwardConfig
+from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.types import Tokens
 from tests import toy
 
@@ -70,6 +74,42 @@ def test_foresight_compares_each_camera_and_offset_and_skips_what_was_not_record
     wrist = auxiliary.patches(future["wrist"][0, 0], 4)
     np.testing.assert_allclose(found[0], np.square(predicted[0, 0, 0] - wrist).mean(), rtol=1e-5)
     assert found[1] == 0
+
+
+def test_movements_are_compared_in_units_of_the_scale():
+    torch = pytest.importorskip("torch")
+    # torch's Huber loss of Linear(mean over queries) and the movement in units of the scale, one mean per window
+    rng = np.random.default_rng(4)
+    features, moved = rng.normal(size=(3, 2, 6)).astype(np.float32), rng.normal(size=(3, 2, 3)).astype(np.float32)
+    config = AuxiliaryConfig(ahead=AheadConfig(loss_weight=1.0, offsets=(5, 9), scale=0.5))
+    module = auxiliary.Auxiliary(config, ("static",), 8, moving=3)
+    params = toy.random_init(module, features)["params"]
+    loss, off = module.apply({"params": params}, features, moved, method="movement_errors")
+    kernel, bias = (np.asarray(params["ahead"][name]) for name in ("kernel", "bias"))
+    predicted = (features.mean(1) @ kernel + bias).reshape(3, 2, 3)
+    for row in range(3):
+        expected = torch.nn.functional.huber_loss(torch.tensor(predicted[row]), torch.tensor(moved[row] / 0.5))
+        np.testing.assert_allclose(loss[row], expected.item(), rtol=1e-5)
+        distance = np.linalg.norm(0.5 * predicted[row] - moved[row], axis=-1).mean()
+        np.testing.assert_allclose(off[row], distance, rtol=1e-5)
+
+
+def test_movements_need_a_state_with_places_and_features():
+    for changes, message in (
+        ({"offsets": ()}, "each at least 1"),
+        ({"offsets": (3, 0)}, "each at least 1"),
+        ({"scale": 0.0}, "scale=0.0 must be positive"),
+        ({"loss_weight": -1.0}, "loss_weight=-1.0 must be 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AheadConfig(**changes)
+    on = AuxiliaryConfig(ahead=AheadConfig(loss_weight=0.1))
+    assert PolicyConfig(auxiliary=on).moving == (0, 1, 2)
+    stateless = dataclasses.replace(robot.CALVIN, state=())
+    with pytest.raises(
+        ValueError, match="predicts positions and joints of the robot's state; that of 'calvin' has none"
+    ):
+        PolicyConfig(auxiliary=on, robot=stateless)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from robovlms_jax.policies import objective
-from robovlms_jax.policies.config import AuxiliaryConfig
+from robovlms_jax.policies.auxiliary_config import AuxiliaryConfig
 from robovlms_jax.policies.tasks import base, registry
 from tests import toy
 
