@@ -197,3 +197,19 @@ class DataConfig:
     def shifts(self) -> dict[str, int]:
         """Camera -> pixels of random shift."""
         return {"static": self.static_shift, "wrist": self.wrist_shift, **self.shift}
+
+
+def needs_all_pictures(window: int, windows_per_segment: int, future_frames: int) -> str:
+    """What of a training run has no use for recordings with pictures of few frames, and what to do; empty: nothing."""
+    for field, is_one in (("policy.window", window == 1), ("data.windows_per_segment", windows_per_segment == 1)):
+        if not is_one:
+            return (
+                f"pictures that follow each other are rare there, and {field} needs them; set {field}=1, or record "
+                "pictures of all frames (picture_every=1)."
+            )
+    if future_frames:
+        return (
+            "policy.auxiliary.forward predicts those that follow; switch it off, or record pictures of all frames "
+            "(picture_every=1)."
+        )
+    return ""

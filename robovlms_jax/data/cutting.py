@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from robovlms_jax.data import base, segments
+from robovlms_jax.data import base, config, segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,8 @@ def segments_of(dataset: base.Dataset, cut: Cut) -> segments.Segments:
     """
     shown = None
     if not dataset.shows_all:
+        if problem := config.needs_all_pictures(cut.window, cut.windows_per_segment, cut.future_frames):
+            raise ValueError(f"{dataset.name} has frames without pictures: {problem}")
         shown = [dataset.shown(np.arange(episode.start, episode.end + 1)) for episode in dataset.episodes]
     found = segments.Segments(
         np.array([(episode.start, episode.end) for episode in dataset.episodes]),
@@ -46,24 +48,8 @@ def segments_of(dataset: base.Dataset, cut: Cut) -> segments.Segments:
         left_pad=cut.left_pad,
         shown=shown,
     )
-    some = f"{dataset.name} has pictures of some frames alone"
-    if shown is not None and cut.future_frames:
-        raise ValueError(
-            f"{some}, and policy.auxiliary.forward predicts those that follow; switch it off, or record pictures of "
-            "all (picture_every 1)."
-        )
-    longest = max((episode.end - episode.start for episode in dataset.episodes), default=0)
-    if len(found) == 0 and shown is not None and longest >= cut.window:
-        raise ValueError(
-            f"{some}, and nowhere of policy.window={cut.window} that follow each other; set policy.window=1, or record "
-            "pictures of all (picture_every 1)."
-        )
-    if shown is not None and 0 < found.num_windows < min(2, cut.windows_per_segment) * len(found):
-        raise ValueError(
-            f"{some}, and segments of data.windows_per_segment={cut.windows_per_segment} would carry "
-            f"{found.num_windows / len(found):.2f} windows each; set data.windows_per_segment=1."
-        )
     if len(found) == 0:
+        longest = max((episode.end - episode.start for episode in dataset.episodes), default=0)
         raise ValueError(
             f"{dataset.name}: none of {len(dataset.episodes)} episodes is long enough for policy.window={cut.window}; "
             f"the longest has {longest} steps to learn from."

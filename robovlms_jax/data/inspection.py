@@ -138,7 +138,7 @@ class Inspection:
     num_sampled, num_runs: frames and episodes whose numbers were read. num_still: of these, steps whose arm does not
       move at all; NaN where actions are absolute.
     unreadable: field -> (frames, first message).
-    shown_share: of the sampled frames, those that were recorded with pictures.
+    shown_share: of all frames that are learned from, those that were recorded with pictures.
     """
 
     name: str
@@ -205,7 +205,7 @@ def inspect(splits: Mapping[str, base.Dataset], budget: Budget = Budget()) -> In
         same_pictures=same,
         unreadable=unreadable,
         shown=_shown(dataset, spec, budget.shown),
-        shown_share=1.0 if dataset.shows_all else float(dataset.shown(np.concatenate(runs)).mean()),
+        shown_share=1.0 if dataset.shows_all else _shown_share(dataset),
     )
 
 
@@ -366,6 +366,11 @@ def sentences(episodes: Sequence[base.Episode]) -> Instructions:
         twins=tuple(tuple(sorted(group)) for key, group in sorted(alike.items()) if key and len(group) > 1),
         rewordings=sum(bool(episode.rewordings) for episode in episodes),
     )
+
+
+def _shown_share(dataset: base.Dataset) -> float:
+    every = np.concatenate([np.arange(episode.start, episode.end) for episode in dataset.episodes])
+    return float(dataset.shown(every).mean())
 
 
 def _shown(dataset: base.Dataset, spec: robots.RobotSpec, count: int) -> tuple[Shown, ...]:

@@ -4,8 +4,9 @@
   meta.json             codec, image sizes, size and crc32 of every shard; its presence marks a complete directory
   annotations.json      [{start, end, instruction, task}, ...]
   shard_00000.bin ...   images of up to 4096 frames each; the cameras of a frame lie side by side
-  index/*.npy           a row per frame, sorted by frame id: frame_id, file_id, offset and length per camera, and the
-                        numeric fields as float32, those of further sensors included (meta.json: sensors)
+  index/*.npy           a row per frame, sorted by frame id: frame_id, file_id, offset and length per camera (0: the
+                        frame has no picture), and the numeric fields as float32, those of further sensors included
+                        (meta.json: sensors)
 and the source's small files about sessions and scenes, copied as they are.
 """
 
@@ -22,7 +23,8 @@ import numpy as np
 from robovlms_jax.control import robot as robots
 from robovlms_jax.data import base, frame_index, kept, statistics
 
-VERSION = 1
+VERSIONS = 1, 2
+"""Of the layout: all frames have pictures, or some (those of length 0) have none."""
 META, PARTIAL_META = "meta.json", "meta.partial.json"
 """The second stands for the first while a directory is being packed."""
 
@@ -42,10 +44,9 @@ class PackedDataset(base.Dataset):
         self.directory = pathlib.Path(directory)
         self.name = str(self.directory)
         self.meta = self._json(META)
-        if self.meta.get("version") != VERSION:
+        if self.meta.get("version") not in VERSIONS:
             raise ValueError(
-                f"{self.directory / META} has version {self.meta.get('version')}, this code reads {VERSION}; pack "
-                "again."
+                f"{self.directory / META} has version {self.meta.get('version')}, this code reads 1 and 2; pack again."
             )
         self.image_sizes = {camera: tuple(size) for camera, size in self.meta["image_sizes"].items()}
         self.action_units = tuple(self.meta.get("action_units", base.CALVIN_UNITS))
@@ -115,7 +116,7 @@ class PackedDataset(base.Dataset):
         return base.require_finite(values, frame_ids, name, self.name)
 
     def encoded(self, frame_ids: Sequence[int], camera: str) -> list[bytes]:
-        """The images as they are stored, JPEG or PNG. Raises as `images` does."""
+        """The images as they are stored, JPEG or PNG; empty where there is none. Raises as `images` does."""
         return [bytes(data) for data in self._index.read(self._rows(frame_ids), [camera])[camera]]
 
     def close(self) -> None:

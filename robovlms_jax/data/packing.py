@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import io
@@ -14,7 +13,7 @@ import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -24,7 +23,7 @@ from PIL import Image
 
 from robovlms_jax import atomic, json_files
 from robovlms_jax.control import robot as robots
-from robovlms_jax.data import base, frame_index, packed, statistics
+from robovlms_jax.data import base, disk, frame_index, packed, statistics
 from robovlms_jax.data import workers as processes
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,8 @@ ReadEncoded = Callable[[int], tuple[list[bytes], Mapping[str, np.ndarray]]]
 
 
 class FrameSource(Protocol):
-    """What `pack` reads from; `calvin.NpzDataset` is one, `WithSensors` makes one with more fields. Picklable."""
+    """What `pack` reads from; `calvin.NpzDataset` is one, `WithSensors` makes one with more fields. Picklable. One that
+    has frames without pictures says so by `shows_all`, False."""
 
     name: str
     episodes: tuple[base.Episode, ...]
@@ -54,7 +54,6 @@ class FrameSource(Protocol):
     robot: robots.RobotSpec
     action_units: tuple[float, ...]
     statistics: statistics.Statistics | None
-    shows_all: bool
 
     def frame(self, frame_id: int) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
         """(camera -> uint8[height, width, 3], field -> float32[d]) of one frame. Raises CorruptFrameError."""
@@ -76,7 +75,7 @@ class WithSensors:
     def __init__(self, source: FrameSource, sensors: Sequence[str]):
         self.name, self.episodes, self.image_sizes = source.name, source.episodes, source.image_sizes
         self.robot, self.action_units, self.statistics = source.robot, source.action_units, source.statistics
-        self.shows_all = source.shows_all
+        self.shows_all = shows_all(source)
         self._source, self.sensors = source, tuple(name for name in sensors if name not in source.arrays)
         self.arrays = (*source.arrays, *self.sensors)
         for name in self.sensors:
@@ -85,6 +84,11 @@ class WithSensors:
     def frame(self, frame_id: int) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
         images, arrays = self._source.frame(frame_id)
         return images, {**arrays, **{name: self._source.array(name, [frame_id])[0] for name in self.sensors}}
+
+
+def shows_all(source: FrameSource) -> bool:
+    """Whether all of its frames have pictures."""
+    return getattr(source, "shows_all", True)
 
 
 def pack(
@@ -123,13 +127,13 @@ def pack(
     read = functools.partial(_encode_frame, source, functools.partial(encode_image, codec, quality))
     if getattr(source, "encoded_as", None) == (codec, quality):
         read = source.encoded
-    elif not source.shows_all:
+    elif not shows_all(source):
         was = getattr(source, "encoded_as", None)
         keep = f"keep how they are: {was[0]} of quality {was[1]}." if was else "pack all of its parts alike before."
         raise ValueError(
             f"{source.name} has frames without pictures, which become black if they are encoded anew; {keep}"
         )
-    with _explained(directory):
+    with disk.explained(directory):
         if not _claim(directory, plan):
             shards = np.split(frame_ids, range(FRAMES_PER_SHARD, len(frame_ids), FRAMES_PER_SHARD))
             _write_shards(source, directory, shards, read, workers=workers, skip_corrupt=skip_corrupt)
@@ -146,7 +150,7 @@ def _plan(source: FrameSource, frame_ids: np.ndarray, codec: Codec, quality: int
     """What a directory's meta.json says of its content; shards of another plan are of no use."""
     further = list(getattr(source, "sensors", ()))
     plan = {
-        "version": packed.VERSION,
+        "version": packed.VERSIONS[not shows_all(source)],
         "codec": codec,
         "quality": quality if codec == "jpeg" else None,
         "image_sizes": {camera: list(size) for camera, size in source.image_sizes.items()},
@@ -176,7 +180,7 @@ def verify(dataset: packed.PackedDataset, source: FrameSource) -> None:
             raise RuntimeError(
                 f"{dataset.directory / shard['file']} has crc32 {crc:#x}, expected {shard['crc32']:#x}; {again}"
             )
-    for frame_id in sorted({frame_id for shard in dataset.meta["shards"] for frame_id in shard["frames"]}):
+    for frame_id in sorted({frame_id for shard in dataset.meta["shards"] for frame_id in _ends(dataset, shard)}):
         images, arrays = source.frame(frame_id)
         decoded = dataset.images([frame_id], dataset.cameras)
         wrong = [
@@ -187,6 +191,15 @@ def verify(dataset: packed.PackedDataset, source: FrameSource) -> None:
             raise RuntimeError(
                 f"{dataset.directory}: {wrong} of frame {frame_id} are not those of {source.name}; {again}"
             )
+
+
+def _ends(dataset: packed.PackedDataset, shard: Mapping[str, Any]) -> list[int]:
+    """The first and the last frame of a shard, and of those of its frames that have pictures."""
+    if not shard["frames"] or dataset.shows_all:
+        return shard["frames"]
+    first, last = np.searchsorted(dataset.frame_ids, shard["frames"])
+    ids = dataset.frame_ids[first : last + 1]
+    return [*shard["frames"], *ids[dataset.shown(ids)][[0, -1]].tolist()]
 
 
 def _same(stored: np.ndarray, values: np.ndarray) -> bool:
@@ -229,7 +242,7 @@ def _write_shards(
     """Write the shards that are not finished, here or in processes. Raises ValueError that lists unusable frames."""
     pending = [(number, ids) for number, ids in enumerate(shards) if not _part(directory, number).exists()]
     total, remaining = sum(map(len, shards)), sum(len(ids) for _, ids in pending)
-    _require_space(directory, read, [int(ids[0]) for _, ids in pending], remaining)
+    _require_space(directory, read, [ids for _, ids in pending], 8 if shows_all(source) else 400)
     write = functools.partial(_write_shard, tuple(source.arrays), directory, read, skip_corrupt)
     problems: list[str] = []
     with tqdm.tqdm(total=total, initial=total - remaining, unit="frame", desc=str(directory)) as bar:
@@ -365,31 +378,15 @@ def _faithful(decoded: np.ndarray, image: np.ndarray, codec: Codec) -> bool:
     return bool(np.dot(error, error) <= error.size * 255**2 / 10 ** (MIN_PSNR_DB / 10))
 
 
-def _require_space(directory: pathlib.Path, read: ReadEncoded, samples: Sequence[int], num_frames: int) -> None:
-    """Refuse before the long work when the disk clearly cannot hold it, judging by the size of a few frames."""
-    sizes = []
-    for frame_id in samples[:: max(len(samples) // 8, 1)]:
+def _require_space(directory: pathlib.Path, read: ReadEncoded, shards: Sequence[np.ndarray], count: int) -> None:
+    """Refuse before the long work when the disk clearly cannot hold it, judging by the size of `count` frames."""
+    if not shards:
+        return
+    ids, sizes = np.concatenate(shards), []
+    for frame_id in ids[np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int)].tolist():
         with contextlib.suppress(base.CorruptFrameError):  # reported when its shard is written
             sizes.append(sum(map(len, read(frame_id)[0])))
-    need, free = num_frames * float(np.mean(sizes or [0])), shutil.disk_usage(directory).free
-    if need > free:
-        raise OSError(
-            errno.ENOSPC, f"about {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free", str(directory)
-        )
-
-
-@contextlib.contextmanager
-def _explained(directory: pathlib.Path) -> Iterator[None]:
-    """Say what an operating system error while writing means for the user."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = "free space and repeat the command; finished shards are kept"
-        else:
-            advice = "choose a directory that can be written"
-        raise OSError(error.errno, f"packing into {directory} failed: {reason}; {advice}.") from error
+    disk.require(directory, len(ids) * float(np.mean(sizes or [0])))
 
 
 def _shard(directory: pathlib.Path, number: int) -> pathlib.Path:

@@ -84,7 +84,7 @@ class Segments(Sequence[Segment]):
             self._beyond = 0
         # Number of each run's first segment, and of all; of each episode's first run, and of all.
         self._begins = np.concatenate([[0], np.cumsum(-(-self._count // windows_per_segment))])
-        self._runs = np.searchsorted(self._episode, np.arange(len(windows) + 1))
+        self._first_run = np.searchsorted(self._episode, np.arange(len(windows) + 1))
 
     def __len__(self) -> int:
         return int(self._begins[-1])
@@ -95,13 +95,18 @@ class Segments(Sequence[Segment]):
         return int(self._count.sum())
 
     @property
+    def runs(self) -> np.ndarray:
+        """int64[runs, 3] of each run of windows: its episode, its first window's number there, its length."""
+        return np.stack([self._episode, self._first, self._count], axis=1).astype(np.int64)
+
+    @property
     def num_frames(self) -> int:
         """G = W + K - 1."""
         return self.window + self.windows_per_segment - 1
 
     def groups(self, num_episodes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Segments and windows int64[groups] of consecutive groups of episodes."""
-        last = self._runs[np.cumsum(np.asarray(num_episodes, np.int64))]
+        last = self._first_run[np.cumsum(np.asarray(num_episodes, np.int64))]
         counts = [self._begins[last], np.concatenate([[0], np.cumsum(self._count)])[last]]
         return tuple(np.diff(count, prepend=0) for count in counts)
 

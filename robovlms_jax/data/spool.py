@@ -43,7 +43,9 @@ class Spool:
         ends = _ends(rows)
         # A power failure may leave rows of zeros, or rows without their pictures.
         follows = rows["offset"] == np.append(0, ends[:-1])
-        whole = follows & (rows["lengths"] >= 0).all(axis=1) & (ends > 0) & (ends <= self._pictures.stat().st_size)
+        has = rows["lengths"] > 0  # all cameras of a frame, or none
+        alike = (rows["lengths"] >= 0).all(axis=1) & (has == has[:, :1]).all(axis=1)
+        whole = follows & alike & (ends > 0) & (ends <= self._pictures.stat().st_size)
         self.num_frames = len(whole)
         self.truncate(int(whole.argmin()) if not whole.all() else len(whole))
 

@@ -35,6 +35,7 @@ KICK, KICK_STEPS = 0.6, 4
 """Largest disturbance (in units of actions) and how many steps it lasts."""
 RENDER_FRAMES = 2048
 """Frames collected before they are rendered, on all cores."""
+_PLAYED_FRAMES = 4 * RENDER_FRAMES  # of which few have pictures: so many may be lost when a recording is stopped
 
 
 class Segment(NamedTuple):
@@ -66,7 +67,9 @@ def rendered(tables: Iterable[Chain], renderer: Renderer) -> Iterator[tuple[int,
         beside.submit(renderer.compile)  # beside the simulation's programs; an error comes again with the first picture
         for chain in tables:
             ended.append(chain)
-            if sum(demo.num_shown for each in ended for demo in each.demos) >= RENDER_FRAMES:
+            demos = [demo for each in ended for demo in each.demos]
+            shown, played = sum(demo.num_shown for demo in demos), sum(demo.length for demo in demos)
+            if shown >= RENDER_FRAMES or played >= _PLAYED_FRAMES:
                 before, looking = looking, beside.submit(renderer.segments, ended)
                 ended = []
                 yield from before.result() if before else ()
@@ -261,7 +264,9 @@ class Tables:
         if chain.steps < length:
             return None
         steps = jax.tree.map(lambda *parts: np.concatenate(parts)[:length], *chain.blocks)
-        chain.demos.append(Demo(chain.task, steps, shown_frames(length, self.config.picture_every, chain.rng)))
+        # Of its own: what is demonstrated does not depend on how much of it is seen.
+        own = np.random.default_rng([self.seed, chain.number, chain.attempted])
+        chain.demos.append(Demo(chain.task, steps, shown_frames(length, self.config.picture_every, own)))
         chain.condition = task_chains.successors(chain.condition, chain.task)[0]
         return length - before
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from robovlms_jax import schema
 from robovlms_jax.backbones.config import BackboneConfig
-from robovlms_jax.data.config import DataConfig
+from robovlms_jax.data.config import DataConfig, needs_all_pictures
 from robovlms_jax.evaluation.config import EvaluationConfig, RolloutConfig
 from robovlms_jax.parallel.config import DistributedConfig, MeshConfig
 from robovlms_jax.playtable.config import DemonstrationConfig
@@ -108,14 +108,7 @@ class ExperimentConfig:
                 "optimizer.ewc holds parameters where another run left them: set train.init_from to that run, and "
                 "leave train.stages empty (a later stage would hold them where the one before it ended)."
             )
-        shown, asked = self.demonstrations, self.rollouts
-        if asked.trials:
-            asked.execution.require(self.policy.robot)
-        if shown.episodes and asked.trials and shown.image_size != asked.image_size:
-            raise ValueError(
-                f"rollouts.image_size={asked.image_size} is not demonstrations.image_size={shown.image_size}: the "
-                "policy would be asked with other pictures than it learned from. Set both to the same pixels."
-            )
+        self._require_pictures()
         data, fsdp, _ = self.mesh_sizes(num_devices)
         step = data * fsdp * self.train.accumulation
         if self.segments_per_batch % step:
@@ -129,6 +122,21 @@ class ExperimentConfig:
                 f"train.accumulation={self.train.accumulation}; try train.batch_size="
                 f"{_neighbours(size, step * per_segment)}"
                 + (f", or train.accumulation={nearest}." if nearest is not None else ".")
+            )
+
+    def _require_pictures(self) -> None:
+        """Raises ValueError where demonstrations show what training or rollouts have no use for."""
+        shown, asked = self.demonstrations, self.rollouts
+        if shown.episodes and shown.picture_every > 1:
+            segments, future = self.data.windows_per_segment, self.policy.auxiliary.future_frames
+            if problem := needs_all_pictures(self.policy.window, segments, future):
+                raise ValueError(f"demonstrations.picture_every={shown.picture_every}: {problem}")
+        if asked.trials:
+            asked.execution.require(self.policy.robot)
+        if shown.episodes and asked.trials and shown.image_size != asked.image_size:
+            raise ValueError(
+                f"rollouts.image_size={asked.image_size} is not demonstrations.image_size={shown.image_size}: the "
+                "policy would be asked with other pictures than it learned from. Set both to the same pixels."
             )
 
     def require_known_sources(self) -> None:

@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
-from robovlms_jax.data import base, packing, spool
+from robovlms_jax.data import base, disk, packing, spool
 
 
 def test_spooled_frames_come_back_packed(tmp_path):
@@ -36,6 +36,7 @@ def test_spooled_frames_come_back_packed(tmp_path):
         assert np.abs(decoded[camera].astype(int) - pictures).max() < 8
         again = [packing.encode_image("jpeg", 95, picture, "") for picture in pictures]
         assert dataset.encoded(range(7), camera) == again
+    assert dataset.shows_all and dataset.meta["version"] == 1
     frames.delete()
     assert not list(tmp_path.glob("frames*"))
 
@@ -81,8 +82,37 @@ def test_frames_without_pictures_are_kept_as_such(tmp_path):
         for camera in dataset.cameras:
             expected = np.array([90, 0, 0, 180, 0, 0, 90, 180, 0])[:, None, None, None]
             assert np.abs(seen[camera].astype(int) - expected).max() < 3
-    with pytest.raises(ValueError, match="would be black"):
+    assert dataset.meta["version"] == 2  # readers of before would see black pictures
+    with pytest.raises(ValueError, match=r"become black if they are encoded anew; keep how they are: jpeg of quality"):
         packing.pack(frames, tmp_path / "other", frame_ids=np.arange(9), codec="png")
+
+
+def test_packing_asks_for_the_room_that_few_pictures_take_and_reads_some_of_each_shard_again(tmp_path, monkeypatch):
+    """Fails if the size of the first frame, which always has a picture, stands for all of them, or if only frames
+    without pictures are compared in the end."""
+    frames = spool.Spool(tmp_path / "frames", {"static": (64, 64)}, {"rel_actions": 7})
+    noise = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), np.uint8)
+    frames.add({"static": noise}, {"rel_actions": np.zeros((60, 7))}, np.array([0, 31]))
+    frames.episodes = (base.Episode(0, 59, "open the drawer", "open_drawer"),)
+    size = (tmp_path / "frames").stat().st_size
+    usage = disk.shutil.disk_usage(tmp_path)._replace(free=4 * size)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage)
+    dataset = packing.pack(frames, tmp_path / "packed", frame_ids=np.arange(60))
+    assert packing._ends(dataset, dataset.meta["shards"][0]) == [0, 59, 0, 31]
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=size // 4))
+    with pytest.raises(OSError, match=r"are needed and .* are free; free space"):
+        packing.pack(frames, tmp_path / "other", frame_ids=np.arange(60))
+
+
+def test_a_frame_of_which_one_camera_has_a_picture_was_written_by_half(tmp_path):
+    form = {"static": (8, 8), "wrist": (8, 8)}, {"rel_actions": 1}
+    images = {camera: np.zeros((2, 8, 8, 3), np.uint8) for camera in form[0]}
+    frames = spool.Spool(tmp_path / "frames", *form)
+    frames.add(images, {"rel_actions": np.ones((2, 1))})
+    rows = np.fromfile(tmp_path / "frames.rows", frames._row)
+    rows["lengths"][1, 1] = 0
+    rows.tofile(tmp_path / "frames.rows")
+    assert spool.Spool(tmp_path / "frames", *form).num_frames == 1
 
 
 @pytest.mark.parametrize(("file", "left"), [("frames", 2), ("frames.rows", 2), ("", 3)])

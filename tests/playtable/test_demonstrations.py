@@ -109,3 +109,19 @@ def test_pictures_are_of_the_frames_that_are_shown(monkeypatch):
     seen = [segment.images["wrist"][:, 0, 0, 0].tolist() for segment in segments]
     assert seen == [[0, 3], [50, 51, 52, 53, 54], [90]]
     assert all(len(segment.arrays["rel_actions"]) == 5 for segment in segments)
+
+
+def test_what_is_demonstrated_does_not_depend_on_how_much_of_it_is_seen():
+    """Fails if which frames get pictures is drawn from the numbers that later tasks, plans and kicks are drawn from."""
+    found = []
+    for every in (1, 5):
+        config = DemonstrationConfig(tables=1, picture_every=every)
+        tables = demonstrations.Tables(config, demonstrations.Scenes(("A",)), [0], 0, [0])
+        chain = tables._begin()
+        done = np.arange(demonstrations.BLOCK * 3) == 20
+        steps = demonstrations.Steps(np.arange(30), *np.zeros((2, 30, 15)), np.zeros((30, 7)), done)
+        assert tables._book(chain, steps) == 23
+        (demo,) = chain.demos
+        assert demo.length == 23 and (demo.num_shown == 23 if every == 1 else 4 <= demo.num_shown <= 6)
+        found.append((chain.task, chain.condition, chain.rng.integers(2**31)))
+    assert found[0] == found[1]

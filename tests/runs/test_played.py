@@ -8,6 +8,7 @@ import types
 import pytest
 
 from experiments import calvin_abcd, evaluation_settings, serve, teach
+from robovlms_jax import cli
 from robovlms_jax.control import robot
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.control.retrying import Retry
@@ -83,6 +84,21 @@ def test_rollouts_with_other_pictures_than_the_demonstrations_are_refused():
     other = dataclasses.replace(preset, demonstrations=dataclasses.replace(preset.demonstrations, image_size=(64, 48)))
     with pytest.raises(ValueError, match=r"rollouts.image_size=\(96, 64\) is not demonstrations.image_size=\(64, 48\)"):
         other.validate(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ({"policy.window": 4}, r"set policy\.window=1"),
+        ({"data.windows_per_segment": 8}, r"set data\.windows_per_segment=1"),
+        ({"policy.auxiliary.forward.loss_weight": 0.1}, r"policy\.auxiliary\.forward predicts"),
+    ],
+)
+def test_demonstrations_with_too_few_pictures_are_refused_before_they_are_recorded(change, advice):
+    preset = cli.override(calvin_abcd.PRESETS["playtable_fixtures"], **{"demonstrations.picture_every": 3})
+    preset.validate(1)
+    with pytest.raises(ValueError, match=rf"demonstrations\.picture_every=3: .*{advice}"):
+        cli.override(preset, **change).validate(1)
 
 
 def test_rollouts_that_cannot_move_the_robots_hand_are_refused_before_training():
