@@ -64,6 +64,7 @@ class Batch:
     sentence: float32[B, E], the instruction's CLIP embedding, for policies that learn to stay near it.
     ahead: float32[B, K, O, D], how far the robot moves from each window's newest step to O later ones, m and rad, for
       policies that learn to predict it.
+    scene: float32[B, K, M], numbers about each window's newest frame, for policies that learn to see them.
     """
 
     inputs: Inputs
@@ -76,6 +77,7 @@ class Batch:
     future_mask: Array | None = None
     sentence: Array | None = None
     ahead: Array | None = None
+    scene: Array | None = None
 
 
 @flax.struct.dataclass

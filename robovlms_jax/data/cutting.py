@@ -17,6 +17,7 @@ class Cut:
     left_pad: whether windows may begin before their episode (see `segments`).
     goal_relabelling: mask what comes after a random later step, as upstream does; needs windows_per_segment 1.
     future_frames: F, frames after the segment's last one to read; 0: none.
+    scene, columns: numeric field of which numbers are wanted, of each window's newest frame, and which; empty: none.
     ahead, moving: steps ahead to which movements are wanted, and of which numbers of the state; empty: none.
     """
 
@@ -28,6 +29,8 @@ class Cut:
     future_frames: int = 0
     ahead: tuple[int, ...] = ()
     moving: tuple[int, ...] = ()
+    scene: str = ""
+    columns: tuple[int, ...] = ()
 
 
 def segments_of(dataset: base.Dataset, cut: Cut) -> segments.Segments:

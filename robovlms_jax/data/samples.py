@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
@@ -57,6 +58,7 @@ class SegmentSource(Sequence[types.Batch]):
         self.cameras, self.sensors = tuple(cameras), tuple(sensors)
         self._future, self._goal_relabelling = cut.future_frames, cut.goal_relabelling
         self._ahead, self._moving = np.array(cut.ahead, np.int64), np.array(cut.moving, np.int64)
+        self._scene, self._columns = cut.scene, np.array(cut.columns, np.int64)
         units = [dataset.robot.state[number].unit for number in cut.moving]
         self._moving_units = np.array([pairing.unit_scale(unit) or 1.0 for unit in units], np.float32)
         self._masks_images = dataset.may_lack_images
@@ -200,7 +202,12 @@ class SegmentSource(Sequence[types.Batch]):
             future_mask=np.zeros((size, self._future), bool) if self._future else None,
             sentence=None if self._sentences is None else np.zeros((size, self._sentences.shape[1]), np.float32),
             ahead=self._movements(size),
+            scene=self._numbers(size),
         )
+
+    def _numbers(self, size: int) -> np.ndarray | None:
+        shape = (size, self.segments.windows_per_segment, len(self._columns))
+        return np.zeros(shape, np.float32) if self._scene else None
 
     def _movements(self, size: int) -> np.ndarray | None:
         shape = (size, self.segments.windows_per_segment, len(self._ahead), len(self._moving))
@@ -298,8 +305,11 @@ class SegmentSource(Sequence[types.Batch]):
             out.future_mask[:] = ids <= end
         if out.sentence is not None:
             out.sentence[:] = self._sentences[segment.episode]
+        newest = begin + self.segments.window - 1 + np.arange(self.segments.windows_per_segment)
+        if out.scene is not None:
+            read = functools.partial(self.dataset.array, self._scene)
+            out.scene[:] = _each_once(read, np.minimum(newest, end))[..., self._columns]
         if out.ahead is not None:
-            newest = begin + self.segments.window - 1 + np.arange(self.segments.windows_per_segment)
             ids = np.minimum(newest[..., None] + np.append(0, self._ahead), end[..., None])
             states = _each_once(self.dataset.proprio, ids)[..., self._moving]
             out.ahead[:] = (states[..., 1:, :] - states[..., :1, :]) * self._moving_units
@@ -357,8 +367,9 @@ class SegmentSource(Sequence[types.Batch]):
             array[row] = 0
         if out.sentence is not None:
             out.sentence[row] = self._sentences[0]
-        if out.ahead is not None:
-            out.ahead[row] = 0
+        for numbers in (out.ahead, out.scene):
+            if numbers is not None:
+                numbers[row] = 0
         out.actions[row] = 0
         out.inputs.text_ids[row], out.inputs.text_mask[row] = self._text_ids[0], self._text_mask[0]
 

@@ -41,6 +41,8 @@ class Auxiliary(nn.Module):
             self.forward = ForwardPrediction(self.config.forward, len(self.cameras), self.image_size)
         if self.config.clip.weights:
             self.clip = Dense(self.config.clip.dim, ("embed", None))
+        if self.config.scene.loss_weight:
+            self.scene = Dense(len(self.config.scene.columns), ("embed", None))
         if self.config.ahead.loss_weight:
             self.ahead = Dense(len(self.config.ahead.offsets) * self.moving, ("embed", None))
 
@@ -72,6 +74,19 @@ class Auxiliary(nn.Module):
         pooled = self.clip(readout.largest(features.astype(jnp.float32)))
         return optax.losses.huber_loss(pooled, sentence[:, None], delta=1.0).mean(-1)
 
+    def scene_errors(self, hidden: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Huber loss of numbers in units of `scale`, and how far off they are.
+
+        Args:
+          hidden: float[N, I, D] of the pictures' tokens. numbers: float32[N, M].
+        Returns:
+          float32[N], and float32[N]: the mean absolute error.
+        """
+        predicted = self.scene(hidden.astype(jnp.float32).reshape(len(hidden), -1))
+        scale = self.config.scene.scale
+        loss = optax.losses.huber_loss(predicted, numbers / scale, delta=1.0).mean(1)
+        return loss, jnp.abs(predicted * scale - numbers).mean(1)
+
     def movement_errors(self, features: jax.Array, moved: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Huber loss of movements in units of `scale`, and how far off they are.
 
@@ -86,14 +101,16 @@ class Auxiliary(nn.Module):
         loss = optax.losses.huber_loss(predicted, moved / scale, delta=1.0).mean((1, 2))
         return loss, jnp.sqrt(jnp.square(predicted * scale - moved).sum(-1)).mean(-1)
 
-    def __call__(self, features: jax.Array) -> None:
-        """Touches every parameter, so `init` makes them all. features: float[N, Q, D]."""
+    def __call__(self, features: jax.Array, hidden: jax.Array | None = None) -> None:
+        """Touches every parameter, so `init` makes them all. features: float[N, Q, D]; hidden: as `scene_errors`."""
         if self.config.forward.loss_weight:
             self.forward(features)
         if self.config.clip.weights:
             self.clip(features.astype(jnp.float32))
         if self.config.ahead.loss_weight:
             self.ahead(features.astype(jnp.float32))
+        if self.config.scene.loss_weight and hidden is not None:
+            self.scene(hidden.astype(jnp.float32).reshape(len(hidden), -1))
 
 
 class ForwardPrediction(nn.Module):

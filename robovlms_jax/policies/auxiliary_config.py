@@ -77,6 +77,30 @@ class AheadConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+@schema.checked("policy.auxiliary.scene")
+class SceneConfig:
+    """Tell where things are, which a simulator knows, from the pictures' own hidden states."""
+
+    loss_weight: float = 0.0
+    """> 0: on. Weighs the Huber loss of the numbers."""
+    array: str = "scene_obs"
+    """Numeric field of the dataset, of each frame."""
+    columns: tuple[int, ...] = (6, 7, 8, 12, 13, 14, 18, 19, 20)
+    """Which of its numbers; the default: where CALVIN's three blocks are, in metres."""
+    scale: float = 0.1
+    """What counts as 1: there the loss goes over from squares to lines."""
+
+    def __post_init__(self):
+        name = "policy.auxiliary.scene"
+        require(self.loss_weight >= 0, f"{name}.loss_weight={self.loss_weight} must be 0 (off) or positive.")
+        require(
+            len(self.columns) > 0 and min(self.columns) >= 0 and len(set(self.columns)) == len(self.columns),
+            f"{name}.columns={self.columns} must name numbers of {self.array!r}, each once, from 0 on.",
+        )
+        require(0 < self.scale < math.inf, f"{name}.scale={self.scale} must be positive and finite.")
+
+
+@dataclasses.dataclass(frozen=True)
 @schema.checked("policy.auxiliary")
 class AuxiliaryConfig:
     """Losses beside the actions'. Acting needs none of them."""
@@ -84,6 +108,7 @@ class AuxiliaryConfig:
     forward: ForwardConfig = ForwardConfig()
     clip: ClipConfig = ClipConfig()
     ahead: AheadConfig = AheadConfig()
+    scene: SceneConfig = SceneConfig()
     caption_weight: float = 0.0
     """> 0: on. Weighs the language model's cross-entropy on the prompt given the images, so that it stays a language
     model."""
@@ -99,7 +124,7 @@ class AuxiliaryConfig:
     @property
     def enabled(self) -> bool:
         """Whether any of them is on."""
-        return self.reads_features or self.speaks
+        return self.reads_features or self.scene.loss_weight > 0 or self.speaks
 
     @property
     def reads_features(self) -> bool:

@@ -318,6 +318,8 @@ def source_of(
         future_frames=config.policy.auxiliary.future_frames,
         ahead=config.policy.auxiliary.ahead.offsets if config.policy.auxiliary.ahead.loss_weight else (),
         moving=config.policy.moving,
+        scene=config.policy.auxiliary.scene.array if config.policy.auxiliary.scene.loss_weight else "",
+        columns=config.policy.auxiliary.scene.columns,
     )
     return samples.SegmentSource(
         dataset,

@@ -9,6 +9,7 @@ from robovlms_jax.policies.tasks.base import Task
 from robovlms_jax.policies.tasks.caption import CaptionTask
 from robovlms_jax.policies.tasks.clip import ClipTask
 from robovlms_jax.policies.tasks.forward import ForwardTask
+from robovlms_jax.policies.tasks.scene import SceneTask
 
 
 def make(config: PolicyConfig) -> tuple[Task, ...]:
@@ -21,6 +22,8 @@ def make(config: PolicyConfig) -> tuple[Task, ...]:
         tasks.append(ClipTask(auxiliary.clip.loss_weight))
     if auxiliary.ahead.loss_weight:
         tasks.append(AheadTask(auxiliary.ahead.loss_weight))
+    if auxiliary.scene.loss_weight:
+        tasks.append(SceneTask(auxiliary.scene.loss_weight))
     if auxiliary.caption_weight:
         tasks.append(CaptionTask(auxiliary.caption_weight))
     return tuple(tasks)

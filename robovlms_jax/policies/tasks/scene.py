@@ -1,0 +1,25 @@
+"""See where things are (`policy.auxiliary.scene`)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from robovlms_jax.policies.histories.base import merge
+from robovlms_jax.policies.tasks import base
+from robovlms_jax.policies.vla import VLA, Outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneTask:
+    """Huber loss of numbers about each window's newest frame, told from its pictures' tokens."""
+
+    weight: float
+    name: str = "scene"
+
+    def __call__(self, model: VLA, outputs: Outputs, example: base.Example) -> tuple[jax.Array, base.Metrics]:
+        hidden, tokens = jax.tree.map(lambda x: x[:, -1], (outputs.hidden, outputs.tokens))
+        errors, off = model.auxiliary.scene_errors(hidden[:, tokens.slot("image")], merge(example.batch.scene, 0))
+        mean = base.mean_over_actions(errors, example)
+        return mean, {"loss_scene": mean, "off_scene": base.mean_over_actions(off, example)}
