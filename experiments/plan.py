@@ -174,7 +174,7 @@ def describe_batch(config: ExperimentConfig, text: tuple[int, ...]) -> Batch:
     policy, segments = config.policy, config.segments_per_batch
     frames = policy.window + config.data.windows_per_segment - 1
     steps, future = frames + policy.chunk - 1, policy.auxiliary.future_frames
-    side, ahead = config.data.image_size, policy.auxiliary.ahead
+    side, ahead, scene = config.data.image_size, policy.auxiliary.ahead, policy.auxiliary.scene
 
     def images(count: int) -> dict[str, jax.ShapeDtypeStruct]:
         known = {camera.name: (camera.height, camera.width) for camera in policy.robot.cameras if camera.height}
@@ -203,6 +203,7 @@ def describe_batch(config: ExperimentConfig, text: tuple[int, ...]) -> Batch:
         ahead=leaf(np.float32, config.data.windows_per_segment, len(ahead.offsets), len(policy.moving))
         if ahead.loss_weight
         else None,
+        scene=leaf(np.float32, config.data.windows_per_segment, len(scene.columns)) if scene.loss_weight else None,
     )
 
 

@@ -58,3 +58,13 @@ def segments_of(dataset: base.Dataset, cut: Cut) -> segments.Segments:
             f"the longest has {longest} steps to learn from."
         )
     return found
+
+
+def require_scene(dataset: base.Dataset, cut: Cut) -> None:
+    """Raise ValueError where a dataset lacks the numbers that `cut.scene` and `cut.columns` ask for."""
+    numbers = dataset.array(cut.scene, [dataset.episodes[0].start])  # names the fields that there are
+    if numbers.ndim != 2 or max(cut.columns) >= numbers.shape[1]:
+        raise ValueError(
+            f"{dataset.name}: policy.auxiliary.scene asks for columns {list(cut.columns)} of {cut.scene!r}, of which a "
+            f"frame has {list(numbers.shape[1:])} numbers."
+        )

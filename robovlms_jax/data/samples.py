@@ -67,6 +67,8 @@ class SegmentSource(Sequence[types.Batch]):
         dataset.allocate(0, self.cameras)  # an unknown camera or sensor is an error now, not in the first batch
         for sensor in self.sensors:
             sensor.require(dataset)
+        if cut.scene:
+            cutting.require_scene(dataset, cut)
         self._mirror = mirrored
         sentences, self._text_rows = language.numbered(dataset.episodes, variation)
         said = sentences if mirrored is None else [*sentences, *map(mirror.words, sentences)]

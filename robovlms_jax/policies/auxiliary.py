@@ -21,7 +21,7 @@ from robovlms_jax.types import Tokens
 
 
 class Auxiliary(nn.Module):
-    """The heads that only training needs. Parameters: `forward/`, `clip/`, `ahead/`.
+    """The heads that only training needs. Parameters: `forward/`, `clip/`, `ahead/`, `scene/`.
 
     moving: how many numbers of the robot's state `ahead` is about.
     """
@@ -101,7 +101,7 @@ class Auxiliary(nn.Module):
         loss = optax.losses.huber_loss(predicted, moved / scale, delta=1.0).mean((1, 2))
         return loss, jnp.sqrt(jnp.square(predicted * scale - moved).sum(-1)).mean(-1)
 
-    def __call__(self, features: jax.Array, hidden: jax.Array | None = None) -> None:
+    def __call__(self, features: jax.Array, hidden: jax.Array) -> None:
         """Touches every parameter, so `init` makes them all. features: float[N, Q, D]; hidden: as `scene_errors`."""
         if self.config.forward.loss_weight:
             self.forward(features)
@@ -109,7 +109,7 @@ class Auxiliary(nn.Module):
             self.clip(features.astype(jnp.float32))
         if self.config.ahead.loss_weight:
             self.ahead(features.astype(jnp.float32))
-        if self.config.scene.loss_weight and hidden is not None:
+        if self.config.scene.loss_weight:
             self.scene(hidden.astype(jnp.float32).reshape(len(hidden), -1))
 
 

@@ -81,6 +81,11 @@ class VLA(nn.Module):
                 "policy.auxiliary.caption_weight asks for each word of the prompt from those before it; the encoder "
                 f"of a {self.vlm.model_type} sees all of them at once. Set it to 0."
             )
+        if (self.vlm.beside or self.vlm.encodes) and config.auxiliary.scene.loss_weight:
+            raise ValueError(
+                "policy.auxiliary.scene reads the pictures' own hidden states; the sequence of a "
+                f"{self.vlm.model_type} has none. Set its loss_weight to 0, or use policy.auxiliary.ahead."
+            )
         if self.vlm.connector_tokenizer and config.auxiliary.caption_weight:
             raise ValueError(
                 "policy.auxiliary.caption_weight asks for each word of the prompt from those before it; the connector "

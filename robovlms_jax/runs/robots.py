@@ -78,10 +78,12 @@ def mirror_of(policy: PolicyConfig, augment: AugmentConfig, spec: robot.RobotSpe
         "policy.sensors": [sensor.name for sensor in policy.sensors],
         "policy.representation": [policy.representation] if policy.representation != "robot" else [],
         "policy.auxiliary.clip.weights": [policy.auxiliary.clip.weights] if policy.auxiliary.clip.weights else [],
+        "policy.auxiliary.scene": [policy.auxiliary.scene.array] if policy.auxiliary.scene.loss_weight else [],
     }
     found = {field: values for field, values in unknown.items() if values}
     if found:
         raise ValueError(
             f"data.augment.mirror={augment.mirror}: of {found} no mirror image is known. Leave it at 0, or those out."
         )
-    return mirror.of_robot(spec, augment.mirror, augment.mirror_axis, uses_state=policy.proprio.enabled)
+    uses_state = policy.proprio.enabled or policy.auxiliary.ahead.loss_weight > 0
+    return mirror.of_robot(spec, augment.mirror, augment.mirror_axis, uses_state=uses_state)

@@ -115,6 +115,7 @@ def test_a_training_sample_is_mirrored_as_a_whole_and_an_evaluations_never(tmp_p
     config = cli.override(
         bridge.PRESETS["sample"],
         **{"train.output": str(tmp_path), "data.augment.mirror": 1.0, "data.augment.mirror_axis": "y"},
+        **{"policy.auxiliary.ahead.loss_weight": 0.1},
     )
     source, index = setups.prepare(config).train, np.array([3])
     turned, straight = source.training_batch(index, np.array([7], np.uint32)), source.evaluation_batch(index)
@@ -122,6 +123,8 @@ def test_a_training_sample_is_mirrored_as_a_whole_and_an_evaluations_never(tmp_p
         np.testing.assert_array_equal(x, straight.inputs.images[camera][..., ::-1, :])
     signs = np.array([1, -1, 1, -1, 1, -1, 1], np.float32)
     np.testing.assert_array_equal(turned.actions, straight.actions * signs)
+    np.testing.assert_array_equal(turned.ahead, straight.ahead * signs[:3])
+    assert np.abs(straight.ahead[..., 1]).max() > 0
     (told,), (recorded,) = source.sentences(index, np.array([7], np.uint32)), source.sentences(index)
     assert told == mirror.words(recorded) and source.content()["mirrored"] == 1.0
 

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from robovlms_jax.backbones import registry
 from robovlms_jax.control import robot
 from robovlms_jax.policies import auxiliary
-from robovlms_jax.policies.auxiliary_config import AheadConfig, AuxiliaryConfig, ClipConfig, ForwardConfig
+from robovlms_jax.policies.auxiliary_config import AheadConfig, AuxiliaryConfig, ClipConfig, ForwardConfig, SceneConfig
 from robovlms_jax.policies.config import PolicyConfig
+from robovlms_jax.policies.heads.mlp import MLPHeadConfig
 from robovlms_jax.types import Tokens
 from tests import toy
 
@@ -51,7 +53,7 @@ def test_clip_loss_is_upstreams():
     rng = np.random.default_rng(2)
     features, sentence = rng.normal(size=(2, 3, 4, 6)).astype(np.float32), rng.normal(size=(2, 5)).astype(np.float32)
     module = auxiliary.Auxiliary(AuxiliaryConfig(clip=ClipConfig(weights="somewhere", dim=5)), ("static",), 8)
-    params = toy.random_init(module, features[:, 0])["params"]
+    params = toy.random_init(module, features[:, 0], features[:, 0])["params"]
     found = module.apply({"params": params}, features, sentence, method="clip_alignment_loss")
     kernel, bias = (np.asarray(params["clip"][name]) for name in ("kernel", "bias"))
     for row in range(2):
@@ -66,7 +68,7 @@ def test_foresight_compares_each_camera_and_offset_and_skips_what_was_not_record
     module = auxiliary.Auxiliary(AuxiliaryConfig(forward=FORWARD), ("wrist", "static"), 8)
     features = rng.normal(size=(2, 1, 6)).astype(np.float32)
     future = {camera: jnp.asarray(rng.normal(size=(2, 2, 8, 8, 3)), jnp.float32) for camera in ("static", "wrist")}
-    params = toy.random_init(module, features)["params"]
+    params = toy.random_init(module, features, features)["params"]
     predicted = module.apply({"params": params}, features, method=lambda m, x: m.forward(x))
     assert predicted.shape == (2, 2, 2, 4, 48)  # offsets, cameras, patches
     real = jnp.asarray([[[True, False], [False, False]], [[False, False], [False, False]]])
@@ -83,7 +85,7 @@ def test_movements_are_compared_in_units_of_the_scale():
     features, moved = rng.normal(size=(3, 2, 6)).astype(np.float32), rng.normal(size=(3, 2, 3)).astype(np.float32)
     config = AuxiliaryConfig(ahead=AheadConfig(loss_weight=1.0, offsets=(5, 9), scale=0.5))
     module = auxiliary.Auxiliary(config, ("static",), 8, moving=3)
-    params = toy.random_init(module, features)["params"]
+    params = toy.random_init(module, features, features)["params"]
     loss, off = module.apply({"params": params}, features, moved, method="movement_errors")
     kernel, bias = (np.asarray(params["ahead"][name]) for name in ("kernel", "bias"))
     predicted = (features.mean(1) @ kernel + bias).reshape(3, 2, 3)
@@ -92,6 +94,64 @@ def test_movements_are_compared_in_units_of_the_scale():
         np.testing.assert_allclose(loss[row], expected.item(), rtol=1e-5)
         distance = np.linalg.norm(0.5 * predicted[row] - moved[row], axis=-1).mean()
         np.testing.assert_allclose(off[row], distance, rtol=1e-5)
+
+
+def test_the_scene_is_told_from_the_pictures_tokens_of_each_windows_newest_frame():
+    torch = pytest.importorskip("torch")
+    # torch's Huber loss of Linear(all tokens of the pictures one after the other) and the numbers in units of the scale
+    rng = np.random.default_rng(5)
+    hidden, numbers = rng.normal(size=(3, 4, 6)).astype(np.float32), rng.normal(size=(3, 2)).astype(np.float32)
+    config = AuxiliaryConfig(scene=SceneConfig(loss_weight=1.0, columns=(6, 8), scale=0.5))
+    module = auxiliary.Auxiliary(config, ("static",), 8)
+    params = toy.random_init(module, hidden, hidden)["params"]
+    loss, off = module.apply({"params": params}, hidden, numbers, method="scene_errors")
+    kernel, bias = (np.asarray(params["scene"][name]) for name in ("kernel", "bias"))
+    predicted = hidden.reshape(3, -1) @ kernel + bias
+    for row in range(3):
+        expected = torch.nn.functional.huber_loss(torch.tensor(predicted[row]), torch.tensor(numbers[row] / 0.5))
+        np.testing.assert_allclose(loss[row], expected.item(), rtol=1e-5)
+        np.testing.assert_allclose(off[row], np.abs(0.5 * predicted[row] - numbers[row]).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("history", ["policy_head", "interleaved", "video"])
+def test_what_is_seen_is_the_newest_frame_of_each_window(history):
+    """Fails if a window's numbers are told from another frame or another window. The newest frame of the third window
+    is changed: the third tells of it, and where steps see those before them so does the fourth."""
+    head = {"head": MLPHeadConfig(hidden_size=8)} if history == "video" else {}
+    scene = AuxiliaryConfig(scene=SceneConfig(loss_weight=1.0, columns=(0,)))
+    model = toy.make_model(history=history, auxiliary=scene, **head)
+    batch = toy.make_batch(np.random.default_rng(0), windows=4)
+    params = toy.random_params(model, batch)
+
+    def told(images):
+        changed = batch.replace(inputs=batch.inputs.replace(images=images))
+        inputs = toy.example(model, changed)
+        bound = model.bind({"params": params})
+        outputs = bound.train_outputs(inputs)
+        slot = outputs.tokens.slot("image")
+        return np.asarray(bound.history.windows(outputs.hidden[..., slot, :])[:, -1]).reshape(toy.B, 4, -1)
+
+    newest = toy.W - 1 + 2
+    images = {camera: x.copy() for camera, x in batch.inputs.images.items()}
+    for x in images.values():
+        x[:, newest] = 255 - x[:, newest]
+    moved = np.abs(told(images) - told(batch.inputs.images)).max(axis=(0, 2)) > 1e-6
+    assert moved.tolist() == {"policy_head": [False, False, True, False]}.get(history, [False, False, True, True])
+
+
+def test_backbones_whose_pictures_have_no_hidden_states_cannot_tell_the_scene():
+    model = toy.make_model(auxiliary=AuxiliaryConfig(scene=SceneConfig(loss_weight=1.0)))
+    gated = dataclasses.replace(model, vlm=registry.get("flamingo-mpt-1b"))
+    with pytest.raises(ValueError, match=r"policy\.auxiliary\.scene reads the pictures' own hidden states"):
+        gated.bind({"params": {}}).backbone  # noqa: B018, `setup` runs
+    for changes, message in (
+        ({"columns": ()}, "each once"),
+        ({"columns": (1, 1)}, "each once"),
+        ({"columns": (-1,)}, "each once"),
+        ({"scale": 0.0}, "scale=0.0 must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SceneConfig(**changes)
 
 
 def test_movements_need_a_state_with_places_and_features():

@@ -15,7 +15,7 @@ from robovlms_jax.control.interface import Observation
 from robovlms_jax.control.robot import CALVIN
 from robovlms_jax.nn.perceiver import PerceiverConfig
 from robovlms_jax.policies import objective, serving
-from robovlms_jax.policies.auxiliary_config import AheadConfig, AuxiliaryConfig, ClipConfig, ForwardConfig
+from robovlms_jax.policies.auxiliary_config import AheadConfig, AuxiliaryConfig, ClipConfig, ForwardConfig, SceneConfig
 from robovlms_jax.policies.config import ActionHistoryConfig, ProprioConfig
 from robovlms_jax.policies.sensors import robot_state
 from tests import toy
@@ -31,6 +31,7 @@ AUXILIARY = AuxiliaryConfig(
     forward=ForwardConfig(loss_weight=0.1, offsets=(1, 2), patch_size=14, width=8, depth=1, head_dim=4),
     clip=ClipConfig(weights="opened by training alone", dim=5),
     ahead=AheadConfig(loss_weight=0.1, offsets=(3, 5)),
+    scene=SceneConfig(loss_weight=0.1, columns=(6, 8)),
     caption_weight=0.1,
 )
 RESAMPLER = PerceiverConfig(num_latents=2, depth=1, num_heads=2, head_dim=4)
@@ -60,6 +61,7 @@ def complete(batch, states):
         future_mask=np.ones((B, 2), bool),
         sentence=sentence / np.linalg.norm(sentence, axis=1, keepdims=True),
         ahead=rng.normal(size=(B, batch.window_mask.shape[1], 2, 3)).astype(np.float32),
+        scene=rng.normal(size=(B, batch.window_mask.shape[1], 2)).astype(np.float32),
     )
 
 
@@ -211,7 +213,8 @@ def test_switched_off_the_rest_is_bit_identical(on):
 def test_every_module_learns_on_one_batch(on):
     # Frames are all alike; three arm dimensions follow from the robot's state and three from the action before, so the
     # loss only falls below what the better one of them alone explains if both tokens are read. Auxiliary losses have
-    # something to learn each: the coming frame, the sentence's embedding, where the robot will be, the prompt.
+    # something to learn each: the coming frame, the sentence's embedding, where the robot will be and where things are,
+    # the prompt.
     _, _, batch, _ = on
     frames = batch.inputs.step_mask.shape[1]
     state, past = batch.inputs.sensors["proprio"], batch.inputs.sensors["action_history"][:, 1 : 1 + frames]
@@ -228,6 +231,7 @@ def test_every_module_learns_on_one_batch(on):
         action_mask=np.ones((B, frames), bool),
         window_mask=np.ones((B, frames), bool),
         ahead=0.1 * state[:, :, None, :3].repeat(2, axis=2),
+        scene=np.full((B, frames, 2), (0.3, -0.2), np.float32),
     )
     model = make_model(chunk=1, window=1)
     params = toy.random_params(model, batch)
@@ -235,5 +239,5 @@ def test_every_module_learns_on_one_batch(on):
     # Errors stay below 1, where Huber is half the square: the best constant costs half the targets' variance.
     blind = 0.5 * np.var(actions[..., :6] / 0.65, axis=(0, 1)).sum() / 6
     assert metrics["loss_arm"][-1] < 0.2 * blind  # measured: 0.013 of it
-    for name, share in (("forward", 0.7), ("clip", 0.5), ("ahead", 0.5), ("caption", 0.5)):
+    for name, share in (("forward", 0.7), ("clip", 0.5), ("ahead", 0.5), ("scene", 0.1), ("caption", 0.5)):
         assert metrics[f"loss_{name}"][-1] < share * metrics[f"loss_{name}"][0], name

@@ -19,7 +19,7 @@ class SceneTask:
     name: str = "scene"
 
     def __call__(self, model: VLA, outputs: Outputs, example: base.Example) -> tuple[jax.Array, base.Metrics]:
-        hidden, tokens = jax.tree.map(lambda x: x[:, -1], (outputs.hidden, outputs.tokens))
-        errors, off = model.auxiliary.scene_errors(hidden[:, tokens.slot("image")], merge(example.batch.scene, 0))
+        hidden = model.history.windows(outputs.hidden[..., outputs.tokens.slot("image"), :])[:, -1]
+        errors, off = model.auxiliary.scene_errors(hidden, merge(example.batch.scene, 0))
         mean = base.mean_over_actions(errors, example)
         return mean, {"loss_scene": mean, "off_scene": base.mean_over_actions(off, example)}
