@@ -17,7 +17,7 @@ class Cut:
     left_pad: whether windows may begin before their episode (see `segments`).
     goal_relabelling: mask what comes after a random later step, as upstream does; needs windows_per_segment 1.
     future_frames: F, frames after the segment's last one to read; 0: none.
-    scene, columns: numeric field of which numbers are wanted, of each window's newest frame, and which; empty: none.
+    scene: numeric field of which numbers are wanted, of each window's newest frame, and which; None: none.
     ahead, moving: steps ahead to which movements are wanted, and of which numbers of the state; empty: none.
     """
 
@@ -29,8 +29,7 @@ class Cut:
     future_frames: int = 0
     ahead: tuple[int, ...] = ()
     moving: tuple[int, ...] = ()
-    scene: str = ""
-    columns: tuple[int, ...] = ()
+    scene: tuple[str, tuple[int, ...]] | None = None
 
 
 def segments_of(dataset: base.Dataset, cut: Cut) -> segments.Segments:
@@ -60,11 +59,11 @@ def segments_of(dataset: base.Dataset, cut: Cut) -> segments.Segments:
     return found
 
 
-def require_scene(dataset: base.Dataset, cut: Cut) -> None:
-    """Raise ValueError where a dataset lacks the numbers that `cut.scene` and `cut.columns` ask for."""
-    numbers = dataset.array(cut.scene, [dataset.episodes[0].start])  # names the fields that there are
-    if numbers.ndim != 2 or max(cut.columns) >= numbers.shape[1]:
+def require_scene(dataset: base.Dataset, array: str, columns: tuple[int, ...]) -> None:
+    """Raise ValueError where a dataset lacks the numbers that `Cut.scene` asks for."""
+    numbers = dataset.array(array, [dataset.episodes[0].start])  # names the fields that there are
+    if numbers.ndim != 2 or max(columns) >= numbers.shape[1]:
         raise ValueError(
-            f"{dataset.name}: policy.auxiliary.scene asks for columns {list(cut.columns)} of {cut.scene!r}, of which a "
-            f"frame has {list(numbers.shape[1:])} numbers."
+            f"{dataset.name}: policy.auxiliary.scene asks for columns {list(columns)} of {array!r}, of which a frame "
+            f"has {list(numbers.shape[1:])} numbers."
         )

@@ -58,8 +58,8 @@ class SegmentSource(Sequence[types.Batch]):
         self.cameras, self.sensors = tuple(cameras), tuple(sensors)
         self._future, self._goal_relabelling = cut.future_frames, cut.goal_relabelling
         self._ahead, self._moving = np.array(cut.ahead, np.int64), np.array(cut.moving, np.int64)
-        self._scene, self._columns = cut.scene, np.array(cut.columns, np.int64)
-        units = [dataset.robot.state[number].unit for number in cut.moving]
+        self._scene = cut.scene
+        units = [dataset.robot.state[number].unit for number in cut.moving if cut.ahead]
         self._moving_units = np.array([pairing.unit_scale(unit) or 1.0 for unit in units], np.float32)
         self._masks_images = dataset.may_lack_images
         self._reported: set[str] = set()
@@ -68,7 +68,7 @@ class SegmentSource(Sequence[types.Batch]):
         for sensor in self.sensors:
             sensor.require(dataset)
         if cut.scene:
-            cutting.require_scene(dataset, cut)
+            cutting.require_scene(dataset, *cut.scene)
         self._mirror = mirrored
         sentences, self._text_rows = language.numbered(dataset.episodes, variation)
         said = sentences if mirrored is None else [*sentences, *map(mirror.words, sentences)]
@@ -208,8 +208,9 @@ class SegmentSource(Sequence[types.Batch]):
         )
 
     def _numbers(self, size: int) -> np.ndarray | None:
-        shape = (size, self.segments.windows_per_segment, len(self._columns))
-        return np.zeros(shape, np.float32) if self._scene else None
+        if self._scene is None:
+            return None
+        return np.zeros((size, self.segments.windows_per_segment, len(self._scene[1])), np.float32)
 
     def _movements(self, size: int) -> np.ndarray | None:
         shape = (size, self.segments.windows_per_segment, len(self._ahead), len(self._moving))
@@ -309,8 +310,8 @@ class SegmentSource(Sequence[types.Batch]):
             out.sentence[:] = self._sentences[segment.episode]
         newest = begin + self.segments.window - 1 + np.arange(self.segments.windows_per_segment)
         if out.scene is not None:
-            read = functools.partial(self.dataset.array, self._scene)
-            out.scene[:] = _each_once(read, np.minimum(newest, end))[..., self._columns]
+            read = functools.partial(self.dataset.array, self._scene[0])
+            out.scene[:] = _each_once(read, np.minimum(newest, end))[..., list(self._scene[1])]
         if out.ahead is not None:
             ids = np.minimum(newest[..., None] + np.append(0, self._ahead), end[..., None])
             states = _each_once(self.dataset.proprio, ids)[..., self._moving]

@@ -99,6 +99,11 @@ class SceneConfig:
         )
         require(0 < self.scale < math.inf, f"{name}.scale={self.scale} must be positive and finite.")
 
+    @property
+    def numbers(self) -> tuple[str, tuple[int, ...]] | None:
+        """Field and columns that a batch has to have; None: switched off."""
+        return (self.array, self.columns) if self.loss_weight else None
+
 
 @dataclasses.dataclass(frozen=True)
 @schema.checked("policy.auxiliary")

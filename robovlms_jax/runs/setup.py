@@ -308,18 +308,17 @@ def source_of(
     mirrored: bool = False,
 ) -> samples.SegmentSource:
     """The dataset's samples as the configuration asks for them; mirrored: as many as it says are, for training."""
-    augment = config.data.augment
+    augment, auxiliary = config.data.augment, config.policy.auxiliary
     cut = cutting.Cut(
         window=config.policy.window,
         chunk=config.policy.chunk,
         windows_per_segment=config.data.windows_per_segment,
         left_pad=config.data.left_pad,
         goal_relabelling=config.data.compat_goal_relabelling,
-        future_frames=config.policy.auxiliary.future_frames,
-        ahead=config.policy.auxiliary.ahead.offsets if config.policy.auxiliary.ahead.loss_weight else (),
+        future_frames=auxiliary.future_frames,
+        ahead=auxiliary.ahead.offsets if auxiliary.ahead.loss_weight else (),
         moving=config.policy.moving,
-        scene=config.policy.auxiliary.scene.array if config.policy.auxiliary.scene.loss_weight else "",
-        columns=config.policy.auxiliary.scene.columns,
+        scene=auxiliary.scene.numbers,
     )
     return samples.SegmentSource(
         dataset,

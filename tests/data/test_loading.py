@@ -23,7 +23,7 @@ W, C, K = 8, 4, 3
 CAMERAS = ("wrist", "static")
 
 
-_CUT = ("left_pad", "goal_relabelling", "future_frames", "ahead", "moving", "scene", "columns")
+_CUT = ("left_pad", "goal_relabelling", "future_frames", "ahead", "moving", "scene")
 
 
 def encode_text(text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -169,7 +169,7 @@ def test_movements_are_those_from_each_windows_newest_step_to_later_ones_of_its_
 
 
 def test_numbers_about_the_scene_are_those_of_each_windows_newest_frame(dataset, frame_content):
-    source = make_source(dataset, scene="scene_obs", columns=(7, 2))
+    source = make_source(dataset, scene=("scene_obs", (7, 2)))
     for index in range(len(source)):
         sample = source[index]
         for k in np.flatnonzero(sample.window_mask):
@@ -177,9 +177,9 @@ def test_numbers_about_the_scene_are_those_of_each_windows_newest_frame(dataset,
             expected = np.float32(frame_content(newest)["scene_obs"])[[7, 2]]
             np.testing.assert_array_equal(sample.scene[k], expected)
     with pytest.raises(ValueError, match=r"columns \[24\] of 'scene_obs', of which a frame has \[24\] numbers"):
-        make_source(dataset, scene="scene_obs", columns=(24,))
+        make_source(dataset, scene=("scene_obs", (24,)))
     with pytest.raises(ValueError, match="no 'object_state'"):
-        make_source(dataset, scene="object_state", columns=(0,))
+        make_source(dataset, scene=("object_state", (0,)))
 
 
 def test_batches_of_one_segment(dataset):
