@@ -253,3 +253,43 @@ def test_what_more_demonstrations_of_blocks_did_is_what_was_run():
     )
     assert "within 2 cm {} and {} times".format(*(sum(cm <= 2 for cm in each["cm"]) for each in (old, new))) in text
     assert f"the named one in {old['named_is_nearest']} and {new['named_is_nearest']})" in text
+
+
+def test_the_page_says_what_a_policy_did_that_was_taught_where_blocks_lie():
+    """Fails if a figure of the page's section is not the results', or a sum not that of the chains."""
+    every, text = result("calvin_small/results"), page("calvin.md")
+    found, before = every["calvin_small_seen"], every["calvin_full"]["chains_on_d"]["solved_in_each"]
+    columns = [found["chains_on_d"][name] for name in ("second", "lights", "words")]
+    for row in columns:
+        digits = row["solved_in_each"]
+        for each, scores in ((row, digits), (row["calvin_full"], before[: row["chains"]])):
+            solved = {"fixtures": [0, 0], "lights": [0, 0], "blocks": [0, 0]}
+            for chain, done in zip(task_chains.official_chains(), map(int, scores)):
+                for k, task in enumerate(chain.tasks[: done + 1]):
+                    kinds = ["fixtures" if task in FIXTURES else "blocks"] + ["lights"] * (
+                        "led" in task or "light" in task
+                    )
+                    for kind in kinds:
+                        solved[kind][0] += k < done
+                        solved[kind][1] += 1
+            assert {kind: [each[kind]["count"], each[kind]["of"]] for kind in solved} == solved
+            assert each["average_length"][0] == pytest.approx(sum(map(int, scores)) / row["chains"], abs=5e-4)
+        assert "{:.2f}, {:.2f} to {:.2f}".format(*row["paired"]["more_tasks_in_a_row"]) in text
+
+    def line(name, cells):
+        return f"| {name} | {' | '.join(cells)} |"
+
+    interval = "{:.2f} ({:.2f} to {:.2f})"
+    assert line("chains played", [str(row["chains"]) for row in columns]) in text
+    assert line("**tasks in a row**", [interval.format(*row["average_length"]) for row in columns]) in text
+    full = [row["calvin_full"] for row in columns]
+    assert line("`calvin_full` on these", [interval.format(*row["average_length"]) for row in full]) in text
+    names = {"fixtures, solved of asked": "fixtures", "of them LED and lightbulb": "lights"}
+    for name, kind in (names | {"blocks, solved of asked": "blocks"}).items():
+        assert line(name, ["{count} of {of}".format(**row[kind]) for row in columns]) in text
+    assert line("blocks, `calvin_full`", ["{count} of {of}".format(**row["blocks"]) for row in full]) in text
+    held = found["held_out"]
+    assert f"error of {held['without_pictures']['ahead_cm']:.1f} cm on other demonstrations of blocks" in text
+    motion = "{:.3f} to {:.3f} and {:.3f}".format(*(held[name]["motion"] for name in ("before", "first", "second")))
+    assert f"fell from {motion}" in " ".join(text.split())
+    assert f"{found['recording']['blocks']['recorded']} demonstrations of blocks in" in text
