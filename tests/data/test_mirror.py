@@ -117,7 +117,7 @@ def test_a_training_sample_is_mirrored_as_a_whole_and_an_evaluations_never(tmp_p
         **{"train.output": str(tmp_path), "data.augment.mirror": 1.0, "data.augment.mirror_axis": "y"},
         **{"policy.auxiliary.ahead.loss_weight": 0.1},
     )
-    source, index = setups.prepare(config).train, np.array([3])
+    source, index = setups.prepare(config).train, np.array([6])
     turned, straight = source.training_batch(index, np.array([7], np.uint32)), source.evaluation_batch(index)
     for camera, x in turned.inputs.images.items():
         np.testing.assert_array_equal(x, straight.inputs.images[camera][..., ::-1, :])
