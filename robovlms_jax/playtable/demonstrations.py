@@ -160,7 +160,7 @@ class Tables:
 
     def __iter__(self) -> Iterator[Chain]:
         busy = {table: chain for table in range(self.config.tables) if (chain := self._begin()) is not None}
-        states = self._reset(busy, busy)
+        states = self._reset(busy, busy) if busy else None  # no task is possible where any chain begins
         running, made = None, 0
         fresh = dict(busy)
         while busy:

@@ -125,3 +125,10 @@ def test_what_is_demonstrated_does_not_depend_on_how_much_of_it_is_seen():
         assert demo.length == 23 and (demo.num_shown == 23 if every == 1 else 4 <= demo.num_shown <= 6)
         found.append((chain.task, chain.condition, chain.rng.integers(2**31)))
     assert found[0] == found[1]
+
+
+def test_chains_of_which_none_can_begin_are_none(monkeypatch):
+    """Fails if a recording whose few chains begin where no task of the list is possible ends in a StopIteration."""
+    tables = demonstrations.Tables(DemonstrationConfig(tables=2), demonstrations.Scenes(("A",)), [0], 0, [0, 1])
+    monkeypatch.setattr(tables, "_choose", lambda chain: False)
+    assert list(tables) == []
