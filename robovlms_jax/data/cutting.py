@@ -37,18 +37,18 @@ def segments_of(dataset: base.Dataset, cut: Cut) -> segments.Segments:
 
     Raises ValueError: no episode is long enough for one window, or windows need pictures that were left out.
     """
-    shown = None
+    starts = None
     if not dataset.shows_all:
         if problem := config.needs_all_pictures(cut.window, cut.windows_per_segment, cut.future_frames):
             raise ValueError(f"{dataset.name} has frames without pictures: {problem}")
-        shown = [dataset.shown(np.arange(episode.start, episode.end + 1)) for episode in dataset.episodes]
+        starts = [np.flatnonzero(dataset.shown(np.arange(e.start, e.end))) for e in dataset.episodes]
     found = segments.Segments(
         np.array([(episode.start, episode.end) for episode in dataset.episodes]),
         window=cut.window,
         chunk=cut.chunk,
         windows_per_segment=cut.windows_per_segment,
         left_pad=cut.left_pad,
-        shown=shown,
+        starts=starts,
     )
     if len(found) == 0:
         longest = max((episode.end - episode.start for episode in dataset.episodes), default=0)

@@ -76,8 +76,7 @@ class PackedDataset(base.Dataset):
             self._load("offset", (len(self.cameras),)),
             lengths,
         )
-        has = (lengths > 0).all(axis=1)
-        self._shown = None if has.all() else has
+        self._shown = None if self.meta["version"] == VERSIONS[0] else (lengths > 0).all(axis=1)
         self.keep_decoded(decoded_bytes)
 
     def images(

@@ -308,6 +308,8 @@ class SegmentSource(Sequence[types.Batch]):
             out.future_mask[:] = ids <= end
         if out.sentence is not None:
             out.sentence[:] = self._sentences[segment.episode]
+        if out.scene is None and out.ahead is None:
+            return
         newest = begin + self.segments.window - 1 + np.arange(self.segments.windows_per_segment)
         if out.scene is not None:
             read = functools.partial(self.dataset.array, self._scene[0])

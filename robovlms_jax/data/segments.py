@@ -14,8 +14,8 @@ With left padding windows begin up to W - 1 steps before their episode, so that 
 window, as at the start of control: L windows, k = -(W - 1) ... L - W. Steps before `start` repeat its values under
 False masks.
 
-Where some frames have no pictures, windows are those whose W frames all have; what is tiled are then the runs of such
-windows that follow each other, instead of whole episodes. Actions need no pictures: chunks go on as above.
+Of an episode some windows alone may be wanted (`starts`), such as those whose frames have pictures; each is then a
+segment of its own. Chunks go on as above.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Segments(Sequence[Segment]):
       spans: int[E, 2], first and last frame id of each episode, both inclusive.
       window, chunk, windows_per_segment: W, C, K.
       left_pad: whether windows may begin before their episode.
-      shown: of each episode bool[L + 1], True = the frame has pictures; None: all have.
+      starts: of each episode the numbers of the windows that there are, int[n], rising; None: all.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Segments(Sequence[Segment]):
         chunk: int,
         windows_per_segment: int,
         left_pad: bool = False,
-        shown: Sequence[np.ndarray] | None = None,
+        starts: Sequence[np.ndarray] | None = None,
     ):
         if min(window, chunk, windows_per_segment) < 1:
             raise ValueError(
@@ -76,12 +76,13 @@ class Segments(Sequence[Segment]):
         self.left_pad = left_pad
         self._before = window - 1 if left_pad else 0  # steps before its episode at which the first window begins
         windows = np.maximum(lengths + 1 - window + self._before, 0)
-        # Runs of windows: the episode, its first window's number there, how many; frames that are read beyond them.
+        # Runs of windows: the episode, its first window's number there, how many.
         self._episode, self._first, self._count = np.arange(len(windows)), np.zeros(len(windows), np.int64), windows
-        self._beyond = 1
-        if shown is not None:
-            self._episode, self._first, self._count = _runs(windows, shown, window, self._before)
-            self._beyond = 0
+        if starts is not None:
+            starts = [np.asarray(own, np.int64)[np.asarray(own) < count] for own, count in zip(starts, windows)]
+            self._episode = np.repeat(np.arange(len(windows)), [len(own) for own in starts])
+            self._first = np.concatenate([np.zeros(0, np.int64), *starts])
+            self._count = np.ones(len(self._first), np.int64)
         # Number of each run's first segment, and of all; of each episode's first run, and of all.
         self._begins = np.concatenate([[0], np.cumsum(-(-self._count // windows_per_segment))])
         self._first_run = np.searchsorted(self._episode, np.arange(len(windows) + 1))
@@ -140,27 +141,10 @@ class Segments(Sequence[Segment]):
             step_mask=(start <= steps) & (steps < end),
             seen_mask=steps[:, : self.num_frames] >= start,
             window_mask=first[:, None] + np.arange(self.windows_per_segment) < ends[:, None],
-            num_frames=np.minimum(self.num_frames, ends - first + self.window - 1 + self._beyond),
+            num_frames=np.minimum(self.num_frames, ends - first + self.window),
         )
 
     def __getitem__(self, index: int) -> Segment:
         every = self.take([index])
         values = {field.name: getattr(every, field.name)[0] for field in dataclasses.fields(Segment)}
         return Segment(**values | {name: int(values[name]) for name in ("episode", "num_frames")})
-
-
-def _runs(
-    windows: np.ndarray, shown: Sequence[np.ndarray], window: int, before: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each run of windows that see pictures alone: its episode, its first window's number there and its length,
-    int64[runs] each, in order. windows: int[E], of each episode; before: steps that the first one begins before it."""
-    found = []
-    for episode, (count, has) in enumerate(zip(windows.tolist(), shown, strict=True)):
-        if not count:
-            continue
-        padded = np.concatenate([np.repeat(has[:1], before), has])
-        seen = np.lib.stride_tricks.sliding_window_view(padded, window)[:count].all(axis=1)
-        edges = np.flatnonzero(np.diff(seen, prepend=False, append=False)).reshape(-1, 2)
-        found.append(np.stack([np.full(len(edges), episode), edges[:, 0], edges[:, 1] - edges[:, 0]], axis=1))
-    runs = np.concatenate(found) if found else np.zeros((0, 3), np.int64)
-    return runs[:, 0], runs[:, 1], runs[:, 2]

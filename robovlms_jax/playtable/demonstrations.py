@@ -371,14 +371,10 @@ class Renderer:
         """Both pictures of each demonstration's states that get some."""
         lengths = [demo.num_shown for _, demo in demos]
         which = np.repeat([chain.scene for chain, _ in demos], lengths)
+        rows = [slice(None) if demo.shown is None else demo.shown for _, demo in demos]
         states = jax.tree.map(
-            lambda *parts: np.concatenate(parts),
-            *(
-                demo.steps.states
-                if demo.shown is None
-                else jax.tree.map(lambda x, s=demo.shown: x[s], demo.steps.states)
-                for _, demo in demos
-            ),
+            lambda *parts: np.concatenate([x[row] for x, row in zip(parts, rows, strict=True)]),
+            *(demo.steps.states for _, demo in demos),
         )
         images = env.pictures(self.scenes.stacked, which, states, self._sizes, self._backdrops)
         for end, length in zip(np.cumsum(lengths), lengths, strict=True):

@@ -72,42 +72,28 @@ def test_shapes_and_what_needs_reading(spans, sizes):
 
 @given(st.data(), SPANS, st.fixed_dictionaries(SIZES), st.booleans())
 @settings(deadline=None, max_examples=200)
-def test_where_frames_have_no_pictures_the_windows_are_those_that_see_none_of_them(data, spans, sizes, left_pad):
-    """Fails if a window is lost or seen twice, sees a frame without picture, or has a chunk that is cut short."""
+def test_of_an_episode_some_windows_alone_may_be_wanted(data, spans, sizes, left_pad):
+    """Fails if a window is lost, comes twice, is another one, or has a chunk that is cut short."""
     lengths = [end - start + 1 for start, end in spans]
-    shown = [np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in lengths]
+    wanted = [data.draw(st.sets(st.integers(0, n - 1))) for n in lengths]
     every = segments.Segments(spans, **sizes, left_pad=left_pad)
-    some = segments.Segments(spans, **sizes, left_pad=left_pad, shown=shown)
+    some = segments.Segments(spans, **sizes, left_pad=left_pad, starts=[np.array(sorted(own), int) for own in wanted])
 
     def windows(found):
         for segment in found:
             for k in np.flatnonzero(segment.window_mask):
                 seen, steps = slice(k, k + sizes["window"]), slice(k, k + sizes["window"] + sizes["chunk"] - 1)
-                ids, masks = segment.step_ids[steps], (segment.step_mask[steps], segment.seen_mask[seen])
-                assert (k + sizes["window"]) <= segment.num_frames or found is every
-                yield segment.episode, tuple(ids.tolist()), tuple(np.concatenate(masks).tolist())
+                masks = segment.step_mask[steps], segment.seen_mask[seen]
+                assert k + sizes["window"] <= segment.num_frames
+                yield segment.episode, tuple(segment.step_ids[steps]), tuple(np.concatenate(masks))
 
-    def sees(window):
-        episode, ids, _ = window
-        places = np.array(ids[: sizes["window"]]) - spans[episode][0]
-        return shown[episode][places].all()
-
-    expected = [window for window in windows(every) if sees(window)]
-    assert list(windows(some)) == expected and some.num_windows == len(expected)
-    counts = [sum(window[0] == episode for window in expected) for episode in range(len(spans))]
-    assert some.groups([1] * len(spans))[1].tolist() == counts
-    assert [some.episodes_of([index])[0] for index in range(len(some))] == [segment.episode for segment in some]
-
-
-def test_with_all_pictures_segments_are_what_they_are_without_a_word_about_pictures():
-    spans = [(3, 12), (20, 21), (30, 30), (40, 47)]
-    sizes = {"window": 2, "chunk": 3, "windows_per_segment": 4}
-    shown = [np.ones(end - start + 1, bool) for start, end in spans]
-    said, unsaid = segments.Segments(spans, **sizes, shown=shown), segments.Segments(spans, **sizes)
-    assert len(said) == len(unsaid)
-    for one, other in zip(said, unsaid):
-        np.testing.assert_array_equal(one.step_ids, other.step_ids)
-        np.testing.assert_array_equal(one.window_mask, other.window_mask)
+    numbered = collections.defaultdict(list)
+    for window in windows(every):
+        numbered[window[0]].append(window)
+    expected = [numbered[e][k] for e, own in enumerate(wanted) for k in sorted(own) if k < len(numbered[e])]
+    assert list(windows(some)) == expected and some.num_windows == len(some) == len(expected)
+    assert some.groups([1] * len(spans))[1].tolist() == [sum(w[0] == e for w in expected) for e in range(len(spans))]
+    assert [some.episodes_of([index])[0] for index in range(len(some))] == [window[0] for window in expected]
 
 
 def test_known_counts():
