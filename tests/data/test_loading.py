@@ -23,9 +23,6 @@ W, C, K = 8, 4, 3
 CAMERAS = ("wrist", "static")
 
 
-_CUT = ("left_pad", "goal_relabelling", "future_frames", "ahead", "moving", "scene")
-
-
 def encode_text(text: str) -> tuple[np.ndarray, np.ndarray]:
     ids = np.frombuffer(text.encode()[:24].ljust(24, b"\0"), np.uint8).astype(np.int32)
     return ids, ids > 0
@@ -33,7 +30,7 @@ def encode_text(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 def make_source(dataset: base.Dataset, *, window=W, chunk=C, windows_per_segment=K, **options) -> samples.SegmentSource:
     options = {"cameras": CAMERAS, "encode_text": encode_text, **options}
-    more = {name: options.pop(name) for name in _CUT if name in options}
+    more = {name: options.pop(name) for name in {*options} & {*cutting.Cut.__dataclass_fields__}}
     return samples.SegmentSource(dataset, cutting.Cut(window, chunk, windows_per_segment, **more), **options)
 
 
@@ -142,44 +139,6 @@ def test_past_actions_future_frames_and_sentences_when_asked_for(dataset, frame_
         np.testing.assert_array_equal(sample.sentence, [0, 1])
     (batch,) = take(loading.evaluation_batches(source, segments_per_batch=16, num_threads=1, prefetch=1))
     assert batch.future["static"].shape == (16, 4, 40, 40, 3)
-
-
-@pytest.mark.parametrize("left_pad", [False, True])
-def test_movements_are_those_from_each_windows_newest_step_to_later_ones_of_its_episode(
-    dataset, frame_content, left_pad
-):
-    """Fails if a movement is another window's, goes beyond the episode's end, or is of other numbers of the state."""
-    source = make_source(dataset, ahead=(2, 9), moving=(2, 0), left_pad=left_pad)
-
-    def place(frame):
-        return np.float32(frame_content(frame)["robot_obs"])[[2, 0]]
-
-    for index in range(len(source)):
-        sample = source[index]
-        assert sample.ahead.shape == (K, 2, 2)
-        start, end = SPANS[int(sample.episode)]
-        for k in np.flatnonzero(sample.window_mask):
-            newest = int(source.segments[index].step_ids[k + W - 1])
-            assert start <= newest < end
-            expected = [place(min(newest + offset, end)) - place(newest) for offset in (2, 9)]
-            np.testing.assert_allclose(sample.ahead[k], expected, atol=1e-6)
-    (batch,) = take(loading.evaluation_batches(source, segments_per_batch=len(source) + 1, num_threads=1, prefetch=1))
-    assert batch.ahead.shape == (len(source) + 1, K, 2, 2) and not batch.ahead[-1].any()
-    assert make_source(dataset)[0].ahead is None
-
-
-def test_numbers_about_the_scene_are_those_of_each_windows_newest_frame(dataset, frame_content):
-    source = make_source(dataset, scene=("scene_obs", (7, 2)))
-    for index in range(len(source)):
-        sample = source[index]
-        for k in np.flatnonzero(sample.window_mask):
-            newest = int(source.segments[index].step_ids[k + W - 1])
-            expected = np.float32(frame_content(newest)["scene_obs"])[[7, 2]]
-            np.testing.assert_array_equal(sample.scene[k], expected)
-    with pytest.raises(ValueError, match=r"columns \[24\] of 'scene_obs', of which a frame has \[24\] numbers"):
-        make_source(dataset, scene=("scene_obs", (24,)))
-    with pytest.raises(ValueError, match="no 'object_state'"):
-        make_source(dataset, scene=("object_state", (0,)))
 
 
 def test_batches_of_one_segment(dataset):

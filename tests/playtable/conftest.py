@@ -22,6 +22,47 @@ info, depths = jax.jit(physics.info), jax.jit(lambda scene, state: pushing.touch
 reset_all = jax.jit(jax.vmap(physics.reset, (None, 0, 0)))
 
 
+JOINTS = {
+    "base__slide": ("-0.125 0.09375 0.66908", 0.35),
+    "base__drawer": ("0.225 0 0.4", 0.275),
+    "base__button": ("-0.15 -0.15 0.575", 0.025),
+    "base__switch": ("0.375 0.07616 0.6186", 0.11),
+}
+
+
+@pytest.fixture
+def checkout(tmp_path) -> pathlib.Path:
+    """A calvin_env with scene D's files as they are, but for meshes."""
+    root = tmp_path / "calvin_env"
+    (root / "calvin_env" / "envs").mkdir(parents=True)
+    (root / "calvin_env" / "envs" / "play_table_env.py").write_text("")
+    (root / "conf" / "scene").mkdir(parents=True)
+    blocks = {"red": "middle", "blue": "small", "pink": "big"}
+    lines = ["data_path: ${data_path}", "global_scaling: 0.8", "surfaces:"]
+    lines += ["  table: [[0.0, -0.15, 0.46], [0.35, -0.03, 0.46]]"]
+    lines += ["  slider_left: [[-0.32, 0.05, 0.46], [-0.16, 0.12, 0.46]]"]
+    lines += ["  slider_right: [[-0.05, 0.05, 0.46], [0.13, 0.12, 0.46]]"]
+    lines += ["objects:", "  fixed_objects: {table: {file: table/urdf/table.urdf}}", "  movable_objects:"]
+    lines += [f"    block_{color}: {{file: blocks/{color}.urdf}}" for color in blocks]
+    (root / "conf" / "scene" / "calvin_scene_D.yaml").write_text("\n".join(lines))
+    data = root / "data"
+    (data / "table" / "urdf").mkdir(parents=True)
+    (data / "blocks").mkdir()
+    joints = "".join(
+        f'<joint name="{name}"><origin xyz="{xyz}"/><limit lower="0" upper="{upper}"/></joint>'
+        for name, (xyz, upper) in JOINTS.items()
+    )
+    mesh = '<link name="switch_link"><visual><geometry><mesh filename="../lever.obj"/></geometry></visual></link>'
+    (data / "table" / "urdf" / "table.urdf").write_text(f"<robot>{mesh}{joints}</robot>")
+    (data / "table" / "lever.obj").write_text("v -0.075 0 0\nvn 9 9 9\nv 0.075 0.1 0\nf 1 2\n")
+    for color, size in blocks.items():
+        length = {"small": 0.05, "middle": 0.07, "big": 0.1}[size]
+        box = f'<box size="{length} 0.05 0.05"/>'
+        text = f"<robot><link><collision><geometry>{box}</geometry></collision></link></robot>"
+        (data / "blocks" / f"{color}.urdf").write_text(text)
+    return root
+
+
 @pytest.fixture(scope="session")
 def scene():
     return make_scene("D")

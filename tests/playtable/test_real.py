@@ -1,10 +1,9 @@
-"""The experts in the real simulator: what they read of its files and its state, and what is recorded of them. A made-up
-simulator stands in for it; the slow test at the end plays in a real checkout where there is one."""
+"""What is recorded of the experts in the real simulator. A made-up simulator stands in for it; the slow test at the end
+plays in a real checkout where there is one."""
 
 from __future__ import annotations
 
 import os
-import pathlib
 import shutil
 
 import numpy as np
@@ -15,124 +14,9 @@ from robovlms_jax.control.interface import ActionChunk
 from robovlms_jax.data import calvin, cutting, represented, samples
 from robovlms_jax.envs import process
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks, walking
-from robovlms_jax.playtable import scene as scenes
 from robovlms_jax.playtable import splits
-from robovlms_jax.playtable.experts import cases
-from robovlms_jax.playtable.mechanics import bodies
-from robovlms_jax.playtable.real import experts, geometry, leading, recording
+from robovlms_jax.playtable.real import experts, leading, recording
 from tests.envs.calvin import fake_stage
-
-JOINTS = {
-    "base__slide": ("-0.125 0.09375 0.66908", 0.35),
-    "base__drawer": ("0.225 0 0.4", 0.275),
-    "base__button": ("-0.15 -0.15 0.575", 0.025),
-    "base__switch": ("0.375 0.07616 0.6186", 0.11),
-}
-
-
-@pytest.fixture
-def checkout(tmp_path) -> pathlib.Path:
-    """A calvin_env with scene D's files as they are, but for meshes."""
-    root = tmp_path / "calvin_env"
-    (root / "calvin_env" / "envs").mkdir(parents=True)
-    (root / "calvin_env" / "envs" / "play_table_env.py").write_text("")
-    (root / "conf" / "scene").mkdir(parents=True)
-    blocks = {"red": "middle", "blue": "small", "pink": "big"}
-    lines = ["data_path: ${data_path}", "global_scaling: 0.8", "surfaces:"]
-    lines += ["  table: [[0.0, -0.15, 0.46], [0.35, -0.03, 0.46]]"]
-    lines += ["  slider_left: [[-0.32, 0.05, 0.46], [-0.16, 0.12, 0.46]]"]
-    lines += ["  slider_right: [[-0.05, 0.05, 0.46], [0.13, 0.12, 0.46]]"]
-    lines += ["objects:", "  fixed_objects: {table: {file: table/urdf/table.urdf}}", "  movable_objects:"]
-    lines += [f"    block_{color}: {{file: blocks/{color}.urdf}}" for color in blocks]
-    (root / "conf" / "scene" / "calvin_scene_D.yaml").write_text("\n".join(lines))
-    data = root / "data"
-    (data / "table" / "urdf").mkdir(parents=True)
-    (data / "blocks").mkdir()
-    joints = "".join(
-        f'<joint name="{name}"><origin xyz="{xyz}"/><limit lower="0" upper="{upper}"/></joint>'
-        for name, (xyz, upper) in JOINTS.items()
-    )
-    mesh = '<link name="switch_link"><visual><geometry><mesh filename="../lever.obj"/></geometry></visual></link>'
-    (data / "table" / "urdf" / "table.urdf").write_text(f"<robot>{mesh}{joints}</robot>")
-    (data / "table" / "lever.obj").write_text("v -0.075 0 0\nvn 9 9 9\nv 0.075 0.1 0\nf 1 2\n")
-    for color, size in blocks.items():
-        length = {"small": 0.05, "middle": 0.07, "big": 0.1}[size]
-        box = f'<box size="{length} 0.05 0.05"/>'
-        text = f"<robot><link><collision><geometry>{box}</geometry></collision></link></robot>"
-        (data / "blocks" / f"{color}.urdf").write_text(text)
-    return root
-
-
-def test_the_files_of_scene_d_describe_what_playtable_measured(checkout):
-    found, measured = geometry.read(str(checkout), "D"), scenes.make_scene("D")
-    np.testing.assert_allclose(found.joint_range, measured.joint_range, atol=1e-6)
-    np.testing.assert_allclose(found.block_half, measured.block_half, atol=1e-6)
-    np.testing.assert_array_equal(found.block_slot, measured.block_slot)
-    for name in ("slider_handle", "drawer_handle", "button_top", "switch_handle", "area"):
-        np.testing.assert_allclose(getattr(found.anchors, name), getattr(measured.anchors, name), atol=3e-3)
-    np.testing.assert_allclose(found.anchors.shelf, measured.anchors.shelf, atol=0.06)
-    assert float(found.anchors.switch_half) == pytest.approx(0.06)
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new", "message"),
-    [
-        ("conf/scene/calvin_scene_D.yaml", "global_scaling: 0.8", "", "calvin_scene_D.yaml lacks 'global_scaling'"),
-        ("conf/scene/calvin_scene_D.yaml", "block_pink", "block_green", "blocks .*green.*expected one of each of red"),
-        ("data/table/urdf/table.urdf", "base__slide", "other", "table.urdf has no joint 'base__slide'"),
-        ("data/blocks/pink.urdf", "box", "sphere", "pink.urdf has no link whose collision shape is a box"),
-        ("data/table/urdf/table.urdf", "</robot>", "", "table.urdf is not XML"),
-    ],
-)
-def test_a_scene_file_that_lacks_something_is_named(checkout, file, old, new, message):
-    path = checkout / file
-    path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(ValueError, match=message):
-        geometry.read(str(checkout), "D")
-
-
-def test_a_scene_whose_files_are_missing_is_named(checkout):
-    (checkout / "data" / "blocks" / "red.urdf").unlink()
-    with pytest.raises(FileNotFoundError, match=r"red\.urdf is missing"):
-        geometry.read(str(checkout), "D")
-    (checkout / "data" / "table" / "lever.obj").unlink()
-    with pytest.raises(FileNotFoundError, match=r"mesh of 'switch_link' is not at .*lever\.obj"):
-        geometry.read(str(checkout), "D")
-    with pytest.raises(ValueError, match="unknown scene 'E'; known scenes: A, B, C, D"):
-        geometry.read(str(checkout), "E")
-
-
-def situation(**changes):
-    robot, scene = initial_states.INITIAL_ROBOT_OBS.copy(), np.zeros(24)
-    robot[:6] = 0.1, -0.1, 0.46, np.pi, 0.0, 1.5
-    contacts = np.zeros((4, len(tasks.BODIES)), bool)
-    contacts[1:, tasks.BODIES.index("base")] = True
-    blocks = np.array([[0.1, -0.1, 0.46], [0.2, -0.1, 0.46], [0.2, -0.1, 0.50]])
-    found = {"robot_obs": robot, "scene_obs": scene, "contacts": contacts, "block_position": blocks}
-    found |= {"block_rotation": np.tile([0.0, 0.0, 0.0, 1.0], (3, 1))}
-    return found | {"target_position": robot[:3], "target_euler": robot[3:6]} | changes
-
-
-def test_contacts_tell_what_the_hand_holds_and_what_blocks_stand_on(checkout):
-    table = geometry.read(str(checkout), "D")
-    now = situation()
-    robot, contacts = now["robot_obs"], now["contacts"]
-    robot[14], contacts[1, 0] = -1.0, True  # the closed hand touches the red block in it
-    pink, blue = tasks.BODIES.index("pink_block"), tasks.BODIES.index("blue_block")
-    contacts[3, tasks.BODIES.index("base")], contacts[3, blue], contacts[2, pink] = False, True, True
-    state = experts.state_of(table, now)
-    assert state.held == 0 and state.support[0] == bodies.FREE
-    assert state.support[2] == cases.BLOCK_SUPPORT + 1  # pink on blue
-    assert cases.stands_on_table(state).tolist() == [False, True, False]
-    robot[14] = 1.0  # an open hand holds nothing, and one that touches a block beside it does not either
-    assert experts.state_of(table, now).held == bodies.FREE
-    robot[14] = -1.0
-    now["block_position"][0, 0] += 0.06
-    assert experts.state_of(table, now).held == bodies.FREE
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Recording
 
 
 @pytest.fixture
