@@ -194,12 +194,13 @@ def verify(dataset: packed.PackedDataset, source: FrameSource) -> None:
 
 
 def _ends(dataset: packed.PackedDataset, shard: Mapping[str, Any]) -> list[int]:
-    """The first and the last frame of a shard, and of those of its frames that have pictures."""
+    """The first and the last frame of a shard, and of those of its frames that have pictures, if any has."""
     if not shard["frames"] or dataset.shows_all:
         return shard["frames"]
     first, last = np.searchsorted(dataset.frame_ids, shard["frames"])
     ids = dataset.frame_ids[first : last + 1]
-    return [*shard["frames"], *ids[dataset.shown(ids)][[0, -1]].tolist()]
+    seen = ids[dataset.shown(ids)].tolist()
+    return [*shard["frames"], *seen[:1], *seen[-1:]]
 
 
 def _same(stored: np.ndarray, values: np.ndarray) -> bool:

@@ -99,6 +99,8 @@ def test_packing_asks_for_the_room_that_few_pictures_take_and_reads_some_of_each
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage)
     dataset = packing.pack(frames, tmp_path / "packed", frame_ids=np.arange(60))
     assert packing._ends(dataset, dataset.meta["shards"][0]) == [0, 59, 0, 31]
+    monkeypatch.setattr(packing, "FRAMES_PER_SHARD", 40)  # a last shard without any picture
+    assert len(packing.pack(frames, tmp_path / "shards", frame_ids=np.arange(60)).meta["shards"]) == 2
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=size // 4))
     with pytest.raises(OSError, match=r"are needed and .* are free; free space"):
         packing.pack(frames, tmp_path / "other", frame_ids=np.arange(60))
