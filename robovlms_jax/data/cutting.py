@@ -6,7 +6,9 @@ import dataclasses
 
 import numpy as np
 
-from robovlms_jax.data import base, config, segments
+from robovlms_jax.data import base, config, pairing, segments
+
+_TRIED = 20  # episodes whose first frame is tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +61,39 @@ def segments_of(dataset: base.Dataset, cut: Cut) -> segments.Segments:
     return found
 
 
-def require_scene(dataset: base.Dataset, array: str, columns: tuple[int, ...]) -> None:
-    """Raise ValueError where a dataset lacks the numbers that `Cut.scene` asks for."""
-    numbers = dataset.array(array, [dataset.episodes[0].start])  # names the fields that there are
-    if numbers.ndim != 2 or max(columns) >= numbers.shape[1]:
+def moving_units(dataset: base.Dataset, cut: Cut) -> np.ndarray:
+    """float32[D]: metres or radians that 1 means of each number of the state that `Cut.moving` names; empty without
+    `Cut.ahead`. Raises ValueError: a unit is neither."""
+    dimensions = [dataset.robot.state[number] for number in cut.moving if cut.ahead]
+    units = [pairing.unit_scale(dimension.unit) for dimension in dimensions]
+    unknown = [f"{d.name} ({d.unit or 'no unit'})" for d, unit in zip(dimensions, units, strict=True) if unit is None]
+    if unknown:
         raise ValueError(
-            f"{dataset.name}: policy.auxiliary.scene asks for columns {list(columns)} of {array!r}, of which a frame "
-            f"has {list(numbers.shape[1:])} numbers."
+            f"{dataset.name}: policy.auxiliary.ahead is about metres and radians, which these numbers of the robot's "
+            f"state are not: {', '.join(unknown)}. Describe their units, or set its loss_weight to 0."
         )
+    return np.array(units, np.float32)
+
+
+def scene(dataset: base.Dataset, array: str, columns: tuple[int, ...], frame_ids: np.ndarray) -> np.ndarray:
+    """float32[n, M] as `Cut.scene` asks for them. Raises CorruptFrameError: one of them is NaN or infinite."""
+    values = dataset.array(array, frame_ids)[:, list(columns)]
+    return base.require_finite(values, frame_ids, array, dataset.name)
+
+
+def require_scene(dataset: base.Dataset, array: str, columns: tuple[int, ...]) -> None:
+    """Raise ValueError where a dataset, or a part of a mixture, lacks the numbers that `Cut.scene` asks for. Frames
+    that cannot be read are left to training, which reports them."""
+    ends = np.cumsum([group.num_episodes for group in dataset.groups] or [len(dataset.episodes)])
+    for end, count in zip(ends, np.diff(ends, prepend=0), strict=True):
+        for episode in dataset.episodes[end - count : end][:_TRIED]:
+            try:
+                numbers = dataset.array(array, [episode.start])  # names the fields that there are
+            except base.CorruptFrameError:
+                continue
+            if numbers.ndim != 2 or max(columns) >= numbers.shape[1]:
+                raise ValueError(
+                    f"{dataset.name}: policy.auxiliary.scene asks for columns {list(columns)} of {array!r}, of which a "
+                    f"frame has {list(numbers.shape[1:])} numbers."
+                )
+            break

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -59,13 +59,13 @@ class Mirror:
         return out
 
 
-def of_robot(robot: RobotSpec, share: float, axis: str, *, uses_state: bool) -> Mirror:
+def of_robot(robot: RobotSpec, share: float, axis: str, *, state: Collection[int]) -> Mirror:
     """The mirror of a robot's samples.
 
     Args:
       axis: "x" or "y", the one of its actions' frame that points to the side in the pictures; "": y, of dimensions that
         are in the frame of the robot's base, which looks along x.
-      uses_state: whether the policy is told the state; otherwise nothing need be known of it.
+      state: which of the state's numbers are learned from; of the others nothing need be known.
     Raises:
       ValueError: says which camera or dimension has no known mirror image.
     """
@@ -78,21 +78,22 @@ def of_robot(robot: RobotSpec, share: float, axis: str, *, uses_state: bool) -> 
     sided = [name for name in robot.camera_names if re.search("left|right", name)]
     if sided:
         raise ValueError(f"{why} each of its cameras {sided} would show what another one sees.")
-    signs = [_signs(robot.action, axis, why)]
-    if not uses_state:
-        return Mirror(share, *signs, np.ones(len(robot.state), np.float32))
+    actions = _signs(robot.action, range(len(robot.action)), axis, why)
     try:
-        return Mirror(share, *signs, _signs(robot.state, axis, why))
+        return Mirror(share, actions, _signs(robot.state, state, axis, why))
     except ValueError as error:
-        raise ValueError(f"{error} That is its state, which policy.proprio.enabled=False leaves out.") from None
+        raise ValueError(
+            f"{error} That is its state, which policy.proprio.enabled=False and policy.auxiliary.ahead.loss_weight=0 "
+            "leave out."
+        ) from None
 
 
-def _signs(dimensions: Sequence[Dimension], axis: str, why: str) -> np.ndarray:
-    """float32[n], +1 or -1."""
+def _signs(dimensions: Sequence[Dimension], used: Collection[int], axis: str, why: str) -> np.ndarray:
+    """float32[n], +1 or -1; +1 of numbers that are not used."""
     out = []
     for place, dimension in enumerate(dimensions):
         name, quantity, frame = dimension.name, dimension.quantity, dimension.frame
-        if quantity == "gripper":
+        if quantity == "gripper" or place not in used:
             out.append(1.0)
             continue
         if quantity not in ("position", "euler_xyz", "axis_angle", "base") or re.search("left|right", name):

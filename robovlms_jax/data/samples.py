@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from robovlms_jax import types
-from robovlms_jax.data import base, cutting, language, mirror, order, pairing, segments, sensors
+from robovlms_jax.data import base, cutting, language, mirror, order, segments, sensors
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,7 @@ class SegmentSource(Sequence[types.Batch]):
         self._future, self._goal_relabelling = cut.future_frames, cut.goal_relabelling
         self._ahead, self._moving = np.array(cut.ahead, np.int64), np.array(cut.moving, np.int64)
         self._scene = cut.scene
-        units = [dataset.robot.state[number].unit for number in cut.moving if cut.ahead]
-        self._moving_units = np.array([pairing.unit_scale(unit) or 1.0 for unit in units], np.float32)
+        self._moving_units = cutting.moving_units(dataset, cut)
         self._masks_images = dataset.may_lack_images
         self._reported: set[str] = set()
         self.segments = cutting.segments_of(dataset, cut)
@@ -312,8 +311,8 @@ class SegmentSource(Sequence[types.Batch]):
             return
         newest = begin + self.segments.window - 1 + np.arange(self.segments.windows_per_segment)
         if out.scene is not None:
-            read = functools.partial(self.dataset.array, self._scene[0])
-            out.scene[:] = _each_once(read, np.minimum(newest, end))[..., list(self._scene[1])]
+            read = functools.partial(cutting.scene, self.dataset, *self._scene)
+            out.scene[:] = _each_once(read, np.minimum(newest, end))
         if out.ahead is not None:
             ids = np.minimum(newest[..., None] + np.append(0, self._ahead), end[..., None])
             states = _each_once(self.dataset.proprio, ids)[..., self._moving]

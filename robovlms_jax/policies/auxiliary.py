@@ -1,4 +1,5 @@
-"""Heads that only training needs, and their errors: frames to come, the sentence in CLIP's space, the prompt's words.
+"""Heads that only training needs, and their errors: frames to come, the sentence in CLIP's space, the prompt's words,
+how far the robot will have moved, where things are.
 
 `policies.tasks` makes losses of them. None of them is part of acting."""
 

@@ -69,8 +69,8 @@ class PolicyConfig:
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
     insulate: bool = False
     """Knowledge insulation (Driess et al. 2025, arXiv:2505.23705): losses on a robot's data leave the backbone's
-    parameters alone, which answers to questions (auxiliary.vl_weight) or captions then teach. Action queries, sensors
-    and heads learn as before, and what is predicted is the same."""
+    parameters alone, which answers to questions (auxiliary.vl_weight), captions or the scene (auxiliary.scene) then
+    teach. Action queries, sensors and heads learn as before, and what is predicted is the same."""
     other_heads: Literal["own", "shared"] = "own"
     """Heads of other robots (data.others). own: one each. shared: one for all, whose outputs are the dimensions of all
     robots by name; each robot is taught by those it has."""

@@ -21,6 +21,8 @@ Metrics = dict[str, jax.Array]
 
 ROBOT = "robot"
 """The source of batches that every policy has: its robot's demonstrations."""
+NOT_INSULATED = ("caption", "scene")
+"""Tasks on them that teach the backbone under policy.insulate, too: they are about words and pictures."""
 
 
 def prepare(
@@ -146,10 +148,10 @@ class RobotLoss:
         example = base.Example(batch, actions, mask, count)
         if not self.model.config.insulate:
             return self._sum(*_forward(self.model, params, batch, dropout), example)
-        spoken = tuple(task for task in self._tasks if task.name == "caption")
-        acted = tuple(task for task in self._tasks if task.name != "caption")
+        other = tuple(task for task in self._tasks if task.name in NOT_INSULATED)
+        acted = tuple(task for task in self._tasks if task.name not in NOT_INSULATED)
         total, metrics = jnp.float32(0.0), {}
-        for tasks, own in ((acted, insulated(params)), (spoken, params)):
+        for tasks, own in ((acted, insulated(params)), (other, params)):
             if tasks:
                 value, found = self._sum(*_forward(self.model, own, batch, dropout), example, tasks)
                 total, metrics = total + value, {**metrics, **found}

@@ -205,8 +205,7 @@ class VLA(nn.Module):
         """
         outputs = self.train_outputs(inputs, deterministic, actions)
         if self.is_initializing():
-            hidden, tokens = jax.tree.map(lambda x: x[:, -1], (outputs.hidden, outputs.tokens))
-            self.auxiliary(outputs.features[:, -1], hidden[:, tokens.slot("image")])
+            self.auxiliary(outputs.features[:, -1], outputs.hidden[:, -1, outputs.tokens.slot("image")])
             if self.config.auxiliary.speaks:
                 self.backbone.logits(outputs.hidden)
         return outputs.prediction

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from robovlms_jax.data import base, notices, opening, represented
 from robovlms_jax.policies import alignment, objective
+from robovlms_jax.policies.auxiliary_config import AuxiliaryConfig
 from robovlms_jax.runs import robots
 from robovlms_jax.runs.config import ExperimentConfig
 from robovlms_jax.training import stages
@@ -30,11 +31,18 @@ def open_datasets(config: ExperimentConfig) -> dict[str, base.Dataset]:
         )
         try:
             opened = opening.open_split(data, "training")
-            robots.require_same(config.policy, opened.robot, f"{opened.name} was recorded by")
+            robots.require_recorded(view(config, name).policy, opened)
         except (ValueError, OSError) as error:
             raise notices.about(f"data.further, source {name!r}", error) from None
         found[name] = represented.represented(opened, config.policy.representation)
     return found
+
+
+def view(config: ExperimentConfig, name: str) -> ExperimentConfig:
+    """The configuration as a source's samples follow from it: those without labels are looked at alone."""
+    if name not in config.data.further.unlabelled:
+        return config
+    return dataclasses.replace(config, policy=dataclasses.replace(config.policy, auxiliary=AuxiliaryConfig()))
 
 
 def losses(

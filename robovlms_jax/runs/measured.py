@@ -66,7 +66,7 @@ def require(name: str, config: ExperimentConfig, owner: str) -> None:
 
 
 def _of_tasks(config: ExperimentConfig) -> list[str]:
-    return [f"loss_{task.name}" for task in registry.make(config.policy) if task.name != "actions"]
+    return [name for task in registry.make(config.policy) for name in task.metrics]
 
 
 def _of(stage: stages.Stage, config: ExperimentConfig) -> list[str]:

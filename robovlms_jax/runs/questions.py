@@ -134,12 +134,14 @@ def check(planned: Sequence[stages.Stage], config: ExperimentConfig, paths: Coll
                 f"stage {stage.name!r}: answers of {asked} are learned by the backbone, and {list(stage.trainable)} "
                 "leaves none of its parameters trainable. Add some, such as ^backbone/text/, or leave the source out."
             )
-        spoken = asked or stage.weights.get("caption", config.policy.auxiliary.caption_weight)
-        if config.policy.insulate and learns and not spoken:
+        auxiliary = config.policy.auxiliary
+        weights = {"caption": auxiliary.caption_weight, "scene": auxiliary.scene.loss_weight} | stage.weights
+        teaches = asked or any(weights[name] for name in objective.NOT_INSULATED)
+        if config.policy.insulate and learns and not teaches:
             raise ValueError(
                 f"stage {stage.name!r}: with policy.insulate actions teach the backbone nothing, and this stage has no "
-                f"questions or captions that would. Give it a share of {sorted(config.data.vl.paths)}, or freeze the "
-                "backbone: trainable '^(?!backbone/)'."
+                f"questions, captions or scene that would. Give it a share of {sorted(config.data.vl.paths)}, or "
+                "freeze the backbone: trainable '^(?!backbone/)'."
             )
 
 

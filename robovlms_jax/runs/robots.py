@@ -24,7 +24,7 @@ def as_recorded(policy: PolicyConfig, dataset: base.Dataset) -> PolicyConfig:
                 "robot %s: actions %s, cameras %s", dataset.robot.name, describe(dataset.robot), list(dataset.cameras)
             )
         return dataclasses.replace(policy, robot=dataset.robot)
-    require_same(policy, dataset.robot, f"{dataset.name} was recorded by")
+    require_recorded(policy, dataset)
     return policy
 
 
@@ -50,17 +50,24 @@ def describe(spec: robot.RobotSpec) -> str:
     return ", ".join(f"{d.name} {d.kind}{f' ({d.unit})' if d.unit else ''}" for d in spec.action)
 
 
-def require_same(policy: PolicyConfig, found: robot.RobotSpec, where: str) -> None:
+def require_recorded(policy: PolicyConfig, dataset: base.Dataset) -> None:
+    """`require_same` for data to learn from, whose state is used by policy.auxiliary.ahead, too."""
+    asks = policy.auxiliary.ahead.loss_weight > 0
+    require_same(policy, dataset.robot, f"{dataset.name} was recorded by", with_state=asks)
+
+
+def require_same(policy: PolicyConfig, found: robot.RobotSpec, where: str, *, with_state: bool = False) -> None:
     """Raise ValueError that lists everything that differs between the policy's robot and the one it meets, of what the
     policy uses: cameras it looks through, actions, and the state where it is told.
 
     Args:
       where: how the sentence about the other robot begins, such as "PlayTable is driven by".
+      with_state: compare the state, whether the policy is told it or not.
     """
     # Whoever describes no camera sends those that are asked for.
     cameras = tuple(camera for camera in policy.robot.cameras if camera.name in policy.cameras) if found.cameras else ()
     expected = dataclasses.replace(policy.robot, cameras=cameras)
-    if not policy.proprio.enabled and policy.representation == "robot":
+    if not (with_state or policy.proprio.enabled) and policy.representation == "robot":
         expected, found = (dataclasses.replace(spec, state=()) for spec in (expected, found))
     listed = robot.differences(expected, found)
     if listed:
@@ -85,5 +92,6 @@ def mirror_of(policy: PolicyConfig, augment: AugmentConfig, spec: robot.RobotSpe
         raise ValueError(
             f"data.augment.mirror={augment.mirror}: of {found} no mirror image is known. Leave it at 0, or those out."
         )
-    uses_state = policy.proprio.enabled or policy.auxiliary.ahead.loss_weight > 0
-    return mirror.of_robot(spec, augment.mirror, augment.mirror_axis, uses_state=uses_state)
+    used = policy.moving if policy.auxiliary.ahead.loss_weight else ()
+    used = range(len(spec.state)) if policy.proprio.enabled else used
+    return mirror.of_robot(spec, augment.mirror, augment.mirror_axis, state=used)

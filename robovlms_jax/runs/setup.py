@@ -137,7 +137,7 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
     asked = questions.sources_of(config, collections, backbone)
     beside = {name: _of_other(config, name, dataset, encode, variation) for name, dataset in others.items()}
     beside |= {
-        name: source_of(config, dataset, encode, variation, embed, mirrored=True) for name, dataset in more.items()
+        n: source_of(further.view(config, n), x, encode, variation, embed, mirrored=True) for n, x in more.items()
     }
     return _planned(config, _Data(training, validation_split, asked, beside), backbone, encode, point)
 

@@ -142,7 +142,7 @@ class StageConfig:
     """None: as `optimizer.*`. Its schedule begins with the stage, and so do its moments."""
     weights: dict[str, float] = dataclasses.field(default_factory=dict)
     """Task -> weight of its loss in this stage, 0: off. Tasks that are not named keep theirs (actions: 1; forward,
-    clip, caption and vl: as policy.auxiliary says)."""
+    clip, ahead, scene, caption and vl: as policy.auxiliary says)."""
     sources: dict[str, float] = dataclasses.field(default_factory=lambda: {"robot": 1.0})
     """Source of data -> its share of every batch, relative to the others."""
 

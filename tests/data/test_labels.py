@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from robovlms_jax.control import robot
 from robovlms_jax.data import base, calvin, loading
 from tests.data.test_loading import SPANS, K, W, make_source, take
 
@@ -50,3 +53,39 @@ def test_numbers_about_the_scene_are_those_of_each_windows_newest_frame(dataset,
         make_source(dataset, scene=("scene_obs", (24,)))
     with pytest.raises(ValueError, match="no 'object_state'"):
         make_source(dataset, scene=("object_state", (0,)))
+
+
+def test_movements_are_in_metres_and_radians(dataset):
+    """Fails if degrees are taken for radians, or a unit that nobody knows for metres."""
+    plain = make_source(dataset, ahead=(3,), moving=(0, 4))[0].ahead
+    units = {0: "mm", 4: "deg"}
+    dataset.robot = dataclasses.replace(
+        dataset.robot,
+        state=tuple(dataclasses.replace(d, unit=units.get(n, d.unit)) for n, d in enumerate(dataset.robot.state)),
+    )
+    found = make_source(dataset, ahead=(3,), moving=(0, 4))[0].ahead
+    np.testing.assert_allclose(found, plain * np.float32([1e-3, np.pi / 180]), rtol=1e-5)
+    dataset.robot = dataclasses.replace(dataset.robot, state=(robot.Dimension("lift", "%", quantity="joint"),))
+    with pytest.raises(ValueError, match=r"numbers of the robot's state are not: lift \(%\)\. Describe their units"):
+        make_source(dataset, ahead=(3,), moving=(0,))
+    assert make_source(dataset, moving=(0, 4))[0].ahead is None  # not asked for: nothing need be known
+
+
+def test_a_scene_that_cannot_be_read_is_replaced_and_one_that_is_nan_is_named(dataset, monkeypatch):
+    """Fails if a frame that is damaged ends a run before it begins, or NaN gets into a loss."""
+    read = dataset.array
+
+    def damaged(name, ids):
+        values = read(name, ids)
+        if name != "scene_obs":
+            return values
+        if 100 in list(ids):
+            raise base.CorruptFrameError("frame 100 is cut off.")
+        return np.where(np.asarray(ids)[:, None] == 112, np.nan, values)
+
+    monkeypatch.setattr(dataset, "array", damaged)
+    source = make_source(dataset, window=1, windows_per_segment=1, scene=("scene_obs", (7, 2)))
+    batch = source.training_batch(np.array([0, 22 + 2]), np.zeros(2, np.uint32))
+    assert batch.corrupt.tolist() == [0, 1] and np.isfinite(batch.scene).all()
+    with pytest.raises(base.CorruptFrameError, match=r"frame 112 has scene_obs .*every value must be finite"):
+        source[24]

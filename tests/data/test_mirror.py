@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -26,7 +28,7 @@ def arm(frame="base", rotation="euler_xyz", **camera):
 @pytest.mark.parametrize(("axis", "reflect"), [("y", np.diag([1.0, -1, 1])), ("x", np.diag([-1.0, 1, 1]))])
 @given(angles=st.lists(st.floats(-1.5, 1.5), min_size=3, max_size=3))
 def test_signs_are_those_of_the_reflected_motion(axis, reflect, angles):
-    found = mirror.of_robot(arm(frame="world"), 0.5, axis, uses_state=True)
+    found = mirror.of_robot(arm(frame="world"), 0.5, axis, state=range(99))
     np.testing.assert_array_equal(found.action[:3], np.diag(reflect))
     np.testing.assert_array_equal(found.state, np.diag(reflect))
     assert found.action[6] == 1
@@ -37,7 +39,7 @@ def test_signs_are_those_of_the_reflected_motion(axis, reflect, angles):
 def test_a_bases_turn_and_sideways_motion_change_sign():
     names = ("v_x", "v_y", "yaw_rate")
     base = RobotSpec("base", 5.0, (), tuple(Dimension(n, "m/s", "velocity", "base", "base") for n in names))
-    np.testing.assert_array_equal(mirror.of_robot(base, 1.0, "", uses_state=True).action, [1, -1, -1])
+    np.testing.assert_array_equal(mirror.of_robot(base, 1.0, "", state=range(99)).action, [1, -1, -1])
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def test_a_bases_turn_and_sideways_motion_change_sign():
 )
 def test_what_has_no_known_mirror_image_is_refused_with_the_reason(robot, axis, message):
     with pytest.raises(ValueError, match=message):
-        mirror.of_robot(robot, 0.5, axis, uses_state=True)
+        mirror.of_robot(robot, 0.5, axis, state=range(99))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_words_change_sides_and_back(sentence, other):
 
 @pytest.mark.parametrize("kind", sorted({name.rpartition("_")[0] for name in scenarios.SCENARIOS}))
 def test_what_a_base_is_told_and_what_its_expert_does_are_mirrored_alike(kind):
-    turned = mirror.of_robot(world.ROBOT, 1.0, "", uses_state=False)
+    turned = mirror.of_robot(world.ROBOT, 1.0, "", state=())
     rng = np.random.default_rng(0)
     for held_out in (False, True):
         left, right = (instructions.wordings(f"{kind}_{side}", held_out=held_out) for side in ("left", "right"))
@@ -101,9 +103,9 @@ def test_what_a_base_is_told_and_what_its_expert_does_are_mirrored_alike(kind):
 
 def test_odometry_has_no_known_mirror_image_and_may_be_left_out():
     with pytest.raises(
-        ValueError, match=r"'x' \(other\). That is its state, which policy.proprio.enabled=False leaves"
+        ValueError, match=r"'x' \(other\). That is its state, which policy.proprio.enabled=False and"
     ):
-        mirror.of_robot(world.ROBOT, 0.5, "", uses_state=True)
+        mirror.of_robot(world.ROBOT, 0.5, "", state=range(99))
 
 
 @pytest.mark.parametrize("turn", ["anticlockwise", "anti-clockwise", "counter clockwise"])
@@ -148,3 +150,17 @@ def test_half_of_the_samples_are_mirrored_whatever_sentence_is_drawn():
 def test_calvins_samples_are_not_mirrored(tmp_path):
     with pytest.raises(ValueError, match="no axis points to the side in its pictures"):
         setups.prepare(small(tmp_path, **{"data.augment.mirror": 0.5}))
+
+
+def test_of_a_state_only_what_is_learned_from_need_have_a_mirror_image(tmp_path):
+    """Fails if a joint that nobody uses refuses the mirror, or `ahead` is mirrored without knowing how."""
+    spec = dataclasses.replace(
+        arm(frame="base"), state=(*arm(frame="base").state, Dimension("elbow", "rad", quantity="joint"))
+    )
+    assert mirror.of_robot(spec, 0.5, "", state=(0, 1, 2)).state.tolist()[:3] == [1, -1, 1]
+    with pytest.raises(ValueError, match=r"'elbow' .*policy\.auxiliary\.ahead\.loss_weight=0 leave out"):
+        mirror.of_robot(spec, 0.5, "", state=(3,))
+    changes = {"train.output": str(tmp_path), "data.augment.mirror": 1.0, "data.augment.mirror_axis": "y"}
+    config = cli.override(bridge.PRESETS["sample"], **changes, **{"policy.auxiliary.scene.loss_weight": 0.1})
+    with pytest.raises(ValueError, match=r"'policy\.auxiliary\.scene': \['scene_obs'\]. no mirror image is known"):
+        setups.prepare(config)

@@ -60,6 +60,8 @@ def test_every_byte_of_state_is_counted():
             "policy.cameras": ("wrist",), "policy.proprio.enabled": True, "policy.action_history.length": 3,
             "policy.auxiliary.forward.loss_weight": 0.1, "policy.auxiliary.forward.offsets": (2, 5),
             "policy.auxiliary.clip.weights": "opened by training alone", "policy.auxiliary.clip.dim": 5,
+            "policy.auxiliary.ahead.loss_weight": 0.1, "policy.auxiliary.ahead.offsets": (2, 5),
+            "policy.auxiliary.scene.loss_weight": 0.1, "policy.auxiliary.scene.columns": (1, 6, 7, 8, 3),
         },
     ],
     ids=["plain", "everything"],

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robovlms_jax.backbones import registry
+from robovlms_jax.backbones import registry as backbones
 from robovlms_jax.control import robot
 from robovlms_jax.policies import auxiliary
 from robovlms_jax.policies.auxiliary_config import AheadConfig, AuxiliaryConfig, ClipConfig, ForwardConfig, SceneConfig
 from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads.mlp import MLPHeadConfig
+from robovlms_jax.policies.tasks import base, registry
 from robovlms_jax.types import Tokens
 from tests import toy
 
@@ -114,34 +115,41 @@ def test_the_scene_is_told_from_the_pictures_tokens_of_each_windows_newest_frame
 
 
 @pytest.mark.parametrize("history", ["policy_head", "interleaved", "video"])
-def test_what_is_seen_is_the_newest_frame_of_each_window(history):
-    """Fails if a window's numbers are told from another frame or another window. The newest frame of the third window
-    is changed: the third tells of it, and where steps see those before them so does the fourth."""
+@pytest.mark.parametrize("task", ["scene", "ahead"])
+def test_what_is_told_is_told_of_the_newest_frame_of_each_window(history, task):
+    """Fails if a window's numbers are told from another frame, or compared with another window's. The newest frame of
+    the third window is changed, then its numbers: losses are each window's own."""
     head = {"head": MLPHeadConfig(hidden_size=8)} if history == "video" else {}
-    scene = AuxiliaryConfig(scene=SceneConfig(loss_weight=1.0, columns=(0,)))
-    model = toy.make_model(history=history, auxiliary=scene, **head)
-    batch = toy.make_batch(np.random.default_rng(0), windows=4)
+    on = {"scene": SceneConfig(loss_weight=1.0, columns=(0,)), "ahead": AheadConfig(loss_weight=1.0, offsets=(2,))}
+    model = toy.make_model(history=history, auxiliary=AuxiliaryConfig(**{task: on[task]}), **head)
+    rng = np.random.default_rng(0)
+    numbers = rng.normal(size={"scene": (toy.B, 4, 1), "ahead": (toy.B, 4, 1, 3)}[task]).astype(np.float32)
+    batch = toy.make_batch(rng, windows=4).replace(**{task: numbers})
     params = toy.random_params(model, batch)
+    (found,) = (each for each in registry.make(model.config) if each.name == task)
 
-    def told(images):
-        changed = batch.replace(inputs=batch.inputs.replace(images=images))
-        inputs = toy.example(model, changed)
+    def losses(batch):
         bound = model.bind({"params": params})
-        outputs = bound.train_outputs(inputs)
-        slot = outputs.tokens.slot("image")
-        return np.asarray(bound.history.windows(outputs.hidden[..., slot, :])[:, -1]).reshape(toy.B, 4, -1)
+        outputs = bound.train_outputs(toy.example(model, batch))
+        shape = (toy.B, 4, 1, 1)
+        masks = [np.broadcast_to((np.arange(4) == k)[:, None, None], shape).reshape(-1, 1, 1) for k in range(4)]
+        examples = [base.Example(batch, None, jnp.asarray(mask), jnp.float32(toy.B)) for mask in masks]
+        return np.array([found(bound, outputs, example)[0] for example in examples])
 
-    newest = toy.W - 1 + 2
+    before, newest = losses(batch), toy.W - 1 + 2
     images = {camera: x.copy() for camera, x in batch.inputs.images.items()}
     for x in images.values():
         x[:, newest] = 255 - x[:, newest]
-    moved = np.abs(told(images) - told(batch.inputs.images)).max(axis=(0, 2)) > 1e-6
-    assert moved.tolist() == {"policy_head": [False, False, True, False]}.get(history, [False, False, True, True])
+    seen = losses(batch.replace(inputs=batch.inputs.replace(images=images))) != before
+    assert seen.tolist() == {"policy_head": [False, False, True, False]}.get(history, [False, False, True, True])
+    moved = numbers.copy()
+    moved[:, 2] += 1.0
+    assert (losses(batch.replace(**{task: moved})) != before).tolist() == [False, False, True, False]
 
 
 def test_backbones_whose_pictures_have_no_hidden_states_cannot_tell_the_scene():
     model = toy.make_model(auxiliary=AuxiliaryConfig(scene=SceneConfig(loss_weight=1.0)))
-    gated = dataclasses.replace(model, vlm=registry.get("flamingo-mpt-1b"))
+    gated = dataclasses.replace(model, vlm=backbones.get("flamingo-mpt-1b"))
     with pytest.raises(ValueError, match=r"policy\.auxiliary\.scene reads the pictures' own hidden states"):
         gated.bind({"params": {}}).backbone  # noqa: B018, `setup` runs
     for changes, message in (

@@ -67,11 +67,13 @@ def test_pictures_without_labels_teach_the_vision_tower_alone_and_their_actions_
     further = {"lists": {"target": listed}, "align": {"target": 2.0}, "unlabelled": ("target",)}
     changes = {f"data.further.{name}": value for name, value in further.items()}
     changes["train.sources"] = {"robot": 1.0, "target": 1.0}
+    changes |= {"policy.auxiliary.scene.loss_weight": 0.1, "policy.auxiliary.ahead.loss_weight": 0.1}
     setup = setups.prepare(small(tmp_path / "run", **QUICK, **changes))
     loss = steps.make_loss(setup.config, setup.model, setup.stages[0])
     assert list(loss.losses) == ["robot"]
     shapes = dict(setup.batch_shapes(setup.stages[0]))
     assert_measured(setup, loss, shapes)
+    assert shapes["robot"].scene is not None and shapes["target"].scene is shapes["target"].ahead is None
     shapes["target"] = shapes["target"].replace(actions=None, action_mask=None)  # whoever reads them fails
     params = flatten_dict(build.abstract_params(setup.model, setup.mesh)[0], sep="/")
     aligned = loss.between["align_target"]

@@ -16,6 +16,7 @@ class ActionTask:
 
     weight: float = 1.0
     name: str = "actions"
+    metrics: tuple[str, ...] = ()
 
     def __call__(self, model: VLA, outputs: Outputs, example: base.Example) -> tuple[jax.Array, base.Metrics]:
         return model.outputs.loss(outputs.prediction, example.actions, example.mask, example.count)

@@ -17,6 +17,7 @@ class AheadTask:
 
     weight: float
     name: str = "ahead"
+    metrics: tuple[str, ...] = ("loss_ahead", "off_ahead")
 
     def __call__(self, model: VLA, outputs: Outputs, example: base.Example) -> tuple[jax.Array, base.Metrics]:
         errors, off = model.auxiliary.movement_errors(outputs.features[:, -1], merge(example.batch.ahead, 0))

@@ -33,10 +33,12 @@ class Task(Protocol):
     """One loss on a policy's outputs. Frozen and without parameters: these belong to the model.
 
     name: what a configuration, a log and a stage of training call it. weight: in the sum of all losses.
+    metrics: that it writes, besides the head's.
     """
 
     name: str
     weight: float
+    metrics: tuple[str, ...]
 
     def __call__(self, model: VLA, outputs: Outputs, example: Example) -> tuple[jax.Array, Metrics]:
         """The loss before its weight, and metrics.

@@ -18,6 +18,7 @@ class CaptionTask:
 
     weight: float
     name: str = "caption"
+    metrics: tuple[str, ...] = ("loss_caption",)
 
     def __call__(self, model: VLA, outputs: Outputs, example: base.Example) -> tuple[jax.Array, base.Metrics]:
         inputs, windows = example.batch.inputs, len(outputs.features)

@@ -17,6 +17,7 @@ class ClipTask:
 
     weight: float
     name: str = "clip"
+    metrics: tuple[str, ...] = ("loss_clip",)
 
     def __call__(self, model: VLA, outputs: Outputs, example: base.Example) -> tuple[jax.Array, base.Metrics]:
         sentence, windows = example.batch.sentence, len(outputs.features)

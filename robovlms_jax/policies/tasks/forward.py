@@ -21,6 +21,7 @@ class ForwardTask:
 
     weight: float
     name: str = "forward"
+    metrics: tuple[str, ...] = ("loss_forward",)
 
     def __call__(self, model: VLA, outputs: Outputs, example: base.Example) -> tuple[jax.Array, base.Metrics]:
         future, real = targets(example.batch, model.config)

@@ -17,6 +17,7 @@ class SceneTask:
 
     weight: float
     name: str = "scene"
+    metrics: tuple[str, ...] = ("loss_scene", "off_scene")
 
     def __call__(self, model: VLA, outputs: Outputs, example: base.Example) -> tuple[jax.Array, base.Metrics]:
         hidden = model.history.windows(outputs.hidden[..., outputs.tokens.slot("image"), :])[:, -1]
