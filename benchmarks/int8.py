@@ -27,7 +27,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from benchmarks import machine
-from experiments import calvin_abcd
+from experiments import scripted_presets
 from robovlms_jax import cli
 from robovlms_jax.control.interface import Observation
 from robovlms_jax.evaluation import chains
@@ -137,7 +137,7 @@ def play(policy: VLAPolicy, args: Args) -> list[tuple[str, list[Observation]]]:
     sizes = args.image_size or played.of(load.load_config(args.checkpoint)).image_size
     env = PlayTable(image_sizes=dict(zip(("static", "wrist"), sizes, strict=True)))
     episodes = []
-    for trial in chains.chain_trials(chains.single_tasks(calvin_abcd.FIXTURE_TASKS, args.trials), scene="D"):
+    for trial in chains.chain_trials(chains.single_tasks(scripted_presets.FIXTURE_TASKS, args.trials), scene="D"):
         env.reset(**trial.start)
         policy.reset(trial.instructions[0])
         episodes.append((trial.instructions[0], []))

@@ -103,9 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def worded(config: NavigationConfig) -> NavigationConfig:
     """With the recording's own wordings where other ones are not named: the built-in templates are English."""
-    from robovlms_jax.driving import recording
+    from robovlms_jax.data import language
 
-    path = pathlib.Path(config.data.root) / recording.PARAPHRASES
+    path = pathlib.Path(config.data.root) / language.PARAPHRASES
     if not config.data.vary_language or config.data.paraphrases or not path.exists():
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, paraphrases=str(path)))

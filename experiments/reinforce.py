@@ -17,7 +17,7 @@ import dataclasses
 import logging
 import sys
 
-from experiments import calvin_abcd
+from experiments import scripted_presets
 from robovlms_jax import cli, ending
 from robovlms_jax.parallel import cpu
 from robovlms_jax.playtable import scene
@@ -35,7 +35,7 @@ HELD = ("open_drawer", "close_drawer")
 FIXTURES = dataclasses.replace(
     BASE,
     out="runs/reinforce_fixtures",
-    tasks=tuple(name for name in calvin_abcd.FIXTURE_TASKS if name not in HELD),
+    tasks=tuple(name for name in scripted_presets.FIXTURE_TASKS if name not in HELD),
     others=HELD,
     random_scenes=509,
     unseen_random_scenes=200,

@@ -102,10 +102,14 @@ class DataConfig:
     left_pad: bool = False
     """Let windows begin before their episode, masked, so that its first frames are learned from as the newest, too."""
     vary_language: bool = False
-    """Draw each training sample's sentence from the recorded ones, the templates and `paraphrases`."""
+    """Draw each training sample's sentence from the recorded ones, the templates, `paraphrases` and
+    `shorter_sentences`."""
     paraphrases: str = ""
     """JSON file {"templates": ["please {instruction}"], "sentences": {instruction: [others]}} for vary_language. Empty:
     a few built-in templates."""
+    shorter_sentences: int = 0
+    """For vary_language: so many more wordings of each sentence, at most, without some of its words, drawn at random.
+    None could be left of a sentence of another task, so "turn on the light" stands for neither of two lights."""
     compat_goal_relabelling: bool = False
     """As upstream's RLDS loader: mask all actions after a random later step (K = 1 only). It hides valid actions."""
     compat_second_norm: bool = False
@@ -157,7 +161,7 @@ class DataConfig:
         for field in ("windows_per_segment", "num_threads", "prefetch"):
             require(getattr(self, field) >= 1, f"data.{field}={getattr(self, field)} must be at least 1.")
         require(0 <= self.decoded_gb < math.inf, f"data.decoded_gb={self.decoded_gb} must be finite, not negative.")
-        for field in ("static_shift", "wrist_shift", "text_length", "index_workers", "image_size"):
+        for field in ("static_shift", "wrist_shift", "text_length", "index_workers", "image_size", "shorter_sentences"):
             require(getattr(self, field) >= 0, f"data.{field}={getattr(self, field)} must not be negative.")
         negative = {camera: pixels for camera, pixels in self.shift.items() if pixels < 0}
         require(not negative, f"data.shift={negative} must not be negative.")
@@ -178,9 +182,9 @@ class DataConfig:
             "its own.",
         )
         require(self.dataset != "", "data.dataset must name a format, dataset, mixture or file.")
-        require(
-            self.vary_language or not self.paraphrases, "data.paraphrases needs --data.vary_language to have an effect."
-        )
+        for field in ("paraphrases", "shorter_sentences"):
+            alone = not self.vary_language and getattr(self, field)
+            require(not alone, f"data.{field} needs --data.vary_language to have an effect.")
         require(
             not self.compat_goal_relabelling or self.windows_per_segment == 1,
             f"data.compat_goal_relabelling draws a goal for each window; set data.windows_per_segment=1 "

@@ -10,12 +10,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from robovlms_jax import atomic, cores
-from robovlms_jax.data import base, packing, statistics
+from robovlms_jax.data import base, language, packing, statistics
 from robovlms_jax.driving import camera, expert, instructions, scenarios, world
 from robovlms_jax.driving.config import RecordingConfig
 
-PARAPHRASES = "paraphrases.json"
-"""What `data.paraphrases` takes: no templates, which would be English; each episode brings its own wordings."""
 _SPAN, _PUSH = 4, np.array([0.35, 0.35, 0.9])
 _CALM_M = 0.4
 """Gap to the cup below which nobody pushes."""
@@ -51,7 +49,8 @@ def record(config: RecordingConfig, root: str | os.PathLike[str], workers: int |
     """
     root = pathlib.Path(root)
     root.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(root / PARAPHRASES, {"templates": [], "sentences": {}})
+    # No templates, which would be English; each episode brings its own wordings.
+    atomic.write_json(root / language.PARAPHRASES, {"templates": [], "sentences": {}})
     counts = {"attempted": 0, "recorded": 0, "frames": 0}
     plans = (("training", config.episodes, 0), ("validation", config.validation_episodes, 10**7))
     for split, episodes, first in plans:

@@ -51,7 +51,7 @@ class RecordConfig(DemonstrationConfig):
 
 
 def record(config: RecordConfig) -> dict[str, int]:
-    """Write both splits. Returns demonstrations attempted, recorded and frames, for the report.
+    """Write both splits, and other words for their sentences. Returns demonstrations attempted, recorded and frames.
 
     What an interrupted call recorded stays: the same call goes on from there, also towards more episodes. A complete
     recording is left as it is.
@@ -70,11 +70,11 @@ def record(config: RecordConfig) -> dict[str, int]:
     counts: collections.Counter[str] = collections.Counter()
     # Both splits have all tables, so that they run the same compiled programs.
     names = tuple(dict.fromkeys((*config.training_scenes, config.validation_scene)))
+    texts = {split: splits.own_sentences(held_out=held_out) for split, *_, held_out in plan}
     with claim(out):
         renderer = demonstrations.Renderer(names, config.image_size)
         for split, scenes, episodes, seed, held_out in plan:
-            sentences = splits.own_sentences(held_out=held_out)
-            journal = splits.Journal(splits.directory(out, split), _settings(config, split), sentences)
+            journal = splits.Journal(splits.directory(out, split), _settings(config, split), texts[split])
             kinds = [names.index(name) for name in scenes]
 
             own = dataclasses.replace(config, picture_every=1) if held_out else config
@@ -92,6 +92,7 @@ def record(config: RecordConfig) -> dict[str, int]:
 
             splits.record(journal, out / split, episodes, config.image_size, play, pack=config.pack)
             counts.update(journal.counts())
+        splits.write_paraphrases(out, **texts)
     return dict(counts)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from robovlms_jax import atomic, bars, json_files, json_lines
-from robovlms_jax.data import base, calvin, packed, packing, spool
+from robovlms_jax.data import base, calvin, language, packed, packing, spool
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.playtable import demonstrations
 from robovlms_jax.training.directory import LOCK, OWNER
@@ -119,6 +119,17 @@ def _write(journal: Journal, frames: Frames, chains: Chains, bar: bars.Bar, spli
 def own_sentences(*, held_out: bool) -> dict[str, tuple[str, ...]]:
     """This project's phrasings by task, those for training or those that it never uses."""
     return {name: task.held_out if held_out else task.phrasings for name, task in tasks.TASKS.items()}
+
+
+def write_paraphrases(
+    out: pathlib.Path, training: Mapping[str, Sequence[str]], validation: Mapping[str, Sequence[str]]
+) -> None:
+    """Beside the splits, what `data.paraphrases` takes: of each training sentence, this project's own for its task;
+    validation's are in it as what is never trained on."""
+    own = own_sentences(held_out=False)
+    others = {text: [other for other in own[task] if other != text] for task, said in training.items() for text in said}
+    never = sorted({text for said in validation.values() for text in said})
+    atomic.write_json(out / language.PARAPHRASES, {"templates": [], "sentences": others, "never": never})
 
 
 class Journal:

@@ -110,16 +110,14 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
         split: None if x is None else represented.represented(x, config.policy.representation)
         for split, x in opened.items()
     }
-    variation = language.read(config.data.paraphrases) if config.data.vary_language else None
     others, more = embodiments.open_datasets(config), further.open_datasets(config)
-    sentences = [
-        text
-        for dataset in (opened["training"], *others.values(), *more.values())
-        for text in language.every(dataset.episodes, variation)
-    ]
+    episodes = [x for dataset in (opened["training"], *others.values(), *more.values()) for x in dataset.episodes]
+    asked = [*validation.sentences(opened["validation"]), *_asked(config)]
+    variation = language.of_data(config.data, episodes, asked)
+    sentences = language.every(episodes, variation)
     if config.data.augment.mirror:
         sentences += [mirror.words(text) for text in sentences]
-    instructions = [*sentences, *validation.sentences(opened["validation"]), *_asked(config)]
+    instructions = [*sentences, *asked]
     collections = questions.open_collections(config, known=config.demonstrations.episodes > 0)
     # What is learned depends on no sentence that is only asked: neither on the validation split's nor on rollouts'.
     backbone = _open_backbone(config, point, [*sentences, *collections.texts])

@@ -102,9 +102,7 @@ def test_what_a_base_is_told_and_what_its_expert_does_are_mirrored_alike(kind):
 
 
 def test_odometry_has_no_known_mirror_image_and_may_be_left_out():
-    with pytest.raises(
-        ValueError, match=r"'x' \(other\). That is its state, which policy.proprio.enabled=False and"
-    ):
+    with pytest.raises(ValueError, match=r"'x' \(other\). That is its state, which policy.proprio.enabled=False and"):
         mirror.of_robot(world.ROBOT, 0.5, "", state=range(99))
 
 

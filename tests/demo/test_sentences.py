@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.calvin_abcd import FIXTURE_TASKS
+from experiments.scripted_presets import FIXTURE_TASKS
 from robovlms_jax.demo.sentences import MAX_LENGTH, Sentences, clean
 from robovlms_jax.envs.calvin import tasks
 

@@ -15,7 +15,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from experiments import bundle, demo
-from experiments.calvin_abcd import FIXTURE_TASKS
+from experiments.scripted_presets import FIXTURE_TASKS
 from robovlms_jax.demo import twin
 from robovlms_jax.demo.stage import Stage
 from robovlms_jax.demo.world import Start, World

@@ -44,7 +44,7 @@ def test_recording_again_changes_nothing_and_other_settings_are_refused(root):
 
 
 def test_training_draws_the_recordings_wordings_and_no_english_template(root):
-    variation = language.read(str(root / recording.PARAPHRASES))
+    variation = language.read(str(root / language.PARAPHRASES))
     dataset = opening.open_split(DataConfig(root=str(root)), "training")
     sentences = language.every(dataset.episodes, variation)
     assert len(sentences) > 2 * len(dataset.episodes)

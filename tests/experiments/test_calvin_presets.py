@@ -55,6 +55,15 @@ def test_what_was_seen_of_table_d_differs_in_data_alone_and_takes_a_quarter_of_w
     assert shares["playtable"] == sum(shares.values()) / 2
 
 
+def test_what_is_taught_where_things_lie_begins_with_the_twin_and_counts_each_row_alike():
+    seen, fixtures = calvin_abcd.PRESETS["calvin_seen"], calvin_abcd.PRESETS["playtable_fixtures"]
+    plain = dataclasses.replace(seen.policy, auxiliary=fixtures.policy.auxiliary)
+    assert plain == fixtures.policy and load_config(seen.train.init_from).policy.readout == plain.readout
+    assert set(seen.train.sources) == {"robot", *seen.data.further.names}
+    assert dict(seen.train.sources) == dict(seen.train.source_weights)
+    assert seen.data.paraphrases == f"{seen.data.root}/paraphrases.json" and seen.data.vary_language
+
+
 def test_the_larger_policy_sees_the_real_simulator_and_playtable_in_pictures_of_the_same_size():
     full, larger = calvin_abcd.PRESETS["playtable_full"], calvin_abcd.PRESETS["calvin_full"]
     assert (larger.policy, larger.backbone, larger.optimizer) == (full.policy, full.backbone, full.optimizer)

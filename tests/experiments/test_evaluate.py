@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from experiments import calvin_abcd, evaluate, evaluation_settings
+from experiments import calvin_abcd, evaluate, evaluation_settings, scripted_presets
 from robovlms_jax import cli
 from robovlms_jax.control import robot
 from robovlms_jax.control.asynchronous import AsyncConfig
@@ -219,7 +219,7 @@ def test_what_is_not_said_comes_from_the_rollouts_of_the_checkpoints_run(monkeyp
 
     caplog.set_level("INFO")
     config = read("--chains", "3", "--execution.horizon", "2")
-    assert config.tasks == calvin_abcd.FIXTURE_TASKS and config.image_size == (96, 64) and config.max_steps == 160
+    assert config.tasks == scripted_presets.FIXTURE_TASKS and config.image_size == (96, 64) and config.max_steps == 160
     assert config.execution == Execution("receding", horizon=2) and config.processes == 40
     assert config.train_scenes == ("A", "B", "C") and config.chains == 3
     assert "image_size 96 64" in caplog.text and "execution" not in caplog.text  # what was typed is no news
@@ -228,7 +228,7 @@ def test_what_is_not_said_comes_from_the_rollouts_of_the_checkpoints_run(monkeyp
     shown = calvin_abcd.PRESETS["playtable_fixtures"]
     monkeypatch.setattr(load, "load_config", lambda path: dataclasses.replace(shown, rollouts=RolloutConfig()))
     config = read()  # no rollouts: what it learned from is known all the same
-    assert config.image_size == (96, 64) and config.tasks == calvin_abcd.FIXTURE_TASKS and config.max_steps == 160
+    assert config.image_size == (96, 64) and config.tasks == scripted_presets.FIXTURE_TASKS and config.max_steps == 160
     assert (
         read("--env", "simpler").image_size == evaluation_settings.EvaluateConfig("run").image_size
     )  # another robot's
@@ -249,7 +249,9 @@ def test_the_real_simulator_is_asked_as_the_runs_own_rollouts_were_and_the_offic
     caplog.set_level("INFO")
     config = read("--chains", "3")
     assert config.execution == Execution("receding", horizon=5) and config.max_steps == 160 and config.chains == 3
-    assert config.tasks == calvin_abcd.FIXTURE_TASKS and config.env == "calvin" and config.calvin_root == "somewhere"
+    assert (
+        config.tasks == scripted_presets.FIXTURE_TASKS and config.env == "calvin" and config.calvin_root == "somewhere"
+    )
     assert "execution receding 5" in caplog.text and "image_size" not in caplog.text
     defaults = evaluation_settings.EvaluateConfig("run")
     assert config.image_size == defaults.image_size and config.processes == defaults.processes

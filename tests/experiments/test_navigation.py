@@ -11,6 +11,7 @@ import pytest
 
 from experiments import navigation
 from robovlms_jax import schema
+from robovlms_jax.data import language
 from robovlms_jax.driving import instructions, recording, scenarios, world
 from robovlms_jax.driving.config import RecordingConfig
 from robovlms_jax.runs import driving
@@ -31,7 +32,7 @@ def test_the_preset_learns_three_velocities_from_korean_and_its_tokenizer_keeps_
     )
     assert config.data.paraphrases == ""
     worded = navigation.worded(config)
-    assert worded.data.paraphrases == str(root / recording.PARAPHRASES)
+    assert worded.data.paraphrases == str(root / language.PARAPHRASES)
     setup = setups.prepare(worded.experiment)
     assert setup.config.policy.robot == world.ROBOT and setup.config.policy.action_dim == 3
     assert setup.abstracts[0].trainable["head/arm/layer_2/kernel"].shape[-1] == 3 * setup.config.policy.chunk

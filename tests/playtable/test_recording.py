@@ -7,7 +7,8 @@ import errno
 import numpy as np
 import pytest
 
-from robovlms_jax.data import calvin, spool
+from robovlms_jax.data import calvin, language, spool
+from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.playtable import demonstrations, recording, splits
 
 
@@ -198,5 +199,8 @@ def test_pictures_of_few_frames_are_training_s_and_have_a_layout_of_their_own(tm
     with pytest.raises(ValueError, match=r"other settings .*picture_every"):
         recording.record(config(tmp_path / "few", pack=True, image_size=(8, 8)))
     recording.record(config(tmp_path / "all"))
+    words = language.read(str(tmp_path / "all" / "paraphrases.json"))
+    assert set(words.sentences["open the drawer"]) == {*tasks.TASKS["open_drawer"].phrasings} - {"open the drawer"}
+    assert set(tasks.TASKS["open_drawer"].held_out) < set(words.never) and not set(words.never) & set(words.sentences)
     journal = tmp_path / "all" / "journal" / "training" / "recording.jsonl"
     assert "picture_every" not in journal.read_text()  # as recordings of before have it

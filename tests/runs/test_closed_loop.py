@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import calvin_abcd, evaluate, evaluation_settings
+from experiments import calvin_abcd, evaluate, evaluation_settings, scripted_presets
 from robovlms_jax import cli
 from robovlms_jax.control.execution import Execution
 from robovlms_jax.data import calvin
@@ -55,11 +55,11 @@ def test_impossible_recordings_are_refused(tmp_path):
 @pytest.mark.slow
 def test_recorded_demonstrations_train_a_policy_that_rolls_out(tmp_path):
     data = tmp_path / "playtable"
-    config = recording.RecordConfig(out=str(data), tasks=calvin_abcd.FIXTURE_TASKS, pack=True, **RECORD)
+    config = recording.RecordConfig(out=str(data), tasks=scripted_presets.FIXTURE_TASKS, pack=True, **RECORD)
     counts = recording.record(config)
     assert counts["recorded"] >= 3
     train, validation = (calvin.open_dataset(data, split) for split in ("training", "validation"))
-    assert {e.task for e in train.episodes + validation.episodes} <= set(calvin_abcd.FIXTURE_TASKS)
+    assert {e.task for e in train.episodes + validation.episodes} <= set(scripted_presets.FIXTURE_TASKS)
     for dataset, held_out in ((train, False), (validation, True)):
         for episode in dataset.episodes:
             known = tasks.TASKS[episode.task]

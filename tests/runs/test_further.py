@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from experiments import calvin_abcd
+from experiments import calvin_abcd, scripted_presets
 from robovlms_jax import cli
 from robovlms_jax.data import opening
 from robovlms_jax.policies import alignment
@@ -120,7 +120,7 @@ def test_pictures_of_a_darker_domain_are_further_apart_than_frames_of_one(monkey
     open_split = lambda data, split: real(dataclasses.replace(data, root=sample.root), split)  # noqa: E731
     real = opening.open_split
     monkeypatch.setattr(domains.opening, "open_split", opened)
-    found = domains.pictures_apart(calvin_abcd.TWIN, sample, dataclasses.replace(sample, root="dark"), frames=40)
+    found = domains.pictures_apart(scripted_presets.TWIN, sample, dataclasses.replace(sample, root="dark"), frames=40)
     assert found["means"] > 5 * found["means_within"] and found["covariances"] > found["covariances_within"] > 0
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from experiments import calvin_abcd, reinforce
+from experiments import calvin_abcd, reinforce, scripted_presets
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.evaluation import blind, rollout
 from robovlms_jax.parallel.config import MeshConfig
@@ -319,7 +319,7 @@ def test_the_presets_are_complete():
         trained = [path for path in paths if any(re.search(pattern, path) for pattern in preset.trainable)]
         assert all(any(re.search(rate, path) for path in trained) for rate in preset.optimizer.rates), name
     fixtures, full = reinforce.PRESETS["fixtures"], reinforce.PRESETS["playtable_full"]
-    assert {*fixtures.tasks, *fixtures.others} == set(calvin_abcd.FIXTURE_TASKS)
+    assert {*fixtures.tasks, *fixtures.others} == set(scripted_presets.FIXTURE_TASKS)
     assert len(full.tasks) == 27 and not set(full.tasks) & {"stack_block", "place_in_drawer"}
 
 

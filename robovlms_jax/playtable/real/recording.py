@@ -128,7 +128,7 @@ def possible(names: Sequence[str], condition: task_chains.Condition) -> list[str
 
 
 def record(config: RealRecordConfig, leader: leading.Leader | None = None) -> dict[str, int]:
-    """Write both splits. Returns demonstrations attempted, recorded and frames.
+    """Write both splits, and other words for their sentences. Returns demonstrations attempted, recorded and frames.
 
     Args:
       leader: the policy of `config.checkpoint`, which acts first (`runs.correcting.record_real` makes it).
@@ -147,14 +147,14 @@ def record(config: RealRecordConfig, leader: leading.Leader | None = None) -> di
     )
     require(leader is not None or not config.checkpoint, f"no policy was made of checkpoint={config.checkpoint}.")
     splits.require_ours(out)
+    texts = {split: _sentences(config.calvin_root, held_out=held_out) for split, *_, held_out in plan}
     counts: collections.Counter[str] = collections.Counter()
     with claim(out), stages(config, [*config.scenes, config.validation_scene], leader) as every:
         for split, scenes, episodes, seed, held_out in plan:
-            sentences = _sentences(config.calvin_root, held_out=held_out)
             settings = _settings(config, split, leader)
-            journal = splits.Journal(splits.directory(out, split), settings, sentences)
+            journal = splits.Journal(splits.directory(out, split), settings, texts[split])
             apart = 1 if held_out else config.picture_every
-            chains = functools.partial(every.chains, scenes, seed, sentences=sentences, apart=apart)
+            chains = functools.partial(every.chains, scenes, seed, sentences=texts[split], apart=apart)
 
             def play(numbers: list[int], bar: bars.Bar, chains: Callable = chains) -> splits.Chains:
                 return chains(numbers)
@@ -163,6 +163,7 @@ def record(config: RealRecordConfig, leader: leading.Leader | None = None) -> di
                 journal, out / split, episodes, IMAGE_SIZE, play, pack=config.pack, first="starting simulators"
             )
             counts.update(journal.counts())
+        splits.write_paraphrases(out, **texts)
     return dict(counts)
 
 
