@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments import spreading
 from robovlms_jax import cli, cores, ending
-from robovlms_jax.data import base, calvin, joining, packed, packing
+from robovlms_jax.data import base, calvin, joining, language, packed, packing
 from robovlms_jax.parallel.config import RayConfig
 from robovlms_jax.runs import logs
 
@@ -93,6 +93,7 @@ def main(args: Args) -> None:
             size / len(dataset.frame_ids) / 1e3,
             size / 1e9,
         )
+    language.join(args.root, args.out)
 
 
 def _opened(args: Args) -> dict[str, list[joining.Split]]:

@@ -34,9 +34,9 @@ from robovlms_jax.policies.config import PolicyConfig
 from robovlms_jax.policies.heads.discrete import DiscreteHeadConfig
 from robovlms_jax.policies.sensors import base as sensors
 from robovlms_jax.policies.vla import VLA
-from robovlms_jax.runs import build, compiled, edge, steps
+from robovlms_jax.runs import build, compiled, edge, further, steps
 from robovlms_jax.runs.config import ExperimentConfig
-from robovlms_jax.training import memory, state
+from robovlms_jax.training import memory, stages, state
 from robovlms_jax.types import Batch, Inputs
 
 TEXT_LENGTH = 32
@@ -86,7 +86,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     sizes = config.mesh_sizes(config.devices or (target.count if target else named_devices(config.mesh)))
     config.validate(math.prod(sizes))
     begin = time.perf_counter()
-    subject = describe(config)
+    subject = describe(config, sizes[0] * sizes[1] * config.train.accumulation)
     config, model, batch = subject.config, subject.model, subject.batch
     text_length = config.data.text_length or TEXT_LENGTH
     if config.control_on:
@@ -125,12 +125,25 @@ class Subject:
     batch: dict[str, Batch]
 
 
-def describe(config: PlanConfig) -> Subject:
-    """With stand-ins for what comes from a dataset, a tokenizer or weights."""
+def describe(config: PlanConfig, ways: int = 1) -> Subject:
+    """With stand-ins for what comes from a dataset, a tokenizer or weights.
+
+    Args:
+      ways: devices that split the batch x micro-batches.
+    Raises:
+      ValueError: batches of a source are of shapes that only its data say.
+    """
     vlm = build.with_settings(config.backbone, registry.get(config.backbone.name))
     config = dataclasses.replace(config, policy=_without_data(config.policy, vlm.text.vocab_size))
-    batch = describe_batch(config, vlm.text_shape(config.data.text_length or TEXT_LENGTH))
-    return Subject(config, build.make_model(config, vlm), {objective.ROBOT: batch})
+    text = vlm.text_shape(config.data.text_length or TEXT_LENGTH)
+    rows = stages.rows(stages.plan(config.train, config.optimizer)[0], config.segments_per_batch, ways)
+    if unknown := sorted(set(rows) - {objective.ROBOT, *config.data.further.names}):
+        raise ValueError(
+            f"batches of {', '.join(unknown)} are of shapes that only data say, and a plan reads none; plan without "
+            "them: --train.sources robot 1"
+        )
+    batches = {source: describe_batch(further.view(config, source), text) for source in rows}
+    return Subject(config, build.make_model(config, vlm), steps.resized(batches, rows))
 
 
 def compile_for(target: targets.Target, subject: Subject, sizes: tuple[int, int, int]) -> dict[str, Any]:

@@ -75,6 +75,8 @@ class Dataset(abc.ABC):
     action_units: metres and radians that 1.0 means in each arm dimension of the actions (end-effector robots).
     statistics: of actions and state, by which they may be normalised; None where the format has none.
     may_lack_images: whether some frames have no image of some camera (`has_images`).
+    names_tasks: whether an episode's `task` says what is done, so that all sentences of one task mean one thing. False:
+      it is the dataset's name.
     groups: of the episodes, in order, when they are to be drawn at rates of their own; empty = all alike.
     """
 
@@ -85,6 +87,7 @@ class Dataset(abc.ABC):
     action_units: tuple[float, ...] = CALVIN_UNITS
     statistics: statistics.Statistics | None = None
     may_lack_images: bool = False
+    names_tasks: bool = True
     groups: tuple[Group, ...] = ()
 
     @property

@@ -105,11 +105,12 @@ class DataConfig:
     """Draw each training sample's sentence from the recorded ones, the templates, `paraphrases` and
     `shorter_sentences`."""
     paraphrases: str = ""
-    """JSON file {"templates": ["please {instruction}"], "sentences": {instruction: [others]}} for vary_language. Empty:
-    a few built-in templates."""
+    """JSON file {"templates": ["please {instruction}"], "sentences": {instruction: [others]}, "never": [sentences that
+    nobody is told]} for vary_language. Empty: a few built-in templates."""
     shorter_sentences: int = 0
     """For vary_language: so many more wordings of each sentence, at most, without some of its words, drawn at random.
-    None could be left of a sentence of another task, so "turn on the light" stands for neither of two lights."""
+    None could be left of a sentence of another task, so "turn on the light" stands for neither of two lights; none is
+    one that validation asks."""
     compat_goal_relabelling: bool = False
     """As upstream's RLDS loader: mask all actions after a random later step (K = 1 only). It hides valid actions."""
     compat_second_norm: bool = False

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
+from robovlms_jax.control import robot as robots
 from robovlms_jax.data import base, config, pairing, segments
 
 _TRIED = 20  # episodes whose first frame is tried
@@ -72,21 +74,59 @@ def moving_units(dataset: base.Dataset, cut: Cut) -> np.ndarray:
             f"{dataset.name}: policy.auxiliary.ahead is about metres and radians, which these numbers of the robot's "
             f"state are not: {', '.join(unknown)}. Describe their units, or set its loss_weight to 0."
         )
+    if cut.ahead:
+        _require_states(dataset, dimensions, cut.moving)
     return np.array(units, np.float32)
+
+
+def _require_states(dataset: base.Dataset, wanted: Sequence[robots.Dimension], moving: Sequence[int]) -> None:
+    """Raise ValueError where the dataset, or a part of a mixture, has no state to say movements by, or another."""
+    for part in getattr(dataset, "parts", ()):
+        state = part.dataset.robot.state
+        own = [state[number] for number in moving if number < len(state)]
+        if [(d.quantity, d.unit) for d in own] != [(d.quantity, d.unit) for d in wanted]:
+            raise ValueError(
+                f"{dataset.name}: policy.auxiliary.ahead learns how {', '.join(d.name for d in wanted)} move, and "
+                f"{part.name} has {', '.join(d.name for d in own) or 'no such numbers'} in their place, or in other "
+                "units. Leave the dataset out, or set its loss_weight to 0."
+            )
+    for episodes in _groups(dataset):
+        for episode in episodes[:_TRIED]:
+            try:
+                dataset.proprio([episode.start])
+            except base.CorruptFrameError:
+                continue
+            except ValueError as error:
+                raise ValueError(
+                    "policy.auxiliary.ahead learns from the robot's state, whether policy.proprio is enabled or not; "
+                    f"set its loss_weight to 0 where it cannot be read: {error}"
+                ) from error
+            break
+
+
+def _groups(dataset: base.Dataset) -> list[Sequence[base.Episode]]:
+    """The episodes of each part of a mixture, or all."""
+    ends = np.cumsum([group.num_episodes for group in dataset.groups] or [len(dataset.episodes)]).tolist()
+    return [dataset.episodes[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def scene(dataset: base.Dataset, array: str, columns: tuple[int, ...], frame_ids: np.ndarray) -> np.ndarray:
     """float32[n, M] as `Cut.scene` asks for them. Raises CorruptFrameError: one of them is NaN or infinite."""
-    values = dataset.array(array, frame_ids)[:, list(columns)]
+    found = dataset.array(array, frame_ids)
+    if found.ndim != 2 or max(columns) >= found.shape[1]:
+        raise base.CorruptFrameError(
+            f"{dataset.name}, frames {np.asarray(frame_ids)[:3].tolist()}: {array!r} has {list(found.shape[1:])} numbers of a frame, "
+            f"of which {max(columns)} is asked for."
+        )
+    values = found[:, list(columns)]
     return base.require_finite(values, frame_ids, array, dataset.name)
 
 
 def require_scene(dataset: base.Dataset, array: str, columns: tuple[int, ...]) -> None:
     """Raise ValueError where a dataset, or a part of a mixture, lacks the numbers that `Cut.scene` asks for. Frames
     that cannot be read are left to training, which reports them."""
-    ends = np.cumsum([group.num_episodes for group in dataset.groups] or [len(dataset.episodes)])
-    for end, count in zip(ends, np.diff(ends, prepend=0), strict=True):
-        for episode in dataset.episodes[end - count : end][:_TRIED]:
+    for episodes in _groups(dataset):
+        for episode in episodes[:_TRIED]:
             try:
                 numbers = dataset.array(array, [episode.start])  # names the fields that there are
             except base.CorruptFrameError:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import random
+import functools
+import hashlib
+import logging
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from robovlms_jax import json_files
-from robovlms_jax.data import base, config
+from robovlms_jax import atomic, json_files
+from robovlms_jax.data import base, config, mirror, shortening
+
+logger = logging.getLogger(__name__)
 
 TEMPLATES = (
     "please {instruction}",
@@ -21,8 +27,6 @@ TEMPLATES = (
 """Say the same thing whatever the instruction is."""
 PARAPHRASES = "paraphrases.json"
 """What recorders write beside their splits, for `data.paraphrases`."""
-_FEWEST, _DRAWS = 0.4, 5
-"""The smallest share of a sentence's words that is kept on average, and how often words are drawn for each wording."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Variation:
     sentences: instruction -> others that mean the same.
     templates: each holds {instruction}.
     shortened: sentence -> what is left of it without some of its words.
-    never: sentences that nothing is shortened to.
+    never: sentences that nobody is told, unless they were recorded.
     """
 
     sentences: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -45,12 +49,17 @@ class Variation:
         said = (episode.instruction, *episode.rewordings, *self.sentences.get(episode.instruction, ()))
         return tuple(dict.fromkeys(said))
 
+    @functools.cached_property
+    def _refused(self) -> set[tuple[str, ...]]:
+        return {shortening.words(text) for text in self.never}
+
     def of(self, episode: base.Episode) -> tuple[str, ...]:
         """The recorded instruction first, then everything it may be replaced by, each once."""
         said = self.whole(episode)
         said = (*said, *(text for sentence in said for text in self.shortened.get(sentence, ())))
         filled = (t.replace("{instruction}", sentence) for sentence in said for t in self.templates)
-        return tuple(dict.fromkeys((*said, *filled)))
+        first, *others = dict.fromkeys((*said, *filled))
+        return (first, *(text for text in others if not self.never or shortening.words(text) not in self._refused))
 
 
 def numbered(episodes: Iterable[base.Episode], variation: Variation | None) -> tuple[list[str], list[np.ndarray]]:
@@ -80,28 +89,56 @@ def read(path: str) -> Variation:
         return Variation(templates=TEMPLATES)
     try:
         content = json_files.read(path)
-        unknown = sorted(set(content) - {"templates", "sentences", "never"})
-        templates, never = (tuple(content.get(part, ())) for part in ("templates", "never"))
-        sentences = {key: tuple(listed) for key, listed in content.get("sentences", {}).items()}
-        texts = (*templates, *never, *(s for listed in sentences.values() for s in listed))
-        wrong = [x for x in texts if not isinstance(x, str)]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except FileNotFoundError:
         raise ValueError(
-            f'data.paraphrases: {path} is no JSON {{"templates": [...], "sentences": {{instruction: [...]}}}}: {error}'
-        ) from error
-    if unknown or wrong:
-        raise ValueError(f"data.paraphrases: {path} has {unknown or wrong}; expected templates and sentences of text.")
+            f"data.paraphrases: {path} is not there. Recorders write {PARAPHRASES} beside their splits; to a recording "
+            "that lacks it, being an earlier version's, the same command adds it."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data.paraphrases: {path} cannot be read as JSON: {error}") from error
+    where = f"data.paraphrases: {path}"
+    expected = '{"templates": [...], "sentences": {instruction: [...]}, "never": [...]}'
+    if not isinstance(content, dict) or (unknown := sorted(set(content) - {"templates", "sentences", "never"})):
+        found = f"has {unknown}" if isinstance(content, dict) else f"is a {type(content).__name__}"
+        raise ValueError(f"{where} {found}; expected {expected}.")
+    sentences = content.get("sentences", {})
+    if not isinstance(sentences, dict):
+        raise ValueError(f"{where}: sentences is a {type(sentences).__name__}; expected {expected}.")
+    lists = {f"sentences[{key!r}]": listed for key, listed in sentences.items()}
+    for name, listed in (lists | {part: content.get(part, []) for part in ("templates", "never")}).items():
+        if not isinstance(listed, list) or not all(isinstance(text, str) and text.strip() for text in listed):
+            raise ValueError(f"{where}: {name} is {listed!r:.80}; expected a list of sentences, none of them empty.")
+    templates = tuple(content.get("templates", ()))
     for template in templates:
         if "{instruction}" not in template:
-            raise ValueError(f"data.paraphrases: the template {template!r} has no {{instruction}}.")
-    return Variation(sentences, templates, never=never)
+            raise ValueError(f"{where}: the template {template!r} has no {{instruction}}.")
+    by_sentence = {key: tuple(listed) for key, listed in sentences.items()}
+    return Variation(by_sentence, templates, never=tuple(content.get("never", ())))
 
 
-def of_data(data: config.DataConfig, episodes: Sequence[base.Episode], asked: Iterable[str] = ()) -> Variation | None:
+def join(roots: Iterable[pathlib.Path], out: pathlib.Path) -> None:
+    """Write what the recordings at `roots` say in other words as one file in `out`, if one of them has it. Raises
+    ValueError: a file is wrong."""
+    known = [read(str(root / PARAPHRASES)) for root in roots if (root / PARAPHRASES).exists()]
+    if not known:
+        return
+    sentences: dict[str, dict[str, None]] = {}
+    for variation in known:
+        for sentence, others in variation.sentences.items():
+            sentences.setdefault(sentence, {}).update(dict.fromkeys(others))
+    templates, never = (
+        list(dict.fromkeys(text for variation in known for text in getattr(variation, part)))
+        for part in ("templates", "never")
+    )
+    listed = {sentence: list(others) for sentence, others in sentences.items()}
+    atomic.write_json(out / PARAPHRASES, {"templates": templates, "sentences": listed, "never": never})
+
+
+def of_data(data: config.DataConfig, datasets: Sequence[base.Dataset], asked: Iterable[str] = ()) -> Variation | None:
     """How a run varies its instructions; None: it does not.
 
     Args:
-      episodes: all that it learns from.
+      datasets: all that it learns from.
       asked: sentences of validation, which no sentence is shortened to.
     Raises ValueError: the file of paraphrases is wrong.
     """
@@ -110,62 +147,36 @@ def of_data(data: config.DataConfig, episodes: Sequence[base.Episode], asked: It
     variation = read(data.paraphrases)
     if not data.shorter_sentences:
         return variation
-    meanings: dict[str, set[str]] = {}
-    for episode in episodes:
-        meanings.setdefault(episode.task or episode.instruction, set()).update(variation.whole(episode))
-    never = (*variation.never, *asked)
-    return dataclasses.replace(variation, shortened=shorten(meanings, data.shorter_sentences, never))
+    never = [*variation.never, *asked]
+    if data.augment.mirror:
+        never += [mirror.words(text) for text in never]
+    variation = dataclasses.replace(variation, never=tuple(dict.fromkeys(never)))
+    meanings = _meanings(datasets, variation)
+    shortened = shortening.shorten(meanings, data.shorter_sentences, never)
+    logger.info(
+        "data.shorter_sentences: %d wordings with fewer words of %d sentences; of %d of them none is clear enough",
+        *(sum(map(len, shortened.values())), len(shortened), sum(not texts for texts in shortened.values())),
+    )
+    return dataclasses.replace(variation, shortened=shortened)
 
 
-def shorten(meanings: Mapping[str, Iterable[str]], count: int, never: Iterable[str] = ()) -> dict[str, tuple[str, ...]]:
-    """Of each sentence up to `count` others, which lack some of its words, drawn at random and always alike.
-
-    None could be cut out of a sentence of another meaning, so that "turn on the light" stands for neither of two
-    lights: which words are needed to tell tasks apart need not be said.
-
-    Args:
-      meanings: task -> its sentences.
-      never: sentences that none becomes.
-    """
-    everywhere: dict[str, list[tuple[str, list[str]]]] = {}
-    for meaning, sentences in meanings.items():
-        for sentence in sentences:
-            for word in set(words := _words(sentence)):
-                everywhere.setdefault(word, []).append((meaning, words))
-    refused = {tuple(_words(text)) for text in never}
-
-    def clear(words: list[str], meaning: str) -> bool:
-        rarest = min((everywhere[word] for word in words), key=len)
-        return not any(other != meaning and _within(words, longer) for other, longer in rarest)
-
-    found: dict[str, tuple[str, ...]] = {}
-    for meaning, sentences in meanings.items():
-        for sentence in sentences:
-            texts: dict[tuple[str, ...], str] = {}
-            for text in _drawn(sentence, count * _DRAWS):
-                words = _words(text)
-                if len(texts) < count and words and tuple(words) not in refused and clear(words, meaning):
-                    texts.setdefault(tuple(words), text)
-            found[sentence] = tuple(dict.fromkeys((*found.get(sentence, ()), *texts.values())))
+def _meanings(datasets: Sequence[base.Dataset], variation: Variation) -> dict[str, set[str]]:
+    """Task -> its sentences. Where a dataset names no tasks, each instruction is one of its own, unless another dataset
+    says of what task it is."""
+    found: dict[str, set[str]] = {}
+    task_of: dict[str, str] = {}
+    for dataset in sorted(datasets, key=lambda dataset: not dataset.names_tasks):
+        for episode in dataset.episodes:
+            task = episode.task if dataset.names_tasks else ""
+            task = task or task_of.get(episode.instruction, episode.instruction)
+            task_of.setdefault(episode.instruction, task)
+            found.setdefault(task, set()).update(variation.whole(episode))
     return found
 
 
-def _drawn(sentence: str, count: int) -> Iterable[str]:
-    """The sentence without some of its words, `count` times; the share that is kept is drawn, too."""
-    rng, parts = random.Random(sentence), sentence.split()
-    for _ in range(count):
-        share = rng.uniform(_FEWEST, 1.0)
-        if len(kept := [part for part in parts if rng.random() < share]) < len(parts):
-            yield " ".join(kept)
-
-
-def _words(sentence: str) -> list[str]:
-    """In small letters, without the signs around them."""
-    words = (part.strip(".,;:!?\"'()").lower() for part in sentence.split())
-    return [word for word in words if word]
-
-
-def _within(words: Sequence[str], longer: Sequence[str]) -> bool:
-    """Whether leaving words out of `longer` can leave `words`."""
-    rest = iter(longer)
-    return all(word in rest for word in words)
+def content(sentences: Sequence[str], variation: Variation | None) -> Any:
+    """What of a run's sentences has to be the same for it to be resumed: how many, and which where words were left out,
+    since which these are depends on all others."""
+    if variation is None or not variation.shortened:
+        return len(sentences)
+    return f"{len(sentences)}, {hashlib.sha256(repr(list(sentences)).encode()).hexdigest()[:16]}"

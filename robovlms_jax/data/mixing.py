@@ -62,6 +62,7 @@ class MixtureDataset(base.Dataset):
             for episode in part.dataset.episodes
         )
         self.groups = tuple(base.Group(part.name, len(part.dataset.episodes), part.weight) for part in parts)
+        self.names_tasks = all(part.dataset.names_tasks for part in parts)
         self._stores: dict[tuple[str, str], bool] = {}
         self._affine = [_to_reference(part.statistics, own.statistics) for part in parts]
         self.may_lack_images = any(

@@ -50,6 +50,7 @@ class PackedDataset(base.Dataset):
             )
         self.image_sizes = {camera: tuple(size) for camera, size in self.meta["image_sizes"].items()}
         self.action_units = tuple(self.meta.get("action_units", base.CALVIN_UNITS))
+        self.names_tasks = "statistics" not in self.meta  # CALVIN's layout has tasks; of others the name is kept
         if "robot" in self.meta:
             self.robot = robots.from_json(self.meta["robot"], str(self.directory / META))
         if "statistics" in self.meta:

@@ -20,7 +20,7 @@ class RepresentedDataset(base.Dataset):
         self.name, self.image_sizes, self.episodes = own.name, own.image_sizes, own.episodes
         self.robot = self._representation.robot
         self.action_units = tuple(self.robot.action[column].measure[0] for column in self.robot.scaled)
-        self.may_lack_images, self.groups = own.may_lack_images, own.groups
+        self.may_lack_images, self.groups, self.names_tasks = own.may_lack_images, own.groups, own.names_tasks
 
     def images(
         self, frame_ids: Sequence[int], cameras: Sequence[str], out: Mapping[str, Sequence[np.ndarray]] | None = None

@@ -70,6 +70,7 @@ class SegmentSource(Sequence[types.Batch]):
             cutting.require_scene(dataset, *cut.scene)
         self._mirror = mirrored
         sentences, self._text_rows = language.numbered(dataset.episodes, variation)
+        self._sentences_content = language.content(sentences, variation)
         said = sentences if mirrored is None else [*sentences, *map(mirror.words, sentences)]
         self._text_ids, self._text_mask = _encode_all(said, encode_text)
         self._unmirrored, self._said = len(sentences), said
@@ -116,7 +117,7 @@ class SegmentSource(Sequence[types.Batch]):
         if self.dataset.groups:
             more["mixture"] = {group.name: [group.num_episodes, group.weight] for group in self.dataset.groups}
         if self.num_sentences != len({episode.instruction for episode in episodes}):
-            more["sentences"] = self.num_sentences
+            more["sentences"] = self._sentences_content
         if self.segments.left_pad:
             more["left_pad"] = True
         if not self.dataset.shows_all:

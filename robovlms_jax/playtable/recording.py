@@ -75,6 +75,7 @@ def record(config: RecordConfig) -> dict[str, int]:
         renderer = demonstrations.Renderer(names, config.image_size)
         for split, scenes, episodes, seed, held_out in plan:
             journal = splits.Journal(splits.directory(out, split), _settings(config, split), texts[split])
+            splits.write_paraphrases(out, **texts)
             kinds = [names.index(name) for name in scenes]
 
             own = dataclasses.replace(config, picture_every=1) if held_out else config
@@ -92,7 +93,6 @@ def record(config: RecordConfig) -> dict[str, int]:
 
             splits.record(journal, out / split, episodes, config.image_size, play, pack=config.pack)
             counts.update(journal.counts())
-        splits.write_paraphrases(out, **texts)
     return dict(counts)
 
 

@@ -6,6 +6,7 @@ after the last line of its journal.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import pathlib
@@ -124,12 +125,20 @@ def own_sentences(*, held_out: bool) -> dict[str, tuple[str, ...]]:
 def write_paraphrases(
     out: pathlib.Path, training: Mapping[str, Sequence[str]], validation: Mapping[str, Sequence[str]]
 ) -> None:
-    """Beside the splits, what `data.paraphrases` takes: of each training sentence, this project's own for its task;
-    validation's are in it as what is never trained on."""
+    """Beside the splits, unless it is there, what `data.paraphrases` takes: of each training sentence, this project's
+    own for its task; validation's are in it as what nobody is told."""
+    if (path := out / language.PARAPHRASES).exists():
+        return
     own = own_sentences(held_out=False)
-    others = {text: [other for other in own[task] if other != text] for task, said in training.items() for text in said}
+    counts = collections.Counter(text for said in training.values() for text in said)
+    others = {
+        text: [other for other in own.get(task, ()) if other != text]
+        for task, said in training.items()
+        for text in said
+        if counts[text] == 1  # of two tasks, it says neither
+    }
     never = sorted({text for said in validation.values() for text in said})
-    atomic.write_json(out / language.PARAPHRASES, {"templates": [], "sentences": others, "never": never})
+    atomic.write_json(path, {"templates": [], "sentences": others, "never": never})
 
 
 class Journal:

@@ -140,8 +140,9 @@ def check(planned: Sequence[stages.Stage], config: ExperimentConfig, paths: Coll
         if config.policy.insulate and learns and not teaches:
             raise ValueError(
                 f"stage {stage.name!r}: with policy.insulate actions teach the backbone nothing, and this stage has no "
-                f"questions, captions or scene that would. Give it a share of {sorted(config.data.vl.paths)}, or "
-                "freeze the backbone: trainable '^(?!backbone/)'."
+                "questions, captions or scene that would. Give it a share of questions (data.vl), a "
+                "policy.auxiliary.caption_weight or .scene.loss_weight, or freeze the backbone: trainable "
+                "'^(?!backbone/)'."
             )
 
 

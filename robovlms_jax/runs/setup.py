@@ -111,15 +111,15 @@ def prepare(config: ExperimentConfig, point: resuming.Point | None = None) -> Se
         for split, x in opened.items()
     }
     others, more = embodiments.open_datasets(config), further.open_datasets(config)
-    episodes = [x for dataset in (opened["training"], *others.values(), *more.values()) for x in dataset.episodes]
-    asked = [*validation.sentences(opened["validation"]), *_asked(config)]
-    variation = language.of_data(config.data, episodes, asked)
-    sentences = language.every(episodes, variation)
+    learned = (opened["training"], *others.values(), *more.values())
+    validated = validation.sentences(opened["validation"])
+    variation = language.of_data(config.data, learned, validated)
+    sentences = language.every([episode for dataset in learned for episode in dataset.episodes], variation)
     if config.data.augment.mirror:
         sentences += [mirror.words(text) for text in sentences]
-    instructions = [*sentences, *asked]
+    instructions = [*sentences, *validated, *_asked(config)]
     collections = questions.open_collections(config, known=config.demonstrations.episodes > 0)
-    # What is learned depends on no sentence that is only asked: neither on the validation split's nor on rollouts'.
+    # A vocabulary is made of no sentence that is only asked: neither of the validation split's nor of rollouts'.
     backbone = _open_backbone(config, point, [*sentences, *collections.texts])
     length = config.data.text_length or backbone.longest(instructions)
 

@@ -180,7 +180,7 @@ def smaller(
             if rest or units < len(batch) or (parts == config.train.accumulation and not words):
                 continue
             train = dataclasses.replace(config.train, accumulation=parts)
-            shared = _resized(batch, stages.rows(stage, total, devices * parts))
+            shared = resized(batch, stages.rows(stage, total, devices * parts))
             flag = f"--train.accumulation {parts}" if parts > config.train.accumulation else ""
             less = dataclasses.replace(config, train=train)
             yield (flag + words).strip(), memory_of(less, changed, state, shared, stage, platform=platform)
@@ -190,7 +190,7 @@ def _rows(source: Any) -> int:
     return jax.tree.leaves(source)[0].shape[0]
 
 
-def _resized(batch: Mapping[str, Any], rows: Mapping[str, int]) -> dict[str, Any]:
+def resized(batch: Mapping[str, Any], rows: Mapping[str, int]) -> dict[str, Any]:
     """The shapes with as many rows of each source."""
     return {
         name: jax.tree.map(lambda x, name=name: jax.ShapeDtypeStruct((rows[name], *x.shape[1:]), x.dtype), source)

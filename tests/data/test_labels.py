@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -89,3 +90,38 @@ def test_a_scene_that_cannot_be_read_is_replaced_and_one_that_is_nan_is_named(da
     assert batch.corrupt.tolist() == [0, 1] and np.isfinite(batch.scene).all()
     with pytest.raises(base.CorruptFrameError, match=r"frame 112 has scene_obs .*every value must be finite"):
         source[24]
+
+
+def test_a_frame_with_fewer_numbers_of_the_scene_is_replaced(dataset, monkeypatch):
+    """Fails if one short frame among many ends a run with an IndexError."""
+    read = dataset.array
+
+    def short(name, ids):
+        values = read(name, ids)
+        return values[:, :5] if name == "scene_obs" and 112 in list(ids) else values
+
+    monkeypatch.setattr(dataset, "array", short)
+    source = make_source(dataset, window=1, windows_per_segment=1, scene=("scene_obs", (7, 2)))
+    with pytest.raises(
+        base.CorruptFrameError, match=r"frames \[112\]: 'scene_obs' has \[5\] numbers of a frame, of which"
+    ):
+        source[24]
+    assert source.training_batch(np.array([24]), np.zeros(1, np.uint32)).corrupt.tolist() == [1]
+
+
+def test_movements_of_a_state_that_cannot_be_read_or_is_another_in_a_part_are_refused_at_once(dataset, monkeypatch):
+    """Fails if that is found out in the first batch, or if joints are taken for places."""
+    joints = tuple(robot.Dimension(f"joint_{k}", "rad", quantity="joint") for k in range(7))
+    other = types.SimpleNamespace(robot=dataclasses.replace(dataset.robot, state=joints))
+    monkeypatch.setattr(dataset, "parts", (types.SimpleNamespace(name="arm", dataset=other),), raising=False)
+    with pytest.raises(ValueError, match=r"ahead learns how x, roll move, and arm has joint_0, joint_3 in their place"):
+        make_source(dataset, ahead=(3,), moving=(0, 3))
+    monkeypatch.undo()
+
+    def proprio(ids):
+        raise ValueError("it has joints.")
+
+    monkeypatch.setattr(dataset, "proprio", proprio)
+    make_source(dataset, moving=(0,))
+    with pytest.raises(ValueError, match=r"policy\.auxiliary\.ahead learns from the robot's state.*it has joints"):
+        make_source(dataset, ahead=(3,), moving=(0,))

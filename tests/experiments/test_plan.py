@@ -264,3 +264,18 @@ def test_a_computer_that_is_not_known_is_refused_with_those_that_are():
 def test_a_target_that_cannot_be_is_refused_before_anything_is_compiled(changes, message):
     with pytest.raises(ValueError, match=message):
         plan.plan(cli.override(TWIN, **changes))
+
+
+def test_a_presets_further_recordings_have_their_rows_and_what_only_data_say_is_refused():
+    """Fails if a plan of several sources ends in a KeyError, or counts each source as a whole batch."""
+    seen = cli.override(plan.presets()["calvin_seen"], **{"mesh.data": 2})
+    rows = {source: batch.corrupt.shape[0] for source, batch in plan.describe(seen, 2).batch.items()}
+    assert rows == {"robot": 42, "fixtures": 22}
+    whole = cli.override(seen, **{"train.sources": {"robot": 1.0}, "train.source_weights": {"robot": 1.0}})
+    parts = [plan.plan(config)["bytes_per_device"]["batch"] for config in (seen, whole)]
+    assert parts[0] == parts[1]
+    asked = cli.override(
+        plan.presets()["sample"], **{"data.vl.paths": {"web": "x"}, "train.sources": {"robot": 1, "web": 1}}
+    )
+    with pytest.raises(ValueError, match="batches of web are of shapes that only data say"):
+        plan.describe(asked)

@@ -11,7 +11,7 @@ import pytest
 
 from experiments import convert_data, pack_calvin
 from robovlms_jax.control.interface import ActionChunk
-from robovlms_jax.data import calvin, cutting, represented, samples
+from robovlms_jax.data import calvin, cutting, language, represented, samples
 from robovlms_jax.envs import process
 from robovlms_jax.envs.calvin import initial_states, task_chains, tasks, walking
 from robovlms_jax.playtable import splits
@@ -127,6 +127,9 @@ def test_demonstrations_are_annotated_in_calvins_own_sentences_where_the_checkou
         for split in ("training", "validation")
     }
     assert texts == {"training": {"do open_drawer", "now do open_drawer"}, "validation": {"please open_drawer"}}
+    words = language.read(str(tmp_path / "recorded" / "paraphrases.json"))
+    assert words.sentences["now do open_drawer"] == tasks.TASKS["open_drawer"].phrasings
+    assert set(words.never) == {f"please {task}" for task in tasks.TASKS}
 
 
 def test_a_stopped_recording_goes_on_and_other_settings_are_refused(checkout, fake, tmp_path, monkeypatch):

@@ -30,6 +30,8 @@ class LeRobotDataset(base.Dataset):
     control_hz: steps per second.
     """
 
+    names_tasks = False
+
     def __init__(
         self,
         root: str | os.PathLike[str],

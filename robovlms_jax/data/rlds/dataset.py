@@ -25,6 +25,8 @@ class RldsDataset(base.Dataset):
     control_hz: steps per second, 0 = unknown.
     """
 
+    names_tasks = False
+
     def __init__(self, opened: files.Prepared, name: str, selection: tuple[base.Episode, ...], options: Options):
         self.name, self.episodes, self._prepared, self._options = name, selection, opened, options
         self._meta, arrays = opened.meta, opened.arrays

@@ -153,6 +153,7 @@ def record(config: RealRecordConfig, leader: leading.Leader | None = None) -> di
         for split, scenes, episodes, seed, held_out in plan:
             settings = _settings(config, split, leader)
             journal = splits.Journal(splits.directory(out, split), settings, texts[split])
+            splits.write_paraphrases(out, **texts)
             apart = 1 if held_out else config.picture_every
             chains = functools.partial(every.chains, scenes, seed, sentences=texts[split], apart=apart)
 
@@ -163,7 +164,6 @@ def record(config: RealRecordConfig, leader: leading.Leader | None = None) -> di
                 journal, out / split, episodes, IMAGE_SIZE, play, pack=config.pack, first="starting simulators"
             )
             counts.update(journal.counts())
-        splits.write_paraphrases(out, **texts)
     return dict(counts)
 
 
