@@ -21,6 +21,7 @@ class Cut:
     left_pad: whether windows may begin before their episode (see `segments`).
     goal_relabelling: mask what comes after a random later step, as upstream does; needs windows_per_segment 1.
     future_frames: F, frames after the segment's last one to read; 0: none.
+    skip_still: windows at whose newest step nothing larger is asked of the robot are left out; 0: none.
     scene: numeric field of which numbers are wanted, of each window's newest frame, and which; None: none.
     ahead, moving: steps ahead to which movements are wanted, and of which numbers of the state; empty: none.
     """
@@ -33,6 +34,7 @@ class Cut:
     future_frames: int = 0
     ahead: tuple[int, ...] = ()
     moving: tuple[int, ...] = ()
+    skip_still: float = 0.0
     scene: tuple[str, tuple[int, ...]] | None = None
 
 
@@ -46,6 +48,11 @@ def segments_of(dataset: base.Dataset, cut: Cut) -> segments.Segments:
         if problem := config.needs_all_pictures(cut.window, cut.windows_per_segment, cut.future_frames):
             raise ValueError(f"{dataset.name} has frames without pictures: {problem}")
         starts = [np.flatnonzero(dataset.shown(np.arange(e.start, e.end))) for e in dataset.episodes]
+    if cut.skip_still:
+        before = 0 if cut.left_pad else cut.window - 1
+        every = [np.arange(e.end - e.start - before) for e in dataset.episodes] if starts is None else starts
+        pairs = zip(dataset.episodes, every, strict=True)
+        starts = [own[moves(dataset, episode, cut.skip_still)[own + before]] for episode, own in pairs]
     found = segments.Segments(
         np.array([(episode.start, episode.end) for episode in dataset.episodes]),
         window=cut.window,
@@ -59,7 +66,26 @@ def segments_of(dataset: base.Dataset, cut: Cut) -> segments.Segments:
         raise ValueError(
             f"{dataset.name}: none of {len(dataset.episodes)} episodes is long enough for policy.window={cut.window}; "
             f"the longest has {longest} steps to learn from."
+            + (
+                f" Or in none of them anything moves by more than data.skip_still={cut.skip_still}."
+                * bool(cut.skip_still)
+            )
         )
+    return found
+
+
+def moves(dataset: base.Dataset, episode: base.Episode, least: float) -> np.ndarray:
+    """bool[L]: at which steps of an episode more than `least` is asked of the robot, or a gripper changes; the first is
+    always one of them. An episode that cannot be read moves throughout; training reports it."""
+    try:
+        actions = dataset.actions(np.arange(episode.start, episode.end))
+    except base.CorruptFrameError:
+        return np.ones(episode.end - episode.start, bool)
+    kinds = np.array([dimension.kind for dimension in dataset.robot.action])
+    changes = np.abs(np.diff(actions, axis=0, prepend=actions[:1]))
+    asked = np.where(np.isin(kinds, ["delta", "velocity"]), np.abs(actions), changes)
+    found = (asked > np.where(kinds == "binary", 0, least)).any(axis=1)
+    found[0] = True
     return found
 
 
@@ -114,9 +140,10 @@ def scene(dataset: base.Dataset, array: str, columns: tuple[int, ...], frame_ids
     """float32[n, M] as `Cut.scene` asks for them. Raises CorruptFrameError: one of them is NaN or infinite."""
     found = dataset.array(array, frame_ids)
     if found.ndim != 2 or max(columns) >= found.shape[1]:
+        places = np.asarray(frame_ids)[:3].tolist()
         raise base.CorruptFrameError(
-            f"{dataset.name}, frames {np.asarray(frame_ids)[:3].tolist()}: {array!r} has {list(found.shape[1:])} numbers of a frame, "
-            f"of which {max(columns)} is asked for."
+            f"{dataset.name}, frames {places}: {array!r} has {list(found.shape[1:])} numbers of a frame, of which "
+            f"{max(columns)} is asked for."
         )
     values = found[:, list(columns)]
     return base.require_finite(values, frame_ids, array, dataset.name)

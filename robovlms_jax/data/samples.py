@@ -120,7 +120,7 @@ class SegmentSource(Sequence[types.Batch]):
             more["sentences"] = self._sentences_content
         if self.segments.left_pad:
             more["left_pad"] = True
-        if not self.dataset.shows_all:
+        if self.segments.are_chosen:
             more["windows"] = hashlib.sha256(self.segments.runs.tobytes()).hexdigest()[:16]
         if self._mirror is not None:
             more["mirrored"] = self._mirror.share

@@ -14,8 +14,8 @@ With left padding windows begin up to W - 1 steps before their episode, so that 
 window, as at the start of control: L windows, k = -(W - 1) ... L - W. Steps before `start` repeat its values under
 False masks.
 
-Of an episode some windows alone may be wanted (`starts`), such as those whose frames have pictures; each is then a
-segment of its own. Chunks go on as above.
+Of an episode some windows alone may be wanted (`starts`), such as those whose frames have pictures, or in which
+something moves; each is then a segment of its own. Chunks go on as above.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class Segments(Sequence[Segment]):
         windows = np.maximum(lengths + 1 - window + self._before, 0)
         # Runs of windows: the episode, its first window's number there, how many.
         self._episode, self._first, self._count = np.arange(len(windows)), np.zeros(len(windows), np.int64), windows
+        self._chosen = starts is not None
         if starts is not None:
             starts = [np.asarray(own, np.int64)[np.asarray(own) < count] for own, count in zip(starts, windows)]
             self._episode = np.repeat(np.arange(len(windows)), [len(own) for own in starts])
@@ -89,6 +90,11 @@ class Segments(Sequence[Segment]):
 
     def __len__(self) -> int:
         return int(self._begins[-1])
+
+    @property
+    def are_chosen(self) -> bool:
+        """Whether of each episode some windows alone are wanted."""
+        return self._chosen
 
     @property
     def num_windows(self) -> int:

@@ -148,7 +148,7 @@ RULES = (
         "order",
         (
             *("data.unlabelled_*", "data.success_only", "data.left_pad", "data.vary_language", "data.paraphrases"),
-            "data.shorter_sentences",
+            *("data.shorter_sentences", "data.skip_still"),
             *("data.compat_goal_relabelling", "data.windows_per_segment", "data.episode_list", "data.exclude_tasks"),
             *("data.annotation_folder", "data.max_left_out_share", "train.batch_size", "train.seed"),
         ),

@@ -312,6 +312,7 @@ def source_of(
         chunk=config.policy.chunk,
         windows_per_segment=config.data.windows_per_segment,
         left_pad=config.data.left_pad,
+        skip_still=config.data.skip_still,
         goal_relabelling=config.data.compat_goal_relabelling,
         future_frames=auxiliary.future_frames,
         ahead=auxiliary.ahead.offsets if auxiliary.ahead.loss_weight else (),
