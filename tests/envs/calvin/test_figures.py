@@ -255,41 +255,79 @@ def test_what_more_demonstrations_of_blocks_did_is_what_was_run():
     assert f"the named one in {old['named_is_nearest']} and {new['named_is_nearest']})" in text
 
 
+def counted(digits):
+    """Solved and asked by kind and by task, of the first official chains."""
+    solved: dict[str, list[int]] = {}
+    for chain, done in zip(task_chains.official_chains(), map(int, digits)):
+        for k, task in enumerate(chain.tasks[: done + 1]):
+            for kind in ("fixtures" if task in FIXTURES else "blocks", task):
+                counts = solved.setdefault(kind, [0, 0])
+                counts[0] += k < done
+                counts[1] += 1
+    return solved
+
+
 def test_the_page_says_what_a_policy_did_that_was_taught_where_blocks_lie():
     """Fails if a figure of the page's section is not the results', or a sum not that of the chains."""
     every, text = result("calvin_small/results"), page("calvin.md")
-    found, before = every["calvin_small_seen"], every["calvin_full"]["chains_on_d"]["solved_in_each"]
-    columns = [found["chains_on_d"][name] for name in ("second", "lights", "words")]
-    for row in columns:
-        digits = row["solved_in_each"]
-        for each, scores in ((row, digits), (row["calvin_full"], before[: row["chains"]])):
-            solved = {"fixtures": [0, 0], "lights": [0, 0], "blocks": [0, 0]}
-            for chain, done in zip(task_chains.official_chains(), map(int, scores)):
-                for k, task in enumerate(chain.tasks[: done + 1]):
-                    kinds = ["fixtures" if task in FIXTURES else "blocks"] + ["lights"] * (
-                        "led" in task or "light" in task
-                    )
-                    for kind in kinds:
-                        solved[kind][0] += k < done
-                        solved[kind][1] += 1
-            assert {kind: [each[kind]["count"], each[kind]["of"]] for kind in solved} == solved
-            assert each["average_length"][0] == pytest.approx(sum(map(int, scores)) / row["chains"], abs=5e-4)
-        assert "{:.2f}, {:.2f} to {:.2f}".format(*row["paired"]["more_tasks_in_a_row"]) in text
-
-    def line(name, cells):
-        return f"| {name} | {' | '.join(cells)} |"
-
-    interval = "{:.2f} ({:.2f} to {:.2f})"
-    assert line("chains played", [str(row["chains"]) for row in columns]) in text
-    assert line("**tasks in a row**", [interval.format(*row["average_length"]) for row in columns]) in text
-    full = [row["calvin_full"] for row in columns]
-    assert line("`calvin_full` on these", [interval.format(*row["average_length"]) for row in full]) in text
-    names = {"fixtures, solved of asked": "fixtures", "of them LED and lightbulb": "lights"}
-    for name, kind in (names | {"blocks, solved of asked": "blocks"}).items():
-        assert line(name, ["{count} of {of}".format(**row[kind]) for row in columns]) in text
-    assert line("blocks, `calvin_full`", ["{count} of {of}".format(**row["blocks"]) for row in full]) in text
+    found, full = every["calvin_seen"], every["calvin_full"]["chains_on_d"]
+    rows, paired = found["chains_on_d"], found["paired"]
+    ten, five = rows["ten"], rows["five"]
+    assert ten["chains"] == full["chains"] == 200
+    first = paired["ten_first"]
+    assert first["solved_in_each"] == ten["solved_in_each"][: five["chains"]]
+    for row in (*rows.values(), first):
+        solved = counted(row["solved_in_each"])
+        assert {kind: [row[kind]["count"], row[kind]["of"]] for kind in ("fixtures", "blocks")} == {
+            kind: solved.pop(kind) for kind in ("fixtures", "blocks")
+        }
+        assert row["tasks_solved_of_asked"] == solved
+        for names in row["groups"].values():
+            assert names[0] <= names[1]
+        assert row["average_length"][0] == pytest.approx(sum(map(int, row["solved_in_each"])) / row["chains"], abs=5e-4)
+    interval, kinds = "{:.2f} ({:.2f} to {:.2f})", ("drawer", "door", "led", "lightbulb")
+    old = (full["average_length"]["value"], *full["average_length"]["bootstrap_95_percent"])
+    assert f"| **tasks in a row** | {interval.format(*old)} | {interval.format(*ten['average_length'])} |" in text
+    counts = [["{} of {}".format(*row["groups"][kind]) for kind in kinds] for row in (ten["calvin_full"], ten)]
+    assert f"LED, lightbulb | {' | '.join(', '.join(each) for each in counts)} |" in text
+    for kind in ("fixtures", "blocks"):
+        assert f"{ten[kind]['count']} of {ten[kind]['of']}, {share(ten[kind])} |" in text
+    assert f"**{interval.format(*ten['average_length'])} tasks in a row: the aim of 1.0 is reached**" in text
+    assert ten["average_length"][1] > 1  # the whole interval
+    for name in ("ten_full", "ten_five"):
+        assert "({:.2f}, {:.2f} to {:.2f}, more".format(*paired[name]["more_tasks_in_a_row"]) in text
+    assert f"does {interval.format(*five['average_length'])} on the first {five['chains']} of these" in text
+    assert f"and with all ten {interval.format(*first['average_length'])} (" in text
+    for kind, name in (("led", "LED"), ("rotations", "rotations"), ("lifts", "lifts")):
+        cells = ["{} of {}".format(*row["groups"][kind]) for row in (five, first)]
+        assert f"{name} {' and '.join(cells)}" in text
+    for name in ("blocks", "fixtures"):
+        assert "{recorded} of {attempted} demonstrations of".format(**found["recording"]["blocks"]) in text
+        assert "{recorded} of {attempted}".format(**found["recording"][name]) in text
     held = found["held_out"]
-    assert f"error of {held['without_pictures']['ahead_cm']:.1f} cm on other demonstrations of blocks" in text
-    motion = "{:.3f} to {:.3f} and {:.3f}".format(*(held[name]["motion"] for name in ("before", "first", "second")))
-    assert f"fell from {motion}" in " ".join(text.split())
-    assert f"{found['recording']['blocks']['recorded']} demonstrations of blocks in" in text
+    said = "{:.2f} cm after 4000 steps, {:.2f} after 8000 and {:.2f} after 14 000"
+    assert said.format(*(held[step]["scene_cm"] for step in ("4000", "8000", "14000"))) in text
+
+
+def test_the_first_try_at_it_is_told_as_it_was():
+    every, text = result("calvin_small/results"), page("calvin.md")
+    rows = every["calvin_small_seen"]["chains_on_d"]
+    for row in rows.values():
+        told = interval_of(row["average_length"])
+        assert f"{told} on {row['chains']}" in text
+        digits = row["solved_in_each"]
+        assert row["average_length"][0] == pytest.approx(sum(map(int, digits)) / row["chains"], abs=5e-4)
+    lights = {name: counted(row["solved_in_each"]) for name, row in rows.items()}
+    totals = {
+        (name, light): [sum(x) for x in zip(*(n for task, n in solved.items() if task.endswith(light)))]
+        for name, solved in lights.items()
+        for light in ("_led", "_lightbulb")
+    }
+    bulb = ["{} of {}".format(*totals[name, "_lightbulb"]) for name in ("lights", "words")]
+    assert f"the lightbulb went from {bulb[0]} to {bulb[1]}" in text
+    assert "the LED stayed at {} of {}".format(*totals["words", "_led"]) in text
+    assert f"error of {every['calvin_small_seen']['held_out']['without_pictures']['ahead_cm']:.1f} cm on" in text
+
+
+def interval_of(values):
+    return "{:.2f} ({:.2f} to {:.2f})".format(*values)
