@@ -154,7 +154,7 @@ def of_data(data: config.DataConfig, datasets: Sequence[base.Dataset], asked: It
     meanings = _meanings(datasets, variation)
     shortened = shortening.shorten(meanings, data.shorter_sentences, never)
     logger.info(
-        "data.shorter_sentences: %d wordings with fewer words of %d sentences; of %d of them none is clear enough",
+        "data.shorter_sentences: %d wordings with fewer words, of %d sentences (%d of these have none that is clear)",
         *(sum(map(len, shortened.values())), len(shortened), sum(not texts for texts in shortened.values())),
     )
     return dataclasses.replace(variation, shortened=shortened)
