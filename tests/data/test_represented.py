@@ -22,6 +22,7 @@ def test_a_frame_whose_quaternion_is_zero_is_named_and_the_others_are_read():
         image_sizes={},
         episodes=(),
         may_lack_images=False,
+        names_tasks=True,
         groups=(),
         actions=lambda ids: np.tile(np.float32([1, 0, 0, 0, 0, 0, 1]), (len(ids), 1)),
         proprio=lambda ids: states[np.asarray(ids)],
