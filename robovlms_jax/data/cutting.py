@@ -66,10 +66,7 @@ def segments_of(dataset: base.Dataset, cut: Cut) -> segments.Segments:
         raise ValueError(
             f"{dataset.name}: none of {len(dataset.episodes)} episodes is long enough for policy.window={cut.window}; "
             f"the longest has {longest} steps to learn from."
-            + (
-                f" Or in none of them anything moves by more than data.skip_still={cut.skip_still}."
-                * bool(cut.skip_still)
-            )
+            + (f" Or nothing moves in any by more than data.skip_still={cut.skip_still}." if cut.skip_still else "")
         )
     return found
 
@@ -77,10 +74,13 @@ def segments_of(dataset: base.Dataset, cut: Cut) -> segments.Segments:
 def moves(dataset: base.Dataset, episode: base.Episode, least: float) -> np.ndarray:
     """bool[L]: at which steps of an episode more than `least` is asked of the robot, or a gripper changes; the first is
     always one of them. An episode that cannot be read moves throughout; training reports it."""
+    every = np.ones(episode.end - episode.start, bool)
     try:
-        actions = dataset.actions(np.arange(episode.start, episode.end))
+        actions = dataset.actions(np.arange(episode.start, episode.end)) if len(every) > 1 else None
     except base.CorruptFrameError:
-        return np.ones(episode.end - episode.start, bool)
+        actions = None
+    if actions is None:
+        return every
     kinds = np.array([dimension.kind for dimension in dataset.robot.action])
     changes = np.abs(np.diff(actions, axis=0, prepend=actions[:1]))
     asked = np.where(np.isin(kinds, ["delta", "velocity"]), np.abs(actions), changes)

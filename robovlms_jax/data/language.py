@@ -95,7 +95,7 @@ def read(path: str) -> Variation:
             "that lacks it, being an earlier version's, the same command adds it."
         ) from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"data.paraphrases: {path} cannot be read as JSON: {error}") from error
+        raise ValueError(f"data.paraphrases: {error}") from error
     where = f"data.paraphrases: {path}"
     expected = '{"templates": [...], "sentences": {instruction: [...]}, "never": [...]}'
     if not isinstance(content, dict) or (unknown := sorted(set(content) - {"templates", "sentences", "never"})):

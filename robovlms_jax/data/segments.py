@@ -53,7 +53,8 @@ class Segments(Sequence[Segment]):
       spans: int[E, 2], first and last frame id of each episode, both inclusive.
       window, chunk, windows_per_segment: W, C, K.
       left_pad: whether windows may begin before their episode.
-      starts: of each episode the numbers of the windows that there are, int[n], rising; None: all.
+      starts: of each episode the numbers of the windows that there are, int[n], rising; None: all (`are_chosen` says
+        which of the two).
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Segments(Sequence[Segment]):
         windows = np.maximum(lengths + 1 - window + self._before, 0)
         # Runs of windows: the episode, its first window's number there, how many.
         self._episode, self._first, self._count = np.arange(len(windows)), np.zeros(len(windows), np.int64), windows
-        self._chosen = starts is not None
+        self.are_chosen = starts is not None
         if starts is not None:
             starts = [np.asarray(own, np.int64)[np.asarray(own) < count] for own, count in zip(starts, windows)]
             self._episode = np.repeat(np.arange(len(windows)), [len(own) for own in starts])
@@ -90,11 +91,6 @@ class Segments(Sequence[Segment]):
 
     def __len__(self) -> int:
         return int(self._begins[-1])
-
-    @property
-    def are_chosen(self) -> bool:
-        """Whether of each episode some windows alone are wanted."""
-        return self._chosen
 
     @property
     def num_windows(self) -> int:

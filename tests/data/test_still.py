@@ -61,6 +61,10 @@ def test_absolute_actions_wait_where_they_stay_what_they_were(dataset, monkeypat
         assert cutting.moves(dataset, base.Episode(0, 4, "", ""), 0.05).tolist() == wanted
 
 
+def test_an_episode_without_a_step_has_nothing_that_moves(dataset):
+    assert cutting.moves(dataset, base.Episode(100, 100, "", ""), 0.05).tolist() == []
+
+
 def test_an_episode_that_cannot_be_read_is_left_to_training(dataset, monkeypatch):
     def actions(ids):
         raise base.CorruptFrameError("cut off")
@@ -71,7 +75,7 @@ def test_an_episode_that_cannot_be_read_is_left_to_training(dataset, monkeypatch
 
 def test_where_nothing_moves_it_is_said(dataset, monkeypatch):
     waits(dataset, monkeypatch, range(1000), grips=0)
-    with pytest.raises(ValueError, match=r"Or in none of them anything moves by more than data\.skip_still=0\.05"):
+    with pytest.raises(ValueError, match=r"Or nothing moves in any by more than data\.skip_still=0\.05"):
         make_source(dataset, window=3, windows_per_segment=1, skip_still=0.05)
 
 
