@@ -20,6 +20,7 @@ from experiments.scripted_presets import (
     CALVIN_SEEN,
     CALVIN_SMALL,
     CALVIN_SMALL_ABCD,
+    CALVIN_UNSEEN,
     FIXTURES,
     FULL,
     PLAYTABLE_SMALL,
@@ -96,6 +97,7 @@ PRESETS = {
     "calvin_small": CALVIN_SMALL,
     "calvin_small_abcd": CALVIN_SMALL_ABCD,
     "calvin_seen": CALVIN_SEEN,
+    "calvin_unseen": CALVIN_UNSEEN,
     "calvin_full": CALVIN_FULL,
     "sample": ExperimentConfig(
         backbone=BackboneConfig(name="kosmos-2-twin"),
