@@ -100,9 +100,10 @@ class DataConfig:
     success_only: bool = True
     """RLDS, LeRobot: leave out episodes that the dataset marks as failed (data/README.md says how it is told)."""
     skip_still: float = 0.0
-    """> 0: windows at whose newest step demonstrations wait are not learned from, for a policy that sees no past would
-    wait there for ever. A step waits where no number of its action is larger than this (of absolute ones: has changed
-    more), in the dataset's units (CALVIN: 1 is 2 cm or 0.05 rad), and no gripper changes. K = 1 only."""
+    """> 0: steps at which demonstrations wait are left out of chunks, which go on with the next that does something: a
+    policy that sees no past would wait there for ever. A step waits where no number of its action is larger than this
+    (of absolute ones: has changed more), in the unit of the actions that are learned (CALVIN: 1 is 2 cm or 0.05 rad),
+    no gripper is told anything else, and fingers are not on their way. policy.window 1 only; held-out data likewise."""
     left_pad: bool = False
     """Let windows begin before their episode, masked, so that its first frames are learned from as the newest, too."""
     vary_language: bool = False
@@ -198,8 +199,12 @@ class DataConfig:
         require(0 <= self.skip_still < math.inf, f"data.skip_still={self.skip_still} must be finite, not negative.")
         require(
             not self.skip_still or self.windows_per_segment == 1,
-            "data.skip_still leaves out single windows; set data.windows_per_segment=1 (it is "
+            "data.skip_still leaves steps out of the chunks of single windows; set data.windows_per_segment=1 (it is "
             f"{self.windows_per_segment}).",
+        )
+        require(
+            not (self.skip_still and self.compat_goal_relabelling),
+            "data.skip_still leaves steps out and data.compat_goal_relabelling counts them; set one of them.",
         )
         require(0 <= self.max_corrupt_share < 1, f"data.max_corrupt_share={self.max_corrupt_share} must lie in [0, 1).")
 

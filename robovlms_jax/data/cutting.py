@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +12,13 @@ import numpy as np
 from robovlms_jax.control import robot as robots
 from robovlms_jax.data import base, config, pairing, segments
 
+logger = logging.getLogger(__name__)
+
 _TRIED = 20  # episodes whose first frame is tried
+_RATE = 10.0  # Hz, where a robot does not say
+_MUCH = 0.6  # share of waiting steps that hardly a demonstration has
+_NEVER = 1 << 40  # steps
+_CLOSED = 0.02  # of the way of fingers in a demonstration: slower steps are their end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +29,7 @@ class Cut:
     left_pad: whether windows may begin before their episode (see `segments`).
     goal_relabelling: mask what comes after a random later step, as upstream does; needs windows_per_segment 1.
     future_frames: F, frames after the segment's last one to read; 0: none.
-    skip_still: windows at whose newest step nothing larger is asked of the robot are left out; 0: none.
+    skip_still: steps at which nothing larger is asked of the robot (see `acts`) are left out of chunks; 0: none.
     scene: numeric field of which numbers are wanted, of each window's newest frame, and which; None: none.
     ahead, moving: steps ahead to which movements are wanted, and of which numbers of the state; empty: none.
     """
@@ -41,18 +49,15 @@ class Cut:
 def segments_of(dataset: base.Dataset, cut: Cut) -> segments.Segments:
     """All segments of a dataset.
 
-    Raises ValueError: no episode is long enough for one window, or windows need pictures that were left out.
+    Raises ValueError: no episode is long enough for one window, windows need pictures that were left out, or steps
+    cannot be left out.
     """
     starts = None
     if not dataset.shows_all:
         if problem := config.needs_all_pictures(cut.window, cut.windows_per_segment, cut.future_frames):
             raise ValueError(f"{dataset.name} has frames without pictures: {problem}")
         starts = [np.flatnonzero(dataset.shown(np.arange(e.start, e.end))) for e in dataset.episodes]
-    if cut.skip_still:
-        before = 0 if cut.left_pad else cut.window - 1
-        every = [np.arange(e.end - e.start - before) for e in dataset.episodes] if starts is None else starts
-        pairs = zip(dataset.episodes, every, strict=True)
-        starts = [own[moves(dataset, episode, cut.skip_still)[own + before]] for episode, own in pairs]
+    acting = _acting(dataset, cut) if cut.skip_still else None
     found = segments.Segments(
         np.array([(episode.start, episode.end) for episode in dataset.episodes]),
         window=cut.window,
@@ -60,33 +65,76 @@ def segments_of(dataset: base.Dataset, cut: Cut) -> segments.Segments:
         windows_per_segment=cut.windows_per_segment,
         left_pad=cut.left_pad,
         starts=starts,
+        acting=acting,
     )
     if len(found) == 0:
         longest = max((episode.end - episode.start for episode in dataset.episodes), default=0)
         raise ValueError(
             f"{dataset.name}: none of {len(dataset.episodes)} episodes is long enough for policy.window={cut.window}; "
             f"the longest has {longest} steps to learn from."
-            + (f" Or nothing moves in any by more than data.skip_still={cut.skip_still}." if cut.skip_still else "")
+            + (
+                f" Or nothing is asked of the robot in any by more than data.skip_still={cut.skip_still}."
+                if cut.skip_still
+                else ""
+            )
         )
     return found
 
 
-def moves(dataset: base.Dataset, episode: base.Episode, least: float) -> np.ndarray:
-    """bool[L]: at which steps of an episode more than `least` is asked of the robot, or a gripper changes; the first is
-    always one of them. An episode that cannot be read moves throughout; training reports it."""
-    every = np.ones(episode.end - episode.start, bool)
+def _acting(dataset: base.Dataset, cut: Cut) -> list[np.ndarray]:
+    """Of each episode the steps that do not wait, by `acts`; their share is logged."""
+    if cut.window != 1:
+        raise ValueError(
+            f"data.skip_still={cut.skip_still} leaves steps out of chunks, which windows of several frames cannot do: "
+            f"policy.window is {cut.window}, set it to 1, or skip_still to 0."
+        )
+    if getattr(dataset, "parts", ()):
+        raise ValueError(
+            f"{dataset.name} is a mixture, whose datasets' actions are brought to one scale, so that none is zero "
+            "where a robot waits: set data.skip_still to 0, or name datasets one by one in data.further."
+        )
+    found = [np.flatnonzero(acts(dataset, episode, cut.skip_still)) for episode in dataset.episodes]
+    steps = sum(episode.end - episode.start for episode in dataset.episodes)
+    waiting = 1 - sum(map(len, found)) / max(steps, 1)
+    logger.log(
+        logging.WARNING if waiting > _MUCH else logging.INFO,
+        *("%s: %.1f %% of %d steps wait, by data.skip_still=%g, and are left out of chunks%s", dataset.name),
+        *(100 * waiting, steps, cut.skip_still),
+        ": is its unit that of the actions?" if waiting > _MUCH else "",
+    )
+    return found
+
+
+def acts(dataset: base.Dataset, episode: base.Episode, least: float) -> np.ndarray:
+    """bool[L]: at which steps of an episode something is asked of the robot: a delta or velocity larger than `least`,
+    another place by more than it, another gripper command; or fingers still do what they were told (for a tenth of a
+    second and as long as they are measured to move, at most a second; not measured: for a third).
+
+    An episode that cannot be read acts throughout; training reports it.
+    """
+    ids = np.arange(episode.start, episode.end)
+    if len(ids) == 0:
+        return np.zeros(0, bool)
     try:
-        actions = dataset.actions(np.arange(episode.start, episode.end)) if len(every) > 1 else None
+        actions, opening = dataset.actions(ids), dataset.gripper_opening(ids)
     except base.CorruptFrameError:
-        actions = None
-    if actions is None:
-        return every
+        return np.ones(len(ids), bool)
     kinds = np.array([dimension.kind for dimension in dataset.robot.action])
     changes = np.abs(np.diff(actions, axis=0, prepend=actions[:1]))
     asked = np.where(np.isin(kinds, ["delta", "velocity"]), np.abs(actions), changes)
-    found = (asked > np.where(kinds == "binary", 0, least)).any(axis=1)
-    found[0] = True
-    return found
+    commanded = (changes > 0)[:, kinds == "binary"].any(axis=1)
+    rate = dataset.robot.rate_hz or _RATE
+    return (asked > least)[:, kinds != "binary"].any(axis=1) | commanded | _fingers(commanded, opening, rate)
+
+
+def _fingers(commanded: np.ndarray, opening: np.ndarray | None, rate: float) -> np.ndarray:
+    """bool[L]: at which steps fingers are on their way after a command bool[L], by how far they are apart float[L]."""
+    steps = np.arange(len(commanded))
+    since = steps - np.maximum.accumulate(np.where(commanded, steps, -_NEVER))
+    if opening is None or not np.isfinite(opening).all():
+        return since < math.ceil(rate / 3)
+    speed = np.abs(np.diff(opening, append=opening[-1:]))
+    return (since < math.ceil(rate / 10)) | ((since < math.ceil(rate)) & (speed > _CLOSED * np.ptp(opening)))
 
 
 def moving_units(dataset: base.Dataset, cut: Cut) -> np.ndarray:

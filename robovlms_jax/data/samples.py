@@ -118,14 +118,11 @@ class SegmentSource(Sequence[types.Batch]):
             more["mixture"] = {group.name: [group.num_episodes, group.weight] for group in self.dataset.groups}
         if self.num_sentences != len({episode.instruction for episode in episodes}):
             more["sentences"] = self._sentences_content
-        if self.segments.left_pad:
-            more["left_pad"] = True
-        if self.segments.are_chosen:
-            more["windows"] = hashlib.sha256(self.segments.runs.tobytes()).hexdigest()[:16]
         if self._mirror is not None:
             more["mirrored"] = self._mirror.share
         return {
             **more,
+            **self.segments.content,
             "episodes": f"{len(episodes)} with sha256 {digest.hexdigest()[:16]}",
             "window": self.segments.window,
             "chunk": self.segments.chunk,
@@ -229,7 +226,7 @@ class SegmentSource(Sequence[types.Batch]):
         """
         segment = self.segments.take(indices)
         out = jax.tree.map(lambda array: array[row : row + len(indices)], out)
-        out.actions[:] = _each_once(self.dataset.actions, segment.step_ids)
+        out.actions[:] = _each_once(self.dataset.actions, segment.action_ids)
         self._fill_frames(out.inputs, segment)
         self._fill_extras(out, segment)
         text, turned = self._drawn(segment.episode, draws)

@@ -14,14 +14,19 @@ With left padding windows begin up to W - 1 steps before their episode, so that 
 window, as at the start of control: L windows, k = -(W - 1) ... L - W. Steps before `start` repeat its values under
 False masks.
 
-Of an episode some windows alone may be wanted (`starts`), such as those whose frames have pictures, or in which
-something moves; each is then a segment of its own. Chunks go on as above.
+Of an episode some windows alone may be wanted (`starts`), such as those whose frames have pictures; each is then a
+segment of its own. Chunks go on as above.
+
+Of the steps of an episode some alone may be what chunks are made of (`acting`): the C next ones of them, from the
+frame's own step on. What is not one of them is left out as if it had not been.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +37,7 @@ class Segment:
 
     episode: index of its episode.
     step_ids: int64[G + C - 1], frame id of every step; the first G are those whose images are seen.
+    action_ids: int64[G + C - 1], frame id of every step's action: that of the step, but where steps are left out.
     step_mask: bool[G + C - 1], True = an action to learn from.
     seen_mask: bool[G], True = a real frame; False = padding before the episode.
     window_mask: bool[K], True = the window that begins at this frame belongs to the segment.
@@ -40,6 +46,7 @@ class Segment:
 
     episode: int | np.ndarray
     step_ids: np.ndarray
+    action_ids: np.ndarray
     step_mask: np.ndarray
     seen_mask: np.ndarray
     window_mask: np.ndarray
@@ -55,6 +62,8 @@ class Segments(Sequence[Segment]):
       left_pad: whether windows may begin before their episode.
       starts: of each episode the numbers of the windows that there are, int[n], rising; None: all (`are_chosen` says
         which of the two).
+      acting: of each episode the numbers of the steps that chunks are made of, int[m], rising; None: all. Windows of
+        one frame alone, one per segment; those with none of them left are no windows.
     """
 
     def __init__(
@@ -66,11 +75,14 @@ class Segments(Sequence[Segment]):
         windows_per_segment: int,
         left_pad: bool = False,
         starts: Sequence[np.ndarray] | None = None,
+        acting: Sequence[np.ndarray] | None = None,
     ):
         if min(window, chunk, windows_per_segment) < 1:
             raise ValueError(
                 f"window={window}, chunk={chunk} and windows_per_segment={windows_per_segment} must be at least 1."
             )
+        if acting is not None and (window, windows_per_segment) != (1, 1):
+            raise ValueError(f"steps are left out of chunks of windows of 1 only, not of {window}.")
         self.window, self.chunk, self.windows_per_segment = window, chunk, windows_per_segment
         self._spans = np.asarray(spans, np.int64).reshape(-1, 2)
         lengths = self._spans[:, 1] - self._spans[:, 0]
@@ -79,6 +91,12 @@ class Segments(Sequence[Segment]):
         windows = np.maximum(lengths + 1 - window + self._before, 0)
         # Runs of windows: the episode, its first window's number there, how many.
         self._episode, self._first, self._count = np.arange(len(windows)), np.zeros(len(windows), np.int64), windows
+        self._acting = None
+        if acting is not None:
+            every = starts if starts is not None else [np.arange(count) for count in windows]
+            starts = [np.asarray(own)[: _until(own, steps)] for own, steps in zip(every, acting, strict=True)]
+            self._acting = np.concatenate([np.zeros(0, np.int64), *acting])  # step numbers, episode by episode
+            self._acts = np.concatenate([[0], np.cumsum([len(steps) for steps in acting])]).astype(np.int64)
         self.are_chosen = starts is not None
         if starts is not None:
             starts = [np.asarray(own, np.int64)[np.asarray(own) < count] for own, count in zip(starts, windows)]
@@ -137,16 +155,52 @@ class Segments(Sequence[Segment]):
         first = self._first[run] + (indices - self._begins[run]) * self.windows_per_segment
         steps = (start - self._before + first)[:, None] + np.arange(self.num_frames + self.chunk - 1)
         start, end = start[:, None], end[:, None]
+        step_ids = np.clip(steps, start, end)
+        actions, mask = self._chunks(episode, steps, step_ids, (start <= steps) & (steps < end))
         return Segment(
             episode=episode,
-            step_ids=np.clip(steps, start, end),
-            step_mask=(start <= steps) & (steps < end),
+            step_ids=step_ids,
+            action_ids=actions,
+            step_mask=mask,
             seen_mask=steps[:, : self.num_frames] >= start,
             window_mask=first[:, None] + np.arange(self.windows_per_segment) < ends[:, None],
             num_frames=np.minimum(self.num_frames, ends - first + self.window),
         )
 
+    def _chunks(
+        self, episode: np.ndarray, steps: np.ndarray, step_ids: np.ndarray, mask: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and masks [n, G + C - 1] of actions: of all steps, or of those that chunks are made of."""
+        if self._acting is None:
+            return step_ids, mask
+        begin, end = self._acts[episode], self._acts[episode + 1]
+        own = steps[:, 0] - self._spans[episode, 0]
+        first = [b + np.searchsorted(self._acting[b:e], step) for b, e, step in zip(begin, end, own, strict=True)]
+        places = np.array(first, np.int64).reshape(-1, 1) + np.arange(self.chunk)
+        mask = places < end[:, None]
+        ids = self._spans[episode, :1] + self._acting[np.minimum(places, end[:, None] - 1)]
+        return np.where(mask, ids, self._spans[episode, 1:]), mask
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """How windows differ from all that there are, as JSON values; empty: not at all."""
+        found: dict[str, Any] = {"left_pad": True} if self.left_pad else {}
+        if self.are_chosen:
+            found["windows"] = _digest(self.runs)
+        if self._acting is not None:
+            found["acting"] = _digest(self._acting, self._acts)
+        return found
+
     def __getitem__(self, index: int) -> Segment:
         every = self.take([index])
         values = {field.name: getattr(every, field.name)[0] for field in dataclasses.fields(Segment)}
         return Segment(**values | {name: int(values[name]) for name in ("episode", "num_frames")})
+
+
+def _until(starts: np.ndarray, acting: np.ndarray) -> int:
+    """How many of rising window numbers come before or at the last step of `acting`."""
+    return int(np.searchsorted(starts, acting[-1], side="right")) if len(acting) else 0
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(np.asarray(array, np.int64).tobytes() for array in arrays)).hexdigest()[:16]
