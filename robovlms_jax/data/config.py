@@ -111,7 +111,7 @@ class DataConfig:
     `shorter_sentences`."""
     paraphrases: str = ""
     """JSON file {"templates": ["please {instruction}"], "sentences": {instruction: [others]}, "never": [sentences that
-    nobody is told]} for vary_language. Empty: a few built-in templates."""
+    nobody is told], "tasks": {task: [sentences to tell apart]}} for vary_language. Empty: a few built-in templates."""
     shorter_sentences: int = 0
     """For vary_language: so many more wordings of each sentence, at most, without some of its words, drawn at random.
     None could be left of a sentence of another task, so "turn on the light" stands for neither of two lights; none is

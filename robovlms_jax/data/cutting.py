@@ -124,7 +124,7 @@ def acts(dataset: base.Dataset, episode: base.Episode, least: float) -> np.ndarr
     asked = np.where(np.isin(kinds, ["delta", "velocity"]), np.abs(actions), changes)
     commanded = (changes > 0)[:, kinds == "binary"].any(axis=1)
     rate = dataset.robot.rate_hz or _RATE
-    return (asked > least)[:, kinds != "binary"].any(axis=1) | commanded | _fingers(commanded, opening, rate)
+    return ~(asked <= least)[:, kinds != "binary"].all(axis=1) | commanded | _fingers(commanded, opening, rate)
 
 
 def _fingers(commanded: np.ndarray, opening: np.ndarray | None, rate: float) -> np.ndarray:

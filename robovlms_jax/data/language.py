@@ -37,12 +37,14 @@ class Variation:
     templates: each holds {instruction}.
     shortened: sentence -> what is left of it without some of its words.
     never: sentences that nobody is told, unless they were recorded.
+    tasks: task -> sentences that it is asked in, of tasks that data may lack, too.
     """
 
     sentences: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     templates: tuple[str, ...] = ()
     shortened: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     never: tuple[str, ...] = ()
+    tasks: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def whole(self, episode: base.Episode) -> tuple[str, ...]:
         """The recorded instruction first, then the sentences that mean the same."""
@@ -83,8 +85,9 @@ def every(episodes: Iterable[base.Episode], variation: Variation | None) -> list
 
 
 def read(path: str) -> Variation:
-    """A file of paraphrases: JSON {"templates": ["..."], "sentences": {instruction: [others]}, "never": ["..."]}, each
-    part optional; "" is the built-in templates. Raises ValueError naming the file and what is wrong."""
+    """A file of paraphrases: JSON {"templates": ["..."], "sentences": {instruction: [others]}, "never": ["..."],
+    "tasks": {task: [its sentences]}}, each part optional; "" is the built-in templates. Raises ValueError naming the
+    file and what is wrong."""
     if not path:
         return Variation(templates=TEMPLATES)
     try:
@@ -97,14 +100,16 @@ def read(path: str) -> Variation:
     except (OSError, ValueError) as error:
         raise ValueError(f"data.paraphrases: {error}") from error
     where = f"data.paraphrases: {path}"
-    expected = '{"templates": [...], "sentences": {instruction: [...]}, "never": [...]}'
-    if not isinstance(content, dict) or (unknown := sorted(set(content) - {"templates", "sentences", "never"})):
+    expected = '{"templates": [...], "sentences": {instruction: [...]}, "never": [...], "tasks": {task: [...]}}'
+    parts = {"templates", "sentences", "never", "tasks"}
+    if not isinstance(content, dict) or (unknown := sorted(set(content) - parts)):
         found = f"has {unknown}" if isinstance(content, dict) else f"is a {type(content).__name__}"
         raise ValueError(f"{where} {found}; expected {expected}.")
-    sentences = content.get("sentences", {})
-    if not isinstance(sentences, dict):
-        raise ValueError(f"{where}: sentences is a {type(sentences).__name__}; expected {expected}.")
-    lists = {f"sentences[{key!r}]": listed for key, listed in sentences.items()}
+    mappings = {part: content.get(part, {}) for part in ("sentences", "tasks")}
+    for part, mapping in mappings.items():
+        if not isinstance(mapping, dict):
+            raise ValueError(f"{where}: {part} is a {type(mapping).__name__}; expected {expected}.")
+    lists = {f"{part}[{key!r}]": listed for part, mapping in mappings.items() for key, listed in mapping.items()}
     for name, listed in (lists | {part: content.get(part, []) for part in ("templates", "never")}).items():
         if not isinstance(listed, list) or not all(isinstance(text, str) and text.strip() for text in listed):
             raise ValueError(f"{where}: {name} is {listed!r:.80}; expected a list of sentences, none of them empty.")
@@ -112,8 +117,8 @@ def read(path: str) -> Variation:
     for template in templates:
         if "{instruction}" not in template:
             raise ValueError(f"{where}: the template {template!r} has no {{instruction}}.")
-    by_sentence = {key: tuple(listed) for key, listed in sentences.items()}
-    return Variation(by_sentence, templates, never=tuple(content.get("never", ())))
+    by_sentence, by_task = ({key: tuple(x) for key, x in mappings[part].items()} for part in ("sentences", "tasks"))
+    return Variation(by_sentence, templates, never=tuple(content.get("never", ())), tasks=by_task)
 
 
 def join(roots: Iterable[pathlib.Path], out: pathlib.Path) -> None:
@@ -122,16 +127,16 @@ def join(roots: Iterable[pathlib.Path], out: pathlib.Path) -> None:
     known = [read(str(root / PARAPHRASES)) for root in roots if (root / PARAPHRASES).exists()]
     if not known:
         return
-    sentences: dict[str, dict[str, None]] = {}
-    for variation in known:
-        for sentence, others in variation.sentences.items():
-            sentences.setdefault(sentence, {}).update(dict.fromkeys(others))
-    templates, never = (
-        list(dict.fromkeys(text for variation in known for text in getattr(variation, part)))
+    mappings: dict[str, dict[str, list[str]]] = {"sentences": {}, "tasks": {}}
+    for part, mapping in mappings.items():
+        for variation in known:
+            for key, others in getattr(variation, part).items():
+                mapping[key] = list(dict.fromkeys([*mapping.get(key, ()), *others]))
+    lists = {
+        part: list(dict.fromkeys(text for variation in known for text in getattr(variation, part)))
         for part in ("templates", "never")
-    )
-    listed = {sentence: list(others) for sentence, others in sentences.items()}
-    atomic.write_json(out / PARAPHRASES, {"templates": templates, "sentences": listed, "never": never})
+    }
+    atomic.write_json(out / PARAPHRASES, lists | mappings)
 
 
 def of_data(data: config.DataConfig, datasets: Sequence[base.Dataset], asked: Iterable[str] = ()) -> Variation | None:
@@ -152,7 +157,7 @@ def of_data(data: config.DataConfig, datasets: Sequence[base.Dataset], asked: It
         never += [mirror.words(text) for text in never]
     variation = dataclasses.replace(variation, never=tuple(dict.fromkeys(never)))
     meanings = _meanings(datasets, variation)
-    shortened = shortening.shorten(meanings, data.shorter_sentences, never)
+    shortened = shortening.shorten(meanings, data.shorter_sentences, never, variation.tasks)
     logger.info(
         "data.shorter_sentences: %d wordings with fewer words, of %d sentences (%d of these have none that is clear)",
         *(sum(map(len, shortened.values())), len(shortened), sum(not texts for texts in shortened.values())),
@@ -162,9 +167,9 @@ def of_data(data: config.DataConfig, datasets: Sequence[base.Dataset], asked: It
 
 def _meanings(datasets: Sequence[base.Dataset], variation: Variation) -> dict[str, set[str]]:
     """Task -> its sentences. Where a dataset names no tasks, each instruction is one of its own, unless another dataset
-    says of what task it is."""
+    or the file of paraphrases says of what task it is."""
     found: dict[str, set[str]] = {}
-    task_of: dict[str, str] = {}
+    task_of = {text: task for task, sentences in variation.tasks.items() for text in sentences}
     for dataset in sorted(datasets, key=lambda dataset: not dataset.names_tasks):
         for episode in dataset.episodes:
             task = episode.task if dataset.names_tasks else ""

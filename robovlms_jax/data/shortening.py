@@ -19,7 +19,12 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(_WORD.findall(unicodedata.normalize("NFC", text).lower()))
 
 
-def shorten(meanings: Mapping[str, Iterable[str]], count: int, never: Iterable[str] = ()) -> dict[str, tuple[str, ...]]:
+def shorten(
+    meanings: Mapping[str, Iterable[str]],
+    count: int,
+    never: Iterable[str] = (),
+    others: Mapping[str, Iterable[str]] | None = None,
+) -> dict[str, tuple[str, ...]]:
     """Of each sentence up to `count` others, which lack some of its words, drawn at random and always alike.
 
     None has fewer than two words, and none could be left of a sentence of another meaning, so that "turn on the light"
@@ -29,8 +34,10 @@ def shorten(meanings: Mapping[str, Iterable[str]], count: int, never: Iterable[s
     Args:
       meanings: task -> its sentences.
       never: sentences that none becomes.
+      others: task -> sentences that it may be asked in, too; they are told apart and not shortened.
     """
-    known = _Known(meanings)
+    others = others or {}
+    known = _Known({task: {*meanings.get(task, ()), *others.get(task, ())} for task in {**meanings, **others}})
     refused = {words(text) for text in never}
     found: dict[str, tuple[str, ...]] = {}
     for meaning, sentences in meanings.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,8 @@ from robovlms_jax.data import base, calvin, language, packed, packing, spool
 from robovlms_jax.envs.calvin import tasks
 from robovlms_jax.playtable import demonstrations
 from robovlms_jax.training.directory import LOCK, OWNER
+
+logger = logging.getLogger(__name__)
 
 _JOURNAL = "recording.jsonl"
 INTERVENTION = "intervention"
@@ -126,9 +129,15 @@ def write_paraphrases(
     out: pathlib.Path, training: Mapping[str, Sequence[str]], validation: Mapping[str, Sequence[str]]
 ) -> None:
     """Beside the splits, unless it is there, what `data.paraphrases` takes: of each training sentence, this project's
-    own for its task; validation's are in it as what nobody is told."""
+    own for its task; validation's are in it as what nobody is told, and both by their tasks. One that cannot be read is
+    written again."""
     if (path := out / language.PARAPHRASES).exists():
-        return
+        try:
+            language.read(str(path))
+        except ValueError as error:
+            logger.warning("%s It is written again.", error)
+        else:
+            return
     own = own_sentences(held_out=False)
     counts = collections.Counter(text for said in training.values() for text in said)
     others = {
@@ -138,7 +147,8 @@ def write_paraphrases(
         if counts[text] == 1  # of two tasks, it says neither
     }
     never = sorted({text for said in validation.values() for text in said})
-    atomic.write_json(path, {"templates": [], "sentences": others, "never": never})
+    asked = {task: sorted({*said, *validation.get(task, ())}) for task, said in training.items()}
+    atomic.write_json(path, {"templates": [], "sentences": others, "never": never, "tasks": asked})
 
 
 class Journal:

@@ -119,6 +119,24 @@ def test_what_nobody_is_told_is_not_said_by_paraphrases_and_templates_either(tmp
     assert "shove left" not in mirrored.of(episode)  # half of the samples would say it
 
 
+@pytest.mark.parametrize("names_tasks", [True, False])
+def test_what_other_tasks_may_be_asked_in_is_told_apart_from_what_is_learned(tmp_path, names_tasks):
+    """Fails if "lift it from the" is learned of the table while the drawer is asked for in such words, of a task that
+    data lack; or if a sentence of the task itself forbids what could be left of it."""
+    path = tmp_path / "words.json"
+    words = {"table": ["go and lift it from the table"], "drawer": ["lift it from the drawer"]}
+    episode = base.Episode(0, 5, "lift it from the table", "table" if names_tasks else "mine")
+    config = DataConfig(vary_language=True, paraphrases=str(path), shorter_sentences=99)
+    told = {}
+    for name, tasks in (("none", {}), ("own", {"table": ["go and lift it from the table"]}), ("all", words)):
+        own = {"table": [*tasks.get("table", ()), episode.instruction]} if tasks else {}
+        path.write_text(json.dumps({"tasks": tasks | own}))
+        told[name] = set(language.of_data(config, [dataset([episode], names_tasks)]).of(episode))
+    assert told["none"] == told["own"] > told["all"]
+    assert "lift it from the" in told["own"] - told["all"] and "lift from table" in told["all"]
+    assert all("table" in sentence for sentence in told["all"])
+
+
 def test_episodes_without_a_task_are_told_apart_by_their_sentences():
     """Fails if all sentences of a dataset that names no tasks count as one meaning, or if what another dataset says of
     a sentence is not used."""
@@ -207,11 +225,13 @@ def test_a_missing_file_of_paraphrases_says_who_writes_it(tmp_path):
 def test_recordings_packed_as_one_keep_all_of_their_words(tmp_path):
     for name, words in (("a", {"x": ["y"]}), ("b", {"x": ["z"], "v": []})):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "paraphrases.json").write_text(json.dumps({"sentences": words, "never": [name]}))
+        content = {"sentences": words, "never": [name], "tasks": {"t": [name], name: ["w"]}}
+        (tmp_path / name / "paraphrases.json").write_text(json.dumps(content))
     (tmp_path / "c").mkdir()
     language.join([tmp_path / name for name in "abc"], tmp_path / "c")
     found = language.read(str(tmp_path / "c" / "paraphrases.json"))
     assert (found.sentences, found.never) == ({"x": ("y", "z"), "v": ()}, ("a", "b"))
+    assert found.tasks == {"t": ("a", "b"), "a": ("w",), "b": ("w",)}
 
 
 def test_a_run_shortens_to_nothing_that_validation_asks_and_its_batches_depend_on_which_words_were_left(tmp_path):

@@ -202,8 +202,14 @@ def test_pictures_of_few_frames_are_training_s_and_have_a_layout_of_their_own(tm
     words = language.read(str(tmp_path / "all" / "paraphrases.json"))
     assert set(words.sentences["open the drawer"]) == {*tasks.TASKS["open_drawer"].phrasings} - {"open the drawer"}
     assert set(tasks.TASKS["open_drawer"].held_out) < set(words.never) and not set(words.never) & set(words.sentences)
-    (tmp_path / "all" / "paraphrases.json").write_text("mine")
-    recording.record(config(tmp_path / "all"))
-    assert (tmp_path / "all" / "paraphrases.json").read_text() == "mine"  # which somebody has changed
+    drawer = tasks.TASKS["open_drawer"]
+    assert set(words.tasks["open_drawer"]) >= {*drawer.phrasings, *drawer.held_out} and set(words.tasks) == {
+        *tasks.TASKS
+    }
+    for left, kept in (('{"never": ["mine"]}', True), ('{"never": ["mi', False)):  # changed by somebody; cut off
+        (tmp_path / "all" / "paraphrases.json").write_text(left)
+        recording.record(config(tmp_path / "all"))
+        found = (tmp_path / "all" / "paraphrases.json").read_text()
+        assert found == left if kept else language.read(str(tmp_path / "all" / "paraphrases.json")) == words
     journal = tmp_path / "all" / "journal" / "training" / "recording.jsonl"
     assert "picture_every" not in journal.read_text()  # as recordings of before have it
