@@ -35,7 +35,7 @@ def main() -> None:
     except (ValueError, OSError, RuntimeError, ImportError, vector.EnvError) as error:
         sys.exit(f"error: {error}")
     logging.info(
-        "recorded %(recorded)d of %(attempted)d demonstrations, %(frames)d frames, in %(out)s",
+        "recorded %(recorded)d of %(attempted)d demonstrations of both splits, %(frames)d frames, in %(out)s",
         counts | {"out": config.out},
     )
 

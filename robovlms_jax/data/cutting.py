@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import tqdm
 
 from robovlms_jax.control import robot as robots
 from robovlms_jax.data import base, config, pairing, segments
@@ -93,7 +94,8 @@ def _acting(dataset: base.Dataset, cut: Cut) -> list[np.ndarray]:
             f"{dataset.name} is a mixture, whose datasets' actions are brought to one scale, so that none is zero "
             "where a robot waits: set data.skip_still to 0, or name datasets one by one in data.further."
         )
-    found = [np.flatnonzero(acts(dataset, episode, cut.skip_still)) for episode in dataset.episodes]
+    reading = tqdm.tqdm(dataset.episodes, desc="finding steps that wait", unit="episode", delay=1)
+    found = [np.flatnonzero(acts(dataset, episode, cut.skip_still)) for episode in reading]
     steps = sum(episode.end - episode.start for episode in dataset.episodes)
     waiting = 1 - sum(map(len, found)) / max(steps, 1)
     logger.log(
