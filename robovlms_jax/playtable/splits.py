@@ -24,6 +24,9 @@ from robovlms_jax.training.directory import LOCK, OWNER
 
 logger = logging.getLogger(__name__)
 
+_IMPLIED = {"picture_every": 1}
+"""What settings mean that leave it out, as those of earlier versions do."""
+
 _JOURNAL = "recording.jsonl"
 INTERVENTION = "intervention"
 """Array float64[T, 1] of a segment in which a person took over from a policy: 1 where a frame's action is the person's.
@@ -181,7 +184,7 @@ class Journal:
         if not rows:
             json_lines.append(self._journal, {"settings": settings}, durable=durable)
             rows = [settings]
-        differing = json_files.differences(rows[0], settings)
+        differing = json_files.differences(_IMPLIED | rows[0], _IMPLIED | dict(settings))
         if differing:
             raise ValueError(
                 f"{directory} was begun with other settings ({differing}); use a new directory (--data.root where "

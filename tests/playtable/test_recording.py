@@ -196,7 +196,7 @@ def test_pictures_of_few_frames_are_training_s_and_have_a_layout_of_their_own(tm
         config(tmp_path / "npz", picture_every=0)
     recording.record(config(tmp_path / "few", picture_every=4, pack=True, image_size=(8, 8)))
     assert every == [4, 1]
-    with pytest.raises(ValueError, match=r"other settings .*picture_every"):
+    with pytest.raises(ValueError, match=r"other settings .*picture_every: 4 there, 1 here"):
         recording.record(config(tmp_path / "few", pack=True, image_size=(8, 8)))
     recording.record(config(tmp_path / "all"))
     words = language.read(str(tmp_path / "all" / "paraphrases.json"))
