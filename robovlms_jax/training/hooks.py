@@ -53,18 +53,35 @@ class Checkpoints(Hook):
         return self._checkpointer.offer_best(step.state, self._position(step.number), score)
 
 
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """What comes between two steps, after `checkpoints`, where a signal may end the run."""
+
+    signal: stopping.StopSignal
+    checkpoints: Checkpoints
+
+    def unless_stopped(self, step: Step, what: str, numbers: Numbers) -> Mapping[str, float] | None:
+        """`numbers` of the step's state; None: the signal came meanwhile, and the state is saved."""
+        found = self.signal.unless_it_came(step, what, lambda: numbers(step.state))
+        if step.stop:
+            self.checkpoints.save_now(step.state)
+        return found
+
+
 class Evaluation(Hook):
     """Numbers on the validation split, every `every` steps (0: never) but the run's last, when the report has them."""
 
-    def __init__(self, evaluate: Numbers, every: int, writer: MetricWriter, goodput: Goodput):
-        self._evaluate, self._every, self._writer, self._goodput = evaluate, every, writer, goodput
+    def __init__(self, evaluate: Numbers, every: int, ending: Ending, writer: MetricWriter, goodput: Goodput):
+        self._evaluate, self._every, self._ending = evaluate, every, ending
+        self._writer, self._goodput = writer, goodput
 
     def after(self, step: Step, metrics: Mapping[str, jax.Array]) -> None:
         if not self._every or step.number % self._every or step.last or step.stop:
             return
         with self._goodput.spent_on("evaluation"):
-            values = self._evaluate(step.state)
-        self._writer.write(step.number, {f"validation/{name}": value for name, value in values.items()})
+            values = self._ending.unless_stopped(step, "numbers on the validation split", self._evaluate)
+        if values is not None:
+            self._writer.write(step.number, {f"validation/{name}": value for name, value in values.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +95,7 @@ class Rollouts(Hook):
     roll_out: Numbers
     every: int
     best: Checkpoints | None
+    ending: Ending
     writer: MetricWriter
     goodput: Goodput
 
@@ -86,7 +104,9 @@ class Rollouts(Hook):
         if not due or step.stop:
             return
         with self.goodput.spent_on("evaluation"):
-            values = self.roll_out(step.state)
+            values = self.ending.unless_stopped(step, "rollouts", self.roll_out)
+            if values is None:
+                return
             self.writer.write(step.number, {f"rollouts/{name}": value for name, value in values.items()})
             if self.best is not None:
                 is_best = self.best.offer_best(step, values["score"])
@@ -122,6 +142,8 @@ class Services:
         """All of them, for a loop that begins with `state`."""
         train, start = self.train, int(state.step)
         checkpoints = Checkpoints(self.checkpointer, self.position, self.goodput)
+        stop = stopping.StopSignal()
+        ending = Ending(stop, checkpoints)
         corrupt = CorruptGuard(self.max_corrupt_share, self.describe)
         nonfinite = NonfiniteGuard(train, int(state.skipped), self.describe, checkpoints.save_now)
         speed = progress.Speed(start, schedule.end, train.batch_size, self.goodput)
@@ -131,18 +153,18 @@ class Services:
             watching.Watchdog(train.hang_timeout_s, self.goodput),
             progress.Profiler(train, start),
             corrupt,
-            stopping.StopSignal(),
+            stop,
             nonfinite,  # before anything is saved
             progress.Log(speed, self.writer, corrupt, nonfinite, compare_at=compare_at, loader_rate=self.loader_rate),
             checkpoints,
-            Evaluation(self.evaluate, train.eval_every, self.writer, self.goodput),
+            Evaluation(self.evaluate, train.eval_every, ending, self.writer, self.goodput),
         ]
         # Processes on CPUs often share their cores, so that one or the other is always slower.
         if jax.process_count() > 1 and jax.local_devices()[0].platform != "cpu":
             hooks.append(watching.Stragglers(watching.device_probe))
         if self.roll_out is not None:
             best = checkpoints if self.select_best else None
-            hooks.append(Rollouts(self.roll_out, self.roll_out_every, best, self.writer, self.goodput))
+            hooks.append(Rollouts(self.roll_out, self.roll_out_every, best, ending, self.writer, self.goodput))
         return hooks
 
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:

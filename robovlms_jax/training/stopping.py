@@ -9,8 +9,8 @@ import pathlib
 import signal
 import sys
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 
@@ -21,6 +21,12 @@ from robovlms_jax.training.loop import Hook, Step
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+
+class CutShort(BaseException):
+    """A signal came while `StopSignal.unless_it_came` does something."""
+
 
 class StopSignal(Hook):
     """Ends the loop after the step in which SIGTERM or SIGHUP came, or Ctrl-C inside `Interrupts`; all hosts at the
@@ -28,6 +34,7 @@ class StopSignal(Hook):
 
     def __init__(self) -> None:
         self._came = 0  # number of the signal
+        self._cutting = False
 
     def __enter__(self) -> StopSignal:
         # Signals can only be handled in the main thread; elsewhere (tests, notebooks) nothing ends a loop early.
@@ -46,6 +53,26 @@ class StopSignal(Hook):
         if number == signal.SIGHUP:
             ending.ignore_hangups()
         self._came = number
+        if self._cutting:
+            self._cutting = False
+            raise CutShort
+
+    def unless_it_came(self, step: Step, what: str, do: Callable[[], T]) -> T | None:
+        """What `do` returns, which is done between two steps and may take minutes, for which whoever sends a signal
+        does not wait: it ends where it is, and the loop with it (None). Of several processes each would leave the
+        others waiting: there it is done to its end."""
+        self._cutting = self._main and jax.process_count() == 1
+        try:
+            try:
+                if self._cutting and self._came:
+                    raise CutShort
+                return do()
+            finally:
+                self._cutting = False  # until here it may come
+        except CutShort:
+            logger.warning("%s of step %d are left out: the run is to end.", what, step.number)
+            step.stop = True
+            return None
 
     def after(self, step: Step, metrics: Mapping[str, jax.Array]) -> None:
         if jax.process_count() > 1 and not step.log:

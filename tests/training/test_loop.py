@@ -48,9 +48,12 @@ class Disk:
         pass
 
 
-def fit(output, *, bad=(), terminated=0, pressed=0, state=State(), steps=8, batches=None, **changes):
+def fit(output, *, bad=(), terminated=0, pressed=0, state=State(), steps=8, batches=None, numbers=None, **changes):
     """Run the loop over a step that finds the batches numbered in `bad` not finite, and is sent SIGTERM during step
-    `terminated` and SIGINT during `pressed`; (state, saved, logged lines)."""
+    `terminated` and SIGINT during `pressed`; (state, saved, logged lines).
+
+    numbers: fields of `Services` about evaluation and rollouts.
+    """
     config = cli.override(
         ExperimentConfig(),
         **{"train.output": str(output), "train.steps": steps, "train.log_every": 4, "train.eval_every": 0, **changes},
@@ -80,7 +83,7 @@ def fit(output, *, bad=(), terminated=0, pressed=0, state=State(), steps=8, batc
         writer=types.SimpleNamespace(write=lambda step, values: lines.append((step, values))),
         describe=lambda source, episode: f"episode {episode}",
         max_corrupt_share=config.data.max_corrupt_share,
-        evaluate=lambda state: {},
+        **{"evaluate": lambda state: {}} | (numbers or {}),
     )
     schedule = loop.Schedule(steps, steps, config.train.log_every, config.train.checkpoint_every)
     try:

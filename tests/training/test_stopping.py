@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 
+import jax
 import numpy as np
 import pytest
 
@@ -32,6 +33,43 @@ def test_ctrl_c_during_training_saves_as_sigterm_does(tmp_path, caplog):
 def test_sigterm_is_called_by_its_name(tmp_path, caplog):
     test_loop.fit(tmp_path, terminated=6)
     assert "stopped by SIGTERM after step 6; saved" in caplog.text and "Ctrl-C" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["validation", "rollouts"])
+def test_a_signal_does_not_wait_for_what_is_done_between_two_steps(tmp_path, caplog, kind):
+    """Fails if minutes of rollouts go on after the signal, or steps since the last checkpoint are lost."""
+    ended = []
+
+    def numbers(state):
+        if state.step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        ended.append(state.step)
+        return {"score": 1.0}
+
+    asked = {"evaluate": numbers} if kind == "validation" else {"roll_out": numbers, "roll_out_every": 2}
+    every = {"train.eval_every": 2 if kind == "validation" else 0}
+    state, saved, lines = test_loop.fit(tmp_path, numbers=asked, **every)
+    assert (state.step, saved, ended) == (4, [(4, 4)], [2])
+    assert [step for step, values in lines if f"{kind}/score" in values] == [2]
+    assert "stopped by SIGTERM after step 4; saved" in caplog.text and "of step 4 are left out" in caplog.text
+
+
+def test_nothing_is_begun_between_two_steps_after_the_signal(tmp_path):
+    hook, step = stopping.StopSignal(), loop.Step(6, None, None, log=True, save=False, last=False)
+    with hook:
+        signal.raise_signal(signal.SIGTERM)
+        assert hook.unless_it_came(step, "rollouts", lambda: 3) is None and step.stop
+
+
+def test_of_several_processes_none_leaves_the_others_waiting(monkeypatch):
+    hook, step = stopping.StopSignal(), loop.Step(6, None, None, log=True, save=False, last=False)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with hook:
+        assert hook.unless_it_came(step, "rollouts", lambda: signal.raise_signal(signal.SIGTERM) or 3) == 3
+    monkeypatch.undo()
+    assert not step.stop
+    hook.after(step, {})
+    assert step.stop  # at the next step
 
 
 def test_a_terminal_that_goes_stops_a_run_unless_it_was_started_to_outlive_it(caplog):
