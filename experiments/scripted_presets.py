@@ -187,6 +187,7 @@ CALVIN_SEEN = dataclasses.replace(
         wrist_shift=0,
         decoded_gb=6.0,
         further=FurtherConfig(roots={"fixtures": "data/calvin_seen_fixtures"}),
+        skip_still=0.05,  # 1 mm, or 0.0025 rad: experts wait at the end of each of their ways
         vary_language=True,
         paraphrases="data/calvin_seen_blocks/paraphrases.json",
         shorter_sentences=12,
@@ -201,7 +202,7 @@ CALVIN_SEEN = dataclasses.replace(
         init_from=str(TWIN),
     ),
     demonstrations=DemonstrationConfig(),
-    # All of a chunk: from where an expert waits, fingers close, or the hand goes on, in its second half.
+    # All of a chunk, as was better where experts' waits were still learned (docs/calvin.md).
     rollouts=RolloutConfig(execution=Execution("receding", horizon=10), max_steps=360),
 )
 

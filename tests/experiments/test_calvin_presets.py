@@ -55,13 +55,26 @@ def test_what_was_seen_of_table_d_differs_in_data_alone_and_takes_a_quarter_of_w
     assert shares["playtable"] == sum(shares.values()) / 2
 
 
-def test_what_is_taught_where_things_lie_begins_with_the_twin_and_counts_each_row_alike():
-    seen, fixtures = calvin_abcd.PRESETS["calvin_seen"], calvin_abcd.PRESETS["playtable_fixtures"]
+@pytest.mark.parametrize("name", ["calvin_seen", "calvin_unseen"])
+def test_what_is_taught_where_things_lie_begins_with_the_twin_and_counts_each_row_alike(name):
+    seen, fixtures = calvin_abcd.PRESETS[name], calvin_abcd.PRESETS["playtable_fixtures"]
     plain = dataclasses.replace(seen.policy, auxiliary=fixtures.policy.auxiliary)
     assert plain == fixtures.policy and load_config(seen.train.init_from).policy.readout == plain.readout
     assert set(seen.train.sources) == {"robot", *seen.data.further.names}
     assert dict(seen.train.sources) == dict(seen.train.source_weights)
     assert seen.data.paraphrases == f"{seen.data.root}/paraphrases.json" and seen.data.vary_language
+    assert seen.data.skip_still > 0
+
+
+def test_what_has_not_seen_table_d_differs_in_data_and_colours_alone():
+    seen, unseen = (calvin_abcd.PRESETS[name] for name in ("calvin_seen", "calvin_unseen"))
+    own = {name: getattr(seen.data, name) for name in ("root", "further", "paraphrases", "augment")}
+    same = {name: getattr(seen.train, name) for name in ("sources", "source_weights", "output")}
+    train = dataclasses.replace(unseen.train, **same)
+    assert dataclasses.replace(unseen, data=dataclasses.replace(unseen.data, **own), train=train) == seen
+    shares, before = unseen.train.sources, seen.train.sources
+    real = shares["robot"] + shares["fixtures"]
+    assert shares["robot"] / real == pytest.approx(before["robot"]) and shares["playtable"] == pytest.approx(1 - real)
 
 
 def test_the_larger_policy_sees_the_real_simulator_and_playtable_in_pictures_of_the_same_size():

@@ -9,13 +9,8 @@ import pytest
 
 from robovlms_jax.envs.calvin import task_chains
 from robovlms_jax.envs.calvin.tasks import TASKS
+from tests.envs.calvin.chains_summary import FIXTURES
 from tests.test_figures import compared, page, points, result, share, solved
-
-FIXTURES = (
-    *("open_drawer", "close_drawer", "move_slider_left", "move_slider_right"),
-    *("turn_on_lightbulb", "turn_off_lightbulb", "turn_on_led", "turn_off_led"),
-)
-
 
 GROUPS = {
     "drawer": ("open_drawer", "close_drawer"),
@@ -265,48 +260,6 @@ def counted(digits):
                 counts[0] += k < done
                 counts[1] += 1
     return solved
-
-
-def test_the_page_says_what_a_policy_did_that_was_taught_where_blocks_lie():
-    """Fails if a figure of the page's section is not the results', or a sum not that of the chains."""
-    every, text = result("calvin_small/results"), page("calvin.md")
-    found, full = every["calvin_seen"], every["calvin_full"]["chains_on_d"]
-    rows, paired = found["chains_on_d"], found["paired"]
-    ten, five = rows["ten"], rows["five"]
-    assert ten["chains"] == full["chains"] == 200
-    first = paired["ten_first"]
-    assert first["solved_in_each"] == ten["solved_in_each"][: five["chains"]]
-    for row in (*rows.values(), first):
-        solved = counted(row["solved_in_each"])
-        assert {kind: [row[kind]["count"], row[kind]["of"]] for kind in ("fixtures", "blocks")} == {
-            kind: solved.pop(kind) for kind in ("fixtures", "blocks")
-        }
-        assert row["tasks_solved_of_asked"] == solved
-        for names in row["groups"].values():
-            assert names[0] <= names[1]
-        assert row["average_length"][0] == pytest.approx(sum(map(int, row["solved_in_each"])) / row["chains"], abs=5e-4)
-    interval, kinds = "{:.2f} ({:.2f} to {:.2f})", ("drawer", "door", "led", "lightbulb")
-    old = (full["average_length"]["value"], *full["average_length"]["bootstrap_95_percent"])
-    assert f"| **tasks in a row** | {interval.format(*old)} | {interval.format(*ten['average_length'])} |" in text
-    counts = [["{} of {}".format(*row["groups"][kind]) for kind in kinds] for row in (ten["calvin_full"], ten)]
-    assert f"LED, lightbulb | {' | '.join(', '.join(each) for each in counts)} |" in text
-    for kind in ("fixtures", "blocks"):
-        assert f"{ten[kind]['count']} of {ten[kind]['of']}, {share(ten[kind])} |" in text
-    assert f"**{interval.format(*ten['average_length'])} tasks in a row: the aim of 1.0 is reached**" in text
-    assert ten["average_length"][1] > 1  # the whole interval
-    for name in ("ten_full", "ten_five"):
-        assert "({:.2f}, {:.2f} to {:.2f}, more".format(*paired[name]["more_tasks_in_a_row"]) in text
-    assert f"does {interval.format(*five['average_length'])} on the first {five['chains']} of these" in text
-    assert f"and with all ten {interval.format(*first['average_length'])} (" in text
-    for kind, name in (("led", "LED"), ("rotations", "rotations"), ("lifts", "lifts")):
-        cells = ["{} of {}".format(*row["groups"][kind]) for row in (five, first)]
-        assert f"{name} {' and '.join(cells)}" in text
-    for name in ("blocks", "fixtures"):
-        assert "{recorded} of {attempted} demonstrations of".format(**found["recording"]["blocks"]) in text
-        assert "{recorded} of {attempted}".format(**found["recording"][name]) in text
-    held = found["held_out"]
-    said = "{:.2f} cm after 4000 steps, {:.2f} after 8000 and {:.2f} after 14 000"
-    assert said.format(*(held[step]["scene_cm"] for step in ("4000", "8000", "14000"))) in text
 
 
 def test_the_first_try_at_it_is_told_as_it_was():
