@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.envs.calvin.chains_summary import pair, summary, table
+from tests.envs.calvin.chains_summary import pair, summary, table, told
 from tests.test_figures import page, result
 
 
@@ -37,5 +37,59 @@ def test_every_comparison_is_what_its_chains_come_to(found, rows):
 def test_the_pages_tables_are_those_of_the_rows(found, rows):
     text = page("calvin.md")
     full = summary(found["calvin_full"]["chains_on_d"]["solved_in_each"])
-    for line in table([full, *(rows[name] for name in ("waits_kept_ten", "ten", "unseen_ten"))]):
+    for line in table([full, *(rows[name] for name in ("waits_kept_ten", "ten"))]):
         assert line in text
+
+
+def more(pairing):
+    return "({:.2f}, {:.2f} to {:.2f}, more".format(*pairing["more_tasks_in_a_row"])
+
+
+def lifted(row, where):
+    counts = [n for task, n in row["tasks_solved_of_asked"].items() if task.startswith("lift") and task.endswith(where)]
+    return "{} of {}".format(*map(sum, zip(*counts, strict=True)))
+
+
+def test_what_is_said_of_the_rows_is_in_them(found, rows):
+    """Fails if a sentence of the section gives a figure that the chains do not."""
+    text, paired = page("calvin.md"), found["calvin_seen"]["paired"]
+    ten, kept = rows["ten"], rows["waits_kept_ten"]
+    assert f"**{told(ten['average_length'])} tasks in a row on a table that is shown**" in text
+    assert ten["average_length"][1] > 1  # the aim, by the whole interval
+    full, before = paired["ten, calvin_full"], paired["ten, waits_kept_ten"]
+    said = "in {} of the 200 chains, the reverse in {} {} tasks in a row, p = {:.0e})"
+    assert said.format(full["this_only"], full["other_only"], more(full), full["p"]) in text
+    assert "in {this_only}, the reverse in {other_only} {}, p = {p:.3f})".format(more(before), **before) in text
+    shelf = f"out of the shelf in {lifted(ten, 'slider')} ({lifted(kept, 'slider')} with waits kept)"
+    assert f"lifted from the table in {lifted(ten, 'table')}, {shelf}" in text
+    for name, count in found["calvin_seen"]["recording"].items():
+        if name not in ("what", "held_out") and not name.startswith("unseen"):
+            assert "{recorded} of {attempted}".format(**count) in text
+
+
+def test_what_executing_less_of_a_chunk_did_is_in_the_rows(found, rows):
+    text, paired = page("calvin.md"), found["calvin_seen"]["paired"]
+    five, kept = rows["waits_kept_five"], rows["waits_kept_ten"]["solved_in_each"]
+    count = five["chains"]
+    full = found["calvin_full"]["chains_on_d"]["solved_in_each"]
+    ten, other = summary(kept[:count]), summary(full[:count])
+    assert f"does {told(five['average_length'])} on the first {count} of these chains" in text
+    assert f"where `calvin_full` does {told(other['average_length'])}: **executed alike, the two are not told" in text
+    low, high = paired["waits_kept_five, calvin_full"]["more_tasks_in_a_row"][1:]
+    assert low < 0 < high and f"{more(paired['waits_kept_five, calvin_full'])}; " in text
+    for row, words in ((five, "{} of {} blocks and {} of {} fixtures"), (other, "{} of {} and {} of {})")):
+        counts = [row[kind][part] for kind in ("blocks", "fixtures") for part in ("count", "of")]
+        assert words.format(*counts) in text
+    assert f"does {told(ten['average_length'])} there {more(paired['waits_kept_ten, waits_kept_five'])})" in text
+    for name in ("led", "rotations", "lifts", "pushes"):
+        pairs = ["{} of {}".format(*row["groups"][name]) for row in (five, ten)]
+        assert f"{'LED' if name == 'led' else name} {' and '.join(pairs)}" in text
+    later = [told(summary(digits[count:], count)["average_length"]) for digits in (kept, full)]
+    assert f"on the {200 - count} others it does {later[0]}, `calvin_full` (with five" in text and later[1] in text
+    assert f"{found['calvin_seen']['waiting_share_percent']['blocks']} % of the steps of the blocks' recording" in text
+
+
+def test_how_held_out_errors_fell_is_as_measured(found):
+    held = found["calvin_seen"]["held_out"]
+    said = "{:.2f} cm after 4000 steps, {:.2f} after 8000 and {:.2f} after 14 000"
+    assert said.format(*(held[step]["scene_cm"] for step in ("4000", "8000", "14000"))) in page("calvin.md")
