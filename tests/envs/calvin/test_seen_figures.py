@@ -67,6 +67,19 @@ def test_what_is_said_of_the_rows_is_in_them(found, rows):
             assert "{recorded} of {attempted}".format(**count) in text
 
 
+def test_what_the_first_action_alone_does_is_in_the_rows(found, rows):
+    text, first = page("calvin.md"), rows["first"]
+    count = first["chains"]
+    for line in table([first, summary(rows["ten"]["solved_in_each"][:count])]):
+        assert line in text
+    assert f"it does {told(first['average_length'])} on the first {count} chains" in text
+    assert first["average_length"][1] > 1  # the aim, by the whole interval
+    for names in ("first, ten", "first, calvin_full"):
+        assert more(found["calvin_seen"]["paired"][names])[1:] in text
+    rotations = "{} of {}".format(*first["groups"]["rotations"])
+    assert f"lifts from the table ({rotations} and {lifted(first, 'table')})" in text
+
+
 def test_what_a_table_that_was_not_shown_costs_is_in_the_rows(found, rows):
     text, unseen = page("calvin.md"), rows["unseen_ten"]
     assert f"**{told(unseen['average_length'])} on one that is not**" in text
