@@ -67,6 +67,18 @@ def test_what_is_said_of_the_rows_is_in_them(found, rows):
             assert "{recorded} of {attempted}".format(**count) in text
 
 
+def test_what_another_seed_did_is_in_the_rows(found, rows):
+    text, other, paired = page("calvin.md"), rows["seed_1"], found["calvin_seen"]["paired"]
+    assert f"does {told(other['average_length'])} on the first {other['chains']}, where it was stopped" in text
+    for names in ("seed_1, ten", "seed_1, calvin_full", "seed_1, waits_kept_ten"):
+        assert more(paired[names])[1:] in text
+    kept = summary(rows["waits_kept_ten"]["solved_in_each"][: other["chains"]])
+    for name, word in (("lifts", "lifts"), ("led", "LED")):
+        assert f"{word} {' and '.join('{} of {}'.format(*row['groups'][name]) for row in (other, kept))}" in text
+    assert "the LED in {} of {}, blocks in".format(*other["groups"]["led"]) in text
+    assert f"blocks in {other['blocks']['percent']:.1f} %" in text and other["average_length"][1] > 1
+
+
 def test_what_the_first_action_alone_does_is_in_the_rows(found, rows):
     text, first = page("calvin.md"), rows["first"]
     count = first["chains"]
