@@ -103,7 +103,8 @@ class DataConfig:
     """> 0: steps at which demonstrations wait are left out of chunks, which go on with the next that does something: a
     policy that sees no past would wait there for ever. A step waits where no number of its action is larger than this
     (of absolute ones: has changed more), in the unit of the actions that are learned (CALVIN: 1 is 2 cm or 0.05 rad),
-    no gripper is told anything else, and fingers are not on their way. policy.window 1 only; held-out data likewise."""
+    no gripper is told anything else, and fingers are not on their way; motion as slow as this is lost. policy.window 1
+    only; held-out data likewise."""
     left_pad: bool = False
     """Let windows begin before their episode, masked, so that its first frames are learned from as the newest, too."""
     vary_language: bool = False

@@ -126,7 +126,9 @@ def acts(dataset: base.Dataset, episode: base.Episode, least: float) -> np.ndarr
     asked = np.where(np.isin(kinds, ["delta", "velocity"]), np.abs(actions), changes)
     commanded = (changes > 0)[:, kinds == "binary"].any(axis=1)
     rate = dataset.robot.rate_hz or _RATE
-    return ~(asked <= least)[:, kinds != "binary"].all(axis=1) | commanded | _fingers(commanded, opening, rate)
+    found = ~(asked <= least)[:, kinds != "binary"].all(axis=1) | commanded | _fingers(commanded, opening, rate)
+    found[0] |= "absolute" in kinds  # which it holds from its first step on
+    return found
 
 
 def _fingers(commanded: np.ndarray, opening: np.ndarray | None, rate: float) -> np.ndarray:
@@ -136,7 +138,9 @@ def _fingers(commanded: np.ndarray, opening: np.ndarray | None, rate: float) -> 
     if opening is None or not np.isfinite(opening).all():
         return since < math.ceil(rate / 3)
     speed = np.abs(np.diff(opening, append=opening[-1:]))
-    return (since < math.ceil(rate / 10)) | ((since < math.ceil(rate)) & (speed > _CLOSED * np.ptp(opening)))
+    # At an episode's beginning they may be on their way by a command of before.
+    lately = np.minimum(since, steps) < math.ceil(rate)
+    return (since < math.ceil(rate / 10)) | (lately & (speed > _CLOSED * np.ptp(opening)))
 
 
 def moving_units(dataset: base.Dataset, cut: Cut) -> np.ndarray:

@@ -169,12 +169,16 @@ def _meanings(datasets: Sequence[base.Dataset], variation: Variation) -> dict[st
     """Task -> its sentences. Where a dataset names no tasks, each instruction is one of its own, unless another dataset
     or the file of paraphrases says of what task it is."""
     found: dict[str, set[str]] = {}
-    task_of = {text: task for task, sentences in variation.tasks.items() for text in sentences}
+    task_of: dict[tuple[str, ...], str] = {}
+    for task, sentences in variation.tasks.items():
+        for said in map(shortening.words, sentences):
+            task_of[said] = "" if task_of.get(said, task) != task else task  # of two tasks: it says neither
     for dataset in sorted(datasets, key=lambda dataset: not dataset.names_tasks):
         for episode in dataset.episodes:
             task = episode.task if dataset.names_tasks else ""
-            task = task or task_of.get(episode.instruction, episode.instruction)
-            task_of.setdefault(episode.instruction, task)
+            said = shortening.words(episode.instruction)
+            task = task or task_of.get(said) or episode.instruction
+            task_of.setdefault(said, task)
             found.setdefault(task, set()).update(variation.whole(episode))
     return found
 

@@ -133,12 +133,14 @@ def write_paraphrases(
 ) -> None:
     """Beside the splits, unless it is there, what `data.paraphrases` takes: of each training sentence, this project's
     own for its task; validation's are in it as what nobody is told, and both by their tasks. One that cannot be read is
-    written again."""
+    put aside."""
     if (path := out / language.PARAPHRASES).exists():
         try:
             language.read(str(path))
         except ValueError as error:
-            logger.warning("%s It is written again.", error)
+            aside = path.with_suffix(".damaged.json")
+            path.replace(aside)
+            logger.warning("%s It is put aside as %s, and another is written.", error, aside.name)
         else:
             return
     own = own_sentences(held_out=False)

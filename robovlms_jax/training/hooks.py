@@ -61,7 +61,10 @@ class Ending:
     checkpoints: Checkpoints
 
     def unless_stopped(self, step: Step, what: str, numbers: Numbers) -> Mapping[str, float] | None:
-        """`numbers` of the step's state; None: the signal came meanwhile, and the state is saved."""
+        """`numbers` of the step's state; None: the signal came meanwhile, and the state is saved. Those of the run's
+        last step, after which nothing resumes it, are made to their end."""
+        if step.last:
+            return numbers(step.state)
         found = self.signal.unless_it_came(step, what, lambda: numbers(step.state))
         if step.stop:
             self.checkpoints.save_now(step.state)

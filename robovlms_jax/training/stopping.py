@@ -59,20 +59,28 @@ class StopSignal(Hook):
 
     def unless_it_came(self, step: Step, what: str, do: Callable[[], T]) -> T | None:
         """What `do` returns, which is done between two steps and may take minutes, for which whoever sends a signal
-        does not wait: it ends where it is, and the loop with it (None). Of several processes each would leave the
+        does not wait: it ends where it is (None), and the loop with it. Of several processes each would leave the
         others waiting: there it is done to its end."""
-        self._cutting = self._main and jax.process_count() == 1
+        alone, found = self._main and jax.process_count() == 1, None
         try:
             try:
-                if self._cutting and self._came:
+                self._cutting = alone
+                if alone and self._came:
                     raise CutShort
-                return do()
+                found = do()
             finally:
                 self._cutting = False  # until here it may come
         except CutShort:
-            logger.warning("%s of step %d are left out: the run is to end.", what, step.number)
+            found = None
+        except Exception as error:
+            if not (alone and self._came):
+                raise
+            logger.warning("%s of step %d failed on the way out: %s", what, step.number, error)
+        if alone and self._came:
             step.stop = True
-            return None
+            if found is None:
+                logger.warning("%s of step %d are left out, and not made up for: the run ends.", what, step.number)
+        return found
 
     def after(self, step: Step, metrics: Mapping[str, jax.Array]) -> None:
         if jax.process_count() > 1 and not step.log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -135,6 +136,12 @@ def test_what_other_tasks_may_be_asked_in_is_told_apart_from_what_is_learned(tmp
     assert told["none"] == told["own"] > told["all"]
     assert "lift it from the" in told["own"] - told["all"] and "lift from table" in told["all"]
     assert all("table" in sentence for sentence in told["all"])
+    # Other signs and capitals are the same sentence; one of two tasks says neither.
+    other = dataclasses.replace(episode, instruction="Lift it from the table.")
+    assert len(set(language.of_data(config, [dataset([other], names_tasks)]).of(other))) == len(told["all"])
+    path.write_text(json.dumps({"tasks": {"a": [episode.instruction], "b": [episode.instruction]}}))
+    told_of = language.of_data(config, [dataset([episode], names_tasks)]).of(episode)
+    assert told_of == (episode.instruction,)
 
 
 def test_episodes_without_a_task_are_told_apart_by_their_sentences():

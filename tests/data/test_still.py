@@ -80,7 +80,7 @@ def test_each_episode_keeps_its_own_steps(dataset):
 
 def test_absolute_actions_wait_where_they_stay_what_they_were(dataset, monkeypatch):
     """Fails if a target that is far from zero counts as motion, or one that is reached as a wait only at zero."""
-    kinds = {"absolute": [False, False, True, False], "delta": [True, True, True, True], "velocity": [True] * 4}
+    kinds = {"absolute": [True, False, True, False], "delta": [True, True, True, True], "velocity": [True] * 4}
     for kind, wanted in kinds.items():
         dimension = robot.Dimension("lift", "m", kind=kind)
         dataset.robot = dataclasses.replace(dataset.robot, action=(dimension,))
@@ -111,6 +111,8 @@ def test_an_episode_that_cannot_be_read_is_left_to_training(dataset, monkeypatch
         # Not measured, or not by numbers: a third of a second.
         (None, range(4, 14)),
         ([np.nan] * 40, range(4, 14)),
+        # On their way since before the episode.
+        ([8.0, 7, 6, 5, 5] + [5.0] * 35, [0, 1, 2, 4, 5, 6]),
     ],
 )
 def test_fingers_on_their_way_are_no_wait(dataset, monkeypatch, opening, wanted):

@@ -211,5 +211,6 @@ def test_pictures_of_few_frames_are_training_s_and_have_a_layout_of_their_own(tm
         recording.record(config(tmp_path / "all"))
         found = (tmp_path / "all" / "paraphrases.json").read_text()
         assert found == left if kept else language.read(str(tmp_path / "all" / "paraphrases.json")) == words
+    assert (tmp_path / "all" / "paraphrases.damaged.json").read_text() == left
     journal = tmp_path / "all" / "journal" / "training" / "recording.jsonl"
     assert "picture_every" not in journal.read_text()  # as recordings of before have it

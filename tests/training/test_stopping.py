@@ -14,7 +14,7 @@ from robovlms_jax import cli
 from robovlms_jax.parallel import distributed
 from robovlms_jax.runs import run
 from robovlms_jax.runs.config import ExperimentConfig
-from robovlms_jax.training import loop, stopping
+from robovlms_jax.training import hooks, loop, stopping
 from tests.processes import run_python
 from tests.training import test_loop
 from tests.training.test_checkpoints import write_steps
@@ -52,6 +52,43 @@ def test_a_signal_does_not_wait_for_what_is_done_between_two_steps(tmp_path, cap
     assert (state.step, saved, ended) == (4, [(4, 4)], [2])
     assert [step for step, values in lines if f"{kind}/score" in values] == [2]
     assert "stopped by SIGTERM after step 4; saved" in caplog.text and "of step 4 are left out" in caplog.text
+
+
+def test_what_the_last_step_is_rolled_out_for_is_made_to_its_end():
+    """Fails if a run whose steps are all made, which nothing resumes, loses its last rollouts."""
+    step = loop.Step(8, None, None, log=True, save=True, last=True)
+    with stopping.StopSignal() as stop:
+        ending = hooks.Ending(stop, None)
+        found = ending.unless_stopped(step, "rollouts", lambda state: signal.raise_signal(signal.SIGTERM) or {"x": 1.0})
+    assert found == {"x": 1.0}
+
+
+@pytest.mark.parametrize("how", ["swallowed", "replaced"])
+def test_a_signal_counts_whatever_becomes_of_the_exception(how, caplog):
+    """Fails if what is cut short swallows it, or fails while it ends, and the run goes on or dies unsaved."""
+
+    def rollouts():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except stopping.CutShort:
+            if how == "replaced":
+                raise RuntimeError("the simulator is gone") from None
+        return 3
+
+    hook, step = stopping.StopSignal(), loop.Step(6, None, None, log=True, save=False, last=False)
+    with hook:
+        found = hook.unless_it_came(step, "rollouts", rollouts)
+    assert step.stop and found == (3 if how == "swallowed" else None)
+    assert ("failed on the way out: the simulator is gone" in caplog.text) == (how == "replaced")
+
+
+def test_an_error_that_no_signal_has_caused_is_told():
+    def rollouts():
+        raise RuntimeError("of its own")
+
+    step = loop.Step(7, None, None, log=True, save=False, last=False)
+    with stopping.StopSignal() as hook, pytest.raises(RuntimeError, match="of its own"):
+        hook.unless_it_came(step, "rollouts", rollouts)
 
 
 def test_nothing_is_begun_between_two_steps_after_the_signal(tmp_path):
