@@ -37,12 +37,16 @@ def test_every_comparison_is_what_its_chains_come_to(found, rows):
 def test_the_pages_tables_are_those_of_the_rows(found, rows):
     text = page("calvin.md")
     full = summary(found["calvin_full"]["chains_on_d"]["solved_in_each"])
-    for line in table([full, *(rows[name] for name in ("waits_kept_ten", "ten", "unseen_ten"))]):
+    for line in table([full, *(rows[name] for name in ("waits_kept_ten", "ten", "seed_1", "unseen_ten"))]):
         assert line in text
 
 
 def more(pairing):
     return "({:.2f}, {:.2f} to {:.2f}, more".format(*pairing["more_tasks_in_a_row"])
+
+
+def span(pairing):
+    return "{:.2f}, {:.2f} to {:.2f}".format(*pairing["more_tasks_in_a_row"])
 
 
 def lifted(row, where):
@@ -53,30 +57,29 @@ def lifted(row, where):
 def test_what_is_said_of_the_rows_is_in_them(found, rows):
     """Fails if a sentence of the section gives a figure that the chains do not."""
     text, paired = page("calvin.md"), found["calvin_seen"]["paired"]
-    ten, kept = rows["ten"], rows["waits_kept_ten"]
-    assert f"**{told(ten['average_length'])} tasks in a row on a table that is shown**" in text
-    assert ten["average_length"][1] > 1  # the aim, by the whole interval
-    full, before = paired["ten, calvin_full"], paired["ten, waits_kept_ten"]
+    ten, other, kept, unseen = (rows[name] for name in ("ten", "seed_1", "waits_kept_ten", "unseen_ten"))
+    lengths = [told(row["average_length"]) for row in (ten, other, unseen)]
+    assert (
+        "**`calvin_seen` does {}, and {} when trained again with `--train.seed 1`, on a table".format(*lengths) in text
+    )
+    assert f"`calvin_unseen` does {lengths[2]} on one that is not**" in text
+    assert ten["average_length"][1] > 1 and other["average_length"][1] > 1 > unseen["average_length"][1]
+    full, again = paired["ten, calvin_full"], paired["seed_1, calvin_full"]
     said = "in {} of the 200 chains, the reverse in {} {} tasks in a row, p = {:.0e})"
     assert said.format(full["this_only"], full["other_only"], more(full), full["p"]) in text
-    assert "in {this_only}, the reverse in {other_only} {}, p = {p:.3f})".format(more(before), **before) in text
-    shelf = f"out of the shelf in {lifted(ten, 'slider')} ({lifted(kept, 'slider')} with waits kept)"
-    assert f"lifted from the table in {lifted(ten, 'table')}, {shelf}" in text
+    assert "the second in {this_only} and {other_only} ({}, p = {p:.0e})".format(span(again), **again) in text
+    value, low, high = (-x for x in paired["seed_1, ten"]["more_tasks_in_a_row"])
+    assert f"the second seed does {value:.2f} ({high:.2f} to {low:.2f}) less" in text
+    before = [span(paired[f"{name}, waits_kept_ten"]) for name in ("ten", "seed_1")]
+    assert "it is {}, and {}, more".format(*before) in text
+    for words, where in (("out of the shelf {} and {} ({} with", "slider"), ("from the table {} and {} ({})", "table")):
+        assert words.format(*(lifted(row, where) for row in (ten, other, kept))) in text
+    for words, task in (("drawer ({} and {})", "push_into_drawer"), ("stacked ({} and {})", "stack_block")):
+        counts = ["{} of {}".format(*row["tasks_solved_of_asked"][task]) for row in (ten, other)]
+        assert words.format(*counts) in text
     for name, count in found["calvin_seen"]["recording"].items():
         if name not in ("what", "held_out"):
             assert "{recorded} of {attempted}".format(**count) in text
-
-
-def test_what_another_seed_did_is_in_the_rows(found, rows):
-    text, other, paired = page("calvin.md"), rows["seed_1"], found["calvin_seen"]["paired"]
-    assert f"does {told(other['average_length'])} on the first {other['chains']}, where it was stopped" in text
-    for names in ("seed_1, ten", "seed_1, calvin_full", "seed_1, waits_kept_ten"):
-        assert more(paired[names])[1:] in text
-    kept = summary(rows["waits_kept_ten"]["solved_in_each"][: other["chains"]])
-    for name, word in (("lifts", "lifts"), ("led", "LED")):
-        assert f"{word} {' and '.join('{} of {}'.format(*row['groups'][name]) for row in (other, kept))}" in text
-    assert "the LED in {} of {}, blocks in".format(*other["groups"]["led"]) in text
-    assert f"blocks in {other['blocks']['percent']:.1f} %" in text and other["average_length"][1] > 1
 
 
 def test_what_the_first_action_alone_does_is_in_the_rows(found, rows):
@@ -85,23 +88,21 @@ def test_what_the_first_action_alone_does_is_in_the_rows(found, rows):
     for line in table([first, summary(rows["ten"]["solved_in_each"][:count])]):
         assert line in text
     assert f"it does {told(first['average_length'])} on the first {count} chains" in text
-    assert first["average_length"][1] > 1  # the aim, by the whole interval
-    for names in ("first, ten", "first, calvin_full"):
-        assert more(found["calvin_seen"]["paired"][names])[1:] in text
+    assert first["average_length"][1] > 1 and more(found["calvin_seen"]["paired"]["first, calvin_full"]) in text
     rotations = "{} of {}".format(*first["groups"]["rotations"])
     assert f"lifts from the table ({rotations} and {lifted(first, 'table')})" in text
 
 
 def test_what_a_table_that_was_not_shown_costs_is_in_the_rows(found, rows):
-    text, unseen = page("calvin.md"), rows["unseen_ten"]
-    assert f"**{told(unseen['average_length'])} on one that is not**" in text
-    small, other = summary(found["calvin_small"]["chains_on_d"]["solved_in_each"]), "unseen_ten, calvin_small"
-    apart = found["calvin_seen"]["paired"][other]
+    text, unseen, paired = page("calvin.md"), rows["unseen_ten"], found["calvin_seen"]["paired"]
+    small, apart = summary(found["calvin_small"]["chains_on_d"]["solved_in_each"]), paired["unseen_ten, calvin_small"]
     said = "in {this_only} chains, the reverse in {other_only} {} tasks in a row, p = {p:.2f})"
     assert said.format(more(apart), **apart) in text
+    low, high = paired["unseen_ten, calvin_full"]["more_tasks_in_a_row"][1:]
+    assert low < 0 < high and more(paired["unseen_ten, calvin_full"]) in text
     counts = [row["blocks"][part] for row in (unseen, small) for part in ("count", "of")]
-    assert "blocks ({} of {}; {} of {} there)".format(*counts) in text
-    assert "the LED is {} of {} ({} of {} there)".format(*unseen["groups"]["led"], *small["groups"]["led"]) in text
+    assert "({} of {}; {} of {} by `calvin_small`)".format(*counts) in text
+    assert "the LED {} of {} times ({} of {} by".format(*unseen["groups"]["led"], *small["groups"]["led"]) in text
 
 
 def test_what_executing_less_of_a_chunk_did_is_in_the_rows(found, rows):
