@@ -202,7 +202,7 @@ CALVIN_SEEN = dataclasses.replace(
         init_from=str(TWIN),
     ),
     demonstrations=DemonstrationConfig(),
-    # All of a chunk, as was better where experts' waits were still learned (docs/calvin.md).
+    # All of a chunk: with less of it, the hand stays where fingers should close (docs/calvin.md).
     rollouts=RolloutConfig(execution=Execution("receding", horizon=10), max_steps=360),
 )
 

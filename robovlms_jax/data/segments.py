@@ -60,8 +60,7 @@ class Segments(Sequence[Segment]):
       spans: int[E, 2], first and last frame id of each episode, both inclusive.
       window, chunk, windows_per_segment: W, C, K.
       left_pad: whether windows may begin before their episode.
-      starts: of each episode the numbers of the windows that there are, int[n], rising; None: all (`are_chosen` says
-        which of the two).
+      starts: of each episode the numbers of the windows that there are, int[n], rising; None: all.
       acting: of each episode the numbers of the steps that chunks are made of, int[m], rising; None: all. Windows of
         one frame alone, one per segment; those with none of them left are no windows.
     """
@@ -97,7 +96,7 @@ class Segments(Sequence[Segment]):
             starts = [np.asarray(own)[: _until(own, steps)] for own, steps in zip(every, acting, strict=True)]
             self._acting = np.concatenate([np.zeros(0, np.int64), *acting])  # step numbers, episode by episode
             self._acts = np.concatenate([[0], np.cumsum([len(steps) for steps in acting])]).astype(np.int64)
-        self.are_chosen = starts is not None
+        self._chosen = starts is not None
         if starts is not None:
             starts = [np.asarray(own, np.int64)[np.asarray(own) < count] for own, count in zip(starts, windows)]
             self._episode = np.repeat(np.arange(len(windows)), [len(own) for own in starts])
@@ -185,7 +184,7 @@ class Segments(Sequence[Segment]):
     def content(self) -> dict[str, Any]:
         """How windows differ from all that there are, as JSON values; empty: not at all."""
         found: dict[str, Any] = {"left_pad": True} if self.left_pad else {}
-        if self.are_chosen:
+        if self._chosen:
             found["windows"] = _digest(self.runs)
         if self._acting is not None:
             found["acting"] = _digest(self._acting, self._acts)
